@@ -1,0 +1,71 @@
+"""Which rank does what, as pure integers: no torch, no process group.
+
+Axes from the outermost to the innermost: pipeline, data, tensor. Tensor-parallel neighbours are consecutive
+ranks, so they share a node when the degree divides the ranks of a node; pipeline stages are farthest apart,
+because they talk least. Context and expert parallelism would take a place between data and tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from megalm.errors import ConfigError
+
+Axis = Literal["pipeline", "data", "tensor"]
+AXES: tuple[Axis, ...] = get_args(Axis)
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    pipeline: int
+    data: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class Topology:
+    """`world_size` ranks as a grid of pipeline x data x tensor.
+
+    Raises:
+        ConfigError: where tensor x pipeline does not divide the world size.
+    """
+
+    world_size: int
+    tensor: int = 1
+    pipeline: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.world_size, self.tensor, self.pipeline) < 1:
+            raise ConfigError("topology: the world size and every parallel degree are at least 1")
+        if self.world_size % (self.tensor * self.pipeline):
+            raise ConfigError(
+                f"parallel.tensor={self.tensor} x parallel.pipeline={self.pipeline} does not divide "
+                f"{self.world_size} ranks; start a multiple of {self.tensor * self.pipeline} ranks"
+            )
+
+    @property
+    def data(self) -> int:
+        """Data-parallel degree: how many copies of the model train on different samples."""
+        return self.world_size // (self.tensor * self.pipeline)
+
+    def size(self, axis: Axis) -> int:
+        return {"pipeline": self.pipeline, "data": self.data, "tensor": self.tensor}[axis]
+
+    def coordinate(self, rank: int) -> Coordinate:
+        assert 0 <= rank < self.world_size, (rank, self.world_size)
+        rest, tensor = divmod(rank, self.tensor)
+        pipeline, data = divmod(rest, self.data)
+        return Coordinate(pipeline=pipeline, data=data, tensor=tensor)
+
+    def rank(self, coordinate: Coordinate) -> int:
+        return (coordinate.pipeline * self.data + coordinate.data) * self.tensor + coordinate.tensor
+
+    def groups(self, axis: Axis) -> list[tuple[int, ...]]:
+        """The groups along an axis: ranks that differ in this coordinate only, in its order."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            place = self.coordinate(rank)
+            others = tuple(getattr(place, other) for other in AXES if other != axis)
+            groups.setdefault(others, []).append(rank)
+        return [tuple(ranks) for ranks in groups.values()]

@@ -1,0 +1,33 @@
+"""Package metadata. `make` installs the exact versions of requirements.lock; the ranges here are what works."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megalm",
+    version="0.1.0",
+    description="Large-model pretraining with DeepSpeed, every parallel mode proven on a CPU",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["megalm", "megalm.*"]),
+    package_data={"megalm": ["presets/**/*.yaml", "py.typed"]},
+    install_requires=[
+        "torch>=2.9,<2.14",
+        "deepspeed==0.19.8",
+        "numpy>=1.26",
+        "sentencepiece>=0.2.1",
+        "tokenizers>=0.20",
+        "pyarrow>=17",
+        "mlflow>=3.4",
+        "pydantic>=2.9",
+        "typer>=0.15",
+        "rich>=13",
+        "PyYAML>=6",
+        "safetensors>=0.5",
+        "matplotlib>=3.9",
+        "zstandard>=0.23",
+        "orjson>=3.10",
+        "psutil>=6",
+        "tqdm>=4.66",
+    ],
+    entry_points={"console_scripts": ["megalm = megalm.cli.main:main"]},
+)
