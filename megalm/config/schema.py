@@ -27,57 +27,69 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    name: str | None = Field(None, description="folder under run.root; unnamed runs take the next free PRESET-001")
-    root: str = Field("runs", description="where run folders and the default MLflow store live")
+    name: str | None = Field(
+        default=None, description="folder under run.root; unnamed runs take the next free PRESET-001"
+    )
+    root: str = Field(default="runs", description="where run folders and the default MLflow store live")
 
 
 class ModelSection(Section):
     """Field names as in Hugging Face configurations."""
 
     style: ModelStyle = "llama"
-    vocab_size: PositiveInt | None = Field(None, description="taken from the tokenizer when not stated")
+    vocab_size: PositiveInt | None = Field(default=None, description="taken from the tokenizer when not stated")
     hidden_size: PositiveInt = 256
     num_hidden_layers: PositiveInt = 4
     num_attention_heads: PositiveInt = 4
-    num_key_value_heads: PositiveInt | None = Field(None, description="fewer than heads: grouped-query attention")
-    head_dim: PositiveInt | None = Field(None, description="default hidden_size / num_attention_heads")
-    intermediate_size: PositiveInt | None = Field(
-        None, description="default 4 x hidden (gpt2), 8/3 x hidden rounded up to 64 (llama)"
+    num_key_value_heads: PositiveInt | None = Field(
+        default=None, description="fewer than heads: grouped-query attention"
     )
-    max_position_embeddings: PositiveInt | None = Field(None, description="default data.sequence_length")
-    tie_word_embeddings: bool | None = Field(None, description="default true for gpt2, false for llama")
+    head_dim: PositiveInt | None = Field(default=None, description="default hidden_size / num_attention_heads")
+    intermediate_size: PositiveInt | None = Field(
+        default=None, description="default 4 x hidden (gpt2), 8/3 x hidden rounded up to 64 (llama)"
+    )
+    max_position_embeddings: PositiveInt | None = Field(default=None, description="default data.sequence_length")
+    tie_word_embeddings: bool | None = Field(default=None, description="default true for gpt2, false for llama")
     rope_theta: PositiveFloat = 10_000.0
     norm_epsilon: PositiveFloat = 1e-5
-    qk_norm: bool = Field(False, description="RMS norm on queries and keys, one gain per head dimension")
-    dropout: Probability = Field(0.0, description="embeddings and residual branches")
+    qk_norm: bool = Field(default=False, description="RMS norm on queries and keys, one gain per head dimension")
+    dropout: Probability = Field(default=0.0, description="embeddings and residual branches")
     attention_dropout: Probability = 0.0
     initializer_range: PositiveFloat = 0.02
 
 
 class DataSection(Section):
-    train: str | None = Field(None, description="dataset prefix: PREFIX.bin and PREFIX.idx")
-    validation: str | None = Field(None, description="dataset prefix; or cut it from data.train with data.split")
-    split: str | None = Field(None, description="TRAIN,VALIDATION weights by document, e.g. 95,5")
-    tokenizer: str | None = Field(None, description="SentencePiece .model, Hugging Face tokenizer.json, or 'bytes'")
+    train: str | None = Field(default=None, description="dataset prefix: PREFIX.bin and PREFIX.idx")
+    validation: str | None = Field(
+        default=None, description="dataset prefix; or cut it from data.train with data.split"
+    )
+    split: str | None = Field(default=None, description="TRAIN,VALIDATION weights by document, e.g. 95,5")
+    tokenizer: str | None = Field(
+        default=None, description="SentencePiece .model, Hugging Face tokenizer.json, or 'bytes'"
+    )
     recipe: Literal["python-stdlib"] | None = Field(
-        None, description="prepare this corpus on the machine when data.train is not stated"
+        default=None, description="prepare this corpus on the machine when data.train is not stated"
     )
     recipe_vocab_size: PositiveInt = 8192
     cache: str | None = Field(
-        None, description="where prepared recipes are kept; default MEGALM_CACHE or ~/.cache/megalm"
+        default=None, description="where prepared recipes are kept; default MEGALM_CACHE or ~/.cache/megalm"
     )
     sequence_length: PositiveInt = 256
     order: Literal["prefix_stable", "megatron"] = "prefix_stable"
-    document_mask: bool = Field(False, description="keep documents in one sample from attending to each other")
-    max_epochs: PositiveFloat | None = Field(None, description="refuse a run that would see its data more often")
+    document_mask: bool = Field(default=False, description="keep documents in one sample from attending to each other")
+    max_epochs: PositiveFloat | None = Field(
+        default=None, description="refuse a run that would see its data more often"
+    )
 
 
 class ScheduleSection(Section):
     kind: ScheduleKind = "cosine"
     peak_learning_rate: PositiveFloat = 1e-3
-    final_learning_rate: Annotated[float, Field(ge=0)] | None = Field(None, description="default peak / 10")
+    final_learning_rate: Annotated[float, Field(ge=0)] | None = Field(default=None, description="default peak / 10")
     warmup_steps: NonNegativeInt = 0
-    decay_steps: PositiveInt | None = Field(None, description="wsd: length of the final decay; default steps / 5")
+    decay_steps: PositiveInt | None = Field(
+        default=None, description="wsd: length of the final decay; default steps / 5"
+    )
 
 
 class TrainSection(Section):
@@ -85,12 +97,14 @@ class TrainSection(Section):
     seed: NonNegativeInt = 1234
     log_interval_steps: PositiveInt = 1
     checkpoint_activations_every: NonNegativeInt = Field(
-        0, description="recompute every n-th block in the backward pass; 0: none, 1: every block"
+        default=0, description="recompute every n-th block in the backward pass; 0: none, 1: every block"
     )
     loss_chunk_tokens: PositiveInt = Field(
         1024, description="the vocabulary's logits are held for so many tokens at once"
     )
-    embedding_weight_decay: bool = Field(True, description="matrices decay, norms and biases never; embeddings: this")
+    embedding_weight_decay: bool = Field(
+        default=True, description="matrices decay, norms and biases never; embeddings: this"
+    )
 
 
 class ParallelSection(Section):
@@ -100,14 +114,14 @@ class ParallelSection(Section):
 
 
 class EvaluateSection(Section):
-    interval_steps: PositiveInt | None = Field(100, description="null: only at the end")
+    interval_steps: PositiveInt | None = Field(default=100, description="null: only at the end")
     max_samples: PositiveInt | None = Field(
-        None, description="validate on so many samples while training; all at the end"
+        default=None, description="validate on so many samples while training; all at the end"
     )
 
 
 class SampleSection(Section):
-    interval_steps: PositiveInt | None = Field(None, description="null: only at the end")
+    interval_steps: PositiveInt | None = Field(default=None, description="null: only at the end")
     prompts: tuple[str, ...] = ()
     max_new_tokens: PositiveInt = 100
     temperature: Annotated[float, Field(ge=0)] = 0.7
@@ -115,7 +129,7 @@ class SampleSection(Section):
 
 
 class CheckpointSection(Section):
-    interval_steps: PositiveInt | None = Field(None, description="null: only at the end")
+    interval_steps: PositiveInt | None = Field(default=None, description="null: only at the end")
 
 
 class TrackingSection(Section):
@@ -126,8 +140,8 @@ class TrackingSection(Section):
 class RunConfig(Section):
     """Everything that a run is, beside its DeepSpeed JSON."""
 
-    preset: str | None = Field(None, description="the preset that this file starts from")
-    deepspeed_config: str | None = Field(None, description="the DeepSpeed JSON that a recipe preset belongs to")
+    preset: str | None = Field(default=None, description="the preset that this file starts from")
+    deepspeed_config: str | None = Field(default=None, description="the DeepSpeed JSON that a recipe preset belongs to")
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
