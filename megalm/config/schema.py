@@ -100,7 +100,7 @@ class TrainSection(Section):
         default=0, description="recompute every n-th block in the backward pass; 0: none, 1: every block"
     )
     loss_chunk_tokens: PositiveInt = Field(
-        1024, description="the vocabulary's logits are held for so many tokens at once"
+        default=1024, description="the vocabulary's logits are held for so many tokens at once"
     )
     embedding_weight_decay: bool = Field(
         default=True, description="matrices decay, norms and biases never; embeddings: this"
