@@ -1,0 +1,78 @@
+"""Cross-entropy of a language model without the whole batch's logits.
+
+Shapes: N tokens of the micro-batch, C tokens of a chunk, H hidden, V vocabulary.
+
+The gradients of hidden states and of the projection are made chunk by chunk in the forward pass, while the chunk's
+logits exist, and are only scaled in the backward pass. That costs three matrix products a chunk, one fewer than
+recomputing the logits, and holds C x V logits instead of N x V. The price is a [V, H] gradient held from forward
+to backward, which the backward pass would make anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the label that counts nowhere, as in torch.nn.functional.cross_entropy
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+    """Sum of cross-entropies of `hidden @ weight.T` against `labels`.
+
+    Args:
+        hidden: [N, H], any floating type; logits are made in it and the softmax in fp32.
+        weight: [V, H], the same type.
+        labels: [N] int64 in [0, V) or IGNORE.
+        chunk_tokens: C, tokens whose logits are held at once.
+
+    Returns:
+        fp32 scalar, a sum: divide by the number of labels of the *global* batch.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens, torch.is_grad_enabled())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, grad: bool) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        if not grad:
+            for rows in _chunks(hidden.shape[0], chunk_tokens):
+                total += _chunk_loss(hidden[rows] @ weight.t(), labels[rows])[0]
+            return total
+        hidden_grad = torch.empty_like(hidden)
+        # Summed over chunks in fp32: in bf16 each further chunk would lose low bits.
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        for rows in _chunks(hidden.shape[0], chunk_tokens):
+            loss, logits_grad = _chunk_loss(hidden[rows] @ weight.t(), labels[rows], gradient=True)
+            total += loss
+            torch.mm(logits_grad, weight, out=hidden_grad[rows])
+            weight_grad += logits_grad.t() @ hidden[rows]
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        (scale,) = outer
+        # Scaled before it is narrowed: with fp16 the loss scale keeps small values above its smallest number.
+        return hidden_grad * scale.to(hidden_grad.dtype), (weight_grad * scale).to(ctx.weight_dtype), None, None, None
+
+
+def _chunks(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _chunk_loss(logits: Tensor, labels: Tensor, gradient: bool = False) -> tuple[Tensor, Tensor]:
+    """Loss sum of a chunk [C, V] and, if asked, its gradient in the logits' own type (else the logits)."""
+    valid = (labels != IGNORE).unsqueeze(1)
+    targets = labels.clamp(min=0).unsqueeze(1)
+    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    loss = -(log_probabilities.gather(1, targets) * valid).sum()
+    if not gradient:
+        return loss, logits
+    probabilities = log_probabilities.exp_()
+    probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float32))
+    return loss, probabilities.mul_(valid).to(logits.dtype)

@@ -1,0 +1,151 @@
+"""The language model as an ordered list of stages: embedding, blocks, final norm, head.
+
+Shapes: B batch, T sequence, H hidden, V vocabulary. `stages()` is what a pipeline is cut from; `LanguageModel` runs
+the same stages one after the other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megalm.model.block import Block
+from megalm.model.dropout import DropoutClock
+from megalm.model.layers import DenseLayers, LayerFactory, VocabularyLoss
+from megalm.model.loss import IGNORE
+from megalm.model.norm import norm
+from megalm.model.rope import RotaryEmbedding
+from megalm.model.shape import ModelShape
+
+
+class Embedding(nn.Module):
+    """Token embeddings, plus learned positions for gpt2, which start again with each document under a mask."""
+
+    def __init__(self, shape: ModelShape, layers: LayerFactory) -> None:
+        super().__init__()
+        self.tokens = layers.embedding(shape.vocab_size, shape.hidden_size)
+        learned = shape.style == "gpt2"
+        self.positions = nn.Embedding(shape.max_position_embeddings, shape.hidden_size) if learned else None
+        self.dropout = layers.dropout(shape.dropout, 0, "embedding", sharded=False)
+
+    def forward(self, tokens: Tensor, documents: Tensor | None) -> Tensor:  # [B, T] -> [B, T, H]
+        hidden = self.tokens(tokens)
+        if self.positions is not None:
+            hidden = hidden + self.positions(_positions(tokens, documents))
+        return self.dropout(hidden)
+
+
+class LanguageModelHead(nn.Module):
+    """The output projection and, with labels, the loss.
+
+    It owns (or shares) the weight itself and loops over chunks itself, so that ZeRO 3's gather, tied weights and
+    the pipeline's last stage all meet one module.
+    """
+
+    def __init__(self, weight: nn.Parameter, loss: VocabularyLoss, chunk_tokens: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.loss = loss
+        self.chunk_tokens = chunk_tokens
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, T, H], [B, T] -> (fp32 loss sum, number of labels); without labels: logits [B, T, V]."""
+        if labels is None:
+            return hidden @ self.weight.t()
+        loss = self.loss(hidden.flatten(0, 1), self.weight, labels.flatten(), self.chunk_tokens)
+        return loss, (labels != IGNORE).sum()
+
+
+class LanguageModel(nn.Module):
+    """A decoder-only transformer; every parameter's name here is its canonical name.
+
+    Args:
+        shape: all dimensions.
+        layers: the factory of linear, vocabulary and dropout layers.
+        clock: the moving part of dropout's seeds.
+        chunk_tokens: tokens whose logits are held at once by the loss.
+        recompute_every: recompute every n-th block in the backward pass; 0: none.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        layers: LayerFactory | None = None,
+        clock: DropoutClock | None = None,
+        chunk_tokens: int = 1024,
+        recompute_every: int = 0,
+    ) -> None:
+        super().__init__()
+        clock = clock or DropoutClock(seed=0)
+        layers = layers or DenseLayers(clock)
+        rope = (
+            RotaryEmbedding(shape.head_dim, shape.max_position_embeddings, shape.rope_theta)
+            if shape.style == "llama"
+            else None
+        )
+        self.recompute_every = recompute_every
+        self.embedding = Embedding(shape, layers)
+        self.layers = nn.ModuleList(
+            Block(shape, layers, rope, clock, index + 1) for index in range(shape.num_hidden_layers)
+        )
+        self.final_norm = norm(shape)
+        weight = (
+            self.embedding.tokens.weight
+            if shape.tie_word_embeddings
+            else layers.vocabulary_weight(shape.vocab_size, shape.hidden_size)
+        )
+        self.head = LanguageModelHead(weight, layers.loss(), chunk_tokens)
+
+    def stages(self) -> list[nn.Module]:
+        """All stages in order; the hidden states [B, T, H] pass from one to the next."""
+        return [self.embedding, *self.layers, self.final_norm, self.head]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Loss with labels, logits without.
+
+        Args:
+            tokens: [B, T] int64.
+            labels: [B, T] int64, IGNORE where nothing is to be predicted.
+            documents: [B, T] document numbers; tokens attend within their own document only.
+            positions: [B] the one position of each sequence whose logits are wanted.
+
+        Returns:
+            (fp32 sum of losses, number of labels), or logits [B, T, V], or [B, V] with `positions`.
+        """
+        mask = None if documents is None else document_mask(documents)
+        hidden = self.embedding(tokens, documents)
+        for index, block in enumerate(self.layers):
+            if self.training and self.recompute_every and index % self.recompute_every == 0:
+                # Our dropout draws from seeds of its place, so the generators' states need not be kept.
+                hidden = checkpoint(block, hidden, mask, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = block(hidden, mask)
+        hidden = self.final_norm(hidden)
+        if positions is not None:
+            hidden = hidden[torch.arange(len(positions), device=hidden.device), positions].unsqueeze(1)
+            return self.head(hidden).squeeze(1)
+        return self.head(hidden, labels)
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """[B, T] document numbers -> [B, 1, T, T], true where attention is allowed: same document, not later."""
+    length = documents.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
+    return (causal & (documents.unsqueeze(2) == documents.unsqueeze(1))).unsqueeze(1)
+
+
+def _positions(tokens: Tensor, documents: Tensor | None) -> Tensor:
+    """Positions [T], or [B, T] counted from the start of each document."""
+    steps = torch.arange(tokens.shape[1], device=tokens.device)
+    if documents is None:
+        return steps
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return steps - torch.where(starts, steps, 0).cummax(dim=1).values
