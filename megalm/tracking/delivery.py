@@ -1,0 +1,275 @@
+"""One pass from a run folder to a tracking store: rows, parameters, tags, artifacts, status.
+
+What was delivered is remembered in RUN_DIR/mlflow.json, written after each batch, so that a pass may fail
+anywhere and be run again. A crash between a batch and its note sends that batch once more with the same
+keys, steps and times, which MLflow stores once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Protocol
+
+import orjson
+
+from megalm.errors import ConfigError
+from megalm.tracking import run_folder
+from megalm.tracking.metrics import METRICS_FILE, Row, read_rows
+
+STATE_FILE = "mlflow.json"
+RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
+
+# MLflow's limit of entities in one request.
+_BATCH_METRICS = 1000
+_END_STATUS = {"finished": FINISHED, "failed": FAILED, "stopped": KILLED}
+_EXIT_STATUS = {0: FINISHED, 75: KILLED}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MetricValue:
+    """One number of one series; `time_ms` is unix milliseconds."""
+
+    key: str
+    value: float
+    step: int
+    time_ms: int
+
+
+class Store(Protocol):
+    """What a delivery needs of a tracking server; any exception means: try again later."""
+
+    def run_exists(self, run_id: str) -> bool: ...
+
+    def create_run(self, experiment: str, name: str, key: str, start_ms: int) -> str:
+        """Create a run, or find the one that was created with this key; returns its id."""
+
+    def log_metrics(self, run_id: str, metrics: list[MetricValue]) -> None: ...
+
+    def set_parameters(self, run_id: str, parameters: Mapping[str, str]) -> None: ...
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None: ...
+
+    def upload(self, run_id: str, file: Path, folder: str | None) -> None: ...
+
+    def set_status(self, run_id: str, status: str, end_ms: int | None) -> None: ...
+
+
+@dataclass
+class MirrorState:
+    """RUN_DIR/mlflow.json: which MLflow run this folder is, and how much of it is there."""
+
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    tracking_uri: str = ""
+    default_store: bool = True
+    experiment: str = ""
+    run_id: str | None = None
+    offset: int = 0
+    status: str = RUNNING
+    status_sent: str | None = None
+    end_ms: int | None = None
+    signalled: bool = False
+    artifacts: dict[str, list[int]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> MirrorState:
+        if not path.exists():
+            return cls()
+        try:
+            stored = orjson.loads(path.read_bytes())
+            return cls(**{item.name: stored[item.name] for item in fields(cls)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: not readable ({error!r}); delete it to mirror the run anew") from None
+
+    def save(self, path: Path) -> None:
+        temporary = path.with_suffix(".json.tmp")
+        temporary.write_bytes(orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2))
+        os.replace(temporary, path)
+
+
+@dataclass
+class Sent:
+    """What one delivery sent, and where the run is."""
+
+    metrics: int = 0
+    artifacts: int = 0
+    status: str = RUNNING
+    run_id: str = ""
+    tracking_uri: str = ""
+
+
+class Delivery:
+    """Brings one run folder to its store, as often as it is called."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._state_path = run_dir / STATE_FILE
+        self._state = MirrorState.load(self._state_path)
+        self._store: Store | None = None
+        uri, is_default = run_folder.tracking_uri(run_dir, self._state)
+        if self._state.tracking_uri not in ("", uri):
+            logger.warning("%s is now tracked at %s: a new MLflow run from the first row", run_dir, uri)
+            self._state = MirrorState()
+        self._state.tracking_uri, self._state.default_store = uri, is_default
+
+    @property
+    def tracking_uri(self) -> str:
+        return self._state.tracking_uri
+
+    @property
+    def run_has_ended(self) -> bool:
+        return self._state.status != RUNNING
+
+    def deliver(self, parent_ended: bool = False) -> Sent:
+        """Send everything that is not sent; with `parent_ended`, a run without an end event is closed too."""
+        state = self._state
+        store, run_id = self._open()
+        sent = Sent(run_id=run_id, tracking_uri=state.tracking_uri)
+        self._send_facts(store, run_id)
+        sent.metrics = self._send_rows(store, run_id)
+        sent.artifacts = self._send_artifacts(store, run_id)
+        if parent_ended and state.status == RUNNING:
+            # The training process is gone and could not say how it ended.
+            state.status, state.end_ms = (KILLED if state.signalled else FAILED), int(time.time() * 1000)
+        if state.status != state.status_sent:
+            store.set_status(run_id, state.status, state.end_ms)
+            state.status_sent = state.status
+        self._state.save(self._state_path)
+        sent.status = state.status
+        return sent
+
+    def _open(self) -> tuple[Store, str]:
+        if self._store is None:
+            # Here, not above: the training process imports this module and must not load MLflow.
+            from megalm.tracking.mlflow import MlflowStore
+
+            store = MlflowStore(self._state.tracking_uri, self.run_dir.resolve().parent)
+            if self._state.run_id and not store.run_exists(self._state.run_id):
+                logger.warning("MLflow run %s is gone: a new one from the first row", self._state.run_id)
+                uri, is_default = self._state.tracking_uri, self._state.default_store
+                self._state = MirrorState(tracking_uri=uri, default_store=is_default)
+            self._store = store
+        state = self._state
+        if state.run_id is None:
+            state.experiment = run_folder.experiment(self.run_dir)
+            state.save(self._state_path)  # the key first: a lost answer must not make a second run
+            start_ms = run_folder.start_ms(self.run_dir)
+            state.run_id = self._store.create_run(state.experiment, self.run_dir.resolve().name, state.key, start_ms)
+            state.status_sent = RUNNING
+            state.save(self._state_path)
+        return self._store, state.run_id
+
+    def _send_facts(self, store: Store, run_id: str) -> None:
+        """Parameters and tags, again whenever a file they come from has changed (a resume)."""
+        signatures = {
+            f"facts:{name}": mark
+            for name in run_folder.FACT_FILES
+            if (mark := run_folder.signature(self.run_dir / name)) is not None
+        }
+        if not any(self._state.artifacts.get(name) != mark for name, mark in signatures.items()):
+            return
+        store.set_parameters(run_id, run_folder.parameters(self.run_dir))
+        store.set_tags(run_id, run_folder.tags(self.run_dir))
+        self._state.artifacts.update(signatures)
+        self._state.save(self._state_path)
+
+    def _send_rows(self, store: Store, run_id: str) -> int:
+        """All rows after the offset, in batches; the state moves on only after each was taken."""
+        path, state, total = self.run_dir / METRICS_FILE, self._state, 0
+        if not path.exists():
+            return 0
+        if path.stat().st_size < state.offset:
+            logger.warning("%s is shorter than what was sent of it: sending it again from its first row", path)
+            state.offset = 0
+        for batch in _batches(path, state.offset):
+            for event in batch.events:
+                if event.get("event") in ("start", "resume"):
+                    store.set_tags(run_id, run_folder.event_tags(event))
+            if batch.metrics:
+                store.log_metrics(run_id, batch.metrics)
+            for event in batch.events:
+                self._note_event(event)
+            total += len(batch.metrics)
+            state.offset = batch.end_offset
+            state.save(self._state_path)
+        return total
+
+    def _note_event(self, row: Row) -> None:
+        """The run's status is that of its last start, resume, signal or end."""
+        state, event = self._state, row.get("event")
+        if event in ("start", "resume"):
+            state.status, state.end_ms, state.signalled = RUNNING, None, False
+        elif event == "signal":
+            state.signalled = True
+        elif event == "end":
+            by_code = _EXIT_STATUS.get(row.get("exit_code", 0), FAILED)
+            state.status = _END_STATUS.get(str(row.get("status")), by_code)
+            state.end_ms = _milliseconds(row)
+
+    def _send_artifacts(self, store: Store, run_id: str) -> int:
+        """The files that are new or changed since they were sent."""
+        count = 0
+        for name in run_folder.artifact_names(self.run_dir):
+            mark = run_folder.signature(self.run_dir / name)
+            if mark is None or self._state.artifacts.get(name) == mark:
+                continue
+            folder = Path(name).parent.as_posix()
+            store.upload(run_id, self.run_dir / name, None if folder == "." else folder)
+            self._state.artifacts[name] = mark
+            self._state.save(self._state_path)
+            count += 1
+        return count
+
+
+@dataclass
+class _Batch:
+    metrics: list[MetricValue] = field(default_factory=list)
+    events: list[Row] = field(default_factory=list)
+    end_offset: int = 0
+
+
+def _batches(path: Path, offset: int) -> Iterator[_Batch]:
+    """Whole rows from an offset on, in batches of at most so many metrics as one request takes."""
+    batch = _Batch()
+    for row, end_offset in read_rows(path, offset):
+        values = metrics_of(row)
+        if len(batch.metrics) + len(values) > _BATCH_METRICS:
+            yield batch
+            batch = _Batch()
+        batch.metrics += values
+        if row["kind"] == "event":
+            batch.events.append(row)
+        batch.end_offset = end_offset
+    if batch.end_offset:
+        yield batch
+
+
+def metrics_of(row: Row) -> list[MetricValue]:
+    """The numbers of a row as series: `train/loss`, `eval/loss`, `event/skip/...`, at the row's own step and time.
+
+    A validation set with a name of its own (several in one run) has its own series: `eval/NAME/loss`.
+    """
+    prefix = str(row["kind"])
+    if prefix == "event":
+        prefix += f"/{row.get('event')}"
+    elif prefix == "eval" and row.get("dataset") not in (None, "validation"):
+        prefix += f"/{Path(str(row['dataset'])).name}"
+    step = row["step"] if isinstance(row.get("step"), int) else 0
+    return [
+        MetricValue(run_folder.clean_name(f"{prefix}/{name}"), float(value), step, _milliseconds(row))
+        for name, value in row.items()
+        if name not in ("kind", "time", "step") and isinstance(value, (int, float)) and not isinstance(value, bool)
+    ]
+
+
+def _milliseconds(row: Row) -> int:
+    moment = row.get("time", 0.0)
+    return int(moment * 1000) if isinstance(moment, (int, float)) and math.isfinite(moment) else 0

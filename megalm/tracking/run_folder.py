@@ -1,0 +1,141 @@
+"""What a tracking store is told about a run, read from its folder: parameters, tags, artifacts, where to."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from megalm.errors import ConfigError
+from megalm.tracking.metrics import METRICS_FILE, Row, read_rows
+
+if TYPE_CHECKING:
+    from megalm.tracking.delivery import MirrorState
+
+CONFIG_FILE = "config.yaml"
+DEEPSPEED_FILE = "deepspeed.resolved.json"
+ENVIRONMENT_FILE = "environment.json"
+FACT_FILES = (CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE)
+
+_ARTIFACTS = (*FACT_FILES, "deepspeed.json", "report.html")
+# MLflow's limits: names of 250 characters, values of 6000 (parameters) and 8000 (tags).
+_LONGEST_NAME = 250
+_LONGEST_PARAMETER = 6000
+_LONGEST_TAG = 8000
+
+
+def tracking_uri(run_dir: Path, state: MirrorState) -> tuple[str, bool]:
+    """Where this run is tracked, and whether that is the default store beside the run folder.
+
+    MLFLOW_TRACKING_URI rules; without it a run stays where it was first sent, and a new one goes to SQLite
+    in the run root. The default is worked out anew each time, so a moved run root takes its store along.
+    """
+    stated = os.environ.get("MLFLOW_TRACKING_URI")
+    if stated:
+        return stated, False
+    if state.tracking_uri and not state.default_store:
+        return state.tracking_uri, False
+    return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}", True
+
+
+def experiment(run_dir: Path) -> str:
+    """`tracking.experiment` of the run, or the default."""
+    section = read_mapping(run_dir / CONFIG_FILE).get("tracking")
+    name = section.get("experiment") if isinstance(section, dict) else None
+    return str(name or "megalm")
+
+
+def start_ms(run_dir: Path) -> int:
+    """When the run began: its first row, or now."""
+    path = run_dir / METRICS_FILE
+    first: Row = next((row for row, _ in read_rows(path)), {}) if path.exists() else {}
+    moment = first.get("time")
+    return int((moment if isinstance(moment, float) else time.time()) * 1000)
+
+
+def parameters(run_dir: Path) -> dict[str, str]:
+    """config.yaml flattened (`train.steps`), and deepspeed.resolved.json under `deepspeed.`."""
+    config = dict(flatten(read_mapping(run_dir / CONFIG_FILE)))
+    deepspeed = {f"deepspeed.{name}": value for name, value in flatten(read_mapping(run_dir / DEEPSPEED_FILE))}
+    return {clean_name(name): shorten(value, _LONGEST_PARAMETER) for name, value in (config | deepspeed).items()}
+
+
+def tags(run_dir: Path) -> dict[str, str]:
+    """environment.json: its plain facts, everything about git and every fingerprint; versions stay a file."""
+    environment = read_mapping(run_dir / ENVIRONMENT_FILE)
+    found = {
+        name: value for name, value in flatten(environment) if "." not in name or "git" in name or "fingerprint" in name
+    }
+    found |= {"megalm.run_dir": str(run_dir.resolve())}
+    commit = next((found[name] for name in ("git_commit", "git.commit", "commit") if found.get(name)), None)
+    if commit:
+        found["mlflow.source.git.commit"] = commit  # shown by MLflow in its own column
+    return _clean_tags(found)
+
+
+def event_tags(row: Row) -> dict[str, str]:
+    """The fields of a start or resume event: fingerprints, host, world size; the last attempt's stay."""
+    return _clean_tags({name: value for name, value in flatten(row) if name not in ("kind", "time", "event", "step")})
+
+
+def artifact_names(run_dir: Path) -> list[str]:
+    """Files to upload, relative to the run folder: configuration, environment, report, all samples."""
+    samples = sorted(path for path in (run_dir / "samples").rglob("*") if path.is_file())
+    names = [name for name in _ARTIFACTS if (run_dir / name).is_file()]
+    return names + [path.relative_to(run_dir).as_posix() for path in samples]
+
+
+def signature(path: Path) -> list[int] | None:
+    """[mtime in ns, bytes] of a file, None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return [status.st_mtime_ns, status.st_size]
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file that holds a mapping; {} where there is no such file.
+
+    Raises:
+        ConfigError: the file is there and is not a mapping.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}
+    try:
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds no mapping of names to values")
+    return content
+
+
+def flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """`{"a": {"b": 1}}` -> ("a.b", "1"); lists stay one value, as JSON."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def clean_name(name: str) -> str:
+    """A name with the characters and the length that MLflow takes."""
+    return re.sub(r"[^\w\-. /]", "_", name, flags=re.ASCII)[:_LONGEST_NAME]
+
+
+def shorten(value: str, longest: int) -> str:
+    return value if len(value) <= longest else value[: longest - 3] + "..."
+
+
+def _clean_tags(found: dict[str, str]) -> dict[str, str]:
+    return {clean_name(name): shorten(value, _LONGEST_TAG) for name, value in found.items()}
