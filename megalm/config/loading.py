@@ -1,0 +1,155 @@
+"""The run configuration from its layers, and where each value came from.
+
+Weakest first: schema defaults < preset < YAML file < `key=value`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megalm.config.presets import DEFAULT_PRESET, preset_path, preset_paths
+from megalm.config.schema import RunConfig
+from megalm.config.strict import flatten, leaf_fields, members, shown, validate
+from megalm.config.strict_yaml import parse_yaml
+from megalm.config.suggest import did_you_mean
+from megalm.config.unknown_keys import unknown_run_key
+from megalm.errors import ConfigError
+
+COMMAND_LINE = "command line"
+_LEAVES = leaf_fields(RunConfig)
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A validated run configuration.
+
+    Attributes:
+        sources: dotted key -> "default", "preset NAME", the YAML file's name, or "command line"; every key.
+        preset: the preset that it starts from.
+        stated: the keys that a person stated, in YAML or on the command line.
+    """
+
+    config: RunConfig
+    sources: dict[str, str]
+    preset: str | None
+    stated: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class _Layer:
+    origin: str
+    leaves: dict[str, Any]
+    by_person: bool
+
+
+def load_run_config(config: str | None, overrides: Sequence[str]) -> LoadedConfig:
+    """Read the layers of a run's configuration.
+
+    Args:
+        config: a preset's name or a YAML file; None is the preset quickstart.
+        overrides: `key=value` with dotted keys; values are read as YAML.
+
+    Raises:
+        ConfigError: no such preset or file, a syntax error, an unknown or repeated key, a bad value.
+    """
+    preset, layers = _file_layers(config or DEFAULT_PRESET)
+    layers.append(_command_line(overrides))
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(_LEAVES, "default")
+    for layer in layers:
+        values |= layer.leaves
+        sources |= dict.fromkeys(layer.leaves, layer.origin)
+    stated = frozenset(key for layer in layers if layer.by_person for key in layer.leaves)
+    return LoadedConfig(validate(RunConfig, values, sources.__getitem__), sources, preset, stated)
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """The whole configuration as YAML; loading it gives the same configuration, also under a later preset."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _file_layers(name: str) -> tuple[str | None, list[_Layer]]:
+    """The preset's name and the layers of a preset or a YAML file with all that it starts from, weakest first."""
+    path = Path(name)
+    by_path = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
+    if not by_path and name in preset_paths():
+        return name, _preset_layers(name)
+    if not path.is_file():
+        presets = preset_paths()
+        raise ConfigError(
+            f"--config {name}: no such file and no such preset{did_you_mean(name, presets)}; "
+            f"presets: {', '.join(presets)}"
+        )
+    layer = _read(path, name, by_person=True)
+    preset = layer.leaves.get("preset")
+    return preset, [*(_preset_layers(preset) if preset is not None else []), layer]
+
+
+def _preset_layers(name: Any) -> list[_Layer]:
+    """The layers of a preset, which may start from another."""
+    layers: list[_Layer] = []
+    names: list[str] = []
+    while name is not None:
+        if name in names:
+            raise ConfigError(
+                f"preset {names[0]} starts from itself ({' <- '.join([*names, name])}); mend its 'preset'"
+            )
+        names.append(name)
+        layer = _read(preset_path(name), f"preset {name}", by_person=False)
+        name = layer.leaves.get("preset")
+        layers.insert(0, layer)
+    layers[-1].leaves["preset"] = names[0]
+    return layers
+
+
+def _read(path: Path, origin: str, by_person: bool) -> _Layer:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: cannot be read as text ({error})") from None
+    raw = parse_yaml(text, origin)
+    return _Layer(origin, flatten(raw, RunConfig, origin, lambda key: unknown_run_key(key, origin)), by_person)
+
+
+def _command_line(overrides: Sequence[str]) -> _Layer:
+    leaves: dict[str, Any] = {}
+    for override in overrides:
+        for key, value in _parse_override(override):
+            if key in leaves and leaves[key] != value:
+                raise ConfigError(
+                    f"{COMMAND_LINE}: {key} is stated twice ({shown(leaves[key])}, then {shown(value)}); keep one"
+                )
+            leaves[key] = value
+    return _Layer(COMMAND_LINE, leaves, by_person=True)
+
+
+def _parse_override(override: str) -> Iterator[tuple[str, Any]]:
+    key, equals, text = override.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise ConfigError(f"{COMMAND_LINE}: {override!r} is not key=value, for example train.steps=1000")
+    if key == "preset":
+        raise ConfigError(f"{COMMAND_LINE}: write --config {text} for a preset; 'preset' belongs in a YAML file")
+    if key in _LEAVES:
+        yield key, _parse_value(key, text)
+        return
+    if key not in RunConfig.model_fields:  # a whole section may be stated: data={split: "95,5"}
+        raise unknown_run_key(key, COMMAND_LINE)
+    section = {key: parse_yaml(text, COMMAND_LINE)}
+    yield from flatten(section, RunConfig, COMMAND_LINE, lambda path: unknown_run_key(path, COMMAND_LINE)).items()
+
+
+def _parse_value(key: str, text: str) -> Any:
+    """The value as YAML; but a key that takes text takes it as it stands: run.name=001 is no number."""
+    takes_text = str in set(members(_LEAVES[key].annotation))
+    try:
+        value = parse_yaml(text, f"{COMMAND_LINE}, {key}")
+    except ConfigError:
+        if takes_text:
+            return text
+        raise
+    return value if not takes_text or value is None or isinstance(value, str) else text

@@ -1,0 +1,178 @@
+"""Strict reading of nested settings into a pydantic model, for the run YAML and for the DeepSpeed JSON alike.
+
+Both are first flattened to dotted keys, so that every unknown key and every bad value can be named in full,
+with the file it stands in. Validation is strict: a quoted number is text, and true is not 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from megalm.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+}
+
+
+def members(annotation: Any) -> Iterator[Any]:
+    """The types that a union, optional or annotated type is made of."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from members(get_args(annotation)[0])
+    elif origin in (Union, types.UnionType):
+        for part in get_args(annotation):
+            yield from members(part)
+    else:
+        yield annotation
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that is a section of its own, or None for a value."""
+    for member in members(field.annotation):
+        if isinstance(member, type) and issubclass(member, BaseModel):
+            return member
+    return None
+
+
+def leaf_fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """Dotted key -> field of every value in the model, sections opened."""
+    leaves: dict[str, FieldInfo] = {}
+    for name, field in model.model_fields.items():
+        section = section_of(field)
+        leaves |= leaf_fields(section, f"{prefix}{name}.") if section else {f"{prefix}{name}": field}
+    return leaves
+
+
+def flatten(
+    raw: Any, model: type[BaseModel], where: str, unknown: Callable[[str], ConfigError], prefix: str = ""
+) -> dict[str, Any]:
+    """Dotted key -> value of what a file states; aliases become field names.
+
+    Args:
+        where: the file's name or "command line", for messages.
+        unknown: makes the error for a key that the model does not have.
+
+    Raises:
+        ConfigError: an unknown key, a section that is not a mapping, one setting under two spellings.
+    """
+    if raw is None:  # a section whose lines are all commented out
+        return {}
+    if not isinstance(raw, Mapping):
+        keys = ", ".join(list(model.model_fields)[:3])
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'it'} is not a section with keys such as {keys}")
+    names = {field.alias: name for name, field in model.model_fields.items() if field.alias}
+    leaves: dict[str, Any] = {}
+    stated: set[str] = set()
+    for key, value in raw.items():
+        name = names.get(key, key)
+        path = f"{prefix}{name}"
+        if not isinstance(name, str) or name not in model.model_fields:
+            raise unknown(f"{prefix}{key}")
+        if name in stated:
+            raise ConfigError(f"{where}: {path} is stated twice, under two spellings; keep one")
+        stated.add(name)
+        section = section_of(model.model_fields[name])
+        leaves |= flatten(value, section, where, unknown, f"{path}.") if section else {path: value}
+    return leaves
+
+
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    nested: dict[str, Any] = {}
+    for path, value in leaves.items():
+        *sections, name = path.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return nested
+
+
+def validate(model: type[Model], leaves: Mapping[str, Any], origin: Callable[[str], str]) -> Model:
+    """The model with these values, the rest at its defaults.
+
+    Args:
+        origin: dotted key -> where its value was stated, for the message.
+
+    Raises:
+        ConfigError: the first bad value: where, key, value and what was expected.
+    """
+    fields = leaf_fields(model)
+    tidy = {path: _whole(value, fields[path]) for path, value in leaves.items()}
+    for path, value in tidy.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{origin(path)}: {path}={value}: expected {expected(fields[path])}")
+    try:
+        return model.model_validate_json(json.dumps(nest(tidy), default=str), strict=True)
+    except ValidationError as error:
+        parts = [str(part) for part in error.errors()[0]["loc"]]
+        prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+        path = next((prefix for prefix in prefixes if prefix in fields), prefixes[0])
+        if path not in tidy:
+            raise ConfigError(f"{origin(path)}: {path} is not stated; add it") from None
+        raise ConfigError(f"{origin(path)}: {path}={shown(tidy[path])}: expected {expected(fields[path])}") from None
+
+
+def expected(field: FieldInfo) -> str:
+    """What a field takes, in words: "a whole number above 0 or null"."""
+    return _expected(field.annotation, tuple(field.metadata))
+
+
+def shown(value: Any) -> str:
+    """A value as a person would write it, shortened."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _expected(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        inner, *constraints = get_args(annotation)
+        return _expected(inner, (*constraints, *metadata))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_expected(part, metadata) for part in get_args(annotation))
+    if origin is Literal:
+        options = get_args(annotation)
+        return ("one of " if len(options) > 1 else "") + ", ".join(shown(option) for option in options)
+    if origin is tuple:
+        kinds = [_expected(part) for part in get_args(annotation) if part is not Ellipsis]
+        return f"a list of {kinds[0]}" if Ellipsis in get_args(annotation) else f"a list of {len(kinds)}: {kinds[0]}"
+    return _KINDS.get(annotation, str(annotation)) + (_bounds(metadata) if annotation in (int, float) else "")
+
+
+def _bounds(metadata: tuple[Any, ...]) -> str:
+    words = []
+    for item in metadata:
+        for bound in item.metadata if isinstance(item, FieldInfo) else [item]:
+            if isinstance(bound, Gt):
+                words.append(f"above {bound.gt}")
+            elif isinstance(bound, Ge):
+                words.append(f"of at least {bound.ge}")
+            elif isinstance(bound, Lt):
+                words.append(f"below {bound.lt}")
+            elif isinstance(bound, Le):
+                words.append(f"of at most {bound.le}")
+    return "".join(f" {word}" if index == 0 else f" and {word}" for index, word in enumerate(words))
+
+
+def _whole(value: Any, field: FieldInfo) -> Any:
+    """5e8 where a whole number is meant: the integer 500000000, as DeepSpeed reads it too."""
+    kinds = set(members(field.annotation))
+    if isinstance(value, float) and int in kinds and float not in kinds and value.is_integer():
+        return int(value)
+    return value
