@@ -1,0 +1,185 @@
+"""`megalm doctor`: what this machine has, what of megalm works here, and why the rest does not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import typer
+
+from megalm.cli import show
+from megalm.config.schema import RunSection
+
+_GIB = 2**30
+_SLURM_COMMANDS = ("sbatch", "srun", "scontrol", "sinfo")
+# Below this, gloo and data workers run out of shared memory (containers have 64 MiB by default).
+_ENOUGH_SHM_BYTES = _GIB
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked for; `missing` means that nothing can be trained without it."""
+
+    name: str
+    found: str
+    state: str = "ok"  # ok | absent | missing
+
+
+def command() -> None:
+    """What this machine has, and what of megalm works on it; exit code 1 where something essential is missing."""
+    machine = machine_findings()
+    works = capabilities({finding.name: finding for finding in machine})
+    typer.echo(show.table(["machine", "found", ""], [[item.name, item.found, item.state] for item in machine]))
+    typer.echo("\n" + show.table(["on this machine", "works", "because"], works))
+    missing = [item.name for item in machine if item.state == "missing"]
+    if missing:
+        typer.echo(f"\nmissing and essential: {', '.join(missing)}; install with `make install`", err=True)
+        raise typer.Exit(1)
+
+
+def machine_findings() -> list[Finding]:
+    """Everything that megalm uses of a machine, looked at without changing anything."""
+    torch_findings = _torch()
+    has_gpu = any(item.name == "CUDA device 0" for item in torch_findings)
+    return [
+        _python(),
+        *torch_findings,
+        _package("deepspeed", essential=True),
+        Finding("DeepSpeed ops built", ", ".join(_built_ops()) or "none yet; the first start builds them"),
+        _package("mlflow", essential=False),
+        Finding("cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} usable, {platform.machine()}"),
+        _memory(),
+        _disk(),
+        _shared_memory(),
+        # DeepSpeed compiles its shared-memory collectives for CPU ranks at their first start.
+        _tool("g++", "--version", essential=not has_gpu),
+        _tool("ninja", "--version", essential=not has_gpu),
+        _header("libaio.h"),
+        _slurm(),
+    ]
+
+
+def capabilities(machine: dict[str, Finding]) -> list[list[str]]:
+    """Rows (what, yes or no, why) drawn from the findings."""
+
+    def ok(name: str) -> bool:
+        return name in machine and machine[name].state == "ok"
+
+    gpu, compiler = ok("CUDA device 0"), ok("g++") and ok("ninja")
+    bf16 = gpu and "bf16" in machine["CUDA device 0"].found
+    base = ok("torch") and ok("deepspeed") and ok("python")
+    no_gpu = machine["CUDA"].found if "CUDA" in machine else "no CUDA device"
+    rows = [
+        ("training on the CPU (gloo)", base and compiler, "g++, ninja, torch and deepspeed" if base else "see above"),
+        ("training on GPUs (NCCL)", base and gpu, machine["CUDA device 0"].found if gpu else no_gpu),
+        ("bf16 on GPUs", bf16, "the device has it" if bf16 else "use fp16 there" if gpu else no_gpu),
+        ("optimizer offload to the CPU", base and compiler, "compiles DeepSpeedCPUAdam" if compiler else "no g++"),
+        ("offload to NVMe", compiler and ok("libaio.h"), "libaio headers: apt-get install libaio-dev"),
+        ("torch.compile", ok("g++") or gpu, "g++ for the CPU, Triton for GPUs"),
+        ("mirror to MLflow", ok("mlflow"), machine["mlflow"].found),
+        ("Slurm jobs from here", ok("Slurm"), machine["Slurm"].found),
+    ]
+    return [[what, "yes" if works else "no", why] for what, works, why in rows]
+
+
+def _python() -> Finding:
+    inside = (3, 10) <= sys.version_info[:2] <= (3, 12)
+    return Finding("python", f"{platform.python_version()} (3.10-3.12)", "ok" if inside else "missing")
+
+
+def _package(name: str, essential: bool) -> Finding:
+    """By its metadata: importing DeepSpeed or MLflow takes seconds."""
+    try:
+        return Finding(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "not installed", "missing" if essential else "absent")
+
+
+def _torch() -> list[Finding]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library of the build is not there
+        return [Finding("torch", f"cannot be imported: {error}", "missing")]
+    findings = [Finding("torch", torch.__version__)]
+    if not torch.cuda.is_available():
+        reason = "this torch is a CPU build" if torch.version.cuda is None else "no usable NVIDIA driver or device"
+        return [*findings, Finding("CUDA", reason, "absent")]
+    findings.append(Finding("CUDA", f"{torch.version.cuda}, {torch.cuda.device_count()} devices"))
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        # Ampere and later compute in bf16; earlier devices only emulate it.
+        precision = "bf16" if properties.major >= 8 else "fp16 only"
+        memory = show.size(properties.total_memory)
+        findings.append(Finding(f"CUDA device {index}", f"{properties.name}, {memory}, {precision}"))
+    return findings
+
+
+def _built_ops() -> list[str]:
+    """Names of compiled DeepSpeed operations: in torch's cache, or built into the package."""
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    found = {path.stem for path in cache.rglob("*.so")}
+    package = importlib.util.find_spec("deepspeed")
+    for folder in package.submodule_search_locations or [] if package else []:
+        found |= {path.name.split(".")[0] for path in (Path(folder) / "ops").rglob("*.so")}
+    return sorted(found)
+
+
+def _memory() -> Finding:
+    """What a process may use: the container's limit where that is lower than the machine's memory."""
+    memory = psutil.virtual_memory()
+    limit = memory.total
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = min(limit, int(Path(file).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return Finding("memory", f"{show.size(limit)}, {show.size(min(limit, memory.available))} free")
+
+
+def _disk() -> Finding:
+    root = Path(RunSection().root).absolute()
+    place = next(folder for folder in (root, *root.parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    return Finding("disk for runs", f"{show.size(free)} free at {place}", "ok" if free > _GIB else "absent")
+
+
+def _shared_memory() -> Finding:
+    if not Path("/dev/shm").is_dir():
+        return Finding("/dev/shm", "not there", "absent")
+    total = shutil.disk_usage("/dev/shm").total
+    if total >= _ENOUGH_SHM_BYTES:
+        return Finding("/dev/shm", f"{show.size(total)}")
+    return Finding("/dev/shm", f"{show.size(total)}; start the container with --shm-size=8g", "absent")
+
+
+def _tool(name: str, version_flag: str, essential: bool) -> Finding:
+    # The virtual environment's own first: `make` puts it there on PATH, a bare shell may not.
+    path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if path is None:
+        return Finding(name, "not on PATH", "missing" if essential else "absent")
+    result = subprocess.run([path, version_flag], capture_output=True, text=True, check=False)
+    lines = result.stdout.splitlines() or ["no answer"]
+    return Finding(name, lines[0])
+
+
+def _header(name: str) -> Finding:
+    for folder in ("/usr/include", "/usr/local/include"):
+        if (Path(folder) / name).is_file():
+            return Finding(name, f"{folder}/{name}")
+    return Finding(name, "not found", "absent")
+
+
+def _slurm() -> Finding:
+    missing = [name for name in _SLURM_COMMANDS if shutil.which(name) is None]
+    if missing:
+        return Finding("Slurm", f"no {', '.join(missing)}", "absent")
+    return Finding("Slurm", ", ".join(_SLURM_COMMANDS))

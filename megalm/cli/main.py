@@ -1,0 +1,103 @@
+"""`megalm`: one subcommand a file, and only the file of the command that is run is imported.
+
+So `megalm --help` answers at once, and a login node without a working torch can still list checkpoints.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+import typer
+
+import megalm
+from megalm.config.suggest import did_you_mean
+from megalm.errors import EXIT_REFUSED, MegalmError
+
+# Command -> (module with a Typer `app` or a function `command`, what the overview says of it).
+COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": ("doctor", "What this machine has, and what of megalm works on it."),
+    "presets": ("presets", "List the shipped runs and models, or show one."),
+    "plan": ("plan", "What a run amounts to before it is started: size, tokens, memory, schedule."),
+    "checkpoint": ("checkpoint", "List the checkpoints of a run, or show one."),
+    "evaluate": ("evaluate", "Loss and perplexity of a checkpoint on a dataset."),
+    "generate": ("generate", "Continue prompts with a checkpoint."),
+    "export": ("export", "Write a checkpoint in Hugging Face form."),
+    "import": ("import_", "Start from a model in Hugging Face form."),
+    "compare": ("compare", "Two or more runs: what differs in configuration and in results."),
+    "report": ("report", "One page about a run."),
+    "track": ("track", "Bring a run to MLflow."),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script; always leaves by SystemExit. Errors for people are one line on stderr."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.WARNING, format="megalm: %(levelname)s: %(message)s")
+    try:
+        chosen = next((word for word in words if not word.startswith("-")), None)
+        known = available_commands()
+        if chosen is not None and chosen not in known:
+            message = f"no such command {chosen!r}{did_you_mean(chosen, known)} (`megalm --help` lists them all)"
+            _leave(message, EXIT_REFUSED)
+        build_app(chosen)(args=words, prog_name="megalm")
+    except MegalmError as error:
+        _leave(str(error), error.exit_code)
+
+
+def available_commands() -> list[str]:
+    """The commands whose modules are installed, in the overview's order; imports none of them."""
+    return [name for name, (module, _) in COMMANDS.items() if importlib.util.find_spec(f"megalm.cli.{module}")]
+
+
+def build_app(chosen: str | None) -> typer.Typer:
+    """The application with the real `chosen` command; of the others only what the overview says."""
+    app = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        help="Large-model pretraining with DeepSpeed. Runs are started with `deepspeed launch/pretrain.py`.",
+    )
+    app.callback()(_options)
+    for name in available_commands():
+        module_name, summary = COMMANDS[name]
+        if name != chosen:
+            app.command(name, help=summary)(_not_chosen)
+            continue
+        module = importlib.import_module(f"megalm.cli.{module_name}")
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=name, help=summary)
+        else:
+            command: Callable[..., object] = module.command
+            app.command(name, help=command.__doc__ or summary)(command)
+    return app
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"megalm {megalm.__version__}")
+        raise typer.Exit
+
+
+def _options(
+    _version: bool = typer.Option(
+        False, "--version", help="Show the version and leave.", is_eager=True, callback=_show_version
+    ),
+) -> None:
+    """Options before the command; `--version` acts in its callback."""
+
+
+def _not_chosen() -> None:
+    raise AssertionError("only the chosen command is ever run")
+
+
+def _leave(message: str, exit_code: int) -> None:
+    typer.echo(f"megalm: error: {' '.join(message.split())}", err=True)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

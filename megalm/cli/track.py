@@ -1,0 +1,32 @@
+"""`megalm track`: bring run folders to MLflow by hand."""
+
+from __future__ import annotations
+
+import typer
+
+from megalm.cli.runs import find_run
+from megalm.tracking import mirror
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `sync` a subcommand: a Typer with one command would swallow its name."""
+
+
+@app.command()
+def sync(
+    runs: list[str] = typer.Argument(help="Run folders, or names under runs/."),
+    deadline_seconds: float = typer.Option(30.0, min=0.0, help="Go on trying so long where the store is down."),
+) -> None:
+    """Send MLflow what it does not have yet of these runs; nothing is sent twice."""
+    for run in runs:
+        run_dir = find_run(run)
+        sent = mirror.sync(run_dir, deadline_seconds)
+        typer.echo(
+            f"{run_dir}: sent {sent.metrics} metric values and {sent.artifacts} files to {sent.tracking_uri}, "
+            f"run {sent.run_id}, {sent.status}"
+        )
+        if sent.status == "RUNNING":
+            typer.echo(f"{run_dir}: metrics.jsonl has no end event, so MLflow shows the run as running")
