@@ -115,7 +115,8 @@ class Delivery:
         self._state = MirrorState.load(self._state_path)
         self._store: Store | None = None
         uri, is_default = run_folder.tracking_uri(run_dir, self._state)
-        if self._state.tracking_uri not in ("", uri):
+        both_default = is_default and self._state.default_store  # a moved run root takes its store along
+        if self._state.tracking_uri not in ("", uri) and not both_default:
             logger.warning("%s is now tracked at %s: a new MLflow run from the first row", run_dir, uri)
             self._state = MirrorState()
         self._state.tracking_uri, self._state.default_store = uri, is_default

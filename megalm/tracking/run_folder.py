@@ -34,7 +34,7 @@ def tracking_uri(run_dir: Path, state: MirrorState) -> tuple[str, bool]:
     """Where this run is tracked, and whether that is the default store beside the run folder.
 
     MLFLOW_TRACKING_URI rules; without it a run stays where it was first sent, and a new one goes to SQLite
-    in the run root. The default is worked out anew each time, so a moved run root takes its store along.
+    in the run root, wherever that is now.
     """
     stated = os.environ.get("MLFLOW_TRACKING_URI")
     if stated:

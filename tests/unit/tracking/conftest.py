@@ -1,0 +1,37 @@
+"""Run folders and a real MLflow store on SQLite."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new mlflow.db: making its tables takes seconds, copying them does not."""
+    from mlflow import MlflowClient
+
+    root = tmp_path_factory.mktemp("store")
+    MlflowClient(f"sqlite:///{root / 'mlflow.db'}").search_experiments(max_results=1)
+    return root / "mlflow.db"
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, empty_store: Path) -> Path:
+    """A run folder as training leaves it before its first row, in a run root with an empty store."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    folder = tmp_path / "first-001"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "config.yaml").write_text(
+        "model: {hidden_size: 64, style: llama}\ntrain: {steps: 4}\ntracking: {experiment: trials}\n"
+        f"data: {{train: null, tokenizer: {'x' * 7000}}}\n"
+    )
+    (folder / "deepspeed.json").write_text('{"train_batch_size": 8}')
+    (folder / "deepspeed.resolved.json").write_text(json.dumps({"train_batch_size": 8, "bf16": {"enabled": True}}))
+    environment = {"git_commit": "0123abc", "host": "node1", "packages": {"torch": "2.13.0"}}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    (folder / "samples" / "step-00000004.txt").write_text("Once upon a time")
+    return folder

@@ -1,0 +1,20 @@
+"""Writing what training writes; for the tests of this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megalm.tracking.metrics import MetricsWriter
+
+
+def write_rows(run_dir: Path, steps: range, attempt: int = 1, end: str | None = None) -> None:
+    """What one attempt of training writes; `end` is its end event's status."""
+    with MetricsWriter(run_dir / "metrics.jsonl") as writer:
+        opening = {"event": "start"} if attempt == 1 else {"event": "resume", "step": steps.start - 1}
+        fingerprints = {"dataset_fingerprint": "d0", "tokenizer_fingerprint": "t0"}
+        writer.row("event", **opening, attempt=attempt, **fingerprints)
+        for step in steps:
+            writer.row("train", step=step, tokens=step * 100, loss=4.0 / step, lr=1e-3, attempt=attempt)
+        writer.row("eval", step=steps[-1], tokens=steps[-1] * 100, loss=1.5, perplexity=4.48, dataset="validation")
+        if end is not None:
+            writer.row("event", event="end", status=end, exit_code=0 if end == "finished" else 1)

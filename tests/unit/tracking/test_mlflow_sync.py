@@ -1,0 +1,222 @@
+"""A run folder in MLflow, against a real SQLite store: everything arrives, once, in one MLflow run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import re
+import socket
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from run_folders import write_rows
+
+from megalm.errors import ConfigError, DataError, MegalmError
+from megalm.tracking.metrics import MetricsWriter, read_metrics
+from megalm.tracking.mirror import sync
+
+
+def client_of(run_dir: Path) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(f"sqlite:///{run_dir.parent / 'mlflow.db'}")
+
+
+def history(run_dir: Path, run_id: str, key: str) -> list[tuple[int, float]]:
+    return [(item.step, item.value) for item in client_of(run_dir).get_metric_history(run_id, key)]
+
+
+def test_a_finished_run_arrives_whole(run_dir: Path) -> None:
+    write_rows(run_dir, range(1, 5), end="finished")
+    sent = sync(run_dir)
+    client = client_of(run_dir)
+    run = client.get_run(sent.run_id)
+    rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["kind"] == "train"]
+
+    found = client.get_metric_history(sent.run_id, "train/loss")
+    assert [(item.step, item.value, item.timestamp) for item in found] == [
+        (row["step"], row["loss"], int(row["time"] * 1000)) for row in rows
+    ]
+    assert run.data.metrics["eval/perplexity"] == pytest.approx(4.48)
+    assert run.data.params["train.steps"] == "4"
+    assert run.data.params["model.style"] == "llama"
+    assert run.data.params["data.train"] == "null"
+    assert run.data.params["deepspeed.bf16.enabled"] == "true"
+    assert run.data.params["data.tokenizer"] == "x" * 5997 + "..."
+    assert run.data.tags["mlflow.source.git.commit"] == "0123abc"
+    assert run.data.tags["dataset_fingerprint"] == "d0"
+    assert run.data.tags["tokenizer_fingerprint"] == "t0"
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "first-001")
+    end = list(read_metrics(run_dir / "metrics.jsonl"))[-1]
+    assert run.info.end_time == int(end["time"] * 1000)
+    assert client.get_experiment(run.info.experiment_id).name == "trials"
+
+    top = {item.path for item in client.list_artifacts(sent.run_id)}
+    assert top == {"config.yaml", "deepspeed.json", "deepspeed.resolved.json", "environment.json", "samples"}
+    stored = run_dir.parent / "mlartifacts" / sent.run_id / "artifacts" / "samples" / "step-00000004.txt"
+    assert stored.read_text() == "Once upon a time"
+    assert sent.artifacts == 5
+
+
+def test_a_second_sync_sends_nothing(run_dir: Path) -> None:
+    write_rows(run_dir, range(1, 5), end="finished")
+    first, second = sync(run_dir), sync(run_dir)
+    assert (second.metrics, second.artifacts, second.run_id) == (0, 0, first.run_id)
+
+
+def test_a_lost_note_sends_the_same_values_and_mlflow_keeps_one(run_dir: Path) -> None:
+    """A kill between a batch and its note: the batch goes out again."""
+    write_rows(run_dir, range(1, 5), end="finished")
+    first = sync(run_dir)
+    before = history(run_dir, first.run_id, "train/loss")
+    state = json.loads((run_dir / "mlflow.json").read_text())
+    (run_dir / "mlflow.json").write_text(json.dumps(state | {"offset": 0}))
+    second = sync(run_dir)
+    assert second.metrics == first.metrics > 0
+    assert history(run_dir, second.run_id, "train/loss") == before
+
+
+def test_a_lost_answer_to_create_makes_no_second_run(run_dir: Path) -> None:
+    write_rows(run_dir, range(1, 5))
+    first = sync(run_dir)
+    state = json.loads((run_dir / "mlflow.json").read_text())
+    (run_dir / "mlflow.json").write_text(json.dumps(state | {"run_id": None, "offset": 0}))
+    assert sync(run_dir).run_id == first.run_id
+
+
+def test_a_resumed_run_goes_on_in_the_same_mlflow_run(run_dir: Path) -> None:
+    write_rows(run_dir, range(1, 5), end="stopped")
+    first = sync(run_dir)
+    assert client_of(run_dir).get_run(first.run_id).info.status == "KILLED"
+    config = (run_dir / "config.yaml").read_text().replace("steps: 4", "steps: 6")
+    (run_dir / "config.yaml").write_text(config)
+    write_rows(run_dir, range(4, 7), attempt=2)
+    second = sync(run_dir)
+    run = client_of(run_dir).get_run(first.run_id)
+    assert second.run_id == first.run_id
+    assert run.info.status == "RUNNING"
+    assert [step for step, _ in history(run_dir, first.run_id, "train/loss")] == [1, 2, 3, 4, 4, 5, 6]
+    assert run.data.params["train.steps"] == "4"  # MLflow's parameters cannot change ...
+    assert run.data.tags["changed.train.steps"] == "6"  # ... so what changed stands beside them
+    assert "changed.model.style" not in run.data.tags
+    assert second.artifacts == 1  # the changed config.yaml
+
+
+@pytest.mark.parametrize(
+    ("end", "status"), [("finished", "FINISHED"), ("failed", "FAILED"), ("stopped", "KILLED"), (None, "RUNNING")]
+)
+def test_the_status_is_that_of_the_end_event(run_dir: Path, end: str | None, status: str) -> None:
+    write_rows(run_dir, range(1, 3), end=end)
+    sent = sync(run_dir)
+    assert (sent.status, client_of(run_dir).get_run(sent.run_id).info.status) == (status, status)
+
+
+def test_more_rows_than_one_request_takes(run_dir: Path) -> None:
+    write_rows(run_dir, range(1, 701), end="finished")
+    sent = sync(run_dir)
+    assert sent.metrics > 2 * 1000
+    assert [step for step, _ in history(run_dir, sent.run_id, "train/lr")] == list(range(1, 701))
+
+
+def test_odd_names_and_values_do_not_stop_the_rest(run_dir: Path) -> None:
+    with MetricsWriter(run_dir / "metrics.jsonl") as writer:
+        writer.row("train", step=1, loss=math.nan, grad_norm=math.inf, note="text", flag=True, **{"a%b": 1.0})
+        writer.row("eval", step=1, loss=2.0, dataset="/data/news é")
+        writer.row("event", event="skip", step=1, count=3)
+    sent = sync(run_dir)
+    metrics = client_of(run_dir).get_run(sent.run_id).data.metrics
+    assert math.isnan(metrics["train/loss"])
+    assert metrics["train/grad_norm"] > 1e300
+    assert metrics["train/a_b"] == 1.0
+    assert metrics["eval/news _/loss"] == 2.0
+    assert metrics["event/skip/count"] == 3.0
+    assert "train/note" not in metrics
+    assert "train/flag" not in metrics
+
+
+def test_validation_sets_of_one_run_are_series_of_their_own(run_dir: Path) -> None:
+    with MetricsWriter(run_dir / "metrics.jsonl") as writer:
+        for dataset, loss in (("validation", 1.0), ("news", 2.0), ("books", 3.0)):
+            writer.row("eval", step=1, loss=loss, dataset=dataset)
+    metrics = client_of(run_dir).get_run(sync(run_dir).run_id).data.metrics
+    assert metrics == {"eval/loss": 1.0, "eval/news/loss": 2.0, "eval/books/loss": 3.0}
+
+
+def test_a_store_that_is_down_is_named_and_gets_everything_later(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(run_dir, range(1, 5), end="finished")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        uri = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(MegalmError, match=re.escape(uri)) as caught:
+            sync(run_dir, deadline_seconds=0.0)
+    assert "megalm track sync" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{run_dir.parent / 'mlflow.db'}")
+    sent = sync(run_dir)
+    assert len(history(run_dir, sent.run_id, "train/loss")) == 4
+    assert sent.status == "FINISHED"
+
+
+def test_a_locked_database_is_waited_for(run_dir: Path) -> None:
+    """Another process holds the database; the delivery goes on when it lets go."""
+    import sqlite3
+    import threading
+
+    write_rows(run_dir, range(1, 5), end="finished")
+    database = sqlite3.connect(run_dir.parent / "mlflow.db", check_same_thread=False, isolation_level=None)
+    database.execute("BEGIN EXCLUSIVE")
+    timer = threading.Timer(3.0, lambda: database.execute("ROLLBACK"))
+    timer.start()
+    begun = time.monotonic()
+    sent = sync(run_dir)
+    timer.join()
+    database.close()
+    assert time.monotonic() - begun >= 2.9
+    assert len(history(run_dir, sent.run_id, "train/loss")) == 4
+
+
+def test_two_mirrors_never_work_on_one_run(run_dir: Path) -> None:
+    write_rows(run_dir, range(1, 5))
+    with open(run_dir / "mlflow.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="its mirror is at work"):
+            sync(run_dir)
+    assert sync(run_dir).metrics > 0
+
+
+def test_a_moved_run_root_keeps_its_mlflow_run(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    write_rows(run_dir, range(1, 5))
+    first = sync(run_dir)
+    moved = tmp_path_factory.mktemp("elsewhere") / "runs"
+    run_dir.parent.rename(moved)
+    write_rows(moved / run_dir.name, range(5, 7), attempt=2)
+    second = sync(moved / run_dir.name)
+    assert second.run_id == first.run_id
+    assert len(history(moved / run_dir.name, first.run_id, "train/loss")) == 6
+
+
+def test_a_deleted_mlflow_run_is_made_anew(run_dir: Path) -> None:
+    write_rows(run_dir, range(1, 5))
+    first = sync(run_dir)
+    client_of(run_dir).delete_run(first.run_id)
+    second = sync(run_dir)
+    assert second.run_id != first.run_id
+    assert second.metrics == first.metrics
+
+
+def test_damaged_files_are_errors_that_name_them(run_dir: Path) -> None:
+    write_rows(run_dir, range(1, 3))
+    metrics = run_dir / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes() + b"{oops\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl"):
+        sync(run_dir)
+    (run_dir / "mlflow.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"mlflow\.json"):
+        sync(run_dir)
+    with pytest.raises(ConfigError, match="no such run folder"):
+        sync(run_dir / "nothing")
