@@ -1,0 +1,303 @@
+"""Token files in the MMapIndexedDataset format: PREFIX.bin (raw tokens) and PREFIX.idx (where each sequence lies).
+
+The format is the one that Megatron-LM, Megatron-DeepSpeed and gpt-neox read and write. All integers are
+little-endian:
+
+    0   9 bytes  magic          18  u64     S, number of sequences      34  i32[S]  lengths in tokens
+    9   u64      version 1      26  u64     D, documents + 1                i64[S]  byte offsets in .bin
+    17  u8       dtype code                                                i64[D]  first sequence of each document
+                                                                           i8[S]   modes (optional, ignored)
+
+S sequences, D documents + 1, N tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from array import array
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from megalm.data.files import sync_directory, temporary_name, writing_to
+from megalm.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+LEGACY_MAGIC = b"TNTIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, np.dtype[np.generic]] = {
+    code: np.dtype(name)
+    for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}.items()
+}
+# Below this size of vocabulary a token fits u16 with room for a few more, as the peers have it.
+UINT16_VOCABULARY = 65_500
+PROBES, PROBE_TOKENS = 64, 4096
+
+
+def best_dtype(vocab_size: int) -> np.dtype[np.generic]:
+    """The smallest dtype that the peers use for such a vocabulary: u16, or i32 from 65,500 on."""
+    return DTYPES[8] if vocab_size < UINT16_VOCABULARY else DTYPES[4]
+
+
+def bin_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.idx")
+
+
+def sidecar_path(prefix: str | Path) -> Path:
+    """PREFIX.json: what the dataset was made of; readers do without it."""
+    return Path(f"{prefix}.json")
+
+
+class IndexedDataset:
+    """A memory-mapped dataset; opening it reads the index's header and checks the sizes of both files.
+
+    Attributes:
+        sequence_lengths: i32[S] in tokens; sequence_pointers: i64[S] in bytes; document_index: i64[D]. Views of
+            the file, not aligned in memory.
+        tokens: [N], all tokens, in the file's order.
+
+    Raises:
+        DataError: files that are absent, of another format or version, cut short or too long.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        index = _map_bytes(idx_path(prefix))
+        count, documents, self.dtype = _read_header(index, idx_path(prefix))
+        base = HEADER.size
+        expected = base + 12 * count + 8 * documents
+        if len(index) not in (expected, expected + count):
+            raise DataError(
+                f"{idx_path(prefix)}: {expected:,} bytes expected for {count:,} sequences, {len(index):,} found; "
+                "the file is cut short or damaged, copy or build it again"
+            )
+        self.sequence_lengths: npt.NDArray[np.int32] = _view(index, "<i4", count, base)
+        self.sequence_pointers: npt.NDArray[np.int64] = _view(index, "<i8", count, base + 4 * count)
+        self.document_index: npt.NDArray[np.int64] = _view(index, "<i8", documents, base + 12 * count)
+        self._check_ends()
+        raw = _map_bytes(bin_path(prefix))
+        size = 0
+        if count:
+            size = int(self.sequence_pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize
+        if len(raw) != size:
+            raise DataError(
+                f"{bin_path(prefix)}: {size:,} bytes expected by {idx_path(prefix).name}, {len(raw):,} found; "
+                "the file is cut short or belongs to another index, copy or build it again"
+            )
+        self.tokens: npt.NDArray[np.generic] = raw.view(self.dtype)
+
+    def __len__(self) -> int:
+        return len(self.sequence_lengths)
+
+    def __getitem__(self, index: int) -> npt.NDArray[np.generic]:
+        """Tokens of sequence `index`, a read-only view of the file."""
+        start = int(self.sequence_pointers[index]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.sequence_lengths[index])]
+
+    @property
+    def document_count(self) -> int:
+        return len(self.document_index) - 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the content: all lengths, and 64 probes spread evenly over the tokens; not the file's name."""
+        digest = hashlib.sha256(f"{self.dtype.str} {len(self)} {len(self.tokens)}".encode())
+        digest.update(np.ascontiguousarray(self.sequence_lengths).data)
+        for start in np.linspace(0, max(0, len(self.tokens) - PROBE_TOKENS), PROBES, dtype=np.int64):
+            digest.update(np.ascontiguousarray(self.tokens[start : start + PROBE_TOKENS]).data)
+        return digest.hexdigest()
+
+    def verify(self) -> None:
+        """Check every entry of the index, which opening does not: lengths, offsets and documents fit together.
+
+        Raises:
+            DataError: naming the first entry that is wrong.
+        """
+        ends = np.cumsum(self.sequence_lengths, dtype=np.int64) * self.dtype.itemsize
+        starts = np.concatenate(([0], ends[:-1])) if len(ends) else ends
+        for wrong, what in (
+            (self.sequence_lengths < 0, "a negative length in sequence"),
+            (self.sequence_pointers != starts, "offset and lengths disagree at sequence"),
+            (np.diff(self.document_index) < 0, "the documents go backwards at document"),
+        ):
+            if wrong.any():
+                raise DataError(
+                    f"{idx_path(self.prefix)}: {what} {int(wrong.argmax())}; the index is damaged, build it again"
+                )
+
+    def _check_ends(self) -> None:
+        documents = self.document_index
+        if len(documents) == 0 or documents[0] != 0 or documents[-1] != len(self):
+            raise DataError(
+                f"{idx_path(self.prefix)}: the documents do not run from sequence 0 to {len(self)}; "
+                "the index is damaged, build it again"
+            )
+
+
+class IndexedDatasetWriter:
+    """Writes a dataset under temporary names; `close()` gives it its own, the index last.
+
+    As a context manager it closes at the end and aborts on an exception; after `abort()` nothing is left and
+    what stood under the name before still stands.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype[np.generic] | type[np.generic]) -> None:
+        self.prefix = str(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self._code = _dtype_code(self.dtype)
+        self._lengths = array("i")
+        self._documents = array("q", [0])
+        self._bin_temporary = temporary_name(bin_path(prefix))
+        self._idx_temporary = temporary_name(idx_path(prefix))
+        with writing_to(bin_path(prefix)):
+            self._bin_temporary.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._bin_temporary.open("wb")
+
+    def append(self, tokens: npt.ArrayLike) -> None:
+        """Add a document of one sequence, [n] tokens."""
+        row = np.asarray(tokens)
+        self.append_documents(row, [len(row)])
+
+    def append_documents(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike) -> None:
+        """Add documents of one sequence each: their tokens one after another [sum n], and their lengths [documents].
+
+        Raises:
+            DataError: a token that the dtype cannot hold (it would become another one), or a full disk.
+        """
+        flat = np.asarray(tokens)
+        sizes = np.asarray(lengths, dtype=np.int64)
+        assert sizes.sum() == len(flat), "lengths and tokens disagree"
+        if flat.dtype != self.dtype and len(flat):
+            self._check_range(flat)
+        with writing_to(bin_path(self.prefix)):
+            self._file.write(np.ascontiguousarray(flat, dtype=self.dtype).data)
+        first = len(self._lengths)
+        self._lengths.frombytes(sizes.astype(np.int32).tobytes())
+        self._documents.frombytes(np.arange(first + 1, first + 1 + len(sizes), dtype=np.int64).tobytes())
+
+    def append_dataset(self, dataset: IndexedDataset, chunk_tokens: int = 1 << 24) -> None:
+        """Add all sequences and documents of another dataset of the same dtype, as they are.
+
+        Raises:
+            DataError: another dtype.
+        """
+        if dataset.dtype != self.dtype:
+            raise DataError(
+                f"{dataset.prefix}: holds {dataset.dtype}, the output {self.dtype}; "
+                "only datasets of one tokenizer can be merged, build it again with the other's"
+            )
+        with writing_to(bin_path(self.prefix)):
+            for start in range(0, len(dataset.tokens), chunk_tokens):
+                self._file.write(dataset.tokens[start : start + chunk_tokens].data)
+        first = len(self._lengths)
+        self._lengths.frombytes(dataset.sequence_lengths.astype(np.int32).tobytes())
+        self._documents.frombytes((dataset.document_index[1:] + first).astype(np.int64).tobytes())
+
+    def close(self) -> None:
+        """Write the index and give both files their names, atomically one after the other."""
+        with writing_to(idx_path(self.prefix)):
+            try:
+                _sync_and_close(self._file)
+                with self._idx_temporary.open("wb") as index:
+                    self._write_index(index)
+                    index.flush()
+                    os.fsync(index.fileno())
+                # Without its index an old dataset is absent; a new .bin beside an old .idx could pass for one.
+                idx_path(self.prefix).unlink(missing_ok=True)
+                self._bin_temporary.replace(bin_path(self.prefix))
+                self._idx_temporary.replace(idx_path(self.prefix))
+            except BaseException:
+                self.abort()
+                raise
+            sync_directory(bin_path(self.prefix).parent)
+
+    def abort(self) -> None:
+        """Throw away what was written."""
+        self._file.close()
+        self._bin_temporary.unlink(missing_ok=True)
+        self._idx_temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> IndexedDatasetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _check_range(self, tokens: npt.NDArray[np.generic]) -> None:
+        limits = np.iinfo(self.dtype.name)
+        low, high = int(np.min(tokens)), int(np.max(tokens))
+        if low < limits.min or high > limits.max:
+            wrong = low if low < limits.min else high
+            raise DataError(
+                f"{bin_path(self.prefix)}: token {wrong} does not fit {self.dtype}; "
+                "choose the dtype with best_dtype(vocab_size)"
+            )
+
+    def _write_index(self, index: BinaryIO) -> None:
+        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        documents = np.frombuffer(self._documents, dtype=np.int64)
+        pointers = np.zeros(len(lengths), dtype="<i8")
+        if len(lengths):
+            np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
+            pointers *= self.dtype.itemsize
+        index.write(HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(documents)))
+        for values in (lengths.astype("<i4"), pointers, documents.astype("<i8")):
+            index.write(values.data)
+
+
+def _dtype_code(dtype: np.dtype[np.generic]) -> int:
+    for code, known in DTYPES.items():
+        if known == dtype and known.kind in "iu":
+            return code
+    raise DataError(f"{dtype} is not an integer type of the indexed format; use best_dtype(vocab_size)")
+
+
+def _sync_and_close(file: BinaryIO) -> None:
+    with file:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _map_bytes(path: Path) -> npt.NDArray[np.uint8]:
+    try:
+        size = path.stat().st_size
+        if size == 0:  # cannot be mapped
+            return np.zeros(0, dtype=np.uint8)
+        return np.memmap(path, dtype=np.uint8, mode="r")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror}); check the dataset prefix") from error
+
+
+def _view(raw: npt.NDArray[np.uint8], dtype: str, count: int, offset: int) -> npt.NDArray[Any]:
+    return np.frombuffer(raw, dtype=dtype, count=count, offset=offset) if count else np.zeros(0, dtype=dtype)
+
+
+def _read_header(raw: npt.NDArray[np.uint8], path: Path) -> tuple[int, int, np.dtype[np.generic]]:
+    start = raw[: HEADER.size].tobytes()
+    if start.startswith(LEGACY_MAGIC):
+        raise DataError(f"{path}: the legacy TNTIDX format; convert it with the tool that wrote it, or build it again")
+    if not start.startswith(MAGIC):
+        raise DataError(f"{path}: not an index of tokens (it starts with {start[:9]!r}); check the dataset prefix")
+    if len(start) < HEADER.size:
+        raise DataError(f"{path}: {HEADER.size} bytes of header expected, {len(start)} found; copy or build it again")
+    _, version, code, count, documents = HEADER.unpack(start)
+    if version != VERSION:
+        raise DataError(f"{path}: version {version}, this reads version {VERSION}; build it again")
+    if code not in DTYPES:
+        raise DataError(f"{path}: unknown dtype code {code}, known are {sorted(DTYPES)}; build it again")
+    return count, documents, DTYPES[code]

@@ -1,0 +1,108 @@
+"""Tokenizers behind one protocol: SentencePiece, Hugging Face tokenizer.json, and raw bytes.
+
+V is the size of the vocabulary. Ids are 0..V-1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megalm.data.tokenizer_training import TokenizerReport, train_tokenizer
+from megalm.errors import DataError
+
+__all__ = ["ByteTokenizer", "Tokenizer", "TokenizerReport", "load_tokenizer", "train_tokenizer"]
+
+BYTES = "bytes"
+
+
+class Tokenizer(Protocol):
+    """What the rest of megalm knows of a tokenizer."""
+
+    @property
+    def name(self) -> str:
+        """For people: the kind and the file's name."""
+
+    @property
+    def spec(self) -> str:
+        """What `load_tokenizer` takes to load it again: a path, or "bytes"."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V: every id is below it."""
+
+    @property
+    def eod_id(self) -> int:
+        """The token that ends a document.
+
+        Raises:
+            DataError: where the tokenizer has none.
+        """
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides ids (pieces, scores, normaliser); not of paths or of how it was trained."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text; no token is added, and no text is read as a control token."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; control tokens give nothing, bytes that are not UTF-8 give U+FFFD."""
+
+    def token_bytes(self) -> npt.NDArray[np.int32]:
+        """[V] how many UTF-8 bytes each id decodes to inside a text; 0 for control tokens."""
+
+
+class ByteTokenizer:
+    """Ids 0..255 are bytes, 256 ends a document: exact on every text, trained on none."""
+
+    name = BYTES
+    spec = BYTES
+    vocab_size = 257
+    eod_id = 256
+    fingerprint = hashlib.sha256(b"megalm bytes tokenizer, 256 bytes and eod").hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(token for token in ids if token < self.eod_id).decode(errors="replace")
+
+    def token_bytes(self) -> npt.NDArray[np.int32]:
+        sizes = np.ones(self.vocab_size, dtype=np.int32)
+        sizes[self.eod_id] = 0
+        return sizes
+
+
+def load_tokenizer(spec: str | Path, threads: int = 1) -> Tokenizer:
+    """Load a SentencePiece `.model`, a Hugging Face `tokenizer.json` (or the folder that holds one), or "bytes".
+
+    Args:
+        threads: for `encode_batch`, where the kind of tokenizer can use them; never changes the result.
+
+    Raises:
+        DataError: a file that is absent or is not what its name says.
+    """
+    if str(spec) == BYTES:
+        return ByteTokenizer()
+    path = Path(spec)
+    if path.is_dir() and (path / "tokenizer.json").is_file():
+        path = path / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(
+            f"{spec}: no such tokenizer file; give a SentencePiece .model, a tokenizer.json, or 'bytes' "
+            "(data_tools/train_tokenizer.py makes one)"
+        )
+    # Each library is imported only by those who use it: both together cost a third of a second.
+    if path.suffix == ".json":
+        from megalm.data.tokenizer_huggingface import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(path)
+    from megalm.data.tokenizer_sentencepiece import SentencePieceTokenizer
+
+    return SentencePieceTokenizer(path, threads=threads)
