@@ -5,7 +5,7 @@ Weakest first: schema defaults < preset < YAML file < `key=value`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from megalm.config.unknown_keys import unknown_run_key
 from megalm.errors import ConfigError
 
 COMMAND_LINE = "command line"
+
+# Two ways to say one thing: a layer that takes the one puts aside what weaker layers said of the other.
+_ALTERNATIVES = (("data.train", "data.recipe"), ("data.validation", "data.split"))
 _LEAVES = leaf_fields(RunConfig)
 
 
@@ -62,6 +65,9 @@ def load_run_config(config: str | None, overrides: Sequence[str]) -> LoadedConfi
     values: dict[str, Any] = {}
     sources = dict.fromkeys(_LEAVES, "default")
     for layer in layers:
+        for replaced in _replaced_by(layer):
+            values.pop(replaced, None)
+            sources[replaced] = "default"
         values |= layer.leaves
         sources |= dict.fromkeys(layer.leaves, layer.origin)
     stated = frozenset(key for layer in layers if layer.by_person for key in layer.leaves)
@@ -71,6 +77,13 @@ def load_run_config(config: str | None, overrides: Sequence[str]) -> LoadedConfi
 def config_to_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML; loading it gives the same configuration, also under a later preset."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _replaced_by(layer: _Layer) -> Iterator[str]:
+    for pair in _ALTERNATIVES:
+        for key, other in (pair, pair[::-1]):
+            if layer.leaves.get(key) is not None and other not in layer.leaves:
+                yield other
 
 
 def _file_layers(name: str) -> tuple[str | None, list[_Layer]]:

@@ -23,7 +23,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -35,9 +35,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _resolver(tag: str, pattern: str, first_characters: list[str]) -> None:
-    _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
-        f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), first_characters
-    )
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), first_characters)
 
 
 _resolver("bool", "true|True|TRUE|false|False|FALSE", list("tTfF"))
@@ -71,7 +69,7 @@ def parse_yaml(text: str, where: str) -> Any:
         ConfigError: a syntax error or a key stated twice, with the line.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{where}, line {line}: {error.problem or 'not YAML'}; mend that line") from None

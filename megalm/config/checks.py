@@ -1,0 +1,219 @@
+"""Rules across the run configuration and the DeepSpeed JSON: one function and one message each.
+
+They run before any process group exists, so that a run that cannot be right never takes a GPU. Rules about one
+value alone are in the schemas.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from megalm.config.batch import plan_batch
+from megalm.config.case import Case
+from megalm.config.checks_deepspeed import DEEPSPEED_RULES
+from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, DeepSpeedConfig, read_deepspeed_json
+from megalm.config.loading import LoadedConfig
+from megalm.config.precision import DeviceFacts
+from megalm.errors import ConfigError
+from megalm.topology import Topology
+
+
+def check_run(loaded: LoadedConfig, ds: DeepSpeedConfig, world_size: int, device: DeviceFacts) -> None:
+    """Raise the first rule that the run breaks.
+
+    Raises:
+        ConfigError: what, where, and what to do instead.
+    """
+    case = Case(loaded, ds, world_size, device)
+    for rule in RULES:
+        rule(case)
+
+
+def run_name(case: Case) -> None:
+    name = case.config.run.name
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        raise ConfigError(
+            f"run.name={name!r} is no folder name: use letters, digits, '.', '_' and '-', and run.root for the folder"
+        )
+
+
+def hidden_divides_into_heads(case: Case) -> None:
+    model = case.config.model
+    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
+        raise ConfigError(
+            f"model.hidden_size={model.hidden_size} does not divide into model.num_attention_heads="
+            f"{model.num_attention_heads}; change one of them or state model.head_dim"
+        )
+
+
+def heads_divide_into_groups(case: Case) -> None:
+    model = case.config.model
+    groups = model.num_key_value_heads
+    if groups is not None and model.num_attention_heads % groups:
+        raise ConfigError(
+            f"model.num_attention_heads={model.num_attention_heads} does not divide into "
+            f"model.num_key_value_heads={groups}; each key/value head serves equally many heads"
+        )
+
+
+def rotary_needs_even_heads(case: Case) -> None:
+    model = case.config.model
+    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
+    if model.style == "llama" and head_dim % 2:
+        raise ConfigError(
+            f"head_dim={head_dim} (model.hidden_size / model.num_attention_heads) is odd; rotary positions of style "
+            "llama turn pairs of dimensions: use an even one"
+        )
+
+
+def sequence_fits_positions(case: Case) -> None:
+    length, positions = case.config.data.sequence_length, case.config.model.max_position_embeddings
+    if positions is not None and length > positions:
+        raise ConfigError(
+            f"data.sequence_length={length} is longer than model.max_position_embeddings={positions}; "
+            "shorten the one or raise the other"
+        )
+
+
+def data_is_stated(case: Case) -> None:
+    data = case.config.data
+    if data.train is None and data.recipe is None:
+        raise ConfigError("data.train is not stated; give a dataset prefix, or data.recipe=python-stdlib")
+    if data.train is not None and data.tokenizer is None:
+        raise ConfigError(f"data.train={data.train} needs data.tokenizer, the one that the dataset was built with")
+    if data.train is None and data.validation is not None:
+        raise ConfigError(f"data.validation={data.validation} needs data.train; state it, or use data.split")
+
+
+def one_source_of_validation(case: Case) -> None:
+    data = case.config.data
+    if data.validation is not None and data.split is not None:
+        raise ConfigError(
+            f"data.validation={data.validation} and data.split={data.split} both say what is validated on; keep one"
+        )
+
+
+def split_is_two_weights(case: Case) -> None:
+    split = case.config.data.split
+    if split is None:
+        return
+    try:
+        train, validation = (float(part) for part in split.split(","))
+    except ValueError:
+        train = validation = -1.0
+    if not (0 < train < float("inf") and 0 <= validation < float("inf")):
+        raise ConfigError(f"data.split={split!r} is not TRAIN,VALIDATION; write two weights such as 95,5")
+
+
+def dataset_files_exist(case: Case) -> None:
+    for key, prefix in (("data.train", case.config.data.train), ("data.validation", case.config.data.validation)):
+        for suffix in (".bin", ".idx") if prefix is not None else ():
+            if not Path(f"{prefix}{suffix}").is_file():
+                raise ConfigError(
+                    f"{key}={prefix}: {prefix}{suffix} does not exist; a dataset is named by its prefix, without "
+                    ".bin; python data_tools/build_dataset.py makes one"
+                )
+
+
+def tokenizer_exists(case: Case) -> None:
+    tokenizer = case.config.data.tokenizer
+    if tokenizer is not None and tokenizer != "bytes" and not Path(tokenizer).exists():
+        raise ConfigError(
+            f"data.tokenizer={tokenizer} does not exist; python data_tools/train_tokenizer.py makes one, "
+            "or use data.tokenizer=bytes"
+        )
+
+
+def warmup_ends_before_training(case: Case) -> None:
+    # A preset's warm-up is shortened with the run (resolve.py); a person's is not.
+    warmup, steps = case.config.schedule.warmup_steps, case.config.train.steps
+    if warmup >= steps and "schedule.warmup_steps" in case.loaded.stated:
+        raise ConfigError(f"schedule.warmup_steps={warmup} is not below train.steps={steps}; shorten the warm-up")
+
+
+def decay_fits_training(case: Case) -> None:
+    schedule, steps = case.config.schedule, case.config.train.steps
+    if schedule.decay_steps is None:
+        return
+    if schedule.kind != "wsd":
+        raise ConfigError(
+            f"schedule.decay_steps={schedule.decay_steps} has no effect with schedule.kind={schedule.kind}; "
+            "it is for wsd, remove it"
+        )
+    if schedule.warmup_steps + schedule.decay_steps > steps:
+        raise ConfigError(
+            f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_steps={schedule.decay_steps} are more "
+            f"than train.steps={steps}; shorten one"
+        )
+
+
+def final_rate_below_peak(case: Case) -> None:
+    schedule = case.config.schedule
+    final = schedule.final_learning_rate
+    if final is None:
+        return
+    if schedule.kind == "constant" and final != schedule.peak_learning_rate:
+        raise ConfigError(
+            f"schedule.final_learning_rate={final:g} has no effect with schedule.kind=constant; remove it"
+        )
+    if final > schedule.peak_learning_rate:
+        raise ConfigError(
+            f"schedule.final_learning_rate={final:g} is above schedule.peak_learning_rate="
+            f"{schedule.peak_learning_rate:g}; lower it"
+        )
+
+
+def batch_divides(case: Case) -> None:
+    parallel = case.config.parallel
+    topology = Topology(case.world_size, parallel.tensor, parallel.pipeline)
+    plan_batch(case.settings, topology.data, case.ds.path, fits=lambda _: True)
+
+
+def recipe_keeps_its_batch(case: Case) -> None:
+    """A recipe preset is a documented run: with another batch it would be another run under the same name."""
+    named = case.config.deepspeed_config
+    if named is None:
+        return
+    candidates = [path for path in (Path(named), DS_CONFIGS_FOLDER.parent / named) if path.is_file()]
+    own = read_deepspeed_json(candidates[0] if candidates else named).settings.train_batch_size
+    if own != case.settings.train_batch_size:
+        raise ConfigError(
+            f"{case.ds.path} has train_batch_size={case.settings.train_batch_size}, but {case.preset_words} belongs to "
+            f"{named} with train_batch_size={own}; use that file, or deepspeed_config=null for a run of your own"
+        )
+
+
+def not_available_yet(case: Case) -> None:
+    parallel, zero = case.config.parallel, case.settings.zero_optimization
+    for stated, what in (
+        (parallel.tensor > 1, f"parallel.tensor={parallel.tensor}"),
+        (parallel.pipeline > 1, f"parallel.pipeline={parallel.pipeline}"),
+        (parallel.sequence, "parallel.sequence=true"),
+        (zero.offload_optimizer is not None and zero.offload_optimizer.device == "nvme", "offload to nvme"),
+        (zero.offload_param is not None and zero.offload_param.device == "nvme", "offload to nvme"),
+    ):
+        if stated:
+            raise ConfigError(f"{what} is not available in this version; remove it, and use ZeRO to divide memory")
+
+
+RULES: tuple[Callable[[Case], None], ...] = (
+    run_name,
+    hidden_divides_into_heads,
+    heads_divide_into_groups,
+    rotary_needs_even_heads,
+    sequence_fits_positions,
+    data_is_stated,
+    one_source_of_validation,
+    split_is_two_weights,
+    warmup_ends_before_training,
+    decay_fits_training,
+    final_rate_below_peak,
+    batch_divides,
+    recipe_keeps_its_batch,
+    *DEEPSPEED_RULES,
+    dataset_files_exist,
+    tokenizer_exists,
+    not_available_yet,
+)

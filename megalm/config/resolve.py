@@ -1,0 +1,274 @@
+"""What a run amounts to on this many ranks of this device: every "auto" and every default made explicit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megalm.config.batch import BatchPlan, chooses_micro_batch, plan_batch
+from megalm.config.checks import check_run
+from megalm.config.deepspeed_json import DeepSpeedConfig
+from megalm.config.loading import LoadedConfig
+from megalm.config.precision import DeviceFacts, Precision, choose_precision
+from megalm.config.schema import RunConfig, ScheduleKind
+from megalm.memory import MemoryCase, estimate_memory
+from megalm.model.shape import ModelShape, model_shape
+from megalm.topology import Topology
+
+__all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "ScheduleFacts", "memory_case", "resolve"]
+
+# An estimate is no measurement, and allocators fragment: "auto" leaves this much of the memory alone.
+_USABLE_MEMORY = 0.85
+_UNKNOWN_VOCAB_SIZE = 50_304
+_BYTES_VOCAB_SIZE = 258
+_NEVER = 10**9  # steps_per_print: DeepSpeed's own lines would interrupt megalm's
+
+
+@dataclass(frozen=True)
+class OptimizerFacts:
+    """Adam's numbers; `kind` "adam" adds weight decay to the gradient, "adamw" takes it from the weight."""
+
+    kind: Literal["adamw", "adam"]
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class ScheduleFacts:
+    """The learning-rate schedule in force: the YAML's, or with the JSON's lr as its peak."""
+
+    kind: ScheduleKind
+    peak_learning_rate: float
+    final_learning_rate: float
+    warmup_steps: int
+    decay_steps: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A run that can be started.
+
+    Attributes:
+        deepspeed: what engine/ hands to `deepspeed.initialize` and the run folder keeps; no optimizer, no scheduler.
+        notices: one line for everything that was decided, left out or worth knowing.
+    """
+
+    config: RunConfig
+    sources: dict[str, str]
+    preset: str | None
+    deepspeed_source: DeepSpeedConfig
+    topology: Topology
+    device: DeviceFacts
+    batch: BatchPlan
+    precision: Precision
+    schedule: ScheduleFacts
+    optimizer: OptimizerFacts
+    deepspeed: dict[str, Any]
+    notices: tuple[str, ...]
+
+    @property
+    def zero_stage(self) -> int:
+        return self.deepspeed_source.settings.zero_optimization.stage
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch.global_batch * self.config.data.sequence_length
+
+
+def resolve(
+    loaded: LoadedConfig, ds: DeepSpeedConfig, world_size: int, device: DeviceFacts, vocab_size: int | None = None
+) -> ResolvedRun:
+    """Check a run and make everything in it explicit.
+
+    Args:
+        world_size: ranks in all.
+        device: what each rank computes on; equal on every rank.
+        vocab_size: the tokenizer's, for an "auto" micro-batch; None takes the configuration's, or a guess.
+
+    Raises:
+        ConfigError: the first rule of checks.py that the run breaks.
+    """
+    check_run(loaded, ds, world_size, device)
+    config, settings = loaded.config, ds.settings
+    topology = Topology(world_size, config.parallel.tensor, config.parallel.pipeline)
+    precision, precision_notices = choose_precision(settings, device)
+    schedule, schedule_notices = _schedule(loaded, ds)
+    shape, vocab_notices = _shape(config, vocab_size)
+    case = memory_case(config, ds, shape, topology, precision, device)
+    batch, batch_notices = plan_batch(settings, topology.data, ds.path, _fits(case, device))
+    optimizer, optimizer_notices = _optimizer(ds)
+    deepspeed, deepspeed_notices = _deepspeed_dict(ds, batch, precision)
+    return ResolvedRun(
+        config=config,
+        sources=loaded.sources,
+        preset=loaded.preset,
+        deepspeed_source=ds,
+        topology=topology,
+        device=device,
+        batch=batch,
+        precision=precision,
+        schedule=schedule,
+        optimizer=optimizer,
+        deepspeed=deepspeed,
+        notices=(
+            *ds.notices,
+            *precision_notices,
+            *(vocab_notices if chooses_micro_batch(settings) else []),
+            *batch_notices,
+            *schedule_notices,
+            *optimizer_notices,
+            *deepspeed_notices,
+            *_interval_notices(config),
+        ),
+    )
+
+
+def memory_case(
+    config: RunConfig,
+    ds: DeepSpeedConfig,
+    shape: ModelShape,
+    topology: Topology,
+    precision: Precision,
+    device: DeviceFacts,
+    micro_batch: int = 1,
+) -> MemoryCase:
+    """The run as the memory estimate sees it."""
+    settings = ds.settings
+    return MemoryCase(
+        shape=shape,
+        sequence_length=config.data.sequence_length,
+        micro_batch=micro_batch,
+        precision=precision,
+        gradient_precision=settings.data_types.grad_accum_dtype or ("fp16" if precision == "fp16" else "fp32"),
+        communication_precision=settings.communication_data_type or ("fp16" if precision == "fp16" else "fp32"),
+        zero=settings.zero_optimization,
+        topology=topology,
+        loss_chunk_tokens=config.train.loss_chunk_tokens,
+        checkpoint_activations_every=config.train.checkpoint_activations_every,
+        embedding_weight_decay=config.train.embedding_weight_decay,
+        document_mask=config.data.document_mask,
+        one_memory=device.kind == "cpu",
+    )
+
+
+def _fits(case: MemoryCase, device: DeviceFacts) -> Callable[[int], bool]:
+    def fits(micro_batch: int) -> bool:
+        return estimate_memory(case.with_micro_batch(micro_batch)).total <= device.memory_bytes * _USABLE_MEMORY
+
+    return fits
+
+
+def _shape(config: RunConfig, vocab_size: int | None) -> tuple[ModelShape, list[str]]:
+    expected = vocab_size
+    if expected is None and config.data.tokenizer == "bytes":
+        expected = _BYTES_VOCAB_SIZE
+    if expected is None and config.data.tokenizer is None and config.data.recipe is not None:
+        expected = config.data.recipe_vocab_size
+    notices = []
+    if expected is None and config.model.vocab_size is None:
+        notices = [f"vocabulary not known yet: memory is estimated with {_UNKNOWN_VOCAB_SIZE} entries"]
+    return model_shape(config.model, expected or _UNKNOWN_VOCAB_SIZE, config.data.sequence_length), notices
+
+
+def _schedule(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleFacts, list[str]]:
+    schedule, steps = loaded.config.schedule, loaded.config.train.steps
+    peak, notices = schedule.peak_learning_rate, []
+    lr = ds.settings.optimizer.params.lr if ds.settings.optimizer else None
+    if lr is not None:
+        # checks.py has refused a peak that a person stated as well: here it is a preset's or a default.
+        peak = lr
+        source = loaded.sources["schedule.peak_learning_rate"]
+        notices = [
+            f"peak learning rate {lr:g} is optimizer.params.lr of {ds.path}; "
+            f"schedule.peak_learning_rate={schedule.peak_learning_rate:g} ({source}) is not used"
+        ]
+    warmup = schedule.warmup_steps
+    if warmup >= steps:  # a preset's: checks.py has refused a person's
+        warmup = steps // 10
+        notices.append(
+            f"schedule.warmup_steps={schedule.warmup_steps} is not below train.steps={steps}: {warmup} is used"
+        )
+    final = schedule.final_learning_rate if schedule.final_learning_rate is not None else peak / 10
+    facts = ScheduleFacts(
+        kind=schedule.kind,
+        peak_learning_rate=peak,
+        final_learning_rate=peak if schedule.kind == "constant" else final,
+        warmup_steps=warmup,
+        decay_steps=schedule.decay_steps or max(1, steps // 5),
+        steps=steps,
+    )
+    return facts, notices
+
+
+def _optimizer(ds: DeepSpeedConfig) -> tuple[OptimizerFacts, list[str]]:
+    section = ds.settings.optimizer
+    if section is None:
+        facts = OptimizerFacts("adamw", (0.9, 0.95), 1e-8, 0.1)
+        return facts, [f"{ds.path} states no optimizer: AdamW, betas 0.9 and 0.95, eps 1e-8, weight_decay 0.1"]
+    params = section.params
+    # DeepSpeed's "Adam" is AdamW too, unless adam_w_mode is false.
+    adamw = section.type.lower() == "adamw" or params.adam_w_mode
+    notices = [
+        f"{ds.path} states no optimizer.params.{name}: {value}"
+        for name, value in (("betas", params.betas), ("eps", params.eps), ("weight_decay", params.weight_decay))
+        if f"optimizer.params.{name}" not in ds.stated
+    ]
+    return OptimizerFacts("adamw" if adamw else "adam", params.betas, params.eps, params.weight_decay), notices
+
+
+def _deepspeed_dict(ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision) -> tuple[dict[str, Any], list[str]]:
+    stated = ds.stated_dict()
+    notices = []
+    clipping = ds.settings.gradient_clipping
+    if clipping is None:
+        clipping = 1.0
+        notices.append(f"{ds.path} states no gradient_clipping: 1.0, DeepSpeed's default; state 0 for none")
+    resolved = {
+        "train_batch_size": batch.global_batch,
+        "train_micro_batch_size_per_gpu": batch.micro_batch,
+        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_clipping": clipping,
+        "steps_per_print": _NEVER,
+        **{key: value for key, value in stated.items() if key not in ("optimizer", *_MADE_EXPLICIT)},
+        "fp16": {**stated.get("fp16", {}), "enabled": precision == "fp16"},
+        "bf16": {**stated.get("bf16", {}), "enabled": precision == "bf16"},
+        "zero_optimization": {"stage": 0, **stated.get("zero_optimization", {})},
+    }
+    if precision == "bf16":
+        # DeepSpeed would add up and send gradients in bf16, which loses what accumulation adds.
+        resolved["data_types"] = {"grad_accum_dtype": "fp32", **stated.get("data_types", {})}
+        resolved.setdefault("communication_data_type", "fp32")
+        low = [
+            f"{name} is {value}, lower than fp32: accumulated gradients lose low bits"
+            for name, value in (
+                ("data_types.grad_accum_dtype", resolved["data_types"]["grad_accum_dtype"]),
+                ("communication_data_type", resolved["communication_data_type"]),
+            )
+            if value != "fp32"
+        ]
+        notices += low
+    return resolved, notices
+
+
+_MADE_EXPLICIT = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
+
+
+def _interval_notices(config: RunConfig) -> list[str]:
+    steps = config.train.steps
+    return [
+        f"{name}.interval_steps={interval} is more than train.steps={steps}: only at the end"
+        for name, interval in (
+            ("evaluate", config.evaluate.interval_steps),
+            ("sample", config.sample.interval_steps),
+            ("checkpoint", config.checkpoint.interval_steps),
+        )
+        if interval is not None and interval > steps
+    ]
