@@ -1,0 +1,161 @@
+"""The mirror as a process of its own: it never touches training, and ends with it however that ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+from run_folders import write_rows
+
+from megalm.tracking import mirror
+from megalm.tracking.delivery import MirrorState
+from megalm.tracking.metrics import MetricsWriter
+
+# A trainer that dies without a word: it writes its rows, maybe a signal event, and is killed with -9.
+KILLED_TRAINER = """
+import os, signal, sys
+from megalm.tracking.metrics import MetricsWriter
+from megalm.tracking.mirror import start_mirror
+run_dir, signalled = sys.argv[1], sys.argv[2] == "signalled"
+handle = start_mirror(run_dir)
+assert not {"mlflow", "torch"} & set(sys.modules), "the trainer must not load these"
+writer = MetricsWriter(run_dir + "/metrics.jsonl")
+writer.row("event", event="start", attempt=1)
+for step in range(1, 6):
+    writer.row("train", step=step, loss=1.0 / step)
+if signalled:
+    writer.row("event", event="signal", step=5, name="SIGTERM")
+print(handle.process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def wait_until_gone(pid: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, f"process {pid} still lives after {seconds} s"
+        time.sleep(0.1)
+
+
+def mlflow_run(run_dir: Path, uri: str | None = None) -> mlflow.entities.Run:
+    state = MirrorState.load(run_dir / "mlflow.json")
+    assert state.run_id, (run_dir / "mlflow.log").read_text()
+    return mlflow.MlflowClient(uri or state.tracking_uri).get_run(state.run_id)
+
+
+def test_a_run_is_followed_to_its_end(run_dir: Path) -> None:
+    handle = mirror.start_mirror(run_dir)
+    write_rows(run_dir, range(1, 5), end="finished")
+    assert handle.finish(60), (run_dir / "mlflow.log").read_text()
+    run = mlflow_run(run_dir)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["train/loss"] == 1.0
+    assert "everything is delivered" in (run_dir / "mlflow.log").read_text()
+
+
+def test_rows_arrive_while_training_goes_on(run_dir: Path) -> None:
+    handle = mirror.start_mirror(run_dir)
+    try:
+        write_rows(run_dir, range(1, 5))
+        deadline = time.monotonic() + 60
+        while MirrorState.load(run_dir / "mlflow.json").offset == 0:
+            assert time.monotonic() < deadline, (run_dir / "mlflow.log").read_text()
+            time.sleep(0.2)
+        run = mlflow_run(run_dir)
+        assert (run.info.status, run.data.metrics["train/loss"]) == ("RUNNING", 1.0)
+    finally:
+        with MetricsWriter(run_dir / "metrics.jsonl") as writer:
+            writer.row("event", event="end", status="finished", exit_code=0)
+        assert handle.finish(60)
+
+
+def test_it_yields_the_processor(run_dir: Path) -> None:
+    handle = mirror.start_mirror(run_dir)
+    try:
+        process = psutil.Process(handle.process.pid)
+        deadline = time.monotonic() + 30
+        while process.nice() != 19:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert process.environ()["OMP_NUM_THREADS"] == "1"
+        assert os.getsid(process.pid) == process.pid  # a Ctrl-C in the terminal is not for the mirror
+    finally:
+        handle.process.kill()
+        handle.process.wait()
+
+
+@pytest.mark.parametrize(("word", "status"), [("silent", "FAILED"), ("signalled", "KILLED")])
+def test_it_ends_soon_after_a_killed_trainer(run_dir: Path, word: str, status: str) -> None:
+    trainer = subprocess.run(
+        [sys.executable, "-c", KILLED_TRAINER, str(run_dir), word], capture_output=True, text=True, check=False
+    )
+    assert trainer.returncode == -signal.SIGKILL, trainer.stderr
+    wait_until_gone(int(trainer.stdout), seconds=45)
+    run = mlflow_run(run_dir)
+    assert (run.info.status, run.data.metrics["train/loss"]) == (status, 0.2)
+
+
+def test_a_dead_server_costs_training_nothing_and_sync_delivers_later(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        begun = time.monotonic()
+        handle = mirror.start_mirror(run_dir)
+        write_rows(run_dir, range(1, 5), end="finished")
+        assert time.monotonic() - begun < 1.0
+        assert not handle.finish(8)
+        handle.process.kill()
+        handle.process.wait()
+    assert "not delivered, trying again" in (run_dir / "mlflow.log").read_text()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{run_dir.parent / 'mlflow.db'}")
+    assert mirror.sync(run_dir).status == "FINISHED"
+
+
+def test_it_gives_up_within_its_bound_and_says_so(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "_DEADLINE_SECONDS", 1.0)
+    monkeypatch.setattr(mirror, "_POLL_SECONDS", 0.1)
+    monkeypatch.setattr(os, "nice", lambda _: 0)  # this very process runs `main` here
+    write_rows(run_dir, range(1, 5))
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.setattr(mirror.ParentWatch, "run", lambda watch: watch.ended.set())  # no end by force in here
+        assert mirror.main([str(run_dir), "--follow", "--parent-pid", gone.stdout.decode().strip()]) == 1
+
+
+@pytest.mark.slow
+def test_a_server_that_comes_up_late_gets_everything(
+    run_dir: Path, empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real MLflow server over HTTP: dead while training starts, there before it ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    handle = mirror.start_mirror(run_dir)
+    write_rows(run_dir, range(1, 5), end="finished")
+    store = ["--backend-store-uri", f"sqlite:///{tmp_path / 'mlflow.db'}", "--artifacts-destination", tmp_path / "art"]
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *store]
+    with open(tmp_path / "server.log", "wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        assert handle.finish(180), (run_dir / "mlflow.log").read_text() + (tmp_path / "server.log").read_text()
+        run = mlflow_run(run_dir, uri)
+        assert (run.info.status, run.data.metrics["train/loss"]) == ("FINISHED", 1.0)
+        files = {item.path for item in mlflow.MlflowClient(uri).list_artifacts(run.info.run_id)}
+        assert "config.yaml" in files
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)  # its own session: the server and its workers only
+        server.wait()
