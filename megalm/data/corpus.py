@@ -137,7 +137,7 @@ def _unpacked(raw: BinaryIO, suffix: str) -> IO[bytes]:
     if suffix == ".bz2":
         return bz2.BZ2File(raw)
     if suffix == ".xz":
-        return lzma.LZMAFile(raw)  # noqa: SIM115  the file below is closed by who opened it
+        return lzma.LZMAFile(raw)
     if suffix == ".zst":
         return cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, ZstdFile(raw))))
     return raw

@@ -17,6 +17,7 @@ import hashlib
 import os
 import struct
 from array import array
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -108,7 +109,7 @@ class IndexedDataset:
     def document_count(self) -> int:
         return len(self.document_index) - 1
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Identity of the content: all lengths, and 64 probes spread evenly over the tokens; not the file's name."""
         digest = hashlib.sha256(f"{self.dtype.str} {len(self)} {len(self.tokens)}".encode())
