@@ -134,8 +134,9 @@ def warmup_ends_before_training(case: Case) -> None:
 
 
 def decay_fits_training(case: Case) -> None:
+    # As with the warm-up, a preset's decay gives way to what a person states.
     schedule, steps = case.config.schedule, case.config.train.steps
-    if schedule.decay_steps is None:
+    if schedule.decay_steps is None or "schedule.decay_steps" not in case.loaded.stated:
         return
     if schedule.kind != "wsd":
         raise ConfigError(
@@ -149,19 +150,25 @@ def decay_fits_training(case: Case) -> None:
         )
 
 
+def final_rate_has_effect(case: Case) -> None:
+    schedule = case.config.schedule
+    stated = schedule.final_learning_rate is not None and "schedule.final_learning_rate" in case.loaded.stated
+    if stated and schedule.kind in ("constant", "inverse_sqrt"):
+        raise ConfigError(
+            f"schedule.final_learning_rate={schedule.final_learning_rate:g} has no effect with "
+            f"schedule.kind={schedule.kind}; remove it"
+        )
+
+
 def final_rate_below_peak(case: Case) -> None:
     schedule = case.config.schedule
-    final = schedule.final_learning_rate
-    if final is None:
-        return
-    if schedule.kind == "constant" and final != schedule.peak_learning_rate:
+    final, decays = schedule.final_learning_rate, schedule.kind not in ("constant", "inverse_sqrt")
+    if decays and final is not None and final > schedule.peak_learning_rate:
+        sources = case.loaded.sources
         raise ConfigError(
-            f"schedule.final_learning_rate={final:g} has no effect with schedule.kind=constant; remove it"
-        )
-    if final > schedule.peak_learning_rate:
-        raise ConfigError(
-            f"schedule.final_learning_rate={final:g} is above schedule.peak_learning_rate="
-            f"{schedule.peak_learning_rate:g}; lower it"
+            f"schedule.final_learning_rate={final:g} ({sources['schedule.final_learning_rate']}) is above "
+            f"schedule.peak_learning_rate={schedule.peak_learning_rate:g} ({sources['schedule.peak_learning_rate']}); "
+            "lower it"
         )
 
 
@@ -209,6 +216,7 @@ RULES: tuple[Callable[[Case], None], ...] = (
     split_is_two_weights,
     warmup_ends_before_training,
     decay_fits_training,
+    final_rate_has_effect,
     final_rate_below_peak,
     batch_divides,
     recipe_keeps_its_batch,

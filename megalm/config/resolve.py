@@ -21,7 +21,7 @@ __all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "Schedul
 # An estimate is no measurement, and allocators fragment: "auto" leaves this much of the memory alone.
 _USABLE_MEMORY = 0.85
 _UNKNOWN_VOCAB_SIZE = 50_304
-_BYTES_VOCAB_SIZE = 258
+_BYTES_VOCAB_SIZE = 257
 _NEVER = 10**9  # steps_per_print: DeepSpeed's own lines would interrupt megalm's
 
 
@@ -195,7 +195,7 @@ def _schedule(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleFacts,
     facts = ScheduleFacts(
         kind=schedule.kind,
         peak_learning_rate=peak,
-        final_learning_rate=peak if schedule.kind == "constant" else final,
+        final_learning_rate=peak if schedule.kind in ("constant", "inverse_sqrt") else final,
         warmup_steps=warmup,
         decay_steps=schedule.decay_steps or max(1, steps // 5),
         steps=steps,

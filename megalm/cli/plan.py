@@ -1,0 +1,166 @@
+"""`megalm plan` and `--dry-run`: what a run amounts to, with the origin of every value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from megalm.cli import show
+from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, read_deepspeed_json
+from megalm.config.loading import load_run_config
+from megalm.config.precision import DeviceFacts
+from megalm.config.resolve import resolve
+from megalm.config.schema import RunConfig
+from megalm.config.strict import leaf_fields, shown
+from megalm.plan import Plan, checkpoint_bytes, make_plan
+
+_GIB = 2**30
+_RANKS_SHOWN = 16
+
+
+def command(
+    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Settings of the run YAML."),
+    config: str = typer.Option(None, "--config", help="A preset's name or a YAML file; default quickstart."),
+    deepspeed_config: str = typer.Option(str(DS_CONFIGS_FOLDER / "zero2.json"), "--deepspeed_config"),
+    ranks: int = typer.Option(1, "--ranks", min=1, help="Ranks in all."),
+    gpu_memory: float = typer.Option(
+        None, "--gpu-memory", min=0.1, help="Plan for GPUs of so many GiB that compute in bf16, not for this machine."
+    ),
+) -> None:
+    """What a run amounts to before it is started: size, tokens, memory, schedule. Nothing is started or written."""
+    loaded = load_run_config(config, overrides or [])
+    vocab_size = _vocab_size(loaded.config)
+    device = _device(ranks, gpu_memory)
+    resolved = resolve(loaded, read_deepspeed_json(deepspeed_config), ranks, device, vocab_size)
+    expected = vocab_size or resolved.config.model.vocab_size or resolved.config.data.recipe_vocab_size
+    typer.echo(plan_text(make_plan(resolved, expected, _dataset_tokens(loaded.config))))
+
+
+def plan_text(plan: Plan) -> str:
+    """The whole plan as text for a terminal or a pipe."""
+    sections = {
+        "Configuration": _configuration(plan),
+        "DeepSpeed": _deepspeed(plan),
+        "Ranks": _topology(plan),
+        "Parameters": _parameters(plan),
+        "Tokens and work": _tokens(plan),
+        "Memory of one rank (estimate)": _memory(plan),
+        "Learning rate": show.table(["step", "rate"], [[step, f"{rate:.3e}"] for step, rate in plan.learning_rates]),
+        "Notices": "\n".join(plan.resolved.notices) or "none",
+    }
+    return "\n\n".join(f"{title}\n{text}" for title, text in sections.items())
+
+
+def _configuration(plan: Plan) -> str:
+    values = plan.resolved.config.model_dump(mode="json")
+    rows = []
+    for key in leaf_fields(RunConfig):
+        value: Any = values
+        for part in key.split("."):
+            value = value[part]
+        if value is not None or plan.resolved.sources[key] != "default":
+            rows.append([key, shown(value), plan.resolved.sources[key]])
+    return show.table(["key", "value", "from"], rows)
+
+
+def _deepspeed(plan: Plan) -> str:
+    run = plan.resolved
+    optimizer, zero = run.optimizer, run.deepspeed_source.settings.zero_optimization
+    offloads = [
+        f"{what} to {section.device}"
+        for what, section in (("optimizer", zero.offload_optimizer), ("parameters", zero.offload_param))
+        if section is not None and section.device != "none"
+    ]
+    return show.table(
+        ["fact", "value"],
+        [
+            ["file", run.deepspeed_source.path],
+            ["global batch", f"{run.batch.global_batch} sequences a step"],
+            ["micro-batch x accumulation x ranks", " x ".join(map(str, _triple(plan)))],
+            ["precision", run.precision],
+            ["ZeRO stage", zero.stage],
+            ["offload", ", ".join(offloads) or "none"],
+            ["gradient clipping", run.deepspeed["gradient_clipping"] or "off"],
+            [
+                "optimizer",
+                f"{optimizer.kind}, betas {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, "
+                f"eps {optimizer.epsilon:g}, weight decay {optimizer.weight_decay:g}",
+            ],
+        ],
+    )
+
+
+def _triple(plan: Plan) -> tuple[int, int, int]:
+    batch = plan.resolved.batch
+    return batch.micro_batch, batch.accumulation, batch.data_parallel
+
+
+def _topology(plan: Plan) -> str:
+    topology = plan.resolved.topology
+    head = f"{topology.world_size} = pipeline {topology.pipeline} x data {topology.data} x tensor {topology.tensor}"
+    if topology.tensor == topology.pipeline == 1:
+        return head
+    ranks = range(min(topology.world_size, _RANKS_SHOWN))
+    places = [topology.coordinate(rank) for rank in ranks]
+    rows = [[rank, place.pipeline, place.data, place.tensor] for rank, place in zip(ranks, places, strict=True)]
+    return f"{head}\n{show.table(['rank', 'pipeline', 'data', 'tensor'], rows)}"
+
+
+def _parameters(plan: Plan) -> str:
+    total = plan.parameter_count
+    rows: list[list[object]] = [[part, f"{count:,}", f"{count / total:.1%}"] for part, count in plan.parameters.items()]
+    return show.table(["part", "parameters", "share"], [*rows, ["total", f"{total:,}", ""]])
+
+
+def _tokens(plan: Plan) -> str:
+    run = plan.resolved
+    epochs = "unknown before the dataset exists" if plan.epochs is None else f"{plan.epochs:.2f}"
+    return show.table(
+        ["fact", "value"],
+        [
+            ["tokens a step", f"{run.tokens_per_step:,}"],
+            ["steps", f"{run.config.train.steps:,}"],
+            ["tokens in all", f"{plan.total_tokens:,}"],
+            ["tokens a parameter", f"{plan.tokens_per_parameter:.2f}"],
+            ["passes over the data", epochs],
+            ["FLOPs a token", f"{plan.flops_per_token:.3e}"],
+            ["FLOPs in all", f"{plan.total_flops:.3e}"],
+            ["a checkpoint", show.size(checkpoint_bytes(plan.shape))],
+        ],
+    )
+
+
+def _memory(plan: Plan) -> str:
+    memory = plan.memory
+    rows = [[part, show.size(count)] for part, count in memory.parts().items()]
+    rows += [[f"{part} (offloaded, CPU memory)", show.size(count)] for part, count in memory.host.items() if count]
+    available = show.size(plan.resolved.device.memory_bytes)
+    return show.table(["part", "size"], [*rows, ["total", show.size(memory.total)], ["available", available]])
+
+
+def _device(ranks: int, gpu_memory: float | None) -> DeviceFacts:
+    if gpu_memory is not None:
+        return DeviceFacts(kind="cuda", bf16=True, memory_bytes=int(gpu_memory * _GIB))
+    from megalm.engine.environment import device_facts  # imports torch, which a plan for a cluster does not need
+
+    return device_facts(ranks)
+
+
+def _vocab_size(config: RunConfig) -> int | None:
+    """The tokenizer's vocabulary, where there is a tokenizer already."""
+    tokenizer = config.data.tokenizer
+    if tokenizer is None or (tokenizer != "bytes" and not Path(tokenizer).exists()):
+        return None  # the checks say what is missing, better than a reader would
+    from megalm.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(tokenizer).vocab_size
+
+
+def _dataset_tokens(config: RunConfig) -> int | None:
+    if config.data.train is None:
+        return None
+    from megalm.data.indexed import IndexedDataset
+
+    return len(IndexedDataset(config.data.train).tokens)

@@ -1,0 +1,18 @@
+"""`megalm presets`: the shipped runs and models."""
+
+from __future__ import annotations
+
+import typer
+
+from megalm.cli import show
+from megalm.config.presets import describe_preset, preset_path, preset_paths
+
+
+def command(name: str = typer.Argument(None, help="Show this preset's YAML instead of the list.")) -> None:
+    """List the shipped presets, or show one; any of them goes after --config."""
+    if name is None:
+        typer.echo(
+            show.table(["preset", "what it is"], [[preset, describe_preset(preset)] for preset in preset_paths()])
+        )
+    else:
+        typer.echo(preset_path(name).read_text(encoding="utf-8").rstrip())

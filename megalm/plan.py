@@ -1,0 +1,138 @@
+"""What a run amounts to before it is started: parameters, tokens, FLOPs, memory, learning rates. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megalm.config.resolve import ResolvedRun, memory_case
+from megalm.memory import MemoryCase, MemoryPlan, checkpoint_bytes, estimate_memory
+from megalm.model.shape import ModelShape, model_shape
+from megalm.train.schedule import learning_rate
+
+__all__ = [
+    "MemoryCase",
+    "MemoryPlan",
+    "Plan",
+    "checkpoint_bytes",
+    "estimate_memory",
+    "flops_per_token",
+    "make_plan",
+    "parameters_by_part",
+]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved run in numbers.
+
+    Attributes:
+        parameters: part of the model -> parameters, summing to the model's count.
+        memory: bytes per rank.
+        learning_rates: (step, rate), steps counted from 1.
+        dataset_tokens: tokens of the training dataset, None where it does not exist yet.
+    """
+
+    resolved: ResolvedRun
+    shape: ModelShape
+    parameters: dict[str, int]
+    memory: MemoryPlan
+    learning_rates: tuple[tuple[int, float], ...]
+    dataset_tokens: int | None
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def total_tokens(self) -> int:
+        return self.resolved.tokens_per_step * self.resolved.config.train.steps
+
+    @property
+    def tokens_per_parameter(self) -> float:
+        return self.total_tokens / self.parameter_count
+
+    @property
+    def epochs(self) -> float | None:
+        """How often the run sees each token of its dataset."""
+        return self.total_tokens / self.dataset_tokens if self.dataset_tokens else None
+
+    @property
+    def flops_per_token(self) -> int:
+        return flops_per_token(self.shape, self.resolved.config.data.sequence_length)
+
+    @property
+    def total_flops(self) -> int:
+        return self.flops_per_token * self.total_tokens
+
+
+def make_plan(resolved: ResolvedRun, vocab_size: int, dataset_tokens: int | None = None) -> Plan:
+    """Put a resolved run into numbers.
+
+    Args:
+        vocab_size: the tokenizer's; `model.vocab_size` goes before it.
+        dataset_tokens: tokens of the training dataset, where it exists.
+    """
+    config = resolved.config
+    shape = model_shape(config.model, vocab_size, config.data.sequence_length)
+    case = memory_case(
+        config,
+        resolved.deepspeed_source,
+        shape,
+        resolved.topology,
+        resolved.precision,
+        resolved.device,
+        resolved.batch.micro_batch,
+    )
+    return Plan(
+        resolved=resolved,
+        shape=shape,
+        parameters=parameters_by_part(shape),
+        memory=estimate_memory(case),
+        learning_rates=_learning_rates(resolved),
+        dataset_tokens=dataset_tokens,
+    )
+
+
+def flops_per_token(shape: ModelShape, sequence_length: int) -> int:
+    """Floating-point operations of the forward and the backward pass, per token of a full sequence.
+
+    Counted: 6 for each parameter of a matrix product (2 forward, 4 backward), the head included even where it is
+    tied; and attention's own products, 12 x layers x T x heads x head_dim, halved because the mask is causal. Not
+    counted: looking up embeddings, norms, activations, the softmax, and what activation checkpointing repeats.
+    """
+    layer_matrices = sum(
+        math.prod(dims) for name, dims in shape.parameters().items() if name.startswith("layers.") and len(dims) == 2
+    )
+    head = shape.vocab_size * shape.hidden_size
+    attention = 6 * shape.num_hidden_layers * sequence_length * shape.num_attention_heads * shape.head_dim
+    return 6 * (layer_matrices + head) + attention
+
+
+def parameters_by_part(shape: ModelShape) -> dict[str, int]:
+    """Part of the model -> exact number of parameters; a tied head has none of its own."""
+    parts = {"token embeddings": 0, "position embeddings": 0, "attention": 0, "mlp": 0, "norms": 0, "head": 0}
+    for name, dims in shape.parameters().items():
+        parts[_part(name)] += math.prod(dims)
+    return {part: count for part, count in parts.items() if count}
+
+
+def _part(name: str) -> str:
+    if name.startswith("embedding.tokens"):
+        return "token embeddings"
+    if name.startswith("embedding.positions"):
+        return "position embeddings"
+    if "norm" in name:
+        return "norms"
+    return "attention" if ".attention." in name else "mlp" if ".mlp." in name else "head"
+
+
+def _learning_rates(resolved: ResolvedRun) -> tuple[tuple[int, float], ...]:
+    """The rate where the schedule turns, and at each tenth of the run."""
+    schedule = resolved.schedule
+    tenths = {round(schedule.steps * tenth / 10) for tenth in range(1, 11)}
+    turns = {1, schedule.warmup_steps, schedule.steps}
+    if schedule.kind == "wsd":
+        turns.add(schedule.steps - schedule.decay_steps)
+    steps = sorted(step for step in tenths | turns if 1 <= step <= schedule.steps)
+    return tuple((step, learning_rate(schedule, step)) for step in steps)
