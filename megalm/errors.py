@@ -34,3 +34,11 @@ class CheckpointError(MegalmError):
     """A checkpoint that is absent, incomplete, altered, or of another model."""
 
     exit_code = EXIT_REFUSED
+
+
+class TrainingError(MegalmError):
+    """Training that cannot go on; the line says at which step, why, and what to do."""
+
+
+class OtherRankFailed(MegalmError):
+    """Another rank failed and tells the person why; this one leaves without a word."""

@@ -90,11 +90,10 @@ class LanguageModel(nn.Module):
             Block(shape, layers, rope, clock, index + 1) for index in range(shape.num_hidden_layers)
         )
         self.final_norm = norm(shape)
-        weight = (
-            self.embedding.tokens.weight
-            if shape.tie_word_embeddings
-            else layers.vocabulary_weight(shape.vocab_size, shape.hidden_size)
-        )
+        weight = self.embedding.tokens.weight
+        if not shape.tie_word_embeddings:
+            weight = layers.vocabulary_weight(shape.vocab_size, shape.hidden_size)
+        assert isinstance(weight, nn.Parameter)
         self.head = LanguageModelHead(weight, layers.loss(), chunk_tokens)
 
     def stages(self) -> list[nn.Module]:

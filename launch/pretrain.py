@@ -1,0 +1,90 @@
+"""Pretrain a language model: what `deepspeed`, `torchrun`, `srun` or a plain `python` starts on every rank.
+
+Only parses; megalm.train.setup does the work. Flags are unlike the launchers' own, which they would swallow.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
+
+import typer
+
+from megalm.errors import MegalmError
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+@app.command(
+    epilog="Exit codes: 0 done, 2 refused configuration or input, 75 saved and wants to be started again, 1 failed."
+)
+def main(
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
+        typer.Argument(metavar="[KEY=VALUE]...", help="any key of the run configuration, e.g. train.steps=1000"),
+    ] = None,
+    deepspeed_config: Annotated[
+        str, typer.Option("--deepspeed_config", help="the DeepSpeed JSON: batch, precision, optimizer, ZeRO")
+    ] = "ds_configs/zero2.json",
+    config: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--config", help="a preset's name or a YAML file; default: the preset quickstart"),
+    ] = None,
+    resume: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--resume", help="auto (the newest checkpoint, or the start), a step, or a checkpoint's path"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show what the run amounts to, with memory and topology, and leave")
+    ] = False,
+    world_size: Annotated[int, typer.Option("--world-size", help="with --dry-run: plan for so many ranks")] = 0,
+    verbose: Annotated[bool, typer.Option("--verbose", help="let DeepSpeed and torch log what they like")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
+) -> None:
+    """Pretrain a language model with DeepSpeed.
+
+    Without anything else it makes a corpus from this Python's standard library, trains a tokenizer and a
+    small model on it, validates, samples, checkpoints and tracks, in a few minutes on two cores.
+
+    \b
+    deepspeed launch/pretrain.py --deepspeed_config ds_configs/zero2.json
+    deepspeed --num_gpus 2 launch/pretrain.py --deepspeed_config ds_configs/zero3.json train.steps=1000
+    python launch/pretrain.py --deepspeed_config ds_configs/bf16.json --config my.yaml --dry-run
+    """
+    if dry_run:
+        _dry_run(deepspeed_config, config, overrides or [], world_size)
+        return
+    from megalm.engine.quiet import silence
+
+    if verbose:
+        logging.basicConfig(level=logging.INFO)
+    else:
+        silence()  # before torch is imported
+    from megalm.train.leaving import Guard
+    from megalm.train.setup import Arguments, pretrain
+
+    guard = Guard(rank=int(os.environ.get("RANK", "0")))
+    arguments = Arguments(deepspeed_config, config, tuple(overrides or ()), resume)
+    guard.run(lambda: pretrain(arguments, guard))
+
+
+def _dry_run(deepspeed_config: str, config: str | None, overrides: list[str], world_size: int) -> None:
+    from megalm.cli.plan import command
+
+    if int(os.environ.get("RANK", "0")) > 0:
+        return  # under a launcher one rank tells it
+    ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        command(overrides, config=config, deepspeed_config=deepspeed_config, ranks=ranks, gpu_memory=None)
+    except MegalmError as error:
+        sys.stderr.write(f"megalm: {error}\n")
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,35 @@
+"""The unit in which training state passes between an engine and a checkpoint: it knows nothing of DeepSpeed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+FragmentKind = Literal["master", "exp_avg", "exp_avg_sq"]
+KINDS: tuple[FragmentKind, ...] = get_args(FragmentKind)  # the fp32 master first, then Adam's moments
+
+
+@dataclass(frozen=True)
+class FragmentKey:
+    """Elements [start, stop) of a parameter's rectangle, flattened in row-major order.
+
+    Args:
+        name: canonical name of the unsharded parameter.
+        shape: its full shape.
+        rectangle: per dimension the [first, last) rows that the tensor-parallel shard holds; None: all of it.
+    """
+
+    name: str
+    kind: FragmentKind
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    rectangle: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Fragment:
+    key: FragmentKey
+    tensor: Tensor  # fp32, [stop - start]

@@ -1,0 +1,102 @@
+"""Which rank this process is, on what device, with how many threads: read from any launcher's environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from megalm.config.resolve import DeviceFacts
+from megalm.errors import ConfigError
+
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    threads: int
+
+
+def rank_facts() -> RankFacts:
+    """Read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without any of them: one rank.
+
+    A bare `python launch/pretrain.py` gets an address of its own, so two such runs never meet.
+
+    Raises:
+        ConfigError: where a launcher set only some of them.
+    """
+    present = [name for name in _NAMES if name in os.environ]
+    if "RANK" not in present and "WORLD_SIZE" not in present:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(_free_port())
+    elif len(present) < len(_NAMES):
+        missing = ", ".join(name for name in _NAMES if name not in present)
+        raise ConfigError(f"the launcher set {', '.join(present)} but not {missing}; start with deepspeed or torchrun")
+    world_size = int(os.environ["WORLD_SIZE"])
+    # torchrun and Slurm scripts say LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    return RankFacts(
+        rank=int(os.environ["RANK"]),
+        world_size=world_size,
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        local_world_size=local_size,
+        threads=max(1, len(os.sched_getaffinity(0)) // local_size),
+    )
+
+
+def device_facts(local_world_size: int) -> DeviceFacts:
+    """What this rank computes on; memory is the share of one rank, in bytes."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return DeviceFacts(kind="cuda", bf16=torch.cuda.is_bf16_supported(), memory_bytes=properties.total_memory)
+    return DeviceFacts(
+        kind="cpu", bf16=_cpu_has_bf16(), memory_bytes=psutil.virtual_memory().available // local_world_size
+    )
+
+
+def device_name() -> str:
+    """The device in a person's words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return f"CPU, {len(os.sched_getaffinity(0))} cores"
+
+
+def claim_device(ranks: RankFacts) -> torch.device:
+    """Bind this process to its device and its share of the cores.
+
+    Raises:
+        ConfigError: with more ranks on this node than CUDA devices.
+    """
+    torch.set_num_threads(ranks.threads)  # torchrun says 1 thread, others say all: equal under every launcher
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if ranks.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {ranks.rank} wants GPU {ranks.local_rank} but this node has {torch.cuda.device_count()}; "
+            "start one rank a GPU (--num_gpus)"
+        )
+    torch.cuda.set_device(ranks.local_rank)
+    return torch.device("cuda", ranks.local_rank)
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether matrix products in bf16 are done by the CPU's own instructions, not emulated."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

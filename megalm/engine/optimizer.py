@@ -1,0 +1,46 @@
+"""The optimizer that is handed to DeepSpeed, with its parameter groups made from canonical names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from megalm.config.resolve import OptimizerFacts
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay_embeddings: bool) -> list[dict[str, Any]]:
+    """Matrices decay; norms and biases do not; embedding tables do if `decay_embeddings`.
+
+    Made before `deepspeed.initialize`: ZeRO 3 flattens every shape to one dimension.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        embedding = name.startswith("embedding.")
+        groups[parameter.ndim >= 2 and (decay_embeddings or not embedding)].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+        for decays, parameters in groups.items()
+        if parameters
+    ]
+
+
+def build_optimizer(groups: list[dict[str, Any]], facts: OptimizerFacts, offload: bool) -> torch.optim.Optimizer:
+    """torch's fused AdamW, which needs no compiler; with offload DeepSpeed's CPUAdam, which is built on first use.
+
+    Learning rates are set by the engine before every step, so the one given here is never used.
+    """
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(
+            groups,
+            lr=0.0,
+            betas=facts.betas,
+            eps=facts.epsilon,
+            adamw_mode=facts.kind == "adamw",
+            fp32_optimizer_states=True,
+        )
+    optimizer = torch.optim.AdamW if facts.kind == "adamw" else torch.optim.Adam
+    return optimizer(groups, lr=0.0, betas=facts.betas, eps=facts.epsilon, fused=True)

@@ -1,0 +1,79 @@
+"""What the training loop sees of an engine and of the other ranks: no deepspeed, no torch.distributed.
+
+train/setup.py alone knows the classes behind these protocols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from megalm.checkpoint.fragment import Fragment
+from megalm.data.loader import GlobalBatch, MicroBatch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank.
+
+    Args:
+        loss: nats per target, averaged over the global batch.
+        grad_norm: L2 norm of the whole gradient before clipping; inf or nan where it overflowed.
+        loss_scale: 1.0 without loss scaling.
+        skipped: the update was not applied, because of an overflow.
+    """
+
+    loss: float
+    grad_norm: float
+    loss_scale: float
+    skipped: bool
+
+
+class Engine(Protocol):
+    """A model being trained. Every method is collective: all ranks call it with the same arguments."""
+
+    def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
+        """Forward and backward over the micro-batches, then one update; `step` counts from 1."""
+        ...
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """Sum of losses in nats over this rank's micro-batches, summed over all data-parallel ranks."""
+        ...
+
+    def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """[B, T] tokens, [B] positions -> fp32 logits [B, V] of what follows each position."""
+        ...
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's part of the fp32 masters and moments."""
+        ...
+
+    def counters(self) -> dict[str, Any]:
+        """JSON: `optimizer_step`, `skipped_steps`, `loss_scaler`."""
+        ...
+
+    def restore(self, read: Any, counters: dict[str, Any], step: int) -> None:
+        """Take masters and moments from `read` (FragmentKey -> tensor) and go on from `step`."""
+        ...
+
+    def peak_memory_bytes(self) -> int:
+        """Highest memory of this rank so far: the device's allocator, or the process on a CPU."""
+        ...
+
+
+class Comm(Protocol):
+    rank: int
+    size: int
+    is_main: bool
+
+    def barrier(self) -> None: ...
+    def broadcast(self, value: T) -> T: ...
+    def gather(self, value: T) -> list[T]: ...
+    def sum(self, values: Sequence[float]) -> list[float]: ...
+    def max(self, values: Sequence[float]) -> list[float]: ...
+    def once(self, work: Callable[[], T]) -> T: ...

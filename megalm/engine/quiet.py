@@ -1,0 +1,34 @@
+"""DeepSpeed's and torch's noise, and a compilation that nothing here needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def silence() -> None:
+    """Keep libraries from writing where people read the run's progress. Call before importing torch."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("GLOO_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", module=r"(torch|deepspeed)(\.|$)")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+def silence_deepspeed() -> None:
+    """DeepSpeed sets its logger's level when it is imported, so this follows the import."""
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+
+
+def avoid_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling `shm_comm` at the first process group on a CPU.
+
+    The extension serves inference all-reduces only, and costs half a minute of g++ on a fresh machine. The table of
+    compatible ops is made on its first reading, by probing the compiler for every op: a table that is already
+    there saves that too.
+    """
+    import deepspeed.ops
+
+    vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}

@@ -1,0 +1,168 @@
+"""Reading and writing a DeepSpeed optimizer's state as fragments of canonical parameters.
+
+All of DeepSpeed's private names that megalm needs are in this file; tests/distributed holds each of them to the
+pinned version. A fragment is a flat range of one parameter that this rank owns: its fp32 master and both moments.
+Positions are taken from addresses, not from DeepSpeed's own maps, which are wrong for some settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed.comm as ds_comm
+import torch
+from torch import Tensor, nn
+
+from megalm.checkpoint.fragment import KINDS, Fragment, FragmentKey
+
+ReadFragment = Callable[[FragmentKey], Tensor]
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """Elements [start, stop) of parameter `name`, at `offset` of the optimizer's flat tensor `flat`."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    flat: nn.Parameter
+    offset: int
+
+
+class OptimizerState:
+    """The state of one DeepSpeed engine's optimizer, whatever its ZeRO stage and precision.
+
+    Args:
+        engine: a DeepSpeed engine after `deepspeed.initialize`.
+        parameters: canonical name -> parameter, as in the module.
+        shapes: canonical name -> full shape, taken before `initialize` (ZeRO 3 flattens them).
+    """
+
+    def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, tuple[int, ...]]):
+        self._engine = engine
+        self._outer = engine.optimizer
+        self._inner: torch.optim.Optimizer = getattr(self._outer, "optimizer", self._outer)
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._parameters = parameters
+        self._shapes = shapes
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Every fragment that this rank owns, once; tensors are views: copy them before the next step."""
+        if self._outer is self._inner and ds_comm.get_rank() > 0:
+            return  # ZeRO 0: all ranks hold the same, the first one speaks for them
+        for owned in self._owned():
+            state = self._inner.state.get(owned.flat, {})
+            for kind in KINDS:
+                whole = owned.flat.data if kind == "master" else state.get(kind)
+                length = owned.stop - owned.start
+                tensor = (  # before the first step there are no moments yet: they are zero
+                    torch.zeros(length) if whole is None else whole.view(-1).narrow(0, owned.offset, length)
+                )
+                yield Fragment(FragmentKey(owned.name, kind, owned.shape, owned.start, owned.stop), tensor)
+
+    @torch.no_grad()
+    def load(self, read: ReadFragment, optimizer_step: int) -> None:
+        """Fill masters and moments from `read`, then refresh the low-precision weights on all ranks.
+
+        Collective: every rank calls it.
+        """
+        if hasattr(self._outer, "checkpoint_event_prologue"):
+            self._outer.checkpoint_event_prologue()
+        for flat in {id(owned.flat): owned.flat for owned in self._owned()}.values():
+            self._clear(flat, optimizer_step)
+        for owned in self._owned():
+            state = self._inner.state[owned.flat]
+            length = owned.stop - owned.start
+            for kind in KINDS:
+                whole = owned.flat.data if kind == "master" else state[kind]
+                values = read(FragmentKey(owned.name, kind, owned.shape, owned.start, owned.stop))
+                whole.view(-1).narrow(0, owned.offset, length).copy_(values)
+        self._refresh_low_precision()
+
+    def optimizer_step(self) -> int:
+        """Updates that were applied (skipped steps are not counted)."""
+        for state in self._inner.state.values():
+            if "step" in state:
+                return int(state["step"])
+        return 0
+
+    def loss_scaler(self) -> dict[str, float]:
+        """The dynamic loss scaler's numbers; empty without one."""
+        scaler = getattr(self._outer, "loss_scaler", None)
+        fields = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        return {name: getattr(scaler, name) for name in fields if hasattr(scaler, name)}
+
+    def load_loss_scaler(self, saved: Mapping[str, float]) -> None:
+        scaler = getattr(self._outer, "loss_scaler", None)
+        for name, value in saved.items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, value)
+
+    def _clear(self, flat: nn.Parameter, optimizer_step: int) -> None:
+        """Zero a flat master (its padding stays zero) and make its moments, on the master's device."""
+        flat.data.zero_()
+        state = self._inner.state[flat]
+        for kind in KINDS[1:]:
+            state[kind] = torch.zeros_like(flat.data)
+        if type(self._inner).__name__ == "DeepSpeedCPUAdam":
+            state["step"] = optimizer_step
+        else:
+            state["step"] = torch.tensor(float(optimizer_step), device=flat.device)
+
+    def _refresh_low_precision(self) -> None:
+        outer = self._outer
+        if hasattr(outer, "fp32_partitioned_groups_flat"):
+            for index in range(len(outer.fp32_partitioned_groups_flat)):
+                outer._reassign_or_swap_out_partitioned_parameters(index)
+            outer.checkpoint_event_epilogue()
+        elif outer is not self._inner:
+            outer.update_lp_params()
+
+    def _owned(self) -> Iterator[_Owned]:
+        outer = self._outer
+        if hasattr(outer, "fp32_partitioned_groups_flat"):
+            return self._owned_in_stage_3()
+        if hasattr(outer, "single_partition_of_fp32_groups"):
+            return self._owned_in_flat_groups(
+                outer.bit16_groups, outer.bit16_groups_flat, outer.single_partition_of_fp32_groups
+            )
+        if hasattr(outer, "fp32_groups_flat_partition"):
+            return self._owned_in_flat_groups(
+                outer.bf16_groups, outer.bf16_groups_flat, outer.fp32_groups_flat_partition
+            )
+        return self._owned_without_zero()
+
+    def _owned_in_flat_groups(
+        self, groups: list[list[nn.Parameter]], flats: list[Tensor], masters: list[nn.Parameter]
+    ) -> Iterator[_Owned]:
+        """ZeRO 1 and 2: a group's parameters lie in one flat buffer, of which each rank owns an equal part."""
+        for index, (group, flat, master) in enumerate(zip(groups, flats, masters, strict=True)):
+            size = master.numel()
+            first = ds_comm.get_rank(group=self._outer.real_dp_process_group[index]) * size
+            for parameter in group:
+                place = (parameter.data_ptr() - flat.data_ptr()) // parameter.element_size()
+                start, stop = max(place, first), min(place + parameter.numel(), first + size)
+                if start < stop:
+                    name = self._names[id(parameter)]
+                    shape = self._shapes[name]
+                    yield _Owned(name, shape, start - place, stop - place, master, start - first)
+
+    def _owned_in_stage_3(self) -> Iterator[_Owned]:
+        """ZeRO 3: each parameter is cut into equal parts by itself; the parts of a rank form its sub-groups."""
+        outer = self._outer
+        for name, parameter in self._parameters.items():
+            group, offset, part = outer.grad_position[outer.get_param_id(parameter)]
+            start = outer._get_param_partition_rank(parameter) * part
+            stop = min(start + part, math.prod(self._shapes[name]))
+            if start < stop:
+                master = outer.fp32_partitioned_groups_flat[group]
+                yield _Owned(name, self._shapes[name], start, stop, master, offset)
+
+    def _owned_without_zero(self) -> Iterator[_Owned]:
+        """ZeRO 0: every rank holds everything."""
+        for name, parameter in self._parameters.items():
+            yield _Owned(name, self._shapes[name], 0, parameter.numel(), parameter, 0)

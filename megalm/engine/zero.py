@@ -1,0 +1,147 @@
+"""The data-parallel engine: a model under DeepSpeed's ZeRO stage 0 to 3.
+
+Shapes: B micro-batch, T sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import deepspeed
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from megalm.checkpoint.fragment import Fragment
+from megalm.config.resolve import OptimizerFacts
+from megalm.data.loader import GlobalBatch, MicroBatch
+from megalm.engine.comm import ProcessComm
+from megalm.engine.optimizer import build_optimizer, parameter_groups
+from megalm.engine.protocol import StepResult
+from megalm.engine.state import OptimizerState, ReadFragment
+from megalm.model.dropout import DropoutClock
+from megalm.model.transformer import LanguageModel
+
+
+class ZeroEngine:
+    """Trains `model` as `settings`, the resolved DeepSpeed JSON, says.
+
+    Args:
+        model: an initialised model on `device`, fp32; its parameters' names are canonical.
+        clock: the clock of the model's dropout layers.
+        settings: what `deepspeed.initialize` takes: batch triple, precision, ZeRO, clipping; no optimizer.
+        optimizer: the optimizer's numbers.
+        decay_embeddings: whether weight decay applies to embedding tables.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        clock: DropoutClock,
+        settings: dict[str, Any],
+        optimizer: OptimizerFacts,
+        decay_embeddings: bool,
+        comm: ProcessComm,
+        device: torch.device,
+    ) -> None:
+        self._comm = comm
+        self._device = device
+        self._clock = clock
+        self._stage = int(settings["zero_optimization"]["stage"])
+        self._clipping = float(settings["gradient_clipping"])
+        parameters = dict(model.named_parameters())
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        offload = (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
+        groups = parameter_groups(model, optimizer.weight_decay, decay_embeddings)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(groups, optimizer, offload),
+            config=copy.deepcopy(settings),  # DeepSpeed writes into what it is given
+            dist_init_required=False,
+        )
+        self._state = OptimizerState(self._engine, parameters, shapes)
+
+    def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
+        engine = self._engine
+        engine.train()
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        skipped_before = engine.skipped_steps
+        total = torch.zeros((), device=self._device)
+        # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
+        scale = self._comm.size / batch.target_count
+        norm = None
+        for index, micro_batch in enumerate(batch.micro_batches):
+            self._clock.step, self._clock.micro_batch = step, index * self._comm.size + self._comm.rank
+            loss_sum, _ = engine(*self._tensors(micro_batch))
+            engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            total += loss_sum.detach()
+            if self._stage == 0 and index + 1 == len(batch.micro_batches):
+                norm = self._plain_norm()
+            engine.step()
+        norm = engine.get_global_grad_norm() if norm is None else norm
+        return StepResult(
+            loss=self._sum(total) / batch.target_count,
+            grad_norm=float(norm),
+            loss_scale=float(self._state.loss_scaler().get("cur_scale", 1.0)),
+            skipped=engine.skipped_steps > skipped_before,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
+        self._engine.eval()
+        total = torch.zeros((), device=self._device)
+        for micro_batch in micro_batches:
+            loss_sum, _ = self._engine(*self._tensors(micro_batch))
+            total += loss_sum
+        return self._sum(total)
+
+    @torch.no_grad()
+    def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        self._engine.eval()
+        logits = self._engine(
+            torch.from_numpy(tokens).to(self._device), positions=torch.from_numpy(positions).to(self._device)
+        )
+        return logits.float().cpu().numpy()
+
+    def fragments(self) -> Iterator[Fragment]:
+        return self._state.fragments()
+
+    def counters(self) -> dict[str, Any]:
+        return {
+            "optimizer_step": self._state.optimizer_step(),
+            "skipped_steps": self._engine.skipped_steps,
+            "loss_scaler": self._state.loss_scaler(),
+        }
+
+    def restore(self, read: ReadFragment, counters: dict[str, Any], step: int) -> None:
+        engine = self._engine
+        self._state.load(read, counters["optimizer_step"])
+        self._state.load_loss_scaler(counters["loss_scaler"])
+        engine.skipped_steps = counters["skipped_steps"]
+        engine.global_steps = step
+        engine.global_samples = step * engine.train_batch_size()
+        engine.micro_steps = step * engine.gradient_accumulation_steps()
+
+    def peak_memory_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return psutil.Process().memory_info().rss
+
+    def _tensors(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
+        arrays = (batch.tokens, batch.labels, batch.documents)
+        return tuple(
+            None if array is None else torch.from_numpy(array).to(self._device, non_blocking=True) for array in arrays
+        )
+
+    def _sum(self, local: Tensor) -> float:
+        """Sum over data-parallel ranks, in fp64, so that the value does not depend on their number."""
+        return self._comm.sum([float(local)])[0]
+
+    def _plain_norm(self) -> Tensor:
+        """Without ZeRO DeepSpeed tells no norm: take it from the gradients, averaged already, before clipping."""
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)

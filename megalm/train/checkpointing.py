@@ -1,0 +1,120 @@
+"""What a run writes into a checkpoint's manifest, and what it takes and checks when it goes on from one."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megalm.checkpoint.layout import find_checkpoint
+from megalm.checkpoint.load import CheckpointReader
+from megalm.checkpoint.save import save_checkpoint
+from megalm.config.resolve import ResolvedRun
+from megalm.engine.protocol import Comm, Engine
+from megalm.errors import CheckpointError, OtherRankFailed
+from megalm.model.shape import ModelShape
+from megalm.train.loop import Position
+from megalm.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """What decides the order and the meaning of tokens."""
+
+    order: str  # of the training samples: dataset, document range, sequence length, seed, kind of order
+    dataset: str
+    tokenizer: str
+
+
+class RunCheckpoints:
+    """Saves a run's state into its folder and restores it from any checkpoint of the same model and data."""
+
+    def __init__(
+        self, folder: RunFolder, run: ResolvedRun, shape: ModelShape, fingerprints: Fingerprints, comm: Comm
+    ) -> None:
+        self._folder = folder
+        self._run = run
+        self._shape = shape
+        self._fingerprints = fingerprints
+        self._comm = comm
+
+    def save(self, engine: Engine, position: Position) -> Path:
+        facts = self._facts(engine.counters(), position)
+        files = [path for path in self._folder.config_files if path.exists()]
+        return save_checkpoint(self._folder.checkpoints, position.step, engine.fragments(), facts, files, self._comm)
+
+    def find(self, wanted: str) -> Path | None:
+        """The checkpoint that `--resume wanted` means, looked up on rank 0 and told to all."""
+        return self._comm.once(lambda: find_checkpoint(self._folder.checkpoints, wanted))
+
+    def restore(self, engine: Engine, path: Path) -> Position:
+        """Put the checkpoint at `path` into `engine`.
+
+        Raises:
+            CheckpointError: a damaged file, another model, or other data than it was trained on.
+        """
+        reader = CheckpointReader(path)
+        self._verify(reader)
+        manifest = reader.manifest
+        self._refuse_other_run(path, manifest)
+        engine.restore(reader.read, manifest["counters"], manifest["step"])
+        return Position(step=manifest["step"], samples=_consumed(manifest), tokens=manifest["tokens"])
+
+    def _verify(self, reader: CheckpointReader) -> None:
+        """Each rank hashes its share of the files; any difference is everybody's error."""
+        problems = self._comm.gather(reader.verify(self._comm.rank, self._comm.size))
+        if problems[self._comm.rank]:
+            raise CheckpointError(problems[self._comm.rank])
+        if any(problems):
+            raise OtherRankFailed("another rank found a damaged file")
+
+    def _refuse_other_run(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        for what, now in (("model", asdict(self._shape)), ("fingerprints", asdict(self._fingerprints))):
+            then = manifest[what]
+            changed = [name for name in now if now[name] != then.get(name)]
+            if changed:
+                differences = ", ".join(f"{name} was {then.get(name)}, is {now[name]}" for name in changed)
+                raise CheckpointError(f"{path} was trained with another {what.rstrip('s')}: {differences}")
+
+    def _facts(self, counters: dict[str, Any], position: Position) -> dict[str, Any]:
+        run, evaluation = self._run, position.evaluation
+        topology = run.topology
+        return {
+            "step": position.step,
+            "tokens": position.tokens,
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "run": self._folder.name,
+            "status": "good",
+            "parameters": self._shape.parameter_count(),
+            "validation_loss": evaluation.loss if evaluation else None,
+            "counters": counters,
+            "data_position": {"segments": [self._segment(position)]},
+            "schedule": {"segments": [{"first_step": 1, **asdict(run.schedule)}]},
+            "topology": {
+                "world_size": topology.world_size,
+                "data": topology.data,
+                "tensor": topology.tensor,
+                "pipeline": topology.pipeline,
+                "zero_stage": run.zero_stage,
+                "precision": run.precision,
+            },
+            "model": asdict(self._shape),
+            "fingerprints": asdict(self._fingerprints),
+            # Dropout and sampling draw from seeds of their place: there is no generator to save.
+            "seed": run.config.train.seed,
+            "attempt": position.attempt,
+        }
+
+    def _segment(self, position: Position) -> dict[str, Any]:
+        return {
+            "order": self._fingerprints.order,
+            "sequence_length": self._run.config.data.sequence_length,
+            "global_batch": self._run.batch.global_batch,
+            "samples_consumed": position.samples,
+        }
+
+
+def _consumed(manifest: Mapping[str, Any]) -> int:
+    return sum(segment["samples_consumed"] for segment in manifest["data_position"]["segments"])

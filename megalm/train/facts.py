@@ -1,0 +1,57 @@
+"""The opening facts of a run, and where everything is at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megalm.config.resolve import ResolvedRun
+from megalm.memory import checkpoint_bytes
+from megalm.model.shape import ModelShape
+from megalm.train.datasets import RunData, epochs
+from megalm.train.report import size
+from megalm.train.run_folder import RunFolder
+
+
+def opening_facts(
+    run: ResolvedRun, shape: ModelShape, data: RunData, device: str, threads: int, peak_source: str, peak: float
+) -> Sequence[tuple[str, str]]:
+    """Name and value of each fact, in the order of reading."""
+    config, batch, count = run.config, run.batch, shape.parameter_count()
+    steps = config.train.steps
+    tokens = steps * run.tokens_per_step
+    rows = [
+        ("device", f"{device}; {run.topology.world_size} rank(s), {threads} thread(s) each"),
+        ("precision", f"{run.precision}, ZeRO stage {run.zero_stage}"),
+        ("peak", f"{peak / 1e12:.2f} TFLOP/s of all ranks ({peak_source})"),
+        (
+            "model",
+            f"{config.model.style}, {shape.num_hidden_layers} layers x {shape.hidden_size}: {count:,} parameters",
+        ),
+        (
+            "batch",
+            f"{batch.global_batch} sequences = {batch.micro_batch} x {batch.accumulation} accumulated x "
+            f"{batch.data_parallel} rank(s), {config.data.sequence_length} tokens each: {run.tokens_per_step:,} a step",
+        ),
+        (
+            "training",
+            f"{steps:,} steps, {tokens:,} tokens = {tokens / count:.2f} a parameter, "
+            f"{epochs(run, data.train):.2f} epochs of {data.train.tokens_per_epoch:,}",
+        ),
+        ("tokenizer", f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} entries"),
+        ("checkpoint", f"{size(checkpoint_bytes(shape))} each"),
+    ]
+    if data.unigram_entropy is not None:
+        rows.append(("unigram entropy", f"{data.unigram_entropy:.2f} nats a token: what counting alone reaches"))
+    return rows
+
+
+def farewell(folder: RunFolder, deepspeed_config: str) -> str:
+    """Where everything is, and the next commands to try."""
+    root, launch = folder.path.parent, f"deepspeed launch/pretrain.py --deepspeed_config {deepspeed_config}"
+    return f"""
+everything is in {folder.path}: metrics.jsonl, log.txt, checkpoints/, samples/
+  see it        mlflow ui --backend-store-uri sqlite:///{root}/mlflow.db
+  list it       megalm checkpoint list {folder.path}
+  generate      megalm generate {folder.path} --prompt "def "
+  train longer  {launch} run.name={folder.name} --resume auto train.steps=800
+  your own      README.md, "Train on your own text\""""

@@ -1,0 +1,132 @@
+"""How a rank leaves: by flushing everything and `os._exit`, with one readable failure for the whole job.
+
+gloo's threads can abort the interpreter at a normal exit, after correct results; so a rank never exits normally. The
+first rank to fail claims the job's failure file and prints its traceback; the others, which then lose their
+connection, find the claim and leave without a word.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from megalm.errors import EXIT_FAILED, MegalmError, OtherRankFailed
+
+log = logging.getLogger(__name__)
+
+# DeepSpeed's launcher gives each of its children 30 s between SIGTERM and SIGKILL, one after the other.
+_STOP_GRACE_SECONDS = 25.0
+# A second Ctrl-C sooner than this is the launcher passing on the first one.
+_SECOND_INTERRUPT_SECONDS = 1.0
+
+
+class FailureClaim:
+    """At most one rank of a job gets to tell why it failed.
+
+    Args:
+        path: a file in the run folder that all ranks see; it holds the traceback afterwards.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def take(self, report: str) -> bool:
+        """True for the first rank that asks."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w") as file:
+            file.write(report)
+        return True
+
+
+class Guard:
+    """Runs a rank's work and turns every way out of it into an exit code, a message and a clean end."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.claim: FailureClaim | None = None  # set as soon as the run folder is known
+        self.on_failure: Callable[[], None] = lambda: None  # e.g. the end event in metrics.jsonl
+
+    def run(self, work: Callable[[], int]) -> NoReturn:
+        try:
+            code = work()
+        except OtherRankFailed:
+            code = EXIT_FAILED
+        except MegalmError as error:
+            self._tell(f"megalm: {_kind(error)}: {error}")
+            code = error.exit_code
+        except KeyboardInterrupt:
+            self._tell("megalm: interrupted")
+            code = EXIT_FAILED
+        except Exception:
+            report = traceback.format_exc()
+            self._tell(f"megalm: rank {self.rank} failed:\n{report}", everybody=True)
+            code = EXIT_FAILED
+        if code != 0:
+            self._last_wish()
+        leave(code)
+
+    def _tell(self, text: str, everybody: bool = False) -> None:
+        """Print a failure: before there is a claim rank 0 speaks for errors that all ranks share."""
+        mine = self.claim.take(text) if self.claim else (everybody or self.rank == 0)
+        if mine:
+            sys.stdout.flush()
+            sys.stderr.write(text.rstrip("\n") + "\n")
+            sys.stderr.flush()
+
+    def _last_wish(self) -> None:
+        try:
+            self.on_failure()
+        except Exception:  # the failure that is being reported matters more
+            log.debug("closing the run failed", exc_info=True)
+
+
+class StopRequest:
+    """SIGTERM, SIGINT and SIGUSR1 as a flag that the loop reads at step boundaries."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._since = 0.0
+
+    def install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()
+            watchdog = threading.Timer(_STOP_GRACE_SECONDS, _leave_hard)
+            watchdog.daemon = True
+            watchdog.start()
+        elif number == signal.SIGINT and time.monotonic() - self._since > _SECOND_INTERRUPT_SECONDS:
+            _leave_hard()
+
+
+def leave(code: int) -> NoReturn:
+    """Flush and end this process without interpreter shutdown."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _leave_hard() -> NoReturn:
+    os.write(2, b"megalm: leaving without a last checkpoint\n")
+    os._exit(EXIT_FAILED)
+
+
+def _kind(error: MegalmError) -> str:
+    return {"ConfigError": "configuration", "DataError": "data", "CheckpointError": "checkpoint"}.get(
+        type(error).__name__, "error"
+    )

@@ -1,0 +1,210 @@
+"""The training loop: steps, and what happens between them. It sees protocols only.
+
+Everything here is collective: all ranks walk through the same steps and decisions; rank 0 alone writes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from megalm.config.resolve import ResolvedRun
+from megalm.data.loader import BatchLoader
+from megalm.engine.protocol import Comm, Engine, StepResult
+from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
+from megalm.tracking.metrics import MetricsWriter
+from megalm.train.evaluate import Evaluation, Evaluator
+from megalm.train.leaving import StopRequest
+from megalm.train.report import Reporter, StepLine, duration
+from megalm.train.schedule import learning_rate
+
+
+@dataclass
+class Position:
+    """How far training has come; what a checkpoint has to know beside the tensors."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    attempt: int = 1
+    evaluation: Evaluation | None = None  # of this very step
+
+
+class Checkpoints(Protocol):
+    """Writes the state of `engine` at a position."""
+
+    def save(self, engine: Engine, position: Position) -> Path: ...
+
+
+class Sampler(Protocol):
+    """Writes sample text of this step, and shows it if asked to."""
+
+    def write(self, engine: Engine, step: int, show: bool) -> None: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop drives, made by setup.py."""
+
+    run: ResolvedRun
+    comm: Comm
+    engine: Engine
+    batches: BatchLoader
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    sampler: Sampler
+    metrics: MetricsWriter | None  # rank 0's
+    reporter: Reporter
+    stop: StopRequest
+    flops_per_token: float
+    peak_flops: float  # of all ranks together
+
+
+@dataclass
+class TrainingLoop:
+    parts: Parts
+    position: Position
+    _saved_step: int = field(default=0, init=False)
+
+    def run(self) -> int:
+        """Train to the last step, or to a stop request; the exit code."""
+        parts, config = self.parts, self.parts.run.config
+        self._saved_step = self.position.step
+        parts.reporter.start(self.position.step, config.train.steps)
+        started = time.monotonic()
+        try:
+            while self.position.step < config.train.steps:
+                self._train_step()
+                self._between_steps()
+                if self._must_stop():
+                    return self._stop_early()
+        finally:
+            parts.reporter.stop()
+        self._finish(time.monotonic() - started)
+        return EXIT_DONE
+
+    def _train_step(self) -> None:
+        parts, position = self.parts, self.position
+        step = position.step + 1
+        rate = learning_rate(parts.run.schedule, step)
+        start = time.perf_counter()
+        batch = parts.batches.batch(position.samples)
+        result = parts.engine.train_step(batch, step, rate)
+        seconds = time.perf_counter() - start
+        self._refuse_bad_numbers(result, step)
+        position.step = step
+        position.samples += parts.run.batch.global_batch
+        position.tokens += parts.run.tokens_per_step
+        position.evaluation = None
+        self._record_step(result, rate, seconds)
+
+    def _refuse_bad_numbers(self, result: StepResult, step: int) -> None:
+        """A loss that is no number has spoilt the weights by now: no checkpoint may follow it."""
+        if math.isfinite(result.loss) and (math.isfinite(result.grad_norm) or result.skipped):
+            return
+        first = self.position.samples
+        raise TrainingError(
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm} "
+            f"(samples {first} to {first + self.parts.run.batch.global_batch - 1}); nothing was saved after step "
+            f"{self._saved_step}. Lower schedule.peak_learning_rate, or look at these samples"
+        )
+
+    def _record_step(self, result: StepResult, rate: float, seconds: float) -> None:
+        parts, position = self.parts, self.position
+        tokens_per_second = parts.run.tokens_per_step / seconds
+        mfu = parts.flops_per_token * tokens_per_second / parts.peak_flops
+        if result.skipped:
+            self.event("skip", reason="gradient overflow", loss_scale=result.loss_scale)
+            parts.reporter.say(
+                f"step {position.step}: update skipped, gradients overflowed at scale {result.loss_scale:g}"
+            )
+        if position.step % parts.run.config.train.log_interval_steps == 0 and parts.metrics is not None:
+            parts.metrics.row(
+                "train",
+                step=position.step,
+                tokens=position.tokens,
+                loss=result.loss,
+                lr=rate,
+                grad_norm=result.grad_norm,
+                loss_scale=result.loss_scale,
+                tokens_per_second=tokens_per_second,
+                step_seconds=seconds,
+                mfu=mfu,
+                attempt=position.attempt,
+            )
+        parts.reporter.step(StepLine(position.step, result.loss, rate, result.grad_norm, tokens_per_second, mfu))
+
+    def _between_steps(self) -> None:
+        config, step = self.parts.run.config, self.position.step
+        if step == config.train.steps:
+            return  # _finish does all of it, on the whole validation set
+        if _due(step, config.evaluate.interval_steps):
+            self._evaluate(whole=False)
+        if _due(step, config.sample.interval_steps):
+            self.parts.sampler.write(self.parts.engine, step, show=False)
+        if _due(step, config.checkpoint.interval_steps):
+            self._save()
+
+    def _evaluate(self, whole: bool) -> None:
+        parts, position = self.parts, self.position
+        result = parts.evaluator.evaluate(parts.engine, whole)
+        if result is None:
+            return
+        position.evaluation = result
+        if parts.metrics is not None:
+            parts.metrics.row(
+                "eval",
+                step=position.step,
+                tokens=position.tokens,
+                loss=result.loss,
+                perplexity=result.perplexity,
+                bits_per_byte=result.bits_per_byte,
+                dataset=result.dataset,
+                targets=result.targets,
+                whole=whole,
+                attempt=position.attempt,
+            )
+        parts.reporter.say(f"step {position.step}: validation {result}")
+
+    def _save(self) -> None:
+        start = time.perf_counter()
+        path = self.parts.checkpoints.save(self.parts.engine, self.position)
+        seconds = time.perf_counter() - start
+        self._saved_step = self.position.step
+        self.event("checkpoint", path=path.name, seconds=seconds)
+        self.parts.reporter.say(f"step {self.position.step}: checkpoint {path} ({seconds:.1f} s)")
+
+    def _must_stop(self) -> bool:
+        """Any rank's signal stops all ranks at the same step."""
+        return self.parts.comm.max([float(self.parts.stop.signal or 0)])[0] > 0
+
+    def _stop_early(self) -> int:
+        number = int(self.parts.comm.max([float(self.parts.stop.signal or 0)])[0])
+        self.event("signal", signal=number)
+        self.parts.reporter.say(f"signal {number}: saving step {self.position.step}, then leaving")
+        if self._saved_step != self.position.step:
+            self._save()
+        self.event("end", status="stopped", exit_code=EXIT_START_AGAIN)
+        self.parts.reporter.say("stopped; --resume auto goes on from here")
+        return EXIT_START_AGAIN
+
+    def _finish(self, seconds: float) -> None:
+        parts = self.parts
+        self._evaluate(whole=True)
+        if self._saved_step != self.position.step or self.position.evaluation is not None:
+            self._save()
+        parts.sampler.write(parts.engine, self.position.step, show=True)
+        self.event("end", status="finished", exit_code=EXIT_DONE, seconds=seconds)
+        parts.reporter.say(f"trained to step {self.position.step} in {duration(seconds)}")
+
+    def event(self, name: str, **fields: Any) -> None:
+        if self.parts.metrics is not None:
+            position = self.position
+            self.parts.metrics.row("event", event=name, step=position.step, attempt=position.attempt, **fields)
+
+
+def _due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0

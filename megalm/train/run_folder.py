@@ -1,0 +1,164 @@
+"""The run folder: which one it is, and what is written into it before training starts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalm.checkpoint.layout import complete_checkpoints
+from megalm.config.loading import config_to_yaml
+from megalm.config.resolve import ResolvedRun
+from megalm.errors import ConfigError
+
+_PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "tokenizers", "safetensors", "mlflow", "megalm")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside `runs/NAME`."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def config_files(self) -> tuple[Path, ...]:
+        """What is kept with every checkpoint."""
+        return tuple(self.path / name for name in ("config.yaml", "deepspeed.json", "deepspeed.resolved.json"))
+
+    def failure(self, attempt: int) -> Path:
+        return self.path / "failures" / f"attempt-{attempt}.txt"
+
+
+def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bool) -> RunFolder:
+    """Find or make the folder of this run; called on rank 0 only.
+
+    Args:
+        name: `run.name`; None takes the next free `PRESET-001`, or with `resume` the newest such.
+        resume: `--resume` was given, so an existing folder is wanted.
+
+    Raises:
+        ConfigError: a named run exists and is not to be resumed, or the folder cannot be made.
+    """
+    root = root.expanduser()
+    stem = preset or "run"
+    if name is None and resume:
+        existing = _numbered(root, stem)
+        name = existing[-1].name if existing else None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if name is None:
+            return RunFolder(_next_free(root, stem))
+        path = root / name
+        if path.exists() and not resume:
+            hint = (
+                "--resume auto goes on with it"
+                if complete_checkpoints(path / "checkpoints")
+                else "it has no checkpoint"
+            )
+            raise ConfigError(f"run {path} exists ({hint}); choose another run.name, or resume it")
+        path.mkdir(exist_ok=True)
+        return RunFolder(path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make a run folder in {root}: {error}; set run.root to a place you can write"
+        ) from error
+
+
+def write_facts(folder: RunFolder, run: ResolvedRun, facts: Mapping[str, Any]) -> None:
+    """Write config.yaml, both DeepSpeed JSONs and environment.json; earlier ones of a resumed run are kept beside."""
+    for path in (*folder.config_files, folder.path / "environment.json"):
+        if path.exists():
+            path.replace(_next_old_name(path))
+    folder.checkpoints.mkdir(exist_ok=True)
+    folder.samples.mkdir(exist_ok=True)
+    config, original, resolved = folder.config_files
+    config.write_text(config_to_yaml(run.config))
+    shutil.copyfile(run.deepspeed_source.path, original)
+    resolved.write_text(json.dumps(run.deepspeed, indent=2) + "\n")
+    (folder.path / "environment.json").write_text(json.dumps({**environment(), **facts}, indent=2) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """What a run was made with: interpreter, packages, git commit of the code, host."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "command": sys.argv,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git": _git(),
+    }
+
+
+def _numbered(root: Path, stem: str) -> list[Path]:
+    pattern = re.compile(re.escape(stem) + r"-\d{3,}")
+    found = [path for path in root.glob(f"{stem}-*") if path.is_dir() and pattern.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def _next_free(root: Path, stem: str) -> Path:
+    existing = _numbered(root, stem)
+    number = int(existing[-1].name.rsplit("-", 1)[1]) if existing else 0
+    while True:  # another job may take the same number at the same time
+        number += 1
+        path = root / f"{stem}-{number:03d}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+
+
+def _next_old_name(path: Path) -> Path:
+    number = 1
+    while (old := path.with_name(f"{path.stem}.attempt-{number}{path.suffix}")).exists():
+        number += 1
+    return old
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any]:
+    """Commit of megalm's checkout and whether it has uncommitted changes; empty outside a checkout."""
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}

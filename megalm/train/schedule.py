@@ -1,0 +1,63 @@
+"""The learning rate as a pure function of the step.
+
+Steps count from 1. Warm-up is linear from peak / warmup to the peak, which step `warmup_steps` has; from there the
+kind decides, and step `steps` has the final rate (constant and inverse_sqrt have no final rate of their own).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from megalm.config.resolve import ScheduleFacts
+from megalm.config.schema import ScheduleKind
+
+
+def learning_rate(schedule: ScheduleFacts, step: int) -> float:
+    """The rate of optimizer step `step`, 1 <= step; beyond the last step it stays where it ended."""
+    assert step >= 1, step
+    if step < schedule.warmup_steps:
+        return schedule.peak_learning_rate * step / schedule.warmup_steps
+    return _KINDS[schedule.kind](schedule, min(step, schedule.steps))
+
+
+def _line(first: float, last: float, step: int, start: int, end: int) -> float:
+    """From `first` at step `start` straight to `last` at step `end`."""
+    return first + (last - first) * ((step - start) / (end - start) if end > start else 1.0)
+
+
+def _cosine(schedule: ScheduleFacts, step: int) -> float:
+    progress = _line(0.0, 1.0, step, schedule.warmup_steps, schedule.steps)
+    height = schedule.peak_learning_rate - schedule.final_learning_rate
+    return schedule.final_learning_rate + height * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _linear(schedule: ScheduleFacts, step: int) -> float:
+    ends = schedule.peak_learning_rate, schedule.final_learning_rate
+    return _line(*ends, step, schedule.warmup_steps, schedule.steps)
+
+
+def _constant(schedule: ScheduleFacts, step: int) -> float:
+    return schedule.peak_learning_rate
+
+
+def _wsd(schedule: ScheduleFacts, step: int) -> float:
+    """Warm-up, stable, decay (Hu et al., 2024): the peak until the last `decay_steps`, then a straight line down."""
+    start = max(schedule.warmup_steps, schedule.steps - schedule.decay_steps)
+    if step <= start:
+        return schedule.peak_learning_rate
+    return _line(schedule.peak_learning_rate, schedule.final_learning_rate, step, start, schedule.steps)
+
+
+def _inverse_sqrt(schedule: ScheduleFacts, step: int) -> float:
+    """peak x sqrt(warmup / step), as in Vaswani et al., 2017."""
+    return schedule.peak_learning_rate * math.sqrt(max(schedule.warmup_steps, 1) / step)
+
+
+_KINDS: dict[ScheduleKind, Callable[[ScheduleFacts, int], float]] = {
+    "cosine": _cosine,
+    "linear": _linear,
+    "constant": _constant,
+    "wsd": _wsd,
+    "inverse_sqrt": _inverse_sqrt,
+}

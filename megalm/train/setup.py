@@ -1,0 +1,208 @@
+"""Assembly: from arguments to a running loop. The one place that knows the concrete classes of all parts.
+
+Order matters: everything that can be refused is refused before a process group exists; the run folder comes first
+after it, so that a failure has a place to be told.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalm.config.deepspeed_json import read_deepspeed_json
+from megalm.config.loading import load_run_config
+from megalm.config.resolve import ResolvedRun, resolve
+from megalm.engine.comm import ProcessComm, start_distributed
+from megalm.engine.environment import claim_device, device_facts, device_name, rank_facts
+from megalm.engine.peak import peak_flops
+from megalm.engine.protocol import Engine
+from megalm.errors import EXIT_DONE
+from megalm.model.dropout import DropoutClock
+from megalm.model.init import initialise
+from megalm.model.layers import DenseLayers
+from megalm.model.shape import ModelShape, model_shape
+from megalm.model.transformer import LanguageModel
+from megalm.plan import flops_per_token
+from megalm.tracking.metrics import MetricsWriter, read_metrics
+from megalm.tracking.mirror import MirrorHandle, start_mirror
+from megalm.train.checkpointing import Fingerprints, RunCheckpoints
+from megalm.train.datasets import RunData, batch_loader, find_data, open_data, validation_loaders
+from megalm.train.evaluate import Evaluator
+from megalm.train.facts import farewell, opening_facts
+from megalm.train.leaving import FailureClaim, Guard, StopRequest
+from megalm.train.loop import Parts, Position, TrainingLoop
+from megalm.train.report import Reporter
+from megalm.train.run_folder import RunFolder, open_run_folder, write_facts
+from megalm.train.sampling import SampleWriter
+
+# MLflow's first use of a store makes its tables; a run that ends sooner waits this long for its mirror.
+_MIRROR_PATIENCE_SECONDS = 45.0
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a person may say on the command line of launch/pretrain.py."""
+
+    deepspeed_config: str
+    config: str | None = None
+    overrides: tuple[str, ...] = ()
+    resume: str | None = None
+
+
+def resolve_run(arguments: Arguments, world_size: int, local_world_size: int) -> ResolvedRun:
+    """Read and check both configurations for so many ranks of this machine's device; no process group.
+
+    Raises:
+        ConfigError: the first thing that is wrong, in one line.
+    """
+    loaded = load_run_config(arguments.config, arguments.overrides)
+    deepspeed = read_deepspeed_json(arguments.deepspeed_config)
+    return resolve(loaded, deepspeed, world_size, device_facts(local_world_size))
+
+
+def pretrain(arguments: Arguments, guard: Guard) -> int:
+    """Run one training job on this rank; the exit code."""
+    ranks = rank_facts()
+    run = resolve_run(arguments, ranks.world_size, ranks.local_world_size)
+    device = claim_device(ranks)
+    comm = start_distributed(ranks, device)
+    config = run.config
+    folder = comm.once(
+        lambda: open_run_folder(Path(config.run.root), config.run.name, run.preset, arguments.resume is not None)
+    )
+    attempt = comm.once(lambda: _next_attempt(folder))
+    guard.claim = FailureClaim(folder.failure(attempt))
+    reporter = Reporter(comm.is_main, folder.log)
+    reporter.say(f"megalm run {folder.path}")
+    for notice in run.notices:
+        reporter.say(f"  note: {notice}")
+    places = comm.once_per_node(lambda: find_data(config.data, reporter.say))
+    data = open_data(run, places)
+    shape = model_shape(config.model, data.tokenizer.vocab_size, config.data.sequence_length)
+    prints = Fingerprints(data.train.fingerprint, data.train.dataset.fingerprint, data.tokenizer.fingerprint)
+    comm.once(lambda: write_facts(folder, run, _environment(run, prints, device, comm)))
+    metrics = MetricsWriter(folder.metrics) if comm.is_main else None
+    mirror = start_mirror(folder.path) if comm.is_main and config.tracking.mlflow else None
+    if metrics is not None:
+        guard.on_failure = _record_failure(metrics)
+
+    engine = build_engine(run, shape, device, comm)
+    checkpoints = RunCheckpoints(folder, run, shape, prints, comm)
+    position = _start_position(arguments.resume, checkpoints, engine)
+    position.attempt = attempt
+    peak, peak_source = peak_flops(device, run.precision != "fp32")
+    parts = _assemble(run, comm, engine, data, folder, checkpoints, metrics, reporter, shape, comm.sum([peak])[0])
+    reporter.facts(opening_facts(run, shape, data, device_name(), ranks.threads, peak_source, parts.peak_flops))
+    loop = TrainingLoop(parts, position)
+    _announce(loop, reporter, metrics, resumed=position.step > 0)
+    parts.stop.install()
+    code = loop.run() if position.step < config.train.steps else _nothing_to_do(reporter, position)
+    parts.batches.close()
+    comm.barrier()  # no rank leaves while another still needs rank 0's store
+    _close(metrics, mirror, reporter, folder)
+    if code == EXIT_DONE:
+        reporter.say(farewell(folder, arguments.deepspeed_config))
+    return code
+
+
+def build_engine(run: ResolvedRun, shape: ModelShape, device: torch.device, comm: ProcessComm) -> Engine:
+    """The initialised model under the engine that the run asks for."""
+    from megalm.engine.zero import ZeroEngine  # deepspeed's import takes seconds and follows start_distributed
+
+    train = run.config.train
+    clock = DropoutClock(train.seed)
+    model = LanguageModel(
+        shape, DenseLayers(clock), clock, train.loss_chunk_tokens, recompute_every=train.checkpoint_activations_every
+    )
+    initialise(model, shape, train.seed)
+    return ZeroEngine(model.to(device), clock, run.deepspeed, run.optimizer, train.embedding_weight_decay, comm, device)
+
+
+def _assemble(
+    run: ResolvedRun,
+    comm: ProcessComm,
+    engine: Engine,
+    data: RunData,
+    folder: RunFolder,
+    checkpoints: RunCheckpoints,
+    metrics: MetricsWriter | None,
+    reporter: Reporter,
+    shape: ModelShape,
+    peak: float,
+) -> Parts:
+    data_rank = run.topology.coordinate(comm.rank).data
+    part, whole = validation_loaders(run, data, data_rank)
+    config = run.config
+    return Parts(
+        run=run,
+        comm=comm,
+        engine=engine,
+        batches=batch_loader(run, data.train, data_rank),
+        evaluator=Evaluator("validation", part, whole, data.tokenizer.token_bytes(), comm),
+        checkpoints=checkpoints,
+        sampler=SampleWriter(
+            folder.samples,
+            config.sample,
+            config.data.sequence_length,
+            config.train.seed,
+            data.tokenizer,
+            comm,
+            reporter,
+        ),
+        metrics=metrics,
+        reporter=reporter,
+        stop=StopRequest(),
+        flops_per_token=flops_per_token(shape, config.data.sequence_length),
+        peak_flops=peak,
+    )
+
+
+def _start_position(resume: str | None, checkpoints: RunCheckpoints, engine: Engine) -> Position:
+    path = checkpoints.find(resume) if resume is not None else None
+    return Position() if path is None else checkpoints.restore(engine, path)
+
+
+def _next_attempt(folder: RunFolder) -> int:
+    """1 for a new run; one more than the last start of an old one."""
+    if not folder.metrics.exists():
+        return 1
+    starts = [row for row in read_metrics(folder.metrics) if row.get("event") in ("start", "resume")]
+    return len(starts) + 1
+
+
+def _environment(run: ResolvedRun, prints: Fingerprints, device: torch.device, comm: ProcessComm) -> dict[str, Any]:
+    return {
+        "device": device_name(),
+        "device_kind": device.type,
+        "world_size": comm.size,
+        "precision": run.precision,
+        "zero_stage": run.zero_stage,
+        "dataset_fingerprint": prints.dataset,
+        "tokenizer_fingerprint": prints.tokenizer,
+    }
+
+
+def _announce(loop: TrainingLoop, reporter: Reporter, metrics: MetricsWriter | None, resumed: bool) -> None:
+    parts, position = loop.parts, loop.position
+    loop.event("resume" if resumed else "start", world_size=parts.comm.size, precision=parts.run.precision)
+    if resumed:
+        reporter.say(f"resumed at step {position.step}, {position.tokens:,} tokens seen")
+
+
+def _record_failure(metrics: MetricsWriter) -> Any:
+    return lambda: metrics.row("event", event="end", status="failed", exit_code=1)
+
+
+def _nothing_to_do(reporter: Reporter, position: Position) -> int:
+    reporter.say(f"step {position.step} is done already; raise train.steps to go on")
+    return EXIT_DONE
+
+
+def _close(metrics: MetricsWriter | None, mirror: MirrorHandle | None, reporter: Reporter, folder: RunFolder) -> None:
+    if metrics is not None:
+        metrics.close()
+    if mirror is not None and not mirror.finish(_MIRROR_PATIENCE_SECONDS):
+        reporter.say(f"MLflow has not got everything yet; later: megalm track sync {folder.path}")
