@@ -1,0 +1,103 @@
+"""Comparing runs: the settings that differ, the numbers as they count, a picture that is one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megalm.cli.main import main
+from megalm.errors import ConfigError
+from megalm.tracking.compare import differing_settings, plot_losses, read_run, results
+
+
+def write_run(root: Path, name: str, peak: float, batch: int, losses: list[float], **config: object) -> Path:
+    """Rows ten seconds apart; validation every second step."""
+    folder = root / name
+    folder.mkdir()
+    settings = {"run": {"name": name}, "schedule": {"peak_learning_rate": peak}, "train": {"steps": len(losses)}}
+    (folder / "config.yaml").write_text(json.dumps(settings | config))
+    (folder / "deepspeed.resolved.json").write_text(json.dumps({"train_batch_size": batch}))
+    rows: list[dict[str, object]] = [{"kind": "event", "event": "start", "time": 1000.0}]
+    for step, loss in enumerate(losses, 1):
+        moment = 1000.0 + 10 * step
+        speed = 1.0 if step == 1 else 100.0 + step
+        train = {"kind": "train", "step": step, "tokens": step * 64, "loss": loss, "mfu": 0.25, "attempt": 1}
+        rows.append({**train, "tokens_per_second": speed, "time": moment})
+        if step % 2 == 0:
+            rows.append({"kind": "eval", "step": step, "tokens": step * 64, "loss": loss + 0.5, "time": moment})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def append(folder: Path, *rows: dict[str, object]) -> None:
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def test_only_what_differs_is_named(tmp_path: Path) -> None:
+    first = read_run(write_run(tmp_path, "a", 1e-3, 8, [3.0] * 4))
+    second = read_run(write_run(tmp_path, "b", 6e-4, 16, [3.0] * 4, compile=True))
+    assert differing_settings([first, second]) == {
+        "compile": [None, "true"],
+        "deepspeed.train_batch_size": ["8", "16"],
+        "schedule.peak_learning_rate": ["0.001", "0.0006"],
+    }
+    assert differing_settings([first, first]) == {}
+
+
+def test_results_are_the_last_the_best_and_the_median(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "a", 1e-3, 8, [5.0, 4.0, 3.0, 2.0, 2.5, 2.4, 2.4, 2.4, 2.4, 2.4])
+    found = results(read_run(folder))
+    assert (found.steps, found.tokens, found.attempts) == (10, 640, 1)
+    assert (found.final_train_loss, found.final_validation_loss) == (2.4, 2.9)
+    assert (found.best_validation_loss, found.best_validation_step) == (2.5, 4)
+    assert found.tokens_per_second == 106.0  # of steps 2-10: the first, compiling, is left out
+    assert (found.mfu, found.wall_seconds) == (0.25, 100.0)
+
+
+def test_a_resume_takes_back_rows_and_its_pause_is_no_wall_time(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "a", 1e-3, 8, [5.0, 4.0, 1.0, 0.5])
+    again = {"kind": "train", "step": 3, "tokens": 192, "loss": 3.0, "attempt": 2}
+    append(folder, {"kind": "event", "event": "resume", "step": 2, "time": 9000.0}, {**again, "time": 9010.0})
+    found = results(read_run(folder))
+    assert (found.steps, found.final_train_loss, found.best_validation_loss) == (3, 3.0, 4.5)
+    assert (found.wall_seconds, found.attempts) == (50.0, 2)
+
+
+def test_losses_that_are_no_numbers_do_not_win(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "a", 1e-3, 8, [5.0, 4.0])
+    append(folder, {"kind": "eval", "step": 3, "tokens": 192, "loss": "NaN", "time": 1030.0})
+    record = read_run(folder)
+    assert results(record).best_validation_loss == 4.5
+    assert record.curve("eval") == ([128.0], [4.5])
+
+
+def test_the_command_prints_both_tables_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path, "a", 1e-3, 8, [3.0, 2.0]), write_run(tmp_path, "b", 6e-4, 8, [3.0, 2.5])]
+    picture = tmp_path / "curves" / "loss.png"
+    with pytest.raises(SystemExit) as caught:
+        main(["compare", *map(str, runs), "--plot", str(picture)])
+    assert not caught.value.code
+    out = capsys.readouterr().out
+    assert re.search(r"schedule.peak_learning_rate +0.001 +0.0006\n", out)
+    assert re.search(r"validation loss, best +2.5000 +3.0000\n", out)
+    assert re.search(r"MFU, median +25.00% +25.00%\n", out)
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_one_run_or_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path, "a", 1e-3, 8, [3.0])
+    for words in ([str(folder)], [str(folder), str(tmp_path / "none")], [str(folder), str(tmp_path)]):
+        with pytest.raises(SystemExit) as caught:
+            main(["compare", *words])
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.startswith("megalm: error: ")
+
+
+def test_a_picture_of_no_known_format_is_refused(tmp_path: Path) -> None:
+    record = read_run(write_run(tmp_path, "a", 1e-3, 8, [3.0]))
+    with pytest.raises(ConfigError, match=r"\.png"):
+        plot_losses([record, record], tmp_path / "curve.docx")
