@@ -137,7 +137,7 @@ class ValidationLoader:
         self._layout = BatchLayout(global_batch_size, micro_batch_size, data_rank, data_size)
 
     def __len__(self) -> int:
-        return -(-len(self._samples) // self._layout.global_batch_size)
+        return (len(self._samples) + self._layout.global_batch_size - 1) // self._layout.global_batch_size
 
     def __iter__(self) -> Iterator[GlobalBatch]:
         return map(self.batch, range(len(self)))
