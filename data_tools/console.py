@@ -1,0 +1,80 @@
+"""What the tools of this folder share: one-line errors, exit codes, and a progress line on a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import cast, get_args
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megalm.data.builder import BuildProgress
+from megalm.data.corpus import OnError, ReadReport
+from megalm.errors import DataError, MegalmError
+
+out = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def run(command: Callable[..., None]) -> None:
+    """Run a typer command; what a person can mend is one line on stderr, without a traceback."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    app()
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except MegalmError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+
+
+class BuildBar:
+    """Text in MB/s, tokens/s and, where the size of the input is known, the time left; only on a terminal."""
+
+    def __init__(self, total_bytes: int | None) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[rates]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=out,
+            disable=not out.is_terminal,
+        )
+        self._task = self._bar.add_task("tokenizing", total=total_bytes, rates="")
+        self._start = time.monotonic()
+
+    def update(self, done: BuildProgress) -> None:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        rates = f"{done.text_bytes / seconds / 1e6:.1f} MB/s, {done.tokens / seconds:,.0f} tokens/s"
+        self._bar.update(self._task, completed=done.text_bytes, rates=rates)
+
+    def __enter__(self) -> BuildBar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+def policy(stated: str) -> OnError:
+    if stated not in get_args(OnError):
+        raise DataError(f"--on-error {stated}: is unknown; choose one of {', '.join(get_args(OnError))}")
+    return cast(OnError, stated)
+
+
+def tell_reading(report: ReadReport) -> None:
+    """Say what of the input is not in the result."""
+    if report.ignored_files:
+        out.print(f"left out {report.ignored_files:,} files of folders, not of a kind that is read")
+    if report.skipped:
+        out.print(f"skipped {report.skipped:,} documents that cannot be read, the first: {report.messages[0]}")

@@ -1,0 +1,56 @@
+"""Train a SentencePiece tokenizer on text files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from console import one_line_errors, out, policy, run, tell_reading
+
+from megalm.data.corpus import ReadReport, iter_documents
+from megalm.data.tokenizer import train_tokenizer
+from megalm.data.tokenizer_training import ModelType
+from megalm.errors import DataError
+
+
+def main(
+    inputs: Annotated[
+        list[str],
+        typer.Option("--input", help="file, folder or 'glob' of .jsonl .json .txt .md .parquet (.gz .zst .bz2 .xz)"),
+    ],
+    output: Annotated[Path, typer.Option(help="the .model file to write")],
+    vocab_size: Annotated[int, typer.Option(help="pieces in all, 260 bytes and special pieces among them")] = 32_000,
+    model_type: Annotated[ModelType, typer.Option(help="unigram encodes fast, bpe trains fast")] = "unigram",
+    text_key: Annotated[str, typer.Option(help="where the text is in JSON objects and parquet tables")] = "text",
+    max_sentences: Annotated[int, typer.Option(help="train on so many lines, drawn evenly")] = 1_000_000,
+    on_error: Annotated[str, typer.Option(help="raise or skip, at what cannot be read")] = "raise",
+    overwrite: Annotated[bool, typer.Option(help="replace an output of this name")] = False,
+) -> None:
+    """Train a tokenizer that gives every text back exactly, and write it with a report beside it.
+
+    Example: python data_tools/train_tokenizer.py --input my.jsonl --output data/my.model --vocab-size 8192
+    """
+    with one_line_errors():
+        if output.suffix != ".model":
+            raise DataError(f"{output}: name a tokenizer NAME.model, that is how it is recognised")
+        if output.exists() and not overwrite:
+            raise DataError(f"{output}: exists already; choose another output, or --overwrite")
+        reading = ReadReport()
+        documents = iter_documents(inputs, text_key=text_key, on_error=policy(on_error), report=reading)
+        report = train_tokenizer(
+            (document.text for document in documents),
+            output,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            max_sentences=max_sentences,
+        )
+        out.print(
+            f"{output}: {report.vocab_size} pieces ({report.model_type}) from {report.documents:,} documents, "
+            f"{report.text_bytes / 1e6:,.1f} MB; trained on {report.sentences_used:,} of {report.sentences:,} lines"
+        )
+        tell_reading(reading)
+
+
+if __name__ == "__main__":
+    run(main)
