@@ -9,6 +9,7 @@ import re
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -220,3 +221,21 @@ def test_damaged_files_are_errors_that_name_them(run_dir: Path) -> None:
         sync(run_dir)
     with pytest.raises(ConfigError, match="no such run folder"):
         sync(run_dir / "nothing")
+
+
+def test_no_request_holds_more_than_mlflow_takes(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server refuses a larger batch; SQLite does not, so the sizes are looked at on their way."""
+    sizes, log_batch = [], mlflow.MlflowClient.log_batch
+
+    def watched(client: mlflow.MlflowClient, run_id: str, **entities: Any) -> None:
+        sizes.append({name: len(items) for name, items in entities.items() if isinstance(items, list)})
+        log_batch(client, run_id, **entities)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", watched)
+    (run_dir / "config.yaml").write_text(json.dumps({f"key{index}": index for index in range(250)}))
+    write_rows(run_dir, range(1, 701), end="finished")
+    sent = sync(run_dir)
+    assert sum(size.get("metrics", 0) for size in sizes) == sent.metrics > 2000
+    assert max(size.get("metrics", 0) for size in sizes) <= 1000
+    assert sum(size.get("params", 0) for size in sizes) > 250
+    assert max(size.get("params", 0) for size in sizes) <= 100
