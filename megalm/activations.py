@@ -20,43 +20,44 @@ def activation_bytes(
     checkpoint_every: int,
     topology: Topology,
     document_mask: bool = False,
+    on_cpu: bool = False,
 ) -> int:
     """Bytes kept from forward to backward by one micro-batch, on the fullest rank.
 
     Args:
         element_bytes: 2 for bf16 and fp16, 4 for fp32.
         checkpoint_every: every n-th block keeps its input only and is computed again; 0: none.
+        on_cpu: where RMS norms have no fused kernel.
     """
     tokens = micro_batch * sequence_length
     layers = math.ceil(shape.num_hidden_layers / topology.pipeline)
-    block = tokens * block_elements_per_token(shape, topology.tensor) * element_bytes
-    block_input = tokens * shape.hidden_size * element_bytes
+    block = tokens * block_bytes_per_token(shape, element_bytes, topology.tensor, on_cpu)
+    hidden = tokens * shape.hidden_size * element_bytes
     recomputed = math.ceil(layers / checkpoint_every) if checkpoint_every else 0
-    kept = (layers - recomputed) * block + recomputed * block_input
-    working = block if recomputed else 0  # the one block that is being computed again
-    ends = tokens * shape.hidden_size * element_bytes * 2  # the embeddings' output and the last norm's
+    kept = (layers - recomputed) * block + recomputed * hidden
+    final_norm = tokens * shape.hidden_size * _norm_bytes(shape, element_bytes, on_cpu) + hidden
     mask = micro_batch * sequence_length * sequence_length if document_mask else 0
     in_flight = topology.pipeline  # micro-batches that a pipeline's first stage has under way
-    return (kept + ends + mask) * in_flight + working + 2 * block_input
+    working = 2 * hidden + (block if recomputed else 0)  # gradients, and the one block that is computed again
+    return (kept + final_norm + mask) * in_flight + working
 
 
-def block_elements_per_token(shape: ModelShape, tensor: int = 1) -> int:
-    """Elements that one block saves for each token."""
-    hidden = shape.hidden_size
+def block_bytes_per_token(shape: ModelShape, element_bytes: int, tensor: int = 1, on_cpu: bool = False) -> int:
+    """Bytes that one block saves for each token; key and value heads are counted repeated, as attention keeps them."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size // tensor
     queries = shape.num_attention_heads * shape.head_dim // tensor
     keys = shape.num_key_value_heads * shape.head_dim // tensor
-    inner = shape.intermediate_size // tensor
-    norms = 2 * hidden  # their inputs: the residual stream, twice
-    projections = 2 * hidden  # what query, key and value read, and what the MLP reads
-    # Attention keeps queries, its output, and keys and values repeated to as many heads.
-    attention = 4 * queries
-    if shape.num_key_value_heads != shape.num_attention_heads:
-        attention += 2 * keys
-    if shape.qk_norm:
-        attention += queries + keys
-    mlp = 2 * inner if shape.style == "gpt2" else 4 * inner  # up, gelu | gate, silu, up, product
-    dropout = 2 * hidden if shape.dropout > 0 else 0
-    return norms + projections + attention + mlp + dropout
+    normed = 2 * hidden + (queries + keys if shape.qk_norm else 0)
+    # What query, key and value read and what the MLP reads; queries, keys, values and the output of attention.
+    elements = 2 * hidden + 4 * queries
+    elements += 2 * inner if shape.style == "gpt2" else 4 * inner  # up, gelu | gate, silu, up, product
+    dropout_masks = 2 * hidden if shape.dropout > 0 else 0  # one byte each
+    return normed * _norm_bytes(shape, element_bytes, on_cpu) + elements * element_bytes + dropout_masks
+
+
+def _norm_bytes(shape: ModelShape, element_bytes: int, on_cpu: bool) -> int:
+    """Bytes an element that a norm saves: its input; without a fused RMS norm, the input and the result in fp32."""
+    return 8 if on_cpu and shape.style == "llama" else element_bytes
 
 
 def loss_bytes(shape: ModelShape, tokens: int, element_bytes: int, chunk_tokens: int, tensor: int = 1) -> int:

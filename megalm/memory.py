@@ -36,6 +36,7 @@ class MemoryCase:
     shape: ModelShape
     sequence_length: int
     micro_batch: int
+    accumulation: int
     precision: Precision
     gradient_precision: Precision
     communication_precision: Precision
@@ -47,8 +48,8 @@ class MemoryCase:
     document_mask: bool = False
     one_memory: bool = False
 
-    def with_micro_batch(self, micro_batch: int) -> MemoryCase:
-        return replace(self, micro_batch=micro_batch)
+    def with_batch(self, micro_batch: int, accumulation: int) -> MemoryCase:
+        return replace(self, micro_batch=micro_batch, accumulation=accumulation)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class MemoryPlan:
     Attributes:
         weights: what the model computes with.
         gradients: where gradients are accumulated.
-        master: the fp32 weights that the optimizer updates, where they are apart from `weights`.
+        master: the fp32 weights that the optimizer updates; none in stage 0, which updates `weights`.
         moments: Adam's two.
         buckets: communication buffers, and under ZeRO 3 the weights gathered at one time.
         activations: what the forward pass keeps for the backward pass.
@@ -88,10 +89,10 @@ class MemoryPlan:
 
 def estimate_memory(case: MemoryCase) -> MemoryPlan:
     """Bytes per rank by part; the fullest rank where they differ."""
-    states = _states(case)
+    device, host = _states(case)
     sequence, shape = case.sequence_length, case.shape
     return MemoryPlan(
-        **states,
+        **device,
         buckets=_bucket_bytes(case),
         activations=activation_bytes(
             shape,
@@ -101,11 +102,12 @@ def estimate_memory(case: MemoryCase) -> MemoryPlan:
             case.checkpoint_activations_every,
             case.topology,
             case.document_mask,
+            on_cpu=case.one_memory,
         ),
         loss=loss_bytes(
             shape, case.micro_batch * sequence, BYTES[case.precision], case.loss_chunk_tokens, case.topology.tensor
         ),
-        host=_host(case),
+        host=host,
         one_memory=case.one_memory,
     )
 
@@ -142,59 +144,70 @@ def _local_parameters(case: MemoryCase) -> dict[str, tuple[int, ...]]:
     return local
 
 
-def _states(case: MemoryCase) -> dict[str, int]:
-    """weights, gradients, master and moments on the device."""
-    ranks, stage = case.topology.data, case.zero.stage
-    low, accumulated = BYTES[case.precision], BYTES[case.gradient_precision]
-    groups = parameter_groups(case)
-    elements = sum(sum(group) for group in groups)
-    offload_optimizer, offload_param = _offloads(case)
+def _states(case: MemoryCase) -> tuple[dict[str, int], dict[str, int]]:
+    """weights, gradients, master and moments: on the device, and in the CPU's memory by offload."""
+    stage = case.zero.stage
+    low = BYTES[case.precision]
     if stage == 0:
-        return {"weights": low * elements, "gradients": low * elements, "master": 0, "moments": 8 * elements}
-    if stage == 3:
-        own = sum(math.ceil(count / ranks) for group in groups for count in group)
-        # In fp32 ZeRO 3 updates its partition of the weights in place.
-        apart = case.precision != "fp32" or offload_optimizer
-        return {
-            "weights": 0 if offload_param else low * own,
-            "gradients": 0 if offload_optimizer else accumulated * own,
-            "master": 0 if offload_optimizer or not apart else 4 * own,
-            "moments": 0 if offload_optimizer else 8 * own,
-        }
-    padded = sum(_padded(sum(group), ranks) for group in groups)
-    own = padded // ranks
-    if stage == 2:
-        gradients = 0 if offload_optimizer and case.gradient_precision == case.precision else accumulated * own
-    elif _bf16_optimizer(case):
-        gradients = accumulated * padded + low * elements
-    else:
-        gradients = (low if case.gradient_precision == case.precision else accumulated) * elements
-    return {
-        "weights": low * padded,
-        "gradients": gradients,
-        "master": 0 if offload_optimizer else 4 * own,
-        "moments": 0 if offload_optimizer else 8 * own,
-    }
-
-
-def _host(case: MemoryCase) -> dict[str, int]:
-    """What offload keeps in the CPU's memory."""
-    ranks, stage = case.topology.data, case.zero.stage
+        elements = sum(map(sum, parameter_groups(case)))
+        return {"weights": low * elements, "gradients": low * elements, "master": 0, "moments": 8 * elements}, {}
+    own = _own_elements(case)
+    gradients, host_gradients = _gradients(case, own)
+    optimizer = {"master": 4 * own, "moments": 8 * own}
     offload_optimizer, offload_param = _offloads(case)
-    groups = parameter_groups(case)
-    if stage == 3:
-        own = sum(math.ceil(count / ranks) for group in groups for count in group)
-    else:
-        own = sum(_padded(sum(group), ranks) // ranks for group in groups)
+    weights = low * own if stage == 3 else low * sum(_padded(sum(group), case) for group in parameter_groups(case))
+    device = {"weights": weights, "gradients": gradients, **optimizer}
     host: dict[str, int] = {}
     if offload_optimizer:
-        # The optimizer reads fp32 gradients of its own beside those that are accumulated.
-        accumulated = BYTES[case.gradient_precision] * own if stage == 3 else 0
-        buffer = 0 if stage == 3 else BYTES[case.precision] * own
-        host = {"gradients": 4 * own + accumulated, "master": 4 * own, "moments": 8 * own, "buckets": buffer}
+        device |= dict.fromkeys(optimizer, 0)
+        host |= {"gradients": host_gradients, **optimizer}
+        if stage < 3:
+            host["buckets"] = low * own  # updated weights on their way back
     if offload_param:
-        host["weights"] = BYTES[case.precision] * own
-    return host
+        device["weights"], host["weights"] = 0, low * own
+    return device, host
+
+
+def _gradients(case: MemoryCase, own: int) -> tuple[int, int]:
+    """Bytes of accumulated gradients on the device and, with an offloaded optimizer, in the CPU's memory."""
+    groups = parameter_groups(case)
+    elements = sum(map(sum, groups))
+    low, accumulated = BYTES[case.precision], BYTES[case.gradient_precision]
+    offload, same_type = _offloads(case)[0], case.gradient_precision == case.precision
+    if case.zero.stage == 3:
+        # Offloaded, the accumulated gradients lie beside the fp32 ones that the optimizer reads.
+        return (0, (accumulated + 4) * own) if offload else (accumulated * own, 0)
+    if _bf16_optimizer(case):
+        # Whole fp32 gradients, and autograd's own, which are zeroed but never freed.
+        return accumulated * sum(_padded(sum(group), case) for group in groups) + low * elements, 0
+    if offload and same_type:
+        return 0, 4 * own + (low * _touched_elements(groups, case) if case.accumulation > 1 else 0)
+    if case.zero.stage == 1:
+        return accumulated * elements, 4 * own
+    # A gradient in the weights' own type is kept whole where the partition holds any of it.
+    return (low * _touched_elements(groups, case) if same_type else accumulated * own), 4 * own
+
+
+def _own_elements(case: MemoryCase) -> int:
+    """Elements of one rank's partition: each parameter divided (stage 3), or each group (stages 1 and 2)."""
+    ranks = case.topology.data
+    if case.zero.stage == 3:
+        return sum(math.ceil(count / ranks) for group in parameter_groups(case) for count in group)
+    return sum(_padded(sum(group), case) // ranks for group in parameter_groups(case))
+
+
+def _touched_elements(groups: list[list[int]], case: MemoryCase) -> int:
+    """Elements of all parameters that lie in a partition, wholly or in part; of the fullest partition."""
+    ranks = case.topology.data
+    totals = [0] * ranks
+    for group in groups:
+        size = _padded(sum(group), case) // ranks
+        start = 0
+        for count in group:
+            for rank in range(start // size, (start + count - 1) // size + 1):
+                totals[rank] += count
+            start += count
+    return max(totals)
 
 
 def _bucket_bytes(case: MemoryCase) -> int:
@@ -235,6 +248,6 @@ def _offloads(case: MemoryCase) -> tuple[bool, bool]:
     )
 
 
-def _padded(count: int, ranks: int) -> int:
-    alignment = _ALIGNMENT * ranks
+def _padded(count: int, case: MemoryCase) -> int:
+    alignment = _ALIGNMENT * case.topology.data
     return math.ceil(count / alignment) * alignment

@@ -82,7 +82,7 @@ def make_plan(resolved: ResolvedRun, vocab_size: int, dataset_tokens: int | None
         resolved.topology,
         resolved.precision,
         resolved.device,
-        resolved.batch.micro_batch,
+        resolved.batch,
     )
     return Plan(
         resolved=resolved,

@@ -28,7 +28,7 @@ def chooses_micro_batch(settings: DeepSpeedSettings) -> bool:
 
 
 def plan_batch(
-    settings: DeepSpeedSettings, data_parallel: int, where: str, fits: Callable[[int], bool]
+    settings: DeepSpeedSettings, data_parallel: int, where: str, fits: Callable[[BatchPlan], bool]
 ) -> tuple[BatchPlan, list[str]]:
     """The batch triple that the JSON means on `data_parallel` ranks, and notices of what was decided.
 
@@ -37,7 +37,7 @@ def plan_batch(
 
     Args:
         where: the JSON's name, for messages.
-        fits: whether a micro-batch of so many sequences fits the device's memory.
+        fits: whether a batch fits the device's memory.
 
     Raises:
         ConfigError: sizes that contradict each other or do not divide.
@@ -62,7 +62,7 @@ def plan_batch(
     notices: list[str] = []
     if not isinstance(micro, int):
         if chooses_micro_batch(settings):
-            micro, notices = _largest_that_fits(per_rank, fits, stated=micro is not None)
+            micro, notices = _largest_that_fits(total, data_parallel, fits, stated=micro is not None)
         else:
             micro = max(1, per_rank // (steps or 1))
     steps = steps or per_rank // micro or 1
@@ -71,8 +71,12 @@ def plan_batch(
     return BatchPlan(total, micro, steps, data_parallel), notices
 
 
-def _largest_that_fits(per_rank: int, fits: Callable[[int], bool], stated: bool) -> tuple[int, list[str]]:
-    micro = next((size for size in reversed(_divisors(per_rank)) if fits(size)), None)
+def _largest_that_fits(
+    total: int, ranks: int, fits: Callable[[BatchPlan], bool], stated: bool
+) -> tuple[int, list[str]]:
+    per_rank = total // ranks
+    plans = (BatchPlan(total, micro, per_rank // micro, ranks) for micro in reversed(_divisors(per_rank)))
+    micro = next((plan.micro_batch for plan in plans if fits(plan)), None)
     how = '"auto"' if stated else "not stated"
     if micro is None:
         return 1, [f"train_micro_batch_size_per_gpu ({how}): 1, which by the estimate does not fit the memory"]

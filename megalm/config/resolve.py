@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -97,8 +96,12 @@ def resolve(
     precision, precision_notices = choose_precision(settings, device)
     schedule, schedule_notices = _schedule(loaded, ds)
     shape, vocab_notices = _shape(config, vocab_size)
-    case = memory_case(config, ds, shape, topology, precision, device)
-    batch, batch_notices = plan_batch(settings, topology.data, ds.path, _fits(case, device))
+
+    def fits(batch: BatchPlan) -> bool:
+        case = memory_case(config, ds, shape, topology, precision, device, batch)
+        return estimate_memory(case).total <= device.memory_bytes * _USABLE_MEMORY
+
+    batch, batch_notices = plan_batch(settings, topology.data, ds.path, fits)
     optimizer, optimizer_notices = _optimizer(ds)
     deepspeed, deepspeed_notices = _deepspeed_dict(ds, batch, precision)
     return ResolvedRun(
@@ -133,14 +136,15 @@ def memory_case(
     topology: Topology,
     precision: Precision,
     device: DeviceFacts,
-    micro_batch: int = 1,
+    batch: BatchPlan,
 ) -> MemoryCase:
     """The run as the memory estimate sees it."""
     settings = ds.settings
     return MemoryCase(
         shape=shape,
         sequence_length=config.data.sequence_length,
-        micro_batch=micro_batch,
+        micro_batch=batch.micro_batch,
+        accumulation=batch.accumulation,
         precision=precision,
         gradient_precision=settings.data_types.grad_accum_dtype or ("fp16" if precision == "fp16" else "fp32"),
         communication_precision=settings.communication_data_type or ("fp16" if precision == "fp16" else "fp32"),
@@ -152,13 +156,6 @@ def memory_case(
         document_mask=config.data.document_mask,
         one_memory=device.kind == "cpu",
     )
-
-
-def _fits(case: MemoryCase, device: DeviceFacts) -> Callable[[int], bool]:
-    def fits(micro_batch: int) -> bool:
-        return estimate_memory(case.with_micro_batch(micro_batch)).total <= device.memory_bytes * _USABLE_MEMORY
-
-    return fits
 
 
 def _shape(config: RunConfig, vocab_size: int | None) -> tuple[ModelShape, list[str]]:
