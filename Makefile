@@ -43,7 +43,7 @@ check: install $(STAMPS)/dev ## Style, types, import rules, spelling, shell scri
 	$(VENV)/bin/codespell
 	$(VENV)/bin/shellcheck $(SCRIPTS)
 
-lock: $(STAMPS)/venv ## Resolve requirements.lock anew (needs uv)
+lock: install ## Resolve requirements.lock anew (needs uv)
 	$(VENV)/bin/python tools/lock.py
 
 clean: ## Remove .venv and what tools left; runs and datasets stay

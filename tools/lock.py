@@ -13,22 +13,55 @@ import sys
 import tempfile
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 ROOT = Path(__file__).resolve().parents[1]
 OF_TORCH = re.compile(r"(nvidia-|cuda-|triton|pytorch-triton)")
 FIRST = ("torch", "deepspeed")  # installed before the others, so they stand first
+LINUX = {"sys_platform": "linux", "os_name": "posix", "platform_system": "Linux", "implementation_name": "cpython"}
+PLACES = [
+    {**LINUX, "python_version": python, "python_full_version": f"{python}.9", "platform_machine": machine}
+    for python in ("3.10", "3.11", "3.12")
+    for machine in ("x86_64", "aarch64")
+]
 
 
-def resolve(inputs: list[str], constraints: list[Path]) -> dict[str, str]:
-    """Name -> line (`name==version ; marker`) of everything that these inputs need."""
+def resolve(inputs: list[str], constraints: Path | None = None) -> dict[str, str]:
+    """Name -> line (`name==version ; marker`) of everything that these inputs need where megalm runs."""
     command = ["uv", "pip", "compile", "--universal", "--python-version", "3.10", "--fork-strategy", "fewest"]
-    command += ["--no-header", "--no-annotate", "--quiet", "--no-emit-index-url", "--no-emit-find-links"]
-    for path in constraints:
-        command += ["--constraint", str(path)]
+    command += ["--no-header", "--no-annotate", "--quiet"]
+    if constraints is not None:
+        command += ["--constraint", str(constraints)]
     result = subprocess.run([*command, *inputs], cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode:
         sys.exit(f"make lock: uv found no set of versions:\n{result.stderr}")
-    lines = [line.strip() for line in result.stdout.splitlines() if "==" in line]
-    return {line.split("==")[0]: line for line in lines if not OF_TORCH.match(line)}
+    lines: dict[str, str] = {}
+    for text in (line.strip() for line in result.stdout.splitlines() if "==" in line):
+        requirement = Requirement(text)
+        name = canonicalize_name(requirement.name)
+        line = locked_line(requirement)
+        if line is None or OF_TORCH.match(name):
+            continue
+        if lines.setdefault(name, line) != line:
+            sys.exit(f"make lock: {name} needs two versions ({lines[name]}; {line}); narrow it in requirements.in")
+    return lines
+
+
+def locked_line(requirement: Requirement) -> str | None:
+    """The lock's line of a requirement, None where it is for other systems only.
+
+    A marker that is true on every system that megalm runs on is left out. So is a version's local part (`+cpu`):
+    it names one index's build.
+    """
+    version = next(iter(requirement.specifier)).version.split("+")[0]
+    line = f"{canonicalize_name(requirement.name)}=={version}"
+    if requirement.marker is None or requirement.name == "torch":
+        return line
+    needed = [requirement.marker.evaluate(place) for place in PLACES]
+    if not any(needed):
+        return None
+    return line if all(needed) else f"{line} ; {requirement.marker}".replace('"', "'")
 
 
 def rewrite(path: Path, lines: list[str]) -> None:
@@ -40,14 +73,14 @@ def rewrite(path: Path, lines: list[str]) -> None:
 def main() -> int:
     if shutil.which("uv") is None:
         sys.exit("make lock: needs uv on PATH (pip install uv, in an environment of its own)")
-    runtime = resolve(["requirements.in"], [])
+    runtime = resolve(["requirements.in"])
+    with tempfile.TemporaryDirectory() as folder:
+        constraints = Path(folder) / "runtime.txt"
+        constraints.write_text("\n".join(runtime.values()) + "\n")
+        both = resolve(["requirements.in", "requirements-dev.in"], constraints)
     first = [runtime[name] for name in FIRST]
-    rewrite(ROOT / "requirements.lock", first + [line for name, line in sorted(runtime.items()) if name not in FIRST])
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-        constraints.write("\n".join(runtime.values()) + "\n")
-        constraints.flush()
-        both = resolve(["requirements.in", "requirements-dev.in"], [Path(constraints.name)])
-    rewrite(ROOT / "requirements-dev.lock", [line for name, line in sorted(both.items()) if name not in runtime])
+    rewrite(ROOT / "requirements.lock", first + sorted(line for name, line in runtime.items() if name not in FIRST))
+    rewrite(ROOT / "requirements-dev.lock", sorted(line for name, line in both.items() if name not in runtime))
     return 0
 
 
