@@ -21,7 +21,8 @@ if [ -z "$python" ]; then
             break
         fi
     done
-    [ -n "$python" ] || fail "no Python 3.10-3.12 on PATH (python3 is $(version_of python3)); name one: make PYTHON=/path/to/python3.12"
+    found=$(version_of python3)
+    [ -n "$python" ] || fail "no Python 3.10-3.12 on PATH (python3 is ${found:-not there}); name one: make PYTHON=/path/to/python3.12"
 fi
 command -v "$python" >/dev/null || fail "$python: no such program; name a Python 3.10-3.12: make PYTHON=/path/to/python3.12"
 fits "$python" || fail "$python is Python $(version_of "$python"), megalm needs 3.10-3.12; name one: make PYTHON=/path/to/python3.12"

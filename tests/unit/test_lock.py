@@ -26,8 +26,8 @@ UNREACHABLE = re.compile(r"connection broken|Could not fetch URL|Failed to estab
 
 
 def requirements(file: str) -> dict[str, Requirement]:
-    lines = [line for line in (ROOT / file).read_text().splitlines() if line and not line.startswith("#")]
-    parsed = [Requirement(line) for line in lines]
+    lines = [line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
+    parsed = [Requirement(line) for line in lines if line]
     names = [canonicalize_name(item.name) for item in parsed]
     assert len(set(names)) == len(names), f"{file} names a package twice"
     return dict(zip(names, parsed, strict=True))
