@@ -1,0 +1,168 @@
+"""A checkpoint goes on bit-equal on its own layout, and gives the very same state to every other layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from megalm.checkpoint.load import CheckpointReader
+from megalm.checkpoint.save import save_checkpoint
+from megalm.model.transformer import LanguageModel
+from tests.distributed.training import Case, Trace, make_dataset, shape_of, snapshot, start, steps, whole_state
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+NO_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+CASES = {
+    "zero1": Case("zero1.json"),
+    "zero2": Case("zero2.json"),
+    "zero3": Case("zero3.json", settings=NO_PERSISTENCE),
+    "zero3 persistent": Case("zero3.json"),
+    "zero1 bf16": Case("zero1.json", precision="bf16"),
+    "zero2 bf16": Case("zero2.json", precision="bf16"),
+    "zero3 bf16": Case("zero3.json", precision="bf16", settings=NO_PERSISTENCE),
+    "zero2 round robin": Case("zero2.json", settings={"zero_optimization": {"round_robin_gradients": True}}),
+    "zero1 dropout": Case("zero1.json", overrides=("model.dropout=0.1", "model.attention_dropout=0.1")),
+    "zero2 dropout recomputed": Case(
+        "zero2.json", overrides=("model.dropout=0.1", "train.checkpoint_activations_every=1")
+    ),
+}
+HALF, END = 4, 8
+
+
+def _save(comm: Any, engine: Any, step: int, folder: Path) -> Path:
+    facts = {"step": step, "tokens": 0, "counters": engine.counters()}
+    return save_checkpoint(folder, step, engine.fragments(), facts, [], comm)
+
+
+def _restored(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path, path: Path) -> Any:
+    engine, run, loader = start(comm, device, case, prefix, folder)
+    reader = CheckpointReader(path)
+    engine.restore(reader.read, reader.manifest["counters"], reader.manifest["step"])
+    return engine, run, loader
+
+
+def _stop_and_go_on(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, tuple[Trace, Trace]]:
+    """Per case: the undisturbed run's second half, and the same steps after saving and loading at the first's end."""
+    result = {}
+    for name, case in CASES.items():
+        engine, run, loader = start(comm, device, case, prefix, folder)
+        steps(engine, run, loader, 1, HALF)
+        path = _save(comm, engine, HALF, folder / name)
+        straight = steps(engine, run, loader, HALF + 1, END)
+        loader.close()
+        engine, run, loader = _restored(comm, device, case, prefix, folder, path)
+        result[name] = (straight, steps(engine, run, loader, HALF + 1, END))
+        loader.close()
+    return result
+
+
+def _load_everything(comm: Any, device: torch.device, prefix: Path, folder: Path, paths: list[Path]) -> Any:
+    """Per case and checkpoint: the state right after loading, and the loss of the next step."""
+    result = {}
+    for name, case in CASES.items():
+        if "dropout" in name:
+            continue
+        for path in paths:
+            engine, run, loader = _restored(comm, device, case, prefix, folder, path)
+            loaded = snapshot(engine)
+            after = steps(engine, run, loader, HALF + 1, HALF + 1)
+            result[name, str(path)] = Trace(after.losses, after.norms, loaded)
+            loader.close()
+    return result
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("layouts")
+    make_dataset(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(place: Path) -> dict[int, Any]:
+    result = {}
+    for world_size in (1, 2):
+        (place / str(world_size)).mkdir()
+        result[world_size] = run_ranks(world_size, _stop_and_go_on, place / "data", place / str(world_size))
+    return result
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", list(CASES))
+def test_goes_on_bit_equal(resumed: dict[int, Any], name: str, world_size: int) -> None:
+    for rank in resumed[world_size]:
+        straight, again = rank[name]
+        assert again.losses == straight.losses
+        assert again.norms == straight.norms
+        for (key, expected), (other, found) in zip(straight.fragments, again.fragments, strict=True):
+            assert key == other
+            np.testing.assert_array_equal(found, expected, err_msg=str(key))
+
+
+@pytest.fixture(scope="module")
+def crossed(place: Path, resumed: dict[int, Any]) -> dict[int, Any]:
+    paths = [
+        place / str(size) / name / f"step-{HALF:08d}" for size in (1, 2) for name in ("zero1", "zero3", "zero2 bf16")
+    ]
+    result = {}
+    for world_size in (1, 2, 4):
+        folder = place / f"load-{world_size}"
+        folder.mkdir()
+        result[world_size] = run_ranks(world_size, _load_everything, place / "data", folder, paths)
+    return result
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_any_layout_gets_the_same_state(crossed: dict[int, Any], world_size: int) -> None:
+    ranks = crossed[world_size]
+    assert len(ranks[0]) == 8 * 6
+    for name, path in ranks[0]:
+        reader = CheckpointReader(Path(path))
+        state = whole_state([rank[name, path] for rank in ranks])
+        for (parameter, kind), values in state.items():
+            stored = _stored(reader, parameter, kind)
+            np.testing.assert_array_equal(values, stored, err_msg=f"{name} from {path}: {kind} of {parameter}")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_any_layout_goes_on_with_the_same_loss(
+    crossed: dict[int, Any], resumed: dict[int, Any], world_size: int
+) -> None:
+    """fp32 into fp32: the next loss is the undisturbed run's, to 1e-5."""
+    expected = resumed[1][0]["zero1"][0].losses[0]
+    for (name, path), trace in crossed[world_size][0].items():
+        if "bf16" not in name and "bf16" not in path:
+            np.testing.assert_allclose(trace.losses[0], expected, rtol=1e-5, err_msg=f"{name} from {path}")
+
+
+def test_safetensors_alone_gives_the_model_back(place: Path, resumed: dict[int, Any]) -> None:
+    """A one-rank folder read with the library only, and any folder with the reader, is the fp32 model."""
+    path = place / "1" / "zero1" / f"step-{HALF:08d}"
+    with safe_open(path / "rank-00000.safetensors", framework="pt") as file:
+        weights = {name.removeprefix("master/"): file.get_tensor(name) for name in file.keys() if "master/" in name}  # noqa: SIM118
+    from tests.distributed.training import resolved
+
+    model = LanguageModel(shape_of(resolved(CASES["zero1"], 1, place)))
+    model.load_state_dict(weights | {"head.weight": weights["head.weight"]})
+    two_ranks = CheckpointReader(place / "2" / "zero1" / f"step-{HALF:08d}").model()
+    assert two_ranks.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(two_ranks[name], weight, rtol=0, atol=2e-4)
+
+
+def _stored(reader: CheckpointReader, name: str, kind: str) -> np.ndarray:
+    """The whole parameter from the files, by hand."""
+    entry = reader.manifest["tensors"][name]
+    whole = np.full(int(np.prod(entry["shape"])), np.nan, np.float32)
+    for stored in entry["fragments"]:
+        if stored["kind"] == kind:
+            with safe_open(reader.path / stored["file"], framework="np") as file:
+                whole[stored["start"] : stored["stop"]] = file.get_tensor(f"{kind}/{name}").reshape(-1)
+    return whole

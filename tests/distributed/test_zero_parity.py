@@ -1,0 +1,82 @@
+"""Every ZeRO stage on 1, 2 and 4 ranks trains the same model as ZeRO 1 on one rank.
+
+Tolerances: fp32, 1e-5 relative over 20 steps for losses and gradient norms: the layouts add the same numbers in
+another order, which fp32 rounds at 6e-8, and Adam amplifies. Weights: 2e-4 absolute, a fifth of one step's largest
+change at the peak rate of 1e-3 (Adam moves a weight by about the rate whatever its gradient, so a gradient that is
+all rounding may move it differently); the mean difference must stay below 1e-6.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.training import Case, Trace, make_dataset, start, steps, whole_state
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 20
+REFERENCE = Case("zero1.json")
+GPT2 = ("model.style=gpt2", "data.document_mask=true")
+CASES = {
+    "zero1": Case("zero1.json"),
+    "zero2": Case("zero2.json"),
+    "zero3": Case("zero3.json", settings={"zero_optimization": {"stage3_param_persistence_threshold": 0}}),
+    "zero3 persistent": Case("zero3.json"),
+    "fp32.json": Case("fp32.json"),
+    "zero2 accumulated": Case("zero2.json", settings={"train_micro_batch_size_per_gpu": 2}),
+    "zero2 recomputed": Case("zero2.json", overrides=("train.checkpoint_activations_every=1",)),
+    "gpt2 zero1": Case("zero1.json", overrides=GPT2),
+    "gpt2 zero3 accumulated": Case("zero3.json", overrides=GPT2, settings={"train_micro_batch_size_per_gpu": 2}),
+    "gpt2 zero2": Case("zero2.json", overrides=GPT2),
+}
+
+
+def _train_all(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, Trace]:
+    traces = {}
+    for name, case in CASES.items():
+        engine, run, loader = start(comm, device, case, prefix, folder)
+        traces[name] = steps(engine, run, loader, 1, STEPS)
+        loader.close()
+    return traces
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Trace]]]:
+    folder = tmp_path_factory.mktemp("parity")
+    make_dataset(folder / "data")
+    result = {}
+    for world_size in (1, 2, 4):
+        here = folder / str(world_size)
+        here.mkdir()
+        result[world_size] = run_ranks(world_size, _train_all, folder / "data", here)
+    return result
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("name", list(CASES))
+def test_equal_to_one_rank(traces: dict[int, list[dict[str, Trace]]], name: str, world_size: int) -> None:
+    reference = traces[1][0]["gpt2 zero1" if name.startswith("gpt2") else "zero1"]
+    ranks = [trace[name] for trace in traces[world_size]]
+    for trace in ranks:
+        np.testing.assert_allclose(trace.losses, reference.losses, rtol=1e-5)
+        np.testing.assert_allclose(trace.norms, reference.norms, rtol=1e-4)
+    expected, found = whole_state([reference]), whole_state(ranks)
+    assert expected.keys() == found.keys()
+    for place, values in expected.items():
+        difference = np.abs(found[place] - values)
+        # A bias on all keys changes no softmax: its gradient is rounding alone, which Adam turns into steps.
+        mean = 1e-4 if place[0].endswith("attention.key.bias") else 1e-6
+        assert difference.max() < 2e-4, place
+        assert difference.mean() < mean, place
+
+
+def test_it_learns(traces: dict[int, list[dict[str, Trace]]]) -> None:
+    """Equal to a reference that stands still would prove nothing."""
+    losses = traces[1][0]["zero1"].losses
+    assert losses[-1] < losses[0] - 0.5

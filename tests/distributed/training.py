@@ -1,0 +1,134 @@
+"""A small real run through config, data and engine, without the launcher: what the parity tests compare."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megalm.config.deepspeed_json import read_deepspeed_json
+from megalm.config.loading import load_run_config
+from megalm.config.precision import DeviceFacts
+from megalm.config.resolve import ResolvedRun, resolve
+from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megalm.data.loader import BatchLoader
+from megalm.data.samples import TrainingSamples
+from megalm.model.shape import ModelShape, model_shape
+from megalm.train.schedule import learning_rate
+from megalm.train.setup import build_engine
+
+VOCAB = 131  # no multiple of anything, so that padding somewhere would show
+MODEL = (
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=4",
+    "data.sequence_length=24",
+    "train.steps=40",
+    "schedule.warmup_steps=4",
+    "schedule.peak_learning_rate=3e-3",
+    "train.loss_chunk_tokens=40",
+)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout of the same job: a shipped JSON with another precision, and settings of the model."""
+
+    json: str
+    precision: str = "fp32"
+    overrides: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Trace:
+    """What training showed: one entry a step, and the final fp32 masters and moments (rank's own fragments)."""
+
+    losses: list[float]
+    norms: list[float]
+    fragments: list[tuple[Any, np.ndarray]]
+
+
+def make_dataset(prefix: Path) -> None:
+    """Documents with structure to learn, of many lengths."""
+    random = np.random.default_rng(7)
+    writer = IndexedDatasetWriter(prefix, np.dtype(np.uint16))
+    for length in random.integers(3, 90, size=200):
+        start, stride = random.integers(0, VOCAB), random.integers(1, 4)
+        writer.append((start + stride * np.arange(length)) % VOCAB)
+    writer.close()
+
+
+def resolved(case: Case, world_size: int, folder: Path) -> ResolvedRun:
+    content = json.loads((ROOT / "ds_configs" / case.json).read_text())
+    content.pop("bf16", None)
+    content.pop("fp16", None)
+    if case.precision == "bf16":
+        content["bf16"] = {"enabled": True}
+    if case.precision == "fp16":
+        content["fp16"] = {"enabled": True, "initial_scale_power": 10}
+    for section, value in case.settings.items():
+        content[section] = {**content.get(section, {}), **value} if isinstance(value, dict) else value
+    path = folder / f"{case.json}-{world_size}.json"
+    path.write_text(json.dumps(content))
+    loaded = load_run_config(None, [*MODEL, *case.overrides])
+    return resolve(loaded, read_deepspeed_json(str(path)), world_size, DeviceFacts("cpu", True, 4 << 30), VOCAB)
+
+
+def shape_of(run: ResolvedRun) -> ModelShape:
+    return model_shape(run.config.model, VOCAB, run.config.data.sequence_length)
+
+
+def start(
+    comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path
+) -> tuple[Any, ResolvedRun, BatchLoader]:
+    """Engine, resolved run and loader of this rank."""
+    rank_folder = folder / f"rank-{comm.rank}"
+    rank_folder.mkdir(exist_ok=True)
+    run = resolved(case, comm.size, rank_folder)
+    samples = TrainingSamples(
+        IndexedDataset(prefix),
+        (0, 200),
+        run.config.data.sequence_length,
+        seed=5,
+        document_mask=run.config.data.document_mask,
+    )
+    batch = run.batch
+    loader = BatchLoader(samples, batch.global_batch, batch.micro_batch, comm.rank, batch.data_parallel)
+    return build_engine(run, shape_of(run), device, comm), run, loader
+
+
+def steps(engine: Any, run: ResolvedRun, loader: BatchLoader, first: int, last: int) -> Trace:
+    """Optimizer steps first..last (counted from 1), and the state after them."""
+    losses, norms = [], []
+    for step in range(first, last + 1):
+        batch = loader.batch((step - 1) * run.batch.global_batch)
+        result = engine.train_step(batch, step, learning_rate(run.schedule, step))
+        assert not result.skipped, step
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    return Trace(losses, norms, snapshot(engine))
+
+
+def snapshot(engine: Any) -> list[tuple[Any, np.ndarray]]:
+    return [(fragment.key, fragment.tensor.detach().cpu().numpy().copy()) for fragment in engine.fragments()]
+
+
+def whole_state(traces: list[Trace]) -> dict[tuple[str, str], np.ndarray]:
+    """(name, kind) -> the whole parameter, put together from all ranks; every element exactly once."""
+    state: dict[tuple[str, str], np.ndarray] = {}
+    counts: dict[tuple[str, str], np.ndarray] = {}
+    for trace in traces:
+        for key, values in trace.fragments:
+            place = (key.name, key.kind)
+            size = int(np.prod(key.shape))
+            state.setdefault(place, np.full(size, np.nan, np.float32))[key.start : key.stop] = values
+            counts.setdefault(place, np.zeros(size, int))[key.start : key.stop] += 1
+    for place, count in counts.items():
+        assert (count == 1).all(), f"{place}: elements owned {count.min()} to {count.max()} times"
+    return state
