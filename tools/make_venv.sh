@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the virtual environment, after a look at what it needs: Python 3.10-3.12, its venv module, g++.
+# Makes the virtual environment, after a look at what it needs: Python 3.10-3.12 with venv and headers, g++.
 #   tools/make_venv.sh VENV PYTHON SYSTEM
 # PYTHON empty: the first fitting python3 on PATH. SYSTEM=1: see that interpreter's own packages.
 set -euo pipefail
@@ -27,6 +27,8 @@ fi
 command -v "$python" >/dev/null || fail "$python: no such program; name a Python 3.10-3.12: make PYTHON=/path/to/python3.12"
 fits "$python" || fail "$python is Python $(version_of "$python"), megalm needs 3.10-3.12; name one: make PYTHON=/path/to/python3.12"
 command -v g++ >/dev/null || fail "no g++, with which DeepSpeed compiles its operations; install it: apt-get install g++ (or dnf install gcc-c++)"
+headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+[ -f "$headers/Python.h" ] || fail "no $headers/Python.h, which compiling DeepSpeed's operations needs; install it: apt-get install python3-dev"
 
 if [ -x "$venv/bin/python" ]; then
     have=$(version_of "$venv/bin/python")

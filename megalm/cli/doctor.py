@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def machine_findings() -> list[Finding]:
         # DeepSpeed compiles its shared-memory collectives for CPU ranks at their first start.
         _tool("g++", "--version", essential=not has_gpu),
         _tool("ninja", "--version", essential=not has_gpu),
-        _header("libaio.h"),
+        _header("Python.h", sysconfig.get_path("include"), essential=not has_gpu),
+        _header("libaio.h", "/usr/include"),
         _slurm(),
     ]
 
@@ -74,15 +76,20 @@ def capabilities(machine: dict[str, Finding]) -> list[list[str]]:
     def ok(name: str) -> bool:
         return name in machine and machine[name].state == "ok"
 
-    gpu, compiler = ok("CUDA device 0"), ok("g++") and ok("ninja")
+    gpu, compiler = ok("CUDA device 0"), all(map(ok, ("g++", "ninja", "Python.h")))
     bf16 = gpu and "bf16" in machine["CUDA device 0"].found
     base = ok("torch") and ok("deepspeed") and ok("python")
     no_gpu = machine["CUDA"].found if "CUDA" in machine else "no CUDA device"
+    no_compiler = "needs g++, ninja and Python.h to compile"
     rows = [
-        ("training on the CPU (gloo)", base and compiler, "g++, ninja, torch and deepspeed" if base else "see above"),
+        (
+            "training on the CPU (gloo)",
+            base and compiler,
+            "compiles DeepSpeed's shared-memory collectives" if compiler else no_compiler,
+        ),
         ("training on GPUs (NCCL)", base and gpu, machine["CUDA device 0"].found if gpu else no_gpu),
         ("bf16 on GPUs", bf16, "the device has it" if bf16 else "use fp16 there" if gpu else no_gpu),
-        ("optimizer offload to the CPU", base and compiler, "compiles DeepSpeedCPUAdam" if compiler else "no g++"),
+        ("optimizer offload to the CPU", base and compiler, "compiles DeepSpeedCPUAdam" if compiler else no_compiler),
         ("offload to NVMe", compiler and ok("libaio.h"), "libaio headers: apt-get install libaio-dev"),
         ("torch.compile", ok("g++") or gpu, "g++ for the CPU, Triton for GPUs"),
         ("mirror to MLflow", ok("mlflow"), machine["mlflow"].found),
@@ -171,11 +178,11 @@ def _tool(name: str, version_flag: str, essential: bool) -> Finding:
     return Finding(name, lines[0])
 
 
-def _header(name: str) -> Finding:
-    for folder in ("/usr/include", "/usr/local/include"):
-        if (Path(folder) / name).is_file():
-            return Finding(name, f"{folder}/{name}")
-    return Finding(name, "not found", "absent")
+def _header(name: str, folder: str, essential: bool = False) -> Finding:
+    path = Path(folder) / name
+    if path.is_file():
+        return Finding(name, str(path))
+    return Finding(name, f"not in {folder}", "missing" if essential else "absent")
 
 
 def _slurm() -> Finding:
