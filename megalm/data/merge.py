@@ -38,17 +38,20 @@ def merge_datasets(
         raise DataError(f"{output_prefix}: is an input and the output; choose another output prefix")
     check_output(output_prefix, overwrite)
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
-    for dataset in datasets:
-        dataset.verify()
     sidecars = [read_json(path) if (path := sidecar_path(prefix)).exists() else None for prefix in prefixes]
     report = _report(prefixes, sidecars, output_prefix, datasets)
+    vocab_size = report.tokenizer.get("vocab_size")
+    for dataset, sidecar in zip(datasets, sidecars, strict=True):
+        dataset.verify()
+        if sidecar is None:  # nothing says which tokenizer made it: its tokens must at least be possible
+            summarise(dataset, vocab_size)
     with IndexedDatasetWriter(output_prefix, datasets[0].dtype) as writer:
         for dataset in datasets:
             writer.append_dataset(dataset)
             if progress is not None:
                 progress(f"{dataset.prefix}: {dataset.document_count:,} documents, {len(dataset.tokens):,} tokens")
         sidecar_path(output_prefix).unlink(missing_ok=True)
-    summary = summarise(IndexedDataset(output_prefix), report.tokenizer.get("vocab_size"))
+    summary = summarise(IndexedDataset(output_prefix), vocab_size)
     report.tokens, report.unigram_entropy, report.bin_sha256 = summary.tokens, summary.unigram_entropy, summary.sha256
     write_json(sidecar_path(output_prefix), asdict(report))
     return report

@@ -48,7 +48,7 @@ class TokenizerReport:
 
 
 @dataclass
-class _Sample:
+class Sample:
     """An even draw of at most `limit` sentences of a stream, in the stream's order."""
 
     limit: int
@@ -110,7 +110,7 @@ def train_tokenizer(
     """
     if model_type not in get_args(ModelType):
         raise DataError(f"tokenizer type {model_type!r} is unknown; choose one of {', '.join(get_args(ModelType))}")
-    sample = _Sample(max_sentences)
+    sample = Sample(max_sentences)
     sentences = sample.draw(texts)
     if not sentences:
         raise DataError(f"{output}: no text to train a tokenizer on ({sample.documents} documents, all empty)")

@@ -1,0 +1,157 @@
+"""Building and merging datasets: the same bytes for any number of workers, nothing lost without a count."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from megalm.data.builder import BuildProgress, build_dataset
+from megalm.data.corpus import Document
+from megalm.data.indexed import IndexedDataset, bin_path
+from megalm.data.inspection import describe, document_text, verify
+from megalm.data.merge import merge_datasets
+from megalm.data.tokenizer import ByteTokenizer, load_tokenizer
+from megalm.errors import DataError
+
+
+@pytest.fixture
+def documents(source_texts: list[str]) -> list[Document]:
+    """Some hundred documents in several chunks, some of them empty."""
+    parts = [part for text in source_texts for part in text.split("\ndef ")]
+    texts = ["", *parts, "", *source_texts * 8]
+    return [Document(text, f"file:{number}") for number, text in enumerate(texts, 1)]
+
+
+def contents(prefix: Path) -> list[bytes]:
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".json")]
+
+
+def test_every_document_is_there(tmp_path: Path, documents: list[Document], model_path: Path) -> None:
+    tokenizer = load_tokenizer(model_path)
+    steps: list[BuildProgress] = []
+    report = build_dataset(documents, tokenizer, tmp_path / "out", progress=steps.append, inputs=["my.jsonl"])
+    dataset = IndexedDataset(tmp_path / "out")
+    filled = [document.text for document in documents if document.text]
+    assert [tokenizer.decode(dataset[index].tolist()) for index in range(len(dataset))] == filled
+    assert all(dataset[index][-1] == tokenizer.eod_id for index in range(len(dataset)))
+    assert (report.documents, report.empty_documents) == (len(filled), 2)
+    assert report.text_bytes == sum(len(text.encode()) for text in filled)
+    assert report.tokens == len(dataset.tokens)
+    assert report.inexact_documents == 0
+    assert len(steps) > 1
+    assert steps[-1] == BuildProgress(len(documents), report.text_bytes, report.tokens)
+
+
+def test_the_same_bytes_for_any_number_of_workers(tmp_path: Path, documents: list[Document], model_path: Path) -> None:
+    for workers in (1, 2):
+        (tmp_path / str(workers)).mkdir()
+        build_dataset(documents, load_tokenizer(model_path), tmp_path / str(workers) / "out", workers=workers)
+    assert contents(tmp_path / "1" / "out") == contents(tmp_path / "2" / "out")
+
+
+def test_the_sidecar_says_what_it_is_made_of(tmp_path: Path) -> None:
+    build_dataset([Document("aab", "f:1")], ByteTokenizer(), tmp_path / "out", inputs=["f"])
+    sidecar = json.loads((tmp_path / "out.json").read_bytes())
+    assert sidecar["tokenizer"]["fingerprint"] == ByteTokenizer.fingerprint
+    assert (sidecar["inputs"], sidecar["documents"], sidecar["tokens"], sidecar["text_bytes"]) == (["f"], 1, 4, 3)
+    assert sidecar["bin_sha256"] == hashlib.sha256((tmp_path / "out.bin").read_bytes()).hexdigest()
+    shares = [count / 4 for count in Counter("aab\0").values()]
+    assert sidecar["unigram_entropy"] == pytest.approx(-sum(share * math.log(share) for share in shares))
+
+
+def test_without_end_of_document(tmp_path: Path) -> None:
+    build_dataset([Document("ab", "f")], ByteTokenizer(), tmp_path / "out", append_eod=False)
+    assert IndexedDataset(tmp_path / "out").tokens.tolist() == [97, 98]
+
+
+def test_documents_that_do_not_come_back_are_named(tmp_path: Path) -> None:
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eod>": 0, "a": 1, "b": 2}, unk_token="<eod>"))
+    made.normalizer = tokenizers.normalizers.Lowercase()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    texts = [Document("a b", "f:1"), Document("A b", "f:2"), Document("b a", "f:3")]
+    report = build_dataset(texts, load_tokenizer(tmp_path), tmp_path / "out")
+    assert (report.documents, report.inexact_documents, report.inexact_names) == (3, 1, ["f:2"])
+
+
+def test_failures_leave_nothing_and_destroy_nothing(tmp_path: Path, model_path: Path) -> None:
+    def broken() -> Iterator[Document]:
+        yield Document("text " * 300_000, "f:1")
+        raise DataError("f:2: is not JSON")
+
+    for workers in (1, 2):
+        with pytest.raises(DataError, match="f:2"):
+            build_dataset(broken(), load_tokenizer(model_path), tmp_path / "out", workers=workers)
+    with pytest.raises(DataError, match=r"no text to build a dataset of \(1 empty documents\)"):
+        build_dataset([Document("", "f")], ByteTokenizer(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    build_dataset([Document("old", "f")], ByteTokenizer(), tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(DataError, match=r"out\.bin: exists already"):
+        build_dataset([Document("new", "f")], ByteTokenizer(), tmp_path / "out")
+    with pytest.raises(DataError, match="f:2"):
+        build_dataset(broken(), ByteTokenizer(), tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == before
+    build_dataset([Document("new", "f")], ByteTokenizer(), tmp_path / "out", overwrite=True)
+    assert document_text(tmp_path / "out", 0, ByteTokenizer()) == "new"
+
+
+def test_merging_is_as_building_at_once(tmp_path: Path, documents: list[Document], model_path: Path) -> None:
+    tokenizer = load_tokenizer(model_path)
+    build_dataset(documents[:50], tokenizer, tmp_path / "a")
+    build_dataset(documents[50:], tokenizer, tmp_path / "b")
+    whole = build_dataset(documents, tokenizer, tmp_path / "whole")
+    merged = merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+    assert contents(tmp_path / "merged")[:2] == contents(tmp_path / "whole")[:2]
+    for fact in ("documents", "empty_documents", "tokens", "text_bytes", "unigram_entropy", "bin_sha256", "tokenizer"):
+        assert getattr(merged, fact) == getattr(whole, fact), fact
+
+
+def test_merging_refuses_what_does_not_belong_together(tmp_path: Path, model_path: Path) -> None:
+    build_dataset([Document("a", "f")], ByteTokenizer(), tmp_path / "a")
+    build_dataset([Document("a", "f")], load_tokenizer(model_path), tmp_path / "b")
+    with pytest.raises(DataError, match="was built with tokenizer sentencepiece:small"):
+        merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    with pytest.raises(DataError, match="is an input and the output"):
+        merge_datasets([tmp_path / "a", tmp_path / "a"], tmp_path / "a", overwrite=True)
+    with pytest.raises(DataError, match="two datasets or more"):
+        merge_datasets([tmp_path / "a"], tmp_path / "out")
+    assert not bin_path(tmp_path / "out").exists()
+    (tmp_path / "b.json").unlink()  # as datasets of others come
+    with pytest.raises(DataError, match=r"b\.bin: holds token \d+, outside the vocabulary of 257"):
+        merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert not bin_path(tmp_path / "out").exists()
+    build_dataset([Document("c", "f")], ByteTokenizer(), tmp_path / "c")
+    (tmp_path / "c.json").unlink()
+    merged = merge_datasets([tmp_path / "a", tmp_path / "c"], tmp_path / "out")
+    assert (merged.options["complete"], merged.documents, merged.text_bytes) == (False, 2, 0)
+
+
+def test_inspection(tmp_path: Path, model_path: Path) -> None:
+    prefix = tmp_path / "out"
+    build_dataset([Document("one", "f"), Document("three", "f")], ByteTokenizer(), prefix)
+    facts = describe(prefix, ByteTokenizer()) | verify(prefix)
+    assert (facts["documents"], facts["tokens"], facts["largest token"]) == ("2", "10", "256")
+    assert facts["sha256 of .bin"].endswith(", as recorded")
+    assert document_text(prefix, 1, ByteTokenizer()) == "three"
+    assert document_text(prefix, 0) == "111 110 101 256"
+    with pytest.raises(DataError, match="document 2 of 2"):
+        document_text(prefix, 2)
+    with pytest.raises(DataError, match=r"was built with bytes .* not with .*small\.model"):
+        describe(prefix, load_tokenizer(model_path))
+    raw = bytearray(bin_path(prefix).read_bytes())
+    raw[0] ^= 1
+    bin_path(prefix).write_bytes(raw)
+    with pytest.raises(DataError, match="its content is not what"):
+        verify(prefix)
+    raw[1] = 9
+    bin_path(prefix).write_bytes(raw)
+    with pytest.raises(DataError, match="outside the vocabulary of 257"):
+        verify(prefix)

@@ -1,0 +1,157 @@
+"""Readers: every kind of file, packed or not, and every kind of damage named with file and line."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from megalm.data.corpus import Document, ReadReport, iter_documents
+from megalm.errors import DataError
+
+TEXTS = ["first\nwith a line", "", "café 😀", "last"]
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}
+
+
+def json_lines() -> bytes:
+    return b"\xef\xbb\xbf" + b"\n".join(json.dumps({"id": 1, "text": text}).encode() for text in TEXTS) + b"\n\n"
+
+
+def json_array() -> bytes:
+    return json.dumps([TEXTS[0], *({"text": text} for text in TEXTS[1:])]).encode()
+
+
+def parquet_table() -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"n": range(4), "text": TEXTS}), sink, row_group_size=3)
+    return sink.getvalue().to_pybytes()
+
+
+def plain_text() -> bytes:
+    return "one document,\r\nas it is café".encode()
+
+
+KINDS = {
+    ".jsonl": (json_lines, TEXTS),
+    ".json": (json_array, TEXTS),
+    ".parquet": (parquet_table, TEXTS),
+    ".txt": (plain_text, ["one document,\r\nas it is café"]),
+    ".md": (plain_text, ["one document,\r\nas it is café"]),
+}
+
+
+@pytest.mark.parametrize("packing", PACK)
+@pytest.mark.parametrize("kind", KINDS)
+def test_reads_every_kind(tmp_path: Path, kind: str, packing: str) -> None:
+    content, texts = KINDS[kind]
+    path = tmp_path / f"data.v1{kind}{packing}"
+    path.write_bytes(PACK[packing](content()))
+    report = ReadReport()
+    documents = list(iter_documents([path], report=report))
+    assert [document.text for document in documents] == texts
+    assert (report.documents, report.skipped) == (len(texts), 0)
+    assert all(document.source.startswith(str(path)) for document in documents)
+    assert len({document.source for document in documents}) == len(texts)
+
+
+@pytest.mark.parametrize("packing", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_packed_file_cut_short_is_never_taken_for_whole(tmp_path: Path, packing: str) -> None:
+    lines = b"".join(json.dumps({"text": f"{number} {number**9}"}).encode() + b"\n" for number in range(50_000))
+    packed = PACK[packing](lines)
+    path = tmp_path / f"data.jsonl{packing}"
+    path.write_bytes(packed[: len(packed) * 2 // 3])
+    with pytest.raises(DataError, match=f"data.jsonl{packing}: cannot be read to its end"):
+        list(iter_documents([path]))
+    report = ReadReport()
+    documents = list(iter_documents([path], on_error="skip", report=report))
+    assert report.documents == len(documents) < 50_000
+    assert report.skipped >= 1
+    path.write_bytes(packed)
+    assert len(list(iter_documents([path]))) == 50_000
+
+
+def test_zstd_frames_are_read_all(tmp_path: Path) -> None:
+    frames = [zstandard.ZstdCompressor().compress(f'{{"text": "{number}"}}\n'.encode()) for number in range(3)]
+    path = tmp_path / "frames.jsonl.zst"
+    path.write_bytes(b"".join(frames))
+    assert [document.text for document in iter_documents([path])] == ["0", "1", "2"]
+    path.write_bytes(b"".join(frames) + b"rubbish")
+    with pytest.raises(DataError, match="damaged zstd"):
+        list(iter_documents([path]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.jsonl", b'{"text": "a"}\n{"text": "b"', r"x\.jsonl:2: is not JSON"),
+        ("x.jsonl", b'{"text": "a"}\n\n[1]\n', r"x\.jsonl:3: is list, not an object"),
+        ("x.jsonl", b'{"content": "a", "id": 2}', r"x\.jsonl:1: has no 'text' \(its keys: 'content', 'id'\)"),
+        ("x.jsonl", b'{"text": null}', r"x\.jsonl:1: 'text' is NoneType, not text"),
+        ("x.jsonl", b'{"text": "\xff"}', r"x\.jsonl:1: is not JSON"),
+        ("x.jsonl", b'{"text": "\\ud800"}', r"x\.jsonl:1: is not JSON"),
+        ("x.json", b'{"text": "a"}\n{"text": "b"}', r"name it \.jsonl"),
+        ("x.json", b'{"text": "a"}', "is dict, not an array"),
+        ("x.json", b'["a", 3]', r"x\.json\[1\]: 'text' is int"),
+        ("x.txt", b"abc\xff", "is not UTF-8 at byte 3"),
+        ("x.parquet", b"PAR1 not really", "is not a readable parquet table"),
+    ],
+)
+def test_broken_input_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said) as error:
+        list(iter_documents([tmp_path]))
+    assert "\n" not in str(error.value)
+    report = ReadReport()
+    documents = list(iter_documents([tmp_path], on_error="skip", report=report))
+    assert report.skipped == 1
+    assert len(report.messages) == 1
+    assert all(document.text in ("a", "b") for document in documents)
+
+
+def test_parquet_without_the_column_or_text(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(parquet_table())
+    with pytest.raises(DataError, match=r"no column 'body' \(its columns: n, text\)"):
+        list(iter_documents([tmp_path], text_key="body"))
+    with pytest.raises(DataError, match=r"x\.parquet:0: 'n' is int, not text"):
+        list(iter_documents([tmp_path], text_key="n"))
+
+
+def test_skipping_goes_on_behind_the_broken_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "a"}\nbroken\n{"text": "b"}\n')
+    report = ReadReport()
+    documents = list(iter_documents([path], on_error="skip", report=report))
+    assert documents == [Document("a", f"{path}:1"), Document("b", f"{path}:3")]
+    assert report.messages[0].startswith(f"{path}:2: is not JSON")
+
+
+def test_folders_and_globs_are_sorted_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.txt", "a/c.md", "a/picture.png", ".hidden.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    report = ReadReport()
+    assert [document.text for document in iter_documents([tmp_path], report=report)] == ["a/c.md", "a/z.txt", "b.txt"]
+    assert report.ignored_files == 2
+    found = iter_documents([str(tmp_path / "**" / "*.txt")])
+    assert [document.text for document in found] == ["a/z.txt", "b.txt"]
+
+
+def test_paths_that_match_nothing(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("a,b")
+    for name, said in (("", "no file to read"), ("*.txt", "no file to read"), ("x.csv", "unknown kind of file")):
+        with pytest.raises(DataError, match=said):
+            list(iter_documents([tmp_path / name], on_error="skip"))

@@ -1,0 +1,169 @@
+"""The indexed format: bytes that the peers write and read, and every kind of damage refused by name."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
+from megalm.errors import DataError
+
+# Documents [1, 2, 3] and [4, 5] as u16, byte for byte as Megatron-LM writes them.
+GOLDEN_BIN = bytes.fromhex("01000200030004000500")
+GOLDEN_IDX = bytes.fromhex(
+    "4d4d49444944580000"
+    "0100000000000000"
+    "08"
+    "0200000000000000"
+    "0300000000000000"
+    "03000000"
+    "02000000"
+    "0000000000000000"
+    "0600000000000000"
+    "0000000000000000"
+    "0100000000000000"
+    "0200000000000000"
+)
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> Path:
+    prefix = tmp_path / "golden"
+    prefix.with_suffix(".bin").write_bytes(GOLDEN_BIN)
+    prefix.with_suffix(".idx").write_bytes(GOLDEN_IDX)
+    return prefix
+
+
+def test_writes_the_golden_bytes(tmp_path: Path) -> None:
+    with IndexedDatasetWriter(tmp_path / "out", np.uint16) as writer:
+        writer.append([1, 2, 3])
+        writer.append([4, 5])
+    assert (tmp_path / "out.bin").read_bytes() == GOLDEN_BIN
+    assert (tmp_path / "out.idx").read_bytes() == GOLDEN_IDX
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.bin", "out.idx"]
+
+
+def test_reads_the_golden_bytes(golden: Path) -> None:
+    dataset = IndexedDataset(golden)
+    dataset.verify()
+    assert [row.tolist() for row in (dataset[0], dataset[1])] == [[1, 2, 3], [4, 5]]
+    assert dataset.sequence_lengths.tolist() == [3, 2]
+    assert dataset.sequence_pointers.tolist() == [0, 6]
+    assert dataset.document_index.tolist() == [0, 1, 2]
+    assert dataset.tokens.tolist() == [1, 2, 3, 4, 5]
+    assert (len(dataset), dataset.document_count, dataset.dtype) == (2, 2, np.uint16)
+
+
+def test_accepts_modes(golden: Path) -> None:
+    golden.with_suffix(".idx").write_bytes(GOLDEN_IDX + b"\x00\x01")
+    assert IndexedDataset(golden).document_count == 2
+
+
+def test_reads_documents_of_several_sequences(tmp_path: Path) -> None:
+    body = np.array([2, 1, 1], "<i4").tobytes() + np.array([0, 4, 6], "<i8").tobytes()
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, 3, 3)
+    (tmp_path / "many.idx").write_bytes(header + body + np.array([0, 2, 3], "<i8").tobytes())
+    (tmp_path / "many.bin").write_bytes(np.array([7, 8, 9, 10], "<u2").tobytes())
+    dataset = IndexedDataset(tmp_path / "many")
+    assert (len(dataset), dataset.document_count, dataset[2].tolist()) == (3, 2, [10])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "said"),
+    [
+        (".bin", GOLDEN_BIN[:-1], "10 bytes expected by golden.idx, 9 found"),
+        (".bin", b"", "10 bytes expected"),
+        (".bin", GOLDEN_BIN + b"\0\0", "12 found"),
+        (".idx", GOLDEN_IDX[:-1], "82 bytes expected for 2 sequences, 81 found"),
+        (".idx", GOLDEN_IDX[:20], "34 bytes of header expected, 20 found"),
+        (".idx", b"", "not an index"),
+        (".idx", b"TNTIDX\0\0" + GOLDEN_IDX[8:], "legacy TNTIDX"),
+        (".idx", b"PK" + GOLDEN_IDX[2:], "not an index"),
+        (".idx", GOLDEN_IDX[:9] + b"\x02" + GOLDEN_IDX[10:], "version 2"),
+        (".idx", GOLDEN_IDX[:17] + b"\x09" + GOLDEN_IDX[18:], "dtype code 9"),
+        (".idx", GOLDEN_IDX[:-8] + struct.pack("<q", 1), "do not run from sequence 0 to 2"),
+    ],
+)
+def test_refuses_damage_at_opening(golden: Path, suffix: str, content: bytes, said: str) -> None:
+    golden.with_suffix(suffix).write_bytes(content)
+    with pytest.raises(DataError, match=said) as error:
+        IndexedDataset(golden)
+    assert f"golden{suffix}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_refuses_absent_files(golden: Path) -> None:
+    golden.with_suffix(".bin").unlink()
+    with pytest.raises(DataError, match=r"golden\.bin: cannot be opened"):
+        IndexedDataset(golden)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "said"),
+    [
+        (34, struct.pack("<i", -3), "negative length in sequence 0"),
+        (42, struct.pack("<q", 2), "disagree at sequence 0"),
+    ],
+)
+def test_verify_finds_damage_inside_the_index(golden: Path, offset: int, value: bytes, said: str) -> None:
+    damaged = GOLDEN_IDX[:offset] + value + GOLDEN_IDX[offset + len(value) :]
+    golden.with_suffix(".idx").write_bytes(damaged)
+    with pytest.raises(DataError, match=said):
+        IndexedDataset(golden).verify()
+
+
+def test_a_token_that_does_not_fit_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    with (
+        pytest.raises(DataError, match="token 65536 does not fit uint16"),
+        IndexedDatasetWriter(tmp_path / "out", np.uint16) as writer,
+    ):
+        writer.append([1, 65536])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_abort_leaves_what_was_there(golden: Path) -> None:
+    writer = IndexedDatasetWriter(golden, np.uint16)
+    writer.append([9])
+    writer.abort()
+    assert IndexedDataset(golden).tokens.tolist() == [1, 2, 3, 4, 5]
+    assert len(list(golden.parent.iterdir())) == 2
+
+
+def test_appends_another_dataset(golden: Path, tmp_path: Path) -> None:
+    with IndexedDatasetWriter(tmp_path / "out", np.uint16) as writer:
+        writer.append([7])
+        writer.append_dataset(IndexedDataset(golden), chunk_tokens=2)
+    dataset = IndexedDataset(tmp_path / "out")
+    dataset.verify()
+    assert [dataset[index].tolist() for index in range(3)] == [[7], [1, 2, 3], [4, 5]]
+    with (
+        pytest.raises(DataError, match="holds uint16, the output int32"),
+        IndexedDatasetWriter(tmp_path / "other", np.int32) as writer,
+    ):
+        writer.append_dataset(dataset)
+
+
+def test_empty_documents_and_empty_datasets(tmp_path: Path) -> None:
+    with IndexedDatasetWriter(tmp_path / "out", np.uint16) as writer:
+        writer.append_documents([5], [0, 1, 0])
+    dataset = IndexedDataset(tmp_path / "out")
+    assert [dataset[index].tolist() for index in range(3)] == [[], [5], []]
+    with IndexedDatasetWriter(tmp_path / "none", np.uint16):
+        pass
+    assert len(IndexedDataset(tmp_path / "none").tokens) == 0
+
+
+def test_fingerprint_is_of_the_content(golden: Path, tmp_path: Path) -> None:
+    with IndexedDatasetWriter(tmp_path / "same", np.uint16) as writer:
+        writer.append_documents([1, 2, 3, 4, 5], [3, 2])
+    with IndexedDatasetWriter(tmp_path / "other", np.uint16) as writer:
+        writer.append_documents([1, 2, 3, 4, 6], [3, 2])
+    same, other = IndexedDataset(tmp_path / "same"), IndexedDataset(tmp_path / "other")
+    assert IndexedDataset(golden).fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_best_dtype() -> None:
+    assert [best_dtype(size).name for size in (257, 65_499, 65_500, 128_000)] == ["uint16", "uint16", "int32", "int32"]

@@ -1,0 +1,187 @@
+"""Tokenizers: exact on every text, the same bytes from the same input, honest about bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megalm.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from megalm.data.tokenizer_training import SENTENCE_CHARACTERS, Sample, split_sentences
+from megalm.errors import DataError
+
+AWKWARD = [
+    "",
+    " ",
+    "   indented\n\twith tab  \n\n\n",
+    "a\r\nb\x0c\x00\ufeff",
+    "café 😀 中文 \u3000\u00a0\u2028",
+    "\u2581 the library's \u2581\u2581own space\u2585",
+    "<eod> <unk> <0x41> </s>",
+    "\U0010ffff\ue000",
+]
+
+
+@pytest.fixture(params=["sentencepiece", "huggingface", "bytes"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path: Path, source_texts: list[str]) -> Tokenizer:
+    if request.param == "sentencepiece":
+        return load_tokenizer(request.getfixturevalue("model_path"))
+    if request.param == "bytes":
+        return load_tokenizer("bytes")
+    return load_tokenizer(byte_level_json(tmp_path, source_texts))
+
+
+def byte_level_json(folder: Path, texts: list[str]) -> Path:
+    """A tokenizer as GPT-2's: byte-level BPE."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(texts[:1], trainer)
+    path = folder / "tokenizer.json"
+    made.save(str(path))
+    return path
+
+
+def test_every_text_comes_back(tokenizer: Tokenizer, source_texts: list[str]) -> None:
+    texts = [*AWKWARD, *source_texts]
+    if tokenizer.name.startswith("huggingface"):
+        texts.remove("<eod> <unk> <0x41> </s>")
+        texts.append("<0x41>")
+    rows = tokenizer.encode_batch(texts)
+    assert [tokenizer.decode(row) for row in rows] == texts
+    assert max(max(row, default=0) for row in rows) < tokenizer.vocab_size
+    assert all(tokenizer.eod_id not in row for row in rows)
+
+
+def test_bytes_of_tokens_add_up_to_the_text(tokenizer: Tokenizer, source_texts: list[str]) -> None:
+    texts = [*AWKWARD, *source_texts]
+    sizes = tokenizer.token_bytes()
+    assert sizes.shape == (tokenizer.vocab_size,)
+    assert sizes[tokenizer.eod_id] == 0
+    for text, row in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert int(sizes[np.array(row, dtype=np.int64)].sum()) == len(text.encode()), text[:40]
+
+
+def test_control_tokens_give_no_text(tokenizer: Tokenizer) -> None:
+    (row,) = tokenizer.encode_batch(["a b"])
+    assert tokenizer.decode([*row, tokenizer.eod_id]) == "a b"
+
+
+@given(text=st.text())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_text_comes_back(model_path: Path, text: str) -> None:
+    tokenizer = load_tokenizer(model_path)
+    assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+
+
+def test_training_again_gives_the_same_bytes(model_path: Path, tmp_path: Path, source_texts: list[str]) -> None:
+    report = train_tokenizer(iter(source_texts), tmp_path / "again.model", vocab_size=600)
+    assert (tmp_path / "again.model").read_bytes() == model_path.read_bytes()
+    assert report.documents == len(source_texts)
+    assert report.sentences_used == report.sentences
+    assert json.loads((tmp_path / "again.model.json").read_bytes())["threads"] == report.threads
+    assert str(tmp_path).encode() not in model_path.read_bytes()
+
+
+def test_pieces_of_the_trained_tokenizer(model_path: Path) -> None:
+    tokenizer = load_tokenizer(model_path)
+    assert tokenizer.vocab_size == 600
+    assert tokenizer.eod_id == 1
+    newline, tab = tokenizer.encode_batch(["\n", "\t"])
+    assert (len(newline), len(tab)) == (1, 1)
+    (digits,) = tokenizer.encode_batch(["12345"])
+    assert len(digits) == 5
+    (indented,) = tokenizer.encode_batch(["        return"])
+    assert len(indented) < 4  # runs of spaces are pieces
+
+
+def test_fingerprint_is_of_the_pieces_not_of_the_path(
+    model_path: Path, tmp_path: Path, source_texts: list[str]
+) -> None:
+    copy = tmp_path / "copy.model"
+    copy.write_bytes(model_path.read_bytes())
+    train_tokenizer(source_texts[:1], tmp_path / "other.model", vocab_size=600)
+    fingerprints = [load_tokenizer(path).fingerprint for path in (model_path, copy, tmp_path / "other.model")]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def test_sentences_lose_nothing_but_the_breaks() -> None:
+    text = "short\n\n\tx" + "y" * (2 * SENTENCE_CHARACTERS + 5) + "\u2581end"
+    parts = list(split_sentences(text))
+    assert max(map(len, parts)) <= SENTENCE_CHARACTERS
+    assert "".join(parts) == text.translate({ord(mark): None for mark in "\n\t\0\u2581\u2585"})
+
+
+def test_trains_on_a_line_without_end(tmp_path: Path, source_texts: list[str]) -> None:
+    line = source_texts[0].replace("\n", " ")
+    train_tokenizer([line], tmp_path / "long.model", vocab_size=500)
+    (row,) = load_tokenizer(tmp_path / "long.model").encode_batch([line])
+    assert len(row) < len(line) / 2
+
+
+def test_draws_lines_evenly_and_in_their_order() -> None:
+    sample = Sample(limit=100)
+    drawn = sample.draw(["\n".join(f"{number:04}" for number in range(start, start + 500)) for start in (0, 500)])
+    assert (sample.documents, sample.sentences, len(drawn)) == (2, 1000, 100)
+    assert drawn == sorted(set(drawn))
+    assert 30 < sum(line < "0500" for line in drawn) < 70
+
+
+def test_a_vocabulary_too_large_names_the_largest(tmp_path: Path, source_texts: list[str]) -> None:
+    with pytest.raises(DataError, match=r"too large for this text; the largest possible is \d+") as error:
+        train_tokenizer(source_texts[:1], tmp_path / "x.model", vocab_size=60_000)
+    largest = int(str(error.value).split("possible is ")[1].split(",")[0])
+    train_tokenizer(source_texts[:1], tmp_path / "x.model", vocab_size=largest)
+    assert load_tokenizer(tmp_path / "x.model").vocab_size == largest
+
+
+def test_training_refuses_what_cannot_work(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"too small for this text.* take 26\d already"):
+        train_tokenizer(["some text"], tmp_path / "x.model", vocab_size=200)
+    with pytest.raises(DataError, match=r"no text to train a tokenizer on \(2 documents, all empty\)"):
+        train_tokenizer(["", "\n"], tmp_path / "x.model", vocab_size=300)
+    with pytest.raises(DataError, match="'wordpiece' is unknown"):
+        train_tokenizer(["text"], tmp_path / "x.model", vocab_size=300, model_type="wordpiece")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_loading_refuses_what_is_not_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "x.model").write_bytes(b"not a model")
+    (tmp_path / "x.json").write_text('{"a": 1}')
+    (tmp_path / "y.json").write_text("{")
+    for name, said in (
+        ("none.model", "no such"),
+        ("x.model", "not a Sent"),
+        ("x.json", "not a tok"),
+        ("y.json", "JSON"),
+    ):
+        with pytest.raises(DataError, match=said):
+            load_tokenizer(tmp_path / name)
+
+
+def test_huggingface_end_of_document(tmp_path: Path, source_texts: list[str]) -> None:
+    path = byte_level_json(tmp_path, source_texts)
+    assert load_tokenizer(tmp_path).eod_id == 0
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "!"}}')
+    assert load_tokenizer(path).eod_id == tokenizers.Tokenizer.from_file(str(path)).token_to_id("!")
+    definition = json.loads(path.read_text())
+    definition["added_tokens"] = []
+    del definition["model"]["vocab"]["<|endoftext|>"]
+    (tmp_path / "tokenizer_config.json").unlink()
+    path.write_text(json.dumps(definition))
+    with pytest.raises(DataError, match="no end-of-document token"):
+        _ = load_tokenizer(path).eod_id
+
+
+def test_bytes_tokenizer_ids() -> None:
+    assert ByteTokenizer().encode_batch(["hé"]) == [[104, 195, 169]]
+    assert ByteTokenizer().decode([104, 195]) == "h\ufffd"
