@@ -28,6 +28,9 @@ RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 
 # MLflow's limit of entities in one request.
 _BATCH_METRICS = 1000
+# Fields that place a row or name a thing, and are no measurement.
+_NO_SERIES = ("kind", "time", "step")
+_NO_SERIES_OF_EVENTS = (*_NO_SERIES, "attempt", "exit_code", "signal", "world_size")
 _END_STATUS = {"finished": FINISHED, "failed": FAILED, "stopped": KILLED}
 _EXIT_STATUS = {0: FINISHED, 75: KILLED}
 
@@ -107,10 +110,16 @@ class Sent:
 
 
 class Delivery:
-    """Brings one run folder to its store, as often as it is called."""
+    """Brings one run folder to its store, as often as it is called.
 
-    def __init__(self, run_dir: Path) -> None:
+    `run_has_ended` turns true with an end event of unix time `since` or later: a resumed run has the end of its
+    earlier attempt in its rows, and maybe not yet sent.
+    """
+
+    def __init__(self, run_dir: Path, since: float = 0.0) -> None:
         self.run_dir = run_dir
+        self.run_has_ended = False
+        self._since_ms = int(since * 1000)
         self._state_path = run_dir / STATE_FILE
         self._state = MirrorState.load(self._state_path)
         self._store: Store | None = None
@@ -124,10 +133,6 @@ class Delivery:
     @property
     def tracking_uri(self) -> str:
         return self._state.tracking_uri
-
-    @property
-    def run_has_ended(self) -> bool:
-        return self._state.status != RUNNING
 
     def deliver(self, parent_ended: bool = False) -> Sent:
         """Send everything that is not sent; with `parent_ended`, a run without an end event is closed too."""
@@ -214,6 +219,7 @@ class Delivery:
             by_code = _EXIT_STATUS.get(row.get("exit_code", 0), FAILED)
             state.status = _END_STATUS.get(str(row.get("status")), by_code)
             state.end_ms = _milliseconds(row)
+            self.run_has_ended = state.end_ms >= self._since_ms
 
     def _send_artifacts(self, store: Store, run_id: str) -> int:
         """The files that are new or changed since they were sent."""
@@ -264,10 +270,11 @@ def metrics_of(row: Row) -> list[MetricValue]:
     elif prefix == "eval" and row.get("dataset") not in (None, "validation"):
         prefix += f"/{Path(str(row['dataset'])).name}"
     step = row["step"] if isinstance(row.get("step"), int) else 0
+    left_out = _NO_SERIES_OF_EVENTS if row["kind"] == "event" else _NO_SERIES
     return [
         MetricValue(run_folder.clean_name(f"{prefix}/{name}"), float(value), step, _milliseconds(row))
         for name, value in row.items()
-        if name not in ("kind", "time", "step") and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name not in left_out and isinstance(value, (int, float)) and not isinstance(value, bool)
     ]
 
 

@@ -67,7 +67,7 @@ def start_mirror(run_dir: str | os.PathLike[str]) -> MirrorHandle:
     environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, "1") | {"CUDA_VISIBLE_DEVICES": ""}
     with open(run_dir / LOG_FILE, "ab") as log:
         process = subprocess.Popen(
-            [*command, "--parent-pid", str(os.getpid())],
+            [*command, "--parent-pid", str(os.getpid()), "--since", str(time.time())],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -89,23 +89,21 @@ def sync(run_dir: str | os.PathLike[str], deadline_seconds: float = 30.0) -> Sen
         return _deliver_until(Delivery(run_dir), time.monotonic() + deadline_seconds)
 
 
-def follow(run_dir: Path, parent: ParentWatch) -> None:
-    """Deliver while the parent lives and until all is sent.
+def follow(run_dir: Path, parent: ParentWatch, since: float = 0.0) -> None:
+    """Deliver until the run's end event (not an earlier one than unix time `since`) or the parent's end.
 
     Raises:
         MegalmError: something was not delivered within the deadline after the parent's end.
     """
     with _only_mirror(run_dir, patience_seconds=_DEADLINE_SECONDS):
-        delivery, failures = Delivery(run_dir), 0
+        delivery, failures = Delivery(run_dir, since), 0
         while not parent.ended.is_set():
             try:
                 delivery.deliver()
                 failures = 0
                 if delivery.run_has_ended:
                     return
-            except MegalmError:
-                raise
-            except Exception as error:
+            except Exception as error:  # a file in the middle of its writing too
                 failures += 1
                 logger.warning("not delivered, trying again: %s", _one_line(error))
             parent.ended.wait(_back_off(failures))
@@ -200,6 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--follow", action="store_true", help="go on until the process --parent-pid ends")
     parser.add_argument("--parent-pid", type=int)
+    parser.add_argument("--since", type=float, default=0.0, help="unix time at which this attempt began")
     options = parser.parse_args(arguments)
     if options.follow and options.parent_pid is None:
         parser.error("--follow needs --parent-pid")
@@ -207,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.nice(19)
     try:
         if options.follow:
-            follow(options.run_dir, ParentWatch(options.parent_pid))
+            follow(options.run_dir, ParentWatch(options.parent_pid), options.since)
         else:
             sync(options.run_dir)
     except MegalmError as error:

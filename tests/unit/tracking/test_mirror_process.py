@@ -61,6 +61,25 @@ def test_a_run_is_followed_to_its_end(run_dir: Path) -> None:
     assert "everything is delivered" in (run_dir / "mlflow.log").read_text()
 
 
+@pytest.mark.parametrize("sent_before", [True, False])
+def test_the_end_of_an_earlier_attempt_is_not_this_ones(run_dir: Path, sent_before: bool) -> None:
+    """The mirror of a resumed run starts before the resume event is written."""
+    write_rows(run_dir, range(1, 5), end="stopped")
+    if sent_before:
+        mirror.sync(run_dir)
+    handle = mirror.start_mirror(run_dir)
+    deadline = time.monotonic() + 60
+    while MirrorState.load(run_dir / "mlflow.json").offset == 0:
+        assert time.monotonic() < deadline, (run_dir / "mlflow.log").read_text()
+        time.sleep(0.1)
+    time.sleep(3.0)  # a pass or two with nothing but the earlier attempt
+    assert handle.process.poll() is None, (run_dir / "mlflow.log").read_text()
+    write_rows(run_dir, range(5, 7), attempt=2, end="finished")
+    assert handle.finish(60)
+    run = mlflow_run(run_dir)
+    assert (run.info.status, run.data.metrics["train/tokens"]) == ("FINISHED", 600.0)
+
+
 def test_rows_arrive_while_training_goes_on(run_dir: Path) -> None:
     handle = mirror.start_mirror(run_dir)
     try:
