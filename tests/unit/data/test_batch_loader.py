@@ -109,9 +109,12 @@ def test_an_error_reaches_the_caller_and_the_thread_lives(watched: Watched) -> N
         assert loader.batch(0).sample_range == (0, 2)
         with pytest.raises(OSError, match="sample 3: disk gone"):
             loader.batch(2)
-        assert loader.batch(4).sample_range == (4, 6)
         watched.broken = set()
         assert loader.batch(2).sample_range == (2, 4)
+        watched.broken = {9}
+        assert loader.batch(4).sample_range == (4, 6)
+        with pytest.raises(OSError, match="sample 9: disk gone"):
+            loader.batch(8)
 
 
 def test_close_ends_the_thread_also_when_called_twice(watched: Watched) -> None:

@@ -70,7 +70,7 @@ def test_reads_every_kind(tmp_path: Path, kind: str, packing: str) -> None:
 
 @pytest.mark.parametrize("packing", [".gz", ".bz2", ".xz", ".zst"])
 def test_a_packed_file_cut_short_is_never_taken_for_whole(tmp_path: Path, packing: str) -> None:
-    lines = b"".join(json.dumps({"text": f"{number} {number**9}"}).encode() + b"\n" for number in range(50_000))
+    lines = b"".join(json.dumps({"text": f"{number} {number**9}"}).encode() + b"\n" for number in range(6_000))
     packed = PACK[packing](lines)
     path = tmp_path / f"data.jsonl{packing}"
     path.write_bytes(packed[: len(packed) * 2 // 3])
@@ -78,10 +78,10 @@ def test_a_packed_file_cut_short_is_never_taken_for_whole(tmp_path: Path, packin
         list(iter_documents([path]))
     report = ReadReport()
     documents = list(iter_documents([path], on_error="skip", report=report))
-    assert report.documents == len(documents) < 50_000
+    assert report.documents == len(documents) < 6_000
     assert report.skipped >= 1
     path.write_bytes(packed)
-    assert len(list(iter_documents([path]))) == 50_000
+    assert len(list(iter_documents([path]))) == 6_000
 
 
 def test_zstd_frames_are_read_all(tmp_path: Path) -> None:

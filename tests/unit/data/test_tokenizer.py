@@ -98,10 +98,14 @@ def test_pieces_of_the_trained_tokenizer(model_path: Path) -> None:
     assert tokenizer.eod_id == 1
     newline, tab = tokenizer.encode_batch(["\n", "\t"])
     assert (len(newline), len(tab)) == (1, 1)
-    (digits,) = tokenizer.encode_batch(["12345"])
-    assert len(digits) == 5
     (indented,) = tokenizer.encode_batch(["        return"])
     assert len(indented) < 4  # runs of spaces are pieces
+
+
+def test_digits_stay_single_however_frequent_a_number_is(tmp_path: Path, source_texts: list[str]) -> None:
+    train_tokenizer([source_texts[1] + "\nin 2024" * 5000], tmp_path / "digits.model", vocab_size=500)
+    (number,) = load_tokenizer(tmp_path / "digits.model").encode_batch(["2024"])
+    assert len(number) == 4
 
 
 def test_fingerprint_is_of_the_pieces_not_of_the_path(

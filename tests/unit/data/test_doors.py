@@ -1,0 +1,58 @@
+"""The commands in data_tools/, as people run them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOORS = Path(__file__).resolve().parents[3] / "data_tools"
+
+
+def door(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, DOORS / f"{name}.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_from_text_to_a_merged_dataset(tmp_path: Path, source_texts: list[str]) -> None:
+    texts = tmp_path / "my.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["", *source_texts[:2]]) + "broken\n")
+    model, prefix = tmp_path / "data" / "my.model", tmp_path / "data" / "my"
+    skip = ("--input", texts, "--on-error", "skip")
+    trained = door("train_tokenizer", *skip, "--output", model, "--vocab-size", "500")
+    assert trained.returncode == 0, trained.stderr
+    assert "500 pieces (unigram) from 3 documents" in trained.stdout
+    built = door("build_dataset", *skip, "--tokenizer", model, "--output-prefix", prefix, "--workers", "2")
+    assert built.returncode == 0, built.stderr
+    assert "2 documents" in built.stdout
+    assert "left out 1 empty documents" in built.stdout
+    assert f"skipped 1 documents that cannot be read, the first: {texts}:4: is not JSON" in built.stdout
+    merged = door("merge_datasets", "--output-prefix", tmp_path / "twice", prefix, prefix)
+    assert merged.returncode == 0, merged.stderr
+    shown = door("inspect_dataset", tmp_path / "twice", "--verify", "--tokenizer", model, "--document", "2")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout == source_texts[0] + "\n"
+    facts = door("inspect_dataset", tmp_path / "twice", "--verify")
+    assert "documents          4\n" in facts.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("train_tokenizer", ("--input", "{0}", "--output", "{0}/x.model"), "no file to read there"),
+        ("train_tokenizer", ("--input", "{0}", "--output", "{0}/x"), "name a tokenizer NAME.model"),
+        ("build_dataset", ("--input", "x", "--tokenizer", "none", "--output-prefix", "{0}/x"), "x: no file to read"),
+        ("inspect_dataset", ("{0}/absent",), "cannot be opened"),
+        ("merge_datasets", ("--output-prefix", "{0}/x", "{0}/a"), "two datasets or more"),
+    ],
+)
+def test_refusals_are_one_line_and_exit_2(tmp_path: Path, name: str, arguments: tuple[str, ...], said: str) -> None:
+    refused = door(name, *(argument.format(tmp_path) for argument in arguments))
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    assert refused.stderr.startswith("error: ")
+    assert said in refused.stderr
+    assert refused.stderr.count("\n") == 1
