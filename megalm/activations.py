@@ -35,7 +35,8 @@ def activation_bytes(
     hidden = tokens * shape.hidden_size * element_bytes
     recomputed = math.ceil(layers / checkpoint_every) if checkpoint_every else 0
     kept = (layers - recomputed) * block + recomputed * hidden
-    final_norm = tokens * shape.hidden_size * _norm_bytes(shape, element_bytes, on_cpu) + hidden
+    norm_bytes = _norm_bytes(shape.style == "llama", element_bytes, on_cpu)
+    final_norm = tokens * shape.hidden_size * norm_bytes + hidden
     mask = micro_batch * sequence_length * sequence_length if document_mask else 0
     in_flight = topology.pipeline  # micro-batches that a pipeline's first stage has under way
     working = 2 * hidden + (block if recomputed else 0)  # gradients, and the one block that is computed again
@@ -47,17 +48,19 @@ def block_bytes_per_token(shape: ModelShape, element_bytes: int, tensor: int = 1
     hidden, inner = shape.hidden_size, shape.intermediate_size // tensor
     queries = shape.num_attention_heads * shape.head_dim // tensor
     keys = shape.num_key_value_heads * shape.head_dim // tensor
-    normed = 2 * hidden + (queries + keys if shape.qk_norm else 0)
+    norms = 2 * hidden * _norm_bytes(shape.style == "llama", element_bytes, on_cpu)
+    if shape.qk_norm:
+        norms += (queries + keys) * _norm_bytes(True, element_bytes, on_cpu)
     # What query, key and value read and what the MLP reads; queries, keys, values and the output of attention.
     elements = 2 * hidden + 4 * queries
     elements += 2 * inner if shape.style == "gpt2" else 4 * inner  # up, gelu | gate, silu, up, product
     dropout_masks = 2 * hidden if shape.dropout > 0 else 0  # one byte each
-    return normed * _norm_bytes(shape, element_bytes, on_cpu) + elements * element_bytes + dropout_masks
+    return norms + elements * element_bytes + dropout_masks
 
 
-def _norm_bytes(shape: ModelShape, element_bytes: int, on_cpu: bool) -> int:
+def _norm_bytes(rms: bool, element_bytes: int, on_cpu: bool) -> int:
     """Bytes an element that a norm saves: its input; without a fused RMS norm, the input and the result in fp32."""
-    return 8 if on_cpu and shape.style == "llama" else element_bytes
+    return 8 if on_cpu and rms else element_bytes
 
 
 def loss_bytes(shape: ModelShape, tokens: int, element_bytes: int, chunk_tokens: int, tensor: int = 1) -> int:

@@ -13,6 +13,9 @@ from megalm.errors import ConfigError
 
 ALLOW_CPU_FP16 = "MEGALM_ALLOW_CPU_FP16"
 
+# The kind of schedule that comes nearest; DeepSpeed's warm-ups differ by a step, and are logarithmic by default.
+_SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+
 
 def one_learning_rate(case: Case) -> None:
     lr = case.settings.optimizer.params.lr if case.settings.optimizer else None
@@ -23,6 +26,24 @@ def one_learning_rate(case: Case) -> None:
             f"optimizer.params.lr={lr:g} ({case.ds.path}) and schedule.peak_learning_rate={peak:g} ({source}) "
             "state the same fact; remove one"
         )
+
+
+def one_schedule(case: Case) -> None:
+    scheduler = case.settings.scheduler
+    if scheduler is None:
+        return
+    if "schedule.kind" in case.loaded.stated:
+        kind, source = case.config.schedule.kind, case.loaded.sources["schedule.kind"]
+        raise ConfigError(
+            f'scheduler "{scheduler.type}" ({case.ds.path}) and schedule.kind={kind} ({source}) state the same fact; '
+            "remove the scheduler from the JSON"
+        )
+    nearest = _SCHEDULERS.get(scheduler.type)
+    hint = f"the nearest is schedule.kind={nearest} with " if nearest else "see "
+    raise ConfigError(
+        f'{case.ds.path}: scheduler "{scheduler.type}" is not honoured, the schedule belongs to the run YAML; '
+        f"remove it, {hint}schedule.warmup_steps"
+    )
 
 
 def one_low_precision(case: Case) -> None:
@@ -140,6 +161,7 @@ def pipeline_clips_with_zero_1(case: Case) -> None:
 
 DEEPSPEED_RULES: tuple[Callable[[Case], None], ...] = (
     one_learning_rate,
+    one_schedule,
     one_low_precision,
     device_has_bf16,
     fp16_needs_a_gpu,

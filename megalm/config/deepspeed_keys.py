@@ -68,7 +68,6 @@ REFUSED: dict[str, str] = {
     "disable_allgather": _NOT_HERE,
     "disable_python_gc": _NOT_HERE,
     "log_level": _NOT_HERE,
-    "scheduler": "the learning-rate schedule is schedule.* in the run YAML; remove it here",
     "optimizer.legacy_fusion": _NOT_HERE,
     "optimizer.params.max_grad_norm": "write gradient_clipping at the top of the JSON",
     "optimizer.params.bias_correction": "Adam is always corrected for bias; remove it",

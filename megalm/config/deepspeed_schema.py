@@ -6,7 +6,7 @@ defaults here are DeepSpeed's own and serve only to compute what a run amounts t
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -38,6 +38,13 @@ class OptimizerParams(DeepSpeedSection):
 class OptimizerSection(DeepSpeedSection):
     type: str
     params: OptimizerParams = OptimizerParams()
+
+
+class SchedulerSection(DeepSpeedSection):
+    """Read only to be refused in good words: the schedule is the run YAML's."""
+
+    type: str
+    params: dict[str, Any] = {}
 
 
 class Fp16Section(DeepSpeedSection):
@@ -126,6 +133,7 @@ class DeepSpeedSettings(DeepSpeedSection):
     gradient_accumulation_steps: PositiveInt | None = None
     gradient_clipping: NonNegativeFloat | None = Field(default=None, description="0: off")
     optimizer: OptimizerSection | None = None
+    scheduler: SchedulerSection | None = None
     fp16: Fp16Section = Fp16Section()
     bf16: Bf16Section = Bf16Section()
     data_types: DataTypesSection = DataTypesSection()

@@ -91,7 +91,7 @@ def _file_layers(name: str) -> tuple[str | None, list[_Layer]]:
     path = Path(name)
     by_path = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
     if not by_path and name in preset_paths():
-        return name, _preset_layers(name)
+        return name, _preset_layers(name, "--config")
     if not path.is_file():
         presets = preset_paths()
         raise ConfigError(
@@ -100,23 +100,23 @@ def _file_layers(name: str) -> tuple[str | None, list[_Layer]]:
         )
     layer = _read(path, name, by_person=True)
     preset = layer.leaves.get("preset")
-    return preset, [*(_preset_layers(preset) if preset is not None else []), layer]
+    return preset, [*(_preset_layers(preset, name) if preset is not None else []), layer]
 
 
-def _preset_layers(name: Any) -> list[_Layer]:
+def _preset_layers(name: str, where: str) -> list[_Layer]:
     """The layers of a preset, which may start from another."""
     layers: list[_Layer] = []
     names: list[str] = []
-    while name is not None:
-        if name in names:
-            raise ConfigError(
-                f"preset {names[0]} starts from itself ({' <- '.join([*names, name])}); mend its 'preset'"
-            )
-        names.append(name)
-        layer = _read(preset_path(name), f"preset {name}", by_person=False)
-        name = layer.leaves.get("preset")
+    following: Any = name
+    while following is not None:
+        if following in names:
+            chain = " <- ".join([*names, following])
+            raise ConfigError(f"preset {names[0]} starts from itself ({chain}); mend its 'preset'")
+        names.append(following)
+        layer = _read(preset_path(following, where), f"preset {following}", by_person=False)
+        where, following = layer.origin, layer.leaves.get("preset")
         layers.insert(0, layer)
-    layers[-1].leaves["preset"] = names[0]
+    layers[-1].leaves["preset"] = name
     return layers
 
 

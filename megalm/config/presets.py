@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import megalm
+from megalm.config.strict import shown
 from megalm.config.suggest import did_you_mean
 from megalm.errors import ConfigError
 
@@ -17,16 +18,21 @@ def preset_paths() -> dict[str, Path]:
     return {path.stem: path for path in sorted(PRESETS_FOLDER.rglob("*.yaml"), key=lambda path: path.stem)}
 
 
-def preset_path(name: str) -> Path:
+def preset_path(name: object, where: str = "presets") -> Path:
     """The file of a preset.
+
+    Args:
+        where: the file that names it, for the message.
 
     Raises:
         ConfigError: no preset of this name; lists those that there are.
     """
     paths = preset_paths()
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}: preset={shown(name)}: expected text or null")
     if name not in paths:
         known = ", ".join(paths)
-        raise ConfigError(f"preset {name!r} does not exist{did_you_mean(name, paths)}; presets: {known}")
+        raise ConfigError(f"{where}: preset {name!r} does not exist{did_you_mean(name, paths)}; presets: {known}")
     return paths[name]
 
 

@@ -115,8 +115,10 @@ def validate(model: type[Model], leaves: Mapping[str, Any], origin: Callable[[st
     fields = leaf_fields(model)
     tidy = {path: _whole(value, fields[path]) for path, value in leaves.items()}
     for path, value in tidy.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{origin(path)}: {path}={value}: expected {expected(fields[path])}")
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        # pydantic takes true for a Literal[1], as Python does.
+        if infinite or (isinstance(value, bool) and not _takes_bool(fields[path])):
+            raise ConfigError(f"{origin(path)}: {path}={shown(value)}: expected {expected(fields[path])}")
     try:
         return model.model_validate_json(json.dumps(nest(tidy), default=str), strict=True)
     except ValidationError as error:
@@ -168,6 +170,10 @@ def _bounds(metadata: tuple[Any, ...]) -> str:
             elif isinstance(bound, Le):
                 words.append(f"of at most {bound.le}")
     return "".join(f" {word}" if index == 0 else f" and {word}" for index, word in enumerate(words))
+
+
+def _takes_bool(field: FieldInfo) -> bool:
+    return bool({bool, Any} & set(members(field.annotation)))
 
 
 def _whole(value: Any, field: FieldInfo) -> Any:

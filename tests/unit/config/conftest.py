@@ -1,0 +1,41 @@
+"""A run that resolves, to be bent in one place by each test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from config_cases import BASE, CPU, Write
+
+from megalm.config.deepspeed_json import read_deepspeed_json
+from megalm.config.loading import load_run_config
+from megalm.config.precision import DeviceFacts
+from megalm.config.resolve import ResolvedRun, resolve
+
+
+@pytest.fixture
+def write_json(tmp_path: Path) -> Write:
+    """Write BASE with these top-level keys instead; None removes one."""
+
+    def write(**changes: Any) -> Path:
+        content = {key: value for key, value in (BASE | changes).items() if value is not None}
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps(content))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def start(write_json: Write) -> Callable[..., ResolvedRun]:
+    """Load, read and resolve: the way of every run."""
+
+    def go(
+        *overrides: str, ranks: int = 2, device: DeviceFacts = CPU, config: str | None = None, **changes: Any
+    ) -> ResolvedRun:
+        return resolve(load_run_config(config, overrides), read_deepspeed_json(write_json(**changes)), ranks, device)
+
+    return go

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from config_cases import BASE, Write, read_refused
+
+from megalm.config.deepspeed_json import read_deepspeed_json, shipped_deepspeed_jsons
+from megalm.config.deepspeed_keys import REFUSED
+from megalm.config.deepspeed_schema import DeepSpeedSettings, ZeroSection
+from megalm.config.strict import leaf_fields
+
+SHIPPED = {path.stem: path for path in shipped_deepspeed_jsons()}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_jsons_keep_the_house_rules(name: str) -> None:
+    raw = json.loads(SHIPPED[name].read_text())
+    settings = read_deepspeed_json(SHIPPED[name]).settings
+    assert settings.train_batch_size == 16
+    assert settings.train_micro_batch_size_per_gpu == "auto"
+    assert "gradient_accumulation_steps" not in raw
+    assert "scheduler" not in raw
+    assert settings.gradient_clipping == 1.0
+    assert settings.optimizer is not None
+    params = settings.optimizer.params
+    assert (settings.optimizer.type, params.lr, params.betas, params.eps) == ("AdamW", None, (0.9, 0.95), 1e-8)
+    assert params.weight_decay == 0.1
+
+
+def test_the_shipped_jsons_are_what_their_names_say() -> None:
+    def zero(name: str) -> ZeroSection:
+        return read_deepspeed_json(SHIPPED[name]).settings.zero_optimization
+
+    assert {"zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "fp16", "bf16", "fp32"} <= set(SHIPPED)
+    for name in ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"):
+        assert zero(name).stage == int(name[4])
+        offload = zero(name).offload_optimizer
+        assert (offload is not None and offload.device == "cpu") == ("offload" in name)
+        assert (zero(name).offload_param is not None) == (name == "zero3_offload")
+    for name, fp16, bf16 in (("fp16", True, False), ("bf16", False, True), ("fp32", False, False)):
+        settings = read_deepspeed_json(SHIPPED[name]).settings
+        assert (settings.fp16.enabled, settings.bf16.enabled) == (fp16, bf16)
+    assert read_deepspeed_json(SHIPPED["fp16"]).settings.fp16.loss_scale == 0  # dynamic
+
+
+def test_deepspeed_knows_every_honoured_zero_key_and_default() -> None:
+    """Against DeepSpeed's own models: a renamed key or a changed default would be wrong in silence."""
+    theirs = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+    for name, field in ZeroSection.model_fields.items():
+        assert name in theirs.model_fields
+        assert field.alias == theirs.model_fields[name].alias
+        default = theirs.model_fields[name].default
+        if name not in ("stage", "model_persistence_threshold"):
+            assert field.default == default, name
+
+
+def test_deepspeed_knows_every_honoured_precision_key_and_default() -> None:
+    theirs = pytest.importorskip("deepspeed.runtime.precision_config")
+    settings = DeepSpeedSettings.model_fields
+    for name, model in (("fp16", theirs.DeepSpeedFP16Config), ("bf16", theirs.DeepSpeedBF16Config)):
+        for key, field in type(settings[name].default).model_fields.items():
+            assert field.default == model.model_fields[key].default, key
+
+
+def test_every_zero_key_of_deepspeed_is_honoured_or_refused() -> None:
+    theirs = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+    known = {f"zero_optimization.{name}" for name in ZeroSection.model_fields} | set(REFUSED)
+    assert {f"zero_optimization.{name}" for name in theirs.model_fields} <= known
+
+
+def test_stage_3_keys_go_by_both_spellings(write_json: Write) -> None:
+    for key in ("stage3_max_live_parameters", "max_live_parameters"):
+        config = read_deepspeed_json(write_json(zero_optimization={"stage": 3, key: 5e8}))
+        assert config.settings.zero_optimization.max_live_parameters == 500_000_000
+        assert config.stated_dict()["zero_optimization"] == {"stage": 3, "stage3_max_live_parameters": 500_000_000}
+    twice = {"stage": 3, "stage3_max_live_parameters": 1, "max_live_parameters": 2}
+    assert "zero_optimization.max_live_parameters is stated twice" in read_refused(write_json(zero_optimization=twice))
+
+
+def test_stated_keys_only(write_json: Write) -> None:
+    config = read_deepspeed_json(write_json(optimizer=None))
+    assert config.stated_dict() == {key: value for key, value in BASE.items() if key != "optimizer"}
+    assert "zero_optimization.stage" in config.stated
+    assert "optimizer.type" not in config.stated
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bf61": {"enabled": True}}, "unknown key bf61, did you mean 'bf16'?"),
+        ({"gradient_cliping": 1}, "unknown key gradient_cliping, did you mean 'gradient_clipping'?"),
+        ({"zero_optimization": {"stge": 1}}, "unknown key zero_optimization.stge, did you mean 'stage'?"),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_max_live_params": 1}},
+            "unknown key zero_optimization.stage3_max_live_params, did you mean 'stage3_max_live_parameters'?",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            "unknown key zero_optimization.offload_optimizer.devise, did you mean 'device'?",
+        ),
+        ({"stage": 2}, "unknown key stage, did you mean 'zero_optimization.stage'?"),
+        ({"xyzzy": 2}, "unknown key xyzzy; DeepSpeed would ignore it, remove it"),
+        ({"fp16": {"enabled": 1}}, 'fp16.enabled=1: expected true or false or "auto"'),
+        ({"train_batch_size": 0}, "train_batch_size=0: expected a whole number above 0 or null"),
+        ({"train_batch_size": "16"}, 'train_batch_size="16": expected a whole number'),
+        ({"train_batch_size": 16.5}, "train_batch_size=16.5: expected a whole number"),
+        ({"gradient_clipping": -1}, "gradient_clipping=-1: expected a number of at least 0"),
+        ({"gradient_clipping": "auto"}, 'gradient_clipping="auto": "auto" is for train_micro_batch_size_per_gpu'),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage=4: expected one of 0, 1, 2, 3"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage=true: expected one of 0, 1, 2, 3"),
+        ({"zero_optimization": True}, "zero_optimization is not a section with keys such as stage"),
+        ({"zero_optimization": {"offload_param": {"device": "gpu"}}}, 'expected one of "none", "cpu", "nvme"'),
+        ({"communication_data_type": "fp8"}, 'expected one of "fp32", "bf16", "fp16"'),
+        ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, "optimizer.type is not stated; add it"),
+        (
+            {"optimizer": {"type": "Adam", "params": {"betas": [0.9]}}},
+            "optimizer.params.betas=[0.9]: expected a list of 2",
+        ),
+        ({"optimizer": {"type": "Adam", "params": {"betas": [0.9, 1.0]}}}, "optimizer.params.betas=[0.9, 1.0]"),
+    ],
+)
+def test_unknown_keys_and_bad_values(write_json: Write, changes: dict[str, Any], message: str) -> None:
+    path = write_json(**changes)
+    said = read_refused(path)
+    assert said.startswith(str(path))
+    assert message in said
+
+
+@pytest.mark.parametrize("kind", ["Lamb", "Lion", "OneBitAdam", "ZeroOneAdam", "Muon", "SGD", "Adagrad"])
+def test_other_optimizers(write_json: Write, kind: str) -> None:
+    said = read_refused(write_json(optimizer={"type": kind, "params": {"max_coeff": 1, "momentum": 0.9}}))
+    assert f'optimizer.type="{kind}" is not available; use "AdamW" or "Adam"' in said
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return value
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_known_but_not_honoured(write_json: Write, path: str) -> None:
+    asked = {"enabled": True, "something": 1}
+    change = _nested(path, asked)
+    if path.startswith("optimizer."):
+        change["optimizer"]["type"] = "AdamW"
+    said = read_refused(write_json(**change))
+    assert f"{path} is not honoured by megalm: {REFUSED[path]}" in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tensorboard": {"enabled": False, "output_path": "x"}},
+        {"flops_profiler": {"enabled": False}},
+        {"wandb": None},
+        {"prescale_gradients": False},
+        {"gradient_predivide_factor": 1},
+        {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 1}},
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none", "ratio": 1.0}}},
+    ],
+)
+def test_what_asks_for_nothing_is_left_out_and_said(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(BASE | change))
+    config = read_deepspeed_json(path)
+    assert len(config.notices) == 1
+    assert config.notices[0].endswith("asks for nothing and is left out")
+    assert set(config.stated_dict()) == set(BASE)
+
+
+def test_one_is_not_true(write_json: Write) -> None:
+    """0 == False in Python: a value of another type is not the harmless one."""
+    assert "prescale_gradients=0 is not honoured" in read_refused(write_json(prescale_gradients=0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"train_batch_size": 16,\n  "bf16": {"enabled": true,}}', ", line 2, column 28: "),
+        ("", ", line 1, column 1: "),
+        ('{"fp16": {}, "fp16": {}}', "'fp16' is stated twice in one object"),
+        ('{"bf16": {"enabled": true, "enabled": false}}', "'enabled' is stated twice in one object"),
+        ('{"gradient_clipping": NaN}', "NaN is no JSON number"),
+        ('{"gradient_clipping": 1e999}', "gradient_clipping=Infinity: expected a number"),
+        ("[1]", "not a JSON object"),
+    ],
+)
+def test_a_file_that_is_not_such_a_json(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    said = read_refused(path)
+    assert said.startswith(str(path))
+    assert message in said
+
+
+def test_a_missing_file_lists_the_shipped_ones(tmp_path: Path) -> None:
+    said = read_refused(tmp_path / "zero_2.json")
+    assert "no such file, did you mean 'zero2.json'?" in said
+    for path in SHIPPED.values():
+        assert path.name in said
+
+
+def test_no_key_is_both_honoured_and_refused() -> None:
+    assert not set(leaf_fields(DeepSpeedSettings)) & set(REFUSED)

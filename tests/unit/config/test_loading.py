@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from config_cases import refused
+
+from megalm.config import presets
+from megalm.config.loading import config_to_yaml, load_run_config
+from megalm.config.schema import RunConfig
+from megalm.config.strict import leaf_fields
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_layers_from_the_weakest_to_the_strongest(tmp_path: Path) -> None:
+    mine = write(tmp_path / "my.yaml", "preset: quickstart\ntrain:\n  steps: 7\n  seed: 8\n")
+    loaded = load_run_config(mine, ["train.seed=9"])
+    assert loaded.preset == "quickstart"
+    assert (loaded.config.train.steps, loaded.config.train.seed) == (7, 9)
+    assert loaded.sources["train.seed"] == "command line"
+    assert loaded.sources["train.steps"] == mine
+    assert loaded.sources["data.recipe"] == "preset quickstart"
+    assert loaded.sources["model.rope_theta"] == "default"
+    assert loaded.stated == {"preset", "train.steps", "train.seed"}
+
+
+def test_every_key_has_a_source() -> None:
+    assert set(load_run_config(None, []).sources) == set(leaf_fields(RunConfig))
+
+
+def test_without_a_config_it_is_quickstart() -> None:
+    assert load_run_config(None, []) == load_run_config("quickstart", [])
+    assert load_run_config(None, []).config.preset == "quickstart"
+
+
+def test_a_yaml_without_a_preset_starts_from_the_defaults(tmp_path: Path) -> None:
+    loaded = load_run_config(write(tmp_path / "a.yaml", "train: {steps: 3}\nmodel:\n"), [])
+    assert loaded.preset is None
+    assert loaded.config == RunConfig.model_validate({"train": {"steps": 3}})
+
+
+def test_resolved_yaml_loads_to_the_same_configuration(tmp_path: Path) -> None:
+    config = load_run_config(None, ["train.steps=5", "run.name=001", "sample.prompts=['a: b', '# c']"]).config
+    assert load_run_config(write(tmp_path / "config.yaml", config_to_yaml(config)), []).config == config
+
+
+@pytest.mark.parametrize("name", presets.preset_paths())
+def test_every_preset_loads_and_says_what_it_is(name: str) -> None:
+    loaded = load_run_config(name, [])
+    assert loaded.preset == loaded.config.preset == name
+    assert presets.describe_preset(name)
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("schedule.peak_learning_rate=1e-3", "schedule", "peak_learning_rate", 1e-3),
+        ("train.steps=1e3", "train", "steps", 1000),
+        ("train.steps=1_000", "train", "steps", 1000),
+        ("run.name=001", "run", "name", "001"),
+        ("run.name=1e3", "run", "name", "1e3"),
+        ("run.name=yes", "run", "name", "yes"),
+        ("run.name=a=b", "run", "name", "a=b"),
+        ("run.name=[x", "run", "name", "[x"),
+        ("run.name=null", "run", "name", None),
+        ("data.split=95,5", "data", "split", "95,5"),
+        ("evaluate.interval_steps=null", "evaluate", "interval_steps", None),
+        ("sample.prompts=['def ', 'a']", "sample", "prompts", ("def ", "a")),
+        ("train={steps: 12}", "train", "steps", 12),
+    ],
+)
+def test_overrides_are_yaml(override: str, section: str, key: str, value: object) -> None:
+    assert getattr(getattr(load_run_config(None, [override]).config, section), key) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.warmup_steps=5", "unknown key train.warmup_steps, did you mean schedule.warmup_steps?"),
+        ("train_batch_size=5", "unknown key train_batch_size; it belongs to the DeepSpeed JSON"),
+        ("zero_optimization.stage=2", "unknown key zero_optimization.stage; it belongs to the DeepSpeed JSON"),
+        ("train.train_batchsize=2", "if train_batch_size is meant, it belongs to the DeepSpeed JSON"),
+        ("shedule.kind=wsd", "unknown key shedule.kind, did you mean schedule.kind?"),
+        ("model.hiden_size=5", "unknown key model.hiden_size, did you mean model.hidden_size?"),
+        ("model.n_embd=5", "did you mean model.hidden_size?"),
+        ("learning_rate=1", "did you mean schedule.peak_learning_rate?"),
+        ("train.steps.x=1", "unknown key train.steps.x; train.steps is a value, not a section"),
+        ("train={stepz: 1}", "unknown key train.stepz, did you mean train.steps?"),
+        ("xyzzy=1", "unknown key xyzzy; sections: run, model, data"),
+        ("train=3", "train is not a section with keys such as steps"),
+        ("train.steps=many", 'train.steps="many": expected a whole number above 0'),
+        ("train.steps='7'", 'train.steps="7": expected a whole number above 0'),
+        ("train.steps=true", "train.steps=true: expected a whole number above 0"),
+        ("train.steps=7.5", "train.steps=7.5: expected a whole number above 0"),
+        ("train.steps=", "train.steps=null: expected a whole number above 0"),
+        ("train.seed=-1", "train.seed=-1: expected a whole number of at least 0"),
+        ("model.dropout=1.0", "model.dropout=1.0: expected a number of at least 0 and below 1"),
+        ("schedule.peak_learning_rate=.nan", "schedule.peak_learning_rate=NaN: expected a number above 0"),
+        ("schedule.peak_learning_rate=.inf", "schedule.peak_learning_rate=Infinity: expected a number above 0"),
+        ("schedule.kind=cosin", 'schedule.kind="cosin": expected one of "cosine", "linear"'),
+        ("evaluate.interval_steps=0", "evaluate.interval_steps=0: expected a whole number above 0 or null"),
+        ("tracking.mlflow=1", "tracking.mlflow=1: expected true or false"),
+        ("sample.prompts=[a, 1]", 'sample.prompts=["a", 1]: expected a list of text'),
+        ("steps", "'steps' is not key=value, for example train.steps=1000"),
+        ("--train.steps=5", "'--train.steps=5' is not key=value"),
+        ("train.steps=[1", "command line, train.steps, line 1: "),
+        ("preset=quickstart", "write --config quickstart for a preset"),
+    ],
+)
+def test_a_bad_override_is_named_in_full(override: str, message: str) -> None:
+    said = refused(load_run_config, None, [override])
+    assert said.startswith("command line")
+    assert message in said
+
+
+def test_a_key_twice_on_the_command_line() -> None:
+    assert "train.steps is stated twice (5, then 6)" in refused(
+        load_run_config, None, ["train.steps=5", "train.steps=6"]
+    )
+    assert load_run_config(None, ["train.steps=5", "train.steps=5"]).config.train.steps == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  steps: 1\n  steps: 2\n", ", line 3: 'steps' is stated twice (first on line 2)"),
+        ("train:\n  steps: [1\n", ", line 3: "),
+        ("train:\n\tsteps: 1\n", ", line 2: "),
+        ("train:\n  stepz: 1\n", ": unknown key train.stepz, did you mean train.steps?"),
+        ("run:\n  name: 2024\n", ": run.name=2024: expected text or null"),
+        ("- 1\n", ": it is not a section with keys such as"),
+        ("preset: quikstart\n", "did you mean 'quickstart'?"),
+        ("preset: 3\n", ": preset=3: expected text or null"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path / "my.yaml", text)
+    said = refused(load_run_config, path, [])
+    assert said.startswith(path)
+    assert message in said
+
+
+def test_numbers_of_a_yaml_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "schedule: {peak_learning_rate: 3e-4}\ntrain: {steps: 010}\n")
+    config = load_run_config(path, []).config
+    assert config.schedule.peak_learning_rate == 3e-4
+    assert config.train.steps == 10
+
+
+def test_a_missing_file_lists_the_presets() -> None:
+    said = refused(load_run_config, "quickstrat", [])
+    assert "did you mean 'quickstart'?" in said
+    assert "presets: " in said
+    assert "no such file" in refused(load_run_config, "no/such.yaml", [])
+
+
+def test_a_preset_may_start_from_another_but_not_from_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "PRESETS_FOLDER", tmp_path)
+    write(tmp_path / "base.yaml", "# base\ntrain: {steps: 3, seed: 4}\n")
+    write(tmp_path / "child.yaml", "preset: base\ntrain: {steps: 5}\n")
+    write(tmp_path / "loop.yaml", "preset: pool\n")
+    write(tmp_path / "pool.yaml", "preset: loop\n")
+    loaded = load_run_config("child", [])
+    assert (loaded.config.preset, loaded.config.train.steps, loaded.config.train.seed) == ("child", 5, 4)
+    assert loaded.sources["train.seed"] == "preset base"
+    assert loaded.stated == frozenset()
+    assert "starts from itself (loop <- pool <- loop)" in refused(load_run_config, "loop", [])
+
+
+def test_what_replaces_a_presets_choice_is_not_in_its_way(tmp_path: Path) -> None:
+    loaded = load_run_config(None, ["data.train=x", "data.validation=y"])
+    assert (loaded.config.data.recipe, loaded.config.data.split) == (None, None)
+    assert loaded.sources["data.recipe"] == "default"
+    both = load_run_config(None, ["data.validation=y", "data.split=9,1"]).config.data
+    assert (both.validation, both.split) == ("y", "9,1")  # a person's contradiction stays for the checks
+
+
+def test_the_emitted_yaml_is_plain(tmp_path: Path) -> None:
+    text = config_to_yaml(load_run_config(None, []).config)
+    assert yaml.safe_load(text)["train"]["steps"] == 400

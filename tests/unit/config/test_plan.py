@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from config_cases import GPU
+
+from megalm.activations import activation_bytes, loss_bytes
+from megalm.cli.plan import plan_text
+from megalm.config.deepspeed_schema import ZeroSection
+from megalm.config.loading import load_run_config
+from megalm.config.resolve import ResolvedRun
+from megalm.memory import MemoryCase, checkpoint_bytes, estimate_memory, parameter_groups
+from megalm.model.shape import ModelShape, model_shape
+from megalm.plan import flops_per_token, make_plan, parameters_by_part
+from megalm.topology import Topology
+
+Start = Callable[..., ResolvedRun]
+
+
+def shape_of(*overrides: str, vocab: int = 77, length: int = 32) -> ModelShape:
+    return model_shape(load_run_config(None, list(overrides)).config.model, vocab, length)
+
+
+def case(shape: ModelShape | None = None, **changes: Any) -> MemoryCase:
+    base = MemoryCase(
+        shape=shape or shape_of("model.hidden_size=30", "model.num_attention_heads=3"),
+        sequence_length=32,
+        micro_batch=2,
+        accumulation=1,
+        precision="bf16",
+        gradient_precision="fp32",
+        communication_precision="fp32",
+        zero=ZeroSection(stage=2),
+        topology=Topology(2),
+    )
+    return replace(base, **changes)
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("model.style=gpt2",), ("model.style=gpt2", "model.tie_word_embeddings=false")]
+)
+def test_parts_sum_to_the_models_parameters(overrides: tuple[str, ...]) -> None:
+    shape = shape_of(*overrides)
+    assert sum(parameters_by_part(shape).values()) == shape.parameter_count()
+
+
+def test_gpt2_small_has_the_parameters_of_gpt2_small() -> None:
+    sizes = ("model.hidden_size=768", "model.num_hidden_layers=12", "model.num_attention_heads=12")
+    shape = shape_of("model.style=gpt2", *sizes, vocab=50_257, length=1024)
+    assert sum(parameters_by_part(shape).values()) == 124_439_808  # openai-community/gpt2
+    # 6 x (12 layers of 12 x 768^2, and the tied head) + 6 x 12 layers x 1024 tokens x 768
+    assert flops_per_token(shape, 1024) == 6 * (12 * 12 * 768**2 + 50_257 * 768) + 6 * 12 * 1024 * 768
+    assert checkpoint_bytes(shape) == 12 * 124_439_808
+
+
+def test_tying_the_head_changes_parameters_but_no_flops() -> None:
+    tied, apart = (shape_of(f"model.tie_word_embeddings={word}") for word in ("true", "false"))
+    assert apart.parameter_count() - tied.parameter_count() == 77 * 256
+    assert flops_per_token(tied, 32) == flops_per_token(apart, 32)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_zero_divides_what_it_says(ranks: int) -> None:
+    """16 bytes a parameter in bf16 with fp32 gradients: 2 weights, 4 gradients, 4 master, 8 moments."""
+    topology = Topology(ranks)
+    groups = [sum(group) for group in parameter_groups(case())]
+    padded = sum(math.ceil(group / (2 * ranks)) * 2 * ranks for group in groups)
+    own = padded // ranks
+    by_stage = {stage: estimate_memory(case(topology=topology, zero=ZeroSection(stage=stage))) for stage in (1, 2, 3)}
+    for stage in (1, 2):
+        assert by_stage[stage].weights == 2 * padded
+        assert by_stage[stage].master == 4 * own
+        assert by_stage[stage].moments == 8 * own
+    assert by_stage[2].gradients == 4 * own
+    # DeepSpeed's BF16 optimizer holds whole fp32 gradients on every rank, and autograd's own.
+    assert by_stage[1].gradients == 4 * padded + 2 * sum(groups)
+    each = sum(math.ceil(count / ranks) for group in parameter_groups(case()) for count in group)
+    stage_3 = by_stage[3]
+    assert (stage_3.weights, stage_3.gradients, stage_3.master, stage_3.moments) == (
+        2 * each,
+        4 * each,
+        4 * each,
+        8 * each,
+    )
+
+
+def test_stage_0_in_fp32_is_plain_adam() -> None:
+    count = shape_of("model.hidden_size=30", "model.num_attention_heads=3").parameter_count()
+    plain = estimate_memory(
+        case(precision="fp32", zero=ZeroSection(stage=0), topology=Topology(1), communication_precision="fp32")
+    )
+    assert (plain.weights, plain.gradients, plain.master, plain.moments) == (4 * count, 4 * count, 0, 8 * count)
+    assert plain.buckets == 0
+
+
+def test_offload_moves_memory_and_a_cpu_counts_it_once() -> None:
+    offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    here = estimate_memory(case(zero=ZeroSection(stage=3)))
+    away = estimate_memory(case(zero=ZeroSection.model_validate({"stage": 3, **offload})))
+    assert (away.weights, away.gradients, away.master, away.moments) == (0, 0, 0, 0)
+    for part in ("weights", "master", "moments"):
+        assert away.host[part] == getattr(here, part)
+    assert away.total < here.total
+    on_cpu = estimate_memory(case(zero=ZeroSection.model_validate({"stage": 3, **offload}), one_memory=True))
+    assert on_cpu.total == sum(on_cpu.parts().values()) + sum(on_cpu.host.values())
+
+
+def test_groups_follow_the_decay_of_embeddings() -> None:
+    both = parameter_groups(case()), parameter_groups(case(embedding_weight_decay=False))
+    assert sum(map(sum, both[0])) == sum(map(sum, both[1]))
+    assert sum(both[1][1]) - sum(both[0][1]) == 77 * 30
+
+
+def test_buckets_are_allocated_whole_on_a_gpu_only() -> None:
+    zero = ZeroSection(stage=2, reduce_bucket_size=10**8, overlap_comm=True)
+    assert estimate_memory(case(zero=zero)).buckets == 2 * 2 * 10**8
+    assert estimate_memory(case(zero=zero, one_memory=True)).buckets < 10**6
+
+
+def test_recomputing_saves_activations() -> None:
+    none, half, every = (
+        estimate_memory(case(shape_of("model.num_hidden_layers=8"), checkpoint_activations_every=n)).activations
+        for n in (0, 2, 1)
+    )
+    assert every < half < none
+
+
+@pytest.mark.parametrize("style", ["llama", "gpt2"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("extra", ["model.dropout=0", "model.dropout=0.1", "model.qk_norm=true"])
+def test_activations_against_what_autograd_saves(style: str, precision: str, extra: str) -> None:
+    """The formula against the sum of all storages that the forward pass of the real model keeps, on a CPU."""
+    torch = pytest.importorskip("torch")
+    from megalm.model.transformer import LanguageModel
+
+    batch, length, vocab = 2, 64, 256
+    shape = shape_of("model.num_hidden_layers=6", f"model.style={style}", extra, vocab=vocab, length=length)
+    model = LanguageModel(shape).to(getattr(torch, precision))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, Any] = {}
+
+    def keep(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    tokens = torch.randint(0, vocab, (batch, length))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens, tokens)
+    size = 4 if precision == "float32" else 2
+    loss_gradients = vocab * shape.hidden_size * 4 + batch * length * shape.hidden_size * size
+    measured = sum(storage.nbytes() for storage in saved.values()) - loss_gradients
+    estimated = activation_bytes(shape, batch, length, size, 0, Topology(1), on_cpu=True)
+    assert 1.0 <= estimated / measured < 1.06
+
+
+def test_the_loss_never_counts_whole_logits() -> None:
+    shape = shape_of(vocab=50_000)
+    few, many = (loss_bytes(shape, tokens, 2, chunk_tokens=1024) for tokens in (4096, 65_536))
+    assert many - few == (65_536 - 4096) * shape.hidden_size * 2
+
+
+def test_a_plan_in_text(start: Start) -> None:
+    run = start("train.steps=1000", ranks=4, device=GPU)
+    plan = make_plan(run, vocab_size=8192, dataset_tokens=2_048_000)
+    assert plan.parameter_count == 7_407_872
+    assert plan.total_tokens == 16 * 256 * 1000
+    assert plan.epochs == 2.0
+    assert plan.learning_rates[-1] == (1000, pytest.approx(1e-4))
+    assert max(rate for _, rate in plan.learning_rates) == 1e-3
+    text = plan_text(plan)
+    lines = [line.split() for line in text.splitlines()]
+    assert ["train.steps", "1000", "command", "line"] in lines
+    assert ["data.sequence_length", "256", "preset", "quickstart"] in lines
+    assert ["model.qk_norm", "false", "default"] in lines
+    assert ["total", "7,407,872"] in lines
+    assert ["tokens", "in", "all", "4,096,000"] in lines
+    assert ["passes", "over", "the", "data", "2.00"] in lines
+    assert "4 = pipeline 1 x data 4 x tensor 1" in text
+    assert '"auto"): 4, the largest' in text
+
+
+def test_a_plan_needs_no_torch() -> None:
+    code = (
+        "import sys; import megalm.plan, megalm.cli.plan, megalm.config.resolve;"
+        "sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=os.environ).returncode == 0
+
+
+def test_the_command_plans_for_a_cluster_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+    from megalm.cli.main import main
+
+    with pytest.raises(SystemExit) as left:
+        main(["plan", "--gpu-memory", "80", "--ranks", "8", "train.steps=100"])
+    assert left.value.code in (0, None)
+    assert "8 = pipeline 1 x data 8 x tensor 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        main(["plan", "--gpu-memory", "80", "train.stepz=100"])
+    assert left.value.code == 2
+    assert "did you mean train.steps?" in capsys.readouterr().err
+
+
+def test_presets_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    from megalm.cli.main import main
+
+    with pytest.raises(SystemExit):
+        main(["presets"])
+    assert "quickstart" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["presets", "quickstart"])
+    assert "recipe: python-stdlib" in capsys.readouterr().out

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from config_cases import CPU, GPU
+
+from megalm.config.deepspeed_json import read_deepspeed_json, shipped_deepspeed_jsons
+from megalm.config.loading import load_run_config
+from megalm.config.precision import DeviceFacts
+from megalm.config.presets import preset_paths
+from megalm.config.resolve import BatchPlan, OptimizerFacts, ResolvedRun, resolve
+
+Start = Callable[..., ResolvedRun]
+
+
+@pytest.mark.parametrize("path", shipped_deepspeed_jsons(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_shipped_json_resolves_to_the_same_batch(path: object, ranks: int) -> None:
+    run = resolve(load_run_config(None, []), read_deepspeed_json(str(path)), ranks, GPU)
+    triple = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    total, micro, steps = (run.deepspeed[name] for name in triple)
+    assert total == 16 == micro * steps * ranks
+    json.dumps(run.deepspeed)
+
+
+@pytest.mark.parametrize("name", preset_paths())
+def test_every_preset_resolves(name: str) -> None:
+    loaded = load_run_config(name, [])
+    named = loaded.config.deepspeed_config or "ds_configs/zero2.json"
+    path = next(path for path in shipped_deepspeed_jsons() if named.endswith(path.name))
+    resolve(loaded, read_deepspeed_json(path), 1, GPU)
+
+
+def test_what_deepspeed_is_handed_is_explicit(start: Start) -> None:
+    assert start().deepspeed == {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10**9,
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+    }
+
+
+def test_deepspeed_reads_it_as_it_was_meant(start: Start) -> None:
+    parsed = pytest.importorskip("deepspeed.runtime.config").DeepSpeedConfig(start(ranks=1).deepspeed)
+    assert (parsed.train_batch_size, parsed.train_micro_batch_size_per_gpu) == (16, 16)
+    assert parsed.gradient_clipping == 1.0
+    assert parsed.bfloat16_config.enabled
+    assert not parsed.float16_config.enabled
+    assert parsed.grad_accum_dtype == "fp32"
+    assert str(parsed.communication_data_type) == "torch.float32"
+    assert (parsed.optimizer_name, parsed.scheduler_name) == (None, None)
+
+
+def test_stated_values_are_kept(start: Start) -> None:
+    run = start(
+        gradient_clipping=0,
+        steps_per_print=7,
+        wall_clock_breakdown=True,
+        communication_data_type="bf16",
+        bf16={"enabled": True, "check_grad_overflow": False},
+        zero_optimization={"stage": 3, "max_live_parameters": 5, "offload_param": {"device": "cpu"}},
+    )
+    assert run.deepspeed["gradient_clipping"] == 0
+    assert run.deepspeed["steps_per_print"] == 7
+    assert run.deepspeed["wall_clock_breakdown"] is True
+    assert run.deepspeed["bf16"] == {"enabled": True, "check_grad_overflow": False}
+    assert run.deepspeed["zero_optimization"] == {
+        "stage": 3,
+        "stage3_max_live_parameters": 5,
+        "offload_param": {"device": "cpu"},
+    }
+    assert run.zero_stage == 3
+    assert "communication_data_type is bf16, lower than fp32: accumulated gradients lose low bits" in run.notices
+
+
+def test_clipping_that_is_not_stated_is_deepspeeds_and_said(start: Start) -> None:
+    run = start(gradient_clipping=None)
+    assert run.deepspeed["gradient_clipping"] == 1.0
+    assert any("states no gradient_clipping: 1.0" in notice for notice in run.notices)
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp16", "device_bf16", "precision"),
+    [
+        ("auto", None, True, "bf16"),
+        ("auto", None, False, "fp32"),
+        (True, None, True, "bf16"),
+        (False, None, True, "fp32"),
+        (None, None, True, "fp32"),
+        (None, "auto", True, "fp32"),
+        ("auto", "auto", True, "bf16"),
+        (None, True, True, "fp16"),
+        ("auto", True, True, "fp16"),
+    ],
+)
+def test_precision(start: Start, bf16: object, fp16: object, device_bf16: bool, precision: str) -> None:
+    device = DeviceFacts(kind="cuda", bf16=device_bf16, memory_bytes=1 << 36)
+    sections = {
+        name: {"enabled": value} if value is not None else None for name, value in (("bf16", bf16), ("fp16", fp16))
+    }
+    run = start(device=device, **sections)
+    assert run.precision == precision
+    assert run.deepspeed["bf16"]["enabled"] == (precision == "bf16")
+    assert run.deepspeed["fp16"]["enabled"] == (precision == "fp16")
+    assert ("data_types" in run.deepspeed) == (precision == "bf16")
+    decided = any("auto" in notice and ("bf16.enabled" in notice or "precision" in notice) for notice in run.notices)
+    assert decided == ("auto" in (bf16, fp16) and precision != "fp16")
+
+
+def test_auto_takes_what_fits_the_memory(start: Start) -> None:
+    sizes = [
+        start(ranks=1, device=DeviceFacts("cpu", True, gigabytes * 10**9)).batch.micro_batch
+        for gigabytes in (0.25, 0.4, 0.5, 64)
+    ]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1] == 16
+    stated = start(ranks=1, train_micro_batch_size_per_gpu=2, device=DeviceFacts("cpu", True, 1))
+    assert stated.batch == BatchPlan(16, 2, 8, 1)
+
+
+def test_an_unknown_vocabulary_is_said_where_it_matters(start: Start, tmp_path: object) -> None:
+    tokenizer = f"data.tokenizer={__file__}"
+    assert any("vocabulary not known yet" in notice for notice in start(tokenizer).notices)
+    assert not any("vocabulary" in notice for notice in start(tokenizer, train_micro_batch_size_per_gpu=2).notices)
+    assert not any("vocabulary" in notice for notice in start().notices)
+
+
+def test_the_jsons_learning_rate_wins_over_a_presets_and_says_so(start: Start) -> None:
+    run = start(optimizer={"type": "AdamW", "params": {"lr": 3e-4}})
+    assert run.schedule.peak_learning_rate == 3e-4
+    assert run.schedule.final_learning_rate == pytest.approx(3e-5)
+    assert any(
+        "is optimizer.params.lr of" in notice and "0.001 (preset quickstart)" in notice for notice in run.notices
+    )
+    assert start().schedule.peak_learning_rate == 1e-3
+
+
+def test_the_optimizer(start: Start) -> None:
+    assert start().optimizer == OptimizerFacts("adamw", (0.9, 0.95), 1e-8, 0.1)
+    default = start(optimizer=None)
+    assert default.optimizer == OptimizerFacts("adamw", (0.9, 0.95), 1e-8, 0.1)
+    assert any("states no optimizer: AdamW" in notice for notice in default.notices)
+    adam = start(optimizer={"type": "Adam"})
+    assert adam.optimizer == OptimizerFacts("adamw", (0.9, 0.999), 1e-8, 0.0)
+    assert sum("states no optimizer.params." in notice for notice in adam.notices) == 3
+    assert start(optimizer={"type": "Adam", "params": {"adam_w_mode": False}}).optimizer.kind == "adam"
+
+
+def test_the_schedule(start: Start) -> None:
+    cosine = start("schedule.final_learning_rate=0", "train.steps=100").schedule
+    assert (cosine.final_learning_rate, cosine.warmup_steps, cosine.decay_steps, cosine.steps) == (0.0, 40, 20, 100)
+    assert start("schedule.kind=constant").schedule.final_learning_rate == 1e-3
+    assert start("schedule.kind=wsd", "schedule.decay_steps=7").schedule.decay_steps == 7
+
+
+def test_an_interval_beyond_the_end_is_said(start: Start) -> None:
+    run = start("train.steps=150")
+    assert "checkpoint.interval_steps=200 is more than train.steps=150: only at the end" in run.notices
+    assert not any("evaluate.interval" in notice for notice in run.notices)
+
+
+def test_tokens_of_a_step(start: Start) -> None:
+    assert start("data.sequence_length=128", device=CPU).tokens_per_step == 16 * 128
