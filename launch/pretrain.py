@@ -59,7 +59,7 @@ def main(
     if dry_run:
         _dry_run(deepspeed_config, config, overrides or [], world_size)
         return
-    from megalm.engine.quiet import silence
+    from megalm.engine.quirks import silence
 
     if verbose:
         logging.basicConfig(level=logging.INFO)

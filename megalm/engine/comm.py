@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megalm.engine.environment import RankFacts
+from megalm.engine.quirks import allow_cpu_fp16_if_asked, avoid_shared_memory_op, silence_deepspeed
 from megalm.errors import ConfigError, OtherRankFailed
 
 T = TypeVar("T")
@@ -92,12 +94,13 @@ def start_distributed(ranks: RankFacts, device: torch.device) -> ProcessComm:
     Raises:
         ConfigError: where the other ranks cannot be reached.
     """
-    from megalm.engine.quiet import avoid_shared_memory_op, silence_deepspeed
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed's own search warns of what it does not find
+    import deepspeed
 
     silence_deepspeed()
     if device.type == "cpu":
         avoid_shared_memory_op()
-    import deepspeed
+        allow_cpu_fp16_if_asked()
 
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:

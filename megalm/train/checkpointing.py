@@ -32,12 +32,19 @@ class RunCheckpoints:
     """Saves a run's state into its folder and restores it from any checkpoint of the same model and data."""
 
     def __init__(
-        self, folder: RunFolder, run: ResolvedRun, shape: ModelShape, fingerprints: Fingerprints, comm: Comm
+        self,
+        folder: RunFolder,
+        run: ResolvedRun,
+        shape: ModelShape,
+        fingerprints: Fingerprints,
+        tokenizer: str,
+        comm: Comm,
     ) -> None:
         self._folder = folder
         self._run = run
         self._shape = shape
         self._fingerprints = fingerprints
+        self._tokenizer = tokenizer
         self._comm = comm
 
     def save(self, engine: Engine, position: Position) -> Path:
@@ -102,6 +109,7 @@ class RunCheckpoints:
             },
             "model": asdict(self._shape),
             "fingerprints": asdict(self._fingerprints),
+            "tokenizer": self._tokenizer,  # where it was; the fingerprint says whether it still is
             # Dropout and sampling draw from seeds of their place: there is no generator to save.
             "seed": run.config.train.seed,
             "attempt": position.attempt,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from megalm.config.schema import SampleSection
 from megalm.data.tokenizer import Tokenizer
 from megalm.engine.protocol import Comm, Engine
 from megalm.train.report import Reporter
+
+T = TypeVar("T")
 
 _LENGTH_STEP = 64  # lengths are rounded up to this, so that few shapes occur
 _SHOWN, _SHOWN_LINES = 3, 12  # at the end of a run
@@ -45,8 +48,20 @@ class SampleWriter:
                 self.reporter.say("\n".join("    " + line for line in part.splitlines()[:_SHOWN_LINES]))
 
 
+class Predictor(Protocol):
+    """What generating needs of an engine."""
+
+    def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray: ...
+
+
+class Broadcaster(Protocol):
+    """What generating needs of the other ranks."""
+
+    def broadcast(self, value: T) -> T: ...
+
+
 def generate(
-    engine: Engine, comm: Comm, tokenizer: Tokenizer, settings: SampleSection, sequence_length: int, seed: int
+    engine: Predictor, comm: Broadcaster, tokenizer: Tokenizer, settings: SampleSection, sequence_length: int, seed: int
 ) -> list[str]:
     """Continue each of `settings.prompts`; the prompt is part of the text.
 

@@ -90,7 +90,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
         guard.on_failure = _record_failure(metrics)
 
     engine = build_engine(run, shape, device, comm)
-    checkpoints = RunCheckpoints(folder, run, shape, prints, comm)
+    checkpoints = RunCheckpoints(folder, run, shape, prints, data.tokenizer.spec, comm)
     position = _start_position(arguments.resume, checkpoints, engine)
     position.attempt = attempt
     peak, peak_source = peak_flops(device, run.precision != "fp32")

@@ -1,10 +1,12 @@
-"""DeepSpeed's and torch's noise, and a compilation that nothing here needs."""
+"""What DeepSpeed does at its start that megalm would rather not: noise, a compilation, a refusal."""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
+
+from megalm.config.checks_deepspeed import ALLOW_CPU_FP16
 
 
 def silence() -> None:
@@ -32,3 +34,11 @@ def avoid_shared_memory_op() -> None:
     import deepspeed.ops
 
     vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
+
+
+def allow_cpu_fp16_if_asked() -> None:
+    """Let the CPU accelerator say that it can compute in fp16: it can, a thousand times slower, for tests."""
+    if os.environ.get(ALLOW_CPU_FP16) == "1":
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().is_fp16_supported = lambda: True
