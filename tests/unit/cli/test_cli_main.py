@@ -39,10 +39,10 @@ def test_the_version() -> None:
 
 
 def test_an_unknown_command_gets_the_nearest_name() -> None:
-    result = run("checkpoin", "list")
+    result = run("checkpointt", "list")
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr.startswith("megalm: error: no such command 'checkpoin', did you mean 'checkpoint'?")
+    assert result.stderr.startswith("megalm: error: no such command 'checkpointt', did you mean 'checkpoint'?")
     assert result.stderr.count("\n") == 1
 
 
