@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megalm.config.batch import BatchPlan, chooses_micro_batch, plan_batch
@@ -91,6 +91,7 @@ def resolve(
         ConfigError: the first rule of checks.py that the run breaks.
     """
     check_run(loaded, ds, world_size, device)
+    loaded, warmup_notices = _fit_warmup(loaded)
     config, settings = loaded.config, ds.settings
     topology = Topology(world_size, config.parallel.tensor, config.parallel.pipeline)
     precision, precision_notices = choose_precision(settings, device)
@@ -121,6 +122,7 @@ def resolve(
             *precision_notices,
             *(vocab_notices if chooses_micro_batch(settings) else []),
             *batch_notices,
+            *warmup_notices,
             *schedule_notices,
             *optimizer_notices,
             *deepspeed_notices,
@@ -170,6 +172,22 @@ def _shape(config: RunConfig, vocab_size: int | None) -> tuple[ModelShape, list[
     return model_shape(config.model, expected or _UNKNOWN_VOCAB_SIZE, config.data.sequence_length), notices
 
 
+def _fit_warmup(loaded: LoadedConfig) -> tuple[LoadedConfig, list[str]]:
+    """Shorten a preset's warm-up with a run that a person made short; checks.py has refused a person's own.
+
+    In the configuration itself, so that the run folder's YAML, where every value is stated, starts the same run.
+    """
+    schedule, steps = loaded.config.schedule, loaded.config.train.steps
+    if schedule.warmup_steps < steps:
+        return loaded, []
+    warmup = steps // 10
+    source = loaded.sources["schedule.warmup_steps"]
+    notice = f"schedule.warmup_steps={schedule.warmup_steps} ({source}) is not below train.steps={steps}: {warmup}"
+    config = loaded.config.model_copy(update={"schedule": schedule.model_copy(update={"warmup_steps": warmup})})
+    sources = loaded.sources | {"schedule.warmup_steps": f"{source}, shortened"}
+    return replace(loaded, config=config, sources=sources), [notice]
+
+
 def _schedule(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleFacts, list[str]]:
     schedule, steps = loaded.config.schedule, loaded.config.train.steps
     peak, notices = schedule.peak_learning_rate, []
@@ -182,18 +200,12 @@ def _schedule(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleFacts,
             f"peak learning rate {lr:g} is optimizer.params.lr of {ds.path}; "
             f"schedule.peak_learning_rate={schedule.peak_learning_rate:g} ({source}) is not used"
         ]
-    warmup = schedule.warmup_steps
-    if warmup >= steps:  # a preset's: checks.py has refused a person's
-        warmup = steps // 10
-        notices.append(
-            f"schedule.warmup_steps={schedule.warmup_steps} is not below train.steps={steps}: {warmup} is used"
-        )
     final = schedule.final_learning_rate if schedule.final_learning_rate is not None else peak / 10
     facts = ScheduleFacts(
         kind=schedule.kind,
         peak_learning_rate=peak,
         final_learning_rate=peak if schedule.kind in ("constant", "inverse_sqrt") else final,
-        warmup_steps=warmup,
+        warmup_steps=schedule.warmup_steps,
         decay_steps=schedule.decay_steps or max(1, steps // 5),
         steps=steps,
     )

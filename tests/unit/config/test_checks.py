@@ -11,7 +11,7 @@ from config_cases import CPU, GPU, refused
 
 from megalm.config.checks import RULES, check_run
 from megalm.config.deepspeed_json import read_deepspeed_json
-from megalm.config.loading import load_run_config
+from megalm.config.loading import config_to_yaml, load_run_config
 from megalm.config.precision import DeviceFacts
 from megalm.config.resolve import ResolvedRun
 
@@ -222,11 +222,15 @@ def test_a_recipe_keeps_its_batch(start: Start, tmp_path: Path, write_json: Call
     assert "ds_configs/zero_one.json: no such file" in refused(start, config=str(mine))
 
 
-def test_a_preset_gives_way_to_what_a_person_states(start: Start) -> None:
-    """Only train.steps is stated: the preset's warm-up is shortened, and said so."""
+def test_a_preset_gives_way_to_what_a_person_states(start: Start, tmp_path: Path) -> None:
+    """Only train.steps is stated: the preset's warm-up is shortened, said so, and kept for the run folder."""
     run = start("train.steps=20")
-    assert run.schedule.warmup_steps == 2
-    assert "schedule.warmup_steps=40 is not below train.steps=20: 2 is used" in run.notices
+    assert run.schedule.warmup_steps == run.config.schedule.warmup_steps == 2
+    assert run.sources["schedule.warmup_steps"] == "preset quickstart, shortened"
+    assert "schedule.warmup_steps=40 (preset quickstart) is not below train.steps=20: 2" in run.notices
+    kept = tmp_path / "config.yaml"
+    kept.write_text(config_to_yaml(run.config))
+    assert start(config=str(kept)).schedule == run.schedule
 
 
 def test_check_run_runs_every_rule(write_json: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
