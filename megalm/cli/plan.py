@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -21,13 +21,20 @@ _RANKS_SHOWN = 16
 
 
 def command(
-    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Settings of the run YAML."),
-    config: str = typer.Option(None, "--config", help="A preset's name or a YAML file; default quickstart."),
-    deepspeed_config: str = typer.Option(str(DS_CONFIGS_FOLDER / "zero2.json"), "--deepspeed_config"),
-    ranks: int = typer.Option(1, "--ranks", min=1, help="Ranks in all."),
-    gpu_memory: float = typer.Option(
-        None, "--gpu-memory", min=0.1, help="Plan for GPUs of so many GiB that compute in bf16, not for this machine."
-    ),
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the run YAML."),
+    ] = None,
+    config: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--config", help="A preset's name or a YAML file; default quickstart."),
+    ] = None,
+    deepspeed_config: Annotated[str, typer.Option("--deepspeed_config")] = str(DS_CONFIGS_FOLDER / "zero2.json"),
+    ranks: Annotated[int, typer.Option("--ranks", min=1, help="Ranks in all.")] = 1,
+    gpu_memory: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--gpu-memory", min=0.1, help="Plan for GPUs of so many GiB with bf16, not for this machine."),
+    ] = None,
 ) -> None:
     """What a run amounts to before it is started: size, tokens, memory, schedule. Nothing is started or written."""
     loaded = load_run_config(config, overrides or [])

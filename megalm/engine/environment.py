@@ -57,9 +57,8 @@ def device_facts(local_world_size: int) -> DeviceFacts:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return DeviceFacts(kind="cuda", bf16=torch.cuda.is_bf16_supported(), memory_bytes=properties.total_memory)
-    return DeviceFacts(
-        kind="cpu", bf16=_cpu_has_bf16(), memory_bytes=psutil.virtual_memory().available // local_world_size
-    )
+    # Of the whole memory, not of what is free now: every rank and every resume must come to the same batch.
+    return DeviceFacts(kind="cpu", bf16=_cpu_has_bf16(), memory_bytes=psutil.virtual_memory().total // local_world_size)
 
 
 def device_name() -> str:

@@ -76,7 +76,8 @@ def resolved(case: Case, world_size: int, folder: Path) -> ResolvedRun:
         content[section] = {**content.get(section, {}), **value} if isinstance(value, dict) else value
     path = folder / f"{case.json}-{world_size}.json"
     path.write_text(json.dumps(content))
-    loaded = load_run_config(None, [*MODEL, *case.overrides])
+    stated = {override.split("=")[0]: override for override in (*MODEL, *case.overrides)}  # the case's own win
+    loaded = load_run_config(None, list(stated.values()))
     return resolve(loaded, read_deepspeed_json(str(path)), world_size, DeviceFacts("cpu", True, 4 << 30), VOCAB)
 
 

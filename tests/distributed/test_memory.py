@@ -1,0 +1,114 @@
+"""The plan's memory against what the tensors of a real engine hold.
+
+Weights, gradients, master and moments are exact. They are taken by identity, not by name: every storage that is alive
+between a backward pass and what follows it, less communication buffers and what is smaller than a kilobyte.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalm.config.resolve import memory_case
+from megalm.memory import estimate_memory
+from tests.distributed.training import Case, make_dataset, resolved, shape_of, start
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+SMALL = 1024  # bytes: counters, norms, learning rates
+# Wide enough that every part is far larger than a batch of tokens.
+WIDE = ("model.hidden_size=128", "model.num_hidden_layers=3")
+GATHERED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+CASES = {
+    # Accumulating: a single backward pass frees gradients as it reduces them.
+    "zero1 fp32": Case("zero1.json", overrides=WIDE, settings={"train_micro_batch_size_per_gpu": 2}),
+    "zero2 fp32": Case("zero2.json", overrides=WIDE),
+    "zero3 fp32": Case("zero3.json", overrides=WIDE, settings=GATHERED),
+    "zero1 bf16": Case("zero1.json", "bf16", WIDE),
+    "zero2 bf16": Case("zero2.json", "bf16", WIDE),
+    "zero3 bf16": Case("zero3.json", "bf16", WIDE, GATHERED),
+}
+
+
+def _measure_all(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, dict[str, int]]:
+    return {name: _measure(comm, device, case, prefix, folder) for name, case in CASES.items()}
+
+
+def _measure(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path) -> dict[str, int]:
+    """Bytes per part at the second update; the first one makes the moments."""
+    gc.collect()
+    before = _storages(_tensors())
+    engine, run, loader = start(comm, device, case, prefix, folder)
+    found: dict[str, int] = {}
+    update = engine._engine.step
+
+    def look_and_update() -> None:
+        if engine._engine.global_steps == 1:
+            for part, size in _parts(engine, before).items():
+                found[part] = max(size, found.get(part, 0))
+        update()
+
+    engine._engine.step = look_and_update
+    for step in (1, 2):
+        engine.train_step(loader.batch((step - 1) * run.batch.global_batch), step, 1e-3)
+    loader.close()
+    return found
+
+
+def _parts(engine: Any, before: dict[int, int]) -> dict[str, int]:
+    gc.collect()
+    outer, inner = engine._engine.optimizer, engine._state._inner
+    masters = [flat for flat in inner.state if flat.numel()]
+    weights = [getattr(parameter, "ds_tensor", parameter.data) for parameter in engine._engine.module.parameters()]
+    buckets = [buffer for bucket in getattr(outer, "ipg_buckets", {}).values() for buffer in _buffers(bucket)]
+    parts = {
+        "weights": _storages(weights),
+        "master": _storages(masters),
+        "moments": _storages(value for state in inner.state.values() for value in state.values()),
+    }
+    known = before | _storages(buckets)
+    for part in parts.values():
+        known |= part
+    parts["gradients"] = {place: size for place, size in _storages(_tensors()).items() if place not in known}
+    return {name: sum(size for size in part.values() if size >= SMALL) for name, part in parts.items()}
+
+
+def _buffers(bucket: Any) -> list[torch.Tensor]:
+    buffer = getattr(bucket, "buffer", None)
+    return [] if buffer is None else [buffer] if isinstance(buffer, torch.Tensor) else list(buffer)
+
+
+def _tensors() -> list[torch.Tensor]:
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]  # asks no proxy
+    return found + [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]
+
+
+def _storages(tensors: Any) -> dict[int, int]:
+    """Address -> bytes of each storage behind the tensors, once."""
+    storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu")
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("memory")
+    make_dataset(folder / "data")
+    return folder, run_ranks(2, _measure_all, folder / "data", folder)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_plan_tells_what_is_held(measured: Any, name: str) -> None:
+    folder, ranks = measured
+    run = resolved(CASES[name], 2, folder)
+    plan = estimate_memory(
+        memory_case(run.config, run.deepspeed_source, shape_of(run), run.topology, run.precision, run.device, run.batch)
+    )
+    for part in ("weights", "master", "moments", "gradients"):
+        fullest = max(rank[name][part] for rank in ranks)
+        # ZeRO 3 keeps norms, each smaller than the smallest storage that is counted, one by one.
+        assert fullest == pytest.approx(getattr(plan, part), rel=0.01), f"{part}: {ranks[0][name]}"
