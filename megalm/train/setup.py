@@ -178,6 +178,7 @@ def _environment(run: ResolvedRun, prints: Fingerprints, device: torch.device, c
         "device": device_name(),
         "device_kind": device.type,
         "world_size": comm.size,
+        "threads_per_rank": torch.get_num_threads(),
         "precision": run.precision,
         "zero_stage": run.zero_stage,
         "dataset_fingerprint": prints.dataset,

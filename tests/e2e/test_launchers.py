@@ -1,0 +1,82 @@
+"""The same job under every launcher and on any number of ranks: the same batch, the same losses, exit code 0."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import SmallData
+from tests.e2e.jobs import Finished, finish, losses, own_lines, pretrain, run_folder, train_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+STEPS = 20
+STARTS = {
+    "python": ("python", 1),
+    "deepspeed": ("deepspeed", 1),
+    "deepspeed 2": ("deepspeed", 2),
+    "torchrun 2": ("torchrun", 2),
+    "torchrun 4": ("torchrun", 4),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    finished: Finished
+    losses: dict[int, float]
+    rows: list[dict[str, Any]]
+    environment: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def outcomes(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    result = {}
+    for name, (using, ranks) in STARTS.items():
+        folder = tmp_path_factory.mktemp("launch")
+        # A shell's own setting must not decide how fast, or in which order, a rank adds.
+        environment = {"OMP_NUM_THREADS": "7"} if name == "python" else {}
+        command = pretrain(*small_data.words, f"train.steps={STEPS}", using=using, ranks=ranks)
+        finished = finish(folder, command, environment=environment)
+        assert finished.code == 0, finished.explain()
+        facts = json.loads((run_folder(folder) / "environment.json").read_text())
+        result[name] = Outcome(finished, losses(folder), train_rows(folder), facts)
+    return result
+
+
+@pytest.mark.parametrize("name", list(STARTS))
+def test_every_launcher_trains_the_same_model(outcomes: dict[str, Outcome], name: str) -> None:
+    expected, found = outcomes["python"].losses, outcomes[name].losses
+    assert list(found) == list(range(1, STEPS + 1))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert [row["tokens"] for row in outcomes[name].rows] == [16 * 64 * step for step in range(1, STEPS + 1)]
+    assert found[STEPS] < found[1] - 0.2  # equal to a model that stands still would prove nothing
+
+
+@pytest.mark.parametrize("name", list(STARTS))
+def test_threads_are_the_cores_divided(outcomes: dict[str, Outcome], name: str) -> None:
+    ranks = STARTS[name][1]
+    expected = max(1, len(os.sched_getaffinity(0)) // ranks)
+    assert outcomes[name].environment["threads_per_rank"] == expected
+    assert f"{ranks} rank(s), {expected} thread(s) each" in outcomes[name].finished.stdout
+
+
+@pytest.mark.parametrize("name", list(STARTS))
+def test_people_see_one_rank_and_no_noise(outcomes: dict[str, Outcome], name: str) -> None:
+    finished = outcomes[name].finished
+    assert finished.left == []
+    assert len(re.findall(rf"^step {STEPS}/{STEPS}  loss", finished.stdout, re.MULTILINE)) == 1
+    assert own_lines(finished.stderr) == [], finished.stderr
+
+
+def test_another_seed_is_seen(small_data: SmallData, outcomes: dict[str, Outcome], tmp_path: Path) -> None:
+    """The comparison can fail: another order of the data gives other losses."""
+    command = pretrain(*small_data.words, f"train.steps={STEPS}", "train.seed=99")
+    finished = finish(tmp_path, command)
+    assert finished.code == 0, finished.explain()
+    assert losses(tmp_path) != pytest.approx(outcomes["python"].losses, rel=1e-5)
