@@ -52,20 +52,26 @@ class RunCheckpoints:
         files = [path for path in self._folder.config_files if path.exists()]
         return save_checkpoint(self._folder.checkpoints, position.step, engine.fragments(), facts, files, self._comm)
 
-    def find(self, wanted: str) -> Path | None:
-        """The checkpoint that `--resume wanted` means, looked up on rank 0 and told to all."""
-        return self._comm.once(lambda: find_checkpoint(self._folder.checkpoints, wanted))
+    def find(self, wanted: str) -> CheckpointReader | None:
+        """The checkpoint that `--resume wanted` means, compared with this run; None: start at step 0.
 
-    def restore(self, engine: Engine, path: Path) -> Position:
-        """Put the checkpoint at `path` into `engine`.
+        Needs no engine, so that what cannot be resumed is refused before a model is built and the run's account
+        is touched.
 
         Raises:
-            CheckpointError: a damaged file, another model, or other data than it was trained on.
+            CheckpointError: it is not there, a file is damaged, or it is of another model or of other data.
         """
+        path = self._comm.once(lambda: find_checkpoint(self._folder.checkpoints, wanted))
+        if path is None:
+            return None
         reader = CheckpointReader(path)
+        self._refuse_other_run(path, reader.manifest)
         self._verify(reader)
+        return reader
+
+    def restore(self, engine: Engine, reader: CheckpointReader) -> Position:
+        """Put the checkpoint into `engine`; where training goes on."""
         manifest = reader.manifest
-        self._refuse_other_run(path, manifest)
         engine.restore(reader.read, manifest["counters"], manifest["step"])
         return Position(step=manifest["step"], samples=_consumed(manifest), tokens=manifest["tokens"])
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megalm.config.resolve import ResolvedRun
 from megalm.config.schema import DataSection
-from megalm.data.indexed import IndexedDataset
+from megalm.data.files import read_json
+from megalm.data.indexed import IndexedDataset, sidecar_path
 from megalm.data.loader import BatchLoader, ValidationLoader
 from megalm.data.recipe import default_cache_dir, prepare_recipe
 from megalm.data.samples import TrainingSamples, ValidationSamples, split_documents
 from megalm.data.tokenizer import Tokenizer, load_tokenizer
-from megalm.errors import ConfigError
+from megalm.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def open_data(run: ResolvedRun, places: DataPlaces) -> RunData:
     """Open the files of `places` and cut them into samples.
 
     Raises:
-        DataError: a missing or damaged file, or a dataset with fewer tokens than one sample.
+        DataError: a missing or damaged file, a dataset with fewer tokens than one sample, or one that was built with
+            another tokenizer.
         ConfigError: a tokenizer that does not fit the model, or more epochs than `data.max_epochs`.
     """
     data, seed = run.config.data, run.config.train.seed
@@ -67,6 +69,9 @@ def open_data(run: ResolvedRun, places: DataPlaces) -> RunData:
             f"model.vocab_size={stated} is smaller than the {tokenizer.vocab_size} entries of {places.tokenizer}; "
             "leave it out to take the tokenizer's"
         )
+    for prefix in (places.train, places.validation):
+        if prefix is not None:
+            _refuse_other_tokenizer(Path(prefix), tokenizer)
     dataset = IndexedDataset(places.train)
     documents = len(dataset)
     train_range, validation_range = (0, documents), None
@@ -127,8 +132,23 @@ def _refuse_too_many_epochs(run: ResolvedRun, train: TrainingSamples) -> None:
         )
 
 
+def _refuse_other_tokenizer(prefix: Path, tokenizer: Tokenizer) -> None:
+    """The same numbers would be other text: training would go on, and mean nothing."""
+    built_with = _sidecar(prefix).get("tokenizer", {})
+    if built_with and built_with["fingerprint"] != tokenizer.fingerprint:
+        raise DataError(
+            f"{prefix} was built with the tokenizer {built_with['name']} of {built_with['vocab_size']} entries, which "
+            f"{tokenizer.spec} is not (fingerprint {built_with['fingerprint'][:12]}, not "
+            f"{tokenizer.fingerprint[:12]}); name the right one as data.tokenizer, or build the dataset again"
+        )
+
+
 def _unigram_entropy(prefix: Path) -> float | None:
-    path = prefix.with_name(prefix.name + ".json")
-    if not path.is_file():
-        return None  # built by another toolkit
-    return json.loads(path.read_text()).get("unigram_entropy_nats")
+    return _sidecar(prefix).get("unigram_entropy")
+
+
+def _sidecar(prefix: Path) -> dict[str, Any]:
+    """What the builder noted beside the dataset; empty where another toolkit built it."""
+    path = sidecar_path(prefix)
+    facts = read_json(path) if path.is_file() else {}
+    return facts if isinstance(facts, dict) and "bin_sha256" in facts else {}

@@ -64,7 +64,7 @@ class Guard:
         except OtherRankFailed:
             code = EXIT_FAILED
         except MegalmError as error:
-            self._tell(f"megalm: {_kind(error)}: {error}")
+            self._tell(f"megalm: {_kind(error)}: {' '.join(str(error).split())}")
             code = error.exit_code
         except KeyboardInterrupt:
             self._tell("megalm: interrupted")

@@ -54,7 +54,20 @@ class RunFolder:
         return tuple(self.path / name for name in ("config.yaml", "deepspeed.json", "deepspeed.resolved.json"))
 
     def failure(self, attempt: int) -> Path:
-        return self.path / "failures" / f"attempt-{attempt}.txt"
+        return self._failures / f"attempt-{attempt}.txt"
+
+    def last_failure(self) -> int:
+        """The newest attempt that failed; 0: none has."""
+        return max((int(path.stem.rsplit("-", 1)[1]) for path in self._failures.glob("attempt-*.txt")), default=0)
+
+    @property
+    def never_started(self) -> bool:
+        """What a refused start leaves: the account of its failure, and no training."""
+        return self._failures.is_dir() and not self.metrics.exists() and not complete_checkpoints(self.checkpoints)
+
+    @property
+    def _failures(self) -> Path:
+        return self.path / "failures"
 
 
 def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bool) -> RunFolder:
@@ -77,7 +90,7 @@ def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bo
         if name is None:
             return RunFolder(_next_free(root, stem))
         path = root / name
-        if path.exists() and not resume:
+        if path.exists() and not resume and not RunFolder(path).never_started:
             hint = (
                 "--resume auto goes on with it"
                 if complete_checkpoints(path / "checkpoints")

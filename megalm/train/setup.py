@@ -83,6 +83,8 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     data = open_data(run, places)
     shape = model_shape(config.model, data.tokenizer.vocab_size, config.data.sequence_length)
     prints = Fingerprints(data.train.fingerprint, data.train.dataset.fingerprint, data.tokenizer.fingerprint)
+    checkpoints = RunCheckpoints(folder, run, shape, prints, data.tokenizer.spec, comm)
+    saved = checkpoints.find(arguments.resume) if arguments.resume is not None else None
     comm.once(lambda: write_facts(folder, run, _environment(run, prints, device, comm)))
     metrics = MetricsWriter(folder.metrics) if comm.is_main else None
     mirror = start_mirror(folder.path) if comm.is_main and config.tracking.mlflow else None
@@ -90,8 +92,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
         guard.on_failure = _record_failure(metrics)
 
     engine = build_engine(run, shape, device, comm)
-    checkpoints = RunCheckpoints(folder, run, shape, prints, data.tokenizer.spec, comm)
-    position = _start_position(arguments.resume, checkpoints, engine)
+    position = checkpoints.restore(engine, saved) if saved is not None else Position()
     position.attempt = attempt
     peak, peak_source = peak_flops(device, run.precision != "fp32")
     parts = _assemble(run, comm, engine, data, folder, checkpoints, metrics, reporter, shape, comm.sum([peak])[0])
@@ -99,7 +100,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     loop = TrainingLoop(parts, position)
     _announce(loop, reporter, metrics, resumed=position.step > 0)
     parts.stop.install()
-    code = loop.run() if position.step < config.train.steps else _nothing_to_do(reporter, position)
+    code = loop.run() if position.step < config.train.steps else _nothing_to_do(loop, reporter)
     parts.batches.close()
     comm.barrier()  # no rank leaves while another still needs rank 0's store
     _close(metrics, mirror, reporter, folder)
@@ -160,17 +161,11 @@ def _assemble(
     )
 
 
-def _start_position(resume: str | None, checkpoints: RunCheckpoints, engine: Engine) -> Position:
-    path = checkpoints.find(resume) if resume is not None else None
-    return Position() if path is None else checkpoints.restore(engine, path)
-
-
 def _next_attempt(folder: RunFolder) -> int:
-    """1 for a new run; one more than the last start of an old one."""
-    if not folder.metrics.exists():
-        return 1
-    starts = [row for row in read_metrics(folder.metrics) if row.get("event") in ("start", "resume")]
-    return len(starts) + 1
+    """1 for a new run; else the number after the last that started, or failed before it started."""
+    rows = read_metrics(folder.metrics) if folder.metrics.exists() else []
+    started = max((int(row["attempt"]) for row in rows if row.get("event") in ("start", "resume")), default=0)
+    return 1 + max(started, folder.last_failure())
 
 
 def _environment(run: ResolvedRun, prints: Fingerprints, device: torch.device, comm: ProcessComm) -> dict[str, Any]:
@@ -197,8 +192,9 @@ def _record_failure(metrics: MetricsWriter) -> Any:
     return lambda: metrics.row("event", event="end", status="failed", exit_code=1)
 
 
-def _nothing_to_do(reporter: Reporter, position: Position) -> int:
-    reporter.say(f"step {position.step} is done already; raise train.steps to go on")
+def _nothing_to_do(loop: TrainingLoop, reporter: Reporter) -> int:
+    loop.event("end", status="finished", exit_code=EXIT_DONE)
+    reporter.say(f"step {loop.position.step} is done already; raise train.steps to go on")
     return EXIT_DONE
 
 
