@@ -1,0 +1,158 @@
+"""Loss, masks, dropout, recomputation and initial weights of the plain model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from megalm.config.schema import ModelSection
+from megalm.model.dropout import DropoutClock
+from megalm.model.init import initialise
+from megalm.model.layers import DenseLayers
+from megalm.model.loss import IGNORE, linear_cross_entropy
+from megalm.model.shape import model_shape
+from megalm.model.transformer import LanguageModel
+
+VOCAB, LENGTH = 53, 16
+SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+SECTIONS = {
+    "gpt2": ModelSection(style="gpt2", **SIZES),
+    "llama": ModelSection(style="llama", qk_norm=True, num_key_value_heads=2, **SIZES),
+    "llama-tied": ModelSection(style="llama", tie_word_embeddings=True, **SIZES),
+}
+
+
+def build(section: ModelSection, seed: int = 1, **options: int) -> LanguageModel:
+    shape = model_shape(section, VOCAB, LENGTH)
+    clock = DropoutClock(seed=9)
+    model = LanguageModel(shape, DenseLayers(clock), clock, **options)
+    initialise(model, shape, seed)
+    return model
+
+
+def batch(rows: int = 3, seed: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCAB, (rows, LENGTH), generator=generator)
+    return tokens, torch.randint(0, VOCAB, (rows, LENGTH), generator=generator)
+
+
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=list(SECTIONS))
+def test_shape_tells_every_parameter(section: ModelSection) -> None:
+    shape = model_shape(section, VOCAB, LENGTH)
+    found = {name: tuple(parameter.shape) for name, parameter in build(section).named_parameters()}
+    assert found == shape.parameters()
+    assert sum(math.prod(size) for size in found.values()) == shape.parameter_count()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 1000])
+def test_chunked_loss_is_cross_entropy(chunk: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(50, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(VOCAB, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, VOCAB, (50,), generator=generator)
+    labels[::6] = IGNORE
+    total = linear_cross_entropy(hidden, weight, labels, chunk)
+    (total * 3.0).backward()
+    found = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+    expected = functional.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+    (expected * 3.0).backward()
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[0], hidden.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], weight.grad, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, chunk), total)
+
+
+def test_loss_without_any_target_is_zero() -> None:
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(VOCAB, 8, requires_grad=True)
+    total = linear_cross_entropy(hidden, weight, torch.full((4,), IGNORE), 2)
+    total.backward()
+    assert total == 0
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=list(SECTIONS))
+def test_masked_documents_are_as_if_apart(section: ModelSection) -> None:
+    """Three documents in one sample give the losses and the gradient that each gives alone."""
+    tokens, labels = batch(rows=1)
+    cuts = [0, 5, 6, LENGTH]
+    documents = torch.zeros_like(tokens)
+    for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        documents[0, start:stop] = number
+    together, apart = build(section), build(section)
+    loss, _ = together(tokens, labels, documents)
+    loss.backward()
+    for start, stop in itertools.pairwise(cuts):
+        apart(tokens[:, start:stop], labels[:, start:stop])[0].backward()
+    for (name, ours), other in zip(together.named_parameters(), apart.parameters(), strict=True):
+        if not name.endswith("positions.weight"):  # its unused rows have no gradient apart
+            torch.testing.assert_close(ours.grad, other.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    plain, _ = together(tokens, labels)
+    assert not torch.allclose(plain, loss)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_recomputing_blocks_changes_no_bit(every: int) -> None:
+    """With dropout: the mask of a recomputed block is drawn again from its place."""
+    section = ModelSection(style="gpt2", dropout=0.3, attention_dropout=0.2, **SIZES)
+    tokens, labels = batch()
+    gradients = []
+    for recompute_every in (0, every):
+        model = build(section, recompute_every=recompute_every)
+        model(tokens, labels)[0].backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_dropout_is_a_function_of_its_place() -> None:
+    clock = DropoutClock(seed=1)
+    layers = DenseLayers(clock)
+    x = torch.ones(200, 50)
+    first, other = layers.dropout(0.3, 1, "a", False), layers.dropout(0.3, 1, "b", False)
+    once = first(x)
+    assert torch.equal(once, first(x))
+    assert not torch.equal(once, other(x))
+    clock.step += 1
+    assert not torch.equal(once, first(x))
+    assert (once == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert once.mean().item() == pytest.approx(1.0, abs=0.03)
+    assert torch.equal(first.eval()(x), x)
+
+
+def test_initial_weights_depend_on_name_and_seed_only() -> None:
+    one, again, other = build(SECTIONS["gpt2"]), build(SECTIONS["gpt2"]), build(SECTIONS["gpt2"], seed=2)
+    deeper = build(ModelSection(style="gpt2", **(SIZES | {"num_hidden_layers": 3})))
+    for (name, weight), same, changed in zip(
+        one.named_parameters(), again.parameters(), other.parameters(), strict=True
+    ):
+        assert torch.equal(weight, same)
+        if weight.ndim > 1:
+            assert not torch.equal(weight, changed), name
+    name = "layers.1.attention.query.weight"
+    assert torch.equal(one.get_parameter(name), deeper.get_parameter(name))
+
+
+def test_residual_projections_start_smaller() -> None:
+    shape = model_shape(ModelSection(hidden_size=256, num_hidden_layers=8, num_attention_heads=4), 100, 8)
+    model = LanguageModel(shape)
+    initialise(model, shape, seed=1)
+    assert model.get_parameter("layers.3.mlp.up.weight").std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.get_parameter("layers.3.mlp.down.weight").std().item() == pytest.approx(0.02 / 4, rel=0.02)
+    assert model.get_parameter("layers.3.attention.output.weight").std().item() == pytest.approx(0.02 / 4, rel=0.02)
+
+
+def test_logits_of_one_position_are_those_of_all() -> None:
+    model = build(SECTIONS["llama"]).eval()
+    tokens, _ = batch()
+    positions = torch.tensor([3, 0, LENGTH - 1])
+    expected = model(tokens)[torch.arange(3), positions]
+    torch.testing.assert_close(model(tokens, positions=positions), expected)
+    cut = model(tokens[:1, :4], positions=torch.tensor([3]))
+    torch.testing.assert_close(cut, expected[:1], rtol=1e-5, atol=1e-6)
