@@ -54,7 +54,7 @@ def rank_facts() -> RankFacts:
 
 def device_facts(local_world_size: int) -> DeviceFacts:
     """What this rank computes on; memory is the share of one rank, in bytes."""
-    if torch.cuda.is_available():
+    if _computes_on_cuda():
         properties = torch.cuda.get_device_properties(0)
         return DeviceFacts(kind="cuda", bf16=torch.cuda.is_bf16_supported(), memory_bytes=properties.total_memory)
     # Of the whole memory, not of what is free now: every rank and every resume must come to the same batch.
@@ -63,7 +63,7 @@ def device_facts(local_world_size: int) -> DeviceFacts:
 
 def device_name() -> str:
     """The device in a person's words."""
-    if torch.cuda.is_available():
+    if _computes_on_cuda():
         return torch.cuda.get_device_name(0)
     return f"CPU, {len(os.sched_getaffinity(0))} cores"
 
@@ -75,7 +75,7 @@ def claim_device(ranks: RankFacts) -> torch.device:
         ConfigError: with more ranks on this node than CUDA devices.
     """
     torch.set_num_threads(ranks.threads)  # torchrun says 1 thread, others say all: equal under every launcher
-    if not torch.cuda.is_available():
+    if not _computes_on_cuda():
         return torch.device("cpu")
     if ranks.local_rank >= torch.cuda.device_count():
         raise ConfigError(
@@ -84,6 +84,11 @@ def claim_device(ranks: RankFacts) -> torch.device:
         )
     torch.cuda.set_device(ranks.local_rank)
     return torch.device("cuda", ranks.local_rank)
+
+
+def _computes_on_cuda() -> bool:
+    """DeepSpeed's own variable decides where there is a choice: the two must not disagree about the device."""
+    return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
 
 
 def _cpu_has_bf16() -> bool:

@@ -32,6 +32,7 @@ from megalm.train.checkpointing import Fingerprints, RunCheckpoints
 from megalm.train.datasets import RunData, batch_loader, find_data, open_data, validation_loaders
 from megalm.train.evaluate import Evaluator
 from megalm.train.facts import farewell, opening_facts
+from megalm.train.launcher_watch import watch_launchers
 from megalm.train.leaving import FailureClaim, Guard, StopRequest
 from megalm.train.loop import Parts, Position, TrainingLoop
 from megalm.train.report import Reporter
@@ -100,6 +101,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     loop = TrainingLoop(parts, position)
     _announce(loop, reporter, metrics, resumed=position.step > 0)
     parts.stop.install()
+    watch_launchers()
     code = loop.run() if position.step < config.train.steps else _nothing_to_do(loop, reporter)
     parts.batches.close()
     comm.barrier()  # no rank leaves while another still needs rank 0's store

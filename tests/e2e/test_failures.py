@@ -1,0 +1,139 @@
+"""A job that fails, is killed or is asked to stop: it ends in seconds, says why once, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megalm.data.loader import BatchLoader
+from megalm.data.samples import TrainingSamples
+from tests.e2e.conftest import SmallData
+from tests.e2e.jobs import Job, finish, interrupt_group, job, losses, own_lines, pretrain, rows, run_folder, train_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+# From the cause to the end of the last process. DeepSpeed's launcher looks once a second.
+SOON_SECONDS = 20.0
+ENDLESS = "train.steps=1000000"
+POISON = 60_000  # no token of the small vocabulary
+
+
+def poisoned(small_data: SmallData, folder: Path) -> tuple[str, str]:
+    """A dataset with one token beyond the vocabulary, and a seed by which rank 1 of 2 meets it first."""
+    good = IndexedDataset(small_data.prefix)
+    tokens = good.tokens.astype(np.int64)
+    tokens[len(tokens) // 2] = POISON
+    with IndexedDatasetWriter(folder / "poisoned", np.uint16) as writer:
+        writer.append_documents(tokens, list(good.sequence_lengths))
+    dataset = IndexedDataset(folder / "poisoned")
+    for seed in range(200):
+        samples = TrainingSamples(dataset, (0, len(dataset)), 64, seed)
+        for step in range(6):
+            met = [_meets(samples, step, rank) for rank in (0, 1)]
+            if any(met):
+                break
+        if met == [False, True]:
+            return str(folder / "poisoned"), f"train.seed={seed}"
+    raise AssertionError("no such seed")
+
+
+def _meets(samples: TrainingSamples, step: int, rank: int) -> bool:
+    with BatchLoader(samples, 16, 8, rank, 2) as loader:
+        return any(
+            (micro.labels == POISON).any() or (micro.tokens == POISON).any()
+            for micro in loader.batch(step * 16).micro_batches
+        )
+
+
+def test_the_rank_that_failed_has_the_last_word(small_data: SmallData, tmp_path: Path) -> None:
+    prefix, seed = poisoned(small_data, tmp_path)
+    words = [word for word in small_data.words if not word.startswith(("data.train", "data.split"))]
+    command = pretrain(*words, f"data.train={prefix}", "data.split=null", seed, using="deepspeed", ranks=2)
+    with job(tmp_path, command) as started:
+        finished = started.wait(timeout_seconds=90)
+    assert finished.code == 1, finished.explain()
+    assert finished.left == []
+    said = own_lines(finished.stderr)
+    assert said[0] == "megalm: rank 1 failed:", finished.explain()
+    assert said[1] == "Traceback (most recent call last):"
+    assert finished.stderr.count("Traceback") == 1, finished.explain()
+    assert "train_step" in finished.stderr
+    assert said[-1].startswith("IndexError: "), finished.explain()
+    end = rows(tmp_path)[-1]
+    assert (end["event"], end["status"], end["exit_code"]) == ("end", "failed", 1)
+    report = next((run_folder(tmp_path) / "failures").iterdir())
+    assert report.read_text().splitlines() == said
+
+
+def test_a_killed_rank_ends_the_job(small_data: SmallData, tmp_path: Path) -> None:
+    command = pretrain(*small_data.words, ENDLESS, using="deepspeed", ranks=2)
+    with job(tmp_path, command) as started:
+        started.wait_for_step(3)
+        started.rank(1).kill()
+        finished = started.wait(SOON_SECONDS)
+    assert finished.code != 0, finished.explain()
+    assert finished.left == []
+    assert finished.stderr.count("Traceback") <= 1, finished.explain()
+    end = rows(tmp_path)[-1]
+    assert (end["event"], end["status"]) == ("end", "failed")
+
+
+def terminate_launcher(started: Job) -> None:
+    started.process.send_signal(signal.SIGTERM)
+
+
+def terminate_rank(started: Job) -> None:
+    started.rank(1).send_signal(signal.SIGTERM)
+
+
+STOPS: dict[str, tuple[str, int, Callable[[Job], None]]] = {
+    "ctrl-c, python": ("python", 1, interrupt_group),
+    "ctrl-c, deepspeed": ("deepspeed", 2, interrupt_group),
+    "ctrl-c, torchrun": ("torchrun", 2, interrupt_group),
+    "terminated launcher": ("deepspeed", 2, terminate_launcher),
+    "terminated rank": ("deepspeed", 2, terminate_rank),
+}
+
+
+@pytest.mark.parametrize("name", list(STOPS))
+def test_stops_with_everything_saved(small_data: SmallData, tmp_path: Path, name: str) -> None:
+    using, ranks, stop = STOPS[name]
+    with job(tmp_path, pretrain(*small_data.words, ENDLESS, using=using, ranks=ranks)) as started:
+        started.wait_for_step(3)
+        stop(started)
+        finished = started.wait(SOON_SECONDS, patience_seconds=SOON_SECONDS)
+    assert finished.left == []
+    # A launcher that was itself told to stop has an exit code of its own.
+    expected = finished.code != 0 if stop is not terminate_rank and using != "python" else finished.code == 75
+    assert expected, finished.explain()
+    last = train_rows(tmp_path)[-1]["step"]
+    assert (run_folder(tmp_path) / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"
+    events = [row["event"] for row in rows(tmp_path) if row["kind"] == "event"]
+    assert events[-3:] == ["signal", "checkpoint", "end"]
+    assert rows(tmp_path)[-1]["status"] == "stopped"
+
+
+def test_goes_on_after_ctrl_c(small_data: SmallData, tmp_path: Path) -> None:
+    words = (*small_data.words, "run.name=mine", "--resume", "auto")
+    with job(tmp_path, pretrain(*words, ENDLESS)) as started:
+        started.wait_for_step(3)
+        interrupt_group(started)
+        assert started.wait(SOON_SECONDS).code == 75
+    stopped = train_rows(tmp_path)[-1]["step"]
+    finished = finish(tmp_path, pretrain(*words, f"train.steps={stopped + 5}"))
+    assert finished.code == 0, finished.explain()
+    assert list(losses(tmp_path)) == list(range(1, stopped + 6))
+    assert [row["step"] for row in train_rows(tmp_path) if row["attempt"] == 2] == list(range(stopped + 1, stopped + 6))
+
+
+def test_leaves_with_zero_every_time(small_data: SmallData, tmp_path: Path) -> None:
+    """gloo's threads abort one interpreter in ten that exits in the usual way."""
+    for number in range(5):
+        finished = finish(tmp_path, pretrain(*small_data.words, "train.steps=3", f"run.name=short-{number}"))
+        assert finished.code == 0, finished.explain()
+        assert finished.left == []
