@@ -24,6 +24,7 @@ class SmallData:
     prefix: Path
     tokenizer: Path
     documents: list[Document]
+    vocabulary: int = _VOCABULARY
 
     @property
     def words(self) -> tuple[str, ...]:

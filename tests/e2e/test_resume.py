@@ -1,0 +1,90 @@
+"""A run that is stopped and goes on is the run that was never stopped: the same losses to the last bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.e2e.conftest import SmallData
+from tests.e2e.jobs import finish, pretrain, rows, run_folder, train_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+HALF, STEPS = 6, 12
+# A rate that depends on `train.steps` would make six steps another run than the first half of twelve.
+WORDS = ("schedule.kind=constant", "run.name=mine", "model.dropout=0.1")
+# What a run of twelve steps says at step 7 to 12; times differ.
+SAME = ("step", "tokens", "loss", "lr", "grad_norm", "loss_scale")
+
+
+@dataclass(frozen=True)
+class Runs:
+    straight: Path
+    resumed: Path
+
+    def second_half(self, folder: Path) -> list[dict[str, Any]]:
+        return [{name: row[name] for name in SAME} for row in train_rows(folder) if row["step"] > HALF]
+
+
+@pytest.fixture(scope="module")
+def runs(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folders = Runs(tmp_path_factory.mktemp("straight"), tmp_path_factory.mktemp("resumed"))
+
+    def train(folder: Path, steps: int, *words: str) -> None:
+        command = pretrain(*small_data.words, *WORDS, f"train.steps={steps}", *words, using="torchrun", ranks=2)
+        finished = finish(folder, command)
+        assert finished.code == 0, finished.explain()
+
+    train(folders.straight, STEPS)
+    train(folders.resumed, HALF)
+    train(folders.resumed, STEPS, "--resume", "auto")
+    return folders
+
+
+def test_losses_are_bit_equal(runs: Runs) -> None:
+    assert len(runs.second_half(runs.resumed)) == STEPS - HALF
+    assert runs.second_half(runs.resumed) == runs.second_half(runs.straight)
+
+
+def test_data_goes_on_where_it_was(runs: Runs) -> None:
+    assert [(row["step"], row["tokens"]) for row in train_rows(runs.resumed)] == [
+        (step, step * 16 * 64) for step in range(1, STEPS + 1)
+    ]
+
+
+def test_the_account_tells_the_attempts_apart(runs: Runs) -> None:
+    assert [row["attempt"] for row in train_rows(runs.resumed)] == [1] * HALF + [2] * (STEPS - HALF)
+    events = [(row["event"], row["step"]) for row in rows(runs.resumed) if row["kind"] == "event"]
+    assert events == [
+        ("start", 0),
+        ("checkpoint", HALF),
+        ("end", HALF),
+        ("resume", HALF),
+        ("checkpoint", STEPS),
+        ("end", STEPS),
+    ]
+
+
+def test_the_files_of_the_first_attempt_are_kept(runs: Runs) -> None:
+    folder = run_folder(runs.resumed)
+    steps = [
+        yaml.safe_load((folder / name).read_text())["train"]["steps"]
+        for name in ("config.attempt-1.yaml", "config.yaml")
+    ]
+    assert steps == [HALF, STEPS]
+    for name in ("deepspeed.attempt-1.json", "deepspeed.resolved.attempt-1.json", "environment.attempt-1.json"):
+        assert (folder / name).is_file()
+
+
+def test_nothing_is_left_to_do(small_data: SmallData, runs: Runs) -> None:
+    before = train_rows(runs.resumed)
+    command = pretrain(*small_data.words, *WORDS, f"train.steps={STEPS}", "--resume", "auto")
+    finished = finish(runs.resumed, command)
+    assert finished.code == 0, finished.explain()
+    assert f"step {STEPS} is done already" in finished.stdout
+    assert train_rows(runs.resumed) == before
+    assert rows(runs.resumed)[-1]["status"] == "finished"
