@@ -9,7 +9,9 @@ from megalm.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+BEST = "best"
 PARTIAL_SUFFIX = ".tmp"
+REPLACED_SUFFIX = ".replaced"
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from megalm.checkpoint.fragment import Fragment
-from megalm.checkpoint.layout import LATEST, MANIFEST, PARTIAL_SUFFIX, folder_name
+from megalm.checkpoint.layout import LATEST, MANIFEST, PARTIAL_SUFFIX, REPLACED_SUFFIX, folder_name
 from megalm.checkpoint.shard import ShardSummary, write_shard
 
 T = TypeVar("T")
@@ -81,11 +81,11 @@ def save_checkpoint(
     return final
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON durably under a temporary name, then rename."""
+def write_durably(path: Path, text: str) -> None:
+    """Make the file `path` hold `text`, atomically and on disk."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     with partial.open("w") as file:
-        json.dump(content, file, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -105,20 +105,17 @@ def _commit(
     partial: Path, final: Path, shards: list[ShardSummary], facts: dict[str, Any], copies: Sequence[Path]
 ) -> None:
     for source in copies:
-        shutil.copyfile(source, partial / source.name)
+        write_durably(partial / source.name, source.read_text())
     files = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
-    write_json(partial / MANIFEST, {"format": FORMAT, **facts, "files": files, "tensors": _tensor_index(shards)})
-    if final.exists():  # the same step of an earlier attempt
-        shutil.rmtree(final)
+    manifest = {"format": FORMAT, **facts, "files": files, "tensors": _tensor_index(shards)}
+    write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
+    replaced = final.with_name(final.name + REPLACED_SUFFIX)
+    if final.exists():  # the same step of an earlier attempt: it goes only when its successor is in place
+        final.rename(replaced)
     partial.rename(final)
     sync_folder(final.parent)
-    latest = final.parent / (LATEST + PARTIAL_SUFFIX)
-    with latest.open("w") as file:
-        file.write(final.name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    latest.replace(final.parent / LATEST)
-    sync_folder(final.parent)
+    write_durably(final.parent / LATEST, final.name + "\n")
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _tensor_index(shards: list[ShardSummary]) -> dict[str, Any]:

@@ -99,6 +99,9 @@ class TrainSection(Section):
     checkpoint_activations_every: NonNegativeInt = Field(
         default=0, description="recompute every n-th block in the backward pass; 0: none, 1: every block"
     )
+    rehearse: bool = Field(
+        default=True, description="before step 1 one step, validation batch, sample and checkpoint write, then undone"
+    )
     loss_chunk_tokens: PositiveInt = Field(
         default=1024, description="the vocabulary's logits are held for so many tokens at once"
     )
@@ -119,6 +122,10 @@ class EvaluateSection(Section):
         default=None, description="validate on so many samples while training; all at the end"
     )
 
+    patience: PositiveInt | None = Field(
+        default=None, description="stop after so many validations in a row without a new lowest loss"
+    )
+
 
 class SampleSection(Section):
     interval_steps: PositiveInt | None = Field(default=None, description="null: only at the end")
@@ -130,6 +137,7 @@ class SampleSection(Section):
 
 class CheckpointSection(Section):
     interval_steps: PositiveInt | None = Field(default=None, description="null: only at the end")
+    best: bool = Field(default=False, description="save at each new lowest validation loss; checkpoints/best names it")
 
 
 class TrackingSection(Section):

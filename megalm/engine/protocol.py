@@ -61,6 +61,10 @@ class Engine(Protocol):
         """Take masters and moments from `read` (FragmentKey -> tensor) and go on from `step`."""
         ...
 
+    def reset(self) -> None:
+        """Forget the optimizer's moments and all counters; the weights stay."""
+        ...
+
     def peak_memory_bytes(self) -> int:
         """Highest memory of this rank so far: the device's allocator, or the process on a CPU."""
         ...

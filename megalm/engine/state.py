@@ -73,7 +73,8 @@ class OptimizerState:
         if hasattr(self._outer, "checkpoint_event_prologue"):
             self._outer.checkpoint_event_prologue()
         for flat in {id(owned.flat): owned.flat for owned in self._owned()}.values():
-            self._clear(flat, optimizer_step)
+            flat.data.zero_()  # its padding stays zero
+            self._clear_moments(flat, optimizer_step)
         for owned in self._owned():
             state = self._inner.state[owned.flat]
             length = owned.stop - owned.start
@@ -82,6 +83,12 @@ class OptimizerState:
                 values = read(FragmentKey(owned.name, kind, owned.shape, owned.start, owned.stop))
                 whole.view(-1).narrow(0, owned.offset, length).copy_(values)
         self._refresh_low_precision()
+
+    @torch.no_grad()
+    def forget_moments(self) -> None:
+        """The optimizer's state as before its first step."""
+        for flat in {id(owned.flat): owned.flat for owned in self._owned()}.values():
+            self._clear_moments(flat, optimizer_step=0)
 
     def optimizer_step(self) -> int:
         """Updates that were applied (skipped steps are not counted)."""
@@ -102,9 +109,8 @@ class OptimizerState:
             if hasattr(scaler, name):
                 setattr(scaler, name, value)
 
-    def _clear(self, flat: nn.Parameter, optimizer_step: int) -> None:
-        """Zero a flat master (its padding stays zero) and make its moments, on the master's device."""
-        flat.data.zero_()
+    def _clear_moments(self, flat: nn.Parameter, optimizer_step: int) -> None:
+        """Moments of zero, on the master's device."""
         state = self._inner.state[flat]
         for kind in KINDS[1:]:
             state[kind] = torch.zeros_like(flat.data)

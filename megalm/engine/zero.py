@@ -63,6 +63,7 @@ class ZeroEngine:
             dist_init_required=False,
         )
         self._state = OptimizerState(self._engine, parameters, shapes)
+        self._first_counters = self.counters()
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         engine = self._engine
@@ -102,9 +103,9 @@ class ZeroEngine:
     @torch.no_grad()
     def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
         self._engine.eval()
-        logits = self._engine(
-            torch.from_numpy(tokens).to(self._device), positions=torch.from_numpy(positions).to(self._device)
-        )
+        places = torch.from_numpy(tokens).to(self._device), torch.from_numpy(positions).to(self._device)
+        with torch.compiler.set_stance("force_eager"):  # texts grow: each length would be compiled anew
+            logits = self._engine(places[0], positions=places[1])
         return logits.float().cpu().numpy()
 
     def fragments(self) -> Iterator[Fragment]:
@@ -118,8 +119,15 @@ class ZeroEngine:
         }
 
     def restore(self, read: ReadFragment, counters: dict[str, Any], step: int) -> None:
-        engine = self._engine
         self._state.load(read, counters["optimizer_step"])
+        self._count_from(counters, step)
+
+    def reset(self) -> None:
+        self._state.forget_moments()
+        self._count_from(self._first_counters, step=0)
+
+    def _count_from(self, counters: dict[str, Any], step: int) -> None:
+        engine = self._engine
         self._state.load_loss_scaler(counters["loss_scaler"])
         engine.skipped_steps = counters["skipped_steps"]
         engine.global_steps = step

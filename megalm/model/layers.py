@@ -7,13 +7,14 @@ for dropout and for the loss. `DenseLayers` gives the unsharded ones; a tensor-p
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megalm.model.dropout import Dropout, DropoutClock
-from megalm.model.loss import linear_cross_entropy
+from megalm.model.loss import chunk_loss, linear_cross_entropy
 
 
 class VocabularyLoss(Protocol):
@@ -49,10 +50,15 @@ class LayerFactory(Protocol):
 
 
 class DenseLayers:
-    """The unsharded layers of a one-rank model. Weights are left empty: `init.py` fills them by name."""
+    """The unsharded layers of a one-rank model. Weights are left empty: `init.py` fills them by name.
 
-    def __init__(self, clock: DropoutClock) -> None:
+    Args:
+        compiled: the loss of a chunk runs compiled; its matrix products do not need it.
+    """
+
+    def __init__(self, clock: DropoutClock, compiled: bool = False) -> None:
         self.clock = clock
+        self.compiled = compiled
 
     def column(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         return nn.Linear(in_features, out_features, bias=bias)
@@ -67,7 +73,9 @@ class DenseLayers:
         return nn.Parameter(torch.empty(vocab_size, hidden_size))
 
     def loss(self) -> VocabularyLoss:
-        return linear_cross_entropy
+        if not self.compiled:
+            return linear_cross_entropy
+        return functools.partial(linear_cross_entropy, chunk=torch.compile(chunk_loss, dynamic=False))
 
     def dropout(self, rate: float, layer: int, site: str, sharded: bool) -> nn.Module:
         return Dropout(rate, self.clock, place=f"{layer}/{site}")

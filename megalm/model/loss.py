@@ -10,15 +10,33 @@ to backward, which the backward pass would make anyway.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+ChunkLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+
 IGNORE = -100  # the label that counts nowhere, as in torch.nn.functional.cross_entropy
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+def chunk_loss(logits: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Loss sum of a chunk [C, V] and, if asked, its gradient in the logits' own type (else the logits)."""
+    valid = (labels != IGNORE).unsqueeze(1)
+    targets = labels.clamp(min=0).unsqueeze(1)
+    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    loss = -(log_probabilities.gather(1, targets) * valid).sum()
+    if not gradient:
+        return loss, logits
+    probabilities = log_probabilities.exp_()
+    probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float32))
+    return loss, probabilities.mul_(valid).to(logits.dtype)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, chunk: ChunkLoss = chunk_loss
+) -> Tensor:
     """Sum of cross-entropies of `hidden @ weight.T` against `labels`.
 
     Args:
@@ -26,26 +44,28 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_t
         weight: [V, H], the same type.
         labels: [N] int64 in [0, V) or IGNORE.
         chunk_tokens: C, tokens whose logits are held at once.
+        chunk: `chunk_loss`, or the same compiled.
 
     Returns:
         fp32 scalar, a sum: divide by the number of labels of the *global* batch.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens, torch.is_grad_enabled())
+    if torch.is_grad_enabled():
+        return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens, chunk)
+    parts = [chunk(hidden[rows] @ weight.t(), labels[rows], False)[0] for rows in _chunks(len(hidden), chunk_tokens)]
+    return torch.stack(parts).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, grad: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, chunk: ChunkLoss
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        if not grad:
-            for rows in _chunks(hidden.shape[0], chunk_tokens):
-                total += _chunk_loss(hidden[rows] @ weight.t(), labels[rows])[0]
-            return total
         hidden_grad = torch.empty_like(hidden)
         # Summed over chunks in fp32: in bf16 each further chunk would lose low bits.
         weight_grad = torch.zeros_like(weight, dtype=torch.float32)
-        for rows in _chunks(hidden.shape[0], chunk_tokens):
-            loss, logits_grad = _chunk_loss(hidden[rows] @ weight.t(), labels[rows], gradient=True)
+        for rows in _chunks(len(hidden), chunk_tokens):
+            loss, logits_grad = chunk(hidden[rows] @ weight.t(), labels[rows], True)
             total += loss
             torch.mm(logits_grad, weight, out=hidden_grad[rows])
             weight_grad += logits_grad.t() @ hidden[rows]
@@ -63,16 +83,3 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _chunks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-def _chunk_loss(logits: Tensor, labels: Tensor, gradient: bool = False) -> tuple[Tensor, Tensor]:
-    """Loss sum of a chunk [C, V] and, if asked, its gradient in the logits' own type (else the logits)."""
-    valid = (labels != IGNORE).unsqueeze(1)
-    targets = labels.clamp(min=0).unsqueeze(1)
-    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    loss = -(log_probabilities.gather(1, targets) * valid).sum()
-    if not gradient:
-        return loss, logits
-    probabilities = log_probabilities.exp_()
-    probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float32))
-    return loss, probabilities.mul_(valid).to(logits.dtype)

@@ -100,6 +100,15 @@ class LanguageModel(nn.Module):
         """All stages in order; the hidden states [B, T, H] pass from one to the next."""
         return [self.embedding, *self.layers, self.final_norm, self.head]
 
+    def compile_blocks(self) -> None:
+        """Run every block compiled: one graph serves all of them, and no parameter changes its name.
+
+        Blocks, not the whole model: their graph is compiled once for all layers, in seconds, and DeepSpeed's hooks
+        on the model stay outside.
+        """
+        for block in self.layers:
+            block.compile(dynamic=False)
+
     def forward(
         self,
         tokens: Tensor,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.layout import find_checkpoint
+from megalm.checkpoint.layout import BEST, find_checkpoint
 from megalm.checkpoint.load import CheckpointReader
-from megalm.checkpoint.save import save_checkpoint
+from megalm.checkpoint.save import save_checkpoint, write_durably
 from megalm.config.resolve import ResolvedRun
 from megalm.engine.protocol import Comm, Engine
 from megalm.errors import CheckpointError, OtherRankFailed
@@ -52,6 +53,19 @@ class RunCheckpoints:
         files = [path for path in self._folder.config_files if path.exists()]
         return save_checkpoint(self._folder.checkpoints, position.step, engine.fragments(), facts, files, self._comm)
 
+    def mark_best(self, path: Path) -> None:
+        """Name the checkpoint with the lowest validation loss in `checkpoints/best`."""
+        if self._comm.is_main:
+            write_durably(path.parent / BEST, path.name + "\n")
+
+    def rehearse(self, engine: Engine) -> None:
+        """Write a checkpoint beside the real ones and remove it."""
+        folder = self._folder.path / "rehearsal"
+        save_checkpoint(folder, 0, engine.fragments(), self._facts(engine.counters(), Position()), [], self._comm)
+        if self._comm.is_main:
+            shutil.rmtree(folder)
+        self._comm.barrier()
+
     def find(self, wanted: str) -> CheckpointReader | None:
         """The checkpoint that `--resume wanted` means, compared with this run; None: start at step 0.
 
@@ -73,7 +87,13 @@ class RunCheckpoints:
         """Put the checkpoint into `engine`; where training goes on."""
         manifest = reader.manifest
         engine.restore(reader.read, manifest["counters"], manifest["step"])
-        return Position(step=manifest["step"], samples=_consumed(manifest), tokens=manifest["tokens"])
+        return Position(
+            step=manifest["step"],
+            samples=_consumed(manifest),
+            tokens=manifest["tokens"],
+            best_loss=manifest["best_validation_loss"],
+            stale_evaluations=manifest["stale_evaluations"],
+        )
 
     def _verify(self, reader: CheckpointReader) -> None:
         """Each rank hashes its share of the files; any difference is everybody's error."""
@@ -102,6 +122,8 @@ class RunCheckpoints:
             "status": "good",
             "parameters": self._shape.parameter_count(),
             "validation_loss": evaluation.loss if evaluation else None,
+            "best_validation_loss": position.best_loss,
+            "stale_evaluations": position.stale_evaluations,
             "counters": counters,
             "data_position": {"segments": [self._segment(position)]},
             "schedule": {"segments": [{"first_step": 1, **asdict(run.schedule)}]},

@@ -58,5 +58,10 @@ class Evaluator:
         bits = loss_sum / math.log(2) / text_bytes if text_bytes else None
         return Evaluation(self.dataset, loss_sum / targets, targets, bits)
 
+    def rehearse(self, engine: Engine) -> None:
+        """One batch, for what it needs of memory."""
+        if self.whole is not None:
+            engine.evaluate(self.whole.batch(0).micro_batches)
+
     def _bytes(self, labels: npt.NDArray[np.int64]) -> int:
         return int(self.token_bytes[labels[labels >= 0]].sum())

@@ -30,6 +30,8 @@ class Position:
     samples: int = 0
     tokens: int = 0
     attempt: int = 1
+    best_loss: float | None = None  # lowest validation loss so far, on the part used while training
+    stale_evaluations: int = 0  # validations since then
     evaluation: Evaluation | None = None  # of this very step
 
 
@@ -37,12 +39,15 @@ class Checkpoints(Protocol):
     """Writes the state of `engine` at a position."""
 
     def save(self, engine: Engine, position: Position) -> Path: ...
+    def mark_best(self, path: Path) -> None: ...
+    def rehearse(self, engine: Engine) -> None: ...
 
 
 class Sampler(Protocol):
     """Writes sample text of this step, and shows it if asked to."""
 
     def write(self, engine: Engine, step: int, show: bool) -> None: ...
+    def rehearse(self, engine: Engine) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,13 @@ class TrainingLoop:
         try:
             while self.position.step < config.train.steps:
                 self._train_step()
+                if self.position.step == config.train.steps:
+                    break  # _finish does the rest, on the whole validation set
                 self._between_steps()
-                if self._must_stop():
-                    return self._stop_early()
+                if self._has_stopped_learning():
+                    break
+                if number := self._stop_signal():
+                    return self._leave_early(number)
         finally:
             parts.reporter.stop()
         self._finish(time.monotonic() - started)
@@ -133,19 +142,18 @@ class TrainingLoop:
                 tokens_per_second=tokens_per_second,
                 step_seconds=seconds,
                 mfu=mfu,
+                memory_bytes=parts.engine.peak_memory_bytes(),
                 attempt=position.attempt,
             )
         parts.reporter.step(StepLine(position.step, result.loss, rate, result.grad_norm, tokens_per_second, mfu))
 
     def _between_steps(self) -> None:
         config, step = self.parts.run.config, self.position.step
-        if step == config.train.steps:
-            return  # _finish does all of it, on the whole validation set
         if _due(step, config.evaluate.interval_steps):
             self._evaluate(whole=False)
         if _due(step, config.sample.interval_steps):
             self.parts.sampler.write(self.parts.engine, step, show=False)
-        if _due(step, config.checkpoint.interval_steps):
+        if _due(step, config.checkpoint.interval_steps) and self._saved_step != step:
             self._save()
 
     def _evaluate(self, whole: bool) -> None:
@@ -168,21 +176,43 @@ class TrainingLoop:
                 attempt=position.attempt,
             )
         parts.reporter.say(f"step {position.step}: validation {result}")
+        if not whole:
+            self._compare_with_best(result.loss)
 
-    def _save(self) -> None:
+    def _compare_with_best(self, loss: float) -> None:
+        position = self.position
+        if position.best_loss is not None and loss >= position.best_loss:
+            position.stale_evaluations += 1
+            return
+        position.best_loss, position.stale_evaluations = loss, 0
+        if self.parts.run.config.checkpoint.best:
+            self.parts.checkpoints.mark_best(self._save())
+
+    def _has_stopped_learning(self) -> bool:
+        patience = self.parts.run.config.evaluate.patience
+        if patience is None or self.position.stale_evaluations < patience:
+            return False
+        self.event("early_stop", best_loss=self.position.best_loss)
+        self.parts.reporter.say(
+            f"step {self.position.step}: no lower validation loss than {self.position.best_loss:.4f} in {patience} "
+            "validations (evaluate.patience): ending here"
+        )
+        return True
+
+    def _save(self) -> Path:
         start = time.perf_counter()
         path = self.parts.checkpoints.save(self.parts.engine, self.position)
         seconds = time.perf_counter() - start
         self._saved_step = self.position.step
         self.event("checkpoint", path=path.name, seconds=seconds)
         self.parts.reporter.say(f"step {self.position.step}: checkpoint {path} ({seconds:.1f} s)")
+        return path
 
-    def _must_stop(self) -> bool:
-        """Any rank's signal stops all ranks at the same step."""
-        return self.parts.comm.max([float(self.parts.stop.signal or 0)])[0] > 0
+    def _stop_signal(self) -> int:
+        """Any rank's signal stops all ranks at the same step; 0: none."""
+        return int(self.parts.comm.max([float(self.parts.stop.signal or 0)])[0])
 
-    def _stop_early(self) -> int:
-        number = int(self.parts.comm.max([float(self.parts.stop.signal or 0)])[0])
+    def _leave_early(self, number: int) -> int:
         self.event("signal", signal=number)
         self.parts.reporter.say(f"signal {number}: saving step {self.position.step}, then leaving")
         if self._saved_step != self.position.step:

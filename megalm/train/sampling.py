@@ -34,6 +34,11 @@ class SampleWriter:
     comm: Comm
     reporter: Reporter
 
+    def rehearse(self, engine: Engine) -> None:
+        """One token of each text."""
+        one = self.settings.model_copy(update={"max_new_tokens": 1})
+        generate(engine, self.comm, self.tokenizer, one, self.sequence_length, self.seed)
+
     def write(self, engine: Engine, step: int, show: bool) -> None:
         """Collective. `show` prints the beginning of each text too."""
         texts = generate(engine, self.comm, self.tokenizer, self.settings, self.sequence_length, self.seed + step)

@@ -35,6 +35,7 @@ from megalm.train.facts import farewell, opening_facts
 from megalm.train.launcher_watch import watch_launchers
 from megalm.train.leaving import FailureClaim, Guard, StopRequest
 from megalm.train.loop import Parts, Position, TrainingLoop
+from megalm.train.rehearsal import memory_errors_named, rehearse
 from megalm.train.report import Reporter
 from megalm.train.run_folder import RunFolder, open_run_folder, write_facts
 from megalm.train.sampling import SampleWriter
@@ -93,16 +94,19 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
         guard.on_failure = _record_failure(metrics)
 
     engine = build_engine(run, shape, device, comm)
-    position = checkpoints.restore(engine, saved) if saved is not None else Position()
-    position.attempt = attempt
     peak, peak_source = peak_flops(device, run.precision != "fp32")
     parts = _assemble(run, comm, engine, data, folder, checkpoints, metrics, reporter, shape, comm.sum([peak])[0])
     reporter.facts(opening_facts(run, shape, data, device_name(), ranks.threads, peak_source, parts.peak_flops))
+    if config.train.rehearse:
+        rehearse(parts)
+    position = checkpoints.restore(engine, saved) if saved is not None else Position()
+    position.attempt = attempt
     loop = TrainingLoop(parts, position)
     _announce(loop, reporter, metrics, resumed=position.step > 0)
     parts.stop.install()
     watch_launchers()
-    code = loop.run() if position.step < config.train.steps else _nothing_to_do(loop, reporter)
+    with memory_errors_named("training"):
+        code = loop.run() if position.step < config.train.steps else _nothing_to_do(loop, reporter)
     parts.batches.close()
     comm.barrier()  # no rank leaves while another still needs rank 0's store
     _close(metrics, mirror, reporter, folder)
@@ -118,8 +122,14 @@ def build_engine(run: ResolvedRun, shape: ModelShape, device: torch.device, comm
     train = run.config.train
     clock = DropoutClock(train.seed)
     model = LanguageModel(
-        shape, DenseLayers(clock), clock, train.loss_chunk_tokens, recompute_every=train.checkpoint_activations_every
+        shape,
+        DenseLayers(clock, compiled=run.config.compile),
+        clock,
+        train.loss_chunk_tokens,
+        recompute_every=train.checkpoint_activations_every,
     )
+    if run.config.compile:
+        model.compile_blocks()
     initialise(model, shape, train.seed)
     return ZeroEngine(model.to(device), clock, run.deepspeed, run.optimizer, train.embedding_weight_decay, comm, device)
 

@@ -24,6 +24,7 @@ STEPS = 20
 REFERENCE = Case("zero1.json")
 GPT2 = ("model.style=gpt2", "data.document_mask=true")
 CASES = {
+    "zero0": Case("zero1.json", settings={"zero_optimization": {"stage": 0}}),
     "zero1": Case("zero1.json"),
     "zero2": Case("zero2.json"),
     "zero3": Case("zero3.json", settings={"zero_optimization": {"stage3_param_persistence_threshold": 0}}),
