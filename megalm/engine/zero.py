@@ -13,6 +13,7 @@ import deepspeed
 import numpy as np
 import psutil
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor
 
 from megalm.checkpoint.fragment import Fragment
@@ -22,6 +23,7 @@ from megalm.engine.comm import ProcessComm
 from megalm.engine.optimizer import build_optimizer, parameter_groups
 from megalm.engine.protocol import StepResult
 from megalm.engine.state import OptimizerState, ReadFragment
+from megalm.model.block import Block
 from megalm.model.dropout import DropoutClock
 from megalm.model.transformer import LanguageModel
 
@@ -52,6 +54,10 @@ class ZeroEngine:
         self._clock = clock
         self._stage = int(settings["zero_optimization"]["stage"])
         self._clipping = float(settings["gradient_clipping"])
+        if self._stage == 3:
+            # A block is gathered as a whole, not layer by layer: fewer messages, and no hook of DeepSpeed's inside
+            # what may be compiled.
+            set_z3_leaf_modules(model, [Block])
         parameters = dict(model.named_parameters())
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         offload = (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"

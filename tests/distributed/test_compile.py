@@ -1,0 +1,65 @@
+"""`compile=true` trains the same model, really compiles, and renames nothing.
+
+A graph break is where compiled code ends and Python goes on. ZeRO 1 and 2 have none; ZeRO 3 gathers and releases each
+block's weights around it, in the forward and the backward pass: four a block.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.training import Case, make_dataset, start, steps
+from tests.ranks import run_ranks
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+NO_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+MOST_BREAKS = {"zero1": 0, "zero2 recomputed": 0, "zero3": 4 * 2}
+CASES = {
+    "zero1": Case("zero1.json"),
+    "zero2 recomputed": Case("zero2.json", overrides=("train.checkpoint_activations_every=1",)),
+    "zero3": Case("zero3.json", settings=NO_PERSISTENCE),
+}
+
+
+def _compare(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, Any]:
+    from torch._dynamo.utils import counters
+
+    found = {}
+    for name, case in CASES.items():
+        results = []
+        for compiled in (False, True):
+            torch._dynamo.reset()
+            counters.clear()
+            overrides = (*case.overrides, f"compile={str(compiled).lower()}")
+            engine, run, loader = start(comm, device, Case(case.json, "fp32", overrides, case.settings), prefix, folder)
+            trace = steps(engine, run, loader, 1, 4)
+            loader.close()
+            names = sorted(key.name for key, _ in trace.fragments)
+            results.append(
+                (trace.losses, names, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+            )
+        found[name] = results
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("compile")
+    make_dataset(folder / "data")
+    return run_ranks(1, _compare, folder / "data", folder, timeout_seconds=560)[0]
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_compiled_equals_eager(results: dict[str, Any], name: str) -> None:
+    (eager, names, none, _), (compiled, same_names, graphs, breaks) = results[name]
+    np.testing.assert_allclose(compiled, eager, rtol=1e-5)
+    assert same_names == names
+    assert none == 0
+    assert graphs >= 2, "a block and the loss of a chunk"
+    assert breaks <= MOST_BREAKS[name]
