@@ -120,16 +120,13 @@ class Job:
 
 
 @contextmanager
-def job(
-    folder: Path, command: Sequence[str | Path], environment: Mapping[str, str] | None = None, cuda: bool = False
-) -> Iterator[Job]:
+def job(folder: Path, command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> Iterator[Job]:
     """Start `command` in `folder`, in a process group of its own; at the end nothing of it is left."""
     mark = uuid.uuid4().hex
     env = {name: value for name, value in os.environ.items() if name not in _SHELL_SETTINGS}
     env.pop("MLFLOW_TRACKING_URI", None)
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
-    if not cuda:
-        env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    env["DS_ACCELERATOR"] = "cpu"  # the same numbers on a machine with a GPU, and more ranks than it has GPUs
     process = subprocess.Popen(
         [str(word) for word in command],
         cwd=folder,
@@ -149,10 +146,16 @@ def job(
             process.communicate(timeout=30)
 
 
-def finish(folder: Path, command: Sequence[str | Path], timeout_seconds: float = 120.0, **options: Any) -> Finished:
-    """Run a command to its end."""
-    with job(folder, command, **options) as started:
-        return started.wait(timeout_seconds)
+def finish(
+    folder: Path,
+    command: Sequence[str | Path],
+    timeout_seconds: float = 180.0,
+    patience_seconds: float = 0.0,
+    environment: Mapping[str, str] | None = None,
+) -> Finished:
+    """Run a command to its end, and what it started in the background for `patience_seconds` more."""
+    with job(folder, command, environment) as started:
+        return started.wait(timeout_seconds, patience_seconds)
 
 
 def pretrain(

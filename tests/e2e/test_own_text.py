@@ -1,0 +1,122 @@
+"""From one's own text to a model: the three commands of the README, and what comes after them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from tests.e2e.conftest import SmallData
+from tests.e2e.jobs import ROOT, SMALL, Finished, finish, pretrain, rows, train_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+STEPS = 30
+VOCABULARY = 500
+
+
+@dataclass(frozen=True)
+class Trained:
+    folder: Path
+    tokenizer: Finished
+    dataset: Finished
+    training: Finished
+
+
+@pytest.fixture(scope="module")
+def trained(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("own")
+    lines = (json.dumps({"text": document.text}) + "\n" for document in small_data.documents)
+    (folder / "my.jsonl").write_text("".join(lines))
+
+    def tool(name: str, *words: str) -> Finished:
+        finished = finish(folder, [sys.executable, ROOT / "data_tools" / f"{name}.py", "--input", "my.jsonl", *words])
+        assert finished.code == 0, finished.explain()
+        return finished
+
+    tokenizer = tool("train_tokenizer", "--output", "data/my.model", "--vocab-size", str(VOCABULARY))
+    dataset = tool("build_dataset", "--tokenizer", "data/my.model", "--output-prefix", "data/my")
+    # The tables of a new store take seconds of a process that yields to all others: minutes on a busy machine.
+    (folder / "runs").mkdir()
+    mlflow.MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}").search_experiments(max_results=1)
+    own = ("data.train=data/my", "data.tokenizer=data/my.model", "data.split=90,10", "run.name=mine")
+    words = [word for word in SMALL if not word.startswith(("tracking.mlflow", "sample.", "evaluate."))]
+    command = pretrain(*own, *words, f"train.steps={STEPS}", "evaluate.interval_steps=10", using="deepspeed")
+    # On a busy machine MLflow gets the last rows from a process that outlives the run.
+    training = finish(folder, command, timeout_seconds=240, patience_seconds=150)
+    assert training.code == 0, training.explain()
+    assert training.left == []
+    return Trained(folder, tokenizer, dataset, training)
+
+
+def megalm(trained: Trained, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("megalm")), *words]
+    done = subprocess.run(command, cwd=trained.folder, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done
+
+
+def test_the_tools_say_what_they_made(small_data: SmallData, trained: Trained) -> None:
+    assert f"{VOCABULARY} pieces" in trained.tokenizer.stdout
+    assert f"{len(small_data.documents)} documents" in trained.dataset.stdout
+
+
+def test_it_trains(trained: Trained) -> None:
+    losses = [row["loss"] for row in train_rows(trained.folder)]
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0] - 1.0
+    evaluations = [row for row in rows(trained.folder) if row["kind"] == "eval"]
+    assert [(row["step"], row["whole"]) for row in evaluations] == [(10, False), (20, False), (30, True)]
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"]
+    assert evaluations[-1]["bits_per_byte"] > 0
+
+
+def test_the_opening_and_the_end_say_what_matters(trained: Trained) -> None:
+    shown = trained.training.stdout
+    for words in ("device", "a parameter", "epochs of", "unigram entropy", "checkpoint"):
+        assert words in shown
+    assert f"step {STEPS}/{STEPS}  loss" in shown
+    assert "--- prompt 'def '" in shown
+    assert "everything is in runs/mine" in shown
+    assert (trained.folder / "runs" / "mine" / "samples" / f"step-{STEPS:08d}.txt").is_file()
+
+
+def test_mlflow_has_the_same(trained: Trained) -> None:
+    store = mlflow.MlflowClient(f"sqlite:///{trained.folder / 'runs' / 'mlflow.db'}")
+    (experiment,) = store.search_experiments(filter_string="name = 'megalm'")
+    (run,) = store.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    found = store.get_metric_history(run.info.run_id, "train/loss")
+    assert [(item.step, item.value) for item in found] == [
+        (row["step"], row["loss"]) for row in train_rows(trained.folder)
+    ]
+    environment = json.loads((trained.folder / "runs" / "mine" / "environment.json").read_text())
+    assert run.data.tags["tokenizer_fingerprint"] == environment["tokenizer_fingerprint"]
+    if commit := environment["git"].get("commit"):  # absent outside a checkout
+        assert run.data.tags["mlflow.source.git.commit"] == commit
+
+
+def test_generate_continues_a_prompt(trained: Trained) -> None:
+    words = ("generate", "runs/mine", "--prompt", "def ", "--max-new-tokens", "8", "--seed", "3")
+    text = megalm(trained, *words).stdout
+    assert text.startswith("def ")
+    assert len(text) > len("def \n")
+    assert megalm(trained, *words).stdout == text
+
+
+def test_checkpoints_are_listed_and_shown(trained: Trained) -> None:
+    listed = megalm(trained, "checkpoint", "list", "runs/mine").stdout
+    (line,) = (line for line in listed.splitlines() if line.startswith("step-"))
+    loss = [row for row in rows(trained.folder) if row["kind"] == "eval"][-1]["loss"]
+    assert line.split()[0] == f"step-{STEPS:08d}"
+    assert f"{loss:.4f}" in line
+    assert "latest" in line
+    shown = megalm(trained, "checkpoint", "show", f"runs/mine/checkpoints/step-{STEPS:08d}").stdout
+    assert "rank-00000.safetensors" in shown
+    assert str(STEPS * 16 * 64) in shown.replace(",", "")
