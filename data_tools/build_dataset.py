@@ -1,4 +1,4 @@
-"""Tokenize text files into an indexed dataset: PREFIX.bin, PREFIX.idx, PREFIX.json."""
+"""Tokenize text files into an indexed dataset: PREFIX.bin, PREFIX.idx, PREFIX.sources, PREFIX.json."""
 
 from __future__ import annotations
 
@@ -6,57 +6,90 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from console import BuildBar, one_line_errors, out, policy, run, tell_reading
+from console import BuildBar, one_line_errors, out, run, tell_left_out
+from options import (
+    Columns,
+    Inputs,
+    LargestMegabytes,
+    OnErrorWord,
+    TextKey,
+    TxtDocuments,
+    dedup_of,
+    policy,
+    read_options,
+    shard_of,
+    weights_of,
+)
 
-from megalm.data.builder import build_dataset
-from megalm.data.corpus import PACKINGS, ReadReport, find_files, iter_documents
+from megalm.data.builder import BuildOptions, build_files
+from megalm.data.filters import Filters
 from megalm.data.tokenizer import load_tokenizer
 
 
 def main(
-    inputs: Annotated[
-        list[str],
-        typer.Option("--input", help="file, folder or 'glob' of .jsonl .json .txt .md .parquet (.gz .zst .bz2 .xz)"),
-    ],
+    inputs: Inputs,
     tokenizer: Annotated[str, typer.Option(help="SentencePiece .model, Hugging Face tokenizer.json, or 'bytes'")],
-    output_prefix: Annotated[Path, typer.Option(help="PREFIX of the three files to write")],
+    output_prefix: Annotated[Path, typer.Option(help="PREFIX of the files to write")],
     workers: Annotated[int, typer.Option(min=1, help="processes; the result is the same for any number")] = 1,
     append_eod: Annotated[bool, typer.Option(help="end each document with the end-of-document token")] = True,
-    text_key: Annotated[str, typer.Option(help="where the text is in JSON objects and parquet tables")] = "text",
-    on_error: Annotated[str, typer.Option(help="raise or skip, at what cannot be read")] = "raise",
+    text_key: TextKey = "text",
+    columns: Columns = None,
+    txt_documents: TxtDocuments = "file",
+    stdin_kind: Annotated[str, typer.Option(help="what comes by --input -: .jsonl .json .txt or .md")] = ".jsonl",
+    max_document_mb: LargestMegabytes = 64,
+    on_error: OnErrorWord = "fail",
+    split: Annotated[str | None, typer.Option(help="95,5: PREFIX-train and PREFIX-validation; a third: -test")] = None,
+    dedup: Annotated[str, typer.Option(help="none, exact, or minhash: leave out documents that came before")] = "none",
+    minhash_threshold: Annotated[float, typer.Option(help="how alike near copies are, 0 to 1")] = 0.8,
+    min_characters: Annotated[int | None, typer.Option(help="leave out shorter documents")] = None,
+    max_characters: Annotated[int | None, typer.Option(help="leave out longer documents")] = None,
+    min_letter_share: Annotated[float | None, typer.Option(help="letters among what is not whitespace, 0 to 1")] = None,
+    max_repeated_line_share: Annotated[float | None, typer.Option(help="characters in repeated lines, 0 to 1")] = None,
+    max_word_length: Annotated[float | None, typer.Option(help="mean characters of a word")] = None,
+    shard: Annotated[str | None, typer.Option(help="0/16 to 15/16: that part only; merge_datasets.py joins")] = None,
     overwrite: Annotated[bool, typer.Option(help="replace a dataset of this name")] = False,
 ) -> None:
-    """Build a dataset; each document is decoded again to see that the tokenizer loses nothing.
+    """Build a dataset. Killed and started again it goes on; finished and started again it does nothing.
 
     Example: python data_tools/build_dataset.py --input my.jsonl --tokenizer data/my.model --output-prefix data/my
     """
     with one_line_errors():
-        reading = ReadReport()
-        files = find_files(inputs)
-        # The size of packed files and tables says little about that of their text.
-        plain = all(file.suffix not in (*PACKINGS, ".parquet") for file in files)
-        with BuildBar(sum(file.stat().st_size for file in files) if plain else None) as bar:
-            report = build_dataset(
-                iter_documents(inputs, text_key=text_key, on_error=policy(on_error), report=reading),
+        filters = Filters(min_characters, max_characters, min_letter_share, max_repeated_line_share, max_word_length)
+        options = BuildOptions(
+            append_eod=append_eod,
+            on_error=policy(on_error),
+            read=read_options(text_key, columns, txt_documents, max_document_mb),
+            filters=filters,
+            dedup=dedup_of(dedup),
+            minhash_threshold=minhash_threshold,
+            split=weights_of(split),
+            shard=shard_of(shard),
+        )
+        with BuildBar() as bar:
+            built = build_files(
+                inputs,
                 load_tokenizer(tokenizer),
                 output_prefix,
-                append_eod=append_eod,
+                options,
                 workers=workers,
                 progress=bar.update,
-                inputs=inputs,
                 overwrite=overwrite,
+                stdin_kind=stdin_kind,
             )
-        out.print(
-            f"{output_prefix}: {report.documents:,} documents, {report.tokens:,} tokens ({report.dtype}), "
-            f"{report.text_bytes / max(1, report.tokens):.2f} bytes a token, "
-            f"unigram entropy {report.unigram_entropy:.3f} nats"
-        )
-        tell_reading(reading)
-        if report.empty_documents:
-            out.print(f"left out {report.empty_documents:,} empty documents")
-        if report.inexact_documents:
-            names = ", ".join(report.inexact_names[:3])
-            out.print(f"{report.inexact_documents:,} documents do not decode back exactly, the first: {names}")
+        if built.was_there:
+            out.print(f"{output_prefix}: is built already of just this; nothing to do")
+        if built.resumed:
+            out.print(f"went on from {built.resumed / 1e6:,.1f} MB that an earlier build had done")
+        for report, prefix in zip(built.reports, options.output_prefixes(output_prefix), strict=True):
+            out.print(
+                f"{prefix}: {report.documents:,} documents, {report.tokens:,} tokens ({report.dtype}), "
+                f"{report.text_bytes / max(1, report.tokens):.2f} bytes a token, "
+                f"unigram entropy {report.unigram_entropy:.3f} nats"
+            )
+            if report.inexact_documents:
+                names = ", ".join(report.inexact_names[:3])
+                out.print(f"{report.inexact_documents:,} documents do not decode back exactly, the first: {names}")
+        tell_left_out(built)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import cast, get_args
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megalm.data.builder import BuildProgress
-from megalm.data.corpus import OnError, ReadReport
-from megalm.errors import DataError, MegalmError
+from megalm.data.builder import BuildProgress, Built
+from megalm.data.corpus import ReadReport
+from megalm.errors import MegalmError
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -36,9 +35,9 @@ def one_line_errors() -> Iterator[None]:
 
 
 class BuildBar:
-    """Text in MB/s, tokens/s and, where the size of the input is known, the time left; only on a terminal."""
+    """Text in MB/s, tokens/s and the time left; only on a terminal."""
 
-    def __init__(self, total_bytes: int | None) -> None:
+    def __init__(self) -> None:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -48,13 +47,14 @@ class BuildBar:
             console=out,
             disable=not out.is_terminal,
         )
-        self._task = self._bar.add_task("tokenizing", total=total_bytes, rates="")
+        self._task = self._bar.add_task("tokenizing", total=None, rates="")
         self._start = time.monotonic()
 
     def update(self, done: BuildProgress) -> None:
         seconds = max(time.monotonic() - self._start, 1e-9)
         rates = f"{done.text_bytes / seconds / 1e6:.1f} MB/s, {done.tokens / seconds:,.0f} tokens/s"
-        self._bar.update(self._task, completed=done.text_bytes, rates=rates)
+        total = None if done.share is None else 1.0
+        self._bar.update(self._task, description=done.stage, completed=done.share or 0.0, total=total, rates=rates)
 
     def __enter__(self) -> BuildBar:
         self._bar.start()
@@ -66,15 +66,17 @@ class BuildBar:
         self._bar.stop()
 
 
-def policy(stated: str) -> OnError:
-    if stated not in get_args(OnError):
-        raise DataError(f"--on-error {stated}: is unknown; choose one of {', '.join(get_args(OnError))}")
-    return cast(OnError, stated)
-
-
 def tell_reading(report: ReadReport) -> None:
-    """Say what of the input is not in the result."""
+    """Say what of the input was not read."""
     if report.ignored_files:
         out.print(f"left out {report.ignored_files:,} files of folders, not of a kind that is read")
     if report.skipped:
         out.print(f"skipped {report.skipped:,} documents that cannot be read, the first: {report.messages[0]}")
+
+
+def tell_left_out(built: Built) -> None:
+    """Say what of the input is not in the result."""
+    report = built.reports[0]
+    tell_reading(ReadReport(skipped=report.skipped, messages=report.messages, ignored_files=built.ignored_files))
+    for name, count in report.removed.items():
+        out.print(f"left out {count:,} documents by {name}")

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from console import one_line_errors, out, policy, run, tell_reading
+from console import one_line_errors, out, run, tell_reading
+from options import Columns, Inputs, LargestMegabytes, OnErrorWord, TextKey, TxtDocuments, policy, read_options
 
 from megalm.data.corpus import ReadReport, iter_documents
 from megalm.data.tokenizer import train_tokenizer
@@ -15,16 +16,16 @@ from megalm.errors import DataError
 
 
 def main(
-    inputs: Annotated[
-        list[str],
-        typer.Option("--input", help="file, folder or 'glob' of .jsonl .json .txt .md .parquet (.gz .zst .bz2 .xz)"),
-    ],
+    inputs: Inputs,
     output: Annotated[Path, typer.Option(help="the .model file to write")],
     vocab_size: Annotated[int, typer.Option(help="pieces in all, 260 bytes and special pieces among them")] = 32_000,
     model_type: Annotated[ModelType, typer.Option(help="unigram encodes fast, bpe trains fast")] = "unigram",
-    text_key: Annotated[str, typer.Option(help="where the text is in JSON objects and parquet tables")] = "text",
+    text_key: TextKey = "text",
+    columns: Columns = None,
+    txt_documents: TxtDocuments = "file",
+    max_document_mb: LargestMegabytes = 64,
     max_sentences: Annotated[int, typer.Option(help="train on so many lines, drawn evenly")] = 1_000_000,
-    on_error: Annotated[str, typer.Option(help="raise or skip, at what cannot be read")] = "raise",
+    on_error: OnErrorWord = "fail",
     overwrite: Annotated[bool, typer.Option(help="replace an output of this name")] = False,
 ) -> None:
     """Train a tokenizer that gives every text back exactly, and write it with a report beside it.
@@ -37,7 +38,8 @@ def main(
         if output.exists() and not overwrite:
             raise DataError(f"{output}: exists already; choose another output, or --overwrite")
         reading = ReadReport()
-        documents = iter_documents(inputs, text_key=text_key, on_error=policy(on_error), report=reading)
+        read = read_options(text_key, columns, txt_documents, max_document_mb)
+        documents = iter_documents(inputs, on_error=policy(on_error), report=reading, options=read)
         report = train_tokenizer(
             (document.text for document in documents),
             output,

@@ -1,79 +1,270 @@
-"""Text into an indexed dataset: PREFIX.bin, PREFIX.idx, and PREFIX.json, which says what they were made of."""
+"""Text into an indexed dataset: PREFIX.bin, PREFIX.idx, PREFIX.sources, and PREFIX.json, which says what it is made of.
+
+`build_files` makes one of files of any size, by many processes, and goes on where it was broken off: what is finished
+lies in PREFIX.building/ until the dataset has its name. `build_dataset` makes one of documents at hand.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
+import fcntl
+import itertools
+import logging
 import os
-from collections import deque
+import shutil
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-import megalm
+from megalm.data.assembly import assemble
 from megalm.data.corpus import Document
-from megalm.data.files import write_json
-from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype, bin_path, idx_path, sidecar_path
-from megalm.data.summary import summarise
-from megalm.data.tokenizer import Tokenizer, load_tokenizer
+from megalm.data.files import read_json, write_json, writing_to
+from megalm.data.indexed import IndexedDatasetWriter, best_dtype, bin_path, idx_path, sidecar_path
+from megalm.data.inputs import InputFile, ReadReport, find_inputs, sha256_of
+from megalm.data.parts import PartSummary
+from megalm.data.plan import BuildOptions, Plan, make_plan
+from megalm.data.report import KEPT_NAMES, BuildReport, check_output, start_report
+from megalm.data.sources import sources_path
+from megalm.data.summary import TokenCounter
+from megalm.data.tokenizer import Tokenizer
+from megalm.data.units import UnitList
+from megalm.data.workers import do_units
 from megalm.errors import DataError
 
-SIDECAR_VERSION = 1
-# Enough that passing a chunk to a worker costs nothing beside encoding it.
-CHUNK_CHARACTERS = 1_000_000
-CHUNK_DOCUMENTS = 1000
-KEPT_NAMES = 20
+__all__ = ["BuildOptions", "BuildProgress", "BuildReport", "Built", "build_dataset", "build_files"]
+
+logger = logging.getLogger(__name__)
+PROGRESS_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class BuildProgress:
-    """So far: documents and text bytes read, tokens written."""
+    """So far: documents and text bytes of this run, tokens written, and the share of the input that is done, 0 to 1."""
 
     documents: int
     text_bytes: int
     tokens: int
+    share: float | None = None
+    stage: str = "tokenizing"
 
 
-@dataclass
-class BuildReport:
-    """What a dataset was made of and holds; PREFIX.json has the same keys.
-
-    Attributes:
-        text_bytes: UTF-8 bytes of the documents that are in the dataset.
-        inexact_documents: documents that the tokenizer does not give back exactly; `inexact_names` are the first.
-        unigram_entropy: nats per token, see `TokenSummary`.
-    """
-
-    prefix: str
-    tokenizer: dict[str, Any]
-    options: dict[str, Any]
-    inputs: list[str]
-    documents: int = 0
-    empty_documents: int = 0
-    inexact_documents: int = 0
-    inexact_names: list[str] = field(default_factory=list)
-    text_bytes: int = 0
-    tokens: int = 0
-    dtype: str = ""
-    unigram_entropy: float = 0.0
-    bin_sha256: str = ""
-    versions: dict[str, Any] = field(default_factory=dict)
+Progress = Callable[[BuildProgress], None]
 
 
 @dataclass(frozen=True)
-class _Encoded:
-    """A chunk of documents as tokens: [sum of lengths], and [documents] lengths."""
+class Built:
+    """The datasets, one or one for each weight of the split.
 
-    tokens: npt.NDArray[np.generic]
-    lengths: npt.NDArray[np.int64]
-    empty: int
-    text_bytes: int
-    inexact: list[str]
+    Attributes:
+        was_there: nothing was to be done, and nothing was written.
+        resumed: bytes of text (about) that an earlier, broken-off build had done.
+        ignored_files: in folders, not of a kind that is read, or links that lead out of the folder.
+    """
+
+    reports: list[BuildReport]
+    was_there: bool
+    resumed: int
+    ignored_files: int
+
+
+def build_files(
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    output_prefix: str | Path,
+    options: BuildOptions | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+    stdin_kind: str = ".jsonl",
+) -> Built:
+    """Tokenize files, folders, globs and standard input ("-") into a dataset; the same bytes for any number of workers.
+
+    Killed anywhere and called again, it goes on from the finished parts. Called again when all is done, it writes
+    nothing. Documents that do not decode back exactly are counted, named, and in the dataset all the same.
+
+    Args:
+        workers: processes that read and encode; 1: this one.
+        overwrite: replace a dataset of this name that was made of something else, which is otherwise an error.
+
+    Raises:
+        DataError: see `BuildOptions.on_error`; an output that is of something else; an input that changes; no
+            document left; a full disk. What was finished stays in PREFIX.building for the next try.
+    """
+    options, reading = options or BuildOptions(), ReadReport()
+    files = find_inputs(paths, reading, stdin_kind)
+    prefixes = options.output_prefixes(output_prefix)
+    facts = options.recorded() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
+    finished = _finished_reports(prefixes, files, facts, tokenizer)
+    if finished is not None:
+        return Built(finished, was_there=True, resumed=0, ignored_files=reading.ignored_files)
+    if options.append_eod:
+        _ = tokenizer.eod_id  # says so now where there is none
+    plan = make_plan(files, options, tokenizer.fingerprint)
+    work = Path(f"{output_prefix}.building")
+    with _working_in(work, plan, prefixes, overwrite):
+        units, counts = UnitList(plan, options, work), _Counts(plan, progress)
+        todo = units.todo()
+        first = list(itertools.islice(todo, 2))
+        with _hashing(plan.files) as hashes:
+            # A process takes as long to start as half a unit takes to do.
+            several = min(workers, len(first)) if len(first) < 2 else workers
+            for unit, summary in do_units(itertools.chain(first, todo), work, options, tokenizer, several):
+                counts.add(summary, unit.weight, units.reused)
+        inputs = [_recorded_input(file, hashes.get(file.path, "")) for file in plan.files]
+        reports = [start_report(prefix, tokenizer, options.append_eod, facts, inputs) for prefix in prefixes]
+        placed = units.placed()
+        for file in plan.files:
+            file.check_unchanged()
+        assemble(placed, plan.files, reports, prefixes, options, tokenizer, work, counts.assembling)
+        shutil.rmtree(work)
+    return Built(reports, was_there=False, resumed=units.reused, ignored_files=reading.ignored_files)
+
+
+class _Counts:
+    """Adds up, and tells at most a few times a second."""
+
+    def __init__(self, plan: Plan, tell: Progress | None) -> None:
+        self._weight, self._tell = plan.weight, tell
+        self._last, self._done = 0.0, 0
+        self._now = BuildProgress(0, 0, 0)
+
+    def add(self, summary: PartSummary, weight: int, reused: int) -> None:
+        self._done += weight
+        self._now = replace(
+            self._now,
+            documents=self._now.documents + summary.documents,
+            text_bytes=self._now.text_bytes + summary.text_bytes,
+            tokens=self._now.tokens + summary.tokens,
+            share=min(1.0, (self._done + reused) / self._weight) if self._weight else None,
+        )
+        self._maybe_tell()
+
+    def assembling(self, share: float) -> None:
+        self._now = replace(self._now, share=share, stage="writing")
+        self._maybe_tell(always=share == 1.0)
+
+    def _maybe_tell(self, always: bool = False) -> None:
+        if self._tell is not None and (always or time.monotonic() - self._last >= PROGRESS_SECONDS):
+            self._last = time.monotonic()
+            self._tell(self._now)
+
+
+def _finished_reports(
+    prefixes: Sequence[str], files: Sequence[InputFile], facts: dict[str, Any], tokenizer: Tokenizer
+) -> list[BuildReport] | None:
+    """The reports of a build of just this, if it is there and its files have their sizes."""
+    reports = []
+    for prefix in prefixes:
+        if not all(path.exists() for path in (bin_path(prefix), idx_path(prefix), sidecar_path(prefix))):
+            return None
+        recorded = read_json(sidecar_path(prefix))
+        try:
+            report = BuildReport(**recorded)
+        except TypeError:
+            return None
+        same = report.options == facts and report.tokenizer.get("fingerprint") == tokenizer.fingerprint
+        size = report.tokens * np.dtype(report.dtype).itemsize
+        if not same or bin_path(prefix).stat().st_size != size or not _same_inputs(report.inputs, files, facts):
+            return None
+        reports.append(report)
+    return reports
+
+
+def _same_inputs(recorded: list[Any], files: Sequence[InputFile], facts: dict[str, Any]) -> bool:
+    """Whether the files are those that were read: by size and time, or, where the time differs, by their hash."""
+    if any(file.is_stdin for file in files):
+        return False  # what it brings this time cannot be known before it is read
+    known = {entry["path"]: entry for entry in recorded if isinstance(entry, dict)}
+    whole = facts["shard"] == [0, 1]  # a shard names only the files that it took part of
+    if whole and list(known) != [file.path for file in files]:
+        return False
+    for file in files:
+        entry = known.get(file.path)
+        if entry is None:
+            continue
+        if entry["bytes"] != file.size:
+            return False
+        if entry["mtime_ns"] != file.mtime_ns and entry["sha256"] != sha256_of(file.path):
+            return False
+    return bool(known)
+
+
+def _recorded_input(file: InputFile, sha256: str) -> dict[str, Any]:
+    entry = asdict(file)
+    entry["bytes"] = entry.pop("size")
+    return entry | {"sha256": sha256}
+
+
+@contextmanager
+def _working_in(work: Path, plan: Plan, prefixes: Sequence[str], overwrite: bool) -> Iterator[None]:
+    """PREFIX.building, locked; emptied where it belongs to another build."""
+    stated = work / "plan.json"
+    with writing_to(work):
+        work.parent.mkdir(parents=True, exist_ok=True)
+        lock_path = work.with_name(f".{work.name}.lock")
+        lock = lock_path.open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.fstat(lock.fileno()).st_nlink > 0  # else another process just ended and took the file away
+        except BlockingIOError:
+            ours = False
+        if not ours:
+            raise DataError(f"{work}: another process builds this dataset now; wait for it")
+        try:
+            if not stated.exists() or read_json(stated)["identity"] != plan.identity:
+                for prefix in prefixes:
+                    check_output(prefix, overwrite)
+                if work.exists():
+                    logger.warning("%s is of another input or other options: it is thrown away", work)
+                    shutil.rmtree(work)
+                work.mkdir()
+                write_json(stated, {"identity": plan.identity})
+            _clear_temporaries(prefixes)
+            yield
+        finally:
+            lock_path.unlink(missing_ok=True)
+
+
+def _clear_temporaries(prefixes: Iterable[str]) -> None:
+    """What a killed build left half-written; nobody else builds here, we hold the lock."""
+    for prefix in prefixes:
+        for path in (bin_path(prefix), idx_path(prefix), sources_path(prefix), sidecar_path(prefix)):
+            for left in path.parent.glob(f".{path.name}.*.tmp"):
+                left.unlink(missing_ok=True)
+
+
+@contextmanager
+def _hashing(files: Sequence[InputFile]) -> Iterator[dict[str, str]]:
+    """Hashes of the files by path, made meanwhile in a thread; complete where the block ends without an error."""
+    hashes: dict[str, str] = {}
+    failures: list[OSError] = []
+    stopped = threading.Event()
+
+    def work() -> None:
+        try:
+            for file in files:
+                if not file.is_stdin and not stopped.is_set():
+                    hashes[file.path] = sha256_of(file.path, stopped.is_set)
+        except OSError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, name="hashing")
+    thread.start()
+    try:
+        yield hashes
+    except BaseException:
+        stopped.set()
+        raise
+    finally:
+        thread.join()
+    if failures:
+        raise DataError(f"{failures[0].filename}: cannot be read ({failures[0].strerror}); start again")
 
 
 def build_dataset(
@@ -81,20 +272,16 @@ def build_dataset(
     tokenizer: Tokenizer,
     output_prefix: str | Path,
     append_eod: bool = True,
-    workers: int = 1,
-    progress: Callable[[BuildProgress], None] | None = None,
+    progress: Progress | None = None,
     inputs: Sequence[str] = (),
     overwrite: bool = False,
 ) -> BuildReport:
-    """Tokenize documents, in their order, into a dataset; the same bytes for any number of workers.
+    """Tokenize documents at hand, in their order, into a dataset.
 
-    Empty documents are left out and counted. Every document is decoded again, and those that do not come back
-    exactly are counted and named; they are in the dataset all the same.
+    Empty documents are left out and counted. Documents that do not decode back exactly are counted, named, and in
+    the dataset all the same.
 
     Args:
-        append_eod: end every document with the tokenizer's end-of-document token.
-        workers: processes that encode; 1 encodes in this one.
-        progress: called after every chunk.
         inputs: where the documents came from, for PREFIX.json.
         overwrite: replace a dataset of this name, which is otherwise an error.
 
@@ -103,130 +290,36 @@ def build_dataset(
             `documents` raises; nothing is left under the output's name then.
     """
     check_output(output_prefix, overwrite)
-    report = BuildReport(
-        prefix=Path(output_prefix).name,
-        tokenizer={
-            "name": tokenizer.name,
-            "spec": _recorded_spec(tokenizer.spec, Path(output_prefix)),
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "eod_id": tokenizer.eod_id if append_eod else None,
-        },
-        options={"append_eod": append_eod},
-        inputs=[str(name) for name in inputs],
-        dtype=best_dtype(tokenizer.vocab_size).name,
-        versions={"megalm": megalm.__version__, "sidecar": SIDECAR_VERSION},
-    )
-    with IndexedDatasetWriter(output_prefix, best_dtype(tokenizer.vocab_size)) as writer:
-        for chunk in _encode_all(_chunks(documents), tokenizer, append_eod, workers):
-            writer.append_documents(chunk.tokens, chunk.lengths)
-            _add(report, chunk)
+    report = start_report(output_prefix, tokenizer, append_eod, {"append_eod": append_eod}, list(map(str, inputs)))
+    eod = np.array([tokenizer.eod_id] if append_eod else [], dtype=np.int32)
+    dtype = best_dtype(tokenizer.vocab_size)
+    counter = TokenCounter(tokenizer.vocab_size, bin_path(output_prefix))
+    with IndexedDatasetWriter(output_prefix, dtype) as writer:
+        for document in documents:
+            if not document.text:
+                report.empty_documents += 1
+                continue
+            (ids,) = tokenizer.encode_arrays([document.text])
+            if not tokenizer.is_exact(document.text, ids):
+                report.inexact_documents += 1
+                report.inexact_names += [document.source][: KEPT_NAMES - len(report.inexact_names)]
+            tokens = np.concatenate([ids, eod]).astype(dtype)
+            counter.add(tokens)
+            writer.append(tokens)
+            report.documents += 1
+            report.text_bytes += len(document.text.encode())
+            report.tokens += len(tokens)
             if progress is not None:
-                progress(BuildProgress(report.documents + report.empty_documents, report.text_bytes, report.tokens))
+                progress(BuildProgress(report.documents, report.text_bytes, report.tokens))
         if report.documents == 0:
             raise DataError(
                 f"{output_prefix}: no text to build a dataset of ({report.empty_documents} empty documents); "
                 "check the input"
             )
-        sidecar_path(output_prefix).unlink(missing_ok=True)  # an old one would describe the new files
-    summary = summarise(IndexedDataset(output_prefix), tokenizer.vocab_size)
+        for old in (sidecar_path(output_prefix), sources_path(output_prefix)):  # they would describe the new files
+            old.unlink(missing_ok=True)
+    summary = counter.summary()
     report.unigram_entropy, report.bin_sha256 = summary.unigram_entropy, summary.sha256
+    report.idx_sha256 = sha256_of(idx_path(output_prefix))
     write_json(sidecar_path(output_prefix), asdict(report))
     return report
-
-
-def _recorded_spec(spec: str, prefix: Path) -> str:
-    """A tokenizer beside the dataset by its name alone, so that the folder can be moved; another by its path."""
-    path = Path(spec)
-    if not path.exists():  # "bytes"
-        return spec
-    return path.name if path.resolve().parent == prefix.resolve().parent else str(path.resolve())
-
-
-def check_output(prefix: str | Path, overwrite: bool) -> None:
-    for path in (bin_path(prefix), idx_path(prefix), sidecar_path(prefix)):
-        if path.exists() and not overwrite:
-            raise DataError(f"{path}: exists already; choose another output prefix, or overwrite it (--overwrite)")
-
-
-def _add(report: BuildReport, chunk: _Encoded) -> None:
-    report.documents += len(chunk.lengths)
-    report.empty_documents += chunk.empty
-    report.text_bytes += chunk.text_bytes
-    report.tokens += len(chunk.tokens)
-    report.inexact_documents += len(chunk.inexact)
-    report.inexact_names += chunk.inexact[: KEPT_NAMES - len(report.inexact_names)]
-
-
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    chunk: list[Document] = []
-    characters = 0
-    for document in documents:
-        chunk.append(document)
-        characters += len(document.text)
-        if characters >= CHUNK_CHARACTERS or len(chunk) >= CHUNK_DOCUMENTS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
-
-
-def _encode(chunk: Sequence[Document], tokenizer: Tokenizer, append_eod: bool) -> _Encoded:
-    filled = [document for document in chunk if document.text]
-    rows = tokenizer.encode_batch([document.text for document in filled])
-    inexact = [
-        document.source for document, row in zip(filled, rows, strict=True) if tokenizer.decode(row) != document.text
-    ]
-    if append_eod:
-        for row in rows:
-            row.append(tokenizer.eod_id)
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    tokens = np.fromiter((token for row in rows for token in row), dtype=np.int64, count=int(lengths.sum()))
-    return _Encoded(
-        tokens=tokens.astype(best_dtype(tokenizer.vocab_size)),
-        lengths=lengths,
-        empty=len(chunk) - len(filled),
-        text_bytes=sum(len(document.text.encode()) for document in filled),
-        inexact=inexact,
-    )
-
-
-def _encode_all(
-    chunks: Iterator[list[Document]], tokenizer: Tokenizer, append_eod: bool, workers: int
-) -> Iterator[_Encoded]:
-    """Encoded chunks in their order, whoever encodes them."""
-    if workers <= 1:
-        yield from (_encode(chunk, tokenizer, append_eod) for chunk in chunks)
-        return
-    # spawn: the library's own threads do not survive a fork. Each worker loads the tokenizer once, by its spec.
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(tokenizer.spec, append_eod)
-    )
-    try:
-        waiting: deque[Future[_Encoded]] = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_encode_in_worker, chunk))
-            if len(waiting) > 2 * workers:  # reading must not run ahead of encoding until memory is full
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process ended while tokenizing, most likely for want of memory; use fewer workers"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-_worker: tuple[Tokenizer, bool] | None = None  # of a worker process only
-
-
-def _start_worker(spec: str, append_eod: bool) -> None:
-    global _worker  # noqa: PLW0603  the one place where a process pool can keep something
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = load_tokenizer(spec), append_eod
-
-
-def _encode_in_worker(chunk: list[Document]) -> _Encoded:
-    assert _worker is not None
-    return _encode(chunk, *_worker)

@@ -26,27 +26,32 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` at once: a reader sees the old file or the new one."""
+def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
+    """Replace `path` by `content` at once: a reader sees the old file or the new one.
+
+    Not `durable`: a power cut may undo it, or leave an empty file; for what can be made again.
+    """
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_name(path)
         try:
             with temporary.open("wb") as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        sync_directory(path.parent)
+        if durable:
+            sync_directory(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, durable: bool = True) -> None:
     """Write `value` as indented JSON with a fixed order of keys, atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False)
-    write_atomically(path, (text + "\n").encode())
+    write_atomically(path, (text + "\n").encode(), durable)
 
 
 def read_json(path: Path) -> Any:

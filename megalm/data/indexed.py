@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from array import array
+import tempfile
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +40,7 @@ DTYPES: dict[int, np.dtype[np.generic]] = {
 # Below this size of vocabulary a token fits u16 with room for a few more, as the peers have it.
 UINT16_VOCABULARY = 65_500
 PROBES, PROBE_TOKENS = 64, 4096
+SPOOLED_BYTES = 1 << 22
 
 
 def best_dtype(vocab_size: int) -> np.dtype[np.generic]:
@@ -156,13 +158,14 @@ class IndexedDatasetWriter:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = _dtype_code(self.dtype)
-        self._lengths = array("i")
-        self._documents = array("q", [0])
+        self._count = 0  # sequences
         self._bin_temporary = temporary_name(bin_path(prefix))
         self._idx_temporary = temporary_name(idx_path(prefix))
         with writing_to(bin_path(prefix)):
             self._bin_temporary.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._bin_temporary.open("wb")
+            # Of a billion documents the index is 20 GB: it is kept in nameless files until the end.
+            self._lengths, self._documents = _spool(self._bin_temporary.parent), _spool(self._bin_temporary.parent)
 
     def append(self, tokens: npt.ArrayLike) -> None:
         """Add a document of one sequence, [n] tokens."""
@@ -182,9 +185,7 @@ class IndexedDatasetWriter:
             self._check_range(flat)
         with writing_to(bin_path(self.prefix)):
             self._file.write(np.ascontiguousarray(flat, dtype=self.dtype).data)
-        first = len(self._lengths)
-        self._lengths.frombytes(sizes.astype(np.int32).tobytes())
-        self._documents.frombytes(np.arange(first + 1, first + 1 + len(sizes), dtype=np.int64).tobytes())
+            self._add_to_index(sizes, np.arange(1, 1 + len(sizes)))
 
     def append_dataset(self, dataset: IndexedDataset, chunk_tokens: int = 1 << 24) -> None:
         """Add all sequences and documents of another dataset of the same dtype, as they are.
@@ -200,9 +201,7 @@ class IndexedDatasetWriter:
         with writing_to(bin_path(self.prefix)):
             for start in range(0, len(dataset.tokens), chunk_tokens):
                 self._file.write(dataset.tokens[start : start + chunk_tokens].data)
-        first = len(self._lengths)
-        self._lengths.frombytes(dataset.sequence_lengths.astype(np.int32).tobytes())
-        self._documents.frombytes((dataset.document_index[1:] + first).astype(np.int64).tobytes())
+            self._add_to_index(dataset.sequence_lengths, dataset.document_index[1:])
 
     def close(self) -> None:
         """Write the index and give both files their names, atomically one after the other."""
@@ -225,6 +224,8 @@ class IndexedDatasetWriter:
     def abort(self) -> None:
         """Throw away what was written."""
         self._file.close()
+        self._lengths.close()
+        self._documents.close()
         self._bin_temporary.unlink(missing_ok=True)
         self._idx_temporary.unlink(missing_ok=True)
 
@@ -249,16 +250,35 @@ class IndexedDatasetWriter:
                 "choose the dtype with best_dtype(vocab_size)"
             )
 
+    def _add_to_index(self, lengths: npt.NDArray[Any], document_ends: npt.NDArray[Any]) -> None:
+        """Sequence lengths, and where documents end among them."""
+        self._lengths.write(lengths.astype("<i4").tobytes())
+        self._documents.write((document_ends + self._count).astype("<i8").tobytes())
+        self._count += len(lengths)
+
     def _write_index(self, index: BinaryIO) -> None:
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        documents = np.frombuffer(self._documents, dtype=np.int64)
-        pointers = np.zeros(len(lengths), dtype="<i8")
-        if len(lengths):
-            np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-            pointers *= self.dtype.itemsize
-        index.write(HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(documents)))
-        for values in (lengths.astype("<i4"), pointers, documents.astype("<i8")):
-            index.write(values.data)
+        documents = self._documents.tell() // 8
+        index.write(HEADER.pack(MAGIC, VERSION, self._code, self._count, documents + 1))
+        for lengths in _pieces(self._lengths, "<i4"):
+            index.write(lengths.data)
+        end = 0
+        for lengths in _pieces(self._lengths, "<i4"):
+            ends = end + np.cumsum(lengths, dtype=np.int64)
+            index.write(((ends - lengths) * self.dtype.itemsize).astype("<i8").data)
+            end = int(ends[-1])
+        index.write(bytes(8))
+        for ends in _pieces(self._documents, "<i8"):
+            index.write(ends.data)
+
+
+def _spool(folder: Path) -> tempfile.SpooledTemporaryFile[bytes]:
+    return tempfile.SpooledTemporaryFile(SPOOLED_BYTES, dir=str(folder))
+
+
+def _pieces(file: tempfile.SpooledTemporaryFile[bytes], dtype: str) -> Iterator[npt.NDArray[Any]]:
+    file.seek(0)
+    while piece := file.read(SPOOLED_BYTES):
+        yield np.frombuffer(piece, dtype=dtype)
 
 
 def _dtype_code(dtype: np.dtype[np.generic]) -> int:

@@ -7,10 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import megalm
-from megalm.data.builder import KEPT_NAMES, SIDECAR_VERSION, BuildReport, check_output
 from megalm.data.files import read_json, write_json
 from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, sidecar_path
+from megalm.data.report import KEPT_NAMES, BuildReport, check_output, versions
 from megalm.data.summary import summarise
 from megalm.errors import DataError
 
@@ -79,7 +78,7 @@ def _report(
         inputs=[str(prefix) for prefix in prefixes],
         documents=sum(dataset.document_count for dataset in datasets),
         dtype=datasets[0].dtype.name,
-        versions={"megalm": megalm.__version__, "sidecar": SIDECAR_VERSION},
+        versions=versions(),
     )
     if complete:
         for key in SUMMED:

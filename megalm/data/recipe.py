@@ -23,9 +23,10 @@ from typing import Any
 
 import sentencepiece
 
-from megalm.data.builder import SIDECAR_VERSION, build_dataset
+from megalm.data.builder import build_dataset
 from megalm.data.corpus import Document, ReadReport
 from megalm.data.files import read_json, sync_directory, write_json, writing_to
+from megalm.data.report import SIDECAR_VERSION
 from megalm.data.stdlib import source_files, standard_library, stdlib_documents
 from megalm.data.tokenizer import load_tokenizer, train_tokenizer
 from megalm.errors import DataError
@@ -35,7 +36,6 @@ RECIPE_VERSION = 1  # raise it when the same inputs come to give other files
 SPLIT = "95,5"
 MAX_SENTENCES = 80_000
 MANIFEST = "recipe.json"
-MOST_THREADS = 8
 Progress = Callable[[str], None]
 
 
@@ -208,8 +208,7 @@ def _make(
             (document.text for document in documents), model, vocab_size=vocab_size, max_sentences=MAX_SENTENCES
         )
         say("tokenizing")
-        tokenizer = load_tokenizer(model, threads=min(os.cpu_count() or 1, MOST_THREADS))
-        built = build_dataset(documents, tokenizer, work / "corpus", inputs=[f"recipe:{facts['recipe']}"])
+        built = build_dataset(documents, load_tokenizer(model), work / "corpus", inputs=[f"recipe:{facts['recipe']}"])
         manifest = {
             "fingerprint": _hash(facts),
             "facts": facts,

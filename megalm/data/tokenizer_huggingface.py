@@ -65,6 +65,12 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
+    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        return [np.array(row, dtype=np.int32) for row in self.encode_batch(texts)]
+
+    def is_exact(self, text: str, ids: npt.NDArray[np.int32]) -> bool:
+        return self.decode(ids.tolist()) == text
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 

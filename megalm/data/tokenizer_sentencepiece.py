@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ from megalm.errors import DataError
 # The piece that stands for a space. The library reads the character itself as a space too, so where a text has
 # it, it is encoded by its bytes instead.
 SPACE = "\u2581"
+# The library's memory is 16 bytes and more for each character of one text, and its sums of scores are 32-bit floats,
+# which lose their last digits over millions of characters: longer texts are encoded part by part.
+LONGEST_TEXT = 1 << 20  # characters
 EOD_PIECES = ("<eod>", "<|endoftext|>")
 
 
@@ -54,7 +58,7 @@ class SentencePieceTokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        model = sentencepiece_model_pb2.ModelProto.FromString(self._content)
+        model = self._model
         digest = hashlib.sha256()
         for piece in model.pieces:
             text = piece.piece.encode()
@@ -65,9 +69,19 @@ class SentencePieceTokenizer:
         return digest.hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if self._space_ids is None or not any(SPACE in text for text in texts):
-            return self._processor.encode(list(texts), num_threads=self._threads)
-        return [self._encode_around_space_character(text, self._space_ids) for text in texts]
+        if any(SPACE in text or len(text) > LONGEST_TEXT for text in texts):
+            return [self._encode(text).tolist() for text in texts]
+        return self._processor.encode(list(texts), num_threads=self._threads)
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        return [self._encode(text) for text in texts]
+
+    def is_exact(self, text: str, ids: npt.NDArray[np.int32]) -> bool:
+        if not self._copies:
+            return self.decode(ids.tolist()) == text
+        # Pieces are then cut from the text as they stand, one after another: only a character without a piece is
+        # lost, and nothing else can make up for its bytes.
+        return int(self._sizes[ids].sum()) == len(text.encode())
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(token) for token in ids])
@@ -75,9 +89,43 @@ class SentencePieceTokenizer:
     def token_bytes(self) -> npt.NDArray[np.int32]:
         return np.array([self._piece_bytes(token) for token in range(self.vocab_size)], dtype=np.int32)
 
-    def _encode_around_space_character(self, text: str, space_ids: list[int]) -> list[int]:
-        first, *rest = (self._processor.encode(part) for part in text.split(SPACE))
-        return first + [token for part in rest for token in (*space_ids, *part)]
+    @functools.cached_property
+    def _model(self) -> Any:
+        return sentencepiece_model_pb2.ModelProto.FromString(self._content)
+
+    @functools.cached_property
+    def _sizes(self) -> npt.NDArray[np.int32]:
+        return self.token_bytes()
+
+    @functools.cached_property
+    def _copies(self) -> bool:
+        """Whether the text reaches the pieces unchanged: no normalisation, no space added or taken away."""
+        normalizer = self._model.normalizer_spec
+        return not (
+            normalizer.precompiled_charsmap
+            or normalizer.add_dummy_prefix
+            or normalizer.remove_extra_whitespaces
+            or self._model.denormalizer_spec.precompiled_charsmap
+            or self._space_ids is None
+        )
+
+    @functools.cached_property
+    def _breaks_at_newlines(self) -> bool:
+        """Whether a newline is always a token of its own, so that lines are encoded alike together and apart."""
+        user_defined = [piece.piece for piece in self._model.pieces if piece.type == piece.USER_DEFINED]
+        return "\n" in user_defined and sum("\n" in piece.piece for piece in self._model.pieces) == 1
+
+    def _encode(self, text: str) -> npt.NDArray[np.int32]:
+        if len(text) > LONGEST_TEXT and self._copies and self._breaks_at_newlines:
+            return np.concatenate([self._encode_part(part) for part in _cut_at_newlines(text)])
+        return self._encode_part(text)
+
+    def _encode_part(self, text: str) -> npt.NDArray[np.int32]:
+        if self._space_ids is None or SPACE not in text:
+            return np.asarray(self._processor.encode_as_numpy(text), dtype=np.int32)
+        space = np.array(self._space_ids, dtype=np.int32)
+        first, *rest = (self._processor.encode_as_numpy(part) for part in text.split(SPACE))
+        return np.concatenate([first, *(row for part in rest for row in (space, part))]).astype(np.int32)
 
     def _piece_bytes(self, token: int) -> int:
         processor = self._processor
@@ -86,3 +134,14 @@ class SentencePieceTokenizer:
         if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
             return 0
         return len(processor.id_to_piece(token).replace(SPACE, " ").encode())
+
+
+def _cut_at_newlines(text: str) -> Iterator[str]:
+    """Parts of at most `LONGEST_TEXT` characters that end after a newline, where there is one to end at."""
+    start = 0
+    while start < len(text):
+        end = start + LONGEST_TEXT
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end

@@ -1,0 +1,61 @@
+"""Which documents are worth training on, by cheap facts about their text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Bounds that a document must keep; None asks nothing.
+
+    Attributes:
+        min_characters, max_characters: length of the text.
+        min_letter_share: letters among the characters that are not whitespace.
+        max_repeated_line_share: characters in lines that came before in the same document, of those in all lines.
+        max_word_length: mean characters of a word; what is no prose and no code (base64, say) has long ones.
+    """
+
+    min_characters: int | None = None
+    max_characters: int | None = None
+    min_letter_share: float | None = None
+    max_repeated_line_share: float | None = None
+    max_word_length: float | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The bounds that are stated, in the order in which they are tried."""
+        return tuple(name for name, bound in vars(self).items() if bound is not None)
+
+    def removes(self, text: str) -> str | None:
+        """The first bound that the text breaks, or None."""
+        return next((name for name in self.names if self._breaks(name, text)), None)
+
+    def _breaks(self, name: str, text: str) -> bool:
+        bound = getattr(self, name)
+        if name == "min_characters":
+            return len(text) < bound
+        if name == "max_characters":
+            return len(text) > bound
+        if name == "min_letter_share":
+            return letter_share(text) < bound
+        if name == "max_repeated_line_share":
+            return repeated_line_share(text.splitlines()) > bound
+        return mean_word_length(text.split()) > bound
+
+
+def letter_share(text: str) -> float:
+    dense = "".join(text.split())
+    return sum(map(str.isalpha, dense)) / max(1, len(dense))
+
+
+def repeated_line_share(lines: Sequence[str]) -> float:
+    counts = Counter(line.strip() for line in lines)
+    repeated = sum(len(line) * (times - 1) for line, times in counts.items())
+    return repeated / max(1, sum(len(line) * times for line, times in counts.items()))
+
+
+def mean_word_length(words: Sequence[str]) -> float:
+    return sum(map(len, words)) / max(1, len(words))

@@ -1,0 +1,94 @@
+"""PREFIX.json: what a dataset was made of and what it holds."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+import megalm
+from megalm.data.indexed import best_dtype, bin_path, idx_path, sidecar_path
+from megalm.data.sources import sources_path
+from megalm.data.tokenizer import Tokenizer
+from megalm.errors import DataError
+
+SIDECAR_VERSION = 2
+KEPT_NAMES = 20
+
+
+@dataclass
+class BuildReport:
+    """What a dataset was made of and holds; PREFIX.json has the same keys.
+
+    Attributes:
+        inputs: of each file path, kind, packing, bytes, mtime_ns and sha256; or names only.
+        text_bytes: UTF-8 bytes of the documents that are in the dataset.
+        skipped: what could not be read; `messages` are the first, with file and line.
+        removed: documents by the filter, or the kind of duplicate, that took them out.
+        inexact_documents: documents that the tokenizer does not give back exactly; `inexact_names` are the first.
+        unigram_entropy: nats per token, see `TokenSummary`.
+    """
+
+    prefix: str
+    tokenizer: dict[str, Any]
+    options: dict[str, Any]
+    inputs: list[Any]
+    documents: int = 0
+    empty_documents: int = 0
+    skipped: int = 0
+    messages: list[str] = field(default_factory=list)
+    removed: dict[str, int] = field(default_factory=dict)
+    inexact_documents: int = 0
+    inexact_names: list[str] = field(default_factory=list)
+    text_bytes: int = 0
+    tokens: int = 0
+    dtype: str = ""
+    unigram_entropy: float = 0.0
+    bin_sha256: str = ""
+    idx_sha256: str = ""
+    versions: dict[str, Any] = field(default_factory=dict)
+
+
+def start_report(
+    prefix: str | Path, tokenizer: Tokenizer, append_eod: bool, options: dict[str, Any], inputs: list[Any]
+) -> BuildReport:
+    return BuildReport(
+        prefix=Path(prefix).name,
+        tokenizer={
+            "name": tokenizer.name,
+            "spec": _recorded_spec(tokenizer.spec, Path(prefix)),
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eod_id": tokenizer.eod_id if append_eod else None,
+        },
+        options=options,
+        inputs=inputs,
+        dtype=best_dtype(tokenizer.vocab_size).name,
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, Any]:
+    return {
+        "megalm": megalm.__version__,
+        "sidecar": SIDECAR_VERSION,
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+    }
+
+
+def _recorded_spec(spec: str, prefix: Path) -> str:
+    """A tokenizer beside the dataset by its name alone, so that the folder can be moved; another by its path."""
+    path = Path(spec)
+    if not path.exists():  # "bytes"
+        return spec
+    return path.name if path.resolve().parent == prefix.resolve().parent else str(path.resolve())
+
+
+def check_output(prefix: str | Path, overwrite: bool) -> None:
+    for path in (bin_path(prefix), idx_path(prefix), sidecar_path(prefix), sources_path(prefix)):
+        if path.exists() and not overwrite:
+            raise DataError(f"{path}: exists already; choose another output prefix, or overwrite it (--overwrite)")

@@ -1,0 +1,103 @@
+"""Units of work done by processes, by this one where one is enough; results in the order of finishing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalm.data.parts import Part, PartSummary, PartWriter
+from megalm.data.plan import BuildOptions
+from megalm.data.reader import Span
+from megalm.data.records import Block
+from megalm.data.tokenizer import Tokenizer, load_tokenizer
+from megalm.errors import DataError
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part to be made. `block`: its one span, where it was cut from a stream."""
+
+    name: str
+    spans: tuple[Span, ...]
+    weight: int
+    block: Block | None = None
+    content_hash: str = ""
+    first_line: int = 0
+
+
+def do_units(
+    units: Iterator[Unit], directory: Path, options: BuildOptions, tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[Unit, PartSummary]]:
+    """Make the parts; `units` is drawn from only as fast as they are made.
+
+    Raises:
+        DataError: what a unit raises, at once; a process that was killed.
+    """
+    if workers <= 1:
+        for unit in units:
+            yield unit, _do(unit, directory, options, tokenizer)
+        return
+    # spawn: the libraries' own threads do not survive a fork. Each worker loads the tokenizer once.
+    pool = ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(directory, options, tokenizer.spec, os.getpid()),
+    )
+    running: dict[Future[PartSummary], Unit] = {}
+    try:
+        for unit in units:
+            running[pool.submit(_do_in_worker, unit)] = Unit(unit.name, unit.spans, unit.weight)
+            if len(running) >= 2 * workers:  # reading must not run ahead of encoding until memory is full
+                yield from _finished(running)
+        while running:
+            yield from _finished(running)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process ended while tokenizing, most likely for want of memory; start the same build again "
+            "with fewer workers, it goes on from the finished parts"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finished(running: dict[Future[PartSummary], Unit]) -> Iterator[tuple[Unit, PartSummary]]:
+    done, _ = wait(running, return_when=FIRST_COMPLETED)
+    for future in done:
+        yield running.pop(future), future.result()
+
+
+def _do(unit: Unit, directory: Path, options: BuildOptions, tokenizer: Tokenizer) -> PartSummary:
+    writer = PartWriter(Part(directory, unit.name), options, tokenizer)
+    return writer.write(unit.spans, unit.block, unit.content_hash, unit.first_line)
+
+
+_work: Callable[[Unit], PartSummary] | None = None  # of a worker process only
+
+
+def _start_worker(directory: Path, options: BuildOptions, tokenizer_spec: str, parent: int) -> None:
+    global _work  # noqa: PLW0603  the one place where a process pool can keep something
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    tokenizer = load_tokenizer(tokenizer_spec)
+    _work = lambda unit: _do(unit, directory, options, tokenizer)  # noqa: E731
+
+
+def _leave_with(parent: int) -> None:
+    """End when the parent was killed: nobody would take what is made, and a new build would write the same files."""
+    while os.getppid() == parent:
+        threading.Event().wait(1.0)
+    os._exit(1)
+
+
+def _do_in_worker(unit: Unit) -> PartSummary:
+    assert _work is not None
+    return _work(unit)
