@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 
 from megalm.config.checks_deepspeed import ALLOW_CPU_FP16
+
+log = logging.getLogger(__name__)
 
 
 def silence() -> None:
@@ -22,6 +27,18 @@ def silence_deepspeed() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def prints_to_log() -> Iterator[None]:
+    """Take what DeepSpeed prints while it builds an engine out of the way of the run's progress."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        if text := printed.getvalue().strip():
+            log.info("%s", text)
 
 
 def avoid_shared_memory_op() -> None:

@@ -22,6 +22,7 @@ from megalm.data.loader import GlobalBatch, MicroBatch
 from megalm.engine.comm import ProcessComm
 from megalm.engine.optimizer import build_optimizer, parameter_groups
 from megalm.engine.protocol import StepResult
+from megalm.engine.quirks import prints_to_log
 from megalm.engine.state import OptimizerState, ReadFragment
 from megalm.model.block import Block
 from megalm.model.dropout import DropoutClock
@@ -62,12 +63,13 @@ class ZeroEngine:
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         offload = (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
         groups = parameter_groups(model, optimizer.weight_decay, decay_embeddings)
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(groups, optimizer, offload),
-            config=copy.deepcopy(settings),  # DeepSpeed writes into what it is given
-            dist_init_required=False,
-        )
+        with prints_to_log():
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=build_optimizer(groups, optimizer, offload),
+                config=copy.deepcopy(settings),  # DeepSpeed writes into what it is given
+                dist_init_required=False,
+            )
         self._state = OptimizerState(self._engine, parameters, shapes)
         self._first_counters = self.counters()
 

@@ -93,6 +93,8 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     if metrics is not None:
         guard.on_failure = _record_failure(metrics)
 
+    if run.deepspeed["zero_optimization"].get("offload_optimizer"):
+        reporter.say("preparing DeepSpeed's CPU Adam (compiled at its first use: a minute or two)")
     engine = build_engine(run, shape, device, comm)
     peak, peak_source = peak_flops(device, run.precision != "fp32")
     parts = _assemble(run, comm, engine, data, folder, checkpoints, metrics, reporter, shape, comm.sum([peak])[0])
