@@ -25,7 +25,7 @@ from megalm.data.assembly import assemble
 from megalm.data.corpus import Document
 from megalm.data.files import read_json, write_json, writing_to
 from megalm.data.indexed import IndexedDatasetWriter, best_dtype, bin_path, idx_path, sidecar_path
-from megalm.data.inputs import InputFile, ReadReport, find_inputs, sha256_of
+from megalm.data.inputs import WORK_SUFFIX, InputFile, ReadReport, find_inputs, sha256_of
 from megalm.data.parts import PartSummary
 from megalm.data.plan import BuildOptions, Plan, make_plan
 from megalm.data.report import KEPT_NAMES, BuildReport, check_output, start_report
@@ -105,7 +105,7 @@ def build_files(
     if options.append_eod:
         _ = tokenizer.eod_id  # says so now where there is none
     plan = make_plan(files, options, tokenizer.fingerprint)
-    work = Path(f"{output_prefix}.building")
+    work = Path(f"{output_prefix}{WORK_SUFFIX}")
     with _working_in(work, plan, prefixes, overwrite):
         units, counts = UnitList(plan, options, work), _Counts(plan, progress)
         todo = units.todo()

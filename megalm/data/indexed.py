@@ -17,7 +17,7 @@ import hashlib
 import os
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -187,8 +187,16 @@ class IndexedDatasetWriter:
             self._file.write(np.ascontiguousarray(flat, dtype=self.dtype).data)
             self._add_to_index(sizes, np.arange(1, 1 + len(sizes)))
 
-    def append_dataset(self, dataset: IndexedDataset, chunk_tokens: int = 1 << 24) -> None:
+    def append_dataset(
+        self,
+        dataset: IndexedDataset,
+        chunk_tokens: int = 1 << 22,
+        watch: Callable[[npt.NDArray[np.generic]], None] | None = None,
+    ) -> None:
         """Add all sequences and documents of another dataset of the same dtype, as they are.
+
+        Args:
+            watch: called with every piece of tokens that is copied.
 
         Raises:
             DataError: another dtype.
@@ -200,7 +208,10 @@ class IndexedDatasetWriter:
             )
         with writing_to(bin_path(self.prefix)):
             for start in range(0, len(dataset.tokens), chunk_tokens):
-                self._file.write(dataset.tokens[start : start + chunk_tokens].data)
+                piece = dataset.tokens[start : start + chunk_tokens]
+                if watch is not None:
+                    watch(piece)
+                self._file.write(piece.data)
             self._add_to_index(dataset.sequence_lengths, dataset.document_index[1:])
 
     def close(self) -> None:

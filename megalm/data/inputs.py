@@ -22,6 +22,7 @@ STDIN = "-"
 KINDS = (".jsonl", ".json", ".txt", ".md", ".parquet")
 PACKINGS = (".gz", ".bz2", ".xz", ".zst")
 KEPT_MESSAGES = 20
+WORK_SUFFIX = ".building"
 # What the unpackers raise on a damaged or shortened file.
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
 HASH_BYTES = 1 << 20
@@ -158,6 +159,11 @@ def sha256_of(path: str | Path, stop: Callable[[], bool] = lambda: False) -> str
 
 
 def _belongs(file: Path, folder: Path) -> bool:
+    # What the builder itself writes beside its inputs is no input.
+    if any(part.endswith(WORK_SUFFIX) for part in file.relative_to(folder).parts):
+        return False
+    if file.suffix == ".json" and file.with_suffix(".idx").exists():
+        return False
     inside = not file.is_symlink() or file.resolve().is_relative_to(folder.resolve())
     return kind_of(file) in KINDS and not file.name.startswith(".") and inside
 

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from megalm.data.inputs import BROKEN, InputFile, unpacked
-from megalm.data.records import BLOCK_BYTES, CONTINUED, Block, ReadOptions, Record, blocks_of, format_of, text_of
+from megalm.data.records import (
+    BLOCK_BYTES,
+    CONTINUED,
+    Block,
+    ReadOptions,
+    Record,
+    blocks_of,
+    format_of,
+    text_of,
+    too_long,
+)
 
 TABLE = ".parquet"
 TABLE_ROWS = 256  # at once: rows may be whole books
@@ -70,6 +80,8 @@ def _read_block(span: Span, options: ReadOptions, count: SpanCount, block: Block
     layout, batch, size = format_of(span.file.kind, options), [], 0
     if not block.problem:
         for record in layout.parse(block.content, block.start, options):
+            if record.size > options.largest_bytes:
+                record = record._replace(text=None, problem=too_long(options.largest_bytes))  # noqa: PLW2901
             batch.append(record._replace(line=count.lines + record.line))
             size += record.size
             if size >= BLOCK_BYTES:
@@ -160,7 +172,7 @@ def _row_text(row: dict[str, Any], options: ReadOptions) -> tuple[str | None, st
     text, problem = text_of(row, options)
     largest = options.largest_bytes
     if text is not None and len(text) * 4 > largest and len(text.encode()) > largest:
-        return None, f"is longer than {largest:,} bytes; cut it, or allow more"
+        return None, too_long(largest)
     return text, problem
 
 

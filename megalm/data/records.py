@@ -99,7 +99,7 @@ def blocks_of(stream: IO[bytes], layout: Format, largest: int, block_bytes: int,
         start: where the stream starts in its file.
     """
     buffer = bytearray()
-    too_long = ended = False
+    inside = ended = False  # inside a record that is longer than `largest`
     failure: Exception | None = None
     while not ended:
         try:
@@ -108,9 +108,9 @@ def blocks_of(stream: IO[bytes], layout: Format, largest: int, block_bytes: int,
             failure, piece = error, b""
         buffer += piece
         ended = not piece
-        if too_long:
+        if inside:
             size = layout.first_end(buffer) or len(buffer)
-            too_long = not layout.first_end(buffer)
+            inside = not layout.first_end(buffer)
             yield Block(bytes(buffer[:size]), start, CONTINUED)
             start += size
             del buffer[:size]
@@ -120,15 +120,19 @@ def blocks_of(stream: IO[bytes], layout: Format, largest: int, block_bytes: int,
             start += size
             del buffer[:size]
         if len(buffer) > largest:
-            yield Block(bytes(buffer), start, f"is longer than {largest:,} bytes; cut it, or allow more")
+            yield Block(bytes(buffer), start, too_long(largest))
             start += len(buffer)
             buffer.clear()
-            too_long = True
+            inside = True
     if failure is not None:
         raise failure
     # A file of nothing is a record where the file is one.
     if buffer.strip() or (start == 0 and layout in (WHOLE, ARRAY)):
         yield Block(bytes(buffer), start, layout.unfinished(bytes(buffer), start))
+
+
+def too_long(largest: int) -> str:
+    return f"is longer than {largest:,} bytes; cut it, or allow more (--max-document-mb)"
 
 
 def text_of(value: object, options: ReadOptions) -> tuple[str | None, str]:

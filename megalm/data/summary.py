@@ -57,6 +57,12 @@ class TokenCounter:
             found[: len(self.counts)] += self.counts
             self.counts = found
 
+    def absorb(self, other: TokenCounter) -> None:
+        """Add another counter's counts; the hash stays that of the own tokens."""
+        counts, more = sorted((self.counts, other.counts), key=len, reverse=True)
+        self.counts = counts.copy()
+        self.counts[: len(more)] += more
+
     def summary(self) -> TokenSummary:
         total = int(self.counts.sum())
         seen = self.counts[self.counts > 0]

@@ -1,0 +1,325 @@
+"""Building of files: the same bytes whatever the workers, the units and the interruptions; everything counted."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megalm.data import builder as builder_module
+from megalm.data.builder import BuildOptions, Built, build_files
+from megalm.data.filters import Filters
+from megalm.data.indexed import IndexedDataset, sidecar_path
+from megalm.data.inspection import verify
+from megalm.data.merge import merge_datasets
+from megalm.data.records import ReadOptions
+from megalm.data.sources import Sources
+from megalm.data.tokenizer import ByteTokenizer, load_tokenizer
+from megalm.errors import DataError
+
+SMALL_UNITS = 20_000
+
+
+@pytest.fixture
+def texts(source_texts: list[str]) -> list[str]:
+    return [part for text in source_texts for part in text.split("\n\n") if part]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, texts: list[str]) -> list[Path]:
+    """The same documents in three kinds of file, and one that is packed."""
+    quarter = len(texts) // 4
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[:quarter])
+    (folder / "a.jsonl").write_text(lines)
+    with gzip.open(folder / "b.jsonl.gz", "wt") as packed:
+        packed.writelines(json.dumps({"text": text}) + "\n" for text in texts[quarter : 2 * quarter])
+    (folder / "c.json").write_text(json.dumps(texts[2 * quarter : 3 * quarter], indent=1))
+    table = pyarrow.table({"text": texts[3 * quarter :]})
+    pyarrow.parquet.write_table(table, folder / "d.parquet", row_group_size=20)
+    return sorted(folder.iterdir())
+
+
+def contents(prefix: Path) -> list[bytes]:
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".sources")]
+
+
+def decoded(prefix: Path) -> list[str]:
+    dataset = IndexedDataset(prefix)
+    return [ByteTokenizer().decode(dataset[index].tolist()) for index in range(len(dataset))]
+
+
+@pytest.mark.parametrize(("workers", "unit_bytes"), [(1, SMALL_UNITS), (2, SMALL_UNITS), (1, None)])
+def test_every_kind_of_file_in_order(
+    tmp_path: Path, corpus: list[Path], texts: list[str], workers: int, unit_bytes: int | None
+) -> None:
+    built = build_files(corpus, ByteTokenizer(), tmp_path / "out", BuildOptions(unit_bytes=unit_bytes), workers)
+    assert decoded(tmp_path / "out") == texts
+    (report,) = built.reports
+    assert (report.documents, report.tokens) == (len(texts), sum(len(text.encode()) + 1 for text in texts))
+    assert report.text_bytes == sum(len(text.encode()) for text in texts)
+    verify(tmp_path / "out")
+    assert not list(tmp_path.glob("*.building*")) + list(tmp_path.glob(".*"))
+    sources = Sources(tmp_path / "out", len(texts))
+    for document in (0, 5, len(texts) // 4 - 1):
+        source = sources[document]
+        assert source is not None
+        assert source.name == f"{corpus[0]}:{document + 1}"
+        raw = corpus[0].read_bytes()[source.start : source.start + source.size]
+        assert json.loads(raw)["text"] == texts[document]
+    names = [str(source.name) if (source := sources[document]) else "" for document in range(len(texts))]
+    quarter = len(texts) // 4
+    assert names[quarter : quarter + 2] == [f"{corpus[1]}:1", f"{corpus[1]}:2"]
+    assert names[3 * quarter - 1] == f"{corpus[2]}[{quarter - 1}]"
+    assert names[-1] == f"{corpus[3]}:{len(texts) - 3 * quarter - 1}"
+
+
+def test_the_same_bytes_for_any_workers_and_units(tmp_path: Path, corpus: list[Path], model_path: Path) -> None:
+    tokenizer = load_tokenizer(model_path)
+    results = []
+    for number, (workers, unit) in enumerate([(1, None), (2, SMALL_UNITS), (1, 7_000)]):
+        build_files(corpus, tokenizer, tmp_path / f"out{number}", BuildOptions(unit_bytes=unit), workers)
+        results.append(contents(tmp_path / f"out{number}"))
+    assert results[0] == results[1] == results[2]
+
+
+class Stop(BaseException):
+    """Stands for the end of the process: nothing may catch it."""
+
+
+def build_until(step: int, monkeypatch: pytest.MonkeyPatch, corpus: list[Path], prefix: Path) -> Built | None:
+    """Build; after `step` units, or in the assembly, the process is gone."""
+    options = BuildOptions(unit_bytes=SMALL_UNITS, dedup="exact")
+    count = 0
+
+    def add(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count == step:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builder_module._Counts, "add", add)
+        if step == -1:
+            patch.setattr(builder_module._Counts, "assembling", lambda *_: (_ for _ in ()).throw(Stop()))
+        try:
+            return build_files(corpus, ByteTokenizer(), prefix, options)
+        except Stop:
+            return None
+
+
+@pytest.mark.parametrize("step", [1, 4, -1])
+def test_goes_on_from_finished_units(
+    tmp_path: Path, corpus: list[Path], monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    whole = build_until(0, monkeypatch, corpus, tmp_path / "whole")
+    assert whole is not None
+    assert build_until(step, monkeypatch, corpus, tmp_path / "out") is None
+    assert not list(tmp_path.glob("out.bin")) + list(tmp_path.glob("out.json"))
+    resumed = build_until(0, monkeypatch, corpus, tmp_path / "out")
+    assert resumed is not None
+    assert (resumed.resumed > 0, resumed.was_there) == (True, False)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert json.loads(sidecar_path(tmp_path / "out").read_text()) | {"prefix": "whole"} == json.loads(
+        sidecar_path(tmp_path / "whole").read_text()
+    )
+
+
+@pytest.mark.parametrize("suffix", ["tokens", "npz", "json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_damaged_parts_are_made_again(
+    tmp_path: Path, corpus: list[Path], monkeypatch: pytest.MonkeyPatch, suffix: str, damage: str
+) -> None:
+    build_until(0, monkeypatch, corpus, tmp_path / "whole")
+    build_until(4, monkeypatch, corpus, tmp_path / "out")
+    part = sorted((tmp_path / "out.building").glob(f"*.{suffix}"))[0]
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    if damage == "gone":
+        part.unlink()
+    else:
+        part.write_bytes(content if damage == "changed" else content[: len(content) // 2])
+    try:
+        build_until(0, monkeypatch, corpus, tmp_path / "out")
+    except DataError as error:  # found only when it was read: the next try makes it anew
+        assert "is damaged; start the same build again" in str(error)  # noqa: PT017
+        build_until(0, monkeypatch, corpus, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_finished_build_writes_nothing(tmp_path: Path, corpus: list[Path]) -> None:
+    def states() -> dict[str, tuple[int, int]]:
+        return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.iterdir()}
+
+    first = build_files(corpus, ByteTokenizer(), tmp_path / "out")
+    before = states()
+    again = build_files(corpus, ByteTokenizer(), tmp_path / "out", workers=2)
+    assert again.was_there
+    assert again.reports == first.reports
+    assert states() == before
+    corpus[0].touch()  # its content is the same
+    assert build_files(corpus, ByteTokenizer(), tmp_path / "out").was_there
+    with pytest.raises(DataError, match=r"out\.bin: exists already"):
+        build_files(corpus, ByteTokenizer(), tmp_path / "out", BuildOptions(append_eod=False))
+    corpus[0].write_text(json.dumps({"text": "other"}))
+    with pytest.raises(DataError, match=r"out\.bin: exists already"):
+        build_files(corpus, ByteTokenizer(), tmp_path / "out")
+    build_files(corpus, ByteTokenizer(), tmp_path / "out", overwrite=True)
+    assert decoded(tmp_path / "out")[0] == "other"
+
+
+def test_other_options_throw_old_parts_away(
+    tmp_path: Path, corpus: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_until(3, monkeypatch, corpus, tmp_path / "out")
+    build_files(corpus, ByteTokenizer(), tmp_path / "out", BuildOptions(append_eod=False))
+    assert "it is thrown away" in caplog.text
+    build_files(corpus, ByteTokenizer(), tmp_path / "fresh", BuildOptions(append_eod=False))
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("dedup", ["exact", "minhash"])
+def test_duplicates(tmp_path: Path, texts: list[str], dedup: str) -> None:
+    longest = sorted(texts, key=len)[-40:]
+    changed = [" ".join(["Changed", *text.split()[1:]]) for text in longest[:10]]
+    order = random.Random(1)
+    copies = order.sample(longest, 25)
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(text) + "\n" for text in [*longest, *copies, *changed]))
+    built = build_files([path], ByteTokenizer(), tmp_path / "out", BuildOptions(dedup=dedup, unit_bytes=5000))  # type: ignore[arg-type]
+    kept = decoded(tmp_path / "out")
+    assert built.reports[0].removed == {dedup: 75 - len(kept)}
+    if dedup == "exact":
+        assert kept == [*longest, *changed]
+    else:
+        assert kept[:30] == longest[:30]
+        assert len(kept) <= 42  # one word of many is another: nearly all are found
+
+
+def test_filters_are_counted(tmp_path: Path) -> None:
+    documents = [
+        "short",
+        "x" * 5000,
+        "1 2 3 4 5 6 7 8 9 10 + - * /",
+        "the same line\n" * 50,
+        "A fair sentence of words.",
+    ]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(text) + "\n" for text in documents))
+    filters = Filters(
+        min_characters=6, max_characters=4000, min_letter_share=0.5, max_repeated_line_share=0.5, max_word_length=20
+    )
+    built = build_files([tmp_path], ByteTokenizer(), tmp_path / "out", BuildOptions(filters=filters))
+    assert decoded(tmp_path / "out") == documents[-1:]
+    assert built.reports[0].removed == {
+        "min_characters": 1,
+        "max_characters": 1,
+        "min_letter_share": 1,
+        "max_repeated_line_share": 1,
+        "max_word_length": 0,
+    }
+
+
+def test_bad_input_is_fatal_or_counted_with_file_and_line(tmp_path: Path) -> None:
+    lines = [b'{"text": "%d"}' % number for number in range(3000)]
+    lines[1700], lines[2500] = b'{"text": broken', b'{"text": ""}'
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    for workers in (1, 2):
+        with pytest.raises(DataError, match=rf"{path}:1701: is not JSON .*--on-error skip"):
+            build_files([path], ByteTokenizer(), tmp_path / "out", BuildOptions(unit_bytes=8000), workers)
+    options = BuildOptions(unit_bytes=8000, on_error="skip")
+    (report,) = build_files([path], ByteTokenizer(), tmp_path / "out", options, overwrite=True).reports
+    assert (report.documents, report.skipped) == (2998, 2)
+    assert [message.split(" is ")[0] for message in report.messages] == [f"{path}:1701:", f"{path}:2501:"]
+
+
+@pytest.mark.parametrize("content", [b'{"text": "a"}\n', b""])
+def test_nothing_to_build_of(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "in.jsonl").write_bytes(content)
+    options = BuildOptions(on_error="skip", filters=Filters(min_characters=5))
+    with pytest.raises(DataError, match="no text to build a dataset of"):
+        build_files([tmp_path / "in.jsonl"], ByteTokenizer(), tmp_path / "out", options)
+    assert not list(tmp_path.glob("out.*i*x"))
+
+
+def test_split_is_contiguous_and_whole(tmp_path: Path, corpus: list[Path], texts: list[str]) -> None:
+    built = build_files(corpus, ByteTokenizer(), tmp_path / "x", BuildOptions(split=(90, 5, 5), unit_bytes=SMALL_UNITS))
+    parts = [decoded(tmp_path / f"x-{name}") for name in ("train", "validation", "test")]
+    assert [text for part in parts for text in part] == texts
+    assert [len(part) for part in parts] == [report.documents for report in built.reports]
+    assert abs(len(parts[0]) / len(texts) - 0.9) < 0.01
+    assert build_files(corpus, ByteTokenizer(), tmp_path / "x", BuildOptions(split=(90, 5, 5))).was_there
+    with pytest.raises(DataError, match="two or three weights"):
+        BuildOptions(split=(1,))
+
+
+def test_shards_merged_are_the_whole(tmp_path: Path, corpus: list[Path]) -> None:
+    shards = 3
+    build_files(corpus, ByteTokenizer(), tmp_path / "whole", BuildOptions(unit_bytes=SMALL_UNITS))
+    for shard in range(shards):
+        options = BuildOptions(unit_bytes=SMALL_UNITS, shard=(shard, shards))
+        build_files(corpus, ByteTokenizer(), tmp_path / f"s{shard}", options)
+    prefixes = [tmp_path / f"s{shard}" for shard in range(shards)]
+    report = merge_datasets(prefixes, tmp_path / "merged")
+    assert (report.skipped, report.documents) == (0, len(decoded(tmp_path / "whole")))
+    written = (tmp_path / "merged.bin").stat().st_mtime_ns
+    assert merge_datasets(prefixes, tmp_path / "merged") == report
+    assert (tmp_path / "merged.bin").stat().st_mtime_ns == written
+    assert contents(tmp_path / "merged")[:2] == contents(tmp_path / "whole")[:2]
+    verify(tmp_path / "merged")
+    count = len(decoded(tmp_path / "whole"))
+    merged, known = Sources(tmp_path / "merged", count), Sources(tmp_path / "whole", count)
+    assert count > 200
+    assert [merged[place] for place in range(0, 200, 7)] == [known[place] for place in range(0, 200, 7)]
+
+
+def test_blank_line_documents_and_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\none\ntwo\n\n\nthree\n")
+    (tmp_path / "b.jsonl").write_text('{"title": "T", "body": "B"}\n')
+    options = BuildOptions(read=ReadOptions(documents="blank-line", columns=("title", "body")))
+    build_files([tmp_path], ByteTokenizer(), tmp_path / "out", options)
+    assert decoded(tmp_path / "out") == ["one\ntwo", "three", "T\n\nB"]
+    source = Sources(tmp_path / "out", 3)[1]
+    assert source is not None
+    assert str(source) == f"{tmp_path / 'a.txt'}:6, bytes 11 to 16"
+
+
+def test_documents_too_long_are_refused(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "x" * size}) for size in (10, 300_000, 20)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    options = BuildOptions(read=ReadOptions(largest_bytes=100_000))
+    with pytest.raises(DataError, match=r"in\.jsonl:2: is longer than 100,000 bytes"):
+        build_files([tmp_path], ByteTokenizer(), tmp_path / "out", options)
+    (report,) = build_files(
+        [tmp_path], ByteTokenizer(), tmp_path / "out", BuildOptions(read=options.read, on_error="skip")
+    ).reports
+    assert (report.documents, report.skipped) == (2, 1)
+    again = build_files([tmp_path], ByteTokenizer(), tmp_path / "out", BuildOptions(read=options.read, on_error="skip"))
+    assert again.was_there  # what was written into the folder is no input
+    assert again.ignored_files == 4
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "in.txt").write_text("in")
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    built = build_files([folder], ByteTokenizer(), tmp_path / "out")
+    assert decoded(tmp_path / "out") == ["in"]
+    assert built.ignored_files == 1
+
+
+def test_an_input_that_changes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "a"}\n')
+    monkeypatch.setattr(builder_module._Counts, "add", lambda *_: path.write_text('{"text": "abc"}\n'))
+    with pytest.raises(DataError, match="changed while it was read"):
+        build_files([path], ByteTokenizer(), tmp_path / "out")
+    assert not list(tmp_path.glob("out.bin"))
