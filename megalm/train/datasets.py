@@ -36,6 +36,17 @@ class RunData:
     unigram_entropy: float | None  # nats per token of the training dataset, if its builder noted it
 
 
+def known_vocab_size(data: DataSection) -> int | None:
+    """The tokenizer's, where there is one already; the rules in config/checks.py tell of one that is missing.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if data.tokenizer is None or (data.tokenizer != "bytes" and not Path(data.tokenizer).exists()):
+        return None
+    return load_tokenizer(data.tokenizer).vocab_size
+
+
 def find_data(data: DataSection, tell: Callable[[str], None]) -> DataPlaces:
     """Prepare the recipe if there is no dataset of one's own; slow the first time only.
 

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 # DeepSpeed's launcher gives each of its children 30 s between SIGTERM and SIGKILL, one after the other.
 _STOP_GRACE_SECONDS = 25.0
+# How often a rank looks whether another has failed, and how long it may take to find out and leave by itself.
+_CLAIM_POLL_SECONDS = 2.0
+_FAILURE_GRACE_SECONDS = 5.0
 # A second Ctrl-C sooner than this is the launcher passing on the first one.
 _SECOND_INTERRUPT_SECONDS = 1.0
 
@@ -49,13 +52,16 @@ class FailureClaim:
             file.write(report)
         return True
 
+    def is_taken(self) -> bool:
+        return self._path.exists()
+
 
 class Guard:
     """Runs a rank's work and turns every way out of it into an exit code, a message and a clean end."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.claim: FailureClaim | None = None  # set as soon as the run folder is known
+        self.claim: FailureClaim | None = None  # known as soon as the run folder is
         self.on_failure: Callable[[], None] = lambda: None  # e.g. the end event in metrics.jsonl
 
     def run(self, work: Callable[[], int]) -> NoReturn:
@@ -77,6 +83,22 @@ class Guard:
             self._last_wish()
         leave(code)
 
+    def share(self, claim: FailureClaim) -> None:
+        """From now on the first rank to fail speaks, and the others leave with it.
+
+        A rank may wait for the failed one inside a collective that never ends, deaf to signals: a thread leaves for
+        it, a few seconds after a claim that this rank has not answered.
+        """
+        self.claim = claim
+        threading.Thread(target=self._leave_with_others, args=(claim,), name="failure-watch", daemon=True).start()
+
+    def _leave_with_others(self, claim: FailureClaim) -> None:
+        while not claim.is_taken():
+            time.sleep(_CLAIM_POLL_SECONDS)
+        time.sleep(_FAILURE_GRACE_SECONDS)
+        self._last_wish()
+        os._exit(EXIT_FAILED)
+
     def _tell(self, text: str, everybody: bool = False) -> None:
         """Print a failure: before there is a claim rank 0 speaks for errors that all ranks share."""
         mine = self.claim.take(text) if self.claim else (everybody or self.rank == 0)
@@ -86,8 +108,9 @@ class Guard:
             sys.stderr.flush()
 
     def _last_wish(self) -> None:
+        wish, self.on_failure = self.on_failure, lambda: None  # once, whichever thread comes first
         try:
-            self.on_failure()
+            wish()
         except Exception:  # the failure that is being reported matters more
             log.debug("closing the run failed", exc_info=True)
 

@@ -29,7 +29,7 @@ from megalm.plan import flops_per_token
 from megalm.tracking.metrics import MetricsWriter, read_metrics
 from megalm.tracking.mirror import MirrorHandle, start_mirror
 from megalm.train.checkpointing import Fingerprints, RunCheckpoints
-from megalm.train.datasets import RunData, batch_loader, find_data, open_data, validation_loaders
+from megalm.train.datasets import RunData, batch_loader, find_data, known_vocab_size, open_data, validation_loaders
 from megalm.train.evaluate import Evaluator
 from megalm.train.facts import farewell, opening_facts
 from megalm.train.launcher_watch import watch_launchers
@@ -59,10 +59,12 @@ def resolve_run(arguments: Arguments, world_size: int, local_world_size: int) ->
 
     Raises:
         ConfigError: the first thing that is wrong, in one line.
+        DataError: a tokenizer that cannot be read.
     """
     loaded = load_run_config(arguments.config, arguments.overrides)
     deepspeed = read_deepspeed_json(arguments.deepspeed_config)
-    return resolve(loaded, deepspeed, world_size, device_facts(local_world_size))
+    vocab_size = known_vocab_size(loaded.config.data)
+    return resolve(loaded, deepspeed, world_size, device_facts(local_world_size), vocab_size)
 
 
 def pretrain(arguments: Arguments, guard: Guard) -> int:
@@ -76,7 +78,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
         lambda: open_run_folder(Path(config.run.root), config.run.name, run.preset, arguments.resume is not None)
     )
     attempt = comm.once(lambda: _next_attempt(folder))
-    guard.claim = FailureClaim(folder.failure(attempt))
+    guard.share(FailureClaim(folder.failure(attempt)))
     reporter = Reporter(comm.is_main, folder.log)
     reporter.say(f"megalm run {folder.path}")
     for notice in run.notices:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megalm.data.loader import BatchLoader
 from megalm.data.samples import TrainingSamples
+from megalm.train.leaving import FailureClaim
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import Job, finish, interrupt_group, job, losses, own_lines, pretrain, rows, run_folder, train_rows
 
@@ -81,6 +83,36 @@ def test_a_killed_rank_ends_the_job(small_data: SmallData, tmp_path: Path) -> No
     assert finished.stderr.count("Traceback") <= 1, finished.explain()
     end = rows(tmp_path)[-1]
     assert (end["event"], end["status"]) == ("end", "failed")
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+from megalm.train.leaving import FailureClaim, Guard
+
+def work():
+    guard.share(FailureClaim(Path(sys.argv[1])))
+    guard.on_failure = lambda: Path(sys.argv[1] + ".wish").touch()
+    print("waiting", flush=True)
+    time.sleep(600)
+
+guard = Guard(rank=0)
+guard.run(work)
+"""
+
+
+def test_a_rank_that_waits_forever_leaves_with_the_failed_one(tmp_path: Path) -> None:
+    """As in a collective on a GPU whose other ranks have gone: nothing returns, no signal is heard."""
+    claim = tmp_path / "failures" / "attempt-1.txt"
+    with job(tmp_path, [sys.executable, "-c", WAITING, claim]) as started:
+        assert started.process.stdout is not None
+        assert started.process.stdout.readline() == "waiting\n"
+        assert FailureClaim(claim).take("rank 3 failed")
+        finished = started.wait(SOON_SECONDS)
+    assert finished.code == 1
+    assert finished.stderr == ""
+    assert Path(f"{claim}.wish").exists()
+    assert claim.read_text() == "rank 3 failed"
 
 
 def terminate_launcher(started: Job) -> None:
