@@ -28,7 +28,7 @@ help: ## Show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 pretrain: install ## Install, then pretrain the default run on what this machine has (ARGS="key=value ...")
-	$(VENV)/bin/deepspeed launch/pretrain.py --deepspeed_config ds_configs/zero2.json $(ARGS)
+	$(VENV)/bin/deepspeed --log_level warning launch/pretrain.py --deepspeed_config ds_configs/zero2.json $(ARGS)
 
 install: $(STAMPS)/megalm ## Make .venv with everything that training needs
 

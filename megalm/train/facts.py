@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from megalm.config.resolve import ResolvedRun
@@ -45,13 +46,15 @@ def opening_facts(
     return rows
 
 
-def farewell(folder: RunFolder, deepspeed_config: str) -> str:
+def farewell(folder: RunFolder, run: ResolvedRun, deepspeed_config: str) -> str:
     """Where everything is, and the next commands to try."""
+    prompt = json.dumps(run.config.sample.prompts[0] if run.config.sample.prompts else "The ")
+    steps = 2 * run.config.train.steps
     root, launch = folder.path.parent, f"deepspeed launch/pretrain.py --deepspeed_config {deepspeed_config}"
     return f"""
 everything is in {folder.path}: metrics.jsonl, log.txt, checkpoints/, samples/
   see it        mlflow ui --backend-store-uri sqlite:///{root}/mlflow.db
   list it       megalm checkpoint list {folder.path}
-  generate      megalm generate {folder.path} --prompt "def "
-  train longer  {launch} run.name={folder.name} --resume auto train.steps=800
+  generate      megalm generate {folder.path} --prompt {prompt}
+  train longer  {launch} run.name={folder.name} --resume auto train.steps={steps}
   your own      README.md, "Train on your own text\""""

@@ -6,7 +6,6 @@ Everything that is printed is in log.txt too, with the time.
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ class Reporter:
 
     def __init__(self, active: bool, log_file: Path | None = None) -> None:
         self._active = active
-        self._console = Console(soft_wrap=True, highlight=False, markup=False)
+        self._console = Console(highlight=False, markup=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._total = 0
@@ -66,7 +65,7 @@ class Reporter:
         """A line for the person."""
         if not self._active:
             return
-        (self._bar.console if self._bar else self._console).print(text)
+        self._console.print(text, soft_wrap=True)
         if text:
             log.info("%s", text)
 
@@ -81,7 +80,7 @@ class Reporter:
         if not self._active:
             return
         self._total, self._first_step, self._started = total_steps, first_step, time.monotonic()
-        if sys.stdout.isatty():
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(bar_width=24),

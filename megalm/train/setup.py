@@ -115,7 +115,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     comm.barrier()  # no rank leaves while another still needs rank 0's store
     _close(metrics, mirror, reporter, folder)
     if code == EXIT_DONE:
-        reporter.say(farewell(folder, arguments.deepspeed_config))
+        reporter.say(farewell(folder, run, arguments.deepspeed_config))
     return code
 
 
