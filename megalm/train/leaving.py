@@ -116,22 +116,34 @@ class Guard:
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 as a flag that the loop reads at step boundaries."""
+    """SIGTERM, SIGINT and SIGUSR1 as a flag that the loop reads at step boundaries.
 
-    def __init__(self) -> None:
+    Args:
+        grace_seconds: a rank that reaches no step boundary for so long after a signal, because it waits for a peer
+            that is gone, leaves hard.
+    """
+
+    def __init__(self, grace_seconds: float = _STOP_GRACE_SECONDS) -> None:
         self.signal: int | None = None
+        self._grace_seconds = grace_seconds
         self._since = 0.0
+        self._watchdog: threading.Timer | None = None
 
     def install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
+    def reached_boundary(self) -> None:
+        """All ranks know: what follows, a checkpoint of any size, may take its time."""
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+
     def _handle(self, number: int, frame: object) -> None:
         if self.signal is None:
             self.signal, self._since = number, time.monotonic()
-            watchdog = threading.Timer(_STOP_GRACE_SECONDS, _leave_hard)
-            watchdog.daemon = True
-            watchdog.start()
+            self._watchdog = threading.Timer(self._grace_seconds, _leave_hard)
+            self._watchdog.daemon = True
+            self._watchdog.start()
         elif number == signal.SIGINT and time.monotonic() - self._since > _SECOND_INTERRUPT_SECONDS:
             _leave_hard()
 

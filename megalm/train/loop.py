@@ -213,6 +213,7 @@ class TrainingLoop:
         return int(self.parts.comm.max([float(self.parts.stop.signal or 0)])[0])
 
     def _leave_early(self, number: int) -> int:
+        self.parts.stop.reached_boundary()
         self.event("signal", signal=number)
         self.parts.reporter.say(f"signal {number}: saving step {self.position.step}, then leaving")
         if self._saved_step != self.position.step:

@@ -1,0 +1,69 @@
+"""Which folder a run gets, and what is told in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megalm.errors import ConfigError
+from megalm.train.leaving import FailureClaim, StopRequest
+from megalm.train.report import duration, size
+from megalm.train.run_folder import open_run_folder
+
+
+def test_unnamed_runs_are_numbered(tmp_path: Path) -> None:
+    names = [open_run_folder(tmp_path, None, "quickstart", resume=False).name for _ in range(3)]
+    assert names == ["quickstart-001", "quickstart-002", "quickstart-003"]
+    (tmp_path / "quickstart-010").mkdir()
+    (tmp_path / "quickstart-notes").mkdir()
+    (tmp_path / "quickstart-999").write_text("a file is no run")
+    assert open_run_folder(tmp_path, None, "quickstart", resume=False).name == "quickstart-011"
+    assert open_run_folder(tmp_path, None, None, resume=False).name == "run-001"
+
+
+def test_resuming_without_a_name_takes_the_newest(tmp_path: Path) -> None:
+    assert open_run_folder(tmp_path, None, "quickstart", resume=True).name == "quickstart-001"
+    open_run_folder(tmp_path, None, "quickstart", resume=False)
+    assert open_run_folder(tmp_path, None, "quickstart", resume=True).name == "quickstart-002"
+
+
+def test_a_name_is_taken_once(tmp_path: Path) -> None:
+    assert open_run_folder(tmp_path, "mine", "quickstart", resume=False).path == tmp_path / "mine"
+    with pytest.raises(ConfigError, match=r"mine exists .*no checkpoint.*choose another run\.name"):
+        open_run_folder(tmp_path, "mine", "quickstart", resume=False)
+    assert open_run_folder(tmp_path, "mine", "quickstart", resume=True).path == tmp_path / "mine"
+
+
+def test_a_root_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run\.root"):
+        open_run_folder(tmp_path / "file" / "runs", None, "quickstart", resume=False)
+
+
+def test_one_rank_claims_the_failure(tmp_path: Path) -> None:
+    path = tmp_path / "failures" / "attempt-1.txt"
+    assert FailureClaim(path).take("rank 1: why") is True
+    assert FailureClaim(path).take("rank 0: lost its peer") is False
+    assert path.read_text() == "rank 1: why"
+
+
+def test_a_stop_request_keeps_the_first_signal() -> None:
+    stop = StopRequest(grace_seconds=3600)
+    assert stop.signal is None
+    stop._handle(15, None)
+    stop._handle(2, None)  # the launcher passing it on
+    assert stop.signal == 15
+    stop.reached_boundary()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (75, "1:15"), (4000, "1:06:40")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (63e6, "60.1 MiB"), (3 * 2**41, "6.0 TiB")]
+)
+def test_sizes(number: float, text: str) -> None:
+    assert size(number) == text
