@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megalm.data.dedup import seen_of
+from megalm.data.dedup import Bools, seen_of
 from megalm.data.files import sync_directory, temporary_name, write_json, writing_to
 from megalm.data.indexed import IndexedDatasetWriter, best_dtype, bin_path, idx_path, sidecar_path
 from megalm.data.inputs import InputFile, sha256_of
@@ -78,141 +77,145 @@ class _Output:
         self._sources_temporary.unlink(missing_ok=True)
 
 
-def assemble(
-    parts: Sequence[Placed],
-    files: Sequence[InputFile],
-    reports: Sequence[BuildReport],
-    prefixes: Sequence[str],
-    options: BuildOptions,
-    tokenizer: Tokenizer,
-    work: Path,
-    progress: Callable[[float], None],
-) -> None:
-    """Write the datasets of `reports` (one, or one for each weight of the split) and fill the reports.
+class Assembler:
+    """Takes finished parts in the order of the input; `finish()` gives the datasets of `reports` their names.
 
-    Raises:
-        DataError: no document left, a damaged part, a full disk; no output has its name then.
+    One dataset is written as its parts come, beside the encoding. A split waits for all of them: where it lies
+    depends on the number of documents that stay.
     """
-    kept = _keep(parts, options, work)
-    documents = sum(int(mask.sum()) for _, mask in kept())
-    _count_left_out(parts, files, reports[0], options, documents)
-    if documents == 0:
-        raise DataError(
-            f"{prefixes[0]}: no text to build a dataset of ({reports[0].skipped:,} documents that cannot be read, "
-            f"{sum(reports[0].removed.values()):,} removed); check the input and the filters"
-        )
-    bounds = split_documents(documents, options.split or [1.0])
-    for report in reports[1:]:
-        report.skipped, report.messages, report.removed = (
-            reports[0].skipped,
-            reports[0].messages,
-            reports[0].removed,
-        )
-    numbers = {file.path: number for number, file in enumerate(files)}
-    with ExitStack() as stack:
-        outputs = [
-            _Output(report, prefix, tokenizer.vocab_size) for report, prefix in zip(reports, prefixes, strict=True)
+
+    def __init__(
+        self,
+        reports: Sequence[BuildReport],
+        prefixes: Sequence[str],
+        files: Sequence[InputFile],
+        options: BuildOptions,
+        tokenizer: Tokenizer,
+        work: Path,
+    ) -> None:
+        self._reports, self._prefixes, self._options = reports, prefixes, options
+        self._numbers = {file.path: number for number, file in enumerate(files)}
+        self._seen = seen_of(options.dedup, work / "seen", options.minhash_threshold)
+        self._vocab_size = tokenizer.vocab_size
+        self._lines: dict[str, int] = {}  # so many of each file have come
+        self._waiting: list[tuple[Placed, npt.NDArray[np.uint8], list[int]]] = []  # masks as bits
+        self._documents = self._left_out = 0
+        self._outputs = [] if options.split else self._open_outputs()
+
+    def add(self, placed: Placed) -> None:
+        """Raises DataError for a damaged part, or a full disk."""
+        first_lines = self._first_lines(placed)
+        self._count_left_out(placed, first_lines)
+        mask = self._keep(placed)
+        kept = int(mask.sum())
+        if self._outputs:
+            self._copy(placed, mask, first_lines, self._documents, [(0, self._documents + kept)])
+        else:
+            self._waiting.append((placed, np.packbits(mask), first_lines))
+        self._documents += kept
+        self._left_out += len(mask) - kept
+
+    def finish(self, progress: Callable[[float], None]) -> None:
+        """Fill the reports and publish.
+
+        Raises:
+            DataError: no document left; no output has its name then.
+        """
+        main = self._reports[0]
+        for name in self._options.filters.names:
+            main.removed.setdefault(name, 0)
+        if self._options.dedup != "none":
+            main.removed[self._options.dedup] = self._left_out
+        if self._documents == 0:
+            raise DataError(
+                f"{self._prefixes[0]}: no text to build a dataset of ({main.skipped:,} documents that cannot be read, "
+                f"{sum(main.removed.values()):,} removed); check the input and the filters"
+            )
+        if self._options.split:
+            self._split(progress)
+        for report in self._reports[1:]:
+            report.skipped, report.messages, report.removed = main.skipped, main.messages, main.removed
+        while self._outputs:
+            self._outputs[0].finish()
+            self._outputs.pop(0)
+        progress(1.0)
+
+    def abort(self) -> None:
+        """Throw away what has no name yet; the parts stay."""
+        for output in self._outputs:
+            output.abort()
+
+    def _open_outputs(self) -> list[_Output]:
+        return [
+            _Output(report, prefix, self._vocab_size)
+            for report, prefix in zip(self._reports, self._prefixes, strict=True)
         ]
-        for output in outputs:
-            stack.callback(output.abort)
-        done = 0
-        for (placed, mask), first_lines in zip(kept(), _first_lines(parts), strict=True):
-            done = _copy(placed, mask, first_lines, done, list(zip(outputs, bounds, strict=True)), options, numbers)
-            progress(done / documents)
-        for output, (start, end) in zip(outputs, bounds, strict=True):
+
+    def _split(self, progress: Callable[[float], None]) -> None:
+        bounds = split_documents(self._documents, self._options.split)
+        for prefix, (start, end) in zip(self._prefixes, bounds, strict=True):
             if start == end:
-                raise DataError(f"{output.prefix}: the split leaves it without a document; give more text or weight")
-        for output in outputs:
-            output.finish()
-        stack.pop_all()
+                raise DataError(f"{prefix}: the split leaves it without a document; give more text or weight")
+        self._outputs, done = self._open_outputs(), 0
+        for placed, bits, first_lines in self._waiting:
+            mask = np.unpackbits(bits, count=placed.summary.documents).astype(np.bool_)
+            self._copy(placed, mask, first_lines, done, bounds)
+            done += int(mask.sum())
+            progress(done / self._documents)
 
+    def _keep(self, placed: Placed) -> Bools:
+        """[n] which documents of the part stay."""
+        if self._options.dedup == "none" or not placed.summary.documents:
+            return np.ones(placed.summary.documents, dtype=np.bool_)
+        return self._seen.add(placed.part.documents()[1])
 
-def _keep(
-    parts: Sequence[Placed], options: BuildOptions, work: Path
-) -> Callable[[], Iterator[tuple[Placed, npt.NDArray[np.bool_]]]]:
-    """Parts with [n] which of their documents stay; duplicates are found in one pass, then remembered on disk."""
-    if options.dedup == "none":
-        return lambda: ((placed, np.ones(placed.summary.documents, dtype=np.bool_)) for placed in parts)
-    masks = work / "kept"
-    with writing_to(masks):
-        seen = seen_of(options.dedup, work / "seen", options.minhash_threshold)
-        with masks.open("wb") as file:
-            for placed in parts:
-                signatures = placed.part.documents()[1]
-                file.write(seen.add(signatures).tobytes() if len(signatures) else b"")
-        del seen
-        (work / "seen").unlink(missing_ok=True)
-
-    def again() -> Iterator[tuple[Placed, npt.NDArray[np.bool_]]]:
-        with masks.open("rb") as file:
-            for placed in parts:
-                yield placed, np.frombuffer(file.read(placed.summary.documents), dtype=np.bool_)
-
-    return again
-
-
-def _first_lines(parts: Sequence[Placed]) -> Iterator[list[int]]:
-    """For each part, where each of its spans starts in its file, in lines."""
-    lines: dict[str, int] = {}
-    for placed in parts:
+    def _first_lines(self, placed: Placed) -> list[int]:
+        """Where each span of the part starts in its file, in lines."""
         first = []
         for span, count in zip(placed.spans, placed.summary.span_lines, strict=True):
             # A shard may start in the middle of a file.
-            first.append(lines[span.file.path] if span.file.path in lines else lines_before(span))
-            lines[span.file.path] = first[-1] + count
-        yield first
+            known = self._lines.get(span.file.path)
+            first.append(lines_before(span) if known is None else known)
+            self._lines[span.file.path] = first[-1] + count
+        return first
 
-
-def _count_left_out(
-    parts: Sequence[Placed],
-    files: Sequence[InputFile],
-    report: BuildReport,
-    options: BuildOptions,
-    documents: int,
-) -> None:
-    for placed, first_lines in zip(parts, _first_lines(parts), strict=True):
+    def _count_left_out(self, placed: Placed, first_lines: Sequence[int]) -> None:
+        report = self._reports[0]
         report.skipped += placed.summary.problems
         for number, line, problem in placed.summary.messages[: KEPT_NAMES - len(report.messages)]:
-            name = record_name(placed.spans[number].file, options.read, first_lines[number] + line)
+            name = record_name(placed.spans[number].file, self._options.read, first_lines[number] + line)
             report.messages.append(f"{name}: {problem}")
         for name, count in placed.summary.removed.items():
             report.removed[name] = report.removed.get(name, 0) + count
-    for name in options.filters.names:
-        report.removed.setdefault(name, 0)
-    if options.dedup != "none":
-        report.removed[options.dedup] = sum(placed.summary.documents for placed in parts) - documents
 
-
-def _copy(
-    placed: Placed,
-    mask: npt.NDArray[np.bool_],
-    first_lines: Sequence[int],
-    done: int,
-    outputs: Sequence[tuple[_Output, tuple[int, int]]],
-    options: BuildOptions,
-    numbers: dict[str, int],
-) -> int:
-    """Copy what stays of a part to the outputs that it belongs to; the number of documents done after it."""
-    rows = placed.part.documents()[0]
-    tokens = np.fromfile(placed.part.path("tokens"), dtype=np.dtype(outputs[0][0].report.dtype).newbyteorder("<"))
-    intact = len(tokens) == placed.summary.tokens == int(rows["tokens"].sum()) and len(rows) == len(mask)
-    if not intact or zlib.crc32(tokens.data) != placed.summary.crc:
-        raise placed.part.damaged()
-    sources = np.zeros(len(rows), SOURCE)
-    spans = rows["span"]
-    sources["file"] = np.array([numbers[span.file.path] for span in placed.spans], dtype=np.uint32)[spans]
-    sources["line"] = rows["line"] + np.array(first_lines, dtype=np.int64)[spans]
-    sources["size"], sources["start"] = rows["size"], rows["start"]
-    ordinals = done + np.cumsum(mask) - 1
-    for output, (start, end) in outputs:
-        here = mask & (ordinals >= start) & (ordinals < end)
-        if here.any():
+    def _copy(
+        self,
+        placed: Placed,
+        mask: Bools,
+        first_lines: Sequence[int],
+        done: int,
+        bounds: Sequence[tuple[int, int]],
+    ) -> None:
+        """Copy what stays of a part to the outputs that it belongs to; `done` documents came before."""
+        rows = placed.part.documents()[0]
+        tokens = np.fromfile(placed.part.path("tokens"), dtype=best_dtype(self._vocab_size))
+        intact = len(tokens) == placed.summary.tokens == int(rows["tokens"].sum()) and len(rows) == len(mask)
+        if not intact or zlib.crc32(tokens.data) != placed.summary.crc:
+            raise placed.part.damaged()
+        spans, sources = rows["span"], np.zeros(len(rows), SOURCE)
+        sources["file"] = np.array([self._numbers[span.file.path] for span in placed.spans], dtype=np.uint32)[spans]
+        sources["line"] = rows["line"] + np.array(first_lines, dtype=np.int64)[spans]
+        sources["size"], sources["start"] = rows["size"], rows["start"]
+        ordinals = done + np.cumsum(mask) - 1
+        for output, (start, end) in zip(self._outputs, bounds, strict=True):
+            here = mask & (ordinals >= start) & (ordinals < end)
+            if not here.any():
+                continue
             chosen = tokens if here.all() else tokens[np.repeat(here, rows["tokens"])]
             output.add(chosen, rows[here], sources[here])
-        inexact = np.flatnonzero(here & ~rows["exact"])
-        names = [
-            record_name(placed.spans[spans[place]].file, options.read, int(sources["line"][place]))
-            for place in inexact[:KEPT_NAMES]
-        ]
-        output.note_inexact(names, len(inexact))
-    return done + int(mask.sum())
+            inexact = np.flatnonzero(here & ~rows["exact"])
+            names = [
+                record_name(placed.spans[spans[place]].file, self._options.read, int(sources["line"][place]))
+                for place in inexact[:KEPT_NAMES]
+            ]
+            output.note_inexact(names, len(inexact))

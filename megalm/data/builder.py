@@ -7,7 +7,6 @@ lies in PREFIX.building/ until the dataset has its name. `build_dataset` makes o
 from __future__ import annotations
 
 import fcntl
-import itertools
 import logging
 import os
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from megalm.data.assembly import assemble
+from megalm.data.assembly import Assembler
 from megalm.data.corpus import Document
 from megalm.data.files import read_json, write_json, writing_to
 from megalm.data.indexed import IndexedDatasetWriter, best_dtype, bin_path, idx_path, sidecar_path
@@ -107,20 +106,25 @@ def build_files(
     plan = make_plan(files, options, tokenizer.fingerprint)
     work = Path(f"{output_prefix}{WORK_SUFFIX}")
     with _working_in(work, plan, prefixes, overwrite):
-        units, counts = UnitList(plan, options, work), _Counts(plan, progress)
-        todo = units.todo()
-        first = list(itertools.islice(todo, 2))
-        with _hashing(plan.files) as hashes:
-            # A process takes as long to start as half a unit takes to do.
-            several = min(workers, len(first)) if len(first) < 2 else workers
-            for unit, summary in do_units(itertools.chain(first, todo), work, options, tokenizer, several):
-                counts.add(summary, unit.weight, units.reused)
-        inputs = [_recorded_input(file, hashes.get(file.path, "")) for file in plan.files]
+        inputs: list[dict[str, Any]] = []
         reports = [start_report(prefix, tokenizer, options.append_eod, facts, inputs) for prefix in prefixes]
-        placed = units.placed()
-        for file in plan.files:
-            file.check_unchanged()
-        assemble(placed, plan.files, reports, prefixes, options, tokenizer, work, counts.assembling)
+        assembler = Assembler(reports, prefixes, plan.files, options, tokenizer, work)
+        try:
+            units, counts = UnitList(plan, options, work), _Counts(plan, progress)
+            with _hashing(plan.files) as hashes:
+                for unit, summary in do_units(units.todo(), work, options, tokenizer, min(workers, plan.most_units)):
+                    units.done(unit)
+                    counts.add(summary, unit.weight, units.reused)
+                    for placed in units.ready():  # while the others encode
+                        assembler.add(placed)
+            for placed in units.ready():
+                assembler.add(placed)
+            for file in plan.files:
+                file.check_unchanged()
+            inputs += [_recorded_input(file, hashes.get(file.path, "")) for file in plan.files]
+            assembler.finish(counts.assembling)
+        finally:
+            assembler.abort()
         shutil.rmtree(work)
     return Built(reports, was_there=False, resumed=units.reused, ignored_files=reading.ignored_files)
 

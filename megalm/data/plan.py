@@ -91,6 +91,11 @@ class Plan:
     def weight(self) -> int:
         return sum(group.weight for group in self.groups)
 
+    @property
+    def most_units(self) -> int:
+        """So many units there are at most, as far as it can be known before streams are read."""
+        return 1 << 30 if any(group.stream for group in self.groups) else len(self.groups)
+
 
 def make_plan(files: Sequence[InputFile], options: BuildOptions, tokenizer_fingerprint: str) -> Plan:
     """Raises DataError where a file cannot be read."""

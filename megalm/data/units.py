@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,30 +29,39 @@ class UnitList:
     directory: Path
 
     def __post_init__(self) -> None:
-        self._units: list[tuple[str, tuple[Span, ...]]] = []
+        self._order: deque[tuple[str, tuple[Span, ...]]] = deque()  # not yet given by `ready`
+        self._done: set[str] = set()
         self.reused = 0  # weight of the parts that were there
 
     def todo(self) -> Iterator[Unit]:
         """Raises DataError for a file that is not the one that was found."""
         for number, group in enumerate(self.plan.groups):
             for unit in self._units_of(f"{number:06}", group):
-                self._units.append((unit.name, unit.spans))
+                self._order.append((unit.name, unit.spans))
                 summary = Part(self.directory, unit.name).finished()
                 if summary is not None and summary.content == unit.content_hash:
                     self.reused += unit.weight
+                    self._done.add(unit.name)
                 else:
                     yield unit
 
-    def placed(self) -> list[Placed]:
-        """Raises DataError where a part is gone again."""
-        found = []
-        for name, spans in self._units:
+    def done(self, unit: Unit) -> None:
+        self._done.add(unit.name)
+
+    def ready(self) -> Iterator[Placed]:
+        """Finished parts that are next in the order of the input, each once.
+
+        Raises:
+            DataError: a part is gone again.
+        """
+        while self._order and self._order[0][0] in self._done:
+            name, spans = self._order.popleft()
+            self._done.discard(name)
             part = Part(self.directory, name)
             summary = part.finished()
             if summary is None:
                 raise part.damaged()
-            found.append(Placed(part, summary, spans))
-        return found
+            yield Placed(part, summary, spans)
 
     def _units_of(self, name: str, group: Group) -> Iterator[Unit]:
         if not group.stream:

@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megalm.data import assembly as assembly_module
 from megalm.data import builder as builder_module
 from megalm.data.builder import BuildOptions, Built, build_files
 from megalm.data.filters import Filters
@@ -94,7 +95,7 @@ class Stop(BaseException):
 
 
 def build_until(step: int, monkeypatch: pytest.MonkeyPatch, corpus: list[Path], prefix: Path) -> Built | None:
-    """Build; after `step` units, or in the assembly, the process is gone."""
+    """Build; after `step` units, or (-1) between the names of .bin and .json, the process is gone."""
     options = BuildOptions(unit_bytes=SMALL_UNITS, dedup="exact")
     count = 0
 
@@ -107,7 +108,7 @@ def build_until(step: int, monkeypatch: pytest.MonkeyPatch, corpus: list[Path], 
     with monkeypatch.context() as patch:
         patch.setattr(builder_module._Counts, "add", add)
         if step == -1:
-            patch.setattr(builder_module._Counts, "assembling", lambda *_: (_ for _ in ()).throw(Stop()))
+            patch.setattr(assembly_module, "write_json", lambda *_: (_ for _ in ()).throw(Stop()))
         try:
             return build_files(corpus, ByteTokenizer(), prefix, options)
         except Stop:
@@ -121,7 +122,8 @@ def test_goes_on_from_finished_units(
     whole = build_until(0, monkeypatch, corpus, tmp_path / "whole")
     assert whole is not None
     assert build_until(step, monkeypatch, corpus, tmp_path / "out") is None
-    assert not list(tmp_path.glob("out.bin")) + list(tmp_path.glob("out.json"))
+    assert not (tmp_path / "out.json").exists()
+    assert (tmp_path / "out.bin").exists() == (step == -1)
     resumed = build_until(0, monkeypatch, corpus, tmp_path / "out")
     assert resumed is not None
     assert (resumed.resumed > 0, resumed.was_there) == (True, False)
@@ -230,8 +232,8 @@ def test_bad_input_is_fatal_or_counted_with_file_and_line(tmp_path: Path) -> Non
     lines[1700], lines[2500] = b'{"text": broken', b'{"text": ""}'
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\n".join(lines))
-    for workers in (1, 2):
-        with pytest.raises(DataError, match=rf"{path}:1701: is not JSON .*--on-error skip"):
+    for workers, said in ((1, "1701: is not JSON"), (2, "(1701: is not JSON|2501: is an empty)")):
+        with pytest.raises(DataError, match=rf"{path}:{said} .*--on-error skip"):
             build_files([path], ByteTokenizer(), tmp_path / "out", BuildOptions(unit_bytes=8000), workers)
     options = BuildOptions(unit_bytes=8000, on_error="skip")
     (report,) = build_files([path], ByteTokenizer(), tmp_path / "out", options, overwrite=True).reports
