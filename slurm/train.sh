@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Pretrain on the nodes of a Slurm allocation: one rank a GPU, or one a task where there are no GPUs.
+#
+#   sbatch --nodes=4 --gpus-per-node=8 slurm/train.sh --deepspeed_config ds_configs/zero2.json \
+#       run.name=mine --resume auto [any other argument of launch/pretrain.py]
+#
+# With run.name and --resume auto the same line starts the run and goes on with it. Options before the script's name
+# win over the #SBATCH lines below. What the site needs (modules, network) goes into slurm/env.sh.
+# docs/slurm.md tells it all.
+#
+#SBATCH --job-name=megalm
+#SBATCH --output=%x-%j.log
+# A job that is started again goes on in its log instead of emptying it.
+#SBATCH --open-mode=append
+#SBATCH --nodes=2
+# Ranks are counted by GPUs. Take one # away and say how many a node has; without this line the job trains on the CPU.
+##SBATCH --gpus-per-node=8
+# Whole nodes, with all their cores and memory. On a cluster that shares nodes, state --cpus-per-task and --mem instead.
+#SBATCH --exclusive
+#SBATCH --mem=0
+# On a CPU node: ranks per node. (GPUs, where there are some, decide instead.)
+##SBATCH --ntasks-per-node=4
+# The longest it may take: a shorter job starts sooner. Most sites want an account, many a partition.
+##SBATCH --time=24:00:00
+##SBATCH --account=myproject
+##SBATCH --partition=gpu
+
+set -euo pipefail
+
+refuse() {
+    echo "megalm: slurm: $*" >&2
+    exit 2
+}
+
+# sbatch runs a copy of this file: where the checkout is, only Slurm knows.
+find_home() {
+    local script
+    script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/train\.sh\( .*\)\{0,1\}$|\1|p')
+    [ -n "$script" ] || script=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
+    echo "$script"
+}
+
+# Prints how many ranks each node gets.
+ranks_per_node() {
+    if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
+        # --gpus=N over several nodes may give them unequal shares.
+        [ "${SLURM_GPUS:-0}" -eq 0 ] || [ "$SLURM_GPUS" -eq $((SLURM_GPUS_ON_NODE * SLURM_JOB_NUM_NODES)) ] ||
+            refuse "$SLURM_GPUS GPUs are unequal shares of $SLURM_JOB_NUM_NODES nodes; use --gpus-per-node"
+        echo "$SLURM_GPUS_ON_NODE"
+    elif [ -n "${SLURM_NTASKS_PER_NODE:-}" ]; then
+        echo "$SLURM_NTASKS_PER_NODE"
+    else
+        local tasks=${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}
+        [ $((tasks % SLURM_JOB_NUM_NODES)) -eq 0 ] ||
+            refuse "$tasks tasks are unequal shares of $SLURM_JOB_NUM_NODES nodes; use --ntasks-per-node"
+        echo $((tasks / SLURM_JOB_NUM_NODES))
+    fi
+}
+
+[ -n "${SLURM_JOB_ID:-}" ] || refuse "this is a batch script; start it with: sbatch slurm/train.sh ..."
+MEGALM_HOME=${MEGALM_HOME:-$(find_home)}
+[ -f "$MEGALM_HOME/launch/pretrain.py" ] ||
+    refuse "no megalm checkout at $MEGALM_HOME; say where it is: sbatch --export=ALL,MEGALM_HOME=/path ..."
+export MEGALM_HOME
+set +eu # module systems trip over both
+# shellcheck source=/dev/null
+source "$MEGALM_HOME/slurm/env.sh"
+set -eu
+
+LOCAL_WORLD_SIZE=$(ranks_per_node)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Below the ports that systems give away by themselves, and another one for the job beside this one.
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+export LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+
+devices="the CPU (the job has no GPUs; --gpus-per-node asks for them)"
+[ -z "${SLURM_GPUS_ON_NODE:-}" ] || devices="$SLURM_GPUS_ON_NODE GPUs each"
+echo "megalm: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: $SLURM_JOB_NUM_NODES nodes, $LOCAL_WORLD_SIZE ranks each, $devices"
+
+# No binding by Slurm: each rank takes its GPU by LOCAL_RANK and its share of the cores that the node's ranks all see.
+binding=(--cpu-bind=none)
+[ -z "${SLURM_GPUS_ON_NODE:-}" ] || binding+=(--gpu-bind=none)
+
+# The job's exit code is srun's, and srun's the highest of its ranks'.
+exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * LOCAL_WORLD_SIZE)) \
+    --ntasks-per-node="$LOCAL_WORLD_SIZE" --distribution=block --overcommit "${binding[@]}" --kill-on-bad-exit=1 \
+    bash "$MEGALM_HOME/slurm/rank.sh" "$@"
