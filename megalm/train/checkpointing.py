@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.layout import BEST, find_checkpoint
-from megalm.checkpoint.load import CheckpointReader
+from megalm.checkpoint.layout import BEST, MANIFEST, find_checkpoint
+from megalm.checkpoint.load import CheckpointReader, read_manifest
 from megalm.checkpoint.save import save_checkpoint, write_durably
 from megalm.config.resolve import ResolvedRun
 from megalm.engine.protocol import Comm, Engine
 from megalm.errors import CheckpointError, OtherRankFailed
 from megalm.model.shape import ModelShape
+from megalm.train.evaluate import Evaluation
 from megalm.train.loop import Position
 from megalm.train.run_folder import RunFolder
 
@@ -57,6 +59,12 @@ class RunCheckpoints:
         """Name the checkpoint with the lowest validation loss in `checkpoints/best`."""
         if self._comm.is_main:
             write_durably(path.parent / BEST, path.name + "\n")
+
+    def note_evaluation(self, path: Path, evaluation: Evaluation) -> None:
+        """Add the validation loss to a checkpoint that was written before it was known."""
+        if self._comm.is_main:
+            manifest = {**read_manifest(path), "validation_loss": evaluation.loss}
+            write_durably(path / MANIFEST, json.dumps(manifest, indent=1))
 
     def rehearse(self, engine: Engine) -> None:
         """Write a checkpoint beside the real ones and remove it."""

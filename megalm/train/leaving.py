@@ -27,6 +27,7 @@ _STOP_GRACE_SECONDS = 25.0
 # How often a rank looks whether another has failed, and how long it may take to find out and leave by itself.
 _CLAIM_POLL_SECONDS = 2.0
 _FAILURE_GRACE_SECONDS = 5.0
+_NO_HURRY_SECONDS = 24 * 3600.0
 # A second Ctrl-C sooner than this is the launcher passing on the first one.
 _SECOND_INTERRUPT_SECONDS = 1.0
 
@@ -137,6 +138,11 @@ class StopRequest:
         """All ranks know: what follows, a checkpoint of any size, may take its time."""
         if self._watchdog is not None:
             self._watchdog.cancel()
+
+    def last_step_done(self) -> None:
+        """What is left ends by itself: no signal starts the watchdog any more; a second Ctrl-C still leaves."""
+        self._grace_seconds = _NO_HURRY_SECONDS
+        self.reached_boundary()
 
     def _handle(self, number: int, frame: object) -> None:
         if self.signal is None:

@@ -40,6 +40,7 @@ class Checkpoints(Protocol):
 
     def save(self, engine: Engine, position: Position) -> Path: ...
     def mark_best(self, path: Path) -> None: ...
+    def note_evaluation(self, path: Path, evaluation: Evaluation) -> None: ...
     def rehearse(self, engine: Engine) -> None: ...
 
 
@@ -73,6 +74,7 @@ class TrainingLoop:
     parts: Parts
     position: Position
     _saved_step: int = field(default=0, init=False)
+    _saved_path: Path | None = field(default=None, init=False)
 
     def run(self) -> int:
         """Train to the last step, or to a stop request; the exit code."""
@@ -203,7 +205,7 @@ class TrainingLoop:
         start = time.perf_counter()
         path = self.parts.checkpoints.save(self.parts.engine, self.position)
         seconds = time.perf_counter() - start
-        self._saved_step = self.position.step
+        self._saved_step, self._saved_path = self.position.step, path
         self.event("checkpoint", path=path.name, seconds=seconds)
         self.parts.reporter.say(f"step {self.position.step}: checkpoint {path} ({seconds:.1f} s)")
         return path
@@ -224,9 +226,12 @@ class TrainingLoop:
 
     def _finish(self, seconds: float) -> None:
         parts = self.parts
+        parts.stop.last_step_done()
+        path = self._saved_path if self._saved_step == self.position.step else None
+        path = path or self._save()  # before anything that may take long or be interrupted
         self._evaluate(whole=True)
-        if self._saved_step != self.position.step or self.position.evaluation is not None:
-            self._save()
+        if self.position.evaluation is not None:
+            parts.checkpoints.note_evaluation(path, self.position.evaluation)
         parts.sampler.write(parts.engine, self.position.step, show=True)
         self.event("end", status="finished", exit_code=EXIT_DONE, seconds=seconds)
         parts.reporter.say(f"trained to step {self.position.step} in {duration(seconds)}")
