@@ -323,10 +323,13 @@ def _read_header(raw: npt.NDArray[np.uint8], path: Path) -> tuple[int, int, np.d
     start = raw[: HEADER.size].tobytes()
     if start.startswith(LEGACY_MAGIC):
         raise DataError(f"{path}: the legacy TNTIDX format; convert it with the tool that wrote it, or build it again")
-    if not start.startswith(MAGIC):
+    if not start.startswith(MAGIC[: len(start)]):
         raise DataError(f"{path}: not an index of tokens (it starts with {start[:9]!r}); check the dataset prefix")
     if len(start) < HEADER.size:
-        raise DataError(f"{path}: {HEADER.size} bytes of header expected, {len(start)} found; copy or build it again")
+        raise DataError(
+            f"{path}: {HEADER.size} bytes expected for its header, {len(start)} found; "
+            "the file is cut short, copy or build it again"
+        )
     _, version, code, count, documents = HEADER.unpack(start)
     if version != VERSION:
         raise DataError(f"{path}: version {version}, this reads version {VERSION}; build it again")

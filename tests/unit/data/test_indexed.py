@@ -78,8 +78,8 @@ def test_reads_documents_of_several_sequences(tmp_path: Path) -> None:
         (".bin", b"", "10 bytes expected"),
         (".bin", GOLDEN_BIN + b"\0\0", "12 found"),
         (".idx", GOLDEN_IDX[:-1], "82 bytes expected for 2 sequences, 81 found"),
-        (".idx", GOLDEN_IDX[:20], "34 bytes of header expected, 20 found"),
-        (".idx", b"", "not an index"),
+        (".idx", GOLDEN_IDX[:20], "34 bytes expected for its header, 20 found"),
+        (".idx", b"", "34 bytes expected for its header, 0 found"),
         (".idx", b"TNTIDX\0\0" + GOLDEN_IDX[8:], "legacy TNTIDX"),
         (".idx", b"PK" + GOLDEN_IDX[2:], "not an index"),
         (".idx", GOLDEN_IDX[:9] + b"\x02" + GOLDEN_IDX[10:], "version 2"),
@@ -93,6 +93,20 @@ def test_refuses_damage_at_opening(golden: Path, suffix: str, content: bytes, sa
         IndexedDataset(golden)
     assert f"golden{suffix}" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", range(len(GOLDEN_IDX)))
+def test_refuses_an_index_cut_anywhere(golden: Path, size: int) -> None:
+    golden.with_suffix(".idx").write_bytes(GOLDEN_IDX[:size])
+    with pytest.raises(DataError, match=rf"golden\.idx: \d+ bytes expected for .*, {size} found"):
+        IndexedDataset(golden)
+
+
+@pytest.mark.parametrize("size", range(len(GOLDEN_BIN)))
+def test_refuses_tokens_cut_anywhere(golden: Path, size: int) -> None:
+    golden.with_suffix(".bin").write_bytes(GOLDEN_BIN[:size])
+    with pytest.raises(DataError, match=rf"golden\.bin: 10 bytes expected by golden\.idx, {size} found"):
+        IndexedDataset(golden)
 
 
 def test_refuses_absent_files(golden: Path) -> None:

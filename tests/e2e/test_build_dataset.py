@@ -1,0 +1,167 @@
+"""The command that builds datasets, killed, starved and fed by a pipe, as it happens to people."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megalm.data.indexed import IndexedDataset
+from megalm.data.inspection import verify
+from megalm.data.stdlib import stdlib_documents
+from megalm.data.tokenizer import train_tokenizer
+from megalm.errors import DataError
+
+pytestmark = pytest.mark.e2e
+TOOLS = Path(__file__).resolve().parents[2] / "data_tools"
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return [document.text for document in stdlib_documents()][:300]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    path = tmp_path_factory.mktemp("model") / "small.model"
+    train_tokenizer(texts[:5], path, vocab_size=600)
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    """About 40 MB: ten units of work."""
+    path = tmp_path_factory.mktemp("corpus") / "lines.jsonl"
+    with path.open("w") as file:
+        for copy in range(10):
+            file.writelines(json.dumps({"text": f"# {copy}\n{text}"}) + "\n" for text in texts)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, corpus: Path, model: Path) -> Path:
+    """An undisturbed build."""
+    prefix = tmp_path_factory.mktemp("whole") / "out"
+    assert build(corpus, model, prefix).returncode == 0
+    return prefix
+
+
+def command(corpus: Path | str, model: Path, prefix: Path, *more: str) -> list[str]:
+    arguments = ["--input", str(corpus), "--tokenizer", str(model), "--output-prefix", str(prefix), *more]
+    return [sys.executable, str(TOOLS / "build_dataset.py"), *arguments]
+
+
+def build(corpus: Path | str, model: Path, prefix: Path, *more: str, **how: object) -> subprocess.CompletedProcess[str]:
+    arguments = command(corpus, model, prefix, "--workers", "2", *more)
+    return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300, **how)  # type: ignore[call-overload,no-any-return]
+
+
+def contents(prefix: Path) -> list[bytes]:
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".sources")]
+
+
+@pytest.mark.parametrize("parts_before", [0, 1, 4, 8])
+def test_killed_and_started_again(tmp_path: Path, corpus: Path, model: Path, whole: Path, parts_before: int) -> None:
+    """kill -9 of the command alone: its workers must end by themselves, and the next start goes on."""
+    prefix = tmp_path / "out"
+    process = subprocess.Popen(command(corpus, model, prefix, "--workers", "2"), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("out.building/*.json"))) < parts_before + 1:
+        assert process.poll() is None, "the build was over before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out.json").exists()
+    with pytest.raises(DataError):
+        IndexedDataset(prefix)
+    again = build(corpus, model, prefix)
+    assert again.returncode == 0, again.stderr
+    assert ("went on from" in again.stdout) == (parts_before > 0)
+    assert contents(prefix) == contents(whole)
+    verify(prefix)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json", "out.sources"]
+
+
+def test_a_finished_build_takes_no_time(corpus: Path, model: Path, whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.parent.iterdir()}
+    shortest = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        again = build(corpus, model, whole)
+        shortest = min(shortest, time.perf_counter() - start)
+        assert "is built already of just this; nothing to do" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in whole.parent.iterdir()} == before
+    assert shortest < 1.0
+
+
+def test_standard_input(tmp_path: Path, corpus: Path, model: Path, whole: Path) -> None:
+    with corpus.open("rb") as piped:
+        built = build("-", model, tmp_path / "out", stdin=piped)
+    assert built.returncode == 0, built.stderr
+    assert contents(tmp_path / "out") == contents(whole)
+    packed = tmp_path / "lines.jsonl.gz"
+    with packed.open("wb") as file:
+        subprocess.run(["gzip", "-1", "-c", str(corpus)], stdout=file, check=True)
+    assert build(packed, model, tmp_path / "packed").returncode == 0
+    assert contents(tmp_path / "packed") == contents(whole)
+
+
+def test_a_file_that_may_not_grow_on(tmp_path: Path, corpus: Path, model: Path, whole: Path) -> None:
+    """What a full disk does, by a limit of the system: a line that says where, and nothing under the final name."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
+
+    failed = build(corpus, model, tmp_path / "out", preexec_fn=limit)
+    assert failed.returncode == 2
+    assert failed.stderr.count("\n") == 1
+    assert "cannot be written (File too large); check the folder, its rights and space" in failed.stderr
+    assert not [path.name for path in tmp_path.iterdir() if path.suffix in (".bin", ".idx", ".json", ".tmp")]
+    assert build(corpus, model, tmp_path / "out").returncode == 0
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_full_disk(tmp_path: Path, corpus: Path, model: Path, require: Callable[..., None]) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    enter = ["unshare", "--user", "--map-root-user", "--mount"]
+    probe = [*enter, "mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]
+    able = shutil.which("unshare") and subprocess.run(probe, check=False, capture_output=True).returncode == 0
+    require("namespaces", able, "no user namespaces with tmpfs here")
+    inside = " ".join(command(corpus, model, disk / "out", "--workers", "2"))
+    script = f"mount -t tmpfs -o size=8m none {disk}; {inside}; code=$?; ls -A {disk}; exit $code"
+    failed = subprocess.run([*enter, "bash", "-c", script], capture_output=True, text=True, check=False, timeout=300)
+    assert failed.returncode == 2
+    assert "cannot be written (No space left on device)" in failed.stderr
+    assert set(failed.stdout.split()) <= {"out.building"}
+
+
+def test_memory_is_bounded(tmp_path: Path, texts: list[str], model: Path) -> None:
+    """150 MB of text in one packed line file: far more than any process may hold."""
+    corpus = tmp_path / "large.jsonl"
+    with corpus.open("w") as file:
+        for copy in range(40):
+            file.writelines(json.dumps({"text": f"# {copy}\n{text}"}) + "\n" for text in texts)
+    measured = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    arguments = command(corpus, model, tmp_path / "out", "--workers", "2")
+    done = subprocess.run(
+        [sys.executable, "-c", measured, *arguments], capture_output=True, text=True, check=True, timeout=300
+    )
+    largest_kilobytes = int(done.stdout.splitlines()[-1])
+    # Three processes together, each at most so large.
+    assert 3 * largest_kilobytes < 1_000_000, largest_kilobytes
+    assert os.path.getsize(f"{tmp_path / 'out'}.bin") > 50_000_000
