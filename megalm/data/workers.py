@@ -5,12 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megalm.data.parts import Part, PartSummary, PartWriter
 from megalm.data.plan import BuildOptions
@@ -18,6 +21,9 @@ from megalm.data.reader import Span
 from megalm.data.records import Block
 from megalm.data.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import DataError
+
+
+KEPT_MEMORY_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,9 @@ def do_units(
     )
     running: dict[Future[PartSummary], Unit] = {}
     try:
+        with _lean_start():
+            for _ in range(workers):
+                pool.submit(os.getpid)
         for unit in units:
             running[pool.submit(_do_in_worker, unit)] = Unit(unit.name, unit.spans, unit.weight)
             if len(running) >= 2 * workers:  # reading must not run ahead of encoding until memory is full
@@ -66,6 +75,24 @@ def do_units(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _lean_start() -> Iterator[None]:
+    """Processes that start now do not import the program's own file, of which they need nothing, and keep memory."""
+    names: dict[str, Any] = vars(sys.modules["__main__"])
+    before, environment = dict(names), dict(os.environ)
+    names["__spec__"] = None
+    names.pop("__file__", None)
+    # glibc gives every large block back at once, only to ask for it again: a tenth of a worker's time.
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        os.environ.setdefault(name, str(KEPT_MEMORY_BYTES))
+    try:
+        yield
+    finally:
+        names.update({name: before[name] for name in ("__file__", "__spec__") if name in before})
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
 
 
 def _finished(running: dict[Future[PartSummary], Unit]) -> Iterator[tuple[Unit, PartSummary]]:
