@@ -22,7 +22,6 @@ from megalm.data.records import Block
 from megalm.data.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import DataError
 
-
 KEPT_MEMORY_BYTES = 64 << 20
 
 
