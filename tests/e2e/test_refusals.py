@@ -30,7 +30,7 @@ class Case:
 
 CASES = {
     "unknown key": Case(("train.stepps=5",), ("unknown key train.stepps", "train.steps")),
-    "unknown section": Case(("modell.hidden_size=5",), ("modell.hidden_size", "model.hidden_size")),
+    "unknown section": Case(("models.hidden_size=5",), ("models.hidden_size", "model.hidden_size")),
     "no number": Case(("train.steps=many",), ('train.steps="many"',)),
     "no key=value": Case(("train.steps",), ("'train.steps' is not key=value",)),
     "unknown preset": Case(("--config", "quickstrat"), ("quickstrat", "quickstart")),
