@@ -76,7 +76,7 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
         ),
         (
             ["schedule.final_learning_rate=1"],
-            "=1 (command line) is above schedule.peak_learning_rate=0.001 (preset quickstart)",
+            "=1 (command line) is above schedule.peak_learning_rate=0.003 (preset quickstart)",
         ),
         (["parallel.tensor=2"], "parallel.tensor=2 is not available in this version"),
         (["parallel.sequence=true"], "parallel.sequence=true is not available in this version"),

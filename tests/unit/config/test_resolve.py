@@ -138,9 +138,9 @@ def test_the_jsons_learning_rate_wins_over_a_presets_and_says_so(start: Start) -
     assert run.schedule.peak_learning_rate == 3e-4
     assert run.schedule.final_learning_rate == pytest.approx(3e-5)
     assert any(
-        "is optimizer.params.lr of" in notice and "0.001 (preset quickstart)" in notice for notice in run.notices
+        "is optimizer.params.lr of" in notice and "0.003 (preset quickstart)" in notice for notice in run.notices
     )
-    assert start().schedule.peak_learning_rate == 1e-3
+    assert start().schedule.peak_learning_rate == 3e-3
 
 
 def test_the_optimizer(start: Start) -> None:
@@ -157,7 +157,7 @@ def test_the_optimizer(start: Start) -> None:
 def test_the_schedule(start: Start) -> None:
     cosine = start("schedule.final_learning_rate=0", "train.steps=100").schedule
     assert (cosine.final_learning_rate, cosine.warmup_steps, cosine.decay_steps, cosine.steps) == (0.0, 40, 20, 100)
-    assert start("schedule.kind=constant").schedule.final_learning_rate == 1e-3
+    assert start("schedule.kind=constant").schedule.final_learning_rate == 3e-3
     assert start("schedule.kind=wsd", "schedule.decay_steps=7").schedule.decay_steps == 7
 
 
