@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ def sync_directory(directory: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path`, on the same file system so that a rename is atomic, and of this process alone."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A name beside `path`, on the same file system so that a rename is atomic, and of this process on this node."""
+    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
 
 
 def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:

@@ -14,7 +14,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from megalm.data.samples import IGNORE, Samples, TrainingSamples, ValidationSamples
+from megalm.data.samples import IGNORE, Samples, ValidationSamples
 from megalm.errors import ConfigError
 
 PREFETCHED_BATCHES = 2
@@ -84,7 +84,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        samples: TrainingSamples,
+        samples: Samples,
         global_batch_size: int,
         micro_batch_size: int,
         data_rank: int,

@@ -9,29 +9,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import pairwise
-from typing import Literal, NamedTuple, Protocol
+from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from megalm.data import megatron_order
+from megalm.data.array_cache import ArrayCache
 from megalm.data.document_table import DocumentTable
 from megalm.data.indexed import IndexedDataset
+from megalm.data.streams import Int64s, MegatronStream, Place, PrefixStableStream, Range
 from megalm.errors import ConfigError, DataError
 
 IGNORE = -100  # a label that is no target
 Order = Literal["prefix_stable", "megatron"]
-Range = tuple[int, int]
-Int64s = npt.NDArray[np.int64]
-
-
-class Place(NamedTuple):
-    """Where the tokens of a sample lie, [L + 1] each."""
-
-    positions: Int64s  # in the dataset's tokens
-    instances: Int64s  # counts documents along the stream: changes where another one starts
 
 
 class Samples(Protocol):
@@ -77,9 +69,14 @@ class TrainingSamples:
 
     megatron: the order that Megatron-LM gives for `requested_samples`; it changes with that number.
 
+    Args:
+        stride: tokens from the start of one sample to that of the next; default L. Less makes samples overlap, and
+            every token is then seen L / stride times an epoch (see `stride_warning`).
+        cache: a folder for the shuffled orders, which large datasets take seconds to make.
+
     Raises:
         DataError: a range without tokens enough for one sample.
-        ConfigError: megatron without `requested_samples`.
+        ConfigError: megatron without `requested_samples`, or with a stride.
     """
 
     def __init__(
@@ -91,7 +88,10 @@ class TrainingSamples:
         order: Order = "prefix_stable",
         requested_samples: int | None = None,
         document_mask: bool = False,
+        stride: int | None = None,
+        cache: Path | None = None,
     ) -> None:
+        self.stride = sequence_length if stride is None else stride
         self.dataset, self.document_range, self.sequence_length = dataset, document_range, sequence_length
         self.document_mask = document_mask
         self.tokens_per_epoch = _count_tokens(dataset, document_range)
@@ -100,25 +100,37 @@ class TrainingSamples:
                 f"{dataset.prefix}: documents {document_range[0]} to {document_range[1]} hold "
                 f"{self.tokens_per_epoch} tokens, a sample needs two; give more text or another data.split"
             )
-        self._stream: _PrefixStableStream | _MegatronStream
+        if not 0 < self.stride <= sequence_length or (order == "megatron" and self.stride != sequence_length):
+            raise ConfigError(
+                f"data.stride={stride}: state 1 to data.sequence_length={sequence_length}, and that itself for "
+                "data.order=megatron"
+            )
+        self._stream: PrefixStableStream | MegatronStream
         if order == "megatron":
             if requested_samples is None:
                 raise ConfigError("data.order=megatron: its order depends on the number of samples; state it")
-            self._stream = _MegatronStream(
+            self._stream = MegatronStream(
                 dataset, document_range, sequence_length, seed, requested_samples, self.tokens_per_epoch
             )
         else:
-            self._stream = _PrefixStableStream(dataset, document_range, sequence_length, seed, self.tokens_per_epoch)
+            self._stream = PrefixStableStream(
+                dataset, document_range, sequence_length, self.stride, seed, self.tokens_per_epoch, ArrayCache(cache)
+            )
         requested = requested_samples if order == "megatron" else None
-        self.fingerprint = _hash(dataset.fingerprint, document_range, sequence_length, seed, order, requested, "v1")
+        facts = [dataset.fingerprint, document_range, sequence_length, seed, order, requested]
+        self.fingerprint = _hash(*facts, *([] if stride in (None, sequence_length) else [stride]), "v1")
 
     @property
     def samples_per_epoch(self) -> float:
-        return self.tokens_per_epoch / self.sequence_length
+        return self.tokens_per_epoch / self.stride
 
     def epoch_of(self, index: int) -> int:
         """How many whole epochs the samples before `index` have used up."""
-        return index * self.sequence_length // self.tokens_per_epoch
+        return index * self.stride // self.tokens_per_epoch
+
+    def place(self, index: int) -> Place:
+        """Where the tokens of a sample lie."""
+        return self._stream.place(index)
 
     def sample(self, index: int) -> tuple[Int64s, Int64s]:
         place = self._stream.place(index)
@@ -206,77 +218,6 @@ class ValidationSamples:
         first = int(self._windows[index]) * self.sequence_length
         count = min(self.sequence_length + 1, self._table.token_count - first)
         return Place(*self._table.locate(first, count))
-
-
-class _PrefixStableStream:
-    def __init__(
-        self, dataset: IndexedDataset, document_range: Range, sequence_length: int, seed: int, tokens_per_epoch: int
-    ) -> None:
-        self._dataset, self._range = dataset, document_range
-        self._length, self._seed, self._epoch_tokens = sequence_length, seed, tokens_per_epoch
-        # A sample reads over the end of its epoch, and a resume starts in the middle of one: three is enough.
-        self._documents_of = lru_cache(maxsize=3)(self._shuffled_documents)
-        self._shuffle_of = lru_cache(maxsize=3)(self._shuffled_samples)
-
-    def place(self, index: int) -> Place:
-        if index < 0:
-            raise IndexError(f"sample {index}")
-        epoch = index * self._length // self._epoch_tokens
-        first = self._first_sample(epoch)
-        position = (first + int(self._shuffle_of(epoch)[index - first])) * self._length
-        positions, instances = [], []
-        wanted = self._length + 1
-        while wanted:  # once, or more often where the sample reads on into the next epochs
-            epoch, offset = divmod(position, self._epoch_tokens)
-            count = min(wanted, self._epoch_tokens - offset)
-            where, document = self._documents_of(epoch).locate(offset, count)
-            positions.append(where)
-            instances.append(document + epoch * (self._range[1] - self._range[0]))
-            position, wanted = position + count, wanted - count
-        return Place(np.concatenate(positions), np.concatenate(instances))
-
-    def _first_sample(self, epoch: int) -> int:
-        """The first sample that starts in `epoch` or later."""
-        return -(-epoch * self._epoch_tokens // self._length)
-
-    def _shuffled_documents(self, epoch: int) -> DocumentTable:
-        order = _random_state(self._seed, epoch, 0).permutation(self._range[1] - self._range[0])
-        return DocumentTable(self._dataset, order + self._range[0])
-
-    def _shuffled_samples(self, epoch: int) -> npt.NDArray[np.integer]:
-        count = self._first_sample(epoch + 1) - self._first_sample(epoch)
-        order = _random_state(self._seed, epoch, 1).permutation(count)
-        return order.astype(np.int32) if count < 2**31 else order
-
-
-class _MegatronStream:
-    def __init__(
-        self,
-        dataset: IndexedDataset,
-        document_range: Range,
-        sequence_length: int,
-        seed: int,
-        requested_samples: int,
-        tokens_per_epoch: int,
-    ) -> None:
-        documents, self._shuffle = megatron_order.build(
-            np.arange(*document_range, dtype=np.int32), tokens_per_epoch, sequence_length, requested_samples, seed
-        )
-        self._table = DocumentTable(dataset, documents)
-        self._length = sequence_length
-
-    def place(self, index: int) -> Place:
-        if not 0 <= index < len(self._shuffle):
-            raise DataError(
-                f"data.order=megatron: sample {index} of {len(self._shuffle)}; this order is made for a stated "
-                "number of samples, ask for more or use data.order=prefix_stable"
-            )
-        return Place(*self._table.locate(int(self._shuffle[index]) * self._length, self._length + 1))
-
-
-def _random_state(seed: int, epoch: int, purpose: int) -> np.random.RandomState:
-    words = [seed & 0xFFFFFFFF, seed >> 32, epoch, purpose]
-    return np.random.RandomState(np.array(words, dtype=np.uint32))
 
 
 def _count_tokens(dataset: IndexedDataset, document_range: Range) -> int:

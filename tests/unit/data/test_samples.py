@@ -6,16 +6,19 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megalm.data import megatron_order
+from megalm.data import megatron_order, streams
 from megalm.data.document_table import DocumentTable
 from megalm.data.indexed import IndexedDataset
 from megalm.data.samples import IGNORE, TrainingSamples, ValidationSamples, split_documents
+from megalm.data.streams import stride_warning, whole_windows
 from megalm.errors import ConfigError, DataError
 
 MakeDataset = Callable[[Sequence[int]], IndexedDataset]
@@ -140,6 +143,63 @@ def test_the_order_is_this_one(make_dataset: MakeDataset) -> None:
         [10, 11, 12, 13],
         [3, 4, 5, 6],
     ]
+
+
+def test_stride_gives_overlapping_windows(make_dataset: MakeDataset) -> None:
+    lengths = [13, 7, 20]
+    training = TrainingSamples(make_dataset(lengths), (0, 3), 8, seed=3, stride=2)
+    assert training.samples_per_epoch == 20
+    seen = Counter(int(token) for index in range(20) for token in training.sample(index)[0])
+    # Windows run on into the next epoch, so that the first tokens of this one are seen a few times less.
+    assert sum(seen.values()) == 20 * 8
+    assert max(seen.values()) <= 2 * 8 // 2
+    starts = sorted(int(training.place(index).positions[0]) for index in range(20))
+    assert len(set(starts)) == 20
+    whole = TrainingSamples(make_dataset(lengths), (0, 3), 8, seed=3)
+    same = TrainingSamples(make_dataset(lengths), (0, 3), 8, seed=3, stride=8)
+    assert same.fingerprint == whole.fingerprint != training.fingerprint
+    for stride, order in ((0, "prefix_stable"), (9, "prefix_stable"), (4, "megatron")):
+        with pytest.raises(ConfigError, match=f"data.stride={stride}"):
+            TrainingSamples(make_dataset(lengths), (0, 3), 8, 3, order, 10, stride=stride)  # type: ignore[arg-type]
+
+
+def test_how_often_tokens_are_seen() -> None:
+    assert [whole_windows(991_386, 1024, stride) for stride in (1, 1024)] == [990_362, 968]
+    assert whole_windows(5, 5, 1) == 0
+    assert stride_warning(991_386, 1024, 1024, 10) is None
+    warning = stride_warning(991_386, 1024, 1, 990_362)
+    assert warning is not None
+    assert "seen 1,024.0 times an epoch (990,362 samples, 968 if they did not overlap)" in warning
+    assert "about 1,022.9 times in this run" in warning
+
+
+def test_cached_orders_are_the_same_and_mend_themselves(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    dataset = make_dataset([10] * 100)
+    plain = TrainingSamples(dataset, (3, 90), 7, seed=5)
+    expected = [plain.sample(index)[0].tolist() for index in range(0, 300, 11)]
+
+    def cached() -> list[list[int]]:
+        samples = TrainingSamples(dataset, (3, 90), 7, seed=5, cache=tmp_path / "orders")
+        return [samples.sample(index)[0].tolist() for index in range(0, 300, 11)]
+
+    assert cached() == expected
+    files = sorted((tmp_path / "orders").rglob("*.npy"))
+    assert files
+    times = [file.stat().st_mtime_ns for file in files]
+    assert cached() == expected
+    assert [file.stat().st_mtime_ns for file in files] == times
+    for file in files:
+        file.write_bytes(file.read_bytes()[:50])
+    assert cached() == expected
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: cached(), range(8))) == [expected] * 8
+
+
+def test_permutations_are_numpy_s_own() -> None:
+    """Half the memory, the same numbers: a change breaks every run that is resumed."""
+    for count in (1, 2, 1000):
+        ours = streams._permutation(np.random.RandomState(3), count)
+        assert ours.tolist() == np.random.RandomState(3).permutation(count).tolist()
 
 
 def test_epochs_and_seeds_differ(make_dataset: MakeDataset) -> None:

@@ -1,0 +1,93 @@
+"""Mixtures: the weights are kept at every moment, nothing is read twice early, stages go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalm.data import blend as blend_module
+from megalm.data.blend import BlendedSamples, Stage, mix
+from megalm.data.indexed import IndexedDataset
+from megalm.data.loader import BatchLoader
+from megalm.data.samples import TrainingSamples
+from megalm.errors import ConfigError
+
+MakeDataset = Callable[[Sequence[int]], IndexedDataset]
+
+
+@pytest.fixture
+def parts(make_dataset: MakeDataset) -> list[TrainingSamples]:
+    lengths = [[30, 50, 20], [41, 59], [77]]
+    return [TrainingSamples(make_dataset(row), (0, len(row)), 10, seed=7) for row in lengths]
+
+
+def test_the_furthest_behind_is_next() -> None:
+    """By hand, for weights 1/2, 1/3, 1/6: w * max(k, 1) - count, the first one on ties."""
+    counts = np.zeros(3, dtype=np.int64)
+    assert mix(np.array([3, 2, 1]) / 6, 0, counts, 12).tolist() == [0, 1, 2, 0, 1, 0, 0, 1, 2, 0, 1, 0]
+    assert counts.tolist() == [6, 4, 2]
+
+
+@given(weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=5), cut=st.integers(0, 200))
+@settings(max_examples=40, deadline=None)
+def test_shares_are_kept_and_a_mixture_goes_on(weights: list[float], cut: int) -> None:
+    shares = np.array(weights) / sum(weights)
+    counts, again = (np.zeros(len(weights), dtype=np.int64) for _ in range(2))
+    whole = mix(shares, 0, counts, 400)
+    parts = [mix(shares, 0, again, cut), mix(shares, cut, again, 400 - cut)]
+    assert np.concatenate(parts).tolist() == whole.tolist()
+    for end in (1, 17, 400):
+        have = np.bincount(whole[:end], minlength=len(weights))
+        assert np.abs(have - shares * end).max() <= len(weights)
+
+
+def test_samples_are_the_parts_own_in_their_order(
+    parts: list[TrainingSamples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blend_module, "BLOCK_SAMPLES", 8)
+    stages = [Stage(0, (2, 1, 1)), Stage(21, (0, 1, 3))]
+    blended = BlendedSamples(parts, stages)
+    seen: list[list[int]] = [[], [], []]
+    for index in range(60):
+        dataset, number = blended.locate(index)
+        seen[dataset].append(number)
+        assert blended.sample(index)[0].tolist() == parts[dataset].sample(number)[0].tolist()
+    assert [row == list(range(len(row))) for row in seen] == [True] * 3  # also over the change of the weights
+    assert not [index for index in range(21, 60) if blended.locate(index)[0] == 0]
+    fresh = BlendedSamples(parts, stages)  # as after a resume
+    assert fresh.locate(57) == blended.locate(57)
+    consumed = fresh.consumed(60)
+    assert [entry.samples for entry in consumed] == [len(row) for row in seen]
+    assert consumed[0].epochs == pytest.approx(len(seen[0]) * 10 / 100)
+
+
+def test_later_stages_change_nothing_before_them(parts: list[TrainingSamples]) -> None:
+    one = BlendedSamples(parts, [Stage(0, (1, 1, 1))])
+    two = BlendedSamples(parts, [Stage(0, (1, 1, 1)), Stage(30, (5, 1, 1))])
+    assert [one.locate(index) for index in range(30)] == [two.locate(index) for index in range(30)]
+    assert one.fingerprint != two.fingerprint
+
+
+def test_the_loader_takes_a_blend(parts: list[TrainingSamples]) -> None:
+    blended = BlendedSamples(parts, [Stage(0, (1, 2, 3))])
+    with BatchLoader(blended, 4, 2, 0, 1) as loader:
+        batch = loader.batch(8)
+    rows = np.concatenate([part.tokens for part in batch.micro_batches])
+    assert rows.tolist() == [blended.sample(index)[0].tolist() for index in range(8, 12)]
+
+
+def test_refusals(parts: list[TrainingSamples], make_dataset: MakeDataset) -> None:
+    other = TrainingSamples(make_dataset([50]), (0, 1), 5, seed=7)
+    for made, stages, said in (
+        (parts, [Stage(0, (1, 1))], "not weights of 3 datasets"),
+        (parts, [Stage(0, (1, -1, 1))], "none below 0"),
+        (parts, [Stage(5, (1, 1, 1))], "from sample 0 on"),
+        (parts, [Stage(0, (1, 1, 1)), Stage(0, (1, 1, 1))], "sort them"),
+        ([parts[0], other], [Stage(0, (1, 1))], "different sequence lengths"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            BlendedSamples(made, stages)
