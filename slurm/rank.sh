@@ -4,15 +4,21 @@ set -uo pipefail
 
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 export PYTHONUNBUFFERED=1
+readonly STOPPED_AND_SAVED=75 PATIENCE_SECONDS=15
 
 # A signal for the job reaches this shell too, which has to wait for its rank to save.
-trap : TERM INT USR1 USR2
+signalled=no
+trap 'signalled=yes' TERM INT USR1 USR2
 python "$MEGALM_HOME/launch/pretrain.py" "$@"
 code=$?
 
-# srun ends all ranks as soon as one has left with a code other than 0. Rank 0, which says why and completes the account,
-# comes last: it may need seconds for that, and most of a minute for MLflow where the run was stopped and saved (75).
-if [ "$code" -ne 0 ] && [ "$RANK" -ne 0 ]; then
-    sleep $((code == 75 ? 50 : 15))
+# srun ends all ranks as soon as one has left with a code other than 0, and rank 0 still has to say why and to complete the
+# account of the run. So it speaks for all that stopped with it, and comes first where something failed.
+if [ "$RANK" -ne 0 ]; then
+    [ "$code" -ne "$STOPPED_AND_SAVED" ] || exit 0
+    if [ "$code" -ne 0 ] && [ "$signalled" = no ]; then
+        sleep "$PATIENCE_SECONDS" &
+        wait $! # a signal ends it
+    fi
 fi
 exit "$code"

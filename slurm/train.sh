@@ -13,12 +13,12 @@
 # A job that is started again goes on in its log instead of emptying it.
 #SBATCH --open-mode=append
 #SBATCH --nodes=2
-# Ranks are counted by GPUs. Take one # away and say how many a node has; without this line the job trains on the CPU.
+# Ranks are counted by GPUs. Take one # away and say how many a node has; without GPUs the job trains on the CPU.
 ##SBATCH --gpus-per-node=8
-# Whole nodes, with all their cores and memory. On a cluster that shares nodes, state --cpus-per-task and --mem instead.
-#SBATCH --exclusive
-#SBATCH --mem=0
-# On a CPU node: ranks per node. (GPUs, where there are some, decide instead.)
+# Whole nodes with all their cores and memory: the best, where the site lets you. Else: so many cores for each node.
+##SBATCH --exclusive --mem=0
+##SBATCH --cpus-per-task=32
+# On nodes without GPUs: ranks per node.
 ##SBATCH --ntasks-per-node=4
 # The longest it may take: a shorter job starts sooner. Most sites want an account, many a partition.
 ##SBATCH --time=24:00:00
@@ -51,8 +51,9 @@ ranks_per_node() {
         echo "$SLURM_NTASKS_PER_NODE"
     else
         local tasks=${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}
-        [ $((tasks % SLURM_JOB_NUM_NODES)) -eq 0 ] ||
-            refuse "$tasks tasks are unequal shares of $SLURM_JOB_NUM_NODES nodes; use --ntasks-per-node"
+        # Slurm would give the nodes as many of them as suits it.
+        [ "$SLURM_JOB_NUM_NODES" -eq 1 ] || [ "$tasks" -eq "$SLURM_JOB_NUM_NODES" ] ||
+            refuse "--ntasks=$tasks does not say how many ranks each of $SLURM_JOB_NUM_NODES nodes gets; use --ntasks-per-node"
         echo $((tasks / SLURM_JOB_NUM_NODES))
     fi
 }
@@ -73,15 +74,21 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 
-devices="the CPU (the job has no GPUs; --gpus-per-node asks for them)"
-[ -z "${SLURM_GPUS_ON_NODE:-}" ] || devices="$SLURM_GPUS_ON_NODE GPUs each"
-echo "megalm: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: $SLURM_JOB_NUM_NODES nodes, $LOCAL_WORLD_SIZE ranks each, $devices"
+# shellcheck disable=SC2153 # no misspelling of SLURM_GPUS_ON_NODE
+share="$LOCAL_WORLD_SIZE rank(s), $SLURM_CPUS_ON_NODE core(s)"
+[ -z "${SLURM_GPUS_ON_NODE:-}" ] || share="$SLURM_GPUS_ON_NODE GPU(s), $share"
+echo "megalm: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $SLURM_JOB_NUM_NODES node(s) of $share"
+[ -n "${SLURM_GPUS_ON_NODE:-}" ] || echo "megalm: the job has no GPUs (--gpus-per-node asks for them): it trains on the CPU"
+[ "$SLURM_CPUS_ON_NODE" -ge "$LOCAL_WORLD_SIZE" ] ||
+    echo "megalm: note: more ranks than cores; ask for more with --exclusive or --cpus-per-task"
 
-# No binding by Slurm: each rank takes its GPU by LOCAL_RANK and its share of the cores that the node's ranks all see.
-binding=(--cpu-bind=none)
-[ -z "${SLURM_GPUS_ON_NODE:-}" ] || binding+=(--gpu-bind=none)
+# A rank takes its GPU by LOCAL_RANK, and its share of the cores by LOCAL_WORLD_SIZE: all ranks of a node see all of both.
+unset SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND
+gpus=()
+[ -z "${SLURM_GPUS_ON_NODE:-}" ] || gpus=(--gpus-per-node="$SLURM_GPUS_ON_NODE")
 
 # The job's exit code is srun's, and srun's the highest of its ranks'.
-exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * LOCAL_WORLD_SIZE)) \
-    --ntasks-per-node="$LOCAL_WORLD_SIZE" --distribution=block --overcommit "${binding[@]}" --kill-on-bad-exit=1 \
+exec srun --kill-on-bad-exit=1 --wait=0 --overcommit --cpu-bind=none "${gpus[@]}" --distribution=block \
+    --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * LOCAL_WORLD_SIZE)) \
+    --ntasks-per-node="$LOCAL_WORLD_SIZE" \
     bash "$MEGALM_HOME/slurm/rank.sh" "$@"

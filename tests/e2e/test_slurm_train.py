@@ -1,0 +1,213 @@
+"""`sbatch slurm/train.sh` on a real two-node Slurm: places of the ranks, losses, exit codes, going on after a stop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import SmallData
+from tests.e2e.jobs import DS_CONFIGS, ROOT, finish, losses, pretrain, rows, train_rows, until
+from tests.slurm_cluster import SlurmCluster, can_name_hosts, processes, slurm, slurm_cluster
+
+__all__ = ["slurm"]  # the fixture
+pytestmark = [pytest.mark.e2e, pytest.mark.slurm, pytest.mark.slow]
+
+TRAIN = ROOT / "slurm" / "train.sh"
+COMPARED_STEPS, STEPS = 5, 60
+JOB_SECONDS = 150.0
+# The launch/pretrain.py of a checkout that only tells what it was started with.
+TELL = """
+import json, os, sys
+from pathlib import Path
+names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
+facts = {name: os.environ.get(name) for name in (*names, "SITE_SETTING")}
+host = os.uname().nodename
+text = json.dumps({**facts, "host": host, "arguments": sys.argv[1:], "folder": os.getcwd()})
+Path(f"told-{os.environ['RANK']}.json").write_text(text)
+"""
+
+
+@dataclass(frozen=True)
+class Told:
+    rank: int
+    local_rank: int
+    local_world_size: int
+    world_size: int
+    host: str
+    master: str
+    gpus: str | None
+    setting: str | None
+    arguments: list[str]
+
+
+def telling_checkout(folder: Path, program: str = TELL) -> Path:
+    """A checkout with the real slurm/, settings of its own in env.sh, and another program; its train.sh."""
+    home = folder / "a checkout"
+    (home / "launch").mkdir(parents=True)
+    (home / "launch" / "pretrain.py").write_text(program)
+    shutil.copytree(ROOT / "slurm", home / "slurm")
+    # As many modules do: an unset variable and a command that fails are no reason to stop.
+    settings = f'PATH="{Path(sys.executable).parent}:$PATH"\nfalse\nexport SITE_SETTING="ours$UNSET"\n'
+    (home / "slurm" / "env.sh").write_text(settings)
+    return home / "slurm" / "train.sh"
+
+
+def read_told(folder: Path) -> list[Told]:
+    contents = sorted((json.loads(path.read_text()) for path in folder.glob("told-*.json")), key=lambda it: it["RANK"])
+    assert all(it["folder"] == str(folder) for it in contents)
+    return [
+        Told(
+            rank=int(it["RANK"]),
+            local_rank=int(it["LOCAL_RANK"]),
+            local_world_size=int(it["LOCAL_WORLD_SIZE"]),
+            world_size=int(it["WORLD_SIZE"]),
+            host=it["host"],
+            master=f"{it['MASTER_ADDR']}:{it['MASTER_PORT']}",
+            gpus=it["CUDA_VISIBLE_DEVICES"],
+            setting=it["SITE_SETTING"],
+            arguments=it["arguments"],
+        )
+        for it in contents
+    ]
+
+
+@pytest.fixture
+def told(slurm: SlurmCluster, tmp_path: Path) -> Callable[..., list[Told]]:
+    def submit(*options: str) -> list[Told]:
+        job_id = slurm.sbatch(tmp_path, *options, telling_checkout(tmp_path), "a word", "x=['b c']", "--resume", "auto")
+        job = slurm.wait(job_id, JOB_SECONDS)
+        log = (tmp_path / f"megalm-{job_id}.log").read_text()
+        assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log
+        assert all(it.arguments == ["a word", "x=['b c']", "--resume", "auto"] for it in read_told(tmp_path))
+        return read_told(tmp_path)
+
+    return submit
+
+
+def test_one_rank_a_node_by_default(slurm: SlurmCluster, told: Callable[..., list[Told]]) -> None:
+    ranks = told()
+    assert [(it.rank, it.local_rank, it.local_world_size, it.world_size) for it in ranks] == [
+        (0, 0, 1, 2),
+        (1, 0, 1, 2),
+    ]
+    assert {it.master for it in ranks} == {f"{slurm.nodes[0]}:20001"}
+    assert {it.setting for it in ranks} == {"ours"}
+    if can_name_hosts():
+        assert [it.host for it in ranks] == list(slurm.nodes)
+
+
+@pytest.mark.parametrize("options", [("--ntasks-per-node=3",), ("--nodes=1", "--ntasks=3")])
+def test_ranks_by_tasks(told: Callable[..., list[Told]], options: tuple[str, ...]) -> None:
+    ranks = told(*options)
+    places = [(it.rank, it.local_rank, it.local_world_size, it.world_size) for it in ranks]
+    assert places == [(rank, rank % 3, 3, len(ranks)) for rank in range(6 if len(options) == 1 else 3)]
+
+
+@pytest.mark.parametrize("option", ["--gpus-per-node=2", "--gres=gpu:2", "--gpus=4", "--exclusive"])
+def test_one_rank_a_gpu_each_seeing_all_of_its_node(
+    slurm: SlurmCluster, told: Callable[..., list[Told]], option: str
+) -> None:
+    if not slurm.has_gpus:
+        pytest.skip("no device files to stand for GPUs")
+    ranks = told(option)
+    places = [(it.rank, it.local_rank, it.local_world_size, it.world_size) for it in ranks]
+    assert places == [(0, 0, 2, 4), (1, 1, 2, 4), (2, 0, 2, 4), (3, 1, 2, 4)]
+    assert [it.gpus for it in ranks] == ["0,1"] * 4
+
+
+def test_shares_of_unknown_size_are_refused(slurm: SlurmCluster, tmp_path: Path) -> None:
+    job_id = slurm.sbatch(tmp_path, "--ntasks=6", telling_checkout(tmp_path))
+    assert slurm.wait(job_id, JOB_SECONDS)["ExitCode"] == "2:0"
+    log = (tmp_path / f"megalm-{job_id}.log").read_text()
+    assert log.startswith("megalm: slurm: --ntasks=6 does not say how many ranks")
+    assert log.endswith("use --ntasks-per-node\n")
+
+
+@pytest.mark.parametrize("code", [1, 2, 75])
+def test_rank_0_has_the_last_word(slurm: SlurmCluster, tmp_path: Path, code: int) -> None:
+    """srun ends the others as soon as one rank leaves; the one that was slow to say why is not cut off."""
+    slow = "import os, time\nif os.environ['RANK'] == '0':\n    time.sleep(2)\n    print('why')\n"
+    program = f"{slow}raise SystemExit({code})\n"
+    job_id = slurm.sbatch(tmp_path, telling_checkout(tmp_path, program))
+    assert slurm.wait(job_id, JOB_SECONDS)["ExitCode"] == f"{code}:0"
+    assert "why" in (tmp_path / f"megalm-{job_id}.log").read_text().splitlines()
+
+
+def test_one_failed_rank_ends_the_job(slurm: SlurmCluster, tmp_path: Path) -> None:
+    program = "import os, time\ntime.sleep(600 if os.environ['RANK'] != '0' else 0)\nos._exit(7)\n"
+    job_id = slurm.sbatch(tmp_path, telling_checkout(tmp_path, program))
+    assert slurm.wait(job_id, 12)["JobState"] == "FAILED"
+
+
+def test_refused_configuration(slurm: SlurmCluster, small_data: SmallData, tmp_path: Path) -> None:
+    words = ("--deepspeed_config", DS_CONFIGS / "fp32.json", *small_data.words, "train.stepz=3")
+    job_id = slurm.sbatch(tmp_path, TRAIN, *words)
+    job = slurm.wait(job_id, JOB_SECONDS)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
+    log = (tmp_path / f"megalm-{job_id}.log").read_text()
+    (said,) = (line for line in log.splitlines() if line.startswith("megalm: configuration: "))
+    assert "train.stepz" in said
+    assert "train.steps" in said
+    assert "Traceback" not in log
+    assert not (tmp_path / "runs").exists()
+
+
+def test_trains_stops_and_goes_on(slurm: SlurmCluster, small_data: SmallData, tmp_path: Path) -> None:
+    by_hand, on_nodes = tmp_path / "by hand", tmp_path / "on nodes"
+    by_hand.mkdir()
+    on_nodes.mkdir()
+    same = (*small_data.words, "schedule.kind=constant")
+    finished = finish(by_hand, pretrain(*same, f"train.steps={COMPARED_STEPS}"))
+    assert finished.code == 0, finished.explain()
+    line = [
+        *("--export=ALL,DS_ACCELERATOR=cpu", "--output=train.log", TRAIN),
+        *("--deepspeed_config", DS_CONFIGS / "fp32.json", *same),
+        *(f"train.steps={STEPS}", "run.name=mine", "--resume", "auto"),
+    ]
+
+    first = slurm.sbatch(on_nodes, *line)
+    until(lambda: any(row["step"] > COMPARED_STEPS for row in train_rows(on_nodes)), JOB_SECONDS)
+    slurm.ask("scancel", "--signal=TERM", first)
+    job = slurm.wait(first, JOB_SECONDS)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "75:0"), (on_nodes / "train.log").read_text()
+    assert job["NumNodes"] == "2"
+    for node in slurm.nodes:
+        assert f"launch task StepId={first}.0" in (slurm.folder / "log" / f"slurmd-{node}.log").read_text()
+    expected = losses(by_hand)
+    assert len(expected) == COMPARED_STEPS
+    assert {step: losses(on_nodes)[step] for step in expected} == pytest.approx(expected, abs=1e-5)
+    stopped = train_rows(on_nodes)[-1]["step"]
+    assert stopped < STEPS
+
+    second = slurm.sbatch(on_nodes, *line)
+    job = slurm.wait(second, JOB_SECONDS)
+    log = (on_nodes / "train.log").read_text()
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log
+    assert [(row["step"], row["attempt"]) for row in train_rows(on_nodes)] == [
+        (step, 1 if step <= stopped else 2) for step in range(1, STEPS + 1)
+    ]
+    ends = [(row["event"], row["status"]) for row in rows(on_nodes) if row.get("event") == "end"]
+    assert ends == [("end", "stopped"), ("end", "finished")]
+    # One log of both jobs.
+    assert f"megalm: job {first} on" in log
+    assert f"megalm: job {second} on" in log
+    assert f"resumed at step {stopped}" in log
+
+
+def test_nodes_without_root(tmp_path: Path) -> None:
+    """The form of the cluster that needs no host names of its own; and nothing is alive after its block."""
+    with slurm_cluster(named_hosts=False) as cluster:
+        job_id = cluster.sbatch(tmp_path, telling_checkout(tmp_path))
+        assert cluster.wait(job_id, JOB_SECONDS)["JobState"] == "COMPLETED"
+        assert len(read_told(tmp_path)) == 2
+        endless = cluster.sbatch(tmp_path, "--wrap", "srun sleep 600")
+        until(lambda: cluster.job(endless)["JobState"] == "RUNNING", 30)
+        assert processes(cluster.folder)
+    assert not processes(cluster.folder)
+    assert not cluster.folder.exists()
