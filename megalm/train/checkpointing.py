@@ -112,12 +112,26 @@ class RunCheckpoints:
             raise OtherRankFailed("another rank found a damaged file")
 
     def _refuse_other_run(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        for what, now in (("model", asdict(self._shape)), ("fingerprints", asdict(self._fingerprints))):
+        """Settings first: they say more to a person than the fingerprints that follow from them."""
+        now = self._identity()
+        for what in ("model", "data", "fingerprints"):
             then = manifest[what]
-            changed = [name for name in now if now[name] != then.get(name)]
+            changed = [name for name in now[what] if now[what][name] != then.get(name)]
             if changed:
-                differences = ", ".join(f"{name} was {then.get(name)}, is {now[name]}" for name in changed)
+                differences = ", ".join(f"{name} was {then.get(name)}, is {now[what][name]}" for name in changed)
                 raise CheckpointError(f"{path} was trained with another {what.rstrip('s')}: {differences}")
+
+    def _identity(self) -> dict[str, dict[str, Any]]:
+        """What may not change when a run goes on, as JSON."""
+        data = self._run.config.data
+        settings = {
+            "data.sequence_length": data.sequence_length,
+            "data.split": data.split,
+            "data.order": data.order,
+            "data.document_mask": data.document_mask,
+            "train.seed": self._run.config.train.seed,
+        }
+        return {"model": asdict(self._shape), "data": settings, "fingerprints": asdict(self._fingerprints)}
 
     def _facts(self, counters: dict[str, Any], position: Position) -> dict[str, Any]:
         run, evaluation = self._run, position.evaluation
@@ -143,11 +157,9 @@ class RunCheckpoints:
                 "zero_stage": run.zero_stage,
                 "precision": run.precision,
             },
-            "model": asdict(self._shape),
-            "fingerprints": asdict(self._fingerprints),
+            **self._identity(),
             "tokenizer": self._tokenizer,  # where it was; the fingerprint says whether it still is
-            # Dropout and sampling draw from seeds of their place: there is no generator to save.
-            "seed": run.config.train.seed,
+            # No generator's state: dropout and sampling draw from seeds of their place.
             "attempt": position.attempt,
         }
 

@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint(small_data: SmallData, copy: Path, damage: Callabl
     ("words", "said"),
     [
         (("model.num_hidden_layers=3",), "num_hidden_layers was 2, is 3"),
-        (("data.split=80,20",), "order was"),
+        (("data.split=80,20",), "data.split was"),
     ],
 )
 def test_another_model_or_other_data(small_data: SmallData, copy: Path, words: tuple[str, ...], said: str) -> None:
