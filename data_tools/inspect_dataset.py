@@ -1,4 +1,4 @@
-"""Say what an indexed dataset holds, check it, and show its documents."""
+"""Say what an indexed dataset holds, check it, show its documents and steps, and find what is strange in it."""
 
 from __future__ import annotations
 
@@ -7,29 +7,126 @@ from typing import Annotated
 
 import typer
 from console import one_line_errors, out, run
+from options import weights_of
 
+from megalm.data.indexed import IndexedDataset
 from megalm.data.inspection import describe, document_text, verify
-from megalm.data.tokenizer import load_tokenizer
+from megalm.data.tokenizer import Tokenizer, load_tokenizer
+from megalm.errors import DataError
 
 
 def main(
     prefix: Annotated[Path, typer.Argument(help="PREFIX of PREFIX.bin and PREFIX.idx")],
-    check: Annotated[bool, typer.Option("--verify", help="read all tokens: index, vocabulary, recorded hash")] = False,
+    check: Annotated[
+        bool, typer.Option("--verify", help="read all: index, vocabulary, recorded hashes")
+    ] = False,
     tokenizer: Annotated[str | None, typer.Option(help="to show text, and to compare with the recorded one")] = None,
     document: Annotated[int | None, typer.Option(min=0, help="show this document, from 0")] = None,
+    stats: Annotated[bool, typer.Option(help="lengths, frequent tokens, fallback, duplicates")] = False,
+    scan: Annotated[bool, typer.Option(help="walk the tokens in windows and rank what is strange")] = False,
+    around: Annotated[int | None, typer.Option(min=0, help="with --scan: the windows around this token")] = None,
+    window: Annotated[int, typer.Option(min=16, help="with --scan: tokens of a window")] = 512,
+    report: Annotated[Path | None, typer.Option(help="with --scan: write REPORT.png and REPORT.html")] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="show what this training step reads")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="with --step: train_batch_size of the run")] = None,
+    sequence_length: Annotated[int, typer.Option(min=1, help="with --step: data.sequence_length")] = 256,
+    stride: Annotated[int | None, typer.Option(min=1, help="with --step: data.stride")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="with --step: train.seed")] = 1234,
+    split: Annotated[str | None, typer.Option(help="with --step: data.split")] = None,
 ) -> None:
-    """Print facts about a dataset; exit code 2 where it is damaged or of another tokenizer."""
+    """Print facts about a dataset; exit code 2 where it is damaged or of another tokenizer.
+
+    Example: python data_tools/inspect_dataset.py data/my --scan --tokenizer data/my.model --report my-scan
+    """
     with one_line_errors():
         loaded = load_tokenizer(tokenizer) if tokenizer else None
         facts = describe(prefix, loaded)
-        if check:
-            facts |= verify(prefix, loaded)
         if document is not None:
             out.print(document_text(prefix, document, loaded))
-            return
-        width = max(map(len, facts))
-        for name, value in facts.items():
-            out.print(f"{name:<{width}}  {value}")
+        elif step is not None:
+            _show_step(prefix, loaded, step, batch_size, sequence_length, stride, seed, split)
+        elif scan or around is not None:
+            _scan(prefix, loaded, around, window, report)
+        else:
+            if check:
+                facts |= verify(prefix, loaded)
+            width = max(map(len, facts))
+            for name, value in facts.items():
+                out.print(f"{name:<{width}}  {value}")
+            if stats:
+                _show_statistics(prefix, loaded)
+
+
+def _show_statistics(prefix: Path, tokenizer: Tokenizer | None) -> None:
+    from megalm.data.statistics import statistics
+
+    found = statistics(IndexedDataset(prefix), tokenizer)
+    out.print("\ntokens a sequence    sequences")
+    most = max((count for _, _, count in found.length_histogram), default=1)
+    for low, high, count in found.length_histogram:
+        out.print(f"{f'{low:,} to {high:,}':>19}  {count:>10,}  {'#' * round(40 * count / most)}")
+    if found.tokens_per_byte is not None:
+        out.print(f"\ntokens per byte  {found.tokens_per_byte:.4f}")
+        out.print(f"fallback tokens  {found.fallback_share:.4%}")
+    out.print(f"duplicates       {found.duplicates:,}")
+    out.print("\nmost frequent tokens")
+    for token, share in found.frequent:
+        shown = repr(tokenizer.decode([token])) if tokenizer else ""
+        out.print(f"{token:>8}  {share:8.4%}  {shown}")
+
+
+def _scan(prefix: Path, tokenizer: Tokenizer | None, around: int | None, window: int, report: Path | None) -> None:
+    from megalm.data.scan import MEASURES, STRANGE, scan, strange_stretches, stretch_at
+
+    dataset = IndexedDataset(prefix)
+    if around is not None and around >= len(dataset.tokens):
+        raise DataError(f"{prefix}: --around {around}: the dataset has {len(dataset.tokens):,} tokens, from 0")
+    scanned = scan(dataset, tokenizer.fallback_ids() if tokenizer else None, window)
+    if around is not None:
+        middle = around // window
+        out.print("tokens                      score  " + "  ".join(f"{name:>12}" for name in MEASURES) + "  document")
+        for place in range(max(0, middle - 5), min(len(scanned.scores), middle + 6)):
+            values = "  ".join(f"{scanned.measures[name][place]:12.3f}" for name in MEASURES)
+            source = stretch_at(dataset, scanned, place, place + 1).source
+            mark = ">" if place == middle else " "
+            out.print(f"{mark}{f'{place * window:,} on':<25}  {scanned.scores[place]:5.1f}  {values}  {source}")
+    stretches = strange_stretches(dataset, scanned)
+    if not stretches:
+        out.print(f"no window is further from the median than {STRANGE:.0f} times the usual")
+    for stretch in stretches:
+        out.print(
+            f"tokens {stretch.first:,} to {stretch.end:,}: score {stretch.score:.1f}, {stretch.reason} "
+            f"{stretch.value:.3f} (median {stretch.median:.3f}), {stretch.source}"
+        )
+    if report is not None:
+        from megalm.data.scan_report import write_scan
+
+        out.print("wrote " + " and ".join(map(str, write_scan(scanned, stretches, str(prefix), report))))
+
+
+def _show_step(
+    prefix: Path,
+    tokenizer: Tokenizer | None,
+    step: int,
+    batch_size: int | None,
+    sequence_length: int,
+    stride: int | None,
+    seed: int,
+    split: str | None,
+) -> None:
+    from megalm.data.lookup import pieces_of
+    from megalm.data.samples import TrainingSamples, split_documents
+
+    if batch_size is None:
+        raise DataError(f"--step {step}: state --batch-size too, the run's train_batch_size")
+    dataset = IndexedDataset(prefix)
+    weights = weights_of(split)
+    documents = split_documents(len(dataset), weights)[0] if weights else (0, len(dataset))
+    samples = TrainingSamples(dataset, documents, sequence_length, seed, stride=stride)
+    for piece in pieces_of(samples, (step - 1) * batch_size, batch_size):
+        where = f"document {piece.document}" if piece.source is None else f"document {piece.document}, {piece.source}"
+        out.print(f"--- sample {piece.sample}: {where}, its tokens {piece.first:,} to {piece.end:,}")
+        out.print(tokenizer.decode(piece.tokens) if tokenizer else " ".join(map(str, piece.tokens)))
 
 
 if __name__ == "__main__":

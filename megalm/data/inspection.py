@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from megalm.data.files import read_json
-from megalm.data.indexed import IndexedDataset, bin_path, sidecar_path
+from megalm.data.indexed import IndexedDataset, bin_path, idx_path, sidecar_path
+from megalm.data.inputs import sha256_of
+from megalm.data.sources import Sources
 from megalm.data.summary import summarise
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import DataError
 
-RECORDED = ("text_bytes", "empty_documents", "inexact_documents", "unigram_entropy", "options")
+RECORDED = ("text_bytes", "empty_documents", "skipped", "removed", "inexact_documents", "unigram_entropy", "options")
 
 
 def describe(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str, str]:
@@ -44,12 +46,12 @@ def describe(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str
             )
         if recorded:
             facts["tokenizer"] = f"{recorded['name']}, {recorded['vocab_size']:,} ids, {recorded['fingerprint'][:12]}"
-        facts |= {name.replace("_", " "): str(sidecar[name]) for name in RECORDED}
+        facts |= {name.replace("_", " "): str(sidecar[name]) for name in RECORDED if name in sidecar}
     return facts
 
 
 def verify(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str, str]:
-    """Read everything: the index's entries, the range of the tokens, and the hash in PREFIX.json.
+    """Read everything: the index's entries, the range of the tokens, and the hashes in PREFIX.json.
 
     Raises:
         DataError: at the first thing that is wrong.
@@ -65,6 +67,12 @@ def verify(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str, 
             f"{bin_path(prefix)}: its content is not what {sidecar_path(prefix).name} recorded "
             f"({summary.sha256[:12]}, not {recorded[:12]}); copy or build it again"
         )
+    recorded_index = sidecar.get("idx_sha256")
+    if recorded_index is not None and recorded_index != sha256_of(idx_path(prefix)):
+        raise DataError(
+            f"{idx_path(prefix)}: its content is not what {sidecar_path(prefix).name} recorded; copy or build it again"
+        )
+    Sources(prefix, dataset.document_count)  # of another size: refused
     return {
         "largest token": str(summary.largest_token),
         "distinct tokens": f"{summary.distinct_tokens:,}",

@@ -63,6 +63,9 @@ class Tokenizer(Protocol):
     def token_bytes(self) -> npt.NDArray[np.int32]:
         """[V] how many UTF-8 bytes each id decodes to inside a text; 0 for control tokens."""
 
+    def fallback_ids(self) -> npt.NDArray[np.bool_]:
+        """[V] ids that stand for a character without a piece: unknown ones, and bytes of it."""
+
 
 class ByteTokenizer:
     """Ids 0..255 are bytes, 256 ends a document: exact on every text, trained on none."""
@@ -89,6 +92,9 @@ class ByteTokenizer:
         sizes = np.ones(self.vocab_size, dtype=np.int32)
         sizes[self.eod_id] = 0
         return sizes
+
+    def fallback_ids(self) -> npt.NDArray[np.bool_]:
+        return np.zeros(self.vocab_size, dtype=np.bool_)
 
 
 def load_tokenizer(spec: str | Path, threads: int = 1) -> Tokenizer:

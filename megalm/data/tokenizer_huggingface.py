@@ -84,6 +84,13 @@ class HuggingFaceTokenizer:
             sizes[token] = len(piece.encode()) if token in added else _piece_bytes(piece, decoders)
         return sizes
 
+    def fallback_ids(self) -> npt.NDArray[np.bool_]:
+        unknown = self._definition.get("model", {}).get("unk_token")
+        fallback = np.zeros(self.vocab_size, dtype=np.bool_)
+        for piece, token in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            fallback[token] = piece == unknown or BYTE_TOKEN.fullmatch(piece) is not None
+        return fallback
+
     def _configured_eos(self) -> Iterator[str]:
         path = Path(self.spec).with_name("tokenizer_config.json")
         if path.is_file():

@@ -89,6 +89,10 @@ class SentencePieceTokenizer:
     def token_bytes(self) -> npt.NDArray[np.int32]:
         return np.array([self._piece_bytes(token) for token in range(self.vocab_size)], dtype=np.int32)
 
+    def fallback_ids(self) -> npt.NDArray[np.bool_]:
+        processor = self._processor
+        return np.array([processor.is_byte(token) or processor.is_unknown(token) for token in range(self.vocab_size)])
+
     @functools.cached_property
     def _model(self) -> Any:
         return sentencepiece_model_pb2.ModelProto.FromString(self._content)

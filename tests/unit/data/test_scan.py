@@ -1,0 +1,115 @@
+"""Scanning finds what was put there; statistics and steps say what is there."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megalm.data.builder import build_files
+from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megalm.data.lookup import pieces_of
+from megalm.data.samples import TrainingSamples
+from megalm.data.scan import document_at, scan, strange_stretches
+from megalm.data.scan_report import write_scan
+from megalm.data.statistics import statistics
+from megalm.data.tokenizer import ByteTokenizer, load_tokenizer
+
+WINDOW = 256
+
+
+@pytest.fixture
+def strange(tmp_path: Path, source_texts: list[str], model_path: Path) -> IndexedDataset:
+    """Source code with noise in document 40, one token over and over in 80, and bytes of characters in 120."""
+    tokenizer = load_tokenizer(model_path)
+    (code,) = tokenizer.encode_arrays(["".join(source_texts)])
+    rows = [code[start : start + 500] for start in range(0, 160 * 500, 500)]
+    random = np.random.default_rng(0)
+    rows[40] = random.integers(260, 600, 2000).astype(np.int32)
+    rows[80] = np.full(2000, 300, dtype=np.int32)
+    (rows[120],) = tokenizer.encode_arrays(["".join(map(chr, random.integers(0x4E00, 0x9000, 700)))])
+    with IndexedDatasetWriter(tmp_path / "strange", np.uint16) as writer:
+        for row in rows:
+            writer.append(row)
+    return IndexedDataset(tmp_path / "strange")
+
+
+def test_what_was_put_there_is_found_first(strange: IndexedDataset, model_path: Path, tmp_path: Path) -> None:
+    fallback = load_tokenizer(model_path).fallback_ids()
+    scanned = scan(strange, fallback, WINDOW)
+    stretches = strange_stretches(strange, scanned)
+    found = {}
+    for number in (40, 80, 120):
+        start = int(strange.sequence_pointers[number]) // 2
+        end = start + int(strange.sequence_lengths[number])
+        for place, stretch in enumerate(stretches):
+            if stretch.first < end and stretch.end > start:
+                found[number] = place, stretch.reason
+    assert sorted(place for place, _ in found.values()) == [0, 1, 2]
+    assert found[40][1] in ("unigram_loss", "entropy")
+    assert found[80][1] in ("repetition", "entropy")
+    assert found[120][1] == "unknown"
+    picture, page = write_scan(scanned, stretches, "strange <&>", tmp_path / "report")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
+    assert f"<td>{stretches[0].first:,} to {stretches[0].end:,}</td>" in text
+    assert "strange &lt;&amp;&gt;" in text
+    assert "http" not in text  # stands alone
+
+
+def test_measures_by_hand(tmp_path: Path) -> None:
+    rows = [[1, 2, 3, 4] * 4, [7] * 16, list(range(10, 26)), [1, 2]]
+    with IndexedDatasetWriter(tmp_path / "x", np.uint16) as writer:
+        for row in rows:
+            writer.append(row)
+    fallback = np.zeros(30, dtype=np.bool_)
+    fallback[7] = True
+    scanned = scan(IndexedDataset(tmp_path / "x"), fallback, 16)
+    assert scanned.measures["entropy"].tolist() == pytest.approx([math.log(4), 0, math.log(16), math.log(2)], abs=1e-5)
+    assert scanned.measures["repetition"].tolist() == pytest.approx([9 / 12, 1, 0, 0])
+    assert scanned.measures["unknown"].tolist() == [0, 1, 0, 0]
+    shares = {1: 5 / 50, 2: 5 / 50, 3: 4 / 50, 4: 4 / 50, 7: 16 / 50}
+    losses = {token: -math.log(share) for token, share in shares.items()}
+    assert scanned.measures["unigram_loss"][0] == pytest.approx(np.mean([losses[token] for token in (1, 2, 3, 4)]))
+    assert scanned.measures["unigram_loss"][3] == pytest.approx(losses[1])
+
+
+def test_a_scan_of_nothing(tmp_path: Path) -> None:
+    with IndexedDatasetWriter(tmp_path / "none", np.uint16):
+        pass
+    dataset = IndexedDataset(tmp_path / "none")
+    assert strange_stretches(dataset, scan(dataset)) == []
+
+
+def test_statistics(tmp_path: Path) -> None:
+    with IndexedDatasetWriter(tmp_path / "x", np.uint16) as writer:
+        for row in ([97, 97, 256], [98, 256], [97, 97, 256], []):
+            writer.append(row)
+    found = statistics(IndexedDataset(tmp_path / "x"), ByteTokenizer())
+    assert found.length_histogram == [(0, 0, 1), (2, 3, 3)]
+    assert found.frequent == [(97, 0.5), (256, 0.375), (98, 0.125)]
+    assert found.tokens_per_byte == 8 / 5
+    assert (found.fallback_share, found.duplicates) == (0.0, 1)
+
+
+def test_the_documents_of_a_step(tmp_path: Path) -> None:
+    texts = ["first document", "second", "the third document", "4th"]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    build_files([path], ByteTokenizer(), tmp_path / "out")
+    dataset = IndexedDataset(tmp_path / "out")
+    samples = TrainingSamples(dataset, (0, 4), 8, seed=1)
+    step, batch = 2, 2
+    pieces = list(pieces_of(samples, (step - 1) * batch, batch))
+    for sample in range(2, 4):
+        tokens, labels = samples.sample(sample)
+        read = [token for piece in pieces if piece.sample == sample for token in piece.tokens]
+        assert read == [*tokens.tolist(), labels[-1]]
+    for piece in pieces:
+        assert [*texts[piece.document].encode(), 256][piece.first : piece.end] == list(piece.tokens)
+        assert piece.source is not None
+        assert piece.source.name == f"{path}:{piece.document + 1}"
+    assert [document_at(dataset, token) for token in (0, 14, 15, 21, 22)] == [0, 0, 1, 1, 2]
