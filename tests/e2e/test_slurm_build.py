@@ -1,0 +1,121 @@
+"""Shards built apart and merged: as plain processes, and as an array with a dependent merge on a real Slurm."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalm.data.builder import build_files
+from megalm.data.inspection import verify
+from megalm.data.stdlib import stdlib_documents
+from megalm.data.tokenizer import ByteTokenizer
+from tests.slurm_cluster import SlurmCluster, slurm
+
+__all__ = ["slurm"]  # the fixture
+pytestmark = pytest.mark.e2e
+SCRIPT = Path(__file__).resolve().parents[2] / "slurm" / "build_dataset.sh"
+SHARDS = 3
+JOB_SECONDS = 120.0
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two files in a folder with a space in its name; one is larger than a unit of work."""
+    folder = tmp_path_factory.mktemp("text of ours")
+    texts = [document.text for document in stdlib_documents()]
+    for name, part in (("a.jsonl", texts[:500]), ("b.jsonl", texts[500:])):
+        (folder / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> list[bytes]:
+    prefix = tmp_path_factory.mktemp("whole") / "x"
+    build_files([corpus], ByteTokenizer(), prefix)
+    return contents(prefix)
+
+
+def contents(prefix: Path) -> list[bytes]:
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx")]
+
+
+def words(corpus: Path, prefix: Path, *more: str) -> list[str]:
+    build = ["--input", str(corpus), "--tokenizer", "bytes"]
+    return [str(SCRIPT), "--shards", str(SHARDS), "--output-prefix", str(prefix), *more, "--", *build]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_plain_processes(tmp_path: Path, corpus: Path, whole: list[bytes]) -> None:
+    prefix = tmp_path / "data" / "x"
+    done = run(words(corpus, prefix, "--local"))
+    assert done.returncode == 0, done.stderr
+    assert contents(prefix) == whole
+    verify(prefix)
+    documents = [json.loads(Path(f"{prefix}.shards/{shard}.json").read_text())["documents"] for shard in range(SHARDS)]
+    assert min(documents) > 50
+    again = run(words(corpus, prefix, "--local"))
+    assert again.returncode == 0
+    assert again.stdout.count("nothing to do") == SHARDS
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["--shards", "x", "--output-prefix", "y", "--", "z"], "state how many"),
+        (["--shards", "2", "--", "z"], "no --output-prefix"),
+        (["--shards", "2", "--output-prefix", "y"], "no options of the build"),
+        (["--shard", "2"], "--shard: unknown here"),
+    ],
+)
+def test_refusals(command: list[str], said: str) -> None:
+    refused = run([str(SCRIPT), *command])
+    assert refused.returncode == 2
+    assert said in refused.stderr
+
+
+def submit(cluster: SlurmCluster, corpus: Path, prefix: Path, *more: str) -> tuple[str, str]:
+    command = ["env", f"PYTHON={sys.executable}", *words(corpus, prefix, "--slurm", "--time=5", *more)]
+    said = cluster.ask(*command)
+    found = re.search(r"array (\d+) builds 3 shards, job (\d+) merges", said)
+    assert found, said
+    return found[1], found[2]
+
+
+@pytest.mark.slurm
+def test_array_and_dependent_merge(tmp_path: Path, corpus: Path, whole: list[bytes], slurm: SlurmCluster) -> None:
+    prefix = tmp_path / "x"
+    _, merge = submit(slurm, corpus, prefix)
+    job = slurm.wait(merge, JOB_SECONDS)
+    logs = "\n".join(path.read_text() for path in Path(f"{prefix}.shards").glob("*.log"))
+    assert job["JobState"] == "COMPLETED", logs
+    assert contents(prefix) == whole
+    verify(prefix)
+
+
+@pytest.mark.slurm
+def test_a_failed_shard_stops_the_merge_and_the_next_try_goes_on(
+    tmp_path: Path, corpus: Path, whole: list[bytes], slurm: SlurmCluster
+) -> None:
+    prefix = tmp_path / "x"
+    in_the_way = Path(f"{prefix}.shards/1.bin")
+    in_the_way.parent.mkdir()
+    in_the_way.write_bytes(b"")
+    _, merge = submit(slurm, corpus, prefix)
+    job = slurm.wait(merge, JOB_SECONDS)
+    assert job["JobState"] == "CANCELLED"
+    assert "exists already" in Path(f"{prefix}.shards/build-1.log").read_text()
+    assert not Path(f"{prefix}.bin").exists()
+    in_the_way.unlink()
+    _, merge = submit(slurm, corpus, prefix)
+    assert slurm.wait(merge, JOB_SECONDS)["JobState"] == "COMPLETED"
+    assert contents(prefix) == whole
+    assert "nothing to do" in Path(f"{prefix}.shards/build-0.log").read_text()
