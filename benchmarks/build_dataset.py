@@ -1,6 +1,8 @@
 """How fast datasets are built, against the tokenizer's own ceiling in the same run.
 
     python benchmarks/build_dataset.py [--megabytes 300] [--workers 2] [--rounds 3]
+    python benchmarks/build_dataset.py --tokenizers      a table: speed and compression of each kind, 8192 pieces
+    python benchmarks/build_dataset.py --samples         opening, sample orders, reading random samples
 
 The text is the Python standard library's, as often as it takes, one JSON object a document. The ceiling is
 SentencePiece called in a bare loop over texts that are in memory already, in as many processes: once as people call it
@@ -26,8 +28,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from megalm.data import streams
+from megalm.data.indexed import HEADER, MAGIC, IndexedDataset
 from megalm.data.recipe import prepare_recipe
+from megalm.data.samples import TrainingSamples
 from megalm.data.stdlib import stdlib_documents
+from megalm.data.tokenizer import load_tokenizer, train_tokenizer
+
+VOCABULARY = 8192
 
 
 class Speed(NamedTuple):
@@ -113,12 +123,93 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, 
         yield "bare loop, arrays", ceiling(model, corpus, arguments.workers, "encode_as_numpy", limit)
 
 
+def train_huggingface(texts: list[str], path: Path) -> None:
+    """Byte-level BPE as GPT-2's."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(texts, trainer)
+    made.save(str(path))
+
+
+def compare_tokenizers(folder: Path) -> None:
+    """Each kind trained on nine of ten documents of the standard library, measured on the others and on all."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    texts = [document.text for document in stdlib_documents()]
+    held_out, rest = texts[::10], [text for number, text in enumerate(texts) if number % 10]
+    makers: dict[str, Any] = {
+        "SentencePiece unigram": (lambda path: train_tokenizer(rest, path, VOCABULARY), "unigram.model"),
+        "SentencePiece BPE": (lambda path: train_tokenizer(rest, path, VOCABULARY, "bpe"), "bpe.model"),
+        "Hugging Face BPE": (lambda path: train_huggingface(rest, path), "tokenizer.json"),
+        "bytes": (None, "bytes"),
+    }
+    print("kind                    training s  MB per second of a core  bytes a token, held out  exact of all")
+    for name, (make, file) in makers.items():
+        start = time.perf_counter()
+        if make is not None:
+            make(folder / file)
+        training = time.perf_counter() - start
+        tokenizer = load_tokenizer(folder / file if make else file)
+        best = float("inf")
+        for _ in range(3):
+            begin = time.process_time()
+            rows = tokenizer.encode_arrays(texts)
+            best = min(best, time.process_time() - begin)
+        megabytes = sum(len(text.encode()) for text in texts) / 1e6
+        exact = sum(tokenizer.is_exact(text, row) for text, row in zip(texts, rows, strict=True))
+        tokens = sum(map(len, tokenizer.encode_arrays(held_out)))
+        packed = sum(len(text.encode()) for text in held_out) / tokens
+        print(f"{name:<22}  {training:10.1f}  {megabytes / best:23.1f}  {packed:23.2f}  {exact:>5} of {len(texts)}")
+
+
+def measure_samples(folder: Path) -> None:
+    """A dataset of 10 GB that holds nothing but zeros, so that only the index is on disk."""
+    documents, length = 5_000_000, 1000
+    prefix = folder / "big"
+    with Path(f"{prefix}.idx").open("wb") as index:
+        index.write(HEADER.pack(MAGIC, 1, 8, documents, documents + 1))
+        index.write(np.full(documents, length, "<i4").data)
+        index.write((np.arange(documents, dtype="<i8") * length * 2).data)
+        index.write(np.arange(documents + 1, dtype="<i8").data)
+    with Path(f"{prefix}.bin").open("wb") as tokens:
+        tokens.truncate(documents * length * 2)
+    for state in ("not cached", "cached"):
+        start = time.perf_counter()
+        dataset = IndexedDataset(prefix)
+        samples = TrainingSamples(dataset, (0, documents), 1024, 1, cache=folder / "orders")
+        samples.sample(0)
+        print(f"opened with a first sample, {state}: {time.perf_counter() - start:.3f} s")
+    numbers = np.random.default_rng(0).integers(0, int(samples.samples_per_epoch), 3000)
+    start = time.perf_counter()
+    for number in numbers:
+        samples.sample(int(number))
+    print(f"random samples: {len(numbers) * 1024 / (time.perf_counter() - start) / 1e6:.1f} M tokens/s")
+    start = time.perf_counter()
+    streams._permutation(np.random.RandomState(1), 10**9)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"order of 10^9 samples: {time.perf_counter() - start:.0f} s, {peak:.1f} GB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=300)
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokenizers", action="store_true")
+    parser.add_argument("--samples", action="store_true")
     arguments = parser.parse_args()
+    if arguments.tokenizers or arguments.samples:
+        with tempfile.TemporaryDirectory() as folder:
+            (compare_tokenizers if arguments.tokenizers else measure_samples)(Path(folder))
+        return
     best: dict[str, Speed] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, speed in measure(arguments, Path(folder)):

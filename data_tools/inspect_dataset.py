@@ -17,9 +17,7 @@ from megalm.errors import DataError
 
 def main(
     prefix: Annotated[Path, typer.Argument(help="PREFIX of PREFIX.bin and PREFIX.idx")],
-    check: Annotated[
-        bool, typer.Option("--verify", help="read all: index, vocabulary, recorded hashes")
-    ] = False,
+    check: Annotated[bool, typer.Option("--verify", help="read all: index, vocabulary, recorded hashes")] = False,
     tokenizer: Annotated[str | None, typer.Option(help="to show text, and to compare with the recorded one")] = None,
     document: Annotated[int | None, typer.Option(min=0, help="show this document, from 0")] = None,
     stats: Annotated[bool, typer.Option(help="lengths, frequent tokens, fallback, duplicates")] = False,

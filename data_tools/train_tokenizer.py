@@ -25,6 +25,7 @@ def main(
     txt_documents: TxtDocuments = "file",
     max_document_mb: LargestMegabytes = 64,
     max_sentences: Annotated[int, typer.Option(help="train on so many lines, drawn evenly")] = 1_000_000,
+    special_token: Annotated[list[str] | None, typer.Option(help="a piece that is never text; repeat it")] = None,
     on_error: OnErrorWord = "fail",
     overwrite: Annotated[bool, typer.Option(help="replace an output of this name")] = False,
 ) -> None:
@@ -46,6 +47,8 @@ def main(
             vocab_size=vocab_size,
             model_type=model_type,
             max_sentences=max_sentences,
+            special_tokens=special_token or (),
+            progress=out.print if out.is_terminal else None,
         )
         out.print(
             f"{output}: {report.vocab_size} pieces ({report.model_type}) from {report.documents:,} documents, "

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megalm.data import tokenizer_sentencepiece
 from megalm.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from megalm.data.tokenizer_training import SENTENCE_CHARACTERS, Sample, split_sentences
 from megalm.errors import DataError
@@ -131,6 +133,58 @@ def test_trains_on_a_line_without_end(tmp_path: Path, source_texts: list[str]) -
     train_tokenizer([line], tmp_path / "long.model", vocab_size=500)
     (row,) = load_tokenizer(tmp_path / "long.model").encode_batch([line])
     assert len(row) < len(line) / 2
+
+
+def test_special_tokens_are_never_text(tmp_path: Path, source_texts: list[str]) -> None:
+    said: list[str] = []
+    path = tmp_path / "special.model"
+    report = train_tokenizer(source_texts, path, 500, special_tokens=["<pad>", "<user>"], progress=said.append)
+    assert report.special_tokens == ["<pad>", "<user>"]
+    assert said[-1].startswith("training 500 pieces on ")
+    tokenizer = load_tokenizer(path)
+    (row,) = tokenizer.encode_batch(["<user> says <pad>"])
+    assert not {2, 3} & set(row)
+    assert tokenizer.decode([2, *row, 3]) == "<user> says <pad>"
+    for wrong in (["<eod>"], ["<a>", "<a>"], [""]):
+        with pytest.raises(DataError, match="special tokens"):
+            train_tokenizer(source_texts, path, 500, special_tokens=wrong)
+
+
+def test_long_lines_are_counted(tmp_path: Path, source_texts: list[str]) -> None:
+    long = source_texts[0].replace("\n", " ")
+    report = train_tokenizer([source_texts[1], long], tmp_path / "x.model", 500)
+    assert report.cut_sentences == len(long.replace("\t", "")) // SENTENCE_CHARACTERS
+
+
+def test_long_texts_are_encoded_in_parts(
+    model_path: Path, source_texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(model_path)
+    text = "\n".join(source_texts)
+    (whole,) = tokenizer.encode_arrays([text])
+    monkeypatch.setattr(tokenizer_sentencepiece, "LONGEST_TEXT", 5_000)
+    (parts,) = tokenizer.encode_arrays([text])
+    assert abs(len(parts) - len(whole)) < 20
+    assert tokenizer.decode(parts.tolist()) == text
+    assert tokenizer.is_exact(text, parts)
+    assert not tokenizer.is_exact(text, parts[:-1])
+    assert tokenizer.encode_batch([text, "short"])[0] == parts.tolist()
+
+
+def test_a_tokenizer_that_changes_text_is_found_out(tmp_path: Path, source_texts: list[str]) -> None:
+    """A model as others train them: it lowers case and adds a space, which the length of the text may hide."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(source_texts[0].splitlines()),
+        model_prefix=str(tmp_path / "other"),
+        vocab_size=500,
+        normalization_rule_name="nmt_nfkc_cf",
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(tmp_path / "other.model")
+    texts = ["lower case", "Upper Case", "two  spaces"]
+    rows = tokenizer.encode_arrays(texts)
+    exact = [tokenizer.is_exact(text, row) for text, row in zip(texts, rows, strict=True)]
+    assert exact == [True, False, False]
 
 
 def test_draws_lines_evenly_and_in_their_order() -> None:

@@ -1,0 +1,88 @@
+"""A dataset that is not what a run wants: refused with the command that helps, or built again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megalm.data.builder import BuildOptions, build_dataset, build_files
+from megalm.data.corpus import Document
+from megalm.data.filters import Filters
+from megalm.data.indexed import IndexedDataset
+from megalm.data.rebuild import ensure_dataset
+from megalm.data.records import ReadOptions
+from megalm.data.tokenizer import ByteTokenizer, load_tokenizer
+from megalm.errors import DataError
+from tests.unit.data.test_doors import door
+
+OPTIONS = BuildOptions(
+    append_eod=False,
+    on_error="skip",
+    read=ReadOptions(columns=("title", "body")),
+    filters=Filters(min_characters=3),
+    dedup="exact",
+    split=(60, 40),
+)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "my text.jsonl"
+    lines = [{"title": f"Title {number}", "body": "def f(): return " * number} for number in range(1, 20)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[0]]))
+    return path
+
+
+def test_as_it_should_be(tmp_path: Path, corpus: Path) -> None:
+    build_files([corpus], ByteTokenizer(), tmp_path / "x", OPTIONS)
+    assert ensure_dataset(tmp_path / "x-train", ByteTokenizer()) is None
+    assert ensure_dataset(tmp_path / "x-train", ByteTokenizer(), "auto") is None
+    built = ensure_dataset(tmp_path / "x-train", ByteTokenizer(), "always")
+    assert built is not None
+    assert built.was_there  # it is of just this, so even that writes nothing
+
+
+def test_another_tokenizer_is_refused_and_the_command_helps(tmp_path: Path, corpus: Path, model_path: Path) -> None:
+    build_files([corpus], ByteTokenizer(), tmp_path / "x", OPTIONS)
+    wanted = load_tokenizer(model_path)
+    with pytest.raises(DataError, match=r"tokenizer bytes of 257 ids .* not sentencepiece:small") as e:
+        ensure_dataset(tmp_path / "x-train", wanted)
+    assert "\n" not in str(e.value)
+    command = str(e.value).split("Build it again: ")[1].removesuffix(", or with data.rebuild=auto")
+    words = shlex.split(command)
+    assert words[:2] == ["python", "data_tools/build_dataset.py"]
+    done = door("build_dataset", *words[2:])
+    assert done.returncode == 0, done.stderr
+    assert ensure_dataset(tmp_path / "x-train", wanted) is None
+    build_files([corpus], wanted, tmp_path / "y", OPTIONS)
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"x-train{suffix}").read_bytes() == (tmp_path / f"y-train{suffix}").read_bytes()
+
+
+def test_auto_builds_what_differs(tmp_path: Path, corpus: Path, model_path: Path) -> None:
+    build_files([corpus], ByteTokenizer(), tmp_path / "x", OPTIONS)
+    wanted = load_tokenizer(model_path)
+    assert ensure_dataset(tmp_path / "x-validation", wanted, "auto") is not None
+    assert ensure_dataset(tmp_path / "x-validation", wanted, "auto") is None
+    with pytest.raises(DataError, match="do not end with the end-of-document token"):
+        ensure_dataset(tmp_path / "x-train", wanted, append_eod=True)
+    (tmp_path / "x-train.bin").unlink()
+    assert ensure_dataset(tmp_path / "x-train", wanted, "auto") is not None
+    before = len(IndexedDataset(tmp_path / "x-train"))
+    with corpus.open("a") as file:
+        file.writelines(json.dumps({"title": f"More {number}", "body": "text"}) + "\n" for number in range(10))
+    assert ensure_dataset(tmp_path / "x-train", wanted, "auto") is not None
+    assert len(IndexedDataset(tmp_path / "x-train")) == before + 6
+
+
+def test_what_cannot_be_built_again(tmp_path: Path, model_path: Path) -> None:
+    build_dataset([Document("a b", "f")], ByteTokenizer(), tmp_path / "x")
+    with pytest.raises(DataError, match=r"cannot be built again from x\.json alone"):
+        ensure_dataset(tmp_path / "x", load_tokenizer(model_path))
+    (tmp_path / "x.json").unlink()
+    assert ensure_dataset(tmp_path / "x", load_tokenizer(model_path)) is None
+    with pytest.raises(DataError, match="nothing says what to build"):
+        ensure_dataset(tmp_path / "x", ByteTokenizer(), "auto")
