@@ -29,8 +29,8 @@ RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 # MLflow's limit of entities in one request.
 _BATCH_METRICS = 1000
 # Fields that place a row or name a thing, and are no measurement.
-_NO_SERIES = ("kind", "time", "step")
-_NO_SERIES_OF_EVENTS = (*_NO_SERIES, "attempt", "exit_code", "signal", "world_size")
+_NO_SERIES = ("kind", "time", "step", "attempt")
+_NO_SERIES_OF_EVENTS = (*_NO_SERIES, "exit_code", "signal", "world_size")
 _END_STATUS = {"finished": FINISHED, "failed": FAILED, "stopped": KILLED}
 _EXIT_STATUS = {0: FINISHED, 75: KILLED}
 
