@@ -37,7 +37,7 @@ from megalm.train.leaving import FailureClaim, Guard, StopRequest
 from megalm.train.loop import Parts, Position, TrainingLoop
 from megalm.train.rehearsal import memory_errors_named, rehearse
 from megalm.train.report import Reporter
-from megalm.train.run_folder import RunFolder, open_run_folder, write_facts
+from megalm.train.run_folder import RunFolder, RunLock, open_run_folder, write_facts
 from megalm.train.sampling import SampleWriter
 
 # MLflow's first use of a store makes its tables; a run that ends sooner waits this long for its mirror.
@@ -77,6 +77,8 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     folder = comm.once(
         lambda: open_run_folder(Path(config.run.root), config.run.name, run.preset, arguments.resume is not None)
     )
+    lock = RunLock(folder)
+    comm.once(lock.take)
     attempt = comm.once(lambda: _next_attempt(folder))
     guard.share(FailureClaim(folder.failure(attempt)))
     reporter = Reporter(comm.is_main, folder.log)
