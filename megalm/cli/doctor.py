@@ -22,6 +22,7 @@ from megalm.config.schema import RunSection
 
 _GIB = 2**30
 _SLURM_COMMANDS = ("sbatch", "srun", "scontrol", "sinfo")
+_SLURM_PATIENCE_SECONDS = 10
 # Below this, gloo and data workers run out of shared memory (containers have 64 MiB by default).
 _ENOUGH_SHM_BYTES = _GIB
 
@@ -49,23 +50,21 @@ def command() -> None:
 
 def machine_findings() -> list[Finding]:
     """Everything that megalm uses of a machine, looked at without changing anything."""
-    torch_findings = _torch()
-    has_gpu = any(item.name == "CUDA device 0" for item in torch_findings)
     return [
         _python(),
-        *torch_findings,
+        *_torch(),
         _package("deepspeed", essential=True),
-        Finding("DeepSpeed ops built", ", ".join(_built_ops()) or "none yet; the first start builds them"),
+        Finding(
+            "DeepSpeed ops built", ", ".join(_built_ops()) or "none yet; the first run with offload builds its own"
+        ),
         _package("mlflow", essential=False),
         Finding("cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} usable, {platform.machine()}"),
         _memory(),
         _disk(),
         _shared_memory(),
-        # DeepSpeed compiles its shared-memory collectives for CPU ranks at their first start.
-        _tool("g++", "--version", essential=not has_gpu),
-        _tool("ninja", "--version", essential=not has_gpu),
-        _header("Python.h", sysconfig.get_path("include"), essential=not has_gpu),
-        _header("libaio.h", "/usr/include"),
+        _tool("g++", "--version"),
+        _tool("ninja", "--version"),
+        _header("Python.h", sysconfig.get_path("include")),
         _slurm(),
     ]
 
@@ -82,16 +81,12 @@ def capabilities(machine: dict[str, Finding]) -> list[list[str]]:
     no_gpu = machine["CUDA"].found if "CUDA" in machine else "no CUDA device"
     no_compiler = "needs g++, ninja and Python.h to compile"
     rows = [
-        (
-            "training on the CPU (gloo)",
-            base and compiler,
-            "compiles DeepSpeed's shared-memory collectives" if compiler else no_compiler,
-        ),
+        ("training on the CPU (gloo)", base, "nothing to compile" if base else "needs python, torch and deepspeed"),
         ("training on GPUs (NCCL)", base and gpu, machine["CUDA device 0"].found if gpu else no_gpu),
         ("bf16 on GPUs", bf16, "the device has it" if bf16 else "use fp16 there" if gpu else no_gpu),
         ("optimizer offload to the CPU", base and compiler, "compiles DeepSpeedCPUAdam" if compiler else no_compiler),
-        ("offload to NVMe", compiler and ok("libaio.h"), "libaio headers: apt-get install libaio-dev"),
-        ("torch.compile", ok("g++") or gpu, "g++ for the CPU, Triton for GPUs"),
+        ("offload to NVMe", False, "not in this version of megalm"),
+        ("torch.compile", base and compiler, "compiles its kernels" if compiler else no_compiler),
         ("mirror to MLflow", ok("mlflow"), machine["mlflow"].found),
         ("Slurm jobs from here", ok("Slurm"), machine["Slurm"].found),
     ]
@@ -168,25 +163,31 @@ def _shared_memory() -> Finding:
     return Finding("/dev/shm", f"{show.size(total)}; start the container with --shm-size=8g", "absent")
 
 
-def _tool(name: str, version_flag: str, essential: bool) -> Finding:
+def _tool(name: str, version_flag: str) -> Finding:
     # The virtual environment's own first: `make` puts it there on PATH, a bare shell may not.
     path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if path is None:
-        return Finding(name, "not on PATH", "missing" if essential else "absent")
+        return Finding(name, "not on PATH", "absent")
     result = subprocess.run([path, version_flag], capture_output=True, text=True, check=False)
     lines = result.stdout.splitlines() or ["no answer"]
     return Finding(name, lines[0])
 
 
-def _header(name: str, folder: str, essential: bool = False) -> Finding:
+def _header(name: str, folder: str) -> Finding:
     path = Path(folder) / name
-    if path.is_file():
-        return Finding(name, str(path))
-    return Finding(name, f"not in {folder}", "missing" if essential else "absent")
+    return Finding(name, str(path)) if path.is_file() else Finding(name, f"not in {folder}", "absent")
 
 
 def _slurm() -> Finding:
+    """The commands alone are no cluster: its controller has to answer."""
     missing = [name for name in _SLURM_COMMANDS if shutil.which(name) is None]
     if missing:
         return Finding("Slurm", f"no {', '.join(missing)}", "absent")
-    return Finding("Slurm", ", ".join(_SLURM_COMMANDS))
+    try:
+        command = ["sinfo", "--noheader", "--format=%P: %D nodes"]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SLURM_PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return Finding("Slurm", f"no answer of its controller within {_SLURM_PATIENCE_SECONDS} s", "absent")
+    if answer.returncode != 0:
+        return Finding("Slurm", "its commands are here, but sinfo finds no controller", "absent")
+    return Finding("Slurm", ", ".join(answer.stdout.split("\n")[:-1]) or "no partitions")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import platform
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,17 +37,46 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert line_of(out, "training on GPUs").split()[4] == expected
 
 
-def test_a_missing_compiler_is_essential_on_a_cpu(
+def test_without_a_compiler_it_trains_but_compiles_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = shutil.which
     monkeypatch.setattr(shutil, "which", lambda name, path=None: None if name == "g++" else found(name, path=path))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, _ = run(capsys)
+    assert code == 0
+    assert line_of(out, "g++").split()[-1] == "absent"
+    assert line_of(out, "training on the CPU").split()[5] == "yes"
+    assert line_of(out, "optimizer offload").split()[5] == "no"
+    assert line_of(out, "torch.compile").split()[1] == "no"
+
+
+def test_without_deepspeed_nothing_trains(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    version = importlib.metadata.version
+
+    def without(name: str) -> str:
+        if name == "deepspeed":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
     code, out, error = run(capsys)
     assert code == 1
-    assert line_of(out, "g++").split()[-1] == "missing"
-    assert line_of(out, "optimizer offload").split()[5] == "no"
-    assert "essential: g++" in error
+    assert line_of(out, "training on the CPU").split()[5] == "no"
+    assert "missing and essential: deepspeed" in error
+
+
+def test_slurm_commands_without_a_cluster_are_no_slurm(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, answer in (("sbatch", 0), ("srun", 0), ("scontrol", 0), ("sinfo", 1)):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho 'debug: 2 nodes'\nexit {answer}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert "finds no controller" in line_of(run(capsys)[1], "Slurm  ")
+    (tmp_path / "sinfo").write_text("#!/bin/sh\necho 'debug: 2 nodes'\n")
+    _, out, _ = run(capsys)
+    assert line_of(out, "Slurm  ").split()[1:] == ["debug:", "2", "nodes", "ok"]
+    assert line_of(out, "Slurm jobs from here").split()[4] == "yes"
 
 
 def test_a_python_outside_the_range_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
