@@ -155,7 +155,7 @@ class PartWriter:
         encoded = self._tokenizer.encode_arrays(texts)
         rows = np.zeros(len(records), DOCUMENT)
         rows["exact"] = [self._tokenizer.is_exact(text, row) for text, row in zip(texts, encoded, strict=True)]
-        rows["text_bytes"] = [len(text.encode()) for text in texts]
+        rows["text_bytes"] = [len(text) if text.isascii() else len(text.encode()) for text in texts]
         rows["span"] = number
         for name in ("size", "line", "start"):
             rows[name] = [getattr(record, name) for record in records]

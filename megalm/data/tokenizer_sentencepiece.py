@@ -81,7 +81,7 @@ class SentencePieceTokenizer:
             return self.decode(ids.tolist()) == text
         # Pieces are then cut from the text as they stand, one after another: only a character without a piece is
         # lost, and nothing else can make up for its bytes.
-        return int(self._sizes[ids].sum()) == len(text.encode())
+        return int(self._sizes.take(ids).sum()) == (len(text) if text.isascii() else len(text.encode()))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(token) for token in ids])
