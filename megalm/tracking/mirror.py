@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -32,6 +33,8 @@ _POLL_SECONDS = 2.0
 _LONGEST_BACK_OFF_SECONDS = 30.0
 # How long the mirror goes on trying after its training process has ended.
 _DEADLINE_SECONDS = 60.0
+# Slurm sends a job's signals to every process of it; the mirror has still to tell how the run ended.
+_SIGNALS_OF_THE_JOB = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ARROW_NUM_THREADS")
 
 logger = logging.getLogger(__name__)
@@ -206,6 +209,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.nice(19)
     try:
         if options.follow:
+            for number in _SIGNALS_OF_THE_JOB:
+                signal.signal(number, signal.SIG_IGN)
             follow(options.run_dir, ParentWatch(options.parent_pid), options.since)
         else:
             sync(options.run_dir)

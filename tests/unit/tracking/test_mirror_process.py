@@ -61,6 +61,22 @@ def test_a_run_is_followed_to_its_end(run_dir: Path) -> None:
     assert "everything is delivered" in (run_dir / "mlflow.log").read_text()
 
 
+def test_signals_for_the_job_do_not_stop_it(run_dir: Path) -> None:
+    """Slurm sends them to every process; the mirror has to bring the news that the run was stopped."""
+    handle = mirror.start_mirror(run_dir)
+    write_rows(run_dir, range(1, 5))
+    deadline = time.monotonic() + 60
+    while MirrorState.load(run_dir / "mlflow.json").offset == 0:
+        assert time.monotonic() < deadline, (run_dir / "mlflow.log").read_text()
+        time.sleep(0.1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        handle.process.send_signal(number)
+    with MetricsWriter(run_dir / "metrics.jsonl") as writer:
+        writer.row("event", event="end", step=4, status="stopped", exit_code=75)
+    assert handle.finish(60), (run_dir / "mlflow.log").read_text()
+    assert mlflow_run(run_dir).info.status == "KILLED"
+
+
 @pytest.mark.parametrize("sent_before", [True, False])
 def test_the_end_of_an_earlier_attempt_is_not_this_ones(run_dir: Path, sent_before: bool) -> None:
     """The mirror of a resumed run starts before the resume event is written."""
