@@ -47,15 +47,21 @@ class TokenCounter:
         for start in range(0, len(tokens), CHUNK_TOKENS):
             chunk = tokens[start : start + CHUNK_TOKENS]
             self._digest.update(chunk.data)
-            if chunk.min() < 0 or (self._vocab_size is not None and chunk.max() >= self._vocab_size):
-                wrong = chunk.min() if chunk.min() < 0 else chunk.max()
-                raise DataError(
-                    f"{self._name}: holds token {wrong}, outside the vocabulary of {self._vocab_size}; "
-                    "the dataset was built with another tokenizer, or is damaged"
-                )
-            found = np.bincount(chunk.astype(np.int64), minlength=len(self.counts)).astype(np.int64)
+            if chunk.dtype.itemsize > 2 or chunk.dtype.kind != "u":  # of u16 the counts are few: seen afterwards
+                for extreme in (int(chunk.min()), int(chunk.max())):
+                    if extreme < 0 or (self._vocab_size is not None and extreme >= self._vocab_size):
+                        raise self._outside(extreme)
+            found = np.bincount(chunk, minlength=len(self.counts))
+            if self._vocab_size is not None and len(found) > self._vocab_size:
+                raise self._outside(len(found) - 1)
             found[: len(self.counts)] += self.counts
-            self.counts = found
+            self.counts = found.astype(np.int64, copy=False)
+
+    def _outside(self, token: int) -> DataError:
+        return DataError(
+            f"{self._name}: holds token {token}, outside the vocabulary of {self._vocab_size}; "
+            "the dataset was built with another tokenizer, or is damaged"
+        )
 
     def absorb(self, other: TokenCounter) -> None:
         """Add another counter's counts; the hash stays that of the own tokens."""

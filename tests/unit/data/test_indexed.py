@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
+from megalm.data.summary import TokenCounter
 from megalm.errors import DataError
 
 # Documents [1, 2, 3] and [4, 5] as u16, byte for byte as Megatron-LM writes them.
@@ -181,3 +182,14 @@ def test_fingerprint_is_of_the_content(golden: Path, tmp_path: Path) -> None:
 
 def test_best_dtype() -> None:
     assert [best_dtype(size).name for size in (257, 65_499, 65_500, 128_000)] == ["uint16", "uint16", "int32", "int32"]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int16])
+def test_tokens_outside_the_vocabulary_are_found(tmp_path: Path, dtype: type[np.generic]) -> None:
+    counter = TokenCounter(300, "x.bin")
+    counter.add(np.array([0, 299, 7, 7], dtype=dtype))
+    assert (counter.summary().tokens, counter.summary().largest_token, counter.counts[7]) == (4, 299, 2)
+    wrong = [300] if dtype is np.uint16 else [300, 2**15 - 1, -1]
+    for token in wrong:
+        with pytest.raises(DataError, match=rf"x\.bin: holds token {token}, outside the vocabulary of 300"):
+            counter.add(np.array([1, token], dtype=dtype))
