@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -200,6 +201,12 @@ def test_trains_stops_and_goes_on(slurm: SlurmCluster, small_data: SmallData, tm
     assert f"resumed at step {stopped}" in log
 
 
+def test_doctor_finds_the_cluster(slurm: SlurmCluster) -> None:
+    told = slurm.ask(Path(sys.executable).with_name("megalm"), "doctor")
+    (line,) = (line for line in told.splitlines() if line.startswith("Slurm jobs from here"))
+    assert line.split()[4:] == ["yes", "debug*:", "2", "nodes"]
+
+
 def test_nodes_without_root(tmp_path: Path) -> None:
     """The form of the cluster that needs no host names of its own; and nothing is alive after its block."""
     with slurm_cluster(named_hosts=False) as cluster:
@@ -211,3 +218,16 @@ def test_nodes_without_root(tmp_path: Path) -> None:
         assert processes(cluster.folder)
     assert not processes(cluster.folder)
     assert not cluster.folder.exists()
+
+
+def test_a_cluster_ends_with_a_test_process_that_is_killed() -> None:
+    program = (
+        "import time\nfrom tests.slurm_cluster import slurm_cluster\n"
+        "with slurm_cluster() as cluster:\n    print(cluster.folder, flush=True)\n    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        folder = Path(holder.stdout.readline().strip())
+        assert len(processes(folder)) >= 4
+        holder.kill()
+    until(lambda: not processes(folder) and not folder.exists(), 30)
