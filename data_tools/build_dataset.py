@@ -36,7 +36,7 @@ def main(
     columns: Columns = None,
     txt_documents: TxtDocuments = "file",
     stdin_kind: Annotated[str, typer.Option(help="what comes by --input -: .jsonl .json .txt or .md")] = ".jsonl",
-    max_document_mb: LargestMegabytes = 64,
+    max_document_mb: LargestMegabytes = 32,
     on_error: OnErrorWord = "fail",
     split: Annotated[str | None, typer.Option(help="95,5: PREFIX-train and PREFIX-validation; a third: -test")] = None,
     dedup: Annotated[str, typer.Option(help="none, exact, or minhash: leave out documents that came before")] = "none",

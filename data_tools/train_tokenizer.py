@@ -23,7 +23,7 @@ def main(
     text_key: TextKey = "text",
     columns: Columns = None,
     txt_documents: TxtDocuments = "file",
-    max_document_mb: LargestMegabytes = 64,
+    max_document_mb: LargestMegabytes = 32,
     max_sentences: Annotated[int, typer.Option(help="train on so many lines, drawn evenly")] = 1_000_000,
     special_token: Annotated[list[str] | None, typer.Option(help="a piece that is never text; repeat it")] = None,
     on_error: OnErrorWord = "fail",

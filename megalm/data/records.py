@@ -49,7 +49,7 @@ class ReadOptions:
     text_key: str = "text"
     columns: tuple[str, ...] = ()
     documents: str = "file"
-    largest_bytes: int = 64 << 20
+    largest_bytes: int = 32 << 20
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -281,6 +281,23 @@ def test_shards_merged_are_the_whole(tmp_path: Path, corpus: list[Path]) -> None
     assert [merged[place] for place in range(0, 200, 7)] == [known[place] for place in range(0, 200, 7)]
 
 
+def test_damage_is_not_merged_and_not_verified(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name * 50)
+        build_files([tmp_path / f"{name}.txt"], ByteTokenizer(), tmp_path / name)
+    tokens = tmp_path / "b.bin"
+    whole = tokens.read_bytes()
+    tokens.write_bytes(b"x" + whole[1:])
+    with pytest.raises(DataError, match=r"b\.bin: is not what its \.json recorded"):
+        merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+    assert not list(tmp_path.glob("merged*")) + list(tmp_path.glob(".merged*"))
+    tokens.write_bytes(whole)
+    index = tmp_path / "b.idx"
+    index.write_bytes(index.read_bytes() + b"\0")  # modes are allowed there, but were not written
+    with pytest.raises(DataError, match=r"b\.idx: its content is not what b\.json recorded"):
+        verify(tmp_path / "b")
+
+
 def test_blank_line_documents_and_columns(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\none\ntwo\n\n\nthree\n")
     (tmp_path / "b.jsonl").write_text('{"title": "T", "body": "B"}\n')
@@ -325,3 +342,19 @@ def test_an_input_that_changes_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(DataError, match="changed while it was read"):
         build_files([path], ByteTokenizer(), tmp_path / "out")
     assert not list(tmp_path.glob("out.bin"))
+
+
+def test_two_builds_of_one_dataset_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "a"}\n')
+    refused: list[str] = []
+
+    def another(*_: object) -> None:
+        with pytest.raises(DataError, match="another process builds this dataset now") as error:
+            build_files([path], ByteTokenizer(), tmp_path / "out")
+        refused.append(str(error.value))
+
+    monkeypatch.setattr(builder_module._Counts, "add", another)
+    build_files([path], ByteTokenizer(), tmp_path / "out")
+    assert len(refused) == 1
+    assert decoded(tmp_path / "out") == ["a"]
