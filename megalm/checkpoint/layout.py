@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -35,15 +36,15 @@ def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
 
     Args:
         checkpoints: the run's checkpoints folder.
-        wanted: `auto` (the newest complete one; None where there is none yet), a step or a folder's name in
-            `checkpoints`, or the path of any checkpoint.
+        wanted: `auto` (the complete one that was written last; None where there is none yet), a step or a folder's
+            name in `checkpoints`, or the path of any checkpoint.
 
     Raises:
         CheckpointError: what was named is not there, or not complete.
     """
     complete = complete_checkpoints(checkpoints)
     if wanted == "auto":
-        return complete[-1] if complete else None
+        return max(complete, key=_order_of_writing, default=None)
     named = checkpoints / (folder_name(int(wanted)) if wanted.isdigit() else wanted)
     for path in (named, Path(wanted)):
         if (path / MANIFEST).is_file():
@@ -51,6 +52,16 @@ def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
         if path.is_dir():
             raise CheckpointError(f"{path}: not a complete checkpoint (no {MANIFEST}); {_choices(complete)}")
     raise CheckpointError(f"no checkpoint {wanted!r} in {checkpoints} and no such folder; {_choices(complete)}")
+
+
+def _order_of_writing(checkpoint: Path) -> tuple[int, str]:
+    """A run that was set back to an earlier step has later steps too, of an attempt that it has left."""
+    path = checkpoint / MANIFEST
+    try:
+        attempt = json.loads(path.read_text())["attempt"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not readable ({error!r}); name another checkpoint after --resume") from None
+    return int(attempt), checkpoint.name
 
 
 def _choices(complete: list[Path]) -> str:
