@@ -6,14 +6,9 @@ lies in PREFIX.building/ until the dataset has its name. `build_dataset` makes o
 
 from __future__ import annotations
 
-import fcntl
-import logging
-import os
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +17,7 @@ import numpy as np
 
 from megalm.data.assembly import Assembler
 from megalm.data.corpus import Document
-from megalm.data.files import read_json, write_json, writing_to
+from megalm.data.files import read_json, write_json
 from megalm.data.indexed import IndexedDatasetWriter, best_dtype, bin_path, idx_path, sidecar_path
 from megalm.data.inputs import WORK_SUFFIX, InputFile, ReadReport, find_inputs, sha256_of
 from megalm.data.parts import PartSummary
@@ -33,11 +28,11 @@ from megalm.data.summary import TokenCounter
 from megalm.data.tokenizer import Tokenizer
 from megalm.data.units import UnitList
 from megalm.data.workers import do_units
+from megalm.data.workspace import hashing, working_in
 from megalm.errors import DataError
 
 __all__ = ["BuildOptions", "BuildProgress", "BuildReport", "Built", "build_dataset", "build_files"]
 
-logger = logging.getLogger(__name__)
 PROGRESS_SECONDS = 0.2
 
 
@@ -105,13 +100,13 @@ def build_files(
         _ = tokenizer.eod_id  # says so now where there is none
     plan = make_plan(files, options, tokenizer.fingerprint)
     work = Path(f"{output_prefix}{WORK_SUFFIX}")
-    with _working_in(work, plan, prefixes, overwrite):
+    with working_in(work, plan, prefixes, overwrite):
         inputs: list[dict[str, Any]] = []
         reports = [start_report(prefix, tokenizer, options.append_eod, facts, inputs) for prefix in prefixes]
         assembler = Assembler(reports, prefixes, plan.files, options, tokenizer, work)
         try:
             units, counts = UnitList(plan, options, work), _Counts(plan, progress)
-            with _hashing(plan.files) as hashes:
+            with hashing(plan.files) as hashes:
                 for unit, summary in do_units(units.todo(), work, options, tokenizer, min(workers, plan.most_units)):
                     units.done(unit)
                     counts.add(summary, unit.weight, units.reused)
@@ -202,73 +197,6 @@ def _recorded_input(file: InputFile, sha256: str) -> dict[str, Any]:
     entry = asdict(file)
     entry["bytes"] = entry.pop("size")
     return entry | {"sha256": sha256}
-
-
-@contextmanager
-def _working_in(work: Path, plan: Plan, prefixes: Sequence[str], overwrite: bool) -> Iterator[None]:
-    """PREFIX.building, locked; emptied where it belongs to another build."""
-    stated = work / "plan.json"
-    with writing_to(work):
-        work.parent.mkdir(parents=True, exist_ok=True)
-        lock_path = work.with_name(f".{work.name}.lock")
-        lock = lock_path.open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.fstat(lock.fileno()).st_nlink > 0  # else another process just ended and took the file away
-        except BlockingIOError:
-            ours = False
-        if not ours:
-            raise DataError(f"{work}: another process builds this dataset now; wait for it")
-        try:
-            if not stated.exists() or read_json(stated)["identity"] != plan.identity:
-                for prefix in prefixes:
-                    check_output(prefix, overwrite)
-                if work.exists():
-                    logger.warning("%s is of another input or other options: it is thrown away", work)
-                    shutil.rmtree(work)
-                work.mkdir()
-                write_json(stated, {"identity": plan.identity})
-            _clear_temporaries(prefixes)
-            yield
-        finally:
-            lock_path.unlink(missing_ok=True)
-
-
-def _clear_temporaries(prefixes: Iterable[str]) -> None:
-    """What a killed build left half-written; nobody else builds here, we hold the lock."""
-    for prefix in prefixes:
-        for path in (bin_path(prefix), idx_path(prefix), sources_path(prefix), sidecar_path(prefix)):
-            for left in path.parent.glob(f".{path.name}.*.tmp"):
-                left.unlink(missing_ok=True)
-
-
-@contextmanager
-def _hashing(files: Sequence[InputFile]) -> Iterator[dict[str, str]]:
-    """Hashes of the files by path, made meanwhile in a thread; complete where the block ends without an error."""
-    hashes: dict[str, str] = {}
-    failures: list[OSError] = []
-    stopped = threading.Event()
-
-    def work() -> None:
-        try:
-            for file in files:
-                if not file.is_stdin and not stopped.is_set():
-                    hashes[file.path] = sha256_of(file.path, stopped.is_set)
-        except OSError as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=work, name="hashing")
-    thread.start()
-    try:
-        yield hashes
-    except BaseException:
-        stopped.set()
-        raise
-    finally:
-        thread.join()
-    if failures:
-        raise DataError(f"{failures[0].filename}: cannot be read ({failures[0].strerror}); start again")
 
 
 def build_dataset(
