@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from megalm.config.resolve import ResolvedRun
 from megalm.memory import checkpoint_bytes
@@ -53,8 +55,13 @@ def farewell(folder: RunFolder, run: ResolvedRun, deepspeed_config: str) -> str:
     root, launch = folder.path.parent, f"deepspeed launch/pretrain.py --deepspeed_config {deepspeed_config}"
     return f"""
 everything is in {folder.path}: metrics.jsonl, log.txt, checkpoints/, samples/
-  see it        mlflow ui --backend-store-uri sqlite:///{root}/mlflow.db
+  see it        {_where_mlflow_is(root)}
   list it       megalm checkpoint list {folder.path}
   generate      megalm generate {folder.path} --prompt {prompt}
   train longer  {launch} run.name={folder.name} --resume auto train.steps={steps}
   your own      README.md, "Train on your own text\""""
+
+
+def _where_mlflow_is(root: Path) -> str:
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
