@@ -34,10 +34,10 @@ refuse() {
 
 # sbatch runs a copy of this file: where the checkout is, only Slurm knows.
 find_home() {
-    local script
-    script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/train\.sh\( .*\)\{0,1\}$|\1|p')
-    [ -n "$script" ] || script=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
-    echo "$script"
+    local home
+    home=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/train\.sh\( .*\)\{0,1\}$|\1|p')
+    # In an interactive allocation it may be called by itself.
+    echo "${home:-$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")}"
 }
 
 # Prints how many ranks each node gets.
