@@ -57,6 +57,11 @@ class BuildOptions:
         shard, shards = self.shard
         if not 0 <= shard < shards:
             raise DataError(f"--shard {shard}/{shards}: shards are numbered from 0 to {shards - 1}")
+        if shards > 1 and self.split:
+            raise DataError(
+                f"--split and --shard {shard}/{shards}: the split would be cut from each shard; "
+                "merge the shards and split in training (data.split)"
+            )
         if not 0 < self.minhash_threshold <= 1:
             raise DataError(f"--minhash-threshold {self.minhash_threshold}: state a share between 0 and 1, such as 0.8")
 

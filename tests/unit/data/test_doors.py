@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+BYTES = ("--input", "{0}", "--tokenizer", "bytes", "--output-prefix", "{0}/x")
 DOORS = Path(__file__).resolve().parents[3] / "data_tools"
 
 
@@ -38,12 +39,48 @@ def test_from_text_to_a_merged_dataset(tmp_path: Path, source_texts: list[str]) 
     assert "documents          4\n" in facts.stdout
 
 
+def test_looking_at_a_dataset(tmp_path: Path, source_texts: list[str], model_path: Path) -> None:
+    texts = tmp_path / "my.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*source_texts, "x" * 3000]))
+    options = ("--input", texts, "--tokenizer", model_path, "--output-prefix", tmp_path / "my", "--split", "4,1")
+    assert door("build_dataset", *options).returncode == 0
+    shown = door("inspect_dataset", tmp_path / "my-train", "--stats", "--tokenizer", model_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "most frequent tokens" in shown.stdout
+    assert "tokens per byte  0." in shown.stdout
+    scanned = door(
+        "inspect_dataset", tmp_path / "my-train", "--scan", "--around", "5000", "--report", tmp_path / "scan"
+    )
+    assert scanned.returncode == 0, scanned.stderr
+    assert ">4,608 on" in scanned.stdout
+    assert (tmp_path / "scan.png").stat().st_size > 10_000
+    assert "<table>" in (tmp_path / "scan.html").read_text()
+    step = ("--step", "3", "--batch-size", "2", "--sequence-length", "32", "--tokenizer", model_path)
+    read = door("inspect_dataset", tmp_path / "my-train", *step)
+    assert read.returncode == 0, read.stderr
+    assert "--- sample 4: document " in read.stdout
+    assert "--- sample 5: document " in read.stdout
+    assert f"{texts}:" in read.stdout
+    refused = door("inspect_dataset", tmp_path / "my-train", "--step", "3")
+    assert (refused.returncode, "state --batch-size too" in refused.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [
         ("train_tokenizer", ("--input", "{0}", "--output", "{0}/x.model"), "no file to read there"),
         ("train_tokenizer", ("--input", "{0}", "--output", "{0}/x"), "name a tokenizer NAME.model"),
         ("build_dataset", ("--input", "x", "--tokenizer", "bytes", "--output-prefix", "{0}/x"), "x: no file to read"),
+        ("build_dataset", (*BYTES, "--split", "9"), "state two or three weights"),
+        ("build_dataset", (*BYTES, "--split", "a,b"), "state two or three positive weights"),
+        ("build_dataset", (*BYTES, "--shard", "4"), "state it as NUMBER/OF"),
+        ("build_dataset", (*BYTES, "--shard", "4/4"), "shards are numbered from 0 to 3"),
+        ("build_dataset", (*BYTES, "--shard", "1/2", "--split", "9,1"), "would be cut from each shard"),
+        ("build_dataset", (*BYTES, "--dedup", "some"), "choose one of none, exact, minhash"),
+        ("build_dataset", (*BYTES, "--on-error", "raise"), "choose one of fail, skip"),
+        ("build_dataset", (*BYTES, "--columns", "a,"), "has an empty name"),
+        ("build_dataset", (*BYTES, "--txt-documents", "line"), "choose file or blank-line"),
+        ("build_dataset", (*BYTES[2:], "--input", "-", "--stdin-kind", ".parquet"), "cannot be read as '.parquet'"),
         ("inspect_dataset", ("{0}/absent",), "cannot be opened"),
         ("merge_datasets", ("--output-prefix", "{0}/x", "{0}/a"), "two datasets or more"),
     ],
