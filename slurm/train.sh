@@ -43,9 +43,11 @@ find_home() {
 # Prints how many ranks each node gets.
 ranks_per_node() {
     if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
-        # --gpus=N over several nodes may give them unequal shares.
-        [ "${SLURM_GPUS:-0}" -eq 0 ] || [ "$SLURM_GPUS" -eq $((SLURM_GPUS_ON_NODE * SLURM_JOB_NUM_NODES)) ] ||
-            refuse "$SLURM_GPUS GPUs are unequal shares of $SLURM_JOB_NUM_NODES nodes; use --gpus-per-node"
+        # --gpus=N or --gpus=TYPE:N over several nodes may give them unequal shares.
+        local gpus=${SLURM_GPUS:-0}
+        gpus=${gpus##*:}
+        [ "$gpus" -eq 0 ] || [ "$gpus" -eq $((SLURM_GPUS_ON_NODE * SLURM_JOB_NUM_NODES)) ] ||
+            refuse "$gpus GPUs are unequal shares of $SLURM_JOB_NUM_NODES nodes; use --gpus-per-node"
         echo "$SLURM_GPUS_ON_NODE"
     elif [ -n "${SLURM_NTASKS_PER_NODE:-}" ]; then
         echo "$SLURM_NTASKS_PER_NODE"

@@ -81,7 +81,8 @@ def read_told(folder: Path) -> list[Told]:
 @pytest.fixture
 def told(slurm: SlurmCluster, tmp_path: Path) -> Callable[..., list[Told]]:
     def submit(*options: str) -> list[Told]:
-        job_id = slurm.sbatch(tmp_path, *options, telling_checkout(tmp_path), "a word", "x=['b c']", "--resume", "auto")
+        script = telling_checkout(tmp_path).relative_to(tmp_path)
+        job_id = slurm.sbatch(tmp_path, *options, script, "a word", "x=['b c']", "--resume", "auto")
         job = slurm.wait(job_id, JOB_SECONDS)
         log = (tmp_path / f"megalm-{job_id}.log").read_text()
         assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log
