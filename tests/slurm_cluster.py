@@ -2,7 +2,7 @@
 
 As root each node has a host name and an address of its own (`unshare`); without, nodes are named by their loopback
 addresses. Whatever happens to the test process, nothing is left behind: the cluster belongs to a reaper, a process that
-ends everything whose environment names this cluster's slurm.conf as soon as its standard input is closed.
+ends everything of this cluster (`processes`) as soon as its standard input is closed.
 """
 
 from __future__ import annotations
@@ -115,9 +115,17 @@ def can_name_hosts() -> bool:
 
 
 def processes(folder: Path) -> list[psutil.Process]:
-    """Everything alive of the cluster in `folder`: daemons, jobs, and what jobs left in the background."""
+    """Everything alive of the cluster in `folder`: daemons, jobs, and what jobs left in the background.
+
+    Jobs' processes have the cluster in their environment. slurmstepd writes its title over its environment, but stays
+    in the folder that the daemons were started in.
+    """
     mark = _configuration(folder)
-    return [process for process in psutil.process_iter() if _environment(process).get("SLURM_CONF") == mark]
+    return [
+        process
+        for process in psutil.process_iter()
+        if _environment(process).get("SLURM_CONF") == mark or _working_folder(process) == str(folder)
+    ]
 
 
 def _start(folder: Path, named_hosts: bool) -> SlurmCluster:
@@ -251,6 +259,13 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return {} if process.status() == psutil.STATUS_ZOMBIE else process.environ()
     except (psutil.Error, OSError):
         return {}
+
+
+def _working_folder(process: psutil.Process) -> str:
+    try:
+        return process.cwd().removesuffix(" (deleted)")
+    except (psutil.Error, OSError):
+        return ""
 
 
 def _reap(folder: Path) -> bool:
