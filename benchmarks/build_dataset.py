@@ -32,12 +32,14 @@ import numpy as np
 
 from megalm.data import streams
 from megalm.data.indexed import HEADER, MAGIC, IndexedDataset
+from megalm.data.loader import BatchLoader
 from megalm.data.recipe import prepare_recipe
 from megalm.data.samples import TrainingSamples
 from megalm.data.stdlib import stdlib_documents
 from megalm.data.tokenizer import load_tokenizer, train_tokenizer
 
 VOCABULARY = 8192
+STEP_SECONDS = 0.1
 
 
 class Speed(NamedTuple):
@@ -192,6 +194,15 @@ def measure_samples(folder: Path) -> None:
     for number in numbers:
         samples.sample(int(number))
     print(f"random samples: {len(numbers) * 1024 / (time.perf_counter() - start) / 1e6:.1f} M tokens/s")
+    with BatchLoader(samples, 64, 8, 0, 1) as loader:
+        loader.batch(0)
+        waits = []
+        for step in range(1, 50):
+            time.sleep(STEP_SECONDS)  # the training step, in which the next batches are read
+            start = time.perf_counter()
+            loader.batch(64 * step)
+            waits.append(time.perf_counter() - start)
+    print(f"a step of {STEP_SECONDS} s waits for its batch of 64 x 1024 tokens: {1000 * max(waits):.2f} ms at most")
     start = time.perf_counter()
     streams._permutation(np.random.RandomState(1), 10**9)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

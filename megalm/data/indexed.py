@@ -14,6 +14,7 @@ S sequences, D documents + 1, N tokens.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import struct
 import tempfile
@@ -97,6 +98,7 @@ class IndexedDataset:
                 f"{bin_path(prefix)}: {size:,} bytes expected by {idx_path(prefix).name}, {len(raw):,} found; "
                 "the file is cut short or belongs to another index, copy or build it again"
             )
+        self._raw = raw
         self.tokens: npt.NDArray[np.generic] = raw.view(self.dtype)
 
     def __len__(self) -> int:
@@ -106,6 +108,12 @@ class IndexedDataset:
         """Tokens of sequence `index`, a read-only view of the file."""
         start = int(self.sequence_pointers[index]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.sequence_lengths[index])]
+
+    def expect_random_reads(self) -> None:
+        """Tell the system that tokens are read here and there: else it reads megabytes around every sample."""
+        mapped = getattr(self._raw, "_mmap", None)  # none of an empty file
+        if mapped is not None and hasattr(mmap, "MADV_RANDOM"):
+            mapped.madvise(mmap.MADV_RANDOM)
 
     @property
     def document_count(self) -> int:

@@ -116,6 +116,7 @@ class TrainingSamples:
             self._stream = PrefixStableStream(
                 dataset, document_range, sequence_length, self.stride, seed, self.tokens_per_epoch, ArrayCache(cache)
             )
+        dataset.expect_random_reads()
         requested = requested_samples if order == "megatron" else None
         facts = [dataset.fingerprint, document_range, sequence_length, seed, order, requested]
         self.fingerprint = _hash(*facts, *([] if stride in (None, sequence_length) else [stride]), "v1")

@@ -306,3 +306,16 @@ def test_too_few_tokens(make_dataset: MakeDataset) -> None:
         TrainingSamples(dataset, (0, 2), 4, seed=0)
     with pytest.raises(DataError, match="hold 0 tokens, validation needs two"):
         ValidationSamples(dataset, (1, 2), 4)
+
+
+def test_random_reads_are_announced(make_dataset: MakeDataset) -> None:
+    """Else the system reads megabytes around each sample: 6 ms instead of 0.03 ms, measured."""
+    dataset = make_dataset([5000] * 3)
+
+    def flags() -> str:
+        maps = Path("/proc/self/smaps").read_text().split(f"{dataset.prefix}.bin\n")[1]
+        return maps.split("VmFlags:")[1].split("\n")[0]
+
+    assert "rr" not in flags().split()
+    TrainingSamples(dataset, (0, 3), 8, seed=1)
+    assert "rr" in flags().split()
