@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
-import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
-import orjson
-
-from megalm.errors import ConfigError
 from megalm.tracking import run_folder
 from megalm.tracking.metrics import METRICS_FILE, Row, read_rows
+from megalm.tracking.state import MirrorState
+from megalm.tracking.store import FAILED, FINISHED, KILLED, RUNNING, MetricValue, Store
 
 STATE_FILE = "mlflow.json"
-RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 
 # MLflow's limit of entities in one request.
 _BATCH_METRICS = 1000
@@ -35,67 +30,6 @@ _END_STATUS = {"finished": FINISHED, "failed": FAILED, "stopped": KILLED}
 _EXIT_STATUS = {0: FINISHED, 75: KILLED}
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class MetricValue:
-    """One number of one series; `time_ms` is unix milliseconds."""
-
-    key: str
-    value: float
-    step: int
-    time_ms: int
-
-
-class Store(Protocol):
-    """What a delivery needs of a tracking server; any exception means: try again later."""
-
-    def run_exists(self, run_id: str) -> bool: ...
-
-    def create_run(self, experiment: str, name: str, key: str, start_ms: int) -> str:
-        """Create a run, or find the one that was created with this key; returns its id."""
-
-    def log_metrics(self, run_id: str, metrics: list[MetricValue]) -> None: ...
-
-    def set_parameters(self, run_id: str, parameters: Mapping[str, str]) -> None: ...
-
-    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None: ...
-
-    def upload(self, run_id: str, file: Path, folder: str | None) -> None: ...
-
-    def set_status(self, run_id: str, status: str, end_ms: int | None) -> None: ...
-
-
-@dataclass
-class MirrorState:
-    """RUN_DIR/mlflow.json: which MLflow run this folder is, and how much of it is there."""
-
-    key: str = field(default_factory=lambda: uuid.uuid4().hex)
-    tracking_uri: str = ""
-    default_store: bool = True
-    experiment: str = ""
-    run_id: str | None = None
-    offset: int = 0
-    status: str = RUNNING
-    status_sent: str | None = None
-    end_ms: int | None = None
-    signalled: bool = False
-    artifacts: dict[str, list[int]] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, path: Path) -> MirrorState:
-        if not path.exists():
-            return cls()
-        try:
-            stored = orjson.loads(path.read_bytes())
-            return cls(**{item.name: stored[item.name] for item in fields(cls)})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: not readable ({error!r}); delete it to mirror the run anew") from None
-
-    def save(self, path: Path) -> None:
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_bytes(orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2))
-        os.replace(temporary, path)
 
 
 @dataclass
@@ -112,7 +46,7 @@ class Sent:
 class Delivery:
     """Brings one run folder to its store, as often as it is called.
 
-    `run_has_ended` turns true with an end event of unix time `since` or later: a resumed run has the end of its
+    `run_has_ended` turns true with an end event later than unix time `since`: a resumed run has the end of its
     earlier attempt in its rows, and maybe not yet sent.
     """
 
@@ -219,7 +153,7 @@ class Delivery:
             by_code = _EXIT_STATUS.get(row.get("exit_code", 0), FAILED)
             state.status = _END_STATUS.get(str(row.get("status")), by_code)
             state.end_ms = _milliseconds(row)
-            self.run_has_ended = state.end_ms >= self._since_ms
+            self.run_has_ended = state.end_ms > self._since_ms
 
     def _send_artifacts(self, store: Store, run_id: str) -> int:
         """The files that are new or changed since they were sent."""

@@ -22,7 +22,7 @@ import mlflow  # noqa: E402 - after the settings, which it reads on import
 from mlflow.entities import Metric, Param, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 
-from megalm.tracking.delivery import RUNNING, MetricValue  # noqa: E402
+from megalm.tracking.store import RUNNING, MetricValue  # noqa: E402
 
 # MLflow's limit of parameters or tags in one request.
 _BATCH_NAMES = 100
@@ -41,6 +41,8 @@ class MlflowStore:
         with open(root / "mlflow.db.lock", "a") as lock:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (root / "mlflow.db").exists():
+                _create_store(root)
             self._client = mlflow.MlflowClient(tracking_uri=tracking_uri)
             self._client.search_experiments(max_results=1)
 
@@ -104,3 +106,12 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a numeric user without a name, usual in containers
         return str(os.getuid())
+
+
+def _create_store(root: Path) -> None:
+    """Make the tables under another name: a mirror that is ended meanwhile would leave some of them, for good."""
+    partial = root / "mlflow.db.partial"
+    for leftover in root.glob("mlflow.db.partial*"):
+        leftover.unlink()
+    mlflow.MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
+    partial.replace(root / "mlflow.db")

@@ -8,15 +8,13 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from megalm.errors import ConfigError
 from megalm.tracking.metrics import METRICS_FILE, Row, read_rows
-
-if TYPE_CHECKING:
-    from megalm.tracking.delivery import MirrorState
+from megalm.tracking.state import MirrorState
 
 CONFIG_FILE = "config.yaml"
 DEEPSPEED_FILE = "deepspeed.resolved.json"

@@ -16,7 +16,7 @@ import pytest
 from run_folders import write_rows
 
 from megalm.tracking import mirror
-from megalm.tracking.delivery import MirrorState
+from megalm.tracking.state import MirrorState
 from megalm.tracking.metrics import MetricsWriter
 
 # A trainer that dies without a word: it writes its rows, maybe a signal event, and is killed with -9.

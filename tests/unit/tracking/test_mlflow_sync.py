@@ -239,3 +239,14 @@ def test_no_request_holds_more_than_mlflow_takes(run_dir: Path, monkeypatch: pyt
     assert max(size.get("metrics", 0) for size in sizes) <= 1000
     assert sum(size.get("params", 0) for size in sizes) > 250
     assert max(size.get("params", 0) for size in sizes) <= 100
+
+
+def test_a_store_that_was_left_half_made_is_made_anew(tmp_path: Path) -> None:
+    """A mirror that is ended while it makes the tables leaves them under another name, which nobody opens."""
+    from megalm.tracking.mlflow import MlflowStore
+
+    (tmp_path / "mlflow.db.partial").write_bytes(b"not all of a database")
+    store = MlflowStore(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path)
+    assert store.run_exists("none") is False
+    assert (tmp_path / "mlflow.db").is_file()
+    assert not list(tmp_path.glob("mlflow.db.partial*"))
