@@ -82,7 +82,7 @@ def test_the_opening_and_the_end_say_what_matters(trained: Trained) -> None:
     for words in ("device", "a parameter", "epochs of", "unigram entropy", "checkpoint"):
         assert words in shown
     assert f"step {STEPS}/{STEPS}  loss" in shown
-    assert "--- prompt 'def '" in shown
+    assert "--- prompt 'class Parser:" in shown
     assert "everything is in runs/mine" in shown
     assert (trained.folder / "runs" / "mine" / "samples" / f"step-{STEPS:08d}.txt").is_file()
 

@@ -16,8 +16,8 @@ import pytest
 from run_folders import write_rows
 
 from megalm.tracking import mirror
-from megalm.tracking.state import MirrorState
 from megalm.tracking.metrics import MetricsWriter
+from megalm.tracking.state import MirrorState
 
 # A trainer that dies without a word: it writes its rows, maybe a signal event, and is killed with -9.
 KILLED_TRAINER = """
