@@ -50,18 +50,25 @@ def opening_facts(
 
 def farewell(folder: RunFolder, run: ResolvedRun, deepspeed_config: str) -> str:
     """Where everything is, and the next commands to try."""
-    prompt = json.dumps(run.config.sample.prompts[0] if run.config.sample.prompts else "The ")
+    prompt = json.dumps(_first_line(run.config.sample.prompts))
     steps = 2 * run.config.train.steps
     root, launch = folder.path.parent, f"deepspeed launch/pretrain.py --deepspeed_config {deepspeed_config}"
-    return f"""
-everything is in {folder.path}: metrics.jsonl, log.txt, checkpoints/, samples/
-  see it        {_where_mlflow_is(root)}
-  list it       megalm checkpoint list {folder.path}
-  generate      megalm generate {folder.path} --prompt {prompt}
-  train longer  {launch} run.name={folder.name} --resume auto train.steps={steps}
-  your own      README.md, "Train on your own text\""""
+    rows = [
+        ("see it", _where_mlflow_is(root) if run.config.tracking.mlflow else f"{folder.metrics}"),
+        ("list it", f"megalm checkpoint list {folder.path}"),
+        ("generate", f"megalm generate {folder.path} --prompt {prompt}"),
+        ("train longer", f"{launch} run.name={folder.name} --resume auto train.steps={steps}"),
+        ("your own", 'README.md, "Train on your own text"'),
+    ]
+    lines = [f"everything is in {folder.path}: metrics.jsonl, log.txt, checkpoints/, samples/"]
+    return "\n".join(["", *lines, *(f"  {name:<13} {command}" for name, command in rows)])
 
 
 def _where_mlflow_is(root: Path) -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+
+
+def _first_line(prompts: tuple[str, ...]) -> str:
+    """Of the first prompt: a shell would take a newline in it for two letters."""
+    return next((line for prompt in prompts for line in prompt.splitlines() if line.strip()), "The ")
