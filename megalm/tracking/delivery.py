@@ -46,14 +46,14 @@ class Sent:
 class Delivery:
     """Brings one run folder to its store, as often as it is called.
 
-    `run_has_ended` turns true with an end event later than unix time `since`: a resumed run has the end of its
+    `run_has_ended` turns true with an end event of unix time `since` or later: a resumed run has the end of its
     earlier attempt in its rows, and maybe not yet sent.
     """
 
     def __init__(self, run_dir: Path, since: float = 0.0) -> None:
         self.run_dir = run_dir
         self.run_has_ended = False
-        self._since_ms = int(since * 1000)
+        self._since = since
         self._state_path = run_dir / STATE_FILE
         self._state = MirrorState.load(self._state_path)
         self._store: Store | None = None
@@ -153,7 +153,8 @@ class Delivery:
             by_code = _EXIT_STATUS.get(row.get("exit_code", 0), FAILED)
             state.status = _END_STATUS.get(str(row.get("status")), by_code)
             state.end_ms = _milliseconds(row)
-            self.run_has_ended = state.end_ms > self._since_ms
+            # In full precision: an attempt may end in the millisecond in which the next one begins.
+            self.run_has_ended = _seconds(row) >= self._since
 
     def _send_artifacts(self, store: Store, run_id: str) -> int:
         """The files that are new or changed since they were sent."""
@@ -212,6 +213,10 @@ def metrics_of(row: Row) -> list[MetricValue]:
     ]
 
 
-def _milliseconds(row: Row) -> int:
+def _seconds(row: Row) -> float:
     moment = row.get("time", 0.0)
-    return int(moment * 1000) if isinstance(moment, (int, float)) and math.isfinite(moment) else 0
+    return float(moment) if isinstance(moment, (int, float)) and math.isfinite(moment) else 0.0
+
+
+def _milliseconds(row: Row) -> int:
+    return int(_seconds(row) * 1000)
