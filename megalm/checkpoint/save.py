@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from megalm.checkpoint.fragment import Fragment
 from megalm.checkpoint.layout import LATEST, MANIFEST, PARTIAL_SUFFIX, REPLACED_SUFFIX, folder_name
 from megalm.checkpoint.shard import ShardSummary, write_shard
+from megalm.durable import complete_file, sync_directory
 
 T = TypeVar("T")
 
@@ -83,22 +83,8 @@ def save_checkpoint(
 
 def write_durably(path: Path, text: str) -> None:
     """Make the file `path` hold `text`, atomically and on disk."""
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    complete_file(path, lambda file: file.write(text.encode()))
+    sync_directory(path.parent)
 
 
 def _commit(
@@ -113,7 +99,7 @@ def _commit(
     if final.exists():  # the same step of an earlier attempt: it goes only when its successor is in place
         final.rename(replaced)
     partial.rename(final)
-    sync_folder(final.parent)
+    sync_directory(final.parent)
     write_durably(final.parent / LATEST, final.name + "\n")
     shutil.rmtree(replaced, ignore_errors=True)
 

@@ -6,8 +6,8 @@ rename), and everybody who makes it makes the same bytes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megalm.data.files import sync_directory, temporary_name, writing_to
+from megalm.data.files import writing_to
+from megalm.durable import complete_file, sync_directory, temporary_name
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -55,21 +56,8 @@ class ArrayCache:
         with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for name, array in arrays.items():
-                _complete(folder / f"{name}.npy", array)
+                complete_file(folder / f"{name}.npy", functools.partial(np.save, arr=array))
             names = temporary_name(folder / "names")
             names.write_text(" ".join(arrays))
             names.replace(folder / "names")  # the last: it says that the others are there
             sync_directory(folder)
-
-
-def _complete(path: Path, array: npt.NDArray[Any]) -> None:
-    temporary = temporary_name(path)
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

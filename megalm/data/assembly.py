@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.dedup import Bools, seen_of
-from megalm.data.files import sync_directory, temporary_name, write_json, writing_to
+from megalm.data.files import write_json, writing_to
 from megalm.data.indexed import IndexedDatasetWriter, best_dtype, bin_path, idx_path, sidecar_path
 from megalm.data.inputs import InputFile, sha256_of
 from megalm.data.parts import Part, PartSummary
@@ -23,6 +23,7 @@ from megalm.data.samples import split_documents
 from megalm.data.sources import SOURCE, sources_path
 from megalm.data.summary import TokenCounter
 from megalm.data.tokenizer import Tokenizer
+from megalm.durable import sync_directory, temporary_name
 from megalm.errors import DataError
 
 

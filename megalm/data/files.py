@@ -1,30 +1,15 @@
-"""Files that are complete or absent: temporary name, fsync, rename."""
+"""Small files of a dataset, complete or absent; what goes wrong is a DataError."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megalm.durable import complete_file, sync_directory
 from megalm.errors import DataError
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames inside `directory` survive a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def temporary_name(path: Path) -> Path:
-    """A name beside `path`, on the same file system so that a rename is atomic, and of this process on this node."""
-    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
 
 
 def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
@@ -34,17 +19,7 @@ def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
     """
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(path)
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        complete_file(path, lambda file: file.write(content), durable)
         if durable:
             sync_directory(path.parent)
 

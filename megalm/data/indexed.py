@@ -27,7 +27,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megalm.data.files import sync_directory, temporary_name, writing_to
+from megalm.data.files import writing_to
+from megalm.durable import sync_directory, temporary_name
 from megalm.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"

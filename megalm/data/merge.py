@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from megalm.data.files import read_json, temporary_name, write_json, writing_to
+from megalm.data.files import read_json, write_json, writing_to
 from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path, sidecar_path
 from megalm.data.inputs import KEPT_MESSAGES, sha256_of
 from megalm.data.report import KEPT_NAMES, BuildReport, check_output, versions
 from megalm.data.sources import SOURCE, Sources, sources_path
 from megalm.data.summary import TokenCounter
+from megalm.durable import temporary_name
 from megalm.errors import DataError
 
 SUMMED = ("empty_documents", "skipped", "inexact_documents", "text_bytes")

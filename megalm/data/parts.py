@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.dedup import exact_signatures, minhash_signatures
-from megalm.data.files import temporary_name, write_json, writing_to
+from megalm.data.files import write_json, writing_to
 from megalm.data.indexed import best_dtype
 from megalm.data.inputs import KEPT_MESSAGES
 from megalm.data.plan import BuildOptions
 from megalm.data.reader import Span, SpanCount, lines_before, read_span, record_name
 from megalm.data.records import Block, Record
 from megalm.data.tokenizer import Tokenizer
+from megalm.durable import temporary_name
 from megalm.errors import DataError
 
 # One row for each document. `line` counts in the span; start and size are bytes of the unpacked file.

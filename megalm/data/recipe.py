@@ -25,10 +25,11 @@ import sentencepiece
 
 from megalm.data.builder import build_dataset
 from megalm.data.corpus import Document, ReadReport
-from megalm.data.files import read_json, sync_directory, write_json, writing_to
+from megalm.data.files import read_json, write_json, writing_to
 from megalm.data.report import SIDECAR_VERSION
 from megalm.data.stdlib import source_files, standard_library, stdlib_documents
 from megalm.data.tokenizer import load_tokenizer, train_tokenizer
+from megalm.durable import sync_directory
 from megalm.errors import DataError
 
 RECIPES = ("python-stdlib",)

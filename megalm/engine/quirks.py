@@ -26,12 +26,15 @@ def silence_deepspeed() -> None:
     """DeepSpeed sets its logger's level when it is imported, so this follows the import."""
     from deepspeed.utils import logger
 
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.INFO if _is_verbose() else logging.ERROR)
 
 
 @contextlib.contextmanager
 def prints_to_log() -> Iterator[None]:
     """Take what DeepSpeed prints while it builds an engine out of the way of the run's progress."""
+    if _is_verbose():
+        yield
+        return
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
@@ -44,7 +47,7 @@ def prints_to_log() -> Iterator[None]:
 def avoid_shared_memory_op() -> None:
     """Keep DeepSpeed from compiling `shm_comm` at the first process group on a CPU.
 
-    The extension serves inference all-reduces only, and costs half a minute of g++ on a fresh machine. The table of
+    The extension serves inference all-reduces only, and has to be compiled on a fresh machine. The table of
     compatible ops is made on its first reading, by probing the compiler for every op: a table that is already
     there saves that too.
     """
@@ -59,3 +62,8 @@ def allow_cpu_fp16_if_asked() -> None:
         from deepspeed.accelerator import get_accelerator
 
         get_accelerator().is_fp16_supported = lambda: True
+
+
+def _is_verbose() -> bool:
+    """`--verbose` opens the root logger; nothing else does."""
+    return logging.getLogger().isEnabledFor(logging.INFO)

@@ -6,12 +6,12 @@ Shapes: B micro-batch, T sequence, V vocabulary.
 from __future__ import annotations
 
 import copy
+import resource
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import deepspeed
 import numpy as np
-import psutil
 import torch
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor
@@ -145,7 +145,7 @@ class ZeroEngine:
     def peak_memory_bytes(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return psutil.Process().memory_info().rss
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux tells KiB
 
     def _tensors(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
         arrays = (batch.tokens, batch.labels, batch.documents)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import orjson
 
+from megalm.durable import complete_file
 from megalm.errors import ConfigError
 from megalm.tracking.store import RUNNING
 
@@ -40,6 +40,6 @@ class MirrorState:
             raise ConfigError(f"{path}: not readable ({error!r}); delete it to mirror the run anew") from None
 
     def save(self, path: Path) -> None:
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_bytes(orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2))
-        os.replace(temporary, path)
+        # Not durable: what a power cut takes back is sent once more, which MLflow stores once.
+        content = orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2)
+        complete_file(path, lambda file: file.write(content), durable=False)

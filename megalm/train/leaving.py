@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from megalm.errors import EXIT_FAILED, MegalmError, OtherRankFailed
+from megalm.errors import EXIT_DONE, EXIT_FAILED, EXIT_START_AGAIN, MegalmError, OtherRankFailed
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Guard:
             report = traceback.format_exc()
             self._tell(f"megalm: rank {self.rank} failed:\n{report}", everybody=True)
             code = EXIT_FAILED
-        if code != 0:
+        if code not in (EXIT_DONE, EXIT_START_AGAIN):  # those have told their end themselves
             self._last_wish()
         leave(code)
 
