@@ -49,29 +49,43 @@ class ParallelGroups:
 
 
 def make_groups(topology: Topology, rank: int, timeout: datetime.timedelta) -> ParallelGroups:
-    """Make this rank's groups; collective: every rank of the world calls it, after the default group exists.
+    """Make the groups of all ranks, in the same order on every rank; collective, after the default group exists.
 
-    Only the members of a group meet to make it, so a rank makes as many groups as there are axes and not as many as
-    there are ranks. All ranks go through the axes in the same order and the groups of one axis are disjoint, so no
-    two ranks wait for each other.
+    A group that two axes share (pipeline=1: tensor and model) is made once.
     """
-    place = topology.coordinate(rank)
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
-    def group(ranks: tuple[int, ...]) -> AxisGroup:
-        if ranks not in made:
-            made[ranks] = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
-        return AxisGroup(ranks, ranks.index(rank), made[ranks])
+    def own(groups: list[tuple[int, ...]]) -> AxisGroup:
+        (mine,) = (ranks for ranks in groups if rank in ranks)
+        for ranks in groups:
+            if ranks not in made and (len(ranks) > 1 or ranks is mine):
+                made[ranks] = _new_group(ranks, topology.world_size, timeout)
+        return AxisGroup(mine, mine.index(rank), made[mine])
 
-    def at(pipeline: int, data: int, tensor: int) -> int:
-        return topology.rank(Coordinate(pipeline=pipeline, data=data, tensor=tensor))
-
-    stages, copies, shards = range(topology.pipeline), range(topology.data), range(topology.tensor)
     return ParallelGroups(
         topology=topology,
-        coordinate=place,
-        tensor=group(tuple(at(place.pipeline, place.data, tensor) for tensor in shards)),
-        data=group(tuple(at(place.pipeline, data, place.tensor) for data in copies)),
-        pipeline=group(tuple(at(pipeline, place.data, place.tensor) for pipeline in stages)),
-        model=group(tuple(at(pipeline, place.data, tensor) for pipeline in stages for tensor in shards)),
+        coordinate=topology.coordinate(rank),
+        tensor=own(topology.groups("tensor")),
+        data=own(topology.groups("data")),
+        pipeline=own(topology.groups("pipeline")),
+        model=own(_model_groups(topology)),
     )
+
+
+def _model_groups(topology: Topology) -> list[tuple[int, ...]]:
+    return [
+        tuple(
+            topology.rank(Coordinate(pipeline=pipeline, data=data, tensor=tensor))
+            for pipeline in range(topology.pipeline)
+            for tensor in range(topology.tensor)
+        )
+        for data in range(topology.data)
+    ]
+
+
+def _new_group(ranks: tuple[int, ...], world_size: int, timeout: datetime.timedelta) -> dist.ProcessGroup:
+    if len(ranks) == world_size:
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+    # A rank's group of itself waits for nobody: a large world would otherwise meet once for each rank.
+    return dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=len(ranks) == 1)
