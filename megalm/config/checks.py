@@ -13,6 +13,7 @@ from pathlib import Path
 from megalm.config.batch import plan_batch
 from megalm.config.case import Case
 from megalm.config.checks_deepspeed import DEEPSPEED_RULES
+from megalm.config.checks_parallel import PARALLEL_RULES
 from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, DeepSpeedConfig, read_deepspeed_json
 from megalm.config.loading import LoadedConfig
 from megalm.config.precision import DeviceFacts
@@ -192,19 +193,6 @@ def recipe_keeps_its_batch(case: Case) -> None:
         )
 
 
-def not_available_yet(case: Case) -> None:
-    parallel, zero = case.config.parallel, case.settings.zero_optimization
-    for stated, what in (
-        (parallel.tensor > 1, f"parallel.tensor={parallel.tensor}"),
-        (parallel.pipeline > 1, f"parallel.pipeline={parallel.pipeline}"),
-        (parallel.sequence, "parallel.sequence=true"),
-        (zero.offload_optimizer is not None and zero.offload_optimizer.device == "nvme", "offload to nvme"),
-        (zero.offload_param is not None and zero.offload_param.device == "nvme", "offload to nvme"),
-    ):
-        if stated:
-            raise ConfigError(f"{what} is not available in this version; remove it, and use ZeRO to divide memory")
-
-
 RULES: tuple[Callable[[Case], None], ...] = (
     run_name,
     hidden_divides_into_heads,
@@ -218,10 +206,10 @@ RULES: tuple[Callable[[Case], None], ...] = (
     decay_fits_training,
     final_rate_has_effect,
     final_rate_below_peak,
+    *PARALLEL_RULES,
     batch_divides,
     recipe_keeps_its_batch,
     *DEEPSPEED_RULES,
     dataset_files_exist,
     tokenizer_exists,
-    not_available_yet,
 )

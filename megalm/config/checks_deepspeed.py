@@ -142,21 +142,12 @@ def buckets_are_even(case: Case) -> None:
         raise ConfigError(f"{case.ds.path}: zero_optimization.allgather_bucket_size={size} is odd; use {size + 1}")
 
 
-def pipeline_needs_low_zero(case: Case) -> None:
-    if case.config.parallel.pipeline > 1 and case.zero.stage >= 2:
-        raise ConfigError(
-            f"parallel.pipeline={case.config.parallel.pipeline} with zero_optimization.stage={case.zero.stage} "
-            f"({case.ds.path}): a pipeline keeps gradients over micro-batches; use stage 1"
-        )
-
-
-def pipeline_clips_with_zero_1(case: Case) -> None:
-    # The engine leaves the later stages out of the gradient norm.
-    if case.config.parallel.pipeline > 1 and case.zero.stage == 0 and case.settings.gradient_clipping != 0:
-        raise ConfigError(
-            f"parallel.pipeline={case.config.parallel.pipeline} with zero_optimization.stage=0 ({case.ds.path}) clips "
-            "by a wrong gradient norm in DeepSpeed 0.19.8; use stage 1"
-        )
+def nvme_is_not_available(case: Case) -> None:
+    for offload in (case.zero.offload_optimizer, case.zero.offload_param):
+        if offload is not None and offload.device == "nvme":
+            raise ConfigError(
+                f"{case.ds.path}: offload to nvme is not available in this version; use device cpu, or more ranks"
+            )
 
 
 DEEPSPEED_RULES: tuple[Callable[[Case], None], ...] = (
@@ -174,6 +165,5 @@ DEEPSPEED_RULES: tuple[Callable[[Case], None], ...] = (
     offload_has_its_own_adam,
     adamw_is_adamw,
     buckets_are_even,
-    pipeline_needs_low_zero,
-    pipeline_clips_with_zero_1,
+    nvme_is_not_available,
 )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from megalm.config.batch import BatchPlan, chooses_micro_batch, plan_batch
 from megalm.config.checks import check_run
+from megalm.config.checks_parallel import parallel_notices
 from megalm.config.deepspeed_json import DeepSpeedConfig
 from megalm.config.loading import LoadedConfig
 from megalm.config.precision import DeviceFacts, Precision, choose_precision
@@ -78,7 +79,12 @@ class ResolvedRun:
 
 
 def resolve(
-    loaded: LoadedConfig, ds: DeepSpeedConfig, world_size: int, device: DeviceFacts, vocab_size: int | None = None
+    loaded: LoadedConfig,
+    ds: DeepSpeedConfig,
+    world_size: int,
+    device: DeviceFacts,
+    vocab_size: int | None = None,
+    ranks_per_node: int | None = None,
 ) -> ResolvedRun:
     """Check a run and make everything in it explicit.
 
@@ -86,6 +92,7 @@ def resolve(
         world_size: ranks in all.
         device: what each rank computes on; equal on every rank.
         vocab_size: the tokenizer's, for an "auto" micro-batch; None takes the configuration's, or a guess.
+        ranks_per_node: for a notice of groups that leave their node; None: all ranks are on one.
 
     Raises:
         ConfigError: the first rule of checks.py that the run breaks.
@@ -127,6 +134,7 @@ def resolve(
             *optimizer_notices,
             *deepspeed_notices,
             *_interval_notices(config),
+            *parallel_notices(config, ranks_per_node or world_size),
         ),
     )
 

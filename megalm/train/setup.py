@@ -64,7 +64,7 @@ def resolve_run(arguments: Arguments, world_size: int, local_world_size: int) ->
     loaded = load_run_config(arguments.config, arguments.overrides)
     deepspeed = read_deepspeed_json(arguments.deepspeed_config)
     vocab_size = known_vocab_size(loaded.config.data)
-    return resolve(loaded, deepspeed, world_size, device_facts(local_world_size), vocab_size)
+    return resolve(loaded, deepspeed, world_size, device_facts(local_world_size), vocab_size, local_world_size)
 
 
 def pretrain(arguments: Arguments, guard: Guard) -> int:

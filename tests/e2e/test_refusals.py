@@ -58,7 +58,7 @@ CASES = {
         ("zero_optimization.stage=0 with bf16", "use stage 1"),
         {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}},
     ),
-    "not there yet": Case(("parallel.tensor=2",), ("parallel.tensor",)),
+    "a grid of other ranks": Case(("parallel.tensor=2",), ("parallel.tensor=2", "does not divide 1 ranks")),
 }
 
 

@@ -34,8 +34,14 @@ def start(write_json: Write) -> Callable[..., ResolvedRun]:
     """Load, read and resolve: the way of every run."""
 
     def go(
-        *overrides: str, ranks: int = 2, device: DeviceFacts = CPU, config: str | None = None, **changes: Any
+        *overrides: str,
+        ranks: int = 2,
+        device: DeviceFacts = CPU,
+        config: str | None = None,
+        ranks_per_node: int | None = None,
+        **changes: Any,
     ) -> ResolvedRun:
-        return resolve(load_run_config(config, overrides), read_deepspeed_json(write_json(**changes)), ranks, device)
+        ds = read_deepspeed_json(write_json(**changes))
+        return resolve(load_run_config(config, overrides), ds, ranks, device, ranks_per_node=ranks_per_node)
 
     return go
