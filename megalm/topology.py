@@ -2,7 +2,8 @@
 
 Axes from the outermost to the innermost: pipeline, data, tensor. Tensor-parallel neighbours are consecutive
 ranks, so they share a node when the degree divides the ranks of a node; pipeline stages are farthest apart,
-because they talk least. Context and expert parallelism would take a place between data and tensor.
+because they talk least. Context parallelism (slices of long sequences) and expert parallelism (experts of a layer)
+would each take a place between data and tensor; neither is built.
 """
 
 from __future__ import annotations
@@ -61,11 +62,26 @@ class Topology:
     def rank(self, coordinate: Coordinate) -> int:
         return (coordinate.pipeline * self.data + coordinate.data) * self.tensor + coordinate.tensor
 
+    def stride(self, axis: Axis) -> int:
+        """Distance in ranks between neighbours along an axis."""
+        return {"pipeline": self.data * self.tensor, "data": self.tensor, "tensor": 1}[axis]
+
     def groups(self, axis: Axis) -> list[tuple[int, ...]]:
-        """The groups along an axis: ranks that differ in this coordinate only, in its order."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(self.world_size):
-            place = self.coordinate(rank)
-            others = tuple(getattr(place, other) for other in AXES if other != axis)
-            groups.setdefault(others, []).append(rank)
-        return [tuple(ranks) for ranks in groups.values()]
+        """The groups along an axis, by their first rank: ranks that differ in this coordinate only, in its order."""
+        stride, span = self.stride(axis), self.stride(axis) * self.size(axis)
+        return [
+            tuple(range(first, first + span, stride))
+            for block in range(0, self.world_size, span)
+            for first in range(block, block + stride)
+        ]
+
+    def stays_in_a_node(self, axis: Axis, ranks_per_node: int) -> bool:
+        """Whether no group along an axis leaves its node, where nodes hold consecutive ranks."""
+        if self.size(axis) == 1:
+            return True
+        return all(group[0] // ranks_per_node == group[-1] // ranks_per_node for group in self.groups(axis))
+
+
+def bubble_share(stages: int, micro_batches: int) -> float:
+    """The part of a step that each pipeline stage waits, under one-forward-one-backward with equal stages."""
+    return (stages - 1) / (micro_batches + stages - 1)

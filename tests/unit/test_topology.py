@@ -1,0 +1,95 @@
+"""The rank arithmetic on every grid of up to 4,096 ranks."""
+
+from __future__ import annotations
+
+import time
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalm.errors import ConfigError
+from megalm.topology import AXES, Topology, bubble_share
+
+MOST_RANKS = 4096
+
+
+@st.composite
+def topologies(draw: st.DrawFn) -> Topology:
+    tensor = draw(st.integers(1, 64))
+    pipeline = draw(st.integers(1, MOST_RANKS // tensor))
+    data = draw(st.integers(1, MOST_RANKS // (tensor * pipeline)))
+    return Topology(tensor * pipeline * data, tensor, pipeline)
+
+
+@given(topologies())
+@settings(max_examples=60, deadline=None)
+def test_coordinates_round_trip(topology: Topology) -> None:
+    places = [topology.coordinate(rank) for rank in range(topology.world_size)]
+    assert [topology.rank(place) for place in places] == list(range(topology.world_size))
+    for place in places:
+        assert all(0 <= getattr(place, axis) < topology.size(axis) for axis in AXES)
+
+
+@given(topologies())
+@settings(max_examples=60, deadline=None)
+def test_groups_of_an_axis_partition_the_world(topology: Topology) -> None:
+    for axis in AXES:
+        groups = topology.groups(axis)
+        assert sorted(rank for group in groups for rank in group) == list(range(topology.world_size))
+        assert [group[0] for group in groups] == sorted(group[0] for group in groups)
+        others = [other for other in AXES if other != axis]
+        for group in groups:
+            places = [topology.coordinate(rank) for rank in group]
+            assert [getattr(place, axis) for place in places] == list(range(topology.size(axis)))
+            assert all(len({getattr(place, other) for place in places}) == 1 for other in others)
+
+
+@given(topologies())
+@settings(max_examples=60, deadline=None)
+def test_groups_of_two_axes_meet_in_one_rank_at_most(topology: Topology) -> None:
+    home = {axis: {rank: index for index, group in enumerate(topology.groups(axis)) for rank in group} for axis in AXES}
+    for one, other in combinations(AXES, 2):
+        pairs = {(home[one][rank], home[other][rank]) for rank in range(topology.world_size)}
+        assert len(pairs) == topology.world_size
+
+
+def test_tensor_neighbours_are_next_to_each_other_and_stages_far_apart() -> None:
+    topology = Topology(16, tensor=2, pipeline=2)
+    assert topology.groups("tensor")[:2] == [(0, 1), (2, 3)]
+    assert topology.groups("data") == [(0, 2, 4, 6), (1, 3, 5, 7), (8, 10, 12, 14), (9, 11, 13, 15)]
+    assert topology.groups("pipeline")[0] == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("topology", "staying"),
+    [
+        (Topology(16, tensor=8), {"tensor", "pipeline"}),
+        (Topology(16, tensor=4, pipeline=2), {"tensor", "data"}),  # a stage fills a node
+        (Topology(16, tensor=16), {"data", "pipeline"}),
+        (Topology(12, tensor=3, pipeline=2), set()),  # 3 does not divide 8
+    ],
+)
+def test_what_stays_in_a_node_of_8(topology: Topology, staying: set[str]) -> None:
+    assert {axis for axis in AXES if topology.stays_in_a_node(axis, 8)} == staying
+
+
+def test_a_large_grid_is_made_at_once() -> None:
+    topology = Topology(MOST_RANKS, tensor=8, pipeline=16)
+    start = time.perf_counter()
+    for axis in AXES:
+        topology.groups(axis)
+    assert time.perf_counter() - start < 0.5  # takes about a millisecond
+
+
+@pytest.mark.parametrize(("world", "tensor", "pipeline"), [(6, 4, 1), (8, 2, 3), (0, 1, 1), (4, 0, 1)])
+def test_grids_that_are_none(world: int, tensor: int, pipeline: int) -> None:
+    with pytest.raises(ConfigError):
+        Topology(world, tensor, pipeline)
+
+
+def test_the_bubble() -> None:
+    assert bubble_share(1, 1) == 0
+    assert bubble_share(4, 4) == pytest.approx(3 / 7)
+    assert bubble_share(4, 32) == pytest.approx(3 / 35)
