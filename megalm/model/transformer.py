@@ -20,17 +20,22 @@ from megalm.model.shape import ModelShape
 
 
 class Embedding(nn.Module):
-    """Token embeddings, plus learned positions for gpt2, which start again with each document under a mask."""
+    """Token embeddings, plus learned positions for gpt2, which start again with each document under a mask.
 
-    def __init__(self, shape: ModelShape, layers: LayerFactory) -> None:
+    Args:
+        own_table: false: a module of its own, shared with the head, has looked the tokens up already.
+    """
+
+    def __init__(self, shape: ModelShape, layers: LayerFactory, own_table: bool = True) -> None:
         super().__init__()
-        self.tokens = layers.embedding(shape.vocab_size, shape.hidden_size)
+        self.tokens = layers.embedding(shape.vocab_size, shape.hidden_size) if own_table else None
         learned = shape.style == "gpt2"
         self.positions = nn.Embedding(shape.max_position_embeddings, shape.hidden_size) if learned else None
         self.dropout = layers.dropout(shape.dropout, 0, "embedding", sharded=False)
 
-    def forward(self, tokens: Tensor, documents: Tensor | None) -> Tensor:  # [B, T] -> [B, T, H]
-        hidden = self.tokens(tokens)
+    def forward(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
+        """[B, T] tokens, or their embeddings [B, T, H] without a table -> [B, T, H]."""
+        hidden = tokens if self.tokens is None else self.tokens(tokens)
         if self.positions is not None:
             hidden = hidden + self.positions(_positions(tokens, documents))
         return self.dropout(hidden)
@@ -57,6 +62,51 @@ class LanguageModelHead(nn.Module):
         return loss, (labels != IGNORE).sum()
 
 
+class StageBuilder:
+    """Builds the model's stages one by one: all of them for `LanguageModel`, a rank's own ones for a pipeline.
+
+    Args:
+        shape: all dimensions.
+        layers: the factory of linear, vocabulary and dropout layers.
+        clock: the moving part of dropout's seeds.
+        chunk_tokens: tokens whose logits are held at once by the loss.
+    """
+
+    def __init__(self, shape: ModelShape, layers: LayerFactory, clock: DropoutClock, chunk_tokens: int) -> None:
+        self.shape = shape
+        self._layers = layers
+        self._clock = clock
+        self._chunk_tokens = chunk_tokens
+        self._rope = (
+            RotaryEmbedding(shape.head_dim, shape.max_position_embeddings, shape.rope_theta)
+            if shape.style == "llama"
+            else None
+        )
+
+    def token_table(self) -> nn.Module:
+        """The embedding table alone; its `weight` may be the head's as well."""
+        return self._layers.embedding(self.shape.vocab_size, self.shape.hidden_size)
+
+    def embedding(self, own_table: bool = True) -> Embedding:
+        return Embedding(self.shape, self._layers, own_table)
+
+    def block(self, index: int) -> Block:
+        return Block(self.shape, self._layers, self._rope, self._clock, index + 1)
+
+    def final_norm(self) -> nn.Module:
+        return norm(self.shape)
+
+    def head(self, table: nn.Module | None) -> LanguageModelHead:
+        """The head on the weight of `table`, or on one of its own where the model ties none."""
+        if not self.shape.tie_word_embeddings:
+            weight = self._layers.vocabulary_weight(self.shape.vocab_size, self.shape.hidden_size)
+        else:
+            assert table is not None
+            assert isinstance(table.weight, nn.Parameter)
+            weight = table.weight
+        return LanguageModelHead(weight, self._layers.loss(), self._chunk_tokens)
+
+
 class LanguageModel(nn.Module):
     """A decoder-only transformer; every parameter's name here is its canonical name.
 
@@ -78,23 +128,12 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         clock = clock or DropoutClock(seed=0)
-        layers = layers or DenseLayers(clock)
-        rope = (
-            RotaryEmbedding(shape.head_dim, shape.max_position_embeddings, shape.rope_theta)
-            if shape.style == "llama"
-            else None
-        )
+        build = StageBuilder(shape, layers or DenseLayers(clock), clock, chunk_tokens)
         self.recompute_every = recompute_every
-        self.embedding = Embedding(shape, layers)
-        self.layers = nn.ModuleList(
-            Block(shape, layers, rope, clock, index + 1) for index in range(shape.num_hidden_layers)
-        )
-        self.final_norm = norm(shape)
-        weight = self.embedding.tokens.weight
-        if not shape.tie_word_embeddings:
-            weight = layers.vocabulary_weight(shape.vocab_size, shape.hidden_size)
-        assert isinstance(weight, nn.Parameter)
-        self.head = LanguageModelHead(weight, layers.loss(), chunk_tokens)
+        self.embedding = build.embedding()
+        self.layers = nn.ModuleList(build.block(index) for index in range(shape.num_hidden_layers))
+        self.final_norm = build.final_norm()
+        self.head = build.head(self.embedding.tokens)
 
     def stages(self) -> list[nn.Module]:
         """All stages in order; the hidden states [B, T, H] pass from one to the next."""
