@@ -32,7 +32,7 @@ import numpy as np
 
 from megalm.data import streams
 from megalm.data.indexed import HEADER, MAGIC, IndexedDataset
-from megalm.data.loader import BatchLoader
+from megalm.data.loader import BatchLayout, BatchLoader
 from megalm.data.recipe import prepare_recipe
 from megalm.data.samples import TrainingSamples
 from megalm.data.stdlib import stdlib_documents
@@ -194,7 +194,7 @@ def measure_samples(folder: Path) -> None:
     for number in numbers:
         samples.sample(int(number))
     print(f"random samples: {len(numbers) * 1024 / (time.perf_counter() - start) / 1e6:.1f} M tokens/s")
-    with BatchLoader(samples, 64, 8, 0, 1) as loader:
+    with BatchLoader(samples, BatchLayout(64, 8, 0, 1)) as loader:
         loader.batch(0)
         waits = []
         for step in range(1, 50):

@@ -33,7 +33,7 @@ from megalm.config.deepspeed_json import read_deepspeed_json  # noqa: E402
 from megalm.config.loading import load_run_config  # noqa: E402
 from megalm.config.resolve import resolve  # noqa: E402
 from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype  # noqa: E402
-from megalm.data.loader import BatchLoader  # noqa: E402
+from megalm.data.loader import BatchLayout, BatchLoader  # noqa: E402
 from megalm.data.samples import TrainingSamples  # noqa: E402
 from megalm.engine.comm import start_distributed  # noqa: E402
 from megalm.engine.environment import claim_device, device_facts, device_name, rank_facts  # noqa: E402
@@ -172,7 +172,7 @@ def _bare_step(run, shape: ModelShape, device, compiled: bool, prefix: Path) -> 
 def _loader(run, prefix: Path, rank: int) -> BatchLoader:
     samples = TrainingSamples(IndexedDataset(prefix), (0, 64), run.config.data.sequence_length, seed=1)
     batch = run.batch
-    return BatchLoader(samples, batch.global_batch, batch.micro_batch, rank, batch.data_parallel)
+    return BatchLoader(samples, BatchLayout(batch.global_batch, batch.micro_batch, rank, batch.data_parallel))
 
 
 def _resolve(bench: Bench, style: str, path: str, compiled: bool, folder: Path):

@@ -82,17 +82,9 @@ class BatchLoader:
     Close it at the end, or use it as a context manager.
     """
 
-    def __init__(
-        self,
-        samples: Samples,
-        global_batch_size: int,
-        micro_batch_size: int,
-        data_rank: int,
-        data_size: int,
-    ) -> None:
-        self._samples = samples
-        self._layout = BatchLayout(global_batch_size, micro_batch_size, data_rank, data_size)
-        self._ahead = _ReadAhead(self._read, global_batch_size)
+    def __init__(self, samples: Samples, layout: BatchLayout) -> None:
+        self._samples, self._layout = samples, layout
+        self._ahead = _ReadAhead(self._read, layout.global_batch_size)
 
     def batch(self, first_sample: int) -> GlobalBatch:
         """The global batch of samples [first_sample, first_sample + B).
@@ -125,16 +117,8 @@ class ValidationLoader:
     Every rank gets as many batches and micro-batches as every other.
     """
 
-    def __init__(
-        self,
-        samples: ValidationSamples,
-        global_batch_size: int,
-        micro_batch_size: int,
-        data_rank: int,
-        data_size: int,
-    ) -> None:
-        self._samples = samples
-        self._layout = BatchLayout(global_batch_size, micro_batch_size, data_rank, data_size)
+    def __init__(self, samples: ValidationSamples, layout: BatchLayout) -> None:
+        self._samples, self._layout = samples, layout
 
     def __len__(self) -> int:
         return (len(self._samples) + self._layout.global_batch_size - 1) // self._layout.global_batch_size

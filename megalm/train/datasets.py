@@ -11,7 +11,7 @@ from megalm.config.resolve import ResolvedRun
 from megalm.config.schema import DataSection
 from megalm.data.files import read_json
 from megalm.data.indexed import IndexedDataset, sidecar_path
-from megalm.data.loader import BatchLoader, ValidationLoader
+from megalm.data.loader import BatchLayout, BatchLoader, ValidationLoader
 from megalm.data.recipe import default_cache_dir, prepare_recipe
 from megalm.data.samples import TrainingSamples, ValidationSamples, split_documents
 from megalm.data.tokenizer import Tokenizer, load_tokenizer
@@ -114,8 +114,13 @@ def epochs(run: ResolvedRun, train: TrainingSamples) -> float:
 
 
 def batch_loader(run: ResolvedRun, train: TrainingSamples, data_rank: int) -> BatchLoader:
+    return BatchLoader(train, batch_layout(run, data_rank))
+
+
+def batch_layout(run: ResolvedRun, data_rank: int) -> BatchLayout:
+    """The part of a global batch that this data-parallel rank takes."""
     batch = run.batch
-    return BatchLoader(train, batch.global_batch, batch.micro_batch, data_rank, batch.data_parallel)
+    return BatchLayout(batch.global_batch, batch.micro_batch, data_rank, batch.data_parallel)
 
 
 def validation_loaders(
@@ -124,10 +129,10 @@ def validation_loaders(
     """The part that is used while training, and the whole set."""
     if data.validation is None:
         return None, None
-    batch, most = run.batch, run.config.evaluate.max_samples
+    layout, most = batch_layout(run, data_rank), run.config.evaluate.max_samples
 
     def loader(samples: ValidationSamples) -> ValidationLoader:
-        return ValidationLoader(samples, batch.global_batch, batch.micro_batch, data_rank, batch.data_parallel)
+        return ValidationLoader(samples, layout)
 
     whole = loader(data.validation)
     part = whole if most is None or most >= len(data.validation) else loader(data.validation.subset(most))

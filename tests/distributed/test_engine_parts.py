@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalm.config.schema import SampleSection
 from megalm.data.indexed import IndexedDataset
-from megalm.data.loader import ValidationLoader
+from megalm.data.loader import BatchLayout, ValidationLoader
 from megalm.data.samples import ValidationSamples
 from megalm.train.evaluate import Evaluator
 from megalm.train.sampling import generate
@@ -86,7 +86,7 @@ def _evaluate_and_sample(comm: Any, device: torch.device, prefix: Path, folder: 
     loader.close()
     # 4 documents: fewer windows than a whole number of batches, the last window not full.
     samples = ValidationSamples(IndexedDataset(prefix), (196, 200), run.config.data.sequence_length)
-    batches = ValidationLoader(samples, 16, run.batch.micro_batch, comm.rank, comm.size)
+    batches = ValidationLoader(samples, BatchLayout(16, run.batch.micro_batch, comm.rank, comm.size))
     evaluator = Evaluator("held out", None, batches, np.ones(VOCAB, np.int32), comm)
     settings = SampleSection(prompts=("1 2 3", "7", "90 92 94 96"), max_new_tokens=30, temperature=0.0)
     random = SampleSection(prompts=("1 2 3",), max_new_tokens=30, temperature=1.0)

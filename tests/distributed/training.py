@@ -15,7 +15,7 @@ from megalm.config.loading import load_run_config
 from megalm.config.precision import DeviceFacts
 from megalm.config.resolve import ResolvedRun, resolve
 from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megalm.data.loader import BatchLoader
+from megalm.data.loader import BatchLayout, BatchLoader
 from megalm.data.samples import TrainingSamples
 from megalm.model.shape import ModelShape, model_shape
 from megalm.train.schedule import learning_rate
@@ -102,7 +102,8 @@ def start(
         document_mask=run.config.data.document_mask,
     )
     batch = run.batch
-    loader = BatchLoader(samples, batch.global_batch, batch.micro_batch, comm.rank, batch.data_parallel)
+    layout = BatchLayout(batch.global_batch, batch.micro_batch, comm.rank, batch.data_parallel)
+    loader = BatchLoader(samples, layout)
     return build_engine(run, shape_of(run), device, comm), run, loader
 
 

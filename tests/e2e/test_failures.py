@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megalm.data.loader import BatchLoader
+from megalm.data.loader import BatchLayout, BatchLoader
 from megalm.data.samples import TrainingSamples
 from megalm.train.leaving import FailureClaim
 from tests.e2e.conftest import SmallData
@@ -45,7 +45,7 @@ def poisoned(small_data: SmallData, folder: Path) -> tuple[str, str]:
 
 
 def _meets(samples: TrainingSamples, step: int, rank: int) -> bool:
-    with BatchLoader(samples, 16, 8, rank, 2) as loader:
+    with BatchLoader(samples, BatchLayout(16, 8, rank, 2)) as loader:
         return any(
             (micro.labels == POISON).any() or (micro.tokens == POISON).any()
             for micro in loader.batch(step * 16).micro_batches

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megalm.data import blend as blend_module
 from megalm.data.blend import BlendedSamples, Stage, mix
 from megalm.data.indexed import IndexedDataset
-from megalm.data.loader import BatchLoader
+from megalm.data.loader import BatchLayout, BatchLoader
 from megalm.data.samples import TrainingSamples
 from megalm.errors import ConfigError
 
@@ -74,7 +74,7 @@ def test_later_stages_change_nothing_before_them(parts: list[TrainingSamples]) -
 
 def test_the_loader_takes_a_blend(parts: list[TrainingSamples]) -> None:
     blended = BlendedSamples(parts, [Stage(0, (1, 2, 3))])
-    with BatchLoader(blended, 4, 2, 0, 1) as loader:
+    with BatchLoader(blended, BatchLayout(4, 2, 0, 1)) as loader:
         batch = loader.batch(8)
     rows = np.concatenate([part.tokens for part in batch.micro_batches])
     assert rows.tolist() == [blended.sample(index)[0].tolist() for index in range(8, 12)]
