@@ -16,6 +16,10 @@ from megalm.data.loader import GlobalBatch, MicroBatch
 
 T = TypeVar("T")
 
+# (loss of the global batch, global gradient norm before clipping) -> whether the update may be applied. Both numbers
+# are finite and the same on every rank.
+Accept = Callable[[float, float], bool]
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -25,20 +29,28 @@ class StepResult:
         loss: nats per target, averaged over the global batch.
         grad_norm: L2 norm of the whole gradient before clipping; inf or nan where it overflowed.
         loss_scale: 1.0 without loss scaling.
-        skipped: the update was not applied, because of an overflow.
+        skipped: the update was not applied, because gradients overflowed at this loss scale (fp16).
+        refused: the update was not applied, because `accept` said no or a number is not finite: weights, moments and
+            step count are what they were.
     """
 
     loss: float
     grad_norm: float
     loss_scale: float
     skipped: bool
+    refused: bool = False
 
 
 class Engine(Protocol):
     """A model being trained. Every method is collective: all ranks call it with the same arguments."""
 
-    def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
-        """Forward and backward over the micro-batches, then one update; `step` counts from 1."""
+    def train_step(
+        self, batch: GlobalBatch, step: int, learning_rate: float, accept: Accept | None = None
+    ) -> StepResult:
+        """Forward and backward over the micro-batches, then one update; `step` counts from 1.
+
+        `accept` is asked before anything is updated; the ranks' answers are joined, one refusal is everybody's.
+        """
         ...
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:

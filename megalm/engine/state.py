@@ -97,6 +97,10 @@ class OptimizerState:
                 return int(state["step"])
         return 0
 
+    def gradient_norm(self) -> float:
+        """What the wrapper computed for this step, before clipping; known from before it steps the inner optimizer."""
+        return float(self._outer._global_grad_norm)
+
     def loss_scaler(self) -> dict[str, float]:
         """The dynamic loss scaler's numbers; empty without one."""
         scaler = getattr(self._outer, "loss_scaler", None)

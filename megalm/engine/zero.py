@@ -6,8 +6,9 @@ Shapes: B micro-batch, T sequence, V vocabulary.
 from __future__ import annotations
 
 import copy
+import math
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
@@ -20,8 +21,9 @@ from megalm.checkpoint.fragment import Fragment
 from megalm.config.resolve import OptimizerFacts
 from megalm.data.loader import GlobalBatch, MicroBatch
 from megalm.engine.comm import ProcessComm
+from megalm.engine.gate import UpdateGate
 from megalm.engine.optimizer import build_optimizer, parameter_groups
-from megalm.engine.protocol import StepResult
+from megalm.engine.protocol import Accept, StepResult
 from megalm.engine.quirks import prints_to_log
 from megalm.engine.state import OptimizerState, ReadFragment
 from megalm.model.block import Block
@@ -55,6 +57,7 @@ class ZeroEngine:
         self._clock = clock
         self._stage = int(settings["zero_optimization"]["stage"])
         self._clipping = float(settings["gradient_clipping"])
+        self._scales_loss = bool(settings.get("fp16", {}).get("enabled", False))
         if self._stage == 3:
             # A block is gathered as a whole, not layer by layer: fewer messages, and no hook of DeepSpeed's inside
             # what may be compiled.
@@ -63,40 +66,49 @@ class ZeroEngine:
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         offload = (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
         groups = parameter_groups(model, optimizer.weight_decay, decay_embeddings)
+        inner = build_optimizer(groups, optimizer, offload)
+        self._gate = UpdateGate(comm)
+        self._gate.guard(inner)
         with prints_to_log():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
-                optimizer=build_optimizer(groups, optimizer, offload),
+                optimizer=inner,
                 config=copy.deepcopy(settings),  # DeepSpeed writes into what it is given
                 dist_init_required=False,
             )
         self._state = OptimizerState(self._engine, parameters, shapes)
         self._first_counters = self.counters()
 
-    def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
+    def train_step(
+        self, batch: GlobalBatch, step: int, learning_rate: float, accept: Accept | None = None
+    ) -> StepResult:
         engine = self._engine
         engine.train()
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        skipped_before = engine.skipped_steps
         total = torch.zeros((), device=self._device)
         # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
         scale = self._comm.size / batch.target_count
-        norm = None
+        loss, norm = 0.0, self._state.gradient_norm
+        last = len(batch.micro_batches) - 1
         for index, micro_batch in enumerate(batch.micro_batches):
             self._clock.step, self._clock.micro_batch = step, index * self._comm.size + self._comm.rank
             loss_sum, _ = engine(*self._tensors(micro_batch))
             engine.backward(loss_sum * scale, scale_wrt_gas=False)
             total += loss_sum.detach()
-            if self._stage == 0 and index + 1 == len(batch.micro_batches):
-                norm = self._plain_norm()
+            if index == last:
+                loss, norm = self._sum(total) / batch.target_count, self._norm_source()
+                self._gate.open(loss, norm, accept)
             engine.step()
-        norm = engine.get_global_grad_norm() if norm is None else norm
+        applied = self._gate.close()
+        # Nobody was asked: DeepSpeed found an overflow first. With a loss scale that is usual, else it is a fault.
+        skipped = applied is None and self._scales_loss and math.isfinite(loss)
         return StepResult(
-            loss=self._sum(total) / batch.target_count,
-            grad_norm=float(norm),
+            loss=loss,
+            grad_norm=norm(),
             loss_scale=float(self._state.loss_scaler().get("cur_scale", 1.0)),
-            skipped=engine.skipped_steps > skipped_before,
+            skipped=skipped,
+            refused=not applied and not skipped,
         )
 
     @torch.no_grad()
@@ -157,7 +169,13 @@ class ZeroEngine:
         """Sum over data-parallel ranks, in fp64, so that the value does not depend on their number."""
         return self._comm.sum([float(local)])[0]
 
-    def _plain_norm(self) -> Tensor:
-        """Without ZeRO DeepSpeed tells no norm: take it from the gradients, averaged already, before clipping."""
+    def _norm_source(self) -> Callable[[], float]:
+        """What tells the gradient norm before clipping, once DeepSpeed is about to update.
+
+        Without ZeRO DeepSpeed tells none: it is taken now, from gradients that are averaged already.
+        """
+        if self._stage > 0:
+            return self._state.gradient_norm
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        return lambda: norm

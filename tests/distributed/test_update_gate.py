@@ -1,0 +1,137 @@
+"""A refused step leaves no trace: on every ZeRO stage, fp32 and bf16, offloaded too, on 1 and 2 ranks.
+
+The property: steps 1..k-1, k refused, k+1..n end in the state of 1..k-1, k+1..n, bit for bit (masters, both moments,
+step count), where every step keeps its own number and learning rate.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megalm.train.schedule import learning_rate
+from tests.distributed.training import Case, make_dataset, snapshot, start
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+NO_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+# Many sub-groups: each of them asks, and all must get the first one's answer.
+SMALL_SUB_GROUPS = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 2000}}
+CASES = {
+    "zero0": Case("zero1.json", settings={"zero_optimization": {"stage": 0}}),
+    "zero1": Case("zero1.json", settings={"train_micro_batch_size_per_gpu": 4}),
+    "zero2": Case("zero2.json"),
+    "zero3": Case("zero3.json", settings=SMALL_SUB_GROUPS),
+    "zero1 bf16": Case("zero1.json", "bf16"),
+    "zero2 bf16": Case("zero2.json", "bf16"),
+    "zero3 bf16": Case("zero3.json", "bf16", settings=NO_PERSISTENCE),
+    "zero2 offload": Case("zero2_offload.json"),
+}
+STEPS, REFUSED = 5, 3
+
+
+def _work(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    return {name: _refuse_and_leave_out(comm, device, case, prefix, folder) for name, case in CASES.items()}
+
+
+def _refuse_and_leave_out(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path) -> dict[str, Any]:
+    engine, run, loader = start(comm, device, case, prefix, folder)
+    asked: list[tuple[float, float]] = []
+    results, around = [], {}
+
+    def take(step: int, accept: Any) -> None:
+        batch = loader.batch((step - 1) * run.batch.global_batch)
+        results.append(engine.train_step(batch, step, learning_rate(run.schedule, step), accept))
+
+    def first_rank_refuses(loss: float, norm: float) -> bool:
+        asked.append((loss, norm))
+        return comm.rank != 0
+
+    for step in range(1, STEPS + 1):
+        if step == REFUSED:
+            around["before"] = _everything(engine)
+        take(step, first_rank_refuses if step == REFUSED else None)
+        if step == REFUSED:
+            around["after"] = _everything(engine)
+    with_refusal, answers = _everything(engine), list(results)
+    engine, run, loader = start(comm, device, case, prefix, folder)
+    for step in range(1, STEPS + 1):
+        if step != REFUSED:
+            take(step, None)
+    return {
+        "asked": asked,
+        "answers": answers,
+        **around,
+        "with refusal": with_refusal,
+        "never seen": _everything(engine),
+        "not a number": _poisoned(comm, engine, loader),
+    }
+
+
+def _poisoned(comm: Any, engine: Any, loader: Any) -> dict[str, Any]:
+    """A step whose loss is NaN because the first rank's weights are: nothing may move, though nobody gave a rule."""
+    if comm.rank == 0:
+        for parameter in engine._engine.module.parameters():
+            getattr(parameter, "ds_tensor", parameter).data.fill_(math.nan)
+    before = snapshot(engine)
+    result = engine.train_step(loader.batch(0), 1, 1e-3)
+    return {"result": result, "before": before, "after": snapshot(engine)}
+
+
+def _everything(engine: Any) -> dict[str, Any]:
+    low = [
+        (parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter).detach().float().numpy().copy()
+        for parameter in engine._engine.module.parameters()
+    ]
+    return {"state": snapshot(engine), "low": low, "updates": engine.counters()["optimizer_step"]}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, dict[str, Any]]]]:
+    folder = tmp_path_factory.mktemp("gate")
+    make_dataset(folder / "data")
+    result = {}
+    for world_size in (1, 2):
+        (here := folder / str(world_size)).mkdir()
+        result[world_size] = run_ranks(world_size, _work, folder / "data", here)
+    return result
+
+
+def _assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert first["updates"] == second["updates"]
+    for (key, values), (other_key, others) in zip(first["state"], second["state"], strict=True):
+        assert key == other_key
+        assert np.array_equal(values, others), (key.name, key.kind)
+    for values, others in zip(first["low"], second["low"], strict=True):
+        assert np.array_equal(values, others)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_refused_step_leaves_no_trace(ranks: Any, name: str, world_size: int) -> None:
+    for found in (rank[name] for rank in ranks[world_size]):
+        _assert_same(found["before"], found["after"])
+        _assert_same(found["with refusal"], found["never seen"])
+        assert found["with refusal"]["updates"] == STEPS - 1
+        assert [answer.refused for answer in found["answers"]] == [step == REFUSED for step in range(1, STEPS + 1)]
+        # Asked once, though the optimizer is stepped for every group, with what the step then reports.
+        refused = found["answers"][REFUSED - 1]
+        assert found["asked"] == [(refused.loss, refused.grad_norm)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", list(CASES))
+def test_what_is_no_number_is_never_applied(ranks: Any, name: str, world_size: int) -> None:
+    for rank in ranks[world_size]:
+        found = rank[name]["not a number"]
+        assert found["result"].refused
+        assert not found["result"].skipped
+        assert math.isnan(found["result"].loss)
+        for (key, values), (_, others) in zip(found["before"], found["after"], strict=True):
+            assert np.array_equal(values, others, equal_nan=True), (key.name, key.kind)
