@@ -28,25 +28,32 @@ class Attention(nn.Module):
         self.head_dim = shape.head_dim
         self.dropout_rate = shape.attention_dropout
         self.clock = clock
-        self.place = f"{layer}/attention"
-        self.query = layers.column(shape.hidden_size, queries, bias)
-        self.key = layers.column(shape.hidden_size, keys, bias)
-        self.value = layers.column(shape.hidden_size, keys, bias)
-        self.output = layers.row(queries, shape.hidden_size, bias)
-        self.query_norm = RMSNorm(shape.head_dim, shape.norm_epsilon) if shape.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(shape.head_dim, shape.norm_epsilon) if shape.qk_norm else nn.Identity()
+        self.place = layers.place(layer, "attention", sharded=True)
+        self.project = layers.projection()
+        self.query = layers.column(shape.hidden_size, queries, bias, parts=shape.num_attention_heads)
+        self.key = layers.column(shape.hidden_size, keys, bias, parts=shape.num_key_value_heads)
+        self.value = layers.column(shape.hidden_size, keys, bias, parts=shape.num_key_value_heads)
+        self.output = layers.row(queries, shape.hidden_size, bias, parts=shape.num_attention_heads)
+        self.query_norm = self._head_norm(shape, layers)
+        self.key_norm = self._head_norm(shape, layers)
         self.rope = rope if rope is not None else nn.Identity()
 
     def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """[B, T, H] -> [B, T, H]; `mask` [B, 1, T, T] is true where attention is allowed (None: causal)."""
-        query = self.rope(self.query_norm(self._heads(self.query(hidden))))  # [B, T, N, D]
-        key = self.rope(self.key_norm(self._heads(self.key(hidden))))  # [B, T, K, D]
-        value = self._heads(self.value(hidden))
+        query, key, value = map(self._heads, self.project(hidden, self.query, self.key, self.value))
+        query = self.rope(self.query_norm(query))  # [B, T, N, D]
+        key = self.rope(self.key_norm(key))  # [B, T, K, D]
         groups = query.shape[2] // key.shape[2]
         if groups > 1:
             key, value = key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
         mixed = self._attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
         return self.output(mixed.transpose(1, 2).flatten(2))
+
+    @staticmethod
+    def _head_norm(shape: ModelShape, layers: LayerFactory) -> nn.Module:
+        if not shape.qk_norm:
+            return nn.Identity()
+        return layers.replicated(RMSNorm(shape.head_dim, shape.norm_epsilon), sharded=True)
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.view(*projected.shape[:2], -1, self.head_dim)

@@ -18,10 +18,10 @@ class Block(nn.Module):
         self, shape: ModelShape, layers: LayerFactory, rope: RotaryEmbedding | None, clock: DropoutClock, layer: int
     ) -> None:
         super().__init__()
-        self.attention_norm = norm(shape)
+        self.attention_norm = layers.replicated(norm(shape), sharded=False)
         self.attention = Attention(shape, layers, rope, clock, layer)
         self.attention_dropout = layers.dropout(shape.dropout, layer, "attention_output", sharded=False)
-        self.mlp_norm = norm(shape)
+        self.mlp_norm = layers.replicated(norm(shape), sharded=False)
         self.mlp = mlp(shape, layers)
         self.mlp_dropout = layers.dropout(shape.dropout, layer, "mlp_output", sharded=False)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megalm.model.shape import ModelShape
+from megalm.model.shard import shard_of
 
 _RESIDUAL_OUTPUTS = ("attention.output.weight", "mlp.down.weight")
 
@@ -33,6 +34,11 @@ def initial_weight(name: str, size: tuple[int, ...], shape: ModelShape, seed: in
 
 @torch.no_grad()
 def initialise(model: nn.Module, shape: ModelShape, seed: int) -> None:
-    """Fill every parameter of an unsharded model; a shared weight is filled once, under its first name."""
+    """Fill every parameter; a shared weight is filled once, under its first name.
+
+    A sharded one is cut out of the whole weight, so all layouts start equal, bit for bit; one whole weight exists at
+    a time.
+    """
     for name, parameter in model.named_parameters():
-        parameter.copy_(initial_weight(name, tuple(parameter.shape), shape, seed))
+        shard = shard_of(parameter)
+        parameter.copy_(shard.cut(initial_weight(name, shard.shape, shape, seed)))

@@ -7,45 +7,75 @@ for dropout and for the loss. `DenseLayers` gives the unsharded ones; a tensor-p
 
 from __future__ import annotations
 
-import functools
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from megalm.model.dropout import Dropout, DropoutClock
-from megalm.model.loss import chunk_loss, linear_cross_entropy
+from megalm.model.loss import ChunkLoss, chunk_loss, linear_cross_entropy
+from megalm.model.positions import PositionEmbedding
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
-class VocabularyLoss(Protocol):
-    """Cross-entropy straight from hidden states: whole logits never exist at once."""
+class Projection(Protocol):
+    """Column layers of one input together, so that what passes between ranks for their sake passes once."""
 
-    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
-        """[N, H], [V, H], [N] -> fp32 sum over the labels that are not IGNORE, a scalar."""
+    def __call__(self, hidden: Tensor, *columns: nn.Linear) -> tuple[Tensor, ...]:
+        """[B, T, H] of the residual stream -> [B, T, out features held here] of each layer."""
+        ...
+
+
+class VocabularyOutput(Protocol):
+    """From the last hidden states to logits or to the loss, with the vocabulary's weight."""
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        """The residual stream, of which a rank may hold a slice, as [B, T, H]; what `loss` and `logits` take."""
+        ...
+
+    def loss(self, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+        """[N, H], [V, H], [N] -> fp32 sum over the labels that are not IGNORE; whole logits never exist at once."""
+        ...
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """[..., H], [V, H] -> [..., V]."""
         ...
 
 
 class LayerFactory(Protocol):
-    def column(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        """A linear layer whose output features may be split over ranks."""
+    def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:
+        """A linear layer whose output features may be split over ranks, between its equal `parts` (heads) only."""
         ...
 
-    def row(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        """A linear layer whose input features may be split; its output is whole."""
+    def row(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Module:
+        """A linear layer whose input features may be split between its `parts`; its output is whole."""
         ...
 
-    def embedding(self, rows: int, width: int) -> nn.Module:
-        """A lookup table [rows, width] with a `weight`; its rows may be split."""
+    def projection(self) -> Projection: ...
+
+    def embedding(self, rows: int, width: int) -> nn.Embedding:
+        """A lookup table [rows, width]; its rows may be split."""
+        ...
+
+    def positions(self, rows: int, width: int) -> PositionEmbedding: ...
+
+    def replicated(self, module: AnyModule, sharded: bool) -> AnyModule:
+        """`module`, whose parameters are whole on every rank; `sharded`: it sees only this rank's heads."""
         ...
 
     def vocabulary_weight(self, vocab_size: int, hidden_size: int) -> nn.Parameter:
         """The output projection of an untied head, split like `embedding`."""
         ...
 
-    def loss(self) -> VocabularyLoss: ...
+    def output(self) -> VocabularyOutput: ...
+
+    def place(self, layer: int, site: str, sharded: bool) -> str:
+        """The name that a dropout's seed comes from; `sharded`: different on each tensor-parallel rank."""
+        ...
 
     def dropout(self, rate: float, layer: int, site: str, sharded: bool) -> nn.Module:
-        """Dropout with a seed of its place; `sharded`: different on each tensor-parallel rank."""
+        """Dropout with a seed of its `place`."""
         ...
 
 
@@ -60,22 +90,52 @@ class DenseLayers:
         self.clock = clock
         self.compiled = compiled
 
-    def column(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+    def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:
         return nn.Linear(in_features, out_features, bias=bias)
 
-    def row(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+    def row(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Module:
         return nn.Linear(in_features, out_features, bias=bias)
 
-    def embedding(self, rows: int, width: int) -> nn.Module:
+    def projection(self) -> Projection:
+        return _each
+
+    def embedding(self, rows: int, width: int) -> nn.Embedding:
         return nn.Embedding(rows, width)
+
+    def positions(self, rows: int, width: int) -> PositionEmbedding:
+        return PositionEmbedding(rows, width)
+
+    def replicated(self, module: AnyModule, sharded: bool) -> AnyModule:
+        return module
 
     def vocabulary_weight(self, vocab_size: int, hidden_size: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(vocab_size, hidden_size))
 
-    def loss(self) -> VocabularyLoss:
-        if not self.compiled:
-            return linear_cross_entropy
-        return functools.partial(linear_cross_entropy, chunk=torch.compile(chunk_loss, dynamic=False))
+    def output(self) -> VocabularyOutput:
+        return DenseOutput(torch.compile(chunk_loss, dynamic=False) if self.compiled else chunk_loss)
+
+    def place(self, layer: int, site: str, sharded: bool) -> str:
+        return f"{layer}/{site}"
 
     def dropout(self, rate: float, layer: int, site: str, sharded: bool) -> nn.Module:
-        return Dropout(rate, self.clock, place=f"{layer}/{site}")
+        return Dropout(rate, self.clock, self.place(layer, site, sharded))
+
+
+class DenseOutput:
+    """The output of a one-rank model."""
+
+    def __init__(self, chunk: ChunkLoss = chunk_loss) -> None:
+        self.chunk = chunk
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def loss(self, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+        return linear_cross_entropy(hidden, weight, labels, chunk_tokens, self.chunk)
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return hidden @ weight.t()
+
+
+def _each(hidden: Tensor, *columns: nn.Linear) -> tuple[Tensor, ...]:
+    return tuple(column(hidden) for column in columns)

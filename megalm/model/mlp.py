@@ -14,11 +14,14 @@ class GeluMLP(nn.Module):
 
     def __init__(self, shape: ModelShape, layers: LayerFactory) -> None:
         super().__init__()
-        self.up = layers.column(shape.hidden_size, shape.intermediate_size, True)
-        self.down = layers.row(shape.intermediate_size, shape.hidden_size, True)
+        inner = shape.intermediate_size
+        self.project = layers.projection()
+        self.up = layers.column(shape.hidden_size, inner, True, parts=inner)
+        self.down = layers.row(inner, shape.hidden_size, True, parts=inner)
 
     def forward(self, hidden: Tensor) -> Tensor:  # [B, T, H] -> [B, T, H]
-        return self.down(functional.gelu(self.up(hidden), approximate="tanh"))
+        (up,) = self.project(hidden, self.up)
+        return self.down(functional.gelu(up, approximate="tanh"))
 
 
 class SwiGluMLP(nn.Module):
@@ -26,12 +29,15 @@ class SwiGluMLP(nn.Module):
 
     def __init__(self, shape: ModelShape, layers: LayerFactory) -> None:
         super().__init__()
-        self.gate = layers.column(shape.hidden_size, shape.intermediate_size, False)
-        self.up = layers.column(shape.hidden_size, shape.intermediate_size, False)
-        self.down = layers.row(shape.intermediate_size, shape.hidden_size, False)
+        inner = shape.intermediate_size
+        self.project = layers.projection()
+        self.gate = layers.column(shape.hidden_size, inner, False, parts=inner)
+        self.up = layers.column(shape.hidden_size, inner, False, parts=inner)
+        self.down = layers.row(inner, shape.hidden_size, False, parts=inner)
 
     def forward(self, hidden: Tensor) -> Tensor:  # [B, T, H] -> [B, T, H]
-        return self.down(functional.silu(self.gate(hidden)) * self.up(hidden))
+        gate, up = self.project(hidden, self.gate, self.up)
+        return self.down(functional.silu(gate) * up)
 
 
 def mlp(shape: ModelShape, layers: LayerFactory) -> nn.Module:

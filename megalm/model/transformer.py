@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalm.model.block import Block
 from megalm.model.dropout import DropoutClock
-from megalm.model.layers import DenseLayers, LayerFactory, VocabularyLoss
+from megalm.model.layers import DenseLayers, LayerFactory, VocabularyOutput
 from megalm.model.loss import IGNORE
 from megalm.model.norm import norm
 from megalm.model.rope import RotaryEmbedding
@@ -30,14 +30,14 @@ class Embedding(nn.Module):
         super().__init__()
         self.tokens = layers.embedding(shape.vocab_size, shape.hidden_size) if own_table else None
         learned = shape.style == "gpt2"
-        self.positions = nn.Embedding(shape.max_position_embeddings, shape.hidden_size) if learned else None
+        self.positions = layers.positions(shape.max_position_embeddings, shape.hidden_size) if learned else None
         self.dropout = layers.dropout(shape.dropout, 0, "embedding", sharded=False)
 
     def forward(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
         """[B, T] tokens, or their embeddings [B, T, H] without a table -> [B, T, H]."""
         hidden = tokens if self.tokens is None else self.tokens(tokens)
         if self.positions is not None:
-            hidden = hidden + self.positions(_positions(tokens, documents))
+            hidden = hidden + self.positions(hidden.shape[1], documents)
         return self.dropout(hidden)
 
 
@@ -48,18 +48,26 @@ class LanguageModelHead(nn.Module):
     the pipeline's last stage all meet one module.
     """
 
-    def __init__(self, weight: nn.Parameter, loss: VocabularyLoss, chunk_tokens: int) -> None:
+    def __init__(self, weight: nn.Parameter, output: VocabularyOutput, chunk_tokens: int) -> None:
         super().__init__()
         self.weight = weight
-        self.loss = loss
+        self.output = output
         self.chunk_tokens = chunk_tokens
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """[B, T, H], [B, T] -> (fp32 loss sum, number of labels); without labels: logits [B, T, V]."""
-        if labels is None:
-            return hidden @ self.weight.t()
-        loss = self.loss(hidden.flatten(0, 1), self.weight, labels.flatten(), self.chunk_tokens)
-        return loss, (labels != IGNORE).sum()
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, T, H] of the residual stream, [B, T] -> (fp32 loss sum, number of labels).
+
+        Without labels: logits [B, T, V], or [B, V] at the one of `positions` [B] of each sequence.
+        """
+        hidden = self.output.whole(hidden)
+        if labels is not None:
+            loss = self.output.loss(hidden.flatten(0, 1), self.weight, labels.flatten(), self.chunk_tokens)
+            return loss, (labels != IGNORE).sum()
+        if positions is not None:
+            hidden = hidden[torch.arange(len(positions), device=hidden.device), positions]
+        return self.output.logits(hidden, self.weight)
 
 
 class StageBuilder:
@@ -94,7 +102,7 @@ class StageBuilder:
         return Block(self.shape, self._layers, self._rope, self._clock, index + 1)
 
     def final_norm(self) -> nn.Module:
-        return norm(self.shape)
+        return self._layers.replicated(norm(self.shape), sharded=False)
 
     def head(self, table: nn.Module | None) -> LanguageModelHead:
         """The head on the weight of `table`, or on one of its own where the model ties none."""
@@ -104,7 +112,7 @@ class StageBuilder:
             assert table is not None
             assert isinstance(table.weight, nn.Parameter)
             weight = table.weight
-        return LanguageModelHead(weight, self._layers.loss(), self._chunk_tokens)
+        return LanguageModelHead(weight, self._layers.output(), self._chunk_tokens)
 
 
 class LanguageModel(nn.Module):
@@ -175,10 +183,7 @@ class LanguageModel(nn.Module):
             else:
                 hidden = block(hidden, mask)
         hidden = self.final_norm(hidden)
-        if positions is not None:
-            hidden = hidden[torch.arange(len(positions), device=hidden.device), positions].unsqueeze(1)
-            return self.head(hidden).squeeze(1)
-        return self.head(hidden, labels)
+        return self.head(hidden, labels, positions)
 
 
 def document_mask(documents: Tensor) -> Tensor:
@@ -186,13 +191,3 @@ def document_mask(documents: Tensor) -> Tensor:
     length = documents.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
     return (causal & (documents.unsqueeze(2) == documents.unsqueeze(1))).unsqueeze(1)
-
-
-def _positions(tokens: Tensor, documents: Tensor | None) -> Tensor:
-    """Positions [T], or [B, T] counted from the start of each document."""
-    steps = torch.arange(tokens.shape[1], device=tokens.device)
-    if documents is None:
-        return steps
-    starts = torch.ones_like(documents, dtype=torch.bool)
-    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return steps - torch.where(starts, steps, 0).cummax(dim=1).values
