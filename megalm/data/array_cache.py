@@ -1,14 +1,18 @@
 """Arrays that take long to make, kept in files under a name that says what they were made of, and mapped into memory.
 
 Safe when many ranks on many nodes open the same one at once: each file is complete or absent (temporary name, fsync,
-rename), and everybody who makes it makes the same bytes.
+rename), and everybody who makes it makes the same bytes. A lock lets one make it while the others wait; where the file
+system has no locks, or they do not reach over nodes, it is made once a node or more often, which is slow and not wrong.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.files import writing_to
-from megalm.durable import complete_file, sync_directory, temporary_name
+from megalm.durable import complete_file, sync_directory
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+
+# A temporary file that nobody has written to for so long is of a process that was killed.
+_ABANDONED_SECONDS = 3600.0
 
 
 class ArrayCache:
@@ -38,8 +45,13 @@ class ArrayCache:
         folder = self._directory / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
         known = self._mapped(folder)
         if known is None:
-            self._write(folder, make())
-            known = self._mapped(folder)
+            with writing_to(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            with _alone_in(folder):
+                known = self._mapped(folder)  # another process made it meanwhile
+                if known is None:
+                    self._write(folder, make())
+                    known = self._mapped(folder)
             assert known is not None, folder
         return known
 
@@ -54,10 +66,23 @@ class ArrayCache:
     @staticmethod
     def _write(folder: Path, arrays: Arrays) -> None:
         with writing_to(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(".*.tmp"):
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                        left.unlink()
             for name, array in arrays.items():
                 complete_file(folder / f"{name}.npy", functools.partial(np.save, arr=array))
-            names = temporary_name(folder / "names")
-            names.write_text(" ".join(arrays))
-            names.replace(folder / "names")  # the last: it says that the others are there
+            # The last: it says that the others are there.
+            complete_file(folder / "names", lambda file: file.write(" ".join(arrays).encode()))
             sync_directory(folder)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the kernel gives back when its holder dies."""
+    with writing_to(folder):
+        lock = (folder / "lock").open("wb")
+    with lock:
+        with contextlib.suppress(OSError):  # no locks here: several may make the same
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

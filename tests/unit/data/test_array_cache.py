@@ -1,0 +1,102 @@
+"""Kept arrays: made by one process while others wait, also where the one that makes them is killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megalm.data import array_cache
+from megalm.data.array_cache import ArrayCache, Arrays
+from megalm.durable import temporary_name
+from megalm.errors import DataError
+
+SPAWN = multiprocessing.get_context("spawn")
+FACTS = ("squares", 1)
+
+
+def make(folder: Path, seconds: float) -> Arrays:
+    """Slow enough that others come meanwhile; leaves a note of who made it."""
+    with (folder / "makers").open("a") as notes:
+        notes.write(f"{os.getpid()}\n")
+    time.sleep(seconds)
+    return {"squares": np.arange(1000) ** 2, "cubes": np.arange(10) ** 3}
+
+
+def open_cached(folder: Path, seconds: float) -> None:
+    arrays = ArrayCache(folder / "cache").get(FACTS, lambda: make(folder, seconds))
+    content = f"{arrays['squares'].sum()} {arrays['cubes'].sum()} {type(arrays['squares']).__name__}"
+    (folder / f"read-{os.getpid()}").write_text(content)
+
+
+def start(folder: Path, seconds: float) -> BaseProcess:
+    process = SPAWN.Process(target=open_cached, args=(folder, seconds))
+    process.start()
+    return process
+
+
+def makers(folder: Path) -> list[str]:
+    notes = folder / "makers"
+    return notes.read_text().split() if notes.exists() else []
+
+
+def read_by(folder: Path, process: BaseProcess) -> str:
+    return (folder / f"read-{process.pid}").read_text()
+
+
+EXPECTED = f"{(np.arange(1000) ** 2).sum()} {(np.arange(10) ** 3).sum()} memmap"
+
+
+def test_four_processes_make_it_once(tmp_path: Path) -> None:
+    processes = [start(tmp_path, 1.0) for _ in range(4)]
+    for process in processes:
+        process.join(60)
+    assert [read_by(tmp_path, process) for process in processes] == [EXPECTED] * 4
+    assert len(makers(tmp_path)) == 1
+
+
+def test_the_maker_is_killed_and_another_takes_over(tmp_path: Path) -> None:
+    first = start(tmp_path, 600.0)
+    while not makers(tmp_path):
+        time.sleep(0.02)
+    others = [start(tmp_path, 0.0) for _ in range(3)]
+    time.sleep(0.5)
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGKILL)
+    for process in (first, *others):
+        process.join(60)
+    assert [read_by(tmp_path, process) for process in others] == [EXPECTED] * 3
+    assert len(makers(tmp_path)) == 2  # the one that was killed, and one of the three
+
+
+def test_what_a_killed_maker_left_is_cleared_later(tmp_path: Path) -> None:
+    ArrayCache(tmp_path).get(FACTS, lambda: {"a": np.arange(3)})
+    (folder,) = tmp_path.iterdir()
+    old, young = temporary_name(folder / "a.npy"), temporary_name(folder / "b.npy")
+    old.write_bytes(b"half")
+    os.utime(old, (time.time() - array_cache._ABANDONED_SECONDS - 60,) * 2)
+    young.write_bytes(b"of a process that writes now")
+    (folder / "a.npy").write_bytes(b"cut short")
+    assert ArrayCache(tmp_path).get(FACTS, lambda: {"a": np.arange(3)})["a"].tolist() == [0, 1, 2]
+    assert not old.exists()
+    assert young.exists()
+
+
+def test_without_locks_it_is_made_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert ArrayCache(tmp_path).get(FACTS, lambda: {"a": np.arange(3)})["a"].tolist() == [0, 1, 2]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        ArrayCache(tmp_path / "file").get(FACTS, lambda: {"a": np.arange(3)})
