@@ -101,8 +101,8 @@ def start(
         seed=5,
         document_mask=run.config.data.document_mask,
     )
-    batch = run.batch
-    layout = BatchLayout(batch.global_batch, batch.micro_batch, comm.rank, batch.data_parallel)
+    batch, data_rank = run.batch, run.topology.coordinate(comm.rank).data
+    layout = BatchLayout(batch.global_batch, batch.micro_batch, data_rank, batch.data_parallel)
     loader = BatchLoader(samples, layout)
     return build_engine(run, shape_of(run), device, comm), run, loader
 
@@ -131,8 +131,12 @@ def whole_state(traces: list[Trace]) -> dict[tuple[str, str], np.ndarray]:
         for key, values in trace.fragments:
             place = (key.name, key.kind)
             size = int(np.prod(key.shape))
-            state.setdefault(place, np.full(size, np.nan, np.float32))[key.start : key.stop] = values
-            counts.setdefault(place, np.zeros(size, int))[key.start : key.stop] += 1
+            elements = np.arange(size).reshape(key.shape)
+            if key.rectangle is not None:
+                elements = elements[tuple(slice(*rows) for rows in key.rectangle)]
+            elements = elements.reshape(-1)[key.start : key.stop]
+            state.setdefault(place, np.full(size, np.nan, np.float32))[elements] = values
+            counts.setdefault(place, np.zeros(size, int))[elements] += 1
     for place, count in counts.items():
         assert (count == 1).all(), f"{place}: elements owned {count.min()} to {count.max()} times"
     return state
