@@ -112,6 +112,7 @@ def _show_step(
     seed: int,
     split: str | None,
 ) -> None:
+    from megalm.data.blend import BlendedSamples, Stage
     from megalm.data.lookup import pieces_of
     from megalm.data.samples import TrainingSamples, split_documents
 
@@ -121,7 +122,7 @@ def _show_step(
     weights = weights_of(split)
     documents = split_documents(len(dataset), weights)[0] if weights else (0, len(dataset))
     samples = TrainingSamples(dataset, documents, sequence_length, seed, stride=stride)
-    for piece in pieces_of(samples, (step - 1) * batch_size, batch_size):
+    for piece in pieces_of(BlendedSamples([samples], [Stage(0, (1.0,))]), (step - 1) * batch_size, batch_size):
         where = f"document {piece.document}" if piece.source is None else f"document {piece.document}, {piece.source}"
         out.print(f"--- sample {piece.sample}: {where}, its tokens {piece.first:,} to {piece.end:,}")
         out.print(tokenizer.decode(piece.tokens) if tokenizer else " ".join(map(str, piece.tokens)))

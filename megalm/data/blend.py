@@ -10,16 +10,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from megalm.data.array_cache import ArrayCache, Arrays
 from megalm.data.samples import TrainingSamples
+from megalm.data.streams import Int64s
 from megalm.errors import ConfigError
 
 BLOCK_SAMPLES = 1 << 16
+KEPT_BLOCKS = 64  # so often the counts are kept in the cache: a resume deep in a long run need not mix it all again
+MIX_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Consumed:
-    """What a run has read of a dataset."""
+    """What a run reads of a dataset.
+
+    Attributes:
+        epochs: passes over its samples.
+        repetition: how often each token is seen; more than `epochs` where samples overlap.
+    """
 
     prefix: str
     samples: int
     epochs: float
+    repetition: float
 
 
 def mix(
@@ -60,37 +70,42 @@ def mix(
 
 
 class BlendedSamples:
-    """The mixture as samples, like those of one dataset.
+    """The mixture as samples, like those of one dataset; one dataset alone is the simplest of them.
+
+    Args:
+        cache: where counts of long mixtures are kept.
 
     Raises:
         ConfigError: weights that are negative, all nothing, or not one for each dataset; stages out of order; datasets
             of different sequence lengths.
     """
 
-    def __init__(self, parts: Sequence[TrainingSamples], stages: Sequence[Stage]) -> None:
+    def __init__(
+        self, parts: Sequence[TrainingSamples], stages: Sequence[Stage], cache: ArrayCache | None = None
+    ) -> None:
         _check(parts, stages)
         self.parts, self.stages = list(parts), list(stages)
         self.sequence_length, self.document_mask = parts[0].sequence_length, parts[0].document_mask
-        facts = [part.fingerprint for part in parts], [(stage.first, stage.weights) for stage in stages]
-        self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
+        self._cache = cache or ArrayCache(None)
         self._shares = [np.array(stage.weights) / sum(stage.weights) for stage in stages]
-        # Counts at the start of each block of each stage, as far as anybody has asked.
-        self._starts = [[np.zeros(len(parts), dtype=np.int64)] for _ in stages]
+        # Counts [M] at the start of (stage, block) and at the start of each stage, as far as anybody has asked.
+        self._starts: dict[tuple[int, int], Int64s] = {}
+        self._before: list[Int64s] = [np.zeros(len(parts), dtype=np.int64)]
         self._block = lru_cache(maxsize=4)(self._mixed_block)
-        self._before: list[npt.NDArray[np.int64]] = [np.zeros(len(parts), dtype=np.int64)]
-        for number, (stage, after) in enumerate(pairwise(stages)):
-            self._before.append(self._before[-1] + self._counts_in(number, after.first - stage.first))
 
     def locate(self, index: int) -> tuple[int, int]:
         """(dataset, number of its own sample) of sample `index`."""
         stage, offset = self._stage_of(index)
+        alone = self._alone(stage)
+        if alone is not None:
+            return alone, int(self._counts_before(stage)[alone]) + offset
         block, place = divmod(offset, BLOCK_SAMPLES)
         chosen = self._block(stage, block)
         dataset = int(chosen[place])
         inside = int(np.count_nonzero(chosen[:place] == dataset))
-        return dataset, int(self._before[stage][dataset] + self._starts[stage][block][dataset]) + inside
+        return dataset, int(self._counts_before(stage)[dataset] + self._start(stage, block)[dataset]) + inside
 
-    def sample(self, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def sample(self, index: int) -> tuple[Int64s, Int64s]:
         dataset, number = self.locate(index)
         return self.parts[dataset].sample(number)
 
@@ -105,9 +120,42 @@ class BlendedSamples:
     def consumed(self, samples: int) -> list[Consumed]:
         """What the first `samples` are made of, for each dataset."""
         stage, offset = self._stage_of(samples)
-        counts = self._before[stage] + self._counts_in(stage, offset)
+        return self._tell(self._counts_before(stage) + self._counts_in(stage, offset))
+
+    def planned(self, samples: int) -> list[Consumed]:
+        """The same by weight: at once however many samples, and right to within one for each dataset and stage."""
+        counts = np.zeros(len(self.parts))
+        ends = [stage.first for stage in self.stages[1:]] + [samples]
+        for stage, share, end in zip(self.stages, self._shares, ends, strict=True):
+            counts += share * max(0, min(end, samples) - stage.first)
+        return self._tell(np.round(counts))
+
+    def order_fingerprint(self, samples: int) -> str:
+        """Identity of the first `samples`, in their order: what comes later may still be changed."""
+        used, stages = self._used(samples)
+        if len(used) == 1:
+            return self.parts[used[0]].fingerprint  # however its being alone was put
+        order = [(stage.first, share[used].tolist()) for stage, share in zip(stages, self._shares, strict=False)]
+        return _hash([self.parts[number].fingerprint for number in used], order)
+
+    def dataset_fingerprint(self, samples: int) -> str:
+        """Identity of the datasets that the first `samples` are of."""
+        prints = [self.parts[number].dataset.fingerprint for number in self._used(samples)[0]]
+        return prints[0] if len(prints) == 1 else _hash(prints)
+
+    def _used(self, samples: int) -> tuple[list[int], list[Stage]]:
+        stages = [stage for stage in self.stages if stage.first < max(samples, 1)]
+        weights = np.sum([stage.weights for stage in stages], axis=0)
+        return np.flatnonzero(weights).tolist(), stages
+
+    def _tell(self, counts: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> list[Consumed]:
         return [
-            Consumed(part.dataset.prefix, int(count), int(count) / part.samples_per_epoch)
+            Consumed(
+                part.dataset.prefix,
+                int(count),
+                int(count) / part.samples_per_epoch,
+                int(count) * part.sequence_length / part.tokens_per_epoch,
+            )
             for part, count in zip(self.parts, counts, strict=True)
         ]
 
@@ -117,20 +165,58 @@ class BlendedSamples:
         number = max(number for number, stage in enumerate(self.stages) if stage.first <= index)
         return number, index - self.stages[number].first
 
-    def _counts_in(self, stage: int, samples: int) -> npt.NDArray[np.int64]:
+    def _alone(self, stage: int) -> int | None:
+        """The dataset that this stage is of, where it is only one."""
+        used = np.flatnonzero(self._shares[stage])
+        return int(used[0]) if len(used) == 1 else None
+
+    def _counts_before(self, stage: int) -> Int64s:
+        """[M] samples of each dataset before a stage."""
+        for number in range(len(self._before) - 1, stage):
+            length = self.stages[number + 1].first - self.stages[number].first
+            self._before.append(self._before[number] + self._counts_in(number, length))
+        return self._before[stage]
+
+    def _counts_in(self, stage: int, samples: int) -> Int64s:
         """[M] samples of each dataset among the first of a stage."""
+        alone, counts = self._alone(stage), np.zeros(len(self.parts), dtype=np.int64)
+        if alone is not None:
+            counts[alone] = samples
+            return counts
         block, place = divmod(samples, BLOCK_SAMPLES)
-        chosen = self._block(stage, block)[:place]
-        counts: npt.NDArray[np.int64] = np.bincount(chosen, minlength=len(self.parts)).astype(np.int64)
-        return counts + self._starts[stage][block]
+        if place:
+            counts += np.bincount(self._block(stage, block)[:place], minlength=len(self.parts))
+        return counts + self._start(stage, block)
 
     def _mixed_block(self, stage: int, block: int) -> npt.NDArray[np.int16]:
-        starts = self._starts[stage]
-        for known in range(len(starts) - 1, block):  # a block needs the counts of all before it
-            counts = starts[known].copy()
-            mix(self._shares[stage], known * BLOCK_SAMPLES, counts, BLOCK_SAMPLES)
-            starts.append(counts)
-        return mix(self._shares[stage], block * BLOCK_SAMPLES, starts[block].copy(), BLOCK_SAMPLES)
+        counts = self._start(stage, block).copy()
+        chosen = mix(self._shares[stage], block * BLOCK_SAMPLES, counts, BLOCK_SAMPLES)
+        self._starts[stage, block + 1] = counts
+        return chosen
+
+    def _start(self, stage: int, block: int) -> Int64s:
+        """[M] counts at the start of a block, in its stage."""
+        if (stage, block) not in self._starts:
+            shares, reached = self._shares[stage], 0
+            counts: npt.NDArray[np.int64] = np.zeros(len(self.parts), dtype=np.int64)
+            for kept in range(KEPT_BLOCKS, block + 1, KEPT_BLOCKS):
+                facts = (MIX_VERSION, "mixture", shares.tolist(), BLOCK_SAMPLES, kept)
+                counts = self._cache.get(facts, partial(_mixed_on, shares, counts, reached, kept))["counts"]
+                reached = kept
+            self._starts[stage, block] = _mixed_on(shares, counts, reached, block)["counts"]
+        return self._starts[stage, block]
+
+
+def _mixed_on(shares: npt.NDArray[np.float64], counts: Int64s, block: int, end: int) -> Arrays:
+    """Counts [M] at the start of block `end`, from those at the start of `block`."""
+    counts = np.array(counts)
+    for number in range(block, end):
+        mix(shares, number * BLOCK_SAMPLES, counts, BLOCK_SAMPLES)
+    return {"counts": counts}
+
+
+def _hash(*facts: object) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _check(parts: Sequence[TrainingSamples], stages: Sequence[Stage]) -> None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megalm.data.samples import TrainingSamples
+from megalm.data.blend import BlendedSamples
+from megalm.data.indexed import IndexedDataset
 from megalm.data.sources import Source, Sources
+from megalm.data.streams import Int64s
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,14 @@ class Piece:
 
     Attributes:
         sample: number of the sample, as the loader counts them.
+        prefix: the dataset.
         document, source: which document of the dataset, and where it came from (None: nobody noted it).
         first, end: which of its tokens.
         tokens: their ids.
     """
 
     sample: int
+    prefix: str
     document: int
     source: Source | None
     first: int
@@ -30,29 +34,34 @@ class Piece:
     tokens: tuple[int, ...]
 
 
-def pieces_of(samples: TrainingSamples, first_sample: int, count: int) -> Iterator[Piece]:
-    """What samples [first_sample, first_sample + count) are made of, in their order; labels' last token included.
-
-    Step N of a run with a global batch of B reads the samples from (N - 1) * B on.
-    """
-    dataset = samples.dataset
-    sources = Sources(dataset.prefix, dataset.document_count)
-    starts = dataset.sequence_pointers // dataset.dtype.itemsize
+def pieces_of(samples: BlendedSamples, first_sample: int, count: int) -> Iterator[Piece]:
+    """What samples [first_sample, first_sample + count) are made of, in their order; labels' last token included."""
+    sources = [Sources(part.dataset.prefix, part.dataset.document_count) for part in samples.parts]
+    starts = [part.dataset.sequence_pointers // part.dataset.dtype.itemsize for part in samples.parts]
     for sample in range(first_sample, first_sample + count):
-        positions = samples.place(sample).positions
-        sequences = np.searchsorted(starts, positions, side="right") - 1
-        # Empty sequences start where the next one does: the last that starts there holds the token.
-        breaks = np.flatnonzero((np.diff(sequences) != 0) | (np.diff(positions) != 1)) + 1
-        for run in np.split(np.arange(len(positions)), breaks):
-            sequence = int(sequences[run[0]])
-            document = int(np.searchsorted(dataset.document_index, sequence, side="right")) - 1
-            begin = int(starts[dataset.document_index[document]])
-            where = positions[run]
-            yield Piece(
-                sample=sample,
-                document=document,
-                source=sources[document],
-                first=int(where[0]) - begin,
-                end=int(where[-1]) - begin + 1,
-                tokens=tuple(map(int, dataset.tokens[where])),
-            )
+        number, index = samples.locate(sample)
+        part = samples.parts[number]
+        yield from _pieces_at(part.dataset, starts[number], sources[number], part.place(index).positions, sample)
+
+
+def _pieces_at(
+    dataset: IndexedDataset, starts: Int64s, sources: Sources, positions: Int64s, sample: int
+) -> Iterator[Piece]:
+    """Positions [n] of the dataset's tokens as runs inside documents; `starts` [S] of its sequences."""
+    sequences = np.searchsorted(starts, positions, side="right") - 1
+    # Empty sequences start where the next one does: the last that starts there holds the token.
+    breaks = np.flatnonzero((np.diff(sequences) != 0) | (np.diff(positions) != 1)) + 1
+    for run in np.split(np.arange(len(positions)), breaks):
+        sequence = int(sequences[run[0]])
+        document = int(np.searchsorted(dataset.document_index, sequence, side="right")) - 1
+        begin = int(starts[dataset.document_index[document]])
+        where = positions[run]
+        yield Piece(
+            sample=sample,
+            prefix=dataset.prefix,
+            document=document,
+            source=sources[document],
+            first=int(where[0]) - begin,
+            end=int(where[-1]) - begin + 1,
+            tokens=tuple(map(int, dataset.tokens[where])),
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalm.data import blend as blend_module
+from megalm.data.array_cache import ArrayCache
 from megalm.data.blend import BlendedSamples, Stage, mix
 from megalm.data.indexed import IndexedDataset
 from megalm.data.loader import BatchLayout, BatchLoader
@@ -62,14 +64,52 @@ def test_samples_are_the_parts_own_in_their_order(
     assert fresh.locate(57) == blended.locate(57)
     consumed = fresh.consumed(60)
     assert [entry.samples for entry in consumed] == [len(row) for row in seen]
-    assert consumed[0].epochs == pytest.approx(len(seen[0]) * 10 / 100)
+    assert consumed[0].epochs == consumed[0].repetition == pytest.approx(len(seen[0]) * 10 / 100)
+    for samples in (5, 21, 60, 1000):
+        exact, planned = fresh.consumed(samples), fresh.planned(samples)
+        assert max(abs(a.samples - b.samples) for a, b in zip(exact, planned, strict=True)) <= 2  # stages
 
 
 def test_later_stages_change_nothing_before_them(parts: list[TrainingSamples]) -> None:
     one = BlendedSamples(parts, [Stage(0, (1, 1, 1))])
     two = BlendedSamples(parts, [Stage(0, (1, 1, 1)), Stage(30, (5, 1, 1))])
     assert [one.locate(index) for index in range(30)] == [two.locate(index) for index in range(30)]
-    assert one.fingerprint != two.fingerprint
+    prints = [[blended.order_fingerprint(samples) for blended in (one, two)] for samples in (0, 1, 30, 31)]
+    assert [first == second for first, second in prints] == [True, True, True, False]
+
+
+def test_the_identity_is_that_of_what_is_consumed(parts: list[TrainingSamples]) -> None:
+    alone = BlendedSamples(parts[:1], [Stage(0, (1,))])
+    grown = BlendedSamples(parts, [Stage(0, (5, 0, 0)), Stage(10, (1, 1, 1))])
+    assert grown.order_fingerprint(10) == alone.order_fingerprint(10) == parts[0].fingerprint
+    assert grown.dataset_fingerprint(10) == parts[0].dataset.fingerprint
+    assert grown.dataset_fingerprint(11) != grown.dataset_fingerprint(10)
+    assert [grown.locate(index) for index in range(10)] == [alone.locate(index) for index in range(10)]
+    base = BlendedSamples(parts, [Stage(0, (2, 1, 0))])
+    for other in ([Stage(0, (1, 2, 0))], [Stage(0, (2, 0, 1))], [Stage(0, (2, 1, 0)), Stage(5, (1, 1, 0))]):
+        assert BlendedSamples(parts, other).order_fingerprint(10) != base.order_fingerprint(10)
+    assert BlendedSamples(parts[:2], [Stage(0, (4, 2))]).order_fingerprint(10) == base.order_fingerprint(10)
+
+
+def test_counts_of_a_long_mixture_are_kept(
+    parts: list[TrainingSamples], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(blend_module, "BLOCK_SAMPLES", 8)
+    monkeypatch.setattr(blend_module, "KEPT_BLOCKS", 3)
+    stages = [Stage(0, (5, 3, 1))]
+    plain = [BlendedSamples(parts, stages).locate(index) for index in range(200)]
+    assert [BlendedSamples(parts, stages, ArrayCache(tmp_path)).locate(index) for index in (199, 71, 72)] == [
+        plain[index] for index in (199, 71, 72)
+    ]
+    mixed: list[int] = []
+
+    def count(weights: np.ndarray, first: int, counts: np.ndarray, length: int) -> np.ndarray:
+        mixed.append(first)
+        return mix(weights, first, counts, length)
+
+    monkeypatch.setattr(blend_module, "mix", count)
+    assert BlendedSamples(parts, stages, ArrayCache(tmp_path)).locate(197) == plain[197]
+    assert mixed == [192]  # only its own block
 
 
 def test_the_loader_takes_a_blend(parts: list[TrainingSamples]) -> None:

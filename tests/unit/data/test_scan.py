@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megalm.data.blend import BlendedSamples, Stage
 from megalm.data.builder import build_files
 from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megalm.data.lookup import pieces_of
@@ -106,7 +107,7 @@ def test_the_documents_of_a_step(tmp_path: Path) -> None:
     dataset = IndexedDataset(tmp_path / "out")
     samples = TrainingSamples(dataset, (0, 4), 8, seed=1)
     step, batch = 2, 2
-    pieces = list(pieces_of(samples, (step - 1) * batch, batch))
+    pieces = list(pieces_of(BlendedSamples([samples], [Stage(0, (1.0,))]), (step - 1) * batch, batch))
     for sample in range(2, 4):
         tokens, labels = samples.sample(sample)
         read = [token for piece in pieces if piece.sample == sample for token in piece.tokens]
