@@ -6,12 +6,18 @@ read off the projections' widths, so the same code runs on a shard of the heads.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import flex_attention
 
+from megalm.model.attention_blocks import blockwise_attention
 from megalm.model.dropout import DropoutClock
 from megalm.model.layers import LayerFactory
+from megalm.model.mask import DocumentMask
 from megalm.model.norm import RMSNorm
 from megalm.model.rope import RotaryEmbedding
 from megalm.model.shape import ModelShape
@@ -38,8 +44,8 @@ class Attention(nn.Module):
         self.key_norm = self._head_norm(shape, layers)
         self.rope = rope if rope is not None else nn.Identity()
 
-    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, T, H] -> [B, T, H]; `mask` [B, 1, T, T] is true where attention is allowed (None: causal)."""
+    def forward(self, hidden: Tensor, mask: DocumentMask | None) -> Tensor:
+        """[B, T, H] -> [B, T, H]; without a mask every token sees all before it."""
         query, key, value = map(self._heads, self.project(hidden, self.query, self.key, self.value))
         query = self.rope(self.query_norm(query))  # [B, T, N, D]
         key = self.rope(self.key_norm(key))  # [B, T, K, D]
@@ -58,15 +64,27 @@ class Attention(nn.Module):
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.view(*projected.shape[:2], -1, self.head_dim)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        rate = self.dropout_rate if self.training else 0.0
-        causal = mask is None
-        if rate == 0.0:
-            return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
+        if self.training and self.dropout_rate:
+            return self._attend_with_dropout(query, key, value, mask)
+        if query.device.type == "cpu":
+            return blockwise_attention(query, key, value, mask.documents if mask else None)
+        if mask is None:
+            return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return _compiled_flex_attention()(query, key, value, block_mask=mask.blocks)
+
+    def _attend_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
         # The kernel draws from the device's generator: lend it one with the seed of this place.
         devices = [query.device] if query.device.type == "cuda" else []
+        dense = mask.dense() if mask else None
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.clock.seed_at(self.place))
             return functional.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=causal, dropout_p=rate
+                query, key, value, attn_mask=dense, is_causal=dense is None, dropout_p=self.dropout_rate
             )
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    """Uncompiled, flex attention would hold all scores."""
+    return torch.compile(flex_attention, dynamic=False)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from megalm.model.attention import Attention
 from megalm.model.dropout import DropoutClock
 from megalm.model.layers import LayerFactory
+from megalm.model.mask import DocumentMask
 from megalm.model.mlp import mlp
 from megalm.model.norm import norm
 from megalm.model.rope import RotaryEmbedding
@@ -25,6 +26,6 @@ class Block(nn.Module):
         self.mlp = mlp(shape, layers)
         self.mlp_dropout = layers.dropout(shape.dropout, layer, "mlp_output", sharded=False)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:  # [B, T, H] -> [B, T, H]
+    def forward(self, hidden: Tensor, mask: DocumentMask | None) -> Tensor:  # [B, T, H] -> [B, T, H]
         hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden), mask))
         return hidden + self.mlp_dropout(self.mlp(self.mlp_norm(hidden)))

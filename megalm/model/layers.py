@@ -68,7 +68,7 @@ class LayerFactory(Protocol):
         """The output projection of an untied head, split like `embedding`."""
         ...
 
-    def output(self) -> VocabularyOutput: ...
+    def output(self, vocab_size: int) -> VocabularyOutput: ...
 
     def place(self, layer: int, site: str, sharded: bool) -> str:
         """The name that a dropout's seed comes from; `sharded`: different on each tensor-parallel rank."""
@@ -111,7 +111,7 @@ class DenseLayers:
     def vocabulary_weight(self, vocab_size: int, hidden_size: int) -> nn.Parameter:
         return nn.Parameter(torch.empty(vocab_size, hidden_size))
 
-    def output(self) -> VocabularyOutput:
+    def output(self, vocab_size: int) -> VocabularyOutput:
         return DenseOutput(torch.compile(chunk_loss, dynamic=False) if self.compiled else chunk_loss)
 
     def place(self, layer: int, site: str, sharded: bool) -> str:

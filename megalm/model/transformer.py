@@ -14,6 +14,7 @@ from megalm.model.block import Block
 from megalm.model.dropout import DropoutClock
 from megalm.model.layers import DenseLayers, LayerFactory, VocabularyOutput
 from megalm.model.loss import IGNORE
+from megalm.model.mask import document_mask
 from megalm.model.norm import norm
 from megalm.model.rope import RotaryEmbedding
 from megalm.model.shape import ModelShape
@@ -112,7 +113,7 @@ class StageBuilder:
             assert table is not None
             assert isinstance(table.weight, nn.Parameter)
             weight = table.weight
-        return LanguageModelHead(weight, self._layers.output(), self._chunk_tokens)
+        return LanguageModelHead(weight, self._layers.output(self.shape.vocab_size), self._chunk_tokens)
 
 
 class LanguageModel(nn.Module):
@@ -184,10 +185,3 @@ class LanguageModel(nn.Module):
                 hidden = block(hidden, mask)
         hidden = self.final_norm(hidden)
         return self.head(hidden, labels, positions)
-
-
-def document_mask(documents: Tensor) -> Tensor:
-    """[B, T] document numbers -> [B, 1, T, T], true where attention is allowed: same document, not later."""
-    length = documents.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
-    return (causal & (documents.unsqueeze(2) == documents.unsqueeze(1))).unsqueeze(1)

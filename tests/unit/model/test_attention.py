@@ -1,0 +1,107 @@
+"""Attention by blocks of queries, and the document mask in the form of each kernel, against the dense formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megalm.model.attention_blocks import blockwise_attention
+from megalm.model.mask import DocumentMask, document_mask, flex_blocks
+
+BATCH, HEADS, WIDTH = 2, 3, 16
+# One token; less than a block; a block and one; several; so many that probabilities are computed again.
+LENGTHS = (1, 100, 129, 512, 1100)
+
+
+def _inputs(length: int, dtype: torch.dtype) -> list[Tensor]:
+    """Query, key, value and an outer gradient, [B, N, T, D], strided as projections leave them."""
+    torch.manual_seed(length)
+    return [torch.randn(BATCH, length, HEADS, WIDTH, dtype=dtype).transpose(1, 2) for _ in range(4)]
+
+
+def _documents(length: int) -> Tensor:
+    """[B, T] three documents in the first sample, one in the second; borders inside of blocks."""
+    documents = torch.zeros(BATCH, length, dtype=torch.int32)
+    documents[0, length // 3 :] = 1
+    documents[0, 2 * length // 3 :] = 2
+    return documents
+
+
+def _with_gradients(attend: object, inputs: list[Tensor]) -> list[Tensor]:
+    query, key, value = (x.detach().clone().requires_grad_() for x in inputs[:3])
+    mixed = attend(query, key, value)  # type: ignore[operator]
+    return [mixed, *torch.autograd.grad(mixed, (query, key, value), inputs[3])]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_equal_the_dense_formula(length: int, masked: bool) -> None:
+    """In fp64, where both round at 1e-16: what remains would be another formula."""
+    documents = _documents(length) if masked else None
+    dense = DocumentMask(_documents(length) if masked else torch.zeros(BATCH, length), None).dense()
+    inputs = _inputs(length, torch.float64)
+    expected = _with_gradients(
+        lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, attn_mask=dense), inputs
+    )
+    found = _with_gradients(lambda q, k, v: blockwise_attention(q, k, v, documents), inputs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_blocks_in_bf16_are_as_near_as_the_fused_kernel() -> None:
+    """Both round probabilities to bf16, 2^-9 apart; an accumulation in bf16 would be several times further off."""
+    inputs = _inputs(512, torch.bfloat16)
+    exact = _with_gradients(
+        lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, is_causal=True), [x.double() for x in inputs]
+    )
+    blocks = _with_gradients(lambda q, k, v: blockwise_attention(q, k, v, None), inputs)
+    for one, other in zip(blocks, exact, strict=True):
+        assert (one.double() - other).norm() < 8e-3 * other.norm()
+
+
+def test_flex_mask_is_the_dense_one() -> None:
+    """What a GPU's attention gets; a CPU has its forward pass only."""
+    documents = _documents(300)
+    query, key, value, _ = _inputs(300, torch.float32)
+    dense = document_mask(documents).dense()
+    expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=dense)
+    found = flex_attention(query, key, value, block_mask=flex_blocks(documents))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_flex_gradients_equal_the_dense_formula() -> None:
+    documents = _documents(300).cuda()
+    inputs = [x.cuda() for x in _inputs(300, torch.float32)]
+    mask = document_mask(documents)
+    expected = _with_gradients(
+        lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense()), inputs
+    )
+    compiled = torch.compile(flex_attention, dynamic=False)
+    found = _with_gradients(lambda q, k, v: compiled(q, k, v, block_mask=mask.blocks), inputs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)  # TF32 products
+
+
+class _Largest(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_no_square_exists_under_a_document_mask() -> None:
+    """Forward and backward of 2,048 tokens hold an eighth of the square of scores at once, and no [T, T] mask."""
+    length = 2048
+    inputs = _inputs(length, torch.float32)
+    with _Largest() as largest:
+        _with_gradients(lambda q, k, v: blockwise_attention(q, k, v, _documents(length)), inputs)
+    assert largest.elements <= BATCH * HEADS * length * length // 8
