@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 Rectangle = tuple[tuple[int, int], ...]
 
@@ -33,11 +33,11 @@ class Shard:
         return whole[tuple(slice(first, last) for first, last in self.rectangle)]
 
 
-def mark(parameter: nn.Parameter, shard: Shard) -> None:
+def mark(parameter: Tensor, shard: Shard) -> None:
     parameter.shard = shard  # type: ignore[attr-defined]
 
 
-def shard_of(parameter: nn.Parameter) -> Shard:
+def shard_of(parameter: Tensor) -> Shard:
     """The parameter's mark; call it while the parameter has its own shape (ZeRO 3 flattens it)."""
     found: Shard | None = getattr(parameter, "shard", None)
     return found if found is not None else Shard(tuple(parameter.shape), None, is_owner=True)
