@@ -2,66 +2,152 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from megalm.checkpoint.manifest import MANIFEST, Status, read_manifest, wrong_file
 from megalm.errors import CheckpointError
 
-MANIFEST = "manifest.json"
 LATEST = "latest"
 BEST = "best"
-PARTIAL_SUFFIX = ".tmp"
-REPLACED_SUFFIX = ".replaced"
+PARTIAL_SUFFIX = ".tmp"  # being written
+REPLACED_SUFFIX = ".replaced"  # of an earlier attempt, until its successor is in place
+TRASH_SUFFIX = ".trash"  # being deleted
 
-_STEP_FOLDER = re.compile(r"step-(\d{8})")
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A complete checkpoint. `manifest` is None where it cannot be read; `problem` then says why."""
+
+    path: Path
+    manifest: Mapping[str, Any] | None
+    problem: str = ""
+
+    @property
+    def step(self) -> int:
+        return step_of(self.path)
+
+    @property
+    def status(self) -> Status | None:
+        return None if self.manifest is None else self.manifest.get("status", "good")
 
 
 def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """Folders with a manifest, the oldest first; the manifest is what makes a checkpoint complete."""
+def is_step_name(name: str) -> bool:
+    return _STEP_FOLDER.fullmatch(name) is not None
+
+
+def step_of(folder: Path) -> int:
+    match = _STEP_FOLDER.fullmatch(folder.name)
+    assert match, folder
+    return int(match[1])
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """Every folder with a checkpoint's final name, complete or not, in the order of steps."""
     if not checkpoints.is_dir():
         return []
-    found = [
-        path for path in checkpoints.iterdir() if _STEP_FOLDER.fullmatch(path.name) and (path / MANIFEST).is_file()
-    ]
-    return sorted(found)
+    found = [path for path in checkpoints.iterdir() if is_step_name(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
 
 
-def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
-    """The checkpoint that `--resume wanted` means.
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """Folders with a manifest, in the order of steps; the manifest is what makes a checkpoint complete."""
+    return [path for path in step_folders(checkpoints) if (path / MANIFEST).is_file()]
+
+
+def catalogue(checkpoints: Path) -> list[Entry]:
+    """All complete checkpoints, those without a readable manifest first, the others in the order of writing."""
+    entries = [_entry(path) for path in complete_checkpoints(checkpoints)]
+    return sorted(entries, key=_order_of_writing)
+
+
+def pointed_at(checkpoints: Path, pointer: str) -> str | None:
+    """The checkpoint's name that the file `latest` or `best` holds; None where it holds no such name."""
+    try:
+        name = (checkpoints / pointer).read_bytes()[:100].decode("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return name if is_step_name(name) else None
+
+
+def candidates(checkpoints: Path, wanted: str) -> list[Entry]:
+    """What `--resume wanted` may go on from, in order of preference.
 
     Args:
         checkpoints: the run's checkpoints folder.
-        wanted: `auto` (the complete one that was written last; None where there is none yet), a step or a folder's
-            name in `checkpoints`, or the path of any checkpoint.
+        wanted: `auto`, a step or a folder's name in `checkpoints`, or the path of any checkpoint. `auto` is every
+            good one, the one written last first, then the suspect ones, never a bad one; those whose manifest cannot
+            be read come first of all, so that they are told of. Empty where nothing was ever saved.
 
     Raises:
-        CheckpointError: what was named is not there, or not complete.
+        CheckpointError: what was named is not there, not complete or bad; or `auto` and there are only bad ones.
     """
+    if wanted != "auto":
+        return [_named(checkpoints, wanted)]
+    newest_first = catalogue(checkpoints)[::-1]
+    by_preference = [entry for status in (None, "good", "suspect") for entry in newest_first if entry.status == status]
+    if newest_first and not by_preference:
+        raise CheckpointError(
+            f"every checkpoint in {checkpoints} is marked bad; undo one with megalm checkpoint mark-bad --good"
+        )
+    return by_preference
+
+
+def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
+    """The first of `candidates` whose files are there in full size; None: nothing was ever saved.
+
+    Raises:
+        CheckpointError: as `candidates`; or all of them are damaged.
+    """
+    found = candidates(checkpoints, wanted)
+    problems = []
+    for entry in found:
+        problem = entry.problem if entry.manifest is None else wrong_file(entry.path, entry.manifest)
+        if not problem:
+            return entry.path
+        problems.append(problem)
+    if problems:
+        raise CheckpointError(f"no checkpoint in {checkpoints} can be used: {'; '.join(problems)}")
+    return None
+
+
+def _named(checkpoints: Path, wanted: str) -> Entry:
+    named = checkpoints / (folder_name(int(wanted)) if wanted.isdecimal() else wanted)
     complete = complete_checkpoints(checkpoints)
-    if wanted == "auto":
-        return max(complete, key=_order_of_writing, default=None)
-    named = checkpoints / (folder_name(int(wanted)) if wanted.isdigit() else wanted)
     for path in (named, Path(wanted)):
         if (path / MANIFEST).is_file():
-            return path
+            manifest = read_manifest(path)
+            if manifest.get("status") == "bad":
+                raise CheckpointError(
+                    f"{path} is marked bad ({manifest.get('status_reason')}); choose another, or undo it with "
+                    f"megalm checkpoint mark-bad --good {path}"
+                )
+            return Entry(path, manifest)
         if path.is_dir():
             raise CheckpointError(f"{path}: not a complete checkpoint (no {MANIFEST}); {_choices(complete)}")
     raise CheckpointError(f"no checkpoint {wanted!r} in {checkpoints} and no such folder; {_choices(complete)}")
 
 
-def _order_of_writing(checkpoint: Path) -> tuple[int, str]:
-    """A run that was set back to an earlier step has later steps too, of an attempt that it has left."""
-    path = checkpoint / MANIFEST
+def _entry(path: Path) -> Entry:
     try:
-        attempt = json.loads(path.read_text())["attempt"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not readable ({error!r}); name another checkpoint after --resume") from None
-    return int(attempt), checkpoint.name
+        return Entry(path, read_manifest(path))
+    except CheckpointError as error:
+        return Entry(path, None, str(error))
+
+
+def _order_of_writing(entry: Entry) -> tuple[int, int]:
+    """A run that was set back to an earlier step has later steps too, of an attempt that it has left."""
+    attempt = 0 if entry.manifest is None else entry.manifest.get("attempt", 1)
+    return attempt, entry.step
 
 
 def _choices(complete: list[Path]) -> str:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalm.checkpoint.fragment import FragmentKey
-from megalm.checkpoint.layout import MANIFEST
-from megalm.checkpoint.save import FORMAT
+from megalm.checkpoint.manifest import advice, damaged_file, read_manifest, wrong_file
 from megalm.checkpoint.shard import tensor_name
 from megalm.errors import CheckpointError
-
-_HASH_BLOCK_BYTES = 1 << 24
 
 
 class CheckpointReader:
@@ -32,26 +26,13 @@ class CheckpointReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = read_manifest(path)
-        for name, facts in self.manifest["files"].items():
-            file = path / name
-            if not file.is_file():
-                raise CheckpointError(f"{file} is missing; {_advice(path)}")
-            if file.stat().st_size != facts["bytes"]:
-                raise CheckpointError(
-                    f"{file} has {file.stat().st_size} bytes, the manifest says {facts['bytes']}; {_advice(path)}"
-                )
+        if problem := wrong_file(path, self.manifest):
+            raise CheckpointError(problem)
         self._files: dict[str, Any] = {}
 
     def verify(self, part: int = 0, parts: int = 1) -> str:
         """Compare every `parts`-th file from `part` with its SHA-256; the first difference in words, or ''."""
-        for name in sorted(self.manifest["files"])[part::parts]:
-            found, expected = _sha256(self.path / name), self.manifest["files"][name]["sha256"]
-            if found != expected:
-                return (
-                    f"{self.path / name}: SHA-256 is {found[:16]}..., the manifest says {expected[:16]}...; "
-                    + _advice(self.path)
-                )
-        return ""
+        return damaged_file(self.path, self.manifest, part, parts)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(entry["shape"]) for name, entry in self.manifest["tensors"].items()}
@@ -76,7 +57,7 @@ class CheckpointReader:
             start, stop = max(stored["start"], key.start), min(stored["stop"], key.stop)
             if stored["kind"] != key.kind or start >= stop:
                 continue
-            values = self._open(stored["file"]).get_tensor(tensor_name(key)).view(-1)
+            values = self._stored(stored["file"], tensor_name(key), stored["stop"] - stored["start"])
             result[start - key.start : stop - key.start] = values[start - stored["start"] : stop - stored["start"]]
             covered += stop - start
         if covered != key.stop - key.start:
@@ -90,36 +71,22 @@ class CheckpointReader:
         whole = {name: FragmentKey(name, "master", shape, 0, math.prod(shape)) for name, shape in self.shapes().items()}
         return {name: self.read(key).view(key.shape) for name, key in whole.items()}
 
-    def _open(self, name: str) -> Any:
-        if name not in self._files:
-            self._files[name] = safe_open(self.path / name, framework="pt")
-        return self._files[name]
+    def _stored(self, file: str, name: str, length: int) -> Tensor:
+        """A stored fragment, fp32 [length].
 
-
-def read_manifest(path: Path) -> Mapping[str, Any]:
-    """The manifest of a checkpoint folder.
-
-    Raises:
-        CheckpointError: it is absent, not JSON, or of a later format.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MANIFEST}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path / MANIFEST} is not JSON ({error}); {_advice(path)}") from None
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {manifest.get('format')}, this version reads {FORMAT}")
-    return manifest
-
-
-def _advice(path: Path) -> str:
-    return f"choose an earlier one with --resume (megalm checkpoint list {path.parent.parent})"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        Raises:
+            CheckpointError: the file is no safetensors file of the manifest's files, or holds something else.
+        """
+        if file not in self.manifest["files"]:
+            raise CheckpointError(f"{self.path}: {name} is said to be in {file}, which is none of its files")
+        try:
+            if file not in self._files:
+                self._files[file] = safe_open(self.path / file, framework="pt")
+            values = self._files[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path / file}: {name} cannot be read ({error}); {advice(self.path)}") from None
+        if values.dtype != torch.float32 or values.numel() != length:
+            raise CheckpointError(
+                f"{self.path / file}: {name} is {values.dtype} [{values.numel()}], the manifest says fp32 [{length}]"
+            )
+        return values.view(-1)

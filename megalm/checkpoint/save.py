@@ -2,25 +2,30 @@
 
 Each rank writes its own file into `step-N.tmp`; rank 0 writes the manifest last, renames the folder and replaces
 `latest`. Everything is fsynced before it is named.
+
+The work can go on behind training: then each rank writes in a thread of its own, and what the ranks have to tell each
+other they say at step boundaries, from the main thread, because collectives of two threads would meet each other's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
-from collections.abc import Iterable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from megalm.checkpoint.fragment import Fragment
-from megalm.checkpoint.layout import LATEST, MANIFEST, PARTIAL_SUFFIX, REPLACED_SUFFIX, folder_name
+from megalm.checkpoint.layout import LATEST, PARTIAL_SUFFIX, REPLACED_SUFFIX, folder_name
+from megalm.checkpoint.manifest import file_sha256, write_manifest
 from megalm.checkpoint.shard import ShardSummary, write_shard
-from megalm.durable import complete_file, sync_directory
+from megalm.checkpoint.space import bytes_needed, require_space
+from megalm.durable import make_directory, sync_directory, write_durably
+from megalm.errors import MegalmError, TrainingError
 
 T = TypeVar("T")
-
-FORMAT = 1
 
 
 class Ranks(Protocol):
@@ -41,67 +46,160 @@ def save_checkpoint(
     copies: Sequence[Path],
     ranks: Ranks,
 ) -> Path:
-    """Write `checkpoints/step-N`; collective.
+    """Write `checkpoints/step-N` and wait for it; collective. Arguments and errors as of CheckpointWrite."""
+    write = CheckpointWrite(checkpoints, step, list(fragments), facts, copies, ranks)
+    write.advance(wait=True)
+    return write.path
+
+
+class CheckpointWrite:
+    """A checkpoint that is being written; every method is collective.
 
     Args:
         step: completed optimizer steps; names the folder.
-        fragments: this rank's part of the training state.
+        fragments: this rank's part of the training state. With `behind`, host memory that nobody changes meanwhile.
         facts: what else the manifest says (JSON): step, tokens, data position, counters, fingerprints, ...
         copies: files to keep beside the tensors (configuration).
+        behind: write in threads; `advance` at step boundaries brings it to its end.
+        make_room: called on rank 0 where the disk is too full, to delete what need not be kept.
+        when_complete: called on rank 0 after the commit, in the thread that made it.
 
     Raises:
-        OSError: on every rank, where any rank could not write; what was begun is removed.
+        TrainingError: on every rank, here or from `advance`, where any rank could not write or the disk is too full;
+            what was begun is removed.
     """
-    final = checkpoints / folder_name(step)
-    partial = final.with_name(final.name + PARTIAL_SUFFIX)
-    if ranks.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    ranks.barrier()
-    summary: ShardSummary | None = None
-    problem = ""
-    try:
-        summary = write_shard(partial / f"rank-{ranks.rank:05d}.safetensors", list(fragments))
-    except OSError as error:
-        problem = f"rank {ranks.rank}: {error}"
-    results = ranks.gather((summary, problem))
-    if not any(problem for _, problem in results):
-        problem = ""
-        if ranks.is_main:
-            try:
-                _commit(partial, final, [summary for summary, _ in results if summary is not None], facts, copies)
-            except OSError as error:
-                problem = f"rank 0: {error}"
-        results = ranks.gather((summary, problem))
-    problems = [problem for _, problem in results if problem]
-    if problems:
-        if ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"checkpoint {final} was not written: {problems[0]}")
-    return final
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        step: int,
+        fragments: Sequence[Fragment],
+        facts: dict[str, Any],
+        copies: Sequence[Path],
+        ranks: Ranks,
+        behind: bool = False,
+        make_room: Callable[[], None] = lambda: None,
+        when_complete: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.path = checkpoints / folder_name(step)
+        self.bytes = 0  # of all ranks' files, once they are written
+        self.seconds = 0.0  # from the start to the commit, once it is complete
+        self._partial = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
+        self._facts = {"step": step, **facts}
+        self._copies = copies
+        self._ranks = ranks
+        self._behind = behind
+        self._when_complete = when_complete
+        self._started = time.perf_counter()
+        needed = sum(ranks.gather(bytes_needed(fragments)))
+        self._together(_Work(lambda: self._prepare(needed, make_room), ranks.is_main))
+        shard = self._partial / f"rank-{ranks.rank:05d}.safetensors"
+        self._writing: _Work[ShardSummary] | None = _Work(lambda: write_shard(shard, fragments), thread=behind)
+        self._commit: _Work[None] | None = None
+
+    def advance(self, wait: bool = False) -> bool:
+        """Bring the ranks to the next stage where all are ready for it; whether the checkpoint is complete.
+
+        Args:
+            wait: until it is.
+        """
+        if self.seconds:
+            return True
+        if self._writing is not None:
+            if not self._together(self._writing, wait):
+                return False
+            shards = self._ranks.gather(self._writing.result())
+            self._writing = None  # and with it the fragments
+            self.bytes = sum(shard.bytes for shard in shards)
+            self._commit = _Work(lambda: self._publish(shards), self._ranks.is_main, thread=self._behind)
+        assert self._commit is not None
+        if not self._together(self._commit, wait):
+            return False
+        self.seconds = time.perf_counter() - self._started
+        return True
+
+    def _together(self, work: _Work[Any], wait: bool = True) -> bool:
+        """Whether `work` is done on all ranks; one rank's failure is everybody's."""
+        if wait:
+            work.join()
+        states = self._ranks.gather((work.is_done, work.problem))
+        problem = next((f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(states) if problem), "")
+        if not problem:
+            return all(done for done, _ in states)
+        work.join()
+        self._ranks.barrier()  # nobody writes any more
+        if self._ranks.is_main:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        raise TrainingError(
+            f"checkpoint {self.path} was not written: {problem}; --resume auto goes on from the one before"
+        )
+
+    def _prepare(self, needed: int, make_room: Callable[[], None]) -> None:
+        make_directory(self._partial.parent)
+        if self._partial.exists():
+            shutil.rmtree(self._partial)
+        require_space(self._partial.parent, needed, make_room)
+        self._partial.mkdir()
+
+    def _publish(self, shards: list[ShardSummary]) -> None:
+        """Everything under the partial name, then the rename that makes it a checkpoint."""
+        files = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
+        for source in self._copies:
+            copy = self._partial / source.name
+            write_durably(copy, source.read_bytes())
+            files[copy.name] = {"bytes": copy.stat().st_size, "sha256": file_sha256(copy)}
+        write_manifest(self._partial, {**self._facts, "files": files, "tensors": _tensor_index(shards)})
+        _put_in_place(self._partial, self.path)
+        write_durably(self.path.parent / LATEST, f"{self.path.name}\n".encode())
+        self._when_complete()
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Make the file `path` hold `text`, atomically and on disk."""
-    complete_file(path, lambda file: file.write(text.encode()))
-    sync_directory(path.parent)
+class _Work(Generic[T]):
+    """A piece of work of this rank, done at once or in a thread; its failure is kept as words.
+
+    Args:
+        mine: otherwise there is nothing to do.
+    """
+
+    def __init__(self, work: Callable[[], T], mine: bool = True, thread: bool = False) -> None:
+        self.problem = ""
+        self._work = work
+        self._results: list[T] = []
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True) if thread and mine else None
+        if self._thread is not None:
+            self._thread.start()
+        elif mine:
+            self._run()
+
+    @property
+    def is_done(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def result(self) -> T:
+        return self._results[0]
+
+    def _run(self) -> None:
+        try:
+            self._results.append(self._work())
+        except Exception as error:  # told to all ranks, which then fail together
+            self.problem = str(error) if isinstance(error, (MegalmError, OSError)) else repr(error)
 
 
-def _commit(
-    partial: Path, final: Path, shards: list[ShardSummary], facts: dict[str, Any], copies: Sequence[Path]
-) -> None:
-    for source in copies:
-        write_durably(partial / source.name, source.read_text())
-    files = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
-    manifest = {"format": FORMAT, **facts, "files": files, "tensors": _tensor_index(shards)}
-    write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
+def _put_in_place(partial: Path, final: Path) -> None:
+    """Rename; the same step of an earlier attempt goes only when its successor is in place."""
     replaced = final.with_name(final.name + REPLACED_SUFFIX)
-    if final.exists():  # the same step of an earlier attempt: it goes only when its successor is in place
+    if final.exists():
+        if replaced.exists():  # left by a kill
+            shutil.rmtree(replaced)
         final.rename(replaced)
     partial.rename(final)
     sync_directory(final.parent)
-    write_durably(final.parent / LATEST, final.name + "\n")
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def _tensor_index(shards: list[ShardSummary]) -> dict[str, Any]:

@@ -125,6 +125,23 @@ def tokenizer_exists(case: Case) -> None:
             f"data.tokenizer={tokenizer} does not exist; python data_tools/train_tokenizer.py makes one, "
             "or use data.tokenizer=bytes"
         )
+def kept_checkpoints_are_made(case: Case) -> None:
+    checkpoint = case.config.checkpoint
+    every, interval = checkpoint.keep_every_steps, checkpoint.interval_steps
+    if every is None:
+        return
+    if checkpoint.keep_last is None:
+        raise ConfigError(
+            f"checkpoint.keep_every_steps={every} has no effect without checkpoint.keep_last: everything is kept; "
+            "state how many, or remove it"
+        )
+    if interval is None or every % interval:
+        raise ConfigError(
+            f"checkpoint.keep_every_steps={every} is no multiple of checkpoint.interval_steps={interval}, so that "
+            "nothing would be saved there; change one of them"
+        )
+
+
 
 
 def warmup_ends_before_training(case: Case) -> None:
@@ -156,6 +173,7 @@ def final_rate_has_effect(case: Case) -> None:
     stated = schedule.final_learning_rate is not None and "schedule.final_learning_rate" in case.loaded.stated
     if stated and schedule.kind in ("constant", "inverse_sqrt"):
         raise ConfigError(
+    kept_checkpoints_are_made,
             f"schedule.final_learning_rate={schedule.final_learning_rate:g} has no effect with "
             f"schedule.kind={schedule.kind}; remove it"
         )

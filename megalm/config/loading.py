@@ -25,6 +25,8 @@ COMMAND_LINE = "command line"
 # Two ways to say one thing: a layer that takes the one puts aside what weaker layers said of the other.
 _ALTERNATIVES = (("data.train", "data.recipe"), ("data.validation", "data.split"))
 _LEAVES = leaf_fields(RunConfig)
+# `async` is a word of Python's own, so its field has another name.
+_SPELLINGS = {f"{path.rpartition('.')[0]}.{field.alias}": path for path, field in _LEAVES.items() if field.alias}
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def load_run_config(config: str | None, overrides: Sequence[str]) -> LoadedConfi
 
 def config_to_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML; loading it gives the same configuration, also under a later preset."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
 
 
 def _replaced_by(layer: _Layer) -> Iterator[str]:
@@ -145,6 +147,7 @@ def _parse_override(override: str) -> Iterator[tuple[str, Any]]:
     key, equals, text = override.partition("=")
     if not equals or not key or key.startswith("-"):
         raise ConfigError(f"{COMMAND_LINE}: {override!r} is not key=value, for example train.steps=1000")
+    key = _SPELLINGS.get(key, key)
     if key == "preset":
         raise ConfigError(f"{COMMAND_LINE}: write --config {text} for a preset; 'preset' belongs in a YAML file")
     if key in _LEAVES:

@@ -161,3 +161,14 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
     compile: bool = False
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    keep_last: PositiveInt | None = Field(
+        default=None, description="keep so many good checkpoints, and the best; null: all"
+    )
+    keep_every_steps: PositiveInt | None = Field(
+        default=None, description="with keep_last: keep for good what is saved at a multiple of this"
+    )
+    asynchronous: bool = Field(
+        default=False, alias="async", description="copy the state at the step, write it behind training"
+    )

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import datetime
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.layout import BEST, MANIFEST, find_checkpoint
-from megalm.checkpoint.load import CheckpointReader, read_manifest
-from megalm.checkpoint.save import save_checkpoint, write_durably
+from megalm.checkpoint.layout import Entry, candidates
+from megalm.checkpoint.load import CheckpointReader
+from megalm.checkpoint.manifest import Status, read_manifest, write_manifest
+from megalm.checkpoint.retention import Retention, tidy
+from megalm.checkpoint.writer import CheckpointWriter, Saved
 from megalm.config.resolve import ResolvedRun
 from megalm.engine.protocol import Comm, Engine
-from megalm.errors import CheckpointError, OtherRankFailed
+from megalm.errors import CheckpointError
 from megalm.model.shape import ModelShape
 from megalm.train.evaluate import Evaluation
 from megalm.train.loop import Position
@@ -29,6 +30,18 @@ class Fingerprints:
     order: str  # of the training samples: dataset, document range, sequence length, seed, kind of order
     dataset: str
     tokenizer: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run goes on from.
+
+    Attributes:
+        warnings: what a person should know of it: damaged ones that were passed over, a suspect one that was taken.
+    """
+
+    reader: CheckpointReader
+    warnings: tuple[str, ...]
 
 
 class RunCheckpoints:
@@ -49,47 +62,77 @@ class RunCheckpoints:
         self._fingerprints = fingerprints
         self._tokenizer = tokenizer
         self._comm = comm
+        settings = run.config.checkpoint
+        self._writer = CheckpointWriter(
+            folder.checkpoints,
+            Retention(settings.keep_last, settings.keep_every_steps),
+            comm,
+            behind=settings.asynchronous,
+        )
 
-    def save(self, engine: Engine, position: Position) -> Path:
-        facts = self._facts(engine.counters(), position)
+    def save(self, engine: Engine, position: Position, status: Status = "good", reason: str | None = None) -> Path:
+        """Write a checkpoint, or with checkpoint.async begin to; where it is or will be.
+
+        Args:
+            status: `suspect` for a state that may be spoilt: `--resume auto` takes it only where no good one is.
+            reason: why it is not good.
+
+        Raises:
+            TrainingError: on all ranks, where any could not write this one or the one before.
+        """
+        facts = {**self._facts(engine.counters(), position), "status": status, "status_reason": reason}
         files = [path for path in self._folder.config_files if path.exists()]
-        return save_checkpoint(self._folder.checkpoints, position.step, engine.fragments(), facts, files, self._comm)
+        return self._writer.begin(position.step, engine.fragments(), facts, files)
+
+    def completed(self, wait: bool = False) -> list[Saved]:
+        """What became complete since the last call; `wait` until nothing is being written."""
+        return self._writer.completed(wait)
 
     def mark_best(self, path: Path) -> None:
         """Name the checkpoint with the lowest validation loss in `checkpoints/best`."""
-        if self._comm.is_main:
-            write_durably(path.parent / BEST, path.name + "\n")
+        self._writer.mark_best(path)
 
     def note_evaluation(self, path: Path, evaluation: Evaluation) -> None:
-        """Add the validation loss to a checkpoint that was written before it was known."""
+        """Add the validation loss to a complete checkpoint that was written before it was known."""
         if self._comm.is_main:
-            manifest = {**read_manifest(path), "validation_loss": evaluation.loss}
-            write_durably(path / MANIFEST, json.dumps(manifest, indent=1))
+            write_manifest(path, {**read_manifest(path), "validation_loss": evaluation.loss})
 
     def rehearse(self, engine: Engine) -> None:
         """Write a checkpoint beside the real ones and remove it."""
-        folder = self._folder.path / "rehearsal"
-        save_checkpoint(folder, 0, engine.fragments(), self._facts(engine.counters(), Position()), [], self._comm)
-        if self._comm.is_main:
-            shutil.rmtree(folder)
-        self._comm.barrier()
+        facts = self._facts(engine.counters(), Position())
+        self._writer.rehearse(self._folder.rehearsal, engine.fragments(), facts)
 
-    def find(self, wanted: str) -> CheckpointReader | None:
+    def tidy(self) -> list[Path]:
+        """Finish what a killed job left half done; for the holder of the run's lock, before anything else."""
+
+        def work() -> list[Path]:
+            shutil.rmtree(self._folder.rehearsal, ignore_errors=True)
+            return tidy(self._folder.checkpoints)
+
+        return self._comm.once(work)
+
+    def find(self, wanted: str) -> Found | None:
         """The checkpoint that `--resume wanted` means, compared with this run; None: start at step 0.
 
         Needs no engine, so that what cannot be resumed is refused before a model is built and the run's account
-        is touched.
+        is touched. `auto` passes over damaged ones; one that is named must be whole.
 
         Raises:
             CheckpointError: it is not there, a file is damaged, or it is of another model or of other data.
         """
-        path = self._comm.once(lambda: find_checkpoint(self._folder.checkpoints, wanted))
-        if path is None:
-            return None
-        reader = CheckpointReader(path)
-        self._refuse_other_run(path, reader.manifest)
-        self._verify(reader)
-        return reader
+        entries = self._comm.once(lambda: candidates(self._folder.checkpoints, wanted))
+        damaged: list[str] = []
+        for entry in entries:
+            reader, problem = self._open(entry)
+            if reader is not None:
+                self._refuse_other_run(entry.path, reader.manifest)
+                return Found(reader, (*(f"passed over: {words}" for words in damaged), *_suspicion(entry)))
+            if wanted != "auto":
+                raise CheckpointError(problem)
+            damaged.append(problem)
+        if damaged:
+            raise CheckpointError(f"no checkpoint of {self._folder.path} can be used: {'; '.join(damaged)}")
+        return None
 
     def restore(self, engine: Engine, reader: CheckpointReader) -> Position:
         """Put the checkpoint into `engine`; where training goes on."""
@@ -103,13 +146,17 @@ class RunCheckpoints:
             stale_evaluations=manifest["stale_evaluations"],
         )
 
-    def _verify(self, reader: CheckpointReader) -> None:
-        """Each rank hashes its share of the files; any difference is everybody's error."""
-        problems = self._comm.gather(reader.verify(self._comm.rank, self._comm.size))
-        if problems[self._comm.rank]:
-            raise CheckpointError(problems[self._comm.rank])
-        if any(problems):
-            raise OtherRankFailed("another rank found a damaged file")
+    def _open(self, entry: Entry) -> tuple[CheckpointReader | None, str]:
+        """The checkpoint, or what is wrong with it; each rank hashes its share of the files."""
+        reader, problem = None, entry.problem
+        if entry.manifest is not None:
+            try:
+                reader = CheckpointReader(entry.path)
+                problem = reader.verify(self._comm.rank, self._comm.size)
+            except CheckpointError as error:
+                problem = str(error)
+        problem = next(filter(None, self._comm.gather(problem)), "")
+        return (None if problem else reader), problem
 
     def _refuse_other_run(self, path: Path, manifest: Mapping[str, Any]) -> None:
         """Settings first: they say more to a person than the fingerprints that follow from them."""
@@ -141,7 +188,6 @@ class RunCheckpoints:
             "tokens": position.tokens,
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "run": self._folder.name,
-            "status": "good",
             "parameters": self._shape.parameter_count(),
             "validation_loss": evaluation.loss if evaluation else None,
             "best_validation_loss": position.best_loss,
@@ -174,3 +220,9 @@ class RunCheckpoints:
 
 def _consumed(manifest: Mapping[str, Any]) -> int:
     return sum(segment["samples_consumed"] for segment in manifest["data_position"]["segments"])
+
+
+def _suspicion(entry: Entry) -> list[str]:
+    if entry.manifest is None or entry.status != "suspect":
+        return []
+    return [f"going on from {entry.path}, which is marked suspect ({entry.manifest.get('status_reason')})"]

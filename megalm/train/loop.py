@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from megalm.checkpoint.manifest import Status
+from megalm.checkpoint.writer import Saved
 from megalm.config.resolve import ResolvedRun
 from megalm.data.loader import BatchLoader
 from megalm.engine.protocol import Comm, Engine, StepResult
@@ -36,9 +38,10 @@ class Position:
 
 
 class Checkpoints(Protocol):
-    """Writes the state of `engine` at a position."""
+    """Writes the state of `engine` at a position, at once or behind training."""
 
-    def save(self, engine: Engine, position: Position) -> Path: ...
+    def save(self, engine: Engine, position: Position, status: Status = ..., reason: str | None = ...) -> Path: ...
+    def completed(self, wait: bool = ...) -> list[Saved]: ...
     def mark_best(self, path: Path) -> None: ...
     def note_evaluation(self, path: Path, evaluation: Evaluation) -> None: ...
     def rehearse(self, engine: Engine) -> None: ...
@@ -157,6 +160,7 @@ class TrainingLoop:
             self.parts.sampler.write(self.parts.engine, step, show=False)
         if _due(step, config.checkpoint.interval_steps) and self._saved_step != step:
             self._save()
+        self._tell_saved()
 
     def _evaluate(self, whole: bool) -> None:
         parts, position = self.parts, self.position
@@ -202,13 +206,21 @@ class TrainingLoop:
         return True
 
     def _save(self) -> Path:
-        start = time.perf_counter()
         path = self.parts.checkpoints.save(self.parts.engine, self.position)
-        seconds = time.perf_counter() - start
         self._saved_step, self._saved_path = self.position.step, path
-        self.event("checkpoint", path=path.name, seconds=seconds)
-        self.parts.reporter.say(f"step {self.position.step}: checkpoint {path} ({seconds:.1f} s)")
+        self._tell_saved()
         return path
+
+    def _tell_saved(self, wait: bool = False) -> None:
+        """Record the checkpoints that became complete; collective."""
+        parts = self.parts
+        for saved in parts.checkpoints.completed(wait):
+            fields = {"path": saved.path.name, "seconds": saved.write_seconds, "stall_seconds": saved.stall_seconds}
+            self.event("checkpoint", **fields, bytes=saved.bytes, saved_step=saved.step, pruned=saved.pruned)
+            times = f"{saved.write_seconds:.1f} s, training waited {saved.stall_seconds:.2f} s"
+            parts.reporter.say(f"step {saved.step}: checkpoint {saved.path} ({times})")
+            if saved.notice:
+                parts.reporter.say(f"WARNING: {saved.notice}")
 
     def _stop_signal(self) -> int:
         """Any rank's signal stops all ranks at the same step; 0: none."""
@@ -220,6 +232,7 @@ class TrainingLoop:
         self.parts.reporter.say(f"signal {number}: saving step {self.position.step}, then leaving")
         if self._saved_step != self.position.step:
             self._save()
+        self._tell_saved(wait=True)
         self.event("end", status="stopped", exit_code=EXIT_START_AGAIN)
         self.parts.reporter.say("stopped; --resume auto goes on from here")
         return EXIT_START_AGAIN
@@ -230,6 +243,7 @@ class TrainingLoop:
         path = self._saved_path if self._saved_step == self.position.step else None
         path = path or self._save()  # before anything that may take long or be interrupted
         self._evaluate(whole=True)
+        self._tell_saved(wait=True)
         if self.position.evaluation is not None:
             parts.checkpoints.note_evaluation(path, self.position.evaluation)
         parts.sampler.write(parts.engine, self.position.step, show=True)

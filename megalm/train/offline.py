@@ -8,8 +8,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from megalm.checkpoint.layout import MANIFEST, find_checkpoint
+from megalm.checkpoint.layout import find_checkpoint
 from megalm.checkpoint.load import CheckpointReader
+from megalm.checkpoint.manifest import MANIFEST
 from megalm.data.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import CheckpointError
 from megalm.model.shape import ModelShape

@@ -47,6 +47,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def rehearsal(self) -> Path:
+        """Where a checkpoint is written before step 1, and removed."""
+        return self.path / "rehearsal"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 

@@ -6,6 +6,7 @@ after it, so that a failure has a place to be told.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,12 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     saved = checkpoints.find(arguments.resume) if arguments.resume is not None else None
     comm.once(lambda: write_facts(folder, run, _environment(run, prints, device, comm)))
     metrics = MetricsWriter(folder.metrics) if comm.is_main else None
+    for path in checkpoints.tidy():
+        reporter.say(f"  note: an earlier job was killed while it saved or deleted; put in order: {path}")
     mirror = start_mirror(folder.path) if comm.is_main and config.tracking.mlflow else None
+    warnings = saved.warnings if saved is not None else ()
+    for warning in warnings:
+        reporter.say(f"  WARNING: {warning}")
     if metrics is not None:
         guard.on_failure = _record_failure(metrics)
 
@@ -105,10 +111,10 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     reporter.facts(opening_facts(run, shape, data, device_name(), ranks.threads, peak_source, parts.peak_flops))
     if config.train.rehearse:
         rehearse(parts)
-    position = checkpoints.restore(engine, saved) if saved is not None else Position()
+    position = checkpoints.restore(engine, saved.reader) if saved is not None else Position()
     position.attempt = attempt
     loop = TrainingLoop(parts, position)
-    _announce(loop, reporter, metrics, resumed=position.step > 0)
+    _announce(loop, reporter, warnings, resumed=position.step > 0)
     parts.stop.install()
     watch_launchers()
     with memory_errors_named("training"):
@@ -199,7 +205,7 @@ def _environment(run: ResolvedRun, prints: Fingerprints, device: torch.device, c
     }
 
 
-def _announce(loop: TrainingLoop, reporter: Reporter, metrics: MetricsWriter | None, resumed: bool) -> None:
+def _announce(loop: TrainingLoop, reporter: Reporter, warnings: Sequence[str], resumed: bool) -> None:
     parts, position = loop.parts, loop.position
     loop.event("resume" if resumed else "start", world_size=parts.comm.size, precision=parts.run.precision)
     if resumed:
@@ -221,3 +227,5 @@ def _close(metrics: MetricsWriter | None, mirror: MirrorHandle | None, reporter:
         metrics.close()
     if mirror is not None and not mirror.finish(_MIRROR_PATIENCE_SECONDS):
         reporter.say(f"MLflow has not got everything yet; later: megalm track sync {folder.path}")
+    for warning in warnings:
+        loop.event("warning", text=warning)

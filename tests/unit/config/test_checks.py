@@ -46,6 +46,12 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
             ["data.sequence_length=512", "model.max_position_embeddings=256"],
             "data.sequence_length=512 is longer than model.max_position_embeddings=256",
         ),
+        (["checkpoint.keep_every_steps=400"], "checkpoint.keep_every_steps=400 has no effect without"),
+        (
+            ["checkpoint.keep_last=2", "checkpoint.keep_every_steps=300", "checkpoint.interval_steps=200"],
+            "keep_every_steps=300 is no multiple of checkpoint.interval_steps=200",
+        ),
+        (["checkpoint.keep_last=2", "checkpoint.keep_every_steps=400", "checkpoint.interval_steps=200"], None),
         (["data.recipe=null"], "data.train is not stated; give a dataset prefix, or data.recipe=python-stdlib"),
         (["data.train=x"], "data.train=x needs data.tokenizer"),
         (["data.validation=x"], "data.validation=x needs data.train"),

@@ -183,3 +183,15 @@ def test_what_replaces_a_presets_choice_is_not_in_its_way(tmp_path: Path) -> Non
 def test_the_emitted_yaml_is_plain(tmp_path: Path) -> None:
     text = config_to_yaml(load_run_config(None, []).config)
     assert yaml.safe_load(text)["train"]["steps"] == 400
+
+
+def test_a_key_that_is_a_word_of_python(tmp_path: Path) -> None:
+    """`checkpoint.async` is read in every form, and written back under its own name."""
+    (tmp_path / "mine.yaml").write_text("preset: quickstart\ncheckpoint:\n  async: true\n")
+    for loaded in (
+        load_run_config(None, ["checkpoint.async=true"]),
+        load_run_config(None, ["checkpoint={async: true}"]),
+        load_run_config(str(tmp_path / "mine.yaml"), []),
+    ):
+        assert loaded.config.checkpoint.asynchronous
+        assert "async: true" in config_to_yaml(loaded.config)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megalm.checkpoint.writer import Saved
 from megalm.config.deepspeed_json import read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.config.precision import DeviceFacts
@@ -58,12 +59,18 @@ class Evaluator:
 class Checkpoints:
     def __init__(self) -> None:
         self.saved: list[int] = []
+        self.complete: list[Saved] = []
         self.best: list[str] = []
         self.noted: list[tuple[str, float]] = []
 
-    def save(self, engine: Engine, position: Position) -> Path:
+    def save(self, engine: Engine, position: Position, status: str = "good", reason: str | None = None) -> Path:
         self.saved.append(position.step)
+        self.complete.append(Saved(Path(f"step-{position.step}"), position.step, 0.1, 0.2, 100))
         return Path(f"step-{position.step}")
+
+    def completed(self, wait: bool = False) -> list[Saved]:
+        complete, self.complete = self.complete, []
+        return complete
 
     def mark_best(self, path: Path) -> None:
         self.best.append(path.name)

@@ -1,0 +1,111 @@
+"""Which checkpoints are kept, and removing the others so that a kill at any moment leaves the promised number.
+
+A checkpoint that goes is renamed first, in one step, and deleted afterwards: there is never half of one under its name.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalm.checkpoint.layout import (
+    BEST,
+    PARTIAL_SUFFIX,
+    REPLACED_SUFFIX,
+    TRASH_SUFFIX,
+    Entry,
+    catalogue,
+    complete_checkpoints,
+    is_step_name,
+    pointed_at,
+    step_folders,
+)
+from megalm.durable import is_temporary, sync_directory
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What stays: the newest good ones, the best, and one every so many steps.
+
+    Args:
+        keep_last: so many good ones, those written last; None: everything stays.
+        keep_every_steps: and every good one whose step divides by this.
+    """
+
+    keep_last: int | None = None
+    keep_every_steps: int | None = None
+
+
+def superfluous(entries: Sequence[Entry], retention: Retention, best: str | None) -> list[Entry]:
+    """What `retention` does not keep, of `entries` in the order of writing.
+
+    Suspect and bad ones do not count as kept; they go when the promised number of good ones came after them. One
+    whose manifest cannot be read stays: a person should look at it.
+    """
+    if retention.keep_last is None:
+        return []
+    good = [entry for entry in entries if entry.status == "good"]
+    if len(good) < retention.keep_last:
+        return []
+    newest = good[-retention.keep_last :]
+    since = entries.index(newest[0])
+    every = retention.keep_every_steps
+    return [
+        entry
+        for entry in entries[:since]
+        if entry.manifest is not None
+        and entry.path.name != best
+        and not (entry.status == "good" and every is not None and entry.step % every == 0)
+    ]
+
+
+def prune(checkpoints: Path, retention: Retention) -> list[Path]:
+    """Delete what `retention` does not keep; where it was.
+
+    Raises:
+        OSError: something cannot be deleted.
+    """
+    gone = [entry.path for entry in superfluous(catalogue(checkpoints), retention, pointed_at(checkpoints, BEST))]
+    for path in gone:
+        _discard(path)
+    return gone
+
+
+def tidy(checkpoints: Path) -> list[Path]:
+    """Finish what a killed job left half done; what was removed or put back. Only for the holder of the run's lock.
+
+    An earlier checkpoint of a step that was being replaced gets its name back, unless its successor is in place.
+    """
+    if not checkpoints.is_dir():
+        return []
+    found: list[Path] = []
+    complete = {path.name for path in complete_checkpoints(checkpoints)}
+    for path in sorted(checkpoints.iterdir()):
+        if path.suffix not in (PARTIAL_SUFFIX, REPLACED_SUFFIX, TRASH_SUFFIX) or not is_step_name(path.stem):
+            continue
+        if path.suffix == REPLACED_SUFFIX and path.stem not in complete:
+            path.rename(path.with_name(path.stem))
+        else:
+            shutil.rmtree(path)
+        found.append(path)
+    for folder in (checkpoints, *step_folders(checkpoints)):
+        for path in filter(is_temporary, folder.iterdir()):
+            path.unlink()
+            found.append(path)
+    if found:
+        sync_directory(checkpoints)
+    return found
+
+
+def _discard(path: Path) -> None:
+    trash = path.with_name(path.name + TRASH_SUFFIX)
+    if trash.exists():  # left by a kill
+        shutil.rmtree(trash)
+    try:
+        path.rename(trash)
+    except FileNotFoundError:  # somebody else prunes too
+        return
+    sync_directory(path.parent)
+    shutil.rmtree(trash)

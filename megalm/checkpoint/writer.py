@@ -1,0 +1,140 @@
+"""A run's checkpoints being written, one at a time, at once or behind training, and the old ones going."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalm.checkpoint.fragment import Fragment
+from megalm.checkpoint.host import HostCopies
+from megalm.checkpoint.layout import BEST
+from megalm.checkpoint.retention import Retention, prune
+from megalm.checkpoint.save import CheckpointWrite, Ranks
+from megalm.durable import write_durably
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is complete.
+
+    Attributes:
+        stall_seconds: how long training stood still for it.
+        write_seconds: from its beginning to the moment when all ranks know that it is complete.
+        bytes: of all ranks' tensors.
+        pruned: names of those that went for it; rank 0 knows.
+        notice: what went wrong after it was complete; rank 0 knows.
+    """
+
+    path: Path
+    step: int
+    stall_seconds: float
+    write_seconds: float
+    bytes: int
+    pruned: tuple[str, ...] = ()
+    notice: str = ""
+
+
+class CheckpointWriter:
+    """Every method is collective.
+
+    Args:
+        checkpoints: the run's folder of checkpoints.
+        behind: write behind training, from copies in host memory.
+    """
+
+    def __init__(self, checkpoints: Path, retention: Retention, ranks: Ranks, behind: bool) -> None:
+        self._checkpoints = checkpoints
+        self._retention = retention
+        self._ranks = ranks
+        self._host = HostCopies() if behind else None
+        self._write: CheckpointWrite | None = None
+        self._step = 0
+        self._stall_seconds = 0.0
+        self._best: Path | None = None  # to be named once it is complete
+        self._saved: list[Saved] = []
+        self._pruned: tuple[str, ...] = ()
+        self._notice = ""
+
+    def begin(self, step: int, fragments: Iterable[Fragment], facts: dict[str, Any], copies: Sequence[Path]) -> Path:
+        """Write a checkpoint, or begin to; where it will be. A second one waits for the first.
+
+        Raises:
+            TrainingError: this one, or the one before, cannot be written.
+        """
+        start = time.perf_counter()
+        self._advance(wait=True)
+        self._step, self._pruned, self._notice = step, (), ""
+        self._write = CheckpointWrite(
+            self._checkpoints,
+            step,
+            self._held(fragments),
+            facts,
+            copies,
+            self._ranks,
+            behind=self._host is not None,
+            make_room=self._prune,
+            when_complete=self._prune,
+        )
+        path = self._write.path
+        if self._host is None:
+            self._write.advance(wait=True)
+        self._stall_seconds = time.perf_counter() - start
+        if self._host is None:
+            self._advance(wait=True)
+        return path
+
+    def completed(self, wait: bool = False) -> list[Saved]:
+        """What became complete since the last call; to be asked at every step boundary.
+
+        Args:
+            wait: until nothing is being written.
+
+        Raises:
+            TrainingError: on all ranks, where any could not write.
+        """
+        self._advance(wait)
+        saved, self._saved = self._saved, []
+        return saved
+
+    def mark_best(self, path: Path) -> None:
+        """Name a checkpoint in `checkpoints/best`, when it is complete."""
+        if self._write is not None and self._write.path == path:
+            self._best = path
+        elif self._ranks.is_main:
+            write_durably(path.with_name(BEST), f"{path.name}\n".encode())
+
+    def rehearse(self, folder: Path, fragments: Iterable[Fragment], facts: dict[str, Any]) -> None:
+        """Write a checkpoint in another folder, in the way of the real ones, and remove it."""
+        write = CheckpointWrite(folder, 0, self._held(fragments), facts, [], self._ranks, behind=self._host is not None)
+        write.advance(wait=True)
+        if self._ranks.is_main:
+            shutil.rmtree(folder)
+        self._ranks.barrier()
+
+    def _held(self, fragments: Iterable[Fragment]) -> list[Fragment]:
+        return list(fragments) if self._host is None else self._host.take(fragments)
+
+    def _advance(self, wait: bool) -> None:
+        write, self._write = self._write, None
+        if write is None:
+            return
+        if not write.advance(wait):
+            self._write = write
+            return
+        self._saved.append(
+            Saved(write.path, self._step, self._stall_seconds, write.seconds, write.bytes, self._pruned, self._notice)
+        )
+        if self._best == write.path:
+            self._best = None
+            self.mark_best(write.path)
+
+    def _prune(self) -> None:
+        """On rank 0. What cannot be deleted is told; the checkpoint that was just written is complete all the same."""
+        try:
+            self._pruned += tuple(path.name for path in prune(self._checkpoints, self._retention))
+        except OSError as error:
+            self._notice = f"an old checkpoint cannot be deleted: {error}"
