@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megalm.config.resolve import OptimizerFacts
 from megalm.data.loader import GlobalBatch, MicroBatch
-from megalm.engine.base import EngineBase, padded, padded
+from megalm.engine.base import EngineBase, padded
 from megalm.engine.comm import ProcessComm
 from megalm.engine.pipeline_module import PipelineStage
 from megalm.engine.protocol import Accept, StepResult
