@@ -22,7 +22,7 @@ PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SCRIPTS = .ci/run $(shell find tools slurm docs benchmarks launch data_tools -name '*.sh' 2>/dev/null)
 
-.PHONY: help pretrain install test check lock clean
+.PHONY: help pretrain install test check parity lock clean
 
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,9 @@ check: install $(STAMPS)/dev ## Style, types, import rules, spelling, shell scri
 	$(VENV)/bin/python -m pytest -q tests/unit/test_imports.py
 	$(VENV)/bin/codespell
 	$(VENV)/bin/shellcheck $(SCRIPTS)
+
+parity: install $(STAMPS)/dev ## Train every parallel layout against one rank; the table goes to docs/parallelism.md
+	$(VENV)/bin/python -m tests.distributed.parity_table --write
 
 lock: install ## Resolve requirements.lock anew (needs uv)
 	$(VENV)/bin/python tools/lock.py

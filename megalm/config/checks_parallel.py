@@ -49,20 +49,20 @@ def sequence_has_a_tensor_group(case: Case) -> None:
         )
     if length % parallel.tensor:
         below = length // parallel.tensor * parallel.tensor
-        near = f"{below} or {below + parallel.tensor}" if below else f"{parallel.tensor}"
+        lengths = f"{below} or {below + parallel.tensor}" if below else f"{parallel.tensor}"
         raise ConfigError(
             f"parallel.sequence=true: data.sequence_length={length} does not divide into parallel.tensor="
-            f"{parallel.tensor} slices; use {near}"
+            f"{parallel.tensor} slices; use {lengths}"
         )
 
 
 def pipeline_has_enough_layers(case: Case) -> None:
     degree, layers = case.config.parallel.pipeline, case.config.model.num_hidden_layers
-    if degree > layers + 2:
+    if degree > layers:
+        legal = (n for n in range(1, layers + 1) if case.world_size % (n * case.config.parallel.tensor) == 0)
         raise ConfigError(
-            f"parallel.pipeline={degree}, but there are {layers + 2} parts to place: the embedding, "
-            f"model.num_hidden_layers={layers} blocks and the head; use "
-            f"{_words(near(degree, (n for n in range(1, layers + 3) if case.world_size % n == 0)))}"
+            f"parallel.pipeline={degree} is more than model.num_hidden_layers={layers}: each stage holds a block at "
+            f"least; the nearest, on {case.world_size} ranks, is {_words(_near(degree, legal))}"
         )
 
 
@@ -122,7 +122,7 @@ PARALLEL_RULES: tuple[Callable[[Case], None], ...] = (
 )
 
 
-def near(degree: int, legal: Iterable[int]) -> list[int]:
+def _near(degree: int, legal: Iterable[int]) -> list[int]:
     """The nearest legal degree below and above."""
     degrees = sorted(legal)
     return [n for n in degrees if n < degree][-1:] + [n for n in degrees if n > degree][:1]
@@ -137,7 +137,7 @@ def _legal_degrees(case: Case, shape: ModelShape, degree: int) -> str:
         and _shares_key_value_heads(shape.num_key_value_heads, n)
         and case.world_size % (n * case.config.parallel.pipeline) == 0
     )
-    return f"the nearest that does, on {case.world_size} ranks, is {_words(near(degree, legal))}"
+    return f"the nearest that does, on {case.world_size} ranks, is {_words(_near(degree, legal))}"
 
 
 def _shares_key_value_heads(heads: int, degree: int) -> bool:

@@ -70,10 +70,11 @@ CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
             8,
             ["parallel.pipeline=8"],
             zero(1),
-            "parallel.pipeline=8, but there are 6 parts to place: the embedding, model.num_hidden_layers=4 blocks and "
-            "the head; use 4",
+            "parallel.pipeline=8 is more than model.num_hidden_layers=4: each stage holds a block at least; the "
+            "nearest, on 8 ranks, is 4",
         ),
-        (6, ["parallel.pipeline=6"], zero(1), None),
+        (6, ["parallel.pipeline=6"], zero(1) | {"train_batch_size": 6}, "the nearest, on 6 ranks, is 3"),
+        (4, ["parallel.pipeline=4"], zero(1), None),
         (2, ["parallel.pipeline=2"], zero(2), "parallel.pipeline=2 with zero_optimization.stage=2"),
         (2, ["parallel.pipeline=2"], zero(3), "keeps whole gradients over its micro-batches; use stage 1"),
         (2, ["parallel.pipeline=2"], zero(1), None),

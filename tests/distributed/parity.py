@@ -1,0 +1,198 @@
+"""The parity matrix: which models, layouts, ZeRO stages and precisions are trained, and how far they may differ.
+
+Every row trains the same job as one rank does: the same documents, seeds and global batches. What is compared, and by
+which tolerance, is in `Tolerance`; docs/parallelism.md says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megalm.checkpoint.fragment import KINDS
+from tests.distributed.training import VOCAB, Case, Trace, snapshot, start, steps, whole_state
+
+STEPS = 5
+
+# Sizes that show mistakes: a vocabulary that nothing divides, fewer key/value heads than heads, an MLP that is no
+# multiple of the hidden size.
+_SMALL = ("model.intermediate_size=88", "model.num_attention_heads=4", "train.loss_chunk_tokens=40")
+_GPT2 = (*_SMALL, "model.style=gpt2", "model.qk_norm=false", "data.document_mask=true")
+_LLAMA = (*_SMALL, "model.style=llama", "model.num_key_value_heads=2")
+MODELS: dict[str, tuple[str, ...]] = {
+    "gpt2 tied": (*_GPT2, "model.tie_word_embeddings=true"),
+    "gpt2 untied": (*_GPT2, "model.tie_word_embeddings=false", "train.checkpoint_activations_every=1"),
+    "llama tied": (*_LLAMA, "model.tie_word_embeddings=true", "train.checkpoint_activations_every=1"),
+    "llama untied": (*_LLAMA, "model.tie_word_embeddings=false", "data.document_mask=true"),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    ranks: int
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The ZeRO stages that are legal with it."""
+        return (1,) if "parallel.pipeline=2" in self.overrides else (0, 1, 2, 3)
+
+
+_TP, _PP = "parallel.tensor=2", "parallel.pipeline=2"
+_SP = (_TP, "parallel.sequence=true")
+ONE_RANK = Layout(1)
+LAYOUTS = {
+    "dp2": Layout(2),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the matrix."""
+
+    layout: str
+    model: str
+    zero: int
+    precision: str = "fp32"
+
+    @property
+    def name(self) -> str:
+        return f"{self.layout}, ZeRO {self.zero}, {self.model}, {self.precision}"
+
+    def case(self, layout: Layout) -> Case:
+        return Case(
+            "zero1.json",
+            self.precision,
+            (*MODELS[self.model], *layout.overrides),
+            {
+                "train_batch_size": 16,
+                "train_micro_batch_size_per_gpu": 2,
+                "gradient_clipping": CLIPPING,
+                "zero_optimization": {"stage": self.zero, "stage3_param_persistence_threshold": 0},
+            },
+        )
+
+
+# Below every gradient norm of the first steps, so that a wrong norm makes wrong weights as well.
+CLIPPING = 0.5
+# bf16 rounds each product at 2^-9 and the layouts round different ones: a part of the matrix shows that it trains.
+_BF16_MODELS = ("gpt2 tied", "llama untied")
+
+
+def rows(layout: str) -> list[Row]:
+    fp32 = [Row(layout, model, zero) for model in MODELS for zero in LAYOUTS[layout].stages]
+    bf16 = [Row(layout, model, zero, "bf16") for model in _BF16_MODELS for zero in LAYOUTS[layout].stages if zero > 0]
+    return fp32 + bf16
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest differences to one rank: of losses and norms relative, of states relative to each parameter's L2 norm."""
+
+    loss: float
+    norm: float
+    weights: float
+    moments: float
+    logits: float
+
+
+TOLERANCES = {
+    "fp32": Tolerance(loss=1e-5, norm=1e-5, weights=1e-5, moments=1e-5, logits=1e-5),
+    "bf16": Tolerance(loss=2e-3, norm=2e-2, weights=2e-2, moments=2e-1, logits=2e-2),
+}
+# The same number added to all scores changes no softmax: in exact arithmetic a bias on keys has no gradient and no
+# effect. What it has in floating point is rounding alone, which Adam turns into steps.
+_WITHOUT_EFFECT = "attention.key.bias"
+
+
+@dataclass
+class Outcome:
+    """What one rank shows of a row."""
+
+    initial: Trace
+    trained: Trace
+    validation: float
+    logits: np.ndarray
+
+
+def train(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path) -> Outcome:
+    """Train a row's steps, validate on the next batch, and ask for the next token of some texts."""
+    engine, run, loader = start(comm, device, case, prefix, folder)
+    initial = Trace([], [], snapshot(engine))
+    trained = steps(engine, run, loader, 1, STEPS)
+    validation = engine.evaluate(loader.batch(STEPS * run.batch.global_batch).micro_batches)
+    texts = np.random.default_rng(3).integers(0, VOCAB, (2, 24))
+    logits = engine.next_token_logits(texts, np.array([3, 23]))
+    loader.close()
+    return Outcome(initial, trained, validation, logits)
+
+
+def train_rows(
+    comm: Any, device: torch.device, cases: Mapping[str, Case], prefix: Path, folder: Path
+) -> dict[str, Outcome]:
+    return {name: train(comm, device, case, prefix, folder) for name, case in cases.items()}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest differences of a row to one rank."""
+
+    initial_weights: int
+    loss: float
+    norm: float
+    weights: float
+    moments: float
+    logits: float
+
+    def beyond(self, tolerance: Tolerance) -> list[str]:
+        """What differs by more than it may, in words."""
+        found = [
+            f"{name} differ by {getattr(self, name):.1e}, allowed {getattr(tolerance, name):.0e}"
+            for name in ("loss", "norm", "weights", "moments", "logits")
+            if not getattr(self, name) <= getattr(tolerance, name)  # nan is beyond everything
+        ]
+        return found + ([f"{self.initial_weights} initial weights differ"] if self.initial_weights else [])
+
+
+def difference(ranks: Sequence[Outcome], reference: Outcome) -> Difference:
+    """How far the ranks of a row are from the one-rank run, at most over ranks, steps and parameters."""
+    initial, first = whole_state([rank.initial for rank in ranks]), whole_state([reference.initial])
+    final, expected = whole_state([rank.trained for rank in ranks]), whole_state([reference.trained])
+    assert initial.keys() == first.keys() == final.keys() == expected.keys()
+    master, *moments = KINDS
+    return Difference(
+        initial_weights=sum(int((initial[place] != values).sum()) for place, values in first.items()),
+        loss=max(
+            _relative([*rank.trained.losses, rank.validation], [*reference.trained.losses, reference.validation])
+            for rank in ranks
+        ),
+        norm=max(_relative(rank.trained.norms, reference.trained.norms) for rank in ranks),
+        weights=_state_difference(final, expected, master),
+        moments=max(_state_difference(final, expected, kind) for kind in moments),
+        logits=max(_l2(rank.logits - reference.logits) / _l2(reference.logits) for rank in ranks),
+    )
+
+
+def _relative(values: Sequence[float], expected: Sequence[float]) -> float:
+    return float(np.max(np.abs(np.array(values) / np.array(expected) - 1)))
+
+
+def _state_difference(
+    found: Mapping[tuple[str, str], np.ndarray], expected: Mapping[tuple[str, str], np.ndarray], kind: str
+) -> float:
+    """The largest L2 difference of one parameter, relative to its own L2 norm; nan where one is."""
+    shares = [
+        _l2(found[place] - values) / _l2(values)
+        for place, values in expected.items()
+        if place[1] == kind and not place[0].endswith(_WITHOUT_EFFECT)
+    ]
+    return float(np.max(shares))
+
+
+def _l2(values: np.ndarray) -> float:
+    return float(np.linalg.norm(values.astype(np.float64)))

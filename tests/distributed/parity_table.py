@@ -1,0 +1,148 @@
+"""Trains the parity matrix and writes it as a table: `make parity`.
+
+    python -m tests.distributed.parity_table [LAYOUT ...] [--write]
+
+Without `--write` the table is only printed; with it, the part of docs/parallelism.md between its markers is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.distributed.parity import (
+    LAYOUTS,
+    ONE_RANK,
+    TOLERANCES,
+    Difference,
+    Outcome,
+    Row,
+    difference,
+    rows,
+    train_rows,
+)
+from tests.distributed.training import ROOT, make_dataset
+from tests.ranks import run_ranks
+
+DOCUMENT = ROOT / "docs" / "parallelism.md"
+BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
+_HEADINGS = (
+    "layout",
+    "ranks",
+    "model",
+    "precision",
+    "ZeRO",
+    "initial weights",
+    "losses",
+    "norms",
+    "weights",
+    "moments",
+)
+
+
+class Matrix:
+    """Trains layouts as they are asked for, and one rank's run of each model once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._references: dict[str, Outcome] | None = None
+        self._differences: dict[str, dict[Row, Difference]] = {}
+        self._failures: dict[str, BaseException] = {}
+        make_dataset(folder / "data")
+
+    def differences(self, layout: str) -> dict[Row, Difference]:
+        """Every row of a layout with its differences to one rank; trained at the first call."""
+        if layout in self._failures:  # once: each row asks
+            raise AssertionError(f"{layout} failed before") from self._failures[layout]
+        if layout not in self._differences:
+            try:
+                self._differences[layout] = self._compare(layout)
+            except BaseException as error:
+                self._failures[layout] = error
+                raise
+        return self._differences[layout]
+
+    def reference(self, row: Row) -> Outcome:
+        """The same job on one rank, under ZeRO 1, which test_zero_parity.py compares with the other stages."""
+        if self._references is None:
+            wanted = {_alone(row).name: _alone(row) for layout in LAYOUTS for row in rows(layout)}
+            (self._references,) = self._train("one rank", {name: row.case(ONE_RANK) for name, row in wanted.items()})
+        return self._references[_alone(row).name]
+
+    def _compare(self, layout: str) -> dict[Row, Difference]:
+        wanted = rows(layout)
+        trained = self._train(layout, {row.name: row.case(LAYOUTS[layout]) for row in wanted})
+        return {row: difference([rank[row.name] for rank in trained], self.reference(row)) for row in wanted}
+
+    def _train(self, name: str, cases: Mapping[str, object]) -> list[dict[str, Outcome]]:
+        folder = self._folder / name
+        folder.mkdir()
+        layout = LAYOUTS.get(name, ONE_RANK)
+        return run_ranks(layout.ranks, train_rows, cases, self._folder / "data", folder)
+
+
+def _alone(row: Row) -> Row:
+    return Row("one rank", row.model, 1, row.precision)
+
+
+def table(layouts: Sequence[str], matrix: Matrix) -> list[str]:
+    """Lines of Markdown: a row for all ZeRO stages of a layout, model and precision, with their largest differences."""
+    lines = ["| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS)]
+    for layout in layouts:
+        found = matrix.differences(layout)
+        for cells in keys(layout):
+            alike = [found[row] for row in found if _key(row) == cells]
+            worst = [
+                f"{max(getattr(each, name) for each in alike):.0e}" for name in ("loss", "norm", "weights", "moments")
+            ]
+            equal = "equal" if not any(each.initial_weights for each in alike) else "DIFFER"
+            lines.append("| " + " | ".join((*cells, equal, *worst)) + " |")
+    return lines
+
+
+def keys(layout: str) -> list[tuple[str, ...]]:
+    """What names the table's rows of a layout: the cells before the figures."""
+    return list(dict.fromkeys(_key(row) for row in rows(layout)))
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    stages = sorted(
+        {other.zero for other in rows(row.layout) if (other.model, other.precision) == (row.model, row.precision)}
+    )
+    return row.layout, str(LAYOUTS[row.layout].ranks), row.model, row.precision, " ".join(map(str, stages))
+
+
+def replaced(text: str, lines: Sequence[str]) -> str:
+    """The document with `lines` between its markers."""
+    before, rest = text.split(BEGIN)
+    return "\n".join([before + BEGIN, *lines, END + rest.split(END)[1]])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("layouts", nargs="*", metavar="LAYOUT", help=f"default all: {', '.join(LAYOUTS)}")
+    parser.add_argument("--write", action="store_true", help=f"replace the table in {DOCUMENT.relative_to(ROOT)}")
+    arguments = parser.parse_args()
+    unknown = set(arguments.layouts) - set(LAYOUTS)
+    if unknown or (arguments.write and arguments.layouts):
+        parser.error(f"no such layout: {', '.join(unknown)}" if unknown else "--write takes all layouts")
+    layouts = arguments.layouts or list(LAYOUTS)
+    with tempfile.TemporaryDirectory() as folder:
+        matrix, start = Matrix(Path(folder)), time.monotonic()
+        lines = table(layouts, matrix)
+        found = {row: each for layout in layouts for row, each in matrix.differences(layout).items()}
+    wrong = [f"{row.name}: {'; '.join(each.beyond(TOLERANCES[row.precision]))}" for row, each in found.items()]
+    wrong = [line for line in wrong if not line.endswith(": ")]
+    sys.stdout.write("\n".join([*lines, "", *wrong, ""]))
+    sys.stdout.write(f"{len(found)} rows, {len(wrong)} of them beyond tolerance, {time.monotonic() - start:.0f} s\n")
+    if arguments.write and not wrong:
+        DOCUMENT.write_text(replaced(DOCUMENT.read_text(), lines))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
