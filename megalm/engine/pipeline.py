@@ -104,7 +104,7 @@ class PipelineEngine(EngineBase):
         self._model.eval()
         with torch.compiler.set_stance("force_eager"):  # texts grow: each length would be compiled anew
             tokens = padded(tokens, self._model.slices)
-            hidden = self._forward(torch.from_numpy(padded(tokens, self._model.slices)).to(self._device), None)
+            hidden = self._forward(torch.from_numpy(tokens).to(self._device), None)
             if hidden is None:
                 logits = torch.empty(len(tokens), self._model.vocab_size, device=self._device)
             else:
