@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import resource
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,10 +18,13 @@ from megalm.checkpoint.fragment import Fragment
 from megalm.config.resolve import OptimizerFacts
 from megalm.engine.comm import ProcessComm
 from megalm.engine.gate import UpdateGate
+from megalm.engine.mpu import ModelParallelUnit
 from megalm.engine.optimizer import build_optimizer, parameter_groups
 from megalm.engine.protocol import StepResult
 from megalm.engine.quirks import prints_to_log
 from megalm.engine.state import OptimizerState, ReadFragment
+from megalm.model.shard import shard_of
+from megalm.parallel.groups import ParallelGroups
 
 
 class EngineBase:
@@ -31,6 +36,7 @@ class EngineBase:
         settings: what `deepspeed.initialize` takes: batch triple, precision, ZeRO, clipping; no optimizer.
         optimizer: the optimizer's numbers.
         decay_embeddings: whether weight decay applies to embedding tables.
+        mpu: the grid for DeepSpeed; a PipelineModule brings its own.
     """
 
     def __init__(
@@ -41,26 +47,35 @@ class EngineBase:
         optimizer: OptimizerFacts,
         decay_embeddings: bool,
         comm: ProcessComm,
+        groups: ParallelGroups,
         device: torch.device,
+        mpu: ModelParallelUnit | None = None,
     ) -> None:
         self._comm = comm
         self._device = device
+        self._data = groups.data
         self._stage = int(settings["zero_optimization"]["stage"])
         self._scales_loss = bool(settings.get("fp16", {}).get("enabled", False))
         parameters = dict(part.named_parameters())
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        shards = {name: shard_of(parameter) for name, parameter in parameters.items()}
+        self._owned = [parameter for name, parameter in parameters.items() if shards[name].is_owner]
+        for name, parameter in parameters.items():  # DeepSpeed's word for: count it in the gradient's norm
+            parameter.tensor_model_parallel = shards[name].is_owner  # type: ignore[attr-defined]
         offload = (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
         inner = build_optimizer(parameter_groups(part, optimizer.weight_decay, decay_embeddings), optimizer, offload)
+        self._last_norm = 0.0
         self._gate = UpdateGate(comm)
         self._gate.guard(inner)
         with prints_to_log():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=inner,
+                mpu=mpu,
                 config=copy.deepcopy(settings),  # DeepSpeed writes into what it is given
                 dist_init_required=False,
             )
-        self._state = OptimizerState(self._engine, parameters, shapes)
+        self._state = OptimizerState(self._engine, parameters, shards, is_first_copy=groups.data.index == 0)
+        self._gate.measure = self._state.gradient_squares
         self._first_counters = self.counters()
 
     def fragments(self) -> Iterator[Fragment]:
@@ -81,6 +96,16 @@ class EngineBase:
         self._state.forget_moments()
         self._count_from(self._first_counters, step=0)
 
+    def refused_gradients(self) -> dict[str, float]:
+        total: Counter[str] = Counter()
+        for squares in self._comm.gather(dict(self._gate.refused_squares)):
+            total.update(squares)
+        whole = sum(total.values())
+        if not math.isfinite(whole) or whole == 0.0:
+            return {}
+        # They were clipped, and scaled as the loss is; what they were before follows from the norm of the whole.
+        return {name: self._last_norm * math.sqrt(square / whole) for name, square in total.items()}
+
     def peak_memory_bytes(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
@@ -90,14 +115,27 @@ class EngineBase:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
 
+    def _norm_source(self) -> Callable[[], float]:
+        """What tells the gradient norm before clipping, once DeepSpeed is about to update.
+
+        Without ZeRO it tells none, or this stage's only: then the norm is taken now, from gradients that are averaged
+        already.
+        """
+        if self._stage > 0:
+            return self._state.gradient_norm
+        squares = sum(float(p.grad.double().square().sum()) for p in self._owned if p.grad is not None)
+        norm = (self._comm.sum([squares])[0] / self._data.size) ** 0.5  # every copy of the model has told its own
+        return lambda: norm
+
     def _end_of_step(self, loss: float, norm: Callable[[], float]) -> StepResult:
         """After DeepSpeed's update, or what it did instead."""
         applied = self._gate.close()
+        self._last_norm = norm()
         # Nobody was asked: DeepSpeed found an overflow first. With a loss scale that is usual, else it is a fault.
         skipped = applied is None and self._scales_loss and math.isfinite(loss)
         return StepResult(
             loss=loss,
-            grad_norm=norm(),
+            grad_norm=self._last_norm,
             loss_scale=float(self._state.loss_scaler().get("cur_scale", 1.0)),
             skipped=skipped,
             refused=not applied and not skipped,
@@ -110,3 +148,8 @@ class EngineBase:
         engine.global_steps = step
         engine.global_samples = step * engine.train_batch_size()
         engine.micro_steps = step * engine.gradient_accumulation_steps()
+
+
+def padded(tokens: np.ndarray, multiple: int) -> np.ndarray:
+    """[B, T] -> [B, T'] with T' the next multiple; nothing attends to what is added on the right."""
+    return np.pad(tokens, ((0, 0), (0, -tokens.shape[1] % multiple)))

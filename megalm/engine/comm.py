@@ -27,6 +27,7 @@ class ProcessComm:
         self.rank = ranks.rank
         self.size = ranks.world_size
         self.is_main = ranks.rank == 0
+        self.timeout = _TIMEOUT  # of every group
         self._is_first_of_node = ranks.local_rank == 0
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if device.type == "cuda" else None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,9 @@ class UpdateGate:
         self._comm = comm
         self._ask: Callable[[], bool] | None = None
         self._answer: bool | None = None
+        # Tells the squares of the gradients being stepped, by parameter; known once DeepSpeed has made its wrapper.
+        self.measure: Callable[[], dict[str, float]] = dict
+        self.refused_squares: Counter[str] = Counter()
 
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on `optimizer.step` does nothing where the answer is no.
@@ -40,7 +44,10 @@ class UpdateGate:
 
         @functools.wraps(step)
         def guarded(*args: Any, **options: Any) -> Any:
-            return step(*args, **options) if self._admits() else None
+            if self._admits():
+                return step(*args, **options)
+            self.refused_squares.update(self.measure())
+            return None
 
         optimizer.step = guarded  # type: ignore[method-assign]
 
@@ -58,6 +65,7 @@ class UpdateGate:
             return math.isfinite(loss) and math.isfinite(found) and (accept is None or accept(loss, found))
 
         self._ask, self._answer = ask, None
+        self.refused_squares.clear()
 
     def close(self) -> bool | None:
         """After the update: the answer, None where DeepSpeed dropped the update itself and nobody was asked."""

@@ -53,6 +53,10 @@ class Engine(Protocol):
         """
         ...
 
+    def refused_gradients(self) -> dict[str, float]:
+        """Canonical name -> gradient norm before clipping of the step just refused; empty where it was no number."""
+        ...
+
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Sum of losses in nats over this rank's micro-batches, summed over all data-parallel ranks."""
         ...

@@ -16,21 +16,25 @@ import deepspeed.comm as ds_comm
 import torch
 from torch import Tensor, nn
 
-from megalm.checkpoint.fragment import KINDS, Fragment, FragmentKey
+from megalm.checkpoint.fragment import KINDS, Fragment, FragmentKey, FragmentKind
+from megalm.model.shard import Shard
 
 ReadFragment = Callable[[FragmentKey], Tensor]
 
 
 @dataclass(frozen=True)
 class _Owned:
-    """Elements [start, stop) of parameter `name`, at `offset` of the optimizer's flat tensor `flat`."""
+    """Elements [start, stop) of this rank's shard of parameter `name`, at `offset` of the optimizer's tensor `flat`."""
 
     name: str
-    shape: tuple[int, ...]
+    shard: Shard
     start: int
     stop: int
     flat: nn.Parameter
     offset: int
+
+    def key(self, kind: FragmentKind) -> FragmentKey:
+        return FragmentKey(self.name, kind, self.shard.shape, self.start, self.stop, self.shard.rectangle)
 
 
 class OptimizerState:
@@ -39,22 +43,32 @@ class OptimizerState:
     Args:
         engine: a DeepSpeed engine after `deepspeed.initialize`.
         parameters: canonical name -> parameter, as in the module.
-        shapes: canonical name -> full shape, taken before `initialize` (ZeRO 3 flattens them).
+        shards: canonical name -> its mark, taken before `initialize` (ZeRO 3 flattens shapes).
+        is_first_copy: this rank is the first of those that hold the same shards.
     """
 
-    def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter], shapes: Mapping[str, tuple[int, ...]]):
+    def __init__(
+        self,
+        engine: Any,
+        parameters: Mapping[str, nn.Parameter],
+        shards: Mapping[str, Shard],
+        is_first_copy: bool,
+    ) -> None:
         self._engine = engine
         self._outer = engine.optimizer
         self._inner: torch.optim.Optimizer = getattr(self._outer, "optimizer", self._outer)
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._parameters = parameters
-        self._shapes = shapes
+        self._shards = shards
+        self._is_first_copy = is_first_copy
 
     def fragments(self) -> Iterator[Fragment]:
         """Every fragment that this rank owns, once; tensors are views: copy them before the next step."""
-        if self._outer is self._inner and ds_comm.get_rank() > 0:
-            return  # ZeRO 0: all ranks hold the same, the first one speaks for them
+        if self._outer is self._inner and not self._is_first_copy:
+            return  # ZeRO 0: all copies hold the same, the first one speaks for them
         for owned in self._owned():
+            if not owned.shard.is_owner:
+                continue
             state = self._inner.state.get(owned.flat, {})
             for kind in KINDS:
                 whole = owned.flat.data if kind == "master" else state.get(kind)
@@ -62,7 +76,7 @@ class OptimizerState:
                 tensor = (  # before the first step there are no moments yet: they are zero
                     torch.zeros(length) if whole is None else whole.view(-1).narrow(0, owned.offset, length)
                 )
-                yield Fragment(FragmentKey(owned.name, kind, owned.shape, owned.start, owned.stop), tensor)
+                yield Fragment(owned.key(kind), tensor)
 
     @torch.no_grad()
     def load(self, read: ReadFragment, optimizer_step: int) -> None:
@@ -80,8 +94,7 @@ class OptimizerState:
             length = owned.stop - owned.start
             for kind in KINDS:
                 whole = owned.flat.data if kind == "master" else state[kind]
-                values = read(FragmentKey(owned.name, kind, owned.shape, owned.start, owned.stop))
-                whole.view(-1).narrow(0, owned.offset, length).copy_(values)
+                whole.view(-1).narrow(0, owned.offset, length).copy_(read(owned.key(kind)))
         self._refresh_low_precision()
 
     @torch.no_grad()
@@ -100,6 +113,21 @@ class OptimizerState:
     def gradient_norm(self) -> float:
         """What the wrapper computed for this step, before clipping; known from before it steps the inner optimizer."""
         return float(self._outer._global_grad_norm)
+
+    def gradient_squares(self) -> dict[str, float]:
+        """Name -> sum of squares of the gradient that the inner optimizer is handed right now, as far as this rank owns
+        it; clipped, and scaled as the loss is.
+        """
+        if self._outer is self._inner and not self._is_first_copy:
+            return {}
+        stepped = {id(flat) for group in self._inner.param_groups for flat in group["params"]}
+        squares: dict[str, float] = {}
+        for owned in self._owned():
+            gradient = owned.flat.grad
+            if gradient is not None and id(owned.flat) in stepped and owned.shard.is_owner:
+                part = gradient.view(-1).narrow(0, owned.offset, owned.stop - owned.start)
+                squares[owned.name] = squares.get(owned.name, 0.0) + float(part.double().square().sum())
+        return squares
 
     def loss_scaler(self) -> dict[str, float]:
         """The dynamic loss scaler's numbers; empty without one."""
@@ -158,8 +186,7 @@ class OptimizerState:
                 start, stop = max(place, first), min(place + parameter.numel(), first + size)
                 if start < stop:
                     name = self._names[id(parameter)]
-                    shape = self._shapes[name]
-                    yield _Owned(name, shape, start - place, stop - place, master, start - first)
+                    yield _Owned(name, self._shards[name], start - place, stop - place, master, start - first)
 
     def _owned_in_stage_3(self) -> Iterator[_Owned]:
         """ZeRO 3: each parameter is cut into equal parts by itself; the parts of a rank form its sub-groups."""
@@ -167,12 +194,12 @@ class OptimizerState:
         for name, parameter in self._parameters.items():
             group, offset, part = outer.grad_position[outer.get_param_id(parameter)]
             start = outer._get_param_partition_rank(parameter) * part
-            stop = min(start + part, math.prod(self._shapes[name]))
+            stop = min(start + part, math.prod(self._shards[name].sizes))
             if start < stop:
                 master = outer.fp32_partitioned_groups_flat[group]
-                yield _Owned(name, self._shapes[name], start, stop, master, offset)
+                yield _Owned(name, self._shards[name], start, stop, master, offset)
 
     def _owned_without_zero(self) -> Iterator[_Owned]:
         """ZeRO 0: every rank holds everything."""
         for name, parameter in self._parameters.items():
-            yield _Owned(name, self._shapes[name], 0, parameter.numel(), parameter, 0)
+            yield _Owned(name, self._shards[name], 0, parameter.numel(), parameter, 0)

@@ -5,7 +5,7 @@ Shapes: B micro-batch, T sequence, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from megalm.config.resolve import OptimizerFacts
 from megalm.data.loader import GlobalBatch, MicroBatch
-from megalm.engine.base import EngineBase
+from megalm.engine.base import EngineBase, padded
 from megalm.engine.comm import ProcessComm
+from megalm.engine.mpu import ModelParallelUnit
 from megalm.engine.protocol import Accept, StepResult
 from megalm.model.block import Block
 from megalm.model.dropout import DropoutClock
 from megalm.model.transformer import LanguageModel
+from megalm.parallel.groups import ParallelGroups
 
 
 class ZeroEngine(EngineBase):
@@ -42,6 +44,7 @@ class ZeroEngine(EngineBase):
         optimizer: OptimizerFacts,
         decay_embeddings: bool,
         comm: ProcessComm,
+        groups: ParallelGroups,
         device: torch.device,
     ) -> None:
         stage = int(settings["zero_optimization"]["stage"])
@@ -49,8 +52,12 @@ class ZeroEngine(EngineBase):
             # A block is gathered as a whole, not layer by layer: fewer messages, and no hook of DeepSpeed's inside
             # what may be compiled.
             set_z3_leaf_modules(model, [Block])
-        super().__init__(model, model, settings, optimizer, decay_embeddings, comm, device)
+        unit = ModelParallelUnit(groups)
+        super().__init__(model, model, settings, optimizer, decay_embeddings, comm, groups, device, unit)
         self._clock = clock
+        self._slices = model.slices
+        # Every rank of a tensor group has the same loss: the first one tells it.
+        self._tells_loss = groups.tensor.index == 0
 
     def train_step(
         self, batch: GlobalBatch, step: int, learning_rate: float, accept: Accept | None = None
@@ -60,11 +67,11 @@ class ZeroEngine(EngineBase):
         self._set_learning_rate(learning_rate)
         total = torch.zeros((), device=self._device)
         # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
-        scale = self._comm.size / batch.target_count
+        scale = self._data.size / batch.target_count
         loss, norm = 0.0, self._state.gradient_norm
         last = len(batch.micro_batches) - 1
         for index, micro_batch in enumerate(batch.micro_batches):
-            self._clock.step, self._clock.micro_batch = step, index * self._comm.size + self._comm.rank
+            self._clock.step, self._clock.micro_batch = step, index * self._data.size + self._data.index
             loss_sum, _ = engine(*self._tensors(micro_batch))
             engine.backward(loss_sum * scale, scale_wrt_gas=False)
             total += loss_sum.detach()
@@ -86,6 +93,7 @@ class ZeroEngine(EngineBase):
     @torch.no_grad()
     def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
         self._engine.eval()
+        tokens = padded(tokens, self._slices)
         places = torch.from_numpy(tokens).to(self._device), torch.from_numpy(positions).to(self._device)
         with torch.compiler.set_stance("force_eager"):  # texts grow: each length would be compiled anew
             logits = self._engine(places[0], positions=places[1])
@@ -99,15 +107,4 @@ class ZeroEngine(EngineBase):
 
     def _sum(self, local: Tensor) -> float:
         """Sum over data-parallel ranks, in fp64, so that the value does not depend on their number."""
-        return self._comm.sum([float(local)])[0]
-
-    def _norm_source(self) -> Callable[[], float]:
-        """What tells the gradient norm before clipping, once DeepSpeed is about to update.
-
-        Without ZeRO DeepSpeed tells none: it is taken now, from gradients that are averaged already.
-        """
-        if self._stage > 0:
-            return self._state.gradient_norm
-        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        return lambda: norm
+        return self._comm.sum([float(local) if self._tells_loss else 0.0])[0]

@@ -44,6 +44,8 @@ class VocabularyOutput(Protocol):
 
 
 class LayerFactory(Protocol):
+    slices: int  # the residual stream lies on so many ranks: its sequence length divides by it
+
     def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:
         """A linear layer whose output features may be split over ranks, between its equal `parts` (heads) only."""
         ...
@@ -87,6 +89,7 @@ class DenseLayers:
     """
 
     def __init__(self, clock: DropoutClock, compiled: bool = False) -> None:
+        self.slices = 1
         self.clock = clock
         self.compiled = compiled
 

@@ -26,6 +26,13 @@ class Shard:
     rectangle: Rectangle | None
     is_owner: bool
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Shape of the part."""
+        if self.rectangle is None:
+            return self.shape
+        return tuple(last - first for first, last in self.rectangle)
+
     def cut(self, whole: Tensor) -> Tensor:
         """The part of the whole parameter that is held here, a view."""
         if self.rectangle is None:

@@ -83,6 +83,7 @@ class StageBuilder:
 
     def __init__(self, shape: ModelShape, layers: LayerFactory, clock: DropoutClock, chunk_tokens: int) -> None:
         self.shape = shape
+        self.slices = layers.slices
         self._layers = layers
         self._clock = clock
         self._chunk_tokens = chunk_tokens
@@ -139,6 +140,7 @@ class LanguageModel(nn.Module):
         clock = clock or DropoutClock(seed=0)
         build = StageBuilder(shape, layers or DenseLayers(clock), clock, chunk_tokens)
         self.recompute_every = recompute_every
+        self.slices = build.slices
         self.embedding = build.embedding()
         self.layers = nn.ModuleList(build.block(index) for index in range(shape.num_hidden_layers))
         self.final_norm = build.final_norm()

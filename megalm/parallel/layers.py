@@ -35,6 +35,7 @@ class TensorLayers(DenseLayers):
     def __init__(self, clock: DropoutClock, group: AxisGroup, sequence: bool = False, compiled: bool = False) -> None:
         super().__init__(clock, compiled)
         self._group = group
+        self.slices = group.size if sequence else 1
         self._stream: Stream = SlicedStream(group) if sequence else WholeStream(group)
 
     def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:
@@ -130,7 +131,9 @@ class SlicedPositions(PositionEmbedding):
 
 
 def _mark(parameter: Tensor, shape: tuple[int, ...], dimension: int, part: Part) -> None:
-    rectangle: Rectangle = tuple(
+    rectangle: Rectangle | None = tuple(
         (part.first, part.last) if index == dimension else (0, size) for index, size in enumerate(shape)
     )
+    if part.size == shape[dimension]:
+        rectangle = None  # the only key/value head
     mark(parameter, Shard(shape, rectangle, is_owner=part.sharer == 0))

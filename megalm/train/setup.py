@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megalm.balance import balanced_blocks, parameter_costs
 from megalm.config.deepspeed_json import read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.config.resolve import ResolvedRun, resolve
@@ -23,9 +24,11 @@ from megalm.engine.protocol import Engine
 from megalm.errors import EXIT_DONE
 from megalm.model.dropout import DropoutClock
 from megalm.model.init import initialise
-from megalm.model.layers import DenseLayers
+from megalm.model.layers import DenseLayers, LayerFactory
 from megalm.model.shape import ModelShape, model_shape
-from megalm.model.transformer import LanguageModel
+from megalm.model.transformer import LanguageModel, StageBuilder
+from megalm.parallel.groups import ParallelGroups, make_groups
+from megalm.parallel.layers import TensorLayers
 from megalm.plan import flops_per_token
 from megalm.tracking.metrics import MetricsWriter, read_metrics
 from megalm.tracking.mirror import MirrorHandle, start_mirror
@@ -91,15 +94,15 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     shape = model_shape(config.model, data.tokenizer.vocab_size, config.data.sequence_length)
     prints = Fingerprints(data.train.fingerprint, data.train.dataset.fingerprint, data.tokenizer.fingerprint)
     checkpoints = RunCheckpoints(folder, run, shape, prints, data.tokenizer.spec, comm)
-    saved = checkpoints.find(arguments.resume) if arguments.resume is not None else None
-    comm.once(lambda: write_facts(folder, run, _environment(run, prints, device, comm)))
-    metrics = MetricsWriter(folder.metrics) if comm.is_main else None
     for path in checkpoints.tidy():
         reporter.say(f"  note: an earlier job was killed while it saved or deleted; put in order: {path}")
-    mirror = start_mirror(folder.path) if comm.is_main and config.tracking.mlflow else None
+    saved = checkpoints.find(arguments.resume) if arguments.resume is not None else None
     warnings = saved.warnings if saved is not None else ()
     for warning in warnings:
         reporter.say(f"  WARNING: {warning}")
+    comm.once(lambda: write_facts(folder, run, _environment(run, prints, device, comm)))
+    metrics = MetricsWriter(folder.metrics) if comm.is_main else None
+    mirror = start_mirror(folder.path) if comm.is_main and config.tracking.mlflow else None
     if metrics is not None:
         guard.on_failure = _record_failure(metrics)
 
@@ -133,17 +136,42 @@ def build_engine(run: ResolvedRun, shape: ModelShape, device: torch.device, comm
 
     train = run.config.train
     clock = DropoutClock(train.seed)
+    groups = make_groups(run.topology, comm.rank, comm.timeout)
+    layers: LayerFactory = DenseLayers(clock, run.config.compile)
+    if run.topology.tensor > 1:
+        layers = TensorLayers(clock, groups.tensor, run.config.parallel.sequence, run.config.compile)
+    if run.topology.pipeline > 1:
+        build = StageBuilder(shape, layers, clock, train.loss_chunk_tokens)
+        return _build_pipeline(run, build, clock, device, comm, groups)
     model = LanguageModel(
-        shape,
-        DenseLayers(clock, compiled=run.config.compile),
-        clock,
-        train.loss_chunk_tokens,
-        recompute_every=train.checkpoint_activations_every,
+        shape, layers, clock, train.loss_chunk_tokens, recompute_every=train.checkpoint_activations_every
     )
     if run.config.compile:
         model.compile_blocks()
     initialise(model, shape, train.seed)
-    return ZeroEngine(model.to(device), clock, run.deepspeed, run.optimizer, train.embedding_weight_decay, comm, device)
+    return ZeroEngine(
+        model.to(device), clock, run.deepspeed, run.optimizer, train.embedding_weight_decay, comm, groups, device
+    )
+
+
+def _build_pipeline(
+    run: ResolvedRun,
+    build: StageBuilder,
+    clock: DropoutClock,
+    device: torch.device,
+    comm: ProcessComm,
+    groups: ParallelGroups,
+) -> Engine:
+    from megalm.engine.pipeline import PipelineEngine
+    from megalm.engine.pipeline_module import Moment, PipelineStage
+
+    train, shape = run.config.train, build.shape
+    blocks = balanced_blocks(shape.num_hidden_layers, run.topology.pipeline, parameter_costs(shape))
+    stage = PipelineStage(build, Moment(clock), run.topology, blocks, train.checkpoint_activations_every)
+    if run.config.compile:
+        stage.compile_blocks()
+    initialise(stage.part_of_model(), shape, train.seed)
+    return PipelineEngine(stage, run.deepspeed, run.optimizer, train.embedding_weight_decay, comm, groups, device)
 
 
 def _assemble(
@@ -207,6 +235,8 @@ def _environment(run: ResolvedRun, prints: Fingerprints, device: torch.device, c
 
 def _announce(loop: TrainingLoop, reporter: Reporter, warnings: Sequence[str], resumed: bool) -> None:
     parts, position = loop.parts, loop.position
+    for warning in warnings:
+        loop.event("warning", text=warning)
     loop.event("resume" if resumed else "start", world_size=parts.comm.size, precision=parts.run.precision)
     if resumed:
         reporter.say(f"resumed at step {position.step}, {position.tokens:,} tokens seen")
@@ -227,5 +257,3 @@ def _close(metrics: MetricsWriter | None, mirror: MirrorHandle | None, reporter:
         metrics.close()
     if mirror is not None and not mirror.finish(_MIRROR_PATIENCE_SECONDS):
         reporter.say(f"MLflow has not got everything yet; later: megalm track sync {folder.path}")
-    for warning in warnings:
-        loop.event("warning", text=warning)

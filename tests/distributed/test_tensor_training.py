@@ -1,0 +1,100 @@
+"""Training over a tensor group equals training on one rank: losses, gradient norms, final masters and moments.
+
+Tolerances, fp32, five steps: 1e-5 relative for losses and norms, since the layouts add the same numbers in another
+order, which fp32 rounds at 6e-8. Weights: 2e-4 absolute at a peak rate of 3e-3, because Adam moves a weight by about
+the rate whatever its gradient, so a gradient that is all rounding may move it differently; the mean difference must
+stay below 1e-6. A bias on all keys changes no softmax: its gradient is rounding alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.training import Case, Trace, make_dataset, start, steps, whole_state
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 5
+MODELS = {
+    "gpt2": ("model.style=gpt2", "model.tie_word_embeddings=true", "data.document_mask=true"),
+    "gpt2 untied": ("model.style=gpt2",),
+    "llama gqa": ("model.num_key_value_heads=2",),
+    "llama one kv head": ("model.num_key_value_heads=1", "model.tie_word_embeddings=true"),
+}
+
+
+def _zero(stage: int) -> Case:
+    settings = {"zero_optimization": {"stage": 0}} if stage == 0 else {}
+    if stage == 3:
+        settings = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    return Case(f"zero{max(stage, 1)}.json", settings=settings)
+
+
+def _with(case: Case, *overrides: str) -> Case:
+    return Case(case.json, case.precision, (*case.overrides, *overrides), case.settings)
+
+
+TENSOR, SEQUENCE = ("parallel.tensor=2",), ("parallel.tensor=2", "parallel.sequence=true")
+CASES = {
+    f"{model}, ZeRO {stage}{', sequence' if layout == SEQUENCE else ''}": (
+        model,
+        _with(_zero(stage), *MODELS[model], *layout),
+    )
+    for model, stage, layout in (
+        ("gpt2", 0, TENSOR),
+        ("gpt2", 1, TENSOR),
+        ("gpt2", 1, SEQUENCE),
+        ("gpt2 untied", 2, SEQUENCE),
+        ("gpt2", 3, SEQUENCE),
+        ("llama gqa", 0, SEQUENCE),
+        ("llama gqa", 2, TENSOR),
+        ("llama gqa", 3, TENSOR),
+        ("llama one kv head", 0, TENSOR),
+        ("llama one kv head", 1, SEQUENCE),
+        ("llama one kv head", 3, TENSOR),
+    )
+}
+
+
+def _train(comm: Any, device: torch.device, prefix: Path, folder: Path, cases: dict[str, Case]) -> dict[str, Trace]:
+    traces = {}
+    for name, case in cases.items():
+        engine, run, loader = start(comm, device, case, prefix, folder)
+        traces[name] = steps(engine, run, loader, 1, STEPS)
+        loader.close()
+    return traces
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Trace]]]:
+    folder = tmp_path_factory.mktemp("tensor")
+    make_dataset(folder / "data")
+    references = {name: _with(_zero(1), *overrides) for name, overrides in MODELS.items()}
+    sharded = {name: case for name, (_, case) in CASES.items()}
+    return {
+        world_size: run_ranks(world_size, _train, folder / "data", folder, references if world_size == 1 else sharded)
+        for world_size in (1, 2, 4)
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("name", list(CASES))
+def test_equal_to_one_rank(traces: dict[int, list[dict[str, Trace]]], name: str, world_size: int) -> None:
+    reference = traces[1][0][CASES[name][0]]
+    ranks = [trace[name] for trace in traces[world_size]]
+    for trace in ranks:
+        np.testing.assert_allclose(trace.losses, reference.losses, rtol=1e-5)
+        np.testing.assert_allclose(trace.norms, reference.norms, rtol=1e-5)
+    expected, found = whole_state([reference]), whole_state(ranks)
+    assert expected.keys() == found.keys()
+    for place, values in expected.items():
+        difference = np.abs(found[place] - values)
+        mean = 1e-4 if place[0].endswith("attention.key.bias") else 1e-6
+        assert difference.max() < 2e-4, place
+        assert difference.mean() < mean, place
