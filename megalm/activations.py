@@ -1,13 +1,14 @@
 """Bytes that the forward pass keeps for the backward pass, and that the loss needs, by formula.
 
-For the block of megalm/model: pre-norm, separate query, key and value projections, attention that keeps no T x T
-matrix, GELU or SwiGLU. What is counted is what PyTorch's autograd saves; sums of residuals save nothing.
+For the block of megalm/model: pre-norm, separate query, key and value projections, attention, GELU or SwiGLU.
+What is counted is what PyTorch's autograd saves; sums of residuals save nothing.
 """
 
 from __future__ import annotations
 
 import math
 
+from megalm.model.query_blocks import kept_probabilities
 from megalm.model.shape import ModelShape
 from megalm.topology import Topology
 
@@ -27,17 +28,20 @@ def activation_bytes(
     Args:
         element_bytes: 2 for bf16 and fp16, 4 for fp32.
         checkpoint_every: every n-th block keeps its input only and is computed again; 0: none.
-        on_cpu: where RMS norms have no fused kernel.
+        on_cpu: where RMS norms have no fused kernel, and attention keeps the probabilities of shorter sequences.
     """
     tokens = micro_batch * sequence_length
     layers = math.ceil(shape.num_hidden_layers / topology.pipeline)
     block = tokens * block_bytes_per_token(shape, element_bytes, topology.tensor, on_cpu)
+    if on_cpu:
+        heads = shape.num_attention_heads // topology.tensor
+        block += micro_batch * heads * kept_probabilities(sequence_length) * element_bytes
     hidden = tokens * shape.hidden_size * element_bytes
     recomputed = math.ceil(layers / checkpoint_every) if checkpoint_every else 0
     kept = (layers - recomputed) * block + recomputed * hidden
     norm_bytes = _norm_bytes(shape.style == "llama", element_bytes, on_cpu)
     final_norm = tokens * shape.hidden_size * norm_bytes + hidden
-    mask = micro_batch * sequence_length * sequence_length if document_mask else 0
+    mask = tokens * 4 if document_mask else 0  # document numbers; attention makes its masks block by block
     in_flight = topology.pipeline  # micro-batches that a pipeline's first stage has under way
     working = 2 * hidden + (block if recomputed else 0)  # gradients, and the one block that is computed again
     return (kept + final_norm + mask) * in_flight + working

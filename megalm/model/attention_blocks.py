@@ -15,11 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MOST_BLOCKS = 8  # compiling unrolls them; each more saves ever less of the square above the diagonal
-_LEAST_QUERIES = 128  # below, matrix products are too small to be fast
-# Up to here the probabilities are kept for the backward pass, B x N x T x T / 2 of them; longer sequences compute
-# them again, so that memory grows with T as it does in a fused kernel.
-_LONGEST_KEPT = 1024
+from megalm.model.query_blocks import keeps_probabilities, query_blocks
 
 
 def blockwise_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> Tensor:
@@ -42,35 +38,36 @@ class _BlockwiseAttention(torch.autograd.Function):
         batch, heads, length, width = query.shape
         query, key, value = (x.reshape(batch * heads, length, width) for x in (query, key, value))
         query = query * (1 / math.sqrt(width))
-        mixed = torch.empty_like(query)
+        mixed = query.new_empty(batch, length, heads, width)  # as the output projection reads it, without a copy
         kept = []
-        for start, end in _blocks(length):
+        for start, end in query_blocks(length):
             probabilities = _probabilities(query, key, documents, start, end)
-            mixed[:, start:end] = probabilities @ value[:, :end]
-            if length <= _LONGEST_KEPT:
+            values = probabilities @ value[:, :end]
+            mixed[:, start:end] = values.view(batch, heads, -1, width).transpose(1, 2)
+            if keeps_probabilities(length):
                 kept.append(probabilities)
         ctx.save_for_backward(query, key, value, mixed, documents, *kept)
-        ctx.batch = batch
-        return mixed.view(batch, heads, length, width)
+        return mixed.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mixed, documents, *kept = ctx.saved_tensors  # [B * N, T, D]; the query is scaled
-        length, width = query.shape[1:]
-        grad = outer[0].reshape(query.shape)
+        query, key, value, mixed, documents, *kept = ctx.saved_tensors
+        batch, length, heads, width = mixed.shape  # the others are [B * N, T, D]; the query is scaled
         query_grad = torch.empty_like(query)
         wide = torch.promote_types(query.dtype, torch.float32)
         key_grad, value_grad = (torch.zeros_like(x, dtype=wide) for x in (key, value))
         # What the softmax takes from each row's gradient: the row's gradient times its probabilities, summed.
-        row = (grad.to(wide) * mixed.to(wide)).sum(-1, keepdim=True).to(query.dtype)
-        for index, (start, end) in enumerate(_blocks(length)):
+        row = (outer[0].transpose(1, 2).to(wide) * mixed.to(wide)).sum(-1).to(query.dtype)  # [B, T, N]
+        row = row.transpose(1, 2).reshape(-1, length, 1)
+        grad = outer[0].reshape(query.shape)
+        for index, (start, end) in enumerate(query_blocks(length)):
             probabilities = kept[index] if kept else _probabilities(query, key, documents, start, end)
             upper = grad[:, start:end]
             value_grad[:, :end] += probabilities.transpose(1, 2) @ upper
             scores_grad = (upper @ value[:, :end].transpose(1, 2)).sub_(row[:, start:end]).mul_(probabilities)
             query_grad[:, start:end] = (scores_grad @ key[:, :end]) * (1 / math.sqrt(width))
             key_grad[:, :end] += scores_grad.transpose(1, 2) @ query[:, start:end]
-        shape = ctx.batch, -1, length, width
+        shape = batch, heads, length, width
         return (*(x.view(shape).to(query.dtype) for x in (query_grad, key_grad, value_grad)), None)
 
 
@@ -84,9 +81,3 @@ def _probabilities(query: Tensor, key: Tensor, documents: Tensor | None, start: 
         scores = scores.view(len(documents), -1, *scores.shape[1:]).masked_fill_(others.unsqueeze(1), -math.inf)
         scores = scores.flatten(0, 1)
     return scores.softmax(-1)
-
-
-def _blocks(length: int) -> list[tuple[int, int]]:
-    """[start, end) of each block of queries."""
-    size = max(_LEAST_QUERIES, -(-length // _MOST_BLOCKS))
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
