@@ -19,7 +19,7 @@ import numpy.typing as npt
 from megalm.data.array_cache import ArrayCache
 from megalm.data.document_table import DocumentTable
 from megalm.data.indexed import IndexedDataset
-from megalm.data.streams import Int64s, MegatronStream, Place, PrefixStableStream, Range
+from megalm.data.streams import Int64s, MegatronStream, Place, PrefixStableStream, Range, RecutStream
 from megalm.errors import ConfigError, DataError
 
 IGNORE = -100  # a label that is no target
@@ -105,7 +105,8 @@ class TrainingSamples:
                 f"data.stride={stride}: state 1 to data.sequence_length={sequence_length}, and that itself for "
                 "data.order=megatron"
             )
-        self._stream: PrefixStableStream | MegatronStream
+        self._seed, self._cache = seed, cache
+        self._stream: PrefixStableStream | RecutStream | MegatronStream
         if order == "megatron":
             if requested_samples is None:
                 raise ConfigError("data.order=megatron: its order depends on the number of samples; state it")
@@ -120,6 +121,36 @@ class TrainingSamples:
         requested = requested_samples if order == "megatron" else None
         facts = [dataset.fingerprint, document_range, sequence_length, seed, order, requested]
         self.fingerprint = _hash(*facts, *([] if stride in (None, sequence_length) else [stride]), "v1")
+
+    def recut(self, consumed: int, sequence_length: int) -> TrainingSamples:
+        """Samples of another length that go on where `consumed` of these have come to: with the rest of the epoch.
+
+        Raises:
+            ConfigError: an order or a stride whose rest cannot be cut anew.
+        """
+        if isinstance(self._stream, MegatronStream) or self.stride != self.sequence_length:
+            raise ConfigError(
+                f"data.sequence_length cannot become {sequence_length} in the middle of data.order=megatron or of "
+                f"samples that overlap; keep {self.sequence_length}, or start anew with resume.allow=[order]"
+            )
+        after = TrainingSamples(
+            self.dataset,
+            self.document_range,
+            sequence_length,
+            self._seed,
+            document_mask=self.document_mask,
+            cache=self._cache,
+        )
+        assert isinstance(after._stream, PrefixStableStream)
+        after._stream = RecutStream(after._stream, self._stream.rest_of_epoch(consumed), sequence_length, self._seed)
+        after.fingerprint = _hash(self.fingerprint, "recut", consumed, sequence_length)
+        return after
+
+    @property
+    def recut_tokens(self) -> tuple[int, int]:
+        """Tokens that cutting anew has left out, and that it reads twice."""
+        stream = self._stream
+        return (stream.skipped_tokens, stream.repeated_tokens) if isinstance(stream, RecutStream) else (0, 0)
 
     @property
     def samples_per_epoch(self) -> float:

@@ -29,6 +29,21 @@ class Place(NamedTuple):
     instances: Int64s  # counts documents along the stream: changes where another one starts
 
 
+class Rest(NamedTuple):
+    """What is left of an epoch.
+
+    Attributes:
+        starts: [n] tokens of the stream where samples start that were not read yet, rising.
+        length: tokens that each of them has as labels.
+        end: token at which the epoch's last sample ends.
+    """
+
+    starts: Int64s
+    length: int
+    epoch: int
+    end: int
+
+
 def whole_windows(tokens: int, sequence_length: int, stride: int) -> int:
     """How many samples of L + 1 tokens fit into one pass over `tokens`, each starting `stride` after the one before."""
     return max(0, (tokens - sequence_length - 1) // stride + 1)
@@ -68,9 +83,12 @@ class PrefixStableStream:
     def place(self, index: int) -> Place:
         if index < 0:
             raise IndexError(f"sample {index}")
-        epoch = index * self._stride // self._epoch_tokens
-        first = self._first_sample(epoch)
-        position = (first + int(self._shuffle_of(epoch)[index - first])) * self._stride
+        epoch = self.epoch_of(index)
+        first = self.first_sample(epoch)
+        return self.place_at((first + int(self._shuffle_of(epoch)[index - first])) * self._stride)
+
+    def place_at(self, position: int) -> Place:
+        """The sample that starts at token `position` of the stream."""
         positions, instances = [], []
         wanted = self._length + 1
         while wanted:  # once, or more often where the sample reads on into the next epochs
@@ -82,7 +100,18 @@ class PrefixStableStream:
             position, wanted = position + count, wanted - count
         return Place(np.concatenate(positions), np.concatenate(instances))
 
-    def _first_sample(self, epoch: int) -> int:
+    def epoch_of(self, index: int) -> int:
+        """The epoch in which sample `index` starts."""
+        return index * self._stride // self._epoch_tokens
+
+    def rest_of_epoch(self, index: int) -> Rest:
+        """What the samples before `index` leave of the epoch that it is in."""
+        epoch = self.epoch_of(index)
+        first, end = self.first_sample(epoch), self.first_sample(epoch + 1)
+        left = (first + self._shuffle_of(epoch)[index - first :].astype(np.int64)) * self._stride
+        return Rest(np.sort(left), self._length, epoch, end * self._stride)
+
+    def first_sample(self, epoch: int) -> int:
         """The first sample that starts in `epoch` or later."""
         return -(-epoch * self._epoch_tokens // self._stride)
 
@@ -97,10 +126,55 @@ class PrefixStableStream:
         return DocumentTable(self._dataset, arrays["documents"], arrays["starts"])
 
     def _shuffled_samples(self, epoch: int) -> npt.NDArray[np.integer]:
-        count = self._first_sample(epoch + 1) - self._first_sample(epoch)
+        count = self.first_sample(epoch + 1) - self.first_sample(epoch)
         facts = (ORDER_VERSION, "samples", count, self._seed, epoch)
         state = _random_state(self._seed, epoch, 1)
         return self._cache.get(facts, lambda: {"samples": _permutation(state, count)})["samples"]
+
+
+class RecutStream:
+    """The rest of an epoch cut into samples of another length, shuffled; then the whole epochs after it.
+
+    Nothing that was read is read again in that epoch; tokens that no longer make a whole sample between two that were
+    read are left out.
+
+    Args:
+        whole: the stream with the new length, its stride the same.
+        length: that length, L.
+
+    Attributes:
+        skipped_tokens, repeated_tokens: what the new cut leaves out, and what it reads twice, where the epochs meet.
+    """
+
+    def __init__(self, whole: PrefixStableStream, rest: Rest, length: int, seed: int) -> None:
+        self._whole, self._length, self._epoch = whole, length, rest.epoch
+        self._first_after = whole.first_sample(rest.epoch + 1)
+        begins, ends = _intervals(rest.starts, rest.length)
+        counts = (ends - begins) // length
+        inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        starts = np.repeat(begins, counts) + inside * length
+        self._starts: Int64s = starts[_permutation(_random_state(seed, rest.epoch, 2), len(starts))]
+        self._end = self._first_after * length
+        self.skipped_tokens = int((ends - begins - counts * length).sum()) + max(0, self._end - rest.end)
+        self.repeated_tokens = max(0, rest.end - self._end)
+
+    def place(self, index: int) -> Place:
+        if index < len(self._starts):
+            return self._whole.place_at(int(self._starts[index]))
+        return self._whole.place(self._first_after + index - len(self._starts))
+
+    def rest_of_epoch(self, index: int) -> Rest:
+        if index < len(self._starts):
+            return Rest(np.sort(self._starts[index:]), self._length, self._epoch, self._end)
+        return self._whole.rest_of_epoch(self._first_after + index - len(self._starts))
+
+
+def _intervals(starts: Int64s, length: int) -> tuple[Int64s, Int64s]:
+    """Windows of `length` that touch each other as intervals: where they begin, and where they end."""
+    if not len(starts):
+        return starts, starts
+    breaks = np.flatnonzero(np.diff(starts) != length) + 1
+    return starts[np.r_[0, breaks]], starts[np.r_[breaks - 1, -1]] + length
 
 
 class MegatronStream:
