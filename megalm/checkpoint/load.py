@@ -1,8 +1,10 @@
-"""Reading a checkpoint into any layout: a fragment is put together from whatever ranges the files hold."""
+"""Reading a checkpoint into any layout: a fragment is put together from whatever fragments the files hold."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from megalm.checkpoint.fragment import FragmentKey
 from megalm.checkpoint.manifest import advice, damaged_file, read_manifest, wrong_file
+from megalm.checkpoint.rectangle import boxes, common
 from megalm.checkpoint.shard import tensor_name
 from megalm.errors import CheckpointError
 
@@ -53,13 +56,17 @@ class CheckpointReader:
             )
         result = torch.empty(key.stop - key.start)
         covered = 0
-        for stored in entry["fragments"]:
-            start, stop = max(stored["start"], key.start), min(stored["stop"], key.stop)
-            if stored["kind"] != key.kind or start >= stop:
+        wanted = boxes(key)
+        for stored in (each for each in entry["fragments"] if each["kind"] == key.kind):
+            there = boxes(self._key(key, stored))
+            meeting = [(a, b, corners) for a in there for b in wanted if (corners := common(a, b)) is not None]
+            if not meeting:
                 continue
             values = self._stored(stored["file"], tensor_name(key), stored["stop"] - stored["start"])
-            result[start - key.start : stop - key.start] = values[start - stored["start"] : stop - stored["start"]]
-            covered += stop - start
+            for source, target, (first, last) in meeting:
+                place = target.view(result, first, last)
+                place.copy_(source.view(values, first, last))
+                covered += place.numel()
         if covered != key.stop - key.start:
             raise CheckpointError(
                 f"{self.path}: {covered} of {key.stop - key.start} values of {tensor_name(key)} found"
@@ -70,6 +77,22 @@ class CheckpointReader:
         """The whole fp32 model by canonical name."""
         whole = {name: FragmentKey(name, "master", shape, 0, math.prod(shape)) for name, shape in self.shapes().items()}
         return {name: self.read(key).view(key.shape) for name, key in whole.items()}
+
+    def _key(self, wanted: FragmentKey, stored: Mapping[str, Any]) -> FragmentKey:
+        """What the manifest says of a stored fragment of the parameter that is wanted.
+
+        Raises:
+            CheckpointError: it does not lie in the parameter.
+        """
+        rectangle = stored.get("rectangle")
+        sides = tuple((first, last) for first, last in rectangle or [(0, size) for size in wanted.shape])
+        count = math.prod(last - first for first, last in sides)
+        fits = len(sides) == len(wanted.shape) and all(
+            first < last <= size for (first, last), size in zip(sides, wanted.shape, strict=True)
+        )
+        if not fits or not stored["start"] <= stored["stop"] <= count:
+            raise CheckpointError(f"{self.path}: {tensor_name(wanted)} has a part outside of it; {advice(self.path)}")
+        return replace(wanted, start=stored["start"], stop=stored["stop"], rectangle=sides)
 
     def _stored(self, file: str, name: str, length: int) -> Tensor:
         """A stored fragment, fp32 [length].

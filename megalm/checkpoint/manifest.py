@@ -42,6 +42,7 @@ class _StoredFragment(BaseModel):
     kind: str
     start: Count
     stop: Count
+    rectangle: list[tuple[Count, Count]] | None = None
 
 
 class _StoredTensor(BaseModel):
