@@ -34,7 +34,7 @@ class Entry:
 
     @property
     def status(self) -> Status | None:
-        return None if self.manifest is None else self.manifest.get("status", "good")
+        return None if self.manifest is None else self.manifest["status"]
 
 
 def folder_name(step: int) -> str:
@@ -126,7 +126,7 @@ def _named(checkpoints: Path, wanted: str) -> Entry:
     for path in (named, Path(wanted)):
         if (path / MANIFEST).is_file():
             manifest = read_manifest(path)
-            if manifest.get("status") == "bad":
+            if manifest["status"] == "bad":
                 raise CheckpointError(
                     f"{path} is marked bad ({manifest.get('status_reason')}); choose another, or undo it with "
                     f"megalm checkpoint mark-bad --good {path}"

@@ -43,6 +43,7 @@ class _StoredFragment(BaseModel):
     start: Count
     stop: Count
     rectangle: list[tuple[Count, Count]] | None = None
+    rectangle: list[tuple[Count, Count]] | None = None
 
 
 class _StoredTensor(BaseModel):
@@ -59,13 +60,15 @@ class _Contents(BaseModel):
     tensors: dict[str, _StoredTensor]
     step: Count
     attempt: Count = 1
-    status: Status = "good"
+    status: Status
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Seal `facts` and make them the folder's manifest, atomically and on disk."""
     content = {name: value for name, value in facts.items() if name != _SEAL}
-    content = json.loads(json.dumps({"format": FORMAT, **content}))  # as a reader will see it
+    content = json.loads(
+        json.dumps({"format": FORMAT, "status": "good", "status_reason": None, **content})
+    )  # as a reader will see it
     write_durably(folder / MANIFEST, json.dumps({**content, _SEAL: _seal(content)}, indent=1).encode())
 
 

@@ -1,122 +1,223 @@
-"""`megalm checkpoint`: what is saved, read from the JSON manifests alone (no torch)."""
+"""`megalm checkpoint`: what is saved, whether it is whole, and what becomes of it.
+
+All but `diff` and `convert` read JSON and bytes only: they need no torch.
+"""
 
 from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from megalm.checkpoint.layout import (
+    BEST,
+    LATEST,
+    Entry,
+    catalogue,
+    find_checkpoint,
+    pointed_at,
+    step_folders,
+)
+from megalm.checkpoint.manifest import MANIFEST, damaged_file, read_manifest, set_status, wrong_file
+from megalm.checkpoint.retention import Retention, prune, superfluous
 from megalm.cli import show
 from megalm.cli.runs import find_run
 from megalm.errors import CheckpointError
 
-MANIFEST = "manifest.json"
 _LONGEST_VALUE = 160
 
 app = typer.Typer(no_args_is_help=True)
 
 
+class DType(str, Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 @app.command("list")
 def list_command(run: str = typer.Argument(help="Run folder, or a name under runs/.")) -> None:
-    """List a run's checkpoints, oldest first."""
+    """List a run's checkpoints in the order of their steps."""
     run_dir = find_run(run)
-    folders = checkpoint_folders(run_dir)
+    checkpoints = run_dir / "checkpoints"
+    folders = step_folders(checkpoints)
     if not folders:
         typer.echo(f"{run_dir}: no checkpoints yet")
         return
-    latest = latest_name(run_dir)
-    rows: list[list[object]] = []
-    losses: dict[str, float] = {}
-    for folder in folders:
-        manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
-        if manifest is None:
-            rows.append([folder.name, None, None, None, None, None, "incomplete", ""])
-            continue
-        if manifest.get("status") == "good" and manifest.get("validation_loss") is not None:
-            losses[folder.name] = manifest["validation_loss"]
-        rows.append(_row(folder, manifest))
-    best = min(losses, key=losses.__getitem__) if losses else None
-    for row in rows:
-        row[-1] = " ".join(word for word, name in (("latest", latest), ("best", best)) if name == row[0])
+    entries = {entry.path: entry for entry in catalogue(checkpoints)}
+    marks = {LATEST: pointed_at(checkpoints, LATEST), BEST: pointed_at(checkpoints, BEST) or _lowest_loss(entries)}
+    rows = [_row(folder, entries.get(folder), marks) for folder in folders]
     typer.echo(show.table(["name", "step", "tokens", "created", "size", "validation loss", "status", ""], rows))
+    damaged = [problem for entry in entries.values() if (problem := _problem(entry))]
+    if damaged:
+        raise CheckpointError(f"{len(damaged)} damaged: {damaged[0]}")
 
 
 @app.command("show")
-def show_command(path: Path = typer.Argument(help="Checkpoint folder, or a run folder for its latest.")) -> None:
+def show_command(path: Path = typer.Argument(help="Checkpoint folder, or a run folder for its newest.")) -> None:
     """Show one checkpoint: where training was, and whether its files are there in full size."""
     folder = _checkpoint(path)
     manifest = read_manifest(folder)
-    facts = [[name, _plain(name, value)] for name, value in manifest.items() if name != "files"]
-    typer.echo(show.table(["checkpoint", str(folder)], facts))
-    files = manifest.get("files") or {}
+    facts = [[name, _plain(name, value)] for name, value in manifest.items() if name not in ("files", "tensors")]
+    typer.echo(show.table(["checkpoint", str(folder)], [*facts, ["tensors", f"{len(manifest['tensors'])} parameters"]]))
     rows = [
-        [name, show.size(entry.get("bytes")), _presence(folder / name, entry.get("bytes"))]
-        for name, entry in files.items()
+        [name, show.size(entry["bytes"]), _presence(folder / name, entry["bytes"])]
+        for name, entry in manifest["files"].items()
     ]
     typer.echo("\n" + show.table(["file", "size", "on disk"], rows))
-    damaged = [f"{name} is {presence}" for name, _, presence in rows if presence != "ok"]
-    if damaged:
-        raise CheckpointError(f"{folder}: {', '.join(damaged)}; it cannot be loaded, choose another checkpoint")
+    if problem := wrong_file(folder, manifest):
+        raise CheckpointError(problem)
 
 
-def checkpoint_folders(run_dir: Path) -> list[Path]:
-    """`step-*` folders in the order of their steps; unfinished `.tmp` ones are no checkpoints."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if path.is_dir() and not path.suffix)
+@app.command("verify")
+def verify_command(path: Path = typer.Argument(help="Checkpoint folder, or a run folder for all of its.")) -> None:
+    """Hash every file and compare it with what the manifest says."""
+    entries = [_entry(path)] if (path / MANIFEST).exists() else catalogue(find_run(str(path)) / "checkpoints")
+    problems = []
+    for entry in entries:
+        problem = _problem(entry)
+        if not problem and entry.manifest is not None:
+            problem = damaged_file(entry.path, entry.manifest)
+        typer.echo(f"{entry.path}: {problem or 'every file is as it was written'}")
+        problems += [problem] if problem else []
+    if not entries:
+        raise CheckpointError(f"{path}: no complete checkpoint there")
+    if problems:
+        raise CheckpointError(f"{len(problems)} of {len(entries)} damaged: {problems[0]}")
 
 
-def latest_name(run_dir: Path) -> str | None:
-    pointer = run_dir / "checkpoints" / "latest"
-    return pointer.read_text().strip() if pointer.is_file() else None
+@app.command("mark-bad")
+def mark_bad_command(
+    path: Path = typer.Argument(help="Checkpoint folder."),
+    reason: str = typer.Option(..., help="Why; it is kept with the mark and shown when somebody asks for it."),
+    good: bool = typer.Option(False, "--good", help="Undo it: mark it good again."),
+) -> None:
+    """Keep --resume from ever taking a checkpoint (with --good: let it again)."""
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(f"{path}: no checkpoint; `megalm checkpoint list RUN` names them")
+    set_status(path, "good" if good else "bad", reason)
+    typer.echo(f"{path}: marked {'good' if good else 'bad'} ({reason})")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """manifest.json of a checkpoint folder.
+@app.command("diff")
+def diff_command(
+    first: Path = typer.Argument(help="Checkpoint folder, or a run folder for its newest."),
+    second: Path = typer.Argument(help="Another one; any layout."),
+) -> None:
+    """What two checkpoints say differently of themselves, and how far their tensors are apart."""
+    from megalm.checkpoint.compare import different_facts, different_shapes, largest_differences  # imports torch
+    from megalm.checkpoint.load import CheckpointReader
 
-    Raises:
-        CheckpointError: absent, or no JSON object.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {MANIFEST}, so it is no complete checkpoint; choose another") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); choose another checkpoint") from None
-    if not isinstance(manifest, dict):
-        raise CheckpointError(f"{path}: holds no JSON object; choose another checkpoint")
-    return manifest
+    readers = CheckpointReader(_checkpoint(first)), CheckpointReader(_checkpoint(second))
+    facts = different_facts(readers[0].manifest, readers[1].manifest)
+    titles = [str(reader.path) for reader in readers]
+    typer.echo(show.table(["manifest", *titles], facts) if facts else "the manifests say the same")
+    if shapes := different_shapes(*readers):
+        typer.echo("\n" + show.table(["shape", *titles], shapes))
+    differences = largest_differences(*readers)
+    rows = [[part, *(f"{value:.3g}" for value in row.values())] for part, row in differences.items()]
+    kinds = list(next(iter(differences.values()), {}))
+    typer.echo("\n" + show.table(["largest absolute difference", *kinds], rows))
+
+
+@app.command("prune")
+def prune_command(
+    run: str = typer.Argument(help="Run folder, or a name under runs/."),
+    keep_last: int = typer.Option(..., min=1, help="Keep so many good ones, those written last."),
+    keep_every: int = typer.Option(None, min=1, help="And every good one whose step divides by this."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Only say what would go."),
+) -> None:
+    """Delete old checkpoints. The best one stays, and suspect and bad ones newer than what is kept."""
+    checkpoints = find_run(run) / "checkpoints"
+    retention = Retention(keep_last, keep_every)
+    if dry_run:
+        gone = [entry.path for entry in superfluous(catalogue(checkpoints), retention, pointed_at(checkpoints, BEST))]
+    else:
+        gone = prune(checkpoints, retention)
+    for path in gone:
+        typer.echo(f"{path}: {'would go' if dry_run else 'deleted'}")
+    if not gone:
+        typer.echo(f"{checkpoints}: nothing to delete")
+
+
+@app.command("convert")
+def convert_command(
+    path: Path = typer.Argument(help="Checkpoint folder, or a run folder for its newest."),
+    output: Path = typer.Argument(help="The safetensors file to write."),
+    dtype: DType = typer.Option(DType.fp32, help="fp32 is exact; bf16 is rounded."),
+) -> None:
+    """Write the whole weights as one safetensors file, by canonical name, one parameter in memory at a time."""
+    import torch
+
+    from megalm.checkpoint.convert import write_weights
+    from megalm.checkpoint.load import CheckpointReader
+
+    if output.exists():
+        raise CheckpointError(f"{output} exists; name another file, or remove it")
+    if not output.parent.is_dir():
+        raise CheckpointError(f"{output.parent}: no such folder; make it first")
+    reader = CheckpointReader(_checkpoint(path))
+    if problem := reader.verify():
+        raise CheckpointError(problem)
+    written = write_weights(reader, output, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype.value])
+    typer.echo(f"{output}: {len(reader.shapes())} parameters of {reader.path} in {dtype.value}, {show.size(written)}")
 
 
 def _checkpoint(path: Path) -> Path:
+    """A checkpoint folder, or of a run folder what `--resume auto` would take."""
     if (path / MANIFEST).exists() or not (path / "checkpoints").is_dir():
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such folder; `megalm checkpoint list RUN` names the checkpoints")
         return path
-    latest = latest_name(path)
-    if latest is None:
-        raise CheckpointError(f"{path}: has no latest checkpoint; `megalm checkpoint list {path}` shows what is there")
-    return path / "checkpoints" / latest
+    newest = find_checkpoint(path / "checkpoints", "auto")
+    if newest is None:
+        raise CheckpointError(f"{path}: has no checkpoint yet; `megalm checkpoint list {path}` shows what is there")
+    return newest
 
 
-def _row(folder: Path, manifest: dict[str, Any]) -> list[object]:
-    total = sum(entry.get("bytes", 0) for entry in (manifest.get("files") or {}).values())
+def _entry(path: Path) -> Entry:
+    try:
+        return Entry(path, read_manifest(path))
+    except CheckpointError as error:
+        return Entry(path, None, str(error))
+
+
+def _problem(entry: Entry) -> str:
+    return entry.problem if entry.manifest is None else wrong_file(entry.path, entry.manifest)
+
+
+def _row(folder: Path, entry: Entry | None, marks: Mapping[str, str | None]) -> list[object]:
+    note = " ".join(word for word, name in marks.items() if name == folder.name)
+    if entry is None:
+        return [folder.name, None, None, None, None, None, "incomplete", note]
+    manifest = entry.manifest or {}
     loss = manifest.get("validation_loss")
     return [
         folder.name,
-        manifest.get("step"),
+        entry.step,
         manifest.get("tokens"),
         _created(manifest.get("created")),
-        show.size(total),
+        show.size(sum(file["bytes"] for file in manifest["files"].values())) if manifest else None,
         None if loss is None else f"{loss:.4f}",
-        manifest.get("status"),
-        "",
+        "damaged" if _problem(entry) else entry.status,
+        " ".join(filter(None, [note, manifest.get("status_reason")])),
     ]
 
 
-def _presence(file: Path, expected_bytes: int | None) -> str:
+def _lowest_loss(entries: Mapping[Path, Entry]) -> str | None:
+    losses = {
+        path.name: entry.manifest["validation_loss"]
+        for path, entry in entries.items()
+        if entry.manifest is not None and entry.status == "good" and entry.manifest.get("validation_loss") is not None
+    }
+    return min(losses, key=losses.__getitem__) if losses else None
+
+
+def _presence(file: Path, expected_bytes: int) -> str:
     if not file.is_file():
         return "missing"
     found = file.stat().st_size
@@ -130,8 +231,8 @@ def _created(value: object) -> object:
     return value
 
 
-def _plain(name: str, value: object) -> str:
-    """One line; the long ones (generator states, whole configurations) are for programs to read."""
+def _plain(name: str, value: Any) -> str:
+    """One line; the long ones are for programs to read."""
     if name == "created":
         value = _created(value)
     text = value if isinstance(value, str) else json.dumps(value)

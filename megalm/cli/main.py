@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor", "What this machine has, and what of megalm works on it."),
     "presets": ("presets", "List the shipped runs and models, or show one."),
     "plan": ("plan", "What a run amounts to before it is started: size, tokens, memory, schedule."),
-    "checkpoint": ("checkpoint", "List the checkpoints of a run, or show one."),
+    "checkpoint": ("checkpoint", "Checkpoints: list, show, verify, mark-bad, diff, prune, convert."),
     "evaluate": ("evaluate", "Loss and perplexity of a checkpoint on a dataset."),
     "generate": ("generate", "Continue prompts with a checkpoint."),
     "export": ("export", "Write a checkpoint in Hugging Face form."),

@@ -2,39 +2,60 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from megalm.checkpoint.layout import find_checkpoint
+from megalm.checkpoint.layout import candidates, find_checkpoint
+from megalm.checkpoint.manifest import set_status
 from megalm.errors import CheckpointError
+from tests.checkpoint_files import save
 
 
-def write(checkpoints: Path, step: int, attempt: int) -> Path:
-    folder = checkpoints / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"step": step, "attempt": attempt}))
-    return folder
+def names(checkpoints: Path) -> list[str]:
+    return [entry.path.name[-2:] for entry in candidates(checkpoints, "auto")]
 
 
 def test_auto_is_the_newest(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "not there", "auto") is None
-    write(tmp_path, 5, attempt=1)
-    newest = write(tmp_path, 10, attempt=2)
+    save(tmp_path, 5)
+    newest = save(tmp_path, 10, attempt=2)
     assert find_checkpoint(tmp_path, "auto") == newest
 
 
 def test_auto_goes_on_after_a_run_was_set_back(tmp_path: Path) -> None:
     """--resume 5 of a run that had come to 10: step 6 is where it is now."""
-    write(tmp_path, 5, attempt=1)
-    write(tmp_path, 10, attempt=1)
-    now = write(tmp_path, 6, attempt=2)
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+    now = save(tmp_path, 6, attempt=2)
     assert find_checkpoint(tmp_path, "auto") == now
 
 
+def test_auto_takes_good_ones_first_then_suspect_never_bad(tmp_path: Path) -> None:
+    for step, status in ((10, "good"), (20, "suspect"), (30, "bad"), (40, "good"), (50, "suspect"), (60, "bad")):
+        save(tmp_path, step, status=status)
+    assert names(tmp_path) == ["40", "10", "50", "20"]
+    for step in (10, 40):
+        set_status(tmp_path / f"step-{step:08d}", "bad", "wrong")
+    assert names(tmp_path) == ["50", "20"]
+    for step in (20, 50):
+        set_status(tmp_path / f"step-{step:08d}", "bad", "wrong")
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is marked bad"):
+        find_checkpoint(tmp_path, "auto")
+    set_status(tmp_path / "step-00000030", "good", "it was not")
+    assert names(tmp_path) == ["30"]
+
+
+def test_a_bad_one_is_refused_by_name_and_a_suspect_one_is_not(tmp_path: Path) -> None:
+    bad = save(tmp_path, 5, status="bad", status_reason="loss of 9")
+    with pytest.raises(CheckpointError, match=r"marked bad \(loss of 9\).*mark-bad --good"):
+        find_checkpoint(tmp_path, "5")
+    set_status(bad, "suspect", "a spike at 4")
+    assert find_checkpoint(tmp_path, "5") == bad
+
+
 def test_incomplete_ones_are_passed_over_by_auto_and_refused_by_name(tmp_path: Path) -> None:
-    complete = write(tmp_path, 5, attempt=1)
+    complete = save(tmp_path, 5)
     (tmp_path / "step-00000010").mkdir()
     (tmp_path / "step-00000015.tmp").mkdir()
     assert find_checkpoint(tmp_path, "auto") == complete
@@ -42,15 +63,27 @@ def test_incomplete_ones_are_passed_over_by_auto_and_refused_by_name(tmp_path: P
         find_checkpoint(tmp_path, "10")
 
 
-def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
-    (write(tmp_path, 5, attempt=1) / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"step-00000005/manifest.json: not readable"):
+def test_auto_passes_over_what_is_damaged(tmp_path: Path) -> None:
+    good = save(tmp_path, 5)
+    save(tmp_path, 10)
+    save(tmp_path, 15)
+    (tmp_path / "step-00000010" / "manifest.json").write_text("{")
+    (tmp_path / "step-00000015" / "rank-00000.safetensors").write_bytes(b"")
+    assert find_checkpoint(tmp_path, "auto") == good
+    with pytest.raises(CheckpointError, match=r"step-00000010/manifest.json cannot be read"):
+        find_checkpoint(tmp_path, "10")
+
+
+def test_only_damaged_ones_are_an_error_and_no_fresh_start(tmp_path: Path) -> None:
+    (save(tmp_path, 5) / "rank-00000.safetensors").unlink()
+    (save(tmp_path, 10) / "manifest.json").write_text("")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used: .*manifest.json.*rank-00000"):
         find_checkpoint(tmp_path, "auto")
 
 
 @pytest.mark.parametrize("wanted", ["5", "step-00000005"])
 def test_by_name_or_path(tmp_path: Path, wanted: str) -> None:
-    folder = write(tmp_path, 5, attempt=1)
+    folder = save(tmp_path, 5)
     assert find_checkpoint(tmp_path, wanted) == folder
     assert find_checkpoint(tmp_path / "elsewhere", str(folder)) == folder
     with pytest.raises(CheckpointError, match="complete ones: step-00000005"):

@@ -1,4 +1,4 @@
-"""`megalm checkpoint`: what the manifests say, and what is wrong with a checkpoint."""
+"""`megalm checkpoint`: what the manifests say, what is wrong with a checkpoint, and what becomes of it."""
 
 from __future__ import annotations
 
@@ -6,92 +6,155 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from megalm.checkpoint.manifest import read_manifest
 from megalm.cli.main import main
 from megalm.cli.show import duration, size, table
+from tests.checkpoint_files import SHAPES, save
+
+RANK_FILE = "rank-00000.safetensors"
 
 
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as caught:
-        main(["checkpoint", *words])
+        main(["checkpoint", *map(str, words)])
     output = capsys.readouterr()
     return int(caught.value.code or 0), output.out, output.err
 
 
-def save(run_dir: Path, step: int, **fields: object) -> Path:
-    folder = run_dir / "checkpoints" / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    (folder / "rank-0.safetensors").write_bytes(b"x" * 2048)
-    manifest = {"format": 1, "step": step, "tokens": step * 10, "created": "2026-11-20T12:00:00", "status": "good"}
-    files = {"rank-0.safetensors": {"bytes": 2048, "sha256": "00"}}
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": files} | fields))
-    return folder
+def folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    save(tmp_path, 500, validation_loss=3.25)
-    save(tmp_path, 1000, validation_loss=3.0)
-    save(tmp_path, 1500, validation_loss=2.0, status="bad")
-    save(tmp_path, 10000, validation_loss=None)
-    (tmp_path / "checkpoints" / "latest").write_text("step-00010000\n")
-    (tmp_path / "checkpoints" / "step-00020000.tmp").mkdir()
+    checkpoints = tmp_path / "checkpoints"
+    save(checkpoints, 500, validation_loss=3.25)
+    save(checkpoints, 1000, validation_loss=3.0)
+    save(checkpoints, 1500, validation_loss=2.0, status="bad", status_reason="loss of 9")
+    save(checkpoints, 10000)
+    (checkpoints / "step-00020000.tmp").mkdir()
     return tmp_path
 
 
 def test_list_is_in_order_and_marks_latest_and_best(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run_dir / "checkpoints" / "step-00000700").mkdir()
-    code, out, _ = run(capsys, "list", str(run_dir))
+    folder(run_dir, 700).mkdir()
+    code, out, _ = run(capsys, "list", run_dir)
     lines = [line.split() for line in out.splitlines()[2:]]
     assert code == 0
     assert [line[0] for line in lines] == [f"step-{step:08d}" for step in (500, 700, 1000, 1500, 10000)]
-    assert lines[0][1:] == ["500", "5000", "2026-11-20T12:00:00", "2.0", "KiB", "3.2500", "good"]
+    assert lines[0][1:4] == ["500", "5000", "2026-11-20T12:00:00"]
+    assert lines[0][5:] == ["KiB", "3.2500", "good"]
     assert lines[1][-1] == "incomplete"
     assert lines[2][-1] == "best"  # 1500 has the lower loss and is bad
-    assert lines[3][-1] == "bad"
+    assert lines[3][-4:] == ["bad", "loss", "of", "9"]
     assert lines[4][-1] == "latest"
+    (run_dir / "checkpoints" / "best").write_text("step-00000500\n")
+    assert run(capsys, "list", run_dir)[1].splitlines()[2].split()[-1] == "best"
 
 
 def test_list_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "list", str(tmp_path))
+    code, out, _ = run(capsys, "list", tmp_path)
     assert (code, out) == (0, f"{tmp_path}: no checkpoints yet\n")
 
 
-def test_list_tolerates_absent_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = save(tmp_path, 1)
-    (folder / "manifest.json").write_text("{}")
-    code, out, _ = run(capsys, "list", str(tmp_path))
-    assert code == 0
-    assert out.splitlines()[2].startswith("step-00000001")
+@pytest.mark.parametrize("content", ["{cut", "[]", "{}"])
+def test_list_shows_the_others_beside_a_damaged_one(
+    run_dir: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder(run_dir, 500) / "manifest.json").write_text(content)
+    (folder(run_dir, 1000) / RANK_FILE).unlink()
+    code, out, error = run(capsys, "list", run_dir)
+    assert code == 2
+    assert all("damaged" in line for line in out.splitlines()[2:4]), out
+    assert "latest" in out
+    assert "2 damaged: " in error
+    assert "step-00000500" in error
 
 
-def test_show_takes_a_checkpoint_or_the_latest_of_a_run(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "show", str(run_dir / "checkpoints" / "step-00000500"))
+def test_show_takes_a_checkpoint_or_the_newest_of_a_run(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "show", folder(run_dir, 500))
     assert code == 0
     assert "validation_loss  3.25" in out
-    assert "rank-0.safetensors  2.0 KiB  ok" in out
-    _, out, _ = run(capsys, "show", str(run_dir))
+    assert f"{RANK_FILE}  1.4 KiB  ok" in out, out
+    _, out, _ = run(capsys, "show", run_dir)
     assert "step-00010000" in out
 
 
 def test_show_finds_files_that_are_gone_or_cut(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run_dir / "checkpoints" / "step-00000500"
-    (folder / "rank-0.safetensors").write_bytes(b"x" * 100)
-    code, _, error = run(capsys, "show", str(folder))
+    file = folder(run_dir, 500) / RANK_FILE
+    file.write_bytes(b"x" * 100)
+    code, _, error = run(capsys, "show", folder(run_dir, 500))
     assert code == 2
-    assert "rank-0.safetensors is 100 bytes instead of 2048" in error
-    (folder / "rank-0.safetensors").unlink()
-    assert "rank-0.safetensors is missing" in run(capsys, "show", str(folder))[2]
+    assert f"{RANK_FILE} has 100 bytes, the manifest says" in error
+    file.unlink()
+    assert f"{RANK_FILE} is missing" in run(capsys, "show", folder(run_dir, 500))[2]
 
 
-@pytest.mark.parametrize("content", ["{cut", "[]"])
-def test_an_unreadable_manifest_is_named(run_dir: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run_dir / "checkpoints" / "step-00000500"
-    (folder / "manifest.json").write_text(content)
-    for words in (("list", str(run_dir)), ("show", str(folder))):
-        code, _, error = run(capsys, *words)
-        assert code == 2
-        assert "manifest.json" in error
+def test_verify_hashes_everything(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "verify", run_dir)
+    assert code == 0
+    assert out.count("every file is as it was written") == 4
+    file = folder(run_dir, 1000) / RANK_FILE
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    code, out, error = run(capsys, "verify", run_dir)
+    assert code == 2
+    assert out.count("every file is as it was written") == 3
+    assert f"1 of 4 damaged: {file}: SHA-256 is " in error
+    assert run(capsys, "verify", folder(run_dir, 1000))[0] == 2
+    assert run(capsys, "verify", folder(run_dir, 500))[0] == 0
+
+
+def test_mark_bad_and_good_again(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = folder(run_dir, 10000)
+    assert run(capsys, "mark-bad", newest, "--reason", "a spike")[0] == 0
+    assert (read_manifest(newest)["status"], read_manifest(newest)["status_reason"]) == ("bad", "a spike")
+    assert "step-00001000" in run(capsys, "show", run_dir)[1]  # what --resume auto would take now
+    assert run(capsys, "mark-bad", newest, "--good", "--reason", "it was the plot")[0] == 0
+    assert read_manifest(newest)["status"] == "good"
+    assert run(capsys, "mark-bad", newest)[0] == 2  # no reason
+    assert run(capsys, "mark-bad", run_dir, "--reason", "x")[0] == 2
+
+
+def test_diff(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "diff", folder(run_dir, 500), run_dir)
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert ["step", "500", "10000"] in lines
+    assert ["layers.0", "9.5e+05", "9.5e+05", "9.5e+05"] in lines
+    code, out, _ = run(capsys, "diff", run_dir, run_dir)
+    assert "the manifests say the same" in out
+    assert out.splitlines()[-1].split() == ["norm", "0", "0", "0"]
+
+
+def test_prune_says_first_and_deletes_then(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("prune", run_dir, "--keep-last", 1, "--keep-every", 500)
+    _, out, _ = run(capsys, *words, "--dry-run")
+    assert out == f"{folder(run_dir, 1500)}: would go\n"  # bad; the others are multiples of 500
+    assert folder(run_dir, 1500).exists()
+    assert run(capsys, *words)[1] == f"{folder(run_dir, 1500)}: deleted\n"
+    assert not folder(run_dir, 1500).exists()
+    assert run(capsys, *words)[1] == f"{run_dir / 'checkpoints'}: nothing to delete\n"
+    assert run(capsys, "prune", run_dir, "--keep-last", 0)[0] == 2
+
+
+def test_convert(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "weights.safetensors"
+    assert run(capsys, "convert", run_dir, target, "--dtype", "bf16")[0] == 0
+    assert {name: tuple(tensor.shape) for name, tensor in load_file(target).items()} == SHAPES
+    assert "exists" in run(capsys, "convert", run_dir, target)[2]
+    assert "no such folder" in run(capsys, "convert", run_dir, tmp_path / "a" / "b")[2]
+    (folder(run_dir, 500) / RANK_FILE).write_bytes(b"x")
+    assert run(capsys, "convert", folder(run_dir, 500), tmp_path / "c")[0] == 2
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_manifest_of_another_format_is_named(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder(run_dir, 500) / "manifest.json").write_text(json.dumps({"format": 7}))
+    assert "has checkpoint format 7" in run(capsys, "show", folder(run_dir, 500))[2]
 
 
 def test_tables_align_and_units_are_said() -> None:

@@ -1,0 +1,30 @@
+"""A checkpoint's weights as one ordinary safetensors file: whole parameters by canonical name."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from megalm.checkpoint.fragment import FragmentKey
+from megalm.checkpoint.load import CheckpointReader
+from megalm.checkpoint.shard import TensorEntry, write_tensors
+from megalm.durable import complete_file, sync_directory
+
+
+def write_weights(reader: CheckpointReader, target: Path, dtype: torch.dtype) -> int:
+    """Write the fp32 masters to `target`, rounded to `dtype` (fp32 or bf16); complete or absent, bytes written.
+
+    One parameter is in memory at a time, whatever the layout that wrote the checkpoint.
+
+    Raises:
+        CheckpointError: a parameter has holes, or a file cannot be read.
+        OSError: the target cannot be written.
+    """
+    shapes = reader.shapes()
+    entries = [TensorEntry(name, shape, dtype) for name, shape in shapes.items()]
+    wholes = (FragmentKey(name, "master", shape, 0, math.prod(shape)) for name, shape in shapes.items())
+    complete_file(target, lambda file: write_tensors(file, entries, (reader.read(key) for key in wholes)))
+    sync_directory(target.parent)
+    return target.stat().st_size

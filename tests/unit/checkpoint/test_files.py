@@ -1,0 +1,172 @@
+"""What is written: files that the safetensors library reads, copies that do not follow training, room for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from megalm.checkpoint.compare import different_facts, different_shapes, largest_differences
+from megalm.checkpoint.convert import write_weights
+from megalm.checkpoint.fragment import Fragment, FragmentKey
+from megalm.checkpoint.host import HostCopies
+from megalm.checkpoint.load import CheckpointReader
+from megalm.checkpoint.manifest import read_manifest, set_status, write_manifest
+from megalm.checkpoint.retention import Retention
+from megalm.checkpoint.shard import TensorEntry, write_shard, write_tensors
+from megalm.checkpoint.space import bytes_needed
+from megalm.checkpoint.writer import CheckpointWriter
+from megalm.errors import TrainingError
+from tests.checkpoint_files import SHAPES, Alone, assert_holds, fragments, save, whole
+
+
+def test_a_shard_is_a_safetensors_file_and_its_hash_is_the_files(tmp_path: Path) -> None:
+    path = tmp_path / "rank-00000.safetensors"
+    key = FragmentKey("odd", "master", (3, 2), 1, 4)
+    source = torch.arange(12.0).view(3, 4)[:, ::2]  # no piece of memory of its own
+    parts = [*fragments(3), Fragment(key, source.reshape(-1)[1:4])]
+    summary = write_shard(path, parts)
+    assert (summary.bytes, summary.sha256) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    tensors = load_file(path)
+    assert tensors["master/odd"].tolist() == [2.0, 4.0, 6.0]
+    for name, shape in SHAPES.items():
+        assert tensors[f"exp_avg/{name}"].shape == shape
+        torch.testing.assert_close(tensors[f"exp_avg/{name}"].view(-1), whole(3, name, "exp_avg"), rtol=0, atol=0)
+
+
+def test_no_more_than_two_tensors_are_in_memory(tmp_path: Path) -> None:
+    """A tensor is asked for when the one before the last has been hashed and written."""
+    alive: list[int] = []
+    seen = []
+
+    def tensors() -> Any:
+        for number in range(6):
+            tensor = torch.full((1000,), float(number))
+            alive.append(number)
+            weakref.finalize(tensor.untyped_storage(), alive.remove, number)
+            seen.append(len(alive))
+            yield tensor
+            del tensor
+
+    with (tmp_path / "file").open("wb") as file:
+        write_tensors(file, [TensorEntry(str(number), (1000,)) for number in range(6)], tensors())
+    assert max(seen) <= 3  # one in the writer's hand, one being hashed, one just made
+
+
+def test_bf16_and_no_elements(tmp_path: Path) -> None:
+    entries = [TensorEntry("none", (0, 4)), TensorEntry("half", (2, 2), torch.bfloat16), TensorEntry("one", ())]
+    values = torch.tensor([[1.0, 2.0], [3.001, -4.0]])
+    with (tmp_path / "file").open("wb") as file:
+        write_tensors(file, entries, iter([torch.zeros(0), values, torch.tensor(5.0)]))
+    tensors = load_file(tmp_path / "file")
+    assert tensors["none"].shape == (0, 4)
+    torch.testing.assert_close(tensors["half"], values.bfloat16(), rtol=0, atol=0)
+    assert tensors["one"].item() == 5.0
+
+
+def test_copies_stay_what_they_were_and_their_memory_is_used_again() -> None:
+    live = fragments(1)
+    host = HostCopies()
+    held = host.take(live)
+    for fragment in live:
+        fragment.tensor.add_(1.0)
+    for fragment in held:
+        expected = whole(1, fragment.key.name, fragment.key.kind)
+        torch.testing.assert_close(fragment.tensor, expected, rtol=0, atol=0)
+    again = host.take(live)
+    assert [copy.tensor.data_ptr() for copy in again] == [copy.tensor.data_ptr() for copy in held]
+    torch.testing.assert_close(again[0].tensor, live[0].tensor, rtol=0, atol=0)
+
+
+def test_a_disk_too_full_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = bytes_needed(fragments(1))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(TrainingError, match=r"step-00000005 was not written: rank 0: .* MiB free, a checkpoint needs"):
+        save(tmp_path, 5)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=needed))
+    path = save(tmp_path, 5)
+    assert sum(file.stat().st_size for file in path.iterdir()) <= needed
+
+
+def test_room_is_made_by_what_need_not_be_kept_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """keep_last was lowered since these were written: two go before the save, the promised two stay."""
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    usage = shutil.disk_usage(tmp_path)
+    needed = bytes_needed(fragments(1))
+
+    def disk(_: object) -> Any:
+        return usage._replace(free=0 if (tmp_path / "step-00000002").exists() else needed)
+
+    monkeypatch.setattr("shutil.disk_usage", disk)
+    writer = CheckpointWriter(tmp_path, Retention(2), Alone(), behind=False)
+    writer.begin(5, fragments(5), {"attempt": 1}, [])
+    (saved,) = writer.completed()
+    assert saved.pruned == ("step-00000001", "step-00000002", "step-00000003")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=0))
+    with pytest.raises(TrainingError, match="make room"):
+        writer.begin(6, fragments(6), {"attempt": 1}, [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000004", "step-00000005"]
+
+
+def test_a_status_is_kept_with_its_reason(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    before = read_manifest(path)
+    set_status(path, "bad", "loss of 9")
+    assert read_manifest(path) == {**before, "status": "bad", "status_reason": "loss of 9"}
+    assert_holds(path, 5)
+
+
+def test_two_checkpoints_are_compared(tmp_path: Path) -> None:
+    first, second = save(tmp_path / "a", 1, tokens=7), save(tmp_path / "b", 3, data={"order": "x"})
+    readers = CheckpointReader(first), CheckpointReader(second)
+    facts = different_facts(readers[0].manifest, readers[1].manifest)
+    assert set(facts) == {("step", "1", "3"), ("tokens", "7", "30"), ("data.order", "-", "x")}
+    assert different_shapes(*readers) == []
+    differences = largest_differences(*readers)
+    assert list(differences) == ["embedding", "layers.0", "norm"]
+    assert set(differences["layers.0"].values()) == {200.0}
+    assert set(largest_differences(readers[0], readers[0])["norm"].values()) == {0.0}
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    first, second = save(tmp_path / "a", 1), save(tmp_path / "b", 1)
+    manifest = read_manifest(second)
+    manifest["tensors"]["norm.weight"]["shape"] = [5, 1]
+    manifest["tensors"]["new"] = {"shape": [2], "fragments": []}
+    write_manifest(second, manifest)
+    readers = CheckpointReader(first), CheckpointReader(second)
+    assert different_shapes(*readers) == [("norm.weight", "[5]", "[5, 1]"), ("new", "-", "[2]")]
+    assert list(largest_differences(*readers)) == ["embedding", "layers.0"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_converted_to_one_file(tmp_path: Path, dtype: torch.dtype) -> None:
+    target = tmp_path / "weights.safetensors"
+    written = write_weights(CheckpointReader(save(tmp_path / "run", 7)), target, dtype)
+    assert written == target.stat().st_size
+    with safe_open(target, framework="pt") as file:
+        assert set(file.keys()) == set(SHAPES)
+        for name, shape in SHAPES.items():
+            expected = whole(7, name, "master").view(shape).to(dtype)
+            torch.testing.assert_close(file.get_tensor(name), expected, rtol=0, atol=0)
+    assert json.loads(target.read_bytes()[8 : 8 + int.from_bytes(target.read_bytes()[:8], "little")])
+
+
+def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    path = save(tmp_path / "run", 7)
+    reader = CheckpointReader(path)
+    reader.manifest["tensors"]["norm.weight"]["fragments"].clear()
+    with pytest.raises(Exception, match=r"0 of 5 values"):
+        write_weights(reader, tmp_path / "weights.safetensors", torch.float32)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -1,0 +1,93 @@
+"""What is kept, what goes, and what a killed job left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalm.checkpoint.layout import Entry, catalogue, complete_checkpoints
+from megalm.checkpoint.retention import Retention, prune, superfluous, tidy
+from tests.checkpoint_files import assert_holds, save
+
+
+def entries(*steps: int, **statuses: Any) -> list[Entry]:
+    return [
+        Entry(Path(f"step-{step:08d}"), {"step": step, "status": statuses.get(f"s{step}", "good")}) for step in steps
+    ]
+
+
+def gone(found: list[Entry], retention: Retention, best: int | None = None) -> list[int]:
+    name = None if best is None else f"step-{best:08d}"
+    return [entry.step for entry in superfluous(found, retention, name)]
+
+
+def test_the_last_n_the_best_and_every_m_stay() -> None:
+    found = entries(10, 20, 30, 40, 50, 60)
+    assert gone(found, Retention()) == []
+    assert gone(found, Retention(2)) == [10, 20, 30, 40]
+    assert gone(found, Retention(2), best=20) == [10, 30, 40]
+    assert gone(found, Retention(2, keep_every_steps=30), best=20) == [10, 40]
+    assert gone(found, Retention(6)) == gone(found, Retention(7)) == []
+
+
+def test_suspect_and_bad_ones_are_not_counted_and_go_with_their_time() -> None:
+    found = entries(10, 20, 30, 40, 50, 60, s20="bad", s40="suspect", s60="bad")
+    assert gone(found, Retention(2)) == [10, 20]
+    assert gone(found, Retention(1)) == [10, 20, 30, 40]
+    assert gone(found, Retention(1, keep_every_steps=10)) == [20, 40]
+    assert gone(found, Retention(4)) == []
+
+
+def test_unreadable_ones_stay() -> None:
+    found = [Entry(Path("step-00000005"), None, "why"), *entries(10, 20)]
+    assert gone(found, Retention(1)) == [10]
+
+
+def test_those_written_last_stay_after_a_run_was_set_back(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    save(tmp_path, 15, attempt=2)
+    assert [path.name[-2:] for path in prune(tmp_path, Retention(2))] == ["10", "20"]
+    assert [path.name[-2:] for path in complete_checkpoints(tmp_path)] == ["15", "30"]
+
+
+def test_the_best_is_what_the_pointer_names(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    (tmp_path / "best").write_text("step-00000010\n")
+    assert [path.name[-2:] for path in prune(tmp_path, Retention(1))] == ["20"]
+    (tmp_path / "best").write_bytes(b"\xff../../x")
+    assert [path.name[-2:] for path in prune(tmp_path, Retention(1))] == ["10"]
+
+
+def test_leftovers_of_a_killed_job_are_put_in_order(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20).rename(tmp_path / "step-00000020.replaced")  # its successor never came
+    save(tmp_path, 30).rename(tmp_path / "step-00000030.trash")
+    save(tmp_path, 40)
+    save(tmp_path, 41).rename(tmp_path / "step-00000040.replaced")  # its successor did
+    (tmp_path / "step-00000050.tmp").mkdir()
+    (tmp_path / "step-00000010" / ".manifest.json.host-1.tmp").touch()
+    (tmp_path / ".latest.host-1.tmp").touch()
+    (tmp_path / "mine.tmp").mkdir()  # not ours
+    assert len(tidy(tmp_path)) == 6
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["latest", "mine.tmp", "step-00000010", "step-00000020", "step-00000040"]
+    for step in (10, 20, 40):
+        assert_holds(tmp_path / f"step-{step:08d}", step)
+    assert tidy(tmp_path) == tidy(tmp_path / "not there") == []
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+
+    def refuse(path: Path, **_: Any) -> None:
+        raise PermissionError(13, "not allowed", str(path))
+
+    monkeypatch.setattr("megalm.checkpoint.retention.shutil.rmtree", refuse)
+    with pytest.raises(PermissionError):
+        prune(tmp_path, Retention(1))
+    assert [entry.step for entry in catalogue(tmp_path)] == [20]
