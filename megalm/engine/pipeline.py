@@ -53,7 +53,7 @@ class PipelineEngine(EngineBase):
             model, part, settings | {"pipeline": _SEND_WHOLE}, optimizer, decay_embeddings, comm, groups, device
         )
         self._model = model
-        self._moment = model.moment
+        self._clock = model.moment.clock
         self._pipeline = groups.pipeline
         # Every tensor-parallel rank of the last stage has the same loss: the first one tells it.
         self._tells_loss = model.is_last and groups.tensor.index == 0
@@ -61,28 +61,24 @@ class PipelineEngine(EngineBase):
     def train_step(
         self, batch: GlobalBatch, step: int, learning_rate: float, accept: Accept | None = None
     ) -> StepResult:
-        engine, data = self._engine, self._data
+        model, engine, data = self._model, self._engine, self._data
         self._set_learning_rate(learning_rate)
         micro_batches = [self._tensors(micro_batch) for micro_batch in batch.micro_batches]
         # DeepSpeed averages over micro-batches and ranks; the loss is a mean over the targets of the *global* batch.
-        scale = len(micro_batches) * data.size / batch.target_count
-        total = torch.zeros((), device=self._device)
+        model.loss_scale = len(micro_batches) * data.size / batch.target_count
+        model.loss_sum = 0.0
         loss, norm = 0.0, self._state.gradient_norm
 
-        def micro_loss(hidden: Tensor, labels: Tensor) -> Tensor:
-            loss_sum, _ = self._model.head(hidden, labels)
-            total.add_(loss_sum.detach())
-            return loss_sum * scale
-
         def before_forward(index: int) -> None:
-            self._moment.enter(micro_batches[index][2], step, index * data.size + data.index)
+            _, labels, documents = micro_batches[index]
+            self._clock.step, self._clock.micro_batch = step, index * data.size + data.index
+            model.moment.enter(documents, labels)
 
         def before_update() -> None:
             nonlocal loss, norm
-            loss, norm = self._sum(total) / batch.target_count, self._norm_source()
+            loss, norm = self._loss_sum() / batch.target_count, self._norm_source()
             self._gate.open(loss, norm, accept)
 
-        self._model.loss_fn = micro_loss
         engine._train_schedule = lambda: _Schedule(engine, before_forward, before_update)
         engine.train_batch(iter([(tokens, labels) for tokens, labels, _ in micro_batches]))
         return self._end_of_step(loss, norm)
@@ -90,35 +86,30 @@ class PipelineEngine(EngineBase):
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
         self._model.eval()
-        total = torch.zeros((), device=self._device)
+        self._model.loss_sum = 0.0
         for micro_batch in micro_batches:
             tokens, labels, documents = self._tensors(micro_batch)
-            hidden = self._forward(tokens, documents)
-            if hidden is not None:
-                loss_sum, _ = self._model.head(hidden, labels)
-                total += loss_sum
-        return self._sum(total)
+            self._model.moment.enter(documents, labels)
+            self._forward(tokens)
+        return self._loss_sum()
 
     @torch.no_grad()
     def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
         self._model.eval()
+        tokens = padded(tokens, self._model.slices)
+        self._model.moment.enter(None, positions=torch.from_numpy(positions).to(self._device))
         with torch.compiler.set_stance("force_eager"):  # texts grow: each length would be compiled anew
-            tokens = padded(tokens, self._model.slices)
-            hidden = self._forward(torch.from_numpy(tokens).to(self._device), None)
-            if hidden is None:
-                logits = torch.empty(len(tokens), self._model.vocab_size, device=self._device)
-            else:
-                logits = self._model.head(hidden, positions=torch.from_numpy(positions).to(self._device)).float()
+            last = self._forward(torch.from_numpy(tokens).to(self._device))
+        logits = torch.empty(len(tokens), self._model.vocab_size, device=self._device) if last is None else last.float()
         dist.broadcast(logits, src=self._pipeline.ranks[-1], group=self._pipeline.process_group)
         return logits.cpu().numpy()
 
-    def _forward(self, tokens: Tensor, documents: Tensor | None) -> Tensor | None:
-        """One forward pass through all stages: [B, T] -> the last stage's hidden states there, None elsewhere."""
-        self._moment.enter(documents)
-        hidden = self._model(tokens if self._model.is_first else self._receive(*tokens.shape))
+    def _forward(self, tokens: Tensor) -> Tensor | None:
+        """One forward pass of tokens [B, T] through all stages: the output on the last one, None elsewhere."""
+        output = self._model(tokens if self._model.is_first else self._receive(*tokens.shape))
         if self._model.is_last:
-            return hidden
-        dist.send(hidden.contiguous(), dst=self._pipeline.ranks[self._pipeline.index + 1])
+            return output
+        dist.send(output.contiguous(), dst=self._pipeline.ranks[self._pipeline.index + 1])
         return None
 
     def _receive(self, sequences: int, length: int) -> Tensor:
@@ -137,9 +128,9 @@ class PipelineEngine(EngineBase):
         documents = None if batch.documents is None else to_device(batch.documents)
         return to_device(batch.tokens), to_device(batch.labels), documents
 
-    def _sum(self, local: Tensor) -> float:
-        """Sum over the pipelines, in fp64, so that the value does not depend on their number."""
-        return self._comm.sum([float(local) if self._tells_loss else 0.0])[0]
+    def _loss_sum(self) -> float:
+        """The last stages' losses, added up over all pipelines in fp64: the value does not depend on their number."""
+        return self._comm.sum([float(self._model.loss_sum) if self._tells_loss else 0.0])[0]
 
 
 class _Schedule(TrainSchedule):

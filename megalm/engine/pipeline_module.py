@@ -37,16 +37,19 @@ class Moment:
         clock: of the dropout layers.
         documents: [B, T] document numbers; None: a sample is one document.
         mask: made of them, once for all blocks of the stage.
+        labels: [B, T], for the loss; None: logits are wanted.
+        positions: [B], the place of each sequence whose logits are wanted.
     """
 
     clock: DropoutClock
     documents: Tensor | None = field(default=None, init=False)
     mask: DocumentMask | None = field(default=None, init=False)
+    labels: Tensor | None = field(default=None, init=False)
+    positions: Tensor | None = field(default=None, init=False)
 
-    def enter(self, documents: Tensor | None, step: int = 0, micro_batch: int = 0) -> None:
-        """Before each forward pass; the numbers are of the whole batch, for dropout."""
-        self.clock.step, self.clock.micro_batch = step, micro_batch
-        self.documents = documents
+    def enter(self, documents: Tensor | None, labels: Tensor | None = None, positions: Tensor | None = None) -> None:
+        """Before each forward pass."""
+        self.documents, self.labels, self.positions = documents, labels, positions
         self.mask = None if documents is None else document_mask(documents)
 
 
@@ -114,7 +117,7 @@ class NormLayer(nn.Module):
 
 
 class HeadLayer(nn.Module):
-    """Holds an untied head; hidden states pass through to the loss, which asks it."""
+    """Holds an untied head; hidden states pass on to the output, which asks it."""
 
     def __init__(self, build: StageBuilder) -> None:
         super().__init__()
@@ -135,6 +138,10 @@ class PipelineStage(PipelineModule):
         recompute_every: recompute every n-th block of the model in the backward pass; 0: none.
 
     Its initial weights are still to be filled in, by canonical name.
+
+    Attributes:
+        loss_scale: what the loss of a micro-batch is multiplied with before it is returned.
+        loss_sum: losses of micro-batches in nats, added up since it was set to zero; of the last stage.
     """
 
     def __init__(
@@ -154,6 +161,9 @@ class PipelineStage(PipelineModule):
             if tied
             else LayerSpec(HeadLayer, build)
         )
+        # A layer and no `loss_fn`: DeepSpeed's bf16 optimizer clears gradients when the backward pass comes to what
+        # the module returned, and would clear those that the head has got by then.
+        layers.append(self._output)
         # Read by _partition_layers, which the base class calls while it is made.
         self._bounds = [0, *(first + sum(blocks[: stage + 1]) for stage in range(len(blocks) - 1)), len(layers)]
         grid = PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
@@ -161,6 +171,8 @@ class PipelineStage(PipelineModule):
             super().__init__(layers=layers, topology=grid)
         self._tied = tied
         self.moment = moment
+        self.loss_scale = 1.0
+        self.loss_sum: Tensor | float = 0.0
         self.vocab_size, self.hidden_size, self.slices = build.shape.vocab_size, build.shape.hidden_size, build.slices
         self.slices = build.slices
         self.is_first, self.is_last = self.stage_id == 0, self.stage_id == self.num_stages - 1
@@ -168,13 +180,7 @@ class PipelineStage(PipelineModule):
             for table in self.tied_modules.parameters():  # the first stage speaks for the shared weight
                 mark(table, replace(shard_of(table), is_owner=False))
         # In a list, so that it is not registered: its weight belongs to a layer already, under one name.
-        self._head = [self._make_head(build)] if self.is_last else []
-
-    @property
-    def head(self) -> LanguageModelHead:
-        """On the last stage: the head, which makes the loss or logits of what this module returns."""
-        (head,) = self._head
-        return head
+        self._heads = [self._make_head(build)] if self.is_last else []
 
     def compile_blocks(self) -> None:
         for layer in self.forward_funcs:
@@ -201,6 +207,16 @@ class PipelineStage(PipelineModule):
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self._bounds
         self._set_bounds(self._bounds[self.stage_id], self._bounds[self.stage_id + 1])
+
+    def _output(self, hidden: Tensor) -> Tensor:
+        """The last layer: the scaled loss, or logits where there are no labels."""
+        (head,) = self._heads
+        moment = self.moment
+        if moment.labels is None:
+            return head(hidden, positions=moment.positions)
+        loss, _ = head(hidden, moment.labels)
+        self.loss_sum = self.loss_sum + loss.detach()
+        return loss * self.loss_scale
 
     def _make_head(self, build: StageBuilder) -> LanguageModelHead:
         if self._tied:

@@ -1,0 +1,113 @@
+"""A pipeline trains what one rank trains, with everything that passes through its stages on the way.
+
+Losses and norms agree to 1e-5 relative and weights to 1e-5 of their norm, over 5 steps: a pipeline adds up the same
+numbers in another order only where two stages share a weight and in the gradient norm. Dropout is on in some cases:
+its masks are functions of step, micro-batch and layer, so they are the same on any layout with the same micro-batches.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.parity import TOLERANCES, Outcome, difference, train
+from tests.distributed.training import Case, make_dataset
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+BASE = ("model.num_hidden_layers=3", "model.intermediate_size=88", "train.loss_chunk_tokens=40")
+GPT2 = (*BASE, "model.style=gpt2", "model.qk_norm=false", "model.tie_word_embeddings=true")
+LLAMA = (*BASE, "model.num_key_value_heads=2", "model.tie_word_embeddings=false")
+DROPOUT = ("model.dropout=0.1", "model.attention_dropout=0.1")
+FOUR_LAYERS = ("model.num_hidden_layers=4",)
+
+
+def _case(overrides: tuple[str, ...], micro_batch: int = 2, precision: str = "fp32", **settings: Any) -> Case:
+    common: dict[str, Any] = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_clipping": 0.5}
+    return Case("zero1.json", precision, overrides, common | settings)
+
+
+# Under a document mask targets are missing at random places: no two micro-batches have equally many.
+CASES = {
+    "gpt2 masked": _case((*GPT2, "data.document_mask=true")),
+    "gpt2 dropout": _case((*GPT2, *DROPOUT)),
+    "gpt2 dropout recomputed": _case((*GPT2, *DROPOUT, "train.checkpoint_activations_every=2")),
+    "llama masked recomputed": _case((*LLAMA, "data.document_mask=true", "train.checkpoint_activations_every=1")),
+    "llama fewer micro-batches than stages": _case(LLAMA, micro_batch=16),
+    "llama undecayed embeddings": _case((*LLAMA, "train.embedding_weight_decay=false"), gradient_clipping=0),
+    "gpt2 zero0": _case(GPT2, gradient_clipping=0, zero_optimization={"stage": 0}),
+    "gpt2 bf16": _case((*GPT2, "data.document_mask=true"), precision="bf16"),
+    "llama tied": _case((*LLAMA, "model.tie_word_embeddings=true"), precision="bf16"),
+}
+FOUR_RANKS = {
+    "pp4": _case((*GPT2, *FOUR_LAYERS, *DROPOUT, "train.checkpoint_activations_every=1")),
+    "pp2 dp2 gpt2": _case((*GPT2, *DROPOUT, "data.document_mask=true")),
+    "pp2 dp2 llama": _case(LLAMA),
+    "pp2 dp2 bf16": _case(GPT2, precision="bf16"),
+    "pp2 tp2 gpt2": _case((*GPT2, "data.document_mask=true")),
+    "pp2 tp2 sequence": _case((*LLAMA, "model.tie_word_embeddings=true", "train.checkpoint_activations_every=1")),
+    "pp2 tp2 zero0": _case(GPT2, gradient_clipping=0, zero_optimization={"stage": 0}),
+}
+TENSOR = ("parallel.tensor=2",)
+LAYOUTS = {
+    "pp4": ("parallel.pipeline=4",),
+    "pp2 tp2 gpt2": ("parallel.pipeline=2", *TENSOR),
+    "pp2 tp2 sequence": ("parallel.pipeline=2", *TENSOR, "parallel.sequence=true"),
+    "pp2 tp2 zero0": ("parallel.pipeline=2", *TENSOR),
+}
+
+
+def _on(case: Case, layout: tuple[str, ...]) -> Case:
+    return Case(case.json, case.precision, (*case.overrides, *layout), case.settings)
+
+
+def _train_all(comm: Any, device: torch.device, cases: dict[str, Case], prefix: Path, folder: Path) -> Any:
+    return {name: train(comm, device, case, prefix, folder) for name, case in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    make_dataset(folder / "data")
+    return folder
+
+
+def _results(place: Path, name: str, ranks: int, cases: dict[str, Case]) -> list[dict[str, Outcome]]:
+    (place / name).mkdir()
+    return run_ranks(ranks, _train_all, cases, place / "data", place / name)
+
+
+@pytest.fixture(scope="module")
+def one_rank(place: Path) -> dict[str, Outcome]:
+    return _results(place, "one", 1, CASES | FOUR_RANKS)[0]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(place: Path) -> list[dict[str, Outcome]]:
+    cases = {name: _on(case, ("parallel.pipeline=2",)) for name, case in CASES.items()}
+    return _results(place, "two", 2, cases)
+
+
+@pytest.fixture(scope="module")
+def four_ranks(place: Path) -> list[dict[str, Outcome]]:
+    cases = {name: _on(case, LAYOUTS.get(name, ("parallel.pipeline=2",))) for name, case in FOUR_RANKS.items()}
+    return _results(place, "four", 4, cases)
+
+
+def _assert_equal(ranks: list[dict[str, Outcome]], one_rank: dict[str, Outcome], name: str, case: Case) -> None:
+    found = difference([rank[name] for rank in ranks], one_rank[name])
+    assert not found.beyond(TOLERANCES[case.precision]), found
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_two_stages_equal_one_rank(two_ranks: Any, one_rank: Any, name: str) -> None:
+    _assert_equal(two_ranks, one_rank, name, CASES[name])
+
+
+@pytest.mark.parametrize("name", list(FOUR_RANKS))
+def test_four_ranks_equal_one_rank(four_ranks: Any, one_rank: Any, name: str) -> None:
+    _assert_equal(four_ranks, one_rank, name, FOUR_RANKS[name])
