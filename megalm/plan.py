@@ -30,7 +30,6 @@ class Plan:
         parameters: part of the model -> parameters, summing to the model's count.
         memory: bytes per rank.
         learning_rates: (step, rate), steps counted from 1.
-        dataset_tokens: tokens of the training dataset, None where it does not exist yet.
     """
 
     resolved: ResolvedRun
@@ -38,7 +37,6 @@ class Plan:
     parameters: dict[str, int]
     memory: MemoryPlan
     learning_rates: tuple[tuple[int, float], ...]
-    dataset_tokens: int | None
 
     @property
     def parameter_count(self) -> int:
@@ -53,11 +51,6 @@ class Plan:
         return self.total_tokens / self.parameter_count
 
     @property
-    def epochs(self) -> float | None:
-        """How often the run sees each token of its dataset."""
-        return self.total_tokens / self.dataset_tokens if self.dataset_tokens else None
-
-    @property
     def flops_per_token(self) -> int:
         return flops_per_token(self.shape, self.resolved.config.data.sequence_length)
 
@@ -66,12 +59,11 @@ class Plan:
         return self.flops_per_token * self.total_tokens
 
 
-def make_plan(resolved: ResolvedRun, vocab_size: int, dataset_tokens: int | None = None) -> Plan:
+def make_plan(resolved: ResolvedRun, vocab_size: int) -> Plan:
     """Put a resolved run into numbers.
 
     Args:
         vocab_size: the tokenizer's; `model.vocab_size` goes before it.
-        dataset_tokens: tokens of the training dataset, where it exists.
     """
     config = resolved.config
     shape = model_shape(config.model, vocab_size, config.data.sequence_length)
@@ -90,7 +82,6 @@ def make_plan(resolved: ResolvedRun, vocab_size: int, dataset_tokens: int | None
         parameters=parameters_by_part(shape),
         memory=estimate_memory(case),
         learning_rates=_learning_rates(resolved),
-        dataset_tokens=dataset_tokens,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -15,6 +16,7 @@ from megalm.config.resolve import resolve
 from megalm.config.schema import RunConfig
 from megalm.config.strict import leaf_fields, shown
 from megalm.plan import Plan, checkpoint_bytes, make_plan
+from megalm.train.data_facts import planned_data
 
 _GIB = 2**30
 _RANKS_SHOWN = 16
@@ -42,20 +44,25 @@ def command(
     device = _device(ranks, gpu_memory)
     resolved = resolve(loaded, read_deepspeed_json(deepspeed_config), ranks, device, vocab_size)
     expected = vocab_size or resolved.config.model.vocab_size or resolved.config.data.recipe_vocab_size
-    typer.echo(plan_text(make_plan(resolved, expected, _dataset_tokens(loaded.config))))
+    typer.echo(plan_text(make_plan(resolved, expected), *planned_data(resolved)))
 
 
-def plan_text(plan: Plan) -> str:
-    """The whole plan as text for a terminal or a pipe."""
+def plan_text(plan: Plan, data_rows: Sequence[tuple[str, str]] = (), warnings: Sequence[str] = ()) -> str:
+    """The whole plan as text for a terminal or a pipe.
+
+    Args:
+        data_rows, warnings: what `planned_data` says.
+    """
     sections = {
         "Configuration": _configuration(plan),
         "DeepSpeed": _deepspeed(plan),
         "Ranks": _topology(plan),
         "Parameters": _parameters(plan),
         "Tokens and work": _tokens(plan),
+        "Data": "\n".join(text for _, text in data_rows) or "unknown before the run prepares it",
         "Memory of one rank (estimate)": _memory(plan),
         "Learning rate": show.table(["step", "rate"], [[step, f"{rate:.3e}"] for step, rate in plan.learning_rates]),
-        "Notices": "\n".join(plan.resolved.notices) or "none",
+        "Notices": "\n".join([*plan.resolved.notices, *(f"WARNING: {text}" for text in warnings)]) or "none",
     }
     return "\n\n".join(f"{title}\n{text}" for title, text in sections.items())
 
@@ -123,7 +130,6 @@ def _parameters(plan: Plan) -> str:
 
 def _tokens(plan: Plan) -> str:
     run = plan.resolved
-    epochs = "unknown before the dataset exists" if plan.epochs is None else f"{plan.epochs:.2f}"
     return show.table(
         ["fact", "value"],
         [
@@ -131,7 +137,6 @@ def _tokens(plan: Plan) -> str:
             ["steps", f"{run.config.train.steps:,}"],
             ["tokens in all", f"{plan.total_tokens:,}"],
             ["tokens a parameter", f"{plan.tokens_per_parameter:.2f}"],
-            ["passes over the data", epochs],
             ["FLOPs a token", f"{plan.flops_per_token:.3e}"],
             ["FLOPs in all", f"{plan.total_flops:.3e}"],
             ["a checkpoint", show.size(checkpoint_bytes(plan.shape))],
@@ -163,11 +168,3 @@ def _vocab_size(config: RunConfig) -> int | None:
     from megalm.data.tokenizer import load_tokenizer
 
     return load_tokenizer(tokenizer).vocab_size
-
-
-def _dataset_tokens(config: RunConfig) -> int | None:
-    if config.data.train is None:
-        return None
-    from megalm.data.indexed import IndexedDataset
-
-    return len(IndexedDataset(config.data.train).tokens)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megalm.config.batch import plan_batch
 from megalm.config.case import Case
+from megalm.config.checks_data import DATA_FILE_RULES, DATA_RULES
 from megalm.config.checks_deepspeed import DEEPSPEED_RULES
 from megalm.config.checks_parallel import PARALLEL_RULES
 from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, DeepSpeedConfig, read_deepspeed_json
@@ -76,72 +77,6 @@ def sequence_fits_positions(case: Case) -> None:
             f"data.sequence_length={length} is longer than model.max_position_embeddings={positions}; "
             "shorten the one or raise the other"
         )
-
-
-def data_is_stated(case: Case) -> None:
-    data = case.config.data
-    if data.train is None and data.recipe is None:
-        raise ConfigError("data.train is not stated; give a dataset prefix, or data.recipe=python-stdlib")
-    if data.train is not None and data.tokenizer is None:
-        raise ConfigError(f"data.train={data.train} needs data.tokenizer, the one that the dataset was built with")
-    if data.train is None and data.validation is not None:
-        raise ConfigError(f"data.validation={data.validation} needs data.train; state it, or use data.split")
-
-
-def one_source_of_validation(case: Case) -> None:
-    data = case.config.data
-    if data.validation is not None and data.split is not None:
-        raise ConfigError(
-            f"data.validation={data.validation} and data.split={data.split} both say what is validated on; keep one"
-        )
-
-
-def split_is_two_weights(case: Case) -> None:
-    split = case.config.data.split
-    if split is None:
-        return
-    try:
-        train, validation = (float(part) for part in split.split(","))
-    except ValueError:
-        train = validation = -1.0
-    if not (0 < train < float("inf") and 0 <= validation < float("inf")):
-        raise ConfigError(f"data.split={split!r} is not TRAIN,VALIDATION; write two weights such as 95,5")
-
-
-def dataset_files_exist(case: Case) -> None:
-    for key, prefix in (("data.train", case.config.data.train), ("data.validation", case.config.data.validation)):
-        for suffix in (".bin", ".idx") if prefix is not None else ():
-            if not Path(f"{prefix}{suffix}").is_file():
-                raise ConfigError(
-                    f"{key}={prefix}: {prefix}{suffix} does not exist; a dataset is named by its prefix, without "
-                    ".bin; python data_tools/build_dataset.py makes one"
-                )
-
-
-def tokenizer_exists(case: Case) -> None:
-    tokenizer = case.config.data.tokenizer
-    if tokenizer is not None and tokenizer != "bytes" and not Path(tokenizer).exists():
-        raise ConfigError(
-            f"data.tokenizer={tokenizer} does not exist; python data_tools/train_tokenizer.py makes one, "
-            "or use data.tokenizer=bytes"
-        )
-def kept_checkpoints_are_made(case: Case) -> None:
-    checkpoint = case.config.checkpoint
-    every, interval = checkpoint.keep_every_steps, checkpoint.interval_steps
-    if every is None:
-        return
-    if checkpoint.keep_last is None:
-        raise ConfigError(
-            f"checkpoint.keep_every_steps={every} has no effect without checkpoint.keep_last: everything is kept; "
-            "state how many, or remove it"
-        )
-    if interval is None or every % interval:
-        raise ConfigError(
-            f"checkpoint.keep_every_steps={every} is no multiple of checkpoint.interval_steps={interval}, so that "
-            "nothing would be saved there; change one of them"
-        )
-
-
 
 
 def warmup_ends_before_training(case: Case) -> None:
@@ -217,9 +152,7 @@ RULES: tuple[Callable[[Case], None], ...] = (
     heads_divide_into_groups,
     rotary_needs_even_heads,
     sequence_fits_positions,
-    data_is_stated,
-    one_source_of_validation,
-    split_is_two_weights,
+    *DATA_RULES,
     warmup_ends_before_training,
     decay_fits_training,
     final_rate_has_effect,
@@ -228,6 +161,5 @@ RULES: tuple[Callable[[Case], None], ...] = (
     batch_divides,
     recipe_keeps_its_batch,
     *DEEPSPEED_RULES,
-    dataset_files_exist,
-    tokenizer_exists,
+    *DATA_FILE_RULES,
 )

@@ -75,6 +75,7 @@ def build_files(
     progress: Progress | None = None,
     overwrite: bool = False,
     stdin_kind: str = ".jsonl",
+    again: bool = False,
 ) -> Built:
     """Tokenize files, folders, globs and standard input ("-") into a dataset; the same bytes for any number of workers.
 
@@ -84,6 +85,7 @@ def build_files(
     Args:
         workers: processes that read and encode; 1: this one.
         overwrite: replace a dataset of this name that was made of something else, which is otherwise an error.
+        again: build also what is there already of just this.
 
     Raises:
         DataError: see `BuildOptions.on_error`; an output that is of something else; an input that changes; no
@@ -93,7 +95,7 @@ def build_files(
     files = find_inputs(paths, reading, stdin_kind)
     prefixes = options.output_prefixes(output_prefix)
     facts = options.recorded() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
-    finished = _finished_reports(prefixes, files, facts, tokenizer)
+    finished = None if again else _finished_reports(prefixes, files, facts, tokenizer)
     if finished is not None:
         return Built(finished, was_there=True, resumed=0, ignored_files=reading.ignored_files)
     if options.append_eod:

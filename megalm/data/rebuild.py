@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megalm.data.builder import BuildOptions, BuildProgress, Built, build_files
+from megalm.data.builder import BuildOptions, Built, build_files
 from megalm.data.files import read_json
 from megalm.data.filters import Filters
 from megalm.data.indexed import bin_path, idx_path, sidecar_path
-from megalm.data.inputs import STDIN, InputFile
+from megalm.data.inputs import STDIN, InputFile, ReadReport, find_inputs
 from megalm.data.plan import SPLIT_NAMES
 from megalm.data.records import ReadOptions
 from megalm.data.tokenizer import Tokenizer
@@ -20,50 +21,70 @@ from megalm.errors import DataError
 Rebuild = Literal["never", "auto", "always"]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a run states of a dataset.
+
+    Attributes:
+        append_eod: whether documents must end with the end-of-document token; None: as they are.
+        inputs: files, folders and globs that it must be built of; none: of whatever it was built.
+    """
+
+    tokenizer: Tokenizer
+    append_eod: bool | None = None
+    inputs: Sequence[str] = ()
+
+
 def ensure_dataset(
     prefix: str | Path,
-    tokenizer: Tokenizer,
+    wanted: Wanted,
     rebuild: Rebuild = "never",
-    append_eod: bool | None = None,
     workers: int = 1,
-    progress: Callable[[BuildProgress], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Built | None:
-    """See that the dataset is of this tokenizer (and ends documents so), or build it again of what it was made of.
+    """See that the dataset is as wanted, or build it again of what it was made of, or of `wanted.inputs`.
 
     Call it on one rank; the others wait and then open the files. None: nothing was done.
 
     Args:
         rebuild: "never" refuses what differs; "auto" builds it again, also where an input file has changed or the
             dataset's files are gone; "always" builds it again in any case.
-        append_eod: whether documents must end with the end-of-document token; None: as they are.
+        tell: called with a line for people before a build.
 
     Raises:
         DataError: what differs, and the command that builds it again; with another `rebuild`, a dataset of which
             nobody noted what it was made of, and what building raises.
     """
-    sidecar = _sidecar(prefix)
+    say = tell or (lambda line: None)
+    sidecar = sidecar_of(prefix)
     if sidecar is None:
-        if rebuild == "never":
-            return None  # built by another toolkit: nothing is known, nothing can differ
-        raise DataError(f"{sidecar_path(prefix)}: is not there, so nothing says what to build {prefix} of")
-    found = differences(sidecar, tokenizer, append_eod)
+        return _build_first(prefix, wanted, workers, say) if rebuild != "never" else None
+    found = differences(sidecar, wanted)
     if rebuild == "never":
         if found:
-            command = rebuild_command(prefix, sidecar, tokenizer, append_eod)
-            raise DataError(f"{prefix}: {'; '.join(found)}. Build it again: {command}, or with data.rebuild=auto")
+            raise DataError(f"{prefix} {'; '.join(found)}. {_advice(prefix, sidecar, wanted)}")
         return None
-    gone = [path for path in (bin_path(prefix), idx_path(prefix)) if not path.exists()]
-    if rebuild == "auto" and not found and not gone and not changed_inputs(sidecar):
+    found += [f"{path.name} is gone" for path in (bin_path(prefix), idx_path(prefix)) if not path.exists()]
+    found += [f"its input {path} has changed" for path in changed_inputs(sidecar)[:1]]
+    if rebuild == "auto" and not found:
         return None
-    options, inputs = _options(sidecar, append_eod), _inputs(prefix, sidecar)
+    recorded = _inputs(prefix, sidecar)  # also says what cannot be built again at all
+    options = _options(sidecar, wanted.append_eod)
+    say(f"building {prefix} again: {'; '.join(found) or 'data.rebuild=always'}")
     return build_files(
-        inputs, tokenizer, _base(prefix, options), options, workers=workers, progress=progress, overwrite=True
+        wanted.inputs or recorded,
+        wanted.tokenizer,
+        build_prefix(prefix),
+        options,
+        workers=workers,
+        overwrite=True,
+        again=True,
     )
 
 
-def differences(sidecar: dict[str, Any], tokenizer: Tokenizer, append_eod: bool | None = None) -> list[str]:
+def differences(sidecar: dict[str, Any], wanted: Wanted) -> list[str]:
     """What of a PREFIX.json is not as wanted, for people; none: all is."""
-    found, built = [], sidecar.get("tokenizer") or {}
+    found, built, tokenizer = [], sidecar.get("tokenizer") or {}, wanted.tokenizer
     if built and built["fingerprint"] != tokenizer.fingerprint:
         found.append(
             f"was built with the tokenizer {built['name']} of {built['vocab_size']:,} ids "
@@ -71,9 +92,56 @@ def differences(sidecar: dict[str, Any], tokenizer: Tokenizer, append_eod: bool 
             f"({tokenizer.fingerprint[:12]})"
         )
     ended = built.get("eod_id") is not None
-    if built and append_eod is not None and ended != append_eod:
-        found.append(f"its documents {'end' if ended else 'do not end'} with the end-of-document token")
+    if built and wanted.append_eod is not None and ended != wanted.append_eod:
+        found.append(f"has documents that {'end' if ended else 'do not end'} with the end-of-document token")
+    if wanted.inputs:
+        named = {str(Path(file.path).resolve()) for file in find_inputs(wanted.inputs, ReadReport())}
+        used = {str(Path(path).resolve()) for path in _recorded_paths(sidecar)}
+        if other := sorted(named ^ used):
+            word = "not built of" if other[0] in named else "built of"
+            found.append(f"was {word} {other[0]}, other than data.input says")
     return found
+
+
+def build_prefix(prefix: str | Path) -> str:
+    """The prefix that was given to the build: without -train of a split."""
+    name, sidecar = str(prefix), sidecar_of(prefix) or {}
+    for part in SPLIT_NAMES[: len(sidecar.get("options", {}).get("split", ()))]:
+        name = name.removesuffix(f"-{part}")
+    return name
+
+
+def sidecar_of(prefix: str | Path) -> dict[str, Any] | None:
+    """What the builder noted in PREFIX.json; None where another toolkit built the dataset.
+
+    Raises:
+        DataError: a file that is damaged.
+    """
+    path = sidecar_path(prefix)
+    facts = read_json(path) if path.exists() else None
+    return facts if isinstance(facts, dict) and "bin_sha256" in facts else None
+
+
+def _build_first(prefix: str | Path, wanted: Wanted, workers: int, say: Callable[[str], None]) -> Built:
+    """A dataset that is not there yet, of the stated inputs."""
+    if any(path.exists() for path in (bin_path(prefix), idx_path(prefix), sidecar_path(prefix))):
+        raise DataError(
+            f"{sidecar_path(prefix)}: is not there or of another tool: nothing says what to build {prefix} of; move the "
+            "dataset away, or leave data.rebuild out"
+        )
+    if not wanted.inputs:
+        raise DataError(f"{prefix}: is not there, and nothing says what to build it of; state data.input")
+    say(f"building {prefix} of {', '.join(wanted.inputs)}")
+    options = BuildOptions(append_eod=wanted.append_eod is not False)
+    return build_files(wanted.inputs, wanted.tokenizer, prefix, options, workers=workers)
+
+
+def _advice(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted) -> str:
+    try:
+        command = rebuild_command(prefix, sidecar, wanted)
+    except DataError:  # merged, from standard input or a recipe: nobody knows the command
+        return "Name the right data.tokenizer, or build it again as it was built before"
+    return f"Name the right data.tokenizer, or build it again (data.rebuild=auto does): {command}"
 
 
 def changed_inputs(sidecar: dict[str, Any]) -> list[str]:
@@ -88,15 +156,13 @@ def changed_inputs(sidecar: dict[str, Any]) -> list[str]:
     return changed
 
 
-def rebuild_command(
-    prefix: str | Path, sidecar: dict[str, Any], tokenizer: Tokenizer, append_eod: bool | None = None
-) -> str:
-    """The line of shell that builds the dataset again with this tokenizer."""
-    options, inputs = _options(sidecar, append_eod), _inputs(prefix, sidecar)
+def rebuild_command(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted) -> str:
+    """The line of shell that builds the dataset again as wanted."""
+    options, inputs = _options(sidecar, wanted.append_eod), _inputs(prefix, sidecar)
     words = ["python", "data_tools/build_dataset.py"]
-    for path in inputs:
+    for path in wanted.inputs or inputs:
         words += ["--input", path]
-    words += ["--tokenizer", tokenizer.spec, "--output-prefix", _base(prefix, options), "--overwrite"]
+    words += ["--tokenizer", wanted.tokenizer.spec, "--output-prefix", build_prefix(prefix), "--overwrite"]
     return shlex.join([*words, *_option_words(options)])
 
 
@@ -118,12 +184,6 @@ def _option_words(options: BuildOptions) -> list[str]:
     return words + [word for name, value, usual in stated if value != usual for word in (f"--{name}", str(value))]
 
 
-def _sidecar(prefix: str | Path) -> dict[str, Any] | None:
-    path = sidecar_path(prefix)
-    facts = read_json(path) if path.exists() else None
-    return facts if isinstance(facts, dict) and "bin_sha256" in facts else None
-
-
 def _options(sidecar: dict[str, Any], append_eod: bool | None) -> BuildOptions:
     recorded = dict(sidecar["options"])
     if "shard" not in recorded:  # merged, or made of documents in memory
@@ -142,19 +202,15 @@ def _options(sidecar: dict[str, Any], append_eod: bool | None) -> BuildOptions:
     )
 
 
+def _recorded_paths(sidecar: dict[str, Any]) -> list[str]:
+    return [entry["path"] if isinstance(entry, dict) else str(entry) for entry in sidecar["inputs"]]
+
+
 def _inputs(prefix: str | Path, sidecar: dict[str, Any]) -> Sequence[str]:
-    paths = [entry["path"] for entry in sidecar["inputs"] if isinstance(entry, dict)]
+    paths = _recorded_paths(sidecar)
     if not paths or STDIN in paths or "shard" not in sidecar["options"]:
         raise DataError(
             f"{prefix}: was built of standard input, merged, or made by a recipe, so it cannot be built again from "
             f"{sidecar_path(prefix).name} alone; build it as it was built before, with the tokenizer wanted"
         )
     return paths
-
-
-def _base(prefix: str | Path, options: BuildOptions) -> str:
-    """The prefix that was given to the build: without -train of a split."""
-    name = str(prefix)
-    for part in SPLIT_NAMES[: len(options.split)]:
-        name = name.removesuffix(f"-{part}")
-    return name

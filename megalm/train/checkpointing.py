@@ -15,21 +15,33 @@ from megalm.checkpoint.manifest import Status, read_manifest, write_manifest
 from megalm.checkpoint.retention import Retention, tidy
 from megalm.checkpoint.writer import CheckpointWriter, Saved
 from megalm.config.resolve import ResolvedRun
+from megalm.data.blend import BlendedSamples
 from megalm.engine.protocol import Comm, Engine
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, TrainingError
 from megalm.model.shape import ModelShape
 from megalm.train.evaluate import Evaluation
-from megalm.train.loop import Position
+from megalm.train.continuing import beginning, differences, position_from
+from megalm.train.position import Beginning, Position, data_segments, pass_over, schedule_segments
 from megalm.train.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Fingerprints:
+class DataIdentity:
     """What decides the order and the meaning of tokens."""
 
-    order: str  # of the training samples: dataset, document range, sequence length, seed, kind of order
-    dataset: str
-    tokenizer: str
+    samples: BlendedSamples
+    tokenizer: str  # fingerprint
+
+    def at(self, consumed: int) -> dict[str, str]:
+        """Fingerprints of the first `consumed` samples; what comes later may be changed.
+
+        `order` covers dataset, document range, sequence length, stride, seed, kind of order, weights and stages.
+        """
+        return {
+            "order": self.samples.order_fingerprint(consumed),
+            "dataset": self.samples.dataset_fingerprint(consumed),
+            "tokenizer": self.tokenizer,
+        }
 
 
 @dataclass(frozen=True)
@@ -52,14 +64,14 @@ class RunCheckpoints:
         folder: RunFolder,
         run: ResolvedRun,
         shape: ModelShape,
-        fingerprints: Fingerprints,
+        identity: DataIdentity,
         tokenizer: str,
         comm: Comm,
     ) -> None:
         self._folder = folder
         self._run = run
         self._shape = shape
-        self._fingerprints = fingerprints
+        self._data = identity
         self._tokenizer = tokenizer
         self._comm = comm
         settings = run.config.checkpoint
@@ -112,20 +124,19 @@ class RunCheckpoints:
         return self._comm.once(work)
 
     def find(self, wanted: str) -> Found | None:
-        """The checkpoint that `--resume wanted` means, compared with this run; None: start at step 0.
+        """The checkpoint that `--resume wanted` means; None: start at step 0.
 
         Needs no engine, so that what cannot be resumed is refused before a model is built and the run's account
         is touched. `auto` passes over damaged ones; one that is named must be whole.
 
         Raises:
-            CheckpointError: it is not there, a file is damaged, or it is of another model or of other data.
+            CheckpointError: it is not there, or a file is damaged.
         """
         entries = self._comm.once(lambda: candidates(self._folder.checkpoints, wanted))
         damaged: list[str] = []
         for entry in entries:
             reader, problem = self._open(entry)
             if reader is not None:
-                self._refuse_other_run(entry.path, reader.manifest)
                 return Found(reader, (*(f"passed over: {words}" for words in damaged), *_suspicion(entry)))
             if wanted != "auto":
                 raise CheckpointError(problem)
@@ -134,17 +145,53 @@ class RunCheckpoints:
             raise CheckpointError(f"no checkpoint of {self._folder.path} can be used: {'; '.join(damaged)}")
         return None
 
-    def restore(self, engine: Engine, reader: CheckpointReader) -> Position:
-        """Put the checkpoint into `engine`; where training goes on."""
-        manifest = reader.manifest
-        engine.restore(reader.read, manifest["counters"], manifest["step"])
-        return Position(
-            step=manifest["step"],
-            samples=_consumed(manifest),
-            tokens=manifest["tokens"],
-            best_loss=manifest["best_validation_loss"],
-            stale_evaluations=manifest["stale_evaluations"],
+    def position(self, manifest: Mapping[str, Any]) -> Position:
+        """Where this run goes on from a checkpoint; its schedule is for the caller to set."""
+        return position_from(manifest, self._run, beginning(self._run, manifest, self.differences(manifest)))
+
+    def differences(self, manifest: Mapping[str, Any]) -> dict[str, list[str]]:
+        """What of this run is another than the checkpoint's, by thing of `resume.allow`."""
+        return differences(manifest, self._identity(data_segments(manifest)[-1].next_sample))
+
+    def restore(self, engine: Engine, reader: CheckpointReader) -> None:
+        """Put the checkpoint into `engine`."""
+        engine.restore(reader.read, reader.manifest["counters"], reader.manifest["step"])
+
+    def roll_back(self, engine: Engine, first_step: int, next_sample: int) -> tuple[Path, Position]:
+        """Go back to the newest good checkpoint and past the data up to `next_sample`.
+
+        What is passed over is noted in that checkpoint first: whoever goes on from it later passes over it too.
+
+        Args:
+            first_step: the step that this process went on from; earlier checkpoints may be of other settings.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        entries = self._comm.once(lambda: candidates(self._folder.checkpoints, "auto"))
+        for entry in entries:
+            if entry.status != "good" or entry.step < first_step or self._begins(entry) != "on":
+                continue
+            reader, _ = self._open(entry)
+            if reader is None:
+                continue
+            more = next_sample - data_segments(reader.manifest)[-1].next_sample
+            manifest = pass_over(reader.manifest, more)
+            manifest["rollbacks"] = manifest.get("rollbacks", 0) + 1
+            self._comm.once(lambda path=entry.path, noted=manifest: write_manifest(path, noted))
+            self.restore(engine, reader)
+            position = self.position(manifest)
+            position.schedule, position.stated = tuple(schedule_segments(manifest)), tuple(manifest["schedule"]["stated"])
+            return entry.path, position
+        raise TrainingError(
+            f"no good checkpoint in {self._folder.checkpoints} to go back to; write more of them "
+            "(checkpoint.interval_steps), or set guard.policy=skip"
         )
+
+    def _begins(self, entry: Entry) -> Beginning | None:
+        if entry.manifest is None:
+            return None
+        return beginning(self._run, entry.manifest, self.differences(entry.manifest))
 
     def _open(self, entry: Entry) -> tuple[CheckpointReader | None, str]:
         """The checkpoint, or what is wrong with it; each rank hashes its share of the files."""
@@ -158,27 +205,18 @@ class RunCheckpoints:
         problem = next(filter(None, self._comm.gather(problem)), "")
         return (None if problem else reader), problem
 
-    def _refuse_other_run(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        """Settings first: they say more to a person than the fingerprints that follow from them."""
-        now = self._identity()
-        for what in ("model", "data", "fingerprints"):
-            then = manifest[what]
-            changed = [name for name in now[what] if now[what][name] != then.get(name)]
-            if changed:
-                differences = ", ".join(f"{name} was {then.get(name)}, is {now[what][name]}" for name in changed)
-                raise CheckpointError(f"{path} was trained with another {what.rstrip('s')}: {differences}")
-
-    def _identity(self) -> dict[str, dict[str, Any]]:
-        """What may not change when a run goes on, as JSON."""
+    def _identity(self, consumed: int) -> dict[str, dict[str, Any]]:
+        """What may not change when a run goes on after so many samples, as JSON."""
         data = self._run.config.data
         settings = {
             "data.sequence_length": data.sequence_length,
             "data.split": data.split,
+            "data.stride": None if data.stride == data.sequence_length else data.stride,
             "data.order": data.order,
             "data.document_mask": data.document_mask,
             "train.seed": self._run.config.train.seed,
         }
-        return {"model": asdict(self._shape), "data": settings, "fingerprints": asdict(self._fingerprints)}
+        return {"model": asdict(self._shape), "data": settings, "fingerprints": self._data.at(consumed)}
 
     def _facts(self, counters: dict[str, Any], position: Position) -> dict[str, Any]:
         run, evaluation = self._run, position.evaluation
@@ -193,8 +231,11 @@ class RunCheckpoints:
             "best_validation_loss": position.best_loss,
             "stale_evaluations": position.stale_evaluations,
             "counters": counters,
-            "data_position": {"segments": [self._segment(position)]},
-            "schedule": {"segments": [{"first_step": 1, **asdict(run.schedule)}]},
+            "rollbacks": position.rollbacks,
+            "data_position": position.data_json(
+                self._data.at(position.samples)["order"], run.config.data.sequence_length, run.batch.global_batch
+            ),
+            "schedule": position.schedule_json(),
             "topology": {
                 "world_size": topology.world_size,
                 "data": topology.data,
@@ -203,23 +244,11 @@ class RunCheckpoints:
                 "zero_stage": run.zero_stage,
                 "precision": run.precision,
             },
-            **self._identity(),
+            **self._identity(position.samples),
             "tokenizer": self._tokenizer,  # where it was; the fingerprint says whether it still is
             # No generator's state: dropout and sampling draw from seeds of their place.
             "attempt": position.attempt,
         }
-
-    def _segment(self, position: Position) -> dict[str, Any]:
-        return {
-            "order": self._fingerprints.order,
-            "sequence_length": self._run.config.data.sequence_length,
-            "global_batch": self._run.batch.global_batch,
-            "samples_consumed": position.samples,
-        }
-
-
-def _consumed(manifest: Mapping[str, Any]) -> int:
-    return sum(segment["samples_consumed"] for segment in manifest["data_position"]["segments"])
 
 
 def _suspicion(entry: Entry) -> list[str]:

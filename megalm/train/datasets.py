@@ -2,42 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megalm.config.resolve import ResolvedRun
-from megalm.config.schema import DataSection
-from megalm.data.files import read_json
-from megalm.data.indexed import IndexedDataset, sidecar_path
+from megalm.config.schema import BlendPart, DataSection, DataStage
+from megalm.data.array_cache import ArrayCache
+from megalm.data.blend import BlendedSamples, Stage
+from megalm.data.indexed import IndexedDataset
 from megalm.data.loader import BatchLayout, BatchLoader, ValidationLoader
+from megalm.data.rebuild import Wanted, build_prefix, ensure_dataset, sidecar_of
 from megalm.data.recipe import default_cache_dir, prepare_recipe
 from megalm.data.samples import TrainingSamples, ValidationSamples, split_documents
+from megalm.data.streams import Range
 from megalm.data.tokenizer import Tokenizer, load_tokenizer
-from megalm.errors import ConfigError, DataError
+from megalm.errors import ConfigError
+
+VALIDATION = "validation"  # the name of the only validation set, and of all together
+# Of fewer documents or samples an order is shuffled faster than a file is written.
+KEPT_ORDERS_FROM = 100_000
 
 
 @dataclass(frozen=True)
 class DataPlaces:
-    """Which files the data section means, once a recipe is prepared."""
+    """Which files the data section means, once a recipe is prepared.
 
-    train: str
-    validation: str | None
+    Attributes:
+        validation: name and prefix of each set.
+    """
+
+    blends: tuple[DataStage, ...]
+    validation: tuple[tuple[str, str], ...]
     split: str | None
     tokenizer: str
+
+    @property
+    def training(self) -> list[str]:
+        """Prefixes, each once, in the order in which they are named."""
+        return list(dict.fromkeys(part.prefix for stage in self.blends for part in stage.blend))
+
+    @property
+    def prefixes(self) -> list[str]:
+        return list(dict.fromkeys([*self.training, *(prefix for _, prefix in self.validation)]))
 
 
 @dataclass(frozen=True)
 class RunData:
+    """Attributes: unigram_entropy: nats per token of the only training dataset, if its builder noted it."""
+
     tokenizer: Tokenizer
-    train: TrainingSamples
-    validation: ValidationSamples | None
-    unigram_entropy: float | None  # nats per token of the training dataset, if its builder noted it
+    train: BlendedSamples
+    validation: dict[str, ValidationSamples]
+    unigram_entropy: float | None
 
 
 def known_vocab_size(data: DataSection) -> int | None:
-    """The tokenizer's, where there is one already; the rules in config/checks.py tell of one that is missing.
+    """The tokenizer's, where there is one already; the rules in config/checks_data.py tell of one that is missing.
 
     Raises:
         DataError: it cannot be read.
@@ -56,23 +77,46 @@ def find_data(data: DataSection, tell: Callable[[str], None]) -> DataPlaces:
     if data.train is not None:
         if data.tokenizer is None:
             raise ConfigError("data.train is stated without data.tokenizer; name the tokenizer that it was built with")
-        return DataPlaces(data.train, data.validation, data.split, data.tokenizer)
+        return DataPlaces(data.blends, tuple(data.validation_sets.items()), data.split, data.tokenizer)
     if data.recipe is None:
         raise ConfigError("no data: state data.train and data.tokenizer, or data.recipe=python-stdlib")
-    cache = Path(data.cache).expanduser() if data.cache else default_cache_dir()
-    prepared = prepare_recipe(data.recipe, cache, data.recipe_vocab_size, tell)
-    return DataPlaces(str(prepared.train_prefix), None, data.split or prepared.split, str(prepared.tokenizer_path))
+    prepared = prepare_recipe(data.recipe, _cache(data), data.recipe_vocab_size, tell)
+    only = BlendPart(prefix=str(prepared.train_prefix), weight=1.0)
+    blends = (DataStage(from_step=1, blend=(only,)),)
+    return DataPlaces(blends, (), data.split or prepared.split, str(prepared.tokenizer_path))
 
 
-def open_data(run: ResolvedRun, places: DataPlaces) -> RunData:
+def rebuild_data(data: DataSection, places: DataPlaces, workers: int, tell: Callable[[str], None]) -> None:
+    """Build datasets again as `data.rebuild` says; for one process, before any other opens them.
+
+    Raises:
+        DataError: a dataset that is not what the run states, or that cannot be built.
+    """
+    if data.rebuild == "never":
+        return  # open_data refuses what differs
+    tokenizer, done = load_tokenizer(places.tokenizer), set[str]()
+    for prefix in places.prefixes:
+        if build_prefix(prefix) in done:  # the other part of a split
+            continue
+        built = ensure_dataset(prefix, _wanted(data, prefix, tokenizer), data.rebuild, workers, tell)
+        if built is not None:
+            done.add(build_prefix(prefix))
+            documents, tokens = (sum(getattr(report, of) for report in built.reports) for of in ("documents", "tokens"))
+            tell(f"built {build_prefix(prefix)}: {documents:,} documents, {tokens:,} tokens")
+
+
+def open_data(run: ResolvedRun, places: DataPlaces, first_sample_of: Callable[[int], int] | None = None) -> RunData:
     """Open the files of `places` and cut them into samples.
+
+    Args:
+        first_sample_of: the number of a step's first sample, where the run has not always had its present batch.
 
     Raises:
         DataError: a missing or damaged file, a dataset with fewer tokens than one sample, or one that was built with
-            another tokenizer.
-        ConfigError: a tokenizer that does not fit the model, or more epochs than `data.max_epochs`.
+            another tokenizer or otherwise than stated.
+        ConfigError: a tokenizer that does not fit the model.
     """
-    data, seed = run.config.data, run.config.train.seed
+    data = run.config.data
     tokenizer = load_tokenizer(places.tokenizer)
     stated = run.config.model.vocab_size
     if stated is not None and stated < tokenizer.vocab_size:
@@ -80,40 +124,20 @@ def open_data(run: ResolvedRun, places: DataPlaces) -> RunData:
             f"model.vocab_size={stated} is smaller than the {tokenizer.vocab_size} entries of {places.tokenizer}; "
             "leave it out to take the tokenizer's"
         )
-    for prefix in (places.train, places.validation):
-        if prefix is not None:
-            _refuse_other_tokenizer(Path(prefix), tokenizer)
-    dataset = IndexedDataset(places.train)
-    documents = len(dataset)
-    train_range, validation_range = (0, documents), None
-    if places.split is not None:
-        weights = [float(weight) for weight in places.split.split(",")]
-        train_range, validation_range = split_documents(documents, weights)
-    train = TrainingSamples(
-        dataset,
-        train_range,
-        data.sequence_length,
-        seed,
-        order=data.order,
-        requested_samples=run.config.train.steps * run.batch.global_batch,
-        document_mask=data.document_mask,
-    )
-    validation = None
-    if places.validation is not None:
-        held_out = IndexedDataset(places.validation)
-        validation = ValidationSamples(held_out, (0, len(held_out)), data.sequence_length, data.document_mask)
-    elif validation_range is not None:
-        validation = ValidationSamples(dataset, validation_range, data.sequence_length, data.document_mask)
-    _refuse_too_many_epochs(run, train)
-    return RunData(tokenizer, train, validation, _unigram_entropy(Path(places.train)))
+    for prefix in places.prefixes:
+        ensure_dataset(prefix, _wanted(data, prefix, tokenizer))
+    opened = {prefix: IndexedDataset(prefix) for prefix in places.training}
+    ranges = {prefix: _cut(dataset, places.split) for prefix, dataset in opened.items()}
+    parts = [_training_samples(run, opened[prefix], ranges[prefix][0]) for prefix in places.training]
+    stages = list(_stages(places, first_sample_of or (lambda step: (step - 1) * run.batch.global_batch)))
+    train = BlendedSamples(parts, stages, ArrayCache(_cache(data) / "orders"))
+    validation = dict(_validation_samples(data, places, opened, ranges))
+    alone = places.training[0] if len(places.training) == 1 else None
+    entropy = (sidecar_of(alone) or {}).get("unigram_entropy") if alone is not None else None
+    return RunData(tokenizer, train, validation, entropy)
 
 
-def epochs(run: ResolvedRun, train: TrainingSamples) -> float:
-    """How often the run sees each training token."""
-    return run.config.train.steps * run.tokens_per_step / train.tokens_per_epoch
-
-
-def batch_loader(run: ResolvedRun, train: TrainingSamples, data_rank: int) -> BatchLoader:
+def batch_loader(run: ResolvedRun, train: BlendedSamples, data_rank: int) -> BatchLoader:
     return BatchLoader(train, batch_layout(run, data_rank))
 
 
@@ -125,46 +149,71 @@ def batch_layout(run: ResolvedRun, data_rank: int) -> BatchLayout:
 
 def validation_loaders(
     run: ResolvedRun, data: RunData, data_rank: int
-) -> tuple[ValidationLoader | None, ValidationLoader | None]:
-    """The part that is used while training, and the whole set."""
-    if data.validation is None:
-        return None, None
+) -> dict[str, tuple[ValidationLoader, ValidationLoader]]:
+    """By name of the set: the part that is used while training, and the whole."""
     layout, most = batch_layout(run, data_rank), run.config.evaluate.max_samples
 
-    def loader(samples: ValidationSamples) -> ValidationLoader:
-        return ValidationLoader(samples, layout)
+    def loaders(samples: ValidationSamples) -> tuple[ValidationLoader, ValidationLoader]:
+        whole = ValidationLoader(samples, layout)
+        part = whole if most is None or most >= len(samples) else ValidationLoader(samples.subset(most), layout)
+        return part, whole
 
-    whole = loader(data.validation)
-    part = whole if most is None or most >= len(data.validation) else loader(data.validation.subset(most))
-    return part, whole
-
-
-def _refuse_too_many_epochs(run: ResolvedRun, train: TrainingSamples) -> None:
-    most, planned = run.config.data.max_epochs, epochs(run, train)
-    if most is not None and planned > most:
-        raise ConfigError(
-            f"{run.config.train.steps} steps see the data {planned:.1f} times, data.max_epochs={most:g}; "
-            "train fewer steps or bring more data"
-        )
+    return {name: loaders(samples) for name, samples in data.validation.items()}
 
 
-def _refuse_other_tokenizer(prefix: Path, tokenizer: Tokenizer) -> None:
-    """The same numbers would be other text: training would go on, and mean nothing."""
-    built_with = _sidecar(prefix).get("tokenizer", {})
-    if built_with and built_with["fingerprint"] != tokenizer.fingerprint:
-        raise DataError(
-            f"{prefix} was built with the tokenizer {built_with['name']} of {built_with['vocab_size']} entries, which "
-            f"{tokenizer.spec} is not (fingerprint {built_with['fingerprint'][:12]}, not "
-            f"{tokenizer.fingerprint[:12]}); name the right one as data.tokenizer, or build the dataset again"
-        )
+def _cache(data: DataSection) -> Path:
+    return Path(data.cache).expanduser() if data.cache else default_cache_dir()
 
 
-def _unigram_entropy(prefix: Path) -> float | None:
-    return _sidecar(prefix).get("unigram_entropy")
+def _wanted(data: DataSection, prefix: str, tokenizer: Tokenizer) -> Wanted:
+    """What the run states of a dataset; the raw inputs are those of data.train alone."""
+    inputs = (data.input,) if isinstance(data.input, str) else data.input or ()
+    return Wanted(tokenizer, data.append_eod, inputs if prefix == data.train else ())
 
 
-def _sidecar(prefix: Path) -> dict[str, Any]:
-    """What the builder noted beside the dataset; empty where another toolkit built it."""
-    path = sidecar_path(prefix)
-    facts = read_json(path) if path.is_file() else {}
-    return facts if isinstance(facts, dict) and "bin_sha256" in facts else {}
+def _cut(dataset: IndexedDataset, split: str | None) -> tuple[Range, Range | None]:
+    """Sequences for training and for validation."""
+    if split is None:
+        return (0, len(dataset)), None
+    weights = [float(weight) for weight in split.split(",")]
+    training, validation = split_documents(len(dataset), weights)
+    return training, validation if weights[1] else None
+
+
+def _training_samples(run: ResolvedRun, dataset: IndexedDataset, documents: Range) -> TrainingSamples:
+    data = run.config.data
+    large = max(len(dataset), len(dataset.tokens) // (data.stride or data.sequence_length)) >= KEPT_ORDERS_FROM
+    return TrainingSamples(
+        dataset,
+        documents,
+        data.sequence_length,
+        run.config.train.seed,
+        order=data.order,
+        requested_samples=run.config.train.steps * run.batch.global_batch,
+        document_mask=data.document_mask,
+        stride=data.stride,
+        cache=_cache(data) / "orders" if large else None,
+    )
+
+
+def _stages(places: DataPlaces, first_sample_of: Callable[[int], int]) -> Iterator[Stage]:
+    for stage in places.blends:
+        weights = {part.prefix: part.weight for part in stage.blend}
+        first = 0 if stage.from_step == 1 else first_sample_of(stage.from_step)
+        yield Stage(first, tuple(weights.get(prefix, 0.0) for prefix in places.training))
+
+
+def _validation_samples(
+    data: DataSection,
+    places: DataPlaces,
+    opened: dict[str, IndexedDataset],
+    ranges: dict[str, tuple[Range, Range | None]],
+) -> Iterator[tuple[str, ValidationSamples]]:
+    """The sets that are named, or the parts that the split leaves of each training dataset."""
+    for name, prefix in places.validation:
+        dataset = IndexedDataset(prefix)
+        yield name, ValidationSamples(dataset, (0, len(dataset)), data.sequence_length, data.document_mask)
+    for prefix, (_, documents) in ranges.items():
+        if documents is not None:
+            name = VALIDATION if len(ranges) == 1 else Path(prefix).name
+            yield name, ValidationSamples(opened[prefix], documents, data.sequence_length, data.document_mask)

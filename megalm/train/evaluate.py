@@ -1,8 +1,9 @@
-"""Validation: a weighted mean over a fixed set of tokens, the same for any layout."""
+"""Validation: weighted means over fixed sets of tokens, the same for any layout."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,15 +12,22 @@ import numpy.typing as npt
 from megalm.data.loader import ValidationLoader
 from megalm.engine.protocol import Comm, Engine
 
+TOTAL = "validation"  # the only set, or all sets together
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss in nats per target; bits per byte of the text that the targets decode to, if the tokenizer tells."""
+    """Loss in nats per target; bits per byte of the text that the targets decode to, if the tokenizer tells.
+
+    Attributes:
+        parts: of a total of several sets, each of them.
+    """
 
     dataset: str
     loss: float
     targets: int
     bits_per_byte: float | None
+    parts: tuple[Evaluation, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -31,37 +39,57 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class _Sums:
+    """Over a set: nats, targets, and bytes of text."""
+
+    loss: float
+    targets: int
+    text_bytes: float
+
+    def mean(self, dataset: str, parts: tuple[Evaluation, ...] = ()) -> Evaluation:
+        bits = self.loss / math.log(2) / self.text_bytes if self.text_bytes else None
+        return Evaluation(dataset, self.loss / self.targets, self.targets, bits, parts)
+
+
+@dataclass(frozen=True)
 class Evaluator:
-    """Evaluates an engine on a validation set, whole or the fixed part that is used while training.
+    """Evaluates an engine on validation sets, whole or the fixed parts that are used while training.
 
     Args:
+        sets: by name, the part and the whole; several sets have a total, in which every token counts alike.
         token_bytes: [V] UTF-8 bytes that each token decodes to.
+        replicas: ranks that read the same samples (tensor and pipeline neighbours).
     """
 
-    dataset: str
-    part: ValidationLoader | None
-    whole: ValidationLoader | None
+    sets: Mapping[str, tuple[ValidationLoader, ValidationLoader]]
     token_bytes: npt.NDArray[np.int32]
     comm: Comm
+    replicas: int = 1
 
     def evaluate(self, engine: Engine, whole: bool) -> Evaluation | None:
         """Collective; None without a validation set."""
-        loader = self.whole if whole else self.part
-        if loader is None:
+        sums = {name: self._sums(engine, loaders[whole]) for name, loaders in self.sets.items()}
+        if not sums:
             return None
+        parts = tuple(sum_of.mean(name) for name, sum_of in sums.items())
+        if list(sums) == [TOTAL]:
+            return parts[0]
+        each = sums.values()
+        total = _Sums(*(sum(getattr(one, name) for one in each) for name in ("loss", "targets", "text_bytes")))
+        return total.mean(TOTAL, parts)
+
+    def rehearse(self, engine: Engine) -> None:
+        """One batch, for what it needs of memory."""
+        for _, whole in list(self.sets.values())[:1]:
+            engine.evaluate(whole.batch(0).micro_batches)
+
+    def _sums(self, engine: Engine, loader: ValidationLoader) -> _Sums:
         loss_sum, targets, local_bytes = 0.0, 0, 0
         for batch in loader:
             loss_sum += engine.evaluate(batch.micro_batches)
             targets += batch.target_count
             local_bytes += sum(self._bytes(micro_batch.labels) for micro_batch in batch.micro_batches)
-        text_bytes = self.comm.sum([local_bytes])[0]
-        bits = loss_sum / math.log(2) / text_bytes if text_bytes else None
-        return Evaluation(self.dataset, loss_sum / targets, targets, bits)
-
-    def rehearse(self, engine: Engine) -> None:
-        """One batch, for what it needs of memory."""
-        if self.whole is not None:
-            engine.evaluate(self.whole.batch(0).micro_batches)
+        return _Sums(loss_sum, targets, self.comm.sum([local_bytes])[0] / self.replicas)
 
     def _bytes(self, labels: npt.NDArray[np.int64]) -> int:
         return int(self.token_bytes[labels[labels >= 0]].sum())

@@ -10,7 +10,8 @@ from pathlib import Path
 from megalm.config.resolve import ResolvedRun
 from megalm.memory import checkpoint_bytes
 from megalm.model.shape import ModelShape
-from megalm.train.datasets import RunData, epochs
+from megalm.train.data_facts import data_rows
+from megalm.train.datasets import RunData
 from megalm.train.report import size
 from megalm.train.run_folder import RunFolder
 
@@ -35,11 +36,8 @@ def opening_facts(
             f"{batch.global_batch} sequences = {batch.micro_batch} x {batch.accumulation} accumulated x "
             f"{batch.data_parallel} rank(s), {config.data.sequence_length} tokens each: {run.tokens_per_step:,} a step",
         ),
-        (
-            "training",
-            f"{steps:,} steps, {tokens:,} tokens = {tokens / count:.2f} a parameter, "
-            f"{epochs(run, data.train):.2f} epochs of {data.train.tokens_per_epoch:,}",
-        ),
+        ("training", f"{steps:,} steps, {tokens:,} tokens = {tokens / count:.2f} a parameter"),
+        *data_rows(run, data.train),
         ("tokenizer", f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} entries"),
         ("checkpoint", f"{size(checkpoint_bytes(shape))} each"),
     ]

@@ -18,7 +18,7 @@ from megalm.data.loader import BatchLoader
 from megalm.engine.protocol import Comm, Engine, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
 from megalm.tracking.metrics import MetricsWriter
-from megalm.train.evaluate import Evaluation, Evaluator
+from megalm.train.evaluate import TOTAL, Evaluation, Evaluator
 from megalm.train.leaving import StopRequest
 from megalm.train.report import Reporter, StepLine, duration
 from megalm.train.schedule import learning_rate
@@ -140,6 +140,7 @@ class TrainingLoop:
                 "train",
                 step=position.step,
                 tokens=position.tokens,
+                samples=position.samples,
                 loss=result.loss,
                 lr=rate,
                 grad_norm=result.grad_norm,
@@ -168,6 +169,13 @@ class TrainingLoop:
         if result is None:
             return
         position.evaluation = result
+        for each in (*result.parts, result):
+            self._record_evaluation(each, whole)
+        if not whole:
+            self._compare_with_best(result.loss)
+
+    def _record_evaluation(self, result: Evaluation, whole: bool) -> None:
+        parts, position = self.parts, self.position
         if parts.metrics is not None:
             parts.metrics.row(
                 "eval",
@@ -181,9 +189,8 @@ class TrainingLoop:
                 whole=whole,
                 attempt=position.attempt,
             )
-        parts.reporter.say(f"step {position.step}: validation {result}")
-        if not whole:
-            self._compare_with_best(result.loss)
+        of_set = "" if result.dataset == TOTAL else f" on {result.dataset}"
+        parts.reporter.say(f"step {position.step}: validation{of_set} {result}")
 
     def _compare_with_best(self, loss: float) -> None:
         position = self.position

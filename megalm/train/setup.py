@@ -6,6 +6,7 @@ after it, so that a failure has a place to be told.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,17 @@ from megalm.parallel.layers import TensorLayers
 from megalm.plan import flops_per_token
 from megalm.tracking.metrics import MetricsWriter, read_metrics
 from megalm.tracking.mirror import MirrorHandle, start_mirror
-from megalm.train.checkpointing import Fingerprints, RunCheckpoints
-from megalm.train.datasets import RunData, batch_loader, find_data, known_vocab_size, open_data, validation_loaders
+from megalm.train.checkpointing import DataIdentity, RunCheckpoints
+from megalm.train.data_facts import data_warnings
+from megalm.train.datasets import (
+    RunData,
+    batch_loader,
+    find_data,
+    known_vocab_size,
+    open_data,
+    rebuild_data,
+    validation_loaders,
+)
 from megalm.train.evaluate import Evaluator
 from megalm.train.facts import farewell, opening_facts
 from megalm.train.launcher_watch import watch_launchers
@@ -90,9 +100,11 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     for notice in run.notices:
         reporter.say(f"  note: {notice}")
     places = comm.once_per_node(lambda: find_data(config.data, reporter.say))
+    comm.once(lambda: rebuild_data(config.data, places, os.cpu_count() or 1, reporter.say))
     data = open_data(run, places)
+    data_notes = data_warnings(run, data.train)
     shape = model_shape(config.model, data.tokenizer.vocab_size, config.data.sequence_length)
-    prints = Fingerprints(data.train.fingerprint, data.train.dataset.fingerprint, data.tokenizer.fingerprint)
+    prints = DataIdentity(data.train, data.tokenizer.fingerprint)
     checkpoints = RunCheckpoints(folder, run, shape, prints, data.tokenizer.spec, comm)
     for path in checkpoints.tidy():
         reporter.say(f"  note: an earlier job was killed while it saved or deleted; put in order: {path}")
@@ -112,6 +124,8 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     peak, peak_source = peak_flops(device, run.precision != "fp32")
     parts = _assemble(run, comm, engine, data, folder, checkpoints, metrics, reporter, shape, comm.sum([peak])[0])
     reporter.facts(opening_facts(run, shape, data, device_name(), ranks.threads, peak_source, parts.peak_flops))
+    for warning in data_notes:
+        reporter.say(f"  WARNING: {warning}")
     if config.train.rehearse:
         rehearse(parts)
     position = checkpoints.restore(engine, saved.reader) if saved is not None else Position()
@@ -187,14 +201,18 @@ def _assemble(
     peak: float,
 ) -> Parts:
     data_rank = run.topology.coordinate(comm.rank).data
-    part, whole = validation_loaders(run, data, data_rank)
     config = run.config
     return Parts(
         run=run,
         comm=comm,
         engine=engine,
         batches=batch_loader(run, data.train, data_rank),
-        evaluator=Evaluator("validation", part, whole, data.tokenizer.token_bytes(), comm),
+        evaluator=Evaluator(
+            validation_loaders(run, data, data_rank),
+            data.tokenizer.token_bytes(),
+            comm,
+            replicas=run.topology.tensor * run.topology.pipeline,
+        ),
         checkpoints=checkpoints,
         sampler=SampleWriter(
             folder.samples,
@@ -220,7 +238,7 @@ def _next_attempt(folder: RunFolder) -> int:
     return 1 + max(started, folder.last_failure())
 
 
-def _environment(run: ResolvedRun, prints: Fingerprints, device: torch.device, comm: ProcessComm) -> dict[str, Any]:
+def _environment(run: ResolvedRun, prints: DataIdentity, device: torch.device, comm: ProcessComm) -> dict[str, Any]:
     return {
         "device": device_name(),
         "device_kind": device.type,
@@ -228,7 +246,7 @@ def _environment(run: ResolvedRun, prints: Fingerprints, device: torch.device, c
         "threads_per_rank": torch.get_num_threads(),
         "precision": run.precision,
         "zero_stage": run.zero_stage,
-        "dataset_fingerprint": prints.dataset,
+        "dataset_fingerprint": prints.at(run.config.train.steps * run.batch.global_batch)["dataset"],
         "tokenizer_fingerprint": prints.tokenizer,
     }
 

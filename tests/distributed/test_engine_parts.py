@@ -87,7 +87,7 @@ def _evaluate_and_sample(comm: Any, device: torch.device, prefix: Path, folder: 
     # 4 documents: fewer windows than a whole number of batches, the last window not full.
     samples = ValidationSamples(IndexedDataset(prefix), (196, 200), run.config.data.sequence_length)
     batches = ValidationLoader(samples, BatchLayout(16, run.batch.micro_batch, comm.rank, comm.size))
-    evaluator = Evaluator("held out", None, batches, np.ones(VOCAB, np.int32), comm)
+    evaluator = Evaluator({"held out": (batches, batches)}, np.ones(VOCAB, np.int32), comm)
     settings = SampleSection(prompts=("1 2 3", "7", "90 92 94 96"), max_new_tokens=30, temperature=0.0)
     random = SampleSection(prompts=("1 2 3",), max_new_tokens=30, temperature=1.0)
     length = run.config.data.sequence_length

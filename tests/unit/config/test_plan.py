@@ -172,10 +172,9 @@ def test_the_loss_never_counts_whole_logits() -> None:
 
 def test_a_plan_in_text(start: Start) -> None:
     run = start("train.steps=1000", ranks=4, device=GPU)
-    plan = make_plan(run, vocab_size=8192, dataset_tokens=2_048_000)
+    plan = make_plan(run, vocab_size=8192)
     assert plan.parameter_count == 5_310_720
     assert plan.total_tokens == 16 * 256 * 1000
-    assert plan.epochs == 2.0
     assert plan.learning_rates[-1] == (1000, pytest.approx(3e-4))
     assert max(rate for _, rate in plan.learning_rates) == 3e-3
     text = plan_text(plan)
@@ -185,9 +184,12 @@ def test_a_plan_in_text(start: Start) -> None:
     assert ["model.qk_norm", "false", "default"] in lines
     assert ["total", "5,310,720"] in lines
     assert ["tokens", "in", "all", "4,096,000"] in lines
-    assert ["passes", "over", "the", "data", "2.00"] in lines
+    assert "Data\nunknown before the run prepares it" in text
     assert "4 = pipeline 1 x data 4 x tensor 1" in text
     assert '"auto"): 4, the largest' in text
+    text = plan_text(plan, [("data", "data/web: 2.00 epochs")], ["seen often"])
+    assert "Data\ndata/web: 2.00 epochs\n" in text
+    assert text.endswith("WARNING: seen often")
 
 
 def test_a_plan_needs_no_torch() -> None:

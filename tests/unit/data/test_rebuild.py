@@ -12,7 +12,7 @@ from megalm.data.builder import BuildOptions, build_dataset, build_files
 from megalm.data.corpus import Document
 from megalm.data.filters import Filters
 from megalm.data.indexed import IndexedDataset
-from megalm.data.rebuild import ensure_dataset
+from megalm.data.rebuild import Wanted, ensure_dataset
 from megalm.data.records import ReadOptions
 from megalm.data.tokenizer import ByteTokenizer, load_tokenizer
 from megalm.errors import DataError
@@ -38,25 +38,25 @@ def corpus(tmp_path: Path) -> Path:
 
 def test_as_it_should_be(tmp_path: Path, corpus: Path) -> None:
     build_files([corpus], ByteTokenizer(), tmp_path / "x", OPTIONS)
-    assert ensure_dataset(tmp_path / "x-train", ByteTokenizer()) is None
-    assert ensure_dataset(tmp_path / "x-train", ByteTokenizer(), "auto") is None
-    built = ensure_dataset(tmp_path / "x-train", ByteTokenizer(), "always")
+    assert ensure_dataset(tmp_path / "x-train", Wanted(ByteTokenizer())) is None
+    assert ensure_dataset(tmp_path / "x-train", Wanted(ByteTokenizer()), "auto") is None
+    built = ensure_dataset(tmp_path / "x-train", Wanted(ByteTokenizer()), "always")
     assert built is not None
-    assert built.was_there  # it is of just this, so even that writes nothing
+    assert not built.was_there
 
 
 def test_another_tokenizer_is_refused_and_the_command_helps(tmp_path: Path, corpus: Path, model_path: Path) -> None:
     build_files([corpus], ByteTokenizer(), tmp_path / "x", OPTIONS)
     wanted = load_tokenizer(model_path)
     with pytest.raises(DataError, match=r"tokenizer bytes of 257 ids .* not sentencepiece:small") as e:
-        ensure_dataset(tmp_path / "x-train", wanted)
+        ensure_dataset(tmp_path / "x-train", Wanted(wanted))
     assert "\n" not in str(e.value)
-    command = str(e.value).split("Build it again: ")[1].removesuffix(", or with data.rebuild=auto")
+    command = str(e.value).split("(data.rebuild=auto does): ")[1]
     words = shlex.split(command)
     assert words[:2] == ["python", "data_tools/build_dataset.py"]
     done = door("build_dataset", *words[2:])
     assert done.returncode == 0, done.stderr
-    assert ensure_dataset(tmp_path / "x-train", wanted) is None
+    assert ensure_dataset(tmp_path / "x-train", Wanted(wanted)) is None
     build_files([corpus], wanted, tmp_path / "y", OPTIONS)
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"x-train{suffix}").read_bytes() == (tmp_path / f"y-train{suffix}").read_bytes()
@@ -65,24 +65,63 @@ def test_another_tokenizer_is_refused_and_the_command_helps(tmp_path: Path, corp
 def test_auto_builds_what_differs(tmp_path: Path, corpus: Path, model_path: Path) -> None:
     build_files([corpus], ByteTokenizer(), tmp_path / "x", OPTIONS)
     wanted = load_tokenizer(model_path)
-    assert ensure_dataset(tmp_path / "x-validation", wanted, "auto") is not None
-    assert ensure_dataset(tmp_path / "x-validation", wanted, "auto") is None
+    assert ensure_dataset(tmp_path / "x-validation", Wanted(wanted), "auto") is not None
+    assert ensure_dataset(tmp_path / "x-validation", Wanted(wanted), "auto") is None
     with pytest.raises(DataError, match="do not end with the end-of-document token"):
-        ensure_dataset(tmp_path / "x-train", wanted, append_eod=True)
+        ensure_dataset(tmp_path / "x-train", Wanted(wanted, append_eod=True))
     (tmp_path / "x-train.bin").unlink()
-    assert ensure_dataset(tmp_path / "x-train", wanted, "auto") is not None
+    assert ensure_dataset(tmp_path / "x-train", Wanted(wanted), "auto") is not None
     before = len(IndexedDataset(tmp_path / "x-train"))
     with corpus.open("a") as file:
         file.writelines(json.dumps({"title": f"More {number}", "body": "text"}) + "\n" for number in range(10))
-    assert ensure_dataset(tmp_path / "x-train", wanted, "auto") is not None
+    assert ensure_dataset(tmp_path / "x-train", Wanted(wanted), "auto") is not None
     assert len(IndexedDataset(tmp_path / "x-train")) == before + 6
 
 
 def test_what_cannot_be_built_again(tmp_path: Path, model_path: Path) -> None:
     build_dataset([Document("a b", "f")], ByteTokenizer(), tmp_path / "x")
+    wanted = Wanted(load_tokenizer(model_path))
+    with pytest.raises(DataError, match="was built with the tokenizer bytes .* as it was built before$"):
+        ensure_dataset(tmp_path / "x", wanted)
     with pytest.raises(DataError, match=r"cannot be built again from x\.json alone"):
-        ensure_dataset(tmp_path / "x", load_tokenizer(model_path))
+        ensure_dataset(tmp_path / "x", wanted, "auto")
     (tmp_path / "x.json").unlink()
-    assert ensure_dataset(tmp_path / "x", load_tokenizer(model_path)) is None
+    assert ensure_dataset(tmp_path / "x", Wanted(load_tokenizer(model_path))) is None
     with pytest.raises(DataError, match="nothing says what to build"):
-        ensure_dataset(tmp_path / "x", ByteTokenizer(), "auto")
+        ensure_dataset(tmp_path / "x", Wanted(ByteTokenizer()), "auto")
+
+
+def test_always_mends_what_no_size_shows(tmp_path: Path, corpus: Path) -> None:
+    build_files([corpus], ByteTokenizer(), tmp_path / "x", OPTIONS)
+    content = (tmp_path / "x-train.bin").read_bytes()
+    (tmp_path / "x-train.bin").write_bytes(content[:-1] + b"?")
+    assert ensure_dataset(tmp_path / "x-train", Wanted(ByteTokenizer()), "auto") is None
+    assert ensure_dataset(tmp_path / "x-train", Wanted(ByteTokenizer()), "always") is not None
+    assert (tmp_path / "x-train.bin").read_bytes() == content
+
+
+def test_stated_inputs(tmp_path: Path, corpus: Path) -> None:
+    """They make a dataset that is not there, and another than they name is refused or built again."""
+    text = tmp_path / "plain" / "a.txt"
+    text.parent.mkdir()
+    text.write_text("some text")
+    wanted, said = Wanted(ByteTokenizer(), inputs=(str(text.parent),)), list[str]()
+    assert ensure_dataset(tmp_path / "y", wanted) is None  # nothing there: opening says so
+    assert ensure_dataset(tmp_path / "y", wanted, "auto", tell=said.append) is not None
+    assert said == [f"building {tmp_path / 'y'} of {text.parent}"]
+    assert ensure_dataset(tmp_path / "y", wanted, "auto") is None
+    (text.parent / "b.txt").write_text("more text")
+    with pytest.raises(DataError, match=r"was not built of .*b\.txt, other than data\.input says") as e:
+        ensure_dataset(tmp_path / "y", wanted)
+    assert shlex.join(["--input", str(text.parent)]) in str(e.value)
+    assert ensure_dataset(tmp_path / "y", wanted, "auto", tell=said.append) is not None
+    assert "b.txt" in said[1]
+    assert IndexedDataset(tmp_path / "y").document_count == 2
+    other = Wanted(ByteTokenizer(), inputs=(str(text.parent / "b.txt"),))
+    with pytest.raises(DataError, match=r"was built of .*a\.txt, other"):
+        ensure_dataset(tmp_path / "y", other)
+    with pytest.raises(DataError, match="is not there, and nothing says what to build it of; state data.input"):
+        ensure_dataset(tmp_path / "z", Wanted(ByteTokenizer()), "auto")
+    (tmp_path / "y.json").unlink()
+    with pytest.raises(DataError, match="move the dataset away"):
+        ensure_dataset(tmp_path / "y", wanted, "always")

@@ -1,0 +1,73 @@
+"""What a run reads of each dataset: for the opening facts and --dry-run, with what people should be warned of."""
+
+from __future__ import annotations
+
+from megalm.config.resolve import ResolvedRun
+from megalm.data.blend import BlendedSamples
+from megalm.data.streams import stride_warning
+from megalm.errors import ConfigError, DataError
+from megalm.train.datasets import find_data, open_data
+
+# Up to about four passes, repeated text trains nearly as well as new text (arXiv 2305.16264, read in November 2026).
+MANY_REPETITIONS = 4.0
+
+
+def data_rows(run: ResolvedRun, train: BlendedSamples) -> list[tuple[str, str]]:
+    """A row for each dataset of the run, and for each change of the mixture."""
+    total = run.config.train.steps * run.batch.global_batch
+    rows = []
+    for part, planned in zip(train.parts, train.planned(total), strict=True):
+        share = f"{planned.samples / total:.1%} of the samples, " if len(train.parts) > 1 else ""
+        seen = f", each token {planned.repetition:.2f} times" if part.stride < part.sequence_length else ""
+        text = f"{share}{planned.epochs:.2f} epochs of {part.tokens_per_epoch:,} tokens{seen}"
+        rows.append(("data", f"{planned.prefix}: {text}"))
+    for stage in run.config.data.stages:
+        all_of_it = sum(part.weight for part in stage.blend)
+        shares = ", ".join(f"{part.prefix} {part.weight / all_of_it:.1%}" for part in stage.blend)
+        unread = "" if stage.from_step <= run.config.train.steps else " (after the last step)"
+        rows.append(("data", f"from step {stage.from_step:,}: {shares}{unread}"))
+    return rows
+
+
+def planned_data(run: ResolvedRun) -> tuple[list[tuple[str, str]], list[str]]:
+    """Rows and warnings of a run that is not started: nothing is prepared or built.
+
+    Raises:
+        ConfigError, DataError: as when it is started.
+    """
+    data = run.config.data
+    if data.train is None:
+        return [], []
+    try:
+        opened = open_data(run, find_data(data, lambda line: None))
+    except DataError as error:
+        if data.rebuild == "never":
+            raise
+        return [("data", f"is built when the run starts: {error}")], []
+    return data_rows(run, opened.train), data_warnings(run, opened.train)
+
+
+def data_warnings(run: ResolvedRun, train: BlendedSamples) -> list[str]:
+    """What the run reads more often than people may think.
+
+    Raises:
+        ConfigError: a dataset that is read more often than `data.max_epochs`.
+    """
+    steps, most = run.config.train.steps, run.config.data.max_epochs
+    warnings = []
+    for part, planned in zip(train.parts, train.planned(steps * run.batch.global_batch), strict=True):
+        overlap = stride_warning(part.tokens_per_epoch, part.sequence_length, part.stride, planned.samples)
+        if overlap is not None:
+            warnings.append(f"{planned.prefix}: {overlap}")
+        if most is not None and planned.repetition > most:
+            raise ConfigError(
+                f"{steps} steps see {planned.prefix} {planned.repetition:.1f} times, data.max_epochs={most:g}; "
+                "train fewer steps, or bring more data"
+            )
+        if overlap is None and planned.repetition > MANY_REPETITIONS:
+            warnings.append(
+                f"{planned.prefix}: {steps} steps see each of its {part.tokens_per_epoch:,} tokens "
+                f"{planned.repetition:.1f} times; beyond {MANY_REPETITIONS:g} times text teaches less and less "
+                "(data.max_epochs refuses it)"
+            )
+    return warnings

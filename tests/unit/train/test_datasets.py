@@ -1,0 +1,217 @@
+"""From configuration to samples through the run's own code: overlap, blends, stages, repetition, what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, read_deepspeed_json
+from megalm.config.loading import config_to_yaml, load_run_config
+from megalm.config.precision import DeviceFacts
+from megalm.config.resolve import ResolvedRun, resolve
+from megalm.data.builder import BuildOptions, build_files
+from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megalm.data.tokenizer import ByteTokenizer
+from megalm.errors import ConfigError, DataError
+from megalm.train.checkpointing import DataIdentity
+from megalm.train.data_facts import data_rows, data_warnings, planned_data
+from megalm.train.datasets import RunData, find_data, open_data, rebuild_data, validation_loaders
+
+BATCH = 16  # of the shipped JSONs
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> str:
+    return write(tmp_path / "web", [40] * 60)
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> str:
+    return write(tmp_path / "code", [25, 35] * 20)
+
+
+def write(prefix: Path, lengths: Sequence[int]) -> str:
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        writer.append_documents(np.arange(sum(lengths)) % 257, list(lengths))
+    return str(prefix)
+
+
+def resolved(*overrides: str, folder: Path | None = None) -> ResolvedRun:
+    words = {"data.tokenizer": "bytes", "data.sequence_length": "8", "train.steps": "20"}
+    words |= {"data.cache": str(folder)} if folder else {}
+    words |= dict(word.split("=", 1) for word in overrides)
+    if not {"data.split", "data.validation"} & set(words):
+        words["data.split"] = "null"  # the preset has one
+    stated = [f"{key}={value}" for key, value in words.items()]
+    ds = read_deepspeed_json(str(DS_CONFIGS_FOLDER / "fp32.json"))
+    return resolve(load_run_config(None, stated), ds, 1, DeviceFacts("cpu", False, 4 << 30), 257)
+
+
+def opened(*overrides: str) -> tuple[ResolvedRun, RunData]:
+    run = resolved(*overrides)
+    return run, open_data(run, find_data(run.config.data, lambda line: None))
+
+
+def mixed(web: str, code: str) -> str:
+    return f"data.train=[{{prefix: {web}, weight: 3}}, {{prefix: {code}, weight: 1}}]"
+
+
+def tokens_of(data: RunData, first: int, end: int) -> list[tuple[str, int]]:
+    """(dataset, position) of every token that is an input in samples [first, end)."""
+    found = []
+    for index in range(first, end):
+        number, own = data.train.locate(index)
+        part = data.train.parts[number]
+        found += [(part.dataset.prefix, int(place)) for place in part.place(own).positions[:-1]]
+    return found
+
+
+def test_a_stride_reaches_the_samples_and_is_told_loudly(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "known", [991_386])
+    where = [f"data.train={prefix}", "data.sequence_length=1024", "train.steps=10"]
+    run, data = opened(*where, "data.stride=1")
+    assert data.train.parts[0].samples_per_epoch == 991_386
+    (warning,) = data_warnings(run, data.train)
+    assert "data.stride=1 is less than data.sequence_length=1024" in warning
+    assert "seen 1,024.0 times an epoch (990,362 samples, 968 if they did not overlap)" in warning
+    # Samples start at neighbouring tokens.
+    starts = sorted(int(data.train.parts[0].place(index).positions[0]) for index in range(20_000))
+    assert min(np.diff(starts)) == 1
+    plain = opened(*where)
+    assert data_warnings(plain[0], plain[1].train) == []
+    assert len({plain[1].train.order_fingerprint(1), data.train.order_fingerprint(1)}) == 2
+    same = opened(*where, "data.stride=1024")[1].train.order_fingerprint(1)
+    assert same == plain[1].train.order_fingerprint(1)
+
+
+@pytest.mark.parametrize("blended", [False, True])
+def test_an_extended_run_never_repeats_what_it_has_consumed(web: str, code: str, blended: bool) -> None:
+    """2,400 and 1,200 tokens: 20 steps of 16 samples of 8 tokens are one epoch of neither."""
+    train = mixed(web, code) if blended else f"data.train={web}"
+    (_, short), (run, longer) = opened(train, "train.steps=9"), opened(train, "train.steps=18")
+    half, end = 9 * BATCH, 18 * BATCH
+    assert tokens_of(longer, 0, half) == tokens_of(short, 0, half)
+    seen = tokens_of(longer, 0, end)
+    assert len(set(seen)) == len(seen) == 18 * BATCH * 8
+    identities = [DataIdentity(data.train, "t").at(half) for data in (short, longer)]
+    assert identities[0] == identities[1]
+    assert run.config.train.steps == 18
+
+
+def test_weights_are_the_shares(web: str, code: str) -> None:
+    run, data = opened(mixed(web, code))
+    first, second = data.train.consumed(20 * BATCH)
+    assert (first.prefix, first.samples, second.samples) == (web, 240, 80)
+    assert data_rows(run, data.train) == [
+        ("data", f"{web}: 75.0% of the samples, 0.80 epochs of 2,400 tokens"),
+        ("data", f"{code}: 25.0% of the samples, 0.53 epochs of 1,200 tokens"),
+    ]
+    assert data_warnings(run, data.train) == []
+
+
+def test_a_stage_begins_with_its_step_and_may_be_added_later(web: str, code: str) -> None:
+    train, later = f"data.train={web}", f"[{{from_step: 11, blend: [{{prefix: {code}, weight: 1}}]}}]"
+    (_, plain), (run, staged) = opened(train), opened(train, f"data.stages={later}")
+    chosen = [staged.train.locate(index)[0] for index in range(20 * BATCH)]
+    assert chosen == [0] * (10 * BATCH) + [1] * (10 * BATCH)
+    before, after = 10 * BATCH, 10 * BATCH + 1
+    identities = {
+        samples: [DataIdentity(data.train, "t").at(samples) for data in (plain, staged)] for samples in (before, after)
+    }
+    assert identities[before][0] == identities[before][1]
+    assert identities[after][0]["order"] != identities[after][1]["order"]
+    assert identities[after][0]["dataset"] != identities[after][1]["dataset"]
+    assert data_rows(run, staged.train)[-1] == ("data", f"from step 11: {code} 100.0%")
+    again = resolved(train, f"data.stages={later}")
+    assert config_to_yaml(again.config) == config_to_yaml(run.config)
+
+
+def test_stages_begin_where_the_step_began_if_the_batch_has_changed(web: str, code: str) -> None:
+    run = resolved(f"data.train={web}", f"data.stages=[{{from_step: 11, blend: [{{prefix: {code}, weight: 1}}]}}]")
+    places = find_data(run.config.data, lambda line: None)
+    data = open_data(run, places, first_sample_of=lambda step: 100 + 4 * step)
+    assert [data.train.locate(index)[0] for index in (143, 144)] == [0, 1]
+
+
+def test_repetition_is_warned_of_and_refused(web: str, code: str) -> None:
+    run, data = opened(mixed(web, code), "train.steps=200")
+    warnings = data_warnings(run, data.train)
+    assert f"{web}: 200 steps see each of its 2,400 tokens 8.0 times; beyond 4 times" in warnings[0]
+    assert f"{code}: 200 steps see each of its 1,200 tokens 5.3 times" in warnings[1]
+    run, data = opened(mixed(web, code), "train.steps=200", "data.max_epochs=7")
+    with pytest.raises(ConfigError, match=rf"200 steps see {web} 8\.0 times, data\.max_epochs=7"):
+        data_warnings(run, data.train)
+    with pytest.raises(ConfigError, match=r"data\.max_epochs=7"):
+        planned_data(run)
+
+
+def test_validation_sets_by_name_and_by_split(web: str, code: str) -> None:
+    named = f"data.validation={{prose: {web}, programs: {code}}}"
+    assert list(opened(f"data.train={web}", named)[1].validation) == ["prose", "programs"]
+    assert list(opened(f"data.train={web}", f"data.validation={code}")[1].validation) == ["validation"]
+    assert list(opened(f"data.train={web}", "data.split=9,1")[1].validation) == ["validation"]
+    run, data = opened(mixed(web, code), "data.split=9,1")
+    assert list(data.validation) == ["web", "code"]
+    assert [samples.document_range for samples in data.validation.values()] == [(54, 60), (36, 40)]
+    assert [part.document_range for part in data.train.parts] == [(0, 54), (0, 36)]
+    part, whole = validation_loaders(run, data, 0)["web"]
+    assert part is whole
+    assert opened(f"data.train={web}", "data.split=1,0")[1].validation == {}
+
+
+def test_large_orders_are_kept_and_small_ones_are_not(tmp_path: Path, web: str) -> None:
+    large = write(tmp_path / "large", [9] * 100_000)
+    for prefix, kept in ((web, False), (large, True)):
+        run = resolved(f"data.train={prefix}", folder=tmp_path / "cache")
+        data = open_data(run, find_data(run.config.data, lambda line: None))
+        first = data.train.sample(0)[0].tolist()
+        assert (tmp_path / "cache" / "orders").exists() == kept
+    again = open_data(run, find_data(run.config.data, lambda line: None))
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.npy")}
+    assert again.train.sample(0)[0].tolist() == first
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+
+
+def test_a_run_refuses_or_rebuilds_what_differs(tmp_path: Path) -> None:
+    text = tmp_path / "raw.txt"
+    text.write_text("a text " * 100)
+    prefix = str(tmp_path / "my")
+    build_files([text], ByteTokenizer(), prefix)
+    stated = [f"data.train={prefix}", "data.append_eod=false"]
+    with pytest.raises(DataError, match=r"documents that end with the end-of-document token.*data\.rebuild=auto does"):
+        opened(*stated)
+    run, said = resolved(*stated, "data.rebuild=auto", f"data.input={text}"), list[str]()
+    rows, _ = planned_data(run)
+    assert rows[0][1].startswith("is built when the run starts")
+    for _ in range(2):
+        places = find_data(run.config.data, said.append)
+        rebuild_data(run.config.data, places, 1, said.append)
+    assert [line.split(":")[0] for line in said] == [f"building {prefix} again", f"built {prefix}"]
+    assert len(IndexedDataset(prefix).tokens) == len(text.read_bytes())
+    open_data(run, places)
+    with pytest.raises(DataError, match=r"was not built of .*raw2\.txt|no file to read"):
+        opened(f"data.train={prefix}", f"data.input={tmp_path}/raw2.txt")
+
+
+def test_a_dataset_that_is_not_there_is_built_of_its_input(tmp_path: Path) -> None:
+    (tmp_path / "raw.txt").write_text("a text " * 100)
+    stated = [f"data.train={tmp_path}/new", f"data.input={tmp_path}/raw.txt"]
+    with pytest.raises(ConfigError, match=r"new\.bin does not exist"):
+        resolved(*stated)
+    run = resolved(*stated, "data.rebuild=auto")
+    places = find_data(run.config.data, lambda line: None)
+    rebuild_data(run.config.data, places, 1, lambda line: None)
+    assert open_data(run, places).train.parts[0].tokens_per_epoch == 701
+
+
+def test_both_parts_of_a_split_are_built_again_once(tmp_path: Path) -> None:
+    for number in range(10):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    build_files([f"{tmp_path}/*.txt"], ByteTokenizer(), tmp_path / "x", BuildOptions(split=(80, 20)))
+    parts = [f"data.train={tmp_path}/x-train", f"data.validation={tmp_path}/x-validation"]
+    run, said = resolved(*parts, "data.rebuild=always"), list[str]()
+    rebuild_data(run.config.data, find_data(run.config.data, said.append), 1, said.append)
+    assert [line.split(":")[0] for line in said] == [f"building {tmp_path}/x-train again", f"built {tmp_path}/x"]
