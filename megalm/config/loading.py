@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 
@@ -161,11 +161,14 @@ def _parse_override(override: str) -> Iterator[tuple[str, Any]]:
 
 def _parse_value(key: str, text: str) -> Any:
     """The value as YAML; but a key that takes text takes it as it stands: run.name=001 is no number."""
-    takes_text = str in set(members(_LEAVES[key].annotation))
+    kinds = list(members(_LEAVES[key].annotation))
+    takes_text, takes_several = str in kinds, any(get_origin(kind) in (tuple, dict) for kind in kinds)
     try:
         value = parse_yaml(text, f"{COMMAND_LINE}, {key}")
     except ConfigError:
         if takes_text:
             return text
         raise
-    return value if not takes_text or value is None or isinstance(value, str) else text
+    if not takes_text or value is None or isinstance(value, str) or (takes_several and isinstance(value, (list, dict))):
+        return value
+    return text

@@ -58,10 +58,30 @@ class ModelSection(Section):
     initializer_range: PositiveFloat = 0.02
 
 
+class BlendPart(Section):
+    """A dataset of a mixture; its share is its weight among those of the others."""
+
+    prefix: str
+    weight: PositiveFloat
+
+
+class DataStage(Section):
+    """Training data from this step on."""
+
+    from_step: PositiveInt
+    blend: tuple[BlendPart, ...]
+
+
 class DataSection(Section):
-    train: str | None = Field(default=None, description="dataset prefix: PREFIX.bin and PREFIX.idx")
-    validation: str | None = Field(
-        default=None, description="dataset prefix; or cut it from data.train with data.split"
+    train: str | tuple[BlendPart, ...] | None = Field(
+        default=None, description="dataset prefix: PREFIX.bin and PREFIX.idx; or a list of {prefix, weight}"
+    )
+    stages: tuple[DataStage, ...] = Field(
+        default=(), description="other mixtures from later steps on: a list of {from_step, blend}"
+    )
+    validation: str | dict[str, str] | None = Field(
+        default=None,
+        description="dataset prefix, or a mapping of names to prefixes; or cut it from data.train with data.split",
     )
     split: str | None = Field(default=None, description="TRAIN,VALIDATION weights by document, e.g. 95,5")
     tokenizer: str | None = Field(
@@ -72,14 +92,42 @@ class DataSection(Section):
     )
     recipe_vocab_size: PositiveInt = 8192
     cache: str | None = Field(
-        default=None, description="where prepared recipes are kept; default MEGALM_CACHE or ~/.cache/megalm"
+        default=None,
+        description="where recipes and orders of samples are kept; default MEGALM_CACHE or ~/.cache/megalm",
+    )
+    input: str | tuple[str, ...] | None = Field(
+        default=None, description="files, folders, globs that data.train is built of; data.rebuild builds it of them"
+    )
+    append_eod: bool | None = Field(
+        default=None, description="whether documents must end with the end-of-document token; null: as they are"
+    )
+    rebuild: Literal["never", "auto", "always"] = Field(
+        default="never", description="build datasets again: where they differ from what the run states, or always"
     )
     sequence_length: PositiveInt = 256
+    stride: PositiveInt | None = Field(
+        default=None, description="tokens from one sample to the next; default data.sequence_length, less overlaps"
+    )
     order: Literal["prefix_stable", "megatron"] = "prefix_stable"
     document_mask: bool = Field(default=False, description="keep documents in one sample from attending to each other")
     max_epochs: PositiveFloat | None = Field(
-        default=None, description="refuse a run that would see its data more often"
+        default=None, description="refuse a run that would see the tokens of a dataset more often"
     )
+
+    @property
+    def blends(self) -> tuple[DataStage, ...]:
+        """data.train and data.stages alike: what is mixed from which step on; empty before a recipe is prepared."""
+        if self.train is None:
+            return ()
+        first = (BlendPart(prefix=self.train, weight=1.0),) if isinstance(self.train, str) else self.train
+        return DataStage(from_step=1, blend=first), *self.stages
+
+    @property
+    def validation_sets(self) -> dict[str, str]:
+        """Name -> prefix of data.validation; one that has no name is "validation"."""
+        if isinstance(self.validation, str):
+            return {"validation": self.validation}
+        return dict(self.validation or {})
 
 
 class ScheduleSection(Section):
@@ -102,6 +150,12 @@ class TrainSection(Section):
     rehearse: bool = Field(
         default=True, description="before step 1 one step, validation batch, sample and checkpoint write, then undone"
     )
+    max_wall_time: str | None = Field(
+        default=None, description="save and leave with code 75 before so much time has passed, e.g. 4h or 1h30m"
+    )
+    hang_timeout_seconds: PositiveFloat | None = Field(
+        default=1800.0, description="without progress for so long, write every rank's stack and fail; null: wait"
+    )
     loss_chunk_tokens: PositiveInt = Field(
         default=1024, description="the vocabulary's logits are held for so many tokens at once"
     )
@@ -119,7 +173,7 @@ class ParallelSection(Section):
 class EvaluateSection(Section):
     interval_steps: PositiveInt | None = Field(default=100, description="null: only at the end")
     max_samples: PositiveInt | None = Field(
-        default=None, description="validate on so many samples while training; all at the end"
+        default=None, description="validate on so many samples of each set while training; all at the end"
     )
 
     patience: PositiveInt | None = Field(
@@ -136,8 +190,51 @@ class SampleSection(Section):
 
 
 class CheckpointSection(Section):
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
     interval_steps: PositiveInt | None = Field(default=None, description="null: only at the end")
     best: bool = Field(default=False, description="save at each new lowest validation loss; checkpoints/best names it")
+    keep_last: PositiveInt | None = Field(
+        default=None, description="keep so many good checkpoints, and the best; null: all"
+    )
+    keep_every_steps: PositiveInt | None = Field(
+        default=None, description="with keep_last: keep for good what is saved at a multiple of this"
+    )
+    asynchronous: bool = Field(
+        default=False, alias="async", description="copy the state at the step, write it behind training"
+    )
+
+
+class GuardSection(Section):
+    """Loss and gradient norm of every step are judged before its update; what is not finite is never applied."""
+
+    policy: Literal["off", "stop", "skip", "rollback"] = Field(
+        default="skip",
+        description="a spike: let it pass, stop, leave the update out, or go back to a checkpoint and past its data",
+    )
+    window: PositiveInt = Field(default=128, description="steps that a new one is compared with")
+    warmup_steps: PositiveInt = Field(default=50, description="no finite number is judged before so many steps")
+    loss_sigmas: PositiveFloat = Field(default=8.0, description="a spike is so many deviations above the median, and")
+    loss_rise: PositiveFloat = Field(default=0.5, description="so many nats")
+    norm_sigmas: PositiveFloat = Field(default=8.0, description="the same for the logarithm of the gradient norm, and")
+    norm_factor: Annotated[float, Field(gt=1)] = Field(default=8.0, description="so many times its median")
+    max_skips_in_a_row: PositiveInt = Field(default=5, description="skip: one more and the run stops")
+    max_rollbacks: PositiveInt = Field(default=3, description="rollback: one more and the run stops")
+    stop_above: PositiveFloat | None = Field(
+        default=None, description="stop where the median loss is above this after guard.after_step"
+    )
+    after_step: PositiveInt | None = None
+
+
+class ResumeSection(Section):
+    """For --resume alone: what may be another than it was."""
+
+    allow: tuple[Literal["dataset", "tokenizer", "order", "model"], ...] = Field(
+        default=(), description="things that may differ from the checkpoint's"
+    )
+    skip_steps: NonNegativeInt = Field(
+        default=0, description="pass over the data of so many steps, as a rollback does by itself"
+    )
 
 
 class TrackingSection(Section):
@@ -159,16 +256,7 @@ class RunConfig(Section):
     evaluate: EvaluateSection = EvaluateSection()
     sample: SampleSection = SampleSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    guard: GuardSection = GuardSection()
+    resume: ResumeSection = ResumeSection()
     tracking: TrackingSection = TrackingSection()
     compile: bool = False
-    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
-
-    keep_last: PositiveInt | None = Field(
-        default=None, description="keep so many good checkpoints, and the best; null: all"
-    )
-    keep_every_steps: PositiveInt | None = Field(
-        default=None, description="with keep_last: keep for good what is saved at a multiple of this"
-    )
-    asynchronous: bool = Field(
-        default=False, alias="async", description="copy the state at the step, write it behind training"
-    )

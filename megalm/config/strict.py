@@ -44,7 +44,8 @@ def members(annotation: Any) -> Iterator[Any]:
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
     """The model of a field that is a section of its own, or None for a value."""
     for member in members(field.annotation):
-        if isinstance(member, type) and issubclass(member, BaseModel):
+        # Python 3.10 takes tuple[str] for a type.
+        if get_origin(member) is None and isinstance(member, type) and issubclass(member, BaseModel):
             return member
     return None
 
@@ -151,10 +152,18 @@ def _expected(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     if origin is Literal:
         options = get_args(annotation)
         return ("one of " if len(options) > 1 else "") + ", ".join(shown(option) for option in options)
-    if origin is tuple:
-        kinds = [_expected(part) for part in get_args(annotation) if part is not Ellipsis]
-        return f"a list of {kinds[0]}" if Ellipsis in get_args(annotation) else f"a list of {len(kinds)}: {kinds[0]}"
+    if origin in (tuple, dict):
+        return _expected_several(origin, get_args(annotation))
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{" + ", ".join(annotation.model_fields) + "}"
     return _KINDS.get(annotation, str(annotation)) + (_bounds(metadata) if annotation in (int, float) else "")
+
+
+def _expected_several(origin: Any, arguments: tuple[Any, ...]) -> str:
+    if origin is dict:
+        return f"a mapping of names to {_expected(arguments[1])}"
+    kinds = [_expected(part) for part in arguments if part is not Ellipsis]
+    return f"a list of {kinds[0]}" if Ellipsis in arguments else f"a list of {len(kinds)}: {kinds[0]}"
 
 
 def _bounds(metadata: tuple[Any, ...]) -> str:
