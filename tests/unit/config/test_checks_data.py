@@ -1,0 +1,147 @@
+"""Rules of the data section, by their messages, and the ways in which blends, stages and sets may be stated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from config_cases import refused
+
+from megalm.config.loading import config_to_yaml, load_run_config
+from megalm.config.resolve import ResolvedRun
+from megalm.config.schema import BlendPart
+from megalm.errors import ConfigError
+
+Start = Callable[..., ResolvedRun]
+OWN = "data.tokenizer=bytes"
+
+
+@pytest.fixture
+def a(tmp_path: Path) -> str:
+    return touched(tmp_path / "a")
+
+
+@pytest.fixture
+def b(tmp_path: Path) -> str:
+    return touched(tmp_path / "b")
+
+
+def touched(prefix: Path) -> str:
+    prefix.parent.mkdir(exist_ok=True)
+    for suffix in (".bin", ".idx"):
+        Path(f"{prefix}{suffix}").touch()
+    return str(prefix)
+
+
+def blend(*prefixes: str) -> str:
+    return (
+        "[" + ", ".join(f"{{prefix: {prefix}, weight: {number + 1}}}" for number, prefix in enumerate(prefixes)) + "]"
+    )
+
+
+def test_what_each_rule_refuses_and_the_nearest_that_it_lets_pass(start: Start, tmp_path: Path, a: str, b: str) -> None:
+    same_name = touched(tmp_path / "other" / "a")
+    one, both = f"data.train={a}", f"data.train={blend(a, b)}"
+    stage = f"{{from_step: 5, blend: {blend(b)}}}"
+    for stated, message in (
+        (["data.rebuild=auto"], "data.rebuild needs data.train, a dataset of one's own"),
+        (["data.append_eod=false"], "data.append_eod needs data.train"),
+        (["data.input=raw"], "data.input needs data.train"),
+        ([f"data.stages=[{stage}]"], "data.stages needs data.train"),
+        ([OWN, "data.train=[]"], "data.train is an empty list"),
+        ([OWN, both, "data.stages=[{from_step: 3, blend: []}]"], "data.stages, from_step 3 is an empty list"),
+        ([OWN, f"data.train={blend(a, a)}"], f"data.train names {a} twice"),
+        ([OWN, both], None),
+        ([OWN, one, f"data.stages=[{stage}, {stage}]"], "from_step=5 does not come after step 5"),
+        ([OWN, one, f"data.stages=[{{from_step: 1, blend: {blend(b)}}}]"], "from_step=1 does not come after step 1"),
+        ([OWN, one, f"data.stages=[{stage}]"], None),
+        ([OWN, one, "data.stride=257"], "data.stride=257 is more than data.sequence_length=256"),
+        ([OWN, one, "data.stride=256", "data.order=megatron"], None),
+        ([OWN, one, "data.stride=255", "data.order=megatron"], "and this run has data.stride=255"),
+        ([OWN, both, "data.order=megatron"], "and this run mixes datasets"),
+        ([OWN, one, f"data.stages=[{stage}]", "data.order=megatron"], "and this run mixes datasets"),
+        ([OWN, both, "data.input=raw"], "data.train is a list"),
+        ([OWN, one, "data.input=raw"], None),
+        ([OWN, one, "data.validation={}"], "data.validation is an empty mapping"),
+        ([OWN, one, f"data.validation={{a/b: {b}}}"], "'a/b' is no name of a set"),
+        ([OWN, one, f"data.validation={{validation: {b}}}"], "'validation' is all of them together"),
+        ([OWN, one, f"data.validation={{b: {b}}}"], None),
+        ([OWN, one, f"data.validation={{b: {b}}}", "data.split=9,1"], "data.validation={...} and data.split=9,1 both"),
+        ([OWN, one, f"data.validation={{b: {tmp_path}/no}}"], f"data.validation={tmp_path}/no: {tmp_path}/no.bin does"),
+        ([OWN, f"data.train={blend(a, same_name)}", "data.split=9,1"], "two are called a"),
+        ([OWN, f"data.train={blend(a, same_name)}", "data.split=null"], None),
+        ([OWN, f"data.train={blend(a, tmp_path / 'no')}"], f"data.train={tmp_path}/no: "),  # type: ignore[arg-type]
+        ([OWN, one, f"data.stages=[{{from_step: 2, blend: {blend('no')}}}]"], "data.stages=no: no.bin does not exist"),
+    ):
+        if message is None:
+            start(*stated)
+        else:
+            assert message in refused(start, *stated), stated
+
+
+def test_what_can_be_built_need_not_be_there(start: Start, tmp_path: Path, a: str) -> None:
+    gone = f"data.train={tmp_path}/gone"
+    assert "gone.bin does not exist" in refused(start, OWN, gone, "data.rebuild=auto")
+    start(OWN, gone, "data.rebuild=auto", "data.input=raw")
+    assert "gone.bin does not exist" in refused(start, OWN, gone, "data.input=raw")
+    (tmp_path / "gone.json").touch()  # it says what the dataset was built of
+    start(OWN, gone, "data.rebuild=always")
+    held_out = f"data.validation={tmp_path}/none"
+    stated = [OWN, f"data.train={a}", held_out, "data.rebuild=auto", "data.input=raw"]
+    assert "none.bin does not exist" in refused(start, *stated)
+
+
+def test_yaml_and_the_command_line_say_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        """
+        data:
+          tokenizer: bytes
+          train:
+            - {prefix: web, weight: 0.7}
+            - {prefix: code, weight: 0.3}
+          stages:
+            - from_step: 100
+              blend: [{prefix: code, weight: 1}]
+          validation: {prose: web-held, programs: code-held}
+          input: null
+        """
+    )
+    file = load_run_config(str(path), [])
+    words = load_run_config(
+        None,
+        [
+            "data.tokenizer=bytes",
+            "data.train=[{prefix: web, weight: 0.7}, {prefix: code, weight: 0.3}]",
+            "data.stages=[{from_step: 100, blend: [{prefix: code, weight: 1}]}]",
+            "data.validation={prose: web-held, programs: code-held}",
+        ],
+    )
+    assert (
+        file.config.data.train
+        == words.config.data.train
+        == (
+            BlendPart(prefix="web", weight=0.7),
+            BlendPart(prefix="code", weight=0.3),
+        )
+    )
+    assert file.config.data.stages == words.config.data.stages
+    assert file.config.data.validation == words.config.data.validation == {"prose": "web-held", "programs": "code-held"}
+    assert [stage.from_step for stage in file.config.data.blends] == [1, 100]
+    path.write_text(config_to_yaml(words.config))
+    assert load_run_config(str(path), []).config == words.config
+
+
+@pytest.mark.parametrize(
+    "stated", ["[{prefix: a}]", "[{prefix: a, weight: 0}]", "[{prefix: a, wait: 1}]", "[a]", "{a: 1}"]
+)
+def test_a_blend_that_is_none(stated: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.train=.*: expected text or a list of \{prefix, weight\} or null"):
+        load_run_config(None, [f"data.train={stated}"])
+
+
+def test_a_prefix_is_taken_as_it_stands() -> None:
+    config = load_run_config(None, ["data.train=001", "data.input=raw/*.jsonl", "data.tokenizer=bytes"]).config
+    assert (config.data.train, config.data.input) == ("001", "raw/*.jsonl")
+    assert load_run_config(None, ["data.input=[a, b]"]).config.data.input == ("a", "b")
