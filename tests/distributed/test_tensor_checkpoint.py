@@ -1,0 +1,137 @@
+"""A checkpoint of any layout gives the very same state to every other, tensor groups included, and to the weights.
+
+Bit for bit: masters, moments and the low-precision weights made of them. Going on from it gives the next loss of the
+run that wrote it, in fp32 to 1e-5.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megalm.checkpoint.fragment import KINDS, FragmentKey
+from megalm.checkpoint.load import CheckpointReader
+from megalm.checkpoint.save import save_checkpoint
+from megalm.model.shard import shard_of
+from tests.distributed.training import Case, Trace, make_dataset, snapshot, start, steps, whole_state
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+NO_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+NO_ZERO = {"zero_optimization": {"stage": 0}}
+GROUPED = "model.num_key_value_heads=2"
+TENSOR, SEQUENCE = (GROUPED, "parallel.tensor=2"), (GROUPED, "parallel.tensor=2", "parallel.sequence=true")
+LAYOUTS: dict[int, dict[str, Case]] = {
+    1: {"zero1": Case("zero1.json", overrides=(GROUPED,)), "zero3 bf16": Case("zero3.json", "bf16", (GROUPED,))},
+    2: {
+        "data zero2": Case("zero2.json", overrides=(GROUPED,)),
+        "tensor zero0": Case("zero1.json", overrides=TENSOR, settings=NO_ZERO),
+        "tensor zero1 bf16": Case("zero1.json", "bf16", TENSOR),
+        "sequence zero2": Case("zero2.json", overrides=SEQUENCE),
+        "tensor zero3": Case("zero3.json", overrides=TENSOR, settings=NO_PERSISTENCE),
+    },
+    4: {
+        "data zero3": Case("zero3.json", overrides=(GROUPED,), settings=NO_PERSISTENCE),
+        "tensor 2 zero0": Case("zero1.json", overrides=TENSOR, settings=NO_ZERO),
+        "sequence 2 zero3": Case("zero3.json", overrides=SEQUENCE, settings=NO_PERSISTENCE),
+        "tensor 2 zero2 bf16": Case("zero2.json", "bf16", TENSOR),
+        "tensor 4 zero1": Case("zero1.json", overrides=(GROUPED, "parallel.tensor=4")),  # two ranks share a kv head
+    },
+}
+STEPS = 3
+
+
+def _write(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, tuple[Path, Trace, Trace]]:
+    """Per layout: the checkpoint, the state that it was made of, and the step after it."""
+    written = {}
+    for name, case in LAYOUTS[comm.size].items():
+        engine, run, loader = start(comm, device, case, prefix, folder)
+        before = steps(engine, run, loader, 1, STEPS)
+        facts = {"step": STEPS, "tokens": 0, "counters": engine.counters()}
+        path = save_checkpoint(folder / name, STEPS, engine.fragments(), facts, [], comm)
+        written[name] = (path, before, steps(engine, run, loader, STEPS + 1, STEPS + 1))
+        loader.close()
+    return written
+
+
+def _read(comm: Any, device: torch.device, prefix: Path, folder: Path, paths: list[Path]) -> dict[Any, Trace]:
+    """Per layout and checkpoint: the state after loading, and the next step."""
+    found = {}
+    for name, case in LAYOUTS[comm.size].items():
+        engine, run, loader = start(comm, device, case, prefix, folder)
+        for path in paths:
+            reader = CheckpointReader(path)
+            engine.restore(reader.read, reader.manifest["counters"], reader.manifest["step"])
+            loaded = snapshot(engine)
+            if "zero3" not in name:
+                _assert_weights_are(engine, reader)
+            after = steps(engine, run, loader, STEPS + 1, STEPS + 1)
+            found[name, path] = Trace(after.losses, after.norms, loaded)
+        loader.close()
+    return found
+
+
+def _assert_weights_are(engine: Any, reader: CheckpointReader) -> None:
+    masters = reader.model()
+    for name, parameter in engine._engine.module.named_parameters():
+        expected = shard_of(parameter).cut(masters[name]).to(parameter.dtype)
+        assert torch.equal(parameter.data, expected), name
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tensor_checkpoints")
+    make_dataset(folder / "data")
+    for size in LAYOUTS:
+        (folder / str(size)).mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(place: Path) -> dict[int, list[dict[str, tuple[Path, Trace, Trace]]]]:
+    return {size: run_ranks(size, _write, place / "data", place / str(size)) for size in LAYOUTS}
+
+
+@pytest.fixture(scope="module")
+def read(place: Path, written: dict[int, Any]) -> dict[int, list[dict[Any, Trace]]]:
+    paths = [path for ranks in written.values() for path, _, _ in ranks[0].values()]
+    return {size: run_ranks(size, _read, place / "data", place / str(size), paths) for size in LAYOUTS}
+
+
+@pytest.mark.parametrize("size", list(LAYOUTS))
+def test_a_checkpoint_is_the_state_each_element_once(written: dict[int, Any], size: int) -> None:
+    for name in LAYOUTS[size]:
+        ranks = written[size]
+        reader = CheckpointReader(ranks[0][name][0])
+        for (parameter, kind), values in whole_state([rank[name][1] for rank in ranks]).items():
+            np.testing.assert_array_equal(_stored(reader, parameter, kind), values, err_msg=f"{name}: {parameter}")
+
+
+@pytest.mark.parametrize("size", list(LAYOUTS))
+def test_any_layout_gets_the_same_state(read: dict[int, Any], size: int) -> None:
+    ranks = read[size]
+    assert len(ranks[0]) == len(LAYOUTS[size]) * 12
+    for name, path in ranks[0]:
+        reader = CheckpointReader(path)
+        for (parameter, kind), values in whole_state([rank[name, path] for rank in ranks]).items():
+            stored = _stored(reader, parameter, kind)
+            np.testing.assert_array_equal(values, stored, err_msg=f"{name} from {path}: {kind} of {parameter}")
+
+
+@pytest.mark.parametrize("size", list(LAYOUTS))
+def test_any_layout_goes_on_with_the_same_loss(read: dict[int, Any], written: dict[int, Any], size: int) -> None:
+    after = {path: trace.losses[0] for ranks in written.values() for path, _, trace in ranks[0].values()}
+    for (name, path), trace in read[size][0].items():
+        if "bf16" not in name and "bf16" not in str(path):
+            np.testing.assert_allclose(trace.losses[0], after[path], rtol=1e-5, err_msg=f"{name} from {path}")
+
+
+def _stored(reader: CheckpointReader, name: str, kind: str) -> np.ndarray:
+    shape = reader.shapes()[name]
+    assert kind in KINDS
+    return reader.read(FragmentKey(name, kind, shape, 0, int(np.prod(shape)))).numpy()
