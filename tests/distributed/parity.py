@@ -18,17 +18,30 @@ from megalm.checkpoint.fragment import KINDS
 from tests.distributed.training import VOCAB, Case, Trace, snapshot, start, steps, whole_state
 
 STEPS = 5
+# Adam moves a weight by a whole step however small its gradient is, down to about epsilon. At the usual 1e-8 it would
+# make steps of gradients that are rounding alone; gradients here are about 1e-4.
+_EPSILON = 1e-6
 
 # Sizes that show mistakes: a vocabulary that nothing divides, fewer key/value heads than heads, an MLP that is no
 # multiple of the hidden size.
 _SMALL = ("model.intermediate_size=88", "model.num_attention_heads=4", "train.loss_chunk_tokens=40")
 _GPT2 = (*_SMALL, "model.style=gpt2", "model.qk_norm=false", "data.document_mask=true")
-_LLAMA = (*_SMALL, "model.style=llama", "model.num_key_value_heads=2")
+_LLAMA = (*_SMALL, "model.style=llama")
 MODELS: dict[str, tuple[str, ...]] = {
     "gpt2 tied": (*_GPT2, "model.tie_word_embeddings=true"),
     "gpt2 untied": (*_GPT2, "model.tie_word_embeddings=false", "train.checkpoint_activations_every=1"),
-    "llama tied": (*_LLAMA, "model.tie_word_embeddings=true", "train.checkpoint_activations_every=1"),
-    "llama untied": (*_LLAMA, "model.tie_word_embeddings=false", "data.document_mask=true"),
+    "llama MQA tied": (
+        *_LLAMA,
+        "model.num_key_value_heads=1",  # held by both ranks of a tensor group
+        "model.tie_word_embeddings=true",
+        "train.checkpoint_activations_every=1",
+    ),
+    "llama GQA untied": (
+        *_LLAMA,
+        "model.num_key_value_heads=2",
+        "model.tie_word_embeddings=false",
+        "data.document_mask=true",
+    ),
 }
 
 
@@ -40,14 +53,17 @@ class Layout:
     @property
     def stages(self) -> tuple[int, ...]:
         """The ZeRO stages that are legal with it."""
-        return (1,) if "parallel.pipeline=2" in self.overrides else (0, 1, 2, 3)
+        return (0, 1) if _PP in self.overrides else (0, 1, 2, 3)
 
 
 _TP, _PP = "parallel.tensor=2", "parallel.pipeline=2"
 _SP = (_TP, "parallel.sequence=true")
-ONE_RANK = Layout(1)
 LAYOUTS = {
     "dp2": Layout(2),
+    "tp2": Layout(2, (_TP,)),
+    "sp2": Layout(2, _SP),
+    "tp2 x dp2": Layout(4, (_TP,)),
+    "sp2 x dp2": Layout(4, _SP),
 }
 
 
@@ -61,27 +77,45 @@ class Row:
     precision: str = "fp32"
 
     @property
+    def clipping(self) -> float:
+        """Below every gradient norm of the first steps, so that a wrong norm makes wrong weights as well.
+
+        Without ZeRO a pipeline clips by a wrong norm in DeepSpeed, and only runs with clipping off.
+        """
+        return 0.0 if self.zero == 0 and _PP in LAYOUTS[self.layout].overrides else 0.5
+
+    @property
     def name(self) -> str:
         return f"{self.layout}, ZeRO {self.zero}, {self.model}, {self.precision}"
 
-    def case(self, layout: Layout) -> Case:
+    def case(self) -> Case:
+        return self._case(LAYOUTS[self.layout].overrides, self.zero)
+
+    @property
+    def reference(self) -> str:
+        return f"{self.model}, {self.precision}, clipping at {self.clipping}"
+
+    def reference_case(self) -> Case:
+        """The same job on one rank, under ZeRO 1, which test_zero_parity.py compares with the other stages."""
+        return self._case((), 1)
+
+    def _case(self, overrides: tuple[str, ...], zero: int) -> Case:
         return Case(
             "zero1.json",
             self.precision,
-            (*MODELS[self.model], *layout.overrides),
+            (*MODELS[self.model], *overrides),
             {
                 "train_batch_size": 16,
                 "train_micro_batch_size_per_gpu": 2,
-                "gradient_clipping": CLIPPING,
-                "zero_optimization": {"stage": self.zero, "stage3_param_persistence_threshold": 0},
+                "gradient_clipping": self.clipping,
+                "optimizer": {"params": {"betas": [0.9, 0.95], "eps": _EPSILON, "weight_decay": 0.1}},
+                "zero_optimization": {"stage": zero, "stage3_param_persistence_threshold": 0},
             },
         )
 
 
-# Below every gradient norm of the first steps, so that a wrong norm makes wrong weights as well.
-CLIPPING = 0.5
 # bf16 rounds each product at 2^-9 and the layouts round different ones: a part of the matrix shows that it trains.
-_BF16_MODELS = ("gpt2 tied", "llama untied")
+_BF16_MODELS = ("gpt2 tied", "llama GQA untied")
 
 
 def rows(layout: str) -> list[Row]:
@@ -103,7 +137,7 @@ class Tolerance:
 
 TOLERANCES = {
     "fp32": Tolerance(loss=1e-5, norm=1e-5, weights=1e-5, moments=1e-5, logits=1e-5),
-    "bf16": Tolerance(loss=2e-3, norm=2e-2, weights=2e-2, moments=2e-1, logits=2e-2),
+    "bf16": Tolerance(loss=1e-4, norm=5e-3, weights=5e-2, moments=5e-2, logits=3e-2),
 }
 # The same number added to all scores changes no softmax: in exact arithmetic a bias on keys has no gradient and no
 # effect. What it has in floating point is rounding alone, which Adam turns into steps.

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from tests.distributed.parity import (
     LAYOUTS,
-    ONE_RANK,
     TOLERANCES,
     Difference,
     Outcome,
@@ -25,7 +24,7 @@ from tests.distributed.parity import (
     rows,
     train_rows,
 )
-from tests.distributed.training import ROOT, make_dataset
+from tests.distributed.training import ROOT, Case, make_dataset
 from tests.ranks import run_ranks
 
 DOCUMENT = ROOT / "docs" / "parallelism.md"
@@ -67,26 +66,20 @@ class Matrix:
         return self._differences[layout]
 
     def reference(self, row: Row) -> Outcome:
-        """The same job on one rank, under ZeRO 1, which test_zero_parity.py compares with the other stages."""
         if self._references is None:
-            wanted = {_alone(row).name: _alone(row) for layout in LAYOUTS for row in rows(layout)}
-            (self._references,) = self._train("one rank", {name: row.case(ONE_RANK) for name, row in wanted.items()})
-        return self._references[_alone(row).name]
+            wanted = {row.reference: row.reference_case() for layout in LAYOUTS for row in rows(layout)}
+            (self._references,) = self._train("one rank", 1, wanted)
+        return self._references[row.reference]
 
     def _compare(self, layout: str) -> dict[Row, Difference]:
         wanted = rows(layout)
-        trained = self._train(layout, {row.name: row.case(LAYOUTS[layout]) for row in wanted})
+        trained = self._train(layout, LAYOUTS[layout].ranks, {row.name: row.case() for row in wanted})
         return {row: difference([rank[row.name] for rank in trained], self.reference(row)) for row in wanted}
 
-    def _train(self, name: str, cases: Mapping[str, object]) -> list[dict[str, Outcome]]:
+    def _train(self, name: str, ranks: int, cases: Mapping[str, Case]) -> list[dict[str, Outcome]]:
         folder = self._folder / name
         folder.mkdir()
-        layout = LAYOUTS.get(name, ONE_RANK)
-        return run_ranks(layout.ranks, train_rows, cases, self._folder / "data", folder)
-
-
-def _alone(row: Row) -> Row:
-    return Row("one rank", row.model, 1, row.precision)
+        return run_ranks(ranks, train_rows, cases, self._folder / "data", folder)
 
 
 def table(layouts: Sequence[str], matrix: Matrix) -> list[str]:
