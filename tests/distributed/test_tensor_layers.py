@@ -1,0 +1,224 @@
+"""Sharded layers against their dense equivalents: outputs and every gradient, on 2 and 4 ranks.
+
+Tolerance: fp32 sums in another order, 6e-8 a rounding. The gradient of a gain on heads is a sum of some thousand addends
+that nearly cancel and is 3e-6 off, everything else less than 1e-6; a wrong sum is off by a quarter or more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megalm.config.schema import ModelSection
+from megalm.model.attention import Attention
+from megalm.model.dropout import DropoutClock
+from megalm.model.init import initialise
+from megalm.model.layers import DenseLayers, LayerFactory
+from megalm.model.loss import IGNORE
+from megalm.model.mlp import mlp
+from megalm.model.shape import ModelShape, model_shape
+from megalm.model.shard import shard_of
+from megalm.model.transformer import Embedding, LanguageModel, LanguageModelHead
+from megalm.parallel.groups import AxisGroup, make_groups
+from megalm.parallel.layers import TensorLayers
+from megalm.topology import Topology
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+VOCAB, HIDDEN, LENGTH, BATCH = 131, 32, 24, 3  # 131: shares of unequal size
+TOLERANCE = 1e-5
+CLOCK = DropoutClock(seed=0)
+
+
+def shape(style: str, key_value_heads: int, vocab_size: int = VOCAB) -> ModelShape:
+    section = ModelSection(
+        style=style,
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=key_value_heads,
+        qk_norm=True,
+    )
+    return model_shape(section, vocab_size, LENGTH)
+
+
+class Lab:
+    """Runs a dense module and its sharded twin on the same numbers.
+
+    Args:
+        stream: how the residual stream lies on the group: whole, or this rank's slice of the sequence.
+    """
+
+    def __init__(self, group: AxisGroup, sequence: bool) -> None:
+        self.group, self.sequence = group, sequence
+        self.dense: LayerFactory = DenseLayers(CLOCK)
+        self.sharded: LayerFactory = TensorLayers(CLOCK, group, sequence)
+
+    def stream(self, whole: Tensor) -> Tensor:
+        if not self.sequence:
+            return whole
+        length = whole.shape[1] // self.group.size
+        return whole.narrow(1, self.group.index * length, length)
+
+    def twins(self, make: Callable[[LayerFactory], nn.Module], sizes: ModelShape) -> tuple[nn.Module, nn.Module]:
+        dense, sharded = make(self.dense), make(self.sharded)
+        for module in (dense, sharded):
+            initialise(module, sizes, seed=1)
+            for name, parameter in module.named_parameters():
+                if parameter.ndim == 1:  # biases and gains that are not all alike
+                    whole = torch.randn(shard_of(parameter).shape, generator=seeded(name))
+                    parameter.data.add_(shard_of(parameter).cut(whole))
+        return dense, sharded
+
+    def compare_gradients(self, dense: nn.Module, sharded: nn.Module) -> dict[str, float]:
+        whole = dict(dense.named_parameters())
+        assert whole.keys() == dict(sharded.named_parameters()).keys()
+        return {
+            name: difference(parameter.grad, shard_of(parameter).cut(whole[name].grad), whole[name].grad)
+            for name, parameter in sharded.named_parameters()
+        }
+
+    def compare(self, make: Callable[[LayerFactory], nn.Module], sizes: ModelShape, *rest: Any) -> dict[str, float]:
+        """A module from the stream to the stream: differences of output, input gradient and parameter gradients."""
+        dense, sharded = self.twins(make, sizes)
+        hidden, outer = (torch.randn(BATCH, LENGTH, HIDDEN, generator=seeded(name)) for name in ("hidden", "outer"))
+        whole, part = hidden.clone().requires_grad_(), self.stream(hidden).clone().requires_grad_()
+        expected, found = dense(whole, *rest), sharded(part, *rest)
+        expected.backward(outer)
+        found.backward(self.stream(outer))
+        return {
+            "output": difference(found, self.stream(expected), expected),
+            "input gradient": difference(part.grad, self.stream(whole.grad), whole.grad),
+            **self.compare_gradients(dense, sharded),
+        }
+
+
+def seeded(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(sum(name.encode()))
+
+
+def difference(found: Tensor | None, expected: Tensor, whole: Tensor) -> float:
+    """Largest difference, as a part of the largest value anywhere."""
+    assert found is not None
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return float((found - expected).abs().max() / whole.abs().max().clamp(min=1e-3))
+
+
+def _attention(lab: Lab, style: str, key_value_heads: int) -> dict[str, float]:
+    sizes = shape(style, key_value_heads)
+    return lab.compare(lambda layers: Attention(sizes, layers, None, CLOCK, 1), sizes, None)
+
+
+def _mlp(lab: Lab, style: str) -> dict[str, float]:
+    sizes = shape(style, 4)
+    return lab.compare(lambda layers: mlp(sizes, layers), sizes)
+
+
+def _embedding(lab: Lab, documents: bool) -> dict[str, float]:
+    sizes = shape("gpt2", 4)
+    dense, sharded = lab.twins(lambda layers: Embedding(sizes, layers), sizes)
+    tokens = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=seeded("tokens"))
+    numbers = (torch.arange(LENGTH) // 7).expand(BATCH, LENGTH).contiguous() if documents else None
+    outer = torch.randn(BATCH, LENGTH, HIDDEN, generator=seeded("outer"))
+    expected, found = dense(tokens, numbers), sharded(tokens, numbers)
+    expected.backward(outer)
+    found.backward(lab.stream(outer))
+    assert torch.equal(found, lab.stream(expected))  # a sum of one row and of zeros
+    return lab.compare_gradients(dense, sharded)
+
+
+def _loss(lab: Lab, vocab_size: int, scale: float) -> dict[str, float]:
+    """Loss, its gradients and the logits; `scale` makes logits so large that exp of them overflows."""
+
+    def make(layers: LayerFactory) -> nn.Module:
+        return LanguageModelHead(layers.vocabulary_weight(vocab_size, HIDDEN), layers.output(vocab_size), 10)
+
+    dense, sharded = lab.twins(make, shape("llama", 4, vocab_size))
+    hidden = torch.randn(BATCH, LENGTH, HIDDEN, generator=seeded("hidden")) * scale
+    labels = torch.randint(0, vocab_size, (BATCH, LENGTH), generator=seeded("labels"))
+    labels[:, ::5] = IGNORE
+    labels[0] = IGNORE  # a chunk without any target
+    whole, part = hidden.clone().requires_grad_(), lab.stream(hidden).clone().requires_grad_()
+    (expected, targets), (found, counted) = dense(whole, labels), sharded(part, labels)
+    expected.backward()
+    found.backward()
+    assert targets == counted
+    positions = torch.tensor([0, 11, LENGTH - 1])
+    with torch.no_grad():
+        logits, found_logits = dense(hidden, None, positions), sharded(lab.stream(hidden), None, positions)
+        evaluated, _ = sharded(lab.stream(hidden), labels)
+    assert found_logits.shape == (BATCH, vocab_size)
+    return {
+        "loss": difference(found, expected, expected),
+        "loss without gradients": difference(evaluated, expected, expected),
+        "logits": difference(found_logits, logits, logits),
+        "hidden gradient": difference(part.grad, lab.stream(whole.grad), whole.grad),
+        **lab.compare_gradients(dense, sharded),
+    }
+
+
+def _model(lab: Lab, style: str, key_value_heads: int, recompute: int = 0) -> dict[str, float]:
+    sizes = shape(style, key_value_heads)
+
+    def make(layers: LayerFactory) -> nn.Module:
+        return LanguageModel(sizes, layers, CLOCK, chunk_tokens=40, recompute_every=recompute)
+
+    dense, sharded = make(lab.dense), make(lab.sharded)
+    for model in (dense, sharded):
+        initialise(model, sizes, seed=1)
+    tokens = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=seeded("tokens"))
+    labels = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=seeded("labels"))
+    documents = (torch.arange(LENGTH) // 7).expand(BATCH, LENGTH).contiguous()
+    (expected, _), (found, _) = dense(tokens, labels, documents), sharded(tokens, labels, documents)
+    expected.backward()
+    found.backward()
+    whole = dict(dense.named_parameters())
+    for name, parameter in sharded.named_parameters():
+        assert torch.equal(parameter.data, shard_of(parameter).cut(whole[name].data)), name  # initial weights
+    return {"loss": difference(found, expected, expected), **lab.compare_gradients(dense, sharded)}
+
+
+CHECKS: dict[str, Callable[[Lab], dict[str, float]]] = {
+    **{
+        f"attention {style}, {heads} kv": lambda lab, style=style, heads=heads: _attention(lab, style, heads)
+        for style, heads in (("gpt2", 4), ("llama", 4), ("llama", 2), ("llama", 1))
+    },
+    **{f"mlp {style}": lambda lab, style=style: _mlp(lab, style) for style in ("gpt2", "llama")},
+    "embedding": lambda lab: _embedding(lab, documents=False),
+    "embedding of documents": lambda lab: _embedding(lab, documents=True),
+    "loss": lambda lab: _loss(lab, VOCAB, 1.0),
+    "loss, even vocabulary": lambda lab: _loss(lab, 128, 1.0),
+    "loss, one row a rank": lambda lab: _loss(lab, lab.group.size + 1, 1.0),
+    "loss, large logits": lambda lab: _loss(lab, VOCAB, 1e4),
+    "model gpt2": lambda lab: _model(lab, "gpt2", 4),
+    "model llama, 2 kv": lambda lab: _model(lab, "llama", 2),
+    "model llama, 1 kv, recomputed": lambda lab: _model(lab, "llama", 1, recompute=1),
+}
+
+
+def _run_checks(comm: Any, device: torch.device) -> dict[tuple[str, bool], dict[str, float]]:
+    groups = make_groups(Topology(comm.size, tensor=comm.size), comm.rank, comm.timeout)
+    return {
+        (name, sequence): check(Lab(groups.tensor, sequence))
+        for name, check in CHECKS.items()
+        for sequence in (False, True)
+    }
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[int, list[dict[tuple[str, bool], dict[str, float]]]]:
+    return {size: run_ranks(size, _run_checks) for size in (2, 4)}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("sequence", [False, True], ids=["whole", "in slices"])
+@pytest.mark.parametrize("name", list(CHECKS))
+def test_sharded_equals_dense(results: dict[int, Any], name: str, sequence: bool, size: int) -> None:
+    for rank, found in enumerate(results[size]):
+        for what, value in found[name, sequence].items():
+            assert value < TOLERANCE, (rank, what, value)
