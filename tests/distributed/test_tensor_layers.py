@@ -1,7 +1,8 @@
 """Sharded layers against their dense equivalents: outputs and every gradient, on 2 and 4 ranks.
 
-Tolerance: fp32 sums in another order, 6e-8 a rounding. The gradient of a gain on heads is a sum of some thousand addends
-that nearly cancel and is 3e-6 off, everything else less than 1e-6; a wrong sum is off by a quarter or more.
+Tolerance: fp32 sums in another order, 6e-8 a rounding. Gradients of gains and key biases are sums of some thousand
+addends that nearly cancel, and are up to 3e-5 of their largest value off, everything else less than 1e-6. A wrong sum
+is off by a quarter or more.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.distributed
 
 VOCAB, HIDDEN, LENGTH, BATCH = 131, 32, 24, 3  # 131: shares of unequal size
-TOLERANCE = 1e-5
+TOLERANCE = 1e-4
 CLOCK = DropoutClock(seed=0)
 
 
