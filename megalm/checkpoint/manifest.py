@@ -43,7 +43,6 @@ class _StoredFragment(BaseModel):
     start: Count
     stop: Count
     rectangle: list[tuple[Count, Count]] | None = None
-    rectangle: list[tuple[Count, Count]] | None = None
 
 
 class _StoredTensor(BaseModel):

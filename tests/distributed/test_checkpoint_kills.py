@@ -1,0 +1,108 @@
+"""A process is killed at every single moment of saving, replacing and pruning: nothing that was complete is lost."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalm.checkpoint.layout import candidates, complete_checkpoints
+from megalm.checkpoint.retention import Retention, tidy
+from megalm.checkpoint.writer import CheckpointWriter
+from tests.checkpoint_files import assert_holds, fragments, save
+from tests.kill_points import counted, left_of
+from tests.ranks import run_ranks
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+# (step, attempt): a first one, one that makes the first superfluous, that step again after the run was set back.
+STORY = ((10, 1), (20, 1), (20, 2), (30, 2))
+KEEP_LAST = 1
+
+
+def _tell_the_story(comm: Any, device: Any, place: Path, behind: bool, victim: int, die_at: int | None) -> list[str]:
+    """Save as a run does; rank `victim` dies before its `die_at`-th change of a file. The changes of this rank."""
+    config = place / "config.yaml"
+    writer = CheckpointWriter(place / "checkpoints", Retention(KEEP_LAST), comm, behind)
+    with counted(die_at if comm.rank == victim else None) as calls:
+        for number, (step, attempt) in enumerate(STORY):
+            parts = fragments(step, comm.rank, comm.size)
+            path = writer.begin(step, parts, {"attempt": attempt}, [config])
+            for part in parts:
+                part.tensor.zero_()  # training goes on
+            writer.completed(wait=True)
+            if number == 1:
+                writer.mark_best(path)
+            if comm.rank == 0:
+                (place / "progress").write_text(str(number + 1))
+    return list(calls)
+
+
+def _fresh(place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    (place / "config.yaml").write_text("train: {steps: 5}\n")
+
+
+def _check(place: Path) -> None:
+    """What was complete is there and whole, without help; then a new job tidies and saves."""
+    checkpoints = place / "checkpoints"
+    done = int((place / "progress").read_text()) if (place / "progress").exists() else 0
+    known = STORY[max(done - 1, 0) : done + 1]
+    assert all(found.name.startswith("step-") for found in complete_checkpoints(checkpoints))
+    tidy(checkpoints)
+    whole = candidates(checkpoints, "auto")
+    assert len(whole) >= min(done, KEEP_LAST), left_of(checkpoints)
+    for entry in whole:
+        assert entry.manifest is not None, entry.problem
+        assert_holds(entry.path, entry.step)
+    if done:
+        newest = whole[0].manifest or {}
+        assert (newest["step"], newest["attempt"]) in known, (newest["step"], known)
+    left = {path.name for path in checkpoints.iterdir()} if checkpoints.exists() else set()
+    assert left <= {"latest", "best", *(entry.path.name for entry in whole)}, left
+    assert_holds(save(checkpoints, 40, attempt=3), 40)
+    assert (checkpoints / "latest").read_text() == "step-00000040\n"
+
+
+@pytest.fixture(scope="module", params=["at once", "behind"])
+def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, list[list[str]]]:
+    """The way of writing, and the changes of files of each rank in an undisturbed run."""
+    behind = request.param == "behind"
+    place = tmp_path_factory.mktemp("whole") / "run"
+    _fresh(place)
+    calls = run_ranks(2, _tell_the_story, place, behind, 0, None)
+    assert left_of(place / "checkpoints") == ["best", "latest", "step-00000020", "step-00000030"]
+    for step in (20, 30):
+        assert_holds(place / "checkpoints" / f"step-{step:08d}", step)
+    return behind, calls
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_before_every_change_of_a_file(story: tuple[bool, list[list[str]]], victim: int, tmp_path: Path) -> None:
+    behind, calls = story
+    moments = range(0, len(calls[victim]), 5 if behind else 1)
+    assert len(calls[victim]) > 40, calls[victim]
+    for moment in moments:
+        place = tmp_path / "run"
+        _fresh(place)
+        with pytest.raises(AssertionError, match=f"rank {1 - victim} of 2 failed"):  # it lost its peer
+            run_ranks(2, _tell_the_story, place, behind, victim, moment)
+        try:
+            _check(place)
+        except BaseException:
+            print(f"killed before {calls[victim][moment]} (change {moment}): {left_of(place / 'checkpoints')}")
+            raise
+
+
+def test_everything_is_on_disk_before_it_has_a_name(story: tuple[bool, list[list[str]]]) -> None:
+    """The order of calls that a power cut would test: flush and fsync of each file, then the rename, then its folder."""
+    calls = story[1]
+    others = "open write write " + "write " * 9 + "flush fsync"
+    assert " ".join(calls[1]) == " ".join([others] * len(STORY))
+    one_file = "open write flush fsync replace open fsync"  # the last two: its folder
+    copy = f"open {one_file} open"  # read before, hashed after
+    first = f"mkdir open fsync mkdir {others} {copy} {one_file} rename open fsync {one_file}"
+    assert " ".join(calls[0]).startswith(first), calls[0]
