@@ -35,6 +35,7 @@ from megalm.config.resolve import resolve  # noqa: E402
 from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype  # noqa: E402
 from megalm.data.loader import BatchLayout, BatchLoader  # noqa: E402
 from megalm.data.samples import TrainingSamples  # noqa: E402
+from megalm.engine.build import build_engine  # noqa: E402
 from megalm.engine.comm import start_distributed  # noqa: E402
 from megalm.engine.environment import claim_device, device_facts, device_name, rank_facts  # noqa: E402
 from megalm.engine.optimizer import parameter_groups  # noqa: E402
@@ -46,7 +47,6 @@ from megalm.model.shape import ModelShape, model_shape  # noqa: E402
 from megalm.model.transformer import LanguageModel  # noqa: E402
 from megalm.plan import flops_per_token  # noqa: E402
 from megalm.train.leaving import leave  # noqa: E402
-from megalm.train.setup import build_engine  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How many blocks each pipeline stage holds: pure integers and costs, no torch.
+"""How many blocks each pipeline stage holds, and how many micro-batches keep the stages busy: no torch.
 
 The embedding belongs to the first stage, the final norm and the head to the last. Every stage holds a block at least:
 its parameters then fall into the same groups of the optimizer as every other stage's, which DeepSpeed's gradient norm,
@@ -11,6 +11,9 @@ import math
 from dataclasses import dataclass
 
 from megalm.model.shape import ModelShape
+
+LARGE_BUBBLE = 0.2  # a larger share of waiting is worth a warning
+SMALL_BUBBLE = 0.1  # what the warning's advice comes to
 
 
 @dataclass(frozen=True)
@@ -58,3 +61,8 @@ def balanced_blocks(layers: int, stages: int, costs: StageCosts) -> tuple[int, .
         cheapest = min(range(stages), key=lambda stage: (loads[stage], -stage))
         blocks[cheapest] += 1
     return tuple(blocks)
+
+
+def micro_batches_for(stages: int, bubble: float) -> int:
+    """The fewest micro-batches a step with which each stage waits for at most `bubble` of it."""
+    return math.ceil((stages - 1) * (1 - bubble) / bubble)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from megalm.balance import LARGE_BUBBLE
 from megalm.config.batch import BatchPlan, chooses_micro_batch, plan_batch
 from megalm.config.checks import check_run
 from megalm.config.checks_parallel import parallel_notices
@@ -14,7 +15,7 @@ from megalm.config.precision import DeviceFacts, Precision, choose_precision
 from megalm.config.schema import RunConfig, ScheduleKind
 from megalm.memory import MemoryCase, estimate_memory
 from megalm.model.shape import ModelShape, model_shape
-from megalm.topology import Topology
+from megalm.topology import Topology, bubble_share
 
 __all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "ScheduleFacts", "memory_case", "resolve"]
 
@@ -106,6 +107,9 @@ def resolve(
     shape, vocab_notices = _shape(config, vocab_size)
 
     def fits(batch: BatchPlan) -> bool:
+        # Large micro-batches are few, and leave a pipeline's stages waiting for each other.
+        if batch.micro_batch > 1 and bubble_share(topology.pipeline, batch.accumulation) > LARGE_BUBBLE:
+            return False
         case = memory_case(config, ds, shape, topology, precision, device, batch)
         return estimate_memory(case).total <= device.memory_bytes * _USABLE_MEMORY
 

@@ -168,6 +168,10 @@ class ParallelSection(Section):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
     sequence: bool = False
+    balance: Literal["parameters", "time"] = Field(
+        default="parameters",
+        description="pipeline stages get equal parameters, or equal seconds, measured at the start",
+    )
 
 
 class EvaluateSection(Section):
@@ -231,9 +235,6 @@ class ResumeSection(Section):
 
     allow: tuple[Literal["dataset", "tokenizer", "order", "model"], ...] = Field(
         default=(), description="things that may differ from the checkpoint's"
-    )
-    skip_steps: NonNegativeInt = Field(
-        default=0, description="pass over the data of so many steps, as a rollback does by itself"
     )
 
 

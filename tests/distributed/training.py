@@ -17,9 +17,9 @@ from megalm.config.resolve import ResolvedRun, resolve
 from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megalm.data.loader import BatchLayout, BatchLoader
 from megalm.data.samples import TrainingSamples
+from megalm.engine.build import build_engine
 from megalm.model.shape import ModelShape, model_shape
 from megalm.train.schedule import learning_rate
-from megalm.train.setup import build_engine
 
 VOCAB = 131  # no multiple of anything, so that padding somewhere would show
 MODEL = (

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megalm.balance import StageCosts
+from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, read_deepspeed_json
+from megalm.config.loading import load_run_config
+from megalm.config.precision import DeviceFacts
+from megalm.config.resolve import ResolvedRun, resolve
+from megalm.train.pipeline_facts import pipeline_facts
+
+CPU = DeviceFacts("cpu", True, 8 << 30)
+
+
+def _run(json_name: str, *overrides: str) -> ResolvedRun:
+    loaded = load_run_config(None, ["data.recipe=python-stdlib", *overrides])
+    return resolve(loaded, read_deepspeed_json(str(Path(DS_CONFIGS_FOLDER) / json_name)), 2, CPU)
+
+
+def test_stages_and_bubble_are_told() -> None:
+    text = pipeline_facts(_run("pipeline.json", "parallel.pipeline=2"), (3, 1), StageCosts(1, 2, 3))
+    assert "2 stages of 3 + 1 blocks" in text
+    assert "58% + 42% of the parameters" in text
+    assert "waits 20% of a step, (stages - 1) / (micro-batches + stages - 1) = 1/5" in text
+    assert "WARNING" not in text
+
+
+def test_a_large_bubble_is_a_warning_with_advice(tmp_path: Path) -> None:
+    source = (Path(DS_CONFIGS_FOLDER) / "pipeline.json").read_text()
+    path = tmp_path / "large.json"
+    path.write_text(source.replace('"train_micro_batch_size_per_gpu": "auto"', '"train_micro_batch_size_per_gpu": 8'))
+    loaded = load_run_config(None, ["data.recipe=python-stdlib", "parallel.pipeline=2", "parallel.balance=time"])
+    text = pipeline_facts(resolve(loaded, read_deepspeed_json(str(path)), 2, CPU), (2, 2), StageCosts(1, 2, 3))
+    assert "of the measured time" in text
+    assert "WARNING: 2 micro-batch(es) a step keep 2 stages busy 67% of the time; 9 keep them busy 90%" in text
+
+
+@pytest.mark.parametrize(("pipeline", "micro_batch"), [(1, 8), (2, 4)])
+def test_auto_leaves_a_pipeline_enough_micro_batches(pipeline: int, micro_batch: int) -> None:
+    assert _run("zero1.json", f"parallel.pipeline={pipeline}").batch.micro_batch == micro_batch
