@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from console import one_line_errors, out, run
-from options import weights_of
+from steps import show_step_of_dataset, show_step_of_run
 
 from megalm.data.indexed import IndexedDataset
 from megalm.data.inspection import describe, document_text, verify
@@ -16,7 +16,7 @@ from megalm.errors import DataError
 
 
 def main(
-    prefix: Annotated[Path, typer.Argument(help="PREFIX of PREFIX.bin and PREFIX.idx")],
+    prefix: Annotated[Path | None, typer.Argument(help="PREFIX of PREFIX.bin and PREFIX.idx")] = None,
     check: Annotated[bool, typer.Option("--verify", help="read all: index, vocabulary, recorded hashes")] = False,
     tokenizer: Annotated[str | None, typer.Option(help="to show text, and to compare with the recorded one")] = None,
     document: Annotated[int | None, typer.Option(min=0, help="show this document, from 0")] = None,
@@ -26,23 +26,33 @@ def main(
     window: Annotated[int, typer.Option(min=16, help="with --scan: tokens of a window")] = 512,
     report: Annotated[Path | None, typer.Option(help="with --scan: write REPORT.png and REPORT.html")] = None,
     step: Annotated[int | None, typer.Option(min=1, help="show what this training step reads")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="with --step: train_batch_size of the run")] = None,
-    sequence_length: Annotated[int, typer.Option(min=1, help="with --step: data.sequence_length")] = 256,
-    stride: Annotated[int | None, typer.Option(min=1, help="with --step: data.stride")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="with --step: train.seed")] = 1234,
-    split: Annotated[str | None, typer.Option(help="with --step: data.split")] = None,
+    run_folder: Annotated[Path | None, typer.Option("--run", help="with --step: the run, instead of PREFIX")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="with --step PREFIX: train_batch_size")] = None,
+    sequence_length: Annotated[int, typer.Option(min=1, help="with --step PREFIX: data.sequence_length")] = 256,
+    stride: Annotated[int | None, typer.Option(min=1, help="with --step PREFIX: data.stride")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="with --step PREFIX: train.seed")] = 1234,
+    split: Annotated[str | None, typer.Option(help="with --step PREFIX: data.split")] = None,
 ) -> None:
     """Print facts about a dataset; exit code 2 where it is damaged or of another tokenizer.
 
-    Example: python data_tools/inspect_dataset.py data/my --scan --tokenizer data/my.model --report my-scan
+    Examples: python data_tools/inspect_dataset.py data/my --scan --tokenizer data/my.model --report my-scan
+
+    python data_tools/inspect_dataset.py --run runs/mine --step 500
     """
     with one_line_errors():
+        if run_folder is not None:
+            if prefix is not None or step is None:
+                raise DataError(f"--run {run_folder}: goes with --step and without PREFIX; the run says the rest")
+            show_step_of_run(run_folder, step)
+            return
+        if prefix is None:
+            raise DataError("name a dataset by its PREFIX, or a run with --run and --step")
         loaded = load_tokenizer(tokenizer) if tokenizer else None
         facts = describe(prefix, loaded)
         if document is not None:
             out.print(document_text(prefix, document, loaded))
         elif step is not None:
-            _show_step(prefix, loaded, step, batch_size, sequence_length, stride, seed, split)
+            show_step_of_dataset(prefix, loaded, step, batch_size, sequence_length, stride, seed, split)
         elif scan or around is not None:
             _scan(prefix, loaded, around, window, report)
         else:
@@ -100,32 +110,6 @@ def _scan(prefix: Path, tokenizer: Tokenizer | None, around: int | None, window:
         from megalm.data.scan_report import write_scan
 
         out.print("wrote " + " and ".join(map(str, write_scan(scanned, stretches, str(prefix), report))))
-
-
-def _show_step(
-    prefix: Path,
-    tokenizer: Tokenizer | None,
-    step: int,
-    batch_size: int | None,
-    sequence_length: int,
-    stride: int | None,
-    seed: int,
-    split: str | None,
-) -> None:
-    from megalm.data.blend import BlendedSamples, Stage
-    from megalm.data.lookup import pieces_of
-    from megalm.data.samples import TrainingSamples, split_documents
-
-    if batch_size is None:
-        raise DataError(f"--step {step}: state --batch-size too, the run's train_batch_size")
-    dataset = IndexedDataset(prefix)
-    weights = weights_of(split)
-    documents = split_documents(len(dataset), weights)[0] if weights else (0, len(dataset))
-    samples = TrainingSamples(dataset, documents, sequence_length, seed, stride=stride)
-    for piece in pieces_of(BlendedSamples([samples], [Stage(0, (1.0,))]), (step - 1) * batch_size, batch_size):
-        where = f"document {piece.document}" if piece.source is None else f"document {piece.document}, {piece.source}"
-        out.print(f"--- sample {piece.sample}: {where}, its tokens {piece.first:,} to {piece.end:,}")
-        out.print(tokenizer.decode(piece.tokens) if tokenizer else " ".join(map(str, piece.tokens)))
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ class RunRecord:
     wall_seconds: float | None
 
     def curve(self, kind: str) -> tuple[list[float], list[float]]:
-        """(tokens, loss) of the `train` or `eval` rows, without losses that are not numbers."""
-        rows = [row for row in self.rows if row["kind"] == kind and "tokens" in row and _finite(row.get("loss"))]
+        """(tokens, loss) of the `train` or `eval` rows that count."""
+        rows = [row for row in self.rows if _counts(row, kind) and "tokens" in row]
         return [float(row["tokens"]) for row in rows], [float(row["loss"]) for row in rows]
 
 
@@ -74,7 +74,7 @@ def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[str | None]]
 def results(run: RunRecord) -> Results:
     """The numbers by which runs are judged; speed is a median, so that one stall does not move it."""
     train = [row for row in run.rows if row["kind"] == "train"]
-    validation = [row for row in run.rows if row["kind"] == "eval" and _finite(row.get("loss"))]
+    validation = [row for row in run.rows if _counts(row, "eval")]
     best = min(validation, key=lambda row: float(row["loss"]), default=None)
     steady = train[math.floor(len(train) * _WARM_UP_SHARE) :]
     return Results(
@@ -129,6 +129,11 @@ def _wall_seconds(rows: list[Row]) -> float | None:
 def _median(values: Iterable[object]) -> float | None:
     numbers = [float(value) for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
     return statistics.median(numbers) if numbers else None
+
+
+def _counts(row: Row, kind: str) -> bool:
+    """Whether the row is one by which runs are judged: of several validation sets the total."""
+    return row["kind"] == kind and row.get("dataset") in (None, "validation") and _finite(row.get("loss"))
 
 
 def _finite(value: object) -> bool:

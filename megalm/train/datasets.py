@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.config.resolve import ResolvedRun
-from megalm.config.schema import BlendPart, DataSection, DataStage
+from megalm.config.schema import BlendPart, DataSection, DataStage, RunConfig
 from megalm.data.array_cache import ArrayCache
 from megalm.data.blend import BlendedSamples, Stage
 from megalm.data.indexed import IndexedDataset
@@ -116,9 +116,16 @@ def open_data(run: ResolvedRun, places: DataPlaces, first_sample_of: Callable[[i
             another tokenizer or otherwise than stated.
         ConfigError: a tokenizer that does not fit the model.
     """
-    data = run.config.data
+    return open_datasets(run.config, run.batch.global_batch, places, first_sample_of)
+
+
+def open_datasets(
+    config: RunConfig, global_batch: int, places: DataPlaces, first_sample_of: Callable[[int], int] | None = None
+) -> RunData:
+    """The same for a run of which only its files are there."""
+    data = config.data
     tokenizer = load_tokenizer(places.tokenizer)
-    stated = run.config.model.vocab_size
+    stated = config.model.vocab_size
     if stated is not None and stated < tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab_size={stated} is smaller than the {tokenizer.vocab_size} entries of {places.tokenizer}; "
@@ -128,8 +135,9 @@ def open_data(run: ResolvedRun, places: DataPlaces, first_sample_of: Callable[[i
         ensure_dataset(prefix, _wanted(data, prefix, tokenizer))
     opened = {prefix: IndexedDataset(prefix) for prefix in places.training}
     ranges = {prefix: _cut(dataset, places.split) for prefix, dataset in opened.items()}
-    parts = [_training_samples(run, opened[prefix], ranges[prefix][0]) for prefix in places.training]
-    stages = list(_stages(places, first_sample_of or (lambda step: (step - 1) * run.batch.global_batch)))
+    requested = config.train.steps * global_batch
+    parts = [_training_samples(config, opened[prefix], ranges[prefix][0], requested) for prefix in places.training]
+    stages = list(_stages(places, first_sample_of or (lambda step: (step - 1) * global_batch)))
     train = BlendedSamples(parts, stages, ArrayCache(_cache(data) / "orders"))
     validation = dict(_validation_samples(data, places, opened, ranges))
     alone = places.training[0] if len(places.training) == 1 else None
@@ -180,16 +188,16 @@ def _cut(dataset: IndexedDataset, split: str | None) -> tuple[Range, Range | Non
     return training, validation if weights[1] else None
 
 
-def _training_samples(run: ResolvedRun, dataset: IndexedDataset, documents: Range) -> TrainingSamples:
-    data = run.config.data
+def _training_samples(config: RunConfig, dataset: IndexedDataset, documents: Range, requested: int) -> TrainingSamples:
+    data = config.data
     large = max(len(dataset), len(dataset.tokens) // (data.stride or data.sequence_length)) >= KEPT_ORDERS_FROM
     return TrainingSamples(
         dataset,
         documents,
         data.sequence_length,
-        run.config.train.seed,
+        config.train.seed,
         order=data.order,
-        requested_samples=run.config.train.steps * run.batch.global_batch,
+        requested_samples=requested,
         document_mask=data.document_mask,
         stride=data.stride,
         cache=_cache(data) / "orders" if large else None,

@@ -58,11 +58,17 @@ def test_looking_at_a_dataset(tmp_path: Path, source_texts: list[str], model_pat
     step = ("--step", "3", "--batch-size", "2", "--sequence-length", "32", "--tokenizer", model_path)
     read = door("inspect_dataset", tmp_path / "my-train", *step)
     assert read.returncode == 0, read.stderr
-    assert "--- sample 4: document " in read.stdout
-    assert "--- sample 5: document " in read.stdout
+    assert f"--- sample 4: {tmp_path / 'my-train'} document " in read.stdout
+    assert f"--- sample 5: {tmp_path / 'my-train'} document " in read.stdout
     assert f"{texts}:" in read.stdout
     refused = door("inspect_dataset", tmp_path / "my-train", "--step", "3")
     assert (refused.returncode, "state --batch-size too" in refused.stderr) == (2, True)
+    refused = door("inspect_dataset", "--run", tmp_path, "--step", "3")
+    assert (refused.returncode, "is no folder of a run" in refused.stderr) == (2, True)
+    refused = door("inspect_dataset", tmp_path / "my-train", "--run", tmp_path, "--step", "3")
+    assert (refused.returncode, "without PREFIX" in refused.stderr) == (2, True)
+    refused = door("inspect_dataset")
+    assert (refused.returncode, "name a dataset by its PREFIX" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,21 @@ def test_only_what_differs_is_named(tmp_path: Path) -> None:
     assert differing_settings([first, first]) == {}
 
 
+def test_of_several_validation_sets_the_total_judges(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "a", 1e-3, 8, [])
+    sets = (("hard", 9.0), ("easy", 1.0), ("validation", 4.0))
+    append(
+        folder,
+        *(
+            {"kind": "eval", "time": 1020.0, "step": 2, "tokens": 64, "dataset": name, "loss": loss}
+            for name, loss in sets
+        ),
+    )
+    run = read_run(folder)
+    assert (results(run).final_validation_loss, results(run).best_validation_loss) == (4.0, 4.0)
+    assert run.curve("eval") == ([64.0], [4.0])
+
+
 def test_results_are_the_last_the_best_and_the_median(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "a", 1e-3, 8, [5.0, 4.0, 3.0, 2.0, 2.5, 2.4, 2.4, 2.4, 2.4, 2.4])
     found = results(read_run(folder))

@@ -1,0 +1,55 @@
+"""inspect_dataset.py --step: which documents a training step reads, and their text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from console import out
+from options import weights_of
+
+from megalm.data.blend import BlendedSamples, Stage
+from megalm.data.indexed import IndexedDataset
+from megalm.data.lookup import Piece, pieces_of
+from megalm.data.samples import TrainingSamples, split_documents
+from megalm.data.tokenizer import Tokenizer
+from megalm.errors import DataError
+
+
+def show_step_of_run(run: Path, step: int) -> None:
+    """Of any run: its folder says what is read."""
+    from megalm.train.past import step_of_run
+
+    read = step_of_run(run, step, out.print)
+    tense = "read" if read.trained else "will read"
+    out.print(f"step {step} of {run} {tense} samples {read.first:,} to {read.end - 1:,}")
+    _show(read.pieces, read.tokenizer)
+
+
+def show_step_of_dataset(
+    prefix: Path,
+    tokenizer: Tokenizer | None,
+    step: int,
+    batch_size: int | None,
+    sequence_length: int,
+    stride: int | None,
+    seed: int,
+    split: str | None,
+) -> None:
+    """Of a run on one dataset with these settings, whether it was started or not."""
+    if batch_size is None:
+        raise DataError(f"--step {step}: state --batch-size too, the run's train_batch_size; or --run")
+    dataset = IndexedDataset(prefix)
+    weights = weights_of(split)
+    documents = split_documents(len(dataset), weights)[0] if weights else (0, len(dataset))
+    samples = TrainingSamples(dataset, documents, sequence_length, seed, stride=stride)
+    only = BlendedSamples([samples], [Stage(0, (1.0,))])
+    _show(pieces_of(only, (step - 1) * batch_size, batch_size), tokenizer)
+
+
+def _show(pieces: Iterable[Piece], tokenizer: Tokenizer | None) -> None:
+    for piece in pieces:
+        where = f"{piece.prefix} document {piece.document}"
+        source = "" if piece.source is None else f", {piece.source}"
+        out.print(f"--- sample {piece.sample}: {where}{source}, its tokens {piece.first:,} to {piece.end:,}")
+        out.print(tokenizer.decode(piece.tokens) if tokenizer else " ".join(map(str, piece.tokens)))

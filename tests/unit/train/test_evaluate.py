@@ -1,0 +1,72 @@
+"""Validation sets: each has its own mean, the total counts every token alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megalm.data.loader import BatchLayout, MicroBatch, ValidationLoader
+from megalm.data.samples import IGNORE, ValidationSamples
+from megalm.train.evaluate import Evaluator
+
+LAYOUT = BatchLayout(4, 2, 0, 1)
+
+
+class Engine:
+    """Every target costs its own number in nats."""
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
+        return float(sum(batch.labels[batch.labels != IGNORE].sum() for batch in micro_batches))
+
+
+class Alone:
+    """`ranks` that all read the same."""
+
+    def __init__(self, ranks: int = 1) -> None:
+        self._ranks = ranks
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return [value * self._ranks for value in values]
+
+
+@pytest.fixture
+def loader(tmp_path: Path) -> Callable[[str, Sequence[int]], ValidationLoader]:
+    def make(name: str, tokens: Sequence[int]) -> ValidationLoader:
+        with IndexedDatasetWriter(tmp_path / name, np.uint16) as writer:
+            writer.append(tokens)
+        return ValidationLoader(ValidationSamples(IndexedDataset(tmp_path / name), (0, 1), 8), LAYOUT)
+
+    return make
+
+
+def evaluator(sets: dict[str, tuple[ValidationLoader, ValidationLoader]], ranks: int = 1) -> Evaluator:
+    return Evaluator(sets, np.arange(10, dtype=np.int32), Alone(ranks), replicas=ranks)  # type: ignore[arg-type]
+
+
+def test_one_set_is_the_total(loader: Callable[[str, Sequence[int]], ValidationLoader]) -> None:
+    only = loader("a", [0, 1, 2, 3])
+    found = evaluator({"validation": (only, only)}).evaluate(Engine(), whole=True)  # type: ignore[arg-type]
+    assert found is not None
+    assert (found.dataset, found.loss, found.targets, found.parts) == ("validation", 2.0, 3, ())
+    assert evaluator({}).evaluate(Engine(), whole=True) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_total_is_weighted_by_tokens(loader: Callable[[str, Sequence[int]], ValidationLoader], ranks: int) -> None:
+    few, many, part = loader("few", [0, 9]), loader("many", [0] + [1] * 30), loader("part", [0] + [2] * 4)
+    sets = {"few": (few, few), "many": (part, many)}
+    found = evaluator(sets, ranks).evaluate(Engine(), whole=True)  # type: ignore[arg-type]
+    assert found is not None
+    assert [(part.dataset, part.loss, part.targets) for part in found.parts] == [("few", 9.0, 1), ("many", 1.0, 30)]
+    assert (found.dataset, found.targets) == ("validation", 31)
+    assert found.loss == pytest.approx((9 + 30) / 31)
+    # A token's bytes are its number here, and so are its nats.
+    assert found.bits_per_byte == found.parts[0].bits_per_byte == pytest.approx(1 / math.log(2))
+    while_training = evaluator(sets, ranks).evaluate(Engine(), whole=False)  # type: ignore[arg-type]
+    assert while_training is not None
+    assert [part.targets for part in while_training.parts] == [1, 4]
