@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -16,6 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 import typer
 
 from megalm.errors import MegalmError
+
+
+class Strategy(str, Enum):
+    """How `--extend-steps` goes on."""
+
+    schedule = "schedule"
+    weights = "weights"
+
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -39,6 +48,20 @@ def main(
         Optional[str],  # noqa: UP045
         typer.Option("--resume", help="auto (the newest checkpoint, or the start), a step, or a checkpoint's path"),
     ] = None,
+    extend_steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--extend-steps", min=1, help="with --resume: train so many steps more, on a new schedule"),
+    ] = None,
+    extend_strategy: Annotated[
+        Strategy,
+        typer.Option(
+            "--extend-strategy",
+            help="schedule: a cosine from the rate of now to a tenth; weights: a new run from step 0 with its weights",
+        ),
+    ] = Strategy.schedule,
+    skip_steps: Annotated[
+        int, typer.Option("--skip-steps", min=0, help="with --resume: pass over the data of so many steps")
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show what the run amounts to, with memory and topology, and leave")
     ] = False,
@@ -69,7 +92,9 @@ def main(
     from megalm.train.setup import Arguments, pretrain
 
     guard = Guard(rank=int(os.environ.get("RANK", "0")))
-    arguments = Arguments(deepspeed_config, config, tuple(overrides or ()), resume)
+    arguments = Arguments(
+        deepspeed_config, config, tuple(overrides or ()), resume, extend_steps, extend_strategy.value, skip_steps
+    )
     guard.run(lambda: pretrain(arguments, guard))
 
 

@@ -14,6 +14,7 @@ from megalm.config.batch import plan_batch
 from megalm.config.case import Case
 from megalm.config.checks_data import DATA_FILE_RULES, DATA_RULES
 from megalm.config.checks_deepspeed import DEEPSPEED_RULES
+from megalm.config.checks_guard import GUARD_RULES
 from megalm.config.checks_parallel import PARALLEL_RULES
 from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, DeepSpeedConfig, read_deepspeed_json
 from megalm.config.loading import LoadedConfig
@@ -108,7 +109,6 @@ def final_rate_has_effect(case: Case) -> None:
     stated = schedule.final_learning_rate is not None and "schedule.final_learning_rate" in case.loaded.stated
     if stated and schedule.kind in ("constant", "inverse_sqrt"):
         raise ConfigError(
-    kept_checkpoints_are_made,
             f"schedule.final_learning_rate={schedule.final_learning_rate:g} has no effect with "
             f"schedule.kind={schedule.kind}; remove it"
         )
@@ -123,6 +123,23 @@ def final_rate_below_peak(case: Case) -> None:
             f"schedule.final_learning_rate={final:g} ({sources['schedule.final_learning_rate']}) is above "
             f"schedule.peak_learning_rate={schedule.peak_learning_rate:g} ({sources['schedule.peak_learning_rate']}); "
             "lower it"
+        )
+
+
+def kept_checkpoints_are_made(case: Case) -> None:
+    checkpoint = case.config.checkpoint
+    every, interval = checkpoint.keep_every_steps, checkpoint.interval_steps
+    if every is None:
+        return
+    if checkpoint.keep_last is None:
+        raise ConfigError(
+            f"checkpoint.keep_every_steps={every} has no effect without checkpoint.keep_last: everything is kept; "
+            "state how many, or remove it"
+        )
+    if interval is None or every % interval:
+        raise ConfigError(
+            f"checkpoint.keep_every_steps={every} is no multiple of checkpoint.interval_steps={interval}, so that "
+            "nothing would be saved there; change one of them"
         )
 
 
@@ -157,9 +174,11 @@ RULES: tuple[Callable[[Case], None], ...] = (
     decay_fits_training,
     final_rate_has_effect,
     final_rate_below_peak,
+    kept_checkpoints_are_made,
     *PARALLEL_RULES,
     batch_divides,
     recipe_keeps_its_batch,
     *DEEPSPEED_RULES,
+    *GUARD_RULES,
     *DATA_FILE_RULES,
 )

@@ -130,6 +130,25 @@ class BlendedSamples:
             counts += share * max(0, min(end, samples) - stage.first)
         return self._tell(np.round(counts))
 
+    def recut(self, consumed: int, sequence_length: int) -> BlendedSamples:
+        """Samples of another length that go on where `consumed` of these have come to, mixed by the weights of there.
+
+        Raises:
+            ConfigError: a dataset whose rest cannot be cut anew.
+        """
+        stage, _ = self._stage_of(consumed)
+        parts = [
+            part.recut(seen.samples, sequence_length)
+            for part, seen in zip(self.parts, self.consumed(consumed), strict=True)
+        ]
+        return BlendedSamples(parts, [Stage(0, self.stages[stage].weights)], self._cache)
+
+    @property
+    def recut_tokens(self) -> tuple[int, int]:
+        """Tokens that cutting anew has left out, and that it reads twice."""
+        counts = [part.recut_tokens for part in self.parts]
+        return sum(skipped for skipped, _ in counts), sum(repeated for _, repeated in counts)
+
     def order_fingerprint(self, samples: int) -> str:
         """Identity of the first `samples`, in their order: what comes later may still be changed."""
         used, stages = self._used(samples)

@@ -19,9 +19,9 @@ from megalm.data.blend import BlendedSamples
 from megalm.engine.protocol import Comm, Engine
 from megalm.errors import CheckpointError, TrainingError
 from megalm.model.shape import ModelShape
-from megalm.train.evaluate import Evaluation
 from megalm.train.continuing import beginning, differences, position_from
-from megalm.train.position import Beginning, Position, data_segments, pass_over, schedule_segments
+from megalm.train.evaluate import Evaluation
+from megalm.train.position import Beginning, Position, data_segments, pass_over
 from megalm.train.run_folder import RunFolder
 
 
@@ -114,44 +114,15 @@ class RunCheckpoints:
         facts = self._facts(engine.counters(), Position())
         self._writer.rehearse(self._folder.rehearsal, engine.fragments(), facts)
 
-    def tidy(self) -> list[Path]:
-        """Finish what a killed job left half done; for the holder of the run's lock, before anything else."""
-
-        def work() -> list[Path]:
-            shutil.rmtree(self._folder.rehearsal, ignore_errors=True)
-            return tidy(self._folder.checkpoints)
-
-        return self._comm.once(work)
-
-    def find(self, wanted: str) -> Found | None:
-        """The checkpoint that `--resume wanted` means; None: start at step 0.
-
-        Needs no engine, so that what cannot be resumed is refused before a model is built and the run's account
-        is touched. `auto` passes over damaged ones; one that is named must be whole.
-
-        Raises:
-            CheckpointError: it is not there, or a file is damaged.
-        """
-        entries = self._comm.once(lambda: candidates(self._folder.checkpoints, wanted))
-        damaged: list[str] = []
-        for entry in entries:
-            reader, problem = self._open(entry)
-            if reader is not None:
-                return Found(reader, (*(f"passed over: {words}" for words in damaged), *_suspicion(entry)))
-            if wanted != "auto":
-                raise CheckpointError(problem)
-            damaged.append(problem)
-        if damaged:
-            raise CheckpointError(f"no checkpoint of {self._folder.path} can be used: {'; '.join(damaged)}")
-        return None
-
     def position(self, manifest: Mapping[str, Any]) -> Position:
         """Where this run goes on from a checkpoint; its schedule is for the caller to set."""
         return position_from(manifest, self._run, beginning(self._run, manifest, self.differences(manifest)))
 
     def differences(self, manifest: Mapping[str, Any]) -> dict[str, list[str]]:
         """What of this run is another than the checkpoint's, by thing of `resume.allow`."""
-        return differences(manifest, self._identity(data_segments(manifest)[-1].next_sample))
+        return differences(
+            manifest, identity_of(self._run, self._shape, self._data, data_segments(manifest)[-1].next_sample)
+        )
 
     def restore(self, engine: Engine, reader: CheckpointReader) -> None:
         """Put the checkpoint into `engine`."""
@@ -172,51 +143,30 @@ class RunCheckpoints:
         for entry in entries:
             if entry.status != "good" or entry.step < first_step or self._begins(entry) != "on":
                 continue
-            reader, _ = self._open(entry)
+            reader, _ = _open(entry, self._comm)
             if reader is None:
                 continue
             more = next_sample - data_segments(reader.manifest)[-1].next_sample
-            manifest = pass_over(reader.manifest, more)
+            manifest = self.passing_over(reader.manifest, more)
             manifest["rollbacks"] = manifest.get("rollbacks", 0) + 1
-            self._comm.once(lambda path=entry.path, noted=manifest: write_manifest(path, noted))
+            if self._comm.is_main:
+                write_manifest(entry.path, manifest)
             self.restore(engine, reader)
-            position = self.position(manifest)
-            position.schedule, position.stated = tuple(schedule_segments(manifest)), tuple(manifest["schedule"]["stated"])
-            return entry.path, position
+            return entry.path, self.position(manifest)
         raise TrainingError(
             f"no good checkpoint in {self._folder.checkpoints} to go back to; write more of them "
             "(checkpoint.interval_steps), or set guard.policy=skip"
         )
 
+    def passing_over(self, manifest: Mapping[str, Any], samples: int) -> dict[str, Any]:
+        """The manifest with so many samples skipped where it stands."""
+        amended = pass_over(manifest, samples)
+        return {**amended, "fingerprints": self._data.at(data_segments(amended)[-1].next_sample)}
+
     def _begins(self, entry: Entry) -> Beginning | None:
         if entry.manifest is None:
             return None
         return beginning(self._run, entry.manifest, self.differences(entry.manifest))
-
-    def _open(self, entry: Entry) -> tuple[CheckpointReader | None, str]:
-        """The checkpoint, or what is wrong with it; each rank hashes its share of the files."""
-        reader, problem = None, entry.problem
-        if entry.manifest is not None:
-            try:
-                reader = CheckpointReader(entry.path)
-                problem = reader.verify(self._comm.rank, self._comm.size)
-            except CheckpointError as error:
-                problem = str(error)
-        problem = next(filter(None, self._comm.gather(problem)), "")
-        return (None if problem else reader), problem
-
-    def _identity(self, consumed: int) -> dict[str, dict[str, Any]]:
-        """What may not change when a run goes on after so many samples, as JSON."""
-        data = self._run.config.data
-        settings = {
-            "data.sequence_length": data.sequence_length,
-            "data.split": data.split,
-            "data.stride": None if data.stride == data.sequence_length else data.stride,
-            "data.order": data.order,
-            "data.document_mask": data.document_mask,
-            "train.seed": self._run.config.train.seed,
-        }
-        return {"model": asdict(self._shape), "data": settings, "fingerprints": self._data.at(consumed)}
 
     def _facts(self, counters: dict[str, Any], position: Position) -> dict[str, Any]:
         run, evaluation = self._run, position.evaluation
@@ -244,11 +194,71 @@ class RunCheckpoints:
                 "zero_stage": run.zero_stage,
                 "precision": run.precision,
             },
-            **self._identity(position.samples),
+            **identity_of(run, self._shape, self._data, position.samples),
             "tokenizer": self._tokenizer,  # where it was; the fingerprint says whether it still is
             # No generator's state: dropout and sampling draw from seeds of their place.
             "attempt": position.attempt,
         }
+
+
+def put_in_order(folder: RunFolder, comm: Comm) -> list[Path]:
+    """Finish what a killed job left half done; for the holder of the run's lock, before anything else."""
+
+    def work() -> list[Path]:
+        shutil.rmtree(folder.rehearsal, ignore_errors=True)
+        return tidy(folder.checkpoints)
+
+    return comm.once(work)
+
+
+def find_saved(folder: RunFolder, wanted: str, comm: Comm) -> Found | None:
+    """The checkpoint that `--resume wanted` means; None: start at step 0.
+
+    Needs no engine, so that what cannot be resumed is refused before a model is built and the run's account is
+    touched. `auto` passes over damaged ones; one that is named must be whole.
+
+    Raises:
+        CheckpointError: it is not there, or a file is damaged.
+    """
+    entries = comm.once(lambda: candidates(folder.checkpoints, wanted))
+    damaged: list[str] = []
+    for entry in entries:
+        reader, problem = _open(entry, comm)
+        if reader is not None:
+            return Found(reader, (*(f"passed over: {words}" for words in damaged), *_suspicion(entry)))
+        if wanted != "auto":
+            raise CheckpointError(problem)
+        damaged.append(problem)
+    if damaged:
+        raise CheckpointError(f"no checkpoint of {folder.path} can be used: {'; '.join(damaged)}")
+    return None
+
+
+def identity_of(run: ResolvedRun, shape: ModelShape, identity: DataIdentity, consumed: int) -> dict[str, Any]:
+    """What may not change unasked when a run goes on after so many samples, as JSON."""
+    data = run.config.data
+    settings = {
+        "data.sequence_length": data.sequence_length,
+        "data.split": data.split,
+        "data.stride": None if data.stride == data.sequence_length else data.stride,
+        "data.order": data.order,
+        "data.document_mask": data.document_mask,
+        "train.seed": run.config.train.seed,
+    }
+    return {"model": asdict(shape), "data": settings, "fingerprints": identity.at(consumed)}
+
+
+def _open(entry: Entry, comm: Comm) -> tuple[CheckpointReader | None, str]:
+    """The checkpoint, or what is wrong with it; each rank hashes its share of the files."""
+    reader, problem = None, entry.problem
+    if entry.manifest is not None:
+        try:
+            reader = CheckpointReader(entry.path)
+            problem = reader.verify(comm.rank, comm.size)
+        except CheckpointError as error:
+            problem = str(error)
+    problem = next(filter(None, comm.gather(problem)), "")
+    return (None if problem else reader), problem
 
 
 def _suspicion(entry: Entry) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,12 +59,14 @@ class Evaluator:
         sets: by name, the part and the whole; several sets have a total, in which every token counts alike.
         token_bytes: [V] UTF-8 bytes that each token decodes to.
         replicas: ranks that read the same samples (tensor and pipeline neighbours).
+        heartbeat: told of every batch.
     """
 
     sets: Mapping[str, tuple[ValidationLoader, ValidationLoader]]
     token_bytes: npt.NDArray[np.int32]
     comm: Comm
     replicas: int = 1
+    heartbeat: Callable[[], None] = lambda: None
 
     def evaluate(self, engine: Engine, whole: bool) -> Evaluation | None:
         """Collective; None without a validation set."""
@@ -87,6 +89,7 @@ class Evaluator:
         loss_sum, targets, local_bytes = 0.0, 0, 0
         for batch in loader:
             loss_sum += engine.evaluate(batch.micro_batches)
+            self.heartbeat()
             targets += batch.target_count
             local_bytes += sum(self._bytes(micro_batch.labels) for micro_batch in batch.micro_batches)
         return _Sums(loss_sum, targets, self.comm.sum([local_bytes])[0] / self.replicas)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megalm.errors import EXIT_DONE, EXIT_FAILED, EXIT_START_AGAIN, MegalmError, OtherRankFailed
+from megalm.train.limits import write_stacks
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Guard:
         self.rank = rank
         self.claim: FailureClaim | None = None  # known as soon as the run folder is
         self.on_failure: Callable[[], None] = lambda: None  # e.g. the end event in metrics.jsonl
+        self.stacks: Path | None = None  # where this rank writes where it stands, when it has to leave a standstill
 
     def run(self, work: Callable[[], int]) -> NoReturn:
         try:
@@ -97,6 +99,19 @@ class Guard:
         while not claim.is_taken():
             time.sleep(_CLAIM_POLL_SECONDS)
         time.sleep(_FAILURE_GRACE_SECONDS)
+        if self.stacks is not None:
+            write_stacks(self.stacks)
+        self._last_wish()
+        os._exit(EXIT_FAILED)
+
+    def leave_standstill(self, silent_seconds: float) -> NoReturn:
+        """This rank has made no progress for so long: it says so, unless another rank did, and the job ends."""
+        where = f"; where each rank stood: {self.stacks.parent}" if self.stacks is not None else ""
+        self._tell(
+            f"megalm: error: rank {self.rank} made no progress for {silent_seconds:.0f} s "
+            f"(train.hang_timeout_seconds): it or a rank that it waits for hangs{where}"
+        )
+        time.sleep(_FAILURE_GRACE_SECONDS)  # the others notice too, and write their stacks
         self._last_wish()
         os._exit(EXIT_FAILED)
 

@@ -5,11 +5,10 @@ Everything here is collective: all ranks walk through the same steps and decisio
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from megalm.checkpoint.manifest import Status
 from megalm.checkpoint.writer import Saved
@@ -19,22 +18,13 @@ from megalm.engine.protocol import Comm, Engine, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
 from megalm.tracking.metrics import MetricsWriter
 from megalm.train.evaluate import TOTAL, Evaluation, Evaluator
+from megalm.train.guard import SpikeGuard, Verdict
+from megalm.train.incidents import Incident
 from megalm.train.leaving import StopRequest
+from megalm.train.limits import Limits
+from megalm.train.position import Position
 from megalm.train.report import Reporter, StepLine, duration
-from megalm.train.schedule import learning_rate
-
-
-@dataclass
-class Position:
-    """How far training has come; what a checkpoint has to know beside the tensors."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    attempt: int = 1
-    best_loss: float | None = None  # lowest validation loss so far, on the part used while training
-    stale_evaluations: int = 0  # validations since then
-    evaluation: Evaluation | None = None  # of this very step
+from megalm.train.schedule import rate_at
 
 
 class Checkpoints(Protocol):
@@ -45,6 +35,13 @@ class Checkpoints(Protocol):
     def mark_best(self, path: Path) -> None: ...
     def note_evaluation(self, path: Path, evaluation: Evaluation) -> None: ...
     def rehearse(self, engine: Engine) -> None: ...
+    def roll_back(self, engine: Engine, first_step: int, next_sample: int) -> tuple[Path, Position]: ...
+
+
+class Incidents(Protocol):
+    """Writes the report of a step that was out of bounds."""
+
+    def write(self, engine: Engine, incident: Incident) -> Path: ...
 
 
 class Sampler(Protocol):
@@ -68,6 +65,9 @@ class Parts:
     metrics: MetricsWriter | None  # rank 0's
     reporter: Reporter
     stop: StopRequest
+    guard: SpikeGuard
+    incidents: Incidents
+    limits: Limits
     flops_per_token: float
     peak_flops: float  # of all ranks together
 
@@ -78,52 +78,117 @@ class TrainingLoop:
     position: Position
     _saved_step: int = field(default=0, init=False)
     _saved_path: Path | None = field(default=None, init=False)
+    _first_step: int = field(default=0, init=False)  # that this process went on from
 
     def run(self) -> int:
         """Train to the last step, or to a stop request; the exit code."""
         parts, config = self.parts, self.parts.run.config
-        self._saved_step = self.position.step
+        self._saved_step = self._first_step = self.position.step
         parts.reporter.start(self.position.step, config.train.steps)
         started = time.monotonic()
         try:
             while self.position.step < config.train.steps:
-                self._train_step()
+                if not self._train_step():
+                    continue  # set back to a step whose intervals are done
                 if self.position.step == config.train.steps:
                     break  # _finish does the rest, on the whole validation set
                 self._between_steps()
                 if self._has_stopped_learning():
                     break
-                if number := self._stop_signal():
-                    return self._leave_early(number)
+                if self._is_to_leave():
+                    return EXIT_START_AGAIN
         finally:
             parts.reporter.stop()
         self._finish(time.monotonic() - started)
         return EXIT_DONE
 
-    def _train_step(self) -> None:
+    def _train_step(self) -> bool:
+        """One step; False where the guard has set the run back instead."""
         parts, position = self.parts, self.position
         step = position.step + 1
-        rate = learning_rate(parts.run.schedule, step)
+        rate = rate_at(position.schedule, step)
         start = time.perf_counter()
         batch = parts.batches.batch(position.samples)
-        result = parts.engine.train_step(batch, step, rate)
+        result = parts.engine.train_step(batch, step, rate, parts.guard.accept)
         seconds = time.perf_counter() - start
-        self._refuse_bad_numbers(result, step)
-        position.step = step
+        verdict = parts.guard.verdict(result, step, position.rollbacks)
+        if verdict.finding is not None:
+            report = self._report_spike(verdict, result, rate)
+            if verdict.action == "rollback":
+                self._roll_back()
+                return False
+            if verdict.action == "stop":
+                self._stop_at(verdict, result, report)
+        self._advance()
+        self._record_step(result, rate, seconds)
+        return True
+
+    def _advance(self) -> None:
+        parts, position = self.parts, self.position
+        position.step += 1
         position.samples += parts.run.batch.global_batch
         position.tokens += parts.run.tokens_per_step
         position.evaluation = None
-        self._record_step(result, rate, seconds)
 
-    def _refuse_bad_numbers(self, result: StepResult, step: int) -> None:
-        """A loss that is no number has spoilt the weights by now: no checkpoint may follow it."""
-        if math.isfinite(result.loss) and (math.isfinite(result.grad_norm) or result.skipped):
-            return
-        first = self.position.samples
+    def _report_spike(self, verdict: Verdict, result: StepResult, rate: float) -> Path:
+        """An event, a line and a report of the step that comes after `position`."""
+        parts, position, finding = self.parts, self.position, verdict.finding
+        assert finding is not None
+        first, step = position.samples, position.step + 1
+        incident = Incident(
+            step=step,
+            attempt=position.attempt,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            learning_rate=rate,
+            verdict=verdict,
+            window=parts.guard.history.statistics(),
+            samples=(first, first + parts.run.batch.global_batch),
+            saved_step=self._saved_step,
+        )
+        report = parts.incidents.write(parts.engine, incident)
+        numbers = {"loss": result.loss, "grad_norm": result.grad_norm, "limit": finding.limit, "median": finding.median}
+        of = {"at_step": step, "quantity": finding.quantity, "decided": verdict.action, "why": verdict.why}
+        self.event("spike", **of, **numbers, first_sample=first, report=report.name)
+        if verdict.action == "skip":
+            self.event("skip", at_step=step, reason=str(finding))
+        parts.reporter.say(f"step {step}: {finding}: {verdict.action}; {report}")
+        return report
+
+    def _stop_at(self, verdict: Verdict, result: StepResult, report: Path) -> NoReturn:
+        """End the run; what it has learnt so far is kept, as a state not to be trusted.
+
+        Raises:
+            TrainingError: always.
+        """
+        step, first = self.position.step + 1, self.position.samples
+        if not result.refused:
+            self._advance()
+        if self._saved_step != self.position.step:
+            self._save("suspect", f"the run was stopped at step {step}: {verdict.finding}")
+        self._tell_saved(wait=True)
         raise TrainingError(
-            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm} "
-            f"(samples {first} to {first + self.parts.run.batch.global_batch - 1}); nothing was saved after step "
-            f"{self._saved_step}. Lower schedule.peak_learning_rate, or look at these samples"
+            f"step {step}: {verdict.finding} ({verdict.why}; samples {first} to "
+            f"{first + self.parts.run.batch.global_batch - 1}); stopped, read {report}"
+        )
+
+    def _roll_back(self) -> None:
+        """Go back to the newest good checkpoint, and past all data up to the step that was refused."""
+        parts, old = self.parts, self.position
+        self._tell_saved(wait=True)
+        next_sample = old.samples + parts.run.batch.global_batch
+        path, position = parts.checkpoints.roll_back(parts.engine, self._first_step, next_sample)
+        position.schedule, position.stated = old.schedule, old.stated
+        position.attempt, position.rollbacks = old.attempt + 1, old.rollbacks + 1
+        self.position, self._saved_step, self._saved_path = position, position.step, path
+        parts.guard.forget_refusals()
+        skipped = position.past[-1].samples_skipped
+        self.event(
+            "rollback", path=path.name, at_step=old.step + 1, samples_skipped=skipped, rollbacks=position.rollbacks
+        )
+        parts.reporter.say(
+            f"rolled back to step {position.step} ({path.name}); {skipped:,} samples are passed over, attempt "
+            f"{position.attempt}"
         )
 
     def _record_step(self, result: StepResult, rate: float, seconds: float) -> None:
@@ -212,8 +277,10 @@ class TrainingLoop:
         )
         return True
 
-    def _save(self) -> Path:
-        path = self.parts.checkpoints.save(self.parts.engine, self.position)
+    def _save(self, status: Status = "good", reason: str | None = None) -> Path:
+        if reason is None and (reason := self.parts.guard.suspicion(self.position.step)) is not None:
+            status = "suspect"
+        path = self.parts.checkpoints.save(self.parts.engine, self.position, status, reason)
         self._saved_step, self._saved_path = self.position.step, path
         self._tell_saved()
         return path
@@ -222,6 +289,7 @@ class TrainingLoop:
         """Record the checkpoints that became complete; collective."""
         parts = self.parts
         for saved in parts.checkpoints.completed(wait):
+            parts.limits.saved(saved.write_seconds)
             fields = {"path": saved.path.name, "seconds": saved.write_seconds, "stall_seconds": saved.stall_seconds}
             self.event("checkpoint", **fields, bytes=saved.bytes, saved_step=saved.step, pruned=saved.pruned)
             times = f"{saved.write_seconds:.1f} s, training waited {saved.stall_seconds:.2f} s"
@@ -229,20 +297,27 @@ class TrainingLoop:
             if saved.notice:
                 parts.reporter.say(f"WARNING: {saved.notice}")
 
-    def _stop_signal(self) -> int:
-        """Any rank's signal stops all ranks at the same step; 0: none."""
-        return int(self.parts.comm.max([float(self.parts.stop.signal or 0)])[0])
+    def _is_to_leave(self) -> bool:
+        """Any rank's signal, or clock, makes all ranks save the same step and leave."""
+        parts = self.parts
+        number, late = parts.comm.max([float(parts.stop.signal or 0), float(parts.limits.boundary())])
+        if number:
+            self._leave_early("signal", f"signal {int(number)}", signal=int(number))
+        elif late:
+            limit = parts.run.config.train.max_wall_time
+            self._leave_early("wall_time", f"train.max_wall_time={limit} is almost up", limit=limit)
+        return bool(number or late)
 
-    def _leave_early(self, number: int) -> int:
-        self.parts.stop.reached_boundary()
-        self.event("signal", signal=number)
-        self.parts.reporter.say(f"signal {number}: saving step {self.position.step}, then leaving")
+    def _leave_early(self, event: str, why: str, **fields: Any) -> None:
+        parts = self.parts
+        parts.stop.reached_boundary()
+        self.event(event, **fields)
+        parts.reporter.say(f"{why}: saving step {self.position.step}, then leaving")
         if self._saved_step != self.position.step:
             self._save()
         self._tell_saved(wait=True)
         self.event("end", status="stopped", exit_code=EXIT_START_AGAIN)
-        self.parts.reporter.say("stopped; --resume auto goes on from here")
-        return EXIT_START_AGAIN
+        parts.reporter.say("stopped; --resume auto goes on from here")
 
     def _finish(self, seconds: float) -> None:
         parts = self.parts

@@ -52,6 +52,14 @@ class RunFolder:
         return self.path / "rehearsal"
 
     @property
+    def incidents(self) -> Path:
+        return self.path / "incidents"
+
+    def stacks(self, rank: int) -> Path:
+        """Where a rank writes where it stands when nothing moves."""
+        return self.path / "stacks" / f"rank-{rank}.txt"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 

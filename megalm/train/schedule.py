@@ -2,15 +2,62 @@
 
 Steps count from 1. Warm-up is linear from peak / warmup to the peak, which step `warmup_steps` has; from there the
 kind decides, and step `steps` has the final rate (constant and inverse_sqrt have no final rate of their own).
+
+A run that is continued with another schedule has several, one after the other: its segments. They are kept in every
+checkpoint, so that the rate of each step of the past can be told.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from megalm.config.resolve import ScheduleFacts
 from megalm.config.schema import ScheduleKind
+
+
+@dataclass(frozen=True)
+class ScheduleSegment:
+    """One schedule, in force from a step on.
+
+    Attributes:
+        first_step: of the run, from 1.
+        offset_steps: the run's steps before the schedule's own first one: 0 where it counts the run's steps,
+            `first_step` - 1 where it starts anew.
+    """
+
+    first_step: int
+    offset_steps: int
+    schedule: ScheduleFacts
+
+    @property
+    def last_step(self) -> int:
+        """Of the run, by this schedule's own length."""
+        return self.offset_steps + self.schedule.steps
+
+    def as_json(self) -> dict[str, Any]:
+        return {"first_step": self.first_step, "offset_steps": self.offset_steps, **asdict(self.schedule)}
+
+    @staticmethod
+    def from_json(stored: Mapping[str, Any]) -> ScheduleSegment:
+        facts = {name: stored[name] for name in ScheduleFacts.__dataclass_fields__}
+        return ScheduleSegment(stored["first_step"], stored.get("offset_steps", 0), ScheduleFacts(**facts))
+
+    def __str__(self) -> str:
+        facts = self.schedule
+        own = f"{facts.kind} from {facts.peak_learning_rate:.3g}"
+        if facts.kind not in ("constant", "inverse_sqrt"):
+            own += f" to {facts.final_learning_rate:.3g} at step {self.last_step:,}"
+        warmup = f" after {facts.warmup_steps:,} steps of warm-up" if facts.warmup_steps else ""
+        return f"from step {self.first_step:,}: {own}{warmup}"
+
+
+def rate_at(segments: Sequence[ScheduleSegment], step: int) -> float:
+    """The rate of step `step` of a run, 1 <= step: the last segment that has begun by then decides."""
+    current = [segment for segment in segments if segment.first_step <= step][-1]
+    return learning_rate(current.schedule, step - current.offset_steps)
 
 
 def learning_rate(schedule: ScheduleFacts, step: int) -> float:

@@ -7,48 +7,46 @@ after it, so that a failure has a place to be told.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from megalm.balance import balanced_blocks, parameter_costs
+from megalm.config.checks_guard import wall_time_seconds
 from megalm.config.deepspeed_json import read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.config.resolve import ResolvedRun, resolve
+from megalm.engine.build import build_engine
 from megalm.engine.comm import ProcessComm, start_distributed
 from megalm.engine.environment import claim_device, device_facts, device_name, rank_facts
 from megalm.engine.peak import peak_flops
 from megalm.engine.protocol import Engine
 from megalm.errors import EXIT_DONE
-from megalm.model.dropout import DropoutClock
-from megalm.model.init import initialise
-from megalm.model.layers import DenseLayers, LayerFactory
-from megalm.model.shape import ModelShape, model_shape
-from megalm.model.transformer import LanguageModel, StageBuilder
-from megalm.parallel.groups import ParallelGroups, make_groups
-from megalm.parallel.layers import TensorLayers
 from megalm.plan import flops_per_token
 from megalm.tracking.metrics import MetricsWriter, read_metrics
 from megalm.tracking.mirror import MirrorHandle, start_mirror
-from megalm.train.checkpointing import DataIdentity, RunCheckpoints
+from megalm.train.checkpointing import DataIdentity, RunCheckpoints, put_in_order
+from megalm.train.continuing import Extension
+from megalm.train.course import Course, Resume, find_start, plan_course, plan_steps
 from megalm.train.data_facts import data_warnings
 from megalm.train.datasets import (
-    RunData,
     batch_loader,
     find_data,
     known_vocab_size,
-    open_data,
     rebuild_data,
     validation_loaders,
 )
 from megalm.train.evaluate import Evaluator
 from megalm.train.facts import farewell, opening_facts
+from megalm.train.guard import SpikeGuard
+from megalm.train.incidents import IncidentWriter, reading
 from megalm.train.launcher_watch import watch_launchers
 from megalm.train.leaving import FailureClaim, Guard, StopRequest
-from megalm.train.loop import Parts, Position, TrainingLoop
+from megalm.train.limits import Limits, Watchdog
+from megalm.train.loop import Parts, TrainingLoop
+from megalm.train.pipeline_facts import pipeline_facts
 from megalm.train.rehearsal import memory_errors_named, rehearse
 from megalm.train.report import Reporter
 from megalm.train.run_folder import RunFolder, RunLock, open_run_folder, write_facts
@@ -56,6 +54,7 @@ from megalm.train.sampling import SampleWriter
 
 # MLflow's first use of a store makes its tables; a run that ends sooner waits this long for its mirror.
 _MIRROR_PATIENCE_SECONDS = 45.0
+_ATTEMPTS = ("start", "resume", "rollback")  # events that begin one
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,9 @@ class Arguments:
     config: str | None = None
     overrides: tuple[str, ...] = ()
     resume: str | None = None
+    extend_steps: int | None = None
+    extend_strategy: Literal["schedule", "weights"] = "schedule"
+    skip_steps: int = 0
 
 
 def resolve_run(arguments: Arguments, world_size: int, local_world_size: int) -> ResolvedRun:
@@ -75,7 +77,10 @@ def resolve_run(arguments: Arguments, world_size: int, local_world_size: int) ->
         ConfigError: the first thing that is wrong, in one line.
         DataError: a tokenizer that cannot be read.
     """
-    loaded = load_run_config(arguments.config, arguments.overrides)
+    overrides = arguments.overrides
+    if arguments.extend_steps is not None and arguments.extend_strategy == "weights":
+        overrides = (*overrides, f"train.steps={arguments.extend_steps}")  # a run of its own, from step 0
+    loaded = load_run_config(arguments.config, overrides)
     deepspeed = read_deepspeed_json(arguments.deepspeed_config)
     vocab_size = known_vocab_size(loaded.config.data)
     return resolve(loaded, deepspeed, world_size, device_facts(local_world_size), vocab_size, local_world_size)
@@ -83,7 +88,9 @@ def resolve_run(arguments: Arguments, world_size: int, local_world_size: int) ->
 
 def pretrain(arguments: Arguments, guard: Guard) -> int:
     """Run one training job on this rank; the exit code."""
+    started = time.monotonic()
     ranks = rank_facts()
+    resume = _resume(arguments)
     run = resolve_run(arguments, ranks.world_size, ranks.local_world_size)
     device = claim_device(ranks)
     comm = start_distributed(ranks, device)
@@ -99,20 +106,12 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     reporter.say(f"megalm run {folder.path}")
     for notice in run.notices:
         reporter.say(f"  note: {notice}")
-    places = comm.once_per_node(lambda: find_data(config.data, reporter.say))
-    comm.once(lambda: rebuild_data(config.data, places, os.cpu_count() or 1, reporter.say))
-    data = open_data(run, places)
-    data_notes = data_warnings(run, data.train)
-    shape = model_shape(config.model, data.tokenizer.vocab_size, config.data.sequence_length)
-    prints = DataIdentity(data.train, data.tokenizer.fingerprint)
-    checkpoints = RunCheckpoints(folder, run, shape, prints, data.tokenizer.spec, comm)
-    for path in checkpoints.tidy():
+    for path in put_in_order(folder, comm):
         reporter.say(f"  note: an earlier job was killed while it saved or deleted; put in order: {path}")
-    saved = checkpoints.find(arguments.resume) if arguments.resume is not None else None
-    warnings = saved.warnings if saved is not None else ()
-    for warning in warnings:
-        reporter.say(f"  WARNING: {warning}")
-    comm.once(lambda: write_facts(folder, run, _environment(run, prints, device, comm)))
+    course = _course(run, folder, resume, comm, reporter)
+    run, data, shape = course.run, course.data, course.shape
+    checkpoints = RunCheckpoints(folder, run, shape, course.identity, data.tokenizer.spec, comm)
+    comm.once(lambda: write_facts(folder, run, _environment(run, course.identity, device, comm, attempt)))
     metrics = MetricsWriter(folder.metrics) if comm.is_main else None
     mirror = start_mirror(folder.path) if comm.is_main and config.tracking.mlflow else None
     if metrics is not None:
@@ -120,22 +119,32 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
 
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
         reporter.say("preparing DeepSpeed's CPU Adam (compiled at its first use: a minute or two)")
-    engine = build_engine(run, shape, device, comm)
+    engine = build_engine(run, shape, device, comm, lambda *stages: reporter.say(pipeline_facts(run, *stages)))
     peak, peak_source = peak_flops(device, run.precision != "fp32")
-    parts = _assemble(run, comm, engine, data, folder, checkpoints, metrics, reporter, shape, comm.sum([peak])[0])
+    limits = _limits(run, guard, folder, comm, started)
+    incidents = IncidentWriter(
+        folder.incidents,
+        reading(data.train, data.tokenizer),
+        f"deepspeed launch/pretrain.py --deepspeed_config {arguments.deepspeed_config} run.name={folder.name}",
+        comm,
+        reporter,
+    )
+    parts = _assemble(
+        course, comm, engine, folder, checkpoints, metrics, reporter, limits, incidents, comm.sum([peak])[0]
+    )
     reporter.facts(opening_facts(run, shape, data, device_name(), ranks.threads, peak_source, parts.peak_flops))
-    for warning in data_notes:
-        reporter.say(f"  WARNING: {warning}")
     if config.train.rehearse:
         rehearse(parts)
-    position = checkpoints.restore(engine, saved.reader) if saved is not None else Position()
+    position = course.position
+    _restore(course, parts, folder)
     position.attempt = attempt
     loop = TrainingLoop(parts, position)
-    _announce(loop, reporter, warnings, resumed=position.step > 0)
+    _announce(loop, reporter, course)
     parts.stop.install()
     watch_launchers()
     with memory_errors_named("training"):
-        code = loop.run() if position.step < config.train.steps else _nothing_to_do(loop, reporter)
+        code = loop.run() if position.step < run.config.train.steps else _nothing_to_do(loop, reporter)
+    parts.limits.rest()
     parts.batches.close()
     comm.barrier()  # no rank leaves while another still needs rank 0's store
     _close(metrics, mirror, reporter, folder)
@@ -144,62 +153,65 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     return code
 
 
-def build_engine(run: ResolvedRun, shape: ModelShape, device: torch.device, comm: ProcessComm) -> Engine:
-    """The initialised model under the engine that the run asks for."""
-    from megalm.engine.zero import ZeroEngine  # deepspeed's import takes seconds and follows start_distributed
-
-    train = run.config.train
-    clock = DropoutClock(train.seed)
-    groups = make_groups(run.topology, comm.rank, comm.timeout)
-    layers: LayerFactory = DenseLayers(clock, run.config.compile)
-    if run.topology.tensor > 1:
-        layers = TensorLayers(clock, groups.tensor, run.config.parallel.sequence, run.config.compile)
-    if run.topology.pipeline > 1:
-        build = StageBuilder(shape, layers, clock, train.loss_chunk_tokens)
-        return _build_pipeline(run, build, clock, device, comm, groups)
-    model = LanguageModel(
-        shape, layers, clock, train.loss_chunk_tokens, recompute_every=train.checkpoint_activations_every
-    )
-    if run.config.compile:
-        model.compile_blocks()
-    initialise(model, shape, train.seed)
-    return ZeroEngine(
-        model.to(device), clock, run.deepspeed, run.optimizer, train.embedding_weight_decay, comm, groups, device
-    )
+def _course(run: ResolvedRun, folder: RunFolder, resume: Resume, comm: ProcessComm, reporter: Reporter) -> Course:
+    """What is trained on from where; everything that cannot go on is refused here."""
+    found = find_start(folder, resume, comm)
+    run, scheduled = plan_steps(run, found, resume)
+    places = comm.once_per_node(lambda: find_data(run.config.data, reporter.say))
+    comm.once(lambda: rebuild_data(run.config.data, places, os.cpu_count() or 1, reporter.say))
+    course = plan_course(run, scheduled, places, found, resume)
+    for note in course.notes:
+        reporter.say(f"  note: {note}")
+    for warning in (*course.warnings, *data_warnings(run, course.data.train)):
+        reporter.say(f"  WARNING: {warning}")
+    return course
 
 
-def _build_pipeline(
-    run: ResolvedRun,
-    build: StageBuilder,
-    clock: DropoutClock,
-    device: torch.device,
-    comm: ProcessComm,
-    groups: ParallelGroups,
-) -> Engine:
-    from megalm.engine.pipeline import PipelineEngine
-    from megalm.engine.pipeline_module import Moment, PipelineStage
+def _restore(course: Course, parts: Parts, folder: RunFolder) -> None:
+    """Put the checkpoint into the engine, and what the run was like before it into the guard."""
+    reader, engine = course.reader, parts.engine
+    if reader is None:
+        return
+    step = 0 if course.weights_only else reader.manifest["step"]
+    engine.restore(reader.read, reader.manifest["counters"], step)
+    if course.weights_only:
+        engine.reset()
 
-    train, shape = run.config.train, build.shape
-    blocks = balanced_blocks(shape.num_hidden_layers, run.topology.pipeline, parameter_costs(shape))
-    stage = PipelineStage(build, Moment(clock), run.topology, blocks, train.checkpoint_activations_every)
-    if run.config.compile:
-        stage.compile_blocks()
-    initialise(stage.part_of_model(), shape, train.seed)
-    return PipelineEngine(stage, run.deepspeed, run.optimizer, train.embedding_weight_decay, comm, groups, device)
+    def steps_before() -> list[tuple[float, float]]:
+        rows = read_metrics(folder.metrics) if folder.metrics.exists() else []
+        return parts.guard.steps_of(rows, step)
+
+    parts.guard.history.restart(parts.comm.once(steps_before))
+
+
+def _limits(run: ResolvedRun, guard: Guard, folder: RunFolder, comm: ProcessComm, started: float) -> Limits:
+    train, watchdog = run.config.train, None
+    if train.hang_timeout_seconds is not None:
+        guard.stacks = folder.stacks(comm.rank)
+        watchdog = Watchdog(guard.stacks, train.hang_timeout_seconds, guard.leave_standstill)
+    wall = wall_time_seconds(train.max_wall_time) if train.max_wall_time is not None else None
+    return Limits(wall, started, watchdog)
+
+
+def _resume(arguments: Arguments) -> Resume:
+    steps = arguments.extend_steps
+    extension = Extension(steps, arguments.extend_strategy) if steps is not None else None
+    return Resume(arguments.resume, extension, arguments.skip_steps)
 
 
 def _assemble(
-    run: ResolvedRun,
+    course: Course,
     comm: ProcessComm,
     engine: Engine,
-    data: RunData,
     folder: RunFolder,
     checkpoints: RunCheckpoints,
     metrics: MetricsWriter | None,
     reporter: Reporter,
-    shape: ModelShape,
+    limits: Limits,
+    incidents: IncidentWriter,
     peak: float,
 ) -> Parts:
+    run, data = course.run, course.data
     data_rank = run.topology.coordinate(comm.rank).data
     config = run.config
     return Parts(
@@ -212,6 +224,7 @@ def _assemble(
             data.tokenizer.token_bytes(),
             comm,
             replicas=run.topology.tensor * run.topology.pipeline,
+            heartbeat=limits.heartbeat,
         ),
         checkpoints=checkpoints,
         sampler=SampleWriter(
@@ -226,7 +239,10 @@ def _assemble(
         metrics=metrics,
         reporter=reporter,
         stop=StopRequest(),
-        flops_per_token=flops_per_token(shape, config.data.sequence_length),
+        guard=SpikeGuard(config.guard),
+        incidents=incidents,
+        limits=limits,
+        flops_per_token=flops_per_token(course.shape, config.data.sequence_length),
         peak_flops=peak,
     )
 
@@ -234,12 +250,17 @@ def _assemble(
 def _next_attempt(folder: RunFolder) -> int:
     """1 for a new run; else the number after the last that started, or failed before it started."""
     rows = read_metrics(folder.metrics) if folder.metrics.exists() else []
-    started = max((int(row["attempt"]) for row in rows if row.get("event") in ("start", "resume")), default=0)
+    started = max((int(row["attempt"]) for row in rows if row.get("event") in _ATTEMPTS), default=0)
     return 1 + max(started, folder.last_failure())
 
 
-def _environment(run: ResolvedRun, prints: DataIdentity, device: torch.device, comm: ProcessComm) -> dict[str, Any]:
+def _environment(
+    run: ResolvedRun, prints: DataIdentity, device: torch.device, comm: ProcessComm, attempt: int
+) -> dict[str, Any]:
+    stages = zip(run.config.data.stages, prints.samples.stages[1:], strict=False)
     return {
+        "attempt": attempt,
+        **{f"first_sample_of_step_{stage.from_step}": cut.first for stage, cut in stages},
         "device": device_name(),
         "device_kind": device.type,
         "world_size": comm.size,
@@ -251,11 +272,14 @@ def _environment(run: ResolvedRun, prints: DataIdentity, device: torch.device, c
     }
 
 
-def _announce(loop: TrainingLoop, reporter: Reporter, warnings: Sequence[str], resumed: bool) -> None:
+def _announce(loop: TrainingLoop, reporter: Reporter, course: Course) -> None:
     parts, position = loop.parts, loop.position
-    for warning in warnings:
+    for warning in course.warnings:
         loop.event("warning", text=warning)
-    loop.event("resume" if resumed else "start", world_size=parts.comm.size, precision=parts.run.precision)
+    resumed = course.reader is not None and not course.weights_only
+    facts = {"world_size": parts.comm.size, "precision": parts.run.precision, "changed": list(course.notes)}
+    from_path = {} if course.reader is None else {"path": str(course.reader.path)}
+    loop.event("resume" if resumed else "start", **facts, **from_path)
     if resumed:
         reporter.say(f"resumed at step {position.step}, {position.tokens:,} tokens seen")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +16,39 @@ from megalm.config.deepspeed_json import read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.config.precision import DeviceFacts
 from megalm.config.resolve import resolve
-from megalm.engine.protocol import StepResult
+from megalm.engine.protocol import Accept, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
-from megalm.tracking.metrics import MetricsWriter, read_metrics
+from megalm.tracking.metrics import MetricsWriter, live_rows, read_metrics
 from megalm.train.evaluate import Evaluation
+from megalm.train.guard import SpikeGuard
+from megalm.train.incidents import Incident
 from megalm.train.leaving import StopRequest
-from megalm.train.loop import Parts, Position, TrainingLoop
+from megalm.train.limits import Limits
+from megalm.train.loop import Parts, TrainingLoop
+from megalm.train.position import Position
 from megalm.train.rehearsal import memory_errors_named
 from megalm.train.report import Reporter
+from megalm.train.schedule import ScheduleSegment
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 class Engine:
-    """Losses of 1, or as written per step; asks for a stop where told."""
+    """Losses of 1, or as written per sample that a batch begins with; asks for a stop where told."""
 
     def __init__(self, losses: dict[int, float], stop: StopRequest, stop_at: int | None) -> None:
         self.losses, self.stop, self.stop_at, self.rates = losses, stop, stop_at, {}
+        self.applied: list[int] = []  # batches
 
-    def train_step(self, batch: int, step: int, learning_rate: float) -> StepResult:
-        assert batch == 16 * (step - 1), "the first sample of this step's batch"
+    def train_step(self, batch: int, step: int, learning_rate: float, accept: Accept) -> StepResult:
         self.rates[step] = learning_rate
         if step == self.stop_at:
             self.stop.signal = 15
-        return StepResult(self.losses.get(step, 1.0), 0.5, 1.0, skipped=False)
+        loss = self.losses.get(batch // 16 + 1, 1.0)
+        refused = not math.isfinite(loss) or not accept(loss, 0.5)
+        if not refused:
+            self.applied.append(batch // 16 + 1)
+        return StepResult(loss, 0.5, 1.0, skipped=False, refused=refused)
 
     def peak_memory_bytes(self) -> int:
         return 1
@@ -59,12 +70,18 @@ class Evaluator:
 class Checkpoints:
     def __init__(self) -> None:
         self.saved: list[int] = []
+        self.positions: dict[int, Position] = {}
+        self.suspect: dict[int, str] = {}
         self.complete: list[Saved] = []
         self.best: list[str] = []
         self.noted: list[tuple[str, float]] = []
 
     def save(self, engine: Engine, position: Position, status: str = "good", reason: str | None = None) -> Path:
         self.saved.append(position.step)
+        self.positions[position.step] = replace(position)
+        if status == "suspect":
+            assert reason
+            self.suspect[position.step] = reason
         self.complete.append(Saved(Path(f"step-{position.step}"), position.step, 0.1, 0.2, 100))
         return Path(f"step-{position.step}")
 
@@ -77,6 +94,21 @@ class Checkpoints:
 
     def note_evaluation(self, path: Path, evaluation: Evaluation) -> None:
         self.noted.append((path.name, evaluation.loss))
+
+    def roll_back(self, engine: Engine, first_step: int, next_sample: int) -> tuple[Path, Position]:
+        step = max(step for step in self.positions if step not in self.suspect)
+        position = replace(self.positions[step])
+        position.pass_over(next_sample - position.samples, "order", 256, 16)
+        return Path(f"step-{step}"), position
+
+
+class Incidents:
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, str]] = []
+
+    def write(self, engine: Engine, incident: Incident) -> Path:
+        self.steps.append((incident.step, incident.verdict.action))
+        return Path("incidents") / f"step-{incident.step}.md"
 
 
 class Sampler:
@@ -98,13 +130,17 @@ class Story:
     """A loop over these parts, and what it left in metrics.jsonl."""
 
     def __init__(self, folder: Path, *overrides: str, **options: Any) -> None:
-        loaded = load_run_config(None, ["train.steps=10", "schedule.warmup_steps=2", *overrides])
+        loaded = load_run_config(
+            None, [f"train.steps={options.get('steps', 10)}", "schedule.warmup_steps=2", *overrides]
+        )
         source = read_deepspeed_json(str(ROOT / "ds_configs" / "fp32.json"))
         run = resolve(loaded, source, 1, DeviceFacts("cpu", False, 1 << 33), 100)
         stop = StopRequest(3600)
         self.engine = Engine(options.get("losses", {}), stop, options.get("stop_at"))
         self.checkpoints, self.sampler = Checkpoints(), Sampler()
-        self.metrics = folder / "metrics.jsonl"
+        self.incidents, self.metrics = Incidents(), folder / "metrics.jsonl"
+        position = options.get("position", Position())
+        position.schedule = (ScheduleSegment(1, 0, run.schedule),)
         self.loop = TrainingLoop(
             Parts(
                 run=run,
@@ -117,10 +153,13 @@ class Story:
                 metrics=MetricsWriter(self.metrics),
                 reporter=Reporter(active=False),
                 stop=stop,
+                guard=SpikeGuard(run.config.guard),
+                incidents=self.incidents,  # type: ignore[arg-type]
+                limits=options.get("limits", Limits()),
                 flops_per_token=1.0,
                 peak_flops=1.0,
             ),
-            options.get("position", Position()),
+            position,
         )
 
     def events(self) -> list[str]:
@@ -185,14 +224,98 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path) -> None:
     assert story.checkpoints.saved == [10]
 
 
+@pytest.mark.parametrize("policy", ["off", "stop"])
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_no_checkpoint_follows_a_loss_that_is_no_number(tmp_path: Path, loss: float) -> None:
-    story = Story(tmp_path, "checkpoint.interval_steps=2", losses={5: loss})
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, loss: float, policy: str) -> None:
+    story = Story(tmp_path, "checkpoint.interval_steps=2", f"guard.policy={policy}", losses={4: loss})
     with pytest.raises(
-        TrainingError, match=r"step 5: loss (nan|inf).*samples 64 to 79.*nothing was saved after step 4"
+        TrainingError, match=r"step 4: loss (nan|inf) \(guard.policy=\w+; samples 48 to 63\); .*step-4.md"
     ):
         story.loop.run()
-    assert story.checkpoints.saved == [2, 4]
+    assert story.checkpoints.saved == [2, 3]
+    assert story.checkpoints.suspect == {3: f"the run was stopped at step 4: loss {loss}"}
+    assert story.events() == ["checkpoint", "spike", "checkpoint"]
+
+
+EAGER = ("guard.warmup_steps=3", "guard.window=6")
+
+
+def test_skip_leaves_out_what_is_out_of_bounds(tmp_path: Path) -> None:
+    story = Story(
+        tmp_path, *EAGER, "guard.policy=skip", "checkpoint.interval_steps=3", losses={5: 9.0, 6: math.nan}, steps=12
+    )
+    assert story.loop.run() == EXIT_DONE
+    assert story.engine.applied == [1, 2, 3, 4, 7, 8, 9, 10, 11, 12]
+    assert story.incidents.steps == [(5, "skip"), (6, "skip")]
+    assert story.checkpoints.saved == [3, 6, 9, 12]
+    assert list(story.checkpoints.suspect) == [6], "written while updates are being refused"
+    skips = [row for row in read_metrics(story.metrics) if row.get("event") == "skip"]
+    assert [(row["at_step"], row["reason"][:8]) for row in skips] == [(5, "loss 9, "), (6, "loss nan")]
+
+
+def test_too_many_skips_in_a_row_end_the_run(tmp_path: Path) -> None:
+    losses = dict.fromkeys(range(5, 13), 9.0)
+    story = Story(tmp_path, *EAGER, "guard.policy=skip", "guard.max_skips_in_a_row=2", losses=losses, steps=12)
+    with pytest.raises(TrainingError, match=r"step 7: loss 9, .*3 in a row \(guard.max_skips_in_a_row=2\)"):
+        story.loop.run()
+    assert story.engine.applied == [1, 2, 3, 4]
+
+
+def test_off_lets_it_pass_and_trusts_no_checkpoint_of_the_window_after(tmp_path: Path) -> None:
+    story = Story(tmp_path, *EAGER, "guard.policy=off", "checkpoint.interval_steps=2", losses={5: 9.0}, steps=12)
+    assert story.loop.run() == EXIT_DONE
+    assert story.engine.applied == list(range(1, 13))
+    assert story.checkpoints.saved == [2, 4, 6, 8, 10, 12]
+    assert list(story.checkpoints.suspect) == [6, 8, 10]
+    assert "step 5 was let pass" in story.checkpoints.suspect[6]
+
+
+def test_rollback_goes_back_and_past_the_data(tmp_path: Path) -> None:
+    settings = ("guard.policy=rollback", "checkpoint.interval_steps=3", "evaluate.interval_steps=3")
+    story = Story(tmp_path, *EAGER, *settings, losses={5: 9.0}, validation=[3.0, 2.0, 1.0], steps=12)
+    assert story.loop.run() == EXIT_DONE
+    assert story.engine.applied == [1, 2, 3, 4, *range(6, 15)], "batches 4 and 5 are passed over, 4 was taken back"
+    position = story.loop.position
+    assert (position.step, position.samples, position.attempt, position.rollbacks) == (12, 14 * 16, 2, 1)
+    assert [(part.samples_consumed, part.samples_skipped) for part in position.past] == [(48, 32)]
+    rows = list(read_metrics(story.metrics))
+    event = next(row for row in rows if row.get("event") == "rollback")
+    assert (event["step"], event["at_step"], event["samples_skipped"], event["attempt"]) == (3, 5, 32, 2)
+    assert [row["step"] for row in live_rows(rows) if row["kind"] == "train"] == list(range(1, 13))
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == [3, 6, 9, 12], "step 3 is not validated twice"
+
+
+def test_rollbacks_are_bounded(tmp_path: Path) -> None:
+    settings = ("guard.policy=rollback", "checkpoint.interval_steps=3", "guard.max_rollbacks=2")
+    story = Story(tmp_path, *EAGER, *settings, losses=dict.fromkeys(range(5, 40), 9.0), steps=12)
+    with pytest.raises(TrainingError, match=r"after 2 rollbacks \(guard.max_rollbacks=2\)"):
+        story.loop.run()
+    assert [action for _, action in story.incidents.steps] == ["rollback", "rollback", "stop"]
+
+
+def test_a_run_that_does_not_learn_is_stopped(tmp_path: Path) -> None:
+    settings = ("guard.stop_above=0.9", "guard.after_step=6")
+    story = Story(tmp_path, *settings)
+    with pytest.raises(TrainingError, match=r"step 7: loss 1, limit 0.9 .*guard.stop_above=0.9, guard.after_step=6"):
+        story.loop.run()
+    assert story.checkpoints.suspect.keys() == {7}
+
+
+def test_the_time_that_a_run_is_given(tmp_path: Path) -> None:
+    limits = Limits(wall_seconds=100.0, started=time.monotonic() - 95.0)
+    story = Story(tmp_path, "train.max_wall_time=100s", limits=limits)
+    assert story.loop.run() == EXIT_START_AGAIN
+    assert story.checkpoints.saved == [1]
+    assert story.events() == ["wall_time", "checkpoint", "end"]
+
+
+def test_the_longest_step_and_save_must_fit_into_what_is_left() -> None:
+    limits = Limits(wall_seconds=1000.0, started=time.monotonic() - 900.0)
+    assert not limits.boundary()
+    limits.saved(50.0)
+    assert not limits.boundary(), "75 of 100 s, and ten to leave"
+    limits.saved(61.0)
+    assert limits.boundary()
 
 
 def test_running_out_of_memory_names_the_phase_and_what_to_change() -> None:

@@ -1,0 +1,220 @@
+"""Going on from a checkpoint, also with other settings: what may be another than it was, and what follows from it.
+
+Pure functions of a manifest and of the run that is to go on; nothing is read or written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megalm.config.loading import COMMAND_LINE
+from megalm.config.resolve import ResolvedRun, ScheduleFacts
+from megalm.errors import CheckpointError, ConfigError
+from megalm.train.position import Beginning, DataSegment, Position, data_segments, schedule_segments
+from megalm.train.schedule import ScheduleSegment, rate_at
+
+# Of the rate at which an extension begins, where nothing else is said.
+_FINAL_SHARE = 0.1
+_THINGS = {
+    "data.order": "order",
+    "data.stride": "order",
+    "data.document_mask": "order",
+    "train.seed": "order",
+    "order": "order",
+    "dataset": "dataset",
+    "tokenizer": "tokenizer",
+}
+
+
+@dataclass(frozen=True)
+class Extension:
+    """`--extend-steps`: so many more steps, on a new schedule; or so many steps anew, from the weights alone."""
+
+    steps: int
+    strategy: Literal["schedule", "weights"] = "schedule"
+
+
+# --- the schedule -----------------------------------------------------------------------------------------------------
+
+
+def with_schedule(position: Position, run: ResolvedRun, manifest: Mapping[str, Any] | None, more: int | None) -> None:
+    """Set what the learning rate of `position` follows.
+
+    A schedule that is stated as it was when the checkpoint's own came about changes nothing; another one is in force
+    from the next step on, counting the run's steps; an extension by `more` steps starts a schedule of its own.
+    """
+    stated = asdict(run.schedule)
+    if manifest is None:
+        position.schedule, position.stated = (ScheduleSegment(1, 0, run.schedule),), (stated,)
+        return
+    step = int(manifest["step"])
+    segments = schedule_segments(manifest)
+    known = tuple(manifest["schedule"].get("stated") or [asdict(segments[-1].schedule)])
+    if more is not None:
+        added = ScheduleSegment(step + 1, step, _extension(run, rate_at(segments, max(step, 1)), more))
+        position.schedule, position.stated = (*segments, added), (*known, stated)
+    elif stated in known:
+        position.schedule, position.stated = tuple(segments), known
+    else:
+        position.schedule = (*segments, ScheduleSegment(step + 1, 0, run.schedule))
+        position.stated = (stated,)
+
+
+def with_last_step(run: ResolvedRun, position: Position) -> ResolvedRun:
+    """The run with the `train.steps` that its schedule ends at."""
+    train = run.config.train.model_copy(update={"steps": position.schedule[-1].last_step})
+    return replace(run, config=run.config.model_copy(update={"train": train}))
+
+
+def _extension(run: ResolvedRun, rate: float, steps: int) -> ScheduleFacts:
+    """From the rate of now down to a tenth of it as a cosine, but for what the command line says of the schedule."""
+    facts = run.schedule
+    said = {key for key in ScheduleFacts.__dataclass_fields__ if run.sources.get(f"schedule.{key}") == COMMAND_LINE}
+    peak = facts.peak_learning_rate if "peak_learning_rate" in said else rate
+    return ScheduleFacts(
+        kind=facts.kind if "kind" in said else "cosine",
+        peak_learning_rate=peak,
+        final_learning_rate=facts.final_learning_rate if "final_learning_rate" in said else peak * _FINAL_SHARE,
+        warmup_steps=facts.warmup_steps if "warmup_steps" in said else 0,
+        decay_steps=facts.decay_steps if "decay_steps" in said else max(1, steps // 5),
+        steps=steps,
+    )
+
+
+# --- the data ---------------------------------------------------------------------------------------------------------
+
+
+def lengths_of_order(manifest: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """How the order in force came about: sequence lengths, and the sample at which the next one took over."""
+    found: list[tuple[int, int]] = []
+    end: int | None = None
+    for segment in reversed(data_segments(manifest)):
+        end = segment.next_sample if end is None else end
+        if segment.begins != "on":
+            found.append((segment.sequence_length, end))
+            end = None
+        if segment.begins == "anew":
+            break
+    return found[::-1]
+
+
+def first_sample_of(manifest: Mapping[str, Any] | None, run: ResolvedRun) -> Callable[[int], int]:
+    """Number of a step's first sample, for stages of a mixture: by the batch that each step had or will have.
+
+    Samples that were skipped do not move a stage: the live run that skipped them did not move it either.
+    """
+    marks: list[tuple[int, int, int]] = [(1, 0, run.batch.global_batch)]  # first step, first sample, batch
+    if manifest is not None:
+        segments = _of_order(data_segments(manifest))
+        step = int(manifest["step"]) - sum(segment.samples_consumed // segment.global_batch for segment in segments)
+        marks, sample = [], 0
+        for segment in segments:
+            marks.append((step + 1, sample, segment.global_batch))
+            step += segment.samples_consumed // segment.global_batch
+            sample += segment.samples_consumed
+        marks.append((step + 1, sample, run.batch.global_batch))
+
+    def first(step: int) -> int:
+        mark = [mark for mark in marks if mark[0] <= step] or marks[:1]
+        first_step, sample, batch = mark[-1]
+        return max(0, sample + (step - first_step) * batch)
+
+    return first
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Thing of `resume.allow` -> what differs, in words.
+
+    Args:
+        then: a checkpoint's manifest.
+        now: the same sections of this run: model, data, fingerprints.
+    """
+    found: dict[str, list[str]] = {}
+    for section in ("model", "data", "fingerprints"):
+        for name, value in now[section].items():
+            was = then[section].get(name)
+            if was == value or name == "data.sequence_length" or _may_grow(name, then, now):
+                continue
+            thing = "model" if section == "model" else _THINGS.get(name, "dataset")
+            found.setdefault(thing, []).append(f"{name} was {was}, is {value}")
+    if len(found) > 1 and [words.split()[0] for words in found.get("order", [])] == ["order"]:
+        del found["order"]  # the fingerprint of the order follows from whatever else has changed
+    return found
+
+
+def refuse_other_run(path: Path, found: Mapping[str, Sequence[str]], allowed: Sequence[str]) -> None:
+    """Raises: CheckpointError: something differs that `resume.allow` does not name."""
+    for thing, words in found.items():
+        if thing not in allowed:
+            raise CheckpointError(
+                f"{path} was trained with another {thing}: {', '.join(words)}; state what it was, or "
+                f"resume.allow=[{','.join([*allowed, thing])}] if it is meant"
+            )
+
+
+def beginning(run: ResolvedRun, manifest: Mapping[str, Any], found: Mapping[str, Sequence[str]]) -> Beginning:
+    """How this run's data follows the checkpoint's."""
+    if found.keys() & {"dataset", "tokenizer", "order"}:
+        return "anew"
+    last = data_segments(manifest)[-1]
+    if last.sequence_length == run.config.data.sequence_length:
+        return "on"
+    if run.config.data.stages:
+        raise ConfigError(
+            f"data.sequence_length was {last.sequence_length}: it cannot change in the middle of data.stages; keep it, "
+            "or start the order of samples anew with resume.allow=[order] and another train.seed"
+        )
+    return "recut"
+
+
+def position_from(manifest: Mapping[str, Any], run: ResolvedRun, begins: Beginning) -> Position:
+    """Where training goes on."""
+    data = data_segments(manifest)
+    last = data[-1]
+    position = Position(
+        step=manifest["step"],
+        tokens=manifest["tokens"],
+        best_loss=manifest["best_validation_loss"],
+        stale_evaluations=manifest["stale_evaluations"],
+        rollbacks=manifest.get("rollbacks", 0),
+    )
+    if begins != "on":
+        position.past, position.begins = tuple(data), begins
+    elif last.global_batch != run.batch.global_batch or last.samples_skipped:
+        position.past, position.begins = tuple(data), "on"
+        position.first_sample = position.samples = last.next_sample
+    else:
+        position.past, position.begins = tuple(data[:-1]), last.begins
+        position.first_sample, position.samples = last.first_sample, last.next_sample
+    return position
+
+
+def changes(position: Position, manifest: Mapping[str, Any], run: ResolvedRun) -> list[str]:
+    """What is another from here on, a line each."""
+    last = data_segments(manifest)[-1]
+    lines = []
+    if last.global_batch != run.batch.global_batch:
+        lines.append(f"the batch was {last.global_batch} sequences, is {run.batch.global_batch}")
+    if last.sequence_length != run.config.data.sequence_length:
+        lines.append(f"the sequence length was {last.sequence_length}, is {run.config.data.sequence_length}")
+    if position.begins == "anew" and position.past and position.samples == 0:
+        lines.append("another order of samples: it starts at its first one")
+    if last.samples_skipped:
+        lines.append(f"{last.samples_skipped:,} samples are passed over")
+    if len(position.schedule) > len(manifest["schedule"]["segments"]):
+        lines.append(f"the learning rate is another {position.schedule[-1]}")
+    return lines
+
+
+def _of_order(segments: Sequence[DataSegment]) -> list[DataSegment]:
+    """Those of the order in force."""
+    first = max(index for index, segment in enumerate(segments) if segment.begins != "on")
+    return list(segments[first:])
+
+
+def _may_grow(name: str, then: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Rotary positions have no table: a longer sequence is no other model."""
+    return name == "max_position_embeddings" and now["model"]["style"] == "llama" == then["model"]["style"]
