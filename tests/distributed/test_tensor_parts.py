@@ -1,0 +1,187 @@
+"""A tensor group at work: validation, sampling, dropout, recomputation, compiled blocks, bf16, and what it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megalm.config.schema import ModelSection
+from megalm.data.indexed import IndexedDataset
+from megalm.data.loader import BatchLayout, ValidationLoader
+from megalm.data.samples import ValidationSamples
+from megalm.model.block import Block
+from megalm.model.dropout import DropoutClock
+from megalm.model.init import initialise
+from megalm.model.layers import DenseLayers, LayerFactory
+from megalm.model.shape import model_shape
+from megalm.parallel.groups import make_groups
+from megalm.parallel.layers import TensorLayers
+from megalm.topology import Topology
+from tests.distributed.training import VOCAB, Case, Trace, make_dataset, start, steps
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+TENSOR, SEQUENCE = ("parallel.tensor=2",), ("parallel.tensor=2", "parallel.sequence=true")
+DROPOUT = ("model.dropout=0.2", "model.attention_dropout=0.2")
+RECOMPUTED = "train.checkpoint_activations_every=1"
+GPT2 = ("model.style=gpt2", "data.document_mask=true")
+ONE_RANK = {
+    "plain": Case("zero1.json"),
+    "gpt2": Case("zero1.json", overrides=GPT2),
+    "bf16": Case("zero1.json", "bf16"),
+}
+CASES = {
+    "plain": Case("zero1.json", overrides=TENSOR),
+    "sequence": Case("zero1.json", overrides=SEQUENCE),
+    "recomputed": Case("zero2.json", overrides=(*SEQUENCE, RECOMPUTED)),
+    "recomputed zero3": Case("zero3.json", overrides=(*TENSOR, RECOMPUTED)),
+    "compiled": Case("zero1.json", overrides=(*TENSOR, "compile=true")),
+    "compiled sequence": Case("zero2.json", overrides=(*SEQUENCE, "compile=true")),
+    "bf16": Case("zero1.json", "bf16", TENSOR),
+    "bf16 sequence zero2": Case("zero2.json", "bf16", SEQUENCE),
+    "bf16 sequence zero3": Case("zero3.json", "bf16", SEQUENCE),
+    "gpt2": Case("zero1.json", overrides=(*GPT2, *SEQUENCE)),
+    "dropout": Case("zero1.json", overrides=(*TENSOR, *DROPOUT)),
+    "dropout recomputed": Case("zero1.json", overrides=(*TENSOR, *DROPOUT, RECOMPUTED)),
+    "dropout sequence": Case("zero1.json", overrides=(*SEQUENCE, *DROPOUT)),
+    "dropout sequence recomputed": Case("zero1.json", overrides=(*SEQUENCE, *DROPOUT, RECOMPUTED)),
+}
+ASKED = ("plain", "sequence", "gpt2")
+STEPS = 4
+
+
+class _Widths(TorchDispatchMode):
+    """Remembers how many tokens' logits, or anything else as wide as the vocabulary, any operation gave."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.ndim > 1 and result.shape[-1] == VOCAB:
+            self.most = max(self.most, result.numel() // VOCAB)
+        return result
+
+
+def _train(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, tuple[Trace, Any]]:
+    """Per case the training, and what the engine says when it is asked, or how many graphs were compiled."""
+    from torch._dynamo.utils import counters
+
+    found = {}
+    for name, case in (ONE_RANK if comm.size == 1 else CASES).items():
+        torch._dynamo.reset()
+        counters.clear()
+        engine, run, loader = start(comm, device, case, prefix, folder)
+        trace = steps(engine, run, loader, 1, STEPS)
+        found[name] = trace, _ask(engine, run, prefix, comm) if name in ASKED else counters["stats"]["unique_graphs"]
+        loader.close()
+    return found
+
+
+def _ask(engine: Any, run: Any, prefix: Path, comm: Any) -> dict[str, Any]:
+    samples = ValidationSamples(IndexedDataset(prefix), (196, 200), run.config.data.sequence_length)
+    place = run.topology.coordinate(comm.rank)
+    batches = ValidationLoader(samples, BatchLayout(16, run.batch.micro_batch, place.data, run.topology.data))
+    tokens = np.random.default_rng(3).integers(0, VOCAB, size=(3, 13))  # an odd length: slices of it need padding
+    with _Widths() as widths:
+        logits = engine.next_token_logits(tokens, np.array([12, 0, 7]))
+    return {
+        "validation": [engine.evaluate(batch.micro_batches) for batch in batches],
+        "logits": logits,
+        "rows": widths.most,
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, tuple[Trace, Any]]]]:
+    folder = tmp_path_factory.mktemp("tensor_parts")
+    make_dataset(folder / "data")
+    return {size: run_ranks(size, _train, folder / "data", folder) for size in (1, 2)}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_validation_and_logits_are_those_of_one_rank(found: dict[int, Any], name: str) -> None:
+    expected = found[1][0]["gpt2" if name == "gpt2" else "plain"][1]
+    for rank in found[2]:
+        answers = rank[name][1]
+        np.testing.assert_allclose(answers["validation"], expected["validation"], rtol=1e-5)
+        assert answers["logits"].shape == (3, VOCAB)
+        np.testing.assert_allclose(answers["logits"], expected["logits"], atol=2e-4)  # weights differ by Adam's steps
+        np.testing.assert_array_equal(answers["logits"], found[2][0][name][1]["logits"])  # the same on all ranks
+        assert answers["rows"] == 3  # the last position's alone
+
+
+@pytest.mark.parametrize("name", ["recomputed", "recomputed zero3", "compiled", "compiled sequence"])
+def test_recomputed_and_compiled_blocks_train_alike(found: dict[int, Any], name: str) -> None:
+    """fp32, 1e-5: compiled norms and activations round otherwise."""
+    expected = found[1][0]["plain"][0]
+    for rank in found[2]:
+        np.testing.assert_allclose(rank[name][0].losses, expected.losses, rtol=1e-5)
+        np.testing.assert_allclose(rank[name][0].norms, expected.norms, rtol=1e-5)
+        assert (rank[name][1] > 0) == name.startswith("compiled")
+
+
+@pytest.mark.parametrize("name", ["bf16", "bf16 sequence zero2", "bf16 sequence zero3"])
+def test_bf16_is_as_near_to_fp32_as_on_one_rank(found: dict[int, Any], name: str) -> None:
+    """bf16 rounds at 4e-3; a loss is a mean over hundreds of targets. A group also rounds each rank's addend."""
+    plain, alone = found[1][0]["plain"][0], found[1][0]["bf16"][0]
+    np.testing.assert_allclose(alone.losses, plain.losses, rtol=2e-3)
+    for rank in found[2]:
+        np.testing.assert_allclose(rank[name][0].losses, plain.losses, rtol=2e-3)
+        np.testing.assert_allclose(rank[name][0].norms, plain.norms, rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["dropout", "dropout sequence"])
+def test_dropout_acts_and_recomputation_draws_the_same_masks(found: dict[int, Any], name: str) -> None:
+    for rank in found[2]:
+        trace, again = rank[name][0], rank[f"{name} recomputed"][0]
+        assert np.abs(np.array(trace.losses) - found[1][0]["plain"][0].losses).max() > 1e-3
+        assert (again.losses, again.norms) == (trace.losses, trace.norms)
+        assert trace.losses == found[2][0][name][0].losses
+        for (key, values), (other, expected) in zip(again.fragments, trace.fragments, strict=True):
+            assert key == other
+            np.testing.assert_array_equal(values, expected)
+
+
+def _saved_bytes(comm: Any, device: torch.device) -> dict[str, int]:
+    """Bytes that one block keeps for its backward pass, its parameters apart."""
+    section = ModelSection(style="gpt2", hidden_size=64, num_attention_heads=4, dropout=0.1)
+    clock, sizes = DropoutClock(seed=0), model_shape(section, VOCAB, 128)
+    group = make_groups(Topology(comm.size, tensor=comm.size), comm.rank, comm.timeout).tensor
+    factories: dict[str, LayerFactory] = {
+        "dense": DenseLayers(clock),
+        "tensor": TensorLayers(clock, group),
+        "sequence": TensorLayers(clock, group, sequence=True),
+    }
+    found = {}
+    for name, layers in factories.items():
+        block = Block(sizes, layers, None, clock, 1)
+        initialise(block, sizes, seed=1)
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+        kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used again
+
+        def keep(tensor: Tensor, parameters: set[int] = parameters, kept: dict[int, Any] = kept) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                kept[storage.data_ptr()] = storage
+            return tensor
+
+        stream = torch.randn(4, 128 // layers.slices, 64, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            block(stream * 1.0, None)
+        found[name] = sum(storage.nbytes() for storage in kept.values())
+    return found
+
+
+@pytest.mark.parametrize(("size", "factor"), [(2, 0.9), (4, 0.7)])
+def test_a_stream_in_slices_keeps_less(size: int, factor: float) -> None:
+    """With slices a rank keeps its share of everything; without, the whole stream beside its share of the rest."""
+    for rank in run_ranks(size, _saved_bytes):
+        assert rank["sequence"] < factor * rank["tensor"]
+        assert rank["sequence"] < 1.05 * rank["dense"] / size
