@@ -53,7 +53,7 @@ class CheckpointWriter:
         self._host = HostCopies() if behind else None
         self._write: CheckpointWrite | None = None
         self._step = 0
-        self._stall_seconds = 0.0
+        self._begun = self._stall_seconds = 0.0
         self._best: Path | None = None  # to be named once it is complete
         self._saved: list[Saved] = []
         self._pruned: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ class CheckpointWriter:
         Raises:
             TrainingError: this one, or the one before, cannot be written.
         """
-        start = time.perf_counter()
+        self._begun = time.perf_counter()
         self._advance(wait=True)
         self._step, self._pruned, self._notice = step, (), ""
         self._write = CheckpointWrite(
@@ -80,9 +80,7 @@ class CheckpointWriter:
             when_complete=self._prune,
         )
         path = self._write.path
-        if self._host is None:
-            self._write.advance(wait=True)
-        self._stall_seconds = time.perf_counter() - start
+        self._stall_seconds = time.perf_counter() - self._begun
         if self._host is None:
             self._advance(wait=True)
         return path
@@ -125,9 +123,8 @@ class CheckpointWriter:
         if not write.advance(wait):
             self._write = write
             return
-        self._saved.append(
-            Saved(write.path, self._step, self._stall_seconds, write.seconds, write.bytes, self._pruned, self._notice)
-        )
+        stall = time.perf_counter() - self._begun if self._host is None else self._stall_seconds
+        self._saved.append(Saved(write.path, self._step, stall, write.seconds, write.bytes, self._pruned, self._notice))
         if self._best == write.path:
             self._best = None
             self.mark_best(write.path)

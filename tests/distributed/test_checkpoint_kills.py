@@ -92,13 +92,13 @@ def test_killed_before_every_change_of_a_file(story: tuple[bool, list[list[str]]
             run_ranks(2, _tell_the_story, place, behind, victim, moment)
         try:
             _check(place)
-        except BaseException:
-            print(f"killed before {calls[victim][moment]} (change {moment}): {left_of(place / 'checkpoints')}")
-            raise
+        except Exception as error:
+            left = left_of(place / "checkpoints")
+            raise AssertionError(f"killed before {calls[victim][moment]}, change {moment}: {left}") from error
 
 
 def test_everything_is_on_disk_before_it_has_a_name(story: tuple[bool, list[list[str]]]) -> None:
-    """The order of calls that a power cut would test: flush and fsync of each file, then the rename, then its folder."""
+    """The order of calls that a power cut would test: each file synced, then its name, then its folder."""
     calls = story[1]
     others = "open write write " + "write " * 9 + "flush fsync"
     assert " ".join(calls[1]) == " ".join([others] * len(STORY))
