@@ -37,10 +37,10 @@ STEPS, REFUSED = 5, 3
 
 
 def _work(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    return {name: _refuse_and_leave_out(comm, device, case, prefix, folder) for name, case in CASES.items()}
+    return {name: refuse_and_leave_out(comm, device, case, prefix, folder) for name, case in CASES.items()}
 
 
-def _refuse_and_leave_out(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path) -> dict[str, Any]:
+def refuse_and_leave_out(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path) -> dict[str, Any]:
     engine, run, loader = start(comm, device, case, prefix, folder)
     asked: list[tuple[float, float]] = []
     results, around = [], {}
@@ -103,7 +103,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
     return result
 
 
-def _assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
+def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert first["updates"] == second["updates"]
     for (key, values), (other_key, others) in zip(first["state"], second["state"], strict=True):
         assert key == other_key
@@ -116,8 +116,8 @@ def _assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", list(CASES))
 def test_a_refused_step_leaves_no_trace(ranks: Any, name: str, world_size: int) -> None:
     for found in (rank[name] for rank in ranks[world_size]):
-        _assert_same(found["before"], found["after"])
-        _assert_same(found["with refusal"], found["never seen"])
+        assert_same(found["before"], found["after"])
+        assert_same(found["with refusal"], found["never seen"])
         assert found["with refusal"]["updates"] == STEPS - 1
         assert [answer.refused for answer in found["answers"]] == [step == REFUSED for step in range(1, STEPS + 1)]
         # Asked once, though the optimizer is stepped for every group, with what the step then reports.
