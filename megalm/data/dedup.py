@@ -38,8 +38,8 @@ class Nothing:
         return np.ones(len(signatures), dtype=np.bool_)
 
 
-def exact_signatures(rows: Sequence[npt.NDArray[np.int32]]) -> UInt64s:
-    """[n, 2] hashes of 128 bits, of tokens: equal texts have equal ones."""
+def exact_signatures(rows: Sequence[npt.NDArray[Any]]) -> UInt64s:
+    """[n, 2] hashes of 128 bits, of tokens [tokens] of one dtype: equal texts have equal ones."""
     digests = b"".join(hashlib.blake2b(row.data, digest_size=16).digest() for row in rows)
     return np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
 

@@ -187,14 +187,21 @@ class IndexedDatasetWriter:
         Raises:
             DataError: a token that the dtype cannot hold (it would become another one), or a full disk.
         """
-        flat = np.asarray(tokens)
         sizes = np.asarray(lengths, dtype=np.int64)
+        self.append_sequences(tokens, sizes, np.arange(1, 1 + len(sizes)))
+
+    def append_sequences(
+        self, tokens: npt.ArrayLike, lengths: npt.NDArray[Any], document_ends: npt.NDArray[np.int64]
+    ) -> None:
+        """The same for documents of several sequences: tokens [sum n], lengths [sequences], and how many sequences
+        come before the end of each document [documents]."""
+        flat, sizes = np.asarray(tokens), lengths
         assert sizes.sum() == len(flat), "lengths and tokens disagree"
         if flat.dtype != self.dtype and len(flat):
             self._check_range(flat)
         with writing_to(bin_path(self.prefix)):
             self._file.write(np.ascontiguousarray(flat, dtype=self.dtype).data)
-            self._add_to_index(sizes, np.arange(1, 1 + len(sizes)))
+            self._add_to_index(sizes, document_ends)
 
     def append_dataset(
         self,
@@ -210,11 +217,7 @@ class IndexedDatasetWriter:
         Raises:
             DataError: another dtype.
         """
-        if dataset.dtype != self.dtype:
-            raise DataError(
-                f"{dataset.prefix}: holds {dataset.dtype}, the output {self.dtype}; "
-                "only datasets of one tokenizer can be merged, build it again with the other's"
-            )
+        self.check_dtype(dataset)
         with writing_to(bin_path(self.prefix)):
             for start in range(0, len(dataset.tokens), chunk_tokens):
                 piece = dataset.tokens[start : start + chunk_tokens]
@@ -222,6 +225,14 @@ class IndexedDatasetWriter:
                     watch(piece)
                 self._file.write(piece.data)
             self._add_to_index(dataset.sequence_lengths, dataset.document_index[1:])
+
+    def check_dtype(self, dataset: IndexedDataset) -> None:
+        """Raise DataError where its tokens are of another dtype."""
+        if dataset.dtype != self.dtype:
+            raise DataError(
+                f"{dataset.prefix}: holds {dataset.dtype}, the output {self.dtype}; "
+                "only datasets of one tokenizer can be merged, build it again with the other's"
+            )
 
     def close(self) -> None:
         """Write the index and give both files their names, atomically one after the other."""

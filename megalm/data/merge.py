@@ -1,14 +1,17 @@
-"""Several datasets into one, copied without tokenizing again."""
+"""Several datasets into one, copied without tokenizing again; of equal documents only the first, if that is wanted."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
+from megalm.data.dedup import Bools, Seen, exact_signatures, seen_of
 from megalm.data.files import read_json, write_json, writing_to
 from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path, sidecar_path
 from megalm.data.inputs import KEPT_MESSAGES, sha256_of
@@ -20,6 +23,8 @@ from megalm.errors import DataError
 
 SUMMED = ("empty_documents", "skipped", "inexact_documents", "text_bytes")
 COPIED_ROWS = 1 << 18
+COPIED_TOKENS = 1 << 22
+MergeDedup = Literal["none", "exact"]
 
 
 def merge_datasets(
@@ -27,11 +32,16 @@ def merge_datasets(
     output_prefix: str | Path,
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
+    dedup: MergeDedup = "none",
 ) -> BuildReport:
     """Write all documents of `prefixes`, in that order, to one dataset.
 
     Where all inputs have their PREFIX.json, its counts are added up; where one has none, what cannot be known
     is left at nothing, and `options["complete"]` is false. Called again when it is done, it writes nothing.
+
+    Args:
+        dedup: "exact" leaves out documents with the same tokens as an earlier one, of this dataset or another; how
+            many is in `removed["exact"]`, and bytes of text are not known then.
 
     Raises:
         DataError: inputs of different dtypes or tokenizers, damaged inputs, an input that is also the output, or an
@@ -43,33 +53,93 @@ def merge_datasets(
         raise DataError(f"{output_prefix}: is an input and the output; choose another output prefix")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     sidecars = [_sidecar(prefix) for prefix in prefixes]
-    report = _report(prefixes, sidecars, output_prefix, datasets)
+    report = _report(prefixes, sidecars, output_prefix, datasets, dedup)
     finished = _finished(output_prefix, report)
     if finished is not None:
         return finished
     check_output(output_prefix, overwrite)
-    counter = TokenCounter(report.tokenizer.get("vocab_size"), output_prefix)
     for dataset in datasets:
         dataset.verify()
-    with IndexedDatasetWriter(output_prefix, datasets[0].dtype) as writer:
-        for dataset, sidecar in zip(datasets, sidecars, strict=True):
-            copied = TokenCounter(report.tokenizer.get("vocab_size"), bin_path(dataset.prefix))
-            writer.append_dataset(dataset, watch=copied.add)
-            counter.absorb(copied)
-            recorded = sidecar["bin_sha256"] if sidecar else None
-            if recorded is not None and copied.summary().sha256 != recorded:
-                raise DataError(f"{bin_path(dataset.prefix)}: is not what its .json recorded; copy or build it again")
-            if progress is not None:
-                progress(f"{dataset.prefix}: {dataset.document_count:,} documents, {len(dataset.tokens):,} tokens")
-        sidecar_path(output_prefix).unlink(missing_ok=True)
-        sources_path(output_prefix).unlink(missing_ok=True)
+    counter = TokenCounter(report.tokenizer.get("vocab_size"), output_prefix)
+    masks = _copy_all(datasets, sidecars, report, counter, output_prefix, dedup, progress or (lambda line: None))
     if report.options["complete"]:
-        _merge_sources(datasets, sidecars, output_prefix)
+        _merge_sources(datasets, sidecars, masks, output_prefix)
     summary = counter.summary()
     report.tokens, report.unigram_entropy = summary.tokens, summary.unigram_entropy
     report.bin_sha256, report.idx_sha256 = sha256_of(bin_path(output_prefix)), sha256_of(idx_path(output_prefix))
     write_json(sidecar_path(output_prefix), asdict(report))
     return report
+
+
+def _copy_all(
+    datasets: Sequence[IndexedDataset],
+    sidecars: Sequence[dict[str, Any] | None],
+    report: BuildReport,
+    counter: TokenCounter,
+    output_prefix: str | Path,
+    dedup: MergeDedup,
+    say: Callable[[str], None],
+) -> list[npt.NDArray[np.uint8]]:
+    """Write .bin and .idx; which documents of each dataset stay, as bits."""
+    masks = []
+    with (
+        IndexedDatasetWriter(output_prefix, datasets[0].dtype) as writer,
+        tempfile.TemporaryDirectory(dir=Path(output_prefix).parent, prefix=".merging-") as work,
+    ):
+        seen = seen_of(dedup, Path(work) / "seen", threshold=1.0)
+        for dataset, sidecar in zip(datasets, sidecars, strict=True):
+            writer.check_dtype(dataset)
+            read = TokenCounter(report.tokenizer.get("vocab_size"), bin_path(dataset.prefix))
+            if dedup == "none":
+                writer.append_dataset(dataset, watch=read.add)
+                counter.absorb(read)
+                kept: Bools = np.ones(dataset.document_count, dtype=np.bool_)
+            else:
+                kept = _copy_new(dataset, writer, seen, read, counter)
+            recorded = sidecar["bin_sha256"] if sidecar else None
+            if recorded is not None and read.summary().sha256 != recorded:
+                raise DataError(f"{bin_path(dataset.prefix)}: is not what its .json recorded; copy or build it again")
+            masks.append(np.packbits(kept))
+            copies = len(kept) - int(kept.sum())
+            _count_removed(report, copies, dedup)
+            left_out = f", {copies:,} copies left out" if dedup != "none" else ""
+            say(f"{dataset.prefix}: {dataset.document_count:,} documents, {len(dataset.tokens):,} tokens{left_out}")
+        sidecar_path(output_prefix).unlink(missing_ok=True)
+        sources_path(output_prefix).unlink(missing_ok=True)
+    return masks
+
+
+def _copy_new(
+    dataset: IndexedDataset, writer: IndexedDatasetWriter, seen: Seen, read: TokenCounter, written: TokenCounter
+) -> Bools:
+    """Copy the documents that nobody has seen, piece by piece; [documents] which they are."""
+    starts = np.append(dataset.sequence_pointers // dataset.dtype.itemsize, len(dataset.tokens))
+    bounds = starts[dataset.document_index]  # in tokens, [documents + 1]
+    kept = np.zeros(dataset.document_count, dtype=np.bool_)
+    first = 0
+    while first < len(kept):
+        end = max(first + 1, int(np.searchsorted(bounds, bounds[first] + COPIED_TOKENS, side="right")) - 1)
+        tokens = dataset.tokens[bounds[first] : bounds[end]]
+        read.add(tokens)
+        documents = np.split(tokens, bounds[first + 1 : end] - bounds[first])
+        new = seen.add(exact_signatures(documents))
+        sequences = np.diff(dataset.document_index[first : end + 1])  # of each document
+        lengths = dataset.sequence_lengths[dataset.document_index[first] : dataset.document_index[end]]
+        stay = np.repeat(new, sequences)
+        chosen = tokens if new.all() else tokens[np.repeat(stay, lengths)]
+        written.add(chosen)
+        writer.append_sequences(chosen, lengths[stay], np.cumsum(sequences[new]))
+        kept[first:end], first = new, end
+    return kept
+
+
+def _count_removed(report: BuildReport, copies: int, dedup: MergeDedup) -> None:
+    if dedup == "none":
+        return
+    report.documents -= copies
+    report.removed[dedup] = report.removed.get(dedup, 0) + copies
+    if copies:
+        report.text_bytes = 0  # of those that stay: not known
 
 
 def _sidecar(prefix: str | Path) -> dict[str, Any] | None:
@@ -94,6 +164,7 @@ def _report(
     sidecars: Sequence[dict[str, Any] | None],
     output_prefix: str | Path,
     datasets: Sequence[IndexedDataset],
+    dedup: MergeDedup,
 ) -> BuildReport:
     known = [(prefix, sidecar) for prefix, sidecar in zip(prefixes, sidecars, strict=True) if sidecar is not None]
     for prefix, sidecar in known:
@@ -105,10 +176,11 @@ def _report(
                     f"{first['tokenizer'].get('name')}; build one of them again"
                 )
     complete = len(known) == len(prefixes)
+    asked = {"dedup": dedup} if dedup != "none" else {}
     report = BuildReport(
         prefix=Path(output_prefix).name,
         tokenizer=known[0][1]["tokenizer"] if known else {},
-        options={"merged": [str(prefix) for prefix in prefixes], "complete": complete},
+        options={"merged": [str(prefix) for prefix in prefixes], "complete": complete, **asked},
         inputs=[entry for _, sidecar in known for entry in sidecar["inputs"]],
         documents=sum(dataset.document_count for dataset in datasets),
         dtype=datasets[0].dtype.name,
@@ -130,7 +202,10 @@ def _report(
 
 
 def _merge_sources(
-    datasets: Sequence[IndexedDataset], sidecars: Sequence[dict[str, Any] | None], output_prefix: str | Path
+    datasets: Sequence[IndexedDataset],
+    sidecars: Sequence[dict[str, Any] | None],
+    masks: Sequence[npt.NDArray[np.uint8]],
+    output_prefix: str | Path,
 ) -> None:
     """Where each document came from, if every input says so and all count lines alike."""
     readings = {str(sidecar and sidecar["options"].get("read", {}).get("documents")) for sidecar in sidecars}
@@ -142,10 +217,11 @@ def _merge_sources(
     with writing_to(path):
         try:
             with temporary.open("wb") as merged:
-                for dataset, sidecar in zip(datasets, sidecars, strict=True):
+                for dataset, sidecar, mask in zip(datasets, sidecars, masks, strict=True):
                     rows = np.memmap(sources_path(dataset.prefix), dtype=SOURCE, mode="r")
+                    kept = np.unpackbits(mask, count=len(rows)).astype(np.bool_)
                     for start in range(0, len(rows), COPIED_ROWS):
-                        piece = np.array(rows[start : start + COPIED_ROWS])
+                        piece = np.array(rows[start : start + COPIED_ROWS])[kept[start : start + COPIED_ROWS]]
                         piece["file"] += files
                         merged.write(piece.tobytes())
                     files += len(sidecar["inputs"]) if sidecar else 0

@@ -126,8 +126,8 @@ def _build_first(prefix: str | Path, wanted: Wanted, workers: int, say: Callable
     """A dataset that is not there yet, of the stated inputs."""
     if any(path.exists() for path in (bin_path(prefix), idx_path(prefix), sidecar_path(prefix))):
         raise DataError(
-            f"{sidecar_path(prefix)}: is not there or of another tool: nothing says what to build {prefix} of; move the "
-            "dataset away, or leave data.rebuild out"
+            f"{sidecar_path(prefix)}: is not there or of another tool: nothing says what to build {prefix} of; "
+            "move the dataset away, or leave data.rebuild out"
         )
     if not wanted.inputs:
         raise DataError(f"{prefix}: is not there, and nothing says what to build it of; state data.input")

@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 
-from megalm.data.builder import BuildProgress, build_dataset
+from megalm.data import merge as merge_module
+from megalm.data.builder import BuildOptions, BuildProgress, build_dataset, build_files
 from megalm.data.corpus import Document
-from megalm.data.indexed import IndexedDataset, bin_path
+from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path
 from megalm.data.inspection import describe, document_text, verify
 from megalm.data.merge import merge_datasets
 from megalm.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -104,6 +106,49 @@ def test_merging_is_as_building_at_once(tmp_path: Path, documents: list[Document
     assert contents(tmp_path / "merged")[:2] == contents(tmp_path / "whole")[:2]
     for fact in ("documents", "empty_documents", "tokens", "text_bytes", "unigram_entropy", "bin_sha256", "tokenizer"):
         assert getattr(merged, fact) == getattr(whole, fact), fact
+
+
+def test_merging_without_copies_is_as_building_without_them(tmp_path: Path) -> None:
+    """Copies inside a dataset and across them, an empty one, and bytes of the single build: tokens, index, sources."""
+    texts = [f"text {number % 40}" for number in range(90)] + ["", "last"]
+    for name, part in (("a", texts[:50]), ("b", texts[50:]), ("whole", texts)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    options = BuildOptions(on_error="skip")
+    for name in ("a", "b"):
+        build_files([tmp_path / f"{name}.jsonl"], ByteTokenizer(), tmp_path / name, options)
+    single = BuildOptions(on_error="skip", dedup="exact")
+    whole = build_files([tmp_path / f"{n}.jsonl" for n in "ab"], ByteTokenizer(), tmp_path / "x", single).reports[0]
+    said: list[str] = []
+    merged = merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "merged", progress=said.append, dedup="exact")
+    assert [line.rpartition(", ")[2] for line in said] == ["10 copies left out", "40 copies left out"]
+    for suffix in (".bin", ".idx", ".sources"):
+        assert (tmp_path / f"merged{suffix}").read_bytes() == (tmp_path / f"x{suffix}").read_bytes(), suffix
+    for fact in ("documents", "tokens", "unigram_entropy", "bin_sha256", "idx_sha256"):
+        assert getattr(merged, fact) == getattr(whole, fact), fact
+    assert (merged.removed["exact"], whole.removed["exact"], merged.text_bytes) == (50, 50, 0)
+    verify(tmp_path / "merged")
+    before = (tmp_path / "merged.bin").stat().st_mtime_ns
+    assert merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "merged", dedup="exact") == merged
+    assert (tmp_path / "merged.bin").stat().st_mtime_ns == before
+    with pytest.raises(DataError, match="exists already"):
+        merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
+
+
+def test_copies_of_documents_of_several_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As others write them; pieces of any size give the same."""
+    rows = [([1, 2, 3, 4], [2, 2]), ([5], [1]), ([1, 2, 3, 4], [1, 3]), ([], []), ([5], [1]), ([], [0])]
+    for name in "ab":
+        with IndexedDatasetWriter(tmp_path / name, np.uint16) as writer:
+            for tokens, lengths in rows:
+                writer.append_sequences(tokens, np.array(lengths, dtype=np.int64), np.array([len(lengths)]))
+    for size in (1 << 22, 3, 1):
+        monkeypatch.setattr(merge_module, "COPIED_TOKENS", size)
+        merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "out", overwrite=True, dedup="exact")
+        found = IndexedDataset(tmp_path / "out")
+        found.verify()
+        assert found.tokens.tolist() == [1, 2, 3, 4, 5]
+        assert found.sequence_lengths.tolist() == [2, 2, 1]
+        assert found.document_index.tolist() == [0, 2, 3, 3]  # of two empty documents the first
 
 
 def test_merging_refuses_what_does_not_belong_together(tmp_path: Path, model_path: Path) -> None:

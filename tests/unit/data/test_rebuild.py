@@ -81,7 +81,7 @@ def test_auto_builds_what_differs(tmp_path: Path, corpus: Path, model_path: Path
 def test_what_cannot_be_built_again(tmp_path: Path, model_path: Path) -> None:
     build_dataset([Document("a b", "f")], ByteTokenizer(), tmp_path / "x")
     wanted = Wanted(load_tokenizer(model_path))
-    with pytest.raises(DataError, match="was built with the tokenizer bytes .* as it was built before$"):
+    with pytest.raises(DataError, match=r"was built with the tokenizer bytes .* as it was built before$"):
         ensure_dataset(tmp_path / "x", wanted)
     with pytest.raises(DataError, match=r"cannot be built again from x\.json alone"):
         ensure_dataset(tmp_path / "x", wanted, "auto")
@@ -120,7 +120,7 @@ def test_stated_inputs(tmp_path: Path, corpus: Path) -> None:
     other = Wanted(ByteTokenizer(), inputs=(str(text.parent / "b.txt"),))
     with pytest.raises(DataError, match=r"was built of .*a\.txt, other"):
         ensure_dataset(tmp_path / "y", other)
-    with pytest.raises(DataError, match="is not there, and nothing says what to build it of; state data.input"):
+    with pytest.raises(DataError, match=r"is not there, and nothing says what to build it of; state data\.input"):
         ensure_dataset(tmp_path / "z", Wanted(ByteTokenizer()), "auto")
     (tmp_path / "y.json").unlink()
     with pytest.raises(DataError, match="move the dataset away"):
