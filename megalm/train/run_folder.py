@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import shutil
@@ -190,32 +188,3 @@ def _git() -> dict[str, Any]:
         return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return {}
-
-
-class RunLock:
-    """At most one job works in a run folder. The kernel gives the lock back when its holder dies, however it dies."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._path = folder.path / "lock"
-        self._descriptor: int | None = None  # open, and with it the lock held, as long as this process lives
-
-    def take(self) -> None:
-        """Called on rank 0 only.
-
-        Raises:
-            ConfigError: another job holds it; it says which.
-        """
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip()
-            os.close(descriptor)
-            raise ConfigError(
-                f"run {self._path.parent} is being trained by another job ({holder}); wait for it, stop it, or choose "
-                "another run.name"
-            ) from None
-        os.ftruncate(descriptor, 0)
-        job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
-        os.write(descriptor, f"host {platform.node()}, process {os.getpid()}{job}\n".encode())
-        self._descriptor = descriptor

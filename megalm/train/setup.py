@@ -49,7 +49,8 @@ from megalm.train.loop import Parts, TrainingLoop
 from megalm.train.pipeline_facts import pipeline_facts
 from megalm.train.rehearsal import memory_errors_named, rehearse
 from megalm.train.report import Reporter
-from megalm.train.run_folder import RunFolder, RunLock, open_run_folder, write_facts
+from megalm.train.run_folder import RunFolder, open_run_folder, write_facts
+from megalm.train.run_lock import RunLock
 from megalm.train.sampling import SampleWriter
 
 # MLflow's first use of a store makes its tables; a run that ends sooner waits this long for its mirror.
@@ -98,7 +99,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     folder = comm.once(
         lambda: open_run_folder(Path(config.run.root), config.run.name, run.preset, arguments.resume is not None)
     )
-    lock = RunLock(folder)
+    lock = RunLock(folder.path)
     comm.once(lock.take)
     attempt = comm.once(lambda: _next_attempt(folder))
     guard.share(FailureClaim(folder.failure(attempt)))
@@ -150,6 +151,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     _close(metrics, mirror, reporter, folder)
     if code == EXIT_DONE:
         reporter.say(farewell(folder, run, arguments.deepspeed_config))
+    lock.release()
     return code
 
 

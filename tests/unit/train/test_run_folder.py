@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ import pytest
 from megalm.errors import ConfigError
 from megalm.train.leaving import FailureClaim, StopRequest
 from megalm.train.report import duration, size
-from megalm.train.run_folder import RunLock, open_run_folder
+from megalm.train.run_folder import open_run_folder
 
 
 def test_unnamed_runs_are_numbered(tmp_path: Path) -> None:
@@ -41,22 +39,6 @@ def test_a_root_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"run\.root"):
         open_run_folder(tmp_path / "file" / "runs", None, "quickstart", resume=False)
-
-
-def test_one_job_at_a_time(tmp_path: Path) -> None:
-    """The second is told who holds the lock; a holder that is killed holds nothing."""
-    folder = open_run_folder(tmp_path, "mine", "quickstart", resume=False)
-    code = (
-        "import sys, time; from pathlib import Path; from megalm.train.run_folder import RunFolder, RunLock;"
-        "lock = RunLock(RunFolder(Path(sys.argv[1]))); lock.take(); print('taken', flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "taken\n"
-        with pytest.raises(ConfigError, match=rf"trained by another job \(host .*, process {holder.pid}\)"):
-            RunLock(folder).take()
-        holder.kill()
-    RunLock(folder).take()
 
 
 def test_one_rank_claims_the_failure(tmp_path: Path) -> None:

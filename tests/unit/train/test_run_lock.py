@@ -1,0 +1,83 @@
+"""One job at a time in a run folder: on this machine, on another one, and where the file system knows no locks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from megalm.errors import ConfigError
+from megalm.train.run_lock import RunLock
+
+BEAT_SECONDS = 0.1
+# The arguments: folder, the machine's name, whether its file system has locks.
+HOLDER = f"""
+import errno, fcntl, platform, sys, time
+from pathlib import Path
+from megalm.train.run_lock import RunLock
+
+def refuse(*_):
+    raise OSError(errno.EOPNOTSUPP, "no locks here")
+
+platform.node = lambda: sys.argv[2]
+if sys.argv[3] == "without locks":
+    fcntl.flock = refuse
+lock = RunLock(Path(sys.argv[1]), {BEAT_SECONDS})
+lock.take()
+print("taken", flush=True)
+sys.stdin.readline()
+lock.release()
+print("released", flush=True)
+time.sleep(60)
+"""
+
+
+@contextmanager
+def holder(folder: Path, host: str, locks: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", HOLDER, str(folder), host, locks]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "taken\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("host", "locks"), [("here", "with locks"), ("there", "with locks"), ("there", "without locks")]
+)
+def test_one_job_at_a_time(tmp_path: Path, host: str, locks: str) -> None:
+    """The second is told who holds the lock; a holder that is killed holds nothing."""
+    with holder(tmp_path, host, locks) as process:
+        said = rf"trained by another job \(host {host}, process {process.pid}\)"
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=said):
+                RunLock(tmp_path, BEAT_SECONDS).take()
+        process.kill()
+        process.wait()
+        RunLock(tmp_path, BEAT_SECONDS).take()
+
+
+def test_a_job_that_left_in_peace_is_not_waited_for(tmp_path: Path) -> None:
+    with holder(tmp_path, "there", "without locks") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "released\n"
+        start = time.monotonic()
+        RunLock(tmp_path, beat_seconds=60).take()
+        assert time.monotonic() - start < 5
+
+
+def test_a_refused_job_leaves_the_lock_as_it_was(tmp_path: Path) -> None:
+    with holder(tmp_path, "here", "with locks") as process:
+        refused = RunLock(tmp_path)
+        with pytest.raises(ConfigError):
+            refused.take()
+        refused.release()
+        assert f"process {process.pid}" in (tmp_path / "lock").read_text()
