@@ -86,6 +86,7 @@ class BlendedSamples:
         _check(parts, stages)
         self.parts, self.stages = list(parts), list(stages)
         self.sequence_length, self.document_mask = parts[0].sequence_length, parts[0].document_mask
+        self.lengths_before: tuple[tuple[int, int], ...] = ()  # (sequence length, samples of it), where it was changed
         self._cache = cache or ArrayCache(None)
         self._shares = [np.array(stage.weights) / sum(stage.weights) for stage in stages]
         # Counts [M] at the start of (stage, block) and at the start of each stage, as far as anybody has asked.
@@ -141,7 +142,9 @@ class BlendedSamples:
             part.recut(seen.samples, sequence_length)
             for part, seen in zip(self.parts, self.consumed(consumed), strict=True)
         ]
-        return BlendedSamples(parts, [Stage(0, self.stages[stage].weights)], self._cache)
+        after = BlendedSamples(parts, [Stage(0, self.stages[stage].weights)], self._cache)
+        after.lengths_before = (*self.lengths_before, (self.sequence_length, consumed))
+        return after
 
     @property
     def recut_tokens(self) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 Rows have `kind` and `time` (unix seconds), and by kind:
 
-- `train`: step, tokens, loss, lr, grad_norm, loss_scale, tokens_per_second, step_seconds, mfu, attempt
+- `train`: step, tokens, samples (number of the next one), loss, lr, grad_norm, loss_scale, tokens_per_second,
+  step_seconds, mfu, attempt
 - `eval`: step, tokens, loss, perplexity, dataset (and bits_per_byte where it is known)
 - `event`: event = start | resume | checkpoint | rollback | skip | signal | repair | end, and its own fields.
   `end` has `status`: finished | failed | stopped (saved, and wants to be started again) and `exit_code`;

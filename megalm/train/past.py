@@ -13,9 +13,11 @@ from megalm.data.files import read_json
 from megalm.data.lookup import Piece, pieces_of
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import DataError
-from megalm.tracking.metrics import live_rows, read_metrics
+from megalm.tracking.metrics import Row, live_rows, read_metrics
 from megalm.train.datasets import find_data, open_datasets
 from megalm.train.run_folder import RunFolder
+
+_BEGINS = ("start", "resume", "rollback")
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,30 @@ class StepRead:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """The files of one attempt: a resumed run may have changed its batch and its data."""
+    """One attempt of a run: a later one may have another batch, and other data from there on."""
 
-    config: RunConfig
+    stated: RunConfig
     global_batch: int
     environment: Mapping[str, Any]
+
+    @property
+    def config(self) -> RunConfig:
+        """With the sequence length that the order of samples began with."""
+        lengths = self.environment.get("sequence_lengths_before", [])
+        first = lengths[0][0] if lengths else self.stated.data.sequence_length
+        data = self.stated.data.model_copy(update={"sequence_length": first})
+        return self.stated.model_copy(update={"data": data})
+
+    @property
+    def cuts(self) -> list[tuple[int, int]]:
+        """(samples consumed, sequence length from there on) for each time that the length was changed."""
+        before = self.environment.get("sequence_lengths_before", [])
+        after = [length for length, _ in before[1:]] + [self.stated.data.sequence_length]
+        return [(consumed, length) for (_, consumed), length in zip(before, after, strict=False)]
+
+    def first_sample_of(self, step: int) -> int:
+        """Of a step with which a stage of the mixture begins."""
+        return int(self.environment.get(f"first_sample_of_step_{step}", (step - 1) * self.global_batch))
 
 
 def step_of_run(path: Path, step: int, tell: Callable[[str], None] = lambda line: None) -> StepRead:
@@ -52,33 +73,37 @@ def step_of_run(path: Path, step: int, tell: Callable[[str], None] = lambda line
     if not all(file.is_file() for file in folder.config_files):
         raise DataError(f"{path}: is no folder of a run, it has no config.yaml and deepspeed.resolved.json; name one")
     rows = live_rows(read_metrics(folder.metrics)) if folder.metrics.exists() else []
-    rows = [row for row in rows if row["kind"] == "train" and "samples" in row]
-    # With a log interval not every step has a row: the next one says.
-    row = next((row for row in rows if row["step"] >= step), None)
-    attempt = _attempt(folder, row["attempt"] if row is not None else None)
-    batch = attempt.global_batch
-    if row is not None:
-        first = row["samples"] - (row["step"] - step + 1) * batch
-    else:
-        last_step, samples = (rows[-1]["step"], rows[-1]["samples"]) if rows else (0, 0)
-        first = samples + (step - 1 - last_step) * batch
+    number = next((row["attempt"] for row in reversed(rows) if row.get("event") in _BEGINS and row["step"] < step), 1)
+    attempt = _attempt(folder, number)
+    first, trained = _first_sample(rows, number, step, attempt.global_batch)
     places = find_data(attempt.config.data, tell)
+    data = open_datasets(attempt.config, attempt.global_batch, places, attempt.first_sample_of)
+    samples = data.train
+    for consumed, length in attempt.cuts:
+        samples = samples.recut(consumed, length)
+    pieces = list(pieces_of(samples, first, attempt.global_batch))
+    return StepRead(first, first + attempt.global_batch, trained, pieces, data.tokenizer)
 
-    def first_sample_of(stage_step: int) -> int:  # the batch may have changed before that step
-        return int(attempt.environment.get(f"first_sample_of_step_{stage_step}", (stage_step - 1) * batch))
 
-    data = open_datasets(attempt.config, batch, places, first_sample_of)
-    pieces = list(pieces_of(data.train, first, batch))
-    return StepRead(first, first + batch, row is not None, pieces, data.tokenizer)
+def _first_sample(rows: list[Row], attempt: int, step: int, batch: int) -> tuple[int, bool]:
+    """The number of the step's first sample, and whether the step has been trained.
+
+    With a log interval not every step has a row; the samples of an attempt follow each other.
+    """
+    trained = [row for row in rows if row["kind"] == "train" and "samples" in row]
+    here = [row for row in trained if row["attempt"] == attempt] or trained[-1:]
+    row: Row = next((row for row in here if row["step"] >= step), here[-1] if here else {"step": 0, "samples": 0})
+    return row["samples"] + (step - 1 - row["step"]) * batch, any(row["step"] >= step for row in trained)
 
 
-def _attempt(folder: RunFolder, number: int | None) -> _Attempt:
-    """The newest files, or those that were in force in attempt `number`."""
+def _attempt(folder: RunFolder, number: int) -> _Attempt:
+    """The files that were in force in attempt `number`: a rollback starts an attempt without new ones."""
     newest = folder.path / "environment.json"
     facts = {"": read_json(newest)}
     for old in folder.path.glob("environment.attempt-*.json"):
         facts[old.stem.removeprefix(newest.stem)] = read_json(old)
-    suffix = next((suffix for suffix, noted in facts.items() if noted.get("attempt") == number), "")
+    before = {suffix: noted["attempt"] for suffix, noted in facts.items() if noted.get("attempt", number + 1) <= number}
+    suffix = max(before, key=before.__getitem__, default="")
     config, _, resolved = (file.with_name(f"{file.stem}{suffix}{file.suffix}") for file in folder.config_files)
     batch = read_json(resolved)["train_batch_size"]
     return _Attempt(load_run_config(str(config), []).config, batch, facts[suffix])

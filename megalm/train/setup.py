@@ -260,9 +260,11 @@ def _environment(
     run: ResolvedRun, prints: DataIdentity, device: torch.device, comm: ProcessComm, attempt: int
 ) -> dict[str, Any]:
     stages = zip(run.config.data.stages, prints.samples.stages[1:], strict=False)
+    before = prints.samples.lengths_before
     return {
         "attempt": attempt,
         **{f"first_sample_of_step_{stage.from_step}": cut.first for stage, cut in stages},
+        **({"sequence_lengths_before": before} if before else {}),
         "device": device_name(),
         "device_kind": device.type,
         "world_size": comm.size,
