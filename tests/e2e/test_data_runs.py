@@ -1,0 +1,126 @@
+"""Runs on mixtures: what is read, validated and told, from the command to the documents of a step."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megalm.data.builder import build_files
+from megalm.data.tokenizer import load_tokenizer
+from tests.e2e.conftest import SmallData
+from tests.e2e.jobs import ROOT, Finished, finish, pretrain, rows, train_rows, write_json
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+
+@dataclass(frozen=True)
+class Story:
+    folder: Path
+    first: Finished  # 4 steps of a mixture
+    second: Finished  # goes on to 8, from step 7 on with code alone
+    third: Finished  # goes on to 10 with a batch of 8
+
+
+@pytest.fixture(scope="module")
+def story(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    folder = tmp_path_factory.mktemp("mixture")
+    tokenizer = load_tokenizer(small_data.tokenizer)
+    documents = small_data.documents
+    for name, part in (("web", documents[:-20]), ("code", documents[-20:-8]), ("held", documents[-8:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": each.text}) + "\n" for each in part))
+        build_files([folder / f"{name}.jsonl"], tokenizer, folder / name)
+    small = write_json(folder / "eight.json", train_batch_size=8)
+    first = train(folder, small_data, "train.steps=4")
+    stages = "data.stages=[{from_step: 7, blend: [{prefix: code, weight: 1}]}]"
+    second = train(folder, small_data, "train.steps=8", stages, "--resume", "auto")
+    third = train(folder, small_data, "train.steps=10", stages, "--resume", "auto", json_file=small)
+    return Story(folder, first, second, third)
+
+
+def train(folder: Path, data: SmallData, *words: str, json_file: str | Path = "fp32.json") -> Finished:
+    small = [word for word in data.words if not word.startswith(("data.", "evaluate."))]
+    own = (
+        "run.name=mine",
+        "data.train=[{prefix: web, weight: 3}, {prefix: code, weight: 1}]",
+        "data.validation={held: held, seen: code}",
+        f"data.tokenizer={data.tokenizer}",
+        "data.sequence_length=64",
+        "evaluate.interval_steps=2",
+        "schedule.kind=constant",
+    )
+    return finish(folder, pretrain(*small, *own, *words, json_file=json_file))
+
+
+def pieces(folder: Path, step: int) -> list[tuple[int, str, str, str]]:
+    """(sample, dataset, source, text) as inspect_dataset.py says them."""
+    command = [sys.executable, ROOT / "data_tools" / "inspect_dataset.py", "--run", "runs/mine", "--step", str(step)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = re.split(r"^--- sample (\d+): (\w+) document \d+, (.*), its tokens .*\n", done.stdout, flags=re.MULTILINE)
+    assert f"step {step} of runs/mine read samples" in found[0]
+    return [
+        (int(a), b, c, d.removesuffix("\n")) for a, b, c, d in zip(*(found[i::4] for i in range(1, 5)), strict=True)
+    ]
+
+
+def test_it_trains_and_goes_on(story: Story) -> None:
+    for finished in (story.first, story.second, story.third):
+        assert finished.code == 0, finished.explain()
+    assert [row["samples"] for row in train_rows(story.folder)] == [*range(16, 129, 16), 136, 144]
+
+
+def test_the_mixture_and_its_repetition_are_told(story: Story) -> None:
+    assert re.search(r"data +web: 75\.0% of the samples, 0\.\d\d epochs of [\d,]+ tokens\n", story.first.stdout)
+    assert re.search(r"data +code: 25\.0% of the samples, \d\.\d\d epochs", story.first.stdout)
+    assert re.search(r"data +from step 7: code 100\.0%\n", story.second.stdout)
+
+
+def test_each_validation_set_has_rows_and_the_total_counts(story: Story) -> None:
+    found = [row for row in rows(story.folder) if row["kind"] == "eval" and row["step"] == 4]
+    assert [row["dataset"] for row in found] == ["held", "seen", "validation"]
+    held, seen, total = found
+    assert total["targets"] == held["targets"] + seen["targets"]
+    mean = (held["loss"] * held["targets"] + seen["loss"] * seen["targets"]) / total["targets"]
+    assert total["loss"] == pytest.approx(mean, rel=1e-12)
+    for words in ("step 4: validation on held loss", "step 4: validation on seen loss", "step 4: validation loss"):
+        assert words in story.first.stdout
+    manifest = json.loads((story.folder / "runs/mine/checkpoints/step-00000004/manifest.json").read_text())
+    assert manifest["validation_loss"] == total["loss"]
+
+
+def test_the_documents_of_any_step(story: Story) -> None:
+    first = pieces(story.folder, 2)
+    assert sorted({sample for sample, *_ in first}) == list(range(16, 32))
+    shares = {name: len({sample for sample, dataset, *_ in first if dataset == name}) for name in ("web", "code")}
+    assert shares == {"web": 12, "code": 4}
+    lines = {name: (story.folder / f"{name}.jsonl").read_text().splitlines() for name in ("web", "code")}
+    for _, dataset, source, text in first:
+        line = re.fullmatch(rf".*{dataset}\.jsonl:(\d+), bytes [\d,]+ to [\d,]+", source)
+        assert line, source
+        assert text.strip() in json.loads(lines[dataset][int(line[1]) - 1])["text"]
+    later = pieces(story.folder, 8)
+    assert {(sample, dataset) for sample, dataset, *_ in later} == {(sample, "code") for sample in range(112, 128)}
+    last = pieces(story.folder, 10)
+    assert {(sample, dataset) for sample, dataset, *_ in last} == {(sample, "code") for sample in range(136, 144)}
+
+
+def test_what_is_consumed_may_not_change(story: Story, small_data: SmallData) -> None:
+    other = "data.stages=[{from_step: 5, blend: [{prefix: code, weight: 1}]}]"
+    refused = train(story.folder, small_data, "train.steps=20", other, "--resume", "auto")
+    assert refused.code == 2, refused.explain()
+    assert "was trained with another order" in refused.stderr
+
+
+def test_a_dry_run_tells_the_same_and_warns(story: Story, small_data: SmallData) -> None:
+    dry = train(story.folder, small_data, "train.steps=1000", "data.stride=16", "--dry-run")
+    assert dry.code == 0, dry.explain()
+    assert re.search(r"web: 75\.0% of the samples, \d\.\d\d epochs of [\d,]+ tokens, each token \d", dry.stdout)
+    assert "WARNING: web: data.stride=16 is less than data.sequence_length=64" in dry.stdout
+    refused = train(story.folder, small_data, "train.steps=1000", "data.max_epochs=1", "--dry-run")
+    assert (refused.code, "data.max_epochs=1" in refused.stderr) == (2, True)
