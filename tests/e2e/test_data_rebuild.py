@@ -1,0 +1,43 @@
+"""A run that says what its dataset is built of: built once for all ranks, refused or built again when it differs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megalm.data.indexed import IndexedDataset
+from tests.e2e.conftest import SmallData
+from tests.e2e.jobs import Finished, finish, pretrain
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+
+def train(folder: Path, data: SmallData, *words: str, ranks: int = 1) -> Finished:
+    small = [word for word in data.words if not word.startswith(("data.", "schedule."))]
+    own = ("data.train=my", "data.input=my.jsonl", "data.sequence_length=64", "data.split=null", "train.steps=2")
+    using = "torchrun" if ranks > 1 else "python"
+    return finish(folder, pretrain(*small, *own, "schedule.warmup_steps=1", *words, using=using, ranks=ranks))
+
+
+def test_built_refused_and_built_again(small_data: SmallData, tmp_path: Path) -> None:
+    lines = (json.dumps({"text": document.text}) + "\n" for document in small_data.documents)
+    (tmp_path / "my.jsonl").write_text("".join(lines))
+    trained = f"data.tokenizer={small_data.tokenizer}"
+    first = train(tmp_path, small_data, trained, "data.rebuild=auto", ranks=2)
+    assert first.code == 0, first.explain()
+    assert first.stdout.count("building my of my.jsonl") == 1
+    tokens = len(IndexedDataset(tmp_path / "my").tokens)
+    refused = train(tmp_path, small_data, "data.tokenizer=bytes")
+    assert refused.code == 2, refused.explain()
+    assert "not bytes of 257" in refused.stderr
+    assert "build it again (data.rebuild=auto does): python data_tools/build_dataset.py" in refused.stderr
+    again = train(tmp_path, small_data, "data.tokenizer=bytes", "data.rebuild=auto", ranks=2)
+    assert again.code == 0, again.explain()
+    assert "building my again: was built with the tokenizer" in again.stdout
+    assert len(IndexedDataset(tmp_path / "my").tokens) > 2 * tokens
+    dry = train(tmp_path, small_data, trained, "--dry-run")
+    assert (dry.code, "was built with the tokenizer bytes" in dry.stderr) == (2, True)
+    dry = train(tmp_path, small_data, trained, "data.rebuild=auto", "--dry-run")
+    assert (dry.code, "is built when the run starts: my was built" in dry.stdout) == (0, True)
