@@ -128,9 +128,10 @@ class Assembler:
         if self._options.dedup != "none":
             main.removed[self._options.dedup] = self._left_out
         if self._documents == 0:
+            first = f", the first: {main.messages[0]}" if main.messages else ""
             raise DataError(
                 f"{self._prefixes[0]}: no text to build a dataset of ({main.skipped:,} documents that cannot be read, "
-                f"{sum(main.removed.values()):,} removed); check the input and the filters"
+                f"{sum(main.removed.values()):,} removed{first}); check the input and the filters"
             )
         if self._options.split:
             self._split(progress)

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megalm.errors import DataError
+
 
 @dataclass(frozen=True)
 class Filters:
@@ -16,6 +18,9 @@ class Filters:
         min_letter_share: letters among the characters that are not whitespace.
         max_repeated_line_share: characters in lines that came before in the same document, of those in all lines.
         max_word_length: mean characters of a word; what is no prose and no code (base64, say) has long ones.
+
+    Raises:
+        DataError: a bound that no text, or every text, keeps by its kind.
     """
 
     min_characters: int | None = None
@@ -23,6 +28,21 @@ class Filters:
     min_letter_share: float | None = None
     max_repeated_line_share: float | None = None
     max_word_length: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("min_letter_share", "max_repeated_line_share"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise DataError(f"--{name.replace('_', '-')} {share:g}: state a share from 0 to 1, such as 0.5")
+        for name in ("min_characters", "max_characters", "max_word_length"):
+            bound = getattr(self, name)
+            if bound is not None and bound <= 0:
+                raise DataError(f"--{name.replace('_', '-')} {bound:g}: state a number above 0")
+        if (self.min_characters or 0) > (self.max_characters or float("inf")):
+            raise DataError(
+                f"--min-characters {self.min_characters} is more than --max-characters {self.max_characters}, which "
+                "leaves nothing; change one of them"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -6,10 +6,11 @@ can cut a stream while others parse its blocks.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 import orjson
 
@@ -100,14 +101,10 @@ def blocks_of(stream: IO[bytes], layout: Format, largest: int, block_bytes: int,
     """
     buffer = bytearray()
     inside = ended = False  # inside a record that is longer than `largest`
-    failure: Exception | None = None
     while not ended:
-        try:
-            piece = stream.read(block_bytes)
-        except Exception as error:  # given on below: the caller knows which ones mean damage
-            failure, piece = error, b""
+        piece, failure = _read(stream, block_bytes)
         buffer += piece
-        ended = not piece
+        ended = not piece or failure is not None
         if inside:
             size = layout.first_end(buffer) or len(buffer)
             inside = not layout.first_end(buffer)
@@ -129,6 +126,21 @@ def blocks_of(stream: IO[bytes], layout: Format, largest: int, block_bytes: int,
     # A file of nothing is a record where the file is one.
     if buffer.strip() or (start == 0 and layout in (WHOLE, ARRAY)):
         yield Block(bytes(buffer), start, layout.unfinished(bytes(buffer), start))
+
+
+def _read(stream: IO[bytes], size: int) -> tuple[bytes, Exception | None]:
+    """As many bytes, or those before the end or before what the stream raises, and that.
+
+    One call of `read` would lose what an unpacker had given before it came to the damage.
+    """
+    pieces: list[bytes] = []
+    try:
+        while size > 0 and (piece := cast(io.BufferedIOBase, stream).read1(size)):
+            pieces.append(piece)
+            size -= len(piece)
+    except Exception as error:  # given on: the caller knows which ones mean damage
+        return b"".join(pieces), error
+    return b"".join(pieces), None
 
 
 def too_long(largest: int) -> str:

@@ -43,7 +43,8 @@ def working_in(work: Path, plan: Plan, prefixes: Sequence[str], overwrite: bool)
                 for prefix in prefixes:
                     check_output(prefix, overwrite)
                 if work.exists():
-                    logger.warning("%s is of another input or other options: it is thrown away", work)
+                    if any(part for part in work.glob("*.json") if part != stated):
+                        logger.warning("%s is of another input or other options: it is thrown away", work)
                     shutil.rmtree(work)
                 work.mkdir()
                 write_json(stated, {"identity": plan.identity})

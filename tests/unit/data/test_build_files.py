@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -358,3 +359,27 @@ def test_two_builds_of_one_dataset_at_once(tmp_path: Path, monkeypatch: pytest.M
     build_files([path], ByteTokenizer(), tmp_path / "out")
     assert len(refused) == 1
     assert decoded(tmp_path / "out") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "said"),
+    [
+        ({"min_letter_share": 2.0}, "--min-letter-share 2: state a share from 0 to 1"),
+        ({"max_repeated_line_share": -0.1}, "--max-repeated-line-share -0.1: state a share"),
+        ({"max_word_length": 0.0}, "--max-word-length 0: state a number above 0"),
+        ({"min_characters": 10, "max_characters": 9}, "--min-characters 10 is more than --max-characters 9"),
+    ],
+)
+def test_bounds_that_make_no_sense(bounds: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        Filters(**bounds)
+    Filters(min_characters=9, max_characters=9, min_letter_share=1.0, max_repeated_line_share=0.0)
+
+
+def test_a_try_that_made_nothing_is_thrown_away_quietly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n" + json.dumps({"text": "a"}) + "\n")
+    with pytest.raises(DataError, match="has no 'text'"):
+        build_files([bad], ByteTokenizer(), tmp_path / "out")
+    build_files([bad], ByteTokenizer(), tmp_path / "out", BuildOptions(on_error="skip"))
+    assert "thrown away" not in caplog.text

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,17 @@ def test_a_packed_file_cut_short_is_never_taken_for_whole(tmp_path: Path, packin
     assert report.skipped >= 1
     path.write_bytes(packed)
     assert len(list(iter_documents([path]))) == 6_000
+
+
+def test_what_comes_before_a_cut_is_kept(tmp_path: Path) -> None:
+    """All of it, also where it is less than is read at once."""
+    lines = b"".join(json.dumps({"text": f"{number} {number**9}"}).encode() + b"\n" for number in range(500))
+    packed = PACK[".gz"](lines)
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(packed[: len(packed) * 2 // 3])
+    there = zlib.decompressobj(wbits=31).decompress(path.read_bytes()).count(b"\n")
+    assert there > 100
+    assert len(list(iter_documents([path], on_error="skip"))) == there
 
 
 def test_zstd_frames_are_read_all(tmp_path: Path) -> None:
