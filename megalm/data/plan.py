@@ -22,7 +22,7 @@ from megalm.data.reader import TABLE, Span, row_groups
 from megalm.data.records import BLOCK_BYTES, ReadOptions, format_of
 from megalm.errors import DataError
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 SMALLEST_UNIT, LARGEST_UNIT, WANTED_UNITS = 4 << 20, 128 << 20, 1000
 PACKED_TO_TEXT = 4  # about how much text a byte of a packed file holds
 SPLIT_NAMES = ("train", "validation", "test")
