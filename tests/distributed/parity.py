@@ -29,10 +29,15 @@ _GPT2 = (*_SMALL, "model.style=gpt2", "model.qk_norm=false", "data.document_mask
 _LLAMA = (*_SMALL, "model.style=llama")
 MODELS: dict[str, tuple[str, ...]] = {
     "gpt2 tied": (*_GPT2, "model.tie_word_embeddings=true"),
-    "gpt2 untied": (*_GPT2, "model.tie_word_embeddings=false", "train.checkpoint_activations_every=1"),
+    "gpt2 MQA untied": (
+        *_GPT2,
+        "model.num_key_value_heads=1",  # held by both ranks of a tensor group
+        "model.tie_word_embeddings=false",
+        "train.checkpoint_activations_every=1",
+    ),
     "llama MQA tied": (
         *_LLAMA,
-        "model.num_key_value_heads=1",  # held by both ranks of a tensor group
+        "model.num_key_value_heads=1",
         "model.tie_word_embeddings=true",
         "train.checkpoint_activations_every=1",
     ),
@@ -62,8 +67,13 @@ LAYOUTS = {
     "dp2": Layout(2),
     "tp2": Layout(2, (_TP,)),
     "sp2": Layout(2, _SP),
+    "pp2": Layout(2, (_PP,)),
     "tp2 x dp2": Layout(4, (_TP,)),
     "sp2 x dp2": Layout(4, _SP),
+    "pp2 x dp2": Layout(4, (_PP,)),
+    "tp2 x pp2": Layout(4, (_TP, _PP)),
+    "sp2 x pp2": Layout(4, (*_SP, _PP)),
+    "tp2 x pp2 x dp2": Layout(8, (_TP, _PP)),
 }
 
 
@@ -154,12 +164,12 @@ class Outcome:
     logits: np.ndarray
 
 
-def train(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path) -> Outcome:
+def train(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path, step_count: int = STEPS) -> Outcome:
     """Train a row's steps, validate on the next batch, and ask for the next token of some texts."""
     engine, run, loader = start(comm, device, case, prefix, folder)
     initial = Trace([], [], snapshot(engine))
-    trained = steps(engine, run, loader, 1, STEPS)
-    validation = engine.evaluate(loader.batch(STEPS * run.batch.global_batch).micro_batches)
+    trained = steps(engine, run, loader, 1, step_count)
+    validation = engine.evaluate(loader.batch(step_count * run.batch.global_batch).micro_batches)
     texts = np.random.default_rng(3).integers(0, VOCAB, (2, 24))
     logits = engine.next_token_logits(texts, np.array([3, 23]))
     loader.close()

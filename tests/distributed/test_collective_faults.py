@@ -1,0 +1,221 @@
+"""Every place of the parallel code that communicates, skipped and doubled in turn: each time the parity matrix fails.
+
+The sites come from the source, so that a new one cannot be forgotten. What is trained is a part of the matrix that
+reaches all of them, for two steps.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.faults import FAULTS, ROOT, Broken, Fault, Site, Watch, find_sites, sites_of
+from tests.distributed.parity import TOLERANCES, Outcome, Row, difference, train
+from tests.distributed.training import Case, make_dataset
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 2
+ROWS = (
+    Row("tp2", "llama MQA tied", 1),
+    Row("sp2", "gpt2 tied", 0),
+    Row("sp2", "llama MQA tied", 1),
+    Row("tp2", "gpt2 MQA untied", 2),
+    Row("pp2", "llama GQA untied", 1),
+    Row("pp2", "gpt2 tied", 0),
+)
+# What is no part of training's arithmetic: (file, function) -> why no number of the matrix can depend on it.
+CONTROL = {
+    ("megalm/engine/comm.py", "ProcessComm.barrier"): "waits, and moves nothing",
+    ("megalm/engine/comm.py", "ProcessComm.broadcast"): "decisions and texts of the loop",
+    ("megalm/engine/comm.py", "ProcessComm.gather"): "reports and failures of the loop",
+    ("megalm/engine/comm.py", "ProcessComm._shared"): "what one rank prepares for all",
+    ("megalm/engine/comm.py", "ProcessComm.once"): "what one rank prepares for all",
+    ("megalm/engine/comm.py", "ProcessComm.once_per_node"): "what one rank prepares for all",
+    ("megalm/engine/comm.py", "ProcessComm.max"): "refusals, measured times",
+    ("megalm/engine/base.py", "EngineBase.refused_gradients"): "a report",
+    ("megalm/engine/gate.py", "UpdateGate._admits"): "asks whether any rank refuses; test_update_gate.py has that",
+    ("megalm/engine/gate.py", "UpdateGate.guard.guarded"): "asks whether any rank refuses",
+    ("megalm/engine/pipeline_balance.py", "measured_costs"): "measured times, from which stages are cut",
+    ("megalm/engine/build.py", "_balance"): "measured times, from which stages are cut",
+    ("megalm/engine/build.py", "build_engine"): "measured times, from which stages are cut",
+}
+# Made twice these give what they give once. They are not taken at their word: the result must be equal bit for bit.
+COPIES = {"all_gather_into_tensor", "broadcast", "maximum", "send", "recv"}
+
+ALL_SITES = find_sites()
+SITES = [site for site in ALL_SITES if (site.path, site.function) not in CONTROL]
+
+
+Break = tuple[Site, Fault]
+BREAKS: list[Break] = [(site, fault) for site in SITES for fault in FAULTS]
+# So many are tried by one pair of processes, one after the other, and then an unbroken run, which must be whole.
+TOGETHER = 12
+
+
+@dataclass
+class Runs:
+    """The unbroken runs, and the broken ones as they are asked for.
+
+    Attributes:
+        met: the rows that reach a site, and by which collectives.
+    """
+
+    folder: Path
+    references: dict[str, Outcome]
+    unbroken: dict[Row, list[Outcome]] = field(default_factory=dict)
+    met: dict[Site, dict[Row, set[str]]] = field(default_factory=dict)
+    _broken: dict[tuple[Row, Break], list[Outcome] | None] = field(default_factory=dict)
+
+    def broken(self, row: Row, one: Break) -> list[Outcome] | None:
+        """Each rank's outcome; None where a rank failed or waited forever."""
+        if (row, one) not in self._broken:
+            near = [each for each in BREAKS if self._first_row(each) == row] if self._first_row(one) == row else [one]
+            first = near.index(one) // TOGETHER * TOGETHER
+            self._run(row, near[first : first + TOGETHER])
+        return self._broken[row, one]
+
+    def _first_row(self, one: Break) -> Row | None:
+        return next(iter(self.met.get(one[0], ())), None)
+
+    def _run(self, row: Row, breaks: list[Break]) -> None:
+        try:
+            ranks = run_ranks(2, _train_broken, row.case(), breaks, self.folder / "data", self.folder)
+        except (AssertionError, queue.Empty):
+            for each in breaks if len(breaks) > 1 else []:  # which of them was it?
+                self._run(row, [each])
+            self._broken.setdefault((row, breaks[0]), None)
+            return
+        *outcomes, last = zip(*ranks, strict=True)
+        assert _equal(last, self.unbroken[row]), "a fault has outlived its run"
+        self._broken |= {(row, one): list(found) for one, found in zip(breaks, outcomes, strict=True)}
+
+
+def _train_broken(
+    comm: Any, device: torch.device, case: Case, breaks: list[Break], prefix: Path, folder: Path
+) -> list[Outcome]:
+    outcomes = []
+    for site, fault in breaks:
+        with Broken(site, fault):
+            outcomes.append(train(comm, device, case, prefix, folder, STEPS))
+    return [*outcomes, train(comm, device, case, prefix, folder, STEPS)]
+
+
+def _train_watched(
+    comm: Any, device: torch.device, rows: tuple[Row, ...], prefix: Path, folder: Path
+) -> list[tuple[Outcome, dict[Site, set[str]]]]:
+    found = []
+    for row in rows:
+        with Watch(SITES) as watch:
+            outcome = train(comm, device, row.case(), prefix, folder, STEPS)
+        found.append((outcome, watch.met))
+    return found
+
+
+def _train_references(
+    comm: Any, device: torch.device, rows: tuple[Row, ...], prefix: Path, folder: Path
+) -> dict[str, Outcome]:
+    cases = {row.reference: row.reference_case() for row in rows}
+    return {name: train(comm, device, case, prefix, folder, STEPS) for name, case in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("faults")
+    make_dataset(folder / "data")
+    (references,) = run_ranks(1, _train_references, ROWS, folder / "data", folder)
+    result = Runs(folder, references)
+    ranks = run_ranks(2, _train_watched, ROWS, folder / "data", folder)
+    for row, *outcomes in zip(ROWS, *ranks, strict=True):
+        result.unbroken[row] = [outcome for outcome, _ in outcomes]
+        for _, met in outcomes:
+            for site, kinds in met.items():
+                result.met.setdefault(site, {}).setdefault(row, set()).update(kinds)
+    return result
+
+
+def test_unbroken_it_is_equal_to_one_rank(runs: Runs) -> None:
+    for row, outcomes in runs.unbroken.items():
+        assert not difference(outcomes, runs.references[row.reference]).beyond(TOLERANCES["fp32"]), row.name
+
+
+@pytest.mark.parametrize("one", BREAKS, ids=lambda one: f"{one[1]} {one[0]}")
+def test_the_matrix_shows_a_broken_collective(runs: Runs, one: Break) -> None:
+    site, fault = one
+    assert site in runs.met, f"no row reaches {site}: add one, or say in CONTROL why no number depends on it"
+    for row, kinds in runs.met[site].items():
+        broken = runs.broken(row, one)
+        if broken is None or difference(broken, runs.references[row.reference]).beyond(TOLERANCES["fp32"]):
+            return
+        copies = fault == "doubled" and kinds <= COPIES
+        if copies:
+            assert _equal(broken, runs.unbroken[row]), f"{site}: {row.name} is not the same when copies are made twice"
+    assert copies, f"{site}, {fault}: still equal to one rank in {', '.join(row.name for row in runs.met[site])}"
+
+
+def _equal(one: Sequence[Outcome], other: Sequence[Outcome]) -> bool:
+    """Bit for bit."""
+    return all(
+        (a.trained.losses, a.trained.norms, a.validation) == (b.trained.losses, b.trained.norms, b.validation)
+        and np.array_equal(a.logits, b.logits)
+        and all(
+            key == other_key and np.array_equal(values, other_values)
+            for (key, values), (other_key, other_values) in zip(a.trained.fragments, b.trained.fragments, strict=True)
+        )
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_what_is_control_is_still_there() -> None:
+    """An entry for what is gone would hide what comes under its name."""
+    assert CONTROL.keys() <= {(site.path, site.function) for site in ALL_SITES}
+
+
+def test_new_sites_are_found() -> None:
+    source = """
+import torch.distributed as dist
+from megalm.parallel import collectives
+
+class Rule(torch.autograd.Function):
+    def forward(ctx, tensor, group):
+        return tensor
+    def backward(ctx, gradient):
+        return collectives.sum_over(gradient, ctx.group), None
+
+def spread(tensor):
+    dist.broadcast(tensor, src=0)
+
+def use(tensor):
+    spread(Rule.apply(tensor.gather(1, max(0, 1))))
+"""
+    known = (ROOT / "megalm/parallel/collectives.py").read_text()
+    sites = sites_of({"collectives.py": known, "new.py": source})
+    calls = [(site.function, site.call) for site in sites if site.path == "new.py"]
+    assert calls == [
+        ("Rule.backward", "collectives.sum_over"),
+        ("spread", "dist.broadcast"),
+        ("use", "spread"),
+        ("use", "Rule.apply"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch.distributed as dist\nbegin = dist.all_reduce",
+        "import torch.distributed\nf(torch.distributed.all_reduce)",
+        "from torch.distributed import all_reduce",
+        "from deepspeed.comm import broadcast",
+    ],
+)
+def test_hidden_sites_are_refused(source: str) -> None:
+    with pytest.raises(AssertionError, match=r"all_reduce|broadcast"):
+        sites_of({"new.py": source})
