@@ -54,8 +54,9 @@ def with_schedule(position: Position, run: ResolvedRun, manifest: Mapping[str, A
     segments = schedule_segments(manifest)
     known = tuple(manifest["schedule"].get("stated") or [asdict(segments[-1].schedule)])
     if more is not None:
-        added = ScheduleSegment(step + 1, step, _extension(run, rate_at(segments, max(step, 1)), more))
-        position.schedule, position.stated = (*segments, added), (*known, stated)
+        added = ScheduleSegment(step + 1, step, _extension(run, rate_at(segments, max(step, 1)), more, known[-1]))
+        position.schedule = (*segments, added)
+        position.stated = known if stated in known else (*known, stated)
     elif stated in known:
         position.schedule, position.stated = tuple(segments), known
     else:
@@ -69,10 +70,17 @@ def with_last_step(run: ResolvedRun, position: Position) -> ResolvedRun:
     return replace(run, config=run.config.model_copy(update={"train": train}))
 
 
-def _extension(run: ResolvedRun, rate: float, steps: int) -> ScheduleFacts:
-    """From the rate of now down to a tenth of it as a cosine, but for what the command line says of the schedule."""
+def _extension(run: ResolvedRun, rate: float, steps: int, before: Mapping[str, Any]) -> ScheduleFacts:
+    """From the rate of now down to a tenth of it as a cosine, but for what the command line says of the schedule.
+
+    What it says as it did `before` is the run's usual command, and not about the extension.
+    """
     facts = run.schedule
-    said = {key for key in ScheduleFacts.__dataclass_fields__ if run.sources.get(f"schedule.{key}") == COMMAND_LINE}
+    said = {
+        key
+        for key, value in asdict(facts).items()
+        if run.sources.get(f"schedule.{key}") == COMMAND_LINE and value != before[key]
+    }
     peak = facts.peak_learning_rate if "peak_learning_rate" in said else rate
     return ScheduleFacts(
         kind=facts.kind if "kind" in said else "cosine",
@@ -147,12 +155,13 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -
 
 def refuse_other_run(path: Path, found: Mapping[str, Sequence[str]], allowed: Sequence[str]) -> None:
     """Raises: CheckpointError: something differs that `resume.allow` does not name."""
-    for thing, words in found.items():
-        if thing not in allowed:
-            raise CheckpointError(
-                f"{path} was trained with another {thing}: {', '.join(words)}; state what it was, or "
-                f"resume.allow=[{','.join([*allowed, thing])}] if it is meant"
-            )
+    refused = {thing: words for thing, words in found.items() if thing not in allowed}
+    if refused:
+        differences = "; ".join(f"{thing} ({', '.join(words)})" for thing, words in refused.items())
+        raise CheckpointError(
+            f"{path} was trained with another {differences}; state what it was, or "
+            f"resume.allow=[{','.join([*allowed, *refused])}] if it is meant"
+        )
 
 
 def beginning(run: ResolvedRun, manifest: Mapping[str, Any], found: Mapping[str, Sequence[str]]) -> Beginning:
@@ -204,9 +213,16 @@ def changes(position: Position, manifest: Mapping[str, Any], run: ResolvedRun) -
         lines.append("another order of samples: it starts at its first one")
     if last.samples_skipped:
         lines.append(f"{last.samples_skipped:,} samples are passed over")
-    if len(position.schedule) > len(manifest["schedule"]["segments"]):
+    if len(position.schedule) > len(manifest["schedule"]["segments"]) and not _same_rates(position.schedule):
         lines.append(f"the learning rate is another {position.schedule[-1]}")
     return lines
+
+
+def _same_rates(segments: Sequence[ScheduleSegment]) -> bool:
+    """The last segment only goes on as the one before it: a constant rate for more steps."""
+    before, last = (segment.schedule for segment in segments[-2:])
+    endless = last.kind == before.kind and last.kind in ("constant", "inverse_sqrt")
+    return endless and replace(last, steps=before.steps, decay_steps=before.decay_steps) == before
 
 
 def _of_order(segments: Sequence[DataSegment]) -> list[DataSegment]:

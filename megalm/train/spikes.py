@@ -59,7 +59,7 @@ class Finding:
     def __str__(self) -> str:
         if self.limit is None:
             return f"{self.quantity} {self.value}"
-        return f"{self.quantity} {self.value:.4g}, limit {self.limit:.4g} (median {self.median:.4g} of the window)"
+        return f"{self.quantity} {self.value:.4g} above {self.limit:.4g} (median {self.median:.4g})"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -250,13 +250,13 @@ def test_skip_leaves_out_what_is_out_of_bounds(tmp_path: Path) -> None:
     assert story.checkpoints.saved == [3, 6, 9, 12]
     assert list(story.checkpoints.suspect) == [6], "written while updates are being refused"
     skips = [row for row in read_metrics(story.metrics) if row.get("event") == "skip"]
-    assert [(row["at_step"], row["reason"][:8]) for row in skips] == [(5, "loss 9, "), (6, "loss nan")]
+    assert [(row["at_step"], row["reason"][:8]) for row in skips] == [(5, "loss 9 a"), (6, "loss nan")]
 
 
 def test_too_many_skips_in_a_row_end_the_run(tmp_path: Path) -> None:
     losses = dict.fromkeys(range(5, 13), 9.0)
     story = Story(tmp_path, *EAGER, "guard.policy=skip", "guard.max_skips_in_a_row=2", losses=losses, steps=12)
-    with pytest.raises(TrainingError, match=r"step 7: loss 9, .*3 in a row \(guard.max_skips_in_a_row=2\)"):
+    with pytest.raises(TrainingError, match=r"step 7: loss 9 .*3 in a row \(guard.max_skips_in_a_row=2\)"):
         story.loop.run()
     assert story.engine.applied == [1, 2, 3, 4]
 
@@ -296,7 +296,7 @@ def test_rollbacks_are_bounded(tmp_path: Path) -> None:
 def test_a_run_that_does_not_learn_is_stopped(tmp_path: Path) -> None:
     settings = ("guard.stop_above=0.9", "guard.after_step=6")
     story = Story(tmp_path, *settings)
-    with pytest.raises(TrainingError, match=r"step 7: loss 1, limit 0.9 .*guard.stop_above=0.9, guard.after_step=6"):
+    with pytest.raises(TrainingError, match=r"step 7: loss 1 above 0.9 .*guard.stop_above=0.9, guard.after_step=6"):
         story.loop.run()
     assert story.checkpoints.suspect.keys() == {7}
 
