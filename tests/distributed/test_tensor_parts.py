@@ -20,6 +20,7 @@ from megalm.model.dropout import DropoutClock
 from megalm.model.init import initialise
 from megalm.model.layers import DenseLayers, LayerFactory
 from megalm.model.shape import model_shape
+from megalm.model.shard import shard_of
 from megalm.parallel.groups import make_groups
 from megalm.parallel.layers import TensorLayers
 from megalm.topology import Topology
@@ -80,8 +81,23 @@ def _train(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[
         engine, run, loader = start(comm, device, case, prefix, folder)
         trace = steps(engine, run, loader, 1, STEPS)
         found[name] = trace, _ask(engine, run, prefix, comm) if name in ASKED else counters["stats"]["unique_graphs"]
+        if "zero3" not in name:
+            _assert_replicas_are_equal(engine, comm)
         loader.close()
     return found
+
+
+def _assert_replicas_are_equal(engine: Any, comm: Any) -> None:
+    """What a whole parameter has become is the same on every rank of the group, bit for bit."""
+    whole = {
+        name: parameter.detach().float().numpy()
+        for name, parameter in engine._engine.module.named_parameters()
+        if shard_of(parameter).rectangle is None
+    }
+    assert comm.size == 1 or 0 < len(whole) < len(list(engine._engine.module.parameters()))
+    for other in comm.gather(whole):
+        for name, values in whole.items():
+            np.testing.assert_array_equal(values, other[name], err_msg=name)
 
 
 def _ask(engine: Any, run: Any, prefix: Path, comm: Any) -> dict[str, Any]:
@@ -147,6 +163,32 @@ def test_dropout_acts_and_recomputation_draws_the_same_masks(found: dict[int, An
         for (key, values), (other, expected) in zip(again.fragments, trace.fragments, strict=True):
             assert key == other
             np.testing.assert_array_equal(values, expected)
+
+
+def _masks(comm: Any, device: torch.device) -> dict[tuple[bool, str], Any]:
+    """Per kind of stream: what dropout leaves of ones in the stream, and the seed of attention's own."""
+    clock = DropoutClock(seed=3, step=7, micro_batch=2)
+    group = make_groups(Topology(comm.size, tensor=comm.size), comm.rank, comm.timeout).tensor
+    sizes = model_shape(ModelSection(style="gpt2", hidden_size=32, num_attention_heads=4, dropout=0.2), VOCAB, 64)
+    found: dict[tuple[bool, str], Any] = {}
+    for sequence in (False, True):
+        block = Block(sizes, TensorLayers(clock, group, sequence), None, clock, layer=1)
+        ones = torch.ones(2, 64, 32)
+        found[sequence, "stream"] = block.mlp_dropout(ones).numpy()
+        found[sequence, "another site"] = block.attention_dropout(ones).numpy()
+        found[sequence, "attention"] = clock.seed_at(block.attention.place)
+    return found
+
+
+def test_masks_are_equal_where_numbers_are_and_different_where_they_are_not() -> None:
+    first, second = run_ranks(2, _masks)
+    assert first[False, "attention"] != second[False, "attention"]
+    assert first[True, "attention"] != second[True, "attention"]
+    np.testing.assert_array_equal(first[False, "stream"], second[False, "stream"])
+    assert (first[True, "stream"] != second[True, "stream"]).mean() > 0.2  # slices of the sequence are other numbers
+    assert (first[False, "stream"] != first[False, "another site"]).mean() > 0.2
+    np.testing.assert_allclose((first[False, "stream"] == 0).mean(), 0.2, atol=0.02)  # 4,096 draws
+    np.testing.assert_allclose(first[False, "stream"].max(), 1.25)
 
 
 def _saved_bytes(comm: Any, device: torch.device) -> dict[str, int]:
