@@ -10,55 +10,55 @@ import math
 
 from megalm.model.query_blocks import kept_probabilities
 from megalm.model.shape import ModelShape
-from megalm.topology import Topology
+from megalm.shares import Share
 
 
 def activation_bytes(
-    shape: ModelShape,
+    share: Share,
     micro_batch: int,
     sequence_length: int,
     element_bytes: int,
     checkpoint_every: int,
-    topology: Topology,
     document_mask: bool = False,
     on_cpu: bool = False,
+    micro_batches: int = 1,
 ) -> int:
-    """Bytes kept from forward to backward by one micro-batch, on the fullest rank.
+    """Bytes that a rank keeps from forward to backward, of all micro-batches that its stage has under way.
 
     Args:
         element_bytes: 2 for bf16 and fp16, 4 for fp32.
         checkpoint_every: every n-th block keeps its input only and is computed again; 0: none.
         on_cpu: where RMS norms have no fused kernel, and attention keeps the probabilities of shorter sequences.
+        micro_batches: of one step.
     """
     tokens = micro_batch * sequence_length
-    layers = math.ceil(shape.num_hidden_layers / topology.pipeline)
-    block = tokens * block_bytes_per_token(shape, element_bytes, topology.tensor, on_cpu)
+    block = tokens * block_bytes_per_token(share, element_bytes, on_cpu)
     if on_cpu:
-        heads = shape.num_attention_heads // topology.tensor
-        block += micro_batch * heads * kept_probabilities(sequence_length) * element_bytes
-    hidden = tokens * shape.hidden_size * element_bytes
-    recomputed = math.ceil(layers / checkpoint_every) if checkpoint_every else 0
-    kept = (layers - recomputed) * block + recomputed * hidden
-    norm_bytes = _norm_bytes(shape.style == "llama", element_bytes, on_cpu)
-    final_norm = tokens * shape.hidden_size * norm_bytes + hidden
+        block += micro_batch * share.heads * kept_probabilities(sequence_length) * element_bytes
+    hidden = tokens * share.shape.hidden_size * element_bytes // share.slices
+    blocks = range(share.first_block, share.first_block + share.blocks)
+    recomputed = len([index for index in blocks if checkpoint_every and index % checkpoint_every == 0])
+    kept = (share.blocks - recomputed) * block + recomputed * hidden
+    norm_bytes = _norm_bytes(share.shape.style == "llama", element_bytes, on_cpu)
+    # The last stage's final norm and what the head reads; of another stage what it has sent on.
+    end = tokens * share.shape.hidden_size * norm_bytes // share.slices + hidden if share.is_last else hidden
     mask = tokens * 4 if document_mask else 0  # document numbers; attention makes its masks block by block
-    in_flight = topology.pipeline  # micro-batches that a pipeline's first stage has under way
     working = 2 * hidden + (block if recomputed else 0)  # gradients, and the one block that is computed again
-    return (kept + final_norm + mask) * in_flight + working
+    return (kept + end + mask) * share.in_flight(micro_batches) + working
 
 
-def block_bytes_per_token(shape: ModelShape, element_bytes: int, tensor: int = 1, on_cpu: bool = False) -> int:
+def block_bytes_per_token(share: Share, element_bytes: int, on_cpu: bool = False) -> int:
     """Bytes that one block saves for each token; key and value heads are counted repeated, as attention keeps them."""
-    hidden, inner = shape.hidden_size, shape.intermediate_size // tensor
-    queries = shape.num_attention_heads * shape.head_dim // tensor
-    keys = shape.num_key_value_heads * shape.head_dim // tensor
-    norms = 2 * hidden * _norm_bytes(shape.style == "llama", element_bytes, on_cpu)
+    shape = share.shape
+    stream, inner = shape.hidden_size // share.slices, shape.intermediate_size // share.tensor
+    queries, keys = share.heads * shape.head_dim, share.key_value_heads * shape.head_dim
+    norms = 2 * stream * _norm_bytes(shape.style == "llama", element_bytes, on_cpu)
     if shape.qk_norm:
         norms += (queries + keys) * _norm_bytes(True, element_bytes, on_cpu)
     # What query, key and value read and what the MLP reads; queries, keys, values and the output of attention.
-    elements = 2 * hidden + 4 * queries
+    elements = 2 * stream + 4 * queries
     elements += 2 * inner if shape.style == "gpt2" else 4 * inner  # up, gelu | gate, silu, up, product
-    dropout_masks = 2 * hidden if shape.dropout > 0 else 0  # one byte each
+    dropout_masks = 2 * stream if shape.dropout > 0 else 0  # one byte each
     return norms + elements * element_bytes + dropout_masks
 
 

@@ -9,18 +9,22 @@ Words: "low precision" is what the model computes in (2 bytes for bf16 and fp16,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megalm.activations import activation_bytes, loss_bytes
 from megalm.config.deepspeed_schema import ZeroSection
 from megalm.config.precision import Precision
 from megalm.model.shape import ModelShape
+from megalm.shares import Share, shares
 from megalm.topology import Topology
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 # ZeRO 1 and 2 pad each parameter group to a multiple of 2 x ranks elements, for NCCL's alignment.
 _ALIGNMENT = 2
+
+Groups = list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class MemoryCase:
     embedding_weight_decay: bool = True
     document_mask: bool = False
     one_memory: bool = False
+    sequence_parallel: bool = False
 
     def with_batch(self, micro_batch: int, accumulation: int) -> MemoryCase:
         return replace(self, micro_batch=micro_batch, accumulation=accumulation)
@@ -64,6 +69,7 @@ class MemoryPlan:
         buckets: communication buffers, and under ZeRO 3 the weights gathered at one time.
         activations: what the forward pass keeps for the backward pass.
         loss: the chunk of logits and the gradients of head and hidden states.
+        stage: of the pipeline; without one there is only this.
     """
 
     weights: int
@@ -75,6 +81,7 @@ class MemoryPlan:
     loss: int
     host: dict[str, int]
     one_memory: bool = False
+    stage: int = 0
 
     def parts(self) -> dict[str, int]:
         """Part -> bytes on the device."""
@@ -88,27 +95,44 @@ class MemoryPlan:
 
 
 def estimate_memory(case: MemoryCase) -> MemoryPlan:
-    """Bytes per rank by part; the fullest rank where they differ."""
-    device, host = _states(case)
-    sequence, shape = case.sequence_length, case.shape
+    """Bytes per rank by part, on the fullest rank."""
+    return max(estimate_stages(case), key=lambda plan: plan.total)
+
+
+def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
+    """The plan of each pipeline stage that no earlier stage is sure to be as full as: the first, the last, and of those
+    between them the first with each number of blocks."""
+    seen: set[tuple[bool, bool, int]] = set()
+    for share in shares(case.shape, case.topology, case.sequence_parallel):
+        kind = share.is_first, share.is_last, share.blocks
+        if kind not in seen:
+            seen.add(kind)
+            yield _estimate(case, share)
+
+
+def _estimate(case: MemoryCase, share: Share) -> MemoryPlan:
+    groups = parameter_groups(case, share)
+    device, host = _states(case, groups)
+    tokens = case.micro_batch * case.sequence_length
     return MemoryPlan(
         **device,
-        buckets=_bucket_bytes(case),
+        buckets=_bucket_bytes(case, groups),
         activations=activation_bytes(
-            shape,
+            share,
             case.micro_batch,
-            sequence,
+            case.sequence_length,
             BYTES[case.precision],
             case.checkpoint_activations_every,
-            case.topology,
             case.document_mask,
             on_cpu=case.one_memory,
+            micro_batches=case.accumulation,
         ),
-        loss=loss_bytes(
-            shape, case.micro_batch * sequence, BYTES[case.precision], case.loss_chunk_tokens, case.topology.tensor
-        ),
+        loss=loss_bytes(case.shape, tokens, BYTES[case.precision], case.loss_chunk_tokens, share.tensor)
+        if share.is_last
+        else 0,
         host=host,
         one_memory=case.one_memory,
+        stage=share.stage,
     )
 
 
@@ -117,45 +141,29 @@ def checkpoint_bytes(shape: ModelShape) -> int:
     return 12 * shape.parameter_count()
 
 
-def parameter_groups(case: MemoryCase) -> list[list[int]]:
-    """Elements of this rank's parameters in the optimizer's groups: those that decay, those that do not."""
+def parameter_groups(case: MemoryCase, share: Share) -> Groups:
+    """Elements of a rank's parameters in the optimizer's groups: those that decay, those that do not."""
     decaying: list[int] = []
     others: list[int] = []
-    for name, shape in _local_parameters(case).items():
+    for name, shape in share.parameters().items():
         embedding = name.startswith("embedding.")
         decays = len(shape) >= 2 and (case.embedding_weight_decay or not embedding)
         (decaying if decays else others).append(math.prod(shape))
     return [group for group in (decaying, others) if group]
 
 
-def _local_parameters(case: MemoryCase) -> dict[str, tuple[int, ...]]:
-    """The parameters of the fullest rank: matrices split by tensor parallelism, layers by the pipeline."""
-    tensor, stages = case.topology.tensor, case.topology.pipeline
-    layers = math.ceil(case.shape.num_hidden_layers / stages)
-    local: dict[str, tuple[int, ...]] = {}
-    for name, shape in case.shape.parameters().items():
-        if name.startswith("layers.") and int(name.split(".")[1]) >= layers:
-            continue
-        whole = len(shape) < 2 or name.startswith("embedding.positions")
-        local[name] = shape if whole else (math.ceil(shape[0] / tensor), *shape[1:])
-    if stages > 1:
-        # The head is on the last stage; the first one holds the embeddings and is as full or fuller.
-        local.pop("head.weight", None)
-    return local
-
-
-def _states(case: MemoryCase) -> tuple[dict[str, int], dict[str, int]]:
+def _states(case: MemoryCase, groups: Groups) -> tuple[dict[str, int], dict[str, int]]:
     """weights, gradients, master and moments: on the device, and in the CPU's memory by offload."""
     stage = case.zero.stage
     low = BYTES[case.precision]
     if stage == 0:
-        elements = sum(map(sum, parameter_groups(case)))
+        elements = sum(map(sum, groups))
         return {"weights": low * elements, "gradients": low * elements, "master": 0, "moments": 8 * elements}, {}
-    own = _own_elements(case)
-    gradients, host_gradients = _gradients(case, own)
+    own = _own_elements(case, groups)
+    gradients, host_gradients = _gradients(case, groups, own)
     optimizer = {"master": 4 * own, "moments": 8 * own}
     offload_optimizer, offload_param = _offloads(case)
-    weights = low * own if stage == 3 else low * sum(_padded(sum(group), case) for group in parameter_groups(case))
+    weights = low * own if stage == 3 else low * sum(_padded(sum(group), case) for group in groups)
     device = {"weights": weights, "gradients": gradients, **optimizer}
     host: dict[str, int] = {}
     if offload_optimizer:
@@ -168,9 +176,8 @@ def _states(case: MemoryCase) -> tuple[dict[str, int], dict[str, int]]:
     return device, host
 
 
-def _gradients(case: MemoryCase, own: int) -> tuple[int, int]:
+def _gradients(case: MemoryCase, groups: Groups, own: int) -> tuple[int, int]:
     """Bytes of accumulated gradients on the device and, with an offloaded optimizer, in the CPU's memory."""
-    groups = parameter_groups(case)
     elements = sum(map(sum, groups))
     low, accumulated = BYTES[case.precision], BYTES[case.gradient_precision]
     offload, same_type = _offloads(case)[0], case.gradient_precision == case.precision
@@ -188,15 +195,15 @@ def _gradients(case: MemoryCase, own: int) -> tuple[int, int]:
     return (low * _touched_elements(groups, case) if same_type else accumulated * own), 4 * own
 
 
-def _own_elements(case: MemoryCase) -> int:
+def _own_elements(case: MemoryCase, groups: Groups) -> int:
     """Elements of one rank's partition: each parameter divided (stage 3), or each group (stages 1 and 2)."""
     ranks = case.topology.data
     if case.zero.stage == 3:
-        return sum(math.ceil(count / ranks) for group in parameter_groups(case) for count in group)
-    return sum(_padded(sum(group), case) // ranks for group in parameter_groups(case))
+        return sum(math.ceil(count / ranks) for group in groups for count in group)
+    return sum(_padded(sum(group), case) // ranks for group in groups)
 
 
-def _touched_elements(groups: list[list[int]], case: MemoryCase) -> int:
+def _touched_elements(groups: Groups, case: MemoryCase) -> int:
     """Elements of all parameters that lie in a partition, wholly or in part; of the fullest partition."""
     ranks = case.topology.data
     totals = [0] * ranks
@@ -210,10 +217,10 @@ def _touched_elements(groups: list[list[int]], case: MemoryCase) -> int:
     return max(totals)
 
 
-def _bucket_bytes(case: MemoryCase) -> int:
+def _bucket_bytes(case: MemoryCase, groups: Groups) -> int:
     """Communication buffers at their largest."""
     zero, stage = case.zero, case.zero.stage
-    counts = [count for group in parameter_groups(case) for count in group]
+    counts = [count for group in groups for count in group]
     overlap = zero.overlap_comm if zero.overlap_comm is not None else stage == 3
     sent = BYTES[case.communication_precision]
     # On a CPU pages that are never written to take no memory.

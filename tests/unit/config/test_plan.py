@@ -19,6 +19,7 @@ from megalm.config.resolve import ResolvedRun
 from megalm.memory import MemoryCase, checkpoint_bytes, estimate_memory, parameter_groups
 from megalm.model.shape import ModelShape, model_shape
 from megalm.plan import flops_per_token, make_plan, parameters_by_part
+from megalm.shares import shares
 from megalm.topology import Topology
 
 Start = Callable[..., ResolvedRun]
@@ -41,6 +42,11 @@ def case(shape: ModelShape | None = None, **changes: Any) -> MemoryCase:
         topology=Topology(2),
     )
     return replace(base, **changes)
+
+
+def groups_of(case: MemoryCase) -> list[list[int]]:
+    (share,) = shares(case.shape, Topology(1))
+    return parameter_groups(case, share)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +76,7 @@ def test_tying_the_head_changes_parameters_but_no_flops() -> None:
 def test_zero_divides_what_it_says(ranks: int) -> None:
     """16 bytes a parameter in bf16 with fp32 gradients: 2 weights, 4 gradients, 4 master, 8 moments."""
     topology = Topology(ranks)
-    groups = [sum(group) for group in parameter_groups(case())]
+    groups = [sum(group) for group in groups_of(case())]
     padded = sum(math.ceil(group / (2 * ranks)) * 2 * ranks for group in groups)
     own = padded // ranks
     by_stage = {stage: estimate_memory(case(topology=topology, zero=ZeroSection(stage=stage))) for stage in (1, 2, 3)}
@@ -81,7 +87,7 @@ def test_zero_divides_what_it_says(ranks: int) -> None:
     assert by_stage[2].gradients == 4 * own
     # DeepSpeed's BF16 optimizer holds whole fp32 gradients on every rank, and autograd's own.
     assert by_stage[1].gradients == 4 * padded + 2 * sum(groups)
-    each = sum(math.ceil(count / ranks) for group in parameter_groups(case()) for count in group)
+    each = sum(math.ceil(count / ranks) for group in groups_of(case()) for count in group)
     stage_3 = by_stage[3]
     assert (stage_3.weights, stage_3.gradients, stage_3.master, stage_3.moments) == (
         2 * each,
@@ -113,7 +119,7 @@ def test_offload_moves_memory_and_a_cpu_counts_it_once() -> None:
 
 
 def test_groups_follow_the_decay_of_embeddings() -> None:
-    both = parameter_groups(case()), parameter_groups(case(embedding_weight_decay=False))
+    both = groups_of(case()), groups_of(case(embedding_weight_decay=False))
     assert sum(map(sum, both[0])) == sum(map(sum, both[1]))
     assert sum(both[1][1]) - sum(both[0][1]) == 77 * 30
 
@@ -160,7 +166,8 @@ def test_activations_against_what_autograd_saves(style: str, precision: str, ext
     size = 4 if precision == "float32" else 2
     loss_gradients = vocab * shape.hidden_size * 4 + batch * length * shape.hidden_size * size
     measured = sum(storage.nbytes() for storage in saved.values()) - loss_gradients
-    estimated = activation_bytes(shape, batch, length, size, 0, Topology(1), on_cpu=True)
+    (share,) = shares(shape, Topology(1))
+    estimated = activation_bytes(share, batch, length, size, 0, on_cpu=True)
     assert 1.0 <= estimated / measured < 1.06
 
 
