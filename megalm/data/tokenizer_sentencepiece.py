@@ -87,7 +87,7 @@ class SentencePieceTokenizer:
         return self._processor.decode([int(token) for token in ids])
 
     def token_bytes(self) -> npt.NDArray[np.int32]:
-        return np.array([self._piece_bytes(token) for token in range(self.vocab_size)], dtype=np.int32)
+        return np.array([_piece_bytes(piece) for piece in self._model.pieces], dtype=np.int32)
 
     def fallback_ids(self) -> npt.NDArray[np.bool_]:
         processor = self._processor
@@ -131,13 +131,14 @@ class SentencePieceTokenizer:
         first, *rest = (self._processor.encode_as_numpy(part) for part in text.split(SPACE))
         return np.concatenate([first, *(row for part in rest for row in (space, part))]).astype(np.int32)
 
-    def _piece_bytes(self, token: int) -> int:
-        processor = self._processor
-        if processor.is_byte(token):
-            return 1
-        if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
-            return 0
-        return len(processor.id_to_piece(token).replace(SPACE, " ").encode())
+
+def _piece_bytes(piece: Any) -> int:
+    """UTF-8 bytes that a piece of the model stands for in a text."""
+    if piece.type == piece.BYTE:
+        return 1
+    if piece.type in (piece.CONTROL, piece.UNKNOWN, piece.UNUSED):
+        return 0
+    return len(piece.piece.replace(SPACE, " ").encode())
 
 
 def _cut_at_newlines(text: str) -> Iterator[str]:
