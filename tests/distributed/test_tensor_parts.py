@@ -58,15 +58,18 @@ ASKED = ("plain", "sequence", "gpt2")
 STEPS = 4
 
 
-class _Widths(TorchDispatchMode):
-    """Remembers how many tokens' logits, or anything else as wide as the vocabulary, any operation gave."""
+class _Rows(TorchDispatchMode):
+    """Remembers how many rows any operation gave of logits, or of anything else of one of these `widths`."""
 
-    most = 0
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self._widths = widths
+        self.most = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.ndim > 1 and result.shape[-1] == VOCAB:
-            self.most = max(self.most, result.numel() // VOCAB)
+        if isinstance(result, Tensor) and result.ndim > 1 and result.shape[-1] in self._widths:
+            self.most = max(self.most, result.numel() // result.shape[-1])
         return result
 
 
@@ -80,7 +83,10 @@ def _train(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[
         counters.clear()
         engine, run, loader = start(comm, device, case, prefix, folder)
         trace = steps(engine, run, loader, 1, STEPS)
-        found[name] = trace, _ask(engine, run, prefix, comm) if name in ASKED else counters["stats"]["unique_graphs"]
+        found[name] = (
+            trace,
+            _ask(engine, run, loader, prefix, comm) if name in ASKED else counters["stats"]["unique_graphs"],
+        )
         if "zero3" not in name:
             _assert_replicas_are_equal(engine, comm)
         loader.close()
@@ -100,18 +106,26 @@ def _assert_replicas_are_equal(engine: Any, comm: Any) -> None:
             np.testing.assert_array_equal(values, other[name], err_msg=name)
 
 
-def _ask(engine: Any, run: Any, prefix: Path, comm: Any) -> dict[str, Any]:
+def _ask(engine: Any, run: Any, loader: Any, prefix: Path, comm: Any) -> dict[str, Any]:
     samples = ValidationSamples(IndexedDataset(prefix), (196, 200), run.config.data.sequence_length)
     place = run.topology.coordinate(comm.rank)
     batches = ValidationLoader(samples, BatchLayout(16, run.batch.micro_batch, place.data, run.topology.data))
     tokens = np.random.default_rng(3).integers(0, VOCAB, size=(3, 13))  # an odd length: slices of it need padding
-    with _Widths() as widths:
+    with _Rows(VOCAB) as rows:
         logits = engine.next_token_logits(tokens, np.array([12, 0, 7]))
     return {
         "validation": [engine.evaluate(batch.micro_batches) for batch in batches],
         "logits": logits,
-        "rows": widths.most,
+        "rows": rows.most,
+        "training rows": _training_rows(engine, loader),
     }
+
+
+def _training_rows(engine: Any, loader: Any) -> tuple[int, int]:
+    """Rows as wide as the vocabulary, and as a rank's share of it, while a step is trained."""
+    with _Rows(VOCAB) as whole, _Rows(VOCAB // 2, VOCAB // 2 + 1) as shares:
+        engine.train_step(loader.batch(0), STEPS + 1, 1e-3)
+    return whole.most, shares.most
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +145,7 @@ def test_validation_and_logits_are_those_of_one_rank(found: dict[int, Any], name
         np.testing.assert_allclose(answers["logits"], expected["logits"], atol=2e-4)  # weights differ by Adam's steps
         np.testing.assert_array_equal(answers["logits"], found[2][0][name][1]["logits"])  # the same on all ranks
         assert answers["rows"] == 3  # the last position's alone
+        assert answers["training rows"] == (0, 40)  # train.loss_chunk_tokens of this rank's share
 
 
 @pytest.mark.parametrize("name", ["recomputed", "recomputed zero3", "compiled", "compiled sequence"])
