@@ -21,12 +21,19 @@ _PLACES = ("/megalm/checkpoint/", "/megalm/durable.py", "/pathlib.py", "/shutil.
 
 
 @contextmanager
-def counted(die_at: int | None = None) -> Iterator[list[str]]:
-    """The calls that change files, in this thread and in those started meanwhile; with `die_at` none after so many."""
+def counted(die_at: int | None = None, only: str | None = None) -> Iterator[list[str]]:
+    """The calls that change files, in this thread and in those started meanwhile.
+
+    Args:
+        die_at: let so many happen, and die before the next.
+        only: count calls of this name alone.
+    """
     calls: list[str] = []
 
     def hook(frame: FrameType, event: str, function: Any) -> None:
         if event != "c_call" or function.__name__ not in _CALLS or not _is_ours(frame):
+            return
+        if only not in (None, function.__name__):
             return
         if len(calls) == die_at:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,74 @@
+"""A rank of a real job is killed in the middle of a save: the next job goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megalm.checkpoint.manifest import read_manifest
+from tests.e2e.conftest import SmallData
+from tests.e2e.jobs import finish, losses, pretrain, rows, run_folder, train_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+STEPS, INTERVAL = 8, 2
+KILLED = Path(__file__).with_name("killed_pretrain.py")
+WORDS = (f"train.steps={STEPS}", "run.name=mine", "model.dropout=0.1", "schedule.kind=constant")
+SETTINGS = (f"checkpoint.interval_steps={INTERVAL}", "checkpoint.keep_last=2", "train.rehearse=false")
+ASYNC = "checkpoint.async=true"
+
+# Rank, save, call and how many of its kind come first; and whether training goes on meanwhile.
+MOMENTS = {
+    "rank 1 in its own file": ("1:2:write:5", False),
+    "rank 0 before the manifest": ("0:2:replace:3", False),
+    "rank 0 before the rename": ("0:2:rename:0", False),
+    "rank 0 deleting an old one": ("0:3:unlink:2", False),
+    "rank 1 in its own file, behind training": ("1:2:write:5", True),
+    "rank 0 before the rename, behind training": ("0:2:rename:0", True),
+}
+
+
+def _words(small_data: SmallData, behind: bool = False) -> tuple[str, ...]:
+    own = [word for word in small_data.words if not word.startswith("checkpoint.")]
+    return (*own, *WORDS, *SETTINGS, *([ASYNC] if behind else []))
+
+
+def _end_state(folder: Path) -> dict[str, str]:
+    """The hash of every rank's file of the last checkpoint: weights and moments to the last bit."""
+    path = run_folder(folder) / "checkpoints" / f"step-{STEPS:08d}"
+    files = read_manifest(path)["files"]
+    return {name: facts["sha256"] for name, facts in files.items() if name.startswith("rank-")}
+
+
+@pytest.fixture(scope="module")
+def straight(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("straight")
+    finished = finish(folder, pretrain(*_words(small_data), using="torchrun", ranks=2))
+    assert finished.code == 0, finished.explain()
+    kept = sorted(path.name for path in (run_folder(folder) / "checkpoints").iterdir())
+    assert kept == ["latest", "step-00000006", "step-00000008"]
+    return folder
+
+
+@pytest.mark.parametrize("name", list(MOMENTS))
+def test_goes_on_as_if_nothing_had_happened(small_data: SmallData, straight: Path, tmp_path: Path, name: str) -> None:
+    moment, behind = MOMENTS[name]
+    words = _words(small_data, behind)
+    command = pretrain(*words, using="torchrun", ranks=2)
+    command[command.index(next(word for word in command if str(word).endswith("pretrain.py")))] = KILLED
+    killed = finish(tmp_path, command, environment={"MEGALM_TEST_KILL": moment}, patience_seconds=20)
+    assert killed.code not in (0, 2, 75), killed.explain()
+    assert killed.left == []
+    save = int(moment.split(":")[1])
+    assert train_rows(tmp_path)[-1]["step"] >= save * INTERVAL
+
+    resumed = finish(tmp_path, pretrain(*words, "--resume", "auto", using="torchrun", ranks=2))
+    assert resumed.code == 0, resumed.explain()
+    assert losses(tmp_path) == losses(straight)
+    assert _end_state(tmp_path) == _end_state(straight)
+    again = [row["step"] for row in train_rows(tmp_path) if row["attempt"] == 2]
+    assert again[0] in ((save - 1) * INTERVAL + 1, save * INTERVAL + 1)  # no more than one interval is lost
+    left = sorted(path.name for path in (run_folder(tmp_path) / "checkpoints").iterdir())
+    assert left == ["latest", "step-00000006", "step-00000008"]
+    assert [row["event"] for row in rows(tmp_path) if row["kind"] == "event"][-1] == "end"
