@@ -66,6 +66,9 @@ def main(
         bool, typer.Option("--dry-run", help="show what the run amounts to, with memory and topology, and leave")
     ] = False,
     world_size: Annotated[int, typer.Option("--world-size", help="with --dry-run: plan for so many ranks")] = 0,
+    ranks_per_node: Annotated[
+        int, typer.Option("--ranks-per-node", help="with --dry-run: how many ranks share a node; default 8")
+    ] = 0,
     verbose: Annotated[bool, typer.Option("--verbose", help="let DeepSpeed and torch log what they like")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
@@ -80,7 +83,7 @@ def main(
     python launch/pretrain.py --deepspeed_config ds_configs/bf16.json --config my.yaml --dry-run
     """
     if dry_run:
-        _dry_run(deepspeed_config, config, overrides or [], world_size)
+        _dry_run(deepspeed_config, config, overrides or [], world_size, ranks_per_node)
         return
     from megalm.engine.quirks import silence
 
@@ -98,14 +101,23 @@ def main(
     guard.run(lambda: pretrain(arguments, guard))
 
 
-def _dry_run(deepspeed_config: str, config: str | None, overrides: list[str], world_size: int) -> None:
-    from megalm.cli.plan import command
+def _dry_run(
+    deepspeed_config: str, config: str | None, overrides: list[str], world_size: int, ranks_per_node: int
+) -> None:
+    from megalm.cli.plan import RANKS_PER_NODE, command
 
     if int(os.environ.get("RANK", "0")) > 0:
         return  # under a launcher one rank tells it
     ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        command(overrides, config=config, deepspeed_config=deepspeed_config, ranks=ranks, gpu_memory=None)
+        command(
+            overrides,
+            config=config,
+            deepspeed_config=deepspeed_config,
+            ranks=ranks,
+            gpu_memory=None,
+            ranks_per_node=ranks_per_node or RANKS_PER_NODE,
+        )
     except MegalmError as error:
         sys.stderr.write(f"megalm: {error}\n")
         raise SystemExit(error.exit_code) from None

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megalm.config.resolve import ResolvedRun, memory_case
-from megalm.memory import MemoryCase, MemoryPlan, checkpoint_bytes, estimate_memory
+from megalm.memory import MemoryCase, MemoryPlan, checkpoint_bytes, estimate_stages
 from megalm.model.shape import ModelShape, model_shape
 from megalm.train.schedule import learning_rate
 
@@ -15,7 +15,6 @@ __all__ = [
     "MemoryPlan",
     "Plan",
     "checkpoint_bytes",
-    "estimate_memory",
     "flops_per_token",
     "make_plan",
     "parameters_by_part",
@@ -28,15 +27,20 @@ class Plan:
 
     Attributes:
         parameters: part of the model -> parameters, summing to the model's count.
-        memory: bytes per rank.
+        memory_by_stage: bytes per rank, of each kind of pipeline stage.
         learning_rates: (step, rate), steps counted from 1.
     """
 
     resolved: ResolvedRun
     shape: ModelShape
     parameters: dict[str, int]
-    memory: MemoryPlan
+    memory_by_stage: tuple[MemoryPlan, ...]
     learning_rates: tuple[tuple[int, float], ...]
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """Bytes on the fullest rank."""
+        return max(self.memory_by_stage, key=lambda stage: stage.total)
 
     @property
     def parameter_count(self) -> int:
@@ -80,7 +84,7 @@ def make_plan(resolved: ResolvedRun, vocab_size: int) -> Plan:
         resolved=resolved,
         shape=shape,
         parameters=parameters_by_part(shape),
-        memory=estimate_memory(case),
+        memory_by_stage=tuple(estimate_stages(case)),
         learning_rates=_learning_rates(resolved),
     )
 

@@ -9,17 +9,19 @@ from typing import Annotated, Any, Optional
 import typer
 
 from megalm.cli import show
+from megalm.cli.grid import grid_text
 from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.config.precision import DeviceFacts
 from megalm.config.resolve import resolve
 from megalm.config.schema import RunConfig
 from megalm.config.strict import leaf_fields, shown
+from megalm.memory import MemoryPlan
 from megalm.plan import Plan, checkpoint_bytes, make_plan
 from megalm.train.data_facts import planned_data
 
 _GIB = 2**30
-_RANKS_SHOWN = 16
+RANKS_PER_NODE = 8  # where a launcher has not said how many there are
 
 
 def command(
@@ -37,17 +39,23 @@ def command(
         Optional[float],  # noqa: UP045
         typer.Option("--gpu-memory", min=0.1, help="Plan for GPUs of so many GiB with bf16, not for this machine."),
     ] = None,
+    ranks_per_node: Annotated[
+        int, typer.Option("--ranks-per-node", min=1, help="Consecutive ranks that share a node.")
+    ] = RANKS_PER_NODE,
 ) -> None:
     """What a run amounts to before it is started: size, tokens, memory, schedule. Nothing is started or written."""
     loaded = load_run_config(config, overrides or [])
     vocab_size = _vocab_size(loaded.config)
-    device = _device(ranks, gpu_memory)
-    resolved = resolve(loaded, read_deepspeed_json(deepspeed_config), ranks, device, vocab_size)
+    ranks_per_node = min(ranks, ranks_per_node)
+    device = _device(ranks_per_node, gpu_memory)
+    resolved = resolve(loaded, read_deepspeed_json(deepspeed_config), ranks, device, vocab_size, ranks_per_node)
     expected = vocab_size or resolved.config.model.vocab_size or resolved.config.data.recipe_vocab_size
-    typer.echo(plan_text(make_plan(resolved, expected), *planned_data(resolved)))
+    typer.echo(plan_text(make_plan(resolved, expected), ranks_per_node, *planned_data(resolved)))
 
 
-def plan_text(plan: Plan, data_rows: Sequence[tuple[str, str]] = (), warnings: Sequence[str] = ()) -> str:
+def plan_text(
+    plan: Plan, ranks_per_node: int, data_rows: Sequence[tuple[str, str]] = (), warnings: Sequence[str] = ()
+) -> str:
     """The whole plan as text for a terminal or a pipe.
 
     Args:
@@ -56,7 +64,7 @@ def plan_text(plan: Plan, data_rows: Sequence[tuple[str, str]] = (), warnings: S
     sections = {
         "Configuration": _configuration(plan),
         "DeepSpeed": _deepspeed(plan),
-        "Ranks": _topology(plan),
+        "Ranks": grid_text(plan.resolved, plan.shape, ranks_per_node),
         "Parameters": _parameters(plan),
         "Tokens and work": _tokens(plan),
         "Data": "\n".join(text for _, text in data_rows) or "unknown before the run prepares it",
@@ -92,7 +100,7 @@ def _deepspeed(plan: Plan) -> str:
         [
             ["file", run.deepspeed_source.path],
             ["global batch", f"{run.batch.global_batch} sequences a step"],
-            ["micro-batch x accumulation x ranks", " x ".join(map(str, _triple(plan)))],
+            ["micro-batch x accumulation x data ranks", " x ".join(map(str, _triple(plan)))],
             ["precision", run.precision],
             ["ZeRO stage", zero.stage],
             ["offload", ", ".join(offloads) or "none"],
@@ -109,17 +117,6 @@ def _deepspeed(plan: Plan) -> str:
 def _triple(plan: Plan) -> tuple[int, int, int]:
     batch = plan.resolved.batch
     return batch.micro_batch, batch.accumulation, batch.data_parallel
-
-
-def _topology(plan: Plan) -> str:
-    topology = plan.resolved.topology
-    head = f"{topology.world_size} = pipeline {topology.pipeline} x data {topology.data} x tensor {topology.tensor}"
-    if topology.tensor == topology.pipeline == 1:
-        return head
-    ranks = range(min(topology.world_size, _RANKS_SHOWN))
-    places = [topology.coordinate(rank) for rank in ranks]
-    rows = [[rank, place.pipeline, place.data, place.tensor] for rank, place in zip(ranks, places, strict=True)]
-    return f"{head}\n{show.table(['rank', 'pipeline', 'data', 'tensor'], rows)}"
 
 
 def _parameters(plan: Plan) -> str:
@@ -145,19 +142,32 @@ def _tokens(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    memory = plan.memory
-    rows = [[part, show.size(count)] for part, count in memory.parts().items()]
-    rows += [[f"{part} (offloaded, CPU memory)", show.size(count)] for part, count in memory.host.items() if count]
-    available = show.size(plan.resolved.device.memory_bytes)
-    return show.table(["part", "size"], [*rows, ["total", show.size(memory.total)], ["available", available]])
+    """Parts by stage where there are several kinds of stages, the fullest one marked."""
+    stages = plan.memory_by_stage
+    headings = ["part", *(_stage_words(plan, stage) for stage in stages)] if len(stages) > 1 else ["part", "size"]
+    parts: list[list[object]] = [
+        [part, *(show.size(stage.parts()[part]) for stage in stages)] for part in stages[0].parts()
+    ]
+    offloaded: list[list[object]] = [
+        [f"{part} (offloaded, CPU memory)", *(show.size(stage.host[part]) for stage in stages)]
+        for part, count in stages[0].host.items()
+        if count
+    ]
+    total = ["total", *(show.size(stage.total) for stage in stages)]
+    available = ["available", show.size(plan.resolved.device.memory_bytes), *[""] * (len(stages) - 1)]
+    return show.table(headings, [*parts, *offloaded, total, available])
 
 
-def _device(ranks: int, gpu_memory: float | None) -> DeviceFacts:
+def _stage_words(plan: Plan, stage: MemoryPlan) -> str:
+    return f"stage {stage.stage}, the fullest" if stage is plan.memory else f"stage {stage.stage}"
+
+
+def _device(local_ranks: int, gpu_memory: float | None) -> DeviceFacts:
     if gpu_memory is not None:
         return DeviceFacts(kind="cuda", bf16=True, memory_bytes=int(gpu_memory * _GIB))
     from megalm.engine.environment import device_facts  # imports torch, which a plan for a cluster does not need
 
-    return device_facts(ranks)
+    return device_facts(local_ranks)
 
 
 def _vocab_size(config: RunConfig) -> int | None:

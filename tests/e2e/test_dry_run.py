@@ -54,6 +54,16 @@ def test_plans_for_a_cluster(small_data: SmallData, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_tells_the_grid(small_data: SmallData, tmp_path: Path) -> None:
+    grid = ("parallel.tensor=2", "parallel.pipeline=2", "--world-size", "64", "--ranks-per-node", "4")
+    finished = finish(tmp_path, pretrain(*small_data.words, *grid, "--dry-run", json_file="zero1.json"))
+    assert finished.code == 0, finished.explain()
+    assert "64 = pipeline 2 x data 16 x tensor 2\n16 node(s) of 4 ranks" in finished.stdout
+    assert "stage 1: ranks 32-63 on node 8-15: 1 block(s), head" in finished.stdout
+    assert "bubble: each stage waits 50.0% of a step" in finished.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_refuses_what_the_run_would_refuse(small_data: SmallData, tmp_path: Path) -> None:
     """16 sequences a step do not divide among 64 ranks."""
     finished = finish(tmp_path, pretrain(*small_data.words, "--dry-run", "--world-size", "64"))

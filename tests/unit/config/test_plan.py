@@ -184,7 +184,7 @@ def test_a_plan_in_text(start: Start) -> None:
     assert plan.total_tokens == 16 * 256 * 1000
     assert plan.learning_rates[-1] == (1000, pytest.approx(3e-4))
     assert max(rate for _, rate in plan.learning_rates) == 3e-3
-    text = plan_text(plan)
+    text = plan_text(plan, 8)
     lines = [line.split() for line in text.splitlines()]
     assert ["train.steps", "1000", "command", "line"] in lines
     assert ["data.sequence_length", "256", "preset", "quickstart"] in lines
@@ -194,7 +194,7 @@ def test_a_plan_in_text(start: Start) -> None:
     assert "Data\nunknown before the run prepares it" in text
     assert "4 = pipeline 1 x data 4 x tensor 1" in text
     assert '"auto"): 4, the largest' in text
-    text = plan_text(plan, [("data", "data/web: 2.00 epochs")], ["seen often"])
+    text = plan_text(plan, 8, [("data", "data/web: 2.00 epochs")], ["seen often"])
     assert "Data\ndata/web: 2.00 epochs\n" in text
     assert text.endswith("WARNING: seen often")
 

@@ -1,0 +1,145 @@
+"""What a rank holds under each grid, and the grid as a person reads it, up to 4,096 ranks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import pytest
+from config_cases import GPU
+
+from megalm.cli.grid import ranks_text
+from megalm.cli.plan import plan_text
+from megalm.config.loading import load_run_config
+from megalm.config.resolve import ResolvedRun
+from megalm.model.shape import ModelShape, model_shape
+from megalm.plan import make_plan
+from megalm.shares import shares
+from megalm.topology import Topology
+
+Start = Callable[..., ResolvedRun]
+BIG = (
+    "model.hidden_size=4096",
+    "model.num_hidden_layers=48",
+    "model.num_attention_heads=32",
+    "model.num_key_value_heads=8",
+    "data.sequence_length=2048",
+    "data.document_mask=false",
+    "train.checkpoint_activations_every=1",
+)
+
+
+def shape_of(*overrides: str) -> ModelShape:
+    sizes = ("model.hidden_size=48", "model.num_hidden_layers=6", "model.num_attention_heads=4")
+    return model_shape(load_run_config(None, [*sizes, *overrides]).config.model, 101, 32)
+
+
+@pytest.mark.parametrize("style", ["gpt2", "llama"])
+@pytest.mark.parametrize("tied", ["true", "false"])
+@pytest.mark.parametrize("stages", [1, 2, 3, 6])
+def test_stages_together_hold_the_model_once(style: str, tied: str, stages: int) -> None:
+    shape = shape_of(f"model.style={style}", f"model.tie_word_embeddings={tied}")
+    held = [share.parameters() for share in shares(shape, Topology(stages, pipeline=stages))]
+    table = "embedding.tokens.weight"
+    if tied == "true" and stages > 1:
+        assert held[-1].pop(table) == held[0][table]  # the last stage's copy
+    assert sum(len(each) for each in held) == len(shape.parameters())
+    assert {name: size for each in held for name, size in each.items()} == shape.parameters()
+
+
+def test_tensor_ranks_divide_what_is_sharded_and_nothing_else() -> None:
+    shape = shape_of("model.style=gpt2", "model.tie_word_embeddings=false", "model.num_key_value_heads=2")
+    (one,) = shares(shape, Topology(4, tensor=4))
+    local = one.parameters()
+    assert local["embedding.tokens.weight"] == (26, 48)  # 101 rows: the longest part
+    assert local["embedding.positions.weight"] == (32, 48)
+    assert local["layers.0.attention.query.weight"] == (12, 48)
+    assert local["layers.0.attention.key.weight"] == (12, 48)  # one of two heads, on two ranks each
+    assert local["layers.0.attention.key.bias"] == (12,)
+    assert local["layers.0.attention.output.weight"] == (48, 12)
+    assert local["layers.0.attention.output.bias"] == (48,)
+    assert local["layers.0.mlp.up.bias"] == (48,)
+    assert local["layers.0.mlp.down.weight"] == (48, 48)
+    assert local["final_norm.weight"] == (48,)
+    assert local["head.weight"] == (26, 48)
+
+
+def test_a_stage_keeps_fewer_micro_batches_the_later_it_is() -> None:
+    stages = list(shares(shape_of(), Topology(6, pipeline=6)))
+    assert [stage.in_flight(16) for stage in stages] == [6, 5, 4, 3, 2, 1]
+    assert [stage.in_flight(2) for stage in stages] == [2, 2, 2, 2, 2, 1]
+
+
+def grid(run: ResolvedRun, ranks_per_node: int = 8) -> str:
+    return plan_text(make_plan(run, vocab_size=32_000), ranks_per_node)
+
+
+def test_64_ranks_are_told(start: Start) -> None:
+    stated = (*BIG, "parallel.tensor=4", "parallel.pipeline=4")
+    stage_1 = {"zero_optimization": {"stage": 1}, "train_batch_size": 128, "train_micro_batch_size_per_gpu": 1}
+    text = grid(start(*stated, ranks=64, device=GPU, **stage_1))
+    rows = [line.split("  ") for line in text.splitlines()]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert "64 = pipeline 4 x data 4 x tensor 4" in text
+    assert ["tensor", "4", "16", "0-3", "60-63", "within a node"] in [row[:6] for row in cells]
+    assert ["data", "4", "16", "0, 4 .. 12", "51, 55 .. 63", "between nodes"] in [row[:6] for row in cells]
+    assert ["pipeline", "4", "16", "0, 16 .. 48", "15, 31 .. 63", "between nodes"] in [row[:6] for row in cells]
+    assert "stage 3: ranks 48-63 on node 6-7: 12 block(s), head" in text
+    assert "bubble: each stage waits 8.6% of a step" in text  # 3 / (32 + 3)
+    assert "1 x 32 x 4" in text
+    assert "stage 0, the fullest" in text
+
+
+def test_4096_ranks_are_told_shortly_and_at_once(start: Start) -> None:
+    stated = (*BIG, "parallel.tensor=8", "parallel.pipeline=16")
+    stage_1 = {"zero_optimization": {"stage": 1}, "train_batch_size": 2048, "train_micro_batch_size_per_gpu": 1}
+    begin = time.perf_counter()
+    text = grid(start(*stated, ranks=4096, device=GPU, **stage_1))
+    assert time.perf_counter() - begin < 5
+    section = text[text.index("\nRanks\n") : text.index("\nParameters\n")].strip().splitlines()
+    assert len(section) < 25
+    assert max(map(len, section)) < 160
+    assert "4096 = pipeline 16 x data 32 x tensor 8" in section
+    assert "... 8 more stages ..." in section
+    assert any(line.startswith("stage 15: ranks 3840-4095 on node 480-511") for line in section)
+
+
+def test_a_group_that_leaves_its_node(start: Start) -> None:
+    run = start("parallel.tensor=4", ranks=4, device=GPU, ranks_per_node=2)
+    text = grid(run, 2)
+    (tensor,) = (line for line in text.splitlines() if line.startswith("tensor "))
+    assert "between nodes" in tensor
+    assert "is more than the 2 ranks of a node" in text
+
+
+def test_memory_falls_with_every_degree(start: Start) -> None:
+    """Sixteen bytes a parameter over the ranks that divide them, and activations over those that divide the work."""
+    stage_1 = {"zero_optimization": {"stage": 1}, "train_batch_size": 32, "train_micro_batch_size_per_gpu": 1}
+
+    def memory(*stated: str) -> dict[str, int]:
+        plan = make_plan(start(*BIG, *stated, ranks=8, device=GPU, **stage_1), vocab_size=32_000)
+        return plan.memory.parts()
+
+    data, tensor, sequence = (
+        memory(),
+        memory("parallel.tensor=8"),
+        memory("parallel.tensor=8", "parallel.sequence=true"),
+    )
+    pipeline = memory("parallel.pipeline=8")
+    assert data["master"] / tensor["master"] == pytest.approx(1, rel=0.01)  # divided by 8 ranks either way
+    assert data["weights"] / tensor["weights"] == pytest.approx(8, rel=0.01)
+    assert data["weights"] / pipeline["weights"] == pytest.approx(8, rel=0.25)  # stages are not all equal
+    assert tensor["activations"] < data["activations"]
+    assert sequence["activations"] < 0.25 * tensor["activations"]
+    plan = make_plan(start(*BIG, ranks=8, device=GPU, **stage_1), vocab_size=32_000)
+    assert math.isclose(data["master"], 4 * plan.parameter_count / 8, rel_tol=1e-4)
+
+
+def test_ranks_in_words() -> None:
+    assert [ranks_text(ranks) for ranks in ((3,), (0, 8), (4, 5, 6), (0, 8, 16, 24))] == [
+        "3",
+        "0, 8",
+        "4-6",
+        "0, 8 .. 24",
+    ]
