@@ -165,6 +165,17 @@ class BlendedSamples:
         prints = [self.parts[number].dataset.fingerprint for number in self._used(samples)[0]]
         return prints[0] if len(prints) == 1 else _hash(prints)
 
+    def mixture(self, samples: int) -> str | None:
+        """In words, what the first `samples` are mixed of; None of one dataset alone. Names are no identity."""
+        used, stages = self._used(samples)
+        if len(used) == 1:
+            return None
+        words = []
+        for stage, shares in zip(stages, self._shares, strict=False):
+            parts = [f"{self.parts[number].dataset.prefix} {shares[number]:.1%}" for number in used if shares[number]]
+            words.append(f"from sample {stage.first:,} {', '.join(parts)}")
+        return "; ".join(words)
+
     def _used(self, samples: int) -> tuple[list[int], list[Stage]]:
         stages = [stage for stage in self.stages if stage.first < max(samples, 1)]
         weights = np.sum([stage.weights for stage in stages], axis=0)

@@ -244,6 +244,7 @@ def identity_of(run: ResolvedRun, shape: ModelShape, identity: DataIdentity, con
         "data.order": data.order,
         "data.document_mask": data.document_mask,
         "train.seed": run.config.train.seed,
+        "data.mixture": identity.samples.mixture(consumed),
     }
     return {"model": asdict(shape), "data": settings, "fingerprints": identity.at(consumed)}
 

@@ -28,6 +28,9 @@ _THINGS = {
     "tokenizer": "tokenizer",
 }
 
+# Compared elsewhere: a length may be cut anew, and a mixture is known by the fingerprint of its order.
+_TOLD_ONLY = ("data.sequence_length", "data.mixture")
+
 
 @dataclass(frozen=True)
 class Extension:
@@ -144,12 +147,16 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -
     for section in ("model", "data", "fingerprints"):
         for name, value in now[section].items():
             was = then[section].get(name)
-            if was == value or name == "data.sequence_length" or _may_grow(name, then, now):
+            if was == value or name in _TOLD_ONLY or _may_grow(name, then, now):
                 continue
             thing = "model" if section == "model" else _THINGS.get(name, "dataset")
             found.setdefault(thing, []).append(f"{name} was {was}, is {value}")
     if len(found) > 1 and [words.split()[0] for words in found.get("order", [])] == ["order"]:
         del found["order"]  # the fingerprint of the order follows from whatever else has changed
+    mixtures = [section["data"].get("data.mixture") for section in (then, now)]
+    if "order" in found and mixtures[0] != mixtures[1]:
+        was, now_is = (mixture or "one dataset" for mixture in mixtures)
+        found["order"].append(f"the mixture so far was {was}, is {now_is} (data.stages changes what is still to come)")
     return found
 
 

@@ -115,6 +115,10 @@ def test_what_is_consumed_may_not_change(story: Story, small_data: SmallData) ->
     refused = train(story.folder, small_data, "train.steps=20", other, "--resume", "auto")
     assert refused.code == 2, refused.explain()
     assert "was trained with another order" in refused.stderr
+    then = "from sample 0 web 75.0%, code 25.0%; from sample 96 code 100.0%"
+    assert (
+        f"the mixture so far was {then}, is from sample 0 web 75.0%, code 25.0%; from sample 64 code" in refused.stderr
+    )
 
 
 def test_a_dry_run_tells_the_same_and_warns(story: Story, small_data: SmallData) -> None:

@@ -85,6 +85,8 @@ def test_the_identity_is_that_of_what_is_consumed(parts: list[TrainingSamples]) 
     assert grown.dataset_fingerprint(10) == parts[0].dataset.fingerprint
     assert grown.dataset_fingerprint(11) != grown.dataset_fingerprint(10)
     assert [grown.locate(index) for index in range(10)] == [alone.locate(index) for index in range(10)]
+    assert alone.mixture(10) is grown.mixture(10) is None
+    assert str(grown.mixture(11)).startswith(f"from sample 0 {parts[0].dataset.prefix} 100.0%; from sample 10 ")
     base = BlendedSamples(parts, [Stage(0, (2, 1, 0))])
     for other in ([Stage(0, (1, 2, 0))], [Stage(0, (2, 0, 1))], [Stage(0, (2, 1, 0)), Stage(5, (1, 1, 0))]):
         assert BlendedSamples(parts, other).order_fingerprint(10) != base.order_fingerprint(10)
