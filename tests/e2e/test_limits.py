@@ -1,0 +1,124 @@
+"""The time that a run is given, and a rank that stands still: every rank says where, and nothing is left behind."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megalm.train.limits import Watchdog
+from tests.e2e.conftest import SmallData
+from tests.e2e.jobs import finish, job, losses, pretrain, rows, run_folder, train_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+ENDLESS = "train.steps=1000000"
+HANG_SECONDS = 6
+# The launcher gives a child that does not hear SIGTERM, because it is stopped, half a minute before SIGKILL.
+LAUNCHER_SECONDS = 60.0
+
+
+def test_leaves_in_time_and_goes_on(small_data: SmallData, tmp_path: Path) -> None:
+    words = (*small_data.words, "run.name=mine", "schedule.kind=constant", "--resume", "auto")
+    limited = pretrain(*words, ENDLESS, "train.max_wall_time=25s", using="torchrun", ranks=2)
+    finished = finish(tmp_path, limited, timeout_seconds=60)
+    assert finished.code != 0, finished.explain()  # torchrun's own, where ranks ended with 75
+    assert "exitcode  : 75" in finished.stderr, finished.explain()
+    events = [row["event"] for row in rows(tmp_path) if row["kind"] == "event"]
+    assert events[-3:] == ["wall_time", "checkpoint", "end"]
+    assert rows(tmp_path)[-1]["status"] == "stopped"
+    took = rows(tmp_path)[-1]["time"] - rows(tmp_path)[0]["time"]
+    assert 5 < took < 25, "it used its time, and did not exceed it"
+    stopped = train_rows(tmp_path)[-1]["step"]
+    finished = finish(tmp_path, pretrain(*words, f"train.steps={stopped + 3}", using="torchrun", ranks=2))
+    assert finished.code == 0, finished.explain()
+    assert list(losses(tmp_path)) == list(range(1, stopped + 4))
+
+
+def test_a_stopped_rank_is_noticed(small_data: SmallData, tmp_path: Path) -> None:
+    words = (*small_data.words, ENDLESS, f"train.hang_timeout_seconds={HANG_SECONDS}")
+    with job(tmp_path, pretrain(*words, using="deepspeed", ranks=2)) as started:
+        started.wait_for_step(3)
+        started.rank(1).send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        finished = started.wait(LAUNCHER_SECONDS + 60, patience_seconds=LAUNCHER_SECONDS)
+    assert time.monotonic() - stopped < HANG_SECONDS + LAUNCHER_SECONDS
+    assert finished.code != 0, finished.explain()
+    assert finished.left == []
+    assert "rank 0 made no progress for" in finished.stderr, finished.explain()
+    assert "(train.hang_timeout_seconds)" in finished.stderr
+    stacks = run_folder(tmp_path) / "stacks" / "rank-0.txt"
+    assert str(stacks.parent.relative_to(tmp_path)) in finished.stderr
+    assert "_train_step" in stacks.read_text(), "where the main thread stood"
+    end = rows(tmp_path)[-1]
+    assert (end["event"], end["status"], end["exit_code"]) == ("end", "failed", 1)
+
+
+# Rank 1 goes into a loop of its own; both ranks can still write their stacks.
+LOST = """
+import os, runpy, sys, time
+import megalm.train.loop as loop
+
+step = loop.TrainingLoop._train_step
+
+def lost_in_thought(self):
+    while os.environ["RANK"] == "1" and self.position.step == 3:
+        time.sleep(0.1)
+    return step(self)
+
+loop.TrainingLoop._train_step = lost_in_thought
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_every_rank_writes_where_it_stood(small_data: SmallData, tmp_path: Path) -> None:
+    script = tmp_path / "lost.py"
+    script.write_text(LOST)
+    words = (*small_data.words, ENDLESS, f"train.hang_timeout_seconds={HANG_SECONDS}")
+    command = pretrain(*words, using="torchrun", ranks=2)
+    at = command.index(next(word for word in command if str(word).endswith("pretrain.py")))
+    finished = finish(tmp_path, [*command[:at], script, *command[at:]], timeout_seconds=120)
+    assert finished.code == 1, finished.explain()
+    assert finished.left == []
+    assert finished.stderr.count("made no progress for") == 1, finished.explain()
+    folder = run_folder(tmp_path) / "stacks"
+    assert "lost_in_thought" in (folder / "rank-1.txt").read_text()
+    assert "_train_step" in (folder / "rank-0.txt").read_text()
+
+
+SLOW_BUT_ALIVE = """
+import sys, time
+from pathlib import Path
+from megalm.train.limits import Limits, Watchdog
+
+limits = Limits(watchdog=Watchdog(Path(sys.argv[1]), 1.0, lambda silence: print("hangs", flush=True)))
+limits.boundary()
+for _ in range(10):
+    time.sleep(0.4)
+    limits.heartbeat()
+limits.rest()
+time.sleep(2)
+print("done", flush=True)
+"""
+
+
+def test_what_makes_progress_is_left_alone(tmp_path: Path) -> None:
+    """A validation of four seconds, each batch a beat, with a limit of one; and the end of a run, without beats."""
+    with job(tmp_path, [sys.executable, "-c", SLOW_BUT_ALIVE, tmp_path / "stacks.txt"]) as started:
+        finished = started.wait(60)
+    assert finished.stdout == "done\n", finished.explain()
+    assert not (tmp_path / "stacks.txt").exists()
+
+
+def test_the_watchdog_tells_once(tmp_path: Path) -> None:
+    told: list[float] = []
+    dog = Watchdog(tmp_path / "stacks" / "rank-0.txt", 0.4, told.append)
+    dog.start()
+    dog.join(timeout=10)
+    assert len(told) == 1
+    assert told[0] > 0.4
+    assert "test_the_watchdog_tells_once" in (tmp_path / "stacks" / "rank-0.txt").read_text()
