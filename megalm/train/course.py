@@ -157,10 +157,11 @@ def plan_course(
         )
     elif begins == "anew":
         order = data.train
-    data = replace(data, train=order)
     identity = replace(identity, samples=order)
     position = position_from(manifest, run, begins)
     position.schedule, position.stated = scheduled.schedule, scheduled.stated
+    to_come = (run.config.train.steps - position.step) * run.batch.global_batch
+    data = replace(data, train=order, samples=position.samples + max(0, to_come))
     if resume.skip_steps:
         samples = resume.skip_steps * run.batch.global_batch
         here = identity.at(position.samples)["order"]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from megalm.config.resolve import ResolvedRun
-from megalm.data.blend import BlendedSamples
 from megalm.data.streams import stride_warning
 from megalm.errors import ConfigError, DataError
-from megalm.train.datasets import find_data, open_data
+from megalm.train.datasets import RunData, find_data, open_data
 
 # Up to about four passes, repeated text trains nearly as well as new text (arXiv 2305.16264, read in November 2026).
 MANY_REPETITIONS = 4.0
 
 
-def data_rows(run: ResolvedRun, train: BlendedSamples) -> list[tuple[str, str]]:
+def data_rows(run: ResolvedRun, data: RunData) -> list[tuple[str, str]]:
     """A row for each dataset of the run, and for each change of the mixture."""
-    total = run.config.train.steps * run.batch.global_batch
-    rows = []
-    for part, planned in zip(train.parts, train.planned(total), strict=True):
-        share = f"{planned.samples / total:.1%} of the samples, " if len(train.parts) > 1 else ""
+    parts, rows = data.train.parts, []
+    for part, planned in zip(parts, data.train.planned(data.samples), strict=True):
+        share = f"{planned.samples / data.samples:.1%} of the samples, " if len(parts) > 1 else ""
         seen = f", each token {planned.repetition:.2f} times" if part.stride < part.sequence_length else ""
         text = f"{share}{planned.epochs:.2f} epochs of {part.tokens_per_epoch:,} tokens{seen}"
         rows.append(("data", f"{planned.prefix}: {text}"))
@@ -44,10 +42,10 @@ def planned_data(run: ResolvedRun) -> tuple[list[tuple[str, str]], list[str]]:
         if data.rebuild == "never":
             raise
         return [("data", f"is built when the run starts: {error}")], []
-    return data_rows(run, opened.train), data_warnings(run, opened.train)
+    return data_rows(run, opened), data_warnings(run, opened)
 
 
-def data_warnings(run: ResolvedRun, train: BlendedSamples) -> list[str]:
+def data_warnings(run: ResolvedRun, data: RunData) -> list[str]:
     """What the run reads more often than people may think.
 
     Raises:
@@ -55,7 +53,7 @@ def data_warnings(run: ResolvedRun, train: BlendedSamples) -> list[str]:
     """
     steps, most = run.config.train.steps, run.config.data.max_epochs
     warnings = []
-    for part, planned in zip(train.parts, train.planned(steps * run.batch.global_batch), strict=True):
+    for part, planned in zip(data.train.parts, data.train.planned(data.samples), strict=True):
         overlap = stride_warning(part.tokens_per_epoch, part.sequence_length, part.stride, planned.samples)
         if overlap is not None:
             warnings.append(f"{planned.prefix}: {overlap}")

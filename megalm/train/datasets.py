@@ -49,10 +49,16 @@ class DataPlaces:
 
 @dataclass(frozen=True)
 class RunData:
-    """Attributes: unigram_entropy: nats per token of the only training dataset, if its builder noted it."""
+    """What the loop reads.
+
+    Attributes:
+        samples: so many of `train` the run will have read at its end.
+        unigram_entropy: nats per token of the only training dataset, if its builder noted it.
+    """
 
     tokenizer: Tokenizer
     train: BlendedSamples
+    samples: int
     validation: dict[str, ValidationSamples]
     unigram_entropy: float | None
 
@@ -142,7 +148,7 @@ def open_datasets(
     validation = dict(_validation_samples(data, places, opened, ranges))
     alone = places.training[0] if len(places.training) == 1 else None
     entropy = (sidecar_of(alone) or {}).get("unigram_entropy") if alone is not None else None
-    return RunData(tokenizer, train, validation, entropy)
+    return RunData(tokenizer, train, requested, validation, entropy)
 
 
 def batch_loader(run: ResolvedRun, train: BlendedSamples, data_rank: int) -> BatchLoader:

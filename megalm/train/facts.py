@@ -37,7 +37,7 @@ def opening_facts(
             f"{batch.data_parallel} rank(s), {config.data.sequence_length} tokens each: {run.tokens_per_step:,} a step",
         ),
         ("training", f"{steps:,} steps, {tokens:,} tokens = {tokens / count:.2f} a parameter"),
-        *data_rows(run, data.train),
+        *data_rows(run, data),
         ("tokenizer", f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} entries"),
         ("checkpoint", f"{size(checkpoint_bytes(shape))} each"),
     ]

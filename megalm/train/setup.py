@@ -164,7 +164,7 @@ def _course(run: ResolvedRun, folder: RunFolder, resume: Resume, comm: ProcessCo
     course = plan_course(run, scheduled, places, found, resume)
     for note in course.notes:
         reporter.say(f"  note: {note}")
-    for warning in (*course.warnings, *data_warnings(run, course.data.train)):
+    for warning in (*course.warnings, *data_warnings(run, course.data)):
         reporter.say(f"  WARNING: {warning}")
     return course
 

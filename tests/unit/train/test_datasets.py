@@ -74,14 +74,14 @@ def test_a_stride_reaches_the_samples_and_is_told_loudly(tmp_path: Path) -> None
     where = [f"data.train={prefix}", "data.sequence_length=1024", "train.steps=10"]
     run, data = opened(*where, "data.stride=1")
     assert data.train.parts[0].samples_per_epoch == 991_386
-    (warning,) = data_warnings(run, data.train)
+    (warning,) = data_warnings(run, data)
     assert "data.stride=1 is less than data.sequence_length=1024" in warning
     assert "seen 1,024.0 times an epoch (990,362 samples, 968 if they did not overlap)" in warning
     # Samples start at neighbouring tokens.
     starts = sorted(int(data.train.parts[0].place(index).positions[0]) for index in range(20_000))
     assert min(np.diff(starts)) == 1
     plain = opened(*where)
-    assert data_warnings(plain[0], plain[1].train) == []
+    assert data_warnings(*plain) == []
     assert len({plain[1].train.order_fingerprint(1), data.train.order_fingerprint(1)}) == 2
     same = opened(*where, "data.stride=1024")[1].train.order_fingerprint(1)
     assert same == plain[1].train.order_fingerprint(1)
@@ -105,11 +105,11 @@ def test_weights_are_the_shares(web: str, code: str) -> None:
     run, data = opened(mixed(web, code))
     first, second = data.train.consumed(20 * BATCH)
     assert (first.prefix, first.samples, second.samples) == (web, 240, 80)
-    assert data_rows(run, data.train) == [
+    assert data_rows(run, data) == [
         ("data", f"{web}: 75.0% of the samples, 0.80 epochs of 2,400 tokens"),
         ("data", f"{code}: 25.0% of the samples, 0.53 epochs of 1,200 tokens"),
     ]
-    assert data_warnings(run, data.train) == []
+    assert data_warnings(run, data) == []
 
 
 def test_a_stage_begins_with_its_step_and_may_be_added_later(web: str, code: str) -> None:
@@ -124,7 +124,7 @@ def test_a_stage_begins_with_its_step_and_may_be_added_later(web: str, code: str
     assert identities[before][0] == identities[before][1]
     assert identities[after][0]["order"] != identities[after][1]["order"]
     assert identities[after][0]["dataset"] != identities[after][1]["dataset"]
-    assert data_rows(run, staged.train)[-1] == ("data", f"from step 11: {code} 100.0%")
+    assert data_rows(run, staged)[-1] == ("data", f"from step 11: {code} 100.0%")
     again = resolved(train, f"data.stages={later}")
     assert config_to_yaml(again.config) == config_to_yaml(run.config)
 
@@ -138,12 +138,12 @@ def test_stages_begin_where_the_step_began_if_the_batch_has_changed(web: str, co
 
 def test_repetition_is_warned_of_and_refused(web: str, code: str) -> None:
     run, data = opened(mixed(web, code), "train.steps=200")
-    warnings = data_warnings(run, data.train)
+    warnings = data_warnings(run, data)
     assert f"{web}: 200 steps see each of its 2,400 tokens 8.0 times; beyond 4 times" in warnings[0]
     assert f"{code}: 200 steps see each of its 1,200 tokens 5.3 times" in warnings[1]
     run, data = opened(mixed(web, code), "train.steps=200", "data.max_epochs=7")
     with pytest.raises(ConfigError, match=rf"200 steps see {web} 8\.0 times, data\.max_epochs=7"):
-        data_warnings(run, data.train)
+        data_warnings(run, data)
     with pytest.raises(ConfigError, match=r"data\.max_epochs=7"):
         planned_data(run)
 
