@@ -160,7 +160,7 @@ def _course(run: ResolvedRun, folder: RunFolder, resume: Resume, comm: ProcessCo
     found = find_start(folder, resume, comm)
     run, scheduled = plan_steps(run, found, resume)
     places = comm.once_per_node(lambda: find_data(run.config.data, reporter.say))
-    comm.once(lambda: rebuild_data(run.config.data, places, os.cpu_count() or 1, reporter.say))
+    comm.once(lambda: rebuild_data(run.config.data, places, len(os.sched_getaffinity(0)), reporter.say))
     course = plan_course(run, scheduled, places, found, resume)
     for note in course.notes:
         reporter.say(f"  note: {note}")
