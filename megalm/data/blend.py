@@ -89,6 +89,8 @@ class BlendedSamples:
         self.lengths_before: tuple[tuple[int, int], ...] = ()  # (sequence length, samples of it), where it was changed
         self._cache = cache or ArrayCache(None)
         self._shares = [np.array(stage.weights) / sum(stage.weights) for stage in stages]
+        used = [np.flatnonzero(share).tolist() for share in self._shares]
+        self._alone = [one[0] if len(one) == 1 else None for one in used]  # the only dataset of a stage, if it is one
         # Counts [M] at the start of (stage, block) and at the start of each stage, as far as anybody has asked.
         self._starts: dict[tuple[int, int], Int64s] = {}
         self._before: list[Int64s] = [np.zeros(len(parts), dtype=np.int64)]
@@ -97,14 +99,13 @@ class BlendedSamples:
     def locate(self, index: int) -> tuple[int, int]:
         """(dataset, number of its own sample) of sample `index`."""
         stage, offset = self._stage_of(index)
-        alone = self._alone(stage)
+        alone = self._alone[stage]
         if alone is not None:
             return alone, int(self._counts_before(stage)[alone]) + offset
         block, place = divmod(offset, BLOCK_SAMPLES)
-        chosen = self._block(stage, block)
+        chosen, numbers = self._block(stage, block)
         dataset = int(chosen[place])
-        inside = int(np.count_nonzero(chosen[:place] == dataset))
-        return dataset, int(self._counts_before(stage)[dataset] + self._start(stage, block)[dataset]) + inside
+        return dataset, int(self._counts_before(stage)[dataset] + numbers[place])
 
     def sample(self, index: int) -> tuple[Int64s, Int64s]:
         dataset, number = self.locate(index)
@@ -115,6 +116,8 @@ class BlendedSamples:
         return self.parts[dataset].documents(number)
 
     def target_count(self, index: int) -> int:
+        if not self.document_mask:
+            return self.sequence_length
         dataset, number = self.locate(index)
         return self.parts[dataset].target_count(number)
 
@@ -198,11 +201,6 @@ class BlendedSamples:
         number = max(number for number, stage in enumerate(self.stages) if stage.first <= index)
         return number, index - self.stages[number].first
 
-    def _alone(self, stage: int) -> int | None:
-        """The dataset that this stage is of, where it is only one."""
-        used = np.flatnonzero(self._shares[stage])
-        return int(used[0]) if len(used) == 1 else None
-
     def _counts_before(self, stage: int) -> Int64s:
         """[M] samples of each dataset before a stage."""
         for number in range(len(self._before) - 1, stage):
@@ -212,20 +210,26 @@ class BlendedSamples:
 
     def _counts_in(self, stage: int, samples: int) -> Int64s:
         """[M] samples of each dataset among the first of a stage."""
-        alone, counts = self._alone(stage), np.zeros(len(self.parts), dtype=np.int64)
+        alone, counts = self._alone[stage], np.zeros(len(self.parts), dtype=np.int64)
         if alone is not None:
             counts[alone] = samples
             return counts
         block, place = divmod(samples, BLOCK_SAMPLES)
         if place:
-            counts += np.bincount(self._block(stage, block)[:place], minlength=len(self.parts))
+            counts += np.bincount(self._block(stage, block)[0][:place], minlength=len(self.parts))
         return counts + self._start(stage, block)
 
-    def _mixed_block(self, stage: int, block: int) -> npt.NDArray[np.int16]:
-        counts = self._start(stage, block).copy()
+    def _mixed_block(self, stage: int, block: int) -> tuple[npt.NDArray[np.int16], Int64s]:
+        """[BLOCK_SAMPLES] of each sample its dataset, and its number among that dataset's in the stage."""
+        start = self._start(stage, block)
+        counts = start.copy()
         chosen = mix(self._shares[stage], block * BLOCK_SAMPLES, counts, BLOCK_SAMPLES)
         self._starts[stage, block + 1] = counts
-        return chosen
+        numbers: npt.NDArray[np.int64] = np.empty(BLOCK_SAMPLES, dtype=np.int64)
+        for dataset, first in enumerate(start):
+            places = np.flatnonzero(chosen == dataset)
+            numbers[places] = np.arange(first, first + len(places))
+        return chosen, numbers
 
     def _start(self, stage: int, block: int) -> Int64s:
         """[M] counts at the start of a block, in its stage."""
