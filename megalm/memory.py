@@ -35,6 +35,7 @@ class MemoryCase:
         gradient_precision: what gradients are accumulated in.
         communication_precision: what they are sent in.
         one_memory: the device is a CPU, so that what is offloaded lies in the same memory.
+        checkpoint_copy: checkpoints are written behind training, from copies in the CPU's memory.
     """
 
     shape: ModelShape
@@ -52,6 +53,7 @@ class MemoryCase:
     document_mask: bool = False
     one_memory: bool = False
     sequence_parallel: bool = False
+    checkpoint_copy: bool = False
 
     def with_batch(self, micro_batch: int, accumulation: int) -> MemoryCase:
         return replace(self, micro_batch=micro_batch, accumulation=accumulation)
@@ -59,7 +61,7 @@ class MemoryCase:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes per rank. `host` is the part that offload keeps in the CPU's memory, by part.
+    """Bytes per rank. `host` is what offload and checkpoints keep in the CPU's memory, by part.
 
     Attributes:
         weights: what the model computes with.
@@ -158,14 +160,15 @@ def _states(case: MemoryCase, groups: Groups) -> tuple[dict[str, int], dict[str,
     low = BYTES[case.precision]
     if stage == 0:
         elements = sum(map(sum, groups))
-        return {"weights": low * elements, "gradients": low * elements, "master": 0, "moments": 8 * elements}, {}
+        device = {"weights": low * elements, "gradients": low * elements, "master": 0, "moments": 8 * elements}
+        return device, _checkpoint_copy(case, elements)
     own = _own_elements(case, groups)
     gradients, host_gradients = _gradients(case, groups, own)
     optimizer = {"master": 4 * own, "moments": 8 * own}
     offload_optimizer, offload_param = _offloads(case)
     weights = low * own if stage == 3 else low * sum(_padded(sum(group), case) for group in groups)
     device = {"weights": weights, "gradients": gradients, **optimizer}
-    host: dict[str, int] = {}
+    host = _checkpoint_copy(case, own)
     if offload_optimizer:
         device |= dict.fromkeys(optimizer, 0)
         host |= {"gradients": host_gradients, **optimizer}
@@ -174,6 +177,11 @@ def _states(case: MemoryCase, groups: Groups) -> tuple[dict[str, int], dict[str,
     if offload_param:
         device["weights"], host["weights"] = 0, low * own
     return device, host
+
+
+def _checkpoint_copy(case: MemoryCase, elements: int) -> dict[str, int]:
+    """What checkpoint.async writes from: the master and both moments of what this rank owns."""
+    return {"checkpoint copy": 12 * elements} if case.checkpoint_copy else {}
 
 
 def _gradients(case: MemoryCase, groups: Groups, own: int) -> tuple[int, int]:

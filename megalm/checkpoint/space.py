@@ -36,6 +36,6 @@ def require_space(folder: Path, needed: int, make_room: Callable[[], None]) -> N
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise TrainingError(
-            f"{folder} has {free / 2**20:,.0f} MiB free, a checkpoint needs {needed / 2**20:,.0f} MiB; make room "
+            f"{folder} has {free / 2**20:,.1f} MiB free, a checkpoint needs {needed / 2**20:,.1f} MiB; make room "
             "(megalm checkpoint prune), or keep fewer with checkpoint.keep_last"
         )

@@ -149,7 +149,7 @@ def _memory(plan: Plan) -> str:
         [part, *(show.size(stage.parts()[part]) for stage in stages)] for part in stages[0].parts()
     ]
     offloaded: list[list[object]] = [
-        [f"{part} (offloaded, CPU memory)", *(show.size(stage.host[part]) for stage in stages)]
+        [f"{part} (CPU memory)", *(show.size(stage.host[part]) for stage in stages)]
         for part, count in stages[0].host.items()
         if count
     ]

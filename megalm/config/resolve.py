@@ -169,6 +169,7 @@ def memory_case(
         embedding_weight_decay=config.train.embedding_weight_decay,
         document_mask=config.data.document_mask,
         one_memory=device.kind == "cpu",
+        checkpoint_copy=config.checkpoint.asynchronous,
         sequence_parallel=config.parallel.sequence,
     )
 

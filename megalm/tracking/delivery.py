@@ -57,7 +57,8 @@ class Delivery:
         self._state_path = run_dir / STATE_FILE
         self._state = MirrorState.load(self._state_path)
         self._store: Store | None = None
-        uri, is_default = run_folder.tracking_uri(run_dir, self._state)
+        self._address, is_default = run_folder.tracking_uri(run_dir, self._state)
+        uri = run_folder.without_passwords(self._address)  # what is kept and told
         both_default = is_default and self._state.default_store  # a moved run root takes its store along
         if self._state.tracking_uri not in ("", uri) and not both_default:
             logger.warning("%s is now tracked at %s: a new MLflow run from the first row", run_dir, uri)
@@ -91,7 +92,7 @@ class Delivery:
             # Here, not above: the training process imports this module and must not load MLflow.
             from megalm.tracking.mlflow import MlflowStore
 
-            store = MlflowStore(self._state.tracking_uri, self.run_dir.resolve().parent)
+            store = MlflowStore(self._address, self.run_dir.resolve().parent)
             if self._state.run_id and not store.run_exists(self._state.run_id):
                 logger.warning("MLflow run %s is gone: a new one from the first row", self._state.run_id)
                 uri, is_default = self._state.tracking_uri, self._state.default_store

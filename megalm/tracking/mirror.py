@@ -24,6 +24,7 @@ from pathlib import Path
 import psutil
 
 from megalm.errors import ConfigError, MegalmError
+from megalm.tracking import run_folder
 from megalm.tracking.delivery import Delivery, Sent
 
 LOG_FILE = "mlflow.log"
@@ -191,7 +192,7 @@ def _only_mirror(run_dir: Path, patience_seconds: float) -> Iterator[None]:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = run_folder.without_passwords(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
 
 

@@ -22,6 +22,7 @@ ENVIRONMENT_FILE = "environment.json"
 FACT_FILES = (CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE)
 
 _ARTIFACTS = (*FACT_FILES, "deepspeed.json", "report.html")
+_PASSWORD = re.compile(r"://([^/\s:@]*):[^/\s@]*@")
 # MLflow's limits: names of 250 characters, values of 6000 (parameters) and 8000 (tags).
 _LONGEST_NAME = 250
 _LONGEST_PARAMETER = 6000
@@ -40,6 +41,11 @@ def tracking_uri(run_dir: Path, state: MirrorState) -> tuple[str, bool]:
     if state.tracking_uri and not state.default_store:
         return state.tracking_uri, False
     return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}", True
+
+
+def without_passwords(text: str) -> str:
+    """An address, or an error that quotes one, as it may be written down: `scheme://user@host`."""
+    return _PASSWORD.sub(r"://\1@", text)
 
 
 def experiment(run_dir: Path) -> str:

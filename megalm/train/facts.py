@@ -10,6 +10,7 @@ from pathlib import Path
 from megalm.config.resolve import ResolvedRun
 from megalm.memory import checkpoint_bytes
 from megalm.model.shape import ModelShape
+from megalm.tracking.run_folder import without_passwords
 from megalm.train.data_facts import data_rows
 from megalm.train.datasets import RunData
 from megalm.train.report import size
@@ -63,7 +64,7 @@ def farewell(folder: RunFolder, run: ResolvedRun, deepspeed_config: str) -> str:
 
 
 def _where_mlflow_is(root: Path) -> str:
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
+    uri = without_passwords(os.environ.get("MLFLOW_TRACKING_URI", "")) or f"sqlite:///{root}/mlflow.db"
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
 
 

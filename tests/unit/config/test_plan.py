@@ -106,6 +106,14 @@ def test_stage_0_in_fp32_is_plain_adam() -> None:
     assert plain.buckets == 0
 
 
+def test_writing_checkpoints_behind_training_takes_memory_of_the_host() -> None:
+    plain, behind = (estimate_memory(case(zero=ZeroSection(stage=3), checkpoint_copy=copy)) for copy in (False, True))
+    assert behind.host == {"checkpoint copy": plain.master + plain.moments}
+    assert behind.total == plain.total
+    on_cpu = estimate_memory(case(zero=ZeroSection(stage=3), checkpoint_copy=True, one_memory=True))
+    assert on_cpu.total == sum(on_cpu.parts().values()) + behind.host["checkpoint copy"]
+
+
 def test_offload_moves_memory_and_a_cpu_counts_it_once() -> None:
     offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     here = estimate_memory(case(zero=ZeroSection(stage=3)))

@@ -18,6 +18,7 @@ from run_folders import write_rows
 from megalm.errors import ConfigError, DataError, MegalmError
 from megalm.tracking.metrics import MetricsWriter, read_metrics
 from megalm.tracking.mirror import sync
+from megalm.tracking.run_folder import without_passwords
 
 
 def client_of(run_dir: Path) -> mlflow.MlflowClient:
@@ -250,3 +251,20 @@ def test_a_store_that_was_left_half_made_is_made_anew(tmp_path: Path) -> None:
     assert store.run_exists("none") is False
     assert (tmp_path / "mlflow.db").is_file()
     assert not list(tmp_path.glob("mlflow.db.partial*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("https://me:secret@host:5000/path", "https://me@host:5000/path"),
+        ("postgresql://me:se-cr3t!@host/db", "postgresql://me@host/db"),
+        (
+            "API request to http://me:secret@h/api failed: http://:p@h",
+            "API request to http://me@h/api failed: http://@h",
+        ),
+        ("sqlite:////runs/mlflow.db", "sqlite:////runs/mlflow.db"),
+        ("http://host:5000/a@b:c", "http://host:5000/a@b:c"),
+    ],
+)
+def test_passwords_in_addresses_are_not_told(text: str, told: str) -> None:
+    assert without_passwords(text) == told
