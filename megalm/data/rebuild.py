@@ -62,7 +62,9 @@ def ensure_dataset(
     found = differences(sidecar, wanted)
     if rebuild == "never":
         if found:
-            raise DataError(f"{prefix} {'; '.join(found)}. {_advice(prefix, sidecar, wanted)}")
+            other_tokenizer = bool(differences(sidecar, Wanted(wanted.tokenizer)))
+            start = "Name the right data.tokenizer, or build" if other_tokenizer else "Build"
+            raise DataError(f"{prefix} {'; '.join(found)}. {start} {_how(prefix, sidecar, wanted)}")
         return None
     found += [f"{path.name} is gone" for path in (bin_path(prefix), idx_path(prefix)) if not path.exists()]
     found += [f"its input {path} has changed" for path in changed_inputs(sidecar)[:1]]
@@ -136,12 +138,11 @@ def _build_first(prefix: str | Path, wanted: Wanted, workers: int, say: Callable
     return build_files(wanted.inputs, wanted.tokenizer, prefix, options, workers=workers)
 
 
-def _advice(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted) -> str:
+def _how(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted) -> str:
     try:
-        command = rebuild_command(prefix, sidecar, wanted)
+        return f"it again (data.rebuild=auto does): {rebuild_command(prefix, sidecar, wanted)}"
     except DataError:  # merged, from standard input or a recipe: nobody knows the command
-        return "Name the right data.tokenizer, or build it again as it was built before"
-    return f"Name the right data.tokenizer, or build it again (data.rebuild=auto does): {command}"
+        return "it again as it was built before"
 
 
 def changed_inputs(sidecar: dict[str, Any]) -> list[str]:

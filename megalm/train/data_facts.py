@@ -19,7 +19,7 @@ def data_rows(run: ResolvedRun, data: RunData) -> list[tuple[str, str]]:
         seen = f", each token {planned.repetition:.2f} times" if part.stride < part.sequence_length else ""
         text = f"{share}{planned.epochs:.2f} epochs of {part.tokens_per_epoch:,} tokens{seen}"
         rows.append(("data", f"{planned.prefix}: {text}"))
-    for stage in run.config.data.stages:
+    for stage in run.config.data.blends if run.config.data.stages else ():
         all_of_it = sum(part.weight for part in stage.blend)
         shares = ", ".join(f"{part.prefix} {part.weight / all_of_it:.1%}" for part in stage.blend)
         unread = "" if stage.from_step <= run.config.train.steps else " (after the last step)"

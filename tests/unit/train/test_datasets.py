@@ -124,7 +124,8 @@ def test_a_stage_begins_with_its_step_and_may_be_added_later(web: str, code: str
     assert identities[before][0] == identities[before][1]
     assert identities[after][0]["order"] != identities[after][1]["order"]
     assert identities[after][0]["dataset"] != identities[after][1]["dataset"]
-    assert data_rows(run, staged)[-1] == ("data", f"from step 11: {code} 100.0%")
+    changes = [("data", f"from step 1: {web} 100.0%"), ("data", f"from step 11: {code} 100.0%")]
+    assert data_rows(run, staged)[-2:] == changes
     again = resolved(train, f"data.stages={later}")
     assert config_to_yaml(again.config) == config_to_yaml(run.config)
 
