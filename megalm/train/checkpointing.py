@@ -31,6 +31,7 @@ class DataIdentity:
 
     samples: BlendedSamples
     tokenizer: str  # fingerprint
+    validation: str = ""  # of the sets whose loss is compared while training
 
     def at(self, consumed: int) -> dict[str, str]:
         """Fingerprints of the first `consumed` samples; what comes later may be changed.
@@ -180,6 +181,7 @@ class RunCheckpoints:
             "validation_loss": evaluation.loss if evaluation else None,
             "best_validation_loss": position.best_loss,
             "stale_evaluations": position.stale_evaluations,
+            "validation": self._data.validation,
             "counters": counters,
             "rollbacks": position.rollbacks,
             "data_position": position.data_json(

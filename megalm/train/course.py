@@ -28,7 +28,7 @@ from megalm.train.continuing import (
     with_last_step,
     with_schedule,
 )
-from megalm.train.datasets import DataPlaces, RunData, open_data
+from megalm.train.datasets import DataPlaces, RunData, open_data, validation_fingerprint
 from megalm.train.position import Position, data_segments
 from megalm.train.run_folder import RunFolder
 
@@ -120,7 +120,7 @@ def plan_course(
     # A table of positions may be longer than the samples are now; it stays the one that was trained.
     longest = max(run.config.data.sequence_length, then)
     shape = model_shape(run.config.model, data.tokenizer.vocab_size, longest)
-    identity = DataIdentity(data.train, data.tokenizer.fingerprint)
+    identity = DataIdentity(data.train, data.tokenizer.fingerprint, validation_fingerprint(run, data))
     if found is None or manifest is None:
         return Course(run, data, shape, identity, scheduled, None, False, (), ())
     allowed = run.config.resume.allow
@@ -162,6 +162,9 @@ def plan_course(
     position.schedule, position.stated = scheduled.schedule, scheduled.stated
     to_come = (run.config.train.steps - position.step) * run.batch.global_batch
     data = replace(data, train=order, samples=position.samples + max(0, to_come))
+    if position.best_loss is not None and manifest.get("validation", identity.validation) != identity.validation:
+        position.best_loss, position.stale_evaluations = None, 0
+        notes += ("validation is on other data: the lowest loss so far is not compared with",)
     if resume.skip_steps:
         samples = resume.skip_steps * run.batch.global_batch
         here = identity.at(position.samples)["order"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +174,13 @@ def validation_loaders(
         return part, whole
 
     return {name: loaders(samples) for name, samples in data.validation.items()}
+
+
+def validation_fingerprint(run: ResolvedRun, data: RunData) -> str:
+    """Identity of what is validated on while training: losses of another are not comparable."""
+    most = run.config.evaluate.max_samples
+    facts = [(name, samples.fingerprint) for name, samples in data.validation.items()]
+    return hashlib.sha256(repr((facts, most)).encode()).hexdigest() if facts else ""
 
 
 def _cache(data: DataSection) -> Path:

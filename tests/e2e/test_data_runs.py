@@ -39,16 +39,23 @@ def story(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> St
     first = train(folder, small_data, "train.steps=4")
     stages = "data.stages=[{from_step: 7, blend: [{prefix: code, weight: 1}]}]"
     second = train(folder, small_data, "train.steps=8", stages, "--resume", "auto")
-    third = train(folder, small_data, "train.steps=10", stages, "--resume", "auto", json_file=small)
+    last = ("train.steps=10", stages, "--resume", "auto")
+    third = train(folder, small_data, *last, json_file=small, validation="{held: held}")
     return Story(folder, first, second, third)
 
 
-def train(folder: Path, data: SmallData, *words: str, json_file: str | Path = "fp32.json") -> Finished:
+def train(
+    folder: Path,
+    data: SmallData,
+    *words: str,
+    json_file: str | Path = "fp32.json",
+    validation: str = "{held: held, seen: code}",
+) -> Finished:
     small = [word for word in data.words if not word.startswith(("data.", "evaluate."))]
     own = (
         "run.name=mine",
         "data.train=[{prefix: web, weight: 3}, {prefix: code, weight: 1}]",
-        "data.validation={held: held, seen: code}",
+        f"data.validation={validation}",
         f"data.tokenizer={data.tokenizer}",
         "data.sequence_length=64",
         "evaluate.interval_steps=2",
@@ -92,6 +99,17 @@ def test_each_validation_set_has_rows_and_the_total_counts(story: Story) -> None
         assert words in story.first.stdout
     manifest = json.loads((story.folder / "runs/mine/checkpoints/step-00000004/manifest.json").read_text())
     assert manifest["validation_loss"] == total["loss"]
+
+
+def test_other_validation_data_is_not_compared_with_the_lowest_loss(story: Story) -> None:
+    words = "validation is on other data: the lowest loss so far is not compared with"
+    assert words not in story.second.stdout
+    assert words in story.third.stdout
+    manifest = json.loads((story.folder / "runs/mine/checkpoints/step-00000008/manifest.json").read_text())
+    assert manifest["best_validation_loss"] is not None
+    found = [row for row in rows(story.folder) if row["kind"] == "eval" and row["step"] == 10]
+    assert [row["dataset"] for row in found] == ["held", "validation"]
+    assert found[0]["loss"] == found[1]["loss"]
 
 
 def test_the_documents_of_any_step(story: Story) -> None:

@@ -18,7 +18,14 @@ from megalm.data.tokenizer import ByteTokenizer
 from megalm.errors import ConfigError, DataError
 from megalm.train.checkpointing import DataIdentity
 from megalm.train.data_facts import data_rows, data_warnings, planned_data
-from megalm.train.datasets import RunData, find_data, open_data, rebuild_data, validation_loaders
+from megalm.train.datasets import (
+    RunData,
+    find_data,
+    open_data,
+    rebuild_data,
+    validation_fingerprint,
+    validation_loaders,
+)
 
 BATCH = 16  # of the shipped JSONs
 
@@ -161,6 +168,19 @@ def test_validation_sets_by_name_and_by_split(web: str, code: str) -> None:
     part, whole = validation_loaders(run, data, 0)["web"]
     assert part is whole
     assert opened(f"data.train={web}", "data.split=1,0")[1].validation == {}
+    prints = [
+        validation_fingerprint(*opened(*words))
+        for words in (
+            (f"data.train={web}", "data.split=9,1"),
+            (f"data.train={web}", "data.split=9,1", "train.steps=40"),
+            (f"data.train={web}", "data.split=8,2"),
+            (f"data.train={web}", "data.split=9,1", "evaluate.max_samples=2"),
+            (f"data.train={web}", "data.split=1,0"),
+        )
+    ]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 4
+    assert prints[-1] == ""
 
 
 def test_large_orders_are_kept_and_small_ones_are_not(tmp_path: Path, web: str) -> None:
