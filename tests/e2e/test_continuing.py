@@ -1,0 +1,146 @@
+"""Going on with other settings on purpose: batch, sequence length, schedule, steps, data; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalm.checkpoint.manifest import read_manifest
+from megalm.data.builder import build_dataset
+from megalm.data.tokenizer import load_tokenizer
+from megalm.tracking.metrics import live_rows
+from tests.e2e.conftest import SmallData
+from tests.e2e.jobs import Finished, finish, pretrain, rows, run_folder, train_rows, write_json
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+BASE = ("run.name=mine", "checkpoint.interval_steps=3", "train.rehearse=false")
+OTHER = ("data.sequence_length=32", "schedule.kind=constant", "schedule.peak_learning_rate=1e-4")
+
+
+def words(small_data: SmallData, *more: str) -> list[str]:
+    stated = {word.split("=")[0]: word for word in (*small_data.words, *BASE) if "=" in word}
+    stated |= {word.split("=")[0]: word for word in more if "=" in word and not word.startswith("-")}
+    return [*stated.values(), *(word for word in more if "=" not in word or word.startswith("-"))]
+
+
+def train(folder: Path, small_data: SmallData, *more: str, json_file: str | Path = "fp32.json") -> Finished:
+    return finish(folder, pretrain(*words(small_data, *more), json_file=json_file))
+
+
+def numbers(folder: Path, first: int) -> list[tuple[int, float, float, float]]:
+    live = [row for row in live_rows(rows(folder)) if row["kind"] == "train" and row["step"] >= first]
+    return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in live]
+
+
+def manifest(folder: Path, step: int) -> dict[str, Any]:
+    return read_manifest(run_folder(folder) / "checkpoints" / f"step-{step:08d}")
+
+
+@pytest.fixture(scope="module")
+def six_steps(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("six")
+    finished = train(folder, small_data, "train.steps=6")
+    assert finished.code == 0, finished.explain()
+    return folder
+
+
+@pytest.fixture
+def copied(six_steps: Path, tmp_path: Path) -> Path:
+    shutil.copytree(six_steps, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_another_batch_length_and_schedule(small_data: SmallData, copied: Path) -> None:
+    """As people mend a spoilt run: back to a good step, shorter samples, a larger batch, a small constant rate."""
+    larger = write_json(copied / "larger.json", train_batch_size=32)
+    changed = (*OTHER, "schedule.warmup_steps=0", "train.steps=9")
+    finished = train(copied, small_data, *changed, "--resume", "3", json_file=larger)
+    assert finished.code == 0, finished.explain()
+    for note in (
+        "the batch was 16 sequences, is 32",
+        "the sequence length was 64, is 32",
+        "the learning rate is another from step 4: constant from 0.0001",
+        "cut into samples of 32 tokens: 0 tokens are skipped, ",
+    ):
+        assert f"note: {note}" in finished.stdout or note in finished.stdout, finished.explain()
+    before = numbers(copied, 1)
+    assert [row[0] for row in before] == list(range(1, 10))
+    assert [row[3] for row in before[3:]] == [1e-4] * 6
+    data = manifest(copied, 9)["data_position"]["segments"]
+    told = [(part["sequence_length"], part["global_batch"], part["samples_consumed"], part["begins"]) for part in data]
+    assert told == [(64, 16, 48, "anew"), (32, 32, 192, "recut")]
+    assert train_rows(copied)[-1]["tokens"] == 3 * 1024 + 6 * 1024
+    # And once more from the middle of it: the same order of samples is put together again.
+    finished = train(copied, small_data, *changed, "--resume", "6", json_file=larger)
+    assert finished.code == 0, finished.explain()
+    assert "note: the" not in finished.stdout
+    assert numbers(copied, 1) == before
+
+
+def test_extended_on_a_new_schedule(small_data: SmallData, copied: Path) -> None:
+    finished = train(copied, small_data, "train.steps=6", "--resume", "auto", "--extend-steps", "6")
+    assert finished.code == 0, finished.explain()
+    rates = [row[3] for row in numbers(copied, 6)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(rates[0] / 10), "from the rate of then to a tenth"
+    segments = manifest(copied, 12)["schedule"]["segments"]
+    assert [(part["first_step"], part["offset_steps"], part["steps"]) for part in segments] == [(1, 0, 6), (7, 6, 6)]
+    before = numbers(copied, 1)
+    # The command of the first start goes on with what it was extended to.
+    finished = train(copied, small_data, "train.steps=6", "--resume", "9")
+    assert finished.code == 0, finished.explain()
+    assert numbers(copied, 1) == before
+    assert len(before) == 12
+
+
+def test_a_new_run_from_the_weights_alone(small_data: SmallData, six_steps: Path, tmp_path: Path) -> None:
+    start = str(run_folder(six_steps) / "checkpoints" / "step-00000006")
+    flags = ("--resume", start, "--extend-steps", "4", "--extend-strategy", "weights")
+    finished = train(tmp_path, small_data, *flags)
+    assert finished.code == 0, finished.explain()
+    found = numbers(tmp_path, 1)
+    assert [row[0] for row in found] == [1, 2, 3, 4]
+    assert found[0][1] < numbers(six_steps, 1)[0][1] - 0.3, "the first batch again, by a model that has learnt"
+    assert manifest(tmp_path, 4)["counters"]["optimizer_step"] == 4
+    assert next(row["event"] for row in rows(tmp_path) if row["kind"] == "event") == "start"
+    refused = train(six_steps, small_data, *flags)
+    assert refused.code == 2
+    assert "name a new run with run.name" in refused.stderr
+
+
+def test_what_differs_is_refused_in_full_unless_it_is_allowed(small_data: SmallData, copied: Path) -> None:
+    build_dataset(small_data.documents[:20], load_tokenizer(small_data.tokenizer), copied / "other")
+    other = ("train.steps=8", f"data.train={copied / 'other'}", "--resume", "auto")
+    refused = train(copied, small_data, *other, "model.rope_theta=5000", "train.seed=9")
+    assert refused.code == 2
+    for said in (
+        "model (rope_theta was 10000.0, is 5000.0)",
+        "order (train.seed was 1234, is 9",
+        "dataset (dataset was ",
+        "resume.allow=[model,order,dataset]",
+    ):
+        assert said in refused.stderr, refused.explain()
+    assert refused.stderr.count("\n") == 1
+    unknown = train(copied, small_data, *other, "resume.allow=[corpus]")
+    assert unknown.code == 2
+    assert '"dataset", "tokenizer", "order", "model"' in unknown.stderr
+    allowed = train(copied, small_data, *other, "resume.allow=[dataset]")
+    assert allowed.code == 0, allowed.explain()
+    assert "another order of samples: it starts at its first one" in allowed.stdout
+    data = manifest(copied, 8)["data_position"]["segments"]
+    assert [(part["samples_consumed"], part["begins"]) for part in data] == [(96, "anew"), (32, "anew")]
+
+
+def test_there_must_be_something_to_extend(small_data: SmallData, tmp_path: Path) -> None:
+    alone = train(tmp_path, small_data, "--extend-steps", "5")
+    assert alone.code == 2
+    assert "say which with --resume" in alone.stderr
+    empty = train(tmp_path, small_data, "--resume", "auto", "--extend-steps", "5")
+    assert empty.code == 2
+    assert "nothing to extend" in empty.stderr
+    assert json.dumps(sorted(path.name for path in tmp_path.glob("runs/mine/checkpoints/*"))) == "[]"
