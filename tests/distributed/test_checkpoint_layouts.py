@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from safetensors import safe_open
 
 from megalm.checkpoint.load import CheckpointReader
 from megalm.checkpoint.save import save_checkpoint
+from megalm.config.checks_deepspeed import ALLOW_CPU_FP16
+from megalm.engine.protocol import StepResult
+from megalm.engine.quirks import allow_cpu_fp16_if_asked
 from megalm.model.transformer import LanguageModel
 from tests.distributed.training import Case, Trace, make_dataset, shape_of, snapshot, start, steps, whole_state
 from tests.ranks import run_ranks
@@ -63,6 +67,41 @@ def _stop_and_go_on(comm: Any, device: torch.device, prefix: Path, folder: Path)
     return result
 
 
+def _train_and_save(comm: Any, device: torch.device, prefix: Path, folder: Path, names: list[str]) -> None:
+    for name in names:
+        engine, run, loader = start(comm, device, CASES[name], prefix, folder)
+        steps(engine, run, loader, 1, HALF)
+        _save(comm, engine, HALF, folder / name)
+        loader.close()
+
+
+def _loss_scales(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, Any]:
+    """Per ZeRO stage in fp16: what each step of the second half said, undisturbed and resumed, and the end state."""
+    os.environ[ALLOW_CPU_FP16] = "1"
+    allow_cpu_fp16_if_asked()
+    # It starts too high, so that updates are skipped, and grows every other step, so that it overflows again.
+    scale = {"fp16": {"initial_scale_power": 26, "loss_scale_window": 2, "hysteresis": 2}}
+    result = {}
+    for name in ("zero1", "zero2", "zero3"):
+        case = Case(f"{name}.json", precision="fp16", settings=scale)
+
+        def go(engine: Any, run: Any, loader: Any, first: int, last: int) -> list[StepResult]:
+            return [
+                engine.train_step(loader.batch((step - 1) * run.batch.global_batch), step, 1e-3)
+                for step in range(first, last + 1)
+            ]
+
+        engine, run, loader = start(comm, device, case, prefix, folder)
+        first = go(engine, run, loader, 1, 7)
+        path = _save(comm, engine, 7, folder / name)
+        straight = go(engine, run, loader, 8, 16), engine.counters(), snapshot(engine)
+        loader.close()
+        engine, run, loader = _restored(comm, device, case, prefix, folder, path)
+        result[name] = first, straight, (go(engine, run, loader, 8, 16), engine.counters(), snapshot(engine))
+        loader.close()
+    return result
+
+
 def _load_everything(comm: Any, device: torch.device, prefix: Path, folder: Path, paths: list[Path]) -> Any:
     """Per case and checkpoint: the state right after loading, and the loss of the next step."""
     result = {}
@@ -106,11 +145,27 @@ def test_goes_on_bit_equal(resumed: dict[int, Any], name: str, world_size: int) 
             np.testing.assert_array_equal(found, expected, err_msg=str(key))
 
 
+def test_the_loss_scale_goes_on_too(place: Path) -> None:
+    """fp16: skipped updates, the scale, its countdown and hysteresis; bit-equal losses, weights and moments."""
+    (place / "fp16").mkdir()
+    for rank in run_ranks(2, _loss_scales, place / "data", place / "fp16"):
+        for name, (first, straight, again) in rank.items():
+            assert any(step.skipped for step in first), name
+            assert any(step.skipped for step in straight[0]), name
+            assert len({step.loss_scale for step in straight[0]}) > 1, name
+            assert [repr(step) for step in again[0]] == [repr(step) for step in straight[0]]  # nan is not nan
+            assert again[1] == straight[1]
+            for (key, expected), (other, found) in zip(straight[2], again[2], strict=True):
+                assert key == other
+                np.testing.assert_array_equal(found, expected, err_msg=f"{name}: {key}")
+
+
 @pytest.fixture(scope="module")
 def crossed(place: Path, resumed: dict[int, Any]) -> dict[int, Any]:
-    paths = [
-        place / str(size) / name / f"step-{HALF:08d}" for size in (1, 2) for name in ("zero1", "zero3", "zero2 bf16")
-    ]
+    (place / "4").mkdir()
+    run_ranks(4, _train_and_save, place / "data", place / "4", ["zero1", "zero3"])
+    saved = [(1, "zero1"), (1, "zero2 bf16"), (2, "zero3"), (2, "zero2 bf16"), (4, "zero1"), (4, "zero3")]
+    paths = [place / str(size) / name / f"step-{HALF:08d}" for size, name in saved]
     result = {}
     for world_size in (1, 2, 4):
         folder = place / f"load-{world_size}"

@@ -15,7 +15,7 @@ import torch
 
 from megalm.checkpoint.load import CheckpointReader
 from megalm.checkpoint.save import save_checkpoint
-from tests.distributed.training import Case, Trace, make_dataset, start, steps, whole_state
+from tests.distributed.training import Case, Trace, make_dataset, snapshot, start, steps, whole_state
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -51,6 +51,39 @@ def _reference(comm: Any, device: torch.device, prefix: Path, folder: Path) -> T
     trace = steps(engine, run, loader, 1, END)
     loader.close()
     return trace
+
+
+def _cross(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[tuple[str, str], Trace]:
+    """Per pair of layouts: the state of the second, right after it has loaded what the first had saved."""
+    plain = {"zero1": Case("zero1.json"), "zero3": Case("zero3.json", settings=NO_PERSISTENCE)}
+    paths, states = {}, {}
+    for name, case in (CASES | plain).items():
+        engine, run, loader = start(comm, device, case, prefix, folder)
+        states[name, name] = steps(engine, run, loader, 1, 3)
+        facts = {"step": 3, "counters": engine.counters()}
+        paths[name] = save_checkpoint(folder / f"cross {name}", 3, engine.fragments(), facts, [], comm)
+        loader.close()
+    for name, case in (CASES | plain).items():
+        for other in paths if name in CASES else CASES:
+            if other != name:
+                engine, _, loader = start(comm, device, case, prefix, folder)
+                reader = CheckpointReader(paths[other])
+                engine.restore(reader.read, reader.manifest["counters"], 3)
+                states[other, name] = Trace([], [], snapshot(engine))
+                loader.close()
+    return states
+
+
+def test_any_layout_gets_the_same_state(results: Any, tmp_path: Path) -> None:
+    make_dataset(tmp_path / "data")
+    ranks = run_ranks(2, _cross, tmp_path / "data", tmp_path)
+    assert len(ranks[0]) == 4 + 2 * 3 + 2 * 2
+    for saved, loaded in ranks[0]:
+        expected = whole_state([rank[saved, saved] for rank in ranks])
+        found = whole_state([rank[saved, loaded] for rank in ranks])
+        assert expected.keys() == found.keys()
+        for place, values in expected.items():
+            np.testing.assert_array_equal(found[place], values, err_msg=f"{saved} into {loaded}: {place}")
 
 
 @pytest.fixture(scope="module")
