@@ -116,11 +116,12 @@ def test_plan_tells_what_is_held(measured: Any, name: str) -> None:
     case = memory_case(
         run.config, run.deepspeed_source, shape_of(run), run.topology, run.precision, run.device, run.batch
     )
-    # A pipeline keeps hidden states that were sent and received, too, which count as gradients here.
-    margin = 0.01 if run.topology.pipeline == 1 else 0.025
     for plan in estimate_stages(case):
         here = [ranks[rank][name] for rank in range(2) if run.topology.coordinate(rank).pipeline == plan.stage]
         for part in ("weights", "master", "moments", "gradients"):
             fullest = max(found[part] for found in here)
+            # Hidden states that a pipeline has sent and received, and has not dropped yet, count as gradients here.
+            spare = 0.2 * plan.gradients if part == "gradients" and run.topology.pipeline > 1 else 0
             # Norms, each smaller than the smallest storage that is counted, are kept one by one under ZeRO 3.
-            assert fullest == pytest.approx(getattr(plan, part), rel=margin), f"{part} of stage {plan.stage}: {here}"
+            held = f"{part} of stage {plan.stage}: {here}"
+            assert 0.99 * getattr(plan, part) <= fullest <= 1.01 * getattr(plan, part) + spare, held
