@@ -1,0 +1,188 @@
+"""What follows from a checkpoint's manifest and from the settings of the run that goes on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalm.config.deepspeed_json import read_deepspeed_json
+from megalm.config.loading import load_run_config
+from megalm.config.precision import DeviceFacts
+from megalm.config.resolve import ResolvedRun, resolve
+from megalm.errors import CheckpointError, ConfigError
+from megalm.train.continuing import (
+    beginning,
+    differences,
+    first_sample_of,
+    lengths_of_order,
+    position_from,
+    refuse_other_run,
+    with_last_step,
+    with_schedule,
+)
+from megalm.train.position import DataSegment, Position
+from megalm.train.schedule import ScheduleSegment, rate_at
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run(*overrides: str) -> ResolvedRun:
+    source = read_deepspeed_json(str(ROOT / "ds_configs" / "fp32.json"))
+    loaded = load_run_config(None, ["schedule.warmup_steps=2", *overrides])
+    return resolve(loaded, source, 1, DeviceFacts("cpu", False, 1 << 33), 100)
+
+
+def manifest(step: int, *segments: DataSegment, **more: Any) -> dict[str, Any]:
+    """Of a run of 10 steps with the defaults."""
+    of = run("train.steps=10")
+    position = Position(step=step)
+    with_schedule(position, of, None, None)
+    return {
+        "step": step,
+        "tokens": 0,
+        "best_validation_loss": 2.5,
+        "stale_evaluations": 1,
+        "data_position": {"segments": [asdict(segment) for segment in segments]},
+        "schedule": position.schedule_json(),
+        **more,
+    }
+
+
+def segment(length: int, batch: int, first: int, consumed: int, skipped: int = 0, begins: str = "anew") -> DataSegment:
+    return DataSegment("order", length, batch, first, consumed, skipped, begins)  # type: ignore[arg-type]
+
+
+def scheduled(then: dict[str, Any], now: ResolvedRun, more: int | None = None) -> Position:
+    position = Position()
+    with_schedule(position, now, then, more)
+    return position
+
+
+def test_the_same_schedule_stays_in_force() -> None:
+    then = manifest(4, segment(256, 16, 0, 64))
+    position = scheduled(then, run("train.steps=10"))
+    assert [part.first_step for part in position.schedule] == [1]
+    assert with_last_step(run("train.steps=10"), position).config.train.steps == 10
+
+
+def test_another_schedule_holds_from_the_next_step_on() -> None:
+    then = manifest(4, segment(256, 16, 0, 64))
+    now = run("train.steps=20", "schedule.kind=constant", "schedule.peak_learning_rate=1e-5")
+    position = scheduled(then, now)
+    assert [(part.first_step, part.offset_steps) for part in position.schedule] == [(1, 0), (5, 0)]
+    old = scheduled(then, run("train.steps=10"))
+    assert [rate_at(position.schedule, step) for step in range(1, 5)] == [
+        rate_at(old.schedule, step) for step in range(1, 5)
+    ], "the rate of every past step can still be told"
+    assert {rate_at(position.schedule, step) for step in range(5, 21)} == {1e-5}
+
+
+def test_an_extension_starts_where_the_rate_was() -> None:
+    then = manifest(10, segment(256, 16, 0, 160))
+    position = scheduled(then, run("train.steps=10"), more=100)
+    before, after = rate_at(position.schedule, 10), rate_at(position.schedule, 11)
+    assert after == pytest.approx(before, rel=1e-3)
+    assert after < before
+    assert rate_at(position.schedule, 110) == pytest.approx(before / 10)
+    assert with_last_step(run("train.steps=10"), position).config.train.steps == 110
+    # The words of the first start, said again, are no wish for another schedule.
+    assert (
+        scheduled({**then, "schedule": position.schedule_json()}, run("train.steps=10")).schedule == position.schedule
+    )
+    said = scheduled(then, run("train.steps=10", "schedule.kind=linear", "schedule.final_learning_rate=0"), more=100)
+    assert (said.schedule[-1].schedule.kind, rate_at(said.schedule, 110)) == ("linear", 0.0)
+
+
+def test_segments_survive_a_manifest() -> None:
+    position = scheduled(manifest(10, segment(256, 16, 0, 160)), run("train.steps=10"), more=7)
+    stored = position.schedule_json()["segments"]
+    assert tuple(ScheduleSegment.from_json(part) for part in stored) == position.schedule
+
+
+def test_the_position_of_an_unchanged_run() -> None:
+    then = manifest(4, segment(256, 16, 0, 64), rollbacks=2)
+    position = position_from(then, run(), "on")
+    assert (position.step, position.samples, position.first_sample, position.past) == (4, 64, 0, ())
+    assert (position.best_loss, position.stale_evaluations, position.rollbacks) == (2.5, 1, 2)
+
+
+def test_skipped_samples_are_passed_over_and_stay_noted() -> None:
+    skipped = segment(256, 16, 0, 64, skipped=32)
+    position = position_from(manifest(4, skipped), run(), "on")
+    assert (position.samples, position.first_sample, position.past) == (96, 96, (skipped,))
+    position.samples += 16
+    assert position.segment("order", 256, 16) == segment(256, 16, 96, 16, begins="on")
+
+
+def test_another_batch_is_another_stretch_of_the_same_order() -> None:
+    position = position_from(manifest(4, segment(256, 8, 0, 32)), run(), "on")
+    assert (position.samples, position.first_sample, position.begins) == (32, 32, "on")
+
+
+def test_another_length_cuts_what_is_left() -> None:
+    then = manifest(4, segment(512, 16, 0, 64))
+    now = run()
+    assert beginning(now, then, {}) == "recut"
+    position = position_from(then, now, "recut")
+    assert (position.samples, position.begins, len(position.past)) == (0, "recut", 1)
+    staged = now.config.data.model_copy(update={"stages": ("one",)})
+    with pytest.raises(ConfigError, match=r"data.sequence_length was 512: .*data.stages"):
+        beginning(replace(now, config=now.config.model_copy(update={"data": staged})), then, {})
+
+
+def test_how_an_order_came_about() -> None:
+    then = manifest(
+        30,
+        segment(512, 16, 0, 64),
+        segment(256, 16, 0, 32, begins="anew"),
+        segment(256, 32, 32, 64, skipped=8, begins="on"),
+        segment(128, 32, 0, 32, begins="recut"),
+        segment(128, 16, 32, 16, begins="on"),
+    )
+    assert lengths_of_order(then) == [(256, 104), (128, 48)]
+
+
+def test_stages_of_a_mixture_follow_the_batches_that_were_and_will_be() -> None:
+    fresh = first_sample_of(None, run())
+    assert [fresh(step) for step in (1, 2, 11)] == [0, 16, 160]
+    # Four steps of 8, two of 32 after a skip, and 16 from step 7 on.
+    then = manifest(6, segment(256, 8, 0, 32, skipped=40), segment(256, 32, 72, 64, begins="on"))
+    first = first_sample_of(then, run())
+    assert [first(step) for step in (1, 4, 5, 6, 7, 9)] == [0, 24, 32, 64, 96, 128]
+
+
+THEN = {
+    "model": {"style": "llama", "hidden_size": 64, "max_position_embeddings": 256},
+    "data": {"data.sequence_length": 256, "train.seed": 1, "data.split": "95,5"},
+    "fingerprints": {"order": "a", "dataset": "b", "tokenizer": "c"},
+}
+
+
+def changed(section: str, **values: Any) -> dict[str, Any]:
+    return {**THEN, section: {**THEN[section], **values}}
+
+
+def test_differences_are_named_by_what_they_are() -> None:
+    assert differences(THEN, THEN) == {}
+    assert differences(THEN, changed("model", hidden_size=32)) == {"model": ["hidden_size was 64, is 32"]}
+    assert differences(THEN, changed("model", max_position_embeddings=512)) == {}, "rotary positions have no table"
+    assert differences(THEN, changed("data", **{"data.sequence_length": 128})) == {}
+    assert differences(THEN, changed("data", **{"data.split": "90,10"})) == {
+        "dataset": ["data.split was 95,5, is 90,10"]
+    }
+    assert differences(THEN, changed("fingerprints", order="x")) == {"order": ["order was a, is x"]}
+    # The order's fingerprint changes with the dataset: said once.
+    assert differences(THEN, changed("fingerprints", order="x", dataset="y")) == {"dataset": ["dataset was b, is y"]}
+    assert set(differences(THEN, changed("data", **{"train.seed": 2}))) == {"order"}
+
+
+def test_a_refusal_names_all_and_how_to_allow_it(tmp_path: Path) -> None:
+    found = {"model": ["x was 1, is 2"], "order": ["train.seed was 1, is 2"]}
+    refuse_other_run(tmp_path, found, ["model", "order"])
+    with pytest.raises(
+        CheckpointError, match=r"another order \(train.seed was 1, is 2\);.*resume.allow=\[model,order\]"
+    ):
+        refuse_other_run(tmp_path, found, ["model"])
