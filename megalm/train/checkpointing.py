@@ -128,6 +128,7 @@ class RunCheckpoints:
     def restore(self, engine: Engine, reader: CheckpointReader) -> None:
         """Put the checkpoint into `engine`."""
         engine.restore(reader.read, reader.manifest["counters"], reader.manifest["step"])
+        reader.close()
 
     def roll_back(self, engine: Engine, first_step: int, next_sample: int) -> tuple[Path, Position]:
         """Go back to the newest good checkpoint and past the data up to `next_sample`.

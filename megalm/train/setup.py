@@ -175,6 +175,7 @@ def _restore(course: Course, parts: Parts, folder: RunFolder) -> None:
     if reader is None:
         return
     step = 0 if course.weights_only else reader.manifest["step"]
+    reader.close()
     engine.restore(reader.read, reader.manifest["counters"], step)
     if course.weights_only:
         engine.reset()

@@ -170,3 +170,14 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"0 of 5 values"):
         write_weights(reader, tmp_path / "weights.safetensors", torch.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_closed_reader_holds_no_file(tmp_path: Path) -> None:
+    """What is pruned later must give its room back, though the run went on from it."""
+    path = save(tmp_path, 5)
+    reader = CheckpointReader(path)
+    reader.model()
+    assert str(path) in Path("/proc/self/maps").read_text()
+    reader.close()
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    reader.model()  # it opens them again
