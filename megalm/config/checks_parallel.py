@@ -83,6 +83,18 @@ def pipeline_clips_with_zero_1(case: Case) -> None:
         )
 
 
+def pipeline_sums_tied_gradients(case: Case) -> None:
+    # DeepSpeed adds up what the first and the last stage find for their common weight in `grad`, but accumulates fp16
+    # gradients in fp32 elsewhere: each stage would train its own copy.
+    apart = case.precision == "fp16" and case.settings.data_types.grad_accum_dtype == "fp32"
+    if case.config.parallel.pipeline > 1 and apart and _shape(case).tie_word_embeddings:
+        raise ConfigError(
+            f"parallel.pipeline={case.config.parallel.pipeline} with fp16 and data_types.grad_accum_dtype=fp32 "
+            f"({case.ds.path}) trains tied embeddings wrongly in DeepSpeed 0.19.8; remove grad_accum_dtype, use bf16, "
+            "or state model.tie_word_embeddings=false"
+        )
+
+
 def pipeline_keeps_its_states(case: Case) -> None:
     if case.config.parallel.pipeline == 1:
         return
@@ -118,6 +130,7 @@ PARALLEL_RULES: tuple[Callable[[Case], None], ...] = (
     pipeline_has_enough_layers,
     pipeline_needs_low_zero,
     pipeline_clips_with_zero_1,
+    pipeline_sums_tied_gradients,
     pipeline_keeps_its_states,
 )
 

@@ -118,3 +118,14 @@ def test_the_notice_reaches_the_run(start: Start) -> None:
     assert any("is more than the 8 ranks of a node" in notice for notice in apart.notices)
     together = start(*wide, ranks=16, device=GPU, ranks_per_node=16)
     assert not any("of a node" in notice for notice in together.notices)
+
+
+def test_a_pipeline_does_not_tie_weights_whose_gradients_it_would_not_add_up(start: Start) -> None:
+    fp16: dict[str, Any] = {"bf16": None, "fp16": {"enabled": True}, **zero(1)}
+    apart = fp16 | {"data_types": {"grad_accum_dtype": "fp32"}}
+    tied, untied = "model.tie_word_embeddings=true", "model.tie_word_embeddings=false"
+    message = refused(start, "parallel.pipeline=2", tied, device=GPU, **apart)
+    assert "trains tied embeddings wrongly in DeepSpeed 0.19.8; remove grad_accum_dtype" in message
+    start("parallel.pipeline=2", tied, device=GPU, **fp16)
+    start("parallel.pipeline=2", untied, device=GPU, **apart)
+    start(tied, device=GPU, **apart)
