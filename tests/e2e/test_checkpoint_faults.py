@@ -1,0 +1,129 @@
+"""Damage, full disks and secrets, met by the real commands."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import SmallData
+from tests.e2e.jobs import finish, losses, pretrain, rows, run_folder, train_rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+WORDS = ("run.name=mine", "schedule.kind=constant", "train.rehearse=false", "checkpoint.interval_steps=2")
+
+
+def _words(small_data: SmallData, *more: str) -> tuple[str, ...]:
+    stated = {word.split("=")[0] for word in (*WORDS, *more)}
+    return (*(word for word in small_data.words if word.split("=")[0] not in stated), *WORDS, *more)
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly(small_data: SmallData, tmp_path: Path) -> None:
+    """The newest has a flipped bit, the one before lost its end: auto takes the third, by name both are refused."""
+    words = _words(small_data)
+    finished = finish(tmp_path, pretrain(*words, "train.steps=6"))
+    assert finished.code == 0, finished.explain()
+    undisturbed = losses(tmp_path)
+    checkpoints = run_folder(tmp_path) / "checkpoints"
+    flipped, cut = (checkpoints / f"step-{step:08d}" / "rank-00000.safetensors" for step in (6, 4))
+    _flip(flipped)
+    cut.write_bytes(cut.read_bytes()[:-8])
+
+    for wanted, file in (("6", flipped), ("4", cut)):
+        refused = finish(tmp_path, pretrain(*words, "train.steps=6", "--resume", wanted))
+        assert refused.code == 2, refused.explain()
+        assert refused.stderr.startswith("megalm: checkpoint: "), refused.explain()
+        assert "/".join(file.parts[-2:]) in refused.stderr
+
+    resumed = finish(tmp_path, pretrain(*words, "train.steps=6", "--resume", "auto"))
+    assert resumed.code == 0, resumed.explain()
+    warnings = [row["text"] for row in rows(tmp_path) if row.get("event") == "warning"]
+    assert len(warnings) == 2
+    for file, warning in zip((flipped, cut), warnings, strict=True):
+        assert warning.startswith("passed over: ")
+        assert "/".join(file.parts[-2:]) in warning
+        assert f"WARNING: {warning}" in resumed.stdout
+    attempt = train_rows(tmp_path)[-1]["attempt"]
+    assert [row["step"] for row in train_rows(tmp_path) if row["attempt"] == attempt] == [3, 4, 5, 6]
+    assert losses(tmp_path) == undisturbed
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, require: Callable[..., None]) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", disk], capture_output=True, check=False)
+    require("tmpfs", mounted.returncode == 0, "no small disk: mounting a tmpfs needs root")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.parametrize("behind", ["checkpoint.async=false", "checkpoint.async=true"])
+def test_a_disk_that_holds_two_checkpoints_and_no_more(small_data: SmallData, small_disk: Path, behind: str) -> None:
+    """The third is refused before it is begun; what is there stays, and with retention there is room for all."""
+    words = _words(small_data, "train.steps=8", behind)
+    finished = finish(small_disk, pretrain(*words, using="torchrun", ranks=2))
+    assert finished.code == 1, finished.explain()
+    said = next(line for line in finished.stderr.splitlines() if line.startswith("megalm: "))
+    assert "step-00000006 was not written: rank 0: " in said
+    assert "MiB free, a checkpoint needs" in said
+    left = sorted(path.name for path in (run_folder(small_disk) / "checkpoints").iterdir())
+    assert left == ["latest", "step-00000002", "step-00000004"]
+    assert rows(small_disk)[-1]["status"] == "failed"
+
+    command = pretrain(*words, "checkpoint.keep_last=1", "--resume", "auto", using="torchrun", ranks=2)
+    resumed = finish(small_disk, command)
+    assert resumed.code == 0, resumed.explain()
+    assert list(losses(small_disk)) == list(range(1, 9))
+    left = sorted(path.name for path in (run_folder(small_disk) / "checkpoints").iterdir())
+    assert left == ["latest", "step-00000008"]
+
+
+SECRETS = {
+    "MEGALM_CANARY_TOKEN": "canary-token-5f1e",
+    "AWS_SECRET_ACCESS_KEY": "canary-aws-77ab",
+    "MLFLOW_TRACKING_PASSWORD": "canary-mlflow-90cd",
+}
+
+
+def _holds(folder: Path, secret: str) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize("steps", [4, 0])
+def test_secrets_of_the_environment_are_written_nowhere(small_data: SmallData, tmp_path: Path, steps: int) -> None:
+    """Not by a run that is tracked, nor by one that fails with a traceback."""
+    words = _words(small_data, "train.steps=4", "tracking.mlflow=true")
+    command = pretrain(*words, "--verbose")
+    if not steps:
+        (tmp_path / "runs" / "mine" / "samples").mkdir(parents=True)
+        (tmp_path / "runs" / "mine" / "failures").mkdir()
+        (tmp_path / "runs" / "mine" / "samples" / "step-00000004.txt").mkdir()  # where a file would be written
+    finished = finish(tmp_path, command, environment=SECRETS, patience_seconds=30)
+    assert finished.code == (0 if steps else 1), finished.explain()
+    if steps:
+        assert (tmp_path / "runs" / "mlflow.db").is_file()
+    else:
+        assert "IsADirectoryError" in finished.stderr, finished.explain()
+    for name, secret in SECRETS.items():
+        assert secret not in finished.stdout + finished.stderr, name
+        assert _holds(tmp_path, secret) == [], name
+
+
+def test_a_password_in_an_address_is_written_nowhere(small_data: SmallData, tmp_path: Path) -> None:
+    """MLFLOW_TRACKING_URI=https://user:password@host of a server that does not answer."""
+    uri = "http://me:canary-password-31ef@127.0.0.1:9"
+    command = pretrain(*_words(small_data, "train.steps=4", "tracking.mlflow=true"))
+    finished = finish(tmp_path, command, environment={"MLFLOW_TRACKING_URI": uri}, patience_seconds=60)
+    assert finished.code == 0, finished.explain()
+    assert "canary-password" not in finished.stdout + finished.stderr
+    assert _holds(tmp_path, "canary-password") == []
