@@ -61,10 +61,18 @@ def refuse_and_leave_out(comm: Any, device: torch.device, case: Case, prefix: Pa
             around["after"] = _everything(engine)
     with_refusal, answers = _everything(engine), list(results)
     engine, run, loader = start(comm, device, case, prefix, folder)
+    # The first step is refused once, which the rest must not notice, and taken then.
+    take(1, lambda loss, norm: False)
+    gradients = engine.refused_gradients()
     for step in range(1, STEPS + 1):
         if step != REFUSED:
             take(step, None)
+        if step == 1:
+            first_moments = [(key, values) for key, values in snapshot(engine) if key.kind == "exp_avg"]
     return {
+        "gradients": gradients,
+        "first norm": answers[0].grad_norm,
+        "first moments": first_moments,
         "asked": asked,
         "answers": answers,
         **around,
@@ -135,3 +143,23 @@ def test_what_is_no_number_is_never_applied(ranks: Any, name: str, world_size: i
         assert math.isnan(found["result"].loss)
         for (key, values), (_, others) in zip(found["before"], found["after"], strict=True):
             assert np.array_equal(values, others, equal_nan=True), (key.name, key.kind)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_refused_gradient_is_told_by_parameter(ranks: Any, name: str, world_size: int) -> None:
+    """Adam's first moment after one step is a tenth of the clipped gradient: the shares must be the same.
+
+    Tolerance: the squares are added up in another order, in fp64, from fp32 numbers.
+    """
+    squares: dict[str, float] = {}
+    for rank in ranks[world_size]:
+        for key, values in rank[name]["first moments"]:
+            squares[key.name] = squares.get(key.name, 0.0) + float(np.square(values, dtype=np.float64).sum())
+    whole = sum(squares.values())
+    for found in (rank[name] for rank in ranks[world_size]):
+        told = found["gradients"]
+        assert told.keys() == squares.keys()
+        for parameter, square in squares.items():
+            expected = found["first norm"] * math.sqrt(square / whole)
+            assert told[parameter] == pytest.approx(expected, rel=1e-5, abs=1e-9), parameter
