@@ -5,7 +5,9 @@ Rows have `kind` and `time` (unix seconds), and by kind:
 - `train`: step, tokens, samples (number of the next one), loss, lr, grad_norm, loss_scale, tokens_per_second,
   step_seconds, mfu, attempt
 - `eval`: step, tokens, loss, perplexity, dataset (and bits_per_byte where it is known)
-- `event`: event = start | resume | checkpoint | rollback | skip | signal | repair | end, and its own fields.
+- `event`: event = start | resume | checkpoint | spike | skip | rollback | signal | wall_time | early_stop | warning |
+  repair | end, and its own fields. `spike` has at_step, quantity, decided, loss, grad_norm, limit, median, first_sample;
+  `rollback` has samples_skipped and begins an attempt, as `start` and `resume` do.
   `end` has `status`: finished | failed | stopped (saved, and wants to be started again) and `exit_code`;
   `resume` and `rollback` have the `step` that the run goes on from.
 

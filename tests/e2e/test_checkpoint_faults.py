@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import finish, losses, pretrain, rows, run_folder, train_rows
+from tests.e2e.jobs import finish, job, losses, pretrain, rows, run_folder, train_rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -127,3 +128,21 @@ def test_a_password_in_an_address_is_written_nowhere(small_data: SmallData, tmp_
     assert finished.code == 0, finished.explain()
     assert "canary-password" not in finished.stdout + finished.stderr
     assert _holds(tmp_path, "canary-password") == []
+
+
+def test_a_second_job_on_the_folder_is_refused(small_data: SmallData, tmp_path: Path) -> None:
+    """The first goes on undisturbed; once it is killed a third takes its place."""
+    words = _words(small_data, "--resume", "auto")
+    with job(tmp_path, pretrain(*words, "train.steps=1000000")) as first:
+        first.wait_for_step(3)
+        second = finish(tmp_path, pretrain(*words, "train.steps=1000000"))
+        assert second.code == 2, second.explain()
+        assert f"is being trained by another job (host {platform.node()}, process {first.process.pid})" in second.stderr
+        step = train_rows(tmp_path)[-1]["step"]
+        first.wait_for_step(step + 1)
+        first.process.kill()
+        first.wait(patience_seconds=20)
+    done = train_rows(tmp_path)[-1]["step"]
+    third = finish(tmp_path, pretrain(*words, f"train.steps={done + 2}"))
+    assert third.code == 0, third.explain()
+    assert list(losses(tmp_path)) == list(range(1, done + 3))
