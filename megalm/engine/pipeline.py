@@ -65,7 +65,7 @@ class PipelineEngine(EngineBase):
         self._set_learning_rate(learning_rate)
         micro_batches = [self._tensors(micro_batch) for micro_batch in batch.micro_batches]
         # DeepSpeed averages over micro-batches and ranks; the loss is a mean over the targets of the *global* batch.
-        model.loss_scale = len(micro_batches) * data.size / batch.target_count
+        model.loss_factor = len(micro_batches) * data.size / batch.target_count
         model.loss_sum = 0.0
         loss, norm = 0.0, self._state.gradient_norm
 

@@ -140,7 +140,7 @@ class PipelineStage(PipelineModule):
     Its initial weights are still to be filled in, by canonical name.
 
     Attributes:
-        loss_scale: what the loss of a micro-batch is multiplied with before it is returned.
+        loss_factor: what the loss of a micro-batch is multiplied with before it is returned.
         loss_sum: losses of micro-batches in nats, added up since it was set to zero; of the last stage.
     """
 
@@ -171,10 +171,9 @@ class PipelineStage(PipelineModule):
             super().__init__(layers=layers, topology=grid)
         self._tied = tied
         self.moment = moment
-        self.loss_scale = 1.0
+        self.loss_factor = 1.0
         self.loss_sum: Tensor | float = 0.0
         self.vocab_size, self.hidden_size, self.slices = build.shape.vocab_size, build.shape.hidden_size, build.slices
-        self.slices = build.slices
         self.is_first, self.is_last = self.stage_id == 0, self.stage_id == self.num_stages - 1
         if tied and not self.is_first:
             for table in self.tied_modules.parameters():  # the first stage speaks for the shared weight
@@ -209,14 +208,14 @@ class PipelineStage(PipelineModule):
         self._set_bounds(self._bounds[self.stage_id], self._bounds[self.stage_id + 1])
 
     def _output(self, hidden: Tensor) -> Tensor:
-        """The last layer: the scaled loss, or logits where there are no labels."""
+        """The last layer: the loss times its factor, or logits where there are no labels."""
         (head,) = self._heads
         moment = self.moment
         if moment.labels is None:
             return head(hidden, positions=moment.positions)
         loss, _ = head(hidden, moment.labels)
         self.loss_sum = self.loss_sum + loss.detach()
-        return loss * self.loss_scale
+        return loss * self.loss_factor
 
     def _make_head(self, build: StageBuilder) -> LanguageModelHead:
         if self._tied:
