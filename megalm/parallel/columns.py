@@ -67,8 +67,8 @@ class _Columns(torch.autograd.Function):
         addend = rows[0] @ weights[0]
         for row, weight in zip(rows[1:], weights[1:], strict=True):
             addend.addmm_(row, weight)
-        whole_rows = whole().flatten(0, 1)  # [N, H]
         input_gradient = stream.begin_gradient(addend.view(*gradients[0].shape[:2], -1))
+        whole_rows = whole().flatten(0, 1)  # [N, H]
         begun = [
             _begin_shared(row.t() @ whole_rows, part, stream.group) for row, part in zip(rows, ctx.parts, strict=True)
         ] + [
