@@ -28,6 +28,8 @@ from megalm.checkpoint.retention import Retention, prune, superfluous
 from megalm.cli import show
 from megalm.cli.runs import find_run
 from megalm.errors import CheckpointError
+from megalm.tracking.run_folder import CONFIG_FILE, DEEPSPEED_FILE, read_mapping
+from megalm.train.schedule import ScheduleSegment
 
 _LONGEST_VALUE = 160
 
@@ -64,6 +66,9 @@ def show_command(path: Path = typer.Argument(help="Checkpoint folder, or a run f
     manifest = read_manifest(folder)
     facts = [[name, _plain(name, value)] for name, value in manifest.items() if name not in ("files", "tensors")]
     typer.echo(show.table(["checkpoint", str(folder)], [*facts, ["tensors", f"{len(manifest['tensors'])} parameters"]]))
+    if segments := manifest.get("schedule", {}).get("segments"):
+        rates = [["learning rate", str(ScheduleSegment.from_json(stored))] for stored in segments]
+        typer.echo("\n" + show.table(["in force", ""], rates))
     rows = [
         [name, show.size(entry["bytes"]), _presence(folder / name, entry["bytes"])]
         for name, entry in manifest["files"].items()
@@ -113,9 +118,9 @@ def diff_command(
     from megalm.checkpoint.load import CheckpointReader
 
     readers = CheckpointReader(_checkpoint(first)), CheckpointReader(_checkpoint(second))
-    facts = different_facts(readers[0].manifest, readers[1].manifest)
+    facts = different_facts(*(_account(reader.path, reader.manifest) for reader in readers))
     titles = [str(reader.path) for reader in readers]
-    typer.echo(show.table(["manifest", *titles], facts) if facts else "the manifests say the same")
+    typer.echo(show.table(["said of it", *titles], facts) if facts else "both say the same of themselves")
     if shapes := different_shapes(*readers):
         typer.echo("\n" + show.table(["shape", *titles], shapes))
     differences = largest_differences(*readers)
@@ -177,6 +182,12 @@ def _checkpoint(path: Path) -> Path:
     if newest is None:
         raise CheckpointError(f"{path}: has no checkpoint yet; `megalm checkpoint list {path}` shows what is there")
     return newest
+
+
+def _account(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest, with the configuration that is kept beside it."""
+    kept = {"config": read_mapping(path / CONFIG_FILE), "deepspeed": read_mapping(path / DEEPSPEED_FILE)}
+    return {**manifest, **kept}
 
 
 def _entry(path: Path) -> Entry:

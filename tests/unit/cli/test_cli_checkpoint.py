@@ -120,13 +120,17 @@ def test_mark_bad_and_good_again(run_dir: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_diff(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (500, 10000):
+        (folder(run_dir, step) / "config.yaml").write_text(f"train: {{steps: {step}, seed: 1}}\n")
     code, out, _ = run(capsys, "diff", folder(run_dir, 500), run_dir)
     assert code == 0
     lines = [line.split() for line in out.splitlines()]
     assert ["step", "500", "10000"] in lines
+    assert ["config.train.steps", "500", "10000"] in lines
+    assert "seed" not in out
     assert ["layers.0", "9.5e+05", "9.5e+05", "9.5e+05"] in lines
     code, out, _ = run(capsys, "diff", run_dir, run_dir)
-    assert "the manifests say the same" in out
+    assert "both say the same of themselves" in out
     assert out.splitlines()[-1].split() == ["norm", "0", "0", "0"]
 
 
