@@ -134,6 +134,9 @@ class Delivery:
             for event in batch.events:
                 if event.get("event") in ("start", "resume"):
                     store.set_tags(run_id, run_folder.event_tags(event))
+                elif event.get("event") == "rollback":  # the run's next attempt, in the same process
+                    attempt = {name: event[name] for name in ("attempt", "rollbacks") if name in event}
+                    store.set_tags(run_id, run_folder.event_tags(attempt))
             if batch.metrics:
                 store.log_metrics(run_id, batch.metrics)
             for event in batch.events:

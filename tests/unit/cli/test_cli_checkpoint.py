@@ -82,6 +82,16 @@ def test_show_takes_a_checkpoint_or_the_newest_of_a_run(run_dir: Path, capsys: p
     assert "step-00010000" in out
 
 
+def test_show_tells_what_the_learning_rate_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"kind": "cosine", "peak_learning_rate": 1e-3, "final_learning_rate": 1e-4, "decay_steps": 1}
+    first = {"first_step": 1, "offset_steps": 0, **facts, "kind": "constant", "warmup_steps": 100, "steps": 1000}
+    second = {"first_step": 1001, "offset_steps": 1000, **facts, "warmup_steps": 0, "steps": 9000}
+    save(tmp_path / "checkpoints", 2000, schedule={"segments": [first, second]})
+    _, out, _ = run(capsys, "show", tmp_path)
+    assert "from step 1: constant from 0.001 after 100 steps of warm-up" in out
+    assert "from step 1,001: cosine from 0.001 to 0.0001 at step 10,000\n" in out
+
+
 def test_show_finds_files_that_are_gone_or_cut(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = folder(run_dir, 500) / RANK_FILE
     file.write_bytes(b"x" * 100)

@@ -105,6 +105,19 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(run_dir: Path) -> None:
     assert second.artifacts == 1  # the changed config.yaml
 
 
+def test_a_rollback_is_the_next_attempt(run_dir: Path) -> None:
+    write_rows(run_dir, range(1, 5))
+    first = sync(run_dir)
+    with MetricsWriter(run_dir / "metrics.jsonl") as writer:
+        writer.row("event", event="rollback", step=2, at_step=5, attempt=2, rollbacks=1, samples_skipped=48)
+        writer.row("train", step=3, tokens=300, loss=1.1, lr=1e-3, attempt=2)
+    sync(run_dir)
+    run = client_of(run_dir).get_run(first.run_id)
+    assert (run.data.tags["attempt"], run.data.tags["rollbacks"], run.info.status) == ("2", "1", "RUNNING")
+    assert run.data.metrics["event/rollback/samples_skipped"] == 48
+    assert [step for step, _ in history(run_dir, first.run_id, "train/loss")] == [1, 2, 3, 4, 3]
+
+
 @pytest.mark.parametrize(
     ("end", "status"), [("finished", "FINISHED"), ("failed", "FAILED"), ("stopped", "KILLED"), (None, "RUNNING")]
 )
