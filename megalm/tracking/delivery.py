@@ -135,7 +135,7 @@ class Delivery:
                 if event.get("event") in ("start", "resume"):
                     store.set_tags(run_id, run_folder.event_tags(event))
                 elif event.get("event") == "rollback":  # the run's next attempt, in the same process
-                    attempt = {name: event[name] for name in ("attempt", "rollbacks") if name in event}
+                    attempt: Row = {name: value for name, value in event.items() if name in ("attempt", "rollbacks")}
                     store.set_tags(run_id, run_folder.event_tags(attempt))
             if batch.metrics:
                 store.log_metrics(run_id, batch.metrics)

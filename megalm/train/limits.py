@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 # A save takes longer than the ones before it now and then, and leaving takes a moment too.
 _SAVE_MARGIN = 1.5
 _LEAVING_SECONDS = 10.0
@@ -25,7 +27,7 @@ class Limits:
 
     Args:
         wall_seconds: from `started` on; None: no end.
-        started: `time.monotonic()` of the job's start.
+        started: `time.monotonic()` at which the job started.
         watchdog: told of progress; it watches from the first step boundary on: what comes before may compile.
     """
 
@@ -64,6 +66,11 @@ class Limits:
         """What follows ends by itself, however long it takes."""
         if self.watchdog is not None:
             self.watchdog.rest()
+
+
+def process_start() -> float:
+    """When this process began, on the clock of `time.monotonic()`."""
+    return time.monotonic() - (time.time() - psutil.Process().create_time())
 
 
 class Watchdog(threading.Thread):

@@ -79,6 +79,7 @@ class TrainingLoop:
     _saved_step: int = field(default=0, init=False)
     _saved_path: Path | None = field(default=None, init=False)
     _first_step: int = field(default=0, init=False)  # that this process went on from
+    _last_spike: int = field(default=-1, init=False)
 
     def run(self) -> int:
         """Train to the last step, or to a stop request; the exit code."""
@@ -130,7 +131,7 @@ class TrainingLoop:
         position.tokens += parts.run.tokens_per_step
         position.evaluation = None
 
-    def _report_spike(self, verdict: Verdict, result: StepResult, rate: float) -> Path:
+    def _report_spike(self, verdict: Verdict, result: StepResult, rate: float) -> Path | None:
         """An event, a line and a report of the step that comes after `position`."""
         parts, position, finding = self.parts, self.position, verdict.finding
         assert finding is not None
@@ -146,16 +147,19 @@ class TrainingLoop:
             samples=(first, first + parts.run.batch.global_batch),
             saved_step=self._saved_step,
         )
-        report = parts.incidents.write(parts.engine, incident)
+        # A run that is let go astray would fill the disk with reports of the same thing.
+        goes_on = verdict.action == "let pass" and self._last_spike == step - 1
+        report = None if goes_on else parts.incidents.write(parts.engine, incident)
+        self._last_spike = step
         numbers = {"loss": result.loss, "grad_norm": result.grad_norm, "limit": finding.limit, "median": finding.median}
         of = {"at_step": step, "quantity": finding.quantity, "decided": verdict.action, "why": verdict.why}
-        self.event("spike", **of, **numbers, first_sample=first, report=report.name)
+        self.event("spike", **of, **numbers, first_sample=first, report=report.name if report else None)
         if verdict.action == "skip":
             self.event("skip", at_step=step, reason=str(finding))
-        parts.reporter.say(f"step {step}: {finding}: {verdict.action}; {report}")
+        parts.reporter.say(f"step {step}: {finding}: {verdict.action}{f'; {report}' if report else ''}")
         return report
 
-    def _stop_at(self, verdict: Verdict, result: StepResult, report: Path) -> NoReturn:
+    def _stop_at(self, verdict: Verdict, result: StepResult, report: Path | None) -> NoReturn:
         """End the run; what it has learnt so far is kept, as a state not to be trusted.
 
         Raises:

@@ -7,7 +7,6 @@ after it, so that a failure has a place to be told.
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +43,7 @@ from megalm.train.guard import SpikeGuard
 from megalm.train.incidents import IncidentWriter, reading
 from megalm.train.launcher_watch import watch_launchers
 from megalm.train.leaving import FailureClaim, Guard, StopRequest
-from megalm.train.limits import Limits, Watchdog
+from megalm.train.limits import Limits, Watchdog, process_start
 from megalm.train.loop import Parts, TrainingLoop
 from megalm.train.pipeline_facts import pipeline_facts
 from megalm.train.rehearsal import memory_errors_named, rehearse
@@ -89,7 +88,6 @@ def resolve_run(arguments: Arguments, world_size: int, local_world_size: int) ->
 
 def pretrain(arguments: Arguments, guard: Guard) -> int:
     """Run one training job on this rank; the exit code."""
-    started = time.monotonic()
     ranks = rank_facts()
     resume = _resume(arguments)
     run = resolve_run(arguments, ranks.world_size, ranks.local_world_size)
@@ -122,7 +120,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
         reporter.say("preparing DeepSpeed's CPU Adam (compiled at its first use: a minute or two)")
     engine = build_engine(run, shape, device, comm, lambda *stages: reporter.say(pipeline_facts(run, *stages)))
     peak, peak_source = peak_flops(device, run.precision != "fp32")
-    limits = _limits(run, guard, folder, comm, started)
+    limits = _limits(run, guard, folder, comm)
     incidents = IncidentWriter(
         folder.incidents,
         reading(data.train, data.tokenizer),
@@ -148,10 +146,9 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     parts.limits.rest()
     parts.batches.close()
     comm.barrier()  # no rank leaves while another still needs rank 0's store
-    _close(metrics, mirror, reporter, folder)
+    _close(metrics, mirror, reporter, folder, lock)
     if code == EXIT_DONE:
         reporter.say(farewell(folder, run, arguments.deepspeed_config))
-    lock.release()
     return code
 
 
@@ -175,8 +172,8 @@ def _restore(course: Course, parts: Parts, folder: RunFolder) -> None:
     if reader is None:
         return
     step = 0 if course.weights_only else reader.manifest["step"]
-    reader.close()
     engine.restore(reader.read, reader.manifest["counters"], step)
+    reader.close()
     if course.weights_only:
         engine.reset()
 
@@ -187,13 +184,13 @@ def _restore(course: Course, parts: Parts, folder: RunFolder) -> None:
     parts.guard.history.restart(parts.comm.once(steps_before))
 
 
-def _limits(run: ResolvedRun, guard: Guard, folder: RunFolder, comm: ProcessComm, started: float) -> Limits:
+def _limits(run: ResolvedRun, guard: Guard, folder: RunFolder, comm: ProcessComm) -> Limits:
     train, watchdog = run.config.train, None
     if train.hang_timeout_seconds is not None:
         guard.stacks = folder.stacks(comm.rank)
         watchdog = Watchdog(guard.stacks, train.hang_timeout_seconds, guard.leave_standstill)
     wall = wall_time_seconds(train.max_wall_time) if train.max_wall_time is not None else None
-    return Limits(wall, started, watchdog)
+    return Limits(wall, process_start(), watchdog)
 
 
 def _resume(arguments: Arguments) -> Resume:
@@ -299,8 +296,11 @@ def _nothing_to_do(loop: TrainingLoop, reporter: Reporter) -> int:
     return EXIT_DONE
 
 
-def _close(metrics: MetricsWriter | None, mirror: MirrorHandle | None, reporter: Reporter, folder: RunFolder) -> None:
+def _close(
+    metrics: MetricsWriter | None, mirror: MirrorHandle | None, reporter: Reporter, folder: RunFolder, lock: RunLock
+) -> None:
     if metrics is not None:
         metrics.close()
     if mirror is not None and not mirror.finish(_MIRROR_PATIENCE_SECONDS):
         reporter.say(f"MLflow has not got everything yet; later: megalm track sync {folder.path}")
+    lock.release()
