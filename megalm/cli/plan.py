@@ -11,7 +11,7 @@ import typer
 from megalm.cli import show
 from megalm.cli.grid import grid_text
 from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, read_deepspeed_json
-from megalm.config.loading import load_run_config
+from megalm.config.loading import load_run_config, spelling
 from megalm.config.precision import DeviceFacts
 from megalm.config.resolve import resolve
 from megalm.config.schema import RunConfig
@@ -83,7 +83,7 @@ def _configuration(plan: Plan) -> str:
         for part in key.split("."):
             value = value[part]
         if value is not None or plan.resolved.sources[key] != "default":
-            rows.append([key, shown(value), plan.resolved.sources[key]])
+            rows.append([spelling(key), shown(value), plan.resolved.sources[key]])
     return show.table(["key", "value", "from"], rows)
 
 

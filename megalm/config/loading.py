@@ -76,6 +76,11 @@ def load_run_config(config: str | None, overrides: Sequence[str]) -> LoadedConfi
     return LoadedConfig(validate(RunConfig, values, sources.__getitem__), sources, preset, stated)
 
 
+def spelling(key: str) -> str:
+    """A dotted key as people write it."""
+    return next((written for written, name in _SPELLINGS.items() if name == key), key)
+
+
 def config_to_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML; loading it gives the same configuration, also under a later preset."""
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)

@@ -7,7 +7,7 @@ import yaml
 from config_cases import refused
 
 from megalm.config import presets
-from megalm.config.loading import config_to_yaml, load_run_config
+from megalm.config.loading import config_to_yaml, load_run_config, spelling
 from megalm.config.schema import RunConfig
 from megalm.config.strict import leaf_fields
 
@@ -195,3 +195,5 @@ def test_a_key_that_is_a_word_of_python(tmp_path: Path) -> None:
     ):
         assert loaded.config.checkpoint.asynchronous
         assert "async: true" in config_to_yaml(loaded.config)
+    assert spelling("checkpoint.asynchronous") == "checkpoint.async"
+    assert spelling("checkpoint.best") == "checkpoint.best"
