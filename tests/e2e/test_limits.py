@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megalm.tracking.metrics import live_rows
 from megalm.train.limits import Watchdog
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import finish, job, losses, pretrain, rows, run_folder, train_rows
@@ -55,6 +56,29 @@ def test_a_stopped_rank_is_noticed(small_data: SmallData, tmp_path: Path) -> Non
     assert "_train_step" in stacks.read_text(), "where the main thread stood"
     end = rows(tmp_path)[-1]
     assert (end["event"], end["status"], end["exit_code"]) == ("end", "failed", 1)
+
+
+def test_a_killed_rank_costs_one_interval_and_changes_no_number(small_data: SmallData, tmp_path: Path) -> None:
+    words = [word for word in small_data.words if not word.startswith("checkpoint.")]
+    words += ["run.name=mine", "schedule.kind=constant", "checkpoint.interval_steps=3", "--resume", "auto"]
+    (straight := tmp_path / "straight").mkdir()
+    (killed := tmp_path / "killed").mkdir()
+    with job(killed, pretrain(*words, ENDLESS, using="torchrun", ranks=2)) as started:
+        started.wait_for_step(7)
+        started.rank(1).send_signal(signal.SIGKILL)
+        assert started.wait(LAUNCHER_SECONDS).code != 0
+    reached = train_rows(killed)[-1]["step"]
+    for folder in (killed, straight):
+        finished = finish(folder, pretrain(*words, f"train.steps={reached + 3}", using="torchrun", ranks=2))
+        assert finished.code == 0, finished.explain()
+    (resume,) = [row for row in rows(killed) if row.get("event") == "resume"]
+    assert reached - 3 <= resume["step"] <= reached
+
+    def numbers(folder: Path) -> list[tuple[int, float, float]]:
+        live = live_rows(rows(folder))
+        return [(row["step"], row["loss"], row["grad_norm"]) for row in live if row["kind"] == "train"]
+
+    assert numbers(killed) == numbers(straight)
 
 
 # Rank 1 goes into a loop of its own; both ranks can still write their stacks.
