@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import finish, losses, own_lines, pretrain, rows, run_folder, write_json
+from tests.e2e.jobs import finish, job, losses, own_lines, pretrain, rows, run_folder, write_json
 
 pytestmark = pytest.mark.e2e
 
@@ -52,3 +52,15 @@ def test_one_rank_goes_on_where_a_pipeline_stopped(small_data: SmallData, tmp_pa
     assert finished.code == 0, finished.explain()
     assert "resumed at step 3" in finished.stdout
     assert losses(moved) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_a_killed_stage_ends_the_job(small_data: SmallData, tmp_path: Path) -> None:
+    """The first stage waits for a message that never comes."""
+    words = _words(small_data, *PIPELINE, "train.steps=100000")
+    with job(tmp_path, pretrain(*words, using="deepspeed", ranks=2, json_file="pipeline.json")) as started:
+        started.wait_for_step(3)
+        started.rank(1).kill()
+        finished = started.wait(60.0)
+    assert finished.code != 0, finished.explain()
+    assert finished.left == []
+    assert finished.stderr.count("Traceback") <= 1, finished.explain()
