@@ -48,7 +48,7 @@ def ensure_dataset(
 
     Args:
         rebuild: "never" refuses what differs; "auto" builds it again, also where an input file has changed or the
-            dataset's files are gone; "always" builds it again in any case.
+            dataset's files are gone (raw text that is gone is no reason); "always" builds it again in any case.
         tell: called with a line for people before a build.
 
     Raises:
@@ -67,21 +67,22 @@ def ensure_dataset(
             raise DataError(f"{prefix} {'; '.join(found)}. {start} {_how(prefix, sidecar, wanted)}")
         return None
     found += [f"{path.name} is gone" for path in (bin_path(prefix), idx_path(prefix)) if not path.exists()]
-    found += [f"its input {path} has changed" for path in changed_inputs(sidecar)[:1]]
+    found += [f"its input {path} has another size or time than recorded" for path in changed_inputs(sidecar)[:1]]
     if rebuild == "auto" and not found:
         return None
     recorded = _inputs(prefix, sidecar)  # also says what cannot be built again at all
     options = _options(sidecar, wanted.append_eod)
     say(f"building {prefix} again: {'; '.join(found) or 'data.rebuild=always'}")
-    return build_files(
+    built = build_files(
         wanted.inputs or recorded,
         wanted.tokenizer,
         build_prefix(prefix),
         options,
         workers=workers,
         overwrite=True,
-        again=True,
+        again=rebuild == "always",
     )
+    return None if built.was_there else built  # a file with another time may hold the same
 
 
 def differences(sidecar: dict[str, Any], wanted: Wanted) -> list[str]:
@@ -146,13 +147,15 @@ def _how(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted) -> str:
 
 
 def changed_inputs(sidecar: dict[str, Any]) -> list[str]:
-    """Input files whose size or time is not the recorded one, or that are gone."""
+    """Input files whose size or time is not the recorded one; of those that are gone nothing can be built."""
     changed = []
     for entry in sidecar["inputs"]:
         if isinstance(entry, dict) and entry["path"] != STDIN:
             path = Path(entry["path"])
-            file = InputFile.found_at(path) if path.exists() else None
-            if file is None or (file.size, file.mtime_ns) != (entry["bytes"], entry["mtime_ns"]):
+            if not path.exists():
+                continue
+            file = InputFile.found_at(path)
+            if (file.size, file.mtime_ns) != (entry["bytes"], entry["mtime_ns"]):
                 changed.append(entry["path"])
     return changed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -98,6 +99,18 @@ def test_always_mends_what_no_size_shows(tmp_path: Path, corpus: Path) -> None:
     assert ensure_dataset(tmp_path / "x-train", Wanted(ByteTokenizer()), "auto") is None
     assert ensure_dataset(tmp_path / "x-train", Wanted(ByteTokenizer()), "always") is not None
     assert (tmp_path / "x-train.bin").read_bytes() == content
+
+
+def test_raw_text_that_was_touched_or_is_gone_is_no_reason(tmp_path: Path, corpus: Path) -> None:
+    build_files([corpus], ByteTokenizer(), tmp_path / "x", OPTIONS)
+    times = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("x-*"))]
+    os.utime(corpus, (1.0, 1.0))
+    assert ensure_dataset(tmp_path / "x-train", Wanted(ByteTokenizer()), "auto") is None
+    corpus.unlink()
+    assert ensure_dataset(tmp_path / "x-train", Wanted(ByteTokenizer()), "auto") is None
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("x-*"))] == times
+    with pytest.raises(DataError, match="no file to read there"):
+        ensure_dataset(tmp_path / "x-train", Wanted(ByteTokenizer()), "always")
 
 
 def test_stated_inputs(tmp_path: Path, corpus: Path) -> None:
