@@ -22,7 +22,7 @@ from megalm.checkpoint.layout import (
     pointed_at,
     step_folders,
 )
-from megalm.durable import is_temporary, sync_directory
+from megalm.durable import is_temporary, sync_directory, write_durably
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def prune(checkpoints: Path, retention: Retention) -> list[Path]:
 def tidy(checkpoints: Path) -> list[Path]:
     """Finish what a killed job left half done; what was removed or put back. Only for the holder of the run's lock.
 
-    An earlier checkpoint of a step that was being replaced gets its name back, unless its successor is in place.
+    An earlier checkpoint of a step that was being replaced gets its name back, unless its successor is in place; and
+    `best` names the newest that was the best when it was written, which a kill may have come before.
     """
     if not checkpoints.is_dir():
         return []
@@ -96,7 +97,21 @@ def tidy(checkpoints: Path) -> list[Path]:
             found.append(path)
     if found:
         sync_directory(checkpoints)
+    named, best = pointed_at(checkpoints, BEST), _best(catalogue(checkpoints))
+    if named is not None and best not in (None, named):
+        write_durably(checkpoints / BEST, f"{best}\n".encode())
+        found.append(checkpoints / BEST)
     return found
+
+
+def _best(entries: Sequence[Entry]) -> str | None:
+    """The name of the newest good one whose validation loss was the lowest so far."""
+    for entry in reversed(entries):
+        if entry.manifest is not None and entry.status == "good":
+            loss = entry.manifest.get("validation_loss")
+            if loss is not None and loss == entry.manifest.get("best_validation_loss"):
+                return entry.path.name
+    return None
 
 
 def _discard(path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megalm.checkpoint.layout import Entry, catalogue, complete_checkpoints
+from megalm.checkpoint.manifest import set_status
 from megalm.checkpoint.retention import Retention, prune, superfluous, tidy
 from tests.checkpoint_files import assert_holds, save
 
@@ -91,3 +92,17 @@ def test_a_checkpoint_that_cannot_be_deleted_is_told(tmp_path: Path, monkeypatch
     with pytest.raises(PermissionError):
         prune(tmp_path, Retention(1))
     assert [entry.step for entry in catalogue(tmp_path)] == [20]
+
+
+def test_a_kill_before_the_best_was_named_is_made_good(tmp_path: Path) -> None:
+    for step, loss, best in ((10, 3.0, 3.0), (20, 2.5, 2.5), (30, 2.8, 2.5), (40, None, 2.5)):
+        save(tmp_path, step, validation_loss=loss, best_validation_loss=best)
+    assert tidy(tmp_path) == []
+    assert not (tmp_path / "best").exists()  # nobody asked for it
+    (tmp_path / "best").write_text("step-00000010\n")
+    assert tidy(tmp_path) == [tmp_path / "best"]
+    assert (tmp_path / "best").read_text() == "step-00000020\n"
+    assert tidy(tmp_path) == []
+    set_status(tmp_path / "step-00000020", "bad", "it is not")
+    tidy(tmp_path)
+    assert (tmp_path / "best").read_text() == "step-00000010\n"
