@@ -114,6 +114,11 @@ def resolve(
         return estimate_memory(case).total <= device.memory_bytes * _USABLE_MEMORY
 
     batch, batch_notices = plan_batch(settings, topology.data, ds.path, fits)
+    if topology.pipeline > 1 and chooses_micro_batch(settings):
+        batch_notices.append(
+            f"parallel.pipeline={topology.pipeline}: micro-batches are kept so small that stages wait for at most "
+            f"{LARGE_BUBBLE:.0%} of a step, where train_batch_size allows it"
+        )
     optimizer, optimizer_notices = _optimizer(ds)
     deepspeed, deepspeed_notices = _deepspeed_dict(ds, batch, precision)
     return ResolvedRun(

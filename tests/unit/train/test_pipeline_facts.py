@@ -39,4 +39,6 @@ def test_a_large_bubble_is_a_warning_with_advice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("pipeline", "micro_batch"), [(1, 8), (2, 4)])
 def test_auto_leaves_a_pipeline_enough_micro_batches(pipeline: int, micro_batch: int) -> None:
-    assert _run("zero1.json", f"parallel.pipeline={pipeline}").batch.micro_batch == micro_batch
+    run = _run("zero1.json", f"parallel.pipeline={pipeline}")
+    assert run.batch.micro_batch == micro_batch
+    assert any("wait for at most 20% of a step" in notice for notice in run.notices) == (pipeline > 1)
