@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from torch.distributed import TCPStore
 
 _CONTEXT = mp.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.ranks_preload"])
@@ -25,10 +26,10 @@ def run_ranks(
     Raises:
         AssertionError: with the traceback of the first rank that failed.
     """
-    port = _free_port()
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # keeps its port, so that nobody takes it
     queue: Any = _CONTEXT.Queue()
     processes = [
-        _CONTEXT.Process(target=_rank, args=(rank, world_size, port, queue, function, arguments))
+        _CONTEXT.Process(target=_rank, args=(rank, world_size, store.port, queue, function, arguments))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -57,6 +58,8 @@ def _rank(
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there: rank 0 starts none
+        "TORCHELASTIC_RESTART_COUNT": "0",
         "DS_ACCELERATOR": "cpu",
     }
     error, value = "", None
@@ -76,9 +79,3 @@ def _rank(
     queue.join_thread()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads may abort a normal exit
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
