@@ -33,7 +33,7 @@ _HEADINGS = (
     "layout",
     "ranks",
     "model",
-    "precision",
+    "numbers",
     "ZeRO",
     "initial weights",
     "losses",
@@ -49,21 +49,22 @@ class Matrix:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._references: dict[str, Outcome] | None = None
-        self._differences: dict[str, dict[Row, Difference]] = {}
-        self._failures: dict[str, BaseException] = {}
+        self._differences: dict[Row, Difference] = {}
+        self._failures: dict[Row, BaseException] = {}
         make_dataset(folder / "data")
 
-    def differences(self, layout: str) -> dict[Row, Difference]:
-        """Every row of a layout with its differences to one rank; trained at the first call."""
-        if layout in self._failures:  # once: each row asks
-            raise AssertionError(f"{layout} failed before") from self._failures[layout]
-        if layout not in self._differences:
+    def difference(self, row: Row) -> Difference:
+        """A row's difference to one rank; its layout is trained at the first call, slow rows apart."""
+        if row in self._failures:  # once: each row asks
+            raise AssertionError(f"{row.layout} failed before") from self._failures[row]
+        if row not in self._differences:
+            together = [other for other in rows(row.layout) if other.is_slow == row.is_slow]
             try:
-                self._differences[layout] = self._compare(layout)
+                self._differences |= self._compare(together)
             except BaseException as error:
-                self._failures[layout] = error
+                self._failures |= dict.fromkeys(together, error)
                 raise
-        return self._differences[layout]
+        return self._differences[row]
 
     def reference(self, row: Row) -> Outcome:
         if self._references is None:
@@ -71,9 +72,9 @@ class Matrix:
             (self._references,) = self._train("one rank", 1, wanted)
         return self._references[row.reference]
 
-    def _compare(self, layout: str) -> dict[Row, Difference]:
-        wanted = rows(layout)
-        trained = self._train(layout, LAYOUTS[layout].ranks, {row.name: row.case() for row in wanted})
+    def _compare(self, wanted: Sequence[Row]) -> dict[Row, Difference]:
+        ranks = LAYOUTS[wanted[0].layout].ranks
+        trained = self._train(wanted[0].name, ranks, {row.name: row.case() for row in wanted})
         return {row: difference([rank[row.name] for rank in trained], self.reference(row)) for row in wanted}
 
     def _train(self, name: str, ranks: int, cases: Mapping[str, Case]) -> list[dict[str, Outcome]]:
@@ -86,9 +87,8 @@ def table(layouts: Sequence[str], matrix: Matrix) -> list[str]:
     """Lines of Markdown: a row for all ZeRO stages of a layout, model and precision, with their largest differences."""
     lines = ["| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS)]
     for layout in layouts:
-        found = matrix.differences(layout)
         for cells in keys(layout):
-            alike = [found[row] for row in found if _key(row) == cells]
+            alike = [matrix.difference(row) for row in rows(layout) if _key(row) == cells]
             worst = [
                 f"{max(getattr(each, name) for each in alike):.0e}" for name in ("loss", "norm", "weights", "moments")
             ]
@@ -103,10 +103,9 @@ def keys(layout: str) -> list[tuple[str, ...]]:
 
 
 def _key(row: Row) -> tuple[str, ...]:
-    stages = sorted(
-        {other.zero for other in rows(row.layout) if (other.model, other.precision) == (row.model, row.precision)}
-    )
-    return row.layout, str(LAYOUTS[row.layout].ranks), row.model, row.precision, " ".join(map(str, stages))
+    alike = [other for other in rows(row.layout) if (other.model, other.numbers) == (row.model, row.numbers)]
+    stages = " ".join(str(zero) for zero in sorted(other.zero for other in alike))
+    return row.layout, str(LAYOUTS[row.layout].ranks), row.model, row.numbers, stages
 
 
 def replaced(text: str, lines: Sequence[str]) -> str:
@@ -127,7 +126,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         matrix, start = Matrix(Path(folder)), time.monotonic()
         lines = table(layouts, matrix)
-        found = {row: each for layout in layouts for row, each in matrix.differences(layout).items()}
+        found = {row: matrix.difference(row) for layout in layouts for row in rows(layout)}
     wrong = [f"{row.name}: {'; '.join(each.beyond(TOLERANCES[row.precision]))}" for row, each in found.items()]
     wrong = [line for line in wrong if not line.endswith(": ")]
     sys.stdout.write("\n".join([*lines, "", *wrong, ""]))

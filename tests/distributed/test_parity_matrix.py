@@ -10,9 +10,8 @@ from tests.distributed.parity_table import BEGIN, DOCUMENT, END, Matrix, keys
 
 pytestmark = pytest.mark.distributed
 
-SLOW = {name for name, layout in LAYOUTS.items() if layout.ranks > 4}
 ROWS = [
-    pytest.param(row, id=row.name, marks=[pytest.mark.slow] if name in SLOW else [])
+    pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.is_slow else [])
     for name in LAYOUTS
     for row in rows(name)
 ]
@@ -25,7 +24,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
 
 @pytest.mark.parametrize("row", ROWS)
 def test_equal_to_one_rank(matrix: Matrix, row: Row) -> None:
-    assert not matrix.differences(row.layout)[row].beyond(TOLERANCES[row.precision])
+    assert not matrix.difference(row).beyond(TOLERANCES[row.precision])
 
 
 @pytest.mark.parametrize("row", [row for row in rows("dp2") if row.zero == 1], ids=lambda row: row.name)
