@@ -1,0 +1,304 @@
+"""Every layout against one rank on the same global batch: step time, communication, memory of activations and states.
+
+    python benchmarks/parallel.py [--shape quickstart|34m|124m|1.3b] [--layouts one dp2 tp2 ...] [--steps 8] [--zero 1]
+
+Each layout is started by itself, as so many processes of this file, one a GPU or, on a CPU, sharing the cores: there
+layouts cannot be faster than one rank, and what the table shows is what they cost and what they save. Columns:
+
+- s/step: median of `--steps` steps after three others; the whole of `train_step`.
+- communicating: time inside collectives and waiting for other ranks in them, of a step, on the rank with most.
+- activations: the most bytes that autograd keeps at one time, on the fullest rank, parameters apart.
+- states: all tensors held between steps, on the fullest rank; "planned": weights, gradients, masters and moments by
+  `megalm plan`, at their largest; 16 N / P: the rule of thumb of 16 bytes a parameter over what divides them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from megalm.engine.quirks import silence  # noqa: E402
+
+silence()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from megalm.config.deepspeed_json import read_deepspeed_json  # noqa: E402
+from megalm.config.loading import load_run_config  # noqa: E402
+from megalm.config.resolve import ResolvedRun, memory_case, resolve  # noqa: E402
+from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype  # noqa: E402
+from megalm.data.loader import BatchLayout, BatchLoader  # noqa: E402
+from megalm.data.samples import TrainingSamples  # noqa: E402
+from megalm.engine.build import build_engine  # noqa: E402
+from megalm.engine.comm import ProcessComm, start_distributed  # noqa: E402
+from megalm.engine.environment import claim_device, device_facts, device_name, rank_facts  # noqa: E402
+from megalm.memory import estimate_memory  # noqa: E402
+from megalm.model.shape import ModelShape, model_shape  # noqa: E402
+from megalm.train.leaving import leave  # noqa: E402
+
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Bench:
+    layers: int
+    hidden: int
+    heads: int
+    vocabulary: int
+    sequence: int
+    batch: int
+    micro_batch: int
+
+
+SHAPES = {
+    "quickstart": Bench(4, 256, 4, 8192, 256, 16, 2),
+    "34m": Bench(8, 512, 8, 16384, 512, 8, 1),
+    "124m": Bench(12, 768, 12, 50304, 1024, 16, 2),
+    "1.3b": Bench(24, 2048, 16, 50304, 2048, 16, 1),
+}
+# Name -> ranks, and what the run configuration states.
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one": (1, ()),
+    "dp2": (2, ()),
+    "tp2": (2, ("parallel.tensor=2",)),
+    "sp2": (2, ("parallel.tensor=2", "parallel.sequence=true")),
+    "pp2": (2, ("parallel.pipeline=2",)),
+    "tp2xdp2": (4, ("parallel.tensor=2",)),
+    "tp2xpp2": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
+    "pp2xdp2": (4, ("parallel.pipeline=2",)),
+    "tp4": (4, ("parallel.tensor=4",)),
+    "pp4": (4, ("parallel.pipeline=4",)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="quickstart")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["one", "dp2", "tp2", "sp2", "pp2"])
+    parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=1, help="a pipeline takes 0 or 1")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--one-of", metavar="LAYOUT", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one_of:
+        _rank(arguments)
+        return
+    print(f"{device_name()}; torch {torch.__version__}; {arguments.precision}, ZeRO {arguments.zero}")
+    print(
+        f"{'layout':10}{'s/step':>9}{'of one':>8}{'communicating':>15}{'activations':>13}{'states':>11}"
+        f"{'planned':>11}{'16 N / P':>11}"
+    )
+    first: float | None = None
+    with tempfile.TemporaryDirectory() as folder:
+        _write_random_tokens(Path(folder) / "data", SHAPES[arguments.shape])
+        for layout in arguments.layouts:
+            found = _launch(layout, Path(folder))
+            first = first or found["seconds"]
+            print(
+                f"{layout:10}{found['seconds']:9.3f}{found['seconds'] / first:8.2f}{found['communicating']:15.1%}"
+                + "".join(
+                    f"{found[name] / 2**20:{width}.1f}"
+                    for name, width in (("activations", 13), ("states", 11), ("planned", 11), ("rule", 11))
+                )
+                + "   MiB"
+            )
+
+
+def _launch(layout: str, folder: Path) -> dict[str, float]:
+    """Start a layout's ranks and return what the first of them says."""
+    ranks = LAYOUTS[layout][0]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = []
+    for rank in range(ranks):
+        here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+        # The store is here already, under a port that is held: the first rank is not to start one.
+        meet |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0}
+        environment = os.environ | {name: str(value) for name, value in (here | meet).items()}
+        command = [sys.executable, *sys.argv, "--one-of", layout, "--folder", str(folder)]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        sys.exit(f"{layout}: a rank failed, see above")
+    return json.loads(outputs[0].splitlines()[-1])
+
+
+def _rank(arguments: argparse.Namespace) -> None:
+    """One rank of one layout: measures, and prints the fullest rank's figures if it is the first."""
+    ranks = rank_facts()
+    device = claim_device(ranks)
+    comm = start_distributed(ranks, device)
+    bench = SHAPES[arguments.shape]
+    run = _resolve(arguments, bench)
+    shape = model_shape(run.config.model, bench.vocabulary, bench.sequence)
+    before = _tensor_bytes(device)
+    engine = build_engine(run, shape, device, comm)
+    loader = _loader(run, arguments.folder / "data", comm.rank)
+
+    def step(number: int) -> float:
+        batch = loader.batch((number - 1) * run.batch.global_batch)
+        comm.barrier()
+        start = time.perf_counter()
+        engine.train_step(batch, number, 1e-4)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds = [step(number) for number in range(1, _WARM_UP + arguments.steps + 1)][_WARM_UP:]
+    following = _WARM_UP + arguments.steps + 1
+    states = _tensor_bytes(device) - before
+    communicating = _communicating(lambda: step(following))
+    activations = _activations(engine, lambda: step(following + 1))
+    loader.close()
+    found = _fullest(comm, run, shape, communicating, activations, states)
+    if comm.is_main:
+        print(json.dumps({"seconds": statistics.median(seconds), **found}))
+    leave(0)
+
+
+def _fullest(
+    comm: ProcessComm, run: ResolvedRun, shape: ModelShape, communicating: float, activations: int, states: int
+) -> dict[str, float]:
+    case = memory_case(run.config, run.deepspeed_source, shape, run.topology, run.precision, run.device, run.batch)
+    plan = estimate_memory(case)
+    held = plan.weights + plan.gradients + plan.master + plan.moments
+    # What divides the sixteen bytes: tensor and pipeline ranks all of them, ZeRO 1 those of the optimizer only.
+    model_ranks, data = run.topology.tensor * run.topology.pipeline, run.topology.data
+    whole = {0: 16, 1: 4, 2: 2, 3: 0}[run.zero_stage]
+    rule = shape.parameter_count() / model_ranks * (whole + (16 - whole) / data)
+    measured = comm.max([communicating, activations, states])
+    return dict(zip(("communicating", "activations", "states"), measured, strict=True)) | {
+        "planned": held,
+        "rule": rule,
+    }
+
+
+def _communicating(step: Any) -> float:
+    """The part of a step's time in which a collective was under way, by torch's profiler."""
+    cuda = torch.cuda.is_available()
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=activities) as profile:
+        seconds = step()
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profile.events()
+        if event.name.startswith("gloo:") or "nccl" in event.name.lower()
+    )
+    covered, end = 0.0, float("-inf")
+    for begin, finish in spans:  # those under way at one time count once
+        covered += max(0.0, finish - max(begin, end))
+        end = max(end, finish)
+    return covered / 1e6 / seconds
+
+
+class _Kept:
+    """A tensor that autograd keeps."""
+
+    def __init__(self, tensor: torch.Tensor, meter: _Meter) -> None:
+        self.tensor, self._meter = tensor, meter
+        meter.add(tensor.untyped_storage())
+
+    def __del__(self) -> None:
+        self._meter.drop(self.tensor.untyped_storage())
+
+
+class _Meter:
+    """Bytes of the storages that are kept, each once, and the most there were at one time."""
+
+    def __init__(self, parameters: set[int]) -> None:
+        self._parameters, self._counts = parameters, dict[int, int]()
+        self._now = self.most = 0
+
+    def add(self, storage: Any) -> None:
+        place = storage.data_ptr()
+        if place in self._parameters:
+            return
+        self._counts[place] = self._counts.get(place, 0) + 1
+        if self._counts[place] == 1:
+            self._now += storage.nbytes()
+            self.most = max(self.most, self._now)
+
+    def drop(self, storage: Any) -> None:
+        place = storage.data_ptr()
+        if place in self._parameters:
+            return
+        self._counts[place] -= 1
+        if not self._counts[place]:
+            del self._counts[place]
+            self._now -= storage.nbytes()
+
+
+def _activations(engine: Any, step: Any) -> int:
+    parameters = engine._engine.module.parameters()
+    meter = _Meter({parameter.untyped_storage().data_ptr() for parameter in parameters})
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Kept(tensor, meter), lambda kept: kept.tensor):
+        step()
+    return meter.most
+
+
+def _tensor_bytes(device: torch.device) -> int:
+    """Bytes of all tensors alive."""
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _loader(run: ResolvedRun, prefix: Path, rank: int) -> BatchLoader:
+    samples = TrainingSamples(IndexedDataset(prefix), (0, 64), run.config.data.sequence_length, seed=1)
+    batch, place = run.batch, run.topology.coordinate(rank).data
+    return BatchLoader(samples, BatchLayout(batch.global_batch, batch.micro_batch, place, batch.data_parallel))
+
+
+def _resolve(arguments: argparse.Namespace, bench: Bench) -> ResolvedRun:
+    content = json.loads((ROOT / "ds_configs" / "zero1.json").read_text())
+    content |= {
+        "train_batch_size": bench.batch,
+        "train_micro_batch_size_per_gpu": bench.micro_batch,
+        "bf16": {"enabled": arguments.precision == "bf16"},
+        "zero_optimization": {"stage": arguments.zero},
+    }
+    ranks = rank_facts()
+    ours = arguments.folder / f"{arguments.one_of}-{ranks.rank}.json"
+    ours.write_text(json.dumps(content))
+    sizes = {
+        "model.style": "llama",
+        "model.num_hidden_layers": bench.layers,
+        "model.hidden_size": bench.hidden,
+        "model.num_attention_heads": bench.heads,
+        "data.sequence_length": bench.sequence,
+    }
+    stated = [*(f"{key}={value}" for key, value in sizes.items()), *LAYOUTS[arguments.one_of][1]]
+    device = device_facts(ranks.local_world_size)
+    return resolve(
+        load_run_config(None, stated), read_deepspeed_json(str(ours)), ranks.world_size, device, bench.vocabulary
+    )
+
+
+def _write_random_tokens(prefix: Path, bench: Bench) -> None:
+    random = np.random.default_rng(0)
+    writer = IndexedDatasetWriter(prefix, best_dtype(bench.vocabulary))
+    for _ in range(64):
+        writer.append(random.integers(0, bench.vocabulary, size=bench.sequence * 8))
+    writer.close()
+
+
+if __name__ == "__main__":
+    main()
