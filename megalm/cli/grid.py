@@ -30,7 +30,10 @@ def grid_text(run: ResolvedRun, shape: ModelShape, ranks_per_node: int) -> str:
     if topology.world_size > 1:
         lines += ["", _axes(topology, ranks_per_node)]
     if topology.pipeline > 1:
-        lines += ["", *_stages(topology, shape, ranks_per_node), "", _bubble(run)]
+        lines += ["", *_stages(topology, shape, ranks_per_node)]
+        if run.config.parallel.balance == "time":
+            lines.append("(blocks as balanced by parameters; parallel.balance=time measures at the start)")
+        lines += ["", _bubble(run)]
     return "\n".join(lines)
 
 
