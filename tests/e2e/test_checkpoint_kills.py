@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,8 @@ STEPS, INTERVAL = 8, 2
 KILLED = Path(__file__).with_name("killed_pretrain.py")
 WORDS = (f"train.steps={STEPS}", "run.name=mine", "model.dropout=0.1", "schedule.kind=constant")
 SETTINGS = (f"checkpoint.interval_steps={INTERVAL}", "checkpoint.keep_last=2", "train.rehearse=false")
+VALIDATION = (f"evaluate.interval_steps={INTERVAL}", "evaluate.max_samples=16", "checkpoint.best=true")
+LEFT = ["best", "latest", "step-00000006", "step-00000008"]  # 6 is the best on those samples, too
 ASYNC = "checkpoint.async=true"
 
 # Rank, save, call and how many of its kind come first; and whether training goes on meanwhile.
@@ -30,15 +33,23 @@ MOMENTS = {
 
 
 def _words(small_data: SmallData, behind: bool = False) -> tuple[str, ...]:
-    own = [word for word in small_data.words if not word.startswith("checkpoint.")]
-    return (*own, *WORDS, *SETTINGS, *([ASYNC] if behind else []))
+    own = [word for word in small_data.words if not word.startswith(("checkpoint.", "evaluate."))]
+    return (*own, *WORDS, *SETTINGS, *VALIDATION, *([ASYNC] if behind else []))
 
 
-def _end_state(folder: Path) -> dict[str, str]:
-    """The hash of every rank's file of the last checkpoint: weights and moments to the last bit."""
-    path = run_folder(folder) / "checkpoints" / f"step-{STEPS:08d}"
-    files = read_manifest(path)["files"]
-    return {name: facts["sha256"] for name, facts in files.items() if name.startswith("rank-")}
+def _end_state(folder: Path) -> dict[str, Any]:
+    """Of the last checkpoint: the hash of every rank's file, which is weights and moments to the last bit; what it says
+    of counters, data, schedule and validation; and which is the best.
+    """
+    checkpoints = run_folder(folder) / "checkpoints"
+    manifest = read_manifest(checkpoints / f"step-{STEPS:08d}")
+    files = {name: facts["sha256"] for name, facts in manifest["files"].items() if name.startswith("rank-")}
+    said = ("tokens", "counters", "data_position", "schedule", "best_validation_loss", "stale_evaluations")
+    return {**files, **{name: manifest[name] for name in said}, "best": (checkpoints / "best").read_text()}
+
+
+def _validation(folder: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in rows(folder) if row["kind"] == "eval"}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +58,7 @@ def straight(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) ->
     finished = finish(folder, pretrain(*_words(small_data), using="torchrun", ranks=2))
     assert finished.code == 0, finished.explain()
     kept = sorted(path.name for path in (run_folder(folder) / "checkpoints").iterdir())
-    assert kept == ["latest", "step-00000006", "step-00000008"]
+    assert kept == LEFT
     return folder
 
 
@@ -67,8 +78,9 @@ def test_goes_on_as_if_nothing_had_happened(small_data: SmallData, straight: Pat
     assert resumed.code == 0, resumed.explain()
     assert losses(tmp_path) == losses(straight)
     assert _end_state(tmp_path) == _end_state(straight)
+    assert _validation(tmp_path) == _validation(straight)
     again = [row["step"] for row in train_rows(tmp_path) if row["attempt"] == 2]
     assert again[0] in ((save - 1) * INTERVAL + 1, save * INTERVAL + 1)  # no more than one interval is lost
     left = sorted(path.name for path in (run_folder(tmp_path) / "checkpoints").iterdir())
-    assert left == ["latest", "step-00000006", "step-00000008"]
+    assert left == LEFT
     assert [row["event"] for row in rows(tmp_path) if row["kind"] == "event"][-1] == "end"
