@@ -8,6 +8,7 @@ computes and sends on.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ class PipelineEngine(EngineBase):
         # DeepSpeed averages over micro-batches and ranks; the loss is a mean over the targets of the *global* batch.
         model.loss_factor = len(micro_batches) * data.size / batch.target_count
         model.loss_sum = 0.0
-        loss, norm = 0.0, self._state.gradient_norm
+        loss, norm = math.nan, self._state.gradient_norm
 
         def before_forward(index: int) -> None:
             _, labels, documents = micro_batches[index]

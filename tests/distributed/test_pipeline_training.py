@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from megalm.balance import StageCosts
+from megalm.engine.build import build_engine
 from tests.distributed.parity import TOLERANCES, Outcome, difference, train
-from tests.distributed.training import Case, make_dataset
+from tests.distributed.training import Case, make_dataset, resolved, shape_of
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -111,3 +113,37 @@ def test_two_stages_equal_one_rank(two_ranks: Any, one_rank: Any, name: str) -> 
 @pytest.mark.parametrize("name", list(FOUR_RANKS))
 def test_four_ranks_equal_one_rank(four_ranks: Any, one_rank: Any, name: str) -> None:
     _assert_equal(four_ranks, one_rank, name, FOUR_RANKS[name])
+
+
+def _blocks(comm: Any, device: torch.device, folder: Path) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    (own := folder / f"rank-{comm.rank}").mkdir()
+    for balance in ("parameters", "time"):
+        run = resolved(
+            _case((*LLAMA, *LARGE_HEAD, "parallel.pipeline=2", f"parallel.balance={balance}")), comm.size, own
+        )
+
+        def keep(blocks: tuple[int, ...], _: StageCosts, balance: str = balance) -> None:
+            found[balance] = blocks
+
+        build_engine(run, shape_of(run), device, comm, keep)
+    return found
+
+
+# The head multiplies with each of its weights, the embedding only looks some up: as many parameters, far more time.
+LARGE_HEAD = ("model.num_hidden_layers=6", "model.vocab_size=20011")
+
+
+def test_stages_are_balanced_by_what_is_asked_for(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _blocks, tmp_path)
+    assert first == second
+    assert first["parameters"] == (3, 3)
+    assert first["time"][0] > first["time"][1] >= 1
+
+
+def test_names_inside_deepspeed_are_there() -> None:
+    """A name that is gone would not be missed: ours would be set and never read."""
+    engine = pytest.importorskip("deepspeed.runtime.pipe.engine").PipelineEngine
+    module = pytest.importorskip("deepspeed.runtime.pipe.module").PipelineModule
+    assert all(hasattr(engine, name) for name in ("train_batch", "_train_schedule"))
+    assert all(hasattr(module, name) for name in ("_partition_layers", "_set_bounds"))
