@@ -68,7 +68,9 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     content = json.loads(
         json.dumps({"format": FORMAT, "status": "good", "status_reason": None, **content})
     )  # as a reader will see it
-    write_durably(folder / MANIFEST, json.dumps({**content, _SEAL: _seal(content)}, indent=1).encode())
+    # A line each: as short as the fragments of thousands of ranks want it, as legible as a person wants the rest.
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in {**content, _SEAL: _seal(content)}.items()]
+    write_durably(folder / MANIFEST, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

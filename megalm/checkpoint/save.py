@@ -10,6 +10,7 @@ other they say at step boundaries, from the main thread, because collectives of 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 import threading
 import time
@@ -19,10 +20,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from megalm.checkpoint.fragment import Fragment
 from megalm.checkpoint.layout import LATEST, PARTIAL_SUFFIX, REPLACED_SUFFIX, folder_name
-from megalm.checkpoint.manifest import file_sha256, write_manifest
+from megalm.checkpoint.manifest import write_manifest
 from megalm.checkpoint.shard import ShardSummary, write_shard
 from megalm.checkpoint.space import bytes_needed, require_space
-from megalm.durable import make_directory, sync_directory, write_durably
+from megalm.durable import complete_file, make_directory, sync_directory, write_durably
 from megalm.errors import MegalmError, TrainingError
 
 T = TypeVar("T")
@@ -145,9 +146,7 @@ class CheckpointWrite:
         """Everything under the partial name, then the rename that makes it a checkpoint."""
         files = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
         for source in self._copies:
-            copy = self._partial / source.name
-            write_durably(copy, source.read_bytes())
-            files[copy.name] = {"bytes": copy.stat().st_size, "sha256": file_sha256(copy)}
+            files[source.name] = _copy(source, self._partial / source.name)
         write_manifest(self._partial, {**self._facts, "files": files, "tensors": _tensor_index(shards)})
         _put_in_place(self._partial, self.path)
         write_durably(self.path.parent / LATEST, f"{self.path.name}\n".encode())
@@ -187,6 +186,13 @@ class _Work(Generic[T]):
             self._results.append(self._work())
         except Exception as error:  # told to all ranks, which then fail together
             self.problem = str(error) if isinstance(error, (MegalmError, OSError)) else repr(error)
+
+
+def _copy(source: Path, target: Path) -> dict[str, Any]:
+    """Copy a small file; what the manifest says of it. Its folder is synced with the manifest."""
+    content = source.read_bytes()
+    complete_file(target, lambda file: file.write(content))
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _put_in_place(partial: Path, final: Path) -> None:

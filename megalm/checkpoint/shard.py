@@ -9,10 +9,11 @@ like speed, one after the other they would take twice as long. Reading uses the 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from torch import Tensor
 
 from megalm.checkpoint.fragment import Fragment, FragmentKey
 
+Buffer = bytes | memoryview
+
+_HASH_BATCH_BYTES = 16 << 20
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
@@ -82,27 +86,56 @@ def write_tensors(file: BinaryIO, entries: Sequence[TensorEntry], tensors: Itera
     Returns:
         bytes written, and their SHA-256.
     """
-    digest = hashlib.sha256()
+    header = _header(entries)
     written = 0
-    hashed: Future[None] | None = None
-    with ThreadPoolExecutor(1, "hash") as hasher:
-
-        def write(part: Any) -> None:
-            nonlocal written, hashed
-            before, hashed = hashed, hasher.submit(digest.update, part)
+    with HashThread() as digest:
+        for part in itertools.chain([len(header).to_bytes(8, "little"), header], _parts(entries, tensors)):
+            digest.update(part)
             written += file.write(part)
-            if before is not None:
-                before.result()  # so that no more than two parts are in memory
+    return written, digest.hexdigest
 
-        header = _header(entries)
-        write(len(header).to_bytes(8, "little"))
-        write(header)
-        for entry, tensor in zip(entries, tensors, strict=True):
-            assert tensor.numel() == math.prod(entry.shape), entry
-            write(_bytes(tensor, entry.dtype))
-        if hashed is not None:
-            hashed.result()
-    return written, digest.hexdigest()
+
+class HashThread:
+    """SHA-256 of what it is given, computed in a thread of its own; no more than two batches wait in memory."""
+
+    def __init__(self) -> None:
+        self.hexdigest = ""  # at the end
+        self._sha256 = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1, "hash")
+        self._waiting: Future[None] | None = None
+        self._batch: list[Buffer] = []
+        self._bytes = 0
+
+    def update(self, part: Buffer) -> None:
+        """Handing over to the thread costs more than hashing a bias: small parts go together."""
+        self._batch.append(part)
+        self._bytes += len(part)
+        if self._bytes >= _HASH_BATCH_BYTES:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        before, self._waiting = self._waiting, self._pool.submit(self._hash, self._batch)
+        self._batch, self._bytes = [], 0
+        if before is not None:
+            before.result()
+
+    def _hash(self, batch: list[Buffer]) -> None:
+        for part in batch:
+            self._sha256.update(part)
+
+    def __enter__(self) -> HashThread:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hand_over()
+        self._pool.shutdown()
+        self.hexdigest = self._sha256.hexdigest()
+
+
+def _parts(entries: Sequence[TensorEntry], tensors: Iterable[Tensor]) -> Iterator[Buffer]:
+    for entry, tensor in zip(entries, tensors, strict=True):
+        assert tensor.numel() == math.prod(entry.shape), entry
+        yield tensor.detach().cpu().to(entry.dtype).contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _header(entries: Sequence[TensorEntry]) -> bytes:
@@ -118,7 +151,3 @@ def _header(entries: Sequence[TensorEntry]) -> bytes:
         offset += entry.bytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     return encoded + b" " * (-len(encoded) % 8)
-
-
-def _bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
-    return tensor.detach().cpu().to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data

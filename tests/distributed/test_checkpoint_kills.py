@@ -103,6 +103,6 @@ def test_everything_is_on_disk_before_it_has_a_name(story: tuple[bool, list[list
     others = "open write write " + "write " * 9 + "flush fsync"
     assert " ".join(calls[1]) == " ".join([others] * len(STORY))
     one_file = "open write flush fsync replace open fsync"  # the last two: its folder
-    copy = f"open {one_file} open"  # read before, hashed after
+    copy = "open open write flush fsync replace"  # the first reads; the manifest syncs its folder
     first = f"mkdir open fsync mkdir {others} {copy} {one_file} rename open fsync {one_file}"
     assert " ".join(calls[0]).startswith(first), calls[0]

@@ -42,8 +42,9 @@ def test_a_shard_is_a_safetensors_file_and_its_hash_is_the_files(tmp_path: Path)
         torch.testing.assert_close(tensors[f"exp_avg/{name}"].view(-1), whole(3, name, "exp_avg"), rtol=0, atol=0)
 
 
-def test_no_more_than_two_tensors_are_in_memory(tmp_path: Path) -> None:
+def test_no_more_than_two_batches_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor is asked for when the one before the last has been hashed and written."""
+    monkeypatch.setattr("megalm.checkpoint.shard._HASH_BATCH_BYTES", 4000)  # one tensor
     alive: list[int] = []
     seen = []
 
