@@ -33,11 +33,17 @@ CASES = {
     "zero3 bf16": Case("zero3.json", "bf16", settings=NO_PERSISTENCE),
     "zero2 offload": Case("zero2_offload.json"),
 }
+# One data-parallel rank of two tensor-parallel ones: what each owns is a part of every parameter.
+TENSOR = {"zero1 tp2": Case("zero1.json", overrides=("parallel.tensor=2",))}
+CASES_ON = {1: CASES, 2: CASES | TENSOR}
+EVERY = [(name, world_size) for world_size, cases in CASES_ON.items() for name in cases]
 STEPS, REFUSED = 5, 3
 
 
 def _work(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    return {name: refuse_and_leave_out(comm, device, case, prefix, folder) for name, case in CASES.items()}
+    return {
+        name: refuse_and_leave_out(comm, device, case, prefix, folder) for name, case in CASES_ON[comm.size].items()
+    }
 
 
 def refuse_and_leave_out(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path) -> dict[str, Any]:
@@ -120,8 +126,7 @@ def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
         assert np.array_equal(values, others)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(("name", "world_size"), EVERY)
 def test_a_refused_step_leaves_no_trace(ranks: Any, name: str, world_size: int) -> None:
     for found in (rank[name] for rank in ranks[world_size]):
         assert_same(found["before"], found["after"])
@@ -133,8 +138,7 @@ def test_a_refused_step_leaves_no_trace(ranks: Any, name: str, world_size: int) 
         assert found["asked"] == [(refused.loss, refused.grad_norm)]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(("name", "world_size"), EVERY)
 def test_what_is_no_number_is_never_applied(ranks: Any, name: str, world_size: int) -> None:
     for rank in ranks[world_size]:
         found = rank[name]["not a number"]
@@ -145,8 +149,7 @@ def test_what_is_no_number_is_never_applied(ranks: Any, name: str, world_size: i
             assert np.array_equal(values, others, equal_nan=True), (key.name, key.kind)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(("name", "world_size"), EVERY)
 def test_a_refused_gradient_is_told_by_parameter(ranks: Any, name: str, world_size: int) -> None:
     """Adam's first moment after one step is a tenth of the clipped gradient: the shares must be the same.
 
