@@ -80,7 +80,7 @@ class Matrix:
     def _train(self, name: str, ranks: int, cases: Mapping[str, Case]) -> list[dict[str, Outcome]]:
         folder = self._folder / name
         folder.mkdir()
-        return run_ranks(ranks, train_rows, cases, self._folder / "data", folder)
+        return run_ranks(ranks, train_rows, cases, self._folder / "data", folder, timeout_seconds=550)
 
 
 def table(layouts: Sequence[str], matrix: Matrix) -> list[str]:
