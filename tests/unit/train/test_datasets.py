@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megalm.data.tokenizer import ByteTokenizer
 from megalm.errors import ConfigError, DataError
 from megalm.train.checkpointing import DataIdentity
+from megalm.train.continuing import differences
 from megalm.train.data_facts import data_rows, data_warnings, planned_data
 from megalm.train.datasets import (
     RunData,
@@ -142,6 +144,28 @@ def test_stages_begin_where_the_step_began_if_the_batch_has_changed(web: str, co
     places = find_data(run.config.data, lambda line: None)
     data = open_data(run, places, first_sample_of=lambda step: 100 + 4 * step)
     assert [data.train.locate(index)[0] for index in (143, 144)] == [0, 1]
+
+
+def test_a_changed_mixture_is_named_in_words(tmp_path: Path, web: str, code: str) -> None:
+    third = write(tmp_path / "third", [30] * 40)
+    other_weights = f"data.train=[{{prefix: {web}, weight: 1}}, {{prefix: {code}, weight: 1}}]"
+
+    def facts(words: str) -> dict[str, dict[str, Any]]:
+        samples = opened(words)[1].train
+        mixture = {"data.mixture": samples.mixture(100)}
+        return {"model": {}, "data": mixture, "fingerprints": DataIdentity(samples, "t").at(100)}
+
+    then = facts(mixed(web, code))
+    assert differences(then, facts(mixed(web, code))) == {}
+    words = (
+        f"the mixture so far was from sample 0 {web} 75.0%, {code} 25.0%, is from sample 0 {web} 50.0%, {code} 50.0%"
+    )
+    (found,) = differences(then, facts(other_weights)).items()
+    assert (found[0], found[1][-1].startswith(words)) == ("order", True)
+    (found,) = differences(then, facts(mixed(web, third))).items()
+    assert (found[0], f"{third} 25.0%" in found[1][-1]) == ("dataset", True)
+    (found,) = differences(then, facts(f"data.train={web}")).items()
+    assert (found[0], ", is one dataset (data.stages" in found[1][-1]) == ("dataset", True)
 
 
 def test_repetition_is_warned_of_and_refused(web: str, code: str) -> None:
