@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megalm.errors import TrainingError
-from megalm.train.loop import Parts
+from megalm.train.parts import Parts
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 

@@ -44,7 +44,8 @@ from megalm.train.incidents import IncidentWriter, reading
 from megalm.train.launcher_watch import watch_launchers
 from megalm.train.leaving import FailureClaim, Guard, StopRequest
 from megalm.train.limits import Limits, Watchdog, process_start
-from megalm.train.loop import Parts, TrainingLoop
+from megalm.train.loop import TrainingLoop
+from megalm.train.parts import Parts
 from megalm.train.pipeline_facts import pipeline_facts
 from megalm.train.rehearsal import memory_errors_named, rehearse
 from megalm.train.report import Reporter

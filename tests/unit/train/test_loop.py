@@ -24,7 +24,8 @@ from megalm.train.guard import SpikeGuard
 from megalm.train.incidents import Incident
 from megalm.train.leaving import StopRequest
 from megalm.train.limits import Limits
-from megalm.train.loop import Parts, TrainingLoop
+from megalm.train.loop import TrainingLoop
+from megalm.train.parts import Parts
 from megalm.train.position import Position
 from megalm.train.rehearsal import memory_errors_named
 from megalm.train.report import Reporter
