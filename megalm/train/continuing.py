@@ -154,10 +154,10 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -
     if len(found) > 1 and [words.split()[0] for words in found.get("order", [])] == ["order"]:
         del found["order"]  # the fingerprint of the order follows from whatever else has changed
     mixtures = [section["data"].get("data.mixture") for section in (then, now)]
-    thing = next((thing for thing in ("order", "dataset") if thing in found), None)
-    if thing is not None and mixtures[0] != mixtures[1]:
+    told_with = next((name for name in ("order", "dataset") if name in found), None)
+    if told_with is not None and mixtures[0] != mixtures[1]:
         was, now_is = (mixture or "one dataset" for mixture in mixtures)
-        found[thing].append(f"the mixture so far was {was}, is {now_is} (data.stages changes what is still to come)")
+        found[told_with].append(f"the mixture so far was {was}, is {now_is} (data.stages changes what is still to come)")
     return found
 
 
