@@ -157,7 +157,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -
     told_with = next((name for name in ("order", "dataset") if name in found), None)
     if told_with is not None and mixtures[0] != mixtures[1]:
         was, now_is = (mixture or "one dataset" for mixture in mixtures)
-        found[told_with].append(f"the mixture so far was {was}, is {now_is} (data.stages changes what is still to come)")
+        found[told_with].append(
+            f"the mixture so far was {was}, is {now_is} (data.stages changes what is still to come)"
+        )
     return found
 
 
