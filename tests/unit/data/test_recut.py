@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megalm.data.blend import BlendedSamples, Stage
 from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megalm.data.samples import TrainingSamples
 from megalm.errors import ConfigError
@@ -75,6 +76,23 @@ def _inside(samples: TrainingSamples, old_end: int) -> int:
     """Tokens that were skipped before the end of the epoch's old samples."""
     next_start = -(-TOKENS // samples.sequence_length) * samples.sequence_length
     return samples.recut_tokens[0] - max(0, next_start - old_end)
+
+
+def test_a_mixture_goes_on_with_the_rest_of_each_dataset(dataset: IndexedDataset) -> None:
+    def part(first: int, end: int) -> TrainingSamples:
+        return TrainingSamples(dataset, (first, end), 32, seed=3)
+
+    old = BlendedSamples([part(0, 40), part(40, 82)], [Stage(0, (3.0, 1.0)), Stage(24, (1.0, 1.0))])
+    counts = [seen.samples for seen in old.consumed(40)]
+    assert counts == [26, 14]
+    new = old.recut(40, 16)
+    assert [stage.weights for stage in new.stages] == [(1.0, 1.0)], "the weights of where it stood"
+    for number, (before, after) in enumerate(zip(old.parts, new.parts, strict=True)):
+        rest = after._stream._starts.size  # type: ignore[union-attr]
+        assert not labels(before, 0, counts[number]) & labels(after, 0, rest)
+        assert after.recut_tokens == before.recut(counts[number], 16).recut_tokens
+    assert new.recut_tokens == tuple(sum(part.recut_tokens[index] for part in new.parts) for index in (0, 1))
+    assert [new.locate(index)[0] for index in range(4)] == [0, 1, 0, 1]
 
 
 def test_it_is_shuffled(dataset: IndexedDataset) -> None:
