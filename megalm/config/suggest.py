@@ -12,6 +12,11 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def likeness(name: str, other: str) -> float:
+    """From 0 to 1."""
+    return difflib.SequenceMatcher(None, name, other).ratio()
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`", did you mean 'bf16'?"`, or nothing; to be put straight after what is unknown."""
     match = nearest(name, known)

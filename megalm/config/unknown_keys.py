@@ -5,7 +5,7 @@ from __future__ import annotations
 from megalm.config.deepspeed_keys import DEEPSPEED_NAMES
 from megalm.config.schema import RunConfig
 from megalm.config.strict import leaf_fields, section_of
-from megalm.config.suggest import nearest
+from megalm.config.suggest import likeness, nearest
 from megalm.errors import ConfigError
 
 _LEAVES = leaf_fields(RunConfig)
@@ -50,11 +50,12 @@ def _hint(key: str) -> str:
     if not DEEPSPEED_NAMES.isdisjoint(parts):
         return "; it belongs to the DeepSpeed JSON, the file of --deepspeed_config"
     match = nearest(key, [*_LEAVES, *_SECTIONS]) or _nearest_by_name(name)
-    if match:
+    elsewhere = nearest(name, DEEPSPEED_NAMES)
+    # Keys of one section look alike for its name alone: the last names decide.
+    if match and (elsewhere is None or likeness(name, match.split(".")[-1]) >= likeness(name, elsewhere)):
         return f", did you mean {match}?"
-    match = nearest(name, DEEPSPEED_NAMES)
-    if match:
-        return f"; if {match} is meant, it belongs to the DeepSpeed JSON, the file of --deepspeed_config"
+    if elsewhere:
+        return f"; if {elsewhere} is meant, it belongs to the DeepSpeed JSON, the file of --deepspeed_config"
     return f"; sections: {', '.join(_SECTIONS)}"
 
 

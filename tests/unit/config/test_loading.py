@@ -81,7 +81,10 @@ def test_overrides_are_yaml(override: str, section: str, key: str, value: object
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.warmup_steps=5", "unknown key train.warmup_steps, did you mean schedule.warmup_steps?"),
+        (
+            "train.warmup_steps=5",
+            "unknown key train.warmup_steps, did you mean schedule.warmup_steps or guard.warmup_steps?",
+        ),
         ("train_batch_size=5", "unknown key train_batch_size; it belongs to the DeepSpeed JSON"),
         ("zero_optimization.stage=2", "unknown key zero_optimization.stage; it belongs to the DeepSpeed JSON"),
         ("train.train_batchsize=2", "if train_batch_size is meant, it belongs to the DeepSpeed JSON"),
