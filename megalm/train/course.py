@@ -155,7 +155,9 @@ def plan_course(
             f"what is left of this pass over the data is cut into samples of {run.config.data.sequence_length} tokens: "
             f"{skipped:,} tokens are skipped, {repeated:,} read twice",
         )
-    elif begins == "anew":
+    elif begins == "anew":  # stages are stated by the run's steps, the order starts after those that are done
+        done, batch = int(manifest["step"]), run.batch.global_batch
+        data = open_data(run, places, lambda step: (step - 1 - done) * batch)
         order = data.train
     identity = replace(identity, samples=order)
     position = position_from(manifest, run, begins)

@@ -116,7 +116,8 @@ def open_data(run: ResolvedRun, places: DataPlaces, first_sample_of: Callable[[i
     """Open the files of `places` and cut them into samples.
 
     Args:
-        first_sample_of: the number of a step's first sample, where the run has not always had its present batch.
+        first_sample_of: the number of a step's first sample, where the run has not always had its present batch or
+            order; 0 or less before the order began.
 
     Raises:
         DataError: a missing or damaged file, a dataset with fewer tokens than one sample, or one that was built with
@@ -144,7 +145,7 @@ def open_datasets(
     ranges = {prefix: _cut(dataset, places.split) for prefix, dataset in opened.items()}
     requested = config.train.steps * global_batch
     parts = [_training_samples(config, opened[prefix], ranges[prefix][0], requested) for prefix in places.training]
-    stages = list(_stages(places, first_sample_of or (lambda step: (step - 1) * global_batch)))
+    stages = _stages(places, first_sample_of or (lambda step: (step - 1) * global_batch))
     train = BlendedSamples(parts, stages, ArrayCache(_cache(data) / "orders"))
     validation = dict(_validation_samples(data, places, opened, ranges))
     alone = places.training[0] if len(places.training) == 1 else None
@@ -218,11 +219,16 @@ def _training_samples(config: RunConfig, dataset: IndexedDataset, documents: Ran
     )
 
 
-def _stages(places: DataPlaces, first_sample_of: Callable[[int], int]) -> Iterator[Stage]:
+def _stages(places: DataPlaces, first_sample_of: Callable[[int], int]) -> list[Stage]:
+    """An order that a run began in the middle starts with the last stage that had begun by then."""
+    stages: list[Stage] = []
     for stage in places.blends:
         weights = {part.prefix: part.weight for part in stage.blend}
-        first = 0 if stage.from_step == 1 else first_sample_of(stage.from_step)
-        yield Stage(first, tuple(weights.get(prefix, 0.0) for prefix in places.training))
+        first = 0 if stage.from_step == 1 else max(0, first_sample_of(stage.from_step))
+        if first == 0:
+            stages.clear()
+        stages.append(Stage(first, tuple(weights.get(prefix, 0.0) for prefix in places.training)))
+    return stages
 
 
 def _validation_samples(

@@ -154,6 +154,11 @@ def test_stages_of_a_mixture_follow_the_batches_that_were_and_will_be() -> None:
     assert [first(step) for step in (1, 4, 5, 6, 7, 9)] == [0, 24, 32, 64, 96, 128]
 
 
+def test_stages_of_an_order_that_began_late() -> None:
+    first = first_sample_of(manifest(6, segment(256, 16, 0, 64), segment(256, 16, 0, 32)), run())
+    assert [first(step) for step in (1, 4, 5, 6, 7, 9)] == [0, 0, 0, 16, 32, 64]
+
+
 THEN = {
     "model": {"style": "llama", "hidden_size": 64, "max_position_embeddings": 256},
     "data": {"data.sequence_length": 256, "train.seed": 1, "data.split": "95,5"},

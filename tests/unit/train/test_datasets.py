@@ -146,6 +146,17 @@ def test_stages_begin_where_the_step_began_if_the_batch_has_changed(web: str, co
     assert [data.train.locate(index)[0] for index in (143, 144)] == [0, 1]
 
 
+def test_an_order_that_begins_late_starts_with_the_stage_of_then(web: str, code: str) -> None:
+    stages = ", ".join(
+        f"{{from_step: {step}, blend: [{{prefix: {prefix}, weight: 1}}]}}" for step, prefix in ((5, code), (9, web))
+    )
+    run = resolved(f"data.train={web}", f"data.stages=[{stages}]")
+    places = find_data(run.config.data, lambda line: None)
+    data = open_data(run, places, first_sample_of=lambda step: (step - 7) * 16)
+    assert [stage.first for stage in data.train.stages] == [0, 32]
+    assert [data.train.locate(index)[0] for index in (0, 31, 32)] == [1, 1, 0]
+
+
 def test_a_changed_mixture_is_named_in_words(tmp_path: Path, web: str, code: str) -> None:
     third = write(tmp_path / "third", [30] * 40)
     other_weights = f"data.train=[{{prefix: {web}, weight: 1}}, {{prefix: {code}, weight: 1}}]"
