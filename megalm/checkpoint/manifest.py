@@ -89,7 +89,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise CheckpointError(f"{path} holds no JSON object; {advice(folder)}")
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {manifest.get('format')}, this version reads {FORMAT}")
+        raise CheckpointError(
+            f"{path} has checkpoint format {manifest.get('format')}, this version of megalm reads {FORMAT}; use the "
+            "version that wrote it, or another checkpoint"
+        )
     content = {name: value for name, value in manifest.items() if name != _SEAL}
     expected, found = manifest.get(_SEAL), _seal(content)
     if expected != found:
