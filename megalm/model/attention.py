@@ -73,6 +73,7 @@ class Attention(nn.Module):
             return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         return _compiled_flex_attention()(query, key, value, block_mask=mask.blocks)
 
+    @torch.compiler.disable  # as in dropout.py: seeds are no constants
     def _attend_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
         # The kernel draws from the device's generator: lend it one with the seed of this place.
         devices = [query.device] if query.device.type == "cuda" else []

@@ -39,9 +39,12 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0.0:
             return x
+        return x * self._keep(x) * (1.0 / (1.0 - self.rate))
+
+    @torch.compiler.disable  # compiled, each new seed would be a constant, and each step would be compiled anew
+    def _keep(self, x: Tensor) -> Tensor:
         generator = torch.Generator(device=x.device).manual_seed(self.clock.seed_at(self.place))
-        keep = torch.rand(x.shape, generator=generator, device=x.device) >= self.rate
-        return x * keep * (1.0 / (1.0 - self.rate))
+        return torch.rand(x.shape, generator=generator, device=x.device) >= self.rate
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}, place={self.place!r}"
