@@ -41,11 +41,11 @@ from megalm.engine.environment import claim_device, device_facts, device_name, r
 from megalm.engine.optimizer import parameter_groups  # noqa: E402
 from megalm.engine.peak import peak_flops  # noqa: E402
 from megalm.model.dropout import DropoutClock  # noqa: E402
+from megalm.model.flops import flops_per_token  # noqa: E402
 from megalm.model.init import initialise  # noqa: E402
 from megalm.model.layers import DenseLayers  # noqa: E402
 from megalm.model.shape import ModelShape, model_shape  # noqa: E402
 from megalm.model.transformer import LanguageModel  # noqa: E402
-from megalm.plan import flops_per_token  # noqa: E402
 from megalm.train.leaving import leave  # noqa: E402
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megalm.config.resolve import ResolvedRun, memory_case
 from megalm.memory import MemoryCase, MemoryPlan, checkpoint_bytes, estimate_stages
+from megalm.model.flops import flops_per_token
 from megalm.model.shape import ModelShape, model_shape
 from megalm.train.schedule import learning_rate
 
@@ -15,7 +16,6 @@ __all__ = [
     "MemoryPlan",
     "Plan",
     "checkpoint_bytes",
-    "flops_per_token",
     "make_plan",
     "parameters_by_part",
 ]
@@ -87,21 +87,6 @@ def make_plan(resolved: ResolvedRun, vocab_size: int) -> Plan:
         memory_by_stage=tuple(estimate_stages(case)),
         learning_rates=_learning_rates(resolved),
     )
-
-
-def flops_per_token(shape: ModelShape, sequence_length: int) -> int:
-    """Floating-point operations of the forward and the backward pass, per token of a full sequence.
-
-    Counted: 6 for each parameter of a matrix product (2 forward, 4 backward), the head included even where it is
-    tied; and attention's own products, 12 x layers x T x heads x head_dim, halved because the mask is causal. Not
-    counted: looking up embeddings, norms, activations, the softmax, and what activation checkpointing repeats.
-    """
-    layer_matrices = sum(
-        math.prod(dims) for name, dims in shape.parameters().items() if name.startswith("layers.") and len(dims) == 2
-    )
-    head = shape.vocab_size * shape.hidden_size
-    attention = 6 * shape.num_hidden_layers * sequence_length * shape.num_attention_heads * shape.head_dim
-    return 6 * (layer_matrices + head) + attention
 
 
 def parameters_by_part(shape: ModelShape) -> dict[str, int]:

@@ -23,7 +23,7 @@ from megalm.engine.environment import claim_device, device_facts, device_name, r
 from megalm.engine.peak import peak_flops
 from megalm.engine.protocol import Engine
 from megalm.errors import EXIT_DONE
-from megalm.plan import flops_per_token
+from megalm.model.flops import flops_per_token
 from megalm.tracking.metrics import MetricsWriter, read_metrics
 from megalm.tracking.mirror import MirrorHandle, start_mirror
 from megalm.train.checkpointing import DataIdentity, RunCheckpoints, put_in_order

@@ -17,8 +17,9 @@ from megalm.config.deepspeed_schema import ZeroSection
 from megalm.config.loading import load_run_config
 from megalm.config.resolve import ResolvedRun
 from megalm.memory import MemoryCase, checkpoint_bytes, estimate_memory, parameter_groups
+from megalm.model.flops import flops_per_token
 from megalm.model.shape import ModelShape, model_shape
-from megalm.plan import flops_per_token, make_plan, parameters_by_part
+from megalm.plan import make_plan, parameters_by_part
 from megalm.shares import shares
 from megalm.topology import Topology
 
