@@ -131,11 +131,14 @@ def _launch(layout: str, folder: Path) -> dict[str, float]:
         meet |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0}
         environment = os.environ | {name: str(value) for name, value in (here | meet).items()}
         command = [sys.executable, *sys.argv, "--one-of", layout, "--folder", str(folder)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        sys.exit(f"{layout}: a rank failed, see above")
-    return json.loads(outputs[0].splitlines()[-1])
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    outputs = [process.communicate() for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        if process.returncode:  # else the profiler's own lines are all there is
+            sys.exit(f"{layout}: a rank failed\n{errors}")
+    return json.loads(outputs[0][0].splitlines()[-1])
 
 
 def _rank(arguments: argparse.Namespace) -> None:
