@@ -29,6 +29,8 @@ _STOP_GRACE_SECONDS = 25.0
 _CLAIM_POLL_SECONDS = 2.0
 _FAILURE_GRACE_SECONDS = 5.0
 _NO_HURRY_SECONDS = 24 * 3600.0
+# Rank 0 tells a refusal that all ranks share; whoever is still there after so long has one of its own.
+_REFUSAL_GRACE_SECONDS = 4.0
 # A second Ctrl-C sooner than this is the launcher passing on the first one.
 _SECOND_INTERRUPT_SECONDS = 1.0
 
@@ -116,9 +118,15 @@ class Guard:
         os._exit(EXIT_FAILED)
 
     def _tell(self, text: str, everybody: bool = False) -> None:
-        """Print a failure: before there is a claim rank 0 speaks for errors that all ranks share."""
-        mine = self.claim.take(text) if self.claim else (everybody or self.rank == 0)
-        if mine:
+        """Print a failure.
+
+        Before there is a claim, rank 0 speaks for errors that all ranks share, and its launcher ends the others. A rank
+        must not leave before it: the launcher would end rank 0 unheard.
+        """
+        if self.claim is None and self.rank > 0 and not everybody:
+            time.sleep(_REFUSAL_GRACE_SECONDS)
+            text = f"{text} (on rank {self.rank})"
+        if self.claim is None or self.claim.take(text):
             sys.stdout.flush()
             sys.stderr.write(text.rstrip("\n") + "\n")
             sys.stderr.flush()
