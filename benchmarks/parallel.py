@@ -46,7 +46,7 @@ from megalm.data.samples import TrainingSamples  # noqa: E402
 from megalm.engine.build import build_engine  # noqa: E402
 from megalm.engine.comm import ProcessComm, start_distributed  # noqa: E402
 from megalm.engine.environment import claim_device, device_facts, device_name, rank_facts  # noqa: E402
-from megalm.memory import estimate_memory  # noqa: E402
+from megalm.estimate.memory import estimate_memory  # noqa: E402
 from megalm.model.shape import ModelShape, model_shape  # noqa: E402
 from megalm.train.leaving import leave  # noqa: E402
 

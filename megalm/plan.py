@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megalm.config.resolve import ResolvedRun, memory_case
-from megalm.memory import MemoryCase, MemoryPlan, checkpoint_bytes, estimate_stages
+from megalm.estimate.memory import MemoryCase, MemoryPlan, checkpoint_bytes, estimate_stages
 from megalm.model.flops import flops_per_token
 from megalm.model.shape import ModelShape, model_shape
 from megalm.train.schedule import learning_rate

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megalm.balance import balanced_blocks, parameter_costs
 from megalm.cli import show
 from megalm.config.resolve import ResolvedRun
+from megalm.estimate.balance import balanced_blocks, parameter_costs
 from megalm.model.shape import ModelShape
 from megalm.topology import AXES, Axis, Topology, bubble_share
 

@@ -16,7 +16,7 @@ from megalm.config.precision import DeviceFacts
 from megalm.config.resolve import resolve
 from megalm.config.schema import RunConfig
 from megalm.config.strict import leaf_fields, shown
-from megalm.memory import MemoryPlan
+from megalm.estimate.memory import MemoryPlan
 from megalm.plan import Plan, checkpoint_bytes, make_plan
 from megalm.train.data_facts import planned_data
 

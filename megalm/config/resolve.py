@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from megalm.balance import LARGE_BUBBLE
 from megalm.config.batch import BatchPlan, chooses_micro_batch, plan_batch
 from megalm.config.checks import check_run
 from megalm.config.checks_parallel import parallel_notices
@@ -13,7 +12,8 @@ from megalm.config.deepspeed_json import DeepSpeedConfig
 from megalm.config.loading import LoadedConfig
 from megalm.config.precision import DeviceFacts, Precision, choose_precision
 from megalm.config.schema import RunConfig, ScheduleKind
-from megalm.memory import MemoryCase, estimate_memory
+from megalm.estimate.balance import LARGE_BUBBLE
+from megalm.estimate.memory import MemoryCase, estimate_memory
 from megalm.model.shape import ModelShape, model_shape
 from megalm.topology import Topology, bubble_share
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import torch
 
-from megalm.balance import StageCosts, balanced_blocks, parameter_costs
 from megalm.config.resolve import ResolvedRun
 from megalm.engine.comm import ProcessComm
 from megalm.engine.protocol import Engine
+from megalm.estimate.balance import StageCosts, balanced_blocks, parameter_costs
 from megalm.model.dropout import DropoutClock
 from megalm.model.init import initialise
 from megalm.model.layers import DenseLayers, LayerFactory

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from megalm.balance import StageCosts
 from megalm.engine.protocol import Comm
+from megalm.estimate.balance import StageCosts
 from megalm.model.transformer import StageBuilder
 
 _REPEATS = 3

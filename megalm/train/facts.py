@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megalm.config.resolve import ResolvedRun
-from megalm.memory import checkpoint_bytes
+from megalm.estimate.memory import checkpoint_bytes
 from megalm.model.shape import ModelShape
 from megalm.tracking.run_folder import without_passwords
 from megalm.train.data_facts import data_rows

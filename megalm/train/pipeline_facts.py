@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megalm.balance import LARGE_BUBBLE, SMALL_BUBBLE, StageCosts, micro_batches_for
 from megalm.config.resolve import ResolvedRun
+from megalm.estimate.balance import LARGE_BUBBLE, SMALL_BUBBLE, StageCosts, micro_batches_for
 from megalm.topology import bubble_share
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megalm.config.resolve import memory_case
-from megalm.memory import estimate_stages
+from megalm.estimate.memory import estimate_stages
 from tests.distributed.training import Case, make_dataset, resolved, shape_of, start
 from tests.ranks import run_ranks
 

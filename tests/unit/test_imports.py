@@ -76,6 +76,7 @@ DOORS = ("launch", "data_tools")
 RULES = (
     Rule("config imports no torch", never("megalm.config", "torch")),
     Rule("topology is pure integers: no torch", never("megalm.topology", "torch")),
+    Rule("estimate is pure integers: no torch", never("megalm.estimate", "torch")),
     Rule("data imports no torch: it runs on a login node", never("megalm.data", "torch")),
     Rule("tracking imports no torch", never("megalm.tracking", "torch")),
     Rule("model imports torch, model and config.schema only", _model_reaches_out),

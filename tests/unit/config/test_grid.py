@@ -13,9 +13,9 @@ from megalm.cli.grid import ranks_text
 from megalm.cli.plan import plan_text
 from megalm.config.loading import load_run_config
 from megalm.config.resolve import ResolvedRun
+from megalm.estimate.shares import shares
 from megalm.model.shape import ModelShape, model_shape
 from megalm.plan import make_plan
-from megalm.shares import shares
 from megalm.topology import Topology
 
 Start = Callable[..., ResolvedRun]

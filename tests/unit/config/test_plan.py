@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from config_cases import GPU
 
-from megalm.activations import activation_bytes, loss_bytes
 from megalm.cli.plan import plan_text
 from megalm.config.deepspeed_schema import ZeroSection
 from megalm.config.loading import load_run_config
 from megalm.config.resolve import ResolvedRun
-from megalm.memory import MemoryCase, checkpoint_bytes, estimate_memory, parameter_groups
+from megalm.estimate.activations import activation_bytes, loss_bytes
+from megalm.estimate.memory import MemoryCase, checkpoint_bytes, estimate_memory, parameter_groups
+from megalm.estimate.shares import shares
 from megalm.model.flops import flops_per_token
 from megalm.model.shape import ModelShape, model_shape
 from megalm.plan import make_plan, parameters_by_part
-from megalm.shares import shares
 from megalm.topology import Topology
 
 Start = Callable[..., ResolvedRun]

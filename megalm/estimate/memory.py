@@ -12,11 +12,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megalm.activations import activation_bytes, loss_bytes
 from megalm.config.deepspeed_schema import ZeroSection
 from megalm.config.precision import Precision
+from megalm.estimate.activations import activation_bytes, loss_bytes
+from megalm.estimate.shares import Share, shares
 from megalm.model.shape import ModelShape
-from megalm.shares import Share, shares
 from megalm.topology import Topology
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

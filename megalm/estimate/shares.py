@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megalm.balance import balanced_blocks, parameter_costs
+from megalm.estimate.balance import balanced_blocks, parameter_costs
 from megalm.model.shape import ModelShape
 from megalm.topology import Topology
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalm.balance import StageCosts, balanced_blocks, micro_batches_for, parameter_costs
 from megalm.config.schema import ModelSection
+from megalm.estimate.balance import StageCosts, balanced_blocks, micro_batches_for, parameter_costs
 from megalm.model.shape import model_shape
 from megalm.topology import bubble_share
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 
+from megalm.estimate.shares import Share
 from megalm.model.query_blocks import kept_probabilities
 from megalm.model.shape import ModelShape
-from megalm.shares import Share
 
 
 def activation_bytes(
