@@ -1,7 +1,7 @@
 """A checkpoint of any layout gives the very same state to every other, tensor groups included, and to the weights.
 
 Bit for bit: masters, moments and the low-precision weights made of them. Going on from it gives the next loss of the
-run that wrote it, in fp32 to 1e-5.
+run that wrote it, in fp32 to 1e-5; on the same layout bit for bit, dropout included.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ LAYOUTS: dict[int, dict[str, Case]] = {
         "tensor zero1 bf16": Case("zero1.json", "bf16", TENSOR),
         "sequence zero2": Case("zero2.json", overrides=SEQUENCE),
         "tensor zero3": Case("zero3.json", overrides=TENSOR, settings=NO_PERSISTENCE),
+        "sequence zero1 dropout": Case("zero1.json", overrides=(*SEQUENCE, "model.dropout=0.1")),
     },
     4: {
         "data zero3": Case("zero3.json", overrides=(GROUPED,), settings=NO_PERSISTENCE),
@@ -46,15 +47,20 @@ LAYOUTS: dict[int, dict[str, Case]] = {
 STEPS = 3
 
 
-def _write(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, tuple[Path, Trace, Trace]]:
-    """Per layout: the checkpoint, the state that it was made of, and the step after it."""
+def _write(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, tuple[Path, Trace, Trace, Trace]]:
+    """Per layout: the checkpoint, the state that it was made of, the step after it, the same from the checkpoint."""
     written = {}
     for name, case in LAYOUTS[comm.size].items():
         engine, run, loader = start(comm, device, case, prefix, folder)
         before = steps(engine, run, loader, 1, STEPS)
         facts = {"step": STEPS, "tokens": 0, "counters": engine.counters()}
         path = save_checkpoint(folder / name, STEPS, engine.fragments(), facts, [], comm)
-        written[name] = (path, before, steps(engine, run, loader, STEPS + 1, STEPS + 1))
+        straight = steps(engine, run, loader, STEPS + 1, STEPS + 1)
+        loader.close()
+        engine, run, loader = start(comm, device, case, prefix, folder)
+        reader = CheckpointReader(path)
+        engine.restore(reader.read, reader.manifest["counters"], reader.manifest["step"])
+        written[name] = (path, before, straight, steps(engine, run, loader, STEPS + 1, STEPS + 1))
         loader.close()
     return written
 
@@ -63,6 +69,8 @@ def _read(comm: Any, device: torch.device, prefix: Path, folder: Path, paths: li
     """Per layout and checkpoint: the state after loading, and the next step."""
     found = {}
     for name, case in LAYOUTS[comm.size].items():
+        if "dropout" in name:
+            continue
         engine, run, loader = start(comm, device, case, prefix, folder)
         for path in paths:
             reader = CheckpointReader(path)
@@ -93,13 +101,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def written(place: Path) -> dict[int, list[dict[str, tuple[Path, Trace, Trace]]]]:
+def written(place: Path) -> dict[int, list[dict[str, tuple[Path, Trace, Trace, Trace]]]]:
     return {size: run_ranks(size, _write, place / "data", place / str(size)) for size in LAYOUTS}
 
 
 @pytest.fixture(scope="module")
 def read(place: Path, written: dict[int, Any]) -> dict[int, list[dict[Any, Trace]]]:
-    paths = [path for ranks in written.values() for path, _, _ in ranks[0].values()]
+    paths = [found[0] for ranks in written.values() for name, found in ranks[0].items() if "dropout" not in name]
     return {size: run_ranks(size, _read, place / "data", place / str(size), paths) for size in LAYOUTS}
 
 
@@ -113,9 +121,19 @@ def test_a_checkpoint_is_the_state_each_element_once(written: dict[int, Any], si
 
 
 @pytest.mark.parametrize("size", list(LAYOUTS))
+def test_goes_on_bit_equal(written: dict[int, Any], size: int) -> None:
+    for rank in written[size]:
+        for name, (_, _, straight, again) in rank.items():
+            assert (again.losses, again.norms) == (straight.losses, straight.norms), name
+            for (key, expected), (other, found) in zip(straight.fragments, again.fragments, strict=True):
+                assert key == other
+                np.testing.assert_array_equal(found, expected, err_msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("size", list(LAYOUTS))
 def test_any_layout_gets_the_same_state(read: dict[int, Any], size: int) -> None:
     ranks = read[size]
-    assert len(ranks[0]) == len(LAYOUTS[size]) * 12
+    assert len(ranks[0]) == sum("dropout" not in name for name in LAYOUTS[size]) * 12
     for name, path in ranks[0]:
         reader = CheckpointReader(path)
         for (parameter, kind), values in whole_state([rank[name, path] for rank in ranks]).items():
@@ -125,7 +143,7 @@ def test_any_layout_gets_the_same_state(read: dict[int, Any], size: int) -> None
 
 @pytest.mark.parametrize("size", list(LAYOUTS))
 def test_any_layout_goes_on_with_the_same_loss(read: dict[int, Any], written: dict[int, Any], size: int) -> None:
-    after = {path: trace.losses[0] for ranks in written.values() for path, _, trace in ranks[0].values()}
+    after = {path: trace.losses[0] for ranks in written.values() for path, _, trace, _ in ranks[0].values()}
     for (name, path), trace in read[size][0].items():
         if "bf16" not in name and "bf16" not in str(path):
             np.testing.assert_allclose(trace.losses[0], after[path], rtol=1e-5, err_msg=f"{name} from {path}")
