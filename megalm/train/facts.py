@@ -13,6 +13,7 @@ from megalm.model.shape import ModelShape
 from megalm.tracking.run_folder import without_passwords
 from megalm.train.data_facts import data_rows
 from megalm.train.datasets import RunData
+from megalm.train.invocation import Invocation
 from megalm.train.report import size
 from megalm.train.run_folder import RunFolder
 
@@ -47,16 +48,15 @@ def opening_facts(
     return rows
 
 
-def farewell(folder: RunFolder, run: ResolvedRun, deepspeed_config: str) -> str:
+def farewell(folder: RunFolder, run: ResolvedRun, invocation: Invocation) -> str:
     """Where everything is, and the next commands to try."""
     prompt = json.dumps(_first_line(run.config.sample.prompts))
     steps = 2 * run.config.train.steps
-    root, launch = folder.path.parent, f"deepspeed launch/pretrain.py --deepspeed_config {deepspeed_config}"
     rows = [
-        ("see it", _where_mlflow_is(root) if run.config.tracking.mlflow else f"{folder.metrics}"),
+        ("see it", _where_mlflow_is(folder.path.parent) if run.config.tracking.mlflow else f"{folder.metrics}"),
         ("list it", f"megalm checkpoint list {folder.path}"),
         ("generate", f"megalm generate {folder.path} --prompt {prompt}"),
-        ("train longer", f"{launch} run.name={folder.name} --resume auto train.steps={steps}"),
+        ("train longer", invocation.again("--resume", "auto", f"train.steps={steps}")),
         ("your own", 'README.md, "Train on your own text"'),
     ]
     lines = [f"everything is in {folder.path}: metrics.jsonl, log.txt, checkpoints/, samples/"]

@@ -17,6 +17,7 @@ from megalm.data.lookup import pieces_of
 from megalm.data.tokenizer import Tokenizer
 from megalm.engine.protocol import Comm, Engine
 from megalm.train.guard import Verdict
+from megalm.train.invocation import Invocation
 from megalm.train.report import Reporter
 
 # A report is read, not searched: so many documents have their text in it, and so much of each.
@@ -73,11 +74,11 @@ class IncidentWriter:
     """Writes reports into `folder`.
 
     Args:
-        command: the words that start this run again, without what an incident adds.
+        invocation: the command of this run, to which an incident adds.
     """
 
-    def __init__(self, folder: Path, read: ReadSamples, command: str, comm: Comm, reporter: Reporter) -> None:
-        self._folder, self._read, self._command = folder, read, command
+    def __init__(self, folder: Path, read: ReadSamples, invocation: Invocation, comm: Comm, reporter: Reporter) -> None:
+        self._folder, self._read, self._invocation = folder, read, invocation
         self._comm, self._reporter = comm, reporter
 
     def write(self, engine: Engine, incident: Incident) -> Path:
@@ -96,7 +97,7 @@ class IncidentWriter:
         first, end = incident.samples
         pieces = list(self._read(first, end - first))
         largest = sorted(gradients.items(), key=lambda item: -item[1])
-        try_next = next_command(self._command, incident)
+        try_next = next_command(self._invocation, incident)
         finding = incident.verdict.finding
         facts: dict[str, Any] = {
             "step": incident.step,
@@ -117,14 +118,14 @@ class IncidentWriter:
         path.write_text("\n".join(_readable(incident, pieces, largest, try_next)) + "\n")
 
 
-def next_command(command: str, incident: Incident) -> str:
+def next_command(invocation: Invocation, incident: Incident) -> str:
     """What a person would try first."""
     if incident.verdict.action in ("skip", "rollback"):
         return "none: the run goes on by itself"
     if incident.saved_step == 0:
-        return f"{command} schedule.peak_learning_rate={incident.learning_rate / 2:.2g}"
+        return invocation.again("--resume", "auto", f"schedule.peak_learning_rate={incident.learning_rate / 2:.2g}")
     behind = incident.step - incident.saved_step
-    return f"{command} --resume {incident.saved_step} --skip-steps {behind}"
+    return invocation.again("--resume", str(incident.saved_step), "--skip-steps", str(behind))
 
 
 def _readable(

@@ -41,6 +41,7 @@ from megalm.train.evaluate import Evaluator
 from megalm.train.facts import farewell, opening_facts
 from megalm.train.guard import SpikeGuard
 from megalm.train.incidents import IncidentWriter, reading
+from megalm.train.invocation import Invocation
 from megalm.train.launcher_watch import watch_launchers
 from megalm.train.leaving import FailureClaim, Guard, StopRequest
 from megalm.train.limits import Limits, Watchdog, process_start
@@ -122,10 +123,13 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     engine = build_engine(run, shape, device, comm, lambda *stages: reporter.say(pipeline_facts(run, *stages)))
     peak, peak_source = peak_flops(device, run.precision != "fp32")
     limits = _limits(run, guard, folder, comm)
+    invocation = Invocation(
+        arguments.deepspeed_config, arguments.config, arguments.overrides, folder.name, ranks.local_world_size
+    )
     incidents = IncidentWriter(
         folder.incidents,
         reading(data.train, data.tokenizer),
-        f"deepspeed launch/pretrain.py --deepspeed_config {arguments.deepspeed_config} run.name={folder.name}",
+        invocation,
         comm,
         reporter,
     )
@@ -149,7 +153,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     comm.barrier()  # no rank leaves while another still needs rank 0's store
     _close(metrics, mirror, reporter, folder, lock)
     if code == EXIT_DONE:
-        reporter.say(farewell(folder, run, arguments.deepspeed_config))
+        reporter.say(farewell(folder, run, invocation))
     return code
 
 
