@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalm.model.attention_blocks import blockwise_attention
@@ -63,14 +63,34 @@ def test_blocks_in_bf16_are_as_near_as_the_fused_kernel() -> None:
         assert (one.double() - other).norm() < 8e-3 * other.norm()
 
 
-def test_flex_mask_is_the_dense_one() -> None:
+@pytest.mark.parametrize("length", [300, 512])
+def test_flex_mask_is_the_dense_one(length: int) -> None:
     """What a GPU's attention gets; a CPU has its forward pass only."""
-    documents = _documents(300)
-    query, key, value, _ = _inputs(300, torch.float32)
+    documents = _documents(length)
+    query, key, value, _ = _inputs(length, torch.float32)
     dense = document_mask(documents).dense()
     expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=dense)
     found = flex_attention(query, key, value, block_mask=flex_blocks(documents))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_flex_blocks_are_those_of_every_pair_of_tokens() -> None:
+    """No more blocks than needed, none that must be there left out, and whole ones known as whole."""
+    length = 128 * 9
+    documents = _documents(length)
+    found, rule = flex_blocks(documents), flex_blocks(documents).mask_mod
+    expected = create_block_mask(rule, BATCH, None, length, length, device="cpu")
+    assert torch.equal(found.to_dense(), expected.to_dense())
+    assert found.full_kv_num_blocks is not None
+    assert expected.full_kv_num_blocks is not None
+    assert torch.equal(found.full_kv_num_blocks, expected.full_kv_num_blocks)
+    assert torch.equal(found.kv_num_blocks, expected.kv_num_blocks)
+
+
+def test_flex_blocks_need_no_square() -> None:
+    with _Largest() as largest:
+        flex_blocks(_documents(4096))
+    assert largest.elements <= BATCH * 4096
 
 
 @pytest.mark.gpu
