@@ -84,9 +84,9 @@ def candidates(checkpoints: Path, wanted: str) -> list[Entry]:
 
     Args:
         checkpoints: the run's checkpoints folder.
-        wanted: `auto`, a step or a folder's name in `checkpoints`, or the path of any checkpoint. `auto` is every
-            good one, the one written last first, then the suspect ones, never a bad one; those whose manifest cannot
-            be read come first of all, so that they are told of. Empty where nothing was ever saved.
+        wanted: `auto`, a step, `latest`, `best` or a folder's name in `checkpoints`, or the path of any checkpoint.
+            `auto` is every good one, the one written last first, then the suspect ones, never a bad one; those whose
+            manifest cannot be read come first of all, so that they are told of. Empty where nothing was ever saved.
 
     Raises:
         CheckpointError: what was named is not there, not complete or bad; or `auto` and there are only bad ones.
@@ -120,10 +120,16 @@ def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
     return None
 
 
+def followed(path: Path) -> Path:
+    """The checkpoint that a file `latest` or `best` names; any other path as it is."""
+    name = pointed_at(path.parent, path.name) if path.name in (LATEST, BEST) else None
+    return path.parent / name if name else path
+
+
 def _named(checkpoints: Path, wanted: str) -> Entry:
     named = checkpoints / (folder_name(int(wanted)) if wanted.isdecimal() else wanted)
     complete = complete_checkpoints(checkpoints)
-    for path in (named, Path(wanted)):
+    for path in (followed(named), followed(Path(wanted))):
         if (path / MANIFEST).is_file():
             manifest = read_manifest(path)
             if manifest["status"] == "bad":
@@ -132,6 +138,9 @@ def _named(checkpoints: Path, wanted: str) -> Entry:
                     f"megalm checkpoint mark-bad --good {path}"
                 )
             return Entry(path, manifest)
+        if (path / "checkpoints").is_dir():
+            others = _choices(complete_checkpoints(path / "checkpoints"))
+            raise CheckpointError(f"{path}: a run folder; name one of {path / 'checkpoints'}, {others}")
         if path.is_dir():
             raise CheckpointError(f"{path}: not a complete checkpoint (no {MANIFEST}); {_choices(complete)}")
     raise CheckpointError(f"no checkpoint {wanted!r} in {checkpoints} and no such folder; {_choices(complete)}")

@@ -20,18 +20,19 @@ from megalm.checkpoint.layout import (
     Entry,
     catalogue,
     find_checkpoint,
+    followed,
     pointed_at,
     step_folders,
 )
 from megalm.checkpoint.manifest import MANIFEST, damaged_file, read_manifest, set_status, wrong_file
 from megalm.checkpoint.retention import Retention, prune, superfluous
 from megalm.cli import show
-from megalm.cli.runs import find_run
+from megalm.cli.runs import find_place, find_run
 from megalm.errors import CheckpointError
 from megalm.tracking.run_folder import CONFIG_FILE, DEEPSPEED_FILE, read_mapping
 from megalm.train.schedule import ScheduleSegment
 
-_LONGEST_VALUE = 160
+_LONGEST_VALUE = 76  # with its name within a hundred columns
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -81,6 +82,7 @@ def show_command(path: Path = typer.Argument(help="Checkpoint folder, or a run f
 @app.command("verify")
 def verify_command(path: Path = typer.Argument(help="Checkpoint folder, or a run folder for all of its.")) -> None:
     """Hash every file and compare it with what the manifest says."""
+    path = followed(path)
     entries = [_entry(path)] if (path / MANIFEST).exists() else catalogue(find_run(str(path)) / "checkpoints")
     problems = []
     for entry in entries:
@@ -98,14 +100,17 @@ def verify_command(path: Path = typer.Argument(help="Checkpoint folder, or a run
 @app.command("mark-bad")
 def mark_bad_command(
     path: Path = typer.Argument(help="Checkpoint folder."),
-    reason: str = typer.Option(..., help="Why; it is kept with the mark and shown when somebody asks for it."),
+    reason: str = typer.Option(None, help="Why; it is kept with the mark and shown when somebody asks for it."),
     good: bool = typer.Option(False, "--good", help="Undo it: mark it good again."),
 ) -> None:
     """Keep --resume from ever taking a checkpoint (with --good: let it again)."""
+    path = followed(path)
     if not (path / MANIFEST).is_file():
         raise CheckpointError(f"{path}: no checkpoint; `megalm checkpoint list RUN` names them")
+    if not (reason or good):
+        raise CheckpointError(f"{path}: a mark needs its reason; add --reason TEXT")
     set_status(path, "good" if good else "bad", reason)
-    typer.echo(f"{path}: marked {'good' if good else 'bad'} ({reason})")
+    typer.echo(f"{path}: marked {'good' if good else 'bad'}{f' ({reason})' if reason else ''}")
 
 
 @app.command("diff")
@@ -173,7 +178,8 @@ def convert_command(
 
 
 def _checkpoint(path: Path) -> Path:
-    """A checkpoint folder, or of a run folder what `--resume auto` would take."""
+    """A checkpoint folder, or of a run what `--resume auto` would take."""
+    path = find_place(path)
     if (path / MANIFEST).exists() or not (path / "checkpoints").is_dir():
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such folder; `megalm checkpoint list RUN` names the checkpoints")

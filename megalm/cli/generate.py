@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from megalm.cli.runs import find_place
 from megalm.config.schema import SampleSection
 
 _DEFAULTS = SampleSection()
 
 
 def command(
-    place: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run folder (its newest checkpoint).")],
+    place: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run, or one of its checkpoints.")],
     prompt: Annotated[list[str], typer.Option("--prompt", help="May be repeated.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = _DEFAULTS.max_new_tokens,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest.")] = _DEFAULTS.temperature,
@@ -28,7 +29,7 @@ def command(
     settings = SampleSection(
         prompts=tuple(prompt), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None
     )
-    model = OfflineModel(place, tokenizer or None)
+    model = OfflineModel(find_place(place), tokenizer or None)
     length = model.shape.max_position_embeddings
     for text in generate(model, Alone(), model.tokenizer, settings, length, seed):
         typer.echo(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megalm.checkpoint.layout import followed
 from megalm.config.schema import RunSection
 from megalm.config.suggest import did_you_mean
 from megalm.errors import ConfigError
@@ -21,3 +22,9 @@ def find_run(name: str) -> Path:
             return candidate
     known = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     raise ConfigError(f"{name}: no such run folder, nor {root / name}{did_you_mean(name, known)}; give its path")
+
+
+def find_place(path: Path) -> Path:
+    """A checkpoint or a run folder: `latest` and `best` are followed, a bare name is looked for under the run root."""
+    path = followed(path)
+    return path if path.exists() or len(path.parts) > 1 else find_run(str(path))

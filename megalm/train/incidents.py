@@ -84,7 +84,7 @@ class IncidentWriter:
     def write(self, engine: Engine, incident: Incident) -> Path:
         """Collective; where the readable report is."""
         gradients = engine.refused_gradients()
-        path = self._folder / f"step-{incident.step:08d}.md"
+        path = self._folder / report_name(incident.step, incident.attempt)
         if self._comm.is_main:
             try:
                 self._write(path, incident, gradients)
@@ -116,6 +116,11 @@ class IncidentWriter:
         }
         path.with_suffix(".json").write_text(json.dumps(_strict(facts), indent=1, ensure_ascii=False) + "\n")
         path.write_text("\n".join(_readable(incident, pieces, largest, try_next)) + "\n")
+
+
+def report_name(step: int, attempt: int) -> str:
+    """A step that is out of bounds again after a rollback or a resume has another report; the first one stays."""
+    return f"step-{step:08d}.md" if attempt == 1 else f"step-{step:08d}.attempt-{attempt}.md"
 
 
 def next_command(invocation: Invocation, incident: Incident) -> str:

@@ -29,4 +29,4 @@ class Invocation:
         kept = [word for word in self.overrides if word.partition("=")[0] not in replaced]
         launch = ["deepspeed", *(["--num_gpus", str(self.ranks)] if self.ranks > 1 else []), "launch/pretrain.py"]
         files = ["--deepspeed_config", self.deepspeed_config, *(["--config", self.config] if self.config else [])]
-        return shlex.join([*launch, *files, f"run.name={self.name}", *kept, *words])
+        return shlex.join([*launch, *files, *kept, f"run.name={self.name}", *words])

@@ -81,6 +81,16 @@ def test_only_damaged_ones_are_an_error_and_no_fresh_start(tmp_path: Path) -> No
         find_checkpoint(tmp_path, "auto")
 
 
+def test_latest_and_best_are_followed_and_a_run_folder_says_what_is_in_it(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    first, second = save(checkpoints, 5), save(checkpoints, 10)
+    (checkpoints / "best").write_text("step-00000005\n")
+    assert find_checkpoint(checkpoints, "best") == first
+    assert find_checkpoint(tmp_path / "elsewhere", str(checkpoints / "latest")) == second
+    with pytest.raises(CheckpointError, match=r"a run folder; name one of .*complete ones: step-00000005, step-0"):
+        find_checkpoint(tmp_path / "elsewhere", str(tmp_path))
+
+
 @pytest.mark.parametrize("wanted", ["5", "step-00000005"])
 def test_by_name_or_path(tmp_path: Path, wanted: str) -> None:
     folder = save(tmp_path, 5)

@@ -118,6 +118,18 @@ def test_verify_hashes_everything(run_dir: Path, capsys: pytest.CaptureFixture[s
     assert run(capsys, "verify", folder(run_dir, 500))[0] == 0
 
 
+def test_a_name_under_runs_is_a_place_too(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(run_dir)
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "show", "mine")
+    assert (code, "step-00010000" in out) == (0, True)
+    assert all(len(line) <= 100 for line in out.splitlines()), out
+    assert "did you mean 'mine'" in run(capsys, "show", "mina")[2]
+
+
 def test_mark_bad_and_good_again(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newest = folder(run_dir, 10000)
     assert run(capsys, "mark-bad", newest, "--reason", "a spike")[0] == 0
@@ -126,6 +138,9 @@ def test_mark_bad_and_good_again(run_dir: Path, capsys: pytest.CaptureFixture[st
     assert run(capsys, "mark-bad", newest, "--good", "--reason", "it was the plot")[0] == 0
     assert read_manifest(newest)["status"] == "good"
     assert run(capsys, "mark-bad", newest)[0] == 2  # no reason
+    assert run(capsys, "mark-bad", newest.parent / "latest", "--reason", "a spike")[0] == 0
+    assert run(capsys, "mark-bad", newest, "--good")[0] == 0  # what messages advise
+    assert (read_manifest(newest)["status"], read_manifest(newest)["status_reason"]) == ("good", None)
     assert run(capsys, "mark-bad", run_dir, "--reason", "x")[0] == 2
 
 

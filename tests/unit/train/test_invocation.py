@@ -11,7 +11,7 @@ def test_says_all_that_was_said_but_what_is_said_anew() -> None:
     overrides = ("train.steps=20", "model.hidden_size=64", "run.name=other", "resume.allow=[order]")
     told = Invocation("b.json", None, overrides, "mine").again("--resume", "auto", "train.steps=40")
     assert told == (
-        "deepspeed launch/pretrain.py --deepspeed_config b.json run.name=mine model.hidden_size=64 "
+        "deepspeed launch/pretrain.py --deepspeed_config b.json model.hidden_size=64 run.name=mine "
         "--resume auto train.steps=40"
     )
 
@@ -20,4 +20,4 @@ def test_says_file_and_ranks_and_quotes_for_a_shell() -> None:
     mixture = "data.train=[{prefix: data/a b, weight: 1}]"
     told = Invocation("b.json", "my run.yaml", (mixture,), "mine", ranks=2).again()
     assert told.startswith("deepspeed --num_gpus 2 launch/pretrain.py ")
-    assert shlex.split(told)[-4:] == ["--config", "my run.yaml", "run.name=mine", mixture]
+    assert shlex.split(told)[-4:] == ["--config", "my run.yaml", mixture, "run.name=mine"]
