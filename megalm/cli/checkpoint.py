@@ -253,4 +253,9 @@ def _plain(name: str, value: Any) -> str:
     if name == "created":
         value = _created(value)
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}... ({len(text)} characters)"
+    if isinstance(value, Mapping) and not any(isinstance(part, (Mapping, list)) for part in value.values()):
+        text = ", ".join(f"{name} {part}" for name, part in value.items())
+    if len(text) <= _LONGEST_VALUE:
+        return text
+    cut = f"... ({len(text)} characters)"
+    return text[: _LONGEST_VALUE - len(cut)] + cut
