@@ -30,6 +30,12 @@ _THINGS = {
 
 # Compared elsewhere: a length may be cut anew, and a mixture is known by the fingerprint of its order.
 _TOLD_ONLY = ("data.sequence_length", "data.mixture")
+_FINGERPRINT_SHOWN = 12  # digits
+# Numbers of the model that weights have in their shapes, or that weights stand or fall with: nothing allows others.
+_SHAPES = (
+    *("style", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "intermediate_size", "tie_word_embeddings", "qk_norm"),
+)
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -
             if was == value or name in _TOLD_ONLY or _may_grow(name, then, now):
                 continue
             thing = "model" if section == "model" else _THINGS.get(name, "dataset")
-            found.setdefault(thing, []).append(f"{name} was {was}, is {value}")
+            then_and_now = [str(it)[:_FINGERPRINT_SHOWN] if section == "fingerprints" else it for it in (was, value)]
+            found.setdefault(thing, []).append("{} was {}, is {}".format(name, *then_and_now))
     if len(found) > 1 and [words.split()[0] for words in found.get("order", [])] == ["order"]:
         del found["order"]  # the fingerprint of the order follows from whatever else has changed
     mixtures = [section["data"].get("data.mixture") for section in (then, now)]
@@ -168,10 +175,10 @@ def refuse_other_run(path: Path, found: Mapping[str, Sequence[str]], allowed: Se
     refused = {thing: words for thing, words in found.items() if thing not in allowed}
     if refused:
         differences = "; ".join(f"{thing} ({', '.join(words)})" for thing, words in refused.items())
-        raise CheckpointError(
-            f"{path} was trained with another {differences}; state what it was, or "
-            f"resume.allow=[{','.join([*allowed, *refused])}] if it is meant"
-        )
+        advice = f"state what it was, or resume.allow=[{','.join([*allowed, *refused])}] if it is meant"
+        if any(words.split()[0] in _SHAPES for words in refused.get("model", ())):
+            advice = "state what it was: the shapes of a model never change"
+        raise CheckpointError(f"{path} was trained with another {differences}; {advice}")
 
 
 def beginning(run: ResolvedRun, manifest: Mapping[str, Any], found: Mapping[str, Sequence[str]]) -> Beginning:

@@ -178,6 +178,9 @@ def test_differences_are_named_by_what_they_are() -> None:
     assert differences(THEN, changed("data", **{"data.split": "90,10"})) == {
         "dataset": ["data.split was 95,5, is 90,10"]
     }
+    assert differences(THEN, changed("fingerprints", order="0123456789abcdef")) == {
+        "order": ["order was a, is 0123456789ab"]
+    }
     assert differences(THEN, changed("fingerprints", order="x")) == {"order": ["order was a, is x"]}
     # The order's fingerprint changes with the dataset: said once.
     assert differences(THEN, changed("fingerprints", order="x", dataset="y")) == {"dataset": ["dataset was b, is y"]}
@@ -185,6 +188,8 @@ def test_differences_are_named_by_what_they_are() -> None:
 
 
 def test_a_refusal_names_all_and_how_to_allow_it(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"state what it was: the shapes of a model never change$"):
+        refuse_other_run(Path("run"), {"model": ["hidden_size was 1, is 2"], "order": ["x was 1, is 2"]}, ())
     found = {"model": ["x was 1, is 2"], "order": ["train.seed was 1, is 2"]}
     refuse_other_run(tmp_path, found, ["model", "order"])
     with pytest.raises(
