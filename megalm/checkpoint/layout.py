@@ -97,7 +97,7 @@ def candidates(checkpoints: Path, wanted: str) -> list[Entry]:
     by_preference = [entry for status in (None, "good", "suspect") for entry in newest_first if entry.status == status]
     if newest_first and not by_preference:
         raise CheckpointError(
-            f"every checkpoint in {checkpoints} is marked bad; undo one with megalm checkpoint mark-bad --good"
+            f"every checkpoint in {checkpoints} is marked bad; undo one with megalm checkpoint mark-bad --good PATH"
         )
     return by_preference
 
