@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from megalm.config.schema import ModelSection
+from megalm.engine.allocator import keep_freed_memory
 from megalm.model.init import initialise
 from megalm.model.shape import ModelShape, model_shape
 from megalm.model.transformer import LanguageModel
@@ -32,6 +33,7 @@ def main() -> None:
     for name, default in (("layers", 8), ("hidden", 512), ("sequence", 512), ("batch", 8), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
+    keep_freed_memory()  # as a run does
     section = ModelSection(
         style="gpt2",
         hidden_size=arguments.hidden,

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from megalm.config.resolve import DeviceFacts
+from megalm.engine.allocator import keep_freed_memory
 from megalm.errors import ConfigError
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -76,6 +77,7 @@ def claim_device(ranks: RankFacts) -> torch.device:
     """
     torch.set_num_threads(ranks.threads)  # torchrun says 1 thread, others say all: equal under every launcher
     if not _computes_on_cuda():
+        keep_freed_memory()
         return torch.device("cpu")
     if ranks.local_rank >= torch.cuda.device_count():
         raise ConfigError(
