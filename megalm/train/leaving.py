@@ -75,8 +75,12 @@ class Guard:
         except OtherRankFailed:
             code = EXIT_FAILED
         except MegalmError as error:
-            self._tell(f"megalm: {_kind(error)}: {' '.join(str(error).split())}")
             code = error.exit_code
+            text = f"megalm: {_kind(error)}: {' '.join(str(error).split())}"
+            if self.claim is None and self.rank > 0:
+                _outlast_rank_0(code)
+                text = f"{text} (on rank {self.rank})"
+            self._tell(text, everybody=True)
         except KeyboardInterrupt:
             self._tell("megalm: interrupted")
             code = EXIT_FAILED
@@ -118,15 +122,8 @@ class Guard:
         os._exit(EXIT_FAILED)
 
     def _tell(self, text: str, everybody: bool = False) -> None:
-        """Print a failure.
-
-        Before there is a claim, rank 0 speaks for errors that all ranks share, and its launcher ends the others. A rank
-        must not leave before it: the launcher would end rank 0 unheard.
-        """
-        if self.claim is None and self.rank > 0 and not everybody:
-            time.sleep(_REFUSAL_GRACE_SECONDS)
-            text = f"{text} (on rank {self.rank})"
-        if self.claim is None or self.claim.take(text):
+        """Print a failure, if nobody else has; before there is a claim rank 0 speaks for all, or `everybody` does."""
+        if self.claim.take(text) if self.claim else (everybody or self.rank == 0):
             sys.stdout.flush()
             sys.stderr.write(text.rstrip("\n") + "\n")
             sys.stderr.flush()
@@ -175,6 +172,15 @@ class StopRequest:
             self._watchdog.start()
         elif number == signal.SIGINT and time.monotonic() - self._since > _SECOND_INTERRUPT_SECONDS:
             _leave_hard()
+
+
+def _outlast_rank_0(code: int) -> None:
+    """Let rank 0 tell what all ranks are refused for; its launcher then ends this one, with the same code.
+
+    Left at once, this rank could have the launcher end rank 0 before it has spoken.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+    time.sleep(_REFUSAL_GRACE_SECONDS)
 
 
 def leave(code: int) -> NoReturn:
