@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,6 +114,33 @@ def test_a_rank_that_waits_forever_leaves_with_the_failed_one(tmp_path: Path) ->
     assert finished.stderr == ""
     assert Path(f"{claim}.wish").exists()
     assert claim.read_text() == "rank 3 failed"
+
+
+REFUSED = """
+from megalm.errors import ConfigError
+from megalm.train.leaving import Guard
+
+def work():
+    print("refused", flush=True)
+    raise ConfigError("no such key")
+
+Guard(rank=1).run(work)
+"""
+
+
+@pytest.mark.parametrize("ended_by_launcher", [True, False])
+def test_a_refusal_is_rank_0s_to_tell(tmp_path: Path, ended_by_launcher: bool) -> None:
+    """Another rank waits for it to speak; one that nobody ends has a refusal of its own, and tells it."""
+    with job(tmp_path, [sys.executable, "-c", REFUSED]) as started:
+        assert started.process.stdout is not None
+        assert started.process.stdout.readline() == "refused\n"
+        if ended_by_launcher:
+            time.sleep(0.5)  # until it waits
+            started.process.send_signal(signal.SIGTERM)
+        finished = started.wait(SOON_SECONDS)
+    assert finished.code == 2
+    told = "" if ended_by_launcher else "megalm: configuration: no such key (on rank 1)\n"
+    assert finished.stderr == told
 
 
 def terminate_launcher(started: Job) -> None:
