@@ -39,7 +39,7 @@ from megalm.engine.build import build_engine  # noqa: E402
 from megalm.engine.comm import start_distributed  # noqa: E402
 from megalm.engine.environment import claim_device, device_facts, device_name, rank_facts  # noqa: E402
 from megalm.engine.optimizer import parameter_groups  # noqa: E402
-from megalm.engine.peak import peak_flops  # noqa: E402
+from megalm.engine.peak import measured_peak, peak_flops  # noqa: E402
 from megalm.model.dropout import DropoutClock  # noqa: E402
 from megalm.model.flops import flops_per_token  # noqa: E402
 from megalm.model.init import initialise  # noqa: E402
@@ -94,6 +94,8 @@ def main() -> None:
             if comm.size == 1:
                 work[f"bare loop, {name}"] = _bare_step(run, shape, device, compiled, prefix)
         peak = peak_flops(device, run.precision != "fp32")[0] * comm.size
+        if device.type == "cuda":
+            print(f"one 8192 x 8192 product: {measured_peak(device, run.precision != 'fp32') / 1e12:.0f} TFLOP/s")
         print(f"{device_name()}; torch {torch.__version__}; {ranks.threads} threads; {run.precision}")
         print(
             f"{arguments.shape}, {arguments.style}: {shape.parameter_count():,} parameters, "
@@ -129,7 +131,7 @@ def _now_peak(fallback: float) -> float:
     """On a CPU the peak drifts with the neighbours: measured beside each step."""
     if torch.cuda.is_available():
         return fallback
-    return peak_flops(torch.device("cpu"), low_precision=True)[0]
+    return measured_peak(torch.device("cpu"), low_precision=True)
 
 
 def _engine_step(run, shape: ModelShape, device, comm, prefix: Path) -> Callable[[int], None]:

@@ -67,11 +67,13 @@ class Attention(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
         if self.training and self.dropout_rate:
             return self._attend_with_dropout(query, key, value, mask)
+        if mask is not None and mask.blocks is not None:
+            if torch.compiler.is_compiling():  # it is compiled with the block
+                return flex_attention(query, key, value, block_mask=mask.blocks)  # type: ignore[operator]
+            return _compiled_flex_attention()(query, key, value, block_mask=mask.blocks)
         if query.device.type == "cpu":
             return blockwise_attention(query, key, value, mask.documents if mask else None)
-        if mask is None:
-            return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return _compiled_flex_attention()(query, key, value, block_mask=mask.blocks)
+        return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
     @torch.compiler.disable  # as in dropout.py: seeds are no constants
     def _attend_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megalm.config.schema import ModelSection
 from megalm.model.attention_blocks import blockwise_attention
+from megalm.model.init import initialise
 from megalm.model.mask import DocumentMask, document_mask, flex_blocks
+from megalm.model.shape import model_shape
+from megalm.model.transformer import LanguageModel
 
 BATCH, HEADS, WIDTH = 2, 3, 16
 # One token; less than a block; a block and one; several; so many that probabilities are computed again.
@@ -63,15 +68,76 @@ def test_blocks_in_bf16_are_as_near_as_the_fused_kernel() -> None:
         assert (one.double() - other).norm() < 8e-3 * other.norm()
 
 
+@pytest.fixture
+def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A GPU's way through the model: flex attention by torch's own plain formula, which a CPU has for both passes.
+
+    torch refuses the backward pass on a CPU because its CPU *kernel* has none. The list gets an entry a call.
+    """
+    calls: list[object] = []
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    monkeypatch.setattr("megalm.model.transformer.document_mask", lambda d: DocumentMask(d, flex_blocks(d)))
+
+    def counted(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask) -> Tensor:
+        calls.append(block_mask)
+        return flex_attention(query, key, value, block_mask=block_mask)
+
+    monkeypatch.setattr("megalm.model.attention._compiled_flex_attention", lambda: counted)
+    return calls
+
+
 @pytest.mark.parametrize("length", [300, 512])
+@pytest.mark.usefixtures("flex_on_cpu")
 def test_flex_mask_is_the_dense_one(length: int) -> None:
-    """What a GPU's attention gets; a CPU has its forward pass only."""
     documents = _documents(length)
-    query, key, value, _ = _inputs(length, torch.float32)
+    inputs = _inputs(length, torch.float32)
     dense = document_mask(documents).dense()
-    expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=dense)
-    found = flex_attention(query, key, value, block_mask=flex_blocks(documents))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    expected = _with_gradients(
+        lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, attn_mask=dense), inputs
+    )
+    found = _with_gradients(lambda q, k, v: flex_attention(q, k, v, block_mask=flex_blocks(documents)), inputs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_model_with_flex_attention_is_the_one_on_a_cpu(compiled: bool, request: pytest.FixtureRequest) -> None:
+    """Losses and gradients of batches whose documents differ; compiled, one graph serves all blocks and batches."""
+    length, vocabulary = 200, 53
+    section = ModelSection(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    shape = model_shape(section, vocabulary, length)
+    model = LanguageModel(shape)
+    initialise(model, shape, seed=1)
+    batches = []
+    for seed in range(3):
+        tokens = torch.randint(0, vocabulary, (BATCH, length), generator=torch.Generator().manual_seed(seed))
+        documents = (torch.arange(length) >= 60 + 30 * seed).int().expand(BATCH, length)
+        batches.append((tokens, documents))
+    expected = [_loss_and_gradients(model, *batch) for batch in batches]
+
+    calls = request.getfixturevalue("flex_on_cpu")
+    counter = CompileCounterWithBackend("aot_eager")  # the plain formula: inductor has a GPU's kernels only
+    if compiled:
+        torch._dynamo.reset()
+        for block in model.layers:
+            block.compile(dynamic=False, fullgraph=True, backend=counter)
+    for batch, (loss, gradients) in zip(batches, expected, strict=True):
+        found_loss, found = _loss_and_gradients(model, *batch)
+        torch.testing.assert_close(found_loss, loss, rtol=1e-6, atol=0.0)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    if compiled:
+        (graph,) = counter.graphs
+        assert "flex_attention" in str(graph.graph)
+    else:
+        assert len(calls) == 2 * len(batches)
+
+
+def _loss_and_gradients(model: LanguageModel, tokens: Tensor, documents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss, _ = model(tokens, tokens, documents)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def test_flex_blocks_are_those_of_every_pair_of_tokens() -> None:

@@ -1,0 +1,52 @@
+"""The peak that MFU counts against: by the device's whole name, else measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megalm.engine.peak import data_sheet_peak, peak_flops
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("A100-SXM4-40GB", 312),
+        ("NVIDIA GeForce RTX 5090", 209.5),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+    ],
+)
+def test_known_devices(name: str, tera: float) -> None:
+    found = data_sheet_peak(name, low_precision=True)
+    assert found is not None
+    assert found[0] == tera * 1e12
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 5090 D",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA A1000",
+        "NVIDIA L40S",
+        "Tesla V100-SXM2-32GB",
+    ],
+)
+def test_other_devices_are_not_taken_for_known_ones(name: str) -> None:
+    assert data_sheet_peak(name, low_precision=True) is None
+
+
+def test_a_cpu_is_measured() -> None:
+    flops, source = peak_flops(torch.device("cpu"), low_precision=False)
+    assert source == "measured matrix product"
+    assert 1e9 < flops < 1e14  # FLOP/s of some cores: neither per millisecond nor of one product
