@@ -26,6 +26,9 @@ if [ -z "$python" ]; then
 fi
 command -v "$python" >/dev/null || fail "$python: no such program; name a Python 3.10-3.12: make PYTHON=/path/to/python3.12"
 fits "$python" || fail "$python is Python $(version_of "$python"), megalm needs 3.10-3.12; name one: make PYTHON=/path/to/python3.12"
+if [ "$system" = 1 ] && "$python" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'; then
+    fail "$python is a virtual environment's, whose packages another one cannot see; SYSTEM=1 wants an interpreter itself"
+fi
 command -v g++ >/dev/null || fail "no g++, with which DeepSpeed compiles its operations; install it: apt-get install g++ (or dnf install gcc-c++)"
 headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
 [ -f "$headers/Python.h" ] || fail "no $headers/Python.h, which compiling DeepSpeed's operations needs; install it: apt-get install python3-dev"

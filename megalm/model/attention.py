@@ -69,7 +69,7 @@ class Attention(nn.Module):
             return self._attend_with_dropout(query, key, value, mask)
         if mask is not None and mask.blocks is not None:
             if torch.compiler.is_compiling():  # it is compiled with the block
-                return flex_attention(query, key, value, block_mask=mask.blocks)  # type: ignore[operator]
+                return flex_attention(query, key, value, block_mask=mask.blocks)
             return _compiled_flex_attention()(query, key, value, block_mask=mask.blocks)
         if query.device.type == "cpu":
             return blockwise_attention(query, key, value, mask.documents if mask else None)
