@@ -107,5 +107,8 @@ def start_distributed(ranks: RankFacts, device: torch.device) -> ProcessComm:
     try:
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT)
     except dist.DistNetworkError as error:
-        raise ConfigError(f"rank {ranks.rank} cannot reach the others: {error}; check MASTER_ADDR/PORT") from error
+        raise ConfigError(
+            f"rank {ranks.rank} cannot reach the others: {error}; check MASTER_ADDR and MASTER_PORT, and where another "
+            "job of this machine has the port, give the launcher another: --master_port=29501"
+        ) from error
     return ProcessComm(ranks, device)
