@@ -1,4 +1,4 @@
-"""Tokenize text files into an indexed dataset: PREFIX.bin, PREFIX.idx, PREFIX.sources, PREFIX.json."""
+"""Tokenize text files into an indexed dataset: PREFIX.bin, PREFIX.idx, PREFIX.sources, PREFIX.json (PREFIX.minhash)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def main(
     max_document_mb: LargestMegabytes = 32,
     on_error: OnErrorWord = "fail",
     split: Annotated[str | None, typer.Option(help="95,5: PREFIX-train and PREFIX-validation; a third: -test")] = None,
-    dedup: Annotated[str, typer.Option(help="none, exact, or minhash: leave out documents that came before")] = "none",
+    dedup: Annotated[
+        str, typer.Option(help="none, exact, or minhash (near copies): leave out what came before")
+    ] = "none",
     minhash_threshold: Annotated[float, typer.Option(help="how alike near copies are, 0 to 1")] = 0.8,
     min_characters: Annotated[int | None, typer.Option(help="leave out shorter documents")] = None,
     max_characters: Annotated[int | None, typer.Option(help="leave out longer documents")] = None,

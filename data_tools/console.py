@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from megalm.data.builder import BuildProgress, Built
 from megalm.data.corpus import ReadReport
+from megalm.data.report import BuildReport
+from megalm.data.signatures import AWAITS_MERGE
 from megalm.errors import MegalmError
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
@@ -80,3 +82,12 @@ def tell_left_out(built: Built) -> None:
     tell_reading(ReadReport(skipped=report.skipped, messages=report.messages, ignored_files=built.ignored_files))
     for name, count in report.removed.items():
         out.print(f"left out {count:,} documents by {name}")
+    tell_near_copy(report)
+    if report.minhash.get(AWAITS_MERGE):
+        out.print("a shard: its near copies are left out when it is merged, by merge_datasets.py --dedup minhash")
+
+
+def tell_near_copy(report: BuildReport) -> None:
+    """Say by an example what counts as a near copy."""
+    for pair in report.near_copies[:1]:
+        out.print(f"near copies, the first: {pair['left_out']} of {pair['copy_of']}, {pair['alike']:.0%} alike")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
-from console import one_line_errors, out, run
+from console import one_line_errors, out, run, tell_near_copy
+from options import dedup_of
 
-from megalm.data.merge import MergeDedup, merge_datasets
-from megalm.errors import DataError
+from megalm.data.merge import merge_datasets
 
 
 def main(
     prefixes: Annotated[list[Path], typer.Argument(help="PREFIXes of the datasets, in the order wanted")],
     output_prefix: Annotated[Path, typer.Option(help="PREFIX of the dataset to write")],
-    dedup: Annotated[str, typer.Option(help="none or exact: leave out documents that came before")] = "none",
+    dedup: Annotated[str, typer.Option(help="none, exact, or minhash: leave out documents that came before")] = "none",
+    minhash_threshold: Annotated[
+        float | None, typer.Option(help="how alike near copies are, 0 to 1; default: as the datasets were built")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="replace a dataset of this name")] = False,
 ) -> None:
     """Merge datasets of one tokenizer without tokenizing again.
@@ -23,13 +26,12 @@ def main(
     Example: python data_tools/merge_datasets.py --output-prefix data/all data/a data/b
     """
     with one_line_errors():
-        if dedup not in ("none", "exact"):
-            raise DataError(f"--dedup {dedup}: is unknown; merging knows none and exact")
-        wanted = cast(MergeDedup, dedup)
-        report = merge_datasets(prefixes, output_prefix, overwrite, out.print, wanted)
+        report = merge_datasets(prefixes, output_prefix, overwrite, out.print, dedup_of(dedup), minhash_threshold)
         out.print(f"{output_prefix}: {report.documents:,} documents, {report.tokens:,} tokens ({report.dtype})")
-        if "exact" in report.removed:
-            out.print(f"left out {report.removed['exact']:,} documents by exact, in the builds and in the merge")
+        for name in ("exact", "minhash"):
+            if name in report.removed:
+                out.print(f"left out {report.removed[name]:,} documents by {name}, in the builds and in the merge")
+        tell_near_copy(report)
 
 
 if __name__ == "__main__":

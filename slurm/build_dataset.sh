@@ -7,9 +7,8 @@
 #       --input 'raw/*.jsonl.zst' --tokenizer data/my.model --workers 8
 #
 # The shards are consecutive parts of the input, about equal in bytes, and merged in their order, so the dataset is the
-# one that a single build would give. With --dedup exact the merge leaves out what is equal across shards; near copies
-# (--dedup minhash) are found inside a shard only. Each shard and the merge go on, or do nothing, when they are started
-# again: after a failure, start the same line once more.
+# one that a single build would give. With --dedup exact or minhash the merge leaves out copies across shards, too. Each
+# shard and the merge go on, or do nothing, when they are started again: after a failure, start the same line once more.
 #
 #   --local    the shards as processes of this machine, one after another, each with its --workers
 #   --slurm    an option for both sbatch commands, as often as needed (--slurm --account=x)
@@ -56,7 +55,7 @@ build=("$python" "$root/data_tools/build_dataset.py" "$@")
 merge=("$python" "$root/data_tools/merge_datasets.py" --output-prefix "$prefix" "${outputs[@]}")
 case " $* " in
     *' --dedup exact '* | *' --dedup=exact '*) merge+=(--dedup exact) ;;
-    *' --dedup minhash '* | *' --dedup=minhash '*) echo "near copies are found inside each shard only" >&2 ;;
+    *' --dedup minhash '* | *' --dedup=minhash '*) merge+=(--dedup minhash) ;;
 esac
 
 if ((local)); then

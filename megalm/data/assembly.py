@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megalm.data.dedup import Bools, seen_of
+from megalm.data.dedup import seen_of
+from megalm.data.file_table import Bools
 from megalm.data.files import write_json, writing_to
 from megalm.data.indexed import IndexedDatasetWriter, best_dtype, bin_path, idx_path, sidecar_path
 from megalm.data.inputs import InputFile, sha256_of
@@ -20,6 +22,7 @@ from megalm.data.plan import BuildOptions
 from megalm.data.reader import Span, lines_before, record_name
 from megalm.data.report import KEPT_NAMES, BuildReport
 from megalm.data.samples import split_documents
+from megalm.data.signatures import AWAITS_MERGE, SignatureWriter, signatures_path
 from megalm.data.sources import SOURCE, sources_path
 from megalm.data.summary import TokenCounter
 from megalm.data.tokenizer import Tokenizer
@@ -39,14 +42,24 @@ class Placed:
 class _Output:
     """One dataset while it is written."""
 
-    def __init__(self, report: BuildReport, prefix: str, vocab_size: int) -> None:
+    def __init__(self, report: BuildReport, prefix: str, vocab_size: int, signed: bool) -> None:
         self.report, self.prefix = report, prefix
         self._writer = IndexedDatasetWriter(prefix, best_dtype(vocab_size))
         self._counter = TokenCounter(vocab_size, bin_path(prefix))
         self._sources_temporary = temporary_name(sources_path(prefix))
         self._sources = self._sources_temporary.open("wb")
+        self._signatures = SignatureWriter(prefix) if signed else None
 
-    def add(self, tokens: npt.NDArray[np.generic], rows: npt.NDArray[Any], sources: npt.NDArray[Any]) -> None:
+    def add(
+        self,
+        tokens: npt.NDArray[np.generic],
+        rows: npt.NDArray[Any],
+        sources: npt.NDArray[Any],
+        signatures: npt.NDArray[Any] | None,
+    ) -> None:
+        """Documents [n] of a part; their signatures are taken where there is a use for them."""
+        if self._signatures is not None and signatures is not None:
+            self._signatures.add(signatures)
         self._counter.add(tokens)
         self._writer.append_documents(tokens, rows["tokens"])
         with writing_to(sources_path(self.prefix)):
@@ -66,6 +79,10 @@ class _Output:
             sidecar_path(self.prefix).unlink(missing_ok=True)
             self._writer.close()
             self._sources_temporary.replace(sources_path(self.prefix))
+            if self._signatures is None:
+                signatures_path(self.prefix).unlink(missing_ok=True)
+            else:
+                self.report.minhash |= self._signatures.close()
             sync_directory(Path(self.prefix).parent)
         summary = self._counter.summary()
         self.report.unigram_entropy, self.report.bin_sha256 = summary.unigram_entropy, summary.sha256
@@ -76,6 +93,8 @@ class _Output:
         self._writer.abort()
         self._sources.close()
         self._sources_temporary.unlink(missing_ok=True)
+        if self._signatures is not None:
+            self._signatures.abort()
 
 
 class Assembler:
@@ -96,10 +115,15 @@ class Assembler:
     ) -> None:
         self._reports, self._prefixes, self._options = reports, prefixes, options
         self._numbers = {file.path: number for number, file in enumerate(files)}
-        self._seen = seen_of(options.dedup, work / "seen", options.minhash_threshold)
+        # A near copy may be of a document of another shard that is itself left out: only the merge can tell.
+        self._signed = options.dedup == "minhash"
+        self._deferred = self._signed and options.shard[1] > 1
+        self._seen = seen_of("none" if self._deferred else options.dedup, work / "seen", options.minhash_threshold)
         self._vocab_size = tokenizer.vocab_size
         self._lines: dict[str, int] = {}  # so many of each file have come
         self._waiting: list[tuple[Placed, npt.NDArray[np.uint8], list[int]]] = []  # masks as bits
+        self._added: list[tuple[Placed, list[int]]] = []
+        self._starts: list[int] = []  # number of the first document of each part that was added
         self._documents = self._left_out = 0
         self._outputs = [] if options.split else self._open_outputs()
 
@@ -107,6 +131,8 @@ class Assembler:
         """Raises DataError for a damaged part, or a full disk."""
         first_lines = self._first_lines(placed)
         self._count_left_out(placed, first_lines)
+        self._starts.append(self._documents + self._left_out)
+        self._added.append((placed, first_lines))
         mask = self._keep(placed)
         kept = int(mask.sum())
         if self._outputs:
@@ -125,8 +151,14 @@ class Assembler:
         main = self._reports[0]
         for name in self._options.filters.names:
             main.removed.setdefault(name, 0)
-        if self._options.dedup != "none":
+        if self._options.dedup != "none" and not self._deferred:
             main.removed[self._options.dedup] = self._left_out
+        main.near_copies = [
+            {"left_out": self._name(pair.left_out), "copy_of": self._name(pair.copy_of), "alike": pair.alike}
+            for pair in self._seen.pairs
+        ]
+        if self._deferred:
+            main.minhash[AWAITS_MERGE] = True
         if self._documents == 0:
             first = f", the first: {main.messages[0]}" if main.messages else ""
             raise DataError(
@@ -137,6 +169,7 @@ class Assembler:
             self._split(progress)
         for report in self._reports[1:]:
             report.skipped, report.messages, report.removed = main.skipped, main.messages, main.removed
+            report.near_copies = main.near_copies
         while self._outputs:
             self._outputs[0].finish()
             self._outputs.pop(0)
@@ -149,7 +182,7 @@ class Assembler:
 
     def _open_outputs(self) -> list[_Output]:
         return [
-            _Output(report, prefix, self._vocab_size)
+            _Output(report, prefix, self._vocab_size, self._signed)
             for report, prefix in zip(self._reports, self._prefixes, strict=True)
         ]
 
@@ -169,7 +202,15 @@ class Assembler:
         """[n] which documents of the part stay."""
         if self._options.dedup == "none" or not placed.summary.documents:
             return np.ones(placed.summary.documents, dtype=np.bool_)
-        return self._seen.add(placed.part.documents()[1])
+        return self._seen.add(placed.part.signatures())
+
+    def _name(self, number: int) -> str:
+        """File and line of a document, by its number in the order of the input, with those that were left out."""
+        place = bisect_right(self._starts, number) - 1
+        placed, first_lines = self._added[place]
+        row = placed.part.documents()[number - self._starts[place]]
+        file = placed.spans[row["span"]].file
+        return record_name(file, self._options.read, first_lines[row["span"]] + int(row["line"]))
 
     def _first_lines(self, placed: Placed) -> list[int]:
         """Where each span of the part starts in its file, in lines."""
@@ -199,7 +240,8 @@ class Assembler:
         bounds: Sequence[tuple[int, int]],
     ) -> None:
         """Copy what stays of a part to the outputs that it belongs to; `done` documents came before."""
-        rows = placed.part.documents()[0]
+        rows = placed.part.documents()
+        signatures = placed.part.signatures() if self._signed and len(rows) else None
         tokens = np.fromfile(placed.part.path("tokens"), dtype=best_dtype(self._vocab_size))
         intact = len(tokens) == placed.summary.tokens == int(rows["tokens"].sum()) and len(rows) == len(mask)
         if not intact or zlib.crc32(tokens.data) != placed.summary.crc:
@@ -214,7 +256,7 @@ class Assembler:
             if not here.any():
                 continue
             chosen = tokens if here.all() else tokens[np.repeat(here, rows["tokens"])]
-            output.add(chosen, rows[here], sources[here])
+            output.add(chosen, rows[here], sources[here], None if signatures is None else signatures[here])
             inexact = np.flatnonzero(here & ~rows["exact"])
             names = [
                 record_name(placed.spans[spans[place]].file, self._options.read, int(sources["line"][place]))

@@ -23,6 +23,7 @@ from megalm.data.inputs import WORK_SUFFIX, InputFile, ReadReport, find_inputs, 
 from megalm.data.parts import PartSummary
 from megalm.data.plan import BuildOptions, Plan, make_plan
 from megalm.data.report import KEPT_NAMES, BuildReport, check_output, start_report
+from megalm.data.signatures import signatures_path
 from megalm.data.sources import sources_path
 from megalm.data.summary import TokenCounter
 from megalm.data.tokenizer import Tokenizer
@@ -170,6 +171,8 @@ def _finished_reports(
             return None
         same = report.options == facts and report.tokenizer.get("fingerprint") == tokenizer.fingerprint
         size = report.tokens * np.dtype(report.dtype).itemsize
+        if facts["dedup"] == "minhash" and not (report.minhash and signatures_path(prefix).exists()):
+            return None
         if not same or bin_path(prefix).stat().st_size != size or not _same_inputs(report.inputs, files, facts):
             return None
         reports.append(report)
@@ -250,8 +253,8 @@ def build_dataset(
                 f"{output_prefix}: no text to build a dataset of ({report.empty_documents} empty documents); "
                 "check the input"
             )
-        for old in (sidecar_path(output_prefix), sources_path(output_prefix)):  # they would describe the new files
-            old.unlink(missing_ok=True)
+        for path_of in (sidecar_path, sources_path, signatures_path):  # old ones would describe the new files
+            path_of(output_prefix).unlink(missing_ok=True)
     summary = counter.summary()
     report.unigram_entropy, report.bin_sha256 = summary.unigram_entropy, summary.sha256
     report.idx_sha256 = sha256_of(idx_path(output_prefix))

@@ -10,12 +10,22 @@ import numpy as np
 from megalm.data.files import read_json
 from megalm.data.indexed import IndexedDataset, bin_path, idx_path, sidecar_path
 from megalm.data.inputs import sha256_of
+from megalm.data.signatures import open_signatures
 from megalm.data.sources import Sources
 from megalm.data.summary import summarise
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import DataError
 
-RECORDED = ("text_bytes", "empty_documents", "skipped", "removed", "inexact_documents", "unigram_entropy", "options")
+RECORDED = (
+    "text_bytes",
+    "empty_documents",
+    "skipped",
+    "removed",
+    "near_copies",
+    "inexact_documents",
+    "unigram_entropy",
+    "options",
+)
 
 
 def describe(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str, str]:
@@ -73,6 +83,8 @@ def verify(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str, 
             f"{idx_path(prefix)}: its content is not what {sidecar_path(prefix).name} recorded; copy or build it again"
         )
     Sources(prefix, dataset.document_count)  # of another size: refused
+    if signed := sidecar.get("minhash"):
+        open_signatures(prefix, signed, dataset.document_count)
     return {
         "largest token": str(summary.largest_token),
         "distinct tokens": f"{summary.distinct_tokens:,}",

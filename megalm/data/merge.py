@@ -1,21 +1,26 @@
-"""Several datasets into one, copied without tokenizing again; of equal documents only the first, if that is wanted."""
+"""Several datasets into one, copied without tokenizing again; of copies only the first, if that is wanted."""
 
 from __future__ import annotations
 
 import tempfile
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megalm.data.dedup import Bools, Seen, exact_signatures, seen_of
+from megalm.data.dedup import Dedup, Seen, exact_signatures, seen_of
+from megalm.data.file_table import Bools
 from megalm.data.files import read_json, write_json, writing_to
 from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path, sidecar_path
 from megalm.data.inputs import KEPT_MESSAGES, sha256_of
+from megalm.data.near import KEPT_PAIRS, Pair, check_threshold
 from megalm.data.report import KEPT_NAMES, BuildReport, check_output, versions
+from megalm.data.signatures import AWAITS_MERGE, SignatureWriter, open_signatures, signatures_path
 from megalm.data.sources import SOURCE, Sources, sources_path
 from megalm.data.summary import TokenCounter
 from megalm.durable import temporary_name
@@ -24,7 +29,10 @@ from megalm.errors import DataError
 SUMMED = ("empty_documents", "skipped", "inexact_documents", "text_bytes")
 COPIED_ROWS = 1 << 18
 COPIED_TOKENS = 1 << 22
-MergeDedup = Literal["none", "exact"]
+COPIED_SIGNATURES = 1 << 14
+# Tokens of several documents [sum n], the places where all but the first begin, and which documents of the dataset
+# they are, from and to -> signatures [documents, ...].
+Sign = Callable[[npt.NDArray[Any], npt.NDArray[Any], int, int], npt.NDArray[Any]]
 
 
 def merge_datasets(
@@ -32,7 +40,8 @@ def merge_datasets(
     output_prefix: str | Path,
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
-    dedup: MergeDedup = "none",
+    dedup: Dedup = "none",
+    minhash_threshold: float | None = None,
 ) -> BuildReport:
     """Write all documents of `prefixes`, in that order, to one dataset.
 
@@ -40,12 +49,15 @@ def merge_datasets(
     is left at nothing, and `options["complete"]` is false. Called again when it is done, it writes nothing.
 
     Args:
-        dedup: "exact" leaves out documents with the same tokens as an earlier one, of this dataset or another; how
-            many is in `removed["exact"]`, and bytes of text are not known then.
+        dedup: "exact" leaves out documents with the same tokens as an earlier one, of this dataset or another;
+            "minhash" near copies, by the signatures that builds with it keep. How many is in `removed`, and bytes of
+            text are not known then. Shards built with "minhash" have all theirs until they are merged with it.
+        minhash_threshold: as in `BuildOptions`; default that of the builds.
 
     Raises:
-        DataError: inputs of different dtypes or tokenizers, damaged inputs, an input that is also the output, or an
-            output that exists and is not the merge of just these.
+        DataError: inputs of different dtypes or tokenizers, damaged inputs, an input that is also the output, an
+            output that exists and is not the merge of just these; shards whose near copies would stay, and inputs
+            without signatures, or with other thresholds, where signatures are needed.
     """
     if len(prefixes) < 2:
         raise DataError("merging takes two datasets or more; name their prefixes")
@@ -53,7 +65,7 @@ def merge_datasets(
         raise DataError(f"{output_prefix}: is an input and the output; choose another output prefix")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     sidecars = [_sidecar(prefix) for prefix in prefixes]
-    report = _report(prefixes, sidecars, output_prefix, datasets, dedup)
+    report = _report(prefixes, sidecars, output_prefix, datasets, _asked(prefixes, sidecars, dedup, minhash_threshold))
     finished = _finished(output_prefix, report)
     if finished is not None:
         return finished
@@ -61,7 +73,9 @@ def merge_datasets(
     for dataset in datasets:
         dataset.verify()
     counter = TokenCounter(report.tokenizer.get("vocab_size"), output_prefix)
-    masks = _copy_all(datasets, sidecars, report, counter, output_prefix, dedup, progress or (lambda line: None))
+    masks = _copy_all(datasets, sidecars, report, counter, output_prefix, progress or (lambda line: None))
+    if dedup == "minhash":
+        report.minhash = _merge_signatures(datasets, masks, output_prefix)
     if report.options["complete"]:
         _merge_sources(datasets, sidecars, masks, output_prefix)
     summary = counter.summary()
@@ -77,16 +91,15 @@ def _copy_all(
     report: BuildReport,
     counter: TokenCounter,
     output_prefix: str | Path,
-    dedup: MergeDedup,
     say: Callable[[str], None],
 ) -> list[npt.NDArray[np.uint8]]:
     """Write .bin and .idx; which documents of each dataset stay, as bits."""
-    masks = []
+    masks, dedup = [], report.options.get("dedup", "none")
     with (
         IndexedDatasetWriter(output_prefix, datasets[0].dtype) as writer,
         tempfile.TemporaryDirectory(dir=Path(output_prefix).parent, prefix=".merging-") as work,
     ):
-        seen = seen_of(dedup, Path(work) / "seen", threshold=1.0)
+        seen = seen_of(dedup, Path(work) / "seen", report.options.get("minhash_threshold", 1.0))
         for dataset, sidecar in zip(datasets, sidecars, strict=True):
             writer.check_dtype(dataset)
             read = TokenCounter(report.tokenizer.get("vocab_size"), bin_path(dataset.prefix))
@@ -95,7 +108,7 @@ def _copy_all(
                 counter.absorb(read)
                 kept: Bools = np.ones(dataset.document_count, dtype=np.bool_)
             else:
-                kept = _copy_new(dataset, writer, seen, read, counter)
+                kept = _copy_new(dataset, _sign(dataset, sidecar, dedup), writer, seen, read, counter)
             recorded = sidecar["bin_sha256"] if sidecar else None
             if recorded is not None and read.summary().sha256 != recorded:
                 raise DataError(f"{bin_path(dataset.prefix)}: is not what its .json recorded; copy or build it again")
@@ -104,13 +117,27 @@ def _copy_all(
             _count_removed(report, copies, dedup)
             left_out = f", {copies:,} copies left out" if dedup != "none" else ""
             say(f"{dataset.prefix}: {dataset.document_count:,} documents, {len(dataset.tokens):,} tokens{left_out}")
-        sidecar_path(output_prefix).unlink(missing_ok=True)
-        sources_path(output_prefix).unlink(missing_ok=True)
+        _note_pairs(report, seen.pairs, datasets)
+        for path_of in (sidecar_path, sources_path, signatures_path):  # old ones would describe the new files
+            path_of(output_prefix).unlink(missing_ok=True)
     return masks
 
 
+def _sign(dataset: IndexedDataset, sidecar: dict[str, Any] | None, dedup: Dedup) -> Sign:
+    """What documents are compared by."""
+    if dedup == "exact":
+        return lambda tokens, starts, first, end: exact_signatures(np.split(tokens, starts))
+    rows = open_signatures(dataset.prefix, (sidecar or {}).get("minhash", {}), dataset.document_count)
+    return lambda tokens, starts, first, end: rows[first:end]
+
+
 def _copy_new(
-    dataset: IndexedDataset, writer: IndexedDatasetWriter, seen: Seen, read: TokenCounter, written: TokenCounter
+    dataset: IndexedDataset,
+    sign: Sign,
+    writer: IndexedDatasetWriter,
+    seen: Seen,
+    read: TokenCounter,
+    written: TokenCounter,
 ) -> Bools:
     """Copy the documents that nobody has seen, piece by piece; [documents] which they are."""
     starts = np.append(dataset.sequence_pointers // dataset.dtype.itemsize, len(dataset.tokens))
@@ -121,8 +148,7 @@ def _copy_new(
         end = max(first + 1, int(np.searchsorted(bounds, bounds[first] + COPIED_TOKENS, side="right")) - 1)
         tokens = dataset.tokens[bounds[first] : bounds[end]]
         read.add(tokens)
-        documents = np.split(tokens, bounds[first + 1 : end] - bounds[first])
-        new = seen.add(exact_signatures(documents))
+        new = seen.add(sign(tokens, bounds[first + 1 : end] - bounds[first], first, end))
         sequences = np.diff(dataset.document_index[first : end + 1])  # of each document
         lengths = dataset.sequence_lengths[dataset.document_index[first] : dataset.document_index[end]]
         stay = np.repeat(new, sequences)
@@ -133,7 +159,22 @@ def _copy_new(
     return kept
 
 
-def _count_removed(report: BuildReport, copies: int, dedup: MergeDedup) -> None:
+def _note_pairs(report: BuildReport, pairs: Sequence[Pair], datasets: Sequence[IndexedDataset]) -> None:
+    """Name what was left out and why, after what the builds named."""
+    ends = list(accumulate(dataset.document_count for dataset in datasets))
+
+    def name(number: int) -> str:
+        place = bisect_right(ends, number)
+        dataset = datasets[place]
+        document = number - ends[place] + dataset.document_count
+        source = Sources(dataset.prefix, dataset.document_count)[document]
+        return source.name if source else f"{dataset.prefix} document {document}"
+
+    for pair in pairs[: KEPT_PAIRS - len(report.near_copies)]:
+        report.near_copies.append({"left_out": name(pair.left_out), "copy_of": name(pair.copy_of), "alike": pair.alike})
+
+
+def _count_removed(report: BuildReport, copies: int, dedup: Dedup) -> None:
     if dedup == "none":
         return
     report.documents -= copies
@@ -156,7 +197,32 @@ def _finished(output_prefix: str | Path, report: BuildReport) -> BuildReport | N
     except TypeError:
         return None
     same = known.options == report.options and known.tokenizer == report.tokenizer
+    if report.options.get("dedup") == "minhash" and not signatures_path(output_prefix).exists():
+        return None
     return known if same and len(IndexedDataset(output_prefix).tokens) == known.tokens else None
+
+
+def _asked(
+    prefixes: Sequence[str | Path], sidecars: Sequence[dict[str, Any] | None], dedup: Dedup, threshold: float | None
+) -> dict[str, Any]:
+    """Which copies are left out, as PREFIX.json has it."""
+    if dedup != "minhash":
+        for prefix, sidecar in zip(prefixes, sidecars, strict=True):
+            if sidecar and sidecar.get("minhash", {}).get(AWAITS_MERGE):
+                raise DataError(
+                    f"{prefix}: is a shard built with --dedup minhash, and still has its near copies; merge with "
+                    "--dedup minhash"
+                )
+        return {"dedup": dedup} if dedup != "none" else {}
+    known = {sidecar["options"]["minhash_threshold"] for sidecar in sidecars if sidecar and sidecar.get("minhash")}
+    if threshold is None and len(known) > 1:
+        raise DataError(
+            f"{prefixes[0]} and others were built with several thresholds, {', '.join(map(str, sorted(known)))}; "
+            "state one (--minhash-threshold 0.8)"
+        )
+    # Where none is known there are no signatures either, which is refused before anything is compared.
+    stated = next(iter(known), 1.0) if threshold is None else threshold
+    return {"dedup": dedup, "minhash_threshold": check_threshold(stated)}
 
 
 def _report(
@@ -164,7 +230,7 @@ def _report(
     sidecars: Sequence[dict[str, Any] | None],
     output_prefix: str | Path,
     datasets: Sequence[IndexedDataset],
-    dedup: MergeDedup,
+    asked: dict[str, Any],
 ) -> BuildReport:
     known = [(prefix, sidecar) for prefix, sidecar in zip(prefixes, sidecars, strict=True) if sidecar is not None]
     for prefix, sidecar in known:
@@ -176,7 +242,6 @@ def _report(
                     f"{first['tokenizer'].get('name')}; build one of them again"
                 )
     complete = len(known) == len(prefixes)
-    asked = {"dedup": dedup} if dedup != "none" else {}
     report = BuildReport(
         prefix=Path(output_prefix).name,
         tokenizer=known[0][1]["tokenizer"] if known else {},
@@ -196,9 +261,29 @@ def _report(
     for _, sidecar in known:
         for name, count in sidecar.get("removed", {}).items():
             report.removed[name] = report.removed.get(name, 0) + count
+    report.near_copies = [pair for _, sidecar in known for pair in sidecar.get("near_copies", [])][:KEPT_PAIRS]
     report.inexact_names = [name for _, sidecar in known for name in sidecar["inexact_names"]][:KEPT_NAMES]
     report.messages = [text for _, sidecar in known for text in sidecar.get("messages", [])][:KEPT_MESSAGES]
     return report
+
+
+def _merge_signatures(
+    datasets: Sequence[IndexedDataset],
+    masks: Sequence[npt.NDArray[np.uint8]],
+    output_prefix: str | Path,
+) -> dict[str, Any]:
+    """Write those of the documents that stayed; what PREFIX.json says of them."""
+    writer = SignatureWriter(output_prefix)
+    try:
+        for dataset, mask in zip(datasets, masks, strict=True):
+            kept = np.unpackbits(mask, count=dataset.document_count).astype(np.bool_)
+            rows = np.memmap(signatures_path(dataset.prefix), dtype="<u4", mode="r").reshape(len(kept), -1)
+            for start in range(0, len(rows), COPIED_SIGNATURES):
+                writer.add(rows[start : start + COPIED_SIGNATURES][kept[start : start + COPIED_SIGNATURES]])
+        return writer.close()
+    except BaseException:
+        writer.abort()
+        raise
 
 
 def _merge_sources(

@@ -18,10 +18,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megalm.data.dedup import exact_signatures, minhash_signatures
+from megalm.data.dedup import exact_signatures
 from megalm.data.files import write_json, writing_to
 from megalm.data.indexed import best_dtype
 from megalm.data.inputs import KEPT_MESSAGES
+from megalm.data.near import minhash_signatures
 from megalm.data.plan import BuildOptions
 from megalm.data.reader import Span, SpanCount, lines_before, read_span, record_name
 from megalm.data.records import Block, Record
@@ -75,15 +76,18 @@ class Part:
             return None
         return summary if sizes[1] and (sizes[0] > 0) == (summary.tokens > 0) else None
 
-    def documents(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """(rows of DOCUMENT [n], signatures [n, ...]).
+    def documents(self) -> npt.NDArray[Any]:
+        """Rows of DOCUMENT, [n]. Raises DataError for a damaged file."""
+        return self._array("documents")
 
-        Raises:
-            DataError: a damaged file.
-        """
+    def signatures(self) -> npt.NDArray[Any]:
+        """[n, ...], of no use where the part has no documents. Raises DataError for a damaged file."""
+        return self._array("signatures")
+
+    def _array(self, name: str) -> npt.NDArray[Any]:
         try:
             with np.load(self.path("npz")) as arrays:  # a zip file: checks its own sums
-                return arrays["documents"], arrays["signatures"]
+                return np.asarray(arrays[name])
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
             raise self.damaged() from error
 

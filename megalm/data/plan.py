@@ -18,6 +18,7 @@ from megalm.data.corpus import OnError
 from megalm.data.dedup import Dedup
 from megalm.data.filters import Filters
 from megalm.data.inputs import InputFile
+from megalm.data.near import check_threshold
 from megalm.data.reader import TABLE, Span, row_groups
 from megalm.data.records import BLOCK_BYTES, ReadOptions, format_of
 from megalm.errors import DataError
@@ -37,7 +38,8 @@ class BuildOptions:
         on_error: "fail" at what cannot be read and at empty documents, or "skip" and count them.
         minhash_threshold: share of equal MinHash values from which documents count as near copies.
         split: weights of PREFIX-train, PREFIX-validation and PREFIX-test; none: one dataset.
-        shard: (k, n): only the k-th of n parts of the input, from 0, about equal in bytes.
+        shard: (k, n): only the k-th of n parts of the input, from 0, about equal in bytes. With "minhash" a shard has
+            its near copies until it is merged: what is left out of one depends on those before it.
         unit_bytes: text of a unit of work; default by the size of the input.
     """
 
@@ -62,8 +64,7 @@ class BuildOptions:
                 f"--split and --shard {shard}/{shards}: the split would be cut from each shard; "
                 "merge the shards and split in training (data.split)"
             )
-        if not 0 < self.minhash_threshold <= 1:
-            raise DataError(f"--minhash-threshold {self.minhash_threshold}: state a share between 0 and 1, such as 0.8")
+        check_threshold(self.minhash_threshold)
 
     def recorded(self) -> dict[str, Any]:
         """For PREFIX.json: only what decides the bytes."""

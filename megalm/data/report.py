@@ -11,6 +11,7 @@ import numpy
 
 import megalm
 from megalm.data.indexed import best_dtype, bin_path, idx_path, sidecar_path
+from megalm.data.signatures import signatures_path
 from megalm.data.sources import sources_path
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import DataError
@@ -28,6 +29,9 @@ class BuildReport:
         text_bytes: UTF-8 bytes of the documents that are in the dataset.
         skipped: what could not be read; `messages` are the first, with file and line.
         removed: documents by the filter, or the kind of duplicate, that took them out.
+        near_copies: of those that minhash took out the first, as file and line: `left_out`, the earliest document that
+            stayed and is near (`copy_of`), and the share of their values that are equal (`alike`).
+        minhash: how the rows of PREFIX.minhash were made, and their hash; `awaits_merge`: the near copies are still in.
         inexact_documents: documents that the tokenizer does not give back exactly; `inexact_names` are the first.
         unigram_entropy: nats per token, see `TokenSummary`.
     """
@@ -41,6 +45,8 @@ class BuildReport:
     skipped: int = 0
     messages: list[str] = field(default_factory=list)
     removed: dict[str, int] = field(default_factory=dict)
+    near_copies: list[dict[str, Any]] = field(default_factory=list)
+    minhash: dict[str, Any] = field(default_factory=dict)
     inexact_documents: int = 0
     inexact_names: list[str] = field(default_factory=list)
     text_bytes: int = 0
@@ -88,7 +94,12 @@ def _recorded_spec(spec: str, prefix: Path) -> str:
     return path.name if path.resolve().parent == prefix.resolve().parent else str(path.resolve())
 
 
+def dataset_paths(prefix: str | Path) -> list[Path]:
+    """All files that a dataset may have."""
+    return [of(prefix) for of in (bin_path, idx_path, sidecar_path, sources_path, signatures_path)]
+
+
 def check_output(prefix: str | Path, overwrite: bool) -> None:
-    for path in (bin_path(prefix), idx_path(prefix), sidecar_path(prefix), sources_path(prefix)):
+    for path in dataset_paths(prefix):
         if path.exists() and not overwrite:
             raise DataError(f"{path}: exists already; choose another output prefix, or overwrite it (--overwrite)")

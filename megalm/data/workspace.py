@@ -12,11 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megalm.data.files import read_json, write_json, writing_to
-from megalm.data.indexed import bin_path, idx_path, sidecar_path
 from megalm.data.inputs import InputFile, sha256_of
 from megalm.data.plan import Plan
-from megalm.data.report import check_output
-from megalm.data.sources import sources_path
+from megalm.data.report import check_output, dataset_paths
 from megalm.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -57,7 +55,7 @@ def working_in(work: Path, plan: Plan, prefixes: Sequence[str], overwrite: bool)
 def _clear_temporaries(prefixes: Iterable[str]) -> None:
     """What a killed build left half-written; nobody else builds here, we hold the lock."""
     for prefix in prefixes:
-        for path in (bin_path(prefix), idx_path(prefix), sources_path(prefix), sidecar_path(prefix)):
+        for path in dataset_paths(prefix):
             for left in path.parent.glob(f".{path.name}.*.tmp"):
                 left.unlink(missing_ok=True)
 

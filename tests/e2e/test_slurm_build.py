@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megalm.data.builder import BuildOptions, build_files
+from megalm.data.dedup import Dedup
 from megalm.data.inspection import verify
 from megalm.data.stdlib import stdlib_documents
 from megalm.data.tokenizer import ByteTokenizer
@@ -67,19 +68,20 @@ def test_plain_processes(tmp_path: Path, corpus: Path, whole: list[bytes]) -> No
     assert again.stdout.count("nothing to do") == SHARDS
 
 
-def test_copies_in_other_shards_are_left_out_too(tmp_path: Path, corpus: Path) -> None:
+@pytest.mark.parametrize("dedup", ["exact", "minhash"])
+def test_copies_in_other_shards_are_left_out_too(tmp_path: Path, corpus: Path, dedup: Dedup) -> None:
     twice = tmp_path / "twice"
     twice.mkdir()
     for name in ("a.jsonl", "b.jsonl"):
         (twice / name).write_bytes((corpus / name).read_bytes())
         (twice / f"z-{name}").write_bytes((corpus / name).read_bytes())
-    single = BuildOptions(dedup="exact")
+    single = BuildOptions(dedup=dedup)
     expected = build_files([twice], ByteTokenizer(), tmp_path / "single", single).reports[0]
-    assert expected.removed["exact"] >= 804
-    done = run([*words(twice, tmp_path / "x", "--local"), "--dedup", "exact"])
+    assert expected.removed[dedup] >= 804
+    done = run([*words(twice, tmp_path / "x", "--local"), "--dedup", dedup])
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "x") == contents(tmp_path / "single")
-    assert f"left out {expected.removed['exact']:,} documents by exact, in the builds and in the merge" in done.stdout
+    assert f"left out {expected.removed[dedup]:,} documents by {dedup}, in the builds and in the merge" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalm.data.dedup import SeenExactly, SeenNearly, exact_signatures, minhash_signatures
+from megalm.data.dedup import SeenExactly, exact_signatures
+from megalm.data.near import SeenNearly, minhash_signatures
 
 
 @pytest.mark.parametrize("spread", [1, 1 << 20])
@@ -37,16 +38,16 @@ def test_signatures_are_of_the_tokens() -> None:
     assert len(np.unique(signatures, axis=0)) == 4
 
 
-def test_near_copies(source_texts: list[str]) -> None:
+def test_near_copies(tmp_path: Path, source_texts: list[str]) -> None:
     paragraphs = [text for source in source_texts for text in source.split("\n\n") if len(text.split()) > 60][:60]
     near = [" ".join([*text.split()[:-1], "other"]) for text in paragraphs]
     different = [text[::-1] for text in paragraphs]
-    seen = SeenNearly(0.7)
+    seen = SeenNearly(tmp_path / "seen", 0.7)
     assert seen.add(minhash_signatures(paragraphs)).sum() >= 55
     assert seen.add(minhash_signatures(near)).sum() <= 5
     assert seen.add(minhash_signatures(different)).all()
 
 
-def test_short_texts_are_near_only_if_equal() -> None:
+def test_short_texts_are_near_only_if_equal(tmp_path: Path) -> None:
     signatures = minhash_signatures(["a b", "a c", "a b", "", ""])
-    assert SeenNearly(0.8).add(signatures).tolist() == [True, True, False, True, False]
+    assert SeenNearly(tmp_path / "seen", 0.8).add(signatures).tolist() == [True, True, False, True, False]
