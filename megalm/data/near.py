@@ -179,7 +179,7 @@ class SeenNearly:
         self._kept.append(added)
 
     def _pair(self, value: Values, keys: UInt64s, number: int) -> Pair:
-        """The earliest of those that the document is near to."""
+        """The earliest of those that the document is near to; rows are in the order of the input."""
         places, candidates = self._last.find(keys.reshape(-1, 1)), set()
         for band in np.flatnonzero(places >= 0):
             after = int(self._last.values[places[band], 0])
@@ -187,5 +187,5 @@ class SeenNearly:
                 candidates.add(after - 1)
                 after = int(self._kept.rows["earlier"][after - 1, band])
         rows = self._kept.rows[sorted(candidates)]
-        rows = rows[(rows["number"] < number) & self._alike(rows["values"], value[np.newaxis])]
-        return Pair(number, int(rows["number"][0]), float((rows["values"][0] == value).mean()))
+        first = rows[self._alike(rows["values"], value[np.newaxis])][0]
+        return Pair(number, int(first["number"]), float((first["values"] == value).mean()))
