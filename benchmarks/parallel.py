@@ -34,15 +34,12 @@ from megalm.engine.quirks import silence  # noqa: E402
 
 silence()
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.random_data import random_batches, write_random_tokens  # noqa: E402
 from megalm.config.deepspeed_json import read_deepspeed_json  # noqa: E402
 from megalm.config.loading import load_run_config  # noqa: E402
 from megalm.config.resolve import ResolvedRun, memory_case, resolve  # noqa: E402
-from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype  # noqa: E402
-from megalm.data.loader import BatchLayout, BatchLoader  # noqa: E402
-from megalm.data.samples import TrainingSamples  # noqa: E402
 from megalm.engine.build import build_engine  # noqa: E402
 from megalm.engine.comm import ProcessComm, start_distributed  # noqa: E402
 from megalm.engine.environment import claim_device, device_facts, device_name, rank_facts  # noqa: E402
@@ -104,8 +101,9 @@ def main() -> None:
         f"{'planned':>11}{'16 N / P':>11}"
     )
     first: float | None = None
+    bench = SHAPES[arguments.shape]
     with tempfile.TemporaryDirectory() as folder:
-        _write_random_tokens(Path(folder) / "data", SHAPES[arguments.shape])
+        write_random_tokens(Path(folder) / "data", bench.vocabulary, bench.sequence)
         for layout in arguments.layouts:
             found = _launch(layout, Path(folder))
             first = first or found["seconds"]
@@ -151,7 +149,7 @@ def _rank(arguments: argparse.Namespace) -> None:
     shape = model_shape(run.config.model, bench.vocabulary, bench.sequence)
     before = _tensor_bytes(device)
     engine = build_engine(run, shape, device, comm)
-    loader = _loader(run, arguments.folder / "data", comm.rank)
+    loader = random_batches(run, arguments.folder / "data", comm.rank)
 
     def step(number: int) -> float:
         batch = loader.batch((number - 1) * run.batch.global_batch)
@@ -264,12 +262,6 @@ def _tensor_bytes(device: torch.device) -> int:
     return sum(storages.values())
 
 
-def _loader(run: ResolvedRun, prefix: Path, rank: int) -> BatchLoader:
-    samples = TrainingSamples(IndexedDataset(prefix), (0, 64), run.config.data.sequence_length, seed=1)
-    batch, place = run.batch, run.topology.coordinate(rank).data
-    return BatchLoader(samples, BatchLayout(batch.global_batch, batch.micro_batch, place, batch.data_parallel))
-
-
 def _resolve(arguments: argparse.Namespace, bench: Bench) -> ResolvedRun:
     content = json.loads((ROOT / "ds_configs" / "zero1.json").read_text())
     content |= {
@@ -293,14 +285,6 @@ def _resolve(arguments: argparse.Namespace, bench: Bench) -> ResolvedRun:
     return resolve(
         load_run_config(None, stated), read_deepspeed_json(str(ours)), ranks.world_size, device, bench.vocabulary
     )
-
-
-def _write_random_tokens(prefix: Path, bench: Bench) -> None:
-    random = np.random.default_rng(0)
-    writer = IndexedDatasetWriter(prefix, best_dtype(bench.vocabulary))
-    for _ in range(64):
-        writer.append(random.integers(0, bench.vocabulary, size=bench.sequence * 8))
-    writer.close()
 
 
 if __name__ == "__main__":

@@ -18,8 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -29,12 +27,10 @@ silence()
 
 import torch  # noqa: E402
 
+from benchmarks.random_data import random_batches, write_random_tokens  # noqa: E402
 from megalm.config.deepspeed_json import read_deepspeed_json  # noqa: E402
 from megalm.config.loading import load_run_config  # noqa: E402
 from megalm.config.resolve import resolve  # noqa: E402
-from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype  # noqa: E402
-from megalm.data.loader import BatchLayout, BatchLoader  # noqa: E402
-from megalm.data.samples import TrainingSamples  # noqa: E402
 from megalm.engine.build import build_engine  # noqa: E402
 from megalm.engine.comm import start_distributed  # noqa: E402
 from megalm.engine.environment import claim_device, device_facts, device_name, rank_facts  # noqa: E402
@@ -83,7 +79,7 @@ def main() -> None:
     comm = start_distributed(ranks, device)
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder) / "data"
-        _write_random_tokens(prefix, bench)
+        write_random_tokens(prefix, bench.vocabulary, bench.sequence)
         variants = [False] if arguments.no_compile else [False, True]
         work: dict[str, Callable[[int], None]] = {}
         for compiled in variants:
@@ -136,7 +132,7 @@ def _now_peak(fallback: float) -> float:
 
 def _engine_step(run, shape: ModelShape, device, comm, prefix: Path) -> Callable[[int], None]:
     engine = build_engine(run, shape, device, comm)
-    loader = _loader(run, prefix, comm.rank)
+    loader = random_batches(run, prefix, comm.rank)
 
     def step(number: int) -> None:
         engine.train_step(loader.batch((number - 1) * run.batch.global_batch), number, 1e-4)
@@ -153,7 +149,7 @@ def _bare_step(run, shape: ModelShape, device, compiled: bool, prefix: Path) -> 
     if compiled:
         model.compile_blocks()
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1, True), lr=1e-4, betas=(0.9, 0.95), fused=True)
-    loader = _loader(run, prefix, 0)
+    loader = random_batches(run, prefix, 0)
 
     def step(number: int) -> None:
         batch = loader.batch((number - 1) * run.batch.global_batch)
@@ -169,12 +165,6 @@ def _bare_step(run, shape: ModelShape, device, compiled: bool, prefix: Path) -> 
             torch.cuda.synchronize()
 
     return step
-
-
-def _loader(run, prefix: Path, rank: int) -> BatchLoader:
-    samples = TrainingSamples(IndexedDataset(prefix), (0, 64), run.config.data.sequence_length, seed=1)
-    batch = run.batch
-    return BatchLoader(samples, BatchLayout(batch.global_batch, batch.micro_batch, rank, batch.data_parallel))
 
 
 def _resolve(bench: Bench, style: str, path: str, compiled: bool, folder: Path):
@@ -197,14 +187,6 @@ def _resolve(bench: Bench, style: str, path: str, compiled: bool, folder: Path):
     ranks = rank_facts()
     device = device_facts(ranks.local_world_size)
     return resolve(loaded, read_deepspeed_json(str(ours)), ranks.world_size, device, bench.vocabulary)
-
-
-def _write_random_tokens(prefix: Path, bench: Bench) -> None:
-    random = np.random.default_rng(0)
-    writer = IndexedDatasetWriter(prefix, best_dtype(bench.vocabulary))
-    for _ in range(64):
-        writer.append(random.integers(0, bench.vocabulary, size=bench.sequence * 8))
-    writer.close()
 
 
 if __name__ == "__main__":
