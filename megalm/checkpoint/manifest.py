@@ -158,5 +158,10 @@ def advice(folder: Path) -> str:
     return f"choose an earlier one with --resume (megalm checkpoint list {folder.parent.parent})"
 
 
+def without_advice(problem: str, folder: Path) -> str:
+    """What is wrong alone, for where an earlier checkpoint has been chosen already."""
+    return problem.removesuffix(f"; {advice(folder)}")
+
+
 def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

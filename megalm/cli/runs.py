@@ -21,7 +21,9 @@ def find_run(name: str) -> Path:
         if candidate.is_dir():
             return candidate
     known = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    raise ConfigError(f"{name}: no such run folder, nor {root / name}{did_you_mean(name, known)}; give its path")
+    elsewhere = "" if Path(name).parent == root else f", nor {root / name}"
+    meant = did_you_mean(Path(name).name, known)
+    raise ConfigError(f"{name}: no such run folder{elsewhere}{meant}; give its path")
 
 
 def find_place(path: Path) -> Path:

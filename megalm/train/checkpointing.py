@@ -11,7 +11,7 @@ from typing import Any
 
 from megalm.checkpoint.layout import Entry, candidates
 from megalm.checkpoint.load import CheckpointReader
-from megalm.checkpoint.manifest import Status, read_manifest, write_manifest
+from megalm.checkpoint.manifest import Status, read_manifest, without_advice, write_manifest
 from megalm.checkpoint.retention import Retention, tidy
 from megalm.checkpoint.writer import CheckpointWriter, Saved
 from megalm.config.resolve import ResolvedRun
@@ -106,9 +106,16 @@ class RunCheckpoints:
         self._writer.mark_best(path)
 
     def note_evaluation(self, path: Path, evaluation: Evaluation) -> None:
-        """Add the validation loss to a complete checkpoint that was written before it was known."""
+        """Add the last validation, on the whole sets, to a complete checkpoint that was written before it.
+
+        A loss on part of them (evaluate.max_samples) stays: `best` is the lowest of its kind.
+        """
         if self._comm.is_main:
-            write_manifest(path, {**read_manifest(path), "validation_loss": evaluation.loss})
+            manifest = read_manifest(path)
+            on_part = manifest.get("validation_tokens") not in (None, evaluation.targets)
+            prefix = "whole_" if on_part else ""
+            found = {f"{prefix}validation_loss": evaluation.loss, f"{prefix}validation_tokens": evaluation.targets}
+            write_manifest(path, {**manifest, **found})
 
     def rehearse(self, engine: Engine) -> None:
         """Write a checkpoint beside the real ones and remove it."""
@@ -180,6 +187,7 @@ class RunCheckpoints:
             "run": self._folder.name,
             "parameters": self._shape.parameter_count(),
             "validation_loss": evaluation.loss if evaluation else None,
+            "validation_tokens": evaluation.targets if evaluation else None,
             "best_validation_loss": position.best_loss,
             "stale_evaluations": position.stale_evaluations,
             "validation": self._data.validation,
@@ -231,7 +239,7 @@ def find_saved(folder: RunFolder, wanted: str, comm: Comm) -> Found | None:
             return Found(reader, (*(f"passed over: {words}" for words in damaged), *_suspicion(entry)))
         if wanted != "auto":
             raise CheckpointError(problem)
-        damaged.append(problem)
+        damaged.append(without_advice(problem, entry.path))
     if damaged:
         raise CheckpointError(f"no checkpoint of {folder.path} can be used: {'; '.join(damaged)}")
     return None
