@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import resource
+import signal
 from pathlib import Path
 
 import datasketch
@@ -74,6 +76,20 @@ def test_tables_grow(tmp_path: Path) -> None:
     assert not seen.add(values).any()
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert size / 9000 < 1100  # as docs/data.md has it
+
+
+def test_a_full_disk_is_an_error_and_no_fault_of_memory(tmp_path: Path) -> None:
+    """By a limit of the system, in place of a disk."""
+    values = np.random.default_rng(1).integers(0, 1 << 32, (9000, PERMUTATIONS), dtype=np.uint32)
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    seen = SeenNearly(tmp_path / "seen", 0.8)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"seen.* cannot be written \(File too large\)"):
+            seen.add(values)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.9])
