@@ -36,7 +36,8 @@ def opening_facts(
         (
             "batch",
             f"{batch.global_batch} sequences = {batch.micro_batch} x {batch.accumulation} accumulated x "
-            f"{batch.data_parallel} data rank(s), {config.data.sequence_length} tokens each: {run.tokens_per_step:,} a step",
+            f"{batch.data_parallel} data rank(s), {config.data.sequence_length} tokens each: "
+            f"{run.tokens_per_step:,} a step",
         ),
         ("training", f"{steps:,} steps, {tokens:,} tokens = {tokens / count:.2f} a parameter"),
         *data_rows(run, data),

@@ -21,7 +21,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 NO_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 MOST_BREAKS = {"zero1": 0, "zero2 recomputed": 0, "zero3": 4 * 2, "zero1 dropout": 6}
-MOST_GRAPHS = {"zero1": 3, "zero2 recomputed": 3, "zero3": 5, "zero1 dropout": 8}  # over four steps; torch 2.11 makes one more
+# Over four steps; torch 2.11 makes one more than 2.13 under ZeRO 3.
+MOST_GRAPHS = {"zero1": 3, "zero2 recomputed": 3, "zero3": 5, "zero1 dropout": 8}
 CASES = {
     "zero1": Case("zero1.json"),
     "zero2 recomputed": Case("zero2.json", overrides=("train.checkpoint_activations_every=1",)),
