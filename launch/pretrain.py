@@ -38,11 +38,18 @@ def main(
         typer.Argument(metavar="[KEY=VALUE]...", help="any key of the run configuration, e.g. train.steps=1000"),
     ] = None,
     deepspeed_config: Annotated[
-        str, typer.Option("--deepspeed_config", help="the DeepSpeed JSON: batch, precision, optimizer, ZeRO")
-    ] = "ds_configs/zero2.json",
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--deepspeed_config",
+            help="the DeepSpeed JSON: batch, precision, optimizer, ZeRO; default: with --resume the run's own, else "
+            "ds_configs/zero2.json",
+        ),
+    ] = None,
     config: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--config", help="a preset's name or a YAML file; default: the preset quickstart"),
+        typer.Option(
+            "--config", help="a preset's name or a YAML file; default: with --resume the run's own, else quickstart"
+        ),
     ] = None,
     resume: Annotated[
         Optional[str],  # noqa: UP045
@@ -65,9 +72,17 @@ def main(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show what the run amounts to, with memory and topology, and leave")
     ] = False,
-    world_size: Annotated[int, typer.Option("--world-size", help="with --dry-run: plan for so many ranks")] = 0,
+    world_size: Annotated[
+        int,
+        typer.Option(
+            "--world-size", help="with --dry-run: plan for so many ranks; default: this job's", show_default=False
+        ),
+    ] = 0,
     ranks_per_node: Annotated[
-        int, typer.Option("--ranks-per-node", help="with --dry-run: how many ranks share a node; default 8")
+        int,
+        typer.Option(
+            "--ranks-per-node", help="with --dry-run: how many ranks share a node; default 8", show_default=False
+        ),
     ] = 0,
     verbose: Annotated[bool, typer.Option("--verbose", help="let DeepSpeed and torch log what they like")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
@@ -83,7 +98,7 @@ def main(
     python launch/pretrain.py --deepspeed_config ds_configs/bf16.json --config my.yaml --dry-run
     """
     if dry_run:
-        _dry_run(deepspeed_config, config, overrides or [], world_size, ranks_per_node)
+        _dry_run(deepspeed_config, config, overrides or [], resume is not None, world_size, ranks_per_node)
         return
     from megalm.engine.quirks import silence
 
@@ -102,22 +117,22 @@ def main(
 
 
 def _dry_run(
-    deepspeed_config: str, config: str | None, overrides: list[str], world_size: int, ranks_per_node: int
+    deepspeed_config: str | None,
+    config: str | None,
+    overrides: list[str],
+    resume: bool,
+    world_size: int,
+    ranks_per_node: int,
 ) -> None:
-    from megalm.cli.plan import RANKS_PER_NODE, command
+    from megalm.cli.plan import RANKS_PER_NODE, show_plan
+    from megalm.train.own_config import read_settings
 
     if int(os.environ.get("RANK", "0")) > 0:
         return  # under a launcher one rank tells it
     ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        command(
-            overrides,
-            config=config,
-            deepspeed_config=deepspeed_config,
-            ranks=ranks,
-            gpu_memory=None,
-            ranks_per_node=ranks_per_node or RANKS_PER_NODE,
-        )
+        loaded, deepspeed = read_settings(config, overrides, deepspeed_config, resume)
+        show_plan(loaded, deepspeed, ranks, None, ranks_per_node or RANKS_PER_NODE)
     except MegalmError as error:
         sys.stderr.write(f"megalm: {error}\n")
         raise SystemExit(error.exit_code) from None

@@ -10,8 +10,8 @@ import typer
 
 from megalm.cli import show
 from megalm.cli.grid import grid_text
-from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, read_deepspeed_json
-from megalm.config.loading import load_run_config, spelling
+from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, DeepSpeedConfig, read_deepspeed_json
+from megalm.config.loading import LoadedConfig, load_run_config, spelling
 from megalm.config.precision import DeviceFacts
 from megalm.config.resolve import resolve
 from megalm.config.schema import RunConfig
@@ -44,11 +44,18 @@ def command(
     ] = RANKS_PER_NODE,
 ) -> None:
     """What a run amounts to before it is started: size, tokens, memory, schedule. Nothing is started or written."""
-    loaded = load_run_config(config, overrides or [])
+    loaded, deepspeed = load_run_config(config, overrides or []), read_deepspeed_json(deepspeed_config)
+    show_plan(loaded, deepspeed, ranks, gpu_memory, ranks_per_node)
+
+
+def show_plan(
+    loaded: LoadedConfig, deepspeed: DeepSpeedConfig, ranks: int, gpu_memory: float | None, ranks_per_node: int
+) -> None:
+    """Write the plan to the terminal."""
     vocab_size = _vocab_size(loaded.config)
     ranks_per_node = min(ranks, ranks_per_node)
     device = _device(ranks_per_node, gpu_memory)
-    resolved = resolve(loaded, read_deepspeed_json(deepspeed_config), ranks, device, vocab_size, ranks_per_node)
+    resolved = resolve(loaded, deepspeed, ranks, device, vocab_size, ranks_per_node)
     expected = vocab_size or resolved.config.model.vocab_size or resolved.config.data.recipe_vocab_size
     typer.echo(plan_text(make_plan(resolved, expected), ranks_per_node, *planned_data(resolved)))
 

@@ -1,6 +1,6 @@
 """The run configuration from its layers, and where each value came from.
 
-Weakest first: schema defaults < preset < YAML file < `key=value`.
+Weakest first: schema defaults < preset < what the run that goes on was configured with < YAML file < `key=value`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from megalm.config.unknown_keys import unknown_run_key
 from megalm.errors import ConfigError
 
 COMMAND_LINE = "command line"
+OWN = "the run's own"  # of a run that goes on: what its config.yaml says, where nothing is stated now
+
+# Of one start alone: where the run lies, and what one resume allows.
+_NOT_KEPT = ("run", "resume")
 
 # Two ways to say one thing: a layer that takes the one puts aside what weaker layers said of the other.
 _ALTERNATIVES = (("data.train", "data.recipe"), ("data.validation", "data.split"))
@@ -34,7 +38,7 @@ class LoadedConfig:
     """A validated run configuration.
 
     Attributes:
-        sources: dotted key -> "default", "preset NAME", the YAML file's name, or "command line"; every key.
+        sources: every dotted key -> "default", "preset NAME", "the run's own", the YAML file's name, or "command line".
         preset: the preset that it starts from.
         stated: the keys that a person stated, in YAML or on the command line.
     """
@@ -52,17 +56,19 @@ class _Layer:
     by_person: bool
 
 
-def load_run_config(config: str | None, overrides: Sequence[str]) -> LoadedConfig:
+def load_run_config(config: str | None, overrides: Sequence[str], own: Path | None = None) -> LoadedConfig:
     """Read the layers of a run's configuration.
 
     Args:
         config: a preset's name or a YAML file; None is the preset quickstart.
         overrides: `key=value` with dotted keys; values are read as YAML.
+        own: config.yaml of the run that goes on. It stands for all that is not stated now; a preset that is named now
+            and is not the run's own is a statement of all its keys.
 
     Raises:
         ConfigError: no such preset or file, a syntax error, an unknown or repeated key, a bad value.
     """
-    preset, layers = _file_layers(config or DEFAULT_PRESET)
+    preset, layers = _file_layers(config or DEFAULT_PRESET) if own is None else _over_own(own, config)
     layers.append(_command_line(overrides))
     values: dict[str, Any] = {}
     sources = dict.fromkeys(_LEAVES, "default")
@@ -108,6 +114,19 @@ def _file_layers(name: str) -> tuple[str | None, list[_Layer]]:
     layer = _read(path, name, by_person=True)
     preset = layer.leaves.get("preset")
     return preset, [*(_preset_layers(preset, name) if preset is not None else []), layer]
+
+
+def _over_own(own: Path, config: str | None) -> tuple[str | None, list[_Layer]]:
+    """The layers of a run's own configuration, and over it those of what is named now."""
+    preset, layers = _file_layers(str(own))
+    leaves = {key: value for key, value in layers[-1].leaves.items() if key.partition(".")[0] not in _NOT_KEPT}
+    layers[-1] = _Layer(OWN, leaves, by_person=False)
+    if config is None:
+        return preset, layers
+    named, given = _file_layers(config)
+    if named == preset:
+        given = [layer for layer in given if layer.by_person]
+    return named or preset, [*layers, *given]
 
 
 def _preset_layers(name: str, where: str) -> list[_Layer]:

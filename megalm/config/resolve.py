@@ -11,7 +11,7 @@ from megalm.config.checks_parallel import parallel_notices
 from megalm.config.deepspeed_json import DeepSpeedConfig
 from megalm.config.loading import LoadedConfig
 from megalm.config.precision import DeviceFacts, Precision, choose_precision
-from megalm.config.schema import RunConfig, ScheduleKind
+from megalm.config.schema import RunConfig, ScheduleKind, ScheduleSection
 from megalm.estimate.balance import LARGE_BUBBLE
 from megalm.estimate.memory import MemoryCase, estimate_memory
 from megalm.model.shape import ModelShape, model_shape
@@ -207,6 +207,11 @@ def _fit_warmup(loaded: LoadedConfig) -> tuple[LoadedConfig, list[str]]:
     return replace(loaded, config=config, sources=sources), [notice]
 
 
+def decay_steps_of(schedule: ScheduleSection, steps: int) -> int:
+    """How many of `steps` the rate falls in: a fifth, where nothing is stated."""
+    return schedule.decay_steps or max(1, steps // 5)
+
+
 def _schedule(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleFacts, list[str]]:
     schedule, steps = loaded.config.schedule, loaded.config.train.steps
     peak, notices = schedule.peak_learning_rate, []
@@ -225,7 +230,7 @@ def _schedule(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleFacts,
         peak_learning_rate=peak,
         final_learning_rate=peak if schedule.kind in ("constant", "inverse_sqrt") else final,
         warmup_steps=schedule.warmup_steps,
-        decay_steps=schedule.decay_steps or max(1, steps // 5),
+        decay_steps=decay_steps_of(schedule, steps),
         steps=steps,
     )
     return facts, notices

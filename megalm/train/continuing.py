@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megalm.config.loading import COMMAND_LINE
-from megalm.config.resolve import ResolvedRun, ScheduleFacts
+from megalm.config.loading import COMMAND_LINE, OWN
+from megalm.config.resolve import ResolvedRun, ScheduleFacts, decay_steps_of
 from megalm.errors import CheckpointError, ConfigError
 from megalm.train.position import Beginning, DataSegment, Position, data_segments, schedule_segments
 from megalm.train.schedule import ScheduleSegment, rate_at
@@ -52,8 +52,9 @@ class Extension:
 def with_schedule(position: Position, run: ResolvedRun, manifest: Mapping[str, Any] | None, more: int | None) -> None:
     """Set what the learning rate of `position` follows.
 
-    A schedule that is stated as it was when the checkpoint's own came about changes nothing; another one is in force
-    from the next step on, counting the run's steps; an extension by `more` steps starts a schedule of its own.
+    A schedule that is stated as it was when the checkpoint's own came about, or not at all, changes nothing; another
+    one is in force from the next step on, counting the run's steps; an extension by `more` steps starts a schedule of
+    its own.
     """
     stated = asdict(run.schedule)
     if manifest is None:
@@ -66,11 +67,23 @@ def with_schedule(position: Position, run: ResolvedRun, manifest: Mapping[str, A
         added = ScheduleSegment(step + 1, step, _extension(run, rate_at(segments, max(step, 1)), more, known[-1]))
         position.schedule = (*segments, added)
         position.stated = known if stated in known else (*known, stated)
-    elif stated in known:
+    elif _stated_before(run, known):
         position.schedule, position.stated = tuple(segments), known
     else:
         position.schedule = (*segments, ScheduleSegment(step + 1, 0, run.schedule))
         position.stated = (stated,)
+
+
+def _stated_before(run: ResolvedRun, known: Sequence[Mapping[str, Any]]) -> bool:
+    """The run's own `train.steps` may be what an extension made of it: unless steps are stated now, any will do."""
+    if run.sources.get("train.steps") != OWN:
+        return asdict(run.schedule) in known
+    section = run.config.schedule
+    return any(
+        asdict(replace(run.schedule, steps=steps, decay_steps=decay_steps_of(section, steps))) == before
+        for before in known
+        for steps in [before["steps"]]
+    )
 
 
 def with_last_step(run: ResolvedRun, position: Position) -> ResolvedRun:

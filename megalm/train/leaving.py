@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from megalm.errors import EXIT_DONE, EXIT_FAILED, EXIT_START_AGAIN, MegalmError, OtherRankFailed
+from megalm.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_START_AGAIN, MegalmError, OtherRankFailed
 from megalm.train.limits import write_stacks
 
 log = logging.getLogger(__name__)
@@ -46,18 +46,18 @@ class FailureClaim:
         self._path = path
 
     def take(self, report: str) -> bool:
-        """True for the first rank that asks."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        """True for the first rank that asks; not where rank 0 was refused and has removed the run folder."""
         try:
+            self._path.parent.mkdir(exist_ok=True)
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):
             return False
         with os.fdopen(descriptor, "w") as file:
             file.write(report)
         return True
 
     def is_taken(self) -> bool:
-        return self._path.exists()
+        return self._path.exists() or not self._path.parent.parent.is_dir()
 
 
 class Guard:
@@ -67,6 +67,7 @@ class Guard:
         self.rank = rank
         self.claim: FailureClaim | None = None  # known as soon as the run folder is
         self.on_failure: Callable[[], None] = lambda: None  # e.g. the end event in metrics.jsonl
+        self.on_refusal: Callable[[], None] = lambda: None  # e.g. remove what was made for a run that never began
         self.stacks: Path | None = None  # where this rank writes where it stands, when it has to leave a standstill
 
     def run(self, work: Callable[[], int]) -> NoReturn:
@@ -81,6 +82,8 @@ class Guard:
                 _outlast_rank_0(code)
                 text = f"{text} (on rank {self.rank})"
             self._tell(text, everybody=True)
+            if code == EXIT_REFUSED:
+                self.on_refusal()
         except KeyboardInterrupt:
             self._tell("megalm: interrupted")
             code = EXIT_FAILED

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
+import logging
 import platform
 import re
 import shutil
@@ -17,8 +17,12 @@ from typing import Any
 from megalm.checkpoint.layout import complete_checkpoints
 from megalm.config.loading import config_to_yaml
 from megalm.config.resolve import ResolvedRun
+from megalm.data.files import write_atomically, write_json
 from megalm.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
+_STEM = "run"  # of runs without a name and a preset
 _PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "tokenizers", "safetensors", "mlflow", "megalm")
 
 
@@ -74,6 +78,22 @@ class RunFolder:
         return max((int(path.stem.rsplit("-", 1)[1]) for path in self._failures.glob("attempt-*.txt")), default=0)
 
     @property
+    def is_empty(self) -> bool:
+        return not any(self.path.iterdir())
+
+    def remove_if_unused(self) -> None:
+        """Leave nothing of a run that was refused; at once, so that no rank finds half of it."""
+        if self.config_files[0].exists() or complete_checkpoints(self.checkpoints):
+            return
+        gone = self.path.with_name(f".{self.name}.refused")
+        try:
+            self.path.rename(gone)
+        except OSError as error:  # the refusal matters more
+            log.debug("%s stays: %s", self.path, error)
+        else:
+            shutil.rmtree(gone, ignore_errors=True)
+
+    @property
     def never_started(self) -> bool:
         """What a refused start leaves: the account of its failure, and no training."""
         return self._failures.is_dir() and not self.metrics.exists() and not complete_checkpoints(self.checkpoints)
@@ -83,25 +103,27 @@ class RunFolder:
         return self.path / "failures"
 
 
+def newest_run(root: Path, preset: str | None) -> str | None:
+    """The unnamed run that `--resume` without a name means; None: there is none yet."""
+    existing = _numbered(root.expanduser(), preset or _STEM)
+    return existing[-1].name if existing else None
+
+
 def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bool) -> RunFolder:
     """Find or make the folder of this run; called on rank 0 only.
 
     Args:
-        name: `run.name`; None takes the next free `PRESET-001`, or with `resume` the newest such.
+        name: `run.name`; None takes the next free `PRESET-001`.
         resume: `--resume` was given, so an existing folder is wanted.
 
     Raises:
         ConfigError: a named run exists and is not to be resumed, or the folder cannot be made.
     """
     root = root.expanduser()
-    stem = preset or "run"
-    if name is None and resume:
-        existing = _numbered(root, stem)
-        name = existing[-1].name if existing else None
     try:
         root.mkdir(parents=True, exist_ok=True)
         if name is None:
-            return RunFolder(_next_free(root, stem))
+            return RunFolder(_next_free(root, preset or _STEM))
         path = root / name
         if path.exists() and not resume and not RunFolder(path).never_started:
             hint = (
@@ -120,16 +142,18 @@ def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bo
 
 def write_facts(folder: RunFolder, run: ResolvedRun, facts: Mapping[str, Any]) -> None:
     """Write config.yaml, both DeepSpeed JSONs and environment.json; earlier ones of a resumed run are kept beside."""
-    for path in (*folder.config_files, folder.path / "environment.json"):
-        if path.exists():
-            path.replace(_next_old_name(path))
+    config, original, resolved = folder.config_files
+    account = folder.path / "environment.json"
+    stated = Path(run.deepspeed_source.path).read_bytes()
+    for path in (*folder.config_files, account):
+        if path.exists():  # kept where it is too: a job that is killed here goes on with it
+            write_atomically(_next_old_name(path), path.read_bytes())
     folder.checkpoints.mkdir(exist_ok=True)
     folder.samples.mkdir(exist_ok=True)
-    config, original, resolved = folder.config_files
-    config.write_text(config_to_yaml(run.config))
-    shutil.copyfile(run.deepspeed_source.path, original)
-    resolved.write_text(json.dumps(run.deepspeed, indent=2) + "\n")
-    (folder.path / "environment.json").write_text(json.dumps({**environment(), **facts}, indent=2) + "\n")
+    write_atomically(config, config_to_yaml(run.config).encode())
+    write_atomically(original, stated)
+    write_json(resolved, run.deepspeed)
+    write_json(account, {**environment(), **facts})
 
 
 def environment() -> dict[str, Any]:

@@ -14,15 +14,14 @@ from typing import Any, Literal
 import torch
 
 from megalm.config.checks_guard import wall_time_seconds
-from megalm.config.deepspeed_json import read_deepspeed_json
-from megalm.config.loading import load_run_config
+from megalm.config.loading import config_to_yaml
 from megalm.config.resolve import ResolvedRun, resolve
 from megalm.engine.build import build_engine
 from megalm.engine.comm import ProcessComm, start_distributed
 from megalm.engine.environment import claim_device, device_facts, device_name, rank_facts
 from megalm.engine.peak import peak_flops
 from megalm.engine.protocol import Engine
-from megalm.errors import EXIT_DONE
+from megalm.errors import EXIT_DONE, ConfigError
 from megalm.model.flops import flops_per_token
 from megalm.tracking.metrics import MetricsWriter, read_metrics
 from megalm.tracking.mirror import MirrorHandle, start_mirror
@@ -46,6 +45,7 @@ from megalm.train.launcher_watch import watch_launchers
 from megalm.train.leaving import FailureClaim, Guard, StopRequest
 from megalm.train.limits import Limits, Watchdog, process_start
 from megalm.train.loop import TrainingLoop
+from megalm.train.own_config import read_settings, told_changes
 from megalm.train.parts import Parts
 from megalm.train.pipeline_facts import pipeline_facts
 from megalm.train.rehearsal import memory_errors_named, rehearse
@@ -61,9 +61,13 @@ _ATTEMPTS = ("start", "resume", "rollback")  # events that begin one
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a person may say on the command line of launch/pretrain.py."""
+    """What a person may say on the command line of launch/pretrain.py.
 
-    deepspeed_config: str
+    Attributes:
+        deepspeed_config: None: the run's own where one goes on, else zero2.json.
+    """
+
+    deepspeed_config: str | None
     config: str | None = None
     overrides: tuple[str, ...] = ()
     resume: str | None = None
@@ -82,8 +86,9 @@ def resolve_run(arguments: Arguments, world_size: int, local_world_size: int) ->
     overrides = arguments.overrides
     if arguments.extend_steps is not None and arguments.extend_strategy == "weights":
         overrides = (*overrides, f"train.steps={arguments.extend_steps}")  # a run of its own, from step 0
-    loaded = load_run_config(arguments.config, overrides)
-    deepspeed = read_deepspeed_json(arguments.deepspeed_config)
+    loaded, deepspeed = read_settings(
+        arguments.config, overrides, arguments.deepspeed_config, arguments.resume is not None
+    )
     vocab_size = known_vocab_size(loaded.config.data)
     return resolve(loaded, deepspeed, world_size, device_facts(local_world_size), vocab_size, local_world_size)
 
@@ -96,9 +101,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     device = claim_device(ranks)
     comm = start_distributed(ranks, device)
     config = run.config
-    folder = comm.once(
-        lambda: open_run_folder(Path(config.run.root), config.run.name, run.preset, arguments.resume is not None)
-    )
+    folder = _open_folder(run, comm, guard, arguments.resume is not None)
     lock = RunLock(folder.path)
     comm.once(lock.take)
     attempt = comm.once(lambda: _next_attempt(folder))
@@ -124,7 +127,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     peak, peak_source = peak_flops(device, run.precision != "fp32")
     limits = _limits(run, guard, folder, comm)
     invocation = Invocation(
-        arguments.deepspeed_config, arguments.config, arguments.overrides, folder.name, ranks.local_world_size
+        run.deepspeed_source.path, arguments.config, arguments.overrides, folder.name, ranks.local_world_size
     )
     incidents = IncidentWriter(
         folder.incidents,
@@ -157,6 +160,19 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     return code
 
 
+def _open_folder(run: ResolvedRun, comm: ProcessComm, guard: Guard, resume: bool) -> RunFolder:
+    """Each rank has read the run's own configuration: a machine that saw another file would train another model."""
+    if len(set(comm.gather((config_to_yaml(run.config), str(run.deepspeed))))) > 1:
+        raise ConfigError(
+            f"the ranks read different configurations of run {run.config.run.name}; put run.root and the files that "
+            "you name on a file system that all machines share, and start again"
+        )
+    folder = comm.once(lambda: open_run_folder(Path(run.config.run.root), run.config.run.name, run.preset, resume))
+    if comm.is_main and folder.is_empty:
+        guard.on_refusal = folder.remove_if_unused
+    return folder
+
+
 def _course(run: ResolvedRun, folder: RunFolder, resume: Resume, comm: ProcessComm, reporter: Reporter) -> Course:
     """What is trained on from where; everything that cannot go on is refused here."""
     found = find_start(folder, resume, comm)
@@ -164,7 +180,8 @@ def _course(run: ResolvedRun, folder: RunFolder, resume: Resume, comm: ProcessCo
     places = comm.once_per_node(lambda: find_data(run.config.data, reporter.say))
     comm.once(lambda: rebuild_data(run.config.data, places, len(os.sched_getaffinity(0)), reporter.say))
     course = plan_course(run, scheduled, places, found, resume)
-    for note in course.notes:
+    own = comm.once(lambda: told_changes(folder, course.run))
+    for note in (*own, *course.notes):
         reporter.say(f"  note: {note}")
     for warning in (*course.warnings, *data_warnings(run, course.data)):
         reporter.say(f"  WARNING: {warning}")

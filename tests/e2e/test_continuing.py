@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from megalm.data.builder import build_dataset
 from megalm.data.tokenizer import load_tokenizer
 from megalm.tracking.metrics import live_rows
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import Finished, finish, pretrain, rows, run_folder, train_rows, write_json
+from tests.e2e.jobs import PRETRAIN, Finished, finish, pretrain, rows, run_folder, train_rows, write_json
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -134,6 +136,37 @@ def test_what_differs_is_refused_in_full_unless_it_is_allowed(small_data: SmallD
     assert "another order of samples: it starts at its first one" in allowed.stdout
     data = manifest(copied, 8)["data_position"]["segments"]
     assert [(part["samples_consumed"], part["begins"]) for part in data] == [(96, "anew"), (32, "anew")]
+
+
+def test_nothing_but_the_name_goes_on_with_the_run_s_own(small_data: SmallData, copied: Path) -> None:
+    """The first command had a dozen words, and a JSON that is not the default one."""
+    before = (run_folder(copied) / "config.yaml").read_text()
+    plain = [sys.executable, PRETRAIN, "run.name=mine"]
+    again = finish(copied, [*plain, "--resume", "3"])
+    assert again.code == 0, again.explain()
+    assert "note: what is not stated now is as in runs/mine/config.yaml" in again.stdout
+    assert " was " not in again.stdout, again.explain()
+    assert (run_folder(copied) / "config.yaml").read_text() == before
+    undisturbed = [row for row in rows(copied) if row["kind"] == "train" and row["attempt"] == 1 and row["step"] > 3]
+    assert numbers(copied, 4) == [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in undisturbed]
+    # What is stated now counts and is told; the plan says the same.
+    larger = write_json(copied / "larger.json", train_batch_size=32)
+    words = ["--deepspeed_config", larger, "--resume", "auto", "guard.window=70"]
+    plan = finish(copied, [*plain, *words, "--dry-run"])
+    assert re.search(r"model.hidden_size +64 +the run's own", plan.stdout), plan.explain()
+    told = finish(copied, [*plain, *words, "--extend-steps", "6"])
+    assert told.code == 0, told.explain()
+    assert "note: guard.window was 128, is 70 (command line)" in told.stdout, told.explain()
+    assert f"note: {larger}: train_batch_size was 16, is 32" in told.stdout
+    # The last step is the extension's, whose rates it has again: nothing was stated about them.
+    extended = numbers(copied, 1)
+    last = finish(copied, [*plain, "--resume", "9"])
+    assert last.code == 0, last.explain()
+    assert numbers(copied, 1) == extended
+    assert len(extended) == 12
+    refused = finish(copied, [*plain, "--resume", "auto", "model.num_hidden_layers=3"])
+    assert refused.code == 2
+    assert "num_hidden_layers was 2, is 3" in refused.stderr
 
 
 def test_there_must_be_something_to_extend(small_data: SmallData, tmp_path: Path) -> None:

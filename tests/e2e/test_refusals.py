@@ -107,7 +107,7 @@ def test_a_dataset_of_another_tokenizer(small_data: SmallData, tmp_path: Path) -
     line = refused(tmp_path, without(small_data.words, ("data.tokenizer=bytes", "run.name=mine")))
     assert str(small_data.prefix) in line
     assert "not bytes of 257" in line
-    # The refusal has made a folder, which keeps nobody from trying again.
+    assert not list((tmp_path / "runs").iterdir()), "nothing is left of a run that never began"
     finished = finish(tmp_path, pretrain(*small_data.words, "run.name=mine", "train.steps=3"))
     assert finished.code == 0, finished.explain()
 
@@ -145,6 +145,14 @@ def test_a_checkpoint_that_is_not_there(small_data: SmallData, copy: Path) -> No
         assert "no checkpoint 'nowhere' in runs/mine/checkpoints" in line
         assert "step-00000004" in line
     assert rows(copy)[-1]["status"] == "finished"  # a refusal is no part of the run's account
+
+
+def test_nothing_is_left_of_a_refused_resume_under_a_new_name(small_data: SmallData, copy: Path) -> None:
+    command = pretrain(*small_data.words, "run.name=new", "--resume", "nowhere", using="torchrun", ranks=2)
+    finished = finish(copy, command)
+    assert finished.code != 0
+    assert finished.stderr.count("no checkpoint 'nowhere'") == 1, finished.explain()
+    assert [path.name for path in (copy / "runs").iterdir()] == ["mine"]
 
 
 def _flip(folder: Path) -> Path:

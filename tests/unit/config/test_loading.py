@@ -7,7 +7,7 @@ import yaml
 from config_cases import refused
 
 from megalm.config import presets
-from megalm.config.loading import config_to_yaml, load_run_config, spelling
+from megalm.config.loading import OWN, config_to_yaml, load_run_config, spelling
 from megalm.config.schema import RunConfig
 from megalm.config.strict import leaf_fields
 
@@ -200,3 +200,31 @@ def test_a_key_that_is_a_word_of_python(tmp_path: Path) -> None:
         assert "async: true" in config_to_yaml(loaded.config)
     assert spelling("checkpoint.asynchronous") == "checkpoint.async"
     assert spelling("checkpoint.best") == "checkpoint.best"
+
+
+def test_what_a_run_has_stands_for_what_is_not_stated(tmp_path: Path) -> None:
+    """Schema < preset < the run's own < YAML < key=value."""
+    first = load_run_config(None, ["train.seed=9", "train.steps=30", "run.name=mine", "resume.allow=[order]"])
+    own = tmp_path / "config.yaml"
+    own.write_text(config_to_yaml(first.config))
+    mine = write(tmp_path / "mine.yaml", "train: {log_interval_steps: 7, steps: 40}\n")
+    loaded = load_run_config(mine, ["train.steps=50"], own)
+    assert (loaded.config.train.seed, loaded.sources["train.seed"]) == (9, OWN)
+    assert (loaded.config.train.log_interval_steps, loaded.config.train.steps) == (7, 50)
+    assert loaded.stated == {"train.log_interval_steps", "train.steps"}
+    assert loaded.preset == loaded.config.preset == "quickstart"
+    # What one start alone is about is not kept: what may differ, and where the run lies.
+    assert (loaded.config.resume.allow, loaded.config.run.name) == ((), None)
+
+
+def test_a_preset_named_now_counts_if_it_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "PRESETS_FOLDER", tmp_path)
+    write(tmp_path / "small.yaml", "model: {hidden_size: 64}\n")
+    write(tmp_path / "large.yaml", "model: {hidden_size: 512}\n")
+    own = tmp_path / "runs" / "config.yaml"
+    own.parent.mkdir()
+    own.write_text(config_to_yaml(load_run_config("small", ["model.hidden_size=96", "train.seed=9"]).config))
+    assert load_run_config("small", [], own).config.model.hidden_size == 96
+    other = load_run_config("large", [], own)
+    assert (other.config.model.hidden_size, other.config.train.seed) == (512, 9)
+    assert other.preset == other.config.preset == "large"

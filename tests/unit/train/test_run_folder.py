@@ -9,7 +9,7 @@ import pytest
 from megalm.errors import ConfigError
 from megalm.train.leaving import FailureClaim, StopRequest
 from megalm.train.report import duration, size
-from megalm.train.run_folder import open_run_folder
+from megalm.train.run_folder import newest_run, open_run_folder
 
 
 def test_unnamed_runs_are_numbered(tmp_path: Path) -> None:
@@ -23,9 +23,11 @@ def test_unnamed_runs_are_numbered(tmp_path: Path) -> None:
 
 
 def test_resuming_without_a_name_takes_the_newest(tmp_path: Path) -> None:
-    assert open_run_folder(tmp_path, None, "quickstart", resume=True).name == "quickstart-001"
-    open_run_folder(tmp_path, None, "quickstart", resume=False)
-    assert open_run_folder(tmp_path, None, "quickstart", resume=True).name == "quickstart-002"
+    assert newest_run(tmp_path, "quickstart") is None
+    for _ in range(2):
+        open_run_folder(tmp_path, None, "quickstart", resume=False)
+    open_run_folder(tmp_path, None, "other", resume=False)
+    assert newest_run(tmp_path, "quickstart") == "quickstart-002"
 
 
 def test_a_name_is_taken_once(tmp_path: Path) -> None:
