@@ -16,20 +16,23 @@ from megalm.errors import ConfigError, OtherRankFailed
 
 T = TypeVar("T")
 
-# Long enough for rank 0 to prepare data or read a checkpoint while the others wait.
+# Of what ranks do together.
 _TIMEOUT = datetime.timedelta(minutes=60)
+# Of what one rank does while the others wait, such as building datasets: as long as it lives, for gloo notices at once
+# when its connection breaks. Seven days are less than the milliseconds that an int holds.
+_PATIENCE = datetime.timedelta(days=7)
 
 
 class ProcessComm:
-    """Collectives of the whole world on a gloo group, so that control never waits for the device's queue."""
+    """Collectives of the whole world on a gloo group of its own: control never waits for the device's queue."""
 
-    def __init__(self, ranks: RankFacts, device: torch.device) -> None:
+    def __init__(self, ranks: RankFacts) -> None:
         self.rank = ranks.rank
         self.size = ranks.world_size
         self.is_main = ranks.rank == 0
-        self.timeout = _TIMEOUT  # of every group
+        self.timeout = _TIMEOUT  # of every group but this one
         self._is_first_of_node = ranks.local_rank == 0
-        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if device.type == "cuda" else None
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def barrier(self) -> None:
         dist.barrier(group=self._group)
@@ -111,4 +114,4 @@ def start_distributed(ranks: RankFacts, device: torch.device) -> ProcessComm:
             f"rank {ranks.rank} cannot reach the others: {error}; check MASTER_ADDR and MASTER_PORT, and where another "
             "job of this machine has the port, give the launcher another: --master_port=29501"
         ) from error
-    return ProcessComm(ranks, device)
+    return ProcessComm(ranks)

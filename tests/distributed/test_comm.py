@@ -1,0 +1,47 @@
+"""The control channel: who waits for whom, and how long."""
+
+from __future__ import annotations
+
+import datetime
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megalm.engine.comm import ProcessComm
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def _slow_once(comm: ProcessComm, device: torch.device) -> str:
+    # What an hour is to a build of datasets, a second is here.
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1))
+
+    def work() -> str:
+        time.sleep(3)
+        return "built"
+
+    return comm.once(work)
+
+
+def _dead_rank_0(comm: ProcessComm, device: torch.device) -> float:
+    """Seconds until the others notice."""
+    told = comm.gather(comm.rank)
+    assert told == [0, 1]
+    if comm.is_main:
+        dist.destroy_process_group()  # closes its connections, as the kernel does for a killed process
+        return 0.0
+    began = time.monotonic()
+    with pytest.raises(RuntimeError):
+        comm.broadcast(None)
+    return time.monotonic() - began
+
+
+def test_ranks_wait_longer_than_a_collective_may_take() -> None:
+    assert run_ranks(2, _slow_once) == ["built", "built"]
+
+
+def test_a_rank_0_that_is_gone_is_not_waited_for() -> None:
+    assert run_ranks(2, _dead_rank_0)[1] < 30
