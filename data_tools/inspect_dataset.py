@@ -9,6 +9,7 @@ import typer
 from console import one_line_errors, out, run
 from steps import show_step_of_dataset, show_step_of_run
 
+from megalm.cli.runs import find_run
 from megalm.data.indexed import IndexedDataset
 from megalm.data.inspection import describe, document_text, verify
 from megalm.data.tokenizer import Tokenizer, load_tokenizer
@@ -26,7 +27,9 @@ def main(
     window: Annotated[int, typer.Option(min=16, help="with --scan: tokens of a window")] = 512,
     report: Annotated[Path | None, typer.Option(help="with --scan: write REPORT.png and REPORT.html")] = None,
     step: Annotated[int | None, typer.Option(min=1, help="show what this training step reads")] = None,
-    run_folder: Annotated[Path | None, typer.Option("--run", help="with --step: the run, instead of PREFIX")] = None,
+    named_run: Annotated[
+        str | None, typer.Option("--run", help="with --step: the run, its folder or a name under runs/")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="with --step PREFIX: train_batch_size")] = None,
     sequence_length: Annotated[int, typer.Option(min=1, help="with --step PREFIX: data.sequence_length")] = 256,
     stride: Annotated[int | None, typer.Option(min=1, help="with --step PREFIX: data.stride")] = None,
@@ -37,13 +40,13 @@ def main(
 
     Examples: python data_tools/inspect_dataset.py data/my --scan --tokenizer data/my.model --report my-scan
 
-    python data_tools/inspect_dataset.py --run runs/mine --step 500
+    python data_tools/inspect_dataset.py --run mine --step 500
     """
     with one_line_errors():
-        if run_folder is not None:
+        if named_run is not None:
             if prefix is not None or step is None:
-                raise DataError(f"--run {run_folder}: goes with --step and without PREFIX; the run says the rest")
-            show_step_of_run(run_folder, step)
+                raise DataError(f"--run {named_run}: goes with --step and without PREFIX; the run says the rest")
+            show_step_of_run(find_run(named_run), step)
             return
         if prefix is None:
             raise DataError("name a dataset by its PREFIX, or a run with --run and --step")
