@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections import Counter
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -44,7 +45,7 @@ class DType(str, Enum):
 
 @app.command("list")
 def list_command(run: str = typer.Argument(help="Run folder, or a name under runs/.")) -> None:
-    """List a run's checkpoints in the order of their steps."""
+    """List a run's checkpoints in the order of their steps; a loss stands beside the tokens that it is over."""
     run_dir = find_run(run)
     checkpoints = run_dir / "checkpoints"
     folders = step_folders(checkpoints)
@@ -54,7 +55,7 @@ def list_command(run: str = typer.Argument(help="Run folder, or a name under run
     entries = {entry.path: entry for entry in catalogue(checkpoints)}
     marks = {LATEST: pointed_at(checkpoints, LATEST), BEST: pointed_at(checkpoints, BEST) or _lowest_loss(entries)}
     rows = [_row(folder, entries.get(folder), marks) for folder in folders]
-    typer.echo(show.table(["name", "step", "tokens", "created", "size", "validation loss", "status", ""], rows))
+    typer.echo(show.table(["name", "step", "tokens", "created", "size", "validation loss", "over", "status", ""], rows))
     damaged = [problem for entry in entries.values() if (problem := _problem(entry))]
     if damaged:
         raise CheckpointError(f"{len(damaged)} damaged: {damaged[0]}")
@@ -210,9 +211,11 @@ def _problem(entry: Entry) -> str:
 def _row(folder: Path, entry: Entry | None, marks: Mapping[str, str | None]) -> list[object]:
     note = " ".join(word for word, name in marks.items() if name == folder.name)
     if entry is None:
-        return [folder.name, None, None, None, None, None, "incomplete", note]
+        return [folder.name, *[None] * 6, "incomplete", note]
     manifest = entry.manifest or {}
-    loss = manifest.get("validation_loss")
+    loss, over = manifest.get("validation_loss"), manifest.get("validation_tokens")
+    whole = manifest.get("whole_validation_loss")
+    told = None if whole is None else f"{whole:.4f} over {manifest['whole_validation_tokens']:,}"
     return [
         folder.name,
         entry.step,
@@ -220,18 +223,21 @@ def _row(folder: Path, entry: Entry | None, marks: Mapping[str, str | None]) -> 
         _created(manifest.get("created")),
         show.size(sum(file["bytes"] for file in manifest["files"].values())) if manifest else None,
         None if loss is None else f"{loss:.4f}",
+        None if over is None else f"{over:,}",
         "damaged" if _problem(entry) else entry.status,
-        " ".join(filter(None, [note, manifest.get("status_reason")])),
+        " ".join(filter(None, [note, told, manifest.get("status_reason")])),
     ]
 
 
 def _lowest_loss(entries: Mapping[Path, Entry]) -> str | None:
-    losses = {
-        path.name: entry.manifest["validation_loss"]
+    """Of the good ones; losses over a part of the validation sets and over all of them are not compared."""
+    known = [
+        (entry.manifest["validation_loss"], path.name, entry.manifest.get("validation_tokens"))
         for path, entry in entries.items()
         if entry.manifest is not None and entry.status == "good" and entry.manifest.get("validation_loss") is not None
-    }
-    return min(losses, key=losses.__getitem__) if losses else None
+    ]
+    alike = Counter(over for _, _, over in known).most_common(1)
+    return min((loss, name) for loss, name, over in known if over == alike[0][0])[1] if known else None
 
 
 def _presence(file: Path, expected_bytes: int) -> str:

@@ -106,16 +106,9 @@ class RunCheckpoints:
         self._writer.mark_best(path)
 
     def note_evaluation(self, path: Path, evaluation: Evaluation) -> None:
-        """Add the last validation, on the whole sets, to a complete checkpoint that was written before it.
-
-        A loss on part of them (evaluate.max_samples) stays: `best` is the lowest of its kind.
-        """
+        """Add the last validation to a complete checkpoint that was written before it."""
         if self._comm.is_main:
-            manifest = read_manifest(path)
-            on_part = manifest.get("validation_tokens") not in (None, evaluation.targets)
-            prefix = "whole_" if on_part else ""
-            found = {f"{prefix}validation_loss": evaluation.loss, f"{prefix}validation_tokens": evaluation.targets}
-            write_manifest(path, {**manifest, **found})
+            write_manifest(path, with_evaluation(read_manifest(path), evaluation))
 
     def rehearse(self, engine: Engine) -> None:
         """Write a checkpoint beside the real ones and remove it."""
@@ -210,6 +203,17 @@ class RunCheckpoints:
             # No generator's state: dropout and sampling draw from seeds of their place.
             "attempt": position.attempt,
         }
+
+
+def with_evaluation(manifest: Mapping[str, Any], evaluation: Evaluation) -> dict[str, Any]:
+    """The manifest with a validation on the whole sets.
+
+    A loss on part of them (evaluate.max_samples) stays beside it: `checkpoints/best` is the lowest of that kind.
+    """
+    on_part = manifest.get("validation_tokens") not in (None, evaluation.targets)
+    prefix = "whole_" if on_part else ""
+    found = {f"{prefix}validation_loss": evaluation.loss, f"{prefix}validation_tokens": evaluation.targets}
+    return {**manifest, **found}
 
 
 def put_in_order(folder: RunFolder, comm: Comm) -> list[Path]:

@@ -45,13 +45,23 @@ def test_list_is_in_order_and_marks_latest_and_best(run_dir: Path, capsys: pytes
     assert code == 0
     assert [line[0] for line in lines] == [f"step-{step:08d}" for step in (500, 700, 1000, 1500, 10000)]
     assert lines[0][1:4] == ["500", "5000", "2026-11-20T12:00:00"]
-    assert lines[0][5:] == ["KiB", "3.2500", "good"]
+    assert lines[0][5:] == ["KiB", "3.2500", "-", "good"]
     assert lines[1][-1] == "incomplete"
     assert lines[2][-1] == "best"  # 1500 has the lower loss and is bad
     assert lines[3][-4:] == ["bad", "loss", "of", "9"]
     assert lines[4][-1] == "latest"
     (run_dir / "checkpoints" / "best").write_text("step-00000500\n")
     assert run(capsys, "list", run_dir)[1].splitlines()[2].split()[-1] == "best"
+
+
+def test_list_compares_losses_over_the_same_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With evaluate.max_samples the last checkpoint alone is judged on everything."""
+    for step, loss in ((10, 3.1), (20, 3.0)):
+        save(tmp_path / "checkpoints", step, validation_loss=loss, validation_tokens=1000)
+    save(tmp_path / "checkpoints", 30, validation_loss=2.9, validation_tokens=64_000)
+    lines = [line.split() for line in run(capsys, "list", tmp_path)[1].splitlines()[2:]]
+    assert [line[6:8] for line in lines] == [["3.1000", "1,000"], ["3.0000", "1,000"], ["2.9000", "64,000"]]
+    assert [line[8:] for line in lines] == [["good"], ["good", "best"], ["good", "latest"]]
 
 
 def test_list_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
