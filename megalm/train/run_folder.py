@@ -104,8 +104,9 @@ class RunFolder:
 
 
 def newest_run(root: Path, preset: str | None) -> str | None:
-    """The unnamed run that `--resume` without a name means; None: there is none yet."""
-    existing = _numbered(root.expanduser(), preset or _STEM)
+    """The unnamed run that `--resume` without a name means; None: there is none that ever began."""
+    numbered = _numbered(root.expanduser(), preset or _STEM)
+    existing = [path for path in numbered if RunFolder(path).config_files[0].is_file()]
     return existing[-1].name if existing else None
 
 

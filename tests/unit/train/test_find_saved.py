@@ -8,9 +8,11 @@ from typing import TypeVar
 
 import pytest
 
-from megalm.checkpoint.manifest import set_status
+from megalm.checkpoint.manifest import read_manifest, set_status, write_manifest
+from megalm.checkpoint.retention import tidy
 from megalm.errors import CheckpointError
-from megalm.train.checkpointing import find_saved
+from megalm.train.checkpointing import find_saved, with_evaluation
+from megalm.train.evaluate import Evaluation
 from megalm.train.run_folder import RunFolder
 from tests.checkpoint_files import Alone, save
 
@@ -69,3 +71,16 @@ def test_damage_everywhere_is_no_reason_to_start_anew(tmp_path: Path) -> None:
     (save(tmp_path / "checkpoints", 10) / "rank-00000.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be used: .*rank-00000.safetensors is missing"):
         find(tmp_path, "auto")
+
+
+@pytest.mark.parametrize(("on", "key"), [(100, "whole_validation_loss"), (6400, "validation_loss")])
+def test_the_best_stays_so_when_it_is_judged_on_everything(tmp_path: Path, on: int, key: str) -> None:
+    """The last checkpoint, the best over a part of the validation set, has another loss over all of it."""
+    for step, loss in ((10, 3.0), (20, 2.5)):
+        save(tmp_path, step, validation_loss=loss, best_validation_loss=loss, validation_tokens=on)
+    (tmp_path / "best").write_text("step-00000020\n")
+    last, loss = tmp_path / "step-00000020", 2.5 if on == 6400 else 2.6
+    write_manifest(last, with_evaluation(read_manifest(last), Evaluation("validation", loss, 6400, None)))
+    assert read_manifest(last)[key] == loss
+    assert tidy(tmp_path) == []
+    assert (tmp_path / "best").read_text() == "step-00000020\n"

@@ -24,9 +24,9 @@ def test_unnamed_runs_are_numbered(tmp_path: Path) -> None:
 
 def test_resuming_without_a_name_takes_the_newest(tmp_path: Path) -> None:
     assert newest_run(tmp_path, "quickstart") is None
-    for _ in range(2):
-        open_run_folder(tmp_path, None, "quickstart", resume=False)
-    open_run_folder(tmp_path, None, "other", resume=False)
+    for stem in ("quickstart", "quickstart", "other"):
+        (open_run_folder(tmp_path, None, stem, resume=False).path / "config.yaml").touch()
+    open_run_folder(tmp_path, None, "quickstart", resume=False)  # failed before it began
     assert newest_run(tmp_path, "quickstart") == "quickstart-002"
 
 
@@ -35,6 +35,21 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"mine exists .*no checkpoint.*choose another run\.name"):
         open_run_folder(tmp_path, "mine", "quickstart", resume=False)
     assert open_run_folder(tmp_path, "mine", "quickstart", resume=True).path == tmp_path / "mine"
+
+
+def test_what_never_began_leaves_nothing(tmp_path: Path) -> None:
+    folder = open_run_folder(tmp_path, "mine", None, resume=True)
+    claim = FailureClaim(folder.failure(1))
+    assert folder.is_empty
+    assert claim.take("rank 0: why")
+    folder.remove_if_unused()
+    assert not list(tmp_path.iterdir())
+    assert claim.is_taken(), "rank 0 has told it"
+    assert not claim.take("rank 1: why")
+    folder = open_run_folder(tmp_path, "mine", None, resume=True)
+    (folder.path / "config.yaml").touch()
+    folder.remove_if_unused()
+    assert folder.path.is_dir()
 
 
 def test_a_root_that_cannot_be_written_is_told(tmp_path: Path) -> None:
