@@ -79,7 +79,8 @@ def plan_text(
         "Learning rate": show.table(["step", "rate"], [[step, f"{rate:.3e}"] for step, rate in plan.learning_rates]),
         "Notices": "\n".join([*plan.resolved.notices, *(f"WARNING: {text}" for text in warnings)]) or "none",
     }
-    return "\n\n".join(f"{title}\n{text}" for title, text in sections.items())
+    width = show.terminal_width()
+    return "\n\n".join(f"{title}\n{show.wrapped(text, width)}" for title, text in sections.items())
 
 
 def _configuration(plan: Plan) -> str:
