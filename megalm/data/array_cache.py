@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,9 @@ _ABANDONED_SECONDS = 3600.0
 
 class ArrayCache:
     """Args: directory: None makes the arrays in memory, each time."""
+
+    # NumPy reads a file's header with `ast`, whose parser Python 3.11.7 lets two threads of a process confuse.
+    _one_header_at_a_time = threading.Lock()
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
@@ -55,11 +59,12 @@ class ArrayCache:
             assert known is not None, folder
         return known
 
-    @staticmethod
-    def _mapped(folder: Path) -> dict[str, npt.NDArray[Any]] | None:
+    @classmethod
+    def _mapped(cls, folder: Path) -> dict[str, npt.NDArray[Any]] | None:
         names = folder / "names"
         try:
-            return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names.read_text().split()}
+            with cls._one_header_at_a_time:
+                return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names.read_text().split()}
         except (OSError, ValueError, EOFError):  # not there, or damaged: it is made again
             return None
 

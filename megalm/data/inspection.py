@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from megalm.data.files import read_json
 from megalm.data.indexed import IndexedDataset, bin_path, idx_path, sidecar_path
 from megalm.data.inputs import sha256_of
+from megalm.data.report import sidecar_of
 from megalm.data.signatures import open_signatures
 from megalm.data.sources import Sources
 from megalm.data.summary import summarise
@@ -46,7 +45,7 @@ def describe(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str
     }
     if len(lengths):
         facts["tokens a sequence"] = f"{lengths.min():,} to {lengths.max():,}, median {np.median(lengths):,.0f}"
-    sidecar = _sidecar(prefix)
+    sidecar = sidecar_of(prefix)
     if sidecar is not None:
         recorded = sidecar["tokenizer"]
         if tokenizer is not None and recorded and recorded["fingerprint"] != tokenizer.fingerprint:
@@ -68,7 +67,7 @@ def verify(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str, 
     """
     dataset = IndexedDataset(prefix)
     dataset.verify()
-    sidecar = _sidecar(prefix) or {}
+    sidecar = sidecar_of(prefix) or {}
     vocab_size = tokenizer.vocab_size if tokenizer else sidecar.get("tokenizer", {}).get("vocab_size")
     summary = summarise(dataset, vocab_size)
     recorded = sidecar.get("bin_sha256")
@@ -105,8 +104,3 @@ def document_text(prefix: str | Path, document: int, tokenizer: Tokenizer | None
     first, end = (int(bound) for bound in dataset.document_index[document : document + 2])
     tokens = [int(token) for sequence in range(first, end) for token in dataset[sequence]]
     return tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
-
-
-def _sidecar(prefix: str | Path) -> dict[str, Any] | None:
-    path = sidecar_path(prefix)
-    return read_json(path) if path.exists() else None

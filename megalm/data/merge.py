@@ -19,7 +19,7 @@ from megalm.data.files import read_json, write_json, writing_to
 from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path, sidecar_path
 from megalm.data.inputs import KEPT_MESSAGES, sha256_of
 from megalm.data.near import KEPT_PAIRS, Pair, check_threshold
-from megalm.data.report import KEPT_NAMES, BuildReport, check_output, versions
+from megalm.data.report import KEPT_NAMES, BuildReport, check_output, sidecar_of, versions
 from megalm.data.signatures import AWAITS_MERGE, SignatureWriter, open_signatures, signatures_path
 from megalm.data.sources import SOURCE, Sources, sources_path
 from megalm.data.summary import TokenCounter
@@ -64,7 +64,7 @@ def merge_datasets(
     if Path(output_prefix).resolve() in [Path(prefix).resolve() for prefix in prefixes]:
         raise DataError(f"{output_prefix}: is an input and the output; choose another output prefix")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
-    sidecars = [_sidecar(prefix) for prefix in prefixes]
+    sidecars = [sidecar_of(prefix) for prefix in prefixes]
     report = _report(prefixes, sidecars, output_prefix, datasets, _asked(prefixes, sidecars, dedup, minhash_threshold))
     finished = _finished(output_prefix, report)
     if finished is not None:
@@ -181,11 +181,6 @@ def _count_removed(report: BuildReport, copies: int, dedup: Dedup) -> None:
     report.removed[dedup] = report.removed.get(dedup, 0) + copies
     if copies:
         report.text_bytes = 0  # of those that stay: not known
-
-
-def _sidecar(prefix: str | Path) -> dict[str, Any] | None:
-    path = sidecar_path(prefix)
-    return read_json(path) if path.exists() else None
 
 
 def _finished(output_prefix: str | Path, report: BuildReport) -> BuildReport | None:

@@ -24,6 +24,7 @@ from megalm.data.records import BLOCK_BYTES, ReadOptions, format_of
 from megalm.errors import DataError
 
 PLAN_VERSION = 2
+UNITS_OF_A_SHARD = 4  # at least, where the input can be cut
 SMALLEST_UNIT, LARGEST_UNIT, WANTED_UNITS = 4 << 20, 128 << 20, 1000
 PACKED_TO_TEXT = 4  # about how much text a byte of a packed file holds
 SPLIT_NAMES = ("train", "validation", "test")
@@ -107,7 +108,16 @@ def make_plan(files: Sequence[InputFile], options: BuildOptions, tokenizer_finge
     """Raises DataError where a file cannot be read."""
     total = sum(_text_bytes(file) for file in files)
     unit_bytes = options.unit_bytes or min(LARGEST_UNIT, max(SMALLEST_UNIT, total // WANTED_UNITS))
-    groups = _take_shard(list(_groups(_pieces(files, options, unit_bytes), unit_bytes)), *options.shard)
+    shard, shards = options.shard
+    if shards > 1:  # a little text is shared out, too
+        unit_bytes = max(1, min(unit_bytes, total // (shards * UNITS_OF_A_SHARD)))
+    whole = list(_groups(_pieces(files, options, unit_bytes), unit_bytes))
+    groups = _take_shard(whole, shard, shards)
+    if whole and not groups:
+        raise DataError(
+            f"--shard {shard}/{shards} has nothing to read: the input has {len(whole)} parts that can be read apart, "
+            "of unequal size; use fewer shards"
+        )
     facts = {
         "version": PLAN_VERSION,
         "files": [asdict(file) for file in files],

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megalm.data.builder import BuildOptions, Built, build_files
-from megalm.data.files import read_json
 from megalm.data.filters import Filters
 from megalm.data.indexed import bin_path, idx_path, sidecar_path
 from megalm.data.inputs import STDIN, InputFile, ReadReport, find_inputs
 from megalm.data.plan import SPLIT_NAMES
 from megalm.data.records import ReadOptions
+from megalm.data.report import sidecar_of
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import DataError
 
@@ -112,17 +112,6 @@ def build_prefix(prefix: str | Path) -> str:
     for part in SPLIT_NAMES[: len(sidecar.get("options", {}).get("split", ()))]:
         name = name.removesuffix(f"-{part}")
     return name
-
-
-def sidecar_of(prefix: str | Path) -> dict[str, Any] | None:
-    """What the builder noted in PREFIX.json; None where another toolkit built the dataset.
-
-    Raises:
-        DataError: a file that is damaged.
-    """
-    path = sidecar_path(prefix)
-    facts = read_json(path) if path.exists() else None
-    return facts if isinstance(facts, dict) and "bin_sha256" in facts else None
 
 
 def _build_first(prefix: str | Path, wanted: Wanted, workers: int, say: Callable[[str], None]) -> Built:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 
 import megalm
+from megalm.data.files import read_json
 from megalm.data.indexed import best_dtype, bin_path, idx_path, sidecar_path
 from megalm.data.signatures import signatures_path
 from megalm.data.sources import sources_path
@@ -92,6 +93,17 @@ def _recorded_spec(spec: str, prefix: Path) -> str:
     if not path.exists():  # "bytes"
         return spec
     return path.name if path.resolve().parent == prefix.resolve().parent else str(path.resolve())
+
+
+def sidecar_of(prefix: str | Path) -> dict[str, Any] | None:
+    """What the builder noted in PREFIX.json; None where another toolkit built the dataset.
+
+    Raises:
+        DataError: a file that is damaged.
+    """
+    path = sidecar_path(prefix)
+    facts = read_json(path) if path.exists() else None
+    return facts if isinstance(facts, dict) and "bin_sha256" in facts else None
 
 
 def dataset_paths(prefix: str | Path) -> list[Path]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from megalm.config.resolve import ResolvedRun
+from megalm.data.report import sidecar_of
+from megalm.data.signatures import AWAITS_MERGE
 from megalm.data.streams import stride_warning
 from megalm.errors import ConfigError, DataError
 from megalm.train.datasets import RunData, find_data, open_data
@@ -53,6 +55,12 @@ def data_warnings(run: ResolvedRun, data: RunData) -> list[str]:
     """
     steps, most = run.config.train.steps, run.config.data.max_epochs
     warnings = []
+    for prefix in sorted({planned.prefix for planned in data.train.planned(data.samples)}):
+        if ((sidecar_of(prefix) or {}).get("minhash") or {}).get(AWAITS_MERGE):
+            warnings.append(
+                f"{prefix} is one shard of a build with --dedup minhash, and its near copies are still in: "
+                "data_tools/merge_datasets.py --dedup minhash takes them out"
+            )
     for part, planned in zip(data.train.parts, data.train.planned(data.samples), strict=True):
         overlap = stride_warning(part.tokens_per_epoch, part.sequence_length, part.stride, planned.samples)
         if overlap is not None:

@@ -13,8 +13,9 @@ from megalm.data.array_cache import ArrayCache
 from megalm.data.blend import BlendedSamples, Stage
 from megalm.data.indexed import IndexedDataset
 from megalm.data.loader import BatchLayout, BatchLoader, ValidationLoader
-from megalm.data.rebuild import Wanted, build_prefix, ensure_dataset, sidecar_of
+from megalm.data.rebuild import Wanted, build_prefix, ensure_dataset
 from megalm.data.recipe import default_cache_dir, prepare_recipe
+from megalm.data.report import sidecar_of
 from megalm.data.samples import TrainingSamples, ValidationSamples, split_documents
 from megalm.data.streams import Range
 from megalm.data.tokenizer import Tokenizer, load_tokenizer

@@ -282,6 +282,25 @@ def test_shards_merged_are_the_whole(tmp_path: Path, corpus: list[Path]) -> None
     assert [merged[place] for place in range(0, 200, 7)] == [known[place] for place in range(0, 200, 7)]
 
 
+def test_a_little_text_is_shared_out(tmp_path: Path) -> None:
+    """A file far smaller than a unit of work still gives every shard something."""
+    lines = [json.dumps({"text": f"document {number}"}) for number in range(40)]
+    (tmp_path / "small.jsonl").write_text("\n".join(lines))
+    built = [
+        build_files([tmp_path / "small.jsonl"], ByteTokenizer(), tmp_path / f"s{shard}", BuildOptions(shard=(shard, 4)))
+        for shard in range(4)
+    ]
+    counts = [each.reports[0].documents for each in built]
+    assert sum(counts) == 40
+    assert min(counts) >= 5
+
+
+def test_a_shard_of_an_input_that_cannot_be_cut(tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "alone"}))
+    with pytest.raises(DataError, match=r"--shard 0/2 has nothing to read: the input has 1 parts .* use fewer shards"):
+        build_files([tmp_path / "one.jsonl"], ByteTokenizer(), tmp_path / "s0", BuildOptions(shard=(0, 2)))
+
+
 def test_damage_is_not_merged_and_not_verified(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name * 50)

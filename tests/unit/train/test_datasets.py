@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,15 @@ def tokens_of(data: RunData, first: int, end: int) -> list[tuple[str, int]]:
         part = data.train.parts[number]
         found += [(part.dataset.prefix, int(place)) for place in part.place(own).positions[:-1]]
     return found
+
+
+def test_a_shard_with_near_copies_in_it_is_told(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"{number} " * 400}) for number in range(40)]
+    (tmp_path / "some.jsonl").write_text("\n".join(lines))
+    options = BuildOptions(dedup="minhash", shard=(0, 2))
+    build_files([tmp_path / "some.jsonl"], ByteTokenizer(), tmp_path / "shard", options)
+    warnings = data_warnings(*opened(f"data.train={tmp_path / 'shard'}", "train.steps=1"))
+    assert [text for text in warnings if "near copies are still in" in text]
 
 
 def test_a_stride_reaches_the_samples_and_is_told_loudly(tmp_path: Path) -> None:
