@@ -75,7 +75,9 @@ def results(run: RunRecord) -> Results:
     """The numbers by which runs are judged; speed is a median, so that one stall does not move it."""
     train = [row for row in run.rows if row["kind"] == "train"]
     validation = [row for row in run.rows if _counts(row, "eval")]
-    best = min(validation, key=lambda row: float(row["loss"]), default=None)
+    # With evaluate.max_samples the last one is on more than those while training, and no better or worse than they.
+    alike = [row for row in validation if not row.get("whole")] or validation
+    best = min(alike, key=lambda row: float(row["loss"]), default=None)
     steady = train[math.floor(len(train) * _WARM_UP_SHARE) :]
     return Results(
         steps=train[-1].get("step") if train else None,

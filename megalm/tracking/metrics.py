@@ -106,13 +106,14 @@ def read_rows(path: str | os.PathLike[str], offset: int = 0) -> Iterator[tuple[R
 
 
 def live_rows(rows: Iterable[Row]) -> list[Row]:
-    """The rows of the run as it counts: what a resume or a rollback took back is left out.
+    """The rows of the run as it counts: what a later attempt took back is left out.
 
-    A `resume` or `rollback` event at step s withdraws every train and eval row after step s before it.
+    A `start`, `resume` or `rollback` event at step s withdraws every train and eval row after step s before it; a run
+    that was killed before its first checkpoint starts again.
     """
     live: list[Row] = []
     for row in rows:
-        if row.get("event") in ("resume", "rollback") and isinstance(row.get("step"), int):
+        if row.get("event") in ("start", "resume", "rollback") and isinstance(row.get("step"), int):
             kept_step = row["step"]
             live = [old for old in live if old["kind"] == "event" or old.get("step", 0) <= kept_step]
         live.append(row)

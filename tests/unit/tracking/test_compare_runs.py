@@ -82,6 +82,28 @@ def test_a_resume_takes_back_rows_and_its_pause_is_no_wall_time(tmp_path: Path) 
     assert (found.wall_seconds, found.attempts) == (50.0, 2)
 
 
+def test_the_best_is_found_among_validations_on_the_same_samples(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "one", 1e-3, 8, [3.0, 2.9])
+    evaluations = [(1, 4.0, False), (2, 3.5, False), (2, 3.1, True)]
+    append(
+        folder,
+        *(
+            {
+                "kind": "eval",
+                "step": step,
+                "tokens": step,
+                "loss": loss,
+                "dataset": "validation",
+                "whole": whole,
+                "time": 9.0,
+            }
+            for step, loss, whole in evaluations
+        ),
+    )
+    found = results(read_run(folder))
+    assert (found.final_validation_loss, found.best_validation_loss) == (3.1, 3.4)
+
+
 def test_losses_that_are_no_numbers_do_not_win(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "a", 1e-3, 8, [5.0, 4.0])
     append(folder, {"kind": "eval", "step": 3, "tokens": 192, "loss": "NaN", "time": 1030.0})

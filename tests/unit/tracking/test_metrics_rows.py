@@ -138,3 +138,12 @@ def test_a_resume_takes_back_the_rows_after_its_step() -> None:
     assert [(row["step"], row["attempt"]) for row in live if row["kind"] == "train"] == [(1, 1), (2, 1), (3, 2)]
     assert skip in live
     assert resume in live
+
+
+def test_a_run_that_starts_again_takes_back_everything() -> None:
+    """Killed before its first checkpoint: --resume auto begins at step 0."""
+    start = {"kind": "event", "event": "start", "step": 0}
+    live = live_rows(
+        [start, {"kind": "train", "step": 1, "attempt": 1}, start, {"kind": "train", "step": 1, "attempt": 2}]
+    )
+    assert [row.get("attempt") for row in live] == [None, None, 2]
