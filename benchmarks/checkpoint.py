@@ -22,8 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megalm.engine.openmp import wait_awake_briefly  # noqa: E402
 from megalm.engine.quirks import silence  # noqa: E402
 
+wait_awake_briefly()
 silence()
 
 import torch  # noqa: E402

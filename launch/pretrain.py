@@ -100,12 +100,14 @@ def main(
     if dry_run:
         _dry_run(deepspeed_config, config, overrides or [], resume is not None, world_size, ranks_per_node)
         return
+    from megalm.engine.openmp import wait_awake_briefly
     from megalm.engine.quirks import silence
 
+    wait_awake_briefly()  # this and the next before torch is imported
     if verbose:
         logging.basicConfig(level=logging.INFO)
     else:
-        silence()  # before torch is imported
+        silence()
     from megalm.train.leaving import Guard
     from megalm.train.setup import Arguments, pretrain
 
