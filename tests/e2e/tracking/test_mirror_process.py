@@ -13,11 +13,13 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
-from run_folders import write_rows
 
 from megalm.tracking import mirror
 from megalm.tracking.metrics import MetricsWriter
 from megalm.tracking.state import MirrorState
+from tests.e2e.tracking.run_folders import write_rows
+
+pytestmark = pytest.mark.e2e
 
 # A trainer that dies without a word: it writes its rows, maybe a signal event, and is killed with -9.
 KILLED_TRAINER = """

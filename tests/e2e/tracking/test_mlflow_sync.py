@@ -13,12 +13,14 @@ from typing import Any
 
 import mlflow
 import pytest
-from run_folders import write_rows
 
 from megalm.errors import ConfigError, DataError, MegalmError
 from megalm.tracking.metrics import MetricsWriter, read_metrics
 from megalm.tracking.mirror import sync
 from megalm.tracking.run_folder import without_passwords
+from tests.e2e.tracking.run_folders import write_rows
+
+pytestmark = pytest.mark.e2e
 
 
 def client_of(run_dir: Path) -> mlflow.MlflowClient:
