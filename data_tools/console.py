@@ -22,7 +22,7 @@ out = Console(highlight=False, markup=False, soft_wrap=True)
 
 def run(command: Callable[..., None]) -> None:
     """Run a typer command; what a person can mend is one line on stderr, without a traceback."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(command)
     app()
 

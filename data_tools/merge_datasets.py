@@ -23,7 +23,8 @@ def main(
 ) -> None:
     """Merge datasets of one tokenizer without tokenizing again.
 
-    Example: python data_tools/merge_datasets.py --output-prefix data/all data/a data/b
+    \b
+    python data_tools/merge_datasets.py --output-prefix data/all data/a data/b
     """
     with one_line_errors():
         report = merge_datasets(prefixes, output_prefix, overwrite, out.print, dedup_of(dedup), minhash_threshold)

@@ -33,7 +33,9 @@ def command(
         Optional[str],  # noqa: UP045
         typer.Option("--config", help="A preset's name or a YAML file; default quickstart."),
     ] = None,
-    deepspeed_config: Annotated[str, typer.Option("--deepspeed_config")] = str(DS_CONFIGS_FOLDER / "zero2.json"),
+    deepspeed_config: Annotated[
+        str, typer.Option("--deepspeed_config", help="The DeepSpeed JSON.", show_default="ds_configs/zero2.json")
+    ] = str(DS_CONFIGS_FOLDER / "zero2.json"),
     ranks: Annotated[int, typer.Option("--ranks", min=1, help="Ranks in all.")] = 1,
     gpu_memory: Annotated[
         Optional[float],  # noqa: UP045
