@@ -6,11 +6,13 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megalm.config.resolve import ResolvedRun
 from megalm.estimate.memory import checkpoint_bytes
 from megalm.model.shape import ModelShape
 from megalm.tracking.run_folder import without_passwords
+from megalm.train.checkpointing import DataIdentity
 from megalm.train.data_facts import data_rows
 from megalm.train.datasets import RunData
 from megalm.train.invocation import Invocation
@@ -47,6 +49,27 @@ def opening_facts(
     if data.unigram_entropy is not None:
         rows.append(("unigram entropy", f"{data.unigram_entropy:.2f} nats a token: what counting alone reaches"))
     return rows
+
+
+def environment_facts(
+    run: ResolvedRun, data: DataIdentity, device: str, device_kind: str, threads: int, attempt: int
+) -> dict[str, Any]:
+    """What environment.json says of this attempt, beside versions and machine."""
+    stages = zip(run.config.data.stages, data.samples.stages[1:], strict=False)
+    before = data.samples.lengths_before
+    return {
+        "attempt": attempt,
+        **{f"first_sample_of_step_{stage.from_step}": cut.first for stage, cut in stages},
+        **({"sequence_lengths_before": before} if before else {}),
+        "device": device,
+        "device_kind": device_kind,
+        "world_size": run.topology.world_size,
+        "threads_per_rank": threads,
+        "precision": run.precision,
+        "zero_stage": run.zero_stage,
+        "dataset_fingerprint": data.at(run.config.train.steps * run.batch.global_batch)["dataset"],
+        "tokenizer_fingerprint": data.tokenizer,
+    }
 
 
 def farewell(folder: RunFolder, run: ResolvedRun, invocation: Invocation) -> str:

@@ -19,9 +19,11 @@ from megalm.config.loading import config_to_yaml
 from megalm.config.resolve import ResolvedRun
 from megalm.data.files import write_atomically, write_json
 from megalm.errors import ConfigError
+from megalm.tracking.metrics import read_metrics
 
 log = logging.getLogger(__name__)
 
+_ATTEMPTS = ("start", "resume", "rollback")  # events that begin one
 _STEM = "run"  # of runs without a name and a preset
 _PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "tokenizers", "safetensors", "mlflow", "megalm")
 
@@ -73,8 +75,13 @@ class RunFolder:
     def failure(self, attempt: int) -> Path:
         return self._failures / f"attempt-{attempt}.txt"
 
-    def last_failure(self) -> int:
-        """The newest attempt that failed; 0: none has."""
+    def next_attempt(self) -> int:
+        """1 for a new run; else the number after the last that started, or failed before it started."""
+        rows = read_metrics(self.metrics) if self.metrics.exists() else []
+        started = max((int(row["attempt"]) for row in rows if row.get("event") in _ATTEMPTS), default=0)
+        return 1 + max(started, self._last_failure())
+
+    def _last_failure(self) -> int:
         return max((int(path.stem.rsplit("-", 1)[1]) for path in self._failures.glob("attempt-*.txt")), default=0)
 
     @property

@@ -25,7 +25,7 @@ from megalm.errors import EXIT_DONE, ConfigError
 from megalm.model.flops import flops_per_token
 from megalm.tracking.metrics import MetricsWriter, read_metrics
 from megalm.tracking.mirror import MirrorHandle, start_mirror
-from megalm.train.checkpointing import DataIdentity, RunCheckpoints, put_in_order
+from megalm.train.checkpointing import RunCheckpoints, put_in_order
 from megalm.train.continuing import Extension
 from megalm.train.course import Course, Resume, find_start, plan_course, plan_steps
 from megalm.train.data_facts import data_warnings
@@ -37,7 +37,7 @@ from megalm.train.datasets import (
     validation_loaders,
 )
 from megalm.train.evaluate import Evaluator
-from megalm.train.facts import farewell, opening_facts
+from megalm.train.facts import environment_facts, farewell, opening_facts
 from megalm.train.guard import SpikeGuard
 from megalm.train.incidents import IncidentWriter, reading
 from megalm.train.invocation import Invocation
@@ -56,7 +56,6 @@ from megalm.train.sampling import SampleWriter
 
 # MLflow's first use of a store makes its tables; a run that ends sooner waits this long for its mirror.
 _MIRROR_PATIENCE_SECONDS = 45.0
-_ATTEMPTS = ("start", "resume", "rollback")  # events that begin one
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,10 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     run = resolve_run(arguments, ranks.world_size, ranks.local_world_size)
     device = claim_device(ranks)
     comm = start_distributed(ranks, device)
-    config = run.config
     folder = _open_folder(run, comm, guard, arguments.resume is not None)
     lock = RunLock(folder.path)
     comm.once(lock.take)
-    attempt = comm.once(lambda: _next_attempt(folder))
+    attempt = comm.once(folder.next_attempt)
     guard.share(FailureClaim(folder.failure(attempt)))
     reporter = Reporter(comm.is_main, folder.log)
     reporter.say(f"megalm run {folder.path}")
@@ -115,9 +113,10 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     course = _course(run, folder, resume, comm, reporter)
     run, data, shape = course.run, course.data, course.shape
     checkpoints = RunCheckpoints(folder, run, shape, course.identity, data.tokenizer.spec, comm)
-    comm.once(lambda: write_facts(folder, run, _environment(run, course.identity, device, comm, attempt)))
+    account = environment_facts(run, course.identity, device_name(), device.type, torch.get_num_threads(), attempt)
+    comm.once(lambda: write_facts(folder, run, account))
     metrics = MetricsWriter(folder.metrics) if comm.is_main else None
-    mirror = start_mirror(folder.path) if comm.is_main and config.tracking.mlflow else None
+    mirror = start_mirror(folder.path) if comm.is_main and run.config.tracking.mlflow else None
     if metrics is not None:
         guard.on_failure = _record_failure(metrics)
 
@@ -140,7 +139,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
         course, comm, engine, folder, checkpoints, metrics, reporter, limits, incidents, comm.sum([peak])[0]
     )
     reporter.facts(opening_facts(run, shape, data, device_name(), ranks.threads, peak_source, parts.peak_flops))
-    if config.train.rehearse:
+    if run.config.train.rehearse:
         rehearse(parts)
     position = course.position
     _restore(course, parts, folder)
@@ -267,33 +266,6 @@ def _assemble(
         flops_per_token=flops_per_token(course.shape, config.data.sequence_length),
         peak_flops=peak,
     )
-
-
-def _next_attempt(folder: RunFolder) -> int:
-    """1 for a new run; else the number after the last that started, or failed before it started."""
-    rows = read_metrics(folder.metrics) if folder.metrics.exists() else []
-    started = max((int(row["attempt"]) for row in rows if row.get("event") in _ATTEMPTS), default=0)
-    return 1 + max(started, folder.last_failure())
-
-
-def _environment(
-    run: ResolvedRun, prints: DataIdentity, device: torch.device, comm: ProcessComm, attempt: int
-) -> dict[str, Any]:
-    stages = zip(run.config.data.stages, prints.samples.stages[1:], strict=False)
-    before = prints.samples.lengths_before
-    return {
-        "attempt": attempt,
-        **{f"first_sample_of_step_{stage.from_step}": cut.first for stage, cut in stages},
-        **({"sequence_lengths_before": before} if before else {}),
-        "device": device_name(),
-        "device_kind": device.type,
-        "world_size": comm.size,
-        "threads_per_rank": torch.get_num_threads(),
-        "precision": run.precision,
-        "zero_stage": run.zero_stage,
-        "dataset_fingerprint": prints.at(run.config.train.steps * run.batch.global_batch)["dataset"],
-        "tokenizer_fingerprint": prints.tokenizer,
-    }
 
 
 def _announce(loop: TrainingLoop, reporter: Reporter, course: Course) -> None:
