@@ -190,8 +190,14 @@ class TrainingLoop:
         position.evaluation = result
         for each in (*result.parts, result):
             self._record_evaluation(each, whole)
-        if not whole:
+        if not whole or parts.run.config.evaluate.max_samples is None:  # losses over the same samples
             self._compare_with_best(result.loss)
+
+    def _is_to_be_judged(self) -> bool:
+        """Whether the last step, too, has to be validated on the samples by which the best checkpoint is chosen."""
+        config, position = self.parts.run.config, self.position
+        wanted = config.checkpoint.best and config.evaluate.max_samples is not None
+        return wanted and position.evaluation is None and _due(position.step, config.evaluate.interval_steps)
 
     def _record_evaluation(self, result: Evaluation, whole: bool) -> None:
         parts, position = self.parts, self.position
@@ -278,6 +284,8 @@ class TrainingLoop:
         parts.stop.last_step_done()
         path = self._saved_path if self._saved_step == self.position.step else None
         path = path or self._save()  # before anything that may take long or be interrupted
+        if self._is_to_be_judged():
+            self._evaluate(whole=False)
         self._evaluate(whole=True)
         self._tell_saved(wait=True)
         if self.position.evaluation is not None:

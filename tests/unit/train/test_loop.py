@@ -61,11 +61,11 @@ class Batches:
 
 
 class Evaluator:
-    def __init__(self, losses: Sequence[float]) -> None:
-        self.losses = list(losses)
+    def __init__(self, losses: Sequence[float], whole: float) -> None:
+        self.losses, self.whole = list(losses), whole
 
     def evaluate(self, engine: Engine, whole: bool) -> Evaluation | None:
-        return Evaluation("v", 9.0 if whole else self.losses.pop(0), 10, None) if whole or self.losses else None
+        return Evaluation("v", self.whole if whole else self.losses.pop(0), 10, None) if whole or self.losses else None
 
 
 class Checkpoints:
@@ -148,7 +148,7 @@ class Story:
                 comm=Alone(),  # type: ignore[arg-type]
                 engine=self.engine,  # type: ignore[arg-type]
                 batches=Batches(),  # type: ignore[arg-type]
-                evaluator=Evaluator(options.get("validation", [])),  # type: ignore[arg-type]
+                evaluator=Evaluator(options.get("validation", []), options.get("whole", 9.0)),  # type: ignore[arg-type]
                 checkpoints=self.checkpoints,  # type: ignore[arg-type]
                 sampler=self.sampler,  # type: ignore[arg-type]
                 metrics=MetricsWriter(self.metrics),
@@ -196,6 +196,26 @@ def test_patience_counts_validations_without_a_new_lowest(tmp_path: Path) -> Non
     assert story.checkpoints.best == ["step-1", "step-2", "step-4"]
     assert story.checkpoints.saved == [1, 2, 4, 6]
     assert story.events()[-3:] == ["early_stop", "checkpoint", "end"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "losses"),
+    [("128", [3.0, 2.0]), ("null", [3.0])],
+    ids=["on a part, which the last step is validated on, too", "on everything"],
+)
+def test_the_last_step_may_be_the_best(tmp_path: Path, samples: str, losses: list[float]) -> None:
+    settings = ("evaluate.interval_steps=5", f"evaluate.max_samples={samples}", "checkpoint.best=true")
+    story = Story(tmp_path, *settings, validation=losses, whole=2.0)
+    assert story.loop.run() == EXIT_DONE
+    assert story.checkpoints.best == ["step-5", "step-10"]
+    assert story.checkpoints.noted == [("step-10", 2.0)]
+
+
+def test_the_last_step_may_be_worse(tmp_path: Path) -> None:
+    settings = ("evaluate.interval_steps=5", "evaluate.max_samples=128", "checkpoint.best=true")
+    story = Story(tmp_path, *settings, validation=[3.0, 3.5], whole=2.0)
+    assert story.loop.run() == EXIT_DONE
+    assert story.checkpoints.best == ["step-5"], "a loss over other samples says nothing"
 
 
 def test_patience_goes_on_counting_after_a_resume(tmp_path: Path) -> None:
