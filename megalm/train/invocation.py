@@ -1,32 +1,29 @@
-"""The command that started a run, to be said again."""
+"""The command that goes on with a run, for people to try."""
 
 from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
-# Said once: the name is the folder's, and what may differ from a checkpoint is meant for one resume.
-_NOT_AGAIN = ("run.name", "resume.allow")
+from megalm.config.schema import RunSection
 
 
 @dataclass(frozen=True)
 class Invocation:
-    """What a person said, with the name that the run got.
+    """Which run, and how it is started; its own settings are in its folder.
 
     Attributes:
+        folder: the run folder.
         ranks: on this machine; `deepspeed` is told of more than one.
     """
 
-    deepspeed_config: str
-    config: str | None
-    overrides: tuple[str, ...]
-    name: str
+    folder: Path
     ranks: int = 1
 
     def again(self, *words: str) -> str:
-        """A command line for a shell: everything as it was but for `words`, flags and `key=value` alike."""
-        replaced = {word.partition("=")[0] for word in words} | set(_NOT_AGAIN)
-        kept = [word for word in self.overrides if word.partition("=")[0] not in replaced]
+        """A command line for a shell, with `words` (`--resume auto`, `key=value`) at its end."""
         launch = ["deepspeed", *(["--num_gpus", str(self.ranks)] if self.ranks > 1 else []), "launch/pretrain.py"]
-        files = ["--deepspeed_config", self.deepspeed_config, *(["--config", self.config] if self.config else [])]
-        return shlex.join([*launch, *files, *kept, f"run.name={self.name}", *words])
+        root = str(self.folder.parent)
+        elsewhere = [] if root == RunSection().root else [f"run.root={root}"]
+        return shlex.join([*launch, *elsewhere, f"run.name={self.folder.name}", *words])

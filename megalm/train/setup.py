@@ -125,9 +125,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     engine = build_engine(run, shape, device, comm, lambda *stages: reporter.say(pipeline_facts(run, *stages)))
     peak, peak_source = peak_flops(device, run.precision != "fp32")
     limits = _limits(run, guard, folder, comm)
-    invocation = Invocation(
-        run.deepspeed_source.path, arguments.config, arguments.overrides, folder.name, ranks.local_world_size
-    )
+    invocation = Invocation(folder.path, ranks.local_world_size)
     incidents = IncidentWriter(
         folder.incidents,
         reading(data.train, data.tokenizer),

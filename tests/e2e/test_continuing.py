@@ -16,7 +16,7 @@ from megalm.data.builder import build_dataset
 from megalm.data.tokenizer import load_tokenizer
 from megalm.tracking.metrics import live_rows
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import PRETRAIN, Finished, finish, pretrain, rows, run_folder, train_rows, write_json
+from tests.e2e.jobs import PRETRAIN, Finished, finish, launcher, pretrain, rows, run_folder, train_rows, write_json
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -55,6 +55,16 @@ def six_steps(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -
 def copied(six_steps: Path, tmp_path: Path) -> Path:
     shutil.copytree(six_steps, tmp_path, dirs_exist_ok=True)
     return tmp_path
+
+
+def test_the_command_that_a_run_tells_goes_on(copied: Path, small_data: SmallData) -> None:
+    """As it stands in the log, from the checkout's folder: the run's own settings say the rest."""
+    told = re.findall(r"deepspeed launch/pretrain\.py (.*)", (run_folder(copied) / "log.txt").read_text())
+    assert told == ["run.name=mine --resume auto train.steps=12"]
+    finished = finish(copied, [*launcher("deepspeed", 1), PRETRAIN, *told[0].split()])
+    assert finished.code == 0, finished.explain()
+    assert [row["step"] for row in train_rows(copied)] == list(range(1, 13))
+    assert json.loads((run_folder(copied) / "deepspeed.json").read_text())["bf16"] == {"enabled": False}
 
 
 def test_another_batch_length_and_schedule(small_data: SmallData, copied: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,18 @@ def test_a_resume_passes_over_the_same_data(poisoned: tuple[str, ...], rolled_ba
     last = read_manifest(run_folder(rolled_back) / "checkpoints" / f"step-{STEPS:08d}")
     assert last["attempt"] == 3
     assert [part["samples_consumed"] for part in last["data_position"]["segments"]] == [160, 128]
+
+
+def test_rollback_stays_in_the_attempt_that_met_the_spike(
+    poisoned: tuple[str, ...], skipped: Path, tmp_path: Path
+) -> None:
+    """The folder has good checkpoints of an attempt that was left, and that came further."""
+    shutil.copytree(skipped, tmp_path, dirs_exist_ok=True)
+    finished = train(tmp_path, *poisoned, "guard.policy=rollback", "--resume", "10")
+    assert finished.code == 0, finished.explain()
+    (back,) = events(tmp_path, "rollback")
+    assert (back["step"], back["at_step"], back["samples_skipped"]) == (10, POISONED, 4 * 16)
+    assert [row["step"] for row in numbers(tmp_path, first=11)] == list(range(11, STEPS + 1))
 
 
 def test_off_lets_it_pass_and_trusts_nothing_after_it(poisoned: tuple[str, ...], tmp_path: Path) -> None:
