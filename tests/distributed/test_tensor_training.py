@@ -8,14 +8,10 @@ stay below 1e-6. A bias on all keys changes no softmax: its gradient is rounding
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
-import torch
 
-from tests.distributed.training import Case, Trace, make_dataset, start, steps, whole_state
+from tests.distributed.training import Case, Trace, assert_same_state, make_dataset, train_cases
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -62,25 +58,14 @@ CASES = {
 }
 
 
-def _train(comm: Any, device: torch.device, prefix: Path, folder: Path, cases: dict[str, Case]) -> dict[str, Trace]:
-    traces = {}
-    for name, case in cases.items():
-        engine, run, loader = start(comm, device, case, prefix, folder)
-        traces[name] = steps(engine, run, loader, 1, STEPS)
-        loader.close()
-    return traces
-
-
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Trace]]]:
     folder = tmp_path_factory.mktemp("tensor")
     make_dataset(folder / "data")
     references = {name: _with(_zero(1), *overrides) for name, overrides in MODELS.items()}
     sharded = {name: case for name, (_, case) in CASES.items()}
-    return {
-        world_size: run_ranks(world_size, _train, folder / "data", folder, references if world_size == 1 else sharded)
-        for world_size in (1, 2, 4)
-    }
+    cases = {1: references, 2: sharded, 4: sharded}
+    return {size: run_ranks(size, train_cases, folder / "data", folder, cases[size], STEPS) for size in cases}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -91,10 +76,4 @@ def test_equal_to_one_rank(traces: dict[int, list[dict[str, Trace]]], name: str,
     for trace in ranks:
         np.testing.assert_allclose(trace.losses, reference.losses, rtol=1e-5)
         np.testing.assert_allclose(trace.norms, reference.norms, rtol=1e-5)
-    expected, found = whole_state([reference]), whole_state(ranks)
-    assert expected.keys() == found.keys()
-    for place, values in expected.items():
-        difference = np.abs(found[place] - values)
-        mean = 1e-4 if place[0].endswith("attention.key.bias") else 1e-6
-        assert difference.max() < 2e-4, place
-        assert difference.mean() < mean, place
+    assert_same_state(ranks, reference)

@@ -8,14 +8,10 @@ all rounding may move it differently); the mean difference must stay below 1e-6.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
-import torch
 
-from tests.distributed.training import Case, Trace, make_dataset, start, steps, whole_state
+from tests.distributed.training import Case, Trace, assert_same_state, make_dataset, train_cases
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -38,15 +34,6 @@ CASES = {
 }
 
 
-def _train_all(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, Trace]:
-    traces = {}
-    for name, case in CASES.items():
-        engine, run, loader = start(comm, device, case, prefix, folder)
-        traces[name] = steps(engine, run, loader, 1, STEPS)
-        loader.close()
-    return traces
-
-
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Trace]]]:
     folder = tmp_path_factory.mktemp("parity")
@@ -55,7 +42,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str,
     for world_size in (1, 2, 4):
         here = folder / str(world_size)
         here.mkdir()
-        result[world_size] = run_ranks(world_size, _train_all, folder / "data", here)
+        result[world_size] = run_ranks(world_size, train_cases, folder / "data", here, CASES, STEPS)
     return result
 
 
@@ -67,14 +54,7 @@ def test_equal_to_one_rank(traces: dict[int, list[dict[str, Trace]]], name: str,
     for trace in ranks:
         np.testing.assert_allclose(trace.losses, reference.losses, rtol=1e-5)
         np.testing.assert_allclose(trace.norms, reference.norms, rtol=1e-4)
-    expected, found = whole_state([reference]), whole_state(ranks)
-    assert expected.keys() == found.keys()
-    for place, values in expected.items():
-        difference = np.abs(found[place] - values)
-        # A bias on all keys changes no softmax: its gradient is rounding alone, which Adam turns into steps.
-        mean = 1e-4 if place[0].endswith("attention.key.bias") else 1e-6
-        assert difference.max() < 2e-4, place
-        assert difference.mean() < mean, place
+    assert_same_state(ranks, reference)
 
 
 def test_it_learns(traces: dict[int, list[dict[str, Trace]]]) -> None:

@@ -140,3 +140,27 @@ def whole_state(traces: list[Trace]) -> dict[tuple[str, str], np.ndarray]:
     for place, count in counts.items():
         assert (count == 1).all(), f"{place}: elements owned {count.min()} to {count.max()} times"
     return state
+
+
+def train_cases(
+    comm: Any, device: torch.device, prefix: Path, folder: Path, cases: dict[str, Case], last: int
+) -> dict[str, Trace]:
+    """Each case, one after another, from step 1 to `last`."""
+    traces = {}
+    for name, case in cases.items():
+        engine, run, loader = start(comm, device, case, prefix, folder)
+        traces[name] = steps(engine, run, loader, 1, last)
+        loader.close()
+    return traces
+
+
+def assert_same_state(ranks: list[Trace], reference: Trace) -> None:
+    """Masters and moments of all ranks together against the one-rank run's, as far as some steps of Adam allow."""
+    expected, found = whole_state([reference]), whole_state(ranks)
+    assert expected.keys() == found.keys()
+    for place, values in expected.items():
+        difference = np.abs(found[place] - values)
+        # A bias on all keys changes no softmax: its gradient is rounding alone, which Adam turns into steps.
+        mean = 1e-4 if place[0].endswith("attention.key.bias") else 1e-6
+        assert difference.max() < 2e-4, place
+        assert difference.mean() < mean, place
