@@ -58,7 +58,11 @@ class Found:
 
 
 class RunCheckpoints:
-    """Saves a run's state into its folder and restores it from any checkpoint of the same model and data."""
+    """Saves a run's state into its folder and restores it from any checkpoint of the same model and data.
+
+    Args:
+        start: the checkpoint that this process goes on from; None: it begins anew.
+    """
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class RunCheckpoints:
         identity: DataIdentity,
         tokenizer: str,
         comm: Comm,
+        start: Path | None,
     ) -> None:
         self._folder = folder
         self._run = run
@@ -75,6 +80,7 @@ class RunCheckpoints:
         self._data = identity
         self._tokenizer = tokenizer
         self._comm = comm
+        self._past = set() if start is None else {start.resolve()}  # what the state came through
         settings = run.config.checkpoint
         self._writer = CheckpointWriter(
             folder.checkpoints,
@@ -95,7 +101,9 @@ class RunCheckpoints:
         """
         facts = {**self._facts(engine.counters(), position), "status": status, "status_reason": reason}
         files = [path for path in self._folder.config_files if path.exists()]
-        return self._writer.begin(position.step, engine.fragments(), facts, files)
+        path = self._writer.begin(position.step, engine.fragments(), facts, files)
+        self._past.add(path.resolve())
+        return path
 
     def completed(self, wait: bool = False) -> list[Saved]:
         """What became complete since the last call; `wait` until nothing is being written."""
@@ -130,20 +138,19 @@ class RunCheckpoints:
         engine.restore(reader.read, reader.manifest["counters"], reader.manifest["step"])
         reader.close()
 
-    def roll_back(self, engine: Engine, first_step: int, next_sample: int) -> tuple[Path, Position]:
+    def roll_back(self, engine: Engine, next_sample: int) -> tuple[Path, Position]:
         """Go back to the newest good checkpoint and past the data up to `next_sample`.
 
         What is passed over is noted in that checkpoint first: whoever goes on from it later passes over it too.
-
-        Args:
-            first_step: the step that this process went on from; earlier checkpoints may be of other settings.
+        Only what this process wrote or went on from is meant: the folder may hold later steps of an attempt that was
+        left, and earlier ones of other settings.
 
         Raises:
             TrainingError: there is none.
         """
         entries = self._comm.once(lambda: candidates(self._folder.checkpoints, "auto"))
         for entry in entries:
-            if entry.status != "good" or entry.step < first_step or self._begins(entry) != "on":
+            if entry.status != "good" or entry.path.resolve() not in self._past or self._begins(entry) != "on":
                 continue
             reader, _ = _open(entry, self._comm)
             if reader is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 from megalm.checkpoint.load import CheckpointReader
 from megalm.config.resolve import ResolvedRun
@@ -73,6 +74,11 @@ class Course:
     weights_only: bool
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+
+    @property
+    def start(self) -> Path | None:
+        """Where the checkpoint is."""
+        return None if self.reader is None else self.reader.path
 
 
 def find_start(folder: RunFolder, resume: Resume, comm: Comm) -> Found | None:

@@ -28,13 +28,12 @@ class TrainingLoop:
     position: Position
     _saved_step: int = field(default=0, init=False)
     _saved_path: Path | None = field(default=None, init=False)
-    _first_step: int = field(default=0, init=False)  # that this process went on from
     _last_spike: int = field(default=-1, init=False)
 
     def run(self) -> int:
         """Train to the last step, or to a stop request; the exit code."""
         parts, config = self.parts, self.parts.run.config
-        self._saved_step = self._first_step = self.position.step
+        self._saved_step = self.position.step
         parts.reporter.start(self.position.step, config.train.steps)
         started = time.monotonic()
         try:
@@ -131,7 +130,7 @@ class TrainingLoop:
         parts, old = self.parts, self.position
         self._tell_saved(wait=True)
         next_sample = old.samples + parts.run.batch.global_batch
-        path, position = parts.checkpoints.roll_back(parts.engine, self._first_step, next_sample)
+        path, position = parts.checkpoints.roll_back(parts.engine, next_sample)
         position.schedule, position.stated = old.schedule, old.stated
         position.attempt, position.rollbacks = old.attempt + 1, old.rollbacks + 1
         self.position, self._saved_step, self._saved_path = position, position.step, path

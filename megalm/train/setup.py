@@ -112,7 +112,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
         reporter.say(f"  note: an earlier job was killed while it saved or deleted; put in order: {path}")
     course = _course(run, folder, resume, comm, reporter)
     run, data, shape = course.run, course.data, course.shape
-    checkpoints = RunCheckpoints(folder, run, shape, course.identity, data.tokenizer.spec, comm)
+    checkpoints = RunCheckpoints(folder, run, shape, course.identity, data.tokenizer.spec, comm, course.start)
     account = environment_facts(run, course.identity, device_name(), device.type, torch.get_num_threads(), attempt)
     comm.once(lambda: write_facts(folder, run, account))
     metrics = MetricsWriter(folder.metrics) if comm.is_main else None
