@@ -83,14 +83,20 @@ class SpikeGuard:
         return None
 
     def steps_of(self, rows: Iterable[Row], step: int) -> list[tuple[float, float]]:
-        """(loss, gradient norm) of a run's steps up to `step`, as its metrics tell them, for `history.restart`."""
+        """(loss, gradient norm) of a run's steps up to `step`, as its metrics tell them, for `history.restart`.
+
+        Left out is what the run itself left out: refused updates and overflows, of the attempt that they were in.
+        """
         live = live_rows(rows)
-        left_out = {row.get("at_step") for row in live if row.get("event") == "spike"}
-        left_out |= {row.get("step") for row in live if row.get("event") == "skip"}
+        left_out = {
+            (row.get("attempt"), row.get("at_step", row["step"]))
+            for row in live
+            if row.get("event") in ("spike", "skip") and row.get("decided") != "let pass"
+        }
         return [
             (row["loss"], row["grad_norm"])
             for row in live
-            if row["kind"] == "train" and row["step"] <= step and row["step"] not in left_out
+            if row["kind"] == "train" and row["step"] <= step and (row.get("attempt"), row["step"]) not in left_out
         ][-self._settings.window :]
 
     def forget_refusals(self) -> None:
