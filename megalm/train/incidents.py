@@ -147,7 +147,7 @@ def _readable(
         "| | this step | median of the window | deviation | highest |",
         "|---|---|---|---|---|",
         f"| loss | {incident.loss:.4f} | {_of(window, 'loss')} |",
-        f"| gradient norm | {incident.grad_norm:.4g} | {_of(window, 'grad_norm')} (of the logarithm) |",
+        f"| gradient norm | {incident.grad_norm:.4g} | {_of(window, 'grad_norm', ' (of the logarithm)')} |",
         "",
         f"The window holds {window['steps']} steps; the learning rate was {incident.learning_rate:.3g}; "
         f"attempt {incident.attempt}; samples {first} to {end - 1}.",
@@ -171,10 +171,10 @@ def _readable(
     return lines
 
 
-def _of(window: dict[str, Any], name: str) -> str:
+def _of(window: dict[str, Any], name: str, scale: str = "") -> str:
     if f"{name}_median" not in window:
         return "none yet | | "
-    return f"{window[f'{name}_median']:.4g} | {window[f'{name}_sigma']:.3g} | {window[f'{name}_max']:.4g}"
+    return f"{window[f'{name}_median']:.4g} | {window[f'{name}_sigma']:.3g}{scale} | {window[f'{name}_max']:.4g}"
 
 
 def _strict(value: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -52,10 +52,6 @@ class Finding:
     sigma: float | None = None
     limit: float | None = None
 
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.value)
-
     def __str__(self) -> str:
         if self.limit is None:
             return f"{self.quantity} {self.value}"
@@ -96,8 +92,7 @@ class History:
         limit = median + max(rule.loss_sigmas * sigma, rule.loss_rise)
         if loss > limit:
             return Finding("loss", loss, median, sigma, limit)
-        tiny = 1e-30  # a norm of zero has no logarithm
-        median, sigma = _robust([math.log(max(norm, tiny)) for _, norm in self._steps])
+        median, sigma = self._log_norms()
         limit = math.exp(median + max(rule.norm_sigmas * sigma, math.log(rule.norm_factor)))
         if norm > limit:
             return Finding("gradient norm", norm, math.exp(median), sigma, limit)
@@ -108,17 +103,27 @@ class History:
         return statistics.median([*(loss for loss, _ in self._steps), loss])
 
     def statistics(self) -> dict[str, float | int | None]:
-        """The window in numbers, for a report."""
+        """The window in numbers, for a report, as `judge` measures by them: grad_norm_sigma is of the logarithm."""
         if not self._steps:
             return {"steps": 0}
-        found: dict[str, float | int | None] = {"steps": len(self._steps)}
-        for name, values in (("loss", [a for a, _ in self._steps]), ("grad_norm", [b for _, b in self._steps])):
-            median, sigma = _robust(values)
-            found |= {f"{name}_median": median, f"{name}_sigma": sigma, f"{name}_max": max(values)}
-        return found
+        losses, norms = zip(*self._steps, strict=True)
+        (loss, loss_sigma), (log_norm, norm_sigma) = _robust(losses), self._log_norms()
+        return {
+            "steps": len(self._steps),
+            "loss_median": loss,
+            "loss_sigma": loss_sigma,
+            "loss_max": max(losses),
+            "grad_norm_median": math.exp(log_norm),
+            "grad_norm_sigma": norm_sigma,
+            "grad_norm_max": max(norms),
+        }
+
+    def _log_norms(self) -> tuple[float, float]:
+        tiny = 1e-30  # a norm of zero has no logarithm
+        return _robust([math.log(max(norm, tiny)) for _, norm in self._steps])
 
 
-def _robust(values: list[float]) -> tuple[float, float]:
+def _robust(values: Sequence[float]) -> tuple[float, float]:
     """Median, and the standard deviation that the MAD stands for."""
     median = statistics.median(values)
     return median, _MAD_TO_SIGMA * statistics.median(abs(value - median) for value in values)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from megalm.data.blend import BlendedSamples, Stage
+from megalm.data.builder import build_files
+from megalm.data.indexed import IndexedDataset
+from megalm.data.samples import TrainingSamples
+from megalm.data.tokenizer import ByteTokenizer
 from megalm.train.guard import Verdict
-from megalm.train.incidents import Incident, next_command, report_name
+from megalm.train.incidents import Incident, IncidentWriter, next_command, reading, report_name
 from megalm.train.invocation import Invocation
+from megalm.train.report import Reporter
 
 RUN = Invocation(Path("runs/mine"))
 
@@ -24,3 +34,36 @@ def test_the_advice_is_past_the_data_or_where_nothing_is_saved_a_smaller_rate() 
     assert next_command(RUN, incident(6)).endswith("launch/pretrain.py run.name=mine --resume 6 --skip-steps 2")
     told = next_command(RUN, incident(0))
     assert told.endswith("run.name=mine --resume auto schedule.peak_learning_rate=0.1")
+
+
+class Alone:
+    is_main = True
+
+
+class Engine:
+    def refused_gradients(self) -> dict[str, float]:
+        return {"norm.weight": 3.0}
+
+
+WINDOW = {
+    **{"steps": 9, "loss_median": 3.0, "loss_sigma": 0.1, "loss_max": 3.5},
+    **{"grad_norm_median": 0.5, "grad_norm_sigma": 0.2, "grad_norm_max": 0.75},
+}
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> IncidentWriter:
+    """Of a run on 40 documents."""
+    lines = (json.dumps({"text": chr(65 + number) * 100}) + "\n" for number in range(40))
+    (tmp_path / "my.jsonl").write_text("".join(lines))
+    build_files([tmp_path / "my.jsonl"], ByteTokenizer(), tmp_path / "my")
+    samples = TrainingSamples(IndexedDataset(tmp_path / "my"), (0, 40), 8, seed=1)
+    read = reading(BlendedSamples([samples], [Stage(0, (1.0,))]), ByteTokenizer())
+    return IncidentWriter(tmp_path / "incidents", read, RUN, Alone(), Reporter(active=True))  # type: ignore[arg-type]
+
+
+def test_each_number_is_in_its_column(writer: IncidentWriter) -> None:
+    report = writer.write(Engine(), replace(incident(6), window=WINDOW))  # type: ignore[arg-type]
+    loss, norm = (line for line in report.read_text().splitlines() if line.startswith(("| loss", "| gradient")))
+    assert loss == "| loss | 9.0000 | 3 | 0.1 | 3.5 |"
+    assert norm == "| gradient norm | 3 | 0.5 | 0.2 (of the logarithm) | 0.75 |"

@@ -110,6 +110,15 @@ def result(loss: float, refused: bool = False, skipped: bool = False) -> StepRes
     return StepResult(loss, 1.0, 1.0, skipped=skipped, refused=refused)
 
 
+def test_a_report_has_the_numbers_that_were_judged_by() -> None:
+    history = History(thresholds(warmup_steps=9))
+    history.restart((3.0, norm) for norm in (0.1, 10.0, 1000.0) * 3)
+    finding, window = history.judge(3.0, 1e30), history.statistics()
+    assert finding is not None
+    assert (finding.median, finding.sigma) == (window["grad_norm_median"], window["grad_norm_sigma"])
+    assert finding.sigma == pytest.approx(1.4826 * math.log(100)), "not 1.4826 * 9.9, which is of the norms themselves"
+
+
 def test_another_ranks_refusal_is_everybodys() -> None:
     verdict = SpikeGuard(GuardSection(policy="skip")).verdict(result(3.0, refused=True), 1, 0)
     assert verdict.action == "skip"
