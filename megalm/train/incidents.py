@@ -16,6 +16,7 @@ from megalm.data.blend import BlendedSamples
 from megalm.data.lookup import pieces_of
 from megalm.data.tokenizer import Tokenizer
 from megalm.engine.protocol import Comm, Engine
+from megalm.errors import DataError
 from megalm.train.guard import Verdict
 from megalm.train.invocation import Invocation
 from megalm.train.report import Reporter
@@ -88,7 +89,7 @@ class IncidentWriter:
         if self._comm.is_main:
             try:
                 self._write(path, incident, gradients)
-            except OSError as error:  # the decision stands, with or without its account
+            except (OSError, DataError) as error:  # the decision stands, with or without its account
                 self._reporter.say(f"WARNING: no report of step {incident.step}: {error}")
         return path
 

@@ -12,6 +12,7 @@ from megalm.data.blend import BlendedSamples, Stage
 from megalm.data.builder import build_files
 from megalm.data.indexed import IndexedDataset
 from megalm.data.samples import TrainingSamples
+from megalm.data.sources import sources_path
 from megalm.data.tokenizer import ByteTokenizer
 from megalm.train.guard import Verdict
 from megalm.train.incidents import Incident, IncidentWriter, next_command, reading, report_name
@@ -67,3 +68,11 @@ def test_each_number_is_in_its_column(writer: IncidentWriter) -> None:
     loss, norm = (line for line in report.read_text().splitlines() if line.startswith(("| loss", "| gradient")))
     assert loss == "| loss | 9.0000 | 3 | 0.1 | 3.5 |"
     assert norm == "| gradient norm | 3 | 0.5 | 0.2 (of the logarithm) | 0.75 |"
+
+
+def test_text_that_cannot_be_looked_up_costs_the_report_not_the_run(
+    writer: IncidentWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources_path(tmp_path / "my").write_bytes(b"half")
+    writer.write(Engine(), replace(incident(6), window=WINDOW))  # type: ignore[arg-type]
+    assert "WARNING: no report of step 8: " in capsys.readouterr().out
