@@ -47,8 +47,13 @@ class Engine:
 
 
 WINDOW = {
-    **{"steps": 9, "loss_median": 3.0, "loss_sigma": 0.1, "loss_max": 3.5},
-    **{"grad_norm_median": 0.5, "grad_norm_sigma": 0.2, "grad_norm_max": 0.75},
+    "steps": 9,
+    "loss_median": 3.0,
+    "loss_sigma": 0.1,
+    "loss_max": 3.5,
+    "grad_norm_median": 0.5,
+    "grad_norm_sigma": 0.2,
+    "grad_norm_max": 0.75,
 }
 
 
