@@ -26,6 +26,7 @@ import psutil
 from megalm.errors import ConfigError, MegalmError
 from megalm.tracking import run_folder
 from megalm.tracking.delivery import Delivery, Sent
+from megalm.tracking.metrics import METRICS_FILE
 
 LOG_FILE = "mlflow.log"
 LOCK_FILE = "mlflow.lock"
@@ -85,10 +86,12 @@ def sync(run_dir: str | os.PathLike[str], deadline_seconds: float = 30.0) -> Sen
     """Send what MLflow does not have yet of a run folder; the same rows are never sent twice.
 
     Raises:
-        ConfigError: no run folder, or its own mirror is at work on it.
+        ConfigError: no folder of a run that has trained, or its own mirror is at work on it.
         MegalmError: the store could not be reached within the deadline.
     """
     run_dir = Path(run_dir)
+    if run_dir.is_dir() and not (run_dir / METRICS_FILE).is_file():  # any other folder would become a run of its own
+        raise ConfigError(f"{run_dir}: holds no {METRICS_FILE}, so no run has trained in it; name one under run.root")
     with _only_mirror(run_dir, patience_seconds=0.0):
         return _deliver_until(Delivery(run_dir), time.monotonic() + deadline_seconds)
 

@@ -239,6 +239,15 @@ def test_damaged_files_are_errors_that_name_them(run_dir: Path) -> None:
         sync(run_dir / "nothing")
 
 
+def test_a_folder_that_is_no_run_gets_none_in_mlflow(run_dir: Path) -> None:
+    """The run root, given in place of a run: nothing is made in it or beside it."""
+    root = run_dir.parent
+    before = sorted(root.parent.rglob("*"))
+    with pytest.raises(ConfigError, match=f"{root}: holds no metrics.jsonl"):
+        sync(root)
+    assert sorted(root.parent.rglob("*")) == before
+
+
 def test_no_request_holds_more_than_mlflow_takes(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server refuses a larger batch; SQLite does not, so the sizes are looked at on their way."""
     sizes, log_batch = [], mlflow.MlflowClient.log_batch
