@@ -111,7 +111,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ConfigError: the file is there and is not a mapping.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
     try:

@@ -115,8 +115,10 @@ class IncidentWriter:
             "why": incident.verdict.why,
             "next_command": try_next,
         }
-        path.with_suffix(".json").write_text(json.dumps(_strict(facts), indent=1, ensure_ascii=False) + "\n")
-        path.write_text("\n".join(_readable(incident, pieces, largest, try_next)) + "\n")
+        path.with_suffix(".json").write_text(
+            json.dumps(_strict(facts), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        path.write_text("\n".join(_readable(incident, pieces, largest, try_next)) + "\n", encoding="utf-8")
 
 
 def report_name(step: int, attempt: int) -> str:

@@ -46,7 +46,7 @@ class SampleWriter:
             return
         parts = [f"--- prompt {prompt!r}\n{text}\n" for prompt, text in zip(self.settings.prompts, texts, strict=True)]
         path = self.folder / f"step-{step:08d}.txt"
-        path.write_text("\n".join(parts))
+        path.write_text("\n".join(parts), encoding="utf-8")
         self.reporter.say(f"step {step}: {len(texts)} samples in {path}")
         if show:
             for part in parts[:_SHOWN]:
