@@ -133,7 +133,7 @@ def _dry_run(
         return  # under a launcher one rank tells it
     ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        loaded, deepspeed = read_settings(config, overrides, deepspeed_config, resume)
+        loaded, deepspeed = read_settings(config, overrides, deepspeed_config, resume, ranks)
         show_plan(loaded, deepspeed, ranks, None, ranks_per_node or RANKS_PER_NODE)
     except MegalmError as error:
         sys.stderr.write(f"megalm: {error}\n")

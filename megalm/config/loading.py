@@ -56,7 +56,9 @@ class _Layer:
     by_person: bool
 
 
-def load_run_config(config: str | None, overrides: Sequence[str], own: Path | None = None) -> LoadedConfig:
+def load_run_config(
+    config: str | None, overrides: Sequence[str], own: Path | None = None, not_kept: Sequence[str] = ()
+) -> LoadedConfig:
     """Read the layers of a run's configuration.
 
     Args:
@@ -64,11 +66,14 @@ def load_run_config(config: str | None, overrides: Sequence[str], own: Path | No
         overrides: `key=value` with dotted keys; values are read as YAML.
         own: config.yaml of the run that goes on. It stands for all that is not stated now; a preset that is named now
             and is not the run's own is a statement of all its keys.
+        not_kept: sections of `own` that do not stand.
 
     Raises:
         ConfigError: no such preset or file, a syntax error, an unknown or repeated key, a bad value.
     """
-    preset, layers = _file_layers(config or DEFAULT_PRESET) if own is None else _over_own(own, config)
+    preset, layers = (
+        _file_layers(config or DEFAULT_PRESET) if own is None else _over_own(own, config, (*_NOT_KEPT, *not_kept))
+    )
     layers.append(_command_line(overrides))
     values: dict[str, Any] = {}
     sources = dict.fromkeys(_LEAVES, "default")
@@ -116,10 +121,10 @@ def _file_layers(name: str) -> tuple[str | None, list[_Layer]]:
     return preset, [*(_preset_layers(preset, name) if preset is not None else []), layer]
 
 
-def _over_own(own: Path, config: str | None) -> tuple[str | None, list[_Layer]]:
+def _over_own(own: Path, config: str | None, not_kept: Sequence[str]) -> tuple[str | None, list[_Layer]]:
     """The layers of a run's own configuration, and over it those of what is named now."""
     preset, layers = _file_layers(str(own))
-    leaves = {key: value for key, value in layers[-1].leaves.items() if key.partition(".")[0] not in _NOT_KEPT}
+    leaves = {key: value for key, value in layers[-1].leaves.items() if key.partition(".")[0] not in not_kept}
     layers[-1] = _Layer(OWN, leaves, by_person=False)
     if config is None:
         return preset, layers

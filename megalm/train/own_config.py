@@ -21,9 +21,12 @@ _NOT_COMPARED = ("run.", "resume.", "train.steps")
 
 
 def read_settings(
-    config: str | None, overrides: Sequence[str], deepspeed_config: str | None, resume: bool
+    config: str | None, overrides: Sequence[str], deepspeed_config: str | None, resume: bool, ranks: int
 ) -> tuple[LoadedConfig, DeepSpeedConfig]:
     """Both files of a run that starts, or with `resume` goes on where there is one.
+
+    A checkpoint goes on in any layout: where the run's own does not divide the `ranks` of now, and none is stated, the
+    default stands.
 
     Raises:
         ConfigError: what is stated, or what the run has, is wrong by itself.
@@ -33,7 +36,11 @@ def read_settings(
         return load_run_config(config, overrides), read_deepspeed_json(deepspeed_config or _DEFAULT_DEEPSPEED_CONFIG)
     settings, original, _ = own.config_files
     # By its name: another job may begin a newer unnamed run at any moment.
-    loaded = load_run_config(config, (*overrides, f"run.name={own.name}"), settings)
+    words = (*overrides, f"run.name={own.name}")
+    loaded = load_run_config(config, words, settings)
+    degrees = loaded.config.parallel
+    if ranks % (degrees.tensor * degrees.pipeline) and not any(key.startswith("parallel.") for key in loaded.stated):
+        loaded = load_run_config(config, words, settings, not_kept=("parallel",))
     return loaded, read_deepspeed_json(deepspeed_config or original)
 
 

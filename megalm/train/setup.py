@@ -86,7 +86,7 @@ def resolve_run(arguments: Arguments, world_size: int, local_world_size: int) ->
     if arguments.extend_steps is not None and arguments.extend_strategy == "weights":
         overrides = (*overrides, f"train.steps={arguments.extend_steps}")  # a run of its own, from step 0
     loaded, deepspeed = read_settings(
-        arguments.config, overrides, arguments.deepspeed_config, arguments.resume is not None
+        arguments.config, overrides, arguments.deepspeed_config, arguments.resume is not None, world_size
     )
     vocab_size = known_vocab_size(loaded.config.data)
     return resolve(loaded, deepspeed, world_size, device_facts(local_world_size), vocab_size, local_world_size)

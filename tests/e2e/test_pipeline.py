@@ -51,6 +51,7 @@ def test_one_rank_goes_on_where_a_pipeline_stopped(small_data: SmallData, tmp_pa
     finished = finish(moved, pretrain(*words, "--resume", "3", json_file=json_file))
     assert finished.code == 0, finished.explain()
     assert "resumed at step 3" in finished.stdout
+    assert "parallel.pipeline was 2, is 1 (default)" in finished.stdout, "two stages have no room on one rank"
     assert losses(moved) == pytest.approx(losses(alone), rel=1e-5)
 
 
