@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -13,18 +15,58 @@ from megalm.errors import ConfigError
 from megalm.tracking import compare
 from megalm.tracking.compare import Results
 
+# Two medians are told apart where they differ by more than the steps of either scatter; with normal noise that many
+# halves of the steps' deviation are two standard deviations.
+_SCATTERS = 3.0
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of the table.
+
+    Attributes:
+        form: how a number is written, of a difference too; None: nobody asks for the difference.
+        scatter: the name in `Results.scatter` of the single steps that the number is drawn from.
+        difference_form: where a difference is written in another way.
+        whole: the table writes the number as it is.
+    """
+
+    value: Callable[[Results], float | int | None]
+    form: Callable[[float], str] | None = None
+    scatter: str = ""
+    difference_form: Callable[[float], str] | None = None
+    whole: bool = False
+
+    def cell(self, result: Results) -> object:
+        value = self.value(result)
+        return value if value is None or self.whole or self.form is None else self.form(value)
+
+
+def _as(form: str) -> Callable[[float], str]:
+    return lambda value: format(value, form)
+
+
+def _seconds(value: float) -> str:
+    return f"{'-' if value < 0 else ''}{show.duration(abs(value))}"
+
+
 # What the table says of a run's results, line by line.
-_LINES: dict[str, Callable[[Results], object]] = {
-    "steps": lambda result: result.steps,
-    "tokens": lambda result: result.tokens,
-    "training loss, last": lambda result: _loss(result.final_train_loss),
-    "validation loss, last": lambda result: _loss(result.final_validation_loss),
-    "validation loss, best": lambda result: _loss(result.best_validation_loss),
-    "  at step": lambda result: result.best_validation_step,
-    "tokens/s, median": lambda result: _number(result.tokens_per_second, ".0f"),
-    "MFU, median": lambda result: _number(result.mfu, ".2%"),
-    "wall time": lambda result: show.duration(result.wall_seconds),
-    "attempts": lambda result: result.attempts,
+_LINES: dict[str, _Line] = {
+    "parameters": _Line(lambda it: it.parameters, _as(","), whole=True),
+    "steps": _Line(lambda it: it.steps, _as(","), whole=True),
+    "tokens": _Line(lambda it: it.tokens, _as(","), whole=True),
+    "tokens per parameter": _Line(lambda it: it.tokens_per_parameter, _as(".2f")),
+    "training loss, last": _Line(lambda it: it.final_train_loss, _as(".4f"), "loss"),
+    "validation loss, last": _Line(lambda it: it.final_validation_loss, _as(".4f")),
+    "  perplexity": _Line(lambda it: it.final_perplexity, _as(".2f")),
+    "  bits per byte": _Line(lambda it: it.bits_per_byte, _as(".4f")),
+    "validation loss, best": _Line(lambda it: it.best_validation_loss, _as(".4f")),
+    "  at step": _Line(lambda it: it.best_validation_step, whole=True),
+    "tokens/s, median": _Line(lambda it: it.tokens_per_second, _as(".0f"), "tokens_per_second"),
+    "step, median seconds": _Line(lambda it: it.step_seconds, _as(".3g"), "step_seconds"),
+    "MFU, median": _Line(lambda it: it.mfu, _as(".2%"), "mfu", lambda share: f"{100 * share:.2f} points"),
+    "wall time": _Line(lambda it: it.wall_seconds, _seconds),
+    "attempts": _Line(lambda it: it.attempts, whole=True),
 }
 
 
@@ -32,7 +74,12 @@ def command(
     runs: list[str] = typer.Argument(help="Two or more run folders, or names under runs/."),
     plot: Path = typer.Option(Path("compare.png"), help="Where the loss curves over tokens go."),
 ) -> None:
-    """Two or more runs: what differs in configuration and in results."""
+    """Two or more runs: what differs in configuration and in results.
+
+    Of exactly two the last column is the second less the first. Speeds and the
+    last training loss are held against the scatter of single steps; of one
+    validation loss a run nothing says what another seed would have given.
+    """
     if len(runs) < 2:
         raise ConfigError("compare: takes two or more runs; `ls runs` names them")
     records = [compare.read_run(find_run(run)) for run in runs]
@@ -45,15 +92,27 @@ def command(
     else:
         typer.echo("no difference in config.yaml and deepspeed.resolved.json")
     outcome = [compare.results(record) for record in records]
-    rows = [[name, *map(line, outcome)] for name, line in _LINES.items()]
-    typer.echo("\n" + show.table(["result", *names], rows))
+    headings, rows = ["result", *names], [[name, *map(line.cell, outcome)] for name, line in _LINES.items()]
+    if len(outcome) == 2:
+        headings.append("difference")
+        rows = [[*row, difference(line, *outcome)] for row, line in zip(rows, _LINES.values(), strict=True)]
+    typer.echo("\n" + show.table(headings, rows))
     compare.plot_losses(records, plot)
     typer.echo(f"\nloss curves over tokens: {plot}")
 
 
-def _loss(value: float | None) -> str | None:
-    return _number(value, ".4f")
-
-
-def _number(value: float | None, form: str) -> str | None:
-    return None if value is None else format(value, form)
+def difference(line: _Line, first: Results, second: Results) -> str | None:
+    """The second less the first, in its unit and in percent; None where either is unknown."""
+    before, now = line.value(first), line.value(second)
+    if line.form is None or before is None or now is None or not (math.isfinite(before) and math.isfinite(now)):
+        return None
+    if now == before:
+        return "none"
+    text = (line.difference_form or line.form)(now - before)
+    text = text if text.startswith("-") else f"+{text}"
+    if before > 0:
+        text += f" ({(now - before) / before:+.2%})"
+    known = [result.scatter[line.scatter] for result in (first, second) if line.scatter in result.scatter]
+    if len(known) == 2 and abs(now - before) <= _SCATTERS * max(known):
+        text += ", within the scatter of steps"
+    return text

@@ -3,49 +3,74 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megalm.errors import ConfigError
-from megalm.tracking.metrics import METRICS_FILE, Row, live_rows, read_metrics
-from megalm.tracking.run_folder import CONFIG_FILE, DEEPSPEED_FILE, flatten, read_mapping
+from megalm.tracking.history import History, Numbers, read_history
+from megalm.tracking.metrics import METRICS_FILE, Row, read_metrics
+from megalm.tracking.run_folder import CONFIG_FILE, DEEPSPEED_FILE, flatten, parameter_count, read_mapping
 
 # The first steps carry compilation and cache misses; the median of the rest is the run's speed.
 _WARM_UP_SHARE = 0.1
 # Differ in every two runs and say nothing about them.
 _OWN_TO_A_RUN = ("run.name", "run.root")
+TOTAL = "validation"  # the only validation set, or all sets together
 
 
 @dataclass(frozen=True)
 class Results:
-    """What came out of a run; None where it was never measured."""
+    """What came out of a run; None where it was never measured.
 
+    Attributes:
+        scatter: of a number that single steps have, how far half of the steps are from their median; of the training
+            loss, the steps of the last tenth.
+    """
+
+    parameters: int | None
     steps: int | None
     tokens: int | None
     final_train_loss: float | None
     final_validation_loss: float | None
     best_validation_loss: float | None
     best_validation_step: int | None
+    bits_per_byte: float | None
     tokens_per_second: float | None
+    step_seconds: float | None
     mfu: float | None
     wall_seconds: float | None
     attempts: int
+    scatter: dict[str, float]
+
+    @property
+    def tokens_per_parameter(self) -> float | None:
+        return None if not self.tokens or not self.parameters else self.tokens / self.parameters
+
+    @property
+    def final_perplexity(self) -> float | None:
+        loss = self.final_validation_loss
+        return None if loss is None else math.exp(min(loss, 700.0))  # beyond that a float overflows
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run folder read: settings flattened to dotted names, rows as they count after resumes and rollbacks."""
+    """A run folder read: settings flattened to dotted names, and its history."""
 
     name: str
     settings: dict[str, str]
-    rows: list[Row]
-    wall_seconds: float | None
+    history: History
+    parameters: int | None = None
 
     def curve(self, kind: str) -> tuple[list[float], list[float]]:
         """(tokens, loss) of the `train` or `eval` rows that count."""
-        rows = [row for row in self.rows if _counts(row, kind) and "tokens" in row]
+        if kind == "train":
+            tokens, loss = self.history.column("tokens"), self.history.column("loss")
+            known = np.isfinite(tokens) & np.isfinite(loss)
+            return tokens[known].tolist(), loss[known].tolist()
+        rows = [row for row in judging(self.history.evaluations) if "tokens" in row]
         return [float(row["tokens"]) for row in rows], [float(row["loss"]) for row in rows]
 
 
@@ -56,12 +81,12 @@ def read_run(run_dir: Path) -> RunRecord:
         DataError: no metrics.jsonl, or one that is not readable.
         ConfigError: a configuration file that is not readable.
     """
-    rows = list(read_metrics(run_dir / METRICS_FILE))
+    history = read_history(read_metrics(run_dir / METRICS_FILE))
     settings = dict(flatten(read_mapping(run_dir / CONFIG_FILE)))
     settings |= {f"deepspeed.{name}": value for name, value in flatten(read_mapping(run_dir / DEEPSPEED_FILE))}
     for name in _OWN_TO_A_RUN:
         settings.pop(name, None)
-    return RunRecord(run_dir.resolve().name, settings, live_rows(rows), _wall_seconds(rows))
+    return RunRecord(run_dir.resolve().name, settings, history, parameter_count(run_dir))
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[str | None]]:
@@ -73,23 +98,31 @@ def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[str | None]]
 
 def results(run: RunRecord) -> Results:
     """The numbers by which runs are judged; speed is a median, so that one stall does not move it."""
-    train = [row for row in run.rows if row["kind"] == "train"]
-    validation = [row for row in run.rows if _counts(row, "eval")]
+    history = run.history
+    validation = judging(history.evaluations)
     # With evaluate.max_samples the last one is on more than those while training, and no better or worse than they.
     alike = [row for row in validation if not row.get("whole")] or validation
     best = min(alike, key=lambda row: float(row["loss"]), default=None)
-    steady = train[math.floor(len(train) * _WARM_UP_SHARE) :]
+    last = {name: _last(history.column(name)) for name in ("step", "tokens", "loss")}
+    count = int(history.live.sum())
+    steady, end = math.floor(count * _WARM_UP_SHARE), math.floor(count * (1 - _WARM_UP_SHARE))
+    speeds = {name: history.column(name)[steady:] for name in ("tokens_per_second", "step_seconds", "mfu")}
+    scatter = {name: _scatter(values) for name, values in {**speeds, "loss": history.column("loss")[end:]}.items()}
     return Results(
-        steps=train[-1].get("step") if train else None,
-        tokens=train[-1].get("tokens") if train else None,
-        final_train_loss=train[-1].get("loss") if train else None,
+        parameters=run.parameters,
+        steps=_whole(last["step"]),
+        tokens=_whole(last["tokens"]),
+        final_train_loss=last["loss"],
         final_validation_loss=validation[-1]["loss"] if validation else None,
         best_validation_loss=best["loss"] if best else None,
         best_validation_step=best.get("step") if best else None,
-        tokens_per_second=_median(row.get("tokens_per_second") for row in steady),
-        mfu=_median(row.get("mfu") for row in steady),
-        wall_seconds=run.wall_seconds,
-        attempts=len({row.get("attempt") for row in train}),
+        bits_per_byte=validation[-1].get("bits_per_byte") if validation else None,
+        tokens_per_second=_median(speeds["tokens_per_second"]),
+        step_seconds=_median(speeds["step_seconds"]),
+        mfu=_median(speeds["mfu"]),
+        wall_seconds=history.wall_seconds,
+        attempts=len(np.unique(history.column("attempt"))),
+        scatter={name: value for name, value in scatter.items() if value is not None},
     )
 
 
@@ -118,24 +151,28 @@ def plot_losses(runs: Sequence[RunRecord], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _wall_seconds(rows: list[Row]) -> float | None:
-    """Time spent in all attempts; the pauses between them, before a start or resume, do not count."""
-    total, before = 0.0, None
-    for row in rows:
-        if before is not None and row.get("event") not in ("start", "resume", "repair"):
-            total += row["time"] - before
-        before = row["time"]
-    return total if rows else None
+def judging(rows: Sequence[Row]) -> list[Row]:
+    """The validation rows by which runs are judged: of several validation sets the total."""
+    return [row for row in rows if row.get("dataset") in (None, TOTAL) and _finite(row.get("loss"))]
 
 
-def _median(values: Iterable[object]) -> float | None:
-    numbers = [float(value) for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
-    return statistics.median(numbers) if numbers else None
+def _last(values: Numbers) -> float | None:
+    return None if not len(values) else float(values[-1])
 
 
-def _counts(row: Row, kind: str) -> bool:
-    """Whether the row is one by which runs are judged: of several validation sets the total."""
-    return row["kind"] == kind and row.get("dataset") in (None, "validation") and _finite(row.get("loss"))
+def _whole(value: float | None) -> int | None:
+    return int(value) if value is not None and math.isfinite(value) else None
+
+
+def _median(values: Numbers) -> float | None:
+    numbers = values[np.isfinite(values)]
+    return float(np.median(numbers)) if len(numbers) else None
+
+
+def _scatter(values: Numbers) -> float | None:
+    """How far half of the values are from their median; of fewer than five nothing is known."""
+    numbers = values[np.isfinite(values)]
+    return float(np.median(np.abs(numbers - np.median(numbers)))) if len(numbers) >= 5 else None
 
 
 def _finite(value: object) -> bool:

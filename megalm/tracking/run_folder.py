@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from megalm.checkpoint.layout import catalogue
 from megalm.errors import ConfigError
 from megalm.tracking.metrics import METRICS_FILE, Row, read_rows
 from megalm.tracking.state import MirrorState
@@ -102,6 +103,14 @@ def signature(path: Path) -> list[int] | None:
     except FileNotFoundError:
         return None
     return [status.st_mtime_ns, status.st_size]
+
+
+def parameter_count(run_dir: Path) -> int | None:
+    """Of the model: as the run noted it, or as a checkpoint says; None where neither does."""
+    noted = [read_mapping(run_dir / ENVIRONMENT_FILE).get("parameters")]
+    if noted[0] is None:
+        noted = [entry.manifest.get("parameters") for entry in catalogue(run_dir / "checkpoints") if entry.manifest]
+    return next((count for count in noted if isinstance(count, int)), None)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -120,9 +120,42 @@ def test_the_command_prints_both_tables_and_draws(tmp_path: Path, capsys: pytest
     assert not caught.value.code
     out = capsys.readouterr().out
     assert re.search(r"schedule.peak_learning_rate +0.001 +0.0006\n", out)
-    assert re.search(r"validation loss, best +2.5000 +3.0000\n", out)
-    assert re.search(r"MFU, median +25.00% +25.00%\n", out)
+    assert re.search(r"validation loss, best +2.5000 +3.0000 +\+0.5000 \(\+20.00%\)\n", out)
+    assert re.search(r"MFU, median +25.00% +25.00% +none\n", out)
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_of_two_runs_each_line_has_its_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steady, noisy = [4.0] * 90, [3.0, 3.1] * 5
+    first = write_run(tmp_path, "a", 1e-3, 8, [*steady, *noisy])
+    second = write_run(tmp_path, "b", 6e-4, 8, [*steady, *(loss - 0.04 for loss in noisy), 2.0])
+    (first / "environment.json").write_text(json.dumps({"parameters": 640}))
+    lines = compared(capsys, first, second)
+    assert lines["tokens"] == ["6400", "6464", "+64 (+1.00%)"]
+    assert lines["parameters"] == ["640", "-", "-"]  # of one it is not known
+    assert lines["tokens per parameter"][0] == "10.00"
+    assert lines["perplexity"] == ["36.60", "35.16", "-1.44 (-3.92%)"]
+    assert lines["validation loss, last"][2] == "-0.0400 (-1.11%)"  # one number a run: nothing is said of noise
+    assert lines["training loss, last"][2] == "-1.1000 (-35.48%)"
+    assert lines["tokens/s, median"][2].endswith("within the scatter of steps")
+    assert lines["MFU, median"][2] == "none"
+    assert lines["wall time"][2] == "+10 s (+1.00%)"
+
+
+def test_a_loss_within_the_scatter_of_steps_is_no_winner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    losses = [3.0, 3.1] * 50
+    runs = [write_run(tmp_path, name, 1e-3, 8, losses[:length]) for name, length in (("a", 100), ("b", 99))]
+    assert compared(capsys, *runs)["training loss, last"][2] == "-0.1000 (-3.23%), within the scatter of steps"
+
+
+def compared(capsys: pytest.CaptureFixture[str], *runs: Path) -> dict[str, list[str]]:
+    """Line -> its cells, of the second table."""
+    with pytest.raises(SystemExit) as caught:
+        main(["compare", *map(str, runs), "--plot", str(runs[0] / "loss.png")])
+    assert not caught.value.code
+    table = capsys.readouterr().out.partition("\nresult ")[2].splitlines()[2:]
+    cells = [re.split(r"  +", line.strip()) for line in table if line.strip()]
+    return {name: values for name, *values in cells}
 
 
 def test_one_run_or_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
