@@ -37,6 +37,17 @@ class Entry:
         return None if self.manifest is None else self.manifest["status"]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """A checkpoint that a later attempt went on from: until that attempt has saved, it stands for it."""
+
+    path: Path
+    attempt: int
+
+    def is_at(self, path: Path) -> bool:
+        return path.resolve() == self.path.resolve()
+
+
 def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -67,7 +78,7 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 def catalogue(checkpoints: Path) -> list[Entry]:
     """All complete checkpoints, those without a readable manifest first, the others in the order of writing."""
     entries = [_entry(path) for path in complete_checkpoints(checkpoints)]
-    return sorted(entries, key=_order_of_writing)
+    return sorted(entries, key=_written)
 
 
 def pointed_at(checkpoints: Path, pointer: str) -> str | None:
@@ -79,7 +90,7 @@ def pointed_at(checkpoints: Path, pointer: str) -> str | None:
     return name if is_step_name(name) else None
 
 
-def candidates(checkpoints: Path, wanted: str) -> list[Entry]:
+def candidates(checkpoints: Path, wanted: str, origin: Origin | None = None) -> list[Entry]:
     """What `--resume wanted` may go on from, in order of preference.
 
     Args:
@@ -87,14 +98,21 @@ def candidates(checkpoints: Path, wanted: str) -> list[Entry]:
         wanted: `auto`, a step, `latest`, `best` or a folder's name in `checkpoints`, or the path of any checkpoint.
             `auto` is every good one, the one written last first, then the suspect ones, never a bad one; those whose
             manifest cannot be read come first of all, so that they are told of. Empty where nothing was ever saved.
+        origin: what the last attempt went on from, in this folder or elsewhere; later steps of earlier attempts were
+            left by it. As it was chosen then, it is as good as a good one.
 
     Raises:
-        CheckpointError: what was named is not there, not complete or bad; or `auto` and there are only bad ones.
+        CheckpointError: what was named is not there, not complete or bad; or `auto` and there are only bad ones, or
+            the origin is gone and nothing has been written since.
     """
     if wanted != "auto":
         return [_named(checkpoints, wanted)]
-    newest_first = catalogue(checkpoints)[::-1]
-    by_preference = [entry for status in (None, "good", "suspect") for entry in newest_first if entry.status == status]
+    newest_first = (catalogue(checkpoints) if origin is None else _with_origin(catalogue(checkpoints), origin))[::-1]
+    ranks: dict[Status | None, list[Entry]] = {None: [], "good": [], "suspect": [], "bad": []}
+    for entry in newest_first:
+        chosen = origin is not None and origin.is_at(entry.path) and entry.status == "suspect"
+        ranks["good" if chosen else entry.status].append(entry)
+    by_preference = [*ranks[None], *ranks["good"], *ranks["suspect"]]
     if newest_first and not by_preference:
         raise CheckpointError(
             f"every checkpoint in {checkpoints} is marked bad; undo one with megalm checkpoint mark-bad --good PATH"
@@ -153,10 +171,32 @@ def _entry(path: Path) -> Entry:
         return Entry(path, None, str(error))
 
 
-def _order_of_writing(entry: Entry) -> tuple[int, int]:
+def _written(entry: Entry) -> tuple[int, int]:
     """A run that was set back to an earlier step has later steps too, of an attempt that it has left."""
     attempt = 0 if entry.manifest is None else entry.manifest.get("attempt", 1)
     return attempt, entry.step
+
+
+def _with_origin(entries: list[Entry], origin: Origin) -> list[Entry]:
+    """In the order of writing, the origin as the first of its attempt.
+
+    Raises:
+        CheckpointError: it is gone, and there is nothing that came after it.
+    """
+    if not any(origin.is_at(entry.path) for entry in entries) and (origin.path / MANIFEST).is_file():
+        entries = [*entries, _entry(origin.path)]
+
+    def written(entry: Entry) -> tuple[int, int]:
+        # Before whatever the attempt wrote: another run's checkpoint may have a later step.
+        return (origin.attempt, -1) if origin.is_at(entry.path) else _written(entry)
+
+    found = sorted(entries, key=written)
+    if not found or written(found[-1])[0] < origin.attempt:
+        raise CheckpointError(
+            f"the run went on from {origin.path}, which is gone, and has saved nothing since; say what to go on from "
+            f"with --resume STEP or PATH: {_choices([entry.path for entry in entries])}"
+        )
+    return found
 
 
 def _choices(complete: list[Path]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.layout import Entry, candidates
+from megalm.checkpoint.layout import Entry, Origin, candidates
 from megalm.checkpoint.load import CheckpointReader
 from megalm.checkpoint.manifest import Status, read_manifest, without_advice, write_manifest
 from megalm.checkpoint.retention import Retention, tidy
@@ -22,6 +22,7 @@ from megalm.model.shape import ModelShape
 from megalm.train.continuing import beginning, differences, position_from
 from megalm.train.evaluate import Evaluation
 from megalm.train.position import Beginning, Position, data_segments, pass_over
+from megalm.train.request import Request, rolled_back, write_request
 from megalm.train.run_folder import RunFolder
 
 
@@ -61,7 +62,7 @@ class RunCheckpoints:
     """Saves a run's state into its folder and restores it from any checkpoint of the same model and data.
 
     Args:
-        start: the checkpoint that this process goes on from; None: it begins anew.
+        start: the checkpoint that this process goes on from, and how; None: it begins anew.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class RunCheckpoints:
         identity: DataIdentity,
         tokenizer: str,
         comm: Comm,
-        start: Path | None,
+        start: Request | None,
     ) -> None:
         self._folder = folder
         self._run = run
@@ -80,7 +81,8 @@ class RunCheckpoints:
         self._data = identity
         self._tokenizer = tokenizer
         self._comm = comm
-        self._past = set() if start is None else {start.resolve()}  # what the state came through
+        self._request = start
+        self._past = set() if start is None else {start.path.resolve()}  # what the state came through
         settings = run.config.checkpoint
         self._writer = CheckpointWriter(
             folder.checkpoints,
@@ -138,12 +140,15 @@ class RunCheckpoints:
         engine.restore(reader.read, reader.manifest["counters"], reader.manifest["step"])
         reader.close()
 
-    def roll_back(self, engine: Engine, next_sample: int) -> tuple[Path, Position]:
+    def roll_back(self, engine: Engine, next_sample: int, attempt: int) -> tuple[Path, Position]:
         """Go back to the newest good checkpoint and past the data up to `next_sample`.
 
         What is passed over is noted in that checkpoint first: whoever goes on from it later passes over it too.
         Only what this process wrote or went on from is meant: the folder may hold later steps of an attempt that was
         left, and earlier ones of other settings.
+
+        Args:
+            attempt: the number of the one that this begins.
 
         Raises:
             TrainingError: there is none.
@@ -158,7 +163,9 @@ class RunCheckpoints:
             more = next_sample - data_segments(reader.manifest)[-1].next_sample
             manifest = self.passing_over(reader.manifest, more)
             manifest["rollbacks"] = manifest.get("rollbacks", 0) + 1
+            self._request = rolled_back(self._request, reader, attempt)
             if self._comm.is_main:
+                write_request(self._folder, self._request)
                 write_manifest(entry.path, manifest)
             self.restore(engine, reader)
             return entry.path, self.position(manifest)
@@ -233,16 +240,19 @@ def put_in_order(folder: RunFolder, comm: Comm) -> list[Path]:
     return comm.once(work)
 
 
-def find_saved(folder: RunFolder, wanted: str, comm: Comm) -> Found | None:
+def find_saved(folder: RunFolder, wanted: str, comm: Comm, origin: Origin | None = None) -> Found | None:
     """The checkpoint that `--resume wanted` means; None: start at step 0.
 
     Needs no engine, so that what cannot be resumed is refused before a model is built and the run's account is
     touched. `auto` passes over damaged ones; one that is named must be whole.
 
+    Args:
+        origin: what the last attempt went on from.
+
     Raises:
         CheckpointError: it is not there, or a file is damaged.
     """
-    entries = comm.once(lambda: candidates(folder.checkpoints, wanted))
+    entries = comm.once(lambda: candidates(folder.checkpoints, wanted, origin))
     damaged: list[str] = []
     for entry in entries:
         reader, problem = _open(entry, comm)

@@ -18,7 +18,6 @@ from megalm.errors import ConfigError
 from megalm.model.shape import ModelShape, model_shape
 from megalm.train.checkpointing import DataIdentity, Found, find_saved, identity_of
 from megalm.train.continuing import (
-    Extension,
     beginning,
     changes,
     differences,
@@ -31,29 +30,8 @@ from megalm.train.continuing import (
 )
 from megalm.train.datasets import DataPlaces, RunData, open_data, validation_fingerprint
 from megalm.train.position import Position, data_segments
+from megalm.train.request import Resume, request_before
 from megalm.train.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class Resume:
-    """What was asked for.
-
-    Attributes:
-        wanted: auto, a step or a path; None: a new run.
-        skip_steps: pass over the data of so many steps first.
-    """
-
-    wanted: str | None = None
-    extension: Extension | None = None
-    skip_steps: int = 0
-
-    def __post_init__(self) -> None:
-        if self.wanted is None and (self.extension or self.skip_steps):
-            raise ConfigError("--extend-steps and --skip-steps go on from a checkpoint: say which with --resume")
-
-    @property
-    def weights_only(self) -> bool:
-        return self.extension is not None and self.extension.strategy == "weights"
 
 
 @dataclass(frozen=True)
@@ -62,6 +40,7 @@ class Course:
 
     Attributes:
         reader: the checkpoint that it goes on from; `weights_only`: as nothing but a model.
+        resume: what was asked for, or is asked for again.
         notes, warnings: what a person should know.
     """
 
@@ -71,7 +50,7 @@ class Course:
     identity: DataIdentity
     position: Position
     reader: CheckpointReader | None
-    weights_only: bool
+    resume: Resume
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -80,22 +59,35 @@ class Course:
         """Where the checkpoint is."""
         return None if self.reader is None else self.reader.path
 
+    @property
+    def weights_only(self) -> bool:
+        return self.reader is not None and self.resume.weights_only
 
-def find_start(folder: RunFolder, resume: Resume, comm: Comm) -> Found | None:
-    """The checkpoint to go on from.
+
+def find_start(folder: RunFolder, resume: Resume, comm: Comm) -> tuple[Found | None, Resume]:
+    """The checkpoint to go on from, and what is asked for: where `auto` comes upon the checkpoint that the last
+    attempt went on from, the same as of that one.
 
     Raises:
         CheckpointError: it is not there or damaged.
         ConfigError: there is none to extend; or the run's own weights as the start of the same run.
     """
-    found = find_saved(folder, resume.wanted, comm) if resume.wanted is not None else None
+    wanted = resume.wanted
+    if wanted is None:
+        return None, resume
+    before, requeued = comm.once(lambda: request_before(folder, wanted))
+    if requeued:
+        resume = Resume("auto")
+    found = find_saved(folder, "auto" if requeued else wanted, comm, before.origin if before else None)
+    if found is not None and before is not None and resume.wanted == "auto":
+        resume = before.again(resume, found.reader)
     if found is None and (resume.extension or resume.skip_steps):
         raise ConfigError(f"{folder.path} has no checkpoint yet, so there is nothing to extend; leave the flag out")
     if found is not None and resume.weights_only and found.reader.path.resolve().is_relative_to(folder.path.resolve()):
         raise ConfigError(
             f"--extend-strategy weights starts at step 0, which {folder.path} has had; name a new run with run.name"
         )
-    return found
+    return found, resume
 
 
 def plan_steps(run: ResolvedRun, found: Found | None, resume: Resume) -> tuple[ResolvedRun, Position]:
@@ -128,15 +120,17 @@ def plan_course(
     shape = model_shape(run.config.model, data.tokenizer.vocab_size, longest)
     identity = DataIdentity(data.train, data.tokenizer.fingerprint, validation_fingerprint(run, data))
     if found is None or manifest is None:
-        return Course(run, data, shape, identity, scheduled, None, False, (), ())
-    allowed = run.config.resume.allow
+        return Course(run, data, shape, identity, scheduled, None, resume, (), ())
+    resume = replace(resume, allow=(*resume.allow, *run.config.resume.allow))
     if resume.weights_only:
         other = differences(manifest, identity_of(run, shape, identity, 0))
-        refuse_other_run(found.reader.path, {k: v for k, v in other.items() if k in ("model", "tokenizer")}, allowed)
+        refuse_other_run(
+            found.reader.path, {k: v for k, v in other.items() if k in ("model", "tokenizer")}, resume.allow
+        )
         notes: tuple[str, ...] = (
             f"starts from the weights of {found.reader.path}, at step 0 and the data's beginning",
         )
-        return Course(run, data, shape, identity, scheduled, found.reader, True, notes, found.warnings)
+        return Course(run, data, shape, identity, scheduled, found.reader, resume, notes, found.warnings)
     lengths = lengths_of_order(manifest)
 
     def open_with(length: int) -> BlendedSamples:
@@ -151,7 +145,7 @@ def plan_course(
     order = _order_so_far(lengths, open_with)
     consumed = data_segments(manifest)[-1].next_sample
     other = differences(manifest, identity_of(run, shape, replace(identity, samples=order), consumed))
-    refuse_other_run(found.reader.path, other, allowed)
+    refuse_other_run(found.reader.path, other, resume.allow)
     begins = beginning(run, manifest, other)
     notes = ()
     if begins == "recut":
@@ -179,7 +173,7 @@ def plan_course(
         position.pass_over(samples, here, run.config.data.sequence_length, run.batch.global_batch)
         notes += (f"the data of {resume.skip_steps} steps, {samples:,} samples, is passed over",)
     notes = (*changes(position, manifest, run), *notes)
-    return Course(run, data, shape, identity, position, found.reader, False, notes, found.warnings)
+    return Course(run, data, shape, identity, position, found.reader, resume, notes, found.warnings)
 
 
 def _order_so_far(lengths: list[tuple[int, int]], open_with: Callable[[int], BlendedSamples]) -> BlendedSamples:

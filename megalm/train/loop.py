@@ -130,9 +130,10 @@ class TrainingLoop:
         parts, old = self.parts, self.position
         self._tell_saved(wait=True)
         next_sample = old.samples + parts.run.batch.global_batch
-        path, position = parts.checkpoints.roll_back(parts.engine, next_sample)
+        attempt = old.attempt + 1
+        path, position = parts.checkpoints.roll_back(parts.engine, next_sample, attempt)
         position.schedule, position.stated = old.schedule, old.stated
-        position.attempt, position.rollbacks = old.attempt + 1, old.rollbacks + 1
+        position.attempt, position.rollbacks = attempt, old.rollbacks + 1
         self.position, self._saved_step, self._saved_path = position, position.step, path
         parts.guard.forget_refusals()
         skipped = position.past[-1].samples_skipped

@@ -51,6 +51,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def request(self) -> Path:
+        """What the last attempt went on from."""
+        return self.path / "resume.json"
+
+    @property
     def rehearsal(self) -> Path:
         """Where a checkpoint is written before step 1, and removed."""
         return self.path / "rehearsal"

@@ -27,7 +27,7 @@ from megalm.tracking.metrics import MetricsWriter, read_metrics
 from megalm.tracking.mirror import MirrorHandle, start_mirror
 from megalm.train.checkpointing import RunCheckpoints, put_in_order
 from megalm.train.continuing import Extension
-from megalm.train.course import Course, Resume, find_start, plan_course, plan_steps
+from megalm.train.course import Course, find_start, plan_course, plan_steps
 from megalm.train.data_facts import data_warnings
 from megalm.train.datasets import (
     batch_loader,
@@ -50,6 +50,7 @@ from megalm.train.parts import Parts
 from megalm.train.pipeline_facts import pipeline_facts
 from megalm.train.rehearsal import memory_errors_named, rehearse
 from megalm.train.report import Reporter
+from megalm.train.request import Resume, request_of, write_request
 from megalm.train.run_folder import RunFolder, open_run_folder, write_facts
 from megalm.train.run_lock import RunLock
 from megalm.train.sampling import SampleWriter
@@ -112,7 +113,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
         reporter.say(f"  note: an earlier job was killed while it saved or deleted; put in order: {path}")
     course = _course(run, folder, resume, comm, reporter)
     run, data, shape = course.run, course.data, course.shape
-    checkpoints = RunCheckpoints(folder, run, shape, course.identity, data.tokenizer.spec, comm, course.start)
+    checkpoints = _checkpoints(course, folder, attempt, comm)
     account = environment_facts(run, course.identity, device_name(), device.type, torch.get_num_threads(), attempt)
     comm.once(lambda: write_facts(folder, run, account))
     metrics = MetricsWriter(folder.metrics) if comm.is_main else None
@@ -172,7 +173,7 @@ def _open_folder(run: ResolvedRun, comm: ProcessComm, guard: Guard, resume: bool
 
 def _course(run: ResolvedRun, folder: RunFolder, resume: Resume, comm: ProcessComm, reporter: Reporter) -> Course:
     """What is trained on from where; everything that cannot go on is refused here."""
-    found = find_start(folder, resume, comm)
+    found, resume = find_start(folder, resume, comm)
     run, scheduled = plan_steps(run, found, resume)
     places = comm.once_per_node(lambda: find_data(run.config.data, reporter.say))
     comm.once(lambda: rebuild_data(run.config.data, places, len(os.sched_getaffinity(0)), reporter.say))
@@ -183,6 +184,14 @@ def _course(run: ResolvedRun, folder: RunFolder, resume: Resume, comm: ProcessCo
     for warning in (*course.warnings, *data_warnings(run, course.data)):
         reporter.say(f"  WARNING: {warning}")
     return course
+
+
+def _checkpoints(course: Course, folder: RunFolder, attempt: int, comm: ProcessComm) -> RunCheckpoints:
+    """What is gone on from is noted before anything of this attempt is written."""
+    request = None if course.reader is None else request_of(course.reader, course.resume, attempt)
+    if request is not None:
+        comm.once(lambda: write_request(folder, request))
+    return RunCheckpoints(folder, course.run, course.shape, course.identity, course.data.tokenizer.spec, comm, request)
 
 
 def _restore(course: Course, parts: Parts, folder: RunFolder) -> None:

@@ -96,7 +96,7 @@ class Checkpoints:
     def note_evaluation(self, path: Path, evaluation: Evaluation) -> None:
         self.noted.append((path.name, evaluation.loss))
 
-    def roll_back(self, engine: Engine, next_sample: int) -> tuple[Path, Position]:
+    def roll_back(self, engine: Engine, next_sample: int, attempt: int) -> tuple[Path, Position]:
         step = max(step for step in self.positions if step not in self.suspect)
         position = replace(self.positions[step])
         position.pass_over(next_sample - position.samples, "order", 256, 16)

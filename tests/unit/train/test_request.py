@@ -1,0 +1,130 @@
+"""What the last attempt went on from, and what `--resume auto` makes of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megalm.checkpoint.load import CheckpointReader
+from megalm.checkpoint.manifest import set_status, write_manifest
+from megalm.errors import CheckpointError
+from megalm.train.checkpointing import find_saved
+from megalm.train.continuing import Extension
+from megalm.train.position import DataSegment
+from megalm.train.request import Resume, request_before, request_of, rolled_back, write_request
+from megalm.train.run_folder import RunFolder
+from tests.checkpoint_files import save
+from tests.unit.train.test_find_saved import OneRank
+
+AUTO = Resume("auto")
+ASKED = Resume("20", Extension(50), skip_steps=5, allow=("dataset",))
+
+
+def saved(checkpoints: Path, step: int, next_sample: int = 0, **facts: object) -> CheckpointReader:
+    segment = DataSegment("order", 64, 16, 0, next_sample)
+    path = save(checkpoints, step, data_position={"segments": [vars(segment)]}, **facts)
+    return CheckpointReader(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """Steps 10, 20, 30, 40 of attempt 1; attempt 2 went on from 20."""
+    folder = RunFolder(tmp_path / "mine")
+    readers = {step: saved(folder.checkpoints, step, 16 * step) for step in (10, 20, 30, 40)}
+    write_request(folder, request_of(readers[20], ASKED, attempt=2))
+    return folder
+
+
+def found(folder: RunFolder) -> tuple[int, Resume]:
+    before, requeued = request_before(folder, "auto")
+    assert not requeued
+    start = find_saved(folder, "auto", OneRank(), before.origin if before else None)  # type: ignore[arg-type]
+    assert start is not None
+    return start.reader.manifest["step"], before.again(AUTO, start.reader) if before else AUTO
+
+
+def test_later_steps_of_an_attempt_that_was_left_are_not_taken(folder: RunFolder) -> None:
+    step, resume = found(folder)
+    assert step == 20
+    assert (resume.extension, resume.skip_steps, resume.allow) == (Extension(50), 5, ("dataset",))
+    folder.request.unlink()
+    assert found(folder) == (40, AUTO), "without the note they are"
+
+
+def test_what_the_attempt_saved_itself_stands_for_it(folder: RunFolder) -> None:
+    saved(folder.checkpoints, 25, attempt=2)
+    assert found(folder) == (25, AUTO)
+    set_status(folder.checkpoints / "step-00000025", "bad", "no good")
+    assert found(folder)[0] == 20
+
+
+def test_what_was_chosen_is_as_good_as_a_good_one(folder: RunFolder) -> None:
+    set_status(folder.checkpoints / "step-00000020", "suspect", "a spike at 19")
+    assert found(folder)[0] == 20
+    saved(folder.checkpoints, 25, attempt=2, status="suspect")
+    assert found(folder)[0] == 20, "and better than a later suspect one"
+    set_status(folder.checkpoints / "step-00000020", "bad", "no good")
+    assert found(folder)[0] == 40
+
+
+def test_one_that_is_gone_is_no_reason_to_take_another(folder: RunFolder) -> None:
+    shutil.rmtree(folder.checkpoints / "step-00000020")
+    with pytest.raises(CheckpointError, match="which is gone, and has saved nothing since; say what"):
+        found(folder)
+    saved(folder.checkpoints, 25, attempt=2)
+    assert found(folder) == (25, AUTO)
+
+
+def test_the_start_of_a_run_is_another_run_s_checkpoint(tmp_path: Path) -> None:
+    start = saved(tmp_path / "old" / "checkpoints", 500, attempt=3)
+    folder = RunFolder(tmp_path / "new")
+    write_request(folder, request_of(start, Resume("x", Extension(9, "weights")), attempt=1))
+    step, resume = found(folder)
+    assert step == 500
+    assert resume.weights_only
+    saved(folder.checkpoints, 5)
+    assert found(folder) == (5, AUTO)
+    shutil.rmtree(folder.checkpoints)
+    shutil.rmtree(start.path)
+    with pytest.raises(CheckpointError, match=r"old/checkpoints/step-00000500, which is gone"):
+        found(folder)
+
+
+def test_a_folder_that_is_moved_keeps_its_start(folder: RunFolder) -> None:
+    moved = RunFolder(folder.path.rename(folder.path.with_name("moved")))
+    assert found(moved)[0] == 20
+
+
+def test_data_that_a_rollback_passed_over_is_not_passed_over_twice(folder: RunFolder) -> None:
+    before, _ = request_before(folder, "auto")
+    reader = CheckpointReader(folder.checkpoints / "step-00000020")
+    write_request(folder, rolled_back(before, reader, attempt=3))
+    assert found(folder)[1].skip_steps == 5, "killed before the checkpoint told of it"
+    segment = DataSegment("order", 64, 16, 0, 320, samples_skipped=96)
+    write_manifest(reader.path, {**reader.manifest, "data_position": {"segments": [vars(segment)]}})
+    assert found(folder) == (20, Resume("auto", Extension(50), 0, ("dataset",)))
+    later = saved(folder.checkpoints, 25, 400, attempt=2)
+    saved(folder.checkpoints, 28, 448, attempt=2)
+    write_request(folder, rolled_back(before, later, attempt=4))
+    assert found(folder) == (25, AUTO), "the extension is in it"
+
+
+def test_the_words_of_a_requeued_job_are_those_of_its_first_start(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    write_request(folder, request_of(CheckpointReader(folder.checkpoints / "step-00000020"), ASKED, attempt=2))
+    assert not request_before(folder, "20")[1], "the same command in one allocation, by hand"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert request_before(folder, "20")[1]
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    assert not request_before(folder, "20")[1]
+
+
+def test_damage_is_told_and_a_named_checkpoint_is_the_way_out(folder: RunFolder) -> None:
+    folder.request.write_bytes(folder.request.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=r"resume.json is damaged .*: --resume STEP or PATH"):
+        request_before(folder, "auto")
+    assert request_before(folder, "20") == (None, False)
