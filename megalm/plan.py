@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megalm.config.resolve import ResolvedRun, memory_case
 from megalm.estimate.memory import MemoryCase, MemoryPlan, checkpoint_bytes, estimate_stages
 from megalm.model.flops import flops_per_token
 from megalm.model.shape import ModelShape, model_shape
-from megalm.train.schedule import learning_rate
+from megalm.train.schedule import ScheduleSegment, rate_at
 
 __all__ = [
     "MemoryCase",
@@ -28,14 +29,21 @@ class Plan:
     Attributes:
         parameters: part of the model -> parameters, summing to the model's count.
         memory_by_stage: bytes per rank, of each kind of pipeline stage.
-        learning_rates: (step, rate), steps counted from 1.
+        schedules: what the learning rate follows, one schedule after the other.
     """
 
     resolved: ResolvedRun
     shape: ModelShape
     parameters: dict[str, int]
     memory_by_stage: tuple[MemoryPlan, ...]
-    learning_rates: tuple[tuple[int, float], ...]
+    schedules: tuple[ScheduleSegment, ...]
+
+    @property
+    def learning_rates(self) -> tuple[tuple[int, float], ...]:
+        """(step, rate) where the schedules turn, and at each tenth of the run; steps count from 1."""
+        last = self.schedules[-1].last_step
+        steps = {round(last * tenth / 10) for tenth in range(1, 11)}.union(*map(_turns, self.schedules))
+        return tuple((step, rate_at(self.schedules, step)) for step in sorted(steps) if 1 <= step <= last)
 
     @property
     def memory(self) -> MemoryPlan:
@@ -63,11 +71,12 @@ class Plan:
         return self.flops_per_token * self.total_tokens
 
 
-def make_plan(resolved: ResolvedRun, vocab_size: int) -> Plan:
+def make_plan(resolved: ResolvedRun, vocab_size: int, schedules: Sequence[ScheduleSegment] = ()) -> Plan:
     """Put a resolved run into numbers.
 
     Args:
         vocab_size: the tokenizer's; `model.vocab_size` goes before it.
+        schedules: of a run that goes on, all of them; else the run's own is the only one.
     """
     config = resolved.config
     shape = model_shape(config.model, vocab_size, config.data.sequence_length)
@@ -85,7 +94,7 @@ def make_plan(resolved: ResolvedRun, vocab_size: int) -> Plan:
         shape=shape,
         parameters=parameters_by_part(shape),
         memory_by_stage=tuple(estimate_stages(case)),
-        learning_rates=_learning_rates(resolved),
+        schedules=tuple(schedules) or (ScheduleSegment(1, 0, resolved.schedule),),
     )
 
 
@@ -107,12 +116,12 @@ def _part(name: str) -> str:
     return "attention" if ".attention." in name else "mlp" if ".mlp." in name else "head"
 
 
-def _learning_rates(resolved: ResolvedRun) -> tuple[tuple[int, float], ...]:
-    """The rate where the schedule turns, and at each tenth of the run."""
-    schedule = resolved.schedule
-    tenths = {round(schedule.steps * tenth / 10) for tenth in range(1, 11)}
-    turns = {1, schedule.warmup_steps, schedule.steps}
+def _turns(segment: ScheduleSegment) -> set[int]:
+    """The run's steps at which a schedule begins, turns or ends, and the one before it took over."""
+    schedule, offset = segment.schedule, segment.offset_steps
+    turns = {segment.first_step - 1, segment.first_step, segment.last_step}
+    if schedule.warmup_steps:
+        turns.add(offset + schedule.warmup_steps)
     if schedule.kind == "wsd":
-        turns.add(schedule.steps - schedule.decay_steps)
-    steps = sorted(step for step in tenths | turns if 1 <= step <= schedule.steps)
-    return tuple((step, learning_rate(schedule, step)) for step in steps)
+        turns.add(segment.last_step - schedule.decay_steps)
+    return turns

@@ -8,17 +8,27 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from megalm.checkpoint.layout import followed
+from megalm.checkpoint.manifest import read_manifest
 from megalm.cli import show
 from megalm.cli.grid import grid_text
-from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, DeepSpeedConfig, read_deepspeed_json
-from megalm.config.loading import LoadedConfig, load_run_config, spelling
+from megalm.config.checks_data import what_data_to_bring
+from megalm.config.deepspeed_json import DeepSpeedConfig
+from megalm.config.loading import LoadedConfig, spelling
 from megalm.config.precision import DeviceFacts
 from megalm.config.resolve import resolve
 from megalm.config.schema import RunConfig
 from megalm.config.strict import leaf_fields, shown
+from megalm.documented import changed_keys, judge, tolerances
+from megalm.errors import ConfigError
 from megalm.estimate.memory import MemoryPlan
 from megalm.plan import Plan, checkpoint_bytes, make_plan
+from megalm.rate_picture import draw_rates
+from megalm.train.continuing import with_last_step, with_schedule
 from megalm.train.data_facts import planned_data
+from megalm.train.own_config import read_settings
+from megalm.train.position import Position
+from megalm.train.schedule import ScheduleSegment
 
 _GIB = 2**30
 RANKS_PER_NODE = 8  # where a launcher has not said how many there are
@@ -34,32 +44,101 @@ def command(
         typer.Option("--config", help="A preset's name or a YAML file; default quickstart."),
     ] = None,
     deepspeed_config: Annotated[
-        str, typer.Option("--deepspeed_config", help="The DeepSpeed JSON.", show_default="ds_configs/zero2.json")
-    ] = str(DS_CONFIGS_FOLDER / "zero2.json"),
-    ranks: Annotated[int, typer.Option("--ranks", min=1, help="Ranks in all.")] = 1,
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--deepspeed_config", help="The DeepSpeed JSON; default: a recipe's own, else ds_configs/zero2.json."
+        ),
+    ] = None,
+    ranks: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--ranks", min=1, help="Ranks in all; default: a recipe's documented GPUs, else 1."),
+    ] = None,
     gpu_memory: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option("--gpu-memory", min=0.1, help="Plan for GPUs of so many GiB with bf16, not for this machine."),
+        typer.Option(
+            "--gpu-memory",
+            min=0.1,
+            help="Plan for GPUs of so many GiB with bf16; default: a recipe's documented ones, else this machine.",
+        ),
     ] = None,
     ranks_per_node: Annotated[
         int, typer.Option("--ranks-per-node", min=1, help="Consecutive ranks that share a node.")
     ] = RANKS_PER_NODE,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--plot", metavar="FILE.png", help="Draw the learning rate of every step."),
+    ] = None,
+    after: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--after", metavar="CHECKPOINT", help="Of a run that goes on from there: with past schedules."),
+    ] = None,
+    extend_steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--extend-steps", min=1, help="With --after: so many steps more, on a schedule of their own."),
+    ] = None,
 ) -> None:
-    """What a run amounts to before it is started: size, tokens, memory, schedule. Nothing is started or written."""
-    loaded, deepspeed = load_run_config(config, overrides or []), read_deepspeed_json(deepspeed_config)
-    show_plan(loaded, deepspeed, ranks, gpu_memory, ranks_per_node)
+    """What a run amounts to before it is started: size, tokens, memory, schedule. Nothing is started; --plot alone
+    writes a file.
+
+    \b
+    megalm plan train.steps=1000
+    megalm plan --config a100x4-300m --plot rate.png
+    """
+    if extend_steps is not None and after is None:
+        raise ConfigError("--extend-steps: says nothing alone; name the checkpoint with --after")
+    loaded, deepspeed = read_settings(config, overrides or [], deepspeed_config, resume=False, ranks=ranks or 1)
+    documented = loaded.config.documented
+    plan = planned(
+        loaded,
+        deepspeed,
+        ranks or documented.devices or 1,
+        gpu_memory or documented.device_memory_gib,
+        ranks_per_node,
+        None if after is None else (after, extend_steps),
+    )
+    if plot is not None:
+        draw_rates(plan.schedules, plot)
+    typer.echo(plan_text(plan, ranks_per_node, *planned_data(plan.resolved)))
+    if plot is not None:
+        typer.echo(f"\nlearning rate of every step: {plot}")
 
 
 def show_plan(
     loaded: LoadedConfig, deepspeed: DeepSpeedConfig, ranks: int, gpu_memory: float | None, ranks_per_node: int
 ) -> None:
     """Write the plan to the terminal."""
+    plan = planned(loaded, deepspeed, ranks, gpu_memory, ranks_per_node)
+    typer.echo(plan_text(plan, ranks_per_node, *planned_data(plan.resolved)))
+
+
+def planned(
+    loaded: LoadedConfig,
+    deepspeed: DeepSpeedConfig,
+    ranks: int,
+    gpu_memory: float | None,
+    ranks_per_node: int,
+    after: tuple[Path, int | None] | None = None,
+) -> Plan:
+    """The plan for so many ranks of GPUs of `gpu_memory` GiB; None: of this machine's device.
+
+    Args:
+        after: the checkpoint that the run goes on from, and by how many steps it is extended.
+
+    Raises:
+        ConfigError, CheckpointError: what the run itself would be refused for, but for missing data.
+    """
     vocab_size = _vocab_size(loaded.config)
     ranks_per_node = min(ranks, ranks_per_node)
     device = _device(ranks_per_node, gpu_memory)
-    resolved = resolve(loaded, deepspeed, ranks, device, vocab_size, ranks_per_node)
+    resolved = resolve(loaded, deepspeed, ranks, device, vocab_size, ranks_per_node, data_needed=False)
+    schedules: tuple[ScheduleSegment, ...] = ()
+    if after is not None:
+        checkpoint, more = after
+        position = Position()
+        with_schedule(position, resolved, read_manifest(followed(checkpoint)), more)
+        resolved, schedules = with_last_step(resolved, position), position.schedule
     expected = vocab_size or resolved.config.model.vocab_size or resolved.config.data.recipe_vocab_size
-    typer.echo(plan_text(make_plan(resolved, expected), ranks_per_node, *planned_data(resolved)))
+    return make_plan(resolved, expected, schedules)
 
 
 def plan_text(
@@ -76,10 +155,14 @@ def plan_text(
         "Ranks": grid_text(plan.resolved, plan.shape, ranks_per_node),
         "Parameters": _parameters(plan),
         "Tokens and work": _tokens(plan),
-        "Data": "\n".join(text for _, text in data_rows) or "unknown before the run prepares it",
+        "Data": "\n".join(text for _, text in data_rows) or _no_data(plan),
         "Memory of one rank (estimate)": _memory(plan),
-        "Learning rate": show.table(["step", "rate"], [[step, f"{rate:.3e}"] for step, rate in plan.learning_rates]),
-        "Notices": "\n".join([*plan.resolved.notices, *(f"WARNING: {text}" for text in warnings)]) or "none",
+        "Learning rate": _learning_rate(plan),
+        **({"Documented against computed": _documented(plan)} if plan.resolved.config.documented.claims else {}),
+        "Notices": "\n".join(
+            [*plan.resolved.notices, *(f"WARNING: {text}" for text in (*_memory_warnings(plan), *warnings))]
+        )
+        or "none",
     }
     width = show.terminal_width()
     return "\n\n".join(f"{title}\n{show.wrapped(text, width)}" for title, text in sections.items())
@@ -89,6 +172,8 @@ def _configuration(plan: Plan) -> str:
     values = plan.resolved.config.model_dump(mode="json")
     rows = []
     for key in leaf_fields(RunConfig):
+        if key.startswith("documented."):
+            continue  # no setting: it has a table of its own
         value: Any = values
         for part in key.split("."):
             value = value[part]
@@ -166,6 +251,39 @@ def _memory(plan: Plan) -> str:
     total = ["total", *(show.size(stage.total) for stage in stages)]
     available = ["available", show.size(plan.resolved.device.memory_bytes), *[""] * (len(stages) - 1)]
     return show.table(headings, [*parts, *offloaded, total, available])
+
+
+def _memory_warnings(plan: Plan) -> list[str]:
+    needed, available = plan.memory.total, plan.resolved.device.memory_bytes
+    if needed <= available:
+        return []
+    return [
+        f"does not fit by the estimate: a rank needs {show.size(needed)} of {show.size(available)}; smaller "
+        "micro-batches, train.checkpoint_activations_every=1, a higher ZeRO stage or offload need less"
+    ]
+
+
+def _no_data(plan: Plan) -> str:
+    if plan.resolved.config.data.recipe is not None:
+        return "unknown before the run prepares it"
+    return f"none yet, and a run needs it: {what_data_to_bring(plan.resolved.config)}"
+
+
+def _learning_rate(plan: Plan) -> str:
+    rows = show.table(["step", "rate"], [[step, f"{rate:.3e}"] for step, rate in plan.learning_rates])
+    return "\n".join([*map(str, plan.schedules), rows])
+
+
+def _documented(plan: Plan) -> str:
+    judgements = judge(plan)
+    rows = [[it.claim, it.computed, it.verdict] for it in judgements]
+    refuted = sum(it.refuted for it in judgements)
+    lines = [show.table(["documented", "computed", "verdict"], rows)]
+    lines.append(f"{refuted} of {len(judgements)} claims do not hold. {tolerances()}")
+    others = changed_keys(plan)
+    if others:
+        lines.append(f"computed for this run, not for the document's: {', '.join(others)} stated otherwise")
+    return "\n".join(lines)
 
 
 def _stage_words(plan: Plan, stage: MemoryPlan) -> str:

@@ -8,30 +8,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from megalm.config.batch import plan_batch
 from megalm.config.case import Case
-from megalm.config.checks_data import DATA_FILE_RULES, DATA_RULES
+from megalm.config.checks_data import DATA_FILE_RULES, DATA_RULES, data_is_brought
 from megalm.config.checks_deepspeed import DEEPSPEED_RULES
 from megalm.config.checks_guard import GUARD_RULES
 from megalm.config.checks_parallel import PARALLEL_RULES
-from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, DeepSpeedConfig, read_deepspeed_json
+from megalm.config.deepspeed_json import DeepSpeedConfig, named_json, read_deepspeed_json
 from megalm.config.loading import LoadedConfig
 from megalm.config.precision import DeviceFacts
 from megalm.errors import ConfigError
 from megalm.topology import Topology
 
 
-def check_run(loaded: LoadedConfig, ds: DeepSpeedConfig, world_size: int, device: DeviceFacts) -> None:
+def check_run(
+    loaded: LoadedConfig, ds: DeepSpeedConfig, world_size: int, device: DeviceFacts, data_needed: bool = True
+) -> None:
     """Raise the first rule that the run breaks.
+
+    Args:
+        data_needed: whether a run without data is refused; a plan needs none.
 
     Raises:
         ConfigError: what, where, and what to do instead.
     """
     case = Case(loaded, ds, world_size, device)
     for rule in RULES:
-        rule(case)
+        if data_needed or rule is not data_is_brought:
+            rule(case)
 
 
 def run_name(case: Case) -> None:
@@ -154,8 +159,7 @@ def recipe_keeps_its_batch(case: Case) -> None:
     named = case.config.deepspeed_config
     if named is None:
         return
-    candidates = [path for path in (Path(named), DS_CONFIGS_FOLDER.parent / named) if path.is_file()]
-    own = read_deepspeed_json(candidates[0] if candidates else named).settings.train_batch_size
+    own = read_deepspeed_json(named_json(named)).settings.train_batch_size
     if own != case.settings.train_batch_size:
         raise ConfigError(
             f"{case.ds.path} has train_batch_size={case.settings.train_batch_size}, but {case.preset_words} belongs to "

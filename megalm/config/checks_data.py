@@ -8,14 +8,29 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from megalm.config.case import Case
-from megalm.config.schema import DataSection
+from megalm.config.schema import DataSection, RunConfig
 from megalm.errors import ConfigError
 
 
-def data_is_stated(case: Case) -> None:
+def data_is_brought(case: Case) -> None:
     data = case.config.data
     if data.train is None and data.recipe is None:
-        raise ConfigError("data.train is not stated; give a dataset prefix, or data.recipe=python-stdlib")
+        raise ConfigError(f"data.train is not stated; {what_data_to_bring(case.config)}, or data.recipe=python-stdlib")
+
+
+def what_data_to_bring(config: RunConfig) -> str:
+    """What to state where a run has no data, in words."""
+    if config.data.tokenizer is not None:
+        return "give a dataset prefix"
+    most = f" of at most {config.model.vocab_size:,} entries" if config.model.vocab_size else ""
+    return (
+        f"give a dataset prefix and its tokenizer: data.train=PREFIX data.tokenizer=FILE{most} "
+        "(made by data_tools/train_tokenizer.py and build_dataset.py)"
+    )
+
+
+def data_is_complete(case: Case) -> None:
+    data = case.config.data
     if data.train is not None and data.tokenizer is None:
         named = data.train if isinstance(data.train, str) else "[...]"
         raise ConfigError(f"data.train={named} needs data.tokenizer, the one that the dataset was built with")
@@ -167,7 +182,8 @@ def _repeated(names: Iterable[str]) -> str | None:
 
 
 DATA_RULES: tuple[Callable[[Case], None], ...] = (
-    data_is_stated,
+    data_is_brought,
+    data_is_complete,
     blends_name_datasets_once,
     stages_follow_each_other,
     stride_makes_samples,

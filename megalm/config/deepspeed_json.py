@@ -63,8 +63,17 @@ def read_deepspeed_json(path: str | Path) -> DeepSpeedConfig:
 
 
 def shipped_deepspeed_jsons() -> list[Path]:
-    """The JSON files of ds_configs/, sorted; empty where the package is installed without its repository."""
+    """The JSON files of ds_configs/ for any run, sorted; empty where the package is installed without its repository.
+
+    Those of ds_configs/recipes/ are one preset's each, which names it.
+    """
     return sorted(DS_CONFIGS_FOLDER.glob("*.json"))
+
+
+def named_json(named: str) -> Path:
+    """The file that a configuration names with `deepspeed_config`: from here, or from where the shipped ones are."""
+    candidates = (Path(named), DS_CONFIGS_FOLDER.parent / named)
+    return next((path for path in candidates if path.is_file()), candidates[0])
 
 
 def _check_optimizer(raw: dict[str, Any], where: str) -> None:

@@ -93,8 +93,12 @@ def spelling(key: str) -> str:
 
 
 def config_to_yaml(config: RunConfig) -> str:
-    """The whole configuration as YAML; loading it gives the same configuration, also under a later preset."""
-    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+    """The whole configuration as YAML; loading it gives the same configuration, also under a later preset.
+
+    But for what documents say of a run: that is the preset's, and no setting.
+    """
+    values = config.model_dump(mode="json", by_alias=True, exclude={"documented"})
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _replaced_by(layer: _Layer) -> Iterator[str]:

@@ -86,6 +86,7 @@ def resolve(
     device: DeviceFacts,
     vocab_size: int | None = None,
     ranks_per_node: int | None = None,
+    data_needed: bool = True,
 ) -> ResolvedRun:
     """Check a run and make everything in it explicit.
 
@@ -94,11 +95,12 @@ def resolve(
         device: what each rank computes on; equal on every rank.
         vocab_size: the tokenizer's, for an "auto" micro-batch; None takes the configuration's, or a guess.
         ranks_per_node: for a notice of groups that leave their node; None: all ranks are on one.
+        data_needed: whether a run without data is refused; a plan needs none.
 
     Raises:
         ConfigError: the first rule of checks.py that the run breaks.
     """
-    check_run(loaded, ds, world_size, device)
+    check_run(loaded, ds, world_size, device, data_needed)
     loaded, warmup_notices = _fit_warmup(loaded)
     config, settings = loaded.config, ds.settings
     topology = Topology(world_size, config.parallel.tensor, config.parallel.pipeline)

@@ -243,6 +243,48 @@ class TrackingSection(Section):
     experiment: str = "megalm"
 
 
+ClaimKind = Literal[
+    "parameters",
+    "embedding_parameters",
+    "tokens",
+    "tokens_per_step",
+    "data_tokens",
+    "samples",
+    "epochs",
+    "tokens_per_second",
+    "step_seconds",
+    "hours",
+    "mfu",
+    "weights_gb",
+    "gradients_gb",
+    "optimizer_gb",
+    "activations_gb",
+    "training_loss",
+    "validation_loss",
+    "perplexity",
+]
+
+
+class Claim(Section):
+    """A number of a document, or the two ends of a range; of a loss the step, none: the last one."""
+
+    claim: ClaimKind
+    value: float | tuple[float, float]
+    step: NonNegativeInt | None = None
+    stride: PositiveInt | None = None
+
+
+class DocumentedSection(Section):
+    """What a document says of the run that a recipe follows: `megalm plan` judges it, and no run is changed by it."""
+
+    device: str | None = Field(default=None, description="as in megalm/estimate/data_sheet.py")
+    devices: PositiveInt | None = None
+    device_memory_gib: PositiveFloat | None = None
+    claims: tuple[Claim, ...] = Field(
+        default=(), description="a list of {claim, value}, a loss with its step, a number of samples with its stride"
+    )
+
+
 class RunConfig(Section):
     """Everything that a run is, beside its DeepSpeed JSON."""
 
@@ -261,3 +303,4 @@ class RunConfig(Section):
     resume: ResumeSection = ResumeSection()
     tracking: TrackingSection = TrackingSection()
     compile: bool = False
+    documented: DocumentedSection = DocumentedSection()

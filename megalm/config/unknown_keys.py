@@ -8,7 +8,8 @@ from megalm.config.strict import leaf_fields, section_of
 from megalm.config.suggest import likeness, nearest
 from megalm.errors import ConfigError
 
-_LEAVES = leaf_fields(RunConfig)
+# What only describes is no setting that somebody may have meant.
+_LEAVES = [key for key in leaf_fields(RunConfig) if not key.startswith("documented.")]
 _SECTIONS = [name for name, field in RunConfig.model_fields.items() if section_of(field)]
 
 # Names that other toolkits use for what has another name here.

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megalm.config.deepspeed_json import DeepSpeedConfig, read_deepspeed_json
-from megalm.config.loading import LoadedConfig, load_run_config, spelling
+from megalm.config.deepspeed_json import DeepSpeedConfig, named_json, read_deepspeed_json
+from megalm.config.loading import OWN, LoadedConfig, load_run_config, spelling
 from megalm.config.resolve import ResolvedRun
 from megalm.config.schema import RunConfig
 from megalm.config.strict import leaf_fields, shown
@@ -16,8 +16,8 @@ from megalm.train.run_folder import RunFolder, newest_run
 
 _DEFAULT_DEEPSPEED_CONFIG = "ds_configs/zero2.json"
 
-# Of one start alone; and the last step, of which the schedule's note tells.
-_NOT_COMPARED = ("run.", "resume.", "train.steps")
+# Of one start alone; the last step, of which the schedule's note tells; and what describes and does nothing.
+_NOT_COMPARED = ("run.", "resume.", "train.steps", "documented.")
 
 
 def read_settings(
@@ -25,6 +25,7 @@ def read_settings(
 ) -> tuple[LoadedConfig, DeepSpeedConfig]:
     """Both files of a run that starts, or with `resume` goes on where there is one.
 
+    Where no DeepSpeed JSON is stated it is that of a recipe that is named now, else the run's own, else the default.
     A checkpoint goes on in any layout: where the run's own does not divide the `ranks` of now, and none is stated, the
     default stands.
 
@@ -33,7 +34,8 @@ def read_settings(
     """
     own = _find_own(config, overrides) if resume else None
     if own is None:
-        return load_run_config(config, overrides), read_deepspeed_json(deepspeed_config or _DEFAULT_DEEPSPEED_CONFIG)
+        loaded = load_run_config(config, overrides)
+        return loaded, read_deepspeed_json(deepspeed_config or _recipe_json(loaded) or _DEFAULT_DEEPSPEED_CONFIG)
     settings, original, _ = own.config_files
     # By its name: another job may begin a newer unnamed run at any moment.
     words = (*overrides, f"run.name={own.name}")
@@ -41,7 +43,13 @@ def read_settings(
     degrees = loaded.config.parallel
     if ranks % (degrees.tensor * degrees.pipeline) and not any(key.startswith("parallel.") for key in loaded.stated):
         loaded = load_run_config(config, words, settings, not_kept=("parallel",))
-    return loaded, read_deepspeed_json(deepspeed_config or original)
+    return loaded, read_deepspeed_json(deepspeed_config or _recipe_json(loaded) or original)
+
+
+def _recipe_json(loaded: LoadedConfig) -> Path | None:
+    """What a recipe names that is not the run's own anyway: that run may have been started with a JSON of its own."""
+    named = loaded.config.deepspeed_config
+    return None if named is None or loaded.sources["deepspeed_config"] == OWN else named_json(named)
 
 
 def _find_own(config: str | None, overrides: Sequence[str]) -> RunFolder | None:

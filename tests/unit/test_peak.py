@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalm.engine.peak import data_sheet_peak, peak_flops
+from megalm.engine.peak import peak_flops
+from megalm.estimate.data_sheet import data_sheet_peak
 
 
 @pytest.mark.parametrize(

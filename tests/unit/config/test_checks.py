@@ -65,7 +65,12 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
             "guard.policy=rollback goes back to a checkpoint",
         ),
         (["guard.policy=rollback", "checkpoint.interval_steps=100"], None),
-        (["data.recipe=null"], "data.train is not stated; give a dataset prefix, or data.recipe=python-stdlib"),
+        (
+            ["data.recipe=null"],
+            "data.train is not stated; give a dataset prefix and its tokenizer: data.train=PREFIX data.tokenizer=FILE",
+        ),
+        (["data.recipe=null", "model.vocab_size=30000"], "data.tokenizer=FILE of at most 30,000 entries ("),
+        (["data.recipe=null", "data.tokenizer=bytes"], "is not stated; give a dataset prefix, or data.recipe="),
         (["data.train=x"], "data.train=x needs data.tokenizer"),
         (["data.validation=x"], "data.validation=x needs data.train"),
         (

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from config_cases import CPU, GPU
 
-from megalm.config.deepspeed_json import read_deepspeed_json, shipped_deepspeed_jsons
+from megalm.config.deepspeed_json import named_json, read_deepspeed_json, shipped_deepspeed_jsons
 from megalm.config.loading import load_run_config
 from megalm.config.precision import DeviceFacts
 from megalm.config.presets import preset_paths
@@ -28,9 +28,8 @@ def test_every_shipped_json_resolves_to_the_same_batch(path: object, ranks: int)
 @pytest.mark.parametrize("name", preset_paths())
 def test_every_preset_resolves(name: str) -> None:
     loaded = load_run_config(name, [])
-    named = loaded.config.deepspeed_config or "ds_configs/zero2.json"
-    path = next(path for path in shipped_deepspeed_jsons() if named.endswith(path.name))
-    resolve(loaded, read_deepspeed_json(path), 1, GPU)
+    path = named_json(loaded.config.deepspeed_config or "ds_configs/zero2.json")
+    resolve(loaded, read_deepspeed_json(path), loaded.config.documented.devices or 1, GPU, data_needed=False)
 
 
 def test_what_deepspeed_is_handed_is_explicit(start: Start) -> None:

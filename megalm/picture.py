@@ -1,0 +1,40 @@
+"""Pictures for files, by matplotlib without a screen: axes to draw on, and the writing of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megalm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def new_axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """An empty picture and its one pair of axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, and only here
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def write_picture(figure: Figure, path: Path) -> None:
+    """Write it in the format of the file's suffix; folders are made.
+
+    Raises:
+        ConfigError: the suffix names no format that can be drawn, or the file cannot be written.
+    """
+    suffix = path.suffix.lstrip(".").lower()
+    if suffix not in figure.canvas.get_supported_filetypes():
+        raise ConfigError(f"{path}: {suffix or 'no suffix'} is no picture format; name a .png, .svg or .pdf")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another file") from None
