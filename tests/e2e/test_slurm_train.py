@@ -204,6 +204,31 @@ def test_trains_stops_and_goes_on(slurm: SlurmCluster, small_data: SmallData, tm
     assert f"resumed at step {stopped}" in log
 
 
+def test_a_requeued_job_goes_on_with_what_it_did(slurm: SlurmCluster, small_data: SmallData, tmp_path: Path) -> None:
+    """Its line says to start at step 2, where another attempt has been further already."""
+    words = ("train.steps=4", "run.name=mine", "schedule.kind=constant")
+    before = finish(tmp_path, pretrain(*with_word(small_data.words, "checkpoint.interval_steps=2"), *words))
+    assert before.code == 0, before.explain()
+    line = ("run.name=mine", "--resume", "2", "train.steps=60", "checkpoint.interval_steps=null")
+    one_rank = ("--nodes=1", "--ntasks=1", "--export=ALL,DS_ACCELERATOR=cpu", "--output=train.log")
+    job_id = slurm.sbatch(tmp_path, *one_rank, TRAIN, *line)
+    until(lambda: any(row["step"] > 6 for row in train_rows(tmp_path)), JOB_SECONDS)
+    slurm.ask("scontrol", "requeue", job_id)
+    job = slurm.wait(job_id, JOB_SECONDS)
+    log = (tmp_path / "train.log").read_text()
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), log
+    requeued = [(row["step"], row["attempt"]) for row in train_rows(tmp_path) if row["attempt"] > 1]
+    assert [step for step, _ in requeued] == list(range(3, 61)), "saved where it was stopped, and gone on from there"
+    assert [attempt for _, attempt in requeued] == sorted(attempt for _, attempt in requeued)
+    assert {attempt for _, attempt in requeued} == {2, 3}
+
+
+def with_word(words: tuple[str, ...], word: str) -> list[str]:
+    """`words` with another value of one key."""
+    key = word.split("=", 1)[0]
+    return [word, *(other for other in words if not other.startswith(f"{key}="))]
+
+
 def test_doctor_finds_the_cluster(slurm: SlurmCluster) -> None:
     told = slurm.ask(Path(sys.executable).with_name("megalm"), "doctor")
     (line,) = (line for line in told.splitlines() if line.startswith("Slurm jobs from here"))
