@@ -90,6 +90,7 @@ class CheckpointWrite:
         self._copies = copies
         self._ranks = ranks
         self._behind = behind
+        self._in_place = False  # rank 0 knows
         self._when_complete = when_complete
         self._started = time.perf_counter()
         needed = sum(ranks.gather(bytes_needed(fragments)))
@@ -123,14 +124,18 @@ class CheckpointWrite:
         """Whether `work` is done on all ranks; one rank's failure is everybody's."""
         if wait:
             work.join()
-        states = self._ranks.gather((work.is_done, work.problem))
-        problem = next((f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(states) if problem), "")
+        states = self._ranks.gather((work.is_done, work.problem, self._in_place))
+        problem = next((f"rank {rank}: {problem}" for rank, (_, problem, _) in enumerate(states) if problem), "")
         if not problem:
-            return all(done for done, _ in states)
+            return all(done for done, _, _ in states)
         work.join()
         self._ranks.barrier()  # nobody writes any more
         if self._ranks.is_main:
             shutil.rmtree(self._partial, ignore_errors=True)
+        if any(in_place for _, _, in_place in states):
+            raise TrainingError(
+                f"checkpoint {self.path} is complete, but then: {problem}; --resume auto goes on from it"
+            )
         raise TrainingError(
             f"checkpoint {self.path} was not written: {problem}; --resume auto goes on from the one before"
         )
@@ -149,6 +154,7 @@ class CheckpointWrite:
             files[source.name] = _copy(source, self._partial / source.name)
         write_manifest(self._partial, {**self._facts, "files": files, "tensors": _tensor_index(shards)})
         _put_in_place(self._partial, self.path)
+        self._in_place = True
         write_durably(self.path.parent / LATEST, f"{self.path.name}\n".encode())
         self._when_complete()
 

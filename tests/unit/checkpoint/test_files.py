@@ -99,6 +99,13 @@ def test_a_disk_too_full_is_refused_before_anything_is_written(tmp_path: Path, m
     assert sum(file.stat().st_size for file in path.iterdir()) <= needed
 
 
+def test_a_failure_after_the_checkpoint_is_in_place_says_so(tmp_path: Path) -> None:
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(TrainingError, match=r"step-00000005 is complete, but then: rank 0: .*latest.*goes on from it"):
+        save(tmp_path, 5)
+    assert_holds(tmp_path / "step-00000005", 5)
+
+
 def test_room_is_made_by_what_need_not_be_kept_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """keep_last was lowered since these were written: two go before the save, the promised two stay."""
     for step in (1, 2, 3, 4):
