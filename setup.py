@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megalm", "megalm.*"]),
-    package_data={"megalm": ["presets/**/*.yaml", "py.typed"]},
+    package_data={"megalm": ["presets/**/*.yaml", "tracking/report/page.*", "py.typed"]},
     install_requires=[
         "torch>=2.9,<2.14",
         "deepspeed==0.19.8",
@@ -29,6 +29,7 @@ setup(
         "orjson>=3.10",
         "psutil>=6",
         "tqdm>=4.66",
+        "Jinja2>=3.1",
     ],
     entry_points={"console_scripts": ["megalm = megalm.cli.main:main"]},
 )

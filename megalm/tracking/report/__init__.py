@@ -1,0 +1,33 @@
+"""One page about a run: `write_report`. A single HTML file without scripts, pictures or anything to load."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from megalm.durable import complete_file
+from megalm.errors import ConfigError
+from megalm.tracking.report.account import read_account
+from megalm.tracking.report.page import render
+
+REPORT_FILE = "report.html"
+
+
+def write_report(run_dir: Path, output: Path | None = None) -> Path:
+    """Write the page of a run, which may be at work; where it is.
+
+    Args:
+        output: None: report.html in the run folder.
+
+    Raises:
+        ConfigError: no run folder, a damaged configuration in it, or a place that cannot be written.
+        DataError: a line of metrics.jsonl before the last is damaged.
+    """
+    now = time.time()
+    content = render(read_account(run_dir, now), now).encode("utf-8", errors="replace")
+    path = output or run_dir / REPORT_FILE
+    try:
+        complete_file(path, lambda file: file.write(content), durable=False)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another place with --output") from None
+    return path

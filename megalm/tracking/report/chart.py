@@ -1,0 +1,145 @@
+"""A chart as numbers for the template: SVG paths in a frame of 1000 x 1000 that the page stretches, labels as text.
+
+The frame has no text of its own: stretched to a phone's width it would be illegible. Labels are HTML beside it, placed
+by percent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from megalm.tracking.report.thinning import Point
+
+FRAME = 1000  # units of the SVG in both directions
+
+_TICKS = 5
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values to a share of the frame, 0 to 1; beyond its ends they stay at the edge."""
+
+    low: float
+    high: float
+    logarithmic: bool = False
+
+    @staticmethod
+    def around(low: float, high: float, logarithmic: bool = False) -> Scale:
+        """A little wider than the values, which may all be the same."""
+        if logarithmic:
+            return Scale(low / 1.3, high * 1.3, True)
+        room = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
+        return Scale(low - room if low < 0 or low > room else 0.0, high + room)
+
+    def share(self, value: float) -> float:
+        low, high = self._of(self.low), self._of(self.high)
+        return min(1.0, max(0.0, (self._of(max(value, self.low)) - low) / (high - low)))
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Round values and their labels."""
+        if self.logarithmic:
+            decades = [10.0**power for power in range(math.ceil(self._low), math.floor(self._high) + 1)]
+            if len(decades) >= 2:
+                every = math.ceil(len(decades) / _TICKS)
+                return [(value, short(value)) for value in decades[::every]]
+            tens = range(math.floor(self._low), math.ceil(self._high) + 1)
+            values = [factor * 10.0**power for power in tens for factor in (1, 2, 5)]
+            return [(value, short(value)) for value in values if self.low <= value <= self.high]
+        step = _round_step((self.high - self.low) / _TICKS)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [(number * step, label(number * step, step)) for number in range(first, last + 1)]
+
+    @property
+    def _low(self) -> float:
+        return math.log10(self.low)
+
+    @property
+    def _high(self) -> float:
+        return math.log10(self.high)
+
+    def _of(self, value: float) -> float:
+        return math.log10(value) if self.logarithmic else value
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve in the frame: an SVG path, and the class by which the page colours it."""
+
+    path: str
+    look: str
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """An event on the curves; `left` in percent of the width."""
+
+    left: float
+    look: str
+    title: str
+
+
+@dataclass
+class Chart:
+    """What the template draws.
+
+    Attributes:
+        x_ticks: percent of the width, step, tokens.
+        y_ticks: percent of the height, from below.
+        legend: look and name of what is drawn.
+        notes: what the picture alone does not say.
+    """
+
+    name: str
+    unit: str
+    lines: list[Line]
+    y_ticks: list[tuple[float, str]]
+    x_ticks: list[tuple[float, str, str]] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+    legend: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tall: bool = False
+
+
+def path(stretches: Iterable[Sequence[Point]], across: Scale, up: Scale) -> str:
+    """The `d` of an SVG path; a lone point becomes a dot."""
+    words = []
+    for points in stretches:
+        places = [f"{FRAME * across.share(x):.1f} {FRAME * (1 - up.share(y)):.1f}" for x, y in points]
+        if places:
+            words.append(f"M{places[0]}" + ("h0" if len(places) == 1 else f"L{' '.join(places[1:])}"))
+    return "".join(words)
+
+
+def dots(points: Iterable[Point], across: Scale, up: Scale) -> str:
+    """A path of dots: drawn with round ends, they stay round in a stretched frame."""
+    return path(([point] for point in points), across, up)
+
+
+def short(value: float) -> str:
+    """A number in few letters: 1.5M, 300, 0.02, 3e-4."""
+    size = abs(value)
+    if size >= 1000:
+        for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+            if size >= unit:
+                return f"{value / unit:.3g}{letter}" if size < 1e15 else f"{value:.0e}"
+    if size >= 0.01 or size == 0:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def label(value: float, step: float) -> str:
+    """A tick's value with the digits that its neighbours differ in."""
+    largest = max(abs(value), step)
+    if largest >= 1000 or largest < 0.01:
+        return short(value)
+    return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+
+
+def _round_step(rough: float) -> float:
+    """1, 2 or 5 times a power of ten, not below `rough`."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))

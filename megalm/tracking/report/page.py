@@ -1,0 +1,157 @@
+"""The page itself: what was found, put into the template. Everything in it is escaped by the template engine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from megalm.tracking.report.account import Account, step_of_file, text_of
+from megalm.tracking.report.chart import FRAME
+from megalm.tracking.report.curves import charts
+from megalm.tracking.report.numbers import numbers
+from megalm.tracking.report.outcome import ago, moment, outcome
+from megalm.tracking.report.unusual import findings
+from megalm.tracking.run_folder import without_passwords
+from megalm.train.invocation import Invocation
+
+_TEMPLATE = "page.html"
+_SAMPLE_BYTES = 12_000
+
+
+def render(account: Account, now: float) -> str:
+    """The whole page as HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"size": _size, "ago": ago}
+    history = account.history
+    return environment.get_template(_TEMPLATE).render(
+        account=account,
+        outcome=outcome(account, now),
+        made=moment(now),
+        numbers=numbers(account),
+        charts=charts(history),
+        frame=FRAME,
+        unusual=findings(account),
+        work=_work(account),
+        samples=_samples(account.samples),
+        differing=[setting for setting in account.settings if setting.base is not None],
+        all_settings=[(setting.name, setting.value) for setting in account.settings],
+        base=f"the preset {account.preset}" if account.preset else "the defaults",
+        deepspeed=json.dumps(account.deepspeed, indent=2, ensure_ascii=False) if account.deepspeed else "",
+        changes=_changes(account),
+        environment=_environment(account.environment),
+        data=_data(account),
+        commands=_commands(account),
+    )
+
+
+def _work(account: Account) -> list[tuple[str, float, float]]:
+    """Name, seconds and share of all of what the time went into."""
+    starts = [row.get("startup_seconds") for row in account.events("start", "resume")]
+    known = [seconds for seconds in starts if isinstance(seconds, (int, float))]
+    work = {**({"start-up, before the first step": float(sum(known))} if known else {}), **account.history.seconds}
+    total = sum(work.values())
+    return [(name, seconds, seconds / total) for name, seconds in work.items() if total and seconds > 0]
+
+
+def _samples(paths: list[Path]) -> list[dict[str, Any]]:
+    """The first, the one in the middle and the last."""
+    chosen = sorted({0, len(paths) // 2, len(paths) - 1}) if paths else []
+    found = []
+    for path in (paths[index] for index in chosen):
+        text, left_out = text_of(path, _SAMPLE_BYTES)
+        found.append({"step": step_of_file(path), "name": path.name, "text": text, "left_out": left_out})
+    return found
+
+
+def _changes(account: Account) -> list[tuple[str, list[str]]]:
+    """Of each start and resume that told of some, its name and the changes."""
+    rows = [row for row in account.events("start", "resume") if row.get("changed")]
+    return [
+        (
+            f"Attempt {row.get('attempt')}, {row.get('event')} at step {row.get('step', 0):,}",
+            [str(line) for line in row["changed"]],
+        )
+        for row in rows
+    ]
+
+
+def _environment(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The facts of the last attempt, those on a person's mind first."""
+    packages, git = content.get("packages"), content.get("git")
+    rows: list[tuple[str, object]] = [
+        (name, content[key])
+        for name, key in (
+            ("device", "device"),
+            ("ranks", "world_size"),
+            ("threads per rank", "threads_per_rank"),
+            ("precision", "precision"),
+            ("ZeRO stage", "zero_stage"),
+            ("host", "host"),
+            ("platform", "platform"),
+            ("Python", "python"),
+        )
+        if content.get(key) is not None
+    ]
+    if isinstance(packages, dict):
+        rows += [(name, version) for name, version in packages.items() if version is not None]
+    if isinstance(git, dict) and git.get("commit"):
+        rows.append(("git commit", f"{git['commit']}{', with uncommitted changes' if git.get('changed') else ''}"))
+    command = content.get("command")
+    if isinstance(command, list):
+        rows.append(("command", without_passwords(shlex.join(map(str, command)))))
+    return [(name, str(value)) for name, value in rows]
+
+
+def _data(account: Account) -> list[tuple[str, str]]:
+    content, rows = account.environment, []
+    datasets = content.get("datasets")
+    for part in datasets if isinstance(datasets, list) else ():
+        if isinstance(part, dict):
+            planned = f"{part.get('epochs', 0):.2f} epochs of {part.get('tokens_per_epoch', 0):,} tokens planned"
+            rows.append(("training data", f"{part.get('prefix')}: {planned}"))
+    entropy = content.get("unigram_entropy")
+    if isinstance(entropy, (int, float)):
+        rows.append(("unigram entropy", f"{entropy:.4f} nats a token"))
+    for name in ("data.train", "data.recipe", "data.validation", "data.split", "data.tokenizer"):
+        value = account.setting(name)
+        if value not in (None, "null"):
+            rows.append((name, str(value)))
+    fingerprints = ("dataset_fingerprint", "tokenizer_fingerprint")
+    rows += [(name.replace("_", " "), str(content[name])) for name in fingerprints if content.get(name)]
+    return rows
+
+
+def _commands(account: Account) -> list[tuple[str, str]]:
+    """What to do next, for a shell."""
+    folder, planned = account.run_dir, account.planned_steps
+    again = Invocation(folder).again
+    done = planned is not None and (account.results.steps or 0) >= planned
+    further = again("--resume", "auto", f"train.steps={2 * planned}") if done and planned else again("--resume", "auto")
+    rows = [("train longer" if done else "go on", further)]
+    if account.checkpoints:
+        rows.append(("checkpoints", shlex.join(["megalm", "checkpoint", "list", str(folder)])))
+        rows.append(("generate", shlex.join(["megalm", "generate", str(folder), "--prompt", "The "])))
+    rows.append(("compare", shlex.join(["megalm", "compare", str(folder), "OTHER_RUN"])))
+    rows.append(("this page again", shlex.join(["megalm", "report", str(folder)])))
+    return rows
+
+
+def _size(count: float | None) -> str:
+    if count is None:
+        return ""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
