@@ -10,6 +10,7 @@ Rows have `kind` and `time` (unix seconds), and by kind:
   first_sample; `rollback` has samples_skipped and begins an attempt, as `start` and `resume` do; `checkpoint` comes
   when one is complete and has path, saved_step, bytes, seconds (until then), stall_seconds (training stood still) and
   pruned (names of those that went).
+  `start` and `resume` have startup_seconds, from the start of the process.
   `end` has `status`: finished | failed | stopped (saved, and wants to be started again) and `exit_code`;
   `resume` and `rollback` have the `step` that the run goes on from.
 

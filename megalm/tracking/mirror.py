@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -55,6 +56,8 @@ class MirrorHandle:
         Returns False where it has not within the time (it then goes on alone for a bounded time) or could
         not; RUN_DIR/mlflow.log says why, and `megalm track sync RUN_DIR` sends the rest later. Never raises.
         """
+        if self.process.stdin is not None:
+            self.process.stdin.close()  # no file comes after this
         try:
             return self.process.wait(timeout=max(0.0, timeout_seconds)) == 0
         except subprocess.TimeoutExpired:
@@ -73,7 +76,7 @@ def start_mirror(run_dir: str | os.PathLike[str]) -> MirrorHandle:
     with open(run_dir / LOG_FILE, "ab") as log:
         process = subprocess.Popen(
             [*command, "--parent-pid", str(os.getpid()), "--since", str(time.time())],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -109,12 +112,13 @@ def follow(run_dir: Path, parent: ParentWatch, since: float = 0.0) -> None:
                 delivery.deliver()
                 failures = 0
                 if delivery.run_has_ended:
-                    return
+                    break
             except Exception as error:  # a file in the middle of its writing too
                 failures += 1
                 logger.warning("not delivered, trying again: %s", _one_line(error))
             parent.ended.wait(_back_off(failures))
-        _deliver_until(delivery, time.monotonic() + _DEADLINE_SECONDS, parent_ended=True)
+        _wait_for_last_files(parent)
+        _deliver_until(delivery, time.monotonic() + _DEADLINE_SECONDS, parent_ended=parent.ended.is_set())
 
 
 class ParentWatch(threading.Thread):
@@ -148,6 +152,15 @@ class ParentWatch(threading.Thread):
             )
         except psutil.NoSuchProcess:
             return False
+
+
+def _wait_for_last_files(parent: ParentWatch) -> None:
+    """The trainer closes this process's input when it has written everything, report.html after its last row too."""
+    deadline = time.monotonic() + _DEADLINE_SECONDS
+    while not parent.ended.is_set() and time.monotonic() < deadline:
+        ready, _, _ = select.select([0], [], [], 0.2)
+        if ready and not os.read(0, 1):
+            return
 
 
 def _deliver_until(delivery: Delivery, deadline: float, parent_ended: bool = False) -> Sent:

@@ -72,11 +72,26 @@ def environment_facts(
     }
 
 
-def farewell(folder: RunFolder, run: ResolvedRun, invocation: Invocation) -> str:
+def scale_facts(run: ResolvedRun, shape: ModelShape, data: RunData) -> dict[str, Any]:
+    """What environment.json says of sizes, by which losses and token counts are read."""
+    planned = zip(data.train.parts, data.train.planned(data.samples), strict=True)
+    return {
+        "parameters": shape.parameter_count(),
+        "planned_steps": run.config.train.steps,
+        "unigram_entropy": data.unigram_entropy,
+        "datasets": [
+            {"prefix": part.prefix, "tokens_per_epoch": read.tokens_per_epoch, "epochs": part.epochs}
+            for read, part in planned
+        ],
+    }
+
+
+def farewell(folder: RunFolder, run: ResolvedRun, invocation: Invocation, page: Path | None = None) -> str:
     """Where everything is, and the next commands to try."""
     prompt = json.dumps(_first_line(run.config.sample.prompts))
     steps = 2 * run.config.train.steps
     rows = [
+        *([("one page", str(page))] if page is not None else []),
         ("see it", _where_mlflow_is(folder.path.parent) if run.config.tracking.mlflow else f"{folder.metrics}"),
         ("list it", f"megalm checkpoint list {folder.path}"),
         ("generate", f"megalm generate {folder.path} --prompt {prompt}"),

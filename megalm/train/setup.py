@@ -7,6 +7,7 @@ after it, so that a failure has a place to be told.
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +38,7 @@ from megalm.train.datasets import (
     validation_loaders,
 )
 from megalm.train.evaluate import Evaluator
-from megalm.train.facts import environment_facts, farewell, opening_facts
+from megalm.train.facts import environment_facts, farewell, opening_facts, scale_facts
 from megalm.train.guard import SpikeGuard
 from megalm.train.incidents import IncidentWriter, reading
 from megalm.train.invocation import Invocation
@@ -46,6 +47,7 @@ from megalm.train.leaving import FailureClaim, Guard, StopRequest
 from megalm.train.limits import Limits, Watchdog, process_start
 from megalm.train.loop import TrainingLoop
 from megalm.train.own_config import read_settings, told_changes
+from megalm.train.page import leave_page
 from megalm.train.parts import Parts
 from megalm.train.pipeline_facts import pipeline_facts
 from megalm.train.rehearsal import memory_errors_named, rehearse
@@ -115,7 +117,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     run, data, shape = course.run, course.data, course.shape
     checkpoints = _checkpoints(course, folder, attempt, comm)
     account = environment_facts(run, course.identity, device_name(), device.type, torch.get_num_threads(), attempt)
-    comm.once(lambda: write_facts(folder, run, account))
+    comm.once(lambda: write_facts(folder, run, {**account, **scale_facts(run, shape, data)}))
     metrics = MetricsWriter(folder.metrics) if comm.is_main else None
     mirror = start_mirror(folder.path) if comm.is_main and run.config.tracking.mlflow else None
     if metrics is not None:
@@ -152,9 +154,9 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     parts.limits.rest()
     parts.batches.close()
     comm.barrier()  # no rank leaves while another still needs rank 0's store
-    _close(metrics, mirror, reporter, folder, lock)
+    page = _close(metrics, mirror, reporter, folder, lock, with_page=code == EXIT_DONE)
     if code == EXIT_DONE:
-        reporter.say(farewell(folder, run, invocation))
+        reporter.say(farewell(folder, run, invocation, page))
     return code
 
 
@@ -282,7 +284,8 @@ def _announce(loop: TrainingLoop, reporter: Reporter, course: Course) -> None:
     resumed = course.reader is not None and not course.weights_only
     facts = {"world_size": parts.comm.size, "precision": parts.run.precision, "changed": list(course.notes)}
     from_path = {} if course.reader is None else {"path": str(course.reader.path)}
-    loop.event("resume" if resumed else "start", **facts, **from_path)
+    startup_seconds = time.monotonic() - parts.limits.started
+    loop.event("resume" if resumed else "start", **facts, **from_path, startup_seconds=startup_seconds)
     if resumed:
         reporter.say(f"resumed at step {position.step}, {position.tokens:,} tokens seen")
 
@@ -298,10 +301,19 @@ def _nothing_to_do(loop: TrainingLoop, reporter: Reporter) -> int:
 
 
 def _close(
-    metrics: MetricsWriter | None, mirror: MirrorHandle | None, reporter: Reporter, folder: RunFolder, lock: RunLock
-) -> None:
+    metrics: MetricsWriter | None,
+    mirror: MirrorHandle | None,
+    reporter: Reporter,
+    folder: RunFolder,
+    lock: RunLock,
+    with_page: bool,
+) -> Path | None:
+    """Where the page about the run is, if rank 0 has one."""
+    page = None
     if metrics is not None:
         metrics.close()
+        page = leave_page(folder, reporter) if with_page else None
     if mirror is not None and not mirror.finish(_MIRROR_PATIENCE_SECONDS):
         reporter.say(f"MLflow has not got everything yet; later: megalm track sync {folder.path}")
     lock.release()
+    return page
