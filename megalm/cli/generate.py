@@ -1,35 +1,123 @@
-"""`megalm generate`: continue prompts with a checkpoint."""
+"""`megalm generate`: continue prompts with checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import orjson
 import typer
 
+from megalm.checkpoint.layout import step_of
 from megalm.cli.runs import find_place
 from megalm.config.schema import SampleSection
+from megalm.errors import ConfigError, DataError
 
 _DEFAULTS = SampleSection()
 
 
 def command(
     place: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run, or one of its checkpoints.")],
-    prompt: Annotated[list[str], typer.Option("--prompt", help="May be repeated.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="May be repeated.")] = None,
+    prompt_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--prompt-file",
+            metavar="FILE",
+            help='Its whole text is a prompt; of a .jsonl file each line, "TEXT" or {"prompt": "TEXT"}. '
+            "May be repeated.",
+        ),
+    ] = None,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Read prompts line by line; text appears as it is drawn.")
+    ] = False,
+    at: Annotated[
+        str,
+        typer.Option(
+            metavar="25,50,100", help="With the good checkpoints nearest to these percentages of the run, one by one."
+        ),
+    ] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = _DEFAULTS.max_new_tokens,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest.")] = _DEFAULTS.temperature,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest; 0: from all.")] = _DEFAULTS.top_k or 0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     tokenizer: Annotated[str, typer.Option(help="Where the checkpoint's tokenizer is now, if it moved.")] = "",
 ) -> None:
-    """Continue prompts with a checkpoint, in fp32, on the GPU if there is one."""
+    """Continue prompts with a checkpoint, in fp32, on the GPU if there is one.
+
+    \b
+    megalm generate runs/mine --prompt "Once upon" --prompt "The end of"
+    megalm generate runs/mine --interactive
+    megalm generate runs/mine --prompt-file questions.jsonl --at 25,50,75,100
+    """
+    from megalm.engine.openmp import wait_awake_briefly
+
+    wait_awake_briefly()
     from megalm.train.offline import Alone, OfflineModel
+    from megalm.train.offline_cache import CachedModel
     from megalm.train.sampling import generate
 
+    prompts = [*(prompt or ()), *(text for file in prompt_file or () for text in _read_prompts(file))]
+    if interactive and (prompts or at):
+        raise ConfigError("--interactive reads its prompts itself; leave out --prompt, --prompt-file and --at")
+    if not interactive and not prompts:
+        raise ConfigError("nothing to continue: name --prompt TEXT or --prompt-file FILE, or take --interactive")
     settings = SampleSection(
-        prompts=tuple(prompt), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None
+        prompts=tuple(prompts), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None
     )
-    model = OfflineModel(find_place(place), tokenizer or None)
-    length = model.shape.max_position_embeddings
-    for text in generate(model, Alone(), model.tokenizer, settings, length, seed):
-        typer.echo(text)
+    found = find_place(place)
+    if interactive:
+        from megalm.cli.prompt_loop import PromptLoop
+
+        PromptLoop(OfflineModel(found, tokenizer or None), settings, seed).run()
+        return
+    for path in _checkpoints(found, at) if at else [found]:
+        model = OfflineModel(path, tokenizer or None)
+        if at:
+            typer.echo(f"=== step {step_of(path):,}: {path}")
+        length = model.shape.max_position_embeddings
+        for text in generate(CachedModel(model), Alone(), model.tokenizer, settings, length, seed):
+            typer.echo(text)
+
+
+def _checkpoints(run: Path, at: str) -> list[Path]:
+    """The good checkpoints of a run nearest to percentages of its newest one's step, each once."""
+    from megalm.train.offline_run import course_of, nearest
+
+    try:
+        percentages = [float(part) for part in at.split(",")]
+    except ValueError:
+        percentages = []
+    if not percentages or not all(0 <= part <= 100 for part in percentages):
+        raise ConfigError(f"--at {at}: give percentages of the run, 0 to 100, as in 25,50,100")
+    if not (run / "checkpoints").is_dir():
+        raise ConfigError(f"--at takes a run folder; {run} has no folder checkpoints")
+    course = course_of(run)
+    for reason in course.left_out:
+        typer.echo(f"megalm: left out {reason}", err=True)
+    by_step = {step_of(path): path for path in course.good}
+    return [by_step[step] for step in nearest(list(by_step), percentages)]
+
+
+def _read_prompts(file: Path) -> Sequence[str]:
+    """The prompts of a file; the newline that ends it belongs to none."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{file}: cannot be read as text ({reason}); give a UTF-8 file") from None
+    if file.suffix != ".jsonl":
+        return [text.removesuffix("\n")]
+    return [_prompt(line, f"{file}:{number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _prompt(line: str, source: str) -> str:
+    try:
+        content = orjson.loads(line)
+    except ValueError as error:
+        raise DataError(f"{source}: is not JSON ({error}); mend or remove the line") from None
+    found = content.get("prompt") if isinstance(content, dict) else content
+    if not isinstance(found, str):
+        raise DataError(f'{source}: give "TEXT" or {{"prompt": "TEXT"}}')
+    return found

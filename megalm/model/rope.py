@@ -22,10 +22,10 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cosine", angles.cos().float(), persistent=False)
         self.register_buffer("sine", angles.sin().float(), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, N, D] -> the same, rotated by its position in T."""
-        length = x.shape[1]
-        cosine = self.cosine[:length].to(x.dtype).unsqueeze(1)  # [T, 1, D/2]
-        sine = self.sine[:length].to(x.dtype).unsqueeze(1)
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """[B, T, N, D] -> the same, rotated by its position in T, which counts from `start`."""
+        end = start + x.shape[1]
+        cosine = self.cosine[start:end].to(x.dtype).unsqueeze(1)  # [T, 1, D/2]
+        sine = self.sine[start:end].to(x.dtype).unsqueeze(1)
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)

@@ -154,6 +154,20 @@ def open_datasets(
     return RunData(tokenizer, train, requested, validation, entropy)
 
 
+def open_validation(data: DataSection, places: DataPlaces, tokenizer: Tokenizer) -> dict[str, ValidationSamples]:
+    """What a run validates on, by name; training data that no part of is held out is not opened.
+
+    Raises:
+        DataError: a missing or damaged file, or a dataset that was built with another tokenizer.
+    """
+    training = places.training if places.split is not None else []
+    for prefix in (*training, *(prefix for _, prefix in places.validation)):
+        ensure_dataset(prefix, _wanted(data, prefix, tokenizer))
+    opened = {prefix: IndexedDataset(prefix) for prefix in training}
+    ranges = {prefix: _cut(dataset, places.split) for prefix, dataset in opened.items()}
+    return dict(_validation_samples(data, places, opened, ranges))
+
+
 def batch_loader(run: ResolvedRun, train: BlendedSamples, data_rank: int) -> BatchLoader:
     return BatchLoader(train, batch_layout(run, data_rank))
 

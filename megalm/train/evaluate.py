@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from megalm.data.loader import ValidationLoader
-from megalm.engine.protocol import Comm, Engine
+from megalm.data.loader import GlobalBatch, MicroBatch
 
 TOTAL = "validation"  # the only set, or all sets together
+
+
+class Batches(Protocol):
+    """A set, in whole global batches."""
+
+    def __iter__(self) -> Iterator[GlobalBatch]: ...
+
+    def batch(self, index: int) -> GlobalBatch: ...
+
+
+class Evaluable(Protocol):
+    """What evaluating needs of an engine."""
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float: ...
+
+
+class Summing(Protocol):
+    """What evaluating needs of the other ranks."""
+
+    def sum(self, values: Sequence[float]) -> list[float]: ...
 
 
 @dataclass(frozen=True)
@@ -62,13 +82,13 @@ class Evaluator:
         heartbeat: told of every batch.
     """
 
-    sets: Mapping[str, tuple[ValidationLoader, ValidationLoader]]
+    sets: Mapping[str, tuple[Batches, Batches]]
     token_bytes: npt.NDArray[np.int32]
-    comm: Comm
+    comm: Summing
     replicas: int = 1
     heartbeat: Callable[[], None] = lambda: None
 
-    def evaluate(self, engine: Engine, whole: bool) -> Evaluation | None:
+    def evaluate(self, engine: Evaluable, whole: bool) -> Evaluation | None:
         """Collective; None without a validation set."""
         sums = {name: self._sums(engine, loaders[whole]) for name, loaders in self.sets.items()}
         if not sums:
@@ -80,12 +100,12 @@ class Evaluator:
         total = _Sums(*(sum(getattr(one, name) for one in each) for name in ("loss", "targets", "text_bytes")))
         return total.mean(TOTAL, parts)
 
-    def rehearse(self, engine: Engine) -> None:
+    def rehearse(self, engine: Evaluable) -> None:
         """One batch, for what it needs of memory."""
         for _, whole in list(self.sets.values())[:1]:
             engine.evaluate(whole.batch(0).micro_batches)
 
-    def _sums(self, engine: Engine, loader: ValidationLoader) -> _Sums:
+    def _sums(self, engine: Evaluable, loader: Batches) -> _Sums:
         loss_sum, targets, local_bytes = 0.0, 0, 0
         for batch in loader:
             loss_sum += engine.evaluate(batch.micro_batches)

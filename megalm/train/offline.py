@@ -1,68 +1,162 @@
-"""A checkpoint as a plain model in this process: no engine, no process group."""
+"""A checkpoint as a plain model in this process: no engine, no process group.
+
+Shapes: B batch, T sequence, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from megalm.checkpoint.fragment import FragmentKey
 from megalm.checkpoint.layout import find_checkpoint
 from megalm.checkpoint.load import CheckpointReader
-from megalm.checkpoint.manifest import MANIFEST
+from megalm.checkpoint.manifest import MANIFEST, read_manifest
+from megalm.data.loader import MicroBatch
 from megalm.data.tokenizer import Tokenizer, load_tokenizer
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, DataError
 from megalm.model.shape import ModelShape
 from megalm.model.transformer import LanguageModel
 
 T = TypeVar("T")
+OfflinePrecision = Literal["fp32", "bf16"]
+
+_DTYPES: dict[OfflinePrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What a checkpoint says of itself, and its tokenizer; no weights."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    shape: ModelShape
+    tokenizer: Tokenizer
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of the samples that it was trained on."""
+        longest = self.shape.max_position_embeddings
+        return min(self._data.get("data.sequence_length") or longest, longest)
+
+    @property
+    def document_mask(self) -> bool:
+        """Whether documents in one sample were kept from each other: none then follows an end-of-document token."""
+        return bool(self._data.get("data.document_mask", False))
+
+    @property
+    def run_folder(self) -> Path | None:
+        """The run that it lies in; None for one that was copied elsewhere."""
+        checkpoints = self.path.resolve().parent
+        return checkpoints.parent if checkpoints.name == "checkpoints" else None
+
+    @property
+    def _data(self) -> Mapping[str, Any]:
+        return self.manifest.get("data") or {}
+
+
+def read_facts(place: Path, tokenizer: str | None = None) -> CheckpointFacts:
+    """The account of a checkpoint folder, or of what `--resume auto` would take of a run.
+
+    Args:
+        tokenizer: where the checkpoint's tokenizer is now, if it moved.
+
+    Raises:
+        CheckpointError: nothing to load there, a damaged manifest, or another tokenizer than the checkpoint's.
+        DataError: its tokenizer is gone.
+    """
+    path = _checkpoint(place)
+    manifest = read_manifest(path)
+    found = load_tokenizer(tokenizer or manifest["tokenizer"])
+    expected = manifest["fingerprints"]["tokenizer"]
+    if found.fingerprint != expected:
+        raise CheckpointError(
+            f"{found.spec} is not the tokenizer of {path}: fingerprint {found.fingerprint[:12]}, "
+            f"expected {expected[:12]}; name the right one with --tokenizer"
+        )
+    return CheckpointFacts(path, manifest, ModelShape(**manifest["model"]), found)
 
 
 class OfflineModel:
-    """The fp32 model of a checkpoint, on the GPU if there is one.
+    """The model of a checkpoint, on the GPU if there is one.
 
     Args:
         place: a checkpoint folder, or a run folder, whose newest checkpoint is taken.
+        precision: of weights and activations; the loss is fp32 in any case.
 
     Raises:
         CheckpointError: nothing to load there, or damaged files.
         DataError: its tokenizer is gone.
     """
 
-    def __init__(self, place: Path, tokenizer: str | None = None) -> None:
+    def __init__(self, place: Path, tokenizer: str | None = None, precision: OfflinePrecision = "fp32") -> None:
         self.path = _checkpoint(place)
         reader = CheckpointReader(self.path)
         if problem := reader.verify():
             raise CheckpointError(problem)
-        self.shape = ModelShape(**reader.manifest["model"])
-        self.tokenizer: Tokenizer = load_tokenizer(tokenizer or reader.manifest["tokenizer"])
-        expected = reader.manifest["fingerprints"]["tokenizer"]
-        if self.tokenizer.fingerprint != expected:
-            raise CheckpointError(
-                f"{self.tokenizer.spec} is not the tokenizer of {self.path}: "
-                f"fingerprint {self.tokenizer.fingerprint[:12]}, "
-                f"expected {expected[:12]}; name the right one with --tokenizer"
-            )
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._load(reader)
+        self.facts = read_facts(self.path, tokenizer)
+        self.shape, self.tokenizer = self.facts.shape, self.facts.tokenizer
+        self.device = _device()
+        self.network = _load(reader, self.shape).to(self.device, _DTYPES[precision]).eval()
 
     @torch.inference_mode()
     def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """[B, T] tokens, [B] positions -> fp32 logits [B, V] of what follows each position."""
-        logits = self._model(
+        logits = self.network(
             torch.from_numpy(tokens).to(self.device), positions=torch.from_numpy(positions).to(self.device)
         )
-        assert isinstance(logits, torch.Tensor)
+        assert isinstance(logits, Tensor)
         return logits.float().cpu().numpy()
 
-    def _load(self, reader: CheckpointReader) -> None:
-        model = LanguageModel(self.shape)
-        weights = reader.model()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])
-        self._model = model.to(self.device).eval()
+    @torch.inference_mode()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """Sum of losses in nats, as of an engine; logits exist for one chunk of tokens at a time.
+
+        Raises:
+            DataError: a token that the model does not have.
+        """
+        total = 0.0
+        for batch in micro_batches:
+            loss, _ = self.network(*self._tensors(batch))
+            total += float(loss)
+        return total
+
+    @torch.inference_mode()
+    def row_losses(self, batch: MicroBatch) -> np.ndarray:
+        """Sum of losses in nats of each sample, fp64 [B].
+
+        Raises:
+            DataError: a token that the model does not have.
+        """
+        tokens, labels, documents = self._tensors(batch)
+        assert tokens is not None
+        assert labels is not None
+        assert documents is None, "rows are texts of their own"
+        embedding, *blocks, final_norm, head = self.network.stages()
+        hidden = embedding(tokens, None)
+        for block in blocks:
+            hidden = block(hidden, None)
+        hidden = final_norm(hidden)  # [B, T, H]
+        losses = [head(hidden[row : row + 1], labels[row : row + 1])[0] for row in range(len(labels))]
+        return torch.stack(losses).double().cpu().numpy()
+
+    def _tensors(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
+        largest = max(int(batch.tokens.max()), int(batch.labels.max()))
+        if largest >= self.shape.vocab_size:
+            raise DataError(
+                f"token {largest} is not in the model's vocabulary of {self.shape.vocab_size:,}; the dataset was "
+                "built with another tokenizer than the checkpoint's"
+            )
+        arrays = (batch.tokens, batch.labels, batch.documents)
+        return tuple(None if array is None else torch.from_numpy(array).to(self.device) for array in arrays)
 
 
 class Alone:
@@ -73,6 +167,9 @@ class Alone:
     def broadcast(self, value: T) -> T:
         return value
 
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
 
 def _checkpoint(place: Path) -> Path:
     if (place / MANIFEST).is_file():
@@ -81,3 +178,21 @@ def _checkpoint(place: Path) -> Path:
     if newest is None:
         raise CheckpointError(f"{place} is no checkpoint and has none in {place / 'checkpoints'}")
     return newest
+
+
+def _device() -> torch.device:
+    """DeepSpeed's own variable decides where there is a choice, as in training."""
+    wanted = os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    return torch.device("cuda" if wanted and torch.cuda.is_available() else "cpu")
+
+
+def _load(reader: CheckpointReader, shape: ModelShape) -> LanguageModel:
+    """The fp32 model; one parameter is in memory twice at a time."""
+    model = LanguageModel(shape)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            size = tuple(parameter.shape)
+            key = FragmentKey(name, "master", size, 0, math.prod(size))
+            parameter.copy_(reader.read(key).view(size))
+    reader.close()
+    return model

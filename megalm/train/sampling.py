@@ -5,6 +5,7 @@ Shapes: P prompts, T sequence (padded on the right, which a causal model does no
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -76,6 +77,21 @@ def generate(
     if not settings.prompts:
         return []
     texts = [list(ids) or [tokenizer.eod_id] for ids in tokenizer.encode_batch(list(settings.prompts))]
+    for _ in extend(engine, comm, texts, tokenizer.eod_id, settings, sequence_length, seed):
+        pass
+    return [tokenizer.decode(text) for text in texts]
+
+
+def extend(
+    engine: Predictor,
+    comm: Broadcaster,
+    texts: list[list[int]],
+    eod_id: int,
+    settings: SampleSection,
+    sequence_length: int,
+    seed: int,
+) -> Iterator[None]:
+    """Grow `texts`, lists of tokens, in place: a token each from one yield to the next, as `generate` says."""
     open_texts = set(range(len(texts)))
     random = np.random.default_rng(seed)
     for _ in range(settings.max_new_tokens):
@@ -89,13 +105,13 @@ def generate(
         logits = engine.next_token_logits(tokens, positions)
         chosen = comm.broadcast([draw(row, settings.temperature, settings.top_k, random) for row in logits])
         for index in sorted(open_texts):
-            if chosen[index] == tokenizer.eod_id:
+            if chosen[index] == eod_id:
                 open_texts.discard(index)
             else:
                 texts[index].append(chosen[index])
         if not open_texts:
             break
-    return [tokenizer.decode(text) for text in texts]
+        yield
 
 
 def draw(logits: np.ndarray, temperature: float, top_k: int | None, random: np.random.Generator) -> int:

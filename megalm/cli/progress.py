@@ -1,0 +1,71 @@
+"""How far a command has come, on stderr with the time left: a bar on a terminal, now and then a line elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+_LINE_INTERVAL_SECONDS = 5.0
+
+
+class Counter:
+    """Counts to `total`. Use it as a context manager."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._done = what, total, 0
+        self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal or self._console.is_dumb_terminal,
+        )
+        self._task = self._bar.add_task(what, total=total)
+        self._started = self._told = time.monotonic()
+
+    def advance(self) -> None:
+        self._done += 1
+        self._bar.update(self._task, completed=self._done)
+        now = time.monotonic()
+        if self._bar.disable and now - self._told >= _LINE_INTERVAL_SECONDS:
+            self._told = now
+            left = (now - self._started) / self._done * (self._total - self._done)
+            self._console.print(f"{self._what} {self._done:,}/{self._total:,}, about {_clock(left)} left")
+
+    def __enter__(self) -> Counter:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+def watched(what: str) -> Callable[[Sequence[T]], Iterator[T]]:
+    """What hands on the items of a sequence and counts them."""
+
+    def each(items: Sequence[T]) -> Iterator[T]:
+        with Counter(what, len(items)) as counter:
+            for item in items:
+                yield item
+                counter.advance()
+
+    return each
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

@@ -1,0 +1,48 @@
+"""Real checkpoints of small models with random weights, as a run writes them: for what reads checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalm.checkpoint.fragment import Fragment, FragmentKey
+from megalm.checkpoint.save import save_checkpoint
+from megalm.config.schema import ModelSection
+from megalm.data.tokenizer import Tokenizer
+from megalm.model.init import initialise
+from megalm.model.shape import model_shape
+from megalm.model.transformer import LanguageModel
+from tests.checkpoint_files import Alone
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
+LLAMA = ModelSection(style="llama", num_key_value_heads=2, qk_norm=True, **SIZES)
+GPT2 = ModelSection(style="gpt2", **SIZES)
+
+
+def write_run(
+    run: Path, tokenizer: Tokenizer, section: ModelSection = LLAMA, length: int = 24, step: int = 10, **facts: Any
+) -> Path:
+    """A checkpoint of `run`; another `step` has other weights."""
+    shape = model_shape(section, tokenizer.vocab_size, length)
+    model = LanguageModel(shape)
+    initialise(model, shape, seed=step)
+    parts = []
+    for name, parameter in model.named_parameters():
+        size = tuple(parameter.shape)
+        noise = torch.randn(size, generator=torch.Generator().manual_seed(step)) * 0.1
+        # Gains of 1 and biases of 0 would hide what is left out.
+        values = parameter.detach() + (noise if parameter.ndim == 1 else 0)
+        parts.append(Fragment(FragmentKey(name, "master", size, 0, parameter.numel()), values.flatten()))
+    data = {"data.sequence_length": length, "data.document_mask": facts.pop("document_mask", False)}
+    known = {
+        "attempt": 1,
+        "tokens": 100 * step,
+        "model": asdict(shape),
+        "data": data,
+        "tokenizer": tokenizer.spec,
+        "fingerprints": {"tokenizer": tokenizer.fingerprint},
+    }
+    return save_checkpoint(run / "checkpoints", step, parts, {**known, **facts}, (), Alone())

@@ -1,0 +1,120 @@
+"""Keys and values that are kept give the tokens that computing all anew gives; text comes in whole pieces."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megalm.config.schema import ModelSection, SampleSection
+from megalm.data.stdlib import source_files
+from megalm.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from megalm.train.offline import Alone, OfflineModel
+from megalm.train.offline_cache import CachedModel
+from megalm.train.offline_stream import stream
+from megalm.train.sampling import generate
+from tests.offline_models import GPT2, LLAMA, SIZES, write_run
+
+LENGTH = 40
+PROMPTS = ("def read(", "", "x" * 30, "class größer:\n" * 5)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[LLAMA, ModelSection(style="llama", tie_word_embeddings=True, **SIZES), GPT2],
+    ids=["llama-gqa-qk-norm", "llama-tied", "gpt2"],
+)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OfflineModel:
+    return OfflineModel(write_run(tmp_path_factory.mktemp("run"), ByteTokenizer(), request.param, LENGTH))
+
+
+def settings(temperature: float, tokens: int = 30, prompts: tuple[str, ...] = PROMPTS) -> SampleSection:
+    return SampleSection(prompts=prompts, max_new_tokens=tokens, temperature=temperature, top_k=50)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
+def test_the_same_texts(model: OfflineModel, temperature: float) -> None:
+    """Prompts of all lengths, through the end of the window and beyond, where it begins to move."""
+    for seed in range(3):
+        texts = [
+            generate(one, Alone(), model.tokenizer, settings(temperature), LENGTH, seed)
+            for one in (model, CachedModel(model))
+        ]
+        assert texts[0] == texts[1]
+    assert max(len(text.encode()) for text in texts[0]) > LENGTH
+
+
+def test_the_same_logits_whatever_was_asked_before(model: OfflineModel) -> None:
+    random = np.random.default_rng(0)
+    cached = CachedModel(model)
+    text = random.integers(0, 256, 30)
+    other = np.concatenate([text[:11], random.integers(0, 256, 9)])
+    for rows in ([text[:10]], [text[:11]], [text[:20]], [other], [text, other[:5]], [text[3:]], [other[:4]], [text]):
+        tokens = np.zeros((len(rows), 32), dtype=np.int64)
+        for row, values in enumerate(rows):
+            tokens[row, : len(values)] = values
+        positions = np.array([len(values) - 1 for values in rows])
+        expected = model.next_token_logits(tokens, positions)
+        np.testing.assert_allclose(cached.next_token_logits(tokens, positions), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_token_more_costs_a_token(model: OfflineModel) -> None:
+    """What it is for: only what is new goes through the blocks."""
+    widths: list[int] = []
+    hook = model.network.layers[0].attention.query.register_forward_hook(  # type: ignore[union-attr]
+        lambda _, inputs, __: widths.append(inputs[0].shape[1])
+    )
+    try:
+        generate(CachedModel(model), Alone(), model.tokenizer, settings(0.0, 5, ("abcdef",)), LENGTH, 0)
+    finally:
+        hook.remove()
+    assert widths == [6, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_stream_joined_is_the_text(model: OfflineModel, prompt: str, seed: int) -> None:
+    once = settings(1.5, 40, (prompt,))
+    pieces = list(stream(CachedModel(model), model.tokenizer, prompt, once, LENGTH, seed))
+    assert ["".join(pieces)] == generate(model, Alone(), model.tokenizer, once, LENGTH, seed)
+    assert len(pieces) > 5
+
+
+class Says:
+    """Predicts the tokens of a text, one after the other."""
+
+    def __init__(self, tokens: list[int], prompt: int, vocabulary: int) -> None:
+        self._tokens, self._place, self._vocabulary = tokens, prompt, vocabulary
+
+    def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        logits = np.zeros((1, self._vocabulary), np.float32)
+        logits[0, self._tokens[self._place]] = 50.0
+        self._place += 1
+        return logits
+
+
+@pytest.fixture(scope="module")
+def pieces_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    train_tokenizer([source_files()["textwrap.py"].read_text(encoding="utf-8")], path, vocab_size=500)
+    return load_tokenizer(path)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_characters_of_several_tokens_come_whole(kind: str, pieces_tokenizer: Tokenizer) -> None:
+    """Bytes of `ß`, `❌` and of an emoji are tokens of their own, and so is a space in front of a word."""
+    tokenizer = ByteTokenizer() if kind == "bytes" else pieces_tokenizer
+    prompt, continuation = "größe", " à ❌ a text\n    🎉 too "
+    (start, whole) = tokenizer.encode_batch([prompt, prompt + continuation])
+    assert whole[: len(start)] == start
+    says = Says([*whole, tokenizer.eod_id], len(start), tokenizer.vocab_size)
+    pieces = list(stream(says, tokenizer, prompt, settings(0.0, 100), 200, 0))
+    assert "".join(pieces) == prompt + continuation
+    assert pieces[0] == prompt
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert sum("❌" in piece for piece in pieces) == 1
+
+
+def test_bytes_that_are_no_character_are_shown_in_the_end() -> None:
+    tokenizer = ByteTokenizer()
+    says = Says([97, 0xE2, 0x9D, 98, 0xF0, 256], 1, 257)
+    assert "".join(stream(says, tokenizer, "a", settings(0.0, 100), 200, 0)) == "a\ufffdb\ufffd"

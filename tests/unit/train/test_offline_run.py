@@ -1,0 +1,104 @@
+"""Which checkpoints of a run are looked at, and what a model in this process takes and refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megalm.checkpoint.manifest import set_status
+from megalm.data.indexed import IndexedDatasetWriter
+from megalm.data.tokenizer import ByteTokenizer
+from megalm.errors import CheckpointError, DataError
+from megalm.train.offline import OfflineModel, read_facts
+from megalm.train.offline_run import course_of, nearest
+from megalm.train.offline_sets import DATA, DatasetTask, other_sets, own_sets
+from tests.checkpoint_files import save
+from tests.offline_models import GPT2, write_run
+
+LENGTH = 24
+
+
+def test_good_ones_in_order_and_the_others_named(tmp_path: Path) -> None:
+    folders = {step: save(tmp_path / "checkpoints", step) for step in (10, 20, 30, 40, 50)}
+    set_status(folders[20], "bad", "loss of 9")
+    set_status(folders[30], "suspect", None)
+    next(folders[40].glob("*.safetensors")).unlink()
+    course = course_of(tmp_path)
+    assert course.good == (folders[10], folders[50])
+    assert [reason.split(":")[0] for reason in course.left_out] == [folders[step].name for step in (20, 30, 40)]
+    assert "marked bad (loss of 9)" in course.left_out[0]
+    assert course.left_out[1].endswith("marked suspect")
+    assert "is missing" in course.left_out[2]
+
+
+def test_a_run_without_a_good_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no good checkpoint; `megalm checkpoint list"):
+        course_of(tmp_path)
+    set_status(save(tmp_path / "checkpoints", 10), "bad", "loss of 9")
+    with pytest.raises(CheckpointError, match="loss of 9"):
+        course_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("percentages", "expected"),
+    [
+        ([25, 50, 75, 100], [100, 200, 300, 400]),
+        ([0, 1], [100]),
+        ([90, 100], [400]),
+        ([37.5], [100]),  # as near to 200
+        ([60, 40, 60], [200]),
+    ],
+)
+def test_nearest_to_shares_of_the_run(percentages: list[float], expected: list[int]) -> None:
+    assert nearest([100, 200, 300, 400], percentages) == expected
+
+
+def test_facts_say_how_it_was_trained(tmp_path: Path) -> None:
+    facts = read_facts(write_run(tmp_path / "run", ByteTokenizer(), length=LENGTH))
+    assert (facts.sequence_length, facts.document_mask, facts.run_folder) == (LENGTH, False, tmp_path / "run")
+    moved = facts.path.rename(tmp_path / "alone")
+    assert read_facts(moved).run_folder is None
+
+
+def test_datasets_of_the_tokenizer_have_a_total(tmp_path: Path) -> None:
+    model = OfflineModel(write_run(tmp_path / "run", ByteTokenizer(), GPT2, LENGTH))
+    for name, count in (("few", 30), ("many", 200)):
+        with IndexedDatasetWriter(tmp_path / name, np.uint16) as writer:
+            writer.append(np.random.default_rng(count).integers(0, 256, count))
+    sets = other_sets(model.facts, [str(tmp_path / name) for name in ("few", "many")])
+    few, many, total = DatasetTask(DATA, sets, model.tokenizer, 4).rows(model, lambda: None)
+    assert [row["dataset"] for row in (few, many, total)] == ["few", "many", "all"]
+    assert [row["targets"] for row in (few, many, total)] == [29, 199, 228]
+    assert total["loss"] == pytest.approx((29 * few["loss"] + 199 * many["loss"]) / 228)
+    (row,) = DatasetTask(DATA, {"few": sets["few"]}, model.tokenizer, 4).rows(model, lambda: None)
+    assert row == few
+    (row,) = DatasetTask(DATA, {"many": sets["many"]}, model.tokenizer, 4, max_samples=2).rows(model, lambda: None)
+    assert row["targets"] == 2 * LENGTH
+
+
+def test_what_cannot_be_evaluated_on_is_refused(tmp_path: Path) -> None:
+    model = OfflineModel(write_run(tmp_path / "run", ByteTokenizer(), GPT2, LENGTH))
+    with pytest.raises(DataError, match="cannot be opened"):
+        other_sets(model.facts, [str(tmp_path / "absent")])
+    with pytest.raises(CheckpointError, match=r"no config\.yaml .* --data"):
+        own_sets(model.facts, lambda line: None)
+    with IndexedDatasetWriter(tmp_path / "other", np.uint16) as writer:
+        writer.append([5, 300, 7])
+    task = DatasetTask(DATA, other_sets(model.facts, [str(tmp_path / "other")]), model.tokenizer, 4)
+    with pytest.raises(DataError, match="token 300 is not in the model's vocabulary of 257"):
+        task.rows(model, lambda: None)
+
+
+def test_bf16_is_near(tmp_path: Path) -> None:
+    place = write_run(tmp_path / "run", ByteTokenizer(), GPT2, LENGTH)
+    with IndexedDatasetWriter(tmp_path / "data", np.uint16) as writer:
+        writer.append(np.random.default_rng(0).integers(0, 256, 300))
+    losses = []
+    for precision in ("fp32", "bf16"):
+        model = OfflineModel(place, precision=precision)  # type: ignore[arg-type]
+        task = DatasetTask(DATA, other_sets(model.facts, [str(tmp_path / "data")]), model.tokenizer, 4)
+        losses.append(task.rows(model, lambda: None)[0]["loss"])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=3e-3)

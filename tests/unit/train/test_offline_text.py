@@ -1,0 +1,148 @@
+"""Raw text: each token of each document is scored exactly once, and as a plain loop over the model scores it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from megalm.data.samples import IGNORE
+from megalm.data.tokenizer import ByteTokenizer
+from megalm.errors import ConfigError, DataError
+from megalm.train.offline import OfflineModel
+from megalm.train.offline_sequences import ScoredSequence, SequenceBatches, evenly
+from megalm.train.offline_text import TextTask, document_windows, read_text
+from tests.offline_models import GPT2, LLAMA, write_run
+
+LENGTH = 24
+TEXTS = ("short", "a text of more than one window, whose last words are scored with context before them", "größer ❌")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> OfflineModel:
+    return OfflineModel(write_run(tmp_path_factory.mktemp("run"), ByteTokenizer(), LLAMA, LENGTH))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def plain_loss(model: OfflineModel, tokens: list[int], overlap: int) -> float:
+    """A window at a time, one whole softmax each, in fp64."""
+    total, scored, start = 0.0, 1, 0
+    while scored < len(tokens):
+        window = torch.tensor([tokens[start : start + LENGTH]])
+        with torch.no_grad():
+            logits = model.network(window)[0].double()
+        targets = torch.tensor(tokens[start + 1 : start + LENGTH + 1])
+        losses = functional.cross_entropy(logits[: len(targets)], targets, reduction="none")
+        total += float(losses[scored - start - 1 :].sum())
+        scored = start + len(targets) + 1
+        start += LENGTH - overlap
+    return total
+
+
+@pytest.mark.parametrize("overlap", [0, 7, 12, 23])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_loss_is_that_of_a_plain_loop(model: OfflineModel, file: Path, overlap: int, batch_size: int) -> None:
+    found = read_text(str(file), model.facts, overlap)
+    beats: list[int] = []
+    task = TextTask([found], model.tokenizer.token_bytes(), batch_size)
+    (row,) = task.rows(model, lambda: beats.append(1))
+    nats = sum(plain_loss(model, [256, *text.encode()], overlap) for text in TEXTS)
+    sizes = sum(len(text.encode()) for text in TEXTS)
+    words = sum(len(text.split()) for text in TEXTS)
+    assert len(beats) == task.batches
+    assert (row["targets"], row["text_bytes"], row["words"], row["documents"]) == (sizes, sizes, words, 3)
+    assert row["loss"] == pytest.approx(nats / sizes, rel=1e-6)
+    assert row["bits_per_byte"] == pytest.approx(nats / sizes / math.log(2), rel=1e-6)
+    assert row["word_perplexity"] == pytest.approx(math.exp(nats / words), rel=1e-4)
+
+
+def test_more_context_is_another_loss(model: OfflineModel, file: Path) -> None:
+    """Or the test above would not see the overlap."""
+    sizes = model.tokenizer.token_bytes()
+    losses = [
+        TextTask([read_text(str(file), model.facts, overlap)], sizes, 4).rows(model, int)[0]["loss"]
+        for overlap in (0, 12)
+    ]
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 2, LENGTH - 1, LENGTH, LENGTH + 1, 2 * LENGTH, 5 * LENGTH + 3])
+@pytest.mark.parametrize("overlap", [0, 1, 12, LENGTH - 1])
+def test_every_token_is_scored_once(model: OfflineModel, count: int, overlap: int) -> None:
+    tokens = np.arange(count)
+    windows = list(document_windows(tokens, model.facts, overlap))
+    scored = [int(token) for window in windows for token in window.tokens[window.first :]]
+    assert scored == list(range(count))
+    assert all(1 <= window.first < len(window.tokens) <= LENGTH + 1 for window in windows)
+    assert all(window.first > overlap for window in windows[1:]), "each carries so much context"
+
+
+def test_documents_kept_apart_begin_without_an_end(tmp_path: Path, file: Path) -> None:
+    model = OfflineModel(write_run(tmp_path, ByteTokenizer(), GPT2, LENGTH, document_mask=True))
+    row = TextTask([read_text(str(file), model.facts)], model.tokenizer.token_bytes(), 4).rows(model, int)[0]
+    nats = sum(plain_loss(model, list(text.encode()), 12) for text in TEXTS)
+    targets = sum(len(text.encode()) - 1 for text in TEXTS)
+    assert (row["targets"], row["text_bytes"]) == (targets, targets)
+    assert row["loss"] == pytest.approx(nats / targets, rel=1e-6)
+
+
+def test_several_have_a_total(model: OfflineModel, file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("one more\n")
+    sets = [read_text(str(path), model.facts) for path in (file, other)]
+    first, second, total = TextTask(sets, model.tokenizer.token_bytes(), 4).rows(model, int)
+    assert [row["dataset"] for row in (first, second, total)] == [str(file), str(other), "all"]
+    assert total["targets"] == first["targets"] + second["targets"]
+    nats = [row["loss"] * row["targets"] for row in (first, second, total)]
+    assert nats[2] == pytest.approx(nats[0] + nats[1])
+    assert total["bits_per_byte"] == pytest.approx(nats[2] / math.log(2) / total["text_bytes"])
+
+
+def test_what_cannot_be_read_is_counted(model: OfflineModel, tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"text": ""}\n{"other": 1}\n{"text": "good"}\n')
+    found = read_text(str(path), model.facts)
+    assert (found.documents, found.skipped) == (1, 2)
+    assert f"{path}:1" in found.problem
+    path.write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match="no document there that can be scored"):
+        read_text(str(path), model.facts)
+    with pytest.raises(DataError, match="no file to read there"):
+        read_text(str(tmp_path / "absent.txt"), model.facts)
+    with pytest.raises(ConfigError, match="0 to 23 can overlap"):
+        read_text(str(path), model.facts, overlap=LENGTH)
+
+
+def test_samples_are_spread_evenly(model: OfflineModel, file: Path) -> None:
+    assert evenly(10, None) == list(range(10))
+    assert evenly(3, 5) == [0, 1, 2]
+    assert evenly(10, 2) == [2, 7]
+    assert read_text(str(file), model.facts, max_samples=1).words == len(TEXTS[1].split())
+
+
+def test_batches_hold_like_lengths_and_lose_nothing() -> None:
+    sequences = [ScoredSequence(np.arange(length) + 100 * length, 1 + length // 3) for length in (5, 9, 2, 7, 7)]
+    batches = SequenceBatches(sequences, 2)
+    seen = []
+    for number, batch in enumerate(batches):
+        (micro_batch,) = batch.micro_batches
+        for row, index in enumerate(batches.indices(number)):
+            tokens = sequences[index].tokens
+            assert micro_batch.tokens[row, : len(tokens) - 1].tolist() == tokens[:-1].tolist()
+            scored = micro_batch.labels[row][micro_batch.labels[row] != IGNORE]
+            assert scored.tolist() == tokens[sequences[index].first :].tolist()
+            seen.append(index)
+        assert batch.target_count == (micro_batch.labels != IGNORE).sum()
+    assert (len(batches), sorted(seen)) == (3, [0, 1, 2, 3, 4])
+    assert [batch.micro_batches[0].tokens.shape for batch in batches] == [(2, 8), (2, 6), (1, 1)]
