@@ -41,8 +41,8 @@ def main(
         Optional[str],  # noqa: UP045
         typer.Option(
             "--deepspeed_config",
-            help="the DeepSpeed JSON: batch, precision, optimizer, ZeRO; default: with --resume the run's own, else "
-            "ds_configs/zero2.json",
+            help="the DeepSpeed JSON: batch, precision, optimizer, ZeRO; default: a recipe's own, with --resume the "
+            "run's own, else ds_configs/zero2.json",
         ),
     ] = None,
     config: Annotated[

@@ -363,7 +363,9 @@ def _whole(value: Range) -> str:
 
 def _short(value: Range) -> str:
     """32,800,000,000 -> "32.8 B"."""
-    unit, letter = next(((unit, letter) for unit, letter in _PREFIXES if abs(value[1]) >= unit), (1.0, ""))
+    unit, letter = next(((unit, letter) for unit, letter in _PREFIXES if value[1] >= unit), (0.0, ""))
+    if not unit:
+        return _whole(value)
     ends = _ends((value[0] / unit, value[1] / unit), ".4g" if value[1] / unit >= 100 else ".3g")
     return f"{ends}{letter}"
 

@@ -163,7 +163,8 @@ def recipe_keeps_its_batch(case: Case) -> None:
     if own != case.settings.train_batch_size:
         raise ConfigError(
             f"{case.ds.path} has train_batch_size={case.settings.train_batch_size}, but {case.preset_words} belongs to "
-            f"{named} with train_batch_size={own}; use that file, or deepspeed_config=null for a run of your own"
+            f"{named} with train_batch_size={own}; leave --deepspeed_config out, which takes that file, or state "
+            "deepspeed_config=null for a run of your own"
         )
 
 

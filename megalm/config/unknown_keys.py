@@ -10,7 +10,7 @@ from megalm.errors import ConfigError
 
 # What only describes is no setting that somebody may have meant.
 _LEAVES = [key for key in leaf_fields(RunConfig) if not key.startswith("documented.")]
-_SECTIONS = [name for name, field in RunConfig.model_fields.items() if section_of(field)]
+_SECTIONS = [name for name, field in RunConfig.model_fields.items() if section_of(field) and name != "documented"]
 
 # Names that other toolkits use for what has another name here.
 _OTHER_NAMES = {

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from megalm.estimate.shares import shares
 from megalm.model.flops import flops_per_token
 from megalm.model.shape import ModelShape, model_shape
 from megalm.plan import make_plan, parameters_by_part
+from megalm.rate_picture import points
 from megalm.topology import Topology
+from megalm.train.schedule import ScheduleSegment, learning_rate
 
 Start = Callable[..., ResolvedRun]
 
@@ -238,3 +241,59 @@ def test_presets_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         main(["presets", "quickstart"])
     assert "recipe: python-stdlib" in capsys.readouterr().out
+
+
+def test_the_rate_of_every_step_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from megalm.cli.main import main
+
+    def plan(*words: str) -> int:
+        with pytest.raises(SystemExit) as left:
+            main(["plan", "--gpu-memory", "80", *words])
+        return int(left.value.code or 0)
+
+    picture = tmp_path / "pictures" / "rate.png"
+    assert plan("--plot", str(picture)) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"learning rate of every step: {picture}" in capsys.readouterr().out
+    for wrong, said in (
+        (("--plot", str(tmp_path / "rate.txt")), "txt is no picture format; name a .png, .svg or .pdf"),
+        (("--plot", str(picture / "rate.png")), "rate.png: cannot be written ("),
+        (("--extend-steps", "5"), "name the checkpoint with --after"),
+        (("--after", str(tmp_path)), "is not a complete checkpoint"),
+    ):
+        assert plan(*wrong) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_every_turn_of_a_schedule_is_drawn(start: Start) -> None:
+    words = ("schedule.kind=wsd", "schedule.warmup_steps=7", "schedule.decay_steps=1003", "train.steps=100001")
+    plan = make_plan(start(*words), vocab_size=100)
+    steps, rates = points(plan.schedules)
+    assert len(steps) < 2200
+    assert {1, 7, 100_001 - 1003, 100_001} <= set(steps)
+    assert rates == [learning_rate(plan.resolved.schedule, step) for step in steps]
+
+
+def test_a_run_that_goes_on_is_planned_with_its_past(start: Start) -> None:
+    """Strategy A of a run of 1,000 steps: a cosine of its own from there, and a constant rate before."""
+    first = ScheduleSegment(1, 0, start("schedule.kind=constant", "train.steps=1000").schedule)
+    then = ScheduleSegment(1001, 1000, start("schedule.warmup_steps=0", "train.steps=9000").schedule)
+    plan = make_plan(start("train.steps=10000"), 100, (first, then))
+    rates = dict(plan.learning_rates)
+    assert (rates[1000], rates[10_000]) == (3e-3, pytest.approx(3e-4))
+    assert rates[1001] < rates[1000]
+    steps, drawn = points(plan.schedules)
+    assert drawn[steps.index(1000)] == 3e-3
+    assert drawn[steps.index(1001)] == rates[1001]
+    text = plan_text(plan, 8)
+    assert "from step 1: constant from 0.003" in text
+    assert "from step 1,001: cosine from 0.003 to 0.0003 at step 10,000" in text
+
+
+def test_a_plan_that_does_not_fit_says_so(start: Start) -> None:
+    words = ("model.hidden_size=2048", "model.num_hidden_layers=48")
+    small = replace(GPU, memory_bytes=8 << 30)
+    assert "WARNING: does not fit by the estimate: a rank needs" in plan_text(
+        make_plan(start(*words, device=small), 99), 8
+    )
+    assert "does not fit" not in plan_text(make_plan(start(device=small), 99), 8)

@@ -1,0 +1,326 @@
+"""The recipes: each documented number in its place, its JSON found, its GPUs large enough, its claims judged."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from config_cases import CPU, refused
+
+from megalm.cli.plan import plan_text, planned
+from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, read_deepspeed_json
+from megalm.config.loading import config_to_yaml, load_run_config
+from megalm.config.presets import preset_path, preset_paths
+from megalm.config.resolve import resolve
+from megalm.config.schema import RunConfig
+from megalm.config.strict import leaf_fields
+from megalm.documented import EXPECTED, HOLDS, Judgement, judge
+from megalm.plan import Plan
+from megalm.train.own_config import read_settings
+
+RECIPES = sorted(set(preset_paths()) - {"quickstart"})
+
+
+@functools.cache
+def plan_of(name: str, *overrides: str) -> Plan:
+    """As `megalm plan --config NAME` does it, on GPUs of 24 GiB where the document names none."""
+    loaded, deepspeed = read_settings(name, overrides, None, resume=False, ranks=1)
+    documented = loaded.config.documented
+    return planned(loaded, deepspeed, documented.devices or 1, documented.device_memory_gib or 24, 8)
+
+
+def judged(name: str, *overrides: str) -> dict[str, Judgement]:
+    return {judgement.claim: judgement for judgement in judge(plan_of(name, *overrides))}
+
+
+@dataclass(frozen=True)
+class Documented:
+    """The numbers of a document that training follows."""
+
+    shape: tuple[int, int, int, int]  # layers, hidden, heads, vocabulary
+    length: int
+    batch: tuple[int, int, int, int]  # sequences a step = micro-batch x accumulation x GPUs
+    rates: dict[int, float]  # of steps
+    stated: dict[str, Any]
+
+
+GPT2_SMALL = (12, 768, 12)
+DOCUMENTED = {
+    "rtx5090-896x12": Documented(
+        (12, 896, 14, 50_257),
+        1024,
+        (64, 4, 16, 1),
+        {1: 3e-7, 2000: 6e-4},
+        {
+            "model.intermediate_size": 3584,
+            "train.steps": 500_000,
+            "guard.stop_above": 7,
+            "guard.after_step": 1000,
+            "schedule.warmup_steps": 2000,
+        },
+    ),
+    "rtx5090-1280x16": Documented((16, 1280, 20, 50_257), 512, (64, 4, 16, 1), {2000: 6e-4}, {}),
+    "gpt2-diagnostic": Documented(
+        (*GPT2_SMALL, 50_257), 256, (8, 8, 1, 1), {}, {"schedule.kind": "cosine", "checkpoint.interval_steps": 500}
+    ),
+    "gpt2-diagnostic-resume": Documented(
+        (*GPT2_SMALL, 50_257),
+        128,
+        (32, 32, 1, 1),
+        {1: 1e-5, 1501: 1e-5, 3500: 1e-5},
+        {"train.steps": 3500, "checkpoint.interval_steps": 500, "evaluate.interval_steps": 500},
+    ),
+    "h100-1k": Documented(
+        (*GPT2_SMALL, 50_257), 1024, (1, 1, 1, 1), {1: 1e-5, 100: 1e-3, 1000: 1e-3}, {"train.steps": 1000}
+    ),
+    "h100-10k": Documented(
+        (*GPT2_SMALL, 50_257), 1024, (1, 1, 1, 1), {100: 1e-3, 10_000: 1e-4}, {"schedule.kind": "cosine"}
+    ),
+    "a100x4-300m": Documented(
+        (24, 1024, 16, 50_257),
+        2048,
+        (512, 32, 4, 4),
+        {2000: 6e-4, 100_000: 6e-5},
+        {
+            "model.dropout": 0.1,
+            "schedule.kind": "cosine",
+            "schedule.warmup_steps": 2000,
+            "train.steps": 100_000,
+            "train.log_interval_steps": 100,
+            "evaluate.interval_steps": 1000,
+            "checkpoint.interval_steps": 10_000,
+            "checkpoint.best": True,
+            "data.split": "95,5",
+        },
+    ),
+    "slm-117m": Documented(
+        (*GPT2_SMALL, 30_000),
+        512,
+        (36, 18, 1, 2),
+        {1000: 3e-4, 60_000: 3e-5},
+        {
+            "train.steps": 60_000,
+            "evaluate.interval_steps": 500,
+            "checkpoint.interval_steps": 500,
+            "checkpoint.keep_last": 5,
+        },
+    ),
+    "medium-354m": Documented(
+        (24, 1024, 16, 30_000), 1024, (16, 2, 4, 2), {1000: 3e-5, 60_000: 0.0}, {"checkpoint.interval_steps": 250}
+    ),
+}
+
+
+def test_every_recipe_is_looked_at() -> None:
+    assert sorted(DOCUMENTED) == RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_what_its_document_says(name: str) -> None:
+    plan, told = plan_of(name), DOCUMENTED[name]
+    run, shape = plan.resolved, plan.shape
+    assert (shape.num_hidden_layers, shape.hidden_size, shape.num_attention_heads, shape.vocab_size) == told.shape
+    assert run.config.data.sequence_length == told.length
+    batch = run.batch
+    assert (batch.global_batch, batch.micro_batch, batch.accumulation, batch.data_parallel) == told.batch
+    rates = dict(plan.learning_rates)
+    assert {step: rates.get(step, rates[run.config.train.steps]) for step in told.rates} == pytest.approx(told.rates)
+    for key, value in told.stated.items():
+        section, field = key.split(".")
+        assert getattr(getattr(run.config, section), field) == value, key
+    assert plan.memory.total <= run.device.memory_bytes, "it runs on the documented GPUs"
+    assert not [notice for notice in run.notices if "shortened" in notice or "not below" in notice]
+
+
+@pytest.mark.parametrize(("name", "precision"), [("rtx5090-896x12", "bf16"), ("a100x4-300m", "fp16")])
+def test_precision_and_optimizer_are_those_of_the_document(name: str, precision: str) -> None:
+    run = plan_of(name).resolved
+    assert run.precision == precision
+    assert run.deepspeed["gradient_clipping"] == 1.0
+    assert (run.optimizer.kind, run.optimizer.weight_decay) == ("adamw", 0.1)
+    if precision == "fp16":
+        assert (run.optimizer.betas, run.optimizer.epsilon) == ((0.9, 0.95), 1e-8)
+        assert run.deepspeed["fp16"]["loss_scale"] == 0, "scaled dynamically"
+
+
+@pytest.mark.parametrize("path", sorted(DS_CONFIGS_FOLDER.glob("recipes/*.json")), ids=lambda path: path.stem)
+def test_a_recipe_s_json_keeps_the_house_rules(path: Path) -> None:
+    raw, settings = json.loads(path.read_text()), read_deepspeed_json(path).settings
+    assert isinstance(settings.train_batch_size, int)
+    assert isinstance(settings.train_micro_batch_size_per_gpu, int), "documented, and no choice of the device"
+    assert "gradient_accumulation_steps" not in raw
+    assert "scheduler" not in raw
+    assert settings.optimizer is not None
+    assert settings.optimizer.params.lr is None
+    named = {load_run_config(name, []).config.deepspeed_config for name in RECIPES}
+    assert f"ds_configs/recipes/{path.name}" in named
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_not_documented_is_marked_as_ours(name: str) -> None:
+    text = preset_path(name).read_text()
+    assert "document" in text.split("\n\n")[0]
+    assert "ours" in text or "our choice" in text
+
+
+def test_a_recipe_brings_its_json_and_refuses_another_batch() -> None:
+    loaded, deepspeed = read_settings("a100x4-300m", (), None, resume=False, ranks=1)
+    assert Path(deepspeed.path).name == "a100x4-300m.json"
+    other = read_deepspeed_json(DS_CONFIGS_FOLDER / "fp32.json")
+    said = refused(resolve, loaded, other, 1, CPU, data_needed=False)
+    assert "train_batch_size=16" in said
+    assert "with train_batch_size=512" in said
+    assert "leave --deepspeed_config out" in said
+    _, own = read_settings("a100x4-300m", ("deepspeed_config=null",), None, resume=False, ranks=1)
+    assert Path(own.path).name == "zero2.json"
+    _, stated = read_settings("a100x4-300m", (), str(DS_CONFIGS_FOLDER / "fp32.json"), resume=False, ranks=1)
+    assert Path(stated.path).name == "fp32.json"
+
+
+def test_a_run_that_goes_on_takes_the_json_of_a_recipe_that_is_named_now(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config_to_yaml(load_run_config("gpt2-diagnostic", ["train.steps=9"]).config))
+    (folder / "deepspeed.json").write_text((DS_CONFIGS_FOLDER / "fp32.json").read_text())
+    words = (f"run.root={tmp_path}", "run.name=mine")
+
+    def path(config: str | None) -> str:
+        return str(read_settings(config, words, None, resume=True, ranks=1)[1].path)
+
+    assert path(None) == path("gpt2-diagnostic") == str(folder / "deepspeed.json")
+    assert Path(path("gpt2-diagnostic-resume")).name == "gpt2-diagnostic-resume.json"
+
+
+def test_a_recipe_without_data_says_what_to_give_and_plans_all_the_same() -> None:
+    loaded, deepspeed = read_settings("slm-117m", (), None, resume=False, ranks=1)
+    said = refused(resolve, loaded, deepspeed, 1, CPU)
+    assert "data.train=PREFIX data.tokenizer=FILE of at most 30,000 entries" in said
+    text = plan_text(plan_of("slm-117m"), 8)
+    assert "Data\nnone yet, and a run needs it: give a dataset prefix and its tokenizer" in text
+    assert "data.train=x needs data.tokenizer" in refused(plan_of, "slm-117m", "data.train=x")
+
+
+def test_what_only_describes_is_no_setting(tmp_path: Path) -> None:
+    loaded = load_run_config("a100x4-300m", [])
+    assert loaded.config.documented.claims
+    text = config_to_yaml(loaded.config)
+    assert "documented:" not in text
+    kept = tmp_path / "config.yaml"
+    kept.write_text(text)
+    assert load_run_config(str(kept), []).config == loaded.config
+    assert "documented." not in plan_text(plan_of("a100x4-300m"), 8).split("\n\n")[0]
+    assert all(key.startswith("documented.") for key in leaf_fields(RunConfig) if "claims" in key)
+    assert "documented" not in refused(load_run_config, None, ["hours=3"])
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "claim", "computed", "verdict"),
+    [
+        ("rtx5090-896x12", "550 M parameters", "161,694,848", "12 x 896 with 50,257 pieces is 161.7 M, not 550 M"),
+        ("rtx5090-896x12", "32.8 B tokens", "500,000 x 64 x 1,024 = 32.8 B", HOLDS),
+        ("rtx5090-896x12", "65,536 tokens a step", "64 x 1,024", HOLDS),
+        ("rtx5090-896x12", "2.2 GB of weights", "0.32 GB", "0.32 GB by the estimate of this plan, not 2.2"),
+        ("rtx5090-896x12", "2,000-2,500 tokens/s", "32.8 B tokens take 3,641-4,551 h", "-"),
+        ("rtx5090-896x12", "training loss 5.5-6 at step 1,000", "after 65.5 M tokens", EXPECTED),
+        ("rtx5090-1280x16", "1.2 B parameters", "379,825,920", "16 x 1280 with 50,257 pieces is 379.8 M, not 1.2 B"),
+        ("a100x4-300m", "300.1 M parameters", "302.3 M in blocks", "is 355.9 M, not 300.1 M"),
+        ("a100x4-300m", "51,463,168 embedding parameters", "50,257 x 1,024 = 51,463,168", HOLDS),
+        (
+            "a100x4-300m",
+            "12.8 B tokens",
+            "= 104.9 B",
+            "is 104.9 B tokens, not 12.8 B, which 49,300 tokens/s for 72.2 h are",
+        ),
+        ("a100x4-300m", "49,300 tokens/s", "7.2-8.4% of the peak of 4 x A100 by 6 FLOPs a parameter", "-"),
+        ("a100x4-300m", "72.2 h", "591 h", "104.9 B tokens at 49,300 tokens/s take 591 h, not 72.2 h"),
+        ("a100x4-300m", "training loss 10.82 at step 0", "ln 50,257 = 10.82", HOLDS),
+        ("a100x4-300m", "training loss 9.23 at step 0", "ln 50,257 = 10.82", "9.23 is of 10,199 pieces"),
+        ("a100x4-300m", "perplexity 18.62", "e^2.923 = 18.60", HOLDS),
+        ("h100-1k", "990,362 samples at a stride of 1", "each token is seen 1,023 times a pass", HOLDS),
+        ("h100-1k", "968 samples at a stride of 1,024", "968; each token is seen 1 time a pass", HOLDS),
+        ("slm-117m", "117 M parameters", "108,489,216", "12 x 768 with 30,000 pieces is 108.5 M, not 117 M"),
+        ("slm-117m", "3 epochs", "2.18 passes", "= 1.11 B tokens are 2.2 passes over 508 M, not 3"),
+        ("slm-117m", "7-8 h", "170 h", "60,000 steps of 10.2 s take 170 h, not 7-8 h"),
+        ("slm-117m", "MFU 7.5%", "a peak of 8.15 TFLOP/s", "cannot be told: the document names no device"),
+        ("medium-354m", "354 M parameters", "334,080,000", "24 x 1024 with 30,000 pieces is 334.1 M, not 354 M"),
+        ("medium-354m", "28-32 h", "411 h", "60,000 steps of 24.66 s take 411 h, not 28-32 h"),
+    ],
+)
+def test_verdicts(name: str, claim: str, computed: str, verdict: str) -> None:
+    judgement = judged(name)[claim]
+    assert computed in judgement.computed
+    if judgement.refuted:
+        assert verdict in judgement.verdict
+    else:
+        assert verdict == judgement.verdict
+
+
+def claims(*stated: str) -> str:
+    return f"documented.claims=[{', '.join(f'{{{claim}}}' for claim in stated)}]"
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("rtx5090-896x12", "claim: parameters, value: 164e6", "claim: parameters, value: 166e6"),
+        ("rtx5090-896x12", "claim: parameters, value: [150e6, 170e6]", "claim: parameters, value: [200e6, 300e6]"),
+        ("rtx5090-896x12", "claim: tokens, value: 33e9", "claim: tokens, value: 34e9"),
+        ("rtx5090-896x12", "claim: weights_gb, value: 0.33", "claim: weights_gb, value: 0.4"),
+        ("rtx5090-896x12", "claim: gradients_gb, value: 0.65", "claim: gradients_gb, value: 0.5"),
+        ("rtx5090-896x12", "claim: optimizer_gb, value: 1.9", "claim: optimizer_gb, value: 1.3"),
+        ("rtx5090-896x12", "claim: activations_gb, value: [1, 2]", "claim: activations_gb, value: [2, 3]"),
+        ("a100x4-300m", "claim: training_loss, step: 0, value: 11.3", "claim: training_loss, step: 0, value: 11.4"),
+        ("a100x4-300m", "claim: embedding_parameters, value: 51463168", "claim: embedding_parameters, value: 51e6"),
+        ("slm-117m", "claim: tokens_per_step, value: 18432", "claim: tokens_per_step, value: 18000"),
+    ],
+)
+def test_a_verdict_follows_from_the_claim(name: str, right: str, wrong: str) -> None:
+    assert [it.verdict for it in judged(name, claims(right)).values()] == [HOLDS]
+    assert [it.refuted for it in judged(name, claims(wrong)).values()] == [True]
+
+
+def test_a_verdict_follows_from_the_run() -> None:
+    assert judged("slm-117m")["3 epochs"].refuted
+    assert judged("slm-117m", "train.steps=82700")["3 epochs"].verdict == HOLDS
+    assert judged("slm-117m", "model.vocab_size=41000")["117 M parameters"].verdict == HOLDS
+    assert judged("a100x4-300m", "train.steps=12207")["12.8 B tokens"].verdict == HOLDS
+    text = plan_text(plan_of("slm-117m", "train.steps=82700"), 8)
+    assert "computed for this run, not for the document's: train.steps stated otherwise" in text
+    assert "stated otherwise" not in plan_text(plan_of("slm-117m"), 8)
+
+
+def test_claims_that_lean_on_others_say_what_is_missing() -> None:
+    alone = {
+        "claim: samples, value: 968": "the document does not say of how many tokens",
+        "claim: epochs, value: 3": "the document does not say of how many tokens",
+        "claim: hours, value: 3": "the document gives no speed",
+        "claim: mfu, value: 0.4": "the document gives no speed",
+        "claim: perplexity, value: 30": "the document gives no validation loss",
+    }
+    for claim, missing in alone.items():
+        (judgement,) = judged("slm-117m", claims(claim)).values()
+        assert (judgement.computed, judgement.verdict) == (missing, "-")
+
+
+def test_mfu_is_of_the_device_s_data_sheet() -> None:
+    """355.9 M parameters at 49,300 tokens/s on four A100s: what a step of 21.27 s comes to."""
+    speed, device = "claim: step_seconds, value: 21.27", "documented.device=A100"
+    plan = plan_of("a100x4-300m")
+    share = plan.flops_per_token * plan.resolved.tokens_per_step / 21.27 / (4 * 312e12)
+    assert 0.09 < share < 0.1
+    said = judged("a100x4-300m", claims(speed, f"claim: mfu, value: {share * 1.05}"), device)
+    assert [it.verdict for it in said.values()] == ["-", HOLDS]
+    said = judged("a100x4-300m", claims(speed, f"claim: mfu, value: {share * 1.2}"), device)
+    assert list(said.values())[1].verdict == "does not hold: 21.27 s a step is 9.6%, not 11%"
+
+
+@pytest.mark.parametrize("bad", ["claim: losses, value: 3", "claim: tokens, value: many", "value: 3"])
+def test_a_claim_that_is_none_is_refused(bad: str) -> None:
+    assert "documented.claims=" in refused(load_run_config, "slm-117m", [claims(bad)])
