@@ -40,11 +40,12 @@ def largest_differences(first: CheckpointReader, second: CheckpointReader) -> di
     """
     result: dict[str, dict[FragmentKind, float]] = {}
     others = second.shapes()
+    kinds = KINDS[:1] if first.holds_weights_only or second.holds_weights_only else KINDS
     for name, shape in first.shapes().items():
         if others.get(name) != shape:
             continue
-        row = result.setdefault(_part(name), dict.fromkeys(KINDS, 0.0))
-        for kind in KINDS:
+        row = result.setdefault(_part(name), dict.fromkeys(kinds, 0.0))
+        for kind in kinds:
             key = FragmentKey(name, kind, shape, 0, math.prod(shape))
             row[kind] = max(row[kind], _distance(first, second, key))
     return result

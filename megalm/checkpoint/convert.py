@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megalm.checkpoint.fragment import FragmentKey
 from megalm.checkpoint.load import CheckpointReader
@@ -24,7 +25,16 @@ def write_weights(reader: CheckpointReader, target: Path, dtype: torch.dtype) ->
     """
     shapes = reader.shapes()
     entries = [TensorEntry(name, shape, dtype) for name, shape in shapes.items()]
-    wholes = (FragmentKey(name, "master", shape, 0, math.prod(shape)) for name, shape in shapes.items())
-    complete_file(target, lambda file: write_tensors(file, entries, (reader.read(key) for key in wholes)))
+    wholes = (read_whole(reader, name, shape) for name, shape in shapes.items())
+    complete_file(target, lambda file: write_tensors(file, entries, wholes))
     sync_directory(target.parent)
     return target.stat().st_size
+
+
+def read_whole(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -> Tensor:
+    """A parameter's fp32 master in its shape.
+
+    Raises:
+        CheckpointError: it is not there, has another shape, or has holes.
+    """
+    return reader.read(FragmentKey(name, "master", shape, 0, math.prod(shape))).view(shape)

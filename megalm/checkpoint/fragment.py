@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
 FragmentKind = Literal["master", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[FragmentKind, ...] = get_args(FragmentKind)  # the fp32 master first, then Adam's moments
+# What a manifest says of itself under "holds" where there are masters alone: an imported model.
+WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,16 @@ class FragmentKey:
     start: int
     stop: int
     rectangle: tuple[tuple[int, int], ...] | None = None
+
+
+class HasFragment(Protocol):
+    """A fragment, or what reads its tensor only when it is asked for."""
+
+    @property
+    def key(self) -> FragmentKey: ...
+
+    @property
+    def tensor(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)

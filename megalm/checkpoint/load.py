@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megalm.checkpoint.fragment import FragmentKey
+from megalm.checkpoint.fragment import WEIGHTS, FragmentKey
 from megalm.checkpoint.manifest import advice, damaged_file, read_manifest, wrong_file
 from megalm.checkpoint.rectangle import boxes, common
 from megalm.checkpoint.shard import tensor_name
@@ -36,6 +36,11 @@ class CheckpointReader:
     def close(self) -> None:
         """Let go of the files: one that is deleted while it is mapped still takes its room on the disk."""
         self._files.clear()
+
+    @property
+    def holds_weights_only(self) -> bool:
+        """It was no run's state: there are masters and no moments."""
+        return self.manifest.get("holds") == WEIGHTS
 
     def verify(self, part: int = 0, parts: int = 1) -> str:
         """Compare every `parts`-th file from `part` with its SHA-256; the first difference in words, or ''."""
@@ -76,6 +81,10 @@ class CheckpointReader:
                 f"{self.path}: {covered} of {key.stop - key.start} values of {tensor_name(key)} found"
             )
         return result
+
+    def read_weights(self, key: FragmentKey) -> Tensor:
+        """As `read`, but moments are zeros: for who starts with the weights alone."""
+        return self.read(key) if key.kind == "master" else torch.zeros(key.stop - key.start)
 
     def model(self) -> dict[str, Tensor]:
         """The whole fp32 model by canonical name."""

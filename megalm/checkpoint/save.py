@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from megalm.checkpoint.fragment import Fragment
+from megalm.checkpoint.fragment import HasFragment
 from megalm.checkpoint.layout import LATEST, PARTIAL_SUFFIX, REPLACED_SUFFIX, folder_name
 from megalm.checkpoint.manifest import write_manifest
 from megalm.checkpoint.shard import ShardSummary, write_shard
@@ -42,7 +42,7 @@ class Ranks(Protocol):
 def save_checkpoint(
     checkpoints: Path,
     step: int,
-    fragments: Iterable[Fragment],
+    fragments: Iterable[HasFragment],
     facts: dict[str, Any],
     copies: Sequence[Path],
     ranks: Ranks,
@@ -74,7 +74,7 @@ class CheckpointWrite:
         self,
         checkpoints: Path,
         step: int,
-        fragments: Sequence[Fragment],
+        fragments: Sequence[HasFragment],
         facts: dict[str, Any],
         copies: Sequence[Path],
         ranks: Ranks,

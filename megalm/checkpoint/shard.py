@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megalm.checkpoint.fragment import Fragment, FragmentKey
+from megalm.checkpoint.fragment import FragmentKey, HasFragment
 
 Buffer = bytes | memoryview
 
@@ -62,7 +62,7 @@ def is_whole(key: FragmentKey) -> bool:
     return key.rectangle is None and key.stop - key.start == math.prod(key.shape)
 
 
-def write_shard(path: Path, fragments: Sequence[Fragment]) -> ShardSummary:
+def write_shard(path: Path, fragments: Sequence[HasFragment]) -> ShardSummary:
     """Write fp32 fragments to `path` and make them durable.
 
     A fragment that is a whole parameter is stored in its shape, so that a one-rank checkpoint reads as the model;

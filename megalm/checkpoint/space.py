@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megalm.checkpoint.fragment import Fragment
+from megalm.checkpoint.fragment import HasFragment
 from megalm.errors import TrainingError
 
 # Beside the fp32 values: a line in the file's header and a dozen in the manifest; configuration and blocks half full.
@@ -14,7 +14,7 @@ _FRAGMENT_BYTES = 600
 _RANK_BYTES = 64 << 10
 
 
-def bytes_needed(fragments: Sequence[Fragment]) -> int:
+def bytes_needed(fragments: Sequence[HasFragment]) -> int:
     """What this rank's part of a checkpoint will take, from shapes alone."""
     return _RANK_BYTES + sum(4 * (fragment.key.stop - fragment.key.start) + _FRAGMENT_BYTES for fragment in fragments)
 

@@ -70,7 +70,8 @@ def find_start(folder: RunFolder, resume: Resume, comm: Comm) -> tuple[Found | N
 
     Raises:
         CheckpointError: it is not there or damaged.
-        ConfigError: there is none to extend; or the run's own weights as the start of the same run.
+        ConfigError: there is none to extend; or the run's own weights as the start of the same run; or weights alone
+            as a whole training state.
     """
     wanted = resume.wanted
     if wanted is None:
@@ -83,6 +84,11 @@ def find_start(folder: RunFolder, resume: Resume, comm: Comm) -> tuple[Found | N
         resume = before.again(resume, found.reader)
     if found is None and (resume.extension or resume.skip_steps):
         raise ConfigError(f"{folder.path} has no checkpoint yet, so there is nothing to extend; leave the flag out")
+    if found is not None and found.reader.holds_weights_only and not resume.weights_only:
+        raise ConfigError(
+            f"{found.reader.path} holds weights alone, no moments, data or schedule to go on with; start a run of its "
+            f"own from them: run.name=NEW --resume {found.reader.path} --extend-steps N --extend-strategy weights"
+        )
     if found is not None and resume.weights_only and found.reader.path.resolve().is_relative_to(folder.path.resolve()):
         raise ConfigError(
             f"--extend-strategy weights starts at step 0, which {folder.path} has had; name a new run with run.name"

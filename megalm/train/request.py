@@ -159,4 +159,6 @@ def write_request(folder: RunFolder, request: Request) -> None:
 
 
 def _next_sample(found: CheckpointReader) -> int:
+    if found.holds_weights_only:
+        return 0
     return data_segments(found.manifest)[-1].next_sample

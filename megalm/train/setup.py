@@ -202,7 +202,8 @@ def _restore(course: Course, parts: Parts, folder: RunFolder) -> None:
     if reader is None:
         return
     step = 0 if course.weights_only else reader.manifest["step"]
-    engine.restore(reader.read, reader.manifest["counters"], step)
+    read = reader.read_weights if course.weights_only else reader.read
+    engine.restore(read, reader.manifest["counters"], step)
     reader.close()
     if course.weights_only:
         engine.reset()

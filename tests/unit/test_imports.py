@@ -72,6 +72,7 @@ def _training_sees_classes(item: Import) -> bool:
 
 DISTRIBUTED_PLACES = ("megalm.parallel", "megalm.engine", "megalm.checkpoint", "megalm.testing")
 DOORS = ("launch", "data_tools")
+ENGINES = ("megalm.engine", "megalm.parallel")
 
 RULES = (
     Rule("config imports no torch", never("megalm.config", "torch")),
@@ -85,6 +86,9 @@ RULES = (
     Rule("mlflow is imported in tracking/mlflow.py only", only_in("mlflow", "megalm.tracking.mlflow")),
     Rule("torch.distributed: parallel, engine, checkpoint only", only_in("torch.distributed", *DISTRIBUTED_PLACES)),
     Rule("checkpoint stores fragments and never sees the engine", never("megalm.checkpoint", "megalm.engine")),
+    Rule("huggingface reads and writes files: it sees no engine", never("megalm.huggingface", *ENGINES)),
+    Rule("huggingface is imported by commands only", only_in("megalm.huggingface", "megalm.huggingface", "megalm.cli")),
+    Rule("transformers is for tests: an export needs none", never("megalm", "transformers")),
     Rule("megalm never imports launch or data_tools", never("megalm", *DOORS)),
     Rule("megalm imports its command line in cli only", only_in("megalm.cli", "megalm.cli", *DOORS)),
     Rule("train sees the engine's protocol; train/setup.py alone the classes", _training_sees_classes),
@@ -149,6 +153,9 @@ def test_import_rules_hold() -> None:
         ("megalm/train/loop.py", "if TYPE_CHECKING:\n    from megalm.engine import zero"),
         ("megalm/train/sampling.py", "from megalm.engine.zero import ZeroEngine"),
         ("megalm/train/a.py", "from megalm import cli"),
+        ("megalm/huggingface/a.py", "from megalm.engine.build import build_engine"),
+        ("megalm/huggingface/a.py", "import transformers"),
+        ("megalm/train/a.py", "from megalm.huggingface.load import import_model"),
     ],
 )
 def test_breaches_are_found(path: str, source: str) -> None:

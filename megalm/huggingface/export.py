@@ -1,0 +1,103 @@
+"""A checkpoint as a folder that transformers loads: configuration, weights, tokenizer, card. Complete or absent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalm.checkpoint.load import CheckpointReader
+from megalm.data.files import write_json
+from megalm.data.tokenizer import Tokenizer, load_tokenizer
+from megalm.errors import CheckpointError
+from megalm.huggingface.card import Card
+from megalm.huggingface.config import family_of, refuse_what_they_lack, to_config
+from megalm.huggingface.folder import complete_folder
+from megalm.huggingface.names import their_tensors
+from megalm.huggingface.tokenizer import ExportedTokenizer, write_tokenizer
+from megalm.huggingface.weights import write_model
+from megalm.model.shape import ModelShape
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    family: str  # model_type there
+    parameters: int
+    bytes: int
+    tokenizer: ExportedTokenizer
+
+
+def export_checkpoint(
+    reader: CheckpointReader,
+    target: Path,
+    dtype: torch.dtype,
+    largest_file_bytes: int,
+    name: str,
+    tokenizer: str | None,
+    tell: Callable[[], None],
+) -> Exported:
+    """Write the model of a verified checkpoint to the folder `target`.
+
+    Args:
+        dtype: fp32, which is exact, or bf16.
+        name: of the model, in its card.
+        tokenizer: where the checkpoint's is now, if it moved.
+        tell: called when a tensor is written.
+
+    Raises:
+        CheckpointError: transformers has no such model, or the tokenizer is another than the run's.
+        ConfigError: `target` is not free.
+        DataError: the tokenizer is gone.
+    """
+    shape = ModelShape(**reader.manifest["model"])
+    refuse_what_they_lack(shape)
+    used = tokenizer_of(reader.path, reader.manifest, tokenizer)
+    if used.vocab_size > shape.vocab_size:
+        raise CheckpointError(
+            f"{used.spec} has {used.vocab_size:,} ids, the model {shape.vocab_size:,}; name the right one"
+        )
+    stored = str(dtype).removeprefix("torch.")
+    results: list[Exported] = []
+
+    def fill(folder: Path) -> None:
+        made = write_tokenizer(used, folder, shape.max_position_embeddings)
+        write_json(folder / CONFIG, to_config(shape, used.eod_id, made.pad_id, stored))
+        ids = {"bos_token_id": None, "eos_token_id": used.eod_id, "pad_token_id": made.pad_id}
+        write_json(folder / GENERATION_CONFIG, {key: value for key, value in ids.items() if value is not None})
+        card = Card(name, reader.path, reader.manifest, shape, stored, made)
+        (folder / "README.md").write_text(card.text(), encoding="utf-8")
+        written = write_model(reader, shape, folder, dtype, largest_file_bytes, tell)
+        results.append(Exported(family_of(shape), shape.parameter_count(), written, made))
+
+    complete_folder(target, fill)
+    return results[0]
+
+
+def tensors_of(reader: CheckpointReader) -> int:
+    """How many tensors an export writes."""
+    return len(their_tensors(ModelShape(**reader.manifest["model"])))
+
+
+def tokenizer_of(checkpoint: Path, manifest: Mapping[str, Any], named: str | None) -> Tokenizer:
+    """The checkpoint's own tokenizer.
+
+    Raises:
+        DataError: it is not where it was.
+        CheckpointError: the one that is there, or that was named, is another.
+    """
+    found = load_tokenizer(named or manifest["tokenizer"])
+    expected = manifest["fingerprints"]["tokenizer"]
+    if found.fingerprint != expected:
+        raise CheckpointError(
+            f"{found.spec} is not the tokenizer of {checkpoint}: fingerprint {found.fingerprint[:12]}, "
+            f"expected {expected[:12]}; name the right one with --tokenizer"
+        )
+    return found

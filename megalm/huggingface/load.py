@@ -1,0 +1,161 @@
+"""A model in Hugging Face form as a starting point: a checkpoint of weights alone, which every layout loads."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from torch import Tensor
+
+from megalm.checkpoint.fragment import WEIGHTS, FragmentKey
+from megalm.checkpoint.layout import folder_name
+from megalm.checkpoint.save import save_checkpoint
+from megalm.data.tokenizer import Tokenizer, load_tokenizer
+from megalm.errors import DataError, TrainingError
+from megalm.huggingface.config import section_of
+from megalm.huggingface.folder import complete_folder
+from megalm.huggingface.source import HuggingFaceFolder
+from megalm.huggingface.tokenizer import SENTENCEPIECE, TOKENIZER, TOKENIZER_CONFIG
+
+T = TypeVar("T")
+
+MODEL_FILE = "model.yaml"
+
+_TOKENIZERS = (SENTENCEPIECE, TOKENIZER, "tokenizer.model")
+_HEADER = "# For --config: the model that was imported from {source}, and its tokenizer. The rest is the defaults.\n"
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What there is now.
+
+    Attributes:
+        checkpoint: for --resume; config: for --config; tokenizer: for data.tokenizer.
+    """
+
+    checkpoint: Path
+    config: Path
+    tokenizer: Tokenizer
+    parameters: int
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A whole parameter that is read when it is written."""
+
+    key: FragmentKey
+    read: Callable[[str], Tensor]
+    tell: Callable[[], None]
+    problems: list[DataError]  # a writer tells of them in words that are about training
+
+    @property
+    def tensor(self) -> Tensor:
+        self.tell()
+        try:
+            return self.read(self.key.name).reshape(-1)
+        except DataError as error:
+            self.problems.append(error)
+            raise
+
+
+class _Alone:
+    """One rank, to a checkpoint that is being written."""
+
+    rank, is_main = 0, True
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def barrier(self) -> None:
+        pass
+
+
+def import_model(source: HuggingFaceFolder, target: Path, tokenizer: Path | None, tell: Callable[[], None]) -> Imported:
+    """Write the folder `target`: checkpoints/step-00000000, model.yaml and the tokenizer's files.
+
+    Args:
+        tokenizer: a file or a folder, where it is not the model's own one.
+        tell: called for each parameter.
+
+    Raises:
+        ConfigError: `target` is not free.
+        DataError: a tensor or the tokenizer cannot be used.
+        TrainingError: the disk is too full.
+    """
+    shape = source.shape
+    own = _find_tokenizer(tokenizer or source.folder)
+    final = target.resolve()
+
+    def fill(folder: Path) -> None:
+        for path in (own, own.with_name(TOKENIZER_CONFIG)) if own.suffix == ".json" else (own,):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+        found = load_tokenizer(folder / own.name)
+        _refuse_other_vocabulary(found, shape.vocab_size)
+        place = str(final / own.name)
+        content = {"model": section_of(shape), "data": {"tokenizer": place}}
+        text = _HEADER.format(source=source.folder.name) + yaml.safe_dump(content, sort_keys=False)
+        (folder / MODEL_FILE).write_text(text, encoding="utf-8")
+        facts = {**_facts(source, target, found), "tokenizer": place}
+        keys = (FragmentKey(name, "master", size, 0, math.prod(size)) for name, size in shape.parameters().items())
+        problems: list[DataError] = []
+        stored = [_Stored(key, source.read, tell, problems) for key in keys]
+        try:
+            save_checkpoint(folder / "checkpoints", 0, stored, facts, [folder / MODEL_FILE], _Alone())
+        except TrainingError:
+            if problems:
+                raise problems[0] from None
+            raise
+
+    complete_folder(target, fill)
+    kept = load_tokenizer(target / own.name)
+    checkpoint = target / "checkpoints" / folder_name(0)
+    return Imported(checkpoint, target / MODEL_FILE, kept, shape.parameter_count())
+
+
+def _find_tokenizer(folder: Path) -> Path:
+    """The file itself; of a folder the SentencePiece model that megalm exported, or tokenizer.json, or another one."""
+    if folder.is_file():
+        return folder
+    for name in _TOKENIZERS:
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(
+        f"{folder} has none of {', '.join(_TOKENIZERS)}; save its tokenizer with transformers "
+        "(AutoTokenizer.from_pretrained(...).save_pretrained), or name one with --tokenizer"
+    )
+
+
+def _refuse_other_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises: DataError: the model has no row for an id; or nothing ends a document."""
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"{Path(tokenizer.spec).name} has {tokenizer.vocab_size:,} ids, the model's vocabulary is {vocab_size:,}; "
+            "name the model's own with --tokenizer"
+        )
+    assert tokenizer.eod_id < vocab_size
+
+
+def _facts(source: HuggingFaceFolder, target: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the manifest says: a model, and nothing of training."""
+    return {
+        "holds": WEIGHTS,
+        "imported_from": source.folder.resolve().name,
+        "tokens": 0,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "run": target.resolve().name,
+        "parameters": source.shape.parameter_count(),
+        "validation_loss": None,
+        "validation_tokens": None,
+        "counters": {"optimizer_step": 0, "skipped_steps": 0, "loss_scaler": {}},
+        "model": asdict(source.shape),
+        "data": {},
+        "fingerprints": {"tokenizer": tokenizer.fingerprint},
+        "attempt": 1,
+    }

@@ -1,0 +1,75 @@
+"""Small models with checkpoints as a run writes them, for what publishes and takes over models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalm.checkpoint.fragment import KINDS, Fragment, FragmentKey
+from megalm.checkpoint.save import save_checkpoint
+from megalm.config.schema import ModelSection
+from megalm.data.tokenizer import load_tokenizer
+from megalm.model.init import initialise
+from megalm.model.shape import ModelShape, model_shape
+from megalm.model.transformer import LanguageModel
+from tests.checkpoint_files import Alone
+
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
+SECTIONS = {
+    "llama": ModelSection(style="llama", **SIZES),
+    "llama-gqa-tied": ModelSection(
+        style="llama", num_key_value_heads=2, tie_word_embeddings=True, rope_theta=500.0, norm_epsilon=1e-4, **SIZES
+    ),
+    "llama-head-dim": ModelSection(style="llama", head_dim=10, intermediate_size=72, **SIZES),
+    "qk-norm": ModelSection(style="llama", num_key_value_heads=1, qk_norm=True, **SIZES),
+    "qk-norm-tied": ModelSection(style="llama", qk_norm=True, tie_word_embeddings=True, head_dim=12, **SIZES),
+    "gpt2": ModelSection(style="gpt2", dropout=0.1, attention_dropout=0.2, **SIZES),
+    "gpt2-untied": ModelSection(style="gpt2", tie_word_embeddings=False, intermediate_size=40, **SIZES),
+}
+
+
+def random_model(section: ModelSection, vocab_size: int = 257, length: int = 40) -> tuple[ModelShape, LanguageModel]:
+    """With gains other than 1 and biases other than 0, which would hide a swapped pair; in evaluation."""
+    shape = model_shape(section, vocab_size, length)
+    model = LanguageModel(shape, chunk_tokens=7)
+    initialise(model, shape, seed=3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                generator = torch.Generator().manual_seed(len(name))
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return shape, model.eval()
+
+
+def save_model(
+    checkpoints: Path,
+    shape: ModelShape,
+    model: LanguageModel,
+    tokenizer: str = "bytes",
+    said: ModelShape | None = None,
+    **facts: Any,
+) -> Path:
+    """A checkpoint of one rank with what an export asks a manifest for; it may be `said` to be of another shape."""
+    known = {
+        "tokens": 0,
+        "created": "2026-11-20T12:00:00+00:00",
+        "run": checkpoints.parent.name,
+        "parameters": shape.parameter_count(),
+        "model": asdict(said or shape),
+        "fingerprints": {"tokenizer": load_tokenizer(tokenizer).fingerprint},
+        "tokenizer": tokenizer,
+    }
+    return save_checkpoint(checkpoints, 7, list(_fragments(shape, model)), {**known, **facts}, [], Alone())
+
+
+def _fragments(shape: ModelShape, model: LanguageModel) -> Iterator[Fragment]:
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name, size in shape.parameters().items():
+        for kind in KINDS:
+            values = weights[name] if kind == "master" else torch.full(size, 0.5)
+            yield Fragment(FragmentKey(name, kind, size, 0, math.prod(size)), values.reshape(-1))

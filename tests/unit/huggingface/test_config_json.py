@@ -1,0 +1,191 @@
+"""config.json: there and back, and everything that megalm's model cannot do refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megalm.config.schema import ModelSection
+from megalm.errors import CheckpointError, DataError
+from megalm.huggingface.config import refuse_what_they_lack, section_of, to_config, to_shape
+from megalm.huggingface.names import their_tensors
+from megalm.model.shape import ModelShape, model_shape
+from tests.huggingface_models import SECTIONS, SIZES
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.0",
+    "use_cache": True,
+}
+QWEN3 = {
+    **LLAMA,
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "head_dim": 16,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+    "layer_types": ["full_attention", "full_attention"],
+}
+# As the first GPT-2 was published, without what later versions of transformers would add.
+GPT2: dict[str, Any] = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPT2LMHeadModel"],
+    "attn_pdrop": 0.1,
+    "bos_token_id": 50256,
+    "embd_pdrop": 0.1,
+    "eos_token_id": 50256,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_ctx": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "resid_pdrop": 0.1,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "vocab_size": 50257,
+}
+
+
+def shape_of(section: ModelSection) -> ModelShape:
+    return model_shape(section, 257, 40)
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_shape_comes_back(name: str) -> None:
+    shape = shape_of(SECTIONS[name])
+    assert to_shape(to_config(shape, eod_id=1, pad_id=None, dtype="float32")) == shape
+    assert model_shape(ModelSection(**section_of(shape)), vocab_size=1, sequence_length=1) == shape
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_every_parameter_is_in_one_tensor_of_theirs(name: str) -> None:
+    shape = shape_of(SECTIONS[name])
+    tensors = their_tensors(shape)
+    parts = [part for tensor in tensors for part, _ in tensor.parts]
+    assert sorted(parts) == sorted(shape.parameters())
+    assert len({tensor.name for tensor in tensors}) == len(tensors)
+
+
+def test_published_configurations_are_read() -> None:
+    gpt2 = to_shape(GPT2)
+    assert (gpt2.parameter_count(), gpt2.intermediate_size, gpt2.dropout) == (124_439_808, 3072, 0.1)
+    llama = to_shape(LLAMA)
+    assert (llama.head_dim, llama.num_key_value_heads, llama.norm_epsilon) == (8, 2, 1e-5)
+    qwen3 = to_shape(QWEN3)
+    assert (qwen3.head_dim, qwen3.qk_norm) == (16, True)
+
+
+def test_rope_theta_is_found_in_both_places() -> None:
+    new = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+    assert to_shape({**new, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}).rope_theta == 5e5
+    assert to_shape({**LLAMA, "rope_theta": 5e5}).rope_theta == 5e5
+    assert to_shape(new).rope_theta == 10_000.0
+    with pytest.raises(DataError, match=r"rope_theta=10000\.0 beside .*500000"):
+        to_shape({**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+
+
+@pytest.mark.parametrize(
+    ("base", "key", "value"),
+    [
+        (LLAMA, "rope_scaling", {"type": "linear", "factor": 2.0}),
+        (LLAMA, "rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+        (LLAMA, "rope_parameters", {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
+        (LLAMA, "rope_parameters", {"full_attention": {"rope_type": "default"}}),
+        (LLAMA, "partial_rotary_factor", 0.25),
+        (LLAMA, "attention_bias", True),
+        (LLAMA, "mlp_bias", True),
+        (LLAMA, "hidden_act", "gelu"),
+        (LLAMA, "pretraining_tp", 2),
+        (LLAMA, "sliding_window", 4096),
+        (LLAMA, "num_local_experts", 8),
+        (LLAMA, "quantization_config", {"bits": 4}),
+        (LLAMA, "architectures", ["LlamaForSequenceClassification"]),
+        (QWEN3, "use_sliding_window", True),
+        (QWEN3, "layer_types", ["full_attention", "sliding_attention"]),
+        (GPT2, "activation_function", "gelu"),
+        (GPT2, "scale_attn_weights", False),
+        (GPT2, "scale_attn_by_inverse_layer_idx", True),
+        (GPT2, "reorder_and_upcast_attn", True),
+        (GPT2, "add_cross_attention", True),
+        (GPT2, "embd_pdrop", 0.0),
+        (GPT2, "n_ctx", 512),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name_and_value(base: dict[str, Any], key: str, value: Any) -> None:
+    to_shape(base)  # passes without it
+    with pytest.raises(DataError) as refused:
+        to_shape({**base, key: value})
+    assert f"{key}={value!r}" in str(refused.value)
+
+
+def test_everything_wrong_is_told_at_once() -> None:
+    with pytest.raises(DataError) as refused:
+        to_shape({**LLAMA, "attention_bias": True, "num_experts": 4, "hidden_size": None})
+    assert all(words in str(refused.value) for words in ("attention_bias=True", "num_experts=4", "hidden_size is not"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "mixtral"}, "model_type='mixtral'"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide"),
+        ({"head_dim": 7}, "head_dim=7 is odd"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers=-1"),
+        ({"vocab_size": "many"}, "vocab_size='many'"),
+    ],
+)
+def test_nonsense_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        to_shape({**LLAMA, **changes})
+
+
+def test_qwen3_must_state_what_its_class_has_defaults_of_its_own_for() -> None:
+    with pytest.raises(DataError, match="head_dim is not stated"):
+        to_shape({**QWEN3, "head_dim": None})
+
+
+def test_a_key_that_changes_nothing_may_be_passed_over_by_name() -> None:
+    config = {**LLAMA, "transformers.js_config": {"dtype": "q4"}}
+    with pytest.raises(DataError, match="--ignore-key"):
+        to_shape(config)
+    assert to_shape(config, ["transformers.js_config"]) == to_shape(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        (ModelSection(style="gpt2", qk_norm=True, **SIZES), "qk_norm"),
+        (ModelSection(style="gpt2", num_key_value_heads=2, **SIZES), "num_key_value_heads=2"),
+        (ModelSection(style="gpt2", head_dim=16, **SIZES), "head_dim=16"),
+        (ModelSection(style="llama", head_dim=8, **{**SIZES, "num_attention_heads": 6}), "does not divide"),
+    ],
+)
+def test_what_they_have_no_model_for_is_refused(section: ModelSection, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        refuse_what_they_lack(shape_of(section))
+    for other in SECTIONS.values():
+        refuse_what_they_lack(shape_of(other))

@@ -1,0 +1,147 @@
+"""What AutoTokenizer loads from an export gives megalm's ids, on any text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megalm.data.tokenizer import load_tokenizer
+from megalm.huggingface.sentencepiece_json import NoEquivalentError, SentencePieceModel
+from megalm.huggingface.tokenizer import SENTENCEPIECE, TOKENIZER, ExportedTokenizer, write_tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+KINDS = ("unigram", "bpe", "prose", "bytes", "huggingface")
+AWKWARD = [
+    "",
+    " ",
+    " " * 400,
+    "   indented\n\twith tab  \n\n\n",
+    "a\r\nb\x0c\x00\ufeff\x1b[0m",
+    "caff\u00e8 \U0001f600 \u4e2d\u6587 \u3000\u00a0\u2028",
+    "\u2581 the library's \u2581\u2581own space\u2585\u2581",
+    "<0x41> <0x0A><0xE2>",
+    "\U0010ffff\ue000",
+    "=" * 500 + "-" * 333,
+]
+NAMES_OF_SPECIAL = "<eod> <unk> <pad></s> x<eod>y"
+
+
+@pytest.fixture(scope="session")
+def exported(
+    tokenizer_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Any, Any, ExportedTokenizer, Path]]:
+    """Kind -> megalm's tokenizer, what transformers loads, what was said, the folder."""
+    found = {}
+    for kind in KINDS:
+        folder = tmp_path_factory.mktemp(kind)
+        ours = load_tokenizer(tokenizer_files[kind])
+        said = write_tokenizer(ours, folder, longest=99)
+        found[kind] = ours, transformers.AutoTokenizer.from_pretrained(folder), said, folder
+    return found
+
+
+def _same(ours: Any, theirs: Any, model: SentencePieceModel | None, text: str) -> bool:
+    """The same ids; of a unigram model another cut of the same likelihood is told from a wrong one."""
+    (expected,), found = ours.encode_batch([text]), theirs(text)["input_ids"]
+    assert theirs.decode(expected) == ours.decode(expected) == text
+    if found == expected:
+        return True
+    assert model is not None, text
+    assert model.are_equally_likely(found, expected), text
+    return False
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_the_same(kind: str, exported: dict[str, Any], source_texts: list[str]) -> None:
+    ours, theirs, said, folder = exported[kind]
+    model = SentencePieceModel(folder / SENTENCEPIECE) if kind in ("unigram", "prose") else None
+    lines = [line for text in source_texts for line in text.split("\n")]
+    texts = [*AWKWARD, *source_texts, *lines]
+    texts += [NAMES_OF_SPECIAL] if kind != "huggingface" else []  # there they are read as these tokens by megalm, too
+    equal = sum(_same(ours, theirs, model, text) for text in texts)
+    assert equal == len(texts) if model is None else equal > 0.99 * len(texts)
+    assert "texts that were tried" in said.note
+    assert ("equally likely" in said.note) == (model is not None)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_ids_are_the_same_on_any_text(text: str, exported: dict[str, Any]) -> None:
+    for kind in ("unigram", "bpe", "prose", "bytes"):
+        ours, theirs, _, folder = exported[kind]
+        model = SentencePieceModel(folder / SENTENCEPIECE) if kind in ("unigram", "prose") else None
+        _same(ours, theirs, model, text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens(kind: str, exported: dict[str, Any]) -> None:
+    ours, theirs, said, folder = exported[kind]
+    assert theirs.eos_token_id == ours.eod_id
+    assert len(theirs) == ours.vocab_size
+    assert theirs.model_max_length == 99
+    assert theirs.pad_token == ("<pad>" if kind == "unigram" else None)
+    assert said.pad_id == (ours.encode_batch([""]) and theirs.pad_token_id)
+    (row,) = ours.encode_batch(["a b"])
+    assert theirs.decode([*row, ours.eod_id], skip_special_tokens=True) == "a b"
+    assert load_tokenizer(folder / TOKENIZER).eod_id == ours.eod_id
+
+
+def test_a_tokenizer_that_changes_the_text_is_not_written_wrong(tmp_path: Path) -> None:
+    """SentencePiece's own defaults: a normaliser, a space before the text, no bytes."""
+    (tmp_path / "words.txt").write_text("the cat sat on the mat and the dog sat on the log\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "words.txt"), model_prefix=str(tmp_path / "plain"), vocab_size=18, minloglevel=2
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    said = write_tokenizer(load_tokenizer(tmp_path / "plain.model"), out, longest=10)
+    assert not said.is_there
+    assert said.files == (SENTENCEPIECE,) == tuple(path.name for path in out.iterdir())
+    assert "it changes the text first" in said.note
+    assert f"load {SENTENCEPIECE} with the sentencepiece library" in said.note
+
+
+def test_wrong_ids_are_found_before_they_are_written(
+    tokenizer_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison looks at real ids: with the merges in another order there are others."""
+    right = SentencePieceModel.tokenizer
+
+    def wrong(self: SentencePieceModel) -> Any:
+        made = right(self)
+        content = json.loads(made.to_str())
+        content["model"]["merges"].reverse()
+        return type(made).from_str(json.dumps(content))
+
+    monkeypatch.setattr(SentencePieceModel, "tokenizer", wrong)
+    said = write_tokenizer(load_tokenizer(tokenizer_files["bpe"]), tmp_path, longest=10)
+    assert "it gives other ids for" in said.note
+    assert [path.name for path in tmp_path.iterdir()] == [SENTENCEPIECE]
+
+
+def test_equally_likely_is_no_excuse(tokenizer_files: dict[str, str]) -> None:
+    model = SentencePieceModel(tokenizer_files["unigram"])
+    ours = load_tokenizer(tokenizer_files["unigram"])
+    (row,) = ours.encode_batch(["    return self.value"])
+    letters = [token for letter in "    return self.value" for token in ours.encode_batch([letter])[0]]
+    assert ours.decode(letters) == ours.decode(row)
+    assert model.are_equally_likely(row, row[::-1])
+    assert not model.are_equally_likely(row, letters)
+    assert not SentencePieceModel(tokenizer_files["bpe"]).are_equally_likely(row, row)
+
+
+def test_a_word_model_has_no_equivalent(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("the cat sat\n" * 50)
+    words, prefix = str(tmp_path / "words.txt"), str(tmp_path / "w")
+    sentencepiece.SentencePieceTrainer.train(
+        input=words, model_prefix=prefix, vocab_size=6, model_type="word", minloglevel=2
+    )
+    with pytest.raises(NoEquivalentError, match="neither a unigram nor a BPE"):
+        SentencePieceModel(tmp_path / "w.model").tokenizer()
