@@ -122,9 +122,8 @@ def short(value: float) -> str:
     """A number in few letters: 1.5M, 300, 0.02, 3e-4."""
     size = abs(value)
     if size >= 1000:
-        for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-            if size >= unit:
-                return f"{value / unit:.3g}{letter}" if size < 1e15 else f"{value:.0e}"
+        unit, letter = _unit(size)
+        return f"{value / unit:.3g}{letter}" if size < 1e15 else f"{value:.0e}"
     if size >= 0.01 or size == 0:
         return f"{value:.3g}"
     mantissa, exponent = f"{value:.1e}".split("e")
@@ -134,9 +133,16 @@ def short(value: float) -> str:
 def label(value: float, step: float) -> str:
     """A tick's value with the digits that its neighbours differ in."""
     largest = max(abs(value), step)
-    if largest >= 1000 or largest < 0.01:
+    if value == 0 or largest < 0.01 or largest >= 1e15:
         return short(value)
-    return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+    unit, letter = _unit(largest)
+    return f"{value / unit:.{max(0, -math.floor(math.log10(step / unit) + 1e-9))}f}{letter}"
+
+
+def _unit(size: float) -> tuple[float, str]:
+    """What a number of this size is counted in."""
+    units = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+    return next((unit, letter) for unit, letter in units if size >= unit or unit == 1.0)
 
 
 def _round_step(rough: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -97,6 +98,13 @@ def test_what_became_of_it_is_said_in_one_sentence(state: str, tmp_path: Path) -
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text(text)
     assert sentence in page_of(run).text
+
+
+def test_a_lock_that_nobody_counts_in_any_more_is_no_sign_of_life(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "mine", [START, *STEPS[:9]])
+    (run / "lock").write_text("host a, process 1; beat 3")
+    os.utime(run / "lock", (1e9, 1e9))
+    assert "Killed, or on a machine that is gone" in page_of(run).text
 
 
 def test_without_metrics_there_is_a_page_too(tmp_path: Path) -> None:

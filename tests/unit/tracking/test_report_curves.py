@@ -1,0 +1,132 @@
+"""Curves for a page: thinned without losing a peak, scaled to round numbers, short labels."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from report_runs import event, train_row, validation
+
+from megalm.tracking.history import read_history
+from megalm.tracking.report.chart import Scale, label, path, short
+from megalm.tracking.report.curves import charts
+from megalm.tracking.report.thinning import running_median, thinned
+
+VALUES = st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan), st.just(math.inf)), min_size=1, max_size=200)
+
+
+@given(VALUES, st.integers(1, 50))
+@settings(max_examples=300, deadline=None)
+def test_a_thinned_curve_keeps_the_peaks_the_gaps_and_its_size(values: list[float], buckets: int) -> None:
+    x, y = np.arange(len(values), dtype=np.float64), np.array(values)
+    curve = thinned(x, y, 0.0, float(len(values) - 1), buckets)
+    points = [point for stretch in curve.stretches for point in stretch]
+    known = y[np.isfinite(y)]
+    assert set(points) <= set(zip(x.tolist(), values, strict=True))  # nothing is made up
+    assert [at for at, _ in points] == sorted({at for at, _ in points})
+    if len(known):
+        heights = [height for _, height in points]
+        assert (min(heights), max(heights)) == (known.min(), known.max())
+    assert len(points) <= 12 * buckets
+    for stretch in curve.stretches:  # no line across a bucket of which nothing is known, nor from before a gap to after
+        for (left, _), (right, _) in itertools.pairwise(stretch):
+            between = y[int(left) : int(right) + 1]
+            width = max(1.0, (len(values) - 1) / buckets)
+            assert np.isfinite(between).all() or right - left <= width
+    assert bool(curve.no_numbers) == (len(known) < len(y))
+
+
+def test_each_bucket_keeps_its_own_highest_and_lowest() -> None:
+    y = np.zeros(10_000)
+    y[[1234, 5678]] = 9.0, -9.0
+    (points,) = thinned(np.arange(10_000.0), y, 0.0, 9_999.0, 100).stretches
+    assert (1234.0, 9.0) in points
+    assert (5678.0, -9.0) in points
+    assert len(points) <= 400
+
+
+def test_a_curve_without_values_is_none() -> None:
+    assert thinned(np.empty(0), np.empty(0), 0.0, 1.0, 10).stretches == []
+
+
+def test_the_running_median_follows_the_curve_and_no_spike() -> None:
+    x = np.arange(1000.0)
+    y = 10.0 - x / 200
+    y[500], y[700] = 1e6, math.nan
+    at, medians = running_median(x, y, 100)
+    assert len(at) == 100
+    assert np.abs(medians - (10.0 - at / 200)).max() < 0.05
+    assert len(running_median(x[:5], y[:5], 100)[0]) == 0  # of five values a median says nothing
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 100.0, ["0", "20", "40", "60", "80", "100"]),
+        (2.31, 2.46, ["2.35", "2.40", "2.45"]),
+        (0.0, 3e-4, ["0", "1e-4", "2e-4", "3e-4"]),
+        (0.0, 500_000.0, ["0", "100k", "200k", "300k", "400k", "500k"]),
+        (-1.0, 1.0, ["-1.0", "-0.5", "0", "0.5", "1.0"]),
+        (655_100.0, 655_900.0, ["655.2k", "655.4k", "655.6k", "655.8k"]),
+    ],
+)
+def test_ticks_are_round_numbers_with_the_digits_they_differ_in(low: float, high: float, expected: list[str]) -> None:
+    assert [text for _, text in Scale(low, high).ticks()] == expected
+
+
+def test_ticks_of_a_logarithmic_scale() -> None:
+    assert [text for _, text in Scale(0.3, 4.0, True).ticks()] == ["0.5", "1", "2"]
+    assert [text for _, text in Scale(1e-3, 1e9, True).ticks()] == ["1e-3", "1", "1k", "1M", "1B"]
+
+
+@given(st.floats(1e-9, 1e15), st.floats(0, 1e15))
+@settings(deadline=None)
+def test_any_values_have_a_scale(low: float, more: float) -> None:
+    for scale in (Scale.around(low, low + more), Scale.around(-low, more), Scale.around(low, low + more, True)):
+        assert 0.0 <= scale.share(low) <= 1.0
+        assert len(scale.ticks()) < 30
+
+
+def test_short_numbers() -> None:
+    values = (0.0, 3e-4, 2.5e-5, 0.02, 1.5, 999.0, 1500.0, 262144e6)
+    assert [short(value) for value in values] == ["0", "3e-4", "2.5e-5", "0.02", "1.5", "999", "1.5k", "262B"]
+    assert label(2.0, 0.5) == "2.0"
+
+
+def test_a_lone_point_is_a_dot_and_what_is_outside_stays_at_the_edge() -> None:
+    across, up = Scale(0.0, 10.0), Scale(0.0, 1.0)
+    assert path([[(5.0, 0.5)], [(0.0, 0.0), (10.0, 9.0)]], across, up) == "M500.0 500.0h0M0.0 1000.0L1000.0 0.0"
+
+
+def test_only_what_was_recorded_has_a_chart() -> None:
+    plain = read_history([train_row(step, 3.0) for step in range(1, 20)])
+    assert [chart.name for chart in charts(plain)] == ["Loss", "Learning rate", "Gradient norm", "Speed", "MFU"]
+    scaled = [train_row(step, 3.0, loss_scale=2.0**step, memory_bytes=2**30) for step in range(1, 20)]
+    assert [chart.name for chart in charts(read_history(scaled))][-2:] == ["Memory", "Loss scale"]
+    assert charts(read_history([])) == []
+    assert [chart.name for chart in charts(read_history([validation(5, 3.0)]))] == ["Loss"]
+
+
+def test_a_validation_set_of_another_level_is_in_the_frame() -> None:
+    rows = [train_row(step, 3.0 + step % 2 / 10) for step in range(1, 200)]
+    (loss, *_) = charts(read_history([*rows, validation(199, 8.0, dataset="hard"), validation(199, 3.1)]))
+    (hard,) = [line.path for line in loss.lines if line.look == "set-1 dots"]
+    height = float(re.findall(r" ([\d.]+)h0", hard)[0])
+    assert 0 < height < 500
+
+
+def test_many_marks_at_one_place_are_one() -> None:
+    skips = [event("skip", 10 + index % 2, reason="gradient overflow") for index in range(500)]
+    (loss, *_) = charts(read_history([*(train_row(step, 3.0) for step in range(1, 10_001)), *skips]))
+    assert [(mark.look, mark.title) for mark in loss.marks] == [("skip", "step 10: update skipped and 499 more here")]
+
+
+def test_tokens_are_told_under_the_steps() -> None:
+    (loss, *_) = charts(read_history([train_row(step, 3.0) for step in range(1, 101)]))
+    assert loss.x_ticks[1:3] == [(20.0, "20", "1.28k"), (40.0, "40", "2.56k")]
+    assert loss.x_ticks[0] == (0.0, "0", "")
