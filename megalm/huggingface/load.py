@@ -123,6 +123,8 @@ def _find_tokenizer(folder: Path) -> Path:
     """The file itself; of a folder the SentencePiece model that megalm exported, or tokenizer.json, or another one."""
     if folder.is_file():
         return folder
+    if not folder.exists():
+        raise DataError(f"{folder}: no such tokenizer; give a tokenizer.json, a .model, or the folder that holds one")
     for name in _TOKENIZERS:
         if (folder / name).is_file():
             return folder / name

@@ -1,0 +1,108 @@
+"""`megalm export`: a checkpoint in Hugging Face form."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megalm.checkpoint.layout import find_checkpoint
+from megalm.checkpoint.manifest import MANIFEST, read_manifest
+from megalm.cli import show
+from megalm.cli.progress import Counter
+from megalm.cli.runs import find_place
+from megalm.cli.sizes import bytes_of
+from megalm.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from megalm.checkpoint.load import CheckpointReader
+
+
+class DType(str, Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+def command(
+    place: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run, for its newest good checkpoint, or one of them."),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Made new; one with files in it is refused.")],
+    dtype: Annotated[DType, typer.Option(help="fp32 is exact; bf16 is rounded, and half the size.")] = DType.fp32,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Weights above it go into several files with an index.")
+    ] = "5GB",
+    name: Annotated[str, typer.Option(help="The model's name in its card; default: the run's.")] = "",
+    tokenizer: Annotated[str, typer.Option(help="Where the checkpoint's tokenizer is now, if it moved.")] = "",
+    accept_bad: Annotated[bool, typer.Option("--accept-bad", help="Also a checkpoint that is marked bad.")] = False,
+) -> None:
+    """Write a checkpoint in Hugging Face form: transformers loads it, without megalm.
+
+    FOLDER gets config.json, generation_config.json, the weights as
+    safetensors, the tokenizer and a model card (README.md) with what the run
+    knows of itself. Checkpoints of any layout are read straight from their
+    files, one tensor in memory at a time, after every file was hashed.
+
+    \b
+    megalm export runs/mine published/mine
+    megalm export runs/mine/checkpoints/best published/mine --dtype bf16
+    """
+    largest = bytes_of(max_shard_size, "--max-shard-size")
+    path = _checkpoint(place, accept_bad)
+    from megalm.huggingface.folder import require_free
+
+    require_free(output)
+    import torch
+
+    from megalm.checkpoint.load import CheckpointReader
+    from megalm.huggingface.export import export_checkpoint, tensors_of
+
+    reader = CheckpointReader(path)
+    verify(reader)
+    stored = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype.value]
+    title = name or reader.manifest.get("run") or output.name
+    with Counter("writing", tensors_of(reader)) as counter:
+        exported = export_checkpoint(reader, output, stored, largest, title, tokenizer or None, counter.advance)
+    typer.echo(
+        f"{output}: {exported.parameters:,} parameters of {path} as {exported.family} in {dtype.value}, "
+        f"{show.size(exported.bytes)}"
+    )
+    typer.echo(exported.tokenizer.note)
+    if reader.manifest["status"] != "good":
+        typer.echo(f"the checkpoint is marked {reader.manifest['status']}: {reader.manifest.get('status_reason')}")
+    typer.echo("README.md names no licence: choose one before you publish it")
+
+
+def verify(reader: CheckpointReader) -> None:
+    """Hash every file of a checkpoint, counted on the terminal.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    files = len(reader.manifest["files"])
+    with Counter("reading", files) as counter:
+        for number in range(files):
+            if problem := reader.verify(number, files):
+                raise CheckpointError(problem)
+            counter.advance()
+
+
+def _checkpoint(place: Path, accept_bad: bool) -> Path:
+    """A checkpoint folder, or of a run what `--resume auto` would take."""
+    path = find_place(place)
+    if (path / MANIFEST).is_file():
+        manifest = read_manifest(path)
+        if manifest["status"] == "bad" and not accept_bad:
+            raise CheckpointError(
+                f"{path} is marked bad ({manifest.get('status_reason')}); choose another, or add --accept-bad"
+            )
+        return path
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such folder; give a run or one of its checkpoints")
+    newest = find_checkpoint(path / "checkpoints", "auto")
+    if newest is None:
+        raise CheckpointError(f"{path}: has no checkpoint; `megalm checkpoint list RUN` names what a run has")
+    return newest

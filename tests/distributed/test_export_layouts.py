@@ -1,0 +1,94 @@
+"""Whatever layout wrote a checkpoint, its export is the same files, byte for byte."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalm.checkpoint.load import CheckpointReader
+from megalm.checkpoint.save import save_checkpoint
+from megalm.data.tokenizer import load_tokenizer
+from megalm.huggingface.export import export_checkpoint
+from tests.distributed.training import Case, make_dataset, shape_of, start, steps
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+# No multiple of anything, and room for the ids of the bytes tokenizer.
+LLAMA = ("model.vocab_size=301", "model.num_key_value_heads=2")
+GPT2 = ("model.vocab_size=301", "model.style=gpt2", "model.qk_norm=false", "model.tie_word_embeddings=true")
+NO_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
+ONE_RANK = {"llama": Case("zero1.json", overrides=LLAMA), "gpt2": Case("zero1.json", overrides=GPT2)}
+LAYOUTS: dict[str, dict[str, Case]] = {
+    style: {
+        "zero3": Case("zero3.json", overrides=words, settings=NO_PERSISTENCE),
+        "tensor zero1": Case("zero1.json", overrides=(*words, TENSOR)),
+        "tensor zero3": Case("zero3.json", overrides=(*words, TENSOR), settings=NO_PERSISTENCE),
+        "pipeline zero1": Case("pipeline.json", overrides=(*words, PIPELINE)),
+    }
+    for style, words in (("llama", LLAMA), ("gpt2", GPT2))
+}
+
+
+def _save(comm: Any, engine: Any, run: Any, folder: Path) -> Path:
+    shape = shape_of(run)
+    facts = {
+        "tokens": 0,
+        "run": "layouts",
+        "counters": engine.counters(),
+        "model": asdict(shape),
+        "tokenizer": "bytes",
+        "fingerprints": {"tokenizer": load_tokenizer("bytes").fingerprint},
+    }
+    return save_checkpoint(folder, 2, engine.fragments(), facts, [], comm)
+
+
+def _train(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, Path]:
+    """One rank, two steps."""
+    written = {}
+    for style, case in ONE_RANK.items():
+        engine, run, loader = start(comm, device, case, prefix, folder)
+        steps(engine, run, loader, 1, 2)
+        written[style] = _save(comm, engine, run, folder / style)
+        loader.close()
+    return written
+
+
+def _take_over(comm: Any, device: torch.device, prefix: Path, folder: Path, paths: dict[str, Path]) -> dict[Any, Path]:
+    """Each layout loads what one rank wrote, and writes it as it holds it."""
+    written = {}
+    for style, layouts in LAYOUTS.items():
+        for name, case in layouts.items():
+            engine, run, loader = start(comm, device, case, prefix, folder)
+            reader = CheckpointReader(paths[style])
+            engine.restore(reader.read, reader.manifest["counters"], reader.manifest["step"])
+            written[style, name] = _save(comm, engine, run, folder / style / name)
+            loader.close()
+    return written
+
+
+def _files(checkpoint: Path, target: Path) -> dict[str, bytes]:
+    """The export, in several files; its card tells of the run and its layout."""
+    export_checkpoint(CheckpointReader(checkpoint), target, torch.float32, 30_000, "it", None, lambda: None)
+    return {path.name: path.read_bytes() for path in target.iterdir() if path.name != "README.md"}
+
+
+def test_exports_of_all_layouts_are_the_same_bytes(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "data")
+    for ranks in ("1", "2"):
+        (tmp_path / ranks).mkdir()
+    (alone,) = run_ranks(1, _train, tmp_path / "data", tmp_path / "1")
+    together, _ = run_ranks(2, _take_over, tmp_path / "data", tmp_path / "2", alone)
+    assert len(together) == 8
+    for (style, name), path in together.items():
+        assert len(list(path.glob("rank-*.safetensors"))) == 2, (style, name)
+        expected = _files(alone[style], tmp_path / "out" / style / name / "alone")
+        found = _files(path, tmp_path / "out" / style / name / "together")
+        assert len([file for file in expected if file.endswith(".safetensors")]) > 3
+        assert found.keys() == expected.keys(), (style, name)
+        assert [file for file in expected if found[file] != expected[file]] == [], (style, name)

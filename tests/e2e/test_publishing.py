@@ -1,0 +1,156 @@
+"""A run is published and taken over by the commands: transformers says the same, and training goes on from it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch.nn import functional
+
+from megalm.config.loading import load_run_config
+from megalm.data.tokenizer import load_tokenizer
+from megalm.tracking.metrics import read_metrics
+from megalm.train.datasets import find_data, open_datasets
+from tests.e2e.conftest import SmallData
+from tests.e2e.jobs import Finished, finish, own_lines, pretrain
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.e2e
+
+PROMPT = "    def "
+STEPS = 6
+
+
+def megalm(folder: Path, *words: object) -> Finished:
+    return finish(folder, [sys.executable, "-m", "megalm.cli.main", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def folder(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With runs/mine, which has trained a little, and its export in `published`."""
+    place = tmp_path_factory.mktemp("publishing")
+    trained = finish(place, pretrain(*small_data.words, "run.name=mine", f"train.steps={STEPS}"))
+    assert trained.code == 0, trained.explain()
+    exported = megalm(place, "export", "runs/mine", "published", "--name", "small-one", "--max-shard-size", "100KB")
+    assert exported.code == 0, exported.explain()
+    assert own_lines(exported.stderr) == []
+    return place
+
+
+@pytest.fixture(scope="module")
+def imported(folder: Path) -> Finished:
+    finished = megalm(folder, "import", "published", "runs/base")
+    assert finished.code == 0, finished.explain()
+    return finished
+
+
+def test_transformers_goes_on_as_megalm_generate_does(folder: Path, small_data: SmallData) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "published").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "published")
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    assert inputs["input_ids"].tolist() == load_tokenizer(small_data.tokenizer).encode_batch([PROMPT])
+    told = model.generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
+    words = ("--prompt", PROMPT, "--temperature", 0, "--max-new-tokens", 20)
+    ours = megalm(folder, "generate", "runs/mine", *words)
+    assert ours.stdout.rstrip("\n") == tokenizer.decode(told, skip_special_tokens=True).rstrip("\n"), ours.explain()
+
+
+def test_the_card_says_what_the_run_knows(folder: Path, small_data: SmallData) -> None:
+    card = (folder / "published/README.md").read_text()
+    _, front, body = card.split("---\n", 2)
+    matter = yaml.safe_load(front)
+    assert matter["library_name"] == "transformers"
+    assert matter["pipeline_tag"] == "text-generation"
+    assert "license" not in matter
+    assert "license: to be chosen" in front
+    rows = list(read_metrics(folder / "runs/mine/metrics.jsonl"))
+    validation = [row for row in rows if row["kind"] == "eval"][-1]
+    tokens = STEPS * 16 * 64
+    for words in (
+        "# small-one\n",
+        f"{tokens:,} in {STEPS} steps",
+        f"| dataset | {small_data.prefix.name} |",
+        f"loss {validation['loss']:.4f}",
+        f"{validation['bits_per_byte']:.3f} bits per byte ({validation['targets']:,} tokens)",
+        "16 sequences of 64 tokens",
+        "AdamW",
+        "No beginning-of-sequence token",
+    ):
+        assert words in body, words
+    epochs = next(line for line in body.splitlines() if line.startswith("| epochs |"))
+    share, whole = float(epochs.split()[3]), int(epochs.split()[5].replace(",", ""))
+    assert share == pytest.approx(tokens / whole, abs=0.005)
+    assert str(small_data.prefix.parent) not in card, "paths of this machine are nobody's business"
+
+
+def test_training_goes_on_from_an_imported_model(folder: Path, small_data: SmallData, imported: Finished) -> None:
+    """By the command that it tells, with this data: the first loss is what transformers has for these weights."""
+    (line,) = (line for line in imported.stdout.splitlines() if "launch/pretrain.py" in line)
+    told = line.split("launch/pretrain.py ", 1)[1].split()
+    told[told.index("--extend-steps") + 1] = "3"
+    told[told.index("run.name=NAME")] = "run.name=mine-2"
+    told[told.index("data.train=data/mine")] = f"data.train={small_data.prefix}"
+    finished = finish(folder, pretrain(*told, "evaluate.interval_steps=null", "tracking.mlflow=false"))
+    assert finished.code == 0, finished.explain()
+    rows = [row for row in read_metrics(folder / "runs/mine-2/metrics.jsonl") if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[0]["loss"] == pytest.approx(
+        _loss_of_first_batch(folder / "runs/mine-2", folder / "published"), abs=2e-5
+    )
+    again = finish(folder, pretrain("run.name=mine-2", "--resume", "auto", "train.steps=5"))
+    assert again.code == 0, again.explain()
+    assert "resumed at step 3" in again.stdout
+
+
+def _loss_of_first_batch(run: Path, published: Path) -> float:
+    """In transformers, over the samples that the run reads in step 1."""
+    config = load_run_config(str(run / "config.yaml"), []).config
+    batch = json.loads((run / "deepspeed.resolved.json").read_text())["train_batch_size"]
+    data = open_datasets(config, batch, find_data(config.data, lambda line: None), lambda step: (step - 1) * batch)
+    inputs, labels = (
+        np.stack(rows) for rows in zip(*(data.train.sample(index) for index in range(batch)), strict=True)
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(published).eval()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(inputs.astype(np.int64))).logits
+    return float(functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(labels.astype(np.int64)).flatten()))
+
+
+def test_weights_alone_are_no_training_state(folder: Path, small_data: SmallData, imported: Finished) -> None:
+    words = ("--config", "runs/base/model.yaml", *small_data.words[:1], "data.split=90,10", "data.sequence_length=64")
+    for resume in (("run.name=base", "--resume", "auto"), ("run.name=new", "--resume", "runs/base/checkpoints/latest")):
+        refused = finish(folder, pretrain(*words, *resume))
+        assert refused.code == 2, refused.explain()
+        (line,) = own_lines(refused.stderr)
+        assert "holds weights alone" in line
+        assert "--extend-strategy weights" in line
+    assert not (folder / "runs/new").exists()
+
+
+def test_what_cannot_be_done_is_refused_in_one_line(folder: Path) -> None:
+    config = folder / "published/config.json"
+    stated = config.read_text()
+    try:
+        config.write_text(json.dumps({**json.loads(stated), "rope_scaling": {"type": "linear", "factor": 2.0}}))
+        refused = megalm(folder, "import", "published", "runs/other")
+    finally:
+        config.write_text(stated)
+    full = megalm(folder, "export", "runs/mine", "published")
+    nowhere = megalm(folder, "export", "runs/mime", "elsewhere")
+    for finished, words in (
+        (refused, "rope_scaling={'type': 'linear', 'factor': 2.0}"),
+        (full, "published exists and is not empty"),
+        (nowhere, "runs/mime: no such folder"),
+    ):
+        assert finished.code == 2, finished.explain()
+        (line,) = own_lines(finished.stderr)
+        assert line.startswith("megalm: error: ")
+        assert words in line
+    assert not (folder / "runs/other").exists()
+    assert not (folder / "elsewhere").exists()
