@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 
 from megalm.cli import show
+from megalm.cli.reading import read_watched
 from megalm.cli.runs import find_run
 from megalm.errors import ConfigError
 from megalm.tracking import compare
@@ -82,7 +83,7 @@ def command(
     """
     if len(runs) < 2:
         raise ConfigError("compare: takes two or more runs; `ls runs` names them")
-    records = [compare.read_run(find_run(run)) for run in runs]
+    records = [compare.read_run(find_run(run), read_watched) for run in runs]
     names = [record.name for record in records]
     if len(set(names)) < len(names):
         names = runs  # the same name under two roots: as they were typed

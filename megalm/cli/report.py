@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from megalm.cli.reading import read_watched
 from megalm.cli.runs import find_run
 from megalm.errors import ConfigError
 
@@ -25,7 +26,7 @@ def command(
 
     if output is not None and output.is_dir():
         raise ConfigError(f"{output}: a folder; name the file, {output / 'report.html'} for instance")
-    path = write_report(find_run(run), output)
+    path = write_report(find_run(run), output, read_watched)
     typer.echo(f"{path}: {path.stat().st_size / 1000:,.0f} kB")
     if show_it:
         typer.launch(str(path))

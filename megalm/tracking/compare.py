@@ -11,7 +11,7 @@ import numpy as np
 
 from megalm.errors import ConfigError
 from megalm.tracking.history import History, Numbers, read_history
-from megalm.tracking.metrics import METRICS_FILE, Row, read_metrics
+from megalm.tracking.metrics import METRICS_FILE, ReadRows, Row, read_metrics
 from megalm.tracking.run_folder import CONFIG_FILE, DEEPSPEED_FILE, flatten, parameter_count, read_mapping
 
 # The first steps carry compilation and cache misses; the median of the rest is the run's speed.
@@ -74,14 +74,14 @@ class RunRecord:
         return [float(row["tokens"]) for row in rows], [float(row["loss"]) for row in rows]
 
 
-def read_run(run_dir: Path) -> RunRecord:
+def read_run(run_dir: Path, read: ReadRows = read_metrics) -> RunRecord:
     """Read a run folder.
 
     Raises:
         DataError: no metrics.jsonl, or one that is not readable.
         ConfigError: a configuration file that is not readable.
     """
-    history = read_history(read_metrics(run_dir / METRICS_FILE))
+    history = read_history(read(run_dir / METRICS_FILE))
     settings = dict(flatten(read_mapping(run_dir / CONFIG_FILE)))
     settings |= {f"deepspeed.{name}": value for name, value in flatten(read_mapping(run_dir / DEEPSPEED_FILE))}
     for name in _OWN_TO_A_RUN:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from megalm.errors import DataError
 Row = dict[str, Any]
 
 METRICS_FILE = "metrics.jsonl"
+# What yields the rows of a file: `read_metrics`, or the same for somebody who waits.
+ReadRows = Callable[[Path], Iterable[Row]]
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _TAIL_BYTES = 1 << 16

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from megalm.durable import complete_file
 from megalm.errors import ConfigError
+from megalm.tracking.metrics import ReadRows, read_metrics
 from megalm.tracking.report.account import read_account
 from megalm.tracking.report.page import render
 
 REPORT_FILE = "report.html"
 
 
-def write_report(run_dir: Path, output: Path | None = None) -> Path:
+def write_report(run_dir: Path, output: Path | None = None, read: ReadRows = read_metrics) -> Path:
     """Write the page of a run, which may be at work; where it is.
 
     Args:
@@ -24,7 +25,7 @@ def write_report(run_dir: Path, output: Path | None = None) -> Path:
         DataError: a line of metrics.jsonl before the last is damaged.
     """
     now = time.time()
-    content = render(read_account(run_dir, now), now).encode("utf-8", errors="replace")
+    content = render(read_account(run_dir, now, read), now).encode("utf-8", errors="replace")
     path = output or run_dir / REPORT_FILE
     try:
         complete_file(path, lambda file: file.write(content), durable=False)

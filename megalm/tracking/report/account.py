@@ -15,7 +15,7 @@ from megalm.config.schema import RunConfig
 from megalm.errors import ConfigError, MegalmError
 from megalm.tracking.compare import Results, RunRecord, results
 from megalm.tracking.history import ATTEMPT_EVENTS, History, read_history
-from megalm.tracking.metrics import METRICS_FILE, Row, read_metrics
+from megalm.tracking.metrics import METRICS_FILE, ReadRows, Row, read_metrics
 from megalm.tracking.run_folder import (
     CONFIG_FILE,
     DEEPSPEED_FILE,
@@ -111,7 +111,7 @@ class Account:
         return len(self.events(*ATTEMPT_EVENTS))
 
 
-def read_account(run_dir: Path, now: float) -> Account:
+def read_account(run_dir: Path, now: float, read: ReadRows = read_metrics) -> Account:
     """Read a run folder; a run that has not begun to train has an account too.
 
     Raises:
@@ -122,7 +122,7 @@ def read_account(run_dir: Path, now: float) -> Account:
     known = (metrics, run_dir / CONFIG_FILE, run_dir / "failures", run_dir / "checkpoints")
     if not any(path.exists() for path in known):
         raise ConfigError(f"{run_dir}: no run folder (no {METRICS_FILE}, no {CONFIG_FILE}); name one under run.root")
-    history = read_history(read_metrics(metrics) if metrics.exists() else [])
+    history = read_history(read(metrics) if metrics.exists() else [])
     settings, preset = _settings(run_dir / CONFIG_FILE)
     return Account(
         run_dir=run_dir,

@@ -12,7 +12,7 @@ import jinja2
 
 from megalm.tracking.report.account import Account, step_of_file, text_of
 from megalm.tracking.report.chart import FRAME
-from megalm.tracking.report.curves import charts
+from megalm.tracking.report.curves import charts, event_step
 from megalm.tracking.report.numbers import numbers
 from megalm.tracking.report.outcome import ago, moment, outcome
 from megalm.tracking.report.unusual import findings
@@ -79,7 +79,7 @@ def _changes(account: Account) -> list[tuple[str, list[str]]]:
     rows = [row for row in account.events("start", "resume") if row.get("changed")]
     return [
         (
-            f"Attempt {row.get('attempt')}, {row.get('event')} at step {row.get('step', 0):,}",
+            f"Attempt {row.get('attempt')}, {row.get('event')} at step {event_step(row):,}",
             [str(line) for line in row["changed"]],
         )
         for row in rows
@@ -117,9 +117,10 @@ def _data(account: Account) -> list[tuple[str, str]]:
     content, rows = account.environment, []
     datasets = content.get("datasets")
     for part in datasets if isinstance(datasets, list) else ():
-        if isinstance(part, dict):
-            planned = f"{part.get('epochs', 0):.2f} epochs of {part.get('tokens_per_epoch', 0):,} tokens planned"
-            rows.append(("training data", f"{part.get('prefix')}: {planned}"))
+        epochs, tokens = part.get("epochs"), part.get("tokens_per_epoch")
+        known = isinstance(epochs, (int, float)) and isinstance(tokens, int)
+        planned = f": {epochs:.2f} epochs of {tokens:,} tokens planned" if known else ""
+        rows.append(("training data", f"{part.get('prefix')}{planned}"))
     entropy = content.get("unigram_entropy")
     if isinstance(entropy, (int, float)):
         rows.append(("unigram entropy", f"{entropy:.4f} nats a token"))
