@@ -21,7 +21,7 @@ from megalm.checkpoint.layout import find_checkpoint
 from megalm.checkpoint.load import CheckpointReader
 from megalm.checkpoint.manifest import MANIFEST, read_manifest
 from megalm.data.loader import MicroBatch
-from megalm.data.tokenizer import Tokenizer, load_tokenizer
+from megalm.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from megalm.errors import CheckpointError, DataError
 from megalm.model.shape import ModelShape
 from megalm.model.transformer import LanguageModel
@@ -75,7 +75,12 @@ def read_facts(place: Path, tokenizer: str | None = None) -> CheckpointFacts:
     """
     path = _checkpoint(place)
     manifest = read_manifest(path)
-    found = load_tokenizer(tokenizer or manifest["tokenizer"])
+    noted = manifest["tokenizer"]
+    if not tokenizer and noted != BYTES and not Path(noted).exists():
+        raise DataError(
+            f"{noted}: the tokenizer of {path} is not there any more; name where it is now with --tokenizer"
+        )
+    found = load_tokenizer(tokenizer or noted)
     expected = manifest["fingerprints"]["tokenizer"]
     if found.fingerprint != expected:
         raise CheckpointError(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalm.checkpoint.manifest import set_status
+from megalm.checkpoint.manifest import read_manifest, set_status, write_manifest
 from megalm.data.indexed import IndexedDatasetWriter
 from megalm.data.tokenizer import ByteTokenizer
 from megalm.errors import CheckpointError, DataError
@@ -60,6 +60,15 @@ def test_facts_say_how_it_was_trained(tmp_path: Path) -> None:
     assert (facts.sequence_length, facts.document_mask, facts.run_folder) == (LENGTH, False, tmp_path / "run")
     moved = facts.path.rename(tmp_path / "alone")
     assert read_facts(moved).run_folder is None
+
+
+def test_a_tokenizer_that_moved(tmp_path: Path) -> None:
+    gone = tmp_path / "gone.model"
+    place = write_run(tmp_path / "run", ByteTokenizer())
+    write_manifest(place, {**read_manifest(place), "tokenizer": str(gone)})
+    with pytest.raises(DataError, match=r"gone\.model: the tokenizer of .* --tokenizer"):
+        read_facts(place)
+    assert read_facts(place, "bytes").tokenizer.vocab_size == 257
 
 
 def test_datasets_of_the_tokenizer_have_a_total(tmp_path: Path) -> None:

@@ -1,0 +1,164 @@
+"""`megalm generate` as people use it: prompts, files, checkpoints along the run, and a terminal of its own."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import SmallData
+from tests.e2e.jobs import Finished, finish, pretrain
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+MEGALM = Path(sys.executable).with_name("megalm")
+# Runs a command in a terminal of its own: what comes in is typed there, what is shown there goes out.
+IN_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TERM": "dumb"}
+
+
+@pytest.fixture(scope="module")
+def folder(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps with four checkpoints."""
+    folder = tmp_path_factory.mktemp("generated")
+    words = (word for word in small_data.words if not word.startswith("checkpoint.interval_steps="))
+    command = pretrain(*words, "train.steps=8", "checkpoint.interval_steps=2", "run.name=mine")
+    finished = finish(folder, command)
+    assert finished.code == 0, finished.explain()
+    return folder
+
+
+def generate(folder: Path, *words: object) -> Finished:
+    return finish(folder, [MEGALM, "generate", "mine", *map(str, words)])
+
+
+def text(folder: Path, *words: object) -> str:
+    finished = generate(folder, *words)
+    assert finished.code == 0, finished.explain()
+    return finished.stdout
+
+
+class Terminal:
+    """What a person sees and types."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.shown = b""
+
+    def type(self, keys: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(keys.encode())
+        self.process.stdin.flush()
+
+    def wait_for(self, words: str, times: int = 1, seconds: float = 90.0) -> str:
+        """All that was shown, once `words` was so many `times`."""
+        assert self.process.stdout is not None
+        deadline = time.monotonic() + seconds
+        while self.shown.count(words.encode()) < times:
+            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"no {words!r} in {self.shown.decode(errors='replace')}"
+            piece = os.read(self.process.stdout.fileno(), 1 << 16)
+            assert piece, f"it ended without {words!r}: {self.shown.decode(errors='replace')}"
+            self.shown += piece
+        return self.shown.decode(errors="replace")
+
+
+@contextmanager
+def terminal(folder: Path, words: Sequence[str]) -> Iterator[Terminal]:
+    command = [sys.executable, "-c", IN_TERMINAL, str(MEGALM), "generate", "mine", *words]
+    process = subprocess.Popen(
+        command, cwd=folder, env={**os.environ, **ENVIRONMENT}, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        yield Terminal(process)
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
+
+
+def test_a_terminal_shows_text_as_it_is_drawn_and_can_stop_it(folder: Path) -> None:
+    alone = text(folder, "--prompt", "def read(", "--seed", 7, "--max-new-tokens", 8)
+    with terminal(folder, ["--interactive", "--seed", "7", "--max-new-tokens", "8"]) as person:
+        person.wait_for("> ")
+        person.type("def read(\n")
+        shown = person.wait_for("> ", times=2).replace("\r\n", "\n")
+        assert shown.endswith(f"def read(\n{alone}\n> "), shown
+        person.type("/tokens 1000000\n")
+        person.wait_for("tokens 1000000")
+        person.type("class A\n")
+        # Shown twice: as it was typed, and at the beginning of the text, while that goes on.
+        person.wait_for("class A", times=2)
+        before = len(person.shown)
+        person.wait_for("\n", times=person.shown.count(b"\n") + 2)
+        assert len(person.shown) > before, "it appears piece by piece"
+        person.type("\x03")
+        person.wait_for("(stopped)")
+        person.type("/tokens 2\n")
+        person.wait_for("tokens 2,")
+        person.type("x = 1\n")
+        person.wait_for("x = 1", times=2)
+        prompts = person.wait_for("> ", times=person.shown.count(b"> ") + 1).count("> ")
+        person.type("\x03")  # at the prompt
+        person.wait_for("(Ctrl-D leaves)")
+        person.wait_for("> ", times=prompts + 1)
+        person.type("\x04")
+        assert person.process.wait(timeout=30) == 0
+        assert b"Traceback" not in person.shown
+
+
+def test_a_pipe_is_read_line_by_line(folder: Path) -> None:
+    lines = "def read(\n/temperature 0\nclass größer\n/nonsense\n"
+    command = [str(MEGALM), "generate", "mine", "--interactive", "--max-new-tokens", "6"]
+    process = subprocess.run(
+        command, cwd=folder, env={**os.environ, **ENVIRONMENT}, input=lines.encode(), capture_output=True, check=True
+    )
+    first = text(folder, "--prompt", "def read(", "--max-new-tokens", 6)
+    second = text(folder, "--prompt", "class größer", "--max-new-tokens", 6, "--temperature", 0)
+    settings = "temperature 0, tokens 6, top-k 50, seed 1"
+    answer = "no /nonsense; /help names the settings"
+    assert process.stdout.decode() == f"{first}\n{settings}\n{second}\n{answer}\n"
+
+
+def test_prompts_of_files(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("def f(a):\n    return a\n", encoding="utf-8")
+    (tmp_path / "two.jsonl").write_text('{"prompt": "x ="}\n\n"größer"\n', encoding="utf-8")
+    limits = ("--max-new-tokens", 5, "--temperature", 0)
+    files = ("--prompt-file", tmp_path / "one.txt", "--prompt-file", tmp_path / "two.jsonl")
+    prompts = ("--prompt", "def f(a):\n    return a", "--prompt", "x =", "--prompt", "größer")
+    assert text(folder, *files, *limits) == text(folder, *prompts, *limits)
+
+
+def test_checkpoints_along_the_run(folder: Path) -> None:
+    words = ("--prompt", "def ", "--max-new-tokens", 5)
+    found = text(folder, *words, "--at", "25,50,55,100")
+    expected = ""
+    for step in (2, 4, 8):
+        path = f"runs/mine/checkpoints/step-{step:08d}"
+        finished = finish(folder, [MEGALM, "generate", path, *map(str, words)])
+        expected += f"=== step {step}: {path}\n{finished.stdout}"
+    assert found == expected
+
+
+def test_what_makes_no_sense_is_one_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"text": 1}\n')
+    refused: dict[tuple[object, ...], str] = {
+        (): "nothing to continue",
+        ("--interactive", "--prompt", "a"): "--interactive reads its prompts itself",
+        ("--prompt", "a", "--at", "25;50"): "percentages of the run",
+        ("--prompt", "a", "--at", "120"): "percentages of the run",
+        ("--prompt-file", tmp_path / "absent"): "cannot be read as text",
+        ("--prompt-file", tmp_path / "broken.jsonl"): "broken.jsonl:1: give",
+    }
+    for words, message in refused.items():
+        finished = generate(folder, *words)
+        assert (finished.code, finished.stdout) == (2, ""), finished.explain()
+        assert finished.stderr.startswith("megalm: error: "), finished.explain()
+        assert message in finished.stderr, finished.explain()
+        assert len(finished.stderr.splitlines()) == 1, finished.explain()
