@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -98,7 +99,8 @@ def main(
     python launch/pretrain.py --deepspeed_config ds_configs/bf16.json --config my.yaml --dry-run
     """
     if dry_run:
-        _dry_run(deepspeed_config, config, overrides or [], resume is not None, world_size, ranks_per_node)
+        asked = (resume, extend_steps, extend_strategy, skip_steps)
+        _dry_run(deepspeed_config, config, overrides or [], asked, world_size, ranks_per_node)
         return
     from megalm.engine.openmp import wait_awake_briefly
     from megalm.engine.quirks import silence
@@ -122,19 +124,33 @@ def _dry_run(
     deepspeed_config: str | None,
     config: str | None,
     overrides: list[str],
-    resume: bool,
+    asked: tuple[str | None, int | None, Strategy, int],
     world_size: int,
     ranks_per_node: int,
 ) -> None:
+    """What the run amounts to; of one that goes on, with the schedules of its past.
+
+    Args:
+        asked: `--resume`, `--extend-steps`, `--extend-strategy` and `--skip-steps`.
+    """
     from megalm.cli.plan import RANKS_PER_NODE, show_plan
+    from megalm.train.continuing import Extension
     from megalm.train.own_config import read_settings
+    from megalm.train.planned_start import planned_start
+    from megalm.train.request import Resume
 
     if int(os.environ.get("RANK", "0")) > 0:
         return  # under a launcher one rank tells it
     ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        loaded, deepspeed = read_settings(config, overrides, deepspeed_config, resume, ranks)
-        show_plan(loaded, deepspeed, ranks, None, ranks_per_node or RANKS_PER_NODE)
+        wanted, steps, strategy, skip_steps = asked
+        extension = Extension(steps, strategy.value) if steps is not None else None
+        resume = Resume(wanted, extension, skip_steps)
+        if resume.weights_only:
+            overrides = [*overrides, f"train.steps={steps}"]  # a run of its own, from step 0
+        loaded, deepspeed = read_settings(config, overrides, deepspeed_config, wanted is not None, ranks)
+        going_on = partial(planned_start, resume=resume) if wanted is not None else None
+        show_plan(loaded, deepspeed, ranks, None, ranks_per_node or RANKS_PER_NODE, going_on)
     except MegalmError as error:
         sys.stderr.write(f"megalm: {error}\n")
         raise SystemExit(error.exit_code) from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -16,7 +17,7 @@ from megalm.config.checks_data import what_data_to_bring
 from megalm.config.deepspeed_json import DeepSpeedConfig
 from megalm.config.loading import LoadedConfig, spelling
 from megalm.config.precision import DeviceFacts
-from megalm.config.resolve import resolve
+from megalm.config.resolve import ResolvedRun, resolve
 from megalm.config.schema import RunConfig
 from megalm.config.strict import leaf_fields, shown
 from megalm.documented import changed_keys, judge, tolerances
@@ -29,6 +30,9 @@ from megalm.train.data_facts import planned_data
 from megalm.train.own_config import read_settings
 from megalm.train.position import Position
 from megalm.train.schedule import ScheduleSegment
+
+# From a run to what it will be after its checkpoint: its last step, and all its schedules.
+GoingOn = Callable[[ResolvedRun], tuple[ResolvedRun, tuple[ScheduleSegment, ...]]]
 
 _GIB = 2**30
 RANKS_PER_NODE = 8  # where a launcher has not said how many there are
@@ -94,7 +98,7 @@ def command(
         ranks or documented.devices or 1,
         gpu_memory or documented.device_memory_gib,
         ranks_per_node,
-        None if after is None else (after, extend_steps),
+        None if after is None else partial(_after, after, extend_steps),
     )
     if plot is not None:
         draw_rates(plan.schedules, plot)
@@ -104,10 +108,15 @@ def command(
 
 
 def show_plan(
-    loaded: LoadedConfig, deepspeed: DeepSpeedConfig, ranks: int, gpu_memory: float | None, ranks_per_node: int
+    loaded: LoadedConfig,
+    deepspeed: DeepSpeedConfig,
+    ranks: int,
+    gpu_memory: float | None,
+    ranks_per_node: int,
+    going_on: GoingOn | None = None,
 ) -> None:
     """Write the plan to the terminal."""
-    plan = planned(loaded, deepspeed, ranks, gpu_memory, ranks_per_node)
+    plan = planned(loaded, deepspeed, ranks, gpu_memory, ranks_per_node, going_on)
     typer.echo(plan_text(plan, ranks_per_node, *planned_data(plan.resolved)))
 
 
@@ -117,12 +126,12 @@ def planned(
     ranks: int,
     gpu_memory: float | None,
     ranks_per_node: int,
-    after: tuple[Path, int | None] | None = None,
+    going_on: GoingOn | None = None,
 ) -> Plan:
     """The plan for so many ranks of GPUs of `gpu_memory` GiB; None: of this machine's device.
 
     Args:
-        after: the checkpoint that the run goes on from, and by how many steps it is extended.
+        going_on: of a run that does; None: it starts at step 0.
 
     Raises:
         ConfigError, CheckpointError: what the run itself would be refused for, but for missing data.
@@ -132,13 +141,17 @@ def planned(
     device = _device(ranks_per_node, gpu_memory)
     resolved = resolve(loaded, deepspeed, ranks, device, vocab_size, ranks_per_node, data_needed=False)
     schedules: tuple[ScheduleSegment, ...] = ()
-    if after is not None:
-        checkpoint, more = after
-        position = Position()
-        with_schedule(position, resolved, read_manifest(followed(checkpoint)), more)
-        resolved, schedules = with_last_step(resolved, position), position.schedule
+    if going_on is not None:
+        resolved, schedules = going_on(resolved)
     expected = vocab_size or resolved.config.model.vocab_size or resolved.config.data.recipe_vocab_size
     return make_plan(resolved, expected, schedules)
+
+
+def _after(checkpoint: Path, more: int | None, run: ResolvedRun) -> tuple[ResolvedRun, tuple[ScheduleSegment, ...]]:
+    """The run as it goes on from a checkpoint, by `more` steps on a schedule of their own, or on what is stated."""
+    position = Position()
+    with_schedule(position, run, read_manifest(followed(checkpoint)), more)
+    return with_last_step(run, position), position.schedule
 
 
 def plan_text(

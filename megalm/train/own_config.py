@@ -35,7 +35,8 @@ def read_settings(
     own = _find_own(config, overrides) if resume else None
     if own is None:
         loaded = load_run_config(config, overrides)
-        return loaded, read_deepspeed_json(deepspeed_config or _recipe_json(loaded) or _DEFAULT_DEEPSPEED_CONFIG)
+        default = _recipe_json(loaded) or named_json(_DEFAULT_DEEPSPEED_CONFIG)
+        return loaded, read_deepspeed_json(deepspeed_config or default)
     settings, original, _ = own.config_files
     # By its name: another job may begin a newer unnamed run at any moment.
     words = (*overrides, f"run.name={own.name}")

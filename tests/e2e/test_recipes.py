@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megalm.config.presets import preset_paths
 from megalm.tracking.metrics import live_rows
 from megalm.train.leaving import Guard
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import rows, run_folder
+from tests.e2e.jobs import PRETRAIN, finish, rows, run_folder
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed, pytest.mark.slow]
@@ -33,6 +34,7 @@ RECIPES = {
     "medium-354m": (2, 16, 2, 4),
 }
 LENGTH = 16
+MEGALM = Path(sys.executable).with_name("megalm")
 # The recipe's model, smaller; a CPU needs seconds for what a larger one takes in fp16.
 SMALLER = (
     *("model.hidden_size=16", "model.num_hidden_layers=1", "model.num_attention_heads=1"),
@@ -131,6 +133,19 @@ def test_a_short_run_is_extended_on_a_new_schedule(small_data: SmallData, tmp_pa
     first.mkdir(), second.mkdir()
     train(first, small_data, "h100-1k", "train.steps=10", "schedule.warmup_steps=1", *phase_1)
     assert list(rates(first).values()) == [pytest.approx(1e-3)] * 10
+    before, then = (
+        "from step 1: constant from 0.001 after 1 steps of warm-up",
+        "from step 11: cosine from 0.001 to 0.0001",
+    )
+    extended = f"{before}\n{then} at step 28\n"
+    words = ("--after", str(checkpoint(first, 10)), "--extend-steps", "18", "--plot", str(tmp_path / "rate.png"))
+    planned = finish(first, [MEGALM, "plan", "--config", "h100-10k", *words])
+    assert extended in planned.stdout, planned.explain()
+    assert (tmp_path / "rate.png").stat().st_size > 10_000
+    again = ("run.name=mine", "--resume", "10", "--extend-steps", "18", "--dry-run")
+    dry = finish(first, [sys.executable, PRETRAIN, *again])
+    assert extended in dry.stdout, dry.explain()
+    assert sorted(rates(first)) == list(range(1, 11)), "nothing was trained"
     train(first, small_data, "h100-10k", "data.stride=16", "evaluate.interval_steps=null", resume="10", extend_steps=18)
     found = rates(first)
     assert sorted(found) == list(range(1, 29))

@@ -181,6 +181,12 @@ def test_a_recipe_brings_its_json_and_refuses_another_batch() -> None:
     assert Path(stated.path).name == "fp32.json"
 
 
+def test_the_default_json_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, file in ((None, "zero2.json"), ("h100-1k", "h100.json")):
+        assert Path(read_settings(name, (), None, resume=False, ranks=1)[1].path).name == file
+
+
 def test_a_run_that_goes_on_takes_the_json_of_a_recipe_that_is_named_now(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
