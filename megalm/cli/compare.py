@@ -16,8 +16,7 @@ from megalm.errors import ConfigError
 from megalm.tracking import compare
 from megalm.tracking.compare import Results
 
-# Two medians are told apart where they differ by more than the steps of either scatter; with normal noise that many
-# halves of the steps' deviation are two standard deviations.
+# How many times `Results.scatter` two numbers have to be apart; with normal noise these are two standard deviations.
 _SCATTERS = 3.0
 
 

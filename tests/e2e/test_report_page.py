@@ -80,7 +80,7 @@ def test_the_page_says_what_metrics_jsonl_says(run: Path) -> None:
     assert "taken back later" in seen.text  # steps after the checkpoint that the kill had made in vain
     checkpoints = seen.text.partition("Checkpoints")[2].partition("What it wrote")[0]
     for step in (SAVED, 2 * SAVED, STEPS):
-        assert re.search(rf" {step} {step * 16 * 64:,} [\d.]+ \wiB ", checkpoints), checkpoints
+        assert re.search(rf" {step} good [a-z\d., ]*{step * 16 * 64:,} [\d.]+ \wiB", checkpoints), checkpoints
     assert "Step 14 samples/step-00000014.txt" in seen.text
     assert environment["dataset_fingerprint"] in seen.text
     assert "train.steps 14 400" in seen.text

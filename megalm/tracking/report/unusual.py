@@ -40,6 +40,7 @@ def findings(account: Account) -> list[Finding]:
     history = account.history
     return [
         *_failures(account),
+        *_silent_ends(history),
         *_events(account),
         *_no_numbers(history),
         *_checkpoints(account),
@@ -66,6 +67,24 @@ def _events(account: Account) -> Iterator[Finding]:
     for what, count in told.items():
         if count > _SHOWN_OF_A_KIND:
             yield Finding(None, what, f"{count - _SHOWN_OF_A_KIND:,} more are in metrics.jsonl")
+
+
+def _silent_ends(history: History) -> Iterator[Finding]:
+    """Attempts after which another began though they had written no end, and what they had trained in vain."""
+    gone = ~history.live
+    begun: Row | None = None
+    for row in history.events:
+        event = row.get("event")
+        if event in ("start", "resume"):
+            if begun is not None:
+                attempt = begun.get("attempt", 1)
+                lost = int((gone & (history.train["attempt"] == attempt)).sum())
+                taken_back = f"; {lost:,} rows of it were taken back" if lost else ""
+                said = f"attempt {attempt} wrote no end: it was killed, or its machine failed{taken_back}"
+                yield Finding(event_step(row), "killed", said)
+            begun = row
+        elif event == "end":
+            begun = None
 
 
 def _said(row: Row) -> str:

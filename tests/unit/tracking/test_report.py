@@ -142,6 +142,9 @@ def test_what_a_resume_and_a_rollback_took_back_is_drawn_faintly_and_counts_no_m
     assert {"resume", "rollback"} == set(page.marks())
     assert "step 5 attempt 2, from step-00000005" in finding(page, "resume")
     assert "step 12 back to step 7 (step-00000007), past 80 samples" in finding(page, "rollback")
+    assert "step 5 attempt 1 wrote no end: it was killed, or its machine failed; 4 rows of it were" in finding(
+        page, "killed"
+    )
     assert "Attempt 2, resume at step 5 train.seed was 1, is 2" in page.text
 
 
@@ -226,8 +229,8 @@ def test_checkpoints_with_what_is_wrong_with_them(tmp_path: Path) -> None:
     (run / "checkpoints" / "step-00000030" / "a.safetensors").write_bytes(b"1")
     (run / "checkpoints" / "step-00000040").mkdir()
     page = page_of(run)
-    table = page.text.partition("over tokens status")[2]
-    assert "10 640 8 B 2.5000 good best 20 1,280 8 B 2.5000 suspect 30 1,920 8 B 2.5000 damaged latest" in table
+    table = page.text.partition("tokens seen size")[2]
+    assert "10 good best 2.5000 640 8 B 20 suspect 2.5000 1,280 8 B 30 damaged latest 2.5000 1,920 8 B" in table
     assert "step-00000040 incomplete" in table
     assert "step-00000020 is suspect: a spike" in finding(page, "checkpoint")
     assert "a.safetensors has 1 bytes, the manifest says 8" in finding(page, "checkpoint")
