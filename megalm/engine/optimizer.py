@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megalm.config.resolve import OptimizerFacts
+from megalm.engine.extensions import load_cpu_adam
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_embeddings: bool) -> list[dict[str, Any]]:
@@ -34,6 +35,7 @@ def build_optimizer(groups: list[dict[str, Any]], facts: OptimizerFacts, offload
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        load_cpu_adam()
         return DeepSpeedCPUAdam(
             groups,
             lr=0.0,

@@ -1,0 +1,60 @@
+"""DeepSpeed's extensions in C++, which are compiled at their first use: a process killed meanwhile blocks no later one.
+
+torch keeps others out with a file named `lock`, and waits for ever where the process that made it was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.2
+
+
+def load_cpu_adam() -> None:
+    """Compile DeepSpeed's CPUAdam if need be: one rank of a machine does, the others wait for it."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    builder = CPUAdamBuilder()
+    with compiling_alone(builder.name):
+        builder.load()
+
+
+@contextlib.contextmanager
+def compiling_alone(name: str) -> Iterator[None]:
+    """Keep other ranks and jobs from compiling extension `name`, and take away what a killed one has left.
+
+    Our own lock dies with its holder. Torch's is stale where no process has it open, once we hold ours.
+    """
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory(name, verbose=False))
+    with (folder / "megalm.lock").open("a") as ours:
+        with contextlib.suppress(OSError):  # a file system without locks: as without megalm
+            fcntl.flock(ours, fcntl.LOCK_EX)
+        theirs = folder / "lock"
+        while theirs.exists():
+            if not _is_open(theirs):
+                log.warning("%s was left by a process that was killed while it compiled; removed", theirs)
+                theirs.unlink(missing_ok=True)
+            time.sleep(_POLL_SECONDS)
+        yield
+
+
+def _is_open(path: Path) -> bool:
+    """Whether any process of this user on this machine has the file open."""
+    wanted = str(path.resolve())
+    for handle in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(handle) == wanted:
+                return True
+        except OSError:  # of another user, or gone
+            continue
+    return False
