@@ -275,7 +275,7 @@ class Claim(Section):
 
 
 class DocumentedSection(Section):
-    """What a document says of the run that a recipe follows: `megalm plan` judges it, and no run is changed by it."""
+    """What a document says of the run that a recipe follows: judged by `megalm plan`, told of; it changes no run."""
 
     device: str | None = Field(default=None, description="as in megalm/estimate/data_sheet.py")
     devices: PositiveInt | None = None

@@ -6,10 +6,11 @@ Rows have `kind` and `time` (unix seconds), and by kind:
   step_seconds, mfu, attempt
 - `eval`: step, tokens, loss, perplexity, dataset (and bits_per_byte where it is known)
 - `event`: event = start | resume | checkpoint | spike | skip | rollback | signal | wall_time | early_stop | warning |
-  repair | end, and its own fields. `spike` has at_step, quantity, decided, loss, grad_norm, limit, median and
-  first_sample; `rollback` has samples_skipped and begins an attempt, as `start` and `resume` do; `checkpoint` comes
+  expected | repair | end, and its own fields. `spike` has at_step, quantity, decided, loss, grad_norm, limit, median
+  and first_sample; `rollback` has samples_skipped and begins an attempt, as `start` and `resume` do; `checkpoint` comes
   when one is complete and has path, saved_step, bytes, seconds (until then), stall_seconds (training stood still) and
   pruned (names of those that went).
+  `expected` has a quantity, its loss, and low and high of the document that the run follows; met: whether it is there.
   `start` and `resume` have startup_seconds, from the start of the process.
   `end` has `status`: finished | failed | stopped (saved, and wants to be started again) and `exit_code`;
   `resume` and `rollback` have the `step` that the run goes on from.

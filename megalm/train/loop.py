@@ -14,6 +14,7 @@ from megalm.checkpoint.manifest import Status
 from megalm.engine.protocol import StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
 from megalm.train.evaluate import TOTAL, Evaluation
+from megalm.train.expected import Quantity, expectations
 from megalm.train.guard import Verdict
 from megalm.train.incidents import Incident
 from megalm.train.parts import Parts
@@ -171,6 +172,8 @@ class TrainingLoop:
                 attempt=position.attempt,
             )
         parts.reporter.step(StepLine(position.step, result.loss, rate, result.grad_norm, tokens_per_second, mfu))
+        if parts.run.config.documented.claims:
+            self._hold_against_document("training_loss", parts.guard.history.median_loss(result.loss))
 
     def _between_steps(self) -> None:
         config, step = self.parts.run.config, self.position.step
@@ -216,6 +219,15 @@ class TrainingLoop:
             )
         of_set = "" if result.dataset == TOTAL else f" on {result.dataset}"
         parts.reporter.say(f"step {position.step}: validation{of_set} {result}")
+        if result.dataset == TOTAL:
+            self._hold_against_document("validation_loss", result.loss)
+
+    def _hold_against_document(self, quantity: Quantity, loss: float) -> None:
+        """Tell what a recipe's document had at this step, if it says."""
+        parts = self.parts
+        for found in expectations(parts.run.config.documented, quantity, self.position.step, loss):
+            self.event("expected", quantity=quantity, loss=loss, low=found.low, high=found.high, met=found.is_met)
+            parts.reporter.say(str(found))
 
     def _compare_with_best(self, loss: float) -> None:
         position = self.position

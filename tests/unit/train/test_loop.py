@@ -19,7 +19,8 @@ from megalm.config.resolve import resolve
 from megalm.engine.protocol import Accept, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
 from megalm.tracking.metrics import MetricsWriter, live_rows, read_metrics
-from megalm.train.evaluate import Evaluation
+from megalm.train.evaluate import TOTAL, Evaluation
+from megalm.train.expected import Expectation
 from megalm.train.guard import SpikeGuard
 from megalm.train.incidents import Incident
 from megalm.train.leaving import StopRequest
@@ -65,7 +66,9 @@ class Evaluator:
         self.losses, self.whole = list(losses), whole
 
     def evaluate(self, engine: Engine, whole: bool) -> Evaluation | None:
-        return Evaluation("v", self.whole if whole else self.losses.pop(0), 10, None) if whole or self.losses else None
+        return (
+            Evaluation(TOTAL, self.whole if whole else self.losses.pop(0), 10, None) if whole or self.losses else None
+        )
 
 
 class Checkpoints:
@@ -186,6 +189,39 @@ def test_intervals_and_the_end(tmp_path: Path) -> None:
     assert (rows[-1]["status"], rows[-1]["exit_code"]) == ("finished", 0)
     assert story.engine.rates[2] == pytest.approx(3e-3)
     assert story.engine.rates[10] == pytest.approx(3e-4)
+
+
+def test_losses_are_told_beside_those_of_a_document(tmp_path: Path) -> None:
+    """The training loss by its median of the steps so far: step 7 alone is no trend."""
+    claims = ", ".join(
+        f"{{claim: {name}_loss, step: {step}, value: {value}}}"
+        for name, step, value in (
+            ("training", 3, "[0.8, 0.95]"),
+            ("training", 5, 1.09),
+            ("training", 6, 1.11),
+            ("training", 7, "[0.9, 1.2]"),
+            ("validation", 4, 2.5),
+            ("validation", 10, "[8, 9]"),
+            ("training", 0, 9.23),
+        )
+    )
+    settings = (f"documented.claims=[{claims}]", "evaluate.interval_steps=4")
+    story = Story(tmp_path, *settings, validation=[3.0, 2.0], losses={7: 1.4})
+    assert story.loop.run() == EXIT_DONE
+    told = [row for row in read_metrics(story.metrics) if row.get("event") == "expected"]
+    assert [(row["step"], row["quantity"], row["loss"], row["met"]) for row in told] == [
+        (3, "training_loss", 1.0, False),
+        (4, "validation_loss", 3.0, False),
+        (5, "training_loss", 1.0, True),
+        (6, "training_loss", 1.0, False),
+        (7, "training_loss", 1.0, True),
+        (10, "validation_loss", 9.0, True),
+    ]
+    above = Expectation(1000, "training_loss", 6.41, 5.5, 6.0)
+    assert str(above) == "step 1000: median training loss 6.4100, documented 5.5-6: 0.41 nats above"
+    below = Expectation(500, "validation_loss", 3.3, 3.5, 3.5)
+    assert str(below) == "step 500: validation loss 3.3000, documented 3.5: 0.20 nats below"
+    assert str(replace(below, loss=3.45)).endswith(": as documented")
 
 
 def test_patience_counts_validations_without_a_new_lowest(tmp_path: Path) -> None:
