@@ -76,8 +76,8 @@ def test_every_checkpoint_is_what_training_said_of_it(folder: Path) -> None:
     ("words", "json_file", "dtype", "tolerance"),
     [
         (("data.document_mask=true", "model.style=gpt2"), "fp32.json", "fp32", 1e-6),
-        ((), "bf16.json", "bf16", 2e-4),
-        ((), "bf16.json", "fp32", 2e-3),
+        ((), "bf16.json", "bf16", 1e-5),
+        ((), "bf16.json", "fp32", 1e-3),
     ],
     ids=["document-mask-gpt2", "bf16", "bf16-in-fp32"],
 )

@@ -184,6 +184,8 @@ def test_long_contexts_lose_their_beginning(model: OfflineModel, tmp_path: Path)
     assert max(len(sequence.tokens) for sequence in found.sequences) == LENGTH + 1
     (uncut,) = model.tokenizer.encode_batch([long["context"] + "z = 2"])
     assert found.sequences[1].tokens.tolist() == uncut[-(LENGTH + 1) :]
+    whole = encode_question(Question(long["context"], tuple(long["choices"]), 0, "here:1"), model.facts)
+    assert [one.targets for one in found.sequences[:2]] == [one.targets for one in whole], "the choice is scored still"
     too_long = {"context": "a", "choices": ["b", "c = 3\n" * 60], "answer": 0}
     with pytest.raises(DataError, match=r"q\.jsonl:1: a choice of \d+ tokens is longer than the model's window of 64"):
         read_choices(write(tmp_path / "q.jsonl", [too_long]), model.facts)
