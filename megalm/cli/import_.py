@@ -51,7 +51,11 @@ def command(
     typer.echo(f"{made.tokenizer.name}: {entries:,} ids{rows}; a document ends with id {made.tokenizer.eod_id}")
     for name, line in (
         ("try it", f'megalm generate {output} --prompt "Once"'),
-        ("its data", f"build_dataset.py --input TEXT --tokenizer {made.tokenizer.spec} --output-prefix data/mine"),
+        (
+            "its data",
+            f"python data_tools/build_dataset.py --input TEXT --tokenizer {made.tokenizer.spec} "
+            "--output-prefix data/mine",
+        ),
         (
             "train on",
             f"deepspeed launch/pretrain.py --config {made.config} run.name=NAME --resume {made.checkpoint} "

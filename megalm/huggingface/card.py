@@ -67,6 +67,12 @@ class Card:
     def _run(self) -> Path:
         return self.checkpoint.parent.parent
 
+    @property
+    def _metrics(self) -> Path | None:
+        """The run's, where the checkpoint lies in its own run folder."""
+        path = self._run / METRICS_FILE
+        return path if path.is_file() and self.manifest.get("run") == self._run.name else None
+
     def _front_matter(self) -> str:
         tags = ["megalm", "pretrained", family_of(self.shape)]
         content = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
@@ -93,6 +99,8 @@ class Card:
         if source := manifest.get("imported_from"):
             yield "begins with", f"the weights of {source}, not trained further"
             return
+        if origin := self._origin():
+            yield "begins with", origin
         name, whole = self._dataset()
         if name:
             yield "dataset", name
@@ -103,6 +111,13 @@ class Card:
             yield "epochs", f"{tokens / whole:.2f} of {whole:,} tokens"
         if tokens:
             yield "tokens a parameter", f"{tokens / self.shape.parameter_count():.2f}"
+
+    def _origin(self) -> str | None:
+        """The run whose weights this one started with, where it started with any."""
+        rows = read_metrics(self._metrics) if self._metrics is not None else ()
+        first = next((row for row in rows if row.get("event") == "start"), {})
+        path = Path(first["path"]) if first.get("path") else None
+        return None if path is None else f"the weights of {path.parent.parent.name}, {path.name}"
 
     def _dataset(self) -> tuple[str | None, int | None]:
         """Name, and the tokens that are trained on where the log tells of one dataset throughout."""
@@ -136,11 +151,10 @@ class Card:
 
     def _evaluations(self) -> list[Row]:
         """The validations of this very step, the last over each dataset, in metrics.jsonl of the run."""
-        path = self._run / METRICS_FILE
-        if not path.is_file() or self.manifest.get("run") != self._run.name:
+        if self._metrics is None:
             return []
         step, attempt = self.manifest["step"], self.manifest.get("attempt")
-        rows = [row for row in live_rows(read_metrics(path)) if row["kind"] == "eval" and row["step"] == step]
+        rows = [row for row in live_rows(read_metrics(self._metrics)) if row["kind"] == "eval" and row["step"] == step]
         of_it = [row for row in rows if row.get("attempt") == attempt and isinstance(row.get("loss"), float)]
         return list({row.get("dataset"): row for row in of_it if math.isfinite(row["loss"])}.values())
 

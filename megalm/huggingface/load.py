@@ -90,14 +90,14 @@ def import_model(source: HuggingFaceFolder, target: Path, tokenizer: Path | None
     """
     shape = source.shape
     own = _find_tokenizer(tokenizer or source.folder)
+    found = load_tokenizer(own)
+    _refuse_other_vocabulary(found, shape.vocab_size)
     final = target.resolve()
 
     def fill(folder: Path) -> None:
         for path in (own, own.with_name(TOKENIZER_CONFIG)) if own.suffix == ".json" else (own,):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
-        found = load_tokenizer(folder / own.name)
-        _refuse_other_vocabulary(found, shape.vocab_size)
         place = str(final / own.name)
         content = {"model": section_of(shape), "data": {"tokenizer": place}}
         text = _HEADER.format(source=source.folder.name) + yaml.safe_dump(content, sort_keys=False)
@@ -135,7 +135,7 @@ def _find_tokenizer(folder: Path) -> Path:
 
 
 def _refuse_other_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises: DataError: the model has no row for an id; or nothing ends a document."""
+    """Raises: DataError: the model has no row for an id, or nothing ends a document."""
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"{Path(tokenizer.spec).name} has {tokenizer.vocab_size:,} ids, the model's vocabulary is {vocab_size:,}; "

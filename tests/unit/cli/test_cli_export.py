@@ -1,0 +1,123 @@
+"""`megalm export` and `import` as a person types them, mistakes too. Models are in tests/unit/huggingface."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megalm.checkpoint.manifest import set_status
+from megalm.cli.main import main
+from megalm.cli.sizes import bytes_of
+from megalm.errors import ConfigError
+from tests.huggingface_models import SECTIONS, random_model, save_model
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as left:
+        main([str(word) for word in words])
+    out, error = capsys.readouterr()
+    return left.value.code or 0, out, error  # type: ignore[return-value]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    shape, model = random_model(SECTIONS["gpt2"])
+    return save_model(tmp_path / "run" / "checkpoints", shape, model)
+
+
+def test_there_and_back(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, error = run(capsys, "export", tmp_path / "run", tmp_path / "out", "--max-shard-size", "0.05MB")
+    assert (code, error) == (0, "")
+    assert "as gpt2 in fp32" in out
+    assert "choose one before you publish it" in out
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    parts = [name for name in names if name.startswith("model-")]
+    assert len(parts) > 2
+    kept = ["README.md", "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json"]
+    assert sorted([*kept, "tokenizer_config.json", *parts]) == names
+    code, out, error = run(capsys, "import", tmp_path / "out", tmp_path / "back")
+    assert (code, error) == (0, "")
+    back = tmp_path / "back"
+    assert f"--config {back / 'model.yaml'} run.name=NAME --resume {back / 'checkpoints/step-00000000'}" in out
+    code, out, _ = run(capsys, "checkpoint", "diff", checkpoint, back)
+    assert code == 0
+    table = out.split("largest absolute difference")[1].splitlines()
+    assert table[0].split() == ["master"]
+    assert {float(line.split()[-1]) for line in table[2:]} == {0.0}
+
+
+def test_a_bad_checkpoint_is_asked_for_twice(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_status(checkpoint, "bad", "spoilt by a spike")
+    code, _, error = run(capsys, "export", checkpoint, tmp_path / "out")
+    assert code == 2
+    assert "is marked bad (spoilt by a spike); choose another, or add --accept-bad" in error
+    assert run(capsys, "export", tmp_path / "run", tmp_path / "out")[0] == 2
+    assert not (tmp_path / "out").exists()
+    code, out, _ = run(capsys, "export", checkpoint, tmp_path / "out", "--accept-bad")
+    assert code == 0
+    assert "marked bad: spoilt by a spike" in out
+    assert "| marked | bad: spoilt by a spike |" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_damaged_file_is_found_and_nothing_is_left(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = checkpoint / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    code, _, error = run(capsys, "export", checkpoint, tmp_path / "out")
+    assert code == 2
+    assert "rank-00000.safetensors: SHA-256 is" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_targets_that_are_not_free(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "notes.txt").write_text("mine")
+    for words in (("export", checkpoint, full), ("import", tmp_path, full)):
+        code, _, error = run(capsys, *words)
+        assert code == 2
+        assert f"{full} exists and is not empty" in error
+    assert [path.name for path in full.iterdir()] == ["notes.txt"]
+    (full / "notes.txt").unlink()
+    assert run(capsys, "export", checkpoint, full)[0] == 0  # an empty folder will do
+
+
+def test_another_tokenizer_is_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "export", checkpoint, tmp_path / "out")[0] == 0
+    other = tmp_path / "out/tokenizer.json"
+    code, _, error = run(capsys, "export", checkpoint, tmp_path / "two", "--tokenizer", other)
+    assert code == 2
+    assert "is not the tokenizer of" in error
+
+
+def test_keys_of_a_configuration(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "export", checkpoint, tmp_path / "out")
+    path = tmp_path / "out/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "my_own": 3}))
+    code, _, error = run(capsys, "import", tmp_path / "out", tmp_path / "back")
+    assert code == 2
+    assert "my_own=3" in error
+    assert run(capsys, "import", tmp_path / "out", tmp_path / "back", "--ignore-key", "my_own")[0] == 0
+    code, _, error = run(capsys, "import", tmp_path / "out", tmp_path / "more", "--ignore-key", "my_won")
+    assert code == 2
+    assert "--ignore-key my_won: config.json does not have it" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("2GiB", 2 << 30), ("1.5 K", 1500), ("7", 7)]
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert bytes_of(text, "--size") == expected
+
+
+@pytest.mark.parametrize("text", ["", "5XB", "-1GB", "0", "GB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="--size"):
+        bytes_of(text, "--size")
