@@ -77,6 +77,7 @@ def test_the_page_says_what_metrics_jsonl_says(run: Path) -> None:
     assert f"Tokens {train[-1]['tokens']:,} {train[-1]['tokens'] / environment['parameters']:.2f} a param" in seen.text
     assert "in 2 attempts" in seen.text
     assert f"resume step {SAVED} attempt 2, from step-{SAVED:08d}" in seen.text
+    assert f"killed step {SAVED} attempt 1 wrote no end" in seen.text
     assert "taken back later" in seen.text  # steps after the checkpoint that the kill had made in vain
     checkpoints = seen.text.partition("Checkpoints")[2].partition("What it wrote")[0]
     for step in (SAVED, 2 * SAVED, STEPS):

@@ -46,7 +46,8 @@ class Scale:
                 return [(value, short(value)) for value in decades[::every]]
             tens = range(math.floor(self._low), math.ceil(self._high) + 1)
             values = [factor * 10.0**power for power in tens for factor in (1, 2, 5)]
-            return [(value, short(value)) for value in values if self.low <= value <= self.high]
+            inside = [(value, short(value)) for value in values if self.low <= value <= self.high]
+            return inside if len(inside) >= 3 else Scale(self.low, self.high).ticks()
         step = _round_step((self.high - self.low) / _TICKS)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [(number * step, label(number * step, step)) for number in range(first, last + 1)]

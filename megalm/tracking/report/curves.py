@@ -61,7 +61,8 @@ _CURVES = (
 def charts(history: History) -> list[Chart]:
     """The loss first; only what was recorded."""
     steps = history.train["step"]
-    last = max([float(steps.max(initial=0.0)), *(float(row.get("step", 0)) for row in history.evaluations)])
+    others = [row for row in history.events if row.get("event") in MARKED] + history.evaluations
+    last = max([float(steps.max(initial=0.0)), *(float(event_step(row)) for row in others)])
     across = Scale(0.0, max(1.0, last))
     found = [_loss_chart(history, across), *(_chart(history, curve, across) for curve in _CURVES)]
     shown = [chart for chart in found if chart is not None]

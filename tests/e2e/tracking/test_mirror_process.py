@@ -63,6 +63,22 @@ def test_a_run_is_followed_to_its_end(run_dir: Path) -> None:
     assert "everything is delivered" in (run_dir / "mlflow.log").read_text()
 
 
+def test_what_is_written_after_the_last_row_arrives_too(run_dir: Path) -> None:
+    """report.html tells of the run's end, so it comes after the end event."""
+    handle = mirror.start_mirror(run_dir)
+    write_rows(run_dir, range(1, 5), end="finished")
+    deadline = time.monotonic() + 60
+    while MirrorState.load(run_dir / "mlflow.json").status_sent != "FINISHED":
+        assert time.monotonic() < deadline, (run_dir / "mlflow.log").read_text()
+        time.sleep(0.1)
+    time.sleep(1.0)
+    (run_dir / "report.html").write_text("<p>the end</p>")
+    assert handle.finish(60), (run_dir / "mlflow.log").read_text()
+    run = mlflow_run(run_dir)
+    listed = mlflow.MlflowClient(MirrorState.load(run_dir / "mlflow.json").tracking_uri).list_artifacts(run.info.run_id)
+    assert "report.html" in [item.path for item in listed]
+
+
 def test_signals_for_the_job_do_not_stop_it(run_dir: Path) -> None:
     """Slurm sends them to every process; the mirror has to bring the news that the run was stopped."""
     handle = mirror.start_mirror(run_dir)

@@ -81,6 +81,7 @@ def test_ticks_are_round_numbers_with_the_digits_they_differ_in(low: float, high
 
 def test_ticks_of_a_logarithmic_scale() -> None:
     assert [text for _, text in Scale(0.3, 4.0, True).ticks()] == ["0.5", "1", "2"]
+    assert [text for _, text in Scale(0.9, 1.3, True).ticks()] == ["0.9", "1.0", "1.1", "1.2", "1.3"]
     assert [text for _, text in Scale(1e-3, 1e9, True).ticks()] == ["1e-3", "1", "1k", "1M", "1B"]
 
 
@@ -124,6 +125,13 @@ def test_many_marks_at_one_place_are_one() -> None:
     skips = [event("skip", 10 + index % 2, reason="gradient overflow") for index in range(500)]
     (loss, *_) = charts(read_history([*(train_row(step, 3.0) for step in range(1, 10_001)), *skips]))
     assert [(mark.look, mark.title) for mark in loss.marks] == [("skip", "step 10: update skipped and 499 more here")]
+
+
+def test_a_step_that_was_refused_is_marked_after_the_last_that_counts() -> None:
+    spike = event("spike", 19, at_step=20, decided="stop")
+    (loss, *_) = charts(read_history([*(train_row(step, 3.0) for step in range(1, 20)), spike]))
+    assert [(mark.left, mark.title) for mark in loss.marks] == [(100.0, "step 20: spike")]
+    assert " 1000.0 " not in loss.lines[0].path  # step 19 is before it
 
 
 def test_tokens_are_told_under_the_steps() -> None:
