@@ -91,8 +91,9 @@ class SentencePieceModel:
             "what it has no piece for does not fall back to bytes": bytes_known != 256 or not trained.byte_fallback,
             "a piece has a character that is no piece by itself": not characters <= known,
             "two pieces differ in a space and U+2581 only": len(set(self._names)) != len(self._names),
-            "user-defined pieces of several characters, or parts of other pieces": not self.is_unigram
-            and any(len(name) > 1 or name in characters for name in self._user),
+            "user-defined pieces of several characters, or parts of other pieces": any(
+                len(name) > 1 or name in characters for name in self._user
+            ),
         }
         for reason, applies in reasons.items():
             if applies:
@@ -104,13 +105,13 @@ class SentencePieceModel:
         # No text is cut into these: whatever the characters of their names cost apart, they cost more.
         never = (longest + 1) * min(lowest, 0.0) - 100.0
 
-        def score(name: str, piece: Any) -> float:
+        def score(piece: Any) -> float:
             if piece.type == piece.NORMAL:
                 return float(piece.score)
-            # SentencePiece prefers user-defined pieces by this score (unigram_model.cc, EncodeOptimized).
-            return len(name.encode()) * highest - 0.1 if piece.type == piece.USER_DEFINED else never
+            # A user-defined piece is one character here, which nothing else has: it is taken at any price.
+            return highest if piece.type == piece.USER_DEFINED else never
 
-        vocabulary = [(name, score(name, piece)) for name, piece in self._each()]
+        vocabulary = [(name, score(piece)) for name, piece in self._each()]
         unknown = self._names.index(self.unknown) if self.unknown is not None else None
         return models.Unigram(vocabulary, unk_id=unknown, byte_fallback=True)
 

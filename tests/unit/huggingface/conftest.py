@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import tokenizers
 
 from megalm.data.stdlib import source_files
@@ -27,8 +28,27 @@ def tokenizer_files(tmp_path_factory: pytest.TempPathFactory, source_texts: list
     # Prose without the characters of "<0x41>": they have no piece of their own then.
     prose = "the cat sat on the mat and the dog sat on the log. " * 40
     train_tokenizer([prose], folder / "prose.model", vocab_size=277)
-    kinds = {name: str(folder / f"{name}.model") for name in ("unigram", "bpe", "prose")}
+    for model_type in ("unigram", "bpe"):
+        _with_own_pieces(folder / f"own-pieces-{model_type}", source_texts, model_type)
+    names = ("unigram", "bpe", "prose", "own-pieces-unigram", "own-pieces-bpe")
+    kinds = {name: str(folder / f"{name}.model") for name in names}
     return {**kinds, "bytes": "bytes", "huggingface": str(_byte_level(folder, source_texts))}
+
+
+def _with_own_pieces(prefix: Path, texts: list[str], model_type: str) -> None:
+    """Pieces that a person has stated, unlikely ones among them: they are taken wherever they stand."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in texts for line in text.splitlines()]),
+        model_prefix=str(prefix),
+        model_type=model_type,
+        vocab_size=600,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["\n", "elf.", "rgs)"],
+        minloglevel=2,
+    )
 
 
 def _byte_level(folder: Path, texts: list[str]) -> Path:

@@ -18,6 +18,7 @@ from megalm.huggingface.tokenizer import SENTENCEPIECE, TOKENIZER, ExportedToken
 transformers = pytest.importorskip("transformers")
 
 KINDS = ("unigram", "bpe", "prose", "bytes", "huggingface")
+UNIGRAM = ("unigram", "prose")
 AWKWARD = [
     "",
     " ",
@@ -61,7 +62,7 @@ def _same(ours: Any, theirs: Any, model: SentencePieceModel | None, text: str) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_the_same(kind: str, exported: dict[str, Any], source_texts: list[str]) -> None:
     ours, theirs, said, folder = exported[kind]
-    model = SentencePieceModel(folder / SENTENCEPIECE) if kind in ("unigram", "prose") else None
+    model = SentencePieceModel(folder / SENTENCEPIECE) if kind in UNIGRAM else None
     lines = [line for text in source_texts for line in text.split("\n")]
     texts = [*AWKWARD, *source_texts, *lines]
     texts += [NAMES_OF_SPECIAL] if kind != "huggingface" else []  # there they are read as these tokens by megalm, too
@@ -74,9 +75,9 @@ def test_ids_are_the_same(kind: str, exported: dict[str, Any], source_texts: lis
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_ids_are_the_same_on_any_text(text: str, exported: dict[str, Any]) -> None:
-    for kind in ("unigram", "bpe", "prose", "bytes"):
+    for kind in ("bpe", "bytes", *UNIGRAM):
         ours, theirs, _, folder = exported[kind]
-        model = SentencePieceModel(folder / SENTENCEPIECE) if kind in ("unigram", "prose") else None
+        model = SentencePieceModel(folder / SENTENCEPIECE) if kind in UNIGRAM else None
         _same(ours, theirs, model, text)
 
 
@@ -135,6 +136,13 @@ def test_equally_likely_is_no_excuse(tokenizer_files: dict[str, str]) -> None:
     assert model.are_equally_likely(row, row[::-1])
     assert not model.are_equally_likely(row, letters)
     assert not SentencePieceModel(tokenizer_files["bpe"]).are_equally_likely(row, row)
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_pieces_of_a_person_have_no_equivalent(model_type: str, tokenizer_files: dict[str, str]) -> None:
+    """SentencePiece cuts a text at them first, whatever is likelier; the other library does not."""
+    with pytest.raises(NoEquivalentError, match="user-defined pieces of several characters"):
+        SentencePieceModel(tokenizer_files[f"own-pieces-{model_type}"]).tokenizer()
 
 
 def test_a_word_model_has_no_equivalent(tmp_path: Path) -> None:
