@@ -144,6 +144,8 @@ def _every(run: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
 
 
 def _refuse_bad(facts: CheckpointFacts) -> None:
+    if facts.manifest["status"] == "suspect":
+        _tell(f"{facts.path} is marked suspect ({facts.manifest.get('status_reason')})")
     if facts.manifest["status"] == "bad":
         raise CheckpointError(
             f"{facts.path} is marked bad ({facts.manifest.get('status_reason')}); choose another, or undo it with "

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from megalm.checkpoint.manifest import read_manifest, set_status, write_manifest
 from megalm.data.indexed import IndexedDatasetWriter
+from megalm.data.loader import MicroBatch
 from megalm.data.tokenizer import ByteTokenizer
 from megalm.errors import CheckpointError, DataError
+from megalm.model.layers import DenseOutput
 from megalm.train.offline import OfflineModel, read_facts
 from megalm.train.offline_run import course_of, nearest
 from megalm.train.offline_sets import DATA, DatasetTask, other_sets, own_sets
@@ -98,6 +101,27 @@ def test_what_cannot_be_evaluated_on_is_refused(tmp_path: Path) -> None:
     task = DatasetTask(DATA, other_sets(model.facts, [str(tmp_path / "other")]), model.tokenizer, 4)
     with pytest.raises(DataError, match="token 300 is not in the model's vocabulary of 257"):
         task.rows(model, lambda: None)
+
+
+def test_logits_exist_for_a_chunk_of_tokens_at_a_time(tmp_path: Path) -> None:
+    model = OfflineModel(write_run(tmp_path / "run", ByteTokenizer(), GPT2, LENGTH))
+    rows: list[int] = []
+    output = model.network.head.output
+    assert isinstance(output, DenseOutput)
+    whole = output.chunk
+
+    def noted(logits: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        rows.append(len(logits))
+        return whole(logits, labels, gradient)
+
+    output.chunk = noted
+    tokens = np.random.default_rng(0).integers(0, 256, (100, LENGTH))
+    batch = MicroBatch(tokens, tokens, None)
+    loss = model.evaluate([batch])
+    assert sum(rows) == tokens.size > max(rows) == model.network.head.chunk_tokens
+    rows.clear()
+    assert model.row_losses(batch).sum() == pytest.approx(loss, rel=1e-6)
+    assert max(rows) == LENGTH
 
 
 def test_bf16_is_near(tmp_path: Path) -> None:
