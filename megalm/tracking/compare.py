@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megalm.errors import ConfigError
+from megalm.picture import new_axes, write_picture
 from megalm.tracking.history import History, Numbers, read_history
 from megalm.tracking.metrics import METRICS_FILE, ReadRows, Row, read_metrics
 from megalm.tracking.run_folder import CONFIG_FILE, DEEPSPEED_FILE, flatten, parameter_count, read_mapping
@@ -130,25 +130,15 @@ def plot_losses(runs: Sequence[RunRecord], path: Path) -> None:
     """Training (thin) and validation (marked) loss of every run over tokens, as a picture.
 
     Raises:
-        ConfigError: the file's suffix names no format that can be drawn.
+        ConfigError: the file's suffix names no format that can be drawn, or it cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, and only here
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="tokens", ylabel="loss (nats per token)")
+    figure, axes = new_axes("tokens", "loss (nats per token)")
     for index, run in enumerate(runs):
         colour = f"C{index % 10}"
         axes.plot(*run.curve("train"), color=colour, linewidth=0.8, alpha=0.6)
         axes.plot(*run.curve("eval"), color=colour, marker="o", markersize=3, label=run.name)
-    axes.grid(alpha=0.3)
     axes.legend(title="with marks: validation")
-    suffix = path.suffix.lstrip(".").lower()
-    if suffix not in canvas.get_supported_filetypes():
-        raise ConfigError(f"{path}: {suffix or 'no suffix'} is no picture format; name a .png, .svg or .pdf")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_picture(figure, path)
 
 
 def judging(rows: Sequence[Row]) -> list[Row]:
