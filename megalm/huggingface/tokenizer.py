@@ -149,15 +149,10 @@ def _bytes_tokenizer(eod_id: int) -> tokenizers.Tokenizer:
 
 def _plain_definition(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str | None]]:
     """A tokenizer.json without what megalm leaves out: cutting, padding, tokens around a text."""
-    made = tokenizers.Tokenizer.from_file(str(path))
-    made.no_truncation()
-    made.no_padding()
-    definition = read_json(path)
-    processor = definition.get("post_processor") or {}
-    if processor.get("type", "ByteLevel") != "ByteLevel":
-        # It would add a beginning that the model was not trained with. The library takes none as a value.
-        stripped = {**definition, "truncation": None, "padding": None, "post_processor": None}
-        made = tokenizers.Tokenizer.from_str(json.dumps(stripped))
+    definition = {**read_json(path), "truncation": None, "padding": None}
+    if (definition.get("post_processor") or {}).get("type", "ByteLevel") != "ByteLevel":
+        definition["post_processor"] = None  # it would add a beginning that the model was not trained with
+    made = tokenizers.Tokenizer.from_str(json.dumps(definition))
     beside = path.with_name(TOKENIZER_CONFIG)
     stated = read_json(beside) if beside.is_file() else {}
     special = {key: _known(made, stated.get(key)) for key in ("bos_token", "unk_token", "pad_token")}
