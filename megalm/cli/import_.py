@@ -49,6 +49,8 @@ def command(
     entries, vocabulary = made.tokenizer.vocab_size, shape.vocab_size
     rows = f", of {vocabulary:,} rows that the model has" if entries != vocabulary else ""
     typer.echo(f"{made.tokenizer.name}: {entries:,} ids{rows}; a document ends with id {made.tokenizer.eod_id}")
+    for note in made.notes:
+        typer.echo(f"note: {note}")
     for name, line in (
         ("try it", f'megalm generate {output} --prompt "Once"'),
         (

@@ -23,6 +23,8 @@ _HEADLESS = {"llama": "LlamaModel", "qwen3": "Qwen3Model", "gpt2": "GPT2Model"}
 
 # Of files, of generation, of outputs and of other heads: no number of a forward pass depends on them.
 _WITHOUT_EFFECT_WORDS = (
+    "_num_labels do_sample max_length min_length num_beams predict_special_tokens repetition_penalty temperature top_k "
+    "top_p torchscript use_bfloat16 "
     "_name_or_path _attn_implementation_autoset architectures bos_token_id chunk_size_feed_forward dtype eos_token_id "
     "gradient_checkpointing id2label is_decoder is_llama_config label2id max_window_layers model_type num_labels "
     "output_attentions output_hidden_states output_past pad_token_id problem_type return_dict summary_activation "
@@ -74,6 +76,7 @@ _GPT2_MUST: dict[str, Accepts] = {
     "scale_attn_by_inverse_layer_idx": _is(False),
     "reorder_and_upcast_attn": _is(False),
     "add_cross_attention": _is(False),
+    "n_special": _is(0),
     "is_encoder_decoder": _is(False),
 }
 

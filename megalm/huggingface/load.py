@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from megalm.errors import DataError, TrainingError
 from megalm.huggingface.config import section_of
 from megalm.huggingface.folder import complete_folder
 from megalm.huggingface.source import HuggingFaceFolder
-from megalm.huggingface.tokenizer import SENTENCEPIECE, TOKENIZER, TOKENIZER_CONFIG
+from megalm.huggingface.tokenizer import SENTENCEPIECE, TOKENIZER, TOKENIZER_CONFIG, added_around
 
 T = TypeVar("T")
 
@@ -37,12 +37,14 @@ class Imported:
 
     Attributes:
         checkpoint: for --resume; config: for --config; tokenizer: for data.tokenizer.
+        notes: what megalm does otherwise with texts than these files say, a line each.
     """
 
     checkpoint: Path
     config: Path
     tokenizer: Tokenizer
     parameters: int
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def import_model(source: HuggingFaceFolder, target: Path, tokenizer: Path | None
     complete_folder(target, fill)
     kept = load_tokenizer(target / own.name)
     checkpoint = target / "checkpoints" / folder_name(0)
-    return Imported(checkpoint, target / MODEL_FILE, kept, shape.parameter_count())
+    return Imported(checkpoint, target / MODEL_FILE, kept, shape.parameter_count(), tuple(_notes(source, kept)))
 
 
 def _find_tokenizer(folder: Path) -> Path:
@@ -132,6 +134,15 @@ def _find_tokenizer(folder: Path) -> Path:
         f"{folder} has none of {', '.join(_TOKENIZERS)}; save its tokenizer with transformers "
         "(AutoTokenizer.from_pretrained(...).save_pretrained), or name one with --tokenizer"
     )
+
+
+def _notes(source: HuggingFaceFolder, tokenizer: Tokenizer) -> Iterator[str]:
+    if added := added_around(tokenizer):
+        yield f"its tokenizer puts {' '.join(added)} around a text; megalm puts nothing, in training and in generation"
+    stated = source.config.get("eos_token_id")
+    ends = stated if isinstance(stated, list) else [stated]
+    if stated is not None and tokenizer.eod_id not in ends:
+        yield f"config.json has eos_token_id={stated}; here a document ends with id {tokenizer.eod_id}"
 
 
 def _refuse_other_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -121,6 +121,16 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> Exporte
     )
 
 
+def added_around(tokenizer: Tokenizer) -> list[str]:
+    """Names of the tokens that a tokenizer.json puts before or after a text, which megalm leaves out."""
+    path = Path(tokenizer.spec)
+    if path.suffix != ".json":
+        return []
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    alone = set(theirs.encode("a", add_special_tokens=False).ids)
+    return [str(theirs.id_to_token(token)) for token in theirs.encode("a").ids if token not in alone]
+
+
 def _is_sentencepiece(tokenizer: Tokenizer) -> bool:
     return tokenizer.name.startswith("sentencepiece:")
 

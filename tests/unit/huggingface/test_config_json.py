@@ -93,6 +93,7 @@ def test_every_parameter_is_in_one_tensor_of_theirs(name: str) -> None:
 def test_published_configurations_are_read() -> None:
     gpt2 = to_shape(GPT2)
     assert (gpt2.parameter_count(), gpt2.intermediate_size, gpt2.dropout) == (124_439_808, 3072, 0.1)
+    assert to_shape({**GPT2, "n_special": 0, "predict_special_tokens": True, "_num_labels": 1}) == gpt2
     llama = to_shape(LLAMA)
     assert (llama.head_dim, llama.num_key_value_heads, llama.norm_epsilon) == (8, 2, 1e-5)
     qwen3 = to_shape(QWEN3)

@@ -285,6 +285,25 @@ def test_a_vocabulary_larger_than_the_tokenizers_is_kept_and_a_smaller_one_refus
         import_(tmp_path / "hf", tmp_path / "other")
 
 
+def test_what_megalm_does_otherwise_with_texts_is_told(tmp_path: Path, tokenizer_files: dict[str, str]) -> None:
+    theirs_of("llama").save_pretrained(tmp_path / "hf")  # its configuration has eos_token_id 2
+    folder = Path(tokenizer_files["huggingface"]).parent
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["eos_token_id"] == 2
+    with pytest.raises(DataError, match="has 600 ids, the model's vocabulary is 300"):
+        import_model(HuggingFaceFolder(tmp_path / "hf"), tmp_path / "run", folder, nothing)
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    larger = transformers.LlamaConfig(vocab_size=600, max_position_embeddings=LENGTH, **sizes)
+    transformers.LlamaForCausalLM(larger).save_pretrained(tmp_path / "larger")
+    notes = import_model(HuggingFaceFolder(tmp_path / "larger"), tmp_path / "run", folder, nothing).notes
+    assert [note.split(";")[0] for note in notes] == [
+        "its tokenizer puts <|begin|> around a text",
+        "config.json has eos_token_id=2",
+    ]
+    _, _, _, own = exported(SECTIONS["llama"], tmp_path / "own")
+    assert import_(own, tmp_path / "back").notes == ()
+
+
 def test_a_manifest_of_another_model_is_refused(tmp_path: Path) -> None:
     shape, model = random_model(ModelSection(style="llama", **SIZES))
     other, _ = random_model(ModelSection(style="llama", **{**SIZES, "num_hidden_layers": 4}))
