@@ -28,6 +28,8 @@ from megalm.train.offline_choices import (
 from megalm.train.offline_sequences import SequenceBatches
 from tests.offline_models import GPT2, LLAMA, write_run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTH = 64
 QUESTIONS: list[dict[str, Any]] = [
     {"context": "def read(self", "choices": ["):", ", name):\n    return name", " + 1"], "answer": 1},

@@ -20,6 +20,8 @@ from megalm.train.offline_sets import DATA, DatasetTask, other_sets, own_sets
 from tests.checkpoint_files import save
 from tests.offline_models import GPT2, write_run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTH = 24
 
 

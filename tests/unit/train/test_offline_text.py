@@ -19,6 +19,8 @@ from megalm.train.offline_sequences import ScoredSequence, SequenceBatches, even
 from megalm.train.offline_text import TextTask, document_windows, read_text
 from tests.offline_models import GPT2, LLAMA, write_run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTH = 24
 TEXTS = ("short", "a text of more than one window, whose last words are scored with context before them", "größer ❌")
 
