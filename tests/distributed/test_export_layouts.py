@@ -1,4 +1,4 @@
-"""Whatever layout wrote a checkpoint, its export is the same files, byte for byte."""
+"""Whatever layout wrote a checkpoint, its export is the same files, byte for byte; any layout starts from an import."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,9 @@ from megalm.checkpoint.load import CheckpointReader
 from megalm.checkpoint.save import save_checkpoint
 from megalm.data.tokenizer import load_tokenizer
 from megalm.huggingface.export import export_checkpoint
-from tests.distributed.training import Case, make_dataset, shape_of, start, steps
+from megalm.huggingface.load import import_model
+from megalm.huggingface.source import HuggingFaceFolder
+from tests.distributed.training import Case, Trace, make_dataset, shape_of, snapshot, start, steps, whole_state
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -72,6 +75,21 @@ def _take_over(comm: Any, device: torch.device, prefix: Path, folder: Path, path
     return written
 
 
+def _start_from(comm: Any, device: torch.device, prefix: Path, folder: Path, path: Path) -> dict[str, Trace]:
+    """Each layout starts a run of its own from weights alone; its state before the first step, and that step."""
+    found = {}
+    for name, case in LAYOUTS["llama"].items() if comm.size > 1 else (("alone", ONE_RANK["llama"]),):
+        engine, run, loader = start(comm, device, case, prefix, folder)
+        reader = CheckpointReader(path)
+        engine.restore(reader.read_weights, reader.manifest["counters"], 0)
+        engine.reset()
+        loaded = snapshot(engine)
+        first = steps(engine, run, loader, 1, 1)
+        found[name] = Trace(first.losses, first.norms, loaded)
+        loader.close()
+    return found
+
+
 def _files(checkpoint: Path, target: Path) -> dict[str, bytes]:
     """The export, in several files; its card tells of the run and its layout."""
     export_checkpoint(CheckpointReader(checkpoint), target, torch.float32, 30_000, "it", None, lambda: None)
@@ -92,3 +110,22 @@ def test_exports_of_all_layouts_are_the_same_bytes(tmp_path: Path) -> None:
         assert len([file for file in expected if file.endswith(".safetensors")]) > 3
         assert found.keys() == expected.keys(), (style, name)
         assert [file for file in expected if found[file] != expected[file]] == [], (style, name)
+
+
+def test_every_layout_starts_from_an_import(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "data")
+    for ranks in ("1", "2"):
+        (tmp_path / ranks).mkdir()
+    (written,) = run_ranks(1, _train, tmp_path / "data", tmp_path / "1")
+    _files(written["llama"], tmp_path / "out")
+    imported = import_model(HuggingFaceFolder(tmp_path / "out"), tmp_path / "run", None, lambda: None).checkpoint
+    (alone,) = run_ranks(1, _start_from, tmp_path / "data", tmp_path / "1", imported)
+    together = run_ranks(2, _start_from, tmp_path / "data", tmp_path / "2", imported)
+    weights = CheckpointReader(written["llama"]).model()
+    for name in together[0]:
+        state = whole_state([rank[name] for rank in together])
+        for (parameter, kind), values in state.items():
+            expected = weights[parameter].flatten().numpy() if kind == "master" else np.zeros_like(values)
+            np.testing.assert_array_equal(values, expected, err_msg=f"{name} {parameter} {kind}")
+        np.testing.assert_allclose(together[0][name].losses, alone["alone"].losses, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(together[0][name].norms, alone["alone"].norms, rtol=1e-4, err_msg=name)
