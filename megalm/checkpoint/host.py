@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from megalm.checkpoint.fragment import Fragment
+from megalm.checkpoint.fragment import Fragment, HasFragment
 
 
 class HostCopies:
@@ -16,7 +16,7 @@ class HostCopies:
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
 
-    def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
+    def take(self, fragments: Iterable[HasFragment]) -> list[Fragment]:
         """Copies of `fragments`, fp32; what an earlier call gave is overwritten."""
         sources = list(fragments)
         total = sum(fragment.tensor.numel() for fragment in sources)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.fragment import Fragment
+from megalm.checkpoint.fragment import HasFragment
 from megalm.checkpoint.host import HostCopies
 from megalm.checkpoint.layout import BEST
 from megalm.checkpoint.retention import Retention, prune
@@ -59,7 +59,7 @@ class CheckpointWriter:
         self._pruned: tuple[str, ...] = ()
         self._notice = ""
 
-    def begin(self, step: int, fragments: Iterable[Fragment], facts: dict[str, Any], copies: Sequence[Path]) -> Path:
+    def begin(self, step: int, fragments: Iterable[HasFragment], facts: dict[str, Any], copies: Sequence[Path]) -> Path:
         """Write a checkpoint, or begin to; where it will be. A second one waits for the first.
 
         Raises:
@@ -105,7 +105,7 @@ class CheckpointWriter:
         elif self._ranks.is_main:
             write_durably(path.with_name(BEST), f"{path.name}\n".encode())
 
-    def rehearse(self, folder: Path, fragments: Iterable[Fragment], facts: dict[str, Any]) -> None:
+    def rehearse(self, folder: Path, fragments: Iterable[HasFragment], facts: dict[str, Any]) -> None:
         """Write a checkpoint in another folder, in the way of the real ones, and remove it."""
         write = CheckpointWrite(folder, 0, self._held(fragments), facts, [], self._ranks, behind=self._host is not None)
         write.advance(wait=True)
@@ -113,7 +113,7 @@ class CheckpointWriter:
             shutil.rmtree(folder)
         self._ranks.barrier()
 
-    def _held(self, fragments: Iterable[Fragment]) -> list[Fragment]:
+    def _held(self, fragments: Iterable[HasFragment]) -> Sequence[HasFragment]:
         return list(fragments) if self._host is None else self._host.take(fragments)
 
     def _advance(self, wait: bool) -> None:

@@ -65,6 +65,7 @@ def machine_findings() -> list[Finding]:
         _tool("g++", "--version"),
         _tool("ninja", "--version"),
         _header("Python.h", sysconfig.get_path("include")),
+        _header("libaio.h", "/usr/include"),
         _slurm(),
     ]
 
@@ -85,7 +86,11 @@ def capabilities(machine: dict[str, Finding]) -> list[list[str]]:
         ("training on GPUs (NCCL)", base and gpu, machine["CUDA device 0"].found if gpu else no_gpu),
         ("bf16 on GPUs", bf16, "the device has it" if bf16 else "use fp16 there" if gpu else no_gpu),
         ("optimizer offload to the CPU", base and compiler, "compiles DeepSpeedCPUAdam" if compiler else no_compiler),
-        ("offload to NVMe", False, "not in this version of megalm"),
+        (
+            "optimizer offload to NVMe",
+            base and compiler and ok("libaio.h"),
+            ("compiles async_io" if ok("libaio.h") else "needs libaio.h") if compiler else no_compiler,
+        ),
         ("torch.compile", base and compiler, "compiles its kernels" if compiler else no_compiler),
         ("mirror to MLflow", ok("mlflow"), machine["mlflow"].found),
         ("Slurm jobs from here", ok("Slurm"), machine["Slurm"].found),

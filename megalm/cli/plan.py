@@ -261,6 +261,8 @@ def _memory(plan: Plan) -> str:
         for part, count in stages[0].host.items()
         if count
     ]
+    if any(stage.disk for stage in stages):
+        offloaded.append(["optimizer states (NVMe)", *(show.size(stage.disk) for stage in stages)])
     total = ["total", *(show.size(stage.total) for stage in stages)]
     available = ["available", show.size(plan.resolved.device.memory_bytes), *[""] * (len(stages) - 1)]
     return show.table(headings, [*parts, *offloaded, total, available])

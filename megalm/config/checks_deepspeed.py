@@ -13,6 +13,8 @@ from megalm.errors import ConfigError
 
 ALLOW_CPU_FP16 = "MEGALM_ALLOW_CPU_FP16"
 
+_STATES_AND_GRADIENT = 4
+
 # The kind of schedule that comes nearest; DeepSpeed's warm-ups differ by a step, and are logarithmic by default.
 _SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
@@ -142,12 +144,28 @@ def buckets_are_even(case: Case) -> None:
         raise ConfigError(f"{case.ds.path}: zero_optimization.allgather_bucket_size={size} is odd; use {size + 1}")
 
 
-def nvme_is_not_available(case: Case) -> None:
-    for offload in (case.zero.offload_optimizer, case.zero.offload_param):
-        if offload is not None and offload.device == "nvme":
-            raise ConfigError(
-                f"{case.ds.path}: offload to nvme is not available in this version; use device cpu, or more ranks"
-            )
+def nvme_keeps_optimizer_states_only(case: Case) -> None:
+    optimizer, parameters = case.zero.offload_optimizer, case.zero.offload_param
+    if parameters is not None and parameters.device == "nvme":
+        raise ConfigError(
+            f"{case.ds.path}: offload_param.device=nvme is not proven here; use cpu there, and nvme for "
+            "offload_optimizer, which is six times as large"
+        )
+    if optimizer is None or optimizer.device != "nvme":
+        return
+    for name in ("pipeline_read", "pipeline_write"):
+        if getattr(optimizer, name):
+            raise ConfigError(f"{case.ds.path}: offload_optimizer.{name}=true is not proven here; remove it")
+    if optimizer.buffer_count < _STATES_AND_GRADIENT:
+        raise ConfigError(
+            f"{case.ds.path}: offload_optimizer.buffer_count={optimizer.buffer_count}; a master, its moments and its "
+            f"gradient are read at one time: {_STATES_AND_GRADIENT} or more"
+        )
+    if case.config.checkpoint.asynchronous:
+        raise ConfigError(
+            f"checkpoint.async=true writes from a copy in memory of what {case.ds.path} keeps out of it "
+            "(offload_optimizer.device=nvme); leave one of them out"
+        )
 
 
 DEEPSPEED_RULES: tuple[Callable[[Case], None], ...] = (
@@ -165,5 +183,5 @@ DEEPSPEED_RULES: tuple[Callable[[Case], None], ...] = (
     offload_has_its_own_adam,
     adamw_is_adamw,
     buckets_are_even,
-    nvme_is_not_available,
+    nvme_keeps_optimizer_states_only,
 )

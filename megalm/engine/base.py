@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import resource
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -14,17 +16,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from megalm.checkpoint.fragment import Fragment
+from megalm.checkpoint.fragment import HasFragment
 from megalm.config.resolve import OptimizerFacts
 from megalm.engine.comm import ProcessComm
+from megalm.engine.environment import rank_facts
+from megalm.engine.extensions import load_async_io
 from megalm.engine.gate import UpdateGate
 from megalm.engine.mpu import ModelParallelUnit
+from megalm.engine.nvme import own_swap_folder
 from megalm.engine.optimizer import build_optimizer, parameter_groups
 from megalm.engine.protocol import StepResult
 from megalm.engine.quirks import prints_to_log
 from megalm.engine.state import OptimizerState, ReadFragment
 from megalm.model.shard import shard_of
 from megalm.parallel.groups import ParallelGroups
+
+_SWAPPED_BYTES = 16  # an element's master, moments and gradient
 
 
 class EngineBase:
@@ -61,8 +68,18 @@ class EngineBase:
         self._owned = [parameter for name, parameter in parameters.items() if shards[name].is_owner]
         for name, parameter in parameters.items():  # DeepSpeed's word for: count it in the gradient's norm
             parameter.tensor_model_parallel = shards[name].is_owner  # type: ignore[attr-defined]
-        offload = (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
-        inner = build_optimizer(parameter_groups(part, optimizer.weight_decay, decay_embeddings), optimizer, offload)
+        settings = copy.deepcopy(settings)  # DeepSpeed writes into what it is given
+        offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}
+        self._swap_folder: Path | None = None
+        if offload["device"] == "nvme":
+            load_async_io()
+            elements = sum(parameter.numel() for parameter in parameters.values())
+            needed = _SWAPPED_BYTES * elements // self._data.size * rank_facts().local_world_size
+            self._swap_folder = own_swap_folder(offload["nvme_path"], needed)
+            offload["nvme_path"] = str(self._swap_folder)
+        inner = build_optimizer(
+            parameter_groups(part, optimizer.weight_decay, decay_embeddings), optimizer, offload["device"] != "none"
+        )
         self._last_norm = 0.0
         self._gate = UpdateGate(comm)
         self._gate.guard(inner)
@@ -71,14 +88,14 @@ class EngineBase:
                 model=model,
                 optimizer=inner,
                 mpu=mpu,
-                config=copy.deepcopy(settings),  # DeepSpeed writes into what it is given
+                config=settings,
                 dist_init_required=False,
             )
         self._state = OptimizerState(self._engine, parameters, shards, is_first_copy=groups.data.index == 0)
         self._gate.measure = self._state.gradient_squares
         self._first_counters = self.counters()
 
-    def fragments(self) -> Iterator[Fragment]:
+    def fragments(self) -> Iterator[HasFragment]:
         return self._state.fragments()
 
     def counters(self) -> dict[str, Any]:
@@ -110,6 +127,11 @@ class EngineBase:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux tells KiB
+
+    def close(self) -> None:
+        """Nothing is left on a disk that states were swapped to."""
+        if self._swap_folder is not None:
+            shutil.rmtree(self._swap_folder, ignore_errors=True)
 
     def _set_learning_rate(self, rate: float) -> None:
         for group in self._engine.optimizer.param_groups:

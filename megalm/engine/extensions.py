@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megalm.errors import ConfigError
+
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
@@ -24,6 +26,24 @@ def load_cpu_adam() -> None:
 
     builder = CPUAdamBuilder()
     with compiling_alone(builder.name):
+        builder.load()
+
+
+def load_async_io() -> None:
+    """The same for what reads and writes an NVMe disk.
+
+    Raises:
+        ConfigError: libaio is not installed.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder = AsyncIOBuilder()
+    if not builder.is_compatible():
+        raise ConfigError(
+            "offload_optimizer.device=nvme needs libaio, which is not here; install it (Debian: apt-get install "
+            "libaio-dev), or use device cpu"
+        )
+    with compiling_alone("pin_memory"), compiling_alone(builder.name):  # the second loads the first
         builder.load()
 
 

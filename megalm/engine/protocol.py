@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from megalm.checkpoint.fragment import Fragment
+from megalm.checkpoint.fragment import HasFragment
 from megalm.data.loader import GlobalBatch, MicroBatch
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class Engine(Protocol):
         """[B, T] tokens, [B] positions -> fp32 logits [B, V] of what follows each position."""
         ...
 
-    def fragments(self) -> Iterator[Fragment]:
+    def fragments(self) -> Iterator[HasFragment]:
         """This rank's part of the fp32 masters and moments."""
         ...
 
@@ -83,6 +83,10 @@ class Engine(Protocol):
 
     def peak_memory_bytes(self) -> int:
         """Highest memory of this rank so far: the device's allocator, or the process on a CPU."""
+        ...
+
+    def close(self) -> None:
+        """After the last use: what it kept on disks is removed."""
         ...
 
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed.comm as ds_comm
 import torch
 from torch import Tensor, nn
 
-from megalm.checkpoint.fragment import KINDS, Fragment, FragmentKey, FragmentKind
+from megalm.checkpoint.fragment import KINDS, Fragment, FragmentKey, FragmentKind, HasFragment
+from megalm.engine.nvme import SwappedFragment, SwappedStates
 from megalm.model.shard import Shard
 
 ReadFragment = Callable[[FragmentKey], Tensor]
@@ -61,22 +63,24 @@ class OptimizerState:
         self._parameters = parameters
         self._shards = shards
         self._is_first_copy = is_first_copy
+        self._swapped = SwappedStates(self._outer)
 
-    def fragments(self) -> Iterator[Fragment]:
-        """Every fragment that this rank owns, once; tensors are views: copy them before the next step."""
+    def fragments(self) -> Iterator[HasFragment]:
+        """Every fragment that this rank owns, once; tensors are views: copy them before the next step.
+
+        Of states on a disk they are copies, read when they are asked for: ask for each once, in this order.
+        """
         if self._outer is self._inner and not self._is_first_copy:
             return  # ZeRO 0: all copies hold the same, the first one speaks for them
-        for owned in self._owned():
-            if not owned.shard.is_owner:
-                continue
-            state = self._inner.state.get(owned.flat, {})
-            for kind in KINDS:
-                whole = owned.flat.data if kind == "master" else state.get(kind)
-                length = owned.stop - owned.start
-                tensor = (  # before the first step there are no moments yet: they are zero
-                    torch.zeros(length) if whole is None else whole.view(-1).narrow(0, owned.offset, length)
-                )
-                yield Fragment(owned.key(kind), tensor)
+        for flat, pieces in self._owned_by_flat():
+            own = [(owned, kind) for owned in pieces if owned.shard.is_owner for kind in KINDS]
+            for owned, kind in own:
+                values = partial(self._values, owned, kind)
+                if self._swapped.holds(flat):
+                    is_last = (owned, kind) == own[-1]
+                    yield SwappedFragment(owned.key(kind), partial(self._swapped.read, flat, values, is_last))
+                else:
+                    yield Fragment(owned.key(kind), values())
 
     @torch.no_grad()
     def load(self, read: ReadFragment, optimizer_step: int) -> None:
@@ -86,15 +90,13 @@ class OptimizerState:
         """
         if hasattr(self._outer, "checkpoint_event_prologue"):
             self._outer.checkpoint_event_prologue()
-        for flat in {id(owned.flat): owned.flat for owned in self._owned()}.values():
-            flat.data.zero_()  # its padding stays zero
-            self._clear_moments(flat, optimizer_step)
-        for owned in self._owned():
-            state = self._inner.state[owned.flat]
-            length = owned.stop - owned.start
-            for kind in KINDS:
-                whole = owned.flat.data if kind == "master" else state[kind]
-                whole.view(-1).narrow(0, owned.offset, length).copy_(read(owned.key(kind)))
+        for flat, pieces in self._owned_by_flat():
+            with self._swapped.present(flat, changes=True):
+                flat.data.zero_()  # its padding stays zero
+                self._clear_moments(flat, optimizer_step)
+                for owned in pieces:
+                    for kind in KINDS:
+                        self._values(owned, kind).copy_(read(owned.key(kind)))
         if self._is_cpu_adam:
             self._replay_bias_correction(optimizer_step)
         self._refresh_low_precision()
@@ -102,8 +104,13 @@ class OptimizerState:
     @torch.no_grad()
     def forget_moments(self) -> None:
         """The optimizer's state as before its first step."""
-        for flat in {id(owned.flat): owned.flat for owned in self._owned()}.values():
-            self._clear_moments(flat, optimizer_step=0)
+        for flat, _ in self._owned_by_flat():
+            with self._swapped.present(flat, changes=True):
+                self._clear_moments(flat, optimizer_step=0)
+
+    def let_go(self) -> None:
+        """Before each step: nothing that was read of a disk is held any more."""
+        self._swapped.let_go()
 
     def optimizer_step(self) -> int:
         """Updates that were applied (skipped steps are not counted)."""
@@ -147,7 +154,10 @@ class OptimizerState:
         """Moments of zero, on the master's device."""
         state = self._inner.state[flat]
         for kind in KINDS[1:]:
-            state[kind] = torch.zeros_like(flat.data)
+            if self._swapped.holds(flat) and kind in state:
+                state[kind].zero_()  # the disk's copy belongs to this very tensor
+            else:
+                state[kind] = torch.zeros_like(flat.data)
         if self._is_cpu_adam:
             state["step"] = optimizer_step
         else:
@@ -174,11 +184,25 @@ class OptimizerState:
     def _refresh_low_precision(self) -> None:
         outer = self._outer
         if hasattr(outer, "fp32_partitioned_groups_flat"):
-            for index in range(len(outer.fp32_partitioned_groups_flat)):
-                outer._reassign_or_swap_out_partitioned_parameters(index)
+            for index, flat in enumerate(outer.fp32_partitioned_groups_flat):
+                with self._swapped.present(flat):
+                    outer._reassign_or_swap_out_partitioned_parameters(index)
             outer.checkpoint_event_epilogue()
         elif outer is not self._inner:
             outer.update_lp_params()
+
+    def _values(self, owned: _Owned, kind: FragmentKind) -> Tensor:
+        """A view, fp32 [stop - start]; before the first step there are no moments yet: they are zero."""
+        whole = owned.flat.data if kind == "master" else self._inner.state.get(owned.flat, {}).get(kind)
+        length = owned.stop - owned.start
+        return torch.zeros(length) if whole is None else whole.view(-1).narrow(0, owned.offset, length)
+
+    def _owned_by_flat(self) -> list[tuple[nn.Parameter, list[_Owned]]]:
+        """The optimizer's tensors with what this rank owns in each."""
+        pieces: dict[int, list[_Owned]] = {}
+        for owned in self._owned():
+            pieces.setdefault(id(owned.flat), []).append(owned)
+        return [(own[0].flat, own) for own in pieces.values()]
 
     def _owned(self) -> Iterator[_Owned]:
         outer = self._outer

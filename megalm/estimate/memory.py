@@ -71,6 +71,7 @@ class MemoryPlan:
         buckets: communication buffers, and under ZeRO 3 the weights gathered at one time.
         activations: what the forward pass keeps for the backward pass.
         loss: the chunk of logits and the gradients of head and hidden states.
+        disk: the optimizer's states on NVMe.
         stage: of the pipeline; without one there is only this.
     """
 
@@ -82,6 +83,7 @@ class MemoryPlan:
     activations: int
     loss: int
     host: dict[str, int]
+    disk: int = 0
     one_memory: bool = False
     stage: int = 0
 
@@ -115,6 +117,7 @@ def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
 def _estimate(case: MemoryCase, share: Share) -> MemoryPlan:
     groups = parameter_groups(case, share)
     device, host = _states(case, groups)
+    on_disk = _swapped_bytes(case, groups)
     tokens = case.micro_batch * case.sequence_length
     return MemoryPlan(
         **device,
@@ -133,6 +136,7 @@ def _estimate(case: MemoryCase, share: Share) -> MemoryPlan:
         if share.is_last
         else 0,
         host=host,
+        disk=on_disk,
         one_memory=case.one_memory,
         stage=share.stage,
     )
@@ -171,12 +175,32 @@ def _states(case: MemoryCase, groups: Groups) -> tuple[dict[str, int], dict[str,
     host = _checkpoint_copy(case, own)
     if offload_optimizer:
         device |= dict.fromkeys(optimizer, 0)
-        host |= {"gradients": host_gradients, **optimizer}
+        host |= {"gradients": host_gradients, **optimizer} if not _swaps(case) else _swap_buffers(case, groups)
         if stage < 3:
             host["buckets"] = low * own  # updated weights on their way back
     if offload_param:
         device["weights"], host["weights"] = 0, low * own
     return device, host
+
+
+def _swaps(case: MemoryCase) -> bool:
+    offload = case.zero.offload_optimizer
+    return offload is not None and offload.device == "nvme"
+
+
+def _swap_buffers(case: MemoryCase, groups: Groups) -> dict[str, int]:
+    """What stays in the CPU's memory of states on a disk: accumulated gradients, and one sub-group at a time."""
+    offload = case.zero.offload_optimizer
+    assert offload is not None
+    own = _own_elements(case, groups)
+    largest_part = max(math.ceil(count / case.topology.data) for group in groups for count in group)
+    sub_group = min(own, case.zero.sub_group_size + largest_part)
+    return {"gradients": BYTES[case.gradient_precision] * own, "swap buffers": 4 * offload.buffer_count * sub_group}
+
+
+def _swapped_bytes(case: MemoryCase, groups: Groups) -> int:
+    """Master, both moments and the gradient of what a rank owns."""
+    return 16 * _own_elements(case, groups) if _swaps(case) else 0
 
 
 def _checkpoint_copy(case: MemoryCase, elements: int) -> dict[str, int]:

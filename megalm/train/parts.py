@@ -64,3 +64,9 @@ class Parts:
     limits: Limits
     flops_per_token: float
     peak_flops: float  # of all ranks together
+
+    def close(self) -> None:
+        """After the last step: nothing watches or reads ahead any more, and nothing is left on local disks."""
+        self.limits.rest()
+        self.batches.close()
+        self.engine.close()

@@ -124,7 +124,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
         guard.on_failure = _record_failure(metrics)
 
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
-        reporter.say("preparing DeepSpeed's CPU Adam (compiled at its first use: a minute or two)")
+        reporter.say("preparing DeepSpeed's extensions for offload (compiled at their first use: a minute or two)")
     engine = build_engine(run, shape, device, comm, lambda *stages: reporter.say(pipeline_facts(run, *stages)))
     peak, peak_source = peak_flops(device, run.precision != "fp32")
     limits = _limits(run, guard, folder, comm)
@@ -151,8 +151,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     watch_launchers()
     with memory_errors_named("training"):
         code = loop.run() if position.step < run.config.train.steps else _nothing_to_do(loop, reporter)
-    parts.limits.rest()
-    parts.batches.close()
+    parts.close()
     comm.barrier()  # no rank leaves while another still needs rank 0's store
     page = _close(metrics, mirror, reporter, folder, lock, with_page=code == EXIT_DONE)
     if code == EXIT_DONE:

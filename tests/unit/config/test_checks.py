@@ -17,6 +17,7 @@ from megalm.config.resolve import ResolvedRun
 
 Start = Callable[..., ResolvedRun]
 OFFLOAD = {"device": "cpu"}
+NVME = {"device": "nvme", "nvme_path": "/tmp"}
 
 
 def zero(stage: int, **more: Any) -> dict[str, Any]:
@@ -148,7 +149,23 @@ def test_rules_of_the_run(start: Start, overrides: list[str], message: str | Non
         (
             {"zero_optimization": zero(3, offload_param={"device": "nvme", "nvme_path": "/tmp"})},
             [],
-            "offload to nvme is not available in this version",
+            "offload_param.device=nvme is not proven here; use cpu there",
+        ),
+        ({"zero_optimization": zero(3, offload_optimizer=NVME)}, [], None),
+        (
+            {"zero_optimization": zero(3, offload_optimizer={**NVME, "pipeline_read": True})},
+            [],
+            "offload_optimizer.pipeline_read=true is not proven here",
+        ),
+        (
+            {"zero_optimization": zero(3, offload_optimizer={**NVME, "buffer_count": 3})},
+            [],
+            "buffer_count=3; a master, its moments and its gradient are read at one time: 4 or more",
+        ),
+        (
+            {"zero_optimization": zero(3, offload_optimizer=NVME)},
+            ["checkpoint.async=true"],
+            "checkpoint.async=true writes from a copy in memory",
         ),
         (
             {
