@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
+from megalm.alone import Alone
 from megalm.checkpoint.fragment import KINDS, Fragment, FragmentKey
 from megalm.checkpoint.load import CheckpointReader
 from megalm.checkpoint.save import save_checkpoint
 
-T = TypeVar("T")
-
 SHAPES: dict[str, tuple[int, ...]] = {"embedding.tokens": (7, 5), "layers.0.up": (5, 3), "norm.weight": (5,)}
-
-
-class Alone:
-    """One rank."""
-
-    rank, size, is_main = 0, 1, True
-
-    def gather(self, value: T) -> list[T]:
-        return [value]
-
-    def barrier(self) -> None:
-        pass
 
 
 def whole(step: int, name: str, kind: str) -> torch.Tensor:

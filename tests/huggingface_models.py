@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megalm.alone import Alone
 from megalm.checkpoint.fragment import KINDS, Fragment, FragmentKey
 from megalm.checkpoint.save import save_checkpoint
 from megalm.config.schema import ModelSection
@@ -17,7 +18,6 @@ from megalm.data.tokenizer import load_tokenizer
 from megalm.model.init import initialise
 from megalm.model.shape import ModelShape, model_shape
 from megalm.model.transformer import LanguageModel
-from tests.checkpoint_files import Alone
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
 SECTIONS = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megalm.alone import Alone
 from megalm.checkpoint.fragment import Fragment, FragmentKey
 from megalm.checkpoint.save import save_checkpoint
 from megalm.config.schema import ModelSection
@@ -15,7 +16,6 @@ from megalm.data.tokenizer import Tokenizer
 from megalm.model.init import initialise
 from megalm.model.shape import model_shape
 from megalm.model.transformer import LanguageModel
-from tests.checkpoint_files import Alone
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
 LLAMA = ModelSection(style="llama", num_key_value_heads=2, qk_norm=True, **SIZES)

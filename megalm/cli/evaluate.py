@@ -21,8 +21,8 @@ from megalm.errors import CheckpointError, ConfigError
 from megalm.tracking.metrics import MetricsWriter
 
 if TYPE_CHECKING:
-    from megalm.train.offline import CheckpointFacts, OfflineModel
-    from megalm.train.offline_sets import Row, Task
+    from megalm.offline.model import CheckpointFacts, OfflineModel
+    from megalm.offline.sets import Row, Task
 
 RECORD = "evaluations.jsonl"
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -103,7 +103,7 @@ def command(
     keep_freed_memory()
     import torch
 
-    from megalm.train.offline import OfflineModel, read_facts
+    from megalm.offline.model import OfflineModel, read_facts
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     found = find_place(place)
@@ -135,7 +135,7 @@ def command(
 
 def _every(run: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """All good checkpoints, and what is left out."""
-    from megalm.train.offline_run import course_of
+    from megalm.offline.run import course_of
 
     if not (run / "checkpoints").is_dir():
         raise ConfigError(f"--every-checkpoint takes a run folder; {run} has no folder checkpoints")
@@ -155,9 +155,9 @@ def _refuse_bad(facts: CheckpointFacts) -> None:
 
 def _tasks(facts: CheckpointFacts, wanted: _Wanted) -> list[Task]:
     """Everything that is asked for, opened and checked before a model is loaded."""
-    from megalm.train.offline_choices import ChoiceTask, read_choices
-    from megalm.train.offline_sets import DATA, OWN, DatasetTask, other_sets, own_sets
-    from megalm.train.offline_text import TextTask, read_text
+    from megalm.offline.choices import ChoiceTask, read_choices
+    from megalm.offline.sets import DATA, OWN, DatasetTask, other_sets, own_sets
+    from megalm.offline.text import TextTask, read_text
 
     for option, named in (("--data", wanted.data), ("--text", wanted.text), ("--choices", wanted.choices)):
         if len(set(named)) < len(named):

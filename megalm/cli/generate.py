@@ -9,6 +9,7 @@ from typing import Annotated
 import orjson
 import typer
 
+from megalm.alone import Alone
 from megalm.checkpoint.layout import step_of
 from megalm.cli.runs import find_place
 from megalm.config.schema import SampleSection
@@ -54,8 +55,8 @@ def command(
     from megalm.engine.openmp import wait_awake_briefly
 
     wait_awake_briefly()
-    from megalm.train.offline import Alone, OfflineModel
-    from megalm.train.offline_cache import CachedModel
+    from megalm.offline.cache import CachedModel
+    from megalm.offline.model import OfflineModel
     from megalm.train.sampling import generate
 
     prompts = [*(prompt or ()), *(text for file in prompt_file or () for text in _read_prompts(file))]
@@ -83,7 +84,7 @@ def command(
 
 def _checkpoints(run: Path, at: str) -> list[Path]:
     """The good checkpoints of a run nearest to percentages of its newest one's step, each once."""
-    from megalm.train.offline_run import course_of, nearest
+    from megalm.offline.run import course_of, nearest
 
     try:
         percentages = [float(part) for part in at.split(",")]

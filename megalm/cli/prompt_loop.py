@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from megalm.config.schema import SampleSection
 from megalm.config.suggest import did_you_mean
-from megalm.train.offline import OfflineModel
-from megalm.train.offline_cache import CachedModel
-from megalm.train.offline_stream import stream
+from megalm.offline.cache import CachedModel
+from megalm.offline.model import OfflineModel
+from megalm.offline.stream import stream
 
 _HINT = "A line is continued; Ctrl-C stops a text, Ctrl-D leaves. /help names the settings."
 _HELP = """/temperature X   0: always the likeliest

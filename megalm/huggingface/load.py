@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from torch import Tensor
 
+from megalm.alone import Alone
 from megalm.checkpoint.fragment import WEIGHTS, FragmentKey
 from megalm.checkpoint.layout import folder_name
 from megalm.checkpoint.save import save_checkpoint
@@ -66,18 +67,6 @@ class _Stored:
             raise
 
 
-class _Alone:
-    """One rank, to a checkpoint that is being written."""
-
-    rank, is_main = 0, True
-
-    def gather(self, value: T) -> list[T]:
-        return [value]
-
-    def barrier(self) -> None:
-        pass
-
-
 def import_model(source: HuggingFaceFolder, target: Path, tokenizer: Path | None, tell: Callable[[], None]) -> Imported:
     """Write the folder `target`: checkpoints/step-00000000, model.yaml and the tokenizer's files.
 
@@ -109,7 +98,7 @@ def import_model(source: HuggingFaceFolder, target: Path, tokenizer: Path | None
         problems: list[DataError] = []
         stored = [_Stored(key, source.read, tell, problems) for key in keys]
         try:
-            save_checkpoint(folder / "checkpoints", 0, stored, facts, [folder / MODEL_FILE], _Alone())
+            save_checkpoint(folder / "checkpoints", 0, stored, facts, [folder / MODEL_FILE], Alone())
         except TrainingError:
             if problems:
                 raise problems[0] from None

@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
+from megalm.alone import Alone
 from megalm.config.resolve import ResolvedRun
 from megalm.train.course import find_start, plan_steps
 from megalm.train.request import Resume
 from megalm.train.run_folder import RunFolder
 from megalm.train.schedule import ScheduleSegment
-
-T = TypeVar("T")
-
-
-class _Alone:
-    """The `Comm` of one process."""
-
-    rank, size, is_main = 0, 1, True
-
-    def barrier(self) -> None:
-        return None
-
-    def broadcast(self, value: T) -> T:
-        return value
-
-    def gather(self, value: T) -> list[T]:
-        return [value]
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        return list(values)
-
-    def max(self, values: Sequence[float]) -> list[float]:
-        return list(values)
-
-    def once(self, work: Callable[[], T]) -> T:
-        return work()
 
 
 def planned_start(run: ResolvedRun, resume: Resume) -> tuple[ResolvedRun, tuple[ScheduleSegment, ...]]:
@@ -47,6 +20,6 @@ def planned_start(run: ResolvedRun, resume: Resume) -> tuple[ResolvedRun, tuple[
     """
     section = run.config.run
     folder = RunFolder(Path(section.root).expanduser() / (section.name or "-"))
-    found, resume = find_start(folder, resume, _Alone())
+    found, resume = find_start(folder, resume, Alone())
     run, position = plan_steps(run, found, resume)
     return run, position.schedule

@@ -88,6 +88,8 @@ RULES = (
     Rule("checkpoint stores fragments and never sees the engine", never("megalm.checkpoint", "megalm.engine")),
     Rule("huggingface reads and writes files: it sees no engine", never("megalm.huggingface", *ENGINES)),
     Rule("huggingface is imported by commands only", only_in("megalm.huggingface", "megalm.huggingface", "megalm.cli")),
+    Rule("offline is one process: no engine, no groups", never("megalm.offline", *ENGINES)),
+    Rule("offline is imported by commands only", only_in("megalm.offline", "megalm.offline", "megalm.cli")),
     Rule("transformers is for tests: an export needs none", never("megalm", "transformers")),
     Rule("megalm never imports launch or data_tools", never("megalm", *DOORS)),
     Rule("megalm imports its command line in cli only", only_in("megalm.cli", "megalm.cli", *DOORS)),
@@ -155,6 +157,8 @@ def test_import_rules_hold() -> None:
         ("megalm/train/a.py", "from megalm import cli"),
         ("megalm/huggingface/a.py", "from megalm.engine.build import build_engine"),
         ("megalm/huggingface/a.py", "import transformers"),
+        ("megalm/offline/a.py", "from megalm.engine.protocol import Engine"),
+        ("megalm/train/a.py", "from megalm.offline.model import OfflineModel"),
         ("megalm/train/a.py", "from megalm.huggingface.load import import_model"),
     ],
 )

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from megalm.alone import Alone
 from megalm.checkpoint.compare import different_facts, different_shapes, largest_differences
 from megalm.checkpoint.convert import write_weights
 from megalm.checkpoint.fragment import Fragment, FragmentKey
@@ -25,7 +26,7 @@ from megalm.checkpoint.shard import TensorEntry, write_shard, write_tensors
 from megalm.checkpoint.space import bytes_needed
 from megalm.checkpoint.writer import CheckpointWriter
 from megalm.errors import TrainingError
-from tests.checkpoint_files import SHAPES, Alone, assert_holds, fragments, save, whole
+from tests.checkpoint_files import SHAPES, assert_holds, fragments, save, whole
 
 
 def test_a_shard_is_a_safetensors_file_and_its_hash_is_the_files(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from megalm.huggingface.source import HuggingFaceFolder
 from megalm.huggingface.tokenizer import write_tokenizer
 from megalm.model.shape import ModelShape
 from megalm.model.transformer import LanguageModel
-from megalm.train.offline import OfflineModel
+from megalm.offline.model import OfflineModel
 from tests.huggingface_models import SECTIONS, SIZES, random_model, save_model
 
 transformers = pytest.importorskip("transformers")

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
+from megalm.alone import Alone
 from megalm.checkpoint.manifest import read_manifest, set_status, write_manifest
 from megalm.checkpoint.retention import tidy
 from megalm.errors import CheckpointError
 from megalm.train.checkpointing import find_saved, with_evaluation
 from megalm.train.evaluate import Evaluation
 from megalm.train.run_folder import RunFolder
-from tests.checkpoint_files import Alone, save
-
-T = TypeVar("T")
-
-
-class OneRank(Alone):
-    def once(self, work: Callable[[], T]) -> T:
-        return work()
+from tests.checkpoint_files import save
 
 
 def find(folder: Path, wanted: str) -> tuple[int, tuple[str, ...]] | None:
-    found = find_saved(RunFolder(folder), wanted, OneRank())  # type: ignore[arg-type]
+    found = find_saved(RunFolder(folder), wanted, Alone())
     return None if found is None else (found.reader.manifest["step"], found.warnings)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megalm.alone import Alone
 from megalm.checkpoint.load import CheckpointReader
 from megalm.checkpoint.manifest import set_status, write_manifest
 from megalm.errors import CheckpointError
@@ -16,7 +17,6 @@ from megalm.train.position import DataSegment
 from megalm.train.request import Resume, request_before, request_of, rolled_back, write_request
 from megalm.train.run_folder import RunFolder
 from tests.checkpoint_files import save
-from tests.unit.train.test_find_saved import OneRank
 
 AUTO = Resume("auto")
 ASKED = Resume("20", Extension(50), skip_steps=5, allow=("dataset",))
@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> RunFolder:
 def found(folder: RunFolder) -> tuple[int, Resume]:
     before, requeued = request_before(folder, "auto")
     assert not requeued
-    start = find_saved(folder, "auto", OneRank(), before.origin if before else None)  # type: ignore[arg-type]
+    start = find_saved(folder, "auto", Alone(), before.origin if before else None)
     assert start is not None
     return start.reader.manifest["step"], before.again(AUTO, start.reader) if before else AUTO
 

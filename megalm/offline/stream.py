@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
+from megalm.alone import Alone
 from megalm.config.schema import SampleSection
 from megalm.data.tokenizer import Tokenizer
-from megalm.train.offline import Alone
 from megalm.train.sampling import Predictor, extend
 
 _UNFINISHED = "\ufffd"  # what a decoder makes of bytes that are no whole character yet

@@ -19,9 +19,9 @@ import orjson
 
 from megalm.data.inputs import BROKEN, packing_of, unpacked
 from megalm.errors import DataError
-from megalm.train.offline import CheckpointFacts, OfflineModel
-from megalm.train.offline_sequences import ScoredSequence, SequenceBatches, evenly
-from megalm.train.offline_sets import Row
+from megalm.offline.model import CheckpointFacts, OfflineModel
+from megalm.offline.sequences import ScoredSequence, SequenceBatches, evenly
+from megalm.offline.sets import Row
 
 Floats = npt.NDArray[np.float64]
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from megalm.alone import Alone
 from megalm.config.loading import load_run_config
 from megalm.data.indexed import IndexedDataset
 from megalm.data.loader import BatchLayout, ValidationLoader
@@ -15,9 +16,9 @@ from megalm.data.report import sidecar_of
 from megalm.data.samples import ValidationSamples
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import CheckpointError, DataError
+from megalm.offline.model import CheckpointFacts, OfflineModel
 from megalm.train.datasets import find_data, open_validation
 from megalm.train.evaluate import Evaluation, Evaluator
-from megalm.train.offline import Alone, CheckpointFacts, OfflineModel
 
 Row = dict[str, Any]  # one result: JSON
 

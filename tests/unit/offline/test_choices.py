@@ -16,8 +16,7 @@ import torch
 from megalm.data.stdlib import source_files
 from megalm.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from megalm.errors import DataError
-from megalm.train.offline import OfflineModel, read_facts
-from megalm.train.offline_choices import (
+from megalm.offline.choices import (
     ChoiceTask,
     Question,
     encode_question,
@@ -25,7 +24,8 @@ from megalm.train.offline_choices import (
     read_choices,
     read_questions,
 )
-from megalm.train.offline_sequences import SequenceBatches
+from megalm.offline.model import OfflineModel, read_facts
+from megalm.offline.sequences import SequenceBatches
 from tests.offline_models import GPT2, LLAMA, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

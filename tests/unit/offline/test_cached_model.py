@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megalm.alone import Alone
 from megalm.config.schema import ModelSection, SampleSection
 from megalm.data.stdlib import source_files
 from megalm.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
-from megalm.train.offline import Alone, OfflineModel
-from megalm.train.offline_cache import CachedModel
-from megalm.train.offline_stream import stream
+from megalm.offline.cache import CachedModel
+from megalm.offline.model import OfflineModel
+from megalm.offline.stream import stream
 from megalm.train.sampling import generate
 from tests.offline_models import GPT2, LLAMA, SIZES, write_run
 

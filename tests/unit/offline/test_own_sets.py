@@ -14,9 +14,9 @@ from megalm.data.loader import MicroBatch
 from megalm.data.tokenizer import ByteTokenizer
 from megalm.errors import CheckpointError, DataError
 from megalm.model.layers import DenseOutput
-from megalm.train.offline import OfflineModel, read_facts
-from megalm.train.offline_run import course_of, nearest
-from megalm.train.offline_sets import DATA, DatasetTask, other_sets, own_sets
+from megalm.offline.model import OfflineModel, read_facts
+from megalm.offline.run import course_of, nearest
+from megalm.offline.sets import DATA, DatasetTask, other_sets, own_sets
 from tests.checkpoint_files import save
 from tests.offline_models import GPT2, write_run
 

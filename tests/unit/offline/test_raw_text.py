@@ -14,9 +14,9 @@ from torch.nn import functional
 from megalm.data.samples import IGNORE
 from megalm.data.tokenizer import ByteTokenizer
 from megalm.errors import ConfigError, DataError
-from megalm.train.offline import OfflineModel
-from megalm.train.offline_sequences import ScoredSequence, SequenceBatches, evenly
-from megalm.train.offline_text import TextTask, document_windows, read_text
+from megalm.offline.model import OfflineModel
+from megalm.offline.sequences import ScoredSequence, SequenceBatches, evenly
+from megalm.offline.text import TextTask, document_windows, read_text
 from tests.offline_models import GPT2, LLAMA, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,7 +20,7 @@ from megalm.model.attention import Attention
 from megalm.model.block import Block
 from megalm.model.rope import RotaryEmbedding
 from megalm.model.transformer import LanguageModel
-from megalm.train.offline import OfflineModel
+from megalm.offline.model import OfflineModel
 
 
 @dataclass

@@ -164,18 +164,6 @@ class OfflineModel:
         return tuple(None if array is None else torch.from_numpy(array).to(self.device) for array in arrays)
 
 
-class Alone:
-    """The control channel of one process."""
-
-    is_main = True
-
-    def broadcast(self, value: T) -> T:
-        return value
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        return list(values)
-
-
 def _checkpoint(place: Path) -> Path:
     if (place / MANIFEST).is_file():
         return place

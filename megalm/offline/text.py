@@ -14,14 +14,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from megalm.alone import Alone
 from megalm.data.corpus import iter_documents
 from megalm.data.inputs import ReadReport
 from megalm.data.records import ReadOptions
 from megalm.errors import ConfigError, DataError
+from megalm.offline.model import CheckpointFacts, OfflineModel
+from megalm.offline.sequences import ScoredSequence, SequenceBatches, evenly
+from megalm.offline.sets import ALL, Row, loss_fields
 from megalm.train.evaluate import Evaluation, Evaluator
-from megalm.train.offline import Alone, CheckpointFacts, OfflineModel
-from megalm.train.offline_sequences import ScoredSequence, SequenceBatches, evenly
-from megalm.train.offline_sets import ALL, Row, loss_fields
 
 _LARGEST_EXPONENT = 700.0  # beyond that a float overflows
 
