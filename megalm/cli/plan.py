@@ -20,11 +20,11 @@ from megalm.config.precision import DeviceFacts
 from megalm.config.resolve import ResolvedRun, resolve
 from megalm.config.schema import RunConfig
 from megalm.config.strict import leaf_fields, shown
-from megalm.documented import changed_keys, judge, tolerances
 from megalm.errors import ConfigError
 from megalm.estimate.memory import MemoryPlan
-from megalm.plan import Plan, checkpoint_bytes, make_plan
-from megalm.rate_picture import draw_rates
+from megalm.planning.documented import changed_keys, judge, tolerances
+from megalm.planning.plan import Plan, checkpoint_bytes, make_plan
+from megalm.planning.rate_picture import draw_rates
 from megalm.train.continuing import with_last_step, with_schedule
 from megalm.train.data_facts import planned_data
 from megalm.train.own_config import read_settings

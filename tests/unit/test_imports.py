@@ -78,6 +78,7 @@ RULES = (
     Rule("config imports no torch", never("megalm.config", "torch")),
     Rule("topology is pure integers: no torch", never("megalm.topology", "torch")),
     Rule("estimate is pure integers: no torch", never("megalm.estimate", "torch")),
+    Rule("planning imports no torch: it runs on a login node", never("megalm.planning", "torch")),
     Rule("data imports no torch: it runs on a login node", never("megalm.data", "torch")),
     Rule("tracking imports no torch", never("megalm.tracking", "torch")),
     Rule("model imports torch, model and config.schema only", _model_reaches_out),

@@ -15,7 +15,7 @@ from megalm.config.loading import load_run_config
 from megalm.config.resolve import ResolvedRun
 from megalm.estimate.shares import shares
 from megalm.model.shape import ModelShape, model_shape
-from megalm.plan import make_plan
+from megalm.planning.plan import make_plan
 from megalm.topology import Topology
 
 Start = Callable[..., ResolvedRun]

@@ -21,8 +21,8 @@ from megalm.estimate.memory import MemoryCase, checkpoint_bytes, estimate_memory
 from megalm.estimate.shares import shares
 from megalm.model.flops import flops_per_token
 from megalm.model.shape import ModelShape, model_shape
-from megalm.plan import make_plan, parameters_by_part
-from megalm.rate_picture import points
+from megalm.planning.plan import make_plan, parameters_by_part
+from megalm.planning.rate_picture import points
 from megalm.topology import Topology
 from megalm.train.schedule import ScheduleSegment, learning_rate
 
@@ -213,7 +213,7 @@ def test_a_plan_in_text(start: Start) -> None:
 
 def test_a_plan_needs_no_torch() -> None:
     code = (
-        "import sys; import megalm.plan, megalm.cli.plan, megalm.config.resolve;"
+        "import sys; import megalm.planning.plan, megalm.cli.plan, megalm.config.resolve;"
         "sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, env=os.environ).returncode == 0

@@ -12,9 +12,18 @@ from dataclasses import dataclass
 from megalm.config.schema import Claim, ClaimKind
 from megalm.data.streams import whole_windows
 from megalm.estimate.data_sheet import data_sheet_peak
-from megalm.plan import Plan
-
-Range = tuple[float, float]
+from megalm.planning.plan import Plan
+from megalm.planning.ranges import (
+    Range,
+    agree,
+    both_ends,
+    divided,
+    in_full,
+    in_hours,
+    in_percent,
+    in_short,
+    times,
+)
 
 HOLDS = "holds"
 EXPECTED = "to be seen in the run"
@@ -27,7 +36,6 @@ MEASURED = 0.1  # of what a clock or an allocator said
 FIRST_LOSS_NATS = 0.5  # an untrained model knows nothing, but does not guess evenly
 
 _SECONDS_AN_HOUR = 3600
-_PREFIXES = ((1e12, " T"), (1e9, " B"), (1e6, " M"))
 _GIGABYTE = 1e9
 
 
@@ -108,9 +116,9 @@ class _Book:
 def _parameters(book: _Book, claim: Claim) -> Judgement:
     count, claimed = book.plan.parameter_count, _range(claim)
     return Judgement(
-        f"{_short(claimed)} parameters",
-        f"{count:,}: {_short((book.block_parameters,) * 2)} in blocks, the rest embeddings",
-        _verdict(claimed, count, ROUNDED, f"{book.model_words} is {_short((count, count))}, not {_short(claimed)}"),
+        f"{in_short(claimed)} parameters",
+        f"{count:,}: {in_short((book.block_parameters,) * 2)} in blocks, the rest embeddings",
+        _verdict(claimed, count, ROUNDED, f"{book.model_words} is {in_short((count, count))}, not {in_short(claimed)}"),
     )
 
 
@@ -118,23 +126,23 @@ def _embedding_parameters(book: _Book, claim: Claim) -> Judgement:
     shape, claimed = book.plan.shape, _range(claim)
     count, product = shape.vocab_size * shape.hidden_size, f"{shape.vocab_size:,} x {shape.hidden_size:,}"
     return Judgement(
-        f"{_whole(claimed)} embedding parameters",
+        f"{in_full(claimed)} embedding parameters",
         f"{product} = {count:,}",
-        _verdict(claimed, count, EXACT, f"{product} is {count:,}, not {_whole(claimed)}"),
+        _verdict(claimed, count, EXACT, f"{product} is {count:,}, not {in_full(claimed)}"),
     )
 
 
 def _tokens(book: _Book, claim: Claim) -> Judgement:
     total, claimed = book.plan.total_tokens, _range(claim)
-    wrong = f"{book.tokens_words} is {_short((total, total))} tokens, not {_short(claimed)}"
+    wrong = f"{book.tokens_words} is {in_short((total, total))} tokens, not {in_short(claimed)}"
     speed, hours = book.claimed("tokens_per_second"), book.claimed("hours")
     if speed is not None and hours is not None:
-        done = _times(speed, hours, _SECONDS_AN_HOUR)
-        pace = f"{_whole(speed)} tokens/s for {_hours(hours)} are"
-        wrong += f", which {pace}" if _agree(claimed, done, ROUNDED) else f"; {pace} {_short(done)}"
+        done = times(speed, hours, _SECONDS_AN_HOUR)
+        pace = f"{in_full(speed)} tokens/s for {in_hours(hours)} are"
+        wrong += f", which {pace}" if agree(claimed, done, ROUNDED) else f"; {pace} {in_short(done)}"
     return Judgement(
-        f"{_short(claimed)} tokens",
-        f"{book.tokens_words} = {_short((total, total))}",
+        f"{in_short(claimed)} tokens",
+        f"{book.tokens_words} = {in_short((total, total))}",
         _verdict(claimed, total, ROUNDED, wrong),
     )
 
@@ -143,18 +151,18 @@ def _tokens_per_step(book: _Book, claim: Claim) -> Judgement:
     count, claimed = book.plan.resolved.tokens_per_step, _range(claim)
     product = f"{book.plan.resolved.batch.global_batch} x {book.config.data.sequence_length:,}"
     return Judgement(
-        f"{_whole(claimed)} tokens a step",
+        f"{in_full(claimed)} tokens a step",
         f"{product} = {count:,}",
-        _verdict(claimed, count, EXACT, f"{product} is {count:,}, not {_whole(claimed)}"),
+        _verdict(claimed, count, EXACT, f"{product} is {count:,}, not {in_full(claimed)}"),
     )
 
 
 def _data_tokens(book: _Book, claim: Claim) -> Judgement:
     claimed, total = _range(claim), book.plan.total_tokens
-    passes = _divided((total, total), claimed)
+    passes = divided((total, total), claimed)
     return Judgement(
-        f"data of {_whole(claimed)} tokens",
-        f"{_short((total, total))} tokens are {_ends(passes, '.3g')} passes over them",
+        f"data of {in_full(claimed)} tokens",
+        f"{in_short((total, total))} tokens are {both_ends(passes, '.3g')} passes over them",
         NO_VERDICT,
     )
 
@@ -162,7 +170,7 @@ def _data_tokens(book: _Book, claim: Claim) -> Judgement:
 def _samples(book: _Book, claim: Claim) -> Judgement:
     length, claimed = book.config.data.sequence_length, _range(claim)
     stride = claim.stride or book.config.data.stride or length
-    words = f"{_whole(claimed)} samples at a stride of {stride:,}"
+    words = f"{in_full(claimed)} samples at a stride of {stride:,}"
     tokens = book.claimed("data_tokens")
     if tokens is None:
         return Judgement(words, "the document does not say of how many tokens", NO_VERDICT)
@@ -171,44 +179,44 @@ def _samples(book: _Book, claim: Claim) -> Judgement:
     return Judgement(
         words,
         f"{count:,}; each token is seen {seen:,.0f} {'time' if round(seen) == 1 else 'times'} a pass",
-        _verdict(claimed, count, EXACT, f"{_whole(tokens)} tokens have {count:,} samples, not {_whole(claimed)}"),
+        _verdict(claimed, count, EXACT, f"{in_full(tokens)} tokens have {count:,} samples, not {in_full(claimed)}"),
     )
 
 
 def _epochs(book: _Book, claim: Claim) -> Judgement:
     claimed, total, tokens = _range(claim), book.plan.total_tokens, book.claimed("data_tokens")
-    words = f"{_ends(claimed, 'g')} epochs"
+    words = f"{both_ends(claimed, 'g')} epochs"
     if tokens is None:
         return Judgement(words, "the document does not say of how many tokens", NO_VERDICT)
     passes = total / tokens[0]
-    what = f"{book.tokens_words} = {_short((total, total))} tokens are {passes:.1f} passes over {_short(tokens)}"
-    wrong = f"{what}, not {_ends(claimed, 'g')}"
-    return Judgement(words, f"{passes:.2f} passes over {_short(tokens)}", _verdict(claimed, passes, ROUNDED, wrong))
+    what = f"{book.tokens_words} = {in_short((total, total))} tokens are {passes:.1f} passes over {in_short(tokens)}"
+    wrong = f"{what}, not {both_ends(claimed, 'g')}"
+    return Judgement(words, f"{passes:.2f} passes over {in_short(tokens)}", _verdict(claimed, passes, ROUNDED, wrong))
 
 
 def _tokens_per_second(book: _Book, claim: Claim) -> Judgement:
     speed, total = _range(claim), book.plan.total_tokens
-    needed = _divided((total / _SECONDS_AN_HOUR,) * 2, speed)
-    computed = f"{_short((total, total))} tokens take {_hours(needed)}"
+    needed = divided((total / _SECONDS_AN_HOUR,) * 2, speed)
+    computed = f"{in_short((total, total))} tokens take {in_hours(needed)}"
     peak = book.peak
     if peak is not None:
         blocks, parameters = book.block_parameters, book.plan.parameter_count
         plain = (speed[0] * 6 * blocks / peak, speed[1] * 6 * parameters / peak)
-        counted = _times(speed, (book.plan.flops_per_token / peak,) * 2)
+        counted = times(speed, (book.plan.flops_per_token / peak,) * 2)
         computed += (
-            f"; {_share(plain)} of the peak of {book.devices} x {book.documented.device} by 6 FLOPs a parameter "
-            f"(of the blocks, of all), {_share(counted)} with attention's"
+            f"; {in_percent(plain)} of the peak of {book.devices} x {book.documented.device} by 6 FLOPs a parameter "
+            f"(of the blocks, of all), {in_percent(counted)} with attention's"
         )
-    return Judgement(f"{_whole(speed)} tokens/s", computed, NO_VERDICT)
+    return Judgement(f"{in_full(speed)} tokens/s", computed, NO_VERDICT)
 
 
 def _step_seconds(book: _Book, claim: Claim) -> Judgement:
     seconds, steps = _range(claim), book.config.train.steps
-    speed = _divided((book.plan.resolved.tokens_per_step,) * 2, seconds)
-    hours = _times(seconds, (steps / _SECONDS_AN_HOUR,) * 2)
+    speed = divided((book.plan.resolved.tokens_per_step,) * 2, seconds)
+    hours = times(seconds, (steps / _SECONDS_AN_HOUR,) * 2)
     return Judgement(
-        f"{_ends(seconds, 'g')} s a step",
-        f"{steps:,} steps take {_hours(hours)}; {_whole(speed)} tokens/s",
+        f"{both_ends(seconds, 'g')} s a step",
+        f"{steps:,} steps take {in_hours(hours)}; {in_full(speed)} tokens/s",
         NO_VERDICT,
     )
 
@@ -218,18 +226,20 @@ def _hours_in_all(book: _Book, claim: Claim) -> Judgement:
     found = []
     seconds, speed = book.claimed("step_seconds"), book.claimed("tokens_per_second")
     if seconds is not None:
-        found.append((_times(seconds, (steps / _SECONDS_AN_HOUR,) * 2), f"{steps:,} steps of {_ends(seconds, 'g')} s"))
+        found.append(
+            (times(seconds, (steps / _SECONDS_AN_HOUR,) * 2), f"{steps:,} steps of {both_ends(seconds, 'g')} s")
+        )
     if speed is not None:
         total = book.plan.total_tokens
-        needed = _divided((total / _SECONDS_AN_HOUR,) * 2, speed)
-        found.append((needed, f"{_short((total, total))} tokens at {_whole(speed)} tokens/s"))
+        needed = divided((total / _SECONDS_AN_HOUR,) * 2, speed)
+        found.append((needed, f"{in_short((total, total))} tokens at {in_full(speed)} tokens/s"))
     if not found:
-        return Judgement(_hours(claimed), "the document gives no speed", NO_VERDICT)
-    wrong = [f"{why} take {_hours(hours)}" for hours, why in found if not _agree(claimed, hours, MEASURED)]
+        return Judgement(in_hours(claimed), "the document gives no speed", NO_VERDICT)
+    wrong = [f"{why} take {in_hours(hours)}" for hours, why in found if not agree(claimed, hours, MEASURED)]
     return Judgement(
-        _hours(claimed),
-        "; ".join(f"{_hours(hours)} for {why}" for hours, why in found),
-        f"does not hold: {' and '.join(wrong)}, not {_hours(claimed)}" if wrong else HOLDS,
+        in_hours(claimed),
+        "; ".join(f"{in_hours(hours)} for {why}" for hours, why in found),
+        f"does not hold: {' and '.join(wrong)}, not {in_hours(claimed)}" if wrong else HOLDS,
     )
 
 
@@ -239,25 +249,25 @@ def _mfu(book: _Book, claim: Claim) -> Judgement:
     of_a_step = book.plan.flops_per_token * book.plan.resolved.tokens_per_step
     done: list[tuple[Range, str]] = []  # FLOP/s of all devices
     if step is not None:
-        done.append((_divided((of_a_step,) * 2, step), f"{_ends(step, 'g')} s a step"))
+        done.append((divided((of_a_step,) * 2, step), f"{both_ends(step, 'g')} s a step"))
     if hours is not None:
-        seconds = _times(hours, (_SECONDS_AN_HOUR,) * 2)
-        done.append((_divided((book.plan.total_flops,) * 2, seconds), _hours(hours)))
-    words = f"MFU {_share(claimed)}"
+        seconds = times(hours, (_SECONDS_AN_HOUR,) * 2)
+        done.append((divided((book.plan.total_flops,) * 2, seconds), in_hours(hours)))
+    words = f"MFU {in_percent(claimed)}"
     if not done:
         return Judgement(words, "the document gives no speed", NO_VERDICT)
     if peak is None:
         peaks = "; ".join(
-            f"at {why} a peak of {_ends(_divided(it, _times(claimed, (book.devices * 1e12,) * 2)), '.3g')} TFLOP/s"
+            f"at {why} a peak of {both_ends(divided(it, times(claimed, (book.devices * 1e12,) * 2)), '.3g')} TFLOP/s"
             for it, why in done
         )
         return Judgement(words, f"{peaks} a device", "cannot be told: the document names no device")
-    shares = [(_divided(it, (peak, peak)), why) for it, why in done]
-    wrong = [f"{why} is {_share(share)}" for share, why in shares if not _agree(claimed, share, MEASURED)]
+    shares = [(divided(it, (peak, peak)), why) for it, why in done]
+    wrong = [f"{why} is {in_percent(share)}" for share, why in shares if not agree(claimed, share, MEASURED)]
     return Judgement(
         words,
-        "; ".join(f"{_share(share)} at {why}" for share, why in shares),
-        f"does not hold: {' and '.join(wrong)}, not {_share(claimed)}" if wrong else HOLDS,
+        "; ".join(f"{in_percent(share)} at {why}" for share, why in shares),
+        f"does not hold: {' and '.join(wrong)}, not {in_percent(claimed)}" if wrong else HOLDS,
     )
 
 
@@ -270,9 +280,11 @@ def _memory(part: str) -> Callable[[_Book, Claim], Judgement]:
             "optimizer": memory.master + memory.moments,
             "activations": memory.activations,
         }[part] / _GIGABYTE
-        wrong = f"{size:.2g} GB by the estimate of this plan, not {_ends(claimed, 'g')}"
+        wrong = f"{size:.2g} GB by the estimate of this plan, not {both_ends(claimed, 'g')}"
         return Judgement(
-            f"{_ends(claimed, 'g')} GB of {part}", f"{size:.2f} GB on a rank", _verdict(claimed, size, MEASURED, wrong)
+            f"{both_ends(claimed, 'g')} GB of {part}",
+            f"{size:.2f} GB on a rank",
+            _verdict(claimed, size, MEASURED, wrong),
         )
 
     return judged
@@ -282,29 +294,29 @@ def _loss(words: str) -> Callable[[_Book, Claim], Judgement]:
     def judged(book: _Book, claim: Claim) -> Judgement:
         loss = _range(claim)
         when = "in the end" if claim.step is None else f"at step {claim.step:,}"
-        said = f"{words} {_ends(loss, 'g')} {when}"
+        said = f"{words} {both_ends(loss, 'g')} {when}"
         if claim.step == 0:
             vocabulary = book.plan.shape.vocab_size
             first = math.log(vocabulary)
-            wrong = f"ln {vocabulary:,} is {first:.2f}; {_ends(loss, 'g')} is of {math.exp(loss[0]):,.0f} pieces"
+            wrong = f"ln {vocabulary:,} is {first:.2f}; {both_ends(loss, 'g')} is of {math.exp(loss[0]):,.0f} pieces"
             holds = loss[0] - FIRST_LOSS_NATS <= first <= loss[1] + FIRST_LOSS_NATS
             return Judgement(said, f"ln {vocabulary:,} = {first:.2f}", HOLDS if holds else f"does not hold: {wrong}")
         step = book.config.train.steps if claim.step is None else claim.step
         seen = step * book.plan.resolved.tokens_per_step
-        perplexity = _ends((math.exp(loss[0]), math.exp(loss[1])), ",.4g")
-        return Judgement(said, f"perplexity {perplexity}, after {_short((seen, seen))} tokens", EXPECTED)
+        perplexity = both_ends((math.exp(loss[0]), math.exp(loss[1])), ",.4g")
+        return Judgement(said, f"perplexity {perplexity}, after {in_short((seen, seen))} tokens", EXPECTED)
 
     return judged
 
 
 def _perplexity(book: _Book, claim: Claim) -> Judgement:
     claimed, loss = _range(claim), book.claimed("validation_loss")
-    words = f"perplexity {_ends(claimed, 'g')}"
+    words = f"perplexity {both_ends(claimed, 'g')}"
     if loss is None:
         return Judgement(words, "the document gives no validation loss", NO_VERDICT)
     found = math.exp(loss[0])
     power = f"e^{loss[0]:g}"
-    wrong = f"{power} is {found:.2f}, not {_ends(claimed, 'g')}"
+    wrong = f"{power} is {found:.2f}, not {both_ends(claimed, 'g')}"
     return Judgement(words, f"{power} = {found:.2f}", _verdict(claimed, found, ROUNDED, wrong))
 
 
@@ -331,48 +343,8 @@ _JUDGES: dict[ClaimKind, Callable[[_Book, Claim], Judgement]] = {
 
 
 def _verdict(claimed: Range, computed: float, tolerance: float, wrong: str) -> str:
-    return HOLDS if _agree(claimed, (computed, computed), tolerance) else f"does not hold: {wrong}"
-
-
-def _agree(claimed: Range, computed: Range, tolerance: float) -> bool:
-    """Whether two ranges touch, the claimed one widened by the tolerance."""
-    return claimed[0] * (1 - tolerance) <= computed[1] and computed[0] <= claimed[1] * (1 + tolerance)
+    return HOLDS if agree(claimed, (computed, computed), tolerance) else f"does not hold: {wrong}"
 
 
 def _range(claim: Claim) -> Range:
     return claim.value if isinstance(claim.value, tuple) else (claim.value, claim.value)
-
-
-def _times(left: Range, right: Range, factor: float = 1.0) -> Range:
-    return left[0] * right[0] * factor, left[1] * right[1] * factor
-
-
-def _divided(left: Range, right: Range) -> Range:
-    return left[0] / right[1], left[1] / right[0]
-
-
-def _ends(value: Range, form: str) -> str:
-    """ "7-8", or "3" where both ends read alike."""
-    low, high = (format(end, form) for end in value)
-    return low if low == high else f"{low}-{high}"
-
-
-def _whole(value: Range) -> str:
-    return _ends((round(value[0]), round(value[1])), ",")
-
-
-def _short(value: Range) -> str:
-    """32,800,000,000 -> "32.8 B"."""
-    unit, letter = next(((unit, letter) for unit, letter in _PREFIXES if value[1] >= unit), (0.0, ""))
-    if not unit:
-        return _whole(value)
-    ends = _ends((value[0] / unit, value[1] / unit), ".4g" if value[1] / unit >= 100 else ".3g")
-    return f"{ends}{letter}"
-
-
-def _hours(value: Range) -> str:
-    return f"{_ends(value, '.3g' if value[1] < 1000 else ',.0f')} h"
-
-
-def _share(value: Range) -> str:
-    return f"{_ends((value[0] * 100, value[1] * 100), '.2g')}%"
