@@ -23,12 +23,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "presets": ("presets", "List the shipped runs and models, or show one."),
     "plan": ("plan", "What a run amounts to before it is started: size, tokens, memory, schedule."),
     "checkpoint": ("checkpoint", "Checkpoints: list, show, verify, mark-bad, diff, prune, convert."),
-    "evaluate": ("evaluate", "Loss and perplexity of a checkpoint on a dataset."),
-    "generate": ("generate", "Continue prompts with a checkpoint."),
+    "evaluate": ("evaluate", "Loss and perplexity of checkpoints on datasets and texts; multiple choice."),
+    "generate": ("generate", "Continue prompts with checkpoints, in a dialogue too."),
     "export": ("export", "Write a checkpoint in Hugging Face form."),
-    "import": ("import_", "Start from a model in Hugging Face form."),
+    "import": ("import_", "Make a starting point of a model in Hugging Face form."),
     "compare": ("compare", "Two or more runs: what differs in configuration and in results."),
-    "report": ("report", "One page about a run."),
+    "report": ("report", "A run on one page: curves, what was unusual, samples, settings."),
     "track": ("track", "Bring a run to MLflow."),
 }
 
