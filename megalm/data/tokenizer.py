@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.tokenizer_training import TokenizerReport, train_tokenizer
-from megalm.errors import DataError
+from megalm.errors import CheckpointError, DataError
 
 __all__ = ["ByteTokenizer", "Tokenizer", "TokenizerReport", "load_tokenizer", "train_tokenizer"]
 
@@ -124,3 +124,12 @@ def load_tokenizer(spec: str | Path, threads: int = 1) -> Tokenizer:
     from megalm.data.tokenizer_sentencepiece import SentencePieceTokenizer
 
     return SentencePieceTokenizer(path, threads=threads)
+
+
+def require_tokenizer_of(checkpoint: Path, found: Tokenizer, fingerprint: str) -> None:
+    """Raises: CheckpointError: `found` is another tokenizer than the one that the checkpoint was trained with."""
+    if found.fingerprint != fingerprint:
+        raise CheckpointError(
+            f"{found.spec} is not the tokenizer of {checkpoint}: fingerprint {found.fingerprint[:12]}, "
+            f"expected {fingerprint[:12]}; name the right one with --tokenizer"
+        )

@@ -11,7 +11,7 @@ import torch
 
 from megalm.checkpoint.load import CheckpointReader
 from megalm.data.files import write_json
-from megalm.data.tokenizer import Tokenizer, load_tokenizer
+from megalm.data.tokenizer import Tokenizer, load_tokenizer, require_tokenizer_of
 from megalm.errors import CheckpointError
 from megalm.huggingface.card import Card
 from megalm.huggingface.config import family_of, refuse_what_they_lack, to_config
@@ -94,10 +94,5 @@ def tokenizer_of(checkpoint: Path, manifest: Mapping[str, Any], named: str | Non
         CheckpointError: the one that is there, or that was named, is another.
     """
     found = load_tokenizer(named or manifest["tokenizer"])
-    expected = manifest["fingerprints"]["tokenizer"]
-    if found.fingerprint != expected:
-        raise CheckpointError(
-            f"{found.spec} is not the tokenizer of {checkpoint}: fingerprint {found.fingerprint[:12]}, "
-            f"expected {expected[:12]}; name the right one with --tokenizer"
-        )
+    require_tokenizer_of(checkpoint, found, manifest["fingerprints"]["tokenizer"])
     return found

@@ -5,7 +5,6 @@ Shapes: B batch, T sequence, V vocabulary.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalm.checkpoint.fragment import FragmentKey
+from megalm.checkpoint.convert import read_whole
 from megalm.checkpoint.layout import find_checkpoint
 from megalm.checkpoint.load import CheckpointReader
 from megalm.checkpoint.manifest import MANIFEST, read_manifest
 from megalm.data.loader import MicroBatch
-from megalm.data.tokenizer import BYTES, Tokenizer, load_tokenizer
+from megalm.data.tokenizer import BYTES, Tokenizer, load_tokenizer, require_tokenizer_of
 from megalm.errors import CheckpointError, DataError
 from megalm.model.shape import ModelShape
 from megalm.model.transformer import LanguageModel
@@ -81,12 +80,7 @@ def read_facts(place: Path, tokenizer: str | None = None) -> CheckpointFacts:
             f"{noted}: the tokenizer of {path} is not there any more; name where it is now with --tokenizer"
         )
     found = load_tokenizer(tokenizer or noted)
-    expected = manifest["fingerprints"]["tokenizer"]
-    if found.fingerprint != expected:
-        raise CheckpointError(
-            f"{found.spec} is not the tokenizer of {path}: fingerprint {found.fingerprint[:12]}, "
-            f"expected {expected[:12]}; name the right one with --tokenizer"
-        )
+    require_tokenizer_of(path, found, manifest["fingerprints"]["tokenizer"])
     return CheckpointFacts(path, manifest, ModelShape(**manifest["model"]), found)
 
 
@@ -184,8 +178,6 @@ def _load(reader: CheckpointReader, shape: ModelShape) -> LanguageModel:
     model = LanguageModel(shape)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            size = tuple(parameter.shape)
-            key = FragmentKey(name, "master", size, 0, math.prod(size))
-            parameter.copy_(reader.read(key).view(size))
+            parameter.copy_(read_whole(reader, name, tuple(parameter.shape)))
     reader.close()
     return model

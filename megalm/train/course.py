@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 from megalm.checkpoint.load import CheckpointReader
 from megalm.config.resolve import ResolvedRun
@@ -53,11 +52,6 @@ class Course:
     resume: Resume
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
-
-    @property
-    def start(self) -> Path | None:
-        """Where the checkpoint is."""
-        return None if self.reader is None else self.reader.path
 
     @property
     def weights_only(self) -> bool:
