@@ -51,23 +51,25 @@ class Terminal:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
         self.shown = b""
+        self._read = 0  # bytes of it
 
     def type(self, keys: str) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(keys.encode())
         self.process.stdin.flush()
 
-    def wait_for(self, words: str, times: int = 1, seconds: float = 90.0) -> str:
-        """All that was shown, once `words` was so many `times`."""
+    def wait_for(self, words: str, seconds: float = 90.0) -> str:
+        """Read on to the end of the next `words`; what was read now."""
         assert self.process.stdout is not None
         deadline = time.monotonic() + seconds
-        while self.shown.count(words.encode()) < times:
+        while (found := self.shown.find(words.encode(), self._read)) < 0:
             ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"no {words!r} in {self.shown.decode(errors='replace')}"
+            assert ready, f"no {words!r} at the end of {self.shown.decode(errors='replace')}"
             piece = os.read(self.process.stdout.fileno(), 1 << 16)
             assert piece, f"it ended without {words!r}: {self.shown.decode(errors='replace')}"
             self.shown += piece
-        return self.shown.decode(errors="replace")
+        before, self._read = self._read, found + len(words.encode())
+        return self.shown[before : self._read].decode(errors="replace")
 
 
 @contextmanager
@@ -88,26 +90,29 @@ def test_a_terminal_shows_text_as_it_is_drawn_and_can_stop_it(folder: Path) -> N
     with terminal(folder, ["--interactive", "--seed", "7", "--max-new-tokens", "8"]) as person:
         person.wait_for("> ")
         person.type("def read(\n")
-        shown = person.wait_for("> ", times=2).replace("\r\n", "\n")
-        assert shown.endswith(f"def read(\n{alone}\n> "), shown
+        shown = person.wait_for("\n> ").replace("\r\n", "\n")
+        assert shown == f"def read(\n{alone}\n> "
         person.type("/tokens 1000000\n")
-        person.wait_for("tokens 1000000")
+        person.wait_for("temperature 0.7, tokens 1000000,")
+        person.wait_for("> ")
         person.type("class A\n")
-        # Shown twice: as it was typed, and at the beginning of the text, while that goes on.
-        person.wait_for("class A", times=2)
-        before = len(person.shown)
-        person.wait_for("\n", times=person.shown.count(b"\n") + 2)
-        assert len(person.shown) > before, "it appears piece by piece"
+        person.wait_for("class A")  # as it was typed
+        person.wait_for("class A")  # the beginning of the text, which goes on
+        for _ in range(2):
+            person.wait_for("\n")
+        assert b"(stopped)" not in person.shown, "it appears piece by piece"
         person.type("\x03")
         person.wait_for("(stopped)")
+        person.wait_for("> ")
         person.type("/tokens 2\n")
-        person.wait_for("tokens 2,")
+        person.wait_for("temperature 0.7, tokens 2,")
+        person.wait_for("> ")
         person.type("x = 1\n")
-        person.wait_for("x = 1", times=2)
-        prompts = person.wait_for("> ", times=person.shown.count(b"> ") + 1).count("> ")
+        person.wait_for("x = 1")
+        person.wait_for("\n> ")
         person.type("\x03")  # at the prompt
         person.wait_for("(Ctrl-D leaves)")
-        person.wait_for("> ", times=prompts + 1)
+        person.wait_for("> ")
         person.type("\x04")
         assert person.process.wait(timeout=30) == 0
         assert b"Traceback" not in person.shown
