@@ -10,9 +10,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("GLOO_LOG_LEVEL", "ERROR")
 
-import deepspeed  # noqa: F401
 import pytest  # noqa: F401
-import torch  # noqa: F401
 
 import megalm.engine.zero
 import megalm.train.setup  # noqa: F401

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import sys
 import time
 
 import pytest
@@ -37,6 +38,14 @@ def _dead_rank_0(comm: ProcessComm, device: torch.device) -> float:
     with pytest.raises(RuntimeError):
         comm.broadcast(None)
     return time.monotonic() - began
+
+
+def _loaded(comm: ProcessComm, device: torch.device) -> set[str]:
+    return {"deepspeed", "mlflow"} & set(sys.modules)
+
+
+def test_a_rank_starts_without_what_only_the_autotuner_needs() -> None:
+    assert run_ranks(1, _loaded) == [{"deepspeed"}]
 
 
 def test_ranks_wait_longer_than_a_collective_may_take() -> None:
