@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megalm.config.schema import ModelSection
 from megalm.model.dropout import DropoutClock
@@ -156,3 +159,28 @@ def test_logits_of_one_position_are_those_of_all() -> None:
     torch.testing.assert_close(model(tokens, positions=positions), expected)
     cut = model(tokens[:1, :4], positions=torch.tensor([3]))
     torch.testing.assert_close(cut, expected[:1], rtol=1e-5, atol=1e-6)
+
+
+class Devices(TorchDispatchMode):
+    """Remembers on which devices tensors are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = op(*args, **(kwargs or {}))
+        self.seen |= {leaf.device.type for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)}
+        return made
+
+
+@pytest.mark.parametrize("recompute_every", [0, 1])
+@pytest.mark.parametrize("name", list(SECTIONS))
+def test_every_tensor_is_made_where_the_model_is(name: str, recompute_every: int) -> None:
+    """Looked at on torch's `meta`: on a GPU, one that is made on the CPU is an error or a wait."""
+    model = build(SECTIONS[name], recompute_every=recompute_every).to("meta").train()
+    tokens, labels = (tensor.to("meta") for tensor in batch())
+    with Devices() as devices:
+        loss, _ = model(tokens, labels)
+        loss.backward()
+    assert devices.seen == {"meta"}
