@@ -13,7 +13,7 @@ from typing import Any, get_origin
 import yaml
 
 from megalm.config.presets import DEFAULT_PRESET, preset_path, preset_paths
-from megalm.config.schema import RunConfig
+from megalm.config.schema import DocumentedSection, RunConfig
 from megalm.config.strict import flatten, leaf_fields, members, shown, validate
 from megalm.config.strict_yaml import parse_yaml
 from megalm.config.suggest import did_you_mean
@@ -95,9 +95,11 @@ def spelling(key: str) -> str:
 def config_to_yaml(config: RunConfig) -> str:
     """The whole configuration as YAML; loading it gives the same configuration, also under a later preset.
 
-    But for what documents say of a run: that is the preset's, and no setting.
+    But for what the preset's document says of the run: that stays the preset's. What a person wrote down is kept.
     """
-    values = config.model_dump(mode="json", by_alias=True, exclude={"documented"})
+    of_preset = load_run_config(config.preset, []).config.documented if config.preset else DocumentedSection()
+    exclude = {"documented"} if config.documented == of_preset else None
+    values = config.model_dump(mode="json", by_alias=True, exclude=exclude)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

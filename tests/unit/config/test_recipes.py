@@ -223,6 +223,17 @@ def test_what_only_describes_is_no_setting(tmp_path: Path) -> None:
     assert "documented" not in refused(load_run_config, None, ["hours=3"])
 
 
+@pytest.mark.parametrize("preset", ["", "preset: a100x4-300m\n"])
+def test_a_persons_own_account_of_a_document_goes_on_with_the_run(tmp_path: Path, preset: str) -> None:
+    mine, kept = tmp_path / "mine.yaml", tmp_path / "config.yaml"
+    claims = "[{claim: training_loss, step: 9, value: 5.5}, {claim: hours, value: [2, 3]}]"
+    mine.write_text(f"{preset}documented: {{device: A100, claims: {claims}}}\n")
+    loaded = load_run_config(str(mine), [])
+    kept.write_text(config_to_yaml(loaded.config))
+    assert [claim.step for claim in loaded.config.documented.claims] == [9, None]
+    assert load_run_config(None, [], kept).config.documented == loaded.config.documented
+
+
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
