@@ -22,7 +22,7 @@ from megalm.data.indexed import IndexedDatasetWriter, best_dtype, bin_path, idx_
 from megalm.data.inputs import WORK_SUFFIX, InputFile, ReadReport, find_inputs, sha256_of
 from megalm.data.parts import PartSummary
 from megalm.data.plan import BuildOptions, Plan, make_plan
-from megalm.data.report import KEPT_NAMES, BuildReport, check_output, start_report
+from megalm.data.report import KEPT_NAMES, BuildReport, check_output, dataset_paths, start_report
 from megalm.data.signatures import signatures_path
 from megalm.data.sources import sources_path
 from megalm.data.summary import TokenCounter
@@ -95,6 +95,7 @@ def build_files(
     options, reading = options or BuildOptions(), ReadReport()
     files = find_inputs(paths, reading, stdin_kind)
     prefixes = options.output_prefixes(output_prefix)
+    _check_apart(files, prefixes)
     facts = options.recorded() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
     finished = None if again else _finished_reports(prefixes, files, facts, tokenizer)
     if finished is not None:
@@ -196,6 +197,15 @@ def _same_inputs(recorded: list[Any], files: Sequence[InputFile], facts: dict[st
         if entry["mtime_ns"] != file.mtime_ns and entry["sha256"] != sha256_of(file.path):
             return False
     return bool(known)
+
+
+def _check_apart(files: Sequence[InputFile], prefixes: Sequence[str]) -> None:
+    """Text that is named like a file of the dataset (data/my.json, for data/my) must not be replaced by it."""
+    outputs = {path.name: path for prefix in prefixes for path in dataset_paths(prefix) if path.exists()}
+    for file in files:
+        output = outputs.get(Path(file.path).name)
+        if output is not None and not file.is_stdin and output.samefile(file.path):
+            raise DataError(f"{file.path}: is an input, and the dataset would replace it; choose another output prefix")
 
 
 def _recorded_input(file: InputFile, sha256: str) -> dict[str, Any]:

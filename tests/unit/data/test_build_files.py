@@ -355,6 +355,18 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     assert built.ignored_files == 1
 
 
+def test_text_named_like_the_dataset_is_not_replaced_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my.json").write_text('["a", "b"]')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"my.json: is an input, and the dataset would replace it"):
+        build_files(["my.json"], ByteTokenizer(), tmp_path / "my", overwrite=True)
+    assert (tmp_path / "my.json").read_text() == '["a", "b"]'
+    other = tmp_path / "other"
+    other.mkdir()
+    build_files(["my.json"], ByteTokenizer(), other / "my")
+    assert decoded(other / "my") == ["a", "b"]
+
+
 def test_an_input_that_changes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": "a"}\n')
