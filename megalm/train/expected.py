@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,11 +37,17 @@ class Expectation:
         return f"step {self.step}: {which} {self.loss:.4f}, documented {documented}: {verdict}"
 
 
-def expectations(documented: DocumentedSection, quantity: Quantity, step: int, loss: float) -> list[Expectation]:
-    """What the document says of this step, one or more; mostly nothing."""
+def expectations(
+    documented: DocumentedSection, quantity: Quantity, step: int, loss: Callable[[], float]
+) -> list[Expectation]:
+    """What the document says of this step, one or more; mostly nothing.
+
+    Args:
+        loss: the run's own; asked for only where the document has one.
+    """
     found = []
     for claim in documented.claims:
         if claim.claim == quantity and claim.step == step:
             low, high = claim.value if isinstance(claim.value, tuple) else (claim.value, claim.value)
-            found.append(Expectation(step, quantity, loss, low, high))
+            found.append(Expectation(step, quantity, loss(), low, high))
     return found

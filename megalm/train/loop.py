@@ -5,6 +5,7 @@ Everything here is collective: all ranks walk through the same steps and decisio
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,12 @@ from typing import Any, NoReturn
 from megalm.checkpoint.manifest import Status
 from megalm.engine.protocol import StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
-from megalm.train.evaluate import TOTAL, Evaluation
-from megalm.train.expected import Quantity, expectations
 from megalm.train.guard import Verdict
 from megalm.train.incidents import Incident
 from megalm.train.parts import Parts
 from megalm.train.position import Position
-from megalm.train.report import StepLine, duration
+from megalm.train.record import Record
+from megalm.train.report import duration
 from megalm.train.schedule import rate_at
 
 
@@ -27,9 +27,13 @@ from megalm.train.schedule import rate_at
 class TrainingLoop:
     parts: Parts
     position: Position
+    record: Record = field(init=False)
     _saved_step: int = field(default=0, init=False)
     _saved_path: Path | None = field(default=None, init=False)
     _last_spike: int = field(default=-1, init=False)
+
+    def __post_init__(self) -> None:
+        self.record = Record(self.parts)
 
     def run(self) -> int:
         """Train to the last step, or to a stop request; the exit code."""
@@ -71,7 +75,7 @@ class TrainingLoop:
             if verdict.action == "stop":
                 self._stop_at(verdict, result, report)
         self._advance()
-        self._record_step(result, rate, seconds)
+        self.record.step(self.position, result, rate, seconds)
         return True
 
     def _advance(self) -> None:
@@ -146,35 +150,6 @@ class TrainingLoop:
             f"{position.attempt}"
         )
 
-    def _record_step(self, result: StepResult, rate: float, seconds: float) -> None:
-        parts, position = self.parts, self.position
-        tokens_per_second = parts.run.tokens_per_step / seconds
-        mfu = parts.flops_per_token * tokens_per_second / parts.peak_flops
-        if result.skipped:
-            self.event("skip", reason="gradient overflow", loss_scale=result.loss_scale)
-            parts.reporter.say(
-                f"step {position.step}: update skipped, gradients overflowed at scale {result.loss_scale:g}"
-            )
-        if position.step % parts.run.config.train.log_interval_steps == 0 and parts.metrics is not None:
-            parts.metrics.row(
-                "train",
-                step=position.step,
-                tokens=position.tokens,
-                samples=position.samples,
-                loss=result.loss,
-                lr=rate,
-                grad_norm=result.grad_norm,
-                loss_scale=result.loss_scale,
-                tokens_per_second=tokens_per_second,
-                step_seconds=seconds,
-                mfu=mfu,
-                memory_bytes=parts.engine.peak_memory_bytes(),
-                attempt=position.attempt,
-            )
-        parts.reporter.step(StepLine(position.step, result.loss, rate, result.grad_norm, tokens_per_second, mfu))
-        if parts.run.config.documented.claims:
-            self._hold_against_document("training_loss", parts.guard.history.median_loss(result.loss))
-
     def _between_steps(self) -> None:
         config, step = self.parts.run.config, self.position.step
         if _due(step, config.evaluate.interval_steps):
@@ -192,7 +167,7 @@ class TrainingLoop:
             return
         position.evaluation = result
         for each in (*result.parts, result):
-            self._record_evaluation(each, whole)
+            self.record.evaluation(position, each, whole)
         if not whole or parts.run.config.evaluate.max_samples is None:  # losses over the same samples
             self._compare_with_best(result.loss)
 
@@ -202,36 +177,9 @@ class TrainingLoop:
         wanted = config.checkpoint.best and config.evaluate.max_samples is not None
         return wanted and position.evaluation is None and _due(position.step, config.evaluate.interval_steps)
 
-    def _record_evaluation(self, result: Evaluation, whole: bool) -> None:
-        parts, position = self.parts, self.position
-        if parts.metrics is not None:
-            parts.metrics.row(
-                "eval",
-                step=position.step,
-                tokens=position.tokens,
-                loss=result.loss,
-                perplexity=result.perplexity,
-                bits_per_byte=result.bits_per_byte,
-                dataset=result.dataset,
-                targets=result.targets,
-                whole=whole,
-                attempt=position.attempt,
-            )
-        of_set = "" if result.dataset == TOTAL else f" on {result.dataset}"
-        parts.reporter.say(f"step {position.step}: validation{of_set} {result}")
-        if result.dataset == TOTAL:
-            self._hold_against_document("validation_loss", result.loss)
-
-    def _hold_against_document(self, quantity: Quantity, loss: float) -> None:
-        """Tell what a recipe's document had at this step, if it says."""
-        parts = self.parts
-        for found in expectations(parts.run.config.documented, quantity, self.position.step, loss):
-            self.event("expected", quantity=quantity, loss=loss, low=found.low, high=found.high, met=found.is_met)
-            parts.reporter.say(str(found))
-
     def _compare_with_best(self, loss: float) -> None:
         position = self.position
-        if position.best_loss is not None and loss >= position.best_loss:
+        if not loss < (math.inf if position.best_loss is None else position.best_loss):  # nor where it is no number
             position.stale_evaluations += 1
             return
         position.best_loss, position.stale_evaluations = loss, 0
@@ -262,12 +210,7 @@ class TrainingLoop:
         parts = self.parts
         for saved in parts.checkpoints.completed(wait):
             parts.limits.saved(saved.write_seconds)
-            fields = {"path": saved.path.name, "seconds": saved.write_seconds, "stall_seconds": saved.stall_seconds}
-            self.event("checkpoint", **fields, bytes=saved.bytes, saved_step=saved.step, pruned=saved.pruned)
-            times = f"{saved.write_seconds:.1f} s, training waited {saved.stall_seconds:.2f} s"
-            parts.reporter.say(f"step {saved.step}: checkpoint {saved.path} ({times})")
-            if saved.notice:
-                parts.reporter.say(f"WARNING: {saved.notice}")
+            self.record.checkpoint(self.position, saved)
 
     def _is_to_leave(self) -> bool:
         """Any rank's signal, or clock, makes all ranks save the same step and leave."""
@@ -307,9 +250,7 @@ class TrainingLoop:
         parts.reporter.say(f"trained to step {self.position.step} in {duration(seconds)}")
 
     def event(self, name: str, **fields: Any) -> None:
-        if self.parts.metrics is not None:
-            position = self.position
-            self.parts.metrics.row("event", event=name, step=position.step, attempt=position.attempt, **fields)
+        self.record.event(self.position, name, **fields)
 
 
 def _due(step: int, interval: int | None) -> bool:

@@ -207,7 +207,11 @@ def test_losses_are_told_beside_those_of_a_document(tmp_path: Path) -> None:
     )
     settings = (f"documented.claims=[{claims}]", "evaluate.interval_steps=4")
     story = Story(tmp_path, *settings, validation=[3.0, 2.0], losses={7: 1.4})
+    history, medians = story.loop.parts.guard.history, []
+    take_median = history.median_loss
+    history.median_loss = lambda loss: medians.append(loss) or take_median(loss)  # type: ignore[method-assign]
     assert story.loop.run() == EXIT_DONE
+    assert medians == [1.0, 1.0, 1.0, 1.4], "of the four steps that the document has a training loss of"
     told = [row for row in read_metrics(story.metrics) if row.get("event") == "expected"]
     assert [(row["step"], row["quantity"], row["loss"], row["met"]) for row in told] == [
         (3, "training_loss", 1.0, False),
@@ -252,6 +256,14 @@ def test_the_last_step_may_be_worse(tmp_path: Path) -> None:
     story = Story(tmp_path, *settings, validation=[3.0, 3.5], whole=2.0)
     assert story.loop.run() == EXIT_DONE
     assert story.checkpoints.best == ["step-5"], "a loss over other samples says nothing"
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    settings = ("evaluate.interval_steps=1", "evaluate.patience=2", "checkpoint.best=true")
+    story = Story(tmp_path, *settings, validation=[math.nan, 3.0, math.nan, 4.0, 2.0])
+    assert story.loop.run() == EXIT_DONE
+    assert story.checkpoints.best == ["step-2"]
+    assert (story.loop.position.step, story.loop.position.best_loss) == (4, 3.0)
 
 
 def test_patience_goes_on_counting_after_a_resume(tmp_path: Path) -> None:
