@@ -217,7 +217,7 @@ class Assembler:
         first = []
         for span, count in zip(placed.spans, placed.summary.span_lines, strict=True):
             # A shard may start in the middle of a file.
-            known = self._lines.get(span.file.path)
+            known = 0 if span.start == 0 else self._lines.get(span.file.path)  # a file may come twice
             first.append(lines_before(span) if known is None else known)
             self._lines[span.file.path] = first[-1] + count
         return first

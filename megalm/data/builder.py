@@ -6,6 +6,8 @@ lies in PREFIX.building/ until the dataset has its name. `build_dataset` makes o
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -107,6 +109,8 @@ def build_files(
     with working_in(work, plan, prefixes, overwrite):
         inputs: list[dict[str, Any]] = []
         reports = [start_report(prefix, tokenizer, options.append_eod, facts, inputs) for prefix in prefixes]
+        if options.shard[1] > 1:
+            reports[0].listing = _listing(files)
         assembler = Assembler(reports, prefixes, plan.files, options, tokenizer, work)
         try:
             units, counts = UnitList(plan, options, work), _Counts(plan, progress)
@@ -174,20 +178,23 @@ def _finished_reports(
         size = report.tokens * np.dtype(report.dtype).itemsize
         if facts["dedup"] == "minhash" and not (report.minhash and signatures_path(prefix).exists()):
             return None
-        if not same or bin_path(prefix).stat().st_size != size or not _same_inputs(report.inputs, files, facts):
+        if not same or bin_path(prefix).stat().st_size != size or not _same_inputs(report, files):
             return None
         reports.append(report)
     return reports
 
 
-def _same_inputs(recorded: list[Any], files: Sequence[InputFile], facts: dict[str, Any]) -> bool:
+def _same_inputs(report: BuildReport, files: Sequence[InputFile]) -> bool:
     """Whether the files are those that were read: by size and time, or, where the time differs, by their hash."""
     if any(file.is_stdin for file in files):
         return False  # what it brings this time cannot be known before it is read
-    known = {entry["path"]: entry for entry in recorded if isinstance(entry, dict)}
-    whole = facts["shard"] == [0, 1]  # a shard names only the files that it took part of
-    if whole and list(known) != [file.path for file in files]:
+    recorded = [entry for entry in report.inputs if isinstance(entry, dict)]
+    if report.options["shard"] == [0, 1]:
+        if [entry["path"] for entry in recorded] != [file.path for file in files]:
+            return False
+    elif report.listing != _listing(files):  # a shard names only the files that it took part of
         return False
+    known = {entry["path"]: entry for entry in recorded}
     for file in files:
         entry = known.get(file.path)
         if entry is None:
@@ -206,6 +213,11 @@ def _check_apart(files: Sequence[InputFile], prefixes: Sequence[str]) -> None:
         output = outputs.get(Path(file.path).name)
         if output is not None and not file.is_stdin and output.samefile(file.path):
             raise DataError(f"{file.path}: is an input, and the dataset would replace it; choose another output prefix")
+
+
+def _listing(files: Sequence[InputFile]) -> str:
+    """Identity of all the input by names and sizes: they decide what of it each shard takes."""
+    return hashlib.sha256(json.dumps([[file.path, file.size] for file in files]).encode()).hexdigest()
 
 
 def _recorded_input(file: InputFile, sha256: str) -> dict[str, Any]:

@@ -27,7 +27,8 @@ def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
     """Write `value` as indented JSON with a fixed order of keys, atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False)
-    write_atomically(path, (text + "\n").encode(), durable)
+    # A file's name may hold bytes that are not UTF-8, as lone surrogates: what replaces them is JSON's own escape.
+    write_atomically(path, (text + "\n").encode(errors="backslashreplace"), durable)
 
 
 def read_json(path: Path) -> Any:

@@ -27,6 +27,7 @@ class BuildReport:
 
     Attributes:
         inputs: of each file path, kind, packing, bytes, mtime_ns and sha256; or names only.
+        listing: of a shard, the identity of all the input that it is a part of.
         text_bytes: UTF-8 bytes of the documents that are in the dataset.
         skipped: what could not be read; `messages` are the first, with file and line.
         removed: documents by the filter, or the kind of duplicate, that took them out.
@@ -41,6 +42,7 @@ class BuildReport:
     tokenizer: dict[str, Any]
     options: dict[str, Any]
     inputs: list[Any]
+    listing: str = ""
     documents: int = 0
     empty_documents: int = 0
     skipped: int = 0

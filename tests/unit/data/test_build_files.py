@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,43 @@ def test_shards_merged_are_the_whole(tmp_path: Path, corpus: list[Path]) -> None
     merged, known = Sources(tmp_path / "merged", count), Sources(tmp_path / "whole", count)
     assert count > 200
     assert [merged[place] for place in range(0, 200, 7)] == [known[place] for place in range(0, 200, 7)]
+
+
+def test_a_shard_of_an_input_that_grew_is_not_done(tmp_path: Path) -> None:
+    """What came to the input may belong to this shard, or to none that is built again."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    options = BuildOptions(shard=(0, 2))
+    for name in ("a", "b"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": name * 100}) + "\n")
+    build_files([folder], ByteTokenizer(), tmp_path / "s0", options)
+    assert build_files([folder], ByteTokenizer(), tmp_path / "s0", options).was_there
+    (folder / "c.jsonl").write_text(json.dumps({"text": "c" * 100}) + "\n")
+    with pytest.raises(DataError, match="exists already"):
+        build_files([folder], ByteTokenizer(), tmp_path / "s0", options)
+
+
+def test_a_file_that_is_named_twice(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in "abc"))
+    build_files([path, path], ByteTokenizer(), tmp_path / "out")
+    assert decoded(tmp_path / "out") == list("abcabc")
+    sources = Sources(tmp_path / "out", 6)
+    assert [source.name for place in range(6) if (source := sources[place])] == 2 * [f"{path}:{n}" for n in (1, 2, 3)]
+    assert build_files([path, path], ByteTokenizer(), tmp_path / "out").was_there
+    with pytest.raises(DataError, match="exists already"):
+        build_files([path], ByteTokenizer(), tmp_path / "out")
+
+
+def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"na\xefve.jsonl")
+    path.write_text(json.dumps({"text": "a"}) + "\n")
+    build_files([path], ByteTokenizer(), tmp_path / "out")
+    verify(tmp_path / "out")
+    source = Sources(tmp_path / "out", 1)[0]
+    assert source is not None
+    assert source.name == f"{path}:1"
+    assert build_files([path], ByteTokenizer(), tmp_path / "out").was_there
 
 
 def test_a_little_text_is_shared_out(tmp_path: Path) -> None:
