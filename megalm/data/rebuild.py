@@ -131,7 +131,7 @@ def _build_first(prefix: str | Path, wanted: Wanted, workers: int, say: Callable
 def _how(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted) -> str:
     try:
         return f"it again (data.rebuild=auto does): {rebuild_command(prefix, sidecar, wanted)}"
-    except DataError:  # merged, from standard input or a recipe: nobody knows the command
+    except DataError:  # nobody knows the command
         return "it again as it was built before"
 
 
@@ -170,7 +170,6 @@ def _option_words(options: BuildOptions) -> list[str]:
         ("dedup", options.dedup, plain.dedup),
         ("minhash-threshold", options.minhash_threshold, plain.minhash_threshold),
         ("split", ",".join(f"{weight:g}" for weight in options.split), ""),
-        ("shard", f"{options.shard[0]}/{options.shard[1]}", "0/1"),
         *((name.replace("_", "-"), getattr(options.filters, name), None) for name in options.filters.names),
     ]
     words = [] if options.append_eod else ["--no-append-eod"]
@@ -201,9 +200,10 @@ def _recorded_paths(sidecar: dict[str, Any]) -> list[str]:
 
 def _inputs(prefix: str | Path, sidecar: dict[str, Any]) -> Sequence[str]:
     paths = _recorded_paths(sidecar)
-    if not paths or STDIN in paths or "shard" not in sidecar["options"]:
+    # A shard names only the files that it took part of: the same shard of those is a part of a part.
+    if not paths or STDIN in paths or sidecar["options"].get("shard") != [0, 1]:
         raise DataError(
-            f"{prefix}: was built of standard input, merged, or made by a recipe, so it cannot be built again from "
-            f"{sidecar_path(prefix).name} alone; build it as it was built before, with the tokenizer wanted"
+            f"{prefix}: was built of standard input, merged, made by a recipe, or is a shard, so it cannot be built "
+            f"again from {sidecar_path(prefix).name} alone; build it as it was built before, with the tokenizer wanted"
         )
     return paths

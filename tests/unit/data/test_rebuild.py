@@ -92,6 +92,17 @@ def test_what_cannot_be_built_again(tmp_path: Path, model_path: Path) -> None:
         ensure_dataset(tmp_path / "x", Wanted(ByteTokenizer()), "auto")
 
 
+def test_a_shard_is_not_built_again_of_the_files_it_took_part_of(tmp_path: Path) -> None:
+    """Their shard would be a part of a part."""
+    for name in "abcd":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name * 100}) + "\n")
+    build_files([str(tmp_path / "*.jsonl")], ByteTokenizer(), tmp_path / "s", BuildOptions(shard=(0, 2)))
+    assert len(IndexedDataset(tmp_path / "s")) == 2
+    with pytest.raises(DataError, match="or is a shard, so it cannot be built again"):
+        ensure_dataset(tmp_path / "s", Wanted(ByteTokenizer()), "always")
+    assert len(IndexedDataset(tmp_path / "s")) == 2
+
+
 def test_always_mends_what_no_size_shows(tmp_path: Path, corpus: Path) -> None:
     build_files([corpus], ByteTokenizer(), tmp_path / "x", OPTIONS)
     content = (tmp_path / "x-train.bin").read_bytes()
