@@ -134,10 +134,19 @@ def short(value: float) -> str:
 def label(value: float, step: float) -> str:
     """A tick's value with the digits that its neighbours differ in."""
     largest = max(abs(value), step)
-    if value == 0 or largest < 0.01 or largest >= 1e15:
+    if value == 0 or largest >= 1e15:
         return short(value)
+    if largest < 0.01:
+        digits = max(0, _power(value) - _power(step))
+        mantissa, exponent = f"{value:.{digits}e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.') if digits else mantissa}e{int(exponent)}"
     unit, letter = _unit(largest)
-    return f"{value / unit:.{max(0, -math.floor(math.log10(step / unit) + 1e-9))}f}{letter}"
+    return f"{value / unit:.{max(0, -_power(step / unit))}f}{letter}"
+
+
+def _power(value: float) -> int:
+    """Of ten, that the first digit counts."""
+    return math.floor(math.log10(abs(value)) + 1e-9)
 
 
 def _unit(size: float) -> tuple[float, str]:

@@ -86,7 +86,7 @@ def _loss_chart(history: History, across: Scale) -> Chart | None:
     legend = [("line abandoned", "taken back later")] if lines else []
     curve = thinned(step, loss, across.low, across.high, _BUCKETS)
     if curve.stretches:
-        lines.append(Line(path(curve.stretches, across, up), "steps"))
+        lines += _lines(curve.stretches, "steps", across, up)
         legend.append(("line steps", "training, each step"))
     if medians:
         lines.append(Line(path([medians], across, up), "median"))
@@ -110,13 +110,20 @@ def _chart(history: History, curve: _Curve, across: Scale) -> Chart | None:
     up = Scale.around(float(known.min()), float(known.max()), curve.logarithmic)
     lines = _abandoned(history, curve.column, across, up, curve.factor)
     found = thinned(step, values, across.low, across.high, _BUCKETS)
-    lines.append(Line(path(found.stretches, across, up), "steps" if curve.median else "median"))
+    lines += _lines(found.stretches, "steps" if curve.median else "median", across, up)
     if curve.median and (medians := _points(*running_median(step, values, _MEDIAN_POINTS))):
         lines.append(Line(path([medians], across, up), "median"))
     chart = Chart(curve.name, curve.unit, lines, _y_ticks(up))
     if curve.column == "grad_norm":
         _mark_no_numbers(chart, found.no_numbers, across)
     return chart
+
+
+def _lines(stretches: Sequence[Sequence[Point]], look: str, across: Scale, up: Scale) -> list[Line]:
+    """The curve, and a dot where a step stands alone: the line there is too short to be seen."""
+    alone = [points[0] for points in stretches if len(points) == 1]
+    curve = Line(path(stretches, across, up), look)
+    return [curve, Line(dots(alone, across, up), f"{look} dots")] if alone else [curve]
 
 
 def _validation_sets(rows: Sequence[Row]) -> dict[str, list[Point]]:
@@ -209,10 +216,11 @@ def _x_ticks(history: History, across: Scale) -> list[tuple[float, str, str]]:
     step, tokens = history.column("step"), history.column("tokens")
     known = np.isfinite(tokens)
     step, tokens = np.append(0.0, step[known]), np.append(0.0, tokens[known])
+    values = [value for value, _ in across.ticks() if value == round(value)]
     ticks = []
-    for value in (tick for tick, _ in across.ticks() if tick == round(tick)):
+    for value in values:
         told = short(float(np.interp(value, step, tokens))) if 0 < value <= step[-1] else ""
-        ticks.append((round(100 * across.share(value), 2), label(value, 1.0), told))
+        ticks.append((round(100 * across.share(value), 2), label(value, values[1] - values[0]), told))
     return ticks
 
 

@@ -70,6 +70,7 @@ def test_the_running_median_follows_the_curve_and_no_spike() -> None:
         (0.0, 100.0, ["0", "20", "40", "60", "80", "100"]),
         (2.31, 2.46, ["2.35", "2.40", "2.45"]),
         (0.0, 3e-4, ["0", "1e-4", "2e-4", "3e-4"]),
+        (9e-4, 1.1e-3, ["9e-4", "9.5e-4", "1e-3", "1.05e-3", "1.1e-3"]),
         (0.0, 500_000.0, ["0", "100k", "200k", "300k", "400k", "500k"]),
         (-1.0, 1.0, ["-1.0", "-0.5", "0", "0.5", "1.0"]),
         (655_100.0, 655_900.0, ["655.2k", "655.4k", "655.6k", "655.8k"]),
@@ -138,3 +139,28 @@ def test_tokens_are_told_under_the_steps() -> None:
     (loss, *_) = charts(read_history([train_row(step, 3.0) for step in range(1, 101)]))
     assert loss.x_ticks[1:3] == [(20.0, "20", "1.28k"), (40.0, "40", "2.56k")]
     assert loss.x_ticks[0] == (0.0, "0", "")
+
+
+@pytest.mark.parametrize(
+    ("last", "labels"),
+    [
+        (1, ["0", "1"]),
+        (2500, ["0", "500", "1.0k", "1.5k", "2.0k", "2.5k"]),
+        (500_000, ["0", "100k", "200k", "300k", "400k", "500k"]),
+    ],
+)
+def test_steps_are_told_in_as_many_digits_as_they_differ_in(last: int, labels: list[str]) -> None:
+    (loss, *_) = charts(read_history([train_row(last, 3.0)]))
+    assert [text for _, text, _ in loss.x_ticks] == labels
+
+
+def test_a_step_alone_is_a_dot_that_can_be_seen() -> None:
+    for chart in charts(read_history([train_row(1, 3.0)])):
+        assert [line.look for line in chart.lines if line.look.endswith("dots")], chart.name
+    pair = [train_row(1, 3.0), train_row(2, 2.9)]
+    assert not [line for chart in charts(read_history(pair)) for line in chart.lines if "dots" in line.look]
+    torn = [train_row(1, 3.0), train_row(2, 2.9), train_row(3, math.nan), train_row(4, 2.8), train_row(5, math.nan)]
+    (loss, *_) = charts(read_history(torn))
+    (dot,) = [line.path for line in loss.lines if line.look == "steps dots"]
+    assert dot.startswith("M800.0 ")
+    assert dot.count("M") == 1
