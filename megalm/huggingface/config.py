@@ -200,7 +200,7 @@ def to_shape(config: Config, ignored: Collection[str] = ()) -> ModelShape:
         for field, (key, default) in fields.items()
     }
     if family != "gpt2":
-        values["rope_theta"] = _theta(stated)[0]
+        values["rope_theta"] = next(iter(_thetas(stated).values()), 10_000.0)
     try:
         section = ModelSection(style="gpt2" if family == "gpt2" else "llama", qk_norm=family == "qwen3", **values)
     except ValidationError as error:
@@ -218,7 +218,8 @@ def section_of(shape: ModelShape) -> dict[str, Any]:
 
 
 def _wrong_architecture(config: Config, family: str) -> list[str]:
-    named = config.get("architectures") or []
+    stated = config.get("architectures") or []
+    named = stated if isinstance(stated, list) else [stated]
     known = (ARCHITECTURES[family], _HEADLESS[family])
     return [f"architectures={named!r} (it reads {known[0]})" for name in named[:1] if name not in known]
 
@@ -248,16 +249,19 @@ def _contradictions(config: Config) -> list[str]:
         values = config.get(one, default), config.get(other, default)
         if values[0] != values[1]:
             found.append(f"{one}={values[0]!r} beside {other}={values[1]!r}")
-    if len(set(_theta(config))) > 1:
-        found.append(f"rope_theta={config['rope_theta']!r} beside {config['rope_parameters']!r}")
+    thetas = list(_thetas(config).items())
+    if any(value != thetas[0][1] for _, value in thetas):
+        found.append(" beside ".join(f"{place}={value!r}" for place, value in thetas))
     return found
 
 
-def _theta(config: Config) -> list[float]:
-    """Where it is stated, in one or both of the two places; else their default."""
-    nested = [value for key in ("rope_parameters", "rope_scaling") if isinstance(value := config.get(key), Mapping)]
-    found = [values["rope_theta"] for values in (config, *nested) if values.get("rope_theta") is not None]
-    return found or [10_000.0]
+def _thetas(config: Config) -> dict[str, Any]:
+    """Where it is stated, in some of three places."""
+    nested = {
+        key: value for key in ("rope_parameters", "rope_scaling") if isinstance(value := config.get(key), Mapping)
+    }
+    places = {"rope_theta": config, **{f"{key}.rope_theta": value for key, value in nested.items()}}
+    return {place: values["rope_theta"] for place, values in places.items() if values.get("rope_theta") is not None}
 
 
 def _refuse_odd_heads(shape: ModelShape) -> None:

@@ -107,6 +107,17 @@ def test_rope_theta_is_found_in_both_places() -> None:
     assert to_shape(new).rope_theta == 10_000.0
     with pytest.raises(DataError, match=r"rope_theta=10000\.0 beside .*500000"):
         to_shape({**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    older = {"rope_scaling": {"rope_type": "default", "rope_theta": 1e6}}
+    with pytest.raises(DataError, match=r"rope_theta=10000\.0 beside rope_scaling\.rope_theta=1000000\.0"):
+        to_shape({**LLAMA, **older})
+    with pytest.raises(DataError, match=r"rope_parameters\.rope_theta=5\.0 beside rope_scaling\.rope_theta=1000000\.0"):
+        to_shape({**new, **older, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}})
+
+
+def test_values_of_another_type_are_refused() -> None:
+    for key, value in (("architectures", 5), ("rope_theta", [1]), ("hidden_size", "wide")):
+        with pytest.raises(DataError, match=key):
+            to_shape({**LLAMA, key: value})
 
 
 @pytest.mark.parametrize(
