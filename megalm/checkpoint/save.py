@@ -67,7 +67,7 @@ class CheckpointWrite:
 
     Raises:
         TrainingError: on every rank, here or from `advance`, where any rank could not write or the disk is too full;
-            what was begun is removed.
+            what was begun is removed. Its cause is the error of this rank, where there is one.
     """
 
     def __init__(
@@ -135,10 +135,10 @@ class CheckpointWrite:
         if any(in_place for _, _, in_place in states):
             raise TrainingError(
                 f"checkpoint {self.path} is complete, but then: {problem}; --resume auto goes on from it"
-            )
+            ) from work.error
         raise TrainingError(
             f"checkpoint {self.path} was not written: {problem}; --resume auto goes on from the one before"
-        )
+        ) from work.error
 
     def _prepare(self, needed: int, make_room: Callable[[], None]) -> None:
         make_directory(self._partial.parent)
@@ -160,7 +160,7 @@ class CheckpointWrite:
 
 
 class _Work(Generic[T]):
-    """A piece of work of this rank, done at once or in a thread; its failure is kept as words.
+    """A piece of work of this rank, done at once or in a thread; its failure is kept, as words for the other ranks.
 
     Args:
         mine: otherwise there is nothing to do.
@@ -168,6 +168,7 @@ class _Work(Generic[T]):
 
     def __init__(self, work: Callable[[], T], mine: bool = True, thread: bool = False) -> None:
         self.problem = ""
+        self.error: Exception | None = None  # what it was, where it was this rank's
         self._work = work
         self._results: list[T] = []
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True) if thread and mine else None
@@ -191,6 +192,7 @@ class _Work(Generic[T]):
         try:
             self._results.append(self._work())
         except Exception as error:  # told to all ranks, which then fail together
+            self.error = error
             self.problem = str(error) if isinstance(error, (MegalmError, OSError)) else repr(error)
 
 

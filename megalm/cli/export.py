@@ -52,19 +52,17 @@ def command(
     """
     largest = bytes_of(max_shard_size, "--max-shard-size")
     path = _checkpoint(place, accept_bad)
-    from megalm.huggingface.folder import require_free
-
-    require_free(output)
     import torch
 
     from megalm.checkpoint.load import CheckpointReader
-    from megalm.huggingface.export import export_checkpoint, tensors_of
+    from megalm.huggingface.export import export_checkpoint, exportable
 
     reader = CheckpointReader(path)
-    verify(reader)
     stored = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype.value]
+    plan = exportable(reader, output, stored, tokenizer or None)
+    verify(reader)
     title = name or reader.manifest.get("run") or output.name
-    with Counter("writing", tensors_of(reader)) as counter:
+    with Counter("writing", plan.tensors) as counter:
         exported = export_checkpoint(reader, output, stored, largest, title, tokenizer or None, counter.advance)
     typer.echo(
         f"{output}: {exported.parameters:,} parameters of {path} as {exported.family} in {dtype.value}, "

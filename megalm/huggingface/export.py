@@ -11,11 +11,11 @@ import torch
 
 from megalm.checkpoint.load import CheckpointReader
 from megalm.data.files import write_json
-from megalm.data.tokenizer import Tokenizer, load_tokenizer, require_tokenizer_of
+from megalm.data.tokenizer import BYTES, Tokenizer, load_tokenizer, require_tokenizer_of
 from megalm.errors import CheckpointError
 from megalm.huggingface.card import Card
 from megalm.huggingface.config import family_of, refuse_what_they_lack, to_config
-from megalm.huggingface.folder import complete_folder
+from megalm.huggingface.folder import complete_folder, require_free, require_room
 from megalm.huggingface.names import their_tensors
 from megalm.huggingface.tokenizer import ExportedTokenizer, write_tokenizer
 from megalm.huggingface.weights import write_model
@@ -23,6 +23,21 @@ from megalm.model.shape import ModelShape
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+
+
+# Card and headers; the tokenizer's file is kept and said again, in longer words.
+_BYTES_BESIDE = 1 << 20
+_TOKENIZER_TIMES = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written: about so many bytes, and so many tensors."""
+
+    shape: ModelShape
+    tokenizer: Tokenizer
+    bytes: int
+    tensors: int
 
 
 @dataclass(frozen=True)
@@ -53,17 +68,10 @@ def export_checkpoint(
         tell: called when a tensor is written.
 
     Raises:
-        CheckpointError: transformers has no such model, or the tokenizer is another than the run's.
-        ConfigError: `target` is not free.
-        DataError: the tokenizer is gone.
+        CheckpointError, ConfigError, DataError: as of `exportable`; or the disk has become full.
     """
-    shape = ModelShape(**reader.manifest["model"])
-    refuse_what_they_lack(shape)
-    used = tokenizer_of(reader.path, reader.manifest, tokenizer)
-    if used.vocab_size > shape.vocab_size:
-        raise CheckpointError(
-            f"{used.spec} has {used.vocab_size:,} ids, the model {shape.vocab_size:,}; name the right one"
-        )
+    plan = exportable(reader, target, dtype, tokenizer)
+    shape, used = plan.shape, plan.tokenizer
     stored = str(dtype).removeprefix("torch.")
     results: list[Exported] = []
 
@@ -77,13 +85,32 @@ def export_checkpoint(
         written = write_model(reader, shape, folder, dtype, largest_file_bytes, tell)
         results.append(Exported(family_of(shape), shape.parameter_count(), written, made))
 
-    complete_folder(target, fill)
+    complete_folder(target, plan.bytes, fill)
     return results[0]
 
 
-def tensors_of(reader: CheckpointReader) -> int:
-    """How many tensors an export writes."""
-    return len(their_tensors(ModelShape(**reader.manifest["model"])))
+def exportable(reader: CheckpointReader, target: Path, dtype: torch.dtype, tokenizer: str | None) -> Plan:
+    """What an export will write, known before any file of the checkpoint is read. Arguments as of `export_checkpoint`.
+
+    Raises:
+        CheckpointError: transformers has no such model, or the tokenizer is another than the run's.
+        ConfigError: `target` is not free.
+        DataError: the tokenizer is gone, or the disk too full.
+    """
+    require_free(target)
+    shape = ModelShape(**reader.manifest["model"])
+    refuse_what_they_lack(shape)
+    used = tokenizer_of(reader.path, reader.manifest, tokenizer)
+    if used.vocab_size > shape.vocab_size:
+        raise CheckpointError(
+            f"{used.spec} has {used.vocab_size:,} ids, the model {shape.vocab_size:,}; name the right one"
+        )
+    size = _BYTES_BESIDE + shape.parameter_count() * dtype.itemsize
+    if used.spec != BYTES:
+        size += _TOKENIZER_TIMES * Path(used.spec).stat().st_size
+    plan = Plan(shape, used, size, len(their_tensors(shape)))
+    require_room(target, plan.bytes)
+    return plan
 
 
 def tokenizer_of(checkpoint: Path, manifest: Mapping[str, Any], named: str | None) -> Tokenizer:

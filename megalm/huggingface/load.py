@@ -17,6 +17,7 @@ from megalm.alone import Alone
 from megalm.checkpoint.fragment import WEIGHTS, FragmentKey
 from megalm.checkpoint.layout import folder_name
 from megalm.checkpoint.save import save_checkpoint
+from megalm.checkpoint.space import bytes_needed
 from megalm.data.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import DataError, TrainingError
 from megalm.huggingface.config import section_of
@@ -55,16 +56,11 @@ class _Stored:
     key: FragmentKey
     read: Callable[[str], Tensor]
     tell: Callable[[], None]
-    problems: list[DataError]  # a writer tells of them in words that are about training
 
     @property
     def tensor(self) -> Tensor:
         self.tell()
-        try:
-            return self.read(self.key.name).reshape(-1)
-        except DataError as error:
-            self.problems.append(error)
-            raise
+        return self.read(self.key.name).reshape(-1)
 
 
 def import_model(source: HuggingFaceFolder, target: Path, tokenizer: Path | None, tell: Callable[[], None]) -> Imported:
@@ -76,14 +72,15 @@ def import_model(source: HuggingFaceFolder, target: Path, tokenizer: Path | None
 
     Raises:
         ConfigError: `target` is not free.
-        DataError: a tensor or the tokenizer cannot be used.
-        TrainingError: the disk is too full.
+        DataError: a tensor or the tokenizer cannot be used, or the disk is too full.
     """
     shape = source.shape
     own = _find_tokenizer(tokenizer or source.folder)
     found = load_tokenizer(own)
     _refuse_other_vocabulary(found, shape.vocab_size)
     final = target.resolve()
+    keys = (FragmentKey(name, "master", size, 0, math.prod(size)) for name, size in shape.parameters().items())
+    stored = [_Stored(key, source.read, tell) for key in keys]
 
     def fill(folder: Path) -> None:
         for path in (own, own.with_name(TOKENIZER_CONFIG)) if own.suffix == ".json" else (own,):
@@ -94,17 +91,12 @@ def import_model(source: HuggingFaceFolder, target: Path, tokenizer: Path | None
         text = _HEADER.format(source=source.folder.name) + yaml.safe_dump(content, sort_keys=False)
         (folder / MODEL_FILE).write_text(text, encoding="utf-8")
         facts = {**_facts(source, target, found), "tokenizer": place}
-        keys = (FragmentKey(name, "master", size, 0, math.prod(size)) for name, size in shape.parameters().items())
-        problems: list[DataError] = []
-        stored = [_Stored(key, source.read, tell, problems) for key in keys]
         try:
             save_checkpoint(folder / "checkpoints", 0, stored, facts, [folder / MODEL_FILE], Alone())
-        except TrainingError:
-            if problems:
-                raise problems[0] from None
-            raise
+        except TrainingError as error:  # its words are about training
+            raise (error.__cause__ or error) from None
 
-    complete_folder(target, fill)
+    complete_folder(target, bytes_needed(stored) + own.stat().st_size, fill)
     kept = load_tokenizer(target / own.name)
     checkpoint = target / "checkpoints" / folder_name(0)
     return Imported(checkpoint, target / MODEL_FILE, kept, shape.parameter_count(), tuple(_notes(source, kept)))

@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from megalm.data.files import read_json, write_json
+from megalm.data.files import read_json, write_atomically, write_json
 from megalm.data.tokenizer import BYTES, Tokenizer
 from megalm.huggingface.sentencepiece_json import NoEquivalentError, SentencePieceModel
 
@@ -93,7 +93,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> Exporte
     made.tokenizer.add_special_tokens(
         [AddedToken(name, special=True, normalized=False) for name in special.values() if name is not None]
     )
-    made.tokenizer.save(str(folder / TOKENIZER))
+    # Its own `save` raises bare Exceptions, of which a full disk could not be told from anything else.
+    write_atomically(folder / TOKENIZER, made.tokenizer.to_str(pretty=True).encode())
     write_json(
         folder / TOKENIZER_CONFIG,
         {

@@ -10,8 +10,9 @@ import pytest
 from megalm.checkpoint.manifest import set_status
 from megalm.cli.main import main
 from megalm.cli.sizes import bytes_of
+from megalm.config.schema import ModelSection
 from megalm.errors import ConfigError
-from tests.huggingface_models import SECTIONS, random_model, save_model
+from tests.huggingface_models import SECTIONS, SIZES, random_model, save_model
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -87,6 +88,28 @@ def test_targets_that_are_not_free(checkpoint: Path, tmp_path: Path, capsys: pyt
     assert [path.name for path in full.iterdir()] == ["notes.txt"]
     (full / "notes.txt").unlink()
     assert run(capsys, "export", checkpoint, full)[0] == 0  # an empty folder will do
+
+
+def test_a_folder_without_a_name(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for words in (("export", checkpoint, "."), ("import", checkpoint, ".")):
+        code, _, error = run(capsys, *words)
+        assert code == 2
+        assert ". has no name of its own; name a folder that is to be made" in error
+
+
+def test_a_model_without_their_form_is_refused_before_its_files_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape, model = random_model(ModelSection(style="gpt2", qk_norm=True, **SIZES))
+    checkpoint = save_model(tmp_path / "run" / "checkpoints", shape, model)
+    (checkpoint / "rank-00000.safetensors").write_bytes(bytes((checkpoint / "rank-00000.safetensors").stat().st_size))
+    code, _, error = run(capsys, "export", tmp_path / "run", tmp_path / "out")
+    assert code == 2
+    assert "no Hugging Face form (model.qk_norm=true of style gpt2" in error
 
 
 def test_another_tokenizer_is_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
