@@ -47,7 +47,7 @@ def _as(form: str) -> Callable[[float], str]:
 
 
 def _seconds(value: float) -> str:
-    return f"{'-' if value < 0 else ''}{show.duration(abs(value))}"
+    return f"{'-' if round(value) < 0 else ''}{show.duration(abs(value))}"
 
 
 # What the table says of a run's results, line by line.
@@ -97,7 +97,7 @@ def command(
         headings.append("difference")
         rows = [[*row, difference(line, *outcome)] for row, line in zip(rows, _LINES.values(), strict=True)]
     typer.echo("\n" + show.table(headings, rows))
-    compare.plot_losses(records, plot)
+    compare.plot_losses(records, plot, names)
     typer.echo(f"\nloss curves over tokens: {plot}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megalm.picture import new_axes, write_picture
-from megalm.tracking.history import History, Numbers, read_history
+from megalm.tracking.history import ATTEMPT_EVENTS, History, Numbers, read_history
 from megalm.tracking.metrics import METRICS_FILE, ReadRows, Row, read_metrics
 from megalm.tracking.run_folder import CONFIG_FILE, DEEPSPEED_FILE, flatten, parameter_count, read_mapping
 
@@ -18,6 +19,7 @@ from megalm.tracking.run_folder import CONFIG_FILE, DEEPSPEED_FILE, flatten, par
 _WARM_UP_SHARE = 0.1
 # Differ in every two runs and say nothing about them.
 _OWN_TO_A_RUN = ("run.name", "run.root")
+_LEGEND_CHARACTERS = 50  # of a line: half of the picture
 TOTAL = "validation"  # the only validation set, or all sets together
 
 
@@ -26,6 +28,7 @@ class Results:
     """What came out of a run; None where it was never measured.
 
     Attributes:
+        attempts: how many began, those of rollbacks too, whatever came of them.
         scatter: of a number that single steps have, how far half of the steps are from their median; of the training
             loss, the steps of the last tenth.
     """
@@ -121,13 +124,16 @@ def results(run: RunRecord) -> Results:
         step_seconds=_median(speeds["step_seconds"]),
         mfu=_median(speeds["mfu"]),
         wall_seconds=history.wall_seconds,
-        attempts=len(np.unique(history.column("attempt"))),
+        attempts=sum(row.get("event") in ATTEMPT_EVENTS for row in history.events),
         scatter={name: value for name, value in scatter.items() if value is not None},
     )
 
 
-def plot_losses(runs: Sequence[RunRecord], path: Path) -> None:
+def plot_losses(runs: Sequence[RunRecord], path: Path, names: Sequence[str] | None = None) -> None:
     """Training (thin) and validation (marked) loss of every run over tokens, as a picture.
+
+    Args:
+        names: what the runs are called in the legend; None: by their folders.
 
     Raises:
         ConfigError: the file's suffix names no format that can be drawn, or it cannot be written.
@@ -136,8 +142,12 @@ def plot_losses(runs: Sequence[RunRecord], path: Path) -> None:
     for index, run in enumerate(runs):
         colour = f"C{index % 10}"
         axes.plot(*run.curve("train"), color=colour, linewidth=0.8, alpha=0.6)
-        axes.plot(*run.curve("eval"), color=colour, marker="o", markersize=3, label=run.name)
-    axes.legend(title="with marks: validation")
+        axes.plot(*run.curve("eval"), color=colour, marker="o", markersize=3, label=str(index))
+    legend = axes.legend(title="with marks: validation")
+    for text, name in zip(legend.get_texts(), names or [run.name for run in runs], strict=True):
+        # Not as a label: one that begins with "_" would be left out, and "$" would be read as mathematics.
+        text.set_parse_math(False)
+        text.set_text(textwrap.fill(name, _LEGEND_CHARACTERS, break_on_hyphens=False))
     write_picture(figure, path)
 
 

@@ -14,7 +14,7 @@ from megalm.config.loading import load_run_config
 from megalm.config.schema import RunConfig
 from megalm.errors import ConfigError, MegalmError
 from megalm.tracking.compare import Results, RunRecord, results
-from megalm.tracking.history import ATTEMPT_EVENTS, History, read_history
+from megalm.tracking.history import History, read_history
 from megalm.tracking.metrics import METRICS_FILE, ReadRows, Row, read_metrics
 from megalm.tracking.run_folder import (
     CONFIG_FILE,
@@ -104,11 +104,6 @@ class Account:
     def planned_steps(self) -> int | None:
         stated = self.setting("train.steps")
         return int(stated) if stated is not None and stated.isdecimal() else None
-
-    @property
-    def attempts(self) -> int:
-        """How many began, those of rollbacks too."""
-        return len(self.events(*ATTEMPT_EVENTS))
 
 
 def read_account(run_dir: Path, now: float, read: ReadRows = read_metrics) -> Account:

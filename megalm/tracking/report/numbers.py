@@ -33,7 +33,7 @@ def numbers(account: Account) -> list[Number]:
         if last.get("bits_per_byte") is not None:
             bits = last["bits_per_byte"]
             # The same text in the same tokens: bits follow the nats.
-            baseline = _counting_alone(account, lambda nats: nats * bits / last["loss"])
+            baseline = _counting_alone(account, lambda nats: nats * bits / last["loss"]) if last["loss"] else ""
             shown.append(Number("Bits per byte", f"{bits:.3f}", baseline))
     if found.final_train_loss is not None:
         scatter = found.scatter.get("loss")
@@ -52,7 +52,7 @@ def numbers(account: Account) -> list[Number]:
     if found.mfu is not None:
         shown.append(Number("MFU", f"{found.mfu:.1%}", "median"))
     if found.wall_seconds is not None:
-        times = "in 1 attempt" if account.attempts == 1 else f"in {account.attempts} attempts, without pauses"
+        times = "in 1 attempt" if found.attempts == 1 else f"in {found.attempts} attempts, without pauses"
         shown.append(Number("Wall time", ago(found.wall_seconds), times))
     return shown
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,37 @@ def test_a_picture_of_no_known_format_is_refused(tmp_path: Path) -> None:
     record = read_run(write_run(tmp_path, "a", 1e-3, 8, [3.0]))
     with pytest.raises(ConfigError, match=r"\.png"):
         plot_losses([record, record], tmp_path / "curve.docx")
+
+
+@pytest.mark.parametrize("name", ["_a", "a $x^$ b", "w" * 200], ids=["underscore", "mathematics", "long"])
+def test_every_run_is_in_the_legend_by_its_name(name: str, tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path, folder, 1e-3, 8, [3.0, 2.0])) for folder in (name, "b")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what matplotlib cannot lay out
+        plot_losses(runs, tmp_path / "curves.svg")
+    written = re.findall(r"<!-- (.*?) -->", (tmp_path / "curves.svg").read_text(encoding="utf-8"))
+    assert name in "".join(written)
+    assert "b" in written
+    assert max(map(len, written)) <= 50
+
+
+def test_runs_of_one_name_are_told_apart_in_the_picture_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for root in ("one", "two"):
+        Path(root).mkdir()
+        write_run(Path(root), "a", 1e-3, 8, [3.0, 2.0])
+    with pytest.raises(SystemExit) as caught:
+        main(["compare", "one/a", "two/a", "--plot", "curves.svg"])
+    assert not caught.value.code
+    assert re.search(r"result +one/a +two/a +difference\n", capsys.readouterr().out)
+    written = re.findall(r"<!-- (.*?) -->", Path("curves.svg").read_text(encoding="utf-8"))
+    assert {"one/a", "two/a"} <= set(written)
+
+
+def test_an_attempt_of_which_nothing_was_kept_is_one_all_the_same(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "a", 1e-3, 8, [5.0, 4.0])
+    append(folder, {"kind": "event", "event": "start", "step": 0, "time": 2000.0})
+    append(folder, {"kind": "train", "step": 1, "tokens": 64, "loss": 3.0, "attempt": 2, "time": 2010.0})
+    assert results(read_run(folder)).attempts == 2
