@@ -12,15 +12,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megalm.data.corpus import OnError
 from megalm.data.dedup import Dedup
 from megalm.data.filters import Filters
 from megalm.data.inputs import InputFile
+from megalm.data.layouts import layout_of
 from megalm.data.near import check_threshold
 from megalm.data.reader import TABLE, Span, row_groups
-from megalm.data.records import BLOCK_BYTES, ReadOptions, format_of
+from megalm.data.records import BLOCK_BYTES, Layout, ReadOptions, without_end
 from megalm.errors import DataError
 
 PLAN_VERSION = 2
@@ -141,7 +142,7 @@ def _pieces(files: Iterable[InputFile], options: BuildOptions, unit_bytes: int) 
             yield from _table_pieces(file, unit_bytes)
         elif file.is_stdin or (size > unit_bytes and (file.packing or file.kind == ".json")):
             yield Group((Span(file),), stream=True, weight=size)
-        elif size > unit_bytes and format_of(file.kind, options.read).first_end(bytearray(b"\n\n")):
+        elif size > unit_bytes and layout_of(file.kind, options.read).first_end(bytearray(b"\n\n")):
             bounds = _bounds(file, options.read, unit_bytes)
             for start, end in pairwise(bounds):
                 yield Group((Span(file, start, end),), stream=False, weight=end - start)
@@ -162,16 +163,25 @@ def _table_pieces(file: InputFile, unit_bytes: int) -> Iterable[Group]:
 
 def _bounds(file: InputFile, options: ReadOptions, unit_bytes: int) -> list[int]:
     """Places between records, about `unit_bytes` apart, from the start of the file to its end."""
-    layout, bounds = format_of(file.kind, options), [0]
+    layout, bounds = layout_of(file.kind, options), [0]
     with file.open_raw() as raw:
         while bounds[-1] + unit_bytes < file.size:
-            place = bounds[-1] + unit_bytes
-            raw.seek(place)
-            buffer = bytearray()
-            while not layout.first_end(buffer) and (block := raw.read(BLOCK_BYTES)):
-                buffer += block
-            bounds.append(place + (layout.first_end(buffer) or len(buffer)))
+            bounds.append(_end_behind(raw, bounds[-1] + unit_bytes, layout) or file.size)
     return bounds if bounds[-1] == file.size else [*bounds, file.size]
+
+
+def _end_behind(raw: BinaryIO, place: int, layout: Layout) -> int:
+    """Where the first record ends that ends behind `place`; 0 if none does."""
+    raw.seek(place)
+    buffer = bytearray()
+    while block := raw.read(BLOCK_BYTES):
+        buffer += block
+        if end := layout.first_end(buffer):
+            return place + end
+        searched = without_end(buffer)
+        del buffer[:searched]
+        place += searched
+    return 0
 
 
 def _groups(pieces: Iterable[Group], unit_bytes: int) -> Iterable[Group]:

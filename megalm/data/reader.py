@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from megalm.data.inputs import BROKEN, InputFile, unpacked
+from megalm.data.layouts import layout_of
 from megalm.data.records import (
     BLOCK_BYTES,
     CONTINUED,
@@ -17,7 +18,6 @@ from megalm.data.records import (
     ReadOptions,
     Record,
     blocks_of,
-    format_of,
     text_of,
     too_long,
 )
@@ -64,7 +64,7 @@ def read_span(span: Span, options: ReadOptions, count: SpanCount, block: Block |
         return
     try:
         with _opened(span) as stream:
-            layout = format_of(span.file.kind, options)
+            layout = layout_of(span.file.kind, options)
             for part in blocks_of(stream, layout, options.largest_bytes, BLOCK_BYTES, span.start):
                 yield from _read_block(span, options, count, part)
     except BROKEN as error:
@@ -77,7 +77,7 @@ def damage(error: BaseException) -> str:
 
 
 def _read_block(span: Span, options: ReadOptions, count: SpanCount, block: Block) -> Iterator[list[Record]]:
-    layout, batch, size = format_of(span.file.kind, options), [], 0
+    layout, batch, size = layout_of(span.file.kind, options), [], 0
     if not block.problem:
         for record in layout.parse(block.content, block.start, options):
             if record.size > options.largest_bytes:
@@ -99,7 +99,7 @@ def record_name(file: InputFile, options: ReadOptions, line: int) -> str:
     """For people: "file:line", "array[element]", "table:row", or "file" where it is one document."""
     if file.kind == TABLE:
         return f"{file.path}:{line}"
-    return format_of(file.kind, options).name(file.path, line)
+    return layout_of(file.kind, options).name(file.path, line)
 
 
 class _Window(io.RawIOBase):

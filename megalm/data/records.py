@@ -1,24 +1,17 @@
-"""Bytes into records: where a stream may be cut, and the text of each record, with its line and its place.
+"""Records and blocks: a stream cut into runs of whole records, however each kind of file is taken apart (layouts.py).
 
-A block is a run of whole records. Cutting and parsing are separate functions of each kind of file, so that one process
-can cut a stream while others parse its blocks.
+Cutting and parsing are separate functions of each layout, so that one process can cut a stream while others parse its
+blocks.
 """
 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, NamedTuple, cast
 
-import orjson
-
 BLOCK_BYTES = 1 << 20
-BOM = b"\xef\xbb\xbf"
-BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
-# A whole string, so that brackets inside it do not count; a bracket; or the start of a string that is not all there.
-JSON_MARKS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["{}\[\],]', re.DOTALL)
 JOINED_BY = "\n\n"
 
 
@@ -58,7 +51,7 @@ class ReadOptions:
 
 
 @dataclass(frozen=True)
-class Format:
+class Layout:
     """How to take one kind of file apart. `start` is where the given bytes lie in the file.
 
     Attributes:
@@ -68,6 +61,8 @@ class Format:
         count: what `Record.line` numbers, in a block.
         unfinished: what is wrong with a file that ends with these bytes, "" if they are a record like others.
         name: path and number of a record, for people.
+        whole_file: the file is one record, or one thing that holds all: a file of nothing is one, too.
+        behind_too_long: said of a record that is too long where nothing behind it can be read.
     """
 
     cut: Callable[[bytearray, int], int]
@@ -76,6 +71,8 @@ class Format:
     count: Callable[[bytes, int], int]
     unfinished: Callable[[bytes, int], str]
     name: Callable[[str, int], str]
+    whole_file: bool = False
+    behind_too_long: str = ""
 
 
 class Block(NamedTuple):
@@ -92,7 +89,7 @@ class Block(NamedTuple):
 CONTINUED = "continued"
 
 
-def blocks_of(stream: IO[bytes], layout: Format, largest: int, block_bytes: int, start: int = 0) -> Iterator[Block]:
+def blocks_of(stream: IO[bytes], layout: Layout, largest: int, block_bytes: int, start: int = 0) -> Iterator[Block]:
     """The stream in blocks of about `block_bytes`; what it raises is raised after the whole records before.
 
     Args:
@@ -106,8 +103,8 @@ def blocks_of(stream: IO[bytes], layout: Format, largest: int, block_bytes: int,
         buffer += piece
         ended = not piece or failure is not None
         if inside:
-            size = layout.first_end(buffer) or len(buffer)
-            inside = not layout.first_end(buffer)
+            end = layout.first_end(buffer)
+            inside, size = not end, end or without_end(buffer)
             yield Block(bytes(buffer[:size]), start, CONTINUED)
             start += size
             del buffer[:size]
@@ -117,14 +114,15 @@ def blocks_of(stream: IO[bytes], layout: Format, largest: int, block_bytes: int,
             start += size
             del buffer[:size]
         if len(buffer) > largest:
-            yield Block(bytes(buffer), start, too_long(largest))
-            start += len(buffer)
-            buffer.clear()
+            size = without_end(buffer) or len(buffer)
+            yield Block(bytes(buffer[:size]), start, too_long(largest) + layout.behind_too_long)
+            start += size
+            del buffer[:size]
             inside = True
     if failure is not None:
         raise failure
     # A file of nothing is a record where the file is one.
-    if buffer.strip() or (start == 0 and layout in (WHOLE, ARRAY)):
+    if buffer.strip() or (start == 0 and layout.whole_file):
         yield Block(bytes(buffer), start, layout.unfinished(bytes(buffer), start))
 
 
@@ -141,6 +139,12 @@ def _read(stream: IO[bytes], size: int) -> tuple[bytes, Exception | None]:
     except Exception as error:  # given on: the caller knows which ones mean damage
         return b"".join(pieces), error
     return b"".join(pieces), None
+
+
+def without_end(buffer: bytearray) -> int:
+    """How many bytes of a buffer in which no record ends may go: an end may begin here and go over into the next."""
+    newline = buffer.rfind(b"\n")
+    return newline if newline >= 0 and not buffer[newline:].strip() else len(buffer)
 
 
 def too_long(largest: int) -> str:
@@ -163,154 +167,3 @@ def text_of(value: object, options: ReadOptions) -> tuple[str | None, str]:
         texts.append(value[key])
     text = JOINED_BY.join(texts) if len(texts) > 1 else texts[0]
     return (text, "") if any(texts) else (None, "is an empty document")
-
-
-def _parse_json(raw: bytes, line: int, start: int, options: ReadOptions) -> Record:
-    try:
-        text, problem = text_of(orjson.loads(raw), options)
-    except ValueError as error:
-        text, problem = None, f"is not JSON ({error})"
-    return Record(text, problem, line, start, len(raw))
-
-
-def _decoded(raw: bytes, line: int, start: int) -> Record:
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        return Record(None, f"is not UTF-8 at byte {start + error.start:,}", line, start, len(raw))
-    return Record(text or None, "" if text else "is an empty document", line, start, len(raw))
-
-
-def _without_bom(content: bytes, start: int) -> tuple[bytes, int]:
-    return (content[len(BOM) :], start + len(BOM)) if start == 0 and content.startswith(BOM) else (content, start)
-
-
-def _last_line_end(buffer: bytearray, start: int) -> int:
-    return buffer.rfind(b"\n") + 1
-
-
-def _count_lines(content: bytes, start: int) -> int:
-    return content.count(b"\n")
-
-
-def _parse_lines(content: bytes, start: int, options: ReadOptions) -> Iterator[Record]:
-    content, start = _without_bom(content, start)
-    for line, raw in enumerate(content.split(b"\n")):
-        if raw and not raw.isspace():
-            yield _parse_json(raw, line, start, options)
-        start += len(raw) + 1
-
-
-def _last_blank_line(buffer: bytearray, start: int) -> int:
-    ends = (buffer.rfind(mark) + len(mark) for mark in (b"\n\n", b"\n\r\n") if mark in buffer)
-    return max(ends, default=0)
-
-
-def _first_blank_line(buffer: bytearray) -> int:
-    found = BLANK_LINES.search(buffer)
-    return found.end() if found else 0
-
-
-def _parse_parts(content: bytes, start: int, options: ReadOptions) -> Iterator[Record]:
-    content, start = _without_bom(content, start)
-    line = place = 0
-    bounds = [(found.start(), found.end()) for found in BLANK_LINES.finditer(content)]
-    for end, following in [*bounds, (len(content), len(content))]:
-        part = content[place:end]
-        if not part.isspace() and part:
-            lead = len(part) - len(part.lstrip(b"\r\n"))
-            text = part[lead:].rstrip(b"\r\n")
-            yield _decoded(text, line + part[:lead].count(b"\n"), start + place + lead)
-        line += content.count(b"\n", place, following)
-        place = following
-
-
-def _parse_whole(content: bytes, start: int, options: ReadOptions) -> Iterator[Record]:
-    content, start = _without_bom(content, start)
-    yield _decoded(content, 0, start)
-
-
-def _elements(content: bytes | bytearray, start: int) -> Iterator[tuple[int, int, str]]:
-    """(start, end, kind) of each element of a part of an array that starts with [ or a comma.
-
-    Kinds: "whole", "cut" where the end is not there, "after" for all that follows the array.
-    """
-    depth, first = (0 if start == 0 else 1), -1
-    for mark in JSON_MARKS.finditer(content):
-        sign = mark.group()
-        if sign == b'"':  # the string goes on behind the buffer
-            break
-        if depth == 1 and sign in (b",", b"]"):
-            if first >= 0:
-                yield first, mark.start(), "whole"
-            first = mark.end()
-        if sign in (b"{", b"["):
-            depth += 1
-            if depth == 1:
-                first = mark.end()
-        elif sign in (b"}", b"]"):
-            depth -= 1
-            if depth == 0:
-                yield mark.end(), len(content), "after"
-                return
-    if first >= 0:
-        yield first, len(content), "cut"
-
-
-def _last_element_end(buffer: bytearray, start: int) -> int:
-    if not _is_array(buffer, start):
-        return 0
-    return max((end for _, end, kind in _elements(buffer, start) if kind != "cut"), default=0)
-
-
-def _is_array(buffer: bytes | bytearray, start: int) -> bool:
-    return start > 0 or _without_bom(bytes(buffer[:100]), 0)[0].lstrip()[:1] == b"["
-
-
-def _parse_array(content: bytes, start: int, options: ReadOptions) -> Iterator[Record]:
-    line = 0
-    for first, end, kind in _elements(content, start):
-        raw = content[first:end]
-        place = start + first + len(raw) - len(raw.lstrip())
-        if raw.strip() and kind == "after":
-            yield Record(None, "is behind the end of the array", line, place, len(raw.strip()))
-        elif raw.strip():
-            yield _parse_json(raw.strip(), line, place, options)
-            line += 1
-
-
-def _count_elements(content: bytes, start: int) -> int:
-    return sum(bool(content[first:end].strip()) for first, end, _ in _elements(content, start))
-
-
-def _unfinished_array(content: bytes, start: int) -> str:
-    if not _is_array(content, start):
-        return "is not an array of objects or strings; name it .jsonl if it has an object a line"
-    return "is not a whole array, it is damaged or cut short; what follows here is not read"
-
-
-def _finished(content: bytes, start: int) -> str:
-    return ""
-
-
-def _never(buffer: bytearray, start: int = 0) -> int:
-    return 0
-
-
-def _line_name(path: str, number: int) -> str:
-    return f"{path}:{number + 1}"
-
-
-LINES = Format(_last_line_end, lambda buffer: buffer.find(b"\n") + 1, _parse_lines, _count_lines, _finished, _line_name)
-PARTS = Format(_last_blank_line, _first_blank_line, _parse_parts, _count_lines, _finished, _line_name)
-WHOLE = Format(_never, _never, _parse_whole, lambda content, start: 0, _finished, lambda path, number: path)
-ARRAY = Format(
-    _last_element_end, _never, _parse_array, _count_elements, _unfinished_array, lambda path, n: f"{path}[{n}]"
-)
-
-
-def format_of(kind: str, options: ReadOptions) -> Format:
-    """How a file of `kind` is taken apart; tables are not (see `reader`)."""
-    if kind == ".txt" and options.documents == "blank-line":
-        return PARTS
-    return {".jsonl": LINES, ".json": ARRAY, ".txt": WHOLE, ".md": WHOLE}[kind]

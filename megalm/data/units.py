@@ -10,10 +10,11 @@ from pathlib import Path
 
 from megalm.data.assembly import Placed
 from megalm.data.inputs import BROKEN, unpacked
+from megalm.data.layouts import layout_of
 from megalm.data.parts import Part
 from megalm.data.plan import BuildOptions, Group, Plan
 from megalm.data.reader import Span, damage
-from megalm.data.records import Block, ReadOptions, blocks_of, format_of
+from megalm.data.records import Block, ReadOptions, blocks_of
 from megalm.data.workers import Unit
 
 # These bytes travel to a worker through a pipe.
@@ -68,7 +69,7 @@ class UnitList:
             yield Unit(name, group.spans, group.weight)
             return
         (span,) = group.spans
-        layout = format_of(span.file.kind, self.options.read)
+        layout = layout_of(span.file.kind, self.options.read)
         line = 0
         for place, block in enumerate(_blocks(span, self.options.read, min(LARGEST_BLOCK, self.plan.unit_bytes))):
             digest = hashlib.sha256(block.problem.encode() + b"\0" + block.content).hexdigest()
@@ -80,7 +81,7 @@ class UnitList:
 def _blocks(span: Span, options: ReadOptions, block_bytes: int) -> Iterator[Block]:
     """A file that only one process can read: cut here, parsed and encoded elsewhere."""
     span.file.check_unchanged()
-    layout, end = format_of(span.file.kind, options), 0
+    layout, end = layout_of(span.file.kind, options), 0
     with span.file.open_raw() as raw:
         try:
             stream = unpacked(raw, span.file.packing)

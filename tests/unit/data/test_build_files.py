@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import pytest
 
 from megalm.data import assembly as assembly_module
 from megalm.data import builder as builder_module
+from megalm.data import plan as plan_module
 from megalm.data.builder import BuildOptions, Built, build_files
 from megalm.data.filters import Filters
 from megalm.data.indexed import IndexedDataset, sidecar_path
+from megalm.data.inputs import InputFile
 from megalm.data.inspection import verify
 from megalm.data.merge import merge_datasets
 from megalm.data.records import ReadOptions
@@ -365,6 +368,24 @@ def test_blank_line_documents_and_columns(tmp_path: Path) -> None:
     source = Sources(tmp_path / "out", 3)[1]
     assert source is not None
     assert str(source) == f"{tmp_path / 'a.txt'}:6, bytes 11 to 16"
+
+
+@pytest.mark.parametrize("blank", ["\n\n", "\n \n", ""])
+def test_places_to_cut_at_are_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blank: str) -> None:
+    """Text without an end must not be searched again from its start with every block."""
+    monkeypatch.setattr(plan_module, "BLOCK_BYTES", 64)
+    path = tmp_path / "in.txt"
+    path.write_text("a line\n" * 500 + blank + "another\n" * 500)
+    searched: list[int] = []
+    options = ReadOptions(documents="blank-line")
+    layout = plan_module.layout_of(".txt", options)
+    counting = replace(layout, first_end=lambda buffer: searched.append(len(buffer)) or layout.first_end(buffer))
+    monkeypatch.setattr(plan_module, "layout_of", lambda *_: counting)
+    bounds = plan_module._bounds(InputFile.found_at(path), options, 1000)
+    middle = 7 * 500 + len(blank)
+    assert bounds == [0, *([middle] if blank else []), path.stat().st_size]
+    assert max(searched) < 200
+    assert sum(searched) < 4 * path.stat().st_size
 
 
 def test_documents_too_long_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalm.data.records import CONTINUED, ReadOptions, blocks_of, format_of
+from megalm.data.layouts import layout_of
+from megalm.data.records import CONTINUED, ReadOptions, blocks_of
 
 PARTS = ReadOptions(documents="blank-line")
 texts = st.lists(st.text(alphabet='ab"\\[]{},: \né😀', min_size=1, max_size=30), max_size=8)
@@ -19,7 +20,7 @@ sizes = st.integers(1, 60)
 def read(
     content: bytes, kind: str, options: ReadOptions, block_bytes: int, largest: int = 10**6
 ) -> list[tuple[str | None, str, int, int, bytes]]:
-    layout, found, line = format_of(kind, options), [], 0
+    layout, found, line = layout_of(kind, options), [], 0
     for block in blocks_of(io.BytesIO(content), layout, largest, block_bytes):
         if block.problem and block.problem != CONTINUED:
             found.append((None, block.problem, line, block.start, b""))
@@ -65,6 +66,21 @@ def test_parts_between_blank_lines(documents: list[str], block_bytes: int, gap: 
         assert content.count(b"\n", 0, start) == line
 
 
+@pytest.mark.parametrize("block_bytes", [1, 16, 50])
+@pytest.mark.parametrize("gap", ["\n\n", "\n \n", "\r\n\r\n", "\n\t\n \n"])
+def test_parts_take_no_memory_together(block_bytes: int, gap: str) -> None:
+    wanted = [f"document {number}" for number in range(40)]
+    found = read(gap.join(wanted).encode(), ".txt", PARTS, block_bytes, largest=60)
+    assert [(text, problem) for text, problem, *_ in found] == [(text, "") for text in wanted]
+
+
+def test_an_array_is_not_read_on_behind_what_is_too_long() -> None:
+    content = json.dumps(["a", "b" * 500, "c"]).encode()
+    found = read(content, ".json", ReadOptions(), 30, largest=100)
+    assert [text for text, *_ in found] == ["a", None]
+    assert found[1][1].endswith("(--max-document-mb); what follows in the array is not read")
+
+
 @pytest.mark.parametrize("block_bytes", [1, 7, 30, 1000])
 def test_a_record_without_end_takes_no_memory(block_bytes: int) -> None:
     content = b'{"text": "a"}\n' + b"x" * 500 + b'\n{"text": "b"}\n'
@@ -72,6 +88,14 @@ def test_a_record_without_end_takes_no_memory(block_bytes: int) -> None:
     if block_bytes < 1000:  # a block that is read at once is parsed, and its records are measured there
         assert [(text, line) for text, _, line, _, _ in found] == [("a", 0), (None, 1), ("b", 2)]
         assert found[1][1] == "is longer than 100 bytes; cut it, or allow more (--max-document-mb)"
+
+
+@pytest.mark.parametrize("block_bytes", range(1, 60))
+def test_the_part_behind_one_that_is_too_long(block_bytes: int) -> None:
+    """Wherever a block ends: between the two newlines, too."""
+    content = b"a\n\n" + b"x" * 500 + b"\n\nb\n \nc"
+    found = read(content, ".txt", PARTS, block_bytes, largest=100)
+    assert [text for text, *_ in found] == ["a", None, "b", "c"]
 
 
 @pytest.mark.parametrize("block_bytes", [1, 5, 1000])
