@@ -26,7 +26,7 @@ from megalm.engine.mpu import ModelParallelUnit
 from megalm.engine.nvme import own_swap_folder
 from megalm.engine.optimizer import build_optimizer, parameter_groups
 from megalm.engine.protocol import StepResult
-from megalm.engine.quirks import prints_to_log
+from megalm.engine.quirks import import_muon_uncompiled, prints_to_log
 from megalm.engine.state import OptimizerState, ReadFragment
 from megalm.model.shard import shard_of
 from megalm.parallel.groups import ParallelGroups
@@ -83,6 +83,7 @@ class EngineBase:
         self._last_norm = 0.0
         self._gate = UpdateGate(comm)
         self._gate.guard(inner)
+        import_muon_uncompiled()
         with prints_to_log():
             self._engine, *_ = deepspeed.initialize(
                 model=model,

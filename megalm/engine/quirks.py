@@ -1,8 +1,9 @@
-"""What DeepSpeed does at its start that megalm would rather not: noise, a compilation, a refusal."""
+"""What DeepSpeed does at its start that megalm would rather not: noise, compilations, a refusal."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from megalm.config.checks_deepspeed import ALLOW_CPU_FP16
 
 log = logging.getLogger(__name__)
+
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"  # read where a function is decorated
 
 
 def silence() -> None:
@@ -54,6 +57,23 @@ def avoid_shared_memory_op() -> None:
     import deepspeed.ops
 
     vars(deepspeed.ops)["__compatible_ops__"] = {"deepspeed_shm_comm": False}
+
+
+def import_muon_uncompiled() -> None:
+    """Keep `deepspeed.initialize` from loading torch's compiler, a second on every rank.
+
+    It imports its optimizer Muon, only to ask whether ours is one, and that is decorated with `torch.compile`.
+    """
+    before = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
+    try:
+        with contextlib.suppress(ImportError):  # not in every version
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        if before is None:
+            del os.environ[_NO_COMPILER]
+        else:
+            os.environ[_NO_COMPILER] = before
 
 
 def allow_cpu_fp16_if_asked() -> None:

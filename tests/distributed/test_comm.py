@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megalm.engine.comm import ProcessComm
+from tests.distributed.training import Case, make_dataset, start, steps
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -40,12 +42,16 @@ def _dead_rank_0(comm: ProcessComm, device: torch.device) -> float:
     return time.monotonic() - began
 
 
-def _loaded(comm: ProcessComm, device: torch.device) -> set[str]:
-    return {"deepspeed", "mlflow"} & set(sys.modules)
+def _loaded(comm: ProcessComm, device: torch.device, prefix: Path, folder: Path) -> set[str]:
+    engine, run, loader = start(comm, device, Case("zero1.json"), prefix, folder)
+    steps(engine, run, loader, 1, 1)
+    loader.close()
+    return {"deepspeed", "mlflow", "torch._inductor.compile_fx"} & set(sys.modules)
 
 
-def test_a_rank_starts_without_what_only_the_autotuner_needs() -> None:
-    assert run_ranks(1, _loaded) == [{"deepspeed"}]
+def test_a_rank_loads_nothing_that_only_the_autotuner_and_muon_need(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "data")
+    assert run_ranks(1, _loaded, tmp_path / "data", tmp_path) == [{"deepspeed"}]
 
 
 def test_ranks_wait_longer_than_a_collective_may_take() -> None:
