@@ -7,6 +7,8 @@ connection, find the claim and leave without a word.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import signal
@@ -14,12 +16,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from megalm.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_START_AGAIN, MegalmError, OtherRankFailed
-from megalm.train.limits import write_stacks
+from megalm.train.limits import Limits, write_stacks
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,11 @@ _STOP_GRACE_SECONDS = 25.0
 # How often a rank looks whether another has failed, and how long it may take to find out and leave by itself.
 _CLAIM_POLL_SECONDS = 2.0
 _FAILURE_GRACE_SECONDS = 5.0
-_NO_HURRY_SECONDS = 24 * 3600.0
+# A step that has taken long before may do so again.
+_GRACE_OF_LONGEST = 2.0
+_WATCH_POLL_SECONDS = 0.2
+# What a person mends with room or rights: no traceback says more.
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # Rank 0 tells a refusal that all ranks share; whoever is still there after so long has one of its own.
 _REFUSAL_GRACE_SECONDS = 4.0
 # A second Ctrl-C sooner than this is the launcher passing on the first one.
@@ -46,13 +52,18 @@ class FailureClaim:
         self._path = path
 
     def take(self, report: str) -> bool:
-        """True for the first rank that asks; not where rank 0 was refused and has removed the run folder."""
+        """True for the first rank that asks; not where rank 0 was refused and has removed the run folder.
+
+        Where nothing can be written, a full disk for instance, whoever asks may speak.
+        """
         try:
             self._path.parent.mkdir(exist_ok=True)
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         except (FileExistsError, FileNotFoundError):
             return False
-        with os.fdopen(descriptor, "w") as file:
+        except OSError:
+            return True
+        with contextlib.suppress(OSError), os.fdopen(descriptor, "w") as file:
             file.write(report)
         return True
 
@@ -66,7 +77,7 @@ class Guard:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.claim: FailureClaim | None = None  # known as soon as the run folder is
-        self.on_failure: Callable[[], None] = lambda: None  # e.g. the end event in metrics.jsonl
+        self.on_failure: Callable[[int], None] = lambda code: None  # e.g. the end event in metrics.jsonl
         self.on_refusal: Callable[[], None] = lambda: None  # e.g. remove what was made for a run that never began
         self.stacks: Path | None = None  # where this rank writes where it stands, when it has to leave a standstill
 
@@ -87,13 +98,17 @@ class Guard:
         except KeyboardInterrupt:
             self._tell("megalm: interrupted")
             code = EXIT_FAILED
-        except Exception:
-            report = traceback.format_exc()
-            self._tell(f"megalm: rank {self.rank} failed:\n{report}", everybody=True)
+        except Exception as error:
+            self._tell(self._account(error), everybody=True)
             code = EXIT_FAILED
         if code not in (EXIT_DONE, EXIT_START_AGAIN):  # those have told their end themselves
-            self._last_wish()
+            self._last_wish(code)
         leave(code)
+
+    def _account(self, error: Exception) -> str:
+        if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
+            return f"megalm: error: {error} (rank {self.rank}); mend that, then --resume auto goes on"
+        return f"megalm: rank {self.rank} failed:\n{traceback.format_exc()}"
 
     def share(self, claim: FailureClaim) -> None:
         """From now on the first rank to fail speaks, and the others leave with it.
@@ -110,7 +125,7 @@ class Guard:
         time.sleep(_FAILURE_GRACE_SECONDS)
         if self.stacks is not None:
             write_stacks(self.stacks)
-        self._last_wish()
+        self._last_wish(EXIT_FAILED)
         os._exit(EXIT_FAILED)
 
     def leave_standstill(self, silent_seconds: float) -> NoReturn:
@@ -121,20 +136,21 @@ class Guard:
             f"(train.hang_timeout_seconds): it or a rank that it waits for hangs{where}"
         )
         time.sleep(_FAILURE_GRACE_SECONDS)  # the others notice too, and write their stacks
-        self._last_wish()
+        self._last_wish(EXIT_FAILED)
         os._exit(EXIT_FAILED)
 
     def _tell(self, text: str, everybody: bool = False) -> None:
         """Print a failure, if nobody else has; before there is a claim rank 0 speaks for all, or `everybody` does."""
         if self.claim.take(text) if self.claim else (everybody or self.rank == 0):
-            sys.stdout.flush()
-            sys.stderr.write(text.rstrip("\n") + "\n")
-            sys.stderr.flush()
+            _flush()
+            with contextlib.suppress(OSError, ValueError):  # nobody is there to read it; the claim's file has it
+                sys.stderr.write(text.rstrip("\n") + "\n")
+                sys.stderr.flush()
 
-    def _last_wish(self) -> None:
-        wish, self.on_failure = self.on_failure, lambda: None  # once, whichever thread comes first
+    def _last_wish(self, code: int) -> None:
+        wish, self.on_failure = self.on_failure, lambda code: None  # once, whichever thread comes first
         try:
-            wish()
+            wish(code)
         except Exception:  # the failure that is being reported matters more
             log.debug("closing the run failed", exc_info=True)
 
@@ -143,38 +159,54 @@ class StopRequest:
     """SIGTERM, SIGINT and SIGUSR1 as a flag that the loop reads at step boundaries.
 
     Args:
-        grace_seconds: a rank that reaches no step boundary for so long after a signal, because it waits for a peer
-            that is gone, leaves hard.
+        grace_seconds: a rank that comes no further for so long after a signal, because it waits for a peer that is
+            gone, leaves hard; or for twice the longest that it took so far.
+        limits: told of what comes further.
     """
 
-    def __init__(self, grace_seconds: float = _STOP_GRACE_SECONDS) -> None:
+    def __init__(self, grace_seconds: float = _STOP_GRACE_SECONDS, limits: Limits | None = None) -> None:
         self.signal: int | None = None
         self._grace_seconds = grace_seconds
+        self._limits = limits or Limits()
         self._since = 0.0
-        self._watchdog: threading.Timer | None = None
+        self._saving = False
+        self._heard = threading.Event()
 
     def install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
     def reached_boundary(self) -> None:
-        """All ranks know: what follows, a checkpoint of any size, may take its time."""
-        if self._watchdog is not None:
-            self._watchdog.cancel()
+        """All ranks know, or the last step is done: what is left ends by itself, however long a checkpoint takes.
 
-    def last_step_done(self) -> None:
-        """What is left ends by itself: no signal starts the watchdog any more; a second Ctrl-C still leaves."""
-        self._grace_seconds = _NO_HURRY_SECONDS
-        self.reached_boundary()
+        No signal that comes now has anybody leave hard, but for a second Ctrl-C.
+        """
+        self._heard.set()
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """A checkpoint may take its time, and its ranks notice by themselves when one is gone."""
+        self._saving = True
+        try:
+            yield
+        finally:
+            self._saving = False
 
     def _handle(self, number: int, frame: object) -> None:
         if self.signal is None:
             self.signal, self._since = number, time.monotonic()
-            self._watchdog = threading.Timer(self._grace_seconds, _leave_hard)
-            self._watchdog.daemon = True
-            self._watchdog.start()
+            threading.Thread(target=self._watch, name="stop-watch", daemon=True).start()
         elif number == signal.SIGINT and time.monotonic() - self._since > _SECOND_INTERRUPT_SECONDS:
             _leave_hard()
+
+    def _watch(self) -> None:
+        quiet_since = self._since
+        while not self._heard.wait(_WATCH_POLL_SECONDS):
+            now = time.monotonic()
+            quiet_since = now if self._saving else max(quiet_since, self._limits.last_beat)
+            if now - quiet_since > max(self._grace_seconds, _GRACE_OF_LONGEST * self._limits.longest_silence):
+                self._heard.set()
+                _leave_hard()
 
 
 def _outlast_rank_0(code: int) -> None:
@@ -189,9 +221,15 @@ def _outlast_rank_0(code: int) -> None:
 def leave(code: int) -> NoReturn:
     """Flush and end this process without interpreter shutdown."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     os._exit(code)
+
+
+def _flush() -> None:
+    """What cannot be written any more, because the terminal or the reader of a pipe has gone, is no failure."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
 
 
 def _leave_hard() -> NoReturn:

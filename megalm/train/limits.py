@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import threading
 import time
@@ -34,6 +35,8 @@ class Limits:
     wall_seconds: float | None = None
     started: float = field(default_factory=time.monotonic)
     watchdog: Watchdog | None = None
+    last_beat: float = field(default=-math.inf, init=False)  # time.monotonic()
+    longest_silence: float = field(default=0.0, init=False)  # seconds from one beat to the next
     _last_boundary: float | None = field(default=None, init=False)
     _longest_gap: float = field(default=0.0, init=False)
     _longest_save: float = field(default=0.0, init=False)
@@ -59,6 +62,10 @@ class Limits:
 
     def heartbeat(self) -> None:
         """Something has come further: a step, a validation batch, a save."""
+        now = time.monotonic()
+        if self.last_beat > -math.inf:
+            self.longest_silence = max(self.longest_silence, now - self.last_beat)
+        self.last_beat = now
         if self.watchdog is not None:
             self.watchdog.beat()
 

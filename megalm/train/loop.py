@@ -200,7 +200,8 @@ class TrainingLoop:
     def _save(self, status: Status = "good", reason: str | None = None) -> Path:
         if reason is None and (reason := self.parts.guard.suspicion(self.position.step)) is not None:
             status = "suspect"
-        path = self.parts.checkpoints.save(self.parts.engine, self.position, status, reason)
+        with self.parts.stop.saving():
+            path = self.parts.checkpoints.save(self.parts.engine, self.position, status, reason)
         self._saved_step, self._saved_path = self.position.step, path
         self._tell_saved()
         return path
@@ -236,7 +237,7 @@ class TrainingLoop:
 
     def _finish(self, seconds: float) -> None:
         parts = self.parts
-        parts.stop.last_step_done()
+        parts.stop.reached_boundary()
         path = self._saved_path if self._saved_step == self.position.step else None
         path = path or self._save()  # before anything that may take long or be interrupted
         if self._is_to_be_judged():

@@ -268,7 +268,7 @@ def _assemble(
         ),
         metrics=metrics,
         reporter=reporter,
-        stop=StopRequest(),
+        stop=StopRequest(limits=limits),
         guard=SpikeGuard(config.guard),
         incidents=incidents,
         limits=limits,
@@ -291,7 +291,7 @@ def _announce(loop: TrainingLoop, reporter: Reporter, course: Course) -> None:
 
 
 def _record_failure(metrics: MetricsWriter) -> Any:
-    return lambda: metrics.row("event", event="end", status="failed", exit_code=1)
+    return lambda code: metrics.row("event", event="end", status="failed", exit_code=code)
 
 
 def _nothing_to_do(loop: TrainingLoop, reporter: Reporter) -> int:

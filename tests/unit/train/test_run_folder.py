@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
 
 from megalm.errors import ConfigError
-from megalm.train.leaving import FailureClaim, StopRequest
+from megalm.train.leaving import FailureClaim
 from megalm.train.report import duration, size
 from megalm.train.run_folder import newest_run, open_run_folder
 
@@ -65,13 +66,16 @@ def test_one_rank_claims_the_failure(tmp_path: Path) -> None:
     assert path.read_text() == "rank 1: why"
 
 
-def test_a_stop_request_keeps_the_first_signal() -> None:
-    stop = StopRequest(grace_seconds=3600)
-    assert stop.signal is None
-    stop._handle(15, None)
-    stop._handle(2, None)  # the launcher passing it on
-    assert stop.signal == 15
-    stop.reached_boundary()
+def test_where_no_claim_can_be_written_a_rank_speaks(tmp_path: Path) -> None:
+    assert FailureClaim(tmp_path / "failures" / ("no such name is possible" * 20)).take("rank 0: why")
+    path = tmp_path / "full" / "attempt-1.txt"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        assert FailureClaim(path).take("rank 0: why")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == ""
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (75, "1:15"), (4000, "1:06:40")])
