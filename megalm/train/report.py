@@ -6,10 +6,13 @@ Everything that is printed is in log.txt too, with the time.
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -37,6 +40,25 @@ class StepLine:
         )
 
 
+class _Console(Console):
+    """Nobody needs to look: what cannot be printed, because the terminal or a pipe has gone, is in log.txt."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except UnicodeEncodeError:  # no letters for this text alone
+            log.debug("a line cannot be printed in %s", self.encoding)
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """rich would end the process. Libraries that print meet no error either."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 class Reporter:
     """Progress and messages of a run.
 
@@ -47,7 +69,7 @@ class Reporter:
 
     def __init__(self, active: bool, log_file: Path | None = None) -> None:
         self._active = active
-        self._console = Console(highlight=False, markup=False)
+        self._console = _Console(highlight=False, markup=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._total = 0
@@ -55,7 +77,7 @@ class Reporter:
         self._first_step = 0
         self._last_plain = 0.0
         if active and log_file is not None:
-            handler = logging.FileHandler(log_file)
+            handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
             log.addHandler(handler)
             log.setLevel(logging.INFO)

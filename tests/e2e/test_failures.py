@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,19 @@ from megalm.data.loader import BatchLayout, BatchLoader
 from megalm.data.samples import TrainingSamples
 from megalm.train.leaving import FailureClaim
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import Job, finish, interrupt_group, job, losses, own_lines, pretrain, rows, run_folder, train_rows
+from tests.e2e.jobs import (
+    ROOT,
+    Job,
+    finish,
+    interrupt_group,
+    job,
+    losses,
+    own_lines,
+    pretrain,
+    rows,
+    run_folder,
+    train_rows,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -93,7 +106,7 @@ from megalm.train.leaving import FailureClaim, Guard
 
 def work():
     guard.share(FailureClaim(Path(sys.argv[1])))
-    guard.on_failure = lambda: Path(sys.argv[1] + ".wish").touch()
+    guard.on_failure = lambda code: Path(sys.argv[1] + ".wish").touch()
     print("waiting", flush=True)
     time.sleep(600)
 
@@ -114,6 +127,62 @@ def test_a_rank_that_waits_forever_leaves_with_the_failed_one(tmp_path: Path) ->
     assert finished.stderr == ""
     assert Path(f"{claim}.wish").exists()
     assert claim.read_text() == "rank 3 failed"
+
+
+FULL = """
+import errno, os, resource, sys
+from pathlib import Path
+from megalm.train.leaving import FailureClaim, Guard
+
+def work():
+    guard.share(FailureClaim(Path(sys.argv[1])))
+    guard.on_failure = lambda code: os.write(1, f"wish {code}".encode())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+guard = Guard(rank=0)
+guard.run(work)
+"""
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
+    """Though the account of it does not fit that disk either."""
+    with job(tmp_path, [sys.executable, "-c", FULL, tmp_path / "failures" / "attempt-1.txt"]) as started:
+        finished = started.wait()
+    assert (finished.code, finished.stdout) == (1, "wish 1"), finished.explain()
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("megalm: error: [Errno 28] No space left on device"), finished.explain()
+    assert "--resume auto" in line
+
+
+UNREAD = """
+import sys
+from pathlib import Path
+from megalm.train.leaving import Guard
+from megalm.train.report import Reporter
+
+def work():
+    reporter = Reporter(True, Path(sys.argv[1]))
+    sys.stdin.readline()
+    for step in range(3):
+        reporter.say(f"step {step}")
+    print("and this is in Python's buffer at the end")
+    return 75
+
+Guard(rank=0).run(work)
+"""
+
+
+def test_training_goes_on_when_nobody_reads_what_it_prints(tmp_path: Path) -> None:
+    """`... | head`, or a terminal that has gone."""
+    command = [sys.executable, "-c", UNREAD, tmp_path / "log.txt"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=ROOT) as started:
+        assert started.stdout is not None
+        started.stdout.close()
+        _, stderr = started.communicate("go on\n", timeout=SOON_SECONDS)
+    assert (started.returncode, stderr) == (75, "")
+    assert [line.rpartition(" ")[2] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["0", "1", "2"]
 
 
 REFUSED = """
