@@ -46,6 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         build_app(chosen)(args=words, prog_name="megalm")
     except MegalmError as error:
         _leave(str(error), error.exit_code)
+    except OSError as error:
+        if error.strerror is None:  # none of the machine's own
+            raise
+        place = f"{error.filename}: " if error.filename is not None else ""
+        _leave(f"{place}{error.strerror}; mend the path, its rights or its disk, and do it again", EXIT_REFUSED)
 
 
 def available_commands() -> list[str]:

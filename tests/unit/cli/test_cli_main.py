@@ -68,6 +68,31 @@ def test_every_error_for_people_leaves_with_its_own_code(
     assert capsys.readouterr().err == "megalm: error: a b\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["report", "x" * 300], "File name too long"),
+        (["checkpoint", "show", "x" * 300], "File name too long"),
+        (["plan", "--config", "x" * 300], "File name too long"),
+        (["track", "sync", "run"], "run/mlflow.lock: Is a directory"),
+    ],
+    ids=["report", "checkpoint", "plan", "track"],
+)
+def test_what_the_file_system_refuses_is_one_line(
+    words: list[str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run/mlflow.lock").mkdir(parents=True)
+    Path("run/metrics.jsonl").touch()
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("megalm: error: ")
+    assert why in said
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", cli.available_commands())
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -13,6 +13,7 @@ from report_runs import END, Page, event, page_of, train_row, validation, write_
 
 from megalm.checkpoint.manifest import write_manifest
 from megalm.cli.main import main
+from megalm.errors import ConfigError
 from megalm.tracking.report import write_report
 from megalm.tracking.report.outcome import ago
 
@@ -246,6 +247,13 @@ def test_settings_that_are_not_the_presets_come_first(tmp_path: Path) -> None:
     assert "train.steps 30 400" in differing
     assert "model.style" not in differing
     assert "model.style llama" in page.text
+
+
+def test_a_configuration_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [event("start"), END])
+    (folder / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
+        write_report(folder)
 
 
 def test_a_preset_that_is_gone_leaves_the_defaults(tmp_path: Path) -> None:
