@@ -159,7 +159,7 @@ class EngineBase:
         return StepResult(
             loss=loss,
             grad_norm=self._last_norm,
-            loss_scale=float(self._state.loss_scaler().get("cur_scale", 1.0)),
+            loss_scale=self._state.loss_scale(),
             skipped=skipped,
             refused=not applied and not skipped,
         )

@@ -23,6 +23,8 @@ from megalm.model.shard import Shard
 
 ReadFragment = Callable[[FragmentKey], Tensor]
 
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
 
 @dataclass(frozen=True)
 class _Owned:
@@ -138,17 +140,21 @@ class OptimizerState:
                 squares[owned.name] = squares.get(owned.name, 0.0) + float(part.double().square().sum())
         return squares
 
+    def loss_scale(self) -> float:
+        """What the next loss is multiplied by."""
+        return float(getattr(getattr(self._outer, "loss_scaler", None), "cur_scale", 1.0))
+
     def loss_scaler(self) -> dict[str, float]:
-        """The dynamic loss scaler's numbers; empty without one."""
+        """The dynamic loss scaler's numbers; empty without one: a scale that stands still is a setting."""
         scaler = getattr(self._outer, "loss_scaler", None)
-        fields = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-        return {name: getattr(scaler, name) for name in fields if hasattr(scaler, name)}
+        return {name: getattr(scaler, name) for name in _SCALER_FIELDS} if getattr(scaler, "dynamic", False) else {}
 
     def load_loss_scaler(self, saved: Mapping[str, float]) -> None:
-        scaler = getattr(self._outer, "loss_scaler", None)
-        for name, value in saved.items():
-            if hasattr(scaler, name):
-                setattr(scaler, name, value)
+        """From one dynamic scaler to another; what another precision had says nothing about fp16."""
+        if not all(name in saved for name in _SCALER_FIELDS):
+            return
+        for name in self.loss_scaler():
+            setattr(self._outer.loss_scaler, name, saved[name])
 
     def _clear_moments(self, flat: nn.Parameter, optimizer_step: int) -> None:
         """Moments of zero, on the master's device."""

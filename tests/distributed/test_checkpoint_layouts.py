@@ -102,6 +102,29 @@ def _loss_scales(comm: Any, device: torch.device, prefix: Path, folder: Path) ->
     return result
 
 
+def _scales_elsewhere(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, float]:
+    """ "precision of the checkpoint, of the engine" -> the scale of the first step after loading."""
+    os.environ[ALLOW_CPU_FP16] = "1"
+    allow_cpu_fp16_if_asked()
+    cases = {
+        "bf16": Case("zero2.json", precision="bf16"),
+        "fp16": Case("zero1.json", precision="fp16", settings={"fp16": {"initial_scale_power": 7}}),
+        "fixed": Case("zero1.json", precision="fp16", settings={"fp16": {"loss_scale": 4.0}}),
+    }
+    paths, found = {}, {}
+    for name, case in cases.items():
+        engine, run, loader = start(comm, device, case, prefix, folder)
+        steps(engine, run, loader, 1, 1)
+        paths[name] = _save(comm, engine, 1, folder / name)
+        loader.close()
+    for name, case in cases.items():
+        for source, path in paths.items():
+            engine, run, loader = _restored(comm, device, case, prefix, folder, path)
+            found[f"{source}, {name}"] = engine.train_step(loader.batch(0), 2, 1e-3).loss_scale
+            loader.close()
+    return found
+
+
 def _load_everything(comm: Any, device: torch.device, prefix: Path, folder: Path, paths: list[Path]) -> Any:
     """Per case and checkpoint: the state right after loading, and the loss of the next step."""
     result = {}
@@ -158,6 +181,15 @@ def test_the_loss_scale_goes_on_too(place: Path) -> None:
             for (key, expected), (other, found) in zip(straight[2], again[2], strict=True):
                 assert key == other
                 np.testing.assert_array_equal(found, expected, err_msg=f"{name}: {key}")
+
+
+def test_a_loss_scale_is_of_the_precision_that_it_was_found_in(place: Path) -> None:
+    """fp16 that goes on from bf16 would start at a scale of 1, at which small gradients are zero."""
+    (place / "elsewhere").mkdir()
+    (found,) = run_ranks(1, _scales_elsewhere, place / "data", place / "elsewhere")
+    dynamic = {"fp16, fp16": 2.0**7, "bf16, fp16": 2.0**7, "fixed, fp16": 2.0**7}
+    fixed = {"fp16, fixed": 4.0, "bf16, fixed": 4.0, "fixed, fixed": 4.0}
+    assert found == {**dynamic, **fixed, "fp16, bf16": 1.0, "bf16, bf16": 1.0, "fixed, bf16": 1.0}
 
 
 @pytest.fixture(scope="module")
