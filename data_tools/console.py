@@ -71,7 +71,7 @@ class BuildBar:
 def tell_reading(report: ReadReport) -> None:
     """Say what of the input was not read."""
     if report.ignored_files:
-        out.print(f"left out {report.ignored_files:,} files of folders, not of a kind that is read")
+        out.print(f"left out {report.ignored_files:,} files of folders: of other kinds, hidden, or links to elsewhere")
     if report.skipped:
         out.print(f"skipped {report.skipped:,} documents that cannot be read, the first: {report.messages[0]}")
 

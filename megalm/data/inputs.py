@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import io
 import lzma
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable
@@ -122,20 +123,22 @@ def find_inputs(paths: Iterable[str | Path], report: ReadReport, stdin_kind: str
 def find_files(paths: Iterable[str | Path], report: ReadReport | None = None) -> list[Path]:
     """The files that `paths` name; of a folder those of a known kind, the others counted in `report`.
 
-    A link inside a folder that leads out of it is not followed, but counted as left out; one that is named, or
-    matched by a glob, is.
+    Hidden ones, and links inside a folder that lead out of it, or nowhere, are left out and counted; one that is named,
+    or matched by a glob, is read.
 
     Raises:
-        DataError: a path that is not there, a glob or folder without files, a file of an unknown kind.
+        DataError: a path that is not there, a glob or folder without files, a folder that may not be read, a file of an
+            unknown kind.
     """
     found: list[Path] = []
     for given in paths:
+        if not str(given):  # Path("") is the current folder
+            raise DataError("an input has an empty name; give files, folders or globs")
         path = Path(given)
         if path.is_dir():
-            below = sorted(file for file in path.rglob("*") if file.is_file())
-            matches = [file for file in below if _belongs(file, path)]
+            matches, left_out = _below(path)
             if report is not None:
-                report.ignored_files += len(below) - len(matches)
+                report.ignored_files += left_out
         elif path.is_file():
             matches = [path]
         else:
@@ -158,14 +161,39 @@ def sha256_of(path: str | Path, stop: Callable[[], bool] = lambda: False) -> str
     return "" if block else digest.hexdigest()
 
 
+def _below(folder: Path) -> tuple[list[Path], int]:
+    """(files of a folder that are read, sorted; how many others there are, and links to folders elsewhere)."""
+    found: list[Path] = []
+    left_out = 0
+    for place, folders, names in os.walk(folder, onerror=_refuse_folder):
+        below = [Path(place, name) for name in names]
+        found += [file for file in below if _belongs(file, folder)]
+        links = [path for name in folders if (path := Path(place, name)).is_symlink()]
+        left_out += len(below) + sum(not _inside(link, folder) for link in links)
+    return sorted(found), left_out - len(found)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read ({error.strerror}); change its rights, or name other input")
+
+
 def _belongs(file: Path, folder: Path) -> bool:
+    parts = file.relative_to(folder).parts
     # What the builder itself writes beside its inputs is no input.
-    if any(part.endswith(WORK_SUFFIX) for part in file.relative_to(folder).parts):
+    if kind_of(file) not in KINDS or any(part.startswith(".") or part.endswith(WORK_SUFFIX) for part in parts):
         return False
-    if file.suffix == ".json" and file.with_suffix(".idx").exists():
+    if file.suffix == ".json" and (file.with_suffix(".idx").exists() or _is_of_tokenizer(file)):
         return False
-    inside = not file.is_symlink() or file.resolve().is_relative_to(folder.resolve())
-    return kind_of(file) in KINDS and not file.name.startswith(".") and inside
+    return file.is_file() and (not file.is_symlink() or _inside(file, folder))
+
+
+def _is_of_tokenizer(file: Path) -> bool:
+    """my.model.json, beside my.model."""
+    return file.with_suffix("").suffix == ".model" and file.with_suffix("").exists()
+
+
+def _inside(link: Path, folder: Path) -> bool:
+    return link.resolve().is_relative_to(folder.resolve())
 
 
 def _known_kinds() -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megalm.data.corpus import Document, ReadReport, iter_documents
+from megalm.data.corpus import Document, ReadReport, find_files, iter_documents
 from megalm.errors import DataError
 
 TEXTS = ["first\nwith a line", "", "café 😀", "last"]
@@ -175,8 +177,41 @@ def test_folders_and_globs_are_sorted_and_what_is_left_out_is_counted(tmp_path: 
     assert [document.text for document in found] == ["a/z.txt", "b.txt"]
 
 
+def test_what_a_folder_leaves_out_is_counted_whatever_it_is(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "raw", tmp_path / "outside"
+    for name in ("raw/in.txt", "raw/sub/too.txt", "raw/.cache/hidden.txt", "outside/other.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (folder / "more").symlink_to(outside)  # a folder elsewhere
+    (folder / "again").symlink_to(folder / "sub")  # its files are read as it is
+    (folder / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    report = ReadReport()
+    assert [document.text for document in iter_documents([folder], report=report)] == ["raw/in.txt", "raw/sub/too.txt"]
+    assert report.ignored_files == 3
+    for name in ("my.model", "my.model.json"):  # a tokenizer and what is said of it
+        (folder / name).write_text(name)
+    assert len(find_files([folder], report)) == 2
+
+
+def test_a_folder_that_may_not_be_read_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.txt").write_text("a")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:  # as for anybody but root
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match=r"closed: cannot be read \(Permission denied\)"):
+        list(iter_documents([tmp_path]))
+
+
 def test_paths_that_match_nothing(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("a,b")
     for name, said in (("", "no file to read"), ("*.txt", "no file to read"), ("x.csv", "unknown kind of file")):
         with pytest.raises(DataError, match=said):
             list(iter_documents([tmp_path / name], on_error="skip"))
+    with pytest.raises(DataError, match="an empty name"):  # of a variable that is not set: not the current folder
+        list(iter_documents([""]))
