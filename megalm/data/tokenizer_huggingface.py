@@ -43,6 +43,8 @@ class HuggingFaceTokenizer:
         # Cutting and padding are for batches of inputs; here they would lose text or invent it.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # In a text the name of a special token is text: a page that quotes <|endoftext|> must not end there.
+        self._tokenizer.encode_special_tokens = True
         self._special = {token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
         # Ids may have holes: the model needs a row for the largest, not for their number.
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1

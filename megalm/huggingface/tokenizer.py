@@ -65,7 +65,6 @@ class _Made:
     tokenizer: tokenizers.Tokenizer
     special: dict[str, str | None]  # as tokenizer_config.json names them
     pieces: SentencePieceModel | None = None
-    reads_special: bool = False  # megalm reads names of special tokens in a text as these tokens, too
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> ExportedTokenizer:
@@ -103,7 +102,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> Exporte
             **special,
             "clean_up_tokenization_spaces": False,
             # In a text the name of a special token is text, as it was in training.
-            "split_special_tokens": not made.reads_special,
+            "split_special_tokens": True,
         },
     )
     note = f"{TOKENIZER}: megalm's ids on {texts - ties} of {texts} texts that were tried"
@@ -143,7 +142,7 @@ def _make(tokenizer: Tokenizer) -> _Made:
         model = SentencePieceModel(tokenizer.spec)
         special = {"bos_token": model.bos, "unk_token": model.unknown, "pad_token": model.pad}
         return _Made(model.tokenizer(), special, model)
-    return _Made(*_plain_definition(Path(tokenizer.spec)), reads_special=True)
+    return _Made(*_plain_definition(Path(tokenizer.spec)))
 
 
 def _bytes_tokenizer(eod_id: int) -> tokenizers.Tokenizer:
@@ -183,7 +182,7 @@ def _compared(ours: Tokenizer, made: _Made) -> tuple[int, int]:
         NoEquivalentError: it gives other ids, or another text.
     """
     theirs = made.tokenizer
-    theirs.encode_special_tokens = not made.reads_special
+    theirs.encode_special_tokens = True
     texts = list(_texts(ours, theirs))
     ties = 0
     for text, row in zip(texts, ours.encode_batch(texts), strict=True):

@@ -24,7 +24,7 @@ AWKWARD = [
     "a\r\nb\x0c\x00\ufeff",
     "café 😀 中文 \u3000\u00a0\u2028",
     "\u2581 the library's \u2581\u2581own space\u2585",
-    "<eod> <unk> <0x41> </s>",
+    "<eod> <unk> <0x41> </s> <|endoftext|>",
     "\U0010ffff\ue000",
 ]
 
@@ -55,9 +55,6 @@ def byte_level_json(folder: Path, texts: list[str]) -> Path:
 
 def test_every_text_comes_back(tokenizer: Tokenizer, source_texts: list[str]) -> None:
     texts = [*AWKWARD, *source_texts]
-    if tokenizer.name.startswith("huggingface"):
-        texts.remove("<eod> <unk> <0x41> </s>")
-        texts.append("<0x41>")
     rows = tokenizer.encode_batch(texts)
     assert [tokenizer.decode(row) for row in rows] == texts
     assert max(max(row, default=0) for row in rows) < tokenizer.vocab_size
