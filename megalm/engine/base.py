@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import resource
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -23,7 +21,7 @@ from megalm.engine.environment import rank_facts
 from megalm.engine.extensions import load_async_io
 from megalm.engine.gate import UpdateGate
 from megalm.engine.mpu import ModelParallelUnit
-from megalm.engine.nvme import own_swap_folder
+from megalm.engine.nvme import SwapFolder
 from megalm.engine.optimizer import build_optimizer, parameter_groups
 from megalm.engine.protocol import StepResult
 from megalm.engine.quirks import import_muon_uncompiled, prints_to_log
@@ -70,13 +68,13 @@ class EngineBase:
             parameter.tensor_model_parallel = shards[name].is_owner  # type: ignore[attr-defined]
         settings = copy.deepcopy(settings)  # DeepSpeed writes into what it is given
         offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}
-        self._swap_folder: Path | None = None
+        self._swap_folder: SwapFolder | None = None
         if offload["device"] == "nvme":
             load_async_io()
             elements = sum(parameter.numel() for parameter in parameters.values())
             needed = _SWAPPED_BYTES * elements // self._data.size * rank_facts().local_world_size
-            self._swap_folder = own_swap_folder(offload["nvme_path"], needed)
-            offload["nvme_path"] = str(self._swap_folder)
+            self._swap_folder = SwapFolder(offload["nvme_path"], needed)
+            offload["nvme_path"] = str(self._swap_folder.path)
         inner = build_optimizer(
             parameter_groups(part, optimizer.weight_decay, decay_embeddings), optimizer, offload["device"] != "none"
         )
@@ -132,7 +130,8 @@ class EngineBase:
     def close(self) -> None:
         """Nothing is left on a disk that states were swapped to."""
         if self._swap_folder is not None:
-            shutil.rmtree(self._swap_folder, ignore_errors=True)
+            self._swap_folder.remove()
+            self._swap_folder = None
 
     def _set_learning_rate(self, rate: float) -> None:
         for group in self._engine.optimizer.param_groups:

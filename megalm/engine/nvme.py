@@ -6,6 +6,7 @@ A sub-group's tensors are empty but while it is swapped in; sub-groups of less t
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import socket
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from torch import Tensor, nn
 
 from megalm.checkpoint.fragment import FragmentKey
@@ -81,10 +81,11 @@ class SwappedStates:
             self._outer._release_swap_buffers(held)
 
 
-def own_swap_folder(stated: str, needed: int) -> Path:
+class SwapFolder:
     """A folder of this process below `nvme_path`: two jobs with the same path would write over each other's states.
 
-    What processes of this machine left that were killed is removed.
+    What processes of this machine left that were killed is removed. The kernel's lock on a folder tells whether its
+    process is alive, in another container too, where numbers of processes mean nothing.
 
     Args:
         needed: bytes, of all ranks of this machine.
@@ -92,25 +93,67 @@ def own_swap_folder(stated: str, needed: int) -> Path:
     Raises:
         ConfigError: it cannot be made, is too small, or is on a file system without direct I/O.
     """
-    base = Path(stated).expanduser()
-    host = socket.gethostname()
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        for left in base.glob(f"megalm-{host}-*-*"):
-            number = left.name.rsplit("-", 2)[1]
-            if number.isdecimal() and not psutil.pid_exists(int(number)):
-                shutil.rmtree(left, ignore_errors=True)
-        free = shutil.disk_usage(base).free
-        if free < needed:
+
+    def __init__(self, stated: str, needed: int) -> None:
+        base = Path(stated).expanduser()
+        try:
+            base.mkdir(parents=True, exist_ok=True)
+            with _locked(base):  # between its making and its locking a folder looks like one that was left
+                for left in base.glob(f"megalm-{socket.gethostname()}-*"):
+                    _remove_if_left(left)
+                _require_space(base, stated, needed)
+                self.path = Path(tempfile.mkdtemp(prefix=f"megalm-{socket.gethostname()}-{os.getpid()}-", dir=base))
+                self._lock = os.open(self.path, os.O_RDONLY)
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+            _require_direct_io(self.path)
+        except OSError as error:
             raise ConfigError(
-                f"offload_optimizer.nvme_path={stated} has {free / 2**30:,.1f} GiB free, the states of this machine's "
-                f"ranks need {needed / 2**30:,.1f} GiB; name a larger disk, or use more ranks"
-            )
-        own = Path(tempfile.mkdtemp(prefix=f"megalm-{host}-{os.getpid()}-", dir=base))
-        os.close(os.open(own / "direct", os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
-    except OSError as error:
+                f"offload_optimizer.nvme_path={stated} cannot be used ({error.strerror}); name a folder of an NVMe "
+                "disk that you can write"
+            ) from None
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_if_left(folder: Path) -> None:
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # another user's, or gone
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        pass  # its process is alive
+    finally:
+        os.close(handle)
+
+
+def _require_space(base: Path, stated: str, needed: int) -> None:
+    free = shutil.disk_usage(base).free
+    if free < needed:
         raise ConfigError(
-            f"offload_optimizer.nvme_path={stated} cannot be used ({error.strerror}); name a folder of an NVMe disk "
-            "that you can write"
-        ) from None
-    return own
+            f"offload_optimizer.nvme_path={stated} has {free / 2**30:,.1f} GiB free, the states of this machine's "
+            f"ranks need {needed / 2**30:,.1f} GiB; name a larger disk, or use more ranks"
+        )
+
+
+def _require_direct_io(folder: Path) -> None:
+    """Raises: OSError: the file system has none; nothing of the folder stays then."""
+    try:
+        os.close(os.open(folder / "direct", os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
