@@ -17,7 +17,7 @@ from megalm.config.checks_data import what_data_to_bring
 from megalm.config.deepspeed_json import DeepSpeedConfig
 from megalm.config.loading import LoadedConfig, spelling
 from megalm.config.precision import DeviceFacts
-from megalm.config.resolve import ResolvedRun, resolve
+from megalm.config.resolve import UNKNOWN_VOCAB_SIZE, ResolvedRun, expected_vocab_size, resolve
 from megalm.config.schema import RunConfig
 from megalm.config.strict import leaf_fields, shown
 from megalm.errors import ConfigError
@@ -62,6 +62,7 @@ def command(
         typer.Option(
             "--gpu-memory",
             min=0.1,
+            max=1e6,
             help="Plan for GPUs of so many GiB with bf16; default: a recipe's documented ones, else this machine.",
         ),
     ] = None,
@@ -143,7 +144,7 @@ def planned(
     schedules: tuple[ScheduleSegment, ...] = ()
     if going_on is not None:
         resolved, schedules = going_on(resolved)
-    expected = vocab_size or resolved.config.model.vocab_size or resolved.config.data.recipe_vocab_size
+    expected = expected_vocab_size(resolved.config, vocab_size) or UNKNOWN_VOCAB_SIZE
     return make_plan(resolved, expected, schedules)
 
 

@@ -21,7 +21,7 @@ __all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "Schedul
 
 # An estimate is no measurement, and allocators fragment: "auto" leaves this much of the memory alone.
 _USABLE_MEMORY = 0.85
-_UNKNOWN_VOCAB_SIZE = 50_304
+UNKNOWN_VOCAB_SIZE = 50_304  # GPT-2's, padded
 _BYTES_VOCAB_SIZE = 257
 _NEVER = 10**9  # steps_per_print: DeepSpeed's own lines would interrupt megalm's
 
@@ -93,7 +93,7 @@ def resolve(
     Args:
         world_size: ranks in all.
         device: what each rank computes on; equal on every rank.
-        vocab_size: the tokenizer's, for an "auto" micro-batch; None takes the configuration's, or a guess.
+        vocab_size: the tokenizer's, for an "auto" micro-batch; None takes the configuration's, or a guess and says so.
         ranks_per_node: for a notice of groups that leave their node; None: all ranks are on one.
         data_needed: whether a run without data is refused; a plan needs none.
 
@@ -138,7 +138,7 @@ def resolve(
         notices=(
             *ds.notices,
             *precision_notices,
-            *(vocab_notices if chooses_micro_batch(settings) else []),
+            *vocab_notices,
             *batch_notices,
             *warmup_notices,
             *schedule_notices,
@@ -181,16 +181,23 @@ def memory_case(
     )
 
 
+def expected_vocab_size(config: RunConfig, of_tokenizer: int | None) -> int | None:
+    """The vocabulary that a run will have, as far as it is known before there is a tokenizer."""
+    if of_tokenizer is not None:
+        return of_tokenizer
+    if config.data.tokenizer == "bytes":
+        return _BYTES_VOCAB_SIZE
+    if config.data.tokenizer is None and config.data.recipe is not None:
+        return config.data.recipe_vocab_size
+    return config.model.vocab_size
+
+
 def _shape(config: RunConfig, vocab_size: int | None) -> tuple[ModelShape, list[str]]:
-    expected = vocab_size
-    if expected is None and config.data.tokenizer == "bytes":
-        expected = _BYTES_VOCAB_SIZE
-    if expected is None and config.data.tokenizer is None and config.data.recipe is not None:
-        expected = config.data.recipe_vocab_size
+    expected = expected_vocab_size(config, vocab_size)
     notices = []
-    if expected is None and config.model.vocab_size is None:
-        notices = [f"vocabulary not known yet: memory is estimated with {_UNKNOWN_VOCAB_SIZE} entries"]
-    return model_shape(config.model, expected or _UNKNOWN_VOCAB_SIZE, config.data.sequence_length), notices
+    if expected is None:
+        notices = [f"vocabulary not known yet: {UNKNOWN_VOCAB_SIZE:,} entries are assumed"]
+    return model_shape(config.model, expected or UNKNOWN_VOCAB_SIZE, config.data.sequence_length), notices
 
 
 def _fit_warmup(loaded: LoadedConfig) -> tuple[LoadedConfig, list[str]]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
+Quantity = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# In rising order, however they were written.
+Ends = Annotated[tuple[Quantity, Quantity], AfterValidator(lambda ends: (min(ends), max(ends)))]
 
 ModelStyle = Literal["gpt2", "llama"]
 ScheduleKind = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"]
@@ -269,7 +272,7 @@ class Claim(Section):
     """A number of a document, or the two ends of a range; of a loss the step, none: the last one."""
 
     claim: ClaimKind
-    value: float | tuple[float, float]
+    value: Quantity | Ends
     step: NonNegativeInt | None = None
     stride: PositiveInt | None = None
 

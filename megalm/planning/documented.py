@@ -298,13 +298,13 @@ def _loss(words: str) -> Callable[[_Book, Claim], Judgement]:
         if claim.step == 0:
             vocabulary = book.plan.shape.vocab_size
             first = math.log(vocabulary)
-            wrong = f"ln {vocabulary:,} is {first:.2f}; {both_ends(loss, 'g')} is of {math.exp(loss[0]):,.0f} pieces"
+            wrong = f"ln {vocabulary:,} is {first:.2f}; {both_ends(loss, 'g')} is of {perplexity(loss[0]):,.0f} pieces"
             holds = loss[0] - FIRST_LOSS_NATS <= first <= loss[1] + FIRST_LOSS_NATS
             return Judgement(said, f"ln {vocabulary:,} = {first:.2f}", HOLDS if holds else f"does not hold: {wrong}")
         step = book.config.train.steps if claim.step is None else claim.step
         seen = step * book.plan.resolved.tokens_per_step
-        perplexity = both_ends((math.exp(loss[0]), math.exp(loss[1])), ",.4g")
-        return Judgement(said, f"perplexity {perplexity}, after {in_short((seen, seen))} tokens", EXPECTED)
+        ends = both_ends((perplexity(loss[0]), perplexity(loss[1])), ",.4g")
+        return Judgement(said, f"perplexity {ends}, after {in_short((seen, seen))} tokens", EXPECTED)
 
     return judged
 
@@ -314,7 +314,7 @@ def _perplexity(book: _Book, claim: Claim) -> Judgement:
     words = f"perplexity {both_ends(claimed, 'g')}"
     if loss is None:
         return Judgement(words, "the document gives no validation loss", NO_VERDICT)
-    found = math.exp(loss[0])
+    found = perplexity(loss[0])
     power = f"e^{loss[0]:g}"
     wrong = f"{power} is {found:.2f}, not {both_ends(claimed, 'g')}"
     return Judgement(words, f"{power} = {found:.2f}", _verdict(claimed, found, ROUNDED, wrong))
@@ -344,6 +344,11 @@ _JUDGES: dict[ClaimKind, Callable[[_Book, Claim], Judgement]] = {
 
 def _verdict(claimed: Range, computed: float, tolerance: float, wrong: str) -> str:
     return HOLDS if agree(claimed, (computed, computed), tolerance) else f"does not hold: {wrong}"
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats; beyond 700 a float overflows."""
+    return math.exp(min(loss, 700.0))
 
 
 def _range(claim: Claim) -> Range:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from config_cases import GPU
 
-from megalm.cli.plan import plan_text
+from megalm.cli.plan import plan_text, planned
+from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, read_deepspeed_json
 from megalm.config.deepspeed_schema import ZeroSection
 from megalm.config.loading import load_run_config
 from megalm.config.resolve import ResolvedRun
@@ -209,6 +210,16 @@ def test_a_plan_in_text(start: Start) -> None:
     text = plan_text(plan, 8, [("data", "data/web: 2.00 epochs")], ["seen often"])
     assert "Data\ndata/web: 2.00 epochs\n" in text
     assert text.endswith("WARNING: seen often")
+
+
+def test_a_vocabulary_that_nobody_knows_is_the_same_guess_everywhere() -> None:
+    """The memory and the table of parameters, of a JSON that states its micro-batch, too."""
+    loaded = load_run_config("quickstart", ["data.recipe=null"])
+    for name in ("zero2.json", "recipes/h100.json"):
+        plan = planned(loaded, read_deepspeed_json(DS_CONFIGS_FOLDER / name), 1, 80.0, 8)
+        assert plan.shape.vocab_size == 50_304
+        assert plan.memory.weights >= 50_304 * 256 * 2
+        assert "vocabulary not known yet: 50,304 entries are assumed" in plan.resolved.notices
 
 
 def test_a_plan_needs_no_torch() -> None:

@@ -338,6 +338,35 @@ def test_mfu_is_of_the_device_s_data_sheet() -> None:
     assert list(said.values())[1].verdict == "does not hold: 21.27 s a step is 9.6%, not 11%"
 
 
-@pytest.mark.parametrize("bad", ["claim: losses, value: 3", "claim: tokens, value: many", "value: 3"])
+def test_the_ends_of_a_range_may_come_in_any_order() -> None:
+    said = [
+        judged("slm-117m", claims("claim: step_seconds, value: 10.2", f"claim: hours, value: {ends}"))
+        for ends in ("[150, 180]", "[180, 150]")
+    ]
+    assert said[0] == said[1]
+    assert said[0]["150-180 h"].verdict == HOLDS
+
+
+@pytest.mark.parametrize(
+    "kind", ["training_loss", "validation_loss", "perplexity", "tokens_per_second", "hours", "mfu"]
+)
+def test_a_number_beyond_all_measure_is_judged_too(kind: str) -> None:
+    assert judged("slm-117m", claims(f"claim: {kind}, value: 1e30", "claim: validation_loss, value: 1e30"))
+    assert judged("a100x4-300m", claims(f"claim: {kind}, value: 1e-30", "claim: training_loss, step: 0, value: 1e30"))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "claim: losses, value: 3",
+        "claim: tokens, value: many",
+        "value: 3",
+        "claim: tokens_per_second, value: 0",
+        "claim: hours, value: [0, 8]",
+        "claim: hours, value: -1",
+        "claim: hours, value: .inf",
+        "claim: hours, value: [1, .inf]",
+    ],
+)
 def test_a_claim_that_is_none_is_refused(bad: str) -> None:
     assert "documented.claims=" in refused(load_run_config, "slm-117m", [claims(bad)])

@@ -125,11 +125,11 @@ def test_auto_takes_what_fits_the_memory(start: Start) -> None:
     assert stated.batch == BatchPlan(16, 2, 8, 1)
 
 
-def test_an_unknown_vocabulary_is_said_where_it_matters(start: Start, tmp_path: object) -> None:
+def test_an_unknown_vocabulary_is_said(start: Start) -> None:
     tokenizer = f"data.tokenizer={__file__}"
     assert any("vocabulary not known yet" in notice for notice in start(tokenizer).notices)
-    assert not any("vocabulary" in notice for notice in start(tokenizer, train_micro_batch_size_per_gpu=2).notices)
-    assert not any("vocabulary" in notice for notice in start().notices)
+    for known in ((), (tokenizer, "model.vocab_size=300"), ("data.tokenizer=bytes",)):
+        assert not any("vocabulary" in notice for notice in start(*known).notices)
 
 
 def test_the_jsons_learning_rate_wins_over_a_presets_and_says_so(start: Start) -> None:
