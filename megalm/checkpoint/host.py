@@ -19,17 +19,19 @@ class HostCopies:
     def take(self, fragments: Iterable[HasFragment]) -> list[Fragment]:
         """Copies of `fragments`, fp32; what an earlier call gave is overwritten."""
         sources = list(fragments)
-        total = sum(fragment.tensor.numel() for fragment in sources)
-        on_device = any(fragment.tensor.is_cuda for fragment in sources)
+        total = sum(fragment.key.stop - fragment.key.start for fragment in sources)
+        # Others are read from a disk when they are asked for, so that each is asked for once.
+        on_device = any(fragment.tensor.is_cuda for fragment in sources if isinstance(fragment, Fragment))
         if self._buffer.numel() < total:
             self._buffer = torch.empty(total, pin_memory=on_device)
         copies: list[Fragment] = []
         offset = 0
         for fragment in sources:
-            copy = self._buffer.narrow(0, offset, fragment.tensor.numel())
+            length = fragment.key.stop - fragment.key.start
+            copy = self._buffer.narrow(0, offset, length)
             copy.copy_(_flat(fragment.tensor), non_blocking=True)
             copies.append(Fragment(fragment.key, copy))
-            offset += copy.numel()
+            offset += length
         if on_device:
             torch.cuda.synchronize()
         return copies

@@ -88,6 +88,27 @@ def test_copies_stay_what_they_were_and_their_memory_is_used_again() -> None:
     torch.testing.assert_close(again[0].tensor, live[0].tensor, rtol=0, atol=0)
 
 
+class OnDisk:
+    """A fragment that is read when its tensor is asked for."""
+
+    def __init__(self, fragment: Fragment, reads: list[FragmentKey]) -> None:
+        self.key, self._fragment, self._reads = fragment.key, fragment, reads
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        self._reads.append(self.key)
+        return self._fragment.tensor.clone()
+
+
+def test_what_lies_on_a_disk_is_read_once() -> None:
+    reads: list[FragmentKey] = []
+    live = fragments(1)
+    copies = HostCopies().take([live[0], *(OnDisk(fragment, reads) for fragment in live[1:])])
+    assert reads == [fragment.key for fragment in live[1:]]
+    for copy, fragment in zip(copies, live, strict=True):
+        torch.testing.assert_close(copy.tensor.view(-1), fragment.tensor.view(-1), rtol=0, atol=0)
+
+
 def test_a_disk_too_full_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = bytes_needed(fragments(1))
     usage = shutil.disk_usage(tmp_path)
