@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,15 @@ GPT2 = ModelSection(style="gpt2", **SIZES)
 
 
 def write_run(
-    run: Path, tokenizer: Tokenizer, section: ModelSection = LLAMA, length: int = 24, step: int = 10, **facts: Any
+    run: Path,
+    tokenizer: Tokenizer,
+    section: ModelSection = LLAMA,
+    length: int = 24,
+    step: int = 10,
+    spoilt: Mapping[str, float] | None = None,
+    **facts: Any,
 ) -> Path:
-    """A checkpoint of `run`; another `step` has other weights."""
+    """A checkpoint of `run`; another `step` has other weights, a `spoilt` parameter has that number in every place."""
     shape = model_shape(section, tokenizer.vocab_size, length)
     model = LanguageModel(shape)
     initialise(model, shape, seed=step)
@@ -35,6 +42,7 @@ def write_run(
         noise = torch.randn(size, generator=torch.Generator().manual_seed(step)) * 0.1
         # Gains of 1 and biases of 0 would hide what is left out.
         values = parameter.detach() + (noise if parameter.ndim == 1 else 0)
+        values = torch.full_like(values, (spoilt or {}).get(name, 0)) if name in (spoilt or {}) else values
         parts.append(Fragment(FragmentKey(name, "master", size, 0, parameter.numel()), values.flatten()))
     data = {"data.sequence_length": length, "data.document_mask": facts.pop("document_mask", False)}
     known = {

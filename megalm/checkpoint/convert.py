@@ -12,6 +12,7 @@ from megalm.checkpoint.fragment import FragmentKey
 from megalm.checkpoint.load import CheckpointReader
 from megalm.checkpoint.shard import TensorEntry, write_tensors
 from megalm.durable import complete_file, sync_directory
+from megalm.errors import CheckpointError
 
 
 def write_weights(reader: CheckpointReader, target: Path, dtype: torch.dtype) -> int:
@@ -38,3 +39,18 @@ def read_whole(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -> T
         CheckpointError: it is not there, has another shape, or has holes.
     """
     return reader.read(FragmentKey(name, "master", shape, 0, math.prod(shape))).view(shape)
+
+
+def read_finite(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The same of a model that is to be used: what it says would be wrong in silence, or break somewhere else.
+
+    Raises:
+        CheckpointError: as of `read_whole`, or it has NaN or infinity.
+    """
+    found = read_whole(reader, name, shape)
+    if not torch.isfinite(found).all():
+        raise CheckpointError(
+            f"{reader.path}: {name} has numbers that are not finite; the run had gone wrong by then, choose an earlier "
+            "checkpoint"
+        )
+    return found

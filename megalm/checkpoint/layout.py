@@ -36,6 +36,11 @@ class Entry:
     def status(self) -> Status | None:
         return None if self.manifest is None else self.manifest["status"]
 
+    @property
+    def attempt(self) -> int:
+        """0 where that cannot be read."""
+        return 0 if self.manifest is None else int(self.manifest.get("attempt", 1))
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -173,8 +178,7 @@ def _entry(path: Path) -> Entry:
 
 def _written(entry: Entry) -> tuple[int, int]:
     """A run that was set back to an earlier step has later steps too, of an attempt that it has left."""
-    attempt = 0 if entry.manifest is None else entry.manifest.get("attempt", 1)
-    return attempt, entry.step
+    return entry.attempt, entry.step
 
 
 def _with_origin(entries: list[Entry], origin: Origin) -> list[Entry]:

@@ -117,6 +117,14 @@ def set_status(folder: Path, status: Status, reason: str | None) -> None:
     write_manifest(folder, {**read_manifest(folder), "status": status, "status_reason": reason})
 
 
+def mark_of(manifest: Mapping[str, Any]) -> str:
+    """`marked bad (REASON)`, or suspect; "" for a good one."""
+    if manifest["status"] == "good":
+        return ""
+    reason = manifest.get("status_reason")
+    return f"marked {manifest['status']}{f' ({reason})' if reason else ''}"
+
+
 def wrong_file(folder: Path, manifest: Mapping[str, Any]) -> str:
     """The first file that is not there in full size, in words; '' where all are."""
     for name, facts in manifest["files"].items():

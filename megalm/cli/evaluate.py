@@ -18,10 +18,10 @@ from megalm.cli import show
 from megalm.cli.progress import Counter, watched
 from megalm.cli.runs import find_place
 from megalm.errors import CheckpointError, ConfigError
-from megalm.tracking.metrics import MetricsWriter
+from megalm.tracking.metrics import MetricsWriter, plain
 
 if TYPE_CHECKING:
-    from megalm.offline.model import CheckpointFacts, OfflineModel
+    from megalm.offline.model import CheckpointFacts, OfflinePrecision
     from megalm.offline.sets import Row, Task
 
 RECORD = "evaluations.jsonl"
@@ -103,7 +103,7 @@ def command(
     keep_freed_memory()
     import torch
 
-    from megalm.offline.model import OfflineModel, read_facts
+    from megalm.offline.model import read_facts
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     found = find_place(place)
@@ -120,14 +120,12 @@ def command(
     with Counter("evaluating", sum(task.batches for task in tasks) * len(paths)) as counter, _memory_errors_named():
         for path in paths:
             try:
-                model = OfflineModel(path, tokenizer or None, dtype.value)
+                # One model at a time: it goes with the function.
+                rows += _evaluate(path, tokenizer or None, dtype.value, tasks, wanted, counter.advance)
             except CheckpointError as error:
                 if not every_checkpoint:
                     raise
                 _tell(f"left out {path.name}: {error}")
-                continue
-            rows += _evaluate(model, tasks, wanted, dtype.value, counter.advance)
-            del model  # before the next one is loaded
     if not rows:
         raise CheckpointError(f"{found}: no checkpoint could be evaluated")
     typer.echo(_lines(rows) if json else _tables(rows, found if every_checkpoint else facts.path))
@@ -144,13 +142,13 @@ def _every(run: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
 
 
 def _refuse_bad(facts: CheckpointFacts) -> None:
-    if facts.manifest["status"] == "suspect":
-        _tell(f"{facts.path} is marked suspect ({facts.manifest.get('status_reason')})")
     if facts.manifest["status"] == "bad":
         raise CheckpointError(
-            f"{facts.path} is marked bad ({facts.manifest.get('status_reason')}); choose another, or undo it with "
+            f"{facts.path} is {facts.mark}; choose another, or undo it with "
             f"megalm checkpoint mark-bad --good {facts.path}"
         )
+    if facts.mark:
+        _tell(f"{facts.path} is {facts.mark}")
 
 
 def _tasks(facts: CheckpointFacts, wanted: _Wanted) -> list[Task]:
@@ -189,9 +187,17 @@ def _tasks(facts: CheckpointFacts, wanted: _Wanted) -> list[Task]:
 
 
 def _evaluate(
-    model: OfflineModel, tasks: Sequence[Task], wanted: _Wanted, dtype: str, heartbeat: Callable[[], None]
+    path: Path,
+    tokenizer: str | None,
+    dtype: OfflinePrecision,
+    tasks: Sequence[Task],
+    wanted: _Wanted,
+    heartbeat: Callable[[], None],
 ) -> list[Row]:
     """All results of one checkpoint, recorded in its run."""
+    from megalm.offline.model import OfflineModel
+
+    model = OfflineModel(path, tokenizer, dtype)
     manifest = model.facts.manifest
     about: dict[str, Any] = {
         "checkpoint": str(model.path),
@@ -224,7 +230,7 @@ def _record(run: Path | None, rows: Sequence[Row]) -> None:
 
 
 def _lines(rows: Sequence[Row]) -> str:
-    return "\n".join(orjson.dumps(row).decode() for row in rows)
+    return "\n".join(orjson.dumps(plain(row)).decode() for row in rows)
 
 
 def _tables(rows: Sequence[Row], place: Path) -> str:

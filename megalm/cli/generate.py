@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import orjson
 import typer
@@ -14,6 +14,9 @@ from megalm.checkpoint.layout import step_of
 from megalm.cli.runs import find_place
 from megalm.config.schema import SampleSection
 from megalm.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from megalm.offline.model import OfflineModel
 
 _DEFAULTS = SampleSection()
 
@@ -56,10 +59,9 @@ def command(
 
     wait_awake_briefly()
     from megalm.offline.cache import CachedModel
-    from megalm.offline.model import OfflineModel
     from megalm.train.sampling import generate
 
-    prompts = [*(prompt or ()), *(text for file in prompt_file or () for text in _read_prompts(file))]
+    prompts = [*map(_typed, prompt or ()), *(text for file in prompt_file or () for text in _read_prompts(file))]
     if interactive and (prompts or at):
         raise ConfigError("--interactive reads its prompts itself; leave out --prompt, --prompt-file and --at")
     if not interactive and not prompts:
@@ -71,15 +73,25 @@ def command(
     if interactive:
         from megalm.cli.prompt_loop import PromptLoop
 
-        PromptLoop(OfflineModel(found, tokenizer or None), settings, seed).run()
+        PromptLoop(_load(found, tokenizer), settings, seed).run()
         return
     for path in _checkpoints(found, at) if at else [found]:
-        model = OfflineModel(path, tokenizer or None)
+        model = _load(path, tokenizer)
         if at:
             typer.echo(f"=== step {step_of(path):,}: {path}")
         length = model.shape.max_position_embeddings
         for text in generate(CachedModel(model), Alone(), model.tokenizer, settings, length, seed):
             typer.echo(text)
+
+
+def _load(place: Path, tokenizer: str) -> OfflineModel:
+    """A checkpoint's model; what it is marked as is told beside its text."""
+    from megalm.offline.model import OfflineModel
+
+    model = OfflineModel(place, tokenizer or None)
+    if model.facts.mark:
+        typer.echo(f"megalm: {model.path} is {model.facts.mark}", err=True)
+    return model
 
 
 def _checkpoints(run: Path, at: str) -> list[Path]:
@@ -99,6 +111,15 @@ def _checkpoints(run: Path, at: str) -> list[Path]:
         typer.echo(f"megalm: left out {reason}", err=True)
     by_step = {step_of(path): path for path in course.good}
     return [by_step[step] for step in nearest(list(by_step), percentages)]
+
+
+def _typed(prompt: str) -> str:
+    """A prompt as it came from the shell."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes that are no character
+        raise ConfigError(f"--prompt {prompt!a}: is not UTF-8; mend the text or the terminal's encoding") from None
+    return prompt
 
 
 def _read_prompts(file: Path) -> Sequence[str]:

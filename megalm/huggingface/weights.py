@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalm.checkpoint.convert import read_whole
+from megalm.checkpoint.convert import read_finite
 from megalm.checkpoint.load import CheckpointReader
 from megalm.checkpoint.shard import TensorEntry, write_tensors
 from megalm.durable import complete_file
@@ -39,7 +39,7 @@ def write_model(
         tell: called when a tensor is written.
 
     Raises:
-        CheckpointError: the checkpoint has other parameters than the model, or holes.
+        CheckpointError: the checkpoint has other parameters than the model, holes, or numbers that are not finite.
         OSError: the folder cannot be written.
     """
     if reader.shapes() != shape.parameters():
@@ -84,7 +84,7 @@ def _told(
     reader: CheckpointReader, tensors: Sequence[TheirTensor], dtype: torch.dtype, tell: Callable[[], None]
 ) -> Iterator[Tensor]:
     for tensor in tensors:
-        yield to_theirs(tensor, [read_whole(reader, name, shape) for name, shape in tensor.parts])
+        yield to_theirs(tensor, [read_finite(reader, name, shape) for name, shape in tensor.parts])
         tell()
 
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megalm.errors import CheckpointError
 from megalm.model.attention import Attention
 from megalm.model.block import Block
 from megalm.model.rope import RotaryEmbedding
 from megalm.model.transformer import LanguageModel
-from megalm.offline.model import OfflineModel
+from megalm.offline.model import NOT_NUMBERS, OfflineModel
 
 
 @dataclass
@@ -40,16 +41,23 @@ class CachedModel:
 
     def __init__(self, model: OfflineModel) -> None:
         self._network: LanguageModel = model.network
-        self._device = model.device
+        self._device, self._path = model.device, model.path
         self._kept: list[_Kept] = []
 
     @torch.inference_mode()
     def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """[B, T] tokens, [B] positions -> fp32 logits [B, V] of what follows each position."""
+        """[B, T] tokens, [B] positions -> fp32 logits [B, V] of what follows each position.
+
+        Raises:
+            CheckpointError: they are no numbers, though the weights are.
+        """
         texts = [row[: position + 1].tolist() for row, position in zip(tokens, positions, strict=True)]
         self._kept = (self._kept + [_Kept() for _ in texts])[: len(texts)]
         rows = [self._logits(text, kept) for text, kept in zip(texts, self._kept, strict=True)]
-        return torch.stack(rows).float().cpu().numpy()
+        logits = torch.stack(rows).float().cpu().numpy()
+        if np.isnan(logits).any():
+            raise CheckpointError(f"{self._path}: {NOT_NUMBERS}")
+        return logits
 
     def _logits(self, text: list[int], kept: _Kept) -> Tensor:
         """[V] of what follows the text."""
@@ -69,7 +77,9 @@ class CachedModel:
             layers.append(now)
             hidden = hidden + mixed
             hidden = hidden + block.mlp(block.mlp_norm(hidden))
-        kept.tokens, kept.layers = text, layers
+        # Ctrl-C may come at any moment: keys and values of more than the tokens do no harm, of fewer they would.
+        kept.layers = layers
+        kept.tokens = text
         logits = self._network.head(self._network.final_norm(hidden[:, -1:]))
         assert isinstance(logits, Tensor)
         return logits[0, 0]

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import orjson
 
 from megalm.data.inputs import BROKEN, packing_of, unpacked
-from megalm.errors import DataError
-from megalm.offline.model import CheckpointFacts, OfflineModel
+from megalm.errors import CheckpointError, DataError
+from megalm.offline.model import NOT_NUMBERS, CheckpointFacts, OfflineModel
 from megalm.offline.sequences import ScoredSequence, SequenceBatches, evenly
 from megalm.offline.sets import Row
 
@@ -106,11 +106,19 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def encode_question(question: Question, facts: CheckpointFacts) -> list[ScoredSequence]:
-    """A sequence for each choice; all have the same tokens before the first one that counts."""
+    """A sequence for each choice; all have the same tokens before the first one that counts.
+
+    Raises:
+        DataError: a choice of which the tokenizer leaves nothing.
+    """
     tokenizer = facts.tokenizer
     before, *together = tokenizer.encode_batch(
         [question.context, *(question.context + choice for choice in question.choices)]
     )
+    if not all(together):
+        raise DataError(
+            f"{question.source}: the tokenizer has no token for a choice; choices must be texts that it keeps"
+        )
     agreed = min(min(_agreed(before, tokens), len(tokens) - 1) for tokens in together)
     # Something has to stand before the first token that counts.
     start = [] if facts.document_mask and agreed else [tokenizer.eod_id]
@@ -120,11 +128,18 @@ def encode_question(question: Question, facts: CheckpointFacts) -> list[ScoredSe
 def log_likelihoods(
     questions: ChoiceSet, batches: SequenceBatches, model: OfflineModel, heartbeat: Callable[[], None]
 ) -> list[Floats]:
-    """Of each question, the log-likelihood of each choice in nats."""
+    """Of each question, the log-likelihood of each choice in nats.
+
+    Raises:
+        CheckpointError: they are no numbers.
+    """
     scores = np.zeros(len(questions.sequences))
     for index, batch in enumerate(batches):
         for micro_batch in batch.micro_batches:
-            scores[batches.indices(index)] = -model.row_losses(micro_batch)
+            losses = model.row_losses(micro_batch)
+            if np.isnan(losses).any():  # the largest of such scores would be the first
+                raise CheckpointError(f"{model.path}: {NOT_NUMBERS}")
+            scores[batches.indices(index)] = -losses
         heartbeat()
     ends = np.cumsum([len(question.choices) for question in questions.questions])
     return np.split(scores, ends[:-1])

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalm.checkpoint.convert import read_whole
+from megalm.checkpoint.convert import read_finite
 from megalm.checkpoint.layout import find_checkpoint
 from megalm.checkpoint.load import CheckpointReader
-from megalm.checkpoint.manifest import MANIFEST, read_manifest
+from megalm.checkpoint.manifest import MANIFEST, mark_of, read_manifest
 from megalm.data.loader import MicroBatch
 from megalm.data.tokenizer import BYTES, Tokenizer, load_tokenizer, require_tokenizer_of
 from megalm.errors import CheckpointError, DataError
@@ -27,6 +27,8 @@ from megalm.model.transformer import LanguageModel
 
 T = TypeVar("T")
 OfflinePrecision = Literal["fp32", "bf16"]
+
+NOT_NUMBERS = "what it computes is not a number; the run had gone wrong by then, choose an earlier checkpoint"
 
 _DTYPES: dict[OfflinePrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -56,6 +58,11 @@ class CheckpointFacts:
         """The run that it lies in; None for one that was copied elsewhere."""
         checkpoints = self.path.resolve().parent
         return checkpoints.parent if checkpoints.name == "checkpoints" else None
+
+    @property
+    def mark(self) -> str:
+        """`marked bad (REASON)`, or suspect; "" for a good one."""
+        return mark_of(self.manifest)
 
     @property
     def _data(self) -> Mapping[str, Any]:
@@ -92,7 +99,7 @@ class OfflineModel:
         precision: of weights and activations; the loss is fp32 in any case.
 
     Raises:
-        CheckpointError: nothing to load there, or damaged files.
+        CheckpointError: nothing to load there, damaged files, or weights that are not finite.
         DataError: its tokenizer is gone.
     """
 
@@ -163,7 +170,9 @@ def _checkpoint(place: Path) -> Path:
         return place
     newest = find_checkpoint(place / "checkpoints", "auto")
     if newest is None:
-        raise CheckpointError(f"{place} is no checkpoint and has none in {place / 'checkpoints'}")
+        raise CheckpointError(
+            f"{place} is no checkpoint and has none in {place / 'checkpoints'}; give a run or one of its checkpoints"
+        )
     return newest
 
 
@@ -178,6 +187,6 @@ def _load(reader: CheckpointReader, shape: ModelShape) -> LanguageModel:
     model = LanguageModel(shape)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(read_whole(reader, name, tuple(parameter.shape)))
+            parameter.copy_(read_finite(reader, name, tuple(parameter.shape)))
     reader.close()
     return model

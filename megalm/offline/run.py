@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.checkpoint.layout import Entry, catalogue
-from megalm.checkpoint.manifest import wrong_file
+from megalm.checkpoint.manifest import mark_of, wrong_file
 from megalm.errors import CheckpointError
 
 
@@ -16,7 +16,7 @@ class RunCourse:
     """Checkpoints of a run.
 
     Attributes:
-        good: in the order of steps.
+        good: in the order of steps, the newest one last.
         left_out: the others, with the reason.
     """
 
@@ -31,7 +31,7 @@ def course_of(run: Path) -> RunCourse:
         CheckpointError: the run has no good checkpoint.
     """
     entries = catalogue(run / "checkpoints")
-    reasons = [(entry.path, _not_good(entry)) for entry in sorted(entries, key=lambda entry: entry.step)]
+    reasons = [(entry.path, _not_good(entry, entries)) for entry in sorted(entries, key=lambda entry: entry.step)]
     good = tuple(path for path, reason in reasons if not reason)
     left_out = tuple(f"{path.name}: {reason}" for path, reason in reasons if reason)
     if not good:
@@ -49,10 +49,17 @@ def nearest(steps: Sequence[int], percentages: Sequence[float]) -> list[int]:
     return sorted({min(steps, key=lambda step: (abs(step - place), step)) for place in wanted})
 
 
-def _not_good(entry: Entry) -> str:
+def _not_good(entry: Entry, entries: Sequence[Entry]) -> str:
     if entry.manifest is None:
         return entry.problem
-    if entry.status != "good":
-        reason = entry.manifest.get("status_reason")
-        return f"marked {entry.status}{f' ({reason})' if reason else ''}"
-    return wrong_file(entry.path, entry.manifest)
+    return mark_of(entry.manifest) or _left(entry, entries) or wrong_file(entry.path, entry.manifest)
+
+
+def _left(entry: Entry, entries: Sequence[Entry]) -> str:
+    """A run that was set back leaves the later steps of the attempt before; they are no part of its course."""
+    earlier = [other for other in entries if other.attempt > entry.attempt and other.step <= entry.step]
+    if not earlier:
+        return ""
+    return (
+        f"of attempt {entry.attempt}, which the run left: attempt {earlier[0].attempt} has saved {earlier[0].path.name}"
+    )

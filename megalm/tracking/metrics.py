@@ -59,7 +59,7 @@ class MetricsWriter:
 
     def row(self, kind: str, **fields: Any) -> None:
         """Append one row, in the kernel's hands when this returns (a kill -9 does not lose it)."""
-        line = orjson.dumps(_plain({"kind": kind, "time": time.time(), **fields})) + b"\n"
+        line = orjson.dumps(plain({"kind": kind, "time": time.time(), **fields})) + b"\n"
         size = os.fstat(self._descriptor).st_size
         try:
             rest = memoryview(line)
@@ -134,19 +134,19 @@ def _parse(line: bytes, path: str | os.PathLike[str], offset: int) -> Row:
     return {key: _NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Values that strict JSON can hold; NumPy's and torch's scalars become Python's."""
     if isinstance(value, float):
         if math.isfinite(value):
             return float(value)
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    return _plain(value.item()) if hasattr(value, "item") else value
+    return plain(value.item()) if hasattr(value, "item") else value
 
 
 def _cut_torn_line(descriptor: int) -> int:

@@ -304,6 +304,16 @@ def test_what_megalm_does_otherwise_with_texts_is_told(tmp_path: Path, tokenizer
     assert import_(own, tmp_path / "back").notes == ()
 
 
+def test_weights_that_are_not_finite_are_not_published(tmp_path: Path) -> None:
+    shape, model = random_model(SECTIONS["llama"])
+    with torch.no_grad():
+        model.layers[1].mlp.up.weight[3, 4] = torch.nan
+    path = save_model(tmp_path / "run/checkpoints", shape, model)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up\.weight has numbers that are not finite"):
+        export(path, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_a_manifest_of_another_model_is_refused(tmp_path: Path) -> None:
     shape, model = random_model(ModelSection(style="llama", **SIZES))
     other, _ = random_model(ModelSection(style="llama", **{**SIZES, "num_hidden_layers": 4}))

@@ -6,16 +6,18 @@ import gzip
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from megalm.data.stdlib import source_files
 from megalm.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
-from megalm.errors import DataError
+from megalm.errors import CheckpointError, DataError
 from megalm.offline.choices import (
     ChoiceTask,
     Question,
@@ -177,6 +179,26 @@ def test_accuracies_and_their_errors(model: OfflineModel, tmp_path: Path) -> Non
     assert (row["questions"], row["accuracy"], row["byte_accuracy"]) == (4, 0.75, by_byte)
     assert row["accuracy_error"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
     assert row["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2 + 1 / 4) / 4)
+
+
+def test_scores_that_are_no_numbers_answer_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Weights of a run that went wrong: every score is NaN, and the first choice would seem to be the best."""
+    model = OfflineModel(
+        write_run(tmp_path / "run", tokenizer, spoilt={"final_norm.weight": 3e38, "head.weight": 3e38})
+    )
+    asked = read_choices(write(tmp_path / "q.jsonl", QUESTIONS), model.facts)
+    with pytest.raises(CheckpointError, match="step-00000010: what it computes is not a number"):
+        ChoiceTask([asked], 4).rows(model, lambda: None)
+
+
+def test_a_choice_of_which_nothing_is_left(model: OfflineModel, tmp_path: Path) -> None:
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eod>": 0, "word": 1, "<unk>": 2}, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    facts = replace(model.facts, tokenizer=load_tokenizer(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="here:3: the tokenizer has no token for a choice"):
+        encode_question(Question("", ("word", "  "), 0, "here:3"), facts)
+    assert [len(one.tokens) for one in encode_question(Question("", ("word", "other"), 0, "here:4"), facts)] == [2, 2]
 
 
 def test_long_contexts_lose_their_beginning(model: OfflineModel, tmp_path: Path) -> None:

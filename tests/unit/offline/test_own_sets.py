@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,16 @@ def test_good_ones_in_order_and_the_others_named(tmp_path: Path) -> None:
     assert "marked bad (loss of 9)" in course.left_out[0]
     assert course.left_out[1].endswith("marked suspect")
     assert "is missing" in course.left_out[2]
+
+
+def test_what_a_run_that_was_set_back_has_left_is_no_part_of_it(tmp_path: Path) -> None:
+    folders = {step: save(tmp_path / "checkpoints", step) for step in (10, 20, 30, 40)}
+    later = save(tmp_path / "checkpoints", 25, attempt=2)
+    course = course_of(tmp_path)
+    assert course.good == (folders[10], folders[20], later)
+    assert course.left_out == tuple(
+        f"step-000000{step}: of attempt 1, which the run left: attempt 2 has saved step-00000025" for step in (30, 40)
+    )
 
 
 def test_a_run_without_a_good_one_is_refused(tmp_path: Path) -> None:
@@ -74,6 +85,12 @@ def test_a_tokenizer_that_moved(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.model: the tokenizer of .* --tokenizer"):
         read_facts(place)
     assert read_facts(place, "bytes").tokenizer.vocab_size == 257
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    place = write_run(tmp_path / "run", ByteTokenizer(), GPT2, spoilt={"final_norm.bias": math.inf})
+    with pytest.raises(CheckpointError, match=r"step-00000010: final_norm\.bias has numbers that are not finite"):
+        OfflineModel(place)
 
 
 def test_datasets_of_the_tokenizer_have_a_total(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""What `megalm generate` and `evaluate` say beside their results; the texts and figures are in tests/unit/offline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megalm.checkpoint.manifest import set_status
+from megalm.cli.main import main
+from megalm.data.tokenizer import ByteTokenizer
+from tests.offline_models import write_run
+
+WORDS = ("--prompt", "a", "--max-new-tokens", "2")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for step in (10, 20):
+        write_run(tmp_path / "run", ByteTokenizer(), step=step)
+    return tmp_path / "run"
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as left:
+        main([str(word) for word in words])
+    out, error = capsys.readouterr()
+    return left.value.code or 0, out, error  # type: ignore[return-value]
+
+
+def test_what_a_checkpoint_is_marked_as_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = run / "checkpoints/step-00000020"
+    code, text, error = said(capsys, "generate", newest, *WORDS)
+    assert (code, error) == (0, "")
+    set_status(newest, "bad", "spoilt by a spike")
+    assert said(capsys, "generate", newest, *WORDS) == (
+        0,
+        text,
+        f"megalm: {newest} is marked bad (spoilt by a spike)\n",
+    )
+    code, other, error = said(capsys, "generate", run, *WORDS)
+    assert (code, error) == (0, "")
+    assert other != text, "of the good one"
+
+
+def test_a_prompt_that_is_no_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, error = said(capsys, "generate", run, "--prompt", b"caf\xe9".decode(errors="surrogateescape"))
+    assert (code, out) == (2, "")
+    assert error == "megalm: error: --prompt 'caf\\udce9': is not UTF-8; mend the text or the terminal's encoding\n"
+
+
+def test_figures_that_are_no_numbers_read_alike_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run", ByteTokenizer(), spoilt={"final_norm.weight": 3e38, "head.weight": 3e38})
+    (tmp_path / "text.txt").write_text("some text")
+    code, out, _ = said(capsys, "evaluate", tmp_path / "run", "--text", tmp_path / "text.txt", "--json")
+    assert code == 0
+    shown = json.loads(out)
+    assert shown["loss"] == "NaN"
+    assert shown == json.loads((tmp_path / "run/evaluations.jsonl").read_text())
+    code, _, error = said(capsys, "generate", tmp_path / "run", *WORDS)
+    assert code == 2
+    assert "step-00000010: what it computes is not a number" in error
