@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megalm.durable import complete_file
 from megalm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,16 +26,17 @@ def new_axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def write_picture(figure: Figure, path: Path) -> None:
-    """Write it in the format of the file's suffix; folders are made.
+    """Write it in the format of the file's suffix, whole or not at all; folders are made.
 
     Raises:
         ConfigError: the suffix names no format that can be drawn, or the file cannot be written.
     """
     suffix = path.suffix.lstrip(".").lower()
     if suffix not in figure.canvas.get_supported_filetypes():
-        raise ConfigError(f"{path}: {suffix or 'no suffix'} is no picture format; name a .png, .svg or .pdf")
+        named = suffix or "a name without a suffix"
+        raise ConfigError(f"{path}: {named} is no picture format; name a .png, .svg or .pdf")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        complete_file(path, lambda file: figure.savefig(file, format=suffix, dpi=150), durable=False)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another file") from None

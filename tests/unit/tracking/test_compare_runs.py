@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+import signal
 import warnings
 from pathlib import Path
 
@@ -206,3 +208,20 @@ def test_an_attempt_of_which_nothing_was_kept_is_one_all_the_same(tmp_path: Path
     append(folder, {"kind": "event", "event": "start", "step": 0, "time": 2000.0})
     append(folder, {"kind": "train", "step": 1, "tokens": 64, "loss": 3.0, "attempt": 2, "time": 2010.0})
     assert results(read_run(folder)).attempts == 2
+
+
+def test_a_picture_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) -> None:
+    record = read_run(write_run(tmp_path, "a", 1e-3, 8, [3.0]))
+    picture = tmp_path / "curves.png"
+    plot_losses([record], picture)
+    before = picture.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"curves\.png: cannot be written"):
+            plot_losses([record], picture)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert picture.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "curves.png"]
