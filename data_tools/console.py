@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -15,7 +16,7 @@ from megalm.data.builder import BuildProgress, Built
 from megalm.data.corpus import ReadReport
 from megalm.data.report import BuildReport
 from megalm.data.signatures import AWAITS_MERGE
-from megalm.errors import MegalmError
+from megalm.errors import EXIT_REFUSED, MegalmError
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -32,8 +33,19 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except MegalmError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
+        _refuse(str(error), error.exit_code)
+    except BrokenPipeError:  # whom we print to has gone
+        raise
+    except OSError as error:
+        if error.strerror is None:  # none of the machine's own
+            raise
+        place = f"{error.filename}: " if error.filename is not None else ""
+        _refuse(f"{place}{error.strerror}; mend the path, its rights or its disk, and start again", EXIT_REFUSED)
+
+
+def _refuse(line: str, code: int) -> NoReturn:
+    typer.echo(f"error: {line}", err=True)
+    raise typer.Exit(code) from None
 
 
 class BuildBar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from megalm.data.records import (
     text_of,
     too_long,
 )
+from megalm.errors import DataError
 
 TABLE = ".parquet"
 TABLE_ROWS = 256  # at once: rows may be whole books
@@ -53,7 +55,7 @@ def read_span(span: Span, options: ReadOptions, count: SpanCount, block: Block |
         block: the span's bytes, where they were cut from a stream already.
 
     Raises:
-        DataError: the file is not there any more, or is not the one that was found.
+        DataError: the file is not there any more, cannot be read, or is not the one that was found.
     """
     if block is not None:
         yield from _read_block(span, options, count, block)
@@ -68,11 +70,18 @@ def read_span(span: Span, options: ReadOptions, count: SpanCount, block: Block |
             for part in blocks_of(stream, layout, options.largest_bytes, BLOCK_BYTES, span.start):
                 yield from _read_block(span, options, count, part)
     except BROKEN as error:
-        yield [Record(None, damage(error), count.lines, span.start + count.read_bytes, 0)]
+        yield [Record(None, damage(error, span.file), count.lines, span.start + count.read_bytes, 0)]
 
 
-def damage(error: BaseException) -> str:
-    """What people read of one of BROKEN."""
+def damage(error: BaseException, file: InputFile) -> str:
+    """What people read of one of BROKEN.
+
+    Raises:
+        DataError: the machine could not read, whatever is in the file: on another day it could.
+    """
+    # EINVAL is what a damaged table that points outside of itself gives.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        raise DataError(f"{file.path}: cannot be read ({error.strerror}); mend that, and start again") from error
     return f"cannot be read on from here ({error}), the file is damaged or cut short"
 
 
@@ -164,6 +173,7 @@ def _read_table(span: Span, options: ReadOptions, count: SpanCount) -> Iterator[
                 ]
                 count.lines += batch.num_rows
     except (pyarrow.ArrowException, UnicodeDecodeError, *BROKEN) as error:
+        damage(error, span.file)
         said = (str(error).splitlines() or [type(error).__name__])[0]
         yield [Record(None, f"is not a readable parquet table from here on ({said})", count.lines, 0, 0)]
 

@@ -104,7 +104,7 @@ def load_tokenizer(spec: str | Path, threads: int = 1) -> Tokenizer:
         threads: for `encode_batch`, where the kind of tokenizer can use them; never changes the result.
 
     Raises:
-        DataError: a file that is absent or is not what its name says.
+        DataError: a file that is absent, cannot be read, or is not what its name says.
     """
     if str(spec) == BYTES:
         return ByteTokenizer()
@@ -117,13 +117,16 @@ def load_tokenizer(spec: str | Path, threads: int = 1) -> Tokenizer:
             "(data_tools/train_tokenizer.py makes one)"
         )
     # Each library is imported only by those who use it: both together cost a third of a second.
-    if path.suffix == ".json":
-        from megalm.data.tokenizer_huggingface import HuggingFaceTokenizer
+    try:
+        if path.suffix == ".json":
+            from megalm.data.tokenizer_huggingface import HuggingFaceTokenizer
 
-        return HuggingFaceTokenizer(path)
-    from megalm.data.tokenizer_sentencepiece import SentencePieceTokenizer
+            return HuggingFaceTokenizer(path)
+        from megalm.data.tokenizer_sentencepiece import SentencePieceTokenizer
 
-    return SentencePieceTokenizer(path, threads=threads)
+        return SentencePieceTokenizer(path, threads=threads)
+    except OSError as error:
+        raise DataError(f"{spec}: cannot be read ({error.strerror}); check the file and its rights") from error
 
 
 def require_tokenizer_of(checkpoint: Path, found: Tokenizer, fingerprint: str) -> None:

@@ -89,4 +89,4 @@ def _blocks(span: Span, options: ReadOptions, block_bytes: int) -> Iterator[Bloc
                 yield block
                 end = block.start + len(block.content)
         except BROKEN as error:
-            yield Block(b"", end, damage(error))
+            yield Block(b"", end, damage(error, span.file))

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megalm.data.corpus import Document, ReadReport, find_files, iter_documents
+from megalm.data.corpus import Document, OnError, ReadReport, find_files, iter_documents
 from megalm.errors import DataError
 
 TEXTS = ["first\nwith a line", "", "café 😀", "last"]
@@ -175,6 +175,15 @@ def test_folders_and_globs_are_sorted_and_what_is_left_out_is_counted(tmp_path: 
     assert report.ignored_files == 2
     found = iter_documents([str(tmp_path / "**" / "*.txt")])
     assert [document.text for document in found] == ["a/z.txt", "b.txt"]
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+@pytest.mark.parametrize("name", ["in.jsonl", "in.txt.gz"])
+def test_a_fault_of_the_machine_is_no_damage_of_the_file(tmp_path: Path, name: str, on_error: OnError) -> None:
+    """What is left out for it would be there on another day. Reading this process's memory at 0 is a real EIO."""
+    (tmp_path / name).symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=rf"{name}: cannot be read \(Input/output error\)"):
+        list(iter_documents([tmp_path / name], on_error=on_error))
 
 
 def test_what_a_folder_leaves_out_is_counted_whatever_it_is(tmp_path: Path) -> None:

@@ -71,6 +71,19 @@ def test_looking_at_a_dataset(tmp_path: Path, source_texts: list[str], model_pat
     assert (refused.returncode, "name a dataset by its PREFIX" in refused.stderr) == (2, True)
 
 
+def test_what_the_system_refuses_is_one_line_and_exit_2(tmp_path: Path) -> None:
+    model, text, long = tmp_path / "t.model", tmp_path / "in.jsonl", "x" * 300
+    model.symlink_to("/proc/self/mem")  # reading it at 0 is an error of input and output
+    text.write_text('{"text": "a"}\n')
+    output = ("--output-prefix", tmp_path / "x")
+    refused = door("build_dataset", "--input", text, "--tokenizer", model, *output)
+    said = f"error: {model}: cannot be read (Input/output error); check the file and its rights\n"
+    assert (refused.returncode, refused.stderr) == (2, said)
+    refused = door("build_dataset", "--input", long, "--tokenizer", "bytes", *output)
+    said = f"error: {long}: File name too long; mend the path, its rights or its disk, and start again\n"
+    assert (refused.returncode, refused.stderr) == (2, said)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [
