@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from enum import Enum
@@ -234,10 +235,18 @@ def _lowest_loss(entries: Mapping[Path, Entry]) -> str | None:
     known = [
         (entry.manifest["validation_loss"], path.name, entry.manifest.get("validation_tokens"))
         for path, entry in entries.items()
-        if entry.manifest is not None and entry.status == "good" and entry.manifest.get("validation_loss") is not None
+        if entry.manifest is not None and entry.status == "good" and _is_number(entry.manifest.get("validation_loss"))
     ]
-    alike = Counter(over for _, _, over in known).most_common(1)
-    return min((loss, name) for loss, name, over in known if over == alike[0][0])[1] if known else None
+    if not known:
+        return None
+    (over, count), *_ = Counter(over for _, _, over in known).most_common(1)
+    if count == 1 < len(known):  # no two can be compared
+        return None
+    return min((loss, name) for loss, name, of in known if of == over)[1]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _presence(file: Path, expected_bytes: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,25 @@ def test_list_compares_losses_over_the_same_tokens(tmp_path: Path, capsys: pytes
     save(tmp_path / "checkpoints", 30, validation_loss=2.9, validation_tokens=64_000)
     lines = [line.split() for line in run(capsys, "list", tmp_path)[1].splitlines()[2:]]
     assert [line[6:8] for line in lines] == [["3.1000", "1,000"], ["3.0000", "1,000"], ["2.9000", "64,000"]]
+    assert [line[8:] for line in lines] == [["good"], ["good", "best"], ["good", "latest"]]
+
+
+@pytest.mark.parametrize("loss", [2.9, math.nan])
+def test_list_calls_none_the_best_where_no_two_can_be_compared(
+    loss: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "checkpoints", 10, validation_loss=loss, validation_tokens=1000)
+    save(tmp_path / "checkpoints", 20, validation_loss=3.0, validation_tokens=64_000)
+    save(tmp_path / "checkpoints", 30, validation_loss=2.0, validation_tokens=128)
+    lines = [line.split() for line in run(capsys, "list", tmp_path)[1].splitlines()[2:]]
+    assert [line[8:] for line in lines] == [["good"], ["good"], ["good", "latest"]]
+
+
+def test_list_does_not_call_best_what_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step, loss in ((10, math.nan), (20, 3.0), (30, 3.5)):
+        save(tmp_path / "checkpoints", step, validation_loss=loss, validation_tokens=1000)
+    lines = [line.split() for line in run(capsys, "list", tmp_path)[1].splitlines()[2:]]
+    assert [line[6] for line in lines] == ["nan", "3.0000", "3.5000"]
     assert [line[8:] for line in lines] == [["good"], ["good", "best"], ["good", "latest"]]
 
 
