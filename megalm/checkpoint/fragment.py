@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
-from torch import Tensor
+if TYPE_CHECKING:  # who plans a run looks at checkpoints without torch
+    from torch import Tensor
 
 FragmentKind = Literal["master", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[FragmentKind, ...] = get_args(FragmentKind)  # the fp32 master first, then Adam's moments

@@ -30,7 +30,7 @@ from megalm.train.continuing import (
 from megalm.train.datasets import DataPlaces, RunData, open_data, validation_fingerprint
 from megalm.train.position import Position, data_segments
 from megalm.train.request import Resume, request_before
-from megalm.train.run_folder import RunFolder
+from megalm.train.run_folder import RunFolder, weights_alone
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,7 @@ def find_start(folder: RunFolder, resume: Resume, comm: Comm) -> tuple[Found | N
     if found is None and (resume.extension or resume.skip_steps):
         raise ConfigError(f"{folder.path} has no checkpoint yet, so there is nothing to extend; leave the flag out")
     if found is not None and found.reader.holds_weights_only and not resume.weights_only:
-        raise ConfigError(
-            f"{found.reader.path} holds weights alone, no moments, data or schedule to go on with; start a run of its "
-            f"own from them: run.name=NEW --resume {found.reader.path} --extend-steps N --extend-strategy weights"
-        )
+        raise weights_alone(found.reader.path)
     if found is not None and resume.weights_only and found.reader.path.resolve().is_relative_to(folder.path.resolve()):
         raise ConfigError(
             f"--extend-strategy weights starts at step 0, which {folder.path} has had; name a new run with run.name"

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.layout import complete_checkpoints
+from megalm.checkpoint.fragment import WEIGHTS
+from megalm.checkpoint.layout import catalogue, complete_checkpoints
 from megalm.config.loading import config_to_yaml
 from megalm.config.resolve import ResolvedRun
 from megalm.data.files import write_atomically, write_json
@@ -111,6 +112,15 @@ class RunFolder:
         return self._failures.is_dir() and not self.metrics.exists() and not complete_checkpoints(self.checkpoints)
 
     @property
+    def imported(self) -> Path | None:
+        """The weights, where this is no run's folder but that of an imported model."""
+        if self.config_files[0].exists():
+            return None
+        entries = catalogue(self.checkpoints)
+        holds = {None if entry.manifest is None else entry.manifest.get("holds") for entry in entries}
+        return entries[-1].path if holds == {WEIGHTS} else None
+
+    @property
     def _failures(self) -> Path:
         return self.path / "failures"
 
@@ -122,6 +132,14 @@ def newest_run(root: Path, preset: str | None) -> str | None:
     return existing[-1].name if existing else None
 
 
+def weights_alone(checkpoint: Path) -> ConfigError:
+    """Why nothing goes on with an imported model as with a run."""
+    return ConfigError(
+        f"{checkpoint} holds weights alone, no moments, data or schedule to go on with; start a run of its own from "
+        f"them: run.name=NEW --resume {checkpoint} --extend-steps N --extend-strategy weights"
+    )
+
+
 def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bool) -> RunFolder:
     """Find or make the folder of this run; called on rank 0 only.
 
@@ -130,7 +148,8 @@ def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bo
         resume: `--resume` was given, so an existing folder is wanted.
 
     Raises:
-        ConfigError: a named run exists and is not to be resumed, or the folder cannot be made.
+        ConfigError: a named run exists and is not to be resumed, or it is no run but an imported model, or the folder
+            cannot be made.
     """
     root = root.expanduser()
     try:
@@ -138,6 +157,8 @@ def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bo
         if name is None:
             return RunFolder(_next_free(root, preset or _STEM))
         path = root / name
+        if (checkpoint := RunFolder(path).imported) is not None:
+            raise weights_alone(checkpoint)
         if path.exists() and not resume and not RunFolder(path).never_started:
             hint = (
                 "--resume auto goes on with it"

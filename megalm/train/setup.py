@@ -15,18 +15,17 @@ from typing import Any, Literal
 import torch
 
 from megalm.config.checks_guard import wall_time_seconds
-from megalm.config.loading import config_to_yaml
 from megalm.config.resolve import ResolvedRun, resolve
 from megalm.engine.build import build_engine
 from megalm.engine.comm import ProcessComm, start_distributed
 from megalm.engine.environment import claim_device, device_facts, device_name, rank_facts
 from megalm.engine.peak import peak_flops
 from megalm.engine.protocol import Engine
-from megalm.errors import EXIT_DONE, ConfigError
+from megalm.errors import EXIT_DONE
 from megalm.model.flops import flops_per_token
 from megalm.tracking.metrics import MetricsWriter, read_metrics
 from megalm.tracking.mirror import MirrorHandle, start_mirror
-from megalm.train.checkpointing import RunCheckpoints, put_in_order
+from megalm.train.checkpointing import RunCheckpoints
 from megalm.train.continuing import Extension
 from megalm.train.course import Course, find_start, plan_course, plan_steps
 from megalm.train.data_facts import data_warnings
@@ -43,9 +42,10 @@ from megalm.train.guard import SpikeGuard
 from megalm.train.incidents import IncidentWriter, reading
 from megalm.train.invocation import Invocation
 from megalm.train.launcher_watch import watch_launchers
-from megalm.train.leaving import FailureClaim, Guard, StopRequest
+from megalm.train.leaving import Guard, StopRequest
 from megalm.train.limits import Limits, Watchdog, process_start
 from megalm.train.loop import TrainingLoop
+from megalm.train.opening import OpenRun, open_run
 from megalm.train.own_config import read_settings, told_changes
 from megalm.train.page import leave_page
 from megalm.train.parts import Parts
@@ -53,8 +53,7 @@ from megalm.train.pipeline_facts import pipeline_facts
 from megalm.train.rehearsal import memory_errors_named, rehearse
 from megalm.train.report import Reporter
 from megalm.train.request import Resume, request_of, write_request
-from megalm.train.run_folder import RunFolder, open_run_folder, write_facts
-from megalm.train.run_lock import RunLock
+from megalm.train.run_folder import RunFolder, write_facts
 from megalm.train.sampling import SampleWriter
 
 # MLflow's first use of a store makes its tables; a run that ends sooner waits this long for its mirror.
@@ -102,21 +101,13 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     run = resolve_run(arguments, ranks.world_size, ranks.local_world_size)
     device = claim_device(ranks)
     comm = start_distributed(ranks, device)
-    folder = _open_folder(run, comm, guard, arguments.resume is not None)
-    lock = RunLock(folder.path)
-    comm.once(lock.take)
-    attempt = comm.once(folder.next_attempt)
-    guard.share(FailureClaim(folder.failure(attempt)))
-    reporter = Reporter(comm.is_main, folder.log)
-    reporter.say(f"megalm run {folder.path}")
-    for notice in run.notices:
-        reporter.say(f"  note: {notice}")
-    for path in put_in_order(folder, comm):
-        reporter.say(f"  note: an earlier job was killed while it saved or deleted; put in order: {path}")
+    opened = open_run(run, arguments.resume is not None, comm, guard)
+    folder, reporter = opened.folder, opened.reporter
     course = _course(run, folder, resume, comm, reporter)
     run, data, shape = course.run, course.data, course.shape
-    checkpoints = _checkpoints(course, folder, attempt, comm)
-    account = environment_facts(run, course.identity, device_name(), device.type, torch.get_num_threads(), attempt)
+    checkpoints = _checkpoints(course, folder, opened.attempt, comm)
+    threads = torch.get_num_threads()
+    account = environment_facts(run, course.identity, device_name(), device.type, threads, opened.attempt)
     comm.once(lambda: write_facts(folder, run, {**account, **scale_facts(run, shape, data)}))
     metrics = MetricsWriter(folder.metrics) if comm.is_main else None
     mirror = start_mirror(folder.path) if comm.is_main and run.config.tracking.mlflow else None
@@ -142,9 +133,9 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     reporter.facts(opening_facts(run, shape, data, device_name(), ranks.threads, peak_source, parts.peak_flops))
     if run.config.train.rehearse:
         rehearse(parts)
-    position = course.position
     _restore(course, parts, folder)
-    position.attempt = attempt
+    position = course.position
+    position.attempt = opened.attempt
     loop = TrainingLoop(parts, position)
     _announce(loop, reporter, course)
     parts.stop.install()
@@ -153,23 +144,10 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
         code = loop.run() if position.step < run.config.train.steps else _nothing_to_do(loop, reporter)
     parts.close()
     comm.barrier()  # no rank leaves while another still needs rank 0's store
-    page = _close(metrics, mirror, reporter, folder, lock, with_page=code == EXIT_DONE)
+    page = _close(metrics, mirror, opened, with_page=code == EXIT_DONE)
     if code == EXIT_DONE:
         reporter.say(farewell(folder, run, invocation, page))
     return code
-
-
-def _open_folder(run: ResolvedRun, comm: ProcessComm, guard: Guard, resume: bool) -> RunFolder:
-    """Each rank has read the run's own configuration: a machine that saw another file would train another model."""
-    if len(set(comm.gather((config_to_yaml(run.config), str(run.deepspeed))))) > 1:
-        raise ConfigError(
-            f"the ranks read different configurations of run {run.config.run.name}; put run.root and the files that "
-            "you name on a file system that all machines share, and start again"
-        )
-    folder = comm.once(lambda: open_run_folder(Path(run.config.run.root), run.config.run.name, run.preset, resume))
-    if comm.is_main and folder.is_empty:
-        guard.on_refusal = folder.remove_if_unused
-    return folder
 
 
 def _course(run: ResolvedRun, folder: RunFolder, resume: Resume, comm: ProcessComm, reporter: Reporter) -> Course:
@@ -300,20 +278,14 @@ def _nothing_to_do(loop: TrainingLoop, reporter: Reporter) -> int:
     return EXIT_DONE
 
 
-def _close(
-    metrics: MetricsWriter | None,
-    mirror: MirrorHandle | None,
-    reporter: Reporter,
-    folder: RunFolder,
-    lock: RunLock,
-    with_page: bool,
-) -> Path | None:
+def _close(metrics: MetricsWriter | None, mirror: MirrorHandle | None, opened: OpenRun, with_page: bool) -> Path | None:
     """Where the page about the run is, if rank 0 has one."""
+    folder, reporter = opened.folder, opened.reporter
     page = None
     if metrics is not None:
         metrics.close()
         page = leave_page(folder, reporter) if with_page else None
     if mirror is not None and not mirror.finish(_MIRROR_PATIENCE_SECONDS):
         reporter.say(f"MLflow has not got everything yet; later: megalm track sync {folder.path}")
-    lock.release()
+    opened.lock.release()
     return page

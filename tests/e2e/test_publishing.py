@@ -127,6 +127,7 @@ def _loss_of_first_batch(run: Path, published: Path) -> float:
 
 def test_weights_alone_are_no_training_state(folder: Path, small_data: SmallData, imported: Finished) -> None:
     words = ("--config", "runs/base/model.yaml", *small_data.words[:1], "data.split=90,10", "data.sequence_length=64")
+    before = sorted((folder / "runs/base").rglob("*"))
     for resume in (("run.name=base", "--resume", "auto"), ("run.name=new", "--resume", "runs/base/checkpoints/latest")):
         refused = finish(folder, pretrain(*words, *resume))
         assert refused.code == 2, refused.explain()
@@ -134,6 +135,7 @@ def test_weights_alone_are_no_training_state(folder: Path, small_data: SmallData
         assert "holds weights alone" in line
         assert "--extend-strategy weights" in line
     assert not (folder / "runs/new").exists()
+    assert sorted((folder / "runs/base").rglob("*")) == before, "an imported model stays as it is"
 
 
 def test_what_cannot_be_done_is_refused_in_one_line(folder: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from config_cases import GPU
 
-from megalm.cli.plan import plan_text, planned
+from megalm.cli.plan import planned
+from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, read_deepspeed_json
 from megalm.config.deepspeed_schema import ZeroSection
 from megalm.config.loading import load_run_config
@@ -224,7 +225,7 @@ def test_a_vocabulary_that_nobody_knows_is_the_same_guess_everywhere() -> None:
 
 def test_a_plan_needs_no_torch() -> None:
     code = (
-        "import sys; import megalm.planning.plan, megalm.cli.plan, megalm.config.resolve;"
+        "import sys; import megalm.planning.plan, megalm.cli.plan, megalm.config.resolve, megalm.train.own_config;"
         "sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, env=os.environ).returncode == 0

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megalm.alone import Alone
+from megalm.checkpoint.fragment import WEIGHTS
+from megalm.checkpoint.save import save_checkpoint
 from megalm.errors import ConfigError
 from megalm.train.leaving import FailureClaim
 from megalm.train.report import duration, size
@@ -51,6 +54,20 @@ def test_what_never_began_leaves_nothing(tmp_path: Path) -> None:
     (folder.path / "config.yaml").touch()
     folder.remove_if_unused()
     assert folder.path.is_dir()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_an_imported_model_is_no_run(tmp_path: Path, resume: bool) -> None:
+    """It is refused before anything is written into its folder; a run that began with such weights goes on."""
+    facts = {"step": 0, "tokens": 0, "counters": {}, "holds": WEIGHTS}
+    path = save_checkpoint(tmp_path / "base" / "checkpoints", 0, [], facts, [], Alone())
+    with pytest.raises(
+        ConfigError, match=rf"{path} holds weights alone.*run.name=NEW --resume {path} --extend-steps N"
+    ):
+        open_run_folder(tmp_path, "base", None, resume)
+    assert [child.name for child in (tmp_path / "base").iterdir()] == ["checkpoints"]
+    (tmp_path / "base" / "config.yaml").touch()
+    assert open_run_folder(tmp_path, "base", None, resume=True).path == tmp_path / "base"
 
 
 def test_a_root_that_cannot_be_written_is_told(tmp_path: Path) -> None:
