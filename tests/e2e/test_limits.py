@@ -24,15 +24,16 @@ LAUNCHER_SECONDS = 60.0
 
 def test_leaves_in_time_and_goes_on(small_data: SmallData, tmp_path: Path) -> None:
     words = (*small_data.words, "run.name=mine", "schedule.kind=constant", "--resume", "auto")
-    limited = pretrain(*words, ENDLESS, "train.max_wall_time=25s", using="torchrun", ranks=2)
-    finished = finish(tmp_path, limited, timeout_seconds=60)
+    limited = pretrain(*words, ENDLESS, "train.max_wall_time=40s", using="torchrun", ranks=2)
+    finished = finish(tmp_path, limited, timeout_seconds=120)
     assert finished.code != 0, finished.explain()  # torchrun's own, where ranks ended with 75
     assert "exitcode  : 75" in finished.stderr, finished.explain()
     events = [row["event"] for row in rows(tmp_path) if row["kind"] == "event"]
     assert events[-3:] == ["wall_time", "checkpoint", "end"]
     assert rows(tmp_path)[-1]["status"] == "stopped"
-    took = rows(tmp_path)[-1]["time"] - rows(tmp_path)[0]["time"]
-    assert 5 < took < 25, "it used its time, and did not exceed it"
+    (start,) = [row for row in rows(tmp_path) if row.get("event") == "start"]
+    took = start["startup_seconds"] + rows(tmp_path)[-1]["time"] - start["time"]
+    assert 20 < took < 40, "it used its time, and did not exceed it"
     stopped = train_rows(tmp_path)[-1]["step"]
     finished = finish(tmp_path, pretrain(*words, f"train.steps={stopped + 3}", using="torchrun", ranks=2))
     assert finished.code == 0, finished.explain()
@@ -119,19 +120,19 @@ import sys, time
 from pathlib import Path
 from megalm.train.limits import Limits, Watchdog
 
-limits = Limits(watchdog=Watchdog(Path(sys.argv[1]), 1.0, lambda silence: print("hangs", flush=True)))
+limits = Limits(watchdog=Watchdog(Path(sys.argv[1]), 2.0, lambda silence: print("hangs", flush=True)))
 limits.boundary()
 for _ in range(10):
     time.sleep(0.4)
     limits.heartbeat()
 limits.rest()
-time.sleep(2)
+time.sleep(3)
 print("done", flush=True)
 """
 
 
 def test_what_makes_progress_is_left_alone(tmp_path: Path) -> None:
-    """A validation of four seconds, each batch a beat, with a limit of one; and the end of a run, without beats."""
+    """A validation of four seconds, each batch a beat, with a limit of two; and the end of a run, without beats."""
     with job(tmp_path, [sys.executable, "-c", SLOW_BUT_ALIVE, tmp_path / "stacks.txt"]) as started:
         finished = started.wait(60)
     assert finished.stdout == "done\n", finished.explain()

@@ -15,8 +15,8 @@ from tests.e2e.jobs import Finished, finish, pretrain, rows, run_folder, write_j
 
 pytestmark = pytest.mark.e2e
 
-# Importing torch is most of it; on a machine with other work to do it takes longer.
-MOST_SECONDS = 12.0
+# Importing torch is most of it, a few seconds; on a machine with other work to do it takes several times as long.
+MOST_SECONDS = 40.0
 
 
 @dataclass(frozen=True)
