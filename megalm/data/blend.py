@@ -93,7 +93,7 @@ class BlendedSamples:
         self._alone = [one[0] if len(one) == 1 else None for one in used]  # the only dataset of a stage, if it is one
         # Counts [M] at the start of (stage, block) and at the start of each stage, as far as anybody has asked.
         self._starts: dict[tuple[int, int], Int64s] = {}
-        self._before: list[Int64s] = [np.zeros(len(parts), dtype=np.int64)]
+        self._before: dict[int, Int64s] = {0: np.zeros(len(parts), dtype=np.int64)}
         self._block = lru_cache(maxsize=4)(self._mixed_block)
 
     def locate(self, index: int) -> tuple[int, int]:
@@ -203,9 +203,10 @@ class BlendedSamples:
 
     def _counts_before(self, stage: int) -> Int64s:
         """[M] samples of each dataset before a stage."""
-        for number in range(len(self._before) - 1, stage):
-            length = self.stages[number + 1].first - self.stages[number].first
-            self._before.append(self._before[number] + self._counts_in(number, length))
+        for number in range(stage):
+            if number + 1 not in self._before:  # by number: another thread may be at the same one
+                length = self.stages[number + 1].first - self.stages[number].first
+                self._before[number + 1] = self._before[number] + self._counts_in(number, length)
         return self._before[stage]
 
     def _counts_in(self, stage: int, samples: int) -> Int64s:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from megalm.data.blend import BlendedSamples, Stage, mix
 from megalm.data.indexed import IndexedDataset
 from megalm.data.loader import BatchLayout, BatchLoader
 from megalm.data.samples import TrainingSamples
+from megalm.data.streams import Int64s
 from megalm.errors import ConfigError
 
 MakeDataset = Callable[[Sequence[int]], IndexedDataset]
@@ -112,6 +116,24 @@ def test_counts_of_a_long_mixture_are_kept(
     monkeypatch.setattr(blend_module, "mix", count)
     assert BlendedSamples(parts, stages, ArrayCache(tmp_path)).locate(197) == plain[197]
     assert mixed == [192]  # only its own block
+
+
+def test_two_threads_may_ask_first(parts: list[TrainingSamples], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader reads ahead in one, while the loop asks what was consumed."""
+    stages = [Stage(0, (2, 1, 1)), Stage(20, (1, 0, 3)), Stage(50, (1, 1, 1))]
+    expected = BlendedSamples(parts, stages).consumed(80)
+    asked, both = BlendedSamples(parts, stages), threading.Barrier(2)
+    counts_in = BlendedSamples._counts_in
+
+    def together(self: BlendedSamples, stage: int, samples: int) -> Int64s:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)
+        return counts_in(self, stage, samples)
+
+    monkeypatch.setattr(BlendedSamples, "_counts_in", together)
+    with ThreadPoolExecutor(2) as pool:
+        assert [future.result() for future in [pool.submit(asked.consumed, 80) for _ in range(2)]] == 2 * [expected]
+    assert asked.consumed(80) == expected
 
 
 def test_the_loader_takes_a_blend(parts: list[TrainingSamples]) -> None:
