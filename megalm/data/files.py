@@ -51,6 +51,5 @@ def writing_to(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); check the folder, its rights and space") from (
-            error
-        )
+        reason = error.strerror or error  # NumPy's own errors have words only
+        raise DataError(f"{path}: cannot be written ({reason}); check the folder, its rights and space") from error

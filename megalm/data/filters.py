@@ -36,7 +36,7 @@ class Filters:
                 raise DataError(f"--{name.replace('_', '-')} {share:g}: state a share from 0 to 1, such as 0.5")
         for name in ("min_characters", "max_characters", "max_word_length"):
             bound = getattr(self, name)
-            if bound is not None and bound <= 0:
+            if bound is not None and not 0 < bound < float("inf"):
                 raise DataError(f"--{name.replace('_', '-')} {bound:g}: state a number above 0")
         if (self.min_characters or 0) > (self.max_characters or float("inf")):
             raise DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from multiprocessing.process import BaseProcess
@@ -94,6 +95,19 @@ def test_without_locks_it_is_made_all_the_same(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr("fcntl.flock", refuse)
     assert ArrayCache(tmp_path).get(FACTS, lambda: {"a": np.arange(3)})["a"].tolist() == [0, 1, 2]
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """By a limit of the system; NumPy's own error has words, and no number of the system's."""
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"cannot be written \(100000 requested and \d+ written\)"):
+            ArrayCache(tmp_path).get(("facts",), lambda: {"a": np.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.glob("*/*.np*"))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -457,6 +457,8 @@ def test_two_builds_of_one_dataset_at_once(tmp_path: Path, monkeypatch: pytest.M
         ({"min_letter_share": 2.0}, "--min-letter-share 2: state a share from 0 to 1"),
         ({"max_repeated_line_share": -0.1}, "--max-repeated-line-share -0.1: state a share"),
         ({"max_word_length": 0.0}, "--max-word-length 0: state a number above 0"),
+        ({"max_word_length": float("nan")}, "--max-word-length nan: state a number above 0"),
+        ({"max_word_length": float("inf")}, "--max-word-length inf: state a number above 0"),
         ({"min_characters": 10, "max_characters": 9}, "--min-characters 10 is more than --max-characters 9"),
     ],
 )

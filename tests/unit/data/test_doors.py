@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ BYTES = ("--input", "{0}", "--tokenizer", "bytes", "--output-prefix", "{0}/x")
 DOORS = Path(__file__).resolve().parents[3] / "data_tools"
 
 
-def door(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def door(name: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, DOORS / f"{name}.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, env={**os.environ, **environment}
+    )
 
 
 def test_from_text_to_a_merged_dataset(tmp_path: Path, source_texts: list[str]) -> None:
@@ -69,6 +72,15 @@ def test_looking_at_a_dataset(tmp_path: Path, source_texts: list[str], model_pat
     assert (refused.returncode, "without PREFIX" in refused.stderr) == (2, True)
     refused = door("inspect_dataset")
     assert (refused.returncode, "name a dataset by its PREFIX" in refused.stderr) == (2, True)
+
+
+def test_a_name_that_no_terminal_can_show(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"na\xefve.jsonl")
+    path.write_text('{}\n{"text": "a"}\n')
+    words = ("--input", path, "--tokenizer", "bytes", "--output-prefix", tmp_path / "x", "--on-error", "skip")
+    built = door("build_dataset", *words, PYTHONIOENCODING="ascii:strict")
+    assert built.returncode == 0, built.stderr
+    assert r"na\udcefve.jsonl:1: has no 'text'" in built.stdout
 
 
 def test_what_the_system_refuses_is_one_line_and_exit_2(tmp_path: Path) -> None:
