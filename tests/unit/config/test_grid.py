@@ -10,7 +10,7 @@ import pytest
 from config_cases import GPU
 
 from megalm.cli.grid import ranks_text
-from megalm.cli.plan import plan_text
+from megalm.cli.plan_text import plan_text
 from megalm.config.loading import load_run_config
 from megalm.config.resolve import ResolvedRun
 from megalm.estimate.shares import shares

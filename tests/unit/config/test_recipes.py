@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from config_cases import CPU, refused
 
-from megalm.cli.plan import plan_text, planned
+from megalm.cli.plan import planned
+from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, read_deepspeed_json
 from megalm.config.loading import config_to_yaml, load_run_config
 from megalm.config.presets import preset_path, preset_paths

@@ -1,0 +1,167 @@
+"""The text of a plan for a terminal or a pipe: section by section, each value with its origin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megalm.cli import show
+from megalm.cli.grid import grid_text
+from megalm.config.checks_data import what_data_to_bring
+from megalm.config.loading import spelling
+from megalm.config.schema import RunConfig
+from megalm.config.strict import leaf_fields, shown
+from megalm.estimate.memory import MemoryPlan
+from megalm.planning.documented import changed_keys, judge, tolerances
+from megalm.planning.plan import Plan, checkpoint_bytes
+
+
+def plan_text(
+    plan: Plan, ranks_per_node: int, data_rows: Sequence[tuple[str, str]] = (), warnings: Sequence[str] = ()
+) -> str:
+    """The whole plan as text for a terminal or a pipe.
+
+    Args:
+        data_rows, warnings: what `planned_data` says.
+    """
+    sections = {
+        "Configuration": _configuration(plan),
+        "DeepSpeed": _deepspeed(plan),
+        "Ranks": grid_text(plan.resolved, plan.shape, ranks_per_node),
+        "Parameters": _parameters(plan),
+        "Tokens and work": _tokens(plan),
+        "Data": "\n".join(text for _, text in data_rows) or _no_data(plan),
+        "Memory of one rank (estimate)": _memory(plan),
+        "Learning rate": _learning_rate(plan),
+        **({"Documented against computed": _documented(plan)} if plan.resolved.config.documented.claims else {}),
+        "Notices": "\n".join(
+            [*plan.resolved.notices, *(f"WARNING: {text}" for text in (*_memory_warnings(plan), *warnings))]
+        )
+        or "none",
+    }
+    width = show.terminal_width()
+    return "\n\n".join(f"{title}\n{show.wrapped(text, width)}" for title, text in sections.items())
+
+
+def _configuration(plan: Plan) -> str:
+    values = plan.resolved.config.model_dump(mode="json")
+    rows = []
+    for key in leaf_fields(RunConfig):
+        if key.startswith("documented."):
+            continue  # no setting: it has a table of its own
+        value: Any = values
+        for part in key.split("."):
+            value = value[part]
+        if value is not None or plan.resolved.sources[key] != "default":
+            rows.append([spelling(key), shown(value), plan.resolved.sources[key]])
+    return show.table(["key", "value", "from"], rows)
+
+
+def _deepspeed(plan: Plan) -> str:
+    run = plan.resolved
+    optimizer, zero = run.optimizer, run.deepspeed_source.settings.zero_optimization
+    offloads = [
+        f"{what} to {section.device}"
+        for what, section in (("optimizer", zero.offload_optimizer), ("parameters", zero.offload_param))
+        if section is not None and section.device != "none"
+    ]
+    return show.table(
+        ["fact", "value"],
+        [
+            ["file", run.deepspeed_source.path],
+            ["global batch", f"{run.batch.global_batch} sequences a step"],
+            ["micro-batch x accumulation x data ranks", " x ".join(map(str, _triple(plan)))],
+            ["precision", run.precision],
+            ["ZeRO stage", zero.stage],
+            ["offload", ", ".join(offloads) or "none"],
+            ["gradient clipping", run.deepspeed["gradient_clipping"] or "off"],
+            [
+                "optimizer",
+                f"{optimizer.kind}, betas {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, "
+                f"eps {optimizer.epsilon:g}, weight decay {optimizer.weight_decay:g}",
+            ],
+        ],
+    )
+
+
+def _triple(plan: Plan) -> tuple[int, int, int]:
+    batch = plan.resolved.batch
+    return batch.micro_batch, batch.accumulation, batch.data_parallel
+
+
+def _parameters(plan: Plan) -> str:
+    total = plan.parameter_count
+    rows: list[list[object]] = [[part, f"{count:,}", f"{count / total:.1%}"] for part, count in plan.parameters.items()]
+    return show.table(["part", "parameters", "share"], [*rows, ["total", f"{total:,}", ""]])
+
+
+def _tokens(plan: Plan) -> str:
+    run = plan.resolved
+    return show.table(
+        ["fact", "value"],
+        [
+            ["tokens a step", f"{run.tokens_per_step:,}"],
+            ["steps", f"{run.config.train.steps:,}"],
+            ["tokens in all", f"{plan.total_tokens:,}"],
+            ["tokens a parameter", f"{plan.tokens_per_parameter:.2f}"],
+            ["FLOPs a token", f"{plan.flops_per_token:.3e}"],
+            ["FLOPs in all", f"{plan.total_flops:.3e}"],
+            ["a checkpoint", show.size(checkpoint_bytes(plan.shape))],
+        ],
+    )
+
+
+def _memory(plan: Plan) -> str:
+    """Parts by stage where there are several kinds of stages, the fullest one marked."""
+    stages = plan.memory_by_stage
+    headings = ["part", *(_stage_words(plan, stage) for stage in stages)] if len(stages) > 1 else ["part", "size"]
+    parts: list[list[object]] = [
+        [part, *(show.size(stage.parts()[part]) for stage in stages)] for part in stages[0].parts()
+    ]
+    offloaded: list[list[object]] = [
+        [f"{part} (CPU memory)", *(show.size(stage.host[part]) for stage in stages)]
+        for part, count in stages[0].host.items()
+        if count
+    ]
+    if any(stage.disk for stage in stages):
+        offloaded.append(["optimizer states (NVMe)", *(show.size(stage.disk) for stage in stages)])
+    total = ["total", *(show.size(stage.total) for stage in stages)]
+    available = ["available", show.size(plan.resolved.device.memory_bytes), *[""] * (len(stages) - 1)]
+    return show.table(headings, [*parts, *offloaded, total, available])
+
+
+def _memory_warnings(plan: Plan) -> list[str]:
+    needed, available = plan.memory.total, plan.resolved.device.memory_bytes
+    if needed <= available:
+        return []
+    return [
+        f"does not fit by the estimate: a rank needs {show.size(needed)} of {show.size(available)}; smaller "
+        "micro-batches, train.checkpoint_activations_every=1, a higher ZeRO stage or offload need less"
+    ]
+
+
+def _no_data(plan: Plan) -> str:
+    if plan.resolved.config.data.recipe is not None:
+        return "unknown before the run prepares it"
+    return f"none yet, and a run needs it: {what_data_to_bring(plan.resolved.config)}"
+
+
+def _learning_rate(plan: Plan) -> str:
+    rows = show.table(["step", "rate"], [[step, f"{rate:.3e}"] for step, rate in plan.learning_rates])
+    return "\n".join([*map(str, plan.schedules), rows])
+
+
+def _documented(plan: Plan) -> str:
+    judgements = judge(plan)
+    rows = [[it.claim, it.computed, it.verdict] for it in judgements]
+    refuted = sum(it.refuted for it in judgements)
+    lines = [show.table(["documented", "computed", "verdict"], rows)]
+    lines.append(f"{refuted} of {len(judgements)} claims do not hold. {tolerances()}")
+    others = changed_keys(plan)
+    if others:
+        lines.append(f"computed for this run, not for the document's: {', '.join(others)} stated otherwise")
+    return "\n".join(lines)
+
+
+def _stage_words(plan: Plan, stage: MemoryPlan) -> str:
+    return f"stage {stage.stage}, the fullest" if stage is plan.memory else f"stage {stage.stage}"
