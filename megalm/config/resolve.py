@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from megalm.config.batch import BatchPlan, chooses_micro_batch, plan_batch
@@ -11,13 +11,14 @@ from megalm.config.checks_parallel import parallel_notices
 from megalm.config.deepspeed_json import DeepSpeedConfig
 from megalm.config.loading import LoadedConfig
 from megalm.config.precision import DeviceFacts, Precision, choose_precision
-from megalm.config.schema import RunConfig, ScheduleKind, ScheduleSection
+from megalm.config.schedule_facts import ScheduleFacts, fit_warmup, schedule_facts
+from megalm.config.schema import RunConfig
 from megalm.estimate.balance import LARGE_BUBBLE
 from megalm.estimate.memory import MemoryCase, estimate_memory
 from megalm.model.shape import ModelShape, model_shape
 from megalm.topology import Topology, bubble_share
 
-__all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "ScheduleFacts", "memory_case", "resolve"]
+__all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "memory_case", "resolve"]
 
 # An estimate is no measurement, and allocators fragment: "auto" leaves this much of the memory alone.
 _USABLE_MEMORY = 0.85
@@ -34,18 +35,6 @@ class OptimizerFacts:
     betas: tuple[float, float]
     epsilon: float
     weight_decay: float
-
-
-@dataclass(frozen=True)
-class ScheduleFacts:
-    """The learning-rate schedule in force: the YAML's, or with the JSON's lr as its peak."""
-
-    kind: ScheduleKind
-    peak_learning_rate: float
-    final_learning_rate: float
-    warmup_steps: int
-    decay_steps: int
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -101,11 +90,11 @@ def resolve(
         ConfigError: the first rule of checks.py that the run breaks.
     """
     check_run(loaded, ds, world_size, device, data_needed)
-    loaded, warmup_notices = _fit_warmup(loaded)
+    loaded, warmup_notices = fit_warmup(loaded)
     config, settings = loaded.config, ds.settings
     topology = Topology(world_size, config.parallel.tensor, config.parallel.pipeline)
     precision, precision_notices = choose_precision(settings, device)
-    schedule, schedule_notices = _schedule(loaded, ds)
+    schedule, schedule_notices = schedule_facts(loaded, ds)
     shape, vocab_notices = _shape(config, vocab_size)
 
     def fits(batch: BatchPlan) -> bool:
@@ -198,51 +187,6 @@ def _shape(config: RunConfig, vocab_size: int | None) -> tuple[ModelShape, list[
     if expected is None:
         notices = [f"vocabulary not known yet: {UNKNOWN_VOCAB_SIZE:,} entries are assumed"]
     return model_shape(config.model, expected or UNKNOWN_VOCAB_SIZE, config.data.sequence_length), notices
-
-
-def _fit_warmup(loaded: LoadedConfig) -> tuple[LoadedConfig, list[str]]:
-    """Shorten a preset's warm-up with a run that a person made short; checks.py has refused a person's own.
-
-    In the configuration itself, so that the run folder's YAML, where every value is stated, starts the same run.
-    """
-    schedule, steps = loaded.config.schedule, loaded.config.train.steps
-    if schedule.warmup_steps < steps:
-        return loaded, []
-    warmup = steps // 10
-    source = loaded.sources["schedule.warmup_steps"]
-    notice = f"schedule.warmup_steps={schedule.warmup_steps} ({source}) is not below train.steps={steps}: {warmup}"
-    config = loaded.config.model_copy(update={"schedule": schedule.model_copy(update={"warmup_steps": warmup})})
-    sources = loaded.sources | {"schedule.warmup_steps": f"{source}, shortened"}
-    return replace(loaded, config=config, sources=sources), [notice]
-
-
-def decay_steps_of(schedule: ScheduleSection, steps: int) -> int:
-    """How many of `steps` the rate falls in: a fifth, where nothing is stated."""
-    return schedule.decay_steps or max(1, steps // 5)
-
-
-def _schedule(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleFacts, list[str]]:
-    schedule, steps = loaded.config.schedule, loaded.config.train.steps
-    peak, notices = schedule.peak_learning_rate, []
-    lr = ds.settings.optimizer.params.lr if ds.settings.optimizer else None
-    if lr is not None:
-        # checks.py has refused a peak that a person stated as well: here it is a preset's or a default.
-        peak = lr
-        source = loaded.sources["schedule.peak_learning_rate"]
-        notices = [
-            f"peak learning rate {lr:g} is optimizer.params.lr of {ds.path}; "
-            f"schedule.peak_learning_rate={schedule.peak_learning_rate:g} ({source}) is not used"
-        ]
-    final = schedule.final_learning_rate if schedule.final_learning_rate is not None else peak / 10
-    facts = ScheduleFacts(
-        kind=schedule.kind,
-        peak_learning_rate=peak,
-        final_learning_rate=peak if schedule.kind in ("constant", "inverse_sqrt") else final,
-        warmup_steps=schedule.warmup_steps,
-        decay_steps=decay_steps_of(schedule, steps),
-        steps=steps,
-    )
-    return facts, notices
 
 
 def _optimizer(ds: DeepSpeedConfig) -> tuple[OptimizerFacts, list[str]]:

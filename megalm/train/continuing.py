@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megalm.config.loading import COMMAND_LINE, OWN
-from megalm.config.resolve import ResolvedRun, ScheduleFacts, decay_steps_of
+from megalm.config.resolve import ResolvedRun
+from megalm.config.schedule_facts import ScheduleFacts, decay_steps_of
 from megalm.errors import CheckpointError, ConfigError
 from megalm.train.position import Beginning, DataSegment, Position, data_segments, schedule_segments
 from megalm.train.schedule import ScheduleSegment, rate_at

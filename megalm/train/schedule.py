@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megalm.config.resolve import ScheduleFacts
+from megalm.config.schedule_facts import ScheduleFacts
 from megalm.config.schema import ScheduleKind
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalm.config.resolve import ScheduleFacts
+from megalm.config.schedule_facts import ScheduleFacts
 from megalm.train.schedule import learning_rate
 
 
