@@ -26,6 +26,7 @@ from megalm.train.position import data_segments, schedule_segments
 
 # What a run's log says of its only dataset (train/data_facts.py): the part that is trained on.
 _TRAINED_ON = re.compile(r"  data +(?P<name>\S.*): [\d.,]+ epochs of (?P<tokens>[\d,]+) tokens$", re.MULTILINE)
+_LARGEST_EXPONENT = 700.0  # beyond that a float overflows
 _LICENSE = "# license: to be chosen by whoever publishes this model, e.g. apache-2.0; none is implied"
 
 Fact = tuple[str, str]
@@ -120,24 +121,28 @@ class Card:
         return None if path is None else f"the weights of {path.parent.parent.name}, {path.name}"
 
     def _dataset(self) -> tuple[str | None, int | None]:
-        """Name, and the tokens that are trained on where the log tells of one dataset throughout."""
+        """What config.yaml says, and the tokens that are trained on where the log tells of one dataset throughout."""
         data = read_mapping(self.checkpoint / CONFIG_FILE).get("data")
         stated = data if isinstance(data, dict) else {}
-        train = stated.get("train")
-        if isinstance(train, list):
-            return ", ".join(f"{Path(part['prefix']).name} (weight {part['weight']:g})" for part in train), None
-        name = stated.get("recipe") if train is None else Path(str(train)).name
+        train, stages = stated.get("train"), stated.get("stages") or []
+        name = stated.get("recipe") if train is None else _mixture(train)
+        for stage in stages:
+            name = f"{name}; from step {stage['from_step']:,} {_mixture(stage['blend'])}"
+        segments = data_segments(self.manifest) if "data_position" in self.manifest else []
+        orders = [segment for segment in segments if segment.begins == "anew"]
+        if len(orders) > 1:
+            return f"{name} (the last of {len(orders)} orders or datasets)", None
+        if stages or isinstance(train, list):
+            return name, None
         log = self._run / "log.txt"
         told = _TRAINED_ON.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
         sizes = {int(tokens.replace(",", "")) for _, tokens in told}
-        segments = data_segments(self.manifest) if "data_position" in self.manifest else []
-        orders = [segment for segment in segments if segment.begins == "anew"]
         return name, sizes.pop() if len(sizes) == 1 == len(orders) else None
 
     def _validation(self) -> Iterator[Fact]:
         rows = self._evaluations()
         for row in rows:
-            words = [f"loss {row['loss']:.4f} nats a token", f"perplexity {math.exp(row['loss']):,.2f}"]
+            words = [_loss(row["loss"])]
             if row.get("bits_per_byte") is not None:
                 words.append(f"{row['bits_per_byte']:.3f} bits per byte")
             over = f" ({row['targets']:,} tokens)" if row.get("targets") else ""
@@ -146,7 +151,7 @@ class Card:
             loss, count = (self.manifest.get(f"{prefix}validation_{key}") for key in ("loss", "tokens"))
             if loss is not None:
                 tokens = f" ({count:,} tokens)" if count else ""
-                yield "validation", f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):,.2f}{tokens}"
+                yield "validation", f"{_loss(loss)}{tokens}"
                 return
 
     def _evaluations(self) -> list[Row]:
@@ -211,6 +216,13 @@ class Card:
         yield "A licence must be chosen before it is published; the texts that it was trained on have theirs."
 
 
+def _mixture(train: str | list[dict[str, Any]]) -> str:
+    """Names of datasets, as a configuration states them, and their weights."""
+    if isinstance(train, str):
+        return Path(train).name
+    return ", ".join(f"{Path(part['prefix']).name} (weight {part['weight']:g})" for part in train)
+
+
 def _optimizer(path: Path) -> str | None:
     """Of a DeepSpeed JSON: its type, its numbers, the clipping."""
     try:
@@ -223,6 +235,10 @@ def _optimizer(path: Path) -> str | None:
     numbers = [f"{name} {value}" for name, value in (section.get("params") or {}).items()]
     clipping = content.get("gradient_clipping")
     return ", ".join([section["type"], *numbers, *([f"clipped at norm {clipping:g}"] if clipping else [])])
+
+
+def _loss(nats: float) -> str:
+    return f"loss {nats:.4f} nats a token, perplexity {math.exp(min(nats, _LARGEST_EXPONENT)):,.2f}"
 
 
 def _cell(text: str) -> str:

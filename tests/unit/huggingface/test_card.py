@@ -1,0 +1,50 @@
+"""What a card says of the data that a model was trained on; the whole of one is in tests/e2e/test_publishing.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megalm.checkpoint.manifest import read_manifest
+from megalm.huggingface.card import Card
+from megalm.huggingface.tokenizer import ExportedTokenizer
+from tests.huggingface_models import SECTIONS, random_model, save_model
+
+PARTS = [{"prefix": "/data/of/mine/web", "weight": 3.0}, {"prefix": "code", "weight": 1.0}]
+STAGES = [{"from_step": 1000, "blend": [{"prefix": "/data/of/mine/books", "weight": 1.0}]}]
+SEGMENT = {"order": "a", "sequence_length": 40, "global_batch": 2, "first_sample": 0, "samples_consumed": 14}
+
+
+def row(tmp_path: Path, data: dict[str, Any], segments: int = 1, name: str = "dataset", **facts: Any) -> str:
+    """The cell beside `name`."""
+    shape, model = random_model(SECTIONS["llama"])
+    position = {"segments": [{**SEGMENT, "begins": "anew"}] * segments}
+    checkpoint = save_model(tmp_path / "run/checkpoints", shape, model, data_position=position, **facts)
+    (checkpoint / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    card = Card("it", checkpoint, read_manifest(checkpoint), shape, "float32", ExportedTokenizer("none", ())).text()
+    (line,) = (line for line in card.splitlines() if line.startswith(f"| {name} | "))
+    return line.split(" | ", 1)[1].removesuffix(" |")
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ({"train": "/data/of/mine/web"}, "web"),
+        ({"train": PARTS}, "web (weight 3), code (weight 1)"),
+        ({"train": PARTS, "stages": STAGES}, "web (weight 3), code (weight 1); from step 1,000 books (weight 1)"),
+        ({"train": None, "recipe": "python-stdlib"}, "python-stdlib"),
+    ],
+)
+def test_every_dataset_is_told_without_its_folder(tmp_path: Path, data: dict[str, Any], told: str) -> None:
+    assert row(tmp_path, data) == told
+
+
+def test_data_that_was_changed_on_the_way_is_told(tmp_path: Path) -> None:
+    assert row(tmp_path, {"train": "web"}, segments=3) == "web (the last of 3 orders or datasets)"
+
+
+def test_a_loss_beyond_all_measure(tmp_path: Path) -> None:
+    assert row(tmp_path, {}, name="validation", validation_loss=800.0).startswith("loss 800.0000 nats a token, perp")
