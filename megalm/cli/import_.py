@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -52,17 +53,23 @@ def command(
     for note in made.notes:
         typer.echo(f"note: {note}")
     for name, line in (
-        ("try it", f'megalm generate {output} --prompt "Once"'),
+        ("try it", f'megalm generate {_typed(output)} --prompt "Once"'),
         (
             "its data",
-            f"python data_tools/build_dataset.py --input TEXT --tokenizer {made.tokenizer.spec} "
+            f"python data_tools/build_dataset.py --input TEXT --tokenizer {_typed(made.tokenizer.spec)} "
             "--output-prefix data/mine",
         ),
         (
             "train on",
-            f"deepspeed launch/pretrain.py --config {made.config} run.name=NAME --resume {made.checkpoint} "
+            f"deepspeed launch/pretrain.py --config {_typed(made.config)} run.name=NAME "
+            f"--resume {_typed(made.checkpoint)} "
             "--extend-steps 1000 --extend-strategy weights data.train=data/mine data.split=95,5 "
             f"data.sequence_length={min(shape.max_position_embeddings, 1024)} schedule.peak_learning_rate=1e-4",
         ),
     ):
         typer.echo(f"  {name:<10}{line}")
+
+
+def _typed(path: Path | str) -> str:
+    """As a shell takes it."""
+    return shlex.quote(str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,20 @@ def test_there_and_back(checkpoint: Path, tmp_path: Path, capsys: pytest.Capture
     table = out.split("largest absolute difference")[1].splitlines()
     assert table[0].split() == ["master"]
     assert {float(line.split()[-1]) for line in table[2:]} == {0.0}
+
+
+def test_commands_that_are_told_can_be_typed(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "export", checkpoint, tmp_path / "out")
+    folder = tmp_path / "two words, größer"
+    code, out, _ = run(capsys, "import", tmp_path / "out", folder)
+    assert code == 0
+    generate, build, train = (shlex.split(line)[2:] for line in out.splitlines()[-3:])
+    assert generate == ["megalm", "generate", str(folder), "--prompt", "Once"]
+    assert build[build.index("--tokenizer") + 1] == str(folder / "tokenizer.json")
+    assert train[train.index("--config") + 1] == str(folder / "model.yaml")
+    assert train[train.index("--resume") + 1] == str(folder / "checkpoints/step-00000000")
 
 
 def test_a_bad_checkpoint_is_asked_for_twice(

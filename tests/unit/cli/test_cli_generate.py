@@ -45,9 +45,11 @@ def test_what_a_checkpoint_is_marked_as_is_told(run: Path, capsys: pytest.Captur
 
 
 def test_a_prompt_that_is_no_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, error = said(capsys, "generate", run, "--prompt", b"caf\xe9".decode(errors="surrogateescape"))
+    code, out, error = said(capsys, "generate", run, "--prompt", b"\xe9t\xe9".decode(errors="surrogateescape"))
     assert (code, out) == (2, "")
-    assert error == "megalm: error: --prompt 'caf\\udce9': is not UTF-8; mend the text or the terminal's encoding\n"
+    assert (
+        error == "megalm: error: --prompt '\\udce9t\\udce9': is not UTF-8; mend the text or the terminal's encoding\n"
+    )
 
 
 def test_figures_that_are_no_numbers_read_alike_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
