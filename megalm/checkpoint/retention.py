@@ -61,13 +61,17 @@ def superfluous(entries: Sequence[Entry], retention: Retention, best: str | None
     ]
 
 
-def prune(checkpoints: Path, retention: Retention) -> list[Path]:
+def prune(checkpoints: Path, retention: Retention, origin: Path | None = None) -> list[Path]:
     """Delete what `retention` does not keep; where it was.
+
+    Args:
+        origin: one that stays whatever its age: nothing that came after it is complete yet.
 
     Raises:
         OSError: something cannot be deleted.
     """
     gone = [entry.path for entry in superfluous(catalogue(checkpoints), retention, pointed_at(checkpoints, BEST))]
+    gone = [path for path in gone if origin is None or path.resolve() != origin.resolve()]
     for path in gone:
         _discard(path)
     return gone

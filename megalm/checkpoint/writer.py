@@ -44,11 +44,15 @@ class CheckpointWriter:
     Args:
         checkpoints: the run's folder of checkpoints.
         behind: write behind training, from copies in host memory.
+        origin: what this process went on from: it is kept until something was saved since.
     """
 
-    def __init__(self, checkpoints: Path, retention: Retention, ranks: Ranks, behind: bool) -> None:
+    def __init__(
+        self, checkpoints: Path, retention: Retention, ranks: Ranks, behind: bool, origin: Path | None = None
+    ) -> None:
         self._checkpoints = checkpoints
         self._retention = retention
+        self._origin = origin
         self._ranks = ranks
         self._host = HostCopies() if behind else None
         self._write: CheckpointWrite | None = None
@@ -77,7 +81,7 @@ class CheckpointWriter:
             self._ranks,
             behind=self._host is not None,
             make_room=self._prune,
-            when_complete=self._prune,
+            when_complete=self._prune_behind_it,
         )
         path = self._write.path
         self._stall_seconds = time.perf_counter() - self._begun
@@ -132,6 +136,10 @@ class CheckpointWriter:
     def _prune(self) -> None:
         """On rank 0. What cannot be deleted is told; the checkpoint that was just written is complete all the same."""
         try:
-            self._pruned += tuple(path.name for path in prune(self._checkpoints, self._retention))
+            self._pruned += tuple(path.name for path in prune(self._checkpoints, self._retention, self._origin))
         except OSError as error:
             self._notice = f"an old checkpoint cannot be deleted: {error}"
+
+    def _prune_behind_it(self) -> None:
+        self._origin = None
+        self._prune()

@@ -89,6 +89,7 @@ class RunCheckpoints:
             Retention(settings.keep_last, settings.keep_every_steps),
             comm,
             behind=settings.asynchronous,
+            origin=None if start is None else start.path,
         )
 
     def save(self, engine: Engine, position: Position, status: Status = "good", reason: str | None = None) -> Path:

@@ -19,6 +19,7 @@ from megalm.checkpoint.compare import different_facts, different_shapes, largest
 from megalm.checkpoint.convert import write_weights
 from megalm.checkpoint.fragment import Fragment, FragmentKey
 from megalm.checkpoint.host import HostCopies
+from megalm.checkpoint.layout import step_folders
 from megalm.checkpoint.load import CheckpointReader
 from megalm.checkpoint.manifest import read_manifest, set_status, write_manifest
 from megalm.checkpoint.retention import Retention
@@ -147,6 +148,22 @@ def test_room_is_made_by_what_need_not_be_kept_and_no_more(tmp_path: Path, monke
     with pytest.raises(TrainingError, match="make room"):
         writer.begin(6, fragments(6), {"attempt": 1}, [])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000004", "step-00000005"]
+
+
+def test_what_a_run_stands_on_is_no_room_to_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set back to step 1, until step 2 is saved anew: killed before that, it has nothing else to go on from."""
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=0))
+    writer = CheckpointWriter(tmp_path, Retention(2), Alone(), behind=False, origin=tmp_path / "step-00000001")
+    with pytest.raises(TrainingError, match="make room"):
+        writer.begin(2, fragments(5), {"attempt": 2}, [])
+    names = [path.name for path in step_folders(tmp_path)]
+    assert names == ["step-00000001", "step-00000003", "step-00000004"]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    writer.begin(2, fragments(5), {"attempt": 2}, [])
+    assert [path.name for path in step_folders(tmp_path)] == ["step-00000002", "step-00000004"]
 
 
 def test_a_status_is_kept_with_its_reason(tmp_path: Path) -> None:
