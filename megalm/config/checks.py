@@ -120,14 +120,18 @@ def final_rate_has_effect(case: Case) -> None:
 
 
 def final_rate_below_peak(case: Case) -> None:
-    schedule = case.config.schedule
+    schedule, sources = case.config.schedule, case.loaded.sources
     final, decays = schedule.final_learning_rate, schedule.kind not in ("constant", "inverse_sqrt")
-    if decays and final is not None and final > schedule.peak_learning_rate:
-        sources = case.loaded.sources
+    peak, named = schedule.peak_learning_rate, "schedule.peak_learning_rate"
+    source = sources[named]
+    if (
+        case.settings.optimizer is not None and case.settings.optimizer.params.lr is not None
+    ):  # it goes before a preset's
+        peak, named, source = case.settings.optimizer.params.lr, "optimizer.params.lr", case.ds.path
+    if decays and final is not None and final > peak:
         raise ConfigError(
             f"schedule.final_learning_rate={final:g} ({sources['schedule.final_learning_rate']}) is above "
-            f"schedule.peak_learning_rate={schedule.peak_learning_rate:g} ({sources['schedule.peak_learning_rate']}); "
-            "lower it"
+            f"{named}={peak:g} ({source}); lower it"
         )
 
 

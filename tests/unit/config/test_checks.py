@@ -123,6 +123,13 @@ def test_rules_of_the_run(start: Start, overrides: list[str], message: str | Non
             "and schedule.peak_learning_rate=0.001 (command line) state the same fact",
         ),
         (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}},
+            ["schedule.final_learning_rate=6e-5"],
+            "schedule.final_learning_rate=6e-05 (command line) is above optimizer.params.lr=1e-05 (",
+        ),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}}, ["schedule.final_learning_rate=1e-5"], None),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, ["schedule.final_learning_rate=0.5"], None),
+        (
             {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}},
             ["schedule.kind=wsd"],
             "and schedule.kind=wsd (command line) state the same fact",
