@@ -21,6 +21,7 @@ from megalm.model.mask import DocumentMask
 from megalm.model.norm import RMSNorm
 from megalm.model.rope import RotaryEmbedding
 from megalm.model.shape import ModelShape
+from megalm.model.uncompiled import uncompiled
 
 
 class Attention(nn.Module):
@@ -75,7 +76,7 @@ class Attention(nn.Module):
             return blockwise_attention(query, key, value, mask.documents if mask else None)
         return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
-    @torch.compiler.disable  # as in dropout.py: seeds are no constants
+    @uncompiled  # as in dropout.py: seeds are no constants
     def _attend_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
         # The kernel draws from the device's generator: lend it one with the seed of this place.
         devices = [query.device] if query.device.type == "cuda" else []

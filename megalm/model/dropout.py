@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megalm.model.uncompiled import uncompiled
+
 
 @dataclass
 class DropoutClock:
@@ -41,7 +43,7 @@ class Dropout(nn.Module):
             return x
         return x * self._keep(x) * (1.0 / (1.0 - self.rate))
 
-    @torch.compiler.disable  # compiled, each new seed would be a constant, and each step would be compiled anew
+    @uncompiled  # compiled, each new seed would be a constant, and each step would be compiled anew
     def _keep(self, x: Tensor) -> Tensor:
         generator = torch.Generator(device=x.device).manual_seed(self.clock.seed_at(self.place))
         return torch.rand(x.shape, generator=generator, device=x.device) >= self.rate

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megalm.model.uncompiled import uncompiled
 from megalm.parallel import collectives
 from megalm.parallel.collectives import Finish
 from megalm.parallel.groups import AxisGroup
@@ -33,7 +34,7 @@ class ColumnProjection:
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, hidden: Tensor, *columns: nn.Linear) -> tuple[Tensor, ...]:
         assert all(isinstance(column, ColumnLinear) for column in columns)
         parts = [column.part for column in columns]

@@ -15,6 +15,7 @@ from megalm.model.dropout import DropoutClock
 from megalm.model.layers import AnyModule, DenseLayers
 from megalm.model.positions import PositionEmbedding, position_ids
 from megalm.model.shard import Rectangle, Shard, mark
+from megalm.model.uncompiled import uncompiled
 from megalm.parallel import collectives, partition
 from megalm.parallel.columns import ColumnLinear, ColumnProjection
 from megalm.parallel.groups import AxisGroup
@@ -111,7 +112,7 @@ class RowLinear(nn.Module):
         joined = self._join(functional.linear(features, self.weight))
         return joined if self.bias is None else joined + self.bias
 
-    @torch.compiler.disable
+    @uncompiled
     def _join(self, addend: Tensor) -> Tensor:
         return self._stream.join(addend)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megalm.model.loss import IGNORE, linear_cross_entropy
+from megalm.model.uncompiled import uncompiled
 from megalm.parallel import collectives
 from megalm.parallel.partition import Part, rows
 from megalm.parallel.stream import Stream
@@ -25,7 +26,7 @@ class VocabularyEmbedding(nn.Embedding):
         self._part = part
         self._stream = stream
 
-    @torch.compiler.disable
+    @uncompiled
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, T] -> the stream."""
         local, held = _local(tokens, self._part)

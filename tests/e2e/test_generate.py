@@ -167,3 +167,13 @@ def test_what_makes_no_sense_is_one_line(folder: Path, tmp_path: Path) -> None:
         assert finished.stderr.startswith("megalm: error: "), finished.explain()
         assert message in finished.stderr, finished.explain()
         assert len(finished.stderr.splitlines()) == 1, finished.explain()
+
+
+def test_neither_deepspeed_nor_the_compiler_is_loaded(folder: Path) -> None:
+    """They take longer to load than a short text takes to draw."""
+    words = [MEGALM, "generate", "mine", "--prompt", "def read(", "--max-new-tokens", "1"]
+    finished = finish(folder, words, environment={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert finished.code == 0, finished.explain()
+    loaded = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines()}
+    assert "megalm.offline.model" in loaded
+    assert not {"deepspeed", "mlflow", "torch._dynamo"} & loaded
