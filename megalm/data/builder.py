@@ -128,7 +128,7 @@ def build_files(
             assembler.finish(counts.assembling)
         finally:
             assembler.abort()
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)  # NFS keeps a file that is still mapped
     return Built(reports, was_there=False, resumed=units.reused, ignored_files=reading.ignored_files)
 
 

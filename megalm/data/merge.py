@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,18 @@ import numpy.typing as npt
 
 from megalm.data.dedup import Dedup, Seen, exact_signatures, seen_of
 from megalm.data.file_table import Bools
-from megalm.data.files import read_json, write_json, writing_to
+from megalm.data.files import write_json, writing_to
 from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path, sidecar_path
-from megalm.data.inputs import KEPT_MESSAGES, sha256_of
-from megalm.data.near import KEPT_PAIRS, Pair, check_threshold
-from megalm.data.report import KEPT_NAMES, BuildReport, check_output, sidecar_of, versions
-from megalm.data.signatures import AWAITS_MERGE, SignatureWriter, open_signatures, signatures_path
+from megalm.data.inputs import WORK_SUFFIX, sha256_of
+from megalm.data.merge_report import asked_of, count_removed, finished_report, merged_report, note_pairs
+from megalm.data.report import BuildReport, check_output, sidecar_of
+from megalm.data.signatures import SignatureWriter, open_signatures, signatures_path
 from megalm.data.sources import SOURCE, Sources, sources_path
 from megalm.data.summary import TokenCounter
+from megalm.data.workspace import alone_at, clear_temporaries
 from megalm.durable import temporary_name
 from megalm.errors import DataError
 
-SUMMED = ("empty_documents", "skipped", "inexact_documents", "text_bytes")
 COPIED_ROWS = 1 << 18
 COPIED_TOKENS = 1 << 22
 COPIED_SIGNATURES = 1 << 14
@@ -65,16 +64,31 @@ def merge_datasets(
         raise DataError(f"{output_prefix}: is an input and the output; choose another output prefix")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     sidecars = [sidecar_of(prefix) for prefix in prefixes]
-    report = _report(prefixes, sidecars, output_prefix, datasets, _asked(prefixes, sidecars, dedup, minhash_threshold))
-    finished = _finished(output_prefix, report)
-    if finished is not None:
-        return finished
-    check_output(output_prefix, overwrite)
+    asked = asked_of(prefixes, sidecars, dedup, minhash_threshold)
+    report = merged_report(prefixes, sidecars, output_prefix, datasets, asked)
+    with alone_at(Path(f"{output_prefix}{WORK_SUFFIX}")):
+        finished = finished_report(output_prefix, report)
+        if finished is not None:
+            return finished
+        check_output(output_prefix, overwrite)
+        clear_temporaries([str(output_prefix)])
+        _merge(datasets, sidecars, report, output_prefix, progress or (lambda line: None))
+    return report
+
+
+def _merge(
+    datasets: Sequence[IndexedDataset],
+    sidecars: Sequence[dict[str, Any] | None],
+    report: BuildReport,
+    output_prefix: str | Path,
+    say: Callable[[str], None],
+) -> None:
+    """Write all files of the dataset, and fill the report."""
     for dataset in datasets:
         dataset.verify()
     counter = TokenCounter(report.tokenizer.get("vocab_size"), output_prefix)
-    masks = _copy_all(datasets, sidecars, report, counter, output_prefix, progress or (lambda line: None))
-    if dedup == "minhash":
+    masks = _copy_all(datasets, sidecars, report, counter, output_prefix, say)
+    if report.options.get("dedup") == "minhash":
         report.minhash = _merge_signatures(datasets, masks, output_prefix)
     if report.options["complete"]:
         _merge_sources(datasets, sidecars, masks, output_prefix)
@@ -82,7 +96,6 @@ def merge_datasets(
     report.tokens, report.unigram_entropy = summary.tokens, summary.unigram_entropy
     report.bin_sha256, report.idx_sha256 = sha256_of(bin_path(output_prefix)), sha256_of(idx_path(output_prefix))
     write_json(sidecar_path(output_prefix), asdict(report))
-    return report
 
 
 def _copy_all(
@@ -97,9 +110,9 @@ def _copy_all(
     masks, dedup = [], report.options.get("dedup", "none")
     with (
         IndexedDatasetWriter(output_prefix, datasets[0].dtype) as writer,
-        tempfile.TemporaryDirectory(dir=Path(output_prefix).parent, prefix=".merging-") as work,
+        _tables_of(output_prefix) as work,
     ):
-        seen = seen_of(dedup, Path(work) / "seen", report.options.get("minhash_threshold", 1.0))
+        seen = seen_of(dedup, work / "seen", report.options.get("minhash_threshold", 1.0))
         for dataset, sidecar in zip(datasets, sidecars, strict=True):
             writer.check_dtype(dataset)
             read = TokenCounter(report.tokenizer.get("vocab_size"), bin_path(dataset.prefix))
@@ -114,13 +127,26 @@ def _copy_all(
                 raise DataError(f"{bin_path(dataset.prefix)}: is not what its .json recorded; copy or build it again")
             masks.append(np.packbits(kept))
             copies = len(kept) - int(kept.sum())
-            _count_removed(report, copies, dedup)
+            count_removed(report, copies, dedup)
             left_out = f", {copies:,} copies left out" if dedup != "none" else ""
             say(f"{dataset.prefix}: {dataset.document_count:,} documents, {len(dataset.tokens):,} tokens{left_out}")
-        _note_pairs(report, seen.pairs, datasets)
+        note_pairs(report, seen.pairs, datasets)
         for path_of in (sidecar_path, sources_path, signatures_path):  # old ones would describe the new files
             path_of(output_prefix).unlink(missing_ok=True)
     return masks
+
+
+@contextmanager
+def _tables_of(output_prefix: str | Path) -> Iterator[Path]:
+    """A folder beside the dataset; one that a killed merge left is emptied, we hold the lock."""
+    work = Path(output_prefix).with_name(f".{Path(output_prefix).name}.merging")
+    with writing_to(work):
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(exist_ok=True)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # NFS keeps a file that is still mapped
 
 
 def _sign(dataset: IndexedDataset, sidecar: dict[str, Any] | None, dedup: Dedup) -> Sign:
@@ -157,109 +183,6 @@ def _copy_new(
         writer.append_sequences(chosen, lengths[stay], np.cumsum(sequences[new]))
         kept[first:end], first = new, end
     return kept
-
-
-def _note_pairs(report: BuildReport, pairs: Sequence[Pair], datasets: Sequence[IndexedDataset]) -> None:
-    """Name what was left out and why, after what the builds named."""
-    ends = list(accumulate(dataset.document_count for dataset in datasets))
-
-    def name(number: int) -> str:
-        place = bisect_right(ends, number)
-        dataset = datasets[place]
-        document = number - ends[place] + dataset.document_count
-        source = Sources(dataset.prefix, dataset.document_count)[document]
-        return source.name if source else f"{dataset.prefix} document {document}"
-
-    for pair in pairs[: KEPT_PAIRS - len(report.near_copies)]:
-        report.near_copies.append({"left_out": name(pair.left_out), "copy_of": name(pair.copy_of), "alike": pair.alike})
-
-
-def _count_removed(report: BuildReport, copies: int, dedup: Dedup) -> None:
-    if dedup == "none":
-        return
-    report.documents -= copies
-    report.removed[dedup] = report.removed.get(dedup, 0) + copies
-    if copies:
-        report.text_bytes = 0  # of those that stay: not known
-
-
-def _finished(output_prefix: str | Path, report: BuildReport) -> BuildReport | None:
-    """The report of the same merge, if it is there."""
-    if not report.options["complete"] or not sidecar_path(output_prefix).exists():
-        return None
-    try:
-        known = BuildReport(**read_json(sidecar_path(output_prefix)))
-    except TypeError:
-        return None
-    same = known.options == report.options and known.tokenizer == report.tokenizer
-    if report.options.get("dedup") == "minhash" and not signatures_path(output_prefix).exists():
-        return None
-    return known if same and len(IndexedDataset(output_prefix).tokens) == known.tokens else None
-
-
-def _asked(
-    prefixes: Sequence[str | Path], sidecars: Sequence[dict[str, Any] | None], dedup: Dedup, threshold: float | None
-) -> dict[str, Any]:
-    """Which copies are left out, as PREFIX.json has it."""
-    if dedup != "minhash":
-        for prefix, sidecar in zip(prefixes, sidecars, strict=True):
-            if sidecar and sidecar.get("minhash", {}).get(AWAITS_MERGE):
-                raise DataError(
-                    f"{prefix}: is a shard built with --dedup minhash, and still has its near copies; merge with "
-                    "--dedup minhash"
-                )
-        return {"dedup": dedup} if dedup != "none" else {}
-    known = {sidecar["options"]["minhash_threshold"] for sidecar in sidecars if sidecar and sidecar.get("minhash")}
-    if threshold is None and len(known) > 1:
-        raise DataError(
-            f"{prefixes[0]} and others were built with several thresholds, {', '.join(map(str, sorted(known)))}; "
-            "state one (--minhash-threshold 0.8)"
-        )
-    # Where none is known there are no signatures either, which is refused before anything is compared.
-    stated = next(iter(known), 1.0) if threshold is None else threshold
-    return {"dedup": dedup, "minhash_threshold": check_threshold(stated)}
-
-
-def _report(
-    prefixes: Sequence[str | Path],
-    sidecars: Sequence[dict[str, Any] | None],
-    output_prefix: str | Path,
-    datasets: Sequence[IndexedDataset],
-    asked: dict[str, Any],
-) -> BuildReport:
-    known = [(prefix, sidecar) for prefix, sidecar in zip(prefixes, sidecars, strict=True) if sidecar is not None]
-    for prefix, sidecar in known:
-        first_prefix, first = known[0]
-        for fact, what in (("fingerprint", "tokenizer"), ("eod_id", "end of documents")):
-            if sidecar["tokenizer"].get(fact) != first["tokenizer"].get(fact):
-                raise DataError(
-                    f"{prefix}: was built with {what} {sidecar['tokenizer'].get('name')}, {first_prefix} with another, "
-                    f"{first['tokenizer'].get('name')}; build one of them again"
-                )
-    complete = len(known) == len(prefixes)
-    report = BuildReport(
-        prefix=Path(output_prefix).name,
-        tokenizer=known[0][1]["tokenizer"] if known else {},
-        options={"merged": [str(prefix) for prefix in prefixes], "complete": complete, **asked},
-        inputs=[entry for _, sidecar in known for entry in sidecar["inputs"]],
-        documents=sum(dataset.document_count for dataset in datasets),
-        dtype=datasets[0].dtype.name,
-        versions=versions(),
-    )
-    if not complete:
-        return report
-    report.options["hashes"] = [sidecar["bin_sha256"] for _, sidecar in known]
-    if reads := [sidecar["options"]["read"] for _, sidecar in known if "read" in sidecar["options"]]:
-        report.options["read"] = reads[0]
-    for key in SUMMED:
-        setattr(report, key, sum(sidecar.get(key, 0) for _, sidecar in known))
-    for _, sidecar in known:
-        for name, count in sidecar.get("removed", {}).items():
-            report.removed[name] = report.removed.get(name, 0) + count
-    report.near_copies = [pair for _, sidecar in known for pair in sidecar.get("near_copies", [])][:KEPT_PAIRS]
-    report.inexact_names = [name for _, sidecar in known for name in sidecar["inexact_names"]][:KEPT_NAMES]
-    report.messages = [text for _, sidecar in known for text in sidecar.get("messages", [])][:KEPT_MESSAGES]
-    return report
 
 
 def _merge_signatures(

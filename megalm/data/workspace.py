@@ -21,9 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def working_in(work: Path, plan: Plan, prefixes: Sequence[str], overwrite: bool) -> Iterator[None]:
-    """PREFIX.building, locked; emptied where it belongs to another build."""
-    stated = work / "plan.json"
+def alone_at(work: Path) -> Iterator[None]:
+    """Hold the lock of PREFIX.building: one process at a time writes the files of PREFIX.
+
+    Raises:
+        DataError: another one does.
+    """
     with writing_to(work):
         work.parent.mkdir(parents=True, exist_ok=True)
         lock_path = work.with_name(f".{work.name}.lock")
@@ -34,25 +37,37 @@ def working_in(work: Path, plan: Plan, prefixes: Sequence[str], overwrite: bool)
             ours = os.fstat(lock.fileno()).st_nlink > 0  # else another process just ended and took the file away
         except BlockingIOError:
             ours = False
+        except OSError as error:
+            ours = True
+            logger.warning("%s: its file system has no locks (%s): see that nobody else builds this", work, error)
         if not ours:
             raise DataError(f"{work}: another process builds this dataset now; wait for it")
         try:
-            if not stated.exists() or read_json(stated)["identity"] != plan.identity:
-                for prefix in prefixes:
-                    check_output(prefix, overwrite)
-                if work.exists():
-                    if any(part for part in work.glob("*.json") if part != stated):
-                        logger.warning("%s is of another input or other options: it is thrown away", work)
-                    shutil.rmtree(work)
-                work.mkdir()
-                write_json(stated, {"identity": plan.identity})
-            _clear_temporaries(prefixes)
             yield
         finally:
             lock_path.unlink(missing_ok=True)
 
 
-def _clear_temporaries(prefixes: Iterable[str]) -> None:
+@contextmanager
+def working_in(work: Path, plan: Plan, prefixes: Sequence[str], overwrite: bool) -> Iterator[None]:
+    """PREFIX.building, locked; emptied where it belongs to another build."""
+    stated = work / "plan.json"
+    with alone_at(work):
+        if not stated.exists() or read_json(stated)["identity"] != plan.identity:
+            for prefix in prefixes:
+                check_output(prefix, overwrite)
+            if any(part for part in work.glob("*.json") if part != stated):
+                logger.warning("%s is of another input or other options: it is thrown away", work)
+            with writing_to(work):
+                if work.exists():
+                    shutil.rmtree(work)
+                work.mkdir()
+            write_json(stated, {"identity": plan.identity})
+        clear_temporaries(prefixes)
+        yield
+
+
+def clear_temporaries(prefixes: Iterable[str]) -> None:
     """What a killed build left half-written; nobody else builds here, we hold the lock."""
     for prefix in prefixes:
         for path in dataset_paths(prefix):

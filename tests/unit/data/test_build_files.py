@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import gzip
 import json
 import os
@@ -449,6 +451,19 @@ def test_two_builds_of_one_dataset_at_once(tmp_path: Path, monkeypatch: pytest.M
     build_files([path], ByteTokenizer(), tmp_path / "out")
     assert len(refused) == 1
     assert decoded(tmp_path / "out") == ["a"]
+
+
+def test_without_locks_it_is_built_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "as on Lustre, mounted without them")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
+    build_files([tmp_path / "in.jsonl"], ByteTokenizer(), tmp_path / "out")
+    assert decoded(tmp_path / "out") == ["a"]
+    assert "has no locks" in caplog.text
 
 
 @pytest.mark.parametrize(

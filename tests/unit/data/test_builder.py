@@ -171,6 +171,44 @@ def test_merging_refuses_what_does_not_belong_together(tmp_path: Path, model_pat
     assert (merged.options["complete"], merged.documents, merged.text_bytes) == (False, 2, 0)
 
 
+def test_counts_of_a_merge_of_what_is_not_known_are_not_known(tmp_path: Path) -> None:
+    for name in "abcd":
+        build_dataset([Document(name, "f")], ByteTokenizer(), tmp_path / name)
+    for name in "bcd":
+        (tmp_path / f"{name}.json").unlink()  # as datasets of others come
+    merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
+    merge_datasets([tmp_path / "c", tmp_path / "d"], tmp_path / "cd")
+    merged = merge_datasets([tmp_path / name for name in ("a", "ab", "cd")], tmp_path / "all")
+    assert (merged.documents, merged.options["complete"], merged.text_bytes) == (5, False, 0)
+    assert merged.tokenizer["name"] == "bytes"
+
+
+def test_a_merge_that_was_killed_leaves_nothing_for_good(tmp_path: Path) -> None:
+    for name in "ab":
+        build_dataset([Document(name, "f")], ByteTokenizer(), tmp_path / name)
+    left = [".out.bin.node-1.tmp", ".out.idx.node-1.tmp", ".out.merging/seen", ".other.bin.node-1.tmp"]
+    for name in left:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half")
+    merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "out", dedup="exact")
+    assert [path.name for path in tmp_path.glob(".*")] == [".other.bin.node-1.tmp"]
+
+
+def test_two_merges_into_one_dataset_at_once(tmp_path: Path) -> None:
+    for name in "ab":
+        build_dataset([Document(name, "f")], ByteTokenizer(), tmp_path / name)
+    prefixes, refused = [tmp_path / "a", tmp_path / "b"], list[str]()
+
+    def another(_: str) -> None:
+        with pytest.raises(DataError, match=r"out\.building: another process builds this dataset now") as error:
+            merge_datasets(prefixes, tmp_path / "out")
+        refused.append(str(error.value))
+
+    merge_datasets(prefixes, tmp_path / "out", progress=another)
+    assert len(refused) == 2
+    IndexedDataset(tmp_path / "out").verify()
+
+
 def test_inspection(tmp_path: Path, model_path: Path) -> None:
     prefix = tmp_path / "out"
     build_dataset([Document("one", "f"), Document("three", "f")], ByteTokenizer(), prefix)
