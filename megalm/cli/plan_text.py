@@ -12,7 +12,8 @@ from megalm.config.loading import spelling
 from megalm.config.schema import RunConfig
 from megalm.config.strict import leaf_fields, shown
 from megalm.estimate.memory import MemoryPlan
-from megalm.planning.documented import changed_keys, judge, tolerances
+from megalm.planning.claims import tolerances
+from megalm.planning.documented import changed_keys, judge
 from megalm.planning.plan import Plan, checkpoint_bytes
 
 

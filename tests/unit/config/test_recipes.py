@@ -19,7 +19,8 @@ from megalm.config.presets import preset_path, preset_paths
 from megalm.config.resolve import resolve
 from megalm.config.schema import RunConfig
 from megalm.config.strict import leaf_fields
-from megalm.planning.documented import EXPECTED, HOLDS, Judgement, judge
+from megalm.planning.claims import EXPECTED, HOLDS, Judgement
+from megalm.planning.documented import judge
 from megalm.planning.plan import Plan
 from megalm.train.own_config import read_settings
 
