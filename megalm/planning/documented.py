@@ -55,9 +55,7 @@ def _parameters(book: Book, claim: Claim) -> Judgement:
     return Judgement(
         f"{in_short(claimed)} parameters",
         f"{count:,}: {in_short((book.block_parameters,) * 2)} in blocks, the rest embeddings",
-        verdict_on(
-            claimed, count, ROUNDED, f"{book.model_words} is {in_short((count, count))}, not {in_short(claimed)}"
-        ),
+        verdict_on(claimed, count, ROUNDED, wrong),
     )
 
 
