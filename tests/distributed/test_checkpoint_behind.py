@@ -71,7 +71,7 @@ def _behind(comm: Any, device: Any, place: Path) -> dict[str, Any]:
     seen["while nobody has written"] = (writer.completed(), complete_checkpoints(place))
     if comm.rank == 0:
         brake.released.set()
-        time.sleep(0.3)
+        time.sleep(1.0)
     comm.barrier()
     seen["while rank 1 has not"] = (writer.completed(), complete_checkpoints(place))
     brake.released.set()
@@ -80,8 +80,8 @@ def _behind(comm: Any, device: Any, place: Path) -> dict[str, Any]:
 
     brake.released.clear()
     _begin(writer, comm, 20)
-    threading.Timer(0.3, brake.released.set).start()
     start = time.perf_counter()
+    threading.Timer(0.3, brake.released.set).start()
     _begin(writer, comm, 30)  # waits for 20
     seen["waited"] = time.perf_counter() - start
     seen["both"] = [saved.step for saved in writer.completed(wait=True)]
@@ -93,7 +93,7 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path) -> None:
         assert seen["while nobody has written"] == seen["while rank 1 has not"] == ([], [])
         (saved,) = seen["saved"]
         assert (saved.path.name, saved.step) == ("step-00000010", 10)
-        assert saved.stall_seconds < 0.3 <= saved.write_seconds
+        assert saved.stall_seconds < 1.0 <= saved.write_seconds
         assert seen["after"] == []
         assert seen["waited"] > 0.25
         assert seen["both"] == [20, 30]

@@ -77,10 +77,10 @@ def test_what_stays_in_a_node_of_8(topology: Topology, staying: set[str]) -> Non
 
 def test_a_large_grid_is_made_at_once() -> None:
     topology = Topology(MOST_RANKS, tensor=8, pipeline=16)
-    start = time.perf_counter()
+    start = time.process_time()
     for axis in AXES:
         topology.groups(axis)
-    assert time.perf_counter() - start < 0.5  # takes about a millisecond
+    assert time.process_time() - start < 0.5  # takes about a millisecond
 
 
 @pytest.mark.parametrize(("world", "tensor", "pipeline"), [(6, 4, 1), (8, 2, 3), (0, 1, 1), (4, 0, 1)])

@@ -94,9 +94,9 @@ def test_64_ranks_are_told(start: Start) -> None:
 def test_4096_ranks_are_told_shortly_and_at_once(start: Start) -> None:
     stated = (*BIG, "parallel.tensor=8", "parallel.pipeline=16")
     stage_1 = {"zero_optimization": {"stage": 1}, "train_batch_size": 2048, "train_micro_batch_size_per_gpu": 1}
-    begin = time.perf_counter()
+    begin = time.process_time()
     text = grid(start(*stated, ranks=4096, device=GPU, **stage_1))
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
     section = text[text.index("\nRanks\n") : text.index("\nParameters\n")].strip().splitlines()
     assert len(section) < 25
     assert max(map(len, section)) < 160

@@ -99,9 +99,9 @@ def test_prepares_once_and_finds_it_again(tmp_path: Path) -> None:
     said: list[str] = []
     first = prepare_recipe("python-stdlib", tmp_path, 500, said.append)
     assert len(said) > 2
-    start = time.perf_counter()
+    start = time.process_time()
     again = prepare_recipe("python-stdlib", tmp_path, 500, pytest.fail)
-    assert time.perf_counter() - start < 1.0  # 0.03 s on a machine that does nothing else
+    assert time.process_time() - start < 1.0  # takes 0.03 s
     assert again == first
     tokenizer = load_tokenizer(first.tokenizer_path)
     dataset = IndexedDataset(first.train_prefix)

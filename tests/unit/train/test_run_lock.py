@@ -71,7 +71,7 @@ def test_a_job_that_left_in_peace_is_not_waited_for(tmp_path: Path) -> None:
         assert process.stdout.readline() == "released\n"
         start = time.monotonic()
         RunLock(tmp_path, beat_seconds=60).take()
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30
 
 
 def test_a_refused_job_leaves_the_lock_as_it_was(tmp_path: Path) -> None:
