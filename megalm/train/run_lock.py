@@ -43,17 +43,25 @@ class RunLock:
         """Called on rank 0 only.
 
         Raises:
-            ConfigError: another job holds it; it says which.
+            ConfigError: another job holds it; it says which. Or the folder cannot be written.
         """
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(
+                f"{self._path} cannot be written ({error.strerror}): look at its owner and rights, or choose "
+                "another run.name or run.root"
+            ) from None
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kernel_decides = True
         except BlockingIOError:
             raise self._refusal() from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-        if self._is_alive_elsewhere():
+            kernel_decides = False
+        if self._is_alive(platform.node() if kernel_decides else None):
             raise self._refusal()
         self._write(0)
         threading.Thread(target=self._count, name="run-lock", daemon=True).start()
@@ -64,9 +72,10 @@ class RunLock:
         if self._descriptor >= 0:
             os.ftruncate(self._descriptor, 0)
 
-    def _is_alive_elsewhere(self) -> bool:
+    def _is_alive(self, decided_host: str | None) -> bool:
+        """Whether the job whose name is there still counts; a job of `decided_host` does not: the kernel says so."""
         seen = self._read()
-        if not seen or seen.startswith(f"host {platform.node()},"):
+        if not seen or seen.startswith(f"host {decided_host},"):
             return False
         deadline = time.monotonic() + _PATIENCE_BEATS * self._beat_seconds
         log.warning("%s was held by %s; looking whether that job is alive", self._path, seen)
@@ -97,7 +106,7 @@ class RunLock:
                 self._write(beat)
             except (
                 OSError
-            ):  # a full disk: what is written over takes no room, a file system that is gone says so itself
+            ):  # a full disk: what is written over takes no room; a file system that is gone says so itself
                 log.debug("the lock's count cannot be written", exc_info=True)
 
     def _refusal(self) -> ConfigError:

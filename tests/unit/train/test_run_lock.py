@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import platform
 import subprocess
 import sys
 import time
@@ -60,6 +63,25 @@ def test_one_job_at_a_time(tmp_path: Path, host: str, locks: str) -> None:
         process.kill()
         process.wait()
         RunLock(tmp_path, BEAT_SECONDS).take()
+
+
+def test_without_locks_two_jobs_of_a_machine_see_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with holder(tmp_path, platform.node(), "without locks") as process:
+        with pytest.raises(ConfigError, match=f"process {process.pid}"):
+            RunLock(tmp_path, BEAT_SECONDS).take()
+        process.kill()
+        process.wait()
+        RunLock(tmp_path, BEAT_SECONDS).take()
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(ConfigError, match=r"lock cannot be written \(Is a directory\).*choose another run\.name"):
+        RunLock(tmp_path).take()
 
 
 def test_a_job_that_left_in_peace_is_not_waited_for(tmp_path: Path) -> None:
