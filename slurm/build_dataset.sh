@@ -30,9 +30,15 @@ refuse() {
 
 while (($#)); do
     case $1 in
-        --shards) shards=${2:?--shards takes a number}; shift 2 ;;
-        --output-prefix) prefix=${2:?--output-prefix takes a prefix}; shift 2 ;;
-        --slurm) slurm+=("${2:?--slurm takes an option of sbatch}"); shift 2 ;;
+        --shards | --output-prefix | --slurm)
+            (($# > 1)) || refuse "$1: takes a value"
+            case $1 in
+                --shards) shards=$2 ;;
+                --output-prefix) prefix=$2 ;;
+                --slurm) slurm+=("$2") ;;
+            esac
+            shift 2
+            ;;
         --local) local=1; shift ;;
         --help) usage; exit 0 ;;
         --) shift; break ;;
@@ -42,7 +48,14 @@ done
 [[ $shards =~ ^[1-9][0-9]*$ ]] || refuse "--shards '$shards': state how many, such as 16"
 ((shards > 1)) || refuse "--shards 1: nothing to share; run data_tools/build_dataset.py itself"
 [[ -n $prefix ]] || refuse "no --output-prefix"
+[[ $prefix != */ ]] || refuse "--output-prefix $prefix: is a folder; add the name that its files begin with"
 (($#)) || refuse "no options of the build after --"
+for word; do
+    case $word in
+        --shard | --shard=* | --output-prefix | --output-prefix=*) refuse "$word: is stated for each shard here" ;;
+        --split | --split=*) refuse "$word: shards are not split; split in training (data.split)" ;;
+    esac
+done
 [[ -x $python ]] || refuse "$python: no interpreter there; run make install, or state PYTHON"
 
 folder=$prefix.shards
@@ -57,6 +70,7 @@ case " $* " in
     *' --dedup exact '* | *' --dedup=exact '*) merge+=(--dedup exact) ;;
     *' --dedup minhash '* | *' --dedup=minhash '*) merge+=(--dedup minhash) ;;
 esac
+[[ " $* " != *' --overwrite '* ]] || merge+=(--overwrite)
 
 if ((local)); then
     for ((shard = 0; shard < shards; shard++)); do
@@ -66,13 +80,20 @@ if ((local)); then
 fi
 
 command -v sbatch > /dev/null || refuse "no sbatch here; use --local"
-# Quoted once more: --wrap is a line of shell.
-line="$(printf '%q ' "${build[@]}") --shard \$SLURM_ARRAY_TASK_ID/$shards"
-line+=" --output-prefix $(printf '%q' "$folder")/\$SLURM_ARRAY_TASK_ID"
+# Quoted once more: --wrap is a line of shell, and of sh, which does not know all that bash's own %q gives.
+quoted() {
+    local word quote="'" escaped="'\\''"
+    for word; do
+        printf "'%s' " "${word//$quote/$escaped}"
+    done
+}
+line="$(quoted "${build[@]}")--shard \$SLURM_ARRAY_TASK_ID/$shards"
+line+=" --output-prefix $(quoted "$folder/")"
+line="${line% }\$SLURM_ARRAY_TASK_ID"
 common=(--parsable --chdir="$PWD" --open-mode=append "${slurm[@]}")
 array=$(sbatch "${common[@]}" --job-name=build --array="0-$((shards - 1))" --requeue \
     --output="$folder/build-%a.log" --wrap="exec $line")
 array=${array%%;*}
 last=$(sbatch "${common[@]}" --job-name=merge --dependency="afterok:$array" --kill-on-invalid-dep=yes \
-    --output="$folder/merge.log" --wrap="exec $(printf '%q ' "${merge[@]}")")
+    --output="$folder/merge.log" --wrap="exec $(quoted "${merge[@]}")")
 echo "array $array builds $shards shards, job ${last%%;*} merges them into $prefix; logs in $folder"

@@ -66,6 +66,11 @@ def test_plain_processes(tmp_path: Path, corpus: Path, whole: list[bytes]) -> No
     again = run(words(corpus, prefix, "--local"))
     assert again.returncode == 0
     assert again.stdout.count("nothing to do") == SHARDS
+    other = [*words(corpus, prefix, "--local"), "--no-append-eod"]
+    assert (refused := run(other)).returncode == 2
+    assert "exists already" in refused.stderr
+    assert run([*other, "--overwrite"]).returncode == 0
+    assert prefix.with_name("x.bin").stat().st_size == len(whole[0]) - 2 * len(stdlib_documents())
 
 
 @pytest.mark.parametrize("dedup", ["exact", "minhash"])
@@ -91,6 +96,11 @@ def test_copies_in_other_shards_are_left_out_too(tmp_path: Path, corpus: Path, d
         (["--shards", "2", "--", "z"], "no --output-prefix"),
         (["--shards", "2", "--output-prefix", "y"], "no options of the build"),
         (["--shard", "2"], "--shard: unknown here"),
+        (["--shards"], "--shards: takes a value"),
+        (["--shards", "2", "--output-prefix"], "--output-prefix: takes a value"),
+        (["--shards", "2", "--output-prefix", "y/", "--", "z"], "--output-prefix y/: is a folder"),
+        (["--shards", "2", "--output-prefix", "y", "--", "--split", "9,1"], "--split: "),
+        (["--shards", "2", "--output-prefix", "y", "--", "--shard=0/2"], "--shard=0/2: "),
     ],
 )
 def test_refusals(command: list[str], said: str) -> None:
@@ -100,7 +110,8 @@ def test_refusals(command: list[str], said: str) -> None:
 
 
 def submit(cluster: SlurmCluster, corpus: Path, prefix: Path, *more: str) -> tuple[str, str]:
-    command = ["env", f"PYTHON={sys.executable}", *words(corpus, prefix, "--slurm", "--time=5", *more)]
+    # In this locale bash quotes what is not ASCII in a way of its own, and Slurm runs the line by sh.
+    command = ["env", "LC_ALL=C", f"PYTHON={sys.executable}", *words(corpus, prefix, "--slurm", "--time=5", *more)]
     said = cluster.ask(*command)
     found = re.search(r"array (\d+) builds 3 shards, job (\d+) merges", said)
     assert found, said
@@ -109,7 +120,7 @@ def submit(cluster: SlurmCluster, corpus: Path, prefix: Path, *more: str) -> tup
 
 @pytest.mark.slurm
 def test_array_and_dependent_merge(tmp_path: Path, corpus: Path, whole: list[bytes], slurm: SlurmCluster) -> None:
-    prefix = tmp_path / "x"
+    prefix = tmp_path / "it's naïve $HOME" / "x"
     _, merge = submit(slurm, corpus, prefix)
     job = slurm.wait(merge, JOB_SECONDS)
     logs = "\n".join(path.read_text() for path in Path(f"{prefix}.shards").glob("*.log"))
