@@ -36,6 +36,7 @@ refuse() {
 find_home() {
     local home
     home=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*\)/slurm/train\.sh\( .*\)\{0,1\}$|\1|p')
+    home=${home%%$'\n'*} # all jobs of an array are shown where one has the array's own number
     # In an interactive allocation it may be called by itself.
     echo "${home:-$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")}"
 }

@@ -125,6 +125,14 @@ def test_one_rank_a_gpu_each_seeing_all_of_its_node(
     assert [it.gpus for it in ranks] == ["0,1"] * 4
 
 
+def test_a_chain_of_jobs_by_an_array(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """One after another; Slurm shows several jobs where it is asked for the one that has the array's number."""
+    job_id = slurm.sbatch(tmp_path, "--array=1-3%1", telling_checkout(tmp_path))
+    ends = [slurm.wait(f"{job_id}_{number}", JOB_SECONDS)["ExitCode"] for number in (1, 2, 3)]
+    assert ends == ["0:0"] * 3, [path.read_text() for path in tmp_path.glob("megalm-*.log")]
+    assert len(read_told(tmp_path)) == 2
+
+
 def test_shares_of_unknown_size_are_refused(slurm: SlurmCluster, tmp_path: Path) -> None:
     job_id = slurm.sbatch(tmp_path, "--ntasks=6", telling_checkout(tmp_path))
     assert slurm.wait(job_id, JOB_SECONDS)["ExitCode"] == "2:0"
