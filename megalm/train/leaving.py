@@ -50,6 +50,7 @@ class FailureClaim:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.began = False  # what is in the run folder is there to stay
 
     def take(self, report: str) -> bool:
         """True for the first rank that asks; not where rank 0 was refused and has removed the run folder.
@@ -59,8 +60,10 @@ class FailureClaim:
         try:
             self._path.parent.mkdir(exist_ok=True)
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        except (FileExistsError, FileNotFoundError):
+        except FileExistsError:
             return False
+        except FileNotFoundError:
+            return self.began  # somebody has moved the folder away
         except OSError:
             return True
         with contextlib.suppress(OSError), os.fdopen(descriptor, "w") as file:
@@ -68,7 +71,10 @@ class FailureClaim:
         return True
 
     def is_taken(self) -> bool:
-        return self._path.exists() or not self._path.parent.parent.is_dir()
+        try:
+            return self._path.exists() or not (self.began or self._path.parent.parent.is_dir())
+        except OSError:  # a network file system that is away for a moment says nothing
+            return False
 
 
 class Guard:
@@ -109,6 +115,11 @@ class Guard:
         if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
             return f"megalm: error: {error} (rank {self.rank}); mend that, then --resume auto goes on"
         return f"megalm: rank {self.rank} failed:\n{traceback.format_exc()}"
+
+    def began(self) -> None:
+        """The run has its folder for good: that it is gone no longer means that rank 0 was refused."""
+        if self.claim is not None:
+            self.claim.began = True
 
     def share(self, claim: FailureClaim) -> None:
         """From now on the first rank to fail speaks, and the others leave with it.

@@ -109,6 +109,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     threads = torch.get_num_threads()
     account = environment_facts(run, course.identity, device_name(), device.type, threads, opened.attempt)
     comm.once(lambda: write_facts(folder, run, {**account, **scale_facts(run, shape, data)}))
+    guard.began()
     metrics = MetricsWriter(folder.metrics) if comm.is_main else None
     mirror = start_mirror(folder.path) if comm.is_main and run.config.tracking.mlflow else None
     if metrics is not None:

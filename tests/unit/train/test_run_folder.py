@@ -11,7 +11,7 @@ from megalm.alone import Alone
 from megalm.checkpoint.fragment import WEIGHTS
 from megalm.checkpoint.save import save_checkpoint
 from megalm.errors import ConfigError
-from megalm.train.leaving import FailureClaim
+from megalm.train.leaving import FailureClaim, Guard
 from megalm.train.report import duration, size
 from megalm.train.run_folder import newest_run, open_run_folder
 
@@ -54,6 +54,16 @@ def test_what_never_began_leaves_nothing(tmp_path: Path) -> None:
     (folder.path / "config.yaml").touch()
     folder.remove_if_unused()
     assert folder.path.is_dir()
+
+
+def test_a_folder_that_is_moved_away_ends_no_run_in_silence(tmp_path: Path) -> None:
+    folder = open_run_folder(tmp_path, "mine", None, resume=False)
+    guard = Guard(rank=0)
+    guard.claim = claim = FailureClaim(folder.failure(1))
+    guard.began()
+    folder.path.rename(tmp_path / "elsewhere")
+    assert not claim.is_taken(), "nobody has failed"
+    assert claim.take("rank 0: why"), "who fails then says so"
 
 
 @pytest.mark.parametrize("resume", [True, False])
