@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from megalm.config.resolve import ResolvedRun
-from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
+from megalm.data.indexed import IndexedDataset, best_dtype
+from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.loader import BatchLayout, BatchLoader
 from megalm.data.samples import TrainingSamples
 

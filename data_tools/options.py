@@ -18,7 +18,7 @@ Inputs = Annotated[
 TextKey = Annotated[str, typer.Option(help="where the text is in JSON objects and parquet tables")]
 Columns = Annotated[str | None, typer.Option(help="A,B: these keys or columns instead, joined by a blank line")]
 TxtDocuments = Annotated[str, typer.Option(help="a .txt file is one document (file) or several (blank-line)")]
-LargestMegabytes = Annotated[int, typer.Option("--max-document-mb", min=1, help="refuse longer documents")]
+LargestMegabytes = Annotated[int, typer.Option("--max-document-mb", min=1, max=2047, help="refuse longer documents")]
 OnErrorWord = Annotated[str, typer.Option(help="fail or skip, at what cannot be read and at empty documents")]
 
 

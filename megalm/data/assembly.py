@@ -15,7 +15,8 @@ import numpy.typing as npt
 from megalm.data.dedup import seen_of
 from megalm.data.file_table import Bools
 from megalm.data.files import write_json, writing_to
-from megalm.data.indexed import IndexedDatasetWriter, best_dtype, bin_path, idx_path, sidecar_path
+from megalm.data.indexed import best_dtype, bin_path, idx_path, sidecar_path
+from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.inputs import InputFile, sha256_of
 from megalm.data.parts import Part, PartSummary
 from megalm.data.plan import BuildOptions

@@ -20,7 +20,8 @@ import numpy as np
 from megalm.data.assembly import Assembler
 from megalm.data.corpus import Document
 from megalm.data.files import read_json, write_json
-from megalm.data.indexed import IndexedDatasetWriter, best_dtype, bin_path, idx_path, sidecar_path
+from megalm.data.indexed import best_dtype, bin_path, idx_path, sidecar_path
+from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.inputs import WORK_SUFFIX, InputFile, ReadReport, find_inputs, sha256_of
 from megalm.data.parts import PartSummary
 from megalm.data.plan import BuildOptions, Plan, make_plan

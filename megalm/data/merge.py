@@ -15,7 +15,8 @@ import numpy.typing as npt
 from megalm.data.dedup import Dedup, Seen, exact_signatures, seen_of
 from megalm.data.file_table import Bools
 from megalm.data.files import write_json, writing_to
-from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path, sidecar_path
+from megalm.data.indexed import IndexedDataset, bin_path, idx_path, sidecar_path
+from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.inputs import WORK_SUFFIX, sha256_of
 from megalm.data.merge_report import asked_of, count_removed, finished_report, merged_report, note_pairs
 from megalm.data.report import BuildReport, check_output, sidecar_of

@@ -14,7 +14,8 @@ from megalm.config.deepspeed_json import read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.config.precision import DeviceFacts
 from megalm.config.resolve import ResolvedRun, resolve
-from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megalm.data.indexed import IndexedDataset
+from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.loader import BatchLayout, BatchLoader
 from megalm.data.samples import TrainingSamples
 from megalm.engine.build import build_engine

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megalm.data.indexed import IndexedDataset
+from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.loader import BatchLayout, BatchLoader
 from megalm.data.samples import TrainingSamples
 from megalm.train.leaving import FailureClaim

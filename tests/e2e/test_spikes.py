@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from megalm.checkpoint.manifest import read_manifest
-from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megalm.data.indexed import IndexedDataset
+from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.samples import TrainingSamples, split_documents
 from megalm.tracking.metrics import live_rows
 from tests.e2e.conftest import SmallData

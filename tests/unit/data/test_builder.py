@@ -16,7 +16,8 @@ import tokenizers
 from megalm.data import merge as merge_module
 from megalm.data.builder import BuildOptions, BuildProgress, build_dataset, build_files
 from megalm.data.corpus import Document
-from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path
+from megalm.data.indexed import IndexedDataset, bin_path
+from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.inspection import describe, document_text, verify
 from megalm.data.merge import merge_datasets
 from megalm.data.tokenizer import ByteTokenizer, load_tokenizer

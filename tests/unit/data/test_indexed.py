@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
+from megalm.data.indexed import IndexedDataset, best_dtype
+from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.summary import TokenCounter
 from megalm.errors import DataError
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megalm.data.blend import BlendedSamples, Stage
-from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megalm.data.indexed import IndexedDataset
+from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.samples import TrainingSamples
 from megalm.errors import ConfigError
 

@@ -11,7 +11,8 @@ import pytest
 
 from megalm.data.blend import BlendedSamples, Stage
 from megalm.data.builder import build_files
-from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megalm.data.indexed import IndexedDataset
+from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.lookup import pieces_of
 from megalm.data.samples import TrainingSamples
 from megalm.data.scan import document_at, scan, strange_stretches

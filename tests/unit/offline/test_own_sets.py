@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from megalm.checkpoint.manifest import read_manifest, set_status, write_manifest
-from megalm.data.indexed import IndexedDatasetWriter
+from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.loader import MicroBatch
 from megalm.data.tokenizer import ByteTokenizer
 from megalm.errors import CheckpointError, DataError

@@ -15,7 +15,8 @@ from megalm.config.loading import config_to_yaml, load_run_config
 from megalm.config.precision import DeviceFacts
 from megalm.config.resolve import ResolvedRun, resolve
 from megalm.data.builder import BuildOptions, build_files
-from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megalm.data.indexed import IndexedDataset
+from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.tokenizer import ByteTokenizer
 from megalm.errors import ConfigError, DataError
 from megalm.train.checkpointing import DataIdentity

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalm.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megalm.data.indexed import IndexedDataset
+from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.loader import BatchLayout, MicroBatch, ValidationLoader
 from megalm.data.samples import IGNORE, ValidationSamples
 from megalm.train.evaluate import Evaluator
