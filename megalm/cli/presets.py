@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import textwrap
-
 import typer
 
 from megalm.cli import show
 from megalm.config.presets import describe_preset, preset_path, preset_paths
 
-_TEXT_WIDTH = 80
+_WIDTH = 104  # of the list, also where there is no terminal: longer lines are hard to read
 
 
 def command(name: str = typer.Argument(None, help="Show this preset's YAML instead of the list.")) -> None:
     """List the shipped presets, or show one; any of them goes after --config."""
     if name is None:
-        rows = []
-        for preset in preset_paths():
-            first, *more = textwrap.wrap(describe_preset(preset), _TEXT_WIDTH) or [""]
-            rows += [[preset, first], *(["", line] for line in more)]
-        typer.echo(show.table(["preset", "what it is"], rows))
+        rows = [[preset, describe_preset(preset)] for preset in preset_paths()]
+        typer.echo(show.table(["preset", "what it is"], rows, min(show.terminal_width() or _WIDTH, _WIDTH)))
     else:
         typer.echo(preset_path(name).read_text(encoding="utf-8").rstrip())

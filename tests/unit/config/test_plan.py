@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, read_deepspeed_json
 from megalm.config.deepspeed_schema import ZeroSection
 from megalm.config.loading import load_run_config
+from megalm.config.presets import describe_preset, preset_paths
 from megalm.config.resolve import ResolvedRun
 from megalm.estimate.activations import activation_bytes, loss_bytes
 from megalm.estimate.memory import MemoryCase, checkpoint_bytes, estimate_memory, parameter_groups
@@ -253,6 +255,23 @@ def test_presets_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         main(["presets", "quickstart"])
     assert "recipe: python-stdlib" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("columns", "expected"), [(80, 56), (None, 80), (300, 80)])
+def test_the_presets_are_wrapped_once(
+    columns: int | None, expected: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megalm.cli.main import main
+
+    monkeypatch.setattr("megalm.cli.show.terminal_width", lambda: columns)
+    with pytest.raises(SystemExit):
+        main(["presets"])
+    told = [line[24:] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert told == [
+        line
+        for name in preset_paths()
+        for line in textwrap.wrap(describe_preset(name), expected, break_on_hyphens=False)
+    ]
 
 
 def test_the_rate_of_every_step_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
