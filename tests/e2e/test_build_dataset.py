@@ -92,7 +92,8 @@ def test_killed_and_started_again(tmp_path: Path, corpus: Path, model: Path, who
         IndexedDataset(prefix)
     again = build(corpus, model, prefix)
     assert again.returncode == 0, again.stderr
-    assert ("went on from" in again.stdout) == (parts_before > 0)
+    if parts_before:  # without, the first part may have been finished by the time of the kill
+        assert "went on from" in again.stdout
     assert contents(prefix) == contents(whole)
     verify(prefix)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json", "out.sources"]
