@@ -54,7 +54,8 @@ def main(
     """Build a dataset. Killed and started again it goes on; finished and started again it does nothing.
 
     \b
-    python data_tools/build_dataset.py --input my.jsonl --tokenizer data/my.model --output-prefix data/my
+    python data_tools/build_dataset.py --input my.jsonl \\
+        --tokenizer data/my.model --output-prefix data/my
     """
     with one_line_errors():
         filters = Filters(min_characters, max_characters, min_letter_share, max_repeated_line_share, max_word_length)

@@ -39,7 +39,8 @@ def main(
     """Print facts about a dataset; exit code 2 where it is damaged or of another tokenizer.
 
     \b
-    python data_tools/inspect_dataset.py data/my --scan --tokenizer data/my.model --report my-scan
+    python data_tools/inspect_dataset.py data/my --scan \\
+        --tokenizer data/my.model --report my-scan
     python data_tools/inspect_dataset.py --run mine --step 500
     """
     with one_line_errors():

@@ -32,7 +32,8 @@ def main(
     """Train a tokenizer that gives every text back exactly, and write it with a report beside it.
 
     \b
-    python data_tools/train_tokenizer.py --input my.jsonl --output data/my.model --vocab-size 8192
+    python data_tools/train_tokenizer.py --input my.jsonl \\
+        --output data/my.model --vocab-size 8192
     """
     with one_line_errors():
         if output.suffix != ".model":

@@ -114,6 +114,9 @@ def dataset_paths(prefix: str | Path) -> list[Path]:
 
 
 def check_output(prefix: str | Path, overwrite: bool) -> None:
+    """Raises DataError where something has these names already, or the prefix gives no name at all."""
+    if Path(prefix).name in ("", ".."):  # "" is the current folder
+        raise DataError(f"output prefix {str(prefix)!r}: is a folder; add the name that the files begin with")
     for path in dataset_paths(prefix):
         if path.exists() and not overwrite:
             raise DataError(f"{path}: exists already; choose another output prefix, or overwrite it (--overwrite)")

@@ -428,6 +428,16 @@ def test_text_named_like_the_dataset_is_not_replaced_by_it(tmp_path: Path, monke
     assert decoded(other / "my") == ["a", "b"]
 
 
+@pytest.mark.parametrize("prefix", ["", ".", "data/.."])
+def test_a_prefix_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError, match="is a folder; add the name"):
+        build_files(["in.jsonl"], ByteTokenizer(), Path(prefix))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "in.jsonl"]
+
+
 def test_an_input_that_changes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": "a"}\n')
