@@ -21,6 +21,9 @@ from tests.e2e.tracking.run_folders import write_rows
 
 pytestmark = pytest.mark.e2e
 
+# The mirror yields to everything else on the machine: beside other tests its imports alone may take half a minute.
+PATIENCE_SECONDS = 180.0
+
 # A trainer that dies without a word: it writes its rows, maybe a signal event, and is killed with -9.
 KILLED_TRAINER = """
 import os, signal, sys
@@ -56,7 +59,7 @@ def mlflow_run(run_dir: Path, uri: str | None = None) -> mlflow.entities.Run:
 def test_a_run_is_followed_to_its_end(run_dir: Path) -> None:
     handle = mirror.start_mirror(run_dir)
     write_rows(run_dir, range(1, 5), end="finished")
-    assert handle.finish(60), (run_dir / "mlflow.log").read_text()
+    assert handle.finish(PATIENCE_SECONDS), (run_dir / "mlflow.log").read_text()
     run = mlflow_run(run_dir)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["train/loss"] == 1.0
@@ -67,13 +70,13 @@ def test_what_is_written_after_the_last_row_arrives_too(run_dir: Path) -> None:
     """report.html tells of the run's end, so it comes after the end event."""
     handle = mirror.start_mirror(run_dir)
     write_rows(run_dir, range(1, 5), end="finished")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while MirrorState.load(run_dir / "mlflow.json").status_sent != "FINISHED":
         assert time.monotonic() < deadline, (run_dir / "mlflow.log").read_text()
         time.sleep(0.1)
     time.sleep(1.0)
     (run_dir / "report.html").write_text("<p>the end</p>")
-    assert handle.finish(60), (run_dir / "mlflow.log").read_text()
+    assert handle.finish(PATIENCE_SECONDS), (run_dir / "mlflow.log").read_text()
     run = mlflow_run(run_dir)
     listed = mlflow.MlflowClient(MirrorState.load(run_dir / "mlflow.json").tracking_uri).list_artifacts(run.info.run_id)
     assert "report.html" in [item.path for item in listed]
@@ -83,7 +86,7 @@ def test_signals_for_the_job_do_not_stop_it(run_dir: Path) -> None:
     """Slurm sends them to every process; the mirror has to bring the news that the run was stopped."""
     handle = mirror.start_mirror(run_dir)
     write_rows(run_dir, range(1, 5))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while MirrorState.load(run_dir / "mlflow.json").offset == 0:
         assert time.monotonic() < deadline, (run_dir / "mlflow.log").read_text()
         time.sleep(0.1)
@@ -91,7 +94,7 @@ def test_signals_for_the_job_do_not_stop_it(run_dir: Path) -> None:
         handle.process.send_signal(number)
     with MetricsWriter(run_dir / "metrics.jsonl") as writer:
         writer.row("event", event="end", step=4, status="stopped", exit_code=75)
-    assert handle.finish(60), (run_dir / "mlflow.log").read_text()
+    assert handle.finish(PATIENCE_SECONDS), (run_dir / "mlflow.log").read_text()
     assert mlflow_run(run_dir).info.status == "KILLED"
 
 
@@ -102,14 +105,14 @@ def test_the_end_of_an_earlier_attempt_is_not_this_ones(run_dir: Path, sent_befo
     if sent_before:
         mirror.sync(run_dir)
     handle = mirror.start_mirror(run_dir)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while MirrorState.load(run_dir / "mlflow.json").offset == 0:
         assert time.monotonic() < deadline, (run_dir / "mlflow.log").read_text()
         time.sleep(0.1)
     time.sleep(3.0)  # a pass or two with nothing but the earlier attempt
     assert handle.process.poll() is None, (run_dir / "mlflow.log").read_text()
     write_rows(run_dir, range(5, 7), attempt=2, end="finished")
-    assert handle.finish(60)
+    assert handle.finish(PATIENCE_SECONDS)
     run = mlflow_run(run_dir)
     assert (run.info.status, run.data.metrics["train/tokens"]) == ("FINISHED", 600.0)
 
@@ -118,7 +121,7 @@ def test_rows_arrive_while_training_goes_on(run_dir: Path) -> None:
     handle = mirror.start_mirror(run_dir)
     try:
         write_rows(run_dir, range(1, 5))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while MirrorState.load(run_dir / "mlflow.json").offset == 0:
             assert time.monotonic() < deadline, (run_dir / "mlflow.log").read_text()
             time.sleep(0.2)
@@ -127,14 +130,14 @@ def test_rows_arrive_while_training_goes_on(run_dir: Path) -> None:
     finally:
         with MetricsWriter(run_dir / "metrics.jsonl") as writer:
             writer.row("event", event="end", status="finished", exit_code=0)
-        assert handle.finish(60)
+        assert handle.finish(PATIENCE_SECONDS)
 
 
 def test_it_yields_the_processor(run_dir: Path) -> None:
     handle = mirror.start_mirror(run_dir)
     try:
         process = psutil.Process(handle.process.pid)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while process.nice() != 19:
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -151,7 +154,7 @@ def test_it_ends_soon_after_a_killed_trainer(run_dir: Path, word: str, status: s
         [sys.executable, "-c", KILLED_TRAINER, str(run_dir), word], capture_output=True, text=True, check=False
     )
     assert trainer.returncode == -signal.SIGKILL, trainer.stderr
-    wait_until_gone(int(trainer.stdout), seconds=45)
+    wait_until_gone(int(trainer.stdout), seconds=PATIENCE_SECONDS)
     run = mlflow_run(run_dir)
     assert (run.info.status, run.data.metrics["train/loss"]) == (status, 0.2)
 
@@ -165,16 +168,21 @@ def test_a_dead_server_costs_training_nothing_and_sync_delivers_later(
         begun = time.monotonic()
         handle = mirror.start_mirror(run_dir)
         write_rows(run_dir, range(1, 5), end="finished")
-        assert time.monotonic() - begun < 1.0
-        assert not handle.finish(8)
+        assert time.monotonic() - begun < 5.0  # a request alone may wait for 20
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while "not delivered, trying again" not in (run_dir / "mlflow.log").read_text():
+            assert time.monotonic() < deadline, (run_dir / "mlflow.log").read_text()
+            time.sleep(0.1)
+        assert not handle.finish(0.5)
         handle.process.kill()
         handle.process.wait()
-    assert "not delivered, trying again" in (run_dir / "mlflow.log").read_text()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{run_dir.parent / 'mlflow.db'}")
     assert mirror.sync(run_dir).status == "FINISHED"
 
 
-def test_it_gives_up_within_its_bound_and_says_so(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_gives_up_within_its_bound_and_says_so(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(mirror, "_DEADLINE_SECONDS", 1.0)
     monkeypatch.setattr(mirror, "_POLL_SECONDS", 0.1)
     monkeypatch.setattr(os, "nice", lambda _: 0)  # this very process runs `main` here
@@ -185,6 +193,8 @@ def test_it_gives_up_within_its_bound_and_says_so(run_dir: Path, monkeypatch: py
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{unused.getsockname()[1]}")
         monkeypatch.setattr(mirror.ParentWatch, "run", lambda watch: watch.ended.set())  # no end by force in here
         assert mirror.main([str(run_dir), "--follow", "--parent-pid", gone.stdout.decode().strip()]) == 1
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert f"run `megalm track sync {run_dir}` when it is there again" in said
 
 
 @pytest.mark.slow
