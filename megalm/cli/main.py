@@ -15,7 +15,7 @@ import typer
 
 import megalm
 from megalm.config.suggest import did_you_mean
-from megalm.errors import EXIT_REFUSED, MegalmError
+from megalm.errors import EXIT_FAILED, EXIT_REFUSED, MegalmError
 
 # Command -> (module with a Typer `app` or a function `command`, what the overview says of it).
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -46,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         build_app(chosen)(args=words, prog_name="megalm")
     except MegalmError as error:
         _leave(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "megalm":
+            raise
+        _leave(f"this needs {error.name}, which is not installed here; `make install` installs it", EXIT_FAILED)
     except OSError as error:
         if error.strerror is None:  # none of the machine's own
             raise

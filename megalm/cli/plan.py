@@ -153,6 +153,11 @@ def _after(checkpoint: Path, more: int | None, run: ResolvedRun) -> tuple[Resolv
 def _device(local_ranks: int, gpu_memory: float | None) -> DeviceFacts:
     if gpu_memory is not None:
         return DeviceFacts(kind="cuda", bf16=True, memory_bytes=int(gpu_memory * _GIB))
-    from megalm.engine.environment import device_facts  # imports torch, which a plan for a cluster does not need
-
+    try:
+        from megalm.engine.environment import device_facts  # imports torch, which a plan for a cluster does not need
+    except ImportError as error:
+        raise ConfigError(
+            f"a plan for this machine asks torch for its device ({error}); "
+            "plan for GPUs of so many GiB with --gpu-memory"
+        ) from None
     return device_facts(local_ranks)

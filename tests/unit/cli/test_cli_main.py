@@ -93,6 +93,27 @@ def test_what_the_file_system_refuses_is_one_line(
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["plan"], 2, "plan for GPUs of so many GiB with --gpu-memory"),
+        (["plan", "--gpu-memory", "24"], 0, ""),
+        (["checkpoint", "diff", "run", "run"], 1, "this needs torch, which is not installed here; `make install`"),
+    ],
+    ids=["plan", "plan for GPUs", "diff"],
+)
+def test_a_machine_without_torch_does_what_needs_none(
+    words: list[str], code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("megalm.engine.environment", "megalm.checkpoint.compare"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert (caught.value.code or 0) == code
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", cli.available_commands())
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
