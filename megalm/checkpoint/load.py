@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,13 @@ class CheckpointReader:
         """It was no run's state: there are masters and no moments."""
         return self.manifest.get("holds") == WEIGHTS
 
-    def verify(self, part: int = 0, parts: int = 1) -> str:
-        """Compare every `parts`-th file from `part` with its SHA-256; the first difference in words, or ''."""
-        return damaged_file(self.path, self.manifest, part, parts)
+    def verify(self, part: int = 0, parts: int = 1, tell: Callable[[], None] = lambda: None) -> str:
+        """Compare every `parts`-th file from `part` with its SHA-256; the first difference in words, or ''.
+
+        Args:
+            tell: called for each `HASH_BLOCK_BYTES` that are read, and for the rest of a file.
+        """
+        return damaged_file(self.path, self.manifest, part, parts, tell)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(entry["shape"]) for name, entry in self.manifest["tensors"].items()}

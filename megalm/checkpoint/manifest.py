@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -25,7 +25,7 @@ Status = Literal["good", "suspect", "bad"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 _SEAL = "seal"
-_HASH_BLOCK_BYTES = 1 << 24
+HASH_BLOCK_BYTES = 1 << 24
 
 # A plain name in the checkpoint's own folder: no separator, no "..", not hidden.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
@@ -139,11 +139,17 @@ def wrong_file(folder: Path, manifest: Mapping[str, Any]) -> str:
     return ""
 
 
-def damaged_file(folder: Path, manifest: Mapping[str, Any], part: int = 0, parts: int = 1) -> str:
-    """Compare every `parts`-th file from `part` with its SHA-256; the first difference in words, or ''."""
+def damaged_file(
+    folder: Path, manifest: Mapping[str, Any], part: int = 0, parts: int = 1, tell: Callable[[], None] = lambda: None
+) -> str:
+    """Compare every `parts`-th file from `part` with its SHA-256; the first difference in words, or ''.
+
+    Args:
+        tell: called for each `HASH_BLOCK_BYTES` that are read, and for the rest of a file.
+    """
     for name in sorted(manifest["files"])[part::parts]:
         try:
-            found = file_sha256(folder / name)
+            found = file_sha256(folder / name, tell)
         except OSError as error:
             return f"{folder / name} cannot be read ({error}); {advice(folder)}"
         expected = manifest["files"][name]["sha256"]
@@ -154,11 +160,12 @@ def damaged_file(folder: Path, manifest: Mapping[str, Any], part: int = 0, parts
     return ""
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Path, tell: Callable[[], None] = lambda: None) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
+        while block := file.read(HASH_BLOCK_BYTES):
             digest.update(block)
+            tell()
     return digest.hexdigest()
 
 

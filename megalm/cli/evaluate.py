@@ -15,6 +15,7 @@ import orjson
 import typer
 
 from megalm.cli import show
+from megalm.cli.hashing import verify
 from megalm.cli.progress import Counter, watched
 from megalm.cli.runs import find_place
 from megalm.errors import CheckpointError, ConfigError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from megalm.offline.sets import Row, Task
 
 RECORD = "evaluations.jsonl"
+_TEXT_KEY = "text"
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -80,7 +82,7 @@ def command(
         int | None,
         typer.Option(min=0, help="--text: tokens of context from the window before. Default: half a window."),
     ] = None,
-    text_key: Annotated[str, typer.Option(help="--text: the key or column that holds the text.")] = "text",
+    text_key: Annotated[str, typer.Option(help="--text: the key or column that holds the text.")] = _TEXT_KEY,
     dtype: Annotated[Precision, typer.Option(help="What the model computes in.")] = Precision.fp32,
     tokenizer: Annotated[str, typer.Option(help="Where the checkpoint's tokenizer is now, if it moved.")] = "",
     json: Annotated[bool, typer.Option("--json", help="JSON lines instead of tables.")] = False,
@@ -121,7 +123,7 @@ def command(
         for path in paths:
             try:
                 # One model at a time: it goes with the function.
-                rows += _evaluate(path, tokenizer or None, dtype.value, tasks, wanted, counter.advance)
+                rows += _evaluate(path, tokenizer or None, dtype.value, tasks, wanted, counter)
             except CheckpointError as error:
                 if not every_checkpoint:
                     raise
@@ -157,6 +159,8 @@ def _tasks(facts: CheckpointFacts, wanted: _Wanted) -> list[Task]:
     from megalm.offline.sets import DATA, OWN, DatasetTask, other_sets, own_sets
     from megalm.offline.text import TextTask, read_text
 
+    if not wanted.text and (wanted.overlap is not None or wanted.text_key != _TEXT_KEY):
+        raise ConfigError("--overlap and --text-key are about raw text; name it with --text")
     for option, named in (("--data", wanted.data), ("--text", wanted.text), ("--choices", wanted.choices)):
         if len(set(named)) < len(named):
             raise ConfigError(f"{option}: one of {', '.join(map(str, named))} is named twice; name it once")
@@ -192,12 +196,13 @@ def _evaluate(
     dtype: OfflinePrecision,
     tasks: Sequence[Task],
     wanted: _Wanted,
-    heartbeat: Callable[[], None],
+    counter: Counter,
 ) -> list[Row]:
     """All results of one checkpoint, recorded in its run."""
     from megalm.offline.model import OfflineModel
 
-    model = OfflineModel(path, tokenizer, dtype)
+    with counter.paused():
+        model = OfflineModel(path, tokenizer, dtype, verify, watched(f"loading {path.name}"))
     manifest = model.facts.manifest
     about: dict[str, Any] = {
         "checkpoint": str(model.path),
@@ -211,7 +216,7 @@ def _evaluate(
     rows = [
         {"kind": "evaluation", "time": time.time(), **about, **row}
         for task in tasks
-        for row in task.rows(model, heartbeat)
+        for row in task.rows(model, counter.advance)
     ]
     _record(model.facts.run_folder, rows)
     return rows

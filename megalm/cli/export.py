@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from megalm.checkpoint.layout import find_checkpoint
 from megalm.checkpoint.manifest import MANIFEST, read_manifest
 from megalm.cli import show
+from megalm.cli.hashing import verify
 from megalm.cli.progress import Counter
 from megalm.cli.runs import find_place
 from megalm.cli.sizes import bytes_of
 from megalm.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from megalm.checkpoint.load import CheckpointReader
 
 
 class DType(str, Enum):
@@ -72,20 +70,6 @@ def command(
     if reader.manifest["status"] != "good":
         typer.echo(f"the checkpoint is marked {reader.manifest['status']}: {reader.manifest.get('status_reason')}")
     typer.echo("README.md names no licence: choose one before you publish it")
-
-
-def verify(reader: CheckpointReader) -> None:
-    """Hash every file of a checkpoint, counted on the terminal.
-
-    Raises:
-        CheckpointError: a file is damaged.
-    """
-    files = len(reader.manifest["files"])
-    with Counter("reading", files) as counter:
-        for number in range(files):
-            if problem := reader.verify(number, files):
-                raise CheckpointError(problem)
-            counter.advance()
 
 
 def _checkpoint(place: Path, accept_bad: bool) -> Path:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 import orjson
 import typer
 
 from megalm.alone import Alone
 from megalm.checkpoint.layout import step_of
+from megalm.cli.hashing import verify
+from megalm.cli.progress import Counter, watched
 from megalm.cli.runs import find_place
 from megalm.config.schema import SampleSection
 from megalm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from megalm.offline.model import OfflineModel
+    from megalm.train.sampling import Predictor
 
 _DEFAULTS = SampleSection()
 
@@ -80,15 +85,30 @@ def command(
         if at:
             typer.echo(f"=== step {step_of(path):,}: {path}")
         length = model.shape.max_position_embeddings
-        for text in generate(CachedModel(model), Alone(), model.tokenizer, settings, length, seed):
+        with Counter("drawing tokens", max_new_tokens) as counter:
+            texts = generate(_Counted(CachedModel(model), counter), Alone(), model.tokenizer, settings, length, seed)
+        for text in texts:
             typer.echo(text)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A model whose tokens are counted; a text may end before the last."""
+
+    model: Predictor
+    counter: Counter
+
+    def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        found = self.model.next_token_logits(tokens, positions)
+        self.counter.advance()
+        return found
 
 
 def _load(place: Path, tokenizer: str) -> OfflineModel:
     """A checkpoint's model; what it is marked as is told beside its text."""
     from megalm.offline.model import OfflineModel
 
-    model = OfflineModel(place, tokenizer or None)
+    model = OfflineModel(place, tokenizer or None, verify=verify, watched=watched("loading"))
     if model.facts.mark:
         typer.echo(f"megalm: {model.path} is {model.facts.mark}", err=True)
     return model

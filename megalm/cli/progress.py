@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -43,6 +44,15 @@ class Counter:
             self._told = now
             left = (now - self._started) / self._done * (self._total - self._done)
             self._console.print(f"{self._what} {self._done:,}/{self._total:,}, about {_clock(left)} left")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While something else is counted."""
+        self._bar.stop()
+        try:
+            yield
+        finally:
+            self._bar.start()
 
     def __enter__(self) -> Counter:
         self._bar.start()

@@ -6,7 +6,7 @@ Shapes: B batch, T sequence, V vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -91,27 +91,41 @@ def read_facts(place: Path, tokenizer: str | None = None) -> CheckpointFacts:
     return CheckpointFacts(path, manifest, ModelShape(**manifest["model"]), found)
 
 
+def verify_in_silence(reader: CheckpointReader) -> None:
+    """Raises: CheckpointError: a file is damaged."""
+    if problem := reader.verify():
+        raise CheckpointError(problem)
+
+
 class OfflineModel:
     """The model of a checkpoint, on the GPU if there is one.
 
     Args:
         place: a checkpoint folder, or a run folder, whose newest checkpoint is taken.
         precision: of weights and activations; the loss is fp32 in any case.
+        verify: looks at every file before it is used, so that somebody can watch.
+        watched: is given the names of the parameters and hands them on one by one, so that somebody can count them.
 
     Raises:
         CheckpointError: nothing to load there, damaged files, or weights that are not finite.
         DataError: its tokenizer is gone.
     """
 
-    def __init__(self, place: Path, tokenizer: str | None = None, precision: OfflinePrecision = "fp32") -> None:
+    def __init__(
+        self,
+        place: Path,
+        tokenizer: str | None = None,
+        precision: OfflinePrecision = "fp32",
+        verify: Callable[[CheckpointReader], None] = verify_in_silence,
+        watched: Callable[[Sequence[str]], Iterable[str]] = iter,
+    ) -> None:
         self.path = _checkpoint(place)
         reader = CheckpointReader(self.path)
-        if problem := reader.verify():
-            raise CheckpointError(problem)
+        verify(reader)
         self.facts = read_facts(self.path, tokenizer)
         self.shape, self.tokenizer = self.facts.shape, self.facts.tokenizer
         self.device = _device()
-        self.network = _load(reader, self.shape).to(self.device, _DTYPES[precision]).eval()
+        self.network = _load(reader, self.shape, watched).to(self.device, _DTYPES[precision]).eval()
 
     @torch.inference_mode()
     def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -182,11 +196,15 @@ def _device() -> torch.device:
     return torch.device("cuda" if wanted and torch.cuda.is_available() else "cpu")
 
 
-def _load(reader: CheckpointReader, shape: ModelShape) -> LanguageModel:
+def _load(
+    reader: CheckpointReader, shape: ModelShape, watched: Callable[[Sequence[str]], Iterable[str]]
+) -> LanguageModel:
     """The fp32 model; one parameter is in memory twice at a time."""
     model = LanguageModel(shape)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        parameters = dict(model.named_parameters())
+        for name in watched(list(parameters)):
+            parameter = parameters[name]
             parameter.copy_(read_finite(reader, name, tuple(parameter.shape)))
     reader.close()
     return model

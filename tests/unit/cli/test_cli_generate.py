@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megalm.checkpoint import manifest
+from megalm.checkpoint.load import CheckpointReader
 from megalm.checkpoint.manifest import set_status
+from megalm.cli import hashing
 from megalm.cli.main import main
 from megalm.data.tokenizer import ByteTokenizer
 from tests.offline_models import write_run
@@ -42,6 +45,22 @@ def test_what_a_checkpoint_is_marked_as_is_told(run: Path, capsys: pytest.Captur
     code, other, error = said(capsys, "generate", run, *WORDS)
     assert (code, error) == (0, "")
     assert other != text, "of the good one"
+
+
+def test_every_block_that_is_hashed_is_counted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (manifest, hashing):
+        monkeypatch.setattr(module, "HASH_BLOCK_BYTES", 1000)
+    reader = CheckpointReader(run / "checkpoints/step-00000010")
+    told: list[int] = []
+    assert reader.verify(tell=lambda: told.append(1)) == ""
+    assert len(told) == hashing.blocks_of(reader.manifest) > 100
+
+
+def test_options_about_text_want_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (("--overlap", 3), ("--text-key", "body")):
+        code, _, error = said(capsys, "evaluate", run, *words)
+        assert code == 2
+        assert "are about raw text; name it with --text" in error
 
 
 def test_a_prompt_that_is_no_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
