@@ -105,7 +105,7 @@ def test_what_the_file_system_refuses_is_one_line(
 def test_a_machine_without_torch_does_what_needs_none(
     words: list[str], code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in ("megalm.engine.environment", "megalm.checkpoint.compare"):
+    for module in ("megalm.engine.environment", "megalm.checkpoint.compare", "megalm.checkpoint.load"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(SystemExit) as caught:
