@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,12 +99,24 @@ def differences(sidecar: dict[str, Any], wanted: Wanted) -> list[str]:
     if built and wanted.append_eod is not None and ended != wanted.append_eod:
         found.append(f"has documents that {'end' if ended else 'do not end'} with the end-of-document token")
     if wanted.inputs:
-        named = {str(Path(file.path).resolve()) for file in find_inputs(wanted.inputs, ReadReport())}
         used = {str(Path(path).resolve()) for path in _recorded_paths(sidecar)}
+        named = {path for stated in wanted.inputs for path in _named_by(stated, used)}
         if other := sorted(named ^ used):
             word = "not built of" if other[0] in named else "built of"
             found.append(f"was {word} {other[0]}, other than data.input says")
     return found
+
+
+def _named_by(stated: str, used: set[str]) -> set[str]:
+    """Files that `data.input` names; where they are gone, those that were `used` under this name."""
+    try:
+        return {str(Path(file.path).resolve()) for file in find_inputs([stated], ReadReport())}
+    except DataError:
+        name = str(Path(stated).resolve())
+        gone = {path for path in used if fnmatch(path, name) or path.startswith(f"{name}/")}
+        if not gone or any(Path(path).exists() for path in gone):
+            raise
+        return gone
 
 
 def build_prefix(prefix: str | Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from megalm.data.builder import BuildOptions, build_dataset, build_files
 from megalm.data.corpus import Document
 from megalm.data.filters import Filters
 from megalm.data.indexed import IndexedDataset
-from megalm.data.rebuild import Wanted, ensure_dataset
+from megalm.data.rebuild import Rebuild, Wanted, ensure_dataset
 from megalm.data.records import ReadOptions
 from megalm.data.tokenizer import ByteTokenizer, load_tokenizer
 from megalm.errors import DataError
@@ -122,6 +123,22 @@ def test_raw_text_that_was_touched_or_is_gone_is_no_reason(tmp_path: Path, corpu
     assert [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("x-*"))] == times
     with pytest.raises(DataError, match="no file to read there"):
         ensure_dataset(tmp_path / "x-train", Wanted(ByteTokenizer()), "always")
+
+
+@pytest.mark.parametrize("stated", ["raw", "raw/a.jsonl", "raw/*.jsonl"])
+@pytest.mark.parametrize("rebuild", ["never", "auto"])
+def test_stated_inputs_that_are_gone_are_no_reason_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stated: str, rebuild: Rebuild
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "a.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
+    build_files([stated], ByteTokenizer(), tmp_path / "x")
+    shutil.rmtree(raw)
+    assert ensure_dataset(tmp_path / "x", Wanted(ByteTokenizer(), inputs=(stated,)), rebuild) is None
+    with pytest.raises(DataError, match=r"other\.jsonl: no file to read there"):
+        ensure_dataset(tmp_path / "x", Wanted(ByteTokenizer(), inputs=("other.jsonl",)), rebuild)
 
 
 def test_stated_inputs(tmp_path: Path, corpus: Path) -> None:
