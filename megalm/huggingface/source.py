@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megalm.checkpoint.convert import is_finite
 from megalm.data.files import read_json
 from megalm.errors import DataError
 from megalm.huggingface.config import to_shape
@@ -58,7 +59,7 @@ class HuggingFaceFolder:
         """
         tensor = self._owner[name]
         found = to_ours(tensor, self._load(tensor.name), name).float()
-        if not torch.isfinite(found).all():
+        if not is_finite(found):
             raise DataError(f"{self.folder}: {tensor.name} has numbers that are not finite; it cannot be trained on")
         return found
 
