@@ -19,13 +19,13 @@ import numpy as np
 
 from megalm.data.assembly import Assembler
 from megalm.data.corpus import Document
-from megalm.data.files import read_json, write_json
+from megalm.data.files import write_json
 from megalm.data.indexed import best_dtype, bin_path, idx_path, sidecar_path
 from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.inputs import WORK_SUFFIX, InputFile, ReadReport, find_inputs, sha256_of
 from megalm.data.parts import PartSummary
 from megalm.data.plan import BuildOptions, Plan, make_plan
-from megalm.data.report import KEPT_NAMES, BuildReport, check_output, dataset_paths, start_report
+from megalm.data.report import KEPT_NAMES, BuildReport, check_output, dataset_paths, is_whole, report_of, start_report
 from megalm.data.signatures import signatures_path
 from megalm.data.sources import sources_path
 from megalm.data.summary import TokenCounter
@@ -88,7 +88,8 @@ def build_files(
 
     Args:
         workers: processes that read and encode; 1: this one.
-        overwrite: replace a dataset of this name that was made of something else, which is otherwise an error.
+        overwrite: replace a dataset of this name that was made of something else, or is damaged, which is otherwise an
+            error; one of just this is read to be sure.
         again: build also what is there already of just this.
 
     Raises:
@@ -100,7 +101,7 @@ def build_files(
     prefixes = options.output_prefixes(output_prefix)
     _check_apart(files, prefixes)
     facts = options.recorded() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
-    finished = None if again else _finished_reports(prefixes, files, facts, tokenizer)
+    finished = None if again else _finished_reports(prefixes, files, facts, tokenizer, overwrite)
     if finished is not None:
         return Built(finished, was_there=True, resumed=0, ignored_files=reading.ignored_files)
     if options.append_eod:
@@ -163,23 +164,22 @@ class _Counts:
 
 
 def _finished_reports(
-    prefixes: Sequence[str], files: Sequence[InputFile], facts: dict[str, Any], tokenizer: Tokenizer
+    prefixes: Sequence[str],
+    files: Sequence[InputFile],
+    facts: dict[str, Any],
+    tokenizer: Tokenizer,
+    thorough: bool,
 ) -> list[BuildReport] | None:
-    """The reports of a build of just this, if it is there and its files have their sizes."""
+    """The reports of a build of just this, if it is there (see `is_whole`)."""
     reports = []
     for prefix in prefixes:
-        if not all(path.exists() for path in (bin_path(prefix), idx_path(prefix), sidecar_path(prefix))):
-            return None
-        recorded = read_json(sidecar_path(prefix))
-        try:
-            report = BuildReport(**recorded)
-        except TypeError:
+        report = report_of(prefix)
+        if report is None:
             return None
         same = report.options == facts and report.tokenizer.get("fingerprint") == tokenizer.fingerprint
-        size = report.tokens * np.dtype(report.dtype).itemsize
         if facts["dedup"] == "minhash" and not (report.minhash and signatures_path(prefix).exists()):
             return None
-        if not same or bin_path(prefix).stat().st_size != size or not _same_inputs(report, files):
+        if not same or not is_whole(prefix, report, thorough) or not _same_inputs(report, files):
             return None
         reports.append(report)
     return reports

@@ -46,7 +46,8 @@ def merge_datasets(
     """Write all documents of `prefixes`, in that order, to one dataset.
 
     Where all inputs have their PREFIX.json, its counts are added up; where one has none, what cannot be known
-    is left at nothing, and `options["complete"]` is false. Called again when it is done, it writes nothing.
+    is left at nothing, and `options["complete"]` is false. Called again when it is done, it writes nothing;
+    with `overwrite` it reads all that is there to be sure.
 
     Args:
         dedup: "exact" leaves out documents with the same tokens as an earlier one, of this dataset or another;
@@ -68,7 +69,7 @@ def merge_datasets(
     asked = asked_of(prefixes, sidecars, dedup, minhash_threshold)
     report = merged_report(prefixes, sidecars, output_prefix, datasets, asked)
     with alone_at(Path(f"{output_prefix}{WORK_SUFFIX}")):
-        finished = finished_report(output_prefix, report)
+        finished = finished_report(output_prefix, report, thorough=overwrite)
         if finished is not None:
             return finished
         check_output(output_prefix, overwrite)

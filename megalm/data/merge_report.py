@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megalm.data.dedup import Dedup
-from megalm.data.files import read_json
-from megalm.data.indexed import IndexedDataset, sidecar_path
+from megalm.data.indexed import IndexedDataset
 from megalm.data.inputs import KEPT_MESSAGES
 from megalm.data.near import KEPT_PAIRS, Pair, check_threshold
-from megalm.data.report import KEPT_NAMES, BuildReport, versions
+from megalm.data.report import KEPT_NAMES, BuildReport, is_whole, report_of, versions
 from megalm.data.signatures import AWAITS_MERGE, signatures_path
 from megalm.data.sources import Sources
 from megalm.errors import DataError
@@ -96,18 +95,15 @@ def merged_report(
     return report
 
 
-def finished_report(output_prefix: str | Path, report: BuildReport) -> BuildReport | None:
-    """The report of the same merge, if it is there."""
-    if not report.options["complete"] or not sidecar_path(output_prefix).exists():
-        return None
-    try:
-        known = BuildReport(**read_json(sidecar_path(output_prefix)))
-    except TypeError:
+def finished_report(output_prefix: str | Path, report: BuildReport, thorough: bool) -> BuildReport | None:
+    """The report of the same merge, if it is there (see `is_whole`)."""
+    known = report_of(output_prefix) if report.options["complete"] else None
+    if known is None:
         return None
     same = known.options == report.options and known.tokenizer == report.tokenizer
     if report.options.get("dedup") == "minhash" and not signatures_path(output_prefix).exists():
         return None
-    return known if same and len(IndexedDataset(output_prefix).tokens) == known.tokens else None
+    return known if same and is_whole(output_prefix, known, thorough) else None
 
 
 def note_pairs(report: BuildReport, pairs: Sequence[Pair], datasets: Sequence[IndexedDataset]) -> None:

@@ -11,7 +11,8 @@ import numpy
 
 import megalm
 from megalm.data.files import read_json
-from megalm.data.indexed import best_dtype, bin_path, idx_path, sidecar_path
+from megalm.data.indexed import IndexedDataset, best_dtype, bin_path, idx_path, sidecar_path
+from megalm.data.inputs import sha256_of
 from megalm.data.signatures import signatures_path
 from megalm.data.sources import sources_path
 from megalm.data.tokenizer import Tokenizer
@@ -106,6 +107,25 @@ def sidecar_of(prefix: str | Path) -> dict[str, Any] | None:
     path = sidecar_path(prefix)
     facts = read_json(path) if path.exists() else None
     return facts if isinstance(facts, dict) and "bin_sha256" in facts else None
+
+
+def report_of(prefix: str | Path) -> BuildReport | None:
+    """What PREFIX.json says, if it is there, of this version and not damaged."""
+    try:
+        return BuildReport(**read_json(sidecar_path(prefix))) if sidecar_path(prefix).exists() else None
+    except (DataError, TypeError):
+        return None
+
+
+def is_whole(prefix: str | Path, report: BuildReport, thorough: bool) -> bool:
+    """Whether the dataset can be opened and holds so many tokens; `thorough`: and has the recorded hashes."""
+    try:
+        if len(IndexedDataset(prefix).tokens) != report.tokens:
+            return False
+    except DataError:
+        return False
+    found = [sha256_of(path) for path in (bin_path(prefix), idx_path(prefix))] if thorough else []
+    return not thorough or found == [report.bin_sha256, report.idx_sha256]
 
 
 def dataset_paths(prefix: str | Path) -> list[Path]:

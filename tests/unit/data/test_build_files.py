@@ -438,6 +438,27 @@ def test_a_prefix_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "in.jsonl"]
 
 
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_damaged_dataset_is_built_again(tmp_path: Path, corpus: list[Path], suffix: str, damage: str) -> None:
+    """As the one who refuses it says. Where no size shows it, --overwrite reads it all to see."""
+    build_files(corpus, ByteTokenizer(), tmp_path / "out")
+    expected = contents(tmp_path / "out")
+    merge_datasets([tmp_path / "out", tmp_path / "out"], tmp_path / "twice")
+    for name in ("out", "twice"):
+        path = tmp_path / f"{name}.{suffix}"
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + (b"" if damage == "cut" else bytes([content[-1] ^ 1])))
+    if damage == "cut":
+        with pytest.raises(DataError, match="exists already"):
+            build_files(corpus, ByteTokenizer(), tmp_path / "out")
+    assert not build_files(corpus, ByteTokenizer(), tmp_path / "out", overwrite=True).was_there
+    assert contents(tmp_path / "out") == expected
+    assert build_files(corpus, ByteTokenizer(), tmp_path / "out", overwrite=True).was_there
+    merge_datasets([tmp_path / "out", tmp_path / "out"], tmp_path / "twice", overwrite=True)
+    verify(tmp_path / "twice")
+
+
 def test_an_input_that_changes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": "a"}\n')
