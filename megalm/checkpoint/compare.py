@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megalm.checkpoint.fragment import KINDS, FragmentKey, FragmentKind
@@ -30,10 +30,15 @@ def different_shapes(first: CheckpointReader, second: CheckpointReader) -> list[
     return [(name, here, there) for name, here, there in pairs if here != there]
 
 
-def largest_differences(first: CheckpointReader, second: CheckpointReader) -> dict[str, dict[FragmentKind, float]]:
+def largest_differences(
+    first: CheckpointReader, second: CheckpointReader, tell: Callable[[], None] = lambda: None
+) -> dict[str, dict[FragmentKind, float]]:
     """Part of the model (`layers.3`) -> kind -> largest absolute difference, over the parameters that both have.
 
     One parameter of each is in memory at a time. Not a number on one side only counts as infinitely far apart.
+
+    Args:
+        tell: called after each parameter of the first.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -42,12 +47,12 @@ def largest_differences(first: CheckpointReader, second: CheckpointReader) -> di
     others = second.shapes()
     kinds = KINDS[:1] if first.holds_weights_only or second.holds_weights_only else KINDS
     for name, shape in first.shapes().items():
-        if others.get(name) != shape:
-            continue
-        row = result.setdefault(_part(name), dict.fromkeys(kinds, 0.0))
-        for kind in kinds:
-            key = FragmentKey(name, kind, shape, 0, math.prod(shape))
-            row[kind] = max(row[kind], _distance(first, second, key))
+        if others.get(name) == shape:
+            row = result.setdefault(_part(name), dict.fromkeys(kinds, 0.0))
+            for kind in kinds:
+                key = FragmentKey(name, kind, shape, 0, math.prod(shape))
+                row[kind] = max(row[kind], _distance(first, second, key))
+        tell()
     return result
 
 

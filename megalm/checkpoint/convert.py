@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,10 +16,15 @@ from megalm.durable import complete_file, sync_directory
 from megalm.errors import CheckpointError
 
 
-def write_weights(reader: CheckpointReader, target: Path, dtype: torch.dtype) -> int:
+def write_weights(
+    reader: CheckpointReader, target: Path, dtype: torch.dtype, tell: Callable[[], None] = lambda: None
+) -> int:
     """Write the fp32 masters to `target`, rounded to `dtype` (fp32 or bf16); complete or absent, bytes written.
 
     One parameter is in memory at a time, whatever the layout that wrote the checkpoint.
+
+    Args:
+        tell: called after each parameter.
 
     Raises:
         CheckpointError: a parameter has holes, or a file cannot be read.
@@ -26,8 +32,13 @@ def write_weights(reader: CheckpointReader, target: Path, dtype: torch.dtype) ->
     """
     shapes = reader.shapes()
     entries = [TensorEntry(name, shape, dtype) for name, shape in shapes.items()]
-    wholes = (read_whole(reader, name, shape) for name, shape in shapes.items())
-    complete_file(target, lambda file: write_tensors(file, entries, wholes))
+
+    def wholes() -> Iterator[Tensor]:
+        for name, shape in shapes.items():
+            yield read_whole(reader, name, shape)
+            tell()
+
+    complete_file(target, lambda file: write_tensors(file, entries, wholes()))
     sync_directory(target.parent)
     return target.stat().st_size
 

@@ -28,7 +28,8 @@ from megalm.checkpoint.layout import (
 )
 from megalm.checkpoint.manifest import MANIFEST, damaged_file, read_manifest, set_status, wrong_file
 from megalm.checkpoint.retention import Retention, prune, superfluous
-from megalm.cli import show
+from megalm.cli import progress, show
+from megalm.cli.hashing import blocks_of, verify
 from megalm.cli.runs import find_place, find_run
 from megalm.errors import CheckpointError
 from megalm.tracking.run_folder import CONFIG_FILE, DEEPSPEED_FILE, read_mapping
@@ -90,7 +91,8 @@ def verify_command(path: Path = typer.Argument(help="Checkpoint folder, or a run
     for entry in entries:
         problem = _problem(entry)
         if not problem and entry.manifest is not None:
-            problem = damaged_file(entry.path, entry.manifest)
+            with progress.Counter(f"checking {entry.path.name}", blocks_of(entry.manifest)) as counter:
+                problem = damaged_file(entry.path, entry.manifest, tell=counter.advance)
         typer.echo(f"{entry.path}: {problem or 'every file is as it was written'}")
         problems += [problem] if problem else []
     if not entries:
@@ -130,7 +132,8 @@ def diff_command(
     typer.echo(show.table(["said of it", *titles], facts) if facts else "both say the same of themselves")
     if shapes := different_shapes(*readers):
         typer.echo("\n" + show.table(["shape", *titles], shapes))
-    differences = largest_differences(*readers)
+    with progress.Counter("comparing", len(readers[0].shapes())) as counter:
+        differences = largest_differences(*readers, counter.advance)
     rows = [[part, *(f"{value:.3g}" for value in row.values())] for part, row in differences.items()]
     kinds = list(next(iter(differences.values()), {}))
     typer.echo("\n" + show.table(["largest absolute difference", *kinds], rows))
@@ -173,10 +176,11 @@ def convert_command(
     if not output.parent.is_dir():
         raise CheckpointError(f"{output.parent}: no such folder; make it first")
     reader = CheckpointReader(_checkpoint(path))
-    if problem := reader.verify():
-        raise CheckpointError(problem)
-    written = write_weights(reader, output, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype.value])
-    typer.echo(f"{output}: {len(reader.shapes())} parameters of {reader.path} in {dtype.value}, {show.size(written)}")
+    verify(reader)
+    stored, parameters = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype.value], len(reader.shapes())
+    with progress.Counter("writing", parameters) as counter:
+        written = write_weights(reader, output, stored, counter.advance)
+    typer.echo(f"{output}: {parameters} parameters of {reader.path} in {dtype.value}, {show.size(written)}")
 
 
 def _checkpoint(path: Path) -> Path:

@@ -227,3 +227,25 @@ def test_tables_align_and_units_are_said() -> None:
     ]
     assert [size(0), size(1536), size(2**50)] == ["0 B", "1.5 KiB", "1024.0 TiB"]
     assert [duration(3), duration(200), duration(7500)] == ["3 s", "3 min 20 s", "2 h 05 min"]
+
+
+@pytest.mark.parametrize(
+    "words", [["verify"], ["diff", "."], ["convert", "w.safetensors"]], ids=["verify", "diff", "convert"]
+)
+def test_what_takes_long_says_how_far_it_is(
+    words: list[str], run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megalm.cli.progress._LINE_INTERVAL_SECONDS", 0.0)
+    monkeypatch.chdir(run_dir)
+    command, *others = words
+    code, _, said = run(capsys, command, ".", *others)
+    assert code == 0
+    count = len(SHAPES)
+    newest = "checking step-00010000 1/1, about 0:00 left"
+    wanted = {
+        "verify": newest,
+        "diff": f"comparing {count}/{count}, about",
+        "convert": f"writing {count}/{count}, about",
+    }
+    assert wanted[command] in said
+    assert (newest in said) == (command != "diff")
