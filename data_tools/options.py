@@ -15,6 +15,7 @@ Inputs = Annotated[
     list[str],
     typer.Option("--input", help="file, folder, 'glob' or - of .jsonl .json .txt .md .parquet (.gz .zst .bz2 .xz)"),
 ]
+StdinKind = Annotated[str, typer.Option(help="what comes by --input -: .jsonl .json .txt or .md")]
 TextKey = Annotated[str, typer.Option(help="where the text is in JSON objects and parquet tables")]
 Columns = Annotated[str | None, typer.Option(help="A,B: these keys or columns instead, joined by a blank line")]
 TxtDocuments = Annotated[str, typer.Option(help="a .txt file is one document (file) or several (blank-line)")]

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 from console import one_line_errors, out, run, tell_reading
-from options import Columns, Inputs, LargestMegabytes, OnErrorWord, TextKey, TxtDocuments, policy, read_options
+from options import (
+    Columns,
+    Inputs,
+    LargestMegabytes,
+    OnErrorWord,
+    StdinKind,
+    TextKey,
+    TxtDocuments,
+    policy,
+    read_options,
+)
 
 from megalm.data.corpus import ReadReport, iter_documents
 from megalm.data.tokenizer import train_tokenizer
@@ -23,6 +33,7 @@ def main(
     text_key: TextKey = "text",
     columns: Columns = None,
     txt_documents: TxtDocuments = "file",
+    stdin_kind: StdinKind = ".jsonl",
     max_document_mb: LargestMegabytes = 32,
     max_sentences: Annotated[int, typer.Option(min=1, help="train on so many lines, drawn evenly")] = 1_000_000,
     special_token: Annotated[list[str] | None, typer.Option(help="a piece that is never text; repeat it")] = None,
@@ -42,7 +53,9 @@ def main(
             raise DataError(f"{output}: exists already; choose another output, or --overwrite")
         reading = ReadReport()
         read = read_options(text_key, columns, txt_documents, max_document_mb)
-        documents = iter_documents(inputs, on_error=policy(on_error), report=reading, options=read)
+        documents = iter_documents(
+            inputs, on_error=policy(on_error), report=reading, options=read, stdin_kind=stdin_kind
+        )
         report = train_tokenizer(
             (document.text for document in documents),
             output,

@@ -29,6 +29,7 @@ def iter_documents(
     on_error: OnError = "fail",
     report: ReadReport | None = None,
     options: ReadOptions | None = None,
+    stdin_kind: str = ".jsonl",
 ) -> Iterator[Document]:
     """Documents of files, folders (all files below, sorted), globs and standard input ("-"), in the order given.
 
@@ -45,7 +46,7 @@ def iter_documents(
     """
     report = ReadReport() if report is None else report
     options = options or ReadOptions(text_key=text_key)
-    for file in find_inputs(paths, report):
+    for file in find_inputs(paths, report, stdin_kind):
         for records in read_span(Span(file), options, SpanCount()):
             for record in records:
                 name = record_name(file, options, record.line)

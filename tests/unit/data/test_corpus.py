@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 import os
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +185,13 @@ def test_a_fault_of_the_machine_is_no_damage_of_the_file(tmp_path: Path, name: s
     (tmp_path / name).symlink_to("/proc/self/mem")
     with pytest.raises(DataError, match=rf"{name}: cannot be read \(Input/output error\)"):
         list(iter_documents([tmp_path / name], on_error=on_error))
+
+
+def test_standard_input_of_any_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("plain text")
+    with (tmp_path / "in").open() as piped:
+        monkeypatch.setattr(sys, "stdin", piped)
+        assert list(iter_documents(["-"], stdin_kind=".txt")) == [Document("plain text", "-")]
 
 
 def test_what_a_folder_leaves_out_is_counted_whatever_it_is(tmp_path: Path) -> None:
