@@ -244,4 +244,6 @@ def _locked(path: Path, say: Progress) -> Iterator[None]:
         except BlockingIOError:
             say("waiting for another process that prepares the same data")
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # two that make the same at once: the one that is done first is read, or replaced
+            say(f"{path.parent}: its file system has no locks ({error.strerror}); start one run at first")
         yield

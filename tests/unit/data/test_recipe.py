@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -180,6 +182,18 @@ def test_two_processes_at_once_do_it_once(tmp_path: Path) -> None:
         process.join()
     assert one == two
     assert [trained, trained_too].count(True) == 1
+
+
+def test_without_locks_it_is_prepared_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents, said = stdlib_documents()[:20], list[str]()
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")  # as on Lustre, mounted without them
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(recipe_module, "stdlib_documents", lambda report: documents)
+    assert prepare_recipe("python-stdlib", tmp_path, 500, said.append).documents == 20
+    assert any("has no locks (Function not implemented)" in line for line in said)
 
 
 def test_unknown_recipe(tmp_path: Path) -> None:
