@@ -41,4 +41,8 @@ class TrainingError(MegalmError):
 
 
 class OtherRankFailed(MegalmError):
-    """Another rank failed and tells the person why; this one leaves without a word."""
+    """Another rank failed and tells the person why; this one leaves without a word, with the same exit code."""
+
+    def __init__(self, exit_code: int = EXIT_FAILED) -> None:
+        super().__init__("another rank failed")
+        self.exit_code = exit_code

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megalm.engine.environment import RankFacts
 from megalm.engine.quirks import allow_cpu_fp16_if_asked, avoid_shared_memory_op, silence_deepspeed
-from megalm.errors import ConfigError, OtherRankFailed
+from megalm.errors import EXIT_FAILED, ConfigError, OtherRankFailed
 
 T = TypeVar("T")
 
@@ -75,12 +75,12 @@ class ProcessComm:
             try:
                 outcome = (True, work())
             except Exception as error:  # told to everybody below, then raised again
-                failure, outcome = error, (False, str(error))
+                failure, outcome = error, (False, getattr(error, "exit_code", EXIT_FAILED))
         outcomes = [each for each in self.gather(outcome) if each is not None]
         if failure is not None:
             raise failure
-        if not all(good for good, _ in outcomes):
-            raise OtherRankFailed("another rank failed")
+        if codes := [code for good, code in outcomes if not good]:
+            raise OtherRankFailed(codes[0])
         values = [value for _, value in outcomes]
         if any(value != values[0] for value in values):
             raise ConfigError(f"the nodes prepared different things: {values[0]} and others; are they set up alike?")

@@ -52,6 +52,10 @@ class FailureClaim:
         self._path = path
         self.began = False  # what is in the run folder is there to stay
 
+    @property
+    def run_folder(self) -> Path:
+        return self._path.parent.parent
+
     def take(self, report: str) -> bool:
         """True for the first rank that asks; not where rank 0 was refused and has removed the run folder.
 
@@ -72,7 +76,7 @@ class FailureClaim:
 
     def is_taken(self) -> bool:
         try:
-            return self._path.exists() or not (self.began or self._path.parent.parent.is_dir())
+            return self._path.exists() or not (self.began or self.run_folder.is_dir())
         except OSError:  # a network file system that is away for a moment says nothing
             return False
 
@@ -90,8 +94,8 @@ class Guard:
     def run(self, work: Callable[[], int]) -> NoReturn:
         try:
             code = work()
-        except OtherRankFailed:
-            code = EXIT_FAILED
+        except OtherRankFailed as error:
+            code = error.exit_code  # a launcher tells that of whichever rank it finds first
         except MegalmError as error:
             code = error.exit_code
             text = f"megalm: {_kind(error)}: {' '.join(str(error).split())}"
@@ -113,7 +117,8 @@ class Guard:
 
     def _account(self, error: Exception) -> str:
         if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
-            return f"megalm: error: {error} (rank {self.rank}); mend that, then --resume auto goes on"
+            where = f", run folder {self.claim.run_folder}" if self.claim is not None else ""
+            return f"megalm: error: {error} (rank {self.rank}{where}); mend that, then --resume auto goes on"
         return f"megalm: rank {self.rank} failed:\n{traceback.format_exc()}"
 
     def began(self) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megalm.engine.comm import ProcessComm
+from megalm.errors import ConfigError, DataError, OtherRankFailed
 from tests.distributed.training import Case, make_dataset, start, steps
 from tests.ranks import run_ranks
 
@@ -40,6 +41,25 @@ def _dead_rank_0(comm: ProcessComm, device: torch.device) -> float:
     with pytest.raises(RuntimeError):
         comm.broadcast(None)
     return time.monotonic() - began
+
+
+def _codes(comm: ProcessComm, device: torch.device) -> list[int]:
+    """What this rank leaves with where rank 0 was refused, and where it failed."""
+
+    def leave_with(error: Exception) -> int:
+        def work() -> None:
+            raise error
+
+        with pytest.raises((type(error), OtherRankFailed)) as caught:
+            comm.once(work)
+        assert isinstance(caught.value, OtherRankFailed) != comm.is_main
+        return getattr(caught.value, "exit_code", 1)
+
+    return [leave_with(ConfigError("no")), leave_with(OSError("disk")), leave_with(DataError("none"))]
+
+
+def test_all_ranks_leave_with_the_code_of_the_one_that_tells(tmp_path: Path) -> None:
+    assert run_ranks(2, _codes) == [[2, 1, 2]] * 2
 
 
 def _loaded(comm: ProcessComm, device: torch.device, prefix: Path, folder: Path) -> set[str]:

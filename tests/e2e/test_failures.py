@@ -153,6 +153,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
     assert (finished.code, finished.stdout) == (1, "wish 1"), finished.explain()
     (line,) = finished.stderr.splitlines()
     assert line.startswith("megalm: error: [Errno 28] No space left on device"), finished.explain()
+    assert f"run folder {tmp_path}" in line
     assert "--resume auto" in line
 
 
