@@ -64,7 +64,7 @@ def command(
             f"deepspeed launch/pretrain.py --config {_typed(made.config)} run.name=NAME "
             f"--resume {_typed(made.checkpoint)} "
             "--extend-steps 1000 --extend-strategy weights data.train=data/mine data.split=95,5 "
-            f"data.sequence_length={min(shape.max_position_embeddings, 1024)} schedule.peak_learning_rate=1e-4",
+            "schedule.peak_learning_rate=1e-4",
         ),
     ):
         typer.echo(f"  {name:<10}{line}")

@@ -6,9 +6,9 @@ V is the size of the vocabulary. Ids are 0..V-1.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -129,10 +129,25 @@ def load_tokenizer(spec: str | Path, threads: int = 1) -> Tokenizer:
         raise DataError(f"{spec}: cannot be read ({error.strerror}); check the file and its rights") from error
 
 
-def require_tokenizer_of(checkpoint: Path, found: Tokenizer, fingerprint: str) -> None:
-    """Raises: CheckpointError: `found` is another tokenizer than the one that the checkpoint was trained with."""
+def tokenizer_of(checkpoint: Path, manifest: Mapping[str, Any], named: str | None) -> Tokenizer:
+    """The tokenizer that a checkpoint was trained with.
+
+    Args:
+        named: where it is now, if it moved.
+
+    Raises:
+        DataError: it is not where it was.
+        CheckpointError: the one that is there, or that was named, is another.
+    """
+    noted, fingerprint = manifest["tokenizer"], manifest["fingerprints"]["tokenizer"]
+    if not named and noted != BYTES and not Path(noted).exists():
+        raise DataError(
+            f"{noted}: the tokenizer of {checkpoint} is not there any more; name where it is now with --tokenizer"
+        )
+    found = load_tokenizer(named or noted)
     if found.fingerprint != fingerprint:
         raise CheckpointError(
             f"{found.spec} is not the tokenizer of {checkpoint}: fingerprint {found.fingerprint[:12]}, "
             f"expected {fingerprint[:12]}; name the right one with --tokenizer"
         )
+    return found

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megalm.checkpoint.load import CheckpointReader
 from megalm.data.files import write_json
-from megalm.data.tokenizer import BYTES, Tokenizer, load_tokenizer, require_tokenizer_of
+from megalm.data.tokenizer import BYTES, Tokenizer, tokenizer_of
 from megalm.errors import CheckpointError
 from megalm.huggingface.card import Card
 from megalm.huggingface.config import family_of, refuse_what_they_lack, to_config
@@ -111,15 +110,3 @@ def exportable(reader: CheckpointReader, target: Path, dtype: torch.dtype, token
     plan = Plan(shape, used, size, len(their_tensors(shape)))
     require_room(target, plan.bytes)
     return plan
-
-
-def tokenizer_of(checkpoint: Path, manifest: Mapping[str, Any], named: str | None) -> Tokenizer:
-    """The checkpoint's own tokenizer.
-
-    Raises:
-        DataError: it is not where it was.
-        CheckpointError: the one that is there, or that was named, is another.
-    """
-    found = load_tokenizer(named or manifest["tokenizer"])
-    require_tokenizer_of(checkpoint, found, manifest["fingerprints"]["tokenizer"])
-    return found

@@ -29,8 +29,10 @@ T = TypeVar("T")
 
 MODEL_FILE = "model.yaml"
 
+# Tokens of a training sample, where the model takes as many: its own window may want more memory than there is.
+_LONGEST_SAMPLE = 1024
 _TOKENIZERS = (SENTENCEPIECE, TOKENIZER, "tokenizer.model")
-_HEADER = "# For --config: the model that was imported from {source}, and its tokenizer. The rest is the defaults.\n"
+_HEADER = "# For --config: {source} as it was imported, its tokenizer, samples that fit it. The rest is the defaults.\n"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def import_model(source: HuggingFaceFolder, target: Path, tokenizer: Path | None
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
         place = str(final / own.name)
-        content = {"model": section_of(shape), "data": {"tokenizer": place}}
+        samples = min(shape.max_position_embeddings, _LONGEST_SAMPLE)
+        content = {"model": section_of(shape), "data": {"tokenizer": place, "sequence_length": samples}}
         text = _HEADER.format(source=source.folder.name) + yaml.safe_dump(content, sort_keys=False)
         (folder / MODEL_FILE).write_text(text, encoding="utf-8")
         facts = {**_facts(source, target, found), "tokenizer": place}

@@ -20,7 +20,7 @@ from megalm.checkpoint.layout import find_checkpoint
 from megalm.checkpoint.load import CheckpointReader
 from megalm.checkpoint.manifest import MANIFEST, mark_of, read_manifest
 from megalm.data.loader import MicroBatch
-from megalm.data.tokenizer import BYTES, Tokenizer, load_tokenizer, require_tokenizer_of
+from megalm.data.tokenizer import Tokenizer, tokenizer_of
 from megalm.errors import CheckpointError, DataError
 from megalm.model.shape import ModelShape
 from megalm.model.transformer import LanguageModel
@@ -81,14 +81,7 @@ def read_facts(place: Path, tokenizer: str | None = None) -> CheckpointFacts:
     """
     path = _checkpoint(place)
     manifest = read_manifest(path)
-    noted = manifest["tokenizer"]
-    if not tokenizer and noted != BYTES and not Path(noted).exists():
-        raise DataError(
-            f"{noted}: the tokenizer of {path} is not there any more; name where it is now with --tokenizer"
-        )
-    found = load_tokenizer(tokenizer or noted)
-    require_tokenizer_of(path, found, manifest["fingerprints"]["tokenizer"])
-    return CheckpointFacts(path, manifest, ModelShape(**manifest["model"]), found)
+    return CheckpointFacts(path, manifest, ModelShape(**manifest["model"]), tokenizer_of(path, manifest, tokenizer))
 
 
 def verify_in_silence(reader: CheckpointReader) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megalm.checkpoint.manifest import set_status
+from megalm.checkpoint.manifest import read_manifest, set_status, write_manifest
 from megalm.cli.main import main
 from megalm.cli.sizes import bytes_of
 from megalm.config.schema import ModelSection
@@ -62,6 +62,17 @@ def test_commands_that_are_told_can_be_typed(
     assert build[build.index("--tokenizer") + 1] == str(folder / "tokenizer.json")
     assert train[train.index("--config") + 1] == str(folder / "model.yaml")
     assert train[train.index("--resume") + 1] == str(folder / "checkpoints/step-00000000")
+
+
+def test_what_is_imported_can_be_planned_at_once(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its window has 40 tokens, fewer than samples have by default."""
+    run(capsys, "export", checkpoint, tmp_path / "out")
+    run(capsys, "import", tmp_path / "out", tmp_path / "back")
+    code, out, error = run(capsys, "plan", "--config", tmp_path / "back/model.yaml")
+    assert (code, error) == (0, "")
+    assert "data.sequence_length" in out
 
 
 def test_a_bad_checkpoint_is_asked_for_twice(
@@ -133,6 +144,11 @@ def test_another_tokenizer_is_refused(checkpoint: Path, tmp_path: Path, capsys: 
     code, _, error = run(capsys, "export", checkpoint, tmp_path / "two", "--tokenizer", other)
     assert code == 2
     assert "is not the tokenizer of" in error
+    write_manifest(checkpoint, {**read_manifest(checkpoint), "tokenizer": str(tmp_path / "gone.model")})
+    code, _, error = run(capsys, "export", checkpoint, tmp_path / "two")
+    assert code == 2
+    assert "gone.model: the tokenizer of" in error
+    assert "name where it is now with --tokenizer" in error
 
 
 def test_keys_of_a_configuration(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
