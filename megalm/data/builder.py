@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,6 +40,7 @@ from megalm.errors import DataError
 
 __all__ = ["BuildOptions", "BuildProgress", "BuildReport", "Built", "build_dataset", "build_files"]
 
+logger = logging.getLogger(__name__)
 PROGRESS_SECONDS = 0.2
 
 
@@ -99,7 +103,7 @@ def build_files(
     options, reading = options or BuildOptions(), ReadReport()
     files = find_inputs(paths, reading, stdin_kind)
     prefixes = options.output_prefixes(output_prefix)
-    _check_apart(files, prefixes)
+    _check_inputs(files, prefixes)
     facts = options.recorded() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
     finished = None if again else _finished_reports(prefixes, files, facts, tokenizer, overwrite)
     if finished is not None:
@@ -207,8 +211,11 @@ def _same_inputs(report: BuildReport, files: Sequence[InputFile]) -> bool:
     return bool(known)
 
 
-def _check_apart(files: Sequence[InputFile], prefixes: Sequence[str]) -> None:
-    """Text that is named like a file of the dataset (data/my.json, for data/my) must not be replaced by it."""
+def _check_inputs(files: Sequence[InputFile], prefixes: Sequence[str]) -> None:
+    """Tell of files that come twice; refuse one that the dataset would replace, as data/my.json that of data/my."""
+    names = Counter(os.path.abspath(file.path) for file in files)
+    if repeated := [name for name, times in names.items() if times > 1]:
+        logger.warning("%s is named twice, and read twice (%d files are)", repeated[0], len(repeated))
     outputs = {path.name: path for prefix in prefixes for path in dataset_paths(prefix) if path.exists()}
     for file in files:
         output = outputs.get(Path(file.path).name)

@@ -36,6 +36,7 @@ DTYPES: dict[int, np.dtype[np.generic]] = {
 # Below this size of vocabulary a token fits u16 with room for a few more, as the peers have it.
 UINT16_VOCABULARY = 65_500
 PROBES, PROBE_TOKENS = 64, 4096
+CHECKED_ENTRIES = 1 << 22  # at once: the index of a billion documents is 20 GB
 
 
 def best_dtype(vocab_size: int) -> np.dtype[np.generic]:
@@ -128,17 +129,24 @@ class IndexedDataset:
         Raises:
             DataError: naming the first entry that is wrong.
         """
-        ends = np.cumsum(self.sequence_lengths, dtype=np.int64) * self.dtype.itemsize
-        starts = np.concatenate(([0], ends[:-1])) if len(ends) else ends
-        for wrong, what in (
-            (self.sequence_lengths < 0, "a negative length in sequence"),
-            (self.sequence_pointers != starts, "offset and lengths disagree at sequence"),
-            (np.diff(self.document_index) < 0, "the documents go backwards at document"),
-        ):
-            if wrong.any():
-                raise DataError(
-                    f"{idx_path(self.prefix)}: {what} {int(wrong.argmax())}; the index is damaged, build it again"
-                )
+        end = 0
+        for first in range(0, len(self), CHECKED_ENTRIES):
+            lengths = self.sequence_lengths[first : first + CHECKED_ENTRIES]
+            ends = end + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+            starts = np.append(end, ends[:-1])
+            pointers = self.sequence_pointers[first : first + CHECKED_ENTRIES]
+            self._refuse(lengths < 0, first, "a negative length in sequence")
+            self._refuse(pointers != starts, first, "offset and lengths disagree at sequence")
+            end = int(ends[-1])
+        for first in range(0, self.document_count, CHECKED_ENTRIES):
+            documents = self.document_index[first : first + CHECKED_ENTRIES + 1]
+            self._refuse(np.diff(documents) < 0, first, "the documents go backwards at document")
+
+    def _refuse(self, wrong: npt.NDArray[np.bool_], first: int, what: str) -> None:
+        if wrong.any():
+            raise DataError(
+                f"{idx_path(self.prefix)}: {what} {first + int(wrong.argmax())}; the index is damaged, build it again"
+            )
 
     def _check_ends(self) -> None:
         documents = self.document_index

@@ -302,10 +302,11 @@ def test_a_shard_of_an_input_that_grew_is_not_done(tmp_path: Path) -> None:
         build_files([folder], ByteTokenizer(), tmp_path / "s0", options)
 
 
-def test_a_file_that_is_named_twice(tmp_path: Path) -> None:
+def test_a_file_that_is_named_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in "abc"))
     build_files([path, path], ByteTokenizer(), tmp_path / "out")
+    assert f"{path} is named twice, and read twice" in caplog.text
     assert decoded(tmp_path / "out") == list("abcabc")
     sources = Sources(tmp_path / "out", 6)
     assert [source.name for place in range(6) if (source := sources[place])] == 2 * [f"{path}:{n}" for n in (1, 2, 3)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megalm.data import indexed as indexed_module
 from megalm.data.indexed import IndexedDataset, best_dtype
 from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.summary import TokenCounter
@@ -129,6 +130,26 @@ def test_verify_finds_damage_inside_the_index(golden: Path, offset: int, value: 
     golden.with_suffix(".idx").write_bytes(damaged)
     with pytest.raises(DataError, match=said):
         IndexedDataset(golden).verify()
+
+
+@pytest.mark.parametrize("entries", [1, 2, 3, 100])
+def test_verify_names_the_entry_wherever_it_reads_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: int
+) -> None:
+    monkeypatch.setattr(indexed_module, "CHECKED_ENTRIES", entries)
+    with IndexedDatasetWriter(tmp_path / "x", np.uint16) as writer:
+        writer.append_documents(np.arange(15), [3, 1, 4, 0, 5, 2])
+    whole = (tmp_path / "x.idx").read_bytes()
+    IndexedDataset(tmp_path / "x").verify()
+    pointers, documents = 34 + 4 * 6, 34 + 12 * 6
+    for place, said in (
+        *((pointers + 8 * n, f"offset and lengths disagree at sequence {n};") for n in range(5)),
+        *((documents + 8 * n, f"the documents go backwards at document {n};") for n in range(1, 6)),
+    ):
+        damaged = whole[:place] + struct.pack("<q", 99) + whole[place + 8 :]
+        (tmp_path / "x.idx").write_bytes(damaged)
+        with pytest.raises(DataError, match=said):
+            IndexedDataset(tmp_path / "x").verify()
 
 
 def test_a_token_that_does_not_fit_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
