@@ -12,28 +12,36 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megalm.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
+# Of a compiler's pages, the line that a person looks for.
+_TELLING = ("error:", "not found", "not being installed", "No such file", "No space left")
+_SHOWN_CHARACTERS = 160
 
 
 def load_cpu_adam() -> None:
-    """Compile DeepSpeed's CPUAdam if need be: one rank of a machine does, the others wait for it."""
+    """Compile DeepSpeed's CPUAdam if need be: one rank of a machine does, the others wait for it.
+
+    Raises:
+        ConfigError: it cannot be compiled here.
+    """
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
     builder = CPUAdamBuilder()
     with compiling_alone(builder.name):
-        builder.load()
+        _load(builder)
 
 
 def load_async_io() -> None:
     """The same for what reads and writes an NVMe disk.
 
     Raises:
-        ConfigError: libaio is not installed.
+        ConfigError: libaio is not installed, or it cannot be compiled.
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -44,7 +52,20 @@ def load_async_io() -> None:
             "libaio-dev), or use device cpu"
         )
     with compiling_alone("pin_memory"), compiling_alone(builder.name):  # the second loads the first
+        _load(builder)
+
+
+def _load(builder: Any) -> None:
+    try:
         builder.load()
+    except (RuntimeError, ImportError, OSError) as error:
+        log.info("%s", error)  # all that the compiler said, with --verbose
+        lines = str(error).splitlines() or [type(error).__name__]
+        why = next((line for line in lines if any(word in line for word in _TELLING)), lines[0]).strip()
+        raise ConfigError(
+            f"DeepSpeed's {builder.name}, which offload needs, cannot be compiled ({why[:_SHOWN_CHARACTERS]}); it "
+            "takes g++ and ninja on PATH (activate .venv; megalm doctor), or use a DeepSpeed JSON without offload"
+        ) from error
 
 
 @contextlib.contextmanager
