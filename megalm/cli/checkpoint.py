@@ -21,7 +21,6 @@ from megalm.checkpoint.layout import (
     LATEST,
     Entry,
     catalogue,
-    find_checkpoint,
     followed,
     pointed_at,
     step_folders,
@@ -30,7 +29,7 @@ from megalm.checkpoint.manifest import MANIFEST, damaged_file, read_manifest, se
 from megalm.checkpoint.retention import Retention, prune, superfluous
 from megalm.cli import progress, show
 from megalm.cli.hashing import blocks_of, verify
-from megalm.cli.runs import find_place, find_run
+from megalm.cli.runs import checkpoint_at, find_run
 from megalm.errors import CheckpointError
 from megalm.tracking.run_folder import CONFIG_FILE, DEEPSPEED_FILE, read_mapping
 from megalm.train.schedule import ScheduleSegment
@@ -66,7 +65,7 @@ def list_command(run: str = typer.Argument(help="Run folder, or a name under run
 @app.command("show")
 def show_command(path: Path = typer.Argument(help="Checkpoint folder, or a run folder for its newest.")) -> None:
     """Show one checkpoint: where training was, and whether its files are there in full size."""
-    folder = _checkpoint(path)
+    folder = checkpoint_at(path)
     manifest = read_manifest(folder)
     facts = [[name, _plain(name, value)] for name, value in manifest.items() if name not in ("files", "tensors")]
     typer.echo(show.table(["checkpoint", str(folder)], [*facts, ["tensors", f"{len(manifest['tensors'])} parameters"]]))
@@ -126,7 +125,7 @@ def diff_command(
     from megalm.checkpoint.compare import different_facts, different_shapes, largest_differences  # imports torch
     from megalm.checkpoint.load import CheckpointReader
 
-    readers = CheckpointReader(_checkpoint(first)), CheckpointReader(_checkpoint(second))
+    readers = CheckpointReader(checkpoint_at(first)), CheckpointReader(checkpoint_at(second))
     facts = different_facts(*(_account(reader.path, reader.manifest) for reader in readers))
     titles = [str(reader.path) for reader in readers]
     typer.echo(show.table(["said of it", *titles], facts) if facts else "both say the same of themselves")
@@ -175,25 +174,12 @@ def convert_command(
         raise CheckpointError(f"{output} exists; name another file, or remove it")
     if not output.parent.is_dir():
         raise CheckpointError(f"{output.parent}: no such folder; make it first")
-    reader = CheckpointReader(_checkpoint(path))
+    reader = CheckpointReader(checkpoint_at(path))
     verify(reader)
     stored, parameters = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype.value], len(reader.shapes())
     with progress.Counter("writing", parameters) as counter:
         written = write_weights(reader, output, stored, counter.advance)
     typer.echo(f"{output}: {parameters} parameters of {reader.path} in {dtype.value}, {show.size(written)}")
-
-
-def _checkpoint(path: Path) -> Path:
-    """A checkpoint folder, or of a run what `--resume auto` would take."""
-    path = find_place(path)
-    if (path / MANIFEST).exists() or not (path / "checkpoints").is_dir():
-        if not path.is_dir():
-            raise CheckpointError(f"{path}: no such folder; `megalm checkpoint list RUN` names the checkpoints")
-        return path
-    newest = find_checkpoint(path / "checkpoints", "auto")
-    if newest is None:
-        raise CheckpointError(f"{path}: has no checkpoint yet; `megalm checkpoint list {path}` shows what is there")
-    return newest
 
 
 def _account(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from megalm.checkpoint.layout import followed
 from megalm.checkpoint.manifest import read_manifest
 from megalm.cli.plan_text import plan_text
+from megalm.cli.runs import checkpoint_at
 from megalm.config.deepspeed_json import DeepSpeedConfig
 from megalm.config.loading import LoadedConfig
 from megalm.config.precision import DeviceFacts
@@ -70,7 +70,9 @@ def command(
     ] = None,
     after: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--after", metavar="CHECKPOINT", help="Of a run that goes on from there: with past schedules."),
+        typer.Option(
+            "--after", metavar="CHECKPOINT", help="The run goes on from there, or from a run folder's newest."
+        ),
     ] = None,
     extend_steps: Annotated[
         Optional[int],  # noqa: UP045
@@ -146,7 +148,7 @@ def planned(
 def _after(checkpoint: Path, more: int | None, run: ResolvedRun) -> tuple[ResolvedRun, tuple[ScheduleSegment, ...]]:
     """The run as it goes on from a checkpoint, by `more` steps on a schedule of their own, or on what is stated."""
     position = Position()
-    with_schedule(position, run, read_manifest(followed(checkpoint)), more)
+    with_schedule(position, run, read_manifest(checkpoint_at(checkpoint)), more)
     return with_last_step(run, position), position.schedule
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megalm.checkpoint.layout import followed
+from megalm.checkpoint.layout import find_checkpoint, followed
+from megalm.checkpoint.manifest import MANIFEST
 from megalm.config.schema import RunSection
 from megalm.config.suggest import did_you_mean
-from megalm.errors import ConfigError
+from megalm.errors import CheckpointError, ConfigError
 
 
 def find_run(name: str) -> Path:
@@ -30,3 +31,20 @@ def find_place(path: Path) -> Path:
     """A checkpoint or a run folder: `latest` and `best` are followed, a bare name is looked for under the run root."""
     path = followed(path)
     return path if path.exists() or len(path.parts) > 1 else find_run(str(path))
+
+
+def checkpoint_at(path: Path) -> Path:
+    """A checkpoint folder, or of a run what `--resume auto` would take.
+
+    Raises:
+        CheckpointError: there is no such folder, or the run has no checkpoint yet.
+    """
+    path = find_place(path)
+    if (path / MANIFEST).exists() or not (path / "checkpoints").is_dir():
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such folder; `megalm checkpoint list RUN` names the checkpoints")
+        return path
+    newest = find_checkpoint(path / "checkpoints", "auto")
+    if newest is None:
+        raise CheckpointError(f"{path}: has no checkpoint yet; `megalm checkpoint list {path}` shows what is there")
+    return newest

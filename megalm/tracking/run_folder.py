@@ -125,9 +125,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())}); mend it") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds no mapping of names to values")
+        raise ConfigError(f"{path}: holds no mapping of names to values; mend it")
     return content
 
 

@@ -29,6 +29,7 @@ from megalm.planning.plan import make_plan, parameters_by_part
 from megalm.planning.rate_picture import points
 from megalm.topology import Topology
 from megalm.train.schedule import ScheduleSegment, learning_rate
+from tests.checkpoint_files import save
 
 Start = Callable[..., ResolvedRun]
 
@@ -294,6 +295,20 @@ def test_the_rate_of_every_step_is_drawn(tmp_path: Path, capsys: pytest.CaptureF
     ):
         assert plan(*wrong) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_plan_goes_on_from_a_run_s_newest_checkpoint(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megalm.cli.main import main
+
+    past = ScheduleSegment(1, 0, start("train.steps=300").schedule)
+    for step in (100, 200):
+        save(tmp_path / "checkpoints", step, schedule={"segments": [past.as_json()], "stated": []})
+    for place in (tmp_path, tmp_path / "checkpoints" / "latest", tmp_path / "checkpoints" / "step-00000200"):
+        with pytest.raises(SystemExit):
+            main(["plan", "--gpu-memory", "80", "--after", str(place), "--extend-steps", "50"])
+        assert "\nfrom step 201: " in capsys.readouterr().out
 
 
 def test_every_turn_of_a_schedule_is_drawn(start: Start) -> None:
