@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script; always leaves by SystemExit. Errors for people are one line on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an encoding without a character is no reason to fail
     logging.basicConfig(level=logging.WARNING, format="megalm: %(levelname)s: %(message)s")
     try:
         chosen = next((word for word in words if not word.startswith("-")), None)

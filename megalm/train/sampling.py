@@ -118,8 +118,9 @@ def draw(logits: np.ndarray, temperature: float, top_k: int | None, random: np.r
     """One token from fp32 logits [V]; temperature 0 takes the likeliest."""
     if temperature == 0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / temperature
+    with np.errstate(over="ignore"):  # next to 0 all but the likeliest are beyond any float
+        scaled = (logits.astype(np.float64) - logits.max()) / temperature
     if top_k is not None and top_k < len(scaled):
         scaled[scaled < np.partition(scaled, -top_k)[-top_k]] = -np.inf
-    weights = np.exp(scaled - scaled.max())
+    weights = np.exp(scaled)
     return int(random.choice(len(weights), p=weights / weights.sum()))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,16 @@ def test_a_prompt_that_is_no_text(run: Path, capsys: pytest.CaptureFixture[str])
     assert (
         error == "megalm: error: --prompt '\\udce9t\\udce9': is not UTF-8; mend the text or the terminal's encoding\n"
     )
+
+
+def test_a_terminal_without_the_characters(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="latin-1"))
+    with pytest.raises(SystemExit) as left:
+        main(["generate", str(run), "--prompt", "ö ❌", "--max-new-tokens", "1"])
+    assert not left.value.code
+    sys.stdout.flush()
+    assert shown.getvalue().startswith(b"\xf6 \\u274c")
 
 
 def test_figures_that_are_no_numbers_read_alike_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

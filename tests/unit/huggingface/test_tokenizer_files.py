@@ -88,7 +88,7 @@ def test_special_tokens(kind: str, exported: dict[str, Any]) -> None:
     assert len(theirs) == ours.vocab_size
     assert theirs.model_max_length == 99
     assert theirs.pad_token == ("<pad>" if kind == "unigram" else None)
-    assert said.pad_id == (ours.encode_batch([""]) and theirs.pad_token_id)
+    assert said.pad_id == theirs.pad_token_id
     (row,) = ours.encode_batch(["a b"])
     assert theirs.decode([*row, ours.eod_id], skip_special_tokens=True) == "a b"
     assert load_tokenizer(folder / TOKENIZER).eod_id == ours.eod_id

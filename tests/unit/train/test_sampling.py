@@ -87,6 +87,10 @@ def test_draw_follows_temperature_and_top_k() -> None:
     assert shares(5.0, None)[3] > 0.15
 
 
+def test_draw_survives_the_smallest_temperature() -> None:
+    assert draw(np.array([1.0, 2.0, 1.5], np.float32), 1e-320, None, np.random.default_rng(0)) == 1
+
+
 def test_draw_survives_huge_logits() -> None:
     assert draw(np.array([1e4, -1e4, 0], np.float32), 0.7, 50, np.random.default_rng(0)) == 0
 
