@@ -134,7 +134,6 @@ def _dry_run(
         asked: `--resume`, `--extend-steps`, `--extend-strategy` and `--skip-steps`.
     """
     from megalm.cli.plan import RANKS_PER_NODE, show_plan
-    from megalm.train.continuing import Extension
     from megalm.train.own_config import read_settings
     from megalm.train.planned_start import planned_start
     from megalm.train.request import Resume
@@ -144,8 +143,7 @@ def _dry_run(
     ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     try:
         wanted, steps, strategy, skip_steps = asked
-        extension = Extension(steps, strategy.value) if steps is not None else None
-        resume = Resume(wanted, extension, skip_steps)
+        resume = Resume.stated(wanted, steps, strategy.value, skip_steps)
         if resume.weights_only:
             overrides = [*overrides, f"train.steps={steps}"]  # a run of its own, from step 0
         loaded, deepspeed = read_settings(config, overrides, deepspeed_config, wanted is not None, ranks)

@@ -42,6 +42,20 @@ class Resume:
         if self.wanted is None and (self.extension or self.skip_steps):
             raise ConfigError("--extend-steps and --skip-steps go on from a checkpoint: say which with --resume")
 
+    @staticmethod
+    def stated(
+        wanted: str | None, extend_steps: int | None, extend_strategy: Literal["schedule", "weights"], skip_steps: int
+    ) -> Resume:
+        """What the flags of a command line say together.
+
+        Raises:
+            ConfigError: flags that say nothing without others.
+        """
+        if extend_steps is None and extend_strategy == "weights":
+            raise ConfigError("--extend-strategy weights starts a run of so many steps: say how many, --extend-steps N")
+        extension = None if extend_steps is None else Extension(extend_steps, extend_strategy)
+        return Resume(wanted, extension, skip_steps)
+
     @property
     def weights_only(self) -> bool:
         return self.extension is not None and self.extension.strategy == "weights"

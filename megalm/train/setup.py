@@ -26,7 +26,6 @@ from megalm.model.flops import flops_per_token
 from megalm.tracking.metrics import MetricsWriter, read_metrics
 from megalm.tracking.mirror import MirrorHandle, start_mirror
 from megalm.train.checkpointing import RunCheckpoints
-from megalm.train.continuing import Extension
 from megalm.train.course import Course, find_start, plan_course, plan_steps
 from megalm.train.data_facts import data_warnings
 from megalm.train.datasets import (
@@ -97,7 +96,7 @@ def resolve_run(arguments: Arguments, world_size: int, local_world_size: int) ->
 def pretrain(arguments: Arguments, guard: Guard) -> int:
     """Run one training job on this rank; the exit code."""
     ranks = rank_facts()
-    resume = _resume(arguments)
+    resume = Resume.stated(arguments.resume, arguments.extend_steps, arguments.extend_strategy, arguments.skip_steps)
     run = resolve_run(arguments, ranks.world_size, ranks.local_world_size)
     device = claim_device(ranks)
     comm = start_distributed(ranks, device)
@@ -200,12 +199,6 @@ def _limits(run: ResolvedRun, guard: Guard, folder: RunFolder, comm: ProcessComm
         watchdog = Watchdog(guard.stacks, train.hang_timeout_seconds, guard.leave_standstill)
     wall = wall_time_seconds(train.max_wall_time) if train.max_wall_time is not None else None
     return Limits(wall, process_start(), watchdog)
-
-
-def _resume(arguments: Arguments) -> Resume:
-    steps = arguments.extend_steps
-    extension = Extension(steps, arguments.extend_strategy) if steps is not None else None
-    return Resume(arguments.resume, extension, arguments.skip_steps)
 
 
 def _assemble(

@@ -10,7 +10,7 @@ import pytest
 from megalm.alone import Alone
 from megalm.checkpoint.load import CheckpointReader
 from megalm.checkpoint.manifest import set_status, write_manifest
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, ConfigError
 from megalm.train.checkpointing import find_saved
 from megalm.train.continuing import Extension
 from megalm.train.position import DataSegment
@@ -128,3 +128,15 @@ def test_damage_is_told_and_a_named_checkpoint_is_the_way_out(folder: RunFolder)
     with pytest.raises(CheckpointError, match=r"resume.json is damaged .*: --resume STEP or PATH"):
         request_before(folder, "auto")
     assert request_before(folder, "20") == (None, False)
+
+
+def test_flags_that_say_nothing_without_others_are_refused() -> None:
+    """`--extend-strategy weights` alone would go on with moments, schedule and data, and say nothing of it."""
+    with pytest.raises(ConfigError, match="say how many, --extend-steps N"):
+        Resume.stated("auto", None, "weights", 0)
+    with pytest.raises(ConfigError, match="say which with --resume"):
+        Resume.stated(None, 5, "schedule", 0)
+    with pytest.raises(ConfigError, match="say which with --resume"):
+        Resume.stated(None, None, "schedule", 5)
+    assert Resume.stated("auto", None, "schedule", 0) == Resume("auto")
+    assert Resume.stated("7", 5, "weights", 0).weights_only
