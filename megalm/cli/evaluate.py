@@ -174,7 +174,8 @@ def _tasks(facts: CheckpointFacts, wanted: _Wanted) -> list[Task]:
             counted = watched(f"tokenizing {path}")
             one = read_text(path, facts, wanted.overlap, wanted.text_key, wanted.max_samples, counted)
             if one.skipped:
-                _tell(f"{path}: {one.skipped:,} documents are empty or cannot be read{one.problem}")
+                first = f", the first: {one.problem}" if one.problem else ""
+                _tell(f"{path}: documents left out because they are empty or cannot be read: {one.skipped:,}{first}")
             texts.append(one)
         tasks.append(TextTask(texts, facts.tokenizer.token_bytes(), wanted.batch_size))
     if wanted.choices:

@@ -115,11 +115,11 @@ def read_text(
         words += len(text.split())
         text_bytes += len(text.encode()) - (int(sizes[tokens[0]]) if facts.document_mask else 0)
     if not sequences:
-        raise DataError(f"{path}: no document there that can be scored{_because(report)}")
+        because = f": {report.messages[0]}" if report.messages else ""
+        raise DataError(f"{path}: no document there that can be scored{because}")
     skipped = report.skipped + len(texts) - documents
-    return TextSet(
-        path, overlap, tuple(sequences), documents, words, text_bytes, skipped, _because(report).removeprefix(": ")
-    )
+    problem = next(iter(report.messages), "")
+    return TextSet(path, overlap, tuple(sequences), documents, words, text_bytes, skipped, problem)
 
 
 def document_windows(tokens: npt.NDArray[np.integer], facts: CheckpointFacts, overlap: int) -> Iterator[ScoredSequence]:
@@ -145,7 +145,3 @@ def _row(result: Evaluation, sets: Sequence[TextSet]) -> Row:
         "word_perplexity": math.exp(min(nats / words, _LARGEST_EXPONENT)) if words else None,
         **{name: sum(getattr(one, name) for one in sets) for name in ("documents", "words", "text_bytes", "skipped")},
     }
-
-
-def _because(report: ReadReport) -> str:
-    return f": {report.messages[0]}" if report.messages else ""

@@ -65,6 +65,16 @@ def test_options_about_text_want_text(run: Path, capsys: pytest.CaptureFixture[s
         assert "are about raw text; name it with --text" in error
 
 
+def test_texts_that_are_left_out_are_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("some text")
+    (tmp_path / "texts/b.txt").write_bytes(b"\xe9")
+    code, _, error = said(capsys, "evaluate", run, "--text", tmp_path / "texts")
+    assert code == 0
+    told = "documents left out because they are empty or cannot be read: 1, the first: "
+    assert error == f"megalm: {tmp_path / 'texts'}: {told}{tmp_path / 'texts/b.txt'}: is not UTF-8 at byte 0\n"
+
+
 def test_a_prompt_that_is_no_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, error = said(capsys, "generate", run, "--prompt", b"\xe9t\xe9".decode(errors="surrogateescape"))
     assert (code, out) == (2, "")
