@@ -85,6 +85,27 @@ class BuildBar:
         self._bar.stop()
 
 
+class ReadingBar:
+    """How much of the tokens was read, and the time left; only on a terminal. Call it with the tokens read."""
+
+    def __init__(self, what: str, tokens: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
+        self._task = self._bar.add_task(what, total=tokens)
+
+    def __call__(self, tokens: int) -> None:
+        self._bar.advance(self._task, tokens)
+
+    def __enter__(self) -> ReadingBar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
 def tell_reading(report: ReadReport) -> None:
     """Say what of the input was not read."""
     if report.ignored_files:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from console import one_line_errors, out, run
+from console import ReadingBar, one_line_errors, out, run
 from steps import show_step_of_dataset, show_step_of_run
 
 from megalm.cli.runs import find_run
@@ -61,7 +61,8 @@ def main(
             _scan(prefix, loaded, around, window, report)
         else:
             if check:
-                facts |= verify(prefix, loaded)
+                with ReadingBar("verifying", len(IndexedDataset(prefix).tokens)) as bar:
+                    facts |= verify(prefix, loaded, bar)
             width = max(map(len, facts))
             for name, value in facts.items():
                 out.print(f"{name:<{width}}  {value}")
@@ -72,7 +73,9 @@ def main(
 def _show_statistics(prefix: Path, tokenizer: Tokenizer | None) -> None:
     from megalm.data.statistics import statistics
 
-    found = statistics(IndexedDataset(prefix), tokenizer)
+    dataset = IndexedDataset(prefix)
+    with ReadingBar("counting", 2 * len(dataset.tokens)) as bar:
+        found = statistics(dataset, tokenizer, tell=bar)
     out.print("\ntokens a sequence    sequences")
     most = max((count for _, _, count in found.length_histogram), default=1)
     for low, high, count in found.length_histogram:
@@ -93,7 +96,8 @@ def _scan(prefix: Path, tokenizer: Tokenizer | None, around: int | None, window:
     dataset = IndexedDataset(prefix)
     if around is not None and around >= len(dataset.tokens):
         raise DataError(f"{prefix}: --around {around}: the dataset has {len(dataset.tokens):,} tokens, from 0")
-    scanned = scan(dataset, tokenizer.fallback_ids() if tokenizer else None, window)
+    with ReadingBar("scanning", 2 * len(dataset.tokens)) as bar:
+        scanned = scan(dataset, tokenizer.fallback_ids() if tokenizer else None, window, bar)
     if around is not None:
         middle = around // window
         out.print("tokens                      score  " + "  ".join(f"{name:>12}" for name in MEASURES) + "  document")

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from console import one_line_errors, out, run, tell_near_copy
+from console import ReadingBar, one_line_errors, out, run, tell_near_copy
 from options import dedup_of
 
+from megalm.data.indexed import IndexedDataset
 from megalm.data.merge import merge_datasets
 
 
@@ -27,7 +28,12 @@ def main(
     python data_tools/merge_datasets.py --output-prefix data/all data/a data/b
     """
     with one_line_errors():
-        report = merge_datasets(prefixes, output_prefix, overwrite, out.print, dedup_of(dedup), minhash_threshold)
+        # One alone is refused below, whether it is there or not.
+        tokens = sum(len(IndexedDataset(prefix).tokens) for prefix in prefixes) if len(prefixes) > 1 else 0
+        with ReadingBar("merging", tokens) as bar:
+            report = merge_datasets(
+                prefixes, output_prefix, overwrite, out.print, dedup_of(dedup), minhash_threshold, bar
+            )
         out.print(f"{output_prefix}: {report.documents:,} documents, {report.tokens:,} tokens ({report.dtype})")
         for name in ("exact", "minhash"):
             if name in report.removed:

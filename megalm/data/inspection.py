@@ -11,7 +11,7 @@ from megalm.data.inputs import sha256_of
 from megalm.data.report import sidecar_of
 from megalm.data.signatures import open_signatures
 from megalm.data.sources import Sources
-from megalm.data.summary import summarise
+from megalm.data.summary import Tell, no_tell, summarise
 from megalm.data.tokenizer import Tokenizer
 from megalm.errors import DataError
 
@@ -59,7 +59,7 @@ def describe(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str
     return facts
 
 
-def verify(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str, str]:
+def verify(prefix: str | Path, tokenizer: Tokenizer | None = None, tell: Tell = no_tell) -> dict[str, str]:
     """Read everything: the index's entries, the range of the tokens, and the hashes in PREFIX.json.
 
     Raises:
@@ -69,7 +69,7 @@ def verify(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str, 
     dataset.verify()
     sidecar = sidecar_of(prefix) or {}
     vocab_size = tokenizer.vocab_size if tokenizer else sidecar.get("tokenizer", {}).get("vocab_size")
-    summary = summarise(dataset, vocab_size)
+    summary = summarise(dataset, vocab_size, tell)
     recorded = sidecar.get("bin_sha256")
     if recorded is not None and recorded != summary.sha256:
         raise DataError(

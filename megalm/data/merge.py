@@ -22,7 +22,7 @@ from megalm.data.merge_report import asked_of, count_removed, finished_report, m
 from megalm.data.report import BuildReport, check_output, sidecar_of
 from megalm.data.signatures import SignatureWriter, open_signatures, signatures_path
 from megalm.data.sources import SOURCE, Sources, sources_path
-from megalm.data.summary import TokenCounter
+from megalm.data.summary import Tell, TokenCounter, no_tell
 from megalm.data.workspace import alone_at, clear_temporaries
 from megalm.durable import temporary_name
 from megalm.errors import DataError
@@ -42,6 +42,7 @@ def merge_datasets(
     progress: Callable[[str], None] | None = None,
     dedup: Dedup = "none",
     minhash_threshold: float | None = None,
+    tell: Tell = no_tell,
 ) -> BuildReport:
     """Write all documents of `prefixes`, in that order, to one dataset.
 
@@ -54,6 +55,7 @@ def merge_datasets(
             "minhash" near copies, by the signatures that builds with it keep. How many is in `removed`, and bytes of
             text are not known then. Shards built with "minhash" have all theirs until they are merged with it.
         minhash_threshold: as in `BuildOptions`; default that of the builds.
+        progress, tell: called with a line for people after each dataset, and with the tokens that were read.
 
     Raises:
         DataError: inputs of different dtypes or tokenizers, damaged inputs, an input that is also the output, an
@@ -74,7 +76,7 @@ def merge_datasets(
             return finished
         check_output(output_prefix, overwrite)
         clear_temporaries([str(output_prefix)])
-        _merge(datasets, sidecars, report, output_prefix, progress or (lambda line: None))
+        _merge(datasets, sidecars, report, output_prefix, progress or (lambda line: None), tell)
     return report
 
 
@@ -84,12 +86,13 @@ def _merge(
     report: BuildReport,
     output_prefix: str | Path,
     say: Callable[[str], None],
+    tell: Tell,
 ) -> None:
     """Write all files of the dataset, and fill the report."""
     for dataset in datasets:
         dataset.verify()
     counter = TokenCounter(report.tokenizer.get("vocab_size"), output_prefix)
-    masks = _copy_all(datasets, sidecars, report, counter, output_prefix, say)
+    masks = _copy_all(datasets, sidecars, report, counter, output_prefix, say, tell)
     if report.options.get("dedup") == "minhash":
         report.minhash = _merge_signatures(datasets, masks, output_prefix)
     if report.options["complete"]:
@@ -107,6 +110,7 @@ def _copy_all(
     counter: TokenCounter,
     output_prefix: str | Path,
     say: Callable[[str], None],
+    tell: Tell,
 ) -> list[npt.NDArray[np.uint8]]:
     """Write .bin and .idx; which documents of each dataset stay, as bits."""
     masks, dedup = [], report.options.get("dedup", "none")
@@ -117,7 +121,7 @@ def _copy_all(
         seen = seen_of(dedup, work / "seen", report.options.get("minhash_threshold", 1.0))
         for dataset, sidecar in zip(datasets, sidecars, strict=True):
             writer.check_dtype(dataset)
-            read = TokenCounter(report.tokenizer.get("vocab_size"), bin_path(dataset.prefix))
+            read = TokenCounter(report.tokenizer.get("vocab_size"), bin_path(dataset.prefix), tell)
             if dedup == "none":
                 writer.append_dataset(dataset, watch=read.add)
                 counter.absorb(read)

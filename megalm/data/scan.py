@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from megalm.data.indexed import IndexedDataset
 from megalm.data.sources import Sources
-from megalm.data.summary import TokenCounter
+from megalm.data.summary import Tell, TokenCounter, no_tell
 
 WINDOW_TOKENS = 512
 BATCH_WINDOWS = 512
@@ -57,14 +57,17 @@ class Stretch:
 
 
 def scan(
-    dataset: IndexedDataset, fallback: npt.NDArray[np.bool_] | None = None, window_tokens: int = WINDOW_TOKENS
+    dataset: IndexedDataset,
+    fallback: npt.NDArray[np.bool_] | None = None,
+    window_tokens: int = WINDOW_TOKENS,
+    tell: Tell = no_tell,
 ) -> Scan:
     """Measure every window, the shorter last one too; memory does not grow with the tokens but by 20 bytes a window.
 
     Args:
         fallback: [V] which ids stand for characters without a piece (`Tokenizer.fallback_ids`); None: none does.
     """
-    counter = TokenCounter(None, dataset.prefix)
+    counter = TokenCounter(None, dataset.prefix, tell)
     counter.add(dataset.tokens)
     shares = counter.counts / max(1, counter.counts.sum())
     losses = np.zeros(len(shares))
@@ -72,7 +75,10 @@ def scan(
     unknown = np.zeros(len(shares), dtype=np.bool_)
     if fallback is not None:
         unknown[: len(fallback)] = fallback[: len(unknown)]
-    rows = [_measure(batch, losses, unknown) for batch in _batches(dataset.tokens, window_tokens)]
+    rows = []
+    for batch in _batches(dataset.tokens, window_tokens):
+        rows.append(_measure(batch, losses, unknown))
+        tell(batch.size)
     table = np.concatenate(rows) if rows else np.zeros((0, len(MEASURES)), dtype=np.float32)
     distances = np.stack([_distance(table[:, column]) for column in range(len(MEASURES))], axis=1)
     return Scan(

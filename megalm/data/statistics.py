@@ -10,7 +10,7 @@ import numpy as np
 
 from megalm.data.dedup import SeenExactly, exact_signatures
 from megalm.data.indexed import IndexedDataset
-from megalm.data.summary import TokenCounter
+from megalm.data.summary import Tell, TokenCounter, no_tell
 from megalm.data.tokenizer import Tokenizer
 
 HASHED_DOCUMENTS = 4096
@@ -32,13 +32,15 @@ class Statistics:
     duplicates: int
 
 
-def statistics(dataset: IndexedDataset, tokenizer: Tokenizer | None = None, most: int = 20) -> Statistics:
-    """Read everything once.
+def statistics(
+    dataset: IndexedDataset, tokenizer: Tokenizer | None = None, most: int = 20, tell: Tell = no_tell
+) -> Statistics:
+    """Read everything, twice.
 
     Raises:
         DataError: a token that the tokenizer does not have.
     """
-    counter = TokenCounter(tokenizer.vocab_size if tokenizer else None, dataset.prefix)
+    counter = TokenCounter(tokenizer.vocab_size if tokenizer else None, dataset.prefix, tell)
     counter.add(dataset.tokens)
     counts, total = counter.counts, max(1, len(dataset.tokens))
     order = np.argsort(-counts, kind="stable")[:most]
@@ -51,7 +53,7 @@ def statistics(dataset: IndexedDataset, tokenizer: Tokenizer | None = None, most
         frequent=[(int(token), float(counts[token] / total)) for token in order if counts[token]],
         tokens_per_byte=len(dataset.tokens) / text_bytes if text_bytes else None,
         fallback_share=fallback,
-        duplicates=_duplicates(dataset),
+        duplicates=_duplicates(dataset, tell),
     )
 
 
@@ -61,7 +63,7 @@ def _histogram(dataset: IndexedDataset) -> list[tuple[int, int, int]]:
     return [(2**power >> 1, 2**power - 1, int(count)) for power, count in enumerate(powers) if count]
 
 
-def _duplicates(dataset: IndexedDataset) -> int:
+def _duplicates(dataset: IndexedDataset, tell: Tell) -> int:
     repeated = 0
     with tempfile.TemporaryDirectory() as folder:
         seen = SeenExactly(Path(folder) / "seen")
@@ -70,4 +72,5 @@ def _duplicates(dataset: IndexedDataset) -> int:
                 dataset[index].astype(np.int32) for index in range(start, min(start + HASHED_DOCUMENTS, len(dataset)))
             ]
             repeated += int((~seen.add(exact_signatures(rows))).sum())
+            tell(sum(map(len, rows)))
     return repeated

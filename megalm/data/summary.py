@@ -6,6 +6,7 @@ V size of the vocabulary, N tokens.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,12 @@ import numpy.typing as npt
 from megalm.data.indexed import IndexedDataset, bin_path
 from megalm.errors import DataError
 
+Tell = Callable[[int], None]  # so many tokens more were read
 CHUNK_TOKENS = 1 << 20  # a piece and its 64-bit copy stay near the caches
+
+
+def no_tell(tokens: int) -> None:
+    """For those who do not ask how far it is."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,11 @@ class TokenCounter:
     Args:
         vocab_size: refuse tokens from here on; None takes all that are not negative.
         name: of the file, for errors.
+        tell: called with the number of tokens of each piece that is counted.
     """
 
-    def __init__(self, vocab_size: int | None, name: str | Path) -> None:
-        self._vocab_size, self._name = vocab_size, name
+    def __init__(self, vocab_size: int | None, name: str | Path, tell: Tell = no_tell) -> None:
+        self._vocab_size, self._name, self._tell = vocab_size, name, tell
         self._digest = hashlib.sha256()
         self.counts: npt.NDArray[np.int64] = np.zeros(vocab_size or 0, dtype=np.int64)
 
@@ -56,6 +63,7 @@ class TokenCounter:
                 raise self._outside(len(found) - 1)
             found[: len(self.counts)] += self.counts
             self.counts = found.astype(np.int64, copy=False)
+            self._tell(len(chunk))
 
     def _outside(self, token: int) -> DataError:
         return DataError(
@@ -82,12 +90,12 @@ class TokenCounter:
         )
 
 
-def summarise(dataset: IndexedDataset, vocab_size: int | None = None) -> TokenSummary:
+def summarise(dataset: IndexedDataset, vocab_size: int | None = None, tell: Tell = no_tell) -> TokenSummary:
     """Count and hash all tokens.
 
     Raises:
         DataError: a token outside [0, vocab_size), which a model would fail on, or a negative one.
     """
-    counter = TokenCounter(vocab_size, bin_path(dataset.prefix))
+    counter = TokenCounter(vocab_size, bin_path(dataset.prefix), tell)
     counter.add(dataset.tokens)
     return counter.summary()

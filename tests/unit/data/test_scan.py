@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from megalm.data.blend import BlendedSamples, Stage
-from megalm.data.builder import build_files
+from megalm.data.builder import build_dataset, build_files
+from megalm.data.corpus import Document
 from megalm.data.indexed import IndexedDataset
 from megalm.data.indexed_writer import IndexedDatasetWriter
+from megalm.data.inspection import verify
 from megalm.data.lookup import pieces_of
+from megalm.data.merge import merge_datasets
 from megalm.data.samples import TrainingSamples
 from megalm.data.scan import document_at, scan, strange_stretches
 from megalm.data.scan_report import write_scan
@@ -80,6 +83,27 @@ def test_measures_by_hand(tmp_path: Path) -> None:
     losses = {token: -math.log(share) for token, share in shares.items()}
     assert scanned.measures["unigram_loss"][0] == pytest.approx(np.mean([losses[token] for token in (1, 2, 3, 4)]))
     assert scanned.measures["unigram_loss"][3] == pytest.approx(losses[1])
+
+
+def test_how_far_it_is_adds_up_to_all_tokens(tmp_path: Path) -> None:
+    """Each pass over the dataset tells of each token once; so do merging and verifying."""
+    for name, texts in (("a", ["some text " * 200, "more"]), ("b", ["x"])):
+        build_dataset([Document(text, name) for text in texts], ByteTokenizer(), tmp_path / name)
+    dataset = IndexedDataset(tmp_path / "a")
+    tokens, told = len(dataset.tokens), list[int]()
+    scan(dataset, None, 64, told.append)
+    assert sum(told) == 2 * tokens
+    told.clear()
+    statistics(dataset, tell=told.append)
+    assert sum(told) == 2 * tokens
+    for dedup in ("none", "exact"):
+        told.clear()
+        prefixes = [tmp_path / "a", tmp_path / "b"]
+        merge_datasets(prefixes, tmp_path / dedup, dedup=dedup, tell=told.append)  # type: ignore[arg-type]
+        assert sum(told) == tokens + 2
+    told.clear()
+    verify(tmp_path / "a", tell=told.append)
+    assert sum(told) == tokens
 
 
 def test_a_scan_of_nothing(tmp_path: Path) -> None:
