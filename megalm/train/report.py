@@ -5,6 +5,7 @@ Everything that is printed is in log.txt too, with the time.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -46,8 +47,6 @@ class _Console(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         try:
             super().print(*objects, **options)
-        except UnicodeEncodeError:  # no letters for this text alone
-            log.debug("a line cannot be printed in %s", self.encoding)
         except OSError:
             self.on_broken_pipe()
 
@@ -76,6 +75,8 @@ class Reporter:
         self._started = time.monotonic()
         self._first_step = 0
         self._last_plain = 0.0
+        if active and isinstance(sys.stdout, io.TextIOWrapper):  # a sample may have letters that the terminal lacks
+            sys.stdout.reconfigure(errors="backslashreplace")
         if active and log_file is not None:
             handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))

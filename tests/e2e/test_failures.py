@@ -187,6 +187,25 @@ def test_training_goes_on_when_nobody_reads_what_it_prints(tmp_path: Path) -> No
     assert [line.rpartition(" ")[2] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["0", "1", "2"]
 
 
+LETTERS = """
+import sys
+from pathlib import Path
+from megalm.train.report import Reporter
+
+reporter = Reporter(True, Path(sys.argv[1]))
+for word in ("one", "zw\\xf6lf \\u2192 \\udcff", "three"):
+    reporter.say(word)
+"""
+
+
+def test_a_terminal_without_the_letters_of_a_sample_ends_no_run(tmp_path: Path) -> None:
+    environment = {"PYTHONIOENCODING": "ascii"}
+    finished = finish(tmp_path, [sys.executable, "-c", LETTERS, tmp_path / "log.txt"], environment=environment)
+    assert (finished.code, finished.stderr) == (0, ""), finished.explain()
+    assert finished.stdout == "one\nzw\\xf6lf \\u2192 \\udcff\nthree\n"
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").endswith("three\n")
+
+
 REFUSED = """
 from megalm.errors import ConfigError
 from megalm.train.leaving import Guard
