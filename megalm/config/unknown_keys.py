@@ -15,16 +15,23 @@ _SECTIONS = [name for name, field in RunConfig.model_fields.items() if section_o
 # Names that other toolkits use for what has another name here.
 _OTHER_NAMES = {
     "learning_rate": "schedule.peak_learning_rate",
+    "lr": "schedule.peak_learning_rate",  # in the JSON too, but only those that people bring along state it there
+    "peak_lr": "schedule.peak_learning_rate",
     "max_lr": "schedule.peak_learning_rate",
     "min_lr": "schedule.final_learning_rate",
     "max_steps": "train.steps",
     "train_iters": "train.steps",
+    "epochs": "train.steps",
+    "num_train_epochs": "train.steps",
     "seq_length": "data.sequence_length",
     "block_size": "data.sequence_length",
     "n_layer": "model.num_hidden_layers",
     "n_head": "model.num_attention_heads",
     "n_embd": "model.hidden_size",
+    "tp": "parallel.tensor",
+    "pp": "parallel.pipeline",
 }
+_OTHER_NAMES_IN_JSON = ("batch_size", "micro_batch_size", "precision", "dtype", "zero", "zero_stage")
 
 
 def unknown_run_key(key: str, where: str) -> ConfigError:
@@ -48,7 +55,7 @@ def _hint(key: str) -> str:
         return f", did you mean {' or '.join(same_name)}?"
     if name in _OTHER_NAMES:
         return f", did you mean {_OTHER_NAMES[name]}?"
-    if not DEEPSPEED_NAMES.isdisjoint(parts):
+    if not DEEPSPEED_NAMES.isdisjoint(parts) or name in _OTHER_NAMES_IN_JSON:
         return "; it belongs to the DeepSpeed JSON, the file of --deepspeed_config"
     match = nearest(key, [*_LEAVES, *_SECTIONS]) or _nearest_by_name(name)
     elsewhere = nearest(name, DEEPSPEED_NAMES)
