@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.manifest import MANIFEST, Status, read_manifest, wrong_file
+from megalm.checkpoint.manifest import MANIFEST, Status, read_manifest, without_advice, wrong_file
 from megalm.errors import CheckpointError
 
 LATEST = "latest"
@@ -131,16 +131,26 @@ def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
     Raises:
         CheckpointError: as `candidates`; or all of them are damaged.
     """
-    found = candidates(checkpoints, wanted)
-    problems = []
-    for entry in found:
+    return first_whole(checkpoints, wanted)[0]
+
+
+def first_whole(checkpoints: Path, wanted: str) -> tuple[Path | None, list[str]]:
+    """What `find_checkpoint` finds, and what is wrong with those that it would rather have taken.
+
+    Raises:
+        CheckpointError: as `find_checkpoint`.
+    """
+    problems: list[str] = []
+    passed: list[str] = []
+    for entry in candidates(checkpoints, wanted):
         problem = entry.problem if entry.manifest is None else wrong_file(entry.path, entry.manifest)
         if not problem:
-            return entry.path
+            return entry.path, passed
         problems.append(problem)
+        passed.append(without_advice(problem, entry.path))
     if problems:
         raise CheckpointError(f"no checkpoint in {checkpoints} can be used: {'; '.join(problems)}")
-    return None
+    return None, []
 
 
 def followed(path: Path) -> Path:

@@ -17,7 +17,7 @@ import typer
 from megalm.cli import show
 from megalm.cli.hashing import verify
 from megalm.cli.progress import Counter, watched
-from megalm.cli.runs import find_place
+from megalm.cli.runs import checkpoint_at, find_place
 from megalm.errors import CheckpointError, ConfigError
 from megalm.tracking.metrics import MetricsWriter, plain
 
@@ -108,7 +108,7 @@ def command(
     from megalm.offline.model import read_facts
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    found = find_place(place)
+    found = find_place(place) if every_checkpoint else checkpoint_at(place)
     paths, left_out = _every(found) if every_checkpoint else ((found,), ())
     facts = read_facts(paths[-1], tokenizer or None)
     if not every_checkpoint:

@@ -8,14 +8,13 @@ from typing import Annotated
 
 import typer
 
-from megalm.checkpoint.layout import find_checkpoint
-from megalm.checkpoint.manifest import MANIFEST, read_manifest
+from megalm.checkpoint.manifest import mark_of, read_manifest
 from megalm.cli import show
 from megalm.cli.hashing import verify
 from megalm.cli.progress import Counter
-from megalm.cli.runs import find_place
+from megalm.cli.runs import checkpoint_at
 from megalm.cli.sizes import bytes_of
-from megalm.errors import CheckpointError, ConfigError
+from megalm.errors import CheckpointError
 
 
 class DType(str, Enum):
@@ -67,24 +66,15 @@ def command(
         f"{show.size(exported.bytes)}"
     )
     typer.echo(exported.tokenizer.note)
-    if reader.manifest["status"] != "good":
-        typer.echo(f"the checkpoint is marked {reader.manifest['status']}: {reader.manifest.get('status_reason')}")
+    if mark := mark_of(reader.manifest):
+        typer.echo(f"the checkpoint is {mark}")
     typer.echo("README.md names no licence: choose one before you publish it")
 
 
 def _checkpoint(place: Path, accept_bad: bool) -> Path:
     """A checkpoint folder, or of a run what `--resume auto` would take."""
-    path = find_place(place)
-    if (path / MANIFEST).is_file():
-        manifest = read_manifest(path)
-        if manifest["status"] == "bad" and not accept_bad:
-            raise CheckpointError(
-                f"{path} is marked bad ({manifest.get('status_reason')}); choose another, or add --accept-bad"
-            )
-        return path
-    if not path.is_dir():
-        raise ConfigError(f"{path}: no such folder; give a run or one of its checkpoints")
-    newest = find_checkpoint(path / "checkpoints", "auto")
-    if newest is None:
-        raise CheckpointError(f"{path}: has no checkpoint; `megalm checkpoint list RUN` names what a run has")
-    return newest
+    path = checkpoint_at(place)
+    manifest = read_manifest(path)
+    if manifest["status"] == "bad" and not accept_bad:
+        raise CheckpointError(f"{path} is {mark_of(manifest)}; choose another, or add --accept-bad")
+    return path

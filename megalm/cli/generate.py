@@ -15,7 +15,7 @@ from megalm.alone import Alone
 from megalm.checkpoint.layout import step_of
 from megalm.cli.hashing import verify
 from megalm.cli.progress import Counter, watched
-from megalm.cli.runs import find_place
+from megalm.cli.runs import checkpoint_at, find_place
 from megalm.config.schema import SampleSection
 from megalm.errors import ConfigError, DataError
 
@@ -74,7 +74,7 @@ def command(
     settings = SampleSection(
         prompts=tuple(prompts), max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None
     )
-    found = find_place(place)
+    found = find_place(place) if at else checkpoint_at(place)
     if interactive:
         from megalm.cli.prompt_loop import PromptLoop
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megalm.checkpoint.layout import find_checkpoint, followed
+import typer
+
+from megalm.checkpoint.layout import first_whole, followed
 from megalm.checkpoint.manifest import MANIFEST
 from megalm.config.schema import RunSection
 from megalm.config.suggest import did_you_mean
@@ -34,7 +36,7 @@ def find_place(path: Path) -> Path:
 
 
 def checkpoint_at(path: Path) -> Path:
-    """A checkpoint folder, or of a run what `--resume auto` would take.
+    """A checkpoint folder, or of a run what `--resume auto` would take; damaged ones that it passes over are told.
 
     Raises:
         CheckpointError: there is no such folder, or the run has no checkpoint yet.
@@ -44,7 +46,9 @@ def checkpoint_at(path: Path) -> Path:
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such folder; `megalm checkpoint list RUN` names the checkpoints")
         return path
-    newest = find_checkpoint(path / "checkpoints", "auto")
+    newest, damaged = first_whole(path / "checkpoints", "auto")
+    for problem in damaged:
+        typer.echo(f"megalm: passed over: {problem}", err=True)
     if newest is None:
         raise CheckpointError(f"{path}: has no checkpoint yet; `megalm checkpoint list {path}` shows what is there")
     return newest

@@ -96,7 +96,10 @@ class HuggingFaceTokenizer:
     def _configured_eos(self) -> Iterator[str]:
         path = Path(self.spec).with_name("tokenizer_config.json")
         if path.is_file():
-            token = read_json(path).get("eos_token")
+            stated = read_json(path)
+            if not isinstance(stated, dict):
+                raise DataError(f"{path}: holds no JSON object; copy it again, or remove it")
+            token = stated.get("eos_token")
             name = token.get("content") if isinstance(token, dict) else token
             if isinstance(name, str):
                 yield name

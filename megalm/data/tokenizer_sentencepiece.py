@@ -38,6 +38,8 @@ class SentencePieceTokenizer:
         self._threads = threads
         self._content = Path(path).read_bytes()
         try:
+            if not self._content:  # which the library takes for a model
+                raise RuntimeError("an empty file")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._content)
         except RuntimeError as error:
             raise DataError(f"{path}: is not a SentencePiece model; train or copy it again") from error

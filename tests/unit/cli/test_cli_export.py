@@ -86,7 +86,7 @@ def test_a_bad_checkpoint_is_asked_for_twice(
     assert not (tmp_path / "out").exists()
     code, out, _ = run(capsys, "export", checkpoint, tmp_path / "out", "--accept-bad")
     assert code == 0
-    assert "marked bad: spoilt by a spike" in out
+    assert "the checkpoint is marked bad (spoilt by a spike)" in out
     assert "| marked | bad: spoilt by a spike |" in (tmp_path / "out/README.md").read_text()
 
 
@@ -149,6 +149,18 @@ def test_another_tokenizer_is_refused(checkpoint: Path, tmp_path: Path, capsys: 
     assert code == 2
     assert "gone.model: the tokenizer of" in error
     assert "name where it is now with --tokenizer" in error
+
+
+def test_a_tokenizer_that_is_damaged(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "export", checkpoint, tmp_path / "out")
+    (tmp_path / "out/tokenizer_config.json").write_text("[]")
+    code, _, error = run(capsys, "import", tmp_path / "out", tmp_path / "back")
+    assert code == 2
+    assert "tokenizer_config.json: holds no JSON object" in error
+    (tmp_path / "out/sentencepiece.model").touch()
+    code, _, error = run(capsys, "import", tmp_path / "out", tmp_path / "back")
+    assert code == 2
+    assert "sentencepiece.model: is not a SentencePiece model" in error
 
 
 def test_keys_of_a_configuration(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,17 @@ def test_what_a_checkpoint_is_marked_as_is_told(run: Path, capsys: pytest.Captur
     assert other != text, "of the good one"
 
 
+def test_a_damaged_checkpoint_that_is_passed_over_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    older = said(capsys, "generate", run / "checkpoints/step-00000010", *WORDS)
+    manifest_file = run / "checkpoints/step-00000020/manifest.json"
+    manifest_file.write_text(manifest_file.read_text().replace('"step": 20', '"step": 21'))
+    code, text, error = said(capsys, "generate", run, *WORDS)
+    assert (code, text) == older[:2]
+    (line,) = error.splitlines()
+    assert line.startswith(f"megalm: passed over: {manifest_file} was altered")
+    assert "--resume" not in line
+
+
 def test_every_block_that_is_hashed_is_counted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (manifest, hashing):
         monkeypatch.setattr(module, "HASH_BLOCK_BYTES", 1000)
