@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from megalm.config.schema import NonNegativeInt, PositiveFloat, PositiveInt, Probability
+from megalm.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Probability
 
 Auto = Literal["auto"]
 Switch = bool | Auto

@@ -12,8 +12,9 @@ from typing import Any, get_origin
 
 import yaml
 
+from megalm.config.documented_schema import DocumentedSection
 from megalm.config.presets import DEFAULT_PRESET, preset_path, preset_paths
-from megalm.config.schema import DocumentedSection, RunConfig
+from megalm.config.schema import RunConfig
 from megalm.config.strict import flatten, leaf_fields, members, shown, validate
 from megalm.config.strict_yaml import parse_yaml
 from megalm.config.suggest import did_you_mean

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megalm.config.schema import Claim, ClaimKind
+from megalm.config.documented_schema import Claim, ClaimKind
 from megalm.estimate.data_sheet import data_sheet_peak
 from megalm.planning.plan import Plan
 from megalm.planning.ranges import Range, agree

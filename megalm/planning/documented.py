@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from megalm.config.schema import Claim, ClaimKind
+from megalm.config.documented_schema import Claim, ClaimKind
 from megalm.data.streams import whole_windows
 from megalm.planning import documented_times
 from megalm.planning.claims import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megalm.config.schema import Claim
+from megalm.config.documented_schema import Claim
 from megalm.planning.claims import HOLDS, MEASURED, NO_VERDICT, SECONDS_AN_HOUR, Book, Judgement, range_of
 from megalm.planning.ranges import Range, agree, both_ends, divided, in_full, in_hours, in_percent, in_short, times
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from megalm.config.schema import DocumentedSection
+from megalm.config.documented_schema import DocumentedSection
 
 # A loss read off another run's log is met by one that is so near; a range counts as it stands.
 NEAR_NATS = 0.1
