@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from megalm.data.dedup import seen_of
 from megalm.data.file_table import Bools
-from megalm.data.files import write_json, writing_to
+from megalm.data.files import discard, write_json, writing_to
 from megalm.data.indexed import best_dtype, bin_path, idx_path, sidecar_path
 from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.inputs import InputFile, sha256_of
@@ -92,8 +92,7 @@ class _Output:
 
     def abort(self) -> None:
         self._writer.abort()
-        self._sources.close()
-        self._sources_temporary.unlink(missing_ok=True)
+        discard(self._sources, self._sources_temporary)
         if self._signatures is not None:
             self._signatures.abort()
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megalm.durable import complete_file, sync_directory
 from megalm.errors import DataError
@@ -43,6 +43,14 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except ValueError as error:
         raise DataError(f"{path}: is not JSON ({error}); build it again") from error
+
+
+def discard(file: IO[bytes], temporary: Path | None = None) -> None:
+    """Close and remove what was not finished; what is still buffered may find no room on the disk, either."""
+    with contextlib.suppress(OSError):
+        file.close()
+    if temporary is not None:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megalm.data.files import writing_to
+from megalm.data.files import discard, writing_to
 from megalm.data.indexed import DTYPES, HEADER, MAGIC, VERSION, IndexedDataset, bin_path, idx_path
 from megalm.durable import sync_directory, temporary_name
 from megalm.errors import DataError
@@ -118,10 +118,9 @@ class IndexedDatasetWriter:
 
     def abort(self) -> None:
         """Throw away what was written."""
-        self._file.close()
-        self._lengths.close()
-        self._documents.close()
-        self._bin_temporary.unlink(missing_ok=True)
+        discard(self._file, self._bin_temporary)
+        for spool in (self._lengths, self._documents):
+            discard(spool)
         self._idx_temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> IndexedDatasetWriter:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megalm.data.files import writing_to
+from megalm.data.files import discard, writing_to
 from megalm.data.inputs import sha256_of
 from megalm.data.near import PERMUTATIONS, SCHEME, SEED, SHINGLE_WORDS
 from megalm.durable import temporary_name
@@ -51,8 +51,7 @@ class SignatureWriter:
         return {**MADE, "sha256": self._hash.hexdigest()}
 
     def abort(self) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        discard(self._file, self._temporary)
 
 
 def open_signatures(prefix: str | Path, recorded: dict[str, Any], documents: int) -> npt.NDArray[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 import struct
 from pathlib import Path
 
@@ -158,6 +160,25 @@ def test_a_token_that_does_not_fit_is_refused_and_nothing_is_left(tmp_path: Path
         IndexedDatasetWriter(tmp_path / "out", np.uint16) as writer,
     ):
         writer.append([1, 65536])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """By a limit of the system. What is still buffered cannot be written when the file is closed, either."""
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+
+    def write() -> None:
+        with IndexedDatasetWriter(tmp_path / "x", np.uint16) as writer:
+            for _ in range(30_000):
+                writer.append([1, 2, 3])
+
+    try:
+        with pytest.raises(DataError, match=r"x\.bin: cannot be written \(File too large\)"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
     assert list(tmp_path.iterdir()) == []
 
 
