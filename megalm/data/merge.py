@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from megalm.data.dedup import Dedup, Seen, exact_signatures, seen_of
 from megalm.data.file_table import Bools
-from megalm.data.files import write_json, writing_to
+from megalm.data.files import read_json, write_json, writing_to
 from megalm.data.indexed import IndexedDataset, bin_path, idx_path, sidecar_path
 from megalm.data.indexed_writer import IndexedDatasetWriter
 from megalm.data.inputs import WORK_SUFFIX, sha256_of
 from megalm.data.merge_report import asked_of, count_removed, finished_report, merged_report, note_pairs
-from megalm.data.report import BuildReport, check_output, sidecar_of
+from megalm.data.report import BuildReport, check_output, dataset_paths, sidecar_of
 from megalm.data.signatures import SignatureWriter, open_signatures, signatures_path
 from megalm.data.sources import SOURCE, Sources, sources_path
 from megalm.data.summary import Tell, TokenCounter, no_tell
@@ -74,9 +74,9 @@ def merge_datasets(
         finished = finished_report(output_prefix, report, thorough=overwrite)
         if finished is not None:
             return finished
-        check_output(output_prefix, overwrite)
-        clear_temporaries([str(output_prefix)])
-        _merge(datasets, sidecars, report, output_prefix, progress or (lambda line: None), tell)
+        with _working_in(output_prefix, report, overwrite) as work:
+            clear_temporaries([str(output_prefix)])
+            _merge(datasets, sidecars, report, output_prefix, work, progress or (lambda line: None), tell)
     return report
 
 
@@ -85,6 +85,7 @@ def _merge(
     sidecars: Sequence[dict[str, Any] | None],
     report: BuildReport,
     output_prefix: str | Path,
+    work: Path,
     say: Callable[[str], None],
     tell: Tell,
 ) -> None:
@@ -92,15 +93,24 @@ def _merge(
     for dataset in datasets:
         dataset.verify()
     counter = TokenCounter(report.tokenizer.get("vocab_size"), output_prefix)
-    masks = _copy_all(datasets, sidecars, report, counter, output_prefix, say, tell)
-    if report.options.get("dedup") == "minhash":
-        report.minhash = _merge_signatures(datasets, masks, output_prefix)
-    if report.options["complete"]:
-        _merge_sources(datasets, sidecars, masks, output_prefix)
-    summary = counter.summary()
-    report.tokens, report.unigram_entropy = summary.tokens, summary.unigram_entropy
-    report.bin_sha256, report.idx_sha256 = sha256_of(bin_path(output_prefix)), sha256_of(idx_path(output_prefix))
-    write_json(sidecar_path(output_prefix), asdict(report))
+    masks = _copy_all(datasets, sidecars, report, counter, output_prefix, work, say, tell)
+    try:
+        if report.options.get("dedup") == "minhash":
+            report.minhash = _merge_signatures(datasets, masks, output_prefix)
+        if report.options["complete"]:
+            _merge_sources(datasets, sidecars, masks, output_prefix)
+        summary = counter.summary()
+        report.tokens, report.unigram_entropy = summary.tokens, summary.unigram_entropy
+        report.bin_sha256, report.idx_sha256 = sha256_of(bin_path(output_prefix)), sha256_of(idx_path(output_prefix))
+        write_json(sidecar_path(output_prefix), asdict(report))
+    except BaseException:
+        _unlink_all(output_prefix)  # tokens without PREFIX.json would be in the way of the next try
+        raise
+
+
+def _unlink_all(prefix: str | Path) -> None:
+    for path in dataset_paths(prefix):
+        path.unlink(missing_ok=True)
 
 
 def _copy_all(
@@ -109,15 +119,13 @@ def _copy_all(
     report: BuildReport,
     counter: TokenCounter,
     output_prefix: str | Path,
+    work: Path,
     say: Callable[[str], None],
     tell: Tell,
 ) -> list[npt.NDArray[np.uint8]]:
     """Write .bin and .idx; which documents of each dataset stay, as bits."""
     masks, dedup = [], report.options.get("dedup", "none")
-    with (
-        IndexedDatasetWriter(output_prefix, datasets[0].dtype) as writer,
-        _tables_of(output_prefix) as work,
-    ):
+    with IndexedDatasetWriter(output_prefix, datasets[0].dtype) as writer:
         seen = seen_of(dedup, work / "seen", report.options.get("minhash_threshold", 1.0))
         for dataset, sidecar in zip(datasets, sidecars, strict=True):
             writer.check_dtype(dataset)
@@ -143,13 +151,17 @@ def _copy_all(
 
 
 @contextmanager
-def _tables_of(output_prefix: str | Path) -> Iterator[Path]:
-    """A folder beside the dataset; one that a killed merge left is emptied, we hold the lock."""
+def _working_in(output_prefix: str | Path, report: BuildReport, overwrite: bool) -> Iterator[Path]:
+    """A folder for tables beside the dataset. One that a killed merge of just this left says whose the files are that
+    have their names already; it is emptied, we hold the lock."""
     work = Path(output_prefix).with_name(f".{Path(output_prefix).name}.merging")
+    stated = work / "options.json"
+    check_output(output_prefix, overwrite or (stated.exists() and read_json(stated) == report.options))
     with writing_to(work):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(exist_ok=True)
     try:
+        write_json(stated, report.options)
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)  # NFS keeps a file that is still mapped

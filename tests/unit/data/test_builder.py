@@ -195,6 +195,34 @@ def test_a_merge_that_was_killed_leaves_nothing_for_good(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.glob(".*")] == [".other.bin.node-1.tmp"]
 
 
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), DataError("x.sources: cannot be written")])
+def test_a_merge_that_ends_behind_its_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    """Tokens without PREFIX.json would be in the way of the next try."""
+    for name in "ab":
+        build_dataset([Document(name, "f")], ByteTokenizer(), tmp_path / name)
+    prefixes = [tmp_path / "a", tmp_path / "b"]
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_module, "_merge_sources", lambda *_: (_ for _ in ()).throw(fault))
+        with pytest.raises(type(fault)):
+            merge_datasets(prefixes, tmp_path / "out")
+    assert not list(tmp_path.glob("out*")) + list(tmp_path.glob(".*"))
+    with monkeypatch.context() as patch:  # killed: nothing is tidied up
+        patch.setattr(merge_module, "_merge_sources", lambda *_: (_ for _ in ()).throw(fault))
+        patch.setattr(merge_module.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(merge_module, "_unlink_all", lambda *_: None)
+        with pytest.raises(type(fault)):
+            merge_datasets(prefixes, tmp_path / "out")
+    assert (tmp_path / "out.bin").exists()
+    with pytest.raises(DataError, match="exists already"):
+        merge_datasets([*prefixes, tmp_path / "a"], tmp_path / "out")  # of something else
+    assert (tmp_path / "out.bin").exists()
+    merge_datasets(prefixes, tmp_path / "out")
+    IndexedDataset(tmp_path / "out").verify()
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_two_merges_into_one_dataset_at_once(tmp_path: Path) -> None:
     for name in "ab":
         build_dataset([Document(name, "f")], ByteTokenizer(), tmp_path / name)
