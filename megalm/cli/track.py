@@ -21,8 +21,7 @@ def sync(
     deadline_seconds: float = typer.Option(30.0, min=0.0, help="Go on trying so long where the store is down."),
 ) -> None:
     """Send MLflow what it does not have yet of these runs; nothing is sent twice."""
-    for run in runs:
-        run_dir = find_run(run)
+    for run_dir in [find_run(run) for run in runs]:  # a misspelt name is told before anything is sent
         sent = mirror.sync(run_dir, deadline_seconds)
         typer.echo(
             f"{run_dir}: sent {sent.metrics} metric values and {sent.artifacts} files to {sent.tracking_uri}, "

@@ -176,7 +176,8 @@ def _deliver_until(delivery: Delivery, deadline: float, parent_ended: bool = Fal
             if time.monotonic() + delay > deadline:
                 raise MegalmError(
                     f"{delivery.run_dir}: MLflow at {delivery.tracking_uri} did not take the run "
-                    f"({_one_line(error)}); run `megalm track sync {delivery.run_dir}` when it is there again"
+                    f"({_one_line(error)}); run `megalm track sync {delivery.run_dir}` when it is there again, or name "
+                    "another store in MLFLOW_TRACKING_URI"
                 ) from error
             time.sleep(delay)
 

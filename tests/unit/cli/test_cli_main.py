@@ -93,6 +93,18 @@ def test_what_the_file_system_refuses_is_one_line(
     assert said.count("\n") == 1
 
 
+def test_a_misspelt_run_is_told_before_anything_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run/mlflow.lock").mkdir(parents=True)  # whoever delivers this run fails
+    Path("run/metrics.jsonl").touch()
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["track", "sync", "run", "rum"])
+    assert caught.value.code == 2
+    assert "rum: no such run folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
