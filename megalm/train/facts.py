@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,13 +88,13 @@ def scale_facts(run: ResolvedRun, shape: ModelShape, data: RunData) -> dict[str,
 
 def farewell(folder: RunFolder, run: ResolvedRun, invocation: Invocation, page: Path | None = None) -> str:
     """Where everything is, and the next commands to try."""
-    prompt = json.dumps(_first_line(run.config.sample.prompts))
+    prompt, path = _quoted(_first_line(run.config.sample.prompts)), shlex.quote(str(folder.path))
     steps = 2 * run.config.train.steps
     rows = [
         *([("one page", str(page))] if page is not None else []),
         ("see it", _where_mlflow_is(folder.path.parent) if run.config.tracking.mlflow else f"{folder.metrics}"),
-        ("list it", f"megalm checkpoint list {folder.path}"),
-        ("generate", f"megalm generate {folder.path} --prompt {prompt}"),
+        ("list it", f"megalm checkpoint list {path}"),
+        ("generate", f"megalm generate {path} --prompt {prompt}"),
         ("train longer", invocation.again("--resume", "auto", f"train.steps={steps}")),
         ("your own", 'README.md, "Train on your own text"'),
     ]
@@ -104,7 +104,12 @@ def farewell(folder: RunFolder, run: ResolvedRun, invocation: Invocation, page: 
 
 def _where_mlflow_is(root: Path) -> str:
     uri = without_passwords(os.environ.get("MLFLOW_TRACKING_URI", "")) or f"sqlite:///{root}/mlflow.db"
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+
+
+def _quoted(text: str) -> str:
+    """For a shell; in double quotes where nothing in it means something there."""
+    return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
 
 
 def _first_line(prompts: tuple[str, ...]) -> str:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
+import pytest
+
+from megalm.config.deepspeed_json import named_json, read_deepspeed_json
+from megalm.config.loading import load_run_config
+from megalm.config.precision import DeviceFacts
+from megalm.config.resolve import resolve
+from megalm.train.facts import farewell
 from megalm.train.invocation import Invocation
+from megalm.train.run_folder import RunFolder
 
 
 def test_says_no_more_than_is_needed() -> None:
@@ -19,3 +28,29 @@ def test_says_where_and_how_many_and_quotes_for_a_shell() -> None:
         *("deepspeed", "--num_gpus", "2", "launch/pretrain.py"),
         *("run.root=/data/my runs", "run.name=mine", "--resume", "auto"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word"),
+    [
+        ("class Parser:", '"class Parser:"'),
+        ("für", '"für"'),
+        ("cost $HOME `ls`", "'cost $HOME `ls`'"),
+        ('a "b"', "'a \"b\"'"),
+    ],
+)
+def test_the_end_of_a_run_quotes_for_a_shell(
+    prompt: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    loaded = load_run_config(None, [f"sample.prompts={json.dumps([prompt])}"])
+    run = resolve(
+        loaded, read_deepspeed_json(named_json("ds_configs/fp32.json")), 1, DeviceFacts("cpu", False, 1 << 33), 99
+    )
+    folder = RunFolder(tmp_path / "my runs" / "mine")
+    lines = farewell(folder, run, Invocation(folder.path)).splitlines()
+    told = {line[2:15].strip(): line[16:] for line in lines if line.startswith("  ")}
+    assert told["list it"] == f"megalm checkpoint list '{folder.path}'"
+    assert told["generate"] == f"megalm generate '{folder.path}' --prompt {word}"
+    store = f"sqlite:///{tmp_path}/my runs/mlflow.db"
+    assert shlex.split(told["see it"]) == ["mlflow", "ui", "--backend-store-uri", store]
