@@ -40,7 +40,7 @@ class Counter:
         self._done += 1
         self._bar.update(self._task, completed=self._done)
         now = time.monotonic()
-        if self._bar.disable and now - self._told >= _LINE_INTERVAL_SECONDS:
+        if self._bar.disable and self._done < self._total and now - self._told >= _LINE_INTERVAL_SECONDS:
             self._told = now
             left = (now - self._started) / self._done * (self._total - self._done)
             self._console.print(f"{self._what} {self._done:,}/{self._total:,}, about {_clock(left)} left")
