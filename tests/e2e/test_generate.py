@@ -19,8 +19,13 @@ from tests.e2e.jobs import Finished, finish, pretrain
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 MEGALM = Path(sys.executable).with_name("megalm")
-# Runs a command in a terminal of its own: what comes in is typed there, what is shown there goes out.
-IN_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+# Runs a command in a terminal of its own: what comes in is typed there, what is shown there goes out. A shell lets its
+# background jobs ignore Ctrl-C, tests as well.
+IN_TERMINAL = """
+import os, pty, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
+"""
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TERM": "dumb"}
 
 
