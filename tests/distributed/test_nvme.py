@@ -11,6 +11,7 @@ import torch
 
 from megalm.checkpoint.load import CheckpointReader
 from megalm.checkpoint.save import save_checkpoint
+from megalm.engine.extensions import load_async_io, load_cpu_adam
 from tests.distributed.training import Case, Trace, make_dataset, snapshot, start, steps, whole_state
 from tests.ranks import run_ranks
 
@@ -20,6 +21,11 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 LARGER = ("model.hidden_size=160", "model.num_hidden_layers=5", "model.intermediate_size=640")
 ZERO = {"stage3_param_persistence_threshold": 0, "sub_group_size": 600_000}
 HALF, END = 3, 6
+
+
+def _compile(comm: Any, device: torch.device) -> None:
+    load_cpu_adam()
+    load_async_io()
 
 
 def _case(folder: Path, name: str) -> Case:
@@ -88,7 +94,8 @@ def _differences(before: list[tuple[Any, np.ndarray]], after: list[tuple[Any, np
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("nvme")
     make_dataset(folder / "data")
-    return run_ranks(2, _train, folder / "data", folder, timeout_seconds=560)
+    run_ranks(1, _compile, timeout_seconds=1800)  # once, at its own time
+    return run_ranks(2, _train, folder / "data", folder)
 
 
 def test_states_lie_on_the_disk(ranks: list[dict[str, Any]]) -> None:
