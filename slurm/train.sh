@@ -86,7 +86,7 @@ echo "megalm: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $SLURM_JOB_NUM_NODES nod
     echo "megalm: note: more ranks than cores; ask for more with --exclusive or --cpus-per-task"
 
 # A rank takes its GPU by LOCAL_RANK, and its share of the cores by LOCAL_WORLD_SIZE: all ranks of a node see all of both.
-unset SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND
+unset SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND SLURM_TRES_PER_TASK
 gpus=()
 [ -z "${SLURM_GPUS_ON_NODE:-}" ] || gpus=(--gpus-per-node="$SLURM_GPUS_ON_NODE")
 

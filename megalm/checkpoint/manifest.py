@@ -160,6 +160,12 @@ def damaged_file(
     return ""
 
 
+def hashed_blocks(manifest: Mapping[str, Any], part: int = 0, parts: int = 1) -> int:
+    """How often `damaged_file` tells that it has come further, where nothing is damaged."""
+    names = sorted(manifest["files"])[part::parts]
+    return sum(-(-manifest["files"][name]["bytes"] // HASH_BLOCK_BYTES) for name in names)
+
+
 def file_sha256(path: Path, tell: Callable[[], None] = lambda: None) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:

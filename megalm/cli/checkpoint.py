@@ -25,10 +25,10 @@ from megalm.checkpoint.layout import (
     pointed_at,
     step_folders,
 )
-from megalm.checkpoint.manifest import MANIFEST, damaged_file, read_manifest, set_status, wrong_file
+from megalm.checkpoint.manifest import MANIFEST, damaged_file, hashed_blocks, read_manifest, set_status, wrong_file
 from megalm.checkpoint.retention import Retention, prune, superfluous
 from megalm.cli import progress, show
-from megalm.cli.hashing import blocks_of, verify
+from megalm.cli.hashing import verify
 from megalm.cli.runs import checkpoint_at, find_run
 from megalm.errors import CheckpointError
 from megalm.tracking.run_folder import CONFIG_FILE, DEEPSPEED_FILE, read_mapping
@@ -90,7 +90,7 @@ def verify_command(path: Path = typer.Argument(help="Checkpoint folder, or a run
     for entry in entries:
         problem = _problem(entry)
         if not problem and entry.manifest is not None:
-            with progress.Counter(f"checking {entry.path.name}", blocks_of(entry.manifest)) as counter:
+            with progress.Counter(f"checking {entry.path.name}", hashed_blocks(entry.manifest)) as counter:
                 problem = damaged_file(entry.path, entry.manifest, tell=counter.advance)
         typer.echo(f"{entry.path}: {problem or 'every file is as it was written'}")
         problems += [problem] if problem else []

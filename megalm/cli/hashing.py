@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from megalm.checkpoint.manifest import HASH_BLOCK_BYTES
+from megalm.checkpoint.manifest import hashed_blocks
 from megalm.cli.progress import Counter
 from megalm.errors import CheckpointError
 
@@ -19,11 +18,6 @@ def verify(reader: CheckpointReader) -> None:
     Raises:
         CheckpointError: a file is damaged.
     """
-    with Counter(f"checking {reader.path.name}", blocks_of(reader.manifest)) as counter:
+    with Counter(f"checking {reader.path.name}", hashed_blocks(reader.manifest)) as counter:
         if problem := reader.verify(tell=counter.advance):
             raise CheckpointError(problem)
-
-
-def blocks_of(manifest: Mapping[str, Any]) -> int:
-    """How often hashing a whole checkpoint tells that it has come further."""
-    return sum(-(-facts["bytes"] // HASH_BLOCK_BYTES) for facts in manifest["files"].values())

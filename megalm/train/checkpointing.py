@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import datetime
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.layout import Entry, Origin, candidates
+from megalm.checkpoint.layout import Entry, candidates
 from megalm.checkpoint.load import CheckpointReader
-from megalm.checkpoint.manifest import Status, read_manifest, without_advice, write_manifest
-from megalm.checkpoint.retention import Retention, tidy
+from megalm.checkpoint.manifest import Status, read_manifest, write_manifest
+from megalm.checkpoint.retention import Retention
 from megalm.checkpoint.writer import CheckpointWriter, Saved
 from megalm.config.resolve import ResolvedRun
 from megalm.data.blend import BlendedSamples
 from megalm.engine.protocol import Comm, Engine
-from megalm.errors import CheckpointError, TrainingError
+from megalm.errors import TrainingError
 from megalm.model.shape import ModelShape
 from megalm.train.continuing import beginning, differences, position_from
 from megalm.train.evaluate import Evaluation
 from megalm.train.position import Beginning, Position, data_segments, pass_over
 from megalm.train.request import Request, rolled_back, write_request
 from megalm.train.run_folder import RunFolder
+from megalm.train.saved import open_whole
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,6 @@ class DataIdentity:
             "dataset": self.samples.dataset_fingerprint(consumed),
             "tokenizer": self.tokenizer,
         }
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a run goes on from.
-
-    Attributes:
-        warnings: what a person should know of it: damaged ones that were passed over, a suspect one that was taken.
-    """
-
-    reader: CheckpointReader
-    warnings: tuple[str, ...]
 
 
 class RunCheckpoints:
@@ -158,7 +146,7 @@ class RunCheckpoints:
         for entry in entries:
             if entry.status != "good" or entry.path.resolve() not in self._past or self._begins(entry) != "on":
                 continue
-            reader, _ = _open(entry, self._comm)
+            reader, _ = open_whole(entry, self._comm)
             if reader is None:
                 continue
             more = next_sample - data_segments(reader.manifest)[-1].next_sample
@@ -231,42 +219,6 @@ def with_evaluation(manifest: Mapping[str, Any], evaluation: Evaluation) -> dict
     return {**manifest, **found}
 
 
-def put_in_order(folder: RunFolder, comm: Comm) -> list[Path]:
-    """Finish what a killed job left half done; for the holder of the run's lock, before anything else."""
-
-    def work() -> list[Path]:
-        shutil.rmtree(folder.rehearsal, ignore_errors=True)
-        return tidy(folder.checkpoints)
-
-    return comm.once(work)
-
-
-def find_saved(folder: RunFolder, wanted: str, comm: Comm, origin: Origin | None = None) -> Found | None:
-    """The checkpoint that `--resume wanted` means; None: start at step 0.
-
-    Needs no engine, so that what cannot be resumed is refused before a model is built and the run's account is
-    touched. `auto` passes over damaged ones; one that is named must be whole.
-
-    Args:
-        origin: what the last attempt went on from.
-
-    Raises:
-        CheckpointError: it is not there, or a file is damaged.
-    """
-    entries = comm.once(lambda: candidates(folder.checkpoints, wanted, origin))
-    damaged: list[str] = []
-    for entry in entries:
-        reader, problem = _open(entry, comm)
-        if reader is not None:
-            return Found(reader, (*(f"passed over: {words}" for words in damaged), *_suspicion(entry)))
-        if wanted != "auto":
-            raise CheckpointError(problem)
-        damaged.append(without_advice(problem, entry.path))
-    if damaged:
-        raise CheckpointError(f"no checkpoint of {folder.path} can be used: {'; '.join(damaged)}")
-    return None
-
-
 def identity_of(run: ResolvedRun, shape: ModelShape, identity: DataIdentity, consumed: int) -> dict[str, Any]:
     """What may not change unasked when a run goes on after so many samples, as JSON."""
     data = run.config.data
@@ -280,22 +232,3 @@ def identity_of(run: ResolvedRun, shape: ModelShape, identity: DataIdentity, con
         "data.mixture": identity.samples.mixture(consumed),
     }
     return {"model": asdict(shape), "data": settings, "fingerprints": identity.at(consumed)}
-
-
-def _open(entry: Entry, comm: Comm) -> tuple[CheckpointReader | None, str]:
-    """The checkpoint, or what is wrong with it; each rank hashes its share of the files."""
-    reader, problem = None, entry.problem
-    if entry.manifest is not None:
-        try:
-            reader = CheckpointReader(entry.path)
-            problem = reader.verify(comm.rank, comm.size)
-        except CheckpointError as error:
-            problem = str(error)
-    problem = next(filter(None, comm.gather(problem)), "")
-    return (None if problem else reader), problem
-
-
-def _suspicion(entry: Entry) -> list[str]:
-    if entry.manifest is None or entry.status != "suspect":
-        return []
-    return [f"going on from {entry.path}, which is marked suspect ({entry.manifest.get('status_reason')})"]

@@ -15,7 +15,7 @@ from megalm.data.blend import BlendedSamples
 from megalm.engine.protocol import Comm
 from megalm.errors import ConfigError
 from megalm.model.shape import ModelShape, model_shape
-from megalm.train.checkpointing import DataIdentity, Found, find_saved, identity_of
+from megalm.train.checkpointing import DataIdentity, identity_of
 from megalm.train.continuing import (
     beginning,
     changes,
@@ -31,6 +31,7 @@ from megalm.train.datasets import DataPlaces, RunData, open_data, validation_fin
 from megalm.train.position import Position, data_segments
 from megalm.train.request import Resume, request_before
 from megalm.train.run_folder import RunFolder, weights_alone
+from megalm.train.saved import Found, find_saved
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,14 @@ class Course:
         return self.reader is not None and self.resume.weights_only
 
 
-def find_start(folder: RunFolder, resume: Resume, comm: Comm) -> tuple[Found | None, Resume]:
+def find_start(
+    folder: RunFolder, resume: Resume, comm: Comm, say: Callable[[str], None] = lambda _: None
+) -> tuple[Found | None, Resume]:
     """The checkpoint to go on from, and what is asked for: where `auto` comes upon the checkpoint that the last
     attempt went on from, the same as of that one.
+
+    Args:
+        say: told how far the check of a large checkpoint has come.
 
     Raises:
         CheckpointError: it is not there or damaged.
@@ -73,7 +79,7 @@ def find_start(folder: RunFolder, resume: Resume, comm: Comm) -> tuple[Found | N
     before, requeued = comm.once(lambda: request_before(folder, wanted))
     if requeued:
         resume = Resume("auto")
-    found = find_saved(folder, "auto" if requeued else wanted, comm, before.origin if before else None)
+    found = find_saved(folder, "auto" if requeued else wanted, comm, before.origin if before else None, say)
     if found is not None and before is not None and resume.wanted == "auto":
         resume = before.again(resume, found.reader)
     if found is None and (resume.extension or resume.skip_steps):

@@ -9,11 +9,11 @@ from megalm.config.loading import config_to_yaml
 from megalm.config.resolve import ResolvedRun
 from megalm.engine.protocol import Comm
 from megalm.errors import ConfigError
-from megalm.train.checkpointing import put_in_order
 from megalm.train.leaving import FailureClaim, Guard
 from megalm.train.report import Reporter
 from megalm.train.run_folder import RunFolder, open_run_folder
 from megalm.train.run_lock import RunLock
+from megalm.train.saved import put_in_order
 
 
 @dataclass(frozen=True)

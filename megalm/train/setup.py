@@ -152,7 +152,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
 
 def _course(run: ResolvedRun, folder: RunFolder, resume: Resume, comm: ProcessComm, reporter: Reporter) -> Course:
     """What is trained on from where; everything that cannot go on is refused here."""
-    found, resume = find_start(folder, resume, comm)
+    found, resume = find_start(folder, resume, comm, reporter.say)
     run, scheduled = plan_steps(run, found, resume)
     places = comm.once_per_node(lambda: find_data(run.config.data, reporter.say))
     comm.once(lambda: rebuild_data(run.config.data, places, len(os.sched_getaffinity(0)), reporter.say))

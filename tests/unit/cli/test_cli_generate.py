@@ -11,8 +11,7 @@ import pytest
 
 from megalm.checkpoint import manifest
 from megalm.checkpoint.load import CheckpointReader
-from megalm.checkpoint.manifest import set_status
-from megalm.cli import hashing
+from megalm.checkpoint.manifest import hashed_blocks, set_status
 from megalm.cli.main import main
 from megalm.data.tokenizer import ByteTokenizer
 from tests.offline_models import write_run
@@ -61,12 +60,11 @@ def test_a_damaged_checkpoint_that_is_passed_over_is_told(run: Path, capsys: pyt
 
 
 def test_every_block_that_is_hashed_is_counted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (manifest, hashing):
-        monkeypatch.setattr(module, "HASH_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(manifest, "HASH_BLOCK_BYTES", 1000)
     reader = CheckpointReader(run / "checkpoints/step-00000010")
     told: list[int] = []
     assert reader.verify(tell=lambda: told.append(1)) == ""
-    assert len(told) == hashing.blocks_of(reader.manifest) > 100
+    assert len(told) == hashed_blocks(reader.manifest) > 100
 
 
 def test_options_about_text_want_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

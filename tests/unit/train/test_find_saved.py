@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 
 from megalm.alone import Alone
+from megalm.checkpoint import manifest
+from megalm.checkpoint.layout import candidates
 from megalm.checkpoint.manifest import read_manifest, set_status, write_manifest
 from megalm.checkpoint.retention import tidy
 from megalm.errors import CheckpointError
-from megalm.train.checkpointing import find_saved, with_evaluation
+from megalm.train.checkpointing import with_evaluation
 from megalm.train.evaluate import Evaluation
 from megalm.train.run_folder import RunFolder
+from megalm.train.saved import find_saved, open_whole
 from tests.checkpoint_files import save
 
 
@@ -76,3 +80,17 @@ def test_the_best_stays_so_when_it_is_judged_on_everything(tmp_path: Path, on: i
     assert read_manifest(last)[key] == loss
     assert tidy(tmp_path) == []
     assert (tmp_path / "best").read_text() == "step-00000020\n"
+
+
+def test_a_long_check_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "checkpoints", 10)
+    monkeypatch.setattr(manifest, "HASH_BLOCK_BYTES", 20)
+    seconds = itertools.count()
+    monkeypatch.setattr("megalm.train.countdown.time.monotonic", lambda: float(next(seconds)))
+    said: list[str] = []
+    reader, problem = open_whole(candidates(tmp_path / "checkpoints", "auto")[0], Alone(), said.append)
+    assert reader is not None
+    assert problem == ""
+    blocks = manifest.hashed_blocks(read_manifest(path))
+    assert len(said) == (blocks - 1) // 5 > 3
+    assert said[0].startswith(f"checking step-00000010: {5 / blocks:.0%}, about ")

@@ -11,11 +11,11 @@ from megalm.alone import Alone
 from megalm.checkpoint.load import CheckpointReader
 from megalm.checkpoint.manifest import set_status, write_manifest
 from megalm.errors import CheckpointError, ConfigError
-from megalm.train.checkpointing import find_saved
 from megalm.train.continuing import Extension
 from megalm.train.position import DataSegment
 from megalm.train.request import Resume, request_before, request_of, rolled_back, write_request
 from megalm.train.run_folder import RunFolder
+from megalm.train.saved import find_saved
 from tests.checkpoint_files import save
 
 AUTO = Resume("auto")
