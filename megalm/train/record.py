@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megalm.checkpoint.writer import Saved
@@ -15,11 +15,12 @@ from megalm.train.position import Position
 from megalm.train.report import StepLine
 
 
-@dataclass(frozen=True)
+@dataclass
 class Record:
     """Every method is told where the run stands."""
 
     parts: Parts
+    _doubts_peak: bool = field(default=False, init=False)
 
     def event(self, position: Position, name: str, **fields: Any) -> None:
         if self.parts.metrics is not None:
@@ -50,6 +51,13 @@ class Record:
                 mfu=mfu,
                 memory_bytes=parts.engine.peak_memory_bytes(),
                 attempt=position.attempt,
+            )
+        if mfu > 1 and not self._doubts_peak:
+            self._doubts_peak = True
+            self._warn(
+                position,
+                f"MFU above 100%: the peak of {parts.peak_flops / 1e12:.2f} TFLOP/s is too low, as a measured one is "
+                "where other programs were at work just then; tokens/s are right",
             )
         parts.reporter.step(StepLine(position.step, result.loss, rate, result.grad_norm, tokens_per_second, mfu))
         self._hold_against_document(position, "training_loss", lambda: parts.guard.history.median_loss(result.loss))
@@ -83,6 +91,10 @@ class Record:
         self.parts.reporter.say(f"step {saved.step}: checkpoint {saved.path} ({times})")
         if saved.notice:
             self.parts.reporter.say(f"WARNING: {saved.notice}")
+
+    def _warn(self, position: Position, text: str) -> None:
+        self.event(position, "warning", text=text)
+        self.parts.reporter.say(f"WARNING: {text}")
 
     def _hold_against_document(self, position: Position, quantity: Quantity, loss: Callable[[], float]) -> None:
         """Tell what a recipe's document had at this step, if it says."""

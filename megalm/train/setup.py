@@ -109,6 +109,7 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     account = environment_facts(run, course.identity, device_name(), device.type, threads, opened.attempt)
     comm.once(lambda: write_facts(folder, run, {**account, **scale_facts(run, shape, data)}))
     guard.began()
+    peak, peak_source = peak_flops(device, run.precision != "fp32")  # before the mirror, which takes a core for seconds
     metrics = MetricsWriter(folder.metrics) if comm.is_main else None
     mirror = start_mirror(folder.path) if comm.is_main and run.config.tracking.mlflow else None
     if metrics is not None:
@@ -117,7 +118,6 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
         reporter.say("preparing DeepSpeed's extensions for offload (compiled at their first use: a minute or two)")
     engine = build_engine(run, shape, device, comm, lambda *stages: reporter.say(pipeline_facts(run, *stages)))
-    peak, peak_source = peak_flops(device, run.precision != "fp32")
     limits = _limits(run, guard, folder, comm)
     invocation = Invocation(folder.path, ranks.local_world_size)
     incidents = IncidentWriter(

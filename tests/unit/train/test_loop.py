@@ -161,7 +161,7 @@ class Story:
                 incidents=self.incidents,  # type: ignore[arg-type]
                 limits=options.get("limits", Limits()),
                 flops_per_token=1.0,
-                peak_flops=1.0,
+                peak_flops=options.get("peak_flops", 1e12),
             ),
             position,
         )
@@ -189,6 +189,14 @@ def test_intervals_and_the_end(tmp_path: Path) -> None:
     assert (rows[-1]["status"], rows[-1]["exit_code"]) == ("finished", 0)
     assert story.engine.rates[2] == pytest.approx(3e-3)
     assert story.engine.rates[10] == pytest.approx(3e-4)
+
+
+def test_a_peak_that_is_exceeded_is_doubted_once(tmp_path: Path) -> None:
+    story = Story(tmp_path, steps=3, peak_flops=1.0)
+    assert story.loop.run() == EXIT_DONE
+    (warning,) = [row for row in read_metrics(story.metrics) if row.get("event") == "warning"]
+    assert warning["step"] == 1
+    assert warning["text"].startswith("MFU above 100%")
 
 
 def test_losses_are_told_beside_those_of_a_document(tmp_path: Path) -> None:
