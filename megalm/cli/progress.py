@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -11,16 +10,16 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-T = TypeVar("T")
+from megalm.pace import Pace
 
-_LINE_INTERVAL_SECONDS = 5.0
+T = TypeVar("T")
 
 
 class Counter:
     """Counts to `total`. Use it as a context manager."""
 
     def __init__(self, what: str, total: int) -> None:
-        self._what, self._total, self._done = what, total, 0
+        self._what, self._pace = what, Pace(total)
         self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -34,16 +33,12 @@ class Counter:
             disable=not self._console.is_terminal or self._console.is_dumb_terminal,
         )
         self._task = self._bar.add_task(what, total=total)
-        self._started = self._told = time.monotonic()
 
     def advance(self) -> None:
-        self._done += 1
-        self._bar.update(self._task, completed=self._done)
-        now = time.monotonic()
-        if self._bar.disable and self._done < self._total and now - self._told >= _LINE_INTERVAL_SECONDS:
-            self._told = now
-            left = (now - self._started) / self._done * (self._total - self._done)
-            self._console.print(f"{self._what} {self._done:,}/{self._total:,}, about {_clock(left)} left")
+        left = self._pace.advance()
+        self._bar.update(self._task, completed=self._pace.done)
+        if self._bar.disable and left is not None:
+            self._console.print(f"{self._what} {self._pace.done:,}/{self._pace.total:,}, about {_clock(left)} left")
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
+from megalm.pace import Pace
 from megalm.train.report import duration
-
-_INTERVAL_SECONDS = 5.0
 
 
 class Countdown:
-    """Counts to `total`; says nothing of what is done sooner than the first line is due.
+    """Counts to `total`.
 
     Args:
         say: as `Reporter.say`.
     """
 
     def __init__(self, say: Callable[[str], None], what: str, total: int) -> None:
-        self._say, self._what, self._total = say, what, total
-        self._done = 0
-        self._started = self._told = time.monotonic()
+        self._say, self._what, self._pace = say, what, Pace(total)
 
     def advance(self) -> None:
-        self._done += 1
-        now = time.monotonic()
-        if self._done < self._total and now - self._told >= _INTERVAL_SECONDS:
-            self._told = now
-            left = (now - self._started) / self._done * (self._total - self._done)
-            self._say(f"{self._what}: {self._done / self._total:.0%}, about {duration(left)} left")
+        left = self._pace.advance()
+        if left is not None:
+            self._say(f"{self._what}: {self._pace.done / self._pace.total:.0%}, about {duration(left)} left")

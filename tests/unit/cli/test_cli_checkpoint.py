@@ -236,7 +236,7 @@ def test_tables_align_and_units_are_said() -> None:
 def test_what_takes_long_says_how_far_it_is(
     words: list[str], run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("megalm.cli.progress._LINE_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr("megalm.pace.LINE_INTERVAL_SECONDS", 0.0)
     monkeypatch.setattr(manifest, "HASH_BLOCK_BYTES", 100)
     monkeypatch.chdir(run_dir)
     command, *others = words

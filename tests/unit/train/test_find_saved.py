@@ -86,7 +86,7 @@ def test_a_long_check_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     path = save(tmp_path / "checkpoints", 10)
     monkeypatch.setattr(manifest, "HASH_BLOCK_BYTES", 20)
     seconds = itertools.count()
-    monkeypatch.setattr("megalm.train.countdown.time.monotonic", lambda: float(next(seconds)))
+    monkeypatch.setattr("megalm.pace.time.monotonic", lambda: float(next(seconds)))
     said: list[str] = []
     reader, problem = open_whole(candidates(tmp_path / "checkpoints", "auto")[0], Alone(), said.append)
     assert reader is not None
