@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +73,7 @@ def shipped_deepspeed_jsons() -> list[Path]:
 def named_json(named: str) -> Path:
     """The file that a configuration names with `deepspeed_config`: from here, or from where the shipped ones are."""
     candidates = (Path(named), DS_CONFIGS_FOLDER.parent / named)
-    return next((path for path in candidates if os.path.isfile(path)), candidates[0])
+    return next((path for path in candidates if path.is_file()), candidates[0])
 
 
 def _check_optimizer(raw: dict[str, Any], where: str) -> None:
@@ -86,7 +85,7 @@ def _check_optimizer(raw: dict[str, Any], where: str) -> None:
 
 
 def _read(path: Path, where: str) -> str:
-    if not os.path.isfile(path):  # Path's own raises where a name is too long
+    if not path.is_file():
         names = [shipped.name for shipped in shipped_deepspeed_jsons()]
         hint = did_you_mean(path.name, names)
         raise ConfigError(f"--deepspeed_config {where}: no such file{hint}; shipped in ds_configs: {', '.join(names)}")

@@ -5,7 +5,6 @@ Weakest first: schema defaults < preset < what the run that goes on was configur
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +117,7 @@ def _file_layers(name: str) -> tuple[str | None, list[_Layer]]:
     by_path = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
     if not by_path and name in preset_paths():
         return name, _preset_layers(name, "--config")
-    if not os.path.isfile(path):  # Path's own raises where a name is too long
+    if not path.is_file():
         presets = preset_paths()
         raise ConfigError(
             f"--config {name}: no such file and no such preset{did_you_mean(name, presets)}; "
