@@ -30,13 +30,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megalm.data import streams
-from megalm.data.indexed import HEADER, MAGIC, IndexedDataset
-from megalm.data.loader import BatchLayout, BatchLoader
-from megalm.data.recipe import prepare_recipe
-from megalm.data.samples import TrainingSamples
-from megalm.data.stdlib import stdlib_documents
-from megalm.data.tokenizer import load_tokenizer, train_tokenizer
+from megalm.data.builder.stdlib_corpus import prepare_recipe, stdlib_documents
+from megalm.data.indexed.dataset import HEADER, MAGIC, IndexedDataset
+from megalm.data.sampling import sample_order
+from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader
+from megalm.data.sampling.samples import TrainingSamples
+from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 
 VOCABULARY = 8192
 STEP_SECONDS = 0.1
@@ -204,7 +203,7 @@ def measure_samples(folder: Path) -> None:
             waits.append(time.perf_counter() - start)
     print(f"a step of {STEP_SECONDS} s waits for its batch of 64 x 1024 tokens: {1000 * max(waits):.2f} ms at most")
     start = time.perf_counter()
-    streams._permutation(np.random.RandomState(1), 10**9)
+    sample_order._permutation(np.random.RandomState(1), 10**9)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"order of 10^9 samples: {time.perf_counter() - start:.0f} s, {peak:.1f} GB")
 

@@ -22,21 +22,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megalm.engine.openmp import wait_awake_briefly  # noqa: E402
-from megalm.engine.quirks import silence  # noqa: E402
+from megalm.engine.deepspeed_patches import (  # noqa: E402
+    limit_openmp_spin,
+    silence,
+)
 
-wait_awake_briefly()
+limit_openmp_spin()
 silence()
 
 import torch  # noqa: E402
 
-from megalm.checkpoint.fragment import KINDS, Fragment, FragmentKey  # noqa: E402
-from megalm.checkpoint.load import CheckpointReader  # noqa: E402
+from megalm.checkpoint.checkpoint_reader import CheckpointReader  # noqa: E402
+from megalm.checkpoint.checkpointer import CheckpointWriter  # noqa: E402
 from megalm.checkpoint.retention import Retention  # noqa: E402
-from megalm.checkpoint.writer import CheckpointWriter  # noqa: E402
-from megalm.engine.comm import ProcessComm, start_distributed  # noqa: E402
-from megalm.engine.environment import claim_device, rank_facts  # noqa: E402
-from megalm.train.leaving import leave  # noqa: E402
+from megalm.checkpoint.shard_spec import KINDS, Fragment, FragmentKey  # noqa: E402
+from megalm.engine.device import claim_device, rank_facts  # noqa: E402
+from megalm.engine.distributed import DistributedCommunicator, start_distributed  # noqa: E402
+from megalm.train.lifecycle.shutdown import exit_process  # noqa: E402
 
 _BLOCK_BYTES = 16 << 20
 _READ = "read back, hashed and copied"
@@ -63,13 +65,13 @@ def main() -> None:
         _report(seconds, bench.bytes * comm.size, comm.size)
         shutil.rmtree(folder, ignore_errors=True)
     comm.barrier()
-    leave(0)
+    exit_process(0)
 
 
 class Bench:
     """The same state written and read in several ways."""
 
-    def __init__(self, comm: ProcessComm, folder: Path, fragments: list[Fragment]) -> None:
+    def __init__(self, comm: DistributedCommunicator, folder: Path, fragments: list[Fragment]) -> None:
         self.bytes = sum(fragment.tensor.nbytes for fragment in fragments)
         self._comm, self._folder, self._fragments = comm, folder, fragments
         self._behind = CheckpointWriter(folder / "behind", Retention(1), comm, behind=True)
@@ -133,7 +135,7 @@ class Bench:
             os.close(handle)
 
 
-def _state(total_bytes: int, parameters: int, comm: ProcessComm, device: torch.device) -> list[Fragment]:
+def _state(total_bytes: int, parameters: int, comm: DistributedCommunicator, device: torch.device) -> list[Fragment]:
     """A rank's third of masters and of each moment, in parameters of one size that all ranks share."""
     length = total_bytes // (4 * len(KINDS) * parameters)
     shape = (length * comm.size,)

@@ -30,24 +30,26 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megalm.engine.openmp import wait_awake_briefly  # noqa: E402
-from megalm.engine.quirks import silence  # noqa: E402
+from megalm.engine.deepspeed_patches import (  # noqa: E402
+    limit_openmp_spin,
+    silence,
+)
 
-wait_awake_briefly()
+limit_openmp_spin()
 silence()
 
 import torch  # noqa: E402
 
 from benchmarks.random_data import random_batches, write_random_tokens  # noqa: E402
-from megalm.config.deepspeed_json import read_deepspeed_json  # noqa: E402
+from megalm.config.deepspeed.json_reader import read_deepspeed_json  # noqa: E402
 from megalm.config.loading import load_run_config  # noqa: E402
-from megalm.config.resolve import ResolvedRun, memory_case, resolve  # noqa: E402
+from megalm.cost_model.memory import estimate_memory  # noqa: E402
 from megalm.engine.build import build_engine  # noqa: E402
-from megalm.engine.comm import ProcessComm, start_distributed  # noqa: E402
-from megalm.engine.environment import claim_device, device_facts, device_name, rank_facts  # noqa: E402
-from megalm.estimate.memory import estimate_memory  # noqa: E402
-from megalm.model.shape import ModelShape, model_shape  # noqa: E402
-from megalm.train.leaving import leave  # noqa: E402
+from megalm.engine.device import claim_device, device_facts, device_name, rank_facts  # noqa: E402
+from megalm.engine.distributed import DistributedCommunicator, start_distributed  # noqa: E402
+from megalm.model.model_config import ModelConfig, build_model_config  # noqa: E402
+from megalm.planning.resolve import ResolvedRun, memory_case, resolve  # noqa: E402
+from megalm.train.lifecycle.shutdown import exit_process  # noqa: E402
 
 _WARM_UP = 3
 
@@ -148,7 +150,7 @@ def _rank(arguments: argparse.Namespace) -> None:
     comm = start_distributed(ranks, device)
     bench = SHAPES[arguments.shape]
     run = _resolve(arguments, bench)
-    shape = model_shape(run.config.model, bench.vocabulary, bench.sequence)
+    shape = build_model_config(run.config.model, bench.vocabulary, bench.sequence)
     before = _tensor_bytes(device)
     engine = build_engine(run, shape, device, comm)
     loader = random_batches(run, arguments.folder / "data", comm.rank)
@@ -171,11 +173,16 @@ def _rank(arguments: argparse.Namespace) -> None:
     found = _fullest(comm, run, shape, communicating, activations, states)
     if comm.is_main:
         print(json.dumps({"seconds": statistics.median(seconds), **found}))
-    leave(0)
+    exit_process(0)
 
 
 def _fullest(
-    comm: ProcessComm, run: ResolvedRun, shape: ModelShape, communicating: float, activations: int, states: int
+    comm: DistributedCommunicator,
+    run: ResolvedRun,
+    shape: ModelConfig,
+    communicating: float,
+    activations: int,
+    states: int,
 ) -> dict[str, float]:
     case = memory_case(run.config, run.deepspeed_source, shape, run.topology, run.precision, run.device, run.batch)
     plan = estimate_memory(case)

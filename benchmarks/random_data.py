@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megalm.config.resolve import ResolvedRun
-from megalm.data.indexed import IndexedDataset, best_dtype
-from megalm.data.indexed_writer import IndexedDatasetWriter
-from megalm.data.loader import BatchLayout, BatchLoader
-from megalm.data.samples import TrainingSamples
+from megalm.data.indexed.dataset import IndexedDataset, best_dtype
+from megalm.data.indexed.writer import IndexedDatasetWriter
+from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader
+from megalm.data.sampling.samples import TrainingSamples
+from megalm.planning.resolve import ResolvedRun
 
 _DOCUMENTS = 64
 

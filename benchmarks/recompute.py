@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from megalm.config.schema import ModelSection
-from megalm.engine.allocator import keep_freed_memory
-from megalm.model.init import initialise
-from megalm.model.shape import ModelShape, model_shape
+from megalm.engine.device import tune_malloc
+from megalm.model.initialization import initialize
+from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.transformer import LanguageModel
 
 VOCABULARY = 16384
@@ -33,14 +33,14 @@ def main() -> None:
     for name, default in (("layers", 8), ("hidden", 512), ("sequence", 512), ("batch", 8), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
-    keep_freed_memory()  # as a run does
+    tune_malloc()  # as a run does
     section = ModelSection(
         style="gpt2",
         hidden_size=arguments.hidden,
         num_hidden_layers=arguments.layers,
         num_attention_heads=max(1, arguments.hidden // 64),
     )
-    shape = model_shape(section, VOCABULARY, arguments.sequence)
+    shape = build_model_config(section, VOCABULARY, arguments.sequence)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {name: _model(shape, every, device) for name, every in (("none", 0), ("every 2nd", 2), ("every block", 1))}
     tokens = torch.randint(0, VOCABULARY, (arguments.batch, arguments.sequence), device=device)
@@ -63,9 +63,9 @@ def main() -> None:
         print(f"{name:14}{statistics.median(seconds[name]):9.3f}{_kept_bytes(model, tokens) / 2**20:10.1f}")
 
 
-def _model(shape: ModelShape, every: int, device: torch.device) -> LanguageModel:
+def _model(shape: ModelConfig, every: int, device: torch.device) -> LanguageModel:
     model = LanguageModel(shape, chunk_tokens=256, recompute_every=every)
-    initialise(model, shape, 1)
+    initialize(model, shape, 1)
     return model.to(device, torch.bfloat16)
 
 

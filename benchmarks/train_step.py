@@ -21,30 +21,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megalm.engine.openmp import wait_awake_briefly  # noqa: E402
-from megalm.engine.quirks import silence  # noqa: E402
+from megalm.engine.deepspeed_patches import (  # noqa: E402
+    limit_openmp_spin,
+    silence,
+)
 
-wait_awake_briefly()
+limit_openmp_spin()
 silence()
 
 import torch  # noqa: E402
 
 from benchmarks.random_data import random_batches, write_random_tokens  # noqa: E402
-from megalm.config.deepspeed_json import read_deepspeed_json  # noqa: E402
+from megalm.config.deepspeed.json_reader import read_deepspeed_json  # noqa: E402
 from megalm.config.loading import load_run_config  # noqa: E402
-from megalm.config.resolve import resolve  # noqa: E402
 from megalm.engine.build import build_engine  # noqa: E402
-from megalm.engine.comm import start_distributed  # noqa: E402
-from megalm.engine.environment import claim_device, device_facts, device_name, rank_facts  # noqa: E402
+from megalm.engine.device import claim_device, device_facts, device_name, measured_peak, peak_flops, rank_facts  # noqa: E402
+from megalm.engine.distributed import start_distributed  # noqa: E402
 from megalm.engine.optimizer import parameter_groups  # noqa: E402
-from megalm.engine.peak import measured_peak, peak_flops  # noqa: E402
-from megalm.model.dropout import DropoutClock  # noqa: E402
 from megalm.model.flops import flops_per_token  # noqa: E402
-from megalm.model.init import initialise  # noqa: E402
-from megalm.model.layers import DenseLayers  # noqa: E402
-from megalm.model.shape import ModelShape, model_shape  # noqa: E402
+from megalm.model.initialization import initialize  # noqa: E402
+from megalm.model.layer_factory import DenseLayers  # noqa: E402
+from megalm.model.model_config import ModelConfig, build_model_config  # noqa: E402
+from megalm.model.modules import DropoutClock  # noqa: E402
 from megalm.model.transformer import LanguageModel  # noqa: E402
-from megalm.train.leaving import leave  # noqa: E402
+from megalm.planning.resolve import resolve  # noqa: E402
+from megalm.train.lifecycle.shutdown import exit_process  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def main() -> None:
         work: dict[str, Callable[[int], None]] = {}
         for compiled in variants:
             run = _resolve(bench, arguments.style, arguments.json, compiled, Path(folder))
-            shape = model_shape(run.config.model, bench.vocabulary, bench.sequence)
+            shape = build_model_config(run.config.model, bench.vocabulary, bench.sequence)
             name = "compiled" if compiled else "eager"
             work[f"engine, {name}"] = _engine_step(run, shape, device, comm, prefix)
             if comm.size == 1:
@@ -100,7 +101,7 @@ def main() -> None:
             f"{bench.batch} x {bench.sequence} tokens"
         )
         _report(work, arguments.steps, bench, flops_per_token(shape, bench.sequence), peak)
-    leave(0)
+    exit_process(0)
 
 
 def _report(work: dict[str, Callable[[int], None]], steps: int, bench: Bench, flops: float, peak: float) -> None:
@@ -132,7 +133,7 @@ def _now_peak(fallback: float) -> float:
     return measured_peak(torch.device("cpu"), low_precision=True)
 
 
-def _engine_step(run, shape: ModelShape, device, comm, prefix: Path) -> Callable[[int], None]:
+def _engine_step(run, shape: ModelConfig, device, comm, prefix: Path) -> Callable[[int], None]:
     engine = build_engine(run, shape, device, comm)
     loader = random_batches(run, prefix, comm.rank)
 
@@ -142,11 +143,11 @@ def _engine_step(run, shape: ModelShape, device, comm, prefix: Path) -> Callable
     return step
 
 
-def _bare_step(run, shape: ModelShape, device, compiled: bool, prefix: Path) -> Callable[[int], None]:
+def _bare_step(run, shape: ModelConfig, device, compiled: bool, prefix: Path) -> Callable[[int], None]:
     """The same model without DeepSpeed: bf16 weights, AdamW on them, clipping. What nothing costs less than."""
     clock = DropoutClock(0)
     model = LanguageModel(shape, DenseLayers(clock, compiled), clock, run.config.train.loss_chunk_tokens)
-    initialise(model, shape, 1)
+    initialize(model, shape, 1)
     model = model.to(device, torch.bfloat16 if run.precision == "bf16" else torch.float32)
     if compiled:
         model.compile_blocks()

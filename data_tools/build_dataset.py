@@ -22,9 +22,9 @@ from options import (
     weights_of,
 )
 
-from megalm.data.builder import BuildOptions, build_files
-from megalm.data.filters import Filters
-from megalm.data.tokenizer import load_tokenizer
+from megalm.data.builder.builder import BuildOptions, build_files
+from megalm.data.builder.quality_filters import Filters
+from megalm.data.tokenizers.tokenizer import load_tokenizer
 
 
 def main(

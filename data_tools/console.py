@@ -14,10 +14,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megalm.data.builder import BuildProgress, Built
-from megalm.data.corpus import ReadReport
-from megalm.data.report import BuildReport
-from megalm.data.signatures import AWAITS_MERGE
+from megalm.data.builder.builder import BuildProgress, Built
+from megalm.data.indexed.metadata import AWAITS_MERGE, DatasetMetadata
+from megalm.data.readers.document_reader import ReadReport
 from megalm.errors import EXIT_REFUSED, MegalmError
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
@@ -125,7 +124,7 @@ def tell_left_out(built: Built) -> None:
         out.print("a shard: its near copies are left out when it is merged, by merge_datasets.py --dedup minhash")
 
 
-def tell_near_copy(report: BuildReport) -> None:
+def tell_near_copy(report: DatasetMetadata) -> None:
     """Say by an example what counts as a near copy."""
     for pair in report.near_copies[:1]:
         out.print(f"near copies, the first: {pair['left_out']} of {pair['copy_of']}, {pair['alike']:.0%} alike")

@@ -9,10 +9,10 @@ import typer
 from console import ReadingBar, one_line_errors, out, run
 from steps import show_step_of_dataset, show_step_of_run
 
-from megalm.cli.runs import find_run
-from megalm.data.indexed import IndexedDataset
-from megalm.data.inspection import describe, document_text, verify
-from megalm.data.tokenizer import Tokenizer, load_tokenizer
+from megalm.cli.find_run import find_run
+from megalm.data.analysis.dataset_info import describe, document_text, verify
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import DataError
 
 
@@ -71,7 +71,7 @@ def main(
 
 
 def _show_statistics(prefix: Path, tokenizer: Tokenizer | None) -> None:
-    from megalm.data.statistics import statistics
+    from megalm.data.analysis.dataset_info import statistics
 
     dataset = IndexedDataset(prefix)
     with ReadingBar("counting", 2 * len(dataset.tokens)) as bar:
@@ -91,7 +91,7 @@ def _show_statistics(prefix: Path, tokenizer: Tokenizer | None) -> None:
 
 
 def _scan(prefix: Path, tokenizer: Tokenizer | None, around: int | None, window: int, report: Path | None) -> None:
-    from megalm.data.scan import MEASURES, STRANGE, scan, strange_stretches, stretch_at
+    from megalm.data.analysis.anomaly_scan import MEASURES, STRANGE, scan, strange_stretches, stretch_at
 
     dataset = IndexedDataset(prefix)
     if around is not None and around >= len(dataset.tokens):
@@ -115,7 +115,7 @@ def _scan(prefix: Path, tokenizer: Tokenizer | None, around: int | None, window:
             f"{stretch.value:.3f} (median {stretch.median:.3f}), {stretch.source}"
         )
     if report is not None:
-        from megalm.data.scan_report import write_scan
+        from megalm.data.analysis.anomaly_scan import write_scan
 
         out.print("wrote " + " and ".join(map(str, write_scan(scanned, stretches, str(prefix), report))))
 

@@ -9,8 +9,8 @@ import typer
 from console import ReadingBar, one_line_errors, out, run, tell_near_copy
 from options import dedup_of
 
-from megalm.data.indexed import IndexedDataset
-from megalm.data.merge import merge_datasets
+from megalm.data.builder.merge import merge_datasets
+from megalm.data.indexed.dataset import IndexedDataset
 
 
 def main(

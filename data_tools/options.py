@@ -6,9 +6,9 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from megalm.data.corpus import OnError
-from megalm.data.dedup import Dedup
-from megalm.data.records import ReadOptions
+from megalm.data.builder.dedup import Dedup
+from megalm.data.readers.document_reader import OnError
+from megalm.data.readers.records import ReadOptions
 from megalm.errors import DataError
 
 Inputs = Annotated[

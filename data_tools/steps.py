@@ -8,19 +8,19 @@ from pathlib import Path
 from console import out
 from options import weights_of
 
-from megalm.data.blend import BlendedSamples, Stage
-from megalm.data.indexed import IndexedDataset
-from megalm.data.lookup import Piece, pieces_of
-from megalm.data.samples import TrainingSamples, split_documents
-from megalm.data.tokenizer import Tokenizer
+from megalm.data.analysis.sample_sources import TokenSpan, spans_of
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.sampling.mixture import BlendedSamples, MixtureStage
+from megalm.data.sampling.samples import TrainingSamples, split_documents
+from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
 
 
 def show_step_of_run(run: Path, step: int) -> None:
     """Of any run: its folder says what is read."""
-    from megalm.train.past import step_of_run
+    from megalm.train.step_lookup import samples_of_step
 
-    read = step_of_run(run, step, out.print)
+    read = samples_of_step(run, step, out.print)
     tense = "read" if read.trained else "will read"
     out.print(f"step {step} of {run} {tense} samples {read.first:,} to {read.end - 1:,}")
     _show(read.pieces, read.tokenizer)
@@ -43,11 +43,11 @@ def show_step_of_dataset(
     weights = weights_of(split)
     documents = split_documents(len(dataset), weights)[0] if weights else (0, len(dataset))
     samples = TrainingSamples(dataset, documents, sequence_length, seed, stride=stride)
-    only = BlendedSamples([samples], [Stage(0, (1.0,))])
-    _show(pieces_of(only, (step - 1) * batch_size, batch_size), tokenizer)
+    only = BlendedSamples([samples], [MixtureStage(0, (1.0,))])
+    _show(spans_of(only, (step - 1) * batch_size, batch_size), tokenizer)
 
 
-def _show(pieces: Iterable[Piece], tokenizer: Tokenizer | None) -> None:
+def _show(pieces: Iterable[TokenSpan], tokenizer: Tokenizer | None) -> None:
     for piece in pieces:
         where = f"{piece.prefix} document {piece.document}"
         source = "" if piece.source is None else f", {piece.source}"

@@ -19,9 +19,9 @@ from options import (
     read_options,
 )
 
-from megalm.data.corpus import ReadReport, iter_documents
-from megalm.data.tokenizer import train_tokenizer
-from megalm.data.tokenizer_training import ModelType
+from megalm.data.readers.document_reader import ReadReport, iter_documents
+from megalm.data.tokenizers.tokenizer import train_tokenizer
+from megalm.data.tokenizers.training import ModelType
 from megalm.errors import DataError
 
 

@@ -102,18 +102,17 @@ def main(
         asked = (resume, extend_steps, extend_strategy, skip_steps)
         _dry_run(deepspeed_config, config, overrides or [], asked, world_size, ranks_per_node)
         return
-    from megalm.engine.openmp import wait_awake_briefly
-    from megalm.engine.quirks import silence
+    from megalm.engine.deepspeed_patches import limit_openmp_spin, silence
 
-    wait_awake_briefly()  # this and the next before torch is imported
+    limit_openmp_spin()  # this and the next before torch is imported
     if verbose:
         logging.basicConfig(level=logging.INFO)
     else:
         silence()
-    from megalm.train.leaving import Guard
+    from megalm.train.lifecycle.shutdown import RankSupervisor
     from megalm.train.setup import Arguments, pretrain
 
-    guard = Guard(rank=int(os.environ.get("RANK", "0")))
+    guard = RankSupervisor(rank=int(os.environ.get("RANK", "0")))
     arguments = Arguments(
         deepspeed_config, config, tuple(overrides or ()), resume, extend_steps, extend_strategy.value, skip_steps
     )
@@ -134,16 +133,16 @@ def _dry_run(
         asked: `--resume`, `--extend-steps`, `--extend-strategy` and `--skip-steps`.
     """
     from megalm.cli.plan import RANKS_PER_NODE, show_plan
-    from megalm.train.own_config import read_settings
-    from megalm.train.planned_start import planned_start
-    from megalm.train.request import Resume
+    from megalm.runs.saved_config import read_settings
+    from megalm.train.resume.resume_plan import planned_start
+    from megalm.train.resume.resume_request import ResumeOptions
 
     if int(os.environ.get("RANK", "0")) > 0:
         return  # under a launcher one rank tells it
     ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     try:
         wanted, steps, strategy, skip_steps = asked
-        resume = Resume.stated(wanted, steps, strategy.value, skip_steps)
+        resume = ResumeOptions.stated(wanted, steps, strategy.value, skip_steps)
         if resume.weights_only:
             overrides = [*overrides, f"train.steps={steps}"]  # a run of its own, from step 0
         loaded, deepspeed = read_settings(config, overrides, deepspeed_config, wanted is not None, ranks)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalm.durable import complete_file
 from megalm.errors import ConfigError
+from megalm.utils.atomic_files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +37,6 @@ def write_picture(figure: Figure, path: Path) -> None:
         raise ConfigError(f"{path}: {named} is no picture format; name a .png, .svg or .pdf")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        complete_file(path, lambda file: figure.savefig(file, format=suffix, dpi=150), durable=False)
+        write_atomically(path, lambda file: figure.savefig(file, format=suffix, dpi=150), durable=False)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another file") from None

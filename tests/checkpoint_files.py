@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from megalm.alone import Alone
-from megalm.checkpoint.fragment import KINDS, Fragment, FragmentKey
-from megalm.checkpoint.load import CheckpointReader
-from megalm.checkpoint.save import save_checkpoint
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
+from megalm.checkpoint.save_transaction import save_checkpoint
+from megalm.checkpoint.shard_spec import KINDS, Fragment, FragmentKey
+from megalm.communicator import SingleProcessCommunicator
 
 SHAPES: dict[str, tuple[int, ...]] = {"embedding.tokens": (7, 5), "layers.0.up": (5, 3), "norm.weight": (5,)}
 
@@ -34,7 +34,7 @@ def fragments(step: int, rank: int = 0, world_size: int = 1) -> list[Fragment]:
 
 
 def save(checkpoints: Path, step: int, comm: Any = None, copies: tuple[Path, ...] = (), **facts: Any) -> Path:
-    comm = comm or Alone()
+    comm = comm or SingleProcessCommunicator()
     known = {"attempt": 1, "tokens": 10 * step, "created": "2026-11-20T12:00:00", "validation_loss": None}
     parts = fragments(step, comm.rank, comm.size)
     return save_checkpoint(checkpoints, step, parts, {**known, **facts}, copies, comm)

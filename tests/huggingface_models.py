@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from megalm.alone import Alone
-from megalm.checkpoint.fragment import KINDS, Fragment, FragmentKey
-from megalm.checkpoint.save import save_checkpoint
+from megalm.checkpoint.save_transaction import save_checkpoint
+from megalm.checkpoint.shard_spec import KINDS, Fragment, FragmentKey
+from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import ModelSection
-from megalm.data.tokenizer import load_tokenizer
-from megalm.model.init import initialise
-from megalm.model.shape import ModelShape, model_shape
+from megalm.data.tokenizers.tokenizer import load_tokenizer
+from megalm.model.initialization import initialize
+from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.transformer import LanguageModel
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
@@ -33,11 +33,11 @@ SECTIONS = {
 }
 
 
-def random_model(section: ModelSection, vocab_size: int = 257, length: int = 40) -> tuple[ModelShape, LanguageModel]:
+def random_model(section: ModelSection, vocab_size: int = 257, length: int = 40) -> tuple[ModelConfig, LanguageModel]:
     """With gains other than 1 and biases other than 0, which would hide a swapped pair; in evaluation."""
-    shape = model_shape(section, vocab_size, length)
+    shape = build_model_config(section, vocab_size, length)
     model = LanguageModel(shape, chunk_tokens=7)
-    initialise(model, shape, seed=3)
+    initialize(model, shape, seed=3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -48,10 +48,10 @@ def random_model(section: ModelSection, vocab_size: int = 257, length: int = 40)
 
 def save_model(
     checkpoints: Path,
-    shape: ModelShape,
+    shape: ModelConfig,
     model: LanguageModel,
     tokenizer: str = "bytes",
-    said: ModelShape | None = None,
+    said: ModelConfig | None = None,
     **facts: Any,
 ) -> Path:
     """A checkpoint of one rank with what an export asks a manifest for; it may be `said` to be of another shape."""
@@ -64,10 +64,12 @@ def save_model(
         "fingerprints": {"tokenizer": load_tokenizer(tokenizer).fingerprint},
         "tokenizer": tokenizer,
     }
-    return save_checkpoint(checkpoints, 7, list(_fragments(shape, model)), {**known, **facts}, [], Alone())
+    return save_checkpoint(
+        checkpoints, 7, list(_fragments(shape, model)), {**known, **facts}, [], SingleProcessCommunicator()
+    )
 
 
-def _fragments(shape: ModelShape, model: LanguageModel) -> Iterator[Fragment]:
+def _fragments(shape: ModelConfig, model: LanguageModel) -> Iterator[Fragment]:
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, size in shape.parameters().items():
         for kind in KINDS:

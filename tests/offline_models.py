@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from megalm.alone import Alone
-from megalm.checkpoint.fragment import Fragment, FragmentKey
-from megalm.checkpoint.save import save_checkpoint
+from megalm.checkpoint.save_transaction import save_checkpoint
+from megalm.checkpoint.shard_spec import Fragment, FragmentKey
+from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import ModelSection
-from megalm.data.tokenizer import Tokenizer
-from megalm.model.init import initialise
-from megalm.model.shape import model_shape
+from megalm.data.tokenizers.tokenizer import Tokenizer
+from megalm.model.initialization import initialize
+from megalm.model.model_config import build_model_config
 from megalm.model.transformer import LanguageModel
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
@@ -33,9 +33,9 @@ def write_run(
     **facts: Any,
 ) -> Path:
     """A checkpoint of `run`; another `step` has other weights, a `spoilt` parameter has that number in every place."""
-    shape = model_shape(section, tokenizer.vocab_size, length)
+    shape = build_model_config(section, tokenizer.vocab_size, length)
     model = LanguageModel(shape)
-    initialise(model, shape, seed=step)
+    initialize(model, shape, seed=step)
     parts = []
     for name, parameter in model.named_parameters():
         size = tuple(parameter.shape)
@@ -53,4 +53,4 @@ def write_run(
         "tokenizer": tokenizer.spec,
         "fingerprints": {"tokenizer": tokenizer.fingerprint},
     }
-    return save_checkpoint(run / "checkpoints", step, parts, {**known, **facts}, (), Alone())
+    return save_checkpoint(run / "checkpoints", step, parts, {**known, **facts}, (), SingleProcessCommunicator())

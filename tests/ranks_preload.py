@@ -12,5 +12,5 @@ os.environ.setdefault("GLOO_LOG_LEVEL", "ERROR")
 
 import pytest  # noqa: F401
 
-import megalm.engine.zero
+import megalm.engine.zero_engine
 import megalm.train.setup  # noqa: F401

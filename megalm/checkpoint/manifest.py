@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megalm.durable import write_durably
 from megalm.errors import CheckpointError
+from megalm.utils.atomic_files import write_durably
 
 FORMAT = 2
 MANIFEST = "manifest.json"

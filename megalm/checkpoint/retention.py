@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalm.checkpoint.layout import (
+from megalm.checkpoint.discovery import (
     BEST,
     PARTIAL_SUFFIX,
     REPLACED_SUFFIX,
     TRASH_SUFFIX,
     Entry,
-    catalogue,
     complete_checkpoints,
     is_step_name,
-    pointed_at,
+    list_checkpoints,
+    read_pointer,
     step_folders,
 )
-from megalm.durable import is_temporary, sync_directory, write_durably
+from megalm.utils.atomic_files import is_temporary, sync_directory, write_durably
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ def prune(checkpoints: Path, retention: Retention, origin: Path | None = None) -
     Raises:
         OSError: something cannot be deleted.
     """
-    gone = [entry.path for entry in superfluous(catalogue(checkpoints), retention, pointed_at(checkpoints, BEST))]
+    gone = [
+        entry.path for entry in superfluous(list_checkpoints(checkpoints), retention, read_pointer(checkpoints, BEST))
+    ]
     gone = [path for path in gone if origin is None or path.resolve() != origin.resolve()]
     for path in gone:
         _discard(path)
@@ -101,7 +103,7 @@ def tidy(checkpoints: Path) -> list[Path]:
             found.append(path)
     if found:
         sync_directory(checkpoints)
-    named, best = pointed_at(checkpoints, BEST), _best(catalogue(checkpoints))
+    named, best = read_pointer(checkpoints, BEST), _best(list_checkpoints(checkpoints))
     if named is not None and best not in (None, named):
         write_durably(checkpoints / BEST, f"{best}\n".encode())
         found.append(checkpoints / BEST)

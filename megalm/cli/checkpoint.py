@@ -16,23 +16,23 @@ from typing import Any
 
 import typer
 
-from megalm.checkpoint.layout import (
+from megalm.checkpoint.discovery import (
     BEST,
     LATEST,
     Entry,
-    catalogue,
-    followed,
-    pointed_at,
+    list_checkpoints,
+    read_pointer,
+    resolve_pointer,
     step_folders,
 )
 from megalm.checkpoint.manifest import MANIFEST, damaged_file, hashed_blocks, read_manifest, set_status, wrong_file
 from megalm.checkpoint.retention import Retention, prune, superfluous
 from megalm.cli import progress, show
-from megalm.cli.hashing import verify
-from megalm.cli.runs import checkpoint_at, find_run
+from megalm.cli.find_run import checkpoint_at, find_run
+from megalm.cli.watched_reads import verify
 from megalm.errors import CheckpointError
-from megalm.tracking.run_folder import CONFIG_FILE, DEEPSPEED_FILE, read_mapping
-from megalm.train.schedule import ScheduleSegment
+from megalm.planning.lr_schedule import ScheduleSegment
+from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, read_mapping
 
 _LONGEST_VALUE = 76  # with its name within a hundred columns
 
@@ -53,8 +53,8 @@ def list_command(run: str = typer.Argument(help="Run folder, or a name under run
     if not folders:
         typer.echo(f"{run_dir}: no checkpoints yet")
         return
-    entries = {entry.path: entry for entry in catalogue(checkpoints)}
-    marks = {LATEST: pointed_at(checkpoints, LATEST), BEST: pointed_at(checkpoints, BEST) or _lowest_loss(entries)}
+    entries = {entry.path: entry for entry in list_checkpoints(checkpoints)}
+    marks = {LATEST: read_pointer(checkpoints, LATEST), BEST: read_pointer(checkpoints, BEST) or _lowest_loss(entries)}
     rows = [_row(folder, entries.get(folder), marks) for folder in folders]
     typer.echo(show.table(["name", "step", "tokens", "created", "size", "validation loss", "over", "status", ""], rows))
     damaged = [problem for entry in entries.values() if (problem := _problem(entry))]
@@ -84,8 +84,8 @@ def show_command(path: Path = typer.Argument(help="Checkpoint folder, or a run f
 @app.command("verify")
 def verify_command(path: Path = typer.Argument(help="Checkpoint folder, or a run folder for all of its.")) -> None:
     """Hash every file and compare it with what the manifest says."""
-    path = followed(path)
-    entries = [_entry(path)] if (path / MANIFEST).exists() else catalogue(find_run(str(path)) / "checkpoints")
+    path = resolve_pointer(path)
+    entries = [_entry(path)] if (path / MANIFEST).exists() else list_checkpoints(find_run(str(path)) / "checkpoints")
     problems = []
     for entry in entries:
         problem = _problem(entry)
@@ -107,7 +107,7 @@ def mark_bad_command(
     good: bool = typer.Option(False, "--good", help="Undo it: mark it good again."),
 ) -> None:
     """Keep --resume from ever taking a checkpoint (with --good: let it again)."""
-    path = followed(path)
+    path = resolve_pointer(path)
     if not (path / MANIFEST).is_file():
         raise CheckpointError(f"{path}: no checkpoint; `megalm checkpoint list RUN` names them")
     if not (reason or good):
@@ -122,8 +122,8 @@ def diff_command(
     second: Path = typer.Argument(help="Another one; any layout."),
 ) -> None:
     """What two checkpoints say differently of themselves, and how far their tensors are apart."""
-    from megalm.checkpoint.compare import different_facts, different_shapes, largest_differences  # imports torch
-    from megalm.checkpoint.load import CheckpointReader
+    from megalm.checkpoint.checkpoint_reader import CheckpointReader
+    from megalm.checkpoint.diff import different_facts, different_shapes, largest_differences  # imports torch
 
     readers = CheckpointReader(checkpoint_at(first)), CheckpointReader(checkpoint_at(second))
     facts = different_facts(*(_account(reader.path, reader.manifest) for reader in readers))
@@ -149,7 +149,10 @@ def prune_command(
     checkpoints = find_run(run) / "checkpoints"
     retention = Retention(keep_last, keep_every)
     if dry_run:
-        gone = [entry.path for entry in superfluous(catalogue(checkpoints), retention, pointed_at(checkpoints, BEST))]
+        gone = [
+            entry.path
+            for entry in superfluous(list_checkpoints(checkpoints), retention, read_pointer(checkpoints, BEST))
+        ]
     else:
         gone = prune(checkpoints, retention)
     for path in gone:
@@ -167,8 +170,8 @@ def convert_command(
     """Write the whole weights as one safetensors file, by canonical name, one parameter in memory at a time."""
     import torch
 
-    from megalm.checkpoint.convert import write_weights
-    from megalm.checkpoint.load import CheckpointReader
+    from megalm.checkpoint.checkpoint_reader import CheckpointReader
+    from megalm.checkpoint.consolidate import write_weights
 
     if output.exists():
         raise CheckpointError(f"{output} exists; name another file, or remove it")

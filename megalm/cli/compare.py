@@ -10,11 +10,11 @@ from pathlib import Path
 import typer
 
 from megalm.cli import show
-from megalm.cli.reading import read_watched
-from megalm.cli.runs import find_run
+from megalm.cli.find_run import find_run
+from megalm.cli.watched_reads import read_watched
 from megalm.errors import ConfigError
-from megalm.tracking import compare
-from megalm.tracking.compare import Results
+from megalm.tracking import compare_runs
+from megalm.tracking.compare_runs import Results
 
 # How many times `Results.scatter` two numbers have to be apart; with normal noise these are two standard deviations.
 _SCATTERS = 3.0
@@ -82,22 +82,22 @@ def command(
     """
     if len(runs) < 2:
         raise ConfigError("compare: takes two or more runs; `ls runs` names them")
-    records = [compare.read_run(find_run(run), read_watched) for run in runs]
+    records = [compare_runs.read_run(find_run(run), read_watched) for run in runs]
     names = [record.name for record in records]
     if len(set(names)) < len(names):
         names = runs  # the same name under two roots: as they were typed
-    differences = compare.differing_settings(records)
+    differences = compare_runs.differing_settings(records)
     if differences:
         typer.echo(show.table(["setting", *names], [[name, *values] for name, values in differences.items()]))
     else:
         typer.echo("no difference in config.yaml and deepspeed.resolved.json")
-    outcome = [compare.results(record) for record in records]
+    outcome = [compare_runs.results(record) for record in records]
     headings, rows = ["result", *names], [[name, *map(line.cell, outcome)] for name, line in _LINES.items()]
     if len(outcome) == 2:
         headings.append("difference")
         rows = [[*row, difference(line, *outcome)] for row, line in zip(rows, _LINES.values(), strict=True)]
     typer.echo("\n" + show.table(headings, rows))
-    compare.plot_losses(records, plot, names)
+    compare_runs.plot_losses(records, plot, names)
     typer.echo(f"\nloss curves over tokens: {plot}")
 
 

@@ -15,15 +15,15 @@ import orjson
 import typer
 
 from megalm.cli import show
-from megalm.cli.hashing import verify
+from megalm.cli.find_run import checkpoint_at, find_place
 from megalm.cli.progress import Counter, watched
-from megalm.cli.runs import checkpoint_at, find_place
+from megalm.cli.watched_reads import verify
 from megalm.errors import CheckpointError, ConfigError
-from megalm.tracking.metrics import MetricsWriter, plain
+from megalm.runs.metrics_log import MetricsWriter, plain
 
 if TYPE_CHECKING:
-    from megalm.offline.model import CheckpointFacts, OfflinePrecision
-    from megalm.offline.sets import Row, Task
+    from megalm.inference.dataset_eval import Row, Task
+    from megalm.inference.inference_model import CheckpointFacts, OfflinePrecision
 
 RECORD = "evaluations.jsonl"
 _TEXT_KEY = "text"
@@ -98,14 +98,14 @@ def command(
     megalm evaluate runs/mine/checkpoints/step-00000400 --text books/
     megalm evaluate runs/mine --choices questions.jsonl --every-checkpoint
     """
-    from megalm.engine.allocator import keep_freed_memory
-    from megalm.engine.openmp import wait_awake_briefly
+    from megalm.engine.deepspeed_patches import limit_openmp_spin
+    from megalm.engine.device import tune_malloc
 
-    wait_awake_briefly()
-    keep_freed_memory()
+    limit_openmp_spin()
+    tune_malloc()
     import torch
 
-    from megalm.offline.model import read_facts
+    from megalm.inference.inference_model import read_facts
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     found = find_place(place) if every_checkpoint else checkpoint_at(place)
@@ -135,11 +135,11 @@ def command(
 
 def _every(run: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """All good checkpoints, and what is left out."""
-    from megalm.offline.run import course_of
+    from megalm.inference.run_checkpoints import checkpoints_of
 
     if not (run / "checkpoints").is_dir():
         raise ConfigError(f"--every-checkpoint takes a run folder; {run} has no folder checkpoints")
-    course = course_of(run)
+    course = checkpoints_of(run)
     return course.good, course.left_out
 
 
@@ -155,9 +155,9 @@ def _refuse_bad(facts: CheckpointFacts) -> None:
 
 def _tasks(facts: CheckpointFacts, wanted: _Wanted) -> list[Task]:
     """Everything that is asked for, opened and checked before a model is loaded."""
-    from megalm.offline.choices import ChoiceTask, read_choices
-    from megalm.offline.sets import DATA, OWN, DatasetTask, other_sets, own_sets
-    from megalm.offline.text import TextTask, read_text
+    from megalm.inference.dataset_eval import DATA, OWN, DatasetTask, other_sets, own_sets
+    from megalm.inference.multiple_choice import ChoiceTask, read_choices
+    from megalm.inference.text_eval import TextTask, read_text
 
     if not wanted.text and (wanted.overlap is not None or wanted.text_key != _TEXT_KEY):
         raise ConfigError("--overlap and --text-key are about raw text; name it with --text")
@@ -200,10 +200,10 @@ def _evaluate(
     counter: Counter,
 ) -> list[Row]:
     """All results of one checkpoint, recorded in its run."""
-    from megalm.offline.model import OfflineModel
+    from megalm.inference.inference_model import InferenceModel
 
     with counter.paused():
-        model = OfflineModel(path, tokenizer, dtype, verify, watched(f"loading {path.name}"))
+        model = InferenceModel(path, tokenizer, dtype, verify, watched(f"loading {path.name}"))
     manifest = model.facts.manifest
     about: dict[str, Any] = {
         "checkpoint": str(model.path),

@@ -10,10 +10,10 @@ import typer
 
 from megalm.checkpoint.manifest import mark_of, read_manifest
 from megalm.cli import show
-from megalm.cli.hashing import verify
+from megalm.cli.find_run import checkpoint_at
 from megalm.cli.progress import Counter
-from megalm.cli.runs import checkpoint_at
 from megalm.cli.sizes import bytes_of
+from megalm.cli.watched_reads import verify
 from megalm.errors import CheckpointError
 
 
@@ -51,8 +51,8 @@ def command(
     path = _checkpoint(place, accept_bad)
     import torch
 
-    from megalm.checkpoint.load import CheckpointReader
-    from megalm.huggingface.export import export_checkpoint, exportable
+    from megalm.checkpoint.checkpoint_reader import CheckpointReader
+    from megalm.huggingface.export_model import export_checkpoint, exportable
 
     reader = CheckpointReader(path)
     stored = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype.value]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import importlib
+import io
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,18 +14,110 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import orjson
 import typer
+from pydantic import ValidationError
 
-from megalm.alone import Alone
-from megalm.checkpoint.layout import step_of
-from megalm.cli.hashing import verify
+from megalm.checkpoint.discovery import step_of
+from megalm.cli.find_run import checkpoint_at, find_place
 from megalm.cli.progress import Counter, watched
-from megalm.cli.runs import checkpoint_at, find_place
+from megalm.cli.watched_reads import verify
+from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import SampleSection
+from megalm.config.suggest import did_you_mean
 from megalm.errors import ConfigError, DataError
+from megalm.inference.inference_model import InferenceModel
+from megalm.inference.kv_cache import CachedModel
+from megalm.inference.token_stream import stream
 
 if TYPE_CHECKING:
-    from megalm.offline.model import OfflineModel
-    from megalm.train.sampling import Predictor
+    from megalm.inference.inference_model import InferenceModel
+    from megalm.train.text_samples import Predictor
+
+
+# Prompts line by line, from a terminal or a pipe, each continued as it is drawn.
+
+_HINT = "A line is continued; Ctrl-C stops a text, Ctrl-D leaves. /help names the settings."
+_HELP = """/temperature X   0: always the likeliest
+/tokens N        at most so many new ones
+/top-k N         draw from the N likeliest; 0: from all
+/seed N          of the next text; each text after it takes the next seed
+/settings        what they are now
+//...            a prompt that begins with /"""
+_FIELDS = {"temperature": "temperature", "tokens": "max_new_tokens", "top-k": "top_k"}
+_WORDS = (*_FIELDS, "seed", "settings", "help")
+
+
+class PromptLoop:
+    """Reads prompts from standard input until it ends.
+
+    Args:
+        seed: of the first text; each text takes the next one.
+    """
+
+    def __init__(self, model: InferenceModel, settings: SampleSection, seed: int) -> None:
+        self._cached, self._tokenizer = CachedModel(model), model.tokenizer
+        self._length = model.shape.max_position_embeddings
+        self._settings, self._seed = settings, seed
+        self._terminal = sys.stdin.isatty()
+
+    def run(self) -> None:
+        if self._terminal:
+            typer.echo(_HINT)
+        for line in self._lines():
+            if line.startswith("/") and not line.startswith("//"):
+                typer.echo(self._command(line[1:].strip()))
+            elif line:
+                self._continue(line.removeprefix("/") if line.startswith("//") else line)
+
+    def _lines(self) -> Iterator[str]:
+        if self._terminal:
+            with contextlib.suppress(ImportError):  # a Python that was built without it
+                importlib.import_module("readline")  # editing, and earlier lines
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
+        while True:
+            try:
+                yield input("> " if self._terminal else "")
+            except EOFError:
+                if self._terminal:
+                    typer.echo()
+                return
+            except KeyboardInterrupt:
+                typer.echo("\n(Ctrl-D leaves)")
+
+    def _continue(self, prompt: str) -> None:
+        seed, self._seed = self._seed, self._seed + 1
+        try:
+            for piece in stream(self._cached, self._tokenizer, prompt, self._settings, self._length, seed):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            typer.echo("\n")
+        except KeyboardInterrupt:
+            typer.echo("\n(stopped)\n")
+
+    def _command(self, words: str) -> str:
+        """Do what a line after / says; the answer."""
+        name, _, value = words.partition(" ")
+        if name == "help":
+            return _HELP
+        if name == "seed" and value.strip().isdecimal():
+            self._seed = int(value)
+        elif name in _FIELDS:
+            number: str | None = value.strip()
+            if name == "top-k" and number == "0":
+                number = None
+            changed = {**self._settings.model_dump(), _FIELDS[name]: number}
+            try:
+                self._settings = SampleSection.model_validate(changed)
+            except ValidationError as error:
+                return f"/{name} {value}: {error.errors()[0]['msg']}"
+        elif name != "settings":
+            meant = did_you_mean(name, _WORDS) if name not in _WORDS else ": give a whole number"
+            return f"no /{words}{meant}; /help names the settings"
+        now = self._settings
+        return (
+            f"temperature {now.temperature:g}, tokens {now.max_new_tokens}, top-k {now.top_k or 0}, seed {self._seed}"
+        )
+
 
 _DEFAULTS = SampleSection()
 
@@ -60,11 +156,11 @@ def command(
     megalm generate runs/mine --interactive
     megalm generate runs/mine --prompt-file questions.jsonl --at 25,50,75,100
     """
-    from megalm.engine.openmp import wait_awake_briefly
+    from megalm.engine.deepspeed_patches import limit_openmp_spin
 
-    wait_awake_briefly()
-    from megalm.offline.cache import CachedModel
-    from megalm.train.sampling import generate
+    limit_openmp_spin()
+    from megalm.inference.kv_cache import CachedModel
+    from megalm.train.text_samples import generate
 
     prompts = [*map(_typed, prompt or ()), *(text for file in prompt_file or () for text in _read_prompts(file))]
     if interactive and (prompts or at):
@@ -76,8 +172,6 @@ def command(
     )
     found = find_place(place) if at else checkpoint_at(place)
     if interactive:
-        from megalm.cli.prompt_loop import PromptLoop
-
         PromptLoop(_load(found, tokenizer), settings, seed).run()
         return
     for path in _checkpoints(found, at) if at else [found]:
@@ -86,7 +180,14 @@ def command(
             typer.echo(f"=== step {step_of(path):,}: {path}")
         length = model.shape.max_position_embeddings
         with Counter("drawing tokens", max_new_tokens) as counter:
-            texts = generate(_Counted(CachedModel(model), counter), Alone(), model.tokenizer, settings, length, seed)
+            texts = generate(
+                _Counted(CachedModel(model), counter),
+                SingleProcessCommunicator(),
+                model.tokenizer,
+                settings,
+                length,
+                seed,
+            )
         for text in texts:
             typer.echo(text)
 
@@ -104,11 +205,11 @@ class _Counted:
         return found
 
 
-def _load(place: Path, tokenizer: str) -> OfflineModel:
+def _load(place: Path, tokenizer: str) -> InferenceModel:
     """A checkpoint's model; what it is marked as is told beside its text."""
-    from megalm.offline.model import OfflineModel
+    from megalm.inference.inference_model import InferenceModel
 
-    model = OfflineModel(place, tokenizer or None, verify=verify, watched=watched("loading"))
+    model = InferenceModel(place, tokenizer or None, verify=verify, watched=watched("loading"))
     if model.facts.mark:
         typer.echo(f"megalm: {model.path} is {model.facts.mark}", err=True)
     return model
@@ -116,7 +217,7 @@ def _load(place: Path, tokenizer: str) -> OfflineModel:
 
 def _checkpoints(run: Path, at: str) -> list[Path]:
     """The good checkpoints of a run nearest to percentages of its newest one's step, each once."""
-    from megalm.offline.run import course_of, nearest
+    from megalm.inference.run_checkpoints import checkpoints_of, nearest
 
     try:
         percentages = [float(part) for part in at.split(",")]
@@ -126,7 +227,7 @@ def _checkpoints(run: Path, at: str) -> list[Path]:
         raise ConfigError(f"--at {at}: give percentages of the run, 0 to 100, as in 25,50,100")
     if not (run / "checkpoints").is_dir():
         raise ConfigError(f"--at takes a run folder; {run} has no folder checkpoints")
-    course = course_of(run)
+    course = checkpoints_of(run)
     for reason in course.left_out:
         typer.echo(f"megalm: left out {reason}", err=True)
     by_step = {step_of(path): path for path in course.good}

@@ -36,11 +36,11 @@ def command(
     megalm import downloads/gpt2 runs/gpt2
     megalm generate runs/gpt2 --prompt "Once"
     """
-    from megalm.huggingface.folder import require_free
+    from megalm.huggingface.output_folder import require_free
 
     require_free(output)
-    from megalm.huggingface.load import import_model
-    from megalm.huggingface.source import HuggingFaceFolder
+    from megalm.huggingface.import_model import import_model
+    from megalm.huggingface.pretrained_folder import HuggingFaceFolder
 
     found = HuggingFaceFolder(source, ignore_key or ())
     with Counter("writing", len(found.shape.parameters())) as counter:

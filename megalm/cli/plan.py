@@ -10,21 +10,20 @@ from typing import Annotated, Optional
 import typer
 
 from megalm.checkpoint.manifest import read_manifest
+from megalm.cli.find_run import checkpoint_at
 from megalm.cli.plan_text import plan_text
-from megalm.cli.runs import checkpoint_at
-from megalm.config.deepspeed_json import DeepSpeedConfig
+from megalm.config.deepspeed.json_reader import DeepSpeedConfig
 from megalm.config.loading import LoadedConfig
 from megalm.config.precision import DeviceFacts
-from megalm.config.resolve import UNKNOWN_VOCAB_SIZE, ResolvedRun, expected_vocab_size, resolve
 from megalm.errors import ConfigError
-from megalm.planning.plan import Plan, make_plan
-from megalm.planning.rate_picture import draw_rates
-from megalm.train.continuing import with_last_step, with_schedule
-from megalm.train.data_facts import planned_data
+from megalm.planning.lr_schedule import ScheduleSegment
+from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, ResolvedRun, expected_vocab_size, resolve
+from megalm.planning.run_plan import Plan, draw_rates, make_plan
+from megalm.runs.saved_config import read_settings
 from megalm.train.datasets import known_vocab_size
-from megalm.train.own_config import read_settings
-from megalm.train.position import Position
-from megalm.train.schedule import ScheduleSegment
+from megalm.train.resume.compatibility import with_last_step, with_schedule
+from megalm.train.resume.training_progress import TrainingProgress
+from megalm.train.run_summary import planned_data
 
 # From a run to what it will be after its checkpoint: its last step, and all its schedules.
 GoingOn = Callable[[ResolvedRun], tuple[ResolvedRun, tuple[ScheduleSegment, ...]]]
@@ -147,7 +146,7 @@ def planned(
 
 def _after(checkpoint: Path, more: int | None, run: ResolvedRun) -> tuple[ResolvedRun, tuple[ScheduleSegment, ...]]:
     """The run as it goes on from a checkpoint, by `more` steps on a schedule of their own, or on what is stated."""
-    position = Position()
+    position = TrainingProgress()
     with_schedule(position, run, read_manifest(checkpoint_at(checkpoint)), more)
     return with_last_step(run, position), position.schedule
 
@@ -156,7 +155,7 @@ def _device(local_ranks: int, gpu_memory: float | None) -> DeviceFacts:
     if gpu_memory is not None:
         return DeviceFacts(kind="cuda", bf16=True, memory_bytes=int(gpu_memory * _GIB))
     try:
-        from megalm.engine.environment import device_facts  # imports torch, which a plan for a cluster does not need
+        from megalm.engine.device import device_facts  # imports torch, which a plan for a cluster does not need
     except ImportError as error:
         raise ConfigError(
             f"a plan for this machine asks torch for its device ({error}); "

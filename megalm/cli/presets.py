@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from megalm.cli import show
-from megalm.config.presets import describe_preset, preset_path, preset_paths
+from megalm.config.loading import describe_preset, preset_path, preset_paths
 
 _WIDTH = 104  # of the list, also where there is no terminal: longer lines are hard to read
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import typer
 
-from megalm.cli.reading import read_watched
-from megalm.cli.runs import find_run
+from megalm.cli.find_run import find_run
+from megalm.cli.watched_reads import read_watched
 from megalm.errors import ConfigError
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from megalm.cli.runs import find_run
-from megalm.tracking import mirror
+from megalm.cli.find_run import find_run
+from megalm.tracking.mlflow_mirror import mirror_process
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -22,7 +22,7 @@ def sync(
 ) -> None:
     """Send MLflow what it does not have yet of these runs; nothing is sent twice."""
     for run_dir in [find_run(run) for run in runs]:  # a misspelt name is told before anything is sent
-        sent = mirror.sync(run_dir, deadline_seconds)
+        sent = mirror_process.sync(run_dir, deadline_seconds)
         typer.echo(
             f"{run_dir}: sent {sent.metrics} metric values and {sent.artifacts} files to {sent.tracking_uri}, "
             f"run {sent.run_id}, {sent.status}"

@@ -12,20 +12,58 @@ from typing import Any, get_origin
 
 import yaml
 
-from megalm.config.documented_schema import DocumentedSection
-from megalm.config.presets import DEFAULT_PRESET, preset_path, preset_paths
-from megalm.config.schema import RunConfig
-from megalm.config.strict import flatten, leaf_fields, members, shown, validate
-from megalm.config.strict_yaml import parse_yaml
+import megalm
+from megalm.config.schema import DocumentedSection, RunConfig
 from megalm.config.suggest import did_you_mean
 from megalm.config.unknown_keys import unknown_run_key
+from megalm.config.validation import flatten, leaf_fields, members, shown, validate
+from megalm.config.yaml_reader import parse_yaml
 from megalm.errors import ConfigError
 
+# The run presets shipped with megalm: YAML files of megalm/presets, one a run, any depth of folders.
+
+PRESETS_FOLDER = Path(megalm.__file__).parent / "presets"
+DEFAULT_PRESET = "quickstart"
+
+
+def preset_paths() -> dict[str, Path]:
+    """Name -> file of every shipped preset, sorted by name; the name is the file's, without its suffix."""
+    return {path.stem: path for path in sorted(PRESETS_FOLDER.rglob("*.yaml"), key=lambda path: path.stem)}
+
+
+def preset_path(name: object, where: str = "presets") -> Path:
+    """The file of a preset.
+
+    Args:
+        where: the file that names it, for the message.
+
+    Raises:
+        ConfigError: no preset of this name; lists those that there are.
+    """
+    paths = preset_paths()
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}: preset={shown(name)}: expected text or null")
+    if name not in paths:
+        known = ", ".join(paths)
+        raise ConfigError(f"{where}: preset {name!r} does not exist{did_you_mean(name, paths)}; presets: {known}")
+    return paths[name]
+
+
+def describe_preset(name: str) -> str:
+    """What the preset is, in a line or two: the comment that its file opens with."""
+    lines = []
+    for line in preset_path(name).read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# ").rstrip())
+    return " ".join(lines)
+
+
 COMMAND_LINE = "command line"
-OWN = "the run's own"  # of a run that goes on: what its config.yaml says, where nothing is stated now
+SAVED_CONFIG = "the run's own"  # of a run that goes on: what its config.yaml says, where nothing is stated now
 
 # Of one start alone: where the run lies, and what one resume allows.
-_NOT_KEPT = ("run", "resume")
+_NOT_INHERITED = ("run", "resume")
 
 # Two ways to say one thing: a layer that takes the one puts aside what weaker layers said of the other.
 _ALTERNATIVES = (("data.train", "data.recipe"), ("data.validation", "data.split"))
@@ -73,7 +111,7 @@ def load_run_config(
         ConfigError: no such preset or file, a syntax error, an unknown or repeated key, a bad value.
     """
     preset, layers = (
-        _file_layers(config or DEFAULT_PRESET) if own is None else _over_own(own, config, (*_NOT_KEPT, *not_kept))
+        _file_layers(config or DEFAULT_PRESET) if own is None else _over_own(own, config, (*_NOT_INHERITED, *not_kept))
     )
     layers.append(_command_line(overrides))
     values: dict[str, Any] = {}
@@ -88,7 +126,7 @@ def load_run_config(
     return LoadedConfig(validate(RunConfig, values, sources.__getitem__), sources, preset, stated)
 
 
-def spelling(key: str) -> str:
+def external_name(key: str) -> str:
     """A dotted key as people write it."""
     return next((written for written, name in _SPELLINGS.items() if name == key), key)
 
@@ -132,7 +170,7 @@ def _over_own(own: Path, config: str | None, not_kept: Sequence[str]) -> tuple[s
     """The layers of a run's own configuration, and over it those of what is named now."""
     preset, layers = _file_layers(str(own))
     leaves = {key: value for key, value in layers[-1].leaves.items() if key.partition(".")[0] not in not_kept}
-    layers[-1] = _Layer(OWN, leaves, by_person=False)
+    layers[-1] = _Layer(SAVED_CONFIG, leaves, by_person=False)
     if config is None:
         return preset, layers
     named, given = _file_layers(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megalm.config.deepspeed_schema import DeepSpeedSettings
+from megalm.config.deepspeed.json_schema import DeepSpeedSettings
 
 Precision = Literal["fp32", "bf16", "fp16"]
 

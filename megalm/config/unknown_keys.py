@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megalm.config.deepspeed_keys import DEEPSPEED_NAMES
+from megalm.config.deepspeed.unsupported_keys import DEEPSPEED_NAMES
 from megalm.config.schema import RunConfig
-from megalm.config.strict import leaf_fields, section_of
 from megalm.config.suggest import likeness, nearest
+from megalm.config.validation import leaf_fields, section_of
 from megalm.errors import ConfigError
 
 # What only describes is no setting that somebody may have meant.

@@ -9,17 +9,17 @@ from collections.abc import Callable
 
 import torch
 
-from megalm.config.resolve import ResolvedRun
-from megalm.engine.comm import ProcessComm
-from megalm.engine.protocol import Engine
-from megalm.estimate.balance import StageCosts, balanced_blocks, parameter_costs
-from megalm.model.dropout import DropoutClock
-from megalm.model.init import initialise
-from megalm.model.layers import DenseLayers, LayerFactory
-from megalm.model.shape import ModelShape
+from megalm.cost_model.pipeline_balance import StageCosts, balanced_blocks, parameter_costs
+from megalm.engine.distributed import DistributedCommunicator
+from megalm.engine.interface import Engine
+from megalm.model.initialization import initialize
+from megalm.model.layer_factory import DenseLayers, LayerFactory
+from megalm.model.model_config import ModelConfig
+from megalm.model.modules import DropoutClock
 from megalm.model.transformer import LanguageModel, StageBuilder
-from megalm.parallel.groups import ParallelGroups, make_groups
-from megalm.parallel.layers import TensorLayers
+from megalm.parallel.process_groups import ParallelGroups, make_groups
+from megalm.parallel.tensor_parallel import TensorLayers
+from megalm.planning.resolve import ResolvedRun
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,7 +28,11 @@ OnStages = Callable[[tuple[int, ...], StageCosts], None]
 
 
 def build_engine(
-    run: ResolvedRun, shape: ModelShape, device: torch.device, comm: ProcessComm, on_stages: OnStages | None = None
+    run: ResolvedRun,
+    shape: ModelConfig,
+    device: torch.device,
+    comm: DistributedCommunicator,
+    on_stages: OnStages | None = None,
 ) -> Engine:
     """Collective: the engine of this rank."""
     train = run.config.train
@@ -48,14 +52,14 @@ def build_engine(
 
 def _zero_engine(
     run: ResolvedRun,
-    shape: ModelShape,
+    shape: ModelConfig,
     layers: LayerFactory,
     clock: DropoutClock,
     groups: ParallelGroups,
     device: torch.device,
-    comm: ProcessComm,
+    comm: DistributedCommunicator,
 ) -> Engine:
-    from megalm.engine.zero import ZeroEngine
+    from megalm.engine.zero_engine import ZeroEngine
 
     train = run.config.train
     model = LanguageModel(
@@ -63,7 +67,7 @@ def _zero_engine(
     )
     if run.config.compile:
         model.compile_blocks()
-    initialise(model, shape, train.seed)
+    initialize(model, shape, train.seed)
     return ZeroEngine(
         model.to(device), clock, run.deepspeed, run.optimizer, train.embedding_weight_decay, comm, groups, device
     )
@@ -76,27 +80,27 @@ def _pipeline_engine(
     blocks: tuple[int, ...],
     groups: ParallelGroups,
     device: torch.device,
-    comm: ProcessComm,
+    comm: DistributedCommunicator,
 ) -> Engine:
-    from megalm.engine.pipeline import PipelineEngine
-    from megalm.engine.pipeline_module import Moment, PipelineStage
+    from megalm.engine.pipeline_engine import PipelineEngine
+    from megalm.engine.pipeline_stage import MicroBatchContext, PipelineStage
 
     train = run.config.train
-    stage = PipelineStage(build, Moment(clock), run.topology, blocks, train.checkpoint_activations_every)
+    stage = PipelineStage(build, MicroBatchContext(clock), run.topology, blocks, train.checkpoint_activations_every)
     if run.config.compile:
         stage.compile_blocks()
-    initialise(stage.part_of_model(), build.shape, train.seed)
+    initialize(stage.part_of_model(), build.shape, train.seed)
     return PipelineEngine(stage, run.deepspeed, run.optimizer, train.embedding_weight_decay, comm, groups, device)
 
 
 def _balance(
-    run: ResolvedRun, build: StageBuilder, device: torch.device, comm: ProcessComm
+    run: ResolvedRun, build: StageBuilder, device: torch.device, comm: DistributedCommunicator
 ) -> tuple[tuple[int, ...], StageCosts]:
     """Blocks of each stage, and the costs that they were balanced by."""
     shape = build.shape
     costs = parameter_costs(shape)
     if run.config.parallel.balance == "time":
-        from megalm.engine.pipeline_balance import measured_costs
+        from megalm.engine.pipeline_profiler import measured_costs
 
         tokens = run.batch.micro_batch, run.config.data.sequence_length
         costs = measured_costs(build, tokens, _TYPES[run.precision], device, comm)

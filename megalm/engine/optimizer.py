@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from megalm.config.resolve import OptimizerFacts
-from megalm.engine.extensions import load_cpu_adam
+from megalm.engine.cpp_extensions import load_cpu_adam
+from megalm.planning.resolve import OptimizerFacts
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_embeddings: bool) -> list[dict[str, Any]]:

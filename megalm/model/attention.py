@@ -14,19 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import flex_attention
 
-from megalm.model.attention_blocks import blockwise_attention
-from megalm.model.dropout import DropoutClock
-from megalm.model.layers import LayerFactory
-from megalm.model.mask import DocumentMask
-from megalm.model.norm import RMSNorm
-from megalm.model.rope import RotaryEmbedding
-from megalm.model.shape import ModelShape
-from megalm.model.uncompiled import uncompiled
+from megalm.model.attention_mask import DocumentMask
+from megalm.model.cpu_attention import blockwise_attention
+from megalm.model.layer_factory import LayerFactory
+from megalm.model.model_config import ModelConfig
+from megalm.model.modules import DropoutClock, RMSNorm, RotaryEmbedding, uncompiled
 
 
 class Attention(nn.Module):
     def __init__(
-        self, shape: ModelShape, layers: LayerFactory, rope: RotaryEmbedding | None, clock: DropoutClock, layer: int
+        self, shape: ModelConfig, layers: LayerFactory, rope: RotaryEmbedding | None, clock: DropoutClock, layer: int
     ) -> None:
         super().__init__()
         bias = shape.style == "gpt2"
@@ -57,7 +54,7 @@ class Attention(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     @staticmethod
-    def _head_norm(shape: ModelShape, layers: LayerFactory) -> nn.Module:
+    def _head_norm(shape: ModelConfig, layers: LayerFactory) -> nn.Module:
         if not shape.qk_norm:
             return nn.Identity()
         return layers.replicated(RMSNorm(shape.head_dim, shape.norm_epsilon), sharded=True)

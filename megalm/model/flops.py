@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from megalm.model.shape import ModelShape
+from megalm.model.model_config import ModelConfig
 
 
-def flops_per_token(shape: ModelShape, sequence_length: int) -> int:
+def flops_per_token(shape: ModelConfig, sequence_length: int) -> int:
     """Floating-point operations of the forward and the backward pass, per token of a full sequence.
 
     Counted: 6 for each parameter of a matrix product (2 forward, 4 backward), the head included even where it is

@@ -8,16 +8,72 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from megalm.model.block import Block
-from megalm.model.dropout import DropoutClock
-from megalm.model.layers import DenseLayers, LayerFactory, VocabularyOutput
+from megalm.model.attention import Attention
+from megalm.model.attention_mask import DocumentMask, document_mask
+from megalm.model.layer_factory import DenseLayers, LayerFactory, VocabularyOutput
 from megalm.model.loss import IGNORE
-from megalm.model.mask import document_mask
-from megalm.model.norm import norm
-from megalm.model.rope import RotaryEmbedding
-from megalm.model.shape import ModelShape
+from megalm.model.model_config import ModelConfig
+from megalm.model.modules import DropoutClock, RotaryEmbedding, norm
+
+# The feed-forward part of a block: GELU (gpt2) or SwiGLU (llama). Shapes: H hidden, F intermediate.
+
+
+class GeluMLP(nn.Module):
+    """down(gelu(up(x))), with biases; the tanh form of GELU, as GPT-2 was trained."""
+
+    def __init__(self, shape: ModelConfig, layers: LayerFactory) -> None:
+        super().__init__()
+        inner = shape.intermediate_size
+        self.project = layers.projection()
+        self.up = layers.column(shape.hidden_size, inner, True, parts=inner)
+        self.down = layers.row(inner, shape.hidden_size, True, parts=inner)
+
+    def forward(self, hidden: Tensor) -> Tensor:  # [B, T, H] -> [B, T, H]
+        (up,) = self.project(hidden, self.up)
+        return self.down(functional.gelu(up, approximate="tanh"))
+
+
+class SwiGluMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), without biases (Shazeer, 2020)."""
+
+    def __init__(self, shape: ModelConfig, layers: LayerFactory) -> None:
+        super().__init__()
+        inner = shape.intermediate_size
+        self.project = layers.projection()
+        self.gate = layers.column(shape.hidden_size, inner, False, parts=inner)
+        self.up = layers.column(shape.hidden_size, inner, False, parts=inner)
+        self.down = layers.row(inner, shape.hidden_size, False, parts=inner)
+
+    def forward(self, hidden: Tensor) -> Tensor:  # [B, T, H] -> [B, T, H]
+        gate, up = self.project(hidden, self.gate, self.up)
+        return self.down(functional.silu(gate) * up)
+
+
+def mlp(shape: ModelConfig, layers: LayerFactory) -> nn.Module:
+    return GeluMLP(shape, layers) if shape.style == "gpt2" else SwiGluMLP(shape, layers)
+
+
+# One pre-norm transformer block. Shapes: B batch, T sequence, H hidden.
+
+
+class Block(nn.Module):
+    def __init__(
+        self, shape: ModelConfig, layers: LayerFactory, rope: RotaryEmbedding | None, clock: DropoutClock, layer: int
+    ) -> None:
+        super().__init__()
+        self.attention_norm = layers.replicated(norm(shape), sharded=False)
+        self.attention = Attention(shape, layers, rope, clock, layer)
+        self.attention_dropout = layers.dropout(shape.dropout, layer, "attention_output", sharded=False)
+        self.mlp_norm = layers.replicated(norm(shape), sharded=False)
+        self.mlp = mlp(shape, layers)
+        self.mlp_dropout = layers.dropout(shape.dropout, layer, "mlp_output", sharded=False)
+
+    def forward(self, hidden: Tensor, mask: DocumentMask | None) -> Tensor:  # [B, T, H] -> [B, T, H]
+        hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden), mask))
+        return hidden + self.mlp_dropout(self.mlp(self.mlp_norm(hidden)))
 
 
 class Embedding(nn.Module):
@@ -27,7 +83,7 @@ class Embedding(nn.Module):
         own_table: false: a module of its own, shared with the head, has looked the tokens up already.
     """
 
-    def __init__(self, shape: ModelShape, layers: LayerFactory, own_table: bool = True) -> None:
+    def __init__(self, shape: ModelConfig, layers: LayerFactory, own_table: bool = True) -> None:
         super().__init__()
         self.tokens = layers.embedding(shape.vocab_size, shape.hidden_size) if own_table else None
         learned = shape.style == "gpt2"
@@ -81,7 +137,7 @@ class StageBuilder:
         chunk_tokens: tokens whose logits are held at once by the loss.
     """
 
-    def __init__(self, shape: ModelShape, layers: LayerFactory, clock: DropoutClock, chunk_tokens: int) -> None:
+    def __init__(self, shape: ModelConfig, layers: LayerFactory, clock: DropoutClock, chunk_tokens: int) -> None:
         self.shape = shape
         self.slices = layers.slices
         self._layers = layers
@@ -130,7 +186,7 @@ class LanguageModel(nn.Module):
 
     def __init__(
         self,
-        shape: ModelShape,
+        shape: ModelConfig,
         layers: LayerFactory | None = None,
         clock: DropoutClock | None = None,
         chunk_tokens: int = 1024,

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalm.parallel.groups import AxisGroup
+from megalm.parallel.process_groups import AxisGroup
 
 Finish = Callable[[], Tensor]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Part:
+class DimRange:
     """Elements [first, last) of a dimension, held by `sharers` neighbouring ranks, of which this is number `sharer`."""
 
     first: int
@@ -19,7 +19,7 @@ class Part:
         return self.last - self.first
 
 
-def whole_parts(features: int, parts: int, ranks: int, index: int) -> Part:
+def whole_parts(features: int, parts: int, ranks: int, index: int) -> DimRange:
     """The share of rank `index` in `features` that consist of equal `parts`, none of which is cut.
 
     With fewer parts than ranks (key/value heads) neighbours hold the same part: the ones whose query heads need it.
@@ -30,12 +30,12 @@ def whole_parts(features: int, parts: int, ranks: int, index: int) -> Part:
         sharers = ranks // parts
         part, sharer = divmod(index, sharers)
         size = features // parts
-        return Part(part * size, (part + 1) * size, sharer, sharers)
+        return DimRange(part * size, (part + 1) * size, sharer, sharers)
     size = features // ranks
-    return Part(index * size, (index + 1) * size)
+    return DimRange(index * size, (index + 1) * size)
 
 
-def rows(total: int, ranks: int, index: int) -> Part:
+def rows(total: int, ranks: int, index: int) -> DimRange:
     """The share of rank `index` in `total` rows of a vocabulary: equal but for one row.
 
     Shares of unequal size need no rows of padding, which would have to be kept out of losses, norms and checkpoints.
@@ -43,4 +43,4 @@ def rows(total: int, ranks: int, index: int) -> Part:
     assert total >= ranks, (total, ranks)
     size, longer = divmod(total, ranks)
     first = index * size + min(index, longer)
-    return Part(first, first + size + (index < longer))
+    return DimRange(first, first + size + (index < longer))

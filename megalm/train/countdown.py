@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megalm.pace import Pace
-from megalm.train.report import duration
+from megalm.train.console import duration
 
 
 class Countdown:

@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalm.config.resolve import ResolvedRun
 from megalm.config.schema import BlendPart, DataSection, DataStage, RunConfig
-from megalm.data.array_cache import ArrayCache
-from megalm.data.blend import BlendedSamples, Stage
-from megalm.data.indexed import IndexedDataset
-from megalm.data.loader import BatchLayout, BatchLoader, ValidationLoader
-from megalm.data.rebuild import Wanted, build_prefix, ensure_dataset
-from megalm.data.recipe import default_cache_dir, prepare_recipe
-from megalm.data.report import sidecar_of
-from megalm.data.samples import TrainingSamples, ValidationSamples, split_documents
-from megalm.data.streams import Range
-from megalm.data.tokenizer import Tokenizer, load_tokenizer
+from megalm.data.builder.rebuild import Wanted, build_prefix, ensure_dataset
+from megalm.data.builder.stdlib_corpus import default_cache_dir, prepare_recipe
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.metadata import read_sidecar
+from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader, ValidationLoader
+from megalm.data.sampling.index_cache import ArrayCache
+from megalm.data.sampling.mixture import BlendedSamples, MixtureStage
+from megalm.data.sampling.sample_order import Range
+from megalm.data.sampling.samples import TrainingSamples, ValidationSamples, split_documents
+from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import ConfigError
+from megalm.planning.resolve import ResolvedRun
 
 VALIDATION = "validation"  # the name of the only validation set, and of all together
 # Of fewer documents or samples an order is shuffled faster than a file is written.
@@ -66,7 +66,7 @@ class RunData:
 
 
 def known_vocab_size(data: DataSection) -> int | None:
-    """The tokenizer's, where there is one already; the rules in config/checks_data.py tell of one that is missing.
+    """The tokenizer's, where there is one already; the rules in planning/checks/data.py tell of one that is missing.
 
     Raises:
         DataError: it cannot be read.
@@ -150,7 +150,7 @@ def open_datasets(
     train = BlendedSamples(parts, stages, ArrayCache(_cache(data) / "orders"))
     validation = dict(_validation_samples(data, places, opened, ranges))
     alone = places.training[0] if len(places.training) == 1 else None
-    entropy = (sidecar_of(alone) or {}).get("unigram_entropy") if alone is not None else None
+    entropy = (read_sidecar(alone) or {}).get("unigram_entropy") if alone is not None else None
     return RunData(tokenizer, train, requested, validation, entropy)
 
 
@@ -234,15 +234,15 @@ def _training_samples(config: RunConfig, dataset: IndexedDataset, documents: Ran
     )
 
 
-def _stages(places: DataPlaces, first_sample_of: Callable[[int], int]) -> list[Stage]:
+def _stages(places: DataPlaces, first_sample_of: Callable[[int], int]) -> list[MixtureStage]:
     """An order that a run began in the middle starts with the last stage that had begun by then."""
-    stages: list[Stage] = []
+    stages: list[MixtureStage] = []
     for stage in places.blends:
         weights = {part.prefix: part.weight for part in stage.blend}
         first = 0 if stage.from_step == 1 else max(0, first_sample_of(stage.from_step))
         if first == 0:
             stages.clear()
-        stages.append(Stage(first, tuple(weights.get(prefix, 0.0) for prefix in places.training)))
+        stages.append(MixtureStage(first, tuple(weights.get(prefix, 0.0) for prefix in places.training)))
     return stages
 
 

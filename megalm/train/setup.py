@@ -14,46 +14,43 @@ from typing import Any, Literal
 
 import torch
 
-from megalm.config.checks_guard import wall_time_seconds
-from megalm.config.resolve import ResolvedRun, resolve
 from megalm.engine.build import build_engine
-from megalm.engine.comm import ProcessComm, start_distributed
-from megalm.engine.environment import claim_device, device_facts, device_name, rank_facts
-from megalm.engine.peak import peak_flops
-from megalm.engine.protocol import Engine
+from megalm.engine.device import claim_device, device_facts, device_name, peak_flops, rank_facts
+from megalm.engine.distributed import DistributedCommunicator, start_distributed
+from megalm.engine.interface import Engine
 from megalm.errors import EXIT_DONE
 from megalm.model.flops import flops_per_token
-from megalm.tracking.metrics import MetricsWriter, read_metrics
-from megalm.tracking.mirror import MirrorHandle, start_mirror
-from megalm.train.checkpointing import RunCheckpoints
-from megalm.train.course import Course, find_start, plan_course, plan_steps
-from megalm.train.data_facts import data_warnings
-from megalm.train.datasets import (
-    batch_loader,
-    find_data,
-    known_vocab_size,
-    rebuild_data,
-    validation_loaders,
+from megalm.planning.checks.run_checks import wall_time_seconds
+from megalm.planning.resolve import ResolvedRun, resolve
+from megalm.runs.metrics_log import MetricsWriter, read_metrics
+from megalm.runs.resume_command import ResumeCommand
+from megalm.runs.run_folder import RunFolder, write_facts
+from megalm.runs.saved_config import config_changes, read_settings
+from megalm.tracking.mlflow_mirror.mirror_process import MirrorHandle, start_mirror
+from megalm.train.console import RunConsole
+from megalm.train.datasets import batch_loader, find_data, known_vocab_size, rebuild_data, validation_loaders
+from megalm.train.evaluator import Evaluator
+from megalm.train.lifecycle.launcher_watch import watch_launchers
+from megalm.train.lifecycle.open_run import OpenRun, open_run
+from megalm.train.lifecycle.shutdown import RankSupervisor, StopRequest
+from megalm.train.lifecycle.time_limits import TimeLimits, Watchdog, process_start
+from megalm.train.preflight import memory_errors_named, run_preflight
+from megalm.train.resume.resume_plan import ResumePlan, find_resume_checkpoint, plan_last_step, plan_resume
+from megalm.train.resume.resume_request import ResumeOptions, describe_attempt, write_attempt
+from megalm.train.run_checkpointer import RunCheckpointer
+from megalm.train.run_summary import (
+    data_warnings,
+    environment_facts,
+    final_summary,
+    opening_facts,
+    pipeline_facts,
+    scale_facts,
+    write_report_page,
 )
-from megalm.train.evaluate import Evaluator
-from megalm.train.facts import environment_facts, farewell, opening_facts, scale_facts
-from megalm.train.guard import SpikeGuard
-from megalm.train.incidents import IncidentWriter, reading
-from megalm.train.invocation import Invocation
-from megalm.train.launcher_watch import watch_launchers
-from megalm.train.leaving import Guard, StopRequest
-from megalm.train.limits import Limits, Watchdog, process_start
-from megalm.train.loop import TrainingLoop
-from megalm.train.opening import OpenRun, open_run
-from megalm.train.own_config import read_settings, told_changes
-from megalm.train.page import leave_page
-from megalm.train.parts import Parts
-from megalm.train.pipeline_facts import pipeline_facts
-from megalm.train.rehearsal import memory_errors_named, rehearse
-from megalm.train.report import Reporter
-from megalm.train.request import Resume, request_of, write_request
-from megalm.train.run_folder import RunFolder, write_facts
-from megalm.train.sampling import SampleWriter
+from megalm.train.spikes.spike_guard import SpikeGuard
+from megalm.train.spikes.spike_report import SpikeReportWriter, sample_text_reader
+from megalm.train.text_samples import SampleWriter
+from megalm.train.trainer import Trainer, TrainerComponents
 
 # MLflow's first use of a store makes its tables; a run that ends sooner waits this long for its mirror.
 _MIRROR_PATIENCE_SECONDS = 45.0
@@ -93,10 +90,12 @@ def resolve_run(arguments: Arguments, world_size: int, local_world_size: int) ->
     return resolve(loaded, deepspeed, world_size, device_facts(local_world_size), vocab_size, local_world_size)
 
 
-def pretrain(arguments: Arguments, guard: Guard) -> int:
+def pretrain(arguments: Arguments, guard: RankSupervisor) -> int:
     """Run one training job on this rank; the exit code."""
     ranks = rank_facts()
-    resume = Resume.stated(arguments.resume, arguments.extend_steps, arguments.extend_strategy, arguments.skip_steps)
+    resume = ResumeOptions.stated(
+        arguments.resume, arguments.extend_steps, arguments.extend_strategy, arguments.skip_steps
+    )
     run = resolve_run(arguments, ranks.world_size, ranks.local_world_size)
     device = claim_device(ranks)
     comm = start_distributed(ranks, device)
@@ -119,10 +118,10 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
         reporter.say("preparing DeepSpeed's extensions for offload (compiled at their first use: a minute or two)")
     engine = build_engine(run, shape, device, comm, lambda *stages: reporter.say(pipeline_facts(run, *stages)))
     limits = _limits(run, guard, folder, comm)
-    invocation = Invocation(folder.path, ranks.local_world_size)
-    incidents = IncidentWriter(
+    invocation = ResumeCommand(folder.path, ranks.local_world_size)
+    incidents = SpikeReportWriter(
         folder.incidents,
-        reading(data.train, data.tokenizer),
+        sample_text_reader(data.train, data.tokenizer),
         invocation,
         comm,
         reporter,
@@ -132,11 +131,11 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     )
     reporter.facts(opening_facts(run, shape, data, device_name(), ranks.threads, peak_source, parts.peak_flops))
     if run.config.train.rehearse:
-        rehearse(parts)
+        run_preflight(parts)
     _restore(course, parts, folder)
     position = course.position
     position.attempt = opened.attempt
-    loop = TrainingLoop(parts, position)
+    loop = Trainer(parts, position)
     _announce(loop, reporter, course)
     parts.stop.install()
     watch_launchers()
@@ -146,18 +145,20 @@ def pretrain(arguments: Arguments, guard: Guard) -> int:
     comm.barrier()  # no rank leaves while another still needs rank 0's store
     page = _close(metrics, mirror, opened, with_page=code == EXIT_DONE)
     if code == EXIT_DONE:
-        reporter.say(farewell(folder, run, invocation, page))
+        reporter.say(final_summary(folder, run, invocation, page))
     return code
 
 
-def _course(run: ResolvedRun, folder: RunFolder, resume: Resume, comm: ProcessComm, reporter: Reporter) -> Course:
+def _course(
+    run: ResolvedRun, folder: RunFolder, resume: ResumeOptions, comm: DistributedCommunicator, reporter: RunConsole
+) -> ResumePlan:
     """What is trained on from where; everything that cannot go on is refused here."""
-    found, resume = find_start(folder, resume, comm, reporter.say)
-    run, scheduled = plan_steps(run, found, resume)
+    found, resume = find_resume_checkpoint(folder, resume, comm, reporter.say)
+    run, scheduled = plan_last_step(run, found, resume)
     places = comm.once_per_node(lambda: find_data(run.config.data, reporter.say))
     comm.once(lambda: rebuild_data(run.config.data, places, len(os.sched_getaffinity(0)), reporter.say))
-    course = plan_course(run, scheduled, places, found, resume)
-    own = comm.once(lambda: told_changes(folder, course.run))
+    course = plan_resume(run, scheduled, places, found, resume)
+    own = comm.once(lambda: config_changes(folder, course.run))
     for note in (*own, *course.notes):
         reporter.say(f"  note: {note}")
     for warning in (*course.warnings, *data_warnings(run, course.data)):
@@ -165,15 +166,15 @@ def _course(run: ResolvedRun, folder: RunFolder, resume: Resume, comm: ProcessCo
     return course
 
 
-def _checkpoints(course: Course, folder: RunFolder, attempt: int, comm: ProcessComm) -> RunCheckpoints:
+def _checkpoints(course: ResumePlan, folder: RunFolder, attempt: int, comm: DistributedCommunicator) -> RunCheckpointer:
     """What is gone on from is noted before anything of this attempt is written."""
-    request = None if course.reader is None else request_of(course.reader, course.resume, attempt)
+    request = None if course.reader is None else describe_attempt(course.reader, course.resume, attempt)
     if request is not None:
-        comm.once(lambda: write_request(folder, request))
-    return RunCheckpoints(folder, course.run, course.shape, course.identity, course.data.tokenizer.spec, comm, request)
+        comm.once(lambda: write_attempt(folder, request))
+    return RunCheckpointer(folder, course.run, course.shape, course.identity, course.data.tokenizer.spec, comm, request)
 
 
-def _restore(course: Course, parts: Parts, folder: RunFolder) -> None:
+def _restore(course: ResumePlan, parts: TrainerComponents, folder: RunFolder) -> None:
     """Put the checkpoint into the engine, and what the run was like before it into the guard."""
     reader, engine = course.reader, parts.engine
     if reader is None:
@@ -192,31 +193,31 @@ def _restore(course: Course, parts: Parts, folder: RunFolder) -> None:
     parts.guard.history.restart(parts.comm.once(steps_before))
 
 
-def _limits(run: ResolvedRun, guard: Guard, folder: RunFolder, comm: ProcessComm) -> Limits:
+def _limits(run: ResolvedRun, guard: RankSupervisor, folder: RunFolder, comm: DistributedCommunicator) -> TimeLimits:
     train, watchdog = run.config.train, None
     if train.hang_timeout_seconds is not None:
         guard.stacks = folder.stacks(comm.rank)
         watchdog = Watchdog(guard.stacks, train.hang_timeout_seconds, guard.leave_standstill)
     wall = wall_time_seconds(train.max_wall_time) if train.max_wall_time is not None else None
-    return Limits(wall, process_start(), watchdog)
+    return TimeLimits(wall, process_start(), watchdog)
 
 
 def _assemble(
-    course: Course,
-    comm: ProcessComm,
+    course: ResumePlan,
+    comm: DistributedCommunicator,
     engine: Engine,
     folder: RunFolder,
-    checkpoints: RunCheckpoints,
+    checkpoints: RunCheckpointer,
     metrics: MetricsWriter | None,
-    reporter: Reporter,
-    limits: Limits,
-    incidents: IncidentWriter,
+    reporter: RunConsole,
+    limits: TimeLimits,
+    incidents: SpikeReportWriter,
     peak: float,
-) -> Parts:
+) -> TrainerComponents:
     run, data = course.run, course.data
     data_rank = run.topology.coordinate(comm.rank).data
     config = run.config
-    return Parts(
+    return TrainerComponents(
         run=run,
         comm=comm,
         engine=engine,
@@ -249,7 +250,7 @@ def _assemble(
     )
 
 
-def _announce(loop: TrainingLoop, reporter: Reporter, course: Course) -> None:
+def _announce(loop: Trainer, reporter: RunConsole, course: ResumePlan) -> None:
     parts, position = loop.parts, loop.position
     for warning in course.warnings:
         loop.event("warning", text=warning)
@@ -266,7 +267,7 @@ def _record_failure(metrics: MetricsWriter) -> Any:
     return lambda code: metrics.row("event", event="end", status="failed", exit_code=code)
 
 
-def _nothing_to_do(loop: TrainingLoop, reporter: Reporter) -> int:
+def _nothing_to_do(loop: Trainer, reporter: RunConsole) -> int:
     loop.event("end", status="finished", exit_code=EXIT_DONE)
     reporter.say(f"step {loop.position.step} is done already; raise train.steps to go on")
     return EXIT_DONE
@@ -278,7 +279,7 @@ def _close(metrics: MetricsWriter | None, mirror: MirrorHandle | None, opened: O
     page = None
     if metrics is not None:
         metrics.close()
-        page = leave_page(folder, reporter) if with_page else None
+        page = write_report_page(folder, reporter) if with_page else None
     if mirror is not None and not mirror.finish(_MIRROR_PATIENCE_SECONDS):
         reporter.say(f"MLflow has not got everything yet; later: megalm track sync {folder.path}")
     opened.lock.release()

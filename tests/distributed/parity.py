@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megalm.checkpoint.fragment import KINDS
-from megalm.config.checks_deepspeed import ALLOW_CPU_FP16
-from megalm.engine.quirks import allow_cpu_fp16_if_asked
+from megalm.checkpoint.shard_spec import KINDS
+from megalm.engine.deepspeed_patches import allow_cpu_fp16_if_asked
+from megalm.planning.checks.deepspeed import ALLOW_CPU_FP16
 from tests.distributed.training import VOCAB, Case, Trace, snapshot, start, steps, whole_state
 
 STEPS = 5

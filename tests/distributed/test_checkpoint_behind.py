@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from megalm.checkpoint import save as saving
-from megalm.checkpoint.layout import complete_checkpoints
+from megalm.checkpoint import save_transaction as saving
+from megalm.checkpoint.checkpointer import CheckpointWriter, Saved
+from megalm.checkpoint.discovery import complete_checkpoints
 from megalm.checkpoint.retention import Retention
-from megalm.checkpoint.writer import CheckpointWriter, Saved
 from megalm.errors import TrainingError
 from tests.checkpoint_files import assert_holds, fragments
 from tests.kill_points import left_of

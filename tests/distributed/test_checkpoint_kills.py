@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megalm.checkpoint.layout import candidates, complete_checkpoints
+from megalm.checkpoint.checkpointer import CheckpointWriter
+from megalm.checkpoint.discovery import complete_checkpoints, resume_candidates
 from megalm.checkpoint.retention import Retention, tidy
-from megalm.checkpoint.writer import CheckpointWriter
 from tests.checkpoint_files import assert_holds, fragments, save
 from tests.kill_points import counted, left_of
 from tests.ranks import run_ranks
@@ -53,7 +53,7 @@ def _check(place: Path) -> None:
     known = STORY[max(done - 1, 0) : done + 1]
     assert all(found.name.startswith("step-") for found in complete_checkpoints(checkpoints))
     tidy(checkpoints)
-    whole = candidates(checkpoints, "auto")
+    whole = resume_candidates(checkpoints, "auto")
     assert len(whole) >= min(done, KEEP_LAST), left_of(checkpoints)
     for entry in whole:
         assert entry.manifest is not None, entry.problem

@@ -34,17 +34,20 @@ ROWS = (
 )
 # What is no part of training's arithmetic: (file, function) -> why no number of the matrix can depend on it.
 CONTROL = {
-    ("megalm/engine/comm.py", "ProcessComm.barrier"): "waits, and moves nothing",
-    ("megalm/engine/comm.py", "ProcessComm.broadcast"): "decisions and texts of the loop",
-    ("megalm/engine/comm.py", "ProcessComm.gather"): "reports and failures of the loop",
-    ("megalm/engine/comm.py", "ProcessComm._shared"): "what one rank prepares for all",
-    ("megalm/engine/comm.py", "ProcessComm.once"): "what one rank prepares for all",
-    ("megalm/engine/comm.py", "ProcessComm.once_per_node"): "what one rank prepares for all",
-    ("megalm/engine/comm.py", "ProcessComm.max"): "refusals, measured times",
-    ("megalm/engine/base.py", "EngineBase.refused_gradients"): "a report",
-    ("megalm/engine/gate.py", "UpdateGate._admits"): "asks whether any rank refuses; test_update_gate.py has that",
-    ("megalm/engine/gate.py", "UpdateGate.guard.guarded"): "asks whether any rank refuses",
-    ("megalm/engine/pipeline_balance.py", "measured_costs"): "measured times, from which stages are cut",
+    ("megalm/engine/distributed.py", "DistributedCommunicator.barrier"): "waits, and moves nothing",
+    ("megalm/engine/distributed.py", "DistributedCommunicator.broadcast"): "decisions and texts of the loop",
+    ("megalm/engine/distributed.py", "DistributedCommunicator.gather"): "reports and failures of the loop",
+    ("megalm/engine/distributed.py", "DistributedCommunicator._shared"): "what one rank prepares for all",
+    ("megalm/engine/distributed.py", "DistributedCommunicator.once"): "what one rank prepares for all",
+    ("megalm/engine/distributed.py", "DistributedCommunicator.once_per_node"): "what one rank prepares for all",
+    ("megalm/engine/distributed.py", "DistributedCommunicator.max"): "refusals, measured times",
+    ("megalm/engine/base_engine.py", "EngineBase.refused_gradients"): "a report",
+    (
+        "megalm/engine/base_engine.py",
+        "UpdateCheck._admits",
+    ): "asks whether any rank refuses; test_update_gate.py has that",
+    ("megalm/engine/base_engine.py", "UpdateCheck.guard.guarded"): "asks whether any rank refuses",
+    ("megalm/engine/pipeline_profiler.py", "measured_costs"): "measured times, from which stages are cut",
     ("megalm/engine/build.py", "_balance"): "measured times, from which stages are cut",
     ("megalm/engine/build.py", "build_engine"): "measured times, from which stages are cut",
 }

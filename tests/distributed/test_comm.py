@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalm.engine.comm import ProcessComm
+from megalm.engine.distributed import DistributedCommunicator
 from megalm.errors import ConfigError, DataError, OtherRankFailed
 from tests.distributed.training import Case, make_dataset, start, steps
 from tests.ranks import run_ranks
@@ -19,7 +19,7 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.distributed
 
 
-def _slow_once(comm: ProcessComm, device: torch.device) -> str:
+def _slow_once(comm: DistributedCommunicator, device: torch.device) -> str:
     # What an hour is to a build of datasets, a second is here.
     dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1))
 
@@ -30,7 +30,7 @@ def _slow_once(comm: ProcessComm, device: torch.device) -> str:
     return comm.once(work)
 
 
-def _dead_rank_0(comm: ProcessComm, device: torch.device) -> float:
+def _dead_rank_0(comm: DistributedCommunicator, device: torch.device) -> float:
     """Seconds until the others notice."""
     told = comm.gather(comm.rank)
     assert told == [0, 1]
@@ -43,7 +43,7 @@ def _dead_rank_0(comm: ProcessComm, device: torch.device) -> float:
     return time.monotonic() - began
 
 
-def _codes(comm: ProcessComm, device: torch.device) -> list[int]:
+def _codes(comm: DistributedCommunicator, device: torch.device) -> list[int]:
     """What this rank leaves with where rank 0 was refused, and where it failed."""
 
     def leave_with(error: Exception) -> int:
@@ -62,7 +62,7 @@ def test_all_ranks_leave_with_the_code_of_the_one_that_tells(tmp_path: Path) -> 
     assert run_ranks(2, _codes) == [[2, 1, 2]] * 2
 
 
-def _loaded(comm: ProcessComm, device: torch.device, prefix: Path, folder: Path) -> set[str]:
+def _loaded(comm: DistributedCommunicator, device: torch.device, prefix: Path, folder: Path) -> set[str]:
     engine, run, loader = start(comm, device, Case("zero1.json"), prefix, folder)
     steps(engine, run, loader, 1, 1)
     loader.close()

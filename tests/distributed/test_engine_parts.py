@@ -11,11 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalm.config.schema import SampleSection
-from megalm.data.indexed import IndexedDataset
-from megalm.data.loader import BatchLayout, ValidationLoader
-from megalm.data.samples import ValidationSamples
-from megalm.train.evaluate import Evaluator
-from megalm.train.sampling import generate
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.sampling.batch_loader import BatchLayout, ValidationLoader
+from megalm.data.sampling.samples import ValidationSamples
+from megalm.train.evaluator import Evaluator
+from megalm.train.text_samples import generate
 from tests.distributed.training import VOCAB, Case, Trace, make_dataset, start, steps
 from tests.ranks import run_ranks
 

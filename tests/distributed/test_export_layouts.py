@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from megalm.checkpoint.load import CheckpointReader
-from megalm.checkpoint.save import save_checkpoint
-from megalm.data.tokenizer import load_tokenizer
-from megalm.huggingface.export import export_checkpoint
-from megalm.huggingface.load import import_model
-from megalm.huggingface.source import HuggingFaceFolder
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
+from megalm.checkpoint.save_transaction import save_checkpoint
+from megalm.data.tokenizers.tokenizer import load_tokenizer
+from megalm.huggingface.export_model import export_checkpoint
+from megalm.huggingface.import_model import import_model
+from megalm.huggingface.pretrained_folder import HuggingFaceFolder
 from tests.distributed.training import Case, Trace, make_dataset, shape_of, snapshot, start, steps, whole_state
 from tests.ranks import run_ranks
 

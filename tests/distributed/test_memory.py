@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from megalm.config.resolve import memory_case
-from megalm.estimate.memory import estimate_stages
+from megalm.cost_model.memory import estimate_stages
+from megalm.planning.resolve import memory_case
 from tests.distributed.training import Case, make_dataset, resolved, shape_of, start
 from tests.ranks import run_ranks
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from megalm.checkpoint.load import CheckpointReader
-from megalm.checkpoint.save import save_checkpoint
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
+from megalm.checkpoint.save_transaction import save_checkpoint
 from tests.distributed.training import Case, Trace, make_dataset, snapshot, start, steps, whole_state
 from tests.ranks import run_ranks
 

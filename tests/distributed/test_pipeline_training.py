@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from megalm.cost_model.pipeline_balance import StageCosts
 from megalm.engine.build import build_engine
-from megalm.estimate.balance import StageCosts
 from tests.distributed.parity import TOLERANCES, Outcome, difference, train
 from tests.distributed.training import Case, make_dataset, resolved, shape_of
 from tests.ranks import run_ranks

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalm.parallel.groups import make_groups
+from megalm.parallel.process_groups import make_groups
 from megalm.topology import Topology
 from tests.ranks import run_ranks
 

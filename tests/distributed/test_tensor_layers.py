@@ -16,16 +16,15 @@ from torch import Tensor, nn
 
 from megalm.config.schema import ModelSection
 from megalm.model.attention import Attention
-from megalm.model.dropout import DropoutClock
-from megalm.model.init import initialise
-from megalm.model.layers import DenseLayers, LayerFactory
+from megalm.model.initialization import initialize
+from megalm.model.layer_factory import DenseLayers, LayerFactory
 from megalm.model.loss import IGNORE
-from megalm.model.mlp import mlp
-from megalm.model.shape import ModelShape, model_shape
-from megalm.model.shard import shard_of
-from megalm.model.transformer import Embedding, LanguageModel, LanguageModelHead
-from megalm.parallel.groups import AxisGroup, make_groups
-from megalm.parallel.layers import TensorLayers
+from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.model.modules import DropoutClock
+from megalm.model.param_shard import shard_of
+from megalm.model.transformer import Embedding, LanguageModel, LanguageModelHead, mlp
+from megalm.parallel.process_groups import AxisGroup, make_groups
+from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.topology import Topology
 from tests.ranks import run_ranks
 
@@ -36,7 +35,7 @@ TOLERANCE = 1e-4
 CLOCK = DropoutClock(seed=0)
 
 
-def shape(style: str, key_value_heads: int, vocab_size: int = VOCAB) -> ModelShape:
+def shape(style: str, key_value_heads: int, vocab_size: int = VOCAB) -> ModelConfig:
     section = ModelSection(
         style=style,
         hidden_size=HIDDEN,
@@ -45,7 +44,7 @@ def shape(style: str, key_value_heads: int, vocab_size: int = VOCAB) -> ModelSha
         num_key_value_heads=key_value_heads,
         qk_norm=True,
     )
-    return model_shape(section, vocab_size, LENGTH)
+    return build_model_config(section, vocab_size, LENGTH)
 
 
 class Lab:
@@ -66,10 +65,10 @@ class Lab:
         length = whole.shape[1] // self.group.size
         return whole.narrow(1, self.group.index * length, length)
 
-    def twins(self, make: Callable[[LayerFactory], nn.Module], sizes: ModelShape) -> tuple[nn.Module, nn.Module]:
+    def twins(self, make: Callable[[LayerFactory], nn.Module], sizes: ModelConfig) -> tuple[nn.Module, nn.Module]:
         dense, sharded = make(self.dense), make(self.sharded)
         for module in (dense, sharded):
-            initialise(module, sizes, seed=1)
+            initialize(module, sizes, seed=1)
             for name, parameter in module.named_parameters():
                 if parameter.ndim == 1:  # biases and gains that are not all alike
                     whole = torch.randn(shard_of(parameter).shape, generator=seeded(name))
@@ -84,7 +83,7 @@ class Lab:
             for name, parameter in sharded.named_parameters()
         }
 
-    def compare(self, make: Callable[[LayerFactory], nn.Module], sizes: ModelShape, *rest: Any) -> dict[str, float]:
+    def compare(self, make: Callable[[LayerFactory], nn.Module], sizes: ModelConfig, *rest: Any) -> dict[str, float]:
         """A module from the stream to the stream: differences of output, input gradient and parameter gradients."""
         dense, sharded = self.twins(make, sizes)
         hidden, outer = (torch.randn(BATCH, LENGTH, HIDDEN, generator=seeded(name)) for name in ("hidden", "outer"))
@@ -171,7 +170,7 @@ def _model(lab: Lab, style: str, key_value_heads: int, recompute: int = 0) -> di
 
     dense, sharded = make(lab.dense), make(lab.sharded)
     for model in (dense, sharded):
-        initialise(model, sizes, seed=1)
+        initialize(model, sizes, seed=1)
     tokens = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=seeded("tokens"))
     labels = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=seeded("labels"))
     documents = (torch.arange(LENGTH) // 7).expand(BATCH, LENGTH).contiguous()

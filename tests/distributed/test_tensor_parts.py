@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalm.config.schema import ModelSection
-from megalm.data.indexed import IndexedDataset
-from megalm.data.loader import BatchLayout, ValidationLoader
-from megalm.data.samples import ValidationSamples
-from megalm.model.block import Block
-from megalm.model.dropout import DropoutClock
-from megalm.model.init import initialise
-from megalm.model.layers import DenseLayers, LayerFactory
-from megalm.model.shape import model_shape
-from megalm.model.shard import shard_of
-from megalm.parallel.groups import make_groups
-from megalm.parallel.layers import TensorLayers
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.sampling.batch_loader import BatchLayout, ValidationLoader
+from megalm.data.sampling.samples import ValidationSamples
+from megalm.model.initialization import initialize
+from megalm.model.layer_factory import DenseLayers, LayerFactory
+from megalm.model.model_config import build_model_config
+from megalm.model.modules import DropoutClock
+from megalm.model.param_shard import shard_of
+from megalm.model.transformer import Block
+from megalm.parallel.process_groups import make_groups
+from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.topology import Topology
 from tests.distributed.training import VOCAB, Case, Trace, make_dataset, start, steps
 from tests.ranks import run_ranks
@@ -184,7 +184,9 @@ def _masks(comm: Any, device: torch.device) -> dict[tuple[bool, str], Any]:
     """Per kind of stream: what dropout leaves of ones in the stream, and the seed of attention's own."""
     clock = DropoutClock(seed=3, step=7, micro_batch=2)
     group = make_groups(Topology(comm.size, tensor=comm.size), comm.rank, comm.timeout).tensor
-    sizes = model_shape(ModelSection(style="gpt2", hidden_size=32, num_attention_heads=4, dropout=0.2), VOCAB, 64)
+    sizes = build_model_config(
+        ModelSection(style="gpt2", hidden_size=32, num_attention_heads=4, dropout=0.2), VOCAB, 64
+    )
     found: dict[tuple[bool, str], Any] = {}
     for sequence in (False, True):
         block = Block(sizes, TensorLayers(clock, group, sequence), None, clock, layer=1)
@@ -209,7 +211,7 @@ def test_masks_are_equal_where_numbers_are_and_different_where_they_are_not() ->
 def _saved_bytes(comm: Any, device: torch.device) -> dict[str, int]:
     """Bytes that one block keeps for its backward pass, its parameters apart."""
     section = ModelSection(style="gpt2", hidden_size=64, num_attention_heads=4, dropout=0.1)
-    clock, sizes = DropoutClock(seed=0), model_shape(section, VOCAB, 128)
+    clock, sizes = DropoutClock(seed=0), build_model_config(section, VOCAB, 128)
     group = make_groups(Topology(comm.size, tensor=comm.size), comm.rank, comm.timeout).tensor
     factories: dict[str, LayerFactory] = {
         "dense": DenseLayers(clock),
@@ -219,7 +221,7 @@ def _saved_bytes(comm: Any, device: torch.device) -> dict[str, int]:
     found = {}
     for name, layers in factories.items():
         block = Block(sizes, layers, None, clock, 1)
-        initialise(block, sizes, seed=1)
+        initialize(block, sizes, seed=1)
         parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
         kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used again
 

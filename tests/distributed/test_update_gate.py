@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from megalm.train.schedule import learning_rate
+from megalm.planning.lr_schedule import learning_rate
 from tests.distributed.training import Case, make_dataset, snapshot, start
 from tests.ranks import run_ranks
 

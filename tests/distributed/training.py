@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from megalm.config.deepspeed_json import read_deepspeed_json
+from megalm.config.deepspeed.json_reader import read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.config.precision import DeviceFacts
-from megalm.config.resolve import ResolvedRun, resolve
-from megalm.data.indexed import IndexedDataset
-from megalm.data.indexed_writer import IndexedDatasetWriter
-from megalm.data.loader import BatchLayout, BatchLoader
-from megalm.data.samples import TrainingSamples
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.writer import IndexedDatasetWriter
+from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader
+from megalm.data.sampling.samples import TrainingSamples
 from megalm.engine.build import build_engine
-from megalm.model.shape import ModelShape, model_shape
-from megalm.train.schedule import learning_rate
+from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.planning.lr_schedule import learning_rate
+from megalm.planning.resolve import ResolvedRun, resolve
 
 VOCAB = 131  # no multiple of anything, so that padding somewhere would show
 MODEL = (
@@ -84,8 +84,8 @@ def resolved(case: Case, world_size: int, folder: Path) -> ResolvedRun:
     return resolve(loaded, read_deepspeed_json(str(path)), world_size, DeviceFacts("cpu", True, 4 << 30), VOCAB)
 
 
-def shape_of(run: ResolvedRun) -> ModelShape:
-    return model_shape(run.config.model, VOCAB, run.config.data.sequence_length)
+def shape_of(run: ResolvedRun) -> ModelConfig:
+    return build_model_config(run.config.model, VOCAB, run.config.data.sequence_length)
 
 
 def start(

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megalm.data.builder import build_dataset
-from megalm.data.corpus import Document
-from megalm.data.stdlib import source_files
-from megalm.data.tokenizer import load_tokenizer, train_tokenizer
+from megalm.data.builder.builder import build_dataset
+from megalm.data.builder.stdlib_corpus import source_files
+from megalm.data.readers.document_reader import Document
+from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from tests.e2e.jobs import SMALL
 
 _SOURCES = ("argparse.py", "calendar.py", "difflib.py", "shlex.py", "textwrap.py", "heapq.py", "string.py", "cmd.py")

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from megalm.tracking.metrics import read_metrics
+from megalm.runs.metrics_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = ROOT / "launch" / "pretrain.py"

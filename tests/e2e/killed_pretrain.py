@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megalm.checkpoint.writer import CheckpointWriter  # noqa: E402
+from megalm.checkpoint.checkpointer import CheckpointWriter  # noqa: E402
 from tests.kill_points import counted  # noqa: E402
 
 rank, wanted_save, call, number = os.environ["MEGALM_TEST_KILL"].split(":")

@@ -12,10 +12,10 @@ pytestmark = pytest.mark.e2e
 SCRIPT = """
 import resource, sys
 import torch
-from megalm.engine.allocator import keep_freed_memory
+from megalm.engine.device import tune_malloc
 
 if sys.argv[1] == "keep":
-    keep_freed_memory()
+    tune_malloc()
 
 def step():
     # More than the 32 MB up to which glibc may learn to keep them by itself.

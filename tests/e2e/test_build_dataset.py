@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from megalm.data.indexed import IndexedDataset
-from megalm.data.inspection import verify
-from megalm.data.stdlib import stdlib_documents
-from megalm.data.tokenizer import train_tokenizer
+from megalm.data.analysis.dataset_info import verify
+from megalm.data.builder.stdlib_corpus import stdlib_documents
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.tokenizers.tokenizer import train_tokenizer
 from megalm.errors import DataError
 
 pytestmark = pytest.mark.e2e

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from megalm.checkpoint.manifest import read_manifest
-from megalm.data.builder import build_dataset
-from megalm.data.tokenizer import load_tokenizer
-from megalm.tracking.metrics import live_rows
+from megalm.data.builder.builder import build_dataset
+from megalm.data.tokenizers.tokenizer import load_tokenizer
+from megalm.runs.metrics_log import live_rows
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import PRETRAIN, Finished, finish, launcher, pretrain, rows, run_folder, train_rows, write_json
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megalm.data.indexed import IndexedDataset
+from megalm.data.indexed.dataset import IndexedDataset
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import Finished, finish, pretrain
 

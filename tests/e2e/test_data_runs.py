@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megalm.data.builder import build_files
-from megalm.data.tokenizer import load_tokenizer
+from megalm.data.builder.builder import build_files
+from megalm.data.tokenizers.tokenizer import load_tokenizer
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import ROOT, Finished, finish, pretrain, rows, train_rows, write_json
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megalm.config.loading import load_run_config
-from megalm.model.shape import model_shape
+from megalm.model.model_config import build_model_config
 from megalm.model.transformer import LanguageModel
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import finish, pretrain
@@ -42,7 +42,7 @@ def test_tells_everything_and_touches_nothing(small_data: SmallData, tmp_path: P
 def parameters(small_data: SmallData) -> int:
     """Those that the model really has."""
     config = load_run_config(None, small_data.words).config
-    model = LanguageModel(model_shape(config.model, small_data.vocabulary, config.data.sequence_length))
+    model = LanguageModel(build_model_config(config.model, small_data.vocabulary, config.data.sequence_length))
     return sum(parameter.numel() for parameter in model.parameters())
 
 

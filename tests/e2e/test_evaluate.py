@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megalm.data.builder import build_dataset
-from megalm.data.corpus import Document
-from megalm.data.tokenizer import ByteTokenizer, load_tokenizer
+from megalm.data.builder.builder import build_dataset
+from megalm.data.readers.document_reader import Document
+from megalm.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import Finished, finish, pretrain, rows
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalm.data.indexed import IndexedDataset
-from megalm.data.indexed_writer import IndexedDatasetWriter
-from megalm.data.loader import BatchLayout, BatchLoader
-from megalm.data.samples import TrainingSamples
-from megalm.train.leaving import FailureClaim
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.writer import IndexedDatasetWriter
+from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader
+from megalm.data.sampling.samples import TrainingSamples
+from megalm.train.lifecycle.shutdown import FailureClaim
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import (
     ROOT,
@@ -103,7 +103,7 @@ def test_a_killed_rank_ends_the_job(small_data: SmallData, tmp_path: Path) -> No
 WAITING = """
 import sys, time
 from pathlib import Path
-from megalm.train.leaving import FailureClaim, Guard
+from megalm.train.lifecycle.shutdown import FailureClaim, Guard
 
 def work():
     guard.share(FailureClaim(Path(sys.argv[1])))
@@ -133,7 +133,7 @@ def test_a_rank_that_waits_forever_leaves_with_the_failed_one(tmp_path: Path) ->
 FULL = """
 import errno, os, resource, sys
 from pathlib import Path
-from megalm.train.leaving import FailureClaim, Guard
+from megalm.train.lifecycle.shutdown import FailureClaim, Guard
 
 def work():
     guard.share(FailureClaim(Path(sys.argv[1])))
@@ -160,8 +160,8 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
 UNREAD = """
 import sys
 from pathlib import Path
-from megalm.train.leaving import Guard
-from megalm.train.report import Reporter
+from megalm.train.lifecycle.shutdown import Guard
+from megalm.train.console import Reporter
 
 def work():
     reporter = Reporter(True, Path(sys.argv[1]))
@@ -190,7 +190,7 @@ def test_training_goes_on_when_nobody_reads_what_it_prints(tmp_path: Path) -> No
 LETTERS = """
 import sys
 from pathlib import Path
-from megalm.train.report import Reporter
+from megalm.train.console import Reporter
 
 reporter = Reporter(True, Path(sys.argv[1]))
 for word in ("one", "zw\\xf6lf \\u2192 \\udcff", "three"):
@@ -208,7 +208,7 @@ def test_a_terminal_without_the_letters_of_a_sample_ends_no_run(tmp_path: Path) 
 
 REFUSED = """
 from megalm.errors import ConfigError
-from megalm.train.leaving import Guard
+from megalm.train.lifecycle.shutdown import Guard
 
 def work():
     print("refused", flush=True)

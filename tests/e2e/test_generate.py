@@ -180,5 +180,5 @@ def test_neither_deepspeed_nor_the_compiler_is_loaded(folder: Path) -> None:
     finished = finish(folder, words, environment={"PYTHONPROFILEIMPORTTIME": "1"})
     assert finished.code == 0, finished.explain()
     loaded = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines()}
-    assert "megalm.offline.model" in loaded
+    assert "megalm.inference.inference_model" in loaded
     assert not {"deepspeed", "mlflow", "torch._dynamo"} & loaded

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megalm.tracking.metrics import live_rows
-from megalm.train.limits import Watchdog
+from megalm.runs.metrics_log import live_rows
+from megalm.train.lifecycle.time_limits import Watchdog
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import finish, job, losses, pretrain, rows, run_folder, train_rows
 
@@ -87,7 +87,7 @@ def test_a_killed_rank_costs_one_interval_and_changes_no_number(small_data: Smal
 # Rank 1 goes into a loop of its own; both ranks can still write their stacks.
 LOST = """
 import os, runpy, sys, time
-import megalm.train.loop as loop
+import megalm.train.trainer as loop
 
 step = loop.TrainingLoop._train_step
 
@@ -120,7 +120,7 @@ def test_every_rank_writes_where_it_stood(small_data: SmallData, tmp_path: Path)
 SLOW_BUT_ALIVE = """
 import sys, time
 from pathlib import Path
-from megalm.train.limits import Limits, Watchdog
+from megalm.train.lifecycle.time_limits import Limits, Watchdog
 
 limits = Limits(watchdog=Watchdog(Path(sys.argv[1]), 2.0, lambda silence: print("hangs", flush=True)))
 limits.boundary()

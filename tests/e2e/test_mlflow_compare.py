@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from megalm.tracking.metrics import read_metrics
+from megalm.runs.metrics_log import read_metrics
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import finish, job, pretrain, until
 

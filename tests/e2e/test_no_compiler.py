@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megalm.engine.extensions import load_cpu_adam
+from megalm.engine.cpp_extensions import load_cpu_adam
 from megalm.errors import ConfigError
 
 pytestmark = pytest.mark.e2e

@@ -13,8 +13,8 @@ import yaml
 from torch.nn import functional
 
 from megalm.config.loading import load_run_config
-from megalm.data.tokenizer import load_tokenizer
-from megalm.tracking.metrics import read_metrics
+from megalm.data.tokenizers.tokenizer import load_tokenizer
+from megalm.runs.metrics_log import read_metrics
 from megalm.train.datasets import find_data, open_datasets
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import Finished, finish, own_lines, pretrain

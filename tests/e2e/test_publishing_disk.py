@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalm.checkpoint.load import CheckpointReader
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.cli.main import main
-from megalm.durable import temporary_name
 from megalm.errors import DataError
-from megalm.huggingface.export import export_checkpoint
-from megalm.huggingface.load import import_model
-from megalm.huggingface.source import HuggingFaceFolder
+from megalm.huggingface.export_model import export_checkpoint
+from megalm.huggingface.import_model import import_model
+from megalm.huggingface.pretrained_folder import HuggingFaceFolder
+from megalm.utils.atomic_files import temporary_name
 from tests.huggingface_models import SECTIONS, random_model, save_model
 
 pytestmark = pytest.mark.e2e

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from megalm.checkpoint.manifest import read_manifest, set_status
-from megalm.config.presets import preset_paths
-from megalm.tracking.metrics import live_rows
-from megalm.train.leaving import Guard
+from megalm.config.loading import preset_paths
+from megalm.runs.metrics_log import live_rows
+from megalm.train.lifecycle.shutdown import RankSupervisor
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import PRETRAIN, finish, rows, run_folder
 from tests.ranks import run_ranks
@@ -50,7 +50,7 @@ def train_in_place(_: object, __: object, folder: str, words: dict[str, Any]) ->
 
     os.chdir(folder)
     os.environ["MEGALM_ALLOW_CPU_FP16"] = "1"
-    return pretrain(Arguments(None, **words), Guard(int(os.environ["RANK"])))
+    return pretrain(Arguments(None, **words), RankSupervisor(int(os.environ["RANK"])))
 
 
 def train(folder: Path, data: SmallData, preset: str, *words: str, **flags: Any) -> None:

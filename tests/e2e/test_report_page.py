@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megalm.tracking.metrics import Row, live_rows, read_metrics
+from megalm.runs.metrics_log import Row, live_rows, read_metrics
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import finish, job, pretrain
 

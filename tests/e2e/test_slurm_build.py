@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from megalm.data.builder import BuildOptions, build_files
-from megalm.data.dedup import Dedup
-from megalm.data.inspection import verify
-from megalm.data.stdlib import stdlib_documents
-from megalm.data.tokenizer import ByteTokenizer
+from megalm.data.analysis.dataset_info import verify
+from megalm.data.builder.builder import BuildOptions, build_files
+from megalm.data.builder.dedup import Dedup
+from megalm.data.builder.stdlib_corpus import stdlib_documents
+from megalm.data.tokenizers.tokenizer import ByteTokenizer
 from tests.slurm_cluster import SlurmCluster, slurm
 
 __all__ = ["slurm"]  # the fixture

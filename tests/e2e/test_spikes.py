@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from megalm.checkpoint.manifest import read_manifest
-from megalm.data.indexed import IndexedDataset
-from megalm.data.indexed_writer import IndexedDatasetWriter
-from megalm.data.samples import TrainingSamples, split_documents
-from megalm.tracking.metrics import live_rows
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.writer import IndexedDatasetWriter
+from megalm.data.sampling.samples import TrainingSamples, split_documents
+from megalm.runs.metrics_log import live_rows
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import Finished, finish, launcher, pretrain, rows, run_folder, train_rows
 
@@ -105,7 +105,7 @@ def test_the_report_says_what_was_read_and_where_in_the_model(skipped: Path, sma
 
 
 @pytest.fixture(scope="module")
-def rolled_back(poisoned: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def attempt_after_rollback(poisoned: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rollback")
     finished = train(folder, *poisoned, "guard.policy=rollback", ranks=2)
     assert finished.code == 0, finished.explain()
@@ -113,31 +113,31 @@ def rolled_back(poisoned: tuple[str, ...], tmp_path_factory: pytest.TempPathFact
 
 
 def test_rollback_is_the_run_that_never_saw_that_data(
-    poisoned: tuple[str, ...], skipped: Path, rolled_back: Path, tmp_path: Path
+    poisoned: tuple[str, ...], skipped: Path, attempt_after_rollback: Path, tmp_path: Path
 ) -> None:
     """The other run is set past the data of steps 11 to 14 by hand, and judges nothing."""
-    (back,) = events(rolled_back, "rollback")
+    (back,) = events(attempt_after_rollback, "rollback")
     assert (back["step"], back["at_step"], back["samples_skipped"], back["attempt"]) == (10, POISONED, 4 * 16, 2)
-    assert [row["attempt"] for row in train_rows(rolled_back)] == [1] * (POISONED - 1) + [2] * 8
+    assert [row["attempt"] for row in train_rows(attempt_after_rollback)] == [1] * (POISONED - 1) + [2] * 8
     start = run_folder(skipped) / "checkpoints" / "step-00000010"
     by_hand = ("guard.policy=off", "--resume", str(start), "--skip-steps", "4")
     finished = train(tmp_path, *poisoned, *by_hand, ranks=2)
     assert finished.code == 0, finished.explain()
     assert not events(tmp_path, "spike")
     assert len(numbers(tmp_path)) == 8
-    assert numbers(rolled_back, first=11) == numbers(tmp_path)
+    assert numbers(attempt_after_rollback, first=11) == numbers(tmp_path)
 
 
-def test_a_resume_passes_over_the_same_data(poisoned: tuple[str, ...], rolled_back: Path) -> None:
+def test_a_resume_passes_over_the_same_data(poisoned: tuple[str, ...], attempt_after_rollback: Path) -> None:
     """Also one from the very checkpoint that the run was set back to."""
-    before = numbers(rolled_back)
-    manifest = read_manifest(run_folder(rolled_back) / "checkpoints" / "step-00000010")
+    before = numbers(attempt_after_rollback)
+    manifest = read_manifest(run_folder(attempt_after_rollback) / "checkpoints" / "step-00000010")
     (segment,) = manifest["data_position"]["segments"]
     assert (segment["samples_consumed"], segment["samples_skipped"]) == (160, 64)
-    finished = train(rolled_back, *poisoned, "guard.policy=off", "--resume", "10", ranks=2)
+    finished = train(attempt_after_rollback, *poisoned, "guard.policy=off", "--resume", "10", ranks=2)
     assert finished.code == 0, finished.explain()
-    assert numbers(rolled_back) == before
-    last = read_manifest(run_folder(rolled_back) / "checkpoints" / f"step-{STEPS:08d}")
+    assert numbers(attempt_after_rollback) == before
+    last = read_manifest(run_folder(attempt_after_rollback) / "checkpoints" / f"step-{STEPS:08d}")
     assert last["attempt"] == 3
     assert [part["samples_consumed"] for part in last["data_position"]["segments"]] == [160, 128]
 

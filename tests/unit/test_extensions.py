@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from megalm.engine.extensions import compiling_alone
+from megalm.engine.cpp_extensions import compiling_alone
 
 
 @pytest.fixture

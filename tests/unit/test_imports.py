@@ -18,7 +18,7 @@ FOLDERS = ("megalm", "launch", "data_tools")
 
 @dataclass(frozen=True)
 class Import:
-    """`importer` (megalm.engine.zero) imports `imported` (torch.distributed, or megalm.train.loop.run)."""
+    """`importer` (megalm.engine.zero_engine) imports `imported` (torch.distributed, or megalm.train.trainer.run)."""
 
     importer: str
     imported: str
@@ -66,7 +66,7 @@ def _training_sees_classes(item: Import) -> bool:
         inside(item.importer, "megalm.train")
         and not inside(item.importer, "megalm.train.setup")
         and inside(item.imported, "megalm.engine", "megalm.parallel")
-        and not inside(item.imported, "megalm.engine.protocol")
+        and not inside(item.imported, "megalm.engine.interface")
     )
 
 
@@ -77,20 +77,23 @@ ENGINES = ("megalm.engine", "megalm.parallel")
 RULES = (
     Rule("config imports no torch", never("megalm.config", "torch")),
     Rule("topology is pure integers: no torch", never("megalm.topology", "torch")),
-    Rule("estimate is pure integers: no torch", never("megalm.estimate", "torch")),
+    Rule("estimate is pure integers: no torch", never("megalm.cost_model", "torch")),
     Rule("planning imports no torch: it runs on a login node", never("megalm.planning", "torch")),
     Rule("data imports no torch: it runs on a login node", never("megalm.data", "torch")),
     Rule("tracking imports no torch", never("megalm.tracking", "torch")),
     Rule("model imports torch, model and config.schema only", _model_reaches_out),
     Rule("parallel imports model, never what stands above it", _parallel_reaches_out),
     Rule("deepspeed is imported in engine and launch only", only_in("deepspeed", "megalm.engine", "launch")),
-    Rule("mlflow is imported in tracking/mlflow.py only", only_in("mlflow", "megalm.tracking.mlflow")),
+    Rule(
+        "mlflow is imported in tracking/mlflow_mirror/client.py only",
+        only_in("mlflow", "megalm.tracking.mlflow_mirror.client"),
+    ),
     Rule("torch.distributed: parallel, engine, checkpoint only", only_in("torch.distributed", *DISTRIBUTED_PLACES)),
     Rule("checkpoint stores fragments and never sees the engine", never("megalm.checkpoint", "megalm.engine")),
     Rule("huggingface reads and writes files: it sees no engine", never("megalm.huggingface", *ENGINES)),
     Rule("huggingface is imported by commands only", only_in("megalm.huggingface", "megalm.huggingface", "megalm.cli")),
-    Rule("offline is one process: no engine, no groups", never("megalm.offline", *ENGINES)),
-    Rule("offline is imported by commands only", only_in("megalm.offline", "megalm.offline", "megalm.cli")),
+    Rule("offline is one process: no engine, no groups", never("megalm.inference", *ENGINES)),
+    Rule("offline is imported by commands only", only_in("megalm.inference", "megalm.inference", "megalm.cli")),
     Rule("transformers is for tests: an export needs none", never("megalm", "transformers")),
     Rule("megalm never imports launch or data_tools", never("megalm", *DOORS)),
     Rule("megalm imports its command line in cli only", only_in("megalm.cli", "megalm.cli", *DOORS)),
@@ -150,17 +153,17 @@ def test_import_rules_hold() -> None:
         ("megalm/train/a.py", "import deepspeed.comm"),
         ("megalm/tracking/a.py", "import mlflow"),
         ("megalm/tracking/a.py", "import importlib\nimportlib.import_module('mlflow.entities')"),
-        ("megalm/parallel/a.py", "from megalm.engine.zero import Engine"),
+        ("megalm/parallel/a.py", "from megalm.engine.zero_engine import Engine"),
         ("megalm/checkpoint/a.py", "import deepspeed"),
         ("megalm/engine/a.py", "from launch import pretrain"),
-        ("megalm/train/loop.py", "if TYPE_CHECKING:\n    from megalm.engine import zero"),
-        ("megalm/train/sampling.py", "from megalm.engine.zero import ZeroEngine"),
+        ("megalm/train/trainer.py", "if TYPE_CHECKING:\n    from megalm.engine import zero"),
+        ("megalm/train/text_samples.py", "from megalm.engine.zero_engine import ZeroEngine"),
         ("megalm/train/a.py", "from megalm import cli"),
         ("megalm/huggingface/a.py", "from megalm.engine.build import build_engine"),
         ("megalm/huggingface/a.py", "import transformers"),
-        ("megalm/offline/a.py", "from megalm.engine.protocol import Engine"),
-        ("megalm/train/a.py", "from megalm.offline.model import OfflineModel"),
-        ("megalm/train/a.py", "from megalm.huggingface.load import import_model"),
+        ("megalm/offline/a.py", "from megalm.engine.interface import Engine"),
+        ("megalm/train/a.py", "from megalm.inference.inference_model import InferenceModel"),
+        ("megalm/train/a.py", "from megalm.huggingface.import_model import import_model"),
     ],
 )
 def test_breaches_are_found(path: str, source: str) -> None:
@@ -173,12 +176,12 @@ def test_breaches_are_found(path: str, source: str) -> None:
     ("path", "source"),
     [
         ("megalm/engine/a.py", "import deepspeed, torch.distributed"),
-        ("megalm/tracking/mlflow.py", "import mlflow"),
-        ("megalm/tracking/a.py", "from megalm.tracking.mlflow import MlflowStore"),
+        ("megalm/tracking/mlflow_mirror/client.py", "import mlflow"),
+        ("megalm/tracking/a.py", "from megalm.tracking.mlflow_mirror.client import MlflowStore"),
         ("megalm/model/a.py", "import torch\nfrom megalm.config.schema import ModelSection"),
         ("megalm/config/a.py", "import torchlike"),
-        ("megalm/train/loop.py", "from megalm.engine.protocol import Engine"),
-        ("megalm/train/setup.py", "from megalm.engine.zero import ZeroEngine"),
+        ("megalm/train/trainer.py", "from megalm.engine.interface import Engine"),
+        ("megalm/train/setup.py", "from megalm.engine.zero_engine import ZeroEngine"),
         ("launch/a.py", "from megalm.cli import main"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalm.model.shard import Shard, mark, shard_of
+from megalm.model.param_shard import ShardedAxis, annotate_shard, shard_of
 from megalm.parallel.partition import rows, whole_parts
 
 DEGREES = st.integers(1, 16)
@@ -56,12 +56,12 @@ def test_a_head_is_never_cut() -> None:
 def test_a_shard_is_cut_out_of_the_whole() -> None:
     whole = torch.arange(12.0).view(4, 3)
     part = torch.nn.Parameter(torch.empty(2, 3))
-    mark(part, Shard((4, 3), ((1, 3), (0, 3)), is_owner=False))
+    annotate_shard(part, ShardedAxis((4, 3), ((1, 3), (0, 3)), is_owner=False))
     assert torch.equal(shard_of(part).cut(whole), whole[1:3])
     assert shard_of(part).sizes == (2, 3)
 
 
 def test_without_a_mark_a_parameter_is_whole() -> None:
     parameter = torch.nn.Parameter(torch.ones(4, 3))
-    assert shard_of(parameter) == Shard((4, 3), None, is_owner=True)
+    assert shard_of(parameter) == ShardedAxis((4, 3), None, is_owner=True)
     assert shard_of(parameter).cut(parameter) is parameter

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalm.engine.peak import peak_flops
-from megalm.estimate.data_sheet import data_sheet_peak
+from megalm.cost_model.gpu_specs import data_sheet_peak
+from megalm.engine.device import peak_flops
 
 
 @pytest.mark.parametrize(

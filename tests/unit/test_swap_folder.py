@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megalm.engine import nvme
-from megalm.engine.nvme import SwapFolder
+from megalm.engine import nvme_offload
+from megalm.engine.nvme_offload import SwapFolder
 from megalm.errors import ConfigError
 
 NOBODY = 4_194_305  # no process has so high a number
@@ -29,7 +29,7 @@ def direct_io(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     try:
         os.close(os.open(tmp_path / "direct", os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
     except OSError:
-        monkeypatch.setattr(nvme, "_require_direct_io", lambda folder: None)
+        monkeypatch.setattr(nvme_offload, "_require_direct_io", lambda folder: None)
     (tmp_path / "direct").unlink()
 
 

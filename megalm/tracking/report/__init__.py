@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megalm.durable import complete_file
 from megalm.errors import ConfigError
-from megalm.tracking.metrics import ReadRows, read_metrics
-from megalm.tracking.report.account import read_account
+from megalm.runs.metrics_log import ReadRows, read_metrics
 from megalm.tracking.report.page import render
+from megalm.tracking.report.run_data import read_run
+from megalm.utils.atomic_files import write_atomically
 
 REPORT_FILE = "report.html"
 
@@ -25,10 +25,10 @@ def write_report(run_dir: Path, output: Path | None = None, read: ReadRows = rea
         DataError: a line of metrics.jsonl before the last is damaged.
     """
     now = time.time()
-    content = render(read_account(run_dir, now, read), now).encode("utf-8", errors="replace")
+    content = render(read_run(run_dir, now, read), now).encode("utf-8", errors="replace")
     path = output or run_dir / REPORT_FILE
     try:
-        complete_file(path, lambda file: file.write(content), durable=False)
+        write_atomically(path, lambda file: file.write(content), durable=False)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another place with --output") from None
     return path

@@ -8,11 +8,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megalm.tracking.compare import TOTAL
-from megalm.tracking.history import History, Numbers
-from megalm.tracking.metrics import Row
-from megalm.tracking.report.chart import Chart, Line, Mark, Scale, dots, label, path, short
-from megalm.tracking.report.thinning import Point, running_median, thinned
+from megalm.runs.metrics_history import History, Numbers
+from megalm.runs.metrics_log import Row
+from megalm.tracking.compare_runs import TOTAL
+from megalm.tracking.report.svg_chart import (
+    Chart,
+    Line,
+    Mark,
+    Point,
+    Scale,
+    dots,
+    label,
+    path,
+    running_median,
+    short,
+    thinned,
+)
 
 # Events that are marked, and what a reader is told they are.
 MARKED = {

@@ -10,20 +10,19 @@ from typing import Any
 
 import jinja2
 
-from megalm.tracking.report.account import Account, step_of_file, text_of
-from megalm.tracking.report.chart import FRAME
+from megalm.runs.resume_command import ResumeCommand
+from megalm.tracking.mlflow_mirror.run_facts import without_passwords
 from megalm.tracking.report.curves import charts, event_step
-from megalm.tracking.report.numbers import numbers
-from megalm.tracking.report.outcome import ago, moment, outcome
-from megalm.tracking.report.unusual import findings
-from megalm.tracking.run_folder import without_passwords
-from megalm.train.invocation import Invocation
+from megalm.tracking.report.headline import ago, moment, numbers, outcome
+from megalm.tracking.report.notable_events import findings
+from megalm.tracking.report.run_data import RunData, step_of_file, text_of
+from megalm.tracking.report.svg_chart import FRAME
 
 _TEMPLATE = "page.html"
 _SAMPLE_BYTES = 12_000
 
 
-def render(account: Account, now: float) -> str:
+def render(account: RunData, now: float) -> str:
     """The whole page as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -55,7 +54,7 @@ def render(account: Account, now: float) -> str:
     )
 
 
-def _work(account: Account) -> list[tuple[str, float, float]]:
+def _work(account: RunData) -> list[tuple[str, float, float]]:
     """Name, seconds and share of all of what the time went into."""
     starts = [row.get("startup_seconds") for row in account.events("start", "resume")]
     known = [seconds for seconds in starts if isinstance(seconds, (int, float))]
@@ -74,7 +73,7 @@ def _samples(paths: list[Path]) -> list[dict[str, Any]]:
     return found
 
 
-def _changes(account: Account) -> list[tuple[str, list[str]]]:
+def _changes(account: RunData) -> list[tuple[str, list[str]]]:
     """Of each start and resume that told of some, its name and the changes."""
     rows = [row for row in account.events("start", "resume") if row.get("changed")]
     return [
@@ -113,7 +112,7 @@ def _environment(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in rows]
 
 
-def _data(account: Account) -> list[tuple[str, str]]:
+def _data(account: RunData) -> list[tuple[str, str]]:
     content, rows = account.environment, []
     datasets = content.get("datasets")
     for part in datasets if isinstance(datasets, list) else ():
@@ -133,10 +132,10 @@ def _data(account: Account) -> list[tuple[str, str]]:
     return rows
 
 
-def _commands(account: Account) -> list[tuple[str, str]]:
+def _commands(account: RunData) -> list[tuple[str, str]]:
     """What to do next, for a shell."""
     folder, planned = account.run_dir, account.planned_steps
-    again = Invocation(folder).again
+    again = ResumeCommand(folder).again
     done = planned is not None and (account.results.steps or 0) >= planned
     further = again("--resume", "auto", f"train.steps={2 * planned}") if done and planned else again("--resume", "auto")
     rows = [("train longer" if done else "go on", further)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megalm.tracking.metrics import MetricsWriter
+from megalm.runs.metrics_log import MetricsWriter
 
 
 def write_rows(run_dir: Path, steps: range, attempt: int = 1, end: str | None = None) -> None:

@@ -14,9 +14,9 @@ import mlflow
 import psutil
 import pytest
 
-from megalm.tracking import mirror
-from megalm.tracking.metrics import MetricsWriter
-from megalm.tracking.state import MirrorState
+from megalm.runs.metrics_log import MetricsWriter
+from megalm.tracking.mlflow_mirror import mirror_process
+from megalm.tracking.mlflow_mirror.sync_state import MirrorState
 from tests.e2e.tracking.run_folders import write_rows
 
 pytestmark = pytest.mark.e2e
@@ -27,8 +27,8 @@ PATIENCE_SECONDS = 180.0
 # A trainer that dies without a word: it writes its rows, maybe a signal event, and is killed with -9.
 KILLED_TRAINER = """
 import os, signal, sys
-from megalm.tracking.metrics import MetricsWriter
-from megalm.tracking.mirror import start_mirror
+from megalm.runs.metrics_log import MetricsWriter
+from megalm.tracking.mlflow_mirror.mirror_process import start_mirror
 run_dir, signalled = sys.argv[1], sys.argv[2] == "signalled"
 handle = start_mirror(run_dir)
 assert not {"mlflow", "torch"} & set(sys.modules), "the trainer must not load these"
@@ -57,7 +57,7 @@ def mlflow_run(run_dir: Path, uri: str | None = None) -> mlflow.entities.Run:
 
 
 def test_a_run_is_followed_to_its_end(run_dir: Path) -> None:
-    handle = mirror.start_mirror(run_dir)
+    handle = mirror_process.start_mirror(run_dir)
     write_rows(run_dir, range(1, 5), end="finished")
     assert handle.finish(PATIENCE_SECONDS), (run_dir / "mlflow.log").read_text()
     run = mlflow_run(run_dir)
@@ -68,7 +68,7 @@ def test_a_run_is_followed_to_its_end(run_dir: Path) -> None:
 
 def test_what_is_written_after_the_last_row_arrives_too(run_dir: Path) -> None:
     """report.html tells of the run's end, so it comes after the end event."""
-    handle = mirror.start_mirror(run_dir)
+    handle = mirror_process.start_mirror(run_dir)
     write_rows(run_dir, range(1, 5), end="finished")
     deadline = time.monotonic() + PATIENCE_SECONDS
     while MirrorState.load(run_dir / "mlflow.json").status_sent != "FINISHED":
@@ -84,7 +84,7 @@ def test_what_is_written_after_the_last_row_arrives_too(run_dir: Path) -> None:
 
 def test_signals_for_the_job_do_not_stop_it(run_dir: Path) -> None:
     """Slurm sends them to every process; the mirror has to bring the news that the run was stopped."""
-    handle = mirror.start_mirror(run_dir)
+    handle = mirror_process.start_mirror(run_dir)
     write_rows(run_dir, range(1, 5))
     deadline = time.monotonic() + PATIENCE_SECONDS
     while MirrorState.load(run_dir / "mlflow.json").offset == 0:
@@ -103,8 +103,8 @@ def test_the_end_of_an_earlier_attempt_is_not_this_ones(run_dir: Path, sent_befo
     """The mirror of a resumed run starts before the resume event is written."""
     write_rows(run_dir, range(1, 5), end="stopped")
     if sent_before:
-        mirror.sync(run_dir)
-    handle = mirror.start_mirror(run_dir)
+        mirror_process.sync(run_dir)
+    handle = mirror_process.start_mirror(run_dir)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while MirrorState.load(run_dir / "mlflow.json").offset == 0:
         assert time.monotonic() < deadline, (run_dir / "mlflow.log").read_text()
@@ -118,7 +118,7 @@ def test_the_end_of_an_earlier_attempt_is_not_this_ones(run_dir: Path, sent_befo
 
 
 def test_rows_arrive_while_training_goes_on(run_dir: Path) -> None:
-    handle = mirror.start_mirror(run_dir)
+    handle = mirror_process.start_mirror(run_dir)
     try:
         write_rows(run_dir, range(1, 5))
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -134,7 +134,7 @@ def test_rows_arrive_while_training_goes_on(run_dir: Path) -> None:
 
 
 def test_it_yields_the_processor(run_dir: Path) -> None:
-    handle = mirror.start_mirror(run_dir)
+    handle = mirror_process.start_mirror(run_dir)
     try:
         process = psutil.Process(handle.process.pid)
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -166,7 +166,7 @@ def test_a_dead_server_costs_training_nothing_and_sync_delivers_later(
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{unused.getsockname()[1]}")
         begun = time.monotonic()
-        handle = mirror.start_mirror(run_dir)
+        handle = mirror_process.start_mirror(run_dir)
         write_rows(run_dir, range(1, 5), end="finished")
         assert time.monotonic() - begun < 5.0  # a request alone may wait for 20
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -177,22 +177,24 @@ def test_a_dead_server_costs_training_nothing_and_sync_delivers_later(
         handle.process.kill()
         handle.process.wait()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{run_dir.parent / 'mlflow.db'}")
-    assert mirror.sync(run_dir).status == "FINISHED"
+    assert mirror_process.sync(run_dir).status == "FINISHED"
 
 
 def test_it_gives_up_within_its_bound_and_says_so(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(mirror, "_DEADLINE_SECONDS", 1.0)
-    monkeypatch.setattr(mirror, "_POLL_SECONDS", 0.1)
+    monkeypatch.setattr(mirror_process, "_DEADLINE_SECONDS", 1.0)
+    monkeypatch.setattr(mirror_process, "_POLL_SECONDS", 0.1)
     monkeypatch.setattr(os, "nice", lambda _: 0)  # this very process runs `main` here
     write_rows(run_dir, range(1, 5))
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{unused.getsockname()[1]}")
-        monkeypatch.setattr(mirror.ParentWatch, "run", lambda watch: watch.ended.set())  # no end by force in here
-        assert mirror.main([str(run_dir), "--follow", "--parent-pid", gone.stdout.decode().strip()]) == 1
+        monkeypatch.setattr(
+            mirror_process.ParentWatch, "run", lambda watch: watch.ended.set()
+        )  # no end by force in here
+        assert mirror_process.main([str(run_dir), "--follow", "--parent-pid", gone.stdout.decode().strip()]) == 1
     (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert f"run `megalm track sync {run_dir}` when it is there again" in said
 
@@ -207,7 +209,7 @@ def test_a_server_that_comes_up_late_gets_everything(
         port = probe.getsockname()[1]
     uri = f"http://127.0.0.1:{port}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    handle = mirror.start_mirror(run_dir)
+    handle = mirror_process.start_mirror(run_dir)
     write_rows(run_dir, range(1, 5), end="finished")
     store = ["--backend-store-uri", f"sqlite:///{tmp_path / 'mlflow.db'}", "--artifacts-destination", tmp_path / "art"]
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *store]

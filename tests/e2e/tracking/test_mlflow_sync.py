@@ -15,9 +15,9 @@ import mlflow
 import pytest
 
 from megalm.errors import ConfigError, DataError, MegalmError
-from megalm.tracking.metrics import MetricsWriter, read_metrics
-from megalm.tracking.mirror import sync
-from megalm.tracking.run_folder import without_passwords
+from megalm.runs.metrics_log import MetricsWriter, read_metrics
+from megalm.tracking.mlflow_mirror.mirror_process import sync
+from megalm.tracking.mlflow_mirror.run_facts import without_passwords
 from tests.e2e.tracking.run_folders import write_rows
 
 pytestmark = pytest.mark.e2e
@@ -268,7 +268,7 @@ def test_no_request_holds_more_than_mlflow_takes(run_dir: Path, monkeypatch: pyt
 
 def test_a_store_that_was_left_half_made_is_made_anew(tmp_path: Path) -> None:
     """A mirror that is ended while it makes the tables leaves them under another name, which nobody opens."""
-    from megalm.tracking.mlflow import MlflowStore
+    from megalm.tracking.mlflow_mirror.client import MlflowStore
 
     (tmp_path / "mlflow.db.partial").write_bytes(b"not all of a database")
     store = MlflowStore(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path)

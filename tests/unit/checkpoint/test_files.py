@@ -14,18 +14,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megalm.alone import Alone
-from megalm.checkpoint.compare import different_facts, different_shapes, largest_differences
-from megalm.checkpoint.convert import write_weights
-from megalm.checkpoint.fragment import Fragment, FragmentKey
-from megalm.checkpoint.host import HostCopies
-from megalm.checkpoint.layout import step_folders
-from megalm.checkpoint.load import CheckpointReader
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
+from megalm.checkpoint.checkpointer import CheckpointWriter, HostStaging
+from megalm.checkpoint.consolidate import write_weights
+from megalm.checkpoint.diff import different_facts, different_shapes, largest_differences
+from megalm.checkpoint.discovery import step_folders
 from megalm.checkpoint.manifest import read_manifest, set_status, write_manifest
 from megalm.checkpoint.retention import Retention
-from megalm.checkpoint.shard import TensorEntry, write_shard, write_tensors
-from megalm.checkpoint.space import bytes_needed
-from megalm.checkpoint.writer import CheckpointWriter
+from megalm.checkpoint.safetensors_file import TensorEntry, write_shard, write_tensors
+from megalm.checkpoint.save_transaction import bytes_needed
+from megalm.checkpoint.shard_spec import Fragment, FragmentKey
+from megalm.communicator import SingleProcessCommunicator
 from megalm.errors import TrainingError
 from tests.checkpoint_files import SHAPES, assert_holds, fragments, save, whole
 
@@ -46,7 +45,7 @@ def test_a_shard_is_a_safetensors_file_and_its_hash_is_the_files(tmp_path: Path)
 
 def test_no_more_than_two_batches_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor is asked for when the one before the last has been hashed and written."""
-    monkeypatch.setattr("megalm.checkpoint.shard._HASH_BATCH_BYTES", 4000)  # one tensor
+    monkeypatch.setattr("megalm.checkpoint.safetensors_file._HASH_BATCH_BYTES", 4000)  # one tensor
     alive: list[int] = []
     seen = []
 
@@ -77,7 +76,7 @@ def test_bf16_and_no_elements(tmp_path: Path) -> None:
 
 def test_copies_stay_what_they_were_and_their_memory_is_used_again() -> None:
     live = fragments(1)
-    host = HostCopies()
+    host = HostStaging()
     held = host.take(live)
     for fragment in live:
         fragment.tensor.add_(1.0)
@@ -104,7 +103,7 @@ class OnDisk:
 def test_what_lies_on_a_disk_is_read_once() -> None:
     reads: list[FragmentKey] = []
     live = fragments(1)
-    copies = HostCopies().take([live[0], *(OnDisk(fragment, reads) for fragment in live[1:])])
+    copies = HostStaging().take([live[0], *(OnDisk(fragment, reads) for fragment in live[1:])])
     assert reads == [fragment.key for fragment in live[1:]]
     for copy, fragment in zip(copies, live, strict=True):
         torch.testing.assert_close(copy.tensor.view(-1), fragment.tensor.view(-1), rtol=0, atol=0)
@@ -140,7 +139,7 @@ def test_room_is_made_by_what_need_not_be_kept_and_no_more(tmp_path: Path, monke
         return usage._replace(free=0 if (tmp_path / "step-00000002").exists() else needed)
 
     monkeypatch.setattr("shutil.disk_usage", disk)
-    writer = CheckpointWriter(tmp_path, Retention(2), Alone(), behind=False)
+    writer = CheckpointWriter(tmp_path, Retention(2), SingleProcessCommunicator(), behind=False)
     writer.begin(5, fragments(5), {"attempt": 1}, [])
     (saved,) = writer.completed()
     assert saved.pruned == ("step-00000001", "step-00000002", "step-00000003")
@@ -156,7 +155,9 @@ def test_what_a_run_stands_on_is_no_room_to_be_made(tmp_path: Path, monkeypatch:
         save(tmp_path, step)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=0))
-    writer = CheckpointWriter(tmp_path, Retention(2), Alone(), behind=False, origin=tmp_path / "step-00000001")
+    writer = CheckpointWriter(
+        tmp_path, Retention(2), SingleProcessCommunicator(), behind=False, origin=tmp_path / "step-00000001"
+    )
     with pytest.raises(TrainingError, match="make room"):
         writer.begin(2, fragments(5), {"attempt": 2}, [])
     names = [path.name for path in step_folders(tmp_path)]

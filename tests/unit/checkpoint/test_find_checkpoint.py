@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from megalm.checkpoint.layout import candidates, find_checkpoint
+from megalm.checkpoint.discovery import find_checkpoint, resume_candidates
 from megalm.checkpoint.manifest import set_status
 from megalm.errors import CheckpointError
 from tests.checkpoint_files import save
 
 
 def names(checkpoints: Path) -> list[str]:
-    return [entry.path.name[-2:] for entry in candidates(checkpoints, "auto")]
+    return [entry.path.name[-2:] for entry in resume_candidates(checkpoints, "auto")]
 
 
 def test_auto_is_the_newest(tmp_path: Path) -> None:

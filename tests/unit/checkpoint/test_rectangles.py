@@ -13,11 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalm.checkpoint.fragment import Fragment, FragmentKey
-from megalm.checkpoint.load import CheckpointReader
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.manifest import write_manifest
-from megalm.checkpoint.rectangle import boxes, common
-from megalm.checkpoint.shard import write_shard
+from megalm.checkpoint.safetensors_file import write_shard
+from megalm.checkpoint.shard_overlap import chunks_of, overlap
+from megalm.checkpoint.shard_spec import Fragment, FragmentKey
 from megalm.errors import CheckpointError
 
 
@@ -52,7 +52,7 @@ def test_boxes_are_the_fragment_in_its_order(data: st.DataObject) -> None:
     shape = data.draw(shapes())
     key = data.draw(keys(shape))
     whole = torch.arange(math.prod(shape)).view(shape)
-    parts = [whole[tuple(map(slice, box.first, box.last))].reshape(-1) for box in boxes(key)]
+    parts = [whole[tuple(map(slice, box.first, box.last))].reshape(-1) for box in chunks_of(key)]
     found = torch.cat(parts) if parts else torch.empty(0)
     np.testing.assert_array_equal(found.numpy(), elements(key))
     assert len(parts) <= 2 * len(shape) - 1  # however large it is
@@ -63,9 +63,9 @@ def test_what_two_fragments_share_is_copied_and_nothing_else(data: st.DataObject
     shape = data.draw(shapes())
     stored, wanted = data.draw(keys(shape)), data.draw(keys(shape))
     values, result = torch.from_numpy(elements(stored)), torch.full((wanted.stop - wanted.start,), -1)
-    for source in boxes(stored):
-        for target in boxes(wanted):
-            if (corners := common(source, target)) is not None:
+    for source in chunks_of(stored):
+        for target in chunks_of(wanted):
+            if (corners := overlap(source, target)) is not None:
                 target.view(result, *corners).copy_(source.view(values, *corners))
     expected = elements(wanted)
     np.testing.assert_array_equal(result.numpy(), np.where(np.isin(expected, elements(stored)), expected, -1))

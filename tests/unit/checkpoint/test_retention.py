@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megalm.checkpoint.layout import Entry, catalogue, complete_checkpoints
+from megalm.checkpoint.discovery import Entry, complete_checkpoints, list_checkpoints
 from megalm.checkpoint.manifest import set_status
 from megalm.checkpoint.retention import Retention, prune, superfluous, tidy
 from tests.checkpoint_files import assert_holds, save
@@ -91,7 +91,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_told(tmp_path: Path, monkeypatch
     monkeypatch.setattr("megalm.checkpoint.retention.shutil.rmtree", refuse)
     with pytest.raises(PermissionError):
         prune(tmp_path, Retention(1))
-    assert [entry.step for entry in catalogue(tmp_path)] == [20]
+    assert [entry.step for entry in list_checkpoints(tmp_path)] == [20]
 
 
 def test_a_kill_before_the_best_was_named_is_made_good(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megalm.checkpoint.fragment import FragmentKey
-from megalm.checkpoint.layout import find_checkpoint, pointed_at
-from megalm.checkpoint.load import CheckpointReader
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
+from megalm.checkpoint.discovery import find_checkpoint, read_pointer
 from megalm.checkpoint.manifest import read_manifest, write_manifest
 from megalm.checkpoint.retention import Retention, prune
+from megalm.checkpoint.shard_spec import FragmentKey
 from megalm.errors import CheckpointError
 from tests.checkpoint_files import SHAPES, assert_holds, save
 
@@ -94,7 +94,7 @@ def test_pointers_are_names_and_nothing_else(tmp_path: Path) -> None:
     for content in (*pickles(mark, tmp_path).values(), b"../outside", b"/etc", b"step-00000005/../../x", b"", b"\xff"):
         for pointer in ("latest", "best"):
             (tmp_path / pointer).write_bytes(content)
-            assert pointed_at(tmp_path, pointer) is None
+            assert read_pointer(tmp_path, pointer) is None
         assert find_checkpoint(tmp_path, "auto") == newest
         assert prune(tmp_path, Retention(2)) == []
     assert not mark.exists()

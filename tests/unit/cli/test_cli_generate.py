@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from megalm.checkpoint import manifest
-from megalm.checkpoint.load import CheckpointReader
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.manifest import hashed_blocks, set_status
 from megalm.cli.main import main
-from megalm.data.tokenizer import ByteTokenizer
+from megalm.data.tokenizers.tokenizer import ByteTokenizer
 from tests.offline_models import write_run
 
 WORDS = ("--prompt", "a", "--max-new-tokens", "2")

@@ -61,7 +61,7 @@ def test_every_error_for_people_leaves_with_its_own_code(
     def fail(_run_dir: Path, _deadline: float) -> None:
         raise error
 
-    monkeypatch.setattr("megalm.tracking.mirror.sync", fail)
+    monkeypatch.setattr("megalm.tracking.mlflow_mirror.mirror_process.sync", fail)
     with pytest.raises(SystemExit) as caught:
         cli.main(["track", "sync", "."])
     assert caught.value.code == error.exit_code
@@ -117,7 +117,7 @@ def test_a_misspelt_run_is_told_before_anything_is_sent(
 def test_a_machine_without_torch_does_what_needs_none(
     words: list[str], code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in ("megalm.engine.environment", "megalm.checkpoint.compare", "megalm.checkpoint.load"):
+    for module in ("megalm.engine.device", "megalm.checkpoint.diff", "megalm.checkpoint.checkpoint_reader"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(SystemExit) as caught:

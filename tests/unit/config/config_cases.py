@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megalm.config.deepspeed_json import read_deepspeed_json
+from megalm.config.deepspeed.json_reader import read_deepspeed_json
 from megalm.config.precision import DeviceFacts
 from megalm.errors import ConfigError
 

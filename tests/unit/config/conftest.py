@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from config_cases import BASE, CPU, Write
 
-from megalm.config.deepspeed_json import read_deepspeed_json
+from megalm.config.deepspeed.json_reader import read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.config.precision import DeviceFacts
-from megalm.config.resolve import ResolvedRun, resolve
+from megalm.planning.resolve import ResolvedRun, resolve
 
 
 @pytest.fixture

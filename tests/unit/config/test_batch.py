@@ -7,8 +7,8 @@ from config_cases import refused
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megalm.config.batch import BatchPlan, plan_batch
-from megalm.config.deepspeed_schema import DeepSpeedSettings
+from megalm.config.deepspeed.json_schema import DeepSpeedSettings
+from megalm.planning.batch_size import BatchPlan, plan_batch
 
 SMALL = st.integers(min_value=1, max_value=64)
 

@@ -9,9 +9,9 @@ import pytest
 from config_cases import refused
 
 from megalm.config.loading import config_to_yaml, load_run_config
-from megalm.config.resolve import ResolvedRun
 from megalm.config.schema import BlendPart
 from megalm.errors import ConfigError
+from megalm.planning.resolve import ResolvedRun
 
 Start = Callable[..., ResolvedRun]
 OWN = "data.tokenizer=bytes"

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from config_cases import GPU, refused
 
-from megalm.config.checks_parallel import parallel_notices
 from megalm.config.loading import load_run_config
-from megalm.config.resolve import ResolvedRun
+from megalm.planning.checks.parallel import parallel_notices
+from megalm.planning.resolve import ResolvedRun
 
 Start = Callable[..., ResolvedRun]
 HEADS_12 = ("model.hidden_size=96", "model.num_attention_heads=12", "model.intermediate_size=192")

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from config_cases import BASE, Write, read_refused
 
-from megalm.config.deepspeed_json import read_deepspeed_json, shipped_deepspeed_jsons
-from megalm.config.deepspeed_keys import REFUSED
-from megalm.config.deepspeed_schema import DeepSpeedSettings, ZeroSection
-from megalm.config.strict import leaf_fields
+from megalm.config.deepspeed.json_reader import read_deepspeed_json, shipped_deepspeed_jsons
+from megalm.config.deepspeed.json_schema import DeepSpeedSettings, ZeroSection
+from megalm.config.deepspeed.unsupported_keys import REFUSED
+from megalm.config.validation import leaf_fields
 
 SHIPPED = {path.stem: path for path in shipped_deepspeed_jsons()}
 

@@ -9,13 +9,12 @@ from collections.abc import Callable
 import pytest
 from config_cases import GPU
 
-from megalm.cli.grid import ranks_text
-from megalm.cli.plan_text import plan_text
+from megalm.cli.plan_text import plan_text, ranks_text
 from megalm.config.loading import load_run_config
-from megalm.config.resolve import ResolvedRun
-from megalm.estimate.shares import shares
-from megalm.model.shape import ModelShape, model_shape
-from megalm.planning.plan import make_plan
+from megalm.cost_model.shard_sizes import shares
+from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.planning.resolve import ResolvedRun
+from megalm.planning.run_plan import make_plan
 from megalm.topology import Topology
 
 Start = Callable[..., ResolvedRun]
@@ -30,9 +29,9 @@ BIG = (
 )
 
 
-def shape_of(*overrides: str) -> ModelShape:
+def shape_of(*overrides: str) -> ModelConfig:
     sizes = ("model.hidden_size=48", "model.num_hidden_layers=6", "model.num_attention_heads=4")
-    return model_shape(load_run_config(None, [*sizes, *overrides]).config.model, 101, 32)
+    return build_model_config(load_run_config(None, [*sizes, *overrides]).config.model, 101, 32)
 
 
 @pytest.mark.parametrize("style", ["gpt2", "llama"])

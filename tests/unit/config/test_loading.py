@@ -6,10 +6,10 @@ import pytest
 import yaml
 from config_cases import refused
 
-from megalm.config import presets
-from megalm.config.loading import OWN, config_to_yaml, load_run_config, spelling
+from megalm.config import loading
+from megalm.config.loading import SAVED_CONFIG, config_to_yaml, external_name, load_run_config
 from megalm.config.schema import RunConfig
-from megalm.config.strict import leaf_fields
+from megalm.config.validation import leaf_fields
 
 
 def write(path: Path, text: str) -> str:
@@ -49,11 +49,11 @@ def test_resolved_yaml_loads_to_the_same_configuration(tmp_path: Path) -> None:
     assert load_run_config(write(tmp_path / "config.yaml", config_to_yaml(config)), []).config == config
 
 
-@pytest.mark.parametrize("name", presets.preset_paths())
+@pytest.mark.parametrize("name", loading.preset_paths())
 def test_every_preset_loads_and_says_what_it_is(name: str) -> None:
     loaded = load_run_config(name, [])
     assert loaded.preset == loaded.config.preset == name
-    assert presets.describe_preset(name)
+    assert loading.describe_preset(name)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_missing_file_lists_the_presets() -> None:
 
 
 def test_a_preset_may_start_from_another_but_not_from_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presets, "PRESETS_FOLDER", tmp_path)
+    monkeypatch.setattr(loading, "PRESETS_FOLDER", tmp_path)
     write(tmp_path / "base.yaml", "# base\ntrain: {steps: 3, seed: 4}\n")
     write(tmp_path / "child.yaml", "preset: base\ntrain: {steps: 5}\n")
     write(tmp_path / "loop.yaml", "preset: pool\n")
@@ -205,8 +205,8 @@ def test_a_key_that_is_a_word_of_python(tmp_path: Path) -> None:
     ):
         assert loaded.config.checkpoint.asynchronous
         assert "async: true" in config_to_yaml(loaded.config)
-    assert spelling("checkpoint.asynchronous") == "checkpoint.async"
-    assert spelling("checkpoint.best") == "checkpoint.best"
+    assert external_name("checkpoint.asynchronous") == "checkpoint.async"
+    assert external_name("checkpoint.best") == "checkpoint.best"
 
 
 def test_what_a_run_has_stands_for_what_is_not_stated(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_what_a_run_has_stands_for_what_is_not_stated(tmp_path: Path) -> None:
     own.write_text(config_to_yaml(first.config))
     mine = write(tmp_path / "mine.yaml", "train: {log_interval_steps: 7, steps: 40}\n")
     loaded = load_run_config(mine, ["train.steps=50"], own)
-    assert (loaded.config.train.seed, loaded.sources["train.seed"]) == (9, OWN)
+    assert (loaded.config.train.seed, loaded.sources["train.seed"]) == (9, SAVED_CONFIG)
     assert (loaded.config.train.log_interval_steps, loaded.config.train.steps) == (7, 50)
     assert loaded.stated == {"train.log_interval_steps", "train.steps"}
     assert loaded.preset == loaded.config.preset == "quickstart"
@@ -225,7 +225,7 @@ def test_what_a_run_has_stands_for_what_is_not_stated(tmp_path: Path) -> None:
 
 
 def test_a_preset_named_now_counts_if_it_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presets, "PRESETS_FOLDER", tmp_path)
+    monkeypatch.setattr(loading, "PRESETS_FOLDER", tmp_path)
     write(tmp_path / "small.yaml", "model: {hidden_size: 64}\n")
     write(tmp_path / "large.yaml", "model: {hidden_size: 512}\n")
     own = tmp_path / "runs" / "config.yaml"

@@ -15,30 +15,28 @@ from config_cases import GPU
 
 from megalm.cli.plan import planned
 from megalm.cli.plan_text import plan_text
-from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, read_deepspeed_json
-from megalm.config.deepspeed_schema import ZeroSection
-from megalm.config.loading import load_run_config
-from megalm.config.presets import describe_preset, preset_paths
-from megalm.config.resolve import ResolvedRun
-from megalm.estimate.activations import activation_bytes, loss_bytes
-from megalm.estimate.memory import MemoryCase, checkpoint_bytes, estimate_memory, parameter_groups
-from megalm.estimate.shares import shares
+from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
+from megalm.config.deepspeed.json_schema import ZeroSection
+from megalm.config.loading import describe_preset, load_run_config, preset_paths
+from megalm.cost_model.activations import activation_bytes, loss_bytes
+from megalm.cost_model.memory import MemoryCase, checkpoint_bytes, estimate_memory, parameter_groups
+from megalm.cost_model.shard_sizes import shares
 from megalm.model.flops import flops_per_token
-from megalm.model.shape import ModelShape, model_shape
-from megalm.planning.plan import make_plan, parameters_by_part
-from megalm.planning.rate_picture import points
+from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.planning.lr_schedule import ScheduleSegment, learning_rate
+from megalm.planning.resolve import ResolvedRun
+from megalm.planning.run_plan import make_plan, parameters_by_part, points
 from megalm.topology import Topology
-from megalm.train.schedule import ScheduleSegment, learning_rate
 from tests.checkpoint_files import save
 
 Start = Callable[..., ResolvedRun]
 
 
-def shape_of(*overrides: str, vocab: int = 77, length: int = 32) -> ModelShape:
-    return model_shape(load_run_config(None, list(overrides)).config.model, vocab, length)
+def shape_of(*overrides: str, vocab: int = 77, length: int = 32) -> ModelConfig:
+    return build_model_config(load_run_config(None, list(overrides)).config.model, vocab, length)
 
 
-def case(shape: ModelShape | None = None, **changes: Any) -> MemoryCase:
+def case(shape: ModelConfig | None = None, **changes: Any) -> MemoryCase:
     base = MemoryCase(
         shape=shape or shape_of("model.hidden_size=30", "model.num_attention_heads=3"),
         sequence_length=32,
@@ -228,7 +226,7 @@ def test_a_vocabulary_that_nobody_knows_is_the_same_guess_everywhere() -> None:
 
 def test_a_plan_needs_no_torch() -> None:
     code = (
-        "import sys; import megalm.planning.plan, megalm.cli.plan, megalm.config.resolve, megalm.train.own_config;"
+        "import sys; import megalm.planning.run_plan, megalm.cli.plan, megalm.planning.resolve, megalm.runs.saved_config;"
         "sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, env=os.environ).returncode == 0

@@ -13,16 +13,14 @@ from config_cases import CPU, refused
 
 from megalm.cli.plan import planned
 from megalm.cli.plan_text import plan_text
-from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, read_deepspeed_json
-from megalm.config.loading import config_to_yaml, load_run_config
-from megalm.config.presets import preset_path, preset_paths
-from megalm.config.resolve import resolve
+from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
+from megalm.config.loading import config_to_yaml, load_run_config, preset_path, preset_paths
 from megalm.config.schema import RunConfig
-from megalm.config.strict import leaf_fields
-from megalm.planning.claims import EXPECTED, HOLDS, Judgement
-from megalm.planning.documented import judge
-from megalm.planning.plan import Plan
-from megalm.train.own_config import read_settings
+from megalm.config.validation import leaf_fields
+from megalm.planning.recipe_claims import EXPECTED, HOLDS, Judgement, judge
+from megalm.planning.resolve import resolve
+from megalm.planning.run_plan import Plan
+from megalm.runs.saved_config import read_settings
 
 RECIPES = sorted(set(preset_paths()) - {"quickstart"})
 

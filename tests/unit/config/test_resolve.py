@@ -6,11 +6,10 @@ from collections.abc import Callable
 import pytest
 from config_cases import CPU, GPU
 
-from megalm.config.deepspeed_json import named_json, read_deepspeed_json, shipped_deepspeed_jsons
-from megalm.config.loading import load_run_config
+from megalm.config.deepspeed.json_reader import named_json, read_deepspeed_json, shipped_deepspeed_jsons
+from megalm.config.loading import load_run_config, preset_paths
 from megalm.config.precision import DeviceFacts
-from megalm.config.presets import preset_paths
-from megalm.config.resolve import BatchPlan, OptimizerFacts, ResolvedRun, resolve
+from megalm.planning.resolve import BatchPlan, OptimizerFacts, ResolvedRun, resolve
 
 Start = Callable[..., ResolvedRun]
 

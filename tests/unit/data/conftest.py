@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalm.data.indexed import IndexedDataset
-from megalm.data.indexed_writer import IndexedDatasetWriter
-from megalm.data.stdlib import source_files
-from megalm.data.tokenizer import train_tokenizer
+from megalm.data.builder.stdlib_corpus import source_files
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.writer import IndexedDatasetWriter
+from megalm.data.tokenizers.tokenizer import train_tokenizer
 
 MakeDataset = Callable[[Sequence[int]], IndexedDataset]
 

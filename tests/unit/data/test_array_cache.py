@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalm.data import array_cache
-from megalm.data.array_cache import ArrayCache, Arrays
-from megalm.durable import temporary_name
+from megalm.data.sampling import index_cache
+from megalm.data.sampling.index_cache import ArrayCache, Arrays
 from megalm.errors import DataError
+from megalm.utils.atomic_files import temporary_name
 
 SPAWN = multiprocessing.get_context("spawn")
 FACTS = ("squares", 1)
@@ -81,7 +81,7 @@ def test_what_a_killed_maker_left_is_cleared_later(tmp_path: Path) -> None:
     (folder,) = tmp_path.iterdir()
     old, young = temporary_name(folder / "a.npy"), temporary_name(folder / "b.npy")
     old.write_bytes(b"half")
-    os.utime(old, (time.time() - array_cache._ABANDONED_SECONDS - 60,) * 2)
+    os.utime(old, (time.time() - index_cache._ABANDONED_SECONDS - 60,) * 2)
     young.write_bytes(b"of a process that writes now")
     (folder / "a.npy").write_bytes(b"cut short")
     assert ArrayCache(tmp_path).get(FACTS, lambda: {"a": np.arange(3)})["a"].tolist() == [0, 1, 2]

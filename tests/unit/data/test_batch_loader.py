@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megalm.data.indexed import IndexedDataset
-from megalm.data.loader import BatchLayout, BatchLoader, GlobalBatch, ValidationLoader
-from megalm.data.samples import IGNORE, TrainingSamples, ValidationSamples
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader, GlobalBatch, ValidationLoader
+from megalm.data.sampling.samples import IGNORE_INDEX, TrainingSamples, ValidationSamples
 from megalm.errors import ConfigError
 
 MakeDataset = Callable[[Sequence[int]], IndexedDataset]
@@ -36,7 +36,7 @@ def test_every_layout_sees_the_same_samples(make_dataset: MakeDataset, micro: in
     assert rows(batches).tolist() == [samples.sample(index)[0].tolist() for index in range(24, 36)]
     labels = np.concatenate([samples.sample(index)[1] for index in range(24, 36)])
     for batch in batches:
-        assert batch.target_count == (labels != IGNORE).sum()
+        assert batch.target_count == (labels != IGNORE_INDEX).sum()
         assert batch.sample_range == (24, 36)
         assert len(batch.micro_batches) == 12 // micro // ranks
         for part in batch.micro_batches:
@@ -137,8 +137,8 @@ def test_validation_is_whole_batches_and_every_target_once(
     for batches in zip(*loaders, strict=True):
         labels = np.concatenate([part.labels for batch in batches for part in batch.micro_batches])
         assert len(labels) == 12
-        assert {batch.target_count for batch in batches} == {int((labels != IGNORE).sum())}
-        seen += labels[labels != IGNORE].tolist()
+        assert {batch.target_count for batch in batches} == {int((labels != IGNORE_INDEX).sum())}
+        seen += labels[labels != IGNORE_INDEX].tolist()
     assert loaders[0].batch(2).sample_range == (24, 28)
     starts = {40, 100} if masked else set()
     assert sorted(seen) == [label for label in range(1, 138) if label not in starts]
@@ -150,5 +150,5 @@ def test_one_rank_and_four_agree_on_padding(make_dataset: MakeDataset, tmp_path:
     samples = ValidationSamples(make_dataset([16]), (0, 1), 5)
     last = ValidationLoader(samples, BatchLayout(4, 1, 3, 4)).batch(0)
     assert last.target_count == 15
-    assert last.micro_batches[0].labels.tolist() == [[IGNORE] * 5]
+    assert last.micro_batches[0].labels.tolist() == [[IGNORE_INDEX] * 5]
     assert last.micro_batches[0].tokens.tolist() == [[0] * 5]

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalm.data import blend as blend_module
-from megalm.data.array_cache import ArrayCache
-from megalm.data.blend import BlendedSamples, Stage, mix
-from megalm.data.indexed import IndexedDataset
-from megalm.data.loader import BatchLayout, BatchLoader
-from megalm.data.samples import TrainingSamples
-from megalm.data.streams import Int64s
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.sampling import mixture as blend_module
+from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader
+from megalm.data.sampling.index_cache import ArrayCache
+from megalm.data.sampling.mixture import BlendedSamples, MixtureStage, interleave
+from megalm.data.sampling.sample_order import Int64s
+from megalm.data.sampling.samples import TrainingSamples
 from megalm.errors import ConfigError
 
 MakeDataset = Callable[[Sequence[int]], IndexedDataset]
@@ -34,7 +34,7 @@ def parts(make_dataset: MakeDataset) -> list[TrainingSamples]:
 def test_the_furthest_behind_is_next() -> None:
     """By hand, for weights 1/2, 1/3, 1/6: w * max(k, 1) - count, the first one on ties."""
     counts = np.zeros(3, dtype=np.int64)
-    assert mix(np.array([3, 2, 1]) / 6, 0, counts, 12).tolist() == [0, 1, 2, 0, 1, 0, 0, 1, 2, 0, 1, 0]
+    assert interleave(np.array([3, 2, 1]) / 6, 0, counts, 12).tolist() == [0, 1, 2, 0, 1, 0, 0, 1, 2, 0, 1, 0]
     assert counts.tolist() == [6, 4, 2]
 
 
@@ -43,8 +43,8 @@ def test_the_furthest_behind_is_next() -> None:
 def test_shares_are_kept_and_a_mixture_goes_on(weights: list[float], cut: int) -> None:
     shares = np.array(weights) / sum(weights)
     counts, again = (np.zeros(len(weights), dtype=np.int64) for _ in range(2))
-    whole = mix(shares, 0, counts, 400)
-    parts = [mix(shares, 0, again, cut), mix(shares, cut, again, 400 - cut)]
+    whole = interleave(shares, 0, counts, 400)
+    parts = [interleave(shares, 0, again, cut), interleave(shares, cut, again, 400 - cut)]
     assert np.concatenate(parts).tolist() == whole.tolist()
     for end in (1, 17, 400):
         have = np.bincount(whole[:end], minlength=len(weights))
@@ -55,7 +55,7 @@ def test_samples_are_the_parts_own_in_their_order(
     parts: list[TrainingSamples], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blend_module, "BLOCK_SAMPLES", 8)
-    stages = [Stage(0, (2, 1, 1)), Stage(21, (0, 1, 3))]
+    stages = [MixtureStage(0, (2, 1, 1)), MixtureStage(21, (0, 1, 3))]
     blended = BlendedSamples(parts, stages)
     seen: list[list[int]] = [[], [], []]
     for index in range(60):
@@ -75,26 +75,30 @@ def test_samples_are_the_parts_own_in_their_order(
 
 
 def test_later_stages_change_nothing_before_them(parts: list[TrainingSamples]) -> None:
-    one = BlendedSamples(parts, [Stage(0, (1, 1, 1))])
-    two = BlendedSamples(parts, [Stage(0, (1, 1, 1)), Stage(30, (5, 1, 1))])
+    one = BlendedSamples(parts, [MixtureStage(0, (1, 1, 1))])
+    two = BlendedSamples(parts, [MixtureStage(0, (1, 1, 1)), MixtureStage(30, (5, 1, 1))])
     assert [one.locate(index) for index in range(30)] == [two.locate(index) for index in range(30)]
     prints = [[blended.order_fingerprint(samples) for blended in (one, two)] for samples in (0, 1, 30, 31)]
     assert [first == second for first, second in prints] == [True, True, True, False]
 
 
 def test_the_identity_is_that_of_what_is_consumed(parts: list[TrainingSamples]) -> None:
-    alone = BlendedSamples(parts[:1], [Stage(0, (1,))])
-    grown = BlendedSamples(parts, [Stage(0, (5, 0, 0)), Stage(10, (1, 1, 1))])
+    alone = BlendedSamples(parts[:1], [MixtureStage(0, (1,))])
+    grown = BlendedSamples(parts, [MixtureStage(0, (5, 0, 0)), MixtureStage(10, (1, 1, 1))])
     assert grown.order_fingerprint(10) == alone.order_fingerprint(10) == parts[0].fingerprint
     assert grown.dataset_fingerprint(10) == parts[0].dataset.fingerprint
     assert grown.dataset_fingerprint(11) != grown.dataset_fingerprint(10)
     assert [grown.locate(index) for index in range(10)] == [alone.locate(index) for index in range(10)]
     assert alone.mixture(10) is grown.mixture(10) is None
     assert str(grown.mixture(11)).startswith(f"from sample 0 {parts[0].dataset.prefix} 100.0%; from sample 10 ")
-    base = BlendedSamples(parts, [Stage(0, (2, 1, 0))])
-    for other in ([Stage(0, (1, 2, 0))], [Stage(0, (2, 0, 1))], [Stage(0, (2, 1, 0)), Stage(5, (1, 1, 0))]):
+    base = BlendedSamples(parts, [MixtureStage(0, (2, 1, 0))])
+    for other in (
+        [MixtureStage(0, (1, 2, 0))],
+        [MixtureStage(0, (2, 0, 1))],
+        [MixtureStage(0, (2, 1, 0)), MixtureStage(5, (1, 1, 0))],
+    ):
         assert BlendedSamples(parts, other).order_fingerprint(10) != base.order_fingerprint(10)
-    assert BlendedSamples(parts[:2], [Stage(0, (4, 2))]).order_fingerprint(10) == base.order_fingerprint(10)
+    assert BlendedSamples(parts[:2], [MixtureStage(0, (4, 2))]).order_fingerprint(10) == base.order_fingerprint(10)
 
 
 def test_counts_of_a_long_mixture_are_kept(
@@ -102,7 +106,7 @@ def test_counts_of_a_long_mixture_are_kept(
 ) -> None:
     monkeypatch.setattr(blend_module, "BLOCK_SAMPLES", 8)
     monkeypatch.setattr(blend_module, "KEPT_BLOCKS", 3)
-    stages = [Stage(0, (5, 3, 1))]
+    stages = [MixtureStage(0, (5, 3, 1))]
     plain = [BlendedSamples(parts, stages).locate(index) for index in range(200)]
     assert [BlendedSamples(parts, stages, ArrayCache(tmp_path)).locate(index) for index in (199, 71, 72)] == [
         plain[index] for index in (199, 71, 72)
@@ -111,16 +115,16 @@ def test_counts_of_a_long_mixture_are_kept(
 
     def count(weights: np.ndarray, first: int, counts: np.ndarray, length: int) -> np.ndarray:
         mixed.append(first)
-        return mix(weights, first, counts, length)
+        return interleave(weights, first, counts, length)
 
-    monkeypatch.setattr(blend_module, "mix", count)
+    monkeypatch.setattr(blend_module, "interleave", count)
     assert BlendedSamples(parts, stages, ArrayCache(tmp_path)).locate(197) == plain[197]
     assert mixed == [192]  # only its own block
 
 
 def test_two_threads_may_ask_first(parts: list[TrainingSamples], monkeypatch: pytest.MonkeyPatch) -> None:
     """The loader reads ahead in one, while the loop asks what was consumed."""
-    stages = [Stage(0, (2, 1, 1)), Stage(20, (1, 0, 3)), Stage(50, (1, 1, 1))]
+    stages = [MixtureStage(0, (2, 1, 1)), MixtureStage(20, (1, 0, 3)), MixtureStage(50, (1, 1, 1))]
     expected = BlendedSamples(parts, stages).consumed(80)
     asked, both = BlendedSamples(parts, stages), threading.Barrier(2)
     counts_in = BlendedSamples._counts_in
@@ -137,7 +141,7 @@ def test_two_threads_may_ask_first(parts: list[TrainingSamples], monkeypatch: py
 
 
 def test_the_loader_takes_a_blend(parts: list[TrainingSamples]) -> None:
-    blended = BlendedSamples(parts, [Stage(0, (1, 2, 3))])
+    blended = BlendedSamples(parts, [MixtureStage(0, (1, 2, 3))])
     with BatchLoader(blended, BatchLayout(4, 2, 0, 1)) as loader:
         batch = loader.batch(8)
     rows = np.concatenate([part.tokens for part in batch.micro_batches])
@@ -147,11 +151,11 @@ def test_the_loader_takes_a_blend(parts: list[TrainingSamples]) -> None:
 def test_refusals(parts: list[TrainingSamples], make_dataset: MakeDataset) -> None:
     other = TrainingSamples(make_dataset([50]), (0, 1), 5, seed=7)
     for made, stages, said in (
-        (parts, [Stage(0, (1, 1))], "not weights of 3 datasets"),
-        (parts, [Stage(0, (1, -1, 1))], "none below 0"),
-        (parts, [Stage(5, (1, 1, 1))], "from sample 0 on"),
-        (parts, [Stage(0, (1, 1, 1)), Stage(0, (1, 1, 1))], "sort them"),
-        ([parts[0], other], [Stage(0, (1, 1))], "different sequence lengths"),
+        (parts, [MixtureStage(0, (1, 1))], "not weights of 3 datasets"),
+        (parts, [MixtureStage(0, (1, -1, 1))], "none below 0"),
+        (parts, [MixtureStage(5, (1, 1, 1))], "from sample 0 on"),
+        (parts, [MixtureStage(0, (1, 1, 1)), MixtureStage(0, (1, 1, 1))], "sort them"),
+        ([parts[0], other], [MixtureStage(0, (1, 1))], "different sequence lengths"),
     ):
         with pytest.raises(ConfigError, match=said):
             BlendedSamples(made, stages)

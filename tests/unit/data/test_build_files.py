@@ -16,18 +16,18 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megalm.data import assembly as assembly_module
-from megalm.data import builder as builder_module
-from megalm.data import plan as plan_module
-from megalm.data.builder import BuildOptions, Built, build_files
-from megalm.data.filters import Filters
-from megalm.data.indexed import IndexedDataset, sidecar_path
-from megalm.data.inputs import InputFile
-from megalm.data.inspection import verify
-from megalm.data.merge import merge_datasets
-from megalm.data.records import ReadOptions
-from megalm.data.sources import Sources
-from megalm.data.tokenizer import ByteTokenizer, load_tokenizer
+from megalm.data.analysis.dataset_info import verify
+from megalm.data.builder import assembler as assembly_module
+from megalm.data.builder import build_plan as plan_module
+from megalm.data.builder import builder as builder_module
+from megalm.data.builder.builder import BuildOptions, Built, build_files
+from megalm.data.builder.merge import merge_datasets
+from megalm.data.builder.quality_filters import Filters
+from megalm.data.indexed.dataset import IndexedDataset, sidecar_path
+from megalm.data.indexed.document_sources import DocumentSources
+from megalm.data.readers.input_files import InputFile
+from megalm.data.readers.records import ReadOptions
+from megalm.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 from megalm.errors import DataError
 
 SMALL_UNITS = 20_000
@@ -74,7 +74,7 @@ def test_every_kind_of_file_in_order(
     assert report.text_bytes == sum(len(text.encode()) for text in texts)
     verify(tmp_path / "out")
     assert not list(tmp_path.glob("*.building*")) + list(tmp_path.glob(".*"))
-    sources = Sources(tmp_path / "out", len(texts))
+    sources = DocumentSources(tmp_path / "out", len(texts))
     for document in (0, 5, len(texts) // 4 - 1):
         source = sources[document]
         assert source is not None
@@ -283,7 +283,7 @@ def test_shards_merged_are_the_whole(tmp_path: Path, corpus: list[Path]) -> None
     assert contents(tmp_path / "merged")[:2] == contents(tmp_path / "whole")[:2]
     verify(tmp_path / "merged")
     count = len(decoded(tmp_path / "whole"))
-    merged, known = Sources(tmp_path / "merged", count), Sources(tmp_path / "whole", count)
+    merged, known = DocumentSources(tmp_path / "merged", count), DocumentSources(tmp_path / "whole", count)
     assert count > 200
     assert [merged[place] for place in range(0, 200, 7)] == [known[place] for place in range(0, 200, 7)]
 
@@ -308,7 +308,7 @@ def test_a_file_that_is_named_twice(tmp_path: Path, caplog: pytest.LogCaptureFix
     build_files([path, path], ByteTokenizer(), tmp_path / "out")
     assert f"{path} is named twice, and read twice" in caplog.text
     assert decoded(tmp_path / "out") == list("abcabc")
-    sources = Sources(tmp_path / "out", 6)
+    sources = DocumentSources(tmp_path / "out", 6)
     assert [source.name for place in range(6) if (source := sources[place])] == 2 * [f"{path}:{n}" for n in (1, 2, 3)]
     assert build_files([path, path], ByteTokenizer(), tmp_path / "out").was_there
     with pytest.raises(DataError, match="exists already"):
@@ -320,7 +320,7 @@ def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     path.write_text(json.dumps({"text": "a"}) + "\n")
     build_files([path], ByteTokenizer(), tmp_path / "out")
     verify(tmp_path / "out")
-    source = Sources(tmp_path / "out", 1)[0]
+    source = DocumentSources(tmp_path / "out", 1)[0]
     assert source is not None
     assert source.name == f"{path}:1"
     assert build_files([path], ByteTokenizer(), tmp_path / "out").was_there
@@ -368,7 +368,7 @@ def test_blank_line_documents_and_columns(tmp_path: Path) -> None:
     options = BuildOptions(read=ReadOptions(documents="blank-line", columns=("title", "body")))
     build_files([tmp_path], ByteTokenizer(), tmp_path / "out", options)
     assert decoded(tmp_path / "out") == ["one\ntwo", "three", "T\n\nB"]
-    source = Sources(tmp_path / "out", 3)[1]
+    source = DocumentSources(tmp_path / "out", 3)[1]
     assert source is not None
     assert str(source) == f"{tmp_path / 'a.txt'}:6, bytes 11 to 16"
 
@@ -383,7 +383,7 @@ def test_places_to_cut_at_are_looked_for_once(tmp_path: Path, monkeypatch: pytes
     options = ReadOptions(documents="blank-line")
     layout = plan_module.layout_of(".txt", options)
     counting = replace(layout, first_end=lambda buffer: searched.append(len(buffer)) or layout.first_end(buffer))
-    monkeypatch.setattr(plan_module, "layout_of", lambda *_: counting)
+    monkeypatch.setattr(plan_module, "format_of", lambda *_: counting)
     bounds = plan_module._bounds(InputFile.found_at(path), options, 1000)
     middle = 7 * 500 + len(blank)
     assert bounds == [0, *([middle] if blank else []), path.stat().st_size]

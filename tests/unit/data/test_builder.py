@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import tokenizers
 
-from megalm.data import merge as merge_module
-from megalm.data.builder import BuildOptions, BuildProgress, build_dataset, build_files
-from megalm.data.corpus import Document
-from megalm.data.indexed import IndexedDataset, bin_path
-from megalm.data.indexed_writer import IndexedDatasetWriter
-from megalm.data.inspection import describe, document_text, verify
-from megalm.data.merge import merge_datasets
-from megalm.data.tokenizer import ByteTokenizer, load_tokenizer
+from megalm.data.analysis.dataset_info import describe, document_text, verify
+from megalm.data.builder import merge as merge_module
+from megalm.data.builder.builder import BuildOptions, BuildProgress, build_dataset, build_files
+from megalm.data.builder.merge import merge_datasets
+from megalm.data.indexed.dataset import IndexedDataset, bin_path
+from megalm.data.indexed.writer import IndexedDatasetWriter
+from megalm.data.readers.document_reader import Document
+from megalm.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 from megalm.errors import DataError
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megalm.data.corpus import Document, OnError, ReadReport, find_files, iter_documents
+from megalm.data.readers.document_reader import Document, OnError, ReadReport, find_files, iter_documents
 from megalm.errors import DataError
 
 TEXTS = ["first\nwith a line", "", "café 😀", "last"]

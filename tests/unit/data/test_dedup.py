@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalm.data.dedup import SeenExactly, exact_signatures
-from megalm.data.near import SeenNearly, minhash_signatures
+from megalm.data.builder.dedup import ExactDeduplicator, exact_signatures
+from megalm.data.builder.minhash_dedup import MinHashDeduplicator, minhash_signatures
 
 
 @pytest.mark.parametrize("spread", [1, 1 << 20])
 def test_the_first_of_equal_ones_is_new(tmp_path: Path, spread: int) -> None:
     """Keys that all start at the same place of the table, in batches, while it grows."""
     random = np.random.default_rng(3)
-    seen, known = SeenExactly(tmp_path / "seen"), set()
+    seen, known = ExactDeduplicator(tmp_path / "seen"), set()
     for _ in range(40):
         keys = np.zeros((500, 2), dtype=np.uint64)
         keys[:, 0] = random.integers(0, 6000, 500).astype(np.uint64) * np.uint64(spread)
@@ -42,7 +42,7 @@ def test_near_copies(tmp_path: Path, source_texts: list[str]) -> None:
     paragraphs = [text for source in source_texts for text in source.split("\n\n") if len(text.split()) > 60][:60]
     near = [" ".join([*text.split()[:-1], "other"]) for text in paragraphs]
     different = [text[::-1] for text in paragraphs]
-    seen = SeenNearly(tmp_path / "seen", 0.7)
+    seen = MinHashDeduplicator(tmp_path / "seen", 0.7)
     assert seen.add(minhash_signatures(paragraphs)).sum() >= 55
     assert seen.add(minhash_signatures(near)).sum() <= 5
     assert seen.add(minhash_signatures(different)).all()
@@ -50,4 +50,4 @@ def test_near_copies(tmp_path: Path, source_texts: list[str]) -> None:
 
 def test_short_texts_are_near_only_if_equal(tmp_path: Path) -> None:
     signatures = minhash_signatures(["a b", "a c", "a b", "", ""])
-    assert SeenNearly(tmp_path / "seen", 0.8).add(signatures).tolist() == [True, True, False, True, False]
+    assert MinHashDeduplicator(tmp_path / "seen", 0.8).add(signatures).tolist() == [True, True, False, True, False]

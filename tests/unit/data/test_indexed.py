@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalm.data import indexed as indexed_module
-from megalm.data.indexed import IndexedDataset, best_dtype
-from megalm.data.indexed_writer import IndexedDatasetWriter
-from megalm.data.summary import TokenCounter
+from megalm.data.indexed import dataset as indexed_module
+from megalm.data.indexed.dataset import IndexedDataset, best_dtype
+from megalm.data.indexed.token_counts import TokenCounter
+from megalm.data.indexed.writer import IndexedDatasetWriter
 from megalm.errors import DataError
 
 # Documents [1, 2, 3] and [4, 5] as u16, byte for byte as Megatron-LM writes them.

@@ -12,15 +12,15 @@ import datasketch
 import numpy as np
 import pytest
 
-from megalm.data import builder as builder_module
-from megalm.data import near as near_module
-from megalm.data.builder import BuildOptions, Built, build_files
-from megalm.data.indexed import IndexedDataset, sidecar_path
-from megalm.data.inspection import verify
-from megalm.data.merge import merge_datasets
-from megalm.data.near import PERMUTATIONS, Pair, SeenNearly, Values, bands_of
-from megalm.data.sources import Sources
-from megalm.data.tokenizer import ByteTokenizer
+from megalm.data.analysis.dataset_info import verify
+from megalm.data.builder import builder as builder_module
+from megalm.data.builder import minhash_dedup as near_module
+from megalm.data.builder.builder import BuildOptions, Built, build_files
+from megalm.data.builder.merge import merge_datasets
+from megalm.data.builder.minhash_dedup import PERMUTATIONS, MinHashDeduplicator, Pair, Values, bands_of
+from megalm.data.indexed.dataset import IndexedDataset, sidecar_path
+from megalm.data.indexed.document_sources import DocumentSources
+from megalm.data.tokenizers.tokenizer import ByteTokenizer
 from megalm.errors import DataError
 
 THRESHOLD = 0.6
@@ -63,7 +63,7 @@ def test_as_a_plain_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batc
     values[500:] = np.where(np.arange(600 - 500)[:, None] % 2, values[:100], values[500:])
     new, pairs = plain_search(values, threshold)
     assert 0 < sum(new) < len(new)
-    seen = SeenNearly(tmp_path / "seen", threshold)
+    seen = MinHashDeduplicator(tmp_path / "seen", threshold)
     found = np.concatenate([seen.add(values[:250]), seen.add(values[:0]), seen.add(values[250:])])
     assert found.tolist() == new
     assert seen.pairs == pairs[: near_module.KEPT_PAIRS]
@@ -71,7 +71,7 @@ def test_as_a_plain_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batc
 
 def test_tables_grow(tmp_path: Path) -> None:
     values = np.random.default_rng(1).integers(0, 1 << 32, (9000, PERMUTATIONS), dtype=np.uint32)
-    seen = SeenNearly(tmp_path / "seen", 0.8)
+    seen = MinHashDeduplicator(tmp_path / "seen", 0.8)
     assert seen.add(values).all()
     assert not seen.add(values).any()
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
@@ -82,7 +82,7 @@ def test_a_full_disk_is_an_error_and_no_fault_of_memory(tmp_path: Path) -> None:
     """By a limit of the system, in place of a disk."""
     values = np.random.default_rng(1).integers(0, 1 << 32, (9000, PERMUTATIONS), dtype=np.uint32)
     handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    seen = SeenNearly(tmp_path / "seen", 0.8)
+    seen = MinHashDeduplicator(tmp_path / "seen", 0.8)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
     try:
         with pytest.raises(DataError, match=r"seen.* cannot be written \(File too large\)"):
@@ -150,7 +150,7 @@ def test_shards_merged_are_the_single_build(tmp_path: Path, corpus: list[Path], 
     merged = merge_datasets(prefixes, tmp_path / "merged", dedup="minhash")
     for suffix in (".bin", ".idx", ".minhash"):  # a file of two shards has two numbers in .sources
         assert (tmp_path / f"merged{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes(), suffix
-    found, known = (Sources(tmp_path / name, whole.documents) for name in ("merged", "whole"))
+    found, known = (DocumentSources(tmp_path / name, whole.documents) for name in ("merged", "whole"))
     assert [found[place] for place in range(whole.documents)] == [known[place] for place in range(whole.documents)]
     for fact in ("documents", "tokens", "removed", "near_copies", "minhash", "bin_sha256"):
         assert getattr(merged, fact) == getattr(whole, fact), fact

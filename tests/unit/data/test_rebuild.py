@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from megalm.data.builder import BuildOptions, build_dataset, build_files
-from megalm.data.corpus import Document
-from megalm.data.filters import Filters
-from megalm.data.indexed import IndexedDataset
-from megalm.data.rebuild import Rebuild, Wanted, ensure_dataset
-from megalm.data.records import ReadOptions
-from megalm.data.tokenizer import ByteTokenizer, load_tokenizer
+from megalm.data.builder.builder import BuildOptions, build_dataset, build_files
+from megalm.data.builder.quality_filters import Filters
+from megalm.data.builder.rebuild import Rebuild, Wanted, ensure_dataset
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.readers.document_reader import Document
+from megalm.data.readers.records import ReadOptions
+from megalm.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 from megalm.errors import DataError
 from tests.unit.data.test_doors import door
 

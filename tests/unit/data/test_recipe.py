@@ -16,17 +16,22 @@ from pathlib import Path
 
 import pytest
 
-from megalm.data import recipe as recipe_module
-from megalm.data import stdlib
-from megalm.data.corpus import Document, ReadReport
-from megalm.data.indexed import IndexedDataset
-from megalm.data.recipe import PreparedData, default_cache_dir, prepare_recipe
-from megalm.data.stdlib import source_files, stdlib_documents
-from megalm.data.tokenizer import load_tokenizer
+from megalm.data.builder import stdlib_corpus
+from megalm.data.builder import stdlib_corpus as recipe_module
+from megalm.data.builder.stdlib_corpus import (
+    PreparedData,
+    default_cache_dir,
+    prepare_recipe,
+    source_files,
+    stdlib_documents,
+)
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.readers.document_reader import Document, ReadReport
+from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.errors import DataError
 
 LIST_NAMES = (
-    "from megalm.data.stdlib import stdlib_documents; import hashlib;"
+    "from megalm.data.builder.stdlib_corpus import stdlib_documents; import hashlib;"
     "print(hashlib.sha256(repr(stdlib_documents()).encode()).hexdigest())"
 )
 
@@ -55,7 +60,7 @@ def test_any_part_of_the_corpus_is_a_fair_one(documents: list[Document]) -> None
 
 def test_the_same_documents_in_another_environment(tmp_path: Path, documents: list[Document]) -> None:
     venv.create(tmp_path / "venv", symlinks=True)
-    path = os.pathsep.join([str(Path(stdlib.__file__).parents[2]), *filter(None, sys.path)])
+    path = os.pathsep.join([str(Path(stdlib_corpus.__file__).parents[2]), *filter(None, sys.path)])
     environment = {"PYTHONPATH": path, "PATH": os.environ["PATH"]}
     python = tmp_path / "venv" / "bin" / "python"
     there = subprocess.run([python, "-c", LIST_NAMES], env=environment, capture_output=True, text=True, check=True)
@@ -74,8 +79,8 @@ def test_what_is_left_out_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "x.py").write_text(folder)
     (tmp_path / "_sysconfigdata__linux.py").write_text("machine = 1")
-    monkeypatch.setattr(stdlib, "standard_library", lambda: tmp_path)
-    monkeypatch.setattr(stdlib, "_topics", list)
+    monkeypatch.setattr(stdlib_corpus, "standard_library", lambda: tmp_path)
+    monkeypatch.setattr(stdlib_corpus, "_topics", list)
     report = ReadReport()
     sources = {document.source: document.text for document in stdlib_documents(report)}
     assert len(sources) == 101

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalm.data.layouts import layout_of
-from megalm.data.records import CONTINUED, ReadOptions, blocks_of
+from megalm.data.readers.formats import format_of
+from megalm.data.readers.records import CONTINUED, ReadOptions, blocks_of
 
 PARTS = ReadOptions(documents="blank-line")
 texts = st.lists(st.text(alphabet='ab"\\[]{},: \né😀', min_size=1, max_size=30), max_size=8)
@@ -20,7 +20,7 @@ sizes = st.integers(1, 60)
 def read(
     content: bytes, kind: str, options: ReadOptions, block_bytes: int, largest: int = 10**6
 ) -> list[tuple[str | None, str, int, int, bytes]]:
-    layout, found, line = layout_of(kind, options), [], 0
+    layout, found, line = format_of(kind, options), [], 0
     for block in blocks_of(io.BytesIO(content), layout, largest, block_bytes):
         if block.problem and block.problem != CONTINUED:
             found.append((None, block.problem, line, block.start, b""))

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalm.data.blend import BlendedSamples, Stage
-from megalm.data.indexed import IndexedDataset
-from megalm.data.indexed_writer import IndexedDatasetWriter
-from megalm.data.samples import TrainingSamples
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.writer import IndexedDatasetWriter
+from megalm.data.sampling.mixture import BlendedSamples, MixtureStage
+from megalm.data.sampling.samples import TrainingSamples
 from megalm.errors import ConfigError
 
 TOKENS = 3001
@@ -83,7 +83,7 @@ def test_a_mixture_goes_on_with_the_rest_of_each_dataset(dataset: IndexedDataset
     def part(first: int, end: int) -> TrainingSamples:
         return TrainingSamples(dataset, (first, end), 32, seed=3)
 
-    old = BlendedSamples([part(0, 40), part(40, 82)], [Stage(0, (3.0, 1.0)), Stage(24, (1.0, 1.0))])
+    old = BlendedSamples([part(0, 40), part(40, 82)], [MixtureStage(0, (3.0, 1.0)), MixtureStage(24, (1.0, 1.0))])
     counts = [seen.samples for seen in old.consumed(40)]
     assert counts == [26, 14]
     new = old.recut(40, 16)

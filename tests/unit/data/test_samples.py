@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megalm.data import megatron_order, streams
-from megalm.data.document_table import DocumentTable
-from megalm.data.indexed import IndexedDataset
-from megalm.data.samples import IGNORE, TrainingSamples, ValidationSamples, split_documents
-from megalm.data.streams import stride_warning, whole_windows
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.sampling import sample_order
+from megalm.data.sampling.document_index import DocumentTable
+from megalm.data.sampling.sample_order import stride_warning, whole_windows
+from megalm.data.sampling.samples import IGNORE_INDEX, TrainingSamples, ValidationSamples, split_documents
 from megalm.errors import ConfigError, DataError
 
 MakeDataset = Callable[[Sequence[int]], IndexedDataset]
@@ -49,7 +49,7 @@ def test_megatron_golden_vectors(
     make_dataset: MakeDataset, requested: int, documents: list[int], samples: list[list[int]], shuffle: list[int]
 ) -> None:
     dataset = make_dataset(LENGTHS)
-    index, order = megatron_order.build(np.arange(4, dtype=np.int32), 17, 4, requested, seed=1234)
+    index, order = sample_order.build(np.arange(4, dtype=np.int32), 17, 4, requested, seed=1234)
     assert index.tolist() == documents
     assert order.tolist() == shuffle
     entries, offsets = DocumentTable(dataset, index).find(np.arange(len(shuffle) + 1) * 4)
@@ -65,9 +65,9 @@ def test_megatron_golden_vectors(
 
 @given(tokens=st.integers(2, 500), length=st.integers(1, 60), requested=st.integers(1, 300))
 def test_megatron_epochs_are_the_fewest(tokens: int, length: int, requested: int) -> None:
-    epochs = megatron_order.count_epochs(requested, tokens, length)
-    assert megatron_order.count_samples(epochs, tokens, length) >= requested
-    assert epochs == 1 or megatron_order.count_samples(epochs - 1, tokens, length) < requested
+    epochs = sample_order.count_epochs(requested, tokens, length)
+    assert sample_order.count_samples(epochs, tokens, length) >= requested
+    assert epochs == 1 or sample_order.count_samples(epochs - 1, tokens, length) < requested
 
 
 def test_megatron_needs_a_number_of_samples(make_dataset: MakeDataset) -> None:
@@ -198,7 +198,7 @@ def test_cached_orders_are_the_same_and_mend_themselves(make_dataset: MakeDatase
 def test_permutations_are_numpy_s_own() -> None:
     """Half the memory, the same numbers: a change breaks every run that is resumed."""
     for count in (1, 2, 1000):
-        ours = streams._permutation(np.random.RandomState(3), count)
+        ours = sample_order._permutation(np.random.RandomState(3), count)
         assert ours.tolist() == np.random.RandomState(3).permutation(count).tolist()
 
 
@@ -234,15 +234,15 @@ def test_document_mask(make_dataset: MakeDataset, order: str) -> None:
     for index in range(12):
         (tokens, labels), (same_tokens, masked_row) = plain.sample(index), masked.sample(index)
         assert tokens.tolist() == same_tokens.tolist()
-        expected = [IGNORE if int(label) in starts else int(label) for label in labels]
+        expected = [IGNORE_INDEX if int(label) in starts else int(label) for label in labels]
         assert masked_row.tolist() == expected
         numbers = masked.documents(index)
         assert numbers.dtype == np.int32
         begins = [number != before for before, number in itertools.pairwise([0, *numbers])]
         assert begins[1:] == [int(token) in starts for token in tokens[1:]]
-        assert masked.target_count(index) == sum(label != IGNORE for label in expected)
+        assert masked.target_count(index) == sum(label != IGNORE_INDEX for label in expected)
         assert plain.target_count(index) == 8
-        masked_labels += expected.count(IGNORE)
+        masked_labels += expected.count(IGNORE_INDEX)
     assert masked_labels > 10
 
 
@@ -250,7 +250,7 @@ def test_one_document_over_and_over_still_has_boundaries(make_dataset: MakeDatas
     masked = TrainingSamples(make_dataset([5]), (0, 1), 12, seed=0, document_mask=True)
     tokens, labels = masked.sample(0)
     assert tokens.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
-    assert labels.tolist() == [1, 2, 3, 4, IGNORE, 1, 2, 3, 4, IGNORE, 1, 2]
+    assert labels.tolist() == [1, 2, 3, 4, IGNORE_INDEX, 1, 2, 3, 4, IGNORE_INDEX, 1, 2]
     assert masked.documents(0).tolist() == [0] * 5 + [1] * 5 + [2] * 2
 
 
@@ -262,9 +262,9 @@ def test_validation_windows_cover_the_range_once(
     validation = ValidationSamples(make_dataset(lengths), (0, len(lengths)), sequence_length)
     rows = [validation.sample(index) for index in range(len(validation))]
     labels = np.concatenate([row for _, row in rows])
-    assert labels[labels != IGNORE].tolist() == list(range(1, sum(lengths)))
+    assert labels[labels != IGNORE_INDEX].tolist() == list(range(1, sum(lengths)))
     for index, (tokens, row) in enumerate(rows):
-        targets = int((row != IGNORE).sum())
+        targets = int((row != IGNORE_INDEX).sum())
         assert tokens[:targets].tolist() == (row[:targets] - 1).tolist()
         assert tokens[targets:].tolist() == [0] * (sequence_length - targets)
         assert validation.target_count(index) == targets > 0
@@ -273,8 +273,8 @@ def test_validation_windows_cover_the_range_once(
 def test_validation_document_mask(make_dataset: MakeDataset) -> None:
     validation = ValidationSamples(make_dataset([4, 3, 4]), (0, 2), 4, document_mask=True)
     assert [validation.sample(index)[1].tolist() for index in range(2)] == [
-        [1, 2, 3, IGNORE],
-        [5, 6, IGNORE, IGNORE],
+        [1, 2, 3, IGNORE_INDEX],
+        [5, 6, IGNORE_INDEX, IGNORE_INDEX],
     ]
     assert [validation.documents(index).tolist() for index in range(2)] == [[0, 0, 0, 0], [0, 0, 1, 1]]
     assert [validation.target_count(index) for index in range(2)] == [3, 2]

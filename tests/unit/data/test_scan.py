@@ -9,19 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalm.data.blend import BlendedSamples, Stage
-from megalm.data.builder import build_dataset, build_files
-from megalm.data.corpus import Document
-from megalm.data.indexed import IndexedDataset
-from megalm.data.indexed_writer import IndexedDatasetWriter
-from megalm.data.inspection import verify
-from megalm.data.lookup import pieces_of
-from megalm.data.merge import merge_datasets
-from megalm.data.samples import TrainingSamples
-from megalm.data.scan import document_at, scan, strange_stretches
-from megalm.data.scan_report import write_scan
-from megalm.data.statistics import statistics
-from megalm.data.tokenizer import ByteTokenizer, load_tokenizer
+from megalm.data.analysis.anomaly_scan import document_at, scan, strange_stretches, write_scan
+from megalm.data.analysis.dataset_info import statistics, verify
+from megalm.data.analysis.sample_sources import spans_of
+from megalm.data.builder.builder import build_dataset, build_files
+from megalm.data.builder.merge import merge_datasets
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.writer import IndexedDatasetWriter
+from megalm.data.readers.document_reader import Document
+from megalm.data.sampling.mixture import BlendedSamples, MixtureStage
+from megalm.data.sampling.samples import TrainingSamples
+from megalm.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 
 WINDOW = 256
 
@@ -132,7 +130,7 @@ def test_the_documents_of_a_step(tmp_path: Path) -> None:
     dataset = IndexedDataset(tmp_path / "out")
     samples = TrainingSamples(dataset, (0, 4), 8, seed=1)
     step, batch = 2, 2
-    pieces = list(pieces_of(BlendedSamples([samples], [Stage(0, (1.0,))]), (step - 1) * batch, batch))
+    pieces = list(spans_of(BlendedSamples([samples], [MixtureStage(0, (1.0,))]), (step - 1) * batch, batch))
     for sample in range(2, 4):
         tokens, labels = samples.sample(sample)
         read = [token for piece in pieces if piece.sample == sample for token in piece.tokens]

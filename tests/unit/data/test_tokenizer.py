@@ -12,9 +12,9 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megalm.data import tokenizer_sentencepiece
-from megalm.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
-from megalm.data.tokenizer_training import SENTENCE_CHARACTERS, Sample, split_sentences
+from megalm.data.tokenizers import sentencepiece_tokenizer
+from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from megalm.data.tokenizers.training import SENTENCE_CHARACTERS, Sample, split_sentences
 from megalm.errors import DataError
 
 AWKWARD = [
@@ -159,7 +159,7 @@ def test_long_texts_are_encoded_in_parts(
     tokenizer = load_tokenizer(model_path)
     text = "\n".join(source_texts)
     (whole,) = tokenizer.encode_arrays([text])
-    monkeypatch.setattr(tokenizer_sentencepiece, "LONGEST_TEXT", 5_000)
+    monkeypatch.setattr(sentencepiece_tokenizer, "LONGEST_TEXT", 5_000)
     (parts,) = tokenizer.encode_arrays([text])
     assert abs(len(parts) - len(whole)) < 20
     assert tokenizer.decode(parts.tolist()) == text

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalm.config.schema import ModelSection
-from megalm.estimate.balance import StageCosts, balanced_blocks, micro_batches_for, parameter_costs
-from megalm.model.shape import model_shape
+from megalm.cost_model.pipeline_balance import StageCosts, balanced_blocks, micro_batches_for, parameter_costs
+from megalm.model.model_config import build_model_config
 from megalm.topology import bubble_share
 
 COSTS = st.floats(0, 20)
@@ -40,7 +40,7 @@ def test_of_equal_stages_the_later_one_takes_the_odd_block() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_of_the_stages_are_the_models(style: str, tied: bool) -> None:
     section = ModelSection(style=style, tie_word_embeddings=tied, num_hidden_layers=6)  # type: ignore[arg-type]
-    shape = model_shape(section, vocab_size=101, sequence_length=32)
+    shape = build_model_config(section, vocab_size=101, sequence_length=32)
     stages = parameter_costs(shape).of_stages((2, 1, 3))
     copy = shape.vocab_size * shape.hidden_size if tied else 0  # the last stage holds the tied weight, too
     assert sum(stages) == shape.parameter_count() + copy

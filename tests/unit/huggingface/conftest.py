@@ -8,8 +8,8 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from megalm.data.stdlib import source_files
-from megalm.data.tokenizer import train_tokenizer
+from megalm.data.builder.stdlib_corpus import source_files
+from megalm.data.tokenizers.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session")

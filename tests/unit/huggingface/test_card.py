@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from megalm.checkpoint.manifest import read_manifest
-from megalm.huggingface.card import Card
-from megalm.huggingface.tokenizer import ExportedTokenizer
+from megalm.huggingface.export_tokenizer import ExportedTokenizer
+from megalm.huggingface.model_card import Card
 from tests.huggingface_models import SECTIONS, random_model, save_model
 
 PARTS = [{"prefix": "/data/of/mine/web", "weight": 3.0}, {"prefix": "code", "weight": 1.0}]

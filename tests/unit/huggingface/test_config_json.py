@@ -8,9 +8,9 @@ import pytest
 
 from megalm.config.schema import ModelSection
 from megalm.errors import CheckpointError, DataError
-from megalm.huggingface.config import refuse_what_they_lack, section_of, to_config, to_shape
-from megalm.huggingface.names import their_tensors
-from megalm.model.shape import ModelShape, model_shape
+from megalm.huggingface.config_json import refuse_what_they_lack, section_of, to_config, to_shape
+from megalm.huggingface.weight_mapping import their_tensors
+from megalm.model.model_config import ModelConfig, build_model_config
 from tests.huggingface_models import SECTIONS, SIZES
 
 LLAMA: dict[str, Any] = {
@@ -70,15 +70,15 @@ GPT2: dict[str, Any] = {
 }
 
 
-def shape_of(section: ModelSection) -> ModelShape:
-    return model_shape(section, 257, 40)
+def shape_of(section: ModelSection) -> ModelConfig:
+    return build_model_config(section, 257, 40)
 
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_a_shape_comes_back(name: str) -> None:
     shape = shape_of(SECTIONS[name])
     assert to_shape(to_config(shape, eod_id=1, pad_id=None, dtype="float32")) == shape
-    assert model_shape(ModelSection(**section_of(shape)), vocab_size=1, sequence_length=1) == shape
+    assert build_model_config(ModelSection(**section_of(shape)), vocab_size=1, sequence_length=1) == shape
 
 
 @pytest.mark.parametrize("name", SECTIONS)

@@ -15,17 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megalm.checkpoint.load import CheckpointReader
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.config.schema import ModelSection
-from megalm.data.tokenizer import load_tokenizer
+from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.errors import CheckpointError, DataError
-from megalm.huggingface.export import Exported, export_checkpoint
-from megalm.huggingface.load import Imported, import_model
-from megalm.huggingface.source import HuggingFaceFolder
-from megalm.huggingface.tokenizer import write_tokenizer
-from megalm.model.shape import ModelShape
+from megalm.huggingface.export_model import Exported, export_checkpoint
+from megalm.huggingface.export_tokenizer import write_tokenizer
+from megalm.huggingface.import_model import Imported, import_model
+from megalm.huggingface.pretrained_folder import HuggingFaceFolder
+from megalm.inference.inference_model import InferenceModel
+from megalm.model.model_config import ModelConfig
 from megalm.model.transformer import LanguageModel
-from megalm.offline.model import OfflineModel
 from tests.huggingface_models import SECTIONS, SIZES, random_model, save_model
 
 transformers = pytest.importorskip("transformers")
@@ -45,7 +45,7 @@ def import_(source: Path, target: Path) -> Imported:
     return import_model(HuggingFaceFolder(source), target, None, nothing)
 
 
-def exported(section: ModelSection, folder: Path, **words: Any) -> tuple[ModelShape, LanguageModel, Path, Path]:
+def exported(section: ModelSection, folder: Path, **words: Any) -> tuple[ModelConfig, LanguageModel, Path, Path]:
     """A model, its checkpoint and its export."""
     shape, model = random_model(section, length=LENGTH)
     checkpoint = save_model(folder / "run" / "checkpoints", shape, model)
@@ -53,7 +53,7 @@ def exported(section: ModelSection, folder: Path, **words: Any) -> tuple[ModelSh
     return shape, model, checkpoint, folder / "out"
 
 
-def tokens_of(shape: ModelShape) -> torch.Tensor:
+def tokens_of(shape: ModelConfig) -> torch.Tensor:
     return torch.randint(0, shape.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
@@ -79,7 +79,7 @@ def test_what_is_exported_comes_back_bit_for_bit(name: str, tmp_path: Path) -> N
     before, after = CheckpointReader(checkpoint).model(), imported.model()
     assert before.keys() == after.keys() == shape.parameters().keys()
     assert all(torch.equal(before[found], after[found]) for found in before)
-    again = ModelShape(**imported.manifest["model"])
+    again = ModelConfig(**imported.manifest["model"])
     kept = {"dropout": shape.dropout, "attention_dropout": shape.attention_dropout}
     assert {**vars(again), **kept} == vars(shape)
     # And what is exported of it is the same file.
@@ -173,7 +173,7 @@ def test_a_model_that_transformers_saved_has_its_loss_here(name: str, tmp_path: 
     theirs = saved(name, tmp_path / "hf")
     imported = import_(tmp_path / "hf", tmp_path / "run")
     reader = CheckpointReader(imported.checkpoint)
-    shape = ModelShape(**reader.manifest["model"])
+    shape = ModelConfig(**reader.manifest["model"])
     model = LanguageModel(shape).eval()
     weights = reader.model()
     with torch.no_grad():
@@ -184,7 +184,7 @@ def test_a_model_that_transformers_saved_has_its_loss_here(name: str, tmp_path: 
         total, count = model(tokens[:, :-1], tokens[:, 1:])
         torch.testing.assert_close(total / count, theirs(tokens, labels=tokens).loss, rtol=1e-5, atol=1e-5)
     row = np.array([[1, 2, 3]])
-    offline = OfflineModel(tmp_path / "run").next_token_logits(row, np.array([2]))
+    offline = InferenceModel(tmp_path / "run").next_token_logits(row, np.array([2]))
     np.testing.assert_allclose(offline, theirs(torch.from_numpy(row)).logits[:, -1].detach(), rtol=1e-5, atol=1e-5)
 
 

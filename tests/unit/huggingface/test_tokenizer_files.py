@@ -11,9 +11,9 @@ import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megalm.data.tokenizer import load_tokenizer
-from megalm.huggingface.sentencepiece_json import NoEquivalentError, SentencePieceModel
-from megalm.huggingface.tokenizer import SENTENCEPIECE, TOKENIZER, ExportedTokenizer, write_tokenizer
+from megalm.data.tokenizers.tokenizer import load_tokenizer
+from megalm.huggingface.export_tokenizer import SENTENCEPIECE, TOKENIZER, ExportedTokenizer, write_tokenizer
+from megalm.huggingface.sentencepiece_to_tokenizer_json import NoEquivalentError, SentencePieceModel
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,10 +11,10 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalm.config.schema import ModelSection
-from megalm.model.attention_blocks import blockwise_attention
-from megalm.model.init import initialise
-from megalm.model.mask import DocumentMask, document_mask, flex_blocks
-from megalm.model.shape import model_shape
+from megalm.model.attention_mask import DocumentMask, document_mask, flex_blocks
+from megalm.model.cpu_attention import blockwise_attention
+from megalm.model.initialization import initialize
+from megalm.model.model_config import build_model_config
 from megalm.model.transformer import LanguageModel
 
 BATCH, HEADS, WIDTH = 2, 3, 16
@@ -105,9 +105,9 @@ def test_model_with_flex_attention_is_the_one_on_a_cpu(compiled: bool, request: 
     """Losses and gradients of batches whose documents differ; compiled, one graph serves all blocks and batches."""
     length, vocabulary = 200, 53
     section = ModelSection(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    shape = model_shape(section, vocabulary, length)
+    shape = build_model_config(section, vocabulary, length)
     model = LanguageModel(shape)
-    initialise(model, shape, seed=1)
+    initialize(model, shape, seed=1)
     batches = []
     for seed in range(3):
         tokens = torch.randint(0, vocabulary, (BATCH, length), generator=torch.Generator().manual_seed(seed))

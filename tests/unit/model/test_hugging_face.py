@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from megalm.config.schema import ModelSection
-from megalm.model.init import initialise
-from megalm.model.shape import ModelShape, model_shape
+from megalm.model.initialization import initialize
+from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.transformer import LanguageModel
 
 transformers = pytest.importorskip("transformers")
@@ -23,10 +23,10 @@ VOCAB, LENGTH = 61, 20
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
 
 
-def _build(section: ModelSection) -> tuple[ModelShape, LanguageModel]:
-    shape = model_shape(section, VOCAB, LENGTH)
+def _build(section: ModelSection) -> tuple[ModelConfig, LanguageModel]:
+    shape = build_model_config(section, VOCAB, LENGTH)
     model = LanguageModel(shape, chunk_tokens=7)
-    initialise(model, shape, seed=3)
+    initialize(model, shape, seed=3)
     with torch.no_grad():  # gains of 1 and biases of 0 would hide a swapped pair
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -34,7 +34,7 @@ def _build(section: ModelSection) -> tuple[ModelShape, LanguageModel]:
     return shape, model
 
 
-def _llama(shape: ModelShape, model: LanguageModel) -> tuple[nn.Module, Callable[[nn.Module], dict[str, Tensor]]]:
+def _llama(shape: ModelConfig, model: LanguageModel) -> tuple[nn.Module, Callable[[nn.Module], dict[str, Tensor]]]:
     config = transformers.LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=shape.hidden_size,
@@ -77,7 +77,7 @@ def _llama(shape: ModelShape, model: LanguageModel) -> tuple[nn.Module, Callable
     }
 
 
-def _gpt2(shape: ModelShape, model: LanguageModel) -> tuple[nn.Module, Callable[[nn.Module], dict[str, Tensor]]]:
+def _gpt2(shape: ModelConfig, model: LanguageModel) -> tuple[nn.Module, Callable[[nn.Module], dict[str, Tensor]]]:
     """GPT-2 keeps its matrices transposed, and query, key and value in one."""
     config = transformers.GPT2Config(
         vocab_size=VOCAB,

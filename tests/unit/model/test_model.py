@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megalm.config.schema import ModelSection
-from megalm.model.dropout import DropoutClock
-from megalm.model.init import initialise
-from megalm.model.layers import DenseLayers
+from megalm.model.initialization import initialize
+from megalm.model.layer_factory import DenseLayers
 from megalm.model.loss import IGNORE, linear_cross_entropy
-from megalm.model.shape import model_shape
+from megalm.model.model_config import build_model_config
+from megalm.model.modules import DropoutClock
 from megalm.model.transformer import LanguageModel
 
 VOCAB, LENGTH = 53, 16
@@ -30,10 +30,10 @@ SECTIONS = {
 
 
 def build(section: ModelSection, seed: int = 1, **options: int) -> LanguageModel:
-    shape = model_shape(section, VOCAB, LENGTH)
+    shape = build_model_config(section, VOCAB, LENGTH)
     clock = DropoutClock(seed=9)
     model = LanguageModel(shape, DenseLayers(clock), clock, **options)
-    initialise(model, shape, seed)
+    initialize(model, shape, seed)
     return model
 
 
@@ -45,7 +45,7 @@ def batch(rows: int = 3, seed: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("section", SECTIONS.values(), ids=list(SECTIONS))
 def test_shape_tells_every_parameter(section: ModelSection) -> None:
-    shape = model_shape(section, VOCAB, LENGTH)
+    shape = build_model_config(section, VOCAB, LENGTH)
     found = {name: tuple(parameter.shape) for name, parameter in build(section).named_parameters()}
     assert found == shape.parameters()
     assert sum(math.prod(size) for size in found.values()) == shape.parameter_count()
@@ -143,9 +143,9 @@ def test_initial_weights_depend_on_name_and_seed_only() -> None:
 
 
 def test_residual_projections_start_smaller() -> None:
-    shape = model_shape(ModelSection(hidden_size=256, num_hidden_layers=8, num_attention_heads=4), 100, 8)
+    shape = build_model_config(ModelSection(hidden_size=256, num_hidden_layers=8, num_attention_heads=4), 100, 8)
     model = LanguageModel(shape)
-    initialise(model, shape, seed=1)
+    initialize(model, shape, seed=1)
     assert model.get_parameter("layers.3.mlp.up.weight").std().item() == pytest.approx(0.02, rel=0.02)
     assert model.get_parameter("layers.3.mlp.down.weight").std().item() == pytest.approx(0.02 / 4, rel=0.02)
     assert model.get_parameter("layers.3.attention.output.weight").std().item() == pytest.approx(0.02 / 4, rel=0.02)

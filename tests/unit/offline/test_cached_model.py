@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megalm.alone import Alone
+from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import ModelSection, SampleSection
-from megalm.data.stdlib import source_files
-from megalm.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
-from megalm.offline.cache import CachedModel
-from megalm.offline.model import OfflineModel
-from megalm.offline.stream import stream
-from megalm.train.sampling import generate
+from megalm.data.builder.stdlib_corpus import source_files
+from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from megalm.inference.inference_model import InferenceModel
+from megalm.inference.kv_cache import CachedModel
+from megalm.inference.token_stream import stream
+from megalm.train.text_samples import generate
 from tests.offline_models import GPT2, LLAMA, SIZES, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,8 +26,8 @@ PROMPTS = ("def read(", "", "x" * 30, "class größer:\n" * 5)
     params=[LLAMA, ModelSection(style="llama", tie_word_embeddings=True, **SIZES), GPT2],
     ids=["llama-gqa-qk-norm", "llama-tied", "gpt2"],
 )
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OfflineModel:
-    return OfflineModel(write_run(tmp_path_factory.mktemp("run"), ByteTokenizer(), request.param, LENGTH))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> InferenceModel:
+    return InferenceModel(write_run(tmp_path_factory.mktemp("run"), ByteTokenizer(), request.param, LENGTH))
 
 
 def settings(temperature: float, tokens: int = 30, prompts: tuple[str, ...] = PROMPTS) -> SampleSection:
@@ -35,18 +35,18 @@ def settings(temperature: float, tokens: int = 30, prompts: tuple[str, ...] = PR
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
-def test_the_same_texts(model: OfflineModel, temperature: float) -> None:
+def test_the_same_texts(model: InferenceModel, temperature: float) -> None:
     """Prompts of all lengths, through the end of the window and beyond, where it begins to move."""
     for seed in range(2):
         texts = [
-            generate(one, Alone(), model.tokenizer, settings(temperature), LENGTH, seed)
+            generate(one, SingleProcessCommunicator(), model.tokenizer, settings(temperature), LENGTH, seed)
             for one in (model, CachedModel(model))
         ]
         assert texts[0] == texts[1]
     assert max(len(text.encode()) for text in texts[0]) > LENGTH
 
 
-def test_the_same_logits_whatever_was_asked_before(model: OfflineModel) -> None:
+def test_the_same_logits_whatever_was_asked_before(model: InferenceModel) -> None:
     random = np.random.default_rng(0)
     cached = CachedModel(model)
     text = random.integers(0, 256, 30)
@@ -60,14 +60,16 @@ def test_the_same_logits_whatever_was_asked_before(model: OfflineModel) -> None:
         np.testing.assert_allclose(cached.next_token_logits(tokens, positions), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_token_more_costs_a_token(model: OfflineModel) -> None:
+def test_a_token_more_costs_a_token(model: InferenceModel) -> None:
     """What it is for: only what is new goes through the blocks."""
     widths: list[int] = []
     hook = model.network.layers[0].attention.query.register_forward_hook(  # type: ignore[union-attr]
         lambda _, inputs, __: widths.append(inputs[0].shape[1])
     )
     try:
-        generate(CachedModel(model), Alone(), model.tokenizer, settings(0.0, 5, ("abcdef",)), LENGTH, 0)
+        generate(
+            CachedModel(model), SingleProcessCommunicator(), model.tokenizer, settings(0.0, 5, ("abcdef",)), LENGTH, 0
+        )
     finally:
         hook.remove()
     assert widths == [6, 1, 1, 1, 1]
@@ -75,10 +77,10 @@ def test_a_token_more_costs_a_token(model: OfflineModel) -> None:
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_stream_joined_is_the_text(model: OfflineModel, prompt: str, seed: int) -> None:
+def test_a_stream_joined_is_the_text(model: InferenceModel, prompt: str, seed: int) -> None:
     once = settings(1.5, 40, (prompt,))
     pieces = list(stream(CachedModel(model), model.tokenizer, prompt, once, LENGTH, seed))
-    assert ["".join(pieces)] == generate(model, Alone(), model.tokenizer, once, LENGTH, seed)
+    assert ["".join(pieces)] == generate(model, SingleProcessCommunicator(), model.tokenizer, once, LENGTH, seed)
     assert len(pieces) > 5
 
 

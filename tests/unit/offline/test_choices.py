@@ -15,10 +15,12 @@ import pytest
 import tokenizers
 import torch
 
-from megalm.data.stdlib import source_files
-from megalm.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from megalm.data.builder.stdlib_corpus import source_files
+from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from megalm.errors import CheckpointError, DataError
-from megalm.offline.choices import (
+from megalm.inference.batching import SequenceBatches
+from megalm.inference.inference_model import InferenceModel, read_facts
+from megalm.inference.multiple_choice import (
     ChoiceTask,
     Question,
     encode_question,
@@ -26,8 +28,6 @@ from megalm.offline.choices import (
     read_choices,
     read_questions,
 )
-from megalm.offline.model import OfflineModel, read_facts
-from megalm.offline.sequences import SequenceBatches
 from tests.offline_models import GPT2, LLAMA, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,8 +50,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> OfflineModel:
-    return OfflineModel(write_run(tmp_path_factory.mktemp("run"), tokenizer, LLAMA, LENGTH))
+def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> InferenceModel:
+    return InferenceModel(write_run(tmp_path_factory.mktemp("run"), tokenizer, LLAMA, LENGTH))
 
 
 def write(path: Path, questions: Sequence[object]) -> Path:
@@ -59,7 +59,7 @@ def write(path: Path, questions: Sequence[object]) -> Path:
     return path
 
 
-def plain_score(model: OfflineModel, tokens: Sequence[int], first: int) -> float:
+def plain_score(model: InferenceModel, tokens: Sequence[int], first: int) -> float:
     """Sum of log-probabilities of tokens from `first` on, one text at a time, the whole softmax in fp64."""
     with torch.no_grad():
         log_probabilities = model.network(torch.tensor([tokens]))[0].double().log_softmax(-1)
@@ -67,7 +67,7 @@ def plain_score(model: OfflineModel, tokens: Sequence[int], first: int) -> float
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_scores_are_those_of_a_plain_softmax(model: OfflineModel, tmp_path: Path, batch_size: int) -> None:
+def test_scores_are_those_of_a_plain_softmax(model: InferenceModel, tmp_path: Path, batch_size: int) -> None:
     questions = read_choices(write(tmp_path / "q.jsonl", QUESTIONS), model.facts)
     found = log_likelihoods(questions, SequenceBatches(questions.sequences, batch_size), model, lambda: None)
     assert [len(scores) for scores in found] == [3, 2, 2, 4]
@@ -85,7 +85,7 @@ def test_scores_are_those_of_a_plain_softmax(model: OfflineModel, tmp_path: Path
 def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
     """The same weights in Hugging Face's GPT-2, whose own loss is a mean over labels."""
     transformers = pytest.importorskip("transformers")
-    model = OfflineModel(write_run(tmp_path, ByteTokenizer(), GPT2, LENGTH))
+    model = InferenceModel(write_run(tmp_path, ByteTokenizer(), GPT2, LENGTH))
     shape = model.shape
     config = transformers.GPT2Config(
         vocab_size=shape.vocab_size,
@@ -131,7 +131,7 @@ def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
             assert score == pytest.approx(-float(mean) * len(choice.encode()), rel=1e-5)
 
 
-def test_choices_begin_at_the_same_token(model: OfflineModel, tokenizer: Tokenizer) -> None:
+def test_choices_begin_at_the_same_token(model: InferenceModel, tokenizer: Tokenizer) -> None:
     for content in QUESTIONS:
         question = Question(content["context"], tuple(content["choices"]), content["answer"], "here:1")
         found = encode_question(question, model.facts)
@@ -143,7 +143,7 @@ def test_choices_begin_at_the_same_token(model: OfflineModel, tokenizer: Tokeniz
             assert choice.endswith(tokenizer.decode(sequence.tokens[-1:].tolist())), "and the choice is scored"
 
 
-def test_a_token_across_the_boundary_is_scored_for_all(tokenizer: Tokenizer, model: OfflineModel) -> None:
+def test_a_token_across_the_boundary_is_scored_for_all(tokenizer: Tokenizer, model: InferenceModel) -> None:
     """`se` + `lf` is one token, `self`, which the context alone does not have."""
     question = Question("x = se", ("lf.width", "t"), 0, "here:1")
     alone, *together = tokenizer.encode_batch([question.context, *(question.context + one for one in question.choices)])
@@ -161,7 +161,7 @@ def test_documents_kept_apart_follow_no_end(tmp_path: Path) -> None:
     assert (empty.tokens.tolist(), empty.first) == ([256, 97], 1), "something has to stand before it"
 
 
-def test_accuracies_and_their_errors(model: OfflineModel, tmp_path: Path) -> None:
+def test_accuracies_and_their_errors(model: InferenceModel, tmp_path: Path) -> None:
     """By hand from the scores: the longest text is rarely likeliest, but may be by byte."""
     questions = read_choices(write(tmp_path / "q.jsonl", QUESTIONS), model.facts)
     batches = SequenceBatches(questions.sequences, 4)
@@ -183,7 +183,7 @@ def test_accuracies_and_their_errors(model: OfflineModel, tmp_path: Path) -> Non
 
 def test_scores_that_are_no_numbers_answer_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Weights of a run that went wrong: every score is NaN, and the first choice would seem to be the best."""
-    model = OfflineModel(
+    model = InferenceModel(
         write_run(tmp_path / "run", tokenizer, spoilt={"final_norm.weight": 3e38, "head.weight": 3e38})
     )
     asked = read_choices(write(tmp_path / "q.jsonl", QUESTIONS), model.facts)
@@ -191,7 +191,7 @@ def test_scores_that_are_no_numbers_answer_nothing(tmp_path: Path, tokenizer: To
         ChoiceTask([asked], 4).rows(model, lambda: None)
 
 
-def test_a_choice_of_which_nothing_is_left(model: OfflineModel, tmp_path: Path) -> None:
+def test_a_choice_of_which_nothing_is_left(model: InferenceModel, tmp_path: Path) -> None:
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eod>": 0, "word": 1, "<unk>": 2}, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.save(str(tmp_path / "tokenizer.json"))
@@ -201,7 +201,7 @@ def test_a_choice_of_which_nothing_is_left(model: OfflineModel, tmp_path: Path) 
     assert [len(one.tokens) for one in encode_question(Question("", ("word", "other"), 0, "here:4"), facts)] == [2, 2]
 
 
-def test_long_contexts_lose_their_beginning(model: OfflineModel, tmp_path: Path) -> None:
+def test_long_contexts_lose_their_beginning(model: InferenceModel, tmp_path: Path) -> None:
     long = {"context": "x = 1\n" * 60, "choices": ["y", "z = 2"], "answer": 0}
     found = read_choices(write(tmp_path / "q.jsonl", [long, QUESTIONS[3]]), model.facts)
     assert found.cut == 1

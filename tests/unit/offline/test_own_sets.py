@@ -10,14 +10,14 @@ import pytest
 from torch import Tensor
 
 from megalm.checkpoint.manifest import read_manifest, set_status, write_manifest
-from megalm.data.indexed_writer import IndexedDatasetWriter
-from megalm.data.loader import MicroBatch
-from megalm.data.tokenizer import ByteTokenizer
+from megalm.data.indexed.writer import IndexedDatasetWriter
+from megalm.data.sampling.batch_loader import MicroBatch
+from megalm.data.tokenizers.tokenizer import ByteTokenizer
 from megalm.errors import CheckpointError, DataError
-from megalm.model.layers import DenseOutput
-from megalm.offline.model import OfflineModel, read_facts
-from megalm.offline.run import course_of, nearest
-from megalm.offline.sets import DATA, DatasetTask, other_sets, own_sets
+from megalm.inference.dataset_eval import DATA, DatasetTask, other_sets, own_sets
+from megalm.inference.inference_model import InferenceModel, read_facts
+from megalm.inference.run_checkpoints import checkpoints_of, nearest
+from megalm.model.layer_factory import DenseOutput
 from tests.checkpoint_files import save
 from tests.offline_models import GPT2, write_run
 
@@ -31,7 +31,7 @@ def test_good_ones_in_order_and_the_others_named(tmp_path: Path) -> None:
     set_status(folders[20], "bad", "loss of 9")
     set_status(folders[30], "suspect", None)
     next(folders[40].glob("*.safetensors")).unlink()
-    course = course_of(tmp_path)
+    course = checkpoints_of(tmp_path)
     assert course.good == (folders[10], folders[50])
     assert [reason.split(":")[0] for reason in course.left_out] == [folders[step].name for step in (20, 30, 40)]
     assert "marked bad (loss of 9)" in course.left_out[0]
@@ -42,7 +42,7 @@ def test_good_ones_in_order_and_the_others_named(tmp_path: Path) -> None:
 def test_what_a_run_that_was_set_back_has_left_is_no_part_of_it(tmp_path: Path) -> None:
     folders = {step: save(tmp_path / "checkpoints", step) for step in (10, 20, 30, 40)}
     later = save(tmp_path / "checkpoints", 25, attempt=2)
-    course = course_of(tmp_path)
+    course = checkpoints_of(tmp_path)
     assert course.good == (folders[10], folders[20], later)
     assert course.left_out == tuple(
         f"step-000000{step}: of attempt 1, which the run left: attempt 2 has saved step-00000025" for step in (30, 40)
@@ -51,10 +51,10 @@ def test_what_a_run_that_was_set_back_has_left_is_no_part_of_it(tmp_path: Path) 
 
 def test_a_run_without_a_good_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no good checkpoint; `megalm checkpoint list"):
-        course_of(tmp_path)
+        checkpoints_of(tmp_path)
     set_status(save(tmp_path / "checkpoints", 10), "bad", "loss of 9")
     with pytest.raises(CheckpointError, match="loss of 9"):
-        course_of(tmp_path)
+        checkpoints_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,11 @@ def test_a_tokenizer_that_moved(tmp_path: Path) -> None:
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     place = write_run(tmp_path / "run", ByteTokenizer(), GPT2, spoilt={"final_norm.bias": math.inf})
     with pytest.raises(CheckpointError, match=r"step-00000010: final_norm\.bias has numbers that are not finite"):
-        OfflineModel(place)
+        InferenceModel(place)
 
 
 def test_datasets_of_the_tokenizer_have_a_total(tmp_path: Path) -> None:
-    model = OfflineModel(write_run(tmp_path / "run", ByteTokenizer(), GPT2, LENGTH))
+    model = InferenceModel(write_run(tmp_path / "run", ByteTokenizer(), GPT2, LENGTH))
     for name, count in (("few", 30), ("many", 200)):
         with IndexedDatasetWriter(tmp_path / name, np.uint16) as writer:
             writer.append(np.random.default_rng(count).integers(0, 256, count))
@@ -110,7 +110,7 @@ def test_datasets_of_the_tokenizer_have_a_total(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_evaluated_on_is_refused(tmp_path: Path) -> None:
-    model = OfflineModel(write_run(tmp_path / "run", ByteTokenizer(), GPT2, LENGTH))
+    model = InferenceModel(write_run(tmp_path / "run", ByteTokenizer(), GPT2, LENGTH))
     with pytest.raises(DataError, match="cannot be opened"):
         other_sets(model.facts, [str(tmp_path / "absent")])
     with pytest.raises(CheckpointError, match=r"no config\.yaml .* --data"):
@@ -123,7 +123,7 @@ def test_what_cannot_be_evaluated_on_is_refused(tmp_path: Path) -> None:
 
 
 def test_logits_exist_for_a_chunk_of_tokens_at_a_time(tmp_path: Path) -> None:
-    model = OfflineModel(write_run(tmp_path / "run", ByteTokenizer(), GPT2, LENGTH))
+    model = InferenceModel(write_run(tmp_path / "run", ByteTokenizer(), GPT2, LENGTH))
     rows: list[int] = []
     output = model.network.head.output
     assert isinstance(output, DenseOutput)
@@ -149,7 +149,7 @@ def test_bf16_is_near(tmp_path: Path) -> None:
         writer.append(np.random.default_rng(0).integers(0, 256, 300))
     losses = []
     for precision in ("fp32", "bf16"):
-        model = OfflineModel(place, precision=precision)  # type: ignore[arg-type]
+        model = InferenceModel(place, precision=precision)  # type: ignore[arg-type]
         task = DatasetTask(DATA, other_sets(model.facts, [str(tmp_path / "data")]), model.tokenizer, 4)
         losses.append(task.rows(model, lambda: None)[0]["loss"])
     assert losses[0] != losses[1]

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from megalm.data.samples import IGNORE
-from megalm.data.tokenizer import ByteTokenizer
+from megalm.data.sampling.samples import IGNORE_INDEX
+from megalm.data.tokenizers.tokenizer import ByteTokenizer
 from megalm.errors import ConfigError, DataError
-from megalm.offline.model import OfflineModel
-from megalm.offline.sequences import ScoredSequence, SequenceBatches, evenly
-from megalm.offline.text import TextTask, document_windows, read_text
+from megalm.inference.batching import ScoredSequence, SequenceBatches, evenly
+from megalm.inference.inference_model import InferenceModel
+from megalm.inference.text_eval import TextTask, document_windows, read_text
 from tests.offline_models import GPT2, LLAMA, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,8 +26,8 @@ TEXTS = ("short", "a text of more than one window, whose last words are scored w
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> OfflineModel:
-    return OfflineModel(write_run(tmp_path_factory.mktemp("run"), ByteTokenizer(), LLAMA, LENGTH))
+def model(tmp_path_factory: pytest.TempPathFactory) -> InferenceModel:
+    return InferenceModel(write_run(tmp_path_factory.mktemp("run"), ByteTokenizer(), LLAMA, LENGTH))
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def plain_loss(model: OfflineModel, tokens: list[int], overlap: int) -> float:
+def plain_loss(model: InferenceModel, tokens: list[int], overlap: int) -> float:
     """A window at a time, one whole softmax each, in fp64."""
     total, scored, start = 0.0, 1, 0
     while scored < len(tokens):
@@ -54,7 +54,7 @@ def plain_loss(model: OfflineModel, tokens: list[int], overlap: int) -> float:
 
 @pytest.mark.parametrize("overlap", [0, 7, 12, 23])
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_loss_is_that_of_a_plain_loop(model: OfflineModel, file: Path, overlap: int, batch_size: int) -> None:
+def test_loss_is_that_of_a_plain_loop(model: InferenceModel, file: Path, overlap: int, batch_size: int) -> None:
     found = read_text(str(file), model.facts, overlap)
     beats: list[int] = []
     task = TextTask([found], model.tokenizer.token_bytes(), batch_size)
@@ -69,7 +69,7 @@ def test_loss_is_that_of_a_plain_loop(model: OfflineModel, file: Path, overlap: 
     assert row["word_perplexity"] == pytest.approx(math.exp(nats / words), rel=1e-4)
 
 
-def test_more_context_is_another_loss(model: OfflineModel, file: Path) -> None:
+def test_more_context_is_another_loss(model: InferenceModel, file: Path) -> None:
     """Or the test above would not see the overlap."""
     sizes = model.tokenizer.token_bytes()
     losses = [
@@ -81,7 +81,7 @@ def test_more_context_is_another_loss(model: OfflineModel, file: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, LENGTH - 1, LENGTH, LENGTH + 1, 2 * LENGTH, 5 * LENGTH + 3])
 @pytest.mark.parametrize("overlap", [0, 1, 12, LENGTH - 1])
-def test_every_token_is_scored_once(model: OfflineModel, count: int, overlap: int) -> None:
+def test_every_token_is_scored_once(model: InferenceModel, count: int, overlap: int) -> None:
     tokens = np.arange(count)
     windows = list(document_windows(tokens, model.facts, overlap))
     scored = [int(token) for window in windows for token in window.tokens[window.first :]]
@@ -91,7 +91,7 @@ def test_every_token_is_scored_once(model: OfflineModel, count: int, overlap: in
 
 
 def test_documents_kept_apart_begin_without_an_end(tmp_path: Path, file: Path) -> None:
-    model = OfflineModel(write_run(tmp_path, ByteTokenizer(), GPT2, LENGTH, document_mask=True))
+    model = InferenceModel(write_run(tmp_path, ByteTokenizer(), GPT2, LENGTH, document_mask=True))
     row = TextTask([read_text(str(file), model.facts)], model.tokenizer.token_bytes(), 4).rows(model, int)[0]
     nats = sum(plain_loss(model, list(text.encode()), 12) for text in TEXTS)
     targets = sum(len(text.encode()) - 1 for text in TEXTS)
@@ -99,7 +99,7 @@ def test_documents_kept_apart_begin_without_an_end(tmp_path: Path, file: Path) -
     assert row["loss"] == pytest.approx(nats / targets, rel=1e-6)
 
 
-def test_several_have_a_total(model: OfflineModel, file: Path, tmp_path: Path) -> None:
+def test_several_have_a_total(model: InferenceModel, file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("one more\n")
     sets = [read_text(str(path), model.facts) for path in (file, other)]
@@ -111,7 +111,7 @@ def test_several_have_a_total(model: OfflineModel, file: Path, tmp_path: Path) -
     assert total["bits_per_byte"] == pytest.approx(nats[2] / math.log(2) / total["text_bytes"])
 
 
-def test_what_cannot_be_read_is_counted(model: OfflineModel, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_counted(model: InferenceModel, tmp_path: Path) -> None:
     path = tmp_path / "some.jsonl"
     path.write_text('{"text": ""}\n{"other": 1}\n{"text": "good"}\n')
     found = read_text(str(path), model.facts)
@@ -126,7 +126,7 @@ def test_what_cannot_be_read_is_counted(model: OfflineModel, tmp_path: Path) -> 
         read_text(str(path), model.facts, overlap=LENGTH)
 
 
-def test_samples_are_spread_evenly(model: OfflineModel, file: Path) -> None:
+def test_samples_are_spread_evenly(model: InferenceModel, file: Path) -> None:
     assert evenly(10, None) == list(range(10))
     assert evenly(3, 5) == [0, 1, 2]
     assert evenly(10, 2) == [2, 7]
@@ -142,9 +142,9 @@ def test_batches_hold_like_lengths_and_lose_nothing() -> None:
         for row, index in enumerate(batches.indices(number)):
             tokens = sequences[index].tokens
             assert micro_batch.tokens[row, : len(tokens) - 1].tolist() == tokens[:-1].tolist()
-            scored = micro_batch.labels[row][micro_batch.labels[row] != IGNORE]
+            scored = micro_batch.labels[row][micro_batch.labels[row] != IGNORE_INDEX]
             assert scored.tolist() == tokens[sequences[index].first :].tolist()
             seen.append(index)
-        assert batch.target_count == (micro_batch.labels != IGNORE).sum()
+        assert batch.target_count == (micro_batch.labels != IGNORE_INDEX).sum()
     assert (len(batches), sorted(seen)) == (3, [0, 1, 2, 3, 4])
     assert [batch.micro_batches[0].tokens.shape for batch in batches] == [(2, 8), (2, 6), (1, 1)]

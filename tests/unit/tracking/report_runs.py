@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 
-from megalm.tracking.metrics import MetricsWriter, Row
+from megalm.runs.metrics_log import MetricsWriter, Row
 from megalm.tracking.report import write_report
 
 VOID = {"meta", "br", "img", "input", "link"}

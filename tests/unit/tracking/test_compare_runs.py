@@ -13,7 +13,7 @@ import pytest
 
 from megalm.cli.main import main
 from megalm.errors import ConfigError
-from megalm.tracking.compare import differing_settings, plot_losses, read_run, results
+from megalm.tracking.compare_runs import differing_settings, plot_losses, read_run, results
 
 
 def write_run(root: Path, name: str, peak: float, batch: int, losses: list[float], **config: object) -> Path:

@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalm.tracking.history import CHECKPOINTS, REST, TRAINING, VALIDATION, read_history
-from megalm.tracking.metrics import live_rows
+from megalm.runs.metrics_history import CHECKPOINTS, REST, TRAINING, VALIDATION, read_history
+from megalm.runs.metrics_log import live_rows
 
 STEPS = st.integers(0, 8)
 ROWS = st.one_of(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from megalm.errors import DataError
-from megalm.tracking.metrics import MetricsWriter, live_rows, read_metrics, read_rows
+from megalm.runs.metrics_log import MetricsWriter, live_rows, read_metrics, read_rows
 
 
 def refuse(constant: str) -> None:
@@ -73,7 +73,7 @@ def test_opening_an_intact_file_reports_nothing(tmp_path: Path) -> None:
 def test_a_kill_loses_no_row_that_was_written(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     program = (
-        "import os, signal, sys\nfrom megalm.tracking.metrics import MetricsWriter\n"
+        "import os, signal, sys\nfrom megalm.runs.metrics_log import MetricsWriter\n"
         "writer = MetricsWriter(sys.argv[1])\nfor step in range(100): writer.row('train', step=step)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

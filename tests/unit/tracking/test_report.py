@@ -15,7 +15,7 @@ from megalm.checkpoint.manifest import write_manifest
 from megalm.cli.main import main
 from megalm.errors import ConfigError
 from megalm.tracking.report import write_report
-from megalm.tracking.report.outcome import ago
+from megalm.tracking.report.headline import ago
 
 START = event("start")
 STEPS = [train_row(step, 5.0 - step / 10) for step in range(1, 31)]

@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_runs import event, train_row, validation
 
-from megalm.tracking.history import read_history
-from megalm.tracking.report.chart import Scale, label, path, short
+from megalm.runs.metrics_history import read_history
 from megalm.tracking.report.curves import charts
-from megalm.tracking.report.thinning import running_median, thinned
+from megalm.tracking.report.svg_chart import Scale, label, path, running_median, short, thinned
 
 VALUES = st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan), st.just(math.inf)), min_size=1, max_size=200)
 

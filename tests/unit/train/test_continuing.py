@@ -8,23 +8,23 @@ from typing import Any
 
 import pytest
 
-from megalm.config.deepspeed_json import read_deepspeed_json
+from megalm.config.deepspeed.json_reader import read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.config.precision import DeviceFacts
-from megalm.config.resolve import ResolvedRun, resolve
 from megalm.errors import CheckpointError, ConfigError
-from megalm.train.continuing import (
-    beginning,
-    differences,
+from megalm.planning.lr_schedule import ScheduleSegment, rate_at
+from megalm.planning.resolve import ResolvedRun, resolve
+from megalm.train.resume.compatibility import (
+    continuation_kind,
     first_sample_of,
+    incompatibilities,
     lengths_of_order,
-    position_from,
-    refuse_other_run,
+    progress_from,
+    refuse_incompatible,
     with_last_step,
     with_schedule,
 )
-from megalm.train.position import DataSegment, Position
-from megalm.train.schedule import ScheduleSegment, rate_at
+from megalm.train.resume.training_progress import DataSegment, TrainingProgress
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -38,7 +38,7 @@ def run(*overrides: str) -> ResolvedRun:
 def manifest(step: int, *segments: DataSegment, **more: Any) -> dict[str, Any]:
     """Of a run of 10 steps with the defaults."""
     of = run("train.steps=10")
-    position = Position(step=step)
+    position = TrainingProgress(step=step)
     with_schedule(position, of, None, None)
     return {
         "step": step,
@@ -55,8 +55,8 @@ def segment(length: int, batch: int, first: int, consumed: int, skipped: int = 0
     return DataSegment("order", length, batch, first, consumed, skipped, begins)  # type: ignore[arg-type]
 
 
-def scheduled(then: dict[str, Any], now: ResolvedRun, more: int | None = None) -> Position:
-    position = Position()
+def scheduled(then: dict[str, Any], now: ResolvedRun, more: int | None = None) -> TrainingProgress:
+    position = TrainingProgress()
     with_schedule(position, now, then, more)
     return position
 
@@ -104,33 +104,33 @@ def test_segments_survive_a_manifest() -> None:
 
 def test_the_position_of_an_unchanged_run() -> None:
     then = manifest(4, segment(256, 16, 0, 64), rollbacks=2)
-    position = position_from(then, run(), "on")
+    position = progress_from(then, run(), "on")
     assert (position.step, position.samples, position.first_sample, position.past) == (4, 64, 0, ())
     assert (position.best_loss, position.stale_evaluations, position.rollbacks) == (2.5, 1, 2)
 
 
 def test_skipped_samples_are_passed_over_and_stay_noted() -> None:
     skipped = segment(256, 16, 0, 64, skipped=32)
-    position = position_from(manifest(4, skipped), run(), "on")
+    position = progress_from(manifest(4, skipped), run(), "on")
     assert (position.samples, position.first_sample, position.past) == (96, 96, (skipped,))
     position.samples += 16
     assert position.segment("order", 256, 16) == segment(256, 16, 96, 16, begins="on")
 
 
 def test_another_batch_is_another_stretch_of_the_same_order() -> None:
-    position = position_from(manifest(4, segment(256, 8, 0, 32)), run(), "on")
+    position = progress_from(manifest(4, segment(256, 8, 0, 32)), run(), "on")
     assert (position.samples, position.first_sample, position.begins) == (32, 32, "on")
 
 
 def test_another_length_cuts_what_is_left() -> None:
     then = manifest(4, segment(512, 16, 0, 64))
     now = run()
-    assert beginning(now, then, {}) == "recut"
-    position = position_from(then, now, "recut")
+    assert continuation_kind(now, then, {}) == "recut"
+    position = progress_from(then, now, "recut")
     assert (position.samples, position.begins, len(position.past)) == (0, "recut", 1)
     staged = now.config.data.model_copy(update={"stages": ("one",)})
     with pytest.raises(ConfigError, match=r"data.sequence_length was 512: .*data.stages"):
-        beginning(replace(now, config=now.config.model_copy(update={"data": staged})), then, {})
+        continuation_kind(replace(now, config=now.config.model_copy(update={"data": staged})), then, {})
 
 
 def test_how_an_order_came_about() -> None:
@@ -171,28 +171,32 @@ def changed(section: str, **values: Any) -> dict[str, Any]:
 
 
 def test_differences_are_named_by_what_they_are() -> None:
-    assert differences(THEN, THEN) == {}
-    assert differences(THEN, changed("model", hidden_size=32)) == {"model": ["hidden_size was 64, is 32"]}
-    assert differences(THEN, changed("model", max_position_embeddings=512)) == {}, "rotary positions have no table"
-    assert differences(THEN, changed("data", **{"data.sequence_length": 128})) == {}
-    assert differences(THEN, changed("data", **{"data.split": "90,10"})) == {
+    assert incompatibilities(THEN, THEN) == {}
+    assert incompatibilities(THEN, changed("model", hidden_size=32)) == {"model": ["hidden_size was 64, is 32"]}
+    assert incompatibilities(THEN, changed("model", max_position_embeddings=512)) == {}, (
+        "rotary positions have no table"
+    )
+    assert incompatibilities(THEN, changed("data", **{"data.sequence_length": 128})) == {}
+    assert incompatibilities(THEN, changed("data", **{"data.split": "90,10"})) == {
         "dataset": ["data.split was 95,5, is 90,10"]
     }
-    assert differences(THEN, changed("fingerprints", order="0123456789abcdef")) == {
+    assert incompatibilities(THEN, changed("fingerprints", order="0123456789abcdef")) == {
         "order": ["order was a, is 0123456789ab"]
     }
-    assert differences(THEN, changed("fingerprints", order="x")) == {"order": ["order was a, is x"]}
+    assert incompatibilities(THEN, changed("fingerprints", order="x")) == {"order": ["order was a, is x"]}
     # The order's fingerprint changes with the dataset: said once.
-    assert differences(THEN, changed("fingerprints", order="x", dataset="y")) == {"dataset": ["dataset was b, is y"]}
-    assert set(differences(THEN, changed("data", **{"train.seed": 2}))) == {"order"}
+    assert incompatibilities(THEN, changed("fingerprints", order="x", dataset="y")) == {
+        "dataset": ["dataset was b, is y"]
+    }
+    assert set(incompatibilities(THEN, changed("data", **{"train.seed": 2}))) == {"order"}
 
 
 def test_a_refusal_names_all_and_how_to_allow_it(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"state what it was: the shapes of a model never change$"):
-        refuse_other_run(Path("run"), {"model": ["hidden_size was 1, is 2"], "order": ["x was 1, is 2"]}, ())
+        refuse_incompatible(Path("run"), {"model": ["hidden_size was 1, is 2"], "order": ["x was 1, is 2"]}, ())
     found = {"model": ["x was 1, is 2"], "order": ["train.seed was 1, is 2"]}
-    refuse_other_run(tmp_path, found, ["model", "order"])
+    refuse_incompatible(tmp_path, found, ["model", "order"])
     with pytest.raises(
         CheckpointError, match=r"another order \(train.seed was 1, is 2\);.*resume.allow=\[model,order\]"
     ):
-        refuse_other_run(tmp_path, found, ["model"])
+        refuse_incompatible(tmp_path, found, ["model"])

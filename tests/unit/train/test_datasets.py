@@ -10,18 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megalm.config.deepspeed_json import DS_CONFIGS_FOLDER, read_deepspeed_json
+from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
 from megalm.config.loading import config_to_yaml, load_run_config
 from megalm.config.precision import DeviceFacts
-from megalm.config.resolve import ResolvedRun, resolve
-from megalm.data.builder import BuildOptions, build_files
-from megalm.data.indexed import IndexedDataset
-from megalm.data.indexed_writer import IndexedDatasetWriter
-from megalm.data.tokenizer import ByteTokenizer
+from megalm.data.builder.builder import BuildOptions, build_files
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.writer import IndexedDatasetWriter
+from megalm.data.tokenizers.tokenizer import ByteTokenizer
 from megalm.errors import ConfigError, DataError
-from megalm.train.checkpointing import DataIdentity
-from megalm.train.continuing import differences
-from megalm.train.data_facts import data_rows, data_warnings, planned_data
+from megalm.planning.resolve import ResolvedRun, resolve
 from megalm.train.datasets import (
     RunData,
     find_data,
@@ -30,6 +27,8 @@ from megalm.train.datasets import (
     validation_fingerprint,
     validation_loaders,
 )
+from megalm.train.resume.compatibility import DataIdentity, incompatibilities
+from megalm.train.run_summary import data_rows, data_warnings, planned_data
 
 BATCH = 16  # of the shipped JSONs
 
@@ -178,15 +177,15 @@ def test_a_changed_mixture_is_named_in_words(tmp_path: Path, web: str, code: str
         return {"model": {}, "data": mixture, "fingerprints": DataIdentity(samples, "t").at(100)}
 
     then = facts(mixed(web, code))
-    assert differences(then, facts(mixed(web, code))) == {}
+    assert incompatibilities(then, facts(mixed(web, code))) == {}
     words = (
         f"the mixture so far was from sample 0 {web} 75.0%, {code} 25.0%, is from sample 0 {web} 50.0%, {code} 50.0%"
     )
-    (found,) = differences(then, facts(other_weights)).items()
+    (found,) = incompatibilities(then, facts(other_weights)).items()
     assert (found[0], found[1][-1].startswith(words)) == ("order", True)
-    (found,) = differences(then, facts(mixed(web, third))).items()
+    (found,) = incompatibilities(then, facts(mixed(web, third))).items()
     assert (found[0], f"{third} 25.0%" in found[1][-1]) == ("dataset", True)
-    (found,) = differences(then, facts(f"data.train={web}")).items()
+    (found,) = incompatibilities(then, facts(f"data.train={web}")).items()
     assert (found[0], ", is one dataset (data.stages" in found[1][-1]) == ("dataset", True)
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalm.data.indexed import IndexedDataset
-from megalm.data.indexed_writer import IndexedDatasetWriter
-from megalm.data.loader import BatchLayout, MicroBatch, ValidationLoader
-from megalm.data.samples import IGNORE, ValidationSamples
-from megalm.train.evaluate import Evaluator
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.writer import IndexedDatasetWriter
+from megalm.data.sampling.batch_loader import BatchLayout, MicroBatch, ValidationLoader
+from megalm.data.sampling.samples import IGNORE_INDEX, ValidationSamples
+from megalm.train.evaluator import Evaluator
 
 LAYOUT = BatchLayout(4, 2, 0, 1)
 
@@ -22,7 +22,7 @@ class Engine:
     """Every target costs its own number in nats."""
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
-        return float(sum(batch.labels[batch.labels != IGNORE].sum() for batch in micro_batches))
+        return float(sum(batch.labels[batch.labels != IGNORE_INDEX].sum() for batch in micro_batches))
 
 
 class Alone:

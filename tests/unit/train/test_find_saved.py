@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from megalm.alone import Alone
 from megalm.checkpoint import manifest
-from megalm.checkpoint.layout import candidates
+from megalm.checkpoint.discovery import resume_candidates
 from megalm.checkpoint.manifest import read_manifest, set_status, write_manifest
 from megalm.checkpoint.retention import tidy
+from megalm.communicator import SingleProcessCommunicator
 from megalm.errors import CheckpointError
-from megalm.train.checkpointing import with_evaluation
-from megalm.train.evaluate import Evaluation
-from megalm.train.run_folder import RunFolder
-from megalm.train.saved import find_saved, open_whole
+from megalm.runs.run_folder import RunFolder
+from megalm.train.evaluator import Evaluation
+from megalm.train.resume.find_checkpoint import find_checkpoint, open_verified
+from megalm.train.run_checkpointer import with_evaluation
 from tests.checkpoint_files import save
 
 
 def find(folder: Path, wanted: str) -> tuple[int, tuple[str, ...]] | None:
-    found = find_saved(RunFolder(folder), wanted, Alone())
+    found = find_checkpoint(RunFolder(folder), wanted, SingleProcessCommunicator())
     return None if found is None else (found.reader.manifest["step"], found.warnings)
 
 
@@ -88,7 +88,9 @@ def test_a_long_check_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     seconds = itertools.count()
     monkeypatch.setattr("megalm.pace.time.monotonic", lambda: float(next(seconds)))
     said: list[str] = []
-    reader, problem = open_whole(candidates(tmp_path / "checkpoints", "auto")[0], Alone(), said.append)
+    reader, problem = open_verified(
+        resume_candidates(tmp_path / "checkpoints", "auto")[0], SingleProcessCommunicator(), said.append
+    )
     assert reader is not None
     assert problem == ""
     blocks = manifest.hashed_blocks(read_manifest(path))

@@ -8,22 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from megalm.data.blend import BlendedSamples, Stage
-from megalm.data.builder import build_files
-from megalm.data.indexed import IndexedDataset
-from megalm.data.samples import TrainingSamples
-from megalm.data.sources import sources_path
-from megalm.data.tokenizer import ByteTokenizer
-from megalm.train.guard import Verdict
-from megalm.train.incidents import Incident, IncidentWriter, next_command, reading, report_name
-from megalm.train.invocation import Invocation
-from megalm.train.report import Reporter
+from megalm.data.builder.builder import build_files
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.document_sources import sources_path
+from megalm.data.sampling.mixture import BlendedSamples, MixtureStage
+from megalm.data.sampling.samples import TrainingSamples
+from megalm.data.tokenizers.tokenizer import ByteTokenizer
+from megalm.runs.resume_command import ResumeCommand
+from megalm.train.console import RunConsole
+from megalm.train.spikes.spike_guard import Verdict
+from megalm.train.spikes.spike_report import (
+    SpikeReport,
+    SpikeReportWriter,
+    next_command,
+    report_name,
+    sample_text_reader,
+)
 
-RUN = Invocation(Path("runs/mine"))
+RUN = ResumeCommand(Path("runs/mine"))
 
 
-def incident(saved_step: int) -> Incident:
-    return Incident(8, 1, 9.0, 3.0, 0.2, Verdict("stop", None, ""), {}, (112, 128), saved_step)
+def incident(saved_step: int) -> SpikeReport:
+    return SpikeReport(8, 1, 9.0, 3.0, 0.2, Verdict("stop", None, ""), {}, (112, 128), saved_step)
 
 
 def test_a_step_that_is_out_of_bounds_again_has_a_report_of_its_own() -> None:
@@ -58,17 +64,17 @@ WINDOW = {
 
 
 @pytest.fixture
-def writer(tmp_path: Path) -> IncidentWriter:
+def writer(tmp_path: Path) -> SpikeReportWriter:
     """Of a run on 40 documents."""
     lines = (json.dumps({"text": chr(65 + number) * 100}) + "\n" for number in range(40))
     (tmp_path / "my.jsonl").write_text("".join(lines))
     build_files([tmp_path / "my.jsonl"], ByteTokenizer(), tmp_path / "my")
     samples = TrainingSamples(IndexedDataset(tmp_path / "my"), (0, 40), 8, seed=1)
-    read = reading(BlendedSamples([samples], [Stage(0, (1.0,))]), ByteTokenizer())
-    return IncidentWriter(tmp_path / "incidents", read, RUN, Alone(), Reporter(active=True))  # type: ignore[arg-type]
+    read = sample_text_reader(BlendedSamples([samples], [MixtureStage(0, (1.0,))]), ByteTokenizer())
+    return SpikeReportWriter(tmp_path / "incidents", read, RUN, Alone(), RunConsole(active=True))  # type: ignore[arg-type]
 
 
-def test_each_number_is_in_its_column(writer: IncidentWriter) -> None:
+def test_each_number_is_in_its_column(writer: SpikeReportWriter) -> None:
     report = writer.write(Engine(), replace(incident(6), window=WINDOW))  # type: ignore[arg-type]
     loss, norm = (line for line in report.read_text().splitlines() if line.startswith(("| loss", "| gradient")))
     assert loss == "| loss | 9.0000 | 3 | 0.1 | 3.5 |"
@@ -76,7 +82,7 @@ def test_each_number_is_in_its_column(writer: IncidentWriter) -> None:
 
 
 def test_text_that_cannot_be_looked_up_costs_the_report_not_the_run(
-    writer: IncidentWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    writer: SpikeReportWriter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sources_path(tmp_path / "my").write_bytes(b"half")
     writer.write(Engine(), replace(incident(6), window=WINDOW))  # type: ignore[arg-type]

@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from megalm.config.deepspeed_json import named_json, read_deepspeed_json
+from megalm.config.deepspeed.json_reader import named_json, read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.config.precision import DeviceFacts
-from megalm.config.resolve import resolve
-from megalm.train.facts import farewell
-from megalm.train.invocation import Invocation
-from megalm.train.run_folder import RunFolder
+from megalm.planning.resolve import resolve
+from megalm.runs.resume_command import ResumeCommand
+from megalm.runs.run_folder import RunFolder
+from megalm.train.run_summary import final_summary
 
 
 def test_says_no_more_than_is_needed() -> None:
-    told = Invocation(Path("runs/mine")).again("--resume", "auto", "train.steps=40")
+    told = ResumeCommand(Path("runs/mine")).again("--resume", "auto", "train.steps=40")
     assert told == "deepspeed launch/pretrain.py run.name=mine --resume auto train.steps=40"
 
 
 def test_says_where_and_how_many_and_quotes_for_a_shell() -> None:
-    told = Invocation(Path("/data/my runs/mine"), ranks=2).again("--resume", "auto")
+    told = ResumeCommand(Path("/data/my runs/mine"), ranks=2).again("--resume", "auto")
     assert shlex.split(told) == [
         *("deepspeed", "--num_gpus", "2", "launch/pretrain.py"),
         *("run.root=/data/my runs", "run.name=mine", "--resume", "auto"),
@@ -48,7 +48,7 @@ def test_the_end_of_a_run_quotes_for_a_shell(
         loaded, read_deepspeed_json(named_json("ds_configs/fp32.json")), 1, DeviceFacts("cpu", False, 1 << 33), 99
     )
     folder = RunFolder(tmp_path / "my runs" / "mine")
-    lines = farewell(folder, run, Invocation(folder.path)).splitlines()
+    lines = final_summary(folder, run, ResumeCommand(folder.path)).splitlines()
     told = {line[2:15].strip(): line[16:] for line in lines if line.startswith("  ")}
     assert told["list it"] == f"megalm checkpoint list '{folder.path}'"
     assert told["generate"] == f"megalm generate '{folder.path}' --prompt {word}"

@@ -11,26 +11,25 @@ from typing import Any
 
 import pytest
 
-from megalm.checkpoint.writer import Saved
-from megalm.config.deepspeed_json import read_deepspeed_json
+from megalm.checkpoint.checkpointer import Saved
+from megalm.config.deepspeed.json_reader import read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.config.precision import DeviceFacts
-from megalm.config.resolve import resolve
-from megalm.engine.protocol import Accept, StepResult
+from megalm.engine.interface import Accept, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
-from megalm.tracking.metrics import MetricsWriter, live_rows, read_metrics
-from megalm.train.evaluate import TOTAL, Evaluation
-from megalm.train.expected import Expectation
-from megalm.train.guard import SpikeGuard
-from megalm.train.incidents import Incident
-from megalm.train.leaving import StopRequest
-from megalm.train.limits import Limits
-from megalm.train.loop import TrainingLoop
-from megalm.train.parts import Parts
-from megalm.train.position import Position
-from megalm.train.rehearsal import memory_errors_named
-from megalm.train.report import Reporter
-from megalm.train.schedule import ScheduleSegment
+from megalm.planning.lr_schedule import ScheduleSegment
+from megalm.planning.recipe_claims import Expectation
+from megalm.planning.resolve import resolve
+from megalm.runs.metrics_log import MetricsWriter, live_rows, read_metrics
+from megalm.train.console import RunConsole
+from megalm.train.evaluator import TOTAL, Evaluation
+from megalm.train.lifecycle.shutdown import StopRequest
+from megalm.train.lifecycle.time_limits import TimeLimits
+from megalm.train.preflight import memory_errors_named
+from megalm.train.resume.training_progress import TrainingProgress
+from megalm.train.spikes.spike_guard import SpikeGuard
+from megalm.train.spikes.spike_report import SpikeReport
+from megalm.train.trainer import Trainer, TrainerComponents
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -74,13 +73,13 @@ class Evaluator:
 class Checkpoints:
     def __init__(self) -> None:
         self.saved: list[int] = []
-        self.positions: dict[int, Position] = {}
+        self.positions: dict[int, TrainingProgress] = {}
         self.suspect: dict[int, str] = {}
         self.complete: list[Saved] = []
         self.best: list[str] = []
         self.noted: list[tuple[str, float]] = []
 
-    def save(self, engine: Engine, position: Position, status: str = "good", reason: str | None = None) -> Path:
+    def save(self, engine: Engine, position: TrainingProgress, status: str = "good", reason: str | None = None) -> Path:
         self.saved.append(position.step)
         self.positions[position.step] = replace(position)
         if status == "suspect":
@@ -99,7 +98,7 @@ class Checkpoints:
     def note_evaluation(self, path: Path, evaluation: Evaluation) -> None:
         self.noted.append((path.name, evaluation.loss))
 
-    def roll_back(self, engine: Engine, next_sample: int, attempt: int) -> tuple[Path, Position]:
+    def roll_back(self, engine: Engine, next_sample: int, attempt: int) -> tuple[Path, TrainingProgress]:
         step = max(step for step in self.positions if step not in self.suspect)
         position = replace(self.positions[step])
         position.pass_over(next_sample - position.samples, "order", 256, 16)
@@ -110,7 +109,7 @@ class Incidents:
     def __init__(self) -> None:
         self.steps: list[tuple[int, str]] = []
 
-    def write(self, engine: Engine, incident: Incident) -> Path:
+    def write(self, engine: Engine, incident: SpikeReport) -> Path:
         self.steps.append((incident.step, incident.verdict.action))
         return Path("incidents") / f"step-{incident.step}.md"
 
@@ -143,10 +142,10 @@ class Story:
         self.engine = Engine(options.get("losses", {}), stop, options.get("stop_at"))
         self.checkpoints, self.sampler = Checkpoints(), Sampler()
         self.incidents, self.metrics = Incidents(), folder / "metrics.jsonl"
-        position = options.get("position", Position())
+        position = options.get("position", TrainingProgress())
         position.schedule = (ScheduleSegment(1, 0, run.schedule),)
-        self.loop = TrainingLoop(
-            Parts(
+        self.loop = Trainer(
+            TrainerComponents(
                 run=run,
                 comm=Alone(),  # type: ignore[arg-type]
                 engine=self.engine,  # type: ignore[arg-type]
@@ -155,11 +154,11 @@ class Story:
                 checkpoints=self.checkpoints,  # type: ignore[arg-type]
                 sampler=self.sampler,  # type: ignore[arg-type]
                 metrics=MetricsWriter(self.metrics),
-                reporter=Reporter(active=False),
+                reporter=RunConsole(active=False),
                 stop=stop,
                 guard=SpikeGuard(run.config.guard),
                 incidents=self.incidents,  # type: ignore[arg-type]
-                limits=options.get("limits", Limits()),
+                limits=options.get("limits", TimeLimits()),
                 flops_per_token=1.0,
                 peak_flops=options.get("peak_flops", 1e12),
             ),
@@ -275,7 +274,7 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -
 
 
 def test_patience_goes_on_counting_after_a_resume(tmp_path: Path) -> None:
-    position = Position(step=3, samples=48, tokens=3 * 4096, attempt=2, best_loss=2.0, stale_evaluations=1)
+    position = TrainingProgress(step=3, samples=48, tokens=3 * 4096, attempt=2, best_loss=2.0, stale_evaluations=1)
     settings = ("evaluate.interval_steps=1", "evaluate.patience=2")
     story = Story(tmp_path, *settings, validation=[2.4, 2.3], position=position)
     assert story.loop.run() == EXIT_DONE
@@ -379,7 +378,7 @@ def test_a_run_that_does_not_learn_is_stopped(tmp_path: Path) -> None:
 
 
 def test_the_time_that_a_run_is_given(tmp_path: Path) -> None:
-    limits = Limits(wall_seconds=100.0, started=time.monotonic() - 95.0)
+    limits = TimeLimits(wall_seconds=100.0, started=time.monotonic() - 95.0)
     story = Story(tmp_path, "train.max_wall_time=100s", limits=limits)
     assert story.loop.run() == EXIT_START_AGAIN
     assert story.checkpoints.saved == [1]
@@ -387,7 +386,7 @@ def test_the_time_that_a_run_is_given(tmp_path: Path) -> None:
 
 
 def test_the_longest_step_and_save_must_fit_into_what_is_left() -> None:
-    limits = Limits(wall_seconds=1000.0, started=time.monotonic() - 900.0)
+    limits = TimeLimits(wall_seconds=1000.0, started=time.monotonic() - 900.0)
     assert not limits.boundary()
     limits.saved(50.0)
     assert not limits.boundary(), "75 of 100 s, and ten to leave"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megalm.train import page
-from megalm.train.report import Reporter
-from megalm.train.run_folder import RunFolder
+from megalm.runs.run_folder import RunFolder
+from megalm.train import run_summary
+from megalm.train.console import RunConsole
 
 
 @pytest.fixture
@@ -21,13 +21,13 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def test_it_is_in_the_run_folder(folder: RunFolder) -> None:
-    assert page.leave_page(folder, Reporter(active=True)) == folder.path / "report.html"
+    assert run_summary.write_report_page(folder, RunConsole(active=True)) == folder.path / "report.html"
     assert (folder.path / "report.html").is_file()
 
 
 def test_what_cannot_be_read_is_a_line(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     folder.metrics.write_text("damaged\nrows\n")
-    assert page.leave_page(folder, Reporter(active=True)) is None
+    assert run_summary.write_report_page(folder, RunConsole(active=True)) is None
     told = capsys.readouterr().out
     assert told.startswith("no page about this run (")
     assert told.count("\n") == 1
@@ -40,8 +40,8 @@ def test_any_failure_at_all_is_a_line(
     def fail(_: Path) -> Path:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(page, "write_report", fail)
-    assert page.leave_page(folder, Reporter(active=True)) is None
+    monkeypatch.setattr(run_summary, "write_report", fail)
+    assert run_summary.write_report_page(folder, RunConsole(active=True)) is None
     assert "no page about this run (ZeroDivisionError)" in capsys.readouterr().out
 
 
@@ -49,9 +49,9 @@ def test_it_is_not_waited_for_without_end(
     folder: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = threading.Event()
-    monkeypatch.setattr(page, "write_report", lambda _: done.wait(60))
+    monkeypatch.setattr(run_summary, "write_report", lambda _: done.wait(60))
     begun = time.monotonic()
-    assert page.leave_page(folder, Reporter(active=True), patience_seconds=0.1) is None
+    assert run_summary.write_report_page(folder, RunConsole(active=True), patience_seconds=0.1) is None
     assert time.monotonic() - begun < 30
     done.set()
     assert "not done within 0 s" in capsys.readouterr().out

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from megalm.data.builder import build_files
-from megalm.data.tokenizer import ByteTokenizer
+from megalm.data.builder.builder import build_files
+from megalm.data.tokenizers.tokenizer import ByteTokenizer
 from megalm.errors import DataError
-from megalm.train.past import StepRead, step_of_run
+from megalm.train.step_lookup import StepSamples, samples_of_step
 
 
 @pytest.fixture
@@ -63,12 +63,12 @@ def test_rollbacks_and_another_batch(tmp_path: Path, data: str) -> None:
         (7, 128, 136, True),
         (9, 144, 152, False),
     ):
-        read = step_of_run(run, step)
+        read = samples_of_step(run, step)
         assert (read.first, read.end, read.trained) == (first, end, trained), step
         assert {piece.sample for piece in read.pieces} == set(range(first, end))
 
 
-def tokens_of(read: StepRead) -> set[tuple[int, int]]:
+def tokens_of(read: StepSamples) -> set[tuple[int, int]]:
     """(document, token) of what is read; of each sample all but the last, which is the next one's first."""
     found = set()
     for sample in range(read.first, read.end):
@@ -94,8 +94,8 @@ def test_another_sequence_length_goes_on_in_what_is_left(tmp_path: Path, data: s
         ("train", 2, 11, 16),
         ("train", 2, 12, 32),
     )
-    before = [tokens_of(step_of_run(run, step)) for step in range(1, 11)]
-    after = [tokens_of(step_of_run(run, step)) for step in (11, 12)]
+    before = [tokens_of(samples_of_step(run, step)) for step in range(1, 11)]
+    after = [tokens_of(samples_of_step(run, step)) for step in (11, 12)]
     assert [len(tokens) for tokens in before] == [128] * 10
     assert [len(tokens) for tokens in after] == [256] * 2
     everything = set().union(*before, *after)
@@ -106,10 +106,10 @@ def test_another_sequence_length_goes_on_in_what_is_left(tmp_path: Path, data: s
 def test_a_run_that_has_not_begun_and_none(tmp_path: Path, data: str) -> None:
     run = tmp_path / "run"
     write_attempt(run, data, 1, 4)
-    read = step_of_run(run, 3)
+    read = samples_of_step(run, 3)
     assert (read.first, read.end, read.trained) == (8, 12, False)
     text = "".join(read.tokenizer.decode(piece.tokens) for piece in read.pieces)
     assert len(text) >= 4 * 8
     assert all(piece.source is not None and "my.jsonl:" in str(piece.source) for piece in read.pieces)
     with pytest.raises(DataError, match="is no folder of a run"):
-        step_of_run(tmp_path, 3)
+        samples_of_step(tmp_path, 3)

@@ -7,19 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from megalm.alone import Alone
-from megalm.checkpoint.load import CheckpointReader
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.manifest import set_status, write_manifest
+from megalm.communicator import SingleProcessCommunicator
 from megalm.errors import CheckpointError, ConfigError
-from megalm.train.continuing import Extension
-from megalm.train.position import DataSegment
-from megalm.train.request import Resume, request_before, request_of, rolled_back, write_request
-from megalm.train.run_folder import RunFolder
-from megalm.train.saved import find_saved
+from megalm.runs.run_folder import RunFolder
+from megalm.train.resume.compatibility import Extension
+from megalm.train.resume.find_checkpoint import find_checkpoint
+from megalm.train.resume.resume_request import (
+    ResumeOptions,
+    attempt_after_rollback,
+    describe_attempt,
+    read_last_attempt,
+    write_attempt,
+)
+from megalm.train.resume.training_progress import DataSegment
 from tests.checkpoint_files import save
 
-AUTO = Resume("auto")
-ASKED = Resume("20", Extension(50), skip_steps=5, allow=("dataset",))
+AUTO = ResumeOptions("auto")
+ASKED = ResumeOptions("20", Extension(50), skip_steps=5, allow=("dataset",))
 
 
 def saved(checkpoints: Path, step: int, next_sample: int = 0, **facts: object) -> CheckpointReader:
@@ -33,14 +39,14 @@ def folder(tmp_path: Path) -> RunFolder:
     """Steps 10, 20, 30, 40 of attempt 1; attempt 2 went on from 20."""
     folder = RunFolder(tmp_path / "mine")
     readers = {step: saved(folder.checkpoints, step, 16 * step) for step in (10, 20, 30, 40)}
-    write_request(folder, request_of(readers[20], ASKED, attempt=2))
+    write_attempt(folder, describe_attempt(readers[20], ASKED, attempt=2))
     return folder
 
 
-def found(folder: RunFolder) -> tuple[int, Resume]:
-    before, requeued = request_before(folder, "auto")
+def found(folder: RunFolder) -> tuple[int, ResumeOptions]:
+    before, requeued = read_last_attempt(folder, "auto")
     assert not requeued
-    start = find_saved(folder, "auto", Alone(), before.origin if before else None)
+    start = find_checkpoint(folder, "auto", SingleProcessCommunicator(), before.origin if before else None)
     assert start is not None
     return start.reader.manifest["step"], before.again(AUTO, start.reader) if before else AUTO
 
@@ -80,7 +86,7 @@ def test_one_that_is_gone_is_no_reason_to_take_another(folder: RunFolder) -> Non
 def test_the_start_of_a_run_is_another_run_s_checkpoint(tmp_path: Path) -> None:
     start = saved(tmp_path / "old" / "checkpoints", 500, attempt=3)
     folder = RunFolder(tmp_path / "new")
-    write_request(folder, request_of(start, Resume("x", Extension(9, "weights")), attempt=1))
+    write_attempt(folder, describe_attempt(start, ResumeOptions("x", Extension(9, "weights")), attempt=1))
     step, resume = found(folder)
     assert step == 500
     assert resume.weights_only
@@ -98,16 +104,16 @@ def test_a_folder_that_is_moved_keeps_its_start(folder: RunFolder) -> None:
 
 
 def test_data_that_a_rollback_passed_over_is_not_passed_over_twice(folder: RunFolder) -> None:
-    before, _ = request_before(folder, "auto")
+    before, _ = read_last_attempt(folder, "auto")
     reader = CheckpointReader(folder.checkpoints / "step-00000020")
-    write_request(folder, rolled_back(before, reader, attempt=3))
+    write_attempt(folder, attempt_after_rollback(before, reader, attempt=3))
     assert found(folder)[1].skip_steps == 5, "killed before the checkpoint told of it"
     segment = DataSegment("order", 64, 16, 0, 320, samples_skipped=96)
     write_manifest(reader.path, {**reader.manifest, "data_position": {"segments": [vars(segment)]}})
-    assert found(folder) == (20, Resume("auto", Extension(50), 0, ("dataset",)))
+    assert found(folder) == (20, ResumeOptions("auto", Extension(50), 0, ("dataset",)))
     later = saved(folder.checkpoints, 25, 400, attempt=2)
     saved(folder.checkpoints, 28, 448, attempt=2)
-    write_request(folder, rolled_back(before, later, attempt=4))
+    write_attempt(folder, attempt_after_rollback(before, later, attempt=4))
     assert found(folder) == (25, AUTO), "the extension is in it"
 
 
@@ -115,28 +121,28 @@ def test_the_words_of_a_requeued_job_are_those_of_its_first_start(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    write_request(folder, request_of(CheckpointReader(folder.checkpoints / "step-00000020"), ASKED, attempt=2))
-    assert not request_before(folder, "20")[1], "the same command in one allocation, by hand"
+    write_attempt(folder, describe_attempt(CheckpointReader(folder.checkpoints / "step-00000020"), ASKED, attempt=2))
+    assert not read_last_attempt(folder, "20")[1], "the same command in one allocation, by hand"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert request_before(folder, "20")[1]
+    assert read_last_attempt(folder, "20")[1]
     monkeypatch.setenv("SLURM_JOB_ID", "78")
-    assert not request_before(folder, "20")[1]
+    assert not read_last_attempt(folder, "20")[1]
 
 
 def test_damage_is_told_and_a_named_checkpoint_is_the_way_out(folder: RunFolder) -> None:
     folder.request.write_bytes(folder.request.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=r"resume.json is damaged .*: --resume STEP or PATH"):
-        request_before(folder, "auto")
-    assert request_before(folder, "20") == (None, False)
+        read_last_attempt(folder, "auto")
+    assert read_last_attempt(folder, "20") == (None, False)
 
 
 def test_flags_that_say_nothing_without_others_are_refused() -> None:
     """`--extend-strategy weights` alone would go on with moments, schedule and data, and say nothing of it."""
     with pytest.raises(ConfigError, match="say how many, --extend-steps N"):
-        Resume.stated("auto", None, "weights", 0)
+        ResumeOptions.stated("auto", None, "weights", 0)
     with pytest.raises(ConfigError, match="say which with --resume"):
-        Resume.stated(None, 5, "schedule", 0)
+        ResumeOptions.stated(None, 5, "schedule", 0)
     with pytest.raises(ConfigError, match="say which with --resume"):
-        Resume.stated(None, None, "schedule", 5)
-    assert Resume.stated("auto", None, "schedule", 0) == Resume("auto")
-    assert Resume.stated("7", 5, "weights", 0).weights_only
+        ResumeOptions.stated(None, None, "schedule", 5)
+    assert ResumeOptions.stated("auto", None, "schedule", 0) == ResumeOptions("auto")
+    assert ResumeOptions.stated("7", 5, "weights", 0).weights_only

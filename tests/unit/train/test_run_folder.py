@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megalm.alone import Alone
-from megalm.checkpoint.fragment import WEIGHTS
-from megalm.checkpoint.save import save_checkpoint
+from megalm.checkpoint.save_transaction import save_checkpoint
+from megalm.checkpoint.shard_spec import WEIGHTS
+from megalm.communicator import SingleProcessCommunicator
 from megalm.errors import ConfigError
-from megalm.train.leaving import FailureClaim, Guard
-from megalm.train.report import duration, size
-from megalm.train.run_folder import newest_run, open_run_folder
+from megalm.runs.run_folder import newest_run, open_run_folder
+from megalm.train.console import duration, size
+from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor
 
 
 def test_unnamed_runs_are_numbered(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_what_never_began_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_moved_away_ends_no_run_in_silence(tmp_path: Path) -> None:
     folder = open_run_folder(tmp_path, "mine", None, resume=False)
-    guard = Guard(rank=0)
+    guard = RankSupervisor(rank=0)
     guard.claim = claim = FailureClaim(folder.failure(1))
     guard.began()
     folder.path.rename(tmp_path / "elsewhere")
@@ -70,7 +70,7 @@ def test_a_folder_that_is_moved_away_ends_no_run_in_silence(tmp_path: Path) -> N
 def test_an_imported_model_is_no_run(tmp_path: Path, resume: bool) -> None:
     """It is refused before anything is written into its folder; a run that began with such weights goes on."""
     facts = {"step": 0, "tokens": 0, "counters": {}, "holds": WEIGHTS}
-    path = save_checkpoint(tmp_path / "base" / "checkpoints", 0, [], facts, [], Alone())
+    path = save_checkpoint(tmp_path / "base" / "checkpoints", 0, [], facts, [], SingleProcessCommunicator())
     with pytest.raises(
         ConfigError, match=rf"{path} holds weights alone.*run.name=NEW --resume {path} --extend-steps N"
     ):

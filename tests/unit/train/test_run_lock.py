@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 
 from megalm.errors import ConfigError
-from megalm.train.run_lock import RunLock
+from megalm.runs.run_lock import RunLock
 
 BEAT_SECONDS = 0.1
 # The arguments: folder, the machine's name, whether its file system has locks.
 HOLDER = f"""
 import errno, fcntl, platform, sys, time
 from pathlib import Path
-from megalm.train.run_lock import RunLock
+from megalm.runs.run_lock import RunLock
 
 def refuse(*_):
     raise OSError(errno.EOPNOTSUPP, "no locks here")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megalm.config.schema import SampleSection
-from megalm.train.sampling import draw, generate
+from megalm.train.text_samples import draw, generate
 
 T = TypeVar("T")
 VOCAB, EOD = 20, 19

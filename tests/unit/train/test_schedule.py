@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalm.config.schedule_facts import ScheduleFacts
-from megalm.train.schedule import learning_rate
+from megalm.planning.lr_schedule import ScheduleFacts, learning_rate
 
 
 def facts(kind: str, warmup: int = 10, steps: int = 110, decay: int = 20) -> ScheduleFacts:

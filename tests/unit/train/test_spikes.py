@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from megalm.config.schema import GuardSection
-from megalm.engine.protocol import StepResult
-from megalm.train.guard import SpikeGuard
-from megalm.train.spikes import History, Thresholds
+from megalm.engine.interface import StepResult
+from megalm.train.spikes.spike_guard import History, SpikeGuard, Thresholds
 
 # (loss, gradient norm) of the 400 steps of the quickstart on two CPU cores in bf16.
 CURVE = json.loads((Path(__file__).parent / "quickstart_curve.json").read_text())

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from megalm.train import leaving
-from megalm.train.leaving import StopRequest
-from megalm.train.limits import Limits
+from megalm.train.lifecycle import shutdown
+from megalm.train.lifecycle.shutdown import StopRequest
+from megalm.train.lifecycle.time_limits import TimeLimits
 
 SHORT, SOON_SECONDS = 0.05, 10.0
 
@@ -20,8 +20,8 @@ SHORT, SOON_SECONDS = 0.05, 10.0
 def left(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Set in place of the end of the process."""
     left = threading.Event()
-    monkeypatch.setattr(leaving, "_leave_hard", left.set)
-    monkeypatch.setattr(leaving, "_WATCH_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(shutdown, "_exit_without_cleanup", left.set)
+    monkeypatch.setattr(shutdown, "_WATCH_POLL_SECONDS", 0.01)
     return left
 
 
@@ -59,7 +59,7 @@ def test_a_save_that_was_under_way_may_end(left: threading.Event) -> None:
 
 
 def test_a_step_may_take_as_long_as_steps_do(left: threading.Event) -> None:
-    limits = Limits()
+    limits = TimeLimits()
     limits.longest_silence = 1000.0
     stop = StopRequest(SHORT, limits)
     stop._handle(signal.SIGUSR1, None)
@@ -87,7 +87,7 @@ def test_a_validation_that_goes_on_is_waited_for(left: threading.Event) -> None:
 
 
 def test_limits_remember_the_longest_silence() -> None:
-    limits = Limits()
+    limits = TimeLimits()
     limits.heartbeat()
     assert limits.longest_silence == 0.0, "what came before the first step was no step"
     time.sleep(0.02)

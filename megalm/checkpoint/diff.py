@@ -1,0 +1,81 @@
+"""Two checkpoints side by side: what their manifests say, and how far their tensors are apart."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
+from megalm.checkpoint.shard_spec import KINDS, FragmentKey, FragmentKind
+
+# Different in any two checkpoints, or compared apart.
+_UNCOMPARED = ("files", "tensors", "created")
+
+
+def different_facts(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(dotted name, the first's value, the second's) of what the manifests say differently; `-` where one is silent."""
+    flat = [dict(_flatten(manifest)) for manifest in (first, second)]
+    names = [*flat[0], *(name for name in flat[1] if name not in flat[0])]
+    pairs = [(name, flat[0].get(name, "-"), flat[1].get(name, "-")) for name in names]
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def different_shapes(first: CheckpointReader, second: CheckpointReader) -> list[tuple[str, str, str]]:
+    """(parameter, shape here, shape there) of parameters that cannot be compared."""
+    shapes = first.shapes(), second.shapes()
+    names = [*shapes[0], *(name for name in shapes[1] if name not in shapes[0])]
+    pairs = [(name, *(str(list(there[name])) if name in there else "-" for there in shapes)) for name in names]
+    return [(name, here, there) for name, here, there in pairs if here != there]
+
+
+def largest_differences(
+    first: CheckpointReader, second: CheckpointReader, tell: Callable[[], None] = lambda: None
+) -> dict[str, dict[FragmentKind, float]]:
+    """Part of the model (`layers.3`) -> kind -> largest absolute difference, over the parameters that both have.
+
+    One parameter of each is in memory at a time. Not a number on one side only counts as infinitely far apart.
+
+    Args:
+        tell: called after each parameter of the first.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    result: dict[str, dict[FragmentKind, float]] = {}
+    others = second.shapes()
+    kinds = KINDS[:1] if first.holds_weights_only or second.holds_weights_only else KINDS
+    for name, shape in first.shapes().items():
+        if others.get(name) == shape:
+            row = result.setdefault(_part(name), dict.fromkeys(kinds, 0.0))
+            for kind in kinds:
+                key = FragmentKey(name, kind, shape, 0, math.prod(shape))
+                row[kind] = max(row[kind], _distance(first, second, key))
+        tell()
+    return result
+
+
+def _distance(first: CheckpointReader, second: CheckpointReader, key: FragmentKey) -> float:
+    here, there = first.read(key), second.read(key)
+    difference = (here - there).abs()
+    difference[(here == there) | (here.isnan() & there.isnan())] = 0.0  # two infinities of a sign are equal
+    return float(difference.nan_to_num(nan=math.inf).max()) if difference.numel() else 0.0
+
+
+def _part(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in content.items():
+        if not prefix and name in _UNCOMPARED:
+            continue
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            for number, entry in enumerate(value):
+                yield from _flatten(entry, f"{prefix}{name}.{number}.")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,153 @@
+"""One rank's file of a checkpoint: safetensors, written as a stream.
+
+The safetensors library wants every tensor in memory and contiguous at once; a rank's fragments are views into much
+larger buffers. The format (https://github.com/huggingface/safetensors#format) is a length, a JSON header and the
+bytes, so it is written here one tensor at a time, hashed on the way by a second thread: SHA-256 and the disk are of
+like speed, one after the other they would take twice as long. Reading uses the library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from megalm.checkpoint.shard_spec import FragmentKey, HasFragment
+
+Buffer = bytes | memoryview
+
+_HASH_BATCH_BYTES = 16 << 20
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """What the manifest says of a shard."""
+
+    file: str
+    bytes: int
+    sha256: str
+    keys: tuple[FragmentKey, ...]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor as a safetensors header announces it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def tensor_name(key: FragmentKey) -> str:
+    """`master/layers.0.mlp.up.weight`; unique in a file, because a rank owns one range of a parameter."""
+    return f"{key.kind}/{key.name}"
+
+
+def is_whole(key: FragmentKey) -> bool:
+    return key.rectangle is None and key.stop - key.start == math.prod(key.shape)
+
+
+def write_shard(path: Path, fragments: Sequence[HasFragment]) -> ShardSummary:
+    """Write fp32 fragments to `path` and make them durable.
+
+    A fragment that is a whole parameter is stored in its shape, so that a one-rank checkpoint reads as the model;
+    a part is stored flat, and the manifest says which part it is.
+
+    Raises:
+        OSError: the disk is full or fails; nothing under the final name of the checkpoint exists then.
+    """
+    keys = tuple(fragment.key for fragment in fragments)
+    entries = [TensorEntry(tensor_name(key), key.shape if is_whole(key) else (key.stop - key.start,)) for key in keys]
+    with path.open("wb") as file:
+        written, sha256 = write_tensors(file, entries, (fragment.tensor for fragment in fragments))
+        file.flush()
+        os.fsync(file.fileno())
+    return ShardSummary(path.name, written, sha256, keys)
+
+
+def write_tensors(file: BinaryIO, entries: Sequence[TensorEntry], tensors: Iterable[Tensor]) -> tuple[int, str]:
+    """Write a safetensors file of `tensors`, which come in the order of `entries`, one in memory at a time.
+
+    Returns:
+        bytes written, and their SHA-256.
+    """
+    header = _header(entries)
+    written = 0
+    with HashThread() as digest:
+        for part in itertools.chain([len(header).to_bytes(8, "little"), header], _parts(entries, tensors)):
+            digest.update(part)
+            written += file.write(part)
+    return written, digest.hexdigest
+
+
+class HashThread:
+    """SHA-256 of what it is given, computed in a thread of its own; no more than two batches wait in memory."""
+
+    def __init__(self) -> None:
+        self.hexdigest = ""  # at the end
+        self._sha256 = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1, "hash")
+        self._waiting: Future[None] | None = None
+        self._batch: list[Buffer] = []
+        self._bytes = 0
+
+    def update(self, part: Buffer) -> None:
+        """Handing over to the thread costs more than hashing a bias: small parts go together."""
+        self._batch.append(part)
+        self._bytes += len(part)
+        if self._bytes >= _HASH_BATCH_BYTES:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        before, self._waiting = self._waiting, self._pool.submit(self._hash, self._batch)
+        self._batch, self._bytes = [], 0
+        if before is not None:
+            before.result()
+
+    def _hash(self, batch: list[Buffer]) -> None:
+        for part in batch:
+            self._sha256.update(part)
+
+    def __enter__(self) -> HashThread:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hand_over()
+        self._pool.shutdown()
+        self.hexdigest = self._sha256.hexdigest()
+
+
+def _parts(entries: Sequence[TensorEntry], tensors: Iterable[Tensor]) -> Iterator[Buffer]:
+    for entry, tensor in zip(entries, tensors, strict=True):
+        assert tensor.numel() == math.prod(entry.shape), entry
+        yield tensor.detach().cpu().to(entry.dtype).contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _header(entries: Sequence[TensorEntry]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        assert entry.name not in header, entry
+        header[entry.name] = {
+            "dtype": _DTYPES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.bytes],
+        }
+        offset += entry.bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    return encoded + b" " * (-len(encoded) % 8)

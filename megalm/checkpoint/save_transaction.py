@@ -1,0 +1,260 @@
+"""Writing a checkpoint: complete or absent, whatever is killed when.
+
+Each rank writes its own file into `step-N.tmp`; rank 0 writes the manifest last, renames the folder and replaces
+`latest`. Everything is fsynced before it is named.
+
+The work can go on behind training: then each rank writes in a thread of its own, and what the ranks have to tell each
+other they say at step boundaries, from the main thread, because collectives of two threads would meet each other's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from megalm.checkpoint.discovery import LATEST, PARTIAL_SUFFIX, REPLACED_SUFFIX, folder_name
+from megalm.checkpoint.manifest import write_manifest
+from megalm.checkpoint.safetensors_file import ShardSummary, write_shard
+from megalm.checkpoint.shard_spec import HasFragment
+from megalm.errors import MegalmError, TrainingError
+from megalm.utils.atomic_files import make_directory, sync_directory, write_atomically, write_durably
+
+# Whether a checkpoint fits the disk, before it is begun.
+
+# Beside the fp32 values: a line in the file's header and a dozen in the manifest; configuration and blocks half full.
+_FRAGMENT_BYTES = 600
+_RANK_BYTES = 64 << 10
+
+
+def bytes_needed(fragments: Sequence[HasFragment]) -> int:
+    """What this rank's part of a checkpoint will take, from shapes alone."""
+    return _RANK_BYTES + sum(4 * (fragment.key.stop - fragment.key.start) + _FRAGMENT_BYTES for fragment in fragments)
+
+
+def require_space(folder: Path, needed: int, make_room: Callable[[], None]) -> None:
+    """Refuse to begin what cannot be finished.
+
+    Args:
+        folder: where it will be written; exists.
+        needed: bytes of all ranks together: the run folder is on one file system for all of them.
+        make_room: deletes what need not be kept; called only where the space is too small.
+
+    Raises:
+        TrainingError: it is too small even then.
+    """
+    if shutil.disk_usage(folder).free >= needed:
+        return
+    make_room()
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise TrainingError(
+            f"{folder} has {free / 2**20:,.1f} MiB free, a checkpoint needs {needed / 2**20:,.1f} MiB; make room "
+            "(megalm checkpoint prune), or keep fewer with checkpoint.keep_last"
+        )
+
+
+T = TypeVar("T")
+
+
+class Ranks(Protocol):
+    """What saving needs of the other ranks."""
+
+    rank: int
+    is_main: bool
+
+    def gather(self, value: T) -> list[T]: ...
+    def barrier(self) -> None: ...
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    step: int,
+    fragments: Iterable[HasFragment],
+    facts: dict[str, Any],
+    copies: Sequence[Path],
+    ranks: Ranks,
+) -> Path:
+    """Write `checkpoints/step-N` and wait for it; collective. Arguments and errors as of CheckpointWrite."""
+    write = CheckpointWrite(checkpoints, step, list(fragments), facts, copies, ranks)
+    write.advance(wait=True)
+    return write.path
+
+
+class CheckpointWrite:
+    """A checkpoint that is being written; every method is collective.
+
+    Args:
+        step: completed optimizer steps; names the folder.
+        fragments: this rank's part of the training state. With `behind`, host memory that nobody changes meanwhile.
+        facts: what else the manifest says (JSON): step, tokens, data position, counters, fingerprints, ...
+        copies: files to keep beside the tensors (configuration).
+        behind: write in threads; `advance` at step boundaries brings it to its end.
+        make_room: called on rank 0 where the disk is too full, to delete what need not be kept.
+        when_complete: called on rank 0 after the commit, in the thread that made it.
+
+    Raises:
+        TrainingError: on every rank, here or from `advance`, where any rank could not write or the disk is too full;
+            what was begun is removed. Its cause is the error of this rank, where there is one.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        step: int,
+        fragments: Sequence[HasFragment],
+        facts: dict[str, Any],
+        copies: Sequence[Path],
+        ranks: Ranks,
+        behind: bool = False,
+        make_room: Callable[[], None] = lambda: None,
+        when_complete: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.path = checkpoints / folder_name(step)
+        self.bytes = 0  # of all ranks' files, once they are written
+        self.seconds = 0.0  # from the start to the commit, once it is complete
+        self._partial = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
+        self._facts = {"step": step, **facts}
+        self._copies = copies
+        self._ranks = ranks
+        self._behind = behind
+        self._in_place = False  # rank 0 knows
+        self._when_complete = when_complete
+        self._started = time.perf_counter()
+        needed = sum(ranks.gather(bytes_needed(fragments)))
+        self._together(_Work(lambda: self._prepare(needed, make_room), ranks.is_main))
+        shard = self._partial / f"rank-{ranks.rank:05d}.safetensors"
+        self._writing: _Work[ShardSummary] | None = _Work(lambda: write_shard(shard, fragments), thread=behind)
+        self._commit: _Work[None] | None = None
+
+    def advance(self, wait: bool = False) -> bool:
+        """Bring the ranks to the next stage where all are ready for it; whether the checkpoint is complete.
+
+        Args:
+            wait: until it is.
+        """
+        if self.seconds:
+            return True
+        if self._writing is not None:
+            if not self._together(self._writing, wait):
+                return False
+            shards = self._ranks.gather(self._writing.result())
+            self._writing = None  # and with it the fragments
+            self.bytes = sum(shard.bytes for shard in shards)
+            self._commit = _Work(lambda: self._publish(shards), self._ranks.is_main, thread=self._behind)
+        assert self._commit is not None
+        if not self._together(self._commit, wait):
+            return False
+        self.seconds = time.perf_counter() - self._started
+        return True
+
+    def _together(self, work: _Work[Any], wait: bool = True) -> bool:
+        """Whether `work` is done on all ranks; one rank's failure is everybody's."""
+        if wait:
+            work.join()
+        states = self._ranks.gather((work.is_done, work.problem, self._in_place))
+        problem = next((f"rank {rank}: {problem}" for rank, (_, problem, _) in enumerate(states) if problem), "")
+        if not problem:
+            return all(done for done, _, _ in states)
+        work.join()
+        self._ranks.barrier()  # nobody writes any more
+        if self._ranks.is_main:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        if any(in_place for _, _, in_place in states):
+            raise TrainingError(
+                f"checkpoint {self.path} is complete, but then: {problem}; --resume auto goes on from it"
+            ) from work.error
+        raise TrainingError(
+            f"checkpoint {self.path} was not written: {problem}; --resume auto goes on from the one before"
+        ) from work.error
+
+    def _prepare(self, needed: int, make_room: Callable[[], None]) -> None:
+        make_directory(self._partial.parent)
+        if self._partial.exists():
+            shutil.rmtree(self._partial)
+        require_space(self._partial.parent, needed, make_room)
+        self._partial.mkdir()
+
+    def _publish(self, shards: list[ShardSummary]) -> None:
+        """Everything under the partial name, then the rename that makes it a checkpoint."""
+        files = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
+        for source in self._copies:
+            files[source.name] = _copy(source, self._partial / source.name)
+        write_manifest(self._partial, {**self._facts, "files": files, "tensors": _tensor_index(shards)})
+        _put_in_place(self._partial, self.path)
+        self._in_place = True
+        write_durably(self.path.parent / LATEST, f"{self.path.name}\n".encode())
+        self._when_complete()
+
+
+class _Work(Generic[T]):
+    """A piece of work of this rank, done at once or in a thread; its failure is kept, as words for the other ranks.
+
+    Args:
+        mine: otherwise there is nothing to do.
+    """
+
+    def __init__(self, work: Callable[[], T], mine: bool = True, thread: bool = False) -> None:
+        self.problem = ""
+        self.error: Exception | None = None  # what it was, where it was this rank's
+        self._work = work
+        self._results: list[T] = []
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True) if thread and mine else None
+        if self._thread is not None:
+            self._thread.start()
+        elif mine:
+            self._run()
+
+    @property
+    def is_done(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
+
+    def join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def result(self) -> T:
+        return self._results[0]
+
+    def _run(self) -> None:
+        try:
+            self._results.append(self._work())
+        except Exception as error:  # told to all ranks, which then fail together
+            self.error = error
+            self.problem = str(error) if isinstance(error, (MegalmError, OSError)) else repr(error)
+
+
+def _copy(source: Path, target: Path) -> dict[str, Any]:
+    """Copy a small file; what the manifest says of it. Its folder is synced with the manifest."""
+    content = source.read_bytes()
+    write_atomically(target, lambda file: file.write(content))
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    """Rename; the same step of an earlier attempt goes only when its successor is in place."""
+    replaced = final.with_name(final.name + REPLACED_SUFFIX)
+    if final.exists():
+        if replaced.exists():  # left by a kill
+            shutil.rmtree(replaced)
+        final.rename(replaced)
+    partial.rename(final)
+    sync_directory(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _tensor_index(shards: list[ShardSummary]) -> dict[str, Any]:
+    """name -> shape and, per kind, which file holds which range."""
+    index: dict[str, Any] = {}
+    for shard in shards:
+        for key in shard.keys:
+            entry = index.setdefault(key.name, {"shape": list(key.shape), "fragments": []})
+            place = {name: value for name, value in dataclasses.asdict(key).items() if name not in ("name", "shape")}
+            entry["fragments"].append({"file": shard.file, **place})
+    return index

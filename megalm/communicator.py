@@ -1,0 +1,46 @@
+"""The control channel of a process that is by itself: what asks other ranks elsewhere, answered at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+
+class Communicator(Protocol):
+    rank: int
+    size: int
+    is_main: bool
+
+    def barrier(self) -> None: ...
+    def broadcast(self, value: T) -> T: ...
+    def gather(self, value: T) -> list[T]: ...
+    def sum(self, values: Sequence[float]) -> list[float]: ...
+    def max(self, values: Sequence[float]) -> list[float]: ...
+    def once(self, work: Callable[[], T]) -> T: ...
+
+
+T = TypeVar("T")
+
+
+class SingleProcessCommunicator:
+    """The `Comm` of one process (megalm/engine/interface.py)."""
+
+    rank, size, is_main = 0, 1, True
+
+    def barrier(self) -> None:
+        return None
+
+    def broadcast(self, value: T) -> T:
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
+    def once(self, work: Callable[[], T]) -> T:
+        return work()

@@ -1,0 +1,148 @@
+"""The sections of a DeepSpeed JSON that megalm honours, typed; DeepSpeed 0.19.8's own names and meanings.
+
+A field left out of the JSON is not sent to DeepSpeed either (resolve.py adds what must be explicit), so the
+defaults here are DeepSpeed's own and serve only to compute what a run amounts to.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from megalm.config.schema import NonNegativeInt, PositiveFloat, PositiveInt, Probability
+
+Auto = Literal["auto"]
+Switch = bool | Auto
+DataType = Literal["fp32", "bf16", "fp16"]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class DeepSpeedSection(BaseModel):
+    """Base: frozen, unknown keys refused, DeepSpeed's alias or the field's name."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True, allow_inf_nan=False
+    )
+
+
+class OptimizerParams(DeepSpeedSection):
+    lr: PositiveFloat | None = None
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    torch_adam: bool = False
+    adam_w_mode: bool = True
+
+
+class OptimizerSection(DeepSpeedSection):
+    type: str
+    params: OptimizerParams = OptimizerParams()
+
+
+class SchedulerSection(DeepSpeedSection):
+    """Read only to be refused in good words: the schedule is the run YAML's."""
+
+    type: str
+    params: dict[str, Any] = {}
+
+
+class Fp16Section(DeepSpeedSection):
+    enabled: Switch = False
+    loss_scale: NonNegativeFloat = Field(default=0.0, description="0: dynamic")
+    initial_scale_power: NonNegativeInt = 16
+    loss_scale_window: PositiveInt = 1000
+    hysteresis: PositiveInt = 2
+    consecutive_hysteresis: bool = False
+    min_loss_scale: PositiveInt = 1
+
+
+class Bf16Section(DeepSpeedSection):
+    enabled: Switch = False
+    immediate_grad_update: bool = False
+    check_grad_overflow: bool = True
+
+
+class DataTypesSection(DeepSpeedSection):
+    grad_accum_dtype: DataType | None = None
+
+
+class OffloadParamSection(DeepSpeedSection):
+    device: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = None
+    buffer_count: PositiveInt = 5
+    buffer_size: PositiveInt = 100_000_000
+    max_in_cpu: NonNegativeInt = 1_000_000_000
+    pin_memory: bool = True
+
+
+class OffloadOptimizerSection(DeepSpeedSection):
+    device: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = None
+    buffer_count: PositiveInt = 4
+    pin_memory: bool = True
+    pipeline_read: bool = False
+    pipeline_write: bool = False
+    fast_init: bool = False
+
+
+class ZeroSection(DeepSpeedSection):
+    """Every `stage3_` field also goes by its name without the prefix, as in DeepSpeed."""
+
+    stage: Literal[0, 1, 2, 3] = 0
+    contiguous_gradients: bool = True
+    reduce_scatter: bool = True
+    reduce_bucket_size: PositiveInt = 500_000_000
+    use_multi_rank_bucket_allreduce: bool = True
+    allgather_partitions: bool = True
+    allgather_bucket_size: PositiveInt = 500_000_000
+    overlap_comm: bool | None = Field(default=None, description="DeepSpeed's default: only in stage 3")
+    ignore_unused_parameters: bool = True
+    round_robin_gradients: bool = False
+    load_from_fp32_weights: bool = True
+    sub_group_size: PositiveInt = 1_000_000_000
+    offload_param: OffloadParamSection | None = None
+    offload_optimizer: OffloadOptimizerSection | None = None
+    prefetch_bucket_size: NonNegativeInt = Field(default=50_000_000, alias="stage3_prefetch_bucket_size")
+    param_persistence_threshold: NonNegativeInt = Field(default=100_000, alias="stage3_param_persistence_threshold")
+    model_persistence_threshold: NonNegativeInt = Field(default=2**63 - 1, alias="stage3_model_persistence_threshold")
+    max_live_parameters: NonNegativeInt = Field(default=1_000_000_000, alias="stage3_max_live_parameters")
+    max_reuse_distance: NonNegativeInt = Field(default=1_000_000_000, alias="stage3_max_reuse_distance")
+    module_granularity_threshold: NonNegativeInt = Field(default=0, alias="stage3_module_granularity_threshold")
+    use_all_reduce_for_fetch_params: bool = Field(default=False, alias="stage3_use_all_reduce_for_fetch_params")
+    allgather_sequential: bool = Field(default=False, alias="stage3_allgather_sequential")
+    memory_efficient_linear: bool = True
+    log_trace_cache_warnings: bool = False
+    enable_sanity_checks: bool = False
+
+
+class AioSection(DeepSpeedSection):
+    block_size: PositiveInt = 1_048_576
+    queue_depth: PositiveInt = 8
+    intra_op_parallelism: PositiveInt = 1
+    single_submit: bool = False
+    overlap_events: bool = True
+    use_gds: bool = False
+
+
+class DeepSpeedSettings(DeepSpeedSection):
+    """The JSON's contents; `megalm.config.deepspeed.json_reader.read_deepspeed_json` makes it."""
+
+    train_batch_size: PositiveInt | None = None
+    train_micro_batch_size_per_gpu: PositiveInt | Auto | None = None
+    gradient_accumulation_steps: PositiveInt | None = None
+    gradient_clipping: NonNegativeFloat | None = Field(default=None, description="0: off")
+    optimizer: OptimizerSection | None = None
+    scheduler: SchedulerSection | None = None
+    fp16: Fp16Section = Fp16Section()
+    bf16: Bf16Section = Bf16Section()
+    data_types: DataTypesSection = DataTypesSection()
+    communication_data_type: DataType | None = None
+    zero_optimization: ZeroSection = ZeroSection()
+    zero_allow_untested_optimizer: bool = False
+    zero_force_ds_cpu_optimizer: bool = True
+    aio: AioSection | None = None
+    steps_per_print: PositiveInt | None = None
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+    dump_state: bool = False

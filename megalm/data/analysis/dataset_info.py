@@ -1,0 +1,174 @@
+"""Facts about a dataset, and whether it is what it says."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megalm.data.builder.dedup import ExactDeduplicator, exact_signatures
+from megalm.data.builder.minhash_file import open_signatures
+from megalm.data.indexed.dataset import IndexedDataset, bin_path, idx_path, sidecar_path
+from megalm.data.indexed.document_sources import DocumentSources
+from megalm.data.indexed.metadata import read_sidecar
+from megalm.data.indexed.token_counts import Tell, TokenCounter, no_tell, summarise
+from megalm.data.readers.input_files import sha256_of
+from megalm.data.tokenizers.tokenizer import Tokenizer
+from megalm.errors import DataError
+
+# Facts about a dataset that take reading all of it: lengths, frequent tokens, fallback, duplicates.
+
+HASHED_DOCUMENTS = 4096
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Attributes:
+    length_histogram: (from, to, documents): lengths in tokens, in powers of two.
+    frequent: (id, share of all tokens), the most frequent first.
+    tokens_per_byte, fallback_share: None without a tokenizer.
+    duplicates: documents whose tokens came before.
+    """
+
+    length_histogram: list[tuple[int, int, int]]
+    frequent: list[tuple[int, float]]
+    tokens_per_byte: float | None
+    fallback_share: float | None
+    duplicates: int
+
+
+def statistics(
+    dataset: IndexedDataset, tokenizer: Tokenizer | None = None, most: int = 20, tell: Tell = no_tell
+) -> Statistics:
+    """Read everything, twice.
+
+    Raises:
+        DataError: a token that the tokenizer does not have.
+    """
+    counter = TokenCounter(tokenizer.vocab_size if tokenizer else None, dataset.prefix, tell)
+    counter.add(dataset.tokens)
+    counts, total = counter.counts, max(1, len(dataset.tokens))
+    order = np.argsort(-counts, kind="stable")[:most]
+    text_bytes = fallback = None
+    if tokenizer is not None:
+        text_bytes = int((tokenizer.token_bytes().astype(np.int64) * counts).sum())
+        fallback = float(counts[tokenizer.fallback_ids()].sum() / total)
+    return Statistics(
+        length_histogram=_histogram(dataset),
+        frequent=[(int(token), float(counts[token] / total)) for token in order if counts[token]],
+        tokens_per_byte=len(dataset.tokens) / text_bytes if text_bytes else None,
+        fallback_share=fallback,
+        duplicates=_duplicates(dataset, tell),
+    )
+
+
+def _histogram(dataset: IndexedDataset) -> list[tuple[int, int, int]]:
+    lengths = np.asarray(dataset.sequence_lengths)
+    powers = np.bincount(np.frexp(lengths.astype(np.float64))[1].clip(0))
+    return [(2**power >> 1, 2**power - 1, int(count)) for power, count in enumerate(powers) if count]
+
+
+def _duplicates(dataset: IndexedDataset, tell: Tell) -> int:
+    repeated = 0
+    with tempfile.TemporaryDirectory() as folder:
+        seen = ExactDeduplicator(Path(folder) / "seen")
+        for start in range(0, len(dataset), HASHED_DOCUMENTS):
+            rows = [
+                dataset[index].astype(np.int32) for index in range(start, min(start + HASHED_DOCUMENTS, len(dataset)))
+            ]
+            repeated += int((~seen.add(exact_signatures(rows))).sum())
+            tell(sum(map(len, rows)))
+    return repeated
+
+
+RECORDED = (
+    "text_bytes",
+    "empty_documents",
+    "skipped",
+    "removed",
+    "near_copies",
+    "inexact_documents",
+    "unigram_entropy",
+    "options",
+)
+
+
+def describe(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str, str]:
+    """Name -> value of what the index and PREFIX.json say, without reading the tokens.
+
+    Raises:
+        DataError: a dataset that cannot be opened, or that was built with another tokenizer than `tokenizer`.
+    """
+    dataset = IndexedDataset(prefix)
+    lengths = dataset.sequence_lengths
+    facts = {
+        "prefix": dataset.prefix,
+        "documents": f"{dataset.document_count:,}",
+        "sequences": f"{len(dataset):,}",
+        "tokens": f"{len(dataset.tokens):,}",
+        "dtype": dataset.dtype.name,
+        "fingerprint": dataset.fingerprint,
+    }
+    if len(lengths):
+        facts["tokens a sequence"] = f"{lengths.min():,} to {lengths.max():,}, median {np.median(lengths):,.0f}"
+    sidecar = read_sidecar(prefix)
+    if sidecar is not None:
+        recorded = sidecar["tokenizer"]
+        if tokenizer is not None and recorded and recorded["fingerprint"] != tokenizer.fingerprint:
+            raise DataError(
+                f"{prefix}: was built with {recorded['name']} ({recorded['fingerprint'][:12]}), not with "
+                f"{tokenizer.spec} ({tokenizer.fingerprint[:12]}); name the right one, or build the dataset again"
+            )
+        if recorded:
+            facts["tokenizer"] = f"{recorded['name']}, {recorded['vocab_size']:,} ids, {recorded['fingerprint'][:12]}"
+        facts |= {name.replace("_", " "): str(sidecar[name]) for name in RECORDED if name in sidecar}
+    return facts
+
+
+def verify(prefix: str | Path, tokenizer: Tokenizer | None = None, tell: Tell = no_tell) -> dict[str, str]:
+    """Read everything: the index's entries, the range of the tokens, and the hashes in PREFIX.json.
+
+    Raises:
+        DataError: at the first thing that is wrong.
+    """
+    dataset = IndexedDataset(prefix)
+    dataset.verify()
+    sidecar = read_sidecar(prefix) or {}
+    vocab_size = tokenizer.vocab_size if tokenizer else sidecar.get("tokenizer", {}).get("vocab_size")
+    summary = summarise(dataset, vocab_size, tell)
+    recorded = sidecar.get("bin_sha256")
+    if recorded is not None and recorded != summary.sha256:
+        raise DataError(
+            f"{bin_path(prefix)}: its content is not what {sidecar_path(prefix).name} recorded "
+            f"({summary.sha256[:12]}, not {recorded[:12]}); copy or build it again"
+        )
+    recorded_index = sidecar.get("idx_sha256")
+    if recorded_index is not None and recorded_index != sha256_of(idx_path(prefix)):
+        raise DataError(
+            f"{idx_path(prefix)}: its content is not what {sidecar_path(prefix).name} recorded; copy or build it again"
+        )
+    DocumentSources(prefix, dataset.document_count)  # of another size: refused
+    if signed := sidecar.get("minhash"):
+        open_signatures(prefix, signed, dataset.document_count)
+    return {
+        "largest token": str(summary.largest_token),
+        "distinct tokens": f"{summary.distinct_tokens:,}",
+        "sha256 of .bin": summary.sha256 + (", as recorded" if recorded else ", none recorded"),
+        "verified": "index and tokens are whole",
+    }
+
+
+def document_text(prefix: str | Path, document: int, tokenizer: Tokenizer | None = None) -> str:
+    """A document as text, or as ids without a tokenizer.
+
+    Raises:
+        DataError: a document that is not there.
+    """
+    dataset = IndexedDataset(prefix)
+    if not 0 <= document < dataset.document_count:
+        raise DataError(f"{prefix}: document {document} of {dataset.document_count}; they are numbered from 0")
+    first, end = (int(bound) for bound in dataset.document_index[document : document + 2])
+    tokens = [int(token) for sequence in range(first, end) for token in dataset[sequence]]
+    return tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))

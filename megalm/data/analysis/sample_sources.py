@@ -1,0 +1,67 @@
+"""What a training step reads: the documents of its samples, by file, line and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.document_sources import DocumentSource, DocumentSources
+from megalm.data.sampling.mixture import BlendedSamples
+from megalm.data.sampling.sample_order import Int64s
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """A run of tokens of one document inside a sample.
+
+    Attributes:
+        sample: number of the sample, as the loader counts them.
+        prefix: the dataset.
+        document, source: which document of the dataset, and where it came from (None: nobody noted it).
+        first, end: which of its tokens.
+        tokens: their ids.
+    """
+
+    sample: int
+    prefix: str
+    document: int
+    source: DocumentSource | None
+    first: int
+    end: int
+    tokens: tuple[int, ...]
+
+
+def spans_of(samples: BlendedSamples, first_sample: int, count: int) -> Iterator[TokenSpan]:
+    """What samples [first_sample, first_sample + count) are made of, in their order; labels' last token included."""
+    sources = [DocumentSources(part.dataset.prefix, part.dataset.document_count) for part in samples.parts]
+    starts = [part.dataset.sequence_pointers // part.dataset.dtype.itemsize for part in samples.parts]
+    for sample in range(first_sample, first_sample + count):
+        number, index = samples.locate(sample)
+        part = samples.parts[number]
+        yield from _pieces_at(part.dataset, starts[number], sources[number], part.place(index).positions, sample)
+
+
+def _pieces_at(
+    dataset: IndexedDataset, starts: Int64s, sources: DocumentSources, positions: Int64s, sample: int
+) -> Iterator[TokenSpan]:
+    """Positions [n] of the dataset's tokens as runs inside documents; `starts` [S] of its sequences."""
+    sequences = np.searchsorted(starts, positions, side="right") - 1
+    # Empty sequences start where the next one does: the last that starts there holds the token.
+    breaks = np.flatnonzero((np.diff(sequences) != 0) | (np.diff(positions) != 1)) + 1
+    for run in np.split(np.arange(len(positions)), breaks):
+        sequence = int(sequences[run[0]])
+        document = int(np.searchsorted(dataset.document_index, sequence, side="right")) - 1
+        begin = int(starts[dataset.document_index[document]])
+        where = positions[run]
+        yield TokenSpan(
+            sample=sample,
+            prefix=dataset.prefix,
+            document=document,
+            source=sources[document],
+            first=int(where[0]) - begin,
+            end=int(where[-1]) - begin + 1,
+            tokens=tuple(map(int, dataset.tokens[where])),
+        )

@@ -1,0 +1,211 @@
+"""What a build will do: its options, and the input in units of work that are done apart and in any order.
+
+The units depend on the input and the options only, never on the number of workers, so that a build that was broken
+off can be taken up by another number of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megalm.data.builder.dedup import Dedup
+from megalm.data.builder.minhash_dedup import check_threshold
+from megalm.data.builder.quality_filters import Filters
+from megalm.data.readers.document_reader import TABLE, OnError, Span, row_groups
+from megalm.data.readers.formats import format_of
+from megalm.data.readers.input_files import InputFile
+from megalm.data.readers.records import BLOCK_BYTES, ReadOptions, RecordLayout, without_end
+from megalm.errors import DataError
+
+PLAN_VERSION = 2
+UNITS_OF_A_SHARD = 4  # at least, where the input can be cut
+SMALLEST_UNIT, LARGEST_UNIT, WANTED_UNITS = 4 << 20, 128 << 20, 1000
+PACKED_TO_TEXT = 4  # about how much text a byte of a packed file holds
+SPLIT_NAMES = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What decides a dataset beside its input and its tokenizer.
+
+    Attributes:
+        append_eod: end every document with the tokenizer's end-of-document token.
+        on_error: "fail" at what cannot be read and at empty documents, or "skip" and count them.
+        minhash_threshold: share of equal MinHash values from which documents count as near copies.
+        split: weights of PREFIX-train, PREFIX-validation and PREFIX-test; none: one dataset.
+        shard: (k, n): only the k-th of n parts of the input, from 0, about equal in bytes. With "minhash" a shard has
+            its near copies until it is merged: what is left out of one depends on those before it.
+        unit_bytes: text of a unit of work; default by the size of the input.
+    """
+
+    append_eod: bool = True
+    on_error: OnError = "fail"
+    read: ReadOptions = field(default_factory=ReadOptions)
+    filters: Filters = field(default_factory=Filters)
+    dedup: Dedup = "none"
+    minhash_threshold: float = 0.8
+    split: tuple[float, ...] = ()
+    shard: tuple[int, int] = (0, 1)
+    unit_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.split) == 1 or len(self.split) > len(SPLIT_NAMES):
+            raise DataError(f"--split {self.split}: state two or three weights, such as 95,5 or 90,5,5")
+        shard, shards = self.shard
+        if not 0 <= shard < shards:
+            raise DataError(f"--shard {shard}/{shards}: shards are numbered from 0 to {shards - 1}")
+        if shards > 1 and self.split:
+            raise DataError(
+                f"--split and --shard {shard}/{shards}: the split would be cut from each shard; "
+                "merge the shards and split in training (data.split)"
+            )
+        check_threshold(self.minhash_threshold)
+
+    def recorded(self) -> dict[str, Any]:
+        """For PREFIX.json: only what decides the bytes."""
+        facts: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        facts.pop("unit_bytes")
+        return facts
+
+    def output_prefixes(self, prefix: str | Path) -> list[str]:
+        names = SPLIT_NAMES[: len(self.split)]
+        return [f"{prefix}-{name}" for name in names] or [str(prefix)]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Spans that one worker reads as one unit; or, with `stream`, a file that is cut into units as it is read."""
+
+    spans: tuple[Span, ...]
+    stream: bool
+    weight: int  # about how many bytes of text
+
+
+@dataclass(frozen=True)
+class Plan:
+    files: tuple[InputFile, ...]
+    groups: tuple[Group, ...]
+    unit_bytes: int
+    identity: str  # equal for builds that share their units
+
+    @property
+    def weight(self) -> int:
+        return sum(group.weight for group in self.groups)
+
+    @property
+    def most_units(self) -> int:
+        """So many units there are at most, as far as it can be known before streams are read."""
+        return 1 << 30 if any(group.stream for group in self.groups) else len(self.groups)
+
+
+def make_plan(files: Sequence[InputFile], options: BuildOptions, tokenizer_fingerprint: str) -> Plan:
+    """Raises DataError where a file cannot be read."""
+    total = sum(_text_bytes(file) for file in files)
+    unit_bytes = options.unit_bytes or min(LARGEST_UNIT, max(SMALLEST_UNIT, total // WANTED_UNITS))
+    shard, shards = options.shard
+    if shards > 1:  # a little text is shared out, too
+        unit_bytes = max(1, min(unit_bytes, total // (shards * UNITS_OF_A_SHARD)))
+    whole = list(_groups(_pieces(files, options, unit_bytes), unit_bytes))
+    groups = _take_shard(whole, shard, shards)
+    if whole and not groups:
+        raise DataError(
+            f"--shard {shard}/{shards} has nothing to read: the input has {len(whole)} parts that can be read apart, "
+            "of unequal size; use fewer shards"
+        )
+    facts = {
+        "version": PLAN_VERSION,
+        "files": [asdict(file) for file in files],
+        "options": options.recorded() | {"unit_bytes": unit_bytes},
+        "tokenizer": tokenizer_fingerprint,
+    }
+    identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    used = {span.file.path for group in groups for span in group.spans}
+    return Plan(tuple(file for file in files if file.path in used), tuple(groups), unit_bytes, identity)
+
+
+def _text_bytes(file: InputFile) -> int:
+    return file.size * PACKED_TO_TEXT if file.packing or file.kind == TABLE else file.size
+
+
+def _pieces(files: Iterable[InputFile], options: BuildOptions, unit_bytes: int) -> Iterable[Group]:
+    """The smallest things that can be read apart."""
+    for file in files:
+        size = _text_bytes(file)
+        if file.kind == TABLE:
+            yield from _table_pieces(file, unit_bytes)
+        elif file.is_stdin or (size > unit_bytes and (file.packing or file.kind == ".json")):
+            yield Group((Span(file),), stream=True, weight=size)
+        elif size > unit_bytes and format_of(file.kind, options.read).first_end(bytearray(b"\n\n")):
+            bounds = _bounds(file, options.read, unit_bytes)
+            for start, end in pairwise(bounds):
+                yield Group((Span(file, start, end),), stream=False, weight=end - start)
+        else:
+            yield Group((Span(file),), stream=False, weight=size)
+
+
+def _table_pieces(file: InputFile, unit_bytes: int) -> Iterable[Group]:
+    groups, size = row_groups(file), _text_bytes(file)
+    if groups < 2:
+        yield Group((Span(file),), stream=False, weight=size)
+        return
+    step = max(1, groups * unit_bytes // max(1, size))
+    for first in range(0, groups, step):
+        end = min(first + step, groups)
+        yield Group((Span(file, first, end),), stream=False, weight=size * (end - first) // groups)
+
+
+def _bounds(file: InputFile, options: ReadOptions, unit_bytes: int) -> list[int]:
+    """Places between records, about `unit_bytes` apart, from the start of the file to its end."""
+    layout, bounds = format_of(file.kind, options), [0]
+    with file.open_raw() as raw:
+        while bounds[-1] + unit_bytes < file.size:
+            bounds.append(_end_behind(raw, bounds[-1] + unit_bytes, layout) or file.size)
+    return bounds if bounds[-1] == file.size else [*bounds, file.size]
+
+
+def _end_behind(raw: BinaryIO, place: int, layout: RecordLayout) -> int:
+    """Where the first record ends that ends behind `place`; 0 if none does."""
+    raw.seek(place)
+    buffer = bytearray()
+    while block := raw.read(BLOCK_BYTES):
+        buffer += block
+        if end := layout.first_end(buffer):
+            return place + end
+        searched = without_end(buffer)
+        del buffer[:searched]
+        place += searched
+    return 0
+
+
+def _groups(pieces: Iterable[Group], unit_bytes: int) -> Iterable[Group]:
+    """Small pieces together: a unit for each of a million small files would cost more than their text."""
+    spans: list[Span] = []
+    weight = 0
+    for piece in pieces:
+        if spans and (piece.stream or weight + piece.weight > unit_bytes):
+            yield Group(tuple(spans), stream=False, weight=weight)
+            spans, weight = [], 0
+        if piece.stream:
+            yield piece
+        else:
+            spans += piece.spans
+            weight += piece.weight
+    if spans:
+        yield Group(tuple(spans), stream=False, weight=weight)
+
+
+def _take_shard(groups: list[Group], shard: int, shards: int) -> list[Group]:
+    """Consecutive groups, so that the shards one after another are the whole."""
+    total, before, taken = sum(group.weight for group in groups), 0, []
+    for group in groups:
+        middle = before + group.weight / 2
+        if min(shards - 1, int(middle * shards / max(1, total))) == shard:
+            taken.append(group)
+        before += group.weight
+    return taken

@@ -1,0 +1,191 @@
+"""Near copies by MinHash: a document is left out where an earlier one that was kept is as alike as the threshold.
+
+What becomes of a document depends on the order of the input only: not on how it was cut into batches, nor on who
+made the signatures. n documents, P permutations, B bands of R of their values each, e entries: (document, band).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megalm.data.builder.disk_hash_table import Bools, HashTable, Int64s, RowFile, UInt64s
+from megalm.errors import DataError
+
+PERMUTATIONS = 64
+SHINGLE_WORDS = 5
+SEED, SCHEME = 1, "affine32"
+BATCH = 4096
+KEPT_PAIRS = 20
+SPREAD = 0x9E3779B97F4A7C15
+BAND_BITS = 7
+Values = npt.NDArray[np.uint32]
+
+
+class Pair(NamedTuple):
+    """Numbers of two documents in the order in which they came, and the share of equal MinHash values."""
+
+    left_out: int
+    copy_of: int
+    alike: float
+
+
+def check_threshold(share: float) -> float:
+    """Raises DataError for one that is no share."""
+    if not 0 < share <= 1:
+        raise DataError(f"--minhash-threshold {share}: state a share between 0 and 1, such as 0.8")
+    return share
+
+
+def minhash_signatures(texts: Sequence[str]) -> Values:
+    """[n, P] MinHash values of the sets of runs of five words."""
+    from datasketch import MinHash
+
+    rows = np.empty((len(texts), PERMUTATIONS), dtype=np.uint32)
+    minhash = MinHash(num_perm=PERMUTATIONS, hashfunc=int, seed=SEED, scheme=SCHEME)
+    for place, text in enumerate(texts):
+        minhash.clear()
+        minhash.update_batch(_shingles(text).tolist())
+        rows[place] = minhash.hashvalues
+    return rows
+
+
+def _shingles(text: str) -> Values:
+    """Different hashes of 32 bits, one for each run of words; of a short text one."""
+    words = np.array([zlib.crc32(word.encode()) for word in text.split()], dtype=np.uint64)
+    if len(words) < SHINGLE_WORDS:
+        return np.array([zlib.crc32(words.tobytes())], dtype=np.uint32)
+    count = len(words) - SHINGLE_WORDS + 1
+    mixed: UInt64s = np.zeros(count, dtype=np.uint64)
+    for place in range(SHINGLE_WORDS):
+        mixed = mixed * np.uint64(SPREAD) + words[place : place + count]
+    return np.unique((mixed >> np.uint64(32)).astype(np.uint32))
+
+
+def bands_of(threshold: float) -> tuple[int, int]:
+    """(B, R) for which documents are candidates, of those less alike than the threshold, and are none, of the
+    others, the least: the area of both errors over all likenesses, as datasketch's MinHashLSH chooses."""
+    likeness = (np.arange(1000) + 0.5) / 1000
+    best, least = (1, PERMUTATIONS), np.inf
+    for bands in range(1, PERMUTATIONS + 1):
+        for rows in range(1, PERMUTATIONS // bands + 1):
+            missed = (1 - likeness**rows) ** bands
+            error = float(np.where(likeness < threshold, 1 - missed, missed).sum())
+            if error < least:
+                best, least = (bands, rows), error
+    return best
+
+
+class MinHashDeduplicator:
+    """Signatures of the documents that were kept, and a table from each band's hash to the last that has it; from
+    there a chain leads to the earlier ones. All in files: PATH and PATH.rows."""
+
+    def __init__(self, path: Path, threshold: float) -> None:
+        self.pairs: list[Pair] = []
+        self._threshold, self._count = threshold, 0
+        self._bands, self._band_rows = bands_of(threshold)
+        self._last = HashTable(path, key_columns=1, value_columns=1)  # row + 1
+        row = [("number", "<i8"), ("values", "<u4", (PERMUTATIONS,)), ("earlier", "<u8", (self._bands,))]
+        self._kept = RowFile(path.with_name(f"{path.name}.rows"), np.dtype(row))  # earlier: row + 1, or 0
+
+    def add(self, signatures: npt.NDArray[Any]) -> Bools:
+        new = np.zeros(len(signatures), dtype=np.bool_)
+        for start in range(0, len(signatures), BATCH):
+            batch = np.ascontiguousarray(signatures[start : start + BATCH], dtype=np.uint32)
+            new[start : start + BATCH] = self._add(batch)
+        return new
+
+    def _add(self, values: Values) -> Bools:
+        keys = self._band_keys(values)
+        new = self._new_in_batch(values, keys, self._near_kept(values, keys))
+        numbers = self._count + np.arange(len(values))
+        self._remember(values[new], keys[new], numbers[new])
+        for place in np.flatnonzero(~new)[: KEPT_PAIRS - len(self.pairs)]:
+            self.pairs.append(self._pair(values[place], keys[place], int(numbers[place])))
+        self._count += len(values)
+        return new
+
+    def _band_keys(self, values: Values) -> UInt64s:
+        """[n, B] hashes of the bands; the low bits are the band's number from 1, so keys of two bands never meet."""
+        keys: UInt64s = np.zeros((len(values), self._bands), dtype=np.uint64)
+        bands = values[:, : self._bands * self._band_rows].reshape(len(values), self._bands, self._band_rows)
+        for place in range(self._band_rows):
+            keys = (keys ^ bands[:, :, place]) * np.uint64(SPREAD)
+            keys ^= keys >> np.uint64(32)
+        return (keys << np.uint64(BAND_BITS)) | np.arange(1, self._bands + 1, dtype=np.uint64)
+
+    def _alike(self, some: Values, others: Values) -> Bools:
+        return np.asarray((some == others).mean(axis=1) >= self._threshold)
+
+    def _near_kept(self, values: Values, keys: UInt64s) -> Bools:
+        """[n] whether a document of an earlier batch is near."""
+        near = np.zeros(len(values), dtype=np.bool_)
+        places = self._last.find(keys.reshape(-1, 1))
+        entries = np.flatnonzero(places >= 0)
+        document, band = np.divmod(entries, self._bands)
+        rows, after = self._kept.rows, self._last.values[places[entries], 0].astype(np.int64)
+        while len(after):
+            near[document[self._alike(values[document], rows["values"][after - 1])]] = True
+            after = rows["earlier"][after - 1, band].astype(np.int64)
+            going = (after > 0) & ~near[document]
+            document, band, after = document[going], band[going], after[going]
+        return near
+
+    def _new_in_batch(self, values: Values, keys: UInt64s, near: Bools) -> Bools:
+        """[n] which documents stay, one round for each link of the longest chain of documents that share bands.
+
+        The first of an undecided band's documents leads it. Who leads all its bands stays: nobody before it can be
+        near. The followers of those are compared with them, and lose them as leaders.
+        """
+        new = np.zeros(len(values), dtype=np.bool_)
+        document, _, key = self._entries(np.flatnonzero(~near), keys[~near])
+        while len(document):
+            first = np.append(True, key[1:] != key[:-1])
+            leader = document[first][np.cumsum(first) - 1]
+            follows, gone = np.zeros_like(new), np.zeros_like(new)
+            follows[document[leader != document]] = True
+            new[document[~follows[document]]] = True
+            compared = np.flatnonzero(follows[document] & ~follows[leader] & (leader != document))
+            alike = self._alike(values[document[compared]], values[leader[compared]])
+            gone[document[compared[alike]]] = True
+            undecided = follows[document] & ~gone[document]
+            document, key = document[undecided], key[undecided]
+        return new
+
+    def _entries(self, documents: Int64s, keys: UInt64s) -> tuple[Int64s, Int64s, UInt64s]:
+        """(document [e], band [e], key [e]), by key and, of one key, in the order of the documents."""
+        document, band = np.repeat(documents, self._bands), np.tile(np.arange(self._bands), len(documents))
+        order = np.argsort(keys.ravel(), kind="stable")
+        return document[order], band[order], keys.ravel()[order]
+
+    def _remember(self, values: Values, keys: UInt64s, numbers: Int64s) -> None:
+        if not len(values):
+            return
+        start = len(self._kept)
+        added = np.zeros(len(values), self._kept.rows.dtype)
+        added["number"], added["values"] = numbers, values
+        document, band, key = self._entries(np.arange(len(values)), keys)
+        first, last = np.append(True, key[1:] != key[:-1]), np.append(key[1:] != key[:-1], True)
+        places, _ = self._last.insert(key[first].reshape(-1, 1))
+        earlier = np.append(0, start + document[:-1] + 1)
+        earlier[first] = self._last.values[places, 0]
+        added["earlier"][document, band] = earlier
+        self._last.values[places, 0] = start + document[last] + 1
+        self._kept.append(added)
+
+    def _pair(self, value: Values, keys: UInt64s, number: int) -> Pair:
+        """The earliest of those that the document is near to; rows are in the order of the input."""
+        places, candidates = self._last.find(keys.reshape(-1, 1)), set()
+        for band in np.flatnonzero(places >= 0):
+            after = int(self._last.values[places[band], 0])
+            while after:
+                candidates.add(after - 1)
+                after = int(self._kept.rows["earlier"][after - 1, band])
+        rows = self._kept.rows[sorted(candidates)]
+        first = rows[self._alike(rows["values"], value[np.newaxis])][0]
+        return Pair(number, int(first["number"]), float((first["values"] == value).mean()))

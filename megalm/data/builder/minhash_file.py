@@ -1,0 +1,76 @@
+"""PREFIX.minhash: the MinHash values of each document of a dataset, so that near copies are found when it is merged.
+
+Rows of u32[P], little-endian, in the order of the documents; PREFIX.json has how they were made, and their hash.
+Nothing but merging reads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megalm.data.builder.minhash_dedup import PERMUTATIONS, SCHEME, SEED, SHINGLE_WORDS
+from megalm.data.indexed.metadata import signatures_path
+from megalm.data.readers.input_files import sha256_of
+from megalm.errors import DataError
+from megalm.utils.atomic_files import discard, temporary_name, writing_to
+
+MADE = {"permutations": PERMUTATIONS, "shingle_words": SHINGLE_WORDS, "seed": SEED, "scheme": SCHEME}
+
+
+class SignatureWriter:
+    """Writes under a temporary name until `close()`."""
+
+    def __init__(self, prefix: str | Path) -> None:
+        self._path = signatures_path(prefix)
+        self._temporary, self._hash = temporary_name(self._path), hashlib.sha256()
+        with writing_to(self._path):
+            self._file = self._temporary.open("wb")
+
+    def add(self, rows: npt.NDArray[Any]) -> None:
+        """Rows [n, P] of u32."""
+        content = np.ascontiguousarray(rows, dtype="<u4").tobytes()
+        self._hash.update(content)
+        with writing_to(self._path):
+            self._file.write(content)
+
+    def close(self) -> dict[str, Any]:
+        """Give the file its name; what PREFIX.json says of it."""
+        with writing_to(self._path):
+            self._file.close()
+            self._temporary.replace(self._path)
+        return {**MADE, "sha256": self._hash.hexdigest()}
+
+    def abort(self) -> None:
+        discard(self._file, self._temporary)
+
+
+def open_signatures(prefix: str | Path, recorded: dict[str, Any], documents: int) -> npt.NDArray[Any]:
+    """[documents, P], mapped; read once here to be sure of them.
+
+    Args:
+        recorded: `minhash` of PREFIX.json.
+
+    Raises:
+        DataError: none were kept, they were made another way, or are not what was recorded.
+    """
+    path, again = signatures_path(prefix), "build it again with build_dataset.py --dedup minhash"
+    if not recorded:
+        raise DataError(f"{prefix}: was built without signatures, so its near copies cannot be found; {again}")
+    if any(recorded.get(name) != value for name, value in MADE.items()):
+        raise DataError(f"{path}: its signatures were made in another way than this version's; {again}")
+    if not path.exists():
+        raise DataError(f"{path}: is not there; copy it beside the dataset, or {again}")
+    size = documents * PERMUTATIONS * 4
+    if path.stat().st_size != size or sha256_of(str(path)) != recorded["sha256"]:
+        raise DataError(
+            f"{path}: is not what {prefix}.json recorded ({size:,} bytes expected, {path.stat().st_size:,} found); "
+            f"copy it again, or {again}"
+        )
+    if not documents:
+        return np.zeros((0, PERMUTATIONS), dtype="<u4")
+    return np.memmap(path, dtype="<u4", mode="r", shape=(documents, PERMUTATIONS))

@@ -1,0 +1,222 @@
+"""Is a dataset what a run wants, and if not: what differs, which command builds it again, or do so."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+from megalm.data.builder.build_plan import SPLIT_NAMES
+from megalm.data.builder.builder import BuildOptions, Built, build_files
+from megalm.data.builder.quality_filters import Filters
+from megalm.data.indexed.dataset import bin_path, idx_path, sidecar_path
+from megalm.data.indexed.metadata import read_sidecar
+from megalm.data.readers.input_files import STDIN, InputFile, ReadReport, find_inputs
+from megalm.data.readers.records import ReadOptions
+from megalm.data.tokenizers.tokenizer import Tokenizer
+from megalm.errors import DataError
+
+Rebuild = Literal["never", "auto", "always"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a run states of a dataset.
+
+    Attributes:
+        append_eod: whether documents must end with the end-of-document token; None: as they are.
+        inputs: files, folders and globs that it must be built of; none: of whatever it was built.
+    """
+
+    tokenizer: Tokenizer
+    append_eod: bool | None = None
+    inputs: Sequence[str] = ()
+
+
+def ensure_dataset(
+    prefix: str | Path,
+    wanted: Wanted,
+    rebuild: Rebuild = "never",
+    workers: int = 1,
+    tell: Callable[[str], None] | None = None,
+) -> Built | None:
+    """See that the dataset is as wanted, or build it again of what it was made of, or of `wanted.inputs`.
+
+    Call it on one rank; the others wait and then open the files. None: nothing was done.
+
+    Args:
+        rebuild: "never" refuses what differs; "auto" builds it again, also where an input file has changed or the
+            dataset's files are gone (raw text that is gone is no reason); "always" builds it again in any case.
+        tell: called with a line for people before a build.
+
+    Raises:
+        DataError: what differs, and the command that builds it again; with another `rebuild`, a dataset of which
+            nobody noted what it was made of, and what building raises.
+    """
+    say = tell or (lambda line: None)
+    sidecar = read_sidecar(prefix)
+    if sidecar is None:
+        return _build_first(prefix, wanted, workers, say) if rebuild != "never" else None
+    found = differences(sidecar, wanted)
+    if rebuild == "never":
+        if found:
+            other_tokenizer = bool(differences(sidecar, Wanted(wanted.tokenizer)))
+            start = "Name the right data.tokenizer, or build" if other_tokenizer else "Build"
+            raise DataError(f"{prefix} {'; '.join(found)}. {start} {_how(prefix, sidecar, wanted)}")
+        return None
+    found += [f"{path.name} is gone" for path in (bin_path(prefix), idx_path(prefix)) if not path.exists()]
+    found += [f"its input {path} has another size or time than recorded" for path in changed_inputs(sidecar)[:1]]
+    if rebuild == "auto" and not found:
+        return None
+    recorded = _inputs(prefix, sidecar)  # also says what cannot be built again at all
+    options = _options(sidecar, wanted.append_eod)
+    say(f"building {prefix} again: {'; '.join(found) or 'data.rebuild=always'}")
+    built = build_files(
+        wanted.inputs or recorded,
+        wanted.tokenizer,
+        build_prefix(prefix),
+        options,
+        workers=workers,
+        overwrite=True,
+        again=rebuild == "always",
+    )
+    return None if built.was_there else built  # a file with another time may hold the same
+
+
+def differences(sidecar: dict[str, Any], wanted: Wanted) -> list[str]:
+    """What of a PREFIX.json is not as wanted, for people; none: all is."""
+    found, built, tokenizer = [], sidecar.get("tokenizer") or {}, wanted.tokenizer
+    if built and built["fingerprint"] != tokenizer.fingerprint:
+        found.append(
+            f"was built with the tokenizer {built['name']} of {built['vocab_size']:,} ids "
+            f"({built['fingerprint'][:12]}), not {tokenizer.name} of {tokenizer.vocab_size:,} "
+            f"({tokenizer.fingerprint[:12]})"
+        )
+    ended = built.get("eod_id") is not None
+    if built and wanted.append_eod is not None and ended != wanted.append_eod:
+        found.append(f"has documents that {'end' if ended else 'do not end'} with the end-of-document token")
+    if wanted.inputs:
+        used = {str(Path(path).resolve()) for path in _recorded_paths(sidecar)}
+        named = {path for stated in wanted.inputs for path in _named_by(stated, used)}
+        if other := sorted(named ^ used):
+            word = "not built of" if other[0] in named else "built of"
+            found.append(f"was {word} {other[0]}, other than data.input says")
+    return found
+
+
+def _named_by(stated: str, used: set[str]) -> set[str]:
+    """Files that `data.input` names; where they are gone, those that were `used` under this name."""
+    try:
+        return {str(Path(file.path).resolve()) for file in find_inputs([stated], ReadReport())}
+    except DataError:
+        name = str(Path(stated).resolve())
+        gone = {path for path in used if fnmatch(path, name) or path.startswith(f"{name}/")}
+        if not gone or any(Path(path).exists() for path in gone):
+            raise
+        return gone
+
+
+def build_prefix(prefix: str | Path) -> str:
+    """The prefix that was given to the build: without -train of a split."""
+    name, sidecar = str(prefix), read_sidecar(prefix) or {}
+    for part in SPLIT_NAMES[: len(sidecar.get("options", {}).get("split", ()))]:
+        name = name.removesuffix(f"-{part}")
+    return name
+
+
+def _build_first(prefix: str | Path, wanted: Wanted, workers: int, say: Callable[[str], None]) -> Built:
+    """A dataset that is not there yet, of the stated inputs."""
+    if any(path.exists() for path in (bin_path(prefix), idx_path(prefix), sidecar_path(prefix))):
+        raise DataError(
+            f"{sidecar_path(prefix)}: is not there or of another tool: nothing says what to build {prefix} of; "
+            "move the dataset away, or leave data.rebuild out"
+        )
+    if not wanted.inputs:
+        raise DataError(f"{prefix}: is not there, and nothing says what to build it of; state data.input")
+    say(f"building {prefix} of {', '.join(wanted.inputs)}")
+    options = BuildOptions(append_eod=wanted.append_eod is not False)
+    return build_files(wanted.inputs, wanted.tokenizer, prefix, options, workers=workers)
+
+
+def _how(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted) -> str:
+    try:
+        return f"it again (data.rebuild=auto does): {rebuild_command(prefix, sidecar, wanted)}"
+    except DataError:  # nobody knows the command
+        return "it again as it was built before"
+
+
+def changed_inputs(sidecar: dict[str, Any]) -> list[str]:
+    """Input files whose size or time is not the recorded one; of those that are gone nothing can be built."""
+    changed = []
+    for entry in sidecar["inputs"]:
+        if isinstance(entry, dict) and entry["path"] != STDIN:
+            path = Path(entry["path"])
+            if not path.exists():
+                continue
+            file = InputFile.found_at(path)
+            if (file.size, file.mtime_ns) != (entry["bytes"], entry["mtime_ns"]):
+                changed.append(entry["path"])
+    return changed
+
+
+def rebuild_command(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted) -> str:
+    """The line of shell that builds the dataset again as wanted."""
+    options, inputs = _options(sidecar, wanted.append_eod), _inputs(prefix, sidecar)
+    words = ["python", "data_tools/build_dataset.py"]
+    for path in wanted.inputs or inputs:
+        words += ["--input", path]
+    words += ["--tokenizer", wanted.tokenizer.spec, "--output-prefix", build_prefix(prefix), "--overwrite"]
+    return shlex.join([*words, *_option_words(options)])
+
+
+def _option_words(options: BuildOptions) -> list[str]:
+    plain, read = BuildOptions(), options.read
+    stated: list[tuple[str, object, object]] = [
+        ("text-key", read.text_key, plain.read.text_key),
+        ("columns", ",".join(read.columns), ""),
+        ("txt-documents", read.documents, plain.read.documents),
+        ("max-document-mb", read.largest_bytes >> 20, plain.read.largest_bytes >> 20),
+        ("on-error", options.on_error, plain.on_error),
+        ("dedup", options.dedup, plain.dedup),
+        ("minhash-threshold", options.minhash_threshold, plain.minhash_threshold),
+        ("split", ",".join(f"{weight:g}" for weight in options.split), ""),
+        *((name.replace("_", "-"), getattr(options.filters, name), None) for name in options.filters.names),
+    ]
+    words = [] if options.append_eod else ["--no-append-eod"]
+    return words + [word for name, value, usual in stated if value != usual for word in (f"--{name}", str(value))]
+
+
+def _options(sidecar: dict[str, Any], append_eod: bool | None) -> BuildOptions:
+    recorded = dict(sidecar["options"])
+    if "shard" not in recorded:  # merged, or made of documents in memory
+        return BuildOptions(append_eod=bool(recorded.get("append_eod", True)))
+    recorded.pop("stdin_kind", None)
+    read = recorded.pop("read")
+    return BuildOptions(
+        **recorded
+        | {
+            "read": ReadOptions(**read | {"columns": tuple(read["columns"])}),
+            "filters": Filters(**recorded["filters"]),
+            "split": tuple(recorded["split"]),
+            "shard": tuple(recorded["shard"]),
+            "append_eod": recorded["append_eod"] if append_eod is None else append_eod,
+        }
+    )
+
+
+def _recorded_paths(sidecar: dict[str, Any]) -> list[str]:
+    return [entry["path"] if isinstance(entry, dict) else str(entry) for entry in sidecar["inputs"]]
+
+
+def _inputs(prefix: str | Path, sidecar: dict[str, Any]) -> Sequence[str]:
+    paths = _recorded_paths(sidecar)
+    # A shard names only the files that it took part of: the same shard of those is a part of a part.
+    if not paths or STDIN in paths or sidecar["options"].get("shard") != [0, 1]:
+        raise DataError(
+            f"{prefix}: was built of standard input, merged, made by a recipe, or is a shard, so it cannot be built "
+            f"again from {sidecar_path(prefix).name} alone; build it as it was built before, with the tokenizer wanted"
+        )
+    return paths

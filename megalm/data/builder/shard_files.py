@@ -1,0 +1,195 @@
+"""A unit of work as files: PART.tokens, PART.npz (a row for each document), and PART.json, written last.
+
+A part without its PART.json is not there; one whose files do not agree with it is made again.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from megalm.data.builder.build_plan import BuildOptions
+from megalm.data.builder.dedup import exact_signatures
+from megalm.data.builder.minhash_dedup import minhash_signatures
+from megalm.data.indexed.dataset import best_dtype
+from megalm.data.readers.document_reader import Span, SpanCount, lines_before, read_span, record_name
+from megalm.data.readers.input_files import KEPT_MESSAGES
+from megalm.data.readers.records import ByteBlock, TextRecord
+from megalm.data.tokenizers.tokenizer import Tokenizer
+from megalm.errors import DataError
+from megalm.utils.atomic_files import temporary_name, write_json, writing_to
+
+# One row for each document. `line` counts in the span; start and size are bytes of the unpacked file.
+DOCUMENT = np.dtype(
+    [
+        ("tokens", "<i4"),
+        ("text_bytes", "<u4"),
+        ("span", "<u4"),
+        ("size", "<u4"),
+        ("line", "<i8"),
+        ("start", "<i8"),
+        ("exact", "?"),
+    ]
+)
+
+
+@dataclass
+class WorkUnitSummary:
+    """PART.json. Places are [span, line in it]."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    span_lines: list[int] = field(default_factory=list)
+    problems: int = 0
+    messages: list[tuple[int, int, str]] = field(default_factory=list)  # span, line, what is wrong
+    removed: dict[str, int] = field(default_factory=dict)  # by each filter
+    crc: int = 0  # of PART.tokens
+    content: str = ""  # hash of the bytes that were handed over, of a stream
+
+
+@dataclass(frozen=True)
+class WorkUnitFiles:
+    directory: Path
+    name: str
+
+    def path(self, suffix: str) -> Path:
+        return self.directory / f"{self.name}.{suffix}"
+
+    def finished(self) -> WorkUnitSummary | None:
+        """What the part holds, if it is there; its content is checked when it is read."""
+        try:
+            summary = WorkUnitSummary(**json.loads(self.path("json").read_bytes()))
+            sizes = [self.path(suffix).stat().st_size for suffix in ("tokens", "npz")]
+        except (OSError, ValueError, TypeError):
+            return None
+        return summary if sizes[1] and (sizes[0] > 0) == (summary.tokens > 0) else None
+
+    def documents(self) -> npt.NDArray[Any]:
+        """Rows of DOCUMENT, [n]. Raises DataError for a damaged file."""
+        return self._array("documents")
+
+    def signatures(self) -> npt.NDArray[Any]:
+        """[n, ...], of no use where the part has no documents. Raises DataError for a damaged file."""
+        return self._array("signatures")
+
+    def _array(self, name: str) -> npt.NDArray[Any]:
+        try:
+            with np.load(self.path("npz")) as arrays:  # a zip file: checks its own sums
+                return np.asarray(arrays[name])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+            raise self.damaged() from error
+
+    def damaged(self) -> DataError:
+        self.path("json").unlink(missing_ok=True)
+        return DataError(f"{self.path('tokens')}: is damaged; start the same build again, it makes this part anew")
+
+
+class WorkUnitWriter:
+    """Turns records into a part; one a worker at a time."""
+
+    def __init__(self, part: WorkUnitFiles, options: BuildOptions, tokenizer: Tokenizer) -> None:
+        self._part, self._options, self._tokenizer = part, options, tokenizer
+        self._dtype = best_dtype(tokenizer.vocab_size)
+        self._eod = np.array([tokenizer.eod_id], dtype=np.int32) if options.append_eod else None
+        self._summary = WorkUnitSummary()
+        self._removed: Counter[str] = Counter()
+        self._rows: list[npt.NDArray[Any]] = []
+        self._signatures: list[npt.NDArray[Any]] = []
+
+    def write(
+        self, spans: Sequence[Span], block: ByteBlock | None = None, content_hash: str = "", first_line: int = 0
+    ) -> WorkUnitSummary:
+        """Read the spans and write the part.
+
+        Args:
+            block: the only span, cut from a stream; it starts at its line `first_line`.
+
+        Raises:
+            DataError: what cannot be read, with on_error "fail"; a full disk.
+        """
+        part = self._part
+        with writing_to(part.path("tokens")):
+            part.path("json").unlink(missing_ok=True)
+            with _complete(part.path("tokens")) as tokens:
+                for number, span in enumerate(spans):
+                    count = SpanCount()
+                    for records in read_span(span, self._options.read, count, block):
+                        kept = [record for record in records if self._keep(record, number, span, first_line)]
+                        tokens.write(self._encode(kept, number))
+                    self._summary.span_lines.append(count.lines)
+            with _complete(part.path("npz")) as file:
+                signatures = np.concatenate(self._signatures) if self._signatures else np.zeros((0, 2), "<u8")
+                documents = np.concatenate(self._rows) if self._rows else np.zeros(0, DOCUMENT)
+                np.savez(file, documents=documents, signatures=signatures)
+        self._summary.removed, self._summary.content = dict(self._removed), content_hash
+        write_json(part.path("json"), asdict(self._summary), durable=False)
+        return self._summary
+
+    def _keep(self, record: TextRecord, number: int, span: Span, first_line: int) -> bool:
+        if record.text is None:
+            if self._options.on_error == "fail":
+                line = (first_line or lines_before(span)) + record.line
+                name = record_name(span.file, self._options.read, line)
+                raise DataError(f"{name}: {record.problem}; mend it, or leave such documents out (--on-error skip)")
+            self._summary.problems += 1
+            if len(self._summary.messages) < KEPT_MESSAGES:
+                self._summary.messages.append((number, record.line, record.problem))
+            return False
+        removed = self._options.filters.removes(record.text)
+        if removed is not None:
+            self._removed[removed] += 1
+        return removed is None
+
+    def _encode(self, records: Sequence[TextRecord], number: int) -> bytes:
+        """Tokens of the records, as bytes of the file; notes their rows and signatures."""
+        if not records:
+            return b""
+        texts = [record.text for record in records if record.text is not None]
+        encoded = self._tokenizer.encode_arrays(texts)
+        rows = np.zeros(len(records), DOCUMENT)
+        rows["exact"] = [self._tokenizer.is_exact(text, row) for text, row in zip(texts, encoded, strict=True)]
+        rows["text_bytes"] = [len(text) if text.isascii() else len(text.encode()) for text in texts]
+        rows["span"] = number
+        for name in ("size", "line", "start"):
+            rows[name] = [getattr(record, name) for record in records]
+        if self._options.dedup == "minhash":
+            self._signatures.append(minhash_signatures(texts))
+        elif self._options.dedup == "exact":
+            self._signatures.append(exact_signatures(encoded))
+        else:
+            self._signatures.append(np.zeros((len(records), 0), "<u8"))
+        rows["tokens"] = [len(row) for row in encoded]
+        if self._eod is not None:
+            rows["tokens"] += 1
+            encoded = [tokens for row in encoded for tokens in (row, self._eod)]
+        self._rows.append(rows)
+        content = np.concatenate(encoded).astype(self._dtype).tobytes()
+        self._summary.crc = zlib.crc32(content, self._summary.crc)
+        self._summary.documents += len(records)
+        self._summary.tokens += len(content) // self._dtype.itemsize
+        self._summary.text_bytes += int(rows["text_bytes"].sum())
+        return content
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[BinaryIO]:
+    """A file that has its name only when it is complete: a killed build may leave workers for a moment."""
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,335 @@
+"""Corpora that megalm makes on the machine: text, tokenizer and dataset, prepared once and kept in a cache.
+
+CACHE/python-stdlib-FINGERPRINT/   tokenizer.model  tokenizer.model.json  corpus.bin .idx .json  recipe.json
+CACHE/stamps/HASH.json             cheap facts about the inputs -> FINGERPRINT, so that a second run need not read
+CACHE/python-stdlib.lock           one process prepares, the others wait for it
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib
+import json
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import tempfile
+import tokenize
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from megalm.data.builder.builder import build_dataset
+from megalm.data.indexed.metadata import SIDECAR_VERSION
+from megalm.data.readers.document_reader import Document, ReadReport
+from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from megalm.errors import DataError
+from megalm.utils.atomic_files import read_json, sync_directory, write_json, writing_to
+
+# The quickstart corpus: sources and manual texts of the running Python's own standard library.
+#
+# Real text that every machine has, so the first run needs no download. The same Python gives the same documents
+# in the same order, whatever the virtual environment or the place it is installed in.
+
+# Not the library's text, or made on the machine where Python was built.
+LEFT_OUT_FOLDERS = frozenset(
+    ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload")
+)
+LEFT_OUT_FILES = frozenset(("sitecustomize.py", "usercustomize.py", "pydoc_data/topics.py"))
+LEFT_OUT_STARTS = ("_sysconfigdata", "_sysconfig_vars")
+FEWEST_FILES = 100
+
+
+def standard_library() -> Path:
+    """Folder of the running Python's library, also inside a virtual environment."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def source_files(root: Path | None = None) -> dict[str, Path]:
+    """Name relative to the library (with "/") -> path, of every source file that the corpus takes; sorted.
+
+    Raises:
+        DataError: a Python that comes without its library's sources.
+    """
+    root = standard_library() if root is None else root
+    found: dict[str, Path] = {}
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in LEFT_OUT_FOLDERS and not name.startswith("config-")]
+        for name in names:
+            relative = (Path(folder) / name).relative_to(root).as_posix()
+            if name.endswith(".py") and not name.startswith(LEFT_OUT_STARTS) and relative not in LEFT_OUT_FILES:
+                found[relative] = Path(folder) / name
+    if len(found) < FEWEST_FILES:
+        raise DataError(
+            f"{root}: only {len(found)} sources of the standard library there; "
+            "use a Python that has them, or state data.train"
+        )
+    return dict(sorted(found.items()))
+
+
+def stdlib_documents(report: ReadReport | None = None) -> list[Document]:
+    """All documents, in an order by the hash of their names: any contiguous part is a fair sample of the whole.
+
+    Empty files give none; a file that is not text in its declared encoding is skipped and an exact copy of
+    another document dropped, both counted in `report`.
+    """
+    report = ReadReport() if report is None else report
+    seen: set[str] = set()
+    documents = []
+    for document in (*_sources(report), *_topics()):
+        if document.text in seen:
+            report.duplicates += 1
+        elif document.text:
+            seen.add(document.text)
+            documents.append(document)
+    report.documents += len(documents)
+    return sorted(documents, key=lambda document: hashlib.sha256(document.source.encode()).digest())
+
+
+def _sources(report: ReadReport) -> Iterator[Document]:
+    for name, path in source_files().items():
+        try:
+            with tokenize.open(path) as file:  # honours the encoding that the source declares
+                text = file.read()
+        except (SyntaxError, UnicodeDecodeError) as error:
+            report.skip(f"{path}: is not text in its declared encoding ({error})")
+            continue
+        yield Document(_newlines(text), name)
+
+
+def _topics() -> Iterator[Document]:
+    """The language reference that `help()` shows; a slim Python may come without."""
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        return
+    for name, text in sorted(topics.items()):
+        yield Document(_newlines(text), f"topics/{name}")
+
+
+def _newlines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+RECIPES = ("python-stdlib",)
+RECIPE_VERSION = 1  # raise it when the same inputs come to give other files
+SPLIT = "95,5"
+MAX_SENTENCES = 80_000
+MANIFEST = "recipe.json"
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A prepared corpus. `train_prefix` holds all of it; `split` cuts off the validation documents."""
+
+    name: str
+    directory: Path
+    train_prefix: Path
+    split: str
+    tokenizer_path: Path
+    vocab_size: int
+    fingerprint: str
+    documents: int
+    tokens: int
+    text_bytes: int
+
+
+def default_cache_dir() -> Path:
+    """MEGALM_CACHE, or megalm/ in XDG_CACHE_HOME or ~/.cache."""
+    if stated := os.environ.get("MEGALM_CACHE"):
+        return Path(stated).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "megalm"
+
+
+def prepare_recipe(
+    name: str, cache_dir: str | Path | None = None, vocab_size: int = 8192, progress: Progress | None = None
+) -> PreparedData:
+    """Make the corpus, train its tokenizer and build its dataset, or find all three in the cache.
+
+    Processes that ask at the same time do it once; one that is killed leaves nothing that looks whole.
+
+    Args:
+        cache_dir: default `default_cache_dir()`.
+        progress: called with a line for people at each stage.
+
+    Raises:
+        DataError: an unknown recipe, a Python without its sources, a vocabulary that the text does not fill, or
+            a cache that cannot be written.
+    """
+    if name not in RECIPES:
+        raise DataError(f"data.recipe: {name!r} is unknown; known are {', '.join(RECIPES)}")
+    cache = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    say: Progress = progress or (lambda line: None)
+    stamp = cache / "stamps" / f"{_hash(_cheap_facts(name, vocab_size))}.json"
+    if prepared := _find(cache, name, stamp):
+        return prepared
+    with _locked(cache / f"{name}.lock", say):
+        if prepared := _find(cache, name, stamp):  # another process made it meanwhile
+            return prepared
+        say(f"reading the standard library of Python {platform.python_version()}")
+        reading = ReadReport()
+        documents = stdlib_documents(reading)
+        facts = _decisive_facts(name, vocab_size, documents)
+        directory = _directory(cache, name, _hash(facts))
+        if _read_manifest(directory) is None:
+            _make(directory, documents, reading, vocab_size, facts, say)
+        write_json(stamp, {"fingerprint": _hash(facts)})
+    prepared = _find(cache, name, stamp)
+    assert prepared is not None, directory
+    return prepared
+
+
+def _cheap_facts(name: str, vocab_size: int) -> dict[str, Any]:
+    """What cannot stay the same when the inputs change, without reading them: 10 ms instead of a second."""
+    root = standard_library()
+    files = [(relative, path.stat()) for relative, path in source_files(root).items()]
+    topics = root / "pydoc_data" / "topics.py"
+    if topics.exists():
+        files.append(("pydoc_data/topics.py", topics.stat()))
+    return {
+        **_options(name, vocab_size),
+        "python": sys.version,
+        "root": str(root),
+        "files": [[relative, status.st_size, status.st_mtime_ns] for relative, status in files],
+    }
+
+
+def _decisive_facts(name: str, vocab_size: int, documents: list[Document]) -> dict[str, Any]:
+    """All that the files made are a function of."""
+    contents = hashlib.sha256()
+    for document in documents:
+        for part in document:
+            encoded = part.encode()
+            contents.update(len(encoded).to_bytes(8, "little") + encoded)
+    return {**_options(name, vocab_size), "contents": contents.hexdigest()}
+
+
+def _options(name: str, vocab_size: int) -> dict[str, Any]:
+    return {
+        "recipe": name,
+        "recipe_version": RECIPE_VERSION,
+        "sidecar_version": SIDECAR_VERSION,
+        "vocab_size": vocab_size,
+        "max_sentences": MAX_SENTENCES,
+        "sentencepiece": sentencepiece.__version__,
+    }
+
+
+def _hash(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _directory(cache: Path, name: str, fingerprint: str) -> Path:
+    return cache / f"{name}-{fingerprint[:16]}"
+
+
+def _find(cache: Path, name: str, stamp: Path) -> PreparedData | None:
+    """What the stamp points to, if it is there and whole."""
+    pointer = _read_or_none(stamp)
+    if pointer is None:
+        return None
+    directory = _directory(cache, name, pointer["fingerprint"])
+    manifest = _read_manifest(directory)
+    if manifest is None:
+        return None
+    return PreparedData(
+        name=name,
+        directory=directory,
+        train_prefix=directory / "corpus",
+        split=SPLIT,
+        tokenizer_path=directory / "tokenizer.model",
+        vocab_size=manifest["facts"]["vocab_size"],
+        fingerprint=manifest["fingerprint"],
+        documents=manifest["documents"],
+        tokens=manifest["tokens"],
+        text_bytes=manifest["text_bytes"],
+    )
+
+
+def _read_manifest(directory: Path) -> dict[str, Any] | None:
+    """The manifest, if every file that it names has the size that it states."""
+    manifest = _read_or_none(directory / MANIFEST)
+    if manifest is None:
+        return None
+    for name, size in manifest["files"].items():
+        file = directory / name
+        if not file.exists() or file.stat().st_size != size:
+            return None
+    return manifest
+
+
+def _read_or_none(path: Path) -> dict[str, Any] | None:
+    """A JSON file of the cache; a damaged one is as good as none, it will be made again."""
+    try:
+        return read_json(path) if path.exists() else None
+    except DataError:
+        return None
+
+
+def _make(
+    directory: Path,
+    documents: list[Document],
+    reading: ReadReport,
+    vocab_size: int,
+    facts: dict[str, Any],
+    say: Progress,
+) -> None:
+    """Build all files in a temporary folder, then give it its name; what stood there was not whole."""
+    with writing_to(directory):
+        for old in directory.parent.glob(f"{directory.name}.*.tmp"):  # of a process that was killed: we hold the lock
+            shutil.rmtree(old)
+        work = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", suffix=".tmp", dir=directory.parent))
+    try:
+        model = work / "tokenizer.model"
+        say(f"training a tokenizer of {vocab_size} pieces on {len(documents)} documents")
+        train_tokenizer(
+            (document.text for document in documents), model, vocab_size=vocab_size, max_sentences=MAX_SENTENCES
+        )
+        say("tokenizing")
+        built = build_dataset(documents, load_tokenizer(model), work / "corpus", inputs=[f"recipe:{facts['recipe']}"])
+        manifest = {
+            "fingerprint": _hash(facts),
+            "facts": facts,
+            "python": platform.python_version(),
+            "documents": built.documents,
+            "tokens": built.tokens,
+            "text_bytes": built.text_bytes,
+            "skipped": reading.messages,
+            "duplicates": reading.duplicates,
+            "files": {file.name: file.stat().st_size for file in sorted(work.iterdir())},
+        }
+        write_json(work / MANIFEST, manifest)
+        with writing_to(directory):
+            work.chmod(0o755)  # a cache that several people share
+            shutil.rmtree(directory, ignore_errors=True)
+            work.rename(directory)
+            sync_directory(directory.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    say(f"{built.documents} documents, {built.tokens:,} tokens in {directory}")
+
+
+@contextmanager
+def _locked(path: Path, say: Progress) -> Iterator[None]:
+    """Hold the lock file; the system lets go of it when the process ends, however it ends."""
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another process that prepares the same data")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # two that make the same at once: the one that is done first is read, or replaced
+            say(f"{path.parent}: its file system has no locks ({error.strerror}); start one run at first")
+        yield

@@ -1,0 +1,129 @@
+"""Units of work done by processes, by this one where one is enough; results in the order of finishing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalm.data.builder.build_plan import BuildOptions
+from megalm.data.builder.shard_files import WorkUnitFiles, WorkUnitSummary, WorkUnitWriter
+from megalm.data.readers.document_reader import Span
+from megalm.data.readers.records import ByteBlock
+from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megalm.errors import DataError
+
+KEPT_MEMORY_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part to be made. `block`: its one span, where it was cut from a stream."""
+
+    name: str
+    spans: tuple[Span, ...]
+    weight: int
+    block: ByteBlock | None = None
+    content_hash: str = ""
+    first_line: int = 0
+
+
+def do_units(
+    units: Iterator[Unit], directory: Path, options: BuildOptions, tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[Unit, WorkUnitSummary]]:
+    """Make the parts; `units` is drawn from only as fast as they are made.
+
+    Raises:
+        DataError: what a unit raises, at once; a process that was killed.
+    """
+    if workers <= 1:
+        for unit in units:
+            yield unit, _do(unit, directory, options, tokenizer)
+        return
+    # spawn: the libraries' own threads do not survive a fork. Each worker loads the tokenizer once.
+    pool = ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(directory, options, tokenizer.spec, os.getpid()),
+    )
+    running: dict[Future[WorkUnitSummary], Unit] = {}
+    try:
+        with _lean_start():
+            for _ in range(workers):
+                pool.submit(os.getpid)
+        for unit in units:
+            running[pool.submit(_do_in_worker, unit)] = Unit(unit.name, unit.spans, unit.weight)
+            if len(running) >= 2 * workers:  # reading must not run ahead of encoding until memory is full
+                yield from _finished(running)
+        while running:
+            yield from _finished(running)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process ended while tokenizing, most likely for want of memory; start the same build again "
+            "with fewer workers, it goes on from the finished parts"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _lean_start() -> Iterator[None]:
+    """Processes that start now do not import the program's own file, of which they need nothing, and keep memory."""
+    names: dict[str, Any] = vars(sys.modules["__main__"])
+    before, environment = dict(names), dict(os.environ)
+    names["__spec__"] = None
+    names.pop("__file__", None)
+    # glibc gives every large block back at once, only to ask for it again: a tenth of a worker's time.
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        os.environ.setdefault(name, str(KEPT_MEMORY_BYTES))
+    try:
+        yield
+    finally:
+        names.update({name: before[name] for name in ("__file__", "__spec__") if name in before})
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+
+
+def _finished(running: dict[Future[WorkUnitSummary], Unit]) -> Iterator[tuple[Unit, WorkUnitSummary]]:
+    done, _ = wait(running, return_when=FIRST_COMPLETED)
+    for future in done:
+        yield running.pop(future), future.result()
+
+
+def _do(unit: Unit, directory: Path, options: BuildOptions, tokenizer: Tokenizer) -> WorkUnitSummary:
+    writer = WorkUnitWriter(WorkUnitFiles(directory, unit.name), options, tokenizer)
+    return writer.write(unit.spans, unit.block, unit.content_hash, unit.first_line)
+
+
+_work: Callable[[Unit], WorkUnitSummary] | None = None  # of a worker process only
+
+
+def _start_worker(directory: Path, options: BuildOptions, tokenizer_spec: str, parent: int) -> None:
+    global _work  # noqa: PLW0603  the one place where a process pool can keep something
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    tokenizer = load_tokenizer(tokenizer_spec)
+    _work = lambda unit: _do(unit, directory, options, tokenizer)  # noqa: E731
+
+
+def _leave_with(parent: int) -> None:
+    """End when the parent was killed: nobody would take what is made, and a new build would write the same files."""
+    while os.getppid() == parent:
+        threading.Event().wait(1.0)
+    os._exit(1)
+
+
+def _do_in_worker(unit: Unit) -> WorkUnitSummary:
+    assert _work is not None
+    return _work(unit)

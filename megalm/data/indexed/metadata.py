@@ -1,0 +1,148 @@
+"""PREFIX.json: what a dataset was made of and what it holds."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+import megalm
+from megalm.data.indexed.dataset import IndexedDataset, best_dtype, bin_path, idx_path, sidecar_path
+from megalm.data.indexed.document_sources import sources_path
+from megalm.data.readers.input_files import sha256_of
+from megalm.data.tokenizers.tokenizer import Tokenizer
+from megalm.errors import DataError
+from megalm.utils.atomic_files import read_json
+
+AWAITS_MERGE = "awaits_merge"
+
+
+def signatures_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.minhash")
+
+
+SIDECAR_VERSION = 2
+KEPT_NAMES = 20
+
+
+@dataclass
+class DatasetMetadata:
+    """What a dataset was made of and holds; PREFIX.json has the same keys.
+
+    Attributes:
+        inputs: of each file path, kind, packing, bytes, mtime_ns and sha256; or names only.
+        listing: of a shard, the identity of all the input that it is a part of.
+        text_bytes: UTF-8 bytes of the documents that are in the dataset.
+        skipped: what could not be read; `messages` are the first, with file and line.
+        removed: documents by the filter, or the kind of duplicate, that took them out.
+        near_copies: of those that minhash took out the first, as file and line: `left_out`, the earliest document that
+            stayed and is near (`copy_of`), and the share of their values that are equal (`alike`).
+        minhash: how the rows of PREFIX.minhash were made, and their hash; `awaits_merge`: the near copies are still in.
+        inexact_documents: documents that the tokenizer does not give back exactly; `inexact_names` are the first.
+        unigram_entropy: nats per token, see `TokenSummary`.
+    """
+
+    prefix: str
+    tokenizer: dict[str, Any]
+    options: dict[str, Any]
+    inputs: list[Any]
+    listing: str = ""
+    documents: int = 0
+    empty_documents: int = 0
+    skipped: int = 0
+    messages: list[str] = field(default_factory=list)
+    removed: dict[str, int] = field(default_factory=dict)
+    near_copies: list[dict[str, Any]] = field(default_factory=list)
+    minhash: dict[str, Any] = field(default_factory=dict)
+    inexact_documents: int = 0
+    inexact_names: list[str] = field(default_factory=list)
+    text_bytes: int = 0
+    tokens: int = 0
+    dtype: str = ""
+    unigram_entropy: float = 0.0
+    bin_sha256: str = ""
+    idx_sha256: str = ""
+    versions: dict[str, Any] = field(default_factory=dict)
+
+
+def start_report(
+    prefix: str | Path, tokenizer: Tokenizer, append_eod: bool, options: dict[str, Any], inputs: list[Any]
+) -> DatasetMetadata:
+    return DatasetMetadata(
+        prefix=Path(prefix).name,
+        tokenizer={
+            "name": tokenizer.name,
+            "spec": _recorded_spec(tokenizer.spec, Path(prefix)),
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eod_id": tokenizer.eod_id if append_eod else None,
+        },
+        options=options,
+        inputs=inputs,
+        dtype=best_dtype(tokenizer.vocab_size).name,
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, Any]:
+    return {
+        "megalm": megalm.__version__,
+        "sidecar": SIDECAR_VERSION,
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+    }
+
+
+def _recorded_spec(spec: str, prefix: Path) -> str:
+    """A tokenizer beside the dataset by its name alone, so that the folder can be moved; another by its path."""
+    path = Path(spec)
+    if not path.exists():  # "bytes"
+        return spec
+    return path.name if path.resolve().parent == prefix.resolve().parent else str(path.resolve())
+
+
+def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
+    """What the builder noted in PREFIX.json; None where another toolkit built the dataset.
+
+    Raises:
+        DataError: a file that is damaged.
+    """
+    path = sidecar_path(prefix)
+    facts = read_json(path) if path.exists() else None
+    return facts if isinstance(facts, dict) and "bin_sha256" in facts else None
+
+
+def read_metadata(prefix: str | Path) -> DatasetMetadata | None:
+    """What PREFIX.json says, if it is there, of this version and not damaged."""
+    try:
+        return DatasetMetadata(**read_json(sidecar_path(prefix))) if sidecar_path(prefix).exists() else None
+    except (DataError, TypeError):
+        return None
+
+
+def is_whole(prefix: str | Path, report: DatasetMetadata, thorough: bool) -> bool:
+    """Whether the dataset can be opened and holds so many tokens; `thorough`: and has the recorded hashes."""
+    try:
+        if len(IndexedDataset(prefix).tokens) != report.tokens:
+            return False
+    except DataError:
+        return False
+    found = [sha256_of(path) for path in (bin_path(prefix), idx_path(prefix))] if thorough else []
+    return not thorough or found == [report.bin_sha256, report.idx_sha256]
+
+
+def dataset_paths(prefix: str | Path) -> list[Path]:
+    """All files that a dataset may have."""
+    return [of(prefix) for of in (bin_path, idx_path, sidecar_path, sources_path, signatures_path)]
+
+
+def check_output(prefix: str | Path, overwrite: bool) -> None:
+    """Raises DataError where something has these names already, or the prefix gives no name at all."""
+    if Path(prefix).name in ("", ".."):  # "" is the current folder
+        raise DataError(f"output prefix {str(prefix)!r}: is a folder; add the name that the files begin with")
+    for path in dataset_paths(prefix):
+        if path.exists() and not overwrite:
+            raise DataError(f"{path}: exists already; choose another output prefix, or overwrite it (--overwrite)")

@@ -1,0 +1,187 @@
+"""Writing of datasets in the format of indexed.py, complete or absent."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from megalm.data.indexed.dataset import DTYPES, HEADER, MAGIC, VERSION, IndexedDataset, bin_path, idx_path
+from megalm.errors import DataError
+from megalm.utils.atomic_files import discard, sync_directory, temporary_name, writing_to
+
+SPOOLED_BYTES = 1 << 22
+
+
+class IndexedDatasetWriter:
+    """Writes a dataset under temporary names; `close()` gives it its own, the index last.
+
+    As a context manager it closes at the end and aborts on an exception; after `abort()` nothing is left and
+    what stood under the name before still stands.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype[np.generic] | type[np.generic]) -> None:
+        self.prefix = str(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self._code = _dtype_code(self.dtype)
+        self._count = 0  # sequences
+        self._bin_temporary = temporary_name(bin_path(prefix))
+        self._idx_temporary = temporary_name(idx_path(prefix))
+        with writing_to(bin_path(prefix)):
+            self._bin_temporary.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._bin_temporary.open("wb")
+            # Of a billion documents the index is 20 GB: it is kept in nameless files until the end.
+            self._lengths, self._documents = _spool(self._bin_temporary.parent), _spool(self._bin_temporary.parent)
+
+    def append(self, tokens: npt.ArrayLike) -> None:
+        """Add a document of one sequence, [n] tokens."""
+        row = np.asarray(tokens)
+        self.append_documents(row, [len(row)])
+
+    def append_documents(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike) -> None:
+        """Add documents of one sequence each: their tokens one after another [sum n], and their lengths [documents].
+
+        Raises:
+            DataError: a token that the dtype cannot hold (it would become another one), or a full disk.
+        """
+        sizes = np.asarray(lengths, dtype=np.int64)
+        self.append_sequences(tokens, sizes, np.arange(1, 1 + len(sizes)))
+
+    def append_sequences(
+        self, tokens: npt.ArrayLike, lengths: npt.NDArray[Any], document_ends: npt.NDArray[np.int64]
+    ) -> None:
+        """The same for documents of several sequences: tokens [sum n], lengths [sequences], and how many sequences
+        come before the end of each document [documents]."""
+        flat, sizes = np.asarray(tokens), lengths
+        assert sizes.sum() == len(flat), "lengths and tokens disagree"
+        if flat.dtype != self.dtype and len(flat):
+            self._check_range(flat)
+        with writing_to(bin_path(self.prefix)):
+            self._file.write(np.ascontiguousarray(flat, dtype=self.dtype).data)
+            self._add_to_index(sizes, document_ends)
+
+    def append_dataset(
+        self,
+        dataset: IndexedDataset,
+        chunk_tokens: int = 1 << 22,
+        watch: Callable[[npt.NDArray[np.generic]], None] | None = None,
+    ) -> None:
+        """Add all sequences and documents of another dataset of the same dtype, as they are.
+
+        Args:
+            watch: called with every piece of tokens that is copied.
+
+        Raises:
+            DataError: another dtype.
+        """
+        self.check_dtype(dataset)
+        with writing_to(bin_path(self.prefix)):
+            for start in range(0, len(dataset.tokens), chunk_tokens):
+                piece = dataset.tokens[start : start + chunk_tokens]
+                if watch is not None:
+                    watch(piece)
+                self._file.write(piece.data)
+            self._add_to_index(dataset.sequence_lengths, dataset.document_index[1:])
+
+    def check_dtype(self, dataset: IndexedDataset) -> None:
+        """Raise DataError where its tokens are of another dtype."""
+        if dataset.dtype != self.dtype:
+            raise DataError(
+                f"{dataset.prefix}: holds {dataset.dtype}, the output {self.dtype}; "
+                "only datasets of one tokenizer can be merged, build it again with the other's"
+            )
+
+    def close(self) -> None:
+        """Write the index and give both files their names, atomically one after the other."""
+        with writing_to(idx_path(self.prefix)):
+            try:
+                _sync_and_close(self._file)
+                with self._idx_temporary.open("wb") as index:
+                    self._write_index(index)
+                    index.flush()
+                    os.fsync(index.fileno())
+                # Without its index an old dataset is absent; a new .bin beside an old .idx could pass for one.
+                idx_path(self.prefix).unlink(missing_ok=True)
+                self._bin_temporary.replace(bin_path(self.prefix))
+                self._idx_temporary.replace(idx_path(self.prefix))
+            except BaseException:
+                self.abort()
+                raise
+            sync_directory(bin_path(self.prefix).parent)
+
+    def abort(self) -> None:
+        """Throw away what was written."""
+        discard(self._file, self._bin_temporary)
+        for spool in (self._lengths, self._documents):
+            discard(spool)
+        self._idx_temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> IndexedDatasetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _check_range(self, tokens: npt.NDArray[np.generic]) -> None:
+        limits = np.iinfo(self.dtype.name)
+        low, high = int(np.min(tokens)), int(np.max(tokens))
+        if low < limits.min or high > limits.max:
+            wrong = low if low < limits.min else high
+            raise DataError(
+                f"{bin_path(self.prefix)}: token {wrong} does not fit {self.dtype}; "
+                "choose the dtype with best_dtype(vocab_size)"
+            )
+
+    def _add_to_index(self, lengths: npt.NDArray[Any], document_ends: npt.NDArray[Any]) -> None:
+        """Sequence lengths, and where documents end among them."""
+        self._lengths.write(lengths.astype("<i4").tobytes())
+        self._documents.write((document_ends + self._count).astype("<i8").tobytes())
+        self._count += len(lengths)
+
+    def _write_index(self, index: BinaryIO) -> None:
+        documents = self._documents.tell() // 8
+        index.write(HEADER.pack(MAGIC, VERSION, self._code, self._count, documents + 1))
+        for lengths in _pieces(self._lengths, "<i4"):
+            index.write(lengths.data)
+        end = 0
+        for lengths in _pieces(self._lengths, "<i4"):
+            ends = end + np.cumsum(lengths, dtype=np.int64)
+            index.write(((ends - lengths) * self.dtype.itemsize).astype("<i8").data)
+            end = int(ends[-1])
+        index.write(bytes(8))
+        for ends in _pieces(self._documents, "<i8"):
+            index.write(ends.data)
+
+
+def _spool(folder: Path) -> tempfile.SpooledTemporaryFile[bytes]:
+    return tempfile.SpooledTemporaryFile(SPOOLED_BYTES, dir=str(folder))
+
+
+def _pieces(file: tempfile.SpooledTemporaryFile[bytes], dtype: str) -> Iterator[npt.NDArray[Any]]:
+    file.seek(0)
+    while piece := file.read(SPOOLED_BYTES):
+        yield np.frombuffer(piece, dtype=dtype)
+
+
+def _dtype_code(dtype: np.dtype[np.generic]) -> int:
+    for code, known in DTYPES.items():
+        if known == dtype and known.kind in "iu":
+            return code
+    raise DataError(f"{dtype} is not an integer type of the indexed format; use best_dtype(vocab_size)")
+
+
+def _sync_and_close(file: BinaryIO) -> None:
+    with file:
+        file.flush()
+        os.fsync(file.fileno())

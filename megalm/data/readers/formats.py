@@ -1,0 +1,184 @@
+"""How each kind of file is taken apart: lines, parts between blank lines, whole files, arrays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import cast
+
+import orjson
+
+from megalm.data.readers.records import ReadOptions, RecordLayout, TextRecord, text_of
+
+BOM = b"\xef\xbb\xbf"
+BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
+LEADING = re.compile(rb"(?:[ \t\r]*\n)*\r*")  # what a cut inside blank lines leaves
+# A whole string, so that brackets inside it do not count; a bracket; or the start of a string that is not all there.
+JSON_MARKS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["{}\[\],]', re.DOTALL)
+
+
+def _parse_json(raw: bytes, line: int, start: int, options: ReadOptions) -> TextRecord:
+    try:
+        text, problem = text_of(orjson.loads(raw), options)
+    except ValueError as error:
+        text, problem = None, f"is not JSON ({error})"
+    return TextRecord(text, problem, line, start, len(raw))
+
+
+def _decoded(raw: bytes, line: int, start: int) -> TextRecord:
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        return TextRecord(None, f"is not UTF-8 at byte {start + error.start:,}", line, start, len(raw))
+    return TextRecord(text or None, "" if text else "is an empty document", line, start, len(raw))
+
+
+def _without_bom(content: bytes, start: int) -> tuple[bytes, int]:
+    return (content[len(BOM) :], start + len(BOM)) if start == 0 and content.startswith(BOM) else (content, start)
+
+
+def _last_line_end(buffer: bytearray, start: int) -> int:
+    return buffer.rfind(b"\n") + 1
+
+
+def _count_lines(content: bytes, start: int) -> int:
+    return content.count(b"\n")
+
+
+def _parse_lines(content: bytes, start: int, options: ReadOptions) -> Iterator[TextRecord]:
+    content, start = _without_bom(content, start)
+    for line, raw in enumerate(content.split(b"\n")):
+        if raw and not raw.isspace():
+            yield _parse_json(raw, line, start, options)
+        start += len(raw) + 1
+
+
+def _last_blank_line(buffer: bytearray, start: int) -> int:
+    return max((found.end() for found in BLANK_LINES.finditer(buffer)), default=0)
+
+
+def _first_blank_line(buffer: bytearray) -> int:
+    found = BLANK_LINES.search(buffer)
+    return found.end() if found else 0
+
+
+def _parse_parts(content: bytes, start: int, options: ReadOptions) -> Iterator[TextRecord]:
+    content, start = _without_bom(content, start)
+    line = place = 0
+    bounds = [(found.start(), found.end()) for found in BLANK_LINES.finditer(content)]
+    for end, following in [*bounds, (len(content), len(content))]:
+        part = content[place:end]
+        if not part.isspace() and part:
+            lead = cast(re.Match[bytes], LEADING.match(part)).end()
+            text = part[lead:].rstrip(b"\r\n")
+            yield _decoded(text, line + part[:lead].count(b"\n"), start + place + lead)
+        line += content.count(b"\n", place, following)
+        place = following
+
+
+def _parse_whole(content: bytes, start: int, options: ReadOptions) -> Iterator[TextRecord]:
+    content, start = _without_bom(content, start)
+    yield _decoded(content, 0, start)
+
+
+def _elements(content: bytes | bytearray, start: int) -> Iterator[tuple[int, int, str]]:
+    """(start, end, kind) of each element of a part of an array that starts with [ or a comma.
+
+    Kinds: "whole", "cut" where the end is not there, "after" for all that follows the array.
+    """
+    depth, first = (0 if start == 0 else 1), -1
+    for mark in JSON_MARKS.finditer(content):
+        sign = mark.group()
+        if sign == b'"':  # the string goes on behind the buffer
+            break
+        if depth == 1 and sign in (b",", b"]"):
+            if first >= 0:
+                yield first, mark.start(), "whole"
+            first = mark.end()
+        if sign in (b"{", b"["):
+            depth += 1
+            if depth == 1:
+                first = mark.end()
+        elif sign in (b"}", b"]"):
+            depth -= 1
+            if depth == 0:
+                yield mark.end(), len(content), "after"
+                return
+    if first >= 0:
+        yield first, len(content), "cut"
+
+
+def _last_element_end(buffer: bytearray, start: int) -> int:
+    if not _is_array(buffer, start):
+        return 0
+    return max((end for _, end, kind in _elements(buffer, start) if kind != "cut"), default=0)
+
+
+def _is_array(buffer: bytes | bytearray, start: int) -> bool:
+    return start > 0 or _without_bom(bytes(buffer[:100]), 0)[0].lstrip()[:1] == b"["
+
+
+def _parse_array(content: bytes, start: int, options: ReadOptions) -> Iterator[TextRecord]:
+    line = 0
+    for first, end, kind in _elements(content, start):
+        raw = content[first:end]
+        place = start + first + len(raw) - len(raw.lstrip())
+        if raw.strip() and kind == "after":
+            yield TextRecord(None, "is behind the end of the array", line, place, len(raw.strip()))
+        elif raw.strip():
+            yield _parse_json(raw.strip(), line, place, options)
+            line += 1
+
+
+def _count_elements(content: bytes, start: int) -> int:
+    return sum(bool(content[first:end].strip()) for first, end, _ in _elements(content, start))
+
+
+def _unfinished_array(content: bytes, start: int) -> str:
+    if not _is_array(content, start):
+        return "is not an array of objects or strings; name it .jsonl if it has an object a line"
+    return "is not a whole array, it is damaged or cut short; what follows here is not read"
+
+
+def _finished(content: bytes, start: int) -> str:
+    return ""
+
+
+def _never(buffer: bytearray, start: int = 0) -> int:
+    return 0
+
+
+def _line_name(path: str, number: int) -> str:
+    return f"{path}:{number + 1}"
+
+
+LINES = RecordLayout(
+    _last_line_end, lambda buffer: buffer.find(b"\n") + 1, _parse_lines, _count_lines, _finished, _line_name
+)
+PARTS = RecordLayout(_last_blank_line, _first_blank_line, _parse_parts, _count_lines, _finished, _line_name)
+WHOLE = RecordLayout(
+    cut=_never,
+    first_end=_never,
+    parse=_parse_whole,
+    count=lambda content, start: 0,
+    unfinished=_finished,
+    name=lambda path, number: path,
+    whole_file=True,
+)
+ARRAY = RecordLayout(
+    cut=_last_element_end,
+    first_end=_never,
+    parse=_parse_array,
+    count=_count_elements,
+    unfinished=_unfinished_array,
+    name=lambda path, number: f"{path}[{number}]",
+    whole_file=True,
+    behind_too_long="; what follows in the array is not read",
+)
+
+
+def format_of(kind: str, options: ReadOptions) -> RecordLayout:
+    """How a file of `kind` is taken apart; tables are not (see `reader`)."""
+    if kind == ".txt" and options.documents == "blank-line":
+        return PARTS
+    return {".jsonl": LINES, ".json": ARRAY, ".txt": WHOLE, ".md": WHOLE}[kind]

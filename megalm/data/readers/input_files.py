@@ -1,0 +1,253 @@
+"""Which files a build reads: files, folders, globs and standard input, of known kinds, packed or not."""
+
+from __future__ import annotations
+
+import bz2
+import glob
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, BinaryIO, cast
+
+import zstandard
+
+from megalm.errors import DataError
+
+# Reading of .zst files, all frames of them, and never a shortened one as if it were whole.
+#
+# The library's own stream reader ends quietly after the first frame and at a cut inside a frame.
+
+CHUNK_BYTES = 1 << 17
+
+
+class ZstdFile(io.RawIOBase):
+    """The unpacked bytes of `packed`.
+
+    Raises:
+        EOFError: on reading to the end of a file that breaks off inside a frame.
+        OSError: on reading damaged bytes.
+    """
+
+    def __init__(self, packed: BinaryIO) -> None:
+        self._packed = packed
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._rest = b""  # packed, not yet given to a frame
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        while not self._ready:
+            if not self._unpack_some():
+                return 0
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def _unpack_some(self) -> bool:
+        """Unpack one more piece; False at the end of the file."""
+        packed = self._rest or self._packed.read(CHUNK_BYTES)
+        if not packed:
+            if self._frame is not None:
+                raise EOFError("the file ends inside a zstd frame")
+            return False
+        if self._frame is None:
+            self._frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            self._ready = memoryview(self._frame.decompress(packed))
+        except zstandard.ZstdError as error:
+            raise OSError(f"damaged zstd data: {error}") from error
+        self._rest = b""
+        if self._frame.eof:
+            self._rest, self._frame = self._frame.unused_data, None
+        return True
+
+
+STDIN = "-"
+KINDS = (".jsonl", ".json", ".txt", ".md", ".parquet")
+PACKINGS = (".gz", ".bz2", ".xz", ".zst")
+KEPT_MESSAGES = 20
+WORK_SUFFIX = ".building"
+# What the unpackers raise on a damaged or shortened file.
+BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
+HASH_BYTES = 1 << 20
+
+
+@dataclass
+class ReadReport:
+    """What reading did; filled while documents are read."""
+
+    documents: int = 0
+    skipped: int = 0
+    duplicates: int = 0
+    ignored_files: int = 0  # in folders, not of a kind that is read
+    messages: list[str] = field(default_factory=list)  # the first of what was skipped
+
+    def skip(self, message: str, count: int = 1) -> None:
+        self.skipped += count
+        if len(self.messages) < KEPT_MESSAGES:
+            self.messages.append(message)
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file as it was found. Standard input has path "-", no size and no time."""
+
+    path: str
+    kind: str  # of KINDS
+    packing: str = ""  # of PACKINGS, or none
+    size: int = 0  # bytes
+    mtime_ns: int = 0
+
+    @classmethod
+    def found_at(cls, path: Path) -> InputFile:
+        status = path.stat()
+        return cls(str(path), kind_of(path), packing_of(path), status.st_size, status.st_mtime_ns)
+
+    @property
+    def is_stdin(self) -> bool:
+        return self.path == STDIN
+
+    def check_unchanged(self) -> None:
+        """Raise DataError where the file is not the one that was found."""
+        try:
+            same = self.is_stdin or InputFile.found_at(Path(self.path)) == self
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read any more ({error.strerror}); start again") from error
+        if not same:
+            raise DataError(f"{self.path}: changed while it was read; start again when it is complete")
+
+    def open_raw(self) -> BinaryIO:
+        return sys.stdin.buffer if self.is_stdin else Path(self.path).open("rb")
+
+
+def unpacked(raw: BinaryIO, packing: str) -> IO[bytes]:
+    """`raw` as its content; a cut or damaged one raises one of BROKEN on reading, never ends early."""
+    if packing == ".gz":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+    if packing == ".bz2":
+        return bz2.BZ2File(raw)
+    if packing == ".xz":
+        return lzma.LZMAFile(raw)
+    if packing == ".zst":
+        return cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, ZstdFile(raw))))
+    return raw
+
+
+def kind_of(path: Path) -> str:
+    suffixes = path.suffixes[-2:]
+    if suffixes and suffixes[-1] in PACKINGS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def packing_of(path: Path) -> str:
+    return path.suffix if path.suffix in PACKINGS else ""
+
+
+def find_inputs(paths: Iterable[str | Path], report: ReadReport, stdin_kind: str = ".jsonl") -> list[InputFile]:
+    """What `find_files` finds, and standard input where a path is "-".
+
+    Raises:
+        DataError: see `find_files`; standard input named twice, or as a table, which cannot be read from a stream.
+    """
+    found: list[InputFile] = []
+    for given in paths:
+        if str(given) == STDIN:
+            if stdin_kind not in KINDS or stdin_kind == ".parquet":
+                raise DataError(f"standard input cannot be read as {stdin_kind!r}; choose .jsonl, .json, .txt or .md")
+            found.append(InputFile(STDIN, stdin_kind))
+        else:
+            found += map(InputFile.found_at, find_files([given], report))
+    if sum(file.is_stdin for file in found) > 1:
+        raise DataError("standard input (-) can be read only once; name it once")
+    return found
+
+
+def find_files(paths: Iterable[str | Path], report: ReadReport | None = None) -> list[Path]:
+    """The files that `paths` name; of a folder those of a known kind, the others counted in `report`.
+
+    Hidden ones, and links inside a folder that lead out of it, or nowhere, are left out and counted; one that is named,
+    or matched by a glob, is read.
+
+    Raises:
+        DataError: a path that is not there, a glob or folder without files, a folder that may not be read, a file of an
+            unknown kind.
+    """
+    found: list[Path] = []
+    for given in paths:
+        if not str(given):  # Path("") is the current folder
+            raise DataError("an input has an empty name; give files, folders or globs")
+        path = Path(given)
+        if path.is_dir():
+            matches, left_out = _below(path)
+            if report is not None:
+                report.ignored_files += left_out
+        elif path.is_file():
+            matches = [path]
+        else:
+            matches = [Path(name) for name in sorted(glob.glob(str(given), recursive=True)) if Path(name).is_file()]
+        if not matches:
+            raise DataError(f"{given}: no file to read there; give files, folders or globs of {_known_kinds()}")
+        for file in matches:
+            if kind_of(file) not in KINDS:
+                raise DataError(f"{file}: unknown kind of file; known are {_known_kinds()}")
+        found += matches
+    return found
+
+
+def sha256_of(path: str | Path, stop: Callable[[], bool] = lambda: False) -> str:
+    """Hash of a whole file; "" where `stop` says so before the end."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while (block := file.read(HASH_BYTES)) and not stop():
+            digest.update(block)
+    return "" if block else digest.hexdigest()
+
+
+def _below(folder: Path) -> tuple[list[Path], int]:
+    """(files of a folder that are read, sorted; how many others there are, and links to folders elsewhere)."""
+    found: list[Path] = []
+    left_out = 0
+    for place, folders, names in os.walk(folder, onerror=_refuse_folder):
+        below = [Path(place, name) for name in names]
+        found += [file for file in below if _belongs(file, folder)]
+        links = [path for name in folders if (path := Path(place, name)).is_symlink()]
+        left_out += len(below) + sum(not _inside(link, folder) for link in links)
+    return sorted(found), left_out - len(found)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read ({error.strerror}); change its rights, or name other input")
+
+
+def _belongs(file: Path, folder: Path) -> bool:
+    parts = file.relative_to(folder).parts
+    # What the builder itself writes beside its inputs is no input.
+    if kind_of(file) not in KINDS or any(part.startswith(".") or part.endswith(WORK_SUFFIX) for part in parts):
+        return False
+    if file.suffix == ".json" and (file.with_suffix(".idx").exists() or _is_of_tokenizer(file)):
+        return False
+    return file.is_file() and (not file.is_symlink() or _inside(file, folder))
+
+
+def _is_of_tokenizer(file: Path) -> bool:
+    """my.model.json, beside my.model."""
+    return file.with_suffix("").suffix == ".model" and file.with_suffix("").exists()
+
+
+def _inside(link: Path, folder: Path) -> bool:
+    return link.resolve().is_relative_to(folder.resolve())
+
+
+def _known_kinds() -> str:
+    return f"{' '.join(KINDS)}, also packed as {' '.join(PACKINGS)}"

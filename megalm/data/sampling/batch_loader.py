@@ -1,0 +1,180 @@
+"""Batches of this data-parallel rank, as NumPy arrays.
+
+Legend: B samples in a global batch, b in a micro-batch, T sequence length. Micro-batch m of rank d, of n ranks,
+takes samples (m * n + d) * b + [0, b) of the global batch: every layout sees the same B samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from megalm.data.sampling.samples import IGNORE_INDEX, Samples, ValidationSamples
+from megalm.errors import ConfigError
+
+PREFETCHED_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """tokens, labels: int64 [b, T], labels that are no targets are IGNORE; documents: int32 [b, T], with masks."""
+
+    tokens: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    documents: npt.NDArray[np.int32] | None
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """This rank's part of a global batch.
+
+    Attributes:
+        target_count: labels that are targets in the *whole* global batch, over all ranks: what the loss is
+            divided by, known before any forward pass.
+        sample_range: [first, end) of the samples in the whole global batch.
+    """
+
+    micro_batches: tuple[MicroBatch, ...]
+    target_count: int
+    sample_range: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How a global batch is cut into micro-batches of ranks.
+
+    Raises:
+        ConfigError: where micro-batch times ranks does not divide the global batch.
+    """
+
+    global_batch_size: int
+    micro_batch_size: int
+    data_rank: int
+    data_size: int
+
+    def __post_init__(self) -> None:
+        step = self.micro_batch_size * self.data_size
+        if self.global_batch_size < 1 or step < 1 or self.global_batch_size % step:
+            raise ConfigError(
+                f"train_batch_size {self.global_batch_size} is not a multiple of micro-batch {self.micro_batch_size} "
+                f"x {self.data_size} data-parallel ranks = {step}; change one of the three"
+            )
+        assert 0 <= self.data_rank < self.data_size, (self.data_rank, self.data_size)
+
+    @property
+    def micro_batches(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.data_size)
+
+    def offsets(self, micro_batch: int) -> range:
+        """Places in the global batch that this rank's micro-batch takes."""
+        first = (micro_batch * self.data_size + self.data_rank) * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)
+
+
+class BatchLoader:
+    """Training batches by the number of their first sample; the next ones are read ahead in a thread.
+
+    Close it at the end, or use it as a context manager.
+    """
+
+    def __init__(self, samples: Samples, layout: BatchLayout) -> None:
+        self._samples, self._layout = samples, layout
+        self._ahead = _ReadAhead(self._read, layout.global_batch_size)
+
+    def batch(self, first_sample: int) -> GlobalBatch:
+        """The global batch of samples [first_sample, first_sample + B).
+
+        Raises:
+            DataError, OSError: what reading these samples raised, also where the thread had read them ahead; a
+                later call tries again.
+        """
+        return self._ahead.get(first_sample)
+
+    def close(self) -> None:
+        self._ahead.close()
+
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self, first: int) -> GlobalBatch:
+        end = first + self._layout.global_batch_size
+        return _assemble(self._samples, self._layout, first, end)
+
+
+class ValidationLoader:
+    """All validation samples once, in whole global batches; the last is filled with samples without targets.
+
+    Every rank gets as many batches and micro-batches as every other.
+    """
+
+    def __init__(self, samples: ValidationSamples, layout: BatchLayout) -> None:
+        self._samples, self._layout = samples, layout
+
+    def __len__(self) -> int:
+        return (len(self._samples) + self._layout.global_batch_size - 1) // self._layout.global_batch_size
+
+    def __iter__(self) -> Iterator[GlobalBatch]:
+        return map(self.batch, range(len(self)))
+
+    def batch(self, index: int) -> GlobalBatch:
+        """Global batch `index`; its `sample_range` ends with the last real sample."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"validation batch {index} of {len(self)}")
+        first = index * self._layout.global_batch_size
+        end = min(first + self._layout.global_batch_size, len(self._samples))
+        return _assemble(self._samples, self._layout, first, end)
+
+
+def _assemble(samples: Samples, layout: BatchLayout, first: int, end: int) -> GlobalBatch:
+    """The rank's part of samples [first, end), filled up to the layout's size with samples without targets."""
+    micro_batches = tuple(
+        _micro_batch(samples, [first + offset for offset in layout.offsets(micro)], end)
+        for micro in range(layout.micro_batches)
+    )
+    targets = sum(samples.target_count(index) for index in range(first, end))
+    return GlobalBatch(micro_batches, targets, (first, end))
+
+
+def _micro_batch(samples: Samples, indices: list[int], end: int) -> MicroBatch:
+    shape = len(indices), samples.sequence_length
+    tokens = np.zeros(shape, dtype=np.int64)
+    labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+    documents = np.zeros(shape, dtype=np.int32) if samples.document_mask else None
+    for row, index in enumerate(indices):
+        if index < end:
+            tokens[row], labels[row] = samples.sample(index)
+            if documents is not None:
+                documents[row] = samples.documents(index)
+    return MicroBatch(tokens, labels, documents)
+
+
+class _ReadAhead:
+    """Keeps the next `PREFETCHED_BATCHES` results of `read(first), read(first + step), ...` coming."""
+
+    def __init__(self, read: Callable[[int], GlobalBatch], step: int) -> None:
+        self._read, self._step = read, step
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._pending: dict[int, Future[GlobalBatch]] = {}
+
+    def get(self, first: int) -> GlobalBatch:
+        wanted = [first + ahead * self._step for ahead in range(1 + PREFETCHED_BATCHES)]
+        for old in [key for key in self._pending if key not in wanted]:  # somebody jumped
+            self._pending.pop(old).cancel()
+        for key in wanted:
+            if key not in self._pending:
+                self._pending[key] = self._pool.submit(self._read, key)
+        return self._pending.pop(first).result()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()

@@ -1,0 +1,256 @@
+"""Orders of samples as streams of tokens: which tokens sample k reads. Pure functions of the seed.
+
+Legend: L sequence length, T tokens of one epoch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.sampling.document_index import DocumentTable, document_starts
+from megalm.data.sampling.index_cache import ArrayCache, Arrays
+from megalm.errors import DataError
+
+# The order that Megatron-LM's GPTDataset gives to documents and samples, number for number.
+#
+# Legend: L sequence length, T tokens of one epoch, E epochs. Kept for continuing runs of the peers; it depends on
+# the number of samples asked for, so a longer run sees other samples from the start.
+
+# A last epoch of which less than this share is needed is shuffled apart from the others.
+SEPARATE_BELOW = 0.80
+
+
+def count_samples(epochs: int, tokens_per_epoch: int, sequence_length: int) -> int:
+    """Whole samples in so many epochs; the stream's last token can only be a label."""
+    return (epochs * tokens_per_epoch - 1) // sequence_length
+
+
+def count_epochs(requested: int, tokens_per_epoch: int, sequence_length: int) -> int:
+    """The fewest epochs that give `requested` samples."""
+    return max(1, -(-(requested * sequence_length + 1) // tokens_per_epoch))
+
+
+def build(
+    documents: npt.NDArray[np.int32], tokens_per_epoch: int, sequence_length: int, requested: int, seed: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """(document index [E x documents], shuffle index [samples]); sample i is number shuffle[i] of the stream."""
+    epochs = count_epochs(requested, tokens_per_epoch, sequence_length)
+    total = count_samples(epochs, tokens_per_epoch, sequence_length)
+    before_last = count_samples(epochs - 1, tokens_per_epoch, sequence_length) if epochs > 1 else 0
+    per_epoch = count_samples(1, tokens_per_epoch, sequence_length)
+    separate = epochs > 1 and requested - before_last < int(SEPARATE_BELOW * per_epoch)
+    random = np.random.RandomState(seed)  # one state for all shuffles, in this order
+    parts = [epochs - 1, 1] if separate else [epochs]
+    index = []
+    for part in parts:
+        tiled = np.tile(documents, part)
+        random.shuffle(tiled)
+        index.append(tiled)
+    bounds = [0, before_last, total] if separate else [0, total]
+    shuffle = np.arange(total, dtype=np.int64)
+    for start, end in pairwise(bounds):
+        random.shuffle(shuffle[start:end])
+    return np.concatenate(index), shuffle
+
+
+ORDER_VERSION = 1
+Range = tuple[int, int]
+Int64s = npt.NDArray[np.int64]
+
+
+class Place(NamedTuple):
+    """Where the tokens of a sample lie, [L + 1] each."""
+
+    positions: Int64s  # in the dataset's tokens
+    instances: Int64s  # counts documents along the stream: changes where another one starts
+
+
+class Rest(NamedTuple):
+    """What is left of an epoch.
+
+    Attributes:
+        starts: [n] tokens of the stream where samples start that were not read yet, rising.
+        length: tokens that each of them has as labels.
+        end: token at which the epoch's last sample ends.
+    """
+
+    starts: Int64s
+    length: int
+    epoch: int
+    end: int
+
+
+def whole_windows(tokens: int, sequence_length: int, stride: int) -> int:
+    """How many samples of L + 1 tokens fit into one pass over `tokens`, each starting `stride` after the one before."""
+    return max(0, (tokens - sequence_length - 1) // stride + 1)
+
+
+def stride_warning(tokens: int, sequence_length: int, stride: int, samples: int) -> str | None:
+    """What people must know before they train on overlapping samples; None where they do not overlap."""
+    if stride >= sequence_length:
+        return None
+    overlapping, apart = (whole_windows(tokens, sequence_length, step) for step in (stride, sequence_length))
+    return (
+        f"data.stride={stride} is less than data.sequence_length={sequence_length}: each of the {tokens:,} tokens is "
+        f"seen {sequence_length / stride:,.1f} times an epoch ({overlapping:,} samples, {apart:,} if they did not "
+        f"overlap), and about {samples * sequence_length / tokens:,.1f} times in this run"
+    )
+
+
+class PrefixStableStream:
+    """Sample k covers tokens [k * stride, k * stride + L] of the endless stream."""
+
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        document_range: Range,
+        sequence_length: int,
+        stride: int,
+        seed: int,
+        tokens_per_epoch: int,
+        cache: ArrayCache,
+    ) -> None:
+        self._dataset, self._range, self._cache = dataset, document_range, cache
+        self._length, self._stride, self._seed, self._epoch_tokens = sequence_length, stride, seed, tokens_per_epoch
+        # A sample reads over the end of its epoch, and a resume starts in the middle of one: three is enough.
+        self._documents_of = lru_cache(maxsize=3)(self._shuffled_documents)
+        self._shuffle_of = lru_cache(maxsize=3)(self._shuffled_samples)
+
+    def place(self, index: int) -> Place:
+        if index < 0:
+            raise IndexError(f"sample {index}")
+        epoch = self.epoch_of(index)
+        first = self.first_sample(epoch)
+        return self.place_at((first + int(self._shuffle_of(epoch)[index - first])) * self._stride)
+
+    def place_at(self, position: int) -> Place:
+        """The sample that starts at token `position` of the stream."""
+        positions, instances = [], []
+        wanted = self._length + 1
+        while wanted:  # once, or more often where the sample reads on into the next epochs
+            epoch, offset = divmod(position, self._epoch_tokens)
+            count = min(wanted, self._epoch_tokens - offset)
+            where, document = self._documents_of(epoch).locate(offset, count)
+            positions.append(where)
+            instances.append(document + epoch * (self._range[1] - self._range[0]))
+            position, wanted = position + count, wanted - count
+        return Place(np.concatenate(positions), np.concatenate(instances))
+
+    def epoch_of(self, index: int) -> int:
+        """The epoch in which sample `index` starts."""
+        return index * self._stride // self._epoch_tokens
+
+    def rest_of_epoch(self, index: int) -> Rest:
+        """What the samples before `index` leave of the epoch that it is in."""
+        epoch = self.epoch_of(index)
+        first, end = self.first_sample(epoch), self.first_sample(epoch + 1)
+        left = (first + self._shuffle_of(epoch)[index - first :].astype(np.int64)) * self._stride
+        return Rest(np.sort(left), self._length, epoch, end * self._stride)
+
+    def first_sample(self, epoch: int) -> int:
+        """The first sample that starts in `epoch` or later."""
+        return -(-epoch * self._epoch_tokens // self._stride)
+
+    def _shuffled_documents(self, epoch: int) -> DocumentTable:
+        def make() -> Arrays:
+            order = _permutation(_random_state(self._seed, epoch, 0), self._range[1] - self._range[0])
+            order = (order + self._range[0]).astype(order.dtype)
+            return {"documents": order, "starts": document_starts(self._dataset, order)}
+
+        facts = (ORDER_VERSION, "documents", self._dataset.fingerprint, self._range, self._seed, epoch)
+        arrays = self._cache.get(facts, make)
+        return DocumentTable(self._dataset, arrays["documents"], arrays["starts"])
+
+    def _shuffled_samples(self, epoch: int) -> npt.NDArray[np.integer]:
+        count = self.first_sample(epoch + 1) - self.first_sample(epoch)
+        facts = (ORDER_VERSION, "samples", count, self._seed, epoch)
+        state = _random_state(self._seed, epoch, 1)
+        return self._cache.get(facts, lambda: {"samples": _permutation(state, count)})["samples"]
+
+
+class RecutStream:
+    """The rest of an epoch cut into samples of another length, shuffled; then the whole epochs after it.
+
+    Nothing that was read is read again in that epoch; tokens that no longer make a whole sample between two that were
+    read are left out.
+
+    Args:
+        whole: the stream with the new length, its stride the same.
+        length: that length, L.
+
+    Attributes:
+        skipped_tokens, repeated_tokens: what the new cut leaves out, and what it reads twice, where the epochs meet.
+    """
+
+    def __init__(self, whole: PrefixStableStream, rest: Rest, length: int, seed: int) -> None:
+        self._whole, self._length, self._epoch = whole, length, rest.epoch
+        self._first_after = whole.first_sample(rest.epoch + 1)
+        begins, ends = _intervals(rest.starts, rest.length)
+        counts = (ends - begins) // length
+        inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        starts = np.repeat(begins, counts) + inside * length
+        self._starts: Int64s = starts[_permutation(_random_state(seed, rest.epoch, 2), len(starts))]
+        self._end = self._first_after * length
+        self.skipped_tokens = int((ends - begins - counts * length).sum()) + max(0, self._end - rest.end)
+        self.repeated_tokens = max(0, rest.end - self._end)
+
+    def place(self, index: int) -> Place:
+        if index < len(self._starts):
+            return self._whole.place_at(int(self._starts[index]))
+        return self._whole.place(self._first_after + index - len(self._starts))
+
+    def rest_of_epoch(self, index: int) -> Rest:
+        if index < len(self._starts):
+            return Rest(np.sort(self._starts[index:]), self._length, self._epoch, self._end)
+        return self._whole.rest_of_epoch(self._first_after + index - len(self._starts))
+
+
+def _intervals(starts: Int64s, length: int) -> tuple[Int64s, Int64s]:
+    """Windows of `length` that touch each other as intervals: where they begin, and where they end."""
+    if not len(starts):
+        return starts, starts
+    breaks = np.flatnonzero(np.diff(starts) != length) + 1
+    return starts[np.r_[0, breaks]], starts[np.r_[breaks - 1, -1]] + length
+
+
+class MegatronStream:
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        document_range: Range,
+        sequence_length: int,
+        seed: int,
+        requested_samples: int,
+        tokens_per_epoch: int,
+    ) -> None:
+        documents, self._shuffle = build(
+            np.arange(*document_range, dtype=np.int32), tokens_per_epoch, sequence_length, requested_samples, seed
+        )
+        self._table = DocumentTable(dataset, documents)
+        self._length = sequence_length
+
+    def place(self, index: int) -> Place:
+        if not 0 <= index < len(self._shuffle):
+            raise DataError(
+                f"data.order=megatron: sample {index} of {len(self._shuffle)}; this order is made for a stated "
+                "number of samples, ask for more or use data.order=prefix_stable"
+            )
+        return Place(*self._table.locate(int(self._shuffle[index]) * self._length, self._length + 1))
+
+
+def _permutation(state: np.random.RandomState, count: int) -> npt.NDArray[np.integer]:
+    """[count] what `state.permutation(count)` gives, in half its memory."""
+    order: npt.NDArray[np.integer] = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
+    state.shuffle(order)
+    return order
+
+
+def _random_state(seed: int, epoch: int, purpose: int) -> np.random.RandomState:
+    words = [seed & 0xFFFFFFFF, seed >> 32, epoch, purpose]
+    return np.random.RandomState(np.array(words, dtype=np.uint32))

@@ -1,0 +1,271 @@
+"""Which tokens each sample holds: pure functions of the seed and the sample's number, independent of layout.
+
+Legend: L sequence length, T tokens of one epoch, n any number of tokens. A sample reads L + 1 tokens: L inputs
+and, shifted by one, L labels; neighbouring samples share that one token, so that every token is a label.
+What the samples cut into pieces here is a *sequence* of the dataset; datasets of megalm have one per document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.sampling.document_index import DocumentTable
+from megalm.data.sampling.index_cache import ArrayCache
+from megalm.data.sampling.sample_order import Int64s, MegatronStream, Place, PrefixStableStream, Range, RecutStream
+from megalm.errors import ConfigError, DataError
+
+IGNORE_INDEX = -100  # a label that is no target
+Order = Literal["prefix_stable", "megatron"]
+
+
+class Samples(Protocol):
+    """What the loader needs of training and validation samples alike."""
+
+    sequence_length: int
+    document_mask: bool
+
+    def sample(self, index: int) -> tuple[Int64s, Int64s]:
+        """(tokens [L], labels [L]); labels that are no targets are IGNORE."""
+
+    def documents(self, index: int) -> npt.NDArray[np.int32]:
+        """[L] number of the document that each input token is of, from 0 at the sample's start."""
+
+    def target_count(self, index: int) -> int:
+        """How many labels of the sample are targets, without reading tokens."""
+
+
+def split_documents(number_of_sequences: int, weights: Sequence[float]) -> list[Range]:
+    """Contiguous ranges [start, end) of sequences, one for each weight, with Megatron-LM's rounding.
+
+    Raises:
+        ConfigError: weights that are negative or add up to nothing.
+    """
+    total = sum(weights)
+    if not weights or min(weights) < 0 or total <= 0:
+        raise ConfigError(f"data.split: {list(weights)} are not weights; state positive numbers such as 95,5")
+    bounds, fraction = [0], 0.0
+    for weight in weights:
+        fraction += weight / total
+        bounds.append(round(fraction * number_of_sequences))
+    bounds[-1] = number_of_sequences
+    return list(pairwise(bounds))
+
+
+class TrainingSamples:
+    """Samples of a range of sequences, in random order, as many as anyone asks for.
+
+    prefix_stable: an endless stream of tokens, every epoch's documents in an order of its own; sample k of the
+    stream covers its tokens [kL, kL + L], and the samples that start in one epoch are shuffled among
+    themselves. Nothing is dropped, every token is a label once an epoch, and the first samples never depend on
+    how many are asked for. All randomness is of (seed, epoch) only, from RandomState, whose values NumPy keeps.
+
+    megatron: the order that Megatron-LM gives for `requested_samples`; it changes with that number.
+
+    Args:
+        stride: tokens from the start of one sample to that of the next; default L. Less makes samples overlap, and
+            every token is then seen L / stride times an epoch (see `stride_warning`).
+        cache: a folder for the shuffled orders, which large datasets take seconds to make.
+
+    Raises:
+        DataError: a range without tokens enough for one sample.
+        ConfigError: megatron without `requested_samples`, or with a stride.
+    """
+
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        document_range: Range,
+        sequence_length: int,
+        seed: int,
+        order: Order = "prefix_stable",
+        requested_samples: int | None = None,
+        document_mask: bool = False,
+        stride: int | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        self.stride = sequence_length if stride is None else stride
+        self.dataset, self.document_range, self.sequence_length = dataset, document_range, sequence_length
+        self.document_mask = document_mask
+        self.tokens_per_epoch = _count_tokens(dataset, document_range)
+        if self.tokens_per_epoch < 2:
+            raise DataError(
+                f"{dataset.prefix}: documents {document_range[0]} to {document_range[1]} hold "
+                f"{self.tokens_per_epoch} tokens, a sample needs two; give more text or another data.split"
+            )
+        if not 0 < self.stride <= sequence_length or (order == "megatron" and self.stride != sequence_length):
+            raise ConfigError(
+                f"data.stride={stride}: state 1 to data.sequence_length={sequence_length}, and that itself for "
+                "data.order=megatron"
+            )
+        self._seed, self._cache = seed, cache
+        self._stream: PrefixStableStream | RecutStream | MegatronStream
+        if order == "megatron":
+            if requested_samples is None:
+                raise ConfigError("data.order=megatron: its order depends on the number of samples; state it")
+            self._stream = MegatronStream(
+                dataset, document_range, sequence_length, seed, requested_samples, self.tokens_per_epoch
+            )
+        else:
+            self._stream = PrefixStableStream(
+                dataset, document_range, sequence_length, self.stride, seed, self.tokens_per_epoch, ArrayCache(cache)
+            )
+        dataset.expect_random_reads()
+        requested = requested_samples if order == "megatron" else None
+        facts = [dataset.fingerprint, document_range, sequence_length, seed, order, requested]
+        self.fingerprint = _hash(*facts, *([] if stride in (None, sequence_length) else [stride]), "v1")
+
+    def recut(self, consumed: int, sequence_length: int) -> TrainingSamples:
+        """Samples of another length that go on where `consumed` of these have come to: with the rest of the epoch.
+
+        Raises:
+            ConfigError: an order or a stride whose rest cannot be cut anew.
+        """
+        if isinstance(self._stream, MegatronStream) or self.stride != self.sequence_length:
+            raise ConfigError(
+                f"data.sequence_length cannot become {sequence_length} in the middle of data.order=megatron or of "
+                f"samples that overlap; keep {self.sequence_length}, or start anew with resume.allow=[order]"
+            )
+        after = TrainingSamples(
+            self.dataset,
+            self.document_range,
+            sequence_length,
+            self._seed,
+            document_mask=self.document_mask,
+            cache=self._cache,
+        )
+        assert isinstance(after._stream, PrefixStableStream)
+        after._stream = RecutStream(after._stream, self._stream.rest_of_epoch(consumed), sequence_length, self._seed)
+        after.fingerprint = _hash(self.fingerprint, "recut", consumed, sequence_length)
+        return after
+
+    @property
+    def recut_tokens(self) -> tuple[int, int]:
+        """Tokens that cutting anew has left out, and that it reads twice."""
+        stream = self._stream
+        return (stream.skipped_tokens, stream.repeated_tokens) if isinstance(stream, RecutStream) else (0, 0)
+
+    @property
+    def samples_per_epoch(self) -> float:
+        return self.tokens_per_epoch / self.stride
+
+    def epoch_of(self, index: int) -> int:
+        """How many whole epochs the samples before `index` have used up."""
+        return index * self.stride // self.tokens_per_epoch
+
+    def place(self, index: int) -> Place:
+        """Where the tokens of a sample lie."""
+        return self._stream.place(index)
+
+    def sample(self, index: int) -> tuple[Int64s, Int64s]:
+        place = self._stream.place(index)
+        tokens = self.dataset.tokens[place.positions].astype(np.int64)
+        labels = tokens[1:].copy()
+        if self.document_mask:
+            labels[_starts(place)] = IGNORE_INDEX
+        return tokens[:-1], labels
+
+    def documents(self, index: int) -> npt.NDArray[np.int32]:
+        return _number_documents(self._stream.place(index))[:-1]
+
+    def target_count(self, index: int) -> int:
+        if not self.document_mask:
+            return self.sequence_length
+        return self.sequence_length - int(np.count_nonzero(_starts(self._stream.place(index))))
+
+
+class ValidationSamples:
+    """Fixed consecutive windows over a range of sequences, in the file's order; the last one is padded.
+
+    Padding is token 0 with labels IGNORE. Every token but the first is a target once (less, with
+    `document_mask`, the first of each document).
+
+    Raises:
+        DataError: a range with fewer than two tokens.
+    """
+
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        document_range: Range,
+        sequence_length: int,
+        document_mask: bool = False,
+        windows: Int64s | None = None,
+    ) -> None:
+        self.dataset, self.document_range, self.sequence_length = dataset, document_range, sequence_length
+        self.document_mask = document_mask
+        self._table = DocumentTable(dataset, np.arange(*document_range))
+        if self._table.token_count < 2:
+            raise DataError(
+                f"{dataset.prefix}: documents {document_range[0]} to {document_range[1]} hold "
+                f"{self._table.token_count} tokens, validation needs two; give more text or another data.split"
+            )
+        count = -(-(self._table.token_count - 1) // sequence_length)
+        self._windows = np.arange(count) if windows is None else windows
+        self.fingerprint = _hash(dataset.fingerprint, document_range, sequence_length, self._windows.tolist(), "v1")
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def subset(self, count: int) -> ValidationSamples:
+        """`count` of these windows, evenly spaced, always the same; all where there are no more."""
+        if count >= len(self):
+            return self
+        chosen = (2 * np.arange(count) + 1) * len(self) // (2 * count)
+        return ValidationSamples(
+            self.dataset, self.document_range, self.sequence_length, self.document_mask, self._windows[chosen]
+        )
+
+    def sample(self, index: int) -> tuple[Int64s, Int64s]:
+        place = self._place(index)
+        targets = len(place.positions) - 1
+        tokens = np.zeros(self.sequence_length, dtype=np.int64)
+        labels = np.full(self.sequence_length, IGNORE_INDEX, dtype=np.int64)
+        read = self.dataset.tokens[place.positions].astype(np.int64)
+        tokens[:targets], labels[:targets] = read[:-1], read[1:]
+        if self.document_mask:
+            labels[:targets][_starts(place)] = IGNORE_INDEX
+        return tokens, labels
+
+    def documents(self, index: int) -> npt.NDArray[np.int32]:
+        numbers = _number_documents(self._place(index))[:-1]
+        # Padding counts as a document of its own, which nothing attends to.
+        padded = np.full(self.sequence_length, int(numbers[-1]) + 1, dtype=np.int32)
+        padded[: len(numbers)] = numbers
+        return padded
+
+    def target_count(self, index: int) -> int:
+        place = self._place(index)
+        masked = int(np.count_nonzero(_starts(place))) if self.document_mask else 0
+        return len(place.positions) - 1 - masked
+
+    def _place(self, index: int) -> Place:
+        first = int(self._windows[index]) * self.sequence_length
+        count = min(self.sequence_length + 1, self._table.token_count - first)
+        return Place(*self._table.locate(first, count))
+
+
+def _count_tokens(dataset: IndexedDataset, document_range: Range) -> int:
+    return int(dataset.sequence_lengths[slice(*document_range)].sum(dtype=np.int64))
+
+
+def _starts(place: Place) -> npt.NDArray[np.bool_]:
+    """[n - 1] where the label is the first token of another document than the input's."""
+    return place.instances[1:] != place.instances[:-1]
+
+
+def _number_documents(place: Place) -> npt.NDArray[np.int32]:
+    numbers = np.zeros(len(place.instances), dtype=np.int32)
+    np.cumsum(_starts(place), out=numbers[1:])
+    return numbers
+
+
+def _hash(*facts: object) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()

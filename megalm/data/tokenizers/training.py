@@ -1,0 +1,203 @@
+"""Training of SentencePiece tokenizers that give every text back exactly."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import sentencepiece
+
+from megalm.errors import DataError
+from megalm.utils.atomic_files import write_bytes_atomically, write_json
+
+ModelType = Literal["unigram", "bpe"]
+EOD_PIECE = "<eod>"
+# The order in which threads add up their counts moves the last bits of the scores, so the number is part of
+# the recipe: the same on every machine, whatever its cores.
+THREADS = 4
+SEED = 0
+TELL_SECONDS = 2.0
+# SentencePiece passes over sentences above 4192 bytes in silence.
+SENTENCE_CHARACTERS = 1000  # at most 4 bytes each
+# Newline and tab are pieces of their own, so no other piece crosses them; the trainer skips or alters sentences
+# with NUL and its two reserved characters.
+BREAKS = re.compile("[\n\t\0\u2581\u2585]")
+LARGEST = re.compile(r"value <= (\d+)")
+SMALLEST = re.compile(r"required_chars\. \d+ vs (\d+)")
+
+
+@dataclass(frozen=True)
+class TokenizerReport:
+    """What a tokenizer was trained on and how; also written beside it as `OUTPUT.json`.
+
+    `sentences_used` of the `sentences` (lines, or parts of long ones) were drawn evenly to train on. `cut_sentences`
+    parts are as long as a part may be: of lines that the trainer would have passed over in silence.
+    """
+
+    vocab_size: int
+    model_type: str
+    documents: int
+    text_bytes: int
+    sentences: int
+    sentences_used: int
+    threads: int
+    sentencepiece_version: str
+    seed: int
+    longest_sentence_characters: int
+    cut_sentences: int
+    special_tokens: list[str]
+
+
+@dataclass
+class Sample:
+    """An even draw of at most `limit` sentences of a stream, in the stream's order."""
+
+    limit: int
+    documents: int = 0
+    text_bytes: int = 0
+    sentences: int = 0
+    cut_sentences: int = 0  # parts as long as they may be
+
+    def draw(self, texts: Iterable[str]) -> list[str]:
+        kept: list[tuple[int, str]] = []
+        # random() is the one method whose values Python promises to keep between versions.
+        uniform = random.Random(SEED).random
+        for sentence in self._counted_sentences(texts):
+            if len(kept) < self.limit:
+                kept.append((self.sentences, sentence))
+            else:
+                place = int(uniform() * (self.sentences + 1))
+                if place < self.limit:
+                    kept[place] = (self.sentences, sentence)
+            self.sentences += 1
+        kept.sort()
+        return [sentence for _, sentence in kept]
+
+    def _counted_sentences(self, texts: Iterable[str]) -> Iterator[str]:
+        for text in texts:
+            self.documents += 1
+            self.text_bytes += len(text.encode())
+            for part in split_sentences(text):
+                self.cut_sentences += len(part) == SENTENCE_CHARACTERS
+                yield part
+
+
+def _told(texts: Iterable[str], sample: Sample, tell: Callable[[str], None]) -> Iterator[str]:
+    last = time.monotonic()
+    for text in texts:
+        yield text
+        if time.monotonic() - last >= TELL_SECONDS:
+            last = time.monotonic()
+            tell(f"read {sample.documents:,} documents, {sample.text_bytes / 1e6:,.1f} MB, {sample.sentences:,} lines")
+
+
+def split_sentences(text: str) -> Iterator[str]:
+    """The text as the trainer can take it, nothing left out but the characters of `BREAKS`."""
+    for part in BREAKS.split(text):
+        for start in range(0, len(part), SENTENCE_CHARACTERS):
+            yield part[start : start + SENTENCE_CHARACTERS]
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    output: str | Path,
+    vocab_size: int,
+    model_type: ModelType = "unigram",
+    threads: int = THREADS,
+    max_sentences: int = 1_000_000,
+    special_tokens: Sequence[str] = (),
+    progress: Callable[[str], None] | None = None,
+) -> TokenizerReport:
+    """Train a tokenizer and write it to `output` (a `.model` file): the same texts give the same bytes.
+
+    Text is left as it is (no normalisation, no added space, all whitespace kept), digits are single tokens,
+    newline and tab are pieces, what the pieces lack falls back to bytes: decoding gives every text back.
+
+    Args:
+        texts: whole documents.
+        vocab_size: pieces in all, the 256 bytes and the 4 special pieces among them.
+        threads: part of the recipe, see `THREADS`.
+        max_sentences: at most so many lines are trained on, drawn evenly; 100,000 lines of source code gave
+            within 0.4 % of the tokens that all 274,066 gave, in less than half the time.
+        special_tokens: pieces more that no text is ever encoded as, such as "<pad>" or "<user>".
+        progress: called with a line for people while reading, about every two seconds, and before training.
+
+    Raises:
+        DataError: no text, an unknown model type, or a vocabulary too large or too small for the text.
+    """
+    if model_type not in get_args(ModelType):
+        raise DataError(f"tokenizer type {model_type!r} is unknown; choose one of {', '.join(get_args(ModelType))}")
+    if len({*special_tokens, EOD_PIECE, "<unk>"}) < len(special_tokens) + 2 or not all(special_tokens):
+        raise DataError(
+            f"special tokens {list(special_tokens)}: each must be there once, and not be {EOD_PIECE} or <unk>"
+        )
+    tell = progress or (lambda line: None)
+    sample = Sample(max_sentences)
+    sentences = sample.draw(_told(texts, sample, tell))
+    if not sentences:
+        raise DataError(f"{output}: no text to train a tokenizer on ({sample.documents} documents, all empty)")
+    report = TokenizerReport(
+        vocab_size=vocab_size,
+        model_type=model_type,
+        documents=sample.documents,
+        text_bytes=sample.text_bytes,
+        sentences=sample.sentences,
+        sentences_used=len(sentences),
+        threads=threads,
+        sentencepiece_version=sentencepiece.__version__,
+        seed=SEED,
+        longest_sentence_characters=SENTENCE_CHARACTERS,
+        cut_sentences=sample.cut_sentences,
+        special_tokens=list(special_tokens),
+    )
+    tell(f"training {vocab_size:,} pieces on {len(sentences):,} of {sample.sentences:,} lines")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            num_threads=threads,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\n", "\t"],
+            control_symbols=list(special_tokens),
+            unk_id=0,
+            eos_id=1,
+            eos_piece=EOD_PIECE,
+            bos_id=-1,
+            pad_id=-1,
+            # Prune by half, not by a quarter, between rounds: half the time, no more tokens.
+            shrinking_factor=0.5,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(_explain(str(error), output, vocab_size)) from error
+    write_bytes_atomically(Path(output), model.getvalue())
+    write_json(Path(f"{output}.json"), asdict(report))
+    return report
+
+
+def _explain(message: str, output: str | Path, vocab_size: int) -> str:
+    if match := LARGEST.search(message):
+        return (
+            f"{output}: a vocabulary of {vocab_size} is too large for this text; "
+            f"the largest possible is {match[1]}, ask for that or give more text"
+        )
+    if match := SMALLEST.search(message):
+        return (
+            f"{output}: a vocabulary of {vocab_size} is too small for this text; "
+            f"its characters, the bytes and special pieces take {match[1]} already, ask for more"
+        )
+    return f"{output}: the tokenizer could not be trained ({message.strip()}); check the text and the options"

@@ -1,0 +1,280 @@
+"""What every engine on DeepSpeed has in common: how it is made, its state, and the end of a step."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import resource
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megalm.checkpoint.shard_spec import HasFragment
+from megalm.communicator import Communicator
+from megalm.engine.cpp_extensions import load_async_io
+from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_log
+from megalm.engine.device import rank_facts
+from megalm.engine.distributed import DistributedCommunicator
+from megalm.engine.interface import Accept, StepResult
+from megalm.engine.nvme_offload import SwapFolder
+from megalm.engine.optimizer import build_optimizer, parameter_groups
+from megalm.engine.optimizer_state import OptimizerState, ReadFragment
+from megalm.model.param_shard import shard_of
+from megalm.parallel.process_groups import ParallelGroups
+from megalm.planning.resolve import OptimizerFacts
+
+# One joint decision before an update: may the optimizer apply it?
+#
+# DeepSpeed calls the `step` of the optimizer that it was handed once for each parameter group (ZeRO 1, 2) or sub-
+# group
+# (ZeRO 3), after the global gradient norm is known and before anything has moved. A gate in front of that `step` is
+# asked
+# once a training step; refused, no group's weights, moments or step count change, and what DeepSpeed copies from
+# masters
+# to low-precision weights afterwards is what was there.
+
+
+class UpdateCheck:
+    """Stands before the optimizer's `step`.
+
+    Args:
+        comm: the world; a rank that refuses refuses for all.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+        self._ask: Callable[[], bool] | None = None
+        self._answer: bool | None = None
+        # Tells the squares of the gradients being stepped, by parameter; known once DeepSpeed has made its wrapper.
+        self.measure: Callable[[], dict[str, float]] = dict
+        self.refused_squares: Counter[str] = Counter()
+
+    def guard(self, optimizer: torch.optim.Optimizer) -> None:
+        """From now on `optimizer.step` does nothing where the answer is no.
+
+        The instance's method is replaced, and no subclass made: DeepSpeed compares exact types to know whether an
+        optimizer works with ZeRO.
+        """
+        step = optimizer.step
+
+        @functools.wraps(step)
+        def guarded(*args: Any, **options: Any) -> Any:
+            if self._admits():
+                return step(*args, **options)
+            self.refused_squares.update(self.measure())
+            return None
+
+        optimizer.step = guarded  # type: ignore[method-assign]
+
+    def open(self, loss: float, norm: Callable[[], float], accept: Accept | None) -> None:
+        """Before the update of one training step.
+
+        Args:
+            loss: of the global batch, the same on every rank.
+            norm: tells the global gradient norm; called only once DeepSpeed has computed it.
+            accept: a person's rule; None takes every update. What is no number is always refused.
+        """
+
+        def ask() -> bool:
+            found = norm()
+            return math.isfinite(loss) and math.isfinite(found) and (accept is None or accept(loss, found))
+
+        self._ask, self._answer = ask, None
+        self.refused_squares.clear()
+
+    def close(self) -> bool | None:
+        """After the update: the answer, None where DeepSpeed dropped the update itself and nobody was asked."""
+        self._ask = None
+        return self._answer
+
+    def _admits(self) -> bool:
+        if self._ask is None:  # DeepSpeed steps while it builds its engine, too
+            return True
+        if self._answer is None:
+            refused = self._comm.max([0.0 if self._ask() else 1.0])[0]
+            self._answer = refused == 0.0
+        return self._answer
+
+
+# The grid of ranks in the words that DeepSpeed's ZeRO asks for it, its `mpu`.
+
+
+class ModelParallelUnit:
+    """Data and tensor groups of this rank; ZeRO partitions over the one and adds gradient norms over the other."""
+
+    def __init__(self, groups: ParallelGroups) -> None:
+        assert groups.pipeline.size == 1, "a PipelineModule brings its own"
+        self._data, self._tensor = groups.data, groups.tensor
+
+    def get_data_parallel_rank(self) -> int:
+        return self._data.index
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._data.size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._data.process_group
+
+    def get_model_parallel_rank(self) -> int:
+        return self._tensor.index
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._tensor.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._tensor.process_group
+
+
+_SWAPPED_BYTES = 16  # an element's master, moments and gradient
+
+
+class EngineBase:
+    """Hands a model and its optimizer to DeepSpeed.
+
+    Args:
+        model: what DeepSpeed runs: an initialised model on `device`, fp32.
+        part: the module whose parameters have canonical names: the model, or its part on this rank.
+        settings: what `deepspeed.initialize` takes: batch triple, precision, ZeRO, clipping; no optimizer.
+        optimizer: the optimizer's numbers.
+        decay_embeddings: whether weight decay applies to embedding tables.
+        mpu: the grid for DeepSpeed; a PipelineModule brings its own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        part: nn.Module,
+        settings: dict[str, Any],
+        optimizer: OptimizerFacts,
+        decay_embeddings: bool,
+        comm: DistributedCommunicator,
+        groups: ParallelGroups,
+        device: torch.device,
+        mpu: ModelParallelUnit | None = None,
+    ) -> None:
+        self._comm = comm
+        self._device = device
+        self._data = groups.data
+        self._stage = int(settings["zero_optimization"]["stage"])
+        self._scales_loss = bool(settings.get("fp16", {}).get("enabled", False))
+        parameters = dict(part.named_parameters())
+        shards = {name: shard_of(parameter) for name, parameter in parameters.items()}
+        self._owned = [parameter for name, parameter in parameters.items() if shards[name].is_owner]
+        for name, parameter in parameters.items():  # DeepSpeed's word for: count it in the gradient's norm
+            parameter.tensor_model_parallel = shards[name].is_owner  # type: ignore[attr-defined]
+        settings = copy.deepcopy(settings)  # DeepSpeed writes into what it is given
+        offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}
+        self._swap_folder: SwapFolder | None = None
+        if offload["device"] == "nvme":
+            load_async_io()
+            elements = sum(parameter.numel() for parameter in parameters.values())
+            needed = _SWAPPED_BYTES * elements // self._data.size * rank_facts().local_world_size
+            self._swap_folder = SwapFolder(offload["nvme_path"], needed)
+            offload["nvme_path"] = str(self._swap_folder.path)
+        inner = build_optimizer(
+            parameter_groups(part, optimizer.weight_decay, decay_embeddings), optimizer, offload["device"] != "none"
+        )
+        self._last_norm = 0.0
+        self._gate = UpdateCheck(comm)
+        self._gate.guard(inner)
+        import_muon_uncompiled()
+        with prints_to_log():
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=inner,
+                mpu=mpu,
+                config=settings,
+                dist_init_required=False,
+            )
+        self._state = OptimizerState(self._engine, parameters, shards, is_first_copy=groups.data.index == 0)
+        self._gate.measure = self._state.gradient_squares
+        self._first_counters = self.counters()
+
+    def fragments(self) -> Iterator[HasFragment]:
+        return self._state.fragments()
+
+    def counters(self) -> dict[str, Any]:
+        return {
+            "optimizer_step": self._state.optimizer_step(),
+            "skipped_steps": self._engine.skipped_steps,
+            "loss_scaler": self._state.loss_scaler(),
+        }
+
+    def restore(self, read: ReadFragment, counters: dict[str, Any], step: int) -> None:
+        self._state.load(read, counters["optimizer_step"])
+        self._count_from(counters, step)
+
+    def reset(self) -> None:
+        self._state.forget_moments()
+        self._count_from(self._first_counters, step=0)
+
+    def refused_gradients(self) -> dict[str, float]:
+        total: Counter[str] = Counter()
+        for squares in self._comm.gather(dict(self._gate.refused_squares)):
+            total.update(squares)
+        whole = sum(total.values())
+        if not math.isfinite(whole) or whole == 0.0:
+            return {}
+        # They were clipped, and scaled as the loss is; what they were before follows from the norm of the whole.
+        return {name: self._last_norm * math.sqrt(square / whole) for name, square in total.items()}
+
+    def peak_memory_bytes(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux tells KiB
+
+    def close(self) -> None:
+        """Nothing is left on a disk that states were swapped to."""
+        if self._swap_folder is not None:
+            self._swap_folder.remove()
+            self._swap_folder = None
+
+    def _set_learning_rate(self, rate: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _norm_source(self) -> Callable[[], float]:
+        """What tells the gradient norm before clipping, once DeepSpeed is about to update.
+
+        Without ZeRO it tells none, or this stage's only: then the norm is taken now, from gradients that are averaged
+        already.
+        """
+        if self._stage > 0:
+            return self._state.gradient_norm
+        squares = sum(float(p.grad.double().square().sum()) for p in self._owned if p.grad is not None)
+        norm = (self._comm.sum([squares])[0] / self._data.size) ** 0.5  # every copy of the model has told its own
+        return lambda: norm
+
+    def _end_of_step(self, loss: float, norm: Callable[[], float]) -> StepResult:
+        """After DeepSpeed's update, or what it did instead."""
+        applied = self._gate.close()
+        self._last_norm = norm()
+        # Nobody was asked: DeepSpeed found an overflow first. With a loss scale that is usual, else it is a fault.
+        skipped = applied is None and self._scales_loss and math.isfinite(loss)
+        return StepResult(
+            loss=loss,
+            grad_norm=self._last_norm,
+            loss_scale=self._state.loss_scale(),
+            skipped=skipped,
+            refused=not applied and not skipped,
+        )
+
+    def _count_from(self, counters: dict[str, Any], step: int) -> None:
+        engine = self._engine
+        self._state.load_loss_scaler(counters["loss_scaler"])
+        engine.skipped_steps = counters["skipped_steps"]
+        engine.global_steps = step
+        engine.global_samples = step * engine.train_batch_size()
+        engine.micro_steps = step * engine.gradient_accumulation_steps()
+
+
+def padded(tokens: np.ndarray, multiple: int) -> np.ndarray:
+    """[B, T] -> [B, T'] with T' the next multiple; nothing attends to what is added on the right."""
+    return np.pad(tokens, ((0, 0), (0, -tokens.shape[1] % multiple)))

@@ -1,0 +1,255 @@
+"""Reading and writing a DeepSpeed optimizer's state as fragments of canonical parameters.
+
+All of DeepSpeed's private names that megalm needs are in this file; tests/distributed holds each of them to the
+pinned version. A fragment is a flat range of one parameter that this rank owns: its fp32 master and both moments.
+Positions are taken from addresses, not from DeepSpeed's own maps, which are wrong for some settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import deepspeed.comm as ds_comm
+import torch
+from torch import Tensor, nn
+
+from megalm.checkpoint.shard_spec import KINDS, Fragment, FragmentKey, FragmentKind, HasFragment
+from megalm.engine.nvme_offload import SwappedFragment, SwappedStates
+from megalm.model.param_shard import ShardedAxis
+
+ReadFragment = Callable[[FragmentKey], Tensor]
+
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@dataclass(frozen=True)
+class _OwnedRange:
+    """Elements [start, stop) of this rank's shard of parameter `name`, at `offset` of the optimizer's tensor `flat`."""
+
+    name: str
+    shard: ShardedAxis
+    start: int
+    stop: int
+    flat: nn.Parameter
+    offset: int
+
+    def key(self, kind: FragmentKind) -> FragmentKey:
+        return FragmentKey(self.name, kind, self.shard.shape, self.start, self.stop, self.shard.rectangle)
+
+
+class OptimizerState:
+    """The state of one DeepSpeed engine's optimizer, whatever its ZeRO stage and precision.
+
+    Args:
+        engine: a DeepSpeed engine after `deepspeed.initialize`.
+        parameters: canonical name -> parameter, as in the module.
+        shards: canonical name -> its mark, taken before `initialize` (ZeRO 3 flattens shapes).
+        is_first_copy: this rank is the first of those that hold the same shards.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        parameters: Mapping[str, nn.Parameter],
+        shards: Mapping[str, ShardedAxis],
+        is_first_copy: bool,
+    ) -> None:
+        self._engine = engine
+        self._outer = engine.optimizer
+        self._inner: torch.optim.Optimizer = getattr(self._outer, "optimizer", self._outer)
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._parameters = parameters
+        self._shards = shards
+        self._is_first_copy = is_first_copy
+        self._swapped = SwappedStates(self._outer)
+
+    def fragments(self) -> Iterator[HasFragment]:
+        """Every fragment that this rank owns, once; tensors are views: copy them before the next step.
+
+        Of states on a disk they are copies, read when they are asked for: ask for each once, in this order.
+        """
+        if self._outer is self._inner and not self._is_first_copy:
+            return  # ZeRO 0: all copies hold the same, the first one speaks for them
+        for flat, pieces in self._owned_by_flat():
+            own = [(owned, kind) for owned in pieces if owned.shard.is_owner for kind in KINDS]
+            for owned, kind in own:
+                values = partial(self._values, owned, kind)
+                if self._swapped.holds(flat):
+                    is_last = (owned, kind) == own[-1]
+                    yield SwappedFragment(owned.key(kind), partial(self._swapped.read, flat, values, is_last))
+                else:
+                    yield Fragment(owned.key(kind), values())
+
+    @torch.no_grad()
+    def load(self, read: ReadFragment, optimizer_step: int) -> None:
+        """Fill masters and moments from `read`, then refresh the low-precision weights on all ranks.
+
+        Collective: every rank calls it.
+        """
+        if hasattr(self._outer, "checkpoint_event_prologue"):
+            self._outer.checkpoint_event_prologue()
+        for flat, pieces in self._owned_by_flat():
+            with self._swapped.present(flat, changes=True):
+                flat.data.zero_()  # its padding stays zero
+                self._clear_moments(flat, optimizer_step)
+                for owned in pieces:
+                    for kind in KINDS:
+                        self._values(owned, kind).copy_(read(owned.key(kind)))
+        if self._is_cpu_adam:
+            self._replay_bias_correction(optimizer_step)
+        self._refresh_low_precision()
+
+    @torch.no_grad()
+    def forget_moments(self) -> None:
+        """The optimizer's state as before its first step."""
+        for flat, _ in self._owned_by_flat():
+            with self._swapped.present(flat, changes=True):
+                self._clear_moments(flat, optimizer_step=0)
+
+    def let_go(self) -> None:
+        """Before each step: nothing that was read of a disk is held any more."""
+        self._swapped.let_go()
+
+    def optimizer_step(self) -> int:
+        """Updates that were applied (skipped steps are not counted)."""
+        for state in self._inner.state.values():
+            if "step" in state:
+                return int(state["step"])
+        return 0
+
+    def gradient_norm(self) -> float:
+        """What the wrapper computed for this step, before clipping; known from before it steps the inner optimizer."""
+        return float(self._outer._global_grad_norm)
+
+    def gradient_squares(self) -> dict[str, float]:
+        """Name -> sum of squares of the gradient that the inner optimizer is handed right now, as far as this rank owns
+        it; clipped, and scaled as the loss is.
+        """
+        if self._outer is self._inner and not self._is_first_copy:
+            return {}
+        stepped = {id(flat) for group in self._inner.param_groups for flat in group["params"]}
+        squares: dict[str, float] = {}
+        for owned in self._owned():
+            gradient = owned.flat.grad
+            if gradient is not None and id(owned.flat) in stepped and owned.shard.is_owner:
+                part = gradient.view(-1).narrow(0, owned.offset, owned.stop - owned.start)
+                squares[owned.name] = squares.get(owned.name, 0.0) + float(part.double().square().sum())
+        return squares
+
+    def loss_scale(self) -> float:
+        """What the next loss is multiplied by."""
+        return float(getattr(getattr(self._outer, "loss_scaler", None), "cur_scale", 1.0))
+
+    def loss_scaler(self) -> dict[str, float]:
+        """The dynamic loss scaler's numbers; empty without one: a scale that stands still is a setting."""
+        scaler = getattr(self._outer, "loss_scaler", None)
+        return {name: getattr(scaler, name) for name in _SCALER_FIELDS} if getattr(scaler, "dynamic", False) else {}
+
+    def load_loss_scaler(self, saved: Mapping[str, float]) -> None:
+        """From one dynamic scaler to another; what another precision had says nothing about fp16."""
+        if not all(name in saved for name in _SCALER_FIELDS):
+            return
+        for name in self.loss_scaler():
+            setattr(self._outer.loss_scaler, name, saved[name])
+
+    def _clear_moments(self, flat: nn.Parameter, optimizer_step: int) -> None:
+        """Moments of zero, on the master's device."""
+        state = self._inner.state[flat]
+        for kind in KINDS[1:]:
+            if self._swapped.holds(flat) and kind in state:
+                state[kind].zero_()  # the disk's copy belongs to this very tensor
+            else:
+                state[kind] = torch.zeros_like(flat.data)
+        if self._is_cpu_adam:
+            state["step"] = optimizer_step
+        else:
+            state["step"] = torch.tensor(float(optimizer_step), device=flat.device)
+
+    @property
+    def _is_cpu_adam(self) -> bool:
+        return type(self._inner).__name__ == "DeepSpeedCPUAdam"
+
+    def _replay_bias_correction(self, optimizer_step: int) -> None:
+        """Bring CPUAdam's powers of beta to where they were after so many steps.
+
+        It multiplies them up step by step in single precision; after a jump it would take `pow`, which gives other
+        last bits. So the past steps are taken again, of one element that nobody has: half a second for 100,000 of them.
+        """
+        inner: Any = self._inner
+        options = inner.param_groups[0]
+        nobody = [torch.zeros(1) for _ in range(4)]
+        for step in range(1, optimizer_step + 1):
+            inner.ds_opt_adam.adam_update(
+                inner.opt_id, step, 0.0, *options["betas"], options["eps"], 0.0, options["bias_correction"], *nobody
+            )
+
+    def _refresh_low_precision(self) -> None:
+        outer = self._outer
+        if hasattr(outer, "fp32_partitioned_groups_flat"):
+            for index, flat in enumerate(outer.fp32_partitioned_groups_flat):
+                with self._swapped.present(flat):
+                    outer._reassign_or_swap_out_partitioned_parameters(index)
+            outer.checkpoint_event_epilogue()
+        elif outer is not self._inner:
+            outer.update_lp_params()
+
+    def _values(self, owned: _OwnedRange, kind: FragmentKind) -> Tensor:
+        """A view, fp32 [stop - start]; before the first step there are no moments yet: they are zero."""
+        whole = owned.flat.data if kind == "master" else self._inner.state.get(owned.flat, {}).get(kind)
+        length = owned.stop - owned.start
+        return torch.zeros(length) if whole is None else whole.view(-1).narrow(0, owned.offset, length)
+
+    def _owned_by_flat(self) -> list[tuple[nn.Parameter, list[_OwnedRange]]]:
+        """The optimizer's tensors with what this rank owns in each."""
+        pieces: dict[int, list[_OwnedRange]] = {}
+        for owned in self._owned():
+            pieces.setdefault(id(owned.flat), []).append(owned)
+        return [(own[0].flat, own) for own in pieces.values()]
+
+    def _owned(self) -> Iterator[_OwnedRange]:
+        outer = self._outer
+        if hasattr(outer, "fp32_partitioned_groups_flat"):
+            return self._owned_in_stage_3()
+        if hasattr(outer, "single_partition_of_fp32_groups"):
+            return self._owned_in_flat_groups(
+                outer.bit16_groups, outer.bit16_groups_flat, outer.single_partition_of_fp32_groups
+            )
+        if hasattr(outer, "fp32_groups_flat_partition"):
+            return self._owned_in_flat_groups(
+                outer.bf16_groups, outer.bf16_groups_flat, outer.fp32_groups_flat_partition
+            )
+        return self._owned_without_zero()
+
+    def _owned_in_flat_groups(
+        self, groups: list[list[nn.Parameter]], flats: list[Tensor], masters: list[nn.Parameter]
+    ) -> Iterator[_OwnedRange]:
+        """ZeRO 1 and 2: a group's parameters lie in one flat buffer, of which each rank owns an equal part."""
+        for index, (group, flat, master) in enumerate(zip(groups, flats, masters, strict=True)):
+            size = master.numel()
+            first = ds_comm.get_rank(group=self._outer.real_dp_process_group[index]) * size
+            for parameter in group:
+                place = (parameter.data_ptr() - flat.data_ptr()) // parameter.element_size()
+                start, stop = max(place, first), min(place + parameter.numel(), first + size)
+                if start < stop:
+                    name = self._names[id(parameter)]
+                    yield _OwnedRange(name, self._shards[name], start - place, stop - place, master, start - first)
+
+    def _owned_in_stage_3(self) -> Iterator[_OwnedRange]:
+        """ZeRO 3: each parameter is cut into equal parts by itself; the parts of a rank form its sub-groups."""
+        outer = self._outer
+        for name, parameter in self._parameters.items():
+            group, offset, part = outer.grad_position[outer.get_param_id(parameter)]
+            start = outer._get_param_partition_rank(parameter) * part
+            stop = min(start + part, math.prod(self._shards[name].sizes))
+            if start < stop:
+                master = outer.fp32_partitioned_groups_flat[group]
+                yield _OwnedRange(name, self._shards[name], start, stop, master, offset)
+
+    def _owned_without_zero(self) -> Iterator[_OwnedRange]:
+        """ZeRO 0: every rank holds everything."""
+        for name, parameter in self._parameters.items():
+            yield _OwnedRange(name, self._shards[name], 0, parameter.numel(), parameter, 0)

@@ -1,0 +1,153 @@
+"""The pipeline engine: the model's layers spread over stages, under DeepSpeed's PipelineModule and ZeRO 0 or 1.
+
+Shapes: B micro-batch, T sequence, H hidden, V vocabulary. A training step is DeepSpeed's one-forward-one-backward
+schedule over the micro-batches of a global batch. Where nothing is trained, each stage receives hidden states,
+computes and sends on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.schedule import ForwardPass, OptimizerStep, TrainSchedule
+from torch import Tensor
+
+from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
+from megalm.engine.base_engine import EngineBase, padded
+from megalm.engine.distributed import DistributedCommunicator
+from megalm.engine.interface import Accept, StepResult
+from megalm.engine.pipeline_stage import PipelineStage
+from megalm.parallel.process_groups import ParallelGroups
+from megalm.planning.resolve import OptimizerFacts
+
+# By default the ranks of a tensor group would each send a part of the hidden states, taking them for equal: with
+# parallel.sequence they are different slices.
+_SEND_WHOLE = {"pipe_partitioned": False, "grad_partitioned": False}
+
+
+class PipelineEngine(EngineBase):
+    """Trains the stage of this rank together with the others'.
+
+    Args:
+        model: this rank's stage, initialised.
+        settings, optimizer, decay_embeddings: as for `EngineBase`.
+    """
+
+    def __init__(
+        self,
+        model: PipelineStage,
+        settings: dict[str, Any],
+        optimizer: OptimizerFacts,
+        decay_embeddings: bool,
+        comm: DistributedCommunicator,
+        groups: ParallelGroups,
+        device: torch.device,
+    ) -> None:
+        part = model.part_of_model()
+        super().__init__(
+            model, part, settings | {"pipeline": _SEND_WHOLE}, optimizer, decay_embeddings, comm, groups, device
+        )
+        self._model = model
+        self._clock = model.moment.clock
+        self._pipeline = groups.pipeline
+        # Every tensor-parallel rank of the last stage has the same loss: the first one tells it.
+        self._tells_loss = model.is_last and groups.tensor.index == 0
+
+    def train_step(
+        self, batch: GlobalBatch, step: int, learning_rate: float, accept: Accept | None = None
+    ) -> StepResult:
+        model, engine, data = self._model, self._engine, self._data
+        self._set_learning_rate(learning_rate)
+        micro_batches = [self._tensors(micro_batch) for micro_batch in batch.micro_batches]
+        # DeepSpeed averages over micro-batches and ranks; the loss is a mean over the targets of the *global* batch.
+        model.loss_factor = len(micro_batches) * data.size / batch.target_count
+        model.loss_sum = 0.0
+        loss, norm = math.nan, self._state.gradient_norm
+
+        def before_forward(index: int) -> None:
+            _, labels, documents = micro_batches[index]
+            self._clock.step, self._clock.micro_batch = step, index * data.size + data.index
+            model.moment.enter(documents, labels)
+
+        def before_update() -> None:
+            nonlocal loss, norm
+            loss, norm = self._loss_sum() / batch.target_count, self._norm_source()
+            self._gate.open(loss, norm, accept)
+
+        engine._train_schedule = lambda: _Schedule(engine, before_forward, before_update)
+        engine.train_batch(iter([(tokens, labels) for tokens, labels, _ in micro_batches]))
+        return self._end_of_step(loss, norm)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
+        self._model.eval()
+        self._model.loss_sum = 0.0
+        for micro_batch in micro_batches:
+            tokens, labels, documents = self._tensors(micro_batch)
+            self._model.moment.enter(documents, labels)
+            self._forward(tokens)
+        return self._loss_sum()
+
+    @torch.no_grad()
+    def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        self._model.eval()
+        tokens = padded(tokens, self._model.slices)
+        self._model.moment.enter(None, positions=torch.from_numpy(positions).to(self._device))
+        with torch.compiler.set_stance("force_eager"):  # texts grow: each length would be compiled anew
+            last = self._forward(torch.from_numpy(tokens).to(self._device))
+        logits = torch.empty(len(tokens), self._model.vocab_size, device=self._device) if last is None else last.float()
+        dist.broadcast(logits, src=self._pipeline.ranks[-1], group=self._pipeline.process_group)
+        return logits.cpu().numpy()
+
+    def _forward(self, tokens: Tensor) -> Tensor | None:
+        """One forward pass of tokens [B, T] through all stages: the output on the last one, None elsewhere."""
+        output = self._model(tokens if self._model.is_first else self._receive(*tokens.shape))
+        if self._model.is_last:
+            return output
+        dist.send(output.contiguous(), dst=self._pipeline.ranks[self._pipeline.index + 1])
+        return None
+
+    def _receive(self, sequences: int, length: int) -> Tensor:
+        """The previous stage's hidden states, of whose sequence this rank may hold a slice."""
+        size = (sequences, length // self._model.slices, self._model.hidden_size)
+        hidden = torch.empty(size, dtype=next(self._model.parameters()).dtype, device=self._device)
+        dist.recv(hidden, src=self._pipeline.ranks[self._pipeline.index - 1])
+        return hidden
+
+    def _tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens, labels and documents; every stage has read them itself."""
+
+        def to_device(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+        documents = None if batch.documents is None else to_device(batch.documents)
+        return to_device(batch.tokens), to_device(batch.labels), documents
+
+    def _loss_sum(self) -> float:
+        """The last stages' losses, added up over all pipelines in fp64: the value does not depend on their number."""
+        return self._comm.sum([float(self._model.loss_sum) if self._tells_loss else 0.0])[0]
+
+
+class _Schedule(TrainSchedule):
+    """DeepSpeed's schedule, which tells before it comes to a forward pass and to the update."""
+
+    def __init__(self, engine: Any, before_forward: Callable[[int], None], before_update: Callable[[], None]) -> None:
+        super().__init__(engine.micro_batches, engine.num_stages, engine.stage_id)
+        self._before_forward, self._before_update = before_forward, before_update
+
+    def steps(self) -> Iterator[list[Any]]:
+        forwards = itertools.count()  # a stage takes micro-batches in their order
+        for commands in super().steps():
+            if any(isinstance(command, ForwardPass) for command in commands):
+                self._before_forward(next(forwards))
+            update = [command for command in commands if isinstance(command, OptimizerStep)]
+            yield [command for command in commands if command not in update]
+            if update:
+                self._before_update()
+                yield update

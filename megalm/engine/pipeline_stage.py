@@ -1,0 +1,251 @@
+"""The part of the model on this rank, as layers of DeepSpeed's PipelineModule.
+
+Shapes: B micro-batch, T sequence, H hidden.
+
+Only hidden states travel between stages: every rank of a pipeline has read the batch itself, so that labels and
+document numbers come from the `Moment`, which the engine moves before each forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megalm.engine.deepspeed_patches import prints_to_log
+from megalm.model.attention_mask import DocumentMask, document_mask
+from megalm.model.modules import DropoutClock
+from megalm.model.param_shard import annotate_shard, shard_of
+from megalm.model.transformer import LanguageModelHead, StageBuilder
+from megalm.topology import Topology
+
+_TIED = "tokens"
+
+
+@dataclass
+class MicroBatchContext:
+    """What a stage's layers have to know of the micro-batch at hand beside its hidden states.
+
+    Args:
+        clock: of the dropout layers.
+        documents: [B, T] document numbers; None: a sample is one document.
+        mask: made of them, once for all blocks of the stage.
+        labels: [B, T], for the loss; None: logits are wanted.
+        positions: [B], the place of each sequence whose logits are wanted.
+    """
+
+    clock: DropoutClock
+    documents: Tensor | None = field(default=None, init=False)
+    mask: DocumentMask | None = field(default=None, init=False)
+    labels: Tensor | None = field(default=None, init=False)
+    positions: Tensor | None = field(default=None, init=False)
+
+    def enter(self, documents: Tensor | None, labels: Tensor | None = None, positions: Tensor | None = None) -> None:
+        """Before each forward pass."""
+        self.documents, self.labels, self.positions = documents, labels, positions
+        self.mask = None if documents is None else document_mask(documents)
+
+
+class EmbeddingLayer(nn.Module):
+    """[B, T] tokens, or with a tied table their embeddings [B, T, H] -> [B, T, H]."""
+
+    def __init__(self, build: StageBuilder, moment: MicroBatchContext, own_table: bool) -> None:
+        super().__init__()
+        self.embedding = build.embedding(own_table)
+        self._moment = moment
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.embedding(tokens, self._moment.documents)
+
+
+class TokenTable(nn.Module):
+    """The tied weight and nothing else: whatever stands beside it would be taken for shared, too."""
+
+    def __init__(self, build: StageBuilder) -> None:
+        super().__init__()
+        self.tokens = build.token_table()
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, H]
+        return self.tokens(tokens)
+
+
+class BlockLayer(nn.Module):
+    """A block, recomputed in the backward pass if asked for.
+
+    Other micro-batches have gone forward by then: the recomputation sees the clock of its own one, so that it draws
+    the masks of its dropout again.
+    """
+
+    def __init__(self, build: StageBuilder, moment: MicroBatchContext, index: int, recomputed: bool) -> None:
+        super().__init__()
+        self.index = index
+        self.block = build.block(index)
+        self._moment = moment
+        self._recomputed = recomputed
+
+    def forward(self, hidden: Tensor) -> Tensor:  # [B, T, H] -> [B, T, H]
+        mask = self._moment.mask
+        if not (self._recomputed and self.training):
+            return self.block(hidden, mask)
+        clock = self._moment.clock
+        micro_batch = clock.micro_batch
+
+        def run(hidden: Tensor) -> Tensor:
+            with _at(clock, micro_batch):
+                return self.block(hidden, mask)
+
+        # Our dropout draws from seeds of its place, so the generators' states need not be kept.
+        return checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
+
+
+class NormLayer(nn.Module):
+    """[B, T, H] -> [B, T, H]"""
+
+    def __init__(self, build: StageBuilder) -> None:
+        super().__init__()
+        self.norm = build.final_norm()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(hidden)
+
+
+class HeadLayer(nn.Module):
+    """Holds an untied head; hidden states pass on to the output, which asks it."""
+
+    def __init__(self, build: StageBuilder) -> None:
+        super().__init__()
+        self.head = build.head(None)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+class PipelineStage(PipelineModule):
+    """This rank's layers, built here and nowhere else.
+
+    Args:
+        build: the model's stages, in the order of `LanguageModel`.
+        moment: shared with the engine.
+        topology: pipeline outermost, then data, then tensor: DeepSpeed's order, too.
+        blocks: how many blocks each stage holds.
+        recompute_every: recompute every n-th block of the model in the backward pass; 0: none.
+
+    Its initial weights are still to be filled in, by canonical name.
+
+    Attributes:
+        loss_factor: what the loss of a micro-batch is multiplied with before it is returned.
+        loss_sum: losses of micro-batches in nats, added up since it was set to zero; of the last stage.
+    """
+
+    def __init__(
+        self,
+        build: StageBuilder,
+        moment: MicroBatchContext,
+        topology: Topology,
+        blocks: tuple[int, ...],
+        recompute_every: int,
+    ) -> None:
+        tied = build.shape.tie_word_embeddings
+        layers: list[Any] = [LayerSpec(EmbeddingLayer, build, moment, not tied)]
+        if tied:
+            layers.insert(0, TiedLayerSpec(_TIED, TokenTable, build, tied_weight_attr="tokens.weight"))
+        first = len(layers)
+        for index in range(sum(blocks)):
+            recomputed = recompute_every > 0 and index % recompute_every == 0
+            layers.append(LayerSpec(BlockLayer, build, moment, index, recomputed))
+        layers.append(LayerSpec(NormLayer, build))
+        layers.append(
+            TiedLayerSpec(_TIED, TokenTable, build, forward_fn=_pass_on, tied_weight_attr="tokens.weight")
+            if tied
+            else LayerSpec(HeadLayer, build)
+        )
+        # A layer and no `loss_fn`: DeepSpeed's bf16 optimizer clears gradients when the backward pass comes to what
+        # the module returned, and would clear those that the head has got by then.
+        layers.append(self._output)
+        # Read by _partition_layers, which the base class calls while it is made.
+        self._bounds = [0, *(first + sum(blocks[: stage + 1]) for stage in range(len(blocks) - 1)), len(layers)]
+        grid = PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
+        with prints_to_log(), torch.no_grad():  # it broadcasts the tied weight, which autograd would take for maths
+            super().__init__(layers=layers, topology=grid)
+        self._tied = tied
+        self.moment = moment
+        self.loss_factor = 1.0
+        self.loss_sum: Tensor | float = 0.0
+        self.vocab_size, self.hidden_size, self.slices = build.shape.vocab_size, build.shape.hidden_size, build.slices
+        self.is_first, self.is_last = self.stage_id == 0, self.stage_id == self.num_stages - 1
+        if tied and not self.is_first:
+            for table in self.tied_modules.parameters():  # the first stage speaks for the shared weight
+                annotate_shard(table, replace(shard_of(table), is_owner=False))
+        # In a list, so that it is not registered: its weight belongs to a layer already, under one name.
+        self._heads = [self._make_head(build)] if self.is_last else []
+
+    def compile_blocks(self) -> None:
+        for layer in self.forward_funcs:
+            if isinstance(layer, BlockLayer):
+                layer.block.compile(dynamic=False)
+
+    def part_of_model(self) -> nn.Module:
+        """This rank's modules at their places in `LanguageModel`: `named_parameters` tells canonical names."""
+        part = nn.Module()
+        if self.tied_modules:
+            _place(part, "embedding.tokens", self.tied_modules[_TIED].tokens)
+        for layer in self.forward_funcs:
+            if isinstance(layer, EmbeddingLayer):
+                for name, module in layer.embedding.named_children():
+                    _place(part, f"embedding.{name}", module)
+            elif isinstance(layer, BlockLayer):
+                _place(part, f"layers.{layer.index}", layer.block)
+            elif isinstance(layer, NormLayer):
+                _place(part, "final_norm", layer.norm)
+            elif isinstance(layer, HeadLayer):
+                _place(part, "head", layer.head)
+        return part
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self._bounds
+        self._set_bounds(self._bounds[self.stage_id], self._bounds[self.stage_id + 1])
+
+    def _output(self, hidden: Tensor) -> Tensor:
+        """The last layer: the loss times its factor, or logits where there are no labels."""
+        (head,) = self._heads
+        moment = self.moment
+        if moment.labels is None:
+            return head(hidden, positions=moment.positions)
+        loss, _ = head(hidden, moment.labels)
+        self.loss_sum = self.loss_sum + loss.detach()
+        return loss * self.loss_factor
+
+    def _make_head(self, build: StageBuilder) -> LanguageModelHead:
+        if self._tied:
+            return build.head(self.tied_modules[_TIED].tokens)
+        (layer,) = (layer for layer in self.forward_funcs if isinstance(layer, HeadLayer))
+        return layer.head
+
+
+@contextmanager
+def _at(clock: DropoutClock, micro_batch: int) -> Iterator[None]:
+    now, clock.micro_batch = clock.micro_batch, micro_batch
+    try:
+        yield
+    finally:
+        clock.micro_batch = now
+
+
+def _pass_on(table: nn.Module, hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, last = path.split(".")
+    for name in parents:
+        if not hasattr(root, name):
+            root.add_module(name, nn.Module())
+        root = getattr(root, name)
+    root.add_module(last, module)

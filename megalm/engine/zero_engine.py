@@ -1,0 +1,109 @@
+"""The data-parallel engine: a model under DeepSpeed's ZeRO stage 0 to 3.
+
+Shapes: B micro-batch, T sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.utils import set_z3_leaf_modules
+from torch import Tensor
+
+from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
+from megalm.engine.base_engine import EngineBase, ModelParallelUnit, padded
+from megalm.engine.distributed import DistributedCommunicator
+from megalm.engine.interface import Accept, StepResult
+from megalm.model.modules import DropoutClock
+from megalm.model.transformer import Block, LanguageModel
+from megalm.parallel.process_groups import ParallelGroups
+from megalm.planning.resolve import OptimizerFacts
+
+
+class ZeroEngine(EngineBase):
+    """Trains `model` as `settings`, the resolved DeepSpeed JSON, says.
+
+    Args:
+        model: an initialised model on `device`, fp32; its parameters' names are canonical.
+        clock: the clock of the model's dropout layers.
+        settings: what `deepspeed.initialize` takes: batch triple, precision, ZeRO, clipping; no optimizer.
+        optimizer: the optimizer's numbers.
+        decay_embeddings: whether weight decay applies to embedding tables.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        clock: DropoutClock,
+        settings: dict[str, Any],
+        optimizer: OptimizerFacts,
+        decay_embeddings: bool,
+        comm: DistributedCommunicator,
+        groups: ParallelGroups,
+        device: torch.device,
+    ) -> None:
+        stage = int(settings["zero_optimization"]["stage"])
+        if stage == 3:
+            # A block is gathered as a whole, not layer by layer: fewer messages, and no hook of DeepSpeed's inside
+            # what may be compiled.
+            set_z3_leaf_modules(model, [Block])
+        unit = ModelParallelUnit(groups)
+        super().__init__(model, model, settings, optimizer, decay_embeddings, comm, groups, device, unit)
+        self._clock = clock
+        self._slices = model.slices
+        # Every rank of a tensor group has the same loss: the first one tells it.
+        self._tells_loss = groups.tensor.index == 0
+
+    def train_step(
+        self, batch: GlobalBatch, step: int, learning_rate: float, accept: Accept | None = None
+    ) -> StepResult:
+        engine = self._engine
+        engine.train()
+        self._state.let_go()
+        self._set_learning_rate(learning_rate)
+        total = torch.zeros((), device=self._device)
+        # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
+        scale = self._data.size / batch.target_count
+        loss, norm = 0.0, self._state.gradient_norm
+        last = len(batch.micro_batches) - 1
+        for index, micro_batch in enumerate(batch.micro_batches):
+            self._clock.step, self._clock.micro_batch = step, index * self._data.size + self._data.index
+            loss_sum, _ = engine(*self._tensors(micro_batch))
+            engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            total += loss_sum.detach()
+            if index == last:
+                loss, norm = self._sum(total) / batch.target_count, self._norm_source()
+                self._gate.open(loss, norm, accept)
+            engine.step()
+        return self._end_of_step(loss, norm)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
+        self._engine.eval()
+        total = torch.zeros((), device=self._device)
+        for micro_batch in micro_batches:
+            loss_sum, _ = self._engine(*self._tensors(micro_batch))
+            total += loss_sum
+        return self._sum(total)
+
+    @torch.no_grad()
+    def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        self._engine.eval()
+        tokens = padded(tokens, self._slices)
+        places = torch.from_numpy(tokens).to(self._device), torch.from_numpy(positions).to(self._device)
+        with torch.compiler.set_stance("force_eager"):  # texts grow: each length would be compiled anew
+            logits = self._engine(places[0], positions=places[1])
+        return logits.float().cpu().numpy()
+
+    def _tensors(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
+        arrays = (batch.tokens, batch.labels, batch.documents)
+        return tuple(
+            None if array is None else torch.from_numpy(array).to(self._device, non_blocking=True) for array in arrays
+        )
+
+    def _sum(self, local: Tensor) -> float:
+        """Sum over data-parallel ranks, in fp64, so that the value does not depend on their number."""
+        return self._comm.sum([float(local) if self._tells_loss else 0.0])[0]

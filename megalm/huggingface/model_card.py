@@ -1,0 +1,246 @@
+"""README.md of an exported model: what its checkpoint and its run folder know, and nothing else.
+
+A fact that neither of them holds is left out. Of paths only the last part is told: a published card is no place for
+the folders of a machine.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megalm.errors import DataError
+from megalm.huggingface.config_json import family_of
+from megalm.huggingface.export_tokenizer import SENTENCEPIECE, ExportedTokenizer
+from megalm.model.model_config import ModelConfig
+from megalm.runs.metrics_log import METRICS_FILE, Row, live_rows, read_metrics
+from megalm.runs.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, read_mapping
+from megalm.train.resume.training_progress import data_segments, schedule_segments
+from megalm.utils.atomic_files import read_json
+
+# What a run's log says of its only dataset (train/run_summary.py): the part that is trained on.
+_TRAINED_ON = re.compile(r"  data +(?P<name>\S.*): [\d.,]+ epochs of (?P<tokens>[\d,]+) tokens$", re.MULTILINE)
+_LARGEST_EXPONENT = 700.0  # beyond that a float overflows
+_LICENSE = "# license: to be chosen by whoever publishes this model, e.g. apache-2.0; none is implied"
+
+Fact = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card is made of.
+
+    Attributes:
+        name: of the model.
+        checkpoint: its folder; the run's is the one above `checkpoints`.
+        dtype: of the stored weights, for people.
+    """
+
+    name: str
+    checkpoint: Path
+    manifest: Mapping[str, Any]
+    shape: ModelConfig
+    dtype: str
+    tokenizer: ExportedTokenizer
+
+    def text(self) -> str:
+        parts = [
+            f"---\n{self._front_matter()}---\n",
+            f"# {self.name}\n",
+            f"A language model of {self.shape.parameter_count():,} parameters, pretrained with megalm. It continues "
+            "text; it was not tuned to follow instructions.\n",
+            *self._section("Model", self._model()),
+            *self._section("Trained on", self._trained_on()),
+            *self._section("Validation", self._validation()),
+            *self._section("Settings", self._settings()),
+            self._use(),
+            "## Limits\n\n" + "\n".join(f"- {limit}" for limit in self._limits()) + "\n",
+        ]
+        return "\n".join(parts)
+
+    @property
+    def _run(self) -> Path:
+        return self.checkpoint.parent.parent
+
+    @property
+    def _metrics(self) -> Path | None:
+        """The run's, where the checkpoint lies in its own run folder."""
+        path = self._run / METRICS_FILE
+        return path if path.is_file() and self.manifest.get("run") == self._run.name else None
+
+    def _front_matter(self) -> str:
+        tags = ["megalm", "pretrained", family_of(self.shape)]
+        content = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+        return yaml.safe_dump(content, sort_keys=False) + _LICENSE + "\n"
+
+    @staticmethod
+    def _section(title: str, facts: Iterator[Fact]) -> list[str]:
+        rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts]
+        return [f"## {title}\n", "| | |\n|---|---|\n" + "\n".join(rows) + "\n"] if rows else []
+
+    def _model(self) -> Iterator[Fact]:
+        shape = self.shape
+        yield "parameters", f"{shape.parameter_count():,}, stored in {self.dtype}"
+        yield "layers x hidden size", f"{shape.num_hidden_layers} x {shape.hidden_size:,}"
+        groups = shape.num_key_value_heads
+        shared = f", {groups} of keys and values" if groups != shape.num_attention_heads else ""
+        yield "attention heads", f"{shape.num_attention_heads} of {shape.head_dim}{shared}"
+        yield "inner size", f"{shape.intermediate_size:,}"
+        yield "vocabulary", f"{shape.vocab_size:,}, {'tied' if shape.tie_word_embeddings else 'input and output apart'}"
+        yield "positions", f"{shape.max_position_embeddings:,}"
+
+    def _trained_on(self) -> Iterator[Fact]:
+        manifest = self.manifest
+        if source := manifest.get("imported_from"):
+            yield "begins with", f"the weights of {source}, not trained further"
+            return
+        if origin := self._origin():
+            yield "begins with", origin
+        name, whole = self._dataset()
+        if name:
+            yield "dataset", name
+        tokens = manifest.get("tokens")
+        if tokens:
+            yield "tokens", f"{tokens:,} in {manifest['step']:,} steps"
+        if tokens and whole:
+            yield "epochs", f"{tokens / whole:.2f} of {whole:,} tokens"
+        if tokens:
+            yield "tokens a parameter", f"{tokens / self.shape.parameter_count():.2f}"
+
+    def _origin(self) -> str | None:
+        """The run whose weights this one started with, where it started with any."""
+        rows = read_metrics(self._metrics) if self._metrics is not None else ()
+        first = next((row for row in rows if row.get("event") == "start"), {})
+        path = Path(first["path"]) if first.get("path") else None
+        return None if path is None else f"the weights of {path.parent.parent.name}, {path.name}"
+
+    def _dataset(self) -> tuple[str | None, int | None]:
+        """What config.yaml says, and the tokens that are trained on where the log tells of one dataset throughout."""
+        data = read_mapping(self.checkpoint / CONFIG_FILE).get("data")
+        stated = data if isinstance(data, dict) else {}
+        train, stages = stated.get("train"), stated.get("stages") or []
+        name = stated.get("recipe") if train is None else _mixture(train)
+        for stage in stages:
+            name = f"{name}; from step {stage['from_step']:,} {_mixture(stage['blend'])}"
+        segments = data_segments(self.manifest) if "data_position" in self.manifest else []
+        orders = [segment for segment in segments if segment.begins == "anew"]
+        if len(orders) > 1:
+            return f"{name} (the last of {len(orders)} orders or datasets)", None
+        if stages or isinstance(train, list):
+            return name, None
+        log = self._run / "log.txt"
+        told = _TRAINED_ON.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
+        sizes = {int(tokens.replace(",", "")) for _, tokens in told}
+        return name, sizes.pop() if len(sizes) == 1 == len(orders) else None
+
+    def _validation(self) -> Iterator[Fact]:
+        rows = self._evaluations()
+        for row in rows:
+            words = [_loss(row["loss"])]
+            if row.get("bits_per_byte") is not None:
+                words.append(f"{row['bits_per_byte']:.3f} bits per byte")
+            over = f" ({row['targets']:,} tokens)" if row.get("targets") else ""
+            yield str(row.get("dataset", "validation")), ", ".join(words) + over
+        for prefix in ("whole_", "") if not rows else ():
+            loss, count = (self.manifest.get(f"{prefix}validation_{key}") for key in ("loss", "tokens"))
+            if loss is not None:
+                tokens = f" ({count:,} tokens)" if count else ""
+                yield "validation", f"{_loss(loss)}{tokens}"
+                return
+
+    def _evaluations(self) -> list[Row]:
+        """The validations of this very step, the last over each dataset, in metrics.jsonl of the run."""
+        if self._metrics is None:
+            return []
+        step, attempt = self.manifest["step"], self.manifest.get("attempt")
+        rows = [row for row in live_rows(read_metrics(self._metrics)) if row["kind"] == "eval" and row["step"] == step]
+        of_it = [row for row in rows if row.get("attempt") == attempt and isinstance(row.get("loss"), float)]
+        return list({row.get("dataset"): row for row in of_it if math.isfinite(row["loss"])}.values())
+
+    def _settings(self) -> Iterator[Fact]:
+        manifest = self.manifest
+        for segment in schedule_segments(manifest) if "schedule" in manifest else ():
+            yield "learning rate", str(segment)
+        if "data_position" in manifest:
+            last = data_segments(manifest)[-1]
+            yield "batch", f"{last.global_batch} sequences of {last.sequence_length:,} tokens"
+        if optimizer := _optimizer(self.checkpoint / "deepspeed.json"):
+            yield "optimizer", optimizer
+        if topology := manifest.get("topology"):
+            yield "precision", f"{topology['precision']}, fp32 masters; ZeRO stage {topology['zero_stage']}"
+            grid = f"{topology['data']} data x {topology['tensor']} tensor x {topology['pipeline']} pipeline"
+            yield "ranks", f"{topology['world_size']} ({grid})"
+        if manifest.get("data", {}).get("data.document_mask"):
+            yield "documents", "kept from attending to each other in training"
+        environment = read_mapping(self._run / ENVIRONMENT_FILE) if manifest.get("run") == self._run.name else {}
+        packages = environment.get("packages") or {}
+        told = [f"{name} {packages[name]}" for name in ("megalm", "deepspeed", "torch") if packages.get(name)]
+        if told:
+            yield "versions", ", ".join(told)
+        seed = manifest.get("data", {}).get("train.seed")
+        if seed is not None:
+            yield "seed", str(seed)
+        if created := manifest.get("created"):
+            yield "checkpoint", f"step {manifest['step']:,} of {manifest.get('run')}, {created}"
+        if manifest["status"] != "good":
+            yield "marked", f"{manifest['status']}: {manifest.get('status_reason')}"
+
+    def _use(self) -> str:
+        load = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
+            'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
+            'inputs = tokenizer("Once", return_tensors="pt")\n'
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n"
+        )
+        if not self.tokenizer.is_there:
+            load = (
+                "import sentencepiece\nimport torch\nfrom transformers import AutoModelForCausalLM\n\n"
+                f'tokenizer = sentencepiece.SentencePieceProcessor(model_file="PATH/{SENTENCEPIECE}")\n'
+                'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
+                'ids = torch.tensor([tokenizer.encode("Once")])\n'
+                "print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0].tolist()))\n"
+            )
+        return f"## Use\n\n`PATH` is this folder.\n\n```python\n{load}```\n"
+
+    def _limits(self) -> Iterator[str]:
+        yield f"It takes {self.shape.max_position_embeddings:,} tokens at most."
+        yield "No beginning-of-sequence token was used in training; a document ends with the end-of-sequence token."
+        yield f"Tokenizer: {self.tokenizer.note}."
+        yield "A licence must be chosen before it is published; the texts that it was trained on have theirs."
+
+
+def _mixture(train: str | list[dict[str, Any]]) -> str:
+    """Names of datasets, as a configuration states them, and their weights."""
+    if isinstance(train, str):
+        return Path(train).name
+    return ", ".join(f"{Path(part['prefix']).name} (weight {part['weight']:g})" for part in train)
+
+
+def _optimizer(path: Path) -> str | None:
+    """Of a DeepSpeed JSON: its type, its numbers, the clipping."""
+    try:
+        content = read_json(path)
+    except DataError:
+        return None
+    section = content.get("optimizer") or {}
+    if "type" not in section:
+        return None
+    numbers = [f"{name} {value}" for name, value in (section.get("params") or {}).items()]
+    clipping = content.get("gradient_clipping")
+    return ", ".join([section["type"], *numbers, *([f"clipped at norm {clipping:g}"] if clipping else [])])
+
+
+def _loss(nats: float) -> str:
+    return f"loss {nats:.4f} nats a token, perplexity {math.exp(min(nats, _LARGEST_EXPONENT)):,.2f}"
+
+
+def _cell(text: str) -> str:
+    """Of a Markdown table: one line, no column of its own."""
+    return " ".join(text.split()).replace("|", "\\|")

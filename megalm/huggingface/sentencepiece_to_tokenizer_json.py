@@ -1,0 +1,148 @@
+"""A SentencePiece model as a `tokenizer.json` that gives the same ids, or the reason why there is none.
+
+SentencePiece writes a space as U+2581 and reads that character as a space too; megalm encodes the character by its
+bytes. So the pieces stand here with plain spaces: nothing is replaced, and U+2581 has no piece but its bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from megalm.data.tokenizers.sentencepiece_tokenizer import SPACE
+
+_UNIGRAM, _BPE = 1, 2
+_FLOAT32_ROUNDING = 2.0**-24  # at most so much of a sum's size is lost by each addition
+
+
+class NoEquivalentError(Exception):
+    """The tokenizers library cannot give the same ids; its text says why."""
+
+
+class SentencePieceModel:
+    """A `.model` file, and how the tokenizers library says it."""
+
+    def __init__(self, path: str | Path) -> None:
+        model = sentencepiece_model_pb2.ModelProto.FromString(Path(path).read_bytes())
+        self._model = model
+        self._pieces: list[Any] = list(model.pieces)
+        self._names = [piece.piece.replace(SPACE, " ") for piece in self._pieces]
+        self._normal = {
+            name: piece.score
+            for name, piece in zip(self._names, self._pieces, strict=True)
+            if piece.type == piece.NORMAL
+        }
+        self._user = [name for name, piece in self._each() if piece.type == piece.USER_DEFINED]
+        trained = model.trainer_spec
+        self.is_unigram = trained.model_type == _UNIGRAM
+        self.unknown = next((name for name, piece in self._each() if piece.type == piece.UNKNOWN), None)
+        self.bos = self._control(trained.bos_piece, trained.bos_id)
+        self.pad = self._control(trained.pad_piece, trained.pad_id) or self._control("<pad>", 0)
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """The same tokenizer of the other library.
+
+        Raises:
+            NoEquivalentError: it would give other ids.
+        """
+        self._refuse_what_differs()
+        made = tokenizers.Tokenizer(self._unigram() if self.is_unigram else self._bpe())
+        apart = self._characters_apart() if self.is_unigram else ""
+        if apart:
+            pattern = tokenizers.Regex(f"[{re.escape(apart)}]")
+            made.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
+        made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        special = [name for name, piece in self._each() if piece.type in (piece.CONTROL, piece.UNKNOWN)]
+        made.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+        return made
+
+    def are_equally_likely(self, one: Sequence[int], other: Sequence[int]) -> bool:
+        """Whether two rows of ids have the same sum of scores, as far as 32-bit floats can tell.
+
+        SentencePiece adds in 32 bits, the tokenizers library in 64: of two ways to cut a text that are as likely,
+        either may take either.
+        """
+        if not self.is_unigram:
+            return False
+        sums = [math.fsum(self._pieces[token].score for token in row) for row in (one, other)]
+        size = max(map(abs, sums))
+        return abs(sums[0] - sums[1]) <= 2 * _FLOAT32_ROUNDING * size * max(len(one), len(other))
+
+    def _refuse_what_differs(self) -> None:
+        trained, normalizer = self._model.trainer_spec, self._model.normalizer_spec
+        bytes_known = sum(piece.type == piece.BYTE for piece in self._pieces)
+        characters = set("".join(self._normal))
+        known = {name for name in (*self._normal, *self._user) if len(name) == 1}
+        reasons = {
+            "it is neither a unigram nor a BPE model": trained.model_type not in (_UNIGRAM, _BPE),
+            "it changes the text first (a normaliser, an added space or whitespace taken away)": bool(
+                normalizer.precompiled_charsmap
+                or normalizer.add_dummy_prefix
+                or normalizer.remove_extra_whitespaces
+                or self._model.denormalizer_spec.precompiled_charsmap
+            ),
+            "what it has no piece for does not fall back to bytes": bytes_known != 256 or not trained.byte_fallback,
+            "a piece has a character that is no piece by itself": not characters <= known,
+            "two pieces differ in a space and U+2581 only": len(set(self._names)) != len(self._names),
+            "user-defined pieces of several characters, or parts of other pieces": any(
+                len(name) > 1 or name in characters for name in self._user
+            ),
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise NoEquivalentError(reason)
+
+    def _unigram(self) -> models.Unigram:
+        highest, lowest = max(self._normal.values()), min(self._normal.values())
+        longest = max(map(len, self._names))
+        # No text is cut into these: whatever the characters of their names cost apart, they cost more.
+        never = (longest + 1) * min(lowest, 0.0) - 100.0
+
+        def score(piece: Any) -> float:
+            if piece.type == piece.NORMAL:
+                return float(piece.score)
+            # A user-defined piece is one character here, which nothing else has: it is taken at any price.
+            return highest if piece.type == piece.USER_DEFINED else never
+
+        vocabulary = [(name, score(piece)) for name, piece in self._each()]
+        unknown = self._names.index(self.unknown) if self.unknown is not None else None
+        return models.Unigram(vocabulary, unk_id=unknown, byte_fallback=True)
+
+    def _characters_apart(self) -> str:
+        """Characters without a piece in the names of pieces that no text may be cut into.
+
+        Such a character costs more than any piece, so the other library would take the whole name; set apart, it
+        cannot. No other piece has it, so nothing else changes.
+        """
+        other = "".join(name for name, piece in self._each() if piece.type not in (piece.NORMAL, piece.USER_DEFINED))
+        return "".join(sorted(set(other) - set("".join((*self._normal, *self._user)))))
+
+    def _bpe(self) -> models.BPE:
+        """Merges in the order of what they make: every way to put a piece together from two others."""
+        places = {name: place for place, name in enumerate(self._names)}
+        merges = [
+            (-score, places[name[:cut]], name[:cut], name[cut:])
+            for name, score in self._normal.items()
+            for cut in range(1, len(name))
+            if name[:cut] in self._normal and name[cut:] in self._normal
+        ]
+        return models.BPE(
+            vocab=places,
+            merges=[(left, right) for *_, left, right in sorted(merges)],
+            unk_token=self.unknown,
+            byte_fallback=True,
+        )
+
+    def _each(self) -> Iterator[tuple[str, Any]]:
+        return zip(self._names, self._pieces, strict=True)
+
+    def _control(self, name: str, number: int) -> str | None:
+        known = any(piece.piece == name and piece.type == piece.CONTROL for piece in self._pieces)
+        return name if number >= 0 and known else None

@@ -1,0 +1,138 @@
+"""Normalisation over the last dimension. Statistics are taken in fp32 whatever the weights' type."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megalm.model.model_config import ModelConfig
+
+# Learned position embeddings, which start again with each document under a mask. Shapes: B batch, T sequence.
+
+
+class PositionEmbedding(nn.Embedding):
+    """A table [max positions, H], looked up by position and not by token."""
+
+    def forward(self, length: int, documents: Tensor | None) -> Tensor:  # type: ignore[override]
+        """Embeddings [T, H] of positions 0..T-1, or [B, T, H] counted in each of `documents` [B, T]."""
+        return super().forward(position_ids(length, documents, self.weight.device))
+
+
+def position_ids(length: int, documents: Tensor | None, device: torch.device) -> Tensor:
+    """Positions [T], or [B, T] counted from the start of each document."""
+    steps = torch.arange(length, device=device)
+    if documents is None:
+        return steps
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return steps - torch.where(starts, steps, 0).cummax(dim=1).values
+
+
+# Rotary position embeddings (Su et al., 2021), in the half-split layout of Hugging Face's Llama.
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates pairs (i, i + D/2) of each head by angles position x theta^(-2i/D).
+
+    The tables are shared by all layers and are not parameters: they are in no state dict.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+
+    def __init__(self, head_dim: int, max_positions: int, theta: float) -> None:
+        super().__init__()
+        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles = torch.arange(max_positions, dtype=torch.float64).unsqueeze(1) * frequencies  # [P, D/2]
+        self.register_buffer("cosine", angles.cos().float(), persistent=False)
+        self.register_buffer("sine", angles.sin().float(), persistent=False)
+
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """[B, T, N, D] -> the same, rotated by its position in T, which counts from `start`."""
+        end = start + x.shape[1]
+        cosine = self.cosine[start:end].to(x.dtype).unsqueeze(1)  # [T, 1, D/2]
+        sine = self.sine[start:end].to(x.dtype).unsqueeze(1)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+# What stays out of compiled graphs, said without loading the compiler.
+
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+
+
+def uncompiled(function: AnyFunction) -> AnyFunction:
+    """`torch.compiler.disable`, but that loads the compiler where it decorates: a second, wherever a model is used.
+
+    What torch's own optimizers are decorated with does so at the first call, and only there.
+    """
+    lazily: Callable[[AnyFunction], AnyFunction] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+    return lazily(function)
+
+
+# Dropout whose mask is a function of where and when it is drawn, never of what was drawn before.
+#
+# The seed comes from (run seed, step, micro-batch, layer, site). So a resumed run draws the same masks, and
+# recomputing a block in the backward pass draws its own mask again.
+
+
+@dataclass
+class DropoutClock:
+    """The moving part of every seed. The engine sets it before each micro-batch; modules only read it."""
+
+    seed: int
+    step: int = 0
+    micro_batch: int = 0
+
+    def seed_at(self, place: str) -> int:
+        """A 63-bit seed for `place` at this step and micro-batch."""
+        text = f"{self.seed}/{self.step}/{self.micro_batch}/{place}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Dropout(nn.Module):
+    """Zeroes each element with probability `rate` in training and scales the rest by 1 / (1 - rate)."""
+
+    def __init__(self, rate: float, clock: DropoutClock, place: str) -> None:
+        super().__init__()
+        self.rate = rate
+        self.clock = clock
+        self.place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        return x * self._keep(x) * (1.0 / (1.0 - self.rate))
+
+    @uncompiled  # compiled, each new seed would be a constant, and each step would be compiled anew
+    def _keep(self, x: Tensor) -> Tensor:
+        generator = torch.Generator(device=x.device).manual_seed(self.clock.seed_at(self.place))
+        return torch.rand(x.shape, generator=generator, device=x.device) >= self.rate
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}, place={self.place!r}"
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, without a mean and without a bias (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., size] -> [..., size]
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+
+
+def norm(shape: ModelConfig) -> nn.Module:
+    """The norm of a style: LayerNorm with bias for gpt2, RMSNorm for llama."""
+    if shape.style == "gpt2":
+        return nn.LayerNorm(shape.hidden_size, eps=shape.norm_epsilon)
+    return RMSNorm(shape.hidden_size, shape.norm_epsilon)

@@ -1,0 +1,220 @@
+"""The tensor-parallel layer factory: the model's layers with their weights divided over the ranks of a group.
+
+Column layers hold a part of the output features (whole heads), row layers a part of the input features, so a block
+talks twice: its attention and its MLP each take the whole stream and give addends of it. Shapes: B batch, T sequence,
+S the part of T that the stream holds, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megalm.model.layer_factory import AnyModule, DenseLayers
+from megalm.model.modules import DropoutClock, PositionEmbedding, position_ids, uncompiled
+from megalm.model.param_shard import Rectangle, ShardedAxis, annotate_shard
+from megalm.parallel import collectives, partition
+from megalm.parallel.collectives import Finish
+from megalm.parallel.partition import DimRange
+from megalm.parallel.process_groups import AxisGroup
+from megalm.parallel.sequence_parallel import ReplicatedResidual, ResidualLayout, SequenceShardedResidual
+from megalm.parallel.vocab_parallel import VocabularyEmbedding, VocabularyOutput
+
+# Column layers of one input: the only communication is that of their common input and of its gradient.
+#
+# Shapes: B batch, T sequence, N = B x T, H hidden, F output features of a layer held here.
+
+
+class ColumnLinear(nn.Linear):
+    """The rows of a linear layer's weight [F, H] that `part` says; applied by a `ColumnProjection`."""
+
+    def __init__(self, in_features: int, part: DimRange, bias: bool) -> None:
+        super().__init__(in_features, part.size, bias=bias)
+        self.part = part
+
+
+class ColumnProjection:
+    """Applies column layers to the residual stream, together."""
+
+    def __init__(self, stream: ResidualLayout) -> None:
+        self._stream = stream
+
+    @uncompiled
+    def __call__(self, hidden: Tensor, *columns: nn.Linear) -> tuple[Tensor, ...]:
+        assert all(isinstance(column, ColumnLinear) for column in columns)
+        parts = [column.part for column in columns]
+        weights, biases = [column.weight for column in columns], [column.bias for column in columns]
+        return _Columns.apply(hidden, self._stream, parts, *weights, *biases)
+
+
+class _Columns(torch.autograd.Function):
+    """One function for all, so that the gradient of their input is summed over the ranks once.
+
+    Of the input only what the stream holds is kept for the backward pass, a slice where it is in slices. The weights'
+    gradients are computed while the input's gradient is under way.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, stream: ResidualLayout, parts: Sequence[DimRange], *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        weights, biases = parameters[: len(parts)], parameters[len(parts) :]
+        ctx.save_for_backward(hidden, *weights)
+        ctx.stream, ctx.parts = stream, parts
+        whole = stream.begin_whole(hidden)()
+        return tuple(functional.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        hidden, *weights = ctx.saved_tensors
+        stream: ResidualLayout = ctx.stream
+        whole = stream.begin_whole(hidden)
+        rows = [gradient.flatten(0, 1) for gradient in gradients]  # [N, F]
+        addend = rows[0] @ weights[0]
+        for row, weight in zip(rows[1:], weights[1:], strict=True):
+            addend.addmm_(row, weight)
+        input_gradient = stream.begin_gradient(addend.view(*gradients[0].shape[:2], -1))
+        whole_rows = whole().flatten(0, 1)  # [N, H]
+        begun = [
+            _begin_shared(row.t() @ whole_rows, part, stream.group) for row, part in zip(rows, ctx.parts, strict=True)
+        ] + [
+            _begin_shared(row.sum(0), part, stream.group) if ctx.needs_input_grad[place] else _nothing
+            for place, (row, part) in enumerate(zip(rows, ctx.parts, strict=True), start=3 + len(weights))
+        ]
+        return input_gradient(), None, None, *(finish() for finish in begun)
+
+
+def _begin_shared(gradient: Tensor, part: DimRange, group: AxisGroup) -> Finish:
+    """The gradient of what is held here; sharers of a part each have an addend of it."""
+    if part.sharers == 1:
+        return lambda: gradient
+    # In a buffer of all the group's parts, so that no further group is needed: shared parts are few and small.
+    place = group.index // part.sharers
+    buffer = gradient.new_zeros((group.size // part.sharers, *gradient.shape), dtype=torch.float32)
+    buffer[place] = gradient
+    total = collectives.begin_sum(buffer, group)
+    return lambda: total()[place].to(gradient.dtype)
+
+
+def _nothing() -> None:
+    """The gradient of a bias that a layer does not have."""
+
+
+class TensorLayers(DenseLayers):
+    """Sharded layers that hold their group. Weights are left empty: `initialise` cuts them from whole ones.
+
+    Args:
+        group: the ranks that share each layer.
+        sequence: the residual stream is divided along the sequence between the sharded layers.
+        compiled: the element-wise work of the loss runs compiled.
+    """
+
+    def __init__(self, clock: DropoutClock, group: AxisGroup, sequence: bool = False, compiled: bool = False) -> None:
+        super().__init__(clock, compiled)
+        self._group = group
+        self.slices = group.size if sequence else 1
+        self._stream: ResidualLayout = SequenceShardedResidual(group) if sequence else ReplicatedResidual(group)
+
+    def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:
+        part = partition.whole_parts(out_features, parts, self._group.size, self._group.index)
+        layer = ColumnLinear(in_features, part, bias)
+        _mark(layer.weight, (out_features, in_features), 0, part)
+        if bias:
+            _mark(layer.bias, (out_features,), 0, part)
+        return layer
+
+    def row(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Module:
+        part = partition.whole_parts(in_features, parts, self._group.size, self._group.index)
+        layer = RowLinear(part, out_features, bias, self._stream)
+        _mark(layer.weight, (out_features, in_features), 1, part)
+        if bias:
+            assert layer.bias is not None
+            self._replicate(layer.bias, sharded=False)
+        return layer
+
+    def projection(self) -> ColumnProjection:
+        return ColumnProjection(self._stream)
+
+    def embedding(self, rows: int, width: int) -> nn.Embedding:
+        part = partition.rows(rows, self._group.size, self._group.index)
+        layer = VocabularyEmbedding(part, width, self._stream)
+        _mark(layer.weight, (rows, width), 0, part)
+        return layer
+
+    def positions(self, rows: int, width: int) -> PositionEmbedding:
+        table = SlicedPositions(rows, width, self._group) if self._stream.in_slices else PositionEmbedding(rows, width)
+        return self.replicated(table, sharded=False)
+
+    def replicated(self, module: AnyModule, sharded: bool) -> AnyModule:
+        for parameter in module.parameters():
+            self._replicate(parameter, sharded)
+        return module
+
+    def vocabulary_weight(self, vocab_size: int, hidden_size: int) -> nn.Parameter:
+        part = partition.rows(vocab_size, self._group.size, self._group.index)
+        weight = nn.Parameter(torch.empty(part.size, hidden_size))
+        _mark(weight, (vocab_size, hidden_size), 0, part)
+        return weight
+
+    def output(self, vocab_size: int) -> VocabularyOutput:
+        return VocabularyOutput(vocab_size, self._stream, self.compiled)
+
+    def place(self, layer: int, site: str, sharded: bool) -> str:
+        place = super().place(layer, site, sharded)
+        return f"{place}/tensor {self._group.index}" if sharded or self._stream.in_slices else place
+
+    def _replicate(self, parameter: nn.Parameter, sharded: bool) -> None:
+        """Whole on every rank. Where each rank has used it for a part of the work, its gradient is their sum."""
+        annotate_shard(parameter, ShardedAxis(tuple(parameter.shape), None, is_owner=self._group.index == 0))
+        if sharded or self._stream.in_slices:
+            parameter.register_hook(self._sum_gradient)
+
+    def _sum_gradient(self, gradient: Tensor) -> Tensor:
+        total = collectives.sum_over(gradient.to(torch.float32, copy=True).contiguous(), self._group)
+        return total.to(gradient.dtype)
+
+
+class RowLinear(nn.Module):
+    """The columns of a linear layer's weight [H, F] that `part` says; takes what column layers gave here."""
+
+    def __init__(self, part: DimRange, out_features: int, bias: bool, stream: ResidualLayout) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, part.size))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self._stream = stream
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, T, F] -> the stream [B, S, H]; the bias is added once, to the sum."""
+        joined = self._join(functional.linear(features, self.weight))
+        return joined if self.bias is None else joined + self.bias
+
+    @uncompiled
+    def _join(self, addend: Tensor) -> Tensor:
+        return self._stream.join(addend)
+
+
+class SlicedPositions(PositionEmbedding):
+    """Position embeddings of this rank's slice of the sequence."""
+
+    def __init__(self, rows: int, width: int, group: AxisGroup) -> None:
+        super().__init__(rows, width)
+        self._group = group
+
+    def forward(self, length: int, documents: Tensor | None) -> Tensor:  # type: ignore[override]
+        """Of `length` positions, S, of the slice; `documents` [B, T] are whole."""
+        ids = position_ids(length * self._group.size, documents, self.weight.device)
+        first = self._group.index * length
+        return functional.embedding(ids[..., first : first + length], self.weight)
+
+
+def _mark(parameter: Tensor, shape: tuple[int, ...], dimension: int, part: DimRange) -> None:
+    rectangle: Rectangle | None = tuple(
+        (part.first, part.last) if index == dimension else (0, size) for index, size in enumerate(shape)
+    )
+    if part.size == shape[dimension]:
+        rectangle = None  # the only key/value head
+    annotate_shard(parameter, ShardedAxis(shape, rectangle, is_owner=part.sharer == 0))

@@ -1,0 +1,102 @@
+"""A vocabulary whose rows are divided over the ranks: lookup, logits and loss without whole logits on any rank.
+
+Shapes: C tokens of a chunk, N tokens, H hidden, V vocabulary, R rows of it held here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megalm.model.loss import IGNORE, linear_cross_entropy
+from megalm.model.modules import uncompiled
+from megalm.parallel import collectives
+from megalm.parallel.partition import DimRange, rows
+from megalm.parallel.sequence_parallel import ResidualLayout
+
+
+class VocabularyEmbedding(nn.Embedding):
+    """Rows [R, H] of a lookup table; a token of another rank's rows adds zero here."""
+
+    def __init__(self, part: DimRange, width: int, stream: ResidualLayout) -> None:
+        super().__init__(part.size, width)
+        self._part = part
+        self._stream = stream
+
+    @uncompiled
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T] -> the stream."""
+        local, held = _local(tokens, self._part)
+        return self._stream.join(functional.embedding(local, self.weight) * held.unsqueeze(-1))
+
+
+class VocabularyOutput:
+    """From the stream to logits or to the loss.
+
+    The gradient of the hidden states is this rank's part of it until `whole`'s backward sums it, once for all chunks.
+
+    Args:
+        vocab_size: V.
+        compiled: the element-wise work of a chunk runs compiled.
+    """
+
+    def __init__(self, vocab_size: int, stream: ResidualLayout, compiled: bool) -> None:
+        self._vocab_size = vocab_size
+        self._stream = stream
+        self._group = stream.group
+        self._part = rows(vocab_size, stream.group.size, stream.group.index)
+        self._exponentials: Callable[..., tuple[Tensor, Tensor]] = _exponentials
+        self._gradient: Callable[..., Tensor] = _gradient
+        if compiled:
+            self._exponentials = torch.compile(_exponentials, dynamic=False)
+            self._gradient = torch.compile(_gradient, dynamic=False)
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        return self._stream.whole(hidden)
+
+    def loss(self, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+        """[N, H], [R, H], [N] -> fp32 scalar, the same on every rank of the group."""
+        return linear_cross_entropy(hidden, weight, labels, chunk_tokens, self._chunk)
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """[..., H], [R, H] -> [..., V]."""
+        longest = rows(self._vocab_size, self._group.size, 0).size
+        own = functional.pad(hidden @ weight.t(), (0, longest - self._part.size))
+        gathered = collectives.gather(own, self._group)
+        sizes = [rows(self._vocab_size, self._group.size, index).size for index in range(self._group.size)]
+        return torch.cat([each[..., :size] for each, size in zip(gathered, sizes, strict=True)], dim=-1)
+
+    def _chunk(self, logits: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        """`megalm.model.loss.chunk_loss` on this rank's logits [C, R]."""
+        maxima = collectives.maximum_over(logits.amax(dim=-1).float(), self._group)
+        local, held = _local(labels.clamp(min=0), self._part)
+        exponentials, sums = self._exponentials(logits, maxima, local, held)
+        denominators, targets = collectives.sum_over(sums, self._group)
+        valid = labels != IGNORE
+        loss = ((denominators.log() - targets) * valid).sum()
+        if not gradient:
+            return loss, logits
+        return loss, self._gradient(exponentials, denominators, local, held, valid).to(logits.dtype)
+
+
+def _local(tokens: Tensor, part: DimRange) -> tuple[Tensor, Tensor]:
+    """Row of each token in this rank's part (any row where it is not there), and whether it is there."""
+    held = (tokens >= part.first) & (tokens < part.last)
+    return (tokens - part.first).clamp(0, part.size - 1), held
+
+
+def _exponentials(logits: Tensor, maxima: Tensor, local: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(logits - maximum) [C, R] in fp32; this rank's part of their sums and of the targets' logits [2, C]."""
+    shifted = logits.float() - maxima.unsqueeze(1)
+    targets = shifted.gather(1, local.unsqueeze(1)).squeeze(1) * held
+    exponentials = shifted.exp_()
+    return exponentials, torch.stack((exponentials.sum(dim=-1), targets))
+
+
+def _gradient(exponentials: Tensor, denominators: Tensor, local: Tensor, held: Tensor, valid: Tensor) -> Tensor:
+    """Gradient of the loss in this rank's logits [C, R]: probabilities, less one at a target that is held here."""
+    probabilities = exponentials.div_(denominators.unsqueeze(1))
+    return probabilities.scatter_add_(1, local.unsqueeze(1), -held.float().unsqueeze(1)).mul_(valid.unsqueeze(1))

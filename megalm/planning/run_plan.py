@@ -1,0 +1,162 @@
+"""What a run amounts to before it is started: parameters, tokens, FLOPs, memory, learning rates. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalm.cost_model.memory import MemoryCase, MemoryPlan, checkpoint_bytes, estimate_stages
+from megalm.model.flops import flops_per_token
+from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.picture import new_axes, write_picture
+from megalm.planning.lr_schedule import ScheduleSegment, rate_at
+from megalm.planning.resolve import ResolvedRun, memory_case
+
+# The learning rate over a run's steps, as a picture: what the name of a schedule promises is seen before it runs.
+
+_MOST_POINTS = 2000  # of a picture some 1,300 pixels wide
+
+
+def points(schedules: Sequence[ScheduleSegment]) -> tuple[list[int], list[float]]:
+    """Steps and their rates: every step of a short run, some two thousand of a long one, and each turn."""
+    last = schedules[-1].last_step
+    steps = set(range(1, last + 1, max(1, last // _MOST_POINTS)))
+    for segment in schedules:
+        peak = segment.offset_steps + segment.schedule.warmup_steps
+        steps |= {segment.first_step - 1, segment.first_step, peak, segment.last_step}
+        if segment.schedule.kind == "wsd":
+            steps.add(segment.last_step - segment.schedule.decay_steps)
+    kept = sorted(step for step in steps if 1 <= step <= last)
+    return kept, [rate_at(schedules, step) for step in kept]
+
+
+def draw_rates(schedules: Sequence[ScheduleSegment], path: Path) -> None:
+    """Draw the rate of every step, and a line where a schedule took over from another.
+
+    Raises:
+        ConfigError: the file's suffix names no format that can be drawn, or it cannot be written.
+    """
+    figure, axes = new_axes("step", "learning rate")
+    axes.plot(*points(schedules))
+    for segment in schedules[1:]:
+        axes.axvline(segment.first_step, color="grey", linestyle="--", linewidth=0.8)
+    axes.set_ylim(bottom=0)
+    axes.set_title("\n".join(map(str, schedules)), fontsize="medium", loc="left")
+    write_picture(figure, path)
+
+
+__all__ = [
+    "MemoryCase",
+    "MemoryPlan",
+    "Plan",
+    "checkpoint_bytes",
+    "make_plan",
+    "parameters_by_part",
+]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved run in numbers.
+
+    Attributes:
+        parameters: part of the model -> parameters, summing to the model's count.
+        memory_by_stage: bytes per rank, of each kind of pipeline stage.
+        schedules: what the learning rate follows, one schedule after the other.
+    """
+
+    resolved: ResolvedRun
+    shape: ModelConfig
+    parameters: dict[str, int]
+    memory_by_stage: tuple[MemoryPlan, ...]
+    schedules: tuple[ScheduleSegment, ...]
+
+    @property
+    def learning_rates(self) -> tuple[tuple[int, float], ...]:
+        """(step, rate) where the schedules turn, and at each tenth of the run; steps count from 1."""
+        last = self.schedules[-1].last_step
+        steps = {round(last * tenth / 10) for tenth in range(1, 11)}.union(*map(_turns, self.schedules))
+        return tuple((step, rate_at(self.schedules, step)) for step in sorted(steps) if 1 <= step <= last)
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """Bytes on the fullest rank."""
+        return max(self.memory_by_stage, key=lambda stage: stage.total)
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def total_tokens(self) -> int:
+        return self.resolved.tokens_per_step * self.resolved.config.train.steps
+
+    @property
+    def tokens_per_parameter(self) -> float:
+        return self.total_tokens / self.parameter_count
+
+    @property
+    def flops_per_token(self) -> int:
+        return flops_per_token(self.shape, self.resolved.config.data.sequence_length)
+
+    @property
+    def total_flops(self) -> int:
+        return self.flops_per_token * self.total_tokens
+
+
+def make_plan(resolved: ResolvedRun, vocab_size: int, schedules: Sequence[ScheduleSegment] = ()) -> Plan:
+    """Put a resolved run into numbers.
+
+    Args:
+        vocab_size: the tokenizer's; `model.vocab_size` goes before it.
+        schedules: of a run that goes on, all of them; else the run's own is the only one.
+    """
+    config = resolved.config
+    shape = build_model_config(config.model, vocab_size, config.data.sequence_length)
+    case = memory_case(
+        config,
+        resolved.deepspeed_source,
+        shape,
+        resolved.topology,
+        resolved.precision,
+        resolved.device,
+        resolved.batch,
+    )
+    return Plan(
+        resolved=resolved,
+        shape=shape,
+        parameters=parameters_by_part(shape),
+        memory_by_stage=tuple(estimate_stages(case)),
+        schedules=tuple(schedules) or (ScheduleSegment(1, 0, resolved.schedule),),
+    )
+
+
+def parameters_by_part(shape: ModelConfig) -> dict[str, int]:
+    """Part of the model -> exact number of parameters; a tied head has none of its own."""
+    parts = {"token embeddings": 0, "position embeddings": 0, "attention": 0, "mlp": 0, "norms": 0, "head": 0}
+    for name, dims in shape.parameters().items():
+        parts[_part(name)] += math.prod(dims)
+    return {part: count for part, count in parts.items() if count}
+
+
+def _part(name: str) -> str:
+    if name.startswith("embedding.tokens"):
+        return "token embeddings"
+    if name.startswith("embedding.positions"):
+        return "position embeddings"
+    if "norm" in name:
+        return "norms"
+    return "attention" if ".attention." in name else "mlp" if ".mlp." in name else "head"
+
+
+def _turns(segment: ScheduleSegment) -> set[int]:
+    """The run's steps at which a schedule begins, turns or ends, and the one before it took over."""
+    schedule, offset = segment.schedule, segment.offset_steps
+    turns = {segment.first_step - 1, segment.first_step, segment.last_step}
+    if schedule.warmup_steps:
+        turns.add(offset + schedule.warmup_steps)
+    if schedule.kind == "wsd":
+        turns.add(segment.last_step - schedule.decay_steps)
+    return turns

@@ -1,0 +1,295 @@
+"""The run folder: which one it is, and what is written into it before training starts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megalm.checkpoint.discovery import complete_checkpoints, list_checkpoints
+from megalm.checkpoint.shard_spec import WEIGHTS
+from megalm.config.loading import config_to_yaml
+from megalm.errors import ConfigError
+from megalm.planning.resolve import ResolvedRun
+from megalm.runs.metrics_log import read_metrics
+from megalm.utils.atomic_files import write_bytes_atomically, write_json
+
+CONFIG_FILE = "config.yaml"
+
+DEEPSPEED_FILE = "deepspeed.resolved.json"
+
+ENVIRONMENT_FILE = "environment.json"
+
+
+def parameter_count(run_dir: Path) -> int | None:
+    """Of the model: as the run noted it, or as a checkpoint says; None where neither does."""
+    noted = [read_mapping(run_dir / ENVIRONMENT_FILE).get("parameters")]
+    if noted[0] is None:
+        noted = [
+            entry.manifest.get("parameters") for entry in list_checkpoints(run_dir / "checkpoints") if entry.manifest
+        ]
+    return next((count for count in noted if isinstance(count, int)), None)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file that holds a mapping; {} where there is no such file.
+
+    Raises:
+        ConfigError: the file is there and is not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except FileNotFoundError:
+        return {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())}); mend it") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds no mapping of names to values; mend it")
+    return content
+
+
+def flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """`{"a": {"b": 1}}` -> ("a.b", "1"); lists stay one value, as JSON."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS = ("start", "resume", "rollback")  # events that begin one
+_STEM = "run"  # of runs without a name and a preset
+_PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "tokenizers", "safetensors", "mlflow", "megalm")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside `runs/NAME`."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def request(self) -> Path:
+        """What the last attempt went on from."""
+        return self.path / "resume.json"
+
+    @property
+    def rehearsal(self) -> Path:
+        """Where a checkpoint is written before step 1, and removed."""
+        return self.path / "rehearsal"
+
+    @property
+    def incidents(self) -> Path:
+        return self.path / "incidents"
+
+    def stacks(self, rank: int) -> Path:
+        """Where a rank writes where it stands when nothing moves."""
+        return self.path / "stacks" / f"rank-{rank}.txt"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def config_files(self) -> tuple[Path, ...]:
+        """What is kept with every checkpoint."""
+        return tuple(self.path / name for name in ("config.yaml", "deepspeed.json", "deepspeed.resolved.json"))
+
+    def failure(self, attempt: int) -> Path:
+        return self._failures / f"attempt-{attempt}.txt"
+
+    def next_attempt(self) -> int:
+        """1 for a new run; else the number after the last that started, or failed before it started."""
+        rows = read_metrics(self.metrics) if self.metrics.exists() else []
+        started = max((int(row["attempt"]) for row in rows if row.get("event") in _ATTEMPTS), default=0)
+        return 1 + max(started, self._last_failure())
+
+    def _last_failure(self) -> int:
+        return max((int(path.stem.rsplit("-", 1)[1]) for path in self._failures.glob("attempt-*.txt")), default=0)
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(self.path.iterdir())
+
+    def remove_if_unused(self) -> None:
+        """Leave nothing of a run that was refused; at once, so that no rank finds half of it."""
+        if self.config_files[0].exists() or complete_checkpoints(self.checkpoints):
+            return
+        gone = self.path.with_name(f".{self.name}.refused")
+        try:
+            self.path.rename(gone)
+        except OSError as error:  # the refusal matters more
+            log.debug("%s stays: %s", self.path, error)
+        else:
+            shutil.rmtree(gone, ignore_errors=True)
+
+    @property
+    def never_started(self) -> bool:
+        """What a refused start leaves: the account of its failure, and no training."""
+        return self._failures.is_dir() and not self.metrics.exists() and not complete_checkpoints(self.checkpoints)
+
+    @property
+    def imported(self) -> Path | None:
+        """The weights, where this is no run's folder but that of an imported model."""
+        if self.config_files[0].exists():
+            return None
+        entries = list_checkpoints(self.checkpoints)
+        holds = {None if entry.manifest is None else entry.manifest.get("holds") for entry in entries}
+        return entries[-1].path if holds == {WEIGHTS} else None
+
+    @property
+    def _failures(self) -> Path:
+        return self.path / "failures"
+
+
+def newest_run(root: Path, preset: str | None) -> str | None:
+    """The unnamed run that `--resume` without a name means; None: there is none that ever began."""
+    numbered = _numbered(root.expanduser(), preset or _STEM)
+    existing = [path for path in numbered if RunFolder(path).config_files[0].is_file()]
+    return existing[-1].name if existing else None
+
+
+def weights_alone(checkpoint: Path) -> ConfigError:
+    """Why nothing goes on with an imported model as with a run."""
+    return ConfigError(
+        f"{checkpoint} holds weights alone, no moments, data or schedule to go on with; start a run of its own from "
+        f"them: run.name=NEW --resume {checkpoint} --extend-steps N --extend-strategy weights"
+    )
+
+
+def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bool) -> RunFolder:
+    """Find or make the folder of this run; called on rank 0 only.
+
+    Args:
+        name: `run.name`; None takes the next free `PRESET-001`.
+        resume: `--resume` was given, so an existing folder is wanted.
+
+    Raises:
+        ConfigError: a named run exists and is not to be resumed, or it is no run but an imported model, or the folder
+            cannot be made.
+    """
+    root = root.expanduser()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if name is None:
+            return RunFolder(_next_free(root, preset or _STEM))
+        path = root / name
+        if (checkpoint := RunFolder(path).imported) is not None:
+            raise weights_alone(checkpoint)
+        if path.exists() and not resume and not RunFolder(path).never_started:
+            hint = (
+                "--resume auto goes on with it"
+                if complete_checkpoints(path / "checkpoints")
+                else "it has no checkpoint"
+            )
+            raise ConfigError(f"run {path} exists ({hint}); choose another run.name, or resume it")
+        path.mkdir(exist_ok=True)
+        return RunFolder(path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make a run folder in {root}: {error}; set run.root to a place you can write"
+        ) from error
+
+
+def write_facts(folder: RunFolder, run: ResolvedRun, facts: Mapping[str, Any]) -> None:
+    """Write config.yaml, both DeepSpeed JSONs and environment.json; earlier ones of a resumed run are kept beside."""
+    config, original, resolved = folder.config_files
+    account = folder.path / "environment.json"
+    stated = Path(run.deepspeed_source.path).read_bytes()
+    for path in (*folder.config_files, account):
+        if path.exists():  # kept where it is too: a job that is killed here goes on with it
+            write_bytes_atomically(_next_old_name(path), path.read_bytes())
+    folder.checkpoints.mkdir(exist_ok=True)
+    folder.samples.mkdir(exist_ok=True)
+    write_bytes_atomically(config, config_to_yaml(run.config).encode())
+    write_bytes_atomically(original, stated)
+    write_json(resolved, run.deepspeed)
+    write_json(account, {**environment(), **facts})
+
+
+def environment() -> dict[str, Any]:
+    """What a run was made with: interpreter, packages, git commit of the code, host."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "command": sys.argv,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git": _git(),
+    }
+
+
+def _numbered(root: Path, stem: str) -> list[Path]:
+    pattern = re.compile(re.escape(stem) + r"-\d{3,}")
+    found = [path for path in root.glob(f"{stem}-*") if path.is_dir() and pattern.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def _next_free(root: Path, stem: str) -> Path:
+    existing = _numbered(root, stem)
+    number = int(existing[-1].name.rsplit("-", 1)[1]) if existing else 0
+    while True:  # another job may take the same number at the same time
+        number += 1
+        path = root / f"{stem}-{number:03d}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+
+
+def _next_old_name(path: Path) -> Path:
+    number = 1
+    while (old := path.with_name(f"{path.stem}.attempt-{number}{path.suffix}")).exists():
+        number += 1
+    return old
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any]:
+    """Commit of megalm's checkout and whether it has uncommitted changes; empty outside a checkout."""
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}

@@ -1,0 +1,107 @@
+"""What a run that goes on was configured with: it stands for whatever is not stated anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megalm.config.deepspeed.json_reader import DeepSpeedConfig, named_json, read_deepspeed_json
+from megalm.config.loading import SAVED_CONFIG, LoadedConfig, external_name, load_run_config
+from megalm.config.schema import RunConfig
+from megalm.config.validation import leaf_fields, shown
+from megalm.planning.resolve import ResolvedRun
+from megalm.runs.run_folder import RunFolder, newest_run
+from megalm.utils.atomic_files import read_json
+
+_DEFAULT_DEEPSPEED_CONFIG = "ds_configs/zero2.json"
+
+# Of one start alone; the last step, of which the schedule's note tells; and what describes and does nothing.
+_NOT_COMPARED = ("run.", "resume.", "train.steps", "documented.")
+
+
+def read_settings(
+    config: str | None, overrides: Sequence[str], deepspeed_config: str | None, resume: bool, ranks: int
+) -> tuple[LoadedConfig, DeepSpeedConfig]:
+    """Both files of a run that starts, or with `resume` goes on where there is one.
+
+    Where no DeepSpeed JSON is stated it is that of a recipe that is named now, else the run's own, else the default.
+    A checkpoint goes on in any layout: where the run's own does not divide the `ranks` of now, and none is stated, the
+    default stands.
+
+    Raises:
+        ConfigError: what is stated, or what the run has, is wrong by itself.
+    """
+    own = _find_own(config, overrides) if resume else None
+    if own is None:
+        loaded = load_run_config(config, overrides)
+        default = _recipe_json(loaded) or named_json(_DEFAULT_DEEPSPEED_CONFIG)
+        return loaded, read_deepspeed_json(deepspeed_config or default)
+    settings, original, _ = own.config_files
+    # By its name: another job may begin a newer unnamed run at any moment.
+    words = (*overrides, f"run.name={own.name}")
+    loaded = load_run_config(config, words, settings)
+    degrees = loaded.config.parallel
+    if ranks % (degrees.tensor * degrees.pipeline) and not any(key.startswith("parallel.") for key in loaded.stated):
+        loaded = load_run_config(config, words, settings, not_kept=("parallel",))
+    return loaded, read_deepspeed_json(deepspeed_config or _recipe_json(loaded) or original)
+
+
+def _recipe_json(loaded: LoadedConfig) -> Path | None:
+    """What a recipe names that is not the run's own anyway: that run may have been started with a JSON of its own."""
+    named = loaded.config.deepspeed_config
+    return None if named is None or loaded.sources["deepspeed_config"] == SAVED_CONFIG else named_json(named)
+
+
+def _find_own(config: str | None, overrides: Sequence[str]) -> RunFolder | None:
+    """The run that these words name, or the newest unnamed one; None where none was ever configured there."""
+    loaded = load_run_config(config, overrides)
+    root = Path(loaded.config.run.root).expanduser()
+    name = loaded.config.run.name or newest_run(root, loaded.preset)
+    folder = None if name is None else RunFolder(root / name)
+    return folder if folder is not None and folder.config_files[0].is_file() else None
+
+
+def config_changes(folder: RunFolder, run: ResolvedRun) -> list[str]:
+    """What of `run` is not as its folder still says, a line each; before `write_facts`.
+
+    Raises:
+        ConfigError: a file of the folder that is damaged.
+    """
+    config, original, _ = folder.config_files
+    if not config.is_file():
+        return []
+    lines = [f"what is not stated now is as in {config}"]
+    before, now = (_values(it) for it in (load_run_config(str(config), []).config, run.config))
+    lines += [
+        f"{external_name(key)} was {shown(before[key])}, is {shown(value)} ({run.sources[key]})"
+        for key, value in now.items()
+        if value != before[key] and not key.startswith(_NOT_COMPARED)
+    ]
+    if original.is_file():
+        there, here = dict(_flat(read_json(original))), dict(_flat(read_json(Path(run.deepspeed_source.path))))
+        lines += [
+            f"{run.deepspeed_source.path}: {key} was {shown(there.get(key))}, is {shown(here.get(key))}"
+            for key in sorted(there.keys() | here.keys())
+            if there.get(key) != here.get(key)
+        ]
+    return lines
+
+
+def _values(config: RunConfig) -> dict[str, Any]:
+    found = {}
+    values = config.model_dump(mode="json")
+    for key in leaf_fields(RunConfig):
+        value: Any = values
+        for part in key.split("."):
+            value = value[part]
+        found[key] = value
+    return found
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

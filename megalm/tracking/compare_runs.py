@@ -1,0 +1,179 @@
+"""Two or more runs side by side: what differs in configuration, what came out, and the curves over tokens."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megalm.picture import new_axes, write_picture
+from megalm.runs.metrics_history import ATTEMPT_EVENTS, History, Numbers, read_history
+from megalm.runs.metrics_log import METRICS_FILE, ReadRows, Row, read_metrics
+from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, flatten, parameter_count, read_mapping
+
+# The first steps carry compilation and cache misses; the median of the rest is the run's speed.
+_WARM_UP_SHARE = 0.1
+# Differ in every two runs and say nothing about them.
+_OWN_TO_A_RUN = ("run.name", "run.root")
+_LEGEND_CHARACTERS = 50  # of a line: half of the picture
+TOTAL = "validation"  # the only validation set, or all sets together
+
+
+@dataclass(frozen=True)
+class Results:
+    """What came out of a run; None where it was never measured.
+
+    Attributes:
+        attempts: how many began, those of rollbacks too, whatever came of them.
+        scatter: of a number that single steps have, how far half of the steps are from their median; of the training
+            loss, the steps of the last tenth.
+    """
+
+    parameters: int | None
+    steps: int | None
+    tokens: int | None
+    final_train_loss: float | None
+    final_validation_loss: float | None
+    best_validation_loss: float | None
+    best_validation_step: int | None
+    bits_per_byte: float | None
+    tokens_per_second: float | None
+    step_seconds: float | None
+    mfu: float | None
+    wall_seconds: float | None
+    attempts: int
+    scatter: dict[str, float]
+
+    @property
+    def tokens_per_parameter(self) -> float | None:
+        return None if not self.tokens or not self.parameters else self.tokens / self.parameters
+
+    @property
+    def final_perplexity(self) -> float | None:
+        loss = self.final_validation_loss
+        return None if loss is None else math.exp(min(loss, 700.0))  # beyond that a float overflows
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder read: settings flattened to dotted names, and its history."""
+
+    name: str
+    settings: dict[str, str]
+    history: History
+    parameters: int | None = None
+
+    def curve(self, kind: str) -> tuple[list[float], list[float]]:
+        """(tokens, loss) of the `train` or `eval` rows that count."""
+        if kind == "train":
+            tokens, loss = self.history.column("tokens"), self.history.column("loss")
+            known = np.isfinite(tokens) & np.isfinite(loss)
+            return tokens[known].tolist(), loss[known].tolist()
+        rows = [row for row in judging(self.history.evaluations) if "tokens" in row]
+        return [float(row["tokens"]) for row in rows], [float(row["loss"]) for row in rows]
+
+
+def read_run(run_dir: Path, read: ReadRows = read_metrics) -> RunRecord:
+    """Read a run folder.
+
+    Raises:
+        DataError: no metrics.jsonl, or one that is not readable.
+        ConfigError: a configuration file that is not readable.
+    """
+    history = read_history(read(run_dir / METRICS_FILE))
+    settings = dict(flatten(read_mapping(run_dir / CONFIG_FILE)))
+    settings |= {f"deepspeed.{name}": value for name, value in flatten(read_mapping(run_dir / DEEPSPEED_FILE))}
+    for name in _OWN_TO_A_RUN:
+        settings.pop(name, None)
+    return RunRecord(run_dir.resolve().name, settings, history, parameter_count(run_dir))
+
+
+def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[str | None]]:
+    """Name -> one value a run, for every setting on which the runs differ; None: not stated there."""
+    names = sorted({name for run in runs for name in run.settings})
+    values = {name: [run.settings.get(name) for run in runs] for name in names}
+    return {name: found for name, found in values.items() if len(set(found)) > 1}
+
+
+def results(run: RunRecord) -> Results:
+    """The numbers by which runs are judged; speed is a median, so that one stall does not move it."""
+    history = run.history
+    validation = judging(history.evaluations)
+    # With evaluate.max_samples the last one is on more than those while training, and no better or worse than they.
+    alike = [row for row in validation if not row.get("whole")] or validation
+    best = min(alike, key=lambda row: float(row["loss"]), default=None)
+    last = {name: _last(history.column(name)) for name in ("step", "tokens", "loss")}
+    count = int(history.live.sum())
+    steady, end = math.floor(count * _WARM_UP_SHARE), math.floor(count * (1 - _WARM_UP_SHARE))
+    speeds = {name: history.column(name)[steady:] for name in ("tokens_per_second", "step_seconds", "mfu")}
+    scatter = {name: _scatter(values) for name, values in {**speeds, "loss": history.column("loss")[end:]}.items()}
+    return Results(
+        parameters=run.parameters,
+        steps=_whole(last["step"]),
+        tokens=_whole(last["tokens"]),
+        final_train_loss=last["loss"],
+        final_validation_loss=validation[-1]["loss"] if validation else None,
+        best_validation_loss=best["loss"] if best else None,
+        best_validation_step=best.get("step") if best else None,
+        bits_per_byte=validation[-1].get("bits_per_byte") if validation else None,
+        tokens_per_second=_median(speeds["tokens_per_second"]),
+        step_seconds=_median(speeds["step_seconds"]),
+        mfu=_median(speeds["mfu"]),
+        wall_seconds=history.wall_seconds,
+        attempts=sum(row.get("event") in ATTEMPT_EVENTS for row in history.events),
+        scatter={name: value for name, value in scatter.items() if value is not None},
+    )
+
+
+def plot_losses(runs: Sequence[RunRecord], path: Path, names: Sequence[str] | None = None) -> None:
+    """Training (thin) and validation (marked) loss of every run over tokens, as a picture.
+
+    Args:
+        names: what the runs are called in the legend; None: by their folders.
+
+    Raises:
+        ConfigError: the file's suffix names no format that can be drawn, or it cannot be written.
+    """
+    figure, axes = new_axes("tokens", "loss (nats per token)")
+    for index, run in enumerate(runs):
+        colour = f"C{index % 10}"
+        axes.plot(*run.curve("train"), color=colour, linewidth=0.8, alpha=0.6)
+        axes.plot(*run.curve("eval"), color=colour, marker="o", markersize=3, label=str(index))
+    legend = axes.legend(title="with marks: validation")
+    for text, name in zip(legend.get_texts(), names or [run.name for run in runs], strict=True):
+        # Not as a label: one that begins with "_" would be left out, and "$" would be read as mathematics.
+        text.set_parse_math(False)
+        text.set_text(textwrap.fill(name, _LEGEND_CHARACTERS, break_on_hyphens=False))
+    write_picture(figure, path)
+
+
+def judging(rows: Sequence[Row]) -> list[Row]:
+    """The validation rows by which runs are judged: of several validation sets the total."""
+    return [row for row in rows if row.get("dataset") in (None, TOTAL) and _finite(row.get("loss"))]
+
+
+def _last(values: Numbers) -> float | None:
+    return None if not len(values) else float(values[-1])
+
+
+def _whole(value: float | None) -> int | None:
+    return int(value) if value is not None and math.isfinite(value) else None
+
+
+def _median(values: Numbers) -> float | None:
+    numbers = values[np.isfinite(values)]
+    return float(np.median(numbers)) if len(numbers) else None
+
+
+def _scatter(values: Numbers) -> float | None:
+    """How far half of the values are from their median; of fewer than five nothing is known."""
+    numbers = values[np.isfinite(values)]
+    return float(np.median(np.abs(numbers - np.median(numbers)))) if len(numbers) >= 5 else None
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

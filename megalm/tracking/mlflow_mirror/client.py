@@ -1,0 +1,151 @@
+"""MLflow as a `Store`; the only module that imports mlflow."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+# What a delivery needs of a tracking store, whichever it is.
+
+RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
+
+
+@dataclass(frozen=True)
+class MetricValue:
+    """One number of one series; `time_ms` is unix milliseconds."""
+
+    key: str
+    value: float
+    step: int
+    time_ms: int
+
+
+class Store(Protocol):
+    """What a delivery needs of a tracking server; any exception means: try again later."""
+
+    def run_exists(self, run_id: str) -> bool: ...
+
+    def create_run(self, experiment: str, name: str, key: str, start_ms: int) -> str:
+        """Create a run, or find the one that was created with this key; returns its id."""
+
+    def log_metrics(self, run_id: str, metrics: list[MetricValue]) -> None: ...
+
+    def set_parameters(self, run_id: str, parameters: Mapping[str, str]) -> None: ...
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None: ...
+
+    def upload(self, run_id: str, file: Path, folder: str | None) -> None: ...
+
+    def set_status(self, run_id: str, status: str, end_ms: int | None) -> None: ...
+
+
+# A dead server has to show within seconds: the mirror's own loop does the waiting. What people set is kept.
+for _name, _value in {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import mlflow  # noqa: E402 - after the settings, which it reads on import
+from mlflow.entities import Metric, Param, RunTag  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+
+# MLflow's limit of parameters or tags in one request.
+_BATCH_NAMES = 100
+
+
+class MlflowStore:
+    """One tracking store; `root` holds the default store's artifacts and the lock of its creation."""
+
+    def __init__(self, tracking_uri: str, root: Path) -> None:
+        self._root = root
+        self._is_default = tracking_uri == f"sqlite:///{root / 'mlflow.db'}"
+        if not self._is_default:
+            self._client = mlflow.MlflowClient(tracking_uri=tracking_uri)
+            return
+        # Two runs started together would both create the tables of a new SQLite store.
+        with open(root / "mlflow.db.lock", "a") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (root / "mlflow.db").exists():
+                _create_store(root)
+            self._client = mlflow.MlflowClient(tracking_uri=tracking_uri)
+            self._client.search_experiments(max_results=1)
+
+    def run_exists(self, run_id: str) -> bool:
+        try:
+            run = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+        return bool(run.info.lifecycle_stage == "active")
+
+    def create_run(self, experiment: str, name: str, key: str, start_ms: int) -> str:
+        experiment_id = self._experiment_id(experiment)
+        found = self._client.search_runs([experiment_id], f"tags.`megalm.key` = '{key}'", max_results=1)
+        if found:
+            return str(found[0].info.run_id)
+        facts = {"megalm.key": key, "mlflow.source.name": "megalm", "mlflow.user": _user()}
+        run = self._client.create_run(experiment_id, start_time=start_ms, tags=facts, run_name=name)
+        return str(run.info.run_id)
+
+    def log_metrics(self, run_id: str, metrics: list[MetricValue]) -> None:
+        batch = [Metric(item.key, item.value, item.time_ms, item.step) for item in metrics]
+        self._client.log_batch(run_id, metrics=batch, synchronous=True)
+
+    def set_parameters(self, run_id: str, parameters: Mapping[str, str]) -> None:
+        """MLflow's parameters never change; what a resume changed becomes a tag `changed.NAME`."""
+        known = self._client.get_run(run_id).data.params
+        new = [Param(name, value) for name, value in parameters.items() if name not in known]
+        for start in range(0, len(new), _BATCH_NAMES):
+            self._client.log_batch(run_id, params=new[start : start + _BATCH_NAMES], synchronous=True)
+        changed = {name: value for name, value in parameters.items() if known.get(name, value) != value}
+        self.set_tags(run_id, {f"changed.{name}"[:250]: value for name, value in changed.items()})
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        items = [RunTag(name, value) for name, value in tags.items()]
+        for start in range(0, len(items), _BATCH_NAMES):
+            self._client.log_batch(run_id, tags=items[start : start + _BATCH_NAMES], synchronous=True)
+
+    def upload(self, run_id: str, file: Path, folder: str | None) -> None:
+        self._client.log_artifact(run_id, str(file), folder)
+
+    def set_status(self, run_id: str, status: str, end_ms: int | None) -> None:
+        if status == RUNNING:
+            self._client.update_run(run_id, status=RUNNING)
+        else:
+            self._client.set_terminated(run_id, status, end_ms)
+
+    def _experiment_id(self, name: str) -> str:
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            artifacts = (self._root / "mlartifacts").as_uri() if self._is_default else None
+            return str(self._client.create_experiment(name, artifact_location=artifacts))
+        if found.lifecycle_stage != "active":
+            self._client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a numeric user without a name, usual in containers
+        return str(os.getuid())
+
+
+def _create_store(root: Path) -> None:
+    """Make the tables under another name: a mirror that is ended meanwhile would leave some of them, for good."""
+    partial = root / "mlflow.db.partial"
+    for leftover in root.glob("mlflow.db.partial*"):
+        leftover.unlink()
+    mlflow.MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
+    partial.replace(root / "mlflow.db")

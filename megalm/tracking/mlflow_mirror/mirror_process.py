@@ -1,0 +1,245 @@
+"""The mirror: one process that reads metrics.jsonl and feeds MLflow, so that no import, migration, lock or
+dead server ever touches a training step.
+
+The training process calls `start_mirror` and `MirrorHandle.finish`; `megalm track sync` calls `sync`. Both run
+the same delivery (delivery.py). This module imports nothing heavy: MLflow is loaded in the mirror only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from megalm.errors import ConfigError, MegalmError
+from megalm.runs.metrics_log import METRICS_FILE
+from megalm.tracking.mlflow_mirror import run_facts
+from megalm.tracking.mlflow_mirror.sync import MlflowSync, Sent
+
+LOG_FILE = "mlflow.log"
+LOCK_FILE = "mlflow.lock"
+
+_POLL_SECONDS = 2.0
+_LONGEST_BACK_OFF_SECONDS = 30.0
+# How long the mirror goes on trying after its training process has ended.
+_DEADLINE_SECONDS = 60.0
+# Slurm sends a job's signals to every process of it; the mirror has still to tell how the run ended.
+_SIGNALS_OF_THE_JOB = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ARROW_NUM_THREADS")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class MirrorHandle:
+    """The training process's hold on its mirror."""
+
+    process: subprocess.Popen[bytes]
+    run_dir: Path
+
+    def finish(self, timeout_seconds: float) -> bool:
+        """Wait until the mirror has delivered everything; call after the `end` event is written.
+
+        Returns False where it has not within the time (it then goes on alone for a bounded time) or could
+        not; RUN_DIR/mlflow.log says why, and `megalm track sync RUN_DIR` sends the rest later. Never raises.
+        """
+        if self.process.stdin is not None:
+            self.process.stdin.close()  # no file comes after this
+        try:
+            return self.process.wait(timeout=max(0.0, timeout_seconds)) == 0
+        except subprocess.TimeoutExpired:
+            return False
+
+
+def start_mirror(run_dir: str | os.PathLike[str]) -> MirrorHandle:
+    """Start the mirror of a run folder, which lives as long as this process; returns at once.
+
+    Its own session keeps a terminal's Ctrl-C and a launcher's group signals from it: it has to outlive the
+    trainer by the seconds that the last rows take.
+    """
+    run_dir = Path(run_dir).resolve()
+    command = [sys.executable, "-m", "megalm.tracking.mlflow_mirror.mirror_process", str(run_dir), "--follow"]
+    environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, "1") | {"CUDA_VISIBLE_DEVICES": ""}
+    with open(run_dir / LOG_FILE, "ab") as log:
+        process = subprocess.Popen(
+            [*command, "--parent-pid", str(os.getpid()), "--since", str(time.time())],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    return MirrorHandle(process, run_dir)
+
+
+def sync(run_dir: str | os.PathLike[str], deadline_seconds: float = 30.0) -> Sent:
+    """Send what MLflow does not have yet of a run folder; the same rows are never sent twice.
+
+    Raises:
+        ConfigError: no folder of a run that has trained, or its own mirror is at work on it.
+        MegalmError: the store could not be reached within the deadline.
+    """
+    run_dir = Path(run_dir)
+    if run_dir.is_dir() and not (run_dir / METRICS_FILE).is_file():  # any other folder would become a run of its own
+        raise ConfigError(f"{run_dir}: holds no {METRICS_FILE}, so no run has trained in it; name one under run.root")
+    with _only_mirror(run_dir, patience_seconds=0.0):
+        return _deliver_until(MlflowSync(run_dir), time.monotonic() + deadline_seconds)
+
+
+def follow(run_dir: Path, parent: ParentWatch, since: float = 0.0) -> None:
+    """Deliver until the run's end event (not an earlier one than unix time `since`) or the parent's end.
+
+    Raises:
+        MegalmError: something was not delivered within the deadline after the parent's end.
+    """
+    with _only_mirror(run_dir, patience_seconds=_DEADLINE_SECONDS):
+        delivery, failures = MlflowSync(run_dir, since), 0
+        while not parent.ended.is_set():
+            try:
+                delivery.deliver()
+                failures = 0
+                if delivery.run_has_ended:
+                    break
+            except Exception as error:  # a file in the middle of its writing too
+                failures += 1
+                logger.warning("not delivered, trying again: %s", _one_line(error))
+            parent.ended.wait(_back_off(failures))
+        _wait_for_last_files(parent)
+        _deliver_until(delivery, time.monotonic() + _DEADLINE_SECONDS, parent_ended=parent.ended.is_set())
+
+
+class ParentWatch(threading.Thread):
+    """Sets `ended` when a process has gone, and ends this process should it hang long after that."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(name="parent-watch", daemon=True)
+        self.ended = threading.Event()
+        try:
+            # Holds the start time too: another process with the same id later is not the parent.
+            self._process: psutil.Process | None = psutil.Process(pid)
+        except psutil.NoSuchProcess:
+            self._process = None
+        self.start()
+
+    def run(self) -> None:
+        while self._alive():
+            time.sleep(0.5)
+        self.ended.set()
+        # A request can hang longer than any deadline checked between requests.
+        time.sleep(_DEADLINE_SECONDS + 30.0)
+        logger.error("ended by force: MLflow did not answer; `megalm track sync` sends the rest")
+        os._exit(1)
+
+    def _alive(self) -> bool:
+        try:
+            return (
+                self._process is not None
+                and self._process.is_running()
+                and self._process.status() != psutil.STATUS_ZOMBIE
+            )
+        except psutil.NoSuchProcess:
+            return False
+
+
+def _wait_for_last_files(parent: ParentWatch) -> None:
+    """The trainer closes this process's input when it has written everything, report.html after its last row too."""
+    deadline = time.monotonic() + _DEADLINE_SECONDS
+    while not parent.ended.is_set() and time.monotonic() < deadline:
+        ready, _, _ = select.select([0], [], [], 0.2)
+        if ready and not os.read(0, 1):
+            return
+
+
+def _deliver_until(delivery: MlflowSync, deadline: float, parent_ended: bool = False) -> Sent:
+    failures = 0
+    while True:
+        try:
+            return delivery.deliver(parent_ended=parent_ended)
+        except MegalmError:
+            raise
+        except Exception as error:
+            failures += 1
+            delay = min(_back_off(failures), 5.0)
+            if time.monotonic() + delay > deadline:
+                raise MegalmError(
+                    f"{delivery.run_dir}: MLflow at {delivery.tracking_uri} did not take the run "
+                    f"({_one_line(error)}); run `megalm track sync {delivery.run_dir}` when it is there again, or name "
+                    "another store in MLFLOW_TRACKING_URI"
+                ) from error
+            time.sleep(delay)
+
+
+def _back_off(failures: int) -> float:
+    return min(_POLL_SECONDS * 2.0**failures, _LONGEST_BACK_OFF_SECONDS)
+
+
+@contextlib.contextmanager
+def _only_mirror(run_dir: Path, patience_seconds: float) -> Iterator[None]:
+    """One mirror a run folder: two would both send the same rows and overwrite each other's state."""
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir}: no such run folder; name one under run.root")
+    deadline = time.monotonic() + patience_seconds
+    with open(run_dir / LOCK_FILE, "a") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise ConfigError(
+                        f"{run_dir}: its mirror is at work on it; it sends everything when training ends"
+                    ) from None
+                time.sleep(0.5)
+            except OSError:
+                break  # a file system without locks (some NFS, Lustre): better unguarded than not at all
+        yield
+
+
+def _one_line(error: BaseException) -> str:
+    text = run_facts.without_passwords(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m megalm.tracking.mlflow_mirror.mirror_process RUN_DIR [--follow --parent-pid N]`; 0: all is delivered."""
+    parser = argparse.ArgumentParser(
+        prog="megalm.tracking.mlflow_mirror.mirror_process", description="Feed MLflow from a run folder."
+    )
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--follow", action="store_true", help="go on until the process --parent-pid ends")
+    parser.add_argument("--parent-pid", type=int)
+    parser.add_argument("--since", type=float, default=0.0, help="unix time at which this attempt began")
+    options = parser.parse_args(arguments)
+    if options.follow and options.parent_pid is None:
+        parser.error("--follow needs --parent-pid")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    os.nice(19)
+    try:
+        if options.follow:
+            for number in _SIGNALS_OF_THE_JOB:
+                signal.signal(number, signal.SIG_IGN)
+            follow(options.run_dir, ParentWatch(options.parent_pid), options.since)
+        else:
+            sync(options.run_dir)
+    except MegalmError as error:
+        logger.error("%s", error)
+        return error.exit_code
+    logger.info("everything is delivered")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""What a tracking store is told about a run, read from its folder: parameters, tags, artifacts, where to."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+from megalm.runs.metrics_log import METRICS_FILE, Row, read_rows
+from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE, flatten, read_mapping
+from megalm.tracking.mlflow_mirror.sync_state import MirrorState
+
+FACT_FILES = (CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE)
+
+_ARTIFACTS = (*FACT_FILES, "deepspeed.json", "report.html")
+_PASSWORD = re.compile(r"://([^/\s:@]*):[^/\s@]*@")
+# MLflow's limits: names of 250 characters, values of 6000 (parameters) and 8000 (tags).
+_LONGEST_NAME = 250
+_LONGEST_PARAMETER = 6000
+_LONGEST_TAG = 8000
+
+
+def tracking_uri(run_dir: Path, state: MirrorState) -> tuple[str, bool]:
+    """Where this run is tracked, and whether that is the default store beside the run folder.
+
+    MLFLOW_TRACKING_URI rules; without it a run stays where it was first sent, and a new one goes to SQLite
+    in the run root, wherever that is now.
+    """
+    stated = os.environ.get("MLFLOW_TRACKING_URI")
+    if stated:
+        return stated, False
+    if state.tracking_uri and not state.default_store:
+        return state.tracking_uri, False
+    return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}", True
+
+
+def without_passwords(text: str) -> str:
+    """An address, or an error that quotes one, as it may be written down: `scheme://user@host`."""
+    return _PASSWORD.sub(r"://\1@", text)
+
+
+def experiment(run_dir: Path) -> str:
+    """`tracking.experiment` of the run, or the default."""
+    section = read_mapping(run_dir / CONFIG_FILE).get("tracking")
+    name = section.get("experiment") if isinstance(section, dict) else None
+    return str(name or "megalm")
+
+
+def start_ms(run_dir: Path) -> int:
+    """When the run began: its first row, or now."""
+    path = run_dir / METRICS_FILE
+    first: Row = next((row for row, _ in read_rows(path)), {}) if path.exists() else {}
+    moment = first.get("time")
+    return int((moment if isinstance(moment, float) else time.time()) * 1000)
+
+
+def parameters(run_dir: Path) -> dict[str, str]:
+    """config.yaml flattened (`train.steps`), and deepspeed.resolved.json under `deepspeed.`."""
+    config = dict(flatten(read_mapping(run_dir / CONFIG_FILE)))
+    deepspeed = {f"deepspeed.{name}": value for name, value in flatten(read_mapping(run_dir / DEEPSPEED_FILE))}
+    return {clean_name(name): shorten(value, _LONGEST_PARAMETER) for name, value in (config | deepspeed).items()}
+
+
+def tags(run_dir: Path) -> dict[str, str]:
+    """environment.json: its plain facts, everything about git and every fingerprint; versions stay a file."""
+    environment = read_mapping(run_dir / ENVIRONMENT_FILE)
+    found = {
+        name: value for name, value in flatten(environment) if "." not in name or "git" in name or "fingerprint" in name
+    }
+    found |= {"megalm.run_dir": str(run_dir.resolve())}
+    commit = next((found[name] for name in ("git_commit", "git.commit", "commit") if found.get(name)), None)
+    if commit:
+        found["mlflow.source.git.commit"] = commit  # shown by MLflow in its own column
+    return _clean_tags(found)
+
+
+def event_tags(row: Row) -> dict[str, str]:
+    """The fields of a start or resume event: fingerprints, host, world size; the last attempt's stay."""
+    return _clean_tags({name: value for name, value in flatten(row) if name not in ("kind", "time", "event", "step")})
+
+
+def artifact_names(run_dir: Path) -> list[str]:
+    """Files to upload, relative to the run folder: configuration, environment, report, all samples."""
+    samples = sorted(path for path in (run_dir / "samples").rglob("*") if path.is_file())
+    names = [name for name in _ARTIFACTS if (run_dir / name).is_file()]
+    return names + [path.relative_to(run_dir).as_posix() for path in samples]
+
+
+def signature(path: Path) -> list[int] | None:
+    """[mtime in ns, bytes] of a file, None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return [status.st_mtime_ns, status.st_size]
+
+
+def clean_name(name: str) -> str:
+    """A name with the characters and the length that MLflow takes."""
+    return re.sub(r"[^\w\-. /]", "_", name, flags=re.ASCII)[:_LONGEST_NAME]
+
+
+def shorten(value: str, longest: int) -> str:
+    return value if len(value) <= longest else value[: longest - 3] + "..."
+
+
+def _clean_tags(found: dict[str, str]) -> dict[str, str]:
+    return {clean_name(name): shorten(value, _LONGEST_TAG) for name, value in found.items()}

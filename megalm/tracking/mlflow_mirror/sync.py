@@ -1,0 +1,226 @@
+"""One pass from a run folder to a tracking store: rows, parameters, tags, artifacts, status.
+
+What was delivered is remembered in RUN_DIR/mlflow.json, written after each batch, so that a pass may fail
+anywhere and be run again. A crash between a batch and its note sends that batch once more with the same
+keys, steps and times, which MLflow stores once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megalm.runs.metrics_log import METRICS_FILE, Row, read_rows
+from megalm.tracking.mlflow_mirror import run_facts
+from megalm.tracking.mlflow_mirror.client import FAILED, FINISHED, KILLED, RUNNING, MetricValue, Store
+from megalm.tracking.mlflow_mirror.sync_state import MirrorState
+
+STATE_FILE = "mlflow.json"
+
+# MLflow's limit of entities in one request.
+_BATCH_METRICS = 1000
+# Fields that place a row or name a thing, and are no measurement.
+_NO_SERIES = ("kind", "time", "step", "attempt")
+_NO_SERIES_OF_EVENTS = (*_NO_SERIES, "exit_code", "signal", "world_size")
+_END_STATUS = {"finished": FINISHED, "failed": FAILED, "stopped": KILLED}
+_EXIT_STATUS = {0: FINISHED, 75: KILLED}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Sent:
+    """What one delivery sent, and where the run is."""
+
+    metrics: int = 0
+    artifacts: int = 0
+    status: str = RUNNING
+    run_id: str = ""
+    tracking_uri: str = ""
+
+
+class MlflowSync:
+    """Brings one run folder to its store, as often as it is called.
+
+    `run_has_ended` turns true with an end event of unix time `since` or later: a resumed run has the end of its
+    earlier attempt in its rows, and maybe not yet sent.
+    """
+
+    def __init__(self, run_dir: Path, since: float = 0.0) -> None:
+        self.run_dir = run_dir
+        self.run_has_ended = False
+        self._since = since
+        self._state_path = run_dir / STATE_FILE
+        self._state = MirrorState.load(self._state_path)
+        self._store: Store | None = None
+        self._address, is_default = run_facts.tracking_uri(run_dir, self._state)
+        uri = run_facts.without_passwords(self._address)  # what is kept and told
+        both_default = is_default and self._state.default_store  # a moved run root takes its store along
+        if self._state.tracking_uri not in ("", uri) and not both_default:
+            logger.warning("%s is now tracked at %s: a new MLflow run from the first row", run_dir, uri)
+            self._state = MirrorState()
+        self._state.tracking_uri, self._state.default_store = uri, is_default
+
+    @property
+    def tracking_uri(self) -> str:
+        return self._state.tracking_uri
+
+    def deliver(self, parent_ended: bool = False) -> Sent:
+        """Send everything that is not sent; with `parent_ended`, a run without an end event is closed too."""
+        state = self._state
+        store, run_id = self._open()
+        sent = Sent(run_id=run_id, tracking_uri=state.tracking_uri)
+        self._send_facts(store, run_id)
+        sent.metrics = self._send_rows(store, run_id)
+        sent.artifacts = self._send_artifacts(store, run_id)
+        if parent_ended and state.status == RUNNING:
+            # The training process is gone and could not say how it ended.
+            state.status, state.end_ms = (KILLED if state.signalled else FAILED), int(time.time() * 1000)
+        if state.status != state.status_sent:
+            store.set_status(run_id, state.status, state.end_ms)
+            state.status_sent = state.status
+        self._state.save(self._state_path)
+        sent.status = state.status
+        return sent
+
+    def _open(self) -> tuple[Store, str]:
+        if self._store is None:
+            # Here, not above: the training process imports this module and must not load MLflow.
+            from megalm.tracking.mlflow_mirror.client import MlflowStore
+
+            store = MlflowStore(self._address, self.run_dir.resolve().parent)
+            if self._state.run_id and not store.run_exists(self._state.run_id):
+                logger.warning("MLflow run %s is gone: a new one from the first row", self._state.run_id)
+                uri, is_default = self._state.tracking_uri, self._state.default_store
+                self._state = MirrorState(tracking_uri=uri, default_store=is_default)
+            self._store = store
+        state = self._state
+        if state.run_id is None:
+            state.experiment = run_facts.experiment(self.run_dir)
+            state.save(self._state_path)  # the key first: a lost answer must not make a second run
+            start_ms = run_facts.start_ms(self.run_dir)
+            state.run_id = self._store.create_run(state.experiment, self.run_dir.resolve().name, state.key, start_ms)
+            state.status_sent = RUNNING
+            state.save(self._state_path)
+        return self._store, state.run_id
+
+    def _send_facts(self, store: Store, run_id: str) -> None:
+        """Parameters and tags, again whenever a file they come from has changed (a resume)."""
+        signatures = {
+            f"facts:{name}": mark
+            for name in run_facts.FACT_FILES
+            if (mark := run_facts.signature(self.run_dir / name)) is not None
+        }
+        if not any(self._state.artifacts.get(name) != mark for name, mark in signatures.items()):
+            return
+        store.set_parameters(run_id, run_facts.parameters(self.run_dir))
+        store.set_tags(run_id, run_facts.tags(self.run_dir))
+        self._state.artifacts.update(signatures)
+        self._state.save(self._state_path)
+
+    def _send_rows(self, store: Store, run_id: str) -> int:
+        """All rows after the offset, in batches; the state moves on only after each was taken."""
+        path, state, total = self.run_dir / METRICS_FILE, self._state, 0
+        if not path.exists():
+            return 0
+        if path.stat().st_size < state.offset:
+            logger.warning("%s is shorter than what was sent of it: sending it again from its first row", path)
+            state.offset = 0
+        for batch in _batches(path, state.offset):
+            for event in batch.events:
+                if event.get("event") in ("start", "resume"):
+                    store.set_tags(run_id, run_facts.event_tags(event))
+                elif event.get("event") == "rollback":  # the run's next attempt, in the same process
+                    attempt: Row = {name: value for name, value in event.items() if name in ("attempt", "rollbacks")}
+                    store.set_tags(run_id, run_facts.event_tags(attempt))
+            if batch.metrics:
+                store.log_metrics(run_id, batch.metrics)
+            for event in batch.events:
+                self._note_event(event)
+            total += len(batch.metrics)
+            state.offset = batch.end_offset
+            state.save(self._state_path)
+        return total
+
+    def _note_event(self, row: Row) -> None:
+        """The run's status is that of its last start, resume, signal or end."""
+        state, event = self._state, row.get("event")
+        if event in ("start", "resume"):
+            state.status, state.end_ms, state.signalled = RUNNING, None, False
+        elif event == "signal":
+            state.signalled = True
+        elif event == "end":
+            by_code = _EXIT_STATUS.get(row.get("exit_code", 0), FAILED)
+            state.status = _END_STATUS.get(str(row.get("status")), by_code)
+            state.end_ms = _milliseconds(row)
+            # In full precision: an attempt may end in the millisecond in which the next one begins.
+            self.run_has_ended = _seconds(row) >= self._since
+
+    def _send_artifacts(self, store: Store, run_id: str) -> int:
+        """The files that are new or changed since they were sent."""
+        count = 0
+        for name in run_facts.artifact_names(self.run_dir):
+            mark = run_facts.signature(self.run_dir / name)
+            if mark is None or self._state.artifacts.get(name) == mark:
+                continue
+            folder = Path(name).parent.as_posix()
+            store.upload(run_id, self.run_dir / name, None if folder == "." else folder)
+            self._state.artifacts[name] = mark
+            self._state.save(self._state_path)
+            count += 1
+        return count
+
+
+@dataclass
+class _Batch:
+    metrics: list[MetricValue] = field(default_factory=list)
+    events: list[Row] = field(default_factory=list)
+    end_offset: int = 0
+
+
+def _batches(path: Path, offset: int) -> Iterator[_Batch]:
+    """Whole rows from an offset on, in batches of at most so many metrics as one request takes."""
+    batch = _Batch()
+    for row, end_offset in read_rows(path, offset):
+        values = metrics_of(row)
+        if len(batch.metrics) + len(values) > _BATCH_METRICS:
+            yield batch
+            batch = _Batch()
+        batch.metrics += values
+        if row["kind"] == "event":
+            batch.events.append(row)
+        batch.end_offset = end_offset
+    if batch.end_offset:
+        yield batch
+
+
+def metrics_of(row: Row) -> list[MetricValue]:
+    """The numbers of a row as series: `train/loss`, `eval/loss`, `event/skip/...`, at the row's own step and time.
+
+    A validation set with a name of its own (several in one run) has its own series: `eval/NAME/loss`.
+    """
+    prefix = str(row["kind"])
+    if prefix == "event":
+        prefix += f"/{row.get('event')}"
+    elif prefix == "eval" and row.get("dataset") not in (None, "validation"):
+        prefix += f"/{Path(str(row['dataset'])).name}"
+    step = row["step"] if isinstance(row.get("step"), int) else 0
+    left_out = _NO_SERIES_OF_EVENTS if row["kind"] == "event" else _NO_SERIES
+    return [
+        MetricValue(run_facts.clean_name(f"{prefix}/{name}"), float(value), step, _milliseconds(row))
+        for name, value in row.items()
+        if name not in left_out and isinstance(value, (int, float)) and not isinstance(value, bool)
+    ]
+
+
+def _seconds(row: Row) -> float:
+    moment = row.get("time", 0.0)
+    return float(moment) if isinstance(moment, (int, float)) and math.isfinite(moment) else 0.0
+
+
+def _milliseconds(row: Row) -> int:
+    return int(_seconds(row) * 1000)

@@ -1,0 +1,170 @@
+"""What became of a run, in one sentence."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megalm.runs.metrics_history import ATTEMPT_EVENTS
+from megalm.runs.metrics_log import Row
+from megalm.tracking.compare_runs import judging
+from megalm.tracking.report.run_data import Failure, RunData
+
+Kind = Literal["finished", "stopped", "failed", "running", "unknown", "waiting"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    kind: Kind
+    sentence: str
+
+
+def outcome(account: RunData, now: float) -> Outcome:
+    """As of unix time `now`."""
+    begun = max((int(row.get("attempt") or 1) for row in account.events(*ATTEMPT_EVENTS)), default=0)
+    failure = account.failures[-1] if account.failures else None
+    if failure is not None and failure.attempt > begun:
+        again = f" Before that it was {progress(account)}." if begun else ""
+        return Outcome("failed", f"Failed before it began to train: {failure.last_line}{again}")
+    if not begun:
+        starting = Outcome("running", "Is starting: nothing is trained yet.")
+        return starting if account.is_held else Outcome("waiting", "Has not begun to train.")
+    last = _since_last_begin(account.history.events)
+    ends = [row for row in last if row.get("event") == "end"]
+    return _ended(account, ends[-1], last, failure) if ends else _without_end(account, now)
+
+
+def progress(account: RunData) -> str:
+    """`at step 30 of 60`."""
+    step, planned = account.results.steps, account.planned_steps
+    of = f" of {planned:,}" if planned is not None else ""
+    return f"at step {step or 0:,}{of}"
+
+
+def moment(seconds: float) -> str:
+    """Unix seconds in this machine's time."""
+    return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+
+
+def ago(seconds: float) -> str:
+    """`0.4 s`, `3 s`, `5 min`, `2.5 h`, `4 days`."""
+    for unit, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:,.0f} {name}" if seconds >= 100 * unit else f"{seconds / unit:.3g} {name}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{max(0.0, seconds):.1f} s"
+
+
+def _ended(account: RunData, end: Row, last: list[Row], failure: Failure | None) -> Outcome:
+    where = progress(account)
+    if end.get("status") == "finished":
+        early = any(row.get("event") == "early_stop" for row in last)
+        why = ", because the validation loss fell no more (evaluate.patience)" if early else ""
+        return Outcome("finished", f"Finished {where}{why}.")
+    if end.get("status") == "stopped":
+        return Outcome("stopped", f"Stopped {where}{_why_stopped(last)}. It is saved, and wants to go on.")
+    why = f": {failure.last_line}" if failure is not None and failure.last_line else "; the error was not kept"
+    return Outcome("failed", f"Failed {where}{why}")
+
+
+def _without_end(account: RunData, now: float) -> Outcome:
+    seen = account.history.last_time
+    last_row = "" if seen is None else f"; last row {ago(now - seen)} before this page, {moment(seen)}"
+    if account.is_held:
+        return Outcome("running", f"Running, {progress(account)}{last_row}.")
+    return Outcome(
+        "unknown", f"Killed, or on a machine that is gone: no end was written. It was {progress(account)}{last_row}."
+    )
+
+
+def _why_stopped(last: list[Row]) -> str:
+    for row in reversed(last):
+        if row.get("event") == "signal":
+            return f" by signal {row.get('signal', '')}".rstrip()
+        if row.get("event") == "wall_time":
+            return f", its time (train.max_wall_time={row.get('limit')}) being up"
+    return ""
+
+
+def _since_last_begin(events: list[Row]) -> list[Row]:
+    begins = [index for index, row in enumerate(events) if row.get("event") in ("start", "resume")]
+    return events[begins[-1] :] if begins else events
+
+
+# The handful of numbers that matter, each with what it has to be read against.
+
+
+@dataclass(frozen=True)
+class Number:
+    name: str
+    value: str
+    note: str = ""
+
+
+def numbers(account: RunData) -> list[Number]:
+    """Only what is known."""
+    found, evaluations = account.results, judging(account.history.evaluations)
+    shown = []
+    if evaluations:
+        last = evaluations[-1]
+        shown.append(Number("Validation loss", f"{last['loss']:.4f}", f"last, {_where(last)}"))
+        if found.best_validation_loss is not None:
+            like = f"step {found.best_validation_step:,}" if found.best_validation_step is not None else ""
+            shown.append(Number("Best while training", f"{found.best_validation_loss:.4f}", like))
+        perplexity = last.get("perplexity", math.exp(min(last["loss"], 700.0)))
+        shown.append(Number("Perplexity", f"{perplexity:,.2f}", _counting_alone(account, math.exp)))
+        if last.get("bits_per_byte") is not None:
+            bits = last["bits_per_byte"]
+            # The same text in the same tokens: bits follow the nats.
+            baseline = _counting_alone(account, lambda nats: nats * bits / last["loss"]) if last["loss"] else ""
+            shown.append(Number("Bits per byte", f"{bits:.3f}", baseline))
+    if found.final_train_loss is not None:
+        scatter = found.scatter.get("loss")
+        note = f"last step; half of the steps of the last tenth are within ±{scatter:.3f}" if scatter else "last step"
+        shown.append(Number("Training loss", f"{found.final_train_loss:.4f}", note))
+    if found.tokens is not None:
+        ratio = found.tokens_per_parameter
+        shown.append(Number("Tokens", f"{found.tokens:,}", f"{ratio:.2f} a parameter" if ratio is not None else ""))
+    if found.parameters is not None:
+        shown.append(Number("Parameters", f"{found.parameters:,}"))
+    if (epochs := _epochs(account)) is not None:
+        shown.append(Number("Epochs", f"{epochs:.2f}", "of the training dataset"))
+    if found.tokens_per_second is not None:
+        seconds = f"{found.step_seconds:.3g} s a step, medians" if found.step_seconds is not None else "median"
+        shown.append(Number("Tokens a second", f"{found.tokens_per_second:,.0f}", seconds))
+    if found.mfu is not None:
+        shown.append(Number("MFU", f"{found.mfu:.1%}", "median"))
+    if found.wall_seconds is not None:
+        times = "in 1 attempt" if found.attempts == 1 else f"in {found.attempts} attempts, without pauses"
+        shown.append(Number("Wall time", ago(found.wall_seconds), times))
+    return shown
+
+
+def _where(row: dict[str, Any]) -> str:
+    over = f" over {row['targets']:,} tokens" if isinstance(row.get("targets"), int) else ""
+    return f"step {row.get('step', 0):,}{over}"
+
+
+def _counting_alone(account: RunData, turned: Any) -> str:
+    """What a model reaches that knows how frequent each token is, and no more."""
+    entropy = account.environment.get("unigram_entropy")
+    if not isinstance(entropy, (int, float)):
+        return ""
+    return f"counting tokens alone: {turned(entropy):,.4g}"
+
+
+def _epochs(account: RunData) -> float | None:
+    """Of the only training dataset."""
+    datasets, planned = account.environment.get("datasets"), account.environment.get("planned_steps")
+    steps = account.results.steps
+    if (
+        not isinstance(datasets, list)
+        or len(datasets) != 1
+        or not isinstance(planned, int)
+        or not planned
+        or steps is None
+    ):
+        return None
+    epochs = datasets[0].get("epochs") if isinstance(datasets[0], dict) else None
+    return epochs * steps / planned if isinstance(epochs, (int, float)) else None

@@ -1,0 +1,193 @@
+"""What did not go as usual in a run, in the order in which it came, with the texts that tell more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megalm.runs.metrics_history import History
+from megalm.runs.metrics_log import Row
+from megalm.tracking.report.curves import event_step
+from megalm.tracking.report.headline import ago
+from megalm.tracking.report.run_data import RunData, text_of
+
+# A page is read, not searched: so many reports and lines of one kind are in it, and so much of each text.
+_SHOWN_TEXTS = 12
+_SHOWN_OF_A_KIND = 30
+_TEXT_BYTES = 12_000
+_FAILURE_CHARACTERS = 8_000
+_SLOW_FACTOR = 2.0
+_SLOW_SHARE = 0.005  # of all training time: below that nobody looks for it
+_SLOW_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of the list; `texts`: title and text of what it has more to tell."""
+
+    step: int | None
+    what: str
+    said: str
+    text_title: str = ""
+    text: str = ""
+
+
+def findings(account: RunData) -> list[Finding]:
+    """Everything unusual; an empty list is good news."""
+    history = account.history
+    return [
+        *_failures(account),
+        *_silent_ends(history),
+        *_events(account),
+        *_no_numbers(history),
+        *_checkpoints(account),
+        *_slow(history),
+        *_stacks(account.run_dir),
+    ]
+
+
+def _events(account: RunData) -> Iterator[Finding]:
+    told: dict[str, int] = {}
+    texts = 0
+    for row in account.history.events:
+        what = str(row.get("event"))
+        if what in ("start", "checkpoint", "end") or (what == "skip" and row.get("at_step") is not None):
+            continue
+        told[what] = told.get(what, 0) + 1
+        if told[what] > _SHOWN_OF_A_KIND:
+            continue
+        title, text = "", ""
+        if what == "spike" and row.get("report") and texts < _SHOWN_TEXTS:
+            texts += 1
+            title, text = _report(account.run_dir, str(row["report"]))
+        yield Finding(event_step(row), what.replace("_", " "), _said(row), title, text)
+    for what, count in told.items():
+        if count > _SHOWN_OF_A_KIND:
+            yield Finding(None, what, f"{count - _SHOWN_OF_A_KIND:,} more are in metrics.jsonl")
+
+
+def _silent_ends(history: History) -> Iterator[Finding]:
+    """Attempts after which another began though they had written no end, and what they had trained in vain."""
+    gone = ~history.live
+    begun: Row | None = None
+    for row in history.events:
+        event = row.get("event")
+        if event in ("start", "resume"):
+            if begun is not None:
+                attempt = begun.get("attempt", 1)
+                lost = int((gone & (history.train["attempt"] == attempt)).sum())
+                taken_back = f"; {lost:,} rows of it were taken back" if lost else ""
+                said = f"attempt {attempt} wrote no end: it was killed, or its machine failed{taken_back}"
+                yield Finding(event_step(row), "killed", said)
+            begun = row
+        elif event == "end":
+            begun = None
+
+
+def _said(row: Row) -> str:
+    """An event in words."""
+    tell = _WORDS.get(str(row.get("event")))
+    if tell is not None:
+        return tell(row)
+    return str(row.get("text") or {key: value for key, value in row.items() if key not in ("kind", "time", "event")})
+
+
+def _spike(row: Row) -> str:
+    why = f" ({row['why']})" if row.get("why") else ""
+    known = [f"{name} {_number(row[name])}" for name in ("median", "limit") if row.get(name) is not None]
+    against = f" ({', '.join(known)})" if known else ""
+    values = f"loss {_number(row.get('loss'))}, gradient norm {_number(row.get('grad_norm'))}"
+    return f"{row.get('quantity')} out of bounds: {values}{against}; decided: {row.get('decided')}{why}"
+
+
+def _skip(row: Row) -> str:
+    scale = f", loss scale {_number(row['loss_scale'])}" if row.get("loss_scale") is not None else ""
+    return f"{row.get('reason', 'update skipped')}{scale}"
+
+
+# What each event says of itself; one that is not here shows its fields.
+_WORDS: dict[str, Callable[[Row], str]] = {
+    "spike": _spike,
+    "skip": _skip,
+    "rollback": lambda row: (
+        f"back to step {row.get('step')} ({row.get('path')}), past {row.get('samples_skipped')} samples"
+    ),
+    "resume": lambda row: f"attempt {row.get('attempt')}, from {Path(str(row.get('path', 'a checkpoint'))).name}",
+    "signal": lambda row: f"signal {row.get('signal', row.get('name', ''))}: saved and left",
+    "wall_time": lambda row: f"train.max_wall_time={row.get('limit')} was almost up: saved and left",
+    "repair": lambda row: f"a row that a kill had torn was cut off metrics.jsonl ({row.get('dropped_bytes')} bytes)",
+    "early_stop": lambda row: f"no validation loss below {_number(row.get('best_loss'))} any more",
+}
+
+
+def _report(run_dir: Path, name: str) -> tuple[str, str]:
+    """An incident's text, from the run's own folder and nowhere else."""
+    path = run_dir / "incidents" / Path(name).name
+    return (f"incidents/{path.name}", _shown(path)) if path.is_file() else ("", "")
+
+
+def _failures(account: RunData) -> Iterator[Finding]:
+    for failure in account.failures[-_SHOWN_TEXTS:]:
+        title = f"failures/attempt-{failure.attempt}.txt"
+        yield Finding(None, "failure", f"attempt {failure.attempt}: {failure.last_line}", title, _end_of(failure.text))
+
+
+def _no_numbers(history: History) -> Iterator[Finding]:
+    for column, name in (("loss", "training loss"), ("grad_norm", "gradient norm")):
+        steps = history.column("step")[~np.isfinite(history.column(column))]
+        if len(steps) and np.isfinite(history.train[column]).any():
+            first = ", ".join(f"{step:,.0f}" for step in steps[:10])
+            more = f" and {len(steps) - 10:,} more" if len(steps) > 10 else ""
+            yield Finding(int(steps[0]), "no number", f"{name} at step {first}{more}")
+        elif len(steps) and column == "loss":
+            yield Finding(int(steps[0]), "no number", f"no step of {len(steps):,} has a {name} that is a number")
+
+
+def _checkpoints(account: RunData) -> Iterator[Finding]:
+    for saved in account.checkpoints:
+        if saved.status != "good":
+            yield Finding(
+                saved.step, "checkpoint", f"{saved.name} is {saved.status}{saved.problem and ': '}{saved.problem}"
+            )
+
+
+def _slow(history: History) -> Iterator[Finding]:
+    """Stretches in which steps took over twice as long as usual, those that cost most first."""
+    step, seconds = history.column("step"), history.column("step_seconds")
+    known = np.isfinite(seconds)
+    step, seconds = step[known], seconds[known]
+    if len(seconds) < 10:
+        return
+    usual = float(np.median(seconds))
+    slow = np.flatnonzero(seconds > _SLOW_FACTOR * usual)
+    stretches = np.split(slow, np.flatnonzero(np.diff(slow) > 2) + 1) if len(slow) else []
+    costs = [(float((seconds[stretch] - usual).sum()), stretch) for stretch in stretches]
+    worth = sorted((cost for cost in costs if cost[0] > _SLOW_SHARE * seconds.sum()), key=lambda cost: -cost[0])
+    for cost, stretch in worth[:_SLOW_SHOWN]:
+        first, last = step[stretch[0]], step[stretch[-1]]
+        until = "" if first == last else f"until step {last:,.0f}, "
+        said = f"{until}{seconds[stretch].mean():.3g} s a step, usual are {usual:.3g} s: {ago(cost)} lost"
+        yield Finding(int(first), "slow", said)
+
+
+def _stacks(run_dir: Path) -> Iterator[Finding]:
+    for path in sorted((run_dir / "stacks").glob("rank-*.txt"))[:_SHOWN_TEXTS]:
+        said = f"{path.stem} made no progress; where it stood"
+        yield Finding(None, "standstill", said, f"stacks/{path.name}", _shown(path))
+
+
+def _shown(path: Path) -> str:
+    text, left_out = text_of(path, _TEXT_BYTES)
+    return f"{text}\n... {left_out:,} more bytes in {path}" if left_out else text
+
+
+def _end_of(text: str) -> str:
+    left_out = len(text) - _FAILURE_CHARACTERS
+    return f"... {left_out:,} characters before this\n{text[left_out:]}" if left_out > 0 else text
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else str(value)

@@ -1,0 +1,245 @@
+"""A chart as numbers for the template: SVG paths in a frame of 1000 x 1000 that the page stretches, labels as text.
+
+The frame has no text of its own: stretched to a phone's width it would be illegible. Labels are HTML beside it, placed
+by percent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from megalm.runs.metrics_history import Numbers
+
+# Curves cut down to what a screen can show, with every peak still there.
+#
+# Shapes: N points of a curve, x rising.
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """A curve to draw.
+
+    Attributes:
+        stretches: points between two gaps; a gap is where a value is no number.
+        no_numbers: x of the first such value of each bucket.
+    """
+
+    stretches: list[list[Point]]
+    no_numbers: list[float]
+
+
+def thinned(x: Numbers, y: Numbers, low: float, high: float, buckets: int) -> Thinned:
+    """Of each of `buckets` equal parts of [low, high] the first, the lowest, the highest and the last value.
+
+    Args:
+        x: [N] within [low, high].
+        y: [N]; NaN and infinity are no numbers.
+    """
+    if not len(x):
+        return Thinned([], [])
+    width = (high - low) / buckets or 1.0
+    number = np.clip(np.floor((x - low) / width), 0, buckets - 1)
+    edges = np.flatnonzero(np.diff(number)) + 1
+    stretches: list[list[Point]] = [[]]
+    no_numbers: list[float] = []
+    for start, end in zip([0, *edges.tolist()], [*edges.tolist(), len(x)], strict=True):
+        part_x, part_y = x[start:end], y[start:end]
+        known = np.isfinite(part_y)
+        if known.all():
+            stretches[-1] += _outline(part_x, part_y)
+            continue
+        no_numbers.append(float(part_x[~known][0]))
+        if not known[0] and stretches[-1]:
+            stretches.append([])
+        for points in _between_gaps(part_x, part_y, known):
+            stretches[-1] += _outline(*points)
+            stretches.append([])
+        if known[-1]:  # the curve goes on from there
+            stretches.pop()
+    return Thinned([points for points in stretches if points], no_numbers)
+
+
+def running_median(x: Numbers, y: Numbers, points: int) -> tuple[Numbers, Numbers]:
+    """About `points` medians, each over a fiftieth of the curve around it and at least five values."""
+    known = np.isfinite(y)
+    x, y = x[known], y[known]
+    if len(y) < 10:
+        return x[:0], y[:0]
+    half = max(2, len(y) // 100)
+    centres = np.unique(np.linspace(0, len(y) - 1, min(points, len(y))).round().astype(np.int64))
+    # At the ends a window gets narrower on both sides alike: a slope does not bend there.
+    reach = np.maximum(np.minimum(np.minimum(half, centres), len(y) - 1 - centres), min(half, 2 + half // 8))
+    medians = [np.median(y[max(0, at - side) : at + side + 1]) for at, side in zip(centres, reach, strict=True)]
+    return x[centres], np.array(medians)
+
+
+def _outline(x: Numbers, y: Numbers) -> list[Point]:
+    chosen = sorted({0, int(y.argmin()), int(y.argmax()), len(x) - 1})
+    return [(float(x[at]), float(y[at])) for at in chosen]
+
+
+def _between_gaps(x: Numbers, y: Numbers, known: npt.NDArray[np.bool_]) -> list[tuple[Numbers, Numbers]]:
+    """What of a bucket is before its first gap, and after its last: what is between has no width on a screen."""
+    gaps = np.flatnonzero(~known)
+    parts = [slice(0, gaps[0]), slice(gaps[-1] + 1, len(x))]
+    inside = np.flatnonzero(known[gaps[0] : gaps[-1] + 1]) + gaps[0]
+    found = [(x[part], y[part]) for part in parts]
+    if len(inside):
+        found.insert(1, (x[inside], y[inside]))
+    return [(part_x, part_y) for part_x, part_y in found if len(part_x)]
+
+
+FRAME = 1000  # units of the SVG in both directions
+
+_TICKS = 5
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values to a share of the frame, 0 to 1; beyond its ends they stay at the edge."""
+
+    low: float
+    high: float
+    logarithmic: bool = False
+
+    @staticmethod
+    def around(low: float, high: float, logarithmic: bool = False) -> Scale:
+        """A little wider than the values, which may all be the same."""
+        if logarithmic:
+            return Scale(low / 1.3, high * 1.3, True)
+        room = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
+        return Scale(low - room if low < 0 or low > room else 0.0, high + room)
+
+    def share(self, value: float) -> float:
+        low, high = self._of(self.low), self._of(self.high)
+        return min(1.0, max(0.0, (self._of(max(value, self.low)) - low) / (high - low)))
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Round values and their labels."""
+        if self.logarithmic:
+            decades = [10.0**power for power in range(math.ceil(self._low), math.floor(self._high) + 1)]
+            if len(decades) >= 2:
+                every = math.ceil(len(decades) / _TICKS)
+                return [(value, short(value)) for value in decades[::every]]
+            tens = range(math.floor(self._low), math.ceil(self._high) + 1)
+            values = [factor * 10.0**power for power in tens for factor in (1, 2, 5)]
+            inside = [(value, short(value)) for value in values if self.low <= value <= self.high]
+            return inside if len(inside) >= 3 else Scale(self.low, self.high).ticks()
+        step = _round_step((self.high - self.low) / _TICKS)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [(number * step, label(number * step, step)) for number in range(first, last + 1)]
+
+    @property
+    def _low(self) -> float:
+        return math.log10(self.low)
+
+    @property
+    def _high(self) -> float:
+        return math.log10(self.high)
+
+    def _of(self, value: float) -> float:
+        return math.log10(value) if self.logarithmic else value
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve in the frame: an SVG path, and the class by which the page colours it."""
+
+    path: str
+    look: str
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """An event on the curves; `left` in percent of the width."""
+
+    left: float
+    look: str
+    title: str
+
+
+@dataclass
+class Chart:
+    """What the template draws.
+
+    Attributes:
+        x_ticks: percent of the width, step, tokens.
+        y_ticks: percent of the height, from below.
+        legend: look and name of what is drawn.
+        notes: what the picture alone does not say.
+    """
+
+    name: str
+    unit: str
+    lines: list[Line]
+    y_ticks: list[tuple[float, str]]
+    x_ticks: list[tuple[float, str, str]] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+    legend: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tall: bool = False
+
+
+def path(stretches: Iterable[Sequence[Point]], across: Scale, up: Scale) -> str:
+    """The `d` of an SVG path; a lone point becomes a dot."""
+    words = []
+    for points in stretches:
+        places = [f"{FRAME * across.share(x):.1f} {FRAME * (1 - up.share(y)):.1f}" for x, y in points]
+        if places:
+            words.append(f"M{places[0]}" + ("h0" if len(places) == 1 else f"L{' '.join(places[1:])}"))
+    return "".join(words)
+
+
+def dots(points: Iterable[Point], across: Scale, up: Scale) -> str:
+    """A path of dots: drawn with round ends, they stay round in a stretched frame."""
+    return path(([point] for point in points), across, up)
+
+
+def short(value: float) -> str:
+    """A number in few letters: 1.5M, 300, 0.02, 3e-4."""
+    size = abs(value)
+    if size >= 1000:
+        unit, letter = _unit(size)
+        return f"{value / unit:.3g}{letter}" if size < 1e15 else f"{value:.0e}"
+    if size >= 0.01 or size == 0:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def label(value: float, step: float) -> str:
+    """A tick's value with the digits that its neighbours differ in."""
+    largest = max(abs(value), step)
+    if value == 0 or largest >= 1e15:
+        return short(value)
+    if largest < 0.01:
+        digits = max(0, _power(value) - _power(step))
+        mantissa, exponent = f"{value:.{digits}e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.') if digits else mantissa}e{int(exponent)}"
+    unit, letter = _unit(largest)
+    return f"{value / unit:.{max(0, -_power(step / unit))}f}{letter}"
+
+
+def _power(value: float) -> int:
+    """Of ten, that the first digit counts."""
+    return math.floor(math.log10(abs(value)) + 1e-9)
+
+
+def _unit(size: float) -> tuple[float, str]:
+    """What a number of this size is counted in."""
+    units = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+    return next((unit, letter) for unit, letter in units if size >= unit or unit == 1.0)
+
+
+def _round_step(rough: float) -> float:
+    """1, 2 or 5 times a power of ten, not below `rough`."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))

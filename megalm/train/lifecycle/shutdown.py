@@ -1,0 +1,259 @@
+"""How a rank leaves: by flushing everything and `os._exit`, with one readable failure for the whole job.
+
+gloo's threads can abort the interpreter at a normal exit, after correct results; so a rank never exits normally. The
+first rank to fail claims the job's failure file and prints its traceback; the others, which then lose their
+connection, find the claim and leave without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from megalm.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_START_AGAIN, MegalmError, OtherRankFailed
+from megalm.train.lifecycle.time_limits import TimeLimits, write_stacks
+
+log = logging.getLogger(__name__)
+
+# DeepSpeed's launcher gives each of its children 30 s between SIGTERM and SIGKILL, one after the other.
+_STOP_GRACE_SECONDS = 25.0
+# How often a rank looks whether another has failed, and how long it may take to find out and leave by itself.
+_CLAIM_POLL_SECONDS = 2.0
+_FAILURE_GRACE_SECONDS = 5.0
+# A step that has taken long before may do so again.
+_GRACE_OF_LONGEST = 2.0
+_WATCH_POLL_SECONDS = 0.2
+# What a person mends with room or rights: no traceback says more.
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# Rank 0 tells a refusal that all ranks share; whoever is still there after so long has one of its own.
+_REFUSAL_GRACE_SECONDS = 4.0
+# A second Ctrl-C sooner than this is the launcher passing on the first one.
+_SECOND_INTERRUPT_SECONDS = 1.0
+
+
+class FailureClaim:
+    """At most one rank of a job gets to tell why it failed.
+
+    Args:
+        path: a file in the run folder that all ranks see; it holds the traceback afterwards.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.began = False  # what is in the run folder is there to stay
+
+    @property
+    def run_folder(self) -> Path:
+        return self._path.parent.parent
+
+    def take(self, report: str) -> bool:
+        """True for the first rank that asks; not where rank 0 was refused and has removed the run folder.
+
+        Where nothing can be written, a full disk for instance, whoever asks may speak.
+        """
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        except FileExistsError:
+            return False
+        except FileNotFoundError:
+            return self.began  # somebody has moved the folder away
+        except OSError:
+            return True
+        with contextlib.suppress(OSError), os.fdopen(descriptor, "w") as file:
+            file.write(report)
+        return True
+
+    def is_taken(self) -> bool:
+        try:
+            return self._path.exists() or not (self.began or self.run_folder.is_dir())
+        except OSError:  # a network file system that is away for a moment says nothing
+            return False
+
+
+class RankSupervisor:
+    """Runs a rank's work and turns every way out of it into an exit code, a message and a clean end."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.claim: FailureClaim | None = None  # known as soon as the run folder is
+        self.on_failure: Callable[[int], None] = lambda code: None  # e.g. the end event in metrics.jsonl
+        self.on_refusal: Callable[[], None] = lambda: None  # e.g. remove what was made for a run that never began
+        self.stacks: Path | None = None  # where this rank writes where it stands, when it has to leave a standstill
+
+    def run(self, work: Callable[[], int]) -> NoReturn:
+        try:
+            code = work()
+        except OtherRankFailed as error:
+            code = error.exit_code  # a launcher tells that of whichever rank it finds first
+        except MegalmError as error:
+            code = error.exit_code
+            text = f"megalm: {_kind(error)}: {' '.join(str(error).split())}"
+            if self.claim is None and self.rank > 0:
+                _wait_for_rank_0(code)
+                text = f"{text} (on rank {self.rank})"
+            self._tell(text, everybody=True)
+            if code == EXIT_REFUSED:
+                self.on_refusal()
+        except KeyboardInterrupt:
+            self._tell("megalm: interrupted")
+            code = EXIT_FAILED
+        except Exception as error:
+            self._tell(self._account(error), everybody=True)
+            code = EXIT_FAILED
+        if code not in (EXIT_DONE, EXIT_START_AGAIN):  # those have told their end themselves
+            self._last_wish(code)
+        exit_process(code)
+
+    def _account(self, error: Exception) -> str:
+        if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
+            where = f", run folder {self.claim.run_folder}" if self.claim is not None else ""
+            return f"megalm: error: {error} (rank {self.rank}{where}); mend that, then --resume auto goes on"
+        return f"megalm: rank {self.rank} failed:\n{traceback.format_exc()}"
+
+    def began(self) -> None:
+        """The run has its folder for good: that it is gone no longer means that rank 0 was refused."""
+        if self.claim is not None:
+            self.claim.began = True
+
+    def share(self, claim: FailureClaim) -> None:
+        """From now on the first rank to fail speaks, and the others leave with it.
+
+        A rank may wait for the failed one inside a collective that never ends, deaf to signals: a thread leaves for
+        it, a few seconds after a claim that this rank has not answered.
+        """
+        self.claim = claim
+        threading.Thread(target=self._leave_with_others, args=(claim,), name="failure-watch", daemon=True).start()
+
+    def _leave_with_others(self, claim: FailureClaim) -> None:
+        while not claim.is_taken():
+            time.sleep(_CLAIM_POLL_SECONDS)
+        time.sleep(_FAILURE_GRACE_SECONDS)
+        if self.stacks is not None:
+            write_stacks(self.stacks)
+        self._last_wish(EXIT_FAILED)
+        os._exit(EXIT_FAILED)
+
+    def leave_standstill(self, silent_seconds: float) -> NoReturn:
+        """This rank has made no progress for so long: it says so, unless another rank did, and the job ends."""
+        where = f"; where each rank stood: {self.stacks.parent}" if self.stacks is not None else ""
+        self._tell(
+            f"megalm: error: rank {self.rank} made no progress for {silent_seconds:.0f} s "
+            f"(train.hang_timeout_seconds): it or a rank that it waits for hangs{where}"
+        )
+        time.sleep(_FAILURE_GRACE_SECONDS)  # the others notice too, and write their stacks
+        self._last_wish(EXIT_FAILED)
+        os._exit(EXIT_FAILED)
+
+    def _tell(self, text: str, everybody: bool = False) -> None:
+        """Print a failure, if nobody else has; before there is a claim rank 0 speaks for all, or `everybody` does."""
+        if self.claim.take(text) if self.claim else (everybody or self.rank == 0):
+            _flush()
+            with contextlib.suppress(OSError, ValueError):  # nobody is there to read it; the claim's file has it
+                sys.stderr.write(text.rstrip("\n") + "\n")
+                sys.stderr.flush()
+
+    def _last_wish(self, code: int) -> None:
+        wish, self.on_failure = self.on_failure, lambda code: None  # once, whichever thread comes first
+        try:
+            wish(code)
+        except Exception:  # the failure that is being reported matters more
+            log.debug("closing the run failed", exc_info=True)
+
+
+class StopRequest:
+    """SIGTERM, SIGINT and SIGUSR1 as a flag that the loop reads at step boundaries.
+
+    Args:
+        grace_seconds: a rank that comes no further for so long after a signal, because it waits for a peer that is
+            gone, leaves hard; or for twice the longest that it took so far.
+        limits: told of what comes further.
+    """
+
+    def __init__(self, grace_seconds: float = _STOP_GRACE_SECONDS, limits: TimeLimits | None = None) -> None:
+        self.signal: int | None = None
+        self._grace_seconds = grace_seconds
+        self._limits = limits or TimeLimits()
+        self._since = 0.0
+        self._saving = False
+        self._heard = threading.Event()
+
+    def install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def reached_boundary(self) -> None:
+        """All ranks know, or the last step is done: what is left ends by itself, however long a checkpoint takes.
+
+        No signal that comes now has anybody leave hard, but for a second Ctrl-C.
+        """
+        self._heard.set()
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """A checkpoint may take its time, and its ranks notice by themselves when one is gone."""
+        self._saving = True
+        try:
+            yield
+        finally:
+            self._saving = False
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()
+            threading.Thread(target=self._watch, name="stop-watch", daemon=True).start()
+        elif number == signal.SIGINT and time.monotonic() - self._since > _SECOND_INTERRUPT_SECONDS:
+            _exit_without_cleanup()
+
+    def _watch(self) -> None:
+        quiet_since = self._since
+        while not self._heard.wait(_WATCH_POLL_SECONDS):
+            now = time.monotonic()
+            quiet_since = now if self._saving else max(quiet_since, self._limits.last_beat)
+            if now - quiet_since > max(self._grace_seconds, _GRACE_OF_LONGEST * self._limits.longest_silence):
+                self._heard.set()
+                _exit_without_cleanup()
+
+
+def _wait_for_rank_0(code: int) -> None:
+    """Let rank 0 tell what all ranks are refused for; its launcher then ends this one, with the same code.
+
+    Left at once, this rank could have the launcher end rank 0 before it has spoken.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+    time.sleep(_REFUSAL_GRACE_SECONDS)
+
+
+def exit_process(code: int) -> NoReturn:
+    """Flush and end this process without interpreter shutdown."""
+    logging.shutdown()
+    _flush()
+    os._exit(code)
+
+
+def _flush() -> None:
+    """What cannot be written any more, because the terminal or the reader of a pipe has gone, is no failure."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
+def _exit_without_cleanup() -> NoReturn:
+    os.write(2, b"megalm: leaving without a last checkpoint\n")
+    os._exit(EXIT_FAILED)
+
+
+def _kind(error: MegalmError) -> str:
+    return {"ConfigError": "configuration", "DataError": "data", "CheckpointError": "checkpoint"}.get(
+        type(error).__name__, "error"
+    )

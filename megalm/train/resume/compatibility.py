@@ -1,0 +1,312 @@
+"""Going on from a checkpoint, also with other settings: what may be another than it was, and what follows from it.
+
+Pure functions of a manifest and of the run that is to go on; nothing is read or written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megalm.config.loading import COMMAND_LINE, SAVED_CONFIG
+from megalm.data.sampling.mixture import BlendedSamples
+from megalm.errors import CheckpointError, ConfigError
+from megalm.model.model_config import ModelConfig
+from megalm.planning.lr_schedule import ScheduleFacts, ScheduleSegment, decay_steps_of, rate_at
+from megalm.planning.resolve import ResolvedRun
+from megalm.train.resume.training_progress import (
+    Beginning,
+    DataSegment,
+    TrainingProgress,
+    data_segments,
+    schedule_segments,
+)
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """What decides the order and the meaning of tokens."""
+
+    samples: BlendedSamples
+    tokenizer: str  # fingerprint
+    validation: str = ""  # of the sets whose loss is compared while training
+
+    def at(self, consumed: int) -> dict[str, str]:
+        """Fingerprints of the first `consumed` samples; what comes later may be changed.
+
+        `order` covers dataset, document range, sequence length, stride, seed, kind of order, weights and stages.
+        """
+        return {
+            "order": self.samples.order_fingerprint(consumed),
+            "dataset": self.samples.dataset_fingerprint(consumed),
+            "tokenizer": self.tokenizer,
+        }
+
+
+def identity_of(run: ResolvedRun, shape: ModelConfig, identity: DataIdentity, consumed: int) -> dict[str, Any]:
+    """What may not change unasked when a run goes on after so many samples, as JSON."""
+    data = run.config.data
+    settings = {
+        "data.sequence_length": data.sequence_length,
+        "data.split": data.split,
+        "data.stride": None if data.stride == data.sequence_length else data.stride,
+        "data.order": data.order,
+        "data.document_mask": data.document_mask,
+        "train.seed": run.config.train.seed,
+        "data.mixture": identity.samples.mixture(consumed),
+    }
+    return {"model": asdict(shape), "data": settings, "fingerprints": identity.at(consumed)}
+
+
+# Of the rate at which an extension begins, where nothing else is said.
+_FINAL_SHARE = 0.1
+_THINGS = {
+    "data.order": "order",
+    "data.stride": "order",
+    "data.document_mask": "order",
+    "train.seed": "order",
+    "order": "order",
+    "dataset": "dataset",
+    "tokenizer": "tokenizer",
+}
+
+# Compared elsewhere: a length may be cut anew, and a mixture is known by the fingerprint of its order.
+_TOLD_ONLY = ("data.sequence_length", "data.mixture")
+_FINGERPRINT_SHOWN = 12  # digits
+# Numbers of the model that weights have in their shapes, or that weights stand or fall with: nothing allows others.
+_SHAPES = (
+    *("style", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "intermediate_size", "tie_word_embeddings", "qk_norm"),
+)
+
+
+@dataclass(frozen=True)
+class Extension:
+    """`--extend-steps`: so many more steps, on a new schedule; or so many steps anew, from the weights alone."""
+
+    steps: int
+    strategy: Literal["schedule", "weights"] = "schedule"
+
+
+# --- the schedule -----------------------------------------------------------------------------------------------------
+
+
+def with_schedule(
+    position: TrainingProgress, run: ResolvedRun, manifest: Mapping[str, Any] | None, more: int | None
+) -> None:
+    """Set what the learning rate of `position` follows.
+
+    A schedule that is stated as it was when the checkpoint's own came about, or not at all, changes nothing; another
+    one is in force from the next step on, counting the run's steps; an extension by `more` steps starts a schedule of
+    its own.
+    """
+    stated = asdict(run.schedule)
+    if manifest is None:
+        position.schedule, position.stated = (ScheduleSegment(1, 0, run.schedule),), (stated,)
+        return
+    step = int(manifest["step"])
+    segments = schedule_segments(manifest)
+    known = tuple(manifest["schedule"].get("stated") or [asdict(segments[-1].schedule)])
+    if more is not None:
+        added = ScheduleSegment(step + 1, step, _extension(run, rate_at(segments, max(step, 1)), more, known[-1]))
+        position.schedule = (*segments, added)
+        position.stated = known if stated in known else (*known, stated)
+    elif _stated_before(run, known):
+        position.schedule, position.stated = tuple(segments), known
+    else:
+        position.schedule = (*segments, ScheduleSegment(step + 1, 0, run.schedule))
+        position.stated = (stated,)
+
+
+def _stated_before(run: ResolvedRun, known: Sequence[Mapping[str, Any]]) -> bool:
+    """The run's own `train.steps` may be what an extension made of it: unless steps are stated now, any will do."""
+    if run.sources.get("train.steps") != SAVED_CONFIG:
+        return asdict(run.schedule) in known
+    section = run.config.schedule
+    return any(
+        asdict(replace(run.schedule, steps=steps, decay_steps=decay_steps_of(section, steps))) == before
+        for before in known
+        for steps in [before["steps"]]
+    )
+
+
+def with_last_step(run: ResolvedRun, position: TrainingProgress) -> ResolvedRun:
+    """The run with the `train.steps` that its schedule ends at."""
+    train = run.config.train.model_copy(update={"steps": position.schedule[-1].last_step})
+    return replace(run, config=run.config.model_copy(update={"train": train}))
+
+
+def _extension(run: ResolvedRun, rate: float, steps: int, before: Mapping[str, Any]) -> ScheduleFacts:
+    """From the rate of now down to a tenth of it as a cosine, but for what the command line says of the schedule.
+
+    What it says as it did `before` is the run's usual command, and not about the extension.
+    """
+    facts = run.schedule
+    said = {
+        key
+        for key, value in asdict(facts).items()
+        if run.sources.get(f"schedule.{key}") == COMMAND_LINE and value != before[key]
+    }
+    peak = facts.peak_learning_rate if "peak_learning_rate" in said else rate
+    return ScheduleFacts(
+        kind=facts.kind if "kind" in said else "cosine",
+        peak_learning_rate=peak,
+        final_learning_rate=facts.final_learning_rate if "final_learning_rate" in said else peak * _FINAL_SHARE,
+        warmup_steps=facts.warmup_steps if "warmup_steps" in said else 0,
+        decay_steps=facts.decay_steps if "decay_steps" in said else max(1, steps // 5),
+        steps=steps,
+    )
+
+
+# --- the data ---------------------------------------------------------------------------------------------------------
+
+
+def lengths_of_order(manifest: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """How the order in force came about: sequence lengths, and the sample at which the next one took over."""
+    found: list[tuple[int, int]] = []
+    end: int | None = None
+    for segment in reversed(data_segments(manifest)):
+        end = segment.next_sample if end is None else end
+        if segment.begins != "on":
+            found.append((segment.sequence_length, end))
+            end = None
+        if segment.begins == "anew":
+            break
+    return found[::-1]
+
+
+def first_sample_of(manifest: Mapping[str, Any] | None, run: ResolvedRun) -> Callable[[int], int]:
+    """Number of a step's first sample, for stages of a mixture: by the batch that each step had or will have.
+
+    Samples that were skipped do not move a stage: the live run that skipped them did not move it either.
+    """
+    marks: list[tuple[int, int, int]] = [(1, 0, run.batch.global_batch)]  # first step, first sample, batch
+    if manifest is not None:
+        segments = _of_order(data_segments(manifest))
+        step = int(manifest["step"]) - sum(segment.samples_consumed // segment.global_batch for segment in segments)
+        marks, sample = [], 0
+        for segment in segments:
+            marks.append((step + 1, sample, segment.global_batch))
+            step += segment.samples_consumed // segment.global_batch
+            sample += segment.samples_consumed
+        marks.append((step + 1, sample, run.batch.global_batch))
+
+    def first(step: int) -> int:
+        mark = [mark for mark in marks if mark[0] <= step] or marks[:1]
+        first_step, sample, batch = mark[-1]
+        return max(0, sample + (step - first_step) * batch)
+
+    return first
+
+
+def incompatibilities(then: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Thing of `resume.allow` -> what differs, in words.
+
+    Args:
+        then: a checkpoint's manifest.
+        now: the same sections of this run: model, data, fingerprints.
+    """
+    found: dict[str, list[str]] = {}
+    for section in ("model", "data", "fingerprints"):
+        for name, value in now[section].items():
+            was = then[section].get(name)
+            if was == value or name in _TOLD_ONLY or _may_grow(name, then, now):
+                continue
+            thing = "model" if section == "model" else _THINGS.get(name, "dataset")
+            then_and_now = [str(it)[:_FINGERPRINT_SHOWN] if section == "fingerprints" else it for it in (was, value)]
+            found.setdefault(thing, []).append("{} was {}, is {}".format(name, *then_and_now))
+    if len(found) > 1 and [words.split()[0] for words in found.get("order", [])] == ["order"]:
+        del found["order"]  # the fingerprint of the order follows from whatever else has changed
+    mixtures = [section["data"].get("data.mixture") for section in (then, now)]
+    told_with = next((name for name in ("order", "dataset") if name in found), None)
+    if told_with is not None and mixtures[0] != mixtures[1]:
+        was, now_is = (mixture or "one dataset" for mixture in mixtures)
+        found[told_with].append(
+            f"the mixture so far was {was}, is {now_is} (data.stages changes what is still to come)"
+        )
+    return found
+
+
+def refuse_incompatible(path: Path, found: Mapping[str, Sequence[str]], allowed: Sequence[str]) -> None:
+    """Raises: CheckpointError: something differs that `resume.allow` does not name."""
+    refused = {thing: words for thing, words in found.items() if thing not in allowed}
+    if refused:
+        incompatibilities = "; ".join(f"{thing} ({', '.join(words)})" for thing, words in refused.items())
+        advice = f"state what it was, or resume.allow=[{','.join([*allowed, *refused])}] if it is meant"
+        if any(words.split()[0] in _SHAPES for words in refused.get("model", ())):
+            advice = "state what it was: the shapes of a model never change"
+        raise CheckpointError(f"{path} was trained with another {incompatibilities}; {advice}")
+
+
+def continuation_kind(run: ResolvedRun, manifest: Mapping[str, Any], found: Mapping[str, Sequence[str]]) -> Beginning:
+    """How this run's data follows the checkpoint's."""
+    if found.keys() & {"dataset", "tokenizer", "order"}:
+        return "anew"
+    last = data_segments(manifest)[-1]
+    if last.sequence_length == run.config.data.sequence_length:
+        return "on"
+    if run.config.data.stages:
+        raise ConfigError(
+            f"data.sequence_length was {last.sequence_length}: it cannot change in the middle of data.stages; keep it, "
+            "or start the order of samples anew with resume.allow=[order] and another train.seed"
+        )
+    return "recut"
+
+
+def progress_from(manifest: Mapping[str, Any], run: ResolvedRun, begins: Beginning) -> TrainingProgress:
+    """Where training goes on."""
+    data = data_segments(manifest)
+    last = data[-1]
+    position = TrainingProgress(
+        step=manifest["step"],
+        tokens=manifest["tokens"],
+        best_loss=manifest["best_validation_loss"],
+        stale_evaluations=manifest["stale_evaluations"],
+        rollbacks=manifest.get("rollbacks", 0),
+    )
+    if begins != "on":
+        position.past, position.begins = tuple(data), begins
+    elif last.global_batch != run.batch.global_batch or last.samples_skipped:
+        position.past, position.begins = tuple(data), "on"
+        position.first_sample = position.samples = last.next_sample
+    else:
+        position.past, position.begins = tuple(data[:-1]), last.begins
+        position.first_sample, position.samples = last.first_sample, last.next_sample
+    return position
+
+
+def change_notes(position: TrainingProgress, manifest: Mapping[str, Any], run: ResolvedRun) -> list[str]:
+    """What is another from here on, a line each."""
+    last = data_segments(manifest)[-1]
+    lines = []
+    if last.global_batch != run.batch.global_batch:
+        lines.append(f"the batch was {last.global_batch} sequences, is {run.batch.global_batch}")
+    if last.sequence_length != run.config.data.sequence_length:
+        lines.append(f"the sequence length was {last.sequence_length}, is {run.config.data.sequence_length}")
+    if position.begins == "anew" and position.past and position.samples == 0:
+        lines.append("another order of samples: it starts at its first one")
+    if last.samples_skipped:
+        lines.append(f"{last.samples_skipped:,} samples are passed over")
+    if len(position.schedule) > len(manifest["schedule"]["segments"]) and not _same_rates(position.schedule):
+        lines.append(f"the learning rate is another {position.schedule[-1]}")
+    return lines
+
+
+def _same_rates(segments: Sequence[ScheduleSegment]) -> bool:
+    """The last segment only goes on as the one before it: a constant rate for more steps."""
+    before, last = (segment.schedule for segment in segments[-2:])
+    endless = last.kind == before.kind and last.kind in ("constant", "inverse_sqrt")
+    return endless and replace(last, steps=before.steps, decay_steps=before.decay_steps) == before
+
+
+def _of_order(segments: Sequence[DataSegment]) -> list[DataSegment]:
+    """Those of the order in force."""
+    first = max(index for index, segment in enumerate(segments) if segment.begins != "on")
+    return list(segments[first:])
+
+
+def _may_grow(name: str, then: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Rotary positions have no table: a longer sequence is no other model."""
+    return name == "max_position_embeddings" and now["model"]["style"] == "llama" == then["model"]["style"]

@@ -1,0 +1,206 @@
+"""What a run writes into a checkpoint's manifest, and what it takes and checks when it goes on from one."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
+from megalm.checkpoint.checkpointer import CheckpointWriter, Saved
+from megalm.checkpoint.discovery import Entry, resume_candidates
+from megalm.checkpoint.manifest import Status, read_manifest, write_manifest
+from megalm.checkpoint.retention import Retention
+from megalm.communicator import Communicator
+from megalm.engine.interface import Engine
+from megalm.errors import TrainingError
+from megalm.model.model_config import ModelConfig
+from megalm.planning.resolve import ResolvedRun
+from megalm.runs.run_folder import RunFolder
+from megalm.train.evaluator import Evaluation
+from megalm.train.resume.compatibility import (
+    DataIdentity,
+    continuation_kind,
+    identity_of,
+    incompatibilities,
+    progress_from,
+)
+from megalm.train.resume.find_checkpoint import open_verified
+from megalm.train.resume.resume_request import LastAttempt, attempt_after_rollback, write_attempt
+from megalm.train.resume.training_progress import Beginning, TrainingProgress, data_segments, pass_over
+
+
+class RunCheckpointer:
+    """Saves a run's state into its folder and restores it from any checkpoint of the same model and data.
+
+    Args:
+        start: the checkpoint that this process goes on from, and how; None: it begins anew.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        run: ResolvedRun,
+        shape: ModelConfig,
+        identity: DataIdentity,
+        tokenizer: str,
+        comm: Communicator,
+        start: LastAttempt | None,
+    ) -> None:
+        self._folder = folder
+        self._run = run
+        self._shape = shape
+        self._data = identity
+        self._tokenizer = tokenizer
+        self._comm = comm
+        self._request = start
+        self._past = set() if start is None else {start.path.resolve()}  # what the state came through
+        settings = run.config.checkpoint
+        self._writer = CheckpointWriter(
+            folder.checkpoints,
+            Retention(settings.keep_last, settings.keep_every_steps),
+            comm,
+            behind=settings.asynchronous,
+            origin=None if start is None else start.path,
+        )
+
+    def save(
+        self, engine: Engine, position: TrainingProgress, status: Status = "good", reason: str | None = None
+    ) -> Path:
+        """Write a checkpoint, or with checkpoint.async begin to; where it is or will be.
+
+        Args:
+            status: `suspect` for a state that may be spoilt: `--resume auto` takes it only where no good one is.
+            reason: why it is not good.
+
+        Raises:
+            TrainingError: on all ranks, where any could not write this one or the one before.
+        """
+        facts = {**self._facts(engine.counters(), position), "status": status, "status_reason": reason}
+        files = [path for path in self._folder.config_files if path.exists()]
+        path = self._writer.begin(position.step, engine.fragments(), facts, files)
+        self._past.add(path.resolve())
+        return path
+
+    def completed(self, wait: bool = False) -> list[Saved]:
+        """What became complete since the last call; `wait` until nothing is being written."""
+        return self._writer.completed(wait)
+
+    def mark_best(self, path: Path) -> None:
+        """Name the checkpoint with the lowest validation loss in `checkpoints/best`."""
+        self._writer.mark_best(path)
+
+    def note_evaluation(self, path: Path, evaluation: Evaluation) -> None:
+        """Add the last validation to a complete checkpoint that was written before it."""
+        if self._comm.is_main:
+            write_manifest(path, with_evaluation(read_manifest(path), evaluation))
+
+    def rehearse(self, engine: Engine) -> None:
+        """Write a checkpoint beside the real ones and remove it."""
+        facts = self._facts(engine.counters(), TrainingProgress())
+        self._writer.rehearse(self._folder.rehearsal, engine.fragments(), facts)
+
+    def position(self, manifest: Mapping[str, Any]) -> TrainingProgress:
+        """Where this run goes on from a checkpoint; its schedule is for the caller to set."""
+        return progress_from(manifest, self._run, continuation_kind(self._run, manifest, self.differences(manifest)))
+
+    def differences(self, manifest: Mapping[str, Any]) -> dict[str, list[str]]:
+        """What of this run is another than the checkpoint's, by thing of `resume.allow`."""
+        return incompatibilities(
+            manifest, identity_of(self._run, self._shape, self._data, data_segments(manifest)[-1].next_sample)
+        )
+
+    def restore(self, engine: Engine, reader: CheckpointReader) -> None:
+        """Put the checkpoint into `engine`."""
+        engine.restore(reader.read, reader.manifest["counters"], reader.manifest["step"])
+        reader.close()
+
+    def roll_back(self, engine: Engine, next_sample: int, attempt: int) -> tuple[Path, TrainingProgress]:
+        """Go back to the newest good checkpoint and past the data up to `next_sample`.
+
+        What is passed over is noted in that checkpoint first: whoever goes on from it later passes over it too.
+        Only what this process wrote or went on from is meant: the folder may hold later steps of an attempt that was
+        left, and earlier ones of other settings.
+
+        Args:
+            attempt: the number of the one that this begins.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        entries = self._comm.once(lambda: resume_candidates(self._folder.checkpoints, "auto"))
+        for entry in entries:
+            if entry.status != "good" or entry.path.resolve() not in self._past or self._begins(entry) != "on":
+                continue
+            reader, _ = open_verified(entry, self._comm)
+            if reader is None:
+                continue
+            more = next_sample - data_segments(reader.manifest)[-1].next_sample
+            manifest = self.passing_over(reader.manifest, more)
+            manifest["rollbacks"] = manifest.get("rollbacks", 0) + 1
+            self._request = attempt_after_rollback(self._request, reader, attempt)
+            if self._comm.is_main:
+                write_attempt(self._folder, self._request)
+                write_manifest(entry.path, manifest)
+            self.restore(engine, reader)
+            return entry.path, self.position(manifest)
+        raise TrainingError(
+            f"no good checkpoint in {self._folder.checkpoints} to go back to; write more of them "
+            "(checkpoint.interval_steps), or set guard.policy=skip"
+        )
+
+    def passing_over(self, manifest: Mapping[str, Any], samples: int) -> dict[str, Any]:
+        """The manifest with so many samples skipped where it stands."""
+        amended = pass_over(manifest, samples)
+        return {**amended, "fingerprints": self._data.at(data_segments(amended)[-1].next_sample)}
+
+    def _begins(self, entry: Entry) -> Beginning | None:
+        if entry.manifest is None:
+            return None
+        return continuation_kind(self._run, entry.manifest, self.differences(entry.manifest))
+
+    def _facts(self, counters: dict[str, Any], position: TrainingProgress) -> dict[str, Any]:
+        run, evaluation = self._run, position.evaluation
+        topology = run.topology
+        return {
+            "step": position.step,
+            "tokens": position.tokens,
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "run": self._folder.name,
+            "parameters": self._shape.parameter_count(),
+            "validation_loss": evaluation.loss if evaluation else None,
+            "validation_tokens": evaluation.targets if evaluation else None,
+            "best_validation_loss": position.best_loss,
+            "stale_evaluations": position.stale_evaluations,
+            "validation": self._data.validation,
+            "counters": counters,
+            "rollbacks": position.rollbacks,
+            "data_position": position.data_json(
+                self._data.at(position.samples)["order"], run.config.data.sequence_length, run.batch.global_batch
+            ),
+            "schedule": position.schedule_json(),
+            "topology": {
+                "world_size": topology.world_size,
+                "data": topology.data,
+                "tensor": topology.tensor,
+                "pipeline": topology.pipeline,
+                "zero_stage": run.zero_stage,
+                "precision": run.precision,
+            },
+            **identity_of(run, self._shape, self._data, position.samples),
+            "tokenizer": self._tokenizer,  # where it was; the fingerprint says whether it still is
+            # No generator's state: dropout and sampling draw from seeds of their place.
+            "attempt": position.attempt,
+        }
+
+
+def with_evaluation(manifest: Mapping[str, Any], evaluation: Evaluation) -> dict[str, Any]:
+    """The manifest with a validation on the whole sets.
+
+    A loss on part of them (evaluate.max_samples) stays beside it: `checkpoints/best` is the lowest of that kind.
+    """
+    on_part = manifest.get("validation_tokens") not in (None, evaluation.targets)
+    prefix = "whole_" if on_part else ""
+    found = {f"{prefix}validation_loss": evaluation.loss, f"{prefix}validation_tokens": evaluation.targets}
+    return {**manifest, **found}

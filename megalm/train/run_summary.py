@@ -1,0 +1,251 @@
+"""The opening facts of a run, and where everything is at its end."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megalm.cost_model.memory import checkpoint_bytes
+from megalm.cost_model.pipeline_balance import LARGE_BUBBLE, SMALL_BUBBLE, StageCosts, micro_batches_for
+from megalm.data.indexed.metadata import AWAITS_MERGE, read_sidecar
+from megalm.data.sampling.sample_order import stride_warning
+from megalm.errors import ConfigError, DataError
+from megalm.model.model_config import ModelConfig
+from megalm.planning.resolve import ResolvedRun
+from megalm.runs.resume_command import ResumeCommand
+from megalm.runs.run_folder import RunFolder
+from megalm.topology import bubble_share
+from megalm.tracking.mlflow_mirror.run_facts import without_passwords
+from megalm.tracking.report import write_report
+from megalm.train.console import RunConsole, size
+from megalm.train.datasets import RunData, find_data, open_data
+from megalm.train.resume.compatibility import DataIdentity
+
+# What a run reads of each dataset: for the opening facts and --dry-run, with what people should be warned of.
+
+# Up to about four passes, repeated text trains nearly as well as new text (arXiv 2305.16264, read in November 2026).
+MANY_REPETITIONS = 4.0
+
+
+def data_rows(run: ResolvedRun, data: RunData) -> list[tuple[str, str]]:
+    """A row for each dataset of the run, and for each change of the mixture."""
+    parts, rows = data.train.parts, []
+    for part, planned in zip(parts, data.train.planned(data.samples), strict=True):
+        share = f"{planned.samples / data.samples:.1%} of the samples, " if len(parts) > 1 else ""
+        seen = f", each token {planned.repetition:.2f} times" if part.stride < part.sequence_length else ""
+        text = f"{share}{planned.epochs:.2f} epochs of {part.tokens_per_epoch:,} tokens{seen}"
+        rows.append(("data", f"{planned.prefix}: {text}"))
+    for stage in run.config.data.blends if run.config.data.stages else ():
+        all_of_it = sum(part.weight for part in stage.blend)
+        shares = ", ".join(f"{part.prefix} {part.weight / all_of_it:.1%}" for part in stage.blend)
+        unread = "" if stage.from_step <= run.config.train.steps else " (after the last step)"
+        rows.append(("data", f"from step {stage.from_step:,}: {shares}{unread}"))
+    return rows
+
+
+def planned_data(run: ResolvedRun) -> tuple[list[tuple[str, str]], list[str]]:
+    """Rows and warnings of a run that is not started: nothing is prepared or built.
+
+    Raises:
+        ConfigError, DataError: as when it is started.
+    """
+    data = run.config.data
+    if data.train is None:
+        return [], []
+    try:
+        opened = open_data(run, find_data(data, lambda line: None))
+    except DataError as error:
+        if data.rebuild == "never":
+            raise
+        return [("data", f"is built when the run starts: {error}")], []
+    return data_rows(run, opened), data_warnings(run, opened)
+
+
+def data_warnings(run: ResolvedRun, data: RunData) -> list[str]:
+    """What the run reads more often than people may think.
+
+    Raises:
+        ConfigError: a dataset that is read more often than `data.max_epochs`.
+    """
+    steps, most = run.config.train.steps, run.config.data.max_epochs
+    warnings = []
+    for prefix in sorted({planned.prefix for planned in data.train.planned(data.samples)}):
+        if ((read_sidecar(prefix) or {}).get("minhash") or {}).get(AWAITS_MERGE):
+            warnings.append(
+                f"{prefix} is one shard of a build with --dedup minhash, and its near copies are still in: "
+                "data_tools/merge_datasets.py --dedup minhash takes them out"
+            )
+    for part, planned in zip(data.train.parts, data.train.planned(data.samples), strict=True):
+        overlap = stride_warning(part.tokens_per_epoch, part.sequence_length, part.stride, planned.samples)
+        if overlap is not None:
+            warnings.append(f"{planned.prefix}: {overlap}")
+        if most is not None and planned.repetition > most:
+            raise ConfigError(
+                f"{steps} steps see {planned.prefix} {planned.repetition:.1f} times, data.max_epochs={most:g}; "
+                "train fewer steps, or bring more data"
+            )
+        if overlap is None and planned.repetition > MANY_REPETITIONS:
+            warnings.append(
+                f"{planned.prefix}: {steps} steps see each of its {part.tokens_per_epoch:,} tokens "
+                f"{planned.repetition:.1f} times; beyond {MANY_REPETITIONS:g} times text teaches less and less "
+                "(data.max_epochs refuses it)"
+            )
+    return warnings
+
+
+# The page about a run that the run itself leaves: made when all is trained and saved, at no risk to either.
+
+# Half a million steps take some seconds. What takes longer, a sick file system for instance, is not waited for.
+_PATIENCE_SECONDS = 60.0
+
+
+def write_report_page(
+    folder: RunFolder, reporter: RunConsole, patience_seconds: float = _PATIENCE_SECONDS
+) -> Path | None:
+    """Write report.html, on rank 0; None where that failed or took too long, which is told in a line.
+
+    A thread of its own, which the end of the process does not wait for; the file is there whole or not at all.
+    """
+    done: list[Path] = []
+    why = [f"not done within {patience_seconds:.0f} s"]
+
+    def write() -> None:
+        try:
+            done.append(write_report(folder.path))
+        except Exception as error:  # whatever it is: the run is done, and nothing of it is at stake
+            why.insert(0, " ".join(str(error).split()) or type(error).__name__)
+
+    thread = threading.Thread(target=write, name="page", daemon=True)
+    thread.start()
+    thread.join(patience_seconds)
+    if done:
+        return done[0]
+    reporter.say(f"no page about this run ({why[0]}); later: megalm report {folder.path}")
+    return None
+
+
+# What a person is told of a pipeline before training: its stages, and how long they wait for each other.
+
+
+def pipeline_facts(run: ResolvedRun, blocks: tuple[int, ...], costs: StageCosts) -> str:
+    """A line on the stages, one on the bubble, and a warning where that is large."""
+    stages, micro_batches = run.topology.pipeline, run.batch.accumulation
+    bubble = bubble_share(stages, micro_batches)
+    by_stage = costs.of_stages(blocks)
+    shares = " + ".join(f"{cost / sum(by_stage):.0%}" for cost in by_stage)
+    what = "the parameters" if run.config.parallel.balance == "parameters" else "the measured time"
+    waits = f"(stages - 1) / (micro-batches + stages - 1) = {stages - 1}/{micro_batches + stages - 1}"
+    lines = [
+        f"  pipeline: {stages} stages of {' + '.join(map(str, blocks))} blocks, "
+        f"with embedding and head {shares} of {what}",
+        f"  bubble: each stage waits {bubble:.0%} of a step, {waits}: the first micro-batch fills the pipeline, "
+        "the last one empties it",
+    ]
+    if bubble > LARGE_BUBBLE:
+        lines.append(
+            f"  WARNING: {micro_batches} micro-batch(es) a step keep {stages} stages busy {1 - bubble:.0%} of the "
+            f"time; {micro_batches_for(stages, SMALL_BUBBLE)} keep them busy {1 - SMALL_BUBBLE:.0%}: lower "
+            "train_micro_batch_size_per_gpu, raise train_batch_size, or use fewer stages"
+        )
+    return "\n".join(lines)
+
+
+def opening_facts(
+    run: ResolvedRun, shape: ModelConfig, data: RunData, device: str, threads: int, peak_source: str, peak: float
+) -> Sequence[tuple[str, str]]:
+    """Name and value of each fact, in the order of reading."""
+    config, batch, count = run.config, run.batch, shape.parameter_count()
+    steps = config.train.steps
+    tokens = steps * run.tokens_per_step
+    rows = [
+        ("device", f"{device}; {run.topology.world_size} rank(s), {threads} thread(s) each"),
+        ("precision", f"{run.precision}, ZeRO stage {run.zero_stage}"),
+        ("peak", f"{peak / 1e12:.2f} TFLOP/s of all ranks ({peak_source})"),
+        (
+            "model",
+            f"{config.model.style}, {shape.num_hidden_layers} layers x {shape.hidden_size}: {count:,} parameters",
+        ),
+        (
+            "batch",
+            f"{batch.global_batch} sequences = {batch.micro_batch} x {batch.accumulation} accumulated x "
+            f"{batch.data_parallel} data rank(s), {config.data.sequence_length} tokens each: "
+            f"{run.tokens_per_step:,} a step",
+        ),
+        ("training", f"{steps:,} steps, {tokens:,} tokens = {tokens / count:.2f} a parameter"),
+        *data_rows(run, data),
+        ("tokenizer", f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} entries"),
+        ("checkpoint", f"{size(checkpoint_bytes(shape))} each"),
+    ]
+    if data.unigram_entropy is not None:
+        rows.append(("unigram entropy", f"{data.unigram_entropy:.2f} nats a token: what counting alone reaches"))
+    return rows
+
+
+def environment_facts(
+    run: ResolvedRun, data: DataIdentity, device: str, device_kind: str, threads: int, attempt: int
+) -> dict[str, Any]:
+    """What environment.json says of this attempt, beside versions and machine."""
+    stages = zip(run.config.data.stages, data.samples.stages[1:], strict=False)
+    before = data.samples.lengths_before
+    return {
+        "attempt": attempt,
+        **{f"first_sample_of_step_{stage.from_step}": cut.first for stage, cut in stages},
+        **({"sequence_lengths_before": before} if before else {}),
+        "device": device,
+        "device_kind": device_kind,
+        "world_size": run.topology.world_size,
+        "threads_per_rank": threads,
+        "precision": run.precision,
+        "zero_stage": run.zero_stage,
+        "dataset_fingerprint": data.at(run.config.train.steps * run.batch.global_batch)["dataset"],
+        "tokenizer_fingerprint": data.tokenizer,
+    }
+
+
+def scale_facts(run: ResolvedRun, shape: ModelConfig, data: RunData) -> dict[str, Any]:
+    """What environment.json says of sizes, by which losses and token counts are read."""
+    planned = zip(data.train.parts, data.train.planned(data.samples), strict=True)
+    return {
+        "parameters": shape.parameter_count(),
+        "planned_steps": run.config.train.steps,
+        "unigram_entropy": data.unigram_entropy,
+        "datasets": [
+            {"prefix": part.prefix, "tokens_per_epoch": read.tokens_per_epoch, "epochs": part.epochs}
+            for read, part in planned
+        ],
+    }
+
+
+def final_summary(folder: RunFolder, run: ResolvedRun, invocation: ResumeCommand, page: Path | None = None) -> str:
+    """Where everything is, and the next commands to try."""
+    prompt, path = _quoted(_first_line(run.config.sample.prompts)), shlex.quote(str(folder.path))
+    steps = 2 * run.config.train.steps
+    rows = [
+        *([("one page", str(page))] if page is not None else []),
+        ("see it", _where_mlflow_is(folder.path.parent) if run.config.tracking.mlflow else f"{folder.metrics}"),
+        ("list it", f"megalm checkpoint list {path}"),
+        ("generate", f"megalm generate {path} --prompt {prompt}"),
+        ("train longer", invocation.again("--resume", "auto", f"train.steps={steps}")),
+        ("your own", 'README.md, "Train on your own text"'),
+    ]
+    lines = [f"everything is in {folder.path}: metrics.jsonl, log.txt, checkpoints/, samples/"]
+    return "\n".join(["", *lines, *(f"  {name:<13} {command}" for name, command in rows)])
+
+
+def _where_mlflow_is(root: Path) -> str:
+    uri = without_passwords(os.environ.get("MLFLOW_TRACKING_URI", "")) or f"sqlite:///{root}/mlflow.db"
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+
+
+def _quoted(text: str) -> str:
+    """For a shell; in double quotes where nothing in it means something there."""
+    return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
+
+
+def _first_line(prompts: tuple[str, ...]) -> str:
+    """Of the first prompt: a shell would take a newline in it for two letters."""
+    return next((line for prompt in prompts for line in prompt.splitlines() if line.strip()), "The ")

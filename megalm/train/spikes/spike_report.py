@@ -1,0 +1,192 @@
+"""The report of a spike: what was seen, in which text, where in the model, what was decided, what to try next.
+
+`runs/NAME/incidents/step-XXXXXXXX.json` for programs, the same as `.md` for people.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalm.communicator import Communicator
+from megalm.data.analysis.sample_sources import spans_of
+from megalm.data.sampling.mixture import BlendedSamples
+from megalm.data.tokenizers.tokenizer import Tokenizer
+from megalm.engine.interface import Engine
+from megalm.errors import DataError
+from megalm.runs.resume_command import ResumeCommand
+from megalm.train.console import RunConsole
+from megalm.train.spikes.spike_guard import Verdict
+
+# A report is read, not searched: so many documents have their text in it, and so much of each.
+_SHOWN_PIECES = 40
+_SHOWN_CHARACTERS = 400
+_SHOWN_PARAMETERS = 20
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """A run of tokens of one document in one sample, as text."""
+
+    sample: int
+    dataset: str
+    document: int
+    source: str | None
+    first_token: int
+    end_token: int
+    text: str
+
+
+# (first sample, how many) -> what they are made of
+ReadSamples = Callable[[int, int], Iterable[TextPiece]]
+
+
+@dataclass(frozen=True)
+class SpikeReport:
+    """One step that was out of bounds."""
+
+    step: int
+    attempt: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    verdict: Verdict
+    window: dict[str, Any]
+    samples: tuple[int, int]  # [first, end) of its global batch
+    saved_step: int
+
+
+def sample_text_reader(samples: BlendedSamples, tokenizer: Tokenizer) -> ReadSamples:
+    """What looks samples up in their datasets, and tells their text."""
+
+    def read(first: int, count: int) -> Iterable[TextPiece]:
+        for piece in spans_of(samples, first, count):
+            source = str(piece.source) if piece.source is not None else None
+            text = tokenizer.decode(list(piece.tokens))
+            yield TextPiece(piece.sample, str(piece.prefix), piece.document, source, piece.first, piece.end, text)
+
+    return read
+
+
+class SpikeReportWriter:
+    """Writes reports into `folder`.
+
+    Args:
+        invocation: the command of this run, to which an incident adds.
+    """
+
+    def __init__(
+        self, folder: Path, read: ReadSamples, invocation: ResumeCommand, comm: Communicator, reporter: RunConsole
+    ) -> None:
+        self._folder, self._read, self._invocation = folder, read, invocation
+        self._comm, self._reporter = comm, reporter
+
+    def write(self, engine: Engine, incident: SpikeReport) -> Path:
+        """Collective; where the readable report is."""
+        gradients = engine.refused_gradients()
+        path = self._folder / report_name(incident.step, incident.attempt)
+        if self._comm.is_main:
+            try:
+                self._write(path, incident, gradients)
+            except (OSError, DataError) as error:  # the decision stands, with or without its account
+                self._reporter.say(f"WARNING: no report of step {incident.step}: {error}")
+        return path
+
+    def _write(self, path: Path, incident: SpikeReport, gradients: dict[str, float]) -> None:
+        self._folder.mkdir(exist_ok=True)
+        first, end = incident.samples
+        pieces = list(self._read(first, end - first))
+        largest = sorted(gradients.items(), key=lambda item: -item[1])
+        try_next = next_command(self._invocation, incident)
+        finding = incident.verdict.finding
+        facts: dict[str, Any] = {
+            "step": incident.step,
+            "attempt": incident.attempt,
+            "loss": incident.loss,
+            "grad_norm": incident.grad_norm,
+            "learning_rate": incident.learning_rate,
+            "finding": finding.as_json() if finding else None,
+            "window": incident.window,
+            "samples": {"first": first, "end": end},
+            "documents": [vars(piece) for piece in pieces],
+            "gradient_norms": dict(largest),
+            "decided": incident.verdict.action,
+            "why": incident.verdict.why,
+            "next_command": try_next,
+        }
+        path.with_suffix(".json").write_text(
+            json.dumps(_strict(facts), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        path.write_text("\n".join(_readable(incident, pieces, largest, try_next)) + "\n", encoding="utf-8")
+
+
+def report_name(step: int, attempt: int) -> str:
+    """A step that is out of bounds again after a rollback or a resume has another report; the first one stays."""
+    return f"step-{step:08d}.md" if attempt == 1 else f"step-{step:08d}.attempt-{attempt}.md"
+
+
+def next_command(invocation: ResumeCommand, incident: SpikeReport) -> str:
+    """What a person would try first."""
+    if incident.verdict.action in ("skip", "rollback"):
+        return "none: the run goes on by itself"
+    if incident.saved_step == 0:
+        return invocation.again("--resume", "auto", f"schedule.peak_learning_rate={incident.learning_rate / 2:.2g}")
+    behind = incident.step - incident.saved_step
+    return invocation.again("--resume", str(incident.saved_step), "--skip-steps", str(behind))
+
+
+def _readable(
+    incident: SpikeReport, pieces: Sequence[TextPiece], largest: Sequence[tuple[str, float]], try_next: str
+) -> list[str]:
+    window, verdict = incident.window, incident.verdict
+    why = f" ({verdict.why})" if verdict.why else ""
+    first, end = incident.samples
+    lines = [
+        f"# Step {incident.step}: {verdict.finding}",
+        "",
+        f"Decided: **{verdict.action}**{why}. Next command to try: `{try_next}`",
+        "",
+        "| | this step | median of the window | deviation | highest |",
+        "|---|---|---|---|---|",
+        f"| loss | {incident.loss:.4f} | {_of(window, 'loss')} |",
+        f"| gradient norm | {incident.grad_norm:.4g} | {_of(window, 'grad_norm', ' (of the logarithm)')} |",
+        "",
+        f"The window holds {window['steps']} steps; the learning rate was {incident.learning_rate:.3g}; "
+        f"attempt {incident.attempt}; samples {first} to {end - 1}.",
+        "",
+        "## Parameters with the largest gradients",
+        "",
+    ]
+    lines += [f"- `{name}` {norm:.4g}" for name, norm in largest[:_SHOWN_PARAMETERS]]
+    lines += [] if largest else ["Not known: the gradient was no number, or the update was let pass."]
+    lines += ["", "## What was read", ""]
+    for piece in pieces[:_SHOWN_PIECES]:
+        origin = piece.source or f"document {piece.document} of {piece.dataset}"
+        lines += [
+            f"### Sample {piece.sample}: {origin}, tokens {piece.first_token} to {piece.end_token - 1}",
+            "",
+            *("    " + line for line in piece.text[:_SHOWN_CHARACTERS].splitlines()),
+            "",
+        ]
+    if len(pieces) > _SHOWN_PIECES:
+        lines.append(f"{len(pieces) - _SHOWN_PIECES} more pieces are in the JSON file beside this one.")
+    return lines
+
+
+def _of(window: dict[str, Any], name: str, scale: str = "") -> str:
+    if f"{name}_median" not in window:
+        return "none yet | | "
+    return f"{window[f'{name}_median']:.4g} | {window[f'{name}_sigma']:.3g}{scale} | {window[f'{name}_max']:.4g}"
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    return [_strict(item) for item in value] if isinstance(value, (list, tuple)) else value

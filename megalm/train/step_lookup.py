@@ -1,0 +1,109 @@
+"""What any step of a run reads, from its run folder: for people who ask which text it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalm.config.loading import load_run_config
+from megalm.config.schema import RunConfig
+from megalm.data.analysis.sample_sources import TokenSpan, spans_of
+from megalm.data.tokenizers.tokenizer import Tokenizer
+from megalm.errors import DataError
+from megalm.runs.metrics_log import Row, live_rows, read_metrics
+from megalm.runs.run_folder import RunFolder
+from megalm.train.datasets import find_data, open_datasets
+from megalm.utils.atomic_files import read_json
+
+_BEGINS = ("start", "resume", "rollback")
+
+
+@dataclass(frozen=True)
+class StepSamples:
+    """Attributes: first, end: samples [first, end); trained: false of a step that is still to come."""
+
+    first: int
+    end: int
+    trained: bool
+    pieces: list[TokenSpan]
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One attempt of a run: a later one may have another batch, and other data from there on."""
+
+    stated: RunConfig
+    global_batch: int
+    environment: Mapping[str, Any]
+
+    @property
+    def config(self) -> RunConfig:
+        """With the sequence length that the order of samples began with."""
+        lengths = self.environment.get("sequence_lengths_before", [])
+        first = lengths[0][0] if lengths else self.stated.data.sequence_length
+        data = self.stated.data.model_copy(update={"sequence_length": first})
+        return self.stated.model_copy(update={"data": data})
+
+    @property
+    def cuts(self) -> list[tuple[int, int]]:
+        """(samples consumed, sequence length from there on) for each time that the length was changed."""
+        before = self.environment.get("sequence_lengths_before", [])
+        after = [length for length, _ in before[1:]] + [self.stated.data.sequence_length]
+        return [(consumed, length) for (_, consumed), length in zip(before, after, strict=False)]
+
+    def first_sample_of(self, step: int) -> int:
+        """Of a step with which a stage of the mixture begins."""
+        return int(self.environment.get(f"first_sample_of_step_{step}", (step - 1) * self.global_batch))
+
+
+def samples_of_step(path: Path, step: int, tell: Callable[[str], None] = lambda line: None) -> StepSamples:
+    """What step `step` of the run in folder `path` has read, or will read.
+
+    Args:
+        tell: called with lines for people, where a recipe is prepared again.
+
+    Raises:
+        DataError: no run there, or data that is not there any more.
+        ConfigError: a configuration file that is damaged.
+    """
+    folder = RunFolder(path)
+    if not all(file.is_file() for file in folder.config_files):
+        raise DataError(f"{path}: is no folder of a run, it has no config.yaml and deepspeed.resolved.json; name one")
+    rows = live_rows(read_metrics(folder.metrics)) if folder.metrics.exists() else []
+    number = next((row["attempt"] for row in reversed(rows) if row.get("event") in _BEGINS and row["step"] < step), 1)
+    attempt = _attempt(folder, number)
+    first, trained = _first_sample(rows, number, step, attempt.global_batch)
+    places = find_data(attempt.config.data, tell)
+    data = open_datasets(attempt.config, attempt.global_batch, places, attempt.first_sample_of)
+    samples = data.train
+    for consumed, length in attempt.cuts:
+        samples = samples.recut(consumed, length)
+    pieces = list(spans_of(samples, first, attempt.global_batch))
+    return StepSamples(first, first + attempt.global_batch, trained, pieces, data.tokenizer)
+
+
+def _first_sample(rows: list[Row], attempt: int, step: int, batch: int) -> tuple[int, bool]:
+    """The number of the step's first sample, and whether the step has been trained.
+
+    With a log interval not every step has a row; the samples of an attempt follow each other.
+    """
+    trained = [row for row in rows if row["kind"] == "train" and "samples" in row]
+    here = [row for row in trained if row["attempt"] == attempt] or trained[-1:]
+    row: Row = next((row for row in here if row["step"] >= step), here[-1] if here else {"step": 0, "samples": 0})
+    return row["samples"] + (step - 1 - row["step"]) * batch, any(row["step"] >= step for row in trained)
+
+
+def _attempt(folder: RunFolder, number: int) -> _Attempt:
+    """The files that were in force in attempt `number`: a rollback starts an attempt without new ones."""
+    newest = folder.path / "environment.json"
+    facts = {"": read_json(newest)}
+    for old in folder.path.glob("environment.attempt-*.json"):
+        facts[old.stem.removeprefix(newest.stem)] = read_json(old)
+    before = {suffix: noted["attempt"] for suffix, noted in facts.items() if noted.get("attempt", number + 1) <= number}
+    suffix = max(before, key=before.__getitem__, default="")
+    config, _, resolved = (file.with_name(f"{file.stem}{suffix}{file.suffix}") for file in folder.config_files)
+    batch = read_json(resolved)["train_batch_size"]
+    return _Attempt(load_run_config(str(config), []).config, batch, facts[suffix])

@@ -1,0 +1,127 @@
+"""Text from the model while it trains. Collective: every rank does the same forwards, rank 0 draws the tokens.
+
+Shapes: P prompts, T sequence (padded on the right, which a causal model does not see), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from megalm.communicator import Communicator
+from megalm.config.schema import SampleSection
+from megalm.data.tokenizers.tokenizer import Tokenizer
+from megalm.engine.interface import Engine
+from megalm.train.console import RunConsole
+
+T = TypeVar("T")
+
+_LENGTH_STEP = 64  # lengths are rounded up to this, so that few shapes occur
+_SHOWN, _SHOWN_LINES = 3, 12  # at the end of a run
+
+
+@dataclass(frozen=True)
+class SampleWriter:
+    """Writes `samples/step-N.txt`; the same step of the same run always draws the same text."""
+
+    folder: Path
+    settings: SampleSection
+    sequence_length: int
+    seed: int
+    tokenizer: Tokenizer
+    comm: Communicator
+    reporter: RunConsole
+
+    def rehearse(self, engine: Engine) -> None:
+        """One token of each text."""
+        one = self.settings.model_copy(update={"max_new_tokens": 1})
+        generate(engine, self.comm, self.tokenizer, one, self.sequence_length, self.seed)
+
+    def write(self, engine: Engine, step: int, show: bool) -> None:
+        """Collective. `show` prints the beginning of each text too."""
+        texts = generate(engine, self.comm, self.tokenizer, self.settings, self.sequence_length, self.seed + step)
+        if not texts or not self.comm.is_main:
+            return
+        parts = [f"--- prompt {prompt!r}\n{text}\n" for prompt, text in zip(self.settings.prompts, texts, strict=True)]
+        path = self.folder / f"step-{step:08d}.txt"
+        path.write_text("\n".join(parts), encoding="utf-8")
+        self.reporter.say(f"step {step}: {len(texts)} samples in {path}")
+        if show:
+            for part in parts[:_SHOWN]:
+                self.reporter.say("\n".join("    " + line for line in part.splitlines()[:_SHOWN_LINES]))
+
+
+class Predictor(Protocol):
+    """What generating needs of an engine."""
+
+    def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray: ...
+
+
+class Broadcaster(Protocol):
+    """What generating needs of the other ranks."""
+
+    def broadcast(self, value: T) -> T: ...
+
+
+def generate(
+    engine: Predictor, comm: Broadcaster, tokenizer: Tokenizer, settings: SampleSection, sequence_length: int, seed: int
+) -> list[str]:
+    """Continue each of `settings.prompts`; the prompt is part of the text.
+
+    Each text ends at the end-of-document token or after `max_new_tokens`. Beyond `sequence_length` tokens the
+    model sees the last ones only.
+    """
+    if not settings.prompts:
+        return []
+    texts = [list(ids) or [tokenizer.eod_id] for ids in tokenizer.encode_batch(list(settings.prompts))]
+    for _ in extend(engine, comm, texts, tokenizer.eod_id, settings, sequence_length, seed):
+        pass
+    return [tokenizer.decode(text) for text in texts]
+
+
+def extend(
+    engine: Predictor,
+    comm: Broadcaster,
+    texts: list[list[int]],
+    eod_id: int,
+    settings: SampleSection,
+    sequence_length: int,
+    seed: int,
+) -> Iterator[None]:
+    """Grow `texts`, lists of tokens, in place: a token each from one yield to the next, as `generate` says."""
+    open_texts = set(range(len(texts)))
+    random = np.random.default_rng(seed)
+    for _ in range(settings.max_new_tokens):
+        windows = [text[-sequence_length:] for text in texts]
+        longest = max(len(window) for window in windows)
+        length = min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, sequence_length)
+        tokens = np.zeros((len(texts), length), dtype=np.int64)
+        for row, window in enumerate(windows):
+            tokens[row, : len(window)] = window
+        positions = np.array([len(window) - 1 for window in windows], dtype=np.int64)
+        logits = engine.next_token_logits(tokens, positions)
+        chosen = comm.broadcast([draw(row, settings.temperature, settings.top_k, random) for row in logits])
+        for index in sorted(open_texts):
+            if chosen[index] == eod_id:
+                open_texts.discard(index)
+            else:
+                texts[index].append(chosen[index])
+        if not open_texts:
+            break
+        yield
+
+
+def draw(logits: np.ndarray, temperature: float, top_k: int | None, random: np.random.Generator) -> int:
+    """One token from fp32 logits [V]; temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return int(logits.argmax())
+    with np.errstate(over="ignore"):  # next to 0 all but the likeliest are beyond any float
+        scaled = (logits.astype(np.float64) - logits.max()) / temperature
+    if top_k is not None and top_k < len(scaled):
+        scaled[scaled < np.partition(scaled, -top_k)[-top_k]] = -np.inf
+    weights = np.exp(scaled)
+    return int(random.choice(len(weights), p=weights / weights.sum()))

@@ -1,0 +1,421 @@
+"""The training loop: steps, and what happens between them. It sees protocols only.
+
+Everything here is collective: all ranks walk through the same steps and decisions; rank 0 alone writes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from megalm.checkpoint.checkpointer import Saved
+from megalm.checkpoint.manifest import Status
+from megalm.communicator import Communicator
+from megalm.data.sampling.batch_loader import BatchLoader
+from megalm.engine.interface import Engine, StepResult
+from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
+from megalm.planning.lr_schedule import rate_at
+from megalm.planning.recipe_claims import Quantity, expectations
+from megalm.planning.resolve import ResolvedRun
+from megalm.runs.metrics_log import MetricsWriter
+from megalm.train.console import RunConsole, StepLine, duration
+from megalm.train.evaluator import TOTAL, Evaluation, Evaluator
+from megalm.train.lifecycle.shutdown import StopRequest
+from megalm.train.lifecycle.time_limits import TimeLimits
+from megalm.train.resume.training_progress import TrainingProgress
+from megalm.train.spikes.spike_guard import SpikeGuard, Verdict
+from megalm.train.spikes.spike_report import SpikeReport
+
+# What the training loop drives, as it sees it; setup.py makes them.
+
+
+class Checkpoints(Protocol):
+    """Writes the state of `engine` at a position, at once or behind training."""
+
+    def save(
+        self, engine: Engine, position: TrainingProgress, status: Status = ..., reason: str | None = ...
+    ) -> Path: ...
+    def completed(self, wait: bool = ...) -> list[Saved]: ...
+    def mark_best(self, path: Path) -> None: ...
+    def note_evaluation(self, path: Path, evaluation: Evaluation) -> None: ...
+    def rehearse(self, engine: Engine) -> None: ...
+    def roll_back(self, engine: Engine, next_sample: int, attempt: int) -> tuple[Path, TrainingProgress]: ...
+
+
+class SpikeReports(Protocol):
+    """Writes the report of a step that was out of bounds."""
+
+    def write(self, engine: Engine, incident: SpikeReport) -> Path: ...
+
+
+class Sampler(Protocol):
+    """Writes sample text of this step, and shows it if asked to."""
+
+    def write(self, engine: Engine, step: int, show: bool) -> None: ...
+    def rehearse(self, engine: Engine) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainerComponents:
+    """Everything of a run but where it stands."""
+
+    run: ResolvedRun
+    comm: Communicator
+    engine: Engine
+    batches: BatchLoader
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    sampler: Sampler
+    metrics: MetricsWriter | None  # rank 0's
+    reporter: RunConsole
+    stop: StopRequest
+    guard: SpikeGuard
+    incidents: SpikeReports
+    limits: TimeLimits
+    flops_per_token: float
+    peak_flops: float  # of all ranks together
+
+    def close(self) -> None:
+        """After the last step: nothing watches or reads ahead any more, and nothing is left on local disks."""
+        self.limits.rest()
+        self.batches.close()
+        self.engine.close()
+
+
+# What a run tells of its steps: rows of metrics.jsonl and lines for the person, on rank 0 alone.
+
+
+@dataclass
+class MetricsRecorder:
+    """Every method is told where the run stands."""
+
+    parts: TrainerComponents
+    _doubts_peak: bool = field(default=False, init=False)
+
+    def event(self, position: TrainingProgress, name: str, **fields: Any) -> None:
+        if self.parts.metrics is not None:
+            self.parts.metrics.row("event", event=name, step=position.step, attempt=position.attempt, **fields)
+
+    def step(self, position: TrainingProgress, result: StepResult, rate: float, seconds: float) -> None:
+        """The step that `position` has just come to, which took so many `seconds`."""
+        parts = self.parts
+        tokens_per_second = parts.run.tokens_per_step / seconds
+        mfu = parts.flops_per_token * tokens_per_second / parts.peak_flops
+        if result.skipped:
+            self.event(position, "skip", reason="gradient overflow", loss_scale=result.loss_scale)
+            parts.reporter.say(
+                f"step {position.step}: update skipped, gradients overflowed at scale {result.loss_scale:g}"
+            )
+        if position.step % parts.run.config.train.log_interval_steps == 0 and parts.metrics is not None:
+            parts.metrics.row(
+                "train",
+                step=position.step,
+                tokens=position.tokens,
+                samples=position.samples,
+                loss=result.loss,
+                lr=rate,
+                grad_norm=result.grad_norm,
+                loss_scale=result.loss_scale,
+                tokens_per_second=tokens_per_second,
+                step_seconds=seconds,
+                mfu=mfu,
+                memory_bytes=parts.engine.peak_memory_bytes(),
+                attempt=position.attempt,
+            )
+        if mfu > 1 and not self._doubts_peak:
+            self._doubts_peak = True
+            self._warn(
+                position,
+                f"MFU above 100%: the peak of {parts.peak_flops / 1e12:.2f} TFLOP/s is too low, as a measured one is "
+                "where other programs were at work just then; tokens/s are right",
+            )
+        parts.reporter.step(StepLine(position.step, result.loss, rate, result.grad_norm, tokens_per_second, mfu))
+        self._hold_against_document(position, "training_loss", lambda: parts.guard.history.median_loss(result.loss))
+
+    def evaluation(self, position: TrainingProgress, result: Evaluation, whole: bool) -> None:
+        """One set's, or that of all together."""
+        parts = self.parts
+        if parts.metrics is not None:
+            parts.metrics.row(
+                "eval",
+                step=position.step,
+                tokens=position.tokens,
+                loss=result.loss,
+                perplexity=result.perplexity,
+                bits_per_byte=result.bits_per_byte,
+                dataset=result.dataset,
+                targets=result.targets,
+                whole=whole,
+                attempt=position.attempt,
+            )
+        of_set = "" if result.dataset == TOTAL else f" on {result.dataset}"
+        parts.reporter.say(f"step {position.step}: validation{of_set} {result}")
+        if result.dataset == TOTAL:
+            self._hold_against_document(position, "validation_loss", lambda: result.loss)
+
+    def checkpoint(self, position: TrainingProgress, saved: Saved) -> None:
+        """One that has become complete."""
+        fields = {"path": saved.path.name, "seconds": saved.write_seconds, "stall_seconds": saved.stall_seconds}
+        self.event(position, "checkpoint", **fields, bytes=saved.bytes, saved_step=saved.step, pruned=saved.pruned)
+        times = f"{saved.write_seconds:.1f} s, training waited {saved.stall_seconds:.2f} s"
+        self.parts.reporter.say(f"step {saved.step}: checkpoint {saved.path} ({times})")
+        if saved.notice:
+            self.parts.reporter.say(f"WARNING: {saved.notice}")
+
+    def _warn(self, position: TrainingProgress, text: str) -> None:
+        self.event(position, "warning", text=text)
+        self.parts.reporter.say(f"WARNING: {text}")
+
+    def _hold_against_document(self, position: TrainingProgress, quantity: Quantity, loss: Callable[[], float]) -> None:
+        """Tell what a recipe's document had at this step, if it says."""
+        parts = self.parts
+        for found in expectations(parts.run.config.documented, quantity, position.step, loss):
+            self.event(
+                position,
+                "expected",
+                quantity=quantity,
+                loss=found.loss,
+                low=found.low,
+                high=found.high,
+                met=found.is_met,
+            )
+            parts.reporter.say(str(found))
+
+
+@dataclass
+class Trainer:
+    parts: TrainerComponents
+    position: TrainingProgress
+    record: MetricsRecorder = field(init=False)
+    _saved_step: int = field(default=0, init=False)
+    _saved_path: Path | None = field(default=None, init=False)
+    _last_spike: int = field(default=-1, init=False)
+
+    def __post_init__(self) -> None:
+        self.record = MetricsRecorder(self.parts)
+
+    def run(self) -> int:
+        """Train to the last step, or to a stop request; the exit code."""
+        parts, config = self.parts, self.parts.run.config
+        self._saved_step = self.position.step
+        parts.reporter.start(self.position.step, config.train.steps)
+        started = time.monotonic()
+        try:
+            while self.position.step < config.train.steps:
+                if not self._train_step():
+                    continue  # set back to a step whose intervals are done
+                if self.position.step == config.train.steps:
+                    break  # _finish does the rest, on the whole validation set
+                self._between_steps()
+                if self._has_stopped_learning():
+                    break
+                if self._is_to_leave():
+                    return EXIT_START_AGAIN
+        finally:
+            parts.reporter.stop()
+        self._finish(time.monotonic() - started)
+        return EXIT_DONE
+
+    def _train_step(self) -> bool:
+        """One step; False where the guard has set the run back instead."""
+        parts, position = self.parts, self.position
+        step = position.step + 1
+        rate = rate_at(position.schedule, step)
+        start = time.perf_counter()
+        batch = parts.batches.batch(position.samples)
+        result = parts.engine.train_step(batch, step, rate, parts.guard.accept)
+        seconds = time.perf_counter() - start
+        verdict = parts.guard.verdict(result, step, position.rollbacks)
+        if verdict.finding is not None:
+            report = self._report_spike(verdict, result, rate)
+            if verdict.action == "rollback":
+                self._roll_back()
+                return False
+            if verdict.action == "stop":
+                self._stop_at(verdict, result, report)
+        self._advance()
+        self.record.step(self.position, result, rate, seconds)
+        return True
+
+    def _advance(self) -> None:
+        parts, position = self.parts, self.position
+        position.step += 1
+        position.samples += parts.run.batch.global_batch
+        position.tokens += parts.run.tokens_per_step
+        position.evaluation = None
+
+    def _report_spike(self, verdict: Verdict, result: StepResult, rate: float) -> Path | None:
+        """An event, a line and a report of the step that comes after `position`."""
+        parts, position, finding = self.parts, self.position, verdict.finding
+        assert finding is not None
+        first, step = position.samples, position.step + 1
+        incident = SpikeReport(
+            step=step,
+            attempt=position.attempt,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            learning_rate=rate,
+            verdict=verdict,
+            window=parts.guard.history.statistics(),
+            samples=(first, first + parts.run.batch.global_batch),
+            saved_step=self._saved_step,
+        )
+        # A run that is let go astray would fill the disk with reports of the same thing.
+        goes_on = verdict.action == "let pass" and self._last_spike == step - 1
+        report = None if goes_on else parts.incidents.write(parts.engine, incident)
+        self._last_spike = step
+        numbers = {"loss": result.loss, "grad_norm": result.grad_norm, "limit": finding.limit, "median": finding.median}
+        of = {"at_step": step, "quantity": finding.quantity, "decided": verdict.action, "why": verdict.why}
+        self.event("spike", **of, **numbers, first_sample=first, report=report.name if report else None)
+        if verdict.action == "skip":
+            self.event("skip", at_step=step, reason=str(finding))
+        parts.reporter.say(f"step {step}: {finding}: {verdict.action}{f'; {report}' if report else ''}")
+        return report
+
+    def _stop_at(self, verdict: Verdict, result: StepResult, report: Path | None) -> NoReturn:
+        """End the run; what it has learnt so far is kept, as a state not to be trusted.
+
+        Raises:
+            TrainingError: always.
+        """
+        step, first = self.position.step + 1, self.position.samples
+        if not result.refused:
+            self._advance()
+        if self._saved_step != self.position.step:
+            self._save("suspect", f"the run was stopped at step {step}: {verdict.finding}")
+        self._tell_saved(wait=True)
+        raise TrainingError(
+            f"step {step}: {verdict.finding} ({verdict.why}; samples {first} to "
+            f"{first + self.parts.run.batch.global_batch - 1}); stopped, read {report}"
+        )
+
+    def _roll_back(self) -> None:
+        """Go back to the newest good checkpoint, and past all data up to the step that was refused."""
+        parts, old = self.parts, self.position
+        self._tell_saved(wait=True)
+        next_sample = old.samples + parts.run.batch.global_batch
+        attempt = old.attempt + 1
+        path, position = parts.checkpoints.roll_back(parts.engine, next_sample, attempt)
+        position.schedule, position.stated = old.schedule, old.stated
+        position.attempt, position.rollbacks = attempt, old.rollbacks + 1
+        self.position, self._saved_step, self._saved_path = position, position.step, path
+        parts.guard.forget_refusals()
+        skipped = position.past[-1].samples_skipped
+        self.event(
+            "rollback", path=path.name, at_step=old.step + 1, samples_skipped=skipped, rollbacks=position.rollbacks
+        )
+        parts.reporter.say(
+            f"rolled back to step {position.step} ({path.name}); {skipped:,} samples are passed over, attempt "
+            f"{position.attempt}"
+        )
+
+    def _between_steps(self) -> None:
+        config, step = self.parts.run.config, self.position.step
+        if _due(step, config.evaluate.interval_steps):
+            self._evaluate(whole=False)
+        if _due(step, config.sample.interval_steps):
+            self.parts.sampler.write(self.parts.engine, step, show=False)
+        if _due(step, config.checkpoint.interval_steps) and self._saved_step != step:
+            self._save()
+        self._tell_saved()
+
+    def _evaluate(self, whole: bool) -> None:
+        parts, position = self.parts, self.position
+        result = parts.evaluator.evaluate(parts.engine, whole)
+        if result is None:
+            return
+        position.evaluation = result
+        for each in (*result.parts, result):
+            self.record.evaluation(position, each, whole)
+        if not whole or parts.run.config.evaluate.max_samples is None:  # losses over the same samples
+            self._compare_with_best(result.loss)
+
+    def _is_to_be_judged(self) -> bool:
+        """Whether the last step, too, has to be validated on the samples by which the best checkpoint is chosen."""
+        config, position = self.parts.run.config, self.position
+        wanted = config.checkpoint.best and config.evaluate.max_samples is not None
+        return wanted and position.evaluation is None and _due(position.step, config.evaluate.interval_steps)
+
+    def _compare_with_best(self, loss: float) -> None:
+        position = self.position
+        if not loss < (math.inf if position.best_loss is None else position.best_loss):  # nor where it is no number
+            position.stale_evaluations += 1
+            return
+        position.best_loss, position.stale_evaluations = loss, 0
+        if self.parts.run.config.checkpoint.best:
+            self.parts.checkpoints.mark_best(self._save())
+
+    def _has_stopped_learning(self) -> bool:
+        patience = self.parts.run.config.evaluate.patience
+        if patience is None or self.position.stale_evaluations < patience:
+            return False
+        self.event("early_stop", best_loss=self.position.best_loss)
+        self.parts.reporter.say(
+            f"step {self.position.step}: no lower validation loss than {self.position.best_loss:.4f} in {patience} "
+            "validations (evaluate.patience): ending here"
+        )
+        return True
+
+    def _save(self, status: Status = "good", reason: str | None = None) -> Path:
+        if reason is None and (reason := self.parts.guard.suspicion(self.position.step)) is not None:
+            status = "suspect"
+        with self.parts.stop.saving():
+            path = self.parts.checkpoints.save(self.parts.engine, self.position, status, reason)
+        self._saved_step, self._saved_path = self.position.step, path
+        self._tell_saved()
+        return path
+
+    def _tell_saved(self, wait: bool = False) -> None:
+        """Record the checkpoints that became complete; collective."""
+        parts = self.parts
+        for saved in parts.checkpoints.completed(wait):
+            parts.limits.saved(saved.write_seconds)
+            self.record.checkpoint(self.position, saved)
+
+    def _is_to_leave(self) -> bool:
+        """Any rank's signal, or clock, makes all ranks save the same step and leave."""
+        parts = self.parts
+        number, late = parts.comm.max([float(parts.stop.signal or 0), float(parts.limits.boundary())])
+        if number:
+            self._leave_early("signal", f"signal {int(number)}", signal=int(number))
+        elif late:
+            limit = parts.run.config.train.max_wall_time
+            self._leave_early("wall_time", f"train.max_wall_time={limit} is almost up", limit=limit)
+        return bool(number or late)
+
+    def _leave_early(self, event: str, why: str, **fields: Any) -> None:
+        parts = self.parts
+        parts.stop.reached_boundary()
+        self.event(event, **fields)
+        parts.reporter.say(f"{why}: saving step {self.position.step}, then leaving")
+        if self._saved_step != self.position.step:
+            self._save()
+        self._tell_saved(wait=True)
+        self.event("end", status="stopped", exit_code=EXIT_START_AGAIN)
+        parts.reporter.say("stopped; --resume auto goes on from here")
+
+    def _finish(self, seconds: float) -> None:
+        parts = self.parts
+        parts.stop.reached_boundary()
+        path = self._saved_path if self._saved_step == self.position.step else None
+        path = path or self._save()  # before anything that may take long or be interrupted
+        if self._is_to_be_judged():
+            self._evaluate(whole=False)
+        self._evaluate(whole=True)
+        self._tell_saved(wait=True)
+        if self.position.evaluation is not None:
+            parts.checkpoints.note_evaluation(path, self.position.evaluation)
+        parts.sampler.write(parts.engine, self.position.step, show=True)
+        self.event("end", status="finished", exit_code=EXIT_DONE, seconds=seconds)
+        parts.reporter.say(f"trained to step {self.position.step} in {duration(seconds)}")
+
+    def event(self, name: str, **fields: Any) -> None:
+        self.record.event(self.position, name, **fields)
+
+
+def _due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
