@@ -44,7 +44,7 @@ def assert_holds(path: Path, step: int) -> None:
     """Every file is as it was written, and every tensor is the one of `step`."""
     reader = CheckpointReader(path)
     assert reader.verify() == ""
-    assert reader.manifest["step"] == step
+    assert reader.manifest.step == step
     assert set(reader.shapes()) == set(SHAPES)
     for name, shape in SHAPES.items():
         for kind in KINDS:

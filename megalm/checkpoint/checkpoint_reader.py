@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megalm.checkpoint.manifest import advice, damaged_file, read_manifest, wrong_file
+from megalm.checkpoint.manifest import StoredFragment, advice, damaged_file, read_manifest, wrong_file
 from megalm.checkpoint.safetensors_file import tensor_name
 from megalm.checkpoint.shard_overlap import chunks_of, overlap
 from megalm.checkpoint.shard_spec import WEIGHTS, FragmentKey
@@ -40,7 +40,7 @@ class CheckpointReader:
     @property
     def holds_weights_only(self) -> bool:
         """It was no run's state: there are masters and no moments."""
-        return self.manifest.get("holds") == WEIGHTS
+        return self.manifest.holds == WEIGHTS
 
     def verify(self, part: int = 0, parts: int = 1, tell: Callable[[], None] = lambda: None) -> str:
         """Compare every `parts`-th file from `part` with its SHA-256; the first difference in words, or ''.
@@ -51,7 +51,7 @@ class CheckpointReader:
         return damaged_file(self.path, self.manifest, part, parts, tell)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(entry["shape"]) for name, entry in self.manifest["tensors"].items()}
+        return {name: entry.shape for name, entry in self.manifest.tensors.items()}
 
     def read(self, key: FragmentKey) -> Tensor:
         """The fragment's values, fp32 [stop - start].
@@ -59,23 +59,22 @@ class CheckpointReader:
         Raises:
             CheckpointError: the parameter is not in the checkpoint, has another shape, or has holes.
         """
-        entry = self.manifest["tensors"].get(key.name)
+        entry = self.manifest.tensors.get(key.name)
         if entry is None:
             raise CheckpointError(f"{self.path} has no parameter {key.name}; it is of another model")
-        if tuple(entry["shape"]) != key.shape:
+        if entry.shape != key.shape:
             raise CheckpointError(
-                f"{self.path}: {key.name} has shape {tuple(entry['shape'])}, the model's has {key.shape}; "
-                "it is of another model"
+                f"{self.path}: {key.name} has shape {entry.shape}, the model's has {key.shape}; it is of another model"
             )
         result = torch.empty(key.stop - key.start)
         covered = 0
         wanted = chunks_of(key)
-        for stored in (each for each in entry["fragments"] if each["kind"] == key.kind):
+        for stored in (each for each in entry.fragments if each.kind == key.kind):
             there = chunks_of(self._key(key, stored))
             meeting = [(a, b, corners) for a in there for b in wanted if (corners := overlap(a, b)) is not None]
             if not meeting:
                 continue
-            values = self._stored(stored["file"], tensor_name(key), stored["stop"] - stored["start"])
+            values = self._stored(stored.file, tensor_name(key), stored.stop - stored.start)
             for source, target, (first, last) in meeting:
                 place = target.view(result, first, last)
                 place.copy_(source.view(values, first, last))
@@ -95,21 +94,20 @@ class CheckpointReader:
         whole = {name: FragmentKey(name, "master", shape, 0, math.prod(shape)) for name, shape in self.shapes().items()}
         return {name: self.read(key).view(key.shape) for name, key in whole.items()}
 
-    def _key(self, wanted: FragmentKey, stored: Mapping[str, Any]) -> FragmentKey:
+    def _key(self, wanted: FragmentKey, stored: StoredFragment) -> FragmentKey:
         """What the manifest says of a stored fragment of the parameter that is wanted.
 
         Raises:
             CheckpointError: it does not lie in the parameter.
         """
-        rectangle = stored.get("rectangle")
-        sides = tuple((first, last) for first, last in rectangle or [(0, size) for size in wanted.shape])
+        sides = stored.rectangle or tuple((0, size) for size in wanted.shape)
         count = math.prod(last - first for first, last in sides)
         fits = len(sides) == len(wanted.shape) and all(
             first < last <= size for (first, last), size in zip(sides, wanted.shape, strict=True)
         )
-        if not fits or not stored["start"] <= stored["stop"] <= count:
+        if not fits or not stored.start <= stored.stop <= count:
             raise CheckpointError(f"{self.path}: {tensor_name(wanted)} has a part outside of it; {advice(self.path)}")
-        return replace(wanted, start=stored["start"], stop=stored["stop"], rectangle=sides)
+        return replace(wanted, start=stored.start, stop=stored.stop, rectangle=sides)
 
     def _stored(self, file: str, name: str, length: int) -> Tensor:
         """A stored fragment, fp32 [length].
@@ -117,7 +115,7 @@ class CheckpointReader:
         Raises:
             CheckpointError: the file is no safetensors file of the manifest's files, or holds something else.
         """
-        if file not in self.manifest["files"]:
+        if file not in self.manifest.files:
             raise CheckpointError(f"{self.path}: {name} is said to be in {file}, which is none of its files")
         try:
             if file not in self._files:

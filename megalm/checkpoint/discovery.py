@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megalm.checkpoint.manifest import MANIFEST, Status, read_manifest, without_advice, wrong_file
+from megalm.checkpoint.manifest import MANIFEST, Manifest, Status, read_manifest, without_advice, wrong_file
 from megalm.errors import CheckpointError
 
 LATEST = "latest"
@@ -25,7 +23,7 @@ class Entry:
     """A complete checkpoint. `manifest` is None where it cannot be read; `problem` then says why."""
 
     path: Path
-    manifest: Mapping[str, Any] | None
+    manifest: Manifest | None
     problem: str = ""
 
     @property
@@ -34,12 +32,12 @@ class Entry:
 
     @property
     def status(self) -> Status | None:
-        return None if self.manifest is None else self.manifest["status"]
+        return None if self.manifest is None else self.manifest.status
 
     @property
     def attempt(self) -> int:
         """0 where that cannot be read."""
-        return 0 if self.manifest is None else int(self.manifest.get("attempt", 1))
+        return 0 if self.manifest is None else self.manifest.attempt
 
 
 @dataclass(frozen=True)
@@ -167,9 +165,9 @@ def _named(checkpoints: Path, wanted: str) -> Entry:
     for path in (resolve_pointer(named), resolve_pointer(Path(wanted))):
         if (path / MANIFEST).is_file():
             manifest = read_manifest(path)
-            if manifest["status"] == "bad":
+            if manifest.status == "bad":
                 raise CheckpointError(
-                    f"{path} is marked bad ({manifest.get('status_reason')}); choose another, or undo it with "
+                    f"{path} is marked bad ({manifest.status_reason}); choose another, or undo it with "
                     f"megalm checkpoint mark-bad --good {path}"
                 )
             return Entry(path, manifest)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
 
+from megalm.config.schema import ScheduleKind
 from megalm.errors import CheckpointError
+from megalm.model.model_config import ModelConfig
 from megalm.utils.atomic_files import write_durably
 
 FORMAT = 2
@@ -26,54 +28,200 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 
 _SEAL = "seal"
 HASH_BLOCK_BYTES = 1 << 24
+_SHAPE = TypeAdapter(ModelConfig)
+_TRAINING_STATE = (
+    *("tokens", "best_validation_loss", "stale_evaluations", "counters", "data_position", "schedule"),
+    *("model", "data", "fingerprints"),
+)
 
 # A plain name in the checkpoint's own folder: no separator, no "..", not hidden.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
 Count = Annotated[int, Field(ge=0)]
 
+# A stretch starts an order of its own, goes on in the order of the stretch before, or reads what that one left of its
+# epoch, cut into samples of another length.
+Beginning = Literal["anew", "on", "recut"]
 
-class _StoredFile(BaseModel):
+
+class _Part(BaseModel):
+    """A part of a manifest; keys of a newer version are let pass."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class StoredFile(_Part):
     bytes: Count
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _StoredFragment(BaseModel):
+class StoredFragment(_Part):
+    """Where a part of a parameter is; the numbers are those of a `FragmentKey`."""
+
     file: FileName
     kind: str
     start: Count
     stop: Count
-    rectangle: list[tuple[Count, Count]] | None = None
+    rectangle: tuple[tuple[Count, Count], ...] | None = None
 
 
-class _StoredTensor(BaseModel):
-    shape: list[Count]
-    fragments: list[_StoredFragment]
+class StoredTensor(_Part):
+    shape: tuple[Count, ...]
+    fragments: tuple[StoredFragment, ...]
 
 
-class _Contents(BaseModel):
-    """What every reader relies on; what else a manifest says is its writer's business."""
+class DataSegment(_Part):
+    """A stretch of training on one order of samples with one batch size.
 
-    model_config = ConfigDict(extra="allow")
+    Attributes:
+        order: fingerprint of the order that the sample numbers belong to.
+        sequence_length: tokens of a sample.
+        global_batch: samples of a step.
+        first_sample: number of the stretch's first sample; older checkpoints, of a single stretch, do not have it.
+        samples_consumed: trained on, from there.
+        samples_skipped: passed over after those, because they led to a spike or a person said so.
+        begins: how it follows the stretch before.
+    """
 
-    files: dict[FileName, _StoredFile]
-    tensors: dict[str, _StoredTensor]
+    order: str
+    sequence_length: int
+    global_batch: int
+    first_sample: int = 0
+    samples_consumed: int
+    samples_skipped: int = 0
+    begins: Beginning = "anew"
+
+    @property
+    def next_sample(self) -> int:
+        return self.first_sample + self.samples_consumed + self.samples_skipped
+
+
+class DataPosition(_Part):
+    """The stretches so far; the last one is in force."""
+
+    segments: tuple[DataSegment, ...] = ()
+
+
+class StoredScheduleSegment(_Part):
+    """The fields of a `ScheduleSegment` and of its `ScheduleFacts`, flat."""
+
+    first_step: int
+    offset_steps: int = 0
+    kind: ScheduleKind
+    peak_learning_rate: float
+    final_learning_rate: float
+    warmup_steps: int
+    decay_steps: int
+    steps: int
+
+
+class StoredSchedule(_Part):
+    """Attributes: stated: the schedules that a person stated while the segments came about, as JSON."""
+
+    stated: tuple[dict[str, Any], ...] = ()
+    segments: tuple[StoredScheduleSegment, ...] = ()
+
+
+class StoredTopology(_Part):
+    world_size: int
+    data: int
+    tensor: int
+    pipeline: int
+    zero_stage: int
+    precision: str
+
+
+class Fingerprints(_Part):
+    """Of what was trained on so far."""
+
+    order: str | None = None
+    dataset: str | None = None
+    tokenizer: str | None = None
+
+
+class Manifest(_Part):
+    """What a checkpoint says of itself. What one of an older version, or of weights alone, does not say has a default.
+
+    Attributes:
+        holds: `weights` of an imported model; None: the whole state of a run.
+        validation_loss, validation_tokens: of this very step, on the part of the sets used while training;
+            `whole_...`: on all of them.
+        validation: fingerprint of the sets that the losses are of.
+        counters: the engine's; `model`: a ModelConfig's numbers, see `shape_of`; `data`: settings by name.
+        tokenizer: where it was.
+    """
+
+    status: Status = "good"
+    status_reason: str | None = None
     step: Count
+    holds: str | None = None
+    imported_from: str | None = None
+    tokens: Count | None = None
+    created: str | int | float | None = None
+    run: str | None = None
+    parameters: Count | None = None
+    validation_loss: float | None = None
+    validation_tokens: Count | None = None
+    best_validation_loss: float | None = None
+    stale_evaluations: Count = 0
+    validation: str | None = None
+    counters: dict[str, Any] = {}
+    rollbacks: Count = 0
+    data_position: DataPosition = DataPosition()
+    schedule: StoredSchedule = StoredSchedule()
+    topology: StoredTopology | None = None
+    model: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    fingerprints: Fingerprints = Fingerprints()
+    tokenizer: str | None = None
     attempt: Count = 1
-    status: Status
+    files: dict[FileName, StoredFile]
+    tensors: dict[str, StoredTensor]
+    whole_validation_loss: float | None = None
+    whole_validation_tokens: Count | None = None
+
+    _content: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Manifest:
+        """Raises: ValidationError: a key has a value that means nothing, or one that every manifest has is absent."""
+        manifest = cls.model_validate(content)
+        manifest._content = dict(content)
+        return manifest
+
+    @property
+    def content(self) -> Mapping[str, Any]:
+        """The JSON that it was made from: its keys in their order, unknown ones too, and no defaults."""
+        return self._content
+
+    def amended(self, **changes: Any) -> Manifest:
+        """The same with other values (JSON) of some keys; keys that it did not have come last."""
+        return Manifest.from_json({**self._content, **changes})
+
+    @property
+    def bytes(self) -> int:
+        """Of all its files."""
+        return sum(file.bytes for file in self.files.values())
+
+    @property
+    def mark(self) -> str:
+        """`marked bad (REASON)`, or suspect; "" for a good one."""
+        if self.status == "good":
+            return ""
+        return f"marked {self.status}{f' ({self.status_reason})' if self.status_reason else ''}"
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Seal `facts` and make them the folder's manifest, atomically and on disk."""
-    content = {name: value for name, value in facts.items() if name != _SEAL}
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Seal `manifest` and make it the folder's, atomically and on disk."""
+    stated = {name: value for name, value in manifest.content.items() if name != _SEAL}
     content = json.loads(
-        json.dumps({"format": FORMAT, "status": "good", "status_reason": None, **content})
+        json.dumps({"format": FORMAT, "status": "good", "status_reason": None, **stated})
     )  # as a reader will see it
     # A line each: as short as the fragments of thousands of ranks want it, as legible as a person wants the rest.
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in {**content, _SEAL: _seal(content)}.items()]
     write_durably(folder / MANIFEST, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint folder.
 
     Raises:
@@ -81,31 +229,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        stored = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); {advice(folder)}") from None
-    if not isinstance(manifest, dict):
+    if not isinstance(stored, dict):
         raise CheckpointError(f"{path} holds no JSON object; {advice(folder)}")
-    if manifest.get("format") != FORMAT:
+    if stored.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} has checkpoint format {manifest.get('format')}, this version of megalm reads {FORMAT}; use the "
+            f"{path} has checkpoint format {stored.get('format')}, this version of megalm reads {FORMAT}; use the "
             "version that wrote it, or another checkpoint"
         )
-    content = {name: value for name, value in manifest.items() if name != _SEAL}
-    expected, found = manifest.get(_SEAL), _seal(content)
+    content = {name: value for name, value in stored.items() if name != _SEAL}
+    expected, found = stored.get(_SEAL), _seal(content)
     if expected != found:
         raise CheckpointError(
             f"{path} was altered: its SHA-256 is {found[:16]}..., it says {str(expected)[:16]}...; {advice(folder)}"
         )
     try:
-        _Contents.model_validate(content)
+        return Manifest.from_json(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{path}: {where}: {first['msg']}; {advice(folder)}") from None
-    return content
+        raise CheckpointError(f"{path}: {_first_problem(error)}; {advice(folder)}") from None
 
 
 def set_status(folder: Path, status: Status, reason: str | None) -> None:
@@ -114,45 +259,59 @@ def set_status(folder: Path, status: Status, reason: str | None) -> None:
     Raises:
         CheckpointError: its manifest cannot be read.
     """
-    write_manifest(folder, {**read_manifest(folder), "status": status, "status_reason": reason})
+    write_manifest(folder, read_manifest(folder).amended(status=status, status_reason=reason))
 
 
-def mark_of(manifest: Mapping[str, Any]) -> str:
-    """`marked bad (REASON)`, or suspect; "" for a good one."""
-    if manifest["status"] == "good":
-        return ""
-    reason = manifest.get("status_reason")
-    return f"marked {manifest['status']}{f' ({reason})' if reason else ''}"
+def require_training_state(folder: Path, manifest: Manifest) -> None:
+    """Raises: CheckpointError: it lacks what a run is resumed from, or its data position is of a newer version."""
+    for name in _TRAINING_STATE:
+        if name not in manifest.content:
+            raise CheckpointError(f"{folder / MANIFEST}: {name}: missing, so nothing resumes from it; {advice(folder)}")
+    for segment in manifest.data_position.segments:
+        _refuse_unknown(folder, "data_position.segments", segment.model_extra or {})
 
 
-def wrong_file(folder: Path, manifest: Mapping[str, Any]) -> str:
+def shape_of(folder: Path, manifest: Manifest) -> ModelConfig:
+    """The model's dimensions.
+
+    Raises:
+        CheckpointError: one is absent, not known to this version or no such number.
+    """
+    _refuse_unknown(folder, "model", manifest.model.keys() - ModelConfig.__dataclass_fields__.keys())
+    try:
+        return _SHAPE.validate_python(manifest.model)
+    except ValidationError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: model.{_first_problem(error)}; {advice(folder)}") from None
+
+
+def wrong_file(folder: Path, manifest: Manifest) -> str:
     """The first file that is not there in full size, in words; '' where all are."""
-    for name, facts in manifest["files"].items():
+    for name, stored in manifest.files.items():
         file = folder / name
         if file.is_symlink():
             return f"{file} is a link to {os.readlink(file)}, a checkpoint holds its files itself; {advice(folder)}"
         if not file.is_file():
             return f"{file} is missing; {advice(folder)}"
-        if file.stat().st_size != facts["bytes"]:
+        if file.stat().st_size != stored.bytes:
             found = file.stat().st_size
-            return f"{file} has {found} bytes, the manifest says {facts['bytes']}; {advice(folder)}"
+            return f"{file} has {found} bytes, the manifest says {stored.bytes}; {advice(folder)}"
     return ""
 
 
 def damaged_file(
-    folder: Path, manifest: Mapping[str, Any], part: int = 0, parts: int = 1, tell: Callable[[], None] = lambda: None
+    folder: Path, manifest: Manifest, part: int = 0, parts: int = 1, tell: Callable[[], None] = lambda: None
 ) -> str:
     """Compare every `parts`-th file from `part` with its SHA-256; the first difference in words, or ''.
 
     Args:
         tell: called for each `HASH_BLOCK_BYTES` that are read, and for the rest of a file.
     """
-    for name in sorted(manifest["files"])[part::parts]:
+    for name in sorted(manifest.files)[part::parts]:
         try:
             found = file_sha256(folder / name, tell)
         except OSError as error:
             return f"{folder / name} cannot be read ({error}); {advice(folder)}"
-        expected = manifest["files"][name]["sha256"]
+        expected = manifest.files[name].sha256
         if found != expected:
             return (
                 f"{folder / name}: SHA-256 is {found[:16]}..., the manifest says {expected[:16]}...; {advice(folder)}"
@@ -160,10 +319,10 @@ def damaged_file(
     return ""
 
 
-def hashed_blocks(manifest: Mapping[str, Any], part: int = 0, parts: int = 1) -> int:
+def hashed_blocks(manifest: Manifest, part: int = 0, parts: int = 1) -> int:
     """How often `damaged_file` tells that it has come further, where nothing is damaged."""
-    names = sorted(manifest["files"])[part::parts]
-    return sum(-(-manifest["files"][name]["bytes"] // HASH_BLOCK_BYTES) for name in names)
+    names = sorted(manifest.files)[part::parts]
+    return sum(-(-manifest.files[name].bytes // HASH_BLOCK_BYTES) for name in names)
 
 
 def file_sha256(path: Path, tell: Callable[[], None] = lambda: None) -> str:
@@ -182,6 +341,18 @@ def advice(folder: Path) -> str:
 def without_advice(problem: str, folder: Path) -> str:
     """What is wrong alone, for where an earlier checkpoint has been chosen already."""
     return problem.removesuffix(f"; {advice(folder)}")
+
+
+def _refuse_unknown(folder: Path, part: str, keys: Iterable[str]) -> None:
+    for key in keys:
+        raise CheckpointError(
+            f"{folder / MANIFEST}: {part}: {key} is not known to this version of megalm; use the version that wrote it"
+        )
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 
 
 def _seal(content: Mapping[str, Any]) -> str:

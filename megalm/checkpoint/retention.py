@@ -114,8 +114,8 @@ def _best(entries: Sequence[Entry]) -> str | None:
     """The name of the newest good one whose validation loss was the lowest so far."""
     for entry in reversed(entries):
         if entry.manifest is not None and entry.status == "good":
-            loss = entry.manifest.get("validation_loss")
-            if loss is not None and loss == entry.manifest.get("best_validation_loss"):
+            loss = entry.manifest.validation_loss
+            if loss is not None and loss == entry.manifest.best_validation_loss:
                 return entry.path.name
     return None
 

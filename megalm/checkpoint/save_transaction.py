@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from megalm.checkpoint.discovery import LATEST, PARTIAL_SUFFIX, REPLACED_SUFFIX, folder_name
-from megalm.checkpoint.manifest import write_manifest
+from megalm.checkpoint.manifest import Manifest, write_manifest
 from megalm.checkpoint.safetensors_file import ShardSummary, write_shard
 from megalm.checkpoint.shard_spec import HasFragment
 from megalm.errors import MegalmError, TrainingError
@@ -185,7 +185,8 @@ class CheckpointWrite:
         files = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
         for source in self._copies:
             files[source.name] = _copy(source, self._partial / source.name)
-        write_manifest(self._partial, {**self._facts, "files": files, "tensors": _tensor_index(shards)})
+        stated = {**self._facts, "files": files, "tensors": _tensor_index(shards)}
+        write_manifest(self._partial, Manifest.from_json(stated))
         _put_in_place(self._partial, self.path)
         self._in_place = True
         write_durably(self.path.parent / LATEST, f"{self.path.name}\n".encode())

@@ -25,7 +25,15 @@ from megalm.checkpoint.discovery import (
     resolve_pointer,
     step_folders,
 )
-from megalm.checkpoint.manifest import MANIFEST, damaged_file, hashed_blocks, read_manifest, set_status, wrong_file
+from megalm.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    damaged_file,
+    hashed_blocks,
+    read_manifest,
+    set_status,
+    wrong_file,
+)
 from megalm.checkpoint.retention import Retention, prune, superfluous
 from megalm.cli import progress, show
 from megalm.cli.find_run import checkpoint_at, find_run
@@ -67,14 +75,16 @@ def show_command(path: Path = typer.Argument(help="Checkpoint folder, or a run f
     """Show one checkpoint: where training was, and whether its files are there in full size."""
     folder = checkpoint_at(path)
     manifest = read_manifest(folder)
-    facts = [[name, _plain(name, value)] for name, value in manifest.items() if name not in ("files", "tensors")]
-    typer.echo(show.table(["checkpoint", str(folder)], [*facts, ["tensors", f"{len(manifest['tensors'])} parameters"]]))
-    if segments := manifest.get("schedule", {}).get("segments"):
-        rates = [["learning rate", str(ScheduleSegment.from_json(stored))] for stored in segments]
+    facts = [
+        [name, _plain(name, value)] for name, value in manifest.content.items() if name not in ("files", "tensors")
+    ]
+    typer.echo(show.table(["checkpoint", str(folder)], [*facts, ["tensors", f"{len(manifest.tensors)} parameters"]]))
+    if segments := manifest.schedule.segments:
+        rates = [["learning rate", str(ScheduleSegment.of(stored))] for stored in segments]
         typer.echo("\n" + show.table(["in force", ""], rates))
     rows = [
-        [name, show.size(entry["bytes"]), _presence(folder / name, entry["bytes"])]
-        for name, entry in manifest["files"].items()
+        [name, show.size(stored.bytes), _presence(folder / name, stored.bytes)]
+        for name, stored in manifest.files.items()
     ]
     typer.echo("\n" + show.table(["file", "size", "on disk"], rows))
     if problem := wrong_file(folder, manifest):
@@ -185,10 +195,10 @@ def convert_command(
     typer.echo(f"{output}: {parameters} parameters of {reader.path} in {dtype.value}, {show.size(written)}")
 
 
-def _account(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _account(path: Path, manifest: Manifest) -> dict[str, Any]:
     """The manifest, with the configuration that is kept beside it."""
     kept = {"config": read_mapping(path / CONFIG_FILE), "deepspeed": read_mapping(path / DEEPSPEED_FILE)}
-    return {**manifest, **kept}
+    return {**manifest.content, **kept}
 
 
 def _entry(path: Path) -> Entry:
@@ -206,29 +216,31 @@ def _row(folder: Path, entry: Entry | None, marks: Mapping[str, str | None]) -> 
     note = " ".join(word for word, name in marks.items() if name == folder.name)
     if entry is None:
         return [folder.name, *[None] * 6, "incomplete", note]
-    manifest = entry.manifest or {}
-    loss, over = manifest.get("validation_loss"), manifest.get("validation_tokens")
-    whole = manifest.get("whole_validation_loss")
-    told = None if whole is None else f"{whole:.4f} over {manifest['whole_validation_tokens']:,}"
+    manifest = entry.manifest
+    if manifest is None:
+        return [folder.name, entry.step, *[None] * 5, "damaged", note]
+    loss, over, whole = manifest.validation_loss, manifest.validation_tokens, manifest.whole_validation_loss
+    told = None if whole is None else f"{whole:.4f} over {manifest.whole_validation_tokens:,}"
     return [
         folder.name,
         entry.step,
-        manifest.get("tokens"),
-        _created(manifest.get("created")),
-        show.size(sum(file["bytes"] for file in manifest["files"].values())) if manifest else None,
+        manifest.tokens,
+        _created(manifest.created),
+        show.size(manifest.bytes),
         None if loss is None else f"{loss:.4f}",
         None if over is None else f"{over:,}",
         "damaged" if _problem(entry) else entry.status,
-        " ".join(filter(None, [note, told, manifest.get("status_reason")])),
+        " ".join(filter(None, [note, told, manifest.status_reason])),
     ]
 
 
 def _lowest_loss(entries: Mapping[Path, Entry]) -> str | None:
     """Of the good ones; losses over a part of the validation sets and over all of them are not compared."""
     known = [
-        (entry.manifest["validation_loss"], path.name, entry.manifest.get("validation_tokens"))
+        (loss, path.name, manifest.validation_tokens)
         for path, entry in entries.items()
-        if entry.manifest is not None and entry.status == "good" and _is_number(entry.manifest.get("validation_loss"))
+        if (manifest := entry.manifest) is not None and manifest.status == "good"
+        if (loss := manifest.validation_loss) is not None and math.isfinite(loss)
     ]
     if not known:
         return None
@@ -236,10 +248,6 @@ def _lowest_loss(entries: Mapping[Path, Entry]) -> str | None:
     if count == 1 < len(known):  # no two can be compared
         return None
     return min((loss, name) for loss, name, of in known if of == over)[1]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _presence(file: Path, expected_bytes: int) -> str:

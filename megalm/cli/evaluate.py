@@ -144,7 +144,7 @@ def _every(run: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
 
 
 def _refuse_bad(facts: CheckpointFacts) -> None:
-    if facts.manifest["status"] == "bad":
+    if facts.manifest.status == "bad":
         raise CheckpointError(
             f"{facts.path} is {facts.mark}; choose another, or undo it with "
             f"megalm checkpoint mark-bad --good {facts.path}"
@@ -207,8 +207,8 @@ def _evaluate(
     manifest = model.facts.manifest
     about: dict[str, Any] = {
         "checkpoint": str(model.path),
-        "step": manifest["step"],
-        "tokens": manifest.get("tokens"),
+        "step": manifest.step,
+        "tokens": manifest.tokens,
         "dtype": dtype,
         "device": model.device.type,
         "sequence_length": model.facts.sequence_length,

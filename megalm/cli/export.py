@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megalm.checkpoint.manifest import mark_of, read_manifest
+from megalm.checkpoint.manifest import read_manifest
 from megalm.cli import show
 from megalm.cli.find_run import checkpoint_at
 from megalm.cli.progress import Counter
@@ -58,7 +58,7 @@ def command(
     stored = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype.value]
     plan = exportable(reader, output, stored, tokenizer or None)
     verify(reader)
-    title = name or reader.manifest.get("run") or output.name
+    title = name or reader.manifest.run or output.name
     with Counter("writing", plan.tensors) as counter:
         exported = export_checkpoint(reader, output, stored, largest, title, tokenizer or None, counter.advance)
     typer.echo(
@@ -66,7 +66,7 @@ def command(
         f"{show.size(exported.bytes)}"
     )
     typer.echo(exported.tokenizer.note)
-    if mark := mark_of(reader.manifest):
+    if mark := reader.manifest.mark:
         typer.echo(f"the checkpoint is {mark}")
     typer.echo("README.md names no licence: choose one before you publish it")
 
@@ -75,6 +75,6 @@ def _checkpoint(place: Path, accept_bad: bool) -> Path:
     """A checkpoint folder, or of a run what `--resume auto` would take."""
     path = checkpoint_at(place)
     manifest = read_manifest(path)
-    if manifest["status"] == "bad" and not accept_bad:
-        raise CheckpointError(f"{path} is {mark_of(manifest)}; choose another, or add --accept-bad")
+    if manifest.status == "bad" and not accept_bad:
+        raise CheckpointError(f"{path} is {manifest.mark}; choose another, or add --accept-bad")
     return path

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import typer
 from pydantic import ValidationError
@@ -199,7 +200,9 @@ class _Counted:
     model: Predictor
     counter: Counter
 
-    def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def next_token_logits(
+        self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
         found = self.model.next_token_logits(tokens, positions)
         self.counter.advance()
         return found

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from megalm.checkpoint.manifest import read_manifest
+from megalm.checkpoint.manifest import read_manifest, require_training_state
 from megalm.cli.find_run import checkpoint_at
 from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig
@@ -146,8 +146,10 @@ def planned(
 
 def _after(checkpoint: Path, more: int | None, run: ResolvedRun) -> tuple[ResolvedRun, tuple[ScheduleSegment, ...]]:
     """The run as it goes on from a checkpoint, by `more` steps on a schedule of their own, or on what is stated."""
-    position = TrainingProgress()
-    with_schedule(position, run, read_manifest(checkpoint_at(checkpoint)), more)
+    position, folder = TrainingProgress(), checkpoint_at(checkpoint)
+    manifest = read_manifest(folder)
+    require_training_state(folder, manifest)
+    with_schedule(position, run, manifest, more)
     return with_last_step(run, position), position.schedule
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -275,6 +276,6 @@ class EngineBase:
         engine.micro_steps = step * engine.gradient_accumulation_steps()
 
 
-def padded(tokens: np.ndarray, multiple: int) -> np.ndarray:
+def padded(tokens: npt.NDArray[np.int64], multiple: int) -> npt.NDArray[np.int64]:
     """[B, T] -> [B, T'] with T' the next multiple; nothing attends to what is added on the right."""
     return np.pad(tokens, ((0, 0), (0, -tokens.shape[1] % multiple)))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from megalm.checkpoint.shard_spec import HasFragment
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
@@ -61,7 +62,9 @@ class Engine(Protocol):
         """Sum of losses in nats over this rank's micro-batches, summed over all data-parallel ranks."""
         ...
 
-    def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def next_token_logits(
+        self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
         """[B, T] tokens, [B] positions -> fp32 logits [B, V] of what follows each position."""
         ...
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import ForwardPass, OptimizerStep, TrainSchedule
@@ -95,7 +96,9 @@ class PipelineEngine(EngineBase):
         return self._loss_sum()
 
     @torch.no_grad()
-    def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def next_token_logits(
+        self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
         self._model.eval()
         tokens = padded(tokens, self._model.slices)
         self._model.moment.enter(None, positions=torch.from_numpy(positions).to(self._device))
@@ -123,7 +126,7 @@ class PipelineEngine(EngineBase):
     def _tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens, labels and documents; every stage has read them itself."""
 
-        def to_device(array: np.ndarray) -> Tensor:
+        def to_device(array: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> Tensor:
             return torch.from_numpy(array).to(self._device, non_blocking=True)
 
         documents = None if batch.documents is None else to_device(batch.documents)
@@ -134,7 +137,7 @@ class PipelineEngine(EngineBase):
         return self._comm.sum([float(self._model.loss_sum) if self._tells_loss else 0.0])[0]
 
 
-class _Schedule(TrainSchedule):
+class _Schedule(TrainSchedule):  # type: ignore[misc]  # DeepSpeed has no types
     """DeepSpeed's schedule, which tells before it comes to a forward pass and to the update."""
 
     def __init__(self, engine: Any, before_forward: Callable[[int], None], before_update: Callable[[], None]) -> None:

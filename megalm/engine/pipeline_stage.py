@@ -127,7 +127,7 @@ class HeadLayer(nn.Module):
         return hidden
 
 
-class PipelineStage(PipelineModule):
+class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no types
     """This rank's layers, built here and nowhere else.
 
     Args:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor
@@ -90,7 +91,9 @@ class ZeroEngine(EngineBase):
         return self._sum(total)
 
     @torch.no_grad()
-    def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def next_token_logits(
+        self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
         self._engine.eval()
         tokens = padded(tokens, self._slices)
         places = torch.from_numpy(tokens).to(self._device), torch.from_numpy(positions).to(self._device)

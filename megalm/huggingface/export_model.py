@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
+from megalm.checkpoint.manifest import shape_of
 from megalm.data.tokenizers.tokenizer import BYTES, Tokenizer, tokenizer_of
 from megalm.errors import CheckpointError
 from megalm.huggingface.config_json import family_of, refuse_what_they_lack, to_config
@@ -97,9 +98,10 @@ def exportable(reader: CheckpointReader, target: Path, dtype: torch.dtype, token
         DataError: the tokenizer is gone, or the disk too full.
     """
     require_free(target)
-    shape = ModelConfig(**reader.manifest["model"])
+    manifest = reader.manifest
+    shape = shape_of(reader.path, manifest)
     refuse_what_they_lack(shape)
-    used = tokenizer_of(reader.path, reader.manifest, tokenizer)
+    used = tokenizer_of(reader.path, manifest.tokenizer, manifest.fingerprints.tokenizer, tokenizer)
     if used.vocab_size > shape.vocab_size:
         raise CheckpointError(
             f"{used.spec} has {used.vocab_size:,} ids, the model {shape.vocab_size:,}; name the right one"

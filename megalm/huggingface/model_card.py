@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megalm.checkpoint.manifest import Manifest
 from megalm.errors import DataError
 from megalm.huggingface.config_json import family_of
 from megalm.huggingface.export_tokenizer import SENTENCEPIECE, ExportedTokenizer
 from megalm.model.model_config import ModelConfig
+from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.runs.metrics_log import METRICS_FILE, Row, live_rows, read_metrics
 from megalm.runs.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, read_mapping
-from megalm.train.resume.training_progress import data_segments, schedule_segments
 from megalm.utils.atomic_files import read_json
 
 # What a run's log says of its only dataset (train/run_summary.py): the part that is trained on.
@@ -44,7 +45,7 @@ class Card:
 
     name: str
     checkpoint: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     shape: ModelConfig
     dtype: str
     tokenizer: ExportedTokenizer
@@ -72,7 +73,7 @@ class Card:
     def _metrics(self) -> Path | None:
         """The run's, where the checkpoint lies in its own run folder."""
         path = self._run / METRICS_FILE
-        return path if path.is_file() and self.manifest.get("run") == self._run.name else None
+        return path if path.is_file() and self.manifest.run == self._run.name else None
 
     def _front_matter(self) -> str:
         tags = ["megalm", "pretrained", family_of(self.shape)]
@@ -97,7 +98,7 @@ class Card:
 
     def _trained_on(self) -> Iterator[Fact]:
         manifest = self.manifest
-        if source := manifest.get("imported_from"):
+        if source := manifest.imported_from:
             yield "begins with", f"the weights of {source}, not trained further"
             return
         if origin := self._origin():
@@ -105,9 +106,9 @@ class Card:
         name, whole = self._dataset()
         if name:
             yield "dataset", name
-        tokens = manifest.get("tokens")
+        tokens = manifest.tokens
         if tokens:
-            yield "tokens", f"{tokens:,} in {manifest['step']:,} steps"
+            yield "tokens", f"{tokens:,} in {manifest.step:,} steps"
         if tokens and whole:
             yield "epochs", f"{tokens / whole:.2f} of {whole:,} tokens"
         if tokens:
@@ -128,7 +129,7 @@ class Card:
         name = stated.get("recipe") if train is None else _mixture(train)
         for stage in stages:
             name = f"{name}; from step {stage['from_step']:,} {_mixture(stage['blend'])}"
-        segments = data_segments(self.manifest) if "data_position" in self.manifest else []
+        segments = self.manifest.data_position.segments
         orders = [segment for segment in segments if segment.begins == "anew"]
         if len(orders) > 1:
             return f"{name} (the last of {len(orders)} orders or datasets)", None
@@ -147,49 +148,49 @@ class Card:
                 words.append(f"{row['bits_per_byte']:.3f} bits per byte")
             over = f" ({row['targets']:,} tokens)" if row.get("targets") else ""
             yield str(row.get("dataset", "validation")), ", ".join(words) + over
-        for prefix in ("whole_", "") if not rows else ():
-            loss, count = (self.manifest.get(f"{prefix}validation_{key}") for key in ("loss", "tokens"))
-            if loss is not None:
-                tokens = f" ({count:,} tokens)" if count else ""
-                yield "validation", f"{_loss(loss)}{tokens}"
-                return
+        manifest = self.manifest
+        loss, count = manifest.whole_validation_loss, manifest.whole_validation_tokens
+        if loss is None:
+            loss, count = manifest.validation_loss, manifest.validation_tokens
+        if loss is not None and not rows:
+            tokens = f" ({count:,} tokens)" if count else ""
+            yield "validation", f"{_loss(loss)}{tokens}"
 
     def _evaluations(self) -> list[Row]:
         """The validations of this very step, the last over each dataset, in metrics.jsonl of the run."""
         if self._metrics is None:
             return []
-        step, attempt = self.manifest["step"], self.manifest.get("attempt")
+        step, attempt = self.manifest.step, self.manifest.attempt
         rows = [row for row in live_rows(read_metrics(self._metrics)) if row["kind"] == "eval" and row["step"] == step]
-        of_it = [row for row in rows if row.get("attempt") == attempt and isinstance(row.get("loss"), float)]
+        of_it = [row for row in rows if row.get("attempt", 1) == attempt and isinstance(row.get("loss"), float)]
         return list({row.get("dataset"): row for row in of_it if math.isfinite(row["loss"])}.values())
 
     def _settings(self) -> Iterator[Fact]:
         manifest = self.manifest
-        for segment in schedule_segments(manifest) if "schedule" in manifest else ():
-            yield "learning rate", str(segment)
-        if "data_position" in manifest:
-            last = data_segments(manifest)[-1]
+        for segment in manifest.schedule.segments:
+            yield "learning rate", str(ScheduleSegment.of(segment))
+        for last in manifest.data_position.segments[-1:]:
             yield "batch", f"{last.global_batch} sequences of {last.sequence_length:,} tokens"
         if optimizer := _optimizer(self.checkpoint / "deepspeed.json"):
             yield "optimizer", optimizer
-        if topology := manifest.get("topology"):
-            yield "precision", f"{topology['precision']}, fp32 masters; ZeRO stage {topology['zero_stage']}"
-            grid = f"{topology['data']} data x {topology['tensor']} tensor x {topology['pipeline']} pipeline"
-            yield "ranks", f"{topology['world_size']} ({grid})"
-        if manifest.get("data", {}).get("data.document_mask"):
+        if topology := manifest.topology:
+            yield "precision", f"{topology.precision}, fp32 masters; ZeRO stage {topology.zero_stage}"
+            grid = f"{topology.data} data x {topology.tensor} tensor x {topology.pipeline} pipeline"
+            yield "ranks", f"{topology.world_size} ({grid})"
+        if manifest.data.get("data.document_mask"):
             yield "documents", "kept from attending to each other in training"
-        environment = read_mapping(self._run / ENVIRONMENT_FILE) if manifest.get("run") == self._run.name else {}
+        environment = read_mapping(self._run / ENVIRONMENT_FILE) if manifest.run == self._run.name else {}
         packages = environment.get("packages") or {}
         told = [f"{name} {packages[name]}" for name in ("megalm", "deepspeed", "torch") if packages.get(name)]
         if told:
             yield "versions", ", ".join(told)
-        seed = manifest.get("data", {}).get("train.seed")
+        seed = manifest.data.get("train.seed")
         if seed is not None:
             yield "seed", str(seed)
-        if created := manifest.get("created"):
-            yield "checkpoint", f"step {manifest['step']:,} of {manifest.get('run')}, {created}"
-        if manifest["status"] != "good":
-            yield "marked", f"{manifest['status']}: {manifest.get('status_reason')}"
+        if created := manifest.created:
+            yield "checkpoint", f"step {manifest.step:,} of {manifest.run}, {created}"
+        if manifest.status != "good":
+            yield "marked", f"{manifest.status}: {manifest.status_reason}"
 
     def _use(self) -> str:
         load = (

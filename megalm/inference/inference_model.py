@@ -6,19 +6,20 @@ Shapes: B batch, T sequence, V vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.consolidate import read_finite
 from megalm.checkpoint.discovery import find_checkpoint
-from megalm.checkpoint.manifest import MANIFEST, mark_of, read_manifest
+from megalm.checkpoint.manifest import MANIFEST, Manifest, read_manifest, shape_of
 from megalm.data.sampling.batch_loader import MicroBatch
 from megalm.data.tokenizers.tokenizer import Tokenizer, tokenizer_of
 from megalm.errors import CheckpointError, DataError
@@ -38,7 +39,7 @@ class CheckpointFacts:
     """What a checkpoint says of itself, and its tokenizer; no weights."""
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     shape: ModelConfig
     tokenizer: Tokenizer
 
@@ -46,12 +47,12 @@ class CheckpointFacts:
     def sequence_length(self) -> int:
         """Tokens of the samples that it was trained on."""
         longest = self.shape.max_position_embeddings
-        return min(self._data.get("data.sequence_length") or longest, longest)
+        return min(self.manifest.data.get("data.sequence_length") or longest, longest)
 
     @property
     def document_mask(self) -> bool:
         """Whether documents in one sample were kept from each other: none then follows an end-of-document token."""
-        return bool(self._data.get("data.document_mask", False))
+        return bool(self.manifest.data.get("data.document_mask", False))
 
     @property
     def run_folder(self) -> Path | None:
@@ -62,11 +63,7 @@ class CheckpointFacts:
     @property
     def mark(self) -> str:
         """`marked bad (REASON)`, or suspect; "" for a good one."""
-        return mark_of(self.manifest)
-
-    @property
-    def _data(self) -> Mapping[str, Any]:
-        return self.manifest.get("data") or {}
+        return self.manifest.mark
 
 
 def read_facts(place: Path, tokenizer: str | None = None) -> CheckpointFacts:
@@ -81,7 +78,8 @@ def read_facts(place: Path, tokenizer: str | None = None) -> CheckpointFacts:
     """
     path = _checkpoint(place)
     manifest = read_manifest(path)
-    return CheckpointFacts(path, manifest, ModelConfig(**manifest["model"]), tokenizer_of(path, manifest, tokenizer))
+    used = tokenizer_of(path, manifest.tokenizer, manifest.fingerprints.tokenizer, tokenizer)
+    return CheckpointFacts(path, manifest, shape_of(path, manifest), used)
 
 
 def verify_in_silence(reader: CheckpointReader) -> None:
@@ -121,7 +119,9 @@ class InferenceModel:
         self.network = _load(reader, self.shape, watched).to(self.device, _DTYPES[precision]).eval()
 
     @torch.inference_mode()
-    def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def next_token_logits(
+        self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
         """[B, T] tokens, [B] positions -> fp32 logits [B, V] of what follows each position."""
         logits = self.network(
             torch.from_numpy(tokens).to(self.device), positions=torch.from_numpy(positions).to(self.device)
@@ -143,7 +143,7 @@ class InferenceModel:
         return total
 
     @torch.inference_mode()
-    def row_losses(self, batch: MicroBatch) -> np.ndarray:
+    def row_losses(self, batch: MicroBatch) -> npt.NDArray[np.float64]:
         """Sum of losses in nats of each sample, fp64 [B].
 
         Raises:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -44,7 +45,9 @@ class CachedModel:
         self._kept: list[_Kept] = []
 
     @torch.inference_mode()
-    def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def next_token_logits(
+        self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
         """[B, T] tokens, [B] positions -> fp32 logits [B, V] of what follows each position.
 
         Raises:

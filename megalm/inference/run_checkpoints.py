@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.checkpoint.discovery import Entry, list_checkpoints
-from megalm.checkpoint.manifest import mark_of, wrong_file
+from megalm.checkpoint.manifest import wrong_file
 from megalm.errors import CheckpointError
 
 
@@ -52,7 +52,7 @@ def nearest(steps: Sequence[int], percentages: Sequence[float]) -> list[int]:
 def _not_good(entry: Entry, entries: Sequence[Entry]) -> str:
     if entry.manifest is None:
         return entry.problem
-    return mark_of(entry.manifest) or _left(entry, entries) or wrong_file(entry.path, entry.manifest)
+    return entry.manifest.mark or _left(entry, entries) or wrong_file(entry.path, entry.manifest)
 
 
 def _left(entry: Entry, entries: Sequence[Entry]) -> str:

@@ -29,7 +29,7 @@ def blockwise_attention(query: Tensor, key: Tensor, value: Tensor, documents: Te
         [B, N, T, D]. In bf16 probabilities are rounded to bf16 before they meet the values, as in the fused
         kernels; the gradients of keys and values are summed over blocks in fp32.
     """
-    return _BlockwiseAttention.apply(query, key, value, documents)
+    return _BlockwiseAttention.apply(query, key, value, documents)  # type: ignore[no-untyped-call]  # torch: untyped
 
 
 class _BlockwiseAttention(torch.autograd.Function):

@@ -50,7 +50,7 @@ def linear_cross_entropy(
         fp32 scalar, a sum: divide by the number of labels of the *global* batch.
     """
     if torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens, chunk)
+        return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens, chunk)  # type: ignore[no-untyped-call]  # torch: untyped
     parts = [chunk(hidden[rows] @ weight.t(), labels[rows], False)[0] for rows in _chunks(len(hidden), chunk_tokens)]
     return torch.stack(parts).sum()
 

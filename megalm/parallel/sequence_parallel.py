@@ -45,10 +45,10 @@ class ReplicatedResidual:
         self.group = group
 
     def whole(self, hidden: Tensor) -> Tensor:
-        return collectives.SumGradient.apply(hidden, self.group)
+        return collectives.SumGradient.apply(hidden, self.group)  # type: ignore[no-untyped-call]  # torch: untyped
 
     def join(self, addend: Tensor) -> Tensor:
-        return collectives.Sum.apply(addend, self.group)
+        return collectives.Sum.apply(addend, self.group)  # type: ignore[no-untyped-call]  # torch: untyped
 
     def begin_whole(self, hidden: Tensor) -> Finish:
         return lambda: hidden
@@ -66,10 +66,10 @@ class SequenceShardedResidual:
         self.group = group
 
     def whole(self, hidden: Tensor) -> Tensor:
-        return collectives.GatherSequence.apply(hidden, self.group)
+        return collectives.GatherSequence.apply(hidden, self.group)  # type: ignore[no-untyped-call]  # torch: untyped
 
     def join(self, addend: Tensor) -> Tensor:
-        return collectives.ScatterSum.apply(addend, self.group)
+        return collectives.ScatterSum.apply(addend, self.group)  # type: ignore[no-untyped-call]  # torch: untyped
 
     def begin_whole(self, hidden: Tensor) -> Finish:
         return collectives.begin_gather_sequence(hidden, self.group)

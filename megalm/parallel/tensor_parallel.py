@@ -48,7 +48,7 @@ class ColumnProjection:
         assert all(isinstance(column, ColumnLinear) for column in columns)
         parts = [column.part for column in columns]
         weights, biases = [column.weight for column in columns], [column.bias for column in columns]
-        return _Columns.apply(hidden, self._stream, parts, *weights, *biases)
+        return _Columns.apply(hidden, self._stream, parts, *weights, *biases)  # type: ignore[no-untyped-call]  # torch: untyped
 
 
 class _Columns(torch.autograd.Function):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from megalm.checkpoint.manifest import StoredScheduleSegment
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig
 from megalm.config.loading import LoadedConfig
 from megalm.config.schema import ScheduleKind, ScheduleSection
@@ -102,9 +103,9 @@ class ScheduleSegment:
         return {"first_step": self.first_step, "offset_steps": self.offset_steps, **asdict(self.schedule)}
 
     @staticmethod
-    def from_json(stored: Mapping[str, Any]) -> ScheduleSegment:
-        facts = {name: stored[name] for name in ScheduleFacts.__dataclass_fields__}
-        return ScheduleSegment(stored["first_step"], stored.get("offset_steps", 0), ScheduleFacts(**facts))
+    def of(stored: StoredScheduleSegment) -> ScheduleSegment:
+        facts = {name: getattr(stored, name) for name in ScheduleFacts.__dataclass_fields__}
+        return ScheduleSegment(stored.first_step, stored.offset_steps, ScheduleFacts(**facts))
 
     def __str__(self) -> str:
         facts = self.schedule

@@ -36,9 +36,7 @@ def parameter_count(run_dir: Path) -> int | None:
     """Of the model: as the run noted it, or as a checkpoint says; None where neither does."""
     noted = [read_mapping(run_dir / ENVIRONMENT_FILE).get("parameters")]
     if noted[0] is None:
-        noted = [
-            entry.manifest.get("parameters") for entry in list_checkpoints(run_dir / "checkpoints") if entry.manifest
-        ]
+        noted = [entry.manifest.parameters for entry in list_checkpoints(run_dir / "checkpoints") if entry.manifest]
     return next((count for count in noted if isinstance(count, int)), None)
 
 
@@ -164,7 +162,7 @@ class RunFolder:
         if self.config_files[0].exists():
             return None
         entries = list_checkpoints(self.checkpoints)
-        holds = {None if entry.manifest is None else entry.manifest.get("holds") for entry in entries}
+        holds = {None if entry.manifest is None else entry.manifest.holds for entry in entries}
         return entries[-1].path if holds == {WEIGHTS} else None
 
     @property

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.checkpointer import CheckpointWriter, Saved
 from megalm.checkpoint.discovery import Entry, resume_candidates
-from megalm.checkpoint.manifest import Status, read_manifest, write_manifest
+from megalm.checkpoint.manifest import Beginning, Manifest, Status, read_manifest, write_manifest
 from megalm.checkpoint.retention import Retention
 from megalm.communicator import Communicator
 from megalm.engine.interface import Engine
@@ -28,7 +27,7 @@ from megalm.train.resume.compatibility import (
 )
 from megalm.train.resume.find_checkpoint import open_verified
 from megalm.train.resume.resume_request import LastAttempt, attempt_after_rollback, write_attempt
-from megalm.train.resume.training_progress import Beginning, TrainingProgress, data_segments, pass_over
+from megalm.train.resume.training_progress import TrainingProgress, pass_over
 
 
 class RunCheckpointer:
@@ -101,19 +100,18 @@ class RunCheckpointer:
         facts = self._facts(engine.counters(), TrainingProgress())
         self._writer.rehearse(self._folder.rehearsal, engine.fragments(), facts)
 
-    def position(self, manifest: Mapping[str, Any]) -> TrainingProgress:
+    def position(self, manifest: Manifest) -> TrainingProgress:
         """Where this run goes on from a checkpoint; its schedule is for the caller to set."""
         return progress_from(manifest, self._run, continuation_kind(self._run, manifest, self.differences(manifest)))
 
-    def differences(self, manifest: Mapping[str, Any]) -> dict[str, list[str]]:
+    def differences(self, manifest: Manifest) -> dict[str, list[str]]:
         """What of this run is another than the checkpoint's, by thing of `resume.allow`."""
-        return incompatibilities(
-            manifest, identity_of(self._run, self._shape, self._data, data_segments(manifest)[-1].next_sample)
-        )
+        consumed = manifest.data_position.segments[-1].next_sample
+        return incompatibilities(manifest, identity_of(self._run, self._shape, self._data, consumed))
 
     def restore(self, engine: Engine, reader: CheckpointReader) -> None:
         """Put the checkpoint into `engine`."""
-        engine.restore(reader.read, reader.manifest["counters"], reader.manifest["step"])
+        engine.restore(reader.read, reader.manifest.counters, reader.manifest.step)
         reader.close()
 
     def roll_back(self, engine: Engine, next_sample: int, attempt: int) -> tuple[Path, TrainingProgress]:
@@ -136,9 +134,8 @@ class RunCheckpointer:
             reader, _ = open_verified(entry, self._comm)
             if reader is None:
                 continue
-            more = next_sample - data_segments(reader.manifest)[-1].next_sample
-            manifest = self.passing_over(reader.manifest, more)
-            manifest["rollbacks"] = manifest.get("rollbacks", 0) + 1
+            more = next_sample - reader.manifest.data_position.segments[-1].next_sample
+            manifest = self.passing_over(reader.manifest, more).amended(rollbacks=reader.manifest.rollbacks + 1)
             self._request = attempt_after_rollback(self._request, reader, attempt)
             if self._comm.is_main:
                 write_attempt(self._folder, self._request)
@@ -150,10 +147,10 @@ class RunCheckpointer:
             "(checkpoint.interval_steps), or set guard.policy=skip"
         )
 
-    def passing_over(self, manifest: Mapping[str, Any], samples: int) -> dict[str, Any]:
+    def passing_over(self, manifest: Manifest, samples: int) -> Manifest:
         """The manifest with so many samples skipped where it stands."""
         amended = pass_over(manifest, samples)
-        return {**amended, "fingerprints": self._data.at(data_segments(amended)[-1].next_sample)}
+        return amended.amended(fingerprints=self._data.at(amended.data_position.segments[-1].next_sample))
 
     def _begins(self, entry: Entry) -> Beginning | None:
         if entry.manifest is None:
@@ -195,12 +192,12 @@ class RunCheckpointer:
         }
 
 
-def with_evaluation(manifest: Mapping[str, Any], evaluation: Evaluation) -> dict[str, Any]:
+def with_evaluation(manifest: Manifest, evaluation: Evaluation) -> Manifest:
     """The manifest with a validation on the whole sets.
 
     A loss on part of them (evaluate.max_samples) stays beside it: `checkpoints/best` is the lowest of that kind.
     """
-    on_part = manifest.get("validation_tokens") not in (None, evaluation.targets)
+    on_part = manifest.validation_tokens not in (None, evaluation.targets)
     prefix = "whole_" if on_part else ""
     found = {f"{prefix}validation_loss": evaluation.loss, f"{prefix}validation_tokens": evaluation.targets}
-    return {**manifest, **found}
+    return manifest.amended(**found)

@@ -179,9 +179,9 @@ def _restore(course: ResumePlan, parts: TrainerComponents, folder: RunFolder) ->
     reader, engine = course.reader, parts.engine
     if reader is None:
         return
-    step = 0 if course.weights_only else reader.manifest["step"]
+    step = 0 if course.weights_only else reader.manifest.step
     read = reader.read_weights if course.weights_only else reader.read
-    engine.restore(read, reader.manifest["counters"], step)
+    engine.restore(read, reader.manifest.counters, step)
     reader.close()
     if course.weights_only:
         engine.reset()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from megalm.communicator import Communicator
 from megalm.config.schema import SampleSection
@@ -58,7 +59,9 @@ class SampleWriter:
 class Predictor(Protocol):
     """What generating needs of an engine."""
 
-    def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray: ...
+    def next_token_logits(
+        self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]: ...
 
 
 class Broadcaster(Protocol):
@@ -115,7 +118,7 @@ def extend(
         yield
 
 
-def draw(logits: np.ndarray, temperature: float, top_k: int | None, random: np.random.Generator) -> int:
+def draw(logits: npt.NDArray[np.float32], temperature: float, top_k: int | None, random: np.random.Generator) -> int:
     """One token from fp32 logits [V]; temperature 0 takes the likeliest."""
     if temperature == 0:
         return int(logits.argmax())

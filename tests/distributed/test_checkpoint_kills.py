@@ -59,8 +59,8 @@ def _check(place: Path) -> None:
         assert entry.manifest is not None, entry.problem
         assert_holds(entry.path, entry.step)
     if done:
-        newest = whole[0].manifest or {}
-        assert (newest["step"], newest["attempt"]) in known, (newest["step"], known)
+        newest = whole[0]
+        assert (newest.step, newest.attempt) in known, (newest.step, known)
     left = {path.name for path in checkpoints.iterdir()} if checkpoints.exists() else set()
     assert left <= {"latest", "best", *(entry.path.name for entry in whole)}, left
     assert_holds(save(checkpoints, 40, attempt=3), 40)

@@ -48,7 +48,7 @@ def _save(comm: Any, engine: Any, step: int, folder: Path) -> Path:
 def _restored(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path, path: Path) -> Any:
     engine, run, loader = start(comm, device, case, prefix, folder)
     reader = CheckpointReader(path)
-    engine.restore(reader.read, reader.manifest["counters"], reader.manifest["step"])
+    engine.restore(reader.read, reader.manifest.counters, reader.manifest.step)
     return engine, run, loader
 
 
@@ -246,10 +246,10 @@ def test_safetensors_alone_gives_the_model_back(place: Path, resumed: dict[int, 
 
 def _stored(reader: CheckpointReader, name: str, kind: str) -> np.ndarray:
     """The whole parameter from the files, by hand."""
-    entry = reader.manifest["tensors"][name]
-    whole = np.full(int(np.prod(entry["shape"])), np.nan, np.float32)
-    for stored in entry["fragments"]:
-        if stored["kind"] == kind:
-            with safe_open(reader.path / stored["file"], framework="np") as file:
-                whole[stored["start"] : stored["stop"]] = file.get_tensor(f"{kind}/{name}").reshape(-1)
+    entry = reader.manifest.tensors[name]
+    whole = np.full(int(np.prod(entry.shape)), np.nan, np.float32)
+    for stored in entry.fragments:
+        if stored.kind == kind:
+            with safe_open(reader.path / stored.file, framework="np") as file:
+                whole[stored.start : stored.stop] = file.get_tensor(f"{kind}/{name}").reshape(-1)
     return whole

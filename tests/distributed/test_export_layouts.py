@@ -69,7 +69,7 @@ def _take_over(comm: Any, device: torch.device, prefix: Path, folder: Path, path
         for name, case in layouts.items():
             engine, run, loader = start(comm, device, case, prefix, folder)
             reader = CheckpointReader(paths[style])
-            engine.restore(reader.read, reader.manifest["counters"], reader.manifest["step"])
+            engine.restore(reader.read, reader.manifest.counters, reader.manifest.step)
             written[style, name] = _save(comm, engine, run, folder / style / name)
             loader.close()
     return written
@@ -81,7 +81,7 @@ def _start_from(comm: Any, device: torch.device, prefix: Path, folder: Path, pat
     for name, case in LAYOUTS["llama"].items() if comm.size > 1 else (("alone", ONE_RANK["llama"]),):
         engine, run, loader = start(comm, device, case, prefix, folder)
         reader = CheckpointReader(path)
-        engine.restore(reader.read_weights, reader.manifest["counters"], 0)
+        engine.restore(reader.read_weights, reader.manifest.counters, 0)
         engine.reset()
         loaded = snapshot(engine)
         first = steps(engine, run, loader, 1, 1)

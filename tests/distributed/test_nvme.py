@@ -61,11 +61,11 @@ def _train(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[
         loader.close()
     engine, run, loader = start(comm, device, _case(folder, "nvme"), prefix, folder)
     steps(engine, run, loader, 1, 1)  # there are moments on the disk that must go
-    engine.restore(readers["nvme"].read, readers["nvme"].manifest["counters"], HALF)
+    engine.restore(readers["nvme"].read, readers["nvme"].manifest.counters, HALF)
     found["resident after loading"] = _places(engine)[1]
     found["again"] = steps(engine, run, loader, HALF + 1, END)
     for source in ("zero1", "cpu"):
-        engine.restore(readers[source].read, readers[source].manifest["counters"], HALF)
+        engine.restore(readers[source].read, readers[source].manifest.counters, HALF)
         found[f"{source} into nvme"] = snapshot(engine)
     engine.reset()
     found["reset"] = max(float(np.abs(values).max()) for key, values in snapshot(engine) if key.kind != "master")

@@ -40,7 +40,7 @@ def _train(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[
         loader.close()
         engine, run, loader = start(comm, device, case, prefix, folder)
         reader = CheckpointReader(path)
-        engine.restore(reader.read, reader.manifest["counters"], HALF)
+        engine.restore(reader.read, reader.manifest.counters, HALF)
         traces[name] = (first, second, steps(engine, run, loader, HALF + 1, END))
         loader.close()
     return traces
@@ -68,7 +68,7 @@ def _cross(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[
             if other != name:
                 engine, _, loader = start(comm, device, case, prefix, folder)
                 reader = CheckpointReader(paths[other])
-                engine.restore(reader.read, reader.manifest["counters"], 3)
+                engine.restore(reader.read, reader.manifest.counters, 3)
                 states[other, name] = Trace([], [], snapshot(engine))
                 loader.close()
     return states

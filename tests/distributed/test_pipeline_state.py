@@ -87,7 +87,7 @@ def _read(comm: Any, device: torch.device, prefix: Path, folder: Path, paths: li
 
 def _restore(engine: Any, path: Path) -> CheckpointReader:
     reader = CheckpointReader(path)
-    engine.restore(reader.read, reader.manifest["counters"], reader.manifest["step"])
+    engine.restore(reader.read, reader.manifest.counters, reader.manifest.step)
     return reader
 
 

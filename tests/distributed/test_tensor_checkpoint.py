@@ -59,7 +59,7 @@ def _write(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[
         loader.close()
         engine, run, loader = start(comm, device, case, prefix, folder)
         reader = CheckpointReader(path)
-        engine.restore(reader.read, reader.manifest["counters"], reader.manifest["step"])
+        engine.restore(reader.read, reader.manifest.counters, reader.manifest.step)
         written[name] = (path, before, straight, steps(engine, run, loader, STEPS + 1, STEPS + 1))
         loader.close()
     return written
@@ -74,7 +74,7 @@ def _read(comm: Any, device: torch.device, prefix: Path, folder: Path, paths: li
         engine, run, loader = start(comm, device, case, prefix, folder)
         for path in paths:
             reader = CheckpointReader(path)
-            engine.restore(reader.read, reader.manifest["counters"], reader.manifest["step"])
+            engine.restore(reader.read, reader.manifest.counters, reader.manifest.step)
             loaded = snapshot(engine)
             if "zero3" not in name:
                 _assert_weights_are(engine, reader)

@@ -43,9 +43,9 @@ def _end_state(folder: Path) -> dict[str, Any]:
     """
     checkpoints = run_folder(folder) / "checkpoints"
     manifest = read_manifest(checkpoints / f"step-{STEPS:08d}")
-    files = {name: facts["sha256"] for name, facts in manifest["files"].items() if name.startswith("rank-")}
+    files = {name: stored.sha256 for name, stored in manifest.files.items() if name.startswith("rank-")}
     said = ("tokens", "counters", "data_position", "schedule", "best_validation_loss", "stale_evaluations")
-    return {**files, **{name: manifest[name] for name in said}, "best": (checkpoints / "best").read_text()}
+    return {**files, **{name: manifest.content[name] for name in said}, "best": (checkpoints / "best").read_text()}
 
 
 def _validation(folder: Path) -> dict[int, float]:

@@ -7,11 +7,10 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from megalm.checkpoint.manifest import read_manifest
+from megalm.checkpoint.manifest import Manifest, read_manifest
 from megalm.data.builder.builder import build_dataset
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.runs.metrics_log import live_rows
@@ -39,7 +38,7 @@ def numbers(folder: Path, first: int) -> list[tuple[int, float, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in live]
 
 
-def manifest(folder: Path, step: int) -> dict[str, Any]:
+def manifest(folder: Path, step: int) -> Manifest:
     return read_manifest(run_folder(folder) / "checkpoints" / f"step-{step:08d}")
 
 
@@ -83,8 +82,8 @@ def test_another_batch_length_and_schedule(small_data: SmallData, copied: Path) 
     before = numbers(copied, 1)
     assert [row[0] for row in before] == list(range(1, 10))
     assert [row[3] for row in before[3:]] == [1e-4] * 6
-    data = manifest(copied, 9)["data_position"]["segments"]
-    told = [(part["sequence_length"], part["global_batch"], part["samples_consumed"], part["begins"]) for part in data]
+    data = manifest(copied, 9).data_position.segments
+    told = [(part.sequence_length, part.global_batch, part.samples_consumed, part.begins) for part in data]
     assert told == [(64, 16, 48, "anew"), (32, 32, 192, "recut")]
     assert train_rows(copied)[-1]["tokens"] == 3 * 1024 + 6 * 1024
     # And once more from the middle of it: the same order of samples is put together again.
@@ -100,8 +99,8 @@ def test_extended_on_a_new_schedule(small_data: SmallData, copied: Path) -> None
     rates = [row[3] for row in numbers(copied, 6)]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] == pytest.approx(rates[0] / 10), "from the rate of then to a tenth"
-    segments = manifest(copied, 12)["schedule"]["segments"]
-    assert [(part["first_step"], part["offset_steps"], part["steps"]) for part in segments] == [(1, 0, 6), (7, 6, 6)]
+    segments = manifest(copied, 12).schedule.segments
+    assert [(part.first_step, part.offset_steps, part.steps) for part in segments] == [(1, 0, 6), (7, 6, 6)]
     before = numbers(copied, 1)
     # The command of the first start goes on with what it was extended to.
     finished = train(copied, small_data, "train.steps=6", "--resume", "9")
@@ -118,7 +117,7 @@ def test_a_new_run_from_the_weights_alone(small_data: SmallData, six_steps: Path
     found = numbers(tmp_path, 1)
     assert [row[0] for row in found] == [1, 2, 3, 4]
     assert found[0][1] < numbers(six_steps, 1)[0][1] - 0.3, "the first batch again, by a model that has learnt"
-    assert manifest(tmp_path, 4)["counters"]["optimizer_step"] == 4
+    assert manifest(tmp_path, 4).counters["optimizer_step"] == 4
     assert next(row["event"] for row in rows(tmp_path) if row["kind"] == "event") == "start"
     refused = train(six_steps, small_data, *flags)
     assert refused.code == 2
@@ -144,8 +143,8 @@ def test_what_differs_is_refused_in_full_unless_it_is_allowed(small_data: SmallD
     allowed = train(copied, small_data, *other, "resume.allow=[dataset]")
     assert allowed.code == 0, allowed.explain()
     assert "another order of samples: it starts at its first one" in allowed.stdout
-    data = manifest(copied, 8)["data_position"]["segments"]
-    assert [(part["samples_consumed"], part["begins"]) for part in data] == [(96, "anew"), (32, "anew")]
+    data = manifest(copied, 8).data_position.segments
+    assert [(part.samples_consumed, part.begins) for part in data] == [(96, "anew"), (32, "anew")]
 
 
 def test_nothing_but_the_name_goes_on_with_the_run_s_own(small_data: SmallData, copied: Path) -> None:

@@ -52,8 +52,8 @@ def test_an_extension_past_a_piece_of_data(six_steps: Path, tmp_path: Path) -> N
     assert list(found) == list(range(4, 4 + MORE)), "not from step 6, which is another attempt's"
     assert {step: found[step] for step in lost} == lost
     last = read_manifest(run_folder(tmp_path) / "checkpoints" / f"step-{3 + MORE:08d}")
-    assert [part["samples_skipped"] for part in last["data_position"]["segments"]] == [16, 0]
-    assert [part["steps"] for part in last["schedule"]["segments"]] == [6, MORE]
+    assert [part.samples_skipped for part in last.data_position.segments] == [16, 0]
+    assert [part.steps for part in last.schedule.segments] == [6, MORE]
 
 
 def test_a_new_run_from_another_one_s_weights(small_data: SmallData, six_steps: Path, tmp_path: Path) -> None:

@@ -87,7 +87,9 @@ def test_trains_from_its_own_json(small_data: SmallData, tmp_path: Path, preset:
     resolved = json.loads((run_folder(tmp_path) / "deepspeed.resolved.json").read_text())
     triple = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     assert tuple(resolved[name] for name in triple) == (batch, micro_batch, accumulation)
-    assert read_manifest(checkpoint(tmp_path, 2))["topology"]["world_size"] == ranks
+    topology = read_manifest(checkpoint(tmp_path, 2)).topology
+    assert topology is not None
+    assert topology.world_size == ranks
 
 
 def test_a_spoilt_run_is_mended_from_its_last_good_step(small_data: SmallData, tmp_path: Path) -> None:
@@ -103,14 +105,12 @@ def test_a_spoilt_run_is_mended_from_its_last_good_step(small_data: SmallData, t
     found = rates(tmp_path)
     assert len(set(found.values())) > 2, "the first schedule rises and falls"
     assert [found[step] for step in range(7, 15)] == [pytest.approx(1e-5)] * 8
-    (first, *_), (*_, last) = (
-        read_manifest(checkpoint(tmp_path, step))["data_position"]["segments"] for step in (6, 14)
-    )
-    assert (first["sequence_length"], first["global_batch"], first["samples_consumed"]) == (32, 8, 48)
-    assert (last["sequence_length"], last["global_batch"], last["samples_consumed"]) == (16, 32, 256)
+    (first, *_), (*_, last) = (read_manifest(checkpoint(tmp_path, step)).data_position.segments for step in (6, 14))
+    assert (first.sequence_length, first.global_batch, first.samples_consumed) == (32, 8, 48)
+    assert (last.sequence_length, last.global_batch, last.samples_consumed) == (16, 32, 256)
     mended = read_manifest(checkpoint(tmp_path, 8))
-    assert (mended["status"], mended["tokens"]) == ("good", 6 * 8 * 32 + 2 * 32 * 16)
-    assert mended["tokens"] != spoilt["tokens"]
+    assert (mended.status, mended.tokens) == ("good", 6 * 8 * 32 + 2 * 32 * 16)
+    assert mended.tokens != spoilt.tokens
     losses = [row for row in live_rows(rows(tmp_path)) if row["kind"] == "eval" and row["step"] > 6]
     assert sorted({row["step"] for row in losses}) == [8, 10, 12, 14]
 
@@ -123,7 +123,7 @@ def test_what_was_spoilt_is_never_gone_on_from(small_data: SmallData, tmp_path: 
     train(tmp_path, small_data, "gpt2-diagnostic-resume", "train.steps=8", *often, resume="auto")
     resumed = [row for row in rows(tmp_path) if row.get("event") == "resume"]
     assert [Path(row["path"]).name for row in resumed] == ["step-00000004", "step-00000006"]
-    assert read_manifest(checkpoint(tmp_path, 8))["tokens"] == (4 * 8 + 4 * 32) * LENGTH
+    assert read_manifest(checkpoint(tmp_path, 8)).tokens == (4 * 8 + 4 * 32) * LENGTH
 
 
 def test_a_short_run_is_extended_on_a_new_schedule(small_data: SmallData, tmp_path: Path) -> None:
@@ -158,4 +158,4 @@ def test_a_short_run_is_extended_on_a_new_schedule(small_data: SmallData, tmp_pa
     found = rates(second)
     assert sorted(found) == list(range(1, 21))
     assert (found[1], found[2], found[20]) == pytest.approx((5e-4, 1e-3, 1e-4))
-    assert read_manifest(checkpoint(second, 20))["counters"]["optimizer_step"] == 20
+    assert read_manifest(checkpoint(second, 20)).counters["optimizer_step"] == 20

@@ -67,7 +67,7 @@ def events(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def statuses(folder: Path) -> dict[int, str]:
     found = sorted((run_folder(folder) / "checkpoints").glob("step-*"))
-    return {int(path.name[5:]): read_manifest(path)["status"] for path in found}
+    return {int(path.name[5:]): read_manifest(path).status for path in found}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_skip_trains_on(skipped: Path) -> None:
     assert [row["step"] for row in numbers(skipped)] == list(range(1, STEPS + 1))
     assert statuses(skipped) == {5: "good", 10: "good", 15: "good", 18: "good"}
     manifest = read_manifest(run_folder(skipped) / "checkpoints" / f"step-{STEPS:08d}")
-    assert manifest["counters"]["optimizer_step"] == STEPS - 1
+    assert manifest.counters["optimizer_step"] == STEPS - 1
 
 
 def test_the_report_says_what_was_read_and_where_in_the_model(skipped: Path, small_data: SmallData) -> None:
@@ -132,14 +132,14 @@ def test_a_resume_passes_over_the_same_data(poisoned: tuple[str, ...], attempt_a
     """Also one from the very checkpoint that the run was set back to."""
     before = numbers(attempt_after_rollback)
     manifest = read_manifest(run_folder(attempt_after_rollback) / "checkpoints" / "step-00000010")
-    (segment,) = manifest["data_position"]["segments"]
-    assert (segment["samples_consumed"], segment["samples_skipped"]) == (160, 64)
+    (segment,) = manifest.data_position.segments
+    assert (segment.samples_consumed, segment.samples_skipped) == (160, 64)
     finished = train(attempt_after_rollback, *poisoned, "guard.policy=off", "--resume", "10", ranks=2)
     assert finished.code == 0, finished.explain()
     assert numbers(attempt_after_rollback) == before
     last = read_manifest(run_folder(attempt_after_rollback) / "checkpoints" / f"step-{STEPS:08d}")
-    assert last["attempt"] == 3
-    assert [part["samples_consumed"] for part in last["data_position"]["segments"]] == [160, 128]
+    assert last.attempt == 3
+    assert [part.samples_consumed for part in last.data_position.segments] == [160, 128]
 
 
 def test_rollback_stays_in_the_attempt_that_met_the_spike(

@@ -6,9 +6,9 @@ V is the size of the vocabulary. Ids are 0..V-1.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -129,17 +129,19 @@ def load_tokenizer(spec: str | Path, threads: int = 1) -> Tokenizer:
         raise DataError(f"{spec}: cannot be read ({error.strerror}); check the file and its rights") from error
 
 
-def tokenizer_of(checkpoint: Path, manifest: Mapping[str, Any], named: str | None) -> Tokenizer:
+def tokenizer_of(checkpoint: Path, noted: str | None, fingerprint: str | None, named: str | None) -> Tokenizer:
     """The tokenizer that a checkpoint was trained with.
 
     Args:
+        noted, fingerprint: what its manifest says of it.
         named: where it is now, if it moved.
 
     Raises:
         DataError: it is not where it was.
-        CheckpointError: the one that is there, or that was named, is another.
+        CheckpointError: nothing is noted; or the one that is there, or that was named, is another.
     """
-    noted, fingerprint = manifest["tokenizer"], manifest["fingerprints"]["tokenizer"]
+    if noted is None or fingerprint is None:
+        raise CheckpointError(f"{checkpoint} does not say which tokenizer it was trained with")
     if not named and noted != BYTES and not Path(noted).exists():
         raise DataError(
             f"{noted}: the tokenizer of {checkpoint} is not there any more; name where it is now with --tokenizer"

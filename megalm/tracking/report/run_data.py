@@ -174,18 +174,18 @@ def _checkpoints(folder: Path) -> list[Checkpoint]:
         if manifest is None:
             found.append(Checkpoint(path.name, entry.step, None, None, None, None, "damaged", pointers, entry.problem))
             continue
-        problem = wrong_file(path, manifest)
+        problem, whole = wrong_file(path, manifest), manifest.whole_validation_loss
         found.append(
             Checkpoint(
                 name=path.name,
                 step=entry.step,
-                tokens=manifest.get("tokens"),
-                bytes=sum(file["bytes"] for file in manifest["files"].values()),
-                loss=manifest.get("whole_validation_loss", manifest.get("validation_loss")),
-                over=manifest.get("whole_validation_tokens", manifest.get("validation_tokens")),
-                status="damaged" if problem else manifest["status"],
+                tokens=manifest.tokens,
+                bytes=manifest.bytes,
+                loss=manifest.validation_loss if whole is None else whole,
+                over=manifest.validation_tokens if whole is None else manifest.whole_validation_tokens,
+                status="damaged" if problem else manifest.status,
                 marks=pointers,
-                problem=problem or manifest.get("status_reason") or "",
+                problem=problem or manifest.status_reason or "",
             )
         )
     return found

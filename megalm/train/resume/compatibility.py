@@ -10,19 +10,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megalm.checkpoint.manifest import Beginning, DataSegment, Manifest
 from megalm.config.loading import COMMAND_LINE, SAVED_CONFIG
 from megalm.data.sampling.mixture import BlendedSamples
 from megalm.errors import CheckpointError, ConfigError
 from megalm.model.model_config import ModelConfig
 from megalm.planning.lr_schedule import ScheduleFacts, ScheduleSegment, decay_steps_of, rate_at
 from megalm.planning.resolve import ResolvedRun
-from megalm.train.resume.training_progress import (
-    Beginning,
-    DataSegment,
-    TrainingProgress,
-    data_segments,
-    schedule_segments,
-)
+from megalm.train.resume.training_progress import TrainingProgress
 
 
 @dataclass(frozen=True)
@@ -93,9 +88,7 @@ class Extension:
 # --- the schedule -----------------------------------------------------------------------------------------------------
 
 
-def with_schedule(
-    position: TrainingProgress, run: ResolvedRun, manifest: Mapping[str, Any] | None, more: int | None
-) -> None:
+def with_schedule(position: TrainingProgress, run: ResolvedRun, manifest: Manifest | None, more: int | None) -> None:
     """Set what the learning rate of `position` follows.
 
     A schedule that is stated as it was when the checkpoint's own came about, or not at all, changes nothing; another
@@ -106,9 +99,9 @@ def with_schedule(
     if manifest is None:
         position.schedule, position.stated = (ScheduleSegment(1, 0, run.schedule),), (stated,)
         return
-    step = int(manifest["step"])
-    segments = schedule_segments(manifest)
-    known = tuple(manifest["schedule"].get("stated") or [asdict(segments[-1].schedule)])
+    step = manifest.step
+    segments = [ScheduleSegment.of(stored) for stored in manifest.schedule.segments]
+    known = manifest.schedule.stated or (asdict(segments[-1].schedule),)
     if more is not None:
         added = ScheduleSegment(step + 1, step, _extension(run, rate_at(segments, max(step, 1)), more, known[-1]))
         position.schedule = (*segments, added)
@@ -163,11 +156,11 @@ def _extension(run: ResolvedRun, rate: float, steps: int, before: Mapping[str, A
 # --- the data ---------------------------------------------------------------------------------------------------------
 
 
-def lengths_of_order(manifest: Mapping[str, Any]) -> list[tuple[int, int]]:
+def lengths_of_order(manifest: Manifest) -> list[tuple[int, int]]:
     """How the order in force came about: sequence lengths, and the sample at which the next one took over."""
     found: list[tuple[int, int]] = []
     end: int | None = None
-    for segment in reversed(data_segments(manifest)):
+    for segment in reversed(manifest.data_position.segments):
         end = segment.next_sample if end is None else end
         if segment.begins != "on":
             found.append((segment.sequence_length, end))
@@ -177,15 +170,15 @@ def lengths_of_order(manifest: Mapping[str, Any]) -> list[tuple[int, int]]:
     return found[::-1]
 
 
-def first_sample_of(manifest: Mapping[str, Any] | None, run: ResolvedRun) -> Callable[[int], int]:
+def first_sample_of(manifest: Manifest | None, run: ResolvedRun) -> Callable[[int], int]:
     """Number of a step's first sample, for stages of a mixture: by the batch that each step had or will have.
 
     Samples that were skipped do not move a stage: the live run that skipped them did not move it either.
     """
     marks: list[tuple[int, int, int]] = [(1, 0, run.batch.global_batch)]  # first step, first sample, batch
     if manifest is not None:
-        segments = _of_order(data_segments(manifest))
-        step = int(manifest["step"]) - sum(segment.samples_consumed // segment.global_batch for segment in segments)
+        segments = _of_order(manifest.data_position.segments)
+        step = manifest.step - sum(segment.samples_consumed // segment.global_batch for segment in segments)
         marks, sample = [], 0
         for segment in segments:
             marks.append((step + 1, sample, segment.global_batch))
@@ -201,17 +194,17 @@ def first_sample_of(manifest: Mapping[str, Any] | None, run: ResolvedRun) -> Cal
     return first
 
 
-def incompatibilities(then: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+def incompatibilities(then: Manifest, now: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     """Thing of `resume.allow` -> what differs, in words.
 
     Args:
-        then: a checkpoint's manifest.
         now: the same sections of this run: model, data, fingerprints.
     """
     found: dict[str, list[str]] = {}
-    for section in ("model", "data", "fingerprints"):
+    sections = {"model": then.model, "data": then.data, "fingerprints": then.fingerprints.model_dump()}
+    for section, stored in sections.items():
         for name, value in now[section].items():
-            was = then[section].get(name)
+            was = stored.get(name)
             if was == value or name in _TOLD_ONLY or _may_grow(name, then, now):
                 continue
             thing = "model" if section == "model" else _THINGS.get(name, "dataset")
@@ -219,7 +212,7 @@ def incompatibilities(then: Mapping[str, Any], now: Mapping[str, Mapping[str, An
             found.setdefault(thing, []).append("{} was {}, is {}".format(name, *then_and_now))
     if len(found) > 1 and [words.split()[0] for words in found.get("order", [])] == ["order"]:
         del found["order"]  # the fingerprint of the order follows from whatever else has changed
-    mixtures = [section["data"].get("data.mixture") for section in (then, now)]
+    mixtures = [data.get("data.mixture") for data in (then.data, now["data"])]
     told_with = next((name for name in ("order", "dataset") if name in found), None)
     if told_with is not None and mixtures[0] != mixtures[1]:
         was, now_is = (mixture or "one dataset" for mixture in mixtures)
@@ -240,11 +233,11 @@ def refuse_incompatible(path: Path, found: Mapping[str, Sequence[str]], allowed:
         raise CheckpointError(f"{path} was trained with another {incompatibilities}; {advice}")
 
 
-def continuation_kind(run: ResolvedRun, manifest: Mapping[str, Any], found: Mapping[str, Sequence[str]]) -> Beginning:
+def continuation_kind(run: ResolvedRun, manifest: Manifest, found: Mapping[str, Sequence[str]]) -> Beginning:
     """How this run's data follows the checkpoint's."""
     if found.keys() & {"dataset", "tokenizer", "order"}:
         return "anew"
-    last = data_segments(manifest)[-1]
+    last = manifest.data_position.segments[-1]
     if last.sequence_length == run.config.data.sequence_length:
         return "on"
     if run.config.data.stages:
@@ -255,31 +248,31 @@ def continuation_kind(run: ResolvedRun, manifest: Mapping[str, Any], found: Mapp
     return "recut"
 
 
-def progress_from(manifest: Mapping[str, Any], run: ResolvedRun, begins: Beginning) -> TrainingProgress:
+def progress_from(manifest: Manifest, run: ResolvedRun, begins: Beginning) -> TrainingProgress:
     """Where training goes on."""
-    data = data_segments(manifest)
+    data = manifest.data_position.segments
     last = data[-1]
     position = TrainingProgress(
-        step=manifest["step"],
-        tokens=manifest["tokens"],
-        best_loss=manifest["best_validation_loss"],
-        stale_evaluations=manifest["stale_evaluations"],
-        rollbacks=manifest.get("rollbacks", 0),
+        step=manifest.step,
+        tokens=manifest.tokens or 0,
+        best_loss=manifest.best_validation_loss,
+        stale_evaluations=manifest.stale_evaluations,
+        rollbacks=manifest.rollbacks,
     )
     if begins != "on":
-        position.past, position.begins = tuple(data), begins
+        position.past, position.begins = data, begins
     elif last.global_batch != run.batch.global_batch or last.samples_skipped:
-        position.past, position.begins = tuple(data), "on"
+        position.past, position.begins = data, "on"
         position.first_sample = position.samples = last.next_sample
     else:
-        position.past, position.begins = tuple(data[:-1]), last.begins
+        position.past, position.begins = data[:-1], last.begins
         position.first_sample, position.samples = last.first_sample, last.next_sample
     return position
 
 
-def change_notes(position: TrainingProgress, manifest: Mapping[str, Any], run: ResolvedRun) -> list[str]:
+def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRun) -> list[str]:
     """What is another from here on, a line each."""
-    last = data_segments(manifest)[-1]
+    last = manifest.data_position.segments[-1]
     lines = []
     if last.global_batch != run.batch.global_batch:
         lines.append(f"the batch was {last.global_batch} sequences, is {run.batch.global_batch}")
@@ -289,7 +282,7 @@ def change_notes(position: TrainingProgress, manifest: Mapping[str, Any], run: R
         lines.append("another order of samples: it starts at its first one")
     if last.samples_skipped:
         lines.append(f"{last.samples_skipped:,} samples are passed over")
-    if len(position.schedule) > len(manifest["schedule"]["segments"]) and not _same_rates(position.schedule):
+    if len(position.schedule) > len(manifest.schedule.segments) and not _same_rates(position.schedule):
         lines.append(f"the learning rate is another {position.schedule[-1]}")
     return lines
 
@@ -307,6 +300,6 @@ def _of_order(segments: Sequence[DataSegment]) -> list[DataSegment]:
     return list(segments[first:])
 
 
-def _may_grow(name: str, then: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> bool:
+def _may_grow(name: str, then: Manifest, now: Mapping[str, Mapping[str, Any]]) -> bool:
     """Rotary positions have no table: a longer sequence is no other model."""
-    return name == "max_position_embeddings" and now["model"]["style"] == "llama" == then["model"]["style"]
+    return name == "max_position_embeddings" and now["model"]["style"] == "llama" == then.model["style"]

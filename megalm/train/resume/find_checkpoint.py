@@ -92,4 +92,4 @@ def open_verified(
 def _suspicion(entry: Entry) -> list[str]:
     if entry.manifest is None or entry.status != "suspect":
         return []
-    return [f"going on from {entry.path}, which is marked suspect ({entry.manifest.get('status_reason')})"]
+    return [f"going on from {entry.path}, which is marked suspect ({entry.manifest.status_reason})"]

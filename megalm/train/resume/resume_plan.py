@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
+from megalm.checkpoint.manifest import require_training_state
 from megalm.communicator import Communicator, SingleProcessCommunicator
 from megalm.data.sampling.mixture import BlendedSamples
 from megalm.errors import ConfigError
@@ -34,7 +35,7 @@ from megalm.train.resume.compatibility import (
 )
 from megalm.train.resume.find_checkpoint import ResumeCheckpoint, find_checkpoint
 from megalm.train.resume.resume_request import ResumeOptions, read_last_attempt
-from megalm.train.resume.training_progress import TrainingProgress, data_segments
+from megalm.train.resume.training_progress import TrainingProgress
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def find_resume_checkpoint(
     if requeued:
         resume = ResumeOptions("auto")
     found = find_checkpoint(folder, "auto" if requeued else wanted, comm, before.origin if before else None, say)
+    if found is not None and not found.reader.holds_weights_only:
+        require_training_state(found.reader.path, found.reader.manifest)
     if found is not None and before is not None and resume.wanted == "auto":
         resume = before.again(resume, found.reader)
     if found is None and (resume.extension or resume.skip_steps):
@@ -126,7 +129,7 @@ def plan_resume(
     goes_on = manifest is not None and not resume.weights_only
     stages = first_sample_of(manifest if goes_on else None, run)
     data = open_data(run, places, stages)
-    then = manifest["model"]["max_position_embeddings"] if manifest is not None else 0
+    then = manifest.model["max_position_embeddings"] if manifest is not None else 0
     # A table of positions may be longer than the samples are now; it stays the one that was trained.
     longest = max(run.config.data.sequence_length, then)
     shape = build_model_config(run.config.model, data.tokenizer.vocab_size, longest)
@@ -155,7 +158,7 @@ def plan_resume(
         )
 
     order = _order_so_far(lengths, open_with)
-    consumed = data_segments(manifest)[-1].next_sample
+    consumed = manifest.data_position.segments[-1].next_sample
     other = incompatibilities(manifest, identity_of(run, shape, replace(identity, samples=order), consumed))
     refuse_incompatible(found.reader.path, other, resume.allow)
     begins = continuation_kind(run, manifest, other)
@@ -168,7 +171,7 @@ def plan_resume(
             f"{skipped:,} tokens are skipped, {repeated:,} read twice",
         )
     elif begins == "anew":  # stages are stated by the run's steps, the order starts after those that are done
-        done, batch = int(manifest["step"]), run.batch.global_batch
+        done, batch = manifest.step, run.batch.global_batch
         data = open_data(run, places, lambda step: (step - 1 - done) * batch)
         order = data.train
     identity = replace(identity, samples=order)
@@ -176,7 +179,7 @@ def plan_resume(
     position.schedule, position.stated = scheduled.schedule, scheduled.stated
     to_come = (run.config.train.steps - position.step) * run.batch.global_batch
     data = replace(data, train=order, samples=position.samples + max(0, to_come))
-    if position.best_loss is not None and manifest.get("validation", identity.validation) != identity.validation:
+    if position.best_loss is not None and manifest.validation not in (None, identity.validation):
         position.best_loss, position.stale_evaluations = None, 0
         notes += ("validation is on other data: the lowest loss so far is not compared with",)
     if resume.skip_steps:

@@ -19,7 +19,6 @@ from megalm.checkpoint.discovery import ResumedFrom
 from megalm.errors import CheckpointError, ConfigError, DataError
 from megalm.runs.run_folder import RunFolder
 from megalm.train.resume.compatibility import Extension
-from megalm.train.resume.training_progress import data_segments
 from megalm.utils.atomic_files import read_json, write_json
 
 
@@ -173,6 +172,5 @@ def write_attempt(folder: RunFolder, request: LastAttempt) -> None:
 
 
 def _next_sample(found: CheckpointReader) -> int:
-    if found.holds_weights_only:
-        return 0
-    return data_segments(found.manifest)[-1].next_sample
+    segments = found.manifest.data_position.segments
+    return 0 if found.holds_weights_only else segments[-1].next_sample

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
-from megalm.checkpoint.manifest import write_manifest
+from megalm.checkpoint.manifest import Manifest, write_manifest
 from megalm.checkpoint.safetensors_file import write_shard
 from megalm.checkpoint.shard_overlap import chunks_of, overlap
 from megalm.checkpoint.shard_spec import Fragment, FragmentKey
@@ -77,7 +77,7 @@ def saved(folder: Path, fragments: list[Fragment]) -> CheckpointReader:
     stored = [{"file": shard.file, **asdict(key)} for shard in shards for key in shard.keys]
     files = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
     tensors = {"w": {"shape": fragments[0].key.shape, "fragments": stored}}
-    write_manifest(folder, {"step": 1, "files": files, "tensors": tensors})
+    write_manifest(folder, Manifest.from_json({"step": 1, "files": files, "tensors": tensors}))
     return CheckpointReader(folder)
 
 

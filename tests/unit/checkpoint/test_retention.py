@@ -8,15 +8,14 @@ from typing import Any
 import pytest
 
 from megalm.checkpoint.discovery import Entry, complete_checkpoints, list_checkpoints
-from megalm.checkpoint.manifest import set_status
+from megalm.checkpoint.manifest import Manifest, set_status
 from megalm.checkpoint.retention import Retention, prune, superfluous, tidy
 from tests.checkpoint_files import assert_holds, save
 
 
 def entries(*steps: int, **statuses: Any) -> list[Entry]:
-    return [
-        Entry(Path(f"step-{step:08d}"), {"step": step, "status": statuses.get(f"s{step}", "good")}) for step in steps
-    ]
+    known = {step: Manifest(step=step, status=statuses.get(f"s{step}", "good"), files={}, tensors={}) for step in steps}
+    return [Entry(Path(f"step-{step:08d}"), manifest) for step, manifest in known.items()]
 
 
 def gone(found: list[Entry], retention: Retention, best: int | None = None) -> list[int]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.discovery import find_checkpoint, read_pointer
-from megalm.checkpoint.manifest import read_manifest, write_manifest
+from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.retention import Retention, prune
 from megalm.checkpoint.shard_spec import FragmentKey
 from megalm.errors import CheckpointError
@@ -54,6 +54,13 @@ def read_everything(path: Path) -> None:
     reader.model()
 
 
+def seal(path: Path, content: dict[str, Any]) -> None:
+    """A manifest of any content with the right seal, as the format has it."""
+    content = {name: value for name, value in content.items() if name != "seal"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({**content, "seal": digest}))
+
+
 def reseal(path: Path, **changes: Any) -> None:
     """As somebody would who wants the file to be taken for whole."""
     manifest = {**json.loads((path / "manifest.json").read_text()), **changes}
@@ -61,7 +68,7 @@ def reseal(path: Path, **changes: Any) -> None:
         if (path / name).is_file():
             content = (path / name).read_bytes()
             facts |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    write_manifest(path, manifest)
+    seal(path, manifest)
 
 
 @pytest.mark.parametrize("kind", ["pickle", "pickle as text", "zip.pt", "old.pt", "array.npy"])
@@ -104,9 +111,9 @@ def test_pointers_are_names_and_nothing_else(tmp_path: Path) -> None:
 def test_names_in_a_manifest_cannot_leave_its_folder(tmp_path: Path, name: str) -> None:
     path = save(tmp_path / "run", 5)
     (tmp_path / "run" / "secret").write_bytes(b"x")
-    manifest = read_manifest(path)
+    manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": 1, "sha256": "0" * 64}
-    write_manifest(path, manifest)
+    seal(path, manifest)
     with pytest.raises(CheckpointError, match="files"):
         read_manifest(path)
 
@@ -114,9 +121,9 @@ def test_names_in_a_manifest_cannot_leave_its_folder(tmp_path: Path, name: str) 
 def test_a_tensor_is_read_from_the_manifests_files_only(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
     (path / "other.safetensors").write_bytes((path / RANK_FILE).read_bytes())
-    manifest = read_manifest(path)
+    manifest = json.loads((path / "manifest.json").read_text())
     manifest["tensors"]["norm.weight"]["fragments"][0]["file"] = "other.safetensors"
-    write_manifest(path, manifest)
+    seal(path, manifest)
     with pytest.raises(CheckpointError, match="none of its files"):
         CheckpointReader(path).model()
 
@@ -147,7 +154,7 @@ def test_a_link_is_no_file_of_a_checkpoint(tmp_path: Path) -> None:
 )
 def test_a_manifest_that_makes_no_sense_is_named(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = save(tmp_path, 5)
-    write_manifest(path, {**read_manifest(path), **changes})
+    seal(path, {**read_manifest(path).content, **changes})
     with pytest.raises(CheckpointError, match=r"step-00000005"):
         CheckpointReader(path).model()
 

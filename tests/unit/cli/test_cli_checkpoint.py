@@ -164,14 +164,14 @@ def test_a_name_under_runs_is_a_place_too(
 def test_mark_bad_and_good_again(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newest = folder(run_dir, 10000)
     assert run(capsys, "mark-bad", newest, "--reason", "a spike")[0] == 0
-    assert (read_manifest(newest)["status"], read_manifest(newest)["status_reason"]) == ("bad", "a spike")
+    assert (read_manifest(newest).status, read_manifest(newest).status_reason) == ("bad", "a spike")
     assert "step-00001000" in run(capsys, "show", run_dir)[1]  # what --resume auto would take now
     assert run(capsys, "mark-bad", newest, "--good", "--reason", "it was the plot")[0] == 0
-    assert read_manifest(newest)["status"] == "good"
+    assert read_manifest(newest).status == "good"
     assert run(capsys, "mark-bad", newest)[0] == 2  # no reason
     assert run(capsys, "mark-bad", newest.parent / "latest", "--reason", "a spike")[0] == 0
     assert run(capsys, "mark-bad", newest, "--good")[0] == 0  # what messages advise
-    assert (read_manifest(newest)["status"], read_manifest(newest)["status_reason"]) == ("good", None)
+    assert (read_manifest(newest).status, read_manifest(newest).status_reason) == ("good", None)
     assert run(capsys, "mark-bad", run_dir, "--reason", "x")[0] == 2
 
 

@@ -144,7 +144,7 @@ def test_another_tokenizer_is_refused(checkpoint: Path, tmp_path: Path, capsys: 
     code, _, error = run(capsys, "export", checkpoint, tmp_path / "two", "--tokenizer", other)
     assert code == 2
     assert "is not the tokenizer of" in error
-    write_manifest(checkpoint, {**read_manifest(checkpoint), "tokenizer": str(tmp_path / "gone.model")})
+    write_manifest(checkpoint, read_manifest(checkpoint).amended(tokenizer=str(tmp_path / "gone.model")))
     code, _, error = run(capsys, "export", checkpoint, tmp_path / "two")
     assert code == 2
     assert "gone.model: the tokenizer of" in error

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
+from megalm.checkpoint.manifest import shape_of
 from megalm.config.schema import ModelSection
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.errors import CheckpointError, DataError
@@ -79,7 +80,7 @@ def test_what_is_exported_comes_back_bit_for_bit(name: str, tmp_path: Path) -> N
     before, after = CheckpointReader(checkpoint).model(), imported.model()
     assert before.keys() == after.keys() == shape.parameters().keys()
     assert all(torch.equal(before[found], after[found]) for found in before)
-    again = ModelConfig(**imported.manifest["model"])
+    again = shape_of(imported.path, imported.manifest)
     kept = {"dropout": shape.dropout, "attention_dropout": shape.attention_dropout}
     assert {**vars(again), **kept} == vars(shape)
     # And what is exported of it is the same file.
@@ -173,7 +174,7 @@ def test_a_model_that_transformers_saved_has_its_loss_here(name: str, tmp_path: 
     theirs = saved(name, tmp_path / "hf")
     imported = import_(tmp_path / "hf", tmp_path / "run")
     reader = CheckpointReader(imported.checkpoint)
-    shape = ModelConfig(**reader.manifest["model"])
+    shape = shape_of(reader.path, reader.manifest)
     model = LanguageModel(shape).eval()
     weights = reader.model()
     with torch.no_grad():

@@ -81,7 +81,7 @@ def test_facts_say_how_it_was_trained(tmp_path: Path) -> None:
 def test_a_tokenizer_that_moved(tmp_path: Path) -> None:
     gone = tmp_path / "gone.model"
     place = write_run(tmp_path / "run", ByteTokenizer())
-    write_manifest(place, {**read_manifest(place), "tokenizer": str(gone)})
+    write_manifest(place, read_manifest(place).amended(tokenizer=str(gone)))
     with pytest.raises(DataError, match=r"gone\.model: the tokenizer of .* --tokenizer"):
         read_facts(place)
     assert read_facts(place, "bytes").tokenizer.vocab_size == 257

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from report_runs import END, Page, event, page_of, train_row, validation, write_run
 
-from megalm.checkpoint.manifest import write_manifest
+from megalm.checkpoint.manifest import Manifest, write_manifest
 from megalm.cli.main import main
 from megalm.errors import ConfigError
 from megalm.tracking.report import write_report
@@ -220,11 +220,11 @@ def test_checkpoints_with_what_is_wrong_with_them(tmp_path: Path) -> None:
         folder = run / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)
         (folder / "a.safetensors").write_bytes(b"12345678")
-        facts = {"files": {"a.safetensors": {"bytes": 8, "sha256": "0" * 64}}, "tensors": {}, "tokens": 64 * step}
+        files = {"a.safetensors": {"bytes": 8, "sha256": "0" * 64}}
+        facts = {"files": files, "tensors": {}, "tokens": 64 * step, "validation_loss": 2.5}
         reason = "a spike" if status == "suspect" else None
-        write_manifest(
-            folder, {**facts, "step": step, "status": status, "status_reason": reason, "validation_loss": 2.5}
-        )
+        marked = {**facts, "step": step, "status": status, "status_reason": reason}
+        write_manifest(folder, Manifest.from_json(marked))
     (run / "checkpoints" / "latest").write_text("step-00000030")
     (run / "checkpoints" / "best").write_text("step-00000010")
     (run / "checkpoints" / "step-00000030" / "a.safetensors").write_bytes(b"1")

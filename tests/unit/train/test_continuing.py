@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megalm.checkpoint.manifest import DataSegment, Manifest
 from megalm.config.deepspeed.json_reader import read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.config.precision import DeviceFacts
@@ -24,7 +25,7 @@ from megalm.train.resume.compatibility import (
     with_last_step,
     with_schedule,
 )
-from megalm.train.resume.training_progress import DataSegment, TrainingProgress
+from megalm.train.resume.training_progress import TrainingProgress
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -35,27 +36,37 @@ def run(*overrides: str) -> ResolvedRun:
     return resolve(loaded, source, 1, DeviceFacts("cpu", False, 1 << 33), 100)
 
 
-def manifest(step: int, *segments: DataSegment, **more: Any) -> dict[str, Any]:
+def manifest(step: int, *segments: DataSegment, **more: Any) -> Manifest:
     """Of a run of 10 steps with the defaults."""
     of = run("train.steps=10")
     position = TrainingProgress(step=step)
     with_schedule(position, of, None, None)
-    return {
+    stated = {
         "step": step,
         "tokens": 0,
         "best_validation_loss": 2.5,
         "stale_evaluations": 1,
-        "data_position": {"segments": [asdict(segment) for segment in segments]},
+        "data_position": {"segments": [segment.model_dump() for segment in segments]},
         "schedule": position.schedule_json(),
-        **more,
+        "files": {},
+        "tensors": {},
     }
+    return Manifest.from_json({**stated, **more})
 
 
 def segment(length: int, batch: int, first: int, consumed: int, skipped: int = 0, begins: str = "anew") -> DataSegment:
-    return DataSegment("order", length, batch, first, consumed, skipped, begins)  # type: ignore[arg-type]
+    return DataSegment(
+        order="order",
+        sequence_length=length,
+        global_batch=batch,
+        first_sample=first,
+        samples_consumed=consumed,
+        samples_skipped=skipped,
+        begins=begins,  # type: ignore[arg-type]
+    )
 
 
-def scheduled(then: dict[str, Any], now: ResolvedRun, more: int | None = None) -> TrainingProgress:
+def scheduled(then: Manifest, now: ResolvedRun, more: int | None = None) -> TrainingProgress:
     position = TrainingProgress()
     with_schedule(position, now, then, more)
     return position
@@ -90,7 +101,7 @@ def test_an_extension_starts_where_the_rate_was() -> None:
     assert with_last_step(run("train.steps=10"), position).config.train.steps == 110
     # The words of the first start, said again, are no wish for another schedule.
     assert (
-        scheduled({**then, "schedule": position.schedule_json()}, run("train.steps=10")).schedule == position.schedule
+        scheduled(then.amended(schedule=position.schedule_json()), run("train.steps=10")).schedule == position.schedule
     )
     said = scheduled(then, run("train.steps=10", "schedule.kind=linear", "schedule.final_learning_rate=0"), more=100)
     assert (said.schedule[-1].schedule.kind, rate_at(said.schedule, 110)) == ("linear", 0.0)
@@ -98,8 +109,8 @@ def test_an_extension_starts_where_the_rate_was() -> None:
 
 def test_segments_survive_a_manifest() -> None:
     position = scheduled(manifest(10, segment(256, 16, 0, 160)), run("train.steps=10"), more=7)
-    stored = position.schedule_json()["segments"]
-    assert tuple(ScheduleSegment.from_json(part) for part in stored) == position.schedule
+    stored = manifest(10, schedule=position.schedule_json()).schedule.segments
+    assert tuple(ScheduleSegment.of(part) for part in stored) == position.schedule
 
 
 def test_the_position_of_an_unchanged_run() -> None:
@@ -164,6 +175,7 @@ THEN = {
     "data": {"data.sequence_length": 256, "train.seed": 1, "data.split": "95,5"},
     "fingerprints": {"order": "a", "dataset": "b", "tokenizer": "c"},
 }
+STORED = Manifest.from_json({**THEN, "step": 4, "files": {}, "tensors": {}})
 
 
 def changed(section: str, **values: Any) -> dict[str, Any]:
@@ -171,24 +183,24 @@ def changed(section: str, **values: Any) -> dict[str, Any]:
 
 
 def test_differences_are_named_by_what_they_are() -> None:
-    assert incompatibilities(THEN, THEN) == {}
-    assert incompatibilities(THEN, changed("model", hidden_size=32)) == {"model": ["hidden_size was 64, is 32"]}
-    assert incompatibilities(THEN, changed("model", max_position_embeddings=512)) == {}, (
+    assert incompatibilities(STORED, THEN) == {}
+    assert incompatibilities(STORED, changed("model", hidden_size=32)) == {"model": ["hidden_size was 64, is 32"]}
+    assert incompatibilities(STORED, changed("model", max_position_embeddings=512)) == {}, (
         "rotary positions have no table"
     )
-    assert incompatibilities(THEN, changed("data", **{"data.sequence_length": 128})) == {}
-    assert incompatibilities(THEN, changed("data", **{"data.split": "90,10"})) == {
+    assert incompatibilities(STORED, changed("data", **{"data.sequence_length": 128})) == {}
+    assert incompatibilities(STORED, changed("data", **{"data.split": "90,10"})) == {
         "dataset": ["data.split was 95,5, is 90,10"]
     }
-    assert incompatibilities(THEN, changed("fingerprints", order="0123456789abcdef")) == {
+    assert incompatibilities(STORED, changed("fingerprints", order="0123456789abcdef")) == {
         "order": ["order was a, is 0123456789ab"]
     }
-    assert incompatibilities(THEN, changed("fingerprints", order="x")) == {"order": ["order was a, is x"]}
+    assert incompatibilities(STORED, changed("fingerprints", order="x")) == {"order": ["order was a, is x"]}
     # The order's fingerprint changes with the dataset: said once.
-    assert incompatibilities(THEN, changed("fingerprints", order="x", dataset="y")) == {
+    assert incompatibilities(STORED, changed("fingerprints", order="x", dataset="y")) == {
         "dataset": ["dataset was b, is y"]
     }
-    assert set(incompatibilities(THEN, changed("data", **{"train.seed": 2}))) == {"order"}
+    assert set(incompatibilities(STORED, changed("data", **{"train.seed": 2}))) == {"order"}
 
 
 def test_a_refusal_names_all_and_how_to_allow_it(tmp_path: Path) -> None:

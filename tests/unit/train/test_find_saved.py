@@ -22,7 +22,7 @@ from tests.checkpoint_files import save
 
 def find(folder: Path, wanted: str) -> tuple[int, tuple[str, ...]] | None:
     found = find_checkpoint(RunFolder(folder), wanted, SingleProcessCommunicator())
-    return None if found is None else (found.reader.manifest["step"], found.warnings)
+    return None if found is None else (found.reader.manifest.step, found.warnings)
 
 
 def test_nothing_was_saved_yet(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_the_best_stays_so_when_it_is_judged_on_everything(tmp_path: Path, on: i
     (tmp_path / "best").write_text("step-00000020\n")
     last, loss = tmp_path / "step-00000020", 2.5 if on == 6400 else 2.6
     write_manifest(last, with_evaluation(read_manifest(last), Evaluation("validation", loss, 6400, None)))
-    assert read_manifest(last)[key] == loss
+    assert getattr(read_manifest(last), key) == loss
     assert tidy(tmp_path) == []
     assert (tmp_path / "best").read_text() == "step-00000020\n"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
-from megalm.checkpoint.manifest import set_status, write_manifest
+from megalm.checkpoint.manifest import DataSegment, set_status, write_manifest
 from megalm.communicator import SingleProcessCommunicator
 from megalm.errors import CheckpointError, ConfigError
 from megalm.runs.run_folder import RunFolder
@@ -21,7 +21,6 @@ from megalm.train.resume.resume_request import (
     read_last_attempt,
     write_attempt,
 )
-from megalm.train.resume.training_progress import DataSegment
 from tests.checkpoint_files import save
 
 AUTO = ResumeOptions("auto")
@@ -29,8 +28,8 @@ ASKED = ResumeOptions("20", Extension(50), skip_steps=5, allow=("dataset",))
 
 
 def saved(checkpoints: Path, step: int, next_sample: int = 0, **facts: object) -> CheckpointReader:
-    segment = DataSegment("order", 64, 16, 0, next_sample)
-    path = save(checkpoints, step, data_position={"segments": [vars(segment)]}, **facts)
+    segment = DataSegment(order="order", sequence_length=64, global_batch=16, samples_consumed=next_sample)
+    path = save(checkpoints, step, data_position={"segments": [segment.model_dump()]}, **facts)
     return CheckpointReader(path)
 
 
@@ -48,7 +47,7 @@ def found(folder: RunFolder) -> tuple[int, ResumeOptions]:
     assert not requeued
     start = find_checkpoint(folder, "auto", SingleProcessCommunicator(), before.origin if before else None)
     assert start is not None
-    return start.reader.manifest["step"], before.again(AUTO, start.reader) if before else AUTO
+    return start.reader.manifest.step, before.again(AUTO, start.reader) if before else AUTO
 
 
 def test_later_steps_of_an_attempt_that_was_left_are_not_taken(folder: RunFolder) -> None:
@@ -108,8 +107,8 @@ def test_data_that_a_rollback_passed_over_is_not_passed_over_twice(folder: RunFo
     reader = CheckpointReader(folder.checkpoints / "step-00000020")
     write_attempt(folder, attempt_after_rollback(before, reader, attempt=3))
     assert found(folder)[1].skip_steps == 5, "killed before the checkpoint told of it"
-    segment = DataSegment("order", 64, 16, 0, 320, samples_skipped=96)
-    write_manifest(reader.path, {**reader.manifest, "data_position": {"segments": [vars(segment)]}})
+    segment = reader.manifest.data_position.segments[0].model_copy(update={"samples_skipped": 96})
+    write_manifest(reader.path, reader.manifest.amended(data_position={"segments": [segment.model_dump()]}))
     assert found(folder) == (20, ResumeOptions("auto", Extension(50), 0, ("dataset",)))
     later = saved(folder.checkpoints, 25, 400, attempt=2)
     saved(folder.checkpoints, 28, 448, attempt=2)
