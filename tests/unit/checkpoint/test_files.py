@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import weakref
 from pathlib import Path
@@ -25,8 +24,9 @@ from megalm.checkpoint.safetensors_file import TensorEntry, write_shard, write_t
 from megalm.checkpoint.save_transaction import bytes_needed
 from megalm.checkpoint.shard_spec import Fragment, FragmentKey
 from megalm.communicator import SingleProcessCommunicator
-from megalm.errors import TrainingError
+from megalm.errors import CheckpointError, TrainingError
 from tests.checkpoint_files import SHAPES, assert_holds, fragments, save, whole
+from tests.messages import assert_names
 
 
 def test_a_shard_is_a_safetensors_file_and_its_hash_is_the_files(tmp_path: Path) -> None:
@@ -113,8 +113,10 @@ def test_a_disk_too_full_is_refused_before_anything_is_written(tmp_path: Path, m
     needed = bytes_needed(fragments(1))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=needed - 1))
-    with pytest.raises(TrainingError, match=r"step-00000005 was not written: rank 0: .* MiB free, a checkpoint needs"):
+    with pytest.raises(TrainingError) as error:
         save(tmp_path, 5)
+    assert_names(error.value, "step-00000005", tmp_path, f"{needed / 2**20:,.1f}")
+    assert_names(error.value, "megalm checkpoint prune", "checkpoint.keep_last")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=needed))
     path = save(tmp_path, 5)
@@ -123,8 +125,9 @@ def test_a_disk_too_full_is_refused_before_anything_is_written(tmp_path: Path, m
 
 def test_a_failure_after_the_checkpoint_is_in_place_says_so(tmp_path: Path) -> None:
     (tmp_path / "latest").mkdir()
-    with pytest.raises(TrainingError, match=r"step-00000005 is complete, but then: rank 0: .*latest.*goes on from it"):
+    with pytest.raises(TrainingError) as error:
         save(tmp_path, 5)
+    assert_names(error.value, "step-00000005", "latest", "--resume auto")
     assert_holds(tmp_path / "step-00000005", 5)
 
 
@@ -144,7 +147,7 @@ def test_room_is_made_by_what_need_not_be_kept_and_no_more(tmp_path: Path, monke
     (saved,) = writer.completed()
     assert saved.pruned == ("step-00000001", "step-00000002", "step-00000003")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=0))
-    with pytest.raises(TrainingError, match="make room"):
+    with pytest.raises(TrainingError, match="megalm checkpoint prune"):
         writer.begin(6, fragments(6), {"attempt": 1}, [])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000004", "step-00000005"]
 
@@ -158,7 +161,7 @@ def test_what_a_run_stands_on_is_no_room_to_be_made(tmp_path: Path, monkeypatch:
     writer = CheckpointWriter(
         tmp_path, Retention(2), SingleProcessCommunicator(), behind=False, origin=tmp_path / "step-00000001"
     )
-    with pytest.raises(TrainingError, match="make room"):
+    with pytest.raises(TrainingError, match="megalm checkpoint prune"):
         writer.begin(2, fragments(5), {"attempt": 2}, [])
     names = [path.name for path in step_folders(tmp_path)]
     assert names == ["step-00000001", "step-00000003", "step-00000004"]
@@ -208,7 +211,6 @@ def test_weights_are_converted_to_one_file(tmp_path: Path, dtype: torch.dtype) -
         for name, shape in SHAPES.items():
             expected = whole(7, name, "master").view(shape).to(dtype)
             torch.testing.assert_close(file.get_tensor(name), expected, rtol=0, atol=0)
-    assert json.loads(target.read_bytes()[8 : 8 + int.from_bytes(target.read_bytes()[:8], "little")])
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -217,8 +219,9 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
     tensors["norm.weight"]["fragments"].clear()
     write_manifest(path, read_manifest(path).amended(tensors=tensors))
     reader = CheckpointReader(path)
-    with pytest.raises(Exception, match=r"0 of 5 values"):
+    with pytest.raises(CheckpointError) as error:
         write_weights(reader, tmp_path / "weights.safetensors", torch.float32)
+    assert_names(error.value, path, "master/norm.weight", 0, 5)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

@@ -10,6 +10,7 @@ from megalm.checkpoint.discovery import find_checkpoint, resume_candidates
 from megalm.checkpoint.manifest import set_status
 from megalm.errors import CheckpointError
 from tests.checkpoint_files import save
+from tests.messages import assert_names
 
 
 def names(checkpoints: Path) -> list[str]:
@@ -40,16 +41,18 @@ def test_auto_takes_good_ones_first_then_suspect_never_bad(tmp_path: Path) -> No
     assert names(tmp_path) == ["50", "20"]
     for step in (20, 50):
         set_status(tmp_path / f"step-{step:08d}", "bad", "wrong")
-    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is marked bad"):
+    with pytest.raises(CheckpointError) as error:
         find_checkpoint(tmp_path, "auto")
+    assert_names(error.value, tmp_path, "megalm checkpoint mark-bad --good")
     set_status(tmp_path / "step-00000030", "good", "it was not")
     assert names(tmp_path) == ["30"]
 
 
 def test_a_bad_one_is_refused_by_name_and_a_suspect_one_is_not(tmp_path: Path) -> None:
     bad = save(tmp_path, 5, status="bad", status_reason="loss of 9")
-    with pytest.raises(CheckpointError, match=r"marked bad \(loss of 9\).*mark-bad --good"):
+    with pytest.raises(CheckpointError) as error:
         find_checkpoint(tmp_path, "5")
+    assert_names(error.value, "loss of 9", f"megalm checkpoint mark-bad --good {bad}")
     set_status(bad, "suspect", "a spike at 4")
     assert find_checkpoint(tmp_path, "5") == bad
 
@@ -59,8 +62,9 @@ def test_incomplete_ones_are_passed_over_by_auto_and_refused_by_name(tmp_path: P
     (tmp_path / "step-00000010").mkdir()
     (tmp_path / "step-00000015.tmp").mkdir()
     assert find_checkpoint(tmp_path, "auto") == complete
-    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
+    with pytest.raises(CheckpointError) as error:
         find_checkpoint(tmp_path, "10")
+    assert_names(error.value, tmp_path / "step-00000010", "manifest.json", complete.name)
 
 
 def test_auto_passes_over_what_is_damaged(tmp_path: Path) -> None:
@@ -70,15 +74,16 @@ def test_auto_passes_over_what_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "step-00000010" / "manifest.json").write_text("{")
     (tmp_path / "step-00000015" / "rank-00000.safetensors").write_bytes(b"")
     assert find_checkpoint(tmp_path, "auto") == good
-    with pytest.raises(CheckpointError, match=r"step-00000010/manifest.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"step-00000010/manifest\.json"):
         find_checkpoint(tmp_path, "10")
 
 
 def test_only_damaged_ones_are_an_error_and_no_fresh_start(tmp_path: Path) -> None:
     (save(tmp_path, 5) / "rank-00000.safetensors").unlink()
     (save(tmp_path, 10) / "manifest.json").write_text("")
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used: .*manifest.json.*rank-00000"):
+    with pytest.raises(CheckpointError) as error:
         find_checkpoint(tmp_path, "auto")
+    assert_names(error.value, "step-00000010/manifest.json", "step-00000005", "rank-00000.safetensors")
 
 
 def test_latest_and_best_are_followed_and_a_run_folder_says_what_is_in_it(tmp_path: Path) -> None:
@@ -87,8 +92,9 @@ def test_latest_and_best_are_followed_and_a_run_folder_says_what_is_in_it(tmp_pa
     (checkpoints / "best").write_text("step-00000005\n")
     assert find_checkpoint(checkpoints, "best") == first
     assert find_checkpoint(tmp_path / "elsewhere", str(checkpoints / "latest")) == second
-    with pytest.raises(CheckpointError, match=r"a run folder; name one of .*complete ones: step-00000005, step-0"):
+    with pytest.raises(CheckpointError) as error:
         find_checkpoint(tmp_path / "elsewhere", str(tmp_path))
+    assert_names(error.value, checkpoints, first.name, second.name)
 
 
 @pytest.mark.parametrize("wanted", ["5", "step-00000005"])
@@ -96,5 +102,6 @@ def test_by_name_or_path(tmp_path: Path, wanted: str) -> None:
     folder = save(tmp_path, 5)
     assert find_checkpoint(tmp_path, wanted) == folder
     assert find_checkpoint(tmp_path / "elsewhere", str(folder)) == folder
-    with pytest.raises(CheckpointError, match="complete ones: step-00000005"):
+    with pytest.raises(CheckpointError) as error:
         find_checkpoint(tmp_path, "7")
+    assert_names(error.value, 7, tmp_path, folder.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ from megalm.checkpoint.retention import Retention, prune
 from megalm.checkpoint.shard_spec import FragmentKey
 from megalm.errors import CheckpointError
 from tests.checkpoint_files import SHAPES, assert_holds, save
+from tests.messages import assert_names
 
 RANK_FILE = "rank-00000.safetensors"
 
@@ -72,8 +74,10 @@ def reseal(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pickle", "pickle as text", "zip.pt", "old.pt", "array.npy"])
-@pytest.mark.parametrize("file", [RANK_FILE, "manifest.json", "config.yaml", "deepspeed.json"])
-@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize(
+    ("file", "sealed"),
+    [*itertools.product([RANK_FILE, "config.yaml", "deepspeed.json"], [True, False]), ("manifest.json", False)],
+)
 def test_a_planted_pickle_never_runs(tmp_path: Path, file: str, kind: str, sealed: bool) -> None:
     mark = tmp_path / "it ran"
     copies = (tmp_path / "config.yaml", tmp_path / "deepspeed.json")
@@ -84,9 +88,9 @@ def test_a_planted_pickle_never_runs(tmp_path: Path, file: str, kind: str, seale
     mark.rmdir()  # the plant is alive
     path = save(tmp_path / "checkpoints", 5, copies=copies)
     (path / file).write_bytes(content)
-    if sealed and file != "manifest.json":
+    if sealed:
         reseal(path)
-    if sealed and file in ("config.yaml", "deepspeed.json"):
+    if sealed and file != RANK_FILE:
         read_everything(path)  # kept for people; loading looks at their hashes only
     else:
         with pytest.raises(CheckpointError, match=file):
@@ -124,16 +128,18 @@ def test_a_tensor_is_read_from_the_manifests_files_only(tmp_path: Path) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["tensors"]["norm.weight"]["fragments"][0]["file"] = "other.safetensors"
     seal(path, manifest)
-    with pytest.raises(CheckpointError, match="none of its files"):
+    with pytest.raises(CheckpointError) as error:
         CheckpointReader(path).model()
+    assert_names(error.value, path, "master/norm.weight", "other.safetensors")
 
 
 def test_a_link_is_no_file_of_a_checkpoint(tmp_path: Path) -> None:
     path = save(tmp_path / "run", 5)
     (path / RANK_FILE).rename(tmp_path / "elsewhere")
     (path / RANK_FILE).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match=f"{RANK_FILE} is a link to .*elsewhere"):
+    with pytest.raises(CheckpointError) as error:
         CheckpointReader(path)
+    assert_names(error.value, path / RANK_FILE, tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +189,7 @@ def test_every_byte_of_every_file_counts(tmp_path: Path) -> None:
                 file.write_bytes(damaged)
                 if file.name == "manifest.json" and _says_the_same(damaged, content):
                     continue  # one space for another: nothing is lost
-                with pytest.raises(CheckpointError, match=rf"{file.name}|checkpoint format"):
+                with pytest.raises(CheckpointError, match=file.name):
                     read_everything(path)
         file.write_bytes(content)
     assert_holds(path, 5)

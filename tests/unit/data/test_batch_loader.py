@@ -14,6 +14,7 @@ from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader, GlobalBatch, ValidationLoader
 from megalm.data.sampling.samples import IGNORE_INDEX, TrainingSamples, ValidationSamples
 from megalm.errors import ConfigError
+from tests.messages import assert_names
 
 MakeDataset = Callable[[Sequence[int]], IndexedDataset]
 LAYOUTS = [(12, 1), (6, 2), (3, 4), (1, 12), (1, 3), (2, 3)]  # micro-batch, ranks; 12 samples a batch
@@ -53,8 +54,9 @@ def test_every_layout_sees_the_same_samples(make_dataset: MakeDataset, micro: in
 
 
 def test_a_batch_that_cannot_be_divided() -> None:
-    with pytest.raises(ConfigError, match="train_batch_size 12 is not a multiple of micro-batch 5 x 2"):
+    with pytest.raises(ConfigError) as error:
         BatchLayout(12, 5, 0, 2)
+    assert_names(error.value, "train_batch_size", 12, 5, 2, 10)
 
 
 class Watched:

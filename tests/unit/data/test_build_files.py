@@ -29,6 +29,7 @@ from megalm.data.readers.input_files import InputFile
 from megalm.data.readers.records import ReadOptions
 from megalm.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 from megalm.errors import DataError
+from tests.messages import assert_names
 
 SMALL_UNITS = 20_000
 
@@ -157,7 +158,7 @@ def test_damaged_parts_are_made_again(
     try:
         build_until(0, monkeypatch, corpus, tmp_path / "out")
     except DataError as error:  # found only when it was read: the next try makes it anew
-        assert "is damaged; start the same build again" in str(error)  # noqa: PT017
+        assert_names(error, part.with_suffix(".tokens"))
         build_until(0, monkeypatch, corpus, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -174,11 +175,13 @@ def test_a_finished_build_writes_nothing(tmp_path: Path, corpus: list[Path]) -> 
     assert states() == before
     corpus[0].touch()  # its content is the same
     assert build_files(corpus, ByteTokenizer(), tmp_path / "out").was_there
-    with pytest.raises(DataError, match=r"out\.bin: exists already"):
+    with pytest.raises(DataError) as error:
         build_files(corpus, ByteTokenizer(), tmp_path / "out", BuildOptions(append_eod=False))
+    assert_names(error.value, tmp_path / "out.bin", "--overwrite")
     corpus[0].write_text(json.dumps({"text": "other"}))
-    with pytest.raises(DataError, match=r"out\.bin: exists already"):
+    with pytest.raises(DataError) as error:
         build_files(corpus, ByteTokenizer(), tmp_path / "out")
+    assert_names(error.value, tmp_path / "out.bin", "--overwrite")
     build_files(corpus, ByteTokenizer(), tmp_path / "out", overwrite=True)
     assert decoded(tmp_path / "out")[0] == "other"
 
@@ -188,7 +191,8 @@ def test_other_options_throw_old_parts_away(
 ) -> None:
     build_until(3, monkeypatch, corpus, tmp_path / "out")
     build_files(corpus, ByteTokenizer(), tmp_path / "out", BuildOptions(append_eod=False))
-    assert "it is thrown away" in caplog.text
+    (warning,) = caplog.messages
+    assert_names(warning, tmp_path / "out.building")
     build_files(corpus, ByteTokenizer(), tmp_path / "fresh", BuildOptions(append_eod=False))
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
@@ -239,21 +243,23 @@ def test_bad_input_is_fatal_or_counted_with_file_and_line(tmp_path: Path) -> Non
     lines[1700], lines[2500] = b'{"text": broken', b'{"text": ""}'
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\n".join(lines))
-    for workers, said in ((1, "1701: is not JSON"), (2, "(1701: is not JSON|2501: is an empty)")):
-        with pytest.raises(DataError, match=rf"{path}:{said} .*--on-error skip"):
+    for workers, line in ((1, "1701"), (2, "(1701|2501)")):
+        with pytest.raises(DataError, match=rf"{path}:{line}\b") as error:
             build_files([path], ByteTokenizer(), tmp_path / "out", BuildOptions(unit_bytes=8000), workers)
+        assert_names(error.value, "--on-error skip")
     options = BuildOptions(unit_bytes=8000, on_error="skip")
     (report,) = build_files([path], ByteTokenizer(), tmp_path / "out", options, overwrite=True).reports
     assert (report.documents, report.skipped) == (2998, 2)
-    assert [message.split(" is ")[0] for message in report.messages] == [f"{path}:1701:", f"{path}:2501:"]
+    assert [message.split(": ")[0] for message in report.messages] == [f"{path}:1701", f"{path}:2501"]
 
 
-@pytest.mark.parametrize("content", [b'{"text": "a"}\n', b""])
-def test_nothing_to_build_of(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(("content", "removed"), [(b'{"text": "a"}\n' * 7, 7), (b"", 0)])
+def test_nothing_to_build_of(tmp_path: Path, content: bytes, removed: int) -> None:
     (tmp_path / "in.jsonl").write_bytes(content)
     options = BuildOptions(on_error="skip", filters=Filters(min_characters=5))
-    with pytest.raises(DataError, match="no text to build a dataset of"):
+    with pytest.raises(DataError) as error:
         build_files([tmp_path / "in.jsonl"], ByteTokenizer(), tmp_path / "out", options)
+    assert_names(error.value, tmp_path / "out", 0, removed)
     assert not list(tmp_path.glob("out.*i*x"))
 
 
@@ -264,7 +270,7 @@ def test_split_is_contiguous_and_whole(tmp_path: Path, corpus: list[Path], texts
     assert [len(part) for part in parts] == [report.documents for report in built.reports]
     assert abs(len(parts[0]) / len(texts) - 0.9) < 0.01
     assert build_files(corpus, ByteTokenizer(), tmp_path / "x", BuildOptions(split=(90, 5, 5))).was_there
-    with pytest.raises(DataError, match="two or three weights"):
+    with pytest.raises(DataError, match="--split"):
         BuildOptions(split=(1,))
 
 
@@ -298,21 +304,24 @@ def test_a_shard_of_an_input_that_grew_is_not_done(tmp_path: Path) -> None:
     build_files([folder], ByteTokenizer(), tmp_path / "s0", options)
     assert build_files([folder], ByteTokenizer(), tmp_path / "s0", options).was_there
     (folder / "c.jsonl").write_text(json.dumps({"text": "c" * 100}) + "\n")
-    with pytest.raises(DataError, match="exists already"):
+    with pytest.raises(DataError) as error:
         build_files([folder], ByteTokenizer(), tmp_path / "s0", options)
+    assert_names(error.value, tmp_path / "s0.bin", "--overwrite")
 
 
 def test_a_file_that_is_named_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in "abc"))
     build_files([path, path], ByteTokenizer(), tmp_path / "out")
-    assert f"{path} is named twice, and read twice" in caplog.text
+    (warning,) = caplog.messages
+    assert_names(warning, path)
     assert decoded(tmp_path / "out") == list("abcabc")
     sources = DocumentSources(tmp_path / "out", 6)
     assert [source.name for place in range(6) if (source := sources[place])] == 2 * [f"{path}:{n}" for n in (1, 2, 3)]
     assert build_files([path, path], ByteTokenizer(), tmp_path / "out").was_there
-    with pytest.raises(DataError, match="exists already"):
+    with pytest.raises(DataError) as error:
         build_files([path], ByteTokenizer(), tmp_path / "out")
+    assert_names(error.value, tmp_path / "out.bin", "--overwrite")
 
 
 def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
@@ -341,8 +350,9 @@ def test_a_little_text_is_shared_out(tmp_path: Path) -> None:
 
 def test_a_shard_of_an_input_that_cannot_be_cut(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text(json.dumps({"text": "alone"}))
-    with pytest.raises(DataError, match=r"--shard 0/2 has nothing to read: the input has 1 parts .* use fewer shards"):
+    with pytest.raises(DataError) as error:
         build_files([tmp_path / "one.jsonl"], ByteTokenizer(), tmp_path / "s0", BuildOptions(shard=(0, 2)))
+    assert_names(error.value, "--shard 0/2", 1)
 
 
 def test_damage_is_not_merged_and_not_verified(tmp_path: Path) -> None:
@@ -352,14 +362,15 @@ def test_damage_is_not_merged_and_not_verified(tmp_path: Path) -> None:
     tokens = tmp_path / "b.bin"
     whole = tokens.read_bytes()
     tokens.write_bytes(b"x" + whole[1:])
-    with pytest.raises(DataError, match=r"b\.bin: is not what its \.json recorded"):
+    with pytest.raises(DataError, match=r"b\.bin"):
         merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
     assert not list(tmp_path.glob("merged*")) + list(tmp_path.glob(".merged*"))
     tokens.write_bytes(whole)
     index = tmp_path / "b.idx"
     index.write_bytes(index.read_bytes() + b"\0")  # modes are allowed there, but were not written
-    with pytest.raises(DataError, match=r"b\.idx: its content is not what b\.json recorded"):
+    with pytest.raises(DataError) as error:
         verify(tmp_path / "b")
+    assert_names(error.value, index, "b.json")
 
 
 def test_blank_line_documents_and_columns(tmp_path: Path) -> None:
@@ -370,7 +381,7 @@ def test_blank_line_documents_and_columns(tmp_path: Path) -> None:
     assert decoded(tmp_path / "out") == ["one\ntwo", "three", "T\n\nB"]
     source = DocumentSources(tmp_path / "out", 3)[1]
     assert source is not None
-    assert str(source) == f"{tmp_path / 'a.txt'}:6, bytes 11 to 16"
+    assert_names(source, f"{tmp_path / 'a.txt'}:6", 11, 16)
 
 
 @pytest.mark.parametrize("blank", ["\n\n", "\n \n", ""])
@@ -395,8 +406,9 @@ def test_documents_too_long_are_refused(tmp_path: Path) -> None:
     lines = [json.dumps({"text": "x" * size}) for size in (10, 300_000, 20)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     options = BuildOptions(read=ReadOptions(largest_bytes=100_000))
-    with pytest.raises(DataError, match=r"in\.jsonl:2: is longer than 100,000 bytes"):
+    with pytest.raises(DataError) as error:
         build_files([tmp_path], ByteTokenizer(), tmp_path / "out", options)
+    assert_names(error.value, f"{tmp_path / 'in.jsonl'}:2", "100,000", "--max-document-mb")
     (report,) = build_files(
         [tmp_path], ByteTokenizer(), tmp_path / "out", BuildOptions(read=options.read, on_error="skip")
     ).reports
@@ -420,7 +432,7 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
 def test_text_named_like_the_dataset_is_not_replaced_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my.json").write_text('["a", "b"]')
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"my.json: is an input, and the dataset would replace it"):
+    with pytest.raises(DataError, match=r"my\.json"):
         build_files(["my.json"], ByteTokenizer(), tmp_path / "my", overwrite=True)
     assert (tmp_path / "my.json").read_text() == '["a", "b"]'
     other = tmp_path / "other"
@@ -434,7 +446,7 @@ def test_a_prefix_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "data").mkdir()
-    with pytest.raises(DataError, match="is a folder; add the name"):
+    with pytest.raises(DataError, match=repr(str(Path(prefix)))):
         build_files(["in.jsonl"], ByteTokenizer(), Path(prefix))
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "in.jsonl"]
 
@@ -451,8 +463,9 @@ def test_a_damaged_dataset_is_built_again(tmp_path: Path, corpus: list[Path], su
         content = path.read_bytes()
         path.write_bytes(content[:-1] + (b"" if damage == "cut" else bytes([content[-1] ^ 1])))
     if damage == "cut":
-        with pytest.raises(DataError, match="exists already"):
+        with pytest.raises(DataError) as error:
             build_files(corpus, ByteTokenizer(), tmp_path / "out")
+        assert_names(error.value, tmp_path / "out.bin", "--overwrite")
     assert not build_files(corpus, ByteTokenizer(), tmp_path / "out", overwrite=True).was_there
     assert contents(tmp_path / "out") == expected
     assert build_files(corpus, ByteTokenizer(), tmp_path / "out", overwrite=True).was_there
@@ -464,7 +477,7 @@ def test_an_input_that_changes_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": "a"}\n')
     monkeypatch.setattr(builder_module._Counts, "add", lambda *_: path.write_text('{"text": "abc"}\n'))
-    with pytest.raises(DataError, match="changed while it was read"):
+    with pytest.raises(DataError, match=str(path)):
         build_files([path], ByteTokenizer(), tmp_path / "out")
     assert not list(tmp_path.glob("out.bin"))
 
@@ -475,7 +488,7 @@ def test_two_builds_of_one_dataset_at_once(tmp_path: Path, monkeypatch: pytest.M
     refused: list[str] = []
 
     def another(*_: object) -> None:
-        with pytest.raises(DataError, match="another process builds this dataset now") as error:
+        with pytest.raises(DataError, match=r"out\.building") as error:
             build_files([path], ByteTokenizer(), tmp_path / "out")
         refused.append(str(error.value))
 
@@ -495,30 +508,33 @@ def test_without_locks_it_is_built_all_the_same(
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
     build_files([tmp_path / "in.jsonl"], ByteTokenizer(), tmp_path / "out")
     assert decoded(tmp_path / "out") == ["a"]
-    assert "has no locks" in caplog.text
+    (warning,) = caplog.messages
+    assert_names(warning, tmp_path / "out.building", "as on Lustre")
 
 
 @pytest.mark.parametrize(
-    ("bounds", "said"),
+    ("bounds", "names"),
     [
-        ({"min_letter_share": 2.0}, "--min-letter-share 2: state a share from 0 to 1"),
-        ({"max_repeated_line_share": -0.1}, "--max-repeated-line-share -0.1: state a share"),
-        ({"max_word_length": 0.0}, "--max-word-length 0: state a number above 0"),
-        ({"max_word_length": float("nan")}, "--max-word-length nan: state a number above 0"),
-        ({"max_word_length": float("inf")}, "--max-word-length inf: state a number above 0"),
-        ({"min_characters": 10, "max_characters": 9}, "--min-characters 10 is more than --max-characters 9"),
+        ({"min_letter_share": 2.0}, ["--min-letter-share 2"]),
+        ({"max_repeated_line_share": -0.1}, ["--max-repeated-line-share -0.1"]),
+        ({"max_word_length": 0.0}, ["--max-word-length 0"]),
+        ({"max_word_length": float("nan")}, ["--max-word-length nan"]),
+        ({"max_word_length": float("inf")}, ["--max-word-length inf"]),
+        ({"min_characters": 10, "max_characters": 9}, ["--min-characters 10", "--max-characters 9"]),
     ],
 )
-def test_bounds_that_make_no_sense(bounds: dict[str, Any], said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_bounds_that_make_no_sense(bounds: dict[str, Any], names: list[str]) -> None:
+    with pytest.raises(DataError) as error:
         Filters(**bounds)
+    assert_names(error.value, *names)
     Filters(min_characters=9, max_characters=9, min_letter_share=1.0, max_repeated_line_share=0.0)
 
 
 def test_a_try_that_made_nothing_is_thrown_away_quietly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text("{}\n" + json.dumps({"text": "a"}) + "\n")
-    with pytest.raises(DataError, match="has no 'text'"):
+    with pytest.raises(DataError) as error:
         build_files([bad], ByteTokenizer(), tmp_path / "out")
+    assert_names(error.value, f"{bad}:1", "'text'")
     build_files([bad], ByteTokenizer(), tmp_path / "out", BuildOptions(on_error="skip"))
-    assert "thrown away" not in caplog.text
+    assert not caplog.messages

@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import zstandard
 
 from megalm.data.readers.document_reader import Document, OnError, ReadReport, find_files, iter_documents
 from megalm.errors import DataError
+from tests.messages import assert_names
 
 TEXTS = ["first\nwith a line", "", "café 😀", "last"]
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -69,12 +71,13 @@ def test_reads_every_kind(tmp_path: Path, kind: str, packing: str) -> None:
     filled = [text for text in texts if text]
     assert [document.text for document in documents] == filled
     assert (report.documents, report.skipped) == (len(filled), len(texts) - len(filled))
-    assert all("is an empty document" in message for message in report.messages)
+    assert all(message.startswith(str(path)) for message in report.messages)
     assert all(document.source.startswith(str(path)) for document in documents)
     assert len({document.source for document in documents}) == len(filled)
     if report.skipped:
-        with pytest.raises(DataError, match="is an empty document"):
+        with pytest.raises(DataError, match="--on-error skip") as error:
             list(iter_documents([path]))
+        assert_names(error.value, report.messages[0])
 
 
 @pytest.mark.parametrize("packing", [".gz", ".bz2", ".xz", ".zst"])
@@ -83,10 +86,7 @@ def test_a_packed_file_cut_short_is_never_taken_for_whole(tmp_path: Path, packin
     packed = PACK[packing](lines)
     path = tmp_path / f"data.jsonl{packing}"
     path.write_bytes(packed[: len(packed) * 2 // 3])
-    with pytest.raises(
-        DataError,
-        match=rf"data.jsonl{packing}:\d+: cannot be read on from here \(.*\), the file is damaged or cut short",
-    ):
+    with pytest.raises(DataError, match=rf"data\.jsonl{packing}:\d+"):
         list(iter_documents([path]))
     report = ReadReport()
     documents = list(iter_documents([path], on_error="skip", report=report))
@@ -113,35 +113,36 @@ def test_zstd_frames_are_read_all(tmp_path: Path) -> None:
     path.write_bytes(b"".join(frames))
     assert [document.text for document in iter_documents([path])] == ["0", "1", "2"]
     path.write_bytes(b"".join(frames) + b"rubbish")
-    with pytest.raises(DataError, match="damaged zstd"):
+    with pytest.raises(DataError, match=r"frames\.jsonl\.zst:4"):
         list(iter_documents([path]))
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("content", "place", "names"),
     [
-        ("x.jsonl", b'{"text": "a"}\n{"text": "b"', r"x\.jsonl:2: is not JSON"),
-        ("x.jsonl", b'{"text": "a"}\n\n[1]\n', r"x\.jsonl:3: is list, not an object"),
-        ("x.jsonl", b'{"content": "a", "id": 2}', r"x\.jsonl:1: has no 'text' \(its keys: 'content', 'id'\)"),
-        ("x.jsonl", b'{"text": null}', r"x\.jsonl:1: 'text' is NoneType, not text"),
-        ("x.jsonl", b'{"text": "\xff"}', r"x\.jsonl:1: is not JSON"),
-        ("x.jsonl", b'{"text": "\\ud800"}', r"x\.jsonl:1: is not JSON"),
-        ("x.json", b'{"text": "a"}\n{"text": "b"}', r"name it \.jsonl"),
-        ("x.json", b'{"text": "a"}', "is not an array of objects"),
-        ("x.json", b'["a", {"text": "b"', r"x\.json\[1\]: is not a whole array"),
-        ("x.json", b'["a"] "b"', r"x\.json\[1\]: is behind the end"),
-        ("x.json", b"", "is not an array"),
-        ("x.txt", b"", r"x\.txt: is an empty document"),
-        ("x.jsonl", b'{"text": "a"}\n""', r"x\.jsonl:2: is an empty document"),
-        ("x.json", b'["a", 3]', r"x\.json\[1\]: is int"),
-        ("x.txt", b"abc\xff", "is not UTF-8 at byte 3"),
-        ("x.parquet", b"PAR1 not really", "is not a readable parquet table"),
+        (b'{"text": "a"}\n{"text": "b"', "x.jsonl:2", ["JSON"]),
+        (b'{"text": "a"}\n\n[1]\n', "x.jsonl:3", ["list"]),
+        (b'{"content": "a", "id": 2}', "x.jsonl:1", ["'text'", "'content'", "'id'"]),
+        (b'{"text": null}', "x.jsonl:1", ["'text'", "NoneType"]),
+        (b'{"text": "\xff"}', "x.jsonl:1", ["JSON"]),
+        (b'{"text": "\\ud800"}', "x.jsonl:1", ["JSON"]),
+        (b'{"text": "a"}\n{"text": "b"}', "x.json", [".jsonl"]),
+        (b'{"text": "a"}', "x.json", [".jsonl"]),
+        (b'["a", {"text": "b"', "x.json[1]", []),
+        (b'["a"] "b"', "x.json[1]", []),
+        (b"", "x.json", [".jsonl"]),
+        (b"", "x.txt", []),
+        (b'{"text": "a"}\n""', "x.jsonl:2", []),
+        (b'["a", 3]', "x.json[1]", ["int"]),
+        (b"abc\xff", "x.txt", ["UTF-8", "3"]),
+        (b"PAR1 not really", "x.parquet", []),
     ],
 )
-def test_broken_input_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=said) as error:
+def test_broken_input_is_named(tmp_path: Path, content: bytes, place: str, names: list[str]) -> None:
+    (tmp_path / re.split(r"[:\[]", place)[0]).write_bytes(content)
+    with pytest.raises(DataError) as error:
         list(iter_documents([tmp_path]))
+    assert_names(error.value, tmp_path / place, "--on-error skip", *names)
     assert "\n" not in str(error.value)
     report = ReadReport()
     documents = list(iter_documents([tmp_path], on_error="skip", report=report))
@@ -152,10 +153,12 @@ def test_broken_input_is_named(tmp_path: Path, name: str, content: bytes, said: 
 
 def test_parquet_without_the_column_or_text(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(parquet_table())
-    with pytest.raises(DataError, match=r"no column 'body' \(its columns: n, text\)"):
+    with pytest.raises(DataError) as error:
         list(iter_documents([tmp_path], text_key="body"))
-    with pytest.raises(DataError, match=r"x\.parquet:0: 'n' is int, not text"):
+    assert_names(error.value, "x.parquet", "'body'", "n", "text")
+    with pytest.raises(DataError) as error:
         list(iter_documents([tmp_path], text_key="n"))
+    assert_names(error.value, "x.parquet:0", "'n'", "int")
 
 
 def test_skipping_goes_on_behind_the_broken_line(tmp_path: Path) -> None:
@@ -164,7 +167,8 @@ def test_skipping_goes_on_behind_the_broken_line(tmp_path: Path) -> None:
     report = ReadReport()
     documents = list(iter_documents([path], on_error="skip", report=report))
     assert documents == [Document("a", f"{path}:1"), Document("b", f"{path}:3")]
-    assert report.messages[0].startswith(f"{path}:2: is not JSON")
+    (message,) = report.messages
+    assert_names(message, f"{path}:2", "JSON")
 
 
 def test_folders_and_globs_are_sorted_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
@@ -183,8 +187,9 @@ def test_folders_and_globs_are_sorted_and_what_is_left_out_is_counted(tmp_path: 
 def test_a_fault_of_the_machine_is_no_damage_of_the_file(tmp_path: Path, name: str, on_error: OnError) -> None:
     """What is left out for it would be there on another day. Reading this process's memory at 0 is a real EIO."""
     (tmp_path / name).symlink_to("/proc/self/mem")
-    with pytest.raises(DataError, match=rf"{name}: cannot be read \(Input/output error\)"):
+    with pytest.raises(DataError) as error:
         list(iter_documents([tmp_path / name], on_error=on_error))
+    assert_names(error.value, tmp_path / name, os.strerror(errno.EIO))
 
 
 def test_standard_input_of_any_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -221,14 +226,16 @@ def test_a_folder_that_may_not_be_read_is_no_empty_one(tmp_path: Path, monkeypat
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    with pytest.raises(DataError, match=r"closed: cannot be read \(Permission denied\)"):
+    with pytest.raises(DataError) as error:
         list(iter_documents([tmp_path]))
+    assert_names(error.value, tmp_path / "closed", os.strerror(errno.EACCES))
 
 
 def test_paths_that_match_nothing(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("a,b")
-    for name, said in (("", "no file to read"), ("*.txt", "no file to read"), ("x.csv", "unknown kind of file")):
-        with pytest.raises(DataError, match=said):
+    for name in ("", "*.txt", "x.csv"):
+        with pytest.raises(DataError) as error:
             list(iter_documents([tmp_path / name], on_error="skip"))
-    with pytest.raises(DataError, match="an empty name"):  # of a variable that is not set: not the current folder
+        assert_names(error.value, tmp_path / name, ".jsonl", ".parquet")
+    with pytest.raises(DataError):  # of a variable that is not set: not the current folder
         list(iter_documents([""]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import signal
 import struct
@@ -15,6 +17,7 @@ from megalm.data.indexed.dataset import IndexedDataset, best_dtype
 from megalm.data.indexed.token_counts import TokenCounter
 from megalm.data.indexed.writer import IndexedDatasetWriter
 from megalm.errors import DataError
+from tests.messages import assert_names
 
 # Documents [1, 2, 3] and [4, 5] as u16, byte for byte as Megatron-LM writes them.
 GOLDEN_BIN = bytes.fromhex("01000200030004000500")
@@ -77,61 +80,52 @@ def test_reads_documents_of_several_sequences(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "content", "said"),
+    ("suffix", "content", "names"),
     [
-        (".bin", GOLDEN_BIN[:-1], "10 bytes expected by golden.idx, 9 found"),
-        (".bin", b"", "10 bytes expected"),
-        (".bin", GOLDEN_BIN + b"\0\0", "12 found"),
-        (".idx", GOLDEN_IDX[:-1], "82 bytes expected for 2 sequences, 81 found"),
-        (".idx", GOLDEN_IDX[:20], "34 bytes expected for its header, 20 found"),
-        (".idx", b"", "34 bytes expected for its header, 0 found"),
-        (".idx", b"TNTIDX\0\0" + GOLDEN_IDX[8:], "legacy TNTIDX"),
-        (".idx", b"PK" + GOLDEN_IDX[2:], "not an index"),
-        (".idx", GOLDEN_IDX[:9] + b"\x02" + GOLDEN_IDX[10:], "version 2"),
-        (".idx", GOLDEN_IDX[:17] + b"\x09" + GOLDEN_IDX[18:], "dtype code 9"),
-        (".idx", GOLDEN_IDX[:-8] + struct.pack("<q", 1), "do not run from sequence 0 to 2"),
+        (".bin", GOLDEN_BIN + b"\0\0", ["golden.idx", 10, 12]),
+        (".idx", b"TNTIDX\0\0" + GOLDEN_IDX[8:], ["TNTIDX"]),
+        (".idx", b"PK" + GOLDEN_IDX[2:], ["b'PKIDIDX\\x00\\x00'"]),
+        (".idx", GOLDEN_IDX[:9] + b"\x02" + GOLDEN_IDX[10:], [2, 1]),
+        (".idx", GOLDEN_IDX[:17] + b"\x09" + GOLDEN_IDX[18:], [9, [1, 2, 3, 4, 5, 6, 7, 8]]),
+        (".idx", GOLDEN_IDX[:-8] + struct.pack("<q", 1), [0, 2]),
     ],
 )
-def test_refuses_damage_at_opening(golden: Path, suffix: str, content: bytes, said: str) -> None:
+def test_refuses_damage_at_opening(golden: Path, suffix: str, content: bytes, names: list[object]) -> None:
     golden.with_suffix(suffix).write_bytes(content)
-    with pytest.raises(DataError, match=said) as error:
+    with pytest.raises(DataError) as error:
         IndexedDataset(golden)
-    assert f"golden{suffix}" in str(error.value)
+    assert_names(error.value, golden.with_suffix(suffix), *names)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("size", range(len(GOLDEN_IDX)))
 def test_refuses_an_index_cut_anywhere(golden: Path, size: int) -> None:
     golden.with_suffix(".idx").write_bytes(GOLDEN_IDX[:size])
-    with pytest.raises(DataError, match=rf"golden\.idx: \d+ bytes expected for .*, {size} found"):
+    with pytest.raises(DataError) as error:
         IndexedDataset(golden)
+    assert_names(error.value, golden.with_suffix(".idx"), size, 34 if size < 34 else len(GOLDEN_IDX))
 
 
 @pytest.mark.parametrize("size", range(len(GOLDEN_BIN)))
 def test_refuses_tokens_cut_anywhere(golden: Path, size: int) -> None:
     golden.with_suffix(".bin").write_bytes(GOLDEN_BIN[:size])
-    with pytest.raises(DataError, match=rf"golden\.bin: 10 bytes expected by golden\.idx, {size} found"):
+    with pytest.raises(DataError) as error:
         IndexedDataset(golden)
+    assert_names(error.value, golden.with_suffix(".bin"), "golden.idx", 10, size)
 
 
 def test_refuses_absent_files(golden: Path) -> None:
     golden.with_suffix(".bin").unlink()
-    with pytest.raises(DataError, match=r"golden\.bin: cannot be opened"):
+    with pytest.raises(DataError, match=r"golden\.bin"):
         IndexedDataset(golden)
 
 
-@pytest.mark.parametrize(
-    ("offset", "value", "said"),
-    [
-        (34, struct.pack("<i", -3), "negative length in sequence 0"),
-        (42, struct.pack("<q", 2), "disagree at sequence 0"),
-    ],
-)
-def test_verify_finds_damage_inside_the_index(golden: Path, offset: int, value: bytes, said: str) -> None:
-    damaged = GOLDEN_IDX[:offset] + value + GOLDEN_IDX[offset + len(value) :]
-    golden.with_suffix(".idx").write_bytes(damaged)
-    with pytest.raises(DataError, match=said):
+def test_verify_finds_a_negative_length_that_fits_its_offsets(golden: Path) -> None:
+    lengths, offsets = struct.pack("<2i", 8, -3), struct.pack("<2q", 0, 16)
+    golden.with_suffix(".idx").write_bytes(GOLDEN_IDX[:34] + lengths + offsets + GOLDEN_IDX[58:])
+    with pytest.raises(DataError) as error:
         IndexedDataset(golden).verify()
+    assert_names(error.value, golden.with_suffix(".idx"), 1)
 
 
 @pytest.mark.parametrize("entries", [1, 2, 3, 100])
@@ -144,22 +138,21 @@ def test_verify_names_the_entry_wherever_it_reads_on(
     whole = (tmp_path / "x.idx").read_bytes()
     IndexedDataset(tmp_path / "x").verify()
     pointers, documents = 34 + 4 * 6, 34 + 12 * 6
-    for place, said in (
-        *((pointers + 8 * n, f"offset and lengths disagree at sequence {n};") for n in range(5)),
-        *((documents + 8 * n, f"the documents go backwards at document {n};") for n in range(1, 6)),
-    ):
+    for place, number in (*((pointers + 8 * n, n) for n in range(5)), *((documents + 8 * n, n) for n in range(1, 6))):
         damaged = whole[:place] + struct.pack("<q", 99) + whole[place + 8 :]
         (tmp_path / "x.idx").write_bytes(damaged)
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError) as error:
             IndexedDataset(tmp_path / "x").verify()
+        assert_names(error.value, tmp_path / "x.idx", number)
 
 
 def test_a_token_that_does_not_fit_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     with (
-        pytest.raises(DataError, match="token 65536 does not fit uint16"),
+        pytest.raises(DataError) as error,
         IndexedDatasetWriter(tmp_path / "out", np.uint16) as writer,
     ):
         writer.append([1, 65536])
+    assert_names(error.value, tmp_path / "out.bin", 65536, "uint16")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -174,11 +167,12 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
                 writer.append([1, 2, 3])
 
     try:
-        with pytest.raises(DataError, match=r"x\.bin: cannot be written \(File too large\)"):
+        with pytest.raises(DataError) as error:
             write()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+    assert_names(error.value, tmp_path / "x.bin", os.strerror(errno.EFBIG))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -198,10 +192,11 @@ def test_appends_another_dataset(golden: Path, tmp_path: Path) -> None:
     dataset.verify()
     assert [dataset[index].tolist() for index in range(3)] == [[7], [1, 2, 3], [4, 5]]
     with (
-        pytest.raises(DataError, match="holds uint16, the output int32"),
+        pytest.raises(DataError) as error,
         IndexedDatasetWriter(tmp_path / "other", np.int32) as writer,
     ):
         writer.append_dataset(dataset)
+    assert_names(error.value, dataset.prefix, "uint16", "int32")
 
 
 def test_empty_documents_and_empty_datasets(tmp_path: Path) -> None:
@@ -234,5 +229,6 @@ def test_tokens_outside_the_vocabulary_are_found(tmp_path: Path, dtype: type[np.
     assert (counter.summary().tokens, counter.summary().largest_token, counter.counts[7]) == (4, 299, 2)
     wrong = [300] if dtype is np.uint16 else [300, 2**15 - 1, -1]
     for token in wrong:
-        with pytest.raises(DataError, match=rf"x\.bin: holds token {token}, outside the vocabulary of 300"):
+        with pytest.raises(DataError) as error:
             counter.add(np.array([1, token], dtype=dtype))
+        assert_names(error.value, "x.bin", token, 300)

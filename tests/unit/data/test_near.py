@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import resource
 import signal
@@ -22,6 +24,7 @@ from megalm.data.indexed.dataset import IndexedDataset, sidecar_path
 from megalm.data.indexed.document_sources import DocumentSources
 from megalm.data.tokenizers.tokenizer import ByteTokenizer
 from megalm.errors import DataError
+from tests.messages import assert_names
 
 THRESHOLD = 0.6
 UNIT = 4000
@@ -85,8 +88,10 @@ def test_a_full_disk_is_an_error_and_no_fault_of_memory(tmp_path: Path) -> None:
     seen = MinHashDeduplicator(tmp_path / "seen", 0.8)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
     try:
-        with pytest.raises(DataError, match=r"seen.* cannot be written \(File too large\)"):
+        with pytest.raises(DataError) as error:
             seen.add(values)
+        assert_names(error.value, os.strerror(errno.EFBIG))
+        assert str(tmp_path / "seen") in str(error.value)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -164,7 +169,7 @@ def test_shards_merged_are_the_single_build(tmp_path: Path, corpus: list[Path], 
 
 
 def test_any_workers_give_the_same(tmp_path: Path, corpus: list[Path]) -> None:
-    for workers in (1, 2, 4):
+    for workers in (1, 3):
         build_files(corpus, ByteTokenizer(), tmp_path / f"{workers}", options(), workers)
         assert contents(tmp_path / f"{workers}") == contents(tmp_path / "1")
         assert sidecar(tmp_path / f"{workers}") == sidecar(tmp_path / "1")
@@ -221,8 +226,9 @@ def test_datasets_built_apart_lose_what_is_near_in_another(tmp_path: Path, corpu
     again = merge_datasets([tmp_path / "out", tmp_path / "b"], tmp_path / "more", dedup="minhash")
     assert again.documents == merged.documents
     build_files(corpus[:1], ByteTokenizer(), tmp_path / "c", BuildOptions(dedup="minhash"))
-    with pytest.raises(DataError, match=r"several thresholds, 0\.6, 0\.8"):
+    with pytest.raises(DataError) as error:
         merge_datasets([tmp_path / "b", tmp_path / "c"], tmp_path / "two", dedup="minhash")
+    assert_names(error.value, tmp_path / "b", 0.6, 0.8, "--minhash-threshold")
     stated = merge_datasets([tmp_path / "b", tmp_path / "c"], tmp_path / "two", dedup="minhash", minhash_threshold=0.9)
     assert stated.options["minhash_threshold"] == 0.9
 
@@ -232,30 +238,32 @@ def test_what_cannot_be_told_is_refused(tmp_path: Path, corpus: list[Path]) -> N
         build_files(corpus, ByteTokenizer(), tmp_path / f"{shard}", options((shard, 2)))
     shards, out = [tmp_path / "0", tmp_path / "1"], tmp_path / "out"
     for dedup in ("none", "exact"):
-        with pytest.raises(DataError, match="still has its near copies; merge with --dedup minhash"):
+        with pytest.raises(DataError) as error:
             merge_datasets(shards, out, dedup=dedup)  # type: ignore[arg-type]
+        assert_names(error.value, shards[0], "--dedup minhash")
     build_files(corpus, ByteTokenizer(), tmp_path / "plain")
-    with pytest.raises(DataError, match=r"plain: was built without signatures.*--dedup minhash"):
+    with pytest.raises(DataError) as error:
         merge_datasets([*shards, tmp_path / "plain"], out, dedup="minhash")
+    assert_names(error.value, tmp_path / "plain", "--dedup minhash")
     signatures = tmp_path / "1.minhash"
     whole = signatures.read_bytes()
     for damaged in (whole[:-4], b"x" + whole[1:]):
         signatures.write_bytes(damaged)
-        with pytest.raises(DataError, match=r"1\.minhash: is not what .*1\.json recorded"):
-            merge_datasets(shards, out, dedup="minhash")
-        with pytest.raises(DataError, match=r"1\.minhash: is not what"):
-            verify(tmp_path / "1")
+        for read in (lambda: merge_datasets(shards, out, dedup="minhash"), lambda: verify(tmp_path / "1")):
+            with pytest.raises(DataError) as error:
+                read()
+            assert_names(error.value, signatures, tmp_path / "1.json", f"{len(whole):,}", f"{len(damaged):,}")
     signatures.unlink()
-    with pytest.raises(DataError, match=r"1\.minhash: is not there"):
+    with pytest.raises(DataError, match=str(signatures)):
         merge_datasets(shards, out, dedup="minhash")
     signatures.write_bytes(whole)
     facts = json.loads(sidecar_path(shards[1]).read_text())
     facts["minhash"]["shingle_words"] = 7
     sidecar_path(shards[1]).write_text(json.dumps(facts))
-    with pytest.raises(DataError, match="made in another way"):
+    with pytest.raises(DataError, match=str(signatures)):
         merge_datasets(shards, out, dedup="minhash")
     assert not list(tmp_path.glob("out*")) + list(tmp_path.glob(".*"))
-    with pytest.raises(DataError, match="state a share between 0 and 1"):
+    with pytest.raises(DataError, match=r"--minhash-threshold 1\.5"):
         merge_datasets(shards, out, dedup="minhash", minhash_threshold=1.5)
 
 
@@ -263,8 +271,9 @@ def test_signatures_of_an_older_dataset_do_not_stay(tmp_path: Path, corpus: list
     build_files(corpus, ByteTokenizer(), tmp_path / "out", options())
     assert build_files(corpus, ByteTokenizer(), tmp_path / "out", options()).was_there
     (tmp_path / "out.minhash").unlink()
-    with pytest.raises(DataError, match="exists already"):
+    with pytest.raises(DataError) as error:
         build_files(corpus, ByteTokenizer(), tmp_path / "out", options())
+    assert_names(error.value, tmp_path / "out.bin", "--overwrite")
     build_files(corpus, ByteTokenizer(), tmp_path / "out", options(), overwrite=True)
     assert (tmp_path / "out.minhash").exists()
     build_files(corpus, ByteTokenizer(), tmp_path / "out", overwrite=True)

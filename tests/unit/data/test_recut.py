@@ -13,6 +13,7 @@ from megalm.data.indexed.writer import IndexedDatasetWriter
 from megalm.data.sampling.mixture import BlendedSamples, MixtureStage
 from megalm.data.sampling.samples import TrainingSamples
 from megalm.errors import ConfigError
+from tests.messages import assert_names
 
 TOKENS = 3001
 Label = tuple[int, int]  # which reading of a document it is in, and where in the file
@@ -44,7 +45,7 @@ def test_every_token_is_a_label_once(dataset: IndexedDataset, before: int, after
     rest = new._stream._starts.size  # type: ignore[union-attr]
     read = labels(old, first, consumed)
     again = labels(new, 0, rest)
-    assert not read & again, "nothing of the epoch is read twice"
+    assert not read & again
     skipped, repeated = new.recut_tokens
     # What is skipped lies between samples that were read, or after the last one; the next epoch's first tokens are read
     # by this epoch's last sample.
@@ -54,9 +55,9 @@ def test_every_token_is_a_label_once(dataset: IndexedDataset, before: int, after
     assert skipped == old_end - old_start - sum(read.values()) - sum(again.values()) + max(0, next_start - old_end)
     assert repeated == max(0, old_end - next_start)
     if before % after == 0:
-        assert skipped < after, "halves of what was left are all of it, up to where the epochs meet"
+        assert skipped < after  # halves of what was left are all of it, up to where the epochs meet
     following = labels(new, rest, rest + TOKENS // after)
-    assert len(following) >= TOKENS - 2 * after, "then a whole epoch"
+    assert len(following) >= TOKENS - 2 * after  # then a whole epoch
 
 
 def test_cut_again_and_again(dataset: IndexedDataset) -> None:
@@ -87,7 +88,7 @@ def test_a_mixture_goes_on_with_the_rest_of_each_dataset(dataset: IndexedDataset
     counts = [seen.samples for seen in old.consumed(40)]
     assert counts == [26, 14]
     new = old.recut(40, 16)
-    assert [stage.weights for stage in new.stages] == [(1.0, 1.0)], "the weights of where it stood"
+    assert [stage.weights for stage in new.stages] == [(1.0, 1.0)]  # those of where it stood
     for number, (before, after) in enumerate(zip(old.parts, new.parts, strict=True)):
         rest = after._stream._starts.size  # type: ignore[union-attr]
         assert not labels(before, 0, counts[number]) & labels(after, 0, rest)
@@ -105,5 +106,6 @@ def test_it_is_shuffled(dataset: IndexedDataset) -> None:
 @pytest.mark.parametrize("options", [{"order": "megatron", "requested_samples": 200}, {"stride": 8}])
 def test_what_cannot_be_cut_anew_is_refused(dataset: IndexedDataset, options: dict[str, object]) -> None:
     samples = TrainingSamples(dataset, (0, len(dataset)), 32, seed=3, **options)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"cannot become 16 .*resume.allow=\[order\]"):
+    with pytest.raises(ConfigError) as error:
         samples.recut(10, 16)
+    assert_names(error.value, "data.sequence_length", 16, 32, "resume.allow=[order]")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalm.data.tokenizers import sentencepiece_tokenizer
 from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from megalm.data.tokenizers.training import SENTENCE_CHARACTERS, Sample, split_sentences
 from megalm.errors import DataError
+from tests.messages import assert_names
 
 AWKWARD = [
     "",
@@ -27,6 +29,11 @@ AWKWARD = [
     "<eod> <unk> <0x41> </s> <|endoftext|>",
     "\U0010ffff\ue000",
 ]
+
+
+@pytest.fixture(scope="module")
+def loaded(model_path: Path) -> Tokenizer:
+    return load_tokenizer(model_path)
 
 
 @pytest.fixture(params=["sentencepiece", "huggingface", "bytes"])
@@ -76,10 +83,9 @@ def test_control_tokens_give_no_text(tokenizer: Tokenizer) -> None:
 
 
 @given(text=st.text())
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_text_comes_back(model_path: Path, text: str) -> None:
-    tokenizer = load_tokenizer(model_path)
-    assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+@settings(max_examples=200, deadline=None)
+def test_any_text_comes_back(loaded: Tokenizer, text: str) -> None:
+    assert loaded.decode(loaded.encode_batch([text])[0]) == text
 
 
 def test_training_again_gives_the_same_bytes(model_path: Path, tmp_path: Path, source_texts: list[str]) -> None:
@@ -137,14 +143,15 @@ def test_special_tokens_are_never_text(tmp_path: Path, source_texts: list[str]) 
     path = tmp_path / "special.model"
     report = train_tokenizer(source_texts, path, 500, special_tokens=["<pad>", "<user>"], progress=said.append)
     assert report.special_tokens == ["<pad>", "<user>"]
-    assert said[-1].startswith("training 500 pieces on ")
+    assert_names(said[-1], 500)
     tokenizer = load_tokenizer(path)
     (row,) = tokenizer.encode_batch(["<user> says <pad>"])
     assert not {2, 3} & set(row)
     assert tokenizer.decode([2, *row, 3]) == "<user> says <pad>"
     for wrong in (["<eod>"], ["<a>", "<a>"], [""]):
-        with pytest.raises(DataError, match="special tokens"):
+        with pytest.raises(DataError) as error:
             train_tokenizer(source_texts, path, 500, special_tokens=wrong)
+        assert_names(error.value, wrong, "<eod>", "<unk>")
 
 
 def test_long_lines_are_counted(tmp_path: Path, source_texts: list[str]) -> None:
@@ -193,20 +200,25 @@ def test_draws_lines_evenly_and_in_their_order() -> None:
 
 
 def test_a_vocabulary_too_large_names_the_largest(tmp_path: Path, source_texts: list[str]) -> None:
-    with pytest.raises(DataError, match=r"too large for this text; the largest possible is \d+") as error:
+    with pytest.raises(DataError) as error:
         train_tokenizer(source_texts[:1], tmp_path / "x.model", vocab_size=60_000)
-    largest = int(str(error.value).split("possible is ")[1].split(",")[0])
+    said = str(error.value).replace(str(tmp_path), "").replace(",", "")
+    asked, largest = (int(number) for number in re.findall(r"\d+", said))
+    assert asked == 60_000
     train_tokenizer(source_texts[:1], tmp_path / "x.model", vocab_size=largest)
     assert load_tokenizer(tmp_path / "x.model").vocab_size == largest
 
 
 def test_training_refuses_what_cannot_work(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"too small for this text.* take 26\d already"):
+    with pytest.raises(DataError, match=r"\b26\d\b") as error:
         train_tokenizer(["some text"], tmp_path / "x.model", vocab_size=200)
-    with pytest.raises(DataError, match=r"no text to train a tokenizer on \(2 documents, all empty\)"):
+    assert_names(error.value, tmp_path / "x.model", 200)
+    with pytest.raises(DataError) as error:
         train_tokenizer(["", "\n"], tmp_path / "x.model", vocab_size=300)
-    with pytest.raises(DataError, match="'wordpiece' is unknown"):
+    assert_names(error.value, tmp_path / "x.model", 2)
+    with pytest.raises(DataError) as error:
         train_tokenizer(["text"], tmp_path / "x.model", vocab_size=300, model_type="wordpiece")  # type: ignore[arg-type]
+    assert_names(error.value, "'wordpiece'", "unigram", "bpe")
     assert not list(tmp_path.iterdir())
 
 
@@ -214,13 +226,8 @@ def test_loading_refuses_what_is_not_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "x.model").write_bytes(b"not a model")
     (tmp_path / "x.json").write_text('{"a": 1}')
     (tmp_path / "y.json").write_text("{")
-    for name, said in (
-        ("none.model", "no such"),
-        ("x.model", "not a Sent"),
-        ("x.json", "not a tok"),
-        ("y.json", "JSON"),
-    ):
-        with pytest.raises(DataError, match=said):
+    for name in ("none.model", "x.model", "x.json", "y.json"):
+        with pytest.raises(DataError, match=str(tmp_path / name)):
             load_tokenizer(tmp_path / name)
 
 
@@ -234,8 +241,9 @@ def test_huggingface_end_of_document(tmp_path: Path, source_texts: list[str]) ->
     del definition["model"]["vocab"]["<|endoftext|>"]
     (tmp_path / "tokenizer_config.json").unlink()
     path.write_text(json.dumps(definition))
-    with pytest.raises(DataError, match="no end-of-document token"):
+    with pytest.raises(DataError) as error:
         _ = load_tokenizer(path).eod_id
+    assert_names(error.value, path, "eos_token", "tokenizer_config.json")
 
 
 def test_bytes_tokenizer_ids() -> None:
