@@ -113,10 +113,11 @@ def imports_of(source: str, module: str, is_package: bool) -> Iterator[Import]:
             for alias in node.names:
                 parts = [*base, *([node.module] if node.module else []), alias.name]
                 yield Import(module, ".".join(parts), node.lineno)
-        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+        elif isinstance(node, ast.Attribute) and node.attr == "distributed" and ast.unparse(node.value) == "torch":
             yield Import(module, "torch.distributed", node.lineno)  # reached through a plain `import torch`
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
-            names = [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            by_name = ast.unparse(node.func) in ("importlib.import_module", "__import__")
+            names = [node.args[0].value] if by_name else []
             yield from (Import(module, str(name), node.lineno) for name in names)
 
 

@@ -35,13 +35,14 @@ def test_coordinates_round_trip(topology: Topology) -> None:
 @given(topologies())
 @settings(max_examples=60, deadline=None)
 def test_groups_of_an_axis_partition_the_world(topology: Topology) -> None:
+    place = [topology.coordinate(rank) for rank in range(topology.world_size)]
     for axis in AXES:
         groups = topology.groups(axis)
         assert sorted(rank for group in groups for rank in group) == list(range(topology.world_size))
         assert [group[0] for group in groups] == sorted(group[0] for group in groups)
         others = [other for other in AXES if other != axis]
         for group in groups:
-            places = [topology.coordinate(rank) for rank in group]
+            places = [place[rank] for rank in group]
             assert [getattr(place, axis) for place in places] == list(range(topology.size(axis)))
             assert all(len({getattr(place, other) for place in places}) == 1 for other in others)
 

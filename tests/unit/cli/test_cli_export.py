@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from megalm.cli.sizes import bytes_of
 from megalm.config.schema import ModelSection
 from megalm.errors import ConfigError
 from tests.huggingface_models import SECTIONS, SIZES, random_model, save_model
+from tests.messages import assert_names
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -32,8 +34,8 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_there_and_back(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, error = run(capsys, "export", tmp_path / "run", tmp_path / "out", "--max-shard-size", "0.05MB")
     assert (code, error) == (0, "")
-    assert "as gpt2 in fp32" in out
-    assert "choose one before you publish it" in out
+    assert_names(out, tmp_path / "out", checkpoint, "gpt2", "fp32")
+    assert_names(out, "README.md")  # a licence is to be chosen
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     parts = [name for name in names if name.startswith("model-")]
     assert len(parts) > 2
@@ -45,12 +47,12 @@ def test_there_and_back(checkpoint: Path, tmp_path: Path, capsys: pytest.Capture
     assert f"--config {back / 'model.yaml'} run.name=NAME --resume {back / 'checkpoints/step-00000000'}" in out
     code, out, _ = run(capsys, "checkpoint", "diff", checkpoint, back)
     assert code == 0
-    table = out.split("largest absolute difference")[1].splitlines()
-    assert table[0].split() == ["master"]
+    table = out.strip().split("\n\n")[-1].splitlines()
+    assert re.split(r" {2,}", table[0])[1:] == ["master"]
     assert {float(line.split()[-1]) for line in table[2:]} == {0.0}
 
 
-def test_commands_that_are_told_can_be_typed(
+def test_commands_that_are_shown_can_be_typed(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(capsys, "export", checkpoint, tmp_path / "out")
@@ -81,13 +83,13 @@ def test_a_bad_checkpoint_is_asked_for_twice(
     set_status(checkpoint, "bad", "spoilt by a spike")
     code, _, error = run(capsys, "export", checkpoint, tmp_path / "out")
     assert code == 2
-    assert "is marked bad (spoilt by a spike); choose another, or add --accept-bad" in error
+    assert_names(error, checkpoint, "bad", "(spoilt by a spike)", "--accept-bad")
     assert run(capsys, "export", tmp_path / "run", tmp_path / "out")[0] == 2
     assert not (tmp_path / "out").exists()
     code, out, _ = run(capsys, "export", checkpoint, tmp_path / "out", "--accept-bad")
     assert code == 0
-    assert "the checkpoint is marked bad (spoilt by a spike)" in out
-    assert "| marked | bad: spoilt by a spike |" in (tmp_path / "out/README.md").read_text()
+    assert_names(out, "bad", "(spoilt by a spike)")
+    assert_names((tmp_path / "out/README.md").read_text(), "bad: spoilt by a spike")
 
 
 def test_a_damaged_file_is_found_and_nothing_is_left(
@@ -99,7 +101,7 @@ def test_a_damaged_file_is_found_and_nothing_is_left(
     file.write_bytes(content)
     code, _, error = run(capsys, "export", checkpoint, tmp_path / "out")
     assert code == 2
-    assert "rank-00000.safetensors: SHA-256 is" in error
+    assert_names(error, file, "SHA-256")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
@@ -110,7 +112,7 @@ def test_targets_that_are_not_free(checkpoint: Path, tmp_path: Path, capsys: pyt
     for words in (("export", checkpoint, full), ("import", tmp_path, full)):
         code, _, error = run(capsys, *words)
         assert code == 2
-        assert f"{full} exists and is not empty" in error
+        assert_names(error, full)
     assert [path.name for path in full.iterdir()] == ["notes.txt"]
     (full / "notes.txt").unlink()
     assert run(capsys, "export", checkpoint, full)[0] == 0  # an empty folder will do
@@ -124,7 +126,8 @@ def test_a_folder_without_a_name(
     for words in (("export", checkpoint, "."), ("import", checkpoint, ".")):
         code, _, error = run(capsys, *words)
         assert code == 2
-        assert ". has no name of its own; name a folder that is to be made" in error
+        assert " . " in error
+        assert not list(Path.cwd().iterdir())
 
 
 def test_a_model_without_their_form_is_refused_before_its_files_are_read(
@@ -135,7 +138,7 @@ def test_a_model_without_their_form_is_refused_before_its_files_are_read(
     (checkpoint / "rank-00000.safetensors").write_bytes(bytes((checkpoint / "rank-00000.safetensors").stat().st_size))
     code, _, error = run(capsys, "export", tmp_path / "run", tmp_path / "out")
     assert code == 2
-    assert "no Hugging Face form (model.qk_norm=true of style gpt2" in error
+    assert_names(error, "model.qk_norm=true", "gpt2", "megalm checkpoint convert")
 
 
 def test_another_tokenizer_is_refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,12 +146,11 @@ def test_another_tokenizer_is_refused(checkpoint: Path, tmp_path: Path, capsys: 
     other = tmp_path / "out/tokenizer.json"
     code, _, error = run(capsys, "export", checkpoint, tmp_path / "two", "--tokenizer", other)
     assert code == 2
-    assert "is not the tokenizer of" in error
+    assert_names(error, other, checkpoint)
     write_manifest(checkpoint, read_manifest(checkpoint).amended(tokenizer=str(tmp_path / "gone.model")))
     code, _, error = run(capsys, "export", checkpoint, tmp_path / "two")
     assert code == 2
-    assert "gone.model: the tokenizer of" in error
-    assert "name where it is now with --tokenizer" in error
+    assert_names(error, tmp_path / "gone.model", checkpoint, "--tokenizer")
 
 
 def test_a_tokenizer_that_is_damaged(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,11 +158,11 @@ def test_a_tokenizer_that_is_damaged(checkpoint: Path, tmp_path: Path, capsys: p
     (tmp_path / "out/tokenizer_config.json").write_text("[]")
     code, _, error = run(capsys, "import", tmp_path / "out", tmp_path / "back")
     assert code == 2
-    assert "tokenizer_config.json: holds no JSON object" in error
+    assert_names(error, tmp_path / "out/tokenizer_config.json")
     (tmp_path / "out/sentencepiece.model").touch()
     code, _, error = run(capsys, "import", tmp_path / "out", tmp_path / "back")
     assert code == 2
-    assert "sentencepiece.model: is not a SentencePiece model" in error
+    assert_names(error, tmp_path / "out/sentencepiece.model")
 
 
 def test_keys_of_a_configuration(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,11 +171,11 @@ def test_keys_of_a_configuration(checkpoint: Path, tmp_path: Path, capsys: pytes
     path.write_text(json.dumps({**json.loads(path.read_text()), "my_own": 3}))
     code, _, error = run(capsys, "import", tmp_path / "out", tmp_path / "back")
     assert code == 2
-    assert "my_own=3" in error
+    assert_names(error, "my_own=3")
     assert run(capsys, "import", tmp_path / "out", tmp_path / "back", "--ignore-key", "my_own")[0] == 0
     code, _, error = run(capsys, "import", tmp_path / "out", tmp_path / "more", "--ignore-key", "my_won")
     assert code == 2
-    assert "--ignore-key my_won: config.json does not have it" in error
+    assert_names(error, "--ignore-key", "my_won", "config.json")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +13,9 @@ import pytest
 import megalm
 from megalm.cli import main as cli
 from megalm.errors import CheckpointError, DataError, MegalmError
+from tests.messages import assert_names
 
 HEAVY = {"torch", "deepspeed", "mlflow", "matplotlib", "numpy", "pyarrow", "transformers"}
-
-
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "megalm.cli.main", *words], capture_output=True, text=True, check=False
-    )
 
 
 def test_the_overview_names_every_command_and_loads_nothing_heavy() -> None:
@@ -34,24 +31,29 @@ def test_the_overview_names_every_command_and_loads_nothing_heavy() -> None:
 
 
 def test_the_version() -> None:
-    result = run("--version")
+    words = [sys.executable, "-m", "megalm.cli.main", "--version"]
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, f"megalm {megalm.__version__}\n")
 
 
-def test_an_unknown_command_gets_the_nearest_name() -> None:
-    result = run("checkpointt", "list")
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("megalm: error: no such command 'checkpointt', did you mean 'checkpoint'?")
-    assert result.stderr.count("\n") == 1
-
-
-def test_a_refused_input_is_one_line_and_exit_code_2() -> None:
-    result = run("checkpoint", "list", "nowhere")
-    assert result.returncode == 2
-    assert result.stderr.startswith("megalm: error: nowhere: no such run folder")
-    assert result.stderr.count("\n") == 1
-    assert "Traceback" not in result.stderr
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["checkpointt", "list"], ["'checkpointt'", "'checkpoint'"]),
+        (["checkpoint", "list", "nowhere"], ["nowhere"]),
+    ],
+)
+def test_what_is_refused_is_one_line_and_exit_code_2(
+    words: list[str], names: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("megalm: error: ")
+    assert error.count("\n") == 1
+    assert_names(error, *names)
 
 
 @pytest.mark.parametrize("error", [MegalmError("a\nb"), DataError("a\nb"), CheckpointError("a b")])
@@ -69,17 +71,22 @@ def test_every_error_for_people_leaves_with_its_own_code(
 
 
 @pytest.mark.parametrize(
-    ("words", "why"),
+    ("words", "path", "code"),
     [
-        (["report", "x" * 300], "File name too long"),
-        (["checkpoint", "show", "x" * 300], "File name too long"),
-        (["plan", "--config", "x" * 300], "File name too long"),
-        (["track", "sync", "run"], "run/mlflow.lock: Is a directory"),
+        (["report", "x" * 300], "x" * 300, errno.ENAMETOOLONG),
+        (["checkpoint", "show", "x" * 300], "x" * 300, errno.ENAMETOOLONG),
+        (["plan", "--config", "x" * 300], "x" * 300, errno.ENAMETOOLONG),
+        (["track", "sync", "run"], "run/mlflow.lock", errno.EISDIR),
     ],
     ids=["report", "checkpoint", "plan", "track"],
 )
 def test_what_the_file_system_refuses_is_one_line(
-    words: list[str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    path: str,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("run/mlflow.lock").mkdir(parents=True)
@@ -89,11 +96,11 @@ def test_what_the_file_system_refuses_is_one_line(
     assert caught.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("megalm: error: ")
-    assert why in said
+    assert_names(said, path, os.strerror(code))
     assert said.count("\n") == 1
 
 
-def test_a_misspelt_run_is_told_before_anything_is_sent(
+def test_a_misspelt_run_is_refused_before_anything_is_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -102,20 +109,22 @@ def test_a_misspelt_run_is_told_before_anything_is_sent(
     with pytest.raises(SystemExit) as caught:
         cli.main(["track", "sync", "run", "rum"])
     assert caught.value.code == 2
-    assert "rum: no such run folder" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert_names(error, "rum")
+    assert "mlflow.lock" not in error
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "names"),
     [
-        (["plan"], 2, "plan for GPUs of so many GiB with --gpu-memory"),
-        (["plan", "--gpu-memory", "24"], 0, ""),
-        (["checkpoint", "diff", "run", "run"], 1, "this needs torch, which is not installed here; `make install`"),
+        (["plan"], 2, ["torch", "--gpu-memory"]),
+        (["plan", "--gpu-memory", "24"], 0, []),
+        (["checkpoint", "diff", "run", "run"], 1, ["torch", "make install"]),
     ],
     ids=["plan", "plan for GPUs", "diff"],
 )
 def test_a_machine_without_torch_does_what_needs_none(
-    words: list[str], code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], code: int, names: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for module in ("megalm.engine.device", "megalm.checkpoint.diff", "megalm.checkpoint.checkpoint_reader"):
         monkeypatch.delitem(sys.modules, module, raising=False)
@@ -123,7 +132,7 @@ def test_a_machine_without_torch_does_what_needs_none(
     with pytest.raises(SystemExit) as caught:
         cli.main(words)
     assert (caught.value.code or 0) == code
-    assert said in capsys.readouterr().err
+    assert_names(capsys.readouterr().err, *names)
 
 
 @pytest.mark.parametrize("name", cli.available_commands())

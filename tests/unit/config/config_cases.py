@@ -11,6 +11,7 @@ import pytest
 from megalm.config.deepspeed.json_reader import read_deepspeed_json
 from megalm.config.precision import DeviceFacts
 from megalm.errors import ConfigError
+from megalm.planning.resolve import ResolvedRun
 
 Write = Callable[..., Path]
 
@@ -34,6 +35,18 @@ def refused(action: Callable[..., Any], *arguments: Any, **keywords: Any) -> str
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def notice_of(run: ResolvedRun, name: str) -> str:
+    """The one notice of a run in which `name` stands."""
+    (notice,) = (notice for notice in run.notices if name in notice)
+    return notice
+
+
+def section_of(plan_text: str, title: str) -> str:
+    """A section of a plan's text, without its title."""
+    (section,) = (part for part in f"\n\n{plan_text}".split("\n\n") if part.startswith(title))
+    return section.partition("\n")[2]
 
 
 def read_refused(path: Path) -> str:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megalm.config.deepspeed.json_schema import DeepSpeedSettings
 from megalm.planning.batch_size import BatchPlan, plan_batch
+from tests.messages import assert_names
 
 SMALL = st.integers(min_value=1, max_value=64)
 
@@ -45,63 +46,62 @@ def test_auto_is_the_largest_divisor_that_fits(per_rank: int, ranks: int, most: 
         assert chosen.micro_batch == max(size for size in range(1, most + 1) if per_rank % size == 0)
 
 
-def test_auto_says_what_it_chose() -> None:
-    def notices(total: int, micro: str | None, most: int) -> str:
-        return plan_batch(settings(total, micro, None), 2, "ds.json", lambda batch: batch.micro_batch <= most)[1][0]
+def test_auto_reports_what_it_chose() -> None:
+    def notice(total: int, micro: str | None, most: int) -> str:
+        (only,) = plan_batch(settings(total, micro, None), 2, "ds.json", lambda batch: batch.micro_batch <= most)[1]
+        return only
 
-    assert notices(16, "auto", 4).startswith('train_micro_batch_size_per_gpu ("auto"): 4, the largest')
-    assert notices(16, None, 4).startswith("train_micro_batch_size_per_gpu (not stated): 4")
-    assert "1, which by the estimate does not fit" in notices(16, "auto", 0)
+    assert_names(notice(16, "auto", 4), "train_micro_batch_size_per_gpu", '"auto"', 4)
+    assert_names(notice(16, None, 4), "train_micro_batch_size_per_gpu", 4)
+    assert '"auto"' not in notice(16, None, 4)
+    assert_names(notice(16, "auto", 0), "train_micro_batch_size_per_gpu", 1)
+    assert notice(16, "auto", 0) != notice(16, "auto", 1), "1 does not fit, and is taken all the same"
 
 
 @given(total=SMALL, micro=SMALL, ranks=SMALL)
 def test_the_values_that_are_proposed_work(total: int, micro: int, ranks: int) -> None:
     assume(total % (micro * ranks))
-    said = refused(plan, total, micro, None, ranks)
-    proposed = [int(size) for size in re.findall(r"\d+", said.split("use ")[1].split(", or")[0].split(" of ")[-1])]
-    assert proposed
+    message = refused(plan, total, micro, None, ranks)
+    step = ranks if total % ranks else micro * ranks
+    below = total // step * step
+    batches = {below, below + step} if below else {step}
+    assert_names(message, *batches)
+    others = {int(size) for size in re.findall(r"(?<!=)\b\d+", message)} - batches - {ranks, step}
     if total % ranks:
-        assert all(size % ranks == 0 for size in proposed)
-        for count in re.findall(r"\d+", said.split(", or ")[1]):
-            assert total % int(count) == 0
+        assert others, "numbers of ranks"
+        assert all(total % count == 0 for count in others)
     else:
-        assert all(plan(size, micro, None, ranks).micro_batch == micro for size in proposed)
-        for size in re.findall(r"\d+", said.split("micro-batch of ")[1]):
-            assert plan(total, int(size), None, ranks).global_batch == total
+        assert all(plan(size, micro, None, ranks).micro_batch == micro for size in batches)
+        assert all(plan(total, size, None, ranks).global_batch == total for size in others)
 
 
 @pytest.mark.parametrize(
-    ("total", "micro", "steps", "ranks", "message"),
+    ("total", "micro", "steps", "ranks", "names"),
     [
-        (
-            16,
-            4,
-            None,
-            3,
-            "16 does not divide over 3 data-parallel ranks; use 15 or 18, or 1, 2, 4, 8 or 16 ranks",
-        ),
-        (2, "auto", None, 4, "train_batch_size=2 does not divide over 4 data-parallel ranks; use 4, or 1 or 2 ranks"),
-        (16, 3, None, 2, "= 6; use a batch of 12 or 18, or a micro-batch of 2 or 4"),
+        (16, 4, None, 3, ["train_batch_size=16", 3, 15, 18, 1, 2, 4, 8, 16]),
+        (2, "auto", None, 4, ["train_batch_size=2", 4, 1, 2]),
+        (16, 3, None, 2, ["train_batch_size=16", "train_micro_batch_size_per_gpu=3", 2, 6, 12, 18, 4]),
         (
             16,
             4,
             4,
             2,
-            "16 is not train_micro_batch_size_per_gpu=4 x gradient_accumulation_steps=4 x 2",
+            ["train_batch_size=16", "train_micro_batch_size_per_gpu=4", "gradient_accumulation_steps=4", 2, 32],
         ),
-        (16, None, 3, 2, "gradient_accumulation_steps=3"),
-        (16, "auto", 100, 2, "gradient_accumulation_steps=100"),
-        (None, None, None, 2, "train_batch_size is not stated; add the sequences of one optimizer step"),
-        (None, "auto", 4, 2, "train_batch_size is not stated"),
+        (16, None, 3, 2, ["gradient_accumulation_steps=3"]),
+        (16, "auto", 100, 2, ["gradient_accumulation_steps=100"]),
+        (None, None, None, 2, ["train_batch_size"]),
+        (None, "auto", 4, 2, ["train_batch_size"]),
     ],
 )
 def test_sizes_that_do_not_divide(
-    total: int | None, micro: int | str | None, steps: int | None, ranks: int, message: str
+    total: int | None, micro: int | str | None, steps: int | None, ranks: int, names: list[object]
 ) -> None:
-    assert message in refused(plan, total, micro, steps, ranks)
+    assert_names(refused(plan, total, micro, steps, ranks), "ds.json", *names)
 
 
-def test_a_batch_that_follows_the_ranks_is_said() -> None:
+def test_a_batch_that_follows_the_ranks_is_reported() -> None:
     batch, notices = plan_batch(settings(None, 4, None), 2, "ds.json", lambda _: True)
     assert batch == BatchPlan(8, 4, 1, 2)
-    assert notices == ["train_batch_size is not stated: 8, which changes with the number of ranks"]
+    assert len(notices) == 1
+    assert_names(notices[0], "train_batch_size", 8)

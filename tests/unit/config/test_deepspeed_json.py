@@ -11,6 +11,7 @@ from megalm.config.deepspeed.json_reader import read_deepspeed_json, shipped_dee
 from megalm.config.deepspeed.json_schema import DeepSpeedSettings, ZeroSection
 from megalm.config.deepspeed.unsupported_keys import REFUSED
 from megalm.config.validation import leaf_fields
+from tests.messages import assert_names
 
 SHIPPED = {path.stem: path for path in shipped_deepspeed_jsons()}
 
@@ -77,7 +78,7 @@ def test_stage_3_keys_go_by_both_spellings(write_json: Write) -> None:
         assert config.settings.zero_optimization.max_live_parameters == 500_000_000
         assert config.stated_dict()["zero_optimization"] == {"stage": 3, "stage3_max_live_parameters": 500_000_000}
     twice = {"stage": 3, "stage3_max_live_parameters": 1, "max_live_parameters": 2}
-    assert "zero_optimization.max_live_parameters is stated twice" in read_refused(write_json(zero_optimization=twice))
+    assert_names(read_refused(write_json(zero_optimization=twice)), "zero_optimization.max_live_parameters")
 
 
 def test_stated_keys_only(write_json: Write) -> None:
@@ -88,51 +89,49 @@ def test_stated_keys_only(write_json: Write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "names"),
     [
-        ({"bf61": {"enabled": True}}, "unknown key bf61, did you mean 'bf16'?"),
-        ({"gradient_cliping": 1}, "unknown key gradient_cliping, did you mean 'gradient_clipping'?"),
-        ({"zero_optimization": {"stge": 1}}, "unknown key zero_optimization.stge, did you mean 'stage'?"),
+        ({"bf61": {"enabled": True}}, ["bf61", "bf16"]),
+        ({"gradient_cliping": 1}, ["gradient_cliping", "gradient_clipping"]),
+        ({"zero_optimization": {"stge": 1}}, ["zero_optimization.stge", "stage"]),
         (
             {"zero_optimization": {"stage": 3, "stage3_max_live_params": 1}},
-            "unknown key zero_optimization.stage3_max_live_params, did you mean 'stage3_max_live_parameters'?",
+            ["zero_optimization.stage3_max_live_params", "stage3_max_live_parameters"],
         ),
         (
             {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
-            "unknown key zero_optimization.offload_optimizer.devise, did you mean 'device'?",
+            ["zero_optimization.offload_optimizer.devise", "device"],
         ),
-        ({"stage": 2}, "unknown key stage, did you mean 'zero_optimization.stage'?"),
-        ({"xyzzy": 2}, "unknown key xyzzy; DeepSpeed would ignore it, remove it"),
-        ({"fp16": {"enabled": 1}}, 'fp16.enabled=1: expected true or false or "auto"'),
-        ({"train_batch_size": 0}, "train_batch_size=0: expected a whole number above 0 or null"),
-        ({"train_batch_size": "16"}, 'train_batch_size="16": expected a whole number'),
-        ({"train_batch_size": 16.5}, "train_batch_size=16.5: expected a whole number"),
-        ({"gradient_clipping": -1}, "gradient_clipping=-1: expected a number of at least 0"),
-        ({"gradient_clipping": "auto"}, 'gradient_clipping="auto": "auto" is for train_micro_batch_size_per_gpu'),
-        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage=4: expected one of 0, 1, 2, 3"),
-        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage=true: expected one of 0, 1, 2, 3"),
-        ({"zero_optimization": True}, "zero_optimization is not a section with keys such as stage"),
-        ({"zero_optimization": {"offload_param": {"device": "gpu"}}}, 'expected one of "none", "cpu", "nvme"'),
-        ({"communication_data_type": "fp8"}, 'expected one of "fp32", "bf16", "fp16"'),
-        ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, "optimizer.type is not stated; add it"),
+        ({"stage": 2}, ["stage", "zero_optimization.stage"]),
+        ({"xyzzy": 2}, ["xyzzy"]),
+        ({"fp16": {"enabled": 1}}, ["fp16.enabled=1", '"auto"']),
+        ({"train_batch_size": 0}, ["train_batch_size=0", 0]),
+        ({"train_batch_size": "16"}, ['train_batch_size="16"']),
+        ({"train_batch_size": 16.5}, ["train_batch_size=16.5"]),
+        ({"gradient_clipping": -1}, ["gradient_clipping=-1", 0]),
+        ({"gradient_clipping": "auto"}, ['gradient_clipping="auto"', "train_micro_batch_size_per_gpu"]),
+        ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage=4", 0, 1, 2, 3]),
+        ({"zero_optimization": {"stage": True}}, ["zero_optimization.stage=true", 0, 1, 2, 3]),
+        ({"zero_optimization": True}, ["zero_optimization", "stage"]),
         (
-            {"optimizer": {"type": "Adam", "params": {"betas": [0.9]}}},
-            "optimizer.params.betas=[0.9]: expected a list of 2",
+            {"zero_optimization": {"offload_param": {"device": "gpu"}}},
+            ['zero_optimization.offload_param.device="gpu"', '"none"', '"cpu"', '"nvme"'],
         ),
-        ({"optimizer": {"type": "Adam", "params": {"betas": [0.9, 1.0]}}}, "optimizer.params.betas=[0.9, 1.0]"),
+        ({"communication_data_type": "fp8"}, ['communication_data_type="fp8"', '"fp32"', '"bf16"', '"fp16"']),
+        ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, ["optimizer.type"]),
+        ({"optimizer": {"type": "Adam", "params": {"betas": [0.9]}}}, ["optimizer.params.betas=[0.9]", 2]),
+        ({"optimizer": {"type": "Adam", "params": {"betas": [0.9, 1.0]}}}, ["optimizer.params.betas=[0.9, 1.0]"]),
     ],
 )
-def test_unknown_keys_and_bad_values(write_json: Write, changes: dict[str, Any], message: str) -> None:
+def test_unknown_keys_and_bad_values(write_json: Write, changes: dict[str, Any], names: list[object]) -> None:
     path = write_json(**changes)
-    said = read_refused(path)
-    assert said.startswith(str(path))
-    assert message in said
+    assert_names(read_refused(path), path, *names)
 
 
 @pytest.mark.parametrize("kind", ["Lamb", "Lion", "OneBitAdam", "ZeroOneAdam", "Muon", "SGD", "Adagrad"])
 def test_other_optimizers(write_json: Write, kind: str) -> None:
     said = read_refused(write_json(optimizer={"type": kind, "params": {"max_coeff": 1, "momentum": 0.9}}))
-    assert f'optimizer.type="{kind}" is not available; use "AdamW" or "Adam"' in said
+    assert_names(said, f'optimizer.type="{kind}"', '"AdamW"', '"Adam"')
 
 
 def _nested(path: str, value: Any) -> dict[str, Any]:
@@ -148,60 +147,63 @@ def test_known_but_not_honoured(write_json: Write, path: str) -> None:
     if path.startswith("optimizer."):
         change["optimizer"]["type"] = "AdamW"
     said = read_refused(write_json(**change))
-    assert f"{path} is not honoured by megalm: {REFUSED[path]}" in said
+    assert_names(said, path)
+    assert REFUSED[path] in said
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "key"),
     [
-        {"tensorboard": {"enabled": False, "output_path": "x"}},
-        {"flops_profiler": {"enabled": False}},
-        {"wandb": None},
-        {"prescale_gradients": False},
-        {"gradient_predivide_factor": 1},
-        {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 1}},
-        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none", "ratio": 1.0}}},
+        ({"tensorboard": {"enabled": False, "output_path": "x"}}, "tensorboard"),
+        ({"flops_profiler": {"enabled": False}}, "flops_profiler"),
+        ({"wandb": None}, "wandb"),
+        ({"prescale_gradients": False}, "prescale_gradients"),
+        ({"gradient_predivide_factor": 1}, "gradient_predivide_factor"),
+        (
+            {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 1}},
+            "zero_optimization.zero_hpz_partition_size",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none", "ratio": 1.0}}},
+            "zero_optimization.offload_optimizer.ratio",
+        ),
     ],
 )
-def test_what_asks_for_nothing_is_left_out_and_said(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_what_asks_for_nothing_is_left_out_and_reported(tmp_path: Path, change: dict[str, Any], key: str) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(BASE | change))
     config = read_deepspeed_json(path)
-    assert len(config.notices) == 1
-    assert config.notices[0].endswith("asks for nothing and is left out")
+    (notice,) = config.notices
+    assert_names(notice, path, key)
     assert set(config.stated_dict()) == set(BASE)
 
 
 def test_one_is_not_true(write_json: Write) -> None:
     """0 == False in Python: a value of another type is not the harmless one."""
-    assert "prescale_gradients=0 is not honoured" in read_refused(write_json(prescale_gradients=0))
+    assert_names(read_refused(write_json(prescale_gradients=0)), "prescale_gradients=0")
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "names"),
     [
-        ('{"train_batch_size": 16,\n  "bf16": {"enabled": true,}}', ", line 2, column 28: "),
-        ("", ", line 1, column 1: "),
-        ('{"fp16": {}, "fp16": {}}', "'fp16' is stated twice in one object"),
-        ('{"bf16": {"enabled": true, "enabled": false}}', "'enabled' is stated twice in one object"),
-        ('{"gradient_clipping": NaN}', "NaN is no JSON number"),
-        ('{"gradient_clipping": 1e999}', "gradient_clipping=Infinity: expected a number"),
-        ("[1]", "not a JSON object"),
+        ('{"train_batch_size": 16,\n  "bf16": {"enabled": true,}}', ["line 2", "column 28"]),
+        ("", ["line 1", "column 1"]),
+        ('{"fp16": {}, "fp16": {}}', ["'fp16'"]),
+        ('{"bf16": {"enabled": true, "enabled": false}}', ["'enabled'"]),
+        ('{"gradient_clipping": NaN}', ["NaN"]),
+        ('{"gradient_clipping": 1e999}', ["gradient_clipping=Infinity"]),
+        ("[1]", []),
     ],
 )
-def test_a_file_that_is_not_such_a_json(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_not_such_a_json(tmp_path: Path, text: str, names: list[str]) -> None:
     path = tmp_path / "ds.json"
     path.write_text(text)
-    said = read_refused(path)
-    assert said.startswith(str(path))
-    assert message in said
+    assert_names(read_refused(path), path, *names)
 
 
 def test_a_missing_file_lists_the_shipped_ones(tmp_path: Path) -> None:
     said = read_refused(tmp_path / "zero_2.json")
-    assert "no such file, did you mean 'zero2.json'?" in said
-    for path in SHIPPED.values():
-        assert path.name in said
+    assert_names(said, "zero_2.json", "'zero2.json'", *(path.name for path in SHIPPED.values()))
 
 
 def test_no_key_is_both_honoured_and_refused() -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from config_cases import GPU
+from config_cases import GPU, notice_of
 
 from megalm.cli.plan_text import plan_text, ranks_text
 from megalm.config.loading import load_run_config
@@ -16,6 +16,7 @@ from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_plan import make_plan
 from megalm.topology import Topology
+from tests.messages import assert_names
 
 Start = Callable[..., ResolvedRun]
 BIG = (
@@ -74,42 +75,55 @@ def grid(run: ResolvedRun, ranks_per_node: int = 8) -> str:
     return plan_text(make_plan(run, vocab_size=32_000), ranks_per_node)
 
 
-def test_64_ranks_are_told(start: Start) -> None:
+def row_of(text: str, *first: str) -> list[str]:
+    """The cells of the one row of a table that begins with these."""
+    rows = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines()]
+    (row,) = (row for row in rows if row[: len(first)] == list(first))
+    return row
+
+
+def line_of(text: str, label: str) -> str:
+    (line,) = (line for line in text.splitlines() if line.startswith(label))
+    return line
+
+
+def test_64_ranks_are_shown(start: Start) -> None:
     stated = (*BIG, "parallel.tensor=4", "parallel.pipeline=4")
     stage_1 = {"zero_optimization": {"stage": 1}, "train_batch_size": 128, "train_micro_batch_size_per_gpu": 1}
     text = grid(start(*stated, ranks=64, device=GPU, **stage_1))
-    rows = [line.split("  ") for line in text.splitlines()]
-    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
-    assert "64 = pipeline 4 x data 4 x tensor 4" in text
-    assert ["tensor", "4", "16", "0-3", "60-63", "within a node"] in [row[:6] for row in cells]
-    assert ["data", "4", "16", "0, 4 .. 12", "51, 55 .. 63", "between nodes"] in [row[:6] for row in cells]
-    assert ["pipeline", "4", "16", "0, 16 .. 48", "15, 31 .. 63", "between nodes"] in [row[:6] for row in cells]
-    assert "stage 3: ranks 48-63 on node 6-7: 12 block(s), head" in text
-    assert "bubble: each stage waits 8.6% of a step" in text  # 3 / (32 + 3)
-    assert "1 x 32 x 4" in text
-    assert "stage 0, the fullest" in text
+    assert_names(line_of(text, "64 ="), "pipeline 4", "data 4", "tensor 4")
+    tensor = row_of(text, "tensor", "4", "16", "0-3", "60-63")
+    data = row_of(text, "data", "4", "16", "0, 4 .. 12", "51, 55 .. 63")
+    pipeline = row_of(text, "pipeline", "4", "16", "0, 16 .. 48", "15, 31 .. 63")
+    assert tensor[5] != data[5] == pipeline[5], "tensor groups alone stay in a node"
+    assert_names(line_of(text, "stage 3:"), "48-63", "6-7", 12, "head")
+    assert_names(text, "1 x 32 x 4", "8.6%", "3 / 35")  # the bubble: 3 / (32 + 3)
+    memory = row_of(text[text.index("\nMemory") :], "part")
+    assert memory[2:] == ["stage 1", "stage 3"], "1 and 2 hold the same"
+    assert memory[1] not in ("stage 0", "stage 1"), "marked as the fullest"
 
 
-def test_4096_ranks_are_told_shortly_and_at_once(start: Start) -> None:
+def test_4096_ranks_are_shown_shortly_and_at_once(start: Start) -> None:
     stated = (*BIG, "parallel.tensor=8", "parallel.pipeline=16")
     stage_1 = {"zero_optimization": {"stage": 1}, "train_batch_size": 2048, "train_micro_batch_size_per_gpu": 1}
     begin = time.process_time()
     text = grid(start(*stated, ranks=4096, device=GPU, **stage_1))
     assert time.process_time() - begin < 5
-    section = text[text.index("\nRanks\n") : text.index("\nParameters\n")].strip().splitlines()
-    assert len(section) < 25
-    assert max(map(len, section)) < 160
-    assert "4096 = pipeline 16 x data 32 x tensor 8" in section
-    assert "... 8 more stages ..." in section
-    assert any(line.startswith("stage 15: ranks 3840-4095 on node 480-511") for line in section)
+    section = text[text.index("\nRanks\n") : text.index("\nParameters\n")].strip()
+    assert len(section.splitlines()) < 25
+    assert max(map(len, section.splitlines())) < 160
+    assert_names(line_of(section, "4096 ="), "pipeline 16", "data 32", "tensor 8")
+    assert_names(line_of(section, "..."), 8)  # stages between the first and the last four
+    assert_names(line_of(section, "stage 15:"), "3840-4095", "480-511")
 
 
 def test_a_group_that_leaves_its_node(start: Start) -> None:
     run = start("parallel.tensor=4", ranks=4, device=GPU, ranks_per_node=2)
     text = grid(run, 2)
-    (tensor,) = (line for line in text.splitlines() if line.startswith("tensor "))
-    assert "between nodes" in tensor
-    assert "is more than the 2 ranks of a node" in text
+    assert row_of(text, "tensor")[:4] == row_of(grid(run, 4), "tensor")[:4]
+    assert row_of(text, "tensor") != row_of(grid(run, 4), "tensor")
+    assert_names(notice_of(run, "parallel.tensor=4"), 2)
+    assert notice_of(run, "parallel.tensor=4") in text
 
 
 def test_memory_falls_with_every_degree(start: Start) -> None:
@@ -135,7 +149,7 @@ def test_memory_falls_with_every_degree(start: Start) -> None:
     assert math.isclose(data["master"], 4 * plan.parameter_count / 8, rel_tol=1e-4)
 
 
-def test_ranks_in_words() -> None:
+def test_ranks_are_shortened() -> None:
     assert [ranks_text(ranks) for ranks in ((3,), (0, 8), (4, 5, 6), (0, 8, 16, 24))] == [
         "3",
         "0, 8",

@@ -7,9 +7,10 @@ import yaml
 from config_cases import refused
 
 from megalm.config import loading
-from megalm.config.loading import SAVED_CONFIG, config_to_yaml, external_name, load_run_config
+from megalm.config.loading import COMMAND_LINE, SAVED_CONFIG, config_to_yaml, external_name, load_run_config
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields
+from tests.messages import assert_names
 
 
 def write(path: Path, text: str) -> str:
@@ -79,80 +80,76 @@ def test_overrides_are_yaml(override: str, section: str, key: str, value: object
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("override", "names"),
     [
-        (
-            "train.warmup_steps=5",
-            "unknown key train.warmup_steps, did you mean schedule.warmup_steps or guard.warmup_steps?",
-        ),
-        ("train_batch_size=5", "unknown key train_batch_size; it belongs to the DeepSpeed JSON"),
-        ("zero_optimization.stage=2", "unknown key zero_optimization.stage; it belongs to the DeepSpeed JSON"),
-        ("train.train_batchsize=2", "if train_batch_size is meant, it belongs to the DeepSpeed JSON"),
-        ("shedule.kind=wsd", "unknown key shedule.kind, did you mean schedule.kind?"),
-        ("model.hiden_size=5", "unknown key model.hiden_size, did you mean model.hidden_size?"),
-        ("model.n_embd=5", "did you mean model.hidden_size?"),
-        ("learning_rate=1", "did you mean schedule.peak_learning_rate?"),
-        ("lr=1", "unknown key lr, did you mean schedule.peak_learning_rate?"),
-        ("train.epochs=3", "unknown key train.epochs, did you mean train.steps?"),
-        ("tp=2", "unknown key tp, did you mean parallel.tensor?"),
-        ("train.batch_size=4", "unknown key train.batch_size; it belongs to the DeepSpeed JSON"),
-        ("precision=bf16", "unknown key precision; it belongs to the DeepSpeed JSON"),
-        ("train.steps=!!int x", "command line, train.steps: not YAML (invalid literal"),
-        ("train.steps=" + "[" * 5000, "command line, train.steps: not YAML ("),
-        ("train.steps.x=1", "unknown key train.steps.x; train.steps is a value, not a section"),
-        ("train={stepz: 1}", "unknown key train.stepz, did you mean train.steps?"),
-        ("xyzzy=1", "unknown key xyzzy; sections: run, model, data"),
-        ("train=3", "train is not a section with keys such as steps"),
-        ("train.steps=many", 'train.steps="many": expected a whole number above 0'),
-        ("train.steps='7'", 'train.steps="7": expected a whole number above 0'),
-        ("train.steps=true", "train.steps=true: expected a whole number above 0"),
-        ("train.steps=7.5", "train.steps=7.5: expected a whole number above 0"),
-        ("train.steps=", "train.steps=null: expected a whole number above 0"),
-        ("train.seed=-1", "train.seed=-1: expected a whole number of at least 0"),
-        ("model.dropout=1.0", "model.dropout=1.0: expected a number of at least 0 and below 1"),
-        ("schedule.peak_learning_rate=.nan", "schedule.peak_learning_rate=NaN: expected a number above 0"),
-        ("schedule.peak_learning_rate=.inf", "schedule.peak_learning_rate=Infinity: expected a number above 0"),
-        ("schedule.kind=cosin", 'schedule.kind="cosin": expected one of "cosine", "linear"'),
-        ("evaluate.interval_steps=0", "evaluate.interval_steps=0: expected a whole number above 0 or null"),
-        ("tracking.mlflow=1", "tracking.mlflow=1: expected true or false"),
-        ("sample.prompts=[a, 1]", 'sample.prompts=["a", 1]: expected a list of text'),
-        ("steps", "'steps' is not key=value, for example train.steps=1000"),
-        ("--train.steps=5", "'--train.steps=5' is not key=value"),
-        ("train.steps=[1", "command line, train.steps, line 1: "),
-        ("preset=quickstart", "write --config quickstart for a preset"),
+        ("train.warmup_steps=5", ["train.warmup_steps", "schedule.warmup_steps", "guard.warmup_steps"]),
+        ("train_batch_size=5", ["train_batch_size", "--deepspeed_config"]),
+        ("zero_optimization.stage=2", ["zero_optimization.stage", "--deepspeed_config"]),
+        ("train.train_batchsize=2", ["train.train_batchsize", "train_batch_size", "--deepspeed_config"]),
+        ("shedule.kind=wsd", ["shedule.kind", "schedule.kind"]),
+        ("model.hiden_size=5", ["model.hiden_size", "model.hidden_size"]),
+        ("model.n_embd=5", ["model.n_embd", "model.hidden_size"]),
+        ("learning_rate=1", ["learning_rate", "schedule.peak_learning_rate"]),
+        ("lr=1", ["lr", "schedule.peak_learning_rate"]),
+        ("train.epochs=3", ["train.epochs", "train.steps"]),
+        ("tp=2", ["tp", "parallel.tensor"]),
+        ("train.batch_size=4", ["train.batch_size", "--deepspeed_config"]),
+        ("precision=bf16", ["precision", "--deepspeed_config"]),
+        ("train.steps=!!int x", ["train.steps"]),
+        ("train.steps=" + "[" * 1000, ["train.steps"]),
+        ("train.steps.x=1", ["train.steps.x", "train.steps"]),
+        ("train={stepz: 1}", ["train.stepz", "train.steps"]),
+        ("xyzzy=1", ["xyzzy", "run", "model", "data"]),
+        ("train=3", ["train", "steps"]),
+        ("train.steps=many", ['train.steps="many"', 0]),
+        ("train.steps='7'", ['train.steps="7"', 0]),
+        ("train.steps=true", ["train.steps=true", 0]),
+        ("train.steps=7.5", ["train.steps=7.5", 0]),
+        ("train.steps=", ["train.steps=null", 0]),
+        ("train.seed=-1", ["train.seed=-1", 0]),
+        ("model.dropout=1.0", ["model.dropout=1.0", 0, 1]),
+        ("schedule.peak_learning_rate=.nan", ["schedule.peak_learning_rate=NaN", 0]),
+        ("schedule.peak_learning_rate=.inf", ["schedule.peak_learning_rate=Infinity", 0]),
+        ("schedule.kind=cosin", ['schedule.kind="cosin"', '"cosine"', '"linear"']),
+        ("evaluate.interval_steps=0", ["evaluate.interval_steps=0", "null"]),
+        ("tracking.mlflow=1", ["tracking.mlflow=1", "true", "false"]),
+        ("sample.prompts=[a, 1]", ['sample.prompts=["a", 1]']),
+        ("steps", ["'steps'", "key=value", "train.steps=1000"]),
+        ("--train.steps=5", ["'--train.steps=5'", "key=value"]),
+        ("train.steps=[1", ["train.steps", "line 1"]),
+        ("preset=quickstart", ["--config quickstart"]),
     ],
 )
-def test_a_bad_override_is_named_in_full(override: str, message: str) -> None:
-    said = refused(load_run_config, None, [override])
-    assert said.startswith("command line")
-    assert message in said
+def test_a_bad_override_is_named_in_full(override: str, names: list[object]) -> None:
+    message = refused(load_run_config, None, [override])
+    assert message.startswith(COMMAND_LINE)
+    assert_names(message, *names)
 
 
 def test_a_key_twice_on_the_command_line() -> None:
-    assert "train.steps is stated twice (5, then 6)" in refused(
-        load_run_config, None, ["train.steps=5", "train.steps=6"]
-    )
+    twice = ["train.steps=5", "train.steps=6"]
+    assert_names(refused(load_run_config, None, twice), COMMAND_LINE, "train.steps", 5, 6)
     assert load_run_config(None, ["train.steps=5", "train.steps=5"]).config.train.steps == 5
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "names"),
     [
-        ("train:\n  steps: 1\n  steps: 2\n", ", line 3: 'steps' is stated twice (first on line 2)"),
-        ("train:\n  steps: [1\n", ", line 3: "),
-        ("train:\n\tsteps: 1\n", ", line 2: "),
-        ("train:\n  stepz: 1\n", ": unknown key train.stepz, did you mean train.steps?"),
-        ("run:\n  name: 2024\n", ": run.name=2024: expected text or null"),
-        ("- 1\n", ": it is not a section with keys such as"),
-        ("preset: quikstart\n", "did you mean 'quickstart'?"),
-        ("preset: 3\n", ": preset=3: expected text or null"),
+        ("train:\n  steps: 1\n  steps: 2\n", ["line 3", "'steps'", "line 2"]),
+        ("train:\n  steps: [1\n", ["line 3"]),
+        ("train:\n\tsteps: 1\n", ["line 2"]),
+        ("train:\n  stepz: 1\n", ["train.stepz", "train.steps"]),
+        ("run:\n  name: 2024\n", ["run.name=2024", "null"]),
+        ("- 1\n", list(RunConfig.model_fields)[:3]),
+        ("preset: quikstart\n", ["'quikstart'", "'quickstart'"]),
+        ("preset: 3\n", ["preset=3", "null"]),
     ],
 )
-def test_a_bad_file_is_named_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+def test_a_bad_file_is_named_with_its_place(tmp_path: Path, text: str, names: list[str]) -> None:
     path = write(tmp_path / "my.yaml", text)
-    said = refused(load_run_config, path, [])
-    assert said.startswith(path)
-    assert message in said
+    message = refused(load_run_config, path, [])
+    assert message.startswith(path)
+    assert_names(message, *names)
 
 
 def test_numbers_of_a_yaml_file(tmp_path: Path) -> None:
@@ -163,10 +160,8 @@ def test_numbers_of_a_yaml_file(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_lists_the_presets() -> None:
-    said = refused(load_run_config, "quickstrat", [])
-    assert "did you mean 'quickstart'?" in said
-    assert "presets: " in said
-    assert "no such file" in refused(load_run_config, "no/such.yaml", [])
+    assert_names(refused(load_run_config, "quickstrat", []), "quickstrat", *loading.preset_paths())
+    assert_names(refused(load_run_config, "no/such.yaml", []), "no/such.yaml")
 
 
 def test_a_preset_may_start_from_another_but_not_from_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +174,7 @@ def test_a_preset_may_start_from_another_but_not_from_itself(tmp_path: Path, mon
     assert (loaded.config.preset, loaded.config.train.steps, loaded.config.train.seed) == ("child", 5, 4)
     assert loaded.sources["train.seed"] == "preset base"
     assert loaded.stated == frozenset()
-    assert "starts from itself (loop <- pool <- loop)" in refused(load_run_config, "loop", [])
+    assert_names(refused(load_run_config, "loop", []), "preset", "loop", "pool")
 
 
 def test_what_replaces_a_presets_choice_is_not_in_its_way(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_initial_weights_depend_on_name_and_seed_only() -> None:
 
 
 def test_residual_projections_start_smaller() -> None:
-    shape = build_model_config(ModelSection(hidden_size=256, num_hidden_layers=8, num_attention_heads=4), 100, 8)
+    shape = build_model_config(ModelSection(hidden_size=128, num_hidden_layers=8, num_attention_heads=4), 100, 8)
     model = LanguageModel(shape)
     initialize(model, shape, seed=1)
     assert model.get_parameter("layers.3.mlp.up.weight").std().item() == pytest.approx(0.02, rel=0.02)
