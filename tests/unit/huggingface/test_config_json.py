@@ -12,6 +12,7 @@ from megalm.huggingface.config_json import refuse_what_they_lack, section_of, to
 from megalm.huggingface.weight_mapping import their_tensors
 from megalm.model.model_config import ModelConfig, build_model_config
 from tests.huggingface_models import SECTIONS, SIZES
+from tests.messages import assert_names
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -105,13 +106,16 @@ def test_rope_theta_is_found_in_both_places() -> None:
     assert to_shape({**new, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}).rope_theta == 5e5
     assert to_shape({**LLAMA, "rope_theta": 5e5}).rope_theta == 5e5
     assert to_shape(new).rope_theta == 10_000.0
-    with pytest.raises(DataError, match=r"rope_theta=10000\.0 beside .*500000"):
-        to_shape({**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
     older = {"rope_scaling": {"rope_type": "default", "rope_theta": 1e6}}
-    with pytest.raises(DataError, match=r"rope_theta=10000\.0 beside rope_scaling\.rope_theta=1000000\.0"):
-        to_shape({**LLAMA, **older})
-    with pytest.raises(DataError, match=r"rope_parameters\.rope_theta=5\.0 beside rope_scaling\.rope_theta=1000000\.0"):
-        to_shape({**new, **older, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}})
+    newer = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    for config, names in (
+        ({**LLAMA, **newer}, ("rope_theta=10000.0", "500000.0")),
+        ({**LLAMA, **older}, ("rope_theta=10000.0", "rope_scaling.rope_theta=1000000.0")),
+        ({**new, **older, **newer}, ("rope_parameters.rope_theta=500000.0", "rope_scaling.rope_theta=1000000.0")),
+    ):
+        with pytest.raises(DataError) as refused:
+            to_shape(config)
+        assert_names(refused.value, *names)
 
 
 def test_values_of_another_type_are_refused() -> None:
@@ -151,32 +155,33 @@ def test_what_cannot_be_done_is_refused_by_name_and_value(base: dict[str, Any], 
     to_shape(base)  # passes without it
     with pytest.raises(DataError) as refused:
         to_shape({**base, key: value})
-    assert f"{key}={value!r}" in str(refused.value)
+    assert_names(refused.value, f"{key}={value!r}")
 
 
 def test_everything_wrong_is_told_at_once() -> None:
     with pytest.raises(DataError) as refused:
         to_shape({**LLAMA, "attention_bias": True, "num_experts": 4, "hidden_size": None})
-    assert all(words in str(refused.value) for words in ("attention_bias=True", "num_experts=4", "hidden_size is not"))
+    assert_names(refused.value, "attention_bias=True", "num_experts=4", "hidden_size")
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "names"),
     [
-        ({"model_type": "mixtral"}, "model_type='mixtral'"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide"),
-        ({"head_dim": 7}, "head_dim=7 is odd"),
-        ({"num_hidden_layers": -1}, "num_hidden_layers=-1"),
-        ({"vocab_size": "many"}, "vocab_size='many'"),
+        ({"model_type": "mixtral"}, ["model_type='mixtral'"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads=3", "num_attention_heads=4"]),
+        ({"head_dim": 7}, ["head_dim=7"]),
+        ({"num_hidden_layers": -1}, ["num_hidden_layers=-1"]),
+        ({"vocab_size": "many"}, ["vocab_size='many'"]),
     ],
 )
-def test_nonsense_is_refused(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(DataError, match=words):
+def test_nonsense_is_refused(changes: dict[str, Any], names: list[str]) -> None:
+    with pytest.raises(DataError) as refused:
         to_shape({**LLAMA, **changes})
+    assert_names(refused.value, *names)
 
 
 def test_qwen3_must_state_what_its_class_has_defaults_of_its_own_for() -> None:
-    with pytest.raises(DataError, match="head_dim is not stated"):
+    with pytest.raises(DataError, match="head_dim"):
         to_shape({**QWEN3, "head_dim": None})
 
 
@@ -188,16 +193,20 @@ def test_a_key_that_changes_nothing_may_be_passed_over_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "words"),
+    ("section", "names"),
     [
-        (ModelSection(style="gpt2", qk_norm=True, **SIZES), "qk_norm"),
-        (ModelSection(style="gpt2", num_key_value_heads=2, **SIZES), "num_key_value_heads=2"),
-        (ModelSection(style="gpt2", head_dim=16, **SIZES), "head_dim=16"),
-        (ModelSection(style="llama", head_dim=8, **{**SIZES, "num_attention_heads": 6}), "does not divide"),
+        (ModelSection(style="gpt2", qk_norm=True, **SIZES), ["qk_norm"]),
+        (ModelSection(style="gpt2", num_key_value_heads=2, **SIZES), ["num_key_value_heads=2"]),
+        (ModelSection(style="gpt2", head_dim=16, **SIZES), ["head_dim=16"]),
+        (
+            ModelSection(style="llama", head_dim=8, **{**SIZES, "num_attention_heads": 6}),
+            ["num_attention_heads=6", "hidden_size=32"],
+        ),
     ],
 )
-def test_what_they_have_no_model_for_is_refused(section: ModelSection, words: str) -> None:
-    with pytest.raises(CheckpointError, match=words):
+def test_what_they_have_no_model_for_is_refused(section: ModelSection, names: list[str]) -> None:
+    with pytest.raises(CheckpointError) as refused:
         refuse_what_they_lack(shape_of(section))
+    assert_names(refused.value, *names)
     for other in SECTIONS.values():
         refuse_what_they_lack(shape_of(other))

@@ -28,6 +28,7 @@ from megalm.inference.multiple_choice import (
     read_choices,
     read_questions,
 )
+from tests.messages import assert_names
 from tests.offline_models import GPT2, LLAMA, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,7 +188,7 @@ def test_scores_that_are_no_numbers_answer_nothing(tmp_path: Path, tokenizer: To
         write_run(tmp_path / "run", tokenizer, spoilt={"final_norm.weight": 3e38, "head.weight": 3e38})
     )
     asked = read_choices(write(tmp_path / "q.jsonl", QUESTIONS), model.facts)
-    with pytest.raises(CheckpointError, match="step-00000010: what it computes is not a number"):
+    with pytest.raises(CheckpointError, match="step-00000010"):
         ChoiceTask([asked], 4).rows(model, lambda: None)
 
 
@@ -196,7 +197,7 @@ def test_a_choice_of_which_nothing_is_left(model: InferenceModel, tmp_path: Path
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.save(str(tmp_path / "tokenizer.json"))
     facts = replace(model.facts, tokenizer=load_tokenizer(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match="here:3: the tokenizer has no token for a choice"):
+    with pytest.raises(DataError, match="here:3"):
         encode_question(Question("", ("word", "  "), 0, "here:3"), facts)
     assert [len(one.tokens) for one in encode_question(Question("", ("word", "other"), 0, "here:4"), facts)] == [2, 2]
 
@@ -211,31 +212,31 @@ def test_long_contexts_lose_their_beginning(model: InferenceModel, tmp_path: Pat
     whole = encode_question(Question(long["context"], tuple(long["choices"]), 0, "here:1"), model.facts)
     assert [one.targets for one in found.sequences[:2]] == [one.targets for one in whole], "the choice is scored still"
     too_long = {"context": "a", "choices": ["b", "c = 3\n" * 60], "answer": 0}
-    with pytest.raises(DataError, match=r"q\.jsonl:1: a choice of \d+ tokens is longer than the model's window of 64"):
+    with pytest.raises(DataError) as refused:
         read_choices(write(tmp_path / "q.jsonl", [too_long]), model.facts)
+    assert_names(refused.value, f"{tmp_path}/q.jsonl:1", LENGTH)
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "names"),
     [
-        ("{", "is not JSON"),
-        ("[]", 'give {"context"'),
-        ('{"context": "a", "choices": ["b", "c"]}', 'give {"context"'),
-        ('{"context": 1, "choices": ["b", "c"], "answer": 0}', "context is not a text"),
-        ('{"context": "a", "choices": ["b"], "answer": 0}', "two or more texts"),
-        ('{"context": "a", "choices": ["b", ""], "answer": 0}', "none of them empty"),
-        ('{"context": "a", "choices": ["b", "c"], "answer": 2}', "0 to 1"),
-        ('{"context": "a", "choices": ["b", "c"], "answer": true}', "0 to 1"),
-        ('{"context": "a", "choices": ["b", "c"], "answer": "1"}', "0 to 1"),
+        ("{", ["JSON"]),
+        ("[]", ["context", "choices", "answer"]),
+        ('{"context": "a", "choices": ["b", "c"]}', ["context", "choices", "answer"]),
+        ('{"context": 1, "choices": ["b", "c"], "answer": 0}', ["context"]),
+        ('{"context": "a", "choices": ["b"], "answer": 0}', ["choices"]),
+        ('{"context": "a", "choices": ["b", ""], "answer": 0}', ["choices"]),
+        ('{"context": "a", "choices": ["b", "c"], "answer": 2}', ["answer", 0, 1]),
+        ('{"context": "a", "choices": ["b", "c"], "answer": true}', ["answer", 0, 1]),
+        ('{"context": "a", "choices": ["b", "c"], "answer": "1"}', ["answer", 0, 1]),
     ],
 )
-def test_what_is_no_question_is_told_with_its_line(tmp_path: Path, line: str, message: str) -> None:
+def test_what_is_no_question_is_told_with_its_line(tmp_path: Path, line: str, names: list[object]) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(QUESTIONS[0]) + "\n\n" + line + "\n", encoding="utf-8")
     with pytest.raises(DataError) as caught:
         read_questions(path)
-    assert f"{path}:3: " in str(caught.value)
-    assert message in str(caught.value)
+    assert_names(caught.value, f"{path}:3", *names)
 
 
 def test_packed_files_and_no_file(tmp_path: Path) -> None:
@@ -243,10 +244,8 @@ def test_packed_files_and_no_file(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(b"".join(json.dumps(question).encode() + b"\n" for question in QUESTIONS)))
     assert [question.answer for question in read_questions(path)] == [1, 0, 0, 3]
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match="cannot be read"):
-        read_questions(path)
-    with pytest.raises(DataError, match="No such file"):
-        read_questions(tmp_path / "absent.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="holds no question"):
-        read_questions(tmp_path / "empty.jsonl")
+    for refused in (path, tmp_path / "absent.jsonl", tmp_path / "empty.jsonl"):
+        with pytest.raises(DataError) as caught:
+            read_questions(refused)
+        assert_names(caught.value, refused)

@@ -19,6 +19,7 @@ from megalm.inference.inference_model import InferenceModel, read_facts
 from megalm.inference.run_checkpoints import checkpoints_of, nearest
 from megalm.model.layer_factory import DenseOutput
 from tests.checkpoint_files import save
+from tests.messages import assert_names
 from tests.offline_models import GPT2, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,13 +31,15 @@ def test_good_ones_in_order_and_the_others_named(tmp_path: Path) -> None:
     folders = {step: save(tmp_path / "checkpoints", step) for step in (10, 20, 30, 40, 50)}
     set_status(folders[20], "bad", "loss of 9")
     set_status(folders[30], "suspect", None)
-    next(folders[40].glob("*.safetensors")).unlink()
+    lost = next(folders[40].glob("*.safetensors"))
+    lost.unlink()
     course = checkpoints_of(tmp_path)
     assert course.good == (folders[10], folders[50])
-    assert [reason.split(":")[0] for reason in course.left_out] == [folders[step].name for step in (20, 30, 40)]
-    assert "marked bad (loss of 9)" in course.left_out[0]
-    assert course.left_out[1].endswith("marked suspect")
-    assert "is missing" in course.left_out[2]
+    for step, reason in zip((20, 30, 40), course.left_out, strict=True):
+        assert_names(reason, folders[step].name)
+    assert_names(course.left_out[0], "bad", "loss of 9")
+    assert_names(course.left_out[1], "suspect")
+    assert_names(course.left_out[2], lost)
 
 
 def test_what_a_run_that_was_set_back_has_left_is_no_part_of_it(tmp_path: Path) -> None:
@@ -44,17 +47,19 @@ def test_what_a_run_that_was_set_back_has_left_is_no_part_of_it(tmp_path: Path) 
     later = save(tmp_path / "checkpoints", 25, attempt=2)
     course = checkpoints_of(tmp_path)
     assert course.good == (folders[10], folders[20], later)
-    assert course.left_out == tuple(
-        f"step-000000{step}: of attempt 1, which the run left: attempt 2 has saved step-00000025" for step in (30, 40)
-    )
+    for step, reason in zip((30, 40), course.left_out, strict=True):
+        assert_names(reason, folders[step].name, 1, 2, later.name)
 
 
 def test_a_run_without_a_good_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no good checkpoint; `megalm checkpoint list"):
+    command = f"megalm checkpoint list {tmp_path}"
+    with pytest.raises(CheckpointError) as refused:
         checkpoints_of(tmp_path)
+    assert_names(refused.value, command)
     set_status(save(tmp_path / "checkpoints", 10), "bad", "loss of 9")
-    with pytest.raises(CheckpointError, match="loss of 9"):
+    with pytest.raises(CheckpointError) as refused:
         checkpoints_of(tmp_path)
+    assert_names(refused.value, command, "step-00000010", "loss of 9")
 
 
 @pytest.mark.parametrize(
@@ -82,15 +87,17 @@ def test_a_tokenizer_that_moved(tmp_path: Path) -> None:
     gone = tmp_path / "gone.model"
     place = write_run(tmp_path / "run", ByteTokenizer())
     write_manifest(place, read_manifest(place).amended(tokenizer=str(gone)))
-    with pytest.raises(DataError, match=r"gone\.model: the tokenizer of .* --tokenizer"):
+    with pytest.raises(DataError) as refused:
         read_facts(place)
+    assert_names(refused.value, gone, place, "--tokenizer")
     assert read_facts(place, "bytes").tokenizer.vocab_size == 257
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     place = write_run(tmp_path / "run", ByteTokenizer(), GPT2, spoilt={"final_norm.bias": math.inf})
-    with pytest.raises(CheckpointError, match=r"step-00000010: final_norm\.bias has numbers that are not finite"):
+    with pytest.raises(CheckpointError) as refused:
         InferenceModel(place)
+    assert_names(refused.value, place, "final_norm.bias")
 
 
 def test_datasets_of_the_tokenizer_have_a_total(tmp_path: Path) -> None:
@@ -111,15 +118,17 @@ def test_datasets_of_the_tokenizer_have_a_total(tmp_path: Path) -> None:
 
 def test_what_cannot_be_evaluated_on_is_refused(tmp_path: Path) -> None:
     model = InferenceModel(write_run(tmp_path / "run", ByteTokenizer(), GPT2, LENGTH))
-    with pytest.raises(DataError, match="cannot be opened"):
+    with pytest.raises(DataError, match="absent"):
         other_sets(model.facts, [str(tmp_path / "absent")])
-    with pytest.raises(CheckpointError, match=r"no config\.yaml .* --data"):
+    with pytest.raises(CheckpointError) as no_config:
         own_sets(model.facts, lambda line: None)
+    assert_names(no_config.value, model.facts.path, "config.yaml", "--data")
     with IndexedDatasetWriter(tmp_path / "other", np.uint16) as writer:
         writer.append([5, 300, 7])
     task = DatasetTask(DATA, other_sets(model.facts, [str(tmp_path / "other")]), model.tokenizer, 4)
-    with pytest.raises(DataError, match="token 300 is not in the model's vocabulary of 257"):
+    with pytest.raises(DataError) as refused:
         task.rows(model, lambda: None)
+    assert_names(refused.value, 300, 257)
 
 
 def test_logits_exist_for_a_chunk_of_tokens_at_a_time(tmp_path: Path) -> None:

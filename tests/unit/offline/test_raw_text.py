@@ -17,6 +17,7 @@ from megalm.errors import ConfigError, DataError
 from megalm.inference.batching import ScoredSequence, SequenceBatches, evenly
 from megalm.inference.inference_model import InferenceModel
 from megalm.inference.text_eval import TextTask, document_windows, read_text
+from tests.messages import assert_names
 from tests.offline_models import GPT2, LLAMA, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,14 +117,15 @@ def test_what_cannot_be_read_is_counted(model: InferenceModel, tmp_path: Path) -
     path.write_text('{"text": ""}\n{"other": 1}\n{"text": "good"}\n')
     found = read_text(str(path), model.facts)
     assert (found.documents, found.skipped) == (1, 2)
-    assert f"{path}:1" in found.problem
+    assert_names(found.problem, f"{path}:1")
     path.write_text('{"text": ""}\n')
-    with pytest.raises(DataError, match="no document there that can be scored"):
-        read_text(str(path), model.facts)
-    with pytest.raises(DataError, match="no file to read there"):
-        read_text(str(tmp_path / "absent.txt"), model.facts)
-    with pytest.raises(ConfigError, match="0 to 23 can overlap"):
+    for refused in (str(path), str(tmp_path / "absent.txt")):
+        with pytest.raises(DataError) as caught:
+            read_text(refused, model.facts)
+        assert_names(caught.value, refused)
+    with pytest.raises(ConfigError) as too_long:
         read_text(str(path), model.facts, overlap=LENGTH)
+    assert_names(too_long.value, f"--overlap {LENGTH}", LENGTH - 1)
 
 
 def test_samples_are_spread_evenly(model: InferenceModel, file: Path) -> None:

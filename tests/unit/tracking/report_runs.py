@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 
 from megalm.runs.metrics_log import MetricsWriter, Row
 from megalm.tracking.report import write_report
@@ -45,13 +46,23 @@ def write_run(folder: Path, rows: Iterable[Row], **config: object) -> Path:
     return folder
 
 
+class Element(NamedTuple):
+    """An element of a page with all the text in it; `within`: the class of what it stands in."""
+
+    tag: str
+    attributes: dict[str, str | None]
+    within: str
+    text: str
+
+
 @dataclass
 class Page(HTMLParser):
     """The elements of a page, and all its text."""
 
     elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    _open: list[str] = field(default_factory=list)
+    closed: list[Element] = field(default_factory=list)
+    _open: list[tuple[str, dict[str, str | None], int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -59,21 +70,39 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
         if tag not in VOID:
-            self._open.append(tag)
+            self._open.append((tag, dict(attrs), len(self.texts)))
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag, f"{tag} closes nothing"
+        opened, attributes, first = self._open.pop()
+        assert opened == tag, f"{tag} closes nothing"
+        within = str(self._open[-1][1].get("class")) if self._open else ""
+        self.closed.append(Element(tag, attributes, within, " ".join(self.texts[first:])))
 
     def handle_data(self, data: str) -> None:
-        if self._open and self._open[-1] != "style" and data.strip():
+        if self._open and self._open[-1][0] != "style" and data.strip():
             self.texts.append(" ".join(data.split()))
 
     @property
     def text(self) -> str:
         return " ".join(self.texts)
+
+    @property
+    def verdict(self) -> Element:
+        """What became of the run; its class says it in one word."""
+        (found,) = (element for element in self.closed if element.attributes.get("id") == "verdict")
+        return found
+
+    def items(self, within: str) -> list[str]:
+        """The texts of what stands in the element of this class, one after the other."""
+        return [element.text for element in self.closed if element.within == within]
+
+    @property
+    def rows(self) -> list[str]:
+        """The rows of all tables."""
+        return [element.text for element in self.closed if element.tag == "tr"]
 
     def lines(self, look: str) -> list[str]:
         """The paths of the curves that look so."""

@@ -13,19 +13,23 @@ from report_runs import END, Page, event, page_of, train_row, validation, write_
 
 from megalm.checkpoint.manifest import Manifest, write_manifest
 from megalm.cli.main import main
+from megalm.config.schema import TrainSection
 from megalm.errors import ConfigError
+from megalm.runs.metrics_history import TRAINING, VALIDATION
+from megalm.runs.metrics_log import Row
 from megalm.tracking.report import write_report
 from megalm.tracking.report.headline import ago
+from tests.messages import assert_names
 
 START = event("start")
 STEPS = [train_row(step, 5.0 - step / 10) for step in range(1, 31)]
 
 
-def finding(page: Page, what: str) -> str:
-    """The text of the list `What was unusual` from the first `what` on."""
-    listed = page.text.partition("What was unusual")[2].partition("Where the time went")[0].partition("Checkpoints")[0]
-    assert what in listed, listed
-    return listed[listed.index(what) :]
+def finding(page: Page, what: str, *names: object) -> str:
+    """The line of what was unusual that begins with `what` and has all names."""
+    (found,) = (line for line in page.items("unusual") if line.startswith(what))
+    assert_names(found, *names)
+    return found
 
 
 def test_the_numbers_are_those_of_the_run(tmp_path: Path) -> None:
@@ -39,79 +43,89 @@ def test_the_numbers_are_those_of_the_run(tmp_path: Path) -> None:
     }
     (run / "environment.json").write_text(json.dumps(facts))
     page = page_of(run)
-    assert "Finished at step 30 of 30." in page.text
-    for told in (
-        "Validation loss 3.2500 last, step 30 over 4,096 tokens",
-        "Best while training 3.2500 step 30",
-        "Perplexity 25.79 counting tokens alone: 665.1",
-        "Bits per byte 1.500 counting tokens alone: 3",
-        "Training loss 2.0000",
-        "Tokens 1,920 2.00 a parameter",
-        "Parameters 960",
-        "Epochs 1.50",
-        "Tokens a second 640 0.1 s a step",
-        "MFU 20.0%",
-        "in 1 attempt",
-    ):
-        assert told in page.text
-    assert "Nothing: no spike" in page.text
+    assert page.verdict.attributes["class"] == "verdict finished"
+    assert_names(page.verdict.text, 30)
+    expected: list[tuple[object, ...]] = [
+        ("Validation loss", "3.2500", 30, "4,096"),
+        ("3.2500", 30),  # the best
+        ("Perplexity", "25.79", "665.1"),
+        ("Bits per byte", "1.500", 3),
+        ("Training loss", "2.0000"),
+        ("Tokens", "1,920", "2.00"),
+        ("Parameters", 960),
+        ("Epochs", "1.50"),
+        (640, "0.1 s"),
+        ("MFU", "20.0%"),
+        (1,),  # attempt
+    ]
+    for told, names in zip(page.items("numbers"), expected, strict=True):
+        assert_names(told, *names)
+    assert page.items("unusual") == []
 
 
-STATES = {
-    "an empty folder": ([], {}, "Has not begun to train."),
-    "just started": ([START], {}, "no end was written. It was at step 0 of 30"),
-    "running": ([START, *STEPS[:9]], {"lock": "host a, process 1; beat 3"}, "Running, at step 9 of 30; last row"),
-    "killed": ([START, *STEPS[:9]], {"lock": ""}, "Killed, or on a machine that is gone: no end was written."),
+# Rows, files, the kind of verdict and what it names.
+STATES: dict[str, tuple[list[Row], dict[str, str], str, tuple[object, ...]]] = {
+    "an empty folder": ([], {}, "waiting", ()),
+    "just started": ([START], {}, "unknown", (0, 30)),
+    "running": ([START, *STEPS[:9]], {"lock": "host a, process 1; beat 3"}, "running", (9, 30)),
+    "killed": ([START, *STEPS[:9]], {"lock": ""}, "unknown", (9, 30)),
     "stopped": (
         [START, *STEPS[:9], event("signal", 9, signal=15), event("end", 9, status="stopped", exit_code=75)],
         {},
-        "Stopped at step 9 of 30 by signal 15. It is saved, and wants to go on.",
+        "stopped",
+        (9, 30, 15),
     ),
     "out of time": (
         [START, *STEPS[:9], event("wall_time", 9, limit="1h"), event("end", 9, status="stopped", exit_code=75)],
         {},
-        "Stopped at step 9 of 30, its time (train.max_wall_time=1h) being up.",
+        "stopped",
+        (9, 30, "train.max_wall_time=1h"),
     ),
     "failed": (
         [START, *STEPS[:9], event("end", 9, status="failed", exit_code=1)],
         {"failures/attempt-1.txt": "Traceback\n  ...\nRuntimeError: no memory\n\n"},
-        "Failed at step 9 of 30: RuntimeError: no memory",
+        "failed",
+        (9, 30, "RuntimeError: no memory"),
     ),
     "failed before it began": (
         [],
         {"failures/attempt-1.txt": "megalm: data: no such file"},
-        "Failed before it began to train: megalm: data: no such file",
+        "failed",
+        ("megalm: data: no such file",),
     ),
     "learnt no more": (
         [START, *STEPS[:9], event("early_stop", 9, best_loss=2.0), event("end", 9, status="finished", exit_code=0)],
         {},
-        "Finished at step 9 of 30, because the validation loss fell no more",
+        "finished",
+        (9, 30, "evaluate.patience"),
     ),
-    "resumed after its end": ([START, *STEPS, END, event("resume", 30, attempt=2)], {}, "no end was written"),
+    "resumed after its end": ([START, *STEPS, END, event("resume", 30, attempt=2)], {}, "unknown", (30,)),
 }
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_what_became_of_it_is_said_in_one_sentence(state: str, tmp_path: Path) -> None:
-    rows, files, sentence = STATES[state]
+    rows, files, kind, names = STATES[state]
     run = write_run(tmp_path / "mine", rows)
     for name, text in files.items():
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text(text)
-    assert sentence in page_of(run).text
+    verdict = page_of(run).verdict
+    assert verdict.attributes["class"] == f"verdict {kind}"
+    assert_names(verdict.text, *names)
 
 
 def test_a_lock_that_nobody_counts_in_any_more_is_no_sign_of_life(tmp_path: Path) -> None:
     run = write_run(tmp_path / "mine", [START, *STEPS[:9]])
     (run / "lock").write_text("host a, process 1; beat 3")
     os.utime(run / "lock", (1e9, 1e9))
-    assert "Killed, or on a machine that is gone" in page_of(run).text
+    assert page_of(run).verdict.attributes["class"] == "verdict unknown"
 
 
 def test_without_metrics_there_is_a_page_too(tmp_path: Path) -> None:
     run = write_run(tmp_path / "mine", [])
     (run / "metrics.jsonl").unlink()
-    assert "Has not begun to train." in page_of(run).text
+    assert page_of(run).verdict.attributes["class"] == "verdict waiting"
 
 
 def test_a_torn_last_row_is_no_row_and_a_broken_one_is_refused(
@@ -120,13 +134,16 @@ def test_a_torn_last_row_is_no_row_and_a_broken_one_is_refused(
     run = write_run(tmp_path / "mine", [START, *STEPS[:9]])
     with open(run / "metrics.jsonl", "ab") as file:
         file.write(b'{"kind":"train","step":10,"lo')
-    assert "at step 9 of 30" in page_of(run).text
+    assert_names(page_of(run).verdict.text, 9, 30)
+    broken_at = (run / "metrics.jsonl").read_bytes().rindex(b"\n") + 1
     with open(run / "metrics.jsonl", "ab") as file:
         file.write(b"\n")
     with pytest.raises(SystemExit) as caught:
         main(["report", str(run)])
     assert caught.value.code == 2
-    assert re.fullmatch(r"megalm: error: .*metrics\.jsonl: the line at byte .*\n", capsys.readouterr().err)
+    told = capsys.readouterr().err
+    assert_names(told, "megalm: error: ", run / "metrics.jsonl", broken_at)
+    assert told.count("\n") == 1
 
 
 def test_what_a_resume_and_a_rollback_took_back_is_drawn_faintly_and_counts_no_more(tmp_path: Path) -> None:
@@ -141,27 +158,29 @@ def test_what_a_resume_and_a_rollback_took_back_is_drawn_faintly_and_counts_no_m
     (live,) = page.lines("steps")[:1]
     assert live.count(" ") == 26  # 14 points, of which the steps that count are made
     assert {"resume", "rollback"} == set(page.marks())
-    assert "step 5 attempt 2, from step-00000005" in finding(page, "resume")
-    assert "step 12 back to step 7 (step-00000007), past 80 samples" in finding(page, "rollback")
-    assert "step 5 attempt 1 wrote no end: it was killed, or its machine failed; 4 rows of it were" in finding(
-        page, "killed"
-    )
-    assert "Attempt 2, resume at step 5 train.seed was 1, is 2" in page.text
+    finding(page, "resume", 5, 2, "step-00000005")
+    finding(page, "rollback", 12, 7, "step-00000007", 80)
+    (killed,) = (line for line in page.items("unusual") if not line.startswith(("resume", "rollback")))
+    assert_names(killed, 5, 1, 4)  # the first attempt wrote no end, and four of its rows were taken back
+    changed = page.texts.index("train.seed was 1, is 2")
+    assert_names(page.texts[changed - 1], 2, "resume", 5)
 
 
 def test_losses_that_are_no_numbers_are_marked_and_leave_a_gap(tmp_path: Path) -> None:
     rows = [train_row(step, math.nan if step == 5 else math.inf if step == 9 else 3.0) for step in range(1, 20)]
     page = page_of(write_run(tmp_path / "mine", [START, *rows, validation(19, math.nan)]))
     assert page.marks().count("no-number") == 2
-    assert "training loss at step 5, 9" in finding(page, "no number")
+    (no_number,) = page.items("unusual")
+    assert_names(no_number, "training loss", 5, 9)
     assert [path.count("M") for path in page.lines("steps")[:1]] == [3]
-    assert "Validation loss" not in page.text
+    assert not [told for told in page.items("numbers") if told.startswith("Validation")]
 
 
 def test_a_run_of_nothing_but_nan(tmp_path: Path) -> None:
     rows = [train_row(step, math.nan, grad_norm=math.nan) for step in range(1, 20)]
     page = page_of(write_run(tmp_path / "mine", [START, *rows]))
-    assert "no step of 19 has a training loss that is a number" in page.text
+    (no_number,) = page.items("unusual")
+    assert_names(no_number, "training loss", 19)
 
 
 def test_a_spike_is_told_of_with_its_report_and_does_not_press_the_curve_flat(tmp_path: Path) -> None:
@@ -176,12 +195,11 @@ def test_a_spike_is_told_of_with_its_report_and_does_not_press_the_curve_flat(tm
     (run / "incidents").mkdir()
     (run / "incidents" / "step-00000060.md").write_text("# Step 60\nthe text of it")
     page = page_of(run)
-    told = finding(page, "spike")
-    assert "loss out of bounds: loss 900, gradient norm 7 (median 2.5, limit 4); decided: skip" in told
-    assert "incidents/step-00000060.md # Step 60 the text of it" in told
-    assert "step 70 gradient overflow, loss scale 1024" in told
-    assert told.count("skip ") == 2  # what was decided of the spike, and the overflow; the spike's skip is the spike
-    assert "1 step is above the frame and drawn at its edge; the highest is 900.0000 at step 60." in page.text
+    numbers = (60, 900, 7, "2.5", 4)  # step, loss, gradient norm, median, limit
+    finding(page, "spike", "loss", *numbers, "skip", "incidents/step-00000060.md", "# Step 60 the text of it")
+    finding(page, "skip", 70, 1024)  # the overflow alone: the spike's skip is the spike
+    (note,) = (text for text in page.texts if "900.0000" in text)
+    assert_names(note, 1, 60)
     heights = [float(y) for y in re.findall(r"[\d.]+ ([\d.]+)", page.lines("steps")[0])]
     assert min(heights) == 0.0
     assert max(heights) - sorted(heights)[1] > 300  # the others still fill a good part of the frame
@@ -197,8 +215,8 @@ def test_an_incident_outside_the_run_is_not_read(tmp_path: Path) -> None:
 def test_several_validation_sets_each_have_a_curve(tmp_path: Path) -> None:
     rows = [validation(10, loss, dataset=name) for name, loss in (("code", 2.0), ("news", 4.0), ("validation", 3.0))]
     page = page_of(write_run(tmp_path / "mine", [START, *STEPS, *rows, END]))
-    assert "Validation loss 3.0000" in page.text
-    assert "validation on code" in page.text
+    assert_names(page.items("numbers")[0], "Validation loss", "3.0000")
+    assert_names(" ".join(page.items("legend")), "code", "news")
     assert [len(page.lines(look)) for look in ("validation", "set-1", "set-2")] == [2, 2, 2]  # a line and its dots
 
 
@@ -208,10 +226,13 @@ def test_slow_stretches_and_where_the_time_went(tmp_path: Path) -> None:
     ]
     rows.insert(20, validation(20, 3.0, time=60.5))
     page = page_of(write_run(tmp_path / "mine", [{**event("start"), "startup_seconds": 8.0, "time": 2.0}, *rows]))
-    assert "slow step 10 until step 13, 2 s a step, usual are 0.5 s: 6.0 s lost" in page.text
-    time_went = page.text.partition("Where the time went")[2].partition("Checkpoints")[0]
-    assert re.search(r"start-up, before the first step [\d.]+% 8.0 s training steps [\d.]+% 26 s", time_went)
-    assert re.search(r"validation [\d.]+% 0.5 s", time_went)
+    (slow,) = page.items("unusual")
+    assert_names(slow, 10, 13, "2 s", "0.5 s", "6.0 s")
+    startup, *work = page.items("work")
+    assert_names(startup, "8.0 s")
+    for name, seconds in ((TRAINING, "26 s"), (VALIDATION, "0.5 s")):
+        (row,) = (row for row in work if row.startswith(name))
+        assert_names(row, seconds)
 
 
 def test_checkpoints_with_what_is_wrong_with_them(tmp_path: Path) -> None:
@@ -230,11 +251,17 @@ def test_checkpoints_with_what_is_wrong_with_them(tmp_path: Path) -> None:
     (run / "checkpoints" / "step-00000030" / "a.safetensors").write_bytes(b"1")
     (run / "checkpoints" / "step-00000040").mkdir()
     page = page_of(run)
-    table = page.text.partition("tokens seen size")[2]
-    assert "10 good best 2.5000 640 8 B 20 suspect 2.5000 1,280 8 B 30 damaged latest 2.5000 1,920 8 B" in table
-    assert "step-00000040 incomplete" in table
-    assert "step-00000020 is suspect: a spike" in finding(page, "checkpoint")
-    assert "a.safetensors has 1 bytes, the manifest says 8" in finding(page, "checkpoint")
+    for row in (
+        "10 good best 2.5000 640 8 B",
+        "20 suspect 2.5000 1,280 8 B",
+        "30 damaged latest 2.5000 1,920 8 B",
+        "step-00000040 incomplete",
+    ):
+        assert [found for found in page.rows if found.startswith(row)], row
+    suspect, damaged, incomplete = page.items("unusual")
+    assert_names(suspect, "step-00000020", "suspect", "a spike")
+    assert_names(damaged, "step-00000030", "a.safetensors", 1, 8)
+    assert_names(incomplete, "step-00000040")
     assert f"megalm generate {run}" in page.text
 
 
@@ -242,22 +269,22 @@ def test_settings_that_are_not_the_presets_come_first(tmp_path: Path) -> None:
     page = page_of(
         write_run(tmp_path / "mine", [START], preset="quickstart", model={"hidden_size": 77, "style": "llama"})
     )
-    differing = page.text.partition("What is not as in the preset quickstart:")[2].partition("All settings")[0]
-    assert "model.hidden_size 77 256" in differing
-    assert "train.steps 30 400" in differing
-    assert "model.style" not in differing
-    assert "model.style llama" in page.text
+    assert {"model.hidden_size 77 256", "train.steps 30 400"} < set(page.rows)
+    assert [row for row in page.rows if row.startswith("model.style")] == ["model.style llama"], "among all settings"
+    assert_names(page.text, "quickstart")
 
 
 def test_a_configuration_that_is_no_text_is_refused(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [event("start"), END])
     (folder / "config.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
+    with pytest.raises(ConfigError) as refused:
         write_report(folder)
+    assert_names(refused.value, folder / "config.yaml")
 
 
 def test_a_preset_that_is_gone_leaves_the_defaults(tmp_path: Path) -> None:
-    assert "What is not as in the defaults:" in page_of(write_run(tmp_path / "mine", [START], preset="gone")).text
+    page = page_of(write_run(tmp_path / "mine", [START], preset="gone"))
+    assert f"train.steps 30 {TrainSection().steps}" in page.rows
 
 
 EVIL = "</pre></title></style><script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
@@ -307,7 +334,7 @@ def test_texts_are_cut_and_say_so(tmp_path: Path) -> None:
         (run / "samples" / f"step-{step:08d}.txt").write_text(f"text of {step}\n" + "x" * 20_000)
     page = page_of(run)
     assert [step for step in (10, 20, 30, 40) if f"text of {step}" in page.text] == [10, 30, 40]
-    assert "more bytes are in the file" in page.text
+    assert_names(page.text, f"{len('text of 10') + 1 + 20_000 - 12_000:,}")
 
 
 def test_the_command_says_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,7 +343,7 @@ def test_the_command_says_where_the_page_is(tmp_path: Path, capsys: pytest.Captu
         with pytest.raises(SystemExit) as caught:
             main(["report", str(run), *words])
         assert not caught.value.code
-        assert capsys.readouterr().out.startswith(f"{path}: ")
+        assert_names(capsys.readouterr().out, path)
         assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
@@ -335,7 +362,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit) as caught:
         main(["report", str(tmp_path)])
     assert caught.value.code == 2
-    assert "no run folder" in capsys.readouterr().err
+    assert_names(capsys.readouterr().err, tmp_path)
 
 
 def test_times_are_told_as_people_do() -> None:

@@ -49,8 +49,8 @@ def test_the_end_of_a_run_quotes_for_a_shell(
     )
     folder = RunFolder(tmp_path / "my runs" / "mine")
     lines = final_summary(folder, run, ResumeCommand(folder.path)).splitlines()
-    told = {line[2:15].strip(): line[16:] for line in lines if line.startswith("  ")}
-    assert told["list it"] == f"megalm checkpoint list '{folder.path}'"
-    assert told["generate"] == f"megalm generate '{folder.path}' --prompt {word}"
+    for command in (f"megalm checkpoint list '{folder.path}'", f"megalm generate '{folder.path}' --prompt {word}"):
+        assert [line for line in lines if line.endswith(command)], command
+    (shown,) = (line for line in lines if "mlflow ui" in line)
     store = f"sqlite:///{tmp_path}/my runs/mlflow.db"
-    assert shlex.split(told["see it"]) == ["mlflow", "ui", "--backend-store-uri", store]
+    assert shlex.split(shown[shown.index("mlflow ui") :]) == ["mlflow", "ui", "--backend-store-uri", store]

@@ -12,6 +12,7 @@ from megalm.data.builder.builder import build_files
 from megalm.data.tokenizers.tokenizer import ByteTokenizer
 from megalm.errors import DataError
 from megalm.train.step_lookup import StepSamples, samples_of_step
+from tests.messages import assert_names
 
 
 @pytest.fixture
@@ -111,5 +112,6 @@ def test_a_run_that_has_not_begun_and_none(tmp_path: Path, data: str) -> None:
     text = "".join(read.tokenizer.decode(piece.tokens) for piece in read.pieces)
     assert len(text) >= 4 * 8
     assert all(piece.source is not None and "my.jsonl:" in str(piece.source) for piece in read.pieces)
-    with pytest.raises(DataError, match="is no folder of a run"):
+    with pytest.raises(DataError) as refused:
         samples_of_step(tmp_path, 3)
+    assert_names(refused.value, tmp_path, "config.yaml", "deepspeed.resolved.json")

@@ -13,6 +13,7 @@ import pytest
 from megalm.config.schema import GuardSection
 from megalm.engine.interface import StepResult
 from megalm.train.spikes.spike_guard import History, SpikeGuard, Thresholds
+from tests.messages import assert_names
 
 # (loss, gradient norm) of the 400 steps of the quickstart on two CPU cores in bf16.
 CURVE = json.loads((Path(__file__).parent / "quickstart_curve.json").read_text())
@@ -63,7 +64,7 @@ def test_what_is_no_number_is_found_from_the_first_step_on(loss: float, norm: fl
     finding = History(thresholds()).judge(loss, norm)
     assert finding is not None
     assert finding.quantity == ("gradient norm" if math.isfinite(loss) else "loss")
-    assert str(finding) == f"{finding.quantity} {finding.value}"
+    assert_names(finding, finding.quantity, finding.value)
 
 
 def test_nothing_finite_is_judged_during_the_warm_up() -> None:

@@ -43,18 +43,18 @@ def test_a_rank_that_comes_no_further_leaves(left: threading.Event) -> None:
 @pytest.mark.parametrize("first", [True, False], ids=["signal before the boundary", "signal while it saves"])
 def test_nobody_leaves_while_all_save(left: threading.Event, first: bool) -> None:
     """The ranks of a job get their signals one after the other: some when the others have made all save."""
-    stop = StopRequest(grace_seconds=1.0)
+    stop = StopRequest(grace_seconds=0.5)
     order = [lambda: stop._handle(signal.SIGTERM, None), stop.reached_boundary]
     for act in order if first else order[::-1]:
         act()
-    assert not left.wait(1.5)
+    assert not left.wait(0.75)
 
 
 def test_a_save_that_was_under_way_may_end(left: threading.Event) -> None:
     stop = StopRequest(SHORT)
     with stop.saving():
         stop._handle(signal.SIGTERM, None)
-        assert not left.wait(10 * SHORT)
+        assert not left.wait(5 * SHORT)
     assert left.wait(SOON_SECONDS), "what comes after it may hang"
 
 
@@ -63,7 +63,7 @@ def test_a_step_may_take_as_long_as_steps_do(left: threading.Event) -> None:
     limits.longest_silence = 1000.0
     stop = StopRequest(SHORT, limits)
     stop._handle(signal.SIGUSR1, None)
-    assert not left.wait(10 * SHORT)
+    assert not left.wait(5 * SHORT)
     stop.reached_boundary()
 
 
@@ -81,7 +81,7 @@ class Validating:
 def test_a_validation_that_goes_on_is_waited_for(left: threading.Event) -> None:
     limits = Validating()
     StopRequest(SHORT, limits)._handle(signal.SIGTERM, None)  # type: ignore[arg-type]
-    assert not left.wait(10 * SHORT)
+    assert not left.wait(5 * SHORT)
     limits.ended = True
     assert left.wait(SOON_SECONDS)
 
