@@ -214,7 +214,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m megalm.tracking.mlflow_mirror.mirror_process RUN_DIR [--follow --parent-pid N]`; 0: all is delivered."""
+    """`python -m ...mirror_process RUN_DIR [--follow --parent-pid N]`; exit code 0: all is sent."""
     parser = argparse.ArgumentParser(
         prog="megalm.tracking.mlflow_mirror.mirror_process", description="Feed MLflow from a run folder."
     )

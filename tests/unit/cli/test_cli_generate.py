@@ -1,4 +1,4 @@
-"""What `megalm generate` and `evaluate` say beside their results; the texts and figures are in tests/unit/offline."""
+"""What `megalm generate` and `evaluate` say beside their results; the texts and figures are in tests/unit/inference."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.manifest import hashed_blocks, set_status
 from megalm.cli.main import main
 from megalm.data.tokenizers.tokenizer import ByteTokenizer
+from tests.inference_models import write_run
 from tests.messages import assert_names
-from tests.offline_models import write_run
 
 WORDS = ("--prompt", "a", "--max-new-tokens", "2")
 

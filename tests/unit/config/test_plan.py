@@ -230,7 +230,8 @@ def test_a_vocabulary_that_nobody_knows_is_the_same_guess_everywhere() -> None:
 
 def test_a_plan_needs_no_torch() -> None:
     code = (
-        "import sys; import megalm.planning.run_plan, megalm.cli.plan, megalm.planning.resolve, megalm.runs.saved_config;"
+        "import sys; import megalm.planning.run_plan; "
+        "import megalm.cli.plan, megalm.planning.resolve, megalm.runs.saved_config;"
         "sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, env=os.environ).returncode == 0

@@ -204,12 +204,12 @@ def test_differences_are_named_by_what_they_are() -> None:
 
 
 def test_a_refusal_names_all_and_how_to_allow_it(tmp_path: Path) -> None:
-    shapes = incompatibilities(THEN, changed("model", hidden_size=32))
+    shapes = incompatibilities(STORED, changed("model", hidden_size=32))
     with pytest.raises(CheckpointError) as refused:
         refuse_incompatible(tmp_path, shapes, ())
     assert_names(refused.value, tmp_path, "hidden_size", 64, 32)
     assert "resume.allow=" not in str(refused.value), "the shapes of a model never change"
-    found = {**incompatibilities(THEN, changed("data", **{"train.seed": 2})), "model": ["style llama gpt2"]}
+    found = {**incompatibilities(STORED, changed("data", **{"train.seed": 2})), "model": ["style llama gpt2"]}
     refuse_incompatible(tmp_path, found, ["model", "order"])
     with pytest.raises(CheckpointError) as refused:
         refuse_incompatible(tmp_path, found, ["model"])

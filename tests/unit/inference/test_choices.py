@@ -28,8 +28,8 @@ from megalm.inference.multiple_choice import (
     read_choices,
     read_questions,
 )
+from tests.inference_models import GPT2, LLAMA, write_run
 from tests.messages import assert_names
-from tests.offline_models import GPT2, LLAMA, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

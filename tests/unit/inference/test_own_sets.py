@@ -19,8 +19,8 @@ from megalm.inference.inference_model import InferenceModel, read_facts
 from megalm.inference.run_checkpoints import checkpoints_of, nearest
 from megalm.model.layer_factory import DenseOutput
 from tests.checkpoint_files import save
+from tests.inference_models import GPT2, write_run
 from tests.messages import assert_names
-from tests.offline_models import GPT2, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

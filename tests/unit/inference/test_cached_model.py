@@ -13,7 +13,7 @@ from megalm.inference.inference_model import InferenceModel
 from megalm.inference.kv_cache import CachedModel
 from megalm.inference.token_stream import stream
 from megalm.train.text_samples import generate
-from tests.offline_models import GPT2, LLAMA, SIZES, write_run
+from tests.inference_models import GPT2, LLAMA, SIZES, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

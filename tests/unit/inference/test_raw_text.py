@@ -17,8 +17,8 @@ from megalm.errors import ConfigError, DataError
 from megalm.inference.batching import ScoredSequence, SequenceBatches, evenly
 from megalm.inference.inference_model import InferenceModel
 from megalm.inference.text_eval import TextTask, document_windows, read_text
+from tests.inference_models import GPT2, LLAMA, write_run
 from tests.messages import assert_names
-from tests.offline_models import GPT2, LLAMA, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
