@@ -304,7 +304,7 @@ def test_too_few_tokens(make_dataset: MakeDataset) -> None:
     dataset = make_dataset([1, 0, 5])
     with pytest.raises(DataError, match="hold 1 tokens, a sample needs two"):
         TrainingSamples(dataset, (0, 2), 4, seed=0)
-    with pytest.raises(DataError, match="hold 0 tokens, validation needs two"):
+    with pytest.raises(DataError, match="hold 0 tokens, a sample needs two"):
         ValidationSamples(dataset, (1, 2), 4)
 
 
