@@ -24,7 +24,7 @@ setup(
         "PyYAML>=6",
         "safetensors>=0.5",
         "matplotlib>=3.9",
-        "zstandard>=0.23",
+        "backports.zstd>=1.0",
         "datasketch>=2.0",
         "orjson>=3.10",
         "psutil>=6",

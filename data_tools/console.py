@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import NoReturn
 
 import typer
@@ -16,10 +15,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from megalm.data.builder.builder import BuildProgress, Built
 from megalm.data.indexed.metadata import AWAITS_MERGE, DatasetMetadata
+from megalm.data.indexed.token_counts import Tell
 from megalm.data.readers.document_reader import ReadReport
 from megalm.errors import EXIT_REFUSED, MegalmError
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
+TIMES = (TimeElapsedColumn(), TimeRemainingColumn())
 
 
 def run(command: Callable[..., None]) -> None:
@@ -52,57 +53,29 @@ def _refuse(line: str, code: int) -> NoReturn:
     raise typer.Exit(code) from None
 
 
-class BuildBar:
-    """Text in MB/s, tokens/s and the time left; only on a terminal."""
+@contextmanager
+def build_bar() -> Iterator[Callable[[BuildProgress], None]]:
+    """Shows text in MB/s, tokens/s and the time left; only on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rates]}"))
+    with Progress(*columns, *TIMES, console=out, disable=not out.is_terminal) as bar:
+        task, start = bar.add_task("tokenizing", total=None, rates=""), time.monotonic()
 
-    def __init__(self) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[rates]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=out,
-            disable=not out.is_terminal,
-        )
-        self._task = self._bar.add_task("tokenizing", total=None, rates="")
-        self._start = time.monotonic()
+        def update(done: BuildProgress) -> None:
+            seconds = max(time.monotonic() - start, 1e-9)
+            rates = f"{done.text_bytes / seconds / 1e6:.1f} MB/s, {done.tokens / seconds:,.0f} tokens/s"
+            total = None if done.share is None else 1.0
+            bar.update(task, description=done.stage, completed=done.share or 0.0, total=total, rates=rates)
 
-    def update(self, done: BuildProgress) -> None:
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        rates = f"{done.text_bytes / seconds / 1e6:.1f} MB/s, {done.tokens / seconds:,.0f} tokens/s"
-        total = None if done.share is None else 1.0
-        self._bar.update(self._task, description=done.stage, completed=done.share or 0.0, total=total, rates=rates)
-
-    def __enter__(self) -> BuildBar:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        yield update
 
 
-class ReadingBar:
-    """How much of the tokens was read, and the time left; only on a terminal. Call it with the tokens read."""
-
-    def __init__(self, what: str, tokens: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
-        self._task = self._bar.add_task(what, total=tokens)
-
-    def __call__(self, tokens: int) -> None:
-        self._bar.advance(self._task, tokens)
-
-    def __enter__(self) -> ReadingBar:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+@contextmanager
+def reading_bar(what: str, tokens: int) -> Iterator[Tell]:
+    """Shows how much of the tokens was read, and the time left; only on a terminal. Call it with the tokens read."""
+    columns = (TextColumn("{task.description}"), BarColumn())
+    with Progress(*columns, *TIMES, console=out, transient=True, disable=not out.is_terminal) as bar:
+        task = bar.add_task(what, total=tokens)
+        yield lambda read: bar.advance(task, read)
 
 
 def tell_reading(report: ReadReport) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from console import ReadingBar, one_line_errors, out, run
+from console import one_line_errors, out, reading_bar, run
 from steps import show_step_of_dataset, show_step_of_run
 
 from megalm.cli.find_run import find_run
-from megalm.data.analysis.dataset_info import describe, document_text, verify
+from megalm.data.analysis.dataset_info import describe, document_text, statistics, verify
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import DataError
@@ -61,7 +61,7 @@ def main(
             _scan(prefix, loaded, around, window, report)
         else:
             if check:
-                with ReadingBar("verifying", len(IndexedDataset(prefix).tokens)) as bar:
+                with reading_bar("verifying", len(IndexedDataset(prefix).tokens)) as bar:
                     facts |= verify(prefix, loaded, bar)
             width = max(map(len, facts))
             for name, value in facts.items():
@@ -71,10 +71,8 @@ def main(
 
 
 def _show_statistics(prefix: Path, tokenizer: Tokenizer | None) -> None:
-    from megalm.data.analysis.dataset_info import statistics
-
     dataset = IndexedDataset(prefix)
-    with ReadingBar("counting", 2 * len(dataset.tokens)) as bar:
+    with reading_bar("counting", 2 * len(dataset.tokens)) as bar:
         found = statistics(dataset, tokenizer, tell=bar)
     out.print("\ntokens a sequence    sequences")
     most = max((count for _, _, count in found.length_histogram), default=1)
@@ -91,12 +89,12 @@ def _show_statistics(prefix: Path, tokenizer: Tokenizer | None) -> None:
 
 
 def _scan(prefix: Path, tokenizer: Tokenizer | None, around: int | None, window: int, report: Path | None) -> None:
-    from megalm.data.analysis.anomaly_scan import MEASURES, STRANGE, scan, strange_stretches, stretch_at
+    from megalm.data.analysis.anomaly_scan import MEASURES, STRANGE, scan, strange_stretches, stretch_at, write_scan
 
     dataset = IndexedDataset(prefix)
     if around is not None and around >= len(dataset.tokens):
         raise DataError(f"{prefix}: --around {around}: the dataset has {len(dataset.tokens):,} tokens, from 0")
-    with ReadingBar("scanning", 2 * len(dataset.tokens)) as bar:
+    with reading_bar("scanning", 2 * len(dataset.tokens)) as bar:
         scanned = scan(dataset, tokenizer.fallback_ids() if tokenizer else None, window, bar)
     if around is not None:
         middle = around // window
@@ -115,8 +113,6 @@ def _scan(prefix: Path, tokenizer: Tokenizer | None, around: int | None, window:
             f"{stretch.value:.3f} (median {stretch.median:.3f}), {stretch.source}"
         )
     if report is not None:
-        from megalm.data.analysis.anomaly_scan import write_scan
-
         out.print("wrote " + " and ".join(map(str, write_scan(scanned, stretches, str(prefix), report))))
 
 

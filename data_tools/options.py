@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, cast, get_args
 
 import typer
@@ -33,15 +34,17 @@ def read_options(text_key: str, columns: str | None, documents: str, largest_meg
 
 
 def policy(stated: str) -> OnError:
-    if stated not in get_args(OnError):
-        raise DataError(f"--on-error {stated}: is unknown; choose one of {', '.join(get_args(OnError))}")
-    return cast(OnError, stated)
+    return cast(OnError, _one_of("--on-error", stated, get_args(OnError)))
 
 
 def dedup_of(stated: str) -> Dedup:
-    if stated not in get_args(Dedup):
-        raise DataError(f"--dedup {stated}: is unknown; choose one of {', '.join(get_args(Dedup))}")
-    return cast(Dedup, stated)
+    return cast(Dedup, _one_of("--dedup", stated, get_args(Dedup)))
+
+
+def _one_of(option: str, stated: str, known: Sequence[str]) -> str:
+    if stated not in known:
+        raise DataError(f"{option} {stated}: is unknown; choose one of {', '.join(known)}")
+    return stated
 
 
 def weights_of(stated: str | None) -> tuple[float, ...]:

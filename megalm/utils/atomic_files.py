@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -89,6 +91,11 @@ def write_json(path: Path, value: Any, durable: bool = True) -> None:
     write_bytes_atomically(path, (text + "\n").encode(errors="backslashreplace"), durable)
 
 
+def json_hash(value: Any) -> str:
+    """Identity of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def read_json(path: Path) -> Any:
     """The JSON value in `path`.
 
@@ -119,3 +126,27 @@ def writing_to(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error  # NumPy's own errors have words only
         raise DataError(f"{path}: cannot be written ({reason}); check the folder, its rights and space") from error
+
+
+@contextlib.contextmanager
+def locked(
+    path: Path, held: Callable[[], None] = lambda: None, no_locks: Callable[[OSError], None] = lambda error: None
+) -> Iterator[IO[str]]:
+    """Hold a lock file; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        held: called where another process has it, before waiting for that; it may raise.
+        no_locks: called where the file system has none, before going on without.
+    """
+    with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            no_locks(error)
+        yield file

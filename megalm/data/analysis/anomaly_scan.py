@@ -1,4 +1,4 @@
-"""Where a dataset is not like itself: its tokens in windows, each measured, the strangest stretches first.
+"""Where a dataset is not like itself: its tokens in windows, each measured; the strangest stretches, as pictures too.
 
 W tokens of a window, n windows, V size of the vocabulary.
 """
@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megalm.data.builder.disk_hash_table import hash_runs
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.document_sources import DocumentSources
-from megalm.data.indexed.token_counts import Tell, TokenCounter, no_tell
+from megalm.data.indexed.token_counts import Tell, count_tokens, no_tell
 from megalm.utils.atomic_files import write_bytes_atomically
 
 WINDOW_TOKENS = 512
@@ -25,7 +26,14 @@ BATCH_WINDOWS = 512
 GRAM = 4  # tokens of a run that is looked for again in the same window
 # From so many times the usual distance from the median on, a window counts as strange.
 STRANGE = 6.0
-MEASURES = ("entropy", "repetition", "unknown", "unigram_loss")
+MOST_POINTS = 2000
+LABELS = {
+    "entropy": "entropy in the window, nats",
+    "repetition": "share of repeated runs",
+    "unknown": "share without a piece",
+    "unigram_loss": "unigram loss, nats a token",
+}
+MEASURES = tuple(LABELS)
 Floats = npt.NDArray[np.float32]
 
 
@@ -72,9 +80,7 @@ def scan(
     Args:
         fallback: [V] which ids stand for characters without a piece (`Tokenizer.fallback_ids`); None: none does.
     """
-    counter = TokenCounter(None, dataset.prefix, tell)
-    counter.add(dataset.tokens)
-    shares = counter.counts / max(1, counter.counts.sum())
+    shares = count_tokens(dataset, tell=tell).counts / max(1, len(dataset.tokens))
     losses = np.zeros(len(shares))
     losses[shares > 0] = -np.log(shares[shares > 0])
     unknown = np.zeros(len(shares), dtype=np.bool_)
@@ -157,12 +163,9 @@ def _entropy(windows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
 
 def _repetition(windows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     count, length = windows.shape
-    grams = length - GRAM + 1
-    if grams < 2:
+    if length <= GRAM:
         return np.zeros(count)
-    mixed: npt.NDArray[np.uint64] = np.zeros((count, grams), dtype=np.uint64)
-    for place in range(GRAM):
-        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + windows[:, place : place + grams].astype(np.uint64)
+    mixed = hash_runs(windows.astype(np.uint64), GRAM)
     mixed.sort(axis=1)
     return np.asarray((mixed[:, 1:] == mixed[:, :-1]).mean(axis=1))
 
@@ -174,17 +177,6 @@ def _distance(values: Floats) -> Floats:
     distance = np.abs(values - np.median(values))
     usual = np.quantile(distance, 0.9) / 1.645  # a normal one would be its standard deviation
     return np.asarray(distance / max(float(usual), 0.02), dtype=np.float32)
-
-
-# A scan as pictures: a PNG, and an HTML page that holds the picture and the stretches, in one file.
-
-MOST_POINTS = 2000
-LABELS = {
-    "entropy": "entropy in the window, nats",
-    "repetition": "share of repeated runs",
-    "unknown": "share without a piece",
-    "unigram_loss": "unigram loss, nats a token",
-}
 
 
 def draw_scan(scanned: Scan, stretches: Sequence[Stretch]) -> bytes:

@@ -1,4 +1,4 @@
-"""Facts about a dataset, and whether it is what it says."""
+"""Facts about a dataset, some of which take reading all of it, and whether it is what it says."""
 
 from __future__ import annotations
 
@@ -13,76 +13,12 @@ from megalm.data.builder.minhash_file import open_signatures
 from megalm.data.indexed.dataset import IndexedDataset, bin_path, idx_path, sidecar_path
 from megalm.data.indexed.document_sources import DocumentSources
 from megalm.data.indexed.metadata import read_sidecar
-from megalm.data.indexed.token_counts import Tell, TokenCounter, no_tell, summarise
+from megalm.data.indexed.token_counts import Tell, count_tokens, no_tell
 from megalm.data.readers.input_files import sha256_of
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
 
-# Facts about a dataset that take reading all of it: lengths, frequent tokens, fallback, duplicates.
-
 HASHED_DOCUMENTS = 4096
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Attributes:
-    length_histogram: (from, to, documents): lengths in tokens, in powers of two.
-    frequent: (id, share of all tokens), the most frequent first.
-    tokens_per_byte, fallback_share: None without a tokenizer.
-    duplicates: documents whose tokens came before.
-    """
-
-    length_histogram: list[tuple[int, int, int]]
-    frequent: list[tuple[int, float]]
-    tokens_per_byte: float | None
-    fallback_share: float | None
-    duplicates: int
-
-
-def statistics(
-    dataset: IndexedDataset, tokenizer: Tokenizer | None = None, most: int = 20, tell: Tell = no_tell
-) -> Statistics:
-    """Read everything, twice.
-
-    Raises:
-        DataError: a token that the tokenizer does not have.
-    """
-    counter = TokenCounter(tokenizer.vocab_size if tokenizer else None, dataset.prefix, tell)
-    counter.add(dataset.tokens)
-    counts, total = counter.counts, max(1, len(dataset.tokens))
-    order = np.argsort(-counts, kind="stable")[:most]
-    text_bytes = fallback = None
-    if tokenizer is not None:
-        text_bytes = int((tokenizer.token_bytes().astype(np.int64) * counts).sum())
-        fallback = float(counts[tokenizer.fallback_ids()].sum() / total)
-    return Statistics(
-        length_histogram=_histogram(dataset),
-        frequent=[(int(token), float(counts[token] / total)) for token in order if counts[token]],
-        tokens_per_byte=len(dataset.tokens) / text_bytes if text_bytes else None,
-        fallback_share=fallback,
-        duplicates=_duplicates(dataset, tell),
-    )
-
-
-def _histogram(dataset: IndexedDataset) -> list[tuple[int, int, int]]:
-    lengths = np.asarray(dataset.sequence_lengths)
-    powers = np.bincount(np.frexp(lengths.astype(np.float64))[1].clip(0))
-    return [(2**power >> 1, 2**power - 1, int(count)) for power, count in enumerate(powers) if count]
-
-
-def _duplicates(dataset: IndexedDataset, tell: Tell) -> int:
-    repeated = 0
-    with tempfile.TemporaryDirectory() as folder:
-        seen = ExactDeduplicator(Path(folder) / "seen")
-        for start in range(0, len(dataset), HASHED_DOCUMENTS):
-            rows = [
-                dataset[index].astype(np.int32) for index in range(start, min(start + HASHED_DOCUMENTS, len(dataset)))
-            ]
-            repeated += int((~seen.add(exact_signatures(rows))).sum())
-            tell(sum(map(len, rows)))
-    return repeated
-
-
 RECORDED = (
     "text_bytes",
     "empty_documents",
@@ -137,7 +73,7 @@ def verify(prefix: str | Path, tokenizer: Tokenizer | None = None, tell: Tell = 
     dataset.verify()
     sidecar = read_sidecar(prefix) or {}
     vocab_size = tokenizer.vocab_size if tokenizer else sidecar.get("tokenizer", {}).get("vocab_size")
-    summary = summarise(dataset, vocab_size, tell)
+    summary = count_tokens(dataset, vocab_size, tell).summary()
     recorded = sidecar.get("bin_sha256")
     if recorded is not None and recorded != summary.sha256:
         raise DataError(
@@ -172,3 +108,62 @@ def document_text(prefix: str | Path, document: int, tokenizer: Tokenizer | None
     first, end = (int(bound) for bound in dataset.document_index[document : document + 2])
     tokens = [int(token) for sequence in range(first, end) for token in dataset[sequence]]
     return tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Attributes:
+    length_histogram: (from, to, documents): lengths in tokens, in powers of two.
+    frequent: (id, share of all tokens), the most frequent first.
+    tokens_per_byte, fallback_share: None without a tokenizer.
+    duplicates: documents whose tokens came before.
+    """
+
+    length_histogram: list[tuple[int, int, int]]
+    frequent: list[tuple[int, float]]
+    tokens_per_byte: float | None
+    fallback_share: float | None
+    duplicates: int
+
+
+def statistics(
+    dataset: IndexedDataset, tokenizer: Tokenizer | None = None, most: int = 20, tell: Tell = no_tell
+) -> Statistics:
+    """Read everything, twice.
+
+    Raises:
+        DataError: a token that the tokenizer does not have.
+    """
+    counts = count_tokens(dataset, tokenizer.vocab_size if tokenizer else None, tell).counts
+    total = max(1, len(dataset.tokens))
+    order = np.argsort(-counts, kind="stable")[:most]
+    text_bytes = fallback = None
+    if tokenizer is not None:
+        text_bytes = int((tokenizer.token_bytes().astype(np.int64) * counts).sum())
+        fallback = float(counts[tokenizer.fallback_ids()].sum() / total)
+    return Statistics(
+        length_histogram=_histogram(dataset),
+        frequent=[(int(token), float(counts[token] / total)) for token in order if counts[token]],
+        tokens_per_byte=len(dataset.tokens) / text_bytes if text_bytes else None,
+        fallback_share=fallback,
+        duplicates=_duplicates(dataset, tell),
+    )
+
+
+def _histogram(dataset: IndexedDataset) -> list[tuple[int, int, int]]:
+    lengths = np.asarray(dataset.sequence_lengths)
+    powers = np.bincount(np.frexp(lengths.astype(np.float64))[1].clip(0))
+    return [(2**power >> 1, 2**power - 1, int(count)) for power, count in enumerate(powers) if count]
+
+
+def _duplicates(dataset: IndexedDataset, tell: Tell) -> int:
+    repeated = 0
+    with tempfile.TemporaryDirectory() as folder:
+        seen = ExactDeduplicator(Path(folder) / "seen")
+        for start in range(0, len(dataset), HASHED_DOCUMENTS):
+            rows = [
+                dataset[index].astype(np.int32) for index in range(start, min(start + HASHED_DOCUMENTS, len(dataset)))
+            ]
+            repeated += int((~seen.add(exact_signatures(rows))).sum())
+            tell(sum(map(len, rows)))
+    return repeated

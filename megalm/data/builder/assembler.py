@@ -15,19 +15,19 @@ import numpy.typing as npt
 from megalm.data.builder.build_plan import BuildOptions
 from megalm.data.builder.dedup import make_deduplicator
 from megalm.data.builder.disk_hash_table import Bools
-from megalm.data.builder.minhash_file import SignatureWriter
+from megalm.data.builder.minhash_file import MADE
 from megalm.data.builder.shard_files import WorkUnitFiles, WorkUnitSummary
 from megalm.data.indexed.dataset import best_dtype, bin_path, idx_path, sidecar_path
 from megalm.data.indexed.document_sources import SOURCE, sources_path
-from megalm.data.indexed.metadata import AWAITS_MERGE, KEPT_NAMES, DatasetMetadata, signatures_path
+from megalm.data.indexed.metadata import AWAITS_MERGE, KEPT_NAMES, DatasetMetadata, dataset_paths, signatures_path
 from megalm.data.indexed.token_counts import TokenCounter
-from megalm.data.indexed.writer import IndexedDatasetWriter
+from megalm.data.indexed.writer import IndexedDatasetWriter, RowWriter
 from megalm.data.readers.document_reader import Span, lines_before, record_name
 from megalm.data.readers.input_files import InputFile, sha256_of
 from megalm.data.sampling.samples import split_documents
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
-from megalm.utils.atomic_files import discard, sync_directory, temporary_name, write_json, writing_to
+from megalm.utils.atomic_files import sync_directory, write_json
 
 
 @dataclass(frozen=True)
@@ -39,34 +39,44 @@ class Placed:
     spans: tuple[Span, ...]
 
 
-class _Output:
-    """One dataset while it is written."""
+class DatasetWriter:
+    """All files of a dataset, written under temporary names; `finish()` gives them theirs and fills the report.
 
-    def __init__(self, report: DatasetMetadata, prefix: str, vocab_size: int, signed: bool) -> None:
-        self.report, self.prefix = report, prefix
-        self._writer = IndexedDatasetWriter(prefix, best_dtype(vocab_size))
-        self._counter = TokenCounter(vocab_size, bin_path(prefix))
-        self._sources_temporary = temporary_name(sources_path(prefix))
-        self._sources = self._sources_temporary.open("wb")
-        self._signatures = SignatureWriter(prefix) if signed else None
+    Attributes:
+        counter: of the tokens; its `name` is what errors call the file that they come from.
+    """
+
+    def __init__(
+        self,
+        report: DatasetMetadata,
+        prefix: str | Path,
+        dtype: np.dtype[np.generic],
+        vocab_size: int | None,
+        sourced: bool = False,
+        signed: bool = False,
+    ) -> None:
+        self.report, self._prefix = report, prefix
+        self._tokens = IndexedDatasetWriter(prefix, dtype)
+        self.counter = TokenCounter(vocab_size, bin_path(prefix))
+        self._sources = RowWriter(sources_path(prefix)) if sourced else None
+        self._signatures = RowWriter(signatures_path(prefix)) if signed else None
 
     def add(
         self,
         tokens: npt.NDArray[np.generic],
-        rows: npt.NDArray[Any],
-        sources: npt.NDArray[Any],
-        signatures: npt.NDArray[Any] | None,
+        lengths: npt.NDArray[Any],
+        document_ends: npt.NDArray[np.int64] | None = None,
+        sources: npt.NDArray[Any] | None = None,
+        signatures: npt.NDArray[Any] | None = None,
     ) -> None:
-        """Documents [n] of a part; their signatures are taken where there is a use for them."""
-        if self._signatures is not None and signatures is not None:
-            self._signatures.add(signatures)
-        self._counter.add(tokens)
-        self._writer.append_documents(tokens, rows["tokens"])
-        with writing_to(sources_path(self.prefix)):
-            self._sources.write(sources.tobytes())
-        self.report.documents += len(rows)
-        self.report.tokens += len(tokens)
-        self.report.text_bytes += int(rows["text_bytes"].sum())
+        """Documents as `append_documents` of the index takes them, and, where this dataset has a file for them, their
+        rows of SOURCE and their MinHash values."""
+        self.counter.add(tokens)
+        self._tokens.append_documents(tokens, lengths, document_ends)
+        for writer, rows in ((self._sources, sources), (self._signatures, signatures)):
+            if writer is not None and rows is not None:
+                writer.add(rows)
+        self.report.documents += len(lengths if document_ends is None else document_ends)
 
     def note_inexact(self, names: Sequence[str], count: int) -> None:
         self.report.inexact_documents += count
@@ -74,26 +84,37 @@ class _Output:
 
     def finish(self) -> None:
         """Give the files their names; PREFIX.json, without which nothing counts as built, is the last."""
-        with writing_to(sources_path(self.prefix)):
-            self._sources.close()
-            sidecar_path(self.prefix).unlink(missing_ok=True)
-            self._writer.close()
-            self._sources_temporary.replace(sources_path(self.prefix))
-            if self._signatures is None:
-                signatures_path(self.prefix).unlink(missing_ok=True)
-            else:
-                self.report.minhash |= self._signatures.close()
-            sync_directory(Path(self.prefix).parent)
-        summary = self._counter.summary()
-        self.report.unigram_entropy, self.report.bin_sha256 = summary.unigram_entropy, summary.sha256
-        self.report.idx_sha256 = sha256_of(idx_path(self.prefix))
-        write_json(sidecar_path(self.prefix), asdict(self.report))
+        for path_of in (sidecar_path, sources_path, signatures_path):  # old ones would describe the new tokens
+            path_of(self._prefix).unlink(missing_ok=True)
+        self._tokens.close()
+        summary, report = self.counter.summary(), self.report
+        report.tokens, report.unigram_entropy, report.bin_sha256 = (
+            summary.tokens,
+            summary.unigram_entropy,
+            summary.sha256,
+        )
+        try:
+            if self._sources is not None:
+                self._sources.close()
+            if self._signatures is not None:
+                report.minhash |= {**MADE, "sha256": self._signatures.close()}
+            sync_directory(Path(self._prefix).parent)
+            report.idx_sha256 = sha256_of(idx_path(self._prefix))
+            write_json(sidecar_path(self._prefix), asdict(report))
+        except BaseException:
+            _unlink_all(self._prefix)  # tokens without PREFIX.json would be in the way of the next try
+            raise
 
-    def abort(self) -> None:
-        self._writer.abort()
-        discard(self._sources, self._sources_temporary)
-        if self._signatures is not None:
-            self._signatures.abort()
+    def close(self) -> None:
+        """Discard what has no name yet."""
+        for writer in (self._tokens, self._sources, self._signatures):
+            if writer is not None:
+                writer.abort()
+
+
+def _unlink_all(prefix: str | Path) -> None:
+    for path in dataset_paths(prefix):
+        path.unlink(missing_ok=True)
 
 
 class Assembler:
@@ -120,10 +141,9 @@ class Assembler:
         self._seen = make_deduplicator(
             "none" if self._deferred else options.dedup, work / "seen", options.minhash_threshold
         )
-        self._vocab_size = tokenizer.vocab_size
+        self._vocab_size, self._dtype = tokenizer.vocab_size, best_dtype(tokenizer.vocab_size)
         self._lines: dict[str, int] = {}  # so many of each file have come
-        self._waiting: list[tuple[Placed, npt.NDArray[np.uint8], list[int]]] = []  # masks as bits
-        self._added: list[tuple[Placed, list[int]]] = []
+        self._added: list[tuple[Placed, list[int], npt.NDArray[np.uint8]]] = []  # with the first lines; masks as bits
         self._starts: list[int] = []  # number of the first document of each part that was added
         self._documents = self._left_out = 0
         self._outputs = [] if options.split else self._open_outputs()
@@ -133,13 +153,11 @@ class Assembler:
         first_lines = self._first_lines(placed)
         self._count_left_out(placed, first_lines)
         self._starts.append(self._documents + self._left_out)
-        self._added.append((placed, first_lines))
         mask = self._keep(placed)
         kept = int(mask.sum())
+        self._added.append((placed, first_lines, np.packbits(mask)))
         if self._outputs:
             self._copy(placed, mask, first_lines, self._documents, [(0, self._documents + kept)])
-        else:
-            self._waiting.append((placed, np.packbits(mask), first_lines))
         self._documents += kept
         self._left_out += len(mask) - kept
 
@@ -171,19 +189,18 @@ class Assembler:
         for report in self._reports[1:]:
             report.skipped, report.messages, report.removed = main.skipped, main.messages, main.removed
             report.near_copies = main.near_copies
-        while self._outputs:
-            self._outputs[0].finish()
-            self._outputs.pop(0)
+        for output in self._outputs:
+            output.finish()
         progress(1.0)
 
-    def abort(self) -> None:
-        """Throw away what has no name yet; the parts stay."""
+    def close(self) -> None:
+        """Discard what has no name yet; the parts stay."""
         for output in self._outputs:
-            output.abort()
+            output.close()
 
-    def _open_outputs(self) -> list[_Output]:
+    def _open_outputs(self) -> list[DatasetWriter]:
         return [
-            _Output(report, prefix, self._vocab_size, self._signed)
+            DatasetWriter(report, prefix, self._dtype, self._vocab_size, sourced=True, signed=self._signed)
             for report, prefix in zip(self._reports, self._prefixes, strict=True)
         ]
 
@@ -193,7 +210,7 @@ class Assembler:
             if start == end:
                 raise DataError(f"{prefix}: the split leaves it without a document; give more text or weight")
         self._outputs, done = self._open_outputs(), 0
-        for placed, bits, first_lines in self._waiting:
+        for placed, first_lines, bits in self._added:
             mask = np.unpackbits(bits, count=placed.summary.documents).astype(np.bool_)
             self._copy(placed, mask, first_lines, done, bounds)
             done += int(mask.sum())
@@ -208,7 +225,7 @@ class Assembler:
     def _name(self, number: int) -> str:
         """File and line of a document, by its number in the order of the input, with those that were left out."""
         place = bisect_right(self._starts, number) - 1
-        placed, first_lines = self._added[place]
+        placed, first_lines, _ = self._added[place]
         row = placed.part.documents()[number - self._starts[place]]
         file = placed.spans[row["span"]].file
         return record_name(file, self._options.read, first_lines[row["span"]] + int(row["line"]))
@@ -243,7 +260,7 @@ class Assembler:
         """Copy what stays of a part to the outputs that it belongs to; `done` documents came before."""
         rows = placed.part.documents()
         signatures = placed.part.signatures() if self._signed and len(rows) else None
-        tokens = np.fromfile(placed.part.path("tokens"), dtype=best_dtype(self._vocab_size))
+        tokens = np.fromfile(placed.part.path("tokens"), dtype=self._dtype)
         intact = len(tokens) == placed.summary.tokens == int(rows["tokens"].sum()) and len(rows) == len(mask)
         if not intact or zlib.crc32(tokens.data) != placed.summary.crc:
             raise placed.part.damaged()
@@ -257,7 +274,14 @@ class Assembler:
             if not here.any():
                 continue
             chosen = tokens if here.all() else tokens[np.repeat(here, rows["tokens"])]
-            output.add(chosen, rows[here], sources[here], None if signatures is None else signatures[here])
+            kept = rows[here]
+            output.add(
+                chosen,
+                kept["tokens"],
+                sources=sources[here],
+                signatures=None if signatures is None else signatures[here],
+            )
+            output.report.text_bytes += int(kept["text_bytes"].sum())
             inexact = np.flatnonzero(here & ~rows["exact"])
             names = [
                 record_name(placed.spans[spans[place]].file, self._options.read, int(sources["line"][place]))

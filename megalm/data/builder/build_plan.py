@@ -6,7 +6,6 @@ off can be taken up by another number of them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from megalm.data.readers.formats import format_of
 from megalm.data.readers.input_files import InputFile
 from megalm.data.readers.records import BLOCK_BYTES, ReadOptions, RecordLayout, without_end
 from megalm.errors import DataError
+from megalm.utils.atomic_files import json_hash
 
 PLAN_VERSION = 2
 UNITS_OF_A_SHARD = 4  # at least, where the input can be cut
@@ -67,11 +67,39 @@ class BuildOptions:
             )
         check_threshold(self.minhash_threshold)
 
-    def recorded(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """For PREFIX.json: only what decides the bytes."""
         facts: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         facts.pop("unit_bytes")
         return facts
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> BuildOptions:
+        """What `to_json` gave; other keys are passed over."""
+        import pydantic  # which the workers need not load
+
+        return pydantic.TypeAdapter(cls).validate_python(facts)
+
+    def to_words(self) -> list[str]:
+        """As arguments of build_dataset.py, but those that are the default."""
+        words = [] if self.append_eod else ["--no-append-eod"]
+        for (name, value), usual in zip(self._arguments(), BuildOptions()._arguments(), strict=True):
+            if value != usual[1]:
+                words += [f"--{name.replace('_', '-')}", str(value)]
+        return words
+
+    def _arguments(self) -> list[tuple[str, object]]:
+        return [
+            ("text_key", self.read.text_key),
+            ("columns", ",".join(self.read.columns)),
+            ("txt_documents", self.read.documents),
+            ("max_document_mb", self.read.largest_bytes >> 20),
+            ("on_error", self.on_error),
+            ("dedup", self.dedup),
+            ("minhash_threshold", self.minhash_threshold),
+            ("split", ",".join(f"{weight:g}" for weight in self.split)),
+            *vars(self.filters).items(),
+        ]
 
     def output_prefixes(self, prefix: str | Path) -> list[str]:
         names = SPLIT_NAMES[: len(self.split)]
@@ -121,12 +149,11 @@ def make_plan(files: Sequence[InputFile], options: BuildOptions, tokenizer_finge
     facts = {
         "version": PLAN_VERSION,
         "files": [asdict(file) for file in files],
-        "options": options.recorded() | {"unit_bytes": unit_bytes},
+        "options": options.to_json() | {"unit_bytes": unit_bytes},
         "tokenizer": tokenizer_fingerprint,
     }
-    identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     used = {span.file.path for group in groups for span in group.spans}
-    return Plan(tuple(file for file in files if file.path in used), tuple(groups), unit_bytes, identity)
+    return Plan(tuple(file for file in files if file.path in used), tuple(groups), unit_bytes, json_hash(facts))
 
 
 def _text_bytes(file: InputFile) -> int:

@@ -7,127 +7,36 @@ lies in PREFIX.building/ until the dataset has its name. `build_dataset` makes o
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from megalm.data.builder.assembler import Assembler, Placed
+from megalm.data.builder.assembler import Assembler, DatasetWriter, Placed
 from megalm.data.builder.build_plan import BuildOptions, Group, Plan, make_plan
-from megalm.data.builder.shard_files import WorkUnitFiles, WorkUnitSummary
+from megalm.data.builder.shard_files import WorkUnitFiles, WorkUnitSummary, with_ends
 from megalm.data.builder.workers import Unit, do_units
 from megalm.data.builder.workspace import hash_inputs_in_background, working_in
-from megalm.data.indexed.dataset import best_dtype, bin_path, idx_path, sidecar_path
-from megalm.data.indexed.document_sources import sources_path
-from megalm.data.indexed.metadata import (
-    KEPT_NAMES,
-    DatasetMetadata,
-    check_output,
-    dataset_paths,
-    is_whole,
-    read_metadata,
-    signatures_path,
-    start_report,
-)
-from megalm.data.indexed.token_counts import TokenCounter
-from megalm.data.indexed.writer import IndexedDatasetWriter
-from megalm.data.readers.document_reader import Document, Span, damage
+from megalm.data.indexed.dataset import best_dtype
+from megalm.data.indexed.metadata import DatasetMetadata, check_output, dataset_paths, finished_report, start_report
+from megalm.data.readers.document_reader import Document, Span, read_blocks
 from megalm.data.readers.formats import format_of
-from megalm.data.readers.input_files import BROKEN, WORK_SUFFIX, InputFile, ReadReport, find_inputs, sha256_of, unpacked
-from megalm.data.readers.records import ByteBlock, ReadOptions, blocks_of
+from megalm.data.readers.input_files import WORK_SUFFIX, InputFile, ReadReport, find_inputs, sha256_of
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
-from megalm.utils.atomic_files import write_json
-
-# The units of a plan that are still to be made, and, once they are, all of them in the order of the input.
-
-# These bytes travel to a worker through a pipe.
-LARGEST_BLOCK = 16 << 20
-
-
-@dataclass
-class UnitList:
-    """Walks the plan; `todo()` leaves out what is there already, `placed()` is for afterwards."""
-
-    plan: Plan
-    options: BuildOptions
-    directory: Path
-
-    def __post_init__(self) -> None:
-        self._order: deque[tuple[str, tuple[Span, ...]]] = deque()  # not yet given by `ready`
-        self._done: set[str] = set()
-        self.reused = 0  # weight of the parts that were there
-
-    def todo(self) -> Iterator[Unit]:
-        """Raises DataError for a file that is not the one that was found."""
-        for number, group in enumerate(self.plan.groups):
-            for unit in self._units_of(f"{number:06}", group):
-                self._order.append((unit.name, unit.spans))
-                summary = WorkUnitFiles(self.directory, unit.name).finished()
-                if summary is not None and summary.content == unit.content_hash:
-                    self.reused += unit.weight
-                    self._done.add(unit.name)
-                else:
-                    yield unit
-
-    def done(self, unit: Unit) -> None:
-        self._done.add(unit.name)
-
-    def ready(self) -> Iterator[Placed]:
-        """Finished parts that are next in the order of the input, each once.
-
-        Raises:
-            DataError: a part is gone again.
-        """
-        while self._order and self._order[0][0] in self._done:
-            name, spans = self._order.popleft()
-            self._done.discard(name)
-            part = WorkUnitFiles(self.directory, name)
-            summary = part.finished()
-            if summary is None:
-                raise part.damaged()
-            yield Placed(part, summary, spans)
-
-    def _units_of(self, name: str, group: Group) -> Iterator[Unit]:
-        if not group.stream:
-            yield Unit(name, group.spans, group.weight)
-            return
-        (span,) = group.spans
-        layout = format_of(span.file.kind, self.options.read)
-        line = 0
-        for place, block in enumerate(_blocks(span, self.options.read, min(LARGEST_BLOCK, self.plan.unit_bytes))):
-            digest = hashlib.sha256(block.problem.encode() + b"\0" + block.content).hexdigest()
-            here = replace(span, start=block.start)
-            yield Unit(f"{name}-{place:06}", (here,), len(block.content), block, digest, line)
-            line += layout.count(block.content, block.start)
-
-
-def _blocks(span: Span, options: ReadOptions, block_bytes: int) -> Iterator[ByteBlock]:
-    """A file that only one process can read: cut here, parsed and encoded elsewhere."""
-    span.file.check_unchanged()
-    layout, end = format_of(span.file.kind, options), 0
-    with span.file.open_raw() as raw:
-        try:
-            stream = unpacked(raw, span.file.packing)
-            for block in blocks_of(stream, layout, options.largest_bytes, block_bytes):
-                yield block
-                end = block.start + len(block.content)
-        except BROKEN as error:
-            yield ByteBlock(b"", end, damage(error, span.file))
-
+from megalm.utils.atomic_files import json_hash
 
 __all__ = ["BuildOptions", "BuildProgress", "Built", "DatasetMetadata", "build_dataset", "build_files"]
 
 logger = logging.getLogger(__name__)
 PROGRESS_SECONDS = 0.2
+LARGEST_BLOCK = 16 << 20  # travels to a worker through a pipe
 
 
 @dataclass(frozen=True)
@@ -190,7 +99,7 @@ def build_files(
     files = find_inputs(paths, reading, stdin_kind)
     prefixes = options.output_prefixes(output_prefix)
     _check_inputs(files, prefixes)
-    facts = options.recorded() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
+    facts = options.to_json() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
     finished = None if again else _finished_reports(prefixes, files, facts, tokenizer, overwrite)
     if finished is not None:
         return Built(finished, was_there=True, resumed=0, ignored_files=reading.ignored_files)
@@ -198,14 +107,13 @@ def build_files(
         _ = tokenizer.eod_id  # says so now where there is none
     plan = make_plan(files, options, tokenizer.fingerprint)
     work = Path(f"{output_prefix}{WORK_SUFFIX}")
-    with working_in(work, plan, prefixes, overwrite):
+    with working_in(work, plan.identity, prefixes, overwrite):
         inputs: list[dict[str, Any]] = []
         reports = [start_report(prefix, tokenizer, options.append_eod, facts, inputs) for prefix in prefixes]
         if options.shard[1] > 1:
             reports[0].listing = _listing(files)
-        assembler = Assembler(reports, prefixes, plan.files, options, tokenizer, work)
-        try:
-            units, counts = UnitList(plan, options, work), _Counts(plan, progress)
+        units, counts = _Units(plan, options, work), _Counts(plan, progress)
+        with closing(Assembler(reports, prefixes, plan.files, options, tokenizer, work)) as assembler:
             with hash_inputs_in_background(plan.files) as hashes:
                 for unit, summary in do_units(units.todo(), work, options, tokenizer, min(workers, plan.most_units)):
                     units.done(unit)
@@ -218,10 +126,61 @@ def build_files(
                 file.check_unchanged()
             inputs += [_recorded_input(file, hashes.get(file.path, "")) for file in plan.files]
             assembler.finish(counts.assembling)
-        finally:
-            assembler.abort()
         shutil.rmtree(work, ignore_errors=True)  # NFS keeps a file that is still mapped
     return Built(reports, was_there=False, resumed=units.reused, ignored_files=reading.ignored_files)
+
+
+class _Units:
+    """Walks the plan: the units that are still `todo`, and parts that are `ready`, in the order of the input."""
+
+    def __init__(self, plan: Plan, options: BuildOptions, directory: Path) -> None:
+        self._plan, self._options, self._directory = plan, options, directory
+        self._order: deque[tuple[str, tuple[Span, ...]]] = deque()  # not yet given by `ready`
+        self._done: set[str] = set()
+        self.reused = 0  # weight of the parts that were there
+
+    def todo(self) -> Iterator[Unit]:
+        """Raises DataError for a file that is not the one that was found."""
+        for number, group in enumerate(self._plan.groups):
+            for unit in self._units_of(f"{number:06}", group):
+                self._order.append((unit.name, unit.spans))
+                summary = WorkUnitFiles(self._directory, unit.name).finished()
+                if summary is not None and summary.content == unit.content_hash:
+                    self.reused += unit.weight
+                    self._done.add(unit.name)
+                else:
+                    yield unit
+
+    def done(self, unit: Unit) -> None:
+        self._done.add(unit.name)
+
+    def ready(self) -> Iterator[Placed]:
+        """Finished parts that are next in the order of the input, each once.
+
+        Raises:
+            DataError: a part is gone again.
+        """
+        while self._order and self._order[0][0] in self._done:
+            name, spans = self._order.popleft()
+            self._done.discard(name)
+            part = WorkUnitFiles(self._directory, name)
+            summary = part.finished()
+            if summary is None:
+                raise part.damaged()
+            yield Placed(part, summary, spans)
+
+    def _units_of(self, name: str, group: Group) -> Iterator[Unit]:
+        if not group.stream:
+            yield Unit(name, group.spans, group.weight)
+            return
+        (span,) = group.spans
+        layout = format_of(span.file.kind, self._options.read)
+        line, block_bytes = 0, min(LARGEST_BLOCK, self._plan.unit_bytes)
+        for place, block in enumerate(read_blocks(span, self._options.read, block_bytes)):
+            digest = hashlib.sha256(block.problem.encode() + b"\0" + block.content).hexdigest()
+            here = replace(span, start=block.start)
+            yield Unit(f"{name}-{place:06}", (here,), len(block.content), block, digest, line)
+            line += layout.count(block.content, block.start)
 
 
 class _Counts:
@@ -260,16 +219,11 @@ def _finished_reports(
     tokenizer: Tokenizer,
     thorough: bool,
 ) -> list[DatasetMetadata] | None:
-    """The reports of a build of just this, if it is there (see `is_whole`)."""
+    """The reports of a build of just this, if it is there (see `finished_report`)."""
     reports = []
     for prefix in prefixes:
-        report = read_metadata(prefix)
-        if report is None:
-            return None
-        same = report.options == facts and report.tokenizer.get("fingerprint") == tokenizer.fingerprint
-        if facts["dedup"] == "minhash" and not (report.minhash and signatures_path(prefix).exists()):
-            return None
-        if not same or not is_whole(prefix, report, thorough) or not _same_inputs(report, files):
+        report = finished_report(prefix, facts, tokenizer.fingerprint, thorough)
+        if report is None or not _same_inputs(report, files):
             return None
         reports.append(report)
     return reports
@@ -311,7 +265,7 @@ def _check_inputs(files: Sequence[InputFile], prefixes: Sequence[str]) -> None:
 
 def _listing(files: Sequence[InputFile]) -> str:
     """Identity of all the input by names and sizes: they decide what of it each shard takes."""
-    return hashlib.sha256(json.dumps([[file.path, file.size] for file in files]).encode()).hexdigest()
+    return json_hash([[file.path, file.size] for file in files])
 
 
 def _recorded_input(file: InputFile, sha256: str) -> dict[str, Any]:
@@ -325,14 +279,12 @@ def build_dataset(
     tokenizer: Tokenizer,
     output_prefix: str | Path,
     append_eod: bool = True,
-    progress: Progress | None = None,
     inputs: Sequence[str] = (),
     overwrite: bool = False,
 ) -> DatasetMetadata:
-    """Tokenize documents at hand, in their order, into a dataset.
+    """Tokenize documents at hand, in their order, into a dataset without PREFIX.sources.
 
-    Empty documents are left out and counted. Documents that do not decode back exactly are counted, named, and in
-    the dataset all the same.
+    Empty documents are left out and counted.
 
     Args:
         inputs: where the documents came from, for PREFIX.json.
@@ -344,35 +296,21 @@ def build_dataset(
     """
     check_output(output_prefix, overwrite)
     report = start_report(output_prefix, tokenizer, append_eod, {"append_eod": append_eod}, list(map(str, inputs)))
-    eod = np.array([tokenizer.eod_id] if append_eod else [], dtype=np.int32)
-    dtype = best_dtype(tokenizer.vocab_size)
-    counter = TokenCounter(tokenizer.vocab_size, bin_path(output_prefix))
-    with IndexedDatasetWriter(output_prefix, dtype) as writer:
+    dtype, eod_id = best_dtype(tokenizer.vocab_size), report.tokenizer["eod_id"]
+    with closing(DatasetWriter(report, output_prefix, dtype, tokenizer.vocab_size)) as writer:
         for document in documents:
             if not document.text:
                 report.empty_documents += 1
                 continue
-            (ids,) = tokenizer.encode_arrays([document.text])
-            if not tokenizer.is_exact(document.text, ids):
-                report.inexact_documents += 1
-                report.inexact_names += [document.source][: KEPT_NAMES - len(report.inexact_names)]
-            tokens = np.concatenate([ids, eod]).astype(dtype)
-            counter.add(tokens)
-            writer.append(tokens)
-            report.documents += 1
+            encoded = tokenizer.encode_arrays([document.text])
+            writer.add(*with_ends(encoded, eod_id, dtype))
             report.text_bytes += len(document.text.encode())
-            report.tokens += len(tokens)
-            if progress is not None:
-                progress(BuildProgress(report.documents, report.text_bytes, report.tokens))
+            if not tokenizer.is_exact(document.text, encoded[0]):
+                writer.note_inexact([document.source], 1)
         if report.documents == 0:
             raise DataError(
                 f"{output_prefix}: no text to build a dataset of ({report.empty_documents} empty documents); "
                 "check the input"
             )
-        for path_of in (sidecar_path, sources_path, signatures_path):  # old ones would describe the new files
-            path_of(output_prefix).unlink(missing_ok=True)
-    summary = counter.summary()
-    report.unigram_entropy, report.bin_sha256 = summary.unigram_entropy, summary.sha256
-    report.idx_sha256 = sha256_of(idx_path(output_prefix))
-    write_json(sidecar_path(output_prefix), asdict(report))
+        writer.finish()
     return report

@@ -22,6 +22,15 @@ MOVED_ROWS = 1 << 16
 SPREAD = 0x9E3779B97F4A7C15  # an odd number near 2^64 divided by the golden ratio
 
 
+def hash_runs(values: UInt64s, length: int) -> UInt64s:
+    """[..., n - length + 1] hashes of the runs of `length` values in rows of [..., n]."""
+    count = values.shape[-1] - length + 1
+    mixed: UInt64s = np.zeros((*values.shape[:-1], count), dtype=np.uint64)
+    for place in range(length):
+        mixed = mixed * np.uint64(SPREAD) + values[..., place : place + count]
+    return mixed
+
+
 class HashTable:
     """Rows of u64: K columns of key, not all zeros, and columns of values. Open addressing, linear probing."""
 

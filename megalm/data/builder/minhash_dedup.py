@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megalm.data.builder.disk_hash_table import Bools, HashTable, Int64s, RowFile, UInt64s
+from megalm.data.builder.disk_hash_table import SPREAD, Bools, HashTable, Int64s, RowFile, UInt64s, hash_runs
 from megalm.errors import DataError
 
 PERMUTATIONS = 64
@@ -22,7 +22,6 @@ SHINGLE_WORDS = 5
 SEED, SCHEME = 1, "affine32"
 BATCH = 4096
 KEPT_PAIRS = 20
-SPREAD = 0x9E3779B97F4A7C15
 BAND_BITS = 7
 Values = npt.NDArray[np.uint32]
 
@@ -60,11 +59,7 @@ def _shingles(text: str) -> Values:
     words = np.array([zlib.crc32(word.encode()) for word in text.split()], dtype=np.uint64)
     if len(words) < SHINGLE_WORDS:
         return np.array([zlib.crc32(words.tobytes())], dtype=np.uint32)
-    count = len(words) - SHINGLE_WORDS + 1
-    mixed: UInt64s = np.zeros(count, dtype=np.uint64)
-    for place in range(SHINGLE_WORDS):
-        mixed = mixed * np.uint64(SPREAD) + words[place : place + count]
-    return np.unique((mixed >> np.uint64(32)).astype(np.uint32))
+    return np.unique((hash_runs(words, SHINGLE_WORDS) >> np.uint64(32)).astype(np.uint32))
 
 
 def bands_of(threshold: float) -> tuple[int, int]:

@@ -6,7 +6,6 @@ Nothing but merging reads them.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +16,8 @@ from megalm.data.builder.minhash_dedup import PERMUTATIONS, SCHEME, SEED, SHINGL
 from megalm.data.indexed.metadata import signatures_path
 from megalm.data.readers.input_files import sha256_of
 from megalm.errors import DataError
-from megalm.utils.atomic_files import discard, temporary_name, writing_to
 
 MADE = {"permutations": PERMUTATIONS, "shingle_words": SHINGLE_WORDS, "seed": SEED, "scheme": SCHEME}
-
-
-class SignatureWriter:
-    """Writes under a temporary name until `close()`."""
-
-    def __init__(self, prefix: str | Path) -> None:
-        self._path = signatures_path(prefix)
-        self._temporary, self._hash = temporary_name(self._path), hashlib.sha256()
-        with writing_to(self._path):
-            self._file = self._temporary.open("wb")
-
-    def add(self, rows: npt.NDArray[Any]) -> None:
-        """Rows [n, P] of u32."""
-        content = np.ascontiguousarray(rows, dtype="<u4").tobytes()
-        self._hash.update(content)
-        with writing_to(self._path):
-            self._file.write(content)
-
-    def close(self) -> dict[str, Any]:
-        """Give the file its name; what PREFIX.json says of it."""
-        with writing_to(self._path):
-            self._file.close()
-            self._temporary.replace(self._path)
-        return {**MADE, "sha256": self._hash.hexdigest()}
-
-    def abort(self) -> None:
-        discard(self._file, self._temporary)
 
 
 def open_signatures(prefix: str | Path, recorded: dict[str, Any], documents: int) -> npt.NDArray[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megalm.errors import DataError
@@ -54,16 +54,8 @@ class Filters:
         return next((name for name in self.names if self._breaks(name, text)), None)
 
     def _breaks(self, name: str, text: str) -> bool:
-        bound = getattr(self, name)
-        if name == "min_characters":
-            return len(text) < bound
-        if name == "max_characters":
-            return len(text) > bound
-        if name == "min_letter_share":
-            return letter_share(text) < bound
-        if name == "max_repeated_line_share":
-            return repeated_line_share(text.splitlines()) > bound
-        return mean_word_length(text.split()) > bound
+        bound, value = getattr(self, name), MEASURES[name.partition("_")[2]](text)
+        return bool(value < bound if name.startswith("min_") else value > bound)
 
 
 def letter_share(text: str) -> float:
@@ -71,11 +63,20 @@ def letter_share(text: str) -> float:
     return sum(map(str.isalpha, dense)) / max(1, len(dense))
 
 
-def repeated_line_share(lines: Sequence[str]) -> float:
-    counts = Counter(line.strip() for line in lines)
+def repeated_line_share(text: str) -> float:
+    counts = Counter(line.strip() for line in text.splitlines())
     repeated = sum(len(line) * (times - 1) for line, times in counts.items())
     return repeated / max(1, sum(len(line) * times for line, times in counts.items()))
 
 
-def mean_word_length(words: Sequence[str]) -> float:
+def mean_word_length(text: str) -> float:
+    words = text.split()
     return sum(map(len, words)) / max(1, len(words))
+
+
+MEASURES: dict[str, Callable[[str], float]] = {
+    "characters": len,
+    "letter_share": letter_share,
+    "repeated_line_share": repeated_line_share,
+    "word_length": mean_word_length,
+}

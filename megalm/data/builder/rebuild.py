@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
 from megalm.data.builder.build_plan import SPLIT_NAMES
 from megalm.data.builder.builder import BuildOptions, Built, build_files
-from megalm.data.builder.quality_filters import Filters
 from megalm.data.indexed.dataset import bin_path, idx_path, sidecar_path
 from megalm.data.indexed.metadata import read_sidecar
 from megalm.data.readers.input_files import STDIN, InputFile, ReadReport, find_inputs
-from megalm.data.readers.records import ReadOptions
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
 
@@ -164,47 +162,17 @@ def changed_inputs(sidecar: dict[str, Any]) -> list[str]:
 
 def rebuild_command(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted) -> str:
     """The line of shell that builds the dataset again as wanted."""
-    options, inputs = _options(sidecar, wanted.append_eod), _inputs(prefix, sidecar)
+    inputs, options = _inputs(prefix, sidecar), _options(sidecar, wanted.append_eod)
     words = ["python", "data_tools/build_dataset.py"]
     for path in wanted.inputs or inputs:
         words += ["--input", path]
     words += ["--tokenizer", wanted.tokenizer.spec, "--output-prefix", build_prefix(prefix), "--overwrite"]
-    return shlex.join([*words, *_option_words(options)])
-
-
-def _option_words(options: BuildOptions) -> list[str]:
-    plain, read = BuildOptions(), options.read
-    stated: list[tuple[str, object, object]] = [
-        ("text-key", read.text_key, plain.read.text_key),
-        ("columns", ",".join(read.columns), ""),
-        ("txt-documents", read.documents, plain.read.documents),
-        ("max-document-mb", read.largest_bytes >> 20, plain.read.largest_bytes >> 20),
-        ("on-error", options.on_error, plain.on_error),
-        ("dedup", options.dedup, plain.dedup),
-        ("minhash-threshold", options.minhash_threshold, plain.minhash_threshold),
-        ("split", ",".join(f"{weight:g}" for weight in options.split), ""),
-        *((name.replace("_", "-"), getattr(options.filters, name), None) for name in options.filters.names),
-    ]
-    words = [] if options.append_eod else ["--no-append-eod"]
-    return words + [word for name, value, usual in stated if value != usual for word in (f"--{name}", str(value))]
+    return shlex.join([*words, *options.to_words()])
 
 
 def _options(sidecar: dict[str, Any], append_eod: bool | None) -> BuildOptions:
-    recorded = dict(sidecar["options"])
-    if "shard" not in recorded:  # merged, or made of documents in memory
-        return BuildOptions(append_eod=bool(recorded.get("append_eod", True)))
-    recorded.pop("stdin_kind", None)
-    read = recorded.pop("read")
-    return BuildOptions(
-        **recorded
-        | {
-            "read": ReadOptions(**read | {"columns": tuple(read["columns"])}),
-            "filters": Filters(**recorded["filters"]),
-            "split": tuple(recorded["split"]),
-            "shard": tuple(recorded["shard"]),
-            "append_eod": recorded["append_eod"] if append_eod is None else append_eod,
-        }
-    )
+    options = BuildOptions.from_json(sidecar["options"])
+    return options if append_eod is None else replace(options, append_eod=append_eod)
 
 
 def _recorded_paths(sidecar: dict[str, Any]) -> list[str]:

@@ -101,7 +101,7 @@ class WorkUnitWriter:
     def __init__(self, part: WorkUnitFiles, options: BuildOptions, tokenizer: Tokenizer) -> None:
         self._part, self._options, self._tokenizer = part, options, tokenizer
         self._dtype = best_dtype(tokenizer.vocab_size)
-        self._eod = np.array([tokenizer.eod_id], dtype=np.int32) if options.append_eod else None
+        self._eod_id = tokenizer.eod_id if options.append_eod else None
         self._summary = WorkUnitSummary()
         self._removed: Counter[str] = Counter()
         self._rows: list[npt.NDArray[Any]] = []
@@ -157,7 +157,9 @@ class WorkUnitWriter:
             return b""
         texts = [record.text for record in records if record.text is not None]
         encoded = self._tokenizer.encode_arrays(texts)
+        tokens, lengths = with_ends(encoded, self._eod_id, self._dtype)
         rows = np.zeros(len(records), DOCUMENT)
+        rows["tokens"] = lengths
         rows["exact"] = [self._tokenizer.is_exact(text, row) for text, row in zip(texts, encoded, strict=True)]
         rows["text_bytes"] = [len(text) if text.isascii() else len(text.encode()) for text in texts]
         rows["span"] = number
@@ -169,17 +171,22 @@ class WorkUnitWriter:
             self._signatures.append(exact_signatures(encoded))
         else:
             self._signatures.append(np.zeros((len(records), 0), "<u8"))
-        rows["tokens"] = [len(row) for row in encoded]
-        if self._eod is not None:
-            rows["tokens"] += 1
-            encoded = [tokens for row in encoded for tokens in (row, self._eod)]
         self._rows.append(rows)
-        content = np.concatenate(encoded).astype(self._dtype).tobytes()
+        content = tokens.tobytes()
         self._summary.crc = zlib.crc32(content, self._summary.crc)
         self._summary.documents += len(records)
-        self._summary.tokens += len(content) // self._dtype.itemsize
+        self._summary.tokens += len(tokens)
         self._summary.text_bytes += int(rows["text_bytes"].sum())
         return content
+
+
+def with_ends(
+    encoded: Sequence[npt.NDArray[np.int32]], eod_id: int | None, dtype: np.dtype[np.generic]
+) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.int64]]:
+    """(tokens [sum n] of documents one after another, each with the end of documents if there is one; lengths)."""
+    end = np.array([] if eod_id is None else [eod_id], dtype=np.int32)
+    tokens = np.concatenate([part for row in encoded for part in (row, end)]).astype(dtype)
+    return tokens, np.array([len(row) + len(end) for row in encoded], dtype=np.int64)
 
 
 @contextmanager

@@ -7,10 +7,8 @@ CACHE/python-stdlib.lock           one process prepares, the others wait for it
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib
-import json
 import os
 import platform
 import shutil
@@ -18,8 +16,7 @@ import sys
 import sysconfig
 import tempfile
 import tokenize
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,7 @@ from megalm.data.indexed.metadata import SIDECAR_VERSION
 from megalm.data.readers.document_reader import Document, ReadReport
 from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from megalm.errors import DataError
-from megalm.utils.atomic_files import read_json, sync_directory, write_json, writing_to
+from megalm.utils.atomic_files import json_hash, locked, read_json, sync_directory, write_json, writing_to
 
 # The quickstart corpus: sources and manual texts of the running Python's own standard library.
 #
@@ -130,16 +127,19 @@ Progress = Callable[[str], None]
 class PreparedData:
     """A prepared corpus. `train_prefix` holds all of it; `split` cuts off the validation documents."""
 
-    name: str
     directory: Path
-    train_prefix: Path
-    split: str
-    tokenizer_path: Path
-    vocab_size: int
     fingerprint: str
     documents: int
     tokens: int
-    text_bytes: int
+    split: str = SPLIT
+
+    @property
+    def train_prefix(self) -> Path:
+        return self.directory / "corpus"
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.directory / "tokenizer.model"
 
 
 def default_cache_dir() -> Path:
@@ -169,20 +169,25 @@ def prepare_recipe(
         raise DataError(f"data.recipe: {name!r} is unknown; known are {', '.join(RECIPES)}")
     cache = default_cache_dir() if cache_dir is None else Path(cache_dir)
     say: Progress = progress or (lambda line: None)
-    stamp = cache / "stamps" / f"{_hash(_cheap_facts(name, vocab_size))}.json"
+    stamp = cache / "stamps" / f"{json_hash(_cheap_facts(name, vocab_size))}.json"
     if prepared := _find(cache, name, stamp):
         return prepared
-    with _locked(cache / f"{name}.lock", say):
+    with locked(
+        cache / f"{name}.lock",
+        lambda: say("waiting for another process that prepares the same data"),
+        # Two that make the same at once: the one that is done first is read, or replaced.
+        lambda error: say(f"{cache}: its file system has no locks ({error.strerror}); start one run at first"),
+    ):
         if prepared := _find(cache, name, stamp):  # another process made it meanwhile
             return prepared
         say(f"reading the standard library of Python {platform.python_version()}")
         reading = ReadReport()
         documents = stdlib_documents(reading)
         facts = _decisive_facts(name, vocab_size, documents)
-        directory = _directory(cache, name, _hash(facts))
+        directory = _directory(cache, name, json_hash(facts))
         if _read_manifest(directory) is None:
             _make(directory, documents, reading, vocab_size, facts, say)
-        write_json(stamp, {"fingerprint": _hash(facts)})
+        write_json(stamp, {"fingerprint": json_hash(facts)})
     prepared = _find(cache, name, stamp)
     assert prepared is not None, directory
     return prepared
@@ -224,10 +229,6 @@ def _options(name: str, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _hash(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
 def _directory(cache: Path, name: str, fingerprint: str) -> Path:
     return cache / f"{name}-{fingerprint[:16]}"
 
@@ -241,18 +242,7 @@ def _find(cache: Path, name: str, stamp: Path) -> PreparedData | None:
     manifest = _read_manifest(directory)
     if manifest is None:
         return None
-    return PreparedData(
-        name=name,
-        directory=directory,
-        train_prefix=directory / "corpus",
-        split=SPLIT,
-        tokenizer_path=directory / "tokenizer.model",
-        vocab_size=manifest["facts"]["vocab_size"],
-        fingerprint=manifest["fingerprint"],
-        documents=manifest["documents"],
-        tokens=manifest["tokens"],
-        text_bytes=manifest["text_bytes"],
-    )
+    return PreparedData(directory, *(manifest[key] for key in ("fingerprint", "documents", "tokens")))
 
 
 def _read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -297,7 +287,7 @@ def _make(
         say("tokenizing")
         built = build_dataset(documents, load_tokenizer(model), work / "corpus", inputs=[f"recipe:{facts['recipe']}"])
         manifest = {
-            "fingerprint": _hash(facts),
+            "fingerprint": json_hash(facts),
             "facts": facts,
             "python": platform.python_version(),
             "documents": built.documents,
@@ -316,20 +306,3 @@ def _make(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     say(f"{built.documents} documents, {built.tokens:,} tokens in {directory}")
-
-
-@contextmanager
-def _locked(path: Path, say: Progress) -> Iterator[None]:
-    """Hold the lock file; the system lets go of it when the process ends, however it ends."""
-    with writing_to(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waiting for another process that prepares the same data")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # two that make the same at once: the one that is done first is read, or replaced
-            say(f"{path.parent}: its file system has no locks ({error.strerror}); start one run at first")
-        yield

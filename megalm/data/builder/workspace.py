@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from megalm.data.builder.build_plan import Plan
 from megalm.data.indexed.metadata import check_output, dataset_paths
 from megalm.data.readers.input_files import InputFile, sha256_of
 from megalm.errors import DataError
-from megalm.utils.atomic_files import read_json, write_json, writing_to
+from megalm.utils.atomic_files import locked, read_json, write_json, writing_to
 
 logger = logging.getLogger(__name__)
 
@@ -27,77 +27,71 @@ def build_lock(work: Path) -> Iterator[None]:
     Raises:
         DataError: another one does.
     """
-    with writing_to(work):
-        work.parent.mkdir(parents=True, exist_ok=True)
-        lock_path = work.with_name(f".{work.name}.lock")
-        lock = lock_path.open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.fstat(lock.fileno()).st_nlink > 0  # else another process just ended and took the file away
-        except BlockingIOError:
-            ours = False
-        except OSError as error:
-            ours = True
-            logger.warning("%s: its file system has no locks (%s): see that nobody else builds this", work, error)
-        if not ours:
-            raise DataError(f"{work}: another process builds this dataset now; wait for it")
+
+    def refuse() -> None:
+        raise DataError(f"{work}: another process builds this dataset now; wait for it")
+
+    def warn(error: OSError) -> None:
+        logger.warning("%s: its file system has no locks (%s): see that nobody else builds this", work, error)
+
+    path = work.with_name(f".{work.name}.lock")
+    with locked(path, refuse, warn) as lock:
+        if os.fstat(lock.fileno()).st_nlink == 0:  # another process just ended and took the file away
+            refuse()
         try:
             yield
         finally:
-            lock_path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
-def working_in(work: Path, plan: Plan, prefixes: Sequence[str], overwrite: bool) -> Iterator[None]:
-    """PREFIX.building, locked; emptied where it belongs to another build."""
+def working_in(
+    work: Path, identity: Any, prefixes: Sequence[str], overwrite: bool, goes_on: bool = True
+) -> Iterator[None]:
+    """PREFIX.building, locked; what another one of the same identity left there is kept where it `goes_on`.
+
+    Raises:
+        DataError: another process works there; a dataset of this name, which is not of one that was broken off.
+    """
     stated = work / "plan.json"
     with build_lock(work):
-        if not stated.exists() or read_json(stated)["identity"] != plan.identity:
+        same = stated.exists() and read_json(stated) == {"identity": identity}
+        if not same:
             for prefix in prefixes:
                 check_output(prefix, overwrite)
             if any(part for part in work.glob("*.json") if part != stated):
                 logger.warning("%s is of another input or other options: it is thrown away", work)
+        if not (same and goes_on):
             with writing_to(work):
                 if work.exists():
                     shutil.rmtree(work)
                 work.mkdir()
-            write_json(stated, {"identity": plan.identity})
-        clear_temporaries(prefixes)
-        yield
-
-
-def clear_temporaries(prefixes: Iterable[str]) -> None:
-    """What a killed build left half-written; nobody else builds here, we hold the lock."""
-    for prefix in prefixes:
-        for path in dataset_paths(prefix):
-            for left in path.parent.glob(f".{path.name}.*.tmp"):
+            write_json(stated, {"identity": identity})
+        for path in (path for prefix in prefixes for path in dataset_paths(prefix)):
+            for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed build: nobody else builds here
                 left.unlink(missing_ok=True)
+        yield
 
 
 @contextmanager
 def hash_inputs_in_background(files: Sequence[InputFile]) -> Iterator[dict[str, str]]:
     """Hashes of the files by path, made meanwhile in a thread; complete where the block ends without an error."""
     hashes: dict[str, str] = {}
-    failures: list[OSError] = []
     stopped = threading.Event()
 
     def work() -> None:
-        try:
-            for file in files:
-                if not file.is_stdin and not stopped.is_set():
-                    hashes[file.path] = sha256_of(file.path, stopped.is_set)
-        except OSError as error:
-            failures.append(error)
+        for file in files:
+            if not file.is_stdin and not stopped.is_set():
+                hashes[file.path] = sha256_of(file.path, stopped.is_set)
 
-    thread = threading.Thread(target=work, name="hashing")
-    thread.start()
-    try:
-        yield hashes
-    except BaseException:
-        stopped.set()
-        raise
-    finally:
-        thread.join()
-    if failures:
-        raise DataError(f"{failures[0].filename}: cannot be read ({failures[0].strerror}); start again")
+    with ThreadPoolExecutor(1, thread_name_prefix="hashing") as pool:
+        done = pool.submit(work)
+        try:
+            yield hashes
+        except BaseException:
+            stopped.set()
+            raise
+        try:
+            done.result()
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror}); start again") from error

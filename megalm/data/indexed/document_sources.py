@@ -40,6 +40,9 @@ class DocumentSource:
 class DocumentSources:
     """Looks documents up; `available` is False where the dataset was built without, or by another toolkit.
 
+    Attributes:
+        rows: SOURCE [documents], where it is available.
+
     Raises:
         DataError: a table that does not belong to the dataset.
     """
@@ -55,7 +58,7 @@ class DocumentSources:
                 f"{path}: {documents * SOURCE.itemsize:,} bytes expected for {documents:,} documents, {size:,} found; "
                 "copy or build it again"
             )
-        self._rows = np.memmap(path, dtype=SOURCE, mode="r")
+        self.rows = np.memmap(path, dtype=SOURCE, mode="r")
         sidecar = read_json(sidecar_path(prefix))
         self._files = [InputFile(file["path"], file["kind"]) for file in sidecar["inputs"]]
         self._options = ReadOptions(documents=sidecar["options"]["read"]["documents"])
@@ -63,6 +66,6 @@ class DocumentSources:
     def __getitem__(self, document: int) -> DocumentSource | None:
         if not self.available:
             return None
-        row = self._rows[document]
+        row = self.rows[document]
         name = record_name(self._files[row["file"]], self._options, int(row["line"]))
         return DocumentSource(name, int(row["start"]), int(row["size"]))

@@ -115,23 +115,26 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
     return facts if isinstance(facts, dict) and "bin_sha256" in facts else None
 
 
-def read_metadata(prefix: str | Path) -> DatasetMetadata | None:
-    """What PREFIX.json says, if it is there, of this version and not damaged."""
+def finished_report(
+    prefix: str | Path, options: dict[str, Any], tokenizer_fingerprint: str | None, thorough: bool
+) -> DatasetMetadata | None:
+    """What PREFIX.json says of a dataset that was made with just these, if it is there, of this version and whole.
+
+    Args:
+        thorough: read all files, and compare them with the recorded hashes.
+    """
     try:
-        return DatasetMetadata(**read_json(sidecar_path(prefix))) if sidecar_path(prefix).exists() else None
+        report = DatasetMetadata(**read_json(sidecar_path(prefix)))
+        if len(IndexedDataset(prefix).tokens) != report.tokens:
+            return None
     except (DataError, TypeError):
         return None
-
-
-def is_whole(prefix: str | Path, report: DatasetMetadata, thorough: bool) -> bool:
-    """Whether the dataset can be opened and holds so many tokens; `thorough`: and has the recorded hashes."""
-    try:
-        if len(IndexedDataset(prefix).tokens) != report.tokens:
-            return False
-    except DataError:
-        return False
+    if report.options != options or report.tokenizer.get("fingerprint") != tokenizer_fingerprint:
+        return None
+    if options.get("dedup") == "minhash" and not (report.minhash and signatures_path(prefix).exists()):
+        return None
     found = [sha256_of(path) for path in (bin_path(prefix), idx_path(prefix))] if thorough else []
-    return not thorough or found == [report.bin_sha256, report.idx_sha256]
+    return report if not thorough or found == [report.bin_sha256, report.idx_sha256] else None
 
 
 def dataset_paths(prefix: str | Path) -> list[Path]:

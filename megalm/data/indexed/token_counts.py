@@ -45,7 +45,7 @@ class TokenCounter:
     """
 
     def __init__(self, vocab_size: int | None, name: str | Path, tell: Tell = no_tell) -> None:
-        self._vocab_size, self._name, self._tell = vocab_size, name, tell
+        self._vocab_size, self.name, self._tell = vocab_size, name, tell
         self._digest = hashlib.sha256()
         self.counts: npt.NDArray[np.int64] = np.zeros(vocab_size or 0, dtype=np.int64)
 
@@ -67,15 +67,9 @@ class TokenCounter:
 
     def _outside(self, token: int) -> DataError:
         return DataError(
-            f"{self._name}: holds token {token}, outside the vocabulary of {self._vocab_size}; "
+            f"{self.name}: holds token {token}, outside the vocabulary of {self._vocab_size}; "
             "the dataset was built with another tokenizer, or is damaged"
         )
-
-    def absorb(self, other: TokenCounter) -> None:
-        """Add another counter's counts; the hash stays that of the own tokens."""
-        counts, more = sorted((self.counts, other.counts), key=len, reverse=True)
-        self.counts = counts.copy()
-        self.counts[: len(more)] += more
 
     def summary(self) -> TokenSummary:
         total = int(self.counts.sum())
@@ -90,12 +84,12 @@ class TokenCounter:
         )
 
 
-def summarise(dataset: IndexedDataset, vocab_size: int | None = None, tell: Tell = no_tell) -> TokenSummary:
-    """Count and hash all tokens.
+def count_tokens(dataset: IndexedDataset, vocab_size: int | None = None, tell: Tell = no_tell) -> TokenCounter:
+    """Read all tokens.
 
     Raises:
         DataError: a token outside [0, vocab_size), which a model would fail on, or a negative one.
     """
     counter = TokenCounter(vocab_size, bin_path(dataset.prefix), tell)
     counter.add(dataset.tokens)
-    return counter.summary()
+    return counter

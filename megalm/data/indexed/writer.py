@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -12,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megalm.data.indexed.dataset import DTYPES, HEADER, MAGIC, VERSION, IndexedDataset, bin_path, idx_path
+from megalm.data.indexed.dataset import DTYPES, HEADER, MAGIC, VERSION, bin_path, idx_path
 from megalm.errors import DataError
 from megalm.utils.atomic_files import discard, sync_directory, temporary_name, writing_to
 
@@ -44,58 +45,29 @@ class IndexedDatasetWriter:
         row = np.asarray(tokens)
         self.append_documents(row, [len(row)])
 
-    def append_documents(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike) -> None:
-        """Add documents of one sequence each: their tokens one after another [sum n], and their lengths [documents].
+    def append_documents(
+        self, tokens: npt.ArrayLike, lengths: npt.ArrayLike, document_ends: npt.NDArray[np.int64] | None = None
+    ) -> None:
+        """Add documents.
+
+        Args:
+            tokens: [sum n] of all their sequences one after another.
+            lengths: [sequences] in tokens.
+            document_ends: [documents] sequences before the end of each document; None: each has one sequence.
 
         Raises:
             DataError: a token that the dtype cannot hold (it would become another one), or a full disk.
         """
-        sizes = np.asarray(lengths, dtype=np.int64)
-        self.append_sequences(tokens, sizes, np.arange(1, 1 + len(sizes)))
-
-    def append_sequences(
-        self, tokens: npt.ArrayLike, lengths: npt.NDArray[Any], document_ends: npt.NDArray[np.int64]
-    ) -> None:
-        """The same for documents of several sequences: tokens [sum n], lengths [sequences], and how many sequences
-        come before the end of each document [documents]."""
-        flat, sizes = np.asarray(tokens), lengths
+        flat, sizes = np.asarray(tokens), np.asarray(lengths, dtype=np.int64)
+        ends = np.arange(1, 1 + len(sizes)) if document_ends is None else document_ends
         assert sizes.sum() == len(flat), "lengths and tokens disagree"
         if flat.dtype != self.dtype and len(flat):
             self._check_range(flat)
         with writing_to(bin_path(self.prefix)):
             self._file.write(np.ascontiguousarray(flat, dtype=self.dtype).data)
-            self._add_to_index(sizes, document_ends)
-
-    def append_dataset(
-        self,
-        dataset: IndexedDataset,
-        chunk_tokens: int = 1 << 22,
-        watch: Callable[[npt.NDArray[np.generic]], None] | None = None,
-    ) -> None:
-        """Add all sequences and documents of another dataset of the same dtype, as they are.
-
-        Args:
-            watch: called with every piece of tokens that is copied.
-
-        Raises:
-            DataError: another dtype.
-        """
-        self.check_dtype(dataset)
-        with writing_to(bin_path(self.prefix)):
-            for start in range(0, len(dataset.tokens), chunk_tokens):
-                piece = dataset.tokens[start : start + chunk_tokens]
-                if watch is not None:
-                    watch(piece)
-                self._file.write(piece.data)
-            self._add_to_index(dataset.sequence_lengths, dataset.document_index[1:])
-
-    def check_dtype(self, dataset: IndexedDataset) -> None:
-        """Raise DataError where its tokens are of another dtype."""
-        if dataset.dtype != self.dtype:
-            raise DataError(
-                f"{dataset.prefix}: holds {dataset.dtype}, the output {self.dtype}; "
-                "only datasets of one tokenizer can be merged, build it again with the other's"
-            )
+            self._lengths.write(sizes.astype("<i4").tobytes())
+            self._documents.write((ends + self._count).astype("<i8").tobytes())
+        self._count += len(sizes)
 
     def close(self) -> None:
         """Write the index and give both files their names, atomically one after the other."""
@@ -143,12 +115,6 @@ class IndexedDatasetWriter:
                 "choose the dtype with best_dtype(vocab_size)"
             )
 
-    def _add_to_index(self, lengths: npt.NDArray[Any], document_ends: npt.NDArray[Any]) -> None:
-        """Sequence lengths, and where documents end among them."""
-        self._lengths.write(lengths.astype("<i4").tobytes())
-        self._documents.write((document_ends + self._count).astype("<i8").tobytes())
-        self._count += len(lengths)
-
     def _write_index(self, index: BinaryIO) -> None:
         documents = self._documents.tell() // 8
         index.write(HEADER.pack(MAGIC, VERSION, self._code, self._count, documents + 1))
@@ -162,6 +128,31 @@ class IndexedDatasetWriter:
         index.write(bytes(8))
         for ends in _pieces(self._documents, "<i8"):
             index.write(ends.data)
+
+
+class RowWriter:
+    """Rows beside the tokens, one for each document, in a file that has its name from `close()` on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._temporary, self._hash = path, temporary_name(path), hashlib.sha256()
+        with writing_to(path):
+            self._file = self._temporary.open("wb")
+
+    def add(self, rows: npt.NDArray[Any]) -> None:
+        content = np.ascontiguousarray(rows).tobytes()
+        self._hash.update(content)
+        with writing_to(self._path):
+            self._file.write(content)
+
+    def close(self) -> str:
+        """Hash of the file."""
+        with writing_to(self._path):
+            self._file.close()
+            self._temporary.replace(self._path)
+        return self._hash.hexdigest()
+
+    def abort(self) -> None:
+        discard(self._file, self._temporary)
 
 
 def _spool(folder: Path) -> tempfile.SpooledTemporaryFile[bytes]:

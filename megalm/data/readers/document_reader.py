@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -12,16 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from megalm.data.readers.formats import format_of
-from megalm.data.readers.input_files import (
-    BROKEN,
-    KINDS,
-    PACKINGS,
-    InputFile,
-    ReadReport,
-    find_files,
-    find_inputs,
-    unpacked,
-)
+from megalm.data.readers.input_files import BROKEN, InputFile, ReadReport, find_inputs, unpacked
 from megalm.data.readers.records import (
     BLOCK_BYTES,
     CONTINUED,
@@ -52,10 +42,9 @@ class Span:
 
 @dataclass
 class SpanCount:
-    """What `read_span` went through: lines (see `Record.line`), and bytes of the file."""
+    """What `read_span` went through, in lines (see `Record.line`)."""
 
     lines: int = 0
-    read_bytes: int = 0
 
 
 def read_span(
@@ -69,20 +58,31 @@ def read_span(
     Raises:
         DataError: the file is not there any more, cannot be read, or is not the one that was found.
     """
-    if block is not None:
-        yield from _read_block(span, options, count, block)
-        return
-    span.file.check_unchanged()
-    if span.file.kind == TABLE:
+    if block is None and span.file.kind == TABLE:
         yield from _read_table(span, options, count)
         return
-    try:
-        with _opened(span) as stream:
-            layout = format_of(span.file.kind, options)
-            for part in blocks_of(stream, layout, options.largest_bytes, BLOCK_BYTES, span.start):
-                yield from _read_block(span, options, count, part)
-    except BROKEN as error:
-        yield [TextRecord(None, damage(error, span.file), count.lines, span.start + count.read_bytes, 0)]
+    for part in read_blocks(span, options, BLOCK_BYTES) if block is None else (block,):
+        yield from _read_block(span, options, count, part)
+
+
+def read_blocks(span: Span, options: ReadOptions, block_bytes: int) -> Iterator[ByteBlock]:
+    """The span, not of a table, in blocks of about `block_bytes`; at damage the last one has no bytes and says so.
+
+    Raises:
+        DataError: see `read_span`.
+    """
+    span.file.check_unchanged()
+    layout, place = format_of(span.file.kind, options), span.start
+    with span.file.open_raw() as raw:
+        try:
+            if place:
+                raw.seek(place)
+            stream = unpacked(raw, span.file.packing)
+            for block in blocks_of(stream, layout, options.largest_bytes, block_bytes, span.start, span.end):
+                yield block
+                place = block.start + len(block.content)
+        except BROKEN as error:
+            yield ByteBlock(b"", place, damage(error, span.file))
 
 
 def damage(error: BaseException, file: InputFile) -> str:
@@ -113,7 +113,6 @@ def _read_block(span: Span, options: ReadOptions, count: SpanCount, block: ByteB
     if batch:
         yield batch
     count.lines += layout.count(block.content, block.start)
-    count.read_bytes += len(block.content)
 
 
 def record_name(file: InputFile, options: ReadOptions, line: int) -> str:
@@ -121,35 +120,6 @@ def record_name(file: InputFile, options: ReadOptions, line: int) -> str:
     if file.kind == TABLE:
         return f"{file.path}:{line}"
     return format_of(file.kind, options).name(file.path, line)
-
-
-class _Window(io.RawIOBase):
-    """`size` bytes of a file, from where it stands."""
-
-    def __init__(self, raw: IO[bytes], size: int) -> None:
-        self._raw, self._left = raw, size
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        piece = self._raw.read(min(len(buffer), self._left))
-        buffer[: len(piece)] = piece
-        self._left -= len(piece)
-        return len(piece)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-def _opened(span: Span) -> IO[bytes]:
-    raw = span.file.open_raw()
-    if span.file.packing:
-        return unpacked(raw, span.file.packing)
-    if not span.file.is_stdin:
-        raw.seek(span.start)
-    return raw if span.end is None else io.BufferedReader(_Window(raw, span.end - span.start), BLOCK_BYTES)
 
 
 def row_groups(file: InputFile) -> int:
@@ -168,6 +138,7 @@ def _read_table(span: Span, options: ReadOptions, count: SpanCount) -> Iterator[
     import pyarrow
     import pyarrow.parquet
 
+    span.file.check_unchanged()
     try:
         with _table_file(span.file) as raw:
             table = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=BLOCK_BYTES)
@@ -232,7 +203,7 @@ def lines_before(span: Span) -> int:
 
 # Documents out of text files: .jsonl, .json, .txt, .md, .parquet, and each of these packed as .gz .zst .bz2 .xz.
 
-__all__ = ["KINDS", "PACKINGS", "Document", "OnError", "ReadReport", "find_files", "iter_documents"]
+__all__ = ["Document", "OnError", "ReadReport", "iter_documents"]
 
 OnError = Literal["fail", "skip"]
 

@@ -6,7 +6,6 @@ import bz2
 import glob
 import gzip
 import hashlib
-import io
 import lzma
 import os
 import sys
@@ -16,61 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
-import zstandard
+from backports import zstd
 
 from megalm.errors import DataError
-
-# Reading of .zst files, all frames of them, and never a shortened one as if it were whole.
-#
-# The library's own stream reader ends quietly after the first frame and at a cut inside a frame.
-
-CHUNK_BYTES = 1 << 17
-
-
-class ZstdFile(io.RawIOBase):
-    """The unpacked bytes of `packed`.
-
-    Raises:
-        EOFError: on reading to the end of a file that breaks off inside a frame.
-        OSError: on reading damaged bytes.
-    """
-
-    def __init__(self, packed: BinaryIO) -> None:
-        self._packed = packed
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._rest = b""  # packed, not yet given to a frame
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
-        while not self._ready:
-            if not self._unpack_some():
-                return 0
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def _unpack_some(self) -> bool:
-        """Unpack one more piece; False at the end of the file."""
-        packed = self._rest or self._packed.read(CHUNK_BYTES)
-        if not packed:
-            if self._frame is not None:
-                raise EOFError("the file ends inside a zstd frame")
-            return False
-        if self._frame is None:
-            self._frame = zstandard.ZstdDecompressor().decompressobj()
-        try:
-            self._ready = memoryview(self._frame.decompress(packed))
-        except zstandard.ZstdError as error:
-            raise OSError(f"damaged zstd data: {error}") from error
-        self._rest = b""
-        if self._frame.eof:
-            self._rest, self._frame = self._frame.unused_data, None
-        return True
-
 
 STDIN = "-"
 KINDS = (".jsonl", ".json", ".txt", ".md", ".parquet")
@@ -78,7 +25,7 @@ PACKINGS = (".gz", ".bz2", ".xz", ".zst")
 KEPT_MESSAGES = 20
 WORK_SUFFIX = ".building"
 # What the unpackers raise on a damaged or shortened file.
-BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
+BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 HASH_BYTES = 1 << 20
 
 
@@ -139,7 +86,7 @@ def unpacked(raw: BinaryIO, packing: str) -> IO[bytes]:
     if packing == ".xz":
         return lzma.LZMAFile(raw)
     if packing == ".zst":
-        return cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, ZstdFile(raw))))
+        return cast(IO[bytes], zstd.ZstdFile(raw))
     return raw
 
 
@@ -155,10 +102,14 @@ def packing_of(path: Path) -> str:
 
 
 def find_inputs(paths: Iterable[str | Path], report: ReadReport, stdin_kind: str = ".jsonl") -> list[InputFile]:
-    """What `find_files` finds, and standard input where a path is "-".
+    """The files that `paths` name, and standard input where a path is "-".
+
+    Of a folder those of a known kind are read, the others counted in `report`. Hidden ones, and links inside a folder
+    that lead out of it, or nowhere, are left out and counted; one that is named, or matched by a glob, is read.
 
     Raises:
-        DataError: see `find_files`; standard input named twice, or as a table, which cannot be read from a stream.
+        DataError: a path that is not there, a glob or folder without files, a folder that may not be read, a file of an
+            unknown kind; standard input named twice, or as a table, which cannot be read from a stream.
     """
     found: list[InputFile] = []
     for given in paths:
@@ -167,41 +118,28 @@ def find_inputs(paths: Iterable[str | Path], report: ReadReport, stdin_kind: str
                 raise DataError(f"standard input cannot be read as {stdin_kind!r}; choose .jsonl, .json, .txt or .md")
             found.append(InputFile(STDIN, stdin_kind))
         else:
-            found += map(InputFile.found_at, find_files([given], report))
+            found += map(InputFile.found_at, _find_files(str(given), report))
     if sum(file.is_stdin for file in found) > 1:
         raise DataError("standard input (-) can be read only once; name it once")
     return found
 
 
-def find_files(paths: Iterable[str | Path], report: ReadReport | None = None) -> list[Path]:
-    """The files that `paths` name; of a folder those of a known kind, the others counted in `report`.
-
-    Hidden ones, and links inside a folder that lead out of it, or nowhere, are left out and counted; one that is named,
-    or matched by a glob, is read.
-
-    Raises:
-        DataError: a path that is not there, a glob or folder without files, a folder that may not be read, a file of an
-            unknown kind.
-    """
-    found: list[Path] = []
-    for given in paths:
-        if not str(given):  # Path("") is the current folder
-            raise DataError("an input has an empty name; give files, folders or globs")
-        path = Path(given)
-        if path.is_dir():
-            matches, left_out = _below(path)
-            if report is not None:
-                report.ignored_files += left_out
-        elif path.is_file():
-            matches = [path]
-        else:
-            matches = [Path(name) for name in sorted(glob.glob(str(given), recursive=True)) if Path(name).is_file()]
-        if not matches:
-            raise DataError(f"{given}: no file to read there; give files, folders or globs of {_known_kinds()}")
-        for file in matches:
-            if kind_of(file) not in KINDS:
-                raise DataError(f"{file}: unknown kind of file; known are {_known_kinds()}")
-        found += matches
+def _find_files(given: str, report: ReadReport) -> list[Path]:
+    if not given:  # Path("") is the current folder
+        raise DataError("an input has an empty name; give files, folders or globs")
+    path = Path(given)
+    if path.is_dir():
+        found, left_out = _below(path)
+        report.ignored_files += left_out
+    elif path.is_file():
+        found = [path]
+    else:
+        found = [Path(name) for name in sorted(glob.glob(given, recursive=True)) if Path(name).is_file()]
+    if not found:
+        raise DataError(f"{given}: no file to read there; give files, folders or globs of {_known_kinds()}")
+    for file in found:
+        if kind_of(file) not in KINDS:
+            raise DataError(f"{file}: unknown kind of file; known are {_known_kinds()}")
     return found
 
 

@@ -90,18 +90,20 @@ CONTINUED = "continued"
 
 
 def blocks_of(
-    stream: IO[bytes], layout: RecordLayout, largest: int, block_bytes: int, start: int = 0
+    stream: IO[bytes], layout: RecordLayout, largest: int, block_bytes: int, start: int = 0, stop: int | None = None
 ) -> Iterator[ByteBlock]:
     """The stream in blocks of about `block_bytes`; what it raises is raised after the whole records before.
 
     Args:
         largest: bytes of a record; a longer one is a problem, not an ever larger buffer.
         start: where the stream starts in its file.
+        stop: where in the file to stop reading; None: at its end.
     """
     buffer = bytearray()
     inside = ended = False  # inside a record that is longer than `largest`
     while not ended:
-        piece, failure = _read(stream, block_bytes)
+        left = block_bytes if stop is None else min(block_bytes, stop - start - len(buffer))
+        piece, failure = _read(stream, left)
         buffer += piece
         ended = not piece or failure is not None
         if inside:

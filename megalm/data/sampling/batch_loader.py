@@ -6,7 +6,7 @@ takes samples (m * n + d) * b + [0, b) of the global batch: every layout sees th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -84,7 +84,8 @@ class BatchLoader:
 
     def __init__(self, samples: Samples, layout: BatchLayout) -> None:
         self._samples, self._layout = samples, layout
-        self._ahead = _ReadAhead(self._read, layout.global_batch_size)
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._pending: dict[int, Future[GlobalBatch]] = {}
 
     def batch(self, first_sample: int) -> GlobalBatch:
         """The global batch of samples [first_sample, first_sample + B).
@@ -93,10 +94,18 @@ class BatchLoader:
             DataError, OSError: what reading these samples raised, also where the thread had read them ahead; a
                 later call tries again.
         """
-        return self._ahead.get(first_sample)
+        size = self._layout.global_batch_size
+        wanted = [first_sample + ahead * size for ahead in range(1 + PREFETCHED_BATCHES)]
+        for old in [first for first in self._pending if first not in wanted]:  # somebody jumped
+            self._pending.pop(old).cancel()
+        for first in wanted:
+            if first not in self._pending:
+                self._pending[first] = self._pool.submit(_assemble, self._samples, self._layout, first, first + size)
+        return self._pending.pop(first_sample).result()
 
     def close(self) -> None:
-        self._ahead.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
 
     def __enter__(self) -> BatchLoader:
         return self
@@ -105,10 +114,6 @@ class BatchLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _read(self, first: int) -> GlobalBatch:
-        end = first + self._layout.global_batch_size
-        return _assemble(self._samples, self._layout, first, end)
 
 
 class ValidationLoader:
@@ -156,25 +161,3 @@ def _micro_batch(samples: Samples, indices: list[int], end: int) -> MicroBatch:
             if documents is not None:
                 documents[row] = samples.documents(index)
     return MicroBatch(tokens, labels, documents)
-
-
-class _ReadAhead:
-    """Keeps the next `PREFETCHED_BATCHES` results of `read(first), read(first + step), ...` coming."""
-
-    def __init__(self, read: Callable[[int], GlobalBatch], step: int) -> None:
-        self._read, self._step = read, step
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self._pending: dict[int, Future[GlobalBatch]] = {}
-
-    def get(self, first: int) -> GlobalBatch:
-        wanted = [first + ahead * self._step for ahead in range(1 + PREFETCHED_BATCHES)]
-        for old in [key for key in self._pending if key not in wanted]:  # somebody jumped
-            self._pending.pop(old).cancel()
-        for key in wanted:
-            if key not in self._pending:
-                self._pending[key] = self._pool.submit(self._read, key)
-        return self._pending.pop(first).result()
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._pending.clear()

@@ -8,19 +8,18 @@ system has no locks, or they do not reach over nodes, it is made once a node or 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megalm.utils.atomic_files import sync_directory, write_atomically, writing_to
+from megalm.utils.atomic_files import locked, sync_directory, write_atomically, writing_to
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -48,9 +47,7 @@ class ArrayCache:
         folder = self._directory / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
         known = self._mapped(folder)
         if known is None:
-            with writing_to(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            with _alone_in(folder):
+            with locked(folder / "lock"):
                 known = self._mapped(folder)  # another process made it meanwhile
                 if known is None:
                     self._write(folder, make())
@@ -79,14 +76,3 @@ class ArrayCache:
             # The last: it says that the others are there.
             write_atomically(folder / "names", lambda file: file.write(" ".join(arrays).encode()))
             sync_directory(folder)
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the kernel gives back when its holder dies."""
-    with writing_to(folder):
-        lock = (folder / "lock").open("wb")
-    with lock:
-        with contextlib.suppress(OSError):  # no locks here: several may make the same
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

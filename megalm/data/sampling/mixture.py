@@ -7,7 +7,6 @@ k number of a sample, M datasets.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,7 +17,7 @@ import numpy.typing as npt
 
 from megalm.data.sampling.index_cache import ArrayCache, Arrays
 from megalm.data.sampling.sample_order import Int64s
-from megalm.data.sampling.samples import TrainingSamples
+from megalm.data.sampling.samples import TrainingSamples, hash_of
 from megalm.errors import ConfigError
 
 BLOCK_SAMPLES = 1 << 16
@@ -161,12 +160,12 @@ class BlendedSamples:
         if len(used) == 1:
             return self.parts[used[0]].fingerprint  # however its being alone was put
         order = [(stage.first, share[used].tolist()) for stage, share in zip(stages, self._shares, strict=False)]
-        return _hash([self.parts[number].fingerprint for number in used], order)
+        return hash_of([self.parts[number].fingerprint for number in used], order)
 
     def dataset_fingerprint(self, samples: int) -> str:
         """Identity of the datasets that the first `samples` are of."""
         prints = [self.parts[number].dataset.fingerprint for number in self._used(samples)[0]]
-        return prints[0] if len(prints) == 1 else _hash(prints)
+        return prints[0] if len(prints) == 1 else hash_of(prints)
 
     def mixture(self, samples: int) -> str | None:
         """In words, what the first `samples` are mixed of; None of one dataset alone. Names are no identity."""
@@ -251,10 +250,6 @@ def _mixed_on(shares: npt.NDArray[np.float64], counts: Int64s, block: int, end: 
     for number in range(block, end):
         interleave(shares, number * BLOCK_SAMPLES, counts, BLOCK_SAMPLES)
     return {"counts": counts}
-
-
-def _hash(*facts: object) -> str:
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _check(parts: Sequence[TrainingSamples], stages: Sequence[MixtureStage]) -> None:

@@ -8,10 +8,11 @@ What the samples cut into pieces here is a *sequence* of the dataset; datasets o
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from megalm.errors import ConfigError, DataError
 
 IGNORE_INDEX = -100  # a label that is no target
 Order = Literal["prefix_stable", "megatron"]
+Number = TypeVar("Number", bound=np.generic)
 
 
 class Samples(Protocol):
@@ -59,7 +61,53 @@ def split_documents(number_of_sequences: int, weights: Sequence[float]) -> list[
     return list(pairwise(bounds))
 
 
-class TrainingSamples:
+class _Windows(ABC):
+    """Runs of a dataset's tokens as samples, padded where one is short: token 0 with labels IGNORE."""
+
+    def __init__(
+        self, dataset: IndexedDataset, document_range: Range, sequence_length: int, document_mask: bool
+    ) -> None:
+        self.dataset, self.document_range, self.sequence_length = dataset, document_range, sequence_length
+        self.document_mask = document_mask
+        self.tokens_per_epoch = int(dataset.sequence_lengths[slice(*document_range)].sum(dtype=np.int64))
+        if self.tokens_per_epoch < 2:
+            raise DataError(
+                f"{dataset.prefix}: documents {document_range[0]} to {document_range[1]} hold "
+                f"{self.tokens_per_epoch} tokens, a sample needs two; give more text or another data.split"
+            )
+
+    @abstractmethod
+    def place(self, index: int) -> Place:
+        """Where the tokens of a sample lie."""
+
+    def sample(self, index: int) -> tuple[Int64s, Int64s]:
+        place = self.place(index)
+        tokens = self.dataset.tokens[place.positions].astype(np.int64)
+        labels = tokens[1:].copy()
+        if self.document_mask:
+            labels[_starts(place)] = IGNORE_INDEX
+        return self._padded(tokens[:-1], 0), self._padded(labels, IGNORE_INDEX)
+
+    def documents(self, index: int) -> npt.NDArray[np.int32]:
+        starts = _starts(self.place(index))
+        numbers = np.zeros(len(starts), dtype=np.int32)
+        np.cumsum(starts[:-1], out=numbers[1:])
+        # Padding counts as a document of its own, which nothing attends to.
+        return self._padded(numbers, int(numbers[-1]) + 1)
+
+    def target_count(self, index: int) -> int:
+        masked = int(np.count_nonzero(_starts(self.place(index)))) if self.document_mask else 0
+        return self._label_count(index) - masked
+
+    def _label_count(self, index: int) -> int:
+        return self.sequence_length
+
+    def _padded(self, row: npt.NDArray[Number], value: int) -> npt.NDArray[Number]:
+        missing = self.sequence_length - len(row)
+        return np.pad(row, (0, missing), constant_values=value) if missing else row
+
+
+class TrainingSamples(_Windows):
     """Samples of a range of sequences, in random order, as many as anyone asks for.
 
     prefix_stable: an endless stream of tokens, every epoch's documents in an order of its own; sample k of the
@@ -91,15 +139,8 @@ class TrainingSamples:
         stride: int | None = None,
         cache: Path | None = None,
     ) -> None:
+        super().__init__(dataset, document_range, sequence_length, document_mask)
         self.stride = sequence_length if stride is None else stride
-        self.dataset, self.document_range, self.sequence_length = dataset, document_range, sequence_length
-        self.document_mask = document_mask
-        self.tokens_per_epoch = _count_tokens(dataset, document_range)
-        if self.tokens_per_epoch < 2:
-            raise DataError(
-                f"{dataset.prefix}: documents {document_range[0]} to {document_range[1]} hold "
-                f"{self.tokens_per_epoch} tokens, a sample needs two; give more text or another data.split"
-            )
         if not 0 < self.stride <= sequence_length or (order == "megatron" and self.stride != sequence_length):
             raise ConfigError(
                 f"data.stride={stride}: state 1 to data.sequence_length={sequence_length}, and that itself for "
@@ -120,7 +161,7 @@ class TrainingSamples:
         dataset.expect_random_reads()
         requested = requested_samples if order == "megatron" else None
         facts = [dataset.fingerprint, document_range, sequence_length, seed, order, requested]
-        self.fingerprint = _hash(*facts, *([] if stride in (None, sequence_length) else [stride]), "v1")
+        self.fingerprint = hash_of(*facts, *([] if stride in (None, sequence_length) else [stride]), "v1")
 
     def recut(self, consumed: int, sequence_length: int) -> TrainingSamples:
         """Samples of another length that go on where `consumed` of these have come to: with the rest of the epoch.
@@ -143,7 +184,7 @@ class TrainingSamples:
         )
         assert isinstance(after._stream, PrefixStableStream)
         after._stream = RecutStream(after._stream, self._stream.rest_of_epoch(consumed), sequence_length, self._seed)
-        after.fingerprint = _hash(self.fingerprint, "recut", consumed, sequence_length)
+        after.fingerprint = hash_of(self.fingerprint, "recut", consumed, sequence_length)
         return after
 
     @property
@@ -161,31 +202,13 @@ class TrainingSamples:
         return index * self.stride // self.tokens_per_epoch
 
     def place(self, index: int) -> Place:
-        """Where the tokens of a sample lie."""
         return self._stream.place(index)
 
-    def sample(self, index: int) -> tuple[Int64s, Int64s]:
-        place = self._stream.place(index)
-        tokens = self.dataset.tokens[place.positions].astype(np.int64)
-        labels = tokens[1:].copy()
-        if self.document_mask:
-            labels[_starts(place)] = IGNORE_INDEX
-        return tokens[:-1], labels
 
-    def documents(self, index: int) -> npt.NDArray[np.int32]:
-        return _number_documents(self._stream.place(index))[:-1]
-
-    def target_count(self, index: int) -> int:
-        if not self.document_mask:
-            return self.sequence_length
-        return self.sequence_length - int(np.count_nonzero(_starts(self._stream.place(index))))
-
-
-class ValidationSamples:
+class ValidationSamples(_Windows):
     """Fixed consecutive windows over a range of sequences, in the file's order; the last one is padded.
 
-    Padding is token 0 with labels IGNORE. Every token but the first is a target once (less, with
-    `document_mask`, the first of each document).
+    Every token but the first is a target once (less, with `document_mask`, the first of each document).
 
     Raises:
         DataError: a range with fewer than two tokens.
@@ -199,17 +222,11 @@ class ValidationSamples:
         document_mask: bool = False,
         windows: Int64s | None = None,
     ) -> None:
-        self.dataset, self.document_range, self.sequence_length = dataset, document_range, sequence_length
-        self.document_mask = document_mask
+        super().__init__(dataset, document_range, sequence_length, document_mask)
         self._table = DocumentTable(dataset, np.arange(*document_range))
-        if self._table.token_count < 2:
-            raise DataError(
-                f"{dataset.prefix}: documents {document_range[0]} to {document_range[1]} hold "
-                f"{self._table.token_count} tokens, validation needs two; give more text or another data.split"
-            )
-        count = -(-(self._table.token_count - 1) // sequence_length)
+        count = -(-(self.tokens_per_epoch - 1) // sequence_length)
         self._windows = np.arange(count) if windows is None else windows
-        self.fingerprint = _hash(dataset.fingerprint, document_range, sequence_length, self._windows.tolist(), "v1")
+        self.fingerprint = hash_of(dataset.fingerprint, document_range, sequence_length, self._windows.tolist(), "v1")
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -223,37 +240,14 @@ class ValidationSamples:
             self.dataset, self.document_range, self.sequence_length, self.document_mask, self._windows[chosen]
         )
 
-    def sample(self, index: int) -> tuple[Int64s, Int64s]:
-        place = self._place(index)
-        targets = len(place.positions) - 1
-        tokens = np.zeros(self.sequence_length, dtype=np.int64)
-        labels = np.full(self.sequence_length, IGNORE_INDEX, dtype=np.int64)
-        read = self.dataset.tokens[place.positions].astype(np.int64)
-        tokens[:targets], labels[:targets] = read[:-1], read[1:]
-        if self.document_mask:
-            labels[:targets][_starts(place)] = IGNORE_INDEX
-        return tokens, labels
+    def place(self, index: int) -> Place:
+        return Place(*self._table.locate(self._first(index), self._label_count(index) + 1))
 
-    def documents(self, index: int) -> npt.NDArray[np.int32]:
-        numbers = _number_documents(self._place(index))[:-1]
-        # Padding counts as a document of its own, which nothing attends to.
-        padded = np.full(self.sequence_length, int(numbers[-1]) + 1, dtype=np.int32)
-        padded[: len(numbers)] = numbers
-        return padded
+    def _label_count(self, index: int) -> int:
+        return min(self.sequence_length, self.tokens_per_epoch - 1 - self._first(index))
 
-    def target_count(self, index: int) -> int:
-        place = self._place(index)
-        masked = int(np.count_nonzero(_starts(place))) if self.document_mask else 0
-        return len(place.positions) - 1 - masked
-
-    def _place(self, index: int) -> Place:
-        first = int(self._windows[index]) * self.sequence_length
-        count = min(self.sequence_length + 1, self._table.token_count - first)
-        return Place(*self._table.locate(first, count))
-
-
-def _count_tokens(dataset: IndexedDataset, document_range: Range) -> int:
-    return int(dataset.sequence_lengths[slice(*document_range)].sum(dtype=np.int64))
+    def _first(self, index: int) -> int:
+        return int(self._windows[index]) * self.sequence_length
 
 
 def _starts(place: Place) -> npt.NDArray[np.bool_]:
@@ -261,11 +255,5 @@ def _starts(place: Place) -> npt.NDArray[np.bool_]:
     return place.instances[1:] != place.instances[:-1]
 
 
-def _number_documents(place: Place) -> npt.NDArray[np.int32]:
-    numbers = np.zeros(len(place.instances), dtype=np.int32)
-    np.cumsum(_starts(place), out=numbers[1:])
-    return numbers
-
-
-def _hash(*facts: object) -> str:
+def hash_of(*facts: object) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()

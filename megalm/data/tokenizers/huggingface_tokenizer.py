@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy.typing as npt
 import tokenizers
 
 from megalm.errors import DataError
-from megalm.utils.atomic_files import read_json
+from megalm.utils.atomic_files import json_hash, read_json
 
 EOD_TOKENS = ("<eod>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -62,7 +60,7 @@ class HuggingFaceTokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         decisive = {key: value for key, value in self._definition.items() if key not in ("truncation", "padding")}
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        return json_hash(decisive)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]

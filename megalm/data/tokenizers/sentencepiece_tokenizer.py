@@ -32,10 +32,9 @@ class SentencePieceTokenizer:
         DataError: a file that is not a SentencePiece model.
     """
 
-    def __init__(self, path: str | Path, threads: int = 1) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.spec = str(path)
         self.name = f"sentencepiece:{Path(path).name}"
-        self._threads = threads
         self._content = Path(path).read_bytes()
         try:
             if not self._content:  # which the library takes for a model
@@ -73,7 +72,7 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if any(SPACE in text or len(text) > LONGEST_TEXT for text in texts):
             return [self._encode(text).tolist() for text in texts]
-        return self._processor.encode(list(texts), num_threads=self._threads)
+        return self._processor.encode(list(texts), num_threads=1)
 
     def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         return [self._encode(text) for text in texts]

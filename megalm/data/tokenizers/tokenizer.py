@@ -97,11 +97,8 @@ class ByteTokenizer:
         return np.zeros(self.vocab_size, dtype=np.bool_)
 
 
-def load_tokenizer(spec: str | Path, threads: int = 1) -> Tokenizer:
+def load_tokenizer(spec: str | Path) -> Tokenizer:
     """Load a SentencePiece `.model`, a Hugging Face `tokenizer.json` (or the folder that holds one), or "bytes".
-
-    Args:
-        threads: for `encode_batch`, where the kind of tokenizer can use them; never changes the result.
 
     Raises:
         DataError: a file that is absent, cannot be read, or is not what its name says.
@@ -124,7 +121,7 @@ def load_tokenizer(spec: str | Path, threads: int = 1) -> Tokenizer:
             return HuggingFaceTokenizer(path)
         from megalm.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
-        return SentencePieceTokenizer(path, threads=threads)
+        return SentencePieceTokenizer(path)
     except OSError as error:
         raise DataError(f"{spec}: cannot be read ({error.strerror}); check the file and its rights") from error
 

@@ -32,7 +32,7 @@ LARGEST = re.compile(r"value <= (\d+)")
 SMALLEST = re.compile(r"required_chars\. \d+ vs (\d+)")
 
 
-@dataclass(frozen=True)
+@dataclass
 class TokenizerReport:
     """What a tokenizer was trained on and how; also written beside it as `OUTPUT.json`.
 
@@ -42,59 +42,43 @@ class TokenizerReport:
 
     vocab_size: int
     model_type: str
-    documents: int
-    text_bytes: int
-    sentences: int
-    sentences_used: int
-    threads: int
-    sentencepiece_version: str
-    seed: int
-    longest_sentence_characters: int
-    cut_sentences: int
     special_tokens: list[str]
-
-
-@dataclass
-class Sample:
-    """An even draw of at most `limit` sentences of a stream, in the stream's order."""
-
-    limit: int
+    threads: int
     documents: int = 0
     text_bytes: int = 0
     sentences: int = 0
-    cut_sentences: int = 0  # parts as long as they may be
-
-    def draw(self, texts: Iterable[str]) -> list[str]:
-        kept: list[tuple[int, str]] = []
-        # random() is the one method whose values Python promises to keep between versions.
-        uniform = random.Random(SEED).random
-        for sentence in self._counted_sentences(texts):
-            if len(kept) < self.limit:
-                kept.append((self.sentences, sentence))
-            else:
-                place = int(uniform() * (self.sentences + 1))
-                if place < self.limit:
-                    kept[place] = (self.sentences, sentence)
-            self.sentences += 1
-        kept.sort()
-        return [sentence for _, sentence in kept]
-
-    def _counted_sentences(self, texts: Iterable[str]) -> Iterator[str]:
-        for text in texts:
-            self.documents += 1
-            self.text_bytes += len(text.encode())
-            for part in split_sentences(text):
-                self.cut_sentences += len(part) == SENTENCE_CHARACTERS
-                yield part
+    sentences_used: int = 0
+    cut_sentences: int = 0
+    longest_sentence_characters: int = SENTENCE_CHARACTERS
+    seed: int = SEED
+    sentencepiece_version: str = sentencepiece.__version__
 
 
-def _told(texts: Iterable[str], sample: Sample, tell: Callable[[str], None]) -> Iterator[str]:
-    last = time.monotonic()
+def draw_sentences(
+    texts: Iterable[str], limit: int, report: TokenizerReport, tell: Callable[[str], None] = lambda line: None
+) -> list[str]:
+    """An even draw of at most `limit` sentences, in their order; the report counts what was drawn from."""
+    kept: list[tuple[int, str]] = []
+    # random() is the one method whose values Python promises to keep between versions.
+    uniform, told = random.Random(SEED).random, time.monotonic()
     for text in texts:
-        yield text
-        if time.monotonic() - last >= TELL_SECONDS:
-            last = time.monotonic()
-            tell(f"read {sample.documents:,} documents, {sample.text_bytes / 1e6:,.1f} MB, {sample.sentences:,} lines")
+        report.documents += 1
+        report.text_bytes += len(text.encode())
+        for sentence in split_sentences(text):
+            report.cut_sentences += len(sentence) == SENTENCE_CHARACTERS
+            if len(kept) < limit:
+                kept.append((report.sentences, sentence))
+            else:
+                place = int(uniform() * (report.sentences + 1))
+                if place < limit:
+                    kept[place] = (report.sentences, sentence)
+            report.sentences += 1
+        if time.monotonic() - told >= TELL_SECONDS:
+            told = time.monotonic()
+            tell(f"read {report.documents:,} documents, {report.text_bytes / 1e6:,.1f} MB, {report.sentences:,} lines")
+    kept.sort()
+    report.sentences_used = len(kept)
+    return [sentence for _, sentence in kept]
 
 
 def split_sentences(text: str) -> Iterator[str]:
@@ -138,25 +122,11 @@ def train_tokenizer(
             f"special tokens {list(special_tokens)}: each must be there once, and not be {EOD_PIECE} or <unk>"
         )
     tell = progress or (lambda line: None)
-    sample = Sample(max_sentences)
-    sentences = sample.draw(_told(texts, sample, tell))
+    report = TokenizerReport(vocab_size, model_type, list(special_tokens), threads)
+    sentences = draw_sentences(texts, max_sentences, report, tell)
     if not sentences:
-        raise DataError(f"{output}: no text to train a tokenizer on ({sample.documents} documents, all empty)")
-    report = TokenizerReport(
-        vocab_size=vocab_size,
-        model_type=model_type,
-        documents=sample.documents,
-        text_bytes=sample.text_bytes,
-        sentences=sample.sentences,
-        sentences_used=len(sentences),
-        threads=threads,
-        sentencepiece_version=sentencepiece.__version__,
-        seed=SEED,
-        longest_sentence_characters=SENTENCE_CHARACTERS,
-        cut_sentences=sample.cut_sentences,
-        special_tokens=list(special_tokens),
-    )
-    tell(f"training {vocab_size:,} pieces on {len(sentences):,} of {sample.sentences:,} lines")
+        raise DataError(f"{output}: no text to train a tokenizer on ({report.documents} documents, all empty)")
+    tell(f"training {vocab_size:,} pieces on {len(sentences):,} of {report.sentences:,} lines")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

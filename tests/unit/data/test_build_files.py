@@ -20,7 +20,7 @@ from megalm.data.analysis.dataset_info import verify
 from megalm.data.builder import assembler as assembly_module
 from megalm.data.builder import build_plan as plan_module
 from megalm.data.builder import builder as builder_module
-from megalm.data.builder.builder import BuildOptions, Built, build_files
+from megalm.data.builder.builder import BuildOptions, BuildProgress, Built, build_files
 from megalm.data.builder.merge import merge_datasets
 from megalm.data.builder.quality_filters import Filters
 from megalm.data.indexed.dataset import IndexedDataset, sidecar_path
@@ -68,11 +68,14 @@ def decoded(prefix: Path) -> list[str]:
 def test_every_kind_of_file_in_order(
     tmp_path: Path, corpus: list[Path], texts: list[str], workers: int, unit_bytes: int | None
 ) -> None:
-    built = build_files(corpus, ByteTokenizer(), tmp_path / "out", BuildOptions(unit_bytes=unit_bytes), workers)
+    steps: list[BuildProgress] = []
+    options = BuildOptions(unit_bytes=unit_bytes)
+    built = build_files(corpus, ByteTokenizer(), tmp_path / "out", options, workers, steps.append)
     assert decoded(tmp_path / "out") == texts
     (report,) = built.reports
     assert (report.documents, report.tokens) == (len(texts), sum(len(text.encode()) + 1 for text in texts))
     assert report.text_bytes == sum(len(text.encode()) for text in texts)
+    assert steps[-1] == BuildProgress(report.documents, report.text_bytes, report.tokens, 1.0, "writing")
     verify(tmp_path / "out")
     assert not list(tmp_path.glob("*.building*")) + list(tmp_path.glob(".*"))
     sources = DocumentSources(tmp_path / "out", len(texts))
@@ -117,6 +120,7 @@ def build_until(step: int, monkeypatch: pytest.MonkeyPatch, corpus: list[Path], 
         patch.setattr(builder_module._Counts, "add", add)
         if step == -1:
             patch.setattr(assembly_module, "write_json", lambda *_: (_ for _ in ()).throw(Stop()))
+            patch.setattr(assembly_module, "_unlink_all", lambda *_: None)
         try:
             return build_files(corpus, ByteTokenizer(), prefix, options)
         except Stop:

@@ -17,9 +17,10 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
+from backports import zstd
 
-from megalm.data.readers.document_reader import Document, OnError, ReadReport, find_files, iter_documents
+from megalm.data.readers.document_reader import Document, OnError, ReadReport, iter_documents
+from megalm.data.readers.input_files import find_inputs
 from megalm.errors import DataError
 from tests.messages import assert_names
 
@@ -29,7 +30,7 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
-    ".zst": zstandard.ZstdCompressor().compress,
+    ".zst": zstd.compress,
 }
 
 
@@ -108,7 +109,7 @@ def test_what_comes_before_a_cut_is_kept(tmp_path: Path) -> None:
 
 
 def test_zstd_frames_are_read_all(tmp_path: Path) -> None:
-    frames = [zstandard.ZstdCompressor().compress(f'{{"text": "{number}"}}\n'.encode()) for number in range(3)]
+    frames = [zstd.compress(f'{{"text": "{number}"}}\n'.encode()) for number in range(3)]
     path = tmp_path / "frames.jsonl.zst"
     path.write_bytes(b"".join(frames))
     assert [document.text for document in iter_documents([path])] == ["0", "1", "2"]
@@ -212,7 +213,7 @@ def test_what_a_folder_leaves_out_is_counted_whatever_it_is(tmp_path: Path) -> N
     assert report.ignored_files == 3
     for name in ("my.model", "my.model.json"):  # a tokenizer and what is said of it
         (folder / name).write_text(name)
-    assert len(find_files([folder], report)) == 2
+    assert len(find_inputs([folder], report)) == 2
 
 
 def test_a_folder_that_may_not_be_read_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

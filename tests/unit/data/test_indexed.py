@@ -184,21 +184,6 @@ def test_abort_leaves_what_was_there(golden: Path) -> None:
     assert len(list(golden.parent.iterdir())) == 2
 
 
-def test_appends_another_dataset(golden: Path, tmp_path: Path) -> None:
-    with IndexedDatasetWriter(tmp_path / "out", np.uint16) as writer:
-        writer.append([7])
-        writer.append_dataset(IndexedDataset(golden), chunk_tokens=2)
-    dataset = IndexedDataset(tmp_path / "out")
-    dataset.verify()
-    assert [dataset[index].tolist() for index in range(3)] == [[7], [1, 2, 3], [4, 5]]
-    with (
-        pytest.raises(DataError) as error,
-        IndexedDatasetWriter(tmp_path / "other", np.int32) as writer,
-    ):
-        writer.append_dataset(dataset)
-    assert_names(error.value, dataset.prefix, "uint16", "int32")
-
-
 def test_empty_documents_and_empty_datasets(tmp_path: Path) -> None:
     with IndexedDatasetWriter(tmp_path / "out", np.uint16) as writer:
         writer.append_documents([5], [0, 1, 0])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megalm.data.tokenizers import sentencepiece_tokenizer
 from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
-from megalm.data.tokenizers.training import SENTENCE_CHARACTERS, Sample, split_sentences
+from megalm.data.tokenizers.training import SENTENCE_CHARACTERS, TokenizerReport, draw_sentences, split_sentences
 from megalm.errors import DataError
 from tests.messages import assert_names
 
@@ -192,9 +192,10 @@ def test_a_tokenizer_that_changes_text_is_found_out(tmp_path: Path, source_texts
 
 
 def test_draws_lines_evenly_and_in_their_order() -> None:
-    sample = Sample(limit=100)
-    drawn = sample.draw(["\n".join(f"{number:04}" for number in range(start, start + 500)) for start in (0, 500)])
-    assert (sample.documents, sample.sentences, len(drawn)) == (2, 1000, 100)
+    report = TokenizerReport(500, "bpe", [], threads=1)
+    texts = ["\n".join(f"{number:04}" for number in range(start, start + 500)) for start in (0, 500)]
+    drawn = draw_sentences(texts, 100, report)
+    assert (report.documents, report.sentences, report.sentences_used, len(drawn)) == (2, 1000, 100, 100)
     assert drawn == sorted(set(drawn))
     assert 30 < sum(line < "0500" for line in drawn) < 70
 
