@@ -70,14 +70,15 @@ def main(
             split=weights_of(split),
             shard=shard_of(shard),
         )
-        with BuildBar() as bar:
+        bar = BuildBar()
+        with bar:
             built = build_files(
                 inputs,
                 load_tokenizer(tokenizer),
                 output_prefix,
                 options,
                 workers=workers,
-                progress=bar.update,
+                progress=bar.tell,
                 overwrite=overwrite,
                 stdin_kind=stdin_kind,
             )

@@ -7,17 +7,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megalm.data.builder.builder import BuildProgress, Built
 from megalm.data.indexed.metadata import AWAITS_MERGE, DatasetMetadata
 from megalm.data.readers.document_reader import ReadReport
 from megalm.errors import EXIT_REFUSED, MegalmError
+from megalm.utils.progress import ProgressBar, percent
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
 
@@ -52,57 +51,23 @@ def _refuse(line: str, code: int) -> NoReturn:
     raise typer.Exit(code) from None
 
 
-class BuildBar:
-    """Text in MB/s, tokens/s and the time left; only on a terminal."""
+class BuildBar(ProgressBar):
+    """Text in MB/s, tokens/s and the time left."""
 
     def __init__(self) -> None:
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[rates]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=out,
-            disable=not out.is_terminal,
-        )
-        self._task = self._bar.add_task("tokenizing", total=None, rates="")
+        super().__init__("tokenizing", None, shown=percent)
         self._start = time.monotonic()
 
-    def update(self, done: BuildProgress) -> None:
+    def tell(self, done: BuildProgress) -> None:
         seconds = max(time.monotonic() - self._start, 1e-9)
         rates = f"{done.text_bytes / seconds / 1e6:.1f} MB/s, {done.tokens / seconds:,.0f} tokens/s"
-        total = None if done.share is None else 1.0
-        self._bar.update(self._task, description=done.stage, completed=done.share or 0.0, total=total, rates=rates)
-
-    def __enter__(self) -> BuildBar:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        self.begin(done.stage, None if done.share is None else 1.0)
+        self.update(done.share or 0.0, rates)
 
 
-class ReadingBar:
-    """How much of the tokens was read, and the time left; only on a terminal. Call it with the tokens read."""
-
-    def __init__(self, what: str, tokens: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
-        self._task = self._bar.add_task(what, total=tokens)
-
-    def __call__(self, tokens: int) -> None:
-        self._bar.advance(self._task, tokens)
-
-    def __enter__(self) -> ReadingBar:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+def reading_bar(what: str, tokens: int) -> ProgressBar:
+    """How much of the tokens was read, and the time left."""
+    return ProgressBar(what, tokens, shown=percent)
 
 
 def tell_reading(report: ReadReport) -> None:

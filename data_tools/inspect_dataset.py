@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from console import ReadingBar, one_line_errors, out, run
+from console import one_line_errors, out, reading_bar, run
 from steps import show_step_of_dataset, show_step_of_run
 
 from megalm.cli.find_run import find_run
@@ -61,8 +61,8 @@ def main(
             _scan(prefix, loaded, around, window, report)
         else:
             if check:
-                with ReadingBar("verifying", len(IndexedDataset(prefix).tokens)) as bar:
-                    facts |= verify(prefix, loaded, bar)
+                with reading_bar("verifying", len(IndexedDataset(prefix).tokens)) as bar:
+                    facts |= verify(prefix, loaded, bar.advance)
             width = max(map(len, facts))
             for name, value in facts.items():
                 out.print(f"{name:<{width}}  {value}")
@@ -74,8 +74,8 @@ def _show_statistics(prefix: Path, tokenizer: Tokenizer | None) -> None:
     from megalm.data.analysis.dataset_info import statistics
 
     dataset = IndexedDataset(prefix)
-    with ReadingBar("counting", 2 * len(dataset.tokens)) as bar:
-        found = statistics(dataset, tokenizer, tell=bar)
+    with reading_bar("counting", 2 * len(dataset.tokens)) as bar:
+        found = statistics(dataset, tokenizer, tell=bar.advance)
     out.print("\ntokens a sequence    sequences")
     most = max((count for _, _, count in found.length_histogram), default=1)
     for low, high, count in found.length_histogram:
@@ -96,8 +96,8 @@ def _scan(prefix: Path, tokenizer: Tokenizer | None, around: int | None, window:
     dataset = IndexedDataset(prefix)
     if around is not None and around >= len(dataset.tokens):
         raise DataError(f"{prefix}: --around {around}: the dataset has {len(dataset.tokens):,} tokens, from 0")
-    with ReadingBar("scanning", 2 * len(dataset.tokens)) as bar:
-        scanned = scan(dataset, tokenizer.fallback_ids() if tokenizer else None, window, bar)
+    with reading_bar("scanning", 2 * len(dataset.tokens)) as bar:
+        scanned = scan(dataset, tokenizer.fallback_ids() if tokenizer else None, window, bar.advance)
     if around is not None:
         middle = around // window
         out.print("tokens                      score  " + "  ".join(f"{name:>12}" for name in MEASURES) + "  document")

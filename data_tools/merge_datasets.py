@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from console import ReadingBar, one_line_errors, out, run, tell_near_copy
+from console import one_line_errors, out, reading_bar, run, tell_near_copy
 from options import dedup_of
 
 from megalm.data.builder.merge import merge_datasets
@@ -30,9 +30,9 @@ def main(
     with one_line_errors():
         # One alone is refused below, whether it is there or not.
         tokens = sum(len(IndexedDataset(prefix).tokens) for prefix in prefixes) if len(prefixes) > 1 else 0
-        with ReadingBar("merging", tokens) as bar:
+        with reading_bar("merging", tokens) as bar:
             report = merge_datasets(
-                prefixes, output_prefix, overwrite, out.print, dedup_of(dedup), minhash_threshold, bar
+                prefixes, output_prefix, overwrite, out.print, dedup_of(dedup), minhash_threshold, bar.advance
             )
         out.print(f"{output_prefix}: {report.documents:,} documents, {report.tokens:,} tokens ({report.dtype})")
         for name in ("exact", "minhash"):

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from megalm.checkpoint import manifest
 from megalm.checkpoint.manifest import read_manifest
 from megalm.cli.main import main
-from megalm.cli.show import duration, size, table
 from tests.checkpoint_files import SHAPES, save
 
 RANK_FILE = "rank-00000.safetensors"
@@ -217,26 +216,13 @@ def test_a_manifest_of_another_format_is_named(run_dir: Path, capsys: pytest.Cap
     assert "has checkpoint format 7" in run(capsys, "show", folder(run_dir, 500))[2]
 
 
-def test_tables_align_and_units_are_said() -> None:
-    text = table(["name", "count"], [["a", 5], ["long name", 1000], ["none", None]])
-    assert text.splitlines() == [
-        "name       count",
-        "---------  -----",
-        "a              5",
-        "long name   1000",
-        "none           -",
-    ]
-    assert [size(0), size(1536), size(2**50)] == ["0 B", "1.5 KiB", "1024.0 TiB"]
-    assert [duration(3), duration(200), duration(7500)] == ["3 s", "3 min 20 s", "2 h 05 min"]
-
-
 @pytest.mark.parametrize(
     "words", [["verify"], ["diff", "."], ["convert", "w.safetensors"]], ids=["verify", "diff", "convert"]
 )
 def test_what_takes_long_says_how_far_it_is(
     words: list[str], run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("megalm.pace.LINE_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr("megalm.utils.progress.LINE_INTERVAL_SECONDS", 0.0)
     monkeypatch.setattr(manifest, "HASH_BLOCK_BYTES", 100)
     monkeypatch.chdir(run_dir)
     command, *others = words
@@ -244,11 +230,11 @@ def test_what_takes_long_says_how_far_it_is(
     assert code == 0
     count = len(SHAPES)
     blocks = manifest.hashed_blocks(manifest.read_manifest(run_dir / "checkpoints" / "step-00010000"))
-    newest = f"checking step-00010000 {blocks - 1:,}/{blocks:,}, about"
+    newest = f"checking step-00010000 {blocks - 1}/{blocks}  elapsed 0:00  ETA"
     wanted = {
         "verify": newest,
-        "diff": f"comparing {count - 1}/{count}, about",
-        "convert": f"writing {count - 1}/{count}, about",
+        "diff": f"comparing {count - 1}/{count}  elapsed 0:00  ETA",
+        "convert": f"writing {count - 1}/{count}  elapsed 0:00  ETA",
     }
     assert wanted[command] in said
     assert (newest in said) == (command != "diff")

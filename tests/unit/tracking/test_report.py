@@ -15,7 +15,6 @@ from megalm.checkpoint.manifest import write_manifest
 from megalm.cli.main import main
 from megalm.errors import ConfigError
 from megalm.tracking.report import write_report
-from megalm.tracking.report.headline import ago
 
 START = event("start")
 STEPS = [train_row(step, 5.0 - step / 10) for step in range(1, 31)]
@@ -260,7 +259,7 @@ def test_a_preset_that_is_gone_leaves_the_defaults(tmp_path: Path) -> None:
     assert "What is not as in the defaults:" in page_of(write_run(tmp_path / "mine", [START], preset="gone")).text
 
 
-EVIL = "</pre></title></style><script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
+EVIL = "</pre></title></style><script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{ 7919 * 7919 }}"
 
 
 def test_nothing_that_a_run_holds_becomes_html(tmp_path: Path) -> None:
@@ -288,7 +287,7 @@ def test_nothing_that_a_run_holds_becomes_html(tmp_path: Path) -> None:
     for _, attributes in page.elements:
         assert not any(name.startswith("on") or name in ("src", "href", "srcdoc") for name in attributes)
     assert page.text.count(EVIL) >= 15  # it is all there, as text
-    assert "49" not in page.text
+    assert str(7919 * 7919) not in page.text
 
 
 def test_the_page_loads_nothing_and_is_small_also_for_a_long_run(tmp_path: Path) -> None:
@@ -336,9 +335,3 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
         main(["report", str(tmp_path)])
     assert caught.value.code == 2
     assert "no run folder" in capsys.readouterr().err
-
-
-def test_times_are_told_as_people_do() -> None:
-    assert [ago(seconds) for seconds in (0.04, 61, 130, 9000, 86400 * 3, 86400 * 1098)] == [
-        "0.0 s", "61 s", "2.17 min", "2.5 h", "3 days", "1,098 days",
-    ]  # fmt: skip

@@ -18,7 +18,7 @@ from megalm.config.precision import DeviceFacts
 from megalm.engine.interface import Accept, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
 from megalm.planning.lr_schedule import ScheduleSegment
-from megalm.planning.recipe_claims import Expectation
+from megalm.planning.recipe_claims import Expectation, Span
 from megalm.planning.resolve import resolve
 from megalm.runs.metrics_log import MetricsWriter, live_rows, read_metrics
 from megalm.train.console import RunConsole
@@ -228,9 +228,9 @@ def test_losses_are_told_beside_those_of_a_document(tmp_path: Path) -> None:
         (7, "training_loss", 1.0, True),
         (10, "validation_loss", 9.0, True),
     ]
-    above = Expectation(1000, "training_loss", 6.41, 5.5, 6.0)
+    above = Expectation(1000, "training_loss", 6.41, Span(5.5, 6.0))
     assert str(above) == "step 1000: median training loss 6.4100, documented 5.5-6: 0.41 nats above"
-    below = Expectation(500, "validation_loss", 3.3, 3.5, 3.5)
+    below = Expectation(500, "validation_loss", 3.3, Span(3.5, 3.5))
     assert str(below) == "step 500: validation loss 3.3000, documented 3.5: 0.20 nats below"
     assert str(replace(below, loss=3.45)).endswith(": as documented")
 
