@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from console import build_bar, one_line_errors, out, run, tell_left_out
+from console import BuildBar, one_line_errors, out, run, tell_left_out
 from options import (
     Columns,
     Inputs,
@@ -70,14 +70,15 @@ def main(
             split=weights_of(split),
             shard=shard_of(shard),
         )
-        with build_bar() as progress:
+        bar = BuildBar()
+        with bar:
             built = build_files(
                 inputs,
                 load_tokenizer(tokenizer),
                 output_prefix,
                 options,
                 workers=workers,
-                progress=progress,
+                progress=bar.tell,
                 overwrite=overwrite,
                 stdin_kind=stdin_kind,
             )

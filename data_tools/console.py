@@ -11,16 +11,14 @@ from typing import NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megalm.data.builder.builder import BuildProgress, Built
 from megalm.data.indexed.metadata import AWAITS_MERGE, DatasetMetadata
-from megalm.data.indexed.token_counts import Tell
 from megalm.data.readers.document_reader import ReadReport
 from megalm.errors import EXIT_REFUSED, MegalmError
+from megalm.utils.progress import ProgressBar, percent
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
-TIMES = (TimeElapsedColumn(), TimeRemainingColumn())
 
 
 def run(command: Callable[..., None]) -> None:
@@ -53,29 +51,23 @@ def _refuse(line: str, code: int) -> NoReturn:
     raise typer.Exit(code) from None
 
 
-@contextmanager
-def build_bar() -> Iterator[Callable[[BuildProgress], None]]:
-    """Shows text in MB/s, tokens/s and the time left; only on a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rates]}"))
-    with Progress(*columns, *TIMES, console=out, disable=not out.is_terminal) as bar:
-        task, start = bar.add_task("tokenizing", total=None, rates=""), time.monotonic()
+class BuildBar(ProgressBar):
+    """Text in MB/s, tokens/s and the time left."""
 
-        def update(done: BuildProgress) -> None:
-            seconds = max(time.monotonic() - start, 1e-9)
-            rates = f"{done.text_bytes / seconds / 1e6:.1f} MB/s, {done.tokens / seconds:,.0f} tokens/s"
-            total = None if done.share is None else 1.0
-            bar.update(task, description=done.stage, completed=done.share or 0.0, total=total, rates=rates)
+    def __init__(self) -> None:
+        super().__init__("tokenizing", None, shown=percent)
+        self._start = time.monotonic()
 
-        yield update
+    def tell(self, done: BuildProgress) -> None:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        rates = f"{done.text_bytes / seconds / 1e6:.1f} MB/s, {done.tokens / seconds:,.0f} tokens/s"
+        self.begin(done.stage, None if done.share is None else 1.0)
+        self.update(done.share or 0.0, rates)
 
 
-@contextmanager
-def reading_bar(what: str, tokens: int) -> Iterator[Tell]:
-    """Shows how much of the tokens was read, and the time left; only on a terminal. Call it with the tokens read."""
-    columns = (TextColumn("{task.description}"), BarColumn())
-    with Progress(*columns, *TIMES, console=out, transient=True, disable=not out.is_terminal) as bar:
-        task = bar.add_task(what, total=tokens)
-        yield lambda read: bar.advance(task, read)
+def reading_bar(what: str, tokens: int) -> ProgressBar:
+    """How much of the tokens was read, and the time left."""
+    return ProgressBar(what, tokens, shown=percent)
 
 
 def tell_reading(report: ReadReport) -> None:

@@ -62,7 +62,7 @@ def main(
         else:
             if check:
                 with reading_bar("verifying", len(IndexedDataset(prefix).tokens)) as bar:
-                    facts |= verify(prefix, loaded, bar)
+                    facts |= verify(prefix, loaded, bar.advance)
             width = max(map(len, facts))
             for name, value in facts.items():
                 out.print(f"{name:<{width}}  {value}")
@@ -73,7 +73,7 @@ def main(
 def _show_statistics(prefix: Path, tokenizer: Tokenizer | None) -> None:
     dataset = IndexedDataset(prefix)
     with reading_bar("counting", 2 * len(dataset.tokens)) as bar:
-        found = statistics(dataset, tokenizer, tell=bar)
+        found = statistics(dataset, tokenizer, tell=bar.advance)
     out.print("\ntokens a sequence    sequences")
     most = max((count for _, _, count in found.length_histogram), default=1)
     for low, high, count in found.length_histogram:
@@ -95,7 +95,7 @@ def _scan(prefix: Path, tokenizer: Tokenizer | None, around: int | None, window:
     if around is not None and around >= len(dataset.tokens):
         raise DataError(f"{prefix}: --around {around}: the dataset has {len(dataset.tokens):,} tokens, from 0")
     with reading_bar("scanning", 2 * len(dataset.tokens)) as bar:
-        scanned = scan(dataset, tokenizer.fallback_ids() if tokenizer else None, window, bar)
+        scanned = scan(dataset, tokenizer.fallback_ids() if tokenizer else None, window, bar.advance)
     if around is not None:
         middle = around // window
         out.print("tokens                      score  " + "  ".join(f"{name:>12}" for name in MEASURES) + "  document")

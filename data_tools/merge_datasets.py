@@ -32,7 +32,7 @@ def main(
         tokens = sum(len(IndexedDataset(prefix).tokens) for prefix in prefixes) if len(prefixes) > 1 else 0
         with reading_bar("merging", tokens) as bar:
             report = merge_datasets(
-                prefixes, output_prefix, overwrite, out.print, dedup_of(dedup), minhash_threshold, bar
+                prefixes, output_prefix, overwrite, out.print, dedup_of(dedup), minhash_threshold, bar.advance
             )
         out.print(f"{output_prefix}: {report.documents:,} documents, {report.tokens:,} tokens ({report.dtype})")
         for name in ("exact", "minhash"):

@@ -11,12 +11,13 @@ import sys
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
 import typer
 
+from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Overrides, RanksPerNode
 from megalm.errors import MegalmError
 
 
@@ -34,58 +35,35 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
     epilog="Exit codes: 0 done, 2 refused configuration or input, 75 saved and wants to be started again, 1 failed."
 )
 def main(
-    overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
-        typer.Argument(metavar="[KEY=VALUE]...", help="any key of the run configuration, e.g. train.steps=1000"),
-    ] = None,
-    deepspeed_config: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--deepspeed_config",
-            help="the DeepSpeed JSON: batch, precision, optimizer, ZeRO; default: a recipe's own, with --resume the "
-            "run's own, else ds_configs/zero2.json",
-        ),
-    ] = None,
-    config: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--config", help="a preset's name or a YAML file; default: with --resume the run's own, else quickstart"
-        ),
-    ] = None,
+    overrides: Overrides = None,
+    deepspeed_config: DeepSpeedJson = None,
+    config: Config = None,
     resume: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--resume", help="auto (the newest checkpoint, or the start), a step, or a checkpoint's path"),
+        str | None,
+        typer.Option("--resume", help="auto (the newest checkpoint, or the start), a step, or a checkpoint's path."),
     ] = None,
-    extend_steps: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--extend-steps", min=1, help="with --resume: train so many steps more, on a new schedule"),
-    ] = None,
+    extend_steps: ExtendSteps = None,
     extend_strategy: Annotated[
         Strategy,
         typer.Option(
             "--extend-strategy",
-            help="schedule: a cosine from the rate of now to a tenth; weights: a new run from step 0 with its weights",
+            help="schedule: a cosine from the rate of now to a tenth; weights: a new run from step 0 with its weights.",
         ),
     ] = Strategy.schedule,
     skip_steps: Annotated[
-        int, typer.Option("--skip-steps", min=0, help="with --resume: pass over the data of so many steps")
+        int, typer.Option("--skip-steps", min=0, help="With --resume: pass over the data of so many steps.")
     ] = 0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="show what the run amounts to, with memory and topology, and leave")
+        bool, typer.Option("--dry-run", help="Show what the run amounts to, with memory and topology, and leave.")
     ] = False,
     world_size: Annotated[
         int,
         typer.Option(
-            "--world-size", help="with --dry-run: plan for so many ranks; default: this job's", show_default=False
+            "--world-size", help="With --dry-run: plan for so many ranks; default: this job's.", show_default=False
         ),
     ] = 0,
-    ranks_per_node: Annotated[
-        int,
-        typer.Option(
-            "--ranks-per-node", help="with --dry-run: how many ranks share a node; default 8", show_default=False
-        ),
-    ] = 0,
-    verbose: Annotated[bool, typer.Option("--verbose", help="let DeepSpeed and torch log what they like")] = False,
+    ranks_per_node: RanksPerNode = RANKS_PER_NODE,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Let DeepSpeed and torch log what they like.")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
     """Pretrain a language model with DeepSpeed.
@@ -132,7 +110,7 @@ def _dry_run(
     Args:
         asked: `--resume`, `--extend-steps`, `--extend-strategy` and `--skip-steps`.
     """
-    from megalm.cli.plan import RANKS_PER_NODE, show_plan
+    from megalm.cli.plan import show_plan
     from megalm.runs.saved_config import read_settings
     from megalm.train.resume.resume_plan import planned_start
     from megalm.train.resume.resume_request import ResumeOptions
@@ -147,7 +125,7 @@ def _dry_run(
             overrides = [*overrides, f"train.steps={steps}"]  # a run of its own, from step 0
         loaded, deepspeed = read_settings(config, overrides, deepspeed_config, wanted is not None, ranks)
         going_on = partial(planned_start, resume=resume) if wanted is not None else None
-        show_plan(loaded, deepspeed, ranks, None, ranks_per_node or RANKS_PER_NODE, going_on)
+        show_plan(loaded, deepspeed, ranks, None, ranks_per_node, going_on)
     except MegalmError as error:
         sys.stderr.write(f"megalm: {error}\n")
         raise SystemExit(error.exit_code) from None

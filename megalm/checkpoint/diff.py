@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.shard_spec import KINDS, FragmentKey, FragmentKind
+from megalm.utils.formatting import flatten_to_text
 
 # Different in any two checkpoints, or compared apart.
 _UNCOMPARED = ("files", "tensors", "created")
@@ -16,7 +16,10 @@ _UNCOMPARED = ("files", "tensors", "created")
 
 def different_facts(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(dotted name, the first's value, the second's) of what the manifests say differently; `-` where one is silent."""
-    flat = [dict(_flatten(manifest)) for manifest in (first, second)]
+    flat = [
+        flatten_to_text({name: value for name, value in manifest.items() if name not in _UNCOMPARED}, numbered=True)
+        for manifest in (first, second)
+    ]
     names = [*flat[0], *(name for name in flat[1] if name not in flat[0])]
     pairs = [(name, flat[0].get(name, "-"), flat[1].get(name, "-")) for name in names]
     return [pair for pair in pairs if pair[1] != pair[2]]
@@ -66,16 +69,3 @@ def _distance(first: CheckpointReader, second: CheckpointReader, key: FragmentKe
 def _part(name: str) -> str:
     parts = name.split(".")
     return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
-
-
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in content.items():
-        if not prefix and name in _UNCOMPARED:
-            continue
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            for number, entry in enumerate(value):
-                yield from _flatten(entry, f"{prefix}{name}.{number}.")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)

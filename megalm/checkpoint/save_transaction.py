@@ -24,6 +24,7 @@ from megalm.checkpoint.safetensors_file import ShardSummary, write_shard
 from megalm.checkpoint.shard_spec import HasFragment
 from megalm.errors import MegalmError, TrainingError
 from megalm.utils.atomic_files import make_directory, sync_directory, write_atomically, write_durably
+from megalm.utils.formatting import format_bytes
 
 # Whether a checkpoint fits the disk, before it is begun.
 
@@ -54,7 +55,7 @@ def require_space(folder: Path, needed: int, make_room: Callable[[], None]) -> N
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise TrainingError(
-            f"{folder} has {free / 2**20:,.1f} MiB free, a checkpoint needs {needed / 2**20:,.1f} MiB; make room "
+            f"{folder} has {format_bytes(free)} free, a checkpoint needs {format_bytes(needed)}; make room "
             "(megalm checkpoint prune), or keep fewer with checkpoint.keep_last"
         )
 

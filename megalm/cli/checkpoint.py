@@ -10,7 +10,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +34,18 @@ from megalm.checkpoint.manifest import (
     wrong_file,
 )
 from megalm.checkpoint.retention import Retention, prune, superfluous
-from megalm.cli import progress, show
 from megalm.cli.find_run import checkpoint_at, find_run
+from megalm.cli.options import Precision
 from megalm.cli.watched_reads import verify
 from megalm.errors import CheckpointError
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, read_mapping
+from megalm.utils.formatting import format_bytes, table
+from megalm.utils.progress import ProgressBar
 
 _LONGEST_VALUE = 76  # with its name within a hundred columns
 
 app = typer.Typer(no_args_is_help=True)
-
-
-class DType(str, Enum):
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 @app.command("list")
@@ -64,7 +60,7 @@ def list_command(run: str = typer.Argument(help="Run folder, or a name under run
     entries = {entry.path: entry for entry in list_checkpoints(checkpoints)}
     marks = {LATEST: read_pointer(checkpoints, LATEST), BEST: read_pointer(checkpoints, BEST) or _lowest_loss(entries)}
     rows = [_row(folder, entries.get(folder), marks) for folder in folders]
-    typer.echo(show.table(["name", "step", "tokens", "created", "size", "validation loss", "over", "status", ""], rows))
+    typer.echo(table(["name", "step", "tokens", "created", "size", "validation loss", "over", "status", ""], rows))
     damaged = [problem for entry in entries.values() if (problem := _problem(entry))]
     if damaged:
         raise CheckpointError(f"{len(damaged)} damaged: {damaged[0]}")
@@ -78,15 +74,15 @@ def show_command(path: Path = typer.Argument(help="Checkpoint folder, or a run f
     facts = [
         [name, _plain(name, value)] for name, value in manifest.content.items() if name not in ("files", "tensors")
     ]
-    typer.echo(show.table(["checkpoint", str(folder)], [*facts, ["tensors", f"{len(manifest.tensors)} parameters"]]))
+    typer.echo(table(["checkpoint", str(folder)], [*facts, ["tensors", f"{len(manifest.tensors)} parameters"]]))
     if segments := manifest.schedule.segments:
         rates = [["learning rate", str(ScheduleSegment.of(stored))] for stored in segments]
-        typer.echo("\n" + show.table(["in force", ""], rates))
+        typer.echo("\n" + table(["in force", ""], rates))
     rows = [
-        [name, show.size(stored.bytes), _presence(folder / name, stored.bytes)]
+        [name, format_bytes(stored.bytes), _presence(folder / name, stored.bytes)]
         for name, stored in manifest.files.items()
     ]
-    typer.echo("\n" + show.table(["file", "size", "on disk"], rows))
+    typer.echo("\n" + table(["file", "size", "on disk"], rows))
     if problem := wrong_file(folder, manifest):
         raise CheckpointError(problem)
 
@@ -100,7 +96,7 @@ def verify_command(path: Path = typer.Argument(help="Checkpoint folder, or a run
     for entry in entries:
         problem = _problem(entry)
         if not problem and entry.manifest is not None:
-            with progress.Counter(f"checking {entry.path.name}", hashed_blocks(entry.manifest)) as counter:
+            with ProgressBar(f"checking {entry.path.name}", hashed_blocks(entry.manifest)) as counter:
                 problem = damaged_file(entry.path, entry.manifest, tell=counter.advance)
         typer.echo(f"{entry.path}: {problem or 'every file is as it was written'}")
         problems += [problem] if problem else []
@@ -138,14 +134,14 @@ def diff_command(
     readers = CheckpointReader(checkpoint_at(first)), CheckpointReader(checkpoint_at(second))
     facts = different_facts(*(_account(reader.path, reader.manifest) for reader in readers))
     titles = [str(reader.path) for reader in readers]
-    typer.echo(show.table(["said of it", *titles], facts) if facts else "both say the same of themselves")
+    typer.echo(table(["said of it", *titles], facts) if facts else "both say the same of themselves")
     if shapes := different_shapes(*readers):
-        typer.echo("\n" + show.table(["shape", *titles], shapes))
-    with progress.Counter("comparing", len(readers[0].shapes())) as counter:
+        typer.echo("\n" + table(["shape", *titles], shapes))
+    with ProgressBar("comparing", len(readers[0].shapes())) as counter:
         differences = largest_differences(*readers, counter.advance)
     rows = [[part, *(f"{value:.3g}" for value in row.values())] for part, row in differences.items()]
     kinds = list(next(iter(differences.values()), {}))
-    typer.echo("\n" + show.table(["largest absolute difference", *kinds], rows))
+    typer.echo("\n" + table(["largest absolute difference", *kinds], rows))
 
 
 @app.command("prune")
@@ -175,7 +171,7 @@ def prune_command(
 def convert_command(
     path: Path = typer.Argument(help="Checkpoint folder, or a run folder for its newest."),
     output: Path = typer.Argument(help="The safetensors file to write."),
-    dtype: DType = typer.Option(DType.fp32, help="fp32 is exact; bf16 is rounded."),
+    dtype: Precision = typer.Option(Precision.fp32, help="fp32 is exact; bf16 is rounded."),
 ) -> None:
     """Write the whole weights as one safetensors file, by canonical name, one parameter in memory at a time."""
     import torch
@@ -190,9 +186,9 @@ def convert_command(
     reader = CheckpointReader(checkpoint_at(path))
     verify(reader)
     stored, parameters = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype.value], len(reader.shapes())
-    with progress.Counter("writing", parameters) as counter:
+    with ProgressBar("writing", parameters) as counter:
         written = write_weights(reader, output, stored, counter.advance)
-    typer.echo(f"{output}: {parameters} parameters of {reader.path} in {dtype.value}, {show.size(written)}")
+    typer.echo(f"{output}: {parameters} parameters of {reader.path} in {dtype.value}, {format_bytes(written)}")
 
 
 def _account(path: Path, manifest: Manifest) -> dict[str, Any]:
@@ -226,7 +222,7 @@ def _row(folder: Path, entry: Entry | None, marks: Mapping[str, str | None]) -> 
         entry.step,
         manifest.tokens,
         _created(manifest.created),
-        show.size(manifest.bytes),
+        format_bytes(manifest.bytes),
         None if loss is None else f"{loss:.4f}",
         None if over is None else f"{over:,}",
         "damaged" if _problem(entry) else entry.status,

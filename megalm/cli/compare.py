@@ -9,12 +9,12 @@ from pathlib import Path
 
 import typer
 
-from megalm.cli import show
 from megalm.cli.find_run import find_run
 from megalm.cli.watched_reads import read_watched
 from megalm.errors import ConfigError
 from megalm.tracking import compare_runs
 from megalm.tracking.compare_runs import Results
+from megalm.utils.formatting import format_duration, table
 
 # How many times `Results.scatter` two numbers have to be apart; with normal noise these are two standard deviations.
 _SCATTERS = 3.0
@@ -47,7 +47,7 @@ def _as(form: str) -> Callable[[float], str]:
 
 
 def _seconds(value: float) -> str:
-    return f"{'-' if round(value) < 0 else ''}{show.duration(abs(value))}"
+    return f"{'-' if round(value) < 0 else ''}{format_duration(abs(value))}"
 
 
 # What the table says of a run's results, line by line.
@@ -88,7 +88,7 @@ def command(
         names = runs  # the same name under two roots: as they were typed
     differences = compare_runs.differing_settings(records)
     if differences:
-        typer.echo(show.table(["setting", *names], [[name, *values] for name, values in differences.items()]))
+        typer.echo(table(["setting", *names], [[name, *values] for name, values in differences.items()]))
     else:
         typer.echo("no difference in config.yaml and deepspeed.resolved.json")
     outcome = [compare_runs.results(record) for record in records]
@@ -96,7 +96,7 @@ def command(
     if len(outcome) == 2:
         headings.append("difference")
         rows = [[*row, difference(line, *outcome)] for row, line in zip(rows, _LINES.values(), strict=True)]
-    typer.echo("\n" + show.table(headings, rows))
+    typer.echo("\n" + table(headings, rows))
     compare_runs.plot_losses(records, plot, names)
     typer.echo(f"\nloss curves over tokens: {plot}")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 import typer
 
-from megalm.cli import show
 from megalm.config.schema import RunSection
+from megalm.utils.formatting import format_bytes, table
 
 _GIB = 2**30
 _SLURM_COMMANDS = ("sbatch", "srun", "scontrol", "sinfo")
@@ -40,8 +40,8 @@ def command() -> None:
     """What this machine has, and what of megalm works on it; exit code 1 where something essential is missing."""
     machine = machine_findings()
     works = capabilities({finding.name: finding for finding in machine})
-    typer.echo(show.table(["machine", "found", ""], [[item.name, item.found, item.state] for item in machine]))
-    typer.echo("\n" + show.table(["on this machine", "works", "because"], works))
+    typer.echo(table(["machine", "found", ""], [[item.name, item.found, item.state] for item in machine]))
+    typer.echo("\n" + table(["on this machine", "works", "because"], works))
     missing = [item.name for item in machine if item.state == "missing"]
     if missing:
         typer.echo(f"\nmissing and essential: {', '.join(missing)}; install with `make install`", err=True)
@@ -125,7 +125,7 @@ def _torch() -> list[Finding]:
         properties = torch.cuda.get_device_properties(index)
         # Ampere and later compute in bf16; earlier devices only emulate it.
         precision = "bf16" if properties.major >= 8 else "fp16 only"
-        memory = show.size(properties.total_memory)
+        memory = format_bytes(properties.total_memory)
         findings.append(Finding(f"CUDA device {index}", f"{properties.name}, {memory}, {precision}"))
     return findings
 
@@ -149,14 +149,14 @@ def _memory() -> Finding:
             limit = min(limit, int(Path(file).read_text()))
         except (OSError, ValueError):  # no such file, or "max"
             continue
-    return Finding("memory", f"{show.size(limit)}, {show.size(min(limit, memory.available))} free")
+    return Finding("memory", f"{format_bytes(limit)}, {format_bytes(min(limit, memory.available))} free")
 
 
 def _disk() -> Finding:
     root = Path(RunSection().root).absolute()
     place = next(folder for folder in (root, *root.parents) if folder.exists())
     free = shutil.disk_usage(place).free
-    return Finding("disk for runs", f"{show.size(free)} free at {place}", "ok" if free > _GIB else "absent")
+    return Finding("disk for runs", f"{format_bytes(free)} free at {place}", "ok" if free > _GIB else "absent")
 
 
 def _shared_memory() -> Finding:
@@ -164,8 +164,8 @@ def _shared_memory() -> Finding:
         return Finding("/dev/shm", "not there", "absent")
     total = shutil.disk_usage("/dev/shm").total
     if total >= _ENOUGH_SHM_BYTES:
-        return Finding("/dev/shm", f"{show.size(total)}")
-    return Finding("/dev/shm", f"{show.size(total)}; start the container with --shm-size=8g", "absent")
+        return Finding("/dev/shm", f"{format_bytes(total)}")
+    return Finding("/dev/shm", f"{format_bytes(total)}; start the container with --shm-size=8g", "absent")
 
 
 def _tool(name: str, version_flag: str) -> Finding:

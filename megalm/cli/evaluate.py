@@ -7,19 +7,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 import typer
 
-from megalm.cli import show
 from megalm.cli.find_run import checkpoint_at, find_place
-from megalm.cli.progress import Counter, watched
+from megalm.cli.options import Place, Precision, Tokenizer
 from megalm.cli.watched_reads import verify
 from megalm.errors import CheckpointError, ConfigError
 from megalm.runs.metrics_log import MetricsWriter, plain
+from megalm.utils.formatting import table
+from megalm.utils.progress import ProgressBar, watched
 
 if TYPE_CHECKING:
     from megalm.inference.dataset_eval import Row, Task
@@ -28,11 +28,6 @@ if TYPE_CHECKING:
 RECORD = "evaluations.jsonl"
 _TEXT_KEY = "text"
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-
-
-class Precision(str, Enum):
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 @dataclass(frozen=True)
@@ -49,13 +44,7 @@ class _Wanted:
 
 
 def command(
-    place: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN_OR_CHECKPOINT",
-            help="A run (its path, or its name under runs/), for its newest good checkpoint, or a checkpoint.",
-        ),
-    ],
+    place: Place,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", metavar="PREFIX", help="A dataset, PREFIX.bin and PREFIX.idx. May be repeated."),
@@ -84,7 +73,7 @@ def command(
     ] = None,
     text_key: Annotated[str, typer.Option(help="--text: the key or column that holds the text.")] = _TEXT_KEY,
     dtype: Annotated[Precision, typer.Option(help="What the model computes in.")] = Precision.fp32,
-    tokenizer: Annotated[str, typer.Option(help="Where the checkpoint's tokenizer is now, if it moved.")] = "",
+    tokenizer: Tokenizer = "",
     json: Annotated[bool, typer.Option("--json", help="JSON lines instead of tables.")] = False,
 ) -> None:
     """Loss, perplexity and bits per byte of a checkpoint; its answers to multiple-choice questions.
@@ -119,7 +108,7 @@ def command(
     wanted = _Wanted(data or (), text or (), choices or (), max_samples, batch_size, overlap, text_key)
     tasks = _tasks(facts, wanted)
     rows: list[Row] = []
-    with Counter("evaluating", sum(task.batches for task in tasks) * len(paths)) as counter, _memory_errors_named():
+    with ProgressBar("evaluating", sum(task.batches for task in tasks) * len(paths)) as counter, _memory_errors_named():
         for path in paths:
             try:
                 # One model at a time: it goes with the function.
@@ -197,7 +186,7 @@ def _evaluate(
     dtype: OfflinePrecision,
     tasks: Sequence[Task],
     wanted: _Wanted,
-    counter: Counter,
+    counter: ProgressBar,
 ) -> list[Row]:
     """All results of one checkpoint, recorded in its run."""
     from megalm.inference.inference_model import InferenceModel
@@ -260,7 +249,7 @@ def _tables(rows: Sequence[Row], place: Path) -> str:
 def _table(headings: Sequence[str], rows: Sequence[Row], cells: Callable[[Row], list[object]], steps: bool) -> str:
     before = ["step", "trained on"] if steps else []
     lines = [[*([row["step"], f"{row['tokens'] or 0:,}"] if steps else []), *cells(row)] for row in rows]
-    return show.table([*before, *headings], lines)
+    return table([*before, *headings], lines)
 
 
 def _loss_cells(row: Row, words: bool) -> list[object]:

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from megalm.checkpoint.manifest import read_manifest
-from megalm.cli import show
 from megalm.cli.find_run import checkpoint_at
-from megalm.cli.progress import Counter
-from megalm.cli.sizes import bytes_of
+from megalm.cli.options import NewFolder, Place, Precision, Tokenizer
 from megalm.cli.watched_reads import verify
 from megalm.errors import CheckpointError
-
-
-class DType(str, Enum):
-    fp32 = "fp32"
-    bf16 = "bf16"
+from megalm.utils.formatting import format_bytes, parse_bytes
+from megalm.utils.progress import ProgressBar
 
 
 def command(
-    place: Annotated[
-        Path,
-        typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run, for its newest good checkpoint, or one of them."),
-    ],
-    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Made new; one with files in it is refused.")],
-    dtype: Annotated[DType, typer.Option(help="fp32 is exact; bf16 is rounded, and half the size.")] = DType.fp32,
+    place: Place,
+    output: NewFolder,
+    dtype: Annotated[
+        Precision, typer.Option(help="fp32 is exact; bf16 is rounded, and half the size.")
+    ] = Precision.fp32,
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Weights above it go into several files with an index.")
     ] = "5GB",
     name: Annotated[str, typer.Option(help="The model's name in its card; default: the run's.")] = "",
-    tokenizer: Annotated[str, typer.Option(help="Where the checkpoint's tokenizer is now, if it moved.")] = "",
+    tokenizer: Tokenizer = "",
     accept_bad: Annotated[bool, typer.Option("--accept-bad", help="Also a checkpoint that is marked bad.")] = False,
 ) -> None:
     """Write a checkpoint in Hugging Face form: transformers loads it, without megalm.
@@ -47,7 +40,7 @@ def command(
     megalm export runs/mine published/mine
     megalm export runs/mine/checkpoints/best published/mine --dtype bf16
     """
-    largest = bytes_of(max_shard_size, "--max-shard-size")
+    largest = parse_bytes(max_shard_size, "--max-shard-size")
     path = _checkpoint(place, accept_bad)
     import torch
 
@@ -59,11 +52,11 @@ def command(
     plan = exportable(reader, output, stored, tokenizer or None)
     verify(reader)
     title = name or reader.manifest.run or output.name
-    with Counter("writing", plan.tensors) as counter:
+    with ProgressBar("writing", plan.tensors) as counter:
         exported = export_checkpoint(reader, output, stored, largest, title, tokenizer or None, counter.advance)
     typer.echo(
         f"{output}: {exported.parameters:,} parameters of {path} as {exported.family} in {dtype.value}, "
-        f"{show.size(exported.bytes)}"
+        f"{format_bytes(exported.bytes)}"
     )
     typer.echo(exported.tokenizer.note)
     if mark := reader.manifest.mark:

@@ -9,8 +9,8 @@ import typer
 from megalm.checkpoint.discovery import first_whole, resolve_pointer
 from megalm.checkpoint.manifest import MANIFEST
 from megalm.config.schema import RunSection
-from megalm.config.suggest import did_you_mean
 from megalm.errors import CheckpointError, ConfigError
+from megalm.utils.did_you_mean import did_you_mean
 
 
 def find_run(name: str) -> Path:

@@ -19,15 +19,16 @@ from pydantic import ValidationError
 
 from megalm.checkpoint.discovery import step_of
 from megalm.cli.find_run import checkpoint_at, find_place
-from megalm.cli.progress import Counter, watched
+from megalm.cli.options import Place, Tokenizer
 from megalm.cli.watched_reads import verify
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import SampleSection
-from megalm.config.suggest import did_you_mean
 from megalm.errors import ConfigError, DataError
 from megalm.inference.inference_model import InferenceModel
 from megalm.inference.kv_cache import CachedModel
 from megalm.inference.token_stream import stream
+from megalm.utils.did_you_mean import did_you_mean
+from megalm.utils.progress import ProgressBar, watched
 
 if TYPE_CHECKING:
     from megalm.inference.inference_model import InferenceModel
@@ -124,7 +125,7 @@ _DEFAULTS = SampleSection()
 
 
 def command(
-    place: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run, or one of its checkpoints.")],
+    place: Place,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="May be repeated.")] = None,
     prompt_file: Annotated[
         list[Path] | None,
@@ -148,7 +149,7 @@ def command(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest.")] = _DEFAULTS.temperature,
     top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest; 0: from all.")] = _DEFAULTS.top_k or 0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    tokenizer: Annotated[str, typer.Option(help="Where the checkpoint's tokenizer is now, if it moved.")] = "",
+    tokenizer: Tokenizer = "",
 ) -> None:
     """Continue prompts with a checkpoint, in fp32, on the GPU if there is one.
 
@@ -180,7 +181,7 @@ def command(
         if at:
             typer.echo(f"=== step {step_of(path):,}: {path}")
         length = model.shape.max_position_embeddings
-        with Counter("drawing tokens", max_new_tokens) as counter:
+        with ProgressBar("drawing tokens", max_new_tokens) as counter:
             texts = generate(
                 _Counted(CachedModel(model), counter),
                 SingleProcessCommunicator(),
@@ -198,7 +199,7 @@ class _Counted:
     """A model whose tokens are counted; a text may end before the last."""
 
     model: Predictor
-    counter: Counter
+    counter: ProgressBar
 
     def next_token_logits(
         self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]

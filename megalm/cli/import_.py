@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from megalm.cli.progress import Counter
+from megalm.cli.options import NewFolder
+from megalm.utils.progress import ProgressBar
 
 
 def command(
     source: Annotated[
         Path, typer.Argument(metavar="HF_FOLDER", help="Local: config.json, *.safetensors, tokenizer.json.")
     ],
-    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Made new; one with files in it is refused.")],
+    output: NewFolder,
     tokenizer: Annotated[
-        Optional[Path],  # noqa: UP045  (typer reads it at run time on Python 3.10)
+        Path | None,
         typer.Option(help="tokenizer.json or .model, where HF_FOLDER has none; default: its own."),
     ] = None,
     ignore_key: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(help="Of config.json: a key that you know to change nothing. May be repeated."),
     ] = None,
 ) -> None:
@@ -43,7 +44,7 @@ def command(
     from megalm.huggingface.pretrained_folder import HuggingFaceFolder
 
     found = HuggingFaceFolder(source, ignore_key or ())
-    with Counter("writing", len(found.shape.parameters())) as counter:
+    with ProgressBar("writing", len(found.shape.parameters())) as counter:
         made = import_model(found, output, tokenizer, counter.advance)
     shape = found.shape
     typer.echo(f"{output}: {made.parameters:,} parameters of {source}, style {shape.style}, as fp32 masters")

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import typer
 
 import megalm
-from megalm.config.suggest import did_you_mean
 from megalm.errors import EXIT_FAILED, EXIT_REFUSED, MegalmError
+from megalm.utils.did_you_mean import did_you_mean
 
 # Command -> (module with a Typer `app` or a function `command`, what the overview says of it).
 COMMANDS: dict[str, tuple[str, str]] = {

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from megalm.checkpoint.manifest import read_manifest, require_training_state
 from megalm.cli.find_run import checkpoint_at
+from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Overrides, RanksPerNode
 from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig
 from megalm.config.loading import LoadedConfig
@@ -29,30 +30,18 @@ from megalm.train.run_summary import planned_data
 GoingOn = Callable[[ResolvedRun], tuple[ResolvedRun, tuple[ScheduleSegment, ...]]]
 
 _GIB = 2**30
-RANKS_PER_NODE = 8  # where a launcher has not said how many there are
 
 
 def command(
-    overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the run YAML."),
-    ] = None,
-    config: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--config", help="A preset's name or a YAML file; default quickstart."),
-    ] = None,
-    deepspeed_config: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--deepspeed_config", help="The DeepSpeed JSON; default: a recipe's own, else ds_configs/zero2.json."
-        ),
-    ] = None,
+    overrides: Overrides = None,
+    config: Config = None,
+    deepspeed_config: DeepSpeedJson = None,
     ranks: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option("--ranks", min=1, help="Ranks in all; default: a recipe's documented GPUs, else 1."),
     ] = None,
     gpu_memory: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(
             "--gpu-memory",
             min=0.1,
@@ -60,23 +49,18 @@ def command(
             help="Plan for GPUs of so many GiB with bf16; default: a recipe's documented ones, else this machine.",
         ),
     ] = None,
-    ranks_per_node: Annotated[
-        int, typer.Option("--ranks-per-node", min=1, help="Consecutive ranks that share a node.")
-    ] = RANKS_PER_NODE,
+    ranks_per_node: RanksPerNode = RANKS_PER_NODE,
     plot: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--plot", metavar="FILE.png", help="Draw the learning rate of every step."),
     ] = None,
     after: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             "--after", metavar="CHECKPOINT", help="The run goes on from there, or from a run folder's newest."
         ),
     ] = None,
-    extend_steps: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--extend-steps", min=1, help="With --after: so many steps more, on a schedule of their own."),
-    ] = None,
+    extend_steps: ExtendSteps = None,
 ) -> None:
     """What a run amounts to before it is started: size, tokens, memory, schedule. Nothing is started; --plot alone
     writes a file.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megalm.cli import show
 from megalm.config.loading import external_name
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields, shown
@@ -17,6 +16,7 @@ from megalm.planning.recipe_claims import changed_keys, judge, tolerances
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_plan import Plan, checkpoint_bytes
 from megalm.topology import AXES, Axis, Topology, bubble_share
+from megalm.utils.formatting import format_bytes, table, terminal_width, wrapped
 
 # The grid of ranks as text: groups along each axis, what stays in a node, the pipeline's stages and its bubble.
 
@@ -65,7 +65,7 @@ def _axes(topology: Topology, ranks_per_node: int) -> str:
             place = "between nodes"
         last = ranks_text(groups[-1]) if len(groups) > 1 else None
         rows.append([axis, topology.size(axis), len(groups), ranks_text(groups[0]), last, place, _TALK[axis]])
-    return show.table(["axis", "degree", "groups", "first group", "last group", "where", "talks of"], rows)
+    return table(["axis", "degree", "groups", "first group", "last group", "where", "talks of"], rows)
 
 
 def _stages(topology: Topology, shape: ModelConfig, ranks_per_node: int) -> list[str]:
@@ -120,8 +120,8 @@ def plan_text(
         )
         or "none",
     }
-    width = show.terminal_width()
-    return "\n\n".join(f"{title}\n{show.wrapped(text, width)}" for title, text in sections.items())
+    width = terminal_width()
+    return "\n\n".join(f"{title}\n{wrapped(text, width)}" for title, text in sections.items())
 
 
 def _configuration(plan: Plan) -> str:
@@ -135,7 +135,7 @@ def _configuration(plan: Plan) -> str:
             value = value[part]
         if value is not None or plan.resolved.sources[key] != "default":
             rows.append([external_name(key), shown(value), plan.resolved.sources[key]])
-    return show.table(["key", "value", "from"], rows)
+    return table(["key", "value", "from"], rows)
 
 
 def _deepspeed(plan: Plan) -> str:
@@ -146,7 +146,7 @@ def _deepspeed(plan: Plan) -> str:
         for what, section in (("optimizer", zero.offload_optimizer), ("parameters", zero.offload_param))
         if section is not None and section.device != "none"
     ]
-    return show.table(
+    return table(
         ["fact", "value"],
         [
             ["file", run.deepspeed_source.path],
@@ -173,12 +173,12 @@ def _triple(plan: Plan) -> tuple[int, int, int]:
 def _parameters(plan: Plan) -> str:
     total = plan.parameter_count
     rows: list[list[object]] = [[part, f"{count:,}", f"{count / total:.1%}"] for part, count in plan.parameters.items()]
-    return show.table(["part", "parameters", "share"], [*rows, ["total", f"{total:,}", ""]])
+    return table(["part", "parameters", "share"], [*rows, ["total", f"{total:,}", ""]])
 
 
 def _tokens(plan: Plan) -> str:
     run = plan.resolved
-    return show.table(
+    return table(
         ["fact", "value"],
         [
             ["tokens a step", f"{run.tokens_per_step:,}"],
@@ -187,7 +187,7 @@ def _tokens(plan: Plan) -> str:
             ["tokens a parameter", f"{plan.tokens_per_parameter:.2f}"],
             ["FLOPs a token", f"{plan.flops_per_token:.3e}"],
             ["FLOPs in all", f"{plan.total_flops:.3e}"],
-            ["a checkpoint", show.size(checkpoint_bytes(plan.shape))],
+            ["a checkpoint", format_bytes(checkpoint_bytes(plan.shape))],
         ],
     )
 
@@ -197,18 +197,18 @@ def _memory(plan: Plan) -> str:
     stages = plan.memory_by_stage
     headings = ["part", *(_stage_words(plan, stage) for stage in stages)] if len(stages) > 1 else ["part", "size"]
     parts: list[list[object]] = [
-        [part, *(show.size(stage.parts()[part]) for stage in stages)] for part in stages[0].parts()
+        [part, *(format_bytes(stage.parts()[part]) for stage in stages)] for part in stages[0].parts()
     ]
     offloaded: list[list[object]] = [
-        [f"{part} (CPU memory)", *(show.size(stage.host[part]) for stage in stages)]
+        [f"{part} (CPU memory)", *(format_bytes(stage.host[part]) for stage in stages)]
         for part, count in stages[0].host.items()
         if count
     ]
     if any(stage.disk for stage in stages):
-        offloaded.append(["optimizer states (NVMe)", *(show.size(stage.disk) for stage in stages)])
-    total = ["total", *(show.size(stage.total) for stage in stages)]
-    available = ["available", show.size(plan.resolved.device.memory_bytes), *[""] * (len(stages) - 1)]
-    return show.table(headings, [*parts, *offloaded, total, available])
+        offloaded.append(["optimizer states (NVMe)", *(format_bytes(stage.disk) for stage in stages)])
+    total = ["total", *(format_bytes(stage.total) for stage in stages)]
+    available = ["available", format_bytes(plan.resolved.device.memory_bytes), *[""] * (len(stages) - 1)]
+    return table(headings, [*parts, *offloaded, total, available])
 
 
 def _memory_warnings(plan: Plan) -> list[str]:
@@ -216,7 +216,7 @@ def _memory_warnings(plan: Plan) -> list[str]:
     if needed <= available:
         return []
     return [
-        f"does not fit by the estimate: a rank needs {show.size(needed)} of {show.size(available)}; smaller "
+        f"does not fit by the estimate: a rank needs {format_bytes(needed)} of {format_bytes(available)}; smaller "
         "micro-batches, train.checkpoint_activations_every=1, a higher ZeRO stage or offload need less"
     ]
 
@@ -228,7 +228,7 @@ def _no_data(plan: Plan) -> str:
 
 
 def _learning_rate(plan: Plan) -> str:
-    rows = show.table(["step", "rate"], [[step, f"{rate:.3e}"] for step, rate in plan.learning_rates])
+    rows = table(["step", "rate"], [[step, f"{rate:.3e}"] for step, rate in plan.learning_rates])
     return "\n".join([*map(str, plan.schedules), rows])
 
 
@@ -236,7 +236,7 @@ def _documented(plan: Plan) -> str:
     judgements = judge(plan)
     rows = [[it.claim, it.computed, it.verdict] for it in judgements]
     refuted = sum(it.refuted for it in judgements)
-    lines = [show.table(["documented", "computed", "verdict"], rows)]
+    lines = [table(["documented", "computed", "verdict"], rows)]
     lines.append(f"{refuted} of {len(judgements)} claims do not hold. {tolerances()}")
     others = changed_keys(plan)
     if others:

@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 from megalm.checkpoint.manifest import hashed_blocks
-from megalm.cli.progress import Counter
 from megalm.errors import CheckpointError
 from megalm.runs.metrics_log import Row, read_metrics, read_rows
+from megalm.utils.progress import ProgressBar, sizes
 
 if TYPE_CHECKING:
     from megalm.checkpoint.checkpoint_reader import CheckpointReader
@@ -25,28 +22,20 @@ _ROWS_A_LOOK = 5_000
 
 
 def read_watched(path: Path) -> Iterator[Row]:
-    """The rows of `read_metrics`; on a terminal with a bar, and the time left, where there are many.
+    """The rows of `read_metrics`, with the time left where there are many.
 
     Raises:
         DataError: as there.
     """
-    console = Console(stderr=True)
     total = path.stat().st_size if path.is_file() else 0
-    if total < _LONG_BYTES or not console.is_terminal or console.is_dumb_terminal:
+    if total < _LONG_BYTES:
         yield from read_metrics(path)
         return
-    columns = (
-        TextColumn("reading {task.description}"),
-        BarColumn(bar_width=24),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(str(path), total=total)
+    with ProgressBar(f"reading {path}", total, shown=sizes) as bar:
         for number, (row, offset) in enumerate(read_rows(path)):
             yield row
             if number % _ROWS_A_LOOK == 0:
-                bar.update(task, completed=offset)
+                bar.update(offset)
 
 
 def verify(reader: CheckpointReader) -> None:
@@ -55,6 +44,6 @@ def verify(reader: CheckpointReader) -> None:
     Raises:
         CheckpointError: a file is damaged.
     """
-    with Counter(f"checking {reader.path.name}", hashed_blocks(reader.manifest)) as counter:
+    with ProgressBar(f"checking {reader.path.name}", hashed_blocks(reader.manifest)) as counter:
         if problem := reader.verify(tell=counter.advance):
             raise CheckpointError(problem)

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_origin
 
-import yaml
-
 import megalm
 from megalm.config.schema import DocumentedSection, RunConfig
-from megalm.config.suggest import did_you_mean
 from megalm.config.unknown_keys import unknown_run_key
 from megalm.config.validation import flatten, leaf_fields, members, shown, validate
-from megalm.config.yaml_reader import parse_yaml
+from megalm.config.yaml_reader import parse_yaml, to_yaml
 from megalm.errors import ConfigError
+from megalm.utils.did_you_mean import did_you_mean
 
 # The run presets shipped with megalm: YAML files of megalm/presets, one a run, any depth of folders.
 
@@ -139,7 +137,7 @@ def config_to_yaml(config: RunConfig) -> str:
     of_preset = load_run_config(config.preset, []).config.documented if config.preset else DocumentedSection()
     exclude = {"documented"} if config.documented == of_preset else None
     values = config.model_dump(mode="json", by_alias=True, exclude=exclude)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return to_yaml(values)
 
 
 def _replaced_by(layer: _Layer) -> Iterator[str]:

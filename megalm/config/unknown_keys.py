@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from megalm.config.deepspeed.unsupported_keys import DEEPSPEED_NAMES
 from megalm.config.schema import RunConfig
-from megalm.config.suggest import likeness, nearest
 from megalm.config.validation import leaf_fields, section_of
 from megalm.errors import ConfigError
+from megalm.utils.did_you_mean import likeness, nearest
 
 # What only describes is no setting that somebody may have meant.
 _LEAVES = [key for key in leaf_fields(RunConfig) if not key.startswith("documented.")]

@@ -14,49 +14,42 @@ import yaml
 
 from megalm.errors import ConfigError
 
+# Tag, pattern, and the characters that it may begin with.
+_SCALARS = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ("~", "n", "N", "")),
+    ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
+    ("float", r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+)
+
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalar rules below and no key twice in a mapping."""
+    """SafeLoader with the scalars above and no key twice in a mapping."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own form)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: dict[Any, int] = {}
+        lines: dict[str, int] = {}
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
-            if isinstance(key, Hashable) and key in seen:
+            mark, key = key_node.start_mark, repr(self.construct_object(key_node, deep=True))
+            if key in lines:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} is stated twice (first on line {seen[key]})", key_node.start_mark
+                    None, None, f"{key} is stated twice (first on line {lines[key]})", mark
                 )
-            if isinstance(key, Hashable):
-                seen[key] = line
+            lines[key] = mark.line + 1
         return super().construct_mapping(node, deep=deep)
 
 
-def _resolver(tag: str, pattern: str, first_characters: list[str]) -> None:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), first_characters)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes text that _Loader would take for a number."""
 
 
-_resolver("bool", "true|True|TRUE|false|False|FALSE", list("tTfF"))
-_resolver("null", "~|null|Null|NULL|", [*"~nN", ""])
-_resolver("int", r"[-+]?[0-9][0-9_]*", list("-+0123456789"))
-_resolver("float", r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?", list("-+.0123456789"))
-_resolver("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+."))
-
-
-def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    return int(str(loader.construct_scalar(node)).replace("_", ""))
-
-
-def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
-    # float() knows every spelling that the resolver lets through, once YAML's dots before inf and nan are gone.
-    text = str(loader.construct_scalar(node)).replace("_", "").lower()
-    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+for _tag, _pattern, _first in _SCALARS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+# PyYAML's own would read 010 as eight.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -75,3 +68,8 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}, line {line}: {error.problem or 'not YAML'}; mend that line") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
+
+
+def to_yaml(value: Any) -> str:
+    """Text that `parse_yaml` reads as the same value, and other readers of YAML too."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

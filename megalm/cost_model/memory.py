@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megalm.config.deepspeed.json_schema import ZeroSection
 from megalm.config.precision import Precision
@@ -54,9 +54,6 @@ class MemoryCase:
     one_memory: bool = False
     sequence_parallel: bool = False
     checkpoint_copy: bool = False
-
-    def with_batch(self, micro_batch: int, accumulation: int) -> MemoryCase:
-        return replace(self, micro_batch=micro_batch, accumulation=accumulation)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megalm.checkpoint.shard_spec import FragmentKey
 from megalm.errors import ConfigError
+from megalm.utils.formatting import format_bytes
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ def _require_space(base: Path, stated: str, needed: int) -> None:
     free = shutil.disk_usage(base).free
     if free < needed:
         raise ConfigError(
-            f"offload_optimizer.nvme_path={stated} has {free / 2**30:,.1f} GiB free, the states of this machine's "
-            f"ranks need {needed / 2**30:,.1f} GiB; name a larger disk, or use more ranks"
+            f"offload_optimizer.nvme_path={stated} has {format_bytes(free)} free, the states of this machine's "
+            f"ranks need {format_bytes(needed)}; name a larger disk, or use more ranks"
         )
 
 

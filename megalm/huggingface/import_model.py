@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from torch import Tensor
 
 from megalm.checkpoint.discovery import folder_name
 from megalm.checkpoint.save_transaction import bytes_needed, save_checkpoint
 from megalm.checkpoint.shard_spec import WEIGHTS, FragmentKey
 from megalm.communicator import SingleProcessCommunicator
+from megalm.config.yaml_reader import to_yaml
 from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import DataError, TrainingError
 from megalm.huggingface.config_json import section_of
@@ -90,7 +90,7 @@ def import_model(source: HuggingFaceFolder, target: Path, tokenizer: Path | None
         place = str(final / own.name)
         samples = min(shape.max_position_embeddings, _LONGEST_SAMPLE)
         content = {"model": section_of(shape), "data": {"tokenizer": place, "sequence_length": samples}}
-        text = _HEADER.format(source=source.folder.name) + yaml.safe_dump(content, sort_keys=False)
+        text = _HEADER.format(source=source.folder.name) + to_yaml(content)
         (folder / MODEL_FILE).write_text(text, encoding="utf-8")
         facts = {**_facts(source, target, found), "tokenizer": place}
         try:

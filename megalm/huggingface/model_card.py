@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megalm.checkpoint.manifest import Manifest
+from megalm.config.yaml_reader import to_yaml
 from megalm.errors import DataError
 from megalm.huggingface.config_json import family_of
 from megalm.huggingface.export_tokenizer import SENTENCEPIECE, ExportedTokenizer
@@ -78,7 +77,7 @@ class Card:
     def _front_matter(self) -> str:
         tags = ["megalm", "pretrained", family_of(self.shape)]
         content = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
-        return yaml.safe_dump(content, sort_keys=False) + _LICENSE + "\n"
+        return to_yaml(content) + _LICENSE + "\n"
 
     @staticmethod
     def _section(title: str, facts: Iterator[Fact]) -> list[str]:

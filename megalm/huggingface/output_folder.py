@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megalm.errors import ConfigError, DataError
 from megalm.utils.atomic_files import make_directory, sync_directory, temporary_name, writing_to
+from megalm.utils.formatting import format_bytes
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -111,14 +112,10 @@ def _is_for_room(error: BaseException | None) -> bool:
 
 
 def _too_full(target: Path, needed: int, free: int) -> str:
-    wanted = f"{target} takes {_mebibytes(needed)}, its disk has {_mebibytes(free)} free"
+    wanted = f"{target} takes {format_bytes(needed)}, its disk has {format_bytes(free)} free"
     if free >= needed:  # somebody else has made room since, or there is a quota
         return f"{wanted} now, but it was full before the end; try again, look at your quota, or name another disk"
-    return f"{wanted}: {_mebibytes(needed - free)} are missing; make room, or name a folder on another disk"
-
-
-def _mebibytes(count: int) -> str:
-    return f"{max(0.1, count / 2**20):,.1f} MiB" if count else "0 MiB"
+    return f"{wanted}: {format_bytes(needed - free)} are missing; make room, or name a folder on another disk"
 
 
 def _sync(folder: Path) -> None:

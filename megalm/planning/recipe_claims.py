@@ -15,66 +15,89 @@ from megalm.cost_model.gpu_specs import data_sheet_peak
 from megalm.data.sampling.sample_order import whole_windows
 from megalm.planning.run_plan import Plan
 
-# Numbers that a document gives as one or as two ends: arithmetic with them, and how people read them.
-
-Range = tuple[float, float]
-
-_PREFIXES = ((1e12, " T"), (1e9, " B"), (1e6, " M"))
-
-
-def agree(claimed: Range, computed: Range, tolerance: float) -> bool:
-    """Whether two ranges touch, the claimed one widened by the tolerance."""
-    return claimed[0] * (1 - tolerance) <= computed[1] and computed[0] <= claimed[1] * (1 + tolerance)
-
-
-def times(left: Range, right: Range, factor: float = 1.0) -> Range:
-    return left[0] * right[0] * factor, left[1] * right[1] * factor
-
-
-def divided(left: Range, right: Range) -> Range:
-    return left[0] / right[1], left[1] / right[0]
-
-
-def both_ends(value: Range, form: str) -> str:
-    """ "7-8", or "3" where both ends read alike."""
-    low, high = (format(end, form) for end in value)
-    return low if low == high else f"{low}-{high}"
-
-
-def in_full(value: Range) -> str:
-    return both_ends((round(value[0]), round(value[1])), ",")
-
-
-def in_short(value: Range) -> str:
-    """32,800,000,000 -> "32.8 B"."""
-    unit, letter = next(((unit, letter) for unit, letter in _PREFIXES if value[1] >= unit), (0.0, ""))
-    if not unit:
-        return in_full(value)
-    ends = both_ends((value[0] / unit, value[1] / unit), ".4g" if value[1] / unit >= 100 else ".3g")
-    return f"{ends}{letter}"
-
-
-def in_hours(value: Range) -> str:
-    return f"{both_ends(value, '.3g' if value[1] < 1000 else ',.0f')} h"
-
-
-def in_percent(value: Range) -> str:
-    return f"{both_ends((value[0] * 100, value[1] * 100), '.2g')}%"
-
-
-# A claim of a document and what it is judged by: the plan, what else the document claims, and tolerances.
-
 HOLDS = "holds"
 EXPECTED = "to be seen in the run"
 NO_VERDICT = "-"
+_REFUTED = "does not hold: "
 
 # How far a claim may be from what is computed: a share of it, for a first loss nats.
 EXACT = 0.001  # of what was counted
 ROUNDED = 0.02  # of what people round
 MEASURED = 0.1  # of what a clock or an allocator said
 FIRST_LOSS_NATS = 0.5  # an untrained model knows nothing, but does not guess evenly
+# A loss read off another run's log is met by one that is so near; a range counts as it stands.
+NEAR_NATS = 0.1
 
-SECONDS_AN_HOUR = 3600
+_NO_TOKENS = "the document does not say of how many tokens"
+_NO_SPEED = "the document gives no speed"
+_SECONDS_AN_HOUR = 3600
+_GIGABYTE = 1e9
+_PREFIXES = ((1e12, " T"), (1e9, " B"), (1e6, " M"))
+
+Quantity = Literal["training_loss", "validation_loss"]
+
+
+# --- numbers with two ends --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Span:
+    """A number that a document gives as one or as two ends."""
+
+    low: float
+    high: float
+
+    @staticmethod
+    def of(value: float | tuple[float, float] | Span) -> Span:
+        if isinstance(value, Span):
+            return value
+        return Span(*value) if isinstance(value, tuple) else Span(value, value)
+
+    def __mul__(self, other: float | Span) -> Span:
+        other = Span.of(other)
+        return Span(self.low * other.low, self.high * other.high)
+
+    def __truediv__(self, other: float | Span) -> Span:
+        other = Span.of(other)
+        return Span(self.low / other.high, self.high / other.low)
+
+    def within(self, other: Span, share: float = 0.0, nats: float = 0.0) -> bool:
+        """Whether it touches the other one, widened by a share of it or by nats."""
+        return other.low * (1 - share) - nats <= self.high and self.low <= other.high * (1 + share) + nats
+
+    def __format__(self, form: str) -> str:
+        """ "7-8", or "3" where both ends read alike."""
+        low, high = format(self.low, form), format(self.high, form)
+        return low if low == high else f"{low}-{high}"
+
+
+def _plain(value: float | Span) -> str:
+    return format(Span.of(value), "g")
+
+
+def _in_full(value: float | Span) -> str:
+    return format(Span.of(value), ",.0f")
+
+
+def _in_short(value: float | Span) -> str:
+    """32,800,000,000 -> "32.8 B"."""
+    value = Span.of(value)
+    for unit, letter in _PREFIXES:
+        if value.high >= unit:
+            return f"{value / unit:{'.4g' if value.high / unit >= 100 else '.3g'}}{letter}"
+    return _in_full(value)
+
+
+def _in_hours(value: float | Span) -> str:
+    value = Span.of(value)
+    return f"{value:{'.3g' if value.high < 1000 else ',.0f'}} h"
+
+
+def _in_percent(value: float | Span) -> str:
+    return f"{Span.of(value) * 100:.2g}%"
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -87,7 +110,74 @@ class Judgement:
 
     @property
     def refuted(self) -> bool:
-        return self.verdict.startswith("does not hold")
+        return self.verdict.startswith(_REFUTED)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What megalm has for a claim.
+
+    Attributes:
+        found: each value that the claim is held against, and what is said where they differ: "WORDS, not THE CLAIM".
+        more: follows that sentence.
+        verdict: where there is no value.
+    """
+
+    text: str
+    found: tuple[tuple[Span, str], ...] = ()
+    more: str = ""
+    verdict: str = NO_VERDICT
+
+
+class ClaimContext:
+    """A plan and the claims that other claims are judged by."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.config = plan.resolved.config
+        self.documented = self.config.documented
+        self.devices = self.documented.devices or plan.resolved.topology.world_size
+        self.steps, self.length = self.config.train.steps, self.config.data.sequence_length
+        shape = plan.shape
+        self.model = f"{shape.num_hidden_layers} x {shape.hidden_size} with {shape.vocab_size:,} pieces"
+        self.batch = f"{plan.resolved.batch.global_batch} x {self.length:,}"
+
+    def claimed(self, kind: ClaimKind) -> Span | None:
+        """What the document says of a thing, the first time that it does."""
+        return next((Span.of(claim.value) for claim in self.documented.claims if claim.claim == kind), None)
+
+    def stride(self, claim: Claim) -> int:
+        return claim.stride or self.config.data.stride or self.length
+
+    @property
+    def block_parameters(self) -> int:
+        shapes = self.plan.shape.parameters()
+        return sum(math.prod(dims) for name, dims in shapes.items() if name.startswith("layers."))
+
+    @property
+    def peak(self) -> float | None:
+        """FLOP/s of all devices that the document names."""
+        found = data_sheet_peak(self.documented.device or "", self.plan.resolved.precision != "fp32")
+        return found[0] * self.devices if found else None
+
+
+def judge(plan: Plan) -> list[Judgement]:
+    """A judgement of every claim of `documented.claims`, in their order."""
+    context = ClaimContext(plan)
+    return [_judge(context, claim) for claim in context.documented.claims]
+
+
+def _judge(context: ClaimContext, claim: Claim) -> Judgement:
+    kind, claimed = _KINDS[claim.claim], Span.of(claim.value)
+    said = kind.form(claimed)
+    when = "in the end" if claim.step is None else f"at step {claim.step:,}"
+    words = kind.words.format(said, when=when, stride=context.stride(claim))
+    computed = kind.compute(context, claim)
+    near = {"nats": FIRST_LOSS_NATS} if kind.tolerance is None else {"share": kind.tolerance}
+    wrong = [why for found, why in computed.found if not found.within(claimed, **near)]
+    if wrong:
+        return Judgement(words, computed.text, f"{_REFUTED}{' and '.join(wrong)}, not {said}{computed.more}")
+    return Judgement(words, computed.text, HOLDS if computed.found else computed.verdict)
 
 
 def tolerances() -> str:
@@ -96,197 +186,6 @@ def tolerances() -> str:
         f"A claim holds within {EXACT:.1%} where it counts samples, {ROUNDED:.0%} where it is a rounded number, "
         f"{MEASURED:.0%} where it was measured, {FIRST_LOSS_NATS:g} nats where it is the loss of step 0."
     )
-
-
-class Book:
-    """A plan and the claims that other claims are judged by."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.config = plan.resolved.config
-        self.documented = self.config.documented
-        self.devices = self.documented.devices or plan.resolved.topology.world_size
-
-    def claimed(self, kind: ClaimKind) -> Range | None:
-        """What the document says of a thing, the first time that it does."""
-        return next((range_of(claim) for claim in self.documented.claims if claim.claim == kind), None)
-
-    @property
-    def block_parameters(self) -> int:
-        shapes = self.plan.shape.parameters()
-        return sum(math.prod(dims) for name, dims in shapes.items() if name.startswith("layers."))
-
-    @property
-    def model_words(self) -> str:
-        shape = self.plan.shape
-        return f"{shape.num_hidden_layers} x {shape.hidden_size} with {shape.vocab_size:,} pieces"
-
-    @property
-    def tokens_words(self) -> str:
-        batch, steps = self.plan.resolved.batch.global_batch, self.config.train.steps
-        return f"{steps:,} x {batch} x {self.config.data.sequence_length:,}"
-
-    @property
-    def peak(self) -> float | None:
-        """FLOP/s of all devices that the document names."""
-        precision = self.plan.resolved.precision
-        found = data_sheet_peak(self.documented.device or "", precision != "fp32")
-        return found[0] * self.devices if found else None
-
-
-def verdict_on(claimed: Range, computed: float, tolerance: float, wrong: str) -> str:
-    """That the claim holds, or that it does not and why."""
-    return HOLDS if agree(claimed, (computed, computed), tolerance) else f"does not hold: {wrong}"
-
-
-def perplexity(loss: float) -> float:
-    """Of a loss in nats; beyond 700 a float overflows."""
-    return math.exp(min(loss, 700.0))
-
-
-def range_of(claim: Claim) -> Range:
-    """Both ends; of a single number the same one twice."""
-    return claim.value if isinstance(claim.value, tuple) else (claim.value, claim.value)
-
-
-# What a document says of speed and time, judged: tokens a second, seconds a step, hours, MFU.
-
-
-def tokens_per_second(book: Book, claim: Claim) -> Judgement:
-    """How long the run takes at that speed, and which share of the devices' peak it is."""
-    speed, total = range_of(claim), book.plan.total_tokens
-    needed = divided((total / SECONDS_AN_HOUR,) * 2, speed)
-    computed = f"{in_short((total, total))} tokens take {in_hours(needed)}"
-    peak = book.peak
-    if peak is not None:
-        blocks, parameters = book.block_parameters, book.plan.parameter_count
-        plain = (speed[0] * 6 * blocks / peak, speed[1] * 6 * parameters / peak)
-        counted = times(speed, (book.plan.flops_per_token / peak,) * 2)
-        computed += (
-            f"; {in_percent(plain)} of the peak of {book.devices} x {book.documented.device} by 6 FLOPs a parameter "
-            f"(of the blocks, of all), {in_percent(counted)} with attention's"
-        )
-    return Judgement(f"{in_full(speed)} tokens/s", computed, NO_VERDICT)
-
-
-def step_seconds(book: Book, claim: Claim) -> Judgement:
-    """How long the run takes, and the speed."""
-    seconds, steps = range_of(claim), book.config.train.steps
-    speed = divided((book.plan.resolved.tokens_per_step,) * 2, seconds)
-    hours = times(seconds, (steps / SECONDS_AN_HOUR,) * 2)
-    return Judgement(
-        f"{both_ends(seconds, 'g')} s a step",
-        f"{steps:,} steps take {in_hours(hours)}; {in_full(speed)} tokens/s",
-        NO_VERDICT,
-    )
-
-
-def hours_in_all(book: Book, claim: Claim) -> Judgement:
-    """Against the steps and the speed that the document gives."""
-    claimed, steps = range_of(claim), book.config.train.steps
-    found = []
-    seconds, speed = book.claimed("step_seconds"), book.claimed("tokens_per_second")
-    if seconds is not None:
-        found.append(
-            (times(seconds, (steps / SECONDS_AN_HOUR,) * 2), f"{steps:,} steps of {both_ends(seconds, 'g')} s")
-        )
-    if speed is not None:
-        total = book.plan.total_tokens
-        needed = divided((total / SECONDS_AN_HOUR,) * 2, speed)
-        found.append((needed, f"{in_short((total, total))} tokens at {in_full(speed)} tokens/s"))
-    if not found:
-        return Judgement(in_hours(claimed), "the document gives no speed", NO_VERDICT)
-    wrong = [f"{why} take {in_hours(hours)}" for hours, why in found if not agree(claimed, hours, MEASURED)]
-    return Judgement(
-        in_hours(claimed),
-        "; ".join(f"{in_hours(hours)} for {why}" for hours, why in found),
-        f"does not hold: {' and '.join(wrong)}, not {in_hours(claimed)}" if wrong else HOLDS,
-    )
-
-
-def mfu(book: Book, claim: Claim) -> Judgement:
-    """Against the FLOPs of a step, or of the run, in the time that the document gives."""
-    claimed, peak = range_of(claim), book.peak
-    step, hours = book.claimed("step_seconds"), book.claimed("hours")
-    of_a_step = book.plan.flops_per_token * book.plan.resolved.tokens_per_step
-    done: list[tuple[Range, str]] = []  # FLOP/s of all devices
-    if step is not None:
-        done.append((divided((of_a_step,) * 2, step), f"{both_ends(step, 'g')} s a step"))
-    if hours is not None:
-        seconds = times(hours, (SECONDS_AN_HOUR,) * 2)
-        done.append((divided((book.plan.total_flops,) * 2, seconds), in_hours(hours)))
-    words = f"MFU {in_percent(claimed)}"
-    if not done:
-        return Judgement(words, "the document gives no speed", NO_VERDICT)
-    if peak is None:
-        peaks = "; ".join(
-            f"at {why} a peak of {both_ends(divided(it, times(claimed, (book.devices * 1e12,) * 2)), '.3g')} TFLOP/s"
-            for it, why in done
-        )
-        return Judgement(words, f"{peaks} a device", "cannot be told: the document names no device")
-    shares = [(divided(it, (peak, peak)), why) for it, why in done]
-    wrong = [f"{why} is {in_percent(share)}" for share, why in shares if not agree(claimed, share, MEASURED)]
-    return Judgement(
-        words,
-        "; ".join(f"{in_percent(share)} at {why}" for share, why in shares),
-        f"does not hold: {' and '.join(wrong)}, not {in_percent(claimed)}" if wrong else HOLDS,
-    )
-
-
-# The losses that a document had, told beside those of the run that follows it; never a reason to stop.
-
-# A loss read off another run's log is met by one that is so near; a range counts as it stands.
-NEAR_NATS = 0.1
-
-Quantity = Literal["training_loss", "validation_loss"]
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """A loss of the run beside the document's, of which `low` and `high` are the ends or the same."""
-
-    step: int
-    quantity: Quantity
-    loss: float
-    low: float
-    high: float
-
-    @property
-    def is_met(self) -> bool:
-        near = NEAR_NATS if self.low == self.high else 0.0
-        return self.low - near <= self.loss <= self.high + near
-
-    def __str__(self) -> str:
-        documented = f"{self.low:g}" if self.low == self.high else f"{self.low:g}-{self.high:g}"
-        off = self.loss - (self.high if self.loss > self.high else self.low)
-        verdict = "as documented" if self.is_met else f"{abs(off):.2f} nats {'above' if off > 0 else 'below'}"
-        which = "median training loss" if self.quantity == "training_loss" else "validation loss"
-        return f"step {self.step}: {which} {self.loss:.4f}, documented {documented}: {verdict}"
-
-
-def expectations(
-    documented: DocumentedSection, quantity: Quantity, step: int, loss: Callable[[], float]
-) -> list[Expectation]:
-    """What the document says of this step, one or more; mostly nothing.
-
-    Args:
-        loss: the run's own; asked for only where the document has one.
-    """
-    found = []
-    for claim in documented.claims:
-        if claim.claim == quantity and claim.step == step:
-            low, high = claim.value if isinstance(claim.value, tuple) else (claim.value, claim.value)
-            found.append(Expectation(step, quantity, loss(), low, high))
-    return found
-
-
-_GIGABYTE = 1e9
-
-
-def judge(plan: Plan) -> list[Judgement]:
-    """A judgement of every claim of `documented.claims`, in their order."""
-    book = Book(plan)
-    return [_JUDGES[claim.claim](book, claim) for claim in plan.resolved.config.documented.claims]
 
 
 def changed_keys(plan: Plan) -> list[str]:
@@ -300,154 +199,228 @@ def changed_keys(plan: Plan) -> list[str]:
     ]
 
 
-def _parameters(book: Book, claim: Claim) -> Judgement:
-    count, claimed = book.plan.parameter_count, range_of(claim)
-    wrong = f"{book.model_words} is {in_short((count, count))}, not {in_short(claimed)}"
-    return Judgement(
-        f"{in_short(claimed)} parameters",
-        f"{count:,}: {in_short((book.block_parameters,) * 2)} in blocks, the rest embeddings",
-        verdict_on(claimed, count, ROUNDED, wrong),
-    )
+# --- what is computed for each kind -----------------------------------------------------------------------------------
 
 
-def _embedding_parameters(book: Book, claim: Claim) -> Judgement:
-    shape, claimed = book.plan.shape, range_of(claim)
-    count, product = shape.vocab_size * shape.hidden_size, f"{shape.vocab_size:,} x {shape.hidden_size:,}"
-    return Judgement(
-        f"{in_full(claimed)} embedding parameters",
-        f"{product} = {count:,}",
-        verdict_on(claimed, count, EXACT, f"{product} is {count:,}, not {in_full(claimed)}"),
-    )
+def _equation(left: str, value: float, right: str, unit: str = "", more: str = "") -> Computed:
+    return Computed(f"{left} = {right}", ((Span.of(value), f"{left} is {right}{unit}"),), more)
 
 
-def _tokens(book: Book, claim: Claim) -> Judgement:
-    total, claimed = book.plan.total_tokens, range_of(claim)
-    wrong = f"{book.tokens_words} is {in_short((total, total))} tokens, not {in_short(claimed)}"
-    speed, hours = book.claimed("tokens_per_second"), book.claimed("hours")
+def _parameters(context: ClaimContext, claim: Claim) -> Computed:
+    count = context.plan.parameter_count
+    text = f"{count:,}: {_in_short(context.block_parameters)} in blocks, the rest embeddings"
+    return Computed(text, ((Span.of(count), f"{context.model} is {_in_short(count)}"),))
+
+
+def _embedding_parameters(context: ClaimContext, claim: Claim) -> Computed:
+    entries, width = context.plan.shape.vocab_size, context.plan.shape.hidden_size
+    return _equation(f"{entries:,} x {width:,}", entries * width, f"{entries * width:,}")
+
+
+def _tokens(context: ClaimContext, claim: Claim) -> Computed:
+    total, speed, hours = context.plan.total_tokens, context.claimed("tokens_per_second"), context.claimed("hours")
+    more = ""
     if speed is not None and hours is not None:
-        done = times(speed, hours, SECONDS_AN_HOUR)
-        pace = f"{in_full(speed)} tokens/s for {in_hours(hours)} are"
-        wrong += f", which {pace}" if agree(claimed, done, ROUNDED) else f"; {pace} {in_short(done)}"
-    return Judgement(
-        f"{in_short(claimed)} tokens",
-        f"{book.tokens_words} = {in_short((total, total))}",
-        verdict_on(claimed, total, ROUNDED, wrong),
-    )
+        done = speed * hours * _SECONDS_AN_HOUR
+        pace = f"{_in_full(speed)} tokens/s for {_in_hours(hours)} are"
+        agrees = done.within(Span.of(claim.value), ROUNDED)
+        more = f", which {pace}" if agrees else f"; {pace} {_in_short(done)}"
+    return _equation(f"{context.steps:,} x {context.batch}", total, _in_short(total), " tokens", more)
 
 
-def _tokens_per_step(book: Book, claim: Claim) -> Judgement:
-    count, claimed = book.plan.resolved.tokens_per_step, range_of(claim)
-    product = f"{book.plan.resolved.batch.global_batch} x {book.config.data.sequence_length:,}"
-    return Judgement(
-        f"{in_full(claimed)} tokens a step",
-        f"{product} = {count:,}",
-        verdict_on(claimed, count, EXACT, f"{product} is {count:,}, not {in_full(claimed)}"),
-    )
+def _tokens_per_step(context: ClaimContext, claim: Claim) -> Computed:
+    count = context.plan.resolved.tokens_per_step
+    return _equation(context.batch, count, f"{count:,}")
 
 
-def _data_tokens(book: Book, claim: Claim) -> Judgement:
-    claimed, total = range_of(claim), book.plan.total_tokens
-    passes = divided((total, total), claimed)
-    return Judgement(
-        f"data of {in_full(claimed)} tokens",
-        f"{in_short((total, total))} tokens are {both_ends(passes, '.3g')} passes over them",
-        NO_VERDICT,
-    )
+def _data_tokens(context: ClaimContext, claim: Claim) -> Computed:
+    total = context.plan.total_tokens
+    passes = Span.of(total) / Span.of(claim.value)
+    return Computed(f"{_in_short(total)} tokens are {passes:.3g} passes over them")
 
 
-def _samples(book: Book, claim: Claim) -> Judgement:
-    length, claimed = book.config.data.sequence_length, range_of(claim)
-    stride = claim.stride or book.config.data.stride or length
-    words = f"{in_full(claimed)} samples at a stride of {stride:,}"
-    tokens = book.claimed("data_tokens")
+def _samples(context: ClaimContext, claim: Claim) -> Computed:
+    tokens = context.claimed("data_tokens")
     if tokens is None:
-        return Judgement(words, "the document does not say of how many tokens", NO_VERDICT)
-    count = whole_windows(int(tokens[0]), length, stride)
-    seen = count * length / tokens[0]
-    return Judgement(
-        words,
-        f"{count:,}; each token is seen {seen:,.0f} {'time' if round(seen) == 1 else 'times'} a pass",
-        verdict_on(claimed, count, EXACT, f"{in_full(tokens)} tokens have {count:,} samples, not {in_full(claimed)}"),
-    )
+        return Computed(_NO_TOKENS)
+    count = whole_windows(int(tokens.low), context.length, context.stride(claim))
+    seen = f"{count * context.length / tokens.low:,.0f}"
+    text = f"{count:,}; each token is seen {seen} {'time' if seen == '1' else 'times'} a pass"
+    return Computed(text, ((Span.of(count), f"{_in_full(tokens)} tokens have {count:,} samples"),))
 
 
-def _epochs(book: Book, claim: Claim) -> Judgement:
-    claimed, total, tokens = range_of(claim), book.plan.total_tokens, book.claimed("data_tokens")
-    words = f"{both_ends(claimed, 'g')} epochs"
+def _epochs(context: ClaimContext, claim: Claim) -> Computed:
+    total, tokens = context.plan.total_tokens, context.claimed("data_tokens")
     if tokens is None:
-        return Judgement(words, "the document does not say of how many tokens", NO_VERDICT)
-    passes = total / tokens[0]
-    what = f"{book.tokens_words} = {in_short((total, total))} tokens are {passes:.1f} passes over {in_short(tokens)}"
-    wrong = f"{what}, not {both_ends(claimed, 'g')}"
-    return Judgement(words, f"{passes:.2f} passes over {in_short(tokens)}", verdict_on(claimed, passes, ROUNDED, wrong))
+        return Computed(_NO_TOKENS)
+    passes, over = total / tokens.low, f"passes over {_in_short(tokens)}"
+    why = f"{context.steps:,} x {context.batch} = {_in_short(total)} tokens are {passes:.1f} {over}"
+    return Computed(f"{passes:.2f} {over}", ((Span.of(passes), why),))
 
 
-def _memory(part: str) -> Callable[[Book, Claim], Judgement]:
-    def judged(book: Book, claim: Claim) -> Judgement:
-        memory, claimed = book.plan.memory, range_of(claim)
-        size = {
-            "weights": memory.weights,
-            "gradients": memory.gradients,
-            "optimizer": memory.master + memory.moments,
-            "activations": memory.activations,
-        }[part] / _GIGABYTE
-        wrong = f"{size:.2g} GB by the estimate of this plan, not {both_ends(claimed, 'g')}"
-        return Judgement(
-            f"{both_ends(claimed, 'g')} GB of {part}",
-            f"{size:.2f} GB on a rank",
-            verdict_on(claimed, size, MEASURED, wrong),
+def _tokens_per_second(context: ClaimContext, claim: Claim) -> Computed:
+    """How long the run takes at that speed, and which share of the devices' peak it is."""
+    speed, plan, peak = Span.of(claim.value), context.plan, context.peak
+    needed = Span.of(plan.total_tokens / _SECONDS_AN_HOUR) / speed
+    text = f"{_in_short(plan.total_tokens)} tokens take {_in_hours(needed)}"
+    if peak is not None:
+        plain = speed * Span(6 * context.block_parameters / peak, 6 * plan.parameter_count / peak)
+        text += (
+            f"; {_in_percent(plain)} of the peak of {context.devices} x {context.documented.device} by 6 FLOPs a "
+            f"parameter (of the blocks, of all), {_in_percent(speed * (plan.flops_per_token / peak))} with attention's"
         )
-
-    return judged
-
-
-def _loss(words: str) -> Callable[[Book, Claim], Judgement]:
-    def judged(book: Book, claim: Claim) -> Judgement:
-        loss = range_of(claim)
-        when = "in the end" if claim.step is None else f"at step {claim.step:,}"
-        said = f"{words} {both_ends(loss, 'g')} {when}"
-        if claim.step == 0:
-            vocabulary = book.plan.shape.vocab_size
-            first = math.log(vocabulary)
-            wrong = f"ln {vocabulary:,} is {first:.2f}; {both_ends(loss, 'g')} is of {perplexity(loss[0]):,.0f} pieces"
-            holds = loss[0] - FIRST_LOSS_NATS <= first <= loss[1] + FIRST_LOSS_NATS
-            return Judgement(said, f"ln {vocabulary:,} = {first:.2f}", HOLDS if holds else f"does not hold: {wrong}")
-        step = book.config.train.steps if claim.step is None else claim.step
-        seen = step * book.plan.resolved.tokens_per_step
-        ends = both_ends((perplexity(loss[0]), perplexity(loss[1])), ",.4g")
-        return Judgement(said, f"perplexity {ends}, after {in_short((seen, seen))} tokens", EXPECTED)
-
-    return judged
+    return Computed(text)
 
 
-def _perplexity(book: Book, claim: Claim) -> Judgement:
-    claimed, loss = range_of(claim), book.claimed("validation_loss")
-    words = f"perplexity {both_ends(claimed, 'g')}"
+def _step_seconds(context: ClaimContext, claim: Claim) -> Computed:
+    seconds = Span.of(claim.value)
+    speed = Span.of(context.plan.resolved.tokens_per_step) / seconds
+    hours = seconds * (context.steps / _SECONDS_AN_HOUR)
+    return Computed(f"{context.steps:,} steps take {_in_hours(hours)}; {_in_full(speed)} tokens/s")
+
+
+def _hours(context: ClaimContext, claim: Claim) -> Computed:
+    """Against the steps and the speed that the document gives."""
+    found, total = [], context.plan.total_tokens
+    if (seconds := context.claimed("step_seconds")) is not None:
+        hours = seconds * (context.steps / _SECONDS_AN_HOUR)
+        found.append((hours, f"{context.steps:,} steps of {_plain(seconds)} s"))
+    if (speed := context.claimed("tokens_per_second")) is not None:
+        hours = Span.of(total / _SECONDS_AN_HOUR) / speed
+        found.append((hours, f"{_in_short(total)} tokens at {_in_full(speed)} tokens/s"))
+    return Computed(
+        "; ".join(f"{_in_hours(hours)} for {why}" for hours, why in found) or _NO_SPEED,
+        tuple((hours, f"{why} take {_in_hours(hours)}") for hours, why in found),
+    )
+
+
+def _mfu(context: ClaimContext, claim: Claim) -> Computed:
+    """Against the FLOPs of a step, or of the run, in the time that the document gives."""
+    plan, peak = context.plan, context.peak
+    done = []  # FLOP/s of all devices
+    if (step := context.claimed("step_seconds")) is not None:
+        flops = Span.of(plan.flops_per_token * plan.resolved.tokens_per_step)
+        done.append((flops / step, f"{_plain(step)} s a step"))
+    if (hours := context.claimed("hours")) is not None:
+        done.append((Span.of(plan.total_flops) / (hours * _SECONDS_AN_HOUR), _in_hours(hours)))
+    if not done:
+        return Computed(_NO_SPEED)
+    if peak is None:
+        stated = Span.of(claim.value) * (context.devices * 1e12)
+        peaks = "; ".join(f"at {why} a peak of {speed / stated:.3g} TFLOP/s" for speed, why in done)
+        return Computed(f"{peaks} a device", verdict="cannot be told: the document names no device")
+    shares = [(speed / peak, why) for speed, why in done]
+    return Computed(
+        "; ".join(f"{_in_percent(share)} at {why}" for share, why in shares),
+        tuple((share, f"{why} is {_in_percent(share)}") for share, why in shares),
+    )
+
+
+def _memory(context: ClaimContext, claim: Claim) -> Computed:
+    memory = context.plan.memory
+    size = {
+        "weights_gb": memory.weights,
+        "gradients_gb": memory.gradients,
+        "optimizer_gb": memory.master + memory.moments,
+        "activations_gb": memory.activations,
+    }[claim.claim] / _GIGABYTE
+    return Computed(f"{size:.2f} GB on a rank", ((Span.of(size), f"{size:.2g} GB by the estimate of this plan"),))
+
+
+def _loss(context: ClaimContext, claim: Claim) -> Computed:
+    loss, entries = Span.of(claim.value), context.plan.shape.vocab_size
+    if claim.step == 0:
+        first = math.log(entries)
+        more = f"; {_plain(loss)} is of {_perplexity_of(loss.low):,.0f} pieces"
+        return _equation(f"ln {entries:,}", first, f"{first:.2f}", more=more)
+    seen = (context.steps if claim.step is None else claim.step) * context.plan.resolved.tokens_per_step
+    perplexity = Span(_perplexity_of(loss.low), _perplexity_of(loss.high))
+    return Computed(f"perplexity {perplexity:,.4g}, after {_in_short(seen)} tokens", verdict=EXPECTED)
+
+
+def _perplexity(context: ClaimContext, claim: Claim) -> Computed:
+    loss = context.claimed("validation_loss")
     if loss is None:
-        return Judgement(words, "the document gives no validation loss", NO_VERDICT)
-    found = perplexity(loss[0])
-    power = f"e^{loss[0]:g}"
-    wrong = f"{power} is {found:.2f}, not {both_ends(claimed, 'g')}"
-    return Judgement(words, f"{power} = {found:.2f}", verdict_on(claimed, found, ROUNDED, wrong))
+        return Computed("the document gives no validation loss")
+    found = _perplexity_of(loss.low)
+    return _equation(f"e^{loss.low:g}", found, f"{found:.2f}")
 
 
-_JUDGES: dict[ClaimKind, Callable[[Book, Claim], Judgement]] = {
-    "parameters": _parameters,
-    "embedding_parameters": _embedding_parameters,
-    "tokens": _tokens,
-    "tokens_per_step": _tokens_per_step,
-    "data_tokens": _data_tokens,
-    "samples": _samples,
-    "epochs": _epochs,
-    "tokens_per_second": tokens_per_second,
-    "step_seconds": step_seconds,
-    "hours": hours_in_all,
-    "mfu": mfu,
-    "weights_gb": _memory("weights"),
-    "gradients_gb": _memory("gradients"),
-    "optimizer_gb": _memory("optimizer"),
-    "activations_gb": _memory("activations"),
-    "training_loss": _loss("training loss"),
-    "validation_loss": _loss("validation loss"),
-    "perplexity": _perplexity,
+def _perplexity_of(loss: float) -> float:
+    """Of a loss in nats; beyond 700 a float overflows."""
+    return math.exp(min(loss, 700.0))
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a claim is said (`{}` is its number), how its number is read, and what it is judged by.
+
+    Attributes:
+        tolerance: a share of the claim; None: nats.
+    """
+
+    words: str
+    form: Callable[[Span], str]
+    compute: Callable[[ClaimContext, Claim], Computed]
+    tolerance: float | None = MEASURED
+
+
+_KINDS: dict[ClaimKind, _Kind] = {
+    "parameters": _Kind("{} parameters", _in_short, _parameters, ROUNDED),
+    "embedding_parameters": _Kind("{} embedding parameters", _in_full, _embedding_parameters, EXACT),
+    "tokens": _Kind("{} tokens", _in_short, _tokens, ROUNDED),
+    "tokens_per_step": _Kind("{} tokens a step", _in_full, _tokens_per_step, EXACT),
+    "data_tokens": _Kind("data of {} tokens", _in_full, _data_tokens),
+    "samples": _Kind("{} samples at a stride of {stride:,}", _in_full, _samples, EXACT),
+    "epochs": _Kind("{} epochs", _plain, _epochs, ROUNDED),
+    "tokens_per_second": _Kind("{} tokens/s", _in_full, _tokens_per_second),
+    "step_seconds": _Kind("{} s a step", _plain, _step_seconds),
+    "hours": _Kind("{}", _in_hours, _hours),
+    "mfu": _Kind("MFU {}", _in_percent, _mfu),
+    "weights_gb": _Kind("{} GB of weights", _plain, _memory),
+    "gradients_gb": _Kind("{} GB of gradients", _plain, _memory),
+    "optimizer_gb": _Kind("{} GB of optimizer", _plain, _memory),
+    "activations_gb": _Kind("{} GB of activations", _plain, _memory),
+    "training_loss": _Kind("training loss {} {when}", _plain, _loss, None),
+    "validation_loss": _Kind("validation loss {} {when}", _plain, _loss, None),
+    "perplexity": _Kind("perplexity {}", _plain, _perplexity, ROUNDED),
 }
+
+
+# --- while the run trains ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """A loss of the run beside the document's; never a reason to stop."""
+
+    step: int
+    quantity: Quantity
+    loss: float
+    documented: Span
+
+    @property
+    def is_met(self) -> bool:
+        near = NEAR_NATS if self.documented.low == self.documented.high else 0.0
+        return Span.of(self.loss).within(self.documented, nats=near)
+
+    def __str__(self) -> str:
+        off = self.loss - min(max(self.loss, self.documented.low), self.documented.high)
+        verdict = "as documented" if self.is_met else f"{abs(off):.2f} nats {'above' if off > 0 else 'below'}"
+        which = "median training loss" if self.quantity == "training_loss" else "validation loss"
+        return f"step {self.step}: {which} {self.loss:.4f}, documented {self.documented:g}: {verdict}"
+
+
+def expectations(
+    documented: DocumentedSection, quantity: Quantity, step: int, loss: Callable[[], float]
+) -> list[Expectation]:
+    """What the document says of this step, one or more; mostly nothing.
+
+    Args:
+        loss: the run's own; asked for only where the document has one.
+    """
+    return [
+        Expectation(step, quantity, loss(), Span.of(claim.value))
+        for claim in documented.claims
+        if claim.claim == quantity and claim.step == step
+    ]

@@ -10,9 +10,9 @@ from pathlib import Path
 from megalm.cost_model.memory import MemoryCase, MemoryPlan, checkpoint_bytes, estimate_stages
 from megalm.model.flops import flops_per_token
 from megalm.model.model_config import ModelConfig, build_model_config
-from megalm.picture import new_axes, write_picture
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.resolve import ResolvedRun, memory_case
+from megalm.utils.plotting import new_plot, save_plot
 
 # The learning rate over a run's steps, as a picture: what the name of a schedule promises is seen before it runs.
 
@@ -38,13 +38,13 @@ def draw_rates(schedules: Sequence[ScheduleSegment], path: Path) -> None:
     Raises:
         ConfigError: the file's suffix names no format that can be drawn, or it cannot be written.
     """
-    figure, axes = new_axes("step", "learning rate")
+    figure, axes = new_plot("step", "learning rate")
     axes.plot(*points(schedules))
     for segment in schedules[1:]:
         axes.axvline(segment.first_step, color="grey", linestyle="--", linewidth=0.8)
     axes.set_ylim(bottom=0)
     axes.set_title("\n".join(map(str, schedules)), fontsize="medium", loc="left")
-    write_picture(figure, path)
+    save_plot(figure, path)
 
 
 __all__ = [

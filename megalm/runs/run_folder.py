@@ -10,16 +10,15 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megalm.checkpoint.discovery import complete_checkpoints, list_checkpoints
 from megalm.checkpoint.shard_spec import WEIGHTS
 from megalm.config.loading import config_to_yaml
+from megalm.config.yaml_reader import parse_yaml
 from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
 from megalm.runs.metrics_log import read_metrics
@@ -48,23 +47,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        content = json.loads(text) if path.suffix == ".json" else parse_yaml(text, str(path))
     except FileNotFoundError:
         return {}
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())}); mend it") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds no mapping of names to values; mend it")
     return content
-
-
-def flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """`{"a": {"b": 1}}` -> ("a.b", "1"); lists stay one value, as JSON."""
-    for name, value in content.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 log = logging.getLogger(__name__)

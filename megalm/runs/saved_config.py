@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from megalm.config.validation import leaf_fields, shown
 from megalm.planning.resolve import ResolvedRun
 from megalm.runs.run_folder import RunFolder, newest_run
 from megalm.utils.atomic_files import read_json
+from megalm.utils.formatting import flatten_mapping
 
 _DEFAULT_DEEPSPEED_CONFIG = "ds_configs/zero2.json"
 
@@ -79,7 +80,7 @@ def config_changes(folder: RunFolder, run: ResolvedRun) -> list[str]:
         if value != before[key] and not key.startswith(_NOT_COMPARED)
     ]
     if original.is_file():
-        there, here = dict(_flat(read_json(original))), dict(_flat(read_json(Path(run.deepspeed_source.path))))
+        there, here = flatten_mapping(read_json(original)), flatten_mapping(read_json(Path(run.deepspeed_source.path)))
         lines += [
             f"{run.deepspeed_source.path}: {key} was {shown(there.get(key))}, is {shown(here.get(key))}"
             for key in sorted(there.keys() | here.keys())
@@ -97,11 +98,3 @@ def _values(config: RunConfig) -> dict[str, Any]:
             value = value[part]
         found[key] = value
     return found
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in content.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

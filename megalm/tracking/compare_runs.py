@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megalm.picture import new_axes, write_picture
 from megalm.runs.metrics_history import ATTEMPT_EVENTS, History, Numbers, read_history
 from megalm.runs.metrics_log import METRICS_FILE, ReadRows, Row, read_metrics
-from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, flatten, parameter_count, read_mapping
+from megalm.runs.run_folder import parameter_count
+from megalm.tracking.mlflow_mirror.run_facts import settings
+from megalm.utils.plotting import new_plot, save_plot
 
 # The first steps carry compilation and cache misses; the median of the rest is the run's speed.
 _WARM_UP_SHARE = 0.1
@@ -85,11 +86,10 @@ def read_run(run_dir: Path, read: ReadRows = read_metrics) -> RunRecord:
         ConfigError: a configuration file that is not readable.
     """
     history = read_history(read(run_dir / METRICS_FILE))
-    settings = dict(flatten(read_mapping(run_dir / CONFIG_FILE)))
-    settings |= {f"deepspeed.{name}": value for name, value in flatten(read_mapping(run_dir / DEEPSPEED_FILE))}
+    found = settings(run_dir)
     for name in _OWN_TO_A_RUN:
-        settings.pop(name, None)
-    return RunRecord(run_dir.resolve().name, settings, history, parameter_count(run_dir))
+        found.pop(name, None)
+    return RunRecord(run_dir.resolve().name, found, history, parameter_count(run_dir))
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[str | None]]:
@@ -138,7 +138,7 @@ def plot_losses(runs: Sequence[RunRecord], path: Path, names: Sequence[str] | No
     Raises:
         ConfigError: the file's suffix names no format that can be drawn, or it cannot be written.
     """
-    figure, axes = new_axes("tokens", "loss (nats per token)")
+    figure, axes = new_plot("tokens", "loss (nats per token)")
     for index, run in enumerate(runs):
         colour = f"C{index % 10}"
         axes.plot(*run.curve("train"), color=colour, linewidth=0.8, alpha=0.6)
@@ -148,7 +148,7 @@ def plot_losses(runs: Sequence[RunRecord], path: Path, names: Sequence[str] | No
         # Not as a label: one that begins with "_" would be left out, and "$" would be read as mathematics.
         text.set_parse_math(False)
         text.set_text(textwrap.fill(name, _LEGEND_CHARACTERS, break_on_hyphens=False))
-    write_picture(figure, path)
+    save_plot(figure, path)
 
 
 def judging(rows: Sequence[Row]) -> list[Row]:

@@ -9,18 +9,16 @@ import io
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megalm.utils.progress import ProgressBar
 
 log = logging.getLogger("megalm")
-
-_PLAIN_INTERVAL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -69,12 +67,7 @@ class RunConsole:
     def __init__(self, active: bool, log_file: Path | None = None) -> None:
         self._active = active
         self._console = _Console(highlight=False, markup=False)
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._total = 0
-        self._started = time.monotonic()
-        self._first_step = 0
-        self._last_plain = 0.0
+        self._bar: ProgressBar | None = None
         if active and isinstance(sys.stdout, io.TextIOWrapper):  # a sample may have letters that the terminal lacks
             sys.stdout.reconfigure(errors="backslashreplace")
         if active and log_file is not None:
@@ -100,58 +93,20 @@ class RunConsole:
 
     def start(self, first_step: int, total_steps: int) -> None:
         """Begin to count steps; `first_step` are done already."""
-        if not self._active:
-            return
-        self._total, self._first_step, self._started = total_steps, first_step, time.monotonic()
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
-            self._bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._task = self._bar.add_task("", total=total_steps, completed=first_step)
+        if self._active:
+            self._bar = ProgressBar("step", total_steps, done=first_step, console=self._console, transient=False)
+            self._last_step, self._counted = total_steps, False
             self._bar.start()
 
     def step(self, line: StepLine) -> None:
-        if not self._active:
-            return
-        elapsed = time.monotonic() - self._started
-        done = line.step - self._first_step
-        remaining = elapsed / done * (self._total - line.step)
-        plain = f"step {line.step}/{self._total}  {line}  elapsed {duration(elapsed)}  ETA {duration(remaining)}"
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=line.step, description=str(line))
-            log.info("%s", plain)
+        if self._bar is None:
             return
         # A Slurm log is read by people: the first step, the last one, and one every few seconds.
-        now = time.monotonic()
-        if done == 1 or line.step == self._total or now - self._last_plain >= _PLAIN_INTERVAL_SECONDS:
-            self._last_plain = now
-            self.say(plain)
-        else:
-            log.info("%s", plain)
+        self._bar.update(line.step, str(line), line_now=not self._counted or line.step == self._last_step)
+        self._counted = True
+        log.info("%s", self._bar.line)
 
     def stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-
-def duration(seconds: float) -> str:
-    """75 -> 1:15, 4000 -> 1:06:40."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def size(number_of_bytes: float) -> str:
-    """1536 -> 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number_of_bytes < 1024:
-            return f"{number_of_bytes:.0f} B" if unit == "B" else f"{number_of_bytes:.1f} {unit}"
-        number_of_bytes /= 1024
-    return f"{number_of_bytes:.1f} TiB"

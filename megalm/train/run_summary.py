@@ -21,9 +21,10 @@ from megalm.runs.run_folder import RunFolder
 from megalm.topology import bubble_share
 from megalm.tracking.mlflow_mirror.run_facts import without_passwords
 from megalm.tracking.report import write_report
-from megalm.train.console import RunConsole, size
+from megalm.train.console import RunConsole
 from megalm.train.datasets import RunData, find_data, open_data
 from megalm.train.resume.compatibility import DataIdentity
+from megalm.utils.formatting import format_bytes
 
 # What a run reads of each dataset: for the opening facts and --dry-run, with what people should be warned of.
 
@@ -178,7 +179,7 @@ def opening_facts(
         ("training", f"{steps:,} steps, {tokens:,} tokens = {tokens / count:.2f} a parameter"),
         *data_rows(run, data),
         ("tokenizer", f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} entries"),
-        ("checkpoint", f"{size(checkpoint_bytes(shape))} each"),
+        ("checkpoint", f"{format_bytes(checkpoint_bytes(shape))} each"),
     ]
     if data.unigram_entropy is not None:
         rows.append(("unigram entropy", f"{data.unigram_entropy:.2f} nats a token: what counting alone reaches"))

@@ -22,13 +22,14 @@ from megalm.planning.lr_schedule import rate_at
 from megalm.planning.recipe_claims import Quantity, expectations
 from megalm.planning.resolve import ResolvedRun
 from megalm.runs.metrics_log import MetricsWriter
-from megalm.train.console import RunConsole, StepLine, duration
+from megalm.train.console import RunConsole, StepLine
 from megalm.train.evaluator import TOTAL, Evaluation, Evaluator
 from megalm.train.lifecycle.shutdown import StopRequest
 from megalm.train.lifecycle.time_limits import TimeLimits
 from megalm.train.resume.training_progress import TrainingProgress
 from megalm.train.spikes.spike_guard import SpikeGuard, Verdict
 from megalm.train.spikes.spike_report import SpikeReport
+from megalm.utils.formatting import format_clock
 
 # What the training loop drives, as it sees it; setup.py makes them.
 
@@ -179,8 +180,8 @@ class MetricsRecorder:
                 "expected",
                 quantity=quantity,
                 loss=found.loss,
-                low=found.low,
-                high=found.high,
+                low=found.documented.low,
+                high=found.documented.high,
                 met=found.is_met,
             )
             parts.reporter.say(str(found))
@@ -411,7 +412,7 @@ class Trainer:
             parts.checkpoints.note_evaluation(path, self.position.evaluation)
         parts.sampler.write(parts.engine, self.position.step, show=True)
         self.event("end", status="finished", exit_code=EXIT_DONE, seconds=seconds)
-        parts.reporter.say(f"trained to step {self.position.step} in {duration(seconds)}")
+        parts.reporter.say(f"trained to step {self.position.step} in {format_clock(seconds)}")
 
     def event(self, name: str, **fields: Any) -> None:
         self.record.event(self.position, name, **fields)

@@ -168,7 +168,7 @@ def test_a_disk_that_fills_up_midway(small_disk: Path) -> None:
     for midway, before, step in run_ranks(2, _fills_up, small_disk):
         assert "step-00000020 was not written: rank" in midway
         assert "No space left on device" in midway
-        assert "MiB free, a checkpoint needs" in before
+        assert " free, a checkpoint needs" in before
         assert step == 30
     assert left_of(small_disk / "run") == ["latest", "step-00000010", "step-00000030"]
     assert_holds(small_disk / "run" / "step-00000010", 10)

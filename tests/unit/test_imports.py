@@ -61,6 +61,15 @@ def _parallel_reaches_out(item: Import) -> bool:
     )
 
 
+def _utils_reaches_out(item: Import) -> bool:
+    allowed = ("megalm.utils", "megalm.errors", "megalm.utils.atomic_files")
+    return (
+        inside(item.importer, "megalm.utils")
+        and inside(item.imported, "megalm", "torch")
+        and not inside(item.imported, *allowed)
+    )
+
+
 def _training_sees_classes(item: Import) -> bool:
     return (
         inside(item.importer, "megalm.train")
@@ -78,6 +87,7 @@ RULES = (
     Rule("config imports no torch", never("megalm.config", "torch")),
     Rule("topology is pure integers: no torch", never("megalm.topology", "torch")),
     Rule("estimate is pure integers: no torch", never("megalm.cost_model", "torch")),
+    Rule("utils imports errors and itself only: no torch", _utils_reaches_out),
     Rule("planning imports no torch: it runs on a login node", never("megalm.planning", "torch")),
     Rule("data imports no torch: it runs on a login node", never("megalm.data", "torch")),
     Rule("tracking imports no torch", never("megalm.tracking", "torch")),
@@ -152,6 +162,8 @@ def test_import_rules_hold() -> None:
         ("megalm/train/a.py", "from torch import distributed"),
         ("megalm/train/a.py", "import torch\ntorch.distributed.barrier()"),
         ("megalm/train/a.py", "import deepspeed.comm"),
+        ("megalm/utils/a.py", "import torch"),
+        ("megalm/utils/a.py", "from megalm.config.schema import RunConfig"),
         ("megalm/tracking/a.py", "import mlflow"),
         ("megalm/tracking/a.py", "import importlib\nimportlib.import_module('mlflow.entities')"),
         ("megalm/parallel/a.py", "from megalm.engine.zero_engine import Engine"),

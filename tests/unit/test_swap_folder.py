@@ -59,7 +59,7 @@ def test_refused_in_a_line_and_nothing_stays(tmp_path: Path, monkeypatch: pytest
             SwapFolder(str(path), needed)
         return str(caught.value)
 
-    assert_names(refused(tmp_path, 10**15), f"offload_optimizer.nvme_path={tmp_path}", "931,322.6")  # GiB
+    assert_names(refused(tmp_path, 10**15), f"offload_optimizer.nvme_path={tmp_path}", "909.5 TiB")
     (tmp_path / "file").touch()
     assert_names(refused(tmp_path / "file", 0), f"offload_optimizer.nvme_path={tmp_path}/file")
     monkeypatch.undo()

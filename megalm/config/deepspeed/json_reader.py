@@ -11,9 +11,9 @@ from typing import Any
 import megalm
 from megalm.config.deepspeed.json_schema import DeepSpeedSettings
 from megalm.config.deepspeed.unsupported_keys import unknown_deepspeed_key, without_refused
-from megalm.config.suggest import did_you_mean
 from megalm.config.validation import flatten, shown, validate
 from megalm.errors import ConfigError
+from megalm.utils.did_you_mean import did_you_mean
 
 DS_CONFIGS_FOLDER = Path(megalm.__file__).parent.parent / "ds_configs"
 _AUTO_KEYS = ("train_micro_batch_size_per_gpu", "bf16.enabled", "fp16.enabled")

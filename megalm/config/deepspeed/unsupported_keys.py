@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from megalm.config.deepspeed.json_schema import DeepSpeedSettings
-from megalm.config.suggest import did_you_mean
 from megalm.config.validation import leaf_fields, shown
 from megalm.errors import ConfigError
+from megalm.utils.did_you_mean import did_you_mean
 
 _METRICS = "megalm writes metrics.jsonl and mirrors it to MLflow; use tracking.mlflow in the run YAML"
 _REMOVED = "DeepSpeed 0.19.8 no longer has it"

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 from megalm.runs.metrics_log import METRICS_FILE, Row, read_rows
-from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE, flatten, read_mapping
+from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE, read_mapping
 from megalm.tracking.mlflow_mirror.sync_state import MirrorState
+from megalm.utils.formatting import flatten_to_text
 
 FACT_FILES = (CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE)
 
@@ -55,18 +56,22 @@ def start_ms(run_dir: Path) -> int:
     return int((moment if isinstance(moment, float) else time.time()) * 1000)
 
 
-def parameters(run_dir: Path) -> dict[str, str]:
+def settings(run_dir: Path) -> dict[str, str]:
     """config.yaml flattened (`train.steps`), and deepspeed.resolved.json under `deepspeed.`."""
-    config = dict(flatten(read_mapping(run_dir / CONFIG_FILE)))
-    deepspeed = {f"deepspeed.{name}": value for name, value in flatten(read_mapping(run_dir / DEEPSPEED_FILE))}
-    return {clean_name(name): shorten(value, _LONGEST_PARAMETER) for name, value in (config | deepspeed).items()}
+    config, deepspeed = read_mapping(run_dir / CONFIG_FILE), read_mapping(run_dir / DEEPSPEED_FILE)
+    return flatten_to_text(config) | flatten_to_text(deepspeed, "deepspeed.")
+
+
+def parameters(run_dir: Path) -> dict[str, str]:
+    """The settings, within what MLflow takes."""
+    return {clean_name(name): shorten(value, _LONGEST_PARAMETER) for name, value in settings(run_dir).items()}
 
 
 def tags(run_dir: Path) -> dict[str, str]:
     """environment.json: its plain facts, everything about git and every fingerprint; versions stay a file."""
-    environment = read_mapping(run_dir / ENVIRONMENT_FILE)
+    environment = flatten_to_text(read_mapping(run_dir / ENVIRONMENT_FILE))
     found = {
-        name: value for name, value in flatten(environment) if "." not in name or "git" in name or "fingerprint" in name
+        name: value for name, value in environment.items() if "." not in name or "git" in name or "fingerprint" in name
     }
     found |= {"megalm.run_dir": str(run_dir.resolve())}
     commit = next((found[name] for name in ("git_commit", "git.commit", "commit") if found.get(name)), None)
@@ -77,7 +82,8 @@ def tags(run_dir: Path) -> dict[str, str]:
 
 def event_tags(row: Row) -> dict[str, str]:
     """The fields of a start or resume event: fingerprints, host, world size; the last attempt's stay."""
-    return _clean_tags({name: value for name, value in flatten(row) if name not in ("kind", "time", "event", "step")})
+    fields = {name: value for name, value in row.items() if name not in ("kind", "time", "event", "step")}
+    return _clean_tags(flatten_to_text(fields))
 
 
 def artifact_names(run_dir: Path) -> list[str]:

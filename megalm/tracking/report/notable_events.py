@@ -11,8 +11,8 @@ import numpy as np
 from megalm.runs.metrics_history import History
 from megalm.runs.metrics_log import Row
 from megalm.tracking.report.curves import event_step
-from megalm.tracking.report.headline import ago
 from megalm.tracking.report.run_data import RunData, text_of
+from megalm.utils.formatting import format_duration
 
 # A page is read, not searched: so many reports and lines of one kind are in it, and so much of each text.
 _SHOWN_TEXTS = 12
@@ -169,7 +169,7 @@ def _slow(history: History) -> Iterator[Finding]:
     for cost, stretch in worth[:_SLOW_SHOWN]:
         first, last = step[stretch[0]], step[stretch[-1]]
         until = "" if first == last else f"until step {last:,.0f}, "
-        said = f"{until}{seconds[stretch].mean():.3g} s a step, usual are {usual:.3g} s: {ago(cost)} lost"
+        said = f"{until}{seconds[stretch].mean():.3g} s a step, usual are {usual:.3g} s: {format_duration(cost)} lost"
         yield Finding(int(first), "slow", said)
 
 

@@ -13,10 +13,11 @@ import jinja2
 from megalm.runs.resume_command import ResumeCommand
 from megalm.tracking.mlflow_mirror.run_facts import without_passwords
 from megalm.tracking.report.curves import charts, event_step
-from megalm.tracking.report.headline import ago, moment, numbers, outcome
+from megalm.tracking.report.headline import moment, numbers, outcome
 from megalm.tracking.report.notable_events import findings
 from megalm.tracking.report.run_data import RunData, step_of_file, text_of
 from megalm.tracking.report.svg_chart import FRAME
+from megalm.utils.formatting import format_bytes, format_duration
 
 _TEMPLATE = "page.html"
 _SAMPLE_BYTES = 12_000
@@ -31,7 +32,7 @@ def render(account: RunData, now: float) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": _size, "ago": ago}
+    environment.filters |= {"bytes": format_bytes, "duration": format_duration}
     history = account.history
     return environment.get_template(_TEMPLATE).render(
         account=account,
@@ -145,13 +146,3 @@ def _commands(account: RunData) -> list[tuple[str, str]]:
     rows.append(("compare", shlex.join(["megalm", "compare", str(folder), "OTHER_RUN"])))
     rows.append(("this page again", shlex.join(["megalm", "report", str(folder)])))
     return rows
-
-
-def _size(count: float | None) -> str:
-    if count is None:
-        return ""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

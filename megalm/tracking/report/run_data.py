@@ -15,8 +15,9 @@ from megalm.config.schema import RunConfig
 from megalm.errors import ConfigError, MegalmError
 from megalm.runs.metrics_history import History, read_history
 from megalm.runs.metrics_log import METRICS_FILE, ReadRows, Row, read_metrics
-from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE, flatten, parameter_count, read_mapping
+from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE, parameter_count, read_mapping
 from megalm.tracking.compare_runs import Results, RunRecord, results
+from megalm.utils.formatting import flatten_to_text
 
 _STEP = re.compile(r"step-(\d+)")
 _LOCK_FILE = "lock"
@@ -151,10 +152,10 @@ def _settings(path: Path) -> tuple[list[Setting], str | None]:
             base = load_run_config(str(preset), []).config
         except MegalmError:  # made by another version, or from a file that is gone: held against the defaults
             preset = None
-    expected = dict(flatten(base.model_dump(mode="json", by_alias=True)))
+    expected = flatten_to_text(base.model_dump(mode="json", by_alias=True))
     found = [
         Setting(name, value, expected.get(name, "not known") if value != expected.get(name) else None)
-        for name, value in flatten(config)
+        for name, value in flatten_to_text(config).items()
     ]
     return [setting for setting in found if setting.name not in _OF_THE_NAME], preset
 

@@ -121,6 +121,9 @@ class Scale:
         low, high = self._of(self.low), self._of(self.high)
         return min(1.0, max(0.0, (self._of(max(value, self.low)) - low) / (high - low)))
 
+    def percent(self, value: float) -> float:
+        return round(100 * self.share(value), 2)
+
     def ticks(self) -> list[tuple[float, str]]:
         """Round values and their labels."""
         if self.logarithmic:
@@ -171,21 +174,39 @@ class Chart:
     """What the template draws.
 
     Attributes:
+        across, up: of steps and of values.
         x_ticks: percent of the width, step, tokens.
-        y_ticks: percent of the height, from below.
         legend: look and name of what is drawn.
         notes: what the picture alone does not say.
     """
 
     name: str
     unit: str
-    lines: list[Line]
-    y_ticks: list[tuple[float, str]]
+    across: Scale
+    up: Scale
+    tall: bool = False
+    lines: list[Line] = field(default_factory=list)
     x_ticks: list[tuple[float, str, str]] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     legend: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    tall: bool = False
+
+    @property
+    def y_ticks(self) -> list[tuple[float, str]]:
+        """Percent of the height, from below, and the value."""
+        up = self.up
+        return [(up.percent(value), text) for value, text in up.ticks() if up.low <= value <= up.high]
+
+    def draw(self, stretches: Iterable[Sequence[Point]], look: str, title: str = "") -> None:
+        if words := path(stretches, self.across, self.up):
+            self.lines.append(Line(words, look, title))
+
+    def dot(self, points: Iterable[Point], look: str, title: str = "") -> None:
+        """Dots: drawn with round ends, they stay round in a stretched frame."""
+        self.draw(([point] for point in points), f"{look} dots", title)
+
+    def mark(self, step: float, look: str, title: str) -> None:
+        self.marks.append(Mark(self.across.percent(step), look, f"step {step:,.0f}: {title}"))
 
 
 def path(stretches: Iterable[Sequence[Point]], across: Scale, up: Scale) -> str:
@@ -196,11 +217,6 @@ def path(stretches: Iterable[Sequence[Point]], across: Scale, up: Scale) -> str:
         if places:
             words.append(f"M{places[0]}" + ("h0" if len(places) == 1 else f"L{' '.join(places[1:])}"))
     return "".join(words)
-
-
-def dots(points: Iterable[Point], across: Scale, up: Scale) -> str:
-    """A path of dots: drawn with round ends, they stay round in a stretched frame."""
-    return path(([point] for point in points), across, up)
 
 
 def short(value: float) -> str:

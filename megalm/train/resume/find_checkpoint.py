@@ -14,7 +14,7 @@ from megalm.checkpoint.retention import tidy
 from megalm.communicator import Communicator
 from megalm.errors import CheckpointError
 from megalm.runs.run_folder import RunFolder
-from megalm.train.countdown import Countdown
+from megalm.utils.progress import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def open_verified(
         try:
             reader = CheckpointReader(entry.path)
             blocks = hashed_blocks(reader.manifest, comm.rank, comm.size)
-            countdown = Countdown(say, f"checking {entry.path.name}", blocks)
-            problem = reader.verify(comm.rank, comm.size, countdown.advance)
+            progress = ProgressBar(f"checking {entry.path.name}", blocks, say=say)
+            problem = reader.verify(comm.rank, comm.size, progress.advance)
         except CheckpointError as error:
             problem = str(error)
     problem = next(filter(None, comm.gather(problem)), "")

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from megalm.checkpoint import manifest
 from megalm.checkpoint.manifest import read_manifest
 from megalm.cli.main import main
-from megalm.cli.show import duration, size, table
 from tests.checkpoint_files import SHAPES, save
 from tests.messages import assert_names
 
@@ -234,26 +233,13 @@ def test_a_manifest_of_another_format_is_named(run_dir: Path, capsys: pytest.Cap
     assert_names(error, folder(run_dir, 500) / "manifest.json", "format 7")
 
 
-def test_tables_align_and_units_are_shown() -> None:
-    text = table(["name", "count"], [["a", 5], ["long name", 1000], ["none", None]])
-    assert text.splitlines() == [
-        "name       count",
-        "---------  -----",
-        "a              5",
-        "long name   1000",
-        "none           -",
-    ]
-    assert [size(0), size(1536), size(2**50)] == ["0 B", "1.5 KiB", "1024.0 TiB"]
-    assert [duration(3), duration(200), duration(7500)] == ["3 s", "3 min 20 s", "2 h 05 min"]
-
-
 @pytest.mark.parametrize(
     "words", [["verify"], ["diff", "."], ["convert", "w.safetensors"]], ids=["verify", "diff", "convert"]
 )
 def test_what_takes_long_reports_how_far_it_is(
     words: list[str], run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("megalm.pace.LINE_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr("megalm.utils.progress.LINE_INTERVAL_SECONDS", 0.0)
     monkeypatch.setattr(manifest, "HASH_BLOCK_BYTES", 100)
     monkeypatch.chdir(run_dir)
     command, *others = words

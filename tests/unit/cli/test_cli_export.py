@@ -11,9 +11,7 @@ import pytest
 
 from megalm.checkpoint.manifest import read_manifest, set_status, write_manifest
 from megalm.cli.main import main
-from megalm.cli.sizes import bytes_of
 from megalm.config.schema import ModelSection
-from megalm.errors import ConfigError
 from tests.huggingface_models import SECTIONS, SIZES, random_model, save_model
 from tests.messages import assert_names
 
@@ -176,16 +174,3 @@ def test_keys_of_a_configuration(checkpoint: Path, tmp_path: Path, capsys: pytes
     code, _, error = run(capsys, "import", tmp_path / "out", tmp_path / "more", "--ignore-key", "my_won")
     assert code == 2
     assert_names(error, "--ignore-key", "my_won", "config.json")
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"), [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("2GiB", 2 << 30), ("1.5 K", 1500), ("7", 7)]
-)
-def test_sizes(text: str, expected: int) -> None:
-    assert bytes_of(text, "--size") == expected
-
-
-@pytest.mark.parametrize("text", ["", "5XB", "-1GB", "0", "GB"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ConfigError, match="--size"):
-        bytes_of(text, "--size")

@@ -159,6 +159,14 @@ def test_numbers_of_a_yaml_file(tmp_path: Path) -> None:
     assert config.train.steps == 10
 
 
+@pytest.mark.parametrize(
+    "name", ["1e3", "010", "1_0", ".5", "0x10", "0o17", "no", "12:30", "2024-01-01", "null", "=", "a: b"]
+)
+def test_text_that_looks_like_something_else_stays_text_in_what_a_run_saves(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "config.yaml", config_to_yaml(load_run_config(None, [f"data.tokenizer='{name}'"]).config))
+    assert load_run_config(path, []).config.data.tokenizer == name
+
+
 def test_a_missing_file_lists_the_presets() -> None:
     assert_names(refused(load_run_config, "quickstrat", []), "quickstrat", *loading.preset_paths())
     assert_names(refused(load_run_config, "no/such.yaml", []), "no/such.yaml")

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from config_cases import GPU, section_of
+from megalm.cli.show import size
 
 from megalm.cli.plan import planned
 from megalm.cli.plan_text import plan_text
-from megalm.cli.show import size
 from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
 from megalm.config.deepspeed.json_schema import ZeroSection
 from megalm.config.loading import describe_preset, load_run_config, preset_paths
@@ -267,7 +267,7 @@ def test_the_presets_are_wrapped_once(
 ) -> None:
     from megalm.cli.main import main
 
-    monkeypatch.setattr("megalm.cli.show.terminal_width", lambda: columns)
+    monkeypatch.setattr("megalm.cli.presets.terminal_width", lambda: columns)
     with pytest.raises(SystemExit):
         main(["presets"])
     told = [line[24:] for line in capsys.readouterr().out.splitlines()[2:]]

@@ -18,7 +18,6 @@ from megalm.errors import ConfigError
 from megalm.runs.metrics_history import TRAINING, VALIDATION
 from megalm.runs.metrics_log import Row
 from megalm.tracking.report import write_report
-from megalm.tracking.report.headline import ago
 from tests.messages import assert_names
 
 START = event("start")
@@ -287,7 +286,7 @@ def test_a_preset_that_is_gone_leaves_the_defaults(tmp_path: Path) -> None:
     assert f"train.steps 30 {TrainSection().steps}" in page.rows
 
 
-EVIL = "</pre></title></style><script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
+EVIL = "</pre></title></style><script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{ 7919 * 7919 }}"
 
 
 def test_nothing_that_a_run_holds_becomes_html(tmp_path: Path) -> None:
@@ -315,7 +314,7 @@ def test_nothing_that_a_run_holds_becomes_html(tmp_path: Path) -> None:
     for _, attributes in page.elements:
         assert not any(name.startswith("on") or name in ("src", "href", "srcdoc") for name in attributes)
     assert page.text.count(EVIL) >= 15  # it is all there, as text
-    assert "49" not in page.text
+    assert str(7919 * 7919) not in page.text
 
 
 def test_the_page_loads_nothing_and_is_small_also_for_a_long_run(tmp_path: Path) -> None:
@@ -363,9 +362,3 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
         main(["report", str(tmp_path)])
     assert caught.value.code == 2
     assert_names(capsys.readouterr().err, tmp_path)
-
-
-def test_times_are_told_as_people_do() -> None:
-    assert [ago(seconds) for seconds in (0.04, 61, 130, 9000, 86400 * 3, 86400 * 1098)] == [
-        "0.0 s", "61 s", "2.17 min", "2.5 h", "3 days", "1,098 days",
-    ]  # fmt: skip

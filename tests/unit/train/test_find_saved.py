@@ -17,6 +17,7 @@ from megalm.runs.run_folder import RunFolder
 from megalm.train.evaluator import Evaluation
 from megalm.train.resume.find_checkpoint import find_checkpoint, open_verified
 from megalm.train.run_checkpointer import with_evaluation
+from megalm.utils.formatting import format_clock
 from tests.checkpoint_files import save
 from tests.messages import assert_names
 
@@ -93,7 +94,7 @@ def test_a_long_check_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     path = save(tmp_path / "checkpoints", 10)
     monkeypatch.setattr(manifest, "HASH_BLOCK_BYTES", 20)
     seconds = itertools.count()
-    monkeypatch.setattr("megalm.pace.time.monotonic", lambda: float(next(seconds)))
+    monkeypatch.setattr("megalm.utils.progress.time.monotonic", lambda: float(next(seconds)))
     said: list[str] = []
     reader, problem = open_verified(
         resume_candidates(tmp_path / "checkpoints", "auto")[0], SingleProcessCommunicator(), said.append
@@ -102,4 +103,4 @@ def test_a_long_check_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     assert problem == ""
     blocks = manifest.hashed_blocks(read_manifest(path))
     assert len(said) == (blocks - 1) // 5 > 3
-    assert_names(said[0], "step-00000010", f"{5 / blocks:.0%}")
+    assert_names(said[0], "step-00000010", f"5/{blocks}", format_clock(blocks - 5))

@@ -18,7 +18,7 @@ from megalm.config.precision import DeviceFacts
 from megalm.engine.interface import Accept, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
 from megalm.planning.lr_schedule import ScheduleSegment
-from megalm.planning.recipe_claims import Expectation
+from megalm.planning.recipe_claims import Expectation, Span
 from megalm.planning.resolve import resolve
 from megalm.runs.metrics_log import MetricsWriter, live_rows, read_metrics
 from megalm.train.console import RunConsole
@@ -229,9 +229,9 @@ def test_losses_are_told_beside_those_of_a_document(tmp_path: Path) -> None:
         (7, "training_loss", 1.0, True),
         (10, "validation_loss", 9.0, True),
     ]
-    above = Expectation(1000, "training_loss", 6.41, 5.5, 6.0)
+    above = Expectation(1000, "training_loss", 6.41, Span(5.5, 6.0))
     assert_names(above, 1000, "training loss", "6.4100", "5.5-6", "0.41")
-    below = Expectation(500, "validation_loss", 3.3, 3.5, 3.5)
+    below = Expectation(500, "validation_loss", 3.3, Span(3.5, 3.5))
     assert_names(below, 500, "validation loss", "3.3000", "3.5", "0.20")
     met = replace(below, loss=3.45)
     assert_names(met, 500, "3.4500", "3.5")

@@ -12,7 +12,6 @@ from megalm.checkpoint.shard_spec import WEIGHTS
 from megalm.communicator import SingleProcessCommunicator
 from megalm.errors import ConfigError
 from megalm.runs.run_folder import newest_run, open_run_folder
-from megalm.train.console import duration, size
 from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor
 from tests.messages import assert_names
 
@@ -105,15 +104,3 @@ def test_where_no_claim_can_be_written_a_rank_speaks(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_text() == ""
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (75, "1:15"), (4000, "1:06:40")])
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("number", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (63e6, "60.1 MiB"), (3 * 2**41, "6.0 TiB")]
-)
-def test_sizes(number: float, text: str) -> None:
-    assert size(number) == text

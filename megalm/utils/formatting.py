@@ -1,13 +1,19 @@
-"""Plain text for terminals and for pipes: tables, sizes, times; a terminal's lines are wrapped, nothing is cut."""
+"""Values as text: tables, sizes, times, flat names. A terminal's lines are wrapped, nothing is cut."""
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from typing import Any
 
+from megalm.errors import ConfigError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", re.IGNORECASE)
 _GAP = "  "
 _NARROWEST = 12  # columns of text get no narrower, also where a table is wider than the terminal then
 
@@ -73,24 +79,71 @@ def _narrowed(widths: Sequence[int], numeric: Sequence[bool], width: int) -> lis
     return found
 
 
-def size(count: float | None) -> str | None:
+def format_bytes(count: float | None) -> str | None:
     """Bytes as people say them: `1.5 GiB`."""
     if count is None:
         return None
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
 
 
-def duration(seconds: float | None) -> str | None:
-    """`45 s`, `3 min 20 s`, `2 h 05 min`."""
-    if seconds is None:
-        return None
+def parse_bytes(text: str, option: str) -> int:
+    """`5GB` and `500MB` in powers of 1000, `5GiB` in powers of 1024.
+
+    Raises:
+        ConfigError: it is no size above 0; names the `option`.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is not None:
+        base = 1024 if match[3] else 1000
+        found = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+        if found > 0:
+            return found
+    raise ConfigError(f"{option} {text!r} is no size; write it as 5GB, 500MB or 2GiB")
+
+
+def format_duration(seconds: float) -> str:
+    """For a sentence or a table: `0.4 s`, `45 s`, `3 min 20 s`, `2 h 05 min`, `3 days`."""
     whole = round(seconds)
     if whole < 60:
-        return f"{seconds:.0f} s"
+        return f"{whole} s" if seconds >= 9.95 else f"{max(0.0, seconds):.1f} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    if whole < 2 * 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    days = seconds / 86400
+    return f"{days:,.0f} days" if days >= 100 else f"{days:.3g} days"
+
+
+def format_clock(seconds: float) -> str:
+    """For progress, where digits must keep their places: `1:15`, `1:06:40`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def flatten_mapping(content: Mapping[str, Any], prefix: str = "", numbered: bool = False) -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; an empty mapping and a list stay one value.
+
+    Args:
+        numbered: a list of mappings does not: its entries become `a.0.b`, `a.1.b`.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        inner = value
+        if numbered and isinstance(value, list) and value and isinstance(value[0], Mapping):
+            inner = {str(number): entry for number, entry in enumerate(value)}
+        if isinstance(inner, Mapping) and inner:
+            flat |= flatten_mapping(inner, f"{prefix}{name}.", numbered)
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def flatten_to_text(content: Mapping[str, Any], prefix: str = "", numbered: bool = False) -> dict[str, str]:
+    """`flatten_mapping` with every value as text; what is none as JSON."""
+    flat = flatten_mapping(content, prefix, numbered)
+    return {name: value if isinstance(value, str) else json.dumps(value, default=str) for name, value in flat.items()}

@@ -1,4 +1,4 @@
-"""Pictures for files, by matplotlib without a screen: axes to draw on, and the writing of them."""
+"""Plots for files, by matplotlib without a screen."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def new_axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    """An empty picture and its one pair of axes."""
+def new_plot(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """An empty figure and its one pair of axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, and only here
     from matplotlib.figure import Figure
 
@@ -25,7 +25,7 @@ def new_axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def write_picture(figure: Figure, path: Path) -> None:
+def save_plot(figure: Figure, path: Path) -> None:
     """Write it in the format of the file's suffix, whole or not at all; folders are made.
 
     Raises:
