@@ -22,7 +22,7 @@ from torch import Tensor
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.engine.base_engine import EngineBase, padded
 from megalm.engine.distributed import DistributedCommunicator
-from megalm.engine.interface import Accept, StepResult
+from megalm.engine.interface import JudgeUpdate, StepResult
 from megalm.engine.pipeline_stage import PipelineStage
 from megalm.parallel.process_groups import ParallelGroups
 from megalm.planning.resolve import OptimizerFacts
@@ -37,7 +37,7 @@ class PipelineEngine(EngineBase):
 
     Args:
         model: this rank's stage, initialised.
-        settings, optimizer, decay_embeddings: as for `EngineBase`.
+        settings, optimizer, decay_embeddings, judge: as for `EngineBase`.
     """
 
     def __init__(
@@ -49,10 +49,11 @@ class PipelineEngine(EngineBase):
         comm: DistributedCommunicator,
         groups: ParallelGroups,
         device: torch.device,
+        judge: JudgeUpdate | None = None,
     ) -> None:
         part = model.part_of_model()
         super().__init__(
-            model, part, settings | {"pipeline": _SEND_WHOLE}, optimizer, decay_embeddings, comm, groups, device
+            model, part, settings | {"pipeline": _SEND_WHOLE}, optimizer, decay_embeddings, comm, groups, device, judge
         )
         self._model = model
         self._clock = model.moment.clock
@@ -60,9 +61,7 @@ class PipelineEngine(EngineBase):
         # Every tensor-parallel rank of the last stage has the same loss: the first one tells it.
         self._tells_loss = model.is_last and groups.tensor.index == 0
 
-    def train_step(
-        self, batch: GlobalBatch, step: int, learning_rate: float, accept: Accept | None = None
-    ) -> StepResult:
+    def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         model, engine, data = self._model, self._engine, self._data
         self._set_learning_rate(learning_rate)
         micro_batches = [self._tensors(micro_batch) for micro_batch in batch.micro_batches]
@@ -79,7 +78,7 @@ class PipelineEngine(EngineBase):
         def before_update() -> None:
             nonlocal loss, norm
             loss, norm = self._loss_sum() / batch.target_count, self._norm_source()
-            self._gate.open(loss, norm, accept)
+            self._check.arm(loss, norm)
 
         engine._train_schedule = lambda: _Schedule(engine, before_forward, before_update)
         engine.train_batch(iter([(tokens, labels) for tokens, labels, _ in micro_batches]))
