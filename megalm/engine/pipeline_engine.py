@@ -56,7 +56,7 @@ class PipelineEngine(EngineBase):
             model, part, settings | {"pipeline": _SEND_WHOLE}, optimizer, decay_embeddings, comm, groups, device, judge
         )
         self._model = model
-        self._clock = model.moment.clock
+        self._clock = model.context.clock
         self._pipeline = groups.pipeline
         # Every tensor-parallel rank of the last stage has the same loss: the first one tells it.
         self._tells_loss = model.is_last and groups.tensor.index == 0
@@ -73,7 +73,7 @@ class PipelineEngine(EngineBase):
         def before_forward(index: int) -> None:
             _, labels, documents = micro_batches[index]
             self._clock.step, self._clock.micro_batch = step, index * data.size + data.index
-            model.moment.enter(documents, labels)
+            model.context.set(documents, labels)
 
         def before_update() -> None:
             nonlocal loss, norm
@@ -90,7 +90,7 @@ class PipelineEngine(EngineBase):
         self._model.loss_sum = 0.0
         for micro_batch in micro_batches:
             tokens, labels, documents = self._tensors(micro_batch)
-            self._model.moment.enter(documents, labels)
+            self._model.context.set(documents, labels)
             self._forward(tokens)
         return self._loss_sum()
 
@@ -100,7 +100,7 @@ class PipelineEngine(EngineBase):
     ) -> npt.NDArray[np.float32]:
         self._model.eval()
         tokens = padded(tokens, self._model.slices)
-        self._model.moment.enter(None, positions=torch.from_numpy(positions).to(self._device))
+        self._model.context.set(None, positions=torch.from_numpy(positions).to(self._device))
         with torch.compiler.set_stance("force_eager"):  # texts grow: each length would be compiled anew
             last = self._forward(torch.from_numpy(tokens).to(self._device))
         logits = torch.empty(len(tokens), self._model.vocab_size, device=self._device) if last is None else last.float()

@@ -63,7 +63,7 @@ class ZeroEngine(EngineBase):
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         engine = self._engine
         engine.train()
-        self._state.let_go()
+        self._state.release_buffers()
         self._set_learning_rate(learning_rate)
         total = torch.zeros((), device=self._device)
         # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
