@@ -20,13 +20,12 @@ from torch import nn
 
 from megalm.checkpoint.shard_spec import HasFragment
 from megalm.communicator import Communicator
-from megalm.engine.cpp_extensions import load_async_io
+from megalm.engine.cpp_extensions import load_async_io, load_cpu_adam
 from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_log
 from megalm.engine.device import rank_facts
 from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
-from megalm.engine.optimizer import build_optimizer, parameter_groups
 from megalm.engine.optimizer_state import OptimizerState, ReadFragment
 from megalm.model.param_shard import shard_of
 from megalm.parallel.process_groups import ParallelGroups
@@ -129,6 +128,43 @@ class ModelParallelUnit:
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         return self._tensor.process_group
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay_embeddings: bool) -> list[dict[str, Any]]:
+    """Matrices decay; norms and biases do not; embedding tables do if `decay_embeddings`.
+
+    Made before `deepspeed.initialize`: ZeRO 3 flattens every shape to one dimension.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        embedding = name.startswith("embedding.")
+        groups[parameter.ndim >= 2 and (decay_embeddings or not embedding)].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+        for decays, parameters in groups.items()
+        if parameters
+    ]
+
+
+def build_optimizer(groups: list[dict[str, Any]], facts: OptimizerFacts, offload: bool) -> torch.optim.Optimizer:
+    """torch's fused AdamW, which needs no compiler; with offload DeepSpeed's CPUAdam, which is built on first use.
+
+    Learning rates are set by the engine before every step, so the one given here is never used.
+    """
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        load_cpu_adam()
+        return DeepSpeedCPUAdam(
+            groups,
+            lr=0.0,
+            betas=facts.betas,
+            eps=facts.epsilon,
+            adamw_mode=facts.kind == "adamw",
+            fp32_optimizer_states=True,
+        )
+    optimizer = torch.optim.AdamW if facts.kind == "adamw" else torch.optim.Adam
+    return optimizer(groups, lr=0.0, betas=facts.betas, eps=facts.epsilon, fused=True)
 
 
 _SWAPPED_BYTES = 16  # an element's master, moments and gradient

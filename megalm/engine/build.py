@@ -12,11 +12,10 @@ import torch
 from megalm.cost_model.pipeline_balance import StageCosts, balanced_blocks, parameter_costs
 from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import Engine, JudgeUpdate
-from megalm.model.initialization import initialize
 from megalm.model.layer_factory import DenseLayers, LayerFactory
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock
-from megalm.model.transformer import LanguageModel, StageBuilder
+from megalm.model.transformer import LanguageModel, StageBuilder, initialize
 from megalm.parallel.process_groups import ParallelGroups, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.planning.resolve import ResolvedRun
