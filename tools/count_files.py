@@ -49,6 +49,10 @@ WORDS = (
     "sample.max_new_tokens=1",
     "tracking.mlflow=false",
     "compile=false",
+    "data.train=data/small",
+    "data.tokenizer=bytes",
+    "data.split=90,10",
+    "run.name=small",
 )
 
 
@@ -119,8 +123,7 @@ def counted(root: Path) -> dict[str, dict[str, list[str]]]:
         (folder / "text.txt").write_text("def read(self):\n    return self\n\n" * 400)
         data = "--input text.txt --tokenizer bytes --output-prefix data/small --txt-documents blank-line"
         _run(root / "data_tools" / "build_dataset.py", data.split(), folder, environment)
-        settings = ("--deepspeed_config", str(root / "ds_configs" / "zero2.json"), *WORDS, "data.train=data/small")
-        settings = (*settings, "data.tokenizer=bytes", "data.split=90,10", "run.name=small")
+        settings = ("--deepspeed_config", str(root / "ds_configs" / "zero2.json"), *WORDS)
         runs = {"fresh": (f"train.steps={STEPS}",), "resumed": ("--resume", "auto", f"train.steps={MORE_STEPS}")}
         for name, words in runs.items():
             arguments = ("--root", str(root), "--result", name, "--", *settings, *words)
