@@ -74,12 +74,12 @@ class Bench:
     def __init__(self, comm: DistributedCommunicator, folder: Path, fragments: list[Fragment]) -> None:
         self.bytes = sum(fragment.tensor.nbytes for fragment in fragments)
         self._comm, self._folder, self._fragments = comm, folder, fragments
-        self._behind = CheckpointWriter(folder / "behind", Retention(1), comm, behind=True)
+        self._behind = CheckpointWriter(folder / "behind", Retention(1), comm, asynchronous=True)
         self._block = os.urandom(_BLOCK_BYTES)
 
     def round(self, number: int) -> dict[str, float]:
         """Seconds of everything once."""
-        at_once = CheckpointWriter(self._folder / "at-once", Retention(), self._comm, behind=False)
+        at_once = CheckpointWriter(self._folder / "at-once", Retention(), self._comm, asynchronous=False)
         result = {"disk": self._time(self._write_to_disk)}
         result["save"] = self._time(lambda: self._begin(at_once, number))
         result["disk again"] = self._time(self._write_to_disk)

@@ -21,9 +21,8 @@ import torch
 
 from megalm.config.schema import ModelSection
 from megalm.engine.device import tune_malloc
-from megalm.model.initialization import initialize
 from megalm.model.model_config import ModelConfig, build_model_config
-from megalm.model.transformer import LanguageModel
+from megalm.model.transformer import LanguageModel, initialize
 
 VOCABULARY = 16384
 

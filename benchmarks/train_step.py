@@ -34,16 +34,15 @@ import torch  # noqa: E402
 from benchmarks.random_data import random_batches, write_random_tokens  # noqa: E402
 from megalm.config.deepspeed.json_reader import read_deepspeed_json  # noqa: E402
 from megalm.config.loading import load_run_config  # noqa: E402
+from megalm.engine.base_engine import parameter_groups  # noqa: E402
 from megalm.engine.build import build_engine  # noqa: E402
 from megalm.engine.device import claim_device, device_facts, device_name, measured_peak, peak_flops, rank_facts  # noqa: E402
 from megalm.engine.distributed import start_distributed  # noqa: E402
-from megalm.engine.optimizer import parameter_groups  # noqa: E402
 from megalm.model.flops import flops_per_token  # noqa: E402
-from megalm.model.initialization import initialize  # noqa: E402
 from megalm.model.layer_factory import DenseLayers  # noqa: E402
 from megalm.model.model_config import ModelConfig, build_model_config  # noqa: E402
 from megalm.model.modules import DropoutClock  # noqa: E402
-from megalm.model.transformer import LanguageModel  # noqa: E402
+from megalm.model.transformer import LanguageModel, initialize  # noqa: E402
 from megalm.planning.resolve import resolve  # noqa: E402
 from megalm.train.lifecycle.shutdown import exit_process  # noqa: E402
 

@@ -15,9 +15,8 @@ from megalm.checkpoint.shard_spec import KINDS, Fragment, FragmentKey
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import ModelSection
 from megalm.data.tokenizers.tokenizer import load_tokenizer
-from megalm.model.initialization import initialize
 from megalm.model.model_config import ModelConfig, build_model_config
-from megalm.model.transformer import LanguageModel
+from megalm.model.transformer import LanguageModel, initialize
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
 SECTIONS = {

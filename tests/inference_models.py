@@ -14,9 +14,8 @@ from megalm.checkpoint.shard_spec import Fragment, FragmentKey
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import ModelSection
 from megalm.data.tokenizers.tokenizer import Tokenizer
-from megalm.model.initialization import initialize
 from megalm.model.model_config import build_model_config
-from megalm.model.transformer import LanguageModel
+from megalm.model.transformer import LanguageModel, initialize
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
 LLAMA = ModelSection(style="llama", num_key_value_heads=2, qk_norm=True, **SIZES)

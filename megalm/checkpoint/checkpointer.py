@@ -78,18 +78,18 @@ class CheckpointWriter:
 
     Args:
         checkpoints: the run's folder of checkpoints.
-        behind: write behind training, from copies in host memory.
+        asynchronous: write behind training, from copies in host memory.
         origin: what this process went on from: it is kept until something was saved since.
     """
 
     def __init__(
-        self, checkpoints: Path, retention: Retention, ranks: Ranks, behind: bool, origin: Path | None = None
+        self, checkpoints: Path, retention: Retention, ranks: Ranks, asynchronous: bool, origin: Path | None = None
     ) -> None:
         self._checkpoints = checkpoints
         self._retention = retention
         self._origin = origin
         self._ranks = ranks
-        self._host = HostStaging() if behind else None
+        self._host = HostStaging() if asynchronous else None
         self._write: CheckpointWrite | None = None
         self._step = 0
         self._begun = self._stall_seconds = 0.0
@@ -114,9 +114,9 @@ class CheckpointWriter:
             facts,
             copies,
             self._ranks,
-            behind=self._host is not None,
+            asynchronous=self._host is not None,
             make_room=self._prune,
-            when_complete=self._prune_behind_it,
+            when_complete=self._prune_when_complete,
         )
         path = self._write.path
         self._stall_seconds = time.perf_counter() - self._begun
@@ -146,7 +146,9 @@ class CheckpointWriter:
 
     def rehearse(self, folder: Path, fragments: Iterable[HasFragment], facts: dict[str, Any]) -> None:
         """Write a checkpoint in another folder, in the way of the real ones, and remove it."""
-        write = CheckpointWrite(folder, 0, self._held(fragments), facts, [], self._ranks, behind=self._host is not None)
+        write = CheckpointWrite(
+            folder, 0, self._held(fragments), facts, [], self._ranks, asynchronous=self._host is not None
+        )
         write.advance(wait=True)
         if self._ranks.is_main:
             shutil.rmtree(folder)
@@ -175,6 +177,6 @@ class CheckpointWriter:
         except OSError as error:
             self._notice = f"an old checkpoint cannot be deleted: {error}"
 
-    def _prune_behind_it(self) -> None:
+    def _prune_when_complete(self) -> None:
         self._origin = None
         self._prune()

@@ -92,10 +92,10 @@ class CheckpointWrite:
 
     Args:
         step: completed optimizer steps; names the folder.
-        fragments: this rank's part of the training state. With `behind`, host memory that nobody changes meanwhile.
+        fragments: this rank's part of the training state; if `asynchronous`, host memory that nobody changes meanwhile.
         facts: what else the manifest says (JSON): step, tokens, data position, counters, fingerprints, ...
         copies: files to keep beside the tensors (configuration).
-        behind: write in threads; `advance` at step boundaries brings it to its end.
+        asynchronous: write in threads; `advance` at step boundaries brings it to its end.
         make_room: called on rank 0 where the disk is too full, to delete what need not be kept.
         when_complete: called on rank 0 after the commit, in the thread that made it.
 
@@ -112,7 +112,7 @@ class CheckpointWrite:
         facts: dict[str, Any],
         copies: Sequence[Path],
         ranks: Ranks,
-        behind: bool = False,
+        asynchronous: bool = False,
         make_room: Callable[[], None] = lambda: None,
         when_complete: Callable[[], None] = lambda: None,
     ) -> None:
@@ -123,14 +123,14 @@ class CheckpointWrite:
         self._facts = {"step": step, **facts}
         self._copies = copies
         self._ranks = ranks
-        self._behind = behind
+        self._asynchronous = asynchronous
         self._in_place = False  # rank 0 knows
         self._when_complete = when_complete
         self._started = time.perf_counter()
         needed = sum(ranks.gather(bytes_needed(fragments)))
-        self._together(_Work(lambda: self._prepare(needed, make_room), ranks.is_main))
+        self._all_ranks(_Work(lambda: self._prepare(needed, make_room), ranks.is_main))
         shard = self._partial / f"rank-{ranks.rank:05d}.safetensors"
-        self._writing: _Work[ShardSummary] | None = _Work(lambda: write_shard(shard, fragments), thread=behind)
+        self._writing: _Work[ShardSummary] | None = _Work(lambda: write_shard(shard, fragments), thread=asynchronous)
         self._commit: _Work[None] | None = None
 
     def advance(self, wait: bool = False) -> bool:
@@ -142,19 +142,19 @@ class CheckpointWrite:
         if self.seconds:
             return True
         if self._writing is not None:
-            if not self._together(self._writing, wait):
+            if not self._all_ranks(self._writing, wait):
                 return False
             shards = self._ranks.gather(self._writing.result())
             self._writing = None  # and with it the fragments
             self.bytes = sum(shard.bytes for shard in shards)
-            self._commit = _Work(lambda: self._publish(shards), self._ranks.is_main, thread=self._behind)
+            self._commit = _Work(lambda: self._publish(shards), self._ranks.is_main, thread=self._asynchronous)
         assert self._commit is not None
-        if not self._together(self._commit, wait):
+        if not self._all_ranks(self._commit, wait):
             return False
         self.seconds = time.perf_counter() - self._started
         return True
 
-    def _together(self, work: _Work[Any], wait: bool = True) -> bool:
+    def _all_ranks(self, work: _Work[Any], wait: bool = True) -> bool:
         """Whether `work` is done on all ranks; one rank's failure is everybody's."""
         if wait:
             work.join()

@@ -8,6 +8,7 @@ import math
 import resource
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -19,46 +20,42 @@ from torch import nn
 
 from megalm.checkpoint.shard_spec import HasFragment
 from megalm.communicator import Communicator
-from megalm.engine.cpp_extensions import load_async_io
+from megalm.engine.cpp_extensions import load_async_io, load_cpu_adam
 from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_log
 from megalm.engine.device import rank_facts
 from megalm.engine.distributed import DistributedCommunicator
-from megalm.engine.interface import Accept, StepResult
+from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
-from megalm.engine.optimizer import build_optimizer, parameter_groups
 from megalm.engine.optimizer_state import OptimizerState, ReadFragment
 from megalm.model.param_shard import shard_of
 from megalm.parallel.process_groups import ParallelGroups
 from megalm.planning.resolve import OptimizerFacts
 
-# One joint decision before an update: may the optimizer apply it?
-#
-# DeepSpeed calls the `step` of the optimizer that it was handed once for each parameter group (ZeRO 1, 2) or sub-
-# group
-# (ZeRO 3), after the global gradient norm is known and before anything has moved. A gate in front of that `step` is
-# asked
-# once a training step; refused, no group's weights, moments or step count change, and what DeepSpeed copies from
-# masters
-# to low-precision weights afterwards is what was there.
-
 
 class UpdateCheck:
-    """Stands before the optimizer's `step`.
+    """One joint verdict before an update, in front of the optimizer's `step`.
+
+    DeepSpeed calls the `step` of the optimizer that it was handed once for each parameter group (ZeRO 1, 2) or
+    sub-group (ZeRO 3), after the global gradient norm is known and before anything has moved. The first call of a
+    training step judges; refused, no group's weights, moments or step count change, and what DeepSpeed copies from
+    masters to low-precision weights afterwards is what was there.
 
     Args:
         comm: the world; a rank that refuses refuses for all.
+        judge: None takes every update whose numbers are finite.
     """
 
-    def __init__(self, comm: Communicator) -> None:
+    def __init__(self, comm: Communicator, judge: JudgeUpdate | None) -> None:
         self._comm = comm
-        self._ask: Callable[[], bool] | None = None
-        self._answer: bool | None = None
-        # Tells the squares of the gradients being stepped, by parameter; known once DeepSpeed has made its wrapper.
+        self._judge = judge
+        self._numbers: Callable[[], tuple[float, float]] | None = None
+        self._verdict: UpdateVerdict | None = None
+        # Returns the squares of the gradients being stepped, by parameter; set once DeepSpeed has made its wrapper.
         self.measure: Callable[[], dict[str, float]] = dict
         self.refused_squares: Counter[str] = Counter()
 
-    def guard(self, optimizer: torch.optim.Optimizer) -> None:
-        """From now on `optimizer.step` does nothing where the answer is no.
+    def install(self, optimizer: torch.optim.Optimizer) -> None:
+        """From now on `optimizer.step` does nothing where the verdict refuses.
 
         The instance's method is replaced, and no subclass made: DeepSpeed compares exact types to know whether an
         optimizer works with ZeRO.
@@ -66,49 +63,49 @@ class UpdateCheck:
         step = optimizer.step
 
         @functools.wraps(step)
-        def guarded(*args: Any, **options: Any) -> Any:
+        def checked(*args: Any, **options: Any) -> Any:
             if self._admits():
                 return step(*args, **options)
             self.refused_squares.update(self.measure())
             return None
 
-        optimizer.step = guarded  # type: ignore[method-assign]
+        optimizer.step = checked  # type: ignore[method-assign]
 
-    def open(self, loss: float, norm: Callable[[], float], accept: Accept | None) -> None:
+    def arm(self, loss: float, norm: Callable[[], float]) -> None:
         """Before the update of one training step.
 
         Args:
             loss: of the global batch, the same on every rank.
-            norm: tells the global gradient norm; called only once DeepSpeed has computed it.
-            accept: a person's rule; None takes every update. What is no number is always refused.
+            norm: returns the global gradient norm; called only once DeepSpeed has computed it.
         """
-
-        def ask() -> bool:
-            found = norm()
-            return math.isfinite(loss) and math.isfinite(found) and (accept is None or accept(loss, found))
-
-        self._ask, self._answer = ask, None
+        self._numbers, self._verdict = lambda: (loss, norm()), None
         self.refused_squares.clear()
 
-    def close(self) -> bool | None:
-        """After the update: the answer, None where DeepSpeed dropped the update itself and nobody was asked."""
-        self._ask = None
-        return self._answer
+    def disarm(self) -> UpdateVerdict | None:
+        """After the update: the verdict of all ranks, None where DeepSpeed dropped the update without a `step`."""
+        self._numbers = None
+        return self._verdict
+
+    def judge(self, loss: float, norm: float) -> UpdateVerdict:
+        """This rank's verdict; what is not finite is always refused."""
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
+        verdict = UpdateVerdict(refuses=not is_finite) if self._judge is None else self._judge(loss, norm)
+        return verdict if is_finite else replace(verdict, refuses=True)
 
     def _admits(self) -> bool:
-        if self._ask is None:  # DeepSpeed steps while it builds its engine, too
+        if self._numbers is None:  # DeepSpeed steps while it builds its engine, too
             return True
-        if self._answer is None:
-            refused = self._comm.max([0.0 if self._ask() else 1.0])[0]
-            self._answer = refused == 0.0
-        return self._answer
-
-
-# The grid of ranks in the words that DeepSpeed's ZeRO asks for it, its `mpu`.
+        if self._verdict is None:
+            own = self.judge(*self._numbers())
+            self._verdict = replace(own, refuses=self._comm.max([float(own.refuses)])[0] > 0)
+        return not self._verdict.refuses
 
 
 class ModelParallelUnit:
-    """Data and tensor groups of this rank; ZeRO partitions over the one and adds gradient norms over the other."""
+    """The grid of ranks as ZeRO asks for it, DeepSpeed's `mpu`.
+
+    ZeRO partitions over the data group of this rank and adds gradient norms over its tensor group.
+    """
 
     def __init__(self, groups: ParallelGroups) -> None:
         assert groups.pipeline.size == 1, "a PipelineModule brings its own"
@@ -133,6 +130,43 @@ class ModelParallelUnit:
         return self._tensor.process_group
 
 
+def parameter_groups(model: nn.Module, weight_decay: float, decay_embeddings: bool) -> list[dict[str, Any]]:
+    """Matrices decay; norms and biases do not; embedding tables do if `decay_embeddings`.
+
+    Made before `deepspeed.initialize`: ZeRO 3 flattens every shape to one dimension.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        embedding = name.startswith("embedding.")
+        groups[parameter.ndim >= 2 and (decay_embeddings or not embedding)].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+        for decays, parameters in groups.items()
+        if parameters
+    ]
+
+
+def build_optimizer(groups: list[dict[str, Any]], facts: OptimizerFacts, offload: bool) -> torch.optim.Optimizer:
+    """torch's fused AdamW, which needs no compiler; with offload DeepSpeed's CPUAdam, which is built on first use.
+
+    Learning rates are set by the engine before every step, so the one given here is never used.
+    """
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        load_cpu_adam()
+        return DeepSpeedCPUAdam(
+            groups,
+            lr=0.0,
+            betas=facts.betas,
+            eps=facts.epsilon,
+            adamw_mode=facts.kind == "adamw",
+            fp32_optimizer_states=True,
+        )
+    optimizer = torch.optim.AdamW if facts.kind == "adamw" else torch.optim.Adam
+    return optimizer(groups, lr=0.0, betas=facts.betas, eps=facts.epsilon, fused=True)
+
+
 _SWAPPED_BYTES = 16  # an element's master, moments and gradient
 
 
@@ -145,6 +179,7 @@ class EngineBase:
         settings: what `deepspeed.initialize` takes: batch triple, precision, ZeRO, clipping; no optimizer.
         optimizer: the optimizer's numbers.
         decay_embeddings: whether weight decay applies to embedding tables.
+        judge: asked before each update; None: only what is not finite is refused.
         mpu: the grid for DeepSpeed; a PipelineModule brings its own.
     """
 
@@ -158,6 +193,7 @@ class EngineBase:
         comm: DistributedCommunicator,
         groups: ParallelGroups,
         device: torch.device,
+        judge: JudgeUpdate | None,
         mpu: ModelParallelUnit | None = None,
     ) -> None:
         self._comm = comm
@@ -183,8 +219,8 @@ class EngineBase:
             parameter_groups(part, optimizer.weight_decay, decay_embeddings), optimizer, offload["device"] != "none"
         )
         self._last_norm = 0.0
-        self._gate = UpdateCheck(comm)
-        self._gate.guard(inner)
+        self._check = UpdateCheck(comm, judge)
+        self._check.install(inner)
         import_muon_uncompiled()
         with prints_to_log():
             self._engine, *_ = deepspeed.initialize(
@@ -195,7 +231,7 @@ class EngineBase:
                 dist_init_required=False,
             )
         self._state = OptimizerState(self._engine, parameters, shards, is_first_copy=groups.data.index == 0)
-        self._gate.measure = self._state.gradient_squares
+        self._check.measure = self._state.gradient_squares
         self._first_counters = self.counters()
 
     def fragments(self) -> Iterator[HasFragment]:
@@ -218,7 +254,7 @@ class EngineBase:
 
     def refused_gradients(self) -> dict[str, float]:
         total: Counter[str] = Counter()
-        for squares in self._comm.gather(dict(self._gate.refused_squares)):
+        for squares in self._comm.gather(dict(self._check.refused_squares)):
             total.update(squares)
         whole = sum(total.values())
         if not math.isfinite(whole) or whole == 0.0:
@@ -255,17 +291,12 @@ class EngineBase:
 
     def _end_of_step(self, loss: float, norm: Callable[[], float]) -> StepResult:
         """After DeepSpeed's update, or what it did instead."""
-        applied = self._gate.close()
+        verdict = self._check.disarm()
         self._last_norm = norm()
-        # Nobody was asked: DeepSpeed found an overflow first. With a loss scale that is usual, else it is a fault.
-        skipped = applied is None and self._scales_loss and math.isfinite(loss)
-        return StepResult(
-            loss=loss,
-            grad_norm=self._last_norm,
-            loss_scale=self._state.loss_scale(),
-            skipped=skipped,
-            refused=not applied and not skipped,
-        )
+        if verdict is None and not (self._scales_loss and math.isfinite(loss)):
+            # DeepSpeed found an overflow and asked nobody: usual with a loss scale, without one a fault.
+            verdict = replace(self._check.judge(loss, self._last_norm), refuses=True)
+        return StepResult(loss, self._last_norm, self._state.loss_scale(), verdict)
 
     def _count_from(self, counters: dict[str, Any], step: int) -> None:
         engine = self._engine

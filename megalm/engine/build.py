@@ -11,12 +11,11 @@ import torch
 
 from megalm.cost_model.pipeline_balance import StageCosts, balanced_blocks, parameter_costs
 from megalm.engine.distributed import DistributedCommunicator
-from megalm.engine.interface import Engine
-from megalm.model.initialization import initialize
+from megalm.engine.interface import Engine, JudgeUpdate
 from megalm.model.layer_factory import DenseLayers, LayerFactory
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock
-from megalm.model.transformer import LanguageModel, StageBuilder
+from megalm.model.transformer import LanguageModel, StageBuilder, initialize
 from megalm.parallel.process_groups import ParallelGroups, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.planning.resolve import ResolvedRun
@@ -32,9 +31,15 @@ def build_engine(
     shape: ModelConfig,
     device: torch.device,
     comm: DistributedCommunicator,
+    judge: JudgeUpdate | None = None,
     on_stages: OnStages | None = None,
 ) -> Engine:
-    """Collective: the engine of this rank."""
+    """Collective: the engine of this rank.
+
+    Args:
+        judge: asked before each update; None: only what is not finite is refused.
+        on_stages: called where there is a pipeline.
+    """
     train = run.config.train
     clock = DropoutClock(train.seed)
     groups = make_groups(run.topology, comm.rank, comm.timeout)
@@ -46,8 +51,8 @@ def build_engine(
         blocks, costs = _balance(run, build, device, comm)
         if on_stages is not None:
             on_stages(blocks, costs)
-        return _pipeline_engine(run, build, clock, blocks, groups, device, comm)
-    return _zero_engine(run, shape, layers, clock, groups, device, comm)
+        return _pipeline_engine(run, build, clock, blocks, groups, device, comm, judge)
+    return _zero_engine(run, shape, layers, clock, groups, device, comm, judge)
 
 
 def _zero_engine(
@@ -58,6 +63,7 @@ def _zero_engine(
     groups: ParallelGroups,
     device: torch.device,
     comm: DistributedCommunicator,
+    judge: JudgeUpdate | None,
 ) -> Engine:
     from megalm.engine.zero_engine import ZeroEngine
 
@@ -69,7 +75,7 @@ def _zero_engine(
         model.compile_blocks()
     initialize(model, shape, train.seed)
     return ZeroEngine(
-        model.to(device), clock, run.deepspeed, run.optimizer, train.embedding_weight_decay, comm, groups, device
+        model.to(device), clock, run.deepspeed, run.optimizer, train.embedding_weight_decay, comm, groups, device, judge
     )
 
 
@@ -81,6 +87,7 @@ def _pipeline_engine(
     groups: ParallelGroups,
     device: torch.device,
     comm: DistributedCommunicator,
+    judge: JudgeUpdate | None,
 ) -> Engine:
     from megalm.engine.pipeline_engine import PipelineEngine
     from megalm.engine.pipeline_stage import MicroBatchContext, PipelineStage
@@ -90,7 +97,9 @@ def _pipeline_engine(
     if run.config.compile:
         stage.compile_blocks()
     initialize(stage.part_of_model(), build.shape, train.seed)
-    return PipelineEngine(stage, run.deepspeed, run.optimizer, train.embedding_weight_decay, comm, groups, device)
+    return PipelineEngine(
+        stage, run.deepspeed, run.optimizer, train.embedding_weight_decay, comm, groups, device, judge
+    )
 
 
 def _balance(

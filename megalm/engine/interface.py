@@ -6,8 +6,8 @@ train/setup.py alone knows the classes behind these protocols.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,49 @@ from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 
 T = TypeVar("T")
 
-# (loss of the global batch, global gradient norm before clipping) -> whether the update may be applied. Both numbers
-# are finite and the same on every rank.
-Accept = Callable[[float, float], bool]
+Quantity = Literal["loss", "gradient norm"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One number of a step that is out of bounds.
+
+    Attributes:
+        value: what was seen; may be no finite number.
+        median, sigma, limit: of the steps before, None where they decided nothing: the value is not finite.
+    """
+
+    quantity: Quantity
+    value: float
+    median: float | None = None
+    sigma: float | None = None
+    limit: float | None = None
+
+    def __str__(self) -> str:
+        if self.limit is None:
+            return f"{self.quantity} {self.value}"
+        return f"{self.quantity} {self.value:.4g} above {self.limit:.4g} (median {self.median:.4g})"
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class UpdateVerdict:
+    """What is said of a step's numbers before they change anything.
+
+    Args:
+        refuses: the update is not to be applied.
+        finding: what is out of bounds; None: nothing is.
+    """
+
+    refuses: bool
+    finding: Finding | None = None
+
+
+# (loss of the global batch, global gradient norm before clipping), the same on every rank -> the verdict. It changes
+# nothing: an engine asks it about preflight steps, too.
+JudgeUpdate = Callable[[float, float], UpdateVerdict]
 
 
 @dataclass(frozen=True)
@@ -30,28 +70,34 @@ class StepResult:
         loss: nats per target, averaged over the global batch.
         grad_norm: L2 norm of the whole gradient before clipping; inf or nan where it overflowed.
         loss_scale: 1.0 without loss scaling.
-        skipped: the update was not applied, because gradients overflowed at this loss scale (fp16).
-        refused: the update was not applied, because `accept` said no or a number is not finite: weights, moments and
-            step count are what they were.
+        verdict: of all ranks on this update; None where nobody was asked.
     """
 
     loss: float
     grad_norm: float
     loss_scale: float
-    skipped: bool
-    refused: bool = False
+    verdict: UpdateVerdict | None
+
+    @property
+    def skipped(self) -> bool:
+        """The update was not applied, because gradients overflowed at this loss scale (fp16)."""
+        return self.verdict is None
+
+    @property
+    def refused(self) -> bool:
+        """The update was not applied, because of its numbers: weights, moments and step count are what they were."""
+        return self.verdict is not None and self.verdict.refuses
 
 
 class Engine(Protocol):
-    """A model being trained. Every method is collective: all ranks call it with the same arguments."""
+    """A model being trained. Every method is collective: all ranks call it with the same arguments.
 
-    def train_step(
-        self, batch: GlobalBatch, step: int, learning_rate: float, accept: Accept | None = None
-    ) -> StepResult:
-        """Forward and backward over the micro-batches, then one update; `step` counts from 1.
+    Each update is judged before it changes anything, by the `JudgeUpdate` that the engine was built with. The ranks'
+    verdicts are joined: one refusal is everybody's. What is not finite is always refused.
+    """
 
-        `accept` is asked before anything is updated; the ranks' answers are joined, one refusal is everybody's.
-        """
+    def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
+        """Forward and backward over the micro-batches, then one update; `step` counts from 1."""
         ...
 
     def refused_gradients(self) -> dict[str, float]:

@@ -51,7 +51,7 @@ class SwappedStates:
     @contextlib.contextmanager
     def present(self, flat: nn.Parameter, changes: bool = False) -> Iterator[None]:
         """`flat` and its moments are in memory; with `changes` they are written back."""
-        self.let_go()
+        self.release_buffers()
         index = self._indices.get(id(flat))
         if index is None:
             yield
@@ -67,15 +67,15 @@ class SwappedStates:
         """A copy of `values()`, a view of `flat` or of a moment; the sub-group stays in memory until its last one."""
         index = self._indices[id(flat)]
         if self._held != index:
-            self.let_go()
+            self.release_buffers()
             self._outer._optimizer_states_and_gradient_swap_in(index)
             self._held = index
         copy = values().clone()
         if is_last:
-            self.let_go()
+            self.release_buffers()
         return copy
 
-    def let_go(self) -> None:
+    def release_buffers(self) -> None:
         """Before DeepSpeed steps, should a reader have stopped half way: its buffers are for one sub-group."""
         held, self._held = self._held, None
         if held is not None:

@@ -110,9 +110,9 @@ class OptimizerState:
             with self._swapped.present(flat, changes=True):
                 self._clear_moments(flat, optimizer_step=0)
 
-    def let_go(self) -> None:
+    def release_buffers(self) -> None:
         """Before each step: nothing that was read of a disk is held any more."""
-        self._swapped.let_go()
+        self._swapped.release_buffers()
 
     def optimizer_step(self) -> int:
         """Updates that were applied (skipped steps are not counted)."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.engine.base_engine import EngineBase, padded
 from megalm.engine.distributed import DistributedCommunicator
-from megalm.engine.interface import Accept, StepResult
+from megalm.engine.interface import JudgeUpdate, StepResult
 from megalm.engine.pipeline_stage import PipelineStage
 from megalm.parallel.process_groups import ParallelGroups
 from megalm.planning.resolve import OptimizerFacts
@@ -37,7 +37,7 @@ class PipelineEngine(EngineBase):
 
     Args:
         model: this rank's stage, initialised.
-        settings, optimizer, decay_embeddings: as for `EngineBase`.
+        settings, optimizer, decay_embeddings, judge: as for `EngineBase`.
     """
 
     def __init__(
@@ -49,20 +49,19 @@ class PipelineEngine(EngineBase):
         comm: DistributedCommunicator,
         groups: ParallelGroups,
         device: torch.device,
+        judge: JudgeUpdate | None = None,
     ) -> None:
         part = model.part_of_model()
         super().__init__(
-            model, part, settings | {"pipeline": _SEND_WHOLE}, optimizer, decay_embeddings, comm, groups, device
+            model, part, settings | {"pipeline": _SEND_WHOLE}, optimizer, decay_embeddings, comm, groups, device, judge
         )
         self._model = model
-        self._clock = model.moment.clock
+        self._clock = model.context.clock
         self._pipeline = groups.pipeline
         # Every tensor-parallel rank of the last stage has the same loss: the first one tells it.
         self._tells_loss = model.is_last and groups.tensor.index == 0
 
-    def train_step(
-        self, batch: GlobalBatch, step: int, learning_rate: float, accept: Accept | None = None
-    ) -> StepResult:
+    def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         model, engine, data = self._model, self._engine, self._data
         self._set_learning_rate(learning_rate)
         micro_batches = [self._tensors(micro_batch) for micro_batch in batch.micro_batches]
@@ -74,12 +73,12 @@ class PipelineEngine(EngineBase):
         def before_forward(index: int) -> None:
             _, labels, documents = micro_batches[index]
             self._clock.step, self._clock.micro_batch = step, index * data.size + data.index
-            model.moment.enter(documents, labels)
+            model.context.set(documents, labels)
 
         def before_update() -> None:
             nonlocal loss, norm
             loss, norm = self._loss_sum() / batch.target_count, self._norm_source()
-            self._gate.open(loss, norm, accept)
+            self._check.arm(loss, norm)
 
         engine._train_schedule = lambda: _Schedule(engine, before_forward, before_update)
         engine.train_batch(iter([(tokens, labels) for tokens, labels, _ in micro_batches]))
@@ -91,7 +90,7 @@ class PipelineEngine(EngineBase):
         self._model.loss_sum = 0.0
         for micro_batch in micro_batches:
             tokens, labels, documents = self._tensors(micro_batch)
-            self._model.moment.enter(documents, labels)
+            self._model.context.set(documents, labels)
             self._forward(tokens)
         return self._loss_sum()
 
@@ -101,7 +100,7 @@ class PipelineEngine(EngineBase):
     ) -> npt.NDArray[np.float32]:
         self._model.eval()
         tokens = padded(tokens, self._model.slices)
-        self._model.moment.enter(None, positions=torch.from_numpy(positions).to(self._device))
+        self._model.context.set(None, positions=torch.from_numpy(positions).to(self._device))
         with torch.compiler.set_stance("force_eager"):  # texts grow: each length would be compiled anew
             last = self._forward(torch.from_numpy(tokens).to(self._device))
         logits = torch.empty(len(tokens), self._model.vocab_size, device=self._device) if last is None else last.float()

@@ -3,7 +3,7 @@
 Shapes: B micro-batch, T sequence, H hidden.
 
 Only hidden states travel between stages: every rank of a pipeline has read the batch itself, so that labels and
-document numbers come from the `Moment`, which the engine moves before each forward pass.
+document numbers come from the `MicroBatchContext`, which the engine moves before each forward pass.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class MicroBatchContext:
     labels: Tensor | None = field(default=None, init=False)
     positions: Tensor | None = field(default=None, init=False)
 
-    def enter(self, documents: Tensor | None, labels: Tensor | None = None, positions: Tensor | None = None) -> None:
+    def set(self, documents: Tensor | None, labels: Tensor | None = None, positions: Tensor | None = None) -> None:
         """Before each forward pass."""
         self.documents, self.labels, self.positions = documents, labels, positions
         self.mask = None if documents is None else document_mask(documents)
@@ -56,13 +56,13 @@ class MicroBatchContext:
 class EmbeddingLayer(nn.Module):
     """[B, T] tokens, or with a tied table their embeddings [B, T, H] -> [B, T, H]."""
 
-    def __init__(self, build: StageBuilder, moment: MicroBatchContext, own_table: bool) -> None:
+    def __init__(self, build: StageBuilder, context: MicroBatchContext, own_table: bool) -> None:
         super().__init__()
         self.embedding = build.embedding(own_table)
-        self._moment = moment
+        self._context = context
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.embedding(tokens, self._moment.documents)
+        return self.embedding(tokens, self._context.documents)
 
 
 class TokenTable(nn.Module):
@@ -83,18 +83,18 @@ class BlockLayer(nn.Module):
     the masks of its dropout again.
     """
 
-    def __init__(self, build: StageBuilder, moment: MicroBatchContext, index: int, recomputed: bool) -> None:
+    def __init__(self, build: StageBuilder, context: MicroBatchContext, index: int, recomputed: bool) -> None:
         super().__init__()
         self.index = index
         self.block = build.block(index)
-        self._moment = moment
+        self._context = context
         self._recomputed = recomputed
 
     def forward(self, hidden: Tensor) -> Tensor:  # [B, T, H] -> [B, T, H]
-        mask = self._moment.mask
+        mask = self._context.mask
         if not (self._recomputed and self.training):
             return self.block(hidden, mask)
-        clock = self._moment.clock
+        clock = self._context.clock
         micro_batch = clock.micro_batch
 
         def run(hidden: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
 
     Args:
         build: the model's stages, in the order of `LanguageModel`.
-        moment: shared with the engine.
+        context: shared with the engine.
         topology: pipeline outermost, then data, then tensor: DeepSpeed's order, too.
         blocks: how many blocks each stage holds.
         recompute_every: recompute every n-th block of the model in the backward pass; 0: none.
@@ -147,19 +147,19 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
     def __init__(
         self,
         build: StageBuilder,
-        moment: MicroBatchContext,
+        context: MicroBatchContext,
         topology: Topology,
         blocks: tuple[int, ...],
         recompute_every: int,
     ) -> None:
         tied = build.shape.tie_word_embeddings
-        layers: list[Any] = [LayerSpec(EmbeddingLayer, build, moment, not tied)]
+        layers: list[Any] = [LayerSpec(EmbeddingLayer, build, context, not tied)]
         if tied:
             layers.insert(0, TiedLayerSpec(_TIED, TokenTable, build, tied_weight_attr="tokens.weight"))
         first = len(layers)
         for index in range(sum(blocks)):
             recomputed = recompute_every > 0 and index % recompute_every == 0
-            layers.append(LayerSpec(BlockLayer, build, moment, index, recomputed))
+            layers.append(LayerSpec(BlockLayer, build, context, index, recomputed))
         layers.append(LayerSpec(NormLayer, build))
         layers.append(
             TiedLayerSpec(_TIED, TokenTable, build, forward_fn=_pass_on, tied_weight_attr="tokens.weight")
@@ -175,7 +175,7 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
         with prints_to_log(), torch.no_grad():  # it broadcasts the tied weight, which autograd would take for maths
             super().__init__(layers=layers, topology=grid)
         self._tied = tied
-        self.moment = moment
+        self.context = context
         self.loss_factor = 1.0
         self.loss_sum: Tensor | float = 0.0
         self.vocab_size, self.hidden_size, self.slices = build.shape.vocab_size, build.shape.hidden_size, build.slices
@@ -215,10 +215,10 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
     def _output(self, hidden: Tensor) -> Tensor:
         """The last layer: the loss times its factor, or logits where there are no labels."""
         (head,) = self._heads
-        moment = self.moment
-        if moment.labels is None:
-            return head(hidden, positions=moment.positions)
-        loss, _ = head(hidden, moment.labels)
+        context = self.context
+        if context.labels is None:
+            return head(hidden, positions=context.positions)
+        loss, _ = head(hidden, context.labels)
         self.loss_sum = self.loss_sum + loss.detach()
         return loss * self.loss_factor
 

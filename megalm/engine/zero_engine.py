@@ -17,7 +17,7 @@ from torch import Tensor
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.engine.base_engine import EngineBase, ModelParallelUnit, padded
 from megalm.engine.distributed import DistributedCommunicator
-from megalm.engine.interface import Accept, StepResult
+from megalm.engine.interface import JudgeUpdate, StepResult
 from megalm.model.modules import DropoutClock
 from megalm.model.transformer import Block, LanguageModel
 from megalm.parallel.process_groups import ParallelGroups
@@ -33,6 +33,7 @@ class ZeroEngine(EngineBase):
         settings: what `deepspeed.initialize` takes: batch triple, precision, ZeRO, clipping; no optimizer.
         optimizer: the optimizer's numbers.
         decay_embeddings: whether weight decay applies to embedding tables.
+        judge: asked before each update.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class ZeroEngine(EngineBase):
         comm: DistributedCommunicator,
         groups: ParallelGroups,
         device: torch.device,
+        judge: JudgeUpdate | None = None,
     ) -> None:
         stage = int(settings["zero_optimization"]["stage"])
         if stage == 3:
@@ -52,18 +54,16 @@ class ZeroEngine(EngineBase):
             # what may be compiled.
             set_z3_leaf_modules(model, [Block])
         unit = ModelParallelUnit(groups)
-        super().__init__(model, model, settings, optimizer, decay_embeddings, comm, groups, device, unit)
+        super().__init__(model, model, settings, optimizer, decay_embeddings, comm, groups, device, judge, unit)
         self._clock = clock
         self._slices = model.slices
         # Every rank of a tensor group has the same loss: the first one tells it.
         self._tells_loss = groups.tensor.index == 0
 
-    def train_step(
-        self, batch: GlobalBatch, step: int, learning_rate: float, accept: Accept | None = None
-    ) -> StepResult:
+    def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         engine = self._engine
         engine.train()
-        self._state.let_go()
+        self._state.release_buffers()
         self._set_learning_rate(learning_rate)
         total = torch.zeros((), device=self._device)
         # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
@@ -77,7 +77,7 @@ class ZeroEngine(EngineBase):
             total += loss_sum.detach()
             if index == last:
                 loss, norm = self._sum(total) / batch.target_count, self._norm_source()
-                self._gate.open(loss, norm, accept)
+                self._check.arm(loss, norm)
             engine.step()
         return self._end_of_step(loss, norm)
 

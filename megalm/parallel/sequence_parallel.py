@@ -17,7 +17,7 @@ from megalm.parallel.process_groups import AxisGroup
 
 class ResidualLayout(Protocol):
     group: AxisGroup
-    in_slices: bool
+    is_sequence_sharded: bool
 
     def whole(self, hidden: Tensor) -> Tensor:
         """The stream as [B, T, H]; gradients that the ranks find for it are summed."""
@@ -39,7 +39,7 @@ class ResidualLayout(Protocol):
 class ReplicatedResidual:
     """[B, T, H] on every rank."""
 
-    in_slices = False
+    is_sequence_sharded = False
 
     def __init__(self, group: AxisGroup) -> None:
         self.group = group
@@ -60,7 +60,7 @@ class ReplicatedResidual:
 class SequenceShardedResidual:
     """[B, S, H]: each rank holds the slice of the sequence that its place in the group says."""
 
-    in_slices = True
+    is_sequence_sharded = True
 
     def __init__(self, group: AxisGroup) -> None:
         self.group = group

@@ -146,7 +146,8 @@ class TensorLayers(DenseLayers):
         return layer
 
     def positions(self, rows: int, width: int) -> PositionEmbedding:
-        table = SlicedPositions(rows, width, self._group) if self._stream.in_slices else PositionEmbedding(rows, width)
+        sharded = self._stream.is_sequence_sharded
+        table = SlicedPositions(rows, width, self._group) if sharded else PositionEmbedding(rows, width)
         return self.replicated(table, sharded=False)
 
     def replicated(self, module: AnyModule, sharded: bool) -> AnyModule:
@@ -165,12 +166,12 @@ class TensorLayers(DenseLayers):
 
     def place(self, layer: int, site: str, sharded: bool) -> str:
         place = super().place(layer, site, sharded)
-        return f"{place}/tensor {self._group.index}" if sharded or self._stream.in_slices else place
+        return f"{place}/tensor {self._group.index}" if sharded or self._stream.is_sequence_sharded else place
 
     def _replicate(self, parameter: nn.Parameter, sharded: bool) -> None:
         """Whole on every rank. Where each rank has used it for a part of the work, its gradient is their sum."""
         annotate_shard(parameter, ShardedAxis(tuple(parameter.shape), None, is_owner=self._group.index == 0))
-        if sharded or self._stream.in_slices:
+        if sharded or self._stream.is_sequence_sharded:
             parameter.register_hook(self._sum_gradient)
 
     def _sum_gradient(self, gradient: Tensor) -> Tensor:

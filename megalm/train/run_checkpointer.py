@@ -60,7 +60,7 @@ class RunCheckpointer:
             folder.checkpoints,
             Retention(settings.keep_last, settings.keep_every_steps),
             comm,
-            behind=settings.asynchronous,
+            asynchronous=settings.asynchronous,
             origin=None if start is None else start.path,
         )
 

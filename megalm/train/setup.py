@@ -116,7 +116,10 @@ def pretrain(arguments: Arguments, guard: RankSupervisor) -> int:
 
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
         reporter.say("preparing DeepSpeed's extensions for offload (compiled at their first use: a minute or two)")
-    engine = build_engine(run, shape, device, comm, lambda *stages: reporter.say(pipeline_facts(run, *stages)))
+    spikes = SpikeGuard(run.config.guard)
+    engine = build_engine(
+        run, shape, device, comm, spikes.judge, lambda *stages: reporter.say(pipeline_facts(run, *stages))
+    )
     limits = _limits(run, guard, folder, comm)
     invocation = ResumeCommand(folder.path, ranks.local_world_size)
     incidents = SpikeReportWriter(
@@ -127,7 +130,7 @@ def pretrain(arguments: Arguments, guard: RankSupervisor) -> int:
         reporter,
     )
     parts = _assemble(
-        course, comm, engine, folder, checkpoints, metrics, reporter, limits, incidents, comm.sum([peak])[0]
+        course, comm, engine, folder, checkpoints, metrics, reporter, limits, spikes, incidents, comm.sum([peak])[0]
     )
     reporter.facts(opening_facts(run, shape, data, device_name(), ranks.threads, peak_source, parts.peak_flops))
     if run.config.train.rehearse:
@@ -211,6 +214,7 @@ def _assemble(
     metrics: MetricsWriter | None,
     reporter: RunConsole,
     limits: TimeLimits,
+    spikes: SpikeGuard,
     incidents: SpikeReportWriter,
     peak: float,
 ) -> TrainerComponents:
@@ -242,7 +246,7 @@ def _assemble(
         metrics=metrics,
         reporter=reporter,
         stop=StopRequest(limits=limits),
-        guard=SpikeGuard(config.guard),
+        guard=spikes,
         incidents=incidents,
         limits=limits,
         flops_per_token=flops_per_token(course.shape, config.data.sequence_length),

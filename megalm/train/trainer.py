@@ -228,9 +228,9 @@ class Trainer:
         rate = rate_at(position.schedule, step)
         start = time.perf_counter()
         batch = parts.batches.batch(position.samples)
-        result = parts.engine.train_step(batch, step, rate, parts.guard.accept)
+        result = parts.engine.train_step(batch, step, rate)
         seconds = time.perf_counter() - start
-        verdict = parts.guard.verdict(result, step, position.rollbacks)
+        verdict = parts.guard.respond(result, step, position.rollbacks)
         if verdict.finding is not None:
             report = self._report_spike(verdict, result, rate)
             if verdict.action == "rollback":

@@ -38,7 +38,7 @@ class Brake:
 
 
 def _writer(comm: Any, place: Path) -> CheckpointWriter:
-    return CheckpointWriter(place, Retention(), comm, behind=True)
+    return CheckpointWriter(place, Retention(), comm, asynchronous=True)
 
 
 def _begin(writer: CheckpointWriter, comm: Any, step: int) -> list[Any]:

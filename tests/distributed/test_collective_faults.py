@@ -45,8 +45,8 @@ CONTROL = {
     (
         "megalm/engine/base_engine.py",
         "UpdateCheck._admits",
-    ): "asks whether any rank refuses; test_update_gate.py has that",
-    ("megalm/engine/base_engine.py", "UpdateCheck.guard.guarded"): "asks whether any rank refuses",
+    ): "asks whether any rank refuses; test_update_check.py has that",
+    ("megalm/engine/base_engine.py", "UpdateCheck.install.checked"): "asks whether any rank refuses",
     ("megalm/engine/pipeline_profiler.py", "measured_costs"): "measured times, from which stages are cut",
     ("megalm/engine/build.py", "_balance"): "measured times, from which stages are cut",
     ("megalm/engine/build.py", "build_engine"): "measured times, from which stages are cut",

@@ -12,6 +12,7 @@ import torch
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.save_transaction import save_checkpoint
 from megalm.engine.cpp_extensions import load_async_io, load_cpu_adam
+from megalm.engine.interface import UpdateVerdict
 from tests.distributed.training import Case, Trace, make_dataset, snapshot, start, steps, whole_state
 from tests.ranks import run_ranks
 
@@ -45,8 +46,13 @@ def _saved(engine: Any, step: int, folder: Path, comm: Any) -> CheckpointReader:
 def _train(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     readers = {}
+    refuses = False
+
+    def judge(loss: float, norm: float) -> UpdateVerdict:
+        return UpdateVerdict(refuses)
+
     for name in ("zero1", "cpu", "nvme", "tp2 cpu", "tp2 nvme"):
-        engine, run, loader = start(comm, device, _case(folder, name), prefix, folder)
+        engine, run, loader = start(comm, device, _case(folder, name), prefix, folder, judge)
         first = steps(engine, run, loader, 1, HALF)
         readers[name] = _saved(engine, HALF, folder / name, comm)
         found[name] = first, steps(engine, run, loader, HALF + 1, END)
@@ -54,9 +60,11 @@ def _train(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[
             found["swapped"], found["resident"] = _places(engine)
             batch = loader.batch(END * run.batch.global_batch)
             before = snapshot(engine)
-            refused = engine.train_step(batch, END + 1, 1e-3, accept=lambda loss, norm: False)
+            refuses = True
+            refused = engine.train_step(batch, END + 1, 1e-3)
             gradients = engine.refused_gradients()
             found["refused"] = refused, gradients, _differences(before, snapshot(engine))
+            refuses = False
         engine.close()
         loader.close()
     engine, run, loader = start(comm, device, _case(folder, "nvme"), prefix, folder)

@@ -18,7 +18,7 @@ from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.save_transaction import save_checkpoint
 from megalm.checkpoint.shard_spec import KINDS, FragmentKey
 from megalm.model.param_shard import shard_of
-from tests.distributed.test_update_gate import REFUSED, STEPS, assert_same, refuse_and_leave_out
+from tests.distributed.test_update_check import REFUSED, STEPS, assert_same, refuse_and_leave_out
 from tests.distributed.training import Case, Trace, make_dataset, snapshot, start, steps, whole_state
 from tests.ranks import run_ranks
 
@@ -194,8 +194,7 @@ def test_a_refused_step_leaves_no_trace_on_any_stage(gated: list[dict[str, Any]]
         assert_same(found["before"], found["after"])
         assert_same(found["with refusal"], found["never seen"])
         assert [answer.refused for answer in found["answers"]] == [step == REFUSED for step in range(1, STEPS + 1)]
-        refused = found["answers"][REFUSED - 1]
-        assert found["asked"] == [(refused.loss, refused.grad_norm)]
+        assert found["asked"] == [(answer.loss, answer.grad_norm) for answer in found["answers"]]
         assert found["not a number"]["result"].refused  # the first stage's weights: the last one's loss
     assert gated[0][name]["asked"] == gated[1][name]["asked"]
 

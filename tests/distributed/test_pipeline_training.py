@@ -126,7 +126,7 @@ def _blocks(comm: Any, device: torch.device, folder: Path) -> dict[str, tuple[in
         def keep(blocks: tuple[int, ...], _: StageCosts, balance: str = balance) -> None:
             found[balance] = blocks
 
-        build_engine(run, shape_of(run), device, comm, keep)
+        build_engine(run, shape_of(run), device, comm, on_stages=keep)
     return found
 
 

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from megalm.config.schema import ModelSection
 from megalm.model.attention import Attention
-from megalm.model.initialization import initialize
 from megalm.model.layer_factory import DenseLayers, LayerFactory
 from megalm.model.loss import IGNORE
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.modules import DropoutClock
 from megalm.model.param_shard import shard_of
-from megalm.model.transformer import Embedding, LanguageModel, LanguageModelHead, mlp
+from megalm.model.transformer import Embedding, LanguageModel, LanguageModelHead, initialize, mlp
 from megalm.parallel.process_groups import AxisGroup, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.topology import Topology

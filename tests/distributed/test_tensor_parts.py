@@ -15,12 +15,11 @@ from megalm.config.schema import ModelSection
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.sampling.batch_loader import BatchLayout, ValidationLoader
 from megalm.data.sampling.samples import ValidationSamples
-from megalm.model.initialization import initialize
 from megalm.model.layer_factory import DenseLayers, LayerFactory
 from megalm.model.model_config import build_model_config
 from megalm.model.modules import DropoutClock
 from megalm.model.param_shard import shard_of
-from megalm.model.transformer import Block
+from megalm.model.transformer import Block, initialize
 from megalm.parallel.process_groups import make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.topology import Topology

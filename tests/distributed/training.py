@@ -18,6 +18,7 @@ from megalm.data.indexed.writer import IndexedDatasetWriter
 from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader
 from megalm.data.sampling.samples import TrainingSamples
 from megalm.engine.build import build_engine
+from megalm.engine.interface import JudgeUpdate
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.lr_schedule import learning_rate
 from megalm.planning.resolve import ResolvedRun, resolve
@@ -89,7 +90,7 @@ def shape_of(run: ResolvedRun) -> ModelConfig:
 
 
 def start(
-    comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path
+    comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path, judge: JudgeUpdate | None = None
 ) -> tuple[Any, ResolvedRun, BatchLoader]:
     """Engine, resolved run and loader of this rank."""
     rank_folder = folder / f"rank-{comm.rank}"
@@ -105,7 +106,7 @@ def start(
     batch, data_rank = run.batch, run.topology.coordinate(comm.rank).data
     layout = BatchLayout(batch.global_batch, batch.micro_batch, data_rank, batch.data_parallel)
     loader = BatchLoader(samples, layout)
-    return build_engine(run, shape_of(run), device, comm), run, loader
+    return build_engine(run, shape_of(run), device, comm, judge), run, loader
 
 
 def steps(engine: Any, run: ResolvedRun, loader: BatchLoader, first: int, last: int) -> Trace:

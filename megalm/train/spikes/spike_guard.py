@@ -1,7 +1,7 @@
 """What becomes of each training step: applied, let pass, skipped, or the run stopped or set back.
 
-The judgement is a pure function of (loss, gradient norm) and of the steps before, which every rank has alike; the
-engine joins the ranks' answers before anything is updated.
+The verdict is a pure function of (loss, gradient norm) and of the steps before, which every rank has alike; the
+engine asks for it once a step, before anything is updated, and joins the ranks' answers.
 """
 
 from __future__ import annotations
@@ -10,23 +10,20 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from megalm.config.schema import GuardSection
-from megalm.engine.interface import StepResult
+from megalm.engine.interface import Finding, StepResult, UpdateVerdict
 from megalm.runs.metrics_log import Row, live_rows
 
-# What a spike is: a loss or a gradient norm far above those of the steps before. Pure: no engine, no clock.
+# What a spike is: a loss or a gradient norm far above those of the steps before.
 #
-# Median and MAD (median absolute deviation) stand for mean and standard deviation, because one spike among the
-# window's
-# numbers must not move what the next one is measured by. Norms are compared by their logarithm: they differ by
-# factors.
+# Median and MAD (median absolute deviation) stand for mean and standard deviation, because one spike among the window's
+# numbers must not move what the next one is measured by. Norms are compared by their logarithm: they differ by factors.
 
 # MAD x 1.4826 is the standard deviation of a normal distribution.
 _MAD_TO_SIGMA = 1.4826
-Quantity = Literal["loss", "gradient norm"]
 
 
 @dataclass(frozen=True)
@@ -46,30 +43,6 @@ class Thresholds:
     loss_rise: float
     norm_sigmas: float
     norm_factor: float
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One number that is out of bounds.
-
-    Attributes:
-        value: what was seen; may be no finite number.
-        median, sigma, limit: of the window, None where it decided nothing: the value is not finite.
-    """
-
-    quantity: Quantity
-    value: float
-    median: float | None = None
-    sigma: float | None = None
-    limit: float | None = None
-
-    def __str__(self) -> str:
-        if self.limit is None:
-            return f"{self.quantity} {self.value}"
-        return f"{self.quantity} {self.value:.4g} above {self.limit:.4g} (median {self.median:.4g})"
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class History:
@@ -160,7 +133,7 @@ class Verdict:
 class SpikeGuard:
     """Judges steps as `guard.*` says.
 
-    `accept` goes to the engine, `verdict` follows each step.
+    The engine calls `judge` before each update, the trainer `respond` after each step.
     """
 
     def __init__(self, settings: GuardSection) -> None:
@@ -178,23 +151,24 @@ class SpikeGuard:
         self._refused_in_a_row = 0
         self._let_pass_step: int | None = None
 
-    def accept(self, loss: float, grad_norm: float) -> bool:
-        """Before the update, of finite numbers: may it be applied?"""
-        return self._settings.policy == "off" or self.history.judge(loss, grad_norm) is None
+    def judge(self, loss: float, grad_norm: float) -> UpdateVerdict:
+        """Before the update; remembers nothing."""
+        finding = self.history.judge(loss, grad_norm)
+        return UpdateVerdict(refuses=finding is not None and self._settings.policy != "off", finding=finding)
 
-    def verdict(self, result: StepResult, step: int, rollbacks: int) -> Verdict:
-        """After the step; remembers it.
+    def respond(self, result: StepResult, step: int, rollbacks: int) -> Verdict:
+        """After the step, to the verdict on its update; remembers the step.
 
         Args:
             rollbacks: how many there were.
         """
-        if result.skipped:  # an overflow at this loss scale, which is no news of the model
+        if result.verdict is None:  # an overflow at this loss scale, which is no news of the model
             return Verdict("go on")
-        finding = self.history.judge(result.loss, result.grad_norm)
+        finding = result.verdict.finding
         if finding is None and result.refused:
             finding = Finding("loss", result.loss)  # another rank saw what this one did not
         if finding is not None:
-            return self._respond(finding, result, step, rollbacks)
+            return self._act_on(finding, result, step, rollbacks)
         self._refused_in_a_row = 0
         self.history.accept(result.loss, result.grad_norm)
         return self._limit(result.loss, step)
@@ -228,7 +202,7 @@ class SpikeGuard:
         """After a rollback: what was refused is not in the state any more."""
         self._refused_in_a_row = 0
 
-    def _respond(self, finding: Finding, result: StepResult, step: int, rollbacks: int) -> Verdict:
+    def _act_on(self, finding: Finding, result: StepResult, step: int, rollbacks: int) -> Verdict:
         settings = self._settings
         if settings.policy == "off" and not result.refused:
             # The window takes it too: a loss that has come to stay is no spike for ever.

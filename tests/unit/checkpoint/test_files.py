@@ -143,7 +143,7 @@ def test_room_is_made_by_what_need_not_be_kept_and_no_more(tmp_path: Path, monke
         return usage._replace(free=0 if (tmp_path / "step-00000002").exists() else needed)
 
     monkeypatch.setattr("shutil.disk_usage", disk)
-    writer = CheckpointWriter(tmp_path, Retention(2), SingleProcessCommunicator(), behind=False)
+    writer = CheckpointWriter(tmp_path, Retention(2), SingleProcessCommunicator(), asynchronous=False)
     writer.begin(5, fragments(5), {"attempt": 1}, [])
     (saved,) = writer.completed()
     assert saved.pruned == ("step-00000001", "step-00000002", "step-00000003")
@@ -160,7 +160,7 @@ def test_what_a_run_stands_on_is_no_room_to_be_made(tmp_path: Path, monkeypatch:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=0))
     writer = CheckpointWriter(
-        tmp_path, Retention(2), SingleProcessCommunicator(), behind=False, origin=tmp_path / "step-00000001"
+        tmp_path, Retention(2), SingleProcessCommunicator(), asynchronous=False, origin=tmp_path / "step-00000001"
     )
     with pytest.raises(TrainingError, match="megalm checkpoint prune"):
         writer.begin(2, fragments(5), {"attempt": 2}, [])

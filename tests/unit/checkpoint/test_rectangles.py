@@ -13,10 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalm.checkpoint.checkpoint_reader import CheckpointReader
+from megalm.checkpoint.checkpoint_reader import CheckpointReader, chunks_of, overlap
 from megalm.checkpoint.manifest import Manifest, write_manifest
 from megalm.checkpoint.safetensors_file import write_shard
-from megalm.checkpoint.shard_overlap import chunks_of, overlap
 from megalm.checkpoint.shard_spec import Fragment, FragmentKey
 from megalm.errors import CheckpointError
 from tests.messages import assert_names

@@ -11,11 +11,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalm.config.schema import ModelSection
+from megalm.model.attention import blockwise_attention
 from megalm.model.attention_mask import DocumentMask, document_mask, flex_blocks
-from megalm.model.cpu_attention import blockwise_attention
-from megalm.model.initialization import initialize
 from megalm.model.model_config import build_model_config
-from megalm.model.transformer import LanguageModel
+from megalm.model.transformer import LanguageModel, initialize
 
 BATCH, HEADS, WIDTH = 2, 3, 16
 # One token; less than a block; a block and one; several; so many that probabilities are computed again.

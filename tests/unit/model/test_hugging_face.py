@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from megalm.config.schema import ModelSection
-from megalm.model.initialization import initialize
 from megalm.model.model_config import ModelConfig, build_model_config
-from megalm.model.transformer import LanguageModel
+from megalm.model.transformer import LanguageModel, initialize
 
 transformers = pytest.importorskip("transformers")
 

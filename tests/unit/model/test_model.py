@@ -13,12 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megalm.config.schema import ModelSection
-from megalm.model.initialization import initialize
 from megalm.model.layer_factory import DenseLayers
 from megalm.model.loss import IGNORE, linear_cross_entropy
 from megalm.model.model_config import build_model_config
 from megalm.model.modules import DropoutClock
-from megalm.model.transformer import LanguageModel
+from megalm.model.transformer import LanguageModel, initialize
 
 VOCAB, LENGTH = 53, 16
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}

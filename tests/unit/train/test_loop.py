@@ -15,7 +15,7 @@ from megalm.checkpoint.checkpointer import Saved
 from megalm.config.deepspeed.json_reader import read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.config.precision import DeviceFacts
-from megalm.engine.interface import Accept, StepResult
+from megalm.engine.interface import JudgeUpdate, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.recipe_claims import Expectation, Span
@@ -38,19 +38,21 @@ ROOT = Path(__file__).resolve().parents[3]
 class Engine:
     """Losses of 1, or as written per sample that a batch begins with; asks for a stop where told."""
 
-    def __init__(self, losses: dict[int, float], stop: StopRequest, stop_at: int | None) -> None:
-        self.losses, self.stop, self.stop_at, self.rates = losses, stop, stop_at, {}
+    def __init__(self, losses: dict[int, float], stop: StopRequest, stop_at: int | None, judge: JudgeUpdate) -> None:
+        self.losses, self.stop, self.stop_at, self.judge, self.rates = losses, stop, stop_at, judge, {}
         self.applied: list[int] = []  # batches
 
-    def train_step(self, batch: int, step: int, learning_rate: float, accept: Accept) -> StepResult:
+    def train_step(self, batch: int, step: int, learning_rate: float) -> StepResult:
         self.rates[step] = learning_rate
         if step == self.stop_at:
             self.stop.signal = 15
         loss = self.losses.get(batch // 16 + 1, 1.0)
-        refused = not math.isfinite(loss) or not accept(loss, 0.5)
-        if not refused:
+        verdict = self.judge(loss, 0.5)
+        if not math.isfinite(loss):
+            verdict = replace(verdict, refuses=True)
+        if not verdict.refuses:
             self.applied.append(batch // 16 + 1)
-        return StepResult(loss, 0.5, 1.0, skipped=False, refused=refused)
+        return StepResult(loss, 0.5, 1.0, verdict)
 
     def peak_memory_bytes(self) -> int:
         return 1
@@ -140,7 +142,8 @@ class Story:
         source = read_deepspeed_json(str(ROOT / "ds_configs" / "fp32.json"))
         run = resolve(loaded, source, 1, DeviceFacts("cpu", False, 1 << 33), 100)
         stop = StopRequest(3600)
-        self.engine = Engine(options.get("losses", {}), stop, options.get("stop_at"))
+        guard = SpikeGuard(run.config.guard)
+        self.engine = Engine(options.get("losses", {}), stop, options.get("stop_at"), guard.judge)
         self.checkpoints, self.sampler = Checkpoints(), Sampler()
         self.incidents, self.metrics = Incidents(), folder / "metrics.jsonl"
         position = options.get("position", TrainingProgress())
@@ -157,7 +160,7 @@ class Story:
                 metrics=MetricsWriter(self.metrics),
                 reporter=RunConsole(active=False),
                 stop=stop,
-                guard=SpikeGuard(run.config.guard),
+                guard=guard,
                 incidents=self.incidents,  # type: ignore[arg-type]
                 limits=options.get("limits", TimeLimits()),
                 flops_per_token=1.0,

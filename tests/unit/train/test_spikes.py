@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from megalm.config.schema import GuardSection
-from megalm.engine.interface import StepResult
-from megalm.train.spikes.spike_guard import History, SpikeGuard, Thresholds
+from megalm.engine.interface import StepResult, UpdateVerdict
+from megalm.train.spikes.spike_guard import History, SpikeGuard, Thresholds, Verdict
 from tests.messages import assert_names
 
 # (loss, gradient norm) of the 400 steps of the quickstart on two CPU cores in bf16.
@@ -106,8 +106,9 @@ def test_the_window_moves_on() -> None:
     assert history.statistics()["steps"] == 10
 
 
-def result(loss: float, refused: bool = False, skipped: bool = False) -> StepResult:
-    return StepResult(loss, 1.0, 1.0, skipped=skipped, refused=refused)
+def after(guard: SpikeGuard, step: int, loss: float) -> Verdict:
+    """What the guard does after a step of this loss, judged as the engine has it judged."""
+    return guard.respond(StepResult(loss, 1.0, 1.0, guard.judge(loss, 1.0)), step, 0)
 
 
 def test_a_report_has_the_numbers_that_were_judged_by() -> None:
@@ -120,22 +121,36 @@ def test_a_report_has_the_numbers_that_were_judged_by() -> None:
 
 
 def test_another_ranks_refusal_is_everybodys() -> None:
-    verdict = SpikeGuard(GuardSection(policy="skip")).verdict(result(3.0, refused=True), 1, 0)
-    assert verdict.action == "skip"
+    refused = StepResult(3.0, 1.0, 1.0, UpdateVerdict(refuses=True))
+    assert SpikeGuard(GuardSection(policy="skip")).respond(refused, 1, 0).action == "skip"
+
+
+@pytest.mark.parametrize("policy", ["off", "stop", "skip", "rollback"])
+def test_a_spike_is_refused_unless_the_guard_is_off(policy: Any) -> None:
+    guard = SpikeGuard(GuardSection(policy=policy, window=10, warmup_steps=10))
+    guard.history.restart([(3.0, 1.0)] * 10)
+    before = guard.history.statistics()
+    verdict = guard.judge(9.0, 1.0)
+    assert verdict.refuses == (policy != "off")
+    assert verdict.finding is not None
+    assert verdict.finding.quantity == "loss"
+    assert guard.judge(3.0, 1.0) == UpdateVerdict(refuses=False)
+    assert guard.history.statistics() == before, "a preflight step is judged, too: nothing may be remembered of it"
 
 
 def test_an_overflow_of_the_loss_scale_is_no_spike() -> None:
     guard = SpikeGuard(GuardSection(policy="stop"))
-    overflow = StepResult(3.0, math.inf, 65536.0, skipped=True)
-    assert guard.verdict(overflow, 1, 0).finding is None
+    overflow = StepResult(3.0, math.inf, 65536.0, verdict=None)
+    assert overflow.skipped
+    assert guard.respond(overflow, 1, 0).finding is None
     assert guard.history.statistics() == {"steps": 0}
 
 
 def test_off_gets_used_to_a_level_that_has_come_to_stay() -> None:
     guard = SpikeGuard(GuardSection(policy="off", window=10, warmup_steps=10))
     for step in range(1, 11):
-        guard.verdict(result(3.0), step, 0)
-    actions = [guard.verdict(result(5.0), step, 0).action for step in range(11, 31)]
+        after(guard, step, 3.0)
+    actions = [after(guard, step, 5.0).action for step in range(11, 31)]
     assert actions[0] == "let pass"
     assert actions[-1] == "go on"
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from megalm.engine.interface import Finding, UpdateVerdict
 from megalm.planning.lr_schedule import learning_rate
 from tests.distributed.training import Case, make_dataset, snapshot, start
 from tests.ranks import run_ranks
@@ -47,39 +48,45 @@ def _work(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[s
 
 
 def refuse_and_leave_out(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path) -> dict[str, Any]:
-    engine, run, loader = start(comm, device, case, prefix, folder)
     asked: list[tuple[float, float]] = []
+    refuses = False
+
+    def judge(loss: float, norm: float) -> UpdateVerdict:
+        asked.append((loss, norm))
+        finding = Finding("loss", loss) if refuses and comm.rank == 0 else None  # the others join in its refusal
+        return UpdateVerdict(refuses=finding is not None, finding=finding)
+
+    engine, run, loader = start(comm, device, case, prefix, folder, judge)
     results, around = [], {}
 
-    def take(step: int, accept: Any) -> None:
+    def take(step: int) -> None:
         batch = loader.batch((step - 1) * run.batch.global_batch)
-        results.append(engine.train_step(batch, step, learning_rate(run.schedule, step), accept))
-
-    def first_rank_refuses(loss: float, norm: float) -> bool:
-        asked.append((loss, norm))
-        return comm.rank != 0
+        results.append(engine.train_step(batch, step, learning_rate(run.schedule, step)))
 
     for step in range(1, STEPS + 1):
         if step == REFUSED:
             around["before"] = _everything(engine)
-        take(step, first_rank_refuses if step == REFUSED else None)
+        refuses = step == REFUSED
+        take(step)
         if step == REFUSED:
             around["after"] = _everything(engine)
-    with_refusal, answers = _everything(engine), list(results)
-    engine, run, loader = start(comm, device, case, prefix, folder)
+    with_refusal, answers, asked_for = _everything(engine), list(results), list(asked)
+    engine, run, loader = start(comm, device, case, prefix, folder, judge)
     # The first step is refused once, which the rest must not notice, and taken then.
-    take(1, lambda loss, norm: False)
+    refuses = True
+    take(1)
     gradients = engine.refused_gradients()
+    refuses = False
     for step in range(1, STEPS + 1):
         if step != REFUSED:
-            take(step, None)
+            take(step)
         if step == 1:
             first_moments = [(key, values) for key, values in snapshot(engine) if key.kind == "exp_avg"]
     return {
         "gradients": gradients,
         "first norm": answers[0].grad_norm,
         "first moments": first_moments,
-        "asked": asked,
+        "asked": asked_for,
         "answers": answers,
         **around,
         "with refusal": with_refusal,
@@ -89,7 +96,7 @@ def refuse_and_leave_out(comm: Any, device: torch.device, case: Case, prefix: Pa
 
 
 def _poisoned(comm: Any, engine: Any, loader: Any) -> dict[str, Any]:
-    """A step whose loss is NaN because the first rank's weights are: nothing may move, though nobody gave a rule."""
+    """A step whose loss is NaN because the first rank's weights are: nothing may move, whatever the judge says."""
     if comm.rank == 0:
         for parameter in engine._engine.module.parameters():
             getattr(parameter, "ds_tensor", parameter).data.fill_(math.nan)
@@ -108,7 +115,7 @@ def _everything(engine: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, dict[str, Any]]]]:
-    folder = tmp_path_factory.mktemp("gate")
+    folder = tmp_path_factory.mktemp("check")
     make_dataset(folder / "data")
     result = {}
     for world_size in (1, 2):
@@ -133,9 +140,11 @@ def test_a_refused_step_leaves_no_trace(ranks: Any, name: str, world_size: int) 
         assert_same(found["with refusal"], found["never seen"])
         assert found["with refusal"]["updates"] == STEPS - 1
         assert [answer.refused for answer in found["answers"]] == [step == REFUSED for step in range(1, STEPS + 1)]
-        # Asked once, though the optimizer is stepped for every group, with what the step then reports.
-        refused = found["answers"][REFUSED - 1]
-        assert found["asked"] == [(refused.loss, refused.grad_norm)]
+        # Asked once a step, though the optimizer is stepped for every group, with what the step then reports.
+        assert found["asked"] == [(answer.loss, answer.grad_norm) for answer in found["answers"]]
+    # Each rank keeps what it found itself; the refusal is everybody's.
+    findings = [rank[name]["answers"][REFUSED - 1].verdict.finding for rank in ranks[world_size]]
+    assert [finding is not None for finding in findings] == [rank == 0 for rank in range(world_size)]
 
 
 @pytest.mark.parametrize(("name", "world_size"), EVERY)
