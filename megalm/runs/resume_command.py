@@ -21,7 +21,7 @@ class ResumeCommand:
     folder: Path
     ranks: int = 1
 
-    def again(self, *words: str) -> str:
+    def shell(self, *words: str) -> str:
         """A command line for a shell, with `words` (`--resume auto`, `key=value`) at its end."""
         launch = ["deepspeed", *(["--num_gpus", str(self.ranks)] if self.ranks > 1 else []), "launch/pretrain.py"]
         root = str(self.folder.parent)

@@ -12,7 +12,7 @@ class Countdown:
     """Counts to `total`.
 
     Args:
-        say: as `Reporter.say`.
+        say: as `RunConsole.info`.
     """
 
     def __init__(self, say: Callable[[str], None], what: str, total: int) -> None:

@@ -115,8 +115,8 @@ def pretrain(arguments: Arguments, guard: RankSupervisor) -> int:
         guard.on_failure = _record_failure(metrics)
 
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
-        reporter.say("preparing DeepSpeed's extensions for offload (compiled at their first use: a minute or two)")
-    engine = build_engine(run, shape, device, comm, lambda *stages: reporter.say(pipeline_facts(run, *stages)))
+        reporter.info("preparing DeepSpeed's extensions for offload (compiled at their first use: a minute or two)")
+    engine = build_engine(run, shape, device, comm, lambda *stages: reporter.info(pipeline_facts(run, *stages)))
     limits = _limits(run, guard, folder, comm)
     invocation = ResumeCommand(folder.path, ranks.local_world_size)
     incidents = SpikeReportWriter(
@@ -140,12 +140,12 @@ def pretrain(arguments: Arguments, guard: RankSupervisor) -> int:
     parts.stop.install()
     watch_launchers()
     with memory_errors_named("training"):
-        code = loop.run() if position.step < run.config.train.steps else _nothing_to_do(loop, reporter)
+        code = loop.fit() if position.step < run.config.train.steps else _nothing_to_do(loop, reporter)
     parts.close()
     comm.barrier()  # no rank leaves while another still needs rank 0's store
     page = _close(metrics, mirror, opened, with_page=code == EXIT_DONE)
     if code == EXIT_DONE:
-        reporter.say(final_summary(folder, run, invocation, page))
+        reporter.info(final_summary(folder, run, invocation, page))
     return code
 
 
@@ -153,16 +153,16 @@ def _course(
     run: ResolvedRun, folder: RunFolder, resume: ResumeOptions, comm: DistributedCommunicator, reporter: RunConsole
 ) -> ResumePlan:
     """What is trained on from where; everything that cannot go on is refused here."""
-    found, resume = find_resume_checkpoint(folder, resume, comm, reporter.say)
+    found, resume = find_resume_checkpoint(folder, resume, comm, reporter.info)
     run, scheduled = plan_last_step(run, found, resume)
-    places = comm.once_per_node(lambda: find_data(run.config.data, reporter.say))
-    comm.once(lambda: rebuild_data(run.config.data, places, len(os.sched_getaffinity(0)), reporter.say))
+    places = comm.once_per_node(lambda: find_data(run.config.data, reporter.info))
+    comm.once(lambda: rebuild_data(run.config.data, places, len(os.sched_getaffinity(0)), reporter.info))
     course = plan_resume(run, scheduled, places, found, resume)
     own = comm.once(lambda: config_changes(folder, course.run))
     for note in (*own, *course.notes):
-        reporter.say(f"  note: {note}")
+        reporter.info(f"  note: {note}")
     for warning in (*course.warnings, *data_warnings(run, course.data)):
-        reporter.say(f"  WARNING: {warning}")
+        reporter.info(f"  WARNING: {warning}")
     return course
 
 
@@ -197,7 +197,7 @@ def _limits(run: ResolvedRun, guard: RankSupervisor, folder: RunFolder, comm: Di
     train, watchdog = run.config.train, None
     if train.hang_timeout_seconds is not None:
         guard.stacks = folder.stacks(comm.rank)
-        watchdog = Watchdog(guard.stacks, train.hang_timeout_seconds, guard.leave_standstill)
+        watchdog = Watchdog(guard.stacks, train.hang_timeout_seconds, guard.abort_hung_rank)
     wall = wall_time_seconds(train.max_wall_time) if train.max_wall_time is not None else None
     return TimeLimits(wall, process_start(), watchdog)
 
@@ -260,7 +260,7 @@ def _announce(loop: Trainer, reporter: RunConsole, course: ResumePlan) -> None:
     startup_seconds = time.monotonic() - parts.limits.started
     loop.event("resume" if resumed else "start", **facts, **from_path, startup_seconds=startup_seconds)
     if resumed:
-        reporter.say(f"resumed at step {position.step}, {position.tokens:,} tokens seen")
+        reporter.info(f"resumed at step {position.step}, {position.tokens:,} tokens seen")
 
 
 def _record_failure(metrics: MetricsWriter) -> Any:
@@ -269,7 +269,7 @@ def _record_failure(metrics: MetricsWriter) -> Any:
 
 def _nothing_to_do(loop: Trainer, reporter: RunConsole) -> int:
     loop.event("end", status="finished", exit_code=EXIT_DONE)
-    reporter.say(f"step {loop.position.step} is done already; raise train.steps to go on")
+    reporter.info(f"step {loop.position.step} is done already; raise train.steps to go on")
     return EXIT_DONE
 
 
@@ -281,6 +281,6 @@ def _close(metrics: MetricsWriter | None, mirror: MirrorHandle | None, opened: O
         metrics.close()
         page = write_report_page(folder, reporter) if with_page else None
     if mirror is not None and not mirror.finish(_MIRROR_PATIENCE_SECONDS):
-        reporter.say(f"MLflow has not got everything yet; later: megalm track sync {folder.path}")
+        reporter.info(f"MLflow has not got everything yet; later: megalm track sync {folder.path}")
     opened.lock.release()
     return page

@@ -81,7 +81,7 @@ class TrainerComponents:
 
     def close(self) -> None:
         """After the last step: nothing watches or reads ahead any more, and nothing is left on local disks."""
-        self.limits.rest()
+        self.limits.stop_watching()
         self.batches.close()
         self.engine.close()
 
@@ -107,7 +107,7 @@ class MetricsRecorder:
         mfu = parts.flops_per_token * tokens_per_second / parts.peak_flops
         if result.skipped:
             self.event(position, "skip", reason="gradient overflow", loss_scale=result.loss_scale)
-            parts.reporter.say(
+            parts.reporter.info(
                 f"step {position.step}: update skipped, gradients overflowed at scale {result.loss_scale:g}"
             )
         if position.step % parts.run.config.train.log_interval_steps == 0 and parts.metrics is not None:
@@ -153,7 +153,7 @@ class MetricsRecorder:
                 attempt=position.attempt,
             )
         of_set = "" if result.dataset == TOTAL else f" on {result.dataset}"
-        parts.reporter.say(f"step {position.step}: validation{of_set} {result}")
+        parts.reporter.info(f"step {position.step}: validation{of_set} {result}")
         if result.dataset == TOTAL:
             self._hold_against_document(position, "validation_loss", lambda: result.loss)
 
@@ -162,13 +162,13 @@ class MetricsRecorder:
         fields = {"path": saved.path.name, "seconds": saved.write_seconds, "stall_seconds": saved.stall_seconds}
         self.event(position, "checkpoint", **fields, bytes=saved.bytes, saved_step=saved.step, pruned=saved.pruned)
         times = f"{saved.write_seconds:.1f} s, training waited {saved.stall_seconds:.2f} s"
-        self.parts.reporter.say(f"step {saved.step}: checkpoint {saved.path} ({times})")
+        self.parts.reporter.info(f"step {saved.step}: checkpoint {saved.path} ({times})")
         if saved.notice:
-            self.parts.reporter.say(f"WARNING: {saved.notice}")
+            self.parts.reporter.info(f"WARNING: {saved.notice}")
 
     def _warn(self, position: TrainingProgress, text: str) -> None:
         self.event(position, "warning", text=text)
-        self.parts.reporter.say(f"WARNING: {text}")
+        self.parts.reporter.info(f"WARNING: {text}")
 
     def _hold_against_document(self, position: TrainingProgress, quantity: Quantity, loss: Callable[[], float]) -> None:
         """Tell what a recipe's document had at this step, if it says."""
@@ -183,7 +183,7 @@ class MetricsRecorder:
                 high=found.high,
                 met=found.is_met,
             )
-            parts.reporter.say(str(found))
+            parts.reporter.info(str(found))
 
 
 @dataclass
@@ -198,7 +198,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.record = MetricsRecorder(self.parts)
 
-    def run(self) -> int:
+    def fit(self) -> int:
         """Train to the last step, or to a stop request; the exit code."""
         parts, config = self.parts, self.parts.run.config
         self._saved_step = self.position.step
@@ -273,7 +273,7 @@ class Trainer:
         self.event("spike", **of, **numbers, first_sample=first, report=report.name if report else None)
         if verdict.action == "skip":
             self.event("skip", at_step=step, reason=str(finding))
-        parts.reporter.say(f"step {step}: {finding}: {verdict.action}{f'; {report}' if report else ''}")
+        parts.reporter.info(f"step {step}: {finding}: {verdict.action}{f'; {report}' if report else ''}")
         return report
 
     def _stop_at(self, verdict: Verdict, result: StepResult, report: Path | None) -> NoReturn:
@@ -287,7 +287,7 @@ class Trainer:
             self._advance()
         if self._saved_step != self.position.step:
             self._save("suspect", f"the run was stopped at step {step}: {verdict.finding}")
-        self._tell_saved(wait=True)
+        self._log_completed_saves(wait=True)
         raise TrainingError(
             f"step {step}: {verdict.finding} ({verdict.why}; samples {first} to "
             f"{first + self.parts.run.batch.global_batch - 1}); stopped, read {report}"
@@ -296,19 +296,19 @@ class Trainer:
     def _roll_back(self) -> None:
         """Go back to the newest good checkpoint, and past all data up to the step that was refused."""
         parts, old = self.parts, self.position
-        self._tell_saved(wait=True)
+        self._log_completed_saves(wait=True)
         next_sample = old.samples + parts.run.batch.global_batch
         attempt = old.attempt + 1
         path, position = parts.checkpoints.roll_back(parts.engine, next_sample, attempt)
-        position.schedule, position.stated = old.schedule, old.stated
+        position.schedule, position.configured_schedules = old.schedule, old.configured_schedules
         position.attempt, position.rollbacks = attempt, old.rollbacks + 1
         self.position, self._saved_step, self._saved_path = position, position.step, path
         parts.guard.forget_refusals()
-        skipped = position.past[-1].samples_skipped
+        skipped = position.data_history[-1].samples_skipped
         self.event(
             "rollback", path=path.name, at_step=old.step + 1, samples_skipped=skipped, rollbacks=position.rollbacks
         )
-        parts.reporter.say(
+        parts.reporter.info(
             f"rolled back to step {position.step} ({path.name}); {skipped:,} samples are passed over, attempt "
             f"{position.attempt}"
         )
@@ -321,7 +321,7 @@ class Trainer:
             self.parts.sampler.write(self.parts.engine, step, show=False)
         if _due(step, config.checkpoint.interval_steps) and self._saved_step != step:
             self._save()
-        self._tell_saved()
+        self._log_completed_saves()
 
     def _evaluate(self, whole: bool) -> None:
         parts, position = self.parts, self.position
@@ -334,7 +334,7 @@ class Trainer:
         if not whole or parts.run.config.evaluate.max_samples is None:  # losses over the same samples
             self._compare_with_best(result.loss)
 
-    def _is_to_be_judged(self) -> bool:
+    def _needs_selection_eval(self) -> bool:
         """Whether the last step, too, has to be validated on the samples by which the best checkpoint is chosen."""
         config, position = self.parts.run.config, self.position
         wanted = config.checkpoint.best and config.evaluate.max_samples is not None
@@ -354,7 +354,7 @@ class Trainer:
         if patience is None or self.position.stale_evaluations < patience:
             return False
         self.event("early_stop", best_loss=self.position.best_loss)
-        self.parts.reporter.say(
+        self.parts.reporter.info(
             f"step {self.position.step}: no lower validation loss than {self.position.best_loss:.4f} in {patience} "
             "validations (evaluate.patience): ending here"
         )
@@ -366,10 +366,10 @@ class Trainer:
         with self.parts.stop.saving():
             path = self.parts.checkpoints.save(self.parts.engine, self.position, status, reason)
         self._saved_step, self._saved_path = self.position.step, path
-        self._tell_saved()
+        self._log_completed_saves()
         return path
 
-    def _tell_saved(self, wait: bool = False) -> None:
+    def _log_completed_saves(self, wait: bool = False) -> None:
         """Record the checkpoints that became complete; collective."""
         parts = self.parts
         for saved in parts.checkpoints.completed(wait):
@@ -391,27 +391,27 @@ class Trainer:
         parts = self.parts
         parts.stop.reached_boundary()
         self.event(event, **fields)
-        parts.reporter.say(f"{why}: saving step {self.position.step}, then leaving")
+        parts.reporter.info(f"{why}: saving step {self.position.step}, then leaving")
         if self._saved_step != self.position.step:
             self._save()
-        self._tell_saved(wait=True)
+        self._log_completed_saves(wait=True)
         self.event("end", status="stopped", exit_code=EXIT_START_AGAIN)
-        parts.reporter.say("stopped; --resume auto goes on from here")
+        parts.reporter.info("stopped; --resume auto goes on from here")
 
     def _finish(self, seconds: float) -> None:
         parts = self.parts
         parts.stop.reached_boundary()
         path = self._saved_path if self._saved_step == self.position.step else None
         path = path or self._save()  # before anything that may take long or be interrupted
-        if self._is_to_be_judged():
+        if self._needs_selection_eval():
             self._evaluate(whole=False)
         self._evaluate(whole=True)
-        self._tell_saved(wait=True)
+        self._log_completed_saves(wait=True)
         if self.position.evaluation is not None:
             parts.checkpoints.note_evaluation(path, self.position.evaluation)
         parts.sampler.write(parts.engine, self.position.step, show=True)
         self.event("end", status="finished", exit_code=EXIT_DONE, seconds=seconds)
-        parts.reporter.say(f"trained to step {self.position.step} in {duration(seconds)}")
+        parts.reporter.info(f"trained to step {self.position.step} in {duration(seconds)}")
 
     def event(self, name: str, **fields: Any) -> None:
         self.record.event(self.position, name, **fields)

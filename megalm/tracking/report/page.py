@@ -135,10 +135,10 @@ def _data(account: RunData) -> list[tuple[str, str]]:
 def _commands(account: RunData) -> list[tuple[str, str]]:
     """What to do next, for a shell."""
     folder, planned = account.run_dir, account.planned_steps
-    again = ResumeCommand(folder).again
+    command = ResumeCommand(folder).shell
     done = planned is not None and (account.results.steps or 0) >= planned
-    further = again("--resume", "auto", f"train.steps={2 * planned}") if done and planned else again("--resume", "auto")
-    rows = [("train longer" if done else "go on", further)]
+    words = ["--resume", "auto", *([f"train.steps={2 * planned}"] if done and planned else [])]
+    rows = [("train longer" if done else "go on", command(*words))]
     if account.checkpoints:
         rows.append(("checkpoints", shlex.join(["megalm", "checkpoint", "list", str(folder)])))
         rows.append(("generate", shlex.join(["megalm", "generate", str(folder), "--prompt", "The "])))

@@ -42,11 +42,11 @@ def open_run(run: ResolvedRun, resume: bool, comm: Communicator, guard: RankSupe
     attempt = comm.once(folder.next_attempt)
     guard.share(FailureClaim(folder.failure(attempt)))
     reporter = RunConsole(comm.is_main, folder.log)
-    reporter.say(f"megalm run {folder.path}")
+    reporter.info(f"megalm run {folder.path}")
     for notice in run.notices:
-        reporter.say(f"  note: {notice}")
+        reporter.info(f"  note: {notice}")
     for path in clean_up_interrupted_saves(folder, comm):
-        reporter.say(f"  note: an earlier job was killed while it saved or deleted; put in order: {path}")
+        reporter.info(f"  note: an earlier job was killed while it saved or deleted; put in order: {path}")
     return OpenRun(folder, lock, attempt, reporter)
 
 

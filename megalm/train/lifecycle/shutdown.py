@@ -112,7 +112,7 @@ class RankSupervisor:
             self._tell(self._account(error), everybody=True)
             code = EXIT_FAILED
         if code not in (EXIT_DONE, EXIT_START_AGAIN):  # those have told their end themselves
-            self._last_wish(code)
+            self._run_failure_hook(code)
         exit_process(code)
 
     def _account(self, error: Exception) -> str:
@@ -141,10 +141,10 @@ class RankSupervisor:
         time.sleep(_FAILURE_GRACE_SECONDS)
         if self.stacks is not None:
             write_stacks(self.stacks)
-        self._last_wish(EXIT_FAILED)
+        self._run_failure_hook(EXIT_FAILED)
         os._exit(EXIT_FAILED)
 
-    def leave_standstill(self, silent_seconds: float) -> NoReturn:
+    def abort_hung_rank(self, silent_seconds: float) -> NoReturn:
         """This rank has made no progress for so long: it says so, unless another rank did, and the job ends."""
         where = f"; where each rank stood: {self.stacks.parent}" if self.stacks is not None else ""
         self._tell(
@@ -152,7 +152,7 @@ class RankSupervisor:
             f"(train.hang_timeout_seconds): it or a rank that it waits for hangs{where}"
         )
         time.sleep(_FAILURE_GRACE_SECONDS)  # the others notice too, and write their stacks
-        self._last_wish(EXIT_FAILED)
+        self._run_failure_hook(EXIT_FAILED)
         os._exit(EXIT_FAILED)
 
     def _tell(self, text: str, everybody: bool = False) -> None:
@@ -163,7 +163,7 @@ class RankSupervisor:
                 sys.stderr.write(text.rstrip("\n") + "\n")
                 sys.stderr.flush()
 
-    def _last_wish(self, code: int) -> None:
+    def _run_failure_hook(self, code: int) -> None:
         wish, self.on_failure = self.on_failure, lambda code: None  # once, whichever thread comes first
         try:
             wish(code)

@@ -97,7 +97,7 @@ def with_schedule(position: TrainingProgress, run: ResolvedRun, manifest: Manife
     """
     stated = asdict(run.schedule)
     if manifest is None:
-        position.schedule, position.stated = (ScheduleSegment(1, 0, run.schedule),), (stated,)
+        position.schedule, position.configured_schedules = (ScheduleSegment(1, 0, run.schedule),), (stated,)
         return
     step = manifest.step
     segments = [ScheduleSegment.of(stored) for stored in manifest.schedule.segments]
@@ -105,12 +105,12 @@ def with_schedule(position: TrainingProgress, run: ResolvedRun, manifest: Manife
     if more is not None:
         added = ScheduleSegment(step + 1, step, _extension(run, rate_at(segments, max(step, 1)), more, known[-1]))
         position.schedule = (*segments, added)
-        position.stated = known if stated in known else (*known, stated)
+        position.configured_schedules = known if stated in known else (*known, stated)
     elif _stated_before(run, known):
-        position.schedule, position.stated = tuple(segments), known
+        position.schedule, position.configured_schedules = tuple(segments), known
     else:
         position.schedule = (*segments, ScheduleSegment(step + 1, 0, run.schedule))
-        position.stated = (stated,)
+        position.configured_schedules = (stated,)
 
 
 def _stated_before(run: ResolvedRun, known: Sequence[Mapping[str, Any]]) -> bool:
@@ -260,12 +260,12 @@ def progress_from(manifest: Manifest, run: ResolvedRun, begins: Beginning) -> Tr
         rollbacks=manifest.rollbacks,
     )
     if begins != "on":
-        position.past, position.begins = data, begins
+        position.data_history, position.continuation = data, begins
     elif last.global_batch != run.batch.global_batch or last.samples_skipped:
-        position.past, position.begins = data, "on"
+        position.data_history, position.continuation = data, "on"
         position.first_sample = position.samples = last.next_sample
     else:
-        position.past, position.begins = data[:-1], last.begins
+        position.data_history, position.continuation = data[:-1], last.begins
         position.first_sample, position.samples = last.first_sample, last.next_sample
     return position
 
@@ -278,7 +278,7 @@ def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRu
         lines.append(f"the batch was {last.global_batch} sequences, is {run.batch.global_batch}")
     if last.sequence_length != run.config.data.sequence_length:
         lines.append(f"the sequence length was {last.sequence_length}, is {run.config.data.sequence_length}")
-    if position.begins == "anew" and position.past and position.samples == 0:
+    if position.continuation == "anew" and position.data_history and position.samples == 0:
         lines.append("another order of samples: it starts at its first one")
     if last.samples_skipped:
         lines.append(f"{last.samples_skipped:,} samples are passed over")

@@ -87,7 +87,7 @@ def find_resume_checkpoint(
     if found is not None and not found.reader.holds_weights_only:
         require_training_state(found.reader.path, found.reader.manifest)
     if found is not None and before is not None and resume.wanted == "auto":
-        resume = before.again(resume, found.reader)
+        resume = before.repeat(resume, found.reader)
     if found is None and (resume.extension or resume.skip_steps):
         raise ConfigError(f"{folder.path} has no checkpoint yet, so there is nothing to extend; leave the flag out")
     if found is not None and found.reader.holds_weights_only and not resume.weights_only:
@@ -176,7 +176,7 @@ def plan_resume(
         order = data.train
     identity = replace(identity, samples=order)
     position = progress_from(manifest, run, begins)
-    position.schedule, position.stated = scheduled.schedule, scheduled.stated
+    position.schedule, position.configured_schedules = scheduled.schedule, scheduled.configured_schedules
     to_come = (run.config.train.steps - position.step) * run.batch.global_batch
     data = replace(data, train=order, samples=position.samples + max(0, to_come))
     if position.best_loss is not None and manifest.validation not in (None, identity.validation):

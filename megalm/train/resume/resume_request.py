@@ -99,7 +99,7 @@ class LastAttempt(BaseModel):
     def origin(self) -> ResumedFrom:
         return ResumedFrom(self.path, self.attempt)
 
-    def again(self, resume: ResumeOptions, found: CheckpointReader) -> ResumeOptions:
+    def repeat(self, resume: ResumeOptions, found: CheckpointReader) -> ResumeOptions:
         """What is asked for by a `resume` that said auto; the same as last time, where that checkpoint was found."""
         if not self.origin.is_at(found.path):
             return resume

@@ -116,21 +116,21 @@ def test_segments_survive_a_manifest() -> None:
 def test_the_position_of_an_unchanged_run() -> None:
     then = manifest(4, segment(256, 16, 0, 64), rollbacks=2)
     position = progress_from(then, run(), "on")
-    assert (position.step, position.samples, position.first_sample, position.past) == (4, 64, 0, ())
+    assert (position.step, position.samples, position.first_sample, position.data_history) == (4, 64, 0, ())
     assert (position.best_loss, position.stale_evaluations, position.rollbacks) == (2.5, 1, 2)
 
 
 def test_skipped_samples_are_passed_over_and_stay_noted() -> None:
     skipped = segment(256, 16, 0, 64, skipped=32)
     position = progress_from(manifest(4, skipped), run(), "on")
-    assert (position.samples, position.first_sample, position.past) == (96, 96, (skipped,))
+    assert (position.samples, position.first_sample, position.data_history) == (96, 96, (skipped,))
     position.samples += 16
     assert position.segment("order", 256, 16) == segment(256, 16, 96, 16, begins="on")
 
 
 def test_another_batch_is_another_stretch_of_the_same_order() -> None:
     position = progress_from(manifest(4, segment(256, 8, 0, 32)), run(), "on")
-    assert (position.samples, position.first_sample, position.begins) == (32, 32, "on")
+    assert (position.samples, position.first_sample, position.continuation) == (32, 32, "on")
 
 
 def test_another_length_cuts_what_is_left() -> None:
@@ -138,7 +138,7 @@ def test_another_length_cuts_what_is_left() -> None:
     now = run()
     assert continuation_kind(now, then, {}) == "recut"
     position = progress_from(then, now, "recut")
-    assert (position.samples, position.begins, len(position.past)) == (0, "recut", 1)
+    assert (position.samples, position.continuation, len(position.data_history)) == (0, "recut", 1)
     staged = now.config.data.model_copy(update={"stages": ("one",)})
     with pytest.raises(ConfigError, match=r"data.sequence_length was 512: .*data.stages"):
         continuation_kind(replace(now, config=now.config.model_copy(update={"data": staged})), then, {})

@@ -47,7 +47,7 @@ def found(folder: RunFolder) -> tuple[int, ResumeOptions]:
     assert not requeued
     start = find_checkpoint(folder, "auto", SingleProcessCommunicator(), before.origin if before else None)
     assert start is not None
-    return start.reader.manifest.step, before.again(AUTO, start.reader) if before else AUTO
+    return start.reader.manifest.step, before.repeat(AUTO, start.reader) if before else AUTO
 
 
 def test_later_steps_of_an_attempt_that_was_left_are_not_taken(folder: RunFolder) -> None:
