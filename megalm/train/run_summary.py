@@ -16,8 +16,7 @@ from megalm.data.sampling.sample_order import stride_warning
 from megalm.errors import ConfigError, DataError
 from megalm.model.model_config import ModelConfig
 from megalm.planning.resolve import ResolvedRun
-from megalm.runs.resume_command import ResumeCommand
-from megalm.runs.run_folder import RunFolder
+from megalm.runs.run_folder import ResumeCommand, RunFolder
 from megalm.topology import bubble_share
 from megalm.tracking.mlflow_mirror.run_facts import without_passwords
 from megalm.tracking.report import write_report

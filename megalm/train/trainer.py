@@ -1,4 +1,4 @@
-"""The training loop: steps, and what happens between them. It sees protocols only.
+"""The training loop: steps, and what happens between them. Of the engine it sees the protocol only.
 
 Everything here is collective: all ranks walk through the same steps and decisions; rank 0 alone writes.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from megalm.checkpoint.checkpointer import Saved
 from megalm.checkpoint.manifest import Status
@@ -27,36 +28,10 @@ from megalm.train.evaluator import TOTAL, Evaluation, Evaluator
 from megalm.train.lifecycle.shutdown import StopRequest
 from megalm.train.lifecycle.time_limits import TimeLimits
 from megalm.train.resume.training_progress import TrainingProgress
+from megalm.train.run_checkpointer import RunCheckpointer
 from megalm.train.spikes.spike_guard import SpikeGuard, Verdict
-from megalm.train.spikes.spike_report import SpikeReport
-
-# What the training loop drives, as it sees it; setup.py makes them.
-
-
-class Checkpoints(Protocol):
-    """Writes the state of `engine` at a position, at once or behind training."""
-
-    def save(
-        self, engine: Engine, position: TrainingProgress, status: Status = ..., reason: str | None = ...
-    ) -> Path: ...
-    def completed(self, wait: bool = ...) -> list[Saved]: ...
-    def mark_best(self, path: Path) -> None: ...
-    def note_evaluation(self, path: Path, evaluation: Evaluation) -> None: ...
-    def rehearse(self, engine: Engine) -> None: ...
-    def roll_back(self, engine: Engine, next_sample: int, attempt: int) -> tuple[Path, TrainingProgress]: ...
-
-
-class SpikeReports(Protocol):
-    """Writes the report of a step that was out of bounds."""
-
-    def write(self, engine: Engine, incident: SpikeReport) -> Path: ...
-
-
-class Sampler(Protocol):
-    """Writes sample text of this step, and shows it if asked to."""
-
-    def write(self, engine: Engine, step: int, show: bool) -> None: ...
-    def rehearse(self, engine: Engine) -> None: ...
+from megalm.train.spikes.spike_report import SpikeReport, SpikeReportWriter
+from megalm.train.text_samples import SampleWriter
 
 
 @dataclass(frozen=True)
@@ -68,13 +43,13 @@ class TrainerComponents:
     engine: Engine
     batches: BatchLoader
     evaluator: Evaluator
-    checkpoints: Checkpoints
-    sampler: Sampler
+    checkpoints: RunCheckpointer
+    sampler: SampleWriter
     metrics: MetricsWriter | None  # rank 0's
     reporter: RunConsole
     stop: StopRequest
     guard: SpikeGuard
-    incidents: SpikeReports
+    incidents: SpikeReportWriter
     limits: TimeLimits
     flops_per_token: float
     peak_flops: float  # of all ranks together
@@ -201,6 +176,10 @@ class Trainer:
     def fit(self) -> int:
         """Train to the last step, or to a stop request; the exit code."""
         parts, config = self.parts, self.parts.run.config
+        if self.position.step >= config.train.steps:
+            self.event("end", status="finished", exit_code=EXIT_DONE)
+            parts.reporter.info(f"step {self.position.step} is done already; raise train.steps to go on")
+            return EXIT_DONE
         self._saved_step = self.position.step
         parts.reporter.start(self.position.step, config.train.steps)
         started = time.monotonic()
@@ -224,7 +203,7 @@ class Trainer:
         """One step; False where the guard has set the run back instead."""
         parts, position = self.parts, self.position
         step = position.step + 1
-        rate = rate_at(position.schedule, step)
+        rate = rate_at(position.schedule.segments, step)
         start = time.perf_counter()
         batch = parts.batches.batch(position.samples)
         result = parts.engine.train_step(batch, step, rate, parts.guard.accept)
@@ -299,11 +278,9 @@ class Trainer:
         self._log_completed_saves(wait=True)
         next_sample = old.samples + parts.run.batch.global_batch
         attempt = old.attempt + 1
-        path, position = parts.checkpoints.roll_back(parts.engine, next_sample, attempt)
-        position.schedule, position.configured_schedules = old.schedule, old.configured_schedules
-        position.attempt, position.rollbacks = attempt, old.rollbacks + 1
+        path, position = parts.checkpoints.roll_back(parts.engine, parts.guard, next_sample, attempt)
+        position.schedule, position.attempt, position.rollbacks = old.schedule, attempt, old.rollbacks + 1
         self.position, self._saved_step, self._saved_path = position, position.step, path
-        parts.guard.forget_refusals()
         skipped = position.data_history[-1].samples_skipped
         self.event(
             "rollback", path=path.name, at_step=old.step + 1, samples_skipped=skipped, rollbacks=position.rollbacks
@@ -415,6 +392,49 @@ class Trainer:
 
     def event(self, name: str, **fields: Any) -> None:
         self.record.event(self.position, name, **fields)
+
+
+# Before step 1, one of everything: what would fail in hour three fails now.
+#
+# A training step at learning rate zero, a validation batch, a token of a sample and a checkpoint write. Afterwards the
+# engine is as it was: rate zero moves no weight, and moments and counters are cleared. It comes before a resumed state
+# is loaded, so there is nothing else to restore.
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+@contextmanager
+def memory_errors_named(phase: str) -> Iterator[None]:
+    """Turn running out of memory into a line that says in which phase, and what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+            raise
+        raise TrainingError(
+            f"out of memory in {phase} ({str(error).splitlines()[0] if str(error) else 'MemoryError'}). Try a smaller "
+            "train_micro_batch_size_per_gpu in the DeepSpeed JSON, train.checkpoint_activations_every=1, or a higher "
+            "ZeRO stage (ds_configs/zero3.json, zero3_offload.json); megalm plan shows what each saves"
+        ) from error
+
+
+def run_preflight(parts: TrainerComponents) -> None:
+    """Run one of everything; collective.
+
+    Raises:
+        TrainingError: out of memory, with the phase.
+        OSError: a checkpoint cannot be written.
+    """
+    engine = parts.engine
+    with memory_errors_named("the training step"):
+        engine.train_step(parts.batches.batch(0), step=1, learning_rate=0.0)
+    with memory_errors_named("validation"):
+        parts.evaluator.rehearse(engine)
+    with memory_errors_named("sampling"):
+        parts.sampler.rehearse(engine)
+    engine.reset()
+    with memory_errors_named("writing a checkpoint"):
+        parts.checkpoints.rehearse(engine)
 
 
 def _due(step: int, interval: int | None) -> bool:

@@ -103,11 +103,11 @@ def test_a_killed_rank_ends_the_job(small_data: SmallData, tmp_path: Path) -> No
 WAITING = """
 import sys, time
 from pathlib import Path
-from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor
+from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks
 
 def work():
-    guard.share(FailureClaim(Path(sys.argv[1])))
-    guard.on_failure = lambda code: Path(sys.argv[1] + ".wish").touch()
+    claim = FailureClaim(Path(sys.argv[1]))
+    guard.enter(RunHooks(claim, on_failure=lambda code: Path(sys.argv[1] + ".wish").touch()))
     print("waiting", flush=True)
     time.sleep(600)
 
@@ -133,11 +133,11 @@ def test_a_rank_that_waits_forever_leaves_with_the_failed_one(tmp_path: Path) ->
 FULL = """
 import errno, os, resource, sys
 from pathlib import Path
-from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor
+from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks
 
 def work():
-    guard.share(FailureClaim(Path(sys.argv[1])))
-    guard.on_failure = lambda code: os.write(1, f"wish {code}".encode())
+    claim = FailureClaim(Path(sys.argv[1]))
+    guard.enter(RunHooks(claim, on_failure=lambda code: os.write(1, f"wish {code}".encode())))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from megalm.runs.resume_command import ResumeCommand
+from megalm.runs.run_folder import ResumeCommand
 from megalm.tracking.mlflow_mirror.run_facts import without_passwords
 from megalm.tracking.report.curves import charts, event_step
 from megalm.tracking.report.headline import ago, moment, numbers, outcome

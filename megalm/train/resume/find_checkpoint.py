@@ -13,8 +13,9 @@ from megalm.checkpoint.manifest import hashed_blocks, without_advice
 from megalm.checkpoint.retention import tidy
 from megalm.communicator import Communicator
 from megalm.errors import CheckpointError
+from megalm.pace import Pace
 from megalm.runs.run_folder import RunFolder
-from megalm.train.countdown import Countdown
+from megalm.train.console import duration
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,23 @@ def open_verified(
         try:
             reader = CheckpointReader(entry.path)
             blocks = hashed_blocks(reader.manifest, comm.rank, comm.size)
-            countdown = Countdown(say, f"checking {entry.path.name}", blocks)
-            problem = reader.verify(comm.rank, comm.size, countdown.advance)
+            problem = reader.verify(comm.rank, comm.size, _countdown(say, f"checking {entry.path.name}", blocks))
         except CheckpointError as error:
             problem = str(error)
     problem = next(filter(None, comm.gather(problem)), "")
     return (None if problem else reader), problem
+
+
+def _countdown(say: Callable[[str], None], what: str, total: int) -> Callable[[], None]:
+    """What counts to `total`, with a line every few seconds."""
+    pace = Pace(total)
+
+    def advance() -> None:
+        left = pace.advance()
+        if left is not None:
+            say(f"{what}: {pace.done / pace.total:.0%}, about {duration(left)} left")
+
+    return advance
 
 
 def _suspicion(entry: Entry) -> list[str]:

@@ -10,6 +10,24 @@ from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.train.evaluator import Evaluation
 
 
+@dataclass(frozen=True)
+class RunSchedule:
+    """What the learning rate follows.
+
+    Attributes:
+        segments: one schedule after the other; the last one is in force.
+        configured_schedules: those that a person configured while the segments came about: one of them again is no
+            change.
+    """
+
+    segments: tuple[ScheduleSegment, ...] = ()
+    configured_schedules: tuple[dict[str, Any], ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """`schedule` of a manifest."""
+        return {"stated": list(self.configured_schedules), "segments": [segment.as_json() for segment in self.segments]}
+
+
 @dataclass
 class TrainingProgress:
     """What a checkpoint has to know beside the tensors.
@@ -22,9 +40,6 @@ class TrainingProgress:
         rollbacks: how often the guard has set this run back.
         data_history: stretches of data before the one in force, which began at sample `first_sample` as `continuation`
             says.
-        schedule: what the learning rate follows.
-        configured_schedules: those that a person configured while these segments came about: one of them again is no
-            change.
     """
 
     step: int = 0
@@ -38,8 +53,7 @@ class TrainingProgress:
     data_history: tuple[DataSegment, ...] = ()
     first_sample: int = 0
     continuation: Beginning = "anew"
-    schedule: tuple[ScheduleSegment, ...] = ()
-    configured_schedules: tuple[dict[str, Any], ...] = ()
+    schedule: RunSchedule = RunSchedule()
 
     def segment(self, order: str, sequence_length: int, global_batch: int) -> DataSegment:
         """The stretch in force so far."""
@@ -64,10 +78,6 @@ class TrainingProgress:
         """`data_position` of a manifest."""
         segments = (*self.data_history, self.segment(order, sequence_length, global_batch))
         return {"segments": [segment.model_dump() for segment in segments]}
-
-    def schedule_json(self) -> dict[str, Any]:
-        """`schedule` of a manifest."""
-        return {"stated": list(self.configured_schedules), "segments": [segment.as_json() for segment in self.schedule]}
 
 
 def pass_over(manifest: Manifest, samples: int) -> Manifest:

@@ -18,7 +18,7 @@ from megalm.data.sampling.mixture import BlendedSamples
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.engine.interface import Engine
 from megalm.errors import DataError
-from megalm.runs.resume_command import ResumeCommand
+from megalm.runs.run_folder import ResumeCommand
 from megalm.train.console import RunConsole
 from megalm.train.spikes.spike_guard import Verdict
 

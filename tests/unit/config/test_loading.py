@@ -7,7 +7,7 @@ import yaml
 from config_cases import refused
 
 from megalm.config import loading
-from megalm.config.loading import SAVED_CONFIG, config_to_yaml, external_name, load_run_config
+from megalm.config.loading import SAVED_CONFIG, GivenConfig, config_to_yaml, external_name, load_run_config
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields
 
@@ -215,7 +215,7 @@ def test_what_a_run_has_stands_for_what_is_not_stated(tmp_path: Path) -> None:
     own = tmp_path / "config.yaml"
     own.write_text(config_to_yaml(first.config))
     mine = write(tmp_path / "mine.yaml", "train: {log_interval_steps: 7, steps: 40}\n")
-    loaded = load_run_config(mine, ["train.steps=50"], own)
+    loaded = GivenConfig(mine, ["train.steps=50"]).over(own)
     assert (loaded.config.train.seed, loaded.sources["train.seed"]) == (9, SAVED_CONFIG)
     assert (loaded.config.train.log_interval_steps, loaded.config.train.steps) == (7, 50)
     assert loaded.stated == {"train.log_interval_steps", "train.steps"}
@@ -231,7 +231,7 @@ def test_a_preset_named_now_counts_if_it_is_another(tmp_path: Path, monkeypatch:
     own = tmp_path / "runs" / "config.yaml"
     own.parent.mkdir()
     own.write_text(config_to_yaml(load_run_config("small", ["model.hidden_size=96", "train.seed=9"]).config))
-    assert load_run_config("small", [], own).config.model.hidden_size == 96
-    other = load_run_config("large", [], own)
+    assert GivenConfig("small", []).over(own).config.model.hidden_size == 96
+    other = GivenConfig("large", []).over(own)
     assert (other.config.model.hidden_size, other.config.train.seed) == (512, 9)
     assert other.preset == other.config.preset == "large"

@@ -14,7 +14,7 @@ from config_cases import CPU, refused
 from megalm.cli.plan import planned
 from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
-from megalm.config.loading import config_to_yaml, load_run_config, preset_path, preset_paths
+from megalm.config.loading import GivenConfig, config_to_yaml, load_run_config, preset_path, preset_paths
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields
 from megalm.planning.recipe_claims import EXPECTED, HOLDS, Judgement, judge
@@ -28,9 +28,9 @@ RECIPES = sorted(set(preset_paths()) - {"quickstart"})
 @functools.cache
 def plan_of(name: str, *overrides: str) -> Plan:
     """As `megalm plan --config NAME` does it, on GPUs of 24 GiB where the document names none."""
-    loaded, deepspeed = read_settings(name, overrides, None, resume=False, ranks=1)
-    documented = loaded.config.documented
-    return planned(loaded, deepspeed, documented.devices or 1, documented.device_memory_gib or 24, 8)
+    files = read_settings(name, overrides, None, resume=False, ranks=1)
+    documented = files.loaded.config.documented
+    return planned(files, documented.devices or 1, documented.device_memory_gib or 24, 8)
 
 
 def judged(name: str, *overrides: str) -> dict[str, Judgement]:
@@ -168,23 +168,23 @@ def test_what_is_not_documented_is_marked_as_ours(name: str) -> None:
 
 
 def test_a_recipe_brings_its_json_and_refuses_another_batch() -> None:
-    loaded, deepspeed = read_settings("a100x4-300m", (), None, resume=False, ranks=1)
-    assert Path(deepspeed.path).name == "a100x4-300m.json"
+    files = read_settings("a100x4-300m", (), None, resume=False, ranks=1)
+    assert Path(files.deepspeed.path).name == "a100x4-300m.json"
     other = read_deepspeed_json(DS_CONFIGS_FOLDER / "fp32.json")
-    said = refused(resolve, loaded, other, 1, CPU, data_needed=False)
+    said = refused(resolve, files.loaded, other, 1, CPU, data_needed=False)
     assert "train_batch_size=16" in said
     assert "with train_batch_size=512" in said
     assert "leave --deepspeed_config out" in said
-    _, own = read_settings("a100x4-300m", ("deepspeed_config=null",), None, resume=False, ranks=1)
-    assert Path(own.path).name == "zero2.json"
-    _, stated = read_settings("a100x4-300m", (), str(DS_CONFIGS_FOLDER / "fp32.json"), resume=False, ranks=1)
-    assert Path(stated.path).name == "fp32.json"
+    own = read_settings("a100x4-300m", ("deepspeed_config=null",), None, resume=False, ranks=1)
+    assert Path(own.deepspeed.path).name == "zero2.json"
+    stated = read_settings("a100x4-300m", (), str(DS_CONFIGS_FOLDER / "fp32.json"), resume=False, ranks=1)
+    assert Path(stated.deepspeed.path).name == "fp32.json"
 
 
 def test_the_default_json_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, file in ((None, "zero2.json"), ("h100-1k", "h100.json")):
-        assert Path(read_settings(name, (), None, resume=False, ranks=1)[1].path).name == file
+        assert Path(read_settings(name, (), None, resume=False, ranks=1).deepspeed.path).name == file
 
 
 def test_a_run_that_goes_on_takes_the_json_of_a_recipe_that_is_named_now(tmp_path: Path) -> None:
@@ -195,15 +195,15 @@ def test_a_run_that_goes_on_takes_the_json_of_a_recipe_that_is_named_now(tmp_pat
     words = (f"run.root={tmp_path}", "run.name=mine")
 
     def path(config: str | None) -> str:
-        return str(read_settings(config, words, None, resume=True, ranks=1)[1].path)
+        return str(read_settings(config, words, None, resume=True, ranks=1).deepspeed.path)
 
     assert path(None) == path("gpt2-diagnostic") == str(folder / "deepspeed.json")
     assert Path(path("gpt2-diagnostic-resume")).name == "gpt2-diagnostic-resume.json"
 
 
 def test_a_recipe_without_data_says_what_to_give_and_plans_all_the_same() -> None:
-    loaded, deepspeed = read_settings("slm-117m", (), None, resume=False, ranks=1)
-    said = refused(resolve, loaded, deepspeed, 1, CPU)
+    files = read_settings("slm-117m", (), None, resume=False, ranks=1)
+    said = refused(resolve, files.loaded, files.deepspeed, 1, CPU)
     assert "data.train=PREFIX data.tokenizer=FILE of at most 30,000 entries" in said
     text = plan_text(plan_of("slm-117m"), 8)
     assert "Data\nnone yet, and a run needs it: give a dataset prefix and its tokenizer" in text
@@ -231,7 +231,7 @@ def test_a_persons_own_account_of_a_document_goes_on_with_the_run(tmp_path: Path
     loaded = load_run_config(str(mine), [])
     kept.write_text(config_to_yaml(loaded.config))
     assert [claim.step for claim in loaded.config.documented.claims] == [9, None]
-    assert load_run_config(None, [], kept).config.documented == loaded.config.documented
+    assert GivenConfig(None, []).over(kept).config.documented == loaded.config.documented
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------

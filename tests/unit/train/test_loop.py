@@ -25,11 +25,10 @@ from megalm.train.console import RunConsole
 from megalm.train.evaluator import TOTAL, Evaluation
 from megalm.train.lifecycle.shutdown import StopRequest
 from megalm.train.lifecycle.time_limits import TimeLimits
-from megalm.train.preflight import memory_errors_named
-from megalm.train.resume.training_progress import TrainingProgress
+from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
 from megalm.train.spikes.spike_guard import SpikeGuard
 from megalm.train.spikes.spike_report import SpikeReport
-from megalm.train.trainer import Trainer, TrainerComponents
+from megalm.train.trainer import Trainer, TrainerComponents, memory_errors_named
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -98,7 +97,10 @@ class Checkpoints:
     def note_evaluation(self, path: Path, evaluation: Evaluation) -> None:
         self.noted.append((path.name, evaluation.loss))
 
-    def roll_back(self, engine: Engine, next_sample: int, attempt: int) -> tuple[Path, TrainingProgress]:
+    def roll_back(
+        self, engine: Engine, guard: SpikeGuard, next_sample: int, attempt: int
+    ) -> tuple[Path, TrainingProgress]:
+        guard.forget_refusals()
         step = max(step for step in self.positions if step not in self.suspect)
         position = replace(self.positions[step])
         position.pass_over(next_sample - position.samples, "order", 256, 16)
@@ -143,7 +145,7 @@ class Story:
         self.checkpoints, self.sampler = Checkpoints(), Sampler()
         self.incidents, self.metrics = Incidents(), folder / "metrics.jsonl"
         position = options.get("position", TrainingProgress())
-        position.schedule = (ScheduleSegment(1, 0, run.schedule),)
+        position.schedule = RunSchedule((ScheduleSegment(1, 0, run.schedule),))
         self.loop = Trainer(
             TrainerComponents(
                 run=run,
