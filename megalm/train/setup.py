@@ -168,7 +168,7 @@ def _refuse_different_configurations(run: ResolvedRun, comm: Communicator) -> No
         )
 
 
-# --- 3: plan_resume is in resume/resume_plan.py ------------------------------------------------------------------------
+# --- 3: plan_resume is in resume/resume_plan.py -----------------------------------------------------------------------
 # --- 4: the trainer ---------------------------------------------------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ def find_checkpoint(
     wanted: str,
     comm: Communicator,
     origin: ResumedFrom | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    info: Callable[[str], None] = lambda _: None,
 ) -> ResumeCheckpoint | None:
     """The checkpoint that `--resume wanted` means; None: start at step 0.
 
@@ -54,7 +54,7 @@ def find_checkpoint(
 
     Args:
         origin: what the last attempt went on from.
-        say: told how far the check of large files has come.
+        info: told how far the check of large files has come.
 
     Raises:
         CheckpointError: it is not there, or a file is damaged.
@@ -62,7 +62,7 @@ def find_checkpoint(
     entries = comm.once(lambda: resume_candidates(folder.checkpoints, wanted, origin))
     damaged: list[str] = []
     for entry in entries:
-        reader, problem = open_verified(entry, comm, say)
+        reader, problem = open_verified(entry, comm, info)
         if reader is not None:
             return ResumeCheckpoint(reader, (*(f"passed over: {words}" for words in damaged), *_suspicion(entry)))
         if wanted != "auto":
@@ -74,7 +74,7 @@ def find_checkpoint(
 
 
 def open_verified(
-    entry: Entry, comm: Communicator, say: Callable[[str], None] = lambda _: None
+    entry: Entry, comm: Communicator, info: Callable[[str], None] = lambda _: None
 ) -> tuple[CheckpointReader | None, str]:
     """The checkpoint, or what is wrong with it; each rank hashes its share of the files."""
     reader, problem = None, entry.problem
@@ -82,21 +82,21 @@ def open_verified(
         try:
             reader = CheckpointReader(entry.path)
             blocks = hashed_blocks(reader.manifest, comm.rank, comm.size)
-            problem = reader.verify(comm.rank, comm.size, _countdown(say, f"checking {entry.path.name}", blocks))
+            problem = reader.verify(comm.rank, comm.size, _countdown(info, f"checking {entry.path.name}", blocks))
         except CheckpointError as error:
             problem = str(error)
     problem = next(filter(None, comm.gather(problem)), "")
     return (None if problem else reader), problem
 
 
-def _countdown(say: Callable[[str], None], what: str, total: int) -> Callable[[], None]:
+def _countdown(info: Callable[[str], None], what: str, total: int) -> Callable[[], None]:
     """What counts to `total`, with a line every few seconds."""
     pace = Pace(total)
 
     def advance() -> None:
         left = pace.advance()
         if left is not None:
-            say(f"{what}: {pace.done / pace.total:.0%}, about {duration(left)} left")
+            info(f"{what}: {pace.done / pace.total:.0%}, about {duration(left)} left")
 
     return advance
 

@@ -68,13 +68,13 @@ class ResumePlan:
 
 
 def find_resume_checkpoint(
-    folder: RunFolder, resume: ResumeOptions, comm: Communicator, say: Callable[[str], None] = lambda _: None
+    folder: RunFolder, resume: ResumeOptions, comm: Communicator, info: Callable[[str], None] = lambda _: None
 ) -> tuple[ResumeCheckpoint | None, ResumeOptions]:
     """The checkpoint to go on from, and what is asked for: where `auto` comes upon the checkpoint that the last
     attempt went on from, the same as of that one.
 
     Args:
-        say: told how far the check of a large checkpoint has come.
+        info: told how far the check of a large checkpoint has come.
 
     Raises:
         CheckpointError: it is not there or damaged.
@@ -87,7 +87,7 @@ def find_resume_checkpoint(
     before, requeued = comm.once(lambda: read_last_attempt(folder, wanted))
     if requeued:
         resume = ResumeOptions("auto")
-    found = find_checkpoint(folder, "auto" if requeued else wanted, comm, before.origin if before else None, say)
+    found = find_checkpoint(folder, "auto" if requeued else wanted, comm, before.origin if before else None, info)
     if found is not None and not found.reader.holds_weights_only:
         require_training_state(found.reader.path, found.reader.manifest)
     if found is not None and before is not None and resume.wanted == "auto":

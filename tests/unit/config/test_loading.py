@@ -224,6 +224,26 @@ def test_what_a_run_has_stands_for_what_is_not_stated(tmp_path: Path) -> None:
     assert (loaded.config.resume.allow, loaded.config.run.name) == ((), None)
 
 
+def test_each_file_is_read_once(tmp_path: Path) -> None:
+    own, mine = tmp_path / "config.yaml", Path(write(tmp_path / "mine.yaml", "train: {steps: 40}\n"))
+    own.write_text(config_to_yaml(load_run_config(None, ["train.seed=9", "parallel.tensor=2"]).config))
+    given = GivenConfig(str(mine), [])
+    mine.unlink()
+    assert given.alone().config.train.steps == 40
+    loaded = given.over(own, "mine")
+    own.write_text("train: {seed: 8}\n")
+    assert given.over(own, "mine") == loaded
+    assert (loaded.config.train.seed, loaded.config.train.steps, loaded.config.run.name) == (9, 40, "mine")
+    assert given.over(own, not_kept=("parallel",)).config.parallel.tensor == 1
+    assert (given.saved(own).train.seed, given.saved(own).parallel.tensor) == (9, 2)
+
+
+def test_a_run_is_resumed_under_one_name(tmp_path: Path) -> None:
+    own = write(tmp_path / "config.yaml", "")
+    assert GivenConfig(None, ["run.name=mine"]).over(Path(own), "mine").config.run.name == "mine"
+    assert "run.name is stated twice" in refused(GivenConfig(None, ["run.name=mine"]).over, Path(own), "other")
+
+
 def test_a_preset_named_now_counts_if_it_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "PRESETS_FOLDER", tmp_path)
     write(tmp_path / "small.yaml", "model: {hidden_size: 64}\n")

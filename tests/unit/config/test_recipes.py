@@ -234,6 +234,18 @@ def test_a_persons_own_account_of_a_document_goes_on_with_the_run(tmp_path: Path
     assert GivenConfig(None, []).over(kept).config.documented == loaded.config.documented
 
 
+@pytest.mark.parametrize("preset", [None, *RECIPES])
+def test_a_configuration_knows_what_is_its_presets(tmp_path: Path, preset: str | None) -> None:
+    """So that its YAML is written without reading the preset again."""
+    own = tmp_path / "config.yaml"
+    own.write_text(config_to_yaml(load_run_config(preset, []).config))
+    written = tmp_path / "mine.yaml"
+    written.write_text("preset: gpt2-diagnostic\ndocumented: {device: A100}\n")
+    for given in (GivenConfig(preset, []), GivenConfig("gpt2-diagnostic", []), GivenConfig(str(written), [])):
+        for loaded in (given.alone(), given.over(own)):
+            assert config_to_yaml(loaded.config, loaded.documented_by_preset) == config_to_yaml(loaded.config)
+
+
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
