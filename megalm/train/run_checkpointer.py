@@ -151,7 +151,7 @@ class RunCheckpointer:
         """
         entries = self._comm.once(lambda: resume_candidates(self._folder.checkpoints, "auto"))
         for entry in entries:
-            if entry.status != "good" or entry.path.resolve() not in self._past or self._begins(entry) != "on":
+            if entry.status != "good" or entry.path.resolve() not in self._past or self._continuation(entry) != "on":
                 continue
             reader, _ = open_verified(entry, self._comm)
             if reader is None:
@@ -174,7 +174,7 @@ class RunCheckpointer:
         amended = pass_over(manifest, samples)
         return amended.amended(fingerprints=self._data.at(amended.data_position.segments[-1].next_sample))
 
-    def _begins(self, entry: Entry) -> Beginning | None:
+    def _continuation(self, entry: Entry) -> Beginning | None:
         if entry.manifest is None:
             return None
         return continuation_kind(self._run, entry.manifest, self.differences(entry.manifest))

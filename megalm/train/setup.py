@@ -25,6 +25,7 @@ from megalm.planning.resolve import ResolvedRun, resolve
 from megalm.runs.metrics_log import MetricsWriter
 from megalm.runs.run_folder import ResumeCommand, RunFolder, open_run_folder, write_facts
 from megalm.runs.run_lock import RunLock
+from megalm.runs.saved_config import config_changes
 from megalm.tracking.mlflow_mirror.mirror_process import MirrorHandle, start_mirror
 from megalm.train.console import RunConsole
 from megalm.train.datasets import batch_loader, known_vocab_size, validation_loaders
@@ -36,6 +37,7 @@ from megalm.train.resume.resume_plan import ResumePlan, plan_resume
 from megalm.train.resume.resume_request import Arguments, ResumeOptions, describe_attempt, write_attempt
 from megalm.train.run_checkpointer import RunCheckpointer
 from megalm.train.run_summary import (
+    data_warnings,
     environment_facts,
     final_summary,
     opening_facts,
@@ -105,7 +107,8 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     device = claim_device(ranks)
     comm = start_distributed(ranks, device)
     opened = open_run(settings, comm, supervisor)
-    plan = plan_resume(settings.run, opened.folder, settings.options, settings.saved, comm, opened.console.info)
+    plan = plan_resume(settings.run, opened.folder, settings.options, comm, opened.console.info)
+    _report_plan(plan, settings, opened, comm)
     built = build_trainer(plan, opened, ranks, device, comm, supervisor)
     with memory_errors_named("training"):
         code = built.trainer.fit()
@@ -169,6 +172,22 @@ def _refuse_different_configurations(run: ResolvedRun, comm: Communicator) -> No
 
 
 # --- 3: plan_resume is in resume/resume_plan.py -----------------------------------------------------------------------
+
+
+def _report_plan(plan: ResumePlan, settings: RunSettings, opened: OpenRun, comm: Communicator) -> None:
+    """What is another than before, and what a person should know.
+
+    Raises:
+        ConfigError: a file of the run folder is damaged, or data is read more often than `data.max_epochs`.
+    """
+    folder, info, saved = opened.folder, opened.console.info, settings.saved
+    changes = comm.once(lambda: [] if saved is None else config_changes(folder, plan.run, saved))
+    for note in (*changes, *plan.notes):
+        info(f"  note: {note}")
+    for warning in (*plan.warnings, *data_warnings(plan.run, plan.data)):
+        info(f"  WARNING: {warning}")
+
+
 # --- 4: the trainer ---------------------------------------------------------------------------------------------------
 
 

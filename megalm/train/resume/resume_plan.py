@@ -14,14 +14,12 @@ from pathlib import Path
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.manifest import Beginning, Manifest, require_training_state
 from megalm.communicator import Communicator, SingleProcessCommunicator
-from megalm.config.schema import RunConfig
 from megalm.data.sampling.mixture import BlendedSamples
 from megalm.errors import ConfigError
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.resolve import ResolvedRun
 from megalm.runs.run_folder import RunFolder, weights_alone
-from megalm.runs.saved_config import config_changes
 from megalm.train.datasets import DataPlaces, RunData, find_data, open_data, rebuild_data, validation_fingerprint
 from megalm.train.resume.compatibility import (
     DataIdentity,
@@ -39,7 +37,6 @@ from megalm.train.resume.compatibility import (
 from megalm.train.resume.find_checkpoint import ResumeCheckpoint, find_checkpoint
 from megalm.train.resume.resume_request import ResumeOptions, read_last_attempt
 from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
-from megalm.train.run_summary import data_warnings
 
 
 @dataclass(frozen=True)
@@ -107,14 +104,12 @@ def plan_resume(
     run: ResolvedRun,
     folder: RunFolder,
     options: ResumeOptions,
-    saved: RunConfig | None,
     comm: Communicator,
     info: Callable[[str], None],
 ) -> ResumePlan:
     """Decide what is trained on from where; everything that cannot be resumed is refused here. Collective.
 
     Args:
-        saved: what the run's own folder says of its configuration; None: nothing.
         info: called with lines for the person.
 
     Raises:
@@ -126,16 +121,9 @@ def plan_resume(
     places = comm.once_per_node(lambda: find_data(run.config.data, info))
     comm.once(lambda: rebuild_data(run.config.data, places, len(os.sched_getaffinity(0)), info))
     plan = _plan_start(run, schedule, places, found, options)
-    if found is not None and options.weights_only:
-        plan = _plan_from_weights(plan, found)
-    elif found is not None:
-        plan = _plan_continuation(plan, places, found)
-    changes = comm.once(lambda: [] if saved is None else config_changes(folder, run, saved))
-    for note in (*changes, *plan.notes):
-        info(f"  note: {note}")
-    for warning in (*plan.warnings, *data_warnings(run, plan.data)):
-        info(f"  WARNING: {warning}")
-    return plan
+    if found is None:
+        return plan
+    return _plan_from_weights(plan, found) if options.weights_only else _plan_continuation(plan, places, found)
 
 
 def _with_schedule(
