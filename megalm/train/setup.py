@@ -175,7 +175,7 @@ def _refuse_different_configurations(run: ResolvedRun, comm: Communicator) -> No
 
 
 def _report_plan(plan: ResumePlan, settings: RunSettings, opened: OpenRun, comm: Communicator) -> None:
-    """What is another than before, and what a person should know.
+    """Report what has changed since the run was started, and what a person should know.
 
     Raises:
         ConfigError: a file of the run folder is damaged, or data is read more often than `data.max_epochs`.
@@ -199,7 +199,7 @@ def build_trainer(
     comm: DistributedCommunicator,
     supervisor: RankSupervisor,
 ) -> BuiltRun:
-    """Write what the run is into its folder, and make all that trains it, in the state that it goes on from."""
+    """Write what the run is into its folder, and make all that trains it, in the state that it resumes."""
     run, folder, console = plan.run, opened.folder, opened.console
     checkpoints = _checkpoints(plan, opened, comm)
     threads = torch.get_num_threads()
@@ -232,7 +232,7 @@ def build_trainer(
 
 
 def _checkpoints(plan: ResumePlan, opened: OpenRun, comm: Communicator) -> RunCheckpointer:
-    """What is gone on from is noted before anything of this attempt is written."""
+    """The resumed checkpoint is noted in the run folder before anything of this attempt is written."""
     folder = opened.folder
     attempt = None if plan.reader is None else describe_attempt(plan.reader, plan.resume, opened.attempt)
     if attempt is not None:
