@@ -11,7 +11,7 @@ import sys
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
@@ -76,9 +76,17 @@ def main(
     deepspeed --num_gpus 2 launch/pretrain.py --deepspeed_config ds_configs/zero3.json train.steps=1000
     python launch/pretrain.py --deepspeed_config ds_configs/bf16.json --config my.yaml --dry-run
     """
+    arguments: dict[str, Any] = {
+        "deepspeed_config": deepspeed_config,
+        "config": config,
+        "overrides": tuple(overrides or ()),
+        "resume": resume,
+        "extend_steps": extend_steps,
+        "extend_strategy": extend_strategy.value,
+        "skip_steps": skip_steps,
+    }
     if dry_run:
-        asked = (resume, extend_steps, extend_strategy, skip_steps)
-        _dry_run(deepspeed_config, config, overrides or [], asked, world_size, ranks_per_node)
+        _dry_run(arguments, world_size, ranks_per_node)
         return
     from megalm.engine.deepspeed_patches import limit_openmp_spin, silence
 
@@ -88,44 +96,30 @@ def main(
     else:
         silence()
     from megalm.train.lifecycle.shutdown import RankSupervisor
-    from megalm.train.setup import Arguments, pretrain
+    from megalm.train.resume.resume_request import Arguments
+    from megalm.train.setup import pretrain
 
-    guard = RankSupervisor(rank=int(os.environ.get("RANK", "0")))
-    arguments = Arguments(
-        deepspeed_config, config, tuple(overrides or ()), resume, extend_steps, extend_strategy.value, skip_steps
-    )
-    guard.run(lambda: pretrain(arguments, guard))
+    supervisor = RankSupervisor(rank=int(os.environ.get("RANK", "0")))
+    supervisor.run(lambda: pretrain(Arguments(**arguments), supervisor))
 
 
-def _dry_run(
-    deepspeed_config: str | None,
-    config: str | None,
-    overrides: list[str],
-    asked: tuple[str | None, int | None, Strategy, int],
-    world_size: int,
-    ranks_per_node: int,
-) -> None:
+def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int) -> None:
     """What the run amounts to; of one that goes on, with the schedules of its past.
 
     Args:
-        asked: `--resume`, `--extend-steps`, `--extend-strategy` and `--skip-steps`.
+        arguments: of `Arguments`.
     """
     from megalm.cli.plan import show_plan
-    from megalm.runs.saved_config import read_settings
     from megalm.train.resume.resume_plan import planned_start
-    from megalm.train.resume.resume_request import ResumeOptions
+    from megalm.train.resume.resume_request import Arguments
 
     if int(os.environ.get("RANK", "0")) > 0:
         return  # under a launcher one rank tells it
     ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        wanted, steps, strategy, skip_steps = asked
-        resume = ResumeOptions.stated(wanted, steps, strategy.value, skip_steps)
-        if resume.weights_only:
-            overrides = [*overrides, f"train.steps={steps}"]  # a run of its own, from step 0
-        loaded, deepspeed = read_settings(config, overrides, deepspeed_config, wanted is not None, ranks)
-        going_on = partial(planned_start, resume=resume) if wanted is not None else None
-        show_plan(loaded, deepspeed, ranks, None, ranks_per_node, going_on)
+        options, files = Arguments(**arguments).read(ranks)
+        going_on = partial(planned_start, resume=options) if options.wanted is not None else None
+        show_plan(files, ranks, None, ranks_per_node, going_on)
     except MegalmError as error:
         sys.stderr.write(f"megalm: {error}\n")
         raise SystemExit(error.exit_code) from None

@@ -17,6 +17,7 @@ class Communicator(Protocol):
     def sum(self, values: Sequence[float]) -> list[float]: ...
     def max(self, values: Sequence[float]) -> list[float]: ...
     def once(self, work: Callable[[], T]) -> T: ...
+    def once_per_node(self, work: Callable[[], T]) -> T: ...
 
 
 T = TypeVar("T")
@@ -43,4 +44,7 @@ class SingleProcessCommunicator:
         return list(values)
 
     def once(self, work: Callable[[], T]) -> T:
+        return work()
+
+    def once_per_node(self, work: Callable[[], T]) -> T:
         return work()

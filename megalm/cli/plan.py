@@ -13,17 +13,14 @@ from megalm.checkpoint.manifest import read_manifest, require_training_state
 from megalm.cli.find_run import checkpoint_at
 from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Overrides, RanksPerNode
 from megalm.cli.plan_text import plan_text
-from megalm.config.deepspeed.json_reader import DeepSpeedConfig
-from megalm.config.loading import LoadedConfig
 from megalm.config.precision import DeviceFacts
 from megalm.errors import ConfigError
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, ResolvedRun, expected_vocab_size, resolve
 from megalm.planning.run_plan import Plan, draw_rates, make_plan
-from megalm.runs.saved_config import read_settings
+from megalm.runs.saved_config import ConfigFiles, read_settings
 from megalm.train.datasets import known_vocab_size
 from megalm.train.resume.compatibility import with_last_step, with_schedule
-from megalm.train.resume.training_progress import TrainingProgress
 from megalm.train.run_summary import planned_data
 
 # From a run to what it will be after its checkpoint: its last step, and all its schedules.
@@ -71,11 +68,10 @@ def command(
     """
     if extend_steps is not None and after is None:
         raise ConfigError("--extend-steps: says nothing alone; name the checkpoint with --after")
-    loaded, deepspeed = read_settings(config, overrides or [], deepspeed_config, resume=False, ranks=ranks or 1)
-    documented = loaded.config.documented
+    files = read_settings(config, overrides or [], deepspeed_config, resume=False, ranks=ranks or 1)
+    documented = files.loaded.config.documented
     plan = planned(
-        loaded,
-        deepspeed,
+        files,
         ranks or documented.devices or 1,
         gpu_memory or documented.device_memory_gib,
         ranks_per_node,
@@ -89,21 +85,19 @@ def command(
 
 
 def show_plan(
-    loaded: LoadedConfig,
-    deepspeed: DeepSpeedConfig,
+    files: ConfigFiles,
     ranks: int,
     gpu_memory: float | None,
     ranks_per_node: int,
     going_on: GoingOn | None = None,
 ) -> None:
     """Write the plan to the terminal."""
-    plan = planned(loaded, deepspeed, ranks, gpu_memory, ranks_per_node, going_on)
+    plan = planned(files, ranks, gpu_memory, ranks_per_node, going_on)
     typer.echo(plan_text(plan, ranks_per_node, *planned_data(plan.resolved)))
 
 
 def planned(
-    loaded: LoadedConfig,
-    deepspeed: DeepSpeedConfig,
+    files: ConfigFiles,
     ranks: int,
     gpu_memory: float | None,
     ranks_per_node: int,
@@ -117,10 +111,10 @@ def planned(
     Raises:
         ConfigError, CheckpointError: what the run itself would be refused for, but for missing data.
     """
-    vocab_size = known_vocab_size(loaded.config.data)
+    vocab_size = known_vocab_size(files.loaded.config.data)
     ranks_per_node = min(ranks, ranks_per_node)
     device = _device(ranks_per_node, gpu_memory)
-    resolved = resolve(loaded, deepspeed, ranks, device, vocab_size, ranks_per_node, data_needed=False)
+    resolved = resolve(files.loaded, files.deepspeed, ranks, device, vocab_size, ranks_per_node, data_needed=False)
     schedules: tuple[ScheduleSegment, ...] = ()
     if going_on is not None:
         resolved, schedules = going_on(resolved)
@@ -130,11 +124,11 @@ def planned(
 
 def _after(checkpoint: Path, more: int | None, run: ResolvedRun) -> tuple[ResolvedRun, tuple[ScheduleSegment, ...]]:
     """The run as it goes on from a checkpoint, by `more` steps on a schedule of their own, or on what is stated."""
-    position, folder = TrainingProgress(), checkpoint_at(checkpoint)
+    folder = checkpoint_at(checkpoint)
     manifest = read_manifest(folder)
     require_training_state(folder, manifest)
-    with_schedule(position, run, manifest, more)
-    return with_last_step(run, position), position.schedule
+    schedule = with_schedule(run, manifest, more)
+    return with_last_step(run, schedule), schedule.segments
 
 
 def _device(local_ranks: int, gpu_memory: float | None) -> DeviceFacts:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig
-from megalm.config.loading import LoadedConfig
+from megalm.config.loading import LoadedConfig, config_to_yaml
 from megalm.config.precision import DeviceFacts, Precision, choose_precision
-from megalm.config.schema import RunConfig
+from megalm.config.schema import DocumentedSection, RunConfig
 from megalm.cost_model.memory import MemoryCase, estimate_memory
 from megalm.cost_model.pipeline_balance import LARGE_BUBBLE
 from megalm.model.model_config import ModelConfig, build_model_config
@@ -58,6 +59,12 @@ class ResolvedRun:
     optimizer: OptimizerFacts
     deepspeed: dict[str, Any]
     notices: tuple[str, ...]
+    documented_by_preset: DocumentedSection = field(default_factory=DocumentedSection)
+
+    @cached_property
+    def config_yaml(self) -> str:
+        """The whole configuration, as the run folder keeps it."""
+        return config_to_yaml(self.config, self.documented_by_preset)
 
     @property
     def zero_stage(self) -> int:
@@ -136,6 +143,7 @@ def resolve(
             *_interval_notices(config),
             *parallel_notices(config, ranks_per_node or world_size),
         ),
+        documented_by_preset=loaded.documented_by_preset,
     )
 
 

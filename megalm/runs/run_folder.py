@@ -7,6 +7,7 @@ import json
 import logging
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 from megalm.checkpoint.discovery import complete_checkpoints, list_checkpoints
 from megalm.checkpoint.shard_spec import WEIGHTS
-from megalm.config.loading import config_to_yaml
+from megalm.config.schema import RunSection
 from megalm.config.yaml_reader import parse_yaml
 from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
@@ -160,6 +161,26 @@ class RunFolder:
         return self.path / "failures"
 
 
+@dataclass(frozen=True)
+class ResumeCommand:
+    """Which run, and how it is started; its own settings are in its folder.
+
+    Attributes:
+        folder: the run folder.
+        ranks: on this machine; `deepspeed` is told of more than one.
+    """
+
+    folder: Path
+    ranks: int = 1
+
+    def shell(self, *words: str) -> str:
+        """A command line for a shell, with `words` (`--resume auto`, `key=value`) at its end."""
+        launch = ["deepspeed", *(["--num_gpus", str(self.ranks)] if self.ranks > 1 else []), "launch/pretrain.py"]
+        root = str(self.folder.parent)
+        elsewhere = [] if root == RunSection().root else [f"run.root={root}"]
+        return shlex.join([*launch, *elsewhere, f"run.name={self.folder.name}", *words])
+
+
 def newest_run(root: Path, preset: str | None) -> str | None:
     """The unnamed run that `--resume` without a name means; None: there is none that ever began."""
     numbered = _numbered(root.expanduser(), preset or _STEM)
@@ -219,7 +240,7 @@ def write_facts(folder: RunFolder, run: ResolvedRun, facts: Mapping[str, Any]) -
             write_bytes_atomically(_next_old_name(path), path.read_bytes())
     folder.checkpoints.mkdir(exist_ok=True)
     folder.samples.mkdir(exist_ok=True)
-    write_bytes_atomically(config, config_to_yaml(run.config).encode())
+    write_bytes_atomically(config, run.config_yaml.encode())
     write_bytes_atomically(original, stated)
     write_json(resolved, run.deepspeed)
     write_json(account, {**environment(), **facts})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, named_json, read_deepspeed_json
-from megalm.config.loading import SAVED_CONFIG, LoadedConfig, external_name, load_run_config
+from megalm.config.loading import SAVED_CONFIG, GivenConfig, LoadedConfig, external_name
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields, shown
 from megalm.planning.resolve import ResolvedRun
@@ -21,9 +22,22 @@ _DEFAULT_DEEPSPEED_CONFIG = "ds_configs/zero2.json"
 _NOT_COMPARED = ("run.", "resume.", "train.steps", "documented.")
 
 
+@dataclass(frozen=True)
+class ConfigFiles:
+    """Both files of a run, read once.
+
+    Attributes:
+        saved: what the folder of the run that goes on says of its configuration; None: the run starts.
+    """
+
+    loaded: LoadedConfig
+    deepspeed: DeepSpeedConfig
+    saved: RunConfig | None = None
+
+
 def read_settings(
     config: str | None, overrides: Sequence[str], deepspeed_config: str | None, resume: bool, ranks: int
-) -> tuple[LoadedConfig, DeepSpeedConfig]:
+) -> ConfigFiles:
     """Both files of a run that starts, or with `resume` goes on where there is one.
 
     Where no DeepSpeed JSON is stated it is that of a recipe that is named now, else the run's own, else the default.
@@ -33,19 +47,20 @@ def read_settings(
     Raises:
         ConfigError: what is stated, or what the run has, is wrong by itself.
     """
-    own = _find_own(config, overrides) if resume else None
+    given = GivenConfig(config, overrides)
+    loaded = given.alone()
+    own = _find_own(loaded) if resume else None
     if own is None:
-        loaded = load_run_config(config, overrides)
         default = _recipe_json(loaded) or named_json(_DEFAULT_DEEPSPEED_CONFIG)
-        return loaded, read_deepspeed_json(deepspeed_config or default)
+        return ConfigFiles(loaded, read_deepspeed_json(deepspeed_config or default))
     settings, original, _ = own.config_files
     # By its name: another job may begin a newer unnamed run at any moment.
-    words = (*overrides, f"run.name={own.name}")
-    loaded = load_run_config(config, words, settings)
+    loaded = given.over(settings, own.name)
     degrees = loaded.config.parallel
     if ranks % (degrees.tensor * degrees.pipeline) and not any(key.startswith("parallel.") for key in loaded.stated):
-        loaded = load_run_config(config, words, settings, not_kept=("parallel",))
-    return loaded, read_deepspeed_json(deepspeed_config or _recipe_json(loaded) or original)
+        loaded = given.over(settings, own.name, not_kept=("parallel",))
+    deepspeed = read_deepspeed_json(deepspeed_config or _recipe_json(loaded) or original)
+    return ConfigFiles(loaded, deepspeed, given.saved(settings))
 
 
 def _recipe_json(loaded: LoadedConfig) -> Path | None:
@@ -54,26 +69,26 @@ def _recipe_json(loaded: LoadedConfig) -> Path | None:
     return None if named is None or loaded.sources["deepspeed_config"] == SAVED_CONFIG else named_json(named)
 
 
-def _find_own(config: str | None, overrides: Sequence[str]) -> RunFolder | None:
-    """The run that these words name, or the newest unnamed one; None where none was ever configured there."""
-    loaded = load_run_config(config, overrides)
+def _find_own(loaded: LoadedConfig) -> RunFolder | None:
+    """The run that is named, or the newest unnamed one; None where none was ever configured there."""
     root = Path(loaded.config.run.root).expanduser()
     name = loaded.config.run.name or newest_run(root, loaded.preset)
     folder = None if name is None else RunFolder(root / name)
     return folder if folder is not None and folder.config_files[0].is_file() else None
 
 
-def config_changes(folder: RunFolder, run: ResolvedRun) -> list[str]:
+def config_changes(folder: RunFolder, run: ResolvedRun, saved: RunConfig) -> list[str]:
     """What of `run` is not as its folder still says, a line each; before `write_facts`.
+
+    Args:
+        saved: what the folder says of the configuration.
 
     Raises:
         ConfigError: a file of the folder that is damaged.
     """
     config, original, _ = folder.config_files
-    if not config.is_file():
-        return []
     lines = [f"what is not stated now is as in {config}"]
-    before, now = (_values(it) for it in (load_run_config(str(config), []).config, run.config))
+    before, now = (_values(it) for it in (saved, run.config))
     lines += [
         f"{external_name(key)} was {shown(before[key])}, is {shown(value)} ({run.sources[key]})"
         for key, value in now.items()

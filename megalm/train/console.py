@@ -77,7 +77,7 @@ class RunConsole:
             log.setLevel(logging.INFO)
             log.propagate = False
 
-    def say(self, text: str = "") -> None:
+    def info(self, text: str = "") -> None:
         """A line for the person."""
         if not self._active:
             return
@@ -89,7 +89,7 @@ class RunConsole:
         """Aligned `name  value` lines."""
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
-            self.say(f"  {name:<{width}}  {value}")
+            self.info(f"  {name:<{width}}  {value}")
 
     def start(self, first_step: int, total_steps: int) -> None:
         """Begin to count steps; `first_step` are done already."""

@@ -16,6 +16,7 @@ from megalm.engine.interface import Engine
 from megalm.errors import TrainingError
 from megalm.model.model_config import ModelConfig
 from megalm.planning.resolve import ResolvedRun
+from megalm.runs.metrics_log import read_metrics
 from megalm.runs.run_folder import RunFolder
 from megalm.train.evaluator import Evaluation
 from megalm.train.resume.compatibility import (
@@ -28,6 +29,7 @@ from megalm.train.resume.compatibility import (
 from megalm.train.resume.find_checkpoint import open_verified
 from megalm.train.resume.resume_request import LastAttempt, attempt_after_rollback, write_attempt
 from megalm.train.resume.training_progress import TrainingProgress, pass_over
+from megalm.train.spikes.spike_guard import SpikeGuard
 
 
 class RunCheckpointer:
@@ -109,12 +111,32 @@ class RunCheckpointer:
         consumed = manifest.data_position.segments[-1].next_sample
         return incompatibilities(manifest, identity_of(self._run, self._shape, self._data, consumed))
 
-    def restore(self, engine: Engine, reader: CheckpointReader) -> None:
-        """Put the checkpoint into `engine`."""
-        engine.restore(reader.read, reader.manifest.counters, reader.manifest.step)
-        reader.close()
+    def restore(
+        self, reader: CheckpointReader, engine: Engine, guard: SpikeGuard, weights_only: bool = False, new: bool = False
+    ) -> None:
+        """Put a checkpoint into the engine, and what the run was like until then into the spike guard; collective.
 
-    def roll_back(self, engine: Engine, next_sample: int, attempt: int) -> tuple[Path, TrainingProgress]:
+        Args:
+            weights_only: nothing but the model, as step 0.
+            new: this process has trained nothing yet, so that the guard learns the steps before from metrics.jsonl.
+        """
+        step = 0 if weights_only else reader.manifest.step
+        engine.restore(reader.read_weights if weights_only else reader.read, reader.manifest.counters, step)
+        reader.close()
+        if weights_only:
+            engine.reset()
+
+        def steps_before() -> list[tuple[float, float]]:
+            rows = read_metrics(self._folder.metrics) if self._folder.metrics.exists() else []
+            return guard.steps_of(rows, step)
+
+        if new:
+            guard.history.restart(self._comm.once(steps_before))
+        guard.forget_refusals()
+
+    def roll_back(
+        self, engine: Engine, guard: SpikeGuard, next_sample: int, attempt: int
+    ) -> tuple[Path, TrainingProgress]:
         """Go back to the newest good checkpoint and past the data up to `next_sample`.
 
         What is passed over is noted in that checkpoint first: whoever goes on from it later passes over it too.
@@ -129,7 +151,7 @@ class RunCheckpointer:
         """
         entries = self._comm.once(lambda: resume_candidates(self._folder.checkpoints, "auto"))
         for entry in entries:
-            if entry.status != "good" or entry.path.resolve() not in self._past or self._begins(entry) != "on":
+            if entry.status != "good" or entry.path.resolve() not in self._past or self._continuation(entry) != "on":
                 continue
             reader, _ = open_verified(entry, self._comm)
             if reader is None:
@@ -140,7 +162,7 @@ class RunCheckpointer:
             if self._comm.is_main:
                 write_attempt(self._folder, self._request)
                 write_manifest(entry.path, manifest)
-            self.restore(engine, reader)
+            self.restore(reader, engine, guard)
             return entry.path, self.position(manifest)
         raise TrainingError(
             f"no good checkpoint in {self._folder.checkpoints} to go back to; write more of them "
@@ -152,7 +174,7 @@ class RunCheckpointer:
         amended = pass_over(manifest, samples)
         return amended.amended(fingerprints=self._data.at(amended.data_position.segments[-1].next_sample))
 
-    def _begins(self, entry: Entry) -> Beginning | None:
+    def _continuation(self, entry: Entry) -> Beginning | None:
         if entry.manifest is None:
             return None
         return continuation_kind(self._run, entry.manifest, self.differences(entry.manifest))
@@ -176,7 +198,7 @@ class RunCheckpointer:
             "data_position": position.data_json(
                 self._data.at(position.samples)["order"], run.config.data.sequence_length, run.batch.global_batch
             ),
-            "schedule": position.schedule_json(),
+            "schedule": position.schedule.as_json(),
             "topology": {
                 "world_size": topology.world_size,
                 "data": topology.data,

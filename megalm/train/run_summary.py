@@ -16,8 +16,7 @@ from megalm.data.sampling.sample_order import stride_warning
 from megalm.errors import ConfigError, DataError
 from megalm.model.model_config import ModelConfig
 from megalm.planning.resolve import ResolvedRun
-from megalm.runs.resume_command import ResumeCommand
-from megalm.runs.run_folder import RunFolder
+from megalm.runs.run_folder import ResumeCommand, RunFolder
 from megalm.topology import bubble_share
 from megalm.tracking.mlflow_mirror.run_facts import without_passwords
 from megalm.tracking.report import write_report
@@ -125,7 +124,7 @@ def write_report_page(
     thread.join(patience_seconds)
     if done:
         return done[0]
-    reporter.say(f"no page about this run ({why[0]}); later: megalm report {folder.path}")
+    reporter.info(f"no page about this run ({why[0]}); later: megalm report {folder.path}")
     return None
 
 
@@ -230,7 +229,7 @@ def final_summary(folder: RunFolder, run: ResolvedRun, invocation: ResumeCommand
         ("see it", _where_mlflow_is(folder.path.parent) if run.config.tracking.mlflow else f"{folder.metrics}"),
         ("list it", f"megalm checkpoint list {path}"),
         ("generate", f"megalm generate {path} --prompt {prompt}"),
-        ("train longer", invocation.again("--resume", "auto", f"train.steps={steps}")),
+        ("train longer", invocation.shell("--resume", "auto", f"train.steps={steps}")),
         ("your own", 'README.md, "Train on your own text"'),
     ]
     lines = [f"everything is in {folder.path}: metrics.jsonl, log.txt, checkpoints/, samples/"]

@@ -1,4 +1,4 @@
-"""Assembly: from arguments to a running loop. The one place that knows the concrete classes of all parts.
+"""Assembly: from arguments to a running trainer. The one place that knows the concrete classes of all parts.
 
 Order matters: everything that can be refused is refused before a process group exists; the run folder comes first
 after it, so that a failure has a place to be told.
@@ -6,37 +6,35 @@ after it, so that a failure has a place to be told.
 
 from __future__ import annotations
 
-import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 
+from megalm.communicator import Communicator
+from megalm.config.schema import RunConfig
 from megalm.engine.build import build_engine
-from megalm.engine.device import claim_device, device_facts, device_name, peak_flops, rank_facts
+from megalm.engine.device import RankFacts, claim_device, device_facts, device_name, peak_flops, rank_facts
 from megalm.engine.distributed import DistributedCommunicator, start_distributed
 from megalm.engine.interface import Engine
-from megalm.errors import EXIT_DONE
+from megalm.errors import EXIT_DONE, ConfigError
 from megalm.model.flops import flops_per_token
 from megalm.planning.checks.run_checks import wall_time_seconds
 from megalm.planning.resolve import ResolvedRun, resolve
-from megalm.runs.metrics_log import MetricsWriter, read_metrics
-from megalm.runs.resume_command import ResumeCommand
-from megalm.runs.run_folder import RunFolder, write_facts
-from megalm.runs.saved_config import config_changes, read_settings
+from megalm.runs.metrics_log import MetricsWriter
+from megalm.runs.run_folder import ResumeCommand, RunFolder, open_run_folder, write_facts
+from megalm.runs.run_lock import RunLock
+from megalm.runs.saved_config import config_changes
 from megalm.tracking.mlflow_mirror.mirror_process import MirrorHandle, start_mirror
 from megalm.train.console import RunConsole
-from megalm.train.datasets import batch_loader, find_data, known_vocab_size, rebuild_data, validation_loaders
+from megalm.train.datasets import batch_loader, known_vocab_size, validation_loaders
 from megalm.train.evaluator import Evaluator
-from megalm.train.lifecycle.launcher_watch import watch_launchers
-from megalm.train.lifecycle.open_run import OpenRun, open_run
-from megalm.train.lifecycle.shutdown import RankSupervisor, StopRequest
+from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks, StopRequest, watch_launchers
 from megalm.train.lifecycle.time_limits import TimeLimits, Watchdog, process_start
-from megalm.train.preflight import memory_errors_named, run_preflight
-from megalm.train.resume.resume_plan import ResumePlan, find_resume_checkpoint, plan_last_step, plan_resume
-from megalm.train.resume.resume_request import ResumeOptions, describe_attempt, write_attempt
+from megalm.train.resume.find_checkpoint import clean_up_interrupted_saves
+from megalm.train.resume.resume_plan import ResumePlan, plan_resume
+from megalm.train.resume.resume_request import Arguments, ResumeOptions, describe_attempt, write_attempt
 from megalm.train.run_checkpointer import RunCheckpointer
 from megalm.train.run_summary import (
     data_warnings,
@@ -50,177 +48,235 @@ from megalm.train.run_summary import (
 from megalm.train.spikes.spike_guard import SpikeGuard
 from megalm.train.spikes.spike_report import SpikeReportWriter, sample_text_reader
 from megalm.train.text_samples import SampleWriter
-from megalm.train.trainer import Trainer, TrainerComponents
+from megalm.train.trainer import Trainer, TrainerComponents, memory_errors_named, run_preflight
 
 # MLflow's first use of a store makes its tables; a run that ends sooner waits this long for its mirror.
 _MIRROR_PATIENCE_SECONDS = 45.0
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """What a person may say on the command line of launch/pretrain.py.
+class RunSettings:
+    """What a run is configured with, read once and checked; its YAML text is `run.config_yaml`.
 
     Attributes:
-        deepspeed_config: None: the run's own where one goes on, else zero2.json.
+        options: how it resumes, if it does.
+        saved: the configuration that the folder of the resumed run has; None: the run starts.
     """
 
-    deepspeed_config: str | None
-    config: str | None = None
-    overrides: tuple[str, ...] = ()
-    resume: str | None = None
-    extend_steps: int | None = None
-    extend_strategy: Literal["schedule", "weights"] = "schedule"
-    skip_steps: int = 0
+    run: ResolvedRun
+    options: ResumeOptions
+    saved: RunConfig | None
 
 
-def resolve_run(arguments: Arguments, world_size: int, local_world_size: int) -> ResolvedRun:
-    """Read and check both configurations for so many ranks of this machine's device; no process group.
+@dataclass(frozen=True)
+class OpenRun:
+    """The run folder, taken for this job.
+
+    Attributes:
+        lock: held.
+        attempt: 1 for a new run.
+        hooks: what the rank's supervisor does from here on when it fails.
+    """
+
+    folder: RunFolder
+    lock: RunLock
+    attempt: int
+    console: RunConsole
+    hooks: RunHooks
+
+
+@dataclass(frozen=True)
+class BuiltRun:
+    """A trainer that is ready, and what is closed after it.
+
+    Attributes:
+        metrics, mirror: rank 0's.
+        command: to resume the run by hand.
+    """
+
+    trainer: Trainer
+    metrics: MetricsWriter | None
+    mirror: MirrorHandle | None
+    command: ResumeCommand
+
+
+def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
+    """Run one training job on this rank; the exit code."""
+    ranks = rank_facts()
+    settings = load_settings(arguments, ranks)
+    device = claim_device(ranks)
+    comm = start_distributed(ranks, device)
+    opened = open_run(settings, comm, supervisor)
+    plan = plan_resume(settings.run, opened.folder, settings.options, comm, opened.console.info)
+    _report_plan(plan, settings, opened, comm)
+    built = build_trainer(plan, opened, ranks, device, comm, supervisor)
+    with memory_errors_named("training"):
+        code = built.trainer.fit()
+    _close(built, opened, comm, code)
+    return code
+
+
+# --- 1: the settings --------------------------------------------------------------------------------------------------
+
+
+def load_settings(arguments: Arguments, ranks: RankFacts) -> RunSettings:
+    """Read and check both configurations for these ranks of this machine's device; no process group.
 
     Raises:
         ConfigError: the first thing that is wrong, in one line.
         DataError: a tokenizer that cannot be read.
     """
-    overrides = arguments.overrides
-    if arguments.extend_steps is not None and arguments.extend_strategy == "weights":
-        overrides = (*overrides, f"train.steps={arguments.extend_steps}")  # a run of its own, from step 0
-    loaded, deepspeed = read_settings(
-        arguments.config, overrides, arguments.deepspeed_config, arguments.resume is not None, world_size
-    )
-    vocab_size = known_vocab_size(loaded.config.data)
-    return resolve(loaded, deepspeed, world_size, device_facts(local_world_size), vocab_size, local_world_size)
+    options, files = arguments.read(ranks.world_size)
+    vocab_size = known_vocab_size(files.loaded.config.data)
+    device, local = device_facts(ranks.local_world_size), ranks.local_world_size
+    run = resolve(files.loaded, files.deepspeed, ranks.world_size, device, vocab_size, local)
+    return RunSettings(run, options, files.saved)
 
 
-def pretrain(arguments: Arguments, guard: RankSupervisor) -> int:
-    """Run one training job on this rank; the exit code."""
-    ranks = rank_facts()
-    resume = ResumeOptions.stated(
-        arguments.resume, arguments.extend_steps, arguments.extend_strategy, arguments.skip_steps
-    )
-    run = resolve_run(arguments, ranks.world_size, ranks.local_world_size)
-    device = claim_device(ranks)
-    comm = start_distributed(ranks, device)
-    opened = open_run(run, arguments.resume is not None, comm, guard)
-    folder, reporter = opened.folder, opened.reporter
-    course = _course(run, folder, resume, comm, reporter)
-    run, data, shape = course.run, course.data, course.shape
-    checkpoints = _checkpoints(course, folder, opened.attempt, comm)
+# --- 2: the run folder ------------------------------------------------------------------------------------------------
+
+
+def open_run(settings: RunSettings, comm: Communicator, supervisor: RankSupervisor) -> OpenRun:
+    """Make or take the folder and put it in order; from here on `supervisor` reports failures there.
+
+    Raises:
+        ConfigError: the ranks mean different runs, the folder is not to be had, or another job has it.
+    """
+    run, resume = settings.run, settings.options.wanted is not None
+    _refuse_different_configurations(run, comm)
+    folder = comm.once(lambda: open_run_folder(Path(run.config.run.root), run.config.run.name, run.preset, resume))
+    is_new = comm.is_main and folder.is_empty
+    lock = RunLock(folder.path)
+    comm.once(lock.take)
+    attempt = comm.once(folder.next_attempt)
+    hooks = RunHooks(FailureClaim(folder.failure(attempt)))
+    if is_new:  # not before the lock: another job may have begun in it meanwhile
+        hooks = replace(hooks, on_refusal=folder.remove_if_unused)
+    supervisor.enter(hooks)
+    console = RunConsole(comm.is_main, folder.log)
+    console.info(f"megalm run {folder.path}")
+    for notice in run.notices:
+        console.info(f"  note: {notice}")
+    for path in clean_up_interrupted_saves(folder, comm):
+        console.info(f"  note: an earlier job was killed while it saved or deleted; put in order: {path}")
+    return OpenRun(folder, lock, attempt, console, hooks)
+
+
+def _refuse_different_configurations(run: ResolvedRun, comm: Communicator) -> None:
+    """Each rank has read the run's own configuration: a machine that saw another file would train another model."""
+    if len(set(comm.gather((run.config_yaml, str(run.deepspeed))))) > 1:
+        raise ConfigError(
+            f"the ranks read different configurations of run {run.config.run.name}; put run.root and the files that "
+            "you name on a file system that all machines share, and start again"
+        )
+
+
+# --- 3: plan_resume is in resume/resume_plan.py -----------------------------------------------------------------------
+
+
+def _report_plan(plan: ResumePlan, settings: RunSettings, opened: OpenRun, comm: Communicator) -> None:
+    """Report what has changed since the run was started, and what a person should know.
+
+    Raises:
+        ConfigError: a file of the run folder is damaged, or data is read more often than `data.max_epochs`.
+    """
+    folder, info, saved = opened.folder, opened.console.info, settings.saved
+    changes = comm.once(lambda: [] if saved is None else config_changes(folder, plan.run, saved))
+    for note in (*changes, *plan.notes):
+        info(f"  note: {note}")
+    for warning in (*plan.warnings, *data_warnings(plan.run, plan.data)):
+        info(f"  WARNING: {warning}")
+
+
+# --- 4: the trainer ---------------------------------------------------------------------------------------------------
+
+
+def build_trainer(
+    plan: ResumePlan,
+    opened: OpenRun,
+    ranks: RankFacts,
+    device: torch.device,
+    comm: DistributedCommunicator,
+    supervisor: RankSupervisor,
+) -> BuiltRun:
+    """Write what the run is into its folder, and make all that trains it, in the state that it resumes."""
+    run, folder, console = plan.run, opened.folder, opened.console
+    checkpoints = _checkpoints(plan, opened, comm)
     threads = torch.get_num_threads()
-    account = environment_facts(run, course.identity, device_name(), device.type, threads, opened.attempt)
-    comm.once(lambda: write_facts(folder, run, {**account, **scale_facts(run, shape, data)}))
-    guard.began()
-    peak, peak_source = peak_flops(device, run.precision != "fp32")  # before the mirror, which takes a core for seconds
+    account = environment_facts(run, plan.identity, device_name(), device.type, threads, opened.attempt)
+    comm.once(lambda: write_facts(folder, run, {**account, **scale_facts(run, plan.shape, plan.data)}))
     metrics = MetricsWriter(folder.metrics) if comm.is_main else None
+    hooks = _training_hooks(opened, run, metrics, comm)
+    supervisor.enter(hooks)
+    peak, peak_source = peak_flops(device, run.precision != "fp32")  # before the mirror, which takes a core for seconds
     mirror = start_mirror(folder.path) if comm.is_main and run.config.tracking.mlflow else None
-    if metrics is not None:
-        guard.on_failure = _record_failure(metrics)
-
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
-        reporter.say("preparing DeepSpeed's extensions for offload (compiled at their first use: a minute or two)")
+        console.info("preparing DeepSpeed's extensions for offload (compiled at their first use: a minute or two)")
     spikes = SpikeGuard(run.config.guard)
     engine = build_engine(
-        run, shape, device, comm, spikes.judge, lambda *stages: reporter.say(pipeline_facts(run, *stages))
+        run, plan.shape, device, comm, spikes.judge, lambda *stages: console.info(pipeline_facts(run, *stages))
     )
-    limits = _limits(run, guard, folder, comm)
-    invocation = ResumeCommand(folder.path, ranks.local_world_size)
-    incidents = SpikeReportWriter(
-        folder.incidents,
-        sample_text_reader(data.train, data.tokenizer),
-        invocation,
-        comm,
-        reporter,
+    command = ResumeCommand(folder.path, ranks.local_world_size)
+    limits = _limits(run, hooks, supervisor)
+    parts = _components(plan, opened, comm, engine, checkpoints, metrics, limits, spikes, command, comm.sum([peak])[0])
+    console.facts(
+        opening_facts(run, plan.shape, plan.data, device_name(), ranks.threads, peak_source, parts.peak_flops)
     )
-    parts = _assemble(
-        course, comm, engine, folder, checkpoints, metrics, reporter, limits, spikes, incidents, comm.sum([peak])[0]
-    )
-    reporter.facts(opening_facts(run, shape, data, device_name(), ranks.threads, peak_source, parts.peak_flops))
     if run.config.train.rehearse:
         run_preflight(parts)
-    _restore(course, parts, folder)
-    position = course.position
-    position.attempt = opened.attempt
-    loop = Trainer(parts, position)
-    _announce(loop, reporter, course)
+    if plan.reader is not None:
+        checkpoints.restore(plan.reader, engine, parts.guard, plan.weights_only, new=True)
+    plan.position.attempt = opened.attempt
+    trainer = Trainer(parts, plan.position)
+    _announce(trainer, console, plan)
     parts.stop.install()
     watch_launchers()
-    with memory_errors_named("training"):
-        code = loop.run() if position.step < run.config.train.steps else _nothing_to_do(loop, reporter)
-    parts.close()
-    comm.barrier()  # no rank leaves while another still needs rank 0's store
-    page = _close(metrics, mirror, opened, with_page=code == EXIT_DONE)
-    if code == EXIT_DONE:
-        reporter.say(final_summary(folder, run, invocation, page))
-    return code
+    return BuiltRun(trainer, metrics, mirror, command)
 
 
-def _course(
-    run: ResolvedRun, folder: RunFolder, resume: ResumeOptions, comm: DistributedCommunicator, reporter: RunConsole
-) -> ResumePlan:
-    """What is trained on from where; everything that cannot go on is refused here."""
-    found, resume = find_resume_checkpoint(folder, resume, comm, reporter.say)
-    run, scheduled = plan_last_step(run, found, resume)
-    places = comm.once_per_node(lambda: find_data(run.config.data, reporter.say))
-    comm.once(lambda: rebuild_data(run.config.data, places, len(os.sched_getaffinity(0)), reporter.say))
-    course = plan_resume(run, scheduled, places, found, resume)
-    own = comm.once(lambda: config_changes(folder, course.run))
-    for note in (*own, *course.notes):
-        reporter.say(f"  note: {note}")
-    for warning in (*course.warnings, *data_warnings(run, course.data)):
-        reporter.say(f"  WARNING: {warning}")
-    return course
+def _checkpoints(plan: ResumePlan, opened: OpenRun, comm: Communicator) -> RunCheckpointer:
+    """The resumed checkpoint is noted in the run folder before anything of this attempt is written."""
+    folder = opened.folder
+    attempt = None if plan.reader is None else describe_attempt(plan.reader, plan.resume, opened.attempt)
+    if attempt is not None:
+        comm.once(lambda: write_attempt(folder, attempt))
+    return RunCheckpointer(folder, plan.run, plan.shape, plan.identity, plan.data.tokenizer.spec, comm, attempt)
 
 
-def _checkpoints(course: ResumePlan, folder: RunFolder, attempt: int, comm: DistributedCommunicator) -> RunCheckpointer:
-    """What is gone on from is noted before anything of this attempt is written."""
-    request = None if course.reader is None else describe_attempt(course.reader, course.resume, attempt)
-    if request is not None:
-        comm.once(lambda: write_attempt(folder, request))
-    return RunCheckpointer(folder, course.run, course.shape, course.identity, course.data.tokenizer.spec, comm, request)
+def _training_hooks(opened: OpenRun, run: ResolvedRun, metrics: MetricsWriter | None, comm: Communicator) -> RunHooks:
+    hooks = replace(opened.hooks, began=True)
+    if run.config.train.hang_timeout_seconds is not None:
+        hooks = replace(hooks, stacks=opened.folder.stacks(comm.rank))
+    if metrics is not None:
+        row = metrics.row
+        hooks = replace(hooks, on_failure=lambda code: row("event", event="end", status="failed", exit_code=code))
+    return hooks
 
 
-def _restore(course: ResumePlan, parts: TrainerComponents, folder: RunFolder) -> None:
-    """Put the checkpoint into the engine, and what the run was like before it into the guard."""
-    reader, engine = course.reader, parts.engine
-    if reader is None:
-        return
-    step = 0 if course.weights_only else reader.manifest.step
-    read = reader.read_weights if course.weights_only else reader.read
-    engine.restore(read, reader.manifest.counters, step)
-    reader.close()
-    if course.weights_only:
-        engine.reset()
-
-    def steps_before() -> list[tuple[float, float]]:
-        rows = read_metrics(folder.metrics) if folder.metrics.exists() else []
-        return parts.guard.steps_of(rows, step)
-
-    parts.guard.history.restart(parts.comm.once(steps_before))
-
-
-def _limits(run: ResolvedRun, guard: RankSupervisor, folder: RunFolder, comm: DistributedCommunicator) -> TimeLimits:
+def _limits(run: ResolvedRun, hooks: RunHooks, supervisor: RankSupervisor) -> TimeLimits:
     train, watchdog = run.config.train, None
-    if train.hang_timeout_seconds is not None:
-        guard.stacks = folder.stacks(comm.rank)
-        watchdog = Watchdog(guard.stacks, train.hang_timeout_seconds, guard.leave_standstill)
+    if train.hang_timeout_seconds is not None and hooks.stacks is not None:
+        watchdog = Watchdog(hooks.stacks, train.hang_timeout_seconds, supervisor.abort_hung_rank)
     wall = wall_time_seconds(train.max_wall_time) if train.max_wall_time is not None else None
     return TimeLimits(wall, process_start(), watchdog)
 
 
-def _assemble(
-    course: ResumePlan,
+def _components(
+    plan: ResumePlan,
+    opened: OpenRun,
     comm: DistributedCommunicator,
     engine: Engine,
-    folder: RunFolder,
     checkpoints: RunCheckpointer,
     metrics: MetricsWriter | None,
-    reporter: RunConsole,
     limits: TimeLimits,
     spikes: SpikeGuard,
-    incidents: SpikeReportWriter,
+    command: ResumeCommand,
     peak: float,
 ) -> TrainerComponents:
-    run, data = course.run, course.data
+    run, data, folder, console = plan.run, plan.data, opened.folder, opened.console
     data_rank = run.topology.coordinate(comm.rank).data
-    config = run.config
+    config, length = run.config, run.config.data.sequence_length
+    read_text = sample_text_reader(data.train, data.tokenizer)
     return TrainerComponents(
         run=run,
         comm=comm,
@@ -234,57 +290,45 @@ def _assemble(
             heartbeat=limits.heartbeat,
         ),
         checkpoints=checkpoints,
-        sampler=SampleWriter(
-            folder.samples,
-            config.sample,
-            config.data.sequence_length,
-            config.train.seed,
-            data.tokenizer,
-            comm,
-            reporter,
-        ),
+        sampler=SampleWriter(folder.samples, config.sample, length, config.train.seed, data.tokenizer, comm, console),
         metrics=metrics,
-        reporter=reporter,
+        reporter=console,
         stop=StopRequest(limits=limits),
         guard=spikes,
-        incidents=incidents,
+        incidents=SpikeReportWriter(folder.incidents, read_text, command, comm, console),
         limits=limits,
-        flops_per_token=flops_per_token(course.shape, config.data.sequence_length),
+        flops_per_token=flops_per_token(plan.shape, length),
         peak_flops=peak,
     )
 
 
-def _announce(loop: Trainer, reporter: RunConsole, course: ResumePlan) -> None:
-    parts, position = loop.parts, loop.position
-    for warning in course.warnings:
-        loop.event("warning", text=warning)
-    resumed = course.reader is not None and not course.weights_only
-    facts = {"world_size": parts.comm.size, "precision": parts.run.precision, "changed": list(course.notes)}
-    from_path = {} if course.reader is None else {"path": str(course.reader.path)}
+def _announce(trainer: Trainer, console: RunConsole, plan: ResumePlan) -> None:
+    parts, position = trainer.parts, trainer.position
+    for warning in plan.warnings:
+        trainer.event("warning", text=warning)
+    resumed = plan.reader is not None and not plan.weights_only
+    facts = {"world_size": parts.comm.size, "precision": parts.run.precision, "changed": list(plan.notes)}
+    from_path = {} if plan.reader is None else {"path": str(plan.reader.path)}
     startup_seconds = time.monotonic() - parts.limits.started
-    loop.event("resume" if resumed else "start", **facts, **from_path, startup_seconds=startup_seconds)
+    trainer.event("resume" if resumed else "start", **facts, **from_path, startup_seconds=startup_seconds)
     if resumed:
-        reporter.say(f"resumed at step {position.step}, {position.tokens:,} tokens seen")
+        console.info(f"resumed at step {position.step}, {position.tokens:,} tokens seen")
 
 
-def _record_failure(metrics: MetricsWriter) -> Any:
-    return lambda code: metrics.row("event", event="end", status="failed", exit_code=code)
+# --- 5: Trainer.fit, and what comes after it --------------------------------------------------------------------------
 
 
-def _nothing_to_do(loop: Trainer, reporter: RunConsole) -> int:
-    loop.event("end", status="finished", exit_code=EXIT_DONE)
-    reporter.say(f"step {loop.position.step} is done already; raise train.steps to go on")
-    return EXIT_DONE
-
-
-def _close(metrics: MetricsWriter | None, mirror: MirrorHandle | None, opened: OpenRun, with_page: bool) -> Path | None:
-    """Where the page about the run is, if rank 0 has one."""
-    folder, reporter = opened.folder, opened.reporter
+def _close(built: BuiltRun, opened: OpenRun, comm: Communicator, code: int) -> None:
+    """Give everything back; of a run that is done, leave a page and say where everything is."""
+    folder, console = opened.folder, opened.console
+    built.trainer.parts.close()
+    comm.barrier()  # no rank leaves while another still needs rank 0's store
     page = None
-    if metrics is not None:
-        metrics.close()
-        page = write_report_page(folder, reporter) if with_page else None
-    if mirror is not None and not mirror.finish(_MIRROR_PATIENCE_SECONDS):
-        reporter.say(f"MLflow has not got everything yet; later: megalm track sync {folder.path}")
+    if built.metrics is not None:
+        built.metrics.close()
+        page = write_report_page(folder, console) if code == EXIT_DONE else None
+    if built.mirror is not None and not built.mirror.finish(_MIRROR_PATIENCE_SECONDS):
+        console.info(f"MLflow has not got everything yet; later: megalm track sync {folder.path}")
     opened.lock.release()
-    return page
+    if code == EXIT_DONE:
+        console.info(final_summary(folder, built.trainer.parts.run, built.command, page))

@@ -50,10 +50,10 @@ class SampleWriter:
         parts = [f"--- prompt {prompt!r}\n{text}\n" for prompt, text in zip(self.settings.prompts, texts, strict=True)]
         path = self.folder / f"step-{step:08d}.txt"
         path.write_text("\n".join(parts), encoding="utf-8")
-        self.reporter.say(f"step {step}: {len(texts)} samples in {path}")
+        self.reporter.info(f"step {step}: {len(texts)} samples in {path}")
         if show:
             for part in parts[:_SHOWN]:
-                self.reporter.say("\n".join("    " + line for line in part.splitlines()[:_SHOWN_LINES]))
+                self.reporter.info("\n".join("    " + line for line in part.splitlines()[:_SHOWN_LINES]))
 
 
 class Predictor(Protocol):

@@ -1,4 +1,4 @@
-"""The training loop: steps, and what happens between them. It sees protocols only.
+"""The training loop: steps, and what happens between them. Of the engine it sees the protocol only.
 
 Everything here is collective: all ranks walk through the same steps and decisions; rank 0 alone writes.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from megalm.checkpoint.checkpointer import Saved
 from megalm.checkpoint.manifest import Status
@@ -27,37 +28,11 @@ from megalm.train.evaluator import TOTAL, Evaluation, Evaluator
 from megalm.train.lifecycle.shutdown import StopRequest
 from megalm.train.lifecycle.time_limits import TimeLimits
 from megalm.train.resume.training_progress import TrainingProgress
+from megalm.train.run_checkpointer import RunCheckpointer
 from megalm.train.spikes.spike_guard import SpikeGuard, Verdict
-from megalm.train.spikes.spike_report import SpikeReport
+from megalm.train.spikes.spike_report import SpikeReport, SpikeReportWriter
+from megalm.train.text_samples import SampleWriter
 from megalm.utils.formatting import format_clock
-
-# What the training loop drives, as it sees it; setup.py makes them.
-
-
-class Checkpoints(Protocol):
-    """Writes the state of `engine` at a position, at once or behind training."""
-
-    def save(
-        self, engine: Engine, position: TrainingProgress, status: Status = ..., reason: str | None = ...
-    ) -> Path: ...
-    def completed(self, wait: bool = ...) -> list[Saved]: ...
-    def mark_best(self, path: Path) -> None: ...
-    def note_evaluation(self, path: Path, evaluation: Evaluation) -> None: ...
-    def rehearse(self, engine: Engine) -> None: ...
-    def roll_back(self, engine: Engine, next_sample: int, attempt: int) -> tuple[Path, TrainingProgress]: ...
-
-
-class SpikeReports(Protocol):
-    """Writes the report of a step that was out of bounds."""
-
-    def write(self, engine: Engine, incident: SpikeReport) -> Path: ...
-
-
-class Sampler(Protocol):
-    """Writes sample text of this step, and shows it if asked to."""
-
-    def write(self, engine: Engine, step: int, show: bool) -> None: ...
-    def rehearse(self, engine: Engine) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -69,20 +44,20 @@ class TrainerComponents:
     engine: Engine
     batches: BatchLoader
     evaluator: Evaluator
-    checkpoints: Checkpoints
-    sampler: Sampler
+    checkpoints: RunCheckpointer
+    sampler: SampleWriter
     metrics: MetricsWriter | None  # rank 0's
     reporter: RunConsole
     stop: StopRequest
     guard: SpikeGuard
-    incidents: SpikeReports
+    incidents: SpikeReportWriter
     limits: TimeLimits
     flops_per_token: float
     peak_flops: float  # of all ranks together
 
     def close(self) -> None:
         """After the last step: nothing watches or reads ahead any more, and nothing is left on local disks."""
-        self.limits.rest()
+        self.limits.stop_watching()
         self.batches.close()
         self.engine.close()
 
@@ -108,7 +83,7 @@ class MetricsRecorder:
         mfu = parts.flops_per_token * tokens_per_second / parts.peak_flops
         if result.skipped:
             self.event(position, "skip", reason="gradient overflow", loss_scale=result.loss_scale)
-            parts.reporter.say(
+            parts.reporter.info(
                 f"step {position.step}: update skipped, gradients overflowed at scale {result.loss_scale:g}"
             )
         if position.step % parts.run.config.train.log_interval_steps == 0 and parts.metrics is not None:
@@ -154,7 +129,7 @@ class MetricsRecorder:
                 attempt=position.attempt,
             )
         of_set = "" if result.dataset == TOTAL else f" on {result.dataset}"
-        parts.reporter.say(f"step {position.step}: validation{of_set} {result}")
+        parts.reporter.info(f"step {position.step}: validation{of_set} {result}")
         if result.dataset == TOTAL:
             self._hold_against_document(position, "validation_loss", lambda: result.loss)
 
@@ -163,13 +138,13 @@ class MetricsRecorder:
         fields = {"path": saved.path.name, "seconds": saved.write_seconds, "stall_seconds": saved.stall_seconds}
         self.event(position, "checkpoint", **fields, bytes=saved.bytes, saved_step=saved.step, pruned=saved.pruned)
         times = f"{saved.write_seconds:.1f} s, training waited {saved.stall_seconds:.2f} s"
-        self.parts.reporter.say(f"step {saved.step}: checkpoint {saved.path} ({times})")
+        self.parts.reporter.info(f"step {saved.step}: checkpoint {saved.path} ({times})")
         if saved.notice:
-            self.parts.reporter.say(f"WARNING: {saved.notice}")
+            self.parts.reporter.info(f"WARNING: {saved.notice}")
 
     def _warn(self, position: TrainingProgress, text: str) -> None:
         self.event(position, "warning", text=text)
-        self.parts.reporter.say(f"WARNING: {text}")
+        self.parts.reporter.info(f"WARNING: {text}")
 
     def _hold_against_document(self, position: TrainingProgress, quantity: Quantity, loss: Callable[[], float]) -> None:
         """Tell what a recipe's document had at this step, if it says."""
@@ -184,7 +159,7 @@ class MetricsRecorder:
                 high=found.documented.high,
                 met=found.is_met,
             )
-            parts.reporter.say(str(found))
+            parts.reporter.info(str(found))
 
 
 @dataclass
@@ -199,9 +174,13 @@ class Trainer:
     def __post_init__(self) -> None:
         self.record = MetricsRecorder(self.parts)
 
-    def run(self) -> int:
+    def fit(self) -> int:
         """Train to the last step, or to a stop request; the exit code."""
         parts, config = self.parts, self.parts.run.config
+        if self.position.step >= config.train.steps:
+            self.event("end", status="finished", exit_code=EXIT_DONE)
+            parts.reporter.info(f"step {self.position.step} is done already; raise train.steps to go on")
+            return EXIT_DONE
         self._saved_step = self.position.step
         parts.reporter.start(self.position.step, config.train.steps)
         started = time.monotonic()
@@ -225,7 +204,7 @@ class Trainer:
         """One step; False where the guard has set the run back instead."""
         parts, position = self.parts, self.position
         step = position.step + 1
-        rate = rate_at(position.schedule, step)
+        rate = rate_at(position.schedule.segments, step)
         start = time.perf_counter()
         batch = parts.batches.batch(position.samples)
         result = parts.engine.train_step(batch, step, rate)
@@ -274,7 +253,7 @@ class Trainer:
         self.event("spike", **of, **numbers, first_sample=first, report=report.name if report else None)
         if verdict.action == "skip":
             self.event("skip", at_step=step, reason=str(finding))
-        parts.reporter.say(f"step {step}: {finding}: {verdict.action}{f'; {report}' if report else ''}")
+        parts.reporter.info(f"step {step}: {finding}: {verdict.action}{f'; {report}' if report else ''}")
         return report
 
     def _stop_at(self, verdict: Verdict, result: StepResult, report: Path | None) -> NoReturn:
@@ -288,7 +267,7 @@ class Trainer:
             self._advance()
         if self._saved_step != self.position.step:
             self._save("suspect", f"the run was stopped at step {step}: {verdict.finding}")
-        self._tell_saved(wait=True)
+        self._log_completed_saves(wait=True)
         raise TrainingError(
             f"step {step}: {verdict.finding} ({verdict.why}; samples {first} to "
             f"{first + self.parts.run.batch.global_batch - 1}); stopped, read {report}"
@@ -297,19 +276,17 @@ class Trainer:
     def _roll_back(self) -> None:
         """Go back to the newest good checkpoint, and past all data up to the step that was refused."""
         parts, old = self.parts, self.position
-        self._tell_saved(wait=True)
+        self._log_completed_saves(wait=True)
         next_sample = old.samples + parts.run.batch.global_batch
         attempt = old.attempt + 1
-        path, position = parts.checkpoints.roll_back(parts.engine, next_sample, attempt)
-        position.schedule, position.stated = old.schedule, old.stated
-        position.attempt, position.rollbacks = attempt, old.rollbacks + 1
+        path, position = parts.checkpoints.roll_back(parts.engine, parts.guard, next_sample, attempt)
+        position.schedule, position.attempt, position.rollbacks = old.schedule, attempt, old.rollbacks + 1
         self.position, self._saved_step, self._saved_path = position, position.step, path
-        parts.guard.forget_refusals()
-        skipped = position.past[-1].samples_skipped
+        skipped = position.data_history[-1].samples_skipped
         self.event(
             "rollback", path=path.name, at_step=old.step + 1, samples_skipped=skipped, rollbacks=position.rollbacks
         )
-        parts.reporter.say(
+        parts.reporter.info(
             f"rolled back to step {position.step} ({path.name}); {skipped:,} samples are passed over, attempt "
             f"{position.attempt}"
         )
@@ -322,7 +299,7 @@ class Trainer:
             self.parts.sampler.write(self.parts.engine, step, show=False)
         if _due(step, config.checkpoint.interval_steps) and self._saved_step != step:
             self._save()
-        self._tell_saved()
+        self._log_completed_saves()
 
     def _evaluate(self, whole: bool) -> None:
         parts, position = self.parts, self.position
@@ -335,7 +312,7 @@ class Trainer:
         if not whole or parts.run.config.evaluate.max_samples is None:  # losses over the same samples
             self._compare_with_best(result.loss)
 
-    def _is_to_be_judged(self) -> bool:
+    def _needs_selection_eval(self) -> bool:
         """Whether the last step, too, has to be validated on the samples by which the best checkpoint is chosen."""
         config, position = self.parts.run.config, self.position
         wanted = config.checkpoint.best and config.evaluate.max_samples is not None
@@ -355,7 +332,7 @@ class Trainer:
         if patience is None or self.position.stale_evaluations < patience:
             return False
         self.event("early_stop", best_loss=self.position.best_loss)
-        self.parts.reporter.say(
+        self.parts.reporter.info(
             f"step {self.position.step}: no lower validation loss than {self.position.best_loss:.4f} in {patience} "
             "validations (evaluate.patience): ending here"
         )
@@ -367,10 +344,10 @@ class Trainer:
         with self.parts.stop.saving():
             path = self.parts.checkpoints.save(self.parts.engine, self.position, status, reason)
         self._saved_step, self._saved_path = self.position.step, path
-        self._tell_saved()
+        self._log_completed_saves()
         return path
 
-    def _tell_saved(self, wait: bool = False) -> None:
+    def _log_completed_saves(self, wait: bool = False) -> None:
         """Record the checkpoints that became complete; collective."""
         parts = self.parts
         for saved in parts.checkpoints.completed(wait):
@@ -392,30 +369,73 @@ class Trainer:
         parts = self.parts
         parts.stop.reached_boundary()
         self.event(event, **fields)
-        parts.reporter.say(f"{why}: saving step {self.position.step}, then leaving")
+        parts.reporter.info(f"{why}: saving step {self.position.step}, then leaving")
         if self._saved_step != self.position.step:
             self._save()
-        self._tell_saved(wait=True)
+        self._log_completed_saves(wait=True)
         self.event("end", status="stopped", exit_code=EXIT_START_AGAIN)
-        parts.reporter.say("stopped; --resume auto goes on from here")
+        parts.reporter.info("stopped; --resume auto goes on from here")
 
     def _finish(self, seconds: float) -> None:
         parts = self.parts
         parts.stop.reached_boundary()
         path = self._saved_path if self._saved_step == self.position.step else None
         path = path or self._save()  # before anything that may take long or be interrupted
-        if self._is_to_be_judged():
+        if self._needs_selection_eval():
             self._evaluate(whole=False)
         self._evaluate(whole=True)
-        self._tell_saved(wait=True)
+        self._log_completed_saves(wait=True)
         if self.position.evaluation is not None:
             parts.checkpoints.note_evaluation(path, self.position.evaluation)
         parts.sampler.write(parts.engine, self.position.step, show=True)
         self.event("end", status="finished", exit_code=EXIT_DONE, seconds=seconds)
-        parts.reporter.say(f"trained to step {self.position.step} in {format_clock(seconds)}")
+        parts.reporter.info(f"trained to step {self.position.step} in {format_clock(seconds)}")
 
     def event(self, name: str, **fields: Any) -> None:
         self.record.event(self.position, name, **fields)
+
+
+# Before step 1, one of everything: what would fail in hour three fails now.
+#
+# A training step at learning rate zero, a validation batch, a token of a sample and a checkpoint write. Afterwards the
+# engine is as it was: rate zero moves no weight, and moments and counters are cleared. It comes before a resumed state
+# is loaded, so there is nothing else to restore.
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+@contextmanager
+def memory_errors_named(phase: str) -> Iterator[None]:
+    """Turn running out of memory into a line that says in which phase, and what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+            raise
+        raise TrainingError(
+            f"out of memory in {phase} ({str(error).splitlines()[0] if str(error) else 'MemoryError'}). Try a smaller "
+            "train_micro_batch_size_per_gpu in the DeepSpeed JSON, train.checkpoint_activations_every=1, or a higher "
+            "ZeRO stage (ds_configs/zero3.json, zero3_offload.json); megalm plan shows what each saves"
+        ) from error
+
+
+def run_preflight(parts: TrainerComponents) -> None:
+    """Run one of everything; collective.
+
+    Raises:
+        TrainingError: out of memory, with the phase.
+        OSError: a checkpoint cannot be written.
+    """
+    engine = parts.engine
+    with memory_errors_named("the training step"):
+        engine.train_step(parts.batches.batch(0), step=1, learning_rate=0.0)
+    with memory_errors_named("validation"):
+        parts.evaluator.rehearse(engine)
+    with memory_errors_named("sampling"):
+        parts.sampler.rehearse(engine)
+    engine.reset()
+    with memory_errors_named("writing a checkpoint"):
+        parts.checkpoints.rehearse(engine)
 
 
 def _due(step: int, interval: int | None) -> bool:

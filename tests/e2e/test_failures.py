@@ -103,15 +103,15 @@ def test_a_killed_rank_ends_the_job(small_data: SmallData, tmp_path: Path) -> No
 WAITING = """
 import sys, time
 from pathlib import Path
-from megalm.train.lifecycle.shutdown import FailureClaim, Guard
+from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks
 
 def work():
-    guard.share(FailureClaim(Path(sys.argv[1])))
-    guard.on_failure = lambda code: Path(sys.argv[1] + ".wish").touch()
+    claim = FailureClaim(Path(sys.argv[1]))
+    guard.enter(RunHooks(claim, on_failure=lambda code: Path(sys.argv[1] + ".wish").touch()))
     print("waiting", flush=True)
     time.sleep(600)
 
-guard = Guard(rank=0)
+guard = RankSupervisor(rank=0)
 guard.run(work)
 """
 
@@ -133,15 +133,15 @@ def test_a_rank_that_waits_forever_leaves_with_the_failed_one(tmp_path: Path) ->
 FULL = """
 import errno, os, resource, sys
 from pathlib import Path
-from megalm.train.lifecycle.shutdown import FailureClaim, Guard
+from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks
 
 def work():
-    guard.share(FailureClaim(Path(sys.argv[1])))
-    guard.on_failure = lambda code: os.write(1, f"wish {code}".encode())
+    claim = FailureClaim(Path(sys.argv[1]))
+    guard.enter(RunHooks(claim, on_failure=lambda code: os.write(1, f"wish {code}".encode())))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     raise OSError(errno.ENOSPC, "No space left on device")
 
-guard = Guard(rank=0)
+guard = RankSupervisor(rank=0)
 guard.run(work)
 """
 
@@ -160,18 +160,18 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
 UNREAD = """
 import sys
 from pathlib import Path
-from megalm.train.lifecycle.shutdown import Guard
-from megalm.train.console import Reporter
+from megalm.train.lifecycle.shutdown import RankSupervisor
+from megalm.train.console import RunConsole
 
 def work():
-    reporter = Reporter(True, Path(sys.argv[1]))
+    reporter = RunConsole(True, Path(sys.argv[1]))
     sys.stdin.readline()
     for step in range(3):
-        reporter.say(f"step {step}")
+        reporter.info(f"step {step}")
     print("and this is in Python's buffer at the end")
     return 75
 
-Guard(rank=0).run(work)
+RankSupervisor(rank=0).run(work)
 """
 
 
@@ -190,11 +190,11 @@ def test_training_goes_on_when_nobody_reads_what_it_prints(tmp_path: Path) -> No
 LETTERS = """
 import sys
 from pathlib import Path
-from megalm.train.console import Reporter
+from megalm.train.console import RunConsole
 
-reporter = Reporter(True, Path(sys.argv[1]))
+reporter = RunConsole(True, Path(sys.argv[1]))
 for word in ("one", "zw\\xf6lf \\u2192 \\udcff", "three"):
-    reporter.say(word)
+    reporter.info(word)
 """
 
 
@@ -208,13 +208,13 @@ def test_a_terminal_without_the_letters_of_a_sample_ends_no_run(tmp_path: Path) 
 
 REFUSED = """
 from megalm.errors import ConfigError
-from megalm.train.lifecycle.shutdown import Guard
+from megalm.train.lifecycle.shutdown import RankSupervisor
 
 def work():
     print("refused", flush=True)
     raise ConfigError("no such key")
 
-Guard(rank=1).run(work)
+RankSupervisor(rank=1).run(work)
 """
 
 

@@ -89,14 +89,14 @@ LOST = """
 import os, runpy, sys, time
 import megalm.train.trainer as loop
 
-step = loop.TrainingLoop._train_step
+step = loop.Trainer._train_step
 
 def lost_in_thought(self):
     while os.environ["RANK"] == "1" and self.position.step == 3:
         time.sleep(0.1)
     return step(self)
 
-loop.TrainingLoop._train_step = lost_in_thought
+loop.Trainer._train_step = lost_in_thought
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -120,14 +120,14 @@ def test_every_rank_writes_where_it_stood(small_data: SmallData, tmp_path: Path)
 SLOW_BUT_ALIVE = """
 import sys, time
 from pathlib import Path
-from megalm.train.lifecycle.time_limits import Limits, Watchdog
+from megalm.train.lifecycle.time_limits import TimeLimits, Watchdog
 
-limits = Limits(watchdog=Watchdog(Path(sys.argv[1]), 2.0, lambda silence: print("hangs", flush=True)))
+limits = TimeLimits(watchdog=Watchdog(Path(sys.argv[1]), 2.0, lambda silence: print("hangs", flush=True)))
 limits.boundary()
 for _ in range(10):
     time.sleep(0.4)
     limits.heartbeat()
-limits.rest()
+limits.stop_watching()
 time.sleep(3)
 print("done", flush=True)
 """

@@ -46,7 +46,8 @@ SMALLER = (
 
 def train_in_place(_: object, __: object, folder: str, words: dict[str, Any]) -> int:
     """What launch/pretrain.py does on a rank, in a process that is here already."""
-    from megalm.train.setup import Arguments, pretrain
+    from megalm.train.resume.resume_request import Arguments
+    from megalm.train.setup import pretrain
 
     os.chdir(folder)
     os.environ["MEGALM_ALLOW_CPU_FP16"] = "1"

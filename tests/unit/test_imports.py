@@ -174,7 +174,7 @@ def test_import_rules_hold() -> None:
         ("megalm/train/a.py", "from megalm import cli"),
         ("megalm/huggingface/a.py", "from megalm.engine.build import build_engine"),
         ("megalm/huggingface/a.py", "import transformers"),
-        ("megalm/offline/a.py", "from megalm.engine.interface import Engine"),
+        ("megalm/inference/a.py", "from megalm.engine.interface import Engine"),
         ("megalm/train/a.py", "from megalm.inference.inference_model import InferenceModel"),
         ("megalm/train/a.py", "from megalm.huggingface.import_model import import_model"),
     ],

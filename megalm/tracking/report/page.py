@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from megalm.runs.resume_command import ResumeCommand
+from megalm.runs.run_folder import ResumeCommand
 from megalm.tracking.mlflow_mirror.run_facts import without_passwords
 from megalm.tracking.report.curves import charts, event_step
 from megalm.tracking.report.headline import moment, numbers, outcome
@@ -136,10 +136,10 @@ def _data(account: RunData) -> list[tuple[str, str]]:
 def _commands(account: RunData) -> list[tuple[str, str]]:
     """What to do next, for a shell."""
     folder, planned = account.run_dir, account.planned_steps
-    again = ResumeCommand(folder).again
+    command = ResumeCommand(folder).shell
     done = planned is not None and (account.results.steps or 0) >= planned
-    further = again("--resume", "auto", f"train.steps={2 * planned}") if done and planned else again("--resume", "auto")
-    rows = [("train longer" if done else "go on", further)]
+    words = ["--resume", "auto", *([f"train.steps={2 * planned}"] if done and planned else [])]
+    rows = [("train longer" if done else "go on", command(*words))]
     if account.checkpoints:
         rows.append(("checkpoints", shlex.join(["megalm", "checkpoint", "list", str(folder)])))
         rows.append(("generate", shlex.join(["megalm", "generate", str(folder), "--prompt", "The "])))

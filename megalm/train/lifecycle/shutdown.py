@@ -16,9 +16,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
+
+import psutil
 
 from megalm.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_START_AGAIN, MegalmError, OtherRankFailed
 from megalm.train.lifecycle.time_limits import TimeLimits, write_stacks
@@ -81,15 +84,31 @@ class FailureClaim:
             return False
 
 
+@dataclass(frozen=True)
+class RunHooks:
+    """What a rank does when it fails, as far as its run has come.
+
+    Attributes:
+        claim: known as soon as the run folder is.
+        on_refusal: e.g. remove what was made for a run that never began.
+        on_failure: e.g. the end event in metrics.jsonl; called once, with the exit code.
+        stacks: where this rank writes its stacks when it hangs or leaves with another.
+        began: the run has its folder for good: that it is gone no longer means that rank 0 was refused.
+    """
+
+    claim: FailureClaim | None = None
+    on_refusal: Callable[[], None] = lambda: None
+    on_failure: Callable[[int], None] = lambda code: None
+    stacks: Path | None = None
+    began: bool = False
+
+
 class RankSupervisor:
     """Runs a rank's work and turns every way out of it into an exit code, a message and a clean end."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.claim: FailureClaim | None = None  # known as soon as the run folder is
-        self.on_failure: Callable[[int], None] = lambda code: None  # e.g. the end event in metrics.jsonl
-        self.on_refusal: Callable[[], None] = lambda: None  # e.g. remove what was made for a run that never began
-        self.stacks: Path | None = None  # where this rank writes where it stands, when it has to leave a standstill
+        self._hooks = RunHooks()
 
     def run(self, work: Callable[[], int]) -> NoReturn:
         try:
@@ -99,12 +118,12 @@ class RankSupervisor:
         except MegalmError as error:
             code = error.exit_code
             text = f"megalm: {_kind(error)}: {' '.join(str(error).split())}"
-            if self.claim is None and self.rank > 0:
+            if self._hooks.claim is None and self.rank > 0:
                 _wait_for_rank_0(code)
                 text = f"{text} (on rank {self.rank})"
             self._tell(text, everybody=True)
             if code == EXIT_REFUSED:
-                self.on_refusal()
+                self._hooks.on_refusal()
         except KeyboardInterrupt:
             self._tell("megalm: interrupted")
             code = EXIT_FAILED
@@ -112,61 +131,64 @@ class RankSupervisor:
             self._tell(self._account(error), everybody=True)
             code = EXIT_FAILED
         if code not in (EXIT_DONE, EXIT_START_AGAIN):  # those have told their end themselves
-            self._last_wish(code)
+            self._run_failure_hook(code)
         exit_process(code)
 
     def _account(self, error: Exception) -> str:
         if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
-            where = f", run folder {self.claim.run_folder}" if self.claim is not None else ""
+            where = f", run folder {self._hooks.claim.run_folder}" if self._hooks.claim is not None else ""
             return f"megalm: error: {error} (rank {self.rank}{where}); mend that, then --resume auto goes on"
         return f"megalm: rank {self.rank} failed:\n{traceback.format_exc()}"
 
-    def began(self) -> None:
-        """The run has its folder for good: that it is gone no longer means that rank 0 was refused."""
-        if self.claim is not None:
-            self.claim.began = True
+    def enter(self, hooks: RunHooks) -> None:
+        """The run has come to its next stage: from now on these hooks hold.
 
-    def share(self, claim: FailureClaim) -> None:
-        """From now on the first rank to fail speaks, and the others leave with it.
-
-        A rank may wait for the failed one inside a collective that never ends, deaf to signals: a thread leaves for
-        it, a few seconds after a claim that this rank has not answered.
+        With a claim the first rank to fail speaks, and the others leave with it. A rank may wait for the failed one
+        inside a collective that never ends, deaf to signals: a thread leaves for it, a few seconds after a claim that
+        this rank has not answered.
         """
-        self.claim = claim
-        threading.Thread(target=self._leave_with_others, args=(claim,), name="failure-watch", daemon=True).start()
+        before, self._hooks = self._hooks, hooks
+        if hooks.claim is None:
+            return
+        hooks.claim.began = hooks.began
+        if before.claim is None:
+            threading.Thread(
+                target=self._leave_with_others, args=(hooks.claim,), name="failure-watch", daemon=True
+            ).start()
 
     def _leave_with_others(self, claim: FailureClaim) -> None:
         while not claim.is_taken():
             time.sleep(_CLAIM_POLL_SECONDS)
         time.sleep(_FAILURE_GRACE_SECONDS)
-        if self.stacks is not None:
-            write_stacks(self.stacks)
-        self._last_wish(EXIT_FAILED)
+        if self._hooks.stacks is not None:
+            write_stacks(self._hooks.stacks)
+        self._run_failure_hook(EXIT_FAILED)
         os._exit(EXIT_FAILED)
 
-    def leave_standstill(self, silent_seconds: float) -> NoReturn:
+    def abort_hung_rank(self, silent_seconds: float) -> NoReturn:
         """This rank has made no progress for so long: it says so, unless another rank did, and the job ends."""
-        where = f"; where each rank stood: {self.stacks.parent}" if self.stacks is not None else ""
+        stacks = self._hooks.stacks
+        where = f"; where each rank stood: {stacks.parent}" if stacks is not None else ""
         self._tell(
             f"megalm: error: rank {self.rank} made no progress for {silent_seconds:.0f} s "
             f"(train.hang_timeout_seconds): it or a rank that it waits for hangs{where}"
         )
         time.sleep(_FAILURE_GRACE_SECONDS)  # the others notice too, and write their stacks
-        self._last_wish(EXIT_FAILED)
+        self._run_failure_hook(EXIT_FAILED)
         os._exit(EXIT_FAILED)
 
     def _tell(self, text: str, everybody: bool = False) -> None:
         """Print a failure, if nobody else has; before there is a claim rank 0 speaks for all, or `everybody` does."""
-        if self.claim.take(text) if self.claim else (everybody or self.rank == 0):
+        if self._hooks.claim.take(text) if self._hooks.claim else (everybody or self.rank == 0):
             _flush()
             with contextlib.suppress(OSError, ValueError):  # nobody is there to read it; the claim's file has it
                 sys.stderr.write(text.rstrip("\n") + "\n")
                 sys.stderr.flush()
 
-    def _last_wish(self, code: int) -> None:
-        wish, self.on_failure = self.on_failure, lambda code: None  # once, whichever thread comes first
+    def _run_failure_hook(self, code: int) -> None:
+        hooks, self._hooks = self._hooks, replace(self._hooks, on_failure=lambda code: None)  # once, in either thread
         try:
-            wish(code)
+            hooks.on_failure(code)
         except Exception:  # the failure that is being reported matters more
             log.debug("closing the run failed", exc_info=True)
 
@@ -257,3 +279,57 @@ def _kind(error: MegalmError) -> str:
     return {"ConfigError": "configuration", "DataError": "data", "CheckpointError": "checkpoint"}.get(
         type(error).__name__, "error"
     )
+
+
+# Noticing that the launcher has gone.
+#
+# `deepspeed` (0.19.8) dies of a SIGTERM without a word to the processes that it started, and no launcher says goodbye
+# before a SIGKILL: ranks would train on, with nobody to stop them. Each rank looks for itself.
+
+_LAUNCHER_POLL_SECONDS = 1.0
+_LAUNCHER_PROGRAMS = {"deepspeed", "ds", "torchrun"}
+_LAUNCHER_MODULES = {
+    "deepspeed.launcher.runner",
+    "deepspeed.launcher.launch",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+}
+# The interpreter, its flags, and the program or module that it runs.
+_LOOKED_AT_WORDS = 4
+
+
+def watch_launchers() -> None:
+    """Ask this process to stop (SIGTERM, so: save and leave) as soon as one of its launchers has ended.
+
+    A shell is no launcher: a bare `python` that was left in the background goes on.
+    """
+    found = launchers(psutil.Process().parents())
+    if found:
+        threading.Thread(target=_watch_processes, args=(found,), name="launcher-watch", daemon=True).start()
+
+
+def launchers(ancestors: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """The nearest of `ancestors` (parent first) that are launchers, up to the first that is none."""
+    found = []
+    for process in ancestors:
+        try:
+            words = process.cmdline()[:_LOOKED_AT_WORDS]
+        except psutil.Error:
+            break
+        if not any(word in _LAUNCHER_MODULES or Path(word).name in _LAUNCHER_PROGRAMS for word in words):
+            break
+        found.append(process)
+    return found
+
+
+def _watch_processes(processes: Sequence[psutil.Process]) -> None:
+    while all(_alive(process) for process in processes):
+        time.sleep(_LAUNCHER_POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -69,10 +69,10 @@ class TimeLimits:
         if self.watchdog is not None:
             self.watchdog.beat()
 
-    def rest(self) -> None:
+    def stop_watching(self) -> None:
         """What follows ends by itself, however long it takes."""
         if self.watchdog is not None:
-            self.watchdog.rest()
+            self.watchdog.stop_watching()
 
 
 def process_start() -> float:
@@ -101,7 +101,7 @@ class Watchdog(threading.Thread):
     def beat(self) -> None:
         self._last_beat = time.monotonic()
 
-    def rest(self) -> None:
+    def stop_watching(self) -> None:
         self._watches.clear()
 
     def run(self) -> None:

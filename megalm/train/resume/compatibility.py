@@ -17,7 +17,7 @@ from megalm.errors import CheckpointError, ConfigError
 from megalm.model.model_config import ModelConfig
 from megalm.planning.lr_schedule import ScheduleFacts, ScheduleSegment, decay_steps_of, rate_at
 from megalm.planning.resolve import ResolvedRun
-from megalm.train.resume.training_progress import TrainingProgress
+from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
 
 
 @dataclass(frozen=True)
@@ -88,32 +88,28 @@ class Extension:
 # --- the schedule -----------------------------------------------------------------------------------------------------
 
 
-def with_schedule(position: TrainingProgress, run: ResolvedRun, manifest: Manifest | None, more: int | None) -> None:
-    """Set what the learning rate of `position` follows.
+def with_schedule(run: ResolvedRun, manifest: Manifest | None, more: int | None = None) -> RunSchedule:
+    """What the learning rate follows in a run that resumes from a checkpoint; None: that starts.
 
-    A schedule that is stated as it was when the checkpoint's own came about, or not at all, changes nothing; another
-    one is in force from the next step on, counting the run's steps; an extension by `more` steps starts a schedule of
-    its own.
+    A schedule that is configured as it was when the checkpoint's own came about, or not at all, changes nothing;
+    another one is in force from the next step on, counting the run's steps; an extension by `more` steps starts a
+    schedule of its own.
     """
-    stated = asdict(run.schedule)
+    configured = asdict(run.schedule)
     if manifest is None:
-        position.schedule, position.stated = (ScheduleSegment(1, 0, run.schedule),), (stated,)
-        return
+        return RunSchedule((ScheduleSegment(1, 0, run.schedule),), (configured,))
     step = manifest.step
-    segments = [ScheduleSegment.of(stored) for stored in manifest.schedule.segments]
+    segments = tuple(ScheduleSegment.of(stored) for stored in manifest.schedule.segments)
     known = manifest.schedule.stated or (asdict(segments[-1].schedule),)
     if more is not None:
         added = ScheduleSegment(step + 1, step, _extension(run, rate_at(segments, max(step, 1)), more, known[-1]))
-        position.schedule = (*segments, added)
-        position.stated = known if stated in known else (*known, stated)
-    elif _stated_before(run, known):
-        position.schedule, position.stated = tuple(segments), known
-    else:
-        position.schedule = (*segments, ScheduleSegment(step + 1, 0, run.schedule))
-        position.stated = (stated,)
+        return RunSchedule((*segments, added), known if configured in known else (*known, configured))
+    if _is_known(run, known):
+        return RunSchedule(segments, known)
+    return RunSchedule((*segments, ScheduleSegment(step + 1, 0, run.schedule)), (configured,))
 
 
-def _stated_before(run: ResolvedRun, known: Sequence[Mapping[str, Any]]) -> bool:
+def _is_known(run: ResolvedRun, known: Sequence[Mapping[str, Any]]) -> bool:
     """The run's own `train.steps` may be what an extension made of it: unless steps are stated now, any will do."""
     if run.sources.get("train.steps") != SAVED_CONFIG:
         return asdict(run.schedule) in known
@@ -125,9 +121,12 @@ def _stated_before(run: ResolvedRun, known: Sequence[Mapping[str, Any]]) -> bool
     )
 
 
-def with_last_step(run: ResolvedRun, position: TrainingProgress) -> ResolvedRun:
+def with_last_step(run: ResolvedRun, schedule: RunSchedule) -> ResolvedRun:
     """The run with the `train.steps` that its schedule ends at."""
-    train = run.config.train.model_copy(update={"steps": position.schedule[-1].last_step})
+    steps = schedule.segments[-1].last_step
+    if steps == run.config.train.steps:
+        return run
+    train = run.config.train.model_copy(update={"steps": steps})
     return replace(run, config=run.config.model_copy(update={"train": train}))
 
 
@@ -248,7 +247,7 @@ def continuation_kind(run: ResolvedRun, manifest: Manifest, found: Mapping[str, 
     return "recut"
 
 
-def progress_from(manifest: Manifest, run: ResolvedRun, begins: Beginning) -> TrainingProgress:
+def progress_from(manifest: Manifest, run: ResolvedRun, continuation: Beginning) -> TrainingProgress:
     """Where training goes on."""
     data = manifest.data_position.segments
     last = data[-1]
@@ -259,13 +258,13 @@ def progress_from(manifest: Manifest, run: ResolvedRun, begins: Beginning) -> Tr
         stale_evaluations=manifest.stale_evaluations,
         rollbacks=manifest.rollbacks,
     )
-    if begins != "on":
-        position.past, position.begins = data, begins
+    if continuation != "on":
+        position.data_history, position.continuation = data, continuation
     elif last.global_batch != run.batch.global_batch or last.samples_skipped:
-        position.past, position.begins = data, "on"
+        position.data_history, position.continuation = data, "on"
         position.first_sample = position.samples = last.next_sample
     else:
-        position.past, position.begins = data[:-1], last.begins
+        position.data_history, position.continuation = data[:-1], last.begins
         position.first_sample, position.samples = last.first_sample, last.next_sample
     return position
 
@@ -278,12 +277,13 @@ def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRu
         lines.append(f"the batch was {last.global_batch} sequences, is {run.batch.global_batch}")
     if last.sequence_length != run.config.data.sequence_length:
         lines.append(f"the sequence length was {last.sequence_length}, is {run.config.data.sequence_length}")
-    if position.begins == "anew" and position.past and position.samples == 0:
+    if position.continuation == "anew" and position.data_history and position.samples == 0:
         lines.append("another order of samples: it starts at its first one")
     if last.samples_skipped:
         lines.append(f"{last.samples_skipped:,} samples are passed over")
-    if len(position.schedule) > len(manifest.schedule.segments) and not _same_rates(position.schedule):
-        lines.append(f"the learning rate is another {position.schedule[-1]}")
+    schedule = position.schedule.segments
+    if len(schedule) > len(manifest.schedule.segments) and not _same_rates(schedule):
+        lines.append(f"the learning rate is another {schedule[-1]}")
     return lines
 
 

@@ -44,7 +44,7 @@ def find_checkpoint(
     wanted: str,
     comm: Communicator,
     origin: ResumedFrom | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    info: Callable[[str], None] = lambda _: None,
 ) -> ResumeCheckpoint | None:
     """The checkpoint that `--resume wanted` means; None: start at step 0.
 
@@ -53,7 +53,7 @@ def find_checkpoint(
 
     Args:
         origin: what the last attempt went on from.
-        say: told how far the check of large files has come.
+        info: told how far the check of large files has come.
 
     Raises:
         CheckpointError: it is not there, or a file is damaged.
@@ -61,7 +61,7 @@ def find_checkpoint(
     entries = comm.once(lambda: resume_candidates(folder.checkpoints, wanted, origin))
     damaged: list[str] = []
     for entry in entries:
-        reader, problem = open_verified(entry, comm, say)
+        reader, problem = open_verified(entry, comm, info)
         if reader is not None:
             return ResumeCheckpoint(reader, (*(f"passed over: {words}" for words in damaged), *_suspicion(entry)))
         if wanted != "auto":
@@ -73,7 +73,7 @@ def find_checkpoint(
 
 
 def open_verified(
-    entry: Entry, comm: Communicator, say: Callable[[str], None] = lambda _: None
+    entry: Entry, comm: Communicator, info: Callable[[str], None] = lambda _: None
 ) -> tuple[CheckpointReader | None, str]:
     """The checkpoint, or what is wrong with it; each rank hashes its share of the files."""
     reader, problem = None, entry.problem
@@ -81,7 +81,7 @@ def open_verified(
         try:
             reader = CheckpointReader(entry.path)
             blocks = hashed_blocks(reader.manifest, comm.rank, comm.size)
-            progress = ProgressBar(f"checking {entry.path.name}", blocks, say=say)
+            progress = ProgressBar(f"checking {entry.path.name}", blocks, say=info)
             problem = reader.verify(comm.rank, comm.size, progress.advance)
         except CheckpointError as error:
             problem = str(error)

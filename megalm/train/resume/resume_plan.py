@@ -1,17 +1,18 @@
 """From `--resume` and what goes with it to the run as it will really be: its checkpoint, its data, where it goes on.
 
-Like setup.py this knows the concrete classes; what may change and what follows from it is in continuing.py.
+Like setup.py this knows the concrete classes; what may change and what follows from it is in compatibility.py.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
-from megalm.checkpoint.manifest import require_training_state
+from megalm.checkpoint.manifest import Beginning, Manifest, require_training_state
 from megalm.communicator import Communicator, SingleProcessCommunicator
 from megalm.data.sampling.mixture import BlendedSamples
 from megalm.errors import ConfigError
@@ -19,7 +20,7 @@ from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.resolve import ResolvedRun
 from megalm.runs.run_folder import RunFolder, weights_alone
-from megalm.train.datasets import DataPlaces, RunData, open_data, validation_fingerprint
+from megalm.train.datasets import DataPlaces, RunData, find_data, open_data, rebuild_data, validation_fingerprint
 from megalm.train.resume.compatibility import (
     DataIdentity,
     change_notes,
@@ -35,7 +36,7 @@ from megalm.train.resume.compatibility import (
 )
 from megalm.train.resume.find_checkpoint import ResumeCheckpoint, find_checkpoint
 from megalm.train.resume.resume_request import ResumeOptions, read_last_attempt
-from megalm.train.resume.training_progress import TrainingProgress
+from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,13 @@ class ResumePlan:
 
 
 def find_resume_checkpoint(
-    folder: RunFolder, resume: ResumeOptions, comm: Communicator, say: Callable[[str], None] = lambda _: None
+    folder: RunFolder, resume: ResumeOptions, comm: Communicator, info: Callable[[str], None] = lambda _: None
 ) -> tuple[ResumeCheckpoint | None, ResumeOptions]:
     """The checkpoint to go on from, and what is asked for: where `auto` comes upon the checkpoint that the last
     attempt went on from, the same as of that one.
 
     Args:
-        say: told how far the check of a large checkpoint has come.
+        info: told how far the check of a large checkpoint has come.
 
     Raises:
         CheckpointError: it is not there or damaged.
@@ -83,11 +84,11 @@ def find_resume_checkpoint(
     before, requeued = comm.once(lambda: read_last_attempt(folder, wanted))
     if requeued:
         resume = ResumeOptions("auto")
-    found = find_checkpoint(folder, "auto" if requeued else wanted, comm, before.origin if before else None, say)
+    found = find_checkpoint(folder, "auto" if requeued else wanted, comm, before.origin if before else None, info)
     if found is not None and not found.reader.holds_weights_only:
         require_training_state(found.reader.path, found.reader.manifest)
     if found is not None and before is not None and resume.wanted == "auto":
-        resume = before.again(resume, found.reader)
+        resume = before.repeat(resume, found.reader)
     if found is None and (resume.extension or resume.skip_steps):
         raise ConfigError(f"{folder.path} has no checkpoint yet, so there is nothing to extend; leave the flag out")
     if found is not None and found.reader.holds_weights_only and not resume.weights_only:
@@ -99,86 +100,88 @@ def find_resume_checkpoint(
     return found, resume
 
 
-def plan_last_step(
-    run: ResolvedRun, found: ResumeCheckpoint | None, resume: ResumeOptions
-) -> tuple[ResolvedRun, TrainingProgress]:
-    """The run with the last step that it will have, and a position with its schedule."""
-    position = TrainingProgress()
-    manifest = found.reader.manifest if found is not None and not resume.weights_only else None
-    with_schedule(position, run, manifest, resume.extension.steps if manifest and resume.extension else None)
-    return with_last_step(run, position), position
-
-
 def plan_resume(
     run: ResolvedRun,
-    scheduled: TrainingProgress,
-    places: DataPlaces,
-    found: ResumeCheckpoint | None,
-    resume: ResumeOptions,
+    folder: RunFolder,
+    options: ResumeOptions,
+    comm: Communicator,
+    info: Callable[[str], None],
 ) -> ResumePlan:
-    """Open the data as the checkpoint's position wants it, and refuse what cannot go on.
+    """Decide what is trained on from where; everything that cannot be resumed is refused here. Collective.
 
     Args:
-        run, scheduled: of `plan_last_step`.
+        info: called with lines for the person.
 
     Raises:
-        CheckpointError: another model, dataset, tokenizer or order than the checkpoint's, unless it is allowed.
-        ConfigError: data that cannot go on with another sequence length.
+        CheckpointError: a checkpoint that is not there, damaged, or of another model, dataset, tokenizer or order.
+        ConfigError, DataError: data that is missing, or cannot go on with another sequence length.
     """
+    found, options = find_resume_checkpoint(folder, options, comm, info)
+    run, schedule = _with_schedule(run, found, options)
+    places = comm.once_per_node(lambda: find_data(run.config.data, info))
+    comm.once(lambda: rebuild_data(run.config.data, places, len(os.sched_getaffinity(0)), info))
+    plan = _plan_start(run, schedule, places, found, options)
+    if found is None:
+        return plan
+    return _plan_from_weights(plan, found) if options.weights_only else _plan_continuation(plan, places, found)
+
+
+def _with_schedule(
+    run: ResolvedRun, found: ResumeCheckpoint | None, options: ResumeOptions
+) -> tuple[ResolvedRun, RunSchedule]:
+    """The run with the last step that it will have, and its schedule."""
+    manifest = found.reader.manifest if found is not None and not options.weights_only else None
+    schedule = with_schedule(run, manifest, options.extension.steps if manifest and options.extension else None)
+    return with_last_step(run, schedule), schedule
+
+
+def _plan_start(
+    run: ResolvedRun,
+    schedule: RunSchedule,
+    places: DataPlaces,
+    found: ResumeCheckpoint | None,
+    options: ResumeOptions,
+) -> ResumePlan:
+    """The plan from step 0, with the model and the stages of data that a checkpoint, if there is one, asks for."""
     manifest = found.reader.manifest if found is not None else None
-    goes_on = manifest is not None and not resume.weights_only
-    stages = first_sample_of(manifest if goes_on else None, run)
-    data = open_data(run, places, stages)
+    data = open_data(run, places, first_sample_of(None if options.weights_only else manifest, run))
     then = manifest.model["max_position_embeddings"] if manifest is not None else 0
     # A table of positions may be longer than the samples are now; it stays the one that was trained.
     longest = max(run.config.data.sequence_length, then)
     shape = build_model_config(run.config.model, data.tokenizer.vocab_size, longest)
     identity = DataIdentity(data.train, data.tokenizer.fingerprint, validation_fingerprint(run, data))
-    if found is None or manifest is None:
-        return ResumePlan(run, data, shape, identity, scheduled, None, resume, (), ())
-    resume = replace(resume, allow=(*resume.allow, *run.config.resume.allow))
-    if resume.weights_only:
-        other = incompatibilities(manifest, identity_of(run, shape, identity, 0))
-        refuse_incompatible(
-            found.reader.path, {k: v for k, v in other.items() if k in ("model", "tokenizer")}, resume.allow
-        )
-        notes: tuple[str, ...] = (
-            f"starts from the weights of {found.reader.path}, at step 0 and the data's beginning",
-        )
-        return ResumePlan(run, data, shape, identity, scheduled, found.reader, resume, notes, found.warnings)
-    lengths = lengths_of_order(manifest)
+    options = replace(options, allow=(*options.allow, *run.config.resume.allow)) if found is not None else options
+    reader, warnings = (None, ()) if found is None else (found.reader, found.warnings)
+    position = TrainingProgress(schedule=schedule)
+    return ResumePlan(run, data, shape, identity, position, reader, options, (), warnings)
 
-    def open_with(length: int) -> BlendedSamples:
-        section = run.config.data.model_copy(update={"sequence_length": length})
-        other_run = replace(run, config=run.config.model_copy(update={"data": section}))
-        return (
-            data.train
-            if len(lengths) == 1 and length == run.config.data.sequence_length
-            else open_data(other_run, places, stages).train
-        )
 
-    order = _order_so_far(lengths, open_with)
+def _plan_from_weights(plan: ResumePlan, found: ResumeCheckpoint) -> ResumePlan:
+    """Nothing but the model and its tokenizer have to be the checkpoint's."""
+    path, differences = (
+        found.reader.path,
+        incompatibilities(found.reader.manifest, identity_of(plan.run, plan.shape, plan.identity, 0)),
+    )
+    of_model = {thing: words for thing, words in differences.items() if thing in ("model", "tokenizer")}
+    refuse_incompatible(path, of_model, plan.resume.allow)
+    return replace(plan, notes=(f"starts from the weights of {path}, at step 0 and the data's beginning",))
+
+
+def _plan_continuation(plan: ResumePlan, places: DataPlaces, found: ResumeCheckpoint) -> ResumePlan:
+    """The plan from the checkpoint's step, with its data from there on."""
+    run, manifest, resume = plan.run, found.reader.manifest, plan.resume
+    order = _order_so_far(plan, places, manifest)
     consumed = manifest.data_position.segments[-1].next_sample
-    other = incompatibilities(manifest, identity_of(run, shape, replace(identity, samples=order), consumed))
-    refuse_incompatible(found.reader.path, other, resume.allow)
-    begins = continuation_kind(run, manifest, other)
-    notes = ()
-    if begins == "recut":
-        order = order.recut(lengths[-1][1], run.config.data.sequence_length)
-        skipped, repeated = order.recut_tokens
-        notes = (
-            f"what is left of this pass over the data is cut into samples of {run.config.data.sequence_length} tokens: "
-            f"{skipped:,} tokens are skipped, {repeated:,} read twice",
-        )
-    elif begins == "anew":  # stages are stated by the run's steps, the order starts after those that are done
-        done, batch = manifest.step, run.batch.global_batch
-        data = open_data(run, places, lambda step: (step - 1 - done) * batch)
-        order = data.train
-    identity = replace(identity, samples=order)
-    position = progress_from(manifest, run, begins)
-    position.schedule, position.stated = scheduled.schedule, scheduled.stated
+    so_far = identity_of(run, plan.shape, replace(plan.identity, samples=order), consumed)
+    differences = incompatibilities(manifest, so_far)
+    refuse_incompatible(found.reader.path, differences, resume.allow)
+    continuation = continuation_kind(run, manifest, differences)
+    order, notes = _order_from_here(order, run, places, manifest, continuation)
+    identity = replace(plan.identity, samples=order)
+    position = progress_from(manifest, run, continuation)
+    position.schedule = plan.position.schedule
     to_come = (run.config.train.steps - position.step) * run.batch.global_batch
-    data = replace(data, train=order, samples=position.samples + max(0, to_come))
+    data = replace(plan.data, train=order, samples=position.samples + max(0, to_come))
     if position.best_loss is not None and manifest.validation not in (None, identity.validation):
         position.best_loss, position.stale_evaluations = None, 0
         notes += ("validation is on other data: the lowest loss so far is not compared with",)
@@ -188,14 +191,38 @@ def plan_resume(
         position.pass_over(samples, here, run.config.data.sequence_length, run.batch.global_batch)
         notes += (f"the data of {resume.skip_steps} steps, {samples:,} samples, is passed over",)
     notes = (*change_notes(position, manifest, run), *notes)
-    return ResumePlan(run, data, shape, identity, position, found.reader, resume, notes, found.warnings)
+    return replace(plan, data=data, identity=identity, position=position, notes=notes)
 
 
-def _order_so_far(lengths: list[tuple[int, int]], open_with: Callable[[int], BlendedSamples]) -> BlendedSamples:
-    order = open_with(lengths[0][0])
+def _order_so_far(plan: ResumePlan, places: DataPlaces, manifest: Manifest) -> BlendedSamples:
+    """The samples in the order that the checkpoint was trained on, by what the run says of the data now."""
+    run, lengths = plan.run, lengths_of_order(manifest)
+    order = plan.data.train
+    if len(lengths) > 1 or lengths[0][0] != run.config.data.sequence_length:
+        section = run.config.data.model_copy(update={"sequence_length": lengths[0][0]})
+        earlier = replace(run, config=run.config.model_copy(update={"data": section}))
+        order = open_data(earlier, places, first_sample_of(manifest, run)).train
     for (_, end), (length, _) in pairwise(lengths):
         order = order.recut(end, length)
     return order
+
+
+def _order_from_here(
+    order: BlendedSamples, run: ResolvedRun, places: DataPlaces, manifest: Manifest, continuation: Beginning
+) -> tuple[BlendedSamples, tuple[str, ...]]:
+    """The samples that come next, and what a person should know of them."""
+    if continuation == "recut":
+        length = run.config.data.sequence_length
+        order = order.recut(lengths_of_order(manifest)[-1][1], length)
+        skipped, repeated = order.recut_tokens
+        return order, (
+            f"what is left of this pass over the data is cut into samples of {length} tokens: "
+            f"{skipped:,} tokens are skipped, {repeated:,} read twice",
+        )
+    if continuation == "anew":  # stages are configured by the run's steps, the order starts after those that are done
+        done, batch = manifest.step, run.batch.global_batch
+        order = open_data(run, places, lambda step: (step - 1 - done) * batch).train
+    return order, ()
 
 
 # Where a run would go on, and on which schedules, without a process group: for `--dry-run` beside `--resume`.
@@ -210,5 +237,5 @@ def planned_start(run: ResolvedRun, resume: ResumeOptions) -> tuple[ResolvedRun,
     section = run.config.run
     folder = RunFolder(Path(section.root).expanduser() / (section.name or "-"))
     found, resume = find_resume_checkpoint(folder, resume, SingleProcessCommunicator())
-    run, position = plan_last_step(run, found, resume)
-    return run, position.schedule
+    run, schedule = _with_schedule(run, found, resume)
+    return run, schedule.segments

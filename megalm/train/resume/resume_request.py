@@ -18,8 +18,36 @@ from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.discovery import ResumedFrom
 from megalm.errors import CheckpointError, ConfigError, DataError
 from megalm.runs.run_folder import RunFolder
+from megalm.runs.saved_config import ConfigFiles, read_settings
 from megalm.train.resume.compatibility import Extension
 from megalm.utils.atomic_files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a person may say on the command line of launch/pretrain.py.
+
+    Attributes:
+        deepspeed_config: None: the run's own where one goes on, else zero2.json.
+    """
+
+    deepspeed_config: str | None
+    config: str | None = None
+    overrides: tuple[str, ...] = ()
+    resume: str | None = None
+    extend_steps: int | None = None
+    extend_strategy: Literal["schedule", "weights"] = "schedule"
+    skip_steps: int = 0
+
+    def read(self, ranks: int) -> tuple[ResumeOptions, ConfigFiles]:
+        """What is asked for, and both configurations of a run on so many ranks.
+
+        Raises:
+            ConfigError: flags that say nothing without others, or what is wrong in a configuration by itself.
+        """
+        options = ResumeOptions.stated(self.resume, self.extend_steps, self.extend_strategy, self.skip_steps)
+        words = (*self.overrides, *options.overrides)
+        return options, read_settings(self.config, words, self.deepspeed_config, self.resume is not None, ranks)
 
 
 @dataclass(frozen=True)
@@ -54,6 +82,11 @@ class ResumeOptions:
             raise ConfigError("--extend-strategy weights starts a run of so many steps: say how many, --extend-steps N")
         extension = None if extend_steps is None else Extension(extend_steps, extend_strategy)
         return ResumeOptions(wanted, extension, skip_steps)
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What they say of the run's configuration: weights alone start a run of its own, from step 0."""
+        return (f"train.steps={self.extension.steps}",) if self.extension and self.weights_only else ()
 
     @property
     def weights_only(self) -> bool:
@@ -99,7 +132,7 @@ class LastAttempt(BaseModel):
     def origin(self) -> ResumedFrom:
         return ResumedFrom(self.path, self.attempt)
 
-    def again(self, resume: ResumeOptions, found: CheckpointReader) -> ResumeOptions:
+    def repeat(self, resume: ResumeOptions, found: CheckpointReader) -> ResumeOptions:
         """What is asked for by a `resume` that said auto; the same as last time, where that checkpoint was found."""
         if not self.origin.is_at(found.path):
             return resume

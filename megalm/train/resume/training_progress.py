@@ -10,6 +10,24 @@ from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.train.evaluator import Evaluation
 
 
+@dataclass(frozen=True)
+class RunSchedule:
+    """What the learning rate follows.
+
+    Attributes:
+        segments: one schedule after the other; the last one is in force.
+        configured_schedules: those that a person configured while the segments came about: one of them again is no
+            change.
+    """
+
+    segments: tuple[ScheduleSegment, ...] = ()
+    configured_schedules: tuple[dict[str, Any], ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """`schedule` of a manifest."""
+        return {"stated": list(self.configured_schedules), "segments": [segment.as_json() for segment in self.segments]}
+
+
 @dataclass
 class TrainingProgress:
     """What a checkpoint has to know beside the tensors.
@@ -20,9 +38,8 @@ class TrainingProgress:
         best_loss: lowest validation loss so far, on the part used while training.
         stale_evaluations: validations since then.
         rollbacks: how often the guard has set this run back.
-        past: stretches of data before the one in force, which began at sample `first_sample` as `begins` says.
-        schedule: what the learning rate follows.
-        stated: the schedules that a person stated while these segments came about: stating one again is no change.
+        data_history: stretches of data before the one in force, which began at sample `first_sample` as `continuation`
+            says.
     """
 
     step: int = 0
@@ -33,11 +50,10 @@ class TrainingProgress:
     stale_evaluations: int = 0
     evaluation: Evaluation | None = None
     rollbacks: int = 0
-    past: tuple[DataSegment, ...] = ()
+    data_history: tuple[DataSegment, ...] = ()
     first_sample: int = 0
-    begins: Beginning = "anew"
-    schedule: tuple[ScheduleSegment, ...] = ()
-    stated: tuple[dict[str, Any], ...] = ()
+    continuation: Beginning = "anew"
+    schedule: RunSchedule = RunSchedule()
 
     def segment(self, order: str, sequence_length: int, global_batch: int) -> DataSegment:
         """The stretch in force so far."""
@@ -48,24 +64,20 @@ class TrainingProgress:
             global_batch=global_batch,
             first_sample=self.first_sample,
             samples_consumed=consumed,
-            begins=self.begins,
+            begins=self.continuation,
         )
 
     def pass_over(self, samples: int, order: str, sequence_length: int, global_batch: int) -> None:
         """Go on so many samples later in the same order."""
         here = self.segment(order, sequence_length, global_batch)
-        self.past = (*self.past, here.model_copy(update={"samples_skipped": samples}))
+        self.data_history = (*self.data_history, here.model_copy(update={"samples_skipped": samples}))
         self.first_sample = self.samples = here.next_sample + samples
-        self.begins = "on"
+        self.continuation = "on"
 
     def data_json(self, order: str, sequence_length: int, global_batch: int) -> dict[str, Any]:
         """`data_position` of a manifest."""
-        segments = (*self.past, self.segment(order, sequence_length, global_batch))
+        segments = (*self.data_history, self.segment(order, sequence_length, global_batch))
         return {"segments": [segment.model_dump() for segment in segments]}
-
-    def schedule_json(self) -> dict[str, Any]:
-        """`schedule` of a manifest."""
-        return {"stated": list(self.stated), "segments": [segment.as_json() for segment in self.schedule]}
 
 
 def pass_over(manifest: Manifest, samples: int) -> Manifest:

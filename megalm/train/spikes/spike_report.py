@@ -18,7 +18,7 @@ from megalm.data.sampling.mixture import BlendedSamples
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.engine.interface import Engine
 from megalm.errors import DataError
-from megalm.runs.resume_command import ResumeCommand
+from megalm.runs.run_folder import ResumeCommand
 from megalm.train.console import RunConsole
 from megalm.train.spikes.spike_guard import Verdict
 
@@ -93,7 +93,7 @@ class SpikeReportWriter:
             try:
                 self._write(path, incident, gradients)
             except (OSError, DataError) as error:  # the decision stands, with or without its account
-                self._reporter.say(f"WARNING: no report of step {incident.step}: {error}")
+                self._reporter.info(f"WARNING: no report of step {incident.step}: {error}")
         return path
 
     def _write(self, path: Path, incident: SpikeReport, gradients: dict[str, float]) -> None:
@@ -134,9 +134,9 @@ def next_command(invocation: ResumeCommand, incident: SpikeReport) -> str:
     if incident.verdict.action in ("skip", "rollback"):
         return "none: the run goes on by itself"
     if incident.saved_step == 0:
-        return invocation.again("--resume", "auto", f"schedule.peak_learning_rate={incident.learning_rate / 2:.2g}")
+        return invocation.shell("--resume", "auto", f"schedule.peak_learning_rate={incident.learning_rate / 2:.2g}")
     behind = incident.step - incident.saved_step
-    return invocation.again("--resume", str(incident.saved_step), "--skip-steps", str(behind))
+    return invocation.shell("--resume", str(incident.saved_step), "--skip-steps", str(behind))
 
 
 def _readable(

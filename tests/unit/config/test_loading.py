@@ -7,7 +7,14 @@ import yaml
 from config_cases import refused
 
 from megalm.config import loading
-from megalm.config.loading import COMMAND_LINE, SAVED_CONFIG, config_to_yaml, external_name, load_run_config
+from megalm.config.loading import (
+    COMMAND_LINE,
+    SAVED_CONFIG,
+    GivenConfig,
+    config_to_yaml,
+    external_name,
+    load_run_config,
+)
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields
 from tests.messages import assert_names
@@ -218,13 +225,33 @@ def test_what_a_run_has_stands_for_what_is_not_stated(tmp_path: Path) -> None:
     own = tmp_path / "config.yaml"
     own.write_text(config_to_yaml(first.config))
     mine = write(tmp_path / "mine.yaml", "train: {log_interval_steps: 7, steps: 40}\n")
-    loaded = load_run_config(mine, ["train.steps=50"], own)
+    loaded = GivenConfig(mine, ["train.steps=50"]).over(own)
     assert (loaded.config.train.seed, loaded.sources["train.seed"]) == (9, SAVED_CONFIG)
     assert (loaded.config.train.log_interval_steps, loaded.config.train.steps) == (7, 50)
     assert loaded.stated == {"train.log_interval_steps", "train.steps"}
     assert loaded.preset == loaded.config.preset == "quickstart"
     # What one start alone is about is not kept: what may differ, and where the run lies.
     assert (loaded.config.resume.allow, loaded.config.run.name) == ((), None)
+
+
+def test_each_file_is_read_once(tmp_path: Path) -> None:
+    own, mine = tmp_path / "config.yaml", Path(write(tmp_path / "mine.yaml", "train: {steps: 40}\n"))
+    own.write_text(config_to_yaml(load_run_config(None, ["train.seed=9", "parallel.tensor=2"]).config))
+    given = GivenConfig(str(mine), [])
+    mine.unlink()
+    assert given.alone().config.train.steps == 40
+    loaded = given.over(own, "mine")
+    own.write_text("train: {seed: 8}\n")
+    assert given.over(own, "mine") == loaded
+    assert (loaded.config.train.seed, loaded.config.train.steps, loaded.config.run.name) == (9, 40, "mine")
+    assert given.over(own, not_kept=("parallel",)).config.parallel.tensor == 1
+    assert (given.saved(own).train.seed, given.saved(own).parallel.tensor) == (9, 2)
+
+
+def test_a_run_is_resumed_under_one_name(tmp_path: Path) -> None:
+    own = write(tmp_path / "config.yaml", "")
+    assert GivenConfig(None, ["run.name=mine"]).over(Path(own), "mine").config.run.name == "mine"
+    assert "run.name is stated twice" in refused(GivenConfig(None, ["run.name=mine"]).over, Path(own), "other")
 
 
 def test_a_preset_named_now_counts_if_it_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +261,7 @@ def test_a_preset_named_now_counts_if_it_is_another(tmp_path: Path, monkeypatch:
     own = tmp_path / "runs" / "config.yaml"
     own.parent.mkdir()
     own.write_text(config_to_yaml(load_run_config("small", ["model.hidden_size=96", "train.seed=9"]).config))
-    assert load_run_config("small", [], own).config.model.hidden_size == 96
-    other = load_run_config("large", [], own)
+    assert GivenConfig("small", []).over(own).config.model.hidden_size == 96
+    other = GivenConfig("large", []).over(own)
     assert (other.config.model.hidden_size, other.config.train.seed) == (512, 9)
     assert other.preset == other.config.preset == "large"

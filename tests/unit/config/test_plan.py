@@ -27,6 +27,7 @@ from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.lr_schedule import ScheduleSegment, learning_rate
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_plan import make_plan, parameters_by_part, points
+from megalm.runs.saved_config import ConfigFiles
 from megalm.topology import Topology
 from tests.checkpoint_files import save
 from tests.messages import assert_names
@@ -222,7 +223,7 @@ def test_a_vocabulary_that_nobody_knows_is_the_same_guess_everywhere() -> None:
     """The memory and the table of parameters, of a JSON that states its micro-batch, too."""
     loaded = load_run_config("quickstart", ["data.recipe=null"])
     for name in ("zero2.json", "recipes/h100.json"):
-        plan = planned(loaded, read_deepspeed_json(DS_CONFIGS_FOLDER / name), 1, 80.0, 8)
+        plan = planned(ConfigFiles(loaded, read_deepspeed_json(DS_CONFIGS_FOLDER / name)), 1, 80.0, 8)
         assert plan.shape.vocab_size == 50_304
         assert plan.memory.weights >= 50_304 * 256 * 2
         assert_names("\n".join(plan.resolved.notices), "50,304")

@@ -15,7 +15,7 @@ from config_cases import CPU, refused, section_of
 from megalm.cli.plan import planned
 from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
-from megalm.config.loading import config_to_yaml, load_run_config, preset_paths
+from megalm.config.loading import GivenConfig, config_to_yaml, load_run_config, preset_paths
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields
 from megalm.planning.recipe_claims import EXPECTED, HOLDS, NO_VERDICT, Judgement, judge
@@ -30,9 +30,9 @@ RECIPES = sorted(set(preset_paths()) - {"quickstart"})
 @functools.cache
 def plan_of(name: str, *overrides: str) -> Plan:
     """As `megalm plan --config NAME` does it, on GPUs of 24 GiB where the document names none."""
-    loaded, deepspeed = read_settings(name, overrides, None, resume=False, ranks=1)
-    documented = loaded.config.documented
-    return planned(loaded, deepspeed, documented.devices or 1, documented.device_memory_gib or 24, 8)
+    files = read_settings(name, overrides, None, resume=False, ranks=1)
+    documented = files.loaded.config.documented
+    return planned(files, documented.devices or 1, documented.device_memory_gib or 24, 8)
 
 
 def judged(name: str, *overrides: str) -> dict[tuple[str, object], Judgement]:
@@ -166,22 +166,22 @@ def test_a_recipe_s_json_keeps_the_house_rules(path: Path) -> None:
 
 
 def test_a_recipe_brings_its_json_and_refuses_another_batch() -> None:
-    loaded, deepspeed = read_settings("a100x4-300m", (), None, resume=False, ranks=1)
-    assert Path(deepspeed.path).name == "a100x4-300m.json"
+    files = read_settings("a100x4-300m", (), None, resume=False, ranks=1)
+    assert Path(files.deepspeed.path).name == "a100x4-300m.json"
     other = read_deepspeed_json(DS_CONFIGS_FOLDER / "fp32.json")
-    said = refused(resolve, loaded, other, 1, CPU, data_needed=False)
+    said = refused(resolve, files.loaded, other, 1, CPU, data_needed=False)
     names = ("train_batch_size=16", "a100x4-300m", "ds_configs/recipes/a100x4-300m.json", "train_batch_size=512")
     assert_names(said, *names, "--deepspeed_config")
-    _, own = read_settings("a100x4-300m", ("deepspeed_config=null",), None, resume=False, ranks=1)
-    assert Path(own.path).name == "zero2.json"
-    _, stated = read_settings("a100x4-300m", (), str(DS_CONFIGS_FOLDER / "fp32.json"), resume=False, ranks=1)
-    assert Path(stated.path).name == "fp32.json"
+    own = read_settings("a100x4-300m", ("deepspeed_config=null",), None, resume=False, ranks=1)
+    assert Path(own.deepspeed.path).name == "zero2.json"
+    stated = read_settings("a100x4-300m", (), str(DS_CONFIGS_FOLDER / "fp32.json"), resume=False, ranks=1)
+    assert Path(stated.deepspeed.path).name == "fp32.json"
 
 
 def test_the_default_json_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, file in ((None, "zero2.json"), ("h100-1k", "h100.json")):
-        assert Path(read_settings(name, (), None, resume=False, ranks=1)[1].path).name == file
+        assert Path(read_settings(name, (), None, resume=False, ranks=1).deepspeed.path).name == file
 
 
 def test_a_run_that_goes_on_takes_the_json_of_a_recipe_that_is_named_now(tmp_path: Path) -> None:
@@ -192,16 +192,16 @@ def test_a_run_that_goes_on_takes_the_json_of_a_recipe_that_is_named_now(tmp_pat
     words = (f"run.root={tmp_path}", "run.name=mine")
 
     def path(config: str | None) -> str:
-        return str(read_settings(config, words, None, resume=True, ranks=1)[1].path)
+        return str(read_settings(config, words, None, resume=True, ranks=1).deepspeed.path)
 
     assert path(None) == path("gpt2-diagnostic") == str(folder / "deepspeed.json")
     assert Path(path("gpt2-diagnostic-resume")).name == "gpt2-diagnostic-resume.json"
 
 
 def test_a_recipe_without_data_is_planned_and_not_run() -> None:
-    loaded, deepspeed = read_settings("slm-117m", (), None, resume=False, ranks=1)
+    files = read_settings("slm-117m", (), None, resume=False, ranks=1)
     what_to_give = ("data.train=PREFIX", "data.tokenizer=FILE", "30,000")
-    assert_names(refused(resolve, loaded, deepspeed, 1, CPU), *what_to_give)
+    assert_names(refused(resolve, files.loaded, files.deepspeed, 1, CPU), *what_to_give)
     assert_names(section_of(plan_text(plan_of("slm-117m"), 8), "Data"), *what_to_give)
     assert_names(refused(plan_of, "slm-117m", "data.train=x"), "data.train=x", "data.tokenizer")
 
@@ -227,7 +227,19 @@ def test_a_persons_own_account_of_a_document_goes_on_with_the_run(tmp_path: Path
     loaded = load_run_config(str(mine), [])
     kept.write_text(config_to_yaml(loaded.config))
     assert [claim.step for claim in loaded.config.documented.claims] == [9, None]
-    assert load_run_config(None, [], kept).config.documented == loaded.config.documented
+    assert GivenConfig(None, []).over(kept).config.documented == loaded.config.documented
+
+
+@pytest.mark.parametrize("preset", [None, *RECIPES])
+def test_a_configuration_knows_what_is_its_presets(tmp_path: Path, preset: str | None) -> None:
+    """So that its YAML is written without reading the preset again."""
+    own = tmp_path / "config.yaml"
+    own.write_text(config_to_yaml(load_run_config(preset, []).config))
+    written = tmp_path / "mine.yaml"
+    written.write_text("preset: gpt2-diagnostic\ndocumented: {device: A100}\n")
+    for given in (GivenConfig(preset, []), GivenConfig("gpt2-diagnostic", []), GivenConfig(str(written), [])):
+        for loaded in (given.alone(), given.over(own)):
+            assert config_to_yaml(loaded.config, loaded.documented_by_preset) == config_to_yaml(loaded.config)
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------

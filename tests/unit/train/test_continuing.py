@@ -25,7 +25,7 @@ from megalm.train.resume.compatibility import (
     with_last_step,
     with_schedule,
 )
-from megalm.train.resume.training_progress import TrainingProgress
+from megalm.train.resume.training_progress import RunSchedule
 from tests.messages import assert_names
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,15 +40,13 @@ def run(*overrides: str) -> ResolvedRun:
 def manifest(step: int, *segments: DataSegment, **more: Any) -> Manifest:
     """Of a run of 10 steps with the defaults."""
     of = run("train.steps=10")
-    position = TrainingProgress(step=step)
-    with_schedule(position, of, None, None)
     stated = {
         "step": step,
         "tokens": 0,
         "best_validation_loss": 2.5,
         "stale_evaluations": 1,
         "data_position": {"segments": [segment.model_dump() for segment in segments]},
-        "schedule": position.schedule_json(),
+        "schedule": with_schedule(of, None).as_json(),
         "files": {},
         "tensors": {},
     }
@@ -67,71 +65,67 @@ def segment(length: int, batch: int, first: int, consumed: int, skipped: int = 0
     )
 
 
-def scheduled(then: Manifest, now: ResolvedRun, more: int | None = None) -> TrainingProgress:
-    position = TrainingProgress()
-    with_schedule(position, now, then, more)
-    return position
+def scheduled(then: Manifest, now: ResolvedRun, more: int | None = None) -> RunSchedule:
+    return with_schedule(now, then, more)
 
 
 def test_the_same_schedule_stays_in_force() -> None:
     then = manifest(4, segment(256, 16, 0, 64))
-    position = scheduled(then, run("train.steps=10"))
-    assert [part.first_step for part in position.schedule] == [1]
-    assert with_last_step(run("train.steps=10"), position).config.train.steps == 10
+    schedule = scheduled(then, run("train.steps=10"))
+    assert [part.first_step for part in schedule.segments] == [1]
+    assert with_last_step(run("train.steps=10"), schedule).config.train.steps == 10
 
 
 def test_another_schedule_holds_from_the_next_step_on() -> None:
     then = manifest(4, segment(256, 16, 0, 64))
     now = run("train.steps=20", "schedule.kind=constant", "schedule.peak_learning_rate=1e-5")
-    position = scheduled(then, now)
-    assert [(part.first_step, part.offset_steps) for part in position.schedule] == [(1, 0), (5, 0)]
+    schedule = scheduled(then, now)
+    assert [(part.first_step, part.offset_steps) for part in schedule.segments] == [(1, 0), (5, 0)]
     old = scheduled(then, run("train.steps=10"))
-    assert [rate_at(position.schedule, step) for step in range(1, 5)] == [
-        rate_at(old.schedule, step) for step in range(1, 5)
+    assert [rate_at(schedule.segments, step) for step in range(1, 5)] == [
+        rate_at(old.segments, step) for step in range(1, 5)
     ], "the rate of every past step can still be told"
-    assert {rate_at(position.schedule, step) for step in range(5, 21)} == {1e-5}
+    assert {rate_at(schedule.segments, step) for step in range(5, 21)} == {1e-5}
 
 
 def test_an_extension_starts_where_the_rate_was() -> None:
     then = manifest(10, segment(256, 16, 0, 160))
-    position = scheduled(then, run("train.steps=10"), more=100)
-    before, after = rate_at(position.schedule, 10), rate_at(position.schedule, 11)
+    schedule = scheduled(then, run("train.steps=10"), more=100)
+    before, after = rate_at(schedule.segments, 10), rate_at(schedule.segments, 11)
     assert after == pytest.approx(before, rel=1e-3)
     assert after < before
-    assert rate_at(position.schedule, 110) == pytest.approx(before / 10)
-    assert with_last_step(run("train.steps=10"), position).config.train.steps == 110
+    assert rate_at(schedule.segments, 110) == pytest.approx(before / 10)
+    assert with_last_step(run("train.steps=10"), schedule).config.train.steps == 110
     # The words of the first start, said again, are no wish for another schedule.
-    assert (
-        scheduled(then.amended(schedule=position.schedule_json()), run("train.steps=10")).schedule == position.schedule
-    )
+    assert scheduled(then.amended(schedule=schedule.as_json()), run("train.steps=10")).segments == schedule.segments
     said = scheduled(then, run("train.steps=10", "schedule.kind=linear", "schedule.final_learning_rate=0"), more=100)
-    assert (said.schedule[-1].schedule.kind, rate_at(said.schedule, 110)) == ("linear", 0.0)
+    assert (said.segments[-1].schedule.kind, rate_at(said.segments, 110)) == ("linear", 0.0)
 
 
 def test_segments_survive_a_manifest() -> None:
-    position = scheduled(manifest(10, segment(256, 16, 0, 160)), run("train.steps=10"), more=7)
-    stored = manifest(10, schedule=position.schedule_json()).schedule.segments
-    assert tuple(ScheduleSegment.of(part) for part in stored) == position.schedule
+    schedule = scheduled(manifest(10, segment(256, 16, 0, 160)), run("train.steps=10"), more=7)
+    stored = manifest(10, schedule=schedule.as_json()).schedule.segments
+    assert tuple(ScheduleSegment.of(part) for part in stored) == schedule.segments
 
 
 def test_the_position_of_an_unchanged_run() -> None:
     then = manifest(4, segment(256, 16, 0, 64), rollbacks=2)
     position = progress_from(then, run(), "on")
-    assert (position.step, position.samples, position.first_sample, position.past) == (4, 64, 0, ())
+    assert (position.step, position.samples, position.first_sample, position.data_history) == (4, 64, 0, ())
     assert (position.best_loss, position.stale_evaluations, position.rollbacks) == (2.5, 1, 2)
 
 
 def test_skipped_samples_are_passed_over_and_stay_noted() -> None:
     skipped = segment(256, 16, 0, 64, skipped=32)
     position = progress_from(manifest(4, skipped), run(), "on")
-    assert (position.samples, position.first_sample, position.past) == (96, 96, (skipped,))
+    assert (position.samples, position.first_sample, position.data_history) == (96, 96, (skipped,))
     position.samples += 16
     assert position.segment("order", 256, 16) == segment(256, 16, 96, 16, begins="on")
 
 
 def test_another_batch_is_another_stretch_of_the_same_order() -> None:
     position = progress_from(manifest(4, segment(256, 8, 0, 32)), run(), "on")
-    assert (position.samples, position.first_sample, position.begins) == (32, 32, "on")
+    assert (position.samples, position.first_sample, position.continuation) == (32, 32, "on")
 
 
 def test_another_length_cuts_what_is_left() -> None:
@@ -139,7 +133,7 @@ def test_another_length_cuts_what_is_left() -> None:
     now = run()
     assert continuation_kind(now, then, {}) == "recut"
     position = progress_from(then, now, "recut")
-    assert (position.samples, position.begins, len(position.past)) == (0, "recut", 1)
+    assert (position.samples, position.continuation, len(position.data_history)) == (0, "recut", 1)
     staged = now.config.data.model_copy(update={"stages": ("one",)})
     with pytest.raises(ConfigError) as refused:
         continuation_kind(replace(now, config=now.config.model_copy(update={"data": staged})), then, {})

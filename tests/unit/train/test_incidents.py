@@ -15,7 +15,7 @@ from megalm.data.indexed.document_sources import sources_path
 from megalm.data.sampling.mixture import BlendedSamples, MixtureStage
 from megalm.data.sampling.samples import TrainingSamples
 from megalm.data.tokenizers.tokenizer import ByteTokenizer
-from megalm.runs.resume_command import ResumeCommand
+from megalm.runs.run_folder import ResumeCommand
 from megalm.train.console import RunConsole
 from megalm.train.spikes.spike_guard import Verdict
 from megalm.train.spikes.spike_report import (

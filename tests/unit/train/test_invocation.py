@@ -12,18 +12,17 @@ from megalm.config.deepspeed.json_reader import named_json, read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.config.precision import DeviceFacts
 from megalm.planning.resolve import resolve
-from megalm.runs.resume_command import ResumeCommand
-from megalm.runs.run_folder import RunFolder
+from megalm.runs.run_folder import ResumeCommand, RunFolder
 from megalm.train.run_summary import final_summary
 
 
 def test_says_no_more_than_is_needed() -> None:
-    told = ResumeCommand(Path("runs/mine")).again("--resume", "auto", "train.steps=40")
+    told = ResumeCommand(Path("runs/mine")).shell("--resume", "auto", "train.steps=40")
     assert told == "deepspeed launch/pretrain.py run.name=mine --resume auto train.steps=40"
 
 
 def test_says_where_and_how_many_and_quotes_for_a_shell() -> None:
-    told = ResumeCommand(Path("/data/my runs/mine"), ranks=2).again("--resume", "auto")
+    told = ResumeCommand(Path("/data/my runs/mine"), ranks=2).shell("--resume", "auto")
     assert shlex.split(told) == [
         *("deepspeed", "--num_gpus", "2", "launch/pretrain.py"),
         *("run.root=/data/my runs", "run.name=mine", "--resume", "auto"),

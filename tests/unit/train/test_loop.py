@@ -25,11 +25,10 @@ from megalm.train.console import RunConsole
 from megalm.train.evaluator import TOTAL, Evaluation
 from megalm.train.lifecycle.shutdown import StopRequest
 from megalm.train.lifecycle.time_limits import TimeLimits
-from megalm.train.preflight import memory_errors_named
-from megalm.train.resume.training_progress import TrainingProgress
+from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
 from megalm.train.spikes.spike_guard import SpikeGuard
 from megalm.train.spikes.spike_report import SpikeReport
-from megalm.train.trainer import Trainer, TrainerComponents
+from megalm.train.trainer import Trainer, TrainerComponents, memory_errors_named
 from tests.messages import assert_names
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -101,7 +100,10 @@ class Checkpoints:
     def note_evaluation(self, path: Path, evaluation: Evaluation) -> None:
         self.noted.append((path.name, evaluation.loss))
 
-    def roll_back(self, engine: Engine, next_sample: int, attempt: int) -> tuple[Path, TrainingProgress]:
+    def roll_back(
+        self, engine: Engine, guard: SpikeGuard, next_sample: int, attempt: int
+    ) -> tuple[Path, TrainingProgress]:
+        guard.forget_refusals()
         step = max(step for step in self.positions if step not in self.suspect)
         position = replace(self.positions[step])
         position.pass_over(next_sample - position.samples, "order", 256, 16)
@@ -147,7 +149,7 @@ class Story:
         self.checkpoints, self.sampler = Checkpoints(), Sampler()
         self.incidents, self.metrics = Incidents(), folder / "metrics.jsonl"
         position = options.get("position", TrainingProgress())
-        position.schedule = (ScheduleSegment(1, 0, run.schedule),)
+        position.schedule = RunSchedule((ScheduleSegment(1, 0, run.schedule),))
         self.loop = Trainer(
             TrainerComponents(
                 run=run,
@@ -176,7 +178,7 @@ class Story:
 def test_intervals_and_the_end(tmp_path: Path) -> None:
     settings = ("evaluate.interval_steps=4", "checkpoint.interval_steps=3", "sample.interval_steps=5")
     story = Story(tmp_path, *settings, validation=[3.0, 2.0])
-    assert story.loop.run() == EXIT_DONE
+    assert story.loop.fit() == EXIT_DONE
     assert story.checkpoints.saved == [3, 6, 9, 10]
     assert story.sampler.steps == [(5, False), (10, True)]
     assert story.checkpoints.noted == [("step-10", 9.0)]
@@ -196,7 +198,7 @@ def test_intervals_and_the_end(tmp_path: Path) -> None:
 
 def test_a_peak_that_is_exceeded_is_doubted_once(tmp_path: Path) -> None:
     story = Story(tmp_path, steps=3, peak_flops=1.0)
-    assert story.loop.run() == EXIT_DONE
+    assert story.loop.fit() == EXIT_DONE
     (warning,) = [row for row in read_metrics(story.metrics) if row.get("event") == "warning"]
     assert warning["step"] == 1
     assert_names(warning["text"], "MFU", "100%")
@@ -221,7 +223,7 @@ def test_losses_are_told_beside_those_of_a_document(tmp_path: Path) -> None:
     history, medians = story.loop.parts.guard.history, []
     take_median = history.median_loss
     history.median_loss = lambda loss: medians.append(loss) or take_median(loss)  # type: ignore[method-assign]
-    assert story.loop.run() == EXIT_DONE
+    assert story.loop.fit() == EXIT_DONE
     assert medians == [1.0, 1.0, 1.0, 1.4], "of the four steps that the document has a training loss of"
     told = [row for row in read_metrics(story.metrics) if row.get("event") == "expected"]
     assert [(row["step"], row["quantity"], row["loss"], row["met"]) for row in told] == [
@@ -244,7 +246,7 @@ def test_losses_are_told_beside_those_of_a_document(tmp_path: Path) -> None:
 def test_patience_counts_validations_without_a_new_lowest(tmp_path: Path) -> None:
     settings = ("evaluate.interval_steps=1", "evaluate.patience=2", "checkpoint.best=true")
     story = Story(tmp_path, *settings, validation=[3.0, 2.0, 2.5, 1.9, 1.9, 2.1, 1.0])
-    assert story.loop.run() == EXIT_DONE
+    assert story.loop.fit() == EXIT_DONE
     assert story.loop.position.step == 6
     assert story.checkpoints.best == ["step-1", "step-2", "step-4"]
     assert story.checkpoints.saved == [1, 2, 4, 6]
@@ -259,7 +261,7 @@ def test_patience_counts_validations_without_a_new_lowest(tmp_path: Path) -> Non
 def test_the_last_step_may_be_the_best(tmp_path: Path, samples: str, losses: list[float]) -> None:
     settings = ("evaluate.interval_steps=5", f"evaluate.max_samples={samples}", "checkpoint.best=true")
     story = Story(tmp_path, *settings, validation=losses, whole=2.0)
-    assert story.loop.run() == EXIT_DONE
+    assert story.loop.fit() == EXIT_DONE
     assert story.checkpoints.best == ["step-5", "step-10"]
     assert story.checkpoints.noted == [("step-10", 2.0)]
 
@@ -267,14 +269,14 @@ def test_the_last_step_may_be_the_best(tmp_path: Path, samples: str, losses: lis
 def test_the_last_step_may_be_worse(tmp_path: Path) -> None:
     settings = ("evaluate.interval_steps=5", "evaluate.max_samples=128", "checkpoint.best=true")
     story = Story(tmp_path, *settings, validation=[3.0, 3.5], whole=2.0)
-    assert story.loop.run() == EXIT_DONE
+    assert story.loop.fit() == EXIT_DONE
     assert story.checkpoints.best == ["step-5"], "a loss over other samples says nothing"
 
 
 def test_a_validation_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
     settings = ("evaluate.interval_steps=1", "evaluate.patience=2", "checkpoint.best=true")
     story = Story(tmp_path, *settings, validation=[math.nan, 3.0, math.nan, 4.0, 2.0])
-    assert story.loop.run() == EXIT_DONE
+    assert story.loop.fit() == EXIT_DONE
     assert story.checkpoints.best == ["step-2"]
     assert (story.loop.position.step, story.loop.position.best_loss) == (4, 3.0)
 
@@ -283,26 +285,26 @@ def test_patience_goes_on_counting_after_a_resume(tmp_path: Path) -> None:
     position = TrainingProgress(step=3, samples=48, tokens=3 * 4096, attempt=2, best_loss=2.0, stale_evaluations=1)
     settings = ("evaluate.interval_steps=1", "evaluate.patience=2")
     story = Story(tmp_path, *settings, validation=[2.4, 2.3], position=position)
-    assert story.loop.run() == EXIT_DONE
+    assert story.loop.fit() == EXIT_DONE
     assert story.loop.position.step == 4
 
 
 def test_a_signal_saves_this_step_and_leaves(tmp_path: Path) -> None:
     story = Story(tmp_path, "checkpoint.interval_steps=3", stop_at=4)
-    assert story.loop.run() == EXIT_START_AGAIN
+    assert story.loop.fit() == EXIT_START_AGAIN
     assert story.checkpoints.saved == [3, 4]
     assert story.events() == ["checkpoint", "signal", "checkpoint", "end"]
 
 
 def test_a_signal_at_a_saved_step_saves_once(tmp_path: Path) -> None:
     story = Story(tmp_path, "checkpoint.interval_steps=3", stop_at=3)
-    assert story.loop.run() == EXIT_START_AGAIN
+    assert story.loop.fit() == EXIT_START_AGAIN
     assert story.checkpoints.saved == [3]
 
 
 def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path) -> None:
     story = Story(tmp_path, stop_at=10)
-    assert story.loop.run() == EXIT_DONE
+    assert story.loop.fit() == EXIT_DONE
     assert story.checkpoints.saved == [10]
 
 
@@ -311,7 +313,7 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, loss: float, policy: str) -> None:
     story = Story(tmp_path, "checkpoint.interval_steps=2", f"guard.policy={policy}", losses={4: loss})
     with pytest.raises(TrainingError) as stopped:
-        story.loop.run()
+        story.loop.fit()
     assert_names(stopped.value, 4, "loss", loss, f"guard.policy={policy}", 48, 63, "incidents/step-4.md")
     assert story.checkpoints.saved == [2, 3]
     (reason,) = story.checkpoints.suspect.values()
@@ -327,7 +329,7 @@ def test_skip_leaves_out_what_is_out_of_bounds(tmp_path: Path) -> None:
     story = Story(
         tmp_path, *EAGER, "guard.policy=skip", "checkpoint.interval_steps=3", losses={5: 9.0, 6: math.nan}, steps=12
     )
-    assert story.loop.run() == EXIT_DONE
+    assert story.loop.fit() == EXIT_DONE
     assert story.engine.applied == [1, 2, 3, 4, 7, 8, 9, 10, 11, 12]
     assert story.incidents.steps == [(5, "skip"), (6, "skip")]
     assert story.checkpoints.saved == [3, 6, 9, 12]
@@ -342,14 +344,14 @@ def test_too_many_skips_in_a_row_end_the_run(tmp_path: Path) -> None:
     losses = dict.fromkeys(range(5, 13), 9.0)
     story = Story(tmp_path, *EAGER, "guard.policy=skip", "guard.max_skips_in_a_row=2", losses=losses, steps=12)
     with pytest.raises(TrainingError) as stopped:
-        story.loop.run()
+        story.loop.fit()
     assert_names(stopped.value, 7, "loss", 9, 3, "guard.max_skips_in_a_row=2")
     assert story.engine.applied == [1, 2, 3, 4]
 
 
 def test_off_lets_it_pass_and_trusts_no_checkpoint_of_the_window_after(tmp_path: Path) -> None:
     story = Story(tmp_path, *EAGER, "guard.policy=off", "checkpoint.interval_steps=2", losses={5: 9.0}, steps=12)
-    assert story.loop.run() == EXIT_DONE
+    assert story.loop.fit() == EXIT_DONE
     assert story.engine.applied == list(range(1, 13))
     assert story.checkpoints.saved == [2, 4, 6, 8, 10, 12]
     assert list(story.checkpoints.suspect) == [6, 8, 10]
@@ -359,11 +361,11 @@ def test_off_lets_it_pass_and_trusts_no_checkpoint_of_the_window_after(tmp_path:
 def test_rollback_goes_back_and_past_the_data(tmp_path: Path) -> None:
     settings = ("guard.policy=rollback", "checkpoint.interval_steps=3", "evaluate.interval_steps=3")
     story = Story(tmp_path, *EAGER, *settings, losses={5: 9.0}, validation=[3.0, 2.0, 1.0], steps=12)
-    assert story.loop.run() == EXIT_DONE
+    assert story.loop.fit() == EXIT_DONE
     assert story.engine.applied == [1, 2, 3, 4, *range(6, 15)], "batches 4 and 5 are passed over, 4 was taken back"
     position = story.loop.position
     assert (position.step, position.samples, position.attempt, position.rollbacks) == (12, 14 * 16, 2, 1)
-    assert [(part.samples_consumed, part.samples_skipped) for part in position.past] == [(48, 32)]
+    assert [(part.samples_consumed, part.samples_skipped) for part in position.data_history] == [(48, 32)]
     rows = list(read_metrics(story.metrics))
     event = next(row for row in rows if row.get("event") == "rollback")
     assert (event["step"], event["at_step"], event["samples_skipped"], event["attempt"]) == (3, 5, 32, 2)
@@ -375,7 +377,7 @@ def test_rollbacks_are_bounded(tmp_path: Path) -> None:
     settings = ("guard.policy=rollback", "checkpoint.interval_steps=3", "guard.max_rollbacks=2")
     story = Story(tmp_path, *EAGER, *settings, losses=dict.fromkeys(range(5, 40), 9.0), steps=12)
     with pytest.raises(TrainingError) as stopped:
-        story.loop.run()
+        story.loop.fit()
     assert_names(stopped.value, 2, "guard.max_rollbacks=2")
     assert [action for _, action in story.incidents.steps] == ["rollback", "rollback", "stop"]
 
@@ -384,7 +386,7 @@ def test_a_run_that_does_not_learn_is_stopped(tmp_path: Path) -> None:
     settings = ("guard.stop_above=0.9", "guard.after_step=6")
     story = Story(tmp_path, *settings)
     with pytest.raises(TrainingError) as stopped:
-        story.loop.run()
+        story.loop.fit()
     assert_names(stopped.value, 7, "loss", 1, "guard.stop_above=0.9", "guard.after_step=6")
     assert story.checkpoints.suspect.keys() == {7}
 
@@ -392,7 +394,7 @@ def test_a_run_that_does_not_learn_is_stopped(tmp_path: Path) -> None:
 def test_the_time_that_a_run_is_given(tmp_path: Path) -> None:
     limits = TimeLimits(wall_seconds=100.0, started=time.monotonic() - 95.0)
     story = Story(tmp_path, "train.max_wall_time=100s", limits=limits)
-    assert story.loop.run() == EXIT_START_AGAIN
+    assert story.loop.fit() == EXIT_START_AGAIN
     assert story.checkpoints.saved == [1]
     assert story.events() == ["wall_time", "checkpoint", "end"]
 

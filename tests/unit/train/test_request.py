@@ -15,6 +15,7 @@ from megalm.runs.run_folder import RunFolder
 from megalm.train.resume.compatibility import Extension
 from megalm.train.resume.find_checkpoint import find_checkpoint
 from megalm.train.resume.resume_request import (
+    Arguments,
     ResumeOptions,
     attempt_after_rollback,
     describe_attempt,
@@ -48,7 +49,7 @@ def found(folder: RunFolder) -> tuple[int, ResumeOptions]:
     assert not requeued
     start = find_checkpoint(folder, "auto", SingleProcessCommunicator(), before.origin if before else None)
     assert start is not None
-    return start.reader.manifest.step, before.again(AUTO, start.reader) if before else AUTO
+    return start.reader.manifest.step, before.repeat(AUTO, start.reader) if before else AUTO
 
 
 def test_later_steps_of_an_attempt_that_was_left_are_not_taken(folder: RunFolder) -> None:
@@ -151,3 +152,11 @@ def test_flags_that_say_nothing_without_others_are_refused() -> None:
         assert_names(refused.value, *names)
     assert ResumeOptions.stated("auto", None, "schedule", 0) == ResumeOptions("auto")
     assert ResumeOptions.stated("7", 5, "weights", 0).weights_only
+
+
+def test_an_extension_from_weights_is_a_run_of_so_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options, files = Arguments(None, resume="7", extend_steps=5, extend_strategy="weights").read(ranks=1)
+    assert (files.loaded.config.train.steps, options.extension) == (5, Extension(5, "weights"))
+    _, files = Arguments(None, resume="7", extend_steps=5, overrides=("train.steps=50",)).read(ranks=1)
+    assert files.loaded.config.train.steps == 50

@@ -12,7 +12,7 @@ from megalm.checkpoint.shard_spec import WEIGHTS
 from megalm.communicator import SingleProcessCommunicator
 from megalm.errors import ConfigError
 from megalm.runs.run_folder import newest_run, open_run_folder
-from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor
+from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks
 from tests.messages import assert_names
 
 
@@ -61,8 +61,8 @@ def test_what_never_began_leaves_nothing(tmp_path: Path) -> None:
 def test_a_folder_that_is_moved_away_ends_no_run_in_silence(tmp_path: Path) -> None:
     folder = open_run_folder(tmp_path, "mine", None, resume=False)
     guard = RankSupervisor(rank=0)
-    guard.claim = claim = FailureClaim(folder.failure(1))
-    guard.began()
+    claim = FailureClaim(folder.failure(1))
+    guard.enter(RunHooks(claim, began=True))
     folder.path.rename(tmp_path / "elsewhere")
     assert not claim.is_taken(), "nobody has failed"
     assert claim.take("rank 0: why"), "who fails then says so"
