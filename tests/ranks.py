@@ -14,8 +14,23 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-_CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.ranks_preload"])
+FORK_SERVER = mp.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["tests.ranks_preload"])
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher tells a rank of one node; the store at `port` is the caller's."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there: rank 0 starts none
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "DS_ACCELERATOR": "cpu",
+    }
 
 
 def run_ranks(
@@ -27,9 +42,9 @@ def run_ranks(
         AssertionError: with the traceback of the first rank that failed.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # keeps its port, so that nobody takes it
-    queue: Any = _CONTEXT.Queue()
+    queue: Any = FORK_SERVER.Queue()
     processes = [
-        _CONTEXT.Process(target=_rank, args=(rank, world_size, store.port, queue, function, arguments))
+        FORK_SERVER.Process(target=_rank, args=(rank, world_size, store.port, queue, function, arguments))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -51,17 +66,7 @@ def run_ranks(
 def _rank(
     rank: int, world_size: int, port: int, queue: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there: rank 0 starts none
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "DS_ACCELERATOR": "cpu",
-    }
+    os.environ |= rank_environment(rank, world_size, port)
     error, value = "", None
     try:
         import torch

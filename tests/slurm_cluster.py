@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-_START_SECONDS = 30.0
+_START_SECONDS = 90.0
 _REAPER_SECONDS = 20.0
 _NODE_CPUS = 16
 _NODE_GPUS = 2
@@ -78,12 +77,6 @@ class SlurmCluster:
         """The ends of the daemons' logs, to explain a failure."""
         files = sorted((self.folder / "log").glob("*.log"))
         return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-2000:]}" for file in files)
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[SlurmCluster]:
-    with slurm_cluster() as cluster:
-        yield cluster
 
 
 @contextmanager

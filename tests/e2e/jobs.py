@@ -1,4 +1,7 @@
-"""The training command as people start it: real launchers, real processes, an end that is looked at closely."""
+"""The commands as people start them: real launchers, real processes, an end that is looked at closely.
+
+Where the launcher and the start of Python prove nothing, `forked` runs the same script without the time of imports.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,11 @@ from typing import Any
 import psutil
 
 from megalm.runs.metrics_log import read_metrics
+from tests.e2e.forked import ForkedRanks
 
 ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = ROOT / "launch" / "pretrain.py"
+MEGALM = Path(sys.executable).with_name("megalm")
 DS_CONFIGS = ROOT / "ds_configs"
 
 # A model and a batch that a CPU steps through in hundredths of a second.
@@ -31,6 +36,7 @@ SMALL = (
     "model.num_hidden_layers=2",
     "data.sequence_length=64",
     "schedule.warmup_steps=2",
+    "train.rehearse=false",
     "evaluate.interval_steps=null",
     "checkpoint.interval_steps=null",
     "sample.prompts=['def ']",
@@ -39,11 +45,14 @@ SMALL = (
 )
 _LAUNCHER_LINE = re.compile(r"\[(launch|runner)\.py:|^\*+$|^Setting OMP_NUM_THREADS|torch/distributed/run")
 _MARK = "MEGALM_E2E_JOB"
+_FORKED = "forked:"  # and a number of ranks, in place of a launcher
 _SHELL_SETTINGS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
 def launcher(name: str, ranks: int = 1) -> list[str]:
-    """The words before launch/pretrain.py: `python`, `deepspeed` (no flag for one rank) or `torchrun`."""
+    """The words before launch/pretrain.py: `forked`, `python`, `deepspeed` (no flag for one rank) or `torchrun`."""
+    if name == "forked":
+        return [f"{_FORKED}{ranks}"]
     if name == "python":
         assert ranks == 1
         return [sys.executable]
@@ -70,17 +79,25 @@ class Finished:
 class Job:
     """A started command; all its processes carry a mark in their environment, wherever they move to."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | ForkedRanks
     mark: str
     folder: Path
     started: float = field(default_factory=time.monotonic)
 
     def processes(self) -> list[psutil.Process]:
         """Everything alive of this job: launchers, ranks, mirrors."""
-        return [process for process in psutil.process_iter() if _environment(process).get(_MARK) == self.mark]
+        # What is forked shows the fork server's environment; it leads a session of its own.
+        sessions = self.process.pids if isinstance(self.process, ForkedRanks) else ()
+        return [
+            process
+            for process in psutil.process_iter()
+            if _environment(process).get(_MARK) == self.mark or (sessions and _session(process) in sessions)
+        ]
 
     def rank(self, rank: int) -> psutil.Process:
         """The training process of a rank."""
+        if isinstance(self.process, ForkedRanks):
+            return psutil.Process(self.process.pids[rank])
         for process in self.processes():
             words = process.cmdline()
             is_rank = any(word == str(PRETRAIN) for word in words[1:3])
@@ -88,7 +105,7 @@ class Job:
                 return process
         raise AssertionError(f"rank {rank} is not alive")
 
-    def wait(self, timeout_seconds: float = 120.0, patience_seconds: float = 0.0) -> Finished:
+    def wait(self, timeout_seconds: float = 300.0, patience_seconds: float = 0.0) -> Finished:
         """The end of the command, and of all it started within `patience_seconds` more."""
         try:
             stdout, stderr = self.process.communicate(timeout=timeout_seconds)
@@ -102,7 +119,7 @@ class Job:
         left = [" ".join(process.cmdline()) for process in self.processes()]
         return Finished(self.process.returncode, stdout, stderr, seconds, left)
 
-    def wait_for_step(self, step: int, timeout_seconds: float = 90.0) -> None:
+    def wait_for_step(self, step: int, timeout_seconds: float = 300.0) -> None:
         """Until metrics.jsonl of the job's only run has this step."""
 
         def reached() -> bool:
@@ -112,6 +129,8 @@ class Job:
         until(reached, timeout_seconds)
 
     def kill(self) -> None:
+        if isinstance(self.process, ForkedRanks):
+            self.process.kill()  # at once: looking for all else of the job takes a moment
         for process in self.processes():
             try:
                 process.kill()
@@ -121,35 +140,44 @@ class Job:
 
 @contextmanager
 def job(folder: Path, command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> Iterator[Job]:
-    """Start `command` in `folder`, in a process group of its own; at the end nothing of it is left."""
+    """Start `command` in `folder`, in a session of its own; at the end nothing of it is left."""
     mark = uuid.uuid4().hex
     env = {name: value for name, value in os.environ.items() if name not in _SHELL_SETTINGS}
     env.pop("MLFLOW_TRACKING_URI", None)
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     env["DS_ACCELERATOR"] = "cpu"  # the same numbers on a machine with a GPU, and more ranks than it has GPUs
-    process = subprocess.Popen(
-        [str(word) for word in command],
+    started = Job(
+        _start([str(word) for word in command], folder, {**env, **(environment or {}), _MARK: mark}), mark, folder
+    )
+    try:
+        yield started
+    finally:
+        started.kill()
+        if started.process.poll() is None:
+            started.process.communicate(timeout=30)
+        if isinstance(started.process, ForkedRanks):
+            started.process.close()
+
+
+def _start(command: list[str], folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[str] | ForkedRanks:
+    if command[0].startswith(_FORKED):
+        return ForkedRanks(command[1:], int(command[0].removeprefix(_FORKED)), folder, environment)
+    return subprocess.Popen(
+        command,
         cwd=folder,
-        env={**env, **(environment or {}), _MARK: mark},
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    started = Job(process, mark, folder)
-    try:
-        yield started
-    finally:
-        started.kill()
-        if process.poll() is None:
-            process.communicate(timeout=30)
 
 
 def finish(
     folder: Path,
     command: Sequence[str | Path],
-    timeout_seconds: float = 180.0,
+    timeout_seconds: float = 400.0,
     patience_seconds: float = 0.0,
     environment: Mapping[str, str] | None = None,
 ) -> Finished:
@@ -159,10 +187,15 @@ def finish(
 
 
 def pretrain(
-    *words: str, using: str = "python", ranks: int = 1, json_file: str | Path = "fp32.json"
+    *words: str, using: str = "forked", ranks: int = 1, json_file: str | Path = "fp32.json"
 ) -> list[str | Path]:
     """The command; `json_file` is a shipped one's name or a path."""
     return [*launcher(using, ranks), PRETRAIN, "--deepspeed_config", DS_CONFIGS / json_file, *words]
+
+
+def megalm(*words: object, using: str = "forked") -> list[str | Path]:
+    """The `megalm` command."""
+    return [*launcher(using), MEGALM, *map(str, words)]
 
 
 def write_json(path: Path, base: str = "fp32.json", **changes: Any) -> Path:
@@ -222,6 +255,13 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return process.environ()
     except (psutil.Error, OSError):
         return {}
+
+
+def _session(process: psutil.Process) -> int:
+    try:
+        return 0 if process.status() == psutil.STATUS_ZOMBIE else os.getsid(process.pid)
+    except (psutil.Error, OSError):
+        return 0
 
 
 def _free_port() -> int:

@@ -12,9 +12,9 @@ import pytest
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import finish, job, losses, pretrain, rows, run_folder, train_rows
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
-WORDS = ("run.name=mine", "schedule.kind=constant", "train.rehearse=false", "checkpoint.interval_steps=2")
+WORDS = ("run.name=mine", "schedule.kind=constant", "checkpoint.interval_steps=2")
 
 
 def _words(small_data: SmallData, *more: str) -> tuple[str, ...]:
@@ -42,15 +42,14 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(small_data: SmallData, tmp_p
     for wanted, file in (("6", flipped), ("4", cut)):
         refused = finish(tmp_path, pretrain(*words, "train.steps=6", "--resume", wanted))
         assert refused.code == 2, refused.explain()
-        assert refused.stderr.startswith("megalm: checkpoint: "), refused.explain()
-        assert "/".join(file.parts[-2:]) in refused.stderr
+        (line,) = refused.stderr.splitlines()
+        assert "/".join(file.parts[-2:]) in line
 
     resumed = finish(tmp_path, pretrain(*words, "train.steps=6", "--resume", "auto"))
     assert resumed.code == 0, resumed.explain()
     warnings = [row["text"] for row in rows(tmp_path) if row.get("event") == "warning"]
     assert len(warnings) == 2
     for file, warning in zip((flipped, cut), warnings, strict=True):
-        assert warning.startswith("passed over: ")
         assert "/".join(file.parts[-2:]) in warning
         assert f"WARNING: {warning}" in resumed.stdout
     attempt = train_rows(tmp_path)[-1]["attempt"]
@@ -72,16 +71,16 @@ def small_disk(tmp_path: Path, require: Callable[..., None]) -> Iterator[Path]:
 def test_a_disk_that_holds_two_checkpoints_and_no_more(small_data: SmallData, small_disk: Path, behind: str) -> None:
     """The third is refused before it is begun; what is there stays, and with retention there is room for all."""
     words = _words(small_data, "train.steps=8", behind)
-    finished = finish(small_disk, pretrain(*words, using="torchrun", ranks=2))
+    finished = finish(small_disk, pretrain(*words, ranks=2))
     assert finished.code == 1, finished.explain()
     said = next(line for line in finished.stderr.splitlines() if line.startswith("megalm: "))
-    assert "step-00000006 was not written: rank 0: " in said
-    assert " free, a checkpoint needs" in said
+    assert "step-00000006" in said
+    assert len(re.findall(r"\d [KM]iB", said)) >= 2, "what is free and what is needed"
     left = sorted(path.name for path in (run_folder(small_disk) / "checkpoints").iterdir())
     assert left == ["latest", "step-00000002", "step-00000004"]
     assert rows(small_disk)[-1]["status"] == "failed"
 
-    command = pretrain(*words, "checkpoint.keep_last=1", "--resume", "auto", using="torchrun", ranks=2)
+    command = pretrain(*words, "checkpoint.keep_last=1", "--resume", "auto", ranks=2)
     resumed = finish(small_disk, command)
     assert resumed.code == 0, resumed.explain()
     assert list(losses(small_disk)) == list(range(1, 9))
@@ -137,7 +136,8 @@ def test_a_second_job_on_the_folder_is_refused(small_data: SmallData, tmp_path: 
         first.wait_for_step(3)
         second = finish(tmp_path, pretrain(*words, "train.steps=1000000"))
         assert second.code == 2, second.explain()
-        assert f"is being trained by another job (host {platform.node()}, process {first.process.pid})" in second.stderr
+        assert platform.node() in second.stderr, second.explain()
+        assert str(first.process.pid) in second.stderr
         step = train_rows(tmp_path)[-1]["step"]
         first.wait_for_step(step + 1)
         first.process.kill()

@@ -11,12 +11,12 @@ from megalm.checkpoint.manifest import read_manifest
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import finish, losses, pretrain, rows, run_folder, train_rows
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 STEPS, INTERVAL = 8, 2
 KILLED = Path(__file__).with_name("killed_pretrain.py")
 WORDS = (f"train.steps={STEPS}", "run.name=mine", "model.dropout=0.1", "schedule.kind=constant")
-SETTINGS = (f"checkpoint.interval_steps={INTERVAL}", "checkpoint.keep_last=2", "train.rehearse=false")
+SETTINGS = (f"checkpoint.interval_steps={INTERVAL}", "checkpoint.keep_last=2")
 VALIDATION = (f"evaluate.interval_steps={INTERVAL}", "evaluate.max_samples=16", "checkpoint.best=true")
 LEFT = ["best", "latest", "step-00000006", "step-00000008"]  # 6 is the best on those samples, too
 ASYNC = "checkpoint.async=true"
@@ -55,7 +55,7 @@ def _validation(folder: Path) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def straight(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
-    finished = finish(folder, pretrain(*_words(small_data), using="torchrun", ranks=2))
+    finished = finish(folder, pretrain(*_words(small_data), ranks=2))
     assert finished.code == 0, finished.explain()
     kept = sorted(path.name for path in (run_folder(folder) / "checkpoints").iterdir())
     assert kept == LEFT
@@ -66,7 +66,7 @@ def straight(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) ->
 def test_goes_on_as_if_nothing_had_happened(small_data: SmallData, straight: Path, tmp_path: Path, name: str) -> None:
     moment, behind = MOMENTS[name]
     words = _words(small_data, behind)
-    command = pretrain(*words, using="torchrun", ranks=2)
+    command = pretrain(*words, ranks=2)
     command[command.index(next(word for word in command if str(word).endswith("pretrain.py")))] = KILLED
     killed = finish(tmp_path, command, environment={"MEGALM_TEST_KILL": moment}, patience_seconds=20)
     assert killed.code not in (0, 2, 75), killed.explain()
@@ -74,7 +74,7 @@ def test_goes_on_as_if_nothing_had_happened(small_data: SmallData, straight: Pat
     save = int(moment.split(":")[1])
     assert train_rows(tmp_path)[-1]["step"] >= save * INTERVAL
 
-    resumed = finish(tmp_path, pretrain(*words, "--resume", "auto", using="torchrun", ranks=2))
+    resumed = finish(tmp_path, pretrain(*words, "--resume", "auto", ranks=2))
     assert resumed.code == 0, resumed.explain()
     assert losses(tmp_path) == losses(straight)
     assert _end_state(tmp_path) == _end_state(straight)

@@ -11,14 +11,13 @@ from megalm.data.indexed.dataset import IndexedDataset
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import Finished, finish, pretrain
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 
 def train(folder: Path, data: SmallData, *words: str, ranks: int = 1) -> Finished:
     small = [word for word in data.words if not word.startswith(("data.", "schedule."))]
     own = ("data.train=my", "data.input=my.jsonl", "data.sequence_length=64", "data.split=null", "train.steps=2")
-    using = "torchrun" if ranks > 1 else "python"
-    return finish(folder, pretrain(*small, *own, "schedule.warmup_steps=1", *words, using=using, ranks=ranks))
+    return finish(folder, pretrain(*small, *own, "schedule.warmup_steps=1", *words, ranks=ranks))
 
 
 def test_built_refused_and_built_again(small_data: SmallData, tmp_path: Path) -> None:
@@ -31,13 +30,13 @@ def test_built_refused_and_built_again(small_data: SmallData, tmp_path: Path) ->
     tokens = len(IndexedDataset(tmp_path / "my").tokens)
     refused = train(tmp_path, small_data, "data.tokenizer=bytes")
     assert refused.code == 2, refused.explain()
-    assert "not bytes of 257" in refused.stderr
-    assert "build it again (data.rebuild=auto does): python data_tools/build_dataset.py" in refused.stderr
+    for words in ("bytes", "257", "data.rebuild=auto", "python data_tools/build_dataset.py"):
+        assert words in refused.stderr
     again = train(tmp_path, small_data, "data.tokenizer=bytes", "data.rebuild=auto", ranks=2)
     assert again.code == 0, again.explain()
-    assert "building my again: was built with the tokenizer" in again.stdout
+    assert "tokenizer" in next(line for line in again.stdout.splitlines() if "building my" in line)
     assert len(IndexedDataset(tmp_path / "my").tokens) > 2 * tokens
     dry = train(tmp_path, small_data, trained, "--dry-run")
-    assert (dry.code, "was built with the tokenizer bytes" in dry.stderr) == (2, True)
+    assert (dry.code, "bytes" in dry.stderr) == (2, True), dry.explain()
     dry = train(tmp_path, small_data, trained, "data.rebuild=auto", "--dry-run")
-    assert (dry.code, "is built when the run starts: my was built" in dry.stdout) == (0, True)
+    assert (dry.code, dry.stderr) == (0, ""), dry.explain()

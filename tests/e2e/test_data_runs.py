@@ -16,7 +16,7 @@ from megalm.data.tokenizers.tokenizer import load_tokenizer
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import ROOT, Finished, finish, pretrain, rows, train_rows, write_json
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def pieces(folder: Path, step: int) -> list[tuple[int, str, str, str]]:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     found = re.split(r"^--- sample (\d+): (\w+) document \d+, (.*), its tokens .*\n", done.stdout, flags=re.MULTILINE)
-    assert f"step {step} of runs/mine read samples" in found[0]
+    assert f"step {step} of runs/mine" in found[0]
     return [
         (int(a), b, c, d.removesuffix("\n")) for a, b, c, d in zip(*(found[i::4] for i in range(1, 5)), strict=True)
     ]
@@ -95,16 +95,18 @@ def test_each_validation_set_has_rows_and_the_total_counts(story: Story) -> None
     assert total["targets"] == held["targets"] + seen["targets"]
     mean = (held["loss"] * held["targets"] + seen["loss"] * seen["targets"]) / total["targets"]
     assert total["loss"] == pytest.approx(mean, rel=1e-12)
-    for words in ("step 4: validation on held loss", "step 4: validation on seen loss", "step 4: validation loss"):
-        assert words in story.first.stdout
+    told = [line for line in story.first.stdout.splitlines() if line.startswith("step 4: validation")]
+    for row, line in zip((held, seen, total), told, strict=True):
+        assert f"{row['loss']:.4f}" in line
+        assert row is total or row["dataset"] in line
     manifest = json.loads((story.folder / "runs/mine/checkpoints/step-00000004/manifest.json").read_text())
     assert manifest["validation_loss"] == total["loss"]
 
 
 def test_other_validation_data_is_not_compared_with_the_lowest_loss(story: Story) -> None:
-    words = "validation is on other data: the lowest loss so far is not compared with"
-    assert words not in story.second.stdout
-    assert words in story.third.stdout
+    shown = [finished.stdout.splitlines() for finished in (story.second, story.third)]
+    notes = [[line for line in lines if "validation" in line and "lowest" in line] for lines in shown]
+    assert list(map(len, notes)) == [0, 1]
     manifest = json.loads((story.folder / "runs/mine/checkpoints/step-00000008/manifest.json").read_text())
     assert manifest["best_validation_loss"] is not None
     found = [row for row in rows(story.folder) if row["kind"] == "eval" and row["step"] == 10]
@@ -132,17 +134,16 @@ def test_what_is_consumed_may_not_change(story: Story, small_data: SmallData) ->
     other = "data.stages=[{from_step: 5, blend: [{prefix: code, weight: 1}]}]"
     refused = train(story.folder, small_data, "train.steps=20", other, "--resume", "auto")
     assert refused.code == 2, refused.explain()
-    assert "was trained with another order" in refused.stderr
-    then = "from sample 0 web 75.0%, code 25.0%; from sample 96 code 100.0%"
-    assert (
-        f"the mixture so far was {then}, is from sample 0 web 75.0%, code 25.0%; from sample 64 code" in refused.stderr
-    )
+    for words in ("order", "web 75.0%", "code 25.0%", "sample 96", "sample 64"):
+        assert words in refused.stderr
 
 
 def test_a_dry_run_tells_the_same_and_warns(story: Story, small_data: SmallData) -> None:
     dry = train(story.folder, small_data, "train.steps=1000", "data.stride=16", "--dry-run")
     assert dry.code == 0, dry.explain()
     assert re.search(r"web: 75\.0% of the samples, \d\.\d\d epochs of [\d,]+ tokens, each token \d", dry.stdout)
-    assert "WARNING: web: data.stride=16 is less than data.sequence_length=64" in dry.stdout
+    (warning,) = (line for line in dry.stdout.splitlines() if line.startswith("WARNING: web"))
+    assert "data.stride=16" in warning
+    assert "data.sequence_length=64" in warning
     refused = train(story.folder, small_data, "train.steps=1000", "data.max_epochs=1", "--dry-run")
     assert (refused.code, "data.max_epochs=1" in refused.stderr) == (2, True)

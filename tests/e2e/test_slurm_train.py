@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +15,13 @@ import pytest
 
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import DS_CONFIGS, ROOT, finish, losses, pretrain, rows, train_rows, until
-from tests.slurm_cluster import SlurmCluster, can_name_hosts, slurm, slurm_cluster
+from tests.slurm_cluster import SlurmCluster, can_name_hosts, slurm_cluster
 
-__all__ = ["slurm"]  # the fixture
-pytestmark = [pytest.mark.e2e, pytest.mark.slurm, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slurm]
 
 TRAIN = ROOT / "slurm" / "train.sh"
 COMPARED_STEPS, STEPS = 5, 60
-JOB_SECONDS = 150.0
+JOB_SECONDS = 300.0
 # The launch/pretrain.py of a checkout that only tells what it was started with.
 TELL = """
 import json, os, sys
@@ -80,46 +78,80 @@ def read_told(folder: Path) -> list[Told]:
     ]
 
 
-@pytest.fixture
-def told(slurm: SlurmCluster, tmp_path: Path) -> Callable[..., list[Told]]:
-    def submit(*options: str) -> list[Told]:
-        script = telling_checkout(tmp_path).relative_to(tmp_path)
-        job_id = slurm.sbatch(tmp_path, *options, script, "a word", "x=['b c']", "--resume", "auto")
-        job = slurm.wait(job_id, JOB_SECONDS)
-        log = (tmp_path / f"megalm-{job_id}.log").read_text()
-        assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log
-        assert all(it.arguments == ["a word", "x=['b c']", "--resume", "auto"] for it in read_told(tmp_path))
-        return read_told(tmp_path)
-
-    return submit
+def slow_end(code: int) -> str:
+    """The program of a rank 0 that is slower to say why than the other ranks are to leave."""
+    slow = "import os, time\nif os.environ['RANK'] == '0':\n    time.sleep(2)\n    print('why')\n"
+    return f"{slow}raise SystemExit({code})\n"
 
 
-def test_one_rank_a_node_by_default(slurm: SlurmCluster, told: Callable[..., list[Told]]) -> None:
-    ranks = told()
+GPU_OPTIONS = ("--gpus-per-node=2", "--gres=gpu:2", "--gpus=4", "--exclusive")
+PLACES = {"": (), "tasks a node": ("--ntasks-per-node=3",), "tasks": ("--nodes=1", "--ntasks=3")}
+CODES = (1, 2, 75)
+WORDS = ("a word", "x=['b c']", "--resume", "auto")
+
+
+@dataclass(frozen=True)
+class Submitted:
+    cluster: SlurmCluster
+    folder: Path
+    job_id: str
+
+    def end(self) -> dict[str, str]:
+        return self.cluster.wait(self.job_id, JOB_SECONDS)
+
+    def log(self) -> str:
+        return (self.folder / f"megalm-{self.job_id}.log").read_text()
+
+    def told(self) -> list[Told]:
+        job = self.end()
+        assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), self.log()
+        ranks = read_told(self.folder)
+        assert all(it.arguments == list(WORDS) for it in ranks)
+        return ranks
+
+
+@pytest.fixture(scope="module")
+def jobs(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[object, Submitted]:
+    """All that only tell or end, submitted at once: each has its turn while the tests wait for others."""
+    gpu_options = GPU_OPTIONS if slurm.has_gpus else ()
+    options = {**PLACES, **{option: (option,) for option in gpu_options}, "unknown": ("--ntasks=6",)}
+    wanted: dict[object, tuple[tuple[str, ...], str]] = {name: (words, TELL) for name, words in options.items()}
+    wanted |= {code: ((), slow_end(code)) for code in CODES}
+    submitted = {}
+    for name, (words, program) in wanted.items():
+        folder = tmp_path_factory.mktemp("job")
+        script = telling_checkout(folder, program).relative_to(folder)
+        submitted[name] = Submitted(slurm, folder, slurm.sbatch(folder, *words, script, *WORDS))
+    return submitted
+
+
+def test_one_rank_a_node_by_default(slurm: SlurmCluster, jobs: dict[object, Submitted]) -> None:
+    ranks = jobs[""].told()
     assert [(it.rank, it.local_rank, it.local_world_size, it.world_size) for it in ranks] == [
         (0, 0, 1, 2),
         (1, 0, 1, 2),
     ]
-    assert {it.master for it in ranks} == {f"{slurm.nodes[0]}:20001"}
+    # The port is the job's own, so that jobs that share a node do not meet.
+    assert {it.master for it in ranks} == {f"{slurm.nodes[0]}:{20_000 + int(jobs[''].job_id) % 10_000}"}
     assert {it.setting for it in ranks} == {"ours"}
     if can_name_hosts():
         assert [it.host for it in ranks] == list(slurm.nodes)
 
 
-@pytest.mark.parametrize("options", [("--ntasks-per-node=3",), ("--nodes=1", "--ntasks=3")])
-def test_ranks_by_tasks(told: Callable[..., list[Told]], options: tuple[str, ...]) -> None:
-    ranks = told(*options)
+@pytest.mark.parametrize("name", ["tasks a node", "tasks"])
+def test_ranks_by_tasks(jobs: dict[object, Submitted], name: str) -> None:
+    ranks = jobs[name].told()
     places = [(it.rank, it.local_rank, it.local_world_size, it.world_size) for it in ranks]
-    assert places == [(rank, rank % 3, 3, len(ranks)) for rank in range(6 if len(options) == 1 else 3)]
+    assert places == [(rank, rank % 3, 3, len(ranks)) for rank in range(3 if name == "tasks" else 6)]
 
 
-@pytest.mark.parametrize("option", ["--gpus-per-node=2", "--gres=gpu:2", "--gpus=4", "--exclusive"])
+@pytest.mark.parametrize("option", GPU_OPTIONS)
 def test_one_rank_a_gpu_each_seeing_all_of_its_node(
-    slurm: SlurmCluster, told: Callable[..., list[Told]], option: str
+    slurm: SlurmCluster, jobs: dict[object, Submitted], option: str
 ) -> None:
     if not slurm.has_gpus:
         pytest.skip("no device files to stand for GPUs")
-    ranks = told(option)
+    ranks = jobs[option].told()
     places = [(it.rank, it.local_rank, it.local_world_size, it.world_size) for it in ranks]
     assert places == [(0, 0, 2, 4), (1, 1, 2, 4), (2, 0, 2, 4), (3, 1, 2, 4)]
     assert [it.gpus for it in ranks] == ["0,1"] * 4
@@ -133,28 +165,25 @@ def test_a_chain_of_jobs_by_an_array(slurm: SlurmCluster, tmp_path: Path) -> Non
     assert len(read_told(tmp_path)) == 2
 
 
-def test_shares_of_unknown_size_are_refused(slurm: SlurmCluster, tmp_path: Path) -> None:
-    job_id = slurm.sbatch(tmp_path, "--ntasks=6", telling_checkout(tmp_path))
-    assert slurm.wait(job_id, JOB_SECONDS)["ExitCode"] == "2:0"
-    log = (tmp_path / f"megalm-{job_id}.log").read_text()
-    assert log.startswith("megalm: slurm: --ntasks=6 does not say how many ranks")
-    assert log.endswith("use --ntasks-per-node\n")
+def test_shares_of_unknown_size_are_refused(jobs: dict[object, Submitted]) -> None:
+    assert jobs["unknown"].end()["ExitCode"] == "2:0"
+    (line,) = jobs["unknown"].log().splitlines()
+    assert line.startswith("megalm: ")
+    assert "--ntasks=6" in line
+    assert "--ntasks-per-node" in line
 
 
-@pytest.mark.parametrize("code", [1, 2, 75])
-def test_rank_0_has_the_last_word(slurm: SlurmCluster, tmp_path: Path, code: int) -> None:
+@pytest.mark.parametrize("code", CODES)
+def test_rank_0_has_the_last_word(jobs: dict[object, Submitted], code: int) -> None:
     """srun ends the others as soon as one rank leaves; the one that was slow to say why is not cut off."""
-    slow = "import os, time\nif os.environ['RANK'] == '0':\n    time.sleep(2)\n    print('why')\n"
-    program = f"{slow}raise SystemExit({code})\n"
-    job_id = slurm.sbatch(tmp_path, telling_checkout(tmp_path, program))
-    assert slurm.wait(job_id, JOB_SECONDS)["ExitCode"] == f"{code}:0"
-    assert "why" in (tmp_path / f"megalm-{job_id}.log").read_text().splitlines()
+    assert jobs[code].end()["ExitCode"] == f"{code}:0"
+    assert "why" in jobs[code].log().splitlines()
 
 
 def test_one_failed_rank_ends_the_job(slurm: SlurmCluster, tmp_path: Path) -> None:
     program = "import os, time\ntime.sleep(600 if os.environ['RANK'] != '0' else 0)\nos._exit(7)\n"
     job_id = slurm.sbatch(tmp_path, telling_checkout(tmp_path, program))
-    job = slurm.wait(job_id, 60)
+    job = slurm.wait(job_id, JOB_SECONDS)
     # The other one answers no signals, as a rank that is still starting, and 143 would be the higher code.
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "7:0")
 
@@ -165,8 +194,7 @@ def test_refused_configuration(slurm: SlurmCluster, small_data: SmallData, tmp_p
     job = slurm.wait(job_id, JOB_SECONDS)
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
     log = (tmp_path / f"megalm-{job_id}.log").read_text()
-    (said,) = (line for line in log.splitlines() if line.startswith("megalm: configuration: "))
-    assert "train.stepz" in said
+    (said,) = (line for line in log.splitlines() if "train.stepz" in line)
     assert "train.steps" in said
     assert "Traceback" not in log
     assert not (tmp_path / "runs").exists()
@@ -209,9 +237,9 @@ def test_trains_stops_and_goes_on(slurm: SlurmCluster, small_data: SmallData, tm
     ends = [(row["event"], row["status"]) for row in rows(on_nodes) if row.get("event") == "end"]
     assert ends == [("end", "stopped"), ("end", "finished")]
     # One log of both jobs.
-    assert f"megalm: job {first} on" in log
-    assert f"megalm: job {second} on" in log
-    assert f"resumed at step {stopped}" in log
+    assert f"job {first} " in log
+    assert f"job {second} " in log
+    assert f"step {stopped}," in log
 
 
 def test_a_requeued_job_goes_on_with_what_it_did(slurm: SlurmCluster, small_data: SmallData, tmp_path: Path) -> None:
@@ -242,7 +270,7 @@ def with_word(words: tuple[str, ...], word: str) -> list[str]:
 def test_doctor_finds_the_cluster(slurm: SlurmCluster) -> None:
     told = slurm.ask(Path(sys.executable).with_name("megalm"), "doctor")
     (line,) = (line for line in told.splitlines() if line.startswith("Slurm jobs from here"))
-    assert line.split()[4:] == ["yes", "debug*:", "2", "nodes"]
+    assert {"yes", "debug*:", "2"} <= set(line.split())
 
 
 def holding(folder: Path) -> list[psutil.Process]:
@@ -265,8 +293,8 @@ def test_nodes_without_root(tmp_path: Path) -> None:
         assert cluster.wait(job_id, JOB_SECONDS)["JobState"] == "COMPLETED"
         assert len(read_told(tmp_path)) == 2
         endless = cluster.sbatch(tmp_path, "--wrap", "srun sleep 600")
-        until(lambda: cluster.job(endless)["JobState"] == "RUNNING", 30)
-        until(lambda: "slurmstepd" in {process.name() for process in holding(cluster.folder)}, 30)
+        until(lambda: cluster.job(endless)["JobState"] == "RUNNING", 120)
+        until(lambda: "slurmstepd" in {process.name() for process in holding(cluster.folder)}, 120)
     assert not holding(cluster.folder)
     assert not cluster.folder.exists()
 
@@ -281,4 +309,4 @@ def test_a_cluster_ends_with_a_test_process_that_is_killed() -> None:
         folder = Path(holder.stdout.readline().strip())
         assert {"munged", "slurmctld", "slurmd"} <= {process.name() for process in holding(folder)}
         holder.kill()
-    until(lambda: not holding(folder) and not folder.exists(), 30)
+    until(lambda: not holding(folder) and not folder.exists(), 120)

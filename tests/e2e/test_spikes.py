@@ -16,9 +16,9 @@ from megalm.data.indexed.writer import IndexedDatasetWriter
 from megalm.data.sampling.samples import TrainingSamples, split_documents
 from megalm.runs.metrics_log import live_rows
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import Finished, finish, launcher, pretrain, rows, run_folder, train_rows
+from tests.e2e.jobs import Finished, finish, own_lines, pretrain, rows, run_folder, train_rows
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 POISONED, STEPS = 14, 18
 RUN = (
@@ -39,7 +39,7 @@ def poisoned(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) ->
     """The words of a run whose batch of step 14 is random tokens."""
     good = IndexedDataset(small_data.prefix)
     tokens = good.tokens.astype(np.int64)
-    training = split_documents(len(good), [90, 10])[0]
+    training = split_documents(len(good), [95, 5])[0]
     samples = TrainingSamples(good, training, 64, seed=1234)
     random = np.random.default_rng(5)
     for sample in range(16 * (POISONED - 1), 16 * POISONED):
@@ -53,7 +53,7 @@ def poisoned(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def train(folder: Path, *words: str, ranks: int = 1) -> Finished:
-    return finish(folder, pretrain(*words, using="torchrun" if ranks > 1 else "python", ranks=ranks))
+    return finish(folder, pretrain(*words, ranks=ranks))
 
 
 def numbers(folder: Path, first: int = 1) -> list[dict[str, Any]]:
@@ -161,14 +161,14 @@ def test_off_lets_it_pass_and_trusts_nothing_after_it(poisoned: tuple[str, ...],
     assert statuses(tmp_path) == {5: "good", 10: "good", 15: "suspect", 18: "suspect"}
     finished = train(tmp_path, *poisoned, "guard.policy=skip", "--resume", "auto")
     assert finished.code == 0, finished.explain()
-    assert "resumed at step 10" in finished.stdout, "the newest good one"
+    assert events(tmp_path, "resume")[-1]["step"] == 10, "the newest good one"
     assert statuses(tmp_path)[18] == "good"
 
 
 def test_stop_says_why_and_what_to_do(poisoned: tuple[str, ...], tmp_path: Path) -> None:
     finished = train(tmp_path, *poisoned, "guard.policy=stop")
     assert finished.code == 1, finished.explain()
-    assert finished.stderr.startswith(f"megalm: error: step {POISONED}: loss ")
+    assert f"step {POISONED}: loss " in finished.stderr
     report = run_folder(tmp_path) / "incidents" / f"step-{POISONED:08d}.md"
     assert str(report.relative_to(tmp_path)) in finished.stderr
     assert f"run.name=mine --resume 10 --skip-steps {POISONED - 10}`" in report.read_text()
@@ -202,16 +202,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_nan_on_one_rank_is_everybodys(small_data: SmallData, tmp_path: Path, policy: str) -> None:
     script = tmp_path / "broken.py"
     script.write_text(NAN_ON_RANK_1)
-    words = (*small_data.words, "train.steps=7", "train.rehearse=false", f"guard.policy={policy}")
-    command = pretrain(*words, using="torchrun", ranks=2)
-    at = len(launcher("torchrun", 2))
-    finished = finish(tmp_path, [*command[:at], script, *command[at:]])
+    words = (*small_data.words, "train.steps=7", f"guard.policy={policy}")
+    launch, *command = pretrain(*words, ranks=2)
+    finished = finish(tmp_path, [launch, script, *command])
     (spike,) = events(tmp_path, "spike")
     assert spike["at_step"] == 4
     assert np.isnan(spike["loss"])
     if policy == "off":
         assert finished.code == 1, finished.explain()
-        assert finished.stderr.count("megalm: error: step 4: loss nan") == 1, finished.explain()
+        (line,) = own_lines(finished.stderr)
+        assert "step 4: loss nan" in line
         return
     assert finished.code == 0, finished.explain()
     after = [row["loss"] for row in train_rows(tmp_path) if row["step"] > 4]

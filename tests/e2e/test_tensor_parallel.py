@@ -1,4 +1,4 @@
-"""The launched command over a tensor group is the run of one process, which goes on where the group stopped."""
+"""The command over a tensor group is the run of one process, which goes on where the group stopped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import finish, losses, pretrain, rows, run_folder
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 HALF, STEPS = 4, 8
 WORDS = ("schedule.kind=constant", "run.name=mine", "model.style=gpt2")
@@ -19,8 +19,7 @@ GROUP = ("parallel.tensor=2", "parallel.sequence=true")
 
 def _train(folder: Path, data: SmallData, steps: int, *words: str, ranks: int) -> Path:
     folder.mkdir(exist_ok=True)
-    using = "deepspeed" if ranks > 1 else "python"
-    command = pretrain(*data.words, *WORDS, f"train.steps={steps}", *words, using=using, ranks=ranks)
+    command = pretrain(*data.changed("train.rehearse=true", *WORDS), f"train.steps={steps}", *words, ranks=ranks)
     finished = finish(folder, command)
     assert finished.code == 0, finished.explain()
     return folder

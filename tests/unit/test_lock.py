@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -54,3 +55,28 @@ def test_the_locks_name_what_their_inputs_name() -> None:
     assert requirements("requirements.in").keys() <= requirements("requirements.lock").keys()
     assert requirements("requirements-dev.in").keys() <= requirements("requirements-dev.lock").keys()
     assert not requirements("requirements.lock").keys() & requirements("requirements-dev.lock").keys()
+
+
+def test_what_is_locked_needs_nothing_that_is_not() -> None:
+    """By the metadata of what is installed here; torch and deepspeed, installed by themselves, may need more."""
+    locked = requirements("requirements.lock") | requirements("requirements-dev.lock")
+    left = [(name, frozenset(item.extras)) for name, item in stated_in_setup().items()]
+    left += [(name, frozenset()) for name in locked]
+    seen = set()
+    while left:
+        name, extras = place = left.pop()
+        if place in seen or name in {"torch", "deepspeed"}:
+            continue
+        seen.add(place)
+        try:
+            wanted = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # of another platform or Python
+        for item in map(Requirement, wanted):
+            if item.marker is None or any(item.marker.evaluate({"extra": extra}) for extra in extras | {""}):
+                needed = canonicalize_name(item.name)
+                assert needed in locked, f"{name} needs {item}, the lock lacks it"
+                version = next(iter(locked[needed].specifier)).version
+                assert item.specifier.contains(version, prereleases=True), f"{name} needs {item}, {version} is locked"
+                left.append((needed, frozenset(item.extras)))
+    assert len(seen) > len(locked) / 2
