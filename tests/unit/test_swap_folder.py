@@ -53,13 +53,13 @@ def test_what_is_in_use_stays_and_what_was_left_goes(tmp_path: Path) -> None:
 
 
 def test_refused_in_a_line_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"GiB free, the states of this machine's ranks need 931,3\d\d"):
+    with pytest.raises(ConfigError, match=r"nvme_path=.*\d GiB.* 931,3\d\d\.\d GiB"):
         SwapFolder(str(tmp_path), 10**15)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"nvme_path=.*file cannot be used \(.*\); name a folder of an NVMe disk"):
+    with pytest.raises(ConfigError, match=r"nvme_path=.*/file .*\((File exists|Not a directory)\)"):
         SwapFolder(str(tmp_path / "file"), 0)
     monkeypatch.undo()
     monkeypatch.setattr(os, "O_DIRECT", os.O_DIRECTORY)  # cannot be opened like that, as on a file system in memory
-    with pytest.raises(ConfigError, match="cannot be used"):
+    with pytest.raises(ConfigError, match=rf"nvme_path={tmp_path} .*\(.+\)"):
         SwapFolder(str(tmp_path), 0)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
