@@ -22,18 +22,21 @@ PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SCRIPTS = .ci/run $(shell find tools slurm docs benchmarks launch data_tools -name '*.sh' 2>/dev/null)
 
-.PHONY: help pretrain install test check parity lock clean
+.PHONY: help pretrain install test test-all check parity lock clean
 
 help: ## Show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 pretrain: install ## Install, then pretrain the default run on what this machine has (ARGS="key=value ...")
 	$(VENV)/bin/deepspeed --log_level warning launch/pretrain.py --deepspeed_config ds_configs/zero2.json $(ARGS)
 
 install: $(STAMPS)/megalm ## Make .venv with everything that training needs
 
-test: install $(STAMPS)/dev ## Install, then run all tests (ARGS="-k name")
+test: install $(STAMPS)/dev ## Install, then run the tests that every change has to pass (ARGS="-k name")
 	$(VENV)/bin/python -m pytest --durations=20 $(ARGS)
+
+test-all: install $(STAMPS)/dev ## The same with the slow tests: the whole parity matrix, NVMe, every compiled layout
+	$(VENV)/bin/python -m pytest --durations=20 -m "" $(ARGS)
 
 check: install $(STAMPS)/dev ## Style, types, import rules, spelling, shell scripts
 	$(VENV)/bin/ruff check .

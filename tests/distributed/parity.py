@@ -91,11 +91,6 @@ class Row:
     offloaded: bool = False
 
     @property
-    def is_slow(self) -> bool:
-        """More ranks than a small machine has room for, or an operation of DeepSpeed's to compile first."""
-        return LAYOUTS[self.layout].ranks > 4 or self.offloaded
-
-    @property
     def clipping(self) -> float:
         """Below every gradient norm of the first steps, so that a wrong norm makes wrong weights as well.
 
@@ -158,6 +153,20 @@ def rows(layout: str) -> list[Row]:
         if len(low) > 1:  # a pipeline keeps its states on the device
             found += [Row(layout, "llama GQA untied", zero, offloaded=True) for zero in low]
     return found
+
+
+def latin_square(layout: str) -> list[Row]:
+    """The rows of a layout that are trained on every change; the rest of the matrix takes `make parity`.
+
+    Each model once, at a ZeRO stage that moves on with model and layout: all pairs of layout, model and stage are met.
+    Of each other precision, and of offload, one row.
+    """
+    alike = [name for name, other in LAYOUTS.items() if other.stages == LAYOUTS[layout].stages]
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows(layout):
+        groups.setdefault((row.numbers, row.model if row.numbers == "fp32" else ""), []).append(row)
+    shifts = {group: list(MODELS).index(group[1]) if group[1] else 0 for group in groups}
+    return [group[(alike.index(layout) + shifts[key]) % len(group)] for key, group in groups.items()]
 
 
 @dataclass(frozen=True)

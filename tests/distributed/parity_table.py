@@ -44,21 +44,22 @@ _HEADINGS = (
 
 
 class Matrix:
-    """Trains layouts as they are asked for, and one rank's run of each model once."""
+    """Trains the `wanted` rows, those of a layout at the first call for one, and one rank's run of each model once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, wanted: Sequence[Row]) -> None:
         self._folder = folder
-        self._references: dict[str, Outcome] | None = None
+        self._wanted = wanted
+        self._references: dict[str, Outcome] = {}
         self._differences: dict[Row, Difference] = {}
         self._failures: dict[Row, BaseException] = {}
         make_dataset(folder / "data")
 
     def difference(self, row: Row) -> Difference:
-        """A row's difference to one rank; its layout is trained at the first call, slow rows apart."""
+        """A row's difference to one rank."""
         if row in self._failures:  # once: each row asks
             raise AssertionError(f"{row.layout} failed before") from self._failures[row]
         if row not in self._differences:
-            together = [other for other in rows(row.layout) if other.is_slow == row.is_slow]
+            together = [other for other in self._wanted if other.layout == row.layout]
             try:
                 self._differences |= self._compare(together)
             except BaseException as error:
@@ -67,19 +68,20 @@ class Matrix:
         return self._differences[row]
 
     def reference(self, row: Row) -> Outcome:
-        if self._references is None:
-            wanted = {row.reference: row.reference_case() for layout in LAYOUTS for row in rows(layout)}
-            (self._references,) = self._train("one rank", 1, wanted)
+        if row.reference not in self._references:
+            cases = {wanted.reference: wanted.reference_case() for wanted in (row, *self._wanted)}
+            missing = {name: case for name, case in cases.items() if name not in self._references}
+            self._references |= self._train("one rank", 1, missing)[0]
         return self._references[row.reference]
 
-    def _compare(self, wanted: Sequence[Row]) -> dict[Row, Difference]:
-        ranks = LAYOUTS[wanted[0].layout].ranks
-        trained = self._train(wanted[0].name, ranks, {row.name: row.case() for row in wanted})
-        return {row: difference([rank[row.name] for rank in trained], self.reference(row)) for row in wanted}
+    def _compare(self, together: Sequence[Row]) -> dict[Row, Difference]:
+        layout = together[0].layout
+        trained = self._train(layout, LAYOUTS[layout].ranks, {row.name: row.case() for row in together})
+        return {row: difference([rank[row.name] for rank in trained], self.reference(row)) for row in together}
 
     def _train(self, name: str, ranks: int, cases: Mapping[str, Case]) -> list[dict[str, Outcome]]:
         folder = self._folder / name
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         return run_ranks(ranks, train_rows, cases, self._folder / "data", folder, timeout_seconds=550)
 
 
@@ -124,9 +126,10 @@ def main() -> int:
         parser.error(f"no such layout: {', '.join(unknown)}" if unknown else "--write takes all layouts")
     layouts = arguments.layouts or list(LAYOUTS)
     with tempfile.TemporaryDirectory() as folder:
-        matrix, start = Matrix(Path(folder)), time.monotonic()
+        wanted = [row for layout in layouts for row in rows(layout)]
+        matrix, start = Matrix(Path(folder), wanted), time.monotonic()
         lines = table(layouts, matrix)
-        found = {row: matrix.difference(row) for layout in layouts for row in rows(layout)}
+        found = {row: matrix.difference(row) for row in wanted}
     wrong = [f"{row.name}: {'; '.join(each.beyond(TOLERANCES[row.precision]))}" for row, each in found.items()]
     wrong = [line for line in wrong if not line.endswith(": ")]
     sys.stdout.write("\n".join([*lines, "", *wrong, ""]))

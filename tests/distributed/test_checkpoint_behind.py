@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 import threading
@@ -125,7 +126,7 @@ def _too_long(comm: Any, device: Any, place: Path, behind: bool) -> tuple[str, l
 @pytest.mark.parametrize("behind", [False, True])
 def test_one_rank_that_cannot_write_fails_all_together(tmp_path: Path, behind: bool) -> None:
     for told, left, step in run_ranks(2, _too_long, tmp_path, behind):
-        assert "step-00000020 was not written: rank 1: [Errno 27] File too large" in told
+        assert all(word in told for word in ("step-00000020", "rank 1", "File too large")), told
         assert left == ["latest", "step-00000010"]
         assert step == 20
     assert_holds(tmp_path / "step-00000010", 10)
@@ -166,9 +167,8 @@ def small_disk(tmp_path: Path, require: Callable[..., None]) -> Iterator[Path]:
 
 def test_a_disk_that_fills_up_midway(small_disk: Path) -> None:
     for midway, before, step in run_ranks(2, _fills_up, small_disk):
-        assert "step-00000020 was not written: rank" in midway
-        assert "No space left on device" in midway
-        assert " free, a checkpoint needs" in before
+        assert all(word in midway for word in ("step-00000020", "rank", "No space left on device")), midway
+        assert re.search(r"/run .*\d [KM]iB .*\d [KM]iB", before), "what is free, and what is needed"
         assert step == 30
     assert left_of(small_disk / "run") == ["latest", "step-00000010", "step-00000030"]
     assert_holds(small_disk / "run" / "step-00000010", 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from tests.checkpoint_files import assert_holds, fragments, save
 from tests.kill_points import counted, left_of
 from tests.ranks import run_ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 
 # (step, attempt): a first one, one that makes the first superfluous, that step again after the run was set back.
 STORY = ((10, 1), (20, 1), (20, 2), (30, 2))
 KEEP_LAST = 1
+AT_A_TIME = 4  # pairs of ranks: most of what one does is waiting
 
 
 def _tell_the_story(comm: Any, device: Any, place: Path, behind: bool, victim: int, die_at: int | None) -> list[str]:
@@ -83,18 +85,22 @@ def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_before_every_change_of_a_file(story: tuple[bool, list[list[str]]], victim: int, tmp_path: Path) -> None:
     behind, calls = story
-    moments = range(0, len(calls[victim]), 5 if behind else 1)
     assert len(calls[victim]) > 40, calls[victim]
-    for moment in moments:
-        place = tmp_path / "run"
+
+    def kill(moment: int) -> None:
+        place = tmp_path / str(moment)
         _fresh(place)
-        with pytest.raises(AssertionError, match=f"rank {1 - victim} of 2 failed"):  # it lost its peer
+        with pytest.raises(AssertionError, match=f"rank {1 - victim} of 2"):  # it lost its peer
             run_ranks(2, _tell_the_story, place, behind, victim, moment)
         try:
             _check(place)
         except Exception as error:
             left = left_of(place / "checkpoints")
             raise AssertionError(f"killed before {calls[victim][moment]}, change {moment}: {left}") from error
+
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        moments = range(0, len(calls[victim]), 5 if behind else 1)
+        assert len(list(pool.map(kill, moments))) == len(moments)
 
 
 def test_everything_is_on_disk_before_it_has_a_name(story: tuple[bool, list[list[str]]]) -> None:

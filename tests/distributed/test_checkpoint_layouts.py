@@ -37,7 +37,7 @@ CASES = {
         "zero2.json", overrides=("model.dropout=0.1", "train.checkpoint_activations_every=1")
     ),
 }
-HALF, END = 4, 8
+HALF, END = 3, 5
 
 
 def _save(comm: Any, engine: Any, step: int, folder: Path) -> Path:
@@ -47,9 +47,13 @@ def _save(comm: Any, engine: Any, step: int, folder: Path) -> Path:
 
 def _restored(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path, path: Path) -> Any:
     engine, run, loader = start(comm, device, case, prefix, folder)
+    _restore(engine, path)
+    return engine, run, loader
+
+
+def _restore(engine: Any, path: Path) -> None:
     reader = CheckpointReader(path)
     engine.restore(reader.read, reader.manifest.counters, reader.manifest.step)
-    return engine, run, loader
 
 
 def _stop_and_go_on(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, tuple[Trace, Trace]]:
@@ -131,12 +135,13 @@ def _load_everything(comm: Any, device: torch.device, prefix: Path, folder: Path
     for name, case in CASES.items():
         if "dropout" in name:
             continue
+        engine, run, loader = start(comm, device, case, prefix, folder)
         for path in paths:
-            engine, run, loader = _restored(comm, device, case, prefix, folder, path)
+            _restore(engine, path)
             loaded = snapshot(engine)
             after = steps(engine, run, loader, HALF + 1, HALF + 1)
             result[name, str(path)] = Trace(after.losses, after.norms, loaded)
-            loader.close()
+        loader.close()
     return result
 
 

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.distributed.selection import selected
 from tests.distributed.training import Case, make_dataset, start, steps
 from tests.ranks import run_ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 
 NO_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 MOST_BREAKS = {"zero1": 0, "zero2 recomputed": 0, "zero3": 4 * 2, "zero1 dropout": 6}
@@ -29,13 +30,16 @@ CASES = {
     "zero3": Case("zero3.json", settings=NO_PERSISTENCE),
     "zero1 dropout": Case("zero1.json", overrides=("model.dropout=0.1", "model.attention_dropout=0.1")),
 }
+# On every change; g++ takes seconds for each graph. A tensor group's compiled blocks are in test_tensor_parts.py.
+FAST = "zero1"
 
 
-def _compare(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, Any]:
+def _compare(comm: Any, device: torch.device, names: list[str], prefix: Path, folder: Path) -> dict[str, Any]:
     from torch._dynamo.utils import counters
 
     found = {}
-    for name, case in CASES.items():
+    for name in names:
+        case = CASES[name]
         results = []
         for compiled in (False, True):
             torch._dynamo.reset()
@@ -44,22 +48,24 @@ def _compare(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dic
             engine, run, loader = start(comm, device, Case(case.json, "fp32", overrides, case.settings), prefix, folder)
             trace = steps(engine, run, loader, 1, 4)
             loader.close()
-            names = sorted(key.name for key, _ in trace.fragments)
+            parameters = sorted(key.name for key, _ in trace.fragments)
             results.append(
-                (trace.losses, names, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+                (trace.losses, parameters, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
             )
         found[name] = results
     return found
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("compile")
     make_dataset(folder / "data")
-    return run_ranks(1, _compare, folder / "data", folder, timeout_seconds=560)[0]
+    return run_ranks(1, _compare, selected(request, "name"), folder / "data", folder, timeout_seconds=560)[0]
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == FAST else [pytest.mark.slow]) for name in CASES]
+)
 def test_compiled_equals_eager(results: dict[str, Any], name: str) -> None:
     (eager, names, none, _), (compiled, same_names, graphs, breaks) = results[name]
     np.testing.assert_allclose(compiled, eager, rtol=1e-5)

@@ -96,31 +96,38 @@ def _files(checkpoint: Path, target: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in target.iterdir() if path.name != "README.md"}
 
 
-def test_exports_of_all_layouts_are_the_same_bytes(tmp_path: Path) -> None:
-    make_dataset(tmp_path / "data")
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    make_dataset(folder / "data")
     for ranks in ("1", "2"):
-        (tmp_path / ranks).mkdir()
-    (alone,) = run_ranks(1, _train, tmp_path / "data", tmp_path / "1")
-    together, _ = run_ranks(2, _take_over, tmp_path / "data", tmp_path / "2", alone)
+        (folder / ranks).mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(place: Path) -> dict[str, Path]:
+    """Per style: one rank's checkpoint."""
+    return run_ranks(1, _train, place / "data", place / "1")[0]
+
+
+def test_exports_of_all_layouts_are_the_same_bytes(place: Path, written: dict[str, Path], tmp_path: Path) -> None:
+    together, _ = run_ranks(2, _take_over, place / "data", place / "2", written)
     assert len(together) == 8
+    expected = {style: _files(path, tmp_path / style / "alone") for style, path in written.items()}
     for (style, name), path in together.items():
         assert len(list(path.glob("rank-*.safetensors"))) == 2, (style, name)
-        expected = _files(alone[style], tmp_path / "out" / style / name / "alone")
-        found = _files(path, tmp_path / "out" / style / name / "together")
-        assert len([file for file in expected if file.endswith(".safetensors")]) > 3
-        assert found.keys() == expected.keys(), (style, name)
-        assert [file for file in expected if found[file] != expected[file]] == [], (style, name)
+        found = _files(path, tmp_path / style / name)
+        assert len([file for file in found if file.endswith(".safetensors")]) > 3
+        assert found.keys() == expected[style].keys(), (style, name)
+        assert [file for file in found if found[file] != expected[style][file]] == [], (style, name)
 
 
-def test_every_layout_starts_from_an_import(tmp_path: Path) -> None:
-    make_dataset(tmp_path / "data")
-    for ranks in ("1", "2"):
-        (tmp_path / ranks).mkdir()
-    (written,) = run_ranks(1, _train, tmp_path / "data", tmp_path / "1")
+def test_every_layout_starts_from_an_import(place: Path, written: dict[str, Path], tmp_path: Path) -> None:
     _files(written["llama"], tmp_path / "out")
     imported = import_model(HuggingFaceFolder(tmp_path / "out"), tmp_path / "run", None, lambda: None).checkpoint
-    (alone,) = run_ranks(1, _start_from, tmp_path / "data", tmp_path / "1", imported)
-    together = run_ranks(2, _start_from, tmp_path / "data", tmp_path / "2", imported)
+    (alone,) = run_ranks(1, _start_from, place / "data", place / "1", imported)
+    together = run_ranks(2, _start_from, place / "data", place / "2", imported)
     weights = CheckpointReader(written["llama"]).model()
     for name in together[0]:
         state = whole_state([rank[name] for rank in together])

@@ -18,7 +18,7 @@ from megalm.checkpoint.save_transaction import save_checkpoint
 from tests.distributed.training import Case, Trace, make_dataset, snapshot, start, steps, whole_state
 from tests.ranks import run_ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 
 NO_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 CASES = {

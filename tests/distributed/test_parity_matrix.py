@@ -1,39 +1,66 @@
-"""Every parallel layout trains the model that one rank trains; the rows and their tolerances are in parity.py."""
+"""Every parallel layout trains the model that one rank trains; the rows and their tolerances are in parity.py.
+
+On every change a Latin square of the matrix, which meets every pair of layout, model and ZeRO stage; the other rows are
+`slow`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from tests.distributed.parity import LAYOUTS, TOLERANCES, Row, rows
+from tests.distributed.parity import LAYOUTS, MODELS, TOLERANCES, Row, latin_square, rows
 from tests.distributed.parity_table import BEGIN, DOCUMENT, END, Matrix, keys
+from tests.distributed.selection import selected
 
 pytestmark = pytest.mark.distributed
 
-ROWS = [
-    pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.is_slow else [])
-    for name in LAYOUTS
-    for row in rows(name)
+ROWS = [row for layout in LAYOUTS for row in rows(layout)]
+ON_EVERY_CHANGE = [row for layout in LAYOUTS for row in latin_square(layout)]
+PARAMETERS = [
+    pytest.param(row, id=row.name, marks=[] if row in ON_EVERY_CHANGE else [pytest.mark.slow]) for row in ROWS
 ]
 
 
 @pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
-    return Matrix(tmp_path_factory.mktemp("matrix"))
+def matrix(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    return Matrix(tmp_path_factory.mktemp("matrix"), selected(request, "row"))
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", PARAMETERS)
 def test_equal_to_one_rank(matrix: Matrix, row: Row) -> None:
     assert not matrix.difference(row).beyond(TOLERANCES[row.precision])
 
 
-@pytest.mark.parametrize("row", [row for row in rows("dp2") if row.zero == 1], ids=lambda row: row.name)
-def test_the_job_shows_mistakes(matrix: Matrix, row: Row) -> None:
+@pytest.mark.parametrize("alone", [row for row in rows("dp2") if row.zero == 1], ids=lambda row: row.reference)
+def test_the_job_shows_mistakes(matrix: Matrix, alone: Row) -> None:
     """Equal to a reference that stands still, never clips or predicts nothing new would prove little."""
-    trained = matrix.reference(row).trained
+    trained = matrix.reference(alone).trained
     assert trained.losses[-1] < trained.losses[0] - 0.05
-    assert min(trained.norms) > row.clipping > 0
+    assert min(trained.norms) > alone.clipping > 0
     assert np.ptp(trained.norms) > 0.01
+
+
+def _met(some: Sequence[Row]) -> set[tuple[object, ...]]:
+    """In fp32 every pair of layout, model and ZeRO stage; of other precisions and offload the layout."""
+    exact = [row for row in some if row.numbers == "fp32"]
+    return {
+        *((row.layout, row.model) for row in exact),
+        *((row.layout, row.zero) for row in exact),
+        *((row.model, row.zero) for row in exact),
+        *((row.layout, row.numbers) for row in some if row not in exact),
+    }
+
+
+def test_every_change_meets_every_pair() -> None:
+    assert set(ON_EVERY_CHANGE) <= set(ROWS)
+    assert _met(ON_EVERY_CHANGE) == _met(ROWS)
+    assert {(layout, model) for layout in LAYOUTS if layout != "tp2 x pp2 x dp2" for model in MODELS} <= _met(ROWS)
+    assert {(model, stage) for model in MODELS for stage in range(4)} <= _met(ROWS)
+    for row in ON_EVERY_CHANGE:
+        assert _met([other for other in ON_EVERY_CHANGE if other != row]) < _met(ROWS), f"{row.name} adds nothing"
 
 
 def test_the_document_shows_these_rows() -> None:
