@@ -34,9 +34,8 @@ from megalm.checkpoint.manifest import (
     wrong_file,
 )
 from megalm.checkpoint.retention import Retention, prune, superfluous
-from megalm.cli.find_run import checkpoint_at, find_run
+from megalm.cli.find_run import checkpoint_at, find_run, verify
 from megalm.cli.options import Precision
-from megalm.cli.watched_reads import verify
 from megalm.errors import CheckpointError
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, read_mapping

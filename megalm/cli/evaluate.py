@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import orjson
 import typer
 
-from megalm.cli.find_run import checkpoint_at, find_place
+from megalm.cli.find_run import checkpoint_at, find_place, verify
 from megalm.cli.options import Place, Precision, Tokenizer
-from megalm.cli.watched_reads import verify
 from megalm.errors import CheckpointError, ConfigError
 from megalm.runs.metrics_log import MetricsWriter, plain
 from megalm.utils.formatting import table

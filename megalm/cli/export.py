@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from megalm.checkpoint.manifest import read_manifest
-from megalm.cli.find_run import checkpoint_at
+from megalm.cli.find_run import checkpoint_at, verify
 from megalm.cli.options import NewFolder, Place, Precision, Tokenizer
-from megalm.cli.watched_reads import verify
 from megalm.errors import CheckpointError
 from megalm.utils.formatting import format_bytes, parse_bytes
 from megalm.utils.progress import ProgressBar

@@ -18,9 +18,8 @@ import typer
 from pydantic import ValidationError
 
 from megalm.checkpoint.discovery import step_of
-from megalm.cli.find_run import checkpoint_at, find_place
+from megalm.cli.find_run import checkpoint_at, find_place, verify
 from megalm.cli.options import Place, Tokenizer
-from megalm.cli.watched_reads import verify
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import SampleSection
 from megalm.errors import ConfigError, DataError

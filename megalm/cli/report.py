@@ -6,8 +6,7 @@ from pathlib import Path
 
 import typer
 
-from megalm.cli.find_run import find_run
-from megalm.cli.watched_reads import read_watched
+from megalm.cli.find_run import find_run, read_watched
 from megalm.errors import ConfigError
 
 

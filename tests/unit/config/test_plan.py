@@ -12,15 +12,20 @@ from typing import Any
 
 import pytest
 from config_cases import GPU, section_of
-from megalm.cli.show import size
 
 from megalm.cli.plan import planned
 from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
 from megalm.config.deepspeed.json_schema import ZeroSection
 from megalm.config.loading import describe_preset, load_run_config, preset_paths
-from megalm.cost_model.activations import activation_bytes, loss_bytes
-from megalm.cost_model.memory import MemoryCase, checkpoint_bytes, estimate_memory, parameter_groups
+from megalm.cost_model.memory import (
+    MemoryCase,
+    activation_bytes,
+    checkpoint_bytes,
+    estimate_memory,
+    loss_bytes,
+    parameter_groups,
+)
 from megalm.cost_model.shard_sizes import shares
 from megalm.model.flops import flops_per_token
 from megalm.model.model_config import ModelConfig, build_model_config
@@ -29,6 +34,7 @@ from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_plan import make_plan, parameters_by_part, points
 from megalm.runs.saved_config import ConfigFiles
 from megalm.topology import Topology
+from megalm.utils.formatting import format_bytes
 from tests.checkpoint_files import save
 from tests.messages import assert_names
 
@@ -345,6 +351,6 @@ def test_a_plan_that_does_not_fit_warns(start: Start) -> None:
     small = replace(GPU, memory_bytes=8 << 30)
     plan = make_plan(start(*words, device=small), 99)
     warning = section_of(plan_text(plan, 8), "Notices").splitlines()[-1]
-    names = (size(plan.memory.total), size(8 << 30), "train.checkpoint_activations_every=1")
+    names = (format_bytes(plan.memory.total), format_bytes(8 << 30), "train.checkpoint_activations_every=1")
     assert_names(warning, "WARNING", *names)
     assert "WARNING" not in plan_text(make_plan(start(device=small), 99), 8)
