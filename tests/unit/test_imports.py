@@ -182,7 +182,7 @@ def test_import_rules_hold() -> None:
         ("megalm/config/a.py", "from megalm.planning.resolve import resolve"),
         ("megalm/tracking/a.py", "from megalm.train.setup import pretrain"),
         ("megalm/topology.py", "from megalm.utils.formatting import format_bytes"),
-        ("megalm/attic/a.py", "import json\nfrom megalm.errors import ConfigError"),
+        ("megalm/attic/a.py", "from megalm.errors import ConfigError"),
         ("megalm/data/builder/a.py", "def f():\n    from torch import nn"),
         ("megalm/model/a.py", "from ..parallel import groups"),
         ("megalm/model/a.py", "import torch.distributed as dist"),
