@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 _CALLS = {"open", "write", "flush", "fsync", "rename", "replace", "mkdir", "rmdir", "unlink"}
-_PLACES = ("/megalm/checkpoint/", "/megalm/durable.py", "/pathlib.py", "/shutil.py")
+_PLACES = ("/megalm/checkpoint/", "/megalm/utils/atomic_files.py", "/pathlib.py", "/shutil.py")
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def counts(done: float, total: float) -> str:
 
 
 def percent(done: float, total: float) -> str:
-    return f"{done / total:.0%}"
+    return f"{done / total if total else 1.0:.0%}"  # of nothing, all is done
 
 
 def sizes(done: float, total: float) -> str:

@@ -26,6 +26,7 @@ from megalm.checkpoint.save_transaction import bytes_needed
 from megalm.checkpoint.shard_spec import Fragment, FragmentKey
 from megalm.communicator import SingleProcessCommunicator
 from megalm.errors import CheckpointError, TrainingError
+from megalm.utils.formatting import format_bytes
 from tests.checkpoint_files import SHAPES, assert_holds, fragments, save, whole
 from tests.messages import assert_names
 
@@ -116,7 +117,7 @@ def test_a_disk_too_full_is_refused_before_anything_is_written(tmp_path: Path, m
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(TrainingError) as error:
         save(tmp_path, 5)
-    assert_names(error.value, "step-00000005", tmp_path, f"{needed / 2**20:,.1f}")
+    assert_names(error.value, "step-00000005", tmp_path, format_bytes(needed))
     assert_names(error.value, "megalm checkpoint prune", "checkpoint.keep_last")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=needed))

@@ -313,8 +313,10 @@ def test_a_plan_goes_on_from_a_run_s_newest_checkpoint(
     from megalm.cli.main import main
 
     past = ScheduleSegment(1, 0, start("train.steps=300").schedule)
+    empty: dict[str, object] = {key: {} for key in ("counters", "data_position", "model", "data", "fingerprints")}
+    state = {**empty, "best_validation_loss": None, "stale_evaluations": 0}
     for step in (100, 200):
-        save(tmp_path / "checkpoints", step, schedule={"segments": [past.as_json()], "stated": []})
+        save(tmp_path / "checkpoints", step, schedule={"segments": [past.as_json()], "stated": []}, **state)
     for place in (tmp_path, tmp_path / "checkpoints" / "latest", tmp_path / "checkpoints" / "step-00000200"):
         with pytest.raises(SystemExit):
             main(["plan", "--gpu-memory", "80", "--after", str(place), "--extend-steps", "50"])

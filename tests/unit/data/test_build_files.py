@@ -396,7 +396,7 @@ def test_places_to_cut_at_are_looked_for_once(tmp_path: Path, monkeypatch: pytes
     path.write_text("a line\n" * 500 + blank + "another\n" * 500)
     searched: list[int] = []
     options = ReadOptions(documents="blank-line")
-    layout = plan_module.layout_of(".txt", options)
+    layout = plan_module.format_of(".txt", options)
     counting = replace(layout, first_end=lambda buffer: searched.append(len(buffer)) or layout.first_end(buffer))
     monkeypatch.setattr(plan_module, "format_of", lambda *_: counting)
     bounds = plan_module._bounds(InputFile.found_at(path), options, 1000)

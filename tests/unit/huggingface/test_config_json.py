@@ -195,12 +195,12 @@ def test_a_key_that_changes_nothing_may_be_passed_over_by_name() -> None:
 @pytest.mark.parametrize(
     ("section", "names"),
     [
-        (ModelSection(style="gpt2", qk_norm=True, **SIZES), ["qk_norm"]),
-        (ModelSection(style="gpt2", num_key_value_heads=2, **SIZES), ["num_key_value_heads=2"]),
-        (ModelSection(style="gpt2", head_dim=16, **SIZES), ["head_dim=16"]),
+        (ModelSection(style="gpt2", qk_norm=True, **SIZES), ["model.qk_norm=true"]),
+        (ModelSection(style="gpt2", num_key_value_heads=2, **SIZES), ["model.num_key_value_heads=2"]),
+        (ModelSection(style="gpt2", head_dim=16, **SIZES), ["model.head_dim=16"]),
         (
             ModelSection(style="llama", head_dim=8, **{**SIZES, "num_attention_heads": 6}),
-            ["num_attention_heads=6", "hidden_size=32"],
+            ["model.num_attention_heads=6", "model.hidden_size=32"],
         ),
     ],
 )
