@@ -1,7 +1,7 @@
 # megalm: from a fresh machine to a trained model (`make pretrain`) or a tested one (`make test`).
 #
 # Each step of the installation leaves a stamp in .venv/.stamps, so a second start goes straight to its work and
-# an interrupted one goes on where it was. Variables:
+# an interrupted one resumes where it was. Variables:
 #   PYTHON=/path/to/python3.12   the interpreter to build on (3.10-3.12; default: the first that fits)
 #   SYSTEM=1                     use that interpreter's own torch instead of installing one
 #   ARGS="..."                   more arguments for pretrain (train.steps=50) and test (-k resume)
