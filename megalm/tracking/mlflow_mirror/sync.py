@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megalm.runs.metrics_log import METRICS_FILE, Row, read_rows
 from megalm.tracking.mlflow_mirror import run_facts
-from megalm.tracking.mlflow_mirror.client import FAILED, FINISHED, KILLED, RUNNING, MetricValue, Store
+from megalm.tracking.mlflow_mirror.store import FAILED, FINISHED, KILLED, RUNNING, MetricValue, Store
 from megalm.tracking.mlflow_mirror.sync_state import MirrorState
 
 STATE_FILE = "mlflow.json"

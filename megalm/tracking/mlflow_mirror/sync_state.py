@@ -9,7 +9,7 @@ from pathlib import Path
 import orjson
 
 from megalm.errors import ConfigError
-from megalm.tracking.mlflow_mirror.client import RUNNING
+from megalm.tracking.mlflow_mirror.store import RUNNING
 from megalm.utils.atomic_files import write_atomically
 
 
