@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megalm.runs.metrics_log import Row, live_rows
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row, live_rows
 
 Numbers = npt.NDArray[np.float64]
 
@@ -30,7 +30,6 @@ COLUMNS = (
     "memory_bytes",
     "attempt",
 )
-ATTEMPT_EVENTS = ("start", "resume", "rollback")  # each begins one
 
 # What is written before a process trains: the time since the row before is a pause, of nobody's work.
 _OPENING = ("start", "resume", "repair", "warning")

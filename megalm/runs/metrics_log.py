@@ -38,6 +38,7 @@ METRICS_FILE = "metrics.jsonl"
 # What yields the rows of a file: `read_metrics`, or the same for somebody who waits.
 ReadRows = Callable[[Path], Iterable[Row]]
 
+ATTEMPT_EVENTS = ("start", "resume", "rollback")  # each begins one
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _TAIL_BYTES = 1 << 16
 
@@ -117,7 +118,7 @@ def live_rows(rows: Iterable[Row]) -> list[Row]:
     """
     live: list[Row] = []
     for row in rows:
-        if row.get("event") in ("start", "resume", "rollback") and isinstance(row.get("step"), int):
+        if row.get("event") in ATTEMPT_EVENTS and isinstance(row.get("step"), int):
             kept_step = row["step"]
             live = [old for old in live if old["kind"] == "event" or old.get("step", 0) <= kept_step]
         live.append(row)

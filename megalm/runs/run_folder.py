@@ -22,7 +22,7 @@ from megalm.config.schema import RunSection
 from megalm.config.yaml_reader import parse_yaml
 from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
-from megalm.runs.metrics_log import read_metrics
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, read_metrics
 from megalm.utils.atomic_files import write_bytes_atomically, write_json
 
 CONFIG_FILE = "config.yaml"
@@ -60,7 +60,6 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 log = logging.getLogger(__name__)
 
-_ATTEMPTS = ("start", "resume", "rollback")  # events that begin one
 _STEM = "run"  # of runs without a name and a preset
 _PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "tokenizers", "safetensors", "mlflow", "megalm")
 
@@ -110,9 +109,27 @@ class RunFolder:
         return self.path / "samples"
 
     @property
+    def config_yaml(self) -> Path:
+        return self.path / CONFIG_FILE
+
+    @property
+    def deepspeed_json(self) -> Path:
+        """The DeepSpeed JSON as it was given."""
+        return self.path / "deepspeed.json"
+
+    @property
+    def resolved_deepspeed_json(self) -> Path:
+        """What DeepSpeed gets."""
+        return self.path / DEEPSPEED_FILE
+
+    @property
+    def environment_json(self) -> Path:
+        return self.path / ENVIRONMENT_FILE
+
+    @property
     def config_files(self) -> tuple[Path, ...]:
         """What is kept with every checkpoint."""
-        return tuple(self.path / name for name in ("config.yaml", "deepspeed.json", "deepspeed.resolved.json"))
+        return self.config_yaml, self.deepspeed_json, self.resolved_deepspeed_json
 
     def failure(self, attempt: int) -> Path:
         return self._failures / f"attempt-{attempt}.txt"
@@ -120,7 +137,7 @@ class RunFolder:
     def next_attempt(self) -> int:
         """1 for a new run; else the number after the last that started, or failed before it started."""
         rows = read_metrics(self.metrics) if self.metrics.exists() else []
-        started = max((int(row["attempt"]) for row in rows if row.get("event") in _ATTEMPTS), default=0)
+        started = max((int(row["attempt"]) for row in rows if row.get("event") in ATTEMPT_EVENTS), default=0)
         return 1 + max(started, self._last_failure())
 
     def _last_failure(self) -> int:
@@ -132,7 +149,7 @@ class RunFolder:
 
     def remove_if_unused(self) -> None:
         """Leave nothing of a run that was refused; at once, so that no rank finds half of it."""
-        if self.config_files[0].exists() or complete_checkpoints(self.checkpoints):
+        if self.config_yaml.exists() or complete_checkpoints(self.checkpoints):
             return
         gone = self.path.with_name(f".{self.name}.refused")
         try:
@@ -150,7 +167,7 @@ class RunFolder:
     @property
     def imported(self) -> Path | None:
         """The weights, where this is no run's folder but that of an imported model."""
-        if self.config_files[0].exists():
+        if self.config_yaml.exists():
             return None
         entries = list_checkpoints(self.checkpoints)
         holds = {None if entry.manifest is None else entry.manifest.holds for entry in entries}
@@ -184,7 +201,7 @@ class ResumeCommand:
 def newest_run(root: Path, preset: str | None) -> str | None:
     """The unnamed run that `--resume` without a name means; None: there is none that ever began."""
     numbered = _numbered(root.expanduser(), preset or _STEM)
-    existing = [path for path in numbered if RunFolder(path).config_files[0].is_file()]
+    existing = [path for path in numbered if RunFolder(path).config_yaml.is_file()]
     return existing[-1].name if existing else None
 
 
@@ -232,18 +249,16 @@ def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bo
 
 def write_facts(folder: RunFolder, run: ResolvedRun, facts: Mapping[str, Any]) -> None:
     """Write config.yaml, both DeepSpeed JSONs and environment.json; earlier ones of a resumed run are kept beside."""
-    config, original, resolved = folder.config_files
-    account = folder.path / "environment.json"
-    stated = Path(run.deepspeed_source.path).read_bytes()
-    for path in (*folder.config_files, account):
+    given = Path(run.deepspeed_source.path).read_bytes()  # it may be the folder's own
+    for path in (*folder.config_files, folder.environment_json):
         if path.exists():  # kept where it is too: a job that is killed here goes on with it
             write_bytes_atomically(_next_old_name(path), path.read_bytes())
     folder.checkpoints.mkdir(exist_ok=True)
     folder.samples.mkdir(exist_ok=True)
-    write_bytes_atomically(config, run.config_yaml.encode())
-    write_bytes_atomically(original, stated)
-    write_json(resolved, run.deepspeed)
-    write_json(account, {**environment(), **facts})
+    write_bytes_atomically(folder.config_yaml, run.config_yaml.encode())
+    write_bytes_atomically(folder.deepspeed_json, given)
+    write_json(folder.resolved_deepspeed_json, run.deepspeed)
+    write_json(folder.environment_json, {**environment(), **facts})
 
 
 def environment() -> dict[str, Any]:

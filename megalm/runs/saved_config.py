@@ -53,14 +53,13 @@ def read_settings(
     if own is None:
         default = _recipe_json(loaded) or named_json(_DEFAULT_DEEPSPEED_CONFIG)
         return ConfigFiles(loaded, read_deepspeed_json(deepspeed_config or default))
-    settings, original, _ = own.config_files
     # By its name: another job may begin a newer unnamed run at any moment.
-    loaded = given.over(settings, own.name)
+    loaded = given.over(own.config_yaml, own.name)
     degrees = loaded.config.parallel
     if ranks % (degrees.tensor * degrees.pipeline) and not any(key.startswith("parallel.") for key in loaded.stated):
-        loaded = given.over(settings, own.name, not_kept=("parallel",))
-    deepspeed = read_deepspeed_json(deepspeed_config or _recipe_json(loaded) or original)
-    return ConfigFiles(loaded, deepspeed, given.saved(settings))
+        loaded = given.over(own.config_yaml, own.name, not_kept=("parallel",))
+    deepspeed = read_deepspeed_json(deepspeed_config or _recipe_json(loaded) or own.deepspeed_json)
+    return ConfigFiles(loaded, deepspeed, given.saved(own.config_yaml))
 
 
 def _recipe_json(loaded: LoadedConfig) -> Path | None:
@@ -74,7 +73,7 @@ def _find_own(loaded: LoadedConfig) -> RunFolder | None:
     root = Path(loaded.config.run.root).expanduser()
     name = loaded.config.run.name or newest_run(root, loaded.preset)
     folder = None if name is None else RunFolder(root / name)
-    return folder if folder is not None and folder.config_files[0].is_file() else None
+    return folder if folder is not None and folder.config_yaml.is_file() else None
 
 
 def config_changes(folder: RunFolder, run: ResolvedRun, saved: RunConfig) -> list[str]:
@@ -86,8 +85,8 @@ def config_changes(folder: RunFolder, run: ResolvedRun, saved: RunConfig) -> lis
     Raises:
         ConfigError: a file of the folder that is damaged.
     """
-    config, original, _ = folder.config_files
-    lines = [f"what is not stated now is as in {config}"]
+    original = folder.deepspeed_json
+    lines = [f"what is not stated now is as in {folder.config_yaml}"]
     before, now = (_values(it) for it in (saved, run.config))
     lines += [
         f"{external_name(key)} was {shown(before[key])}, is {shown(value)} ({run.sources[key]})"

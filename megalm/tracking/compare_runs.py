@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megalm.runs.metrics_history import ATTEMPT_EVENTS, History, Numbers, read_history
-from megalm.runs.metrics_log import METRICS_FILE, ReadRows, Row, read_metrics
+from megalm.runs.metrics_history import History, Numbers, read_history
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, METRICS_FILE, ReadRows, Row, read_metrics
 from megalm.runs.run_folder import parameter_count
 from megalm.tracking.mlflow_mirror.run_facts import settings
 from megalm.utils.plotting import new_plot, save_plot

@@ -7,8 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megalm.runs.metrics_history import ATTEMPT_EVENTS
-from megalm.runs.metrics_log import Row
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row
 from megalm.tracking.compare_runs import judging
 from megalm.tracking.report.run_data import Failure, RunData
 from megalm.utils.formatting import format_duration
