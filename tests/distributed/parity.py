@@ -23,7 +23,7 @@ from tests.distributed.training import VOCAB, Case, Trace, snapshot, start, step
 STEPS = 5
 # Adam moves a weight by a whole step however small its gradient is, down to about epsilon. At the usual 1e-8 it would
 # make steps of gradients that are rounding alone; gradients here are about 1e-4.
-_EPSILON = 1e-6
+EPSILON = 1e-6
 
 # Sizes that show mistakes: a vocabulary that nothing divides, fewer key/value heads than heads, an MLP that is no
 # multiple of the hidden size.
@@ -130,7 +130,7 @@ class Row:
                 "train_batch_size": 16,
                 "train_micro_batch_size_per_gpu": 2,
                 "gradient_clipping": self.clipping,
-                "optimizer": {"params": {"betas": [0.9, 0.95], "eps": _EPSILON, "weight_decay": 0.1}},
+                "optimizer": {"params": {"betas": [0.9, 0.95], "eps": EPSILON, "weight_decay": 0.1}},
                 "zero_optimization": {**zero, "stage3_param_persistence_threshold": 0},
             },
         )

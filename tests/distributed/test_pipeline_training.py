@@ -15,7 +15,7 @@ import torch
 
 from megalm.cost_model.pipeline_balance import StageCosts
 from megalm.engine.build import build_engine
-from tests.distributed.parity import TOLERANCES, Outcome, difference, train
+from tests.distributed.parity import EPSILON, TOLERANCES, Outcome, difference, train
 from tests.distributed.training import Case, make_dataset, resolved, shape_of
 from tests.ranks import run_ranks
 
@@ -29,7 +29,8 @@ FOUR_LAYERS = ("model.num_hidden_layers=4",)
 
 
 def _case(overrides: tuple[str, ...], micro_batch: int = 2, precision: str = "fp32", **settings: Any) -> Case:
-    common: dict[str, Any] = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_clipping": 0.5}
+    adam = {"params": {"betas": [0.9, 0.95], "eps": EPSILON, "weight_decay": 0.1}}  # as in the parity matrix, and why
+    common = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_clipping": 0.5, "optimizer": adam}
     return Case("zero1.json", precision, overrides, common | settings)
 
 
