@@ -1,4 +1,4 @@
-"""Command-line arguments and resume options of a run, and resume.json, the record of what the last attempt resumed from.
+"""Command-line arguments and resume options of a run, and resume.json, the record of the last attempt that resumed.
 
 `--resume 1500` in a folder that has step 2000 abandons later steps. If the job is killed before its first save, no
 checkpoint records this, but `runs/NAME/resume.json` does: `--resume auto` then repeats the same options.
