@@ -1,4 +1,4 @@
-"""The control channel of a process that is by itself: what asks other ranks elsewhere, answered at once."""
+"""The control channel between ranks: the `Communicator` protocol and its single-process implementation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class SingleProcessCommunicator:
-    """The `Comm` of one process (megalm/engine/interface.py)."""
+    """The `Communicator` of a process without other ranks: every collective returns at once."""
 
     rank, size, is_main = 0, 1, True
 

@@ -1,6 +1,6 @@
-"""Errors for people: one line that says what, where and what to do next; never a traceback.
+"""User-facing errors: one line that says what, where and what to do next; never a traceback.
 
-Commands turn any MegalmError into that line on stderr and `exit_code`.
+Commands print a `MegalmError` as that line on stderr and exit with its `exit_code`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
-EXIT_START_AGAIN = 75  # saved, and wants to be started again
+EXIT_START_AGAIN = 75  # a checkpoint is saved; the job asks to be restarted
 
 
 class MegalmError(Exception):
-    """Base of the errors that a person caused or can mend."""
+    """Base of the errors that the user caused or can fix."""
 
     exit_code = EXIT_FAILED
 
@@ -31,17 +31,17 @@ class DataError(MegalmError):
 
 
 class CheckpointError(MegalmError):
-    """A checkpoint that is absent, incomplete, altered, or of another model."""
+    """A checkpoint that is missing, incomplete, altered, or of another model."""
 
     exit_code = EXIT_REFUSED
 
 
 class TrainingError(MegalmError):
-    """Training that cannot go on; the line says at which step, why, and what to do."""
+    """Training cannot continue; the message gives the step, the cause and what to do."""
 
 
 class OtherRankFailed(MegalmError):
-    """Another rank failed and tells the person why; this one leaves without a word, with the same exit code."""
+    """Another rank failed and reports why; this rank exits silently with the same exit code."""
 
     def __init__(self, exit_code: int = EXIT_FAILED) -> None:
         super().__init__("another rank failed")

@@ -1,7 +1,7 @@
-"""The only place that imports deepspeed: ranks and devices, the process group, the ZeRO engine and its state."""
+"""The DeepSpeed engines and what they need: ranks and devices, the process group, optimizer state, NVMe offload."""
 
 import sys
 from types import SimpleNamespace
 
-# DeepSpeed imports its autotuner, and that MLflow: half of the time that `import deepspeed` takes, on every rank.
+# DeepSpeed imports its autotuner, which imports MLflow: half the time of `import deepspeed`, on every rank.
 sys.modules.setdefault("deepspeed.autotuning.autotuner", SimpleNamespace(Autotuner=None))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What every engine on DeepSpeed has in common: how it is made, its state, and the end of a step."""
+"""The base of both DeepSpeed engines: construction, the check before each update, optimizer state, end of a step."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from megalm.planning.resolve import OptimizerFacts
 
 
 class UpdateCheck:
-    """One joint verdict before an update, in front of the optimizer's `step`.
+    """Wraps the optimizer's `step` so that all ranks accept or refuse an update together.
 
-    DeepSpeed calls the `step` of the optimizer that it was handed once for each parameter group (ZeRO 1, 2) or
-    sub-group (ZeRO 3), after the global gradient norm is known and before anything has moved. The first call of a
-    training step judges; refused, no group's weights, moments or step count change, and what DeepSpeed copies from
-    masters to low-precision weights afterwards is what was there.
+    DeepSpeed calls the `step` of the given optimizer once per parameter group (ZeRO 1, 2) or sub-group (ZeRO 3), after
+    it knows the global gradient norm and before it changes any weight. The first call of a training step decides. If
+    the update is refused, no group's weights, moments or step count change, and DeepSpeed's copy from masters to
+    low-precision weights writes the values that were already there.
 
     Args:
-        comm: the world; a rank that refuses refuses for all.
-        judge: None takes every update whose numbers are finite.
+        comm: all ranks; if one refuses, all do.
+        judge: None accepts every update whose numbers are finite.
     """
 
     def __init__(self, comm: Communicator, judge: JudgeUpdate | None) -> None:
@@ -50,14 +50,14 @@ class UpdateCheck:
         self._judge = judge
         self._numbers: Callable[[], tuple[float, float]] | None = None
         self._verdict: UpdateVerdict | None = None
-        # Returns the squares of the gradients being stepped, by parameter; set once DeepSpeed has made its wrapper.
+        # Returns squared gradient norms by parameter; set once DeepSpeed has wrapped the optimizer.
         self.measure: Callable[[], dict[str, float]] = dict
         self.refused_squares: Counter[str] = Counter()
 
     def install(self, optimizer: torch.optim.Optimizer) -> None:
-        """From now on `optimizer.step` does nothing where the verdict refuses.
+        """Make `optimizer.step` do nothing when the verdict refuses.
 
-        The instance's method is replaced, and no subclass made: DeepSpeed compares exact types to know whether an
+        Replaces the instance's method instead of subclassing: DeepSpeed compares exact types to decide whether an
         optimizer works with ZeRO.
         """
         step = optimizer.step
@@ -72,28 +72,28 @@ class UpdateCheck:
         optimizer.step = checked  # type: ignore[method-assign]
 
     def arm(self, loss: float, norm: Callable[[], float]) -> None:
-        """Before the update of one training step.
+        """Prepare the check of one training step's update.
 
         Args:
             loss: of the global batch, the same on every rank.
-            norm: returns the global gradient norm; called only once DeepSpeed has computed it.
+            norm: returns the global gradient norm; called only after DeepSpeed has computed it.
         """
         self._numbers, self._verdict = lambda: (loss, norm()), None
         self.refused_squares.clear()
 
     def disarm(self) -> UpdateVerdict | None:
-        """After the update: the verdict of all ranks, None where DeepSpeed dropped the update without a `step`."""
+        """After the update: return the joint verdict; None if DeepSpeed dropped the update without calling `step`."""
         self._numbers = None
         return self._verdict
 
     def judge(self, loss: float, norm: float) -> UpdateVerdict:
-        """This rank's verdict; what is not finite is always refused."""
+        """Return this rank's verdict; a loss or norm that is not finite is always refused."""
         is_finite = math.isfinite(loss) and math.isfinite(norm)
         verdict = UpdateVerdict(refuses=not is_finite) if self._judge is None else self._judge(loss, norm)
         return verdict if is_finite else replace(verdict, refuses=True)
 
     def _admits(self) -> bool:
-        if self._numbers is None:  # DeepSpeed steps while it builds its engine, too
+        if self._numbers is None:  # DeepSpeed also steps while it builds its engine
             return True
         if self._verdict is None:
             own = self.judge(*self._numbers())
@@ -102,9 +102,9 @@ class UpdateCheck:
 
 
 class ModelParallelUnit:
-    """The grid of ranks as ZeRO asks for it, DeepSpeed's `mpu`.
+    """DeepSpeed's `mpu`: this rank's process groups under the names that ZeRO expects.
 
-    ZeRO partitions over the data group of this rank and adds gradient norms over its tensor group.
+    ZeRO partitions over this rank's data group and sums gradient norms over its tensor group.
     """
 
     def __init__(self, groups: ParallelGroups) -> None:
@@ -131,9 +131,9 @@ class ModelParallelUnit:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_embeddings: bool) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases do not; embedding tables do if `decay_embeddings`.
+    """Return optimizer groups: matrices decay, norms and biases do not, embeddings do if `decay_embeddings`.
 
-    Made before `deepspeed.initialize`: ZeRO 3 flattens every shape to one dimension.
+    Call before `deepspeed.initialize`: ZeRO 3 flattens every parameter to one dimension.
     """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
@@ -147,9 +147,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_embeddings: bo
 
 
 def build_optimizer(groups: list[dict[str, Any]], facts: OptimizerFacts, offload: bool) -> torch.optim.Optimizer:
-    """torch's fused AdamW, which needs no compiler; with offload DeepSpeed's CPUAdam, which is built on first use.
+    """Return torch's fused Adam(W), which needs no compiler; with `offload`, DeepSpeed's CPUAdam, built on first use.
 
-    Learning rates are set by the engine before every step, so the one given here is never used.
+    The engine sets the learning rate before every step, so the value given here is never used.
     """
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -167,20 +167,20 @@ def build_optimizer(groups: list[dict[str, Any]], facts: OptimizerFacts, offload
     return optimizer(groups, lr=0.0, betas=facts.betas, eps=facts.epsilon, fused=True)
 
 
-_SWAPPED_BYTES = 16  # an element's master, moments and gradient
+_SWAPPED_BYTES = 16  # per element: master, two moments and gradient, fp32
 
 
 class EngineBase:
     """Hands a model and its optimizer to DeepSpeed.
 
     Args:
-        model: what DeepSpeed runs: an initialised model on `device`, fp32.
+        model: the module that DeepSpeed runs: an initialized model on `device`, fp32.
         part: the module whose parameters have canonical names: the model, or its part on this rank.
-        settings: what `deepspeed.initialize` takes: batch triple, precision, ZeRO, clipping; no optimizer.
-        optimizer: the optimizer's numbers.
+        settings: the configuration for `deepspeed.initialize`: batch sizes, precision, ZeRO, clipping; no optimizer.
+        optimizer: the optimizer's hyperparameters.
         decay_embeddings: whether weight decay applies to embedding tables.
-        judge: asked before each update; None: only what is not finite is refused.
-        mpu: the grid for DeepSpeed; a PipelineModule brings its own.
+        judge: called before each update; None refuses only numbers that are not finite.
+        mpu: the process groups for DeepSpeed; None for a PipelineModule, which has its own.
     """
 
     def __init__(
@@ -204,9 +204,9 @@ class EngineBase:
         parameters = dict(part.named_parameters())
         shards = {name: shard_of(parameter) for name, parameter in parameters.items()}
         self._owned = [parameter for name, parameter in parameters.items() if shards[name].is_owner]
-        for name, parameter in parameters.items():  # DeepSpeed's word for: count it in the gradient's norm
+        for name, parameter in parameters.items():  # DeepSpeed counts what has this mark in the gradient norm
             parameter.tensor_model_parallel = shards[name].is_owner  # type: ignore[attr-defined]
-        settings = copy.deepcopy(settings)  # DeepSpeed writes into what it is given
+        settings = copy.deepcopy(settings)  # DeepSpeed modifies its argument
         offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}
         self._swap_folder: SwapFolder | None = None
         if offload["device"] == "nvme":
@@ -259,16 +259,16 @@ class EngineBase:
         whole = sum(total.values())
         if not math.isfinite(whole) or whole == 0.0:
             return {}
-        # They were clipped, and scaled as the loss is; what they were before follows from the norm of the whole.
+        # The squares are of clipped, loss-scaled gradients: recover each norm from its share of the unclipped total.
         return {name: self._last_norm * math.sqrt(square / whole) for name, square in total.items()}
 
     def peak_memory_bytes(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux tells KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB
 
     def close(self) -> None:
-        """Nothing is left on a disk that states were swapped to."""
+        """Remove the NVMe swap folder, if any."""
         if self._swap_folder is not None:
             self._swap_folder.remove()
             self._swap_folder = None
@@ -278,23 +278,23 @@ class EngineBase:
             group["lr"] = rate
 
     def _norm_source(self) -> Callable[[], float]:
-        """What tells the gradient norm before clipping, once DeepSpeed is about to update.
+        """Return a function that gives the gradient norm before clipping, once DeepSpeed is about to update.
 
-        Without ZeRO it tells none, or this stage's only: then the norm is taken now, from gradients that are averaged
-        already.
+        Without ZeRO, DeepSpeed gives no norm, or only this pipeline stage's: compute it here, from gradients that are
+        already averaged.
         """
         if self._stage > 0:
             return self._state.gradient_norm
         squares = sum(float(p.grad.double().square().sum()) for p in self._owned if p.grad is not None)
-        norm = (self._comm.sum([squares])[0] / self._data.size) ** 0.5  # every copy of the model has told its own
+        norm = (self._comm.sum([squares])[0] / self._data.size) ** 0.5  # each data-parallel replica added its own
         return lambda: norm
 
     def _end_of_step(self, loss: float, norm: Callable[[], float]) -> StepResult:
-        """After DeepSpeed's update, or what it did instead."""
+        """Return the step's result, after DeepSpeed has updated or skipped."""
         verdict = self._check.disarm()
         self._last_norm = norm()
         if verdict is None and not (self._scales_loss and math.isfinite(loss)):
-            # DeepSpeed found an overflow and asked nobody: usual with a loss scale, without one a fault.
+            # DeepSpeed found an overflow and did not call `step`: normal with a loss scale, a fault without one.
             verdict = replace(self._check.judge(loss, self._last_norm), refuses=True)
         return StepResult(loss, self._last_norm, self._state.loss_scale(), verdict)
 
@@ -308,5 +308,5 @@ class EngineBase:
 
 
 def padded(tokens: npt.NDArray[np.int64], multiple: int) -> npt.NDArray[np.int64]:
-    """[B, T] -> [B, T'] with T' the next multiple; nothing attends to what is added on the right."""
+    """[B, T] -> [B, T'] with T' the next multiple; no token attends to the padding on the right."""
     return np.pad(tokens, ((0, 0), (0, -tokens.shape[1] % multiple)))

@@ -1,6 +1,6 @@
-"""From a resolved run to an engine: groups, layers and the initialised model, under the engine that the run asks for.
+"""Build the engine of a resolved run: process groups, layers, the initialized model, and the engine around it.
 
-deepspeed's import takes seconds and has to follow `start_distributed`: it happens inside these functions.
+Importing deepspeed takes seconds and must follow `start_distributed`, so it happens inside these functions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megalm.planning.resolve import ResolvedRun
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Told how many blocks each pipeline stage got, and by what costs.
+# Called with the number of blocks of each pipeline stage and the costs used to balance them.
 OnStages = Callable[[tuple[int, ...], StageCosts], None]
 
 
@@ -34,11 +34,11 @@ def build_engine(
     judge: JudgeUpdate | None = None,
     on_stages: OnStages | None = None,
 ) -> Engine:
-    """Collective: the engine of this rank.
+    """Collective: return this rank's engine.
 
     Args:
-        judge: asked before each update; None: only what is not finite is refused.
-        on_stages: called where there is a pipeline.
+        judge: called before each update; None refuses only numbers that are not finite.
+        on_stages: called if the model is split into pipeline stages.
     """
     train = run.config.train
     clock = DropoutClock(train.seed)
@@ -105,7 +105,7 @@ def _pipeline_engine(
 def _balance(
     run: ResolvedRun, build: StageBuilder, device: torch.device, comm: DistributedCommunicator
 ) -> tuple[tuple[int, ...], StageCosts]:
-    """Blocks of each stage, and the costs that they were balanced by."""
+    """Return the number of blocks of each stage, and the costs used to balance them."""
     shape = build.shape
     costs = parameter_costs(shape)
     if run.config.parallel.balance == "time":

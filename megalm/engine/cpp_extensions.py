@@ -1,6 +1,6 @@
-"""DeepSpeed's extensions in C++, which are compiled at their first use: a process killed meanwhile blocks no later one.
+"""Compile and load DeepSpeed's C++ extensions, so that a process killed while compiling does not block later ones.
 
-torch keeps others out with a file named `lock`, and waits for ever where the process that made it was killed.
+torch guards a build with a file named `lock`, and waits forever if the process that created it was killed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from megalm.errors import ConfigError
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
-# Of a compiler's pages, the line that a person looks for.
+# Words that mark the informative line of a compiler's output.
 _TELLING = ("error:", "not found", "not being installed", "No such file", "No space left")
 _SHOWN_CHARACTERS = 160
 
 
 def load_cpu_adam() -> None:
-    """Compile DeepSpeed's CPUAdam if need be: one rank of a machine does, the others wait for it.
+    """Load DeepSpeed's CPUAdam. On first use one rank of each machine compiles it while the others wait.
 
     Raises:
         ConfigError: it cannot be compiled here.
@@ -38,10 +38,10 @@ def load_cpu_adam() -> None:
 
 
 def load_async_io() -> None:
-    """The same for what reads and writes an NVMe disk.
+    """Load DeepSpeed's asynchronous I/O for NVMe disks, compiled like CPUAdam.
 
     Raises:
-        ConfigError: libaio is not installed, or it cannot be compiled.
+        ConfigError: libaio is not installed, or the extension cannot be compiled.
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -59,7 +59,7 @@ def _load(builder: Any) -> None:
     try:
         builder.load()
     except (RuntimeError, ImportError, OSError) as error:
-        log.info("%s", error)  # all that the compiler said, with --verbose
+        log.info("%s", error)  # the full compiler output, with --verbose
         lines = str(error).splitlines() or [type(error).__name__]
         why = next((line for line in lines if any(word in line for word in _TELLING)), lines[0]).strip()
         raise ConfigError(
@@ -70,15 +70,15 @@ def _load(builder: Any) -> None:
 
 @contextlib.contextmanager
 def compiling_alone(name: str) -> Iterator[None]:
-    """Keep other ranks and jobs from compiling extension `name`, and take away what a killed one has left.
+    """Keep other ranks and jobs from compiling extension `name`; remove a torch lock that a killed process left.
 
-    Our own lock dies with its holder. Torch's is stale where no process has it open, once we hold ours.
+    The kernel releases our lock when its holder dies. While we hold it, a torch lock that no process has open is stale.
     """
     from torch.utils.cpp_extension import _get_build_directory
 
     folder = Path(_get_build_directory(name, verbose=False))
     with (folder / "megalm.lock").open("a") as ours:
-        with contextlib.suppress(OSError):  # a file system without locks: as without megalm
+        with contextlib.suppress(OSError):  # a file system without locks: rely on torch's lock alone
             fcntl.flock(ours, fcntl.LOCK_EX)
         theirs = folder / "lock"
         while theirs.exists():
@@ -90,7 +90,7 @@ def compiling_alone(name: str) -> Iterator[None]:
 
 
 def _is_open(path: Path) -> bool:
-    """Whether any process of this user on this machine has the file open."""
+    """Return whether a process of this user on this machine has the file open."""
     wanted = str(path.resolve())
     for handle in Path("/proc").glob("[0-9]*/fd/*"):
         try:

@@ -1,4 +1,4 @@
-"""What DeepSpeed does at its start that megalm would rather not: noise, compilations, a refusal."""
+"""Workarounds for DeepSpeed and torch at startup: OpenMP spinning, log noise, needless compilation, fp16 on a CPU."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from collections.abc import Iterator
 
 from megalm.planning.checks.deepspeed import ALLOW_CPU_FP16
 
-# How long a thread of a matrix product waits awake for the others: set before torch, with its OpenMP, is imported.
-
+# Environment variables by which a user configures OpenMP's spinning.
 _STATED = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 def limit_openmp_spin() -> None:
-    """Some ten microseconds instead of milliseconds, unless the environment states something.
+    """Let OpenMP threads spin for tens of microseconds, not milliseconds, unless the environment configures it.
 
-    Within a step the other threads are done in microseconds. Where one of them has lost its core to another program,
-    the one that waits awake holds the very core that it waits for; asleep, it gives it away. GNU's OpenMP only.
+    Call before importing torch; GNU OpenMP only. Within a step, threads finish within microseconds of each other. If
+    one has lost its core to another program, spinning threads occupy the cores it needs; sleeping threads free them.
     """
     if not any(name in os.environ for name in _STATED):
         os.environ["GOMP_SPINCOUNT"] = "10000"
@@ -33,7 +32,7 @@ _NO_COMPILER = "TORCHDYNAMO_DISABLE"  # read where a function is decorated
 
 
 def silence() -> None:
-    """Keep libraries from writing where people read the run's progress. Call before importing torch."""
+    """Keep libraries from writing between the run's progress lines. Call before importing torch."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("GLOO_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore", module=r"(torch|deepspeed)(\.|$)")
@@ -41,7 +40,7 @@ def silence() -> None:
 
 
 def silence_deepspeed() -> None:
-    """DeepSpeed sets its logger's level when it is imported, so this follows the import."""
+    """Raise the level of DeepSpeed's logger. Call after importing deepspeed, which sets the level itself."""
     from deepspeed.utils import logger
 
     logger.setLevel(logging.INFO if _is_verbose() else logging.ERROR)
@@ -49,7 +48,7 @@ def silence_deepspeed() -> None:
 
 @contextlib.contextmanager
 def prints_to_log() -> Iterator[None]:
-    """Take what DeepSpeed prints while it builds an engine out of the way of the run's progress."""
+    """Send what DeepSpeed prints while it builds an engine to the log; with `--verbose`, leave it on stdout."""
     if _is_verbose():
         yield
         return
@@ -65,9 +64,8 @@ def prints_to_log() -> Iterator[None]:
 def avoid_shared_memory_op() -> None:
     """Keep DeepSpeed from compiling `shm_comm` at the first process group on a CPU.
 
-    The extension serves inference all-reduces only, and has to be compiled on a fresh machine. The table of
-    compatible ops is made on its first reading, by probing the compiler for every op: a table that is already
-    there saves that too.
+    The extension serves inference all-reduces only, and must be compiled on a fresh machine. DeepSpeed fills its table
+    of compatible ops on first access by probing the compiler for every op; setting the table here saves that too.
     """
     import deepspeed.ops
 
@@ -75,9 +73,9 @@ def avoid_shared_memory_op() -> None:
 
 
 def import_muon_uncompiled() -> None:
-    """Keep `deepspeed.initialize` from loading torch's compiler, a second on every rank.
+    """Keep `deepspeed.initialize` from loading torch's compiler, which takes a second on every rank.
 
-    It imports its optimizer Muon, only to ask whether ours is one, and that is decorated with `torch.compile`.
+    It imports its optimizer Muon just to check the type of ours, and Muon is decorated with `torch.compile`.
     """
     before = os.environ.get(_NO_COMPILER)
     os.environ[_NO_COMPILER] = "1"
@@ -92,7 +90,7 @@ def import_muon_uncompiled() -> None:
 
 
 def allow_cpu_fp16_if_asked() -> None:
-    """Let the CPU accelerator say that it can compute in fp16: it can, a thousand times slower, for tests."""
+    """For tests: make the CPU accelerator report fp16 support. It works, a thousand times slower."""
     if os.environ.get(ALLOW_CPU_FP16) == "1":
         from deepspeed.accelerator import get_accelerator
 
@@ -100,5 +98,5 @@ def allow_cpu_fp16_if_asked() -> None:
 
 
 def _is_verbose() -> bool:
-    """`--verbose` opens the root logger; nothing else does."""
+    """Return whether `--verbose` was given: only that lowers the root logger's level."""
     return logging.getLogger().isEnabledFor(logging.INFO)

@@ -1,4 +1,4 @@
-"""Which rank this process is, on what device, with how many threads: read from any launcher's environment."""
+"""This process's rank, device, threads and peak FLOP/s, and the memory allocator's settings for CPU training."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from megalm.cost_model.gpu_specs import data_sheet_peak
 from megalm.errors import ConfigError
 from megalm.planning.resolve import DeviceFacts
 
-# The C library's memory allocator, told what training is like: the same large tensors again in every step.
-
 log = logging.getLogger(__name__)
 
 # From glibc's malloc.h.
@@ -27,31 +25,29 @@ _M_MMAP_MAX = -4
 
 
 def tune_malloc() -> None:
-    """Keep what tensors on a CPU give back, for the next ones, instead of returning it to the system.
+    """Let malloc keep freed CPU memory for later tensors instead of returning it to the system.
 
-    By default each tensor of more than some megabytes is mapped anew and its pages are zeroed by the kernel, in every
-    step again; that was a fifth of the time of a step. What the process holds at most does not change, only that it
-    keeps holding it. Nothing happens where the C library is another one.
+    Training allocates the same large tensors in every step. By default the C library maps each tensor of more than a
+    few megabytes again and the kernel zeroes its pages, which took a fifth of a step's time. Peak memory does not
+    change, but the process keeps it. Does nothing with a C library without `mallopt`.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         log.debug("no mallopt here: freed memory goes back to the system")
         return
-    mallopt(ctypes.c_int(_M_MMAP_MAX), ctypes.c_int(0))  # nothing is mapped by itself
-    mallopt(ctypes.c_int(_M_TRIM_THRESHOLD), ctypes.c_int(-1))  # and the heap is never cut
+    mallopt(ctypes.c_int(_M_MMAP_MAX), ctypes.c_int(0))  # allocate everything from the heap
+    mallopt(ctypes.c_int(_M_TRIM_THRESHOLD), ctypes.c_int(-1))  # and never shrink it
 
 
-# The peak that model FLOPs utilisation is measured against: dense matrix products, no sparsity.
-
-# A machine that others use as well has slow moments of many milliseconds.
+# Enough repeats to get past slowdowns of many milliseconds on a shared machine.
 _REPEATS, _SECONDS = 12, 0.3
 
 
 def peak_flops(device: torch.device, low_precision: bool) -> tuple[float, str]:
-    """FLOP/s of one rank's device at its best, and where the number is from.
+    """Return the peak FLOP/s of one rank's device, the base of model FLOPs utilization (MFU), and its source.
 
-    A GPU of the table has its data sheet's; any other device, a CPU too, is measured.
+    It is of dense matrix products, without sparsity: a known GPU's from its data sheet, any other device's measured.
     """
     if device.type == "cuda":
         known = data_sheet_peak(torch.cuda.get_device_name(device), low_precision)
@@ -61,9 +57,9 @@ def peak_flops(device: torch.device, low_precision: bool) -> tuple[float, str]:
 
 
 def measured_peak(device: torch.device, low_precision: bool) -> float:
-    """FLOP/s of the fastest of at least a dozen matrix products, with this rank's threads.
+    """Return the FLOP/s of the fastest of at least a dozen matrix products, with this rank's threads.
 
-    1024 x 1024 on a CPU, some milliseconds each; 8192 x 8192 on a GPU, where a smaller one would time its launch.
+    1024 x 1024 on a CPU, a few milliseconds each; 8192 x 8192 on a GPU, where a smaller one would time the launch.
     """
     on_gpu = device.type == "cuda"
     size = 8192 if on_gpu else 1024
@@ -95,12 +91,12 @@ class RankFacts:
 
 
 def rank_facts() -> RankFacts:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without any of them: one rank.
+    """Read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without RANK and WORLD_SIZE: one rank.
 
-    A bare `python launch/pretrain.py` gets an address of its own, so two such runs never meet.
+    A run without a launcher gets a free port, so that two such runs never collide.
 
     Raises:
-        ConfigError: where a launcher set only some of them.
+        ConfigError: the launcher set only some of them.
     """
     present = [name for name in _NAMES if name in os.environ]
     if "RANK" not in present and "WORLD_SIZE" not in present:
@@ -110,7 +106,7 @@ def rank_facts() -> RankFacts:
         missing = ", ".join(name for name in _NAMES if name not in present)
         raise ConfigError(f"the launcher set {', '.join(present)} but not {missing}; start with deepspeed or torchrun")
     world_size = int(os.environ["WORLD_SIZE"])
-    # torchrun and Slurm scripts say LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
+    # torchrun and Slurm scripts set LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
     return RankFacts(
         rank=int(os.environ["RANK"]),
@@ -122,16 +118,16 @@ def rank_facts() -> RankFacts:
 
 
 def device_facts(local_world_size: int) -> DeviceFacts:
-    """What this rank computes on; memory is the share of one rank, in bytes."""
+    """Return this rank's device facts; memory is one rank's share, in bytes."""
     if _computes_on_cuda():
         properties = torch.cuda.get_device_properties(0)
         return DeviceFacts(kind="cuda", bf16=torch.cuda.is_bf16_supported(), memory_bytes=properties.total_memory)
-    # Of the whole memory, not of what is free now: every rank and every resume must come to the same batch.
+    # Total memory, not free memory: every rank and every resume must derive the same batch size.
     return DeviceFacts(kind="cpu", bf16=_cpu_has_bf16(), memory_bytes=psutil.virtual_memory().total // local_world_size)
 
 
 def device_name() -> str:
-    """The device in a person's words."""
+    """Return the device's display name."""
     if _computes_on_cuda():
         return torch.cuda.get_device_name(0)
     return f"CPU, {len(os.sched_getaffinity(0))} cores"
@@ -141,9 +137,9 @@ def claim_device(ranks: RankFacts) -> torch.device:
     """Bind this process to its device and its share of the cores.
 
     Raises:
-        ConfigError: with more ranks on this node than CUDA devices.
+        ConfigError: this node has more ranks than CUDA devices.
     """
-    torch.set_num_threads(ranks.threads)  # torchrun says 1 thread, others say all: equal under every launcher
+    torch.set_num_threads(ranks.threads)  # torchrun sets 1 thread, other launchers all: make them equal
     if not _computes_on_cuda():
         tune_malloc()
         return torch.device("cpu")
@@ -157,12 +153,12 @@ def claim_device(ranks: RankFacts) -> torch.device:
 
 
 def _computes_on_cuda() -> bool:
-    """DeepSpeed's own variable decides where there is a choice: the two must not disagree about the device."""
+    """Return whether to compute on CUDA; DeepSpeed's own variable is honored, so that both choose the same device."""
     return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether matrix products in bf16 are done by the CPU's own instructions, not emulated."""
+    """Return whether the CPU has native instructions for bf16 matrix products."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

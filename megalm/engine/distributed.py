@@ -1,4 +1,4 @@
-"""What the training loop may ask of the other ranks: small values and decisions, never tensors of the model."""
+"""The control channel between ranks: collectives of small values and decisions, never of the model's tensors."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from megalm.errors import EXIT_FAILED, ConfigError, OtherRankFailed
 
 T = TypeVar("T")
 
-# Of what ranks do together.
+# For collectives that all ranks enter together.
 _TIMEOUT = datetime.timedelta(minutes=60)
-# Of what one rank does while the others wait, such as building datasets: as long as it lives, for gloo notices at once
-# when its connection breaks. Seven days are less than the milliseconds that an int holds.
+# For work of one rank while the others wait, such as building datasets. In effect no limit: gloo notices at once when
+# a rank dies. A limit of more than 24 days would overflow an int of milliseconds.
 _PATIENCE = datetime.timedelta(days=7)
 
 
 class DistributedCommunicator:
-    """Collectives of the whole world on a gloo group of its own: control never waits for the device's queue."""
+    """The `Communicator` of all ranks, on its own gloo group, so that control never waits for the device's queue."""
 
     def __init__(self, ranks: RankFacts) -> None:
         self.rank = ranks.rank
         self.size = ranks.world_size
         self.is_main = ranks.rank == 0
-        self.timeout = _TIMEOUT  # of every group but this one
+        self.timeout = _TIMEOUT  # for every group but this one
         self._is_first_of_node = ranks.local_rank == 0
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
@@ -38,34 +38,39 @@ class DistributedCommunicator:
         dist.barrier(group=self._group)
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank, in the order of ranks."""
+        """Return all ranks' values, in rank order, on every rank."""
         boxes: list[Any] = [None] * self.size
         dist.all_gather_object(boxes, value, group=self._group)
         return boxes
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Element-wise sums over all ranks, in fp64."""
+        """Return element-wise sums over all ranks, in fp64."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, values: Sequence[float]) -> list[float]:
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def once_per_node(self, work: Callable[[], T]) -> T:
-        """Run `work` on each node's first rank while the others wait; its result on every rank of the world.
+        """Run `work` on each node's first rank while the others wait; return its result on every rank.
 
         Raises:
-            OtherRankFailed: on the ranks that did not fail themselves; those raise their own error.
+            OtherRankFailed: on the ranks that did not fail; a rank that fails raises its own error.
+            ConfigError: the nodes' results differ.
         """
         return self._shared(work, self._is_first_of_node)
 
     def once(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 while the others wait; its result, or its failure, on every rank."""
+        """Run `work` on rank 0 while the others wait; return its result on every rank.
+
+        Raises:
+            OtherRankFailed: on the other ranks, if `work` fails; rank 0 raises its own error.
+        """
         return self._shared(work, self.is_main)
 
     def _shared(self, work: Callable[[], T], mine: bool) -> T:
@@ -74,7 +79,7 @@ class DistributedCommunicator:
         if mine:
             try:
                 outcome = (True, work())
-            except Exception as error:  # told to everybody below, then raised again
+            except Exception as error:  # sent to all ranks below, then raised again
                 failure, outcome = error, (False, getattr(error, "exit_code", EXIT_FAILED))
         outcomes = [each for each in self.gather(outcome) if each is not None]
         if failure is not None:
@@ -96,9 +101,9 @@ def start_distributed(ranks: RankFacts, device: torch.device) -> DistributedComm
     """Join the process group (NCCL on CUDA, gloo on a CPU) and return the control channel.
 
     Raises:
-        ConfigError: where the other ranks cannot be reached.
+        ConfigError: the other ranks cannot be reached.
     """
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed's own search warns of what it does not find
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed's own detection warns about missing devices
     import deepspeed
 
     silence_deepspeed()

@@ -1,6 +1,6 @@
-"""What the training loop sees of an engine and of the other ranks: no deepspeed, no torch.distributed.
+"""The engine as the training loop sees it: the `Engine` protocol, step results and update verdicts.
 
-train/setup.py alone knows the classes behind these protocols.
+Imports neither deepspeed nor torch.distributed; only train/setup.py knows the concrete classes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Finding:
     """One number of a step that is out of bounds.
 
     Attributes:
-        value: what was seen; may be no finite number.
-        median, sigma, limit: of the steps before, None where they decided nothing: the value is not finite.
+        value: the observed number, possibly not finite.
+        median, sigma, limit: of the steps before; None if the value is not finite, which needs no comparison.
     """
 
     quantity: Quantity
@@ -46,19 +46,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class UpdateVerdict:
-    """What is said of a step's numbers before they change anything.
+    """The judgment on a step's numbers before its update.
 
     Args:
-        refuses: the update is not to be applied.
-        finding: what is out of bounds; None: nothing is.
+        refuses: the update must not be applied.
+        finding: the number that is out of bounds, if any.
     """
 
     refuses: bool
     finding: Finding | None = None
 
 
-# (loss of the global batch, global gradient norm before clipping), the same on every rank -> the verdict. It changes
-# nothing: an engine asks it about preflight steps, too.
+# (loss of the global batch, global gradient norm before clipping), the same on every rank -> the verdict. Must have no
+# side effects: an engine also calls it for preflight steps.
 JudgeUpdate = Callable[[float, float], UpdateVerdict]
 
 
@@ -68,9 +68,9 @@ class StepResult:
 
     Args:
         loss: nats per target, averaged over the global batch.
-        grad_norm: L2 norm of the whole gradient before clipping; inf or nan where it overflowed.
+        grad_norm: global L2 norm of the gradient before clipping; inf or nan after an overflow.
         loss_scale: 1.0 without loss scaling.
-        verdict: of all ranks on this update; None where nobody was asked.
+        verdict: the joint verdict of all ranks; None if DeepSpeed skipped the update without asking.
     """
 
     loss: float
@@ -80,20 +80,20 @@ class StepResult:
 
     @property
     def skipped(self) -> bool:
-        """The update was not applied, because gradients overflowed at this loss scale (fp16)."""
+        """Whether the update was skipped because gradients overflowed at this loss scale (fp16)."""
         return self.verdict is None
 
     @property
     def refused(self) -> bool:
-        """The update was not applied, because of its numbers: weights, moments and step count are what they were."""
+        """Whether the update was refused because of its numbers; weights, moments and step count did not change."""
         return self.verdict is not None and self.verdict.refuses
 
 
 class Engine(Protocol):
     """A model being trained. Every method is collective: all ranks call it with the same arguments.
 
-    Each update is judged before it changes anything, by the `JudgeUpdate` that the engine was built with. The ranks'
-    verdicts are joined: one refusal is everybody's. What is not finite is always refused.
+    The `JudgeUpdate` that the engine was built with judges each update before it is applied. If one rank refuses, all
+    do. Numbers that are not finite are always refused.
     """
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
@@ -101,39 +101,39 @@ class Engine(Protocol):
         ...
 
     def refused_gradients(self) -> dict[str, float]:
-        """Canonical name -> gradient norm before clipping of the step just refused; empty where it was no number."""
+        """Return canonical name -> gradient norm before clipping of the step just refused; empty if not finite."""
         ...
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
-        """Sum of losses in nats over this rank's micro-batches, summed over all data-parallel ranks."""
+        """Return the sum of losses in nats over the micro-batches of all data-parallel ranks."""
         ...
 
     def next_token_logits(
         self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
-        """[B, T] tokens, [B] positions -> fp32 logits [B, V] of what follows each position."""
+        """[B, T] tokens, [B] positions -> fp32 logits [B, V] of the token after each position."""
         ...
 
     def fragments(self) -> Iterator[HasFragment]:
-        """This rank's part of the fp32 masters and moments."""
+        """Yield this rank's fragments of the fp32 masters and moments."""
         ...
 
     def counters(self) -> dict[str, Any]:
-        """JSON: `optimizer_step`, `skipped_steps`, `loss_scaler`."""
+        """Return `optimizer_step`, `skipped_steps` and `loss_scaler`, ready for JSON."""
         ...
 
     def restore(self, read: Any, counters: dict[str, Any], step: int) -> None:
-        """Take masters and moments from `read` (FragmentKey -> tensor) and go on from `step`."""
+        """Load masters and moments from `read` (FragmentKey -> tensor) and continue from `step`."""
         ...
 
     def reset(self) -> None:
-        """Forget the optimizer's moments and all counters; the weights stay."""
+        """Clear the optimizer's moments and all counters; keep the weights."""
         ...
 
     def peak_memory_bytes(self) -> int:
-        """Highest memory of this rank so far: the device's allocator, or the process on a CPU."""
+        """Return this rank's peak memory: of the device's allocator, or of the process on a CPU."""
         ...
 
     def close(self) -> None:
-        """After the last use: what it kept on disks is removed."""
+        """Remove offloaded state from local disks; call after the last use."""
         ...

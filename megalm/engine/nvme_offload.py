@@ -1,6 +1,6 @@
-"""Masters and moments on an NVMe disk: what DeepSpeed swaps in and out under ZeRO 3, for who reads or writes them.
+"""Access to masters and moments that DeepSpeed keeps on an NVMe disk under ZeRO 3, and the folder they are in.
 
-A sub-group's tensors are empty but while it is swapped in; sub-groups of less than a megabyte stay in memory.
+A sub-group's tensors are empty unless it is swapped in. Sub-groups of less than a megabyte stay in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megalm.utils.formatting import format_bytes
 
 @dataclass(frozen=True)
 class SwappedFragment:
-    """A fragment that is read from the disk when it is asked for: a checkpoint of them takes no memory."""
+    """A fragment read from disk on access, so that a checkpoint does not hold them all in memory."""
 
     key: FragmentKey
     read: Callable[[], Tensor]
@@ -36,7 +36,7 @@ class SwappedFragment:
 
 
 class SwappedStates:
-    """The sub-groups of DeepSpeed's ZeRO-3 optimizer `outer` that lie on a disk; without any, everything is present."""
+    """The sub-groups of DeepSpeed's ZeRO-3 optimizer `outer` that are swapped to disk, possibly none."""
 
     def __init__(self, outer: Any) -> None:
         self._outer = outer
@@ -50,21 +50,21 @@ class SwappedStates:
 
     @contextlib.contextmanager
     def present(self, flat: nn.Parameter, changes: bool = False) -> Iterator[None]:
-        """`flat` and its moments are in memory; with `changes` they are written back."""
+        """Keep `flat` and its moments in memory inside the context; with `changes`, write them back at its end."""
         self.release_buffers()
         index = self._indices.get(id(flat))
         if index is None:
             yield
             return
         self._outer._optimizer_states_and_gradient_swap_in(index)
-        yield  # what fails here ends the job
+        yield  # no cleanup on errors: they end the job
         if changes:
             self._outer._optimizer_states_and_gradient_swap_out(index)
         else:
             self._outer._release_swap_buffers(index)
 
     def read(self, flat: nn.Parameter, values: Callable[[], Tensor], is_last: bool) -> Tensor:
-        """A copy of `values()`, a view of `flat` or of a moment; the sub-group stays in memory until its last one."""
+        """Return a copy of `values()`, a view of `flat` or a moment; keep the sub-group in memory until `is_last`."""
         index = self._indices[id(flat)]
         if self._held != index:
             self.release_buffers()
@@ -76,30 +76,31 @@ class SwappedStates:
         return copy
 
     def release_buffers(self) -> None:
-        """Before DeepSpeed steps, should a reader have stopped half way: its buffers are for one sub-group."""
+        """Release a sub-group that an unfinished read left swapped in: DeepSpeed's buffers hold only one."""
         held, self._held = self._held, None
         if held is not None:
             self._outer._release_swap_buffers(held)
 
 
 class SwapFolder:
-    """A folder of this process below `nvme_path`: two jobs with the same path would write over each other's states.
+    """This process's own folder below `nvme_path`, so that two jobs with the same path do not overwrite each other.
 
-    What processes of this machine left that were killed is removed. The kernel's lock on a folder tells whether its
-    process is alive, in another container too, where numbers of processes mean nothing.
+    Removes folders that killed processes of this machine left. Whether a folder's process is alive is decided by a
+    kernel lock on it, not by a process id, which means nothing in another container.
 
     Args:
-        needed: bytes, of all ranks of this machine.
+        stated: the configured `nvme_path`.
+        needed: bytes for all ranks of this machine.
 
     Raises:
-        ConfigError: it cannot be made, is too small, or is on a file system without direct I/O.
+        ConfigError: the folder cannot be created, has too little space, or its file system has no direct I/O.
     """
 
     def __init__(self, stated: str, needed: int) -> None:
         base = Path(stated).expanduser()
         try:
             base.mkdir(parents=True, exist_ok=True)
-            with _locked(base):  # between its making and its locking a folder looks like one that was left
+            with _locked(base):  # a folder that is created but not yet locked looks abandoned
                 for left in base.glob(f"megalm-{socket.gethostname()}-*"):
                     _remove_if_left(left)
                 _require_space(base, stated, needed)
@@ -152,7 +153,7 @@ def _require_space(base: Path, stated: str, needed: int) -> None:
 
 
 def _require_direct_io(folder: Path) -> None:
-    """Raises: OSError: the file system has none; nothing of the folder stays then."""
+    """Check that the file system has direct I/O; if not, remove the folder and raise OSError."""
     try:
         os.close(os.open(folder / "direct", os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
     except OSError:

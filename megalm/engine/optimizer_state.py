@@ -1,8 +1,8 @@
-"""Reading and writing a DeepSpeed optimizer's state as fragments of canonical parameters.
+"""Read and write a DeepSpeed optimizer's state as fragments of canonical parameters.
 
-All of DeepSpeed's private names that megalm needs are in this file; tests/distributed holds each of them to the
-pinned version. A fragment is a flat range of one parameter that this rank owns: its fp32 master and both moments.
-Positions are taken from addresses, not from DeepSpeed's own maps, which are wrong for some settings.
+This module uses DeepSpeed's private names; tests/distributed checks them against the pinned version. A fragment is a
+flat range of one parameter that this rank owns: its fp32 master and both moments. Offsets are computed from addresses,
+not from DeepSpeed's own maps, which are wrong for some settings.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis
 
 @dataclass(frozen=True)
 class _OwnedRange:
-    """Elements [start, stop) of this rank's shard of parameter `name`, at `offset` of the optimizer's tensor `flat`."""
+    """Elements [start, stop) of this rank's shard of parameter `name`, at `offset` in the optimizer's tensor `flat`."""
 
     name: str
     shard: ShardedAxis
@@ -47,8 +47,8 @@ class OptimizerState:
     Args:
         engine: a DeepSpeed engine after `deepspeed.initialize`.
         parameters: canonical name -> parameter, as in the module.
-        shards: canonical name -> its mark, taken before `initialize` (ZeRO 3 flattens shapes).
-        is_first_copy: this rank is the first of those that hold the same shards.
+        shards: canonical name -> its shard, read before `initialize` (ZeRO 3 flattens shapes).
+        is_first_copy: whether this rank is the first of its data-parallel replicas.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class OptimizerState:
         self._swapped = SwappedStates(self._outer)
 
     def fragments(self) -> Iterator[HasFragment]:
-        """Every fragment that this rank owns, once; tensors are views: copy them before the next step.
+        """Yield every fragment that this rank owns, once. Tensors are views: copy them before the next step.
 
-        Of states on a disk they are copies, read when they are asked for: ask for each once, in this order.
+        Fragments on disk are copies, read on access: access each once, in this order.
         """
         if self._outer is self._inner and not self._is_first_copy:
-            return  # ZeRO 0: all copies hold the same, the first one speaks for them
+            return  # ZeRO 0: all replicas hold the same state; only the first yields it
         for flat, pieces in self._owned_by_flat():
             own = [(owned, kind) for owned in pieces if owned.shard.is_owner for kind in KINDS]
             for owned, kind in own:
@@ -105,29 +105,30 @@ class OptimizerState:
 
     @torch.no_grad()
     def forget_moments(self) -> None:
-        """The optimizer's state as before its first step."""
+        """Reset the optimizer's moments and step count to those before its first step."""
         for flat, _ in self._owned_by_flat():
             with self._swapped.present(flat, changes=True):
                 self._clear_moments(flat, optimizer_step=0)
 
     def release_buffers(self) -> None:
-        """Before each step: nothing that was read of a disk is held any more."""
+        """Release swap buffers held for reading; call before each step."""
         self._swapped.release_buffers()
 
     def optimizer_step(self) -> int:
-        """Updates that were applied (skipped steps are not counted)."""
+        """Return the number of applied updates; skipped steps do not count."""
         for state in self._inner.state.values():
             if "step" in state:
                 return int(state["step"])
         return 0
 
     def gradient_norm(self) -> float:
-        """What the wrapper computed for this step, before clipping; known from before it steps the inner optimizer."""
+        """Return DeepSpeed's norm of this step before clipping; known before the inner optimizer steps."""
         return float(self._outer._global_grad_norm)
 
     def gradient_squares(self) -> dict[str, float]:
-        """Name -> sum of squares of the gradient that the inner optimizer is handed right now, as far as this rank owns
-        it; clipped, and scaled as the loss is.
+        """Return name -> sum of squares of this rank's part of the gradients that the inner optimizer now steps.
+
+        The gradients are clipped, and scaled by the loss scale.
         """
         if self._outer is self._inner and not self._is_first_copy:
             return {}
@@ -141,27 +142,27 @@ class OptimizerState:
         return squares
 
     def loss_scale(self) -> float:
-        """What the next loss is multiplied by."""
+        """Return the factor that the next loss is multiplied by."""
         return float(getattr(getattr(self._outer, "loss_scaler", None), "cur_scale", 1.0))
 
     def loss_scaler(self) -> dict[str, float]:
-        """The dynamic loss scaler's numbers; empty without one: a scale that stands still is a setting."""
+        """Return the dynamic loss scaler's state; empty for a static scale, which is configuration."""
         scaler = getattr(self._outer, "loss_scaler", None)
         return {name: getattr(scaler, name) for name in _SCALER_FIELDS} if getattr(scaler, "dynamic", False) else {}
 
     def load_loss_scaler(self, saved: Mapping[str, float]) -> None:
-        """From one dynamic scaler to another; what another precision had says nothing about fp16."""
+        """Restore a dynamic loss scaler's state; does nothing if either side has none (another precision)."""
         if not all(name in saved for name in _SCALER_FIELDS):
             return
         for name in self.loss_scaler():
             setattr(self._outer.loss_scaler, name, saved[name])
 
     def _clear_moments(self, flat: nn.Parameter, optimizer_step: int) -> None:
-        """Moments of zero, on the master's device."""
+        """Set the moments to zero, on the master's device, and the step count."""
         state = self._inner.state[flat]
         for kind in KINDS[1:]:
             if self._swapped.holds(flat) and kind in state:
-                state[kind].zero_()  # the disk's copy belongs to this very tensor
+                state[kind].zero_()  # in place: DeepSpeed ties the copy on disk to this tensor object
             else:
                 state[kind] = torch.zeros_like(flat.data)
         if self._is_cpu_adam:
@@ -174,10 +175,10 @@ class OptimizerState:
         return type(self._inner).__name__ == "DeepSpeedCPUAdam"
 
     def _replay_bias_correction(self, optimizer_step: int) -> None:
-        """Bring CPUAdam's powers of beta to where they were after so many steps.
+        """Restore CPUAdam's powers of beta as they were after `optimizer_step` steps.
 
-        It multiplies them up step by step in single precision; after a jump it would take `pow`, which gives other
-        last bits. So the past steps are taken again, of one element that nobody has: half a second for 100,000 of them.
+        CPUAdam multiplies them step by step in single precision; after a jump it uses `pow`, whose last bits differ. So
+        the past steps are replayed on a dummy element: half a second per 100,000 steps.
         """
         inner: Any = self._inner
         options = inner.param_groups[0]
@@ -198,13 +199,13 @@ class OptimizerState:
             outer.update_lp_params()
 
     def _values(self, owned: _OwnedRange, kind: FragmentKind) -> Tensor:
-        """A view, fp32 [stop - start]; before the first step there are no moments yet: they are zero."""
+        """Return a view, fp32 [stop - start]; zeros if the optimizer has no moments yet."""
         whole = owned.flat.data if kind == "master" else self._inner.state.get(owned.flat, {}).get(kind)
         length = owned.stop - owned.start
         return torch.zeros(length) if whole is None else whole.view(-1).narrow(0, owned.offset, length)
 
     def _owned_by_flat(self) -> list[tuple[nn.Parameter, list[_OwnedRange]]]:
-        """The optimizer's tensors with what this rank owns in each."""
+        """Return the optimizer's tensors, each with the ranges that this rank owns in it."""
         pieces: dict[int, list[_OwnedRange]] = {}
         for owned in self._owned():
             pieces.setdefault(id(owned.flat), []).append(owned)
@@ -227,7 +228,7 @@ class OptimizerState:
     def _owned_in_flat_groups(
         self, groups: list[list[nn.Parameter]], flats: list[Tensor], masters: list[nn.Parameter]
     ) -> Iterator[_OwnedRange]:
-        """ZeRO 1 and 2: a group's parameters lie in one flat buffer, of which each rank owns an equal part."""
+        """ZeRO 1 and 2: a group's parameters are in one flat buffer, of which each rank owns an equal part."""
         for index, (group, flat, master) in enumerate(zip(groups, flats, masters, strict=True)):
             size = master.numel()
             first = ds_comm.get_rank(group=self._outer.real_dp_process_group[index]) * size
@@ -239,7 +240,7 @@ class OptimizerState:
                     yield _OwnedRange(name, self._shards[name], start - place, stop - place, master, start - first)
 
     def _owned_in_stage_3(self) -> Iterator[_OwnedRange]:
-        """ZeRO 3: each parameter is cut into equal parts by itself; the parts of a rank form its sub-groups."""
+        """ZeRO 3: each parameter is split into equal parts; a rank's parts form its sub-groups."""
         outer = self._outer
         for name, parameter in self._parameters.items():
             group, offset, part = outer.grad_position[outer.get_param_id(parameter)]

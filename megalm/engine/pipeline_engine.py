@@ -1,8 +1,8 @@
 """The pipeline engine: the model's layers spread over stages, under DeepSpeed's PipelineModule and ZeRO 0 or 1.
 
 Shapes: B micro-batch, T sequence, H hidden, V vocabulary. A training step is DeepSpeed's one-forward-one-backward
-schedule over the micro-batches of a global batch. Where nothing is trained, each stage receives hidden states,
-computes and sends on.
+schedule over the micro-batches of a global batch. Without training, each stage receives hidden states, computes, and
+sends the result to the next stage.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from megalm.engine.pipeline_stage import PipelineStage
 from megalm.parallel.process_groups import ParallelGroups
 from megalm.planning.resolve import OptimizerFacts
 
-# By default the ranks of a tensor group would each send a part of the hidden states, taking them for equal: with
-# parallel.sequence they are different slices.
+# By default each rank of a tensor group sends a part of the hidden states, assuming that all hold the same. With
+# parallel.sequence they hold different slices.
 _SEND_WHOLE = {"pipe_partitioned": False, "grad_partitioned": False}
 
 
 class PipelineEngine(EngineBase):
-    """Trains the stage of this rank together with the others'.
+    """Trains this rank's stage together with the other ranks.
 
     Args:
-        model: this rank's stage, initialised.
+        model: this rank's stage, initialized.
         settings, optimizer, decay_embeddings, judge: as for `EngineBase`.
     """
 
@@ -58,7 +58,7 @@ class PipelineEngine(EngineBase):
         self._model = model
         self._clock = model.context.clock
         self._pipeline = groups.pipeline
-        # Every tensor-parallel rank of the last stage has the same loss: the first one tells it.
+        # Every tensor-parallel rank of the last stage has the same loss: only the first reports it.
         self._tells_loss = model.is_last and groups.tensor.index == 0
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
@@ -101,14 +101,14 @@ class PipelineEngine(EngineBase):
         self._model.eval()
         tokens = padded(tokens, self._model.slices)
         self._model.context.set(None, positions=torch.from_numpy(positions).to(self._device))
-        with torch.compiler.set_stance("force_eager"):  # texts grow: each length would be compiled anew
+        with torch.compiler.set_stance("force_eager"):  # texts grow: each new length would be compiled again
             last = self._forward(torch.from_numpy(tokens).to(self._device))
         logits = torch.empty(len(tokens), self._model.vocab_size, device=self._device) if last is None else last.float()
         dist.broadcast(logits, src=self._pipeline.ranks[-1], group=self._pipeline.process_group)
         return logits.cpu().numpy()
 
     def _forward(self, tokens: Tensor) -> Tensor | None:
-        """One forward pass of tokens [B, T] through all stages: the output on the last one, None elsewhere."""
+        """Run one forward pass of tokens [B, T] through all stages; return the output on the last stage, else None."""
         output = self._model(tokens if self._model.is_first else self._receive(*tokens.shape))
         if self._model.is_last:
             return output
@@ -116,14 +116,14 @@ class PipelineEngine(EngineBase):
         return None
 
     def _receive(self, sequences: int, length: int) -> Tensor:
-        """The previous stage's hidden states, of whose sequence this rank may hold a slice."""
+        """Receive the previous stage's hidden states [B, T / slices, H]."""
         size = (sequences, length // self._model.slices, self._model.hidden_size)
         hidden = torch.empty(size, dtype=next(self._model.parameters()).dtype, device=self._device)
         dist.recv(hidden, src=self._pipeline.ranks[self._pipeline.index - 1])
         return hidden
 
     def _tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens, labels and documents; every stage has read them itself."""
+        """Return tokens, labels and documents on the device; every stage reads the batch itself."""
 
         def to_device(array: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> Tensor:
             return torch.from_numpy(array).to(self._device, non_blocking=True)
@@ -132,19 +132,19 @@ class PipelineEngine(EngineBase):
         return to_device(batch.tokens), to_device(batch.labels), documents
 
     def _loss_sum(self) -> float:
-        """The last stages' losses, added up over all pipelines in fp64: the value does not depend on their number."""
+        """Return the last stages' losses summed over all pipelines, in fp64: independent of their number."""
         return self._comm.sum([float(self._model.loss_sum) if self._tells_loss else 0.0])[0]
 
 
 class _Schedule(TrainSchedule):  # type: ignore[misc]  # DeepSpeed has no types
-    """DeepSpeed's schedule, which tells before it comes to a forward pass and to the update."""
+    """DeepSpeed's schedule with a callback before each forward pass and before the update."""
 
     def __init__(self, engine: Any, before_forward: Callable[[int], None], before_update: Callable[[], None]) -> None:
         super().__init__(engine.micro_batches, engine.num_stages, engine.stage_id)
         self._before_forward, self._before_update = before_forward, before_update
 
     def steps(self) -> Iterator[list[Any]]:
-        forwards = itertools.count()  # a stage takes micro-batches in their order
+        forwards = itertools.count()  # a stage processes micro-batches in order
         for commands in super().steps():
             if any(isinstance(command, ForwardPass) for command in commands):
                 self._before_forward(next(forwards))

@@ -1,4 +1,4 @@
-"""What one forward and backward pass of each part of the model takes on this machine, to balance a pipeline by.
+"""Measure a forward and backward pass of each part of the model on this machine, to balance a pipeline.
 
 Shapes: B micro-batch, T sequence (of which this rank may hold a slice), H hidden.
 """
@@ -21,13 +21,13 @@ _REPEATS = 3
 def measured_costs(
     build: StageBuilder, tokens: tuple[int, int], dtype: torch.dtype, device: torch.device, comm: Communicator
 ) -> StageCosts:
-    """Seconds of embedding, one block, and head with loss; of the slowest rank, so that all ranks balance alike.
+    """Return the seconds of embedding, one block, and head with loss, each of the slowest rank: equal on all ranks.
 
     Collective. The parts exist only while they are measured, one at a time.
 
     Args:
         tokens: B, T of a micro-batch.
-        dtype: what the model computes in.
+        dtype: the model's compute type.
     """
     shape = build.shape
     ids = torch.zeros(tokens, dtype=torch.int64, device=device)
@@ -46,7 +46,7 @@ def measured_costs(
 
 
 class _End(nn.Module):
-    """What only the last stage has: [B, T, H], [B, T] -> loss."""
+    """Final norm and head of the last stage: [B, T, H], [B, T] -> loss."""
 
     def __init__(self, build: StageBuilder) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _End(nn.Module):
 
 
 def _seconds(module: nn.Module, forward: Callable[[nn.Module], Tensor], device: torch.device) -> float:
-    """The fastest of a few passes, after one that warms up."""
+    """Return the seconds of the fastest of a few passes, after one warm-up pass."""
     fastest = float("inf")
     for repeat in range(1 + _REPEATS):
         _wait(device)
@@ -73,7 +73,7 @@ def _seconds(module: nn.Module, forward: Callable[[nn.Module], Tensor], device: 
 
 @torch.no_grad()
 def _filled(module: nn.Module) -> nn.Module:
-    """Weights are left empty by the builder, and what lies in memory may be slow to compute with."""
+    """Fill the weights: the builder leaves them uninitialized, and arbitrary values may be slow to compute with."""
     for parameter in module.parameters():
         parameter.normal_(std=0.02)
     return module

@@ -2,8 +2,8 @@
 
 Shapes: B micro-batch, T sequence, H hidden.
 
-Only hidden states travel between stages: every rank of a pipeline has read the batch itself, so that labels and
-document numbers come from the `MicroBatchContext`, which the engine moves before each forward pass.
+Only hidden states are sent between stages. Every rank of a pipeline reads the batch itself; labels and document numbers
+come from the `MicroBatchContext`, which the engine sets before each forward pass.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ _TIED = "tokens"
 
 @dataclass
 class MicroBatchContext:
-    """What a stage's layers have to know of the micro-batch at hand beside its hidden states.
+    """The current micro-batch's data that a stage's layers need besides hidden states.
 
     Args:
         clock: of the dropout layers.
+
+    Attributes:
         documents: [B, T] document numbers; None: a sample is one document.
-        mask: made of them, once for all blocks of the stage.
-        labels: [B, T], for the loss; None: logits are wanted.
-        positions: [B], the place of each sequence whose logits are wanted.
+        mask: made from `documents`, once for all blocks of the stage.
+        labels: [B, T], for the loss; None to compute logits.
+        positions: [B], the position in each sequence whose logits to compute.
     """
 
     clock: DropoutClock
@@ -48,13 +50,13 @@ class MicroBatchContext:
     positions: Tensor | None = field(default=None, init=False)
 
     def set(self, documents: Tensor | None, labels: Tensor | None = None, positions: Tensor | None = None) -> None:
-        """Before each forward pass."""
+        """Set the data of the next forward pass."""
         self.documents, self.labels, self.positions = documents, labels, positions
         self.mask = None if documents is None else document_mask(documents)
 
 
 class EmbeddingLayer(nn.Module):
-    """[B, T] tokens, or with a tied table their embeddings [B, T, H] -> [B, T, H]."""
+    """[B, T] tokens, or their embeddings [B, T, H] if the table is tied -> [B, T, H]."""
 
     def __init__(self, build: StageBuilder, context: MicroBatchContext, own_table: bool) -> None:
         super().__init__()
@@ -66,7 +68,7 @@ class EmbeddingLayer(nn.Module):
 
 
 class TokenTable(nn.Module):
-    """The tied weight and nothing else: whatever stands beside it would be taken for shared, too."""
+    """The tied weight alone: DeepSpeed would share any other parameter of this module too."""
 
     def __init__(self, build: StageBuilder) -> None:
         super().__init__()
@@ -77,10 +79,10 @@ class TokenTable(nn.Module):
 
 
 class BlockLayer(nn.Module):
-    """A block, recomputed in the backward pass if asked for.
+    """A block, with optional recomputation in the backward pass.
 
-    Other micro-batches have gone forward by then: the recomputation sees the clock of its own one, so that it draws
-    the masks of its dropout again.
+    By then other micro-batches have run forward. The recomputation restores its own micro-batch in the clock, so that
+    dropout draws the same masks again.
     """
 
     def __init__(self, build: StageBuilder, context: MicroBatchContext, index: int, recomputed: bool) -> None:
@@ -101,7 +103,7 @@ class BlockLayer(nn.Module):
             with _at(clock, micro_batch):
                 return self.block(hidden, mask)
 
-        # Our dropout draws from seeds of its place, so the generators' states need not be kept.
+        # Our dropout derives seeds from its position, so the generators' states need not be saved.
         return checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -117,7 +119,7 @@ class NormLayer(nn.Module):
 
 
 class HeadLayer(nn.Module):
-    """Holds an untied head; hidden states pass on to the output, which asks it."""
+    """Holds an untied head. Returns hidden states unchanged: `PipelineStage._output` applies the head."""
 
     def __init__(self, build: StageBuilder) -> None:
         super().__init__()
@@ -128,20 +130,20 @@ class HeadLayer(nn.Module):
 
 
 class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no types
-    """This rank's layers, built here and nowhere else.
+    """This rank's layers. No rank builds the layers of another stage.
+
+    The caller must initialize the weights, by canonical name.
 
     Args:
         build: the model's stages, in the order of `LanguageModel`.
         context: shared with the engine.
-        topology: pipeline outermost, then data, then tensor: DeepSpeed's order, too.
-        blocks: how many blocks each stage holds.
+        topology: pipeline outermost, then data, then tensor, as in DeepSpeed.
+        blocks: number of blocks of each stage.
         recompute_every: recompute every n-th block of the model in the backward pass; 0: none.
 
-    Its initial weights are still to be filled in, by canonical name.
-
     Attributes:
-        loss_factor: what the loss of a micro-batch is multiplied with before it is returned.
-        loss_sum: losses of micro-batches in nats, added up since it was set to zero; of the last stage.
+        loss_factor: multiplies the returned loss of a micro-batch.
+        loss_sum: sum of micro-batch losses in nats since it was last set to zero; last stage only.
     """
 
     def __init__(
@@ -166,13 +168,13 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
             if tied
             else LayerSpec(HeadLayer, build)
         )
-        # A layer and no `loss_fn`: DeepSpeed's bf16 optimizer clears gradients when the backward pass comes to what
-        # the module returned, and would clear those that the head has got by then.
+        # A layer, not a `loss_fn`: DeepSpeed's bf16 optimizer clears gradients when the backward pass reaches the
+        # module's output, and would clear those already computed for the head.
         layers.append(self._output)
-        # Read by _partition_layers, which the base class calls while it is made.
+        # Read by _partition_layers, which the base class calls in its constructor.
         self._bounds = [0, *(first + sum(blocks[: stage + 1]) for stage in range(len(blocks) - 1)), len(layers)]
         grid = PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
-        with prints_to_log(), torch.no_grad():  # it broadcasts the tied weight, which autograd would take for maths
+        with prints_to_log(), torch.no_grad():  # it broadcasts the tied weight, which autograd would record
             super().__init__(layers=layers, topology=grid)
         self._tied = tied
         self.context = context
@@ -181,9 +183,9 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
         self.vocab_size, self.hidden_size, self.slices = build.shape.vocab_size, build.shape.hidden_size, build.slices
         self.is_first, self.is_last = self.stage_id == 0, self.stage_id == self.num_stages - 1
         if tied and not self.is_first:
-            for table in self.tied_modules.parameters():  # the first stage speaks for the shared weight
+            for table in self.tied_modules.parameters():  # the first stage owns the shared weight
                 annotate_shard(table, replace(shard_of(table), is_owner=False))
-        # In a list, so that it is not registered: its weight belongs to a layer already, under one name.
+        # In a list, so that it is not registered again: its weight already belongs to a layer.
         self._heads = [self._make_head(build)] if self.is_last else []
 
     def compile_blocks(self) -> None:
@@ -192,7 +194,7 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
                 layer.block.compile(dynamic=False)
 
     def part_of_model(self) -> nn.Module:
-        """This rank's modules at their places in `LanguageModel`: `named_parameters` tells canonical names."""
+        """Return this rank's modules under their paths in `LanguageModel`: `named_parameters` gives canonical names."""
         part = nn.Module()
         if self.tied_modules:
             _place(part, "embedding.tokens", self.tied_modules[_TIED].tokens)
@@ -213,7 +215,7 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
         self._set_bounds(self._bounds[self.stage_id], self._bounds[self.stage_id + 1])
 
     def _output(self, hidden: Tensor) -> Tensor:
-        """The last layer: the loss times its factor, or logits where there are no labels."""
+        """The last layer: return the loss times `loss_factor`, or logits if there are no labels."""
         (head,) = self._heads
         context = self.context
         if context.labels is None:

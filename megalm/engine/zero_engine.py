@@ -25,15 +25,12 @@ from megalm.planning.resolve import OptimizerFacts
 
 
 class ZeroEngine(EngineBase):
-    """Trains `model` as `settings`, the resolved DeepSpeed JSON, says.
+    """Trains `model` on data-parallel ranks.
 
     Args:
-        model: an initialised model on `device`, fp32; its parameters' names are canonical.
+        model: an initialized model on `device`, fp32; its parameters' names are canonical.
         clock: the clock of the model's dropout layers.
-        settings: what `deepspeed.initialize` takes: batch triple, precision, ZeRO, clipping; no optimizer.
-        optimizer: the optimizer's numbers.
-        decay_embeddings: whether weight decay applies to embedding tables.
-        judge: asked before each update.
+        settings, optimizer, decay_embeddings, judge: as for `EngineBase`.
     """
 
     def __init__(
@@ -50,14 +47,14 @@ class ZeroEngine(EngineBase):
     ) -> None:
         stage = int(settings["zero_optimization"]["stage"])
         if stage == 3:
-            # A block is gathered as a whole, not layer by layer: fewer messages, and no hook of DeepSpeed's inside
-            # what may be compiled.
+            # Gather a complete block, not layer by layer: fewer messages, and no DeepSpeed hooks inside a compiled
+            # block.
             set_z3_leaf_modules(model, [Block])
         unit = ModelParallelUnit(groups)
         super().__init__(model, model, settings, optimizer, decay_embeddings, comm, groups, device, judge, unit)
         self._clock = clock
         self._slices = model.slices
-        # Every rank of a tensor group has the same loss: the first one tells it.
+        # Every rank of a tensor group has the same loss: only the first reports it.
         self._tells_loss = groups.tensor.index == 0
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
@@ -97,7 +94,7 @@ class ZeroEngine(EngineBase):
         self._engine.eval()
         tokens = padded(tokens, self._slices)
         places = torch.from_numpy(tokens).to(self._device), torch.from_numpy(positions).to(self._device)
-        with torch.compiler.set_stance("force_eager"):  # texts grow: each length would be compiled anew
+        with torch.compiler.set_stance("force_eager"):  # texts grow: each new length would be compiled again
             logits = self._engine(places[0], positions=places[1])
         return logits.float().cpu().numpy()
 
@@ -108,5 +105,5 @@ class ZeroEngine(EngineBase):
         )
 
     def _sum(self, local: Tensor) -> float:
-        """Sum over data-parallel ranks, in fp64, so that the value does not depend on their number."""
+        """Return the sum over data-parallel ranks, in fp64, so that the value does not depend on their number."""
         return self._comm.sum([float(local) if self._tells_loss else 0.0])[0]

@@ -1,6 +1,6 @@
-"""metrics.jsonl by columns: half a million steps are arrays of some MB, where a dictionary a row would be half a GB.
+"""metrics.jsonl as columns: arrays of a few MB for half a million steps, where one dictionary per row takes half a GB.
 
-Shapes: N rows of kind `train`, in the order of the file.
+Shapes: N rows of kind `train`, in file order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLUMNS = (
     "attempt",
 )
 
-# What is written before a process trains: the time since the row before is a pause, of nobody's work.
+# Events written before a process trains: the time since the previous row is a pause and not counted.
 _OPENING = ("start", "resume", "repair", "warning")
 
 TRAINING, VALIDATION, CHECKPOINTS, REST = "training steps", "validation", "checkpoints", "samples, waiting and the rest"
@@ -39,15 +39,15 @@ TRAINING, VALIDATION, CHECKPOINTS, REST = "training steps", "validation", "check
 
 @dataclass(frozen=True)
 class History:
-    """What a run has written.
+    """The metrics of a run.
 
     Attributes:
-        train: name -> [N]; NaN where a row has no such number (a loss that is none, too).
-        live: [N] whether the row counts: what a resume, a rollback or another start took back does not.
+        train: name -> [N]; NaN if a row lacks the number or has NaN.
+        live: [N] whether the row counts; false if a resume, a rollback or another start has withdrawn it.
         evaluations: validation rows that count.
-        events: all of them.
-        seconds: time in all attempts by what it went into; pauses between attempts are in none.
-        last_time: unix seconds of the last row; None where there is no row.
+        events: all events.
+        seconds: time of all attempts by activity, without pauses between attempts.
+        last_time: unix seconds of the last row; None without rows.
     """
 
     train: dict[str, Numbers]
@@ -62,16 +62,16 @@ class History:
         return None if self.last_time is None else sum(self.seconds.values())
 
     def column(self, name: str) -> Numbers:
-        """Of the rows that count."""
+        """Return a column of the rows that count."""
         return self.train[name][self.live]
 
 
 def read_history(rows: Iterable[Row]) -> History:
-    """Read rows as `read_metrics` yields them, one at a time."""
+    """Build a history from rows as `read_metrics` yields them, one at a time."""
     columns = {name: array("d") for name in COLUMNS}
     train = columns["step"]
     others: list[Row] = []
-    kept_steps: list[tuple[int, int]] = []  # rows before, and the step after which they were taken back
+    kept_steps: list[tuple[int, int]] = []  # number of earlier rows, and the step after which they are withdrawn
     clock = _Clock()
     for row in rows:
         kind = row["kind"]
@@ -100,7 +100,7 @@ def read_history(rows: Iterable[Row]) -> History:
 
 
 class _Clock:
-    """Gives the time between two rows to what the later one tells of."""
+    """Attributes the time between two rows to the activity that the later row reports."""
 
     def __init__(self) -> None:
         self.before: float | None = None
@@ -123,7 +123,7 @@ class _Clock:
             self._step = step
 
     def _named(self, row: Row, gap: float) -> tuple[str, float]:
-        """What the row tells of, and how much of the gap that took."""
+        """Return the row's activity, and the seconds of the gap that it took."""
         if row["kind"] == "eval":
             return VALIDATION, gap
         if row["kind"] == "train":

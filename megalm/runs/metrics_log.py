@@ -1,22 +1,23 @@
-"""metrics.jsonl: the account of a run, one JSON object a line, appended by rank 0 only.
+"""metrics.jsonl: the metrics and events of a run, one JSON object per line, appended by rank 0 only.
 
 Rows have `kind` and `time` (unix seconds), and by kind:
 
 - `train`: step, tokens, samples (number of the next one), loss, lr, grad_norm, loss_scale, tokens_per_second,
-  step_seconds, mfu, attempt
-- `eval`: step, tokens, loss, perplexity, dataset (and bits_per_byte where it is known)
+  step_seconds, mfu, memory_bytes (peak of rank 0), attempt
+- `eval`: step, tokens, loss, perplexity, dataset, targets, whole (all samples of the sets), attempt (and bits_per_byte
+  if known)
 - `event`: event = start | resume | checkpoint | spike | skip | rollback | signal | wall_time | early_stop | warning |
-  expected | repair | end, and its own fields. `spike` has at_step, quantity, decided, loss, grad_norm, limit, median
-  and first_sample; `rollback` has samples_skipped and begins an attempt, as `start` and `resume` do; `checkpoint` comes
-  when one is complete and has path, saved_step, bytes, seconds (until then), stall_seconds (training stood still) and
-  pruned (names of those that went).
-  `expected` has a quantity, its loss, and low and high of the document that the run follows; met: whether it is there.
-  `start` and `resume` have startup_seconds, from the start of the process.
-  `end` has `status`: finished | failed | stopped (saved, and wants to be started again) and `exit_code`;
-  `resume` and `rollback` have the `step` that the run goes on from.
+  expected | repair | end, and its own fields:
+  - `spike`: at_step, quantity, decided, loss, grad_norm, limit, median, first_sample
+  - `start`, `resume` and `rollback` begin an attempt. `start` and `resume` have startup_seconds, since the start of the
+    process; `resume` and `rollback` the `step` that the run continues from; `rollback` samples_skipped
+  - `checkpoint`, when one is complete: path, saved_step, bytes, seconds (until complete), stall_seconds (training
+    waited), pruned (names of removed checkpoints)
+  - `expected`: quantity, loss, low and high in the document that the run follows, met (whether loss is within them)
+  - `end`: status = finished | failed | stopped (saved, asks to be restarted), exit_code
 
-JSON has no NaN and no infinity, and readers differ in what they forgive: such numbers are written as the
-strings "NaN", "Infinity" and "-Infinity" and come back from `read_metrics` as floats.
+JSON has no NaN and no infinity, and parsers differ in what they accept. Such numbers are written as the strings "NaN",
+"Infinity" and "-Infinity"; `read_metrics` returns them as floats.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from megalm.errors import DataError
 Row = dict[str, Any]
 
 METRICS_FILE = "metrics.jsonl"
-# What yields the rows of a file: `read_metrics`, or the same for somebody who waits.
+# Yields the rows of a file: `read_metrics`, or a wrapper that shows progress.
 ReadRows = Callable[[Path], Iterable[Row]]
 
 ATTEMPT_EVENTS = ("start", "resume", "rollback")  # each begins one
@@ -44,11 +45,11 @@ _TAIL_BYTES = 1 << 16
 
 
 class MetricsWriter:
-    """Appends whole rows; what a kill left torn is cut off at opening and reported as a `repair` event.
+    """Appends complete rows. On opening, cuts off a row that a kill left incomplete and writes a `repair` event.
 
     Raises:
-        OSError: the disk is full or the folder not writable. A row that could not be written whole is taken
-            back, so the file stays readable.
+        OSError: the disk is full or the folder not writable. A partly written row is removed, so the file stays
+            readable.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -59,7 +60,7 @@ class MetricsWriter:
             self.row("event", event="repair", dropped_bytes=dropped)
 
     def row(self, kind: str, **fields: Any) -> None:
-        """Append one row, in the kernel's hands when this returns (a kill -9 does not lose it)."""
+        """Append one row and pass it to the kernel before returning, so that a kill -9 does not lose it."""
         line = orjson.dumps(plain({"kind": kind, "time": time.time(), **fields})) + b"\n"
         size = os.fstat(self._descriptor).st_size
         try:
@@ -85,7 +86,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> Iterator[Row]:
-    """All whole rows of a metrics.jsonl, oldest first; a torn last line is not a row.
+    """Yield all complete rows of a metrics.jsonl, oldest first; ignore an incomplete last line.
 
     Raises:
         DataError: no such file, or a line before the last that is not a JSON object.
@@ -95,7 +96,7 @@ def read_metrics(path: str | os.PathLike[str]) -> Iterator[Row]:
 
 
 def read_rows(path: str | os.PathLike[str], offset: int = 0) -> Iterator[tuple[Row, int]]:
-    """Whole rows from a byte offset on, each with the offset of the row after it."""
+    """Yield complete rows from a byte offset on, each with the offset of the next row."""
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed by the `with` below
     except OSError as error:
@@ -111,10 +112,10 @@ def read_rows(path: str | os.PathLike[str], offset: int = 0) -> Iterator[tuple[R
 
 
 def live_rows(rows: Iterable[Row]) -> list[Row]:
-    """The rows of the run as it counts: what a later attempt took back is left out.
+    """Return the rows that count, without those that a later attempt withdrew.
 
-    A `start`, `resume` or `rollback` event at step s withdraws every train and eval row after step s before it; a run
-    that was killed before its first checkpoint starts again.
+    A `start`, `resume` or `rollback` event at step s withdraws all earlier train and eval rows of steps after s. A run
+    killed before its first checkpoint has a second `start`.
     """
     live: list[Row] = []
     for row in rows:
@@ -136,7 +137,7 @@ def _parse(line: bytes, path: str | os.PathLike[str], offset: int) -> Row:
 
 
 def plain(value: Any) -> Any:
-    """Values that strict JSON can hold; NumPy's and torch's scalars become Python's."""
+    """Convert to values that strict JSON can hold; NumPy and torch scalars become Python numbers."""
     if isinstance(value, float):
         if math.isfinite(value):
             return float(value)
@@ -151,7 +152,7 @@ def plain(value: Any) -> Any:
 
 
 def _cut_torn_line(descriptor: int) -> int:
-    """Cut the file back to its last newline; returns the number of bytes dropped."""
+    """Cut the file back to its last newline; return the number of bytes dropped."""
     size = os.fstat(descriptor).st_size
     keep, end = 0, size
     while end > 0:

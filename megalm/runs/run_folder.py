@@ -1,4 +1,4 @@
-"""The run folder: which one it is, and what is written into it before training starts."""
+"""The run folder: its paths, how to find or create it, and the files written into it before training starts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ENVIRONMENT_FILE = "environment.json"
 
 
 def parameter_count(run_dir: Path) -> int | None:
-    """Of the model: as the run noted it, or as a checkpoint says; None where neither does."""
+    """Return the model's parameter count from environment.json or a checkpoint; None if neither has it."""
     noted = [read_mapping(run_dir / ENVIRONMENT_FILE).get("parameters")]
     if noted[0] is None:
         noted = [entry.manifest.parameters for entry in list_checkpoints(run_dir / "checkpoints") if entry.manifest]
@@ -41,10 +41,10 @@ def parameter_count(run_dir: Path) -> int | None:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file that holds a mapping; {} where there is no such file.
+    """Read a YAML or JSON file that holds a mapping; return {} if there is no such file.
 
     Raises:
-        ConfigError: the file is there and is not a mapping.
+        ConfigError: the file exists and is not a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -88,12 +88,12 @@ class RunFolder:
 
     @property
     def request(self) -> Path:
-        """What the last attempt went on from."""
+        """The record of the last attempt that resumed from a checkpoint."""
         return self.path / "resume.json"
 
     @property
     def rehearsal(self) -> Path:
-        """Where a checkpoint is written before step 1, and removed."""
+        """The folder of the preflight checkpoint, written before step 1 and removed."""
         return self.path / "rehearsal"
 
     @property
@@ -101,7 +101,7 @@ class RunFolder:
         return self.path / "incidents"
 
     def stacks(self, rank: int) -> Path:
-        """Where a rank writes where it stands when nothing moves."""
+        """The file for a rank's stacks when it hangs."""
         return self.path / "stacks" / f"rank-{rank}.txt"
 
     @property
@@ -135,7 +135,7 @@ class RunFolder:
         return self._failures / f"attempt-{attempt}.txt"
 
     def next_attempt(self) -> int:
-        """1 for a new run; else the number after the last that started, or failed before it started."""
+        """Return 1 for a new run, else the number after the last attempt that started or failed before it started."""
         rows = read_metrics(self.metrics) if self.metrics.exists() else []
         started = max((int(row["attempt"]) for row in rows if row.get("event") in ATTEMPT_EVENTS), default=0)
         return 1 + max(started, self._last_failure())
@@ -154,14 +154,14 @@ class RunFolder:
         gone = self.path.with_name(f".{self.name}.refused")
         try:
             self.path.rename(gone)
-        except OSError as error:  # the refusal matters more
+        except OSError as error:  # the refusal is more important
             log.debug("%s stays: %s", self.path, error)
         else:
             shutil.rmtree(gone, ignore_errors=True)
 
     @property
     def never_started(self) -> bool:
-        """What a refused start leaves: the account of its failure, and no training."""
+        """Whether the run never trained: there is a failure file, but no metrics and no checkpoint."""
         return self._failures.is_dir() and not self.metrics.exists() and not complete_checkpoints(self.checkpoints)
 
     @property
@@ -180,18 +180,18 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class ResumeCommand:
-    """Which run, and how it is started; its own settings are in its folder.
+    """The command that resumes a run; the run's own settings are in its folder.
 
     Attributes:
         folder: the run folder.
-        ranks: on this machine; `deepspeed` is told of more than one.
+        ranks: on this machine; passed to `deepspeed` if more than one.
     """
 
     folder: Path
     ranks: int = 1
 
     def shell(self, *words: str) -> str:
-        """A command line for a shell, with `words` (`--resume auto`, `key=value`) at its end."""
+        """Return a shell command line that ends with `words` (`--resume auto`, `key=value`)."""
         launch = ["deepspeed", *(["--num_gpus", str(self.ranks)] if self.ranks > 1 else []), "launch/pretrain.py"]
         root = str(self.folder.parent)
         elsewhere = [] if root == RunSection().root else [f"run.root={root}"]
@@ -199,14 +199,14 @@ class ResumeCommand:
 
 
 def newest_run(root: Path, preset: str | None) -> str | None:
-    """The unnamed run that `--resume` without a name means; None: there is none that ever began."""
+    """Return the unnamed run that `--resume` without a name refers to; None: no such run ever started."""
     numbered = _numbered(root.expanduser(), preset or _STEM)
     existing = [path for path in numbered if RunFolder(path).config_yaml.is_file()]
     return existing[-1].name if existing else None
 
 
 def weights_alone(checkpoint: Path) -> ConfigError:
-    """Why nothing goes on with an imported model as with a run."""
+    """Return the error for resuming an imported model like a run."""
     return ConfigError(
         f"{checkpoint} holds weights alone, no moments, data or schedule to go on with; start a run of its own from "
         f"them: run.name=NEW --resume {checkpoint} --extend-steps N --extend-strategy weights"
@@ -214,15 +214,14 @@ def weights_alone(checkpoint: Path) -> ConfigError:
 
 
 def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bool) -> RunFolder:
-    """Find or make the folder of this run; called on rank 0 only.
+    """Find or create the folder of this run; called on rank 0 only.
 
     Args:
         name: `run.name`; None takes the next free `PRESET-001`.
-        resume: `--resume` was given, so an existing folder is wanted.
+        resume: `--resume` was given, so the folder may exist.
 
     Raises:
-        ConfigError: a named run exists and is not to be resumed, or it is no run but an imported model, or the folder
-            cannot be made.
+        ConfigError: a named run exists without `resume`, the folder holds an imported model, or it cannot be created.
     """
     root = root.expanduser()
     try:
@@ -262,7 +261,7 @@ def write_facts(folder: RunFolder, run: ResolvedRun, facts: Mapping[str, Any]) -
 
 
 def environment() -> dict[str, Any]:
-    """What a run was made with: interpreter, packages, git commit of the code, host."""
+    """Return the environment of this process: interpreter, packages, git commit of the code, host."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -307,7 +306,7 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any]:
-    """Commit of megalm's checkout and whether it has uncommitted changes; empty outside a checkout."""
+    """Return the commit of megalm's checkout and whether it has uncommitted changes; {} outside a checkout."""
 
     def ask(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]

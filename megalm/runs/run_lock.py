@@ -1,8 +1,8 @@
-"""At most one job works in a run folder, also where the jobs are on different machines.
+"""The run lock: at most one job uses a run folder, even from different machines.
 
-The kernel's lock decides where it can: it is given back when its holder dies, however it dies. Some shared file systems
-keep such locks for one machine only, or not at all. So the holder also writes a count into the file every few seconds:
-a job that finds the name of another machine there looks whether it still counts before it takes over.
+A kernel lock decides where possible: the kernel releases it when its holder dies. Some shared file systems keep such
+locks per machine only, or not at all. So the holder also writes a heartbeat count into the file every few seconds. A
+job that finds another machine's name in it waits to see whether the count still changes before it takes over.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
-    """Held from `take` until `release`, or the end of this process.
+    """The lock of a run folder, held from `take` until `release` or the end of this process.
 
     Args:
         folder: the run folder.
-        beat_seconds: how often the holder counts; four such without a change and it is taken for dead.
+        beat_seconds: interval of the holder's heartbeat; after four intervals without a change it counts as dead.
     """
 
     def __init__(self, folder: Path, beat_seconds: float = _BEAT_SECONDS) -> None:
         self._path = folder / "lock"
         self._beat_seconds = beat_seconds
-        self._descriptor = -1  # open, and with it the kernel's lock held
+        self._descriptor = -1  # while open, it holds the kernel lock
         self._released = threading.Event()
 
     def take(self) -> None:
-        """Called on rank 0 only.
+        """Take the lock; called on rank 0 only.
 
         Raises:
-            ConfigError: another job holds it; it says which. Or the folder cannot be written.
+            ConfigError: another job, named in the message, holds the lock; or the folder cannot be written.
         """
         try:
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -67,13 +67,13 @@ class RunLock:
         threading.Thread(target=self._count, name="run-lock", daemon=True).start()
 
     def release(self) -> None:
-        """Whoever comes next need not wait to see whether this job is alive. Harmless where nothing is held."""
+        """Clear the file, so that the next job need not check whether this one is alive; no-op without the lock."""
         self._released.set()
         if self._descriptor >= 0:
             os.ftruncate(self._descriptor, 0)
 
     def _is_alive(self, decided_host: str | None) -> bool:
-        """Whether the job whose name is there still counts; a job of `decided_host` does not: the kernel says so."""
+        """Return whether the job named in the file still counts; one on `decided_host` is dead: we hold its lock."""
         seen = self._read()
         if not seen or seen.startswith(f"host {decided_host},"):
             return False
@@ -87,7 +87,7 @@ class RunLock:
         return False
 
     def _read(self) -> str:
-        """Opened anew each time: that is when a network file system looks for what others wrote."""
+        """Read the file, opened again each time: a network file system then fetches what others wrote."""
         with self._path.open("rb") as file:
             return file.read(200).decode(errors="replace").strip()
 
@@ -104,9 +104,7 @@ class RunLock:
             beat += 1
             try:
                 self._write(beat)
-            except (
-                OSError
-            ):  # a full disk: what is written over takes no room; a file system that is gone says so itself
+            except OSError:  # a lost file system shows elsewhere; a full disk does not prevent overwriting
                 log.debug("the lock's count cannot be written", exc_info=True)
 
     def _refusal(self) -> ConfigError:

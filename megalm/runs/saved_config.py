@@ -1,4 +1,4 @@
-"""What a run that goes on was configured with: it stands for whatever is not stated anew."""
+"""The configuration of a resumed run: its saved settings apply unless they are given again."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from megalm.utils.formatting import flatten_mapping
 
 _DEFAULT_DEEPSPEED_CONFIG = "ds_configs/zero2.json"
 
-# Of one start alone; the last step, of which the schedule's note tells; and what describes and does nothing.
+# Not compared: settings of a single start, the last step (the schedule's note reports it), and pure documentation.
 _NOT_COMPARED = ("run.", "resume.", "train.steps", "documented.")
 
 
 @dataclass(frozen=True)
 class ConfigFiles:
-    """Both files of a run, read once.
+    """Both configuration files of a run, read once.
 
     Attributes:
-        saved: what the folder of the run that goes on says of its configuration; None: the run starts.
+        saved: the configuration in the resumed run's folder; None for a new run.
     """
 
     loaded: LoadedConfig
@@ -38,14 +38,13 @@ class ConfigFiles:
 def read_settings(
     config: str | None, overrides: Sequence[str], deepspeed_config: str | None, resume: bool, ranks: int
 ) -> ConfigFiles:
-    """Both files of a run that starts, or with `resume` goes on where there is one.
+    """Read both configuration files of a new run, or with `resume` of an existing run if there is one.
 
-    Where no DeepSpeed JSON is stated it is that of a recipe that is named now, else the run's own, else the default.
-    A checkpoint goes on in any layout: where the run's own does not divide the `ranks` of now, and none is stated, the
-    default stands.
+    Without a given DeepSpeed JSON, use that of a recipe named now, else the run's own, else the default. A checkpoint
+    can be resumed in any parallel layout: if the run's own does not divide `ranks`, and none is given, use the default.
 
     Raises:
-        ConfigError: what is stated, or what the run has, is wrong by itself.
+        ConfigError: the given or the saved configuration is invalid by itself.
     """
     given = GivenConfig(config, overrides)
     loaded = given.alone()
@@ -63,13 +62,13 @@ def read_settings(
 
 
 def _recipe_json(loaded: LoadedConfig) -> Path | None:
-    """What a recipe names that is not the run's own anyway: that run may have been started with a JSON of its own."""
+    """Return the DeepSpeed JSON of a recipe given now, not of a saved one: that run may have started with another."""
     named = loaded.config.deepspeed_config
     return None if named is None or loaded.sources["deepspeed_config"] == SAVED_CONFIG else named_json(named)
 
 
 def _find_own(loaded: LoadedConfig) -> RunFolder | None:
-    """The run that is named, or the newest unnamed one; None where none was ever configured there."""
+    """Return the named run, or the newest unnamed one; None if it has no saved configuration."""
     root = Path(loaded.config.run.root).expanduser()
     name = loaded.config.run.name or newest_run(root, loaded.preset)
     folder = None if name is None else RunFolder(root / name)
@@ -77,13 +76,13 @@ def _find_own(loaded: LoadedConfig) -> RunFolder | None:
 
 
 def config_changes(folder: RunFolder, run: ResolvedRun, saved: RunConfig) -> list[str]:
-    """What of `run` is not as its folder still says, a line each; before `write_facts`.
+    """Return how `run` differs from the files in its folder, one line each; call before `write_facts`.
 
     Args:
-        saved: what the folder says of the configuration.
+        saved: the configuration in the folder.
 
     Raises:
-        ConfigError: a file of the folder that is damaged.
+        ConfigError: a file in the folder is damaged.
     """
     original = folder.deepspeed_json
     lines = [f"what is not stated now is as in {folder.config_yaml}"]

@@ -1,4 +1,4 @@
-"""Two or more runs side by side: what differs in configuration, what came out, and the curves over tokens."""
+"""Compare two or more runs: differing settings, results, and loss curves over tokens."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from megalm.utils.plotting import new_plot, save_plot
 
 # The first steps carry compilation and cache misses; the median of the rest is the run's speed.
 _WARM_UP_SHARE = 0.1
-# Differ in every two runs and say nothing about them.
+# These differ between any two runs and are not worth comparing.
 _OWN_TO_A_RUN = ("run.name", "run.root")
-_LEGEND_CHARACTERS = 50  # of a line: half of the picture
+_LEGEND_CHARACTERS = 50  # per line: half of the picture's width
 TOTAL = "validation"  # the only validation set, or all sets together
 
 
 @dataclass(frozen=True)
 class Results:
-    """What came out of a run; None where it was never measured.
+    """The results of a run; None for what was never measured.
 
     Attributes:
-        attempts: how many began, those of rollbacks too, whatever came of them.
-        scatter: of a number that single steps have, how far half of the steps are from their median; of the training
-            loss, the steps of the last tenth.
+        attempts: number of attempts begun, including those of rollbacks.
+        scatter: name -> median absolute deviation of a per-step number; for the training loss, over the last tenth of
+            the steps.
     """
 
     parameters: int | None
@@ -61,7 +61,7 @@ class Results:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run folder read: settings flattened to dotted names, and its history."""
+    """The content of a run folder: settings flattened to dotted names, and its history."""
 
     name: str
     settings: dict[str, str]
@@ -69,7 +69,7 @@ class RunRecord:
     parameters: int | None = None
 
     def curve(self, kind: str) -> tuple[list[float], list[float]]:
-        """(tokens, loss) of the `train` or `eval` rows that count."""
+        """Return (tokens, loss) of the `train` or `eval` rows that count."""
         if kind == "train":
             tokens, loss = self.history.column("tokens"), self.history.column("loss")
             known = np.isfinite(tokens) & np.isfinite(loss)
@@ -83,7 +83,7 @@ def read_run(run_dir: Path, read: ReadRows = read_metrics) -> RunRecord:
 
     Raises:
         DataError: no metrics.jsonl, or one that is not readable.
-        ConfigError: a configuration file that is not readable.
+        ConfigError: a configuration file is not readable.
     """
     history = read_history(read(run_dir / METRICS_FILE))
     found = settings(run_dir)
@@ -93,17 +93,17 @@ def read_run(run_dir: Path, read: ReadRows = read_metrics) -> RunRecord:
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[str | None]]:
-    """Name -> one value a run, for every setting on which the runs differ; None: not stated there."""
+    """Return name -> one value per run, for every setting on which the runs differ; None: not set in that run."""
     names = sorted({name for run in runs for name in run.settings})
     values = {name: [run.settings.get(name) for run in runs] for name in names}
     return {name: found for name, found in values.items() if len(set(found)) > 1}
 
 
 def results(run: RunRecord) -> Results:
-    """The numbers by which runs are judged; speed is a median, so that one stall does not move it."""
+    """Return the numbers by which runs are compared; speed is a median, so that one stall does not shift it."""
     history = run.history
     validation = judging(history.evaluations)
-    # With evaluate.max_samples the last one is on more than those while training, and no better or worse than they.
+    # With evaluate.max_samples the last validation covers more samples, so its loss does not compare with the others.
     alike = [row for row in validation if not row.get("whole")] or validation
     best = min(alike, key=lambda row: float(row["loss"]), default=None)
     last = {name: _last(history.column(name)) for name in ("step", "tokens", "loss")}
@@ -130,13 +130,13 @@ def results(run: RunRecord) -> Results:
 
 
 def plot_losses(runs: Sequence[RunRecord], path: Path, names: Sequence[str] | None = None) -> None:
-    """Training (thin) and validation (marked) loss of every run over tokens, as a picture.
+    """Draw training (thin) and validation (marked) loss of every run over tokens into a picture file.
 
     Args:
-        names: what the runs are called in the legend; None: by their folders.
+        names: the runs' names in the legend; None: their folders' names.
 
     Raises:
-        ConfigError: the file's suffix names no format that can be drawn, or it cannot be written.
+        ConfigError: the file's suffix is not a supported format, or the file cannot be written.
     """
     figure, axes = new_plot("tokens", "loss (nats per token)")
     for index, run in enumerate(runs):
@@ -152,7 +152,7 @@ def plot_losses(runs: Sequence[RunRecord], path: Path, names: Sequence[str] | No
 
 
 def judging(rows: Sequence[Row]) -> list[Row]:
-    """The validation rows by which runs are judged: of several validation sets the total."""
+    """Return the validation rows by which runs are compared: with several validation sets, those of the total."""
     return [row for row in rows if row.get("dataset") in (None, TOTAL) and _finite(row.get("loss"))]
 
 
@@ -170,7 +170,7 @@ def _median(values: Numbers) -> float | None:
 
 
 def _scatter(values: Numbers) -> float | None:
-    """How far half of the values are from their median; of fewer than five nothing is known."""
+    """Return the median absolute deviation; None for fewer than five values."""
     numbers = values[np.isfinite(values)]
     return float(np.median(np.abs(numbers - np.median(numbers)))) if len(numbers) >= 5 else None
 

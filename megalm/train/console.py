@@ -1,6 +1,6 @@
-"""What the person sees, on rank 0 only: facts, progress, results. A terminal gets a bar, a file gets plain lines.
+"""Console output of a run, on rank 0 only: facts, progress, results. A terminal gets a bar, a file plain lines.
 
-Everything that is printed is in log.txt too, with the time.
+Everything printed is also written to log.txt, with the time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger("megalm")
 
 @dataclass(frozen=True)
 class StepLine:
-    """One training step in numbers."""
+    """The numbers of one training step's progress line."""
 
     step: int
     loss: float
@@ -40,7 +40,7 @@ class StepLine:
 
 
 class _Console(Console):
-    """Nobody needs to look: what cannot be printed, because the terminal or a pipe has gone, is in log.txt."""
+    """A console that ignores a closed terminal or pipe: log.txt has everything."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         try:
@@ -49,7 +49,7 @@ class _Console(Console):
             self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
-        """rich would end the process. Libraries that print meet no error either."""
+        """Continue instead of exiting as rich does, and keep libraries that print from failing."""
         self.quiet = True
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -60,7 +60,7 @@ class RunConsole:
     """Progress and messages of a run.
 
     Args:
-        active: false on every rank but the first: all methods do nothing then.
+        active: true on rank 0 only; otherwise all methods do nothing.
         log_file: log.txt of the run folder.
     """
 
@@ -68,7 +68,7 @@ class RunConsole:
         self._active = active
         self._console = _Console(highlight=False, markup=False)
         self._bar: ProgressBar | None = None
-        if active and isinstance(sys.stdout, io.TextIOWrapper):  # a sample may have letters that the terminal lacks
+        if active and isinstance(sys.stdout, io.TextIOWrapper):  # the terminal may lack characters of a sample
             sys.stdout.reconfigure(errors="backslashreplace")
         if active and log_file is not None:
             handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
@@ -78,7 +78,7 @@ class RunConsole:
             log.propagate = False
 
     def info(self, text: str = "") -> None:
-        """A line for the person."""
+        """Print a line."""
         if not self._active:
             return
         self._console.print(text, soft_wrap=True)
@@ -86,13 +86,13 @@ class RunConsole:
             log.info("%s", text)
 
     def facts(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Aligned `name  value` lines."""
+        """Print aligned `name  value` lines."""
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
             self.info(f"  {name:<{width}}  {value}")
 
     def start(self, first_step: int, total_steps: int) -> None:
-        """Begin to count steps; `first_step` are done already."""
+        """Start the progress display; `first_step` steps are already done."""
         if self._active:
             self._bar = ProgressBar("step", total_steps, done=first_step, console=self._console, transient=False)
             self._last_step, self._counted = total_steps, False
@@ -101,7 +101,7 @@ class RunConsole:
     def step(self, line: StepLine) -> None:
         if self._bar is None:
             return
-        # A Slurm log is read by people: the first step, the last one, and one every few seconds.
+        # Keep a log file readable: print the first step, the last one, and one every few seconds.
         self._bar.update(line.step, str(line), line_now=not self._counted or line.step == self._last_step)
         self._counted = True
         log.info("%s", self._bar.line)

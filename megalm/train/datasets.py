@@ -1,4 +1,4 @@
-"""From the data section to what the loop reads: tokenizer, training batches, validation batches."""
+"""Open the data of a run from its `data` section: tokenizer, training batches, validation batches."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
 
 VALIDATION = "validation"  # the name of the only validation set, and of all together
-# Of fewer documents or samples an order is shuffled faster than a file is written.
+# Below this number of documents or samples, shuffling is faster than writing the order to a file.
 KEPT_ORDERS_FROM = 100_000
 
 
 @dataclass(frozen=True)
 class DataPlaces:
-    """Which files the data section means, once a recipe is prepared.
+    """The files that the data section refers to, after a recipe is prepared.
 
     Attributes:
-        validation: name and prefix of each set.
+        validation: name and prefix of each validation set.
     """
 
     blends: tuple[DataStage, ...]
@@ -41,7 +41,7 @@ class DataPlaces:
 
     @property
     def training(self) -> list[str]:
-        """Prefixes, each once, in the order in which they are named."""
+        """Distinct prefixes, in the order in which they are named."""
         return list(dict.fromkeys(part.prefix for stage in self.blends for part in stage.blend))
 
     @property
@@ -51,10 +51,10 @@ class DataPlaces:
 
 @dataclass(frozen=True)
 class RunData:
-    """What the loop reads.
+    """The open data of a run.
 
     Attributes:
-        samples: so many of `train` the run will have read at its end.
+        samples: the number of samples of `train` that the run has read at its end.
         unigram_entropy: nats per token of the only training dataset, if its builder noted it.
     """
 
@@ -66,10 +66,10 @@ class RunData:
 
 
 def known_vocab_size(data: DataSection) -> int | None:
-    """The tokenizer's, where there is one already; the rules in planning/checks/data.py tell of one that is missing.
+    """Return the tokenizer's vocabulary size, or None without a tokenizer; planning/checks/data.py reports that.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the tokenizer cannot be read.
     """
     if data.tokenizer is None or (data.tokenizer != "bytes" and not Path(data.tokenizer).exists()):
         return None
@@ -77,10 +77,10 @@ def known_vocab_size(data: DataSection) -> int | None:
 
 
 def find_data(data: DataSection, tell: Callable[[str], None]) -> DataPlaces:
-    """Prepare the recipe if there is no dataset of one's own; slow the first time only.
+    """Return the run's data files; if no dataset is configured, prepare the recipe's first (slow the first time only).
 
     Raises:
-        ConfigError: no data was named at all.
+        ConfigError: no data is configured.
     """
     if data.train is not None:
         if data.tokenizer is None:
@@ -95,13 +95,13 @@ def find_data(data: DataSection, tell: Callable[[str], None]) -> DataPlaces:
 
 
 def rebuild_data(data: DataSection, places: DataPlaces, workers: int, tell: Callable[[str], None]) -> None:
-    """Build datasets again as `data.rebuild` says; for one process, before any other opens them.
+    """Rebuild datasets as `data.rebuild` configures; call in one process, before any other opens them.
 
     Raises:
-        DataError: a dataset that is not what the run states, or that cannot be built.
+        DataError: a dataset differs from the configuration, or cannot be built.
     """
     if data.rebuild == "never":
-        return  # open_data refuses what differs
+        return  # open_data refuses a dataset that differs
     tokenizer, done = load_tokenizer(places.tokenizer), set[str]()
     for prefix in places.prefixes:
         if build_prefix(prefix) in done:  # the other part of a split
@@ -114,15 +114,15 @@ def rebuild_data(data: DataSection, places: DataPlaces, workers: int, tell: Call
 
 
 def open_data(run: ResolvedRun, places: DataPlaces, first_sample_of: Callable[[int], int] | None = None) -> RunData:
-    """Open the files of `places` and cut them into samples.
+    """Open the files of `places` and split them into samples.
 
     Args:
-        first_sample_of: the number of a step's first sample, where the run has not always had its present batch or
-            order; 0 or less before the order began.
+        first_sample_of: step -> number of its first sample, if the batch or order changed during the run; 0 or less
+            before the order began.
 
     Raises:
         DataError: a missing or damaged file, a dataset with fewer tokens than one sample, or one that was built with
-            another tokenizer or otherwise than stated.
+            another tokenizer or other settings.
         ConfigError: a tokenizer that does not fit the model.
     """
     return open_datasets(run.config, run.batch.global_batch, places, first_sample_of)
@@ -131,7 +131,7 @@ def open_data(run: ResolvedRun, places: DataPlaces, first_sample_of: Callable[[i
 def open_datasets(
     config: RunConfig, global_batch: int, places: DataPlaces, first_sample_of: Callable[[int], int] | None = None
 ) -> RunData:
-    """The same for a run of which only its files are there."""
+    """The same as `open_data`, without a resolved run: from its configuration and global batch alone."""
     data = config.data
     tokenizer = load_tokenizer(places.tokenizer)
     stated = config.model.vocab_size
@@ -155,7 +155,7 @@ def open_datasets(
 
 
 def open_validation(data: DataSection, places: DataPlaces, tokenizer: Tokenizer) -> dict[str, ValidationSamples]:
-    """What a run validates on, by name; training data that no part of is held out is not opened.
+    """Return the run's validation sets by name; does not open training data without a held-out part.
 
     Raises:
         DataError: a missing or damaged file, or a dataset that was built with another tokenizer.
@@ -173,7 +173,7 @@ def batch_loader(run: ResolvedRun, train: BlendedSamples, data_rank: int) -> Bat
 
 
 def batch_layout(run: ResolvedRun, data_rank: int) -> BatchLayout:
-    """The part of a global batch that this data-parallel rank takes."""
+    """Return the part of a global batch that this data-parallel rank reads."""
     batch = run.batch
     return BatchLayout(batch.global_batch, batch.micro_batch, data_rank, batch.data_parallel)
 
@@ -181,7 +181,7 @@ def batch_layout(run: ResolvedRun, data_rank: int) -> BatchLayout:
 def validation_loaders(
     run: ResolvedRun, data: RunData, data_rank: int
 ) -> dict[str, tuple[ValidationLoader, ValidationLoader]]:
-    """By name of the set: the part that is used while training, and the whole."""
+    """Return, by name of the set, a loader of the part used during training and one of the complete set."""
     layout, most = batch_layout(run, data_rank), run.config.evaluate.max_samples
 
     def loaders(samples: ValidationSamples) -> tuple[ValidationLoader, ValidationLoader]:
@@ -193,7 +193,7 @@ def validation_loaders(
 
 
 def validation_fingerprint(run: ResolvedRun, data: RunData) -> str:
-    """Identity of what is validated on while training: losses of another are not comparable."""
+    """Return the fingerprint of the samples for validation during training; only losses over the same ones compare."""
     most = run.config.evaluate.max_samples
     facts = [(name, samples.fingerprint) for name, samples in data.validation.items()]
     return hashlib.sha256(repr((facts, most)).encode()).hexdigest() if facts else ""
@@ -204,13 +204,13 @@ def _cache(data: DataSection) -> Path:
 
 
 def _wanted(data: DataSection, prefix: str, tokenizer: Tokenizer) -> Wanted:
-    """What the run states of a dataset; the raw inputs are those of data.train alone."""
+    """Return the configured settings of a dataset; raw inputs apply to data.train only."""
     inputs = (data.input,) if isinstance(data.input, str) else data.input or ()
     return Wanted(tokenizer, data.append_eod, inputs if prefix == data.train else ())
 
 
 def _cut(dataset: IndexedDataset, split: str | None) -> tuple[Range, Range | None]:
-    """Sequences for training and for validation."""
+    """Return the ranges of documents for training and for validation."""
     if split is None:
         return (0, len(dataset)), None
     weights = [float(weight) for weight in split.split(",")]
@@ -235,7 +235,7 @@ def _training_samples(config: RunConfig, dataset: IndexedDataset, documents: Ran
 
 
 def _stages(places: DataPlaces, first_sample_of: Callable[[int], int]) -> list[MixtureStage]:
-    """An order that a run began in the middle starts with the last stage that had begun by then."""
+    """Return the mixture's stages; an order that begins in the middle of a run starts with the stage then active."""
     stages: list[MixtureStage] = []
     for stage in places.blends:
         weights = {part.prefix: part.weight for part in stage.blend}
@@ -252,7 +252,7 @@ def _validation_samples(
     opened: dict[str, IndexedDataset],
     ranges: dict[str, tuple[Range, Range | None]],
 ) -> Iterator[tuple[str, ValidationSamples]]:
-    """The sets that are named, or the parts that the split leaves of each training dataset."""
+    """Yield the configured validation sets, or the held-out part of each training dataset."""
     for name, prefix in places.validation:
         dataset = IndexedDataset(prefix)
         yield name, ValidationSamples(dataset, (0, len(dataset)), data.sequence_length, data.document_mask)

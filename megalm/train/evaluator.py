@@ -1,4 +1,4 @@
-"""Validation: weighted means over fixed sets of tokens, the same for any layout."""
+"""Validation: mean losses over fixed sets of tokens, the same for any parallel layout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOTAL = "validation"  # the only set, or all sets together
 
 
 class Batches(Protocol):
-    """A set, in whole global batches."""
+    """A validation set, in complete global batches."""
 
     def __iter__(self) -> Iterator[GlobalBatch]: ...
 
@@ -24,23 +24,23 @@ class Batches(Protocol):
 
 
 class Evaluable(Protocol):
-    """What evaluating needs of an engine."""
+    """The part of `Engine` that evaluation needs."""
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float: ...
 
 
 class Summing(Protocol):
-    """What evaluating needs of the other ranks."""
+    """The part of `Communicator` that evaluation needs."""
 
     def sum(self, values: Sequence[float]) -> list[float]: ...
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Loss in nats per target; bits per byte of the text that the targets decode to, if the tokenizer tells.
+    """Loss in nats per target, and bits per byte of the targets' text if the tokenizer knows its tokens' bytes.
 
     Attributes:
-        parts: of a total of several sets, each of them.
+        parts: the single sets' evaluations, for a total over several sets.
     """
 
     dataset: str
@@ -60,7 +60,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Over a set: nats, targets, and bytes of text."""
+    """Sums over a set: nats, targets, and bytes of text."""
 
     loss: float
     targets: int
@@ -73,13 +73,13 @@ class _Sums:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates an engine on validation sets, whole or the fixed parts that are used while training.
+    """Evaluates an engine on validation sets, or on the fixed parts of them that are used during training.
 
     Args:
-        sets: by name, the part and the whole; several sets have a total, in which every token counts alike.
+        sets: by name, loaders of the part and of the complete set. Several sets have a total, weighted by tokens.
         token_bytes: [V] UTF-8 bytes that each token decodes to.
-        replicas: ranks that read the same samples (tensor and pipeline neighbours).
-        heartbeat: told of every batch.
+        replicas: number of ranks that read the same samples (tensor and pipeline neighbors).
+        heartbeat: called after every batch.
     """
 
     sets: Mapping[str, tuple[Batches, Batches]]
@@ -89,7 +89,7 @@ class Evaluator:
     heartbeat: Callable[[], None] = lambda: None
 
     def evaluate(self, engine: Evaluable, whole: bool) -> Evaluation | None:
-        """Collective; None without a validation set."""
+        """Evaluate all sets, complete or in part. Collective; returns None without a validation set."""
         sums = {name: self._sums(engine, loaders[whole]) for name, loaders in self.sets.items()}
         if not sums:
             return None
@@ -101,7 +101,7 @@ class Evaluator:
         return total.mean(TOTAL, parts)
 
     def rehearse(self, engine: Evaluable) -> None:
-        """One batch, for what it needs of memory."""
+        """Preflight: evaluate one batch, to find out whether memory suffices."""
         for _, whole in list(self.sets.values())[:1]:
             engine.evaluate(whole.batch(0).micro_batches)
 

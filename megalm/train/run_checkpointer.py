@@ -1,4 +1,4 @@
-"""What a run writes into a checkpoint's manifest, and what it takes and checks when it goes on from one."""
+"""Save, restore and roll back a run: the facts in a checkpoint's manifest, and the state restored from it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RunCheckpointer:
     """Saves a run's state into its folder and restores it from any checkpoint of the same model and data.
 
     Args:
-        start: the checkpoint that this process goes on from, and how; None: it begins anew.
+        start: the checkpoint that this process resumes from, and how; None: it starts at step 0.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class RunCheckpointer:
         self._tokenizer = tokenizer
         self._comm = comm
         self._request = start
-        self._past = set() if start is None else {start.path.resolve()}  # what the state came through
+        self._past = set() if start is None else {start.path.resolve()}  # the checkpoints that the state descends from
         settings = run.config.checkpoint
         self._writer = CheckpointWriter(
             folder.checkpoints,
@@ -69,14 +69,14 @@ class RunCheckpointer:
     def save(
         self, engine: Engine, position: TrainingProgress, status: Status = "good", reason: str | None = None
     ) -> Path:
-        """Write a checkpoint, or with checkpoint.async begin to; where it is or will be.
+        """Write a checkpoint, or with checkpoint.async start to; return its path.
 
         Args:
-            status: `suspect` for a state that may be spoilt: `--resume auto` takes it only where no good one is.
-            reason: why it is not good.
+            status: `suspect` for a state that may be bad: `--resume auto` takes it only if there is no good one.
+            reason: why it is suspect.
 
         Raises:
-            TrainingError: on all ranks, where any could not write this one or the one before.
+            TrainingError: on all ranks, if any rank could not write this checkpoint or the one before.
         """
         facts = {**self._facts(engine.counters(), position), "status": status, "status_reason": reason}
         files = [path for path in self._folder.config_files if path.exists()]
@@ -85,40 +85,40 @@ class RunCheckpointer:
         return path
 
     def completed(self, wait: bool = False) -> list[Saved]:
-        """What became complete since the last call; `wait` until nothing is being written."""
+        """Return the checkpoints completed since the last call; with `wait`, wait for all writes first."""
         return self._writer.completed(wait)
 
     def mark_best(self, path: Path) -> None:
-        """Name the checkpoint with the lowest validation loss in `checkpoints/best`."""
+        """Record the checkpoint with the lowest validation loss in `checkpoints/best`."""
         self._writer.mark_best(path)
 
     def note_evaluation(self, path: Path, evaluation: Evaluation) -> None:
-        """Add the last validation to a complete checkpoint that was written before it."""
+        """Add the final validation to a complete checkpoint that was written before it."""
         if self._comm.is_main:
             write_manifest(path, with_evaluation(read_manifest(path), evaluation))
 
     def rehearse(self, engine: Engine) -> None:
-        """Write a checkpoint beside the real ones and remove it."""
+        """Preflight: write a checkpoint beside the real ones and remove it."""
         facts = self._facts(engine.counters(), TrainingProgress())
         self._writer.rehearse(self._folder.rehearsal, engine.fragments(), facts)
 
     def position(self, manifest: Manifest) -> TrainingProgress:
-        """Where this run goes on from a checkpoint; its schedule is for the caller to set."""
+        """Return the progress at which this run continues from a checkpoint; the caller sets its schedule."""
         return progress_from(manifest, self._run, continuation_kind(self._run, manifest, self.differences(manifest)))
 
     def differences(self, manifest: Manifest) -> dict[str, list[str]]:
-        """What of this run is another than the checkpoint's, by thing of `resume.allow`."""
+        """Return what differs between this run and the checkpoint, by item of `resume.allow`."""
         consumed = manifest.data_position.segments[-1].next_sample
         return incompatibilities(manifest, identity_of(self._run, self._shape, self._data, consumed))
 
     def restore(
         self, reader: CheckpointReader, engine: Engine, guard: SpikeGuard, weights_only: bool = False, new: bool = False
     ) -> None:
-        """Put a checkpoint into the engine, and what the run was like until then into the spike guard; collective.
+        """Restore a checkpoint into the engine, and the losses and norms before it into the spike guard; collective.
 
         Args:
-            weights_only: nothing but the model, as step 0.
-            new: this process has trained nothing yet, so that the guard learns the steps before from metrics.jsonl.
+            weights_only: restore the model only, as step 0.
+            new: this process has not trained yet, so the guard reads the earlier steps from metrics.jsonl.
         """
         step = 0 if weights_only else reader.manifest.step
         engine.restore(reader.read_weights if weights_only else reader.read, reader.manifest.counters, step)
@@ -137,17 +137,17 @@ class RunCheckpointer:
     def roll_back(
         self, engine: Engine, guard: SpikeGuard, next_sample: int, attempt: int
     ) -> tuple[Path, TrainingProgress]:
-        """Go back to the newest good checkpoint and past the data up to `next_sample`.
+        """Go back to the newest good checkpoint and skip the data up to `next_sample`.
 
-        What is passed over is noted in that checkpoint first: whoever goes on from it later passes over it too.
-        Only what this process wrote or went on from is meant: the folder may hold later steps of an attempt that was
-        left, and earlier ones of other settings.
+        First notes the skipped samples in that checkpoint, so that a later resume from it skips them too. Considers
+        only checkpoints that this process wrote or resumed from: the folder may hold later steps of an abandoned
+        attempt, and earlier ones with other settings.
 
         Args:
-            attempt: the number of the one that this begins.
+            attempt: the number of the attempt that the rollback begins.
 
         Raises:
-            TrainingError: there is none.
+            TrainingError: there is no good checkpoint.
         """
         entries = self._comm.once(lambda: resume_candidates(self._folder.checkpoints, "auto"))
         for entry in entries:
@@ -170,7 +170,7 @@ class RunCheckpointer:
         )
 
     def passing_over(self, manifest: Manifest, samples: int) -> Manifest:
-        """The manifest with so many samples skipped where it stands."""
+        """Return the manifest with `samples` samples skipped at its position."""
         amended = pass_over(manifest, samples)
         return amended.amended(fingerprints=self._data.at(amended.data_position.segments[-1].next_sample))
 
@@ -208,16 +208,16 @@ class RunCheckpointer:
                 "precision": run.precision,
             },
             **identity_of(run, self._shape, self._data, position.samples),
-            "tokenizer": self._tokenizer,  # where it was; the fingerprint says whether it still is
-            # No generator's state: dropout and sampling draw from seeds of their place.
+            "tokenizer": self._tokenizer,  # its path at the time; the fingerprint identifies it
+            # No random state: dropout and sampling derive their seeds from step and position.
             "attempt": position.attempt,
         }
 
 
 def with_evaluation(manifest: Manifest, evaluation: Evaluation) -> Manifest:
-    """The manifest with a validation on the whole sets.
+    """Return the manifest with an evaluation of the complete validation sets.
 
-    A loss on part of them (evaluate.max_samples) stays beside it: `checkpoints/best` is the lowest of that kind.
+    A loss on part of them (evaluate.max_samples) is kept: `checkpoints/best` compares those.
     """
     on_part = manifest.validation_tokens not in (None, evaluation.targets)
     prefix = "whole_" if on_part else ""

@@ -1,4 +1,4 @@
-"""The opening facts of a run, and where everything is at its end."""
+"""The facts printed at the start of a run and recorded in environment.json, and the summary and page at its end."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ from megalm.train.datasets import RunData, find_data, open_data
 from megalm.train.resume.compatibility import DataIdentity
 from megalm.utils.formatting import format_bytes
 
-# What a run reads of each dataset: for the opening facts and --dry-run, with what people should be warned of.
-
 # Up to about four passes, repeated text trains nearly as well as new text (arXiv 2305.16264, read in November 2026).
 MANY_REPETITIONS = 4.0
 
 
 def data_rows(run: ResolvedRun, data: RunData) -> list[tuple[str, str]]:
-    """A row for each dataset of the run, and for each change of the mixture."""
+    """Return a row for each dataset of the run, and for each change of the mixture."""
     parts, rows = data.train.parts, []
     for part, planned in zip(parts, data.train.planned(data.samples), strict=True):
         share = f"{planned.samples / data.samples:.1%} of the samples, " if len(parts) > 1 else ""
@@ -48,10 +46,10 @@ def data_rows(run: ResolvedRun, data: RunData) -> list[tuple[str, str]]:
 
 
 def planned_data(run: ResolvedRun) -> tuple[list[tuple[str, str]], list[str]]:
-    """Rows and warnings of a run that is not started: nothing is prepared or built.
+    """Return data rows and warnings for `--dry-run`, without preparing or building any data.
 
     Raises:
-        ConfigError, DataError: as when it is started.
+        ConfigError, DataError: as at a real start.
     """
     data = run.config.data
     if data.train is None:
@@ -66,10 +64,10 @@ def planned_data(run: ResolvedRun) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def data_warnings(run: ResolvedRun, data: RunData) -> list[str]:
-    """What the run reads more often than people may think.
+    """Return warnings about datasets that the run repeats many times.
 
     Raises:
-        ConfigError: a dataset that is read more often than `data.max_epochs`.
+        ConfigError: a dataset is read more often than `data.max_epochs`.
     """
     steps, most = run.config.train.steps, run.config.data.max_epochs
     warnings = []
@@ -97,18 +95,16 @@ def data_warnings(run: ResolvedRun, data: RunData) -> list[str]:
     return warnings
 
 
-# The page about a run that the run itself leaves: made when all is trained and saved, at no risk to either.
-
-# Half a million steps take some seconds. What takes longer, a sick file system for instance, is not waited for.
+# A page of half a million steps takes a few seconds. Do not wait longer, for a hanging file system for instance.
 _PATIENCE_SECONDS = 60.0
 
 
 def write_report_page(
     folder: RunFolder, reporter: RunConsole, patience_seconds: float = _PATIENCE_SECONDS
 ) -> Path | None:
-    """Write report.html, on rank 0; None where that failed or took too long, which is told in a line.
+    """Write report.html, on rank 0; print a warning and return None if that fails or takes too long.
 
-    A thread of its own, which the end of the process does not wait for; the file is there whole or not at all.
+    Runs in a thread that the end of the process does not wait for. The file is written atomically.
     """
     done: list[Path] = []
     why = [f"not done within {patience_seconds:.0f} s"]
@@ -116,7 +112,7 @@ def write_report_page(
     def write() -> None:
         try:
             done.append(write_report(folder.path))
-        except Exception as error:  # whatever it is: the run is done, and nothing of it is at stake
+        except Exception as error:  # of any kind: the run is complete and must not fail because of its page
             why.insert(0, " ".join(str(error).split()) or type(error).__name__)
 
     thread = threading.Thread(target=write, name="page", daemon=True)
@@ -128,11 +124,8 @@ def write_report_page(
     return None
 
 
-# What a person is told of a pipeline before training: its stages, and how long they wait for each other.
-
-
 def pipeline_facts(run: ResolvedRun, blocks: tuple[int, ...], costs: StageCosts) -> str:
-    """A line on the stages, one on the bubble, and a warning where that is large."""
+    """Return a line on the pipeline's stages, one on its bubble, and a warning if the bubble is large."""
     stages, micro_batches = run.topology.pipeline, run.batch.accumulation
     bubble = bubble_share(stages, micro_batches)
     by_stage = costs.of_stages(blocks)
@@ -157,7 +150,7 @@ def pipeline_facts(run: ResolvedRun, blocks: tuple[int, ...], costs: StageCosts)
 def opening_facts(
     run: ResolvedRun, shape: ModelConfig, data: RunData, device: str, threads: int, peak_source: str, peak: float
 ) -> Sequence[tuple[str, str]]:
-    """Name and value of each fact, in the order of reading."""
+    """Return name and value of each fact, in display order."""
     config, batch, count = run.config, run.batch, shape.parameter_count()
     steps = config.train.steps
     tokens = steps * run.tokens_per_step
@@ -188,7 +181,7 @@ def opening_facts(
 def environment_facts(
     run: ResolvedRun, data: DataIdentity, device: str, device_kind: str, threads: int, attempt: int
 ) -> dict[str, Any]:
-    """What environment.json says of this attempt, beside versions and machine."""
+    """Return what environment.json records about this attempt besides versions and machine."""
     stages = zip(run.config.data.stages, data.samples.stages[1:], strict=False)
     before = data.samples.lengths_before
     return {
@@ -207,7 +200,7 @@ def environment_facts(
 
 
 def scale_facts(run: ResolvedRun, shape: ModelConfig, data: RunData) -> dict[str, Any]:
-    """What environment.json says of sizes, by which losses and token counts are read."""
+    """Return the sizes in environment.json that help to interpret losses and token counts."""
     planned = zip(data.train.parts, data.train.planned(data.samples), strict=True)
     return {
         "parameters": shape.parameter_count(),
@@ -221,7 +214,7 @@ def scale_facts(run: ResolvedRun, shape: ModelConfig, data: RunData) -> dict[str
 
 
 def final_summary(folder: RunFolder, run: ResolvedRun, invocation: ResumeCommand, page: Path | None = None) -> str:
-    """Where everything is, and the next commands to try."""
+    """Return the text on where everything is, and the next commands to try."""
     prompt, path = _quoted(_first_line(run.config.sample.prompts)), shlex.quote(str(folder.path))
     steps = 2 * run.config.train.steps
     rows = [
@@ -242,10 +235,10 @@ def _where_mlflow_is(root: Path) -> str:
 
 
 def _quoted(text: str) -> str:
-    """For a shell; in double quotes where nothing in it means something there."""
+    """Return `text` quoted for a shell, in double quotes if nothing in it is special there."""
     return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
 
 
 def _first_line(prompts: tuple[str, ...]) -> str:
-    """Of the first prompt: a shell would take a newline in it for two letters."""
+    """Return the first line of the first prompt: an escaped newline would reach the command as two characters."""
     return next((line for prompt in prompts for line in prompt.splitlines() if line.strip()), "The ")

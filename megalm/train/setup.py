@@ -1,7 +1,7 @@
-"""Assembly: from arguments to a running trainer. The one place that knows the concrete classes of all parts.
+"""Assembly: from arguments to a running trainer. Only this module knows the concrete classes of all parts.
 
-Order matters: everything that can be refused is refused before a process group exists; the run folder comes first
-after it, so that a failure has a place to be told.
+Order matters: whatever can be refused is refused before a process group exists. After that, the run folder is opened
+first, so that a failure can be recorded there.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ from megalm.train.spikes.spike_report import SpikeReportWriter, sample_text_read
 from megalm.train.text_samples import SampleWriter
 from megalm.train.trainer import Trainer, TrainerComponents, memory_errors_named, run_preflight
 
-# MLflow's first use of a store makes its tables; a run that ends sooner waits this long for its mirror.
+# MLflow creates the tables of a new store, which takes a while; a short run waits up to this long for its mirror.
 _MIRROR_PATIENCE_SECONDS = 45.0
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run is configured with, read once and checked; its YAML text is `run.config_yaml`.
+    """A run's configuration, read once and checked; its YAML text is `run.config_yaml`.
 
     Attributes:
-        options: how it resumes, if it does.
-        saved: the configuration that the folder of the resumed run has; None: the run starts.
+        options: the resume options.
+        saved: the configuration in the folder of the resumed run; None for a new run.
     """
 
     run: ResolvedRun
@@ -70,12 +70,12 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """The run folder, taken for this job.
+    """The run folder, locked for this job.
 
     Attributes:
-        lock: held.
+        lock: held by this job.
         attempt: 1 for a new run.
-        hooks: what the rank's supervisor does from here on when it fails.
+        hooks: what the rank's supervisor does on a failure from here on.
     """
 
     folder: RunFolder
@@ -87,11 +87,11 @@ class OpenRun:
 
 @dataclass(frozen=True)
 class BuiltRun:
-    """A trainer that is ready, and what is closed after it.
+    """A trainer that is ready, and the resources to close after it.
 
     Attributes:
-        metrics, mirror: rank 0's.
-        command: to resume the run by hand.
+        metrics, mirror: on rank 0 only.
+        command: resumes the run by hand.
     """
 
     trainer: Trainer
@@ -101,7 +101,7 @@ class BuiltRun:
 
 
 def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
-    """Run one training job on this rank; the exit code."""
+    """Run one training job on this rank; return the exit code."""
     ranks = rank_facts()
     settings = load_settings(arguments, ranks)
     device = claim_device(ranks)
@@ -120,11 +120,11 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
 
 
 def load_settings(arguments: Arguments, ranks: RankFacts) -> RunSettings:
-    """Read and check both configurations for these ranks of this machine's device; no process group.
+    """Read and check both configurations for these ranks and this machine's device; needs no process group.
 
     Raises:
-        ConfigError: the first thing that is wrong, in one line.
-        DataError: a tokenizer that cannot be read.
+        ConfigError: the first error found, in one line.
+        DataError: the tokenizer cannot be read.
     """
     options, files = arguments.read(ranks.world_size)
     vocab_size = known_vocab_size(files.loaded.config.data)
@@ -137,10 +137,10 @@ def load_settings(arguments: Arguments, ranks: RankFacts) -> RunSettings:
 
 
 def open_run(settings: RunSettings, comm: Communicator, supervisor: RankSupervisor) -> OpenRun:
-    """Make or take the folder and put it in order; from here on `supervisor` reports failures there.
+    """Create or lock the folder and clean it up; from here on `supervisor` reports failures there.
 
     Raises:
-        ConfigError: the ranks mean different runs, the folder is not to be had, or another job has it.
+        ConfigError: the ranks have different configurations, or the folder cannot be used or is locked by another job.
     """
     run, resume = settings.run, settings.options.wanted is not None
     _refuse_different_configurations(run, comm)
@@ -150,7 +150,7 @@ def open_run(settings: RunSettings, comm: Communicator, supervisor: RankSupervis
     comm.once(lock.take)
     attempt = comm.once(folder.next_attempt)
     hooks = RunHooks(FailureClaim(folder.failure(attempt)))
-    if is_new:  # not before the lock: another job may have begun in it meanwhile
+    if is_new:  # not before the lock: another job may have started in it meanwhile
         hooks = replace(hooks, on_refusal=folder.remove_if_unused)
     supervisor.enter(hooks)
     console = RunConsole(comm.is_main, folder.log)
@@ -163,7 +163,7 @@ def open_run(settings: RunSettings, comm: Communicator, supervisor: RankSupervis
 
 
 def _refuse_different_configurations(run: ResolvedRun, comm: Communicator) -> None:
-    """Each rank has read the run's own configuration: a machine that saw another file would train another model."""
+    """Check that all ranks read the same configuration: a machine with another file would train another model."""
     if len(set(comm.gather((run.config_yaml, str(run.deepspeed))))) > 1:
         raise ConfigError(
             f"the ranks read different configurations of run {run.config.run.name}; put run.root and the files that "
@@ -175,7 +175,7 @@ def _refuse_different_configurations(run: ResolvedRun, comm: Communicator) -> No
 
 
 def _report_plan(plan: ResumePlan, settings: RunSettings, opened: OpenRun, comm: Communicator) -> None:
-    """Report what has changed since the run was started, and what a person should know.
+    """Print what has changed since the run was started, and warnings.
 
     Raises:
         ConfigError: a file of the run folder is damaged, or data is read more often than `data.max_epochs`.
@@ -199,7 +199,7 @@ def build_trainer(
     comm: DistributedCommunicator,
     supervisor: RankSupervisor,
 ) -> BuiltRun:
-    """Write what the run is into its folder, and make all that trains it, in the state that it resumes."""
+    """Write the run's facts into its folder, build the trainer's components and restore the resumed state."""
     run, folder, console = plan.run, opened.folder, opened.console
     checkpoints = _checkpoints(plan, opened, comm)
     threads = torch.get_num_threads()
@@ -208,7 +208,7 @@ def build_trainer(
     metrics = MetricsWriter(folder.metrics) if comm.is_main else None
     hooks = _training_hooks(opened, run, metrics, comm)
     supervisor.enter(hooks)
-    peak, peak_source = peak_flops(device, run.precision != "fp32")  # before the mirror, which takes a core for seconds
+    peak, peak_source = peak_flops(device, run.precision != "fp32")  # before the mirror, which uses a core for seconds
     mirror = start_mirror(folder.path) if comm.is_main and run.config.tracking.mlflow else None
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
         console.info("preparing DeepSpeed's extensions for offload (compiled at their first use: a minute or two)")
@@ -235,7 +235,7 @@ def build_trainer(
 
 
 def _checkpoints(plan: ResumePlan, opened: OpenRun, comm: Communicator) -> RunCheckpointer:
-    """The resumed checkpoint is noted in the run folder before anything of this attempt is written."""
+    """Return the checkpointer; first notes the resumed checkpoint in the run folder, before this attempt writes."""
     folder = opened.folder
     attempt = None if plan.reader is None else describe_attempt(plan.reader, plan.resume, opened.attempt)
     if attempt is not None:
@@ -319,7 +319,7 @@ def _announce(trainer: Trainer, console: RunConsole, plan: ResumePlan) -> None:
 
 
 def _close(built: BuiltRun, opened: OpenRun, comm: Communicator, code: int) -> None:
-    """Give everything back; of a run that is done, leave a page and say where everything is."""
+    """Release all resources; after a finished run, write its page and print the final summary."""
     folder, console = opened.folder, opened.console
     built.trainer.parts.close()
     comm.barrier()  # no rank leaves while another still needs rank 0's store

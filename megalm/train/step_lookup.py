@@ -1,4 +1,4 @@
-"""What any step of a run reads, from its run folder: for people who ask which text it was."""
+"""Look up the samples of any training step of a run, from its run folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BEGINS = ("start", "resume", "rollback")
 
 @dataclass(frozen=True)
 class StepSamples:
-    """Attributes: first, end: samples [first, end); trained: false of a step that is still to come."""
+    """Samples [first, end) of a step; `trained` is false for a step that is not trained yet."""
 
     first: int
     end: int
@@ -33,7 +33,7 @@ class StepSamples:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """One attempt of a run: a later one may have another batch, and other data from there on."""
+    """One attempt of a run; a later attempt may have another batch and other data."""
 
     stated: RunConfig
     global_batch: int
@@ -41,7 +41,7 @@ class _Attempt:
 
     @property
     def config(self) -> RunConfig:
-        """With the sequence length that the order of samples began with."""
+        """The attempt's configuration, with the sequence length at the start of the sample order."""
         lengths = self.environment.get("sequence_lengths_before", [])
         first = lengths[0][0] if lengths else self.stated.data.sequence_length
         data = self.stated.data.model_copy(update={"sequence_length": first})
@@ -49,25 +49,25 @@ class _Attempt:
 
     @property
     def cuts(self) -> list[tuple[int, int]]:
-        """(samples consumed, sequence length from there on) for each time that the length was changed."""
+        """Return (samples consumed, sequence length from there on) for each change of the sequence length."""
         before = self.environment.get("sequence_lengths_before", [])
         after = [length for length, _ in before[1:]] + [self.stated.data.sequence_length]
         return [(consumed, length) for (_, consumed), length in zip(before, after, strict=False)]
 
     def first_sample_of(self, step: int) -> int:
-        """Of a step with which a stage of the mixture begins."""
+        """Return the number of the first sample of `step`, at which a stage of the mixture begins."""
         return int(self.environment.get(f"first_sample_of_step_{step}", (step - 1) * self.global_batch))
 
 
 def samples_of_step(path: Path, step: int, tell: Callable[[str], None] = lambda line: None) -> StepSamples:
-    """What step `step` of the run in folder `path` has read, or will read.
+    """Return the samples that step `step` of the run in folder `path` has read, or will read.
 
     Args:
-        tell: called with lines for people, where a recipe is prepared again.
+        tell: called with progress lines if a recipe is prepared again.
 
     Raises:
-        DataError: no run there, or data that is not there any more.
-        ConfigError: a configuration file that is damaged.
+        DataError: there is no run, or its data is missing.
+        ConfigError: a configuration file is damaged.
     """
     folder = RunFolder(path)
     if not all(file.is_file() for file in folder.config_files):
@@ -86,9 +86,9 @@ def samples_of_step(path: Path, step: int, tell: Callable[[str], None] = lambda 
 
 
 def _first_sample(rows: list[Row], attempt: int, step: int, batch: int) -> tuple[int, bool]:
-    """The number of the step's first sample, and whether the step has been trained.
+    """Return the number of the step's first sample, and whether the step has been trained.
 
-    With a log interval not every step has a row; the samples of an attempt follow each other.
+    With a log interval not every step has a row; within an attempt samples are consecutive.
     """
     trained = [row for row in rows if row["kind"] == "train" and "samples" in row]
     here = [row for row in trained if row["attempt"] == attempt] or trained[-1:]
@@ -97,7 +97,7 @@ def _first_sample(rows: list[Row], attempt: int, step: int, batch: int) -> tuple
 
 
 def _attempt(folder: RunFolder, number: int) -> _Attempt:
-    """The files that were in force in attempt `number`: a rollback starts an attempt without new ones."""
+    """Return the files in force in attempt `number`: a rollback begins an attempt without writing new ones."""
     newest = folder.path / "environment.json"
     facts = {"": read_json(newest)}
     for old in folder.path.glob("environment.attempt-*.json"):

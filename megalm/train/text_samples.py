@@ -1,4 +1,4 @@
-"""Text from the model while it trains. Collective: every rank does the same forwards, rank 0 draws the tokens.
+"""Generate text from the model during training. Collective: every rank runs the forward passes, rank 0 draws tokens.
 
 Shapes: P prompts, T sequence (padded on the right, which a causal model does not see), V vocabulary.
 """
@@ -38,12 +38,12 @@ class SampleWriter:
     reporter: RunConsole
 
     def rehearse(self, engine: Engine) -> None:
-        """One token of each text."""
+        """Preflight: generate one token of each text."""
         one = self.settings.model_copy(update={"max_new_tokens": 1})
         generate(engine, self.comm, self.tokenizer, one, self.sequence_length, self.seed)
 
     def write(self, engine: Engine, step: int, show: bool) -> None:
-        """Collective. `show` prints the beginning of each text too."""
+        """Write the samples of `step`. Collective; `show` also prints the beginning of the texts."""
         texts = generate(engine, self.comm, self.tokenizer, self.settings, self.sequence_length, self.seed + step)
         if not texts or not self.comm.is_main:
             return
@@ -57,7 +57,7 @@ class SampleWriter:
 
 
 class Predictor(Protocol):
-    """What generating needs of an engine."""
+    """The part of `Engine` that generation needs."""
 
     def next_token_logits(
         self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
@@ -65,7 +65,7 @@ class Predictor(Protocol):
 
 
 class Broadcaster(Protocol):
-    """What generating needs of the other ranks."""
+    """The part of `Communicator` that generation needs."""
 
     def broadcast(self, value: T) -> T: ...
 
@@ -75,8 +75,8 @@ def generate(
 ) -> list[str]:
     """Continue each of `settings.prompts`; the prompt is part of the text.
 
-    Each text ends at the end-of-document token or after `max_new_tokens`. Beyond `sequence_length` tokens the
-    model sees the last ones only.
+    Each text ends at the end-of-document token or after `max_new_tokens`. If a text exceeds `sequence_length` tokens,
+    the model sees only its last tokens.
     """
     if not settings.prompts:
         return []
@@ -95,7 +95,7 @@ def extend(
     sequence_length: int,
     seed: int,
 ) -> Iterator[None]:
-    """Grow `texts`, lists of tokens, in place: a token each from one yield to the next, as `generate` says."""
+    """Extend `texts`, lists of tokens, in place by one token each per yield; see `generate`."""
     open_texts = set(range(len(texts)))
     random = np.random.default_rng(seed)
     for _ in range(settings.max_new_tokens):
@@ -119,10 +119,10 @@ def extend(
 
 
 def draw(logits: npt.NDArray[np.float32], temperature: float, top_k: int | None, random: np.random.Generator) -> int:
-    """One token from fp32 logits [V]; temperature 0 takes the likeliest."""
+    """Draw one token from fp32 logits [V]; temperature 0 takes the most likely one."""
     if temperature == 0:
         return int(logits.argmax())
-    with np.errstate(over="ignore"):  # next to 0 all but the likeliest are beyond any float
+    with np.errstate(over="ignore"):  # at temperatures near 0 all but the top logit overflow
         scaled = (logits.astype(np.float64) - logits.max()) / temperature
     if top_k is not None and top_k < len(scaled):
         scaled[scaled < np.partition(scaled, -top_k)[-top_k]] = -np.inf

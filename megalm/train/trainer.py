@@ -1,6 +1,7 @@
-"""The training loop: steps, and what happens between them. Of the engine it sees the protocol only.
+"""The training loop, the recording of its metrics, and the preflight before step 1.
 
-Everything here is collective: all ranks walk through the same steps and decisions; rank 0 alone writes.
+Uses the engine through its protocol only. Everything here is collective: all ranks run the same steps and make the same
+decisions; only rank 0 writes metrics and console lines.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from megalm.utils.formatting import format_clock
 
 @dataclass(frozen=True)
 class TrainerComponents:
-    """Everything of a run but where it stands."""
+    """Everything that the trainer uses; `TrainingProgress` has the state."""
 
     run: ResolvedRun
     comm: Communicator
@@ -56,18 +57,15 @@ class TrainerComponents:
     peak_flops: float  # of all ranks together
 
     def close(self) -> None:
-        """After the last step: nothing watches or reads ahead any more, and nothing is left on local disks."""
+        """Stop the watchdog and the read-ahead, and remove offloaded state from local disks."""
         self.limits.stop_watching()
         self.batches.close()
         self.engine.close()
 
 
-# What a run tells of its steps: rows of metrics.jsonl and lines for the person, on rank 0 alone.
-
-
 @dataclass
 class MetricsRecorder:
-    """Every method is told where the run stands."""
+    """Writes metrics.jsonl rows and console lines on rank 0; every method takes the run's progress."""
 
     parts: TrainerComponents
     _doubts_peak: bool = field(default=False, init=False)
@@ -77,7 +75,7 @@ class MetricsRecorder:
             self.parts.metrics.row("event", event=name, step=position.step, attempt=position.attempt, **fields)
 
     def step(self, position: TrainingProgress, result: StepResult, rate: float, seconds: float) -> None:
-        """The step that `position` has just come to, which took so many `seconds`."""
+        """Record the step that `position` has just reached, which took `seconds`."""
         parts = self.parts
         tokens_per_second = parts.run.tokens_per_step / seconds
         mfu = parts.flops_per_token * tokens_per_second / parts.peak_flops
@@ -113,7 +111,7 @@ class MetricsRecorder:
         self._hold_against_document(position, "training_loss", lambda: parts.guard.history.median_loss(result.loss))
 
     def evaluation(self, position: TrainingProgress, result: Evaluation, whole: bool) -> None:
-        """One set's, or that of all together."""
+        """Record the evaluation of one set, or of all sets together."""
         parts = self.parts
         if parts.metrics is not None:
             parts.metrics.row(
@@ -134,7 +132,7 @@ class MetricsRecorder:
             self._hold_against_document(position, "validation_loss", lambda: result.loss)
 
     def checkpoint(self, position: TrainingProgress, saved: Saved) -> None:
-        """One that has become complete."""
+        """Record a completed checkpoint."""
         fields = {"path": saved.path.name, "seconds": saved.write_seconds, "stall_seconds": saved.stall_seconds}
         self.event(position, "checkpoint", **fields, bytes=saved.bytes, saved_step=saved.step, pruned=saved.pruned)
         times = f"{saved.write_seconds:.1f} s, training waited {saved.stall_seconds:.2f} s"
@@ -147,7 +145,7 @@ class MetricsRecorder:
         self.parts.reporter.info(f"WARNING: {text}")
 
     def _hold_against_document(self, position: TrainingProgress, quantity: Quantity, loss: Callable[[], float]) -> None:
-        """Tell what a recipe's document had at this step, if it says."""
+        """Report whether the loss is within what the recipe's document gives for this step, if anything."""
         parts = self.parts
         for found in expectations(parts.run.config.documented, quantity, position.step, loss):
             self.event(
@@ -175,7 +173,7 @@ class Trainer:
         self.record = MetricsRecorder(self.parts)
 
     def fit(self) -> int:
-        """Train to the last step, or to a stop request; the exit code."""
+        """Train to the last step, or to a stop request; return the exit code."""
         parts, config = self.parts, self.parts.run.config
         if self.position.step >= config.train.steps:
             self.event("end", status="finished", exit_code=EXIT_DONE)
@@ -187,9 +185,9 @@ class Trainer:
         try:
             while self.position.step < config.train.steps:
                 if not self._train_step():
-                    continue  # set back to a step whose intervals are done
+                    continue  # rolled back to a step whose evaluation and saves are done
                 if self.position.step == config.train.steps:
-                    break  # _finish does the rest, on the whole validation set
+                    break  # _finish does the rest, on the complete validation set
                 self._between_steps()
                 if self._has_stopped_learning():
                     break
@@ -201,7 +199,7 @@ class Trainer:
         return EXIT_DONE
 
     def _train_step(self) -> bool:
-        """One step; False where the guard has set the run back instead."""
+        """Train one step; return False if the guard rolled the run back instead."""
         parts, position = self.parts, self.position
         step = position.step + 1
         rate = rate_at(position.schedule.segments, step)
@@ -229,7 +227,7 @@ class Trainer:
         position.evaluation = None
 
     def _report_spike(self, verdict: Verdict, result: StepResult, rate: float) -> Path | None:
-        """An event, a line and a report of the step that comes after `position`."""
+        """Record the spike in the step after `position`: an event, a console line and a report; return its path."""
         parts, position, finding = self.parts, self.position, verdict.finding
         assert finding is not None
         first, step = position.samples, position.step + 1
@@ -244,7 +242,7 @@ class Trainer:
             samples=(first, first + parts.run.batch.global_batch),
             saved_step=self._saved_step,
         )
-        # A run that is let go astray would fill the disk with reports of the same thing.
+        # One report per series of spikes: a diverging run that continues would fill the disk.
         goes_on = verdict.action == "let pass" and self._last_spike == step - 1
         report = None if goes_on else parts.incidents.write(parts.engine, incident)
         self._last_spike = step
@@ -257,7 +255,7 @@ class Trainer:
         return report
 
     def _stop_at(self, verdict: Verdict, result: StepResult, report: Path | None) -> NoReturn:
-        """End the run; what it has learnt so far is kept, as a state not to be trusted.
+        """End the run; save its state as suspect.
 
         Raises:
             TrainingError: always.
@@ -274,7 +272,7 @@ class Trainer:
         )
 
     def _roll_back(self) -> None:
-        """Go back to the newest good checkpoint, and past all data up to the step that was refused."""
+        """Go back to the newest good checkpoint, and skip all data up to and including the spike's step."""
         parts, old = self.parts, self.position
         self._log_completed_saves(wait=True)
         next_sample = old.samples + parts.run.batch.global_batch
@@ -309,18 +307,18 @@ class Trainer:
         position.evaluation = result
         for each in (*result.parts, result):
             self.record.evaluation(position, each, whole)
-        if not whole or parts.run.config.evaluate.max_samples is None:  # losses over the same samples
+        if not whole or parts.run.config.evaluate.max_samples is None:  # only losses over the same samples compare
             self._compare_with_best(result.loss)
 
     def _needs_selection_eval(self) -> bool:
-        """Whether the last step, too, has to be validated on the samples by which the best checkpoint is chosen."""
+        """Return whether the last step also needs validation on the samples that select the best checkpoint."""
         config, position = self.parts.run.config, self.position
         wanted = config.checkpoint.best and config.evaluate.max_samples is not None
         return wanted and position.evaluation is None and _due(position.step, config.evaluate.interval_steps)
 
     def _compare_with_best(self, loss: float) -> None:
         position = self.position
-        if not loss < (math.inf if position.best_loss is None else position.best_loss):  # nor where it is no number
+        if not loss < (math.inf if position.best_loss is None else position.best_loss):  # also true for nan
             position.stale_evaluations += 1
             return
         position.best_loss, position.stale_evaluations = loss, 0
@@ -348,14 +346,14 @@ class Trainer:
         return path
 
     def _log_completed_saves(self, wait: bool = False) -> None:
-        """Record the checkpoints that became complete; collective."""
+        """Record the checkpoints that were completed; collective."""
         parts = self.parts
         for saved in parts.checkpoints.completed(wait):
             parts.limits.saved(saved.write_seconds)
             self.record.checkpoint(self.position, saved)
 
     def _is_to_leave(self) -> bool:
-        """Any rank's signal, or clock, makes all ranks save the same step and leave."""
+        """Return whether to stop: any rank's signal or time limit makes all ranks save the same step and leave."""
         parts = self.parts
         number, late = parts.comm.max([float(parts.stop.signal or 0), float(parts.limits.boundary())])
         if number:
@@ -380,7 +378,7 @@ class Trainer:
         parts = self.parts
         parts.stop.reached_boundary()
         path = self._saved_path if self._saved_step == self.position.step else None
-        path = path or self._save()  # before anything that may take long or be interrupted
+        path = path or self._save()  # before anything slow or interruptible
         if self._needs_selection_eval():
             self._evaluate(whole=False)
         self._evaluate(whole=True)
@@ -395,18 +393,12 @@ class Trainer:
         self.record.event(self.position, name, **fields)
 
 
-# Before step 1, one of everything: what would fail in hour three fails now.
-#
-# A training step at learning rate zero, a validation batch, a token of a sample and a checkpoint write. Afterwards the
-# engine is as it was: rate zero moves no weight, and moments and counters are cleared. It comes before a resumed state
-# is loaded, so there is nothing else to restore.
-
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @contextmanager
 def memory_errors_named(phase: str) -> Iterator[None]:
-    """Turn running out of memory into a line that says in which phase, and what to change."""
+    """Turn running out of memory into a `TrainingError` that names the phase and what to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -420,7 +412,11 @@ def memory_errors_named(phase: str) -> Iterator[None]:
 
 
 def run_preflight(parts: TrainerComponents) -> None:
-    """Run one of everything; collective.
+    """Run each phase once before step 1, so that what would fail hours later fails now; collective.
+
+    Runs a training step at learning rate zero, a validation batch, one token of each sample and a checkpoint write.
+    Afterwards the engine is unchanged: rate zero changes no weight, and moments and counters are cleared. Call before
+    a resumed state is loaded.
 
     Raises:
         TrainingError: out of memory, with the phase.

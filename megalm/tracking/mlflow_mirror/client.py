@@ -1,4 +1,4 @@
-"""MLflow as a `Store`; the only module that imports mlflow."""
+"""The `Store` protocol and its MLflow implementation; the only module that imports mlflow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megalm.tracking.mlflow_mirror.store import RUNNING, MetricValue
 
-# A dead server has to show within seconds: the mirror's own loop does the waiting. What people set is kept.
+# Make requests to a dead server fail within seconds: the mirror's own loop does the waiting. User settings are kept.
 for _name, _value in {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
@@ -20,7 +20,7 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-import mlflow  # noqa: E402 - after the settings, which it reads on import
+import mlflow  # noqa: E402 - after the settings above, which it reads on import
 from mlflow.entities import Metric, Param, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 
@@ -69,7 +69,7 @@ class MlflowStore:
         self._client.log_batch(run_id, metrics=batch, synchronous=True)
 
     def set_parameters(self, run_id: str, parameters: Mapping[str, str]) -> None:
-        """MLflow's parameters never change; what a resume changed becomes a tag `changed.NAME`."""
+        """Set parameters. MLflow's cannot change, so what a resume changed becomes a tag `changed.NAME`."""
         known = self._client.get_run(run_id).data.params
         new = [Param(name, value) for name, value in parameters.items() if name not in known]
         for start in range(0, len(new), _BATCH_NAMES):
@@ -104,12 +104,12 @@ class MlflowStore:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a numeric user without a name, usual in containers
+    except (KeyError, OSError):  # a numeric user id without a name, common in containers
         return str(os.getuid())
 
 
 def _create_store(root: Path) -> None:
-    """Make the tables under another name: a mirror that is ended meanwhile would leave some of them, for good."""
+    """Create the tables in a file with another name: a mirror killed meanwhile would leave an incomplete store."""
     partial = root / "mlflow.db.partial"
     for leftover in root.glob("mlflow.db.partial*"):
         leftover.unlink()

@@ -1,8 +1,7 @@
-"""The mirror: one process that reads metrics.jsonl and feeds MLflow, so that no import, migration, lock or
-dead server ever touches a training step.
+"""The mirror: a process that reads metrics.jsonl and feeds MLflow, so that MLflow never delays a training step.
 
-The training process calls `start_mirror` and `MirrorHandle.finish`; `megalm track sync` calls `sync`. Both run
-the same delivery (delivery.py). This module imports nothing heavy: MLflow is loaded in the mirror only.
+The training process calls `start_mirror` and `MirrorHandle.finish`; `megalm track sync` calls `sync`. Both use
+`MlflowSync` (sync.py). This module imports nothing heavy: only the mirror process loads MLflow.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ LOCK_FILE = "mlflow.lock"
 
 _POLL_SECONDS = 2.0
 _LONGEST_BACK_OFF_SECONDS = 30.0
-# How long the mirror goes on trying after its training process has ended.
+# How long the mirror keeps trying after its training process has ended.
 _DEADLINE_SECONDS = 60.0
-# Slurm sends a job's signals to every process of it; the mirror has still to tell how the run ended.
+# Slurm sends a job's signals to all its processes; the mirror ignores them, since it must still report the run's end.
 _SIGNALS_OF_THE_JOB = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ARROW_NUM_THREADS")
 
@@ -45,19 +44,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class MirrorHandle:
-    """The training process's hold on its mirror."""
+    """The training process's handle of its mirror."""
 
     process: subprocess.Popen[bytes]
     run_dir: Path
 
     def finish(self, timeout_seconds: float) -> bool:
-        """Wait until the mirror has delivered everything; call after the `end` event is written.
+        """Wait until the mirror has sent everything; call after the `end` event is written.
 
-        Returns False where it has not within the time (it then goes on alone for a bounded time) or could
-        not; RUN_DIR/mlflow.log says why, and `megalm track sync RUN_DIR` sends the rest later. Never raises.
+        Returns False if it failed or did not finish in time (it then continues alone for a bounded time);
+        RUN_DIR/mlflow.log says why, and `megalm track sync RUN_DIR` sends the rest later. Never raises.
         """
         if self.process.stdin is not None:
-            self.process.stdin.close()  # no file comes after this
+            self.process.stdin.close()  # signals that no more files follow
         try:
             return self.process.wait(timeout=max(0.0, timeout_seconds)) == 0
         except subprocess.TimeoutExpired:
@@ -65,10 +64,10 @@ class MirrorHandle:
 
 
 def start_mirror(run_dir: str | os.PathLike[str]) -> MirrorHandle:
-    """Start the mirror of a run folder, which lives as long as this process; returns at once.
+    """Start the mirror of a run folder, which runs as long as this process; returns at once.
 
-    Its own session keeps a terminal's Ctrl-C and a launcher's group signals from it: it has to outlive the
-    trainer by the seconds that the last rows take.
+    The mirror has its own session, so that a terminal's Ctrl-C and a launcher's group signals do not reach it: it must
+    outlive the trainer by a few seconds to send the last rows.
     """
     run_dir = Path(run_dir).resolve()
     command = [sys.executable, "-m", "megalm.tracking.mlflow_mirror.mirror_process", str(run_dir), "--follow"]
@@ -86,24 +85,24 @@ def start_mirror(run_dir: str | os.PathLike[str]) -> MirrorHandle:
 
 
 def sync(run_dir: str | os.PathLike[str], deadline_seconds: float = 30.0) -> Sent:
-    """Send what MLflow does not have yet of a run folder; the same rows are never sent twice.
+    """Send what MLflow does not have yet of a run folder, each row once.
 
     Raises:
-        ConfigError: no folder of a run that has trained, or its own mirror is at work on it.
+        ConfigError: the folder is not of a run that has trained, or its own mirror is running.
         MegalmError: the store could not be reached within the deadline.
     """
     run_dir = Path(run_dir)
-    if run_dir.is_dir() and not (run_dir / METRICS_FILE).is_file():  # any other folder would become a run of its own
+    if run_dir.is_dir() and not (run_dir / METRICS_FILE).is_file():  # any other folder would become an MLflow run
         raise ConfigError(f"{run_dir}: holds no {METRICS_FILE}, so no run has trained in it; name one under run.root")
     with _only_mirror(run_dir, patience_seconds=0.0):
         return _deliver_until(MlflowSync(run_dir), time.monotonic() + deadline_seconds)
 
 
 def follow(run_dir: Path, parent: ParentWatch, since: float = 0.0) -> None:
-    """Deliver until the run's end event (not an earlier one than unix time `since`) or the parent's end.
+    """Send until the run's end event (at unix time `since` or later) or until the parent ends.
 
     Raises:
-        MegalmError: something was not delivered within the deadline after the parent's end.
+        MegalmError: something was not sent within the deadline after the parent's end.
     """
     with _only_mirror(run_dir, patience_seconds=_DEADLINE_SECONDS):
         delivery, failures = MlflowSync(run_dir, since), 0
@@ -113,7 +112,7 @@ def follow(run_dir: Path, parent: ParentWatch, since: float = 0.0) -> None:
                 failures = 0
                 if delivery.run_has_ended:
                     break
-            except Exception as error:  # a file in the middle of its writing too
+            except Exception as error:  # also a file that is only partly written
                 failures += 1
                 logger.warning("not delivered, trying again: %s", _one_line(error))
             parent.ended.wait(_back_off(failures))
@@ -122,13 +121,13 @@ def follow(run_dir: Path, parent: ParentWatch, since: float = 0.0) -> None:
 
 
 class ParentWatch(threading.Thread):
-    """Sets `ended` when a process has gone, and ends this process should it hang long after that."""
+    """Sets `ended` when a process has ended, and ends this process if it hangs long after that."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(name="parent-watch", daemon=True)
         self.ended = threading.Event()
         try:
-            # Holds the start time too: another process with the same id later is not the parent.
+            # psutil also compares the start time: a later process with the same id is not the parent.
             self._process: psutil.Process | None = psutil.Process(pid)
         except psutil.NoSuchProcess:
             self._process = None
@@ -155,7 +154,7 @@ class ParentWatch(threading.Thread):
 
 
 def _wait_for_last_files(parent: ParentWatch) -> None:
-    """The trainer closes this process's input when it has written everything, report.html after its last row too."""
+    """Wait until the trainer closes this process's stdin: it has then written everything, including report.html."""
     deadline = time.monotonic() + _DEADLINE_SECONDS
     while not parent.ended.is_set() and time.monotonic() < deadline:
         ready, _, _ = select.select([0], [], [], 0.2)
@@ -188,7 +187,7 @@ def _back_off(failures: int) -> float:
 
 @contextlib.contextmanager
 def _only_mirror(run_dir: Path, patience_seconds: float) -> Iterator[None]:
-    """One mirror a run folder: two would both send the same rows and overwrite each other's state."""
+    """Allow one mirror per run folder: two would send the same rows and overwrite each other's state."""
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: no such run folder; name one under run.root")
     deadline = time.monotonic() + patience_seconds
@@ -204,7 +203,7 @@ def _only_mirror(run_dir: Path, patience_seconds: float) -> Iterator[None]:
                     ) from None
                 time.sleep(0.5)
             except OSError:
-                break  # a file system without locks (some NFS, Lustre): better unguarded than not at all
+                break  # a file system without locks (some NFS, Lustre): continue unguarded
         yield
 
 

@@ -1,4 +1,4 @@
-"""What a tracking store is told about a run, read from its folder: parameters, tags, artifacts, where to."""
+"""The facts about a run that go to a tracking store, read from its folder: address, parameters, tags, artifacts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _LONGEST_TAG = 8000
 
 
 def tracking_uri(run_dir: Path, state: MirrorState) -> tuple[str, bool]:
-    """Where this run is tracked, and whether that is the default store beside the run folder.
+    """Return where this run is tracked, and whether that is the default store beside the run folder.
 
-    MLFLOW_TRACKING_URI rules; without it a run stays where it was first sent, and a new one goes to SQLite
-    in the run root, wherever that is now.
+    MLFLOW_TRACKING_URI takes precedence. Without it, a run stays where it was first sent, and a new one goes to SQLite
+    in the run root's present location.
     """
     stated = os.environ.get("MLFLOW_TRACKING_URI")
     if stated:
@@ -37,19 +37,19 @@ def tracking_uri(run_dir: Path, state: MirrorState) -> tuple[str, bool]:
 
 
 def without_passwords(text: str) -> str:
-    """An address, or an error that quotes one, as it may be written down: `scheme://user@host`."""
+    """Return an address, or an error that quotes one, without its password: `scheme://user@host`."""
     return _PASSWORD.sub(r"://\1@", text)
 
 
 def experiment(run_dir: Path) -> str:
-    """`tracking.experiment` of the run, or the default."""
+    """Return `tracking.experiment` of the run, or the default."""
     section = read_mapping(run_dir / CONFIG_FILE).get("tracking")
     name = section.get("experiment") if isinstance(section, dict) else None
     return str(name or "megalm")
 
 
 def start_ms(run_dir: Path) -> int:
-    """When the run began: its first row, or now."""
+    """Return when the run began, in unix milliseconds: the time of its first row, or now."""
     path = run_dir / METRICS_FILE
     first: Row = next((row for row, _ in read_rows(path)), {}) if path.exists() else {}
     moment = first.get("time")
@@ -57,18 +57,18 @@ def start_ms(run_dir: Path) -> int:
 
 
 def settings(run_dir: Path) -> dict[str, str]:
-    """config.yaml flattened (`train.steps`), and deepspeed.resolved.json under `deepspeed.`."""
+    """Return config.yaml flattened (`train.steps`), and deepspeed.resolved.json under `deepspeed.`."""
     config, deepspeed = read_mapping(run_dir / CONFIG_FILE), read_mapping(run_dir / DEEPSPEED_FILE)
     return flatten_to_text(config) | flatten_to_text(deepspeed, "deepspeed.")
 
 
 def parameters(run_dir: Path) -> dict[str, str]:
-    """The settings, within what MLflow takes."""
+    """Return the settings within MLflow's limits."""
     return {clean_name(name): shorten(value, _LONGEST_PARAMETER) for name, value in settings(run_dir).items()}
 
 
 def tags(run_dir: Path) -> dict[str, str]:
-    """environment.json: its plain facts, everything about git and every fingerprint; versions stay a file."""
+    """Return tags from environment.json: its plain values, git facts and fingerprints, without package versions."""
     environment = flatten_to_text(read_mapping(run_dir / ENVIRONMENT_FILE))
     found = {
         name: value for name, value in environment.items() if "." not in name or "git" in name or "fingerprint" in name
@@ -81,20 +81,20 @@ def tags(run_dir: Path) -> dict[str, str]:
 
 
 def event_tags(row: Row) -> dict[str, str]:
-    """The fields of a start or resume event: fingerprints, host, world size; the last attempt's stay."""
+    """Return the fields of a start or resume event as tags: fingerprints, host, world size. The last attempt's win."""
     fields = {name: value for name, value in row.items() if name not in ("kind", "time", "event", "step")}
     return _clean_tags(flatten_to_text(fields))
 
 
 def artifact_names(run_dir: Path) -> list[str]:
-    """Files to upload, relative to the run folder: configuration, environment, report, all samples."""
+    """Return the files to upload, relative to the run folder: configuration, environment, report, all samples."""
     samples = sorted(path for path in (run_dir / "samples").rglob("*") if path.is_file())
     names = [name for name in _ARTIFACTS if (run_dir / name).is_file()]
     return names + [path.relative_to(run_dir).as_posix() for path in samples]
 
 
 def signature(path: Path) -> list[int] | None:
-    """[mtime in ns, bytes] of a file, None where there is none."""
+    """Return [mtime in ns, bytes] of a file; None if there is none."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -103,7 +103,7 @@ def signature(path: Path) -> list[int] | None:
 
 
 def clean_name(name: str) -> str:
-    """A name with the characters and the length that MLflow takes."""
+    """Return the name with only the characters and the length that MLflow allows."""
     return re.sub(r"[^\w\-. /]", "_", name, flags=re.ASCII)[:_LONGEST_NAME]
 
 

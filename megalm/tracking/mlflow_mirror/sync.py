@@ -1,8 +1,8 @@
-"""One pass from a run folder to a tracking store: rows, parameters, tags, artifacts, status.
+"""Send a run folder to a tracking store: rows, parameters, tags, artifacts, status.
 
-What was delivered is remembered in RUN_DIR/mlflow.json, written after each batch, so that a pass may fail
-anywhere and be run again. A crash between a batch and its note sends that batch once more with the same
-keys, steps and times, which MLflow stores once.
+RUN_DIR/mlflow.json records what was sent, after each batch, so that a pass can fail anywhere and be repeated. After a
+crash between a batch and its record, the batch is sent again with the same keys, steps and times, which MLflow stores
+once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STATE_FILE = "mlflow.json"
 
 # MLflow's limit of entities in one request.
 _BATCH_METRICS = 1000
-# Fields that place a row or name a thing, and are no measurement.
+# Fields that locate or identify a row and are not measurements.
 _NO_SERIES = ("kind", "time", "step", "attempt")
 _NO_SERIES_OF_EVENTS = (*_NO_SERIES, "exit_code", "signal", "world_size")
 _END_STATUS = {"finished": FINISHED, "failed": FAILED, "stopped": KILLED}
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Sent:
-    """What one delivery sent, and where the run is."""
+    """The result of one `MlflowSync.deliver`: what was sent, and the run's state in the store."""
 
     metrics: int = 0
     artifacts: int = 0
@@ -44,10 +44,10 @@ class Sent:
 
 
 class MlflowSync:
-    """Brings one run folder to its store, as often as it is called.
+    """Sends one run folder to its store; each call sends what is new.
 
-    `run_has_ended` turns true with an end event of unix time `since` or later: a resumed run has the end of its
-    earlier attempt in its rows, and maybe not yet sent.
+    `run_has_ended` becomes true with an end event at unix time `since` or later: the rows of a resumed run also contain
+    the end event of its earlier attempt, possibly not yet sent.
     """
 
     def __init__(self, run_dir: Path, since: float = 0.0) -> None:
@@ -58,7 +58,7 @@ class MlflowSync:
         self._state = MirrorState.load(self._state_path)
         self._store: Store | None = None
         self._address, is_default = run_facts.tracking_uri(run_dir, self._state)
-        uri = run_facts.without_passwords(self._address)  # what is kept and told
+        uri = run_facts.without_passwords(self._address)  # what is stored and shown
         both_default = is_default and self._state.default_store  # a moved run root takes its store along
         if self._state.tracking_uri not in ("", uri) and not both_default:
             logger.warning("%s is now tracked at %s: a new MLflow run from the first row", run_dir, uri)
@@ -70,7 +70,7 @@ class MlflowSync:
         return self._state.tracking_uri
 
     def deliver(self, parent_ended: bool = False) -> Sent:
-        """Send everything that is not sent; with `parent_ended`, a run without an end event is closed too."""
+        """Send everything not yet sent; with `parent_ended`, also close a run without an end event."""
         state = self._state
         store, run_id = self._open()
         sent = Sent(run_id=run_id, tracking_uri=state.tracking_uri)
@@ -78,7 +78,7 @@ class MlflowSync:
         sent.metrics = self._send_rows(store, run_id)
         sent.artifacts = self._send_artifacts(store, run_id)
         if parent_ended and state.status == RUNNING:
-            # The training process is gone and could not say how it ended.
+            # The training process ended without writing an end event.
             state.status, state.end_ms = (KILLED if state.signalled else FAILED), int(time.time() * 1000)
         if state.status != state.status_sent:
             store.set_status(run_id, state.status, state.end_ms)
@@ -101,7 +101,7 @@ class MlflowSync:
         state = self._state
         if state.run_id is None:
             state.experiment = run_facts.experiment(self.run_dir)
-            state.save(self._state_path)  # the key first: a lost answer must not make a second run
+            state.save(self._state_path)  # the key first: a lost response must not create a second run
             start_ms = run_facts.start_ms(self.run_dir)
             state.run_id = self._store.create_run(state.experiment, self.run_dir.resolve().name, state.key, start_ms)
             state.status_sent = RUNNING
@@ -109,7 +109,7 @@ class MlflowSync:
         return self._store, state.run_id
 
     def _send_facts(self, store: Store, run_id: str) -> None:
-        """Parameters and tags, again whenever a file they come from has changed (a resume)."""
+        """Send parameters and tags, again whenever one of their files has changed (a resume)."""
         signatures = {
             f"facts:{name}": mark
             for name in run_facts.FACT_FILES
@@ -123,7 +123,7 @@ class MlflowSync:
         self._state.save(self._state_path)
 
     def _send_rows(self, store: Store, run_id: str) -> int:
-        """All rows after the offset, in batches; the state moves on only after each was taken."""
+        """Send all rows after the offset, in batches; advance the state only after the store has accepted a batch."""
         path, state, total = self.run_dir / METRICS_FILE, self._state, 0
         if not path.exists():
             return 0
@@ -147,7 +147,7 @@ class MlflowSync:
         return total
 
     def _note_event(self, row: Row) -> None:
-        """The run's status is that of its last start, resume, signal or end."""
+        """Update the run's status by a start, resume, signal or end event."""
         state, event = self._state, row.get("event")
         if event in ("start", "resume"):
             state.status, state.end_ms, state.signalled = RUNNING, None, False
@@ -161,7 +161,7 @@ class MlflowSync:
             self.run_has_ended = _seconds(row) >= self._since
 
     def _send_artifacts(self, store: Store, run_id: str) -> int:
-        """The files that are new or changed since they were sent."""
+        """Upload the files that are new or have changed since they were sent."""
         count = 0
         for name in run_facts.artifact_names(self.run_dir):
             mark = run_facts.signature(self.run_dir / name)
@@ -183,7 +183,7 @@ class _Batch:
 
 
 def _batches(path: Path, offset: int) -> Iterator[_Batch]:
-    """Whole rows from an offset on, in batches of at most so many metrics as one request takes."""
+    """Yield complete rows from an offset on, in batches of at most as many metrics as one request allows."""
     batch = _Batch()
     for row, end_offset in read_rows(path, offset):
         values = metrics_of(row)
@@ -199,9 +199,9 @@ def _batches(path: Path, offset: int) -> Iterator[_Batch]:
 
 
 def metrics_of(row: Row) -> list[MetricValue]:
-    """The numbers of a row as series: `train/loss`, `eval/loss`, `event/skip/...`, at the row's own step and time.
+    """Return a row's numbers as series: `train/loss`, `eval/loss`, `event/skip/...`, at the row's step and time.
 
-    A validation set with a name of its own (several in one run) has its own series: `eval/NAME/loss`.
+    A named validation set (one of several) has its own series: `eval/NAME/loss`.
     """
     prefix = str(row["kind"])
     if prefix == "event":

@@ -1,4 +1,4 @@
-"""What the mirror remembers between its passes."""
+"""The mirror's persistent state."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ class MirrorState:
             raise ConfigError(f"{path}: not readable ({error!r}); delete it to mirror the run anew") from None
 
     def save(self, path: Path) -> None:
-        # Not durable: what a power cut takes back is sent once more, which MLflow stores once.
+        # Not durable: what a power failure loses is sent again, which MLflow stores once.
         content = orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2)
         write_atomically(path, lambda file: file.write(content), durable=False)

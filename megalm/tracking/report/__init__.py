@@ -1,4 +1,4 @@
-"""One page about a run: `write_report`. A single HTML file without scripts, pictures or anything to load."""
+"""One page about a run: `write_report`. A single HTML file without scripts, images or other files to load."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ REPORT_FILE = "report.html"
 
 
 def write_report(run_dir: Path, output: Path | None = None, read: ReadRows = read_metrics) -> Path:
-    """Write the page of a run, which may be at work; where it is.
+    """Write the page of a run, which may still be training; return its path.
 
     Args:
         output: None: report.html in the run folder.
 
     Raises:
-        ConfigError: no run folder, a damaged configuration in it, or a place that cannot be written.
+        ConfigError: there is no run folder, its configuration is damaged, or the page cannot be written.
         DataError: a line of metrics.jsonl before the last is damaged.
     """
     now = time.time()

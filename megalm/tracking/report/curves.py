@@ -1,4 +1,4 @@
-"""Which curves a run's page shows, and what is marked on them."""
+"""The charts of a run's page: its curves, and the events marked on them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megalm.runs.metrics_log import Row
 from megalm.tracking.compare_runs import TOTAL
 from megalm.tracking.report.svg_chart import Chart, Point, Scale, label, running_median, short, thinned
 
-# Events that are marked, and what a reader is told they are.
+# Events that are marked, with their names in the legend.
 MARKED = {
     "resume": "resumed",
     "rollback": "rolled back",
@@ -28,14 +28,14 @@ _BUCKETS = 500
 _FAINT_BUCKETS = 150
 _MEDIAN_POINTS = 240
 _MARK_BUCKETS = 400
-# Attempts that were taken back, and validation sets, that get lines of their own.
+# At most this many withdrawn attempts, and validation sets, get their own lines.
 _MOST_ABANDONED = 12
 _MOST_SETS = 5
 
 
 @dataclass(frozen=True)
 class _Curve:
-    """A column of the training rows as a chart of its own."""
+    """A column of the training rows, drawn as its own chart."""
 
     column: str
     name: str
@@ -54,14 +54,14 @@ _CURVES = (
     _Curve("tokens_per_second", "Speed", "tokens per second", median=True),
     _Curve("mfu", "MFU", "% of the peak that was measured or is known", factor=100.0, median=True),
     _Curve("memory_bytes", "Memory", "GiB, highest of a rank so far", factor=1 / 2**30),
-    # One value in every row says that nothing was scaled.
+    # A scale of 1 in every row means no loss scaling.
     _Curve("loss_scale", "Loss scale", "fp16, logarithmic", logarithmic=True, wanted=lambda it: bool((it != 1).any())),
 )
 _OF_TRAINING = {"abandoned": "taken back later", "steps": "training, each step", "median": "its running median"}
 
 
 def charts(history: History) -> list[Chart]:
-    """The loss first; only what was recorded."""
+    """Return the charts of all recorded curves, the loss first."""
     steps = history.train["step"]
     others = [row for row in history.events if row.get("event") in MARKED] + history.evaluations
     last = max([float(steps.max(initial=0.0)), *(float(event_step(row)) for row in others)])
@@ -111,7 +111,7 @@ def _chart(history: History, curve: _Curve, across: Scale) -> Chart | None:
 
 
 def _draw_training(chart: Chart, history: History, curve: _Curve) -> None:
-    """The curve over what was taken back, under its running median; a step that stands alone is a dot."""
+    """Draw withdrawn attempts, then the curve, then its running median; an isolated step is a dot."""
     _draw_abandoned(chart, history, curve)
     step, values = history.column("step"), history.column(curve.column) * curve.factor
     found = thinned(step, values, chart.across.low, chart.across.high, _BUCKETS)
@@ -127,12 +127,12 @@ def _draw_training(chart: Chart, history: History, curve: _Curve) -> None:
 
 
 def _draw_abandoned(chart: Chart, history: History, curve: _Curve) -> None:
-    """What resumes and rollbacks took back, by attempt."""
+    """Draw the rows that resumes and rollbacks withdrew, by attempt."""
     gone = ~history.live
     for attempt in np.unique(history.train["attempt"][gone])[-_MOST_ABANDONED:]:
         chosen = gone & (history.train["attempt"] == attempt)
         step, values = history.train["step"][chosen], history.train[curve.column][chosen] * curve.factor
-        # A run that starts again from step 0 may do so under the same number.
+        # A run that starts again from step 0 may have the same attempt number.
         breaks = np.flatnonzero(np.diff(step) < 0) + 1
         for part_step, part in zip(np.split(step, breaks), np.split(values, breaks), strict=True):
             found = thinned(part_step, part, chart.across.low, chart.across.high, _FAINT_BUCKETS)
@@ -140,12 +140,12 @@ def _draw_abandoned(chart: Chart, history: History, curve: _Curve) -> None:
 
 
 def _mark_events(chart: Chart, events: Sequence[Row]) -> list[str]:
-    """One mark a kind and place: a thousand skips beside each other are a line like one. The looks of the marks."""
+    """Mark events, one mark per kind and place, since adjacent marks look like one; return the looks of the marks."""
     places: dict[tuple[str, int], list[Row]] = {}
     for row in events:
         name = str(row.get("event"))
         if name not in MARKED or (name == "skip" and row.get("at_step") is not None):
-            continue  # the spike that it answers is marked
+            continue  # the spike that caused the skip is marked
         left = chart.across.share(float(event_step(row)))
         places.setdefault((name, round(left * _MARK_BUCKETS)), []).append(row)
     for (name, _), rows in places.items():
@@ -155,13 +155,13 @@ def _mark_events(chart: Chart, events: Sequence[Row]) -> list[str]:
 
 
 def event_step(row: Row) -> int:
-    """The step that an event is about."""
+    """Return the step that an event is about."""
     step = row.get("at_step", row.get("step"))
     return step if isinstance(step, int) else 0
 
 
 def _validation_sets(rows: Sequence[Row]) -> dict[str, list[Point]]:
-    """Name -> (step, loss); all sets together come first. What is no number is no point."""
+    """Return name -> (step, loss) points, the total of all sets first; losses that are not finite are left out."""
     sets: dict[str, list[Point]] = {}
     for row in rows:
         points = sets.setdefault(str(row.get("dataset") or TOTAL), [])
@@ -173,9 +173,9 @@ def _validation_sets(rows: Sequence[Row]) -> dict[str, list[Point]]:
 
 
 def _robust_scale(loss: Numbers, medians: Numbers, sets: Sequence[Sequence[Point]]) -> Scale | None:
-    """A frame for nearly everything: neither a spike to 900 nor the first steps of many must press the rest flat.
+    """Return a scale for nearly all losses: neither a spike nor the first steps must flatten the rest of the curve.
 
-    What is above is told of.
+    `_above` reports what is beyond it.
     """
     validations = [y for points in sets for _, y in points]
     known = np.concatenate([loss[np.isfinite(loss)], validations])
@@ -184,7 +184,7 @@ def _robust_scale(loss: Numbers, medians: Numbers, sets: Sequence[Sequence[Point
     low, usual = float(known.min()), float(np.quantile(known, 0.95))
     smooth = [*medians.tolist(), *validations] if len(medians) else known.tolist()
     highest = min(max(smooth), usual + 2.5 * (usual - low))
-    highest = max([highest, *(points[-1][1] for points in sets)])  # of each set at least where it ended
+    highest = max([highest, *(points[-1][1] for points in sets)])  # at least the last point of each set is inside
     return Scale.around(low, min(float(known.max()), highest + 0.15 * (highest - low)))
 
 
@@ -199,7 +199,7 @@ def _above(step: Numbers, loss: Numbers, up: Scale) -> list[str]:
 
 
 def _x_ticks(history: History, across: Scale) -> list[tuple[float, str, str]]:
-    """Steps, and the tokens that had been seen by then."""
+    """Return ticks of steps, with the tokens read until then."""
     step, tokens = history.column("step"), history.column("tokens")
     known = np.isfinite(tokens)
     step, tokens = np.append(0.0, step[known]), np.append(0.0, tokens[known])

@@ -1,4 +1,4 @@
-"""What became of a run, in one sentence."""
+"""The head of a run's page: its outcome in one sentence, and its main numbers, each with a baseline or context."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from megalm.tracking.compare_runs import judging
 from megalm.tracking.report.run_data import Failure, RunData
 from megalm.utils.formatting import format_duration
 
-# The handful of numbers that matter, each with what it has to be read against.
-
 
 @dataclass(frozen=True)
 class Number:
@@ -23,7 +21,7 @@ class Number:
 
 
 def numbers(account: RunData) -> list[Number]:
-    """Only what is known."""
+    """Return the main numbers, as far as they are known."""
     found, evaluations = account.results, judging(account.history.evaluations)
     shown = []
     if evaluations:
@@ -36,7 +34,7 @@ def numbers(account: RunData) -> list[Number]:
         shown.append(Number("Perplexity", f"{perplexity:,.2f}", _counting_alone(account, math.exp)))
         if last.get("bits_per_byte") is not None:
             bits = last["bits_per_byte"]
-            # The same text in the same tokens: bits follow the nats.
+            # The same text and tokens: bits per byte are proportional to nats.
             baseline = _counting_alone(account, lambda nats: nats * bits / last["loss"]) if last["loss"] else ""
             shown.append(Number("Bits per byte", f"{bits:.3f}", baseline))
     if found.final_train_loss is not None:
@@ -67,7 +65,7 @@ def _where(row: dict[str, Any]) -> str:
 
 
 def _counting_alone(account: RunData, turned: Any) -> str:
-    """What a model reaches that knows how frequent each token is, and no more."""
+    """Return the baseline of a model that knows only the frequency of each token."""
     entropy = account.environment.get("unigram_entropy")
     if not isinstance(entropy, (int, float)):
         return ""
@@ -75,7 +73,7 @@ def _counting_alone(account: RunData, turned: Any) -> str:
 
 
 def _epochs(account: RunData) -> float | None:
-    """Of the only training dataset."""
+    """Return the epochs trained on the dataset, if there is only one."""
     datasets, planned = account.environment.get("datasets"), account.environment.get("planned_steps")
     steps = account.results.steps
     if (
@@ -100,7 +98,7 @@ class Outcome:
 
 
 def outcome(account: RunData, now: float) -> Outcome:
-    """As of unix time `now`."""
+    """Return the run's outcome as of unix time `now`."""
     begun = max((int(row.get("attempt") or 1) for row in account.events(*ATTEMPT_EVENTS)), default=0)
     failure = account.failures[-1] if account.failures else None
     if failure is not None and failure.attempt > begun:
@@ -115,14 +113,14 @@ def outcome(account: RunData, now: float) -> Outcome:
 
 
 def progress(account: RunData) -> str:
-    """`at step 30 of 60`."""
+    """Return the progress in words: `at step 30 of 60`."""
     step, planned = account.results.steps, account.planned_steps
     of = f" of {planned:,}" if planned is not None else ""
     return f"at step {step or 0:,}{of}"
 
 
 def moment(seconds: float) -> str:
-    """Unix seconds in this machine's time."""
+    """Format unix seconds in this machine's time zone."""
     return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
 
 

@@ -1,4 +1,4 @@
-"""What did not go as usual in a run, in the order in which it came, with the texts that tell more."""
+"""The unusual events of a run for its page, with the texts of spike reports, failures and stacks."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from megalm.tracking.report.curves import event_step
 from megalm.tracking.report.run_data import RunData, text_of
 from megalm.utils.formatting import format_duration
 
-# A page is read, not searched: so many reports and lines of one kind are in it, and so much of each text.
+# Limits that keep the page readable: texts, lines of one kind, and the length of each text.
 _SHOWN_TEXTS = 12
 _SHOWN_OF_A_KIND = 30
 _TEXT_BYTES = 12_000
 _FAILURE_CHARACTERS = 8_000
 _SLOW_FACTOR = 2.0
-_SLOW_SHARE = 0.005  # of all training time: below that nobody looks for it
+_SLOW_SHARE = 0.005  # of all training time; less is not worth reporting
 _SLOW_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of the list; `texts`: title and text of what it has more to tell."""
+    """A line of the list, with the title and content of a longer text, if any."""
 
     step: int | None
     what: str
@@ -36,7 +36,7 @@ class Finding:
 
 
 def findings(account: RunData) -> list[Finding]:
-    """Everything unusual; an empty list is good news."""
+    """Return everything unusual; empty if there is nothing."""
     history = account.history
     return [
         *_failures(account),
@@ -70,7 +70,7 @@ def _events(account: RunData) -> Iterator[Finding]:
 
 
 def _silent_ends(history: History) -> Iterator[Finding]:
-    """Attempts after which another began though they had written no end, and what they had trained in vain."""
+    """Yield attempts that were followed by another but wrote no end event, with the number of rows lost."""
     gone = ~history.live
     begun: Row | None = None
     for row in history.events:
@@ -88,7 +88,7 @@ def _silent_ends(history: History) -> Iterator[Finding]:
 
 
 def _said(row: Row) -> str:
-    """An event in words."""
+    """Describe an event in words."""
     tell = _WORDS.get(str(row.get("event")))
     if tell is not None:
         return tell(row)
@@ -108,7 +108,7 @@ def _skip(row: Row) -> str:
     return f"{row.get('reason', 'update skipped')}{scale}"
 
 
-# What each event says of itself; one that is not here shows its fields.
+# How each event is described; an event not listed here shows its fields.
 _WORDS: dict[str, Callable[[Row], str]] = {
     "spike": _spike,
     "skip": _skip,
@@ -124,7 +124,7 @@ _WORDS: dict[str, Callable[[Row], str]] = {
 
 
 def _report(run_dir: Path, name: str) -> tuple[str, str]:
-    """An incident's text, from the run's own folder and nowhere else."""
+    """Return title and text of a spike report, read only from the run's own folder."""
     path = run_dir / "incidents" / Path(name).name
     return (f"incidents/{path.name}", _shown(path)) if path.is_file() else ("", "")
 
@@ -155,7 +155,7 @@ def _checkpoints(account: RunData) -> Iterator[Finding]:
 
 
 def _slow(history: History) -> Iterator[Finding]:
-    """Stretches in which steps took over twice as long as usual, those that cost most first."""
+    """Yield stretches of steps that took over twice as long as usual, the most costly first."""
     step, seconds = history.column("step"), history.column("step_seconds")
     known = np.isfinite(seconds)
     step, seconds = step[known], seconds[known]

@@ -1,4 +1,4 @@
-"""The page itself: what was found, put into the template. Everything in it is escaped by the template engine."""
+"""Render the page from its template. The template engine escapes all content."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SAMPLE_BYTES = 12_000
 
 
 def render(account: RunData, now: float) -> str:
-    """The whole page as HTML."""
+    """Return the complete page as HTML, as of unix time `now`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -56,7 +56,7 @@ def render(account: RunData, now: float) -> str:
 
 
 def _work(account: RunData) -> list[tuple[str, float, float]]:
-    """Name, seconds and share of all of what the time went into."""
+    """Return name, seconds and share of the total time of each activity."""
     starts = [row.get("startup_seconds") for row in account.events("start", "resume")]
     known = [seconds for seconds in starts if isinstance(seconds, (int, float))]
     work = {**({"start-up, before the first step": float(sum(known))} if known else {}), **account.history.seconds}
@@ -65,7 +65,7 @@ def _work(account: RunData) -> list[tuple[str, float, float]]:
 
 
 def _samples(paths: list[Path]) -> list[dict[str, Any]]:
-    """The first, the one in the middle and the last."""
+    """Return the first, the middle and the last sample."""
     chosen = sorted({0, len(paths) // 2, len(paths) - 1}) if paths else []
     found = []
     for path in (paths[index] for index in chosen):
@@ -75,7 +75,7 @@ def _samples(paths: list[Path]) -> list[dict[str, Any]]:
 
 
 def _changes(account: RunData) -> list[tuple[str, list[str]]]:
-    """Of each start and resume that told of some, its name and the changes."""
+    """Return the title and the changes of each start and resume that reported any."""
     rows = [row for row in account.events("start", "resume") if row.get("changed")]
     return [
         (
@@ -87,7 +87,7 @@ def _changes(account: RunData) -> list[tuple[str, list[str]]]:
 
 
 def _environment(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The facts of the last attempt, those on a person's mind first."""
+    """Return the facts of the last attempt, the most important first."""
     packages, git = content.get("packages"), content.get("git")
     rows: list[tuple[str, object]] = [
         (name, content[key])
@@ -134,7 +134,7 @@ def _data(account: RunData) -> list[tuple[str, str]]:
 
 
 def _commands(account: RunData) -> list[tuple[str, str]]:
-    """What to do next, for a shell."""
+    """Return shell commands for what to do next."""
     folder, planned = account.run_dir, account.planned_steps
     command = ResumeCommand(folder).shell
     done = planned is not None and (account.results.steps or 0) >= planned

@@ -1,4 +1,4 @@
-"""A run folder, read for its page: everything that is there, and nothing that has to be."""
+"""Read a run folder for its page; every part of it is optional."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from megalm.utils.formatting import flatten_to_text
 
 _STEP = re.compile(r"step-(\d+)")
 _LOCK_FILE = "lock"
-# A run counts in its lock every five seconds; a network file system may show that late.
+# A run writes a heartbeat into its lock every five seconds; a network file system may show it late.
 _ALIVE_SECONDS = 40.0
-# Settings that name a run and say nothing about it.
+# Settings that only name a run.
 _OF_THE_NAME = ("run.name", "preset")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A line of the table; `problem`: what is wrong with its files."""
+    """A row of the checkpoint table; `problem` says what is wrong with it."""
 
     name: str
     step: int | None
@@ -44,7 +44,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Setting:
-    """A value of config.yaml, and what the preset or the default has instead (None: the same)."""
+    """A value of config.yaml, and the differing value of the preset or the default (None: the same)."""
 
     name: str
     value: str
@@ -63,13 +63,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything about one run.
+    """All data of one run's page.
 
     Attributes:
-        preset: that the settings are compared with; None: with the defaults.
-        failures: in the order of attempts.
-        samples: files in the order of steps.
-        is_held: a process counts in the run's lock: it is being trained.
+        preset: the preset that settings are compared with; None: the defaults.
+        failures: in order of attempts.
+        samples: files in order of steps.
+        is_held: whether a process holds the run's lock, so the run is being trained.
     """
 
     run_dir: Path
@@ -101,10 +101,10 @@ class RunData:
 
 
 def read_run(run_dir: Path, now: float, read: ReadRows = read_metrics) -> RunData:
-    """Read a run folder; a run that has not begun to train has an account too.
+    """Read a run folder, also of a run that has not started to train.
 
     Raises:
-        ConfigError: it is no run folder, or a configuration file in it is damaged.
+        ConfigError: it is not a run folder, or a configuration file in it is damaged.
         DataError: a line of metrics.jsonl before the last is damaged.
     """
     metrics = run_dir / METRICS_FILE
@@ -129,7 +129,7 @@ def read_run(run_dir: Path, now: float, read: ReadRows = read_metrics) -> RunDat
 
 
 def text_of(path: Path, longest: int) -> tuple[str, int]:
-    """The beginning of a text file, and how many bytes of it are left out; what is no UTF-8 is shown as such."""
+    """Return the first `longest` bytes of a text file, and the number of bytes left out; marks invalid UTF-8."""
     try:
         with path.open("rb") as file:
             content = file.read(longest)
@@ -150,7 +150,7 @@ def _settings(path: Path) -> tuple[list[Setting], str | None]:
     if preset is not None:
         try:
             base = load_run_config(str(preset), []).config
-        except MegalmError:  # made by another version, or from a file that is gone: held against the defaults
+        except MegalmError:  # of another version, or a file that is gone: compare with the defaults
             preset = None
     expected = flatten_to_text(base.model_dump(mode="json", by_alias=True))
     found = [
@@ -161,7 +161,7 @@ def _settings(path: Path) -> tuple[list[Setting], str | None]:
 
 
 def _checkpoints(folder: Path) -> list[Checkpoint]:
-    """In the order of steps, with those that are not complete."""
+    """Return the checkpoints in order of steps, including incomplete ones."""
     entries = {entry.path: entry for entry in list_checkpoints(folder)}
     marks = {LATEST: read_pointer(folder, LATEST), BEST: read_pointer(folder, BEST)}
     found = []
@@ -202,7 +202,7 @@ def _failures(folder: Path) -> list[Failure]:
 
 
 def _is_held(lock: Path, now: float) -> bool:
-    """Whoever trains counts in there, and empties it when it leaves."""
+    """Return whether the lock's heartbeat is recent; the holder empties the file when it ends."""
     try:
         status = lock.stat()
     except OSError:

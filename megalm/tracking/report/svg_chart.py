@@ -1,7 +1,7 @@
-"""A chart as numbers for the template: SVG paths in a frame of 1000 x 1000 that the page stretches, labels as text.
+"""Charts for the template: thinned curves, scales, and SVG paths in a frame of 1000 x 1000 that the page stretches.
 
-The frame has no text of its own: stretched to a phone's width it would be illegible. Labels are HTML beside it, placed
-by percent.
+The frame has no text, which would be illegible when stretched to a phone's width. Labels are HTML beside it, placed by
+percent. Shapes: N points of a curve, x ascending.
 """
 
 from __future__ import annotations
@@ -15,20 +15,16 @@ import numpy.typing as npt
 
 from megalm.runs.metrics_history import Numbers
 
-# Curves cut down to what a screen can show, with every peak still there.
-#
-# Shapes: N points of a curve, x rising.
-
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Thinned:
-    """A curve to draw.
+    """A curve reduced to what a screen can show, with all its peaks.
 
     Attributes:
-        stretches: points between two gaps; a gap is where a value is no number.
-        no_numbers: x of the first such value of each bucket.
+        stretches: points between two gaps; a gap is where values are not finite.
+        no_numbers: x of the first value of each bucket that is not finite.
     """
 
     stretches: list[list[Point]]
@@ -36,11 +32,11 @@ class Thinned:
 
 
 def thinned(x: Numbers, y: Numbers, low: float, high: float, buckets: int) -> Thinned:
-    """Of each of `buckets` equal parts of [low, high] the first, the lowest, the highest and the last value.
+    """Keep the first, lowest, highest and last value of each of `buckets` equal parts of [low, high].
 
     Args:
         x: [N] within [low, high].
-        y: [N]; NaN and infinity are no numbers.
+        y: [N]; NaN and infinity make gaps.
     """
     if not len(x):
         return Thinned([], [])
@@ -61,20 +57,20 @@ def thinned(x: Numbers, y: Numbers, low: float, high: float, buckets: int) -> Th
         for points in _between_gaps(part_x, part_y, known):
             stretches[-1] += _outline(*points)
             stretches.append([])
-        if known[-1]:  # the curve goes on from there
+        if known[-1]:  # the curve continues from there
             stretches.pop()
     return Thinned([points for points in stretches if points], no_numbers)
 
 
 def running_median(x: Numbers, y: Numbers, points: int) -> tuple[Numbers, Numbers]:
-    """About `points` medians, each over a fiftieth of the curve around it and at least five values."""
+    """Return x and value of about `points` medians, each over a fiftieth of the curve and at least five values."""
     known = np.isfinite(y)
     x, y = x[known], y[known]
     if len(y) < 10:
         return x[:0], y[:0]
     half = max(2, len(y) // 100)
     centres = np.unique(np.linspace(0, len(y) - 1, min(points, len(y))).round().astype(np.int64))
-    # At the ends a window gets narrower on both sides alike: a slope does not bend there.
+    # Near the ends, windows narrow on both sides equally, so that a slope does not bend there.
     reach = np.maximum(np.minimum(np.minimum(half, centres), len(y) - 1 - centres), min(half, 2 + half // 8))
     medians = [np.median(y[max(0, at - side) : at + side + 1]) for at, side in zip(centres, reach, strict=True)]
     return x[centres], np.array(medians)
@@ -86,7 +82,10 @@ def _outline(x: Numbers, y: Numbers) -> list[Point]:
 
 
 def _between_gaps(x: Numbers, y: Numbers, known: npt.NDArray[np.bool_]) -> list[tuple[Numbers, Numbers]]:
-    """What of a bucket is before its first gap, and after its last: what is between has no width on a screen."""
+    """Split a bucket's points into those before its first gap, between gaps, and after its last gap.
+
+    Gaps in between are not drawn: they have no width on a screen.
+    """
     gaps = np.flatnonzero(~known)
     parts = [slice(0, gaps[0]), slice(gaps[-1] + 1, len(x))]
     inside = np.flatnonzero(known[gaps[0] : gaps[-1] + 1]) + gaps[0]
@@ -103,7 +102,7 @@ _TICKS = 5
 
 @dataclass(frozen=True)
 class Scale:
-    """Values to a share of the frame, 0 to 1; beyond its ends they stay at the edge."""
+    """Maps values to a share of the frame, 0 to 1; values beyond its ends are clamped."""
 
     low: float
     high: float
@@ -111,7 +110,7 @@ class Scale:
 
     @staticmethod
     def around(low: float, high: float, logarithmic: bool = False) -> Scale:
-        """A little wider than the values, which may all be the same."""
+        """Return a scale a little wider than [low, high], which may be a single value."""
         if logarithmic:
             return Scale(low / 1.3, high * 1.3, True)
         room = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
@@ -125,7 +124,7 @@ class Scale:
         return round(100 * self.share(value), 2)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Round values and their labels."""
+        """Return round values and their labels."""
         if self.logarithmic:
             decades = [10.0**power for power in range(math.ceil(self._low), math.floor(self._high) + 1)]
             if len(decades) >= 2:
@@ -153,7 +152,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve in the frame: an SVG path, and the class by which the page colours it."""
+    """A curve in the frame: an SVG path, and the CSS class of its color."""
 
     path: str
     look: str
@@ -162,7 +161,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Mark:
-    """An event on the curves; `left` in percent of the width."""
+    """The mark of an event; `left` in percent of the width."""
 
     left: float
     look: str
@@ -171,13 +170,13 @@ class Mark:
 
 @dataclass
 class Chart:
-    """What the template draws.
+    """A chart that the template draws.
 
     Attributes:
-        across, up: of steps and of values.
+        across, up: scales of steps and of values.
         x_ticks: percent of the width, step, tokens.
-        legend: look and name of what is drawn.
-        notes: what the picture alone does not say.
+        legend: look and name of each element.
+        notes: remarks such as values beyond the scale.
     """
 
     name: str
@@ -193,7 +192,7 @@ class Chart:
 
     @property
     def y_ticks(self) -> list[tuple[float, str]]:
-        """Percent of the height, from below, and the value."""
+        """Percent of the height from the bottom, and the label, of each tick."""
         up = self.up
         return [(up.percent(value), text) for value, text in up.ticks() if up.low <= value <= up.high]
 
@@ -202,7 +201,7 @@ class Chart:
             self.lines.append(Line(words, look, title))
 
     def dot(self, points: Iterable[Point], look: str, title: str = "") -> None:
-        """Dots: drawn with round ends, they stay round in a stretched frame."""
+        """Draw dots: points with round line ends, which stay round in a stretched frame."""
         self.draw(([point] for point in points), f"{look} dots", title)
 
     def mark(self, step: float, look: str, title: str) -> None:
@@ -210,7 +209,7 @@ class Chart:
 
 
 def path(stretches: Iterable[Sequence[Point]], across: Scale, up: Scale) -> str:
-    """The `d` of an SVG path; a lone point becomes a dot."""
+    """Return the `d` attribute of an SVG path; a single point becomes a dot."""
     words = []
     for points in stretches:
         places = [f"{FRAME * across.share(x):.1f} {FRAME * (1 - up.share(y)):.1f}" for x, y in points]
@@ -220,7 +219,7 @@ def path(stretches: Iterable[Sequence[Point]], across: Scale, up: Scale) -> str:
 
 
 def short(value: float) -> str:
-    """A number in few letters: 1.5M, 300, 0.02, 3e-4."""
+    """Format a number in few characters: 1.5M, 300, 0.02, 3e-4."""
     size = abs(value)
     if size >= 1000:
         unit, letter = _unit(size)
@@ -232,7 +231,7 @@ def short(value: float) -> str:
 
 
 def label(value: float, step: float) -> str:
-    """A tick's value with the digits that its neighbours differ in."""
+    """Format a tick's value with as many digits as needed to tell it from its neighbors."""
     largest = max(abs(value), step)
     if value == 0 or largest >= 1e15:
         return short(value)
@@ -245,17 +244,17 @@ def label(value: float, step: float) -> str:
 
 
 def _power(value: float) -> int:
-    """Of ten, that the first digit counts."""
+    """Return the power of ten of the first digit."""
     return math.floor(math.log10(abs(value)) + 1e-9)
 
 
 def _unit(size: float) -> tuple[float, str]:
-    """What a number of this size is counted in."""
+    """Return the unit for a number of this size, and its letter."""
     units = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
     return next((unit, letter) for unit, letter in units if size >= unit or unit == 1.0)
 
 
 def _round_step(rough: float) -> float:
-    """1, 2 or 5 times a power of ten, not below `rough`."""
+    """Return the smallest of 1, 2 or 5 times a power of ten that is not below `rough`."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))

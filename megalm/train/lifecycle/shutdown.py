@@ -1,8 +1,8 @@
-"""How a rank leaves: by flushing everything and `os._exit`, with one readable failure for the whole job.
+"""How a rank ends: stop signals, failures, hangs, a launcher that has died, and the exit itself.
 
-gloo's threads can abort the interpreter at a normal exit, after correct results; so a rank never exits normally. The
-first rank to fail claims the job's failure file and prints its traceback; the others, which then lose their
-connection, find the claim and leave without a word.
+gloo's threads can abort the interpreter at a normal exit, after correct results. So a rank flushes everything and calls
+`os._exit`. A job reports one failure: the first rank to fail claims the job's failure file and prints its traceback;
+the others, which then lose their connection, find the claim and exit silently.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ log = logging.getLogger(__name__)
 
 # DeepSpeed's launcher gives each of its children 30 s between SIGTERM and SIGKILL, one after the other.
 _STOP_GRACE_SECONDS = 25.0
-# How often a rank looks whether another has failed, and how long it may take to find out and leave by itself.
+# How often a rank checks whether another has failed, and how long it may take to notice and exit by itself.
 _CLAIM_POLL_SECONDS = 2.0
 _FAILURE_GRACE_SECONDS = 5.0
-# A step that has taken long before may do so again.
+# The grace period is at least this many times the longest gap so far: a step that was slow once may be slow again.
 _GRACE_OF_LONGEST = 2.0
 _WATCH_POLL_SECONDS = 0.2
-# What a person mends with room or rights: no traceback says more.
+# Errors that more space or other permissions fix: a traceback adds nothing.
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-# Rank 0 tells a refusal that all ranks share; whoever is still there after so long has one of its own.
+# Rank 0 reports a refusal that all ranks share; a rank still running after this time has a refusal of its own.
 _REFUSAL_GRACE_SECONDS = 4.0
-# A second Ctrl-C sooner than this is the launcher passing on the first one.
+# A second SIGINT sooner than this is the launcher forwarding the first.
 _SECOND_INTERRUPT_SECONDS = 1.0
 
 
 class FailureClaim:
-    """At most one rank of a job gets to tell why it failed.
+    """Lets at most one rank of a job report why it failed.
 
     Args:
-        path: a file in the run folder that all ranks see; it holds the traceback afterwards.
+        path: a file in the run folder that all ranks see; the claiming rank writes its report there.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.began = False  # what is in the run folder is there to stay
+        self.began = False  # the run folder is permanent
 
     @property
     def run_folder(self) -> Path:
         return self._path.parent.parent
 
     def take(self, report: str) -> bool:
-        """True for the first rank that asks; not where rank 0 was refused and has removed the run folder.
+        """Return True for the first rank that asks; False if rank 0 was refused and has removed the run folder.
 
-        Where nothing can be written, a full disk for instance, whoever asks may speak.
+        If the file cannot be written, for instance on a full disk, every rank that asks may report.
         """
         try:
             self._path.parent.mkdir(exist_ok=True)
@@ -70,7 +70,7 @@ class FailureClaim:
         except FileExistsError:
             return False
         except FileNotFoundError:
-            return self.began  # somebody has moved the folder away
+            return self.began  # a run folder that was permanent has been moved away
         except OSError:
             return True
         with contextlib.suppress(OSError), os.fdopen(descriptor, "w") as file:
@@ -80,20 +80,20 @@ class FailureClaim:
     def is_taken(self) -> bool:
         try:
             return self._path.exists() or not (self.began or self.run_folder.is_dir())
-        except OSError:  # a network file system that is away for a moment says nothing
+        except OSError:  # a temporary failure of a network file system proves nothing
             return False
 
 
 @dataclass(frozen=True)
 class RunHooks:
-    """What a rank does when it fails, as far as its run has come.
+    """What a rank does when it fails, at the current stage of its run.
 
     Attributes:
-        claim: known as soon as the run folder is.
-        on_refusal: e.g. remove what was made for a run that never began.
-        on_failure: e.g. the end event in metrics.jsonl; called once, with the exit code.
-        stacks: where this rank writes its stacks when it hangs or leaves with another.
-        began: the run has its folder for good: that it is gone no longer means that rank 0 was refused.
+        claim: set once the run folder is known.
+        on_refusal: for example, remove what was created for a run that never started.
+        on_failure: for example, write the end event to metrics.jsonl; called once, with the exit code.
+        stacks: file for this rank's stacks when it hangs or exits because another rank failed.
+        began: the run folder is permanent; from then on a missing folder does not mean that rank 0 was refused.
     """
 
     claim: FailureClaim | None = None
@@ -104,7 +104,7 @@ class RunHooks:
 
 
 class RankSupervisor:
-    """Runs a rank's work and turns every way out of it into an exit code, a message and a clean end."""
+    """Runs a rank's work and turns every outcome into an exit code, a message and a clean exit."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -114,7 +114,7 @@ class RankSupervisor:
         try:
             code = work()
         except OtherRankFailed as error:
-            code = error.exit_code  # a launcher tells that of whichever rank it finds first
+            code = error.exit_code  # a launcher reports the exit code of the first rank it finds
         except MegalmError as error:
             code = error.exit_code
             text = f"megalm: {_kind(error)}: {' '.join(str(error).split())}"
@@ -130,7 +130,7 @@ class RankSupervisor:
         except Exception as error:
             self._tell(self._account(error), everybody=True)
             code = EXIT_FAILED
-        if code not in (EXIT_DONE, EXIT_START_AGAIN):  # those have told their end themselves
+        if code not in (EXIT_DONE, EXIT_START_AGAIN):  # these have written their own end event
             self._run_failure_hook(code)
         exit_process(code)
 
@@ -141,11 +141,11 @@ class RankSupervisor:
         return f"megalm: rank {self.rank} failed:\n{traceback.format_exc()}"
 
     def enter(self, hooks: RunHooks) -> None:
-        """The run has come to its next stage: from now on these hooks hold.
+        """Use these hooks from now on: the run has reached its next stage.
 
-        With a claim the first rank to fail speaks, and the others leave with it. A rank may wait for the failed one
-        inside a collective that never ends, deaf to signals: a thread leaves for it, a few seconds after a claim that
-        this rank has not answered.
+        With a claim, the first rank to fail reports and the others exit with it. A rank may wait for the failed one
+        inside a collective that never ends and cannot handle signals, so a thread ends the process a few seconds after
+        another rank's claim.
         """
         before, self._hooks = self._hooks, hooks
         if hooks.claim is None:
@@ -166,22 +166,22 @@ class RankSupervisor:
         os._exit(EXIT_FAILED)
 
     def abort_hung_rank(self, silent_seconds: float) -> NoReturn:
-        """This rank has made no progress for so long: it says so, unless another rank did, and the job ends."""
+        """End the job because this rank made no progress for `silent_seconds`; report it, unless another rank did."""
         stacks = self._hooks.stacks
         where = f"; where each rank stood: {stacks.parent}" if stacks is not None else ""
         self._tell(
             f"megalm: error: rank {self.rank} made no progress for {silent_seconds:.0f} s "
             f"(train.hang_timeout_seconds): it or a rank that it waits for hangs{where}"
         )
-        time.sleep(_FAILURE_GRACE_SECONDS)  # the others notice too, and write their stacks
+        time.sleep(_FAILURE_GRACE_SECONDS)  # time for the others to notice and write their stacks
         self._run_failure_hook(EXIT_FAILED)
         os._exit(EXIT_FAILED)
 
     def _tell(self, text: str, everybody: bool = False) -> None:
-        """Print a failure, if nobody else has; before there is a claim rank 0 speaks for all, or `everybody` does."""
+        """Print a failure unless another rank has; before a claim exists, only rank 0 prints, or all if `everybody`."""
         if self._hooks.claim.take(text) if self._hooks.claim else (everybody or self.rank == 0):
             _flush()
-            with contextlib.suppress(OSError, ValueError):  # nobody is there to read it; the claim's file has it
+            with contextlib.suppress(OSError, ValueError):  # stderr is closed; the claim's file has the text
                 sys.stderr.write(text.rstrip("\n") + "\n")
                 sys.stderr.flush()
 
@@ -197,9 +197,9 @@ class StopRequest:
     """SIGTERM, SIGINT and SIGUSR1 as a flag that the loop reads at step boundaries.
 
     Args:
-        grace_seconds: a rank that comes no further for so long after a signal, because it waits for a peer that is
-            gone, leaves hard; or for twice the longest that it took so far.
-        limits: told of what comes further.
+        grace_seconds: after a signal, a rank without progress for this long (or twice its longest gap so far, if that
+            is more) waits for a dead peer: it exits without a checkpoint.
+        limits: gives the time of the last progress and the longest gap.
     """
 
     def __init__(self, grace_seconds: float = _STOP_GRACE_SECONDS, limits: TimeLimits | None = None) -> None:
@@ -215,15 +215,15 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def reached_boundary(self) -> None:
-        """All ranks know, or the last step is done: what is left ends by itself, however long a checkpoint takes.
+        """Stop watching for hangs: all ranks know of the signal, or the last step is done. A checkpoint may take long.
 
-        No signal that comes now has anybody leave hard, but for a second Ctrl-C.
+        From now on no signal forces an exit, except a second Ctrl-C.
         """
         self._heard.set()
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        """A checkpoint may take its time, and its ranks notice by themselves when one is gone."""
+        """Suspend the grace period during a checkpoint, which may take long and detects dead ranks itself."""
         self._saving = True
         try:
             yield
@@ -248,9 +248,9 @@ class StopRequest:
 
 
 def _wait_for_rank_0(code: int) -> None:
-    """Let rank 0 tell what all ranks are refused for; its launcher then ends this one, with the same code.
+    """Wait for rank 0 to report a refusal that all ranks share; the launcher then ends this one, with the same code.
 
-    Left at once, this rank could have the launcher end rank 0 before it has spoken.
+    If this rank exited at once, the launcher could end rank 0 before it has reported.
     """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
     time.sleep(_REFUSAL_GRACE_SECONDS)
@@ -264,7 +264,7 @@ def exit_process(code: int) -> NoReturn:
 
 
 def _flush() -> None:
-    """What cannot be written any more, because the terminal or the reader of a pipe has gone, is no failure."""
+    """Flush stdout and stderr; a closed terminal or pipe is not an error."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -281,10 +281,9 @@ def _kind(error: MegalmError) -> str:
     )
 
 
-# Noticing that the launcher has gone.
-#
-# `deepspeed` (0.19.8) dies of a SIGTERM without a word to the processes that it started, and no launcher says goodbye
-# before a SIGKILL: ranks would train on, with nobody to stop them. Each rank looks for itself.
+# --- The launcher's death ---------------------------------------------------------------------------------------------
+# `deepspeed` (0.19.8) does not forward SIGTERM to its processes before it dies, and no launcher survives a SIGKILL:
+# ranks would train on, with nothing to stop them. So each rank watches its launchers.
 
 _LAUNCHER_POLL_SECONDS = 1.0
 _LAUNCHER_PROGRAMS = {"deepspeed", "ds", "torchrun"}
@@ -294,14 +293,14 @@ _LAUNCHER_MODULES = {
     "torch.distributed.run",
     "torch.distributed.launch",
 }
-# The interpreter, its flags, and the program or module that it runs.
+# Words of a command line to examine: the interpreter, its flags, and the program or module that it runs.
 _LOOKED_AT_WORDS = 4
 
 
 def watch_launchers() -> None:
-    """Ask this process to stop (SIGTERM, so: save and leave) as soon as one of its launchers has ended.
+    """Send this process SIGTERM (save and exit) as soon as one of its launchers has ended.
 
-    A shell is no launcher: a bare `python` that was left in the background goes on.
+    A shell is not a launcher: a bare `python` in the background continues without it.
     """
     found = launchers(psutil.Process().parents())
     if found:
@@ -309,7 +308,7 @@ def watch_launchers() -> None:
 
 
 def launchers(ancestors: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """The nearest of `ancestors` (parent first) that are launchers, up to the first that is none."""
+    """Return the launchers among `ancestors` (parent first), up to the first process that is not one."""
     found = []
     for process in ancestors:
         try:

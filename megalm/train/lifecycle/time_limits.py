@@ -1,4 +1,4 @@
-"""What bounds a run in time: the wall time that it was given, and how long it may stand still."""
+"""Time limits of a run: its wall time, and the watchdog that detects hangs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-# A save takes longer than the ones before it now and then, and leaving takes a moment too.
+# Allow for a save that is slower than those before, and for the exit itself.
 _SAVE_MARGIN = 1.5
 _LEAVING_SECONDS = 10.0
 _POLL_SECONDS = 1.0
@@ -21,15 +21,14 @@ _POLL_SECONDS = 1.0
 
 @dataclass
 class TimeLimits:
-    """Tells when the time that a run was given is up.
+    """Decides when a run must stop to stay within its wall time.
 
-    Asked at every step boundary, it remembers the longest way from one to the next and the longest save: both must fit
-    into what is left.
+    Measures the longest time between step boundaries and the longest save: both must fit into the remaining time.
 
     Args:
-        wall_seconds: from `started` on; None: no end.
+        wall_seconds: counted from `started`; None: no limit.
         started: `time.monotonic()` at which the job started.
-        watchdog: told of progress; it watches from the first step boundary on: what comes before may compile.
+        watchdog: notified of progress; starts at the first step boundary, since compilation before it may be slow.
     """
 
     wall_seconds: float | None = None
@@ -42,7 +41,7 @@ class TimeLimits:
     _longest_save: float = field(default=0.0, init=False)
 
     def boundary(self) -> bool:
-        """At a step boundary: is it time to leave?"""
+        """Call at each step boundary; return whether it is time to stop."""
         self.heartbeat()
         if self.watchdog is not None and not self.watchdog.is_alive():
             self.watchdog.start()
@@ -56,12 +55,12 @@ class TimeLimits:
         return now - self.started + needed >= self.wall_seconds
 
     def saved(self, seconds: float) -> None:
-        """A save has taken so long."""
+        """Record the duration of a save."""
         self._longest_save = max(self._longest_save, seconds)
         self.heartbeat()
 
     def heartbeat(self) -> None:
-        """Something has come further: a step, a validation batch, a save."""
+        """Record progress: a step, a validation batch or a save."""
         now = time.monotonic()
         if self.last_beat > -math.inf:
             self.longest_silence = max(self.longest_silence, now - self.last_beat)
@@ -70,25 +69,25 @@ class TimeLimits:
             self.watchdog.beat()
 
     def stop_watching(self) -> None:
-        """What follows ends by itself, however long it takes."""
+        """Stop the watchdog: what follows may take any time."""
         if self.watchdog is not None:
             self.watchdog.stop_watching()
 
 
 def process_start() -> float:
-    """When this process began, on the clock of `time.monotonic()`."""
+    """Return when this process started, on the clock of `time.monotonic()`."""
     return time.monotonic() - (time.time() - psutil.Process().create_time())
 
 
 class Watchdog(threading.Thread):
-    """Notices that this rank makes no progress, because it or a peer hangs; writes all its threads' stacks.
+    """Detects that this rank makes no progress, because it or a peer hangs; writes the stacks of all its threads.
 
-    Every rank has its own: those that wait for a stopped one inside a collective notice together.
+    Every rank has its own watchdog: those that wait for a stopped rank inside a collective detect it together.
 
     Args:
         stacks: the file for the stacks.
-        timeout_seconds: without a beat for so long the rank hangs.
-        on_hang: told once, with the seconds of silence; ends the process.
+        timeout_seconds: a rank without a beat for this long counts as hung.
+        on_hang: called once, with the seconds without a beat; ends the process.
     """
 
     def __init__(self, stacks: Path, timeout_seconds: float, on_hang: Callable[[float], None]) -> None:
@@ -110,7 +109,7 @@ class Watchdog(threading.Thread):
             time.sleep(min(_POLL_SECONDS, self._timeout / 4))
             now = time.monotonic()
             if now - last_look > self._timeout / 2:
-                self._last_beat = now  # this very process was stopped, and goes on now: give it its time again
+                self._last_beat = now  # this process was suspended and has resumed: restart its timeout
             last_look = now
             silence = now - self._last_beat
             if silence > self._timeout and self._watches.is_set():
@@ -120,7 +119,7 @@ class Watchdog(threading.Thread):
 
 
 def write_stacks(path: Path) -> None:
-    """All threads of this process, as they stand now; failing to write them must not hide why."""
+    """Write the stacks of all threads of this process; an error in writing must not hide the original problem."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:

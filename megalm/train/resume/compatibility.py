@@ -1,6 +1,6 @@
-"""Going on from a checkpoint, also with other settings: what may be another than it was, and what follows from it.
+"""Resuming from a checkpoint with other settings: what may differ, and the schedule and data that follow from it.
 
-Pure functions of a manifest and of the run that is to go on; nothing is read or written here.
+Pure functions of a manifest and of the resuming run; nothing is read or written here.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """What decides the order and the meaning of tokens."""
+    """The fingerprints that identify a run's data: samples, tokenizer and validation sets."""
 
     samples: BlendedSamples
     tokenizer: str  # fingerprint
-    validation: str = ""  # of the sets whose loss is compared while training
+    validation: str = ""  # fingerprint of the samples used for validation during training
 
     def at(self, consumed: int) -> dict[str, str]:
-        """Fingerprints of the first `consumed` samples; what comes later may be changed.
+        """Return the fingerprints of the first `consumed` samples; later ones may change.
 
         `order` covers dataset, document range, sequence length, stride, seed, kind of order, weights and stages.
         """
@@ -41,7 +41,7 @@ class DataIdentity:
 
 
 def identity_of(run: ResolvedRun, shape: ModelConfig, identity: DataIdentity, consumed: int) -> dict[str, Any]:
-    """What may not change unasked when a run goes on after so many samples, as JSON."""
+    """Return, as JSON, what must not change without `resume.allow` when a run resumes after `consumed` samples."""
     data = run.config.data
     settings = {
         "data.sequence_length": data.sequence_length,
@@ -55,7 +55,7 @@ def identity_of(run: ResolvedRun, shape: ModelConfig, identity: DataIdentity, co
     return {"model": asdict(shape), "data": settings, "fingerprints": identity.at(consumed)}
 
 
-# Of the rate at which an extension begins, where nothing else is said.
+# Default final learning rate of an extension, as a share of the rate at which it begins.
 _FINAL_SHARE = 0.1
 _THINGS = {
     "data.order": "order",
@@ -67,10 +67,10 @@ _THINGS = {
     "tokenizer": "tokenizer",
 }
 
-# Compared elsewhere: a length may be cut anew, and a mixture is known by the fingerprint of its order.
+# Compared elsewhere: samples can be cut to another length, and the order's fingerprint covers the mixture.
 _TOLD_ONLY = ("data.sequence_length", "data.mixture")
 _FINGERPRINT_SHOWN = 12  # digits
-# Numbers of the model that weights have in their shapes, or that weights stand or fall with: nothing allows others.
+# Model settings that determine the weights' shapes or meaning: `resume.allow` cannot change them.
 _SHAPES = (
     *("style", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "intermediate_size", "tie_word_embeddings", "qk_norm"),
@@ -79,7 +79,7 @@ _SHAPES = (
 
 @dataclass(frozen=True)
 class Extension:
-    """`--extend-steps`: so many more steps, on a new schedule; or so many steps anew, from the weights alone."""
+    """`--extend-steps`: `steps` more steps on a new schedule, or a new run of `steps` steps from the weights alone."""
 
     steps: int
     strategy: Literal["schedule", "weights"] = "schedule"
@@ -89,11 +89,11 @@ class Extension:
 
 
 def with_schedule(run: ResolvedRun, manifest: Manifest | None, more: int | None = None) -> RunSchedule:
-    """What the learning rate follows in a run that resumes from a checkpoint; None: that starts.
+    """Return the schedule of a run that resumes from `manifest`; None: a new run.
 
-    A schedule that is configured as it was when the checkpoint's own came about, or not at all, changes nothing;
-    another one is in force from the next step on, counting the run's steps; an extension by `more` steps starts a
-    schedule of its own.
+    If the configured schedule is one that the checkpoint already knows, or none is given, nothing changes. Another one
+    takes effect at the next step, counting steps from the run's start. An extension by `more` steps starts a new
+    schedule.
     """
     configured = asdict(run.schedule)
     if manifest is None:
@@ -110,7 +110,10 @@ def with_schedule(run: ResolvedRun, manifest: Manifest | None, more: int | None 
 
 
 def _is_known(run: ResolvedRun, known: Sequence[Mapping[str, Any]]) -> bool:
-    """The run's own `train.steps` may be what an extension made of it: unless steps are stated now, any will do."""
+    """Return whether the configured schedule is a known one; ignore `train.steps` unless it is given now.
+
+    The saved `train.steps` may come from an extension.
+    """
     if run.sources.get("train.steps") != SAVED_CONFIG:
         return asdict(run.schedule) in known
     section = run.config.schedule
@@ -122,7 +125,7 @@ def _is_known(run: ResolvedRun, known: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def with_last_step(run: ResolvedRun, schedule: RunSchedule) -> ResolvedRun:
-    """The run with the `train.steps` that its schedule ends at."""
+    """Return the run with `train.steps` set to the last step of its schedule."""
     steps = schedule.segments[-1].last_step
     if steps == run.config.train.steps:
         return run
@@ -131,9 +134,10 @@ def with_last_step(run: ResolvedRun, schedule: RunSchedule) -> ResolvedRun:
 
 
 def _extension(run: ResolvedRun, rate: float, steps: int, before: Mapping[str, Any]) -> ScheduleFacts:
-    """From the rate of now down to a tenth of it as a cosine, but for what the command line says of the schedule.
+    """Return the schedule of an extension: a cosine from the current rate to a tenth of it, over `steps` steps.
 
-    What it says as it did `before` is the run's usual command, and not about the extension.
+    Schedule settings on the command line take precedence, unless they are the same as `before`: then they belong to
+    the run's usual command, not to the extension.
     """
     facts = run.schedule
     said = {
@@ -156,7 +160,7 @@ def _extension(run: ResolvedRun, rate: float, steps: int, before: Mapping[str, A
 
 
 def lengths_of_order(manifest: Manifest) -> list[tuple[int, int]]:
-    """How the order in force came about: sequence lengths, and the sample at which the next one took over."""
+    """Return the sequence lengths of the current order, each with the sample at which the next one took over."""
     found: list[tuple[int, int]] = []
     end: int | None = None
     for segment in reversed(manifest.data_position.segments):
@@ -170,9 +174,9 @@ def lengths_of_order(manifest: Manifest) -> list[tuple[int, int]]:
 
 
 def first_sample_of(manifest: Manifest | None, run: ResolvedRun) -> Callable[[int], int]:
-    """Number of a step's first sample, for stages of a mixture: by the batch that each step had or will have.
+    """Return a function step -> number of its first sample, for a mixture's stages, by each step's global batch.
 
-    Samples that were skipped do not move a stage: the live run that skipped them did not move it either.
+    Skipped samples do not move a stage, since they did not move it in the run that skipped them.
     """
     marks: list[tuple[int, int, int]] = [(1, 0, run.batch.global_batch)]  # first step, first sample, batch
     if manifest is not None:
@@ -194,7 +198,7 @@ def first_sample_of(manifest: Manifest | None, run: ResolvedRun) -> Callable[[in
 
 
 def incompatibilities(then: Manifest, now: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Thing of `resume.allow` -> what differs, in words.
+    """Return what differs, in words, by item of `resume.allow`.
 
     Args:
         now: the same sections of this run: model, data, fingerprints.
@@ -210,7 +214,7 @@ def incompatibilities(then: Manifest, now: Mapping[str, Mapping[str, Any]]) -> d
             then_and_now = [str(it)[:_FINGERPRINT_SHOWN] if section == "fingerprints" else it for it in (was, value)]
             found.setdefault(thing, []).append("{} was {}, is {}".format(name, *then_and_now))
     if len(found) > 1 and [words.split()[0] for words in found.get("order", [])] == ["order"]:
-        del found["order"]  # the fingerprint of the order follows from whatever else has changed
+        del found["order"]  # the order's fingerprint differs because of the other changes
     mixtures = [data.get("data.mixture") for data in (then.data, now["data"])]
     told_with = next((name for name in ("order", "dataset") if name in found), None)
     if told_with is not None and mixtures[0] != mixtures[1]:
@@ -222,7 +226,7 @@ def incompatibilities(then: Manifest, now: Mapping[str, Mapping[str, Any]]) -> d
 
 
 def refuse_incompatible(path: Path, found: Mapping[str, Sequence[str]], allowed: Sequence[str]) -> None:
-    """Raises: CheckpointError: something differs that `resume.allow` does not name."""
+    """Raise CheckpointError if something differs that `resume.allow` does not name."""
     refused = {thing: words for thing, words in found.items() if thing not in allowed}
     if refused:
         incompatibilities = "; ".join(f"{thing} ({', '.join(words)})" for thing, words in refused.items())
@@ -233,7 +237,11 @@ def refuse_incompatible(path: Path, found: Mapping[str, Sequence[str]], allowed:
 
 
 def continuation_kind(run: ResolvedRun, manifest: Manifest, found: Mapping[str, Sequence[str]]) -> Beginning:
-    """How this run's data follows the checkpoint's."""
+    """Return how this run's data continues the checkpoint's.
+
+    Raises:
+        ConfigError: the sequence length changes in a run with data.stages.
+    """
     if found.keys() & {"dataset", "tokenizer", "order"}:
         return "anew"
     last = manifest.data_position.segments[-1]
@@ -248,7 +256,7 @@ def continuation_kind(run: ResolvedRun, manifest: Manifest, found: Mapping[str, 
 
 
 def progress_from(manifest: Manifest, run: ResolvedRun, continuation: Beginning) -> TrainingProgress:
-    """Where training goes on."""
+    """Return the progress at which training resumes."""
     data = manifest.data_position.segments
     last = data[-1]
     position = TrainingProgress(
@@ -270,7 +278,7 @@ def progress_from(manifest: Manifest, run: ResolvedRun, continuation: Beginning)
 
 
 def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRun) -> list[str]:
-    """What is another from here on, a line each."""
+    """Return what changes from here on, one line each."""
     last = manifest.data_position.segments[-1]
     lines = []
     if last.global_batch != run.batch.global_batch:
@@ -288,18 +296,18 @@ def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRu
 
 
 def _same_rates(segments: Sequence[ScheduleSegment]) -> bool:
-    """The last segment only goes on as the one before it: a constant rate for more steps."""
+    """Return whether the last segment just continues the one before it, such as a constant rate for more steps."""
     before, last = (segment.schedule for segment in segments[-2:])
     endless = last.kind == before.kind and last.kind in ("constant", "inverse_sqrt")
     return endless and replace(last, steps=before.steps, decay_steps=before.decay_steps) == before
 
 
 def _of_order(segments: Sequence[DataSegment]) -> list[DataSegment]:
-    """Those of the order in force."""
+    """Return the segments of the current order."""
     first = max(index for index, segment in enumerate(segments) if segment.begins != "on")
     return list(segments[first:])
 
 
 def _may_grow(name: str, then: Manifest, now: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Rotary positions have no table: a longer sequence is no other model."""
+    """Return whether a setting may differ: rotary positions have no table, so the sequence length may change."""
     return name == "max_position_embeddings" and now["model"]["style"] == "llama" == then.model["style"]

@@ -1,4 +1,4 @@
-"""What was saved of a run, as the next attempt finds it: put in order, looked at byte by byte, chosen."""
+"""Find the checkpoint to resume from: clean up interrupted saves, choose a checkpoint and verify its files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from megalm.utils.progress import ProgressBar
 
 @dataclass(frozen=True)
 class ResumeCheckpoint:
-    """What a run goes on from.
+    """The checkpoint that a run resumes from.
 
     Attributes:
-        warnings: what a person should know of it: damaged ones that were passed over, a suspect one that was taken.
+        warnings: damaged checkpoints that were passed over, or that this one is suspect.
     """
 
     reader: CheckpointReader
@@ -30,7 +30,7 @@ class ResumeCheckpoint:
 
 
 def clean_up_interrupted_saves(folder: RunFolder, comm: Communicator) -> list[Path]:
-    """Finish what a killed job left half done; for the holder of the run's lock, before anything else."""
+    """Clean up what a killed job left unfinished; the holder of the run's lock calls it before anything else."""
 
     def work() -> list[Path]:
         shutil.rmtree(folder.rehearsal, ignore_errors=True)
@@ -46,17 +46,17 @@ def find_checkpoint(
     origin: ResumedFrom | None = None,
     info: Callable[[str], None] = lambda _: None,
 ) -> ResumeCheckpoint | None:
-    """The checkpoint that `--resume wanted` means; None: start at step 0.
+    """Return the checkpoint that `--resume wanted` refers to; None: start at step 0.
 
-    Needs no engine, so that what cannot be resumed is refused before a model is built and the run's account is
-    touched. `auto` passes over damaged ones; one that is named must be whole.
+    Needs no engine, so that a checkpoint that cannot be resumed is refused before a model is built or the run folder's
+    files change. `auto` passes over damaged checkpoints; a named one must be complete.
 
     Args:
-        origin: what the last attempt went on from.
-        info: told how far the check of large files has come.
+        origin: the checkpoint that the last attempt resumed from.
+        info: called with progress lines while large files are verified.
 
     Raises:
-        CheckpointError: it is not there, or a file is damaged.
+        CheckpointError: the checkpoint is missing, or a file is damaged.
     """
     entries = comm.once(lambda: resume_candidates(folder.checkpoints, wanted, origin))
     damaged: list[str] = []
@@ -75,7 +75,7 @@ def find_checkpoint(
 def open_verified(
     entry: Entry, comm: Communicator, info: Callable[[str], None] = lambda _: None
 ) -> tuple[CheckpointReader | None, str]:
-    """The checkpoint, or what is wrong with it; each rank hashes its share of the files."""
+    """Return the checkpoint, or what is wrong with it. Collective: each rank hashes its share of the files."""
     reader, problem = None, entry.problem
     if entry.manifest is not None:
         try:

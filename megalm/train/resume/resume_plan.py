@@ -1,6 +1,6 @@
-"""From `--resume` and what goes with it to the run as it will really be: its checkpoint, its data, where it goes on.
+"""From `--resume` and related options to a plan: the checkpoint, schedule and data with which the run continues.
 
-Like setup.py this knows the concrete classes; what may change and what follows from it is in compatibility.py.
+Like setup.py this module knows the concrete classes; the rules about what may change are in compatibility.py.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """A run as it will be.
+    """A run as it will be trained.
 
     Attributes:
-        reader: the checkpoint that it goes on from; `weights_only`: as nothing but a model.
-        resume: what was asked for, or is asked for again.
-        notes, warnings: what a person should know.
+        reader: the checkpoint that it resumes from; with `weights_only`, only its model is used.
+        resume: the resume options, possibly repeated from the last attempt.
+        notes, warnings: lines to show to the user.
     """
 
     run: ResolvedRun
@@ -67,16 +67,17 @@ class ResumePlan:
 def find_resume_checkpoint(
     folder: RunFolder, resume: ResumeOptions, comm: Communicator, info: Callable[[str], None] = lambda _: None
 ) -> tuple[ResumeCheckpoint | None, ResumeOptions]:
-    """The checkpoint to go on from, and what is asked for: where `auto` comes upon the checkpoint that the last
-    attempt went on from, the same as of that one.
+    """Return the checkpoint to resume from, and the resume options.
+
+    If `auto` finds the checkpoint that the last attempt resumed from, that attempt's options apply again.
 
     Args:
-        info: told how far the check of a large checkpoint has come.
+        info: called with progress lines while a large checkpoint is verified.
 
     Raises:
-        CheckpointError: it is not there or damaged.
-        ConfigError: there is none to extend; or the run's own weights as the start of the same run; or weights alone
-            as a whole training state.
+        CheckpointError: the checkpoint is missing or damaged.
+        ConfigError: there is no checkpoint to extend, the run would restart from its own weights, or a checkpoint with
+            weights only is given as a complete training state.
     """
     wanted = resume.wanted
     if wanted is None:
@@ -107,14 +108,14 @@ def plan_resume(
     comm: Communicator,
     info: Callable[[str], None],
 ) -> ResumePlan:
-    """Decide what is trained on from where; everything that cannot be resumed is refused here. Collective.
+    """Decide what the run trains on and where it continues; refuse what cannot be resumed. Collective.
 
     Args:
-        info: called with lines for the person.
+        info: called with lines for the user.
 
     Raises:
-        CheckpointError: a checkpoint that is not there, damaged, or of another model, dataset, tokenizer or order.
-        ConfigError, DataError: data that is missing, or cannot go on with another sequence length.
+        CheckpointError: the checkpoint is missing, damaged, or of another model, dataset, tokenizer or order.
+        ConfigError, DataError: data is missing, or cannot continue with another sequence length.
     """
     found, options = find_resume_checkpoint(folder, options, comm, info)
     run, schedule = _with_schedule(run, found, options)
@@ -129,7 +130,7 @@ def plan_resume(
 def _with_schedule(
     run: ResolvedRun, found: ResumeCheckpoint | None, options: ResumeOptions
 ) -> tuple[ResolvedRun, RunSchedule]:
-    """The run with the last step that it will have, and its schedule."""
+    """Return the run with its final last step, and its schedule."""
     manifest = found.reader.manifest if found is not None and not options.weights_only else None
     schedule = with_schedule(run, manifest, options.extension.steps if manifest and options.extension else None)
     return with_last_step(run, schedule), schedule
@@ -142,11 +143,11 @@ def _plan_start(
     found: ResumeCheckpoint | None,
     options: ResumeOptions,
 ) -> ResumePlan:
-    """The plan from step 0, with the model and the stages of data that a checkpoint, if there is one, asks for."""
+    """Return a plan from step 0, with the model and data stages that the checkpoint, if any, requires."""
     manifest = found.reader.manifest if found is not None else None
     data = open_data(run, places, first_sample_of(None if options.weights_only else manifest, run))
     then = manifest.model["max_position_embeddings"] if manifest is not None else 0
-    # A table of positions may be longer than the samples are now; it stays the one that was trained.
+    # A trained position table may be longer than the samples are now; keep it.
     longest = max(run.config.data.sequence_length, then)
     shape = build_model_config(run.config.model, data.tokenizer.vocab_size, longest)
     identity = DataIdentity(data.train, data.tokenizer.fingerprint, validation_fingerprint(run, data))
@@ -157,7 +158,7 @@ def _plan_start(
 
 
 def _plan_from_weights(plan: ResumePlan, found: ResumeCheckpoint) -> ResumePlan:
-    """Nothing but the model and its tokenizer have to be the checkpoint's."""
+    """Return the plan from a checkpoint's weights alone; only model and tokenizer must be the same."""
     path, differences = (
         found.reader.path,
         incompatibilities(found.reader.manifest, identity_of(plan.run, plan.shape, plan.identity, 0)),
@@ -168,7 +169,7 @@ def _plan_from_weights(plan: ResumePlan, found: ResumeCheckpoint) -> ResumePlan:
 
 
 def _plan_continuation(plan: ResumePlan, places: DataPlaces, found: ResumeCheckpoint) -> ResumePlan:
-    """The plan from the checkpoint's step, with its data from there on."""
+    """Return the plan from the checkpoint's step, with the data that follows."""
     run, manifest, resume = plan.run, found.reader.manifest, plan.resume
     order = _order_so_far(plan, places, manifest)
     consumed = manifest.data_position.segments[-1].next_sample
@@ -195,7 +196,7 @@ def _plan_continuation(plan: ResumePlan, places: DataPlaces, found: ResumeCheckp
 
 
 def _order_so_far(plan: ResumePlan, places: DataPlaces, manifest: Manifest) -> BlendedSamples:
-    """The samples in the order that the checkpoint was trained on, by what the run says of the data now."""
+    """Return the samples in the checkpoint's order, rebuilt from the run's present data settings."""
     run, lengths = plan.run, lengths_of_order(manifest)
     order = plan.data.train
     if len(lengths) > 1 or lengths[0][0] != run.config.data.sequence_length:
@@ -210,7 +211,7 @@ def _order_so_far(plan: ResumePlan, places: DataPlaces, manifest: Manifest) -> B
 def _order_from_here(
     order: BlendedSamples, run: ResolvedRun, places: DataPlaces, manifest: Manifest, continuation: Beginning
 ) -> tuple[BlendedSamples, tuple[str, ...]]:
-    """The samples that come next, and what a person should know of them."""
+    """Return the samples from here on, and warnings about them."""
     if continuation == "recut":
         length = run.config.data.sequence_length
         order = order.recut(lengths_of_order(manifest)[-1][1], length)
@@ -219,20 +220,19 @@ def _order_from_here(
             f"what is left of this pass over the data is cut into samples of {length} tokens: "
             f"{skipped:,} tokens are skipped, {repeated:,} read twice",
         )
-    if continuation == "anew":  # stages are configured by the run's steps, the order starts after those that are done
+    if continuation == "anew":  # stages count the run's steps, but the order starts after the steps already done
         done, batch = manifest.step, run.batch.global_batch
         order = open_data(run, places, lambda step: (step - 1 - done) * batch).train
     return order, ()
 
 
-# Where a run would go on, and on which schedules, without a process group: for `--dry-run` beside `--resume`.
-
-
 def planned_start(run: ResolvedRun, resume: ResumeOptions) -> tuple[ResolvedRun, tuple[ScheduleSegment, ...]]:
-    """The run with the last step that it will have, and all schedules that it then has had.
+    """For `--dry-run` with `--resume`: return the run with its final last step, and all segments of its schedule.
+
+    Needs no process group. Hashes the checkpoint's files like a real start.
 
     Raises:
-        CheckpointError, ConfigError: as when it is started; files are hashed as they are then.
+        CheckpointError, ConfigError: as at a real start.
     """
     section = run.config.run
     folder = RunFolder(Path(section.root).expanduser() / (section.name or "-"))

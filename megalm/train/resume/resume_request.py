@@ -1,7 +1,7 @@
-"""What a run was last set to go on from, until checkpoints of its own stand for that.
+"""Command-line arguments and resume options of a run, and resume.json, the record of the last attempt that resumed.
 
-`--resume 1500` in a folder that has step 2000 leaves an attempt behind. If the job is killed before its first save,
-nothing in the checkpoints says so: `runs/NAME/resume.json` does, and `--resume auto` asks for the same again.
+`--resume 1500` in a folder that has step 2000 abandons later steps. If the job is killed before its first save, no
+checkpoint records this, but `runs/NAME/resume.json` does: `--resume auto` then repeats the same options.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from megalm.utils.atomic_files import read_json, write_json
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a person may say on the command line of launch/pretrain.py.
+    """The command-line arguments of launch/pretrain.py.
 
     Attributes:
-        deepspeed_config: None: the run's own where one goes on, else zero2.json.
+        deepspeed_config: None: the resumed run's own, or for a new run its recipe's or zero2.json.
     """
 
     deepspeed_config: str | None
@@ -40,10 +40,10 @@ class Arguments:
     skip_steps: int = 0
 
     def read(self, ranks: int) -> tuple[ResumeOptions, ConfigFiles]:
-        """What is asked for, and both configurations of a run on so many ranks.
+        """Return the resume options, and both configurations of a run on `ranks` ranks.
 
         Raises:
-            ConfigError: flags that say nothing without others, or what is wrong in a configuration by itself.
+            ConfigError: a flag lacks another that it needs, or a configuration is invalid by itself.
         """
         options = ResumeOptions.stated(self.resume, self.extend_steps, self.extend_strategy, self.skip_steps)
         words = (*self.overrides, *options.overrides)
@@ -52,12 +52,12 @@ class Arguments:
 
 @dataclass(frozen=True)
 class ResumeOptions:
-    """What is asked for.
+    """The resume options of a start.
 
     Attributes:
         wanted: auto, a step or a path; None: a new run.
-        skip_steps: pass over the data of so many steps first.
-        allow: things of `resume.allow` beside what the configuration says.
+        skip_steps: the number of steps whose data to skip first.
+        allow: items of `resume.allow` in addition to the configuration's.
     """
 
     wanted: str | None = None
@@ -73,10 +73,10 @@ class ResumeOptions:
     def stated(
         wanted: str | None, extend_steps: int | None, extend_strategy: Literal["schedule", "weights"], skip_steps: int
     ) -> ResumeOptions:
-        """What the flags of a command line say together.
+        """Return the options of a command line's flags.
 
         Raises:
-            ConfigError: flags that say nothing without others.
+            ConfigError: a flag lacks another that it needs.
         """
         if extend_steps is None and extend_strategy == "weights":
             raise ConfigError("--extend-strategy weights starts a run of so many steps: say how many, --extend-steps N")
@@ -85,7 +85,7 @@ class ResumeOptions:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """What they say of the run's configuration: weights alone start a run of its own, from step 0."""
+        """The configuration overrides they imply: a run from weights alone starts at step 0 with its own last step."""
         return (f"train.steps={self.extension.steps}",) if self.extension and self.weights_only else ()
 
     @property
@@ -94,7 +94,7 @@ class ResumeOptions:
 
 
 class SlurmJob(BaseModel):
-    """A job of Slurm and how often it was started again: the words of a requeued job are those of its first start."""
+    """A Slurm job and its number of restarts. A requeued job has the same command line as its first start."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -106,15 +106,15 @@ class SlurmJob(BaseModel):
         return SlurmJob(job=environment.get("SLURM_JOB_ID"), restarts=int(environment.get("SLURM_RESTART_COUNT") or 0))
 
     def is_after(self, earlier: SlurmJob) -> bool:
-        """Whether it is the job of `earlier`, started again."""
+        """Return whether this is the job of `earlier`, requeued."""
         return self.job is not None and self.job == earlier.job and self.restarts > earlier.restarts
 
 
 class LastAttempt(BaseModel):
-    """An attempt that went on from a checkpoint, and how.
+    """The last attempt that resumed from a checkpoint, and its options; the content of resume.json.
 
     Attributes:
-        next_sample: where the checkpoint's data stood; after a rollback to it, it stands further.
+        next_sample: the checkpoint's next sample when it was resumed; a later rollback to it increases that.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -133,7 +133,7 @@ class LastAttempt(BaseModel):
         return ResumedFrom(self.path, self.attempt)
 
     def repeat(self, resume: ResumeOptions, found: CheckpointReader) -> ResumeOptions:
-        """What is asked for by a `resume` that said auto; the same as last time, where that checkpoint was found."""
+        """Return the options of `--resume auto`: those of this attempt too, if `found` is its checkpoint."""
         if not self.origin.is_at(found.path):
             return resume
         extension = None if self.extend_steps is None else Extension(self.extend_steps, self.extend_strategy)
@@ -147,7 +147,7 @@ class LastAttempt(BaseModel):
 
 
 def describe_attempt(found: CheckpointReader, resume: ResumeOptions, attempt: int) -> LastAttempt:
-    """What this attempt is, to be read by the next one."""
+    """Return the record of this attempt for the next one to read."""
     extension = resume.extension
     return LastAttempt(
         attempt=attempt,
@@ -162,7 +162,11 @@ def describe_attempt(found: CheckpointReader, resume: ResumeOptions, attempt: in
 
 
 def attempt_after_rollback(before: LastAttempt | None, found: CheckpointReader, attempt: int) -> LastAttempt:
-    """The attempt that a rollback begins: an extension is in every checkpoint but the one that it started from."""
+    """Return the record of the attempt that a rollback begins.
+
+    After a rollback to the checkpoint that `before` resumed from, its options must apply again: only later checkpoints
+    include its extension.
+    """
     if before is not None and before.origin.is_at(found.path):
         return before.model_copy(update={"attempt": attempt})
     job = before.job if before is not None else SlurmJob()
@@ -170,10 +174,10 @@ def attempt_after_rollback(before: LastAttempt | None, found: CheckpointReader, 
 
 
 def read_last_attempt(folder: RunFolder, wanted: str) -> tuple[LastAttempt | None, bool]:
-    """What the last attempt was, and whether this is its job of Slurm, started again: then that goes on.
+    """Return the last attempt, and whether this process is its Slurm job, requeued: then that attempt continues.
 
     Raises:
-        CheckpointError: it cannot be read, and `wanted` is auto.
+        CheckpointError: resume.json cannot be read, and `wanted` is auto.
     """
     try:
         before = _read(folder)
@@ -198,7 +202,7 @@ def _read(folder: RunFolder) -> LastAttempt | None:
 
 
 def write_attempt(folder: RunFolder, request: LastAttempt) -> None:
-    """Keep it for the next attempt, on disk; a path in the run folder moves with it."""
+    """Write resume.json for the next attempt; paths in the run folder are relative, so that it can be moved."""
     own = folder.path.resolve()
     path = request.path.relative_to(own) if request.path.is_relative_to(own) else request.path
     write_json(folder.request, request.model_copy(update={"path": path}).model_dump(mode="json"))

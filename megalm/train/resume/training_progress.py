@@ -1,4 +1,4 @@
-"""How far a run has come: steps, samples, tokens, and the pieces that its data and its schedule are made of."""
+"""The progress of a run: steps, samples, tokens, and the segments of its data and its schedule."""
 
 from __future__ import annotations
 
@@ -12,34 +12,33 @@ from megalm.train.evaluator import Evaluation
 
 @dataclass(frozen=True)
 class RunSchedule:
-    """What the learning rate follows.
+    """The learning-rate schedule of a run.
 
     Attributes:
-        segments: one schedule after the other; the last one is in force.
-        configured_schedules: those that a person configured while the segments came about: one of them again is no
-            change.
+        segments: successive schedules; the last one is in force.
+        configured_schedules: the schedules configured so far; configuring one of them again changes nothing.
     """
 
     segments: tuple[ScheduleSegment, ...] = ()
     configured_schedules: tuple[dict[str, Any], ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """`schedule` of a manifest."""
+        """Return the `schedule` section of a manifest."""
         return {"stated": list(self.configured_schedules), "segments": [segment.as_json() for segment in self.segments]}
 
 
 @dataclass
 class TrainingProgress:
-    """What a checkpoint has to know beside the tensors.
+    """The state of a run besides its tensors, as stored in a checkpoint.
 
     Attributes:
-        samples: number of the next sample of the order in force.
-        evaluation: of this very step.
-        best_loss: lowest validation loss so far, on the part used while training.
-        stale_evaluations: validations since then.
-        rollbacks: how often the guard has set this run back.
-        data_history: stretches of data before the one in force, which began at sample `first_sample` as `continuation`
-            says.
+        samples: number of the next sample in the current order.
+        evaluation: the validation result of this step, if any.
+        best_loss: lowest validation loss so far, on the part used during training.
+        stale_evaluations: number of validations since `best_loss`.
+        rollbacks: number of rollbacks so far.
+        data_history: data segments before the current one.
+        first_sample, continuation: where and how the current segment began.
     """
 
     step: int = 0
@@ -56,7 +55,7 @@ class TrainingProgress:
     schedule: RunSchedule = RunSchedule()
 
     def segment(self, order: str, sequence_length: int, global_batch: int) -> DataSegment:
-        """The stretch in force so far."""
+        """Return the current data segment so far."""
         consumed = self.samples - self.first_sample
         return DataSegment(
             order=order,
@@ -68,20 +67,20 @@ class TrainingProgress:
         )
 
     def pass_over(self, samples: int, order: str, sequence_length: int, global_batch: int) -> None:
-        """Go on so many samples later in the same order."""
+        """Skip `samples` samples in the same order."""
         here = self.segment(order, sequence_length, global_batch)
         self.data_history = (*self.data_history, here.model_copy(update={"samples_skipped": samples}))
         self.first_sample = self.samples = here.next_sample + samples
         self.continuation = "on"
 
     def data_json(self, order: str, sequence_length: int, global_batch: int) -> dict[str, Any]:
-        """`data_position` of a manifest."""
+        """Return the `data_position` section of a manifest."""
         segments = (*self.data_history, self.segment(order, sequence_length, global_batch))
         return {"segments": [segment.model_dump() for segment in segments]}
 
 
 def pass_over(manifest: Manifest, samples: int) -> Manifest:
-    """The manifest with so many more samples skipped where it stands."""
+    """Return the manifest with `samples` more samples skipped at its position."""
     *before, last = manifest.data_position.segments
     further = last.model_copy(update={"samples_skipped": last.samples_skipped + samples})
     return manifest.amended(data_position={"segments": [segment.model_dump() for segment in (*before, further)]})

@@ -1,7 +1,11 @@
-"""What becomes of each training step: applied, let pass, skipped, or the run stopped or set back.
+"""The spike guard: detects loss and gradient-norm spikes, and decides whether to skip, roll back or stop.
 
-The verdict is a pure function of (loss, gradient norm) and of the steps before, which every rank has alike; the
-engine asks for it once a step, before anything is updated, and joins the ranks' answers.
+A spike is a loss or a gradient norm far above those of the steps before. The verdict is a pure function of the step's
+and the earlier steps' numbers, which are the same on every rank; the engine requests it once per step, before any
+update, and joins the ranks' answers.
+
+Median and MAD (median absolute deviation) replace mean and standard deviation, so that a spike in the window does not
+shift what later steps are compared with. Norms are compared by their logarithms, since they differ by factors.
 """
 
 from __future__ import annotations
@@ -17,24 +21,19 @@ from megalm.config.schema import GuardSection
 from megalm.engine.interface import Finding, StepResult, UpdateVerdict
 from megalm.runs.metrics_log import Row, live_rows
 
-# What a spike is: a loss or a gradient norm far above those of the steps before.
-#
-# Median and MAD (median absolute deviation) stand for mean and standard deviation, because one spike among the window's
-# numbers must not move what the next one is measured by. Norms are compared by their logarithm: they differ by factors.
-
 # MAD x 1.4826 is the standard deviation of a normal distribution.
 _MAD_TO_SIGMA = 1.4826
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When a number is a spike. Both of a pair must be exceeded: one follows the noise, the other what matters.
+    """When a number is a spike: it must exceed both limits of a pair, one scaled by the noise, the other fixed.
 
     Args:
-        window: accepted steps that a number is compared with, the last ones.
-        warmup_steps: nothing finite is judged before so many of them are known.
-        loss_sigmas, loss_rise: deviations, and nats, above the median loss.
-        norm_sigmas, norm_factor: deviations of the logarithm, and times the median norm.
+        window: the number of last accepted steps that a number is compared with.
+        warmup_steps: accepted steps needed before finite numbers are judged.
+        loss_sigmas, loss_rise: standard deviations, and nats, above the median loss.
+        norm_sigmas, norm_factor: standard deviations of the logarithm, and multiple of the median norm.
     """
 
     window: int
@@ -46,25 +45,25 @@ class Thresholds:
 
 
 class History:
-    """Losses and norms of the steps that were applied, as far back as the window reaches."""
+    """Losses and gradient norms of the accepted steps within the window."""
 
     def __init__(self, thresholds: Thresholds) -> None:
         self._thresholds = thresholds
         self._steps: deque[tuple[float, float]] = deque(maxlen=thresholds.window)
 
     def accept(self, loss: float, norm: float) -> None:
-        """Remember a step whose update was applied and which was no spike."""
+        """Add an accepted step to the window; numbers that are not finite are ignored."""
         if math.isfinite(loss) and math.isfinite(norm):
             self._steps.append((loss, norm))
 
     def restart(self, steps: Iterable[tuple[float, float]]) -> None:
-        """Forget everything but these (loss, norm), oldest first."""
+        """Replace the window by these (loss, norm) pairs, oldest first."""
         self._steps.clear()
         for loss, norm in steps:
             self.accept(loss, norm)
 
     def judge(self, loss: float, norm: float) -> Finding | None:
-        """What is wrong with these numbers, the loss first; None: nothing is."""
+        """Return what is out of bounds in these numbers, checking the loss first; None: nothing."""
         rule = self._thresholds
         for quantity, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
@@ -83,11 +82,11 @@ class History:
         return None
 
     def median_loss(self, loss: float) -> float:
-        """Of the window and this step's loss."""
+        """Return the median over the window and this step's loss."""
         return statistics.median([*(loss for loss, _ in self._steps), loss])
 
     def statistics(self) -> dict[str, float | int | None]:
-        """The window in numbers, for a report, as `judge` measures by them: grad_norm_sigma is of the logarithm."""
+        """Return the window's statistics as `judge` uses them, for a report; grad_norm_sigma is of the logarithm."""
         if not self._steps:
             return {"steps": 0}
         losses, norms = zip(*self._steps, strict=True)
@@ -108,7 +107,7 @@ class History:
 
 
 def _robust(values: Sequence[float]) -> tuple[float, float]:
-    """Median, and the standard deviation that the MAD stands for."""
+    """Return the median, and the standard deviation estimated from the MAD."""
     median = statistics.median(values)
     return median, _MAD_TO_SIGMA * statistics.median(abs(value - median) for value in values)
 
@@ -121,8 +120,8 @@ class Verdict:
     """What to do after a step, and why.
 
     Attributes:
-        finding: the number that was out of bounds, None where the step was in order.
-        why: for `stop`: what made an end of it.
+        finding: the number that was out of bounds, if any.
+        why: for `stop`: the reason.
     """
 
     action: Action
@@ -131,7 +130,7 @@ class Verdict:
 
 
 class SpikeGuard:
-    """Judges steps as `guard.*` says.
+    """Judges steps by the `guard` section of the configuration.
 
     The engine calls `judge` before each update, the trainer `respond` after each step.
     """
@@ -152,17 +151,17 @@ class SpikeGuard:
         self._let_pass_step: int | None = None
 
     def judge(self, loss: float, grad_norm: float) -> UpdateVerdict:
-        """Before the update; remembers nothing."""
+        """Judge a step before its update; has no side effects."""
         finding = self.history.judge(loss, grad_norm)
         return UpdateVerdict(refuses=finding is not None and self._settings.policy != "off", finding=finding)
 
     def respond(self, result: StepResult, step: int, rollbacks: int) -> Verdict:
-        """After the step, to the verdict on its update; remembers the step.
+        """Decide what to do after a step, given the verdict on its update; record the step.
 
         Args:
-            rollbacks: how many there were.
+            rollbacks: the number of rollbacks so far.
         """
-        if result.verdict is None:  # an overflow at this loss scale, which is no news of the model
+        if result.verdict is None:  # an overflow at this loss scale, which says nothing about the model
             return Verdict("go on")
         finding = result.verdict.finding
         if finding is None and result.refused:
@@ -174,7 +173,7 @@ class SpikeGuard:
         return self._limit(result.loss, step)
 
     def suspicion(self, step: int) -> str | None:
-        """Why a checkpoint of this step is not to be trusted; None: it is."""
+        """Return why a checkpoint of this step is suspect; None: it is good."""
         if self._refused_in_a_row:
             return f"the last {self._refused_in_a_row} update(s) were refused as spikes"
         if self._let_pass_step is not None and step < self._let_pass_step + self._settings.window:
@@ -182,9 +181,9 @@ class SpikeGuard:
         return None
 
     def steps_of(self, rows: Iterable[Row], step: int) -> list[tuple[float, float]]:
-        """(loss, gradient norm) of a run's steps up to `step`, as its metrics tell them, for `history.restart`.
+        """Return (loss, gradient norm) of a run's steps up to `step` from its metrics, for `history.restart`.
 
-        Left out is what the run itself left out: refused updates and overflows, of the attempt that they were in.
+        Leaves out refused updates and overflows, as the run itself did.
         """
         live = live_rows(rows)
         left_out = {
@@ -199,13 +198,13 @@ class SpikeGuard:
         ][-self._settings.window :]
 
     def forget_refusals(self) -> None:
-        """After a rollback: what was refused is not in the state any more."""
+        """Reset the count of refused updates after a rollback."""
         self._refused_in_a_row = 0
 
     def _act_on(self, finding: Finding, result: StepResult, step: int, rollbacks: int) -> Verdict:
         settings = self._settings
         if settings.policy == "off" and not result.refused:
-            # The window takes it too: a loss that has come to stay is no spike for ever.
+            # Add it to the window too: a loss that stays high must not count as a spike forever.
             self.history.accept(result.loss, result.grad_norm)
             self._let_pass_step = step
             return Verdict("let pass", finding)
@@ -224,7 +223,7 @@ class SpikeGuard:
         return Verdict("stop", finding, f"guard.policy={settings.policy}")
 
     def _limit(self, loss: float, step: int) -> Verdict:
-        """`guard.stop_above`: a run that does not learn."""
+        """Apply `guard.stop_above`: stop a run that does not learn."""
         limit = self._settings.stop_above
         if limit is None or step <= (self._settings.after_step or 0):
             return Verdict("go on")

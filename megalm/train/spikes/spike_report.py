@@ -1,6 +1,6 @@
-"""The report of a spike: what was seen, in which text, where in the model, what was decided, what to try next.
+"""The report of a spike: its numbers, text, largest gradients, the decision, and what to try next.
 
-`runs/NAME/incidents/step-XXXXXXXX.json` for programs, the same as `.md` for people.
+`runs/NAME/incidents/step-XXXXXXXX.json` is for programs, the same as `.md` for people.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megalm.runs.run_folder import ResumeCommand
 from megalm.train.console import RunConsole
 from megalm.train.spikes.spike_guard import Verdict
 
-# A report is read, not searched: so many documents have their text in it, and so much of each.
+# Limits that keep a report readable: text pieces shown, and characters of each.
 _SHOWN_PIECES = 40
 _SHOWN_CHARACTERS = 400
 _SHOWN_PARAMETERS = 20
@@ -30,7 +30,7 @@ _SHOWN_PARAMETERS = 20
 
 @dataclass(frozen=True)
 class TextPiece:
-    """A run of tokens of one document in one sample, as text."""
+    """Consecutive tokens of one document in one sample, as text."""
 
     sample: int
     dataset: str
@@ -41,13 +41,13 @@ class TextPiece:
     text: str
 
 
-# (first sample, how many) -> what they are made of
+# (first sample, number of samples) -> their text pieces
 ReadSamples = Callable[[int, int], Iterable[TextPiece]]
 
 
 @dataclass(frozen=True)
 class SpikeReport:
-    """One step that was out of bounds."""
+    """The facts of one step that was out of bounds."""
 
     step: int
     attempt: int
@@ -61,7 +61,7 @@ class SpikeReport:
 
 
 def sample_text_reader(samples: BlendedSamples, tokenizer: Tokenizer) -> ReadSamples:
-    """What looks samples up in their datasets, and tells their text."""
+    """Return a function that looks samples up in their datasets and decodes their text."""
 
     def read(first: int, count: int) -> Iterable[TextPiece]:
         for piece in spans_of(samples, first, count):
@@ -76,7 +76,7 @@ class SpikeReportWriter:
     """Writes reports into `folder`.
 
     Args:
-        invocation: the command of this run, to which an incident adds.
+        invocation: the command that resumes this run; a report suggests it with further options.
     """
 
     def __init__(
@@ -86,13 +86,13 @@ class SpikeReportWriter:
         self._comm, self._reporter = comm, reporter
 
     def write(self, engine: Engine, incident: SpikeReport) -> Path:
-        """Collective; where the readable report is."""
+        """Write both files; return the path of the readable report. Collective."""
         gradients = engine.refused_gradients()
         path = self._folder / report_name(incident.step, incident.attempt)
         if self._comm.is_main:
             try:
                 self._write(path, incident, gradients)
-            except (OSError, DataError) as error:  # the decision stands, with or without its account
+            except (OSError, DataError) as error:  # a missing report does not change the decision
                 self._reporter.info(f"WARNING: no report of step {incident.step}: {error}")
         return path
 
@@ -125,12 +125,12 @@ class SpikeReportWriter:
 
 
 def report_name(step: int, attempt: int) -> str:
-    """A step that is out of bounds again after a rollback or a resume has another report; the first one stays."""
+    """Return the report's file name; it has the attempt, so that a later attempt does not overwrite earlier reports."""
     return f"step-{step:08d}.md" if attempt == 1 else f"step-{step:08d}.attempt-{attempt}.md"
 
 
 def next_command(invocation: ResumeCommand, incident: SpikeReport) -> str:
-    """What a person would try first."""
+    """Return the command to try first."""
     if incident.verdict.action in ("skip", "rollback"):
         return "none: the run goes on by itself"
     if incident.saved_step == 0:
@@ -184,7 +184,7 @@ def _of(window: dict[str, Any], name: str, scale: str = "") -> str:
 
 
 def _strict(value: Any) -> Any:
-    """JSON has no NaN."""
+    """Replace numbers that are not finite by strings: JSON has no NaN."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
