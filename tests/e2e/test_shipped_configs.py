@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from megalm.engine.cpp_extensions import load_async_io, load_cpu_adam
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import DS_CONFIGS, finish, losses, own_lines, pretrain, rows
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.e2e
 
 FILES = sorted(path.name for path in DS_CONFIGS.glob("*.json"))
-# The first use of DeepSpeed's CPU Adam compiles it, which takes a minute or two.
 COMPILES_SECONDS = 540.0
 ENVIRONMENT = {"fp16.json": {"MEGALM_ALLOW_CPU_FP16": "1"}}
 # A CPU needs seconds for what a step of this model takes in fp16; a smaller one learns too slowly to show it in three.
@@ -31,11 +32,23 @@ def test_there_are_files() -> None:
     assert {"fp16.json", "bf16.json", "fp32.json"} < set(FILES)
 
 
-@pytest.mark.parametrize("name", FILES)
+def _compile(_: object, __: object, name: str) -> None:
+    """What DeepSpeed compiles at its first use, on all cores: the ranks of the run have one each."""
+    load_cpu_adam()
+    if "nvme" in name:
+        load_async_io()
+
+
+# async_io takes five minutes of a core to compile; tests/distributed/test_nvme.py trains with it.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "nvme" in name else []) for name in FILES]
+)
 def test_trains_unchanged(small_data: SmallData, tmp_path: Path, name: str) -> None:
+    if "offload" in name or "nvme" in name:
+        run_ranks(1, _compile, name, timeout_seconds=COMPILES_SECONDS)
     words = small_data.changed(*SMALLER.get(name, ()), "train.rehearse=true", f"train.steps={STEPS}")
     command = pretrain(*words, ranks=2, json_file=name)
-    finished = finish(tmp_path, command, COMPILES_SECONDS, environment=ENVIRONMENT.get(name, {}))
+    finished = finish(tmp_path, command, environment=ENVIRONMENT.get(name, {}))
     assert finished.code == 0, finished.explain()
     assert finished.left == []
     assert own_lines(finished.stderr) == [], finished.explain()
