@@ -119,7 +119,7 @@ class ProgressBar:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Hide the bar while something else is counted."""
+        """Stop the bar while something else is counted."""
         self.stop()
         try:
             yield
