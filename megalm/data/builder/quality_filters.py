@@ -20,7 +20,7 @@ class Filters:
         max_word_length: mean characters per word; text that is neither prose nor code (e.g. base64) has long words.
 
     Raises:
-        DataError: a bound outside its valid range, which no text or every text would meet.
+        DataError: a bound outside its valid range, or a minimum above its maximum.
     """
 
     min_characters: int | None = None

@@ -147,7 +147,7 @@ def _how(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted) -> str:
 
 
 def changed_inputs(sidecar: dict[str, Any]) -> list[str]:
-    """Return the input files whose size or time differs from the record; skips missing files, which cannot be built."""
+    """Return the input files whose size or time differs from the record; skips missing files, which cannot be read."""
     changed = []
     for entry in sidecar["inputs"]:
         if isinstance(entry, dict) and entry["path"] != STDIN:
