@@ -1,1 +1,1 @@
-"""Layout-free checkpoints: safetensors and JSON, complete or absent. Knows nothing of DeepSpeed."""
+"""Layout-free checkpoints in safetensors and JSON, complete or absent. Independent of DeepSpeed."""

@@ -1,4 +1,4 @@
-"""Reading a checkpoint into any layout: a fragment is put together from whatever fragments the files hold."""
+"""Read a checkpoint into any layout: a fragment is assembled from the stored fragments that overlap it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from megalm.errors import CheckpointError
 
 
 class CheckpointReader:
-    """An open checkpoint. Files are mapped into memory: a fragment costs the bytes that it is made of.
+    """An open checkpoint. Files are memory-mapped, so reading a fragment reads only its own bytes.
 
     Raises:
-        CheckpointError: no manifest, an unknown format, a missing file or one of the wrong size.
+        CheckpointError: no manifest, an unknown format, a missing file or a file of the wrong size.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,19 +33,19 @@ class CheckpointReader:
         self._files: dict[str, Any] = {}
 
     def close(self) -> None:
-        """Let go of the files: one that is deleted while it is mapped still takes its room on the disk."""
+        """Unmap the files: a file that is deleted while mapped still occupies disk space."""
         self._files.clear()
 
     @property
     def holds_weights_only(self) -> bool:
-        """It was no run's state: there are masters and no moments."""
+        """Whether the checkpoint has masters but no moments, as an imported model does."""
         return self.manifest.holds == WEIGHTS
 
     def verify(self, part: int = 0, parts: int = 1, tell: Callable[[], None] = lambda: None) -> str:
-        """Compare every `parts`-th file from `part` with its SHA-256; the first difference in words, or ''.
+        """Check every `parts`-th file from `part` against its SHA-256; return the first mismatch in words, or ''.
 
         Args:
-            tell: called for each `HASH_BLOCK_BYTES` that are read, and for the rest of a file.
+            tell: called after each `HASH_BLOCK_BYTES` read, and after the rest of a file.
         """
         return damaged_file(self.path, self.manifest, part, parts, tell)
 
@@ -53,10 +53,10 @@ class CheckpointReader:
         return {name: entry.shape for name, entry in self.manifest.tensors.items()}
 
     def read(self, key: FragmentKey) -> Tensor:
-        """The fragment's values, fp32 [stop - start].
+        """Return the fragment's values, fp32 [stop - start].
 
         Raises:
-            CheckpointError: the parameter is not in the checkpoint, has another shape, or has holes.
+            CheckpointError: the parameter is missing, has another shape, or is incomplete.
         """
         entry = self.manifest.tensors.get(key.name)
         if entry is None:
@@ -85,19 +85,19 @@ class CheckpointReader:
         return result
 
     def read_weights(self, key: FragmentKey) -> Tensor:
-        """As `read`, but moments are zeros: for who starts with the weights alone."""
+        """As `read`, but moments are zeros: for starting from the weights alone."""
         return self.read(key) if key.kind == "master" else torch.zeros(key.stop - key.start)
 
     def model(self) -> dict[str, Tensor]:
-        """The whole fp32 model by canonical name."""
+        """Return all fp32 parameters by canonical name."""
         whole = {name: FragmentKey(name, "master", shape, 0, math.prod(shape)) for name, shape in self.shapes().items()}
         return {name: self.read(key).view(key.shape) for name, key in whole.items()}
 
     def _key(self, wanted: FragmentKey, stored: StoredFragment) -> FragmentKey:
-        """What the manifest says of a stored fragment of the parameter that is wanted.
+        """Return the key of a `stored` fragment of the `wanted` parameter.
 
         Raises:
-            CheckpointError: it does not lie in the parameter.
+            CheckpointError: the fragment lies outside the parameter.
         """
         sides = stored.rectangle or tuple((0, size) for size in wanted.shape)
         count = math.prod(last - first for first, last in sides)
@@ -109,10 +109,10 @@ class CheckpointReader:
         return replace(wanted, start=stored.start, stop=stored.stop, rectangle=sides)
 
     def _stored(self, file: str, name: str, length: int) -> Tensor:
-        """A stored fragment, fp32 [length].
+        """Read a stored fragment, fp32 [length].
 
         Raises:
-            CheckpointError: the file is no safetensors file of the manifest's files, or holds something else.
+            CheckpointError: the file is not in the manifest, cannot be read, or its tensor has another dtype or length.
         """
         if file not in self.manifest.files:
             raise CheckpointError(f"{self.path}: {name} is said to be in {file}, which is none of its files")
@@ -129,15 +129,15 @@ class CheckpointReader:
         return values.view(-1)
 
 
-# A fragment is a flat range of a rectangle, which is a few boxes: the end of a row, whole rows, the start of a row.
-# Boxes of two fragments meet in boxes again, and those are copied by slices, without an index for each element.
+# A fragment is a flat range of a rectangle, which splits into a few boxes: the end of a row, full rows, the start of a
+# row. Boxes intersect in boxes, which are copied as slices, without an index per element.
 
 Corner = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Elements from corner `first` to before `last` of the whole parameter, at `offset` of a fragment's values."""
+    """The box [first, last) of the full parameter, stored at `offset` of a fragment's values."""
 
     first: Corner
     last: Corner
@@ -148,13 +148,13 @@ class Chunk:
         return tuple(last - first for first, last in zip(self.first, self.last, strict=True))
 
     def view(self, values: Tensor, first: Corner, last: Corner) -> Tensor:
-        """The part from `first` to before `last` (in the whole parameter) of a fragment's flat `values`."""
+        """View the box [first, last) (in full-parameter coordinates) of a fragment's flat `values`."""
         own = values[self.offset : self.offset + math.prod(self.sizes)].view(self.sizes)
         return own[tuple(slice(a - start, b - start) for a, b, start in zip(first, last, self.first, strict=True))]
 
 
 def chunks_of(key: FragmentKey) -> list[Chunk]:
-    """The fragment as boxes, in the order of its values."""
+    """Split the fragment into boxes, in the order of its values."""
     rectangle = key.rectangle or tuple((0, size) for size in key.shape)
     assert len(rectangle) == len(key.shape), key
     corner = tuple(first for first, _ in rectangle)
@@ -167,19 +167,19 @@ def chunks_of(key: FragmentKey) -> list[Chunk]:
 
 
 def overlap(one: Chunk, other: Chunk) -> tuple[Corner, Corner] | None:
-    """Corners of what two boxes share; None where they do not meet."""
+    """Return the corners of the intersection of two boxes; None if they do not overlap."""
     first = tuple(map(max, one.first, other.first))
     last = tuple(map(min, one.last, other.last))
     return (first, last) if all(a < b for a, b in zip(first, last, strict=True)) else None
 
 
 def _ranges(sizes: Corner, start: int, stop: int) -> Iterator[tuple[Corner, Corner]]:
-    """Flat elements [start, stop) of an array of `sizes` as boxes, in order."""
+    """Split the flat elements [start, stop) of an array of `sizes` into boxes, in order."""
     if start >= stop:
         return
     inner = math.prod(sizes[1:])
     row, within = divmod(start, inner)
-    if within or stop - start < inner:  # not from the start of a row, or not to its end
+    if within or stop - start < inner:  # a partial row
         end = min(stop, (row + 1) * inner)
         for first, last in _ranges(sizes[1:], within, end - row * inner):
             yield (row, *first), (row + 1, *last)

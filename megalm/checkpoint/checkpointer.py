@@ -1,4 +1,7 @@
-"""A run's checkpoints being written, one at a time, at once or behind training, and the old ones going."""
+"""Write a run's checkpoints one at a time, synchronously or in the background, and prune old ones.
+
+`HostStaging` holds the host copies that a background write reads; `CheckpointWriter` drives the writes.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,21 @@ from megalm.checkpoint.save_transaction import CheckpointWrite, Ranks
 from megalm.checkpoint.shard_spec import Fragment, HasFragment
 from megalm.utils.atomic_files import write_durably
 
-# Copies of a rank's fragments in host memory, from which a checkpoint is written while training goes on.
-
 
 class HostStaging:
-    """One buffer, made at the first use and used again: fresh or newly pinned pages cost more than the copy."""
+    """Host copies of a rank's fragments, from which a checkpoint is written while training continues.
+
+    One buffer is allocated at the first use and reused: fresh or newly pinned pages cost more than the copy.
+    """
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
 
     def take(self, fragments: Iterable[HasFragment]) -> list[Fragment]:
-        """Copies of `fragments`, fp32; what an earlier call gave is overwritten."""
+        """Return fp32 copies of `fragments`; overwrites the copies of earlier calls."""
         sources = list(fragments)
         total = sum(fragment.key.stop - fragment.key.start for fragment in sources)
-        # Others are read from a disk when they are asked for, so that each is asked for once.
+        # Other kinds read their tensor from disk on access, so each is accessed only once.
         on_device = any(fragment.tensor.is_cuda for fragment in sources if isinstance(fragment, Fragment))
         if self._buffer.numel() < total:
             self._buffer = torch.empty(total, pin_memory=on_device)
@@ -54,14 +58,14 @@ def _flat(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is complete.
+    """A complete checkpoint.
 
     Attributes:
-        stall_seconds: how long training stood still for it.
-        write_seconds: from its beginning to the moment when all ranks know that it is complete.
-        bytes: of all ranks' tensors.
-        pruned: names of those that went for it; rank 0 knows.
-        notice: what went wrong after it was complete; rank 0 knows.
+        stall_seconds: how long training waited for it.
+        write_seconds: from the start of the save until all ranks know that it is complete.
+        bytes: total size of all ranks' tensors.
+        pruned: names of the checkpoints deleted for it; on rank 0 only.
+        notice: what failed after the checkpoint was complete; on rank 0 only.
     """
 
     path: Path
@@ -74,12 +78,12 @@ class Saved:
 
 
 class CheckpointWriter:
-    """Every method is collective.
+    """Saves checkpoints, one at a time. Every method is collective.
 
     Args:
-        checkpoints: the run's folder of checkpoints.
-        asynchronous: write behind training, from copies in host memory.
-        origin: what this process went on from: it is kept until something was saved since.
+        checkpoints: the run's checkpoints folder.
+        asynchronous: write in the background, from copies in host memory.
+        origin: the checkpoint that this process resumed from; kept until the first save completes.
     """
 
     def __init__(
@@ -93,16 +97,16 @@ class CheckpointWriter:
         self._write: CheckpointWrite | None = None
         self._step = 0
         self._begun = self._stall_seconds = 0.0
-        self._best: Path | None = None  # to be named once it is complete
+        self._best: Path | None = None  # gets its name in `best` once complete
         self._saved: list[Saved] = []
         self._pruned: tuple[str, ...] = ()
         self._notice = ""
 
     def begin(self, step: int, fragments: Iterable[HasFragment], facts: dict[str, Any], copies: Sequence[Path]) -> Path:
-        """Write a checkpoint, or begin to; where it will be. A second one waits for the first.
+        """Write a checkpoint, or start writing it; return its path. Waits for a save that is still in progress.
 
         Raises:
-            TrainingError: this one, or the one before, cannot be written.
+            TrainingError: this checkpoint, or the one before, cannot be written.
         """
         self._begun = time.perf_counter()
         self._advance(wait=True)
@@ -125,27 +129,27 @@ class CheckpointWriter:
         return path
 
     def completed(self, wait: bool = False) -> list[Saved]:
-        """What became complete since the last call; to be asked at every step boundary.
+        """Return the checkpoints completed since the last call; call it at every step boundary.
 
         Args:
-            wait: until nothing is being written.
+            wait: wait until no write is in progress.
 
         Raises:
-            TrainingError: on all ranks, where any could not write.
+            TrainingError: on all ranks, if any rank could not write.
         """
         self._advance(wait)
         saved, self._saved = self._saved, []
         return saved
 
     def mark_best(self, path: Path) -> None:
-        """Name a checkpoint in `checkpoints/best`, when it is complete."""
+        """Name a checkpoint in `checkpoints/best` once it is complete."""
         if self._write is not None and self._write.path == path:
             self._best = path
         elif self._ranks.is_main:
             write_durably(path.with_name(BEST), f"{path.name}\n".encode())
 
     def rehearse(self, folder: Path, fragments: Iterable[HasFragment], facts: dict[str, Any]) -> None:
-        """Write a checkpoint in another folder, in the way of the real ones, and remove it."""
+        """For preflight: write a checkpoint to `folder` the same way as a real save, then remove it."""
         write = CheckpointWrite(
             folder, 0, self._held(fragments), facts, [], self._ranks, asynchronous=self._host is not None
         )
@@ -171,7 +175,7 @@ class CheckpointWriter:
             self.mark_best(write.path)
 
     def _prune(self) -> None:
-        """On rank 0. What cannot be deleted is told; the checkpoint that was just written is complete all the same."""
+        """On rank 0. A failed deletion becomes a notice: the checkpoint just written is complete regardless."""
         try:
             self._pruned += tuple(path.name for path in prune(self._checkpoints, self._retention, self._origin))
         except OSError as error:

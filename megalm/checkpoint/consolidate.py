@@ -1,4 +1,4 @@
-"""A checkpoint's weights as one ordinary safetensors file: whole parameters by canonical name."""
+"""Consolidate a checkpoint's weights into one safetensors file: full parameters by canonical name."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from megalm.utils.atomic_files import sync_directory, write_atomically
 def write_weights(
     reader: CheckpointReader, target: Path, dtype: torch.dtype, tell: Callable[[], None] = lambda: None
 ) -> int:
-    """Write the fp32 masters to `target`, rounded to `dtype` (fp32 or bf16); complete or absent, bytes written.
+    """Write the fp32 masters to `target`, rounded to `dtype` (fp32 or bf16); return the bytes written.
 
-    One parameter is in memory at a time, whatever the layout that wrote the checkpoint.
+    The file is complete or absent. One parameter is in memory at a time, whatever layout wrote the checkpoint.
 
     Args:
         tell: called after each parameter.
 
     Raises:
-        CheckpointError: a parameter has holes, or a file cannot be read.
+        CheckpointError: a parameter is incomplete, or a file cannot be read.
         OSError: the target cannot be written.
     """
     shapes = reader.shapes()
@@ -44,19 +44,19 @@ def write_weights(
 
 
 def read_whole(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -> Tensor:
-    """A parameter's fp32 master in its shape.
+    """Read a parameter's fp32 master in its shape.
 
     Raises:
-        CheckpointError: it is not there, has another shape, or has holes.
+        CheckpointError: it is missing, has another shape, or is incomplete.
     """
     return reader.read(FragmentKey(name, "master", shape, 0, math.prod(shape))).view(shape)
 
 
 def read_finite(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -> Tensor:
-    """The same of a model that is to be used: what it says would be wrong in silence, or break somewhere else.
+    """As `read_whole`, but refuse NaN and infinity: a model with them fails elsewhere, or is wrong in silence.
 
     Raises:
-        CheckpointError: as of `read_whole`, or it has NaN or infinity.
+        CheckpointError: as `read_whole`, or the parameter has NaN or infinity.
     """
     found = read_whole(reader, name, shape)
     if not is_finite(found):
@@ -68,5 +68,5 @@ def read_finite(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -> 
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all its numbers are; NaN is the least and the greatest of whatever it is among. Takes no memory."""
+    """Whether all values are finite. Uses min and max, which propagate NaN, so it allocates no mask."""
     return all(math.isfinite(float(end)) for end in torch.aminmax(tensor))

@@ -1,4 +1,4 @@
-"""Two checkpoints side by side: what their manifests say, and how far their tensors are apart."""
+"""Compare two checkpoints: their manifests, and the distance between their tensors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.shard_spec import KINDS, FragmentKey, FragmentKind
 from megalm.utils.formatting import flatten_to_text
 
-# Different in any two checkpoints, or compared apart.
+# Different in any two checkpoints, or compared separately.
 _UNCOMPARED = ("files", "tensors", "created")
 
 
 def different_facts(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(dotted name, the first's value, the second's) of what the manifests say differently; `-` where one is silent."""
+    """Return (dotted name, first value, second value) of each manifest difference; `-` for a missing value."""
     flat = [
         flatten_to_text({name: value for name, value in manifest.items() if name not in _UNCOMPARED}, numbered=True)
         for manifest in (first, second)
@@ -26,7 +26,7 @@ def different_facts(first: Mapping[str, Any], second: Mapping[str, Any]) -> list
 
 
 def different_shapes(first: CheckpointReader, second: CheckpointReader) -> list[tuple[str, str, str]]:
-    """(parameter, shape here, shape there) of parameters that cannot be compared."""
+    """Return (parameter, first shape, second shape) of the parameters that cannot be compared."""
     shapes = first.shapes(), second.shapes()
     names = [*shapes[0], *(name for name in shapes[1] if name not in shapes[0])]
     pairs = [(name, *(str(list(there[name])) if name in there else "-" for there in shapes)) for name in names]
@@ -36,12 +36,12 @@ def different_shapes(first: CheckpointReader, second: CheckpointReader) -> list[
 def largest_differences(
     first: CheckpointReader, second: CheckpointReader, tell: Callable[[], None] = lambda: None
 ) -> dict[str, dict[FragmentKind, float]]:
-    """Part of the model (`layers.3`) -> kind -> largest absolute difference, over the parameters that both have.
+    """Return model part (`layers.3`) -> kind -> largest absolute difference, over the parameters that both have.
 
-    One parameter of each is in memory at a time. Not a number on one side only counts as infinitely far apart.
+    One parameter of each checkpoint is in memory at a time. NaN on one side only counts as infinitely far apart.
 
     Args:
-        tell: called after each parameter of the first.
+        tell: called after each parameter of the first checkpoint.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -62,7 +62,7 @@ def largest_differences(
 def _distance(first: CheckpointReader, second: CheckpointReader, key: FragmentKey) -> float:
     here, there = first.read(key), second.read(key)
     difference = (here - there).abs()
-    difference[(here == there) | (here.isnan() & there.isnan())] = 0.0  # two infinities of a sign are equal
+    difference[(here == there) | (here.isnan() & there.isnan())] = 0.0  # infinities of the same sign are equal
     return float(difference.nan_to_num(nan=math.inf).max()) if difference.numel() else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Names in a run's `checkpoints` folder, and which of them `--resume` means."""
+"""Find the checkpoints in a run's `checkpoints` folder, and choose the one that `--resume` uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megalm.errors import CheckpointError
 LATEST = "latest"
 BEST = "best"
 PARTIAL_SUFFIX = ".tmp"  # being written
-REPLACED_SUFFIX = ".replaced"  # of an earlier attempt, until its successor is in place
+REPLACED_SUFFIX = ".replaced"  # from an earlier attempt, until its replacement is in place
 TRASH_SUFFIX = ".trash"  # being deleted
 
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -20,7 +20,7 @@ _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True)
 class Entry:
-    """A complete checkpoint. `manifest` is None where it cannot be read; `problem` then says why."""
+    """A complete checkpoint. `manifest` is None if it cannot be read; `problem` then says why."""
 
     path: Path
     manifest: Manifest | None
@@ -36,13 +36,13 @@ class Entry:
 
     @property
     def attempt(self) -> int:
-        """0 where that cannot be read."""
+        """The attempt that wrote it; 0 if the manifest cannot be read."""
         return 0 if self.manifest is None else self.manifest.attempt
 
 
 @dataclass(frozen=True)
 class ResumedFrom:
-    """A checkpoint that a later attempt went on from: until that attempt has saved, it stands for it."""
+    """The checkpoint that an attempt resumed from; it represents that attempt until the attempt's first save."""
 
     path: Path
     attempt: int
@@ -66,7 +66,7 @@ def step_of(folder: Path) -> int:
 
 
 def step_folders(checkpoints: Path) -> list[Path]:
-    """Every folder with a checkpoint's final name, complete or not, in the order of steps."""
+    """Return every folder with a checkpoint's final name, complete or not, in step order."""
     if not checkpoints.is_dir():
         return []
     found = [path for path in checkpoints.iterdir() if is_step_name(path.name) and path.is_dir()]
@@ -74,18 +74,18 @@ def step_folders(checkpoints: Path) -> list[Path]:
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """Folders with a manifest, in the order of steps; the manifest is what makes a checkpoint complete."""
+    """Return the folders with a manifest, in step order; a checkpoint is complete once it has a manifest."""
     return [path for path in step_folders(checkpoints) if (path / MANIFEST).is_file()]
 
 
 def list_checkpoints(checkpoints: Path) -> list[Entry]:
-    """All complete checkpoints, those without a readable manifest first, the others in the order of writing."""
+    """Return all complete checkpoints: those without a readable manifest first, then the others in write order."""
     entries = [_entry(path) for path in complete_checkpoints(checkpoints)]
     return sorted(entries, key=_written)
 
 
 def read_pointer(checkpoints: Path, pointer: str) -> str | None:
-    """The checkpoint's name that the file `latest` or `best` holds; None where it holds no such name."""
+    """Return the checkpoint name in the file `latest` or `best`; None if it holds no valid name."""
     try:
         name = (checkpoints / pointer).read_bytes()[:100].decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
@@ -94,19 +94,19 @@ def read_pointer(checkpoints: Path, pointer: str) -> str | None:
 
 
 def resume_candidates(checkpoints: Path, wanted: str, origin: ResumedFrom | None = None) -> list[Entry]:
-    """What `--resume wanted` may go on from, in order of preference.
+    """Return the checkpoints that `--resume wanted` can resume from, in order of preference.
 
     Args:
         checkpoints: the run's checkpoints folder.
-        wanted: `auto`, a step, `latest`, `best` or a folder's name in `checkpoints`, or the path of any checkpoint.
-            `auto` is every good one, the one written last first, then the suspect ones, never a bad one; those whose
-            manifest cannot be read come first of all, so that they are told of. Empty where nothing was ever saved.
-        origin: what the last attempt went on from, in this folder or elsewhere; later steps of earlier attempts were
-            left by it. As it was chosen then, it is as good as a good one.
+        wanted: `auto`, a step, `latest`, `best`, a folder name in `checkpoints`, or the path of any checkpoint.
+            `auto` gives the good ones, newest write first, then the suspect ones, never a bad one; those with an
+            unreadable manifest come first of all, so that they are reported. Empty if nothing was ever saved.
+        origin: the checkpoint that the last attempt resumed from, in this folder or elsewhere. That attempt abandoned
+            the later steps of earlier attempts. The origin counts as good, because it was chosen then.
 
     Raises:
-        CheckpointError: what was named is not there, not complete or bad; or `auto` and there are only bad ones, or
-            the origin is gone and nothing has been written since.
+        CheckpointError: the named checkpoint is missing, incomplete or bad; or, with `auto`, all are bad, or the
+            origin is gone and nothing has been written since.
     """
     if wanted != "auto":
         return [_named(checkpoints, wanted)]
@@ -126,16 +126,16 @@ def resume_candidates(checkpoints: Path, wanted: str, origin: ResumedFrom | None
 
 
 def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
-    """The first of `candidates` whose files are there in full size; None: nothing was ever saved.
+    """Return the first of `resume_candidates` whose files all have full size; None if nothing was ever saved.
 
     Raises:
-        CheckpointError: as `candidates`; or all of them are damaged.
+        CheckpointError: as `resume_candidates`; or all candidates are damaged.
     """
     return first_whole(checkpoints, wanted)[0]
 
 
 def first_whole(checkpoints: Path, wanted: str) -> tuple[Path | None, list[str]]:
-    """What `find_checkpoint` finds, and what is wrong with those that it would rather have taken.
+    """Return the result of `find_checkpoint`, and the problems of the preferred candidates that it skipped.
 
     Raises:
         CheckpointError: as `find_checkpoint`.
@@ -154,7 +154,7 @@ def first_whole(checkpoints: Path, wanted: str) -> tuple[Path | None, list[str]]
 
 
 def resolve_pointer(path: Path) -> Path:
-    """The checkpoint that a file `latest` or `best` names; any other path as it is."""
+    """Return the checkpoint that a file `latest` or `best` names; any other path unchanged."""
     name = read_pointer(path.parent, path.name) if path.name in (LATEST, BEST) else None
     return path.parent / name if name else path
 
@@ -187,21 +187,21 @@ def _entry(path: Path) -> Entry:
 
 
 def _written(entry: Entry) -> tuple[int, int]:
-    """A run that was set back to an earlier step has later steps too, of an attempt that it has left."""
+    """Sort key of write order: after a rollback, an abandoned attempt's checkpoints can have later steps."""
     return entry.attempt, entry.step
 
 
 def _with_origin(entries: list[Entry], origin: ResumedFrom) -> list[Entry]:
-    """In the order of writing, the origin as the first of its attempt.
+    """Return the entries in write order, with the origin as the first of its attempt.
 
     Raises:
-        CheckpointError: it is gone, and there is nothing that came after it.
+        CheckpointError: the origin is gone, and nothing was written after it.
     """
     if not any(origin.is_at(entry.path) for entry in entries) and (origin.path / MANIFEST).is_file():
         entries = [*entries, _entry(origin.path)]
 
     def written(entry: Entry) -> tuple[int, int]:
-        # Before whatever the attempt wrote: another run's checkpoint may have a later step.
+        # Before everything the attempt wrote: an origin from another run can have a later step.
         return (origin.attempt, -1) if origin.is_at(entry.path) else _written(entry)
 
     found = sorted(entries, key=written)

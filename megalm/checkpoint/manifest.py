@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: what makes it complete, and what its files are held to. JSON only, no torch.
+"""A checkpoint's manifest: its schema, reading, writing, and checks of the files that it lists. JSON only, no torch.
 
-It is written last, and sealed: a SHA-256 of its own content stands in it, so that a flipped bit in the step or in the
-data position is found like one in a tensor. Nothing that a manifest says is trusted as a path.
+The manifest is written last and makes the checkpoint complete. It is sealed with a SHA-256 of its own content, so a
+flipped bit in the step or in the data position is detected like one in a tensor. Paths in a manifest are not trusted.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _TRAINING_STATE = (
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
 Count = Annotated[int, Field(ge=0)]
 
-# A stretch starts an order of its own, goes on in the order of the stretch before, or reads what that one left of its
+# A segment starts a new sample order, continues the order of the previous segment, or reads the rest of that segment's
 # epoch, cut into samples of another length.
 Beginning = Literal["anew", "on", "recut"]
 
 
 class _Part(BaseModel):
-    """A part of a manifest; keys of a newer version are let pass."""
+    """Base of a manifest's parts; allows the keys of newer versions."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -55,7 +55,7 @@ class StoredFile(_Part):
 
 
 class StoredFragment(_Part):
-    """Where a part of a parameter is; the numbers are those of a `FragmentKey`."""
+    """Where a fragment of a parameter is stored; the other fields are those of a `FragmentKey`."""
 
     file: FileName
     kind: str
@@ -70,16 +70,16 @@ class StoredTensor(_Part):
 
 
 class DataSegment(_Part):
-    """A stretch of training on one order of samples with one batch size.
+    """A segment of training on one sample order with one batch size.
 
     Attributes:
-        order: fingerprint of the order that the sample numbers belong to.
-        sequence_length: tokens of a sample.
-        global_batch: samples of a step.
-        first_sample: number of the stretch's first sample; older checkpoints, of a single stretch, do not have it.
-        samples_consumed: trained on, from there.
-        samples_skipped: passed over after those, because they led to a spike or a person said so.
-        begins: how it follows the stretch before.
+        order: fingerprint of the sample order that the sample numbers refer to.
+        sequence_length: tokens per sample.
+        global_batch: samples per step.
+        first_sample: number of the segment's first sample; absent in older checkpoints, which have a single segment.
+        samples_consumed: samples trained on, from `first_sample` on.
+        samples_skipped: samples skipped after those, because of a spike or on request.
+        begins: how it follows the previous segment.
     """
 
     order: str
@@ -96,7 +96,7 @@ class DataSegment(_Part):
 
 
 class DataPosition(_Part):
-    """The stretches so far; the last one is in force."""
+    """The segments so far; the last one is current."""
 
     segments: tuple[DataSegment, ...] = ()
 
@@ -115,7 +115,7 @@ class StoredScheduleSegment(_Part):
 
 
 class StoredSchedule(_Part):
-    """Attributes: stated: the schedules that a person stated while the segments came about, as JSON."""
+    """Attributes: stated: the schedules configured while the segments were created, as JSON."""
 
     stated: tuple[dict[str, Any], ...] = ()
     segments: tuple[StoredScheduleSegment, ...] = ()
@@ -131,7 +131,7 @@ class StoredTopology(_Part):
 
 
 class Fingerprints(_Part):
-    """Of what was trained on so far."""
+    """Fingerprints of what the run has trained on so far."""
 
     order: str | None = None
     dataset: str | None = None
@@ -139,15 +139,15 @@ class Fingerprints(_Part):
 
 
 class Manifest(_Part):
-    """What a checkpoint says of itself. What one of an older version, or of weights alone, does not say has a default.
+    """A checkpoint's metadata. Fields that older versions or weights-only checkpoints lack have defaults.
 
     Attributes:
-        holds: `weights` of an imported model; None: the whole state of a run.
-        validation_loss, validation_tokens: of this very step, on the part of the sets used while training;
-            `whole_...`: on all of them.
-        validation: fingerprint of the sets that the losses are of.
-        counters: the engine's; `model`: a ModelConfig's numbers, see `shape_of`; `data`: settings by name.
-        tokenizer: where it was.
+        holds: `weights` for an imported model; None for the complete state of a run.
+        validation_loss, validation_tokens: of this step, on the subset of the validation sets used while training;
+            `whole_...`: on the complete sets.
+        validation: fingerprint of the validation sets.
+        counters: the engine's; `model`: the numbers of a ModelConfig, see `shape_of`; `data`: settings by name.
+        tokenizer: its path at the time of the save.
     """
 
     status: Status = "good"
@@ -183,23 +183,23 @@ class Manifest(_Part):
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Manifest:
-        """Raises: ValidationError: a key has a value that means nothing, or one that every manifest has is absent."""
+        """Raises: ValidationError: a key has an invalid value, or a required key is missing."""
         manifest = cls.model_validate(content)
         manifest._content = dict(content)
         return manifest
 
     @property
     def content(self) -> Mapping[str, Any]:
-        """The JSON that it was made from: its keys in their order, unknown ones too, and no defaults."""
+        """The JSON that it was read from: keys in their order, including unknown ones, without defaults."""
         return self._content
 
     def amended(self, **changes: Any) -> Manifest:
-        """The same with other values (JSON) of some keys; keys that it did not have come last."""
+        """Return a copy with some keys changed (JSON values); new keys come last."""
         return Manifest.from_json({**self._content, **changes})
 
     @property
     def bytes(self) -> int:
-        """Of all its files."""
+        """Total size of its files."""
         return sum(file.bytes for file in self.files.values())
 
     @property
@@ -211,21 +211,21 @@ class Manifest(_Part):
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Seal `manifest` and make it the folder's, atomically and on disk."""
+    """Seal `manifest` and write it to `folder`, atomically and durably."""
     stated = {name: value for name, value in manifest.content.items() if name != _SEAL}
     content = json.loads(
         json.dumps({"format": FORMAT, "status": "good", "status_reason": None, **stated})
-    )  # as a reader will see it
-    # A line each: as short as the fragments of thousands of ranks want it, as legible as a person wants the rest.
+    )  # as a reader sees it
+    # One line per key: compact for the fragments of thousands of ranks, and the rest stays legible.
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in {**content, _SEAL: _seal(content)}.items()]
     write_durably(folder / MANIFEST, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint folder.
+    """Read the manifest of a checkpoint folder.
 
     Raises:
-        CheckpointError: it is absent, not JSON, of another format, or not as it was written.
+        CheckpointError: it is missing, not JSON, of another format, or does not match its seal.
     """
     path = folder / MANIFEST
     try:
@@ -254,7 +254,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def set_status(folder: Path, status: Status, reason: str | None) -> None:
-    """Mark a checkpoint, atomically.
+    """Set a checkpoint's status and reason, atomically.
 
     Raises:
         CheckpointError: its manifest cannot be read.
@@ -263,7 +263,7 @@ def set_status(folder: Path, status: Status, reason: str | None) -> None:
 
 
 def require_training_state(folder: Path, manifest: Manifest) -> None:
-    """Raises: CheckpointError: it lacks what a run is resumed from, or its data position is of a newer version."""
+    """Raises: CheckpointError: it lacks state needed to resume, or its data position is of a newer version."""
     for name in _TRAINING_STATE:
         if name not in manifest.content:
             raise CheckpointError(f"{folder / MANIFEST}: {name}: missing, so nothing resumes from it; {advice(folder)}")
@@ -272,10 +272,10 @@ def require_training_state(folder: Path, manifest: Manifest) -> None:
 
 
 def shape_of(folder: Path, manifest: Manifest) -> ModelConfig:
-    """The model's dimensions.
+    """Return the model's dimensions.
 
     Raises:
-        CheckpointError: one is absent, not known to this version or no such number.
+        CheckpointError: one is missing, unknown to this version, or invalid.
     """
     _refuse_unknown(folder, "model", manifest.model.keys() - ModelConfig.__dataclass_fields__.keys())
     try:
@@ -285,7 +285,7 @@ def shape_of(folder: Path, manifest: Manifest) -> ModelConfig:
 
 
 def wrong_file(folder: Path, manifest: Manifest) -> str:
-    """The first file that is not there in full size, in words; '' where all are."""
+    """Return a message about the first file that is missing or of the wrong size; '' if there is none."""
     for name, stored in manifest.files.items():
         file = folder / name
         if file.is_symlink():
@@ -301,10 +301,10 @@ def wrong_file(folder: Path, manifest: Manifest) -> str:
 def damaged_file(
     folder: Path, manifest: Manifest, part: int = 0, parts: int = 1, tell: Callable[[], None] = lambda: None
 ) -> str:
-    """Compare every `parts`-th file from `part` with its SHA-256; the first difference in words, or ''.
+    """Check every `parts`-th file from `part` against its SHA-256; return the first mismatch in words, or ''.
 
     Args:
-        tell: called for each `HASH_BLOCK_BYTES` that are read, and for the rest of a file.
+        tell: called after each `HASH_BLOCK_BYTES` read, and after the rest of a file.
     """
     for name in sorted(manifest.files)[part::parts]:
         try:
@@ -320,7 +320,7 @@ def damaged_file(
 
 
 def hashed_blocks(manifest: Manifest, part: int = 0, parts: int = 1) -> int:
-    """How often `damaged_file` tells that it has come further, where nothing is damaged."""
+    """Return how often `damaged_file` calls `tell` when nothing is damaged."""
     names = sorted(manifest.files)[part::parts]
     return sum(-(-manifest.files[name].bytes // HASH_BLOCK_BYTES) for name in names)
 
@@ -339,7 +339,7 @@ def advice(folder: Path) -> str:
 
 
 def without_advice(problem: str, folder: Path) -> str:
-    """What is wrong alone, for where an earlier checkpoint has been chosen already."""
+    """Return the problem without the advice, for when an earlier checkpoint has already been chosen."""
     return problem.removesuffix(f"; {advice(folder)}")
 
 

@@ -1,6 +1,6 @@
-"""Which checkpoints are kept, and removing the others so that a kill at any moment leaves the promised number.
+"""Choose which checkpoints to keep, and delete the others; a kill at any moment leaves the configured number.
 
-A checkpoint that goes is renamed first, in one step, and deleted afterwards: there is never half of one under its name.
+A checkpoint is renamed before it is deleted, so a partly deleted one never has a checkpoint's name.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from megalm.utils.atomic_files import is_temporary, sync_directory, write_durabl
 
 @dataclass(frozen=True)
 class Retention:
-    """What stays: the newest good ones, the best, and one every so many steps.
+    """What to keep: the newest good checkpoints, the best, and one every N steps.
 
     Args:
-        keep_last: so many good ones, those written last; None: everything stays.
-        keep_every_steps: and every good one whose step divides by this.
+        keep_last: number of good checkpoints to keep, newest write first; None keeps everything.
+        keep_every_steps: also keep every good checkpoint whose step is a multiple of this.
     """
 
     keep_last: int | None = None
@@ -39,10 +39,10 @@ class Retention:
 
 
 def superfluous(entries: Sequence[Entry], retention: Retention, best: str | None) -> list[Entry]:
-    """What `retention` does not keep, of `entries` in the order of writing.
+    """Return the `entries`, given in write order, that `retention` does not keep.
 
-    Suspect and bad ones do not count as kept; they go when the promised number of good ones came after them. One
-    whose manifest cannot be read stays: a person should look at it.
+    Suspect and bad checkpoints do not count as kept; they go once `keep_last` good ones were written after them. One
+    with an unreadable manifest stays for inspection.
     """
     if retention.keep_last is None:
         return []
@@ -62,13 +62,13 @@ def superfluous(entries: Sequence[Entry], retention: Retention, best: str | None
 
 
 def prune(checkpoints: Path, retention: Retention, origin: Path | None = None) -> list[Path]:
-    """Delete what `retention` does not keep; where it was.
+    """Delete the checkpoints that `retention` does not keep; return their former paths.
 
     Args:
-        origin: one that stays whatever its age: nothing that came after it is complete yet.
+        origin: a checkpoint to keep whatever its age, because no save after it is complete yet.
 
     Raises:
-        OSError: something cannot be deleted.
+        OSError: a checkpoint cannot be deleted.
     """
     gone = [
         entry.path for entry in superfluous(list_checkpoints(checkpoints), retention, read_pointer(checkpoints, BEST))
@@ -80,10 +80,10 @@ def prune(checkpoints: Path, retention: Retention, origin: Path | None = None) -
 
 
 def tidy(checkpoints: Path) -> list[Path]:
-    """Finish what a killed job left half done; what was removed or put back. Only for the holder of the run's lock.
+    """Clean up after a killed job; return what was removed or restored. The caller must hold the run's lock.
 
-    An earlier checkpoint of a step that was being replaced gets its name back, unless its successor is in place; and
-    `best` names the newest that was the best when it was written, which a kill may have come before.
+    A checkpoint that was being replaced gets its name back, unless its replacement is in place. `best` is updated to
+    the newest checkpoint that was the best when written, in case the job was killed before that update.
     """
     if not checkpoints.is_dir():
         return []
@@ -111,7 +111,7 @@ def tidy(checkpoints: Path) -> list[Path]:
 
 
 def _best(entries: Sequence[Entry]) -> str | None:
-    """The name of the newest good one whose validation loss was the lowest so far."""
+    """Return the name of the newest good checkpoint whose validation loss was the lowest so far."""
     for entry in reversed(entries):
         if entry.manifest is not None and entry.status == "good":
             loss = entry.manifest.validation_loss
@@ -126,7 +126,7 @@ def _discard(path: Path) -> None:
         shutil.rmtree(trash)
     try:
         path.rename(trash)
-    except FileNotFoundError:  # somebody else prunes too
+    except FileNotFoundError:  # another process prunes too
         return
     sync_directory(path.parent)
     shutil.rmtree(trash)

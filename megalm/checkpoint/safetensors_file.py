@@ -1,9 +1,9 @@
-"""One rank's file of a checkpoint: safetensors, written as a stream.
+"""Write a rank's shard of a checkpoint as safetensors, in a stream.
 
-The safetensors library wants every tensor in memory and contiguous at once; a rank's fragments are views into much
+The safetensors library needs all tensors contiguous in memory at once, but a rank's fragments are views into much
 larger buffers. The format (https://github.com/huggingface/safetensors#format) is a length, a JSON header and the
-bytes, so it is written here one tensor at a time, hashed on the way by a second thread: SHA-256 and the disk are of
-like speed, one after the other they would take twice as long. Reading uses the library.
+bytes, so this module writes one tensor at a time. A second thread hashes: SHA-256 and the disk are about equally fast,
+and one after the other would take twice as long. Reading uses the library.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """What the manifest says of a shard."""
+    """A shard's data for the manifest."""
 
     file: str
     bytes: int
@@ -42,7 +42,7 @@ class ShardSummary:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor as a safetensors header announces it."""
+    """A tensor's entry in a safetensors header."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,7 +54,7 @@ class TensorEntry:
 
 
 def tensor_name(key: FragmentKey) -> str:
-    """`master/layers.0.mlp.up.weight`; unique in a file, because a rank owns one range of a parameter."""
+    """Return e.g. `master/layers.0.mlp.up.weight`; unique in a file, because a rank owns one range of a parameter."""
     return f"{key.kind}/{key.name}"
 
 
@@ -65,11 +65,11 @@ def is_whole(key: FragmentKey) -> bool:
 def write_shard(path: Path, fragments: Sequence[HasFragment]) -> ShardSummary:
     """Write fp32 fragments to `path` and make them durable.
 
-    A fragment that is a whole parameter is stored in its shape, so that a one-rank checkpoint reads as the model;
-    a part is stored flat, and the manifest says which part it is.
+    A fragment that is a full parameter is stored in its shape, so that a one-rank checkpoint loads as the model;
+    a partial one is stored flat, and the manifest gives its range.
 
     Raises:
-        OSError: the disk is full or fails; nothing under the final name of the checkpoint exists then.
+        OSError: the disk is full or fails; nothing has the checkpoint's final name then.
     """
     keys = tuple(fragment.key for fragment in fragments)
     entries = [TensorEntry(tensor_name(key), key.shape if is_whole(key) else (key.stop - key.start,)) for key in keys]
@@ -81,10 +81,10 @@ def write_shard(path: Path, fragments: Sequence[HasFragment]) -> ShardSummary:
 
 
 def write_tensors(file: BinaryIO, entries: Sequence[TensorEntry], tensors: Iterable[Tensor]) -> tuple[int, str]:
-    """Write a safetensors file of `tensors`, which come in the order of `entries`, one in memory at a time.
+    """Write `tensors`, in the order of `entries`, as a safetensors file; one is in memory at a time.
 
     Returns:
-        bytes written, and their SHA-256.
+        Bytes written, and their SHA-256.
     """
     header = _header(entries)
     written = 0
@@ -96,10 +96,10 @@ def write_tensors(file: BinaryIO, entries: Sequence[TensorEntry], tensors: Itera
 
 
 class HashThread:
-    """SHA-256 of what it is given, computed in a thread of its own; no more than two batches wait in memory."""
+    """Computes a SHA-256 in a separate thread; at most two batches wait in memory."""
 
     def __init__(self) -> None:
-        self.hexdigest = ""  # at the end
+        self.hexdigest = ""  # set on exit
         self._sha256 = hashlib.sha256()
         self._pool = ThreadPoolExecutor(1, "hash")
         self._waiting: Future[None] | None = None
@@ -107,7 +107,7 @@ class HashThread:
         self._bytes = 0
 
     def update(self, part: Buffer) -> None:
-        """Handing over to the thread costs more than hashing a bias: small parts go together."""
+        """Batch small parts: passing one to the thread costs more than hashing a bias."""
         self._batch.append(part)
         self._bytes += len(part)
         if self._bytes >= _HASH_BATCH_BYTES:

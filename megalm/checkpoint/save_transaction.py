@@ -1,10 +1,10 @@
-"""Writing a checkpoint: complete or absent, whatever is killed when.
+"""Write one checkpoint, complete or absent even after a kill; first check that it fits on the disk.
 
-Each rank writes its own file into `step-N.tmp`; rank 0 writes the manifest last, renames the folder and replaces
-`latest`. Everything is fsynced before it is named.
+Each rank writes its own shard into `step-N.tmp`; rank 0 writes the manifest last, renames the folder and replaces
+`latest`. Everything is fsynced before it gets its final name.
 
-The work can go on behind training: then each rank writes in a thread of its own, and what the ranks have to tell each
-other they say at step boundaries, from the main thread, because collectives of two threads would meet each other's.
+A save can run in the background: each rank then writes in a thread. The ranks communicate only at step boundaries and
+from the main thread, because collectives issued from two threads would mix.
 """
 
 from __future__ import annotations
@@ -26,28 +26,29 @@ from megalm.errors import MegalmError, TrainingError
 from megalm.utils.atomic_files import make_directory, sync_directory, write_atomically, write_durably
 from megalm.utils.formatting import format_bytes
 
-# Whether a checkpoint fits the disk, before it is begun.
+# Disk space
 
-# Beside the fp32 values: a line in the file's header and a dozen in the manifest; configuration and blocks half full.
+# Overhead besides the fp32 values. Per fragment: a line in the shard's header and a dozen in the manifest; per rank:
+# configuration and partly filled disk blocks.
 _FRAGMENT_BYTES = 600
 _RANK_BYTES = 64 << 10
 
 
 def bytes_needed(fragments: Sequence[HasFragment]) -> int:
-    """What this rank's part of a checkpoint will take, from shapes alone."""
+    """Return the estimated size of this rank's part of a checkpoint, from shapes alone."""
     return _RANK_BYTES + sum(4 * (fragment.key.stop - fragment.key.start) + _FRAGMENT_BYTES for fragment in fragments)
 
 
 def require_space(folder: Path, needed: int, make_room: Callable[[], None]) -> None:
-    """Refuse to begin what cannot be finished.
+    """Refuse to start a save that does not fit on the disk.
 
     Args:
-        folder: where it will be written; exists.
-        needed: bytes of all ranks together: the run folder is on one file system for all of them.
-        make_room: deletes what need not be kept; called only where the space is too small.
+        folder: where the checkpoint is written; must exist.
+        needed: bytes of all ranks together, because they share one file system.
+        make_room: deletes what need not be kept; called only if there is too little space.
 
     Raises:
-        TrainingError: it is too small even then.
+        TrainingError: there is too little space even after `make_room`.
     """
     if shutil.disk_usage(folder).free >= needed:
         return
@@ -64,7 +65,7 @@ T = TypeVar("T")
 
 
 class Ranks(Protocol):
-    """What saving needs of the other ranks."""
+    """The collectives that saving needs."""
 
     rank: int
     is_main: bool
@@ -81,7 +82,7 @@ def save_checkpoint(
     copies: Sequence[Path],
     ranks: Ranks,
 ) -> Path:
-    """Write `checkpoints/step-N` and wait for it; collective. Arguments and errors as of CheckpointWrite."""
+    """Write `checkpoints/step-N` and wait for it; collective. Arguments and errors as for `CheckpointWrite`."""
     write = CheckpointWrite(checkpoints, step, list(fragments), facts, copies, ranks)
     write.advance(wait=True)
     return write.path
@@ -92,16 +93,16 @@ class CheckpointWrite:
 
     Args:
         step: completed optimizer steps; names the folder.
-        fragments: this rank's part of the training state; if `asynchronous`, host memory that nobody changes meanwhile.
-        facts: what else the manifest says (JSON): step, tokens, data position, counters, fingerprints, ...
-        copies: files to keep beside the tensors (configuration).
-        asynchronous: write in threads; `advance` at step boundaries brings it to its end.
-        make_room: called on rank 0 where the disk is too full, to delete what need not be kept.
-        when_complete: called on rank 0 after the commit, in the thread that made it.
+        fragments: this rank's part of the state; if `asynchronous`, in host memory that must not change meanwhile.
+        facts: the manifest's other fields (JSON): step, tokens, data position, counters, fingerprints, ...
+        copies: files to store beside the tensors (configuration).
+        asynchronous: write in threads; call `advance` at step boundaries until it returns True.
+        make_room: called on rank 0 if the disk is too full, to delete what need not be kept.
+        when_complete: called on rank 0 after the commit, in the thread that committed.
 
     Raises:
-        TrainingError: on every rank, here or from `advance`, where any rank could not write or the disk is too full;
-            what was begun is removed. Its cause is the error of this rank, where there is one.
+        TrainingError: on every rank, here or from `advance`, if any rank could not write or the disk is too full;
+            the partial checkpoint is removed. The cause is this rank's error, if it had one.
     """
 
     def __init__(
@@ -117,14 +118,14 @@ class CheckpointWrite:
         when_complete: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = checkpoints / folder_name(step)
-        self.bytes = 0  # of all ranks' files, once they are written
-        self.seconds = 0.0  # from the start to the commit, once it is complete
+        self.bytes = 0  # of all ranks' files, once written
+        self.seconds = 0.0  # from the start to the commit, once complete
         self._partial = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
         self._facts = {"step": step, **facts}
         self._copies = copies
         self._ranks = ranks
         self._asynchronous = asynchronous
-        self._in_place = False  # rank 0 knows
+        self._in_place = False  # set on rank 0 only
         self._when_complete = when_complete
         self._started = time.perf_counter()
         needed = sum(ranks.gather(bytes_needed(fragments)))
@@ -134,10 +135,10 @@ class CheckpointWrite:
         self._commit: _Work[None] | None = None
 
     def advance(self, wait: bool = False) -> bool:
-        """Bring the ranks to the next stage where all are ready for it; whether the checkpoint is complete.
+        """Enter the next stage if all ranks are ready; return whether the checkpoint is complete.
 
         Args:
-            wait: until it is.
+            wait: wait until it is complete.
         """
         if self.seconds:
             return True
@@ -145,7 +146,7 @@ class CheckpointWrite:
             if not self._all_ranks(self._writing, wait):
                 return False
             shards = self._ranks.gather(self._writing.result())
-            self._writing = None  # and with it the fragments
+            self._writing = None  # frees the fragments too
             self.bytes = sum(shard.bytes for shard in shards)
             self._commit = _Work(lambda: self._publish(shards), self._ranks.is_main, thread=self._asynchronous)
         assert self._commit is not None
@@ -155,7 +156,7 @@ class CheckpointWrite:
         return True
 
     def _all_ranks(self, work: _Work[Any], wait: bool = True) -> bool:
-        """Whether `work` is done on all ranks; one rank's failure is everybody's."""
+        """Return whether `work` is done on all ranks; if it failed on one rank, raise on every rank."""
         if wait:
             work.join()
         states = self._ranks.gather((work.is_done, work.problem, self._in_place))
@@ -163,7 +164,7 @@ class CheckpointWrite:
         if not problem:
             return all(done for done, _, _ in states)
         work.join()
-        self._ranks.barrier()  # nobody writes any more
+        self._ranks.barrier()  # no rank is writing any more
         if self._ranks.is_main:
             shutil.rmtree(self._partial, ignore_errors=True)
         if any(in_place for _, _, in_place in states):
@@ -182,7 +183,7 @@ class CheckpointWrite:
         self._partial.mkdir()
 
     def _publish(self, shards: list[ShardSummary]) -> None:
-        """Everything under the partial name, then the rename that makes it a checkpoint."""
+        """Write everything under the partial name, then rename it to commit."""
         files = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
         for source in self._copies:
             files[source.name] = _copy(source, self._partial / source.name)
@@ -195,15 +196,15 @@ class CheckpointWrite:
 
 
 class _Work(Generic[T]):
-    """A piece of work of this rank, done at once or in a thread; its failure is kept, as words for the other ranks.
+    """A task of this rank, run now or in a thread; a failure is kept, with a message for the other ranks.
 
     Args:
-        mine: otherwise there is nothing to do.
+        mine: whether this rank runs it; otherwise it does nothing.
     """
 
     def __init__(self, work: Callable[[], T], mine: bool = True, thread: bool = False) -> None:
         self.problem = ""
-        self.error: Exception | None = None  # what it was, where it was this rank's
+        self.error: Exception | None = None  # this rank's error, if it had one
         self._work = work
         self._results: list[T] = []
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True) if thread and mine else None
@@ -226,20 +227,20 @@ class _Work(Generic[T]):
     def _run(self) -> None:
         try:
             self._results.append(self._work())
-        except Exception as error:  # told to all ranks, which then fail together
+        except Exception as error:  # shared with all ranks, which then fail together
             self.error = error
             self.problem = str(error) if isinstance(error, (MegalmError, OSError)) else repr(error)
 
 
 def _copy(source: Path, target: Path) -> dict[str, Any]:
-    """Copy a small file; what the manifest says of it. Its folder is synced with the manifest."""
+    """Copy a small file; return its manifest entry. The folder is synced with the manifest."""
     content = source.read_bytes()
     write_atomically(target, lambda file: file.write(content))
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _put_in_place(partial: Path, final: Path) -> None:
-    """Rename; the same step of an earlier attempt goes only when its successor is in place."""
+    """Rename; delete an earlier attempt's checkpoint of the same step only once its replacement is in place."""
     replaced = final.with_name(final.name + REPLACED_SUFFIX)
     if final.exists():
         if replaced.exists():  # left by a kill
@@ -252,7 +253,7 @@ def _put_in_place(partial: Path, final: Path) -> None:
 
 
 def _tensor_index(shards: list[ShardSummary]) -> dict[str, Any]:
-    """name -> shape and, per kind, which file holds which range."""
+    """Return name -> shape and, per fragment, its file and range."""
     index: dict[str, Any] = {}
     for shard in shards:
         for key in shard.keys:

@@ -1,16 +1,16 @@
-"""The unit in which training state passes between an engine and a checkpoint: it knows nothing of DeepSpeed."""
+"""Fragments: the unit in which an engine passes training state to and from a checkpoint. Independent of DeepSpeed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
-if TYPE_CHECKING:  # who plans a run looks at checkpoints without torch
+if TYPE_CHECKING:  # planning reads checkpoints without torch
     from torch import Tensor
 
 FragmentKind = Literal["master", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[FragmentKind, ...] = get_args(FragmentKind)  # the fp32 master first, then Adam's moments
-# What a manifest says of itself under "holds" where there are masters alone: an imported model.
+# The manifest's "holds" for a checkpoint with masters only, such as an imported model.
 WEIGHTS = "weights"
 
 
@@ -21,7 +21,7 @@ class FragmentKey:
     Args:
         name: canonical name of the unsharded parameter.
         shape: its full shape.
-        rectangle: per dimension the [first, last) rows that the tensor-parallel shard holds; None: all of it.
+        rectangle: per dimension the [first, last) rows that the tensor-parallel shard holds; None: the full parameter.
     """
 
     name: str
@@ -33,7 +33,7 @@ class FragmentKey:
 
 
 class HasFragment(Protocol):
-    """A fragment, or what reads its tensor only when it is asked for."""
+    """A `Fragment`, or an object that reads its tensor on access."""
 
     @property
     def key(self) -> FragmentKey: ...

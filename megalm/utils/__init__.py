@@ -1,1 +1,1 @@
-"""Small things that every part of megalm uses. No torch; of megalm only `errors` and each other."""
+"""Helpers that every part of megalm uses. They import no torch, and of megalm only `errors` and each other."""

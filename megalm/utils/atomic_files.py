@@ -1,4 +1,4 @@
-"""Files that are complete or absent: temporary name, fsync, rename. Shared by everything that writes to disk."""
+"""Atomic file writes (temporary name, fsync, rename), small JSON files, and lock files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def make_directory(directory: Path) -> None:
-    """Make a folder and those above it that are missing, so that they survive a power cut."""
+    """Make a folder and its missing parents, durably against a power cut."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -36,19 +36,19 @@ def make_directory(directory: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path`, on the same file system so that a rename is atomic, and of this process on this node."""
+    """Return a name beside `path`, so that a rename is atomic, and unique to this process and node."""
     return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether it has a name as `temporary_name` gives: left behind by a process that was killed."""
+    """Whether `path` has a name made by `temporary_name`, as a killed process leaves behind."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def write_atomically(path: Path, fill: Callable[[BinaryIO], object], durable: bool = True) -> None:
-    """Let `fill` write a file that appears as `path` when it is whole; its directory is not synced.
+    """Let `fill` write a file that appears as `path` once complete; its directory is not synced.
 
-    Not `durable`: a power cut may leave it empty; for what can be made again.
+    Without `durable`, a power cut can leave it empty; use that for files that can be made again.
     """
     temporary = temporary_name(path)
     try:
@@ -64,18 +64,18 @@ def write_atomically(path: Path, fill: Callable[[BinaryIO], object], durable: bo
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Make the file `path` hold `content`, atomically and on disk."""
+    """Write `content` to `path`, atomically and durably."""
     write_atomically(path, lambda file: file.write(content))
     sync_directory(path.parent)
 
 
-# Small files of a dataset, complete or absent; what goes wrong is a DataError.
+# Dataset files: failures are DataErrors
 
 
 def write_bytes_atomically(path: Path, content: bytes, durable: bool = True) -> None:
-    """Replace `path` by `content` at once: a reader sees the old file or the new one.
+    """Replace `path` by `content`: a reader sees the old file or the new one.
 
-    Not `durable`: a power cut may undo it, or leave an empty file; for what can be made again.
+    Without `durable`, a power cut can undo the write or leave an empty file; use that for files that can be made again.
     """
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,22 +85,22 @@ def write_bytes_atomically(path: Path, content: bytes, durable: bool = True) -> 
 
 
 def write_json(path: Path, value: Any, durable: bool = True) -> None:
-    """Write `value` as indented JSON with a fixed order of keys, atomically."""
+    """Write `value` as indented JSON with a fixed key order, atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False)
-    # A file's name may hold bytes that are not UTF-8, as lone surrogates: what replaces them is JSON's own escape.
+    # A file name can hold bytes that are not UTF-8, as lone surrogates: backslashreplace writes JSON's own escape.
     write_bytes_atomically(path, (text + "\n").encode(errors="backslashreplace"), durable)
 
 
 def json_hash(value: Any) -> str:
-    """Identity of what JSON can hold, whatever the order of its keys."""
+    """Return a hash of a JSON value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`.
+    """Read the JSON value in `path`.
 
     Raises:
-        DataError: where it is not readable or not JSON.
+        DataError: the file is not readable or not JSON.
     """
     try:
         return json.loads(path.read_bytes())
@@ -111,7 +111,7 @@ def read_json(path: Path) -> Any:
 
 
 def discard(file: IO[bytes], temporary: Path | None = None) -> None:
-    """Close and remove what was not finished; what is still buffered may find no room on the disk, either."""
+    """Close and remove an unfinished file; ignores that flushing its buffer can fail on a full disk too."""
     with contextlib.suppress(OSError):
         file.close()
     if temporary is not None:
@@ -120,11 +120,11 @@ def discard(file: IO[bytes], temporary: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses (full disk, permissions) into one line that names the path."""
+    """Turn an OSError (full disk, permissions) into a one-line DataError that names the path."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error  # NumPy's own errors have words only
+        reason = error.strerror or error  # NumPy's own errors have no strerror
         raise DataError(f"{path}: cannot be written ({reason}); check the folder, its rights and space") from error
 
 
@@ -132,11 +132,11 @@ def writing_to(path: Path) -> Iterator[None]:
 def locked(
     path: Path, held: Callable[[], None] = lambda: None, no_locks: Callable[[OSError], None] = lambda error: None
 ) -> Iterator[IO[str]]:
-    """Hold a lock file; the system lets go of it when the process ends, however it ends.
+    """Hold a lock file; the system releases the lock when the process ends, however it ends.
 
     Args:
-        held: called where another process has it, before waiting for that; it may raise.
-        no_locks: called where the file system has none, before going on without.
+        held: called if another process holds the lock, before waiting for it; it can raise.
+        no_locks: called if the file system has no locks, before continuing without one.
     """
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)

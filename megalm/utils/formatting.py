@@ -1,4 +1,4 @@
-"""Values as text: tables, sizes, times, flat names. A terminal's lines are wrapped, nothing is cut."""
+"""Format values as text: tables, sizes, times, flat names. Lines for a terminal are wrapped, never truncated."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from megalm.errors import ConfigError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", re.IGNORECASE)
 _GAP = "  "
-_NARROWEST = 12  # columns of text get no narrower, also where a table is wider than the terminal then
+_NARROWEST = 12  # minimum width of a text column, even if the table is then wider than the terminal
 
 
 def terminal_width() -> int | None:
-    """Columns to write in; None for a pipe or a file, where a line is a fact to look for."""
+    """Return the terminal's width in columns; None for a pipe or a file, where lines stay unwrapped for searching."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def wrapped(text: str, width: int | None) -> str:
-    """Lines that are too long go on in the next one, a little to the right."""
+    """Wrap lines longer than `width`; continuation lines are indented."""
     if width is None:
         return text
     return "\n".join(
@@ -34,10 +34,10 @@ def wrapped(text: str, width: int | None) -> str:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> str:
-    """Columns two spaces apart; numbers to the right, None as `-`.
+    """Format a table: columns two spaces apart, numbers right-aligned, None as `-`.
 
     Args:
-        width: cells of text take several lines where a table would be wider; None: the terminal's, if there is one.
+        width: text cells wrap if the table would be wider; None means the terminal's width, if there is one.
     """
     width = width or terminal_width()
     cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
@@ -68,7 +68,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[object]], width: int 
 
 
 def _narrowed(widths: Sequence[int], numeric: Sequence[bool], width: int) -> list[int]:
-    """Take from the widest column of text until all fit."""
+    """Narrow the widest text column repeatedly until the table fits."""
     found = list(widths)
     text = [column for column, is_number in enumerate(numeric) if not is_number]
     while text and sum(found) + len(_GAP) * (len(found) - 1) > width:
@@ -80,7 +80,7 @@ def _narrowed(widths: Sequence[int], numeric: Sequence[bool], width: int) -> lis
 
 
 def format_bytes(count: float | None) -> str | None:
-    """Bytes as people say them: `1.5 GiB`."""
+    """Format a byte count, e.g. `1.5 GiB`; None stays None."""
     if count is None:
         return None
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -91,10 +91,10 @@ def format_bytes(count: float | None) -> str | None:
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """`5GB` and `500MB` in powers of 1000, `5GiB` in powers of 1024.
+    """Parse a size in bytes: `5GB` and `500MB` in powers of 1000, `5GiB` in powers of 1024.
 
     Raises:
-        ConfigError: it is no size above 0; names the `option`.
+        ConfigError: it is not a size above 0; the message names the `option`.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is not None:
@@ -106,7 +106,7 @@ def parse_bytes(text: str, option: str) -> int:
 
 
 def format_duration(seconds: float) -> str:
-    """For a sentence or a table: `0.4 s`, `45 s`, `3 min 20 s`, `2 h 05 min`, `3 days`."""
+    """Format a duration for a sentence or a table: `0.4 s`, `45 s`, `3 min 20 s`, `2 h 05 min`, `3 days`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s" if seconds >= 9.95 else f"{max(0.0, seconds):.1f} s"
@@ -119,17 +119,17 @@ def format_duration(seconds: float) -> str:
 
 
 def format_clock(seconds: float) -> str:
-    """For progress, where digits must keep their places: `1:15`, `1:06:40`."""
+    """Format a duration for a progress line, where digits must stay aligned: `1:15`, `1:06:40`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def flatten_mapping(content: Mapping[str, Any], prefix: str = "", numbered: bool = False) -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; an empty mapping and a list stay one value.
+    """Flatten `{"a": {"b": 1}}` to `{"a.b": 1}`; an empty mapping and a list stay one value.
 
     Args:
-        numbered: a list of mappings does not: its entries become `a.0.b`, `a.1.b`.
+        numbered: also flatten a list of mappings: its entries become `a.0.b`, `a.1.b`.
     """
     flat: dict[str, Any] = {}
     for name, value in content.items():
@@ -144,6 +144,6 @@ def flatten_mapping(content: Mapping[str, Any], prefix: str = "", numbered: bool
 
 
 def flatten_to_text(content: Mapping[str, Any], prefix: str = "", numbered: bool = False) -> dict[str, str]:
-    """`flatten_mapping` with every value as text; what is none as JSON."""
+    """As `flatten_mapping`, with every value as text; values that are not text become JSON."""
     flat = flatten_mapping(content, prefix, numbered)
     return {name: value if isinstance(value, str) else json.dumps(value, default=str) for name, value in flat.items()}

@@ -1,4 +1,4 @@
-"""Plots for files, by matplotlib without a screen."""
+"""Draw plots into files with matplotlib, without a display."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def new_plot(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    """An empty figure and its one pair of axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, and only here
+    """Return an empty figure and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes half a second, so imported only here
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -26,10 +26,10 @@ def new_plot(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def save_plot(figure: Figure, path: Path) -> None:
-    """Write it in the format of the file's suffix, whole or not at all; folders are made.
+    """Save the figure atomically, in the format of the path's suffix; creates missing folders.
 
     Raises:
-        ConfigError: the suffix names no format that can be drawn, or the file cannot be written.
+        ConfigError: the suffix is not a supported format, or the file cannot be written.
     """
     suffix = path.suffix.lstrip(".").lower()
     if suffix not in figure.canvas.get_supported_filetypes():

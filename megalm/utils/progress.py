@@ -1,4 +1,4 @@
-"""How far something long is: a bar on a terminal, a line every few seconds elsewhere, both with the time left."""
+"""Progress of a long task: a bar on a terminal, a line every few seconds elsewhere, both with the time left."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def sizes(done: float, total: float) -> str:
 
 
 class ProgressBar:
-    """Counts to `total`. Use it as a context manager.
+    """A progress bar that counts to `total`. Use it as a context manager.
 
     Args:
-        total: None while nobody knows.
-        done: where it begins.
-        console: the terminal or the stream to write to; default stderr.
-        say: takes the lines, and there is no bar.
-        shown: what is written of (done, total).
-        transient: the bar goes when it is done.
+        total: None while unknown.
+        done: start value.
+        console: the terminal or stream to write to; default stderr.
+        say: receives the lines; there is no bar then.
+        shown: formats (done, total).
+        transient: remove the bar at the end.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ProgressBar:
             TimeRemainingColumn(),
             console=console,
             transient=transient,
-            redirect_stdout=sys.stdout.isatty(),  # else results would leave their pipe for the terminal
+            redirect_stdout=sys.stdout.isatty(),  # else piped results would go to the terminal
             disable=say is not None or not console.is_terminal or console.is_dumb_terminal,
         )
         self._task = self._bar.add_task(self._title, total=total, completed=int(done), detail="")
@@ -79,7 +79,7 @@ class ProgressBar:
 
     @property
     def line(self) -> str:
-        """`checking step-00000010 12/40  elapsed 0:05  ETA 0:12`."""
+        """Return e.g. `checking step-00000010 12/40  elapsed 0:05  ETA 0:12`."""
         return self._line(time.monotonic())
 
     def _line(self, now: float) -> str:
@@ -94,11 +94,11 @@ class ProgressBar:
         self.update(self._done + count)
 
     def update(self, done: float, detail: str = "", line_now: bool = False) -> None:
-        """Where it is now.
+        """Set the current count.
 
         Args:
             detail: shown beside the count.
-            line_now: elsewhere than on a terminal, write a line though none is due.
+            line_now: without a terminal, write a line even if none is due.
         """
         self._done, self._detail = done, detail
         if not self._bar.disable:
@@ -111,7 +111,7 @@ class ProgressBar:
             self._say(self._line(now))
 
     def begin(self, what: str, total: float | None) -> None:
-        """Count something else from 0, if it is something else."""
+        """Start to count `what` from 0, unless it is already being counted."""
         if what != self._what:
             self._done = self._first = 0.0
             self._started = time.monotonic()
@@ -119,7 +119,7 @@ class ProgressBar:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While something else is counted."""
+        """Stop the bar while something else is counted."""
         self.stop()
         try:
             yield
@@ -130,7 +130,7 @@ class ProgressBar:
         self._bar.start()
 
     def stop(self) -> None:
-        if not self._bar.disable:  # rich ends with an empty line, also where there was no bar
+        if not self._bar.disable:  # rich ends with an empty line even without a bar
             self._bar.stop()
 
     def __enter__(self) -> ProgressBar:
@@ -144,7 +144,7 @@ class ProgressBar:
 
 
 def watched(what: str) -> Callable[[Sequence[T]], Iterator[T]]:
-    """What hands on the items of a sequence and counts them."""
+    """Return a function that yields the items of a sequence and shows their progress."""
 
     def each(items: Sequence[T]) -> Iterator[T]:
         with ProgressBar(what, len(items)) as bar:

@@ -1,6 +1,6 @@
-"""Where a dataset is not like itself: its tokens in windows, each measured; the strangest stretches, as pictures too.
+"""Find unusual parts of a dataset: measure its tokens in windows, rank the outliers, and draw a report.
 
-W tokens of a window, n windows, V size of the vocabulary.
+W: tokens per window, n: windows, V: vocabulary size.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from megalm.utils.atomic_files import write_bytes_atomically
 
 WINDOW_TOKENS = 512
 BATCH_WINDOWS = 512
-GRAM = 4  # tokens of a run that is looked for again in the same window
-# From so many times the usual distance from the median on, a window counts as strange.
+GRAM = 4  # length in tokens of the runs whose repetition is counted
+# A window is an outlier from this multiple of the usual distance from the median.
 STRANGE = 6.0
 MOST_POINTS = 2000
 LABELS = {
@@ -39,14 +39,14 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Scan:
-    """What the windows are like, [n] each: window i starts at token i * `window_tokens`.
+    """Measures of the windows, [n] each; window i starts at token i * `window_tokens`.
 
     Attributes:
-        measures: entropy of the window's own tokens in nats; repetition, the share of runs of four tokens that came
-            before in the window; unknown, the share of tokens that stand for characters without a piece;
-            unigram_loss, nats per token of a model that knows how frequent tokens are in the whole dataset.
-        scores: the largest distance of a measure from its median, in units of what is usual.
-        reasons: number of that measure.
+        measures: entropy of the window's own tokens in nats; repetition, the share of runs of four tokens that
+            occurred before in the window; unknown, the share of tokens that encode characters without a piece;
+            unigram_loss, nats per token of a model that knows the token frequencies of the complete dataset.
+        scores: the largest distance of a measure from its median, in units of the usual distance.
+        reasons: index of that measure.
     """
 
     window_tokens: int
@@ -57,7 +57,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Windows beside each other that are strange: tokens [first, end), the strangest measure and its value there."""
+    """Adjacent outlier windows: tokens [first, end), the most unusual measure and its value there."""
 
     first: int
     end: int
@@ -75,10 +75,10 @@ def scan(
     window_tokens: int = WINDOW_TOKENS,
     tell: Tell = no_tell,
 ) -> Scan:
-    """Measure every window, the shorter last one too; memory does not grow with the tokens but by 20 bytes a window.
+    """Measure every window, including the shorter last one; takes 20 bytes of memory per window.
 
     Args:
-        fallback: [V] which ids stand for characters without a piece (`Tokenizer.fallback_ids`); None: none does.
+        fallback: [V] whether an id encodes a character without a piece (`Tokenizer.fallback_ids`); None: no id does.
     """
     shares = count_tokens(dataset, tell=tell).counts / max(1, len(dataset.tokens))
     losses = np.zeros(len(shares))
@@ -101,7 +101,7 @@ def scan(
 
 
 def strange_stretches(dataset: IndexedDataset, scanned: Scan, most: int = 10) -> list[Stretch]:
-    """The strangest first."""
+    """Return up to `most` outlier stretches, the most unusual first."""
     strange = np.concatenate(([False], scanned.scores >= STRANGE, [False]))
     edges = np.flatnonzero(strange[1:] != strange[:-1]).reshape(-1, 2)
     best = sorted(edges.tolist(), key=lambda edge: -float(scanned.scores[edge[0] : edge[1]].max()))
@@ -109,7 +109,7 @@ def strange_stretches(dataset: IndexedDataset, scanned: Scan, most: int = 10) ->
 
 
 def stretch_at(dataset: IndexedDataset, scanned: Scan, first: int, end: int) -> Stretch:
-    """Windows [first, end) as one stretch."""
+    """Return windows [first, end) as one stretch."""
     peak = first + int(scanned.scores[first:end].argmax())
     reason = MEASURES[int(scanned.reasons[peak])]
     token = first * scanned.window_tokens
@@ -128,13 +128,13 @@ def stretch_at(dataset: IndexedDataset, scanned: Scan, first: int, end: int) -> 
 
 
 def document_at(dataset: IndexedDataset, token: int) -> int:
-    """The document that holds a token of the file."""
+    """Return the number of the document that holds a token of the file."""
     sequence = int(np.searchsorted(dataset.sequence_pointers, token * dataset.dtype.itemsize, side="right")) - 1
     return int(np.searchsorted(dataset.document_index, sequence, side="right")) - 1
 
 
 def _batches(tokens: npt.NDArray[np.generic], window_tokens: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Windows in batches, [b, W]."""
+    """Yield the windows in batches, [b, W]."""
     whole = len(tokens) // window_tokens
     for start in range(0, whole, BATCH_WINDOWS):
         end = min(start + BATCH_WINDOWS, whole)
@@ -144,7 +144,7 @@ def _batches(tokens: npt.NDArray[np.generic], window_tokens: int) -> Iterator[np
 
 
 def _measure(windows: npt.NDArray[np.int64], losses: npt.NDArray[np.float64], unknown: npt.NDArray[np.bool_]) -> Floats:
-    """[b, measures] of [b, W] tokens."""
+    """Return [b, measures] for [b, W] tokens."""
     return np.stack(
         [_entropy(windows), _repetition(windows), unknown[windows].mean(axis=1), losses[windows].mean(axis=1)], axis=1
     ).astype(np.float32)
@@ -153,7 +153,7 @@ def _measure(windows: npt.NDArray[np.int64], losses: npt.NDArray[np.float64], un
 def _entropy(windows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     count, length = windows.shape
     ordered = np.sort(windows, axis=1)
-    starts = np.ones(windows.shape, dtype=np.bool_)  # of runs of one token
+    starts = np.ones(windows.shape, dtype=np.bool_)  # of runs of equal tokens
     starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     places = np.flatnonzero(starts)
     runs = np.diff(places, append=windows.size)
@@ -171,16 +171,16 @@ def _repetition(windows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
 
 
 def _distance(values: Floats) -> Floats:
-    """[n] from the median, in units of the usual distance; 0 where all windows are nearly alike."""
+    """Return [n] distances from the median, in units of the usual distance; near 0 if all windows are similar."""
     if not len(values):
         return values
     distance = np.abs(values - np.median(values))
-    usual = np.quantile(distance, 0.9) / 1.645  # a normal one would be its standard deviation
+    usual = np.quantile(distance, 0.9) / 1.645  # equals the standard deviation of a normal distribution
     return np.asarray(distance / max(float(usual), 0.02), dtype=np.float32)
 
 
 def draw_scan(scanned: Scan, stretches: Sequence[Stretch]) -> bytes:
-    """PNG: each measure along the tokens as the range of what lies under a point, strange stretches marked."""
+    """Draw a PNG: the range of each measure along the tokens, with the outlier stretches marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -206,7 +206,7 @@ def write_scan(scanned: Scan, stretches: Sequence[Stretch], prefix: str, output:
     """Write OUTPUT.png and OUTPUT.html.
 
     Raises:
-        DataError: a folder that cannot be written.
+        DataError: the folder cannot be written.
     """
     picture = draw_scan(scanned, stretches)
     paths = [output.with_name(f"{output.name}{suffix}") for suffix in (".png", ".html")]

@@ -1,4 +1,4 @@
-"""Facts about a dataset, some of which take reading all of it, and whether it is what it says."""
+"""Describe a dataset, verify it against its recorded hashes, print its documents, and compute statistics."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ RECORDED = (
 
 
 def describe(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str, str]:
-    """Name -> value of what the index and PREFIX.json say, without reading the tokens.
+    """Return name -> value of the facts in the index and PREFIX.json, without reading the tokens.
 
     Raises:
-        DataError: a dataset that cannot be opened, or that was built with another tokenizer than `tokenizer`.
+        DataError: the dataset cannot be opened, or was built with another tokenizer than `tokenizer`.
     """
     dataset = IndexedDataset(prefix)
     lengths = dataset.sequence_lengths
@@ -64,10 +64,10 @@ def describe(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str
 
 
 def verify(prefix: str | Path, tokenizer: Tokenizer | None = None, tell: Tell = no_tell) -> dict[str, str]:
-    """Read everything: the index's entries, the range of the tokens, and the hashes in PREFIX.json.
+    """Read everything and check the index entries, the token range, and the hashes in PREFIX.json.
 
     Raises:
-        DataError: at the first thing that is wrong.
+        DataError: at the first mismatch.
     """
     dataset = IndexedDataset(prefix)
     dataset.verify()
@@ -85,7 +85,7 @@ def verify(prefix: str | Path, tokenizer: Tokenizer | None = None, tell: Tell = 
         raise DataError(
             f"{idx_path(prefix)}: its content is not what {sidecar_path(prefix).name} recorded; copy or build it again"
         )
-    DocumentSources(prefix, dataset.document_count)  # of another size: refused
+    DocumentSources(prefix, dataset.document_count)  # refuses a file of another size
     if signed := sidecar.get("minhash"):
         open_signatures(prefix, signed, dataset.document_count)
     return {
@@ -97,10 +97,10 @@ def verify(prefix: str | Path, tokenizer: Tokenizer | None = None, tell: Tell = 
 
 
 def document_text(prefix: str | Path, document: int, tokenizer: Tokenizer | None = None) -> str:
-    """A document as text, or as ids without a tokenizer.
+    """Return a document as text, or as ids if there is no tokenizer.
 
     Raises:
-        DataError: a document that is not there.
+        DataError: the dataset has no such document.
     """
     dataset = IndexedDataset(prefix)
     if not 0 <= document < dataset.document_count:
@@ -114,9 +114,9 @@ def document_text(prefix: str | Path, document: int, tokenizer: Tokenizer | None
 class Statistics:
     """Attributes:
     length_histogram: (from, to, documents): lengths in tokens, in powers of two.
-    frequent: (id, share of all tokens), the most frequent first.
+    frequent: (id, share of all tokens), most frequent first.
     tokens_per_byte, fallback_share: None without a tokenizer.
-    duplicates: documents whose tokens came before.
+    duplicates: number of documents with the same tokens as an earlier one.
     """
 
     length_histogram: list[tuple[int, int, int]]
@@ -129,10 +129,10 @@ class Statistics:
 def statistics(
     dataset: IndexedDataset, tokenizer: Tokenizer | None = None, most: int = 20, tell: Tell = no_tell
 ) -> Statistics:
-    """Read everything, twice.
+    """Compute statistics; reads all tokens twice.
 
     Raises:
-        DataError: a token that the tokenizer does not have.
+        DataError: a token is not in the tokenizer's vocabulary.
     """
     counts = count_tokens(dataset, tokenizer.vocab_size if tokenizer else None, tell).counts
     total = max(1, len(dataset.tokens))

@@ -1,4 +1,4 @@
-"""What a training step reads: the documents of its samples, by file, line and bytes."""
+"""Trace the samples of a training step to their documents, by file, line and bytes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class TokenSpan:
     """A run of tokens of one document inside a sample.
 
     Attributes:
-        sample: number of the sample, as the loader counts them.
+        sample: number of the sample in the loader's order.
         prefix: the dataset.
-        document, source: which document of the dataset, and where it came from (None: nobody noted it).
-        first, end: which of its tokens.
+        document, source: number of the document in the dataset, and its origin (None if not recorded).
+        first, end: range of the document's tokens.
         tokens: their ids.
     """
 
@@ -35,7 +35,7 @@ class TokenSpan:
 
 
 def spans_of(samples: BlendedSamples, first_sample: int, count: int) -> Iterator[TokenSpan]:
-    """What samples [first_sample, first_sample + count) are made of, in their order; labels' last token included."""
+    """Yield the token spans of samples [first_sample, first_sample + count), in order; includes the last label."""
     sources = [DocumentSources(part.dataset.prefix, part.dataset.document_count) for part in samples.parts]
     starts = [part.dataset.sequence_pointers // part.dataset.dtype.itemsize for part in samples.parts]
     for sample in range(first_sample, first_sample + count):
@@ -47,9 +47,9 @@ def spans_of(samples: BlendedSamples, first_sample: int, count: int) -> Iterator
 def _pieces_at(
     dataset: IndexedDataset, starts: Int64s, sources: DocumentSources, positions: Int64s, sample: int
 ) -> Iterator[TokenSpan]:
-    """Positions [n] of the dataset's tokens as runs inside documents; `starts` [S] of its sequences."""
+    """Split positions [n] in the dataset's tokens into runs inside documents; `starts` [S] are its sequence starts."""
     sequences = np.searchsorted(starts, positions, side="right") - 1
-    # Empty sequences start where the next one does: the last that starts there holds the token.
+    # An empty sequence starts where the next one starts: the last of them holds the token.
     breaks = np.flatnonzero((np.diff(sequences) != 0) | (np.diff(positions) != 1)) + 1
     for run in np.split(np.arange(len(positions)), breaks):
         sequence = int(sequences[run[0]])

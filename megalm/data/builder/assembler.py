@@ -1,4 +1,4 @@
-"""Finished parts into datasets: duplicates out, split, written once, in the order of the input."""
+"""Assemble finished parts into datasets: remove duplicates, split, and write once in input order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megalm.utils.atomic_files import sync_directory, write_json
 
 @dataclass(frozen=True)
 class Placed:
-    """A finished part and the spans that it was made of."""
+    """A finished part and the spans that it was made from."""
 
     part: WorkUnitFiles
     summary: WorkUnitSummary
@@ -40,10 +40,10 @@ class Placed:
 
 
 class DatasetWriter:
-    """All files of a dataset, written under temporary names; `finish()` gives them theirs and fills the report.
+    """Writes all files of a dataset under temporary names; `finish()` renames them and fills the report.
 
     Attributes:
-        counter: of the tokens; its `name` is what errors call the file that they come from.
+        counter: counts the tokens; its `name` is the source file's name in errors.
     """
 
     def __init__(
@@ -69,8 +69,10 @@ class DatasetWriter:
         sources: npt.NDArray[Any] | None = None,
         signatures: npt.NDArray[Any] | None = None,
     ) -> None:
-        """Documents as `append_documents` of the index takes them, and, where this dataset has a file for them, their
-        rows of SOURCE and their MinHash values."""
+        """Append documents, with arguments as for `IndexedDatasetWriter.append_documents`.
+
+        Their SOURCE rows and MinHash values are written too, if this dataset has files for them.
+        """
         self.counter.add(tokens)
         self._tokens.append_documents(tokens, lengths, document_ends)
         for writer, rows in ((self._sources, sources), (self._signatures, signatures)):
@@ -83,8 +85,8 @@ class DatasetWriter:
         self.report.inexact_names += names[: KEPT_NAMES - len(self.report.inexact_names)]
 
     def finish(self) -> None:
-        """Give the files their names; PREFIX.json, without which nothing counts as built, is the last."""
-        for path_of in (sidecar_path, sources_path, signatures_path):  # old ones would describe the new tokens
+        """Rename the files to their final names; PREFIX.json comes last and marks the dataset as built."""
+        for path_of in (sidecar_path, sources_path, signatures_path):  # old ones do not describe the new tokens
             path_of(self._prefix).unlink(missing_ok=True)
         self._tokens.close()
         summary, report = self.counter.summary(), self.report
@@ -102,11 +104,11 @@ class DatasetWriter:
             report.idx_sha256 = sha256_of(idx_path(self._prefix))
             write_json(sidecar_path(self._prefix), asdict(report))
         except BaseException:
-            _unlink_all(self._prefix)  # tokens without PREFIX.json would be in the way of the next try
+            _unlink_all(self._prefix)  # tokens without PREFIX.json would block the next attempt
             raise
 
     def close(self) -> None:
-        """Discard what has no name yet."""
+        """Discard unfinished files."""
         for writer in (self._tokens, self._sources, self._signatures):
             if writer is not None:
                 writer.abort()
@@ -118,10 +120,10 @@ def _unlink_all(prefix: str | Path) -> None:
 
 
 class Assembler:
-    """Takes finished parts in the order of the input; `finish()` gives the datasets of `reports` their names.
+    """Takes finished parts in input order; `finish()` gives the datasets of `reports` their final names.
 
-    One dataset is written as its parts come, beside the encoding. A split waits for all of them: where it lies
-    depends on the number of documents that stay.
+    A single dataset is written as its parts arrive, in parallel with encoding. A split waits for all parts, because its
+    boundaries depend on the number of kept documents.
     """
 
     def __init__(
@@ -135,21 +137,21 @@ class Assembler:
     ) -> None:
         self._reports, self._prefixes, self._options = reports, prefixes, options
         self._numbers = {file.path: number for number, file in enumerate(files)}
-        # A near copy may be of a document of another shard that is itself left out: only the merge can tell.
+        # A document of another shard can have a near copy here and be removed itself: only the merge can decide.
         self._signed = options.dedup == "minhash"
         self._deferred = self._signed and options.shard[1] > 1
         self._seen = make_deduplicator(
             "none" if self._deferred else options.dedup, work / "seen", options.minhash_threshold
         )
         self._vocab_size, self._dtype = tokenizer.vocab_size, best_dtype(tokenizer.vocab_size)
-        self._lines: dict[str, int] = {}  # so many of each file have come
-        self._added: list[tuple[Placed, list[int], npt.NDArray[np.uint8]]] = []  # with the first lines; masks as bits
+        self._lines: dict[str, int] = {}  # lines seen so far, per file
+        self._added: list[tuple[Placed, list[int], npt.NDArray[np.uint8]]] = []  # first lines; masks as bits
         self._starts: list[int] = []  # number of the first document of each part that was added
         self._documents = self._left_out = 0
         self._outputs = [] if options.split else self._open_outputs()
 
     def add(self, placed: Placed) -> None:
-        """Raises DataError for a damaged part, or a full disk."""
+        """Add the next part. Raises DataError for a damaged part, or a full disk."""
         first_lines = self._first_lines(placed)
         self._count_left_out(placed, first_lines)
         self._starts.append(self._documents + self._left_out)
@@ -162,10 +164,10 @@ class Assembler:
         self._left_out += len(mask) - kept
 
     def finish(self, progress: Callable[[float], None]) -> None:
-        """Fill the reports and publish.
+        """Fill the reports and give the outputs their final names.
 
         Raises:
-            DataError: no document left; no output has its name then.
+            DataError: no document is left; no output gets its final name then.
         """
         main = self._reports[0]
         for name in self._options.filters.names:
@@ -194,7 +196,7 @@ class Assembler:
         progress(1.0)
 
     def close(self) -> None:
-        """Discard what has no name yet; the parts stay."""
+        """Discard unfinished outputs; the parts stay."""
         for output in self._outputs:
             output.close()
 
@@ -217,13 +219,13 @@ class Assembler:
             progress(done / self._documents)
 
     def _keep(self, placed: Placed) -> Bools:
-        """[n] which documents of the part stay."""
+        """Return [n] whether each document of the part is kept."""
         if self._options.dedup == "none" or not placed.summary.documents:
             return np.ones(placed.summary.documents, dtype=np.bool_)
         return self._seen.add(placed.part.signatures())
 
     def _name(self, number: int) -> str:
-        """File and line of a document, by its number in the order of the input, with those that were left out."""
+        """Return a document's file and line, given its number in input order (counting removed documents)."""
         place = bisect_right(self._starts, number) - 1
         placed, first_lines, _ = self._added[place]
         row = placed.part.documents()[number - self._starts[place]]
@@ -231,11 +233,11 @@ class Assembler:
         return record_name(file, self._options.read, first_lines[row["span"]] + int(row["line"]))
 
     def _first_lines(self, placed: Placed) -> list[int]:
-        """Where each span of the part starts in its file, in lines."""
+        """Return the line number in its file at which each span of the part starts."""
         first = []
         for span, count in zip(placed.spans, placed.summary.span_lines, strict=True):
-            # A shard may start in the middle of a file.
-            known = 0 if span.start == 0 else self._lines.get(span.file.path)  # a file may come twice
+            # A shard can start in the middle of a file.
+            known = 0 if span.start == 0 else self._lines.get(span.file.path)  # a file can occur twice
             first.append(lines_before(span) if known is None else known)
             self._lines[span.file.path] = first[-1] + count
         return first
@@ -257,7 +259,7 @@ class Assembler:
         done: int,
         bounds: Sequence[tuple[int, int]],
     ) -> None:
-        """Copy what stays of a part to the outputs that it belongs to; `done` documents came before."""
+        """Copy a part's kept documents to their outputs; `done` documents were copied before."""
         rows = placed.part.documents()
         signatures = placed.part.signatures() if self._signed and len(rows) else None
         tokens = np.fromfile(placed.part.path("tokens"), dtype=self._dtype)

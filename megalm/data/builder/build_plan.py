@@ -1,7 +1,6 @@
-"""What a build will do: its options, and the input in units of work that are done apart and in any order.
+"""A build's options, and its plan: the input split into independent units of work, done in any order.
 
-The units depend on the input and the options only, never on the number of workers, so that a build that was broken
-off can be taken up by another number of them.
+The units depend on the input and the options only, so an interrupted build can resume with another number of workers.
 """
 
 from __future__ import annotations
@@ -24,24 +23,24 @@ from megalm.errors import DataError
 from megalm.utils.atomic_files import json_hash
 
 PLAN_VERSION = 2
-UNITS_OF_A_SHARD = 4  # at least, where the input can be cut
+UNITS_OF_A_SHARD = 4  # minimum, if the input can be cut
 SMALLEST_UNIT, LARGEST_UNIT, WANTED_UNITS = 4 << 20, 128 << 20, 1000
-PACKED_TO_TEXT = 4  # about how much text a byte of a packed file holds
+PACKED_TO_TEXT = 4  # estimated text bytes per byte of a packed file
 SPLIT_NAMES = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What decides a dataset beside its input and its tokenizer.
+    """The options that determine a dataset, besides its input and its tokenizer.
 
     Attributes:
         append_eod: end every document with the tokenizer's end-of-document token.
-        on_error: "fail" at what cannot be read and at empty documents, or "skip" and count them.
+        on_error: "fail" on unreadable records and empty documents, or "skip" and count them.
         minhash_threshold: share of equal MinHash values from which documents count as near copies.
-        split: weights of PREFIX-train, PREFIX-validation and PREFIX-test; none: one dataset.
-        shard: (k, n): only the k-th of n parts of the input, from 0, about equal in bytes. With "minhash" a shard has
-            its near copies until it is merged: what is left out of one depends on those before it.
-        unit_bytes: text of a unit of work; default by the size of the input.
+        split: weights of PREFIX-train, PREFIX-validation and PREFIX-test; empty: one dataset.
+        shard: (k, n): build only the k-th of n parts of the input, from 0, about equal in bytes. With "minhash" a shard
+            keeps its near copies until the merge, because removal depends on the shards before it.
+        unit_bytes: text bytes of a unit of work; by default derived from the input size.
     """
 
     append_eod: bool = True
@@ -68,20 +67,20 @@ class BuildOptions:
         check_threshold(self.minhash_threshold)
 
     def to_json(self) -> dict[str, Any]:
-        """For PREFIX.json: only what decides the bytes."""
+        """Return the options for PREFIX.json: only those that determine the dataset's bytes."""
         facts: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         facts.pop("unit_bytes")
         return facts
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> BuildOptions:
-        """What `to_json` gave; other keys are passed over."""
-        import pydantic  # which the workers need not load
+        """Restore options from `to_json`; ignores other keys."""
+        import pydantic  # imported here so that workers do not load it
 
         return pydantic.TypeAdapter(cls).validate_python(facts)
 
     def to_words(self) -> list[str]:
-        """As arguments of build_dataset.py, but those that are the default."""
+        """Return the non-default options as arguments of build_dataset.py."""
         words = [] if self.append_eod else ["--no-append-eod"]
         for (name, value), usual in zip(self._arguments(), BuildOptions()._arguments(), strict=True):
             if value != usual[1]:
@@ -108,11 +107,11 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Group:
-    """Spans that one worker reads as one unit; or, with `stream`, a file that is cut into units as it is read."""
+    """Spans that a worker reads as one unit; or, with `stream`, a file that is cut into units while it is read."""
 
     spans: tuple[Span, ...]
     stream: bool
-    weight: int  # about how many bytes of text
+    weight: int  # estimated bytes of text
 
 
 @dataclass(frozen=True)
@@ -128,16 +127,16 @@ class Plan:
 
     @property
     def most_units(self) -> int:
-        """So many units there are at most, as far as it can be known before streams are read."""
+        """Maximum number of units, as far as known before streams are read."""
         return 1 << 30 if any(group.stream for group in self.groups) else len(self.groups)
 
 
 def make_plan(files: Sequence[InputFile], options: BuildOptions, tokenizer_fingerprint: str) -> Plan:
-    """Raises DataError where a file cannot be read."""
+    """Split the input into units. Raises DataError if a file cannot be read."""
     total = sum(_text_bytes(file) for file in files)
     unit_bytes = options.unit_bytes or min(LARGEST_UNIT, max(SMALLEST_UNIT, total // WANTED_UNITS))
     shard, shards = options.shard
-    if shards > 1:  # a little text is shared out, too
+    if shards > 1:  # small inputs are distributed too
         unit_bytes = max(1, min(unit_bytes, total // (shards * UNITS_OF_A_SHARD)))
     whole = list(_groups(_pieces(files, options, unit_bytes), unit_bytes))
     groups = _take_shard(whole, shard, shards)
@@ -161,7 +160,7 @@ def _text_bytes(file: InputFile) -> int:
 
 
 def _pieces(files: Iterable[InputFile], options: BuildOptions, unit_bytes: int) -> Iterable[Group]:
-    """The smallest things that can be read apart."""
+    """Yield the smallest pieces that can be read independently."""
     for file in files:
         size = _text_bytes(file)
         if file.kind == TABLE:
@@ -188,7 +187,7 @@ def _table_pieces(file: InputFile, unit_bytes: int) -> Iterable[Group]:
 
 
 def _bounds(file: InputFile, options: ReadOptions, unit_bytes: int) -> list[int]:
-    """Places between records, about `unit_bytes` apart, from the start of the file to its end."""
+    """Return offsets between records, about `unit_bytes` apart, from the start of the file to its end."""
     layout, bounds = format_of(file.kind, options), [0]
     with file.open_raw() as raw:
         while bounds[-1] + unit_bytes < file.size:
@@ -197,7 +196,7 @@ def _bounds(file: InputFile, options: ReadOptions, unit_bytes: int) -> list[int]
 
 
 def _end_behind(raw: BinaryIO, place: int, layout: RecordLayout) -> int:
-    """Where the first record ends that ends behind `place`; 0 if none does."""
+    """Return the offset of the first record end after `place`; 0 if there is none."""
     raw.seek(place)
     buffer = bytearray()
     while block := raw.read(BLOCK_BYTES):
@@ -211,7 +210,7 @@ def _end_behind(raw: BinaryIO, place: int, layout: RecordLayout) -> int:
 
 
 def _groups(pieces: Iterable[Group], unit_bytes: int) -> Iterable[Group]:
-    """Small pieces together: a unit for each of a million small files would cost more than their text."""
+    """Combine small pieces: one unit for each of a million small files would cost more than their text."""
     spans: list[Span] = []
     weight = 0
     for piece in pieces:
@@ -228,7 +227,7 @@ def _groups(pieces: Iterable[Group], unit_bytes: int) -> Iterable[Group]:
 
 
 def _take_shard(groups: list[Group], shard: int, shards: int) -> list[Group]:
-    """Consecutive groups, so that the shards one after another are the whole."""
+    """Return the shard's consecutive groups; the shards in order make up the complete input."""
     total, before, taken = sum(group.weight for group in groups), 0, []
     for group in groups:
         middle = before + group.weight / 2

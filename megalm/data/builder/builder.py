@@ -1,7 +1,7 @@
-"""Text into an indexed dataset: PREFIX.bin, PREFIX.idx, PREFIX.sources, and PREFIX.json, which says what it is made of.
+"""Build an indexed dataset from text: PREFIX.bin, PREFIX.idx, PREFIX.sources, and PREFIX.json, which describes it.
 
-`build_files` makes one of files of any size, by many processes, and goes on where it was broken off: what is finished
-lies in PREFIX.building/ until the dataset has its name. `build_dataset` makes one of documents at hand.
+`build_files` builds from files of any size with many processes, and resumes an interrupted build: finished parts stay
+in PREFIX.building/ until the dataset is complete. `build_dataset` builds from documents in memory.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ __all__ = ["BuildOptions", "BuildProgress", "Built", "DatasetMetadata", "build_d
 
 logger = logging.getLogger(__name__)
 PROGRESS_SECONDS = 0.2
-LARGEST_BLOCK = 16 << 20  # travels to a worker through a pipe
+LARGEST_BLOCK = 16 << 20  # sent to a worker through a pipe
 
 
 @dataclass(frozen=True)
 class BuildProgress:
-    """So far: documents and text bytes of this run, tokens written, and the share of the input that is done, 0 to 1."""
+    """Progress so far: this run's documents, text bytes and tokens, and the finished share of the input, 0 to 1."""
 
     documents: int
     text_bytes: int
@@ -55,12 +55,12 @@ Progress = Callable[[BuildProgress], None]
 
 @dataclass(frozen=True)
 class Built:
-    """The datasets, one or one for each weight of the split.
+    """The result of a build: one dataset, or one per weight of the split.
 
     Attributes:
-        was_there: nothing was to be done, and nothing was written.
-        resumed: bytes of text (about) that an earlier, broken-off build had done.
-        ignored_files: in folders, not of a kind that is read, or links that lead out of the folder.
+        was_there: the dataset already existed, and nothing was written.
+        resumed: estimated bytes of text that an earlier, interrupted build had finished.
+        ignored_files: number of files in folders that are of unknown kinds, or links that lead outside the folder.
     """
 
     reports: list[DatasetMetadata]
@@ -82,18 +82,18 @@ def build_files(
 ) -> Built:
     """Tokenize files, folders, globs and standard input ("-") into a dataset; the same bytes for any number of workers.
 
-    Killed anywhere and called again, it goes on from the finished parts. Called again when all is done, it writes
-    nothing. Documents that do not decode back exactly are counted, named, and in the dataset all the same.
+    A build that was killed at any point resumes from the finished parts. If the dataset is already built, nothing is
+    written. Documents that do not decode back exactly are counted and named, and stay in the dataset.
 
     Args:
-        workers: processes that read and encode; 1: this one.
-        overwrite: replace a dataset of this name that was made of something else, or is damaged, which is otherwise an
-            error; one of just this is read to be sure.
-        again: build also what is there already of just this.
+        workers: number of processes that read and encode; 1: this process only.
+        overwrite: replace a dataset of this name that was built differently or is damaged, which is otherwise an
+            error; an existing dataset of the same build is read completely to verify it.
+        again: build even if the dataset of the same build already exists.
 
     Raises:
-        DataError: see `BuildOptions.on_error`; an output that is of something else; an input that changes; no
-            document left; a full disk. What was finished stays in PREFIX.building for the next try.
+        DataError: see `BuildOptions.on_error`; an existing output that was built differently; an input that changes;
+            no document left; a full disk. Finished parts stay in PREFIX.building for the next attempt.
     """
     options, reading = options or BuildOptions(), ReadReport()
     files = find_inputs(paths, reading, stdin_kind)
@@ -104,7 +104,7 @@ def build_files(
     if finished is not None:
         return Built(finished, was_there=True, resumed=0, ignored_files=reading.ignored_files)
     if options.append_eod:
-        _ = tokenizer.eod_id  # says so now where there is none
+        _ = tokenizer.eod_id  # raises now if there is none
     plan = make_plan(files, options, tokenizer.fingerprint)
     work = Path(f"{output_prefix}{WORK_SUFFIX}")
     with working_in(work, plan.identity, prefixes, overwrite):
@@ -118,7 +118,7 @@ def build_files(
                 for unit, summary in do_units(units.todo(), work, options, tokenizer, min(workers, plan.most_units)):
                     units.done(unit)
                     counts.add(summary, unit.weight, units.reused)
-                    for placed in units.ready():  # while the others encode
+                    for placed in units.ready():  # while the workers encode
                         assembler.add(placed)
             for placed in units.ready():
                 assembler.add(placed)
@@ -126,21 +126,21 @@ def build_files(
                 file.check_unchanged()
             inputs += [_recorded_input(file, hashes.get(file.path, "")) for file in plan.files]
             assembler.finish(counts.assembling)
-        shutil.rmtree(work, ignore_errors=True)  # NFS keeps a file that is still mapped
+        shutil.rmtree(work, ignore_errors=True)  # NFS keeps files that are still mapped
     return Built(reports, was_there=False, resumed=units.reused, ignored_files=reading.ignored_files)
 
 
 class _Units:
-    """Walks the plan: the units that are still `todo`, and parts that are `ready`, in the order of the input."""
+    """Tracks the plan: the units still `todo`, and the parts that are `ready`, in input order."""
 
     def __init__(self, plan: Plan, options: BuildOptions, directory: Path) -> None:
         self._plan, self._options, self._directory = plan, options, directory
-        self._order: deque[tuple[str, tuple[Span, ...]]] = deque()  # not yet given by `ready`
+        self._order: deque[tuple[str, tuple[Span, ...]]] = deque()  # not yet yielded by `ready`
         self._done: set[str] = set()
-        self.reused = 0  # weight of the parts that were there
+        self.reused = 0  # weight of the parts of an earlier build
 
     def todo(self) -> Iterator[Unit]:
-        """Raises DataError for a file that is not the one that was found."""
+        """Yield the units to do. Raises DataError if a file has changed since it was found."""
         for number, group in enumerate(self._plan.groups):
             for unit in self._units_of(f"{number:06}", group):
                 self._order.append((unit.name, unit.spans))
@@ -155,10 +155,10 @@ class _Units:
         self._done.add(unit.name)
 
     def ready(self) -> Iterator[Placed]:
-        """Finished parts that are next in the order of the input, each once.
+        """Yield the finished parts that are next in input order, each once.
 
         Raises:
-            DataError: a part is gone again.
+            DataError: a finished part has disappeared.
         """
         while self._order and self._order[0][0] in self._done:
             name, spans = self._order.popleft()
@@ -184,7 +184,7 @@ class _Units:
 
 
 class _Counts:
-    """Adds up, and tells at most a few times a second."""
+    """Sums the counts, and reports progress at most a few times per second."""
 
     def __init__(self, plan: Plan, tell: Progress | None) -> None:
         self._weight, self._tell = plan.weight, tell
@@ -219,7 +219,7 @@ def _finished_reports(
     tokenizer: Tokenizer,
     thorough: bool,
 ) -> list[DatasetMetadata] | None:
-    """The reports of a build of just this, if it is there (see `finished_report`)."""
+    """Return the reports of an existing dataset of the same build, if any (see `finished_report`)."""
     reports = []
     for prefix in prefixes:
         report = finished_report(prefix, facts, tokenizer.fingerprint, thorough)
@@ -230,14 +230,14 @@ def _finished_reports(
 
 
 def _same_inputs(report: DatasetMetadata, files: Sequence[InputFile]) -> bool:
-    """Whether the files are those that were read: by size and time, or, where the time differs, by their hash."""
+    """Whether the files are the ones that were read: compares size and time, or the hash if the time differs."""
     if any(file.is_stdin for file in files):
-        return False  # what it brings this time cannot be known before it is read
+        return False  # its content is unknown before it is read
     recorded = [entry for entry in report.inputs if isinstance(entry, dict)]
     if report.options["shard"] == [0, 1]:
         if [entry["path"] for entry in recorded] != [file.path for file in files]:
             return False
-    elif report.listing != _listing(files):  # a shard names only the files that it took part of
+    elif report.listing != _listing(files):  # a shard lists only the files that it read from
         return False
     known = {entry["path"]: entry for entry in recorded}
     for file in files:
@@ -252,7 +252,7 @@ def _same_inputs(report: DatasetMetadata, files: Sequence[InputFile]) -> bool:
 
 
 def _check_inputs(files: Sequence[InputFile], prefixes: Sequence[str]) -> None:
-    """Tell of files that come twice; refuse one that the dataset would replace, as data/my.json that of data/my."""
+    """Warn about duplicate files; refuse an input that the dataset would overwrite, e.g. data/my.json for data/my."""
     names = Counter(os.path.abspath(file.path) for file in files)
     if repeated := [name for name, times in names.items() if times > 1]:
         logger.warning("%s is named twice, and read twice (%d files are)", repeated[0], len(repeated))
@@ -264,7 +264,7 @@ def _check_inputs(files: Sequence[InputFile], prefixes: Sequence[str]) -> None:
 
 
 def _listing(files: Sequence[InputFile]) -> str:
-    """Identity of all the input by names and sizes: they decide what of it each shard takes."""
+    """Return a hash of all input names and sizes, which determine the content of each shard."""
     return json_hash([[file.path, file.size] for file in files])
 
 
@@ -282,17 +282,17 @@ def build_dataset(
     inputs: Sequence[str] = (),
     overwrite: bool = False,
 ) -> DatasetMetadata:
-    """Tokenize documents at hand, in their order, into a dataset without PREFIX.sources.
+    """Tokenize documents in memory, in their order, into a dataset without PREFIX.sources.
 
-    Empty documents are left out and counted.
+    Empty documents are skipped and counted.
 
     Args:
-        inputs: where the documents came from, for PREFIX.json.
-        overwrite: replace a dataset of this name, which is otherwise an error.
+        inputs: the documents' sources, for PREFIX.json.
+        overwrite: replace an existing dataset of this name, which is otherwise an error.
 
     Raises:
-        DataError: an output that exists, no document at all, no end-of-document token, a full disk, and what
-            `documents` raises; nothing is left under the output's name then.
+        DataError: the output exists, there are no documents or no end-of-document token, the disk is full, or
+            `documents` raises it; nothing has the output's name then.
     """
     check_output(output_prefix, overwrite)
     report = start_report(output_prefix, tokenizer, append_eod, {"append_eod": append_eod}, list(map(str, inputs)))

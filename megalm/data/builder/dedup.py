@@ -1,6 +1,6 @@
-"""Which documents came before: exact copies by a hash of their tokens; near ones are the business of near.py.
+"""The deduplicator protocol, and exact deduplication by token hashes; near copies are found in minhash_dedup.py.
 
-Of equal documents the first one in the order of the input is kept, whoever encoded it and when. n documents.
+Of equal documents the first in input order is kept, whichever worker encoded it and when. n: documents.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Dedup = Literal["none", "exact", "minhash"]
 
 
 class Deduplicator(Protocol):
-    """Remembers documents. `pairs`: the first near copies, and what they are like."""
+    """Remembers documents. `pairs`: the first near copies, each with the document that it is near."""
 
     pairs: list[Pair]
 
     def add(self, signatures: npt.NDArray[Any]) -> Bools:
-        """[n] whether each of the n documents is the first of its kind; they are remembered."""
+        """Remember n documents; return [n] whether each is new."""
 
 
 class NoDedup:
@@ -39,13 +39,13 @@ class NoDedup:
 
 
 def exact_signatures(rows: Sequence[npt.NDArray[Any]]) -> UInt64s:
-    """[n, 2] hashes of 128 bits, of tokens [tokens] of one dtype: equal texts have equal ones."""
+    """Return [n, 2] 128-bit hashes of token rows [tokens] of one dtype; equal texts have equal hashes."""
     digests = b"".join(hashlib.blake2b(row.data, digest_size=16).digest() for row in rows)
     return np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
 
 
 class ExactDeduplicator:
-    """A hash table in a file."""
+    """Finds exact copies with a hash table in a file."""
 
     def __init__(self, path: Path) -> None:
         self.pairs: list[Pair] = []
@@ -53,7 +53,7 @@ class ExactDeduplicator:
 
     def add(self, signatures: npt.NDArray[Any]) -> Bools:
         keys = np.ascontiguousarray(signatures, dtype=np.uint64).reshape(-1, 2).copy()
-        keys[~keys.any(axis=1)] = 1  # nothing but zeros means an empty place
+        keys[~keys.any(axis=1)] = 1  # all zeros means an empty slot
         _, first = np.unique(keys, axis=0, return_index=True)
         first.sort()
         new = np.zeros(len(keys), dtype=np.bool_)
@@ -62,7 +62,7 @@ class ExactDeduplicator:
 
 
 def make_deduplicator(dedup: Dedup, table: Path, threshold: float) -> Deduplicator:
-    """Args: table: where files may be made, under this name and names that begin with it."""
+    """Args: table: path for the table's files; their names begin with it."""
     if dedup == "exact":
         return ExactDeduplicator(table)
     return MinHashDeduplicator(table, threshold) if dedup == "minhash" else NoDedup()

@@ -1,6 +1,6 @@
-"""Tables that grow in files, so that memory does not grow with the number of documents.
+"""A hash table and a row file on disk, so that memory does not grow with the number of documents.
 
-Their pages are the system's to write out and to drop. n keys, C places of a hash table, K columns of a key.
+The kernel writes out and drops their mapped pages. n: keys, C: slots of a hash table, K: columns of a key.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SPREAD = 0x9E3779B97F4A7C15  # an odd number near 2^64 divided by the golden rat
 
 
 def hash_runs(values: UInt64s, length: int) -> UInt64s:
-    """[..., n - length + 1] hashes of the runs of `length` values in rows of [..., n]."""
+    """Return [..., n - length + 1] hashes of the runs of `length` values in rows of [..., n]."""
     count = values.shape[-1] - length + 1
     mixed: UInt64s = np.zeros((*values.shape[:-1], count), dtype=np.uint64)
     for place in range(length):
@@ -32,7 +32,7 @@ def hash_runs(values: UInt64s, length: int) -> UInt64s:
 
 
 class HashTable:
-    """Rows of u64: K columns of key, not all zeros, and columns of values. Open addressing, linear probing."""
+    """A table with rows of u64: K key columns, not all zero, and value columns. Open addressing, linear probing."""
 
     def __init__(self, path: Path, key_columns: int, value_columns: int = 0) -> None:
         self._path, self._keys, self._width = path, key_columns, key_columns + value_columns
@@ -41,15 +41,15 @@ class HashTable:
 
     @property
     def values(self) -> UInt64s:
-        """[C, value columns], to read and write by place; zeros at first. Only until the next `insert`."""
+        """[C, value columns], readable and writable by slot, initially zero; valid until the next `insert`."""
         return self._table[:, self._keys :]
 
     def find(self, keys: UInt64s) -> Int64s:
-        """[n] places of the keys [n, K], -1 for one that is not there."""
+        """Return [n] the slots of the keys [n, K], -1 for a missing key."""
         return self._probe(self._table, keys, insert=False)[0]
 
     def insert(self, keys: UInt64s) -> tuple[Int64s, Bools]:
-        """(places [n], whether it was not there [n]) of keys [n, K] that are all different."""
+        """Insert distinct keys [n, K]; return (slots [n], whether each key is new [n])."""
         capacity = len(self._table)
         while 2 * (self._count + len(keys)) > capacity:
             capacity *= 2
@@ -60,7 +60,7 @@ class HashTable:
         return places, new
 
     def _probe(self, table: UInt64s, keys: UInt64s, insert: bool) -> tuple[Int64s, Bools]:
-        """All keys at once, each from its own place on until it is found or a place is empty."""
+        """Probe for all keys at once, each from its home slot until it is found or a slot is empty."""
         found, new = np.full(len(keys), -1, dtype=np.int64), np.zeros(len(keys), dtype=np.bool_)
         pending, bits = np.arange(len(keys)), len(table).bit_length() - 1
         where = ((keys[:, 0] * np.uint64(SPREAD)) >> np.uint64(64 - bits)).astype(np.int64)
@@ -69,7 +69,7 @@ class HashTable:
             empty = ~held.any(axis=1)
             if insert:
                 table[where[empty], : self._keys] = keys[pending[empty]]
-                held = table[where, : self._keys]  # of several that wanted one place the last got it
+                held = table[where, : self._keys]  # of several keys for one slot, the last got it
             there = (held == keys[pending]).all(axis=1)
             new[pending[there & empty]] = True
             found[pending[there]] = where[there]
@@ -86,12 +86,12 @@ class HashTable:
             self._table[places, self._keys :] = part[:, self._keys :]
 
     def _new_table(self, capacity: int) -> UInt64s:
-        self._path.unlink(missing_ok=True)  # an old table stays readable until it is let go of
+        self._path.unlink(missing_ok=True)  # an old table stays readable while it is mapped
         return _mapped(self._path, np.dtype(np.uint64), (capacity, self._width))
 
 
 class RowFile:
-    """Rows of one dtype, appended and then read or changed in any order."""
+    """A file of rows of one dtype, appended and then read or changed in any order."""
 
     def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
         path.unlink(missing_ok=True)
@@ -103,7 +103,7 @@ class RowFile:
 
     @property
     def rows(self) -> npt.NDArray[Any]:
-        """[len(self)], the file's own; only until the next `append`."""
+        """[len(self)], a view of the file; valid until the next `append`."""
         return self._all[: self._count]
 
     def append(self, rows: npt.NDArray[Any]) -> None:
@@ -117,9 +117,10 @@ class RowFile:
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """The file, made or lengthened by zeros.
+    """Map the file, created or extended with zeros.
 
-    Its room is taken at once: a full disk is an error here, and would end the process at a later write to the map.
+    The disk space is allocated at once: a full disk raises an error here instead of killing the process at a later
+    write to the map.
     """
     with writing_to(path), path.open("ab") as file:
         os.posix_fallocate(file.fileno(), 0, dtype.itemsize * int(np.prod(shape)))

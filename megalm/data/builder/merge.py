@@ -1,4 +1,4 @@
-"""Several datasets into one, copied without tokenizing again; of copies only the first, if that is wanted."""
+"""Merge several datasets into one without tokenizing again, optionally with deduplication."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from megalm.data.readers.input_files import KEPT_MESSAGES, WORK_SUFFIX
 from megalm.errors import DataError
 
 SUMMED = ("empty_documents", "skipped", "inexact_documents", "text_bytes")
-COPIED_TOKENS = 1 << 22  # at once, of at most so many documents
+COPIED_TOKENS = 1 << 22  # per batch, with at most COPIED_DOCUMENTS documents
 COPIED_DOCUMENTS = 1 << 14
 
 
 class Input(NamedTuple):
-    """A dataset to merge, and its PREFIX.json; {} where another tool built it."""
+    """A dataset to merge, and its PREFIX.json; {} if another tool built it."""
 
     dataset: IndexedDataset
     sidecar: dict[str, Any]
@@ -60,21 +60,22 @@ def merge_datasets(
 ) -> DatasetMetadata:
     """Write all documents of `prefixes`, in that order, to one dataset.
 
-    Where all inputs have their PREFIX.json, its counts are added up; where one has none, what cannot be known
-    is left at nothing, and `options["complete"]` is false. Called again when it is done, it writes nothing;
-    with `overwrite` it reads all that is there to be sure.
+    If all inputs have a PREFIX.json, their counts are summed; otherwise unknown counts stay empty, and
+    `options["complete"]` is false. If the merge already exists, nothing is written; with `overwrite` it is read
+    completely to verify it.
 
     Args:
-        dedup: "exact" leaves out documents with the same tokens as an earlier one, of this dataset or another;
-            "minhash" near copies, by the signatures that builds with it keep. How many is in `removed`, and bytes of
-            text are not known then. Shards built with "minhash" have all theirs until they are merged with it.
-        minhash_threshold: as in `BuildOptions`; default that of the builds.
-        progress, tell: called with a line for people after each dataset, and with the tokens that were read.
+        dedup: "exact" removes documents with the same tokens as an earlier one, of this dataset or another; "minhash"
+            removes near copies, by the signatures that builds with "minhash" keep. Their number is in `removed`, and
+            the text bytes are unknown then. Shards built with "minhash" keep their near copies until such a merge.
+        minhash_threshold: as in `BuildOptions`; by default the threshold of the builds.
+        progress: called with a progress line after each dataset.
+        tell: called with the number of tokens just read.
 
     Raises:
         DataError: inputs of different dtypes or tokenizers, damaged inputs, an input that is also the output, an
-            output that exists and is not the merge of just these; shards whose near copies would stay, and inputs
-            without signatures, or with other thresholds, where signatures are needed.
+            existing output that is not this merge; shards whose near copies would stay; inputs without signatures, or
+            with different thresholds, when signatures are needed.
     """
     if len(prefixes) < 2:
         raise DataError("merging takes two datasets or more; name their prefixes")
@@ -91,15 +92,15 @@ def merge_datasets(
         try:
             _merge(inputs, report, output_prefix, work, progress or (lambda line: None), tell)
         finally:
-            shutil.rmtree(work, ignore_errors=True)  # NFS keeps a file that is still mapped
+            shutil.rmtree(work, ignore_errors=True)  # NFS keeps files that are still mapped
     return report
 
 
 def _asked(inputs: Sequence[Input], dedup: Dedup, threshold: float | None) -> dict[str, Any]:
-    """Which copies are left out, as PREFIX.json has it.
+    """Return the deduplication options as recorded in PREFIX.json.
 
     Raises:
-        DataError: shards whose near copies would stay, or datasets of several thresholds.
+        DataError: shards whose near copies would stay, or datasets with different thresholds.
     """
     if dedup != "minhash":
         for dataset, sidecar in inputs:
@@ -115,16 +116,16 @@ def _asked(inputs: Sequence[Input], dedup: Dedup, threshold: float | None) -> di
             f"{inputs[0].dataset.prefix} and others were built with several thresholds, "
             f"{', '.join(map(str, sorted(known)))}; state one (--minhash-threshold 0.8)"
         )
-    # Where none is known there are no signatures either, which is refused before anything is compared.
+    # Without a known threshold there are no signatures either, which is refused before anything is compared.
     stated = next(iter(known), 1.0) if threshold is None else threshold
     return {"dedup": dedup, "minhash_threshold": check_threshold(stated)}
 
 
 def _merged_report(inputs: Sequence[Input], output_prefix: str | Path, asked: dict[str, Any]) -> DatasetMetadata:
-    """What PREFIX.json will say, but for what copying finds out: sums, and what cannot be known of other tools' parts.
+    """Return the report for PREFIX.json before copying: sums over the inputs; facts unknown for other tools stay empty.
 
     Raises:
-        DataError: inputs of different tokenizers.
+        DataError: inputs with different tokenizers.
     """
     stated = [given for given in inputs if given.tokenizer]
     for dataset, sidecar in stated:
@@ -168,7 +169,7 @@ def _merge(
     say: Callable[[str], None],
     tell: Tell,
 ) -> None:
-    """Write all files of the dataset, and fill the report."""
+    """Write all files of the merged dataset, and fill the report."""
     dedup, first = report.options.get("dedup", "none"), inputs[0].dataset
     for dataset, _ in inputs:
         dataset.verify()
@@ -186,7 +187,7 @@ def _merge(
             if dedup != "none":
                 report.removed[dedup] = report.removed.get(dedup, 0) + copies
             if copies:
-                report.text_bytes = 0  # of those that stay: not known
+                report.text_bytes = 0  # of the kept documents: unknown
             left_out = f", {copies:,} copies left out" if dedup != "none" else ""
             counts = f"{given.dataset.document_count:,} documents, {len(given.dataset.tokens):,} tokens"
             say(f"{given.dataset.prefix}: {counts}{left_out}")
@@ -197,10 +198,10 @@ def _merge(
 def _copy(
     given: Input, seen: Deduplicator, writer: DatasetWriter, sources: tuple[npt.NDArray[Any], int] | None, tell: Tell
 ) -> int:
-    """Copy the documents that nobody has seen, piece by piece; how many there are of the others.
+    """Copy the new documents piece by piece; return the number of removed copies.
 
     Raises:
-        DataError: tokens or signatures that are not what was recorded of them, or are missing.
+        DataError: tokens or signatures are missing, or do not match their recorded hashes.
     """
     dataset, sidecar = given
     starts = np.append(dataset.sequence_pointers // dataset.dtype.itemsize, len(dataset.tokens))
@@ -241,7 +242,7 @@ def _copy(
 
 
 def _note_pairs(report: DatasetMetadata, pairs: Sequence[Pair], datasets: Sequence[IndexedDataset]) -> None:
-    """Name what was left out and why, after what the builds named."""
+    """Append the removed near copies to those that the builds recorded."""
     ends = list(accumulate(dataset.document_count for dataset in datasets))
 
     def name(number: int) -> str:
@@ -256,8 +257,10 @@ def _note_pairs(report: DatasetMetadata, pairs: Sequence[Pair], datasets: Sequen
 
 
 def _sources(inputs: Sequence[Input]) -> list[tuple[npt.NDArray[Any], int]] | None:
-    """Rows of each dataset's PREFIX.sources, and how many files those before it have; None unless all say where their
-    documents came from and count lines alike."""
+    """Return each dataset's PREFIX.sources rows and the number of files of the datasets before it.
+
+    None unless all datasets have PREFIX.sources and count lines the same way.
+    """
     readings = {str(sidecar["options"].get("read", {}).get("documents")) for _, sidecar in inputs}
     tables = [DocumentSources(dataset.prefix, dataset.document_count) for dataset, _ in inputs]
     if len(readings) > 1 or not all(table.available for table in tables):

@@ -1,7 +1,7 @@
-"""Near copies by MinHash: a document is left out where an earlier one that was kept is as alike as the threshold.
+"""Near deduplication by MinHash: a document is removed if it is at least as similar as the threshold to a kept one.
 
-What becomes of a document depends on the order of the input only: not on how it was cut into batches, nor on who
-made the signatures. n documents, P permutations, B bands of R of their values each, e entries: (document, band).
+The result depends on the input order only, not on the batches or on which worker made the signatures. n: documents,
+P: permutations, B: bands of R values each, e: entries (document, band).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Values = npt.NDArray[np.uint32]
 
 
 class Pair(NamedTuple):
-    """Numbers of two documents in the order in which they came, and the share of equal MinHash values."""
+    """The numbers of two documents in input order, and their share of equal MinHash values."""
 
     left_out: int
     copy_of: int
@@ -35,14 +35,14 @@ class Pair(NamedTuple):
 
 
 def check_threshold(share: float) -> float:
-    """Raises DataError for one that is no share."""
+    """Return the threshold. Raises DataError if it is not a valid share."""
     if not 0 < share <= 1:
         raise DataError(f"--minhash-threshold {share}: state a share between 0 and 1, such as 0.8")
     return share
 
 
 def minhash_signatures(texts: Sequence[str]) -> Values:
-    """[n, P] MinHash values of the sets of runs of five words."""
+    """Return [n, P] the MinHash values of each text's set of five-word runs."""
     from datasketch import MinHash
 
     rows = np.empty((len(texts), PERMUTATIONS), dtype=np.uint32)
@@ -55,7 +55,7 @@ def minhash_signatures(texts: Sequence[str]) -> Values:
 
 
 def _shingles(text: str) -> Values:
-    """Different hashes of 32 bits, one for each run of words; of a short text one."""
+    """Return the distinct 32-bit hashes of the word runs; a short text has one."""
     words = np.array([zlib.crc32(word.encode()) for word in text.split()], dtype=np.uint64)
     if len(words) < SHINGLE_WORDS:
         return np.array([zlib.crc32(words.tobytes())], dtype=np.uint32)
@@ -63,8 +63,10 @@ def _shingles(text: str) -> Values:
 
 
 def bands_of(threshold: float) -> tuple[int, int]:
-    """(B, R) for which documents are candidates, of those less alike than the threshold, and are none, of the
-    others, the least: the area of both errors over all likenesses, as datasketch's MinHashLSH chooses."""
+    """Return the (B, R) with the fewest false positives below the threshold and false negatives above it.
+
+    Minimizes the area of both errors over all similarities, as datasketch's MinHashLSH does.
+    """
     likeness = (np.arange(1000) + 0.5) / 1000
     best, least = (1, PERMUTATIONS), np.inf
     for bands in range(1, PERMUTATIONS + 1):
@@ -77,8 +79,11 @@ def bands_of(threshold: float) -> tuple[int, int]:
 
 
 class MinHashDeduplicator:
-    """Signatures of the documents that were kept, and a table from each band's hash to the last that has it; from
-    there a chain leads to the earlier ones. All in files: PATH and PATH.rows."""
+    """Finds near copies among the signatures of the kept documents.
+
+    A table maps each band hash to the last document that has it; from there a chain leads to the earlier ones. All
+    data is in the files PATH and PATH.rows.
+    """
 
     def __init__(self, path: Path, threshold: float) -> None:
         self.pairs: list[Pair] = []
@@ -106,7 +111,7 @@ class MinHashDeduplicator:
         return new
 
     def _band_keys(self, values: Values) -> UInt64s:
-        """[n, B] hashes of the bands; the low bits are the band's number from 1, so keys of two bands never meet."""
+        """Return [n, B] band hashes; the low bits are the band number from 1, so keys of two bands never collide."""
         keys: UInt64s = np.zeros((len(values), self._bands), dtype=np.uint64)
         bands = values[:, : self._bands * self._band_rows].reshape(len(values), self._bands, self._band_rows)
         for place in range(self._band_rows):
@@ -118,7 +123,7 @@ class MinHashDeduplicator:
         return np.asarray((some == others).mean(axis=1) >= self._threshold)
 
     def _near_kept(self, values: Values, keys: UInt64s) -> Bools:
-        """[n] whether a document of an earlier batch is near."""
+        """Return [n] whether a kept document of an earlier batch is near."""
         near = np.zeros(len(values), dtype=np.bool_)
         places = self._last.find(keys.reshape(-1, 1))
         entries = np.flatnonzero(places >= 0)
@@ -132,10 +137,11 @@ class MinHashDeduplicator:
         return near
 
     def _new_in_batch(self, values: Values, keys: UInt64s, near: Bools) -> Bools:
-        """[n] which documents stay, one round for each link of the longest chain of documents that share bands.
+        """Return [n] whether each document is kept; takes one round per link of the longest chain of shared bands.
 
-        The first of an undecided band's documents leads it. Who leads all its bands stays: nobody before it can be
-        near. The followers of those are compared with them, and lose them as leaders.
+        The first undecided document of a band leads it. A document that leads all its bands is kept, because no
+        document before it can be near. Its followers are compared with it: near ones are removed, the others lose it as
+        a leader.
         """
         new = np.zeros(len(values), dtype=np.bool_)
         document, _, key = self._entries(np.flatnonzero(~near), keys[~near])
@@ -153,7 +159,7 @@ class MinHashDeduplicator:
         return new
 
     def _entries(self, documents: Int64s, keys: UInt64s) -> tuple[Int64s, Int64s, UInt64s]:
-        """(document [e], band [e], key [e]), by key and, of one key, in the order of the documents."""
+        """Return (document [e], band [e], key [e]), sorted by key and then by document."""
         document, band = np.repeat(documents, self._bands), np.tile(np.arange(self._bands), len(documents))
         order = np.argsort(keys.ravel(), kind="stable")
         return document[order], band[order], keys.ravel()[order]
@@ -174,7 +180,7 @@ class MinHashDeduplicator:
         self._kept.append(added)
 
     def _pair(self, value: Values, keys: UInt64s, number: int) -> Pair:
-        """The earliest of those that the document is near to; rows are in the order of the input."""
+        """Return the pair with the earliest kept document that is near; rows are in input order."""
         places, candidates = self._last.find(keys.reshape(-1, 1)), set()
         for band in np.flatnonzero(places >= 0):
             after = int(self._last.values[places[band], 0])

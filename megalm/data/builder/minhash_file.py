@@ -1,7 +1,7 @@
-"""PREFIX.minhash: the MinHash values of each document of a dataset, so that near copies are found when it is merged.
+"""PREFIX.minhash: the MinHash values of a dataset's documents, for finding near copies in a merge.
 
-Rows of u32[P], little-endian, in the order of the documents; PREFIX.json has how they were made, and their hash.
-Nothing but merging reads them.
+Rows of u32[P], little-endian, in document order; PREFIX.json records how they were made, and their hash. Only merging
+reads them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ MADE = {"permutations": PERMUTATIONS, "shingle_words": SHINGLE_WORDS, "seed": SE
 
 
 def open_signatures(prefix: str | Path, recorded: dict[str, Any], documents: int) -> npt.NDArray[Any]:
-    """[documents, P], mapped; read once here to be sure of them.
+    """Map the values, [documents, P]; reads them once to verify their hash.
 
     Args:
         recorded: `minhash` of PREFIX.json.
 
     Raises:
-        DataError: none were kept, they were made another way, or are not what was recorded.
+        DataError: the dataset has none, they were made another way, or they do not match the recorded hash.
     """
     path, again = signatures_path(prefix), "build it again with build_dataset.py --dedup minhash"
     if not recorded:

@@ -1,4 +1,4 @@
-"""Which documents are worth training on, by cheap facts about their text."""
+"""Filter out low-quality documents by cheap measures of their text."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from megalm.errors import DataError
 
 @dataclass(frozen=True)
 class Filters:
-    """Bounds that a document must keep; None asks nothing.
+    """Bounds that a document must meet; None disables a bound.
 
     Attributes:
         min_characters, max_characters: length of the text.
-        min_letter_share: letters among the characters that are not whitespace.
-        max_repeated_line_share: characters in lines that came before in the same document, of those in all lines.
-        max_word_length: mean characters of a word; what is no prose and no code (base64, say) has long ones.
+        min_letter_share: share of letters among the characters that are not whitespace.
+        max_repeated_line_share: share of characters in lines that occurred before in the same document.
+        max_word_length: mean characters per word; text that is neither prose nor code (e.g. base64) has long words.
 
     Raises:
-        DataError: a bound that no text, or every text, keeps by its kind.
+        DataError: a bound outside its valid range, or a minimum above its maximum.
     """
 
     min_characters: int | None = None
@@ -46,11 +46,11 @@ class Filters:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The bounds that are stated, in the order in which they are tried."""
+        """The configured bounds, in the order in which they are checked."""
         return tuple(name for name, bound in vars(self).items() if bound is not None)
 
     def removes(self, text: str) -> str | None:
-        """The first bound that the text breaks, or None."""
+        """Return the first bound that the text violates, or None."""
         return next((name for name in self.names if self._breaks(name, text)), None)
 
     def _breaks(self, name: str, text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Is a dataset what a run wants, and if not: what differs, which command builds it again, or do so."""
+"""Check whether a dataset is what a run wants; if not, report the differences and the build command, or rebuild it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Rebuild = Literal["never", "auto", "always"]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a run states of a dataset.
+    """A run's requirements for a dataset.
 
     Attributes:
-        append_eod: whether documents must end with the end-of-document token; None: as they are.
-        inputs: files, folders and globs that it must be built of; none: of whatever it was built.
+        append_eod: whether documents must end with the end-of-document token; None: either.
+        inputs: files, folders and globs that it must be built from; empty: any.
     """
 
     tokenizer: Tokenizer
@@ -41,18 +41,18 @@ def ensure_dataset(
     workers: int = 1,
     tell: Callable[[str], None] | None = None,
 ) -> Built | None:
-    """See that the dataset is as wanted, or build it again of what it was made of, or of `wanted.inputs`.
+    """Ensure that the dataset is as wanted, or rebuild it from its recorded inputs or from `wanted.inputs`.
 
-    Call it on one rank; the others wait and then open the files. None: nothing was done.
+    Call it on one rank; the others wait and then open the files. Returns None if nothing was done.
 
     Args:
-        rebuild: "never" refuses what differs; "auto" builds it again, also where an input file has changed or the
-            dataset's files are gone (raw text that is gone is no reason); "always" builds it again in any case.
-        tell: called with a line for people before a build.
+        rebuild: "never" refuses a dataset that differs; "auto" rebuilds it, also if an input file has changed or the
+            dataset's files are gone (missing raw text is not a reason); "always" rebuilds it in any case.
+        tell: called with a progress line before a build.
 
     Raises:
-        DataError: what differs, and the command that builds it again; with another `rebuild`, a dataset of which
-            nobody noted what it was made of, and what building raises.
+        DataError: with "never", the differences and the command that rebuilds the dataset; otherwise, its inputs are
+            not recorded, or building fails.
     """
     say = tell or (lambda line: None)
     sidecar = read_sidecar(prefix)
@@ -69,7 +69,7 @@ def ensure_dataset(
     found += [f"its input {path} has another size or time than recorded" for path in changed_inputs(sidecar)[:1]]
     if rebuild == "auto" and not found:
         return None
-    recorded = _inputs(prefix, sidecar)  # also says what cannot be built again at all
+    recorded = _inputs(prefix, sidecar)  # also raises if it cannot be rebuilt at all
     options = _options(sidecar, wanted.append_eod)
     say(f"building {prefix} again: {'; '.join(found) or 'data.rebuild=always'}")
     built = build_files(
@@ -81,11 +81,11 @@ def ensure_dataset(
         overwrite=True,
         again=rebuild == "always",
     )
-    return None if built.was_there else built  # a file with another time may hold the same
+    return None if built.was_there else built  # a file with another time can have the same content
 
 
 def differences(sidecar: dict[str, Any], wanted: Wanted) -> list[str]:
-    """What of a PREFIX.json is not as wanted, for people; none: all is."""
+    """Return the differences between a PREFIX.json and what is wanted, as messages; empty if there are none."""
     found, built, tokenizer = [], sidecar.get("tokenizer") or {}, wanted.tokenizer
     if built and built["fingerprint"] != tokenizer.fingerprint:
         found.append(
@@ -106,7 +106,7 @@ def differences(sidecar: dict[str, Any], wanted: Wanted) -> list[str]:
 
 
 def _named_by(stated: str, used: set[str]) -> set[str]:
-    """Files that `data.input` names; where they are gone, those that were `used` under this name."""
+    """Return the files that an entry of `data.input` names; if they are gone, those `used` under this name."""
     try:
         return {str(Path(file.path).resolve()) for file in find_inputs([stated], ReadReport())}
     except DataError:
@@ -118,7 +118,7 @@ def _named_by(stated: str, used: set[str]) -> set[str]:
 
 
 def build_prefix(prefix: str | Path) -> str:
-    """The prefix that was given to the build: without -train of a split."""
+    """Return the prefix given to the build: without the -train of a split."""
     name, sidecar = str(prefix), read_sidecar(prefix) or {}
     for part in SPLIT_NAMES[: len(sidecar.get("options", {}).get("split", ()))]:
         name = name.removesuffix(f"-{part}")
@@ -126,7 +126,7 @@ def build_prefix(prefix: str | Path) -> str:
 
 
 def _build_first(prefix: str | Path, wanted: Wanted, workers: int, say: Callable[[str], None]) -> Built:
-    """A dataset that is not there yet, of the stated inputs."""
+    """Build a missing dataset from the configured inputs."""
     if any(path.exists() for path in (bin_path(prefix), idx_path(prefix), sidecar_path(prefix))):
         raise DataError(
             f"{sidecar_path(prefix)}: is not there or of another tool: nothing says what to build {prefix} of; "
@@ -142,12 +142,12 @@ def _build_first(prefix: str | Path, wanted: Wanted, workers: int, say: Callable
 def _how(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted) -> str:
     try:
         return f"it again (data.rebuild=auto does): {rebuild_command(prefix, sidecar, wanted)}"
-    except DataError:  # nobody knows the command
+    except DataError:  # the command is unknown
         return "it again as it was built before"
 
 
 def changed_inputs(sidecar: dict[str, Any]) -> list[str]:
-    """Input files whose size or time is not the recorded one; of those that are gone nothing can be built."""
+    """Return the input files whose size or time differs from the record; skips missing files, which cannot be read."""
     changed = []
     for entry in sidecar["inputs"]:
         if isinstance(entry, dict) and entry["path"] != STDIN:
@@ -161,7 +161,7 @@ def changed_inputs(sidecar: dict[str, Any]) -> list[str]:
 
 
 def rebuild_command(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted) -> str:
-    """The line of shell that builds the dataset again as wanted."""
+    """Return the shell command that rebuilds the dataset as wanted."""
     inputs, options = _inputs(prefix, sidecar), _options(sidecar, wanted.append_eod)
     words = ["python", "data_tools/build_dataset.py"]
     for path in wanted.inputs or inputs:
@@ -181,7 +181,7 @@ def _recorded_paths(sidecar: dict[str, Any]) -> list[str]:
 
 def _inputs(prefix: str | Path, sidecar: dict[str, Any]) -> Sequence[str]:
     paths = _recorded_paths(sidecar)
-    # A shard names only the files that it took part of: the same shard of those is a part of a part.
+    # A shard lists only the files that it read from: the same shard of those files would be a part of a part.
     if not paths or STDIN in paths or sidecar["options"].get("shard") != [0, 1]:
         raise DataError(
             f"{prefix}: was built of standard input, merged, made by a recipe, or is a shard, so it cannot be built "

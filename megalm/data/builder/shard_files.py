@@ -1,6 +1,6 @@
-"""A unit of work as files: PART.tokens, PART.npz (a row for each document), and PART.json, written last.
+"""The files of a unit of work: PART.tokens, PART.npz (one row per document), and PART.json, written last.
 
-A part without its PART.json is not there; one whose files do not agree with it is made again.
+A part without PART.json does not exist; a part whose files do not match PART.json is made again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
 from megalm.utils.atomic_files import temporary_name, write_json, writing_to
 
-# One row for each document. `line` counts in the span; start and size are bytes of the unpacked file.
+# One row per document. `line` counts within the span; start and size are bytes of the unpacked file.
 DOCUMENT = np.dtype(
     [
         ("tokens", "<i4"),
@@ -45,17 +45,17 @@ DOCUMENT = np.dtype(
 
 @dataclass
 class WorkUnitSummary:
-    """PART.json. Places are [span, line in it]."""
+    """The content of PART.json. Positions are [span, line in it]."""
 
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
     span_lines: list[int] = field(default_factory=list)
     problems: int = 0
-    messages: list[tuple[int, int, str]] = field(default_factory=list)  # span, line, what is wrong
-    removed: dict[str, int] = field(default_factory=dict)  # by each filter
+    messages: list[tuple[int, int, str]] = field(default_factory=list)  # span, line, problem
+    removed: dict[str, int] = field(default_factory=dict)  # per filter
     crc: int = 0  # of PART.tokens
-    content: str = ""  # hash of the bytes that were handed over, of a stream
+    content: str = ""  # for a stream: hash of the bytes passed to the worker
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class WorkUnitFiles:
         return self.directory / f"{self.name}.{suffix}"
 
     def finished(self) -> WorkUnitSummary | None:
-        """What the part holds, if it is there; its content is checked when it is read."""
+        """Return the part's summary, if it exists; the content is checked when it is read."""
         try:
             summary = WorkUnitSummary(**json.loads(self.path("json").read_bytes()))
             sizes = [self.path(suffix).stat().st_size for suffix in ("tokens", "npz")]
@@ -76,16 +76,16 @@ class WorkUnitFiles:
         return summary if sizes[1] and (sizes[0] > 0) == (summary.tokens > 0) else None
 
     def documents(self) -> npt.NDArray[Any]:
-        """Rows of DOCUMENT, [n]. Raises DataError for a damaged file."""
+        """Return DOCUMENT rows, [n]. Raises DataError for a damaged file."""
         return self._array("documents")
 
     def signatures(self) -> npt.NDArray[Any]:
-        """[n, ...], of no use where the part has no documents. Raises DataError for a damaged file."""
+        """Return [n, ...]; meaningless if the part has no documents. Raises DataError for a damaged file."""
         return self._array("signatures")
 
     def _array(self, name: str) -> npt.NDArray[Any]:
         try:
-            with np.load(self.path("npz")) as arrays:  # a zip file: checks its own sums
+            with np.load(self.path("npz")) as arrays:  # a zip file, which has its own checksums
                 return np.asarray(arrays[name])
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
             raise self.damaged() from error
@@ -96,7 +96,7 @@ class WorkUnitFiles:
 
 
 class WorkUnitWriter:
-    """Turns records into a part; one a worker at a time."""
+    """Turns records into a part; each worker writes one at a time."""
 
     def __init__(self, part: WorkUnitFiles, options: BuildOptions, tokenizer: Tokenizer) -> None:
         self._part, self._options, self._tokenizer = part, options, tokenizer
@@ -113,10 +113,10 @@ class WorkUnitWriter:
         """Read the spans and write the part.
 
         Args:
-            block: the only span, cut from a stream; it starts at its line `first_line`.
+            block: bytes of the only span, cut from a stream; they start at line `first_line` of the stream.
 
         Raises:
-            DataError: what cannot be read, with on_error "fail"; a full disk.
+            DataError: an unreadable record, with on_error "fail"; a full disk.
         """
         part = self._part
         with writing_to(part.path("tokens")):
@@ -152,7 +152,7 @@ class WorkUnitWriter:
         return removed is None
 
     def _encode(self, records: Sequence[TextRecord], number: int) -> bytes:
-        """Tokens of the records, as bytes of the file; notes their rows and signatures."""
+        """Return the records' tokens as file bytes; appends their rows and signatures."""
         if not records:
             return b""
         texts = [record.text for record in records if record.text is not None]
@@ -183,7 +183,7 @@ class WorkUnitWriter:
 def with_ends(
     encoded: Sequence[npt.NDArray[np.int32]], eod_id: int | None, dtype: np.dtype[np.generic]
 ) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.int64]]:
-    """(tokens [sum n] of documents one after another, each with the end of documents if there is one; lengths)."""
+    """Return (tokens [sum n] of all documents, each followed by the end-of-document token if given; lengths)."""
     end = np.array([] if eod_id is None else [eod_id], dtype=np.int32)
     tokens = np.concatenate([part for row in encoded for part in (row, end)]).astype(dtype)
     return tokens, np.array([len(row) + len(end) for row in encoded], dtype=np.int64)
@@ -191,7 +191,7 @@ def with_ends(
 
 @contextmanager
 def _complete(path: Path) -> Iterator[BinaryIO]:
-    """A file that has its name only when it is complete: a killed build may leave workers for a moment."""
+    """Open a file that gets its name only once complete: workers can outlive a killed build for a moment."""
     temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:

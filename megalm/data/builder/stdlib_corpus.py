@@ -1,8 +1,8 @@
-"""Corpora that megalm makes on the machine: text, tokenizer and dataset, prepared once and kept in a cache.
+"""The quickstart corpus from Python's standard library: text, tokenizer and dataset, prepared once and cached.
 
 CACHE/python-stdlib-FINGERPRINT/   tokenizer.model  tokenizer.model.json  corpus.bin .idx .json  recipe.json
-CACHE/stamps/HASH.json             cheap facts about the inputs -> FINGERPRINT, so that a second run need not read
-CACHE/python-stdlib.lock           one process prepares, the others wait for it
+CACHE/stamps/HASH.json             cheap facts about the inputs -> FINGERPRINT, so that a second run need not read them
+CACHE/python-stdlib.lock           one process prepares, the others wait
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from megalm.errors import DataError
 from megalm.utils.atomic_files import json_hash, locked, read_json, sync_directory, write_json, writing_to
 
-# The quickstart corpus: sources and manual texts of the running Python's own standard library.
+# Documents: sources and manual texts of the running Python's own standard library
 #
-# Real text that every machine has, so the first run needs no download. The same Python gives the same documents
-# in the same order, whatever the virtual environment or the place it is installed in.
+# Every machine has this text, so the first run needs no download. The same Python gives the same documents in the same
+# order, whatever the virtual environment or the install location.
 
-# Not the library's text, or made on the machine where Python was built.
+# Not the library's text, or generated on the machine where Python was built.
 LEFT_OUT_FOLDERS = frozenset(
     ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib-dynload")
 )
@@ -45,15 +45,15 @@ FEWEST_FILES = 100
 
 
 def standard_library() -> Path:
-    """Folder of the running Python's library, also inside a virtual environment."""
+    """Return the folder of the running Python's library, also inside a virtual environment."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def source_files(root: Path | None = None) -> dict[str, Path]:
-    """Name relative to the library (with "/") -> path, of every source file that the corpus takes; sorted.
+    """Return name relative to the library (with "/") -> path of every source file in the corpus, sorted.
 
     Raises:
-        DataError: a Python that comes without its library's sources.
+        DataError: this Python comes without its library's sources.
     """
     root = standard_library() if root is None else root
     found: dict[str, Path] = {}
@@ -72,10 +72,10 @@ def source_files(root: Path | None = None) -> dict[str, Path]:
 
 
 def stdlib_documents(report: ReadReport | None = None) -> list[Document]:
-    """All documents, in an order by the hash of their names: any contiguous part is a fair sample of the whole.
+    """Return all documents, ordered by a hash of their names, so that any contiguous part is a fair sample.
 
-    Empty files give none; a file that is not text in its declared encoding is skipped and an exact copy of
-    another document dropped, both counted in `report`.
+    Empty files give no document. A file that is not text in its declared encoding, and an exact copy of another
+    document, are skipped and counted in `report`.
     """
     report = ReadReport() if report is None else report
     seen: set[str] = set()
@@ -93,7 +93,7 @@ def stdlib_documents(report: ReadReport | None = None) -> list[Document]:
 def _sources(report: ReadReport) -> Iterator[Document]:
     for name, path in source_files().items():
         try:
-            with tokenize.open(path) as file:  # honours the encoding that the source declares
+            with tokenize.open(path) as file:  # honors the encoding that the source declares
                 text = file.read()
         except (SyntaxError, UnicodeDecodeError) as error:
             report.skip(f"{path}: is not text in its declared encoding ({error})")
@@ -102,7 +102,7 @@ def _sources(report: ReadReport) -> Iterator[Document]:
 
 
 def _topics() -> Iterator[Document]:
-    """The language reference that `help()` shows; a slim Python may come without."""
+    """Yield the language reference that `help()` shows; a slim Python can lack it."""
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
@@ -116,7 +116,7 @@ def _newlines(text: str) -> str:
 
 
 RECIPES = ("python-stdlib",)
-RECIPE_VERSION = 1  # raise it when the same inputs come to give other files
+RECIPE_VERSION = 1  # increase when the same inputs give other files
 SPLIT = "95,5"
 MAX_SENTENCES = 80_000
 MANIFEST = "recipe.json"
@@ -125,7 +125,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A prepared corpus. `train_prefix` holds all of it; `split` cuts off the validation documents."""
+    """A prepared corpus. `train_prefix` holds all documents; `split` separates the validation documents."""
 
     directory: Path
     fingerprint: str
@@ -143,7 +143,7 @@ class PreparedData:
 
 
 def default_cache_dir() -> Path:
-    """MEGALM_CACHE, or megalm/ in XDG_CACHE_HOME or ~/.cache."""
+    """Return MEGALM_CACHE, or megalm/ in XDG_CACHE_HOME or ~/.cache."""
     if stated := os.environ.get("MEGALM_CACHE"):
         return Path(stated).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -155,15 +155,15 @@ def prepare_recipe(
 ) -> PreparedData:
     """Make the corpus, train its tokenizer and build its dataset, or find all three in the cache.
 
-    Processes that ask at the same time do it once; one that is killed leaves nothing that looks whole.
+    Of concurrent processes one prepares and the others wait; a killed one leaves nothing that looks complete.
 
     Args:
         cache_dir: default `default_cache_dir()`.
-        progress: called with a line for people at each stage.
+        progress: called with a progress line at each stage.
 
     Raises:
-        DataError: an unknown recipe, a Python without its sources, a vocabulary that the text does not fill, or
-            a cache that cannot be written.
+        DataError: an unknown recipe, a Python without its sources, a vocabulary too large for the text, or a cache
+            that cannot be written.
     """
     if name not in RECIPES:
         raise DataError(f"data.recipe: {name!r} is unknown; known are {', '.join(RECIPES)}")
@@ -175,7 +175,7 @@ def prepare_recipe(
     with locked(
         cache / f"{name}.lock",
         lambda: say("waiting for another process that prepares the same data"),
-        # Two that make the same at once: the one that is done first is read, or replaced.
+        # Two processes can then prepare at once: the first result is read, or replaced.
         lambda error: say(f"{cache}: its file system has no locks ({error.strerror}); start one run at first"),
     ):
         if prepared := _find(cache, name, stamp):  # another process made it meanwhile
@@ -194,7 +194,7 @@ def prepare_recipe(
 
 
 def _cheap_facts(name: str, vocab_size: int) -> dict[str, Any]:
-    """What cannot stay the same when the inputs change, without reading them: 10 ms instead of a second."""
+    """Return facts that change whenever the inputs change, without reading them: 10 ms instead of a second."""
     root = standard_library()
     files = [(relative, path.stat()) for relative, path in source_files(root).items()]
     topics = root / "pydoc_data" / "topics.py"
@@ -209,7 +209,7 @@ def _cheap_facts(name: str, vocab_size: int) -> dict[str, Any]:
 
 
 def _decisive_facts(name: str, vocab_size: int, documents: list[Document]) -> dict[str, Any]:
-    """All that the files made are a function of."""
+    """Return all facts that determine the prepared files."""
     contents = hashlib.sha256()
     for document in documents:
         for part in document:
@@ -234,7 +234,7 @@ def _directory(cache: Path, name: str, fingerprint: str) -> Path:
 
 
 def _find(cache: Path, name: str, stamp: Path) -> PreparedData | None:
-    """What the stamp points to, if it is there and whole."""
+    """Return the corpus that the stamp points to, if it exists and is complete."""
     pointer = _read_or_none(stamp)
     if pointer is None:
         return None
@@ -246,7 +246,7 @@ def _find(cache: Path, name: str, stamp: Path) -> PreparedData | None:
 
 
 def _read_manifest(directory: Path) -> dict[str, Any] | None:
-    """The manifest, if every file that it names has the size that it states."""
+    """Return the manifest, if every file that it lists has the recorded size."""
     manifest = _read_or_none(directory / MANIFEST)
     if manifest is None:
         return None
@@ -258,7 +258,7 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 def _read_or_none(path: Path) -> dict[str, Any] | None:
-    """A JSON file of the cache; a damaged one is as good as none, it will be made again."""
+    """Read a JSON file of the cache; None if missing or damaged, because it is made again."""
     try:
         return read_json(path) if path.exists() else None
     except DataError:
@@ -273,9 +273,9 @@ def _make(
     facts: dict[str, Any],
     say: Progress,
 ) -> None:
-    """Build all files in a temporary folder, then give it its name; what stood there was not whole."""
+    """Build all files in a temporary folder, then rename it, replacing any incomplete folder."""
     with writing_to(directory):
-        for old in directory.parent.glob(f"{directory.name}.*.tmp"):  # of a process that was killed: we hold the lock
+        for old in directory.parent.glob(f"{directory.name}.*.tmp"):  # from a killed process: this one holds the lock
             shutil.rmtree(old)
         work = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", suffix=".tmp", dir=directory.parent))
     try:
@@ -299,7 +299,7 @@ def _make(
         }
         write_json(work / MANIFEST, manifest)
         with writing_to(directory):
-            work.chmod(0o755)  # a cache that several people share
+            work.chmod(0o755)  # several users can share the cache
             shutil.rmtree(directory, ignore_errors=True)
             work.rename(directory)
             sync_directory(directory.parent)

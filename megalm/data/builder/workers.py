@@ -1,4 +1,4 @@
-"""Units of work done by processes, by this one where one is enough; results in the order of finishing."""
+"""Run units of work in worker processes, or in this process if one is enough; results come as they finish."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEPT_MEMORY_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Unit:
-    """A part to be made. `block`: its one span, where it was cut from a stream."""
+    """A part to make. `block`: the bytes of its single span, if cut from a stream."""
 
     name: str
     spans: tuple[Span, ...]
@@ -40,16 +40,16 @@ class Unit:
 def do_units(
     units: Iterator[Unit], directory: Path, options: BuildOptions, tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[Unit, WorkUnitSummary]]:
-    """Make the parts; `units` is drawn from only as fast as they are made.
+    """Make the parts; `units` is consumed only as fast as parts are made.
 
     Raises:
-        DataError: what a unit raises, at once; a process that was killed.
+        DataError: a unit failed (raised at once), or a worker process was killed.
     """
     if workers <= 1:
         for unit in units:
             yield unit, _do(unit, directory, options, tokenizer)
         return
-    # spawn: the libraries' own threads do not survive a fork. Each worker loads the tokenizer once.
+    # spawn, because the libraries' own threads do not survive a fork. Each worker loads the tokenizer once.
     pool = ProcessPoolExecutor(
         workers,
         multiprocessing.get_context("spawn"),
@@ -63,7 +63,7 @@ def do_units(
                 pool.submit(os.getpid)
         for unit in units:
             running[pool.submit(_do_in_worker, unit)] = Unit(unit.name, unit.spans, unit.weight)
-            if len(running) >= 2 * workers:  # reading must not run ahead of encoding until memory is full
+            if len(running) >= 2 * workers:  # keeps reading from filling memory ahead of encoding
                 yield from _finished(running)
         while running:
             yield from _finished(running)
@@ -78,12 +78,12 @@ def do_units(
 
 @contextmanager
 def _lean_start() -> Iterator[None]:
-    """Processes that start now do not import the program's own file, of which they need nothing, and keep memory."""
+    """Start processes that do not import the main program, which they do not need, and that keep freed memory."""
     names: dict[str, Any] = vars(sys.modules["__main__"])
     before, environment = dict(names), dict(os.environ)
     names["__spec__"] = None
     names.pop("__file__", None)
-    # glibc gives every large block back at once, only to ask for it again: a tenth of a worker's time.
+    # glibc returns every large block to the system and requests it again: a tenth of a worker's time.
     for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
         os.environ.setdefault(name, str(KEPT_MEMORY_BYTES))
     try:
@@ -105,20 +105,20 @@ def _do(unit: Unit, directory: Path, options: BuildOptions, tokenizer: Tokenizer
     return writer.write(unit.spans, unit.block, unit.content_hash, unit.first_line)
 
 
-_work: Callable[[Unit], WorkUnitSummary] | None = None  # of a worker process only
+_work: Callable[[Unit], WorkUnitSummary] | None = None  # set in worker processes only
 
 
 def _start_worker(directory: Path, options: BuildOptions, tokenizer_spec: str, parent: int) -> None:
-    global _work  # noqa: PLW0603  the one place where a process pool can keep something
+    global _work  # noqa: PLW0603  a process pool has no other place for per-worker state
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
     tokenizer = load_tokenizer(tokenizer_spec)
     _work = lambda unit: _do(unit, directory, options, tokenizer)  # noqa: E731
 
 
 def _leave_with(parent: int) -> None:
-    """End when the parent was killed: nobody would take what is made, and a new build would write the same files."""
+    """Exit when the parent was killed: nothing reads the results, and a new build would write the same files."""
     while os.getppid() == parent:
         threading.Event().wait(1.0)
     os._exit(1)

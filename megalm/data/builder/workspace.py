@@ -1,4 +1,4 @@
-"""Where a build works: a locked folder, and a thread that hashes the input meanwhile."""
+"""A build's workspace: its locked folder, and a thread that hashes the input during the build."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def build_lock(work: Path) -> Iterator[None]:
-    """Hold the lock of PREFIX.building: one process at a time writes the files of PREFIX.
+    """Hold the lock of PREFIX.building, so that only one process at a time writes the files of PREFIX.
 
     Raises:
-        DataError: another one does.
+        DataError: another process holds it.
     """
 
     def refuse() -> None:
@@ -36,7 +36,7 @@ def build_lock(work: Path) -> Iterator[None]:
 
     path = work.with_name(f".{work.name}.lock")
     with locked(path, refuse, warn) as lock:
-        if os.fstat(lock.fileno()).st_nlink == 0:  # another process just ended and took the file away
+        if os.fstat(lock.fileno()).st_nlink == 0:  # another process just ended and removed the file
             refuse()
         try:
             yield
@@ -48,10 +48,10 @@ def build_lock(work: Path) -> Iterator[None]:
 def working_in(
     work: Path, identity: Any, prefixes: Sequence[str], overwrite: bool, goes_on: bool = True
 ) -> Iterator[None]:
-    """PREFIX.building, locked; what another one of the same identity left there is kept where it `goes_on`.
+    """Lock and prepare PREFIX.building; with `goes_on`, keep the parts of an interrupted build of the same identity.
 
     Raises:
-        DataError: another process works there; a dataset of this name, which is not of one that was broken off.
+        DataError: another process works there; or a dataset of this name exists that is not from such a build.
     """
     stated = work / "plan.json"
     with build_lock(work):
@@ -68,14 +68,14 @@ def working_in(
                 work.mkdir()
             write_json(stated, {"identity": identity})
         for path in (path for prefix in prefixes for path in dataset_paths(prefix)):
-            for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed build: nobody else builds here
+            for left in path.parent.glob(f".{path.name}.*.tmp"):  # from a killed build: no other process builds here
                 left.unlink(missing_ok=True)
         yield
 
 
 @contextmanager
 def hash_inputs_in_background(files: Sequence[InputFile]) -> Iterator[dict[str, str]]:
-    """Hashes of the files by path, made meanwhile in a thread; complete where the block ends without an error."""
+    """Compute file hashes by path in a background thread; complete once the block ends without an error."""
     hashes: dict[str, str] = {}
     stopped = threading.Event()
 

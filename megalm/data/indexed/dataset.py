@@ -1,7 +1,6 @@
-"""Token files in the MMapIndexedDataset format: PREFIX.bin (raw tokens) and PREFIX.idx (where each sequence lies).
+"""Read token files in the MMapIndexedDataset format: PREFIX.bin (raw tokens) and PREFIX.idx (where sequences lie).
 
-The format is the one that Megatron-LM, Megatron-DeepSpeed and gpt-neox read and write. All integers are
-little-endian:
+Megatron-LM, Megatron-DeepSpeed and gpt-neox read and write the same format. All integers are little-endian:
 
     0   9 bytes  magic          18  u64     S, number of sequences      34  i32[S]  lengths in tokens
     9   u64      version 1      26  u64     D, documents + 1                i64[S]  byte offsets in .bin
@@ -33,14 +32,14 @@ DTYPES: dict[int, np.dtype[np.generic]] = {
     code: np.dtype(name)
     for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}.items()
 }
-# Below this size of vocabulary a token fits u16 with room for a few more, as the peers have it.
+# Below this vocabulary size a token fits u16 with a few ids to spare, as in Megatron-LM.
 UINT16_VOCABULARY = 65_500
 PROBES, PROBE_TOKENS = 64, 4096
-CHECKED_ENTRIES = 1 << 22  # at once: the index of a billion documents is 20 GB
+CHECKED_ENTRIES = 1 << 22  # per batch: the index of a billion documents is 20 GB
 
 
 def best_dtype(vocab_size: int) -> np.dtype[np.generic]:
-    """The smallest dtype that the peers use for such a vocabulary: u16, or i32 from 65,500 on."""
+    """Return the token dtype that Megatron-LM uses for this vocabulary size: u16, or i32 from 65,500 on."""
     return DTYPES[8] if vocab_size < UINT16_VOCABULARY else DTYPES[4]
 
 
@@ -53,20 +52,20 @@ def idx_path(prefix: str | Path) -> Path:
 
 
 def sidecar_path(prefix: str | Path) -> Path:
-    """PREFIX.json: what the dataset was made of; readers do without it."""
+    """Return PREFIX.json: how the dataset was built; optional for readers."""
     return Path(f"{prefix}.json")
 
 
 class IndexedDataset:
-    """A memory-mapped dataset; opening it reads the index's header and checks the sizes of both files.
+    """A memory-mapped dataset; opening it reads the index header and checks the sizes of both files.
 
     Attributes:
         sequence_lengths: i32[S] in tokens; sequence_pointers: i64[S] in bytes; document_index: i64[D]. Views of
             the file, not aligned in memory.
-        tokens: [N], all tokens, in the file's order.
+        tokens: [N], all tokens in file order.
 
     Raises:
-        DataError: files that are absent, of another format or version, cut short or too long.
+        DataError: a file is missing, has another format or version, or is too short or too long.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -100,13 +99,13 @@ class IndexedDataset:
         return len(self.sequence_lengths)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.generic]:
-        """Tokens of sequence `index`, a read-only view of the file."""
+        """Return the tokens of sequence `index`, a read-only view of the file."""
         start = int(self.sequence_pointers[index]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.sequence_lengths[index])]
 
     def expect_random_reads(self) -> None:
-        """Tell the system that tokens are read here and there: else it reads megabytes around every sample."""
-        mapped = getattr(self._raw, "_mmap", None)  # none of an empty file
+        """Advise the kernel of random access; otherwise it reads ahead megabytes around every sample."""
+        mapped = getattr(self._raw, "_mmap", None)  # an empty file has none
         if mapped is not None and hasattr(mmap, "MADV_RANDOM"):
             mapped.madvise(mmap.MADV_RANDOM)
 
@@ -116,7 +115,7 @@ class IndexedDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the content: all lengths, and 64 probes spread evenly over the tokens; not the file's name."""
+        """Hash of the content: all lengths, and 64 evenly spaced probes of the tokens; independent of the file name."""
         digest = hashlib.sha256(f"{self.dtype.str} {len(self)} {len(self.tokens)}".encode())
         digest.update(np.ascontiguousarray(self.sequence_lengths).data)
         for start in np.linspace(0, max(0, len(self.tokens) - PROBE_TOKENS), PROBES, dtype=np.int64):
@@ -124,10 +123,10 @@ class IndexedDataset:
         return digest.hexdigest()
 
     def verify(self) -> None:
-        """Check every entry of the index, which opening does not: lengths, offsets and documents fit together.
+        """Check every index entry, which opening does not: lengths, offsets and documents must be consistent.
 
         Raises:
-            DataError: naming the first entry that is wrong.
+            DataError: names the first wrong entry.
         """
         end = 0
         for first in range(0, len(self), CHECKED_ENTRIES):
@@ -160,7 +159,7 @@ class IndexedDataset:
 def _map_bytes(path: Path) -> npt.NDArray[np.uint8]:
     try:
         size = path.stat().st_size
-        if size == 0:  # cannot be mapped
+        if size == 0:  # an empty file cannot be mapped
             return np.zeros(0, dtype=np.uint8)
         return np.memmap(path, dtype=np.uint8, mode="r")
     except OSError as error:

@@ -1,6 +1,6 @@
-"""PREFIX.sources: where each document of a dataset came from, one row of 24 bytes each.
+"""PREFIX.sources: the origin of each document of a dataset, one 24-byte row per document.
 
-PREFIX.json has the files that `file` numbers. Readers of the dataset do without it.
+`file` indexes the file list in PREFIX.json. The file is optional for readers of the dataset.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megalm.data.readers.records import ReadOptions
 from megalm.errors import DataError
 from megalm.utils.atomic_files import read_json
 
-# `line` as in records.Record; start and size are bytes of the unpacked file.
+# `line` as in records.TextRecord; start and size are bytes of the unpacked file.
 SOURCE = np.dtype([("file", "<u4"), ("size", "<u4"), ("line", "<i8"), ("start", "<i8")])
 
 
@@ -27,7 +27,7 @@ def sources_path(prefix: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class DocumentSource:
-    """`name` is "file:line" as readers and errors have it; bytes [start, start + size), of a table none."""
+    """Origin of a document: `name` is "file:line" as in errors; bytes [start, start + size), size 0 for table rows."""
 
     name: str
     start: int
@@ -38,13 +38,13 @@ class DocumentSource:
 
 
 class DocumentSources:
-    """Looks documents up; `available` is False where the dataset was built without, or by another toolkit.
+    """Looks up documents' origins; `available` is False if the dataset has no PREFIX.sources.
 
     Attributes:
-        rows: SOURCE [documents], where it is available.
+        rows: SOURCE [documents], if available.
 
     Raises:
-        DataError: a table that does not belong to the dataset.
+        DataError: the file does not match the dataset.
     """
 
     def __init__(self, prefix: str | Path, documents: int) -> None:

@@ -1,4 +1,4 @@
-"""PREFIX.json: what a dataset was made of and what it holds."""
+"""PREFIX.json: how a dataset was built and what it holds; reading it, writing it, and checks of a build's output."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ KEPT_NAMES = 20
 
 @dataclass
 class DatasetMetadata:
-    """What a dataset was made of and holds; PREFIX.json has the same keys.
+    """How a dataset was built and what it holds; PREFIX.json has the same keys.
 
     Attributes:
-        inputs: of each file path, kind, packing, bytes, mtime_ns and sha256; or names only.
-        listing: of a shard, the identity of all the input that it is a part of.
-        text_bytes: UTF-8 bytes of the documents that are in the dataset.
-        skipped: what could not be read; `messages` are the first, with file and line.
-        removed: documents by the filter, or the kind of duplicate, that took them out.
-        near_copies: of those that minhash took out the first, as file and line: `left_out`, the earliest document that
-            stayed and is near (`copy_of`), and the share of their values that are equal (`alike`).
+        inputs: path, kind, packing, bytes, mtime_ns and sha256 of each file; or names only.
+        listing: for a shard, the hash of the complete input that it is a part of.
+        text_bytes: UTF-8 bytes of the documents in the dataset.
+        skipped: number of unreadable records; `messages` are the first ones, with file and line.
+        removed: number of removed documents per filter or kind of duplicate.
+        near_copies: the first documents that minhash removed, as file and line: the document (`left_out`), the
+            earliest kept document that is near (`copy_of`), and the share of equal values (`alike`).
         minhash: how the rows of PREFIX.minhash were made, and their hash; `awaits_merge`: the near copies are still in.
-        inexact_documents: documents that the tokenizer does not give back exactly; `inexact_names` are the first.
+        inexact_documents: number of documents that do not decode back exactly; `inexact_names` are the first ones.
         unigram_entropy: nats per token, see `TokenSummary`.
     """
 
@@ -97,7 +97,7 @@ def versions() -> dict[str, Any]:
 
 
 def _recorded_spec(spec: str, prefix: Path) -> str:
-    """A tokenizer beside the dataset by its name alone, so that the folder can be moved; another by its path."""
+    """Record a tokenizer beside the dataset by name, so that the folder can be moved; any other by path."""
     path = Path(spec)
     if not path.exists():  # "bytes"
         return spec
@@ -105,10 +105,10 @@ def _recorded_spec(spec: str, prefix: Path) -> str:
 
 
 def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
-    """What the builder noted in PREFIX.json; None where another toolkit built the dataset.
+    """Read PREFIX.json; None if another toolkit built the dataset.
 
     Raises:
-        DataError: a file that is damaged.
+        DataError: the file is damaged.
     """
     path = sidecar_path(prefix)
     facts = read_json(path) if path.exists() else None
@@ -118,10 +118,10 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
 def finished_report(
     prefix: str | Path, options: dict[str, Any], tokenizer_fingerprint: str | None, thorough: bool
 ) -> DatasetMetadata | None:
-    """What PREFIX.json says of a dataset that was made with just these, if it is there, of this version and whole.
+    """Return the report of an existing dataset if it was built the same way, by this version, and is complete.
 
     Args:
-        thorough: read all files, and compare them with the recorded hashes.
+        thorough: read all files and compare them with the recorded hashes.
     """
     try:
         report = DatasetMetadata(**read_json(sidecar_path(prefix)))
@@ -138,12 +138,12 @@ def finished_report(
 
 
 def dataset_paths(prefix: str | Path) -> list[Path]:
-    """All files that a dataset may have."""
+    """Return all files that a dataset can have."""
     return [of(prefix) for of in (bin_path, idx_path, sidecar_path, sources_path, signatures_path)]
 
 
 def check_output(prefix: str | Path, overwrite: bool) -> None:
-    """Raises DataError where something has these names already, or the prefix gives no name at all."""
+    """Raises DataError if an output file already exists, or the prefix is a folder without a file name."""
     if Path(prefix).name in ("", ".."):  # "" is the current folder
         raise DataError(f"output prefix {str(prefix)!r}: is a folder; add the name that the files begin with")
     for path in dataset_paths(prefix):

@@ -1,6 +1,6 @@
-"""What a dataset's tokens amount to, in one pass over PREFIX.bin.
+"""Count and hash a dataset's tokens in one pass over PREFIX.bin.
 
-V size of the vocabulary, N tokens.
+V: vocabulary size, N: tokens.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ import numpy.typing as npt
 from megalm.data.indexed.dataset import IndexedDataset, bin_path
 from megalm.errors import DataError
 
-Tell = Callable[[int], None]  # so many tokens more were read
-CHUNK_TOKENS = 1 << 20  # a piece and its 64-bit copy stay near the caches
+Tell = Callable[[int], None]  # called with the number of tokens just read
+CHUNK_TOKENS = 1 << 20  # small enough that a piece and its 64-bit copy stay in cache
 
 
 def no_tell(tokens: int) -> None:
-    """For those who do not ask how far it is."""
+    """Ignore progress."""
 
 
 @dataclass(frozen=True)
 class TokenSummary:
-    """`unigram_entropy` in nats per token: the loss of a model that knows how frequent each token is, no more."""
+    """`unigram_entropy` in nats per token: the loss of a model that knows token frequencies only."""
 
     tokens: int
-    largest_token: int  # -1 where there are none
+    largest_token: int  # -1 if there are none
     distinct_tokens: int
     unigram_entropy: float
     sha256: str  # of PREFIX.bin
 
 
 class TokenCounter:
-    """Counts and hashes tokens that come in pieces, in the order of the file.
+    """Counts and hashes tokens given in pieces, in file order.
 
     Args:
-        vocab_size: refuse tokens from here on; None takes all that are not negative.
-        name: of the file, for errors.
-        tell: called with the number of tokens of each piece that is counted.
+        vocab_size: refuse tokens from this id on; None accepts all nonnegative tokens.
+        name: the file's name, for errors.
+        tell: called with the number of tokens of each counted piece.
     """
 
     def __init__(self, vocab_size: int | None, name: str | Path, tell: Tell = no_tell) -> None:
@@ -50,11 +50,11 @@ class TokenCounter:
         self.counts: npt.NDArray[np.int64] = np.zeros(vocab_size or 0, dtype=np.int64)
 
     def add(self, tokens: npt.NDArray[np.generic]) -> None:
-        """Raises DataError for a token outside [0, vocab_size), which a model would fail on."""
+        """Raises DataError for a token outside [0, vocab_size), which would fail in a model."""
         for start in range(0, len(tokens), CHUNK_TOKENS):
             chunk = tokens[start : start + CHUNK_TOKENS]
             self._digest.update(chunk.data)
-            if chunk.dtype.itemsize > 2 or chunk.dtype.kind != "u":  # of u16 the counts are few: seen afterwards
+            if chunk.dtype.itemsize > 2 or chunk.dtype.kind != "u":  # u16 has few counts: checked afterwards
                 for extreme in (int(chunk.min()), int(chunk.max())):
                     if extreme < 0 or (self._vocab_size is not None and extreme >= self._vocab_size):
                         raise self._outside(extreme)
@@ -85,10 +85,10 @@ class TokenCounter:
 
 
 def count_tokens(dataset: IndexedDataset, vocab_size: int | None = None, tell: Tell = no_tell) -> TokenCounter:
-    """Read all tokens.
+    """Count all tokens of a dataset.
 
     Raises:
-        DataError: a token outside [0, vocab_size), which a model would fail on, or a negative one.
+        DataError: a token outside [0, vocab_size), which would fail in a model, or a negative one.
     """
     counter = TokenCounter(vocab_size, bin_path(dataset.prefix), tell)
     counter.add(dataset.tokens)

@@ -1,4 +1,4 @@
-"""Writing of datasets in the format of indexed.py, complete or absent."""
+"""Write datasets in the format of dataset.py, complete or absent, and the per-document rows beside them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SPOOLED_BYTES = 1 << 22
 
 
 class IndexedDatasetWriter:
-    """Writes a dataset under temporary names; `close()` gives it its own, the index last.
+    """Writes a dataset under temporary names; `close()` renames the files, the index last.
 
-    As a context manager it closes at the end and aborts on an exception; after `abort()` nothing is left and
-    what stood under the name before still stands.
+    As a context manager it closes at the end and aborts on an exception. `abort()` removes everything written and
+    leaves an existing dataset of that name unchanged.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype[np.generic] | type[np.generic]) -> None:
@@ -37,26 +37,26 @@ class IndexedDatasetWriter:
         with writing_to(bin_path(prefix)):
             self._bin_temporary.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._bin_temporary.open("wb")
-            # Of a billion documents the index is 20 GB: it is kept in nameless files until the end.
+            # The index of a billion documents is 20 GB, so it is kept in unnamed files until the end.
             self._lengths, self._documents = _spool(self._bin_temporary.parent), _spool(self._bin_temporary.parent)
 
     def append(self, tokens: npt.ArrayLike) -> None:
-        """Add a document of one sequence, [n] tokens."""
+        """Append a document of one sequence, [n] tokens."""
         row = np.asarray(tokens)
         self.append_documents(row, [len(row)])
 
     def append_documents(
         self, tokens: npt.ArrayLike, lengths: npt.ArrayLike, document_ends: npt.NDArray[np.int64] | None = None
     ) -> None:
-        """Add documents.
+        """Append documents.
 
         Args:
-            tokens: [sum n] of all their sequences one after another.
+            tokens: [sum n] of all their sequences, concatenated.
             lengths: [sequences] in tokens.
-            document_ends: [documents] sequences before the end of each document; None: each has one sequence.
+            document_ends: [documents] cumulative sequence count at the end of each document; None: one sequence each.
 
         Raises:
-            DataError: a token that the dtype cannot hold (it would become another one), or a full disk.
+            DataError: a token does not fit the dtype, or the disk is full.
         """
         flat, sizes = np.asarray(tokens), np.asarray(lengths, dtype=np.int64)
         ends = np.arange(1, 1 + len(sizes)) if document_ends is None else document_ends
@@ -70,7 +70,7 @@ class IndexedDatasetWriter:
         self._count += len(sizes)
 
     def close(self) -> None:
-        """Write the index and give both files their names, atomically one after the other."""
+        """Write the index and give both files their final names, each atomically."""
         with writing_to(idx_path(self.prefix)):
             try:
                 _sync_and_close(self._file)
@@ -78,7 +78,7 @@ class IndexedDatasetWriter:
                     self._write_index(index)
                     index.flush()
                     os.fsync(index.fileno())
-                # Without its index an old dataset is absent; a new .bin beside an old .idx could pass for one.
+                # An old dataset without its index counts as absent; a new .bin beside an old .idx could look valid.
                 idx_path(self.prefix).unlink(missing_ok=True)
                 self._bin_temporary.replace(bin_path(self.prefix))
                 self._idx_temporary.replace(idx_path(self.prefix))
@@ -88,7 +88,7 @@ class IndexedDatasetWriter:
             sync_directory(bin_path(self.prefix).parent)
 
     def abort(self) -> None:
-        """Throw away what was written."""
+        """Discard everything written."""
         discard(self._file, self._bin_temporary)
         for spool in (self._lengths, self._documents):
             discard(spool)
@@ -131,7 +131,7 @@ class IndexedDatasetWriter:
 
 
 class RowWriter:
-    """Rows beside the tokens, one for each document, in a file that has its name from `close()` on."""
+    """Writes per-document rows beside the tokens, to a file that gets its final name in `close()`."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._temporary, self._hash = path, temporary_name(path), hashlib.sha256()
@@ -145,7 +145,7 @@ class RowWriter:
             self._file.write(content)
 
     def close(self) -> str:
-        """Hash of the file."""
+        """Rename the file to its final name; return its hash."""
         with writing_to(self._path):
             self._file.close()
             self._temporary.replace(self._path)

@@ -1,4 +1,7 @@
-"""Records of a file, of a part of it, or of bytes that another process cut from it; damage is a record too."""
+"""Read records from a file, a span of it, or bytes cut by another process, and documents from many files.
+
+Text files are .jsonl, .json, .txt, .md and .parquet, also packed as .gz, .zst, .bz2 or .xz. Damage is a record too.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,12 @@ from megalm.data.readers.records import (
 from megalm.errors import DataError
 
 TABLE = ".parquet"
-TABLE_ROWS = 256  # at once: rows may be whole books
+TABLE_ROWS = 256  # per batch: a row can be a complete book
 
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes [start, end) of an unpacked file, or row groups of a table; end None is its end.
+    """Bytes [start, end) of an unpacked file, or row groups of a table; end None means the end of the file.
 
     A span starts and ends between records.
     """
@@ -42,7 +45,7 @@ class Span:
 
 @dataclass
 class SpanCount:
-    """What `read_span` went through, in lines (see `Record.line`)."""
+    """Number of lines that `read_span` has read (see `TextRecord.line`)."""
 
     lines: int = 0
 
@@ -50,13 +53,13 @@ class SpanCount:
 def read_span(
     span: Span, options: ReadOptions, count: SpanCount, block: ByteBlock | None = None
 ) -> Iterator[list[TextRecord]]:
-    """Records of the span, in lists of about a megabyte; `line` counts from 0 at the span's start.
+    """Read the span's records, in lists of about a megabyte; `line` counts from 0 at the span's start.
 
     Args:
-        block: the span's bytes, where they were cut from a stream already.
+        block: the span's bytes, if they were already cut from a stream.
 
     Raises:
-        DataError: the file is not there any more, cannot be read, or is not the one that was found.
+        DataError: the file is gone, cannot be read, or has changed since it was found.
     """
     if block is None and span.file.kind == TABLE:
         yield from _read_table(span, options, count)
@@ -66,7 +69,7 @@ def read_span(
 
 
 def read_blocks(span: Span, options: ReadOptions, block_bytes: int) -> Iterator[ByteBlock]:
-    """The span, not of a table, in blocks of about `block_bytes`; at damage the last one has no bytes and says so.
+    """Read the span (not of a table) in blocks of about `block_bytes`; damage ends it with an empty problem block.
 
     Raises:
         DataError: see `read_span`.
@@ -86,12 +89,12 @@ def read_blocks(span: Span, options: ReadOptions, block_bytes: int) -> Iterator[
 
 
 def damage(error: BaseException, file: InputFile) -> str:
-    """What people read of one of BROKEN.
+    """Return the message for one of the BROKEN errors.
 
     Raises:
-        DataError: the machine could not read, whatever is in the file: on another day it could.
+        DataError: the machine failed to read, not the file's content: a retry can succeed.
     """
-    # EINVAL is what a damaged table that points outside of itself gives.
+    # A damaged table that points outside itself gives EINVAL.
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         raise DataError(f"{file.path}: cannot be read ({error.strerror}); mend that, and start again") from error
     return f"cannot be read on from here ({error}), the file is damaged or cut short"
@@ -116,14 +119,14 @@ def _read_block(span: Span, options: ReadOptions, count: SpanCount, block: ByteB
 
 
 def record_name(file: InputFile, options: ReadOptions, line: int) -> str:
-    """For people: "file:line", "array[element]", "table:row", or "file" where it is one document."""
+    """Return a record's display name: "file:line", "array[element]", "table:row", or "file" for a single document."""
     if file.kind == TABLE:
         return f"{file.path}:{line}"
     return format_of(file.kind, options).name(file.path, line)
 
 
 def row_groups(file: InputFile) -> int:
-    """How many row groups a table has; 0 where it cannot be read (reading it then says why)."""
+    """Return a table's number of row groups; 0 if it cannot be read (reading its rows then reports why)."""
     import pyarrow.parquet
 
     if file.packing:
@@ -170,7 +173,7 @@ def _row_text(row: dict[str, Any], options: ReadOptions) -> tuple[str | None, st
 
 
 def _table_file(file: InputFile) -> IO[bytes]:
-    """A table is read from its end: a packed one is unpacked to a nameless file on disk first."""
+    """Open a table. Its footer is at the end, so a packed table is first unpacked to an unnamed file on disk."""
     raw = file.open_raw()
     if not file.packing:
         return raw
@@ -186,7 +189,7 @@ def _table_file(file: InputFile) -> IO[bytes]:
 
 
 def lines_before(span: Span) -> int:
-    """How many lines, or rows of a table, lie before the span in its file; reads all of that."""
+    """Return the number of lines, or table rows, before the span in its file; reads everything before it."""
     if not span.start:
         return 0
     if span.file.kind == TABLE:
@@ -201,7 +204,7 @@ def lines_before(span: Span) -> int:
         return lines
 
 
-# Documents out of text files: .jsonl, .json, .txt, .md, .parquet, and each of these packed as .gz .zst .bz2 .xz.
+# Documents from many files
 
 __all__ = ["Document", "OnError", "ReadReport", "iter_documents"]
 
@@ -209,7 +212,7 @@ OnError = Literal["fail", "skip"]
 
 
 class Document(NamedTuple):
-    """A text, and where it came from: "file:line" or "file"."""
+    """A text and its source: "file:line" or "file"."""
 
     text: str
     source: str
@@ -223,18 +226,18 @@ def iter_documents(
     options: ReadOptions | None = None,
     stdin_kind: str = ".jsonl",
 ) -> Iterator[Document]:
-    """Documents of files, folders (all files below, sorted), globs and standard input ("-"), in the order given.
+    """Read documents from files, folders (all files below, sorted), globs and standard input ("-"), in the given order.
 
-    A .txt or .md file is one document; .jsonl holds one object or string a line; .json an array of them; of an
-    object, and of a parquet table, `text_key` is the text. `options` states all this more finely, in its place.
+    A .txt or .md file is one document; .jsonl holds one object or string per line; .json an array of them. `text_key`
+    is the text's key in an object, or its column in a parquet table. `options` replaces these settings in detail.
 
     Args:
-        on_error: "skip" leaves out what cannot be read, and empty documents, and counts them in `report`; where a
-            file breaks off, its rest is one such thing.
+        on_error: "skip" skips unreadable records and empty documents, and counts them in `report`; the rest of a
+            truncated file counts as one.
 
     Raises:
-        DataError: with file and line, at the first thing that cannot be read; and, whatever `on_error`, for
-            a path that matches nothing.
+        DataError: with file and line, at the first unreadable record; and, whatever `on_error`, for a path that
+            matches nothing.
     """
     report = ReadReport() if report is None else report
     options = options or ReadOptions(text_key=text_key)

@@ -1,4 +1,4 @@
-"""How each kind of file is taken apart: lines, parts between blank lines, whole files, arrays."""
+"""The record layout of each kind of file: lines, parts between blank lines, complete files, JSON arrays."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megalm.data.readers.records import ReadOptions, RecordLayout, TextRecord, t
 
 BOM = b"\xef\xbb\xbf"
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
-LEADING = re.compile(rb"(?:[ \t\r]*\n)*\r*")  # what a cut inside blank lines leaves
-# A whole string, so that brackets inside it do not count; a bracket; or the start of a string that is not all there.
+LEADING = re.compile(rb"(?:[ \t\r]*\n)*\r*")  # blank lines left over by a cut
+# A complete string, so that brackets inside it do not count; a bracket; or the start of an incomplete string.
 JSON_MARKS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["{}\[\],]', re.DOTALL)
 
 
@@ -82,14 +82,14 @@ def _parse_whole(content: bytes, start: int, options: ReadOptions) -> Iterator[T
 
 
 def _elements(content: bytes | bytearray, start: int) -> Iterator[tuple[int, int, str]]:
-    """(start, end, kind) of each element of a part of an array that starts with [ or a comma.
+    """Yield (start, end, kind) of each element in a part of an array that starts with [ or a comma.
 
-    Kinds: "whole", "cut" where the end is not there, "after" for all that follows the array.
+    Kinds: "whole", "cut" if the end is missing, "after" for everything after the array.
     """
     depth, first = (0 if start == 0 else 1), -1
     for mark in JSON_MARKS.finditer(content):
         sign = mark.group()
-        if sign == b'"':  # the string goes on behind the buffer
+        if sign == b'"':  # the string continues past the buffer
             break
         if depth == 1 and sign in (b",", b"]"):
             if first >= 0:
@@ -178,7 +178,7 @@ ARRAY = RecordLayout(
 
 
 def format_of(kind: str, options: ReadOptions) -> RecordLayout:
-    """How a file of `kind` is taken apart; tables are not (see `reader`)."""
+    """Return the record layout of a file of `kind`; tables have none (see document_reader)."""
     if kind == ".txt" and options.documents == "blank-line":
         return PARTS
     return {".jsonl": LINES, ".json": ARRAY, ".txt": WHOLE, ".md": WHOLE}[kind]

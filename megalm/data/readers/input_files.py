@@ -1,4 +1,4 @@
-"""Which files a build reads: files, folders, globs and standard input, of known kinds, packed or not."""
+"""Find and open a build's inputs: files, folders, globs and standard input, of known kinds, packed or not."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ KINDS = (".jsonl", ".json", ".txt", ".md", ".parquet")
 PACKINGS = (".gz", ".bz2", ".xz", ".zst")
 KEPT_MESSAGES = 20
 WORK_SUFFIX = ".building"
-# What the unpackers raise on a damaged or shortened file.
+# Errors that the unpackers raise on a damaged or truncated file.
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 HASH_BYTES = 1 << 20
 
 
 @dataclass
 class ReadReport:
-    """What reading did; filled while documents are read."""
+    """Counts and messages, filled while documents are read."""
 
     documents: int = 0
     skipped: int = 0
     duplicates: int = 0
-    ignored_files: int = 0  # in folders, not of a kind that is read
-    messages: list[str] = field(default_factory=list)  # the first of what was skipped
+    ignored_files: int = 0  # files in folders, of unknown kinds
+    messages: list[str] = field(default_factory=list)  # about the first skipped records
 
     def skip(self, message: str, count: int = 1) -> None:
         self.skipped += count
@@ -47,11 +47,11 @@ class ReadReport:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file as it was found. Standard input has path "-", no size and no time."""
+    """A file as found at the start. Standard input has path "-", no size and no time."""
 
     path: str
     kind: str  # of KINDS
-    packing: str = ""  # of PACKINGS, or none
+    packing: str = ""  # of PACKINGS, or "" if not packed
     size: int = 0  # bytes
     mtime_ns: int = 0
 
@@ -65,7 +65,7 @@ class InputFile:
         return self.path == STDIN
 
     def check_unchanged(self) -> None:
-        """Raise DataError where the file is not the one that was found."""
+        """Raise DataError if the file has changed since it was found."""
         try:
             same = self.is_stdin or InputFile.found_at(Path(self.path)) == self
         except OSError as error:
@@ -78,7 +78,7 @@ class InputFile:
 
 
 def unpacked(raw: BinaryIO, packing: str) -> IO[bytes]:
-    """`raw` as its content; a cut or damaged one raises one of BROKEN on reading, never ends early."""
+    """Return a stream of the unpacked content; truncation or damage raises one of BROKEN, never an early end."""
     if packing == ".gz":
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     if packing == ".bz2":
@@ -102,14 +102,14 @@ def packing_of(path: Path) -> str:
 
 
 def find_inputs(paths: Iterable[str | Path], report: ReadReport, stdin_kind: str = ".jsonl") -> list[InputFile]:
-    """The files that `paths` name, and standard input where a path is "-".
+    """Return the files that `paths` name, and standard input for "-".
 
-    Of a folder those of a known kind are read, the others counted in `report`. Hidden ones, and links inside a folder
-    that lead out of it, or nowhere, are left out and counted; one that is named, or matched by a glob, is read.
+    In a folder, files of known kinds are read. Other files, hidden files, and links that lead outside the folder or
+    nowhere are skipped and counted in `report`; a file that is named or matched by a glob is always read.
 
     Raises:
-        DataError: a path that is not there, a glob or folder without files, a folder that may not be read, a file of an
-            unknown kind; standard input named twice, or as a table, which cannot be read from a stream.
+        DataError: a missing path, a glob or folder without files, a folder without read permission, a file of unknown
+            kind; standard input named twice, or as a table, which cannot be read from a stream.
     """
     found: list[InputFile] = []
     for given in paths:
@@ -144,7 +144,7 @@ def _find_files(given: str, report: ReadReport) -> list[Path]:
 
 
 def sha256_of(path: str | Path, stop: Callable[[], bool] = lambda: False) -> str:
-    """Hash of a whole file; "" where `stop` says so before the end."""
+    """Return the SHA-256 of a file; "" if `stop` returns True before the end."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while (block := file.read(HASH_BYTES)) and not stop():
@@ -153,7 +153,7 @@ def sha256_of(path: str | Path, stop: Callable[[], bool] = lambda: False) -> str
 
 
 def _below(folder: Path) -> tuple[list[Path], int]:
-    """(files of a folder that are read, sorted; how many others there are, and links to folders elsewhere)."""
+    """Return (a folder's files to read, sorted; the number of other files and of links to folders elsewhere)."""
     found: list[Path] = []
     left_out = 0
     for place, folders, names in os.walk(folder, onerror=_refuse_folder):
@@ -170,7 +170,7 @@ def _refuse_folder(error: OSError) -> None:
 
 def _belongs(file: Path, folder: Path) -> bool:
     parts = file.relative_to(folder).parts
-    # What the builder itself writes beside its inputs is no input.
+    # Files that the builder writes beside its inputs are not inputs.
     if kind_of(file) not in KINDS or any(part.startswith(".") or part.endswith(WORK_SUFFIX) for part in parts):
         return False
     if file.suffix == ".json" and (file.with_suffix(".idx").exists() or _is_of_tokenizer(file)):
@@ -179,7 +179,7 @@ def _belongs(file: Path, folder: Path) -> bool:
 
 
 def _is_of_tokenizer(file: Path) -> bool:
-    """my.model.json, beside my.model."""
+    """Whether it is a tokenizer's report, such as my.model.json beside my.model."""
     return file.with_suffix("").suffix == ".model" and file.with_suffix("").exists()
 
 

@@ -1,7 +1,7 @@
-"""Records and blocks: a stream cut into runs of whole records, however each kind of file is taken apart (layouts.py).
+"""Records, record layouts and byte blocks: a stream is cut into blocks of complete records.
 
-Cutting and parsing are separate functions of each layout, so that one process can cut a stream while others parse its
-blocks.
+Each layout (see formats.py) cuts and parses in separate functions, so that one process can cut a stream while others
+parse its blocks.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ JOINED_BY = "\n\n"
 
 
 class TextRecord(NamedTuple):
-    """A text, or (text None) why there is none.
+    """A text, or, with text None, the problem that prevents it.
 
-    `line` counts from 0 in what was read: lines, elements of an array, or rows of a table. `start` and `size` are
-    bytes of the unpacked file (of a table: 0).
+    `line` counts lines, array elements or table rows from 0, from where reading began. `start` and `size` are bytes of
+    the unpacked file (0 in a table).
     """
 
     text: str | None
@@ -31,13 +31,13 @@ class TextRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What of a file is a document.
+    """How documents are read from files.
 
     Attributes:
-        text_key: of a JSON object, or the column of a table.
-        columns: where stated, these keys or columns instead, joined by a blank line.
-        documents: of a .txt file: the whole "file", or each part between blank lines ("blank-line").
-        largest_bytes: longer documents are refused, because each is held in memory as a whole.
+        text_key: key in a JSON object, or column of a table.
+        columns: if given, these keys or columns instead, joined by a blank line.
+        documents: what a document of a .txt file is: the "file", or each part between blank lines ("blank-line").
+        largest_bytes: longer documents are refused, because each is held in memory as one piece.
     """
 
     text_key: str = "text"
@@ -52,17 +52,17 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """How to take one kind of file apart. `start` is where the given bytes lie in the file.
+    """How to split one kind of file into records. Functions that take a `start` get the bytes' offset in the file.
 
     Attributes:
-        cut: how many of the first bytes are whole records, 0 if none is.
-        first_end: where the first record ends, 0 if it does not.
-        parse: the records of a block.
-        count: what `Record.line` numbers, in a block.
-        unfinished: what is wrong with a file that ends with these bytes, "" if they are a record like others.
-        name: path and number of a record, for people.
-        whole_file: the file is one record, or one thing that holds all: a file of nothing is one, too.
-        behind_too_long: said of a record that is too long where nothing behind it can be read.
+        cut: number of leading bytes that are complete records, 0 if there are none.
+        first_end: end of the first record, 0 if it does not end in the buffer.
+        parse: returns the records of a block.
+        count: number of units of `TextRecord.line` in a block.
+        unfinished: the problem of a file that ends with these bytes, "" if they are a valid record.
+        name: display name of a record, from its path and number.
+        whole_file: the file is one record or one container of records, so an empty file counts as a record too.
+        behind_too_long: appended to the message about an oversized record if nothing after it can be read.
     """
 
     cut: Callable[[bytearray, int], int]
@@ -76,9 +76,9 @@ class RecordLayout:
 
 
 class ByteBlock(NamedTuple):
-    """Bytes of whole records, and where they start in the file; with `problem`, of a record that cannot be had.
+    """Bytes of complete records, and their offset in the file; with `problem`, bytes of an unreadable record.
 
-    The rest of such a record follows with the problem `CONTINUED`: it is there only to be counted.
+    The rest of such a record follows in blocks with the problem `CONTINUED`, which are only counted.
     """
 
     content: bytes
@@ -92,12 +92,12 @@ CONTINUED = "continued"
 def blocks_of(
     stream: IO[bytes], layout: RecordLayout, largest: int, block_bytes: int, start: int = 0, stop: int | None = None
 ) -> Iterator[ByteBlock]:
-    """The stream in blocks of about `block_bytes`; what it raises is raised after the whole records before.
+    """Cut the stream into blocks of about `block_bytes`; an error of the stream is raised after the records before it.
 
     Args:
-        largest: bytes of a record; a longer one is a problem, not an ever larger buffer.
-        start: where the stream starts in its file.
-        stop: where in the file to stop reading; None: at its end.
+        largest: maximum bytes of a record; a longer one becomes a problem block, so the buffer stays bounded.
+        start: offset of the stream in its file.
+        stop: file offset at which to stop reading; None for the end.
     """
     buffer = bytearray()
     inside = ended = False  # inside a record that is longer than `largest`
@@ -125,28 +125,28 @@ def blocks_of(
             inside = True
     if failure is not None:
         raise failure
-    # A file of nothing is a record where the file is one.
+    # An empty file is a record if the layout has one record per file.
     if buffer.strip() or (start == 0 and layout.whole_file):
         yield ByteBlock(bytes(buffer), start, layout.unfinished(bytes(buffer), start))
 
 
 def _read(stream: IO[bytes], size: int) -> tuple[bytes, Exception | None]:
-    """As many bytes, or those before the end or before what the stream raises, and that.
+    """Read up to `size` bytes; return those before the end or before an error, and the error.
 
-    One call of `read` would lose what an unpacker had given before it came to the damage.
+    A single call of `read` would lose the bytes unpacked before the damage.
     """
     pieces: list[bytes] = []
     try:
         while size > 0 and (piece := cast(io.BufferedIOBase, stream).read1(size)):
             pieces.append(piece)
             size -= len(piece)
-    except Exception as error:  # given on: the caller knows which ones mean damage
+    except Exception as error:  # returned: the caller knows which errors mean damage
         return b"".join(pieces), error
     return b"".join(pieces), None
 
 
 def without_end(buffer: bytearray) -> int:
-    """How many bytes of a buffer in which no record ends may go: an end may begin here and go over into the next."""
+    """Return how many bytes to drop from a buffer without a record end; keeps the start of an end that may follow."""
     newline = buffer.rfind(b"\n")
     return newline if newline >= 0 and not buffer[newline:].strip() else len(buffer)
 
@@ -156,7 +156,7 @@ def too_long(largest: int) -> str:
 
 
 def text_of(value: object, options: ReadOptions) -> tuple[str | None, str]:
-    """(text, "") of a JSON value or a table's row, or (None, what is wrong)."""
+    """Return (text, "") of a JSON value or a table row, or (None, problem)."""
     if isinstance(value, str):
         return (value, "") if value else (None, "is an empty document")
     if not isinstance(value, dict):

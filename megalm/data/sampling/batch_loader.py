@@ -1,4 +1,4 @@
-"""Batches of this data-parallel rank, as NumPy arrays.
+"""Load the batches of this data-parallel rank, for training and validation, as NumPy arrays.
 
 Legend: B samples in a global batch, b in a micro-batch, T sequence length. Micro-batch m of rank d, of n ranks,
 takes samples (m * n + d) * b + [0, b) of the global batch: every layout sees the same B samples.
@@ -22,7 +22,7 @@ PREFETCHED_BATCHES = 2
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """tokens, labels: int64 [b, T], labels that are no targets are IGNORE; documents: int32 [b, T], with masks."""
+    """tokens, labels: int64 [b, T], IGNORE_INDEX where a label is not a target; documents: int32 [b, T], if masked."""
 
     tokens: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
@@ -34,9 +34,9 @@ class GlobalBatch:
     """This rank's part of a global batch.
 
     Attributes:
-        target_count: labels that are targets in the *whole* global batch, over all ranks: what the loss is
-            divided by, known before any forward pass.
-        sample_range: [first, end) of the samples in the whole global batch.
+        target_count: number of target labels in the complete global batch, over all ranks: the divisor of the loss,
+            known before any forward pass.
+        sample_range: [first, end) of the samples in the complete global batch.
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -46,10 +46,10 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch is cut into micro-batches of ranks.
+    """How a global batch is split into the ranks' micro-batches.
 
     Raises:
-        ConfigError: where micro-batch times ranks does not divide the global batch.
+        ConfigError: micro-batch times ranks does not divide the global batch.
     """
 
     global_batch_size: int
@@ -71,13 +71,13 @@ class BatchLayout:
         return self.global_batch_size // (self.micro_batch_size * self.data_size)
 
     def offsets(self, micro_batch: int) -> range:
-        """Places in the global batch that this rank's micro-batch takes."""
+        """Return the positions in the global batch of this rank's micro-batch."""
         first = (micro_batch * self.data_size + self.data_rank) * self.micro_batch_size
         return range(first, first + self.micro_batch_size)
 
 
 class BatchLoader:
-    """Training batches by the number of their first sample; the next ones are read ahead in a thread.
+    """Loads training batches by the number of their first sample; a thread prefetches the next ones.
 
     Close it at the end, or use it as a context manager.
     """
@@ -88,15 +88,15 @@ class BatchLoader:
         self._pending: dict[int, Future[GlobalBatch]] = {}
 
     def batch(self, first_sample: int) -> GlobalBatch:
-        """The global batch of samples [first_sample, first_sample + B).
+        """Return this rank's part of the global batch of samples [first_sample, first_sample + B).
 
         Raises:
-            DataError, OSError: what reading these samples raised, also where the thread had read them ahead; a
-                later call tries again.
+            DataError, OSError: reading these samples failed, possibly in the prefetch thread; a later call tries
+                again.
         """
         size = self._layout.global_batch_size
         wanted = [first_sample + ahead * size for ahead in range(1 + PREFETCHED_BATCHES)]
-        for old in [first for first in self._pending if first not in wanted]:  # somebody jumped
+        for old in [first for first in self._pending if first not in wanted]:  # after a jump in the order
             self._pending.pop(old).cancel()
         for first in wanted:
             if first not in self._pending:
@@ -117,9 +117,9 @@ class BatchLoader:
 
 
 class ValidationLoader:
-    """All validation samples once, in whole global batches; the last is filled with samples without targets.
+    """All validation samples once, in full global batches; the last is padded with samples without targets.
 
-    Every rank gets as many batches and micro-batches as every other.
+    All ranks get the same number of batches and micro-batches.
     """
 
     def __init__(self, samples: ValidationSamples, layout: BatchLayout) -> None:
@@ -132,7 +132,7 @@ class ValidationLoader:
         return map(self.batch, range(len(self)))
 
     def batch(self, index: int) -> GlobalBatch:
-        """Global batch `index`; its `sample_range` ends with the last real sample."""
+        """Return global batch `index`; its `sample_range` ends with the last real sample."""
         if not 0 <= index < len(self):
             raise IndexError(f"validation batch {index} of {len(self)}")
         first = index * self._layout.global_batch_size
@@ -141,7 +141,7 @@ class ValidationLoader:
 
 
 def _assemble(samples: Samples, layout: BatchLayout, first: int, end: int) -> GlobalBatch:
-    """The rank's part of samples [first, end), filled up to the layout's size with samples without targets."""
+    """Return the rank's part of samples [first, end), padded to the layout's size with samples without targets."""
     micro_batches = tuple(
         _micro_batch(samples, [first + offset for offset in layout.offsets(micro)], end)
         for micro in range(layout.micro_batches)

@@ -1,6 +1,6 @@
-"""A list of documents read one after the other, as one stream of tokens.
+"""A list of documents as one stream of tokens.
 
-D documents in the list, T tokens in all, n tokens asked for.
+D: documents in the list, T: tokens in total, n: requested tokens.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from megalm.data.indexed.dataset import IndexedDataset
 
 
 class DocumentTable:
-    """Finds positions of the stream in the dataset's file: a binary search, for all tokens at once.
+    """Maps stream positions to the dataset's tokens with one binary search for all tokens.
 
     Args:
-        documents: [D] sequences of the dataset, in the order of reading; one may come several times.
-        starts: [D + 1] what `document_starts` gives for them, where it is at hand.
+        documents: [D] sequences of the dataset, in reading order; a sequence can occur several times.
+        starts: [D + 1] result of `document_starts` for them, if already computed.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class DocumentTable:
         return int(self.starts[-1])
 
     def find(self, position: npt.NDArray[np.int64] | int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64]]:
-        """(place in `documents`, token inside that document) of stream positions; empty documents hold none."""
+        """Return (index in `documents`, token inside that document) of stream positions; skips empty documents."""
         entry = np.asarray(np.searchsorted(self.starts, position, side="right") - 1)
         return entry, np.asarray(position - self.starts[entry])
 
     def locate(self, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Where stream positions [first, first + count) lie: in the dataset's tokens [n], and in `documents` [n]."""
+        """Map stream positions [first, first + count) to places in the dataset's tokens [n] and in `documents` [n]."""
         assert 0 <= first <= first + count <= self.token_count
         entry, offset = self.find(np.arange(first, first + count, dtype=np.int64))
         base = self._dataset.sequence_pointers[self.documents[entry]] // self._dataset.dtype.itemsize
@@ -49,7 +49,7 @@ class DocumentTable:
 
 
 def document_starts(dataset: IndexedDataset, documents: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-    """[D + 1] stream position of each document's first token, and of the end."""
+    """Return [D + 1] the stream position of each document's first token, and of the end."""
     starts = np.zeros(len(documents) + 1, dtype=np.int64)
     np.cumsum(dataset.sequence_lengths[documents], dtype=np.int64, out=starts[1:])
     return starts

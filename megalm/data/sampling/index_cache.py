@@ -1,8 +1,8 @@
-"""Arrays that take long to make, kept in files under a name that says what they were made of, and mapped into memory.
+"""Cache expensive arrays in memory-mapped files, named by a hash of the facts that determine them.
 
-Safe when many ranks on many nodes open the same one at once: each file is complete or absent (temporary name, fsync,
-rename), and everybody who makes it makes the same bytes. A lock lets one make it while the others wait; where the file
-system has no locks, or they do not reach over nodes, it is made once a node or more often, which is slow and not wrong.
+Safe for many ranks on many nodes at once: each file is complete or absent (temporary name, fsync, rename), and every
+process writes the same bytes. One process holds a lock and writes while the others wait. Without locks, or with locks
+that do not span nodes, several processes write the same files, which is slow but correct.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from megalm.utils.atomic_files import locked, sync_directory, write_atomically, 
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
-# A temporary file that nobody has written to for so long is of a process that was killed.
+# A temporary file without writes for this long belongs to a killed process.
 _ABANDONED_SECONDS = 3600.0
 
 
 class ArrayCache:
-    """Args: directory: None makes the arrays in memory, each time."""
+    """Args: directory: the cache's folder; None computes the arrays in memory each time."""
 
-    # NumPy reads a file's header with `ast`, whose parser Python 3.11.7 lets two threads of a process confuse.
+    # NumPy parses a file's header with `ast`, which is not thread-safe in Python 3.11.7.
     _one_header_at_a_time = threading.Lock()
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
 
     def get(self, facts: tuple[object, ...], make: Callable[[], Arrays]) -> Arrays:
-        """What `make()` gives for these facts, from the files if they are there.
+        """Return the result of `make()` for these facts, from the cache if present.
 
         Raises:
-            DataError: a folder that cannot be written.
+            DataError: the folder cannot be written.
         """
         if self._directory is None:
             return make()
@@ -61,7 +61,7 @@ class ArrayCache:
         try:
             with cls._one_header_at_a_time:
                 return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names.read_text().split()}
-        except (OSError, ValueError, EOFError):  # not there, or damaged: it is made again
+        except (OSError, ValueError, EOFError):  # missing or damaged: made again
             return None
 
     @staticmethod
@@ -73,6 +73,6 @@ class ArrayCache:
                         left.unlink()
             for name, array in arrays.items():
                 write_atomically(folder / f"{name}.npy", functools.partial(np.save, arr=array))
-            # The last: it says that the others are there.
+            # Written last: it marks the other files as complete.
             write_atomically(folder / "names", lambda file: file.write(" ".join(arrays).encode()))
             sync_directory(folder)

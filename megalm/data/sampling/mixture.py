@@ -1,8 +1,8 @@
-"""Samples of several datasets, mixed by weight, with other weights from a later sample on.
+"""Mix samples of several datasets by weight; the weights can change at a given sample.
 
-The mixture is Megatron-LM's: always the dataset that is furthest behind its share. It does not depend on how many
-samples are asked for, and a dataset goes on where it was when the weights change, so nothing is read twice early.
-k number of a sample, M datasets.
+As in Megatron-LM, each sample comes from the dataset that is furthest behind its share. The mixture does not depend on
+the number of requested samples, and a dataset continues where it was when the weights change, so no sample is read
+again before its epoch ends. k: sample number, M: datasets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megalm.data.sampling.samples import TrainingSamples, hash_of
 from megalm.errors import ConfigError
 
 BLOCK_SAMPLES = 1 << 16
-KEPT_BLOCKS = 64  # so often the counts are kept in the cache: a resume deep in a long run need not mix it all again
+KEPT_BLOCKS = 64  # blocks between cached counts: a resume late in a long run need not mix everything again
 MIX_VERSION = 1
 
 
@@ -35,11 +35,11 @@ class MixtureStage:
 
 @dataclass(frozen=True)
 class DatasetUsage:
-    """What a run reads of a dataset.
+    """How much of a dataset a run reads.
 
     Attributes:
         epochs: passes over its samples.
-        repetition: how often each token is seen; more than `epochs` where samples overlap.
+        repetition: how often each token is seen; more than `epochs` if samples overlap.
     """
 
     prefix: str
@@ -51,7 +51,7 @@ class DatasetUsage:
 def interleave(
     weights: npt.NDArray[np.float64], first: int, counts: npt.NDArray[np.int64], length: int
 ) -> npt.NDArray[np.int16]:
-    """[length] the dataset of each sample from the `first` of a stage on; `counts` [M] so far are updated."""
+    """Return [length] the dataset of each sample from sample `first` of a stage on; updates `counts` [M]."""
     chosen = np.empty(length, dtype=np.int16)
     weight, count = weights.tolist(), counts.tolist()
     numbers = range(len(weight))
@@ -60,7 +60,7 @@ def interleave(
         best, most = -1, 0.0
         for number in numbers:
             behind = weight[number] * step - count[number]
-            if weight[number] > 0 and (best < 0 or behind > most):  # the first one where several are alike
+            if weight[number] > 0 and (best < 0 or behind > most):  # the first one if several are equal
                 best, most = number, behind
         count[best] += 1
         chosen[place] = best
@@ -69,14 +69,14 @@ def interleave(
 
 
 class BlendedSamples:
-    """The mixture as samples, like those of one dataset; one dataset alone is the simplest of them.
+    """The samples of a mixture of one or more datasets, with the interface of a single dataset's samples.
 
     Args:
-        cache: where counts of long mixtures are kept.
+        cache: stores the counts of long mixtures.
 
     Raises:
-        ConfigError: weights that are negative, all nothing, or not one for each dataset; stages out of order; datasets
-            of different sequence lengths.
+        ConfigError: weights that are negative, all zero, or not one per dataset; stages out of order; datasets of
+            different sequence lengths.
     """
 
     def __init__(
@@ -85,18 +85,18 @@ class BlendedSamples:
         _check(parts, stages)
         self.parts, self.stages = list(parts), list(stages)
         self.sequence_length, self.document_mask = parts[0].sequence_length, parts[0].document_mask
-        self.lengths_before: tuple[tuple[int, int], ...] = ()  # (sequence length, samples of it), where it was changed
+        self.lengths_before: tuple[tuple[int, int], ...] = ()  # (sequence length, its samples) before each change
         self._cache = cache or ArrayCache(None)
         self._shares = [np.array(stage.weights) / sum(stage.weights) for stage in stages]
         used = [np.flatnonzero(share).tolist() for share in self._shares]
-        self._alone = [one[0] if len(one) == 1 else None for one in used]  # the only dataset of a stage, if it is one
-        # Counts [M] at the start of (stage, block) and at the start of each stage, as far as anybody has asked.
+        self._alone = [one[0] if len(one) == 1 else None for one in used]  # a stage's dataset, if it has only one
+        # Counts [M] at the start of (stage, block) and at the start of each stage, filled on demand.
         self._starts: dict[tuple[int, int], Int64s] = {}
         self._before: dict[int, Int64s] = {0: np.zeros(len(parts), dtype=np.int64)}
         self._block = lru_cache(maxsize=4)(self._mixed_block)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(dataset, number of its own sample) of sample `index`."""
+        """Return (dataset, sample number within that dataset) of sample `index`."""
         stage, offset = self._stage_of(index)
         alone = self._alone[stage]
         if alone is not None:
@@ -121,12 +121,12 @@ class BlendedSamples:
         return self.parts[dataset].target_count(number)
 
     def consumed(self, samples: int) -> list[DatasetUsage]:
-        """What the first `samples` are made of, for each dataset."""
+        """Return each dataset's usage in the first `samples`, counted exactly."""
         stage, offset = self._stage_of(samples)
         return self._tell(self._counts_before(stage) + self._counts_in(stage, offset))
 
     def planned(self, samples: int) -> list[DatasetUsage]:
-        """The same by weight: at once however many samples, and right to within one for each dataset and stage."""
+        """As `consumed`, computed from the weights: constant time, and exact to within one per dataset and stage."""
         counts = np.zeros(len(self.parts))
         ends = [stage.first for stage in self.stages[1:]] + [samples]
         for stage, share, end in zip(self.stages, self._shares, ends, strict=True):
@@ -134,10 +134,10 @@ class BlendedSamples:
         return self._tell(np.round(counts))
 
     def recut(self, consumed: int, sequence_length: int) -> BlendedSamples:
-        """Samples of another length that go on where `consumed` of these have come to, mixed by the weights of there.
+        """Return samples of another length that continue after `consumed` of these, mixed by the weights at that point.
 
         Raises:
-            ConfigError: a dataset whose rest cannot be cut anew.
+            ConfigError: a dataset's rest cannot be recut.
         """
         stage, _ = self._stage_of(consumed)
         parts = [
@@ -150,25 +150,25 @@ class BlendedSamples:
 
     @property
     def recut_tokens(self) -> tuple[int, int]:
-        """Tokens that cutting anew has left out, and that it reads twice."""
+        """Number of tokens that recutting skips, and that it reads twice."""
         counts = [part.recut_tokens for part in self.parts]
         return sum(skipped for skipped, _ in counts), sum(repeated for _, repeated in counts)
 
     def order_fingerprint(self, samples: int) -> str:
-        """Identity of the first `samples`, in their order: what comes later may still be changed."""
+        """Return a hash of the order of the first `samples`; later samples can still change."""
         used, stages = self._used(samples)
         if len(used) == 1:
-            return self.parts[used[0]].fingerprint  # however its being alone was put
+            return self.parts[used[0]].fingerprint  # however the mixture was configured
         order = [(stage.first, share[used].tolist()) for stage, share in zip(stages, self._shares, strict=False)]
         return hash_of([self.parts[number].fingerprint for number in used], order)
 
     def dataset_fingerprint(self, samples: int) -> str:
-        """Identity of the datasets that the first `samples` are of."""
+        """Return a hash of the datasets that the first `samples` come from."""
         prints = [self.parts[number].dataset.fingerprint for number in self._used(samples)[0]]
         return prints[0] if len(prints) == 1 else hash_of(prints)
 
     def mixture(self, samples: int) -> str | None:
-        """In words, what the first `samples` are mixed of; None of one dataset alone. Names are no identity."""
+        """Describe the mixture of the first `samples`; None for a single dataset. Dataset names do not identify it."""
         used, stages = self._used(samples)
         if len(used) == 1:
             return None
@@ -201,15 +201,15 @@ class BlendedSamples:
         return number, index - self.stages[number].first
 
     def _counts_before(self, stage: int) -> Int64s:
-        """[M] samples of each dataset before a stage."""
+        """Return [M] the samples of each dataset before a stage."""
         for number in range(stage):
-            if number + 1 not in self._before:  # by number: another thread may be at the same one
+            if number + 1 not in self._before:  # keyed by number: another thread can compute the same one
                 length = self.stages[number + 1].first - self.stages[number].first
                 self._before[number + 1] = self._before[number] + self._counts_in(number, length)
         return self._before[stage]
 
     def _counts_in(self, stage: int, samples: int) -> Int64s:
-        """[M] samples of each dataset among the first of a stage."""
+        """Return [M] the samples of each dataset among the first `samples` of a stage."""
         alone, counts = self._alone[stage], np.zeros(len(self.parts), dtype=np.int64)
         if alone is not None:
             counts[alone] = samples
@@ -220,7 +220,7 @@ class BlendedSamples:
         return counts + self._start(stage, block)
 
     def _mixed_block(self, stage: int, block: int) -> tuple[npt.NDArray[np.int16], Int64s]:
-        """[BLOCK_SAMPLES] of each sample its dataset, and its number among that dataset's in the stage."""
+        """Return [BLOCK_SAMPLES] each sample's dataset, and its number among that dataset's samples in the stage."""
         start = self._start(stage, block)
         counts = start.copy()
         chosen = interleave(self._shares[stage], block * BLOCK_SAMPLES, counts, BLOCK_SAMPLES)
@@ -232,7 +232,7 @@ class BlendedSamples:
         return chosen, numbers
 
     def _start(self, stage: int, block: int) -> Int64s:
-        """[M] counts at the start of a block, in its stage."""
+        """Return [M] the counts at the start of a block, within its stage."""
         if (stage, block) not in self._starts:
             shares, reached = self._shares[stage], 0
             counts: npt.NDArray[np.int64] = np.zeros(len(self.parts), dtype=np.int64)
@@ -245,7 +245,7 @@ class BlendedSamples:
 
 
 def _mixed_on(shares: npt.NDArray[np.float64], counts: Int64s, block: int, end: int) -> Arrays:
-    """Counts [M] at the start of block `end`, from those at the start of `block`."""
+    """Return the counts [M] at the start of block `end`, given those at the start of `block`."""
     counts = np.array(counts)
     for number in range(block, end):
         interleave(shares, number * BLOCK_SAMPLES, counts, BLOCK_SAMPLES)

@@ -1,6 +1,7 @@
-"""Orders of samples as streams of tokens: which tokens sample k reads. Pure functions of the seed.
+"""Sample orders: which tokens sample k reads. Pure functions of the seed.
 
-Legend: L sequence length, T tokens of one epoch.
+The orders are Megatron-LM's, the prefix-stable one, and the recut rest of an epoch.
+Legend: L sequence length, T tokens of one epoch, E epochs.
 """
 
 from __future__ import annotations
@@ -17,29 +18,29 @@ from megalm.data.sampling.document_index import DocumentTable, document_starts
 from megalm.data.sampling.index_cache import ArrayCache, Arrays
 from megalm.errors import DataError
 
-# The order that Megatron-LM's GPTDataset gives to documents and samples, number for number.
+# Megatron-LM's order
 #
-# Legend: L sequence length, T tokens of one epoch, E epochs. Kept for continuing runs of the peers; it depends on
-# the number of samples asked for, so a longer run sees other samples from the start.
+# Exactly the order of documents and samples of its GPTDataset, for continuing Megatron-LM runs. It depends on the
+# number of requested samples, so a longer run sees other samples from the start.
 
-# A last epoch of which less than this share is needed is shuffled apart from the others.
+# If less than this share of the last epoch is needed, that epoch is shuffled separately.
 SEPARATE_BELOW = 0.80
 
 
 def count_samples(epochs: int, tokens_per_epoch: int, sequence_length: int) -> int:
-    """Whole samples in so many epochs; the stream's last token can only be a label."""
+    """Return the number of full samples in `epochs` epochs; the stream's last token can only be a label."""
     return (epochs * tokens_per_epoch - 1) // sequence_length
 
 
 def count_epochs(requested: int, tokens_per_epoch: int, sequence_length: int) -> int:
-    """The fewest epochs that give `requested` samples."""
+    """Return the smallest number of epochs that give `requested` samples."""
     return max(1, -(-(requested * sequence_length + 1) // tokens_per_epoch))
 
 
 def build(
     documents: npt.NDArray[np.int32], tokens_per_epoch: int, sequence_length: int, requested: int, seed: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """(document index [E x documents], shuffle index [samples]); sample i is number shuffle[i] of the stream."""
+    """Return (document index [E x documents], shuffle index [samples]); sample i is number shuffle[i] of the stream."""
     epochs = count_epochs(requested, tokens_per_epoch, sequence_length)
     total = count_samples(epochs, tokens_per_epoch, sequence_length)
     before_last = count_samples(epochs - 1, tokens_per_epoch, sequence_length) if epochs > 1 else 0
@@ -65,18 +66,18 @@ Int64s = npt.NDArray[np.int64]
 
 
 class Place(NamedTuple):
-    """Where the tokens of a sample lie, [L + 1] each."""
+    """Positions of a sample's tokens, [L + 1] each."""
 
     positions: Int64s  # in the dataset's tokens
-    instances: Int64s  # counts documents along the stream: changes where another one starts
+    instances: Int64s  # document counter along the stream: changes where a document starts
 
 
 class Rest(NamedTuple):
-    """What is left of an epoch.
+    """The unread rest of an epoch.
 
     Attributes:
-        starts: [n] tokens of the stream where samples start that were not read yet, rising.
-        length: tokens that each of them has as labels.
+        starts: [n] start tokens in the stream of the unread samples, ascending.
+        length: labels per sample.
         end: token at which the epoch's last sample ends.
     """
 
@@ -87,12 +88,12 @@ class Rest(NamedTuple):
 
 
 def whole_windows(tokens: int, sequence_length: int, stride: int) -> int:
-    """How many samples of L + 1 tokens fit into one pass over `tokens`, each starting `stride` after the one before."""
+    """Return how many samples of L + 1 tokens, starting `stride` apart, fit into one pass over `tokens`."""
     return max(0, (tokens - sequence_length - 1) // stride + 1)
 
 
 def stride_warning(tokens: int, sequence_length: int, stride: int, samples: int) -> str | None:
-    """What people must know before they train on overlapping samples; None where they do not overlap."""
+    """Return a warning about training on overlapping samples; None if they do not overlap."""
     if stride >= sequence_length:
         return None
     overlapping, apart = (whole_windows(tokens, sequence_length, step) for step in (stride, sequence_length))
@@ -118,7 +119,7 @@ class PrefixStableStream:
     ) -> None:
         self._dataset, self._range, self._cache = dataset, document_range, cache
         self._length, self._stride, self._seed, self._epoch_tokens = sequence_length, stride, seed, tokens_per_epoch
-        # A sample reads over the end of its epoch, and a resume starts in the middle of one: three is enough.
+        # A sample can read past the end of its epoch, and a resume starts inside one: three is enough.
         self._documents_of = lru_cache(maxsize=3)(self._shuffled_documents)
         self._shuffle_of = lru_cache(maxsize=3)(self._shuffled_samples)
 
@@ -130,10 +131,10 @@ class PrefixStableStream:
         return self.place_at((first + int(self._shuffle_of(epoch)[index - first])) * self._stride)
 
     def place_at(self, position: int) -> Place:
-        """The sample that starts at token `position` of the stream."""
+        """Return the sample that starts at token `position` of the stream."""
         positions, instances = [], []
         wanted = self._length + 1
-        while wanted:  # once, or more often where the sample reads on into the next epochs
+        while wanted:  # more than once if the sample continues into the next epochs
             epoch, offset = divmod(position, self._epoch_tokens)
             count = min(wanted, self._epoch_tokens - offset)
             where, document = self._documents_of(epoch).locate(offset, count)
@@ -143,18 +144,18 @@ class PrefixStableStream:
         return Place(np.concatenate(positions), np.concatenate(instances))
 
     def epoch_of(self, index: int) -> int:
-        """The epoch in which sample `index` starts."""
+        """Return the epoch in which sample `index` starts."""
         return index * self._stride // self._epoch_tokens
 
     def rest_of_epoch(self, index: int) -> Rest:
-        """What the samples before `index` leave of the epoch that it is in."""
+        """Return the rest of sample `index`'s epoch that the samples before it leave unread."""
         epoch = self.epoch_of(index)
         first, end = self.first_sample(epoch), self.first_sample(epoch + 1)
         left = (first + self._shuffle_of(epoch)[index - first :].astype(np.int64)) * self._stride
         return Rest(np.sort(left), self._length, epoch, end * self._stride)
 
     def first_sample(self, epoch: int) -> int:
-        """The first sample that starts in `epoch` or later."""
+        """Return the first sample that starts in `epoch` or later."""
         return -(-epoch * self._epoch_tokens // self._stride)
 
     def _shuffled_documents(self, epoch: int) -> DocumentTable:
@@ -175,17 +176,18 @@ class PrefixStableStream:
 
 
 class RecutStream:
-    """The rest of an epoch cut into samples of another length, shuffled; then the whole epochs after it.
+    """The rest of an epoch cut into shuffled samples of another length, followed by the complete epochs after it.
 
-    Nothing that was read is read again in that epoch; tokens that no longer make a whole sample between two that were
-    read are left out.
+    No token is read again in that epoch. Unread tokens between read samples that are too few for a full sample are
+    skipped.
 
     Args:
-        whole: the stream with the new length, its stride the same.
-        length: that length, L.
+        whole: the stream with the new length and the same stride.
+        length: the new length, L.
 
     Attributes:
-        skipped_tokens, repeated_tokens: what the new cut leaves out, and what it reads twice, where the epochs meet.
+        skipped_tokens: tokens that the new cut skips.
+        repeated_tokens: tokens that it reads twice, at the boundary to the next epoch.
     """
 
     def __init__(self, whole: PrefixStableStream, rest: Rest, length: int, seed: int) -> None:
@@ -212,7 +214,7 @@ class RecutStream:
 
 
 def _intervals(starts: Int64s, length: int) -> tuple[Int64s, Int64s]:
-    """Windows of `length` that touch each other as intervals: where they begin, and where they end."""
+    """Merge adjacent windows of `length` into intervals; return their starts and ends."""
     if not len(starts):
         return starts, starts
     breaks = np.flatnonzero(np.diff(starts) != length) + 1
@@ -245,7 +247,7 @@ class MegatronStream:
 
 
 def _permutation(state: np.random.RandomState, count: int) -> npt.NDArray[np.integer]:
-    """[count] what `state.permutation(count)` gives, in half its memory."""
+    """Return [count] the result of `state.permutation(count)`, in half the memory."""
     order: npt.NDArray[np.integer] = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
     state.shuffle(order)
     return order

@@ -1,8 +1,8 @@
-"""Which tokens each sample holds: pure functions of the seed and the sample's number, independent of layout.
+"""Training and validation samples: pure functions of the seed and the sample number, independent of layout.
 
 Legend: L sequence length, T tokens of one epoch, n any number of tokens. A sample reads L + 1 tokens: L inputs
-and, shifted by one, L labels; neighbouring samples share that one token, so that every token is a label.
-What the samples cut into pieces here is a *sequence* of the dataset; datasets of megalm have one per document.
+and, shifted by one, L labels; adjacent samples share one token, so that every token is a label.
+Samples are cut from the dataset's *sequences*; megalm's datasets have one sequence per document.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from megalm.data.sampling.index_cache import ArrayCache
 from megalm.data.sampling.sample_order import Int64s, MegatronStream, Place, PrefixStableStream, Range, RecutStream
 from megalm.errors import ConfigError, DataError
 
-IGNORE_INDEX = -100  # a label that is no target
+IGNORE_INDEX = -100  # a label that is not a target
 Order = Literal["prefix_stable", "megatron"]
 Number = TypeVar("Number", bound=np.generic)
 
 
 class Samples(Protocol):
-    """What the loader needs of training and validation samples alike."""
+    """The interface that the loader needs of training and validation samples."""
 
     sequence_length: int
     document_mask: bool
 
     def sample(self, index: int) -> tuple[Int64s, Int64s]:
-        """(tokens [L], labels [L]); labels that are no targets are IGNORE."""
+        """Return (tokens [L], labels [L]); labels that are not targets are IGNORE_INDEX."""
 
     def documents(self, index: int) -> npt.NDArray[np.int32]:
-        """[L] number of the document that each input token is of, from 0 at the sample's start."""
+        """Return [L] the document number of each input token, from 0 at the sample's start."""
 
     def target_count(self, index: int) -> int:
-        """How many labels of the sample are targets, without reading tokens."""
+        """Return the sample's number of target labels, without reading tokens."""
 
 
 def split_documents(number_of_sequences: int, weights: Sequence[float]) -> list[Range]:
-    """Contiguous ranges [start, end) of sequences, one for each weight, with Megatron-LM's rounding.
+    """Split into contiguous ranges [start, end) of sequences, one per weight, with Megatron-LM's rounding.
 
     Raises:
-        ConfigError: weights that are negative or add up to nothing.
+        ConfigError: weights are negative or sum to zero.
     """
     total = sum(weights)
     if not weights or min(weights) < 0 or total <= 0:
@@ -62,7 +62,7 @@ def split_documents(number_of_sequences: int, weights: Sequence[float]) -> list[
 
 
 class _Windows(ABC):
-    """Runs of a dataset's tokens as samples, padded where one is short: token 0 with labels IGNORE."""
+    """Samples as runs of a dataset's tokens; short ones are padded with token 0 and labels IGNORE_INDEX."""
 
     def __init__(
         self, dataset: IndexedDataset, document_range: Range, sequence_length: int, document_mask: bool
@@ -78,7 +78,7 @@ class _Windows(ABC):
 
     @abstractmethod
     def place(self, index: int) -> Place:
-        """Where the tokens of a sample lie."""
+        """Return the positions of a sample's tokens."""
 
     def sample(self, index: int) -> tuple[Int64s, Int64s]:
         place = self.place(index)
@@ -92,7 +92,7 @@ class _Windows(ABC):
         starts = _starts(self.place(index))
         numbers = np.zeros(len(starts), dtype=np.int32)
         np.cumsum(starts[:-1], out=numbers[1:])
-        # Padding counts as a document of its own, which nothing attends to.
+        # Padding counts as a separate document, which no other token attends to.
         return self._padded(numbers, int(numbers[-1]) + 1)
 
     def target_count(self, index: int) -> int:
@@ -108,22 +108,22 @@ class _Windows(ABC):
 
 
 class TrainingSamples(_Windows):
-    """Samples of a range of sequences, in random order, as many as anyone asks for.
+    """Samples of a range of sequences in random order, in any number.
 
-    prefix_stable: an endless stream of tokens, every epoch's documents in an order of its own; sample k of the
-    stream covers its tokens [kL, kL + L], and the samples that start in one epoch are shuffled among
-    themselves. Nothing is dropped, every token is a label once an epoch, and the first samples never depend on
-    how many are asked for. All randomness is of (seed, epoch) only, from RandomState, whose values NumPy keeps.
+    prefix_stable: an endless token stream with each epoch's documents shuffled; sample k of the stream covers its
+    tokens [kL, kL + L], and the samples that start in the same epoch are shuffled. Nothing is dropped, every token is
+    a label once per epoch, and the first samples never depend on the number requested. All randomness depends on
+    (seed, epoch) only and comes from RandomState, whose values NumPy keeps stable.
 
-    megatron: the order that Megatron-LM gives for `requested_samples`; it changes with that number.
+    megatron: Megatron-LM's order for `requested_samples`; it changes with that number.
 
     Args:
         stride: tokens from the start of one sample to that of the next; default L. Less makes samples overlap, and
-            every token is then seen L / stride times an epoch (see `stride_warning`).
-        cache: a folder for the shuffled orders, which large datasets take seconds to make.
+            every token is then seen L / stride times per epoch (see `stride_warning`).
+        cache: stores the shuffled orders, which take seconds to make for large datasets.
 
     Raises:
-        DataError: a range without tokens enough for one sample.
+        DataError: the range has too few tokens for one sample.
         ConfigError: megatron without `requested_samples`, or with a stride.
     """
 
@@ -164,10 +164,10 @@ class TrainingSamples(_Windows):
         self.fingerprint = hash_of(*facts, *([] if stride in (None, sequence_length) else [stride]), "v1")
 
     def recut(self, consumed: int, sequence_length: int) -> TrainingSamples:
-        """Samples of another length that go on where `consumed` of these have come to: with the rest of the epoch.
+        """Return samples of another length that continue after `consumed` of these, with the rest of the epoch.
 
         Raises:
-            ConfigError: an order or a stride whose rest cannot be cut anew.
+            ConfigError: the rest of this order, or of this stride, cannot be recut.
         """
         if isinstance(self._stream, MegatronStream) or self.stride != self.sequence_length:
             raise ConfigError(
@@ -189,7 +189,7 @@ class TrainingSamples(_Windows):
 
     @property
     def recut_tokens(self) -> tuple[int, int]:
-        """Tokens that cutting anew has left out, and that it reads twice."""
+        """Number of tokens that recutting skips, and that it reads twice."""
         stream = self._stream
         return (stream.skipped_tokens, stream.repeated_tokens) if isinstance(stream, RecutStream) else (0, 0)
 
@@ -198,7 +198,7 @@ class TrainingSamples(_Windows):
         return self.tokens_per_epoch / self.stride
 
     def epoch_of(self, index: int) -> int:
-        """How many whole epochs the samples before `index` have used up."""
+        """Return the number of complete epochs that the samples before `index` have used."""
         return index * self.stride // self.tokens_per_epoch
 
     def place(self, index: int) -> Place:
@@ -206,12 +206,12 @@ class TrainingSamples(_Windows):
 
 
 class ValidationSamples(_Windows):
-    """Fixed consecutive windows over a range of sequences, in the file's order; the last one is padded.
+    """Fixed consecutive windows over a range of sequences, in file order; the last one is padded.
 
-    Every token but the first is a target once (less, with `document_mask`, the first of each document).
+    Every token but the first is a target once (except, with `document_mask`, the first of each document).
 
     Raises:
-        DataError: a range with fewer than two tokens.
+        DataError: the range has fewer than two tokens.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class ValidationSamples(_Windows):
         return len(self._windows)
 
     def subset(self, count: int) -> ValidationSamples:
-        """`count` of these windows, evenly spaced, always the same; all where there are no more."""
+        """Return `count` evenly spaced windows, always the same ones; all windows if there are no more."""
         if count >= len(self):
             return self
         chosen = (2 * np.arange(count) + 1) * len(self) // (2 * count)
@@ -251,7 +251,7 @@ class ValidationSamples(_Windows):
 
 
 def _starts(place: Place) -> npt.NDArray[np.bool_]:
-    """[n - 1] where the label is the first token of another document than the input's."""
+    """Return [n - 1] whether the label is the first token of a new document."""
     return place.instances[1:] != place.instances[:-1]
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face `tokenizer.json` files as tokenizers."""
+"""Tokenizer for Hugging Face `tokenizer.json` files."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SPACE = "\u2581"
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json` file; see `Tokenizer` for what its members mean.
+    """A `tokenizer.json` file; see `Tokenizer` for its members.
 
-    The end of a document is the `eos_token` of the `tokenizer_config.json` beside it, or else the first of
-    the usual names that the vocabulary has.
+    The end-of-document token is the `eos_token` of the `tokenizer_config.json` beside it, or else the first of
+    the usual names found in the vocabulary.
 
     Raises:
-        DataError: a file that the tokenizers library cannot read.
+        DataError: the tokenizers library cannot read the file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -38,13 +38,13 @@ class HuggingFaceTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{path}: is not a tokenizer.json ({error}); export it again") from error
-        # Cutting and padding are for batches of inputs; here they would lose text or invent it.
+        # Truncation and padding are for input batches; here they would lose or add text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # In a text the name of a special token is text: a page that quotes <|endoftext|> must not end there.
+        # A special token's name inside a text is plain text: a page that quotes <|endoftext|> must not end there.
         self._tokenizer.encode_special_tokens = True
         self._special = {token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
-        # Ids may have holes: the model needs a row for the largest, not for their number.
+        # Ids can have gaps: the model needs a row for the largest id, not one per token.
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
@@ -111,9 +111,9 @@ def _decoder_types(decoder: dict[str, Any] | None) -> Iterator[str]:
 
 
 def _piece_bytes(piece: str, decoders: set[str]) -> int:
-    """Bytes of a piece inside a text. Decoding one id alone would not do: decoders strip at the start of a text."""
+    """Return a piece's bytes inside a text. Decoding a single id would be wrong: decoders strip the start of a text."""
     if "ByteLevel" in decoders:
-        return len(piece)  # one character of the byte alphabet for each byte
+        return len(piece)  # the byte alphabet has one character per byte
     if "ByteFallback" in decoders and BYTE_TOKEN.fullmatch(piece):
         return 1
     if "WordPiece" in decoders:

@@ -1,4 +1,4 @@
-"""SentencePiece models as tokenizers."""
+"""Tokenizer for SentencePiece models."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from sentencepiece import sentencepiece_model_pb2
 
 from megalm.errors import DataError
 
-# The piece that stands for a space. The library reads the character itself as a space too, so where a text has
-# it, it is encoded by its bytes instead.
+# The piece for a space. The library also reads the character itself as a space, so where a text contains it, it is
+# encoded by its bytes instead.
 SPACE = "\u2581"
-# The library's memory is 16 bytes and more for each character of one text, and its sums of scores are 32-bit floats,
-# which lose their last digits over millions of characters: longer texts are encoded part by part.
+# The library needs at least 16 bytes of memory per character of a text, and its fp32 score sums lose precision over
+# millions of characters: longer texts are encoded in parts.
 LONGEST_TEXT = 1 << 20  # characters
 EOD_PIECES = ("<eod>", "<|endoftext|>")
 
 
 class SentencePieceTokenizer:
-    """A `.model` file; see `Tokenizer` for what its members mean.
+    """A `.model` file; see `Tokenizer` for its members.
 
     Raises:
-        DataError: a file that is not a SentencePiece model.
+        DataError: the file is not a SentencePiece model.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -37,14 +37,14 @@ class SentencePieceTokenizer:
         self.name = f"sentencepiece:{Path(path).name}"
         self._content = Path(path).read_bytes()
         try:
-            if not self._content:  # which the library takes for a model
+            if not self._content:  # the library accepts an empty file as a model
                 raise RuntimeError("an empty file")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._content)
         except RuntimeError as error:
             raise DataError(f"{path}: is not a SentencePiece model; train or copy it again") from error
         self.vocab_size: int = self._processor.vocab_size()
         space_bytes = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        # Without byte pieces the character stays a space: the builder then counts the document as inexact.
+        # Without byte pieces the character becomes a space, and the builder counts the document as inexact.
         self._space_ids = space_bytes if all(map(self._processor.is_byte, space_bytes)) else None
 
     @property
@@ -80,8 +80,8 @@ class SentencePieceTokenizer:
     def is_exact(self, text: str, ids: npt.NDArray[np.int32]) -> bool:
         if not self._copies:
             return self.decode(ids.tolist()) == text
-        # Pieces are then cut from the text as they stand, one after another: only a character without a piece is
-        # lost, and nothing else can make up for its bytes.
+        # Pieces are then consecutive substrings of the text: only a character without a piece is lost, and no other
+        # piece can compensate for its bytes.
         return int(self._sizes.take(ids).sum()) == (len(text) if text.isascii() else len(text.encode()))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -104,7 +104,7 @@ class SentencePieceTokenizer:
 
     @functools.cached_property
     def _copies(self) -> bool:
-        """Whether the text reaches the pieces unchanged: no normalisation, no space added or taken away."""
+        """Whether the text is split into pieces unchanged: no normalization, no spaces added or removed."""
         normalizer = self._model.normalizer_spec
         return not (
             normalizer.precompiled_charsmap
@@ -116,7 +116,7 @@ class SentencePieceTokenizer:
 
     @functools.cached_property
     def _breaks_at_newlines(self) -> bool:
-        """Whether a newline is always a token of its own, so that lines are encoded alike together and apart."""
+        """Whether a newline is always a separate token, so that lines encode the same together and separately."""
         user_defined = [piece.piece for piece in self._model.pieces if piece.type == piece.USER_DEFINED]
         return "\n" in user_defined and sum("\n" in piece.piece for piece in self._model.pieces) == 1
 
@@ -134,7 +134,7 @@ class SentencePieceTokenizer:
 
 
 def _piece_bytes(piece: Any) -> int:
-    """UTF-8 bytes that a piece of the model stands for in a text."""
+    """Return the number of UTF-8 bytes that a piece represents in a text."""
     if piece.type == piece.BYTE:
         return 1
     if piece.type in (piece.CONTROL, piece.UNKNOWN, piece.UNUSED):
@@ -143,7 +143,7 @@ def _piece_bytes(piece: Any) -> int:
 
 
 def _cut_at_newlines(text: str) -> Iterator[str]:
-    """Parts of at most `LONGEST_TEXT` characters that end after a newline, where there is one to end at."""
+    """Split into parts of at most `LONGEST_TEXT` characters, after a newline where possible."""
     start = 0
     while start < len(text):
         end = start + LONGEST_TEXT

@@ -1,6 +1,6 @@
-"""Tokenizers behind one protocol: SentencePiece, Hugging Face tokenizer.json, and raw bytes.
+"""The tokenizer protocol, raw bytes as a tokenizer, and loading of SentencePiece and Hugging Face tokenizers.
 
-V is the size of the vocabulary. Ids are 0..V-1.
+V is the vocabulary size. Ids are 0..V-1.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ BYTES = "bytes"
 
 
 class Tokenizer(Protocol):
-    """What the rest of megalm knows of a tokenizer."""
+    """The tokenizer interface for the rest of megalm."""
 
     @property
     def name(self) -> str:
-        """For people: the kind and the file's name."""
+        """Display name: the kind and the file's name."""
 
     @property
     def spec(self) -> str:
-        """What `load_tokenizer` takes to load it again: a path, or "bytes"."""
+        """The argument for `load_tokenizer` that loads it again: a path, or "bytes"."""
 
     @property
     def vocab_size(self) -> int:
@@ -41,34 +41,34 @@ class Tokenizer(Protocol):
         """The token that ends a document.
 
         Raises:
-            DataError: where the tokenizer has none.
+            DataError: the tokenizer has none.
         """
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that decides ids (pieces, scores, normaliser); not of paths or of how it was trained."""
+        """Hash of everything that determines ids (pieces, scores, normalizer); not of paths or of the training."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text; no token is added, and no text is read as a control token."""
+        """Return the ids of each text; adds no tokens, and reads no text as a control token."""
 
     def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """The same ids as of `encode_batch`, [n] for each text, without a Python integer for each: a quarter faster."""
+        """As `encode_batch`, but an array [n] per text; a quarter faster, because it makes no Python integers."""
 
     def is_exact(self, text: str, ids: npt.NDArray[np.int32]) -> bool:
-        """Whether decoding `ids`, which are this tokenizer's own of `text`, gives `text` back."""
+        """Whether `ids`, this tokenizer's encoding of `text`, decode back to `text`."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; control tokens give nothing, bytes that are not UTF-8 give U+FFFD."""
+        """Return the text of `ids`; control tokens decode to nothing, bytes that are not UTF-8 to U+FFFD."""
 
     def token_bytes(self) -> npt.NDArray[np.int32]:
-        """[V] how many UTF-8 bytes each id decodes to inside a text; 0 for control tokens."""
+        """Return [V] the number of UTF-8 bytes that each id decodes to inside a text; 0 for control tokens."""
 
     def fallback_ids(self) -> npt.NDArray[np.bool_]:
-        """[V] ids that stand for a character without a piece: unknown ones, and bytes of it."""
+        """Return [V] whether an id encodes a character without a piece: the unknown token and byte fallbacks."""
 
 
 class ByteTokenizer:
-    """Ids 0..255 are bytes, 256 ends a document: exact on every text, trained on none."""
+    """Ids 0..255 are bytes, 256 ends a document. Exact on every text; needs no training."""
 
     name = BYTES
     spec = BYTES
@@ -101,7 +101,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """Load a SentencePiece `.model`, a Hugging Face `tokenizer.json` (or the folder that holds one), or "bytes".
 
     Raises:
-        DataError: a file that is absent, cannot be read, or is not what its name says.
+        DataError: the file is missing, cannot be read, or does not match its suffix.
     """
     if str(spec) == BYTES:
         return ByteTokenizer()
@@ -113,7 +113,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
             f"{spec}: no such tokenizer file; give a SentencePiece .model, a tokenizer.json, or 'bytes' "
             "(data_tools/train_tokenizer.py makes one)"
         )
-    # Each library is imported only by those who use it: both together cost a third of a second.
+    # Each library is imported only when used: both together take a third of a second.
     try:
         if path.suffix == ".json":
             from megalm.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
@@ -127,15 +127,15 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
 
 def tokenizer_of(checkpoint: Path, noted: str | None, fingerprint: str | None, named: str | None) -> Tokenizer:
-    """The tokenizer that a checkpoint was trained with.
+    """Load the tokenizer that a checkpoint was trained with.
 
     Args:
-        noted, fingerprint: what its manifest says of it.
-        named: where it is now, if it moved.
+        noted, fingerprint: its path and fingerprint in the manifest.
+        named: its current path, if it was moved.
 
     Raises:
-        DataError: it is not where it was.
-        CheckpointError: nothing is noted; or the one that is there, or that was named, is another.
+        DataError: the tokenizer is not at its recorded path.
+        CheckpointError: the manifest records none; or the one found at either path is a different one.
     """
     if noted is None or fingerprint is None:
         raise CheckpointError(f"{checkpoint} does not say which tokenizer it was trained with")

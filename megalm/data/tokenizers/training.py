@@ -1,4 +1,4 @@
-"""Training of SentencePiece tokenizers that give every text back exactly."""
+"""Train SentencePiece tokenizers that decode every text back exactly."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from megalm.utils.atomic_files import write_bytes_atomically, write_json
 
 ModelType = Literal["unigram", "bpe"]
 EOD_PIECE = "<eod>"
-# The order in which threads add up their counts moves the last bits of the scores, so the number is part of
-# the recipe: the same on every machine, whatever its cores.
+# The order in which threads sum their counts changes the last bits of the scores, so the number of threads is fixed,
+# whatever the machine's core count.
 THREADS = 4
 SEED = 0
 TELL_SECONDS = 2.0
-# SentencePiece passes over sentences above 4192 bytes in silence.
+# SentencePiece silently skips sentences above 4192 bytes.
 SENTENCE_CHARACTERS = 1000  # at most 4 bytes each
-# Newline and tab are pieces of their own, so no other piece crosses them; the trainer skips or alters sentences
-# with NUL and its two reserved characters.
+# Newline and tab are separate pieces, so no other piece crosses them; the trainer skips or alters sentences with NUL
+# and its two reserved characters.
 BREAKS = re.compile("[\n\t\0\u2581\u2585]")
 LARGEST = re.compile(r"value <= (\d+)")
 SMALLEST = re.compile(r"required_chars\. \d+ vs (\d+)")
@@ -34,10 +34,10 @@ SMALLEST = re.compile(r"required_chars\. \d+ vs (\d+)")
 
 @dataclass
 class TokenizerReport:
-    """What a tokenizer was trained on and how; also written beside it as `OUTPUT.json`.
+    """How a tokenizer was trained, and on what; also written beside it as `OUTPUT.json`.
 
-    `sentences_used` of the `sentences` (lines, or parts of long ones) were drawn evenly to train on. `cut_sentences`
-    parts are as long as a part may be: of lines that the trainer would have passed over in silence.
+    `sentences_used` of the `sentences` (lines, or parts of long ones) were sampled evenly for training.
+    `cut_sentences` counts parts of maximum length, from lines that the trainer would have skipped silently.
     """
 
     vocab_size: int
@@ -57,9 +57,9 @@ class TokenizerReport:
 def draw_sentences(
     texts: Iterable[str], limit: int, report: TokenizerReport, tell: Callable[[str], None] = lambda line: None
 ) -> list[str]:
-    """An even draw of at most `limit` sentences, in their order; the report counts what was drawn from."""
+    """Sample at most `limit` sentences evenly, in their order; the report counts all sentences."""
     kept: list[tuple[int, str]] = []
-    # random() is the one method whose values Python promises to keep between versions.
+    # random() is the only method whose values Python guarantees across versions.
     uniform, told = random.Random(SEED).random, time.monotonic()
     for text in texts:
         report.documents += 1
@@ -82,7 +82,7 @@ def draw_sentences(
 
 
 def split_sentences(text: str) -> Iterator[str]:
-    """The text as the trainer can take it, nothing left out but the characters of `BREAKS`."""
+    """Split the text into sentences that the trainer accepts; drops only the characters of `BREAKS`."""
     for part in BREAKS.split(text):
         for start in range(0, len(part), SENTENCE_CHARACTERS):
             yield part[start : start + SENTENCE_CHARACTERS]
@@ -100,17 +100,17 @@ def train_tokenizer(
 ) -> TokenizerReport:
     """Train a tokenizer and write it to `output` (a `.model` file): the same texts give the same bytes.
 
-    Text is left as it is (no normalisation, no added space, all whitespace kept), digits are single tokens,
-    newline and tab are pieces, what the pieces lack falls back to bytes: decoding gives every text back.
+    Text stays unchanged (no normalization, no added space, all whitespace kept), digits are single tokens, newline
+    and tab are pieces, and characters without a piece fall back to bytes, so every text decodes back exactly.
 
     Args:
-        texts: whole documents.
-        vocab_size: pieces in all, the 256 bytes and the 4 special pieces among them.
-        threads: part of the recipe, see `THREADS`.
-        max_sentences: at most so many lines are trained on, drawn evenly; 100,000 lines of source code gave
+        texts: complete documents.
+        vocab_size: total number of pieces, including the 256 bytes and the 4 special pieces.
+        threads: affects the result, see `THREADS`.
+        max_sentences: maximum number of sentences to train on, sampled evenly; 100,000 lines of source code gave
             within 0.4 % of the tokens that all 274,066 gave, in less than half the time.
-        special_tokens: pieces more that no text is ever encoded as, such as "<pad>" or "<user>".
-        progress: called with a line for people while reading, about every two seconds, and before training.
+        special_tokens: additional pieces that no text encodes to, such as "<pad>" or "<user>".
+        progress: called with a progress line about every two seconds while reading, and before training.
 
     Raises:
         DataError: no text, an unknown model type, or a vocabulary too large or too small for the text.
@@ -148,7 +148,7 @@ def train_tokenizer(
             eos_piece=EOD_PIECE,
             bos_id=-1,
             pad_id=-1,
-            # Prune by half, not by a quarter, between rounds: half the time, no more tokens.
+            # Pruning by half instead of a quarter between rounds takes half the time and gives no more tokens.
             shrinking_factor=0.5,
             minloglevel=2,
         )
