@@ -103,7 +103,9 @@ def test_a_new_run_from_the_weights_alone(small_data: SmallData, six_steps: Path
     assert found[0][1] < numbers(six_steps, 1)[0][1] - 0.3, "the first batch again, by a model that has learnt"
     assert manifest(tmp_path, 4).counters["optimizer_step"] == 4
     assert next(row["event"] for row in rows(tmp_path) if row["kind"] == "event") == "start"
-    refused = train(six_steps, small_data, *flags)
+    same = tmp_path / "same"  # a refusal leaves its failure in the run folder, and others use this one
+    shutil.copytree(six_steps, same)
+    refused = train(same, small_data, "--resume", str(run_folder(same) / "checkpoints" / "step-00000006"), *flags[2:])
     assert refused.code == 2
     assert "run.name" in refused.stderr
 
