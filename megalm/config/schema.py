@@ -1,7 +1,7 @@
 """The run configuration: every key of a preset, a YAML file or `key=value`, with its default.
 
 What the DeepSpeed JSON owns (batch sizes, precision, optimizer, clipping, ZeRO) is not here and is refused
-here: see deepspeed_json.py. Names carry their units. The models are frozen: what is derived from them is
+here: see deepspeed/json_reader.py. Names carry their units. The models are frozen: what is derived from them is
 computed where it is needed, never written back.
 """
 

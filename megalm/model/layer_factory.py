@@ -81,7 +81,7 @@ class LayerFactory(Protocol):
 
 
 class DenseLayers:
-    """The unsharded layers of a one-rank model. Weights are left empty: `init.py` fills them by name.
+    """The unsharded layers of a one-rank model. Weights are left empty: `initialize` fills them by name.
 
     Args:
         compiled: the loss of a chunk runs compiled; its matrix products do not need it.

@@ -26,7 +26,7 @@ class ScheduleFacts:
 
 
 def fit_warmup(loaded: LoadedConfig) -> tuple[LoadedConfig, list[str]]:
-    """Shorten a preset's warm-up with a run that a person made short; checks.py has refused a person's own.
+    """Shorten a preset's warm-up with a run that a person made short; planning/checks has refused a person's own.
 
     In the configuration itself, so that the run folder's YAML, where every value is stated, starts the same run.
     """
@@ -52,7 +52,7 @@ def schedule_facts(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleF
     peak, notices = schedule.peak_learning_rate, []
     lr = ds.settings.optimizer.params.lr if ds.settings.optimizer else None
     if lr is not None:
-        # checks.py has refused a peak that a person stated as well: here it is a preset's or a default.
+        # planning/checks has refused a peak that a person stated as well: here it is a preset's or a default.
         peak = lr
         source = loaded.sources["schedule.peak_learning_rate"]
         notices = [

@@ -94,7 +94,7 @@ def resolve(
         data_needed: whether a run without data is refused; a plan needs none.
 
     Raises:
-        ConfigError: the first rule of checks.py that the run breaks.
+        ConfigError: the first rule of planning/checks that the run breaks.
     """
     check_run(loaded, ds, world_size, device, data_needed)
     loaded, warmup_notices = fit_warmup(loaded)

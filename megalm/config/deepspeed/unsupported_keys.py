@@ -1,7 +1,7 @@
 """Keys of a DeepSpeed JSON that megalm does not honour, and what to use instead.
 
 DeepSpeed ignores a top-level key that it does not know, and megalm's training loop leaves some that it does
-know without effect; both would be wrong in silence. So a key is honoured (deepspeed_schema.py), refused here,
+know without effect; both would be wrong in silence. So a key is honoured (json_schema.py), refused here,
 or unknown.
 """
 

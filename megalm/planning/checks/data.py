@@ -1,4 +1,4 @@
-"""Rules about the data section, and the files that it names: see checks.py."""
+"""Rules about the data section, and the files that it names: see run_checks.py."""
 
 from __future__ import annotations
 

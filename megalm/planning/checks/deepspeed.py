@@ -1,4 +1,4 @@
-"""Rules within the DeepSpeed JSON and between it and the run configuration; see checks.py.
+"""Rules within the DeepSpeed JSON and between it and the run configuration; see run_checks.py.
 
 Several of the combinations refused here run in DeepSpeed 0.19.8 without any message and train something else.
 """

@@ -20,7 +20,7 @@ from megalm.planning.checks.deepspeed import DEEPSPEED_RULES
 from megalm.planning.checks.parallel import PARALLEL_RULES
 from megalm.topology import Topology
 
-# Rules about guarding, continuing and ending a run: one function and one message each, as in checks.py.
+# Rules about guarding, continuing and ending a run: one function and one message each as above.
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
