@@ -6,6 +6,7 @@ flipped bit in the step or in the data position is detected like one in a tensor
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -196,6 +197,16 @@ class Manifest(_Part):
     def amended(self, **changes: Any) -> Manifest:
         """Return a copy with some keys changed (JSON values); new keys come last."""
         return Manifest.from_json({**self._content, **changes})
+
+    @property
+    def created_at(self) -> float | None:
+        """Unix seconds; None if the manifest has no time, or one that cannot be read."""
+        if not isinstance(self.created, str):
+            return None if self.created is None else float(self.created)
+        try:
+            return datetime.datetime.fromisoformat(self.created).timestamp()
+        except (ValueError, OverflowError):
+            return None
 
     @property
     def bytes(self) -> int:

@@ -5,6 +5,7 @@ A checkpoint is renamed before it is deleted, so a partly deleted one never has 
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ def superfluous(entries: Sequence[Entry], retention: Retention, best: str | None
     """Return the `entries`, given in write order, that `retention` does not keep.
 
     Suspect and bad checkpoints do not count as kept; they go once `keep_last` good ones were written after them. One
-    with an unreadable manifest stays for inspection.
+    with an unreadable manifest stays for inspection, and so does one created later than a kept one: attempt numbers
+    and times disagree then, so which is newer is not known.
     """
     if retention.keep_last is None:
         return []
@@ -51,11 +53,14 @@ def superfluous(entries: Sequence[Entry], retention: Retention, best: str | None
         return []
     newest = good[-retention.keep_last :]
     since = entries.index(newest[0])
+    times = [entry.manifest.created_at for entry in newest if entry.manifest is not None]
+    oldest_kept = min((time for time in times if time is not None), default=math.inf)
     every = retention.keep_every_steps
     return [
         entry
         for entry in entries[:since]
         if entry.manifest is not None
+        and (entry.manifest.created_at or 0) <= oldest_kept
         and entry.path.name != best
         and not (entry.status == "good" and every is not None and entry.step % every == 0)
     ]

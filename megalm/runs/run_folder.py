@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -11,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 log = logging.getLogger(__name__)
 
+_FAILURE_FILE = re.compile(r"attempt-(\d+)\.txt")
 _STEM = "run"  # of runs without a name and a preset
 _PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "tokenizers", "safetensors", "mlflow", "megalm")
 
@@ -135,13 +137,24 @@ class RunFolder:
         return self._failures / f"attempt-{attempt}.txt"
 
     def next_attempt(self) -> int:
-        """Return 1 for a new run, else the number after the last attempt that started or failed before it started."""
-        rows = read_metrics(self.metrics) if self.metrics.exists() else []
-        started = max((int(row["attempt"]) for row in rows if row.get("event") in ATTEMPT_EVENTS), default=0)
-        return 1 + max(started, self._last_failure())
+        """Return 1 for a new run, else the number after the last attempt.
 
-    def _last_failure(self) -> int:
-        return max((int(path.stem.rsplit("-", 1)[1]) for path in self._failures.glob("attempt-*.txt")), default=0)
+        Checkpoints are ordered by their attempt, so no number may be used twice, whichever file of the folder was
+        deleted: every file that records an attempt counts.
+        """
+        return 1 + max(self._recorded_attempts(), default=0)
+
+    def _recorded_attempts(self) -> Iterator[int]:
+        rows = read_metrics(self.metrics) if self.metrics.exists() else []
+        recorded = [row.get("attempt") for row in rows if row.get("event") in ATTEMPT_EVENTS]
+        recorded += [entry.attempt for entry in list_checkpoints(self.checkpoints)]
+        for path in (self.request, *self.path.glob("environment*.json")):
+            with contextlib.suppress(ConfigError, OSError):  # whoever needs the rest of the file reports it
+                recorded.append(read_mapping(path).get("attempt"))
+        recorded += [
+            int(match[1]) for path in self._failures.glob("*") if (match := _FAILURE_FILE.fullmatch(path.name))
+        ]
+        return (number for number in recorded if isinstance(number, int))
 
     @property
     def is_empty(self) -> bool:

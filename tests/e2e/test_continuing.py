@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megalm.checkpoint.discovery import step_folders
 from megalm.checkpoint.manifest import Manifest, read_manifest
 from megalm.data.builder.builder import build_dataset
 from megalm.data.tokenizers.tokenizer import load_tokenizer
@@ -170,3 +171,19 @@ def test_there_must_be_something_to_extend(small_data: SmallData, tmp_path: Path
     assert empty.code == 2
     assert len(empty.stderr.splitlines()) == 1, empty.explain()
     assert json.dumps(sorted(path.name for path in tmp_path.glob("runs/mine/checkpoints/*"))) == "[]"
+
+
+def test_a_run_whose_metrics_are_deleted_resumes_from_the_newest_checkpoint(
+    copied: Path, small_data: SmallData
+) -> None:
+    """Only the checkpoints still record the attempts; the numbers go on from theirs, and retention keeps the newest."""
+    run = run_folder(copied)
+    for steps in (8, 10):
+        assert train(copied, small_data, f"train.steps={steps}", "--resume", "auto").code == 0
+    for path in (run / "metrics.jsonl", run / "resume.json", *run.glob("environment*.json")):
+        path.unlink()
+    more = train(copied, small_data, "train.steps=12", "checkpoint.keep_last=2", "--resume", "auto")
+    assert more.code == 0, more.explain()
+    assert [row["step"] for row in rows(copied) if row["kind"] == "train"] == [11, 12]
+    assert {row["attempt"] for row in rows(copied)} == {4}
+    assert [path.name for path in step_folders(run / "checkpoints")] == ["step-00000010", "step-00000012"]

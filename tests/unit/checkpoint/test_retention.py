@@ -53,6 +53,22 @@ def test_those_written_last_stay_after_a_run_was_set_back(tmp_path: Path) -> Non
     assert [path.name[-2:] for path in complete_checkpoints(tmp_path)] == ["15", "30"]
 
 
+def test_none_created_after_a_kept_one_goes(tmp_path: Path) -> None:
+    """Attempts were numbered from 1 again while metrics.jsonl was gone: the highest attempt is not the newest."""
+    for step, attempt, hour in ((8, 3, 12), (12, 3, 13), (16, 1, 14)):
+        save(tmp_path, step, attempt=attempt, created=f"2026-11-20T{hour}:00:00+00:00")
+    assert prune(tmp_path, Retention(2)) == []
+    save(tmp_path, 20, attempt=4, created="2026-11-20T15:00:00+00:00")
+    assert sorted(path.name[-2:] for path in prune(tmp_path, Retention(1))) == ["08", "12", "16"]
+
+
+@pytest.mark.parametrize("created", ["2026-13-40", "", None, 10**30, "1e999"])
+def test_a_time_that_cannot_be_read_deletes_nothing_more(tmp_path: Path, created: object) -> None:
+    save(tmp_path, 10, created=created)
+    save(tmp_path, 20)
+    assert [path.name[-2:] for path in prune(tmp_path, Retention(1))] == ([] if created == 10**30 else ["10"])
+
+
 def test_the_best_is_what_the_pointer_names(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         save(tmp_path, step)

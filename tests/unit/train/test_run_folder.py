@@ -11,8 +11,11 @@ from megalm.checkpoint.save_transaction import save_checkpoint
 from megalm.checkpoint.shard_spec import WEIGHTS
 from megalm.communicator import SingleProcessCommunicator
 from megalm.errors import ConfigError
-from megalm.runs.run_folder import newest_run, open_run_folder
+from megalm.runs.metrics_log import MetricsWriter
+from megalm.runs.run_folder import RunFolder, newest_run, open_run_folder
 from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks
+from megalm.utils.atomic_files import write_json
+from tests.checkpoint_files import save
 from tests.messages import assert_names
 
 
@@ -104,3 +107,24 @@ def test_where_no_claim_can_be_written_a_rank_speaks(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_text() == ""
+
+
+def test_no_attempt_number_is_used_twice(tmp_path: Path) -> None:
+    """Any one file that records an attempt is enough, so deleting metrics.jsonl does not start the numbers again."""
+    folder = RunFolder(tmp_path)
+    assert folder.next_attempt() == 1
+    save(folder.checkpoints, 6, attempt=2)
+    assert folder.next_attempt() == 3
+    write_json(folder.path / "environment.attempt-1.json", {"attempt": 3})
+    assert folder.next_attempt() == 4
+    write_json(folder.request, {"attempt": 4})
+    assert folder.next_attempt() == 5
+    FailureClaim(folder.failure(5)).take("why")
+    (tmp_path / "failures" / "attempt-99-notes.txt").write_text("a person's")
+    assert folder.next_attempt() == 6
+    with MetricsWriter(folder.metrics) as metrics:
+        metrics.row("event", event="rollback", step=6, attempt=6)
+    assert folder.next_attempt() == 7
+    folder.request.write_text("{")
+    folder.environment_json.write_text("[]")
+    assert folder.next_attempt() == 7
