@@ -19,6 +19,7 @@ setup(
         "pyarrow>=17",
         "mlflow>=3.4",
         "pydantic>=2.9",
+        "hjson>=3.1",
         "typer>=0.15",
         "rich>=13",
         "PyYAML>=6",

@@ -19,9 +19,19 @@ class MegalmError(Exception):
 
 
 class ConfigError(MegalmError):
-    """A configuration that cannot be run; raised before any process group exists."""
+    """A configuration that cannot be run; raised before any process group exists.
+
+    Args:
+        problems: one line each; all that is known to be wrong, so that one start shows it.
+    """
 
     exit_code = EXIT_REFUSED
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = tuple(dict.fromkeys(problems))
+        first, *others = self.problems
+        lines = (f"{len(self.problems)} problems", *self.problems)
+        super().__init__("\n  ".join(lines) if others else first)
 
 
 class DataError(MegalmError):

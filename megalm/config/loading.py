@@ -1,11 +1,12 @@
 """The run configuration from its layers, and where each value came from.
 
-Weakest first: schema defaults < preset < what the run that goes on was configured with < YAML file < `key=value`.
+Weakest first: schema defaults < preset < what the run that goes on was configured with < what the DeepSpeed JSON
+implies < YAML file < `key=value`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_origin
@@ -13,7 +14,7 @@ from typing import Any, get_origin
 import megalm
 from megalm.config.schema import DocumentedSection, RunConfig
 from megalm.config.unknown_keys import unknown_run_key
-from megalm.config.validation import flatten, leaf_fields, members, shown, validate
+from megalm.config.validation import flatten, leaf_fields, members, nest, shown, validate, validate_what_is_good
 from megalm.config.yaml_reader import parse_yaml, to_yaml
 from megalm.errors import ConfigError
 from megalm.utils.did_you_mean import did_you_mean
@@ -80,6 +81,7 @@ class LoadedConfig:
         preset: the preset that it starts from.
         stated: the keys that a person stated, in YAML or on the command line.
         documented_by_preset: what the preset itself has in `documented`.
+        problems: dotted key, or a line again -> one line for everything that is refused, which `config` is without.
     """
 
     config: RunConfig
@@ -87,6 +89,50 @@ class LoadedConfig:
     preset: str | None
     stated: frozenset[str] = frozenset()
     documented_by_preset: DocumentedSection = field(default_factory=DocumentedSection)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    def checked(self) -> LoadedConfig:
+        """This configuration.
+
+        Raises:
+            ConfigError: all its problems.
+        """
+        if self.problems:
+            raise ConfigError(*self.problems.values())
+        return self
+
+    def with_implied(self, values: Mapping[str, Any], origin: str) -> LoadedConfig:
+        """This configuration with what a DeepSpeed JSON implies for it, over all but what a person states.
+
+        A person's other value for the same key is a problem.
+
+        Args:
+            values: dotted key -> value.
+            origin: the JSON's name.
+        """
+        given = validate(RunConfig, values, lambda _: origin)
+        problems, taken = dict(self.problems), {}
+        for key in values:
+            value, stated = value_of(given, key), value_of(self.config, key)
+            if key in self.stated and key not in self.problems and stated != value:
+                problems[key] = (
+                    f"{key}={shown(stated)} ({self.sources[key]}) and {key}={shown(value)}, as {origin} reads, state "
+                    "the same fact; remove one"
+                )
+            elif key not in self.stated:
+                taken[key] = value
+        config = self.config
+        for section, leaves in nest(taken).items():
+            config = config.model_copy(update={section: getattr(config, section).model_copy(update=leaves)})
+        return replace(self, config=config, sources=self.sources | dict.fromkeys(taken, origin), problems=problems)
+
+
+def value_of(config: RunConfig, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
 
 
 @dataclass(frozen=True)
@@ -94,6 +140,7 @@ class _Layer:
     origin: str
     leaves: dict[str, Any]
     by_person: bool
+    problems: tuple[str, ...] = ()
 
 
 class GivenConfig:
@@ -104,7 +151,7 @@ class GivenConfig:
         overrides: `key=value` with dotted keys; values are read as YAML.
 
     Raises:
-        ConfigError: no such preset or file, a syntax error, an unknown or repeated key.
+        ConfigError: no such preset or file, a syntax error.
     """
 
     def __init__(self, config: str | None, overrides: Sequence[str]) -> None:
@@ -114,11 +161,7 @@ class GivenConfig:
         self._words = _command_line(overrides)
 
     def alone(self) -> LoadedConfig:
-        """Of a run that starts.
-
-        Raises:
-            ConfigError: a bad value.
-        """
+        """Of a run that starts."""
         return _combine(self._preset, [*self._layers, self._words])
 
     def over(self, own: Path, name: str | None = None, not_kept: Sequence[str] = ()) -> LoadedConfig:
@@ -131,12 +174,12 @@ class GivenConfig:
             not_kept: sections of `own` that do not stand.
 
         Raises:
-            ConfigError: a file that cannot be read, a bad value.
+            ConfigError: a file that cannot be read.
         """
         preset, layers = self._file_layers(str(own))
         dropped = (*_NOT_INHERITED, *not_kept)
         leaves = {key: value for key, value in layers[-1].leaves.items() if key.partition(".")[0] not in dropped}
-        layers[-1] = _Layer(SAVED_CONFIG, leaves, by_person=False)
+        layers[-1] = replace(layers[-1], origin=SAVED_CONFIG, leaves=leaves, by_person=False)
         if self._config is not None:
             given = self._layers if self._preset != preset else [layer for layer in self._layers if layer.by_person]
             preset, layers = self._preset or preset, [*layers, *given]
@@ -147,7 +190,7 @@ class GivenConfig:
 
     def saved(self, own: Path) -> RunConfig:
         """What config.yaml of a run says, without anything that is stated now."""
-        return _combine(*self._file_layers(str(own))).config
+        return _combine(*self._file_layers(str(own))).checked().config
 
     def _file_layers(self, name: str) -> tuple[str | None, list[_Layer]]:
         """The preset's name and the layers of a preset or a YAML file with all that it starts from, weakest first."""
@@ -188,13 +231,17 @@ class GivenConfig:
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"--config {path}: cannot be read as text ({error})") from None
             self._raw[path] = parse_yaml(text, origin)
-        leaves = flatten(self._raw[path], RunConfig, origin, lambda key: unknown_run_key(key, origin))
-        return _Layer(origin, leaves, by_person)
+        leaves, problems = flatten(self._raw[path], RunConfig, origin, lambda key: unknown_run_key(key, origin))
+        return _Layer(origin, leaves, by_person, tuple(problems))
 
 
 def load_run_config(config: str | None, overrides: Sequence[str]) -> LoadedConfig:
-    """The configuration of a run that starts; arguments and errors as of `GivenConfig`."""
-    return GivenConfig(config, overrides).alone()
+    """The configuration of a run that starts; arguments as of `GivenConfig`.
+
+    Raises:
+        ConfigError: all that is wrong with it.
+    """
+    return GivenConfig(config, overrides).alone().checked()
 
 
 def _combine(preset: str | None, layers: Sequence[_Layer]) -> LoadedConfig:
@@ -208,8 +255,10 @@ def _combine(preset: str | None, layers: Sequence[_Layer]) -> LoadedConfig:
         values |= layer.leaves
         sources |= dict.fromkeys(layer.leaves, layer.origin)
     stated = frozenset(key for layer in layers if layer.by_person for key in layer.leaves)
-    config = validate(RunConfig, values, sources.__getitem__)
-    return LoadedConfig(config, sources, preset, stated, _documented_by(config.preset, layers))
+    problems = {problem: problem for layer in layers for problem in layer.problems}
+    config, bad = validate_what_is_good(RunConfig, values, sources.__getitem__)
+    documented = _documented_by(config.preset, layers)
+    return LoadedConfig(config, sources, preset, stated, documented, problems | bad)
 
 
 def _documented_by(preset: str | None, layers: Sequence[_Layer]) -> DocumentedSection:
@@ -220,7 +269,7 @@ def _documented_by(preset: str | None, layers: Sequence[_Layer]) -> DocumentedSe
     leaves: dict[str, Any] = {}
     for layer in layers[start:end]:
         leaves |= {key: value for key, value in layer.leaves.items() if key.startswith("documented.")}
-    return validate(RunConfig, leaves, lambda key: f"{_PRESET}{preset}").documented
+    return validate_what_is_good(RunConfig, leaves, lambda key: f"{_PRESET}{preset}")[0].documented
 
 
 def external_name(key: str) -> str:
@@ -252,10 +301,14 @@ def _replaced_by(layer: _Layer) -> Iterator[str]:
 
 def _command_line(overrides: Sequence[str]) -> _Layer:
     leaves: dict[str, Any] = {}
+    problems: list[str] = []
     for override in overrides:
-        for key, value in _parse_override(override):
-            _state(leaves, key, value)
-    return _Layer(COMMAND_LINE, leaves, by_person=True)
+        try:
+            for key, value in _parse_override(override):
+                _state(leaves, key, value)
+        except ConfigError as error:
+            problems += error.problems
+    return _Layer(COMMAND_LINE, leaves, by_person=True, problems=tuple(problems))
 
 
 def _state(leaves: dict[str, Any], key: str, value: Any) -> None:
@@ -279,7 +332,10 @@ def _parse_override(override: str) -> Iterator[tuple[str, Any]]:
     if key not in RunConfig.model_fields:  # a whole section may be stated: data={split: "95,5"}
         raise unknown_run_key(key, COMMAND_LINE)
     section = {key: parse_yaml(text, COMMAND_LINE)}
-    yield from flatten(section, RunConfig, COMMAND_LINE, lambda path: unknown_run_key(path, COMMAND_LINE)).items()
+    leaves, problems = flatten(section, RunConfig, COMMAND_LINE, lambda path: unknown_run_key(path, COMMAND_LINE))
+    yield from leaves.items()
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _parse_value(key: str, text: str) -> Any:

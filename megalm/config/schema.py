@@ -191,6 +191,12 @@ class ScheduleSection(Section):
     )
 
 
+class BatchSection(Section):
+    global_sequences: PositiveInt | None = Field(
+        default=None, description="sequences of one optimizer step, where the DeepSpeed JSON states no train_batch_size"
+    )
+
+
 class TrainSection(Section):
     steps: PositiveInt = 400
     seed: NonNegativeInt = 1234
@@ -302,6 +308,7 @@ class RunConfig(Section):
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
+    batch: BatchSection = BatchSection()
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection = TrainSection()
     parallel: ParallelSection = ParallelSection()

@@ -61,35 +61,39 @@ def leaf_fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo
 
 def flatten(
     raw: Any, model: type[BaseModel], where: str, unknown: Callable[[str], ConfigError], prefix: str = ""
-) -> dict[str, Any]:
-    """Dotted key -> value of what a file states; aliases become field names.
+) -> tuple[dict[str, Any], list[str]]:
+    """Dotted key -> value of what a file states, aliases become field names; and one line for each problem.
+
+    A problem is an unknown key, a section that is not a mapping, one setting under two spellings.
 
     Args:
         where: the file's name or "command line", for messages.
         unknown: makes the error for a key that the model does not have.
-
-    Raises:
-        ConfigError: an unknown key, a section that is not a mapping, one setting under two spellings.
     """
+    leaves: dict[str, Any] = {}
+    problems: list[str] = []
     if raw is None:  # a section whose lines are all commented out
-        return {}
+        return leaves, problems
     if not isinstance(raw, Mapping):
         keys = ", ".join(list(model.model_fields)[:3])
-        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'it'} is not a section with keys such as {keys}")
+        return leaves, [f"{where}: {prefix.rstrip('.') or 'it'} is not a section with keys such as {keys}"]
     names = {field.alias: name for name, field in model.model_fields.items() if field.alias}
-    leaves: dict[str, Any] = {}
     stated: set[str] = set()
     for key, value in raw.items():
         name = names.get(key, key)
         path = f"{prefix}{name}"
         if not isinstance(name, str) or name not in model.model_fields:
-            raise unknown(f"{prefix}{key}")
-        if name in stated:
-            raise ConfigError(f"{where}: {path} is stated twice, under two spellings; keep one")
-        stated.add(name)
-        section = section_of(model.model_fields[name])
-        leaves |= flatten(value, section, where, unknown, f"{path}.") if section else {path: value}
-    return leaves
+            problems += unknown(f"{prefix}{key}").problems
+        elif name in stated:
+            problems.append(f"{where}: {path} is stated twice, under two spellings; keep one")
+        elif section := section_of(model.model_fields[name]):
+            below = flatten(value, section, where, unknown, f"{path}.")
+            leaves |= below[0]
+            problems += below[1]
+        else:
+            leaves[path] = value
+        stated.add(str(name))
+    return leaves, problems
 
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,24 +115,59 @@ def validate(model: type[Model], leaves: Mapping[str, Any], origin: Callable[[st
         origin: dotted key -> where its value was stated, for the message.
 
     Raises:
-        ConfigError: the first bad value: where, key, value and what was expected.
+        ConfigError: every bad value: where, key, value and what was expected.
+    """
+    made, problems = validate_what_is_good(model, leaves, origin)
+    if problems:
+        raise ConfigError(*problems.values())
+    return made
+
+
+def validate_what_is_good(
+    model: type[Model], leaves: Mapping[str, Any], origin: Callable[[str], str]
+) -> tuple[Model, dict[str, str]]:
+    """The model with the values that it takes, and dotted key -> one line for every other; arguments as of `validate`.
+
+    Raises:
+        ConfigError: a value without a default is missing.
     """
     fields = leaf_fields(model)
     tidy = {path: _whole(value, fields[path]) for path, value in leaves.items()}
-    for path, value in tidy.items():
+    bad = bad_values(model, tidy)
+    problems = {
+        path: f"{origin(path)}: {path}={shown(tidy[path])}: expected {bad[path]}" for path in bad if path in tidy
+    }
+    if missing := [f"{origin(path)}: {path} is not stated; add it" for path in bad if path not in tidy]:
+        raise ConfigError(*missing)
+    good = {path: value for path, value in tidy.items() if path not in bad}
+    return model.model_validate_json(json.dumps(nest(good), default=str), strict=True), problems
+
+
+def bad_values(model: type[BaseModel], leaves: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted key -> the kind of value that it takes, of every value that is bad or missing."""
+    fields = leaf_fields(model)
+    by_alias = {_aliased(path, field): path for path, field in fields.items() if field.alias}
+    bad: dict[str, str] = {}
+    for path, value in leaves.items():
         infinite = isinstance(value, float) and not math.isfinite(value)
         # pydantic takes true for a Literal[1], as Python does.
         if infinite or (isinstance(value, bool) and not _takes_bool(fields[path])):
-            raise ConfigError(f"{origin(path)}: {path}={shown(value)}: expected {expected(fields[path])}")
+            bad[path] = expected(fields[path])
     try:
-        return model.model_validate_json(json.dumps(nest(tidy), default=str), strict=True)
+        good = {path: value for path, value in leaves.items() if path not in bad}
+        model.model_validate_json(json.dumps(nest(good), default=str), strict=True)
     except ValidationError as error:
-        parts = [str(part) for part in error.errors()[0]["loc"]]
-        prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
-        path = next((prefix for prefix in prefixes if prefix in fields), prefixes[0])
-        if path not in tidy:
-            raise ConfigError(f"{origin(path)}: {path} is not stated; add it") from None
-        raise ConfigError(f"{origin(path)}: {path}={shown(tidy[path])}: expected {expected(fields[path])}") from None
+        for item in error.errors():
+            parts = [str(part) for part in item["loc"]]
+            prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+            paths = [by_alias.get(prefix, prefix) for prefix in prefixes]
+            path = next((path for path in paths if path in fields), paths[0])
+            bad.setdefault(path, expected(fields[path]) if path in fields else str(item["msg"]))
+    return bad
+
+
+def _aliased(path: str, field: FieldInfo) -> str:
+    return f"{path.rpartition('.')[0]}.{field.alias}".lstrip(".")
 
 
 def expected(field: FieldInfo) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megalm.config.deepspeed.json_reader import DeepSpeedConfig
 from megalm.config.deepspeed.json_schema import DeepSpeedSettings
+from megalm.config.loading import LoadedConfig
 from megalm.errors import ConfigError
+from megalm.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,42 @@ def chooses_micro_batch(settings: DeepSpeedSettings) -> bool:
     return not isinstance(settings.train_micro_batch_size_per_gpu, int) and settings.gradient_accumulation_steps is None
 
 
+@dataclass(frozen=True)
+class RunBatch:
+    """`batch.global_sequences` of the run configuration.
+
+    Attributes:
+        source: where its value comes from.
+        by_person: a person stated it, so that it holds where the JSON states no total.
+        asked_for: the JSON's train_batch_size is "auto": it holds where it divides.
+    """
+
+    sequences: int | None = None
+    source: str = ""
+    by_person: bool = False
+    asked_for: bool = False
+
+    @staticmethod
+    def of(loaded: LoadedConfig, ds: DeepSpeedConfig) -> RunBatch:
+        """That of a run with this JSON."""
+        key = "batch.global_sequences"
+        auto = any(outcome.key == "train_batch_size" and outcome.value == "auto" for outcome in ds.outcomes)
+        sequences = loaded.config.batch.global_sequences
+        return RunBatch(sequences, loaded.sources[key], key in loaded.stated, auto)
+
+
 def plan_batch(
-    settings: DeepSpeedSettings, data_parallel: int, where: str, fits: Callable[[BatchPlan], bool]
+    settings: DeepSpeedSettings,
+    topology: Topology,
+    where: str,
+    fits: Callable[[BatchPlan], bool],
+    run_batch: RunBatch = RunBatch(),
 ) -> tuple[BatchPlan, list[str]]:
-    """The batch triple that the JSON means on `data_parallel` ranks, and notices of what was decided.
+    """The batch triple that the JSON means on these ranks, and notices of what was decided.
 
     Two of the three sizes give the third, as in DeepSpeed. `train_batch_size` alone leaves the micro-batch to the
-    device's memory, as "auto" does; DeepSpeed would take the whole batch at once.
+    device's memory, as "auto" does; DeepSpeed would take the whole batch at once. Where the JSON states no batch, the
+    run configuration's holds.
 
     Args:
         where: the JSON's name, for messages.
@@ -47,28 +79,44 @@ def plan_batch(
         settings.train_micro_batch_size_per_gpu,
         settings.gradient_accumulation_steps,
     )
+    ranks, notices, named = topology.data, list[str](), "train_batch_size"
+    if total is None and _takes_run_batch(settings, ranks, run_batch):
+        total, named = run_batch.sequences, "batch.global_sequences"
+        notices = [f"{where} states no train_batch_size: {named}={total} ({run_batch.source})"]
     if total is None:
         if not isinstance(micro, int):
-            raise ConfigError(f"{where}: train_batch_size is not stated; add the sequences of one optimizer step")
-        total = micro * (steps or 1) * data_parallel
+            raise ConfigError(
+                f"{where}: train_batch_size is not stated; add the sequences of one optimizer step, or state "
+                "batch.global_sequences in the run configuration"
+            )
+        total = micro * (steps or 1) * ranks
         notice = f"train_batch_size is not stated: {total}, which changes with the number of ranks"
-        return BatchPlan(total, micro, steps or 1, data_parallel), [notice]
-    if total % data_parallel:
+        return BatchPlan(total, micro, steps or 1, ranks), [notice]
+    if total % ranks:
         raise ConfigError(
-            f"{where}: train_batch_size={total} does not divide over {data_parallel} data-parallel ranks; "
-            f"use {_nearest_multiples(total, data_parallel)}, or {_words(_divisors(total))} ranks"
+            f"{where}: {named}={total} does not divide over {ranks} data-parallel ranks; "
+            f"use {_nearest_multiples(total, ranks)}, or {_words(_divisors(total))} ranks"
         )
-    per_rank = total // data_parallel
-    notices: list[str] = []
+    per_rank = total // ranks
     if not isinstance(micro, int):
         if chooses_micro_batch(settings):
-            micro, notices = _largest_that_fits(total, data_parallel, fits, stated=micro is not None)
+            micro, chosen = _largest_that_fits(total, ranks, fits, stated=micro is not None)
+            notices += chosen
         else:
             micro = max(1, per_rank // (steps or 1))
     steps = steps or per_rank // micro or 1
     if micro * steps != per_rank:
-        raise ConfigError(f"{where}: {_contradiction(settings, total, micro, steps, data_parallel)}")
-    return BatchPlan(total, micro, steps, data_parallel), notices
+        stated = settings.gradient_accumulation_steps is not None
+        raise ConfigError(f"{where}: {_contradiction(named, total, micro, steps, topology, stated)}")
+    return BatchPlan(total, micro, steps, ranks), notices
+
+
+def _takes_run_batch(settings: DeepSpeedSettings, ranks: int, run_batch: RunBatch) -> bool:
+    """Whether the run configuration's batch holds for a JSON without a total."""
+    micro, steps = settings.train_micro_batch_size_per_gpu, settings.gradient_accumulation_steps
+    if run_batch.sequences is None or run_batch.by_person or not isinstance(micro, int):
+        return run_batch.sequences is not None
+    return run_batch.asked_for and steps is None and run_batch.sequences % (micro * ranks) == 0
 
 
 def _largest_that_fits(
@@ -83,18 +131,23 @@ def _largest_that_fits(
     return micro, [f"train_micro_batch_size_per_gpu ({how}): {micro}, the largest that divides and fits the memory"]
 
 
-def _contradiction(settings: DeepSpeedSettings, total: int, micro: int, steps: int, ranks: int) -> str:
-    if settings.gradient_accumulation_steps is not None:
+def _contradiction(named: str, total: int, micro: int, steps: int, topology: Topology, steps_stated: bool) -> str:
+    ranks = topology.data
+    fitting, remainder = divmod(total, micro * (steps if steps_stated else 1))
+    if steps_stated:
+        world = fitting * topology.world_size // ranks
+        fits = f"it fits {fitting} data-parallel ranks (--world-size {world}); on {ranks} " if not remainder else ""
         return (
-            f"train_batch_size={total} is not train_micro_batch_size_per_gpu={micro} x "
+            f"{named}={total} is not train_micro_batch_size_per_gpu={micro} x "
             f"gradient_accumulation_steps={steps} x {ranks} data-parallel ranks = {micro * steps * ranks}; "
-            f"remove gradient_accumulation_steps"
+            f"{fits}remove gradient_accumulation_steps"
         )
     near = sorted(sorted(_divisors(total // ranks), key=lambda size: abs(size - micro))[:2])
+    fits = f", or {_words(_divisors(fitting))} data-parallel ranks" if not remainder else ""
     return (
-        f"train_batch_size={total} is not a multiple of train_micro_batch_size_per_gpu={micro} x {ranks} data-parallel "
+        f"{named}={total} is not a multiple of train_micro_batch_size_per_gpu={micro} x {ranks} data-parallel "
         f"ranks = {micro * ranks}; use a batch of {_nearest_multiples(total, micro * ranks)}, "
-        f"or a micro-batch of {_words(near)}"
+        f"a micro-batch of {_words(near)}{fits}"
     )
 
 

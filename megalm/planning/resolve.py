@@ -13,7 +13,7 @@ from megalm.config.schema import DocumentedSection, RunConfig
 from megalm.cost_model.memory import MemoryCase, estimate_memory
 from megalm.cost_model.pipeline_balance import LARGE_BUBBLE
 from megalm.model.model_config import ModelConfig, build_model_config
-from megalm.planning.batch_size import BatchPlan, chooses_micro_batch, plan_batch
+from megalm.planning.batch_size import BatchPlan, RunBatch, chooses_micro_batch, plan_batch
 from megalm.planning.checks.parallel import parallel_notices
 from megalm.planning.checks.run_checks import check_run
 from megalm.planning.lr_schedule import ScheduleFacts, fit_warmup, schedule_facts
@@ -94,9 +94,10 @@ def resolve(
         data_needed: whether a run without data is refused; a plan needs none.
 
     Raises:
-        ConfigError: the first rule of planning/checks that the run breaks.
+        ConfigError: all that is wrong with the run: planning/checks.
     """
     check_run(loaded, ds, world_size, device, data_needed)
+    loaded = loaded.with_implied(ds.run_settings, ds.path)
     loaded, warmup_notices = fit_warmup(loaded)
     config, settings = loaded.config, ds.settings
     topology = Topology(world_size, config.parallel.tensor, config.parallel.pipeline)
@@ -111,7 +112,7 @@ def resolve(
         case = memory_case(config, ds, shape, topology, precision, device, batch)
         return estimate_memory(case).total <= device.memory_bytes * _USABLE_MEMORY
 
-    batch, batch_notices = plan_batch(settings, topology.data, ds.path, fits)
+    batch, batch_notices = plan_batch(settings, topology, ds.path, fits, RunBatch.of(loaded, ds))
     if topology.pipeline > 1 and chooses_micro_batch(settings):
         batch_notices.append(
             f"parallel.pipeline={topology.pipeline}: micro-batches are kept so small that stages wait for at most "

@@ -1,22 +1,23 @@
-"""A typed, read-only view of the DeepSpeed JSON: read strictly, nothing passed over."""
+"""A typed, read-only view of the DeepSpeed JSON: read as DeepSpeed reads it, with nothing passed over in silence."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hjson
+
 import megalm
 from megalm.config.deepspeed.json_schema import DeepSpeedSettings
-from megalm.config.deepspeed.unsupported_keys import unknown_deepspeed_key, without_refused
-from megalm.config.validation import flatten, shown, validate
+from megalm.config.deepspeed.translate import Outcome, Translation, translate
 from megalm.errors import ConfigError
 from megalm.utils.did_you_mean import did_you_mean
 
 DS_CONFIGS_FOLDER = Path(megalm.__file__).parent.parent / "ds_configs"
-_AUTO_KEYS = ("train_micro_batch_size_per_gpu", "bf16.enabled", "fp16.enabled")
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,32 @@ class DeepSpeedConfig:
         path: the file, as it was named.
         settings: its values, with DeepSpeed's defaults for what it does not state.
         stated: dotted keys that it states.
-        notices: one line for each key that was left out because it asks for nothing.
+        notices: one line for everything that is left out or taken as something else.
+        problems: one line for everything that is refused; a run needs none.
+        run_settings: dotted key of the run configuration -> the value that the file implies for it.
+        outcomes: what becomes of each key of the file.
     """
 
     path: str
     settings: DeepSpeedSettings
     stated: frozenset[str]
     notices: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    run_settings: dict[str, Any] = field(default_factory=dict)
+    outcomes: tuple[Outcome, ...] = ()
+
+    @staticmethod
+    def of(path: str, translation: Translation) -> DeepSpeedConfig:
+        """The view of a file that was translated."""
+        return DeepSpeedConfig(
+            path,
+            translation.settings,
+            translation.stated,
+            tuple(f"{path}: {note}" for note in translation.notes),
+            tuple(f"{path}: {problem}" for problem in translation.problems),
+            translation.run_settings,
+            translation.outcomes,
+        )
 
     def stated_dict(self) -> dict[str, Any]:
         """Only what the file states, under DeepSpeed's own names."""
@@ -44,22 +64,37 @@ def read_deepspeed_json(path: str | Path) -> DeepSpeedConfig:
     """Read and check a DeepSpeed JSON.
 
     Raises:
-        ConfigError: no such file, a syntax error, a repeated, unknown or unsupported key, a bad value.
+        ConfigError: no such file, a syntax error, or every key and value that is refused.
+    """
+    config = open_deepspeed_json(path)
+    if config.problems:
+        raise ConfigError(*config.problems)
+    return config
+
+
+def open_deepspeed_json(path: str | Path) -> DeepSpeedConfig:
+    """Read a DeepSpeed JSON; what has to be refused in it is in `problems`.
+
+    Raises:
+        ConfigError: no such file, a syntax error.
+    """
+    return DeepSpeedConfig.of(str(path), translate(parse_deepspeed_json(path)))
+
+
+def parse_deepspeed_json(path: str | Path) -> dict[str, Any]:
+    """The file's object as it stands. Comments and trailing commas are no errors, as in DeepSpeed.
+
+    Raises:
+        ConfigError: no such file, a syntax error, a repeated key.
     """
     where = str(path)
-    raw = _parse(_read(Path(path), where), where)
+    text = _read(Path(path), where)
+    if not text.strip():
+        raise ConfigError(f"{where}: the file is empty; write an object, such as {{}}")
+    raw = _parse(text, where)
     if not isinstance(raw, dict):
         raise ConfigError(f'{where}: not a JSON object; it should begin with {{ "train_batch_size": ... }}')
-    _check_optimizer(raw, where)
-    raw, dropped = without_refused(raw, where)
-    leaves = flatten(raw, DeepSpeedSettings, where, lambda key: unknown_deepspeed_key(key, where))
-    leaves = {key: value for key, value in leaves.items() if value is not None}
-    for key, value in leaves.items():
-        if value == "auto" and key not in _AUTO_KEYS:
-            raise ConfigError(f'{where}: {key}="auto": "auto" is for {_AUTO_KEYS[0]} and bf16.enabled only; state it')
-    settings = validate(DeepSpeedSettings, leaves, lambda _: where)
-    notices = tuple(f"{where}: {key} asks for nothing and is left out" for key in dropped)
-    return DeepSpeedConfig(where, settings, frozenset(leaves), notices)
+    return raw
 
 
 def shipped_deepspeed_jsons() -> list[Path]:
@@ -70,36 +105,45 @@ def shipped_deepspeed_jsons() -> list[Path]:
     return sorted(DS_CONFIGS_FOLDER.glob("*.json"))
 
 
-def named_json(named: str) -> Path:
-    """The file that a configuration names with `deepspeed_config`: from here, or from where the shipped ones are."""
-    candidates = (Path(named), DS_CONFIGS_FOLDER.parent / named)
-    return next((path for path in candidates if path.is_file()), candidates[0])
-
-
-def _check_optimizer(raw: dict[str, Any], where: str) -> None:
-    """Before the keys are read: another optimizer has other parameters, which are not the person's mistake."""
-    section = raw.get("optimizer")
-    kind = section.get("type") if isinstance(section, dict) else None
-    if kind is not None and str(kind).lower() not in ("adam", "adamw"):
-        raise ConfigError(f'{where}: optimizer.type={shown(kind)} is not available; use "AdamW" or "Adam"')
+def named_json(named: str | Path) -> Path:
+    """The file that a person or a configuration names: from here, or a shipped one from any folder."""
+    path = Path(named).expanduser()
+    folders = (DS_CONFIGS_FOLDER.parent, DS_CONFIGS_FOLDER, DS_CONFIGS_FOLDER / "recipes")
+    candidates = (path, *(folder / path for folder in folders))
+    return next((candidate for candidate in candidates if candidate.is_file()), path)
 
 
 def _read(path: Path, where: str) -> str:
     if not path.is_file():
-        names = [shipped.name for shipped in shipped_deepspeed_jsons()]
-        hint = did_you_mean(path.name, names)
-        raise ConfigError(f"--deepspeed_config {where}: no such file{hint}; shipped in ds_configs: {', '.join(names)}")
+        shipped = {it.name: it for it in shipped_deepspeed_jsons()}
+        near = did_you_mean(path.name, shipped)
+        known = f"shipped, by name from any folder: {', '.join(shipped)}" if shipped else "state the path of a file"
+        raise ConfigError(f"--deepspeed_config {where}: no such file{near}; {known}")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--deepspeed_config {where}: cannot be read as text ({error})") from None
 
 
 def _parse(text: str, where: str) -> Any:
+    """Strict JSON, whose errors are exact; else Hjson, which is what DeepSpeed takes a file for."""
+    build = _no_key_twice(where)
     try:
-        return json.loads(text, object_pairs_hook=_no_key_twice(where), parse_constant=_no_constant(where))
+        return json.loads(text, object_pairs_hook=build, parse_constant=_no_constant(where))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}, line {error.lineno}, column {error.colno}: {error.msg}; mend the JSON") from None
+        strict = error
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(f"{where}: not a DeepSpeed JSON ({error}); mend it") from None
+    try:
+        return hjson.loads(text, object_pairs_hook=build)
+    except hjson.HjsonDecodeError as error:
+        # Hjson takes what it does not know for text to the end of the line, so its errors come late.
+        is_json = re.match(r"[^#/}\]]", text[strict.pos :]) or strict.pos == len(text)
+        place = strict if is_json else error
+        message = f"{where}, line {place.lineno}, column {place.colno}: {place.msg}; mend the JSON"
+    except (OverflowError, RecursionError, ValueError) as error:
+        message = f"{where}: not a DeepSpeed JSON ({error}); mend it"
+    raise ConfigError(message)
 
 
 def _no_key_twice(where: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:

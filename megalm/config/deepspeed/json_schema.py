@@ -6,7 +6,7 @@ defaults here are DeepSpeed's own and serve only to compute what a run amounts t
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -40,21 +40,14 @@ class OptimizerSection(DeepSpeedSection):
     params: OptimizerParams = OptimizerParams()
 
 
-class SchedulerSection(DeepSpeedSection):
-    """Read only to be refused in good words: the schedule is the run YAML's."""
-
-    type: str
-    params: dict[str, Any] = {}
-
-
 class Fp16Section(DeepSpeedSection):
     enabled: Switch = False
     loss_scale: NonNegativeFloat = Field(default=0.0, description="0: dynamic")
     initial_scale_power: NonNegativeInt = 16
     loss_scale_window: PositiveInt = 1000
-    hysteresis: PositiveInt = 2
+    hysteresis: NonNegativeInt = 2
     consecutive_hysteresis: bool = False
-    min_loss_scale: PositiveInt = 1
+    min_loss_scale: NonNegativeInt = 1
 
 
 class Bf16Section(DeepSpeedSection):
@@ -100,7 +93,7 @@ class ZeroSection(DeepSpeedSection):
     ignore_unused_parameters: bool = True
     round_robin_gradients: bool = False
     load_from_fp32_weights: bool = True
-    sub_group_size: PositiveInt = 1_000_000_000
+    sub_group_size: NonNegativeInt = Field(default=1_000_000_000, description="0: each parameter by itself")
     offload_param: OffloadParamSection | None = None
     offload_optimizer: OffloadOptimizerSection | None = None
     prefetch_bucket_size: NonNegativeInt = Field(default=50_000_000, alias="stage3_prefetch_bucket_size")
@@ -133,7 +126,6 @@ class DeepSpeedSettings(DeepSpeedSection):
     gradient_accumulation_steps: PositiveInt | None = None
     gradient_clipping: NonNegativeFloat | None = Field(default=None, description="0: off")
     optimizer: OptimizerSection | None = None
-    scheduler: SchedulerSection | None = None
     fp16: Fp16Section = Fp16Section()
     bf16: Bf16Section = Bf16Section()
     data_types: DataTypesSection = DataTypesSection()

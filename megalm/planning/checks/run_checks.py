@@ -10,10 +10,13 @@ import re
 from collections.abc import Callable
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, named_json, read_deepspeed_json
+from megalm.config.deepspeed.unsupported_keys import DEEPSPEED_NAMES
 from megalm.config.loading import LoadedConfig
 from megalm.config.precision import DeviceFacts
-from megalm.errors import ConfigError
-from megalm.planning.batch_size import plan_batch
+from megalm.config.schema import RunConfig
+from megalm.config.validation import leaf_fields
+from megalm.errors import ConfigError, MegalmError
+from megalm.planning.batch_size import BatchPlan, RunBatch, plan_batch
 from megalm.planning.checks.context import CheckContext
 from megalm.planning.checks.data import DATA_FILE_RULES, DATA_RULES, data_is_brought
 from megalm.planning.checks.deepspeed import DEEPSPEED_RULES
@@ -81,18 +84,46 @@ GUARD_RULES: tuple[Callable[[CheckContext], None], ...] = (
 def check_run(
     loaded: LoadedConfig, ds: DeepSpeedConfig, world_size: int, device: DeviceFacts, data_needed: bool = True
 ) -> None:
-    """Raise the first rule that the run breaks.
+    """Raise all that is wrong with the run.
 
     Args:
         data_needed: whether a run without data is refused; a plan needs none.
 
     Raises:
-        ConfigError: what, where, and what to do instead.
+        ConfigError: what, where, and what to do instead; several, where several rules are broken.
+        DataError: a file of the data, where nothing else is wrong.
     """
+    found = find_problems(loaded, ds, world_size, device, data_needed)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise ConfigError(*(problem for error in found for problem in _lines_of(error)))
+
+
+def find_problems(
+    loaded: LoadedConfig, ds: DeepSpeedConfig, world_size: int, device: DeviceFacts, data_needed: bool = True
+) -> list[MegalmError]:
+    """All that is wrong with both files and with the run that they make, without what follows from it alone."""
+    loaded = loaded.with_implied(ds.run_settings, ds.path)
     case = CheckContext(loaded, ds, world_size, device)
+    found: list[MegalmError] = [ConfigError(line) for line in (*loaded.problems.values(), *ds.problems)]
+    named = {*loaded.problems, *(outcome.key for outcome in ds.outcomes if outcome.action == "refused")}
     for rule in RULES:
-        if data_needed or rule is not data_is_brought:
+        if rule is data_is_brought and not data_needed:
+            continue
+        try:
             rule(case)
+        except MegalmError as error:
+            # What a rule says of keys that are wrong already follows from that: it sees defaults in their place.
+            keys = set(re.findall(r"[a-z]\w*(?:\.\w+)*", str(error))) & _KEYS
+            if not keys or keys - named:
+                found.append(error)
+            named |= keys
+    return found
+
+
+def _lines_of(error: MegalmError) -> tuple[str, ...]:
+    return error.problems if isinstance(error, ConfigError) else (str(error),)
 
 
 def run_name(case: CheckContext) -> None:
@@ -208,10 +239,17 @@ def kept_checkpoints_are_made(case: CheckContext) -> None:
         )
 
 
+def one_batch(case: CheckContext) -> None:
+    total, sequences = case.settings.train_batch_size, case.config.batch.global_sequences
+    if "batch.global_sequences" in case.loaded.stated and None not in (total, sequences) and total != sequences:
+        raise ConfigError(
+            f"batch.global_sequences={sequences} ({case.loaded.sources['batch.global_sequences']}) and "
+            f"train_batch_size={total} ({case.ds.path}) state the same fact; remove one"
+        )
+
+
 def batch_divides(case: CheckContext) -> None:
-    parallel = case.config.parallel
-    topology = Topology(case.world_size, parallel.tensor, parallel.pipeline)
-    plan_batch(case.settings, topology.data, case.ds.path, fits=lambda _: True)
+    _batch(case)
 
 
 def recipe_keeps_its_batch(case: CheckContext) -> None:
@@ -220,13 +258,22 @@ def recipe_keeps_its_batch(case: CheckContext) -> None:
     if named is None:
         return
     own = read_deepspeed_json(named_json(named)).settings.train_batch_size
-    if own != case.settings.train_batch_size:
+    total = case.settings.train_batch_size or _batch(case).global_batch
+    if own != total:
         raise ConfigError(
-            f"{case.ds.path} has train_batch_size={case.settings.train_batch_size}, but {case.preset_words} belongs to "
+            f"{case.ds.path} has train_batch_size={total}, but {case.preset_words} belongs to "
             f"{named} with train_batch_size={own}; leave --deepspeed_config out, which takes that file, or state "
             "deepspeed_config=null for a run of your own"
         )
 
+
+def _batch(case: CheckContext) -> BatchPlan:
+    parallel = case.config.parallel
+    topology = Topology(case.world_size, parallel.tensor, parallel.pipeline)
+    return plan_batch(case.settings, topology, case.ds.path, lambda _: True, RunBatch.of(case.loaded, case.ds))[0]
+
+
+_KEYS = {*leaf_fields(RunConfig), *DEEPSPEED_NAMES}
 
 RULES: tuple[Callable[[CheckContext], None], ...] = (
     run_name,
@@ -241,6 +288,7 @@ RULES: tuple[Callable[[CheckContext], None], ...] = (
     final_rate_below_peak,
     kept_checkpoints_are_made,
     *PARALLEL_RULES,
+    one_batch,
     batch_divides,
     recipe_keeps_its_batch,
     *DEEPSPEED_RULES,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megalm.config.deepspeed.json_schema import DeepSpeedSettings
 from megalm.planning.batch_size import BatchPlan, plan_batch
+from megalm.topology import Topology
 from tests.messages import assert_names
 
 SMALL = st.integers(min_value=1, max_value=64)
@@ -24,7 +25,7 @@ def settings(total: int | None, micro: int | str | None, steps: int | None) -> D
 
 
 def plan(total: int | None, micro: int | str | None, steps: int | None, ranks: int, most: int = 10**9) -> BatchPlan:
-    return plan_batch(settings(total, micro, steps), ranks, "ds.json", lambda batch: batch.micro_batch <= most)[0]
+    return plan_batch(settings(total, micro, steps), Topology(ranks, 1, 1), "ds.json", lambda batch: batch.micro_batch <= most)[0]
 
 
 @given(micro=SMALL, steps=SMALL, ranks=SMALL)
@@ -48,7 +49,7 @@ def test_auto_is_the_largest_divisor_that_fits(per_rank: int, ranks: int, most: 
 
 def test_auto_reports_what_it_chose() -> None:
     def notice(total: int, micro: str | None, most: int) -> str:
-        (only,) = plan_batch(settings(total, micro, None), 2, "ds.json", lambda batch: batch.micro_batch <= most)[1]
+        (only,) = plan_batch(settings(total, micro, None), Topology(2, 1, 1), "ds.json", lambda batch: batch.micro_batch <= most)[1]
         return only
 
     assert_names(notice(16, "auto", 4), "train_micro_batch_size_per_gpu", '"auto"', 4)
@@ -101,7 +102,7 @@ def test_sizes_that_do_not_divide(
 
 
 def test_a_batch_that_follows_the_ranks_is_reported() -> None:
-    batch, notices = plan_batch(settings(None, 4, None), 2, "ds.json", lambda _: True)
+    batch, notices = plan_batch(settings(None, 4, None), Topology(2, 1, 1), "ds.json", lambda _: True)
     assert batch == BatchPlan(8, 4, 1, 2)
     assert len(notices) == 1
     assert_names(notices[0], "train_batch_size", 8)

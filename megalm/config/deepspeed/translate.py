@@ -1,0 +1,407 @@
+"""From a DeepSpeed JSON, as people have it, to what megalm honours of it, with an account of every key.
+
+The tables decide: json_schema.py what is honoured, unsupported_keys.py what is not, `_OLDER` here which spellings
+DeepSpeed itself takes for another. Nothing is raised: what has to be refused is an outcome like any other, so that a
+file is answered once and in full.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel
+
+from megalm.config.deepspeed.json_schema import DeepSpeedSettings
+from megalm.config.deepspeed.scheduler import translate_scheduler
+from megalm.config.deepspeed.unsupported_keys import (
+    REMOVE,
+    TYPED_SECTIONS,
+    UNSUPPORTED,
+    UnsupportedKey,
+    asks_nothing,
+    is_comment,
+    unknown_key,
+)
+from megalm.config.validation import bad_values, leaf_fields, members, nest, section_of, shown
+
+Action = Literal["honoured", "not stated", "no effect", "translated", "refused"]
+
+AUTO_KEYS = ("train_micro_batch_size_per_gpu", "bf16.enabled", "fp16.enabled")
+ADAM_TYPES = ("adam", "adamw")
+_LEAVES = leaf_fields(DeepSpeedSettings)
+_STAGE, _OFFLOAD_OPTIMIZER, _OFFLOAD_PARAM = (
+    f"zero_optimization.{name}" for name in ("stage", "offload_optimizer", "offload_param")
+)
+_NOTHING = "it asks for nothing"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What becomes of one key, or of a section that is taken or refused as a whole.
+
+    Attributes:
+        key: dotted, as the file spells it.
+        why: a clause; "" where there is nothing to say.
+        instead: what to write instead; "" where nothing has to be written.
+        group: outcomes of one group are reported together.
+    """
+
+    key: str
+    value: Any
+    action: Action
+    why: str = ""
+    instead: str = ""
+    group: str = ""
+
+    def __str__(self) -> str:
+        return "; ".join(part for part in (f"{self.named}: {self.why}", self.instead) if part)
+
+    @property
+    def named(self) -> str:
+        """The key with its value; of a section the names in it."""
+        if not isinstance(self.value, Mapping):
+            return f"{self.key}={shown(self.value)}"
+        return f"{self.key} ({', '.join(_names_in(self.value))})" if self.value else f"{self.key}={{}}"
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A DeepSpeed JSON, read.
+
+    Attributes:
+        settings: what is honoured, with DeepSpeed's defaults for what is not stated.
+        stated: the dotted keys that are honoured and stated, in DeepSpeedSettings' names.
+        run_settings: dotted key of the run configuration -> the value that the file implies for it.
+        outcomes: one for each key of the file, in its order.
+    """
+
+    settings: DeepSpeedSettings
+    stated: frozenset[str]
+    run_settings: dict[str, Any] = field(default_factory=dict)
+    outcomes: tuple[Outcome, ...] = ()
+
+    @property
+    def problems(self) -> list[str]:
+        """One line for each refused key, section or group of keys."""
+        return list(_lines(self.outcomes, "refused"))
+
+    @property
+    def notes(self) -> list[str]:
+        """One line for each thing that is taken as something else, or left out."""
+        return [line for action in get_args(Action)[1:4] for line in _lines(self.outcomes, action)]
+
+
+def translate(raw: Mapping[str, Any]) -> Translation:
+    """The account of a parsed DeepSpeed JSON."""
+    reading = _Reading()
+    reading.section(_modernise(raw, reading), DeepSpeedSettings)
+    reading.check_values()
+    for adjust in _ADJUSTMENTS:
+        reading.outcomes += adjust(reading.leaves)
+    if "schedule.peak_learning_rate" in reading.run_settings:
+        reading.outcomes += _drop(reading.leaves, "optimizer.params.lr", "the scheduler sets the rate")
+    leaves = {path: leaf.value for path, leaf in reading.leaves.items()}
+    order = {key: place for place, (key, _) in enumerate(_items(raw))}
+    stated = [leaf for leaf in reading.leaves.values() if leaf.spelled in order]
+    honoured = [Outcome(leaf.spelled, leaf.value, "honoured") for leaf in stated]
+    outcomes = sorted([*honoured, *reading.outcomes], key=lambda outcome: order.get(outcome.key, len(order)))
+    settings = DeepSpeedSettings.model_validate(nest(leaves))
+    return Translation(settings, frozenset(leaves), reading.run_settings, tuple(outcomes))
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    spelled: str
+    value: Any
+
+
+_Leaves = dict[str, _Leaf]
+
+
+class _Reading:
+    """One pass over the file: what is honoured in `leaves`, an outcome for all else.
+
+    Attributes:
+        spellings: present spelling of a section or key -> that of the file, where they differ.
+    """
+
+    def __init__(self) -> None:
+        self.spellings: dict[str, str] = {}
+        self.leaves: _Leaves = {}
+        self.outcomes: list[Outcome] = []
+        self.run_settings: dict[str, Any] = {}
+
+    def section(self, raw: Mapping[str, Any], model: type[BaseModel], prefix: str = "", spelled: str = "") -> None:
+        names = {it.alias: name for name, it in model.model_fields.items() if it.alias}
+        for key, value in raw.items():
+            name = names.get(key, key)
+            self._key(f"{prefix}{name}", self.spellings.get(f"{prefix}{key}", f"{spelled}{key}"), value, model, name)
+
+    def _key(self, path: str, spelled: str, value: Any, model: type[BaseModel], name: str) -> None:
+        rule = UNSUPPORTED.get(path)
+        if is_comment(name):
+            self.add(Outcome(spelled, value, "no effect", "it is a comment", group="comment"))
+        elif path == "scheduler":
+            self._scheduler(spelled, value)
+        elif path == "optimizer" and self._is_another_optimizer(value):
+            kind = value.get("type")
+            why = f"optimizer.type={shown(kind)} is not available"
+            self.add(Outcome(spelled, value, "refused", why, 'write "AdamW" or "Adam" with parameters of its own'))
+        elif rule is not None:
+            self._unsupported(rule, spelled, value)
+        elif name not in model.model_fields:
+            self._unsupported(unknown_key(path, spelled), spelled, value, known=False)
+        elif value == "auto" and path not in AUTO_KEYS:
+            self.add(Outcome(spelled, value, "not stated", '"auto" reads as not stated', group="auto"))
+        elif value is None:
+            self.add(Outcome(spelled, value, "not stated"))
+        elif (section := section_of(model.model_fields[name])) is None:
+            self._leaf(path, spelled, value)
+        elif not isinstance(value, Mapping):
+            keys = ", ".join(list(section.model_fields)[:3])
+            self.add(Outcome(spelled, value, "refused", "it is a section", f"write an object with keys such as {keys}"))
+        elif not value:
+            self.add(Outcome(spelled, value, "no effect", _NOTHING))
+        else:
+            self.section(value, section, f"{path}.", f"{spelled}.")
+
+    def add(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+
+    def _leaf(self, path: str, spelled: str, value: Any) -> None:
+        if path in self.leaves:
+            why = f"it states the same as {self.leaves[path].spelled}={shown(self.leaves[path].value)}"
+            self.add(Outcome(spelled, value, "refused", why, "keep one"))
+        else:
+            self.leaves[path] = _Leaf(spelled, value)
+
+    @staticmethod
+    def _is_another_optimizer(value: Any) -> bool:
+        kind = value.get("type") if isinstance(value, Mapping) else None
+        return kind is not None and str(kind).lower() not in ADAM_TYPES
+
+    def _unsupported(self, rule: UnsupportedKey, spelled: str, value: Any, known: bool = True) -> None:
+        if known and asks_nothing(rule, value):
+            self.add(Outcome(spelled, value, "no effect", _NOTHING, group="nothing"))
+        elif rule.inert:
+            self.add(Outcome(spelled, value, "no effect", rule.why, rule.instead and f"see {rule.instead}", rule.group))
+        else:
+            self.add(Outcome(spelled, value, "refused", rule.why, rule.instead, rule.group))
+
+    def _scheduler(self, spelled: str, value: Any) -> None:
+        if not value or value == "auto":
+            self.add(Outcome(spelled, value, "no effect", _NOTHING, group="nothing"))
+            return
+        if not isinstance(value, Mapping):
+            self.add(Outcome(spelled, value, "refused", "it is a section", "write an object with type and params"))
+            return
+        implied, notes, problems = translate_scheduler(value)
+        for problem in problems:
+            self.add(Outcome(spelled, value, "refused", problem))
+        if not problems:
+            self.run_settings |= implied
+            keys = " ".join(f"{key}={shown(it)}" for key, it in implied.items())
+            why = "; ".join(notes) or "the schedule is the run configuration's"
+            self.add(
+                Outcome(spelled, value, "translated" if implied else "not stated", why, keys and f"read as {keys}")
+            )
+
+    def check_values(self) -> None:
+        """Numbers and switches written as text, as DeepSpeed reads them; then every value of a wrong kind goes."""
+        for path, leaf in list(self.leaves.items()):
+            value = _as_deepspeed_reads(path, leaf.value)
+            if value is not leaf.value:
+                self.leaves[path] = _Leaf(leaf.spelled, value)
+                if not isinstance(leaf.value, float):
+                    why = f"DeepSpeed reads it as {shown(value)}, and so does megalm"
+                    self.add(Outcome(leaf.spelled, leaf.value, "translated", why))
+        bad = bad_values(DeepSpeedSettings, {path: leaf.value for path, leaf in self.leaves.items()})
+        for path, expected in bad.items():
+            found = self.leaves.pop(path, None)
+            if found is not None:
+                self.add(Outcome(found.spelled, found.value, "refused", f"expected {expected}"))
+            elif path == "optimizer.type":  # its parameters stand without it
+                self.add(Outcome(path, None, "refused", "it is not stated", 'add "type": "AdamW" to optimizer'))
+                for key in [key for key in self.leaves if key.startswith("optimizer.")]:
+                    del self.leaves[key]
+
+
+# --- older spellings --------------------------------------------------------------------------------------------------
+
+
+def _cpu(value: Any) -> Any:
+    return {"device": "cpu"} if value is True else None
+
+
+# The place of an older spelling -> the key that DeepSpeed 0.19.8 reads it as, or megalm for it, and its value there.
+_OLDER: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "bfloat16": ("bf16", lambda value: value),
+    "aio.thread_count": ("intra_op_parallelism", lambda value: value),
+    "zero_optimization.cpu_offload": ("offload_optimizer", _cpu),
+    "zero_optimization.cpu_offload_param": ("offload_param", _cpu),
+}
+
+
+def _modernise(raw: Mapping[str, Any], reading: _Reading, prefix: str = "") -> dict[str, Any]:
+    """The file with DeepSpeed's present spellings."""
+    result: dict[str, Any] = {}
+    for key, value in raw.items():
+        path = f"{prefix}{key}"
+        if path == "zero_optimization" and isinstance(value, bool):
+            reading.add(Outcome(path, value, "translated", f"it reads as stage {int(value)}"))
+            result[key] = {"stage": int(value)}
+        elif path in _OLDER:
+            name, translated = _OLDER[path][0], _OLDER[path][1](value)
+            if translated is None:
+                reading.add(Outcome(path, value, "no effect", _NOTHING, group="nothing"))
+            elif raw.get(name) is not None and raw[name] != translated:
+                reading.add(Outcome(path, value, "refused", f"it states the same as {prefix}{name}", "keep one"))
+            else:
+                reading.add(Outcome(path, value, "translated", f"it reads as {prefix}{name}"))
+                reading.spellings[f"{prefix}{name}"] = path
+                result[name] = translated
+        elif isinstance(value, Mapping) and path in (*TYPED_SECTIONS, "aio"):
+            result[key] = _modernise(value, reading, f"{path}.")
+        else:
+            result.setdefault(key, value)
+    return result
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def _as_deepspeed_reads(path: str, value: Any) -> Any:
+    """The value as the pydantic models of DeepSpeed read it: text and 0 or 1 become numbers and switches."""
+    kinds = set(members(_LEAVES[path].annotation))
+    if path.partition(".")[0] in TYPED_SECTIONS:
+        if bool in kinds:
+            if value in ("0", "1", 0, 1) and not isinstance(value, bool):
+                return bool(int(value))
+            if isinstance(value, str):
+                return _WORDS.get(value.lower(), value)
+        elif isinstance(value, str) and kinds & {int, float}:
+            value = _number(value)
+    if isinstance(value, float) and int in kinds and float not in kinds and value.is_integer():
+        return int(value)
+    return value
+
+
+def _number(text: str) -> Any:
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    if not math.isfinite(number):
+        return text
+    return int(number) if number.is_integer() else number
+
+
+# --- values that mean something else beside other values --------------------------------------------------------------
+
+
+def _drop(leaves: _Leaves, prefix: str, why: str, instead: str = "", action: Action = "no effect") -> Iterator[Outcome]:
+    for path in [path for path in leaves if path == prefix or path.startswith(f"{prefix}.")]:
+        leaf = leaves.pop(path)
+        yield Outcome(leaf.spelled, leaf.value, action, why, instead, group=f"{prefix}: {why}")
+
+
+def _value(leaves: _Leaves, path: str, default: Any = None) -> Any:
+    return leaves[path].value if path in leaves else default
+
+
+def _stage_zero(leaves: _Leaves) -> Iterator[Outcome]:
+    """Stage 0 does not partition, and with a low precision it trains wrongly: stage 1 has the same numbers."""
+    low = [name for name in ("fp16", "bf16") if _value(leaves, f"{name}.enabled") in (True, "auto")]
+    if _value(leaves, _STAGE, 0) != 0:
+        return
+    yield from _drop(leaves, _OFFLOAD_OPTIMIZER, "it has no effect in stage 0")
+    if low:
+        spelled = leaves[_STAGE].spelled if _STAGE in leaves else _STAGE
+        leaves[_STAGE] = _Leaf(spelled, 1)
+        why = f"DeepSpeed 0.19.8 trains wrongly in stage 0 with {' or '.join(low)}"
+        yield Outcome(spelled, 0, "translated", why, "read as stage 1, which computes the same")
+
+
+def _offload_param(leaves: _Leaves) -> Iterator[Outcome]:
+    stage = _value(leaves, _STAGE, 0)
+    if stage != 3:
+        yield from _drop(leaves, _OFFLOAD_PARAM, f"it acts in stage 3 only, and the stage is {stage}")
+
+
+def _loss_scale(leaves: _Leaves) -> Iterator[Outcome]:
+    """0 is refused by DeepSpeed where the scale is dynamic; elsewhere the number is not used."""
+    dynamic = _value(leaves, "fp16.enabled", False) is True and not _value(leaves, "fp16.loss_scale", 0)
+    for path, why in (
+        ("fp16.min_loss_scale", "a dynamic loss scale would fall to 0"),
+        ("fp16.hysteresis", "a dynamic loss scale would never fall"),
+    ):
+        if _value(leaves, path) != 0:
+            continue
+        if dynamic:
+            yield from _drop(leaves, path, why, "write 1 or more", "refused")
+        else:
+            yield from _drop(leaves, path, "it acts only with a dynamic loss scale of fp16")
+
+
+def _adam(leaves: _Leaves) -> Iterator[Outcome]:
+    """Two switches without effect: DeepSpeed's CPU Adam computes the same, and AdamW is always AdamW."""
+    offload = _value(leaves, f"{_OFFLOAD_OPTIMIZER}.device", "none") != "none"
+    if offload and _value(leaves, "optimizer.params.torch_adam") is True:
+        yield from _drop(leaves, "optimizer.params.torch_adam", "with offload_optimizer DeepSpeed's CPU Adam computes")
+    kind = str(_value(leaves, "optimizer.type", "")).lower()
+    if kind == "adamw" and _value(leaves, "optimizer.params.adam_w_mode") is False:
+        yield from _drop(leaves, "optimizer.params.adam_w_mode", 'DeepSpeed ignores it with type "AdamW"')
+
+
+_ADJUSTMENTS: tuple[Callable[[_Leaves], Iterator[Outcome]], ...] = (_stage_zero, _offload_param, _loss_scale, _adam)
+
+
+# --- lines ------------------------------------------------------------------------------------------------------------
+
+_MOST_NAMES = 12
+
+
+def _names_in(section: Mapping[str, Any]) -> list[str]:
+    """The dotted keys of a section's values, as many as a line holds."""
+    names = [path for path, value in _items(section) if not isinstance(value, Mapping)]
+    return names if len(names) <= _MOST_NAMES else [*names[:_MOST_NAMES], f"and {len(names) - _MOST_NAMES} more"]
+
+
+def _items(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key -> value of a section, of the sections in it too."""
+    for key, value in section.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, Mapping):
+            yield from _items(value, f"{prefix}{key}.")
+
+
+def _lines(outcomes: tuple[Outcome, ...], action: Action) -> Iterator[str]:
+    """One line for each outcome or group of them that has something to say."""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        if outcome.action == action and outcome.why:
+            groups.setdefault(outcome.group or outcome.key, []).append(outcome)
+    for group in groups.values():
+        if len(group) == 1:
+            yield str(group[0])
+            continue
+        named = ", ".join(_named_in_group(outcome) for outcome in group)
+        yield "; ".join(part for part in (f"{named}: {group[0].why}", _instead_of(group)) if part)
+
+
+def _named_in_group(outcome: Outcome) -> str:
+    return outcome.key if outcome.action != "refused" or isinstance(outcome.value, Mapping) else outcome.named
+
+
+def _instead_of(group: list[Outcome]) -> str:
+    """What to write instead of the keys of a group: once, where all have the same."""
+    instead = {outcome.instead for outcome in group}
+    if len(instead) == 1:
+        return group[0].instead
+    known = [f"{it.instead} for {it.key}" for it in group if it.instead not in ("", REMOVE)]
+    return ", ".join([*known, "remove the others"])
