@@ -64,16 +64,18 @@ def communication_precision(case: CheckContext) -> None:
 
 
 def nvme_needs_stage_3_and_path(case: CheckContext) -> None:
-    for name, offload in (
-        ("offload_optimizer", case.zero.offload_optimizer),
-        ("offload_param", case.zero.offload_param),
-    ):
-        if offload is None or offload.device != "nvme":
-            continue
-        if case.zero.stage != 3:
-            raise ConfigError(f"{case.ds.path}: {name}.device=nvme needs zero_optimization.stage 3; use cpu")
-        if offload.nvme_path is None:
-            raise ConfigError(f"{case.ds.path}: {name}.device=nvme needs {name}.nvme_path, a folder on that disk")
+    offload = case.zero.offload_optimizer
+    if offload is None or offload.device != "nvme":
+        return
+    if case.zero.stage != 3:
+        raise ConfigError(
+            f"{case.ds.path}: offload_optimizer.device=nvme needs zero_optimization.stage 3, and the stage is "
+            f"{case.zero.stage}; use cpu"
+        )
+    if offload.nvme_path is None:
+        raise ConfigError(
+            f"{case.ds.path}: offload_optimizer.device=nvme needs offload_optimizer.nvme_path, a folder on that disk"
+        )
 
 
 def buckets_are_even(case: CheckContext) -> None:

@@ -29,11 +29,11 @@ BASE: dict[str, Any] = {
 
 
 def refused(action: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
-    """The message that `action` refuses with, which must be one line."""
+    """The message that `action` refuses with: one line, or of several problems one more than there are."""
     with pytest.raises(ConfigError) as caught:
         action(*arguments, **keywords)
-    message = str(caught.value)
-    assert "\n" not in message
+    message, problems = str(caught.value), caught.value.problems
+    assert len(message.splitlines()) == (1 if len(problems) == 1 else len(problems) + 1)
     return message
 
 

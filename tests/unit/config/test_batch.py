@@ -73,7 +73,9 @@ def test_the_values_that_are_proposed_work(total: int, micro: int, ranks: int) -
         assert all(total % count == 0 for count in others)
     else:
         assert all(plan(size, micro, None, ranks).micro_batch == micro for size in batches)
-        assert all(plan(total, size, None, ranks).global_batch == total for size in others)
+        sizes, _, counts = message.partition("micro-batch of ")[2].partition("data-parallel")[0].partition(", or ")
+        assert all(plan(total, int(size), None, ranks).global_batch == total for size in re.findall(r"\d+", sizes))
+        assert all(plan(total, micro, None, int(count)).micro_batch == micro for count in re.findall(r"\d+", counts))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +91,8 @@ def test_the_values_that_are_proposed_work(total: int, micro: int, ranks: int) -
             2,
             ["train_batch_size=16", "train_micro_batch_size_per_gpu=4", "gradient_accumulation_steps=4", 2, 32],
         ),
+        (256, 8, 4, 2, ["train_batch_size=256", "--world-size 8", 64]),
+        (256, 4, None, 3, ["train_batch_size=256", 255, 258, 64]),
         (16, None, 3, 2, ["gradient_accumulation_steps=3"]),
         (16, "auto", 100, 2, ["gradient_accumulation_steps=100"]),
         (None, None, None, 2, ["train_batch_size"]),

@@ -80,7 +80,6 @@ CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
         (2, ["parallel.pipeline=2"], zero(0) | FP32, ["parallel.pipeline=2", "zero_optimization.stage=0", "0.19.8", 1]),
         (2, ["parallel.pipeline=2"], zero(0) | FP32 | {"gradient_clipping": 0}, None),
         (2, ["parallel.pipeline=2"], zero(1, **CPU_OFFLOAD), ["parallel.pipeline=2", "offload_optimizer"]),
-        (2, ["parallel.tensor=2"], zero(0), ["zero_optimization.stage=0", "bf16", 1]),
     ],
 )
 def test_rules_of_the_grid(
