@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 import typer
 
 from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Overrides, RanksPerNode
-from megalm.errors import MegalmError
+from megalm.errors import MegalmError, message_of
 
 
 class Strategy(str, Enum):
@@ -121,7 +121,7 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int) ->
         going_on = partial(planned_start, resume=options) if options.wanted is not None else None
         show_plan(files, ranks, None, ranks_per_node, going_on)
     except MegalmError as error:
-        sys.stderr.write(f"megalm: {error}\n")
+        sys.stderr.write(f"megalm: {message_of(error)}\n")
         raise SystemExit(error.exit_code) from None
 
 

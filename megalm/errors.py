@@ -28,10 +28,16 @@ class ConfigError(MegalmError):
     exit_code = EXIT_REFUSED
 
     def __init__(self, *problems: str) -> None:
-        self.problems = tuple(dict.fromkeys(problems))
+        self.problems = tuple(dict.fromkeys(" ".join(problem.split()) for problem in problems))
         first, *others = self.problems
         lines = (f"{len(self.problems)} problems", *self.problems)
         super().__init__("\n  ".join(lines) if others else first)
+
+
+def message_of(error: MegalmError) -> str:
+    """The message for a terminal: one line, or a first line and one for each of several problems."""
+    several = isinstance(error, ConfigError) and len(error.problems) > 1
+    return str(error) if several else " ".join(str(error).split())
 
 
 class DataError(MegalmError):

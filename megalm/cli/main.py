@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 import typer
 
 import megalm
-from megalm.errors import EXIT_FAILED, EXIT_REFUSED, MegalmError
+from megalm.errors import EXIT_FAILED, EXIT_REFUSED, MegalmError, message_of
 from megalm.utils.did_you_mean import did_you_mean
 
-# Command -> (module with a Typer `app` or a function `command`, what the overview says of it).
+# Command -> (module with a Typer `app` or a function `command`, or module:function; what the overview says of it).
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor", "What this machine has, and what of megalm works on it."),
-    "presets": ("presets", "List the shipped runs and models, or show one."),
+    "presets": ("config:presets", "List the shipped runs and models, or show one."),
+    "config": ("config", "Make of another toolkit's DeepSpeed JSON two files that a run takes."),
     "plan": ("plan", "What a run amounts to before it is started: size, tokens, memory, schedule."),
     "checkpoint": ("checkpoint", "Checkpoints: list, show, verify, mark-bad, diff, prune, convert."),
     "evaluate": ("evaluate", "Loss and perplexity of checkpoints on datasets and texts; multiple choice."),
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _leave(message, EXIT_REFUSED)
         build_app(chosen)(args=words, prog_name="megalm")
     except MegalmError as error:
-        _leave(str(error), error.exit_code)
+        _leave(message_of(error), error.exit_code)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "megalm":
             raise
@@ -62,7 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def available_commands() -> list[str]:
     """The commands whose modules are installed, in the overview's order; imports none of them."""
-    return [name for name, (module, _) in COMMANDS.items() if importlib.util.find_spec(f"megalm.cli.{module}")]
+    return [name for name, (where, _) in COMMANDS.items() if importlib.util.find_spec(_module_of(where))]
+
+
+def _module_of(where: str) -> str:
+    return f"megalm.cli.{where.partition(':')[0]}"
 
 
 def build_app(chosen: str | None) -> typer.Typer:
@@ -75,15 +80,15 @@ def build_app(chosen: str | None) -> typer.Typer:
     )
     app.callback()(_options)
     for name in available_commands():
-        module_name, summary = COMMANDS[name]
+        where, summary = COMMANDS[name]
         if name != chosen:
             app.command(name, help=summary)(_not_chosen)
             continue
-        module = importlib.import_module(f"megalm.cli.{module_name}")
-        if hasattr(module, "app"):
+        module, function = importlib.import_module(_module_of(where)), where.partition(":")[2]
+        if not function and hasattr(module, "app"):
             app.add_typer(module.app, name=name, help=summary)
         else:
-            command: Callable[..., object] = module.command
+            command: Callable[..., object] = getattr(module, function or "command")
             app.command(name, help=command.__doc__ or summary)(command)
     return app
 
@@ -107,7 +112,7 @@ def _not_chosen() -> None:
 
 
 def _leave(message: str, exit_code: int) -> None:
-    typer.echo(f"megalm: error: {' '.join(message.split())}", err=True)
+    typer.echo(f"megalm: error: {message}", err=True)
     sys.exit(exit_code)
 
 

@@ -43,6 +43,10 @@ ExtendSteps = Annotated[
 RanksPerNode = Annotated[
     int, typer.Option("--ranks-per-node", min=1, help="For a plan: consecutive ranks that share a node.")
 ]
+Gpu = Annotated[
+    str | None,
+    typer.Option("--gpu", metavar="NAME", help="The GPU of each rank, such as H100 or A100-40GB; none is needed here."),
+]
 Place = Annotated[
     Path,
     typer.Argument(

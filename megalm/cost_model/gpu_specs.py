@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 
+from megalm.config.precision import DeviceFacts
+from megalm.errors import ConfigError
+from megalm.utils.did_you_mean import did_you_mean
+
 # FLOP/s by NVIDIA's data sheets, without sparsity: bf16 and fp16 summed in fp32; then fp32, for which TF32 is off.
 # A whole model name each: a laptop's, a PCIe or an NVL card of the same name is another device.
 _DATA_SHEETS: tuple[tuple[str, float, float], ...] = (
@@ -26,3 +30,37 @@ def data_sheet_peak(device_name: str, low_precision: bool) -> tuple[float, str] 
         if re.search(rf"\b{name}{_SAME_CHIP}", device_name, re.IGNORECASE):
             return (low if low_precision else full), f"data sheet of {name}"
     return None
+
+
+# Memory in GiB, and whether the chip computes in bf16; "A100-40GB" states another memory of the same chip.
+_GPUS: dict[str, tuple[float, bool]] = {
+    "H200": (141, True),
+    "H100": (80, True),
+    "A100": (80, True),
+    "A40": (48, True),
+    "A10": (24, True),
+    "L40S": (48, True),
+    "L4": (24, True),
+    "RTX 5090": (32, True),
+    "RTX 4090": (24, True),
+    "RTX 3090": (24, True),
+    "V100": (32, False),
+    "T4": (16, False),
+}
+_GIB = 2**30
+
+
+def gpu_by_name(name: str) -> DeviceFacts:
+    """What one rank computes on, by the name of a GPU: "A100", "a100-40gb", "RTX 4090".
+
+    Raises:
+        ConfigError: no such GPU in the table; lists them.
+    """
+    plain = re.sub(r"[\s_-]", "", name).upper()
+    sized = re.fullmatch(r"(RTX\d{4}|[A-Z]+\d+[A-Z]?)(\d+)GI?B", plain)
+    chip, memory = (sized[1], sized[2]) if sized else (plain, "")
+    known = {key.replace(" ", "").upper(): key for key in _GPUS}
+    if chip not in known:
+        raise ConfigError(f"--gpu {name}: no such GPU{did_you_mean(chip, known)}; known: {', '.join(_GPUS)}")
+    size, bf16 = _GPUS[known[chip]]
+    return DeviceFacts(kind="cuda", bf16=bf16, memory_bytes=int(float(memory or size) * _GIB))

@@ -137,10 +137,11 @@ def _contradiction(named: str, total: int, micro: int, steps: int, topology: Top
     if steps_stated:
         world = fitting * topology.world_size // ranks
         fits = f"it fits {fitting} data-parallel ranks (--world-size {world}); on {ranks} " if not remainder else ""
+        also = "" if total % (micro * ranks) == 0 else ' and write train_micro_batch_size_per_gpu "auto"'
         return (
             f"{named}={total} is not train_micro_batch_size_per_gpu={micro} x "
             f"gradient_accumulation_steps={steps} x {ranks} data-parallel ranks = {micro * steps * ranks}; "
-            f"{fits}remove gradient_accumulation_steps"
+            f"{fits}remove gradient_accumulation_steps{also}"
         )
     near = sorted(sorted(_divisors(total // ranks), key=lambda size: abs(size - micro))[:2])
     fits = f", or {_words(_divisors(fitting))} data-parallel ranks" if not remainder else ""

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.config.deepspeed.json_reader import DeepSpeedConfig, named_json, read_deepspeed_json
+from megalm.config.deepspeed.json_reader import DeepSpeedConfig, named_json, open_deepspeed_json, parse_deepspeed_json
 from megalm.config.loading import SAVED_CONFIG, GivenConfig, LoadedConfig, external_name
+from megalm.config.precision import DeviceFacts
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields, shown
+from megalm.errors import ConfigError
+from megalm.planning.checks.run_checks import check_run
 from megalm.planning.resolve import ResolvedRun
 from megalm.runs.run_folder import RunFolder, newest_run
-from megalm.utils.atomic_files import read_json
 from megalm.utils.formatting import flatten_mapping
 
 _DEFAULT_DEEPSPEED_CONFIG = "ds_configs/zero2.json"
+_ANY_DEVICE = DeviceFacts(kind="cuda", bf16=True, memory_bytes=2**40)
 
 # Not compared: settings of a single start, the last step (the schedule's note reports it), and pure documentation.
 _NOT_COMPARED = ("run.", "resume.", "train.steps", "documented.")
@@ -36,29 +39,56 @@ class ConfigFiles:
 
 
 def read_settings(
-    config: str | None, overrides: Sequence[str], deepspeed_config: str | None, resume: bool, ranks: int
+    config: str | None,
+    overrides: Sequence[str],
+    deepspeed_config: str | None,
+    resume: bool,
+    ranks: int,
+    device: DeviceFacts | None = None,
 ) -> ConfigFiles:
     """Read both configuration files of a new run, or with `resume` of an existing run if there is one.
 
     Without a given DeepSpeed JSON, use that of a recipe named now, else the run's own, else the default. A checkpoint
     can be resumed in any parallel layout: if the run's own does not divide `ranks`, and none is given, use the default.
 
+    Args:
+        device: the ranks' device; None: a plan's, which needs no data. For the rules, where a file is wrong.
+
     Raises:
-        ConfigError: the given or the saved configuration is invalid by itself.
+        ConfigError: the given or the saved configuration is invalid by itself; with it all else that is wrong.
     """
-    given = GivenConfig(config, overrides)
-    loaded = given.alone()
+    try:
+        given = GivenConfig(config, overrides)
+    except ConfigError as error:
+        raise ConfigError(*error.problems, *_problems_of(deepspeed_config)) from None
+    loaded, saved = given.alone(), None
     own = _find_own(loaded) if resume else None
-    if own is None:
-        default = _recipe_json(loaded) or named_json(_DEFAULT_DEEPSPEED_CONFIG)
-        return ConfigFiles(loaded, read_deepspeed_json(deepspeed_config or default))
-    # By its name: another job may begin a newer unnamed run at any moment.
-    loaded = given.over(own.config_yaml, own.name)
-    degrees = loaded.config.parallel
-    if ranks % (degrees.tensor * degrees.pipeline) and not any(key.startswith("parallel.") for key in loaded.stated):
-        loaded = given.over(own.config_yaml, own.name, not_kept=("parallel",))
-    deepspeed = read_deepspeed_json(deepspeed_config or _recipe_json(loaded) or own.deepspeed_json)
-    return ConfigFiles(loaded, deepspeed, given.saved(own.config_yaml))
+    if own is not None:
+        # By its name: another job may begin a newer unnamed run at any moment.
+        loaded, saved = given.over(own.config_yaml, own.name), given.saved(own.config_yaml)
+        degrees = loaded.config.parallel
+        if ranks % (degrees.tensor * degrees.pipeline) and not any(
+            key.startswith("parallel.") for key in loaded.stated
+        ):
+            loaded = given.over(own.config_yaml, own.name, not_kept=("parallel",))
+    default = named_json(_DEFAULT_DEEPSPEED_CONFIG) if own is None else own.deepspeed_json
+    try:
+        deepspeed = open_deepspeed_json(
+            named_json(deepspeed_config) if deepspeed_config else _recipe_json(loaded) or default
+        )
+    except ConfigError as error:
+        raise ConfigError(*loaded.problems.values(), *error.problems) from None
+    if loaded.problems or deepspeed.problems:
+        check_run(loaded, deepspeed, ranks, device or _ANY_DEVICE, data_needed=device is not None)
+    return ConfigFiles(loaded, deepspeed, saved)
+
+
+def _problems_of(deepspeed_config: str | None) -> tuple[str, ...]:
+    """What is wrong with the named JSON by itself."""
+    try:
+        return () if deepspeed_config is None else open_deepspeed_json(named_json(deepspeed_config)).problems
+    except ConfigError as error:
+        return error.problems
 
 
 def _recipe_json(loaded: LoadedConfig) -> Path | None:
@@ -93,7 +123,7 @@ def config_changes(folder: RunFolder, run: ResolvedRun, saved: RunConfig) -> lis
         if value != before[key] and not key.startswith(_NOT_COMPARED)
     ]
     if original.is_file():
-        there, here = flatten_mapping(read_json(original)), flatten_mapping(read_json(Path(run.deepspeed_source.path)))
+        there, here = (flatten_mapping(parse_deepspeed_json(path)) for path in (original, run.deepspeed_source.path))
         lines += [
             f"{run.deepspeed_source.path}: {key} was {shown(there.get(key))}, is {shown(here.get(key))}"
             for key in sorted(there.keys() | here.keys())

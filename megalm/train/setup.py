@@ -123,12 +123,12 @@ def load_settings(arguments: Arguments, ranks: RankFacts) -> RunSettings:
     """Read and check both configurations for these ranks and this machine's device; needs no process group.
 
     Raises:
-        ConfigError: the first error found, in one line.
+        ConfigError: all that is wrong, one line each.
         DataError: the tokenizer cannot be read.
     """
-    options, files = arguments.read(ranks.world_size)
-    vocab_size = known_vocab_size(files.loaded.config.data)
     device, local = device_facts(ranks.local_world_size), ranks.local_world_size
+    options, files = arguments.read(ranks.world_size, device)
+    vocab_size = known_vocab_size(files.loaded.config.data)
     run = resolve(files.loaded, files.deepspeed, ranks.world_size, device, vocab_size, local)
     return RunSettings(run, options, files.saved)
 

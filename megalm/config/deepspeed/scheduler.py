@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 
-def translate_scheduler(section: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Dotted run keys with their values, notes, and problems of a `scheduler` section.
+@dataclass(frozen=True)
+class SchedulerTranslation:
+    """The meaning of a `scheduler` section.
 
-    A section whose parameters are all "auto" states nothing: the schedule is the run configuration's.
+    Attributes:
+        settings: dotted keys of the run configuration -> values.
+        notes: one line each for a fact that is worth knowing, without the file's name.
+        problems: one line each for a fact that has no equal; `settings` is empty if there is one.
     """
+
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+def translate_scheduler(section: Mapping[str, Any]) -> SchedulerTranslation:
+    """Translate a section whose parameters are all "auto": the schedule is the run configuration's."""
     params = section.get("params") or {}
-    stated = [key for key, value in params.items() if value not in ("auto", None)]
-    if not stated:
-        return {}, [f'scheduler.type={section.get("type")}: its parameters are all "auto", schedule.* holds'], []
-    return {}, [], ["the schedule belongs to the run YAML; write schedule.kind and schedule.warmup_steps there"]
+    if all(value in ("auto", None) for value in params.values()):
+        return SchedulerTranslation({}, ("its parameters are not stated, so that schedule.* holds",))
+    return SchedulerTranslation({}, (), ("the schedule is the run configuration's; state schedule.kind there",))

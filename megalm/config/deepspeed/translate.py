@@ -17,8 +17,10 @@ from pydantic import BaseModel
 from megalm.config.deepspeed.json_schema import DeepSpeedSettings
 from megalm.config.deepspeed.scheduler import translate_scheduler
 from megalm.config.deepspeed.unsupported_keys import (
+    IGNORED,
     REMOVE,
     TYPED_SECTIONS,
+    UNKNOWN,
     UNSUPPORTED,
     UnsupportedKey,
     asks_nothing,
@@ -58,6 +60,11 @@ class Outcome:
 
     def __str__(self) -> str:
         return "; ".join(part for part in (f"{self.named}: {self.why}", self.instead) if part)
+
+    @property
+    def is_ignored(self) -> bool:
+        """Whether it is refused for its name alone: DeepSpeed ignores it, and nothing of megalm's has its name."""
+        return self.why.startswith(UNKNOWN) and self.instead.startswith(IGNORED)
 
     @property
     def named(self) -> str:
@@ -198,16 +205,14 @@ class _Reading:
         if not isinstance(value, Mapping):
             self.add(Outcome(spelled, value, "refused", "it is a section", "write an object with type and params"))
             return
-        implied, notes, problems = translate_scheduler(value)
-        for problem in problems:
-            self.add(Outcome(spelled, value, "refused", problem))
-        if not problems:
-            self.run_settings |= implied
-            keys = " ".join(f"{key}={shown(it)}" for key, it in implied.items())
-            why = "; ".join(notes) or "the schedule is the run configuration's"
-            self.add(
-                Outcome(spelled, value, "translated" if implied else "not stated", why, keys and f"read as {keys}")
-            )
+        schedule = translate_scheduler(value)
+        for problem in schedule.problems:
+            self.add(Outcome(spelled, value, "refused", problem, group=f"scheduler: {problem}"))
+        if not schedule.problems:
+            self.run_settings |= schedule.settings
+            keys = " ".join(f"{key}={shown(it)}" for key, it in schedule.settings.items())
+            why = "; ".join(schedule.notes) or f"it reads as {keys}"
+            self.add(Outcome(spelled, value, "translated" if keys else "not stated", why))
 
     def check_values(self) -> None:
         """Numbers and switches written as text, as DeepSpeed reads them; then every value of a wrong kind goes."""

@@ -16,6 +16,8 @@ from megalm.config.validation import leaf_fields
 from megalm.utils.did_you_mean import did_you_mean
 
 REMOVE = "remove it"
+UNKNOWN = "unknown key"
+IGNORED = "DeepSpeed 0.19.8 ignores it"
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,7 @@ UNSUPPORTED: dict[str, UnsupportedKey] = {
     "dataloader_drop_last": _inert("megalm has a loader of its own", "data.* in the run YAML", asks_nothing=False),
     "prescale_gradients": _inert(_MEAN, asks_nothing=False),
     "gradient_predivide_factor": _inert(_MEAN, asks_nothing=1.0),
-    "fp32_allreduce": _inert(
-        "DeepSpeed 0.19.8 ignores it", 'communication_data_type "fp32" in the JSON', asks_nothing=False
-    ),
+    "fp32_allreduce": _inert(IGNORED, 'communication_data_type "fp32" in the JSON', asks_nothing=False),
     "allgather_size": _inert("DeepSpeed 0.19.8 reads it only beside a plain zero_optimization: true"),
     "vocabulary_size": _inert("DeepSpeed 0.19.8 only warns by it", "model.vocab_size in the run YAML"),
     "disable_allgather": _inert("DeepSpeed 0.19.8 does nothing with it", asks_nothing=False),
@@ -120,7 +120,7 @@ UNSUPPORTED: dict[str, UnsupportedKey] = {
     ),
     "data_parallel_size": UnsupportedKey("it follows from the number of ranks and from parallel.*"),
     "compile": UnsupportedKey("compiling is the run configuration's", "state compile=true there"),
-    "seed": UnsupportedKey("DeepSpeed 0.19.8 ignores it", "state train.seed in the run YAML"),
+    "seed": UnsupportedKey(IGNORED, "state train.seed in the run YAML"),
     "data_efficiency": UnsupportedKey("the order and length of samples are the run configuration's, data.*"),
     # Sections that change the training.
     "expert_parallel": _EXPERTS,
@@ -145,7 +145,7 @@ UNSUPPORTED: dict[str, UnsupportedKey] = {
     "progressive_layer_drop": _removed("progressive layer drop"),
     "curriculum_learning": _removed("this curriculum"),
     # Single keys.
-    "max_grad_norm": UnsupportedKey("DeepSpeed 0.19.8 ignores it", "write gradient_clipping", asks_nothing=0),
+    "max_grad_norm": UnsupportedKey(IGNORED, "write gradient_clipping", asks_nothing=0),
     "optimizer.legacy_fusion": _inert("it chooses an implementation", asks_nothing=False),
     **{
         f"optimizer.{name}": UnsupportedKey(_OPTIMIZER_LEVEL, "move it into optimizer.params", group="optimizer")
@@ -302,8 +302,8 @@ def unknown_key(path: str, spelled: str) -> UnsupportedKey:
     elif section.split(".")[0] in TYPED_SECTIONS:
         effect = "DeepSpeed 0.19.8 refuses it too"
     else:
-        effect = "DeepSpeed 0.19.8 ignores it"
-    return UnsupportedKey(f"unknown key{hint or ''}", "" if hint else f"{effect}, remove it")
+        effect = IGNORED
+    return UnsupportedKey(f"{UNKNOWN}{hint}", "" if hint else f"{effect}, remove it")
 
 
 def _honoured_in(section: str) -> set[str]:

@@ -23,7 +23,15 @@ from typing import NoReturn
 
 import psutil
 
-from megalm.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_START_AGAIN, MegalmError, OtherRankFailed
+from megalm.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_REFUSED,
+    EXIT_START_AGAIN,
+    MegalmError,
+    OtherRankFailed,
+    message_of,
+)
 from megalm.train.lifecycle.time_limits import TimeLimits, write_stacks
 
 log = logging.getLogger(__name__)
@@ -117,7 +125,7 @@ class RankSupervisor:
             code = error.exit_code  # a launcher reports the exit code of the first rank it finds
         except MegalmError as error:
             code = error.exit_code
-            text = f"megalm: {_kind(error)}: {' '.join(str(error).split())}"
+            text = f"megalm: {_kind(error)}: {message_of(error)}"
             if self._hooks.claim is None and self.rank > 0:
                 _wait_for_rank_0(code)
                 text = f"{text} (on rank {self.rank})"

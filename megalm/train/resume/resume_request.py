@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.discovery import ResumedFrom
+from megalm.config.precision import DeviceFacts
 from megalm.errors import CheckpointError, ConfigError, DataError
 from megalm.runs.run_folder import RunFolder
 from megalm.runs.saved_config import ConfigFiles, read_settings
@@ -39,15 +40,18 @@ class Arguments:
     extend_strategy: Literal["schedule", "weights"] = "schedule"
     skip_steps: int = 0
 
-    def read(self, ranks: int) -> tuple[ResumeOptions, ConfigFiles]:
+    def read(self, ranks: int, device: DeviceFacts | None = None) -> tuple[ResumeOptions, ConfigFiles]:
         """Return the resume options, and both configurations of a run on `ranks` ranks.
+
+        Args:
+            device: the ranks' device; None: a plan's, which no rule depends on before it is known.
 
         Raises:
             ConfigError: a flag lacks another that it needs, or a configuration is invalid by itself.
         """
         options = ResumeOptions.stated(self.resume, self.extend_steps, self.extend_strategy, self.skip_steps)
         words = (*self.overrides, *options.overrides)
-        return options, read_settings(self.config, words, self.deepspeed_config, self.resume is not None, ranks)
+        return options, read_settings(self.config, words, self.deepspeed_config, self.resume is not None, ranks, device)
 
 
 @dataclass(frozen=True)

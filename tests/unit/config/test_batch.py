@@ -25,7 +25,9 @@ def settings(total: int | None, micro: int | str | None, steps: int | None) -> D
 
 
 def plan(total: int | None, micro: int | str | None, steps: int | None, ranks: int, most: int = 10**9) -> BatchPlan:
-    return plan_batch(settings(total, micro, steps), Topology(ranks, 1, 1), "ds.json", lambda batch: batch.micro_batch <= most)[0]
+    return plan_batch(
+        settings(total, micro, steps), Topology(ranks, 1, 1), "ds.json", lambda batch: batch.micro_batch <= most
+    )[0]
 
 
 @given(micro=SMALL, steps=SMALL, ranks=SMALL)
@@ -49,7 +51,9 @@ def test_auto_is_the_largest_divisor_that_fits(per_rank: int, ranks: int, most: 
 
 def test_auto_reports_what_it_chose() -> None:
     def notice(total: int, micro: str | None, most: int) -> str:
-        (only,) = plan_batch(settings(total, micro, None), Topology(2, 1, 1), "ds.json", lambda batch: batch.micro_batch <= most)[1]
+        (only,) = plan_batch(
+            settings(total, micro, None), Topology(2, 1, 1), "ds.json", lambda batch: batch.micro_batch <= most
+        )[1]
         return only
 
     assert_names(notice(16, "auto", 4), "train_micro_batch_size_per_gpu", '"auto"', 4)

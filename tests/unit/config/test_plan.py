@@ -274,7 +274,7 @@ def test_the_presets_are_wrapped_once(
 ) -> None:
     from megalm.cli.main import main
 
-    monkeypatch.setattr("megalm.cli.presets.terminal_width", lambda: columns)
+    monkeypatch.setattr("megalm.cli.config.terminal_width", lambda: columns)
     with pytest.raises(SystemExit):
         main(["presets"])
     told = [line[24:] for line in capsys.readouterr().out.splitlines()[2:]]

@@ -1,0 +1,73 @@
+"""`megalm presets`: the shipped runs and models; `megalm config`: configuration files of other toolkits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megalm.cli.options import Gpu
+from megalm.config.deepspeed.json_reader import named_json
+from megalm.config.loading import DEFAULT_PRESET, describe_preset, preset_path, preset_paths
+from megalm.config.validation import shown
+from megalm.cost_model.gpu_specs import gpu_by_name
+from megalm.errors import ConfigError
+from megalm.planning.convert_json import CHANGES_TRAINING, DEEPSPEED_JSON, RUN_YAML, Row, convert
+from megalm.utils.formatting import table, terminal_width
+
+app = typer.Typer(no_args_is_help=True, help="Configuration files of other toolkits.")
+
+_DEFAULT_GPU = "H100"
+_WIDTH = 104  # of the list of presets, also where there is no terminal: longer lines are hard to read
+
+
+def presets(name: str = typer.Argument(None, help="Show this preset's YAML instead of the list.")) -> None:
+    """List the shipped presets, or show one; any of them goes after --config."""
+    if name is None:
+        rows = [[preset, describe_preset(preset)] for preset in preset_paths()]
+        typer.echo(table(["preset", "what it is"], rows, min(terminal_width() or _WIDTH, _WIDTH)))
+    else:
+        typer.echo(preset_path(name).read_text(encoding="utf-8").rstrip())
+
+
+@app.callback()
+def config() -> None:
+    """Configuration files of other toolkits."""
+
+
+@app.command("convert")
+def convert_command(
+    theirs: Annotated[Path, typer.Argument(metavar="THEIRS.json", help="A DeepSpeed JSON, with comments or without.")],
+    write: Annotated[
+        Path, typer.Option("--write", metavar="DIR", help=f"Write DIR/{DEEPSPEED_JSON} and DIR/{RUN_YAML}.")
+    ],
+    world_size: Annotated[int, typer.Option("--world-size", min=1, help="The ranks that the batch has to fit.")] = 1,
+    gpu: Gpu = _DEFAULT_GPU,
+    preset: Annotated[
+        str, typer.Option("--preset", help="The run configuration starts from it: the JSON has no model and no data.")
+    ] = DEFAULT_PRESET,
+) -> None:
+    """Make of a DeepSpeed JSON two files that launch/pretrain.py takes as they are.
+
+    \b
+    megalm config convert theirs.json --write mine --world-size 8
+    """
+    source = named_json(theirs)
+    for name in (DEEPSPEED_JSON, RUN_YAML):
+        target = write / name
+        if target.exists() or target.is_symlink():
+            own = target.exists() and source.exists() and target.samefile(source)
+            reason = "is the file to convert" if own else "exists already"
+            raise ConfigError(f"--write {write}: {target} {reason}; name another folder")
+    converted = convert(source, world_size, gpu_by_name(gpu or _DEFAULT_GPU), preset)
+    json_file, yaml_file = converted.write(write, source)
+    typer.echo(table(["key", "value", "became", "why"], [_cells(row) for row in converted.rows]))
+    lost = [row.key for row in converted.rows if row.became == CHANGES_TRAINING]
+    if lost:
+        typer.echo(f"WARNING: left out, and the training is another without: {', '.join(lost)}", err=True)
+    typer.echo(f"launch/pretrain.py --deepspeed_config {json_file} --config {yaml_file}")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return row.key, "" if row.value is None else shown(row.value), row.became, row.why

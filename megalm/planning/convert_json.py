@@ -1,0 +1,228 @@
+"""Another toolkit's DeepSpeed JSON as a pair of files that a run takes as they are, with an account of every key.
+
+What megalm honours stays in the JSON; what belongs to the run configuration goes there; what neither can hold is left
+out, and said so. The last step is the run's own check of the pair.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalm.config.deepspeed.json_reader import DeepSpeedConfig, parse_deepspeed_json, read_deepspeed_json
+from megalm.config.deepspeed.translate import Outcome, translate
+from megalm.config.loading import load_run_config
+from megalm.config.precision import DeviceFacts
+from megalm.config.validation import nest
+from megalm.config.yaml_reader import to_yaml
+from megalm.errors import ConfigError
+from megalm.planning.batch_size import RunBatch, plan_batch
+from megalm.planning.resolve import resolve
+from megalm.topology import Topology
+from megalm.utils.atomic_files import write_json
+
+DEEPSPEED_JSON, RUN_YAML = "deepspeed.json", "run.yaml"
+CHANGES_TRAINING = "left out: changes training"
+_MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet", "monitor_config")
+_WARMUPS_IN_A_RUN = 10
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one key.
+
+    Attributes:
+        key: as the file spells it.
+        became: kept, left out, changed, moved.
+        why: "" where it is kept.
+    """
+
+    key: str
+    value: Any
+    became: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Both files, and what became of each key of the one that they are made of."""
+
+    deepspeed: Settings
+    run: Settings
+    rows: tuple[Row, ...]
+
+    def write(self, folder: Path, source: Path) -> tuple[Path, Path]:
+        """Write deepspeed.json and run.yaml into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        json_file, yaml_file = folder / DEEPSPEED_JSON, folder / RUN_YAML
+        write_json(json_file, self.deepspeed)
+        yaml_file.write_text(f"# What megalm config convert made of {source.name}\n{to_yaml(nest(self.run))}")
+        return json_file, yaml_file
+
+
+def convert(path: Path, world_size: int, device: DeviceFacts, preset: str) -> Converted:
+    """Convert a DeepSpeed JSON for `world_size` ranks of a device.
+
+    Args:
+        preset: the run configuration starts from it: a DeepSpeed JSON has neither a model nor data.
+
+    Raises:
+        ConfigError: the file is no JSON, or no pair of files for these ranks and this device is found.
+    """
+    translation = translate(parse_deepspeed_json(path))
+    rows = {outcome.key: _row(outcome) for outcome in translation.outcomes}
+    config = DeepSpeedConfig.of(str(path), translation)
+    settings = {key: value for key, value in config.stated_dict().items() if value not in ({}, None)}
+    run = {"preset": preset, **translation.run_settings}
+    changes = [*_in_run_file(translation.outcomes, run)]
+    for repair in _REPAIRS:
+        changes += repair(settings)
+    changes += _batch(settings, world_size, preset)
+    for key, became, why in changes:
+        rows[key] = Row(key, rows[key].value if key in rows else None, became, why)
+    converted = Converted(settings, run, tuple(rows.values()))
+    _check(converted, path, world_size, device)
+    return converted
+
+
+def _row(outcome: Outcome) -> Row:
+    instead = "; ".join(part for part in (outcome.why, outcome.instead) if part)
+    if outcome.action == "honoured":
+        return Row(outcome.key, outcome.value, "kept")
+    if outcome.action == "refused":
+        return Row(outcome.key, outcome.value, "left out: unknown" if outcome.is_ignored else CHANGES_TRAINING, instead)
+    became = {"not stated": "left out: not stated", "no effect": "left out: no effect"}.get(outcome.action, "changed")
+    return Row(outcome.key, outcome.value, became, instead)
+
+
+_Change = tuple[str, str, str]  # a key of the file, what became of it, why
+
+
+def _in_run_file(outcomes: tuple[Outcome, ...], run: Settings) -> Iterator[_Change]:
+    """Add to the run configuration what replaces sections of the JSON there."""
+    for outcome in outcomes:
+        asked = isinstance(outcome.value, Mapping) and any(
+            value not in (None, False, 0) for name, value in outcome.value.items() if name != "profile"
+        )
+        if outcome.key == "activation_checkpointing" and asked:
+            run["train.checkpoint_activations_every"] = 1
+            yield outcome.key, f"moved to {RUN_YAML}", "train.checkpoint_activations_every=1; 0 recomputes nothing"
+        elif outcome.key in _MONITORS and asked and outcome.value.get("enabled") is not False:
+            run["tracking.mlflow"] = True
+            yield outcome.key, f"moved to {RUN_YAML}", "tracking.mlflow=true, with metrics.jsonl"
+        elif outcome.key == "scheduler" and outcome.action == "translated":
+            yield outcome.key, f"moved to {RUN_YAML}", outcome.why
+    end, warmup = run.get("schedule.decay_end_step"), run.get("schedule.warmup_steps")
+    if end is not None:
+        run["train.steps"] = end
+    elif warmup is not None:
+        run["train.steps"] = _WARMUPS_IN_A_RUN * max(1, warmup)
+
+
+# --- what megalm refuses of single values -----------------------------------------------------------------------------
+
+
+def _take(settings: Settings, key: str) -> Any:
+    """Remove a dotted key; None where there is none."""
+    *sections, name = key.split(".")
+    for section in sections:
+        settings = settings.get(section) or {}
+    return settings.pop(name, None)
+
+
+def _get(settings: Settings, key: str, default: Any = None) -> Any:
+    value: Any = settings
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return default if value is None else value
+
+
+def _one_precision(settings: Settings) -> Iterator[_Change]:
+    if _get(settings, "fp16.enabled") is True and _get(settings, "bf16.enabled") is True:
+        settings["fp16"] = {"enabled": False}
+        yield "fp16.enabled", CHANGES_TRAINING, "bf16.enabled is true as well, and is kept"
+
+
+def _precision_of_gradients(settings: Settings) -> Iterator[_Change]:
+    precision = next((name for name in ("fp16", "bf16") if _get(settings, f"{name}.enabled") is True), None)
+    if precision is None:
+        precision = "bf16" if _get(settings, "bf16.enabled") == "auto" else "fp32"
+    for key in ("data_types.grad_accum_dtype", "communication_data_type"):
+        value = _get(settings, key)
+        if value not in (None, precision, "fp32"):
+            _take(settings, key)
+            yield key, CHANGES_TRAINING, f"{value} cannot hold gradients of {precision}"
+
+
+def _offload(settings: Settings) -> Iterator[_Change]:
+    zero = "zero_optimization"
+    if _get(settings, f"{zero}.offload_param.device") == "nvme":
+        settings[zero]["offload_param"]["device"] = "cpu"
+        yield f"{zero}.offload_param.device", "changed", "read as cpu: parameters on nvme are not proven here"
+    key = f"{zero}.offload_optimizer"
+    if _get(settings, f"{key}.device") != "nvme":
+        return
+    if _get(settings, f"{zero}.stage") != 3 or _get(settings, f"{key}.nvme_path") is None:
+        settings[zero]["offload_optimizer"]["device"] = "cpu"
+        yield f"{key}.device", "changed", "read as cpu: nvme needs stage 3 and nvme_path"
+        return
+    for name in ("pipeline_read", "pipeline_write"):
+        if _get(settings, f"{key}.{name}") is True:
+            _take(settings, f"{key}.{name}")
+            yield f"{key}.{name}", "left out: no effect", "it is not proven here, and changes no number"
+    if _get(settings, f"{key}.buffer_count", 4) < 4:
+        _take(settings, f"{key}.buffer_count")
+        yield f"{key}.buffer_count", "left out: no effect", "4 buffers are needed, and change no number"
+
+
+def _even_buckets(settings: Settings) -> Iterator[_Change]:
+    key = "zero_optimization.allgather_bucket_size"
+    size = _get(settings, key, 0)
+    if _get(settings, "zero_optimization.stage") in (1, 2) and size % 2:
+        settings["zero_optimization"]["allgather_bucket_size"] = size + 1
+        yield key, "changed", f"read as {size + 1}: an even number, which changes no number of the training"
+
+
+_REPAIRS: tuple[Callable[[Settings], Iterator[_Change]], ...] = (
+    _one_precision,
+    _precision_of_gradients,
+    _offload,
+    _even_buckets,
+)
+
+
+def _batch(settings: Settings, world_size: int, preset: str) -> Iterator[_Change]:
+    """Keep the global batch, and of the rest what fits these ranks."""
+    if _batch_fits(settings, world_size, preset):
+        return
+    if settings.get("train_batch_size") is not None:
+        why = f"the rest follows from train_batch_size on {world_size} ranks"
+        if _take(settings, "gradient_accumulation_steps") is not None:
+            yield "gradient_accumulation_steps", "left out: follows from the batch", why
+        if not _batch_fits(settings, world_size, preset):
+            settings["train_micro_batch_size_per_gpu"] = "auto"
+            yield "train_micro_batch_size_per_gpu", "changed", f'read as "auto": {why}'
+
+
+def _batch_fits(settings: Settings, world_size: int, preset: str) -> bool:
+    translation = translate(settings)
+    config = DeepSpeedConfig.of("the JSON", translation)
+    batch = RunBatch.of(load_run_config(preset, []), config)
+    try:
+        plan_batch(translation.settings, Topology(world_size), "the JSON", lambda _: True, batch)
+    except ConfigError:
+        return False
+    return True
+
+
+def _check(converted: Converted, source: Path, world_size: int, device: DeviceFacts) -> None:
+    """Resolve the run of both files as a run does that is given them."""
+    with tempfile.TemporaryDirectory() as folder:
+        json_file, yaml_file = converted.write(Path(folder), source)
+        loaded = load_run_config(str(yaml_file), [])
+        resolve(loaded, read_deepspeed_json(json_file), world_size, device, data_needed=False)
