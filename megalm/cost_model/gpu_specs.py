@@ -56,9 +56,9 @@ def gpu_by_name(name: str) -> DeviceFacts:
     Raises:
         ConfigError: no such GPU in the table; lists them.
     """
-    plain = re.sub(r"[\s_-]", "", name).upper()
-    sized = re.fullmatch(r"(RTX\d{4}|[A-Z]+\d+[A-Z]?)(\d+)GI?B", plain)
-    chip, memory = (sized[1], sized[2]) if sized else (plain, "")
+    sized = re.fullmatch(r"(.+?)[\s_-]+(\d+)\s*GI?B", name.strip(), re.IGNORECASE)
+    stem, memory = (sized[1], sized[2]) if sized else (name, "")
+    chip = re.sub(r"[\s_-]", "", stem).upper()
     known = {key.replace(" ", "").upper(): key for key in _GPUS}
     if chip not in known:
         raise ConfigError(f"--gpu {name}: no such GPU{did_you_mean(chip, known)}; known: {', '.join(_GPUS)}")

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint.manifest import Manifest
+from megalm.config.deepspeed.json_reader import open_deepspeed_json
 from megalm.config.yaml_reader import to_yaml
-from megalm.errors import DataError
+from megalm.errors import ConfigError
 from megalm.huggingface.config_json import family_of
 from megalm.huggingface.export_tokenizer import SENTENCEPIECE, ExportedTokenizer
 from megalm.model.model_config import ModelConfig
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.runs.metrics_log import METRICS_FILE, Row, live_rows, read_metrics
 from megalm.runs.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, read_mapping
-from megalm.utils.atomic_files import read_json
 
 # What a run's log says of its only dataset (train/run_summary.py): the part that is trained on.
 _TRAINED_ON = re.compile(r"  data +(?P<name>\S.*): [\d.,]+ epochs of (?P<tokens>[\d,]+) tokens$", re.MULTILINE)
@@ -226,15 +226,14 @@ def _mixture(train: str | list[dict[str, Any]]) -> str:
 def _optimizer(path: Path) -> str | None:
     """Of a DeepSpeed JSON: its type, its numbers, the clipping."""
     try:
-        content = read_json(path)
-    except DataError:
+        settings = open_deepspeed_json(path).settings
+    except ConfigError:
         return None
-    section = content.get("optimizer") or {}
-    if "type" not in section:
+    section, clipping = settings.optimizer, settings.gradient_clipping
+    if section is None:
         return None
-    numbers = [f"{name} {value}" for name, value in (section.get("params") or {}).items()]
-    clipping = content.get("gradient_clipping")
-    return ", ".join([section["type"], *numbers, *([f"clipped at norm {clipping:g}"] if clipping else [])])
+    numbers = [f"{name} {value}" for name, value in section.params.model_dump(mode="json", exclude_unset=True).items()]
+    return ", ".join([section.type, *numbers, *([f"clipped at norm {clipping:g}"] if clipping else [])])
 
 
 def _loss(nats: float) -> str:

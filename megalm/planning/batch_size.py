@@ -80,9 +80,11 @@ def plan_batch(
         settings.gradient_accumulation_steps,
     )
     ranks, notices, named = topology.data, list[str](), "train_batch_size"
-    if total is None and _takes_run_batch(settings, ranks, run_batch):
+    if total is None and takes_run_batch(settings, ranks, run_batch):
         total, named = run_batch.sequences, "batch.global_sequences"
         notices = [f"{where} states no train_batch_size: {named}={total} ({run_batch.source})"]
+    elif run_batch.sequences not in (None, total):
+        notices = [f"train_batch_size={total} ({where}): batch.global_sequences={run_batch.sequences} is not used"]
     if total is None:
         if not isinstance(micro, int):
             raise ConfigError(
@@ -111,7 +113,7 @@ def plan_batch(
     return BatchPlan(total, micro, steps, ranks), notices
 
 
-def _takes_run_batch(settings: DeepSpeedSettings, ranks: int, run_batch: RunBatch) -> bool:
+def takes_run_batch(settings: DeepSpeedSettings, ranks: int, run_batch: RunBatch) -> bool:
     """Whether the run configuration's batch holds for a JSON without a total."""
     micro, steps = settings.train_micro_batch_size_per_gpu, settings.gradient_accumulation_steps
     if run_batch.sequences is None or run_batch.by_person or not isinstance(micro, int):

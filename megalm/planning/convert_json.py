@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from megalm.config.precision import DeviceFacts
 from megalm.config.validation import nest
 from megalm.config.yaml_reader import to_yaml
 from megalm.errors import ConfigError
-from megalm.planning.batch_size import RunBatch, plan_batch
+from megalm.planning.batch_size import RunBatch, plan_batch, takes_run_batch
 from megalm.planning.resolve import resolve
 from megalm.topology import Topology
 from megalm.utils.atomic_files import write_json
@@ -82,9 +82,10 @@ def convert(path: Path, world_size: int, device: DeviceFacts, preset: str) -> Co
     changes = [*_in_run_file(translation.outcomes, run)]
     for repair in _REPAIRS:
         changes += repair(settings)
-    changes += _batch(settings, world_size, preset)
+    changes += _batch(settings, run, config, world_size)
     for key, became, why in changes:
-        rows[key] = Row(key, rows[key].value if key in rows else None, became, why)
+        old = rows.get(key, Row(key, None, became))
+        rows[key] = Row(key, old.value, CHANGES_TRAINING if old.became == CHANGES_TRAINING else became, why)
     converted = Converted(settings, run, tuple(rows.values()))
     _check(converted, path, world_size, device)
     return converted
@@ -163,13 +164,13 @@ def _offload(settings: Settings) -> Iterator[_Change]:
     zero = "zero_optimization"
     if _get(settings, f"{zero}.offload_param.device") == "nvme":
         settings[zero]["offload_param"]["device"] = "cpu"
-        yield f"{zero}.offload_param.device", "changed", "read as cpu: parameters on nvme are not proven here"
+        yield f"{zero}.offload_param.device", "changed", "it reads as cpu: parameters on nvme are not proven here"
     key = f"{zero}.offload_optimizer"
     if _get(settings, f"{key}.device") != "nvme":
         return
     if _get(settings, f"{zero}.stage") != 3 or _get(settings, f"{key}.nvme_path") is None:
         settings[zero]["offload_optimizer"]["device"] = "cpu"
-        yield f"{key}.device", "changed", "read as cpu: nvme needs stage 3 and nvme_path"
+        yield f"{key}.device", "changed", "it reads as cpu: nvme needs stage 3 and nvme_path"
         return
     for name in ("pipeline_read", "pipeline_write"):
         if _get(settings, f"{key}.{name}") is True:
@@ -185,7 +186,7 @@ def _even_buckets(settings: Settings) -> Iterator[_Change]:
     size = _get(settings, key, 0)
     if _get(settings, "zero_optimization.stage") in (1, 2) and size % 2:
         settings["zero_optimization"]["allgather_bucket_size"] = size + 1
-        yield key, "changed", f"read as {size + 1}: an even number, which changes no number of the training"
+        yield key, "changed", f"it reads as {size + 1}: an even number, which changes no number of the training"
 
 
 _REPAIRS: tuple[Callable[[Settings], Iterator[_Change]], ...] = (
@@ -196,25 +197,26 @@ _REPAIRS: tuple[Callable[[Settings], Iterator[_Change]], ...] = (
 )
 
 
-def _batch(settings: Settings, world_size: int, preset: str) -> Iterator[_Change]:
+def _batch(settings: Settings, run: Settings, theirs: DeepSpeedConfig, world_size: int) -> Iterator[_Change]:
     """Keep the global batch, and of the rest what fits these ranks."""
-    if _batch_fits(settings, world_size, preset):
-        return
-    if settings.get("train_batch_size") is not None:
-        why = f"the rest follows from train_batch_size on {world_size} ranks"
-        if _take(settings, "gradient_accumulation_steps") is not None:
-            yield "gradient_accumulation_steps", "left out: follows from the batch", why
-        if not _batch_fits(settings, world_size, preset):
-            settings["train_micro_batch_size_per_gpu"] = "auto"
-            yield "train_micro_batch_size_per_gpu", "changed", f'read as "auto": {why}'
+    loaded = load_run_config(run["preset"], [])
+    batch = RunBatch.of(loaded, theirs)
+    if theirs.settings.train_batch_size is None and takes_run_batch(theirs.settings, world_size, batch):
+        run["batch.global_sequences"] = batch.sequences
+        why = f"batch.global_sequences={batch.sequences} of {batch.source}: the file states no number"
+        yield "train_batch_size", f"moved to {RUN_YAML}", why
+    why = f"it follows from the global batch on {world_size} ranks"
+    fitting = replace(batch, by_person="batch.global_sequences" in run)
+    if not _batch_fits(settings, world_size, fitting) and _take(settings, "gradient_accumulation_steps") is not None:
+        yield "gradient_accumulation_steps", "left out: follows from the batch", why
+    if not _batch_fits(settings, world_size, fitting) and "train_micro_batch_size_per_gpu" in settings:
+        settings["train_micro_batch_size_per_gpu"] = "auto"
+        yield "train_micro_batch_size_per_gpu", "changed", f'it reads as "auto": {why}'
 
 
-def _batch_fits(settings: Settings, world_size: int, preset: str) -> bool:
-    translation = translate(settings)
-    config = DeepSpeedConfig.of("the JSON", translation)
-    batch = RunBatch.of(load_run_config(preset, []), config)
+def _batch_fits(settings: Settings, world_size: int, batch: RunBatch) -> bool:
     try:
-        plan_batch(translation.settings, Topology(world_size), "the JSON", lambda _: True, batch)
+        plan_batch(translate(settings).settings, Topology(world_size), "the JSON", lambda _: True, batch)
     except ConfigError:
         return False
     return True

@@ -1,6 +1,6 @@
 """From a DeepSpeed JSON, as people have it, to what megalm honours of it, with an account of every key.
 
-The tables decide: json_schema.py what is honoured, unsupported_keys.py what is not, `_OLDER` here which spellings
+The tables decide: json_schema.py what is honoured, unsupported_keys.py what is not, `OLDER` here which spellings
 DeepSpeed itself takes for another. Nothing is raised: what has to be refused is an outcome like any other, so that a
 file is answered once and in full.
 """
@@ -105,8 +105,8 @@ def translate(raw: Mapping[str, Any]) -> Translation:
     """The account of a parsed DeepSpeed JSON."""
     reading = _Reading()
     reading.section(_modernise(raw, reading), DeepSpeedSettings)
-    reading.check_values()
-    for adjust in _ADJUSTMENTS:
+    bad = reading.check_values()
+    for adjust in (*_ADJUSTMENTS, *(() if _STAGE in bad else _STAGE_ADJUSTMENTS)):
         reading.outcomes += adjust(reading.leaves)
     if "schedule.peak_learning_rate" in reading.run_settings:
         reading.outcomes += _drop(reading.leaves, "optimizer.params.lr", "the scheduler sets the rate")
@@ -214,8 +214,8 @@ class _Reading:
             why = "; ".join(schedule.notes) or f"it reads as {keys}"
             self.add(Outcome(spelled, value, "translated" if keys else "not stated", why))
 
-    def check_values(self) -> None:
-        """Numbers and switches written as text, as DeepSpeed reads them; then every value of a wrong kind goes."""
+    def check_values(self) -> set[str]:
+        """Read numbers and switches written as text, as DeepSpeed does; remove and return what is of a wrong kind."""
         for path, leaf in list(self.leaves.items()):
             value = _as_deepspeed_reads(path, leaf.value)
             if value is not leaf.value:
@@ -230,8 +230,8 @@ class _Reading:
                 self.add(Outcome(found.spelled, found.value, "refused", f"expected {expected}"))
             elif path == "optimizer.type":  # its parameters stand without it
                 self.add(Outcome(path, None, "refused", "it is not stated", 'add "type": "AdamW" to optimizer'))
-                for key in [key for key in self.leaves if key.startswith("optimizer.")]:
-                    del self.leaves[key]
+                self.outcomes += _drop(self.leaves, "optimizer", "optimizer.type is not stated", "", "refused")
+        return set(bad)
 
 
 # --- older spellings --------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def _cpu(value: Any) -> Any:
 
 
 # The place of an older spelling -> the key that DeepSpeed 0.19.8 reads it as, or megalm for it, and its value there.
-_OLDER: dict[str, tuple[str, Callable[[Any], Any]]] = {
+OLDER: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "bfloat16": ("bf16", lambda value: value),
     "aio.thread_count": ("intra_op_parallelism", lambda value: value),
     "zero_optimization.cpu_offload": ("offload_optimizer", _cpu),
@@ -258,8 +258,8 @@ def _modernise(raw: Mapping[str, Any], reading: _Reading, prefix: str = "") -> d
         if path == "zero_optimization" and isinstance(value, bool):
             reading.add(Outcome(path, value, "translated", f"it reads as stage {int(value)}"))
             result[key] = {"stage": int(value)}
-        elif path in _OLDER:
-            name, translated = _OLDER[path][0], _OLDER[path][1](value)
+        elif path in OLDER:
+            name, translated = OLDER[path][0], OLDER[path][1](value)
             if translated is None:
                 reading.add(Outcome(path, value, "no effect", _NOTHING, group="nothing"))
             elif raw.get(name) is not None and raw[name] != translated:
@@ -289,7 +289,7 @@ def _as_deepspeed_reads(path: str, value: Any) -> Any:
                 return bool(int(value))
             if isinstance(value, str):
                 return _WORDS.get(value.lower(), value)
-        elif isinstance(value, str) and kinds & {int, float}:
+        elif isinstance(value, str) and (kinds & {int, float} or any(0 in get_args(kind) for kind in kinds)):
             value = _number(value)
     if isinstance(value, float) and int in kinds and float not in kinds and value.is_integer():
         return int(value)
@@ -363,7 +363,8 @@ def _adam(leaves: _Leaves) -> Iterator[Outcome]:
         yield from _drop(leaves, "optimizer.params.adam_w_mode", 'DeepSpeed ignores it with type "AdamW"')
 
 
-_ADJUSTMENTS: tuple[Callable[[_Leaves], Iterator[Outcome]], ...] = (_stage_zero, _offload_param, _loss_scale, _adam)
+_ADJUSTMENTS: tuple[Callable[[_Leaves], Iterator[Outcome]], ...] = (_loss_scale, _adam)
+_STAGE_ADJUSTMENTS: tuple[Callable[[_Leaves], Iterator[Outcome]], ...] = (_stage_zero, _offload_param)
 
 
 # --- lines ------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ def _inert(why: str, instead: str = "", asks_nothing: Any = None) -> Unsupported
 
 
 def _removed(what: str, instead: str = REMOVE, asks_nothing: Any = None) -> UnsupportedKey:
-    return UnsupportedKey(f"DeepSpeed 0.19.8 no longer has {what} and refuses the file", instead, False, asks_nothing)
+    why = f"DeepSpeed 0.19.8 no longer has {what} and refuses the file"
+    return UnsupportedKey(why, instead, asks_nothing=asks_nothing, group=what)
 
 
 def _zeropp(asks_nothing: Any = False) -> UnsupportedKey:

@@ -1,0 +1,213 @@
+"""DeepSpeed JSONs of other people: what is taken as it is, what is answered, and what `config convert` makes of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from census_shapes import SHAPES, Shape
+from config_cases import GPU, refused
+
+from megalm.config.deepspeed.json_reader import open_deepspeed_json
+from megalm.config.deepspeed.translate import translate
+from megalm.config.deepspeed.unsupported_keys import UNSUPPORTED, unknown_key
+from megalm.config.loading import load_run_config
+from megalm.planning.resolve import ResolvedRun, resolve
+from tests.messages import assert_names
+
+ACCEPTED = {name: shape for name, shape in SHAPES.items() if not shape.refused}
+
+
+def resolved(shape: Shape, folder: Path, content: Mapping[str, Any] | None = None) -> ResolvedRun:
+    path = folder / "theirs.json"
+    path.write_text(json.dumps(shape.json if content is None else content))
+    return resolve(load_run_config(None, []), open_deepspeed_json(path), shape.ranks, GPU)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_file_is_taken_or_answered_in_full(tmp_path: Path, name: str) -> None:
+    shape = SHAPES[name]
+    if shape.refused:
+        said = refused(resolved, shape, tmp_path)
+        assert_names(said, tmp_path / "theirs.json", *shape.refused)
+        return
+    run = resolved(shape, tmp_path)
+    notes = "\n".join(run.notices)
+    assert_names(notes, *shape.noted)
+    batch = run.batch
+    assert batch.global_batch == shape.json.get("train_batch_size", "auto") or not isinstance(
+        shape.json.get("train_batch_size"), int
+    )
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_deepspeed_reads_what_it_is_handed(tmp_path: Path, name: str) -> None:
+    config = pytest.importorskip("deepspeed.runtime.config")
+    handed = resolved(ACCEPTED[name], tmp_path).deepspeed
+    handed = {key: value for key, value in handed.items() if key not in ("optimizer", "train_batch_size")}
+    parsed = config.DeepSpeedConfig(copy.deepcopy(handed))
+    assert int(parsed.zero_optimization_stage) == handed["zero_optimization"]["stage"]
+    assert parsed.gradient_clipping == handed["gradient_clipping"]
+    assert (parsed.float16_config.enabled, parsed.bfloat16_config.enabled) == (
+        handed["fp16"]["enabled"],
+        handed["bf16"]["enabled"],
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_key_has_an_outcome(name: str) -> None:
+    """Of the file, as it spells it, or of a section that has one as a whole."""
+
+    def keys(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+        for key, value in section.items():
+            if isinstance(value, dict) and value:
+                yield from keys(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}"
+
+    outcomes = {outcome.key for outcome in translate(SHAPES[name].json).outcomes}
+    for key in keys(SHAPES[name].json):
+        parts = key.split(".")
+        assert {".".join(parts[:end]) for end in range(1, len(parts) + 1)} & outcomes, key
+
+
+def test_all_problems_of_both_files_are_told_at_once(tmp_path: Path) -> None:
+    worst = {key: value for shape in SHAPES.values() for key, value in shape.json.items() if shape.refused}
+    (tmp_path / "theirs.json").write_text(json.dumps(worst))
+    translation = translate(worst)
+    assert len(translation.problems) > 15
+    said = refused(resolved, Shape(worst), tmp_path)
+    assert len(said.splitlines()) >= len(translation.problems) + 1
+    # A rule of the run, of a key that nothing else is wrong with, is told with them.
+    loaded = load_run_config(None, ["model.num_attention_heads=3"])
+    said = refused(resolve, loaded, open_deepspeed_json(tmp_path / "theirs.json"), 1, GPU)
+    assert_names(said, "model.num_attention_heads=3", "curriculum_learning", "gradient_clipping=-1")
+
+
+def test_a_refused_section_is_one_line() -> None:
+    for name in ("lamb", "zero-plus-plus", "model-file", "data-efficiency", "beside-params", "mics"):
+        assert len(translate(SHAPES[name].json).problems) == 1, name
+
+
+def test_no_hint_points_to_what_is_refused() -> None:
+    for path in UNSUPPORTED:
+        section, _, name = path.rpartition(".")
+        misspelled = f"{section}.{name}x".lstrip(".")
+        rule = unknown_key(misspelled, misspelled)
+        assert f"'{name}'" not in rule.why
+    for rule in UNSUPPORTED.values():
+        for key, other in UNSUPPORTED.items():
+            assert f"write {key}" not in rule.instead or other.inert
+
+
+# A key that nobody knows, in each kind of section, and whether DeepSpeed's own classes refuse the file for it.
+_UNKNOWN = {
+    "unknown_key": False,
+    "optimizer.unknown_key": False,
+    "data_types.unknown_key": False,
+    "aio.unknown_key": False,
+    "fp16.unknown_key": True,
+    "bf16.unknown_key": True,
+    "zero_optimization.unknown_key": True,
+    "zero_optimization.offload_optimizer.unknown_key": True,
+    "zero_optimization.offload_param.unknown_key": True,
+}
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return value
+
+
+@pytest.mark.parametrize("path", _UNKNOWN)
+def test_what_is_said_of_deepspeed_is_so(path: str) -> None:
+    config = pytest.importorskip("deepspeed.runtime.config")
+    file = {"train_batch_size": 8, **_nested(path, 1)}
+    try:
+        config.DeepSpeedConfig(copy.deepcopy(file))
+        refuses = False
+    except Exception:
+        refuses = True
+    assert refuses == _UNKNOWN[path]
+    (problem,) = translate(file).problems
+    assert_names(problem, path)
+    assert ("ignores" in problem, "refuses" in problem) == (not refuses, refuses)
+
+
+@pytest.mark.parametrize("path", UNSUPPORTED)
+def test_what_the_table_says_of_deepspeed_is_so(path: str) -> None:
+    """A key that DeepSpeed is said to have removed makes it refuse the file; an inert one does not, but where said."""
+    config = pytest.importorskip("deepspeed.runtime.config")
+    rule = UNSUPPORTED[path]
+    value: Any = {"enabled": False} if rule.asks_nothing is None else rule.asks_nothing
+    if "no longer has" in rule.why or "ignores it" in rule.why:
+        file = {"train_batch_size": 8, **_nested(path, value)}
+        if "no longer has" in rule.why:
+            with pytest.raises(config.DeepSpeedConfigError):
+                config.DeepSpeedConfig(file)
+        elif path != "zero_optimization.cpu_offload_use_pin_memory":
+            config.DeepSpeedConfig(file)
+
+
+def test_text_is_read_as_deepspeed_reads_it() -> None:
+    theirs = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+    raw = {
+        "stage": "3",
+        "overlap_comm": "true",
+        "reduce_bucket_size": "1000",
+        "prefetch_bucket_size": "0",
+        "sub_group_size": 0,
+    }
+    read = theirs(**raw)
+    ours = translate({"zero_optimization": raw}).settings.zero_optimization
+    for name in raw:
+        assert getattr(ours, name) == getattr(read, name), name
+
+
+def test_a_persons_batch_and_the_jsons(tmp_path: Path) -> None:
+    def total(content: dict[str, Any], *words: str, ranks: int = 2) -> int:
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps(content))
+        return resolve(load_run_config(None, words), open_deepspeed_json(path), ranks, GPU).batch.global_batch
+
+    mine = "batch.global_sequences=24"
+    assert total({}) == total({"train_batch_size": "auto"}) == 16
+    assert total({}, mine) == 24
+    assert total({"train_batch_size": 8}) == 8
+    assert total({"train_batch_size": 24}, mine) == 24
+    said = refused(total, {"train_batch_size": 8}, mine)
+    assert_names(said, "train_batch_size=8", mine, "command line", tmp_path / "ds.json")
+    assert total({"train_micro_batch_size_per_gpu": 3}) == 6
+    assert total({"train_micro_batch_size_per_gpu": 3}, mine) == 24
+    assert total({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 4}) == 16
+    assert total({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 32}) == 64
+    assert (
+        total({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}) == 8
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ('{ // a comment\n "train_batch_size": 8, # another\n /* and */ "bf16": {"enabled": true,},\n}', None),
+        ('{"train_batch_size": 8, "bf16": tru}', ["line 1", "column 33"]),
+        ('{"train_batch_size": 8 "bf16": {}}', ["line 1"]),
+        ('{ // c\n"train_batch_size": 8, "train_batch_size": 9}', ["'train_batch_size'"]),
+        ('{"a": ' * 100_000, []),
+        ('{"gradient_clipping": 1e999, // c\n}', []),
+        ("", ["{}"]),
+    ],
+)
+def test_files_are_parsed_as_deepspeed_parses_them(tmp_path: Path, text: str, names: list[object] | None) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    if names is None:
+        settings = open_deepspeed_json(path).settings
+        assert (settings.train_batch_size, settings.bf16.enabled) == (8, True)
+    else:
+        assert_names(refused(open_deepspeed_json, path), path, *names)
