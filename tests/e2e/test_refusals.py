@@ -58,11 +58,6 @@ CASES = {
     "missing tokenizer": Case(("data.tokenizer=nowhere.model",), ("nowhere.model",)),
     "positions": Case(("model.max_position_embeddings=32",), ("data.sequence_length=64", "max_position_embeddings=32")),
     "warm-up": Case(("train.steps=2",), ("schedule.warmup_steps=2", "train.steps=2")),
-    "stage 0 in bf16": Case(
-        (),
-        ("zero_optimization.stage=0", "bf16", "stage 1"),
-        {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}},
-    ),
     "a grid of other ranks": Case(("parallel.tensor=2",), ("parallel.tensor=2", "1 rank")),
 }
 
@@ -96,6 +91,20 @@ def test_one_line_before_anything_starts(small_data: SmallData, tmp_path: Path, 
         assert str(json_file) in line
     assert finished.stdout == ""
     assert finished.seconds < MOST_SECONDS
+    assert not (tmp_path / "runs").exists()
+
+
+def test_everything_that_is_wrong_is_told_at_once(small_data: SmallData, tmp_path: Path) -> None:
+    """Of the command line, of the JSON, and of the rules across both; one line each after a first one."""
+    json_file = write_json(tmp_path / "ds.json", gradient_cliping=1.0, optimizer={"type": "Lamb", "params": {"lr": 1}})
+    words = (*small_data.changed("train.stepps=5"), "model.num_attention_heads=5")
+    finished = finish(tmp_path, pretrain(*words, json_file=json_file))
+    assert finished.code == 2, finished.explain()
+    first, *others = finished.stderr.splitlines()
+    assert first.startswith("megalm: ")
+    for said in ("train.stepps", "gradient_cliping", 'optimizer.type="Lamb"', "model.num_attention_heads=5"):
+        assert sum(said in line for line in others) == 1, said
+    assert len(others) == 4, finished.explain()
     assert not (tmp_path / "runs").exists()
 
 

@@ -17,6 +17,7 @@ from megalm.config.deepspeed.translate import translate
 from megalm.config.deepspeed.unsupported_keys import UNSUPPORTED, unknown_key
 from megalm.config.loading import load_run_config
 from megalm.planning.resolve import ResolvedRun, resolve
+from megalm.runs.saved_config import read_settings
 from tests.messages import assert_names
 
 ACCEPTED = {name: shape for name, shape in SHAPES.items() if not shape.refused}
@@ -189,6 +190,42 @@ def test_a_persons_batch_and_the_jsons(tmp_path: Path) -> None:
     assert (
         total({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}) == 8
     )
+
+
+def test_one_start_tells_what_is_wrong_with_all_files(tmp_path: Path) -> None:
+    """Keys, values and rules of the YAML, the command line and the JSON; each file is read to its end."""
+    mine, theirs = tmp_path / "mine.yaml", tmp_path / "theirs.json"
+    mine.write_text("preset: quickstart\ntrain: {steps: many, stepz: 3}\nmodel: {num_attention_heads: 3}\n")
+    theirs.write_text('{"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2, "gradient_cliping": 1, "seed": 1}')
+    said = refused(read_settings, str(mine), ("schedule.kindd=wsd", "train"), str(theirs), resume=False, ranks=1)
+    assert len(said.splitlines()) == 1 + 8
+    assert_names(said, mine, 'train.steps="many"', "train.stepz", "schedule.kindd", "'train'", theirs)
+    assert_names(said, "gradient_cliping=1", "seed=1", "train_batch_size=7", "model.num_attention_heads=3")
+    # What follows from a refused value is not told: the default of train.steps is nobody's.
+    said = refused(
+        read_settings, None, ("train.steps=x", "schedule.warmup_steps=900"), str(theirs), resume=False, ranks=1
+    )
+    assert "schedule.warmup_steps" not in said or "900" in said
+    # A file that cannot be parsed does not hide the other.
+    theirs.write_text('{"train_batch_size" 7}')
+    said = refused(read_settings, str(mine), (), str(theirs), resume=False, ranks=1)
+    assert_names(said, "line 1", "column 21", "train.stepz")
+    mine.write_text("train: {steps: 3")
+    theirs.write_text('{"seed": 1}')
+    assert_names(refused(read_settings, str(mine), (), str(theirs), resume=False, ranks=1), "line 1", "seed=1")
+
+
+def test_a_shipped_json_goes_by_its_name_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("zero3.json", "ds_configs/zero3.json", "h100.json"):
+        settings = read_settings("quickstart", (), name, resume=False, ranks=1)
+        assert Path(settings.deepspeed.path).is_file()
+        assert Path(settings.deepspeed.path).name == Path(name).name
+    (tmp_path / "zero3.json").write_text('{"train_batch_size": 3}')
+    for name in ("zero3.json", "~/zero3.json"):
+        assert read_settings("quickstart", (), name, resume=False, ranks=1).deepspeed.settings.train_batch_size == 3
+    assert_names(refused(read_settings, None, (), "zero_3.json", resume=False, ranks=1), "zero_3.json", "'zero3.json'")
 
 
 @pytest.mark.parametrize(
