@@ -6,7 +6,6 @@ Only parses; megalm.train.setup does the work. Flags are unlike the launchers' o
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from enum import Enum
 from functools import partial
@@ -19,6 +18,7 @@ import typer
 
 from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Overrides, RanksPerNode
 from megalm.errors import MegalmError
+from megalm.rank_environment import is_other_rank, launched_ranks, rank_in_messages
 
 
 class Strategy(str, Enum):
@@ -99,7 +99,7 @@ def main(
     from megalm.train.resume.resume_request import Arguments
     from megalm.train.setup import pretrain
 
-    supervisor = RankSupervisor(rank=int(os.environ.get("RANK", "0")))
+    supervisor = RankSupervisor(rank=rank_in_messages())
     supervisor.run(lambda: pretrain(Arguments(**arguments), supervisor))
 
 
@@ -113,10 +113,10 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int) ->
     from megalm.train.resume.resume_plan import planned_start
     from megalm.train.resume.resume_request import Arguments
 
-    if int(os.environ.get("RANK", "0")) > 0:
-        return  # under a launcher one rank tells it
-    ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     try:
+        if is_other_rank():
+            return
+        ranks = world_size or launched_ranks()
         options, files = Arguments(**arguments).read(ranks)
         going_on = partial(planned_start, resume=options) if options.wanted is not None else None
         show_plan(files, ranks, None, ranks_per_node, going_on)

@@ -22,7 +22,6 @@ from megalm.checkpoint.shard_spec import HasFragment
 from megalm.communicator import Communicator
 from megalm.engine.cpp_extensions import load_async_io, load_cpu_adam
 from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_log
-from megalm.engine.device import rank_facts
 from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
@@ -30,6 +29,7 @@ from megalm.engine.optimizer_state import OptimizerState, ReadFragment
 from megalm.model.param_shard import shard_of
 from megalm.parallel.process_groups import ParallelGroups
 from megalm.planning.resolve import OptimizerFacts
+from megalm.rank_environment import rank_facts
 
 
 class UpdateCheck:

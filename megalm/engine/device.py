@@ -1,13 +1,11 @@
-"""This process's rank, device, threads and peak FLOP/s, and the memory allocator's settings for CPU training."""
+"""This process's device, threads and peak FLOP/s, and the memory allocator's settings for CPU training."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 import os
-import socket
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -16,6 +14,7 @@ import torch
 from megalm.cost_model.gpu_specs import data_sheet_peak
 from megalm.errors import ConfigError
 from megalm.planning.resolve import DeviceFacts
+from megalm.rank_environment import RankFacts
 
 log = logging.getLogger(__name__)
 
@@ -78,45 +77,6 @@ def measured_peak(device: torch.device, low_precision: bool) -> float:
     return 2 * size**3 / fastest
 
 
-_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True)
-class RankFacts:
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    threads: int
-
-
-def rank_facts() -> RankFacts:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without RANK and WORLD_SIZE: one rank.
-
-    A run without a launcher gets a free port, so that two such runs never collide.
-
-    Raises:
-        ConfigError: the launcher set only some of them.
-    """
-    present = [name for name in _NAMES if name in os.environ]
-    if "RANK" not in present and "WORLD_SIZE" not in present:
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(_free_port())
-    elif len(present) < len(_NAMES):
-        missing = ", ".join(name for name in _NAMES if name not in present)
-        raise ConfigError(f"the launcher set {', '.join(present)} but not {missing}; start with deepspeed or torchrun")
-    world_size = int(os.environ["WORLD_SIZE"])
-    # torchrun and Slurm scripts set LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-    return RankFacts(
-        rank=int(os.environ["RANK"]),
-        world_size=world_size,
-        local_rank=int(os.environ["LOCAL_RANK"]),
-        local_world_size=local_size,
-        threads=max(1, len(os.sched_getaffinity(0)) // local_size),
-    )
-
-
 def device_facts(local_world_size: int) -> DeviceFacts:
     """Return this rank's device facts; memory is one rank's share, in bytes."""
     if _computes_on_cuda():
@@ -164,9 +124,3 @@ def _cpu_has_bf16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

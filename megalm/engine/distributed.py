@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megalm.engine.deepspeed_patches import allow_cpu_fp16_if_asked, avoid_shared_memory_op, silence_deepspeed
-from megalm.engine.device import RankFacts
 from megalm.errors import EXIT_FAILED, ConfigError, OtherRankFailed
+from megalm.rank_environment import RankFacts
 
 T = TypeVar("T")
 
@@ -113,6 +113,8 @@ def start_distributed(ranks: RankFacts, device: torch.device) -> DistributedComm
 
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0:
+            _join_after_restart(backend, ranks)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT)
     except dist.DistNetworkError as error:
         raise ConfigError(
@@ -120,3 +122,21 @@ def start_distributed(ranks: RankFacts, device: torch.device) -> DistributedComm
             "job of this machine has the port, give the launcher another: --master_port=29501"
         ) from error
     return DistributedCommunicator(ranks)
+
+
+def _join_after_restart(backend: str, ranks: RankFacts) -> None:
+    """Join the process group after torchrun has restarted its workers.
+
+    Its agent keeps one store for all restarts, in which the addresses of the killed workers still are: without a prefix
+    of its own a worker connects to those.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, ranks.world_size, is_master=False, timeout=_TIMEOUT)  # type: ignore[attr-defined]
+    prefix = f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(prefix, store),  # type: ignore[attr-defined]
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=_TIMEOUT,
+    )

@@ -23,6 +23,7 @@ from megalm.config.schema import RunSection
 from megalm.config.yaml_reader import parse_yaml
 from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
+from megalm.rank_environment import job_and_restarts
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, read_metrics
 from megalm.utils.atomic_files import write_bytes_atomically, write_json
 
@@ -279,10 +280,16 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
-        "command": sys.argv,
+        "job": job_and_restarts()[0],
+        "command": command_line(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "git": _git(),
     }
+
+
+def command_line() -> list[str]:
+    """Return the words of this process's command, without the rank that DeepSpeed's launcher adds."""
+    return [word for word in sys.argv if not word.startswith("--local_rank")]
 
 
 def _numbered(root: Path, stem: str) -> list[Path]:

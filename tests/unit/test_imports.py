@@ -48,6 +48,7 @@ def never(place: str, *packages: str) -> Callable[[Import], bool]:
 # The package from the ground up: a part imports those before it, never one behind it, so there is no circle of parts.
 LAYERS = (
     "errors",
+    "rank_environment",
     "topology",
     "utils",
     "communicator",

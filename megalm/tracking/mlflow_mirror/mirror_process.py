@@ -27,6 +27,7 @@ from megalm.errors import ConfigError, MegalmError
 from megalm.runs.metrics_log import METRICS_FILE
 from megalm.tracking.mlflow_mirror import run_facts
 from megalm.tracking.mlflow_mirror.sync import MlflowSync, Sent
+from megalm.utils.stop_signals import STOP_SIGNALS
 
 LOG_FILE = "mlflow.log"
 LOCK_FILE = "mlflow.lock"
@@ -36,7 +37,7 @@ _LONGEST_BACK_OFF_SECONDS = 30.0
 # How long the mirror keeps trying after its training process has ended.
 _DEADLINE_SECONDS = 60.0
 # Slurm sends a job's signals to all its processes; the mirror ignores them, since it must still report the run's end.
-_SIGNALS_OF_THE_JOB = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS_OF_THE_JOB = (*STOP_SIGNALS, signal.SIGUSR2)
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ARROW_NUM_THREADS")
 
 logger = logging.getLogger(__name__)

@@ -25,6 +25,7 @@ import psutil
 
 from megalm.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_START_AGAIN, MegalmError, OtherRankFailed
 from megalm.train.lifecycle.time_limits import TimeLimits, write_stacks
+from megalm.utils.stop_signals import respected_stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ class RankSupervisor:
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 as a flag that the loop reads at step boundaries.
+    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP as a flag that the loop reads at step boundaries.
 
     Args:
         grace_seconds: after a signal, a rank without progress for this long (or twice its longest gap so far, if that
@@ -211,7 +212,7 @@ class StopRequest:
         self._heard = threading.Event()
 
     def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in respected_stop_signals():
             signal.signal(number, self._handle)
 
     def reached_boundary(self) -> None:
