@@ -41,13 +41,13 @@ class CheckpointReader:
         """Whether the checkpoint has masters but no moments, as an imported model does."""
         return self.manifest.holds == WEIGHTS
 
-    def verify(self, part: int = 0, parts: int = 1, tell: Callable[[], None] = lambda: None) -> str:
+    def verify(self, part: int = 0, parts: int = 1, on_progress: Callable[[], None] = lambda: None) -> str:
         """Check every `parts`-th file from `part` against its SHA-256; return the first mismatch in words, or ''.
 
         Args:
-            tell: called after each `HASH_BLOCK_BYTES` read, and after the rest of a file.
+            on_progress: called after each `HASH_BLOCK_BYTES` read, and after the rest of a file.
         """
-        return damaged_file(self.path, self.manifest, part, parts, tell)
+        return damaged_file(self.path, self.manifest, part, parts, on_progress)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.manifest.tensors.items()}
@@ -60,10 +60,10 @@ class CheckpointReader:
         """
         entry = self.manifest.tensors.get(key.name)
         if entry is None:
-            raise CheckpointError(f"{self.path} has no parameter {key.name}; it is of another model")
+            raise CheckpointError(f"{self.path} has no parameter {key.name}; it belongs to another model")
         if entry.shape != key.shape:
             raise CheckpointError(
-                f"{self.path}: {key.name} has shape {entry.shape}, the model's has {key.shape}; it is of another model"
+                f"{self.path}: {key.name} has shape {entry.shape}, here {key.shape}; it belongs to another model"
             )
         result = torch.empty(key.stop - key.start)
         covered = 0
@@ -80,7 +80,7 @@ class CheckpointReader:
                 covered += place.numel()
         if covered != key.stop - key.start:
             raise CheckpointError(
-                f"{self.path}: {covered} of {key.stop - key.start} values of {tensor_name(key)} found"
+                f"{self.path} has only {covered} of the {key.stop - key.start} values of {tensor_name(key)}"
             )
         return result
 
@@ -105,7 +105,9 @@ class CheckpointReader:
             first < last <= size for (first, last), size in zip(sides, wanted.shape, strict=True)
         )
         if not fits or not stored.start <= stored.stop <= count:
-            raise CheckpointError(f"{self.path}: {tensor_name(wanted)} has a part outside of it; {advice(self.path)}")
+            raise CheckpointError(
+                f"{self.path}: {tensor_name(wanted)} has a fragment outside its shape; {advice(self.path)}"
+            )
         return replace(wanted, start=stored.start, stop=stored.stop, rectangle=sides)
 
     def _stored(self, file: str, name: str, length: int) -> Tensor:
@@ -115,7 +117,7 @@ class CheckpointReader:
             CheckpointError: the file is not in the manifest, cannot be read, or its tensor has another dtype or length.
         """
         if file not in self.manifest.files:
-            raise CheckpointError(f"{self.path}: {name} is said to be in {file}, which is none of its files")
+            raise CheckpointError(f"{self.path}: the manifest places {name} in {file}, which is not among its files")
         try:
             if file not in self._files:
                 self._files[file] = safe_open(self.path / file, framework="pt")

@@ -148,7 +148,7 @@ class CheckpointWriter:
         elif self._ranks.is_main:
             write_durably(path.with_name(BEST), f"{path.name}\n".encode())
 
-    def rehearse(self, folder: Path, fragments: Iterable[HasFragment], facts: dict[str, Any]) -> None:
+    def preflight(self, folder: Path, fragments: Iterable[HasFragment], facts: dict[str, Any]) -> None:
         """For preflight: write a checkpoint to `folder` the same way as a real save, then remove it."""
         write = CheckpointWrite(
             folder, 0, self._held(fragments), facts, [], self._ranks, asynchronous=self._host is not None
@@ -179,7 +179,7 @@ class CheckpointWriter:
         try:
             self._pruned += tuple(path.name for path in prune(self._checkpoints, self._retention, self._origin))
         except OSError as error:
-            self._notice = f"an old checkpoint cannot be deleted: {error}"
+            self._notice = f"cannot delete an old checkpoint: {error}"
 
     def _prune_when_complete(self) -> None:
         self._origin = None

@@ -17,14 +17,14 @@ from megalm.utils.atomic_files import sync_directory, write_atomically
 
 
 def write_weights(
-    reader: CheckpointReader, target: Path, dtype: torch.dtype, tell: Callable[[], None] = lambda: None
+    reader: CheckpointReader, target: Path, dtype: torch.dtype, on_progress: Callable[[], None] = lambda: None
 ) -> int:
     """Write the fp32 masters to `target`, rounded to `dtype` (fp32 or bf16); return the bytes written.
 
     The file is complete or absent. One parameter is in memory at a time, whatever layout wrote the checkpoint.
 
     Args:
-        tell: called after each parameter.
+        on_progress: called after each parameter.
 
     Raises:
         CheckpointError: a parameter is incomplete, or a file cannot be read.
@@ -36,7 +36,7 @@ def write_weights(
     def wholes() -> Iterator[Tensor]:
         for name, shape in shapes.items():
             yield read_whole(reader, name, shape)
-            tell()
+            on_progress()
 
     write_atomically(target, lambda file: write_tensors(file, entries, wholes()))
     sync_directory(target.parent)
@@ -61,8 +61,7 @@ def read_finite(reader: CheckpointReader, name: str, shape: tuple[int, ...]) -> 
     found = read_whole(reader, name, shape)
     if not is_finite(found):
         raise CheckpointError(
-            f"{reader.path}: {name} has numbers that are not finite; the run had gone wrong by then, choose an earlier "
-            "checkpoint"
+            f"{reader.path}: {name} has NaN or infinite values; choose a checkpoint from before the run diverged"
         )
     return found
 

@@ -34,14 +34,14 @@ def different_shapes(first: CheckpointReader, second: CheckpointReader) -> list[
 
 
 def largest_differences(
-    first: CheckpointReader, second: CheckpointReader, tell: Callable[[], None] = lambda: None
+    first: CheckpointReader, second: CheckpointReader, on_progress: Callable[[], None] = lambda: None
 ) -> dict[str, dict[FragmentKind, float]]:
     """Return model part (`layers.3`) -> kind -> largest absolute difference, over the parameters that both have.
 
     One parameter of each checkpoint is in memory at a time. NaN on one side only counts as infinitely far apart.
 
     Args:
-        tell: called after each parameter of the first checkpoint.
+        on_progress: called after each parameter of the first checkpoint.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -55,7 +55,7 @@ def largest_differences(
             for kind in kinds:
                 key = FragmentKey(name, kind, shape, 0, math.prod(shape))
                 row[kind] = max(row[kind], _distance(first, second, key))
-        tell()
+        on_progress()
     return result
 
 

@@ -120,7 +120,7 @@ def resume_candidates(checkpoints: Path, wanted: str, origin: ResumedFrom | None
     by_preference = [*ranks[None], *ranks["good"], *ranks["suspect"]]
     if newest_first and not by_preference:
         raise CheckpointError(
-            f"every checkpoint in {checkpoints} is marked bad; undo one with megalm checkpoint mark-bad --good PATH"
+            f"every checkpoint in {checkpoints} is marked bad; clear a mark with megalm checkpoint mark-bad --good PATH"
         )
     return by_preference
 
@@ -149,7 +149,7 @@ def first_whole(checkpoints: Path, wanted: str) -> tuple[Path | None, list[str]]
         problems.append(problem)
         passed.append(without_advice(problem, entry.path))
     if problems:
-        raise CheckpointError(f"no checkpoint in {checkpoints} can be used: {'; '.join(problems)}")
+        raise CheckpointError(f"no checkpoint in {checkpoints} is usable: {'; '.join(problems)}")
     return None, []
 
 
@@ -167,16 +167,18 @@ def _named(checkpoints: Path, wanted: str) -> Entry:
             manifest = read_manifest(path)
             if manifest.status == "bad":
                 raise CheckpointError(
-                    f"{path} is marked bad ({manifest.status_reason}); choose another, or undo it with "
+                    f"{path} is marked bad ({manifest.status_reason}); choose another, or clear the mark with "
                     f"megalm checkpoint mark-bad --good {path}"
                 )
             return Entry(path, manifest)
         if (path / "checkpoints").is_dir():
             others = _choices(complete_checkpoints(path / "checkpoints"))
-            raise CheckpointError(f"{path}: a run folder; name one of {path / 'checkpoints'}, {others}")
+            raise CheckpointError(f"{path} is a run folder; name a checkpoint in {path / 'checkpoints'} ({others})")
         if path.is_dir():
-            raise CheckpointError(f"{path}: not a complete checkpoint (no {MANIFEST}); {_choices(complete)}")
-    raise CheckpointError(f"no checkpoint {wanted!r} in {checkpoints} and no such folder; {_choices(complete)}")
+            raise CheckpointError(f"{path} is not a complete checkpoint, it has no {MANIFEST} ({_choices(complete)})")
+    raise CheckpointError(
+        f"there is no checkpoint {wanted!r} in {checkpoints} and no such folder ({_choices(complete)})"
+    )
 
 
 def _entry(path: Path) -> Entry:
@@ -207,11 +209,11 @@ def _with_origin(entries: list[Entry], origin: ResumedFrom) -> list[Entry]:
     found = sorted(entries, key=written)
     if not found or written(found[-1])[0] < origin.attempt:
         raise CheckpointError(
-            f"the run went on from {origin.path}, which is gone, and has saved nothing since; say what to go on from "
-            f"with --resume STEP or PATH: {_choices([entry.path for entry in entries])}"
+            f"the run resumed from {origin.path}, which is gone, and has not saved since; choose a checkpoint with "
+            f"--resume STEP or PATH ({_choices([entry.path for entry in entries])})"
         )
     return found
 
 
 def _choices(complete: list[Path]) -> str:
-    return f"complete ones: {', '.join(path.name for path in complete)}" if complete else "there is none yet"
+    return f"complete: {', '.join(path.name for path in complete)}" if complete else "none is complete"

@@ -56,8 +56,8 @@ def require_space(folder: Path, needed: int, make_room: Callable[[], None]) -> N
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise TrainingError(
-            f"{folder} has {format_bytes(free)} free, a checkpoint needs {format_bytes(needed)}; make room "
-            "(megalm checkpoint prune), or keep fewer with checkpoint.keep_last"
+            f"{folder} has {format_bytes(free)} free, a checkpoint needs {format_bytes(needed)}; free space "
+            "(megalm checkpoint prune), or keep fewer checkpoints (checkpoint.keep_last)"
         )
 
 
@@ -169,10 +169,10 @@ class CheckpointWrite:
             shutil.rmtree(self._partial, ignore_errors=True)
         if any(in_place for _, _, in_place in states):
             raise TrainingError(
-                f"checkpoint {self.path} is complete, but then: {problem}; --resume auto goes on from it"
+                f"checkpoint {self.path} is complete, but then failed: {problem}; --resume auto resumes from it"
             ) from work.error
         raise TrainingError(
-            f"checkpoint {self.path} was not written: {problem}; --resume auto goes on from the one before"
+            f"cannot write checkpoint {self.path}: {problem}; --resume auto resumes from the checkpoint before it"
         ) from work.error
 
     def _prepare(self, needed: int, make_room: Callable[[], None]) -> None:
@@ -187,8 +187,8 @@ class CheckpointWrite:
         files = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
         for source in self._copies:
             files[source.name] = _copy(source, self._partial / source.name)
-        stated = {**self._facts, "files": files, "tensors": _tensor_index(shards)}
-        write_manifest(self._partial, Manifest.from_json(stated))
+        content = {**self._facts, "files": files, "tensors": _tensor_index(shards)}
+        write_manifest(self._partial, Manifest.from_json(content))
         _put_in_place(self._partial, self.path)
         self._in_place = True
         write_durably(self.path.parent / LATEST, f"{self.path.name}\n".encode())

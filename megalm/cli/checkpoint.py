@@ -96,7 +96,7 @@ def verify_command(path: Path = typer.Argument(help="Checkpoint folder, or a run
         problem = _problem(entry)
         if not problem and entry.manifest is not None:
             with ProgressBar(f"checking {entry.path.name}", hashed_blocks(entry.manifest)) as counter:
-                problem = damaged_file(entry.path, entry.manifest, tell=counter.advance)
+                problem = damaged_file(entry.path, entry.manifest, on_progress=counter.advance)
         typer.echo(f"{entry.path}: {problem or 'every file is as it was written'}")
         problems += [problem] if problem else []
     if not entries:

@@ -52,9 +52,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())}); mend it") from None
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())}); fix it") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds no mapping of names to values; mend it")
+        raise ConfigError(f"{path} does not hold a mapping of names to values; fix it")
     return content
 
 
@@ -92,7 +92,7 @@ class RunFolder:
         return self.path / "resume.json"
 
     @property
-    def rehearsal(self) -> Path:
+    def preflight(self) -> Path:
         """The folder of the preflight checkpoint, written before step 1 and removed."""
         return self.path / "rehearsal"
 
@@ -205,11 +205,11 @@ def newest_run(root: Path, preset: str | None) -> str | None:
     return existing[-1].name if existing else None
 
 
-def weights_alone(checkpoint: Path) -> ConfigError:
+def weights_only_error(checkpoint: Path) -> ConfigError:
     """Return the error for resuming an imported model like a run."""
     return ConfigError(
-        f"{checkpoint} holds weights alone, no moments, data or schedule to go on with; start a run of its own from "
-        f"them: run.name=NEW --resume {checkpoint} --extend-steps N --extend-strategy weights"
+        f"{checkpoint} holds weights only, so no run can resume from it; start a new run with these weights: "
+        f"run.name=NEW --resume {checkpoint} --extend-steps N --extend-strategy weights"
     )
 
 
@@ -230,19 +230,15 @@ def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bo
             return RunFolder(_next_free(root, preset or _STEM))
         path = root / name
         if (checkpoint := RunFolder(path).imported) is not None:
-            raise weights_alone(checkpoint)
+            raise weights_only_error(checkpoint)
         if path.exists() and not resume and not RunFolder(path).never_started:
-            hint = (
-                "--resume auto goes on with it"
-                if complete_checkpoints(path / "checkpoints")
-                else "it has no checkpoint"
-            )
-            raise ConfigError(f"run {path} exists ({hint}); choose another run.name, or resume it")
+            resumable = "resume it with --resume auto, or " if complete_checkpoints(path / "checkpoints") else ""
+            raise ConfigError(f"run {path} exists; {resumable}choose another run.name")
         path.mkdir(exist_ok=True)
         return RunFolder(path)
     except OSError as error:
         raise ConfigError(
-            f"cannot make a run folder in {root}: {error}; set run.root to a place you can write"
+            f"cannot create a run folder in {root} ({error}); set run.root to a folder that you can write to"
         ) from error
 
 
@@ -250,7 +246,7 @@ def write_facts(folder: RunFolder, run: ResolvedRun, facts: Mapping[str, Any]) -
     """Write config.yaml, both DeepSpeed JSONs and environment.json; earlier ones of a resumed run are kept beside."""
     given = Path(run.deepspeed_source.path).read_bytes()  # it may be the folder's own
     for path in (*folder.config_files, folder.environment_json):
-        if path.exists():  # kept where it is too: a job that is killed here goes on with it
+        if path.exists():  # a copy, not a move: a job that is killed here resumes with it
             write_bytes_atomically(_next_old_name(path), path.read_bytes())
     folder.checkpoints.mkdir(exist_ok=True)
     folder.samples.mkdir(exist_ok=True)

@@ -100,7 +100,7 @@ class Evaluator:
         total = _Sums(*(sum(getattr(one, name) for one in each) for name in ("loss", "targets", "text_bytes")))
         return total.mean(TOTAL, parts)
 
-    def rehearse(self, engine: Evaluable) -> None:
+    def preflight(self, engine: Evaluable) -> None:
         """Preflight: evaluate one batch, to find out whether memory suffices."""
         for _, whole in list(self.sets.values())[:1]:
             engine.evaluate(whole.batch(0).micro_batches)

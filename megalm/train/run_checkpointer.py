@@ -97,10 +97,10 @@ class RunCheckpointer:
         if self._comm.is_main:
             write_manifest(path, with_evaluation(read_manifest(path), evaluation))
 
-    def rehearse(self, engine: Engine) -> None:
+    def preflight(self, engine: Engine) -> None:
         """Preflight: write a checkpoint beside the real ones and remove it."""
         facts = self._facts(engine.counters(), TrainingProgress())
-        self._writer.rehearse(self._folder.rehearsal, engine.fragments(), facts)
+        self._writer.preflight(self._folder.preflight, engine.fragments(), facts)
 
     def position(self, manifest: Manifest) -> TrainingProgress:
         """Return the progress at which this run continues from a checkpoint; the caller sets its schedule."""
@@ -165,7 +165,7 @@ class RunCheckpointer:
             self.restore(reader, engine, guard)
             return entry.path, self.position(manifest)
         raise TrainingError(
-            f"no good checkpoint in {self._folder.checkpoints} to go back to; write more of them "
+            f"{self._folder.checkpoints} has no good checkpoint to roll back to; save more often "
             "(checkpoint.interval_steps), or set guard.policy=skip"
         )
 

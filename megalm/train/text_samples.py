@@ -37,7 +37,7 @@ class SampleWriter:
     comm: Communicator
     reporter: RunConsole
 
-    def rehearse(self, engine: Engine) -> None:
+    def preflight(self, engine: Engine) -> None:
         """Preflight: generate one token of each text."""
         one = self.settings.model_copy(update={"max_new_tokens": 1})
         generate(engine, self.comm, self.tokenizer, one, self.sequence_length, self.seed)

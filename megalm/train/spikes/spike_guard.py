@@ -112,7 +112,7 @@ def _robust(values: Sequence[float]) -> tuple[float, float]:
     return median, _MAD_TO_SIGMA * statistics.median(abs(value - median) for value in values)
 
 
-Action = Literal["go on", "let pass", "skip", "rollback", "stop"]
+Action = Literal["continue", "let pass", "skip", "rollback", "stop"]
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class SpikeGuard:
             rollbacks: the number of rollbacks so far.
         """
         if result.verdict is None:  # an overflow at this loss scale, which says nothing about the model
-            return Verdict("go on")
+            return Verdict("continue")
         finding = result.verdict.finding
         if finding is None and result.refused:
             finding = Finding("loss", result.loss)  # another rank saw what this one did not
@@ -175,9 +175,9 @@ class SpikeGuard:
     def suspicion(self, step: int) -> str | None:
         """Return why a checkpoint of this step is suspect; None: it is good."""
         if self._refused_in_a_row:
-            return f"the last {self._refused_in_a_row} update(s) were refused as spikes"
+            return f"the guard refused the last {self._refused_in_a_row} update(s)"
         if self._let_pass_step is not None and step < self._let_pass_step + self._settings.window:
-            return f"a spike at step {self._let_pass_step} was let pass (guard.policy=off)"
+            return f"the guard let the spike at step {self._let_pass_step} pass (guard.policy=off)"
         return None
 
     def steps_of(self, rows: Iterable[Row], step: int) -> list[tuple[float, float]]:
@@ -213,7 +213,7 @@ class SpikeGuard:
             if self._refused_in_a_row <= settings.max_skips_in_a_row:
                 return Verdict("skip", finding)
             most = settings.max_skips_in_a_row
-            return Verdict("stop", finding, f"{most + 1} in a row (guard.max_skips_in_a_row={most})")
+            return Verdict("stop", finding, f"{most + 1} spikes in a row (guard.max_skips_in_a_row={most})")
         if settings.policy == "rollback":
             if rollbacks < settings.max_rollbacks:
                 return Verdict("rollback", finding)
@@ -226,9 +226,9 @@ class SpikeGuard:
         """Apply `guard.stop_above`: stop a run that does not learn."""
         limit = self._settings.stop_above
         if limit is None or step <= (self._settings.after_step or 0):
-            return Verdict("go on")
+            return Verdict("continue")
         median = self.history.median_loss(loss)
         if median <= limit:
-            return Verdict("go on")
+            return Verdict("continue")
         why = f"guard.stop_above={limit:g}, guard.after_step={self._settings.after_step}"
         return Verdict("stop", Finding("loss", loss, median, None, limit), why)

@@ -152,7 +152,7 @@ def test_off_gets_used_to_a_level_that_has_come_to_stay() -> None:
         after(guard, step, 3.0)
     actions = [after(guard, step, 5.0).action for step in range(11, 31)]
     assert actions[0] == "let pass"
-    assert actions[-1] == "go on"
+    assert actions[-1] == "continue"
 
 
 def test_a_resumed_run_remembers() -> None:
