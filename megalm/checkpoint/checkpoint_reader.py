@@ -1,4 +1,7 @@
-"""Read a checkpoint into any layout: a fragment is assembled from the stored fragments that overlap it."""
+"""Read a checkpoint into any layout, or consolidate it into one safetensors file of full parameters.
+
+A fragment is assembled from the stored fragments that overlap it.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalm.checkpoint.manifest import StoredFragment, advice, damaged_file, read_manifest, wrong_file
-from megalm.checkpoint.safetensors_file import tensor_name
-from megalm.checkpoint.shard_spec import WEIGHTS, FragmentKey
+from megalm.checkpoint.safetensors_file import TensorEntry, tensor_name, write_tensors
+from megalm.checkpoint.shard_spec import WEIGHTS, FragmentKey, FragmentKind
 from megalm.errors import CheckpointError
+from megalm.utils.atomic_files import sync_directory, write_atomically
 
 
 class CheckpointReader:
@@ -90,8 +94,48 @@ class CheckpointReader:
 
     def model(self) -> dict[str, Tensor]:
         """Return all fp32 parameters by canonical name."""
-        whole = {name: FragmentKey(name, "master", shape, 0, math.prod(shape)) for name, shape in self.shapes().items()}
-        return {name: self.read(key).view(key.shape) for name, key in whole.items()}
+        return {name: self.read_parameter(name, shape) for name, shape in self.shapes().items()}
+
+    def read_parameter(self, name: str, shape: tuple[int, ...], kind: FragmentKind = "master") -> Tensor:
+        """Read a full parameter, or one of its moments, in its shape; errors as for `read`."""
+        return self.read(FragmentKey(name, kind, shape, 0, math.prod(shape))).view(shape)
+
+    def read_finite(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """As `read_parameter`, but refuse NaN and infinity: a model with them fails elsewhere, or is wrong in silence.
+
+        Raises:
+            CheckpointError: as `read`, or the parameter has NaN or infinity.
+        """
+        found = self.read_parameter(name, shape)
+        if not is_finite(found):
+            raise CheckpointError(
+                f"{self.path}: {name} has NaN or infinite values; choose a checkpoint from before the run diverged"
+            )
+        return found
+
+    def write_weights(self, target: Path, dtype: torch.dtype, on_progress: Callable[[], None] = lambda: None) -> int:
+        """Write the fp32 masters to `target`, rounded to `dtype` (fp32 or bf16); return the bytes written.
+
+        The file is complete or absent. One parameter is in memory at a time, whatever layout wrote the checkpoint.
+
+        Args:
+            on_progress: called after each parameter.
+
+        Raises:
+            CheckpointError: as for `read`.
+            OSError: the target cannot be written.
+        """
+        shapes = self.shapes()
+        entries = [TensorEntry(name, shape, dtype) for name, shape in shapes.items()]
+
+        def parameters() -> Iterator[Tensor]:
+            for name, shape in shapes.items():
+                yield self.read_parameter(name, shape)
+                on_progress()
+
+        write_atomically(target, lambda file: write_tensors(file, entries, parameters()))
+        sync_directory(target.parent)
+        return target.stat().st_size
 
     def _key(self, wanted: FragmentKey, stored: StoredFragment) -> FragmentKey:
         """Return the key of a `stored` fragment of the `wanted` parameter.
@@ -129,6 +173,11 @@ class CheckpointReader:
                 f"{self.path / file}: {name} is {values.dtype} [{values.numel()}], the manifest says fp32 [{length}]"
             )
         return values.view(-1)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite. Uses min and max, which propagate NaN, so it allocates no mask."""
+    return all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
 
 
 # A fragment is a flat range of a rectangle, which splits into a few boxes: the end of a row, full rows, the start of a

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from megalm.checkpoint.discovery import BEST
 from megalm.checkpoint.retention import Retention, prune
-from megalm.checkpoint.save_transaction import CheckpointWrite, Ranks
+from megalm.checkpoint.save_transaction import CheckpointWrite
 from megalm.checkpoint.shard_spec import Fragment, HasFragment
+from megalm.communicator import Communicator
 from megalm.utils.atomic_files import write_durably
 
 
@@ -87,7 +88,12 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, checkpoints: Path, retention: Retention, ranks: Ranks, asynchronous: bool, origin: Path | None = None
+        self,
+        checkpoints: Path,
+        retention: Retention,
+        ranks: Communicator,
+        asynchronous: bool,
+        origin: Path | None = None,
     ) -> None:
         self._checkpoints = checkpoints
         self._retention = retention

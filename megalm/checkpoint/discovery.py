@@ -125,29 +125,20 @@ def resume_candidates(checkpoints: Path, wanted: str, origin: ResumedFrom | None
     return by_preference
 
 
-def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
-    """Return the first of `resume_candidates` whose files all have full size; None if nothing was ever saved.
+def first_whole(checkpoints: Path, wanted: str) -> tuple[Path | None, list[str]]:
+    """Return the first of `resume_candidates` whose files all have full size, and the problems of those before it.
 
     Raises:
         CheckpointError: as `resume_candidates`; or all candidates are damaged.
     """
-    return first_whole(checkpoints, wanted)[0]
-
-
-def first_whole(checkpoints: Path, wanted: str) -> tuple[Path | None, list[str]]:
-    """Return the result of `find_checkpoint`, and the problems of the preferred candidates that it skipped.
-
-    Raises:
-        CheckpointError: as `find_checkpoint`.
-    """
     problems: list[str] = []
-    passed: list[str] = []
+    skipped: list[str] = []
     for entry in resume_candidates(checkpoints, wanted):
         problem = entry.problem if entry.manifest is None else wrong_file(entry.path, entry.manifest)
         if not problem:
-            return entry.path, passed
+            return entry.path, skipped
         problems.append(problem)
-        passed.append(without_advice(problem, entry.path))
+        skipped.append(without_advice(problem, entry.path))
     if problems:
         raise CheckpointError(f"no checkpoint in {checkpoints} is usable: {'; '.join(problems)}")
     return None, []

@@ -176,7 +176,6 @@ def convert_command(
     import torch
 
     from megalm.checkpoint.checkpoint_reader import CheckpointReader
-    from megalm.checkpoint.consolidate import write_weights
 
     if output.exists():
         raise CheckpointError(f"{output} exists; name another file, or remove it")
@@ -186,7 +185,7 @@ def convert_command(
     verify(reader)
     stored, parameters = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype.value], len(reader.shapes())
     with ProgressBar("writing", parameters) as counter:
-        written = write_weights(reader, output, stored, counter.advance)
+        written = reader.write_weights(output, stored, counter.advance)
     typer.echo(f"{output}: {parameters} parameters of {reader.path} in {dtype.value}, {format_bytes(written)}")
 
 

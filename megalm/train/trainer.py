@@ -24,7 +24,7 @@ from megalm.planning.lr_schedule import rate_at
 from megalm.planning.recipe_claims import Quantity, expectations
 from megalm.planning.resolve import ResolvedRun
 from megalm.runs.metrics_log import MetricsWriter
-from megalm.train.console import RunConsole, StepLine
+from megalm.train.console import RunConsole
 from megalm.train.evaluator import TOTAL, Evaluation, Evaluator
 from megalm.train.lifecycle.shutdown import StopRequest
 from megalm.train.lifecycle.time_limits import TimeLimits
@@ -107,7 +107,11 @@ class MetricsRecorder:
                 f"MFU is above 100%, so the peak of {parts.peak_flops / 1e12:.2f} TFLOP/s is too low: a measured peak "
                 "suffers from other programs that run meanwhile; tokens/s are correct",
             )
-        parts.reporter.step(StepLine(position.step, result.loss, rate, result.grad_norm, tokens_per_second, mfu))
+        parts.reporter.step(
+            position.step,
+            f"loss {result.loss:.4f}  lr {rate:.2e}  grad {result.grad_norm:.2f}  {tokens_per_second:,.0f} tokens/s  "
+            f"MFU {mfu:.1%}",
+        )
         self._compare_with_document(position, "training_loss", lambda: parts.guard.history.median_loss(result.loss))
 
     def evaluation(self, position: TrainingProgress, result: Evaluation, whole: bool) -> None:
