@@ -69,7 +69,7 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{self.path}: {key.name} has shape {entry.shape}, here {key.shape}; it belongs to another model"
             )
-        result = torch.empty(key.stop - key.start)
+        result = torch.empty(key.count)
         covered = 0
         wanted = chunks_of(key)
         for stored in (each for each in entry.fragments if each.kind == key.kind):
@@ -82,15 +82,13 @@ class CheckpointReader:
                 place = target.view(result, first, last)
                 place.copy_(source.view(values, first, last))
                 covered += place.numel()
-        if covered != key.stop - key.start:
-            raise CheckpointError(
-                f"{self.path} has only {covered} of the {key.stop - key.start} values of {tensor_name(key)}"
-            )
+        if covered != key.count:
+            raise CheckpointError(f"{self.path} has only {covered} of the {key.count} values of {tensor_name(key)}")
         return result
 
     def read_weights(self, key: FragmentKey) -> Tensor:
         """As `read`, but moments are zeros: for starting from the weights alone."""
-        return self.read(key) if key.kind == "master" else torch.zeros(key.stop - key.start)
+        return self.read(key) if key.kind == "master" else torch.zeros(key.count)
 
     def model(self) -> dict[str, Tensor]:
         """Return all fp32 parameters by canonical name."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megalm.checkpoint.discovery import BEST
 from megalm.checkpoint.retention import Retention, prune
@@ -35,7 +34,7 @@ class HostStaging:
     def take(self, fragments: Iterable[HasFragment]) -> list[Fragment]:
         """Return fp32 copies of `fragments`; overwrites the copies of earlier calls."""
         sources = list(fragments)
-        total = sum(fragment.key.stop - fragment.key.start for fragment in sources)
+        total = sum(fragment.key.count for fragment in sources)
         # Other kinds read their tensor from disk on access, so each is accessed only once.
         on_device = any(fragment.tensor.is_cuda for fragment in sources if isinstance(fragment, Fragment))
         if self._buffer.numel() < total:
@@ -43,18 +42,13 @@ class HostStaging:
         copies: list[Fragment] = []
         offset = 0
         for fragment in sources:
-            length = fragment.key.stop - fragment.key.start
-            copy = self._buffer.narrow(0, offset, length)
-            copy.copy_(_flat(fragment.tensor), non_blocking=True)
+            copy = self._buffer.narrow(0, offset, fragment.key.count)
+            copy.copy_(fragment.tensor.detach().reshape(-1), non_blocking=True)
             copies.append(Fragment(fragment.key, copy))
-            offset += length
+            offset += fragment.key.count
         if on_device:
             torch.cuda.synchronize()
         return copies
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 def list_checkpoints(checkpoints: Path) -> list[Entry]:
     """Return all complete checkpoints: those without a readable manifest first, then the others in write order."""
-    entries = [_entry(path) for path in complete_checkpoints(checkpoints)]
+    entries = [read_entry(path) for path in complete_checkpoints(checkpoints)]
     return sorted(entries, key=_written)
 
 
@@ -172,7 +172,8 @@ def _named(checkpoints: Path, wanted: str) -> Entry:
     )
 
 
-def _entry(path: Path) -> Entry:
+def read_entry(path: Path) -> Entry:
+    """Read a complete checkpoint's manifest; an unreadable one is the entry's problem."""
     try:
         return Entry(path, read_manifest(path))
     except CheckpointError as error:
@@ -191,7 +192,7 @@ def _with_origin(entries: list[Entry], origin: ResumedFrom) -> list[Entry]:
         CheckpointError: the origin is gone, and nothing was written after it.
     """
     if not any(origin.is_at(entry.path) for entry in entries) and (origin.path / MANIFEST).is_file():
-        entries = [*entries, _entry(origin.path)]
+        entries = [*entries, read_entry(origin.path)]
 
     def written(entry: Entry) -> tuple[int, int]:
         # Before everything the attempt wrote: an origin from another run can have a later step.

@@ -39,7 +39,7 @@ _RANK_BYTES = 64 << 10
 
 def bytes_needed(fragments: Sequence[HasFragment]) -> int:
     """Return the estimated size of this rank's part of a checkpoint, from shapes alone."""
-    return _RANK_BYTES + sum(4 * (fragment.key.stop - fragment.key.start) + _FRAGMENT_BYTES for fragment in fragments)
+    return _RANK_BYTES + sum(4 * fragment.key.count + _FRAGMENT_BYTES for fragment in fragments)
 
 
 def require_space(folder: Path, needed: int, make_room: Callable[[], None]) -> None:

@@ -20,6 +20,7 @@ from megalm.checkpoint.discovery import (
     LATEST,
     Entry,
     list_checkpoints,
+    read_entry,
     read_pointer,
     resolve_pointer,
     step_folders,
@@ -90,7 +91,9 @@ def show_command(path: Path = typer.Argument(help="Checkpoint folder, or a run f
 def verify_command(path: Path = typer.Argument(help="Checkpoint folder, or a run folder for all of its.")) -> None:
     """Hash every file and compare it with what the manifest says."""
     path = resolve_pointer(path)
-    entries = [_entry(path)] if (path / MANIFEST).exists() else list_checkpoints(find_run(str(path)) / "checkpoints")
+    entries = (
+        [read_entry(path)] if (path / MANIFEST).exists() else list_checkpoints(find_run(str(path)) / "checkpoints")
+    )
     problems = []
     for entry in entries:
         problem = _problem(entry)
@@ -193,13 +196,6 @@ def _account(path: Path, manifest: Manifest) -> dict[str, Any]:
     """The manifest, with the configuration that is kept beside it."""
     kept = {"config": read_mapping(path / CONFIG_FILE), "deepspeed": read_mapping(path / DEEPSPEED_FILE)}
     return {**manifest.content, **kept}
-
-
-def _entry(path: Path) -> Entry:
-    try:
-        return Entry(path, read_manifest(path))
-    except CheckpointError as error:
-        return Entry(path, None, str(error))
 
 
 def _problem(entry: Entry) -> str:

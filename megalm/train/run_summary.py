@@ -220,7 +220,9 @@ def scale_facts(run: ResolvedRun, shape: ModelConfig, data: RunData) -> dict[str
 
 def final_summary(folder: RunFolder, run: ResolvedRun, invocation: ResumeCommand, page: Path | None = None) -> str:
     """Return the text on where everything is, and the next commands to try."""
-    prompt, path = _quoted(_first_line(run.config.sample.prompts)), shlex.quote(str(folder.path))
+    lines = "\n".join(run.config.sample.prompts).splitlines()
+    # The first line alone: an escaped newline would reach the command as two characters.
+    prompt, path = _quoted(next(filter(str.strip, lines), "The ")), shlex.quote(str(folder.path))
     steps = 2 * run.config.train.steps
     rows = [
         *([("report", str(page))] if page is not None else []),
@@ -230,8 +232,8 @@ def final_summary(folder: RunFolder, run: ResolvedRun, invocation: ResumeCommand
         ("train longer", invocation.shell("--resume", "auto", f"train.steps={steps}")),
         ("your own data", 'README.md, "Train on your own text"'),
     ]
-    lines = [f"everything is in {folder.path}: metrics.jsonl, log.txt, checkpoints/, samples/"]
-    return "\n".join(["", *lines, *(f"  {name:<13} {command}" for name, command in rows)])
+    where = f"everything is in {folder.path}: metrics.jsonl, log.txt, checkpoints/, samples/"
+    return "\n".join(["", where, *(f"  {name:<13} {command}" for name, command in rows)])
 
 
 def _where_mlflow_is(root: Path) -> str:
@@ -242,8 +244,3 @@ def _where_mlflow_is(root: Path) -> str:
 def _quoted(text: str) -> str:
     """Return `text` quoted for a shell, in double quotes if nothing in it is special there."""
     return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
-
-
-def _first_line(prompts: tuple[str, ...]) -> str:
-    """Return the first line of the first prompt: an escaped newline would reach the command as two characters."""
-    return next((line for prompt in prompts for line in prompt.splitlines() if line.strip()), "The ")
