@@ -34,7 +34,7 @@ from megalm.checkpoint.manifest import (
     set_status,
     wrong_file,
 )
-from megalm.checkpoint.retention import Retention, prune, superfluous
+from megalm.checkpoint.retention import Retention, prune
 from megalm.cli.find_run import checkpoint_at, find_run, verify
 from megalm.cli.options import Precision
 from megalm.errors import CheckpointError
@@ -155,14 +155,7 @@ def prune_command(
 ) -> None:
     """Delete old checkpoints. The best one stays, and suspect and bad ones newer than what is kept."""
     checkpoints = find_run(run) / "checkpoints"
-    retention = Retention(keep_last, keep_every)
-    if dry_run:
-        gone = [
-            entry.path
-            for entry in superfluous(list_checkpoints(checkpoints), retention, read_pointer(checkpoints, BEST))
-        ]
-    else:
-        gone = prune(checkpoints, retention)
+    gone = prune(checkpoints, Retention(keep_last, keep_every), dry_run=dry_run)
     for path in gone:
         typer.echo(f"{path}: {'would go' if dry_run else 'deleted'}")
     if not gone:
