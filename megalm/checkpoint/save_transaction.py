@@ -163,7 +163,7 @@ class CheckpointWrite:
             shutil.rmtree(self._partial, ignore_errors=True)
         if any(in_place for _, _, in_place in states):
             raise TrainingError(
-                f"checkpoint {self.path} is complete, but then failed: {problem}; --resume auto resumes from it"
+                f"checkpoint {self.path} is complete, but a later step failed: {problem}; --resume auto resumes from it"
             ) from error
         raise TrainingError(
             f"cannot write checkpoint {self.path}: {problem}; --resume auto resumes from the checkpoint before it"

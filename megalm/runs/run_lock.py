@@ -78,7 +78,7 @@ class RunLock:
         if not seen or seen.startswith(f"host {decided_host},"):
             return False
         deadline = time.monotonic() + _PATIENCE_BEATS * self._beat_seconds
-        log.warning("%s names %s; waiting to see whether that job is alive", self._path, seen)
+        log.warning("%s names %s; checking whether that job is alive", self._path, seen)
         while time.monotonic() < deadline:
             time.sleep(self._beat_seconds / 2)
             now = self._read()

@@ -177,7 +177,7 @@ def opening_facts(
         rows.append(
             (
                 "unigram entropy",
-                f"{data.unigram_entropy:.2f} nats per token, the loss of knowing only how frequent tokens are",
+                f"{data.unigram_entropy:.2f} nats per token, the loss of a model that only knows token frequencies",
             )
         )
     return rows

@@ -337,8 +337,8 @@ class Trainer:
             return False
         self.event("early_stop", best_loss=self.position.best_loss)
         self.parts.reporter.info(
-            f"step {self.position.step}: the run ends, no validation loss below {self.position.best_loss:.4f} in "
-            f"{patience} validations (evaluate.patience)"
+            f"step {self.position.step}: the last {patience} validations have no loss below "
+            f"{self.position.best_loss:.4f} (evaluate.patience); the run ends"
         )
         return True
 
