@@ -49,8 +49,8 @@ class RunLock:
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise ConfigError(
-                f"{self._path} cannot be written ({error.strerror}): look at its owner and rights, or choose "
-                "another run.name or run.root"
+                f"cannot write {self._path} ({error.strerror}); check its owner and permissions, or choose another "
+                "run.name or run.root"
             ) from None
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,7 +78,7 @@ class RunLock:
         if not seen or seen.startswith(f"host {decided_host},"):
             return False
         deadline = time.monotonic() + _PATIENCE_BEATS * self._beat_seconds
-        log.warning("%s was held by %s; looking whether that job is alive", self._path, seen)
+        log.warning("%s names %s; checking whether that job is alive", self._path, seen)
         while time.monotonic() < deadline:
             time.sleep(self._beat_seconds / 2)
             now = self._read()
@@ -105,13 +105,12 @@ class RunLock:
             try:
                 self._write(beat)
             except OSError:  # a lost file system shows elsewhere; a full disk does not prevent overwriting
-                log.debug("the lock's count cannot be written", exc_info=True)
+                log.debug("cannot write the heartbeat of the run lock", exc_info=True)
 
     def _refusal(self) -> ConfigError:
         holder = self._read().rpartition("; beat")[0]
         os.close(self._descriptor)
         self._descriptor = -1
         return ConfigError(
-            f"run {self._path.parent} is being trained by another job ({holder}); wait for it, stop it, or choose "
-            "another run.name"
+            f"another job ({holder}) trains run {self._path.parent}; wait for it, stop it, or choose another run.name"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,12 @@ def config_changes(folder: RunFolder, run: ResolvedRun, saved: RunConfig) -> lis
         ConfigError: a file in the folder is damaged.
     """
     original = folder.deepspeed_json
-    lines = [f"what is not stated now is as in {folder.config_yaml}"]
-    before, now = (_values(it) for it in (saved, run.config))
+    lines = [f"other settings come from {folder.config_yaml}"]
+    before, now = (_values(config) for config in (saved, run.config))
     lines += [
         f"{external_name(key)} was {shown(before[key])}, is {shown(value)} ({run.sources[key]})"
         for key, value in now.items()
-        if value != before[key] and not key.startswith(_NOT_COMPARED)
+        if not key.startswith(_NOT_COMPARED) and value != before[key]
     ]
     if original.is_file():
         there, here = flatten_mapping(read_json(original)), flatten_mapping(read_json(Path(run.deepspeed_source.path)))
@@ -118,11 +119,5 @@ def config_changes(folder: RunFolder, run: ResolvedRun, saved: RunConfig) -> lis
 
 
 def _values(config: RunConfig) -> dict[str, Any]:
-    found = {}
     values = config.model_dump(mode="json")
-    for key in leaf_fields(RunConfig):
-        value: Any = values
-        for part in key.split("."):
-            value = value[part]
-        found[key] = value
-    return found
+    return {key: reduce(lambda section, name: section[name], key.split("."), values) for key in leaf_fields(RunConfig)}

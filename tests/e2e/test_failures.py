@@ -78,7 +78,7 @@ def test_the_rank_that_failed_has_the_last_word(small_data: SmallData, tmp_path:
     assert finished.code == 1, finished.explain()
     assert finished.left == []
     said = own_lines(finished.stderr)
-    assert said[0].startswith("megalm: rank 1 "), finished.explain()
+    assert said[0].startswith("megalm: error: rank 1 "), finished.explain()
     assert said[1] == "Traceback (most recent call last):"
     assert finished.stderr.count("Traceback") == 1, finished.explain()
     assert "train_step" in finished.stderr

@@ -88,9 +88,9 @@ STATES: dict[str, tuple[list[Row], dict[str, str], str, tuple[object, ...]]] = {
     ),
     "failed before it began": (
         [],
-        {"failures/attempt-1.txt": "megalm: data: no such file"},
+        {"failures/attempt-1.txt": "megalm: error: no such file"},
         "failed",
-        ("megalm: data: no such file",),
+        ("megalm: error: no such file",),
     ),
     "learnt no more": (
         [START, *STEPS[:9], event("early_stop", 9, best_loss=2.0), event("end", 9, status="finished", exit_code=0)],
