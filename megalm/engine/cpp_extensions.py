@@ -6,7 +6,6 @@ torch guards a build with a file named `lock`, and waits forever if the process 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.errors import ConfigError
+from megalm.utils.file_lock import take_lock
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +77,7 @@ def compiling_alone(name: str) -> Iterator[None]:
     from torch.utils.cpp_extension import _get_build_directory
 
     folder = Path(_get_build_directory(name, verbose=False))
-    with (folder / "megalm.lock").open("a") as ours:
-        with contextlib.suppress(OSError):  # a file system without locks: rely on torch's lock alone
-            fcntl.flock(ours, fcntl.LOCK_EX)
+    with take_lock(folder / "megalm.lock"):  # on a file system without locks, torch's lock alone remains
         theirs = folder / "lock"
         while theirs.exists():
             if not _is_open(theirs):

@@ -6,7 +6,6 @@ A sub-group's tensors are empty unless it is swapped in. Sub-groups of less than
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import socket
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from megalm.checkpoint.shard_spec import FragmentKey
 from megalm.errors import ConfigError
+from megalm.utils.file_lock import take_lock
 from megalm.utils.formatting import format_bytes
 
 
@@ -100,13 +100,12 @@ class SwapFolder:
         base = Path(stated).expanduser()
         try:
             base.mkdir(parents=True, exist_ok=True)
-            with _locked(base):  # a folder that is created but not yet locked looks abandoned
+            with take_lock(base, is_folder=True):  # a folder that is created but not yet locked looks abandoned
                 for left in base.glob(f"megalm-{socket.gethostname()}-*"):
                     _remove_if_left(left)
                 _require_space(base, stated, needed)
                 self.path = Path(tempfile.mkdtemp(prefix=f"megalm-{socket.gethostname()}-{os.getpid()}-", dir=base))
-                self._lock = os.open(self.path, os.O_RDONLY)
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                self._lock = take_lock(self.path, is_folder=True)
             _require_direct_io(self.path)
         except OSError as error:
             raise ConfigError(
@@ -116,31 +115,17 @@ class SwapFolder:
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+        self._lock.release()
 
 
 def _remove_if_left(folder: Path) -> None:
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # another user's, or gone
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:
-        pass  # its process is alive
-    finally:
-        os.close(handle)
+    """Remove the folder if its process has ended; without locks nobody knows, so it stays."""
+    with (
+        contextlib.suppress(OSError),  # its process is alive, or it is another user's, or gone
+        take_lock(folder, wait_seconds=0.0, is_folder=True) as lock,
+    ):
+        if lock.in_kernel:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _require_space(base: Path, stated: str, needed: int) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import getpass
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from megalm.tracking.mlflow_mirror.store import RUNNING, MetricValue
+from megalm.utils.file_lock import take_lock
 
 # Make requests to a dead server fail within seconds: the mirror's own loop does the waiting. User settings are kept.
 for _name, _value in {
@@ -38,9 +37,7 @@ class MlflowStore:
             self._client = mlflow.MlflowClient(tracking_uri=tracking_uri)
             return
         # Two runs started together would both create the tables of a new SQLite store.
-        with open(root / "mlflow.db.lock", "a") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with take_lock(root / "mlflow.db.lock"):
             if not (root / "mlflow.db").exists():
                 _create_store(root)
             self._client = mlflow.MlflowClient(tracking_uri=tracking_uri)

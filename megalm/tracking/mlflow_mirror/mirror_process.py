@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import logging
 import os
 import select
@@ -27,6 +26,7 @@ from megalm.errors import ConfigError, MegalmError
 from megalm.runs.metrics_log import METRICS_FILE
 from megalm.tracking.mlflow_mirror import run_facts
 from megalm.tracking.mlflow_mirror.sync import MlflowSync, Sent
+from megalm.utils.file_lock import take_lock
 
 LOG_FILE = "mlflow.log"
 LOCK_FILE = "mlflow.lock"
@@ -190,20 +190,13 @@ def _only_mirror(run_dir: Path, patience_seconds: float) -> Iterator[None]:
     """Allow one mirror per run folder: two would send the same rows and overwrite each other's state."""
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: no such run folder; name one under run.root")
-    deadline = time.monotonic() + patience_seconds
-    with open(run_dir / LOCK_FILE, "a") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise ConfigError(
-                        f"{run_dir}: its mirror is at work on it; it sends everything when training ends"
-                    ) from None
-                time.sleep(0.5)
-            except OSError:
-                break  # a file system without locks (some NFS, Lustre): continue unguarded
+    try:
+        lock = take_lock(run_dir / LOCK_FILE, patience_seconds)
+    except BlockingIOError:
+        raise ConfigError(
+            f"{run_dir}: its mirror is running and sends everything when training ends; wait for it"
+        ) from None
+    with lock:
         yield
 
 
