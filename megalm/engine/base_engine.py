@@ -204,7 +204,7 @@ class EngineBase:
         parameters = dict(part.named_parameters())
         shards = {name: shard_of(parameter) for name, parameter in parameters.items()}
         self._owned = [parameter for name, parameter in parameters.items() if shards[name].is_owner]
-        for name, parameter in parameters.items():  # DeepSpeed counts what has this mark in the gradient norm
+        for name, parameter in parameters.items():  # DeepSpeed counts marked parameters in the gradient norm
             parameter.tensor_model_parallel = shards[name].is_owner  # type: ignore[attr-defined]
         settings = copy.deepcopy(settings)  # DeepSpeed modifies its argument
         offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}

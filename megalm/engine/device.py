@@ -34,7 +34,7 @@ def tune_malloc() -> None:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
-        log.debug("no mallopt here: freed memory goes back to the system")
+        log.debug("no mallopt: freed memory returns to the system")
         return
     mallopt(ctypes.c_int(_M_MMAP_MAX), ctypes.c_int(0))  # allocate everything from the heap
     mallopt(ctypes.c_int(_M_TRIM_THRESHOLD), ctypes.c_int(-1))  # and never shrink it
@@ -145,8 +145,8 @@ def claim_device(ranks: RankFacts) -> torch.device:
         return torch.device("cpu")
     if ranks.local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"rank {ranks.rank} wants GPU {ranks.local_rank} but this node has {torch.cuda.device_count()}; "
-            "start one rank a GPU (--num_gpus)"
+            f"rank {ranks.rank} needs GPU {ranks.local_rank}, but this node has {torch.cuda.device_count()}; "
+            "start one rank per GPU (--num_gpus)"
         )
     torch.cuda.set_device(ranks.local_rank)
     return torch.device("cuda", ranks.local_rank)

@@ -89,28 +89,28 @@ class SwapFolder:
     kernel lock on it, not by a process id, which means nothing in another container.
 
     Args:
-        stated: the configured `nvme_path`.
+        nvme_path: the configured `nvme_path`.
         needed: bytes for all ranks of this machine.
 
     Raises:
         ConfigError: the folder cannot be created, has too little space, or its file system has no direct I/O.
     """
 
-    def __init__(self, stated: str, needed: int) -> None:
-        base = Path(stated).expanduser()
+    def __init__(self, nvme_path: str, needed: int) -> None:
+        base = Path(nvme_path).expanduser()
         try:
             base.mkdir(parents=True, exist_ok=True)
             with take_lock(base, is_folder=True):  # a folder that is created but not yet locked looks abandoned
-                for left in base.glob(f"megalm-{socket.gethostname()}-*"):
-                    _remove_if_left(left)
-                _require_space(base, stated, needed)
+                for folder in base.glob(f"megalm-{socket.gethostname()}-*"):
+                    _remove_if_abandoned(folder)
+                _require_space(base, nvme_path, needed)
                 self.path = Path(tempfile.mkdtemp(prefix=f"megalm-{socket.gethostname()}-{os.getpid()}-", dir=base))
                 self._lock = take_lock(self.path, is_folder=True)
             _require_direct_io(self.path)
         except OSError as error:
             raise ConfigError(
-                f"offload_optimizer.nvme_path={stated} cannot be used ({error.strerror}); name a folder of an NVMe "
-                "disk that you can write"
+                f"offload_optimizer.nvme_path={nvme_path} cannot be used ({error.strerror}); name a writable "
+                "folder on an NVMe disk"
             ) from None
 
     def remove(self) -> None:
@@ -118,8 +118,8 @@ class SwapFolder:
         self._lock.release()
 
 
-def _remove_if_left(folder: Path) -> None:
-    """Remove the folder if its process has ended; without locks nobody knows, so it stays."""
+def _remove_if_abandoned(folder: Path) -> None:
+    """Remove the folder if its process has ended; without locks this is unknown, so it stays."""
     with (
         contextlib.suppress(OSError),  # its process is alive, or it is another user's, or gone
         take_lock(folder, wait_seconds=0.0, is_folder=True) as lock,
@@ -128,12 +128,12 @@ def _remove_if_left(folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _require_space(base: Path, stated: str, needed: int) -> None:
+def _require_space(base: Path, nvme_path: str, needed: int) -> None:
     free = shutil.disk_usage(base).free
     if free < needed:
         raise ConfigError(
-            f"offload_optimizer.nvme_path={stated} has {format_bytes(free)} free, the states of this machine's "
-            f"ranks need {format_bytes(needed)}; name a larger disk, or use more ranks"
+            f"offload_optimizer.nvme_path={nvme_path} has {format_bytes(free)} free, but the optimizer states of this "
+            f"machine's ranks need {format_bytes(needed)}; name a larger disk, or use more ranks"
         )
 
 

@@ -59,7 +59,7 @@ class PipelineEngine(EngineBase):
         self._clock = model.context.clock
         self._pipeline = groups.pipeline
         # Every tensor-parallel rank of the last stage has the same loss: only the first reports it.
-        self._tells_loss = model.is_last and groups.tensor.index == 0
+        self._reports_loss = model.is_last and groups.tensor.index == 0
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         model, engine, data = self._model, self._engine, self._data
@@ -133,7 +133,7 @@ class PipelineEngine(EngineBase):
 
     def _loss_sum(self) -> float:
         """Return the last stages' losses summed over all pipelines, in fp64: independent of their number."""
-        return self._comm.sum([float(self._model.loss_sum) if self._tells_loss else 0.0])[0]
+        return self._comm.sum([float(self._model.loss_sum) if self._reports_loss else 0.0])[0]
 
 
 class _Schedule(TrainSchedule):  # type: ignore[misc]  # DeepSpeed has no types

@@ -55,7 +55,7 @@ class ZeroEngine(EngineBase):
         self._clock = clock
         self._slices = model.slices
         # Every rank of a tensor group has the same loss: only the first reports it.
-        self._tells_loss = groups.tensor.index == 0
+        self._reports_loss = groups.tensor.index == 0
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         engine = self._engine
@@ -106,4 +106,4 @@ class ZeroEngine(EngineBase):
 
     def _sum(self, local: Tensor) -> float:
         """Return the sum over data-parallel ranks, in fp64, so that the value does not depend on their number."""
-        return self._comm.sum([float(local) if self._tells_loss else 0.0])[0]
+        return self._comm.sum([float(local) if self._reports_loss else 0.0])[0]

@@ -26,7 +26,7 @@ TOTAL = "validation"  # the only validation set, or all sets together
 
 @dataclass(frozen=True)
 class Results:
-    """The results of a run; None for what was never measured.
+    """The results of a run; None for a number that was never measured.
 
     Attributes:
         attempts: number of attempts begun, including those of rollbacks.
@@ -143,7 +143,7 @@ def plot_losses(runs: Sequence[RunRecord], path: Path, names: Sequence[str] | No
         colour = f"C{index % 10}"
         axes.plot(*run.curve("train"), color=colour, linewidth=0.8, alpha=0.6)
         axes.plot(*run.curve("eval"), color=colour, marker="o", markersize=3, label=str(index))
-    legend = axes.legend(title="with marks: validation")
+    legend = axes.legend(title="marked: validation")
     for text, name in zip(legend.get_texts(), names or [run.name for run in runs], strict=True):
         # Not as a label: one that begins with "_" would be left out, and "$" would be read as mathematics.
         text.set_parse_math(False)

@@ -1,12 +1,12 @@
-"""Exclusive kernel locks on files and folders; the only module that imports `filelock`, none imports `fcntl`.
+"""Exclusive kernel locks on files and folders; only this module imports `filelock`, and none imports `fcntl`.
 
-A lock belongs to an open file (`flock`). The kernel releases it when every process that has the file open, forked
-children included, has closed it or ended, however it ended. The content of a lock file is left alone.
+A lock belongs to an open file (`flock`). The kernel releases it once every process that has the file open, forked
+children included, has closed it or ended, even by SIGKILL. The content of a lock file is not changed.
 
-A file system without locks stops nobody: the caller proceeds without one, and each process logs one warning per file
-system. Any error of the lock call itself counts as that, since a damaged file system fails at the next write too.
-Callers that need more than a kernel lock look at `HeldLock.in_kernel`: the run lock then relies on its heartbeat, and
-`SwapFolder` deletes nothing.
+On a file system without locks, the caller proceeds without one, and each process logs one warning per file system. Any
+error of the lock call itself counts as this case: on a damaged file system the next write fails too. A caller that
+needs the kernel's decision reads `HeldLock.in_kernel`: the run lock then relies on its heartbeat, and `SwapFolder`
+deletes no folder.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class MlflowStore:
         self._client.log_batch(run_id, metrics=batch, synchronous=True)
 
     def set_parameters(self, run_id: str, parameters: Mapping[str, str]) -> None:
-        """Set parameters. MLflow's cannot change, so what a resume changed becomes a tag `changed.NAME`."""
+        """Set parameters. MLflow's cannot change, so one that a resume changed becomes a tag `changed.NAME`."""
         known = self._client.get_run(run_id).data.params
         new = [Param(name, value) for name, value in parameters.items() if name not in known]
         for start in range(0, len(new), _BATCH_NAMES):

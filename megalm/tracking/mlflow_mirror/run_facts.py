@@ -25,12 +25,12 @@ _LONGEST_TAG = 8000
 def tracking_uri(run_dir: Path, state: MirrorState) -> tuple[str, bool]:
     """Return where this run is tracked, and whether that is the default store beside the run folder.
 
-    MLFLOW_TRACKING_URI takes precedence. Without it, a run stays where it was first sent, and a new one goes to SQLite
-    in the run root's present location.
+    MLFLOW_TRACKING_URI takes precedence. Without it, a run stays where it was first sent, and a new one uses
+    SQLite in the run root's present location.
     """
-    stated = os.environ.get("MLFLOW_TRACKING_URI")
-    if stated:
-        return stated, False
+    address = os.environ.get("MLFLOW_TRACKING_URI")
+    if address:
+        return address, False
     if state.tracking_uri and not state.default_store:
         return state.tracking_uri, False
     return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}", True

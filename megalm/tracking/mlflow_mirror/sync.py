@@ -1,6 +1,6 @@
 """Send a run folder to a tracking store: rows, parameters, tags, artifacts, status.
 
-RUN_DIR/mlflow.json records what was sent, after each batch, so that a pass can fail anywhere and be repeated. After a
+RUN_DIR/mlflow.json records the progress after each batch, so that a pass can fail anywhere and be repeated. After a
 crash between a batch and its record, the batch is sent again with the same keys, steps and times, which MLflow stores
 once.
 """
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Sent:
-    """The result of one `MlflowSync.deliver`: what was sent, and the run's state in the store."""
+    """The result of one `MlflowSync.deliver`: numbers and files sent, and the run's state in the store."""
 
     metrics: int = 0
     artifacts: int = 0
@@ -44,7 +44,7 @@ class Sent:
 
 
 class MlflowSync:
-    """Sends one run folder to its store; each call sends what is new.
+    """Sends one run folder to its store; each call sends the new rows and files.
 
     `run_has_ended` becomes true with an end event at unix time `since` or later: the rows of a resumed run also contain
     the end event of its earlier attempt, possibly not yet sent.
@@ -58,10 +58,10 @@ class MlflowSync:
         self._state = MirrorState.load(self._state_path)
         self._store: Store | None = None
         self._address, is_default = run_facts.tracking_uri(run_dir, self._state)
-        uri = run_facts.without_passwords(self._address)  # what is stored and shown
+        uri = run_facts.without_passwords(self._address)  # for the state file and messages
         both_default = is_default and self._state.default_store  # a moved run root takes its store along
         if self._state.tracking_uri not in ("", uri) and not both_default:
-            logger.warning("%s is now tracked at %s: a new MLflow run from the first row", run_dir, uri)
+            logger.warning("%s is now tracked at %s: sending it to a new MLflow run from its first row", run_dir, uri)
             self._state = MirrorState()
         self._state.tracking_uri, self._state.default_store = uri, is_default
 
@@ -94,7 +94,7 @@ class MlflowSync:
 
             store = MlflowStore(self._address, self.run_dir.resolve().parent)
             if self._state.run_id and not store.run_exists(self._state.run_id):
-                logger.warning("MLflow run %s is gone: a new one from the first row", self._state.run_id)
+                logger.warning("MLflow run %s no longer exists: sending all rows to a new one", self._state.run_id)
                 uri, is_default = self._state.tracking_uri, self._state.default_store
                 self._state = MirrorState(tracking_uri=uri, default_store=is_default)
             self._store = store
@@ -128,7 +128,7 @@ class MlflowSync:
         if not path.exists():
             return 0
         if path.stat().st_size < state.offset:
-            logger.warning("%s is shorter than what was sent of it: sending it again from its first row", path)
+            logger.warning("%s is shorter than the part already sent: sending it again from its first row", path)
             state.offset = 0
         for batch in _batches(path, state.offset):
             for event in batch.events:

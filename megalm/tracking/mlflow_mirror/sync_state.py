@@ -37,9 +37,11 @@ class MirrorState:
             stored = orjson.loads(path.read_bytes())
             return cls(**{item.name: stored[item.name] for item in fields(cls)})
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: not readable ({error!r}); delete it to mirror the run anew") from None
+            raise ConfigError(
+                f"{path}: cannot be read ({error!r}); delete it to send the run to a new MLflow run"
+            ) from None
 
     def save(self, path: Path) -> None:
-        # Not durable: what a power failure loses is sent again, which MLflow stores once.
+        # Not durable: rows that a power failure loses are sent again, and MLflow stores them once.
         content = orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2)
         write_atomically(path, lambda file: file.write(content), durable=False)

@@ -31,26 +31,26 @@ def numbers(account: RunData) -> list[Number]:
             like = f"step {found.best_validation_step:,}" if found.best_validation_step is not None else ""
             shown.append(Number("Best while training", f"{found.best_validation_loss:.4f}", like))
         perplexity = last.get("perplexity", math.exp(min(last["loss"], 700.0)))
-        shown.append(Number("Perplexity", f"{perplexity:,.2f}", _counting_alone(account, math.exp)))
+        shown.append(Number("Perplexity", f"{perplexity:,.2f}", _frequency_baseline(account, math.exp)))
         if last.get("bits_per_byte") is not None:
             bits = last["bits_per_byte"]
             # The same text and tokens: bits per byte are proportional to nats.
-            baseline = _counting_alone(account, lambda nats: nats * bits / last["loss"]) if last["loss"] else ""
+            baseline = _frequency_baseline(account, lambda nats: nats * bits / last["loss"]) if last["loss"] else ""
             shown.append(Number("Bits per byte", f"{bits:.3f}", baseline))
     if found.final_train_loss is not None:
         scatter = found.scatter.get("loss")
-        note = f"last step; half of the steps of the last tenth are within ±{scatter:.3f}" if scatter else "last step"
+        note = f"last step; half of the last tenth of the steps are within ±{scatter:.3f}" if scatter else "last step"
         shown.append(Number("Training loss", f"{found.final_train_loss:.4f}", note))
     if found.tokens is not None:
         ratio = found.tokens_per_parameter
-        shown.append(Number("Tokens", f"{found.tokens:,}", f"{ratio:.2f} a parameter" if ratio is not None else ""))
+        shown.append(Number("Tokens", f"{found.tokens:,}", f"{ratio:.2f} per parameter" if ratio is not None else ""))
     if found.parameters is not None:
         shown.append(Number("Parameters", f"{found.parameters:,}"))
     if (epochs := _epochs(account)) is not None:
         shown.append(Number("Epochs", f"{epochs:.2f}", "of the training dataset"))
     if found.tokens_per_second is not None:
-        seconds = f"{found.step_seconds:.3g} s a step, medians" if found.step_seconds is not None else "median"
-        shown.append(Number("Tokens a second", f"{found.tokens_per_second:,.0f}", seconds))
+        seconds = f"{found.step_seconds:.3g} s per step, medians" if found.step_seconds is not None else "median"
+        shown.append(Number("Tokens per second", f"{found.tokens_per_second:,.0f}", seconds))
     if found.mfu is not None:
         shown.append(Number("MFU", f"{found.mfu:.1%}", "median"))
     if found.wall_seconds is not None:
@@ -64,12 +64,12 @@ def _where(row: dict[str, Any]) -> str:
     return f"step {row.get('step', 0):,}{over}"
 
 
-def _counting_alone(account: RunData, turned: Any) -> str:
+def _frequency_baseline(account: RunData, turned: Any) -> str:
     """Return the baseline of a model that knows only the frequency of each token."""
     entropy = account.environment.get("unigram_entropy")
     if not isinstance(entropy, (int, float)):
         return ""
-    return f"counting tokens alone: {turned(entropy):,.4g}"
+    return f"token frequencies alone: {turned(entropy):,.4g}"
 
 
 def _epochs(account: RunData) -> float | None:
@@ -105,8 +105,8 @@ def outcome(account: RunData, now: float) -> Outcome:
         again = f" Before that it was {progress(account)}." if begun else ""
         return Outcome("failed", f"Failed before it began to train: {failure.last_line}{again}")
     if not begun:
-        starting = Outcome("running", "Is starting: nothing is trained yet.")
-        return starting if account.is_held else Outcome("waiting", "Has not begun to train.")
+        starting = Outcome("running", "Starting: no step is done yet.")
+        return starting if account.is_held else Outcome("waiting", "Training has not begun.")
     last = _since_last_begin(account.history.events)
     ends = [row for row in last if row.get("event") == "end"]
     return _ended(account, ends[-1], last, failure) if ends else _without_end(account, now)
@@ -128,11 +128,11 @@ def _ended(account: RunData, end: Row, last: list[Row], failure: Failure | None)
     where = progress(account)
     if end.get("status") == "finished":
         early = any(row.get("event") == "early_stop" for row in last)
-        why = ", because the validation loss fell no more (evaluate.patience)" if early else ""
+        why = ", because the validation loss stopped falling (evaluate.patience)" if early else ""
         return Outcome("finished", f"Finished {where}{why}.")
     if end.get("status") == "stopped":
-        return Outcome("stopped", f"Stopped {where}{_why_stopped(last)}. It is saved, and wants to go on.")
-    why = f": {failure.last_line}" if failure is not None and failure.last_line else "; the error was not kept"
+        return Outcome("stopped", f"Stopped {where}{_why_stopped(last)}. It is saved and can resume.")
+    why = f": {failure.last_line}" if failure is not None and failure.last_line else "; its error was not saved"
     return Outcome("failed", f"Failed {where}{why}")
 
 
@@ -142,7 +142,7 @@ def _without_end(account: RunData, now: float) -> Outcome:
     if account.is_held:
         return Outcome("running", f"Running, {progress(account)}{last_row}.")
     return Outcome(
-        "unknown", f"Killed, or on a machine that is gone: no end was written. It was {progress(account)}{last_row}."
+        "unknown", f"Killed, or its machine failed: it wrote no end event. It was {progress(account)}{last_row}."
     )
 
 
@@ -151,7 +151,7 @@ def _why_stopped(last: list[Row]) -> str:
         if row.get("event") == "signal":
             return f" by signal {row.get('signal', '')}".rstrip()
         if row.get("event") == "wall_time":
-            return f", its time (train.max_wall_time={row.get('limit')}) being up"
+            return f" because train.max_wall_time={row.get('limit')} was reached"
     return ""
 
 

@@ -123,7 +123,7 @@ def _data(account: RunData) -> list[tuple[str, str]]:
         rows.append(("training data", f"{part.get('prefix')}{planned}"))
     entropy = content.get("unigram_entropy")
     if isinstance(entropy, (int, float)):
-        rows.append(("unigram entropy", f"{entropy:.4f} nats a token"))
+        rows.append(("unigram entropy", f"{entropy:.4f} nats per token"))
     for name in ("data.train", "data.recipe", "data.validation", "data.split", "data.tokenizer"):
         value = account.setting(name)
         if value not in (None, "null"):
@@ -134,12 +134,12 @@ def _data(account: RunData) -> list[tuple[str, str]]:
 
 
 def _commands(account: RunData) -> list[tuple[str, str]]:
-    """Return shell commands for what to do next."""
+    """Return the shell commands that are useful next, with their names."""
     folder, planned = account.run_dir, account.planned_steps
     command = ResumeCommand(folder).shell
     done = planned is not None and (account.results.steps or 0) >= planned
     words = ["--resume", "auto", *([f"train.steps={2 * planned}"] if done and planned else [])]
-    rows = [("train longer" if done else "go on", command(*words))]
+    rows = [("train longer" if done else "resume", command(*words))]
     if account.checkpoints:
         rows.append(("checkpoints", shlex.join(["megalm", "checkpoint", "list", str(folder)])))
         rows.append(("generate", shlex.join(["megalm", "generate", str(folder), "--prompt", "The "])))

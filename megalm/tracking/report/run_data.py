@@ -29,7 +29,7 @@ _OF_THE_NAME = ("run.name", "preset")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A row of the checkpoint table; `problem` says what is wrong with it."""
+    """A row of the checkpoint table; `problem` describes its damage."""
 
     name: str
     step: int | None
@@ -96,8 +96,8 @@ class RunData:
 
     @property
     def planned_steps(self) -> int | None:
-        stated = self.setting("train.steps")
-        return int(stated) if stated is not None and stated.isdecimal() else None
+        planned = self.setting("train.steps")
+        return int(planned) if planned is not None and planned.isdecimal() else None
 
 
 def read_run(run_dir: Path, now: float, read: ReadRows = read_metrics) -> RunData:
@@ -110,7 +110,9 @@ def read_run(run_dir: Path, now: float, read: ReadRows = read_metrics) -> RunDat
     metrics = run_dir / METRICS_FILE
     known = (metrics, run_dir / CONFIG_FILE, run_dir / "failures", run_dir / "checkpoints")
     if not any(path.exists() for path in known):
-        raise ConfigError(f"{run_dir}: no run folder (no {METRICS_FILE}, no {CONFIG_FILE}); name one under run.root")
+        raise ConfigError(
+            f"{run_dir}: is not a run folder (it has no {METRICS_FILE} and no {CONFIG_FILE}); name one under run.root"
+        )
     history = read_history(read(metrics) if metrics.exists() else [])
     settings, preset = _settings(run_dir / CONFIG_FILE)
     return RunData(
@@ -154,7 +156,7 @@ def _settings(path: Path) -> tuple[list[Setting], str | None]:
             preset = None
     expected = flatten_to_text(base.model_dump(mode="json", by_alias=True))
     found = [
-        Setting(name, value, expected.get(name, "not known") if value != expected.get(name) else None)
+        Setting(name, value, expected.get(name, "unknown") if value != expected.get(name) else None)
         for name, value in flatten_to_text(config).items()
     ]
     return [setting for setting in found if setting.name not in _OF_THE_NAME], preset

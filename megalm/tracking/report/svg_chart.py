@@ -20,15 +20,15 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Thinned:
-    """A curve reduced to what a screen can show, with all its peaks.
+    """A curve reduced to the points that a screen can show, with all its peaks.
 
     Attributes:
         stretches: points between two gaps; a gap is where values are not finite.
-        no_numbers: x of the first value of each bucket that is not finite.
+        not_finite: x of the first value of each bucket that is not finite.
     """
 
     stretches: list[list[Point]]
-    no_numbers: list[float]
+    not_finite: list[float]
 
 
 def thinned(x: Numbers, y: Numbers, low: float, high: float, buckets: int) -> Thinned:
@@ -44,14 +44,14 @@ def thinned(x: Numbers, y: Numbers, low: float, high: float, buckets: int) -> Th
     number = np.clip(np.floor((x - low) / width), 0, buckets - 1)
     edges = np.flatnonzero(np.diff(number)) + 1
     stretches: list[list[Point]] = [[]]
-    no_numbers: list[float] = []
+    not_finite: list[float] = []
     for start, end in zip([0, *edges.tolist()], [*edges.tolist(), len(x)], strict=True):
         part_x, part_y = x[start:end], y[start:end]
         known = np.isfinite(part_y)
         if known.all():
             stretches[-1] += _outline(part_x, part_y)
             continue
-        no_numbers.append(float(part_x[~known][0]))
+        not_finite.append(float(part_x[~known][0]))
         if not known[0] and stretches[-1]:
             stretches.append([])
         for points in _between_gaps(part_x, part_y, known):
@@ -59,7 +59,7 @@ def thinned(x: Numbers, y: Numbers, low: float, high: float, buckets: int) -> Th
             stretches.append([])
         if known[-1]:  # the curve continues from there
             stretches.pop()
-    return Thinned([points for points in stretches if points], no_numbers)
+    return Thinned([points for points in stretches if points], not_finite)
 
 
 def running_median(x: Numbers, y: Numbers, points: int) -> tuple[Numbers, Numbers]:

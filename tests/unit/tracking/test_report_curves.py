@@ -38,7 +38,7 @@ def test_a_thinned_curve_keeps_the_peaks_the_gaps_and_its_size(values: list[floa
             between = y[int(left) : int(right) + 1]
             width = max(1.0, (len(values) - 1) / buckets)
             assert np.isfinite(between).all() or right - left <= width
-    assert bool(curve.no_numbers) == (len(known) < len(y))
+    assert bool(curve.not_finite) == (len(known) < len(y))
 
 
 def test_each_bucket_keeps_its_own_highest_and_lowest() -> None:
