@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,17 +66,27 @@ def measured_peak(device: torch.device, low_precision: bool) -> float:
     size = 8192 if on_gpu else 1024
     low = torch.float16 if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False) else torch.bfloat16
     left, right = (torch.rand(size, size, device=device).to(low if low_precision else torch.float32) for _ in range(2))
-    fastest, repeats, began = float("inf"), 0, time.perf_counter()
-    while repeats < _REPEATS or time.perf_counter() - began < _SECONDS:
-        repeats += 1
-        if on_gpu:
-            torch.cuda.synchronize(device)
+    return 2 * size**3 / fastest_seconds(lambda: left @ right, device, _REPEATS, _SECONDS)
+
+
+def fastest_seconds(
+    work: Callable[[], object], device: torch.device, repeats: int, total_seconds: float = 0.0
+) -> float:
+    """Return the seconds of the fastest run of `work`: of at least `repeats`, within at least `total_seconds`."""
+    fastest, done, began = float("inf"), 0, time.perf_counter()
+    while done < repeats or time.perf_counter() - began < total_seconds:
+        done += 1
+        _wait_for(device)
         start = time.perf_counter()
-        left @ right
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        work()
+        _wait_for(device)
         fastest = min(fastest, time.perf_counter() - start)
-    return 2 * size**3 / fastest
+    return fastest
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
