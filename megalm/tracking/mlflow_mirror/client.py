@@ -1,4 +1,4 @@
-"""The `Store` protocol and its MLflow implementation; the only module that imports mlflow."""
+"""The tracking store, through MLflow's client; the only module that imports mlflow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from megalm.tracking.mlflow_mirror.store import RUNNING, MetricValue
+from megalm.tracking.mlflow_mirror.sync_state import RUNNING, MetricValue
 from megalm.utils.file_lock import take_lock
 
 # Make requests to a dead server fail within seconds: the mirror's own loop does the waiting. User settings are kept.
@@ -28,7 +28,10 @@ _BATCH_NAMES = 100
 
 
 class MlflowStore:
-    """One tracking store; `root` holds the default store's artifacts and the lock of its creation."""
+    """One tracking store; `root` holds the default store's artifacts and the lock of its creation.
+
+    Any exception of a method means: try again later.
+    """
 
     def __init__(self, tracking_uri: str, root: Path) -> None:
         self._root = root
@@ -53,6 +56,7 @@ class MlflowStore:
         return bool(run.info.lifecycle_stage == "active")
 
     def create_run(self, experiment: str, name: str, key: str, start_ms: int) -> str:
+        """Create a run, or find the one that was created with this key; return its id."""
         experiment_id = self._experiment_id(experiment)
         found = self._client.search_runs([experiment_id], f"tags.`megalm.key` = '{key}'", max_results=1)
         if found:

@@ -7,7 +7,6 @@ The training process calls `start_mirror` and `MirrorHandle.finish`; `megalm tra
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import select
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from megalm.errors import ConfigError, MegalmError
 from megalm.runs.metrics_log import METRICS_FILE
 from megalm.tracking.mlflow_mirror import run_facts
 from megalm.tracking.mlflow_mirror.sync import MlflowSync, Sent
-from megalm.utils.file_lock import take_lock
+from megalm.utils.file_lock import HeldLock, take_lock
 
 LOG_FILE = "mlflow.log"
 LOCK_FILE = "mlflow.lock"
@@ -47,7 +45,6 @@ class MirrorHandle:
     """The training process's handle of its mirror."""
 
     process: subprocess.Popen[bytes]
-    run_dir: Path
 
     def finish(self, timeout_seconds: float) -> bool:
         """Wait until the mirror has sent everything; call after the `end` event is written.
@@ -81,7 +78,7 @@ def start_mirror(run_dir: str | os.PathLike[str]) -> MirrorHandle:
             env=environment,
             start_new_session=True,
         )
-    return MirrorHandle(process, run_dir)
+    return MirrorHandle(process)
 
 
 def sync(run_dir: str | os.PathLike[str], deadline_seconds: float = 30.0) -> Sent:
@@ -185,24 +182,20 @@ def _back_off(failures: int) -> float:
     return min(_POLL_SECONDS * 2.0**failures, _LONGEST_BACK_OFF_SECONDS)
 
 
-@contextlib.contextmanager
-def _only_mirror(run_dir: Path, wait_seconds: float) -> Iterator[None]:
+def _only_mirror(run_dir: Path, wait_seconds: float) -> HeldLock:
     """Allow one mirror per run folder: two would send the same rows and overwrite each other's state."""
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: there is no such run folder; name one under run.root")
     try:
-        lock = take_lock(run_dir / LOCK_FILE, wait_seconds)
+        return take_lock(run_dir / LOCK_FILE, wait_seconds)
     except BlockingIOError:
         raise ConfigError(
             f"{run_dir}: its mirror is running and sends everything when training ends; wait for it"
         ) from None
-    with lock:
-        yield
 
 
 def _one_line(error: BaseException) -> str:
-    text = run_facts.without_passwords(" ".join(str(error).split())) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+    return run_facts.shorten(run_facts.without_passwords(" ".join(str(error).split())) or type(error).__name__, 300)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,11 +13,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megalm.runs.metrics_log import METRICS_FILE, Row, read_rows
 from megalm.tracking.mlflow_mirror import run_facts
-from megalm.tracking.mlflow_mirror.store import FAILED, FINISHED, KILLED, RUNNING, MetricValue, Store
-from megalm.tracking.mlflow_mirror.sync_state import MirrorState
+from megalm.tracking.mlflow_mirror.sync_state import FAILED, FINISHED, KILLED, RUNNING, MetricValue, MirrorState
+
+if TYPE_CHECKING:  # the training process imports this module and must not load MLflow
+    from megalm.tracking.mlflow_mirror.client import MlflowStore
 
 STATE_FILE = "mlflow.json"
 
@@ -56,7 +59,7 @@ class MlflowSync:
         self._since = since
         self._state_path = run_dir / STATE_FILE
         self._state = MirrorState.load(self._state_path)
-        self._store: Store | None = None
+        self._store: MlflowStore | None = None
         self._address, is_default = run_facts.tracking_uri(run_dir, self._state)
         uri = run_facts.without_passwords(self._address)  # for the state file and messages
         both_default = is_default and self._state.default_store  # a moved run root takes its store along
@@ -87,9 +90,8 @@ class MlflowSync:
         sent.status = state.status
         return sent
 
-    def _open(self) -> tuple[Store, str]:
+    def _open(self) -> tuple[MlflowStore, str]:
         if self._store is None:
-            # Here, not above: the training process imports this module and must not load MLflow.
             from megalm.tracking.mlflow_mirror.client import MlflowStore
 
             store = MlflowStore(self._address, self.run_dir.resolve().parent)
@@ -108,7 +110,7 @@ class MlflowSync:
             state.save(self._state_path)
         return self._store, state.run_id
 
-    def _send_facts(self, store: Store, run_id: str) -> None:
+    def _send_facts(self, store: MlflowStore, run_id: str) -> None:
         """Send parameters and tags, again whenever one of their files has changed (a resume)."""
         signatures = {
             f"facts:{name}": mark
@@ -122,7 +124,7 @@ class MlflowSync:
         self._state.artifacts.update(signatures)
         self._state.save(self._state_path)
 
-    def _send_rows(self, store: Store, run_id: str) -> int:
+    def _send_rows(self, store: MlflowStore, run_id: str) -> int:
         """Send all rows after the offset, in batches; advance the state only after the store has accepted a batch."""
         path, state, total = self.run_dir / METRICS_FILE, self._state, 0
         if not path.exists():
@@ -160,7 +162,7 @@ class MlflowSync:
             # In full precision: an attempt may end in the millisecond in which the next one begins.
             self.run_has_ended = _seconds(row) >= self._since
 
-    def _send_artifacts(self, store: Store, run_id: str) -> int:
+    def _send_artifacts(self, store: MlflowStore, run_id: str) -> int:
         """Upload the files that are new or have changed since they were sent."""
         count = 0
         for name in run_facts.artifact_names(self.run_dir):

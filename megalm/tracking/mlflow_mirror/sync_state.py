@@ -1,4 +1,4 @@
-"""The mirror's persistent state."""
+"""The mirror's persistent state, and the numbers it sends. Imports no MLflow, which takes seconds: client.py does."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ from pathlib import Path
 import orjson
 
 from megalm.errors import ConfigError
-from megalm.tracking.mlflow_mirror.store import RUNNING
 from megalm.utils.atomic_files import write_atomically
+
+RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
+
+
+@dataclass(frozen=True)
+class MetricValue:
+    """One number of one series; `time_ms` is unix milliseconds."""
+
+    key: str
+    value: float
+    step: int
+    time_ms: int
 
 
 @dataclass
