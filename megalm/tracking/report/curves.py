@@ -11,7 +11,7 @@ import numpy as np
 from megalm.runs.metrics_history import History, Numbers
 from megalm.runs.metrics_log import Row
 from megalm.tracking.compare_runs import TOTAL
-from megalm.tracking.report.svg_chart import Chart, Point, Scale, label, running_median, short, thinned
+from megalm.tracking.report.svg_chart import Chart, Point, Scale, label, running_median, thinned
 
 # Events that are marked, with their names in the legend.
 MARKED = {
@@ -206,6 +206,6 @@ def _x_ticks(history: History, across: Scale) -> list[tuple[float, str, str]]:
     values = [value for value, _ in across.ticks() if value == round(value)]
     ticks = []
     for value in values:
-        tokens_text = short(float(np.interp(value, step, tokens))) if 0 < value <= step[-1] else ""
+        tokens_text = label(float(np.interp(value, step, tokens))) if 0 < value <= step[-1] else ""
         ticks.append((across.percent(value), label(value, values[1] - values[0]), tokens_text))
     return ticks

@@ -20,9 +20,9 @@ class Number:
     note: str = ""
 
 
-def numbers(account: RunData) -> list[Number]:
+def numbers(run: RunData) -> list[Number]:
     """Return the main numbers, as far as they are known."""
-    found, evaluations = account.results, judging(account.history.evaluations)
+    found, evaluations = run.results, judging(run.history.evaluations)
     shown = []
     if evaluations:
         last = evaluations[-1]
@@ -31,11 +31,11 @@ def numbers(account: RunData) -> list[Number]:
             like = f"step {found.best_validation_step:,}" if found.best_validation_step is not None else ""
             shown.append(Number("Best while training", f"{found.best_validation_loss:.4f}", like))
         perplexity = last.get("perplexity", math.exp(min(last["loss"], 700.0)))
-        shown.append(Number("Perplexity", f"{perplexity:,.2f}", _frequency_baseline(account, math.exp)))
+        shown.append(Number("Perplexity", f"{perplexity:,.2f}", _frequency_baseline(run, math.exp)))
         if last.get("bits_per_byte") is not None:
             bits = last["bits_per_byte"]
             # The same text and tokens: bits per byte are proportional to nats.
-            baseline = _frequency_baseline(account, lambda nats: nats * bits / last["loss"]) if last["loss"] else ""
+            baseline = _frequency_baseline(run, lambda nats: nats * bits / last["loss"]) if last["loss"] else ""
             shown.append(Number("Bits per byte", f"{bits:.3f}", baseline))
     if found.final_train_loss is not None:
         scatter = found.scatter.get("loss")
@@ -46,7 +46,7 @@ def numbers(account: RunData) -> list[Number]:
         shown.append(Number("Tokens", f"{found.tokens:,}", f"{ratio:.2f} per parameter" if ratio is not None else ""))
     if found.parameters is not None:
         shown.append(Number("Parameters", f"{found.parameters:,}"))
-    if (epochs := _epochs(account)) is not None:
+    if (epochs := _epochs(run)) is not None:
         shown.append(Number("Epochs", f"{epochs:.2f}", "of the training dataset"))
     if found.tokens_per_second is not None:
         seconds = f"{found.step_seconds:.3g} s per step, medians" if found.step_seconds is not None else "median"
@@ -64,18 +64,18 @@ def _where(row: dict[str, Any]) -> str:
     return f"step {row.get('step', 0):,}{over}"
 
 
-def _frequency_baseline(account: RunData, turned: Any) -> str:
+def _frequency_baseline(run: RunData, turned: Any) -> str:
     """Return the baseline of a model that knows only the frequency of each token."""
-    entropy = account.environment.get("unigram_entropy")
+    entropy = run.environment.get("unigram_entropy")
     if not isinstance(entropy, (int, float)):
         return ""
     return f"token frequencies alone: {turned(entropy):,.4g}"
 
 
-def _epochs(account: RunData) -> float | None:
+def _epochs(run: RunData) -> float | None:
     """Return the epochs trained on the dataset, if there is only one."""
-    datasets, planned = account.environment.get("datasets"), account.environment.get("planned_steps")
-    steps = account.results.steps
+    datasets, planned = run.environment.get("datasets"), run.environment.get("planned_steps")
+    steps = run.results.steps
     if (
         not isinstance(datasets, list)
         or len(datasets) != 1
@@ -97,24 +97,24 @@ class Outcome:
     sentence: str
 
 
-def outcome(account: RunData, now: float) -> Outcome:
+def outcome(run: RunData, now: float) -> Outcome:
     """Return the run's outcome as of unix time `now`."""
-    begun = max((int(row.get("attempt") or 1) for row in account.events(*ATTEMPT_EVENTS)), default=0)
-    failure = account.failures[-1] if account.failures else None
+    begun = max((int(row.get("attempt") or 1) for row in run.events(*ATTEMPT_EVENTS)), default=0)
+    failure = run.failures[-1] if run.failures else None
     if failure is not None and failure.attempt > begun:
-        again = f" Before that it was {progress(account)}." if begun else ""
+        again = f" Before that it was {progress(run)}." if begun else ""
         return Outcome("failed", f"Failed before it began to train: {failure.last_line}{again}")
     if not begun:
         starting = Outcome("running", "Starting: no step is done yet.")
-        return starting if account.is_held else Outcome("waiting", "Training has not begun.")
-    last = _since_last_begin(account.history.events)
+        return starting if run.is_held else Outcome("waiting", "Training has not begun.")
+    last = _since_last_begin(run.history.events)
     ends = [row for row in last if row.get("event") == "end"]
-    return _ended(account, ends[-1], last, failure) if ends else _without_end(account, now)
+    return _ended(run, ends[-1], last, failure) if ends else _without_end(run, now)
 
 
-def progress(account: RunData) -> str:
+def progress(run: RunData) -> str:
     """Return the progress in words: `at step 30 of 60`."""
-    step, planned = account.results.steps, account.planned_steps
+    step, planned = run.results.steps, run.planned_steps
     of = f" of {planned:,}" if planned is not None else ""
     return f"at step {step or 0:,}{of}"
 
@@ -124,8 +124,8 @@ def moment(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
-def _ended(account: RunData, end: Row, last: list[Row], failure: Failure | None) -> Outcome:
-    where = progress(account)
+def _ended(run: RunData, end: Row, last: list[Row], failure: Failure | None) -> Outcome:
+    where = progress(run)
     if end.get("status") == "finished":
         early = any(row.get("event") == "early_stop" for row in last)
         why = ", because the validation loss stopped falling (evaluate.patience)" if early else ""
@@ -136,13 +136,13 @@ def _ended(account: RunData, end: Row, last: list[Row], failure: Failure | None)
     return Outcome("failed", f"Failed {where}{why}")
 
 
-def _without_end(account: RunData, now: float) -> Outcome:
-    seen = account.history.last_time
+def _without_end(run: RunData, now: float) -> Outcome:
+    seen = run.history.last_time
     last_row = "" if seen is None else f"; last row {format_duration(now - seen)} before this page, {moment(seen)}"
-    if account.is_held:
-        return Outcome("running", f"Running, {progress(account)}{last_row}.")
+    if run.is_held:
+        return Outcome("running", f"Running, {progress(run)}{last_row}.")
     return Outcome(
-        "unknown", f"Killed, or its machine failed: it wrote no end event. It was {progress(account)}{last_row}."
+        "unknown", f"Killed, or its machine failed: it wrote no end event. It was {progress(run)}{last_row}."
     )
 
 

@@ -35,24 +35,24 @@ class Finding:
     text: str = ""
 
 
-def findings(account: RunData) -> list[Finding]:
+def findings(run: RunData) -> list[Finding]:
     """Return everything unusual; empty if there is nothing."""
-    history = account.history
+    history = run.history
     return [
-        *_failures(account),
+        *_failures(run),
         *_silent_ends(history),
-        *_events(account),
+        *_events(run),
         *_not_finite(history),
-        *_checkpoints(account),
+        *_checkpoints(run),
         *_slow(history),
-        *_stacks(account.run_dir),
+        *_stacks(run.run_dir),
     ]
 
 
-def _events(account: RunData) -> Iterator[Finding]:
+def _events(run: RunData) -> Iterator[Finding]:
     counts: dict[str, int] = {}
     texts = 0
-    for row in account.history.events:
+    for row in run.history.events:
         kind = str(row.get("event"))
         if kind in ("start", "checkpoint", "end") or (kind == "skip" and row.get("at_step") is not None):
             continue
@@ -62,7 +62,7 @@ def _events(account: RunData) -> Iterator[Finding]:
         title, text = "", ""
         if kind == "spike" and row.get("report") and texts < _SHOWN_TEXTS:
             texts += 1
-            title, text = _report(account.run_dir, str(row["report"]))
+            title, text = _report(run.run_dir, str(row["report"]))
         yield Finding(event_step(row), kind.replace("_", " "), _sentence(row), title, text)
     for kind, count in counts.items():
         if count > _SHOWN_OF_A_KIND:
@@ -129,8 +129,8 @@ def _report(run_dir: Path, name: str) -> tuple[str, str]:
     return (f"incidents/{path.name}", _shown(path)) if path.is_file() else ("", "")
 
 
-def _failures(account: RunData) -> Iterator[Finding]:
-    for failure in account.failures[-_SHOWN_TEXTS:]:
+def _failures(run: RunData) -> Iterator[Finding]:
+    for failure in run.failures[-_SHOWN_TEXTS:]:
         title = f"failures/attempt-{failure.attempt}.txt"
         yield Finding(None, "failure", f"attempt {failure.attempt}: {failure.last_line}", title, _end_of(failure.text))
 
@@ -146,8 +146,8 @@ def _not_finite(history: History) -> Iterator[Finding]:
             yield Finding(int(steps[0]), "not finite", f"none of {len(steps):,} steps has a finite {name}")
 
 
-def _checkpoints(account: RunData) -> Iterator[Finding]:
-    for saved in account.checkpoints:
+def _checkpoints(run: RunData) -> Iterator[Finding]:
+    for saved in run.checkpoints:
         if saved.status != "good":
             yield Finding(
                 saved.step, "checkpoint", f"{saved.name} is {saved.status}{saved.problem and ': '}{saved.problem}"

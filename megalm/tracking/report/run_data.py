@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint.discovery import BEST, LATEST, list_checkpoints, read_pointer, step_folders
-from megalm.checkpoint.manifest import wrong_file
+from megalm.checkpoint.manifest import Manifest, wrong_file
 from megalm.config.loading import load_run_config
 from megalm.config.schema import RunConfig
 from megalm.errors import ConfigError, MegalmError
@@ -32,14 +32,21 @@ class Checkpoint:
     """A row of the checkpoint table; `problem` describes its damage."""
 
     name: str
-    step: int | None
-    tokens: int | None
-    bytes: int | None
-    loss: float | None
-    over: int | None
     status: str
-    marks: str
+    pointers: str
+    step: int | None = None
+    manifest: Manifest | None = None
     problem: str = ""
+
+    @property
+    def validation(self) -> tuple[float | None, int | None]:
+        """Loss and tokens of the last validation, or of the one over all samples if it was done."""
+        saved = self.manifest
+        if saved is None:
+            return None, None
+        if saved.whole_validation_loss is not None:
+            return saved.whole_validation_loss, saved.whole_validation_tokens
+        return saved.validation_loss, saved.validation_tokens
 
 
 @dataclass(frozen=True)
@@ -171,26 +178,14 @@ def _checkpoints(folder: Path) -> list[Checkpoint]:
         pointers = ", ".join(word for word, name in marks.items() if name == path.name)
         entry = entries.get(path)
         if entry is None:
-            found.append(Checkpoint(path.name, None, None, None, None, None, "incomplete", pointers))
+            found.append(Checkpoint(path.name, "incomplete", pointers))
             continue
-        manifest = entry.manifest
-        if manifest is None:
-            found.append(Checkpoint(path.name, entry.step, None, None, None, None, "damaged", pointers, entry.problem))
-            continue
-        problem, whole = wrong_file(path, manifest), manifest.whole_validation_loss
-        found.append(
-            Checkpoint(
-                name=path.name,
-                step=entry.step,
-                tokens=manifest.tokens,
-                bytes=manifest.bytes,
-                loss=manifest.validation_loss if whole is None else whole,
-                over=manifest.validation_tokens if whole is None else manifest.whole_validation_tokens,
-                status="damaged" if problem else manifest.status,
-                marks=pointers,
-                problem=problem or manifest.status_reason or "",
-            )
-        )
+        manifest, problem = entry.manifest, entry.problem
+        if manifest is not None:
+            problem = wrong_file(path, manifest)
+        status = "damaged" if manifest is None or problem else manifest.status
+        reason = problem or (manifest and manifest.status_reason) or ""
+        found.append(Checkpoint(path.name, status, pointers, entry.step, manifest, reason))
     return found
 
 

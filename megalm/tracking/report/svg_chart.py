@@ -107,10 +107,10 @@ class Scale:
             decades = [10.0**power for power in range(math.ceil(low), math.floor(high) + 1)]
             if len(decades) >= 2:
                 every = math.ceil(len(decades) / _TICKS)
-                return [(value, short(value)) for value in decades[::every]]
+                return [(value, label(value)) for value in decades[::every]]
             tens = range(math.floor(low), math.ceil(high) + 1)
             values = [factor * 10.0**power for power in tens for factor in (1, 2, 5)]
-            inside = [(value, short(value)) for value in values if self.low <= value <= self.high]
+            inside = [(value, label(value)) for value in values if self.low <= value <= self.high]
             return inside if len(inside) >= 3 else Scale(self.low, self.high).ticks()
         step = _round_step((self.high - self.low) / _TICKS)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
@@ -188,29 +188,23 @@ def path(stretches: Iterable[Sequence[Point]], across: Scale, up: Scale) -> str:
     return "".join(words)
 
 
-def short(value: float) -> str:
-    """Format a number in few characters: 1.5M, 300, 0.02, 3e-4."""
-    size = abs(value)
-    if size >= 1000:
-        unit, letter = _unit(size)
-        return f"{value / unit:.3g}{letter}" if size < 1e15 else f"{value:.0e}"
-    if size >= 0.01 or size == 0:
-        return f"{value:.3g}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+def label(value: float, step: float = 0.0) -> str:
+    """Format a number in few characters: 1.5M, 300, 0.02, 3e-4.
 
-
-def label(value: float, step: float) -> str:
-    """Format a tick's value with as many digits as needed to tell it from its neighbors."""
+    Args:
+        step: distance to the neighboring ticks, which the digits must tell apart; 0: two or three digits.
+    """
     largest = max(abs(value), step)
-    if value == 0 or largest >= 1e15:
-        return short(value)
+    if value == 0:
+        return "0"
+    if largest >= 1e15:
+        return f"{value:.0e}"
     if largest < 0.01:
-        digits = max(0, _power(value) - _power(step))
+        digits = max(0, _power(value) - _power(step)) if step else 1
         mantissa, exponent = f"{value:.{digits}e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.') if digits else mantissa}e{int(exponent)}"
     unit, letter = _unit(largest)
-    return f"{value / unit:.{max(0, -_power(step / unit))}f}{letter}"
+    return f"{value / unit:.{max(0, -_power(step / unit))}f}{letter}" if step else f"{value / unit:.3g}{letter}"
 
 
 def _power(value: float) -> int:
