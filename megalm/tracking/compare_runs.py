@@ -74,7 +74,7 @@ class RunRecord:
             tokens, loss = self.history.column("tokens"), self.history.column("loss")
             known = np.isfinite(tokens) & np.isfinite(loss)
             return tokens[known].tolist(), loss[known].tolist()
-        rows = [row for row in judging(self.history.evaluations) if "tokens" in row]
+        rows = [row for row in comparable_validations(self.history.evaluations) if "tokens" in row]
         return [float(row["tokens"]) for row in rows], [float(row["loss"]) for row in rows]
 
 
@@ -102,7 +102,7 @@ def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[str | None]]
 def results(run: RunRecord) -> Results:
     """Return the numbers by which runs are compared; speed is a median, so that one stall does not shift it."""
     history = run.history
-    validation = judging(history.evaluations)
+    validation = comparable_validations(history.evaluations)
     # With evaluate.max_samples the last validation covers more samples, so its loss does not compare with the others.
     alike = [row for row in validation if not row.get("whole")] or validation
     best = min(alike, key=lambda row: float(row["loss"]), default=None)
@@ -151,7 +151,7 @@ def plot_losses(runs: Sequence[RunRecord], path: Path, names: Sequence[str] | No
     save_plot(figure, path)
 
 
-def judging(rows: Sequence[Row]) -> list[Row]:
+def comparable_validations(rows: Sequence[Row]) -> list[Row]:
     """Return the validation rows by which runs are compared: with several validation sets, those of the total."""
     return [row for row in rows if row.get("dataset") in (None, TOTAL) and _finite(row.get("loss"))]
 

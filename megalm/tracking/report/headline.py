@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row
-from megalm.tracking.compare_runs import judging
+from megalm.tracking.compare_runs import comparable_validations
 from megalm.tracking.report.run_data import Failure, RunData
 from megalm.utils.formatting import format_duration
 
@@ -22,7 +22,7 @@ class Number:
 
 def numbers(run: RunData) -> list[Number]:
     """Return the main numbers, as far as they are known."""
-    found, evaluations = run.results, judging(run.history.evaluations)
+    found, evaluations = run.results, comparable_validations(run.history.evaluations)
     shown = []
     if evaluations:
         last = evaluations[-1]
@@ -74,18 +74,10 @@ def _frequency_baseline(run: RunData, turned: Any) -> str:
 
 def _epochs(run: RunData) -> float | None:
     """Return the epochs trained on the dataset, if there is only one."""
-    datasets, planned = run.environment.get("datasets"), run.environment.get("planned_steps")
-    steps = run.results.steps
-    if (
-        not isinstance(datasets, list)
-        or len(datasets) != 1
-        or not isinstance(planned, int)
-        or not planned
-        or steps is None
-    ):
-        return None
-    epochs = datasets[0].get("epochs") if isinstance(datasets[0], dict) else None
-    return epochs * steps / planned if isinstance(epochs, (int, float)) else None
+    match run.environment, run.results.steps:
+        case {"datasets": [{"epochs": int() | float() as epochs}], "planned_steps": int() as planned}, int() as steps:
+            return epochs * steps / planned if planned else None
+    return None
 
 
 Kind = Literal["finished", "stopped", "failed", "running", "unknown", "waiting"]
