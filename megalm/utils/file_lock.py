@@ -21,7 +21,8 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.05
+# Waiting polls, ever more slowly: thousands of ranks can wait for one file of a network file system.
+_FIRST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.05, 1.0
 _REPORTED_DEVICES: set[int] = set()
 
 
@@ -63,7 +64,7 @@ def take_lock(
     """
     from filelock import lock_descriptor  # takes 0.1 s to import
 
-    deadline = time.monotonic() + wait_seconds
+    deadline, delay = time.monotonic() + wait_seconds, _FIRST_POLL_SECONDS
     while True:
         descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -80,7 +81,8 @@ def take_lock(
             if on_wait is not None:
                 on_wait()
                 on_wait = None
-        time.sleep(_POLL_SECONDS)
+        time.sleep(min(delay, max(0.0, deadline - time.monotonic())))
+        delay = min(1.5 * delay, _LONGEST_POLL_SECONDS)
 
 
 def _is_named(path: Path, descriptor: int) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row
 from megalm.tracking.compare_runs import comparable_validations
-from megalm.tracking.report.run_data import Failure, RunData
+from megalm.tracking.report.run_data import Failure, ReportData
 from megalm.utils.formatting import format_duration
 
 
@@ -20,7 +20,7 @@ class Number:
     note: str = ""
 
 
-def numbers(run: RunData) -> list[Number]:
+def numbers(run: ReportData) -> list[Number]:
     """Return the main numbers, as far as they are known."""
     found, evaluations = run.results, comparable_validations(run.history.evaluations)
     shown = []
@@ -64,7 +64,7 @@ def _where(row: dict[str, Any]) -> str:
     return f"step {row.get('step', 0):,}{over}"
 
 
-def _frequency_baseline(run: RunData, turned: Any) -> str:
+def _frequency_baseline(run: ReportData, turned: Any) -> str:
     """Return the baseline of a model that knows only the frequency of each token."""
     entropy = run.environment.get("unigram_entropy")
     if not isinstance(entropy, (int, float)):
@@ -72,7 +72,7 @@ def _frequency_baseline(run: RunData, turned: Any) -> str:
     return f"token frequencies alone: {turned(entropy):,.4g}"
 
 
-def _epochs(run: RunData) -> float | None:
+def _epochs(run: ReportData) -> float | None:
     """Return the epochs trained on the dataset, if there is only one."""
     match run.environment, run.results.steps:
         case {"datasets": [{"epochs": int() | float() as epochs}], "planned_steps": int() as planned}, int() as steps:
@@ -89,7 +89,7 @@ class Outcome:
     sentence: str
 
 
-def outcome(run: RunData, now: float) -> Outcome:
+def outcome(run: ReportData, now: float) -> Outcome:
     """Return the run's outcome as of unix time `now`."""
     begun = max((int(row.get("attempt") or 1) for row in run.events(*ATTEMPT_EVENTS)), default=0)
     failure = run.failures[-1] if run.failures else None
@@ -104,7 +104,7 @@ def outcome(run: RunData, now: float) -> Outcome:
     return _ended(run, ends[-1], last, failure) if ends else _without_end(run, now)
 
 
-def progress(run: RunData) -> str:
+def progress(run: ReportData) -> str:
     """Return the progress in words: `at step 30 of 60`."""
     step, planned = run.results.steps, run.planned_steps
     of = f" of {planned:,}" if planned is not None else ""
@@ -116,7 +116,7 @@ def moment(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
-def _ended(run: RunData, end: Row, last: list[Row], failure: Failure | None) -> Outcome:
+def _ended(run: ReportData, end: Row, last: list[Row], failure: Failure | None) -> Outcome:
     where = progress(run)
     if end.get("status") == "finished":
         early = any(row.get("event") == "early_stop" for row in last)
@@ -128,7 +128,7 @@ def _ended(run: RunData, end: Row, last: list[Row], failure: Failure | None) -> 
     return Outcome("failed", f"Failed {where}{why}")
 
 
-def _without_end(run: RunData, now: float) -> Outcome:
+def _without_end(run: ReportData, now: float) -> Outcome:
     seen = run.history.last_time
     last_row = "" if seen is None else f"; last row {format_duration(now - seen)} before this page, {moment(seen)}"
     if run.is_held:

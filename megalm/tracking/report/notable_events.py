@@ -11,7 +11,7 @@ import numpy as np
 from megalm.runs.metrics_history import History
 from megalm.runs.metrics_log import Row
 from megalm.tracking.report.curves import event_step
-from megalm.tracking.report.run_data import RunData, text_of
+from megalm.tracking.report.run_data import ReportData, text_of
 from megalm.utils.formatting import format_duration
 
 # Limits that keep the page readable: texts, lines of one kind, and the length of each text.
@@ -35,7 +35,7 @@ class Finding:
     text: str = ""
 
 
-def findings(run: RunData) -> list[Finding]:
+def findings(run: ReportData) -> list[Finding]:
     """Return everything unusual; empty if there is nothing."""
     history = run.history
     return [
@@ -49,7 +49,7 @@ def findings(run: RunData) -> list[Finding]:
     ]
 
 
-def _events(run: RunData) -> Iterator[Finding]:
+def _events(run: ReportData) -> Iterator[Finding]:
     counts: dict[str, int] = {}
     texts = 0
     for row in run.history.events:
@@ -129,7 +129,7 @@ def _report(run_dir: Path, name: str) -> tuple[str, str]:
     return (f"incidents/{path.name}", _shown(path)) if path.is_file() else ("", "")
 
 
-def _failures(run: RunData) -> Iterator[Finding]:
+def _failures(run: ReportData) -> Iterator[Finding]:
     for failure in run.failures[-_SHOWN_TEXTS:]:
         title = f"failures/attempt-{failure.attempt}.txt"
         yield Finding(None, "failure", f"attempt {failure.attempt}: {failure.last_line}", title, _end_of(failure.text))
@@ -146,7 +146,7 @@ def _not_finite(history: History) -> Iterator[Finding]:
             yield Finding(int(steps[0]), "not finite", f"none of {len(steps):,} steps has a finite {name}")
 
 
-def _checkpoints(run: RunData) -> Iterator[Finding]:
+def _checkpoints(run: ReportData) -> Iterator[Finding]:
     for saved in run.checkpoints:
         if saved.status != "good":
             yield Finding(

@@ -15,7 +15,7 @@ from megalm.tracking.mlflow_mirror.run_facts import without_passwords
 from megalm.tracking.report.curves import charts, event_step
 from megalm.tracking.report.headline import moment, numbers, outcome
 from megalm.tracking.report.notable_events import findings
-from megalm.tracking.report.run_data import RunData, step_of_file, text_of
+from megalm.tracking.report.run_data import ReportData, step_of_file, text_of
 from megalm.tracking.report.svg_chart import FRAME
 from megalm.utils.formatting import format_bytes, format_duration
 
@@ -23,7 +23,7 @@ _TEMPLATE = "page.html"
 _SAMPLE_BYTES = 12_000
 
 
-def render(run: RunData, now: float) -> str:
+def render(run: ReportData, now: float) -> str:
     """Return the complete page as HTML, as of unix time `now`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -55,7 +55,7 @@ def render(run: RunData, now: float) -> str:
     )
 
 
-def _work(run: RunData) -> list[tuple[str, float, float]]:
+def _work(run: ReportData) -> list[tuple[str, float, float]]:
     """Return name, seconds and share of the total time of each activity."""
     starts = [row.get("startup_seconds") for row in run.events("start", "resume")]
     known = [seconds for seconds in starts if isinstance(seconds, (int, float))]
@@ -74,7 +74,7 @@ def _samples(paths: list[Path]) -> list[dict[str, Any]]:
     return found
 
 
-def _changes(run: RunData) -> list[tuple[str, list[str]]]:
+def _changes(run: ReportData) -> list[tuple[str, list[str]]]:
     """Return the title and the changes of each start and resume that reported any."""
     rows = [row for row in run.events("start", "resume") if row.get("changed")]
     return [
@@ -113,7 +113,7 @@ def _environment(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in rows]
 
 
-def _data(run: RunData) -> list[tuple[str, str]]:
+def _data(run: ReportData) -> list[tuple[str, str]]:
     content, rows = run.environment, []
     datasets = content.get("datasets")
     for part in datasets if isinstance(datasets, list) else ():
@@ -133,7 +133,7 @@ def _data(run: RunData) -> list[tuple[str, str]]:
     return rows
 
 
-def _commands(run: RunData) -> list[tuple[str, str]]:
+def _commands(run: ReportData) -> list[tuple[str, str]]:
     """Return the shell commands that are useful next, with their names."""
     folder, planned = run.run_dir, run.planned_steps
     command = ResumeCommand(folder).shell

@@ -69,7 +69,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class RunData:
+class ReportData:
     """All data of one run's page.
 
     Attributes:
@@ -107,7 +107,7 @@ class RunData:
         return int(planned) if planned is not None and planned.isdecimal() else None
 
 
-def read_run(run_dir: Path, now: float, read: ReadRows = read_metrics) -> RunData:
+def read_run(run_dir: Path, now: float, read: ReadRows = read_metrics) -> ReportData:
     """Read a run folder, also of a run that has not started to train.
 
     Raises:
@@ -122,7 +122,7 @@ def read_run(run_dir: Path, now: float, read: ReadRows = read_metrics) -> RunDat
         )
     history = read_history(read(metrics) if metrics.exists() else [])
     settings, preset = _settings(run_dir / CONFIG_FILE)
-    return RunData(
+    return ReportData(
         run_dir=run_dir,
         history=history,
         results=results(RunRecord(run_dir.name, {}, history, parameter_count(run_dir))),
