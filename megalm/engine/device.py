@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -33,7 +34,7 @@ def tune_malloc() -> None:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
-        log.debug("no mallopt here: freed memory goes back to the system")
+        log.debug("no mallopt: freed memory returns to the system")
         return
     mallopt(ctypes.c_int(_M_MMAP_MAX), ctypes.c_int(0))  # allocate everything from the heap
     mallopt(ctypes.c_int(_M_TRIM_THRESHOLD), ctypes.c_int(-1))  # and never shrink it
@@ -64,17 +65,27 @@ def measured_peak(device: torch.device, low_precision: bool) -> float:
     size = 8192 if on_gpu else 1024
     low = torch.float16 if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False) else torch.bfloat16
     left, right = (torch.rand(size, size, device=device).to(low if low_precision else torch.float32) for _ in range(2))
-    fastest, repeats, began = float("inf"), 0, time.perf_counter()
-    while repeats < _REPEATS or time.perf_counter() - began < _SECONDS:
-        repeats += 1
-        if on_gpu:
-            torch.cuda.synchronize(device)
+    return 2 * size**3 / fastest_seconds(lambda: left @ right, device, _REPEATS, _SECONDS)
+
+
+def fastest_seconds(
+    work: Callable[[], object], device: torch.device, repeats: int, total_seconds: float = 0.0
+) -> float:
+    """Return the seconds of the fastest run of `work`: of at least `repeats`, within at least `total_seconds`."""
+    fastest, done, began = float("inf"), 0, time.perf_counter()
+    while done < repeats or time.perf_counter() - began < total_seconds:
+        done += 1
+        _wait_for(device)
         start = time.perf_counter()
-        left @ right
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        work()
+        _wait_for(device)
         fastest = min(fastest, time.perf_counter() - start)
-    return 2 * size**3 / fastest
+    return fastest
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def device_facts(local_world_size: int) -> DeviceFacts:
@@ -105,8 +116,8 @@ def claim_device(ranks: RankFacts) -> torch.device:
         return torch.device("cpu")
     if ranks.local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"rank {ranks.rank} wants GPU {ranks.local_rank} but this node has {torch.cuda.device_count()}; "
-            "start one rank a GPU (--num_gpus)"
+            f"rank {ranks.rank} needs GPU {ranks.local_rank}, but this node has {torch.cuda.device_count()}; "
+            "start one rank per GPU (--num_gpus)"
         )
     torch.cuda.set_device(ranks.local_rank)
     return torch.device("cuda", ranks.local_rank)
