@@ -20,6 +20,7 @@ from megalm.checkpoint.discovery import (
     LATEST,
     Entry,
     list_checkpoints,
+    read_entry,
     read_pointer,
     resolve_pointer,
     step_folders,
@@ -33,7 +34,7 @@ from megalm.checkpoint.manifest import (
     set_status,
     wrong_file,
 )
-from megalm.checkpoint.retention import Retention, prune, superfluous
+from megalm.checkpoint.retention import Retention, prune
 from megalm.cli.find_run import checkpoint_at, find_run, verify
 from megalm.cli.options import Precision
 from megalm.errors import CheckpointError
@@ -90,13 +91,15 @@ def show_command(path: Path = typer.Argument(help="Checkpoint folder, or a run f
 def verify_command(path: Path = typer.Argument(help="Checkpoint folder, or a run folder for all of its.")) -> None:
     """Hash every file and compare it with what the manifest says."""
     path = resolve_pointer(path)
-    entries = [_entry(path)] if (path / MANIFEST).exists() else list_checkpoints(find_run(str(path)) / "checkpoints")
+    entries = (
+        [read_entry(path)] if (path / MANIFEST).exists() else list_checkpoints(find_run(str(path)) / "checkpoints")
+    )
     problems = []
     for entry in entries:
         problem = _problem(entry)
         if not problem and entry.manifest is not None:
             with ProgressBar(f"checking {entry.path.name}", hashed_blocks(entry.manifest)) as counter:
-                problem = damaged_file(entry.path, entry.manifest, tell=counter.advance)
+                problem = damaged_file(entry.path, entry.manifest, on_progress=counter.advance)
         typer.echo(f"{entry.path}: {problem or 'every file is as it was written'}")
         problems += [problem] if problem else []
     if not entries:
@@ -152,14 +155,7 @@ def prune_command(
 ) -> None:
     """Delete old checkpoints. The best one stays, and suspect and bad ones newer than what is kept."""
     checkpoints = find_run(run) / "checkpoints"
-    retention = Retention(keep_last, keep_every)
-    if dry_run:
-        gone = [
-            entry.path
-            for entry in superfluous(list_checkpoints(checkpoints), retention, read_pointer(checkpoints, BEST))
-        ]
-    else:
-        gone = prune(checkpoints, retention)
+    gone = prune(checkpoints, Retention(keep_last, keep_every), dry_run=dry_run)
     for path in gone:
         typer.echo(f"{path}: {'would go' if dry_run else 'deleted'}")
     if not gone:
@@ -176,7 +172,6 @@ def convert_command(
     import torch
 
     from megalm.checkpoint.checkpoint_reader import CheckpointReader
-    from megalm.checkpoint.consolidate import write_weights
 
     if output.exists():
         raise CheckpointError(f"{output} exists; name another file, or remove it")
@@ -186,7 +181,7 @@ def convert_command(
     verify(reader)
     stored, parameters = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype.value], len(reader.shapes())
     with ProgressBar("writing", parameters) as counter:
-        written = write_weights(reader, output, stored, counter.advance)
+        written = reader.write_weights(output, stored, counter.advance)
     typer.echo(f"{output}: {parameters} parameters of {reader.path} in {dtype.value}, {format_bytes(written)}")
 
 
@@ -194,13 +189,6 @@ def _account(path: Path, manifest: Manifest) -> dict[str, Any]:
     """The manifest, with the configuration that is kept beside it."""
     kept = {"config": read_mapping(path / CONFIG_FILE), "deepspeed": read_mapping(path / DEEPSPEED_FILE)}
     return {**manifest.content, **kept}
-
-
-def _entry(path: Path) -> Entry:
-    try:
-        return Entry(path, read_manifest(path))
-    except CheckpointError as error:
-        return Entry(path, None, str(error))
 
 
 def _problem(entry: Entry) -> str:

@@ -53,7 +53,7 @@ def verify(reader: CheckpointReader) -> None:
         CheckpointError: a file is damaged.
     """
     with ProgressBar(f"checking {reader.path.name}", hashed_blocks(reader.manifest)) as counter:
-        if problem := reader.verify(tell=counter.advance):
+        if problem := reader.verify(on_progress=counter.advance):
             raise CheckpointError(problem)
 
 

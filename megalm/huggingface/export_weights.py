@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
-from megalm.checkpoint.consolidate import read_finite
 from megalm.checkpoint.safetensors_file import TensorEntry, write_tensors
 from megalm.errors import CheckpointError
 from megalm.huggingface.weight_mapping import TheirTensor, their_tensors
@@ -84,7 +83,7 @@ def _told(
     reader: CheckpointReader, tensors: Sequence[TheirTensor], dtype: torch.dtype, tell: Callable[[], None]
 ) -> Iterator[Tensor]:
     for tensor in tensors:
-        yield to_theirs(tensor, [read_finite(reader, name, shape) for name, shape in tensor.parts])
+        yield to_theirs(tensor, [reader.read_finite(name, shape) for name, shape in tensor.parts])
         tell()
 
 

@@ -7,7 +7,6 @@ the folders of a machine.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,6 @@ from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.runs.metrics_log import METRICS_FILE, Row, live_rows, read_metrics
 from megalm.runs.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, read_mapping
 
-# What a run's log says of its only dataset (train/run_summary.py): the part that is trained on.
-_TRAINED_ON = re.compile(r"  data +(?P<name>\S.*): [\d.,]+ epochs of (?P<tokens>[\d,]+) tokens$", re.MULTILINE)
 _LARGEST_EXPONENT = 700.0  # beyond that a float overflows
 _LICENSE = "# license: to be chosen by whoever publishes this model, e.g. apache-2.0; none is implied"
 
@@ -121,7 +118,7 @@ class Card:
         return None if path is None else f"the weights of {path.parent.parent.name}, {path.name}"
 
     def _dataset(self) -> tuple[str | None, int | None]:
-        """What config.yaml says, and the tokens that are trained on where the log tells of one dataset throughout."""
+        """The dataset in config.yaml, and its training tokens if every attempt used the same single dataset."""
         data = read_mapping(self.checkpoint / CONFIG_FILE).get("data")
         stated = data if isinstance(data, dict) else {}
         train, stages = stated.get("train"), stated.get("stages") or []
@@ -132,11 +129,10 @@ class Card:
         orders = [segment for segment in segments if segment.begins == "anew"]
         if len(orders) > 1:
             return f"{name} (the last of {len(orders)} orders or datasets)", None
-        if stages or isinstance(train, list):
+        if stages or isinstance(train, list) or stated.get("stride"):
             return name, None
-        log = self._run / "log.txt"
-        told = _TRAINED_ON.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
-        sizes = {int(tokens.replace(",", "")) for _, tokens in told}
+        attempts = [read_mapping(path) for path in self._run.glob(f"{Path(ENVIRONMENT_FILE).stem}*.json")]
+        sizes = {part["tokens_per_epoch"] for attempt in attempts for part in attempt.get("datasets", [])}
         return name, sizes.pop() if len(sizes) == 1 == len(orders) else None
 
     def _validation(self) -> Iterator[Fact]:

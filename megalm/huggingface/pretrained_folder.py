@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megalm.checkpoint.consolidate import is_finite
+from megalm.checkpoint.checkpoint_reader import is_finite
 from megalm.errors import DataError
 from megalm.huggingface.config_json import to_shape
 from megalm.huggingface.export_weights import INDEX, WEIGHTS, to_ours

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
-from megalm.checkpoint.consolidate import read_finite
-from megalm.checkpoint.discovery import find_checkpoint
+from megalm.checkpoint.discovery import first_whole
 from megalm.checkpoint.manifest import MANIFEST, Manifest, read_manifest, shape_of
 from megalm.data.sampling.batch_loader import MicroBatch
 from megalm.data.tokenizers.tokenizer import Tokenizer, tokenizer_of
@@ -175,7 +174,7 @@ class InferenceModel:
 def _checkpoint(place: Path) -> Path:
     if (place / MANIFEST).is_file():
         return place
-    newest = find_checkpoint(place / "checkpoints", "auto")
+    newest, _ = first_whole(place / "checkpoints", "auto")
     if newest is None:
         raise CheckpointError(
             f"{place} is no checkpoint and has none in {place / 'checkpoints'}; give a run or one of its checkpoints"
@@ -198,6 +197,6 @@ def _load(
         parameters = dict(model.named_parameters())
         for name in watched(list(parameters)):
             parameter = parameters[name]
-            parameter.copy_(read_finite(reader, name, tuple(parameter.shape)))
+            parameter.copy_(reader.read_finite(name, tuple(parameter.shape)))
     reader.close()
     return model

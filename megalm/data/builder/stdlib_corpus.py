@@ -28,7 +28,8 @@ from megalm.data.indexed.metadata import SIDECAR_VERSION
 from megalm.data.readers.document_reader import Document, ReadReport
 from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from megalm.errors import DataError
-from megalm.utils.atomic_files import json_hash, locked, read_json, sync_directory, write_json, writing_to
+from megalm.utils.atomic_files import json_hash, read_json, sync_directory, write_json, writing_to
+from megalm.utils.file_lock import take_lock
 
 # Documents: sources and manual texts of the running Python's own standard library
 #
@@ -172,12 +173,13 @@ def prepare_recipe(
     stamp = cache / "stamps" / f"{json_hash(_cheap_facts(name, vocab_size))}.json"
     if prepared := _find(cache, name, stamp):
         return prepared
-    with locked(
-        cache / f"{name}.lock",
-        lambda: say("waiting for another process that prepares the same data"),
-        # Two processes can then prepare at once: the first result is read, or replaced.
-        lambda error: say(f"{cache}: its file system has no locks ({error.strerror}); start one run at first"),
-    ):
+    with writing_to(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        # Without locks two processes can prepare at once: the first result is read, or replaced.
+        lock = take_lock(
+            cache / f"{name}.lock", on_wait=lambda: say("waiting for another process that prepares the same data")
+        )
+    with lock:
         if prepared := _find(cache, name, stamp):  # another process made it meanwhile
             return prepared
         say(f"reading the standard library of Python {platform.python_version()}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,8 @@ from typing import Any
 from megalm.data.indexed.metadata import check_output, dataset_paths
 from megalm.data.readers.input_files import InputFile, sha256_of
 from megalm.errors import DataError
-from megalm.utils.atomic_files import locked, read_json, write_json, writing_to
+from megalm.utils.atomic_files import read_json, write_json, writing_to
+from megalm.utils.file_lock import take_lock
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +27,14 @@ def build_lock(work: Path) -> Iterator[None]:
     Raises:
         DataError: another process holds it.
     """
-
-    def refuse() -> None:
-        raise DataError(f"{work}: another process builds this dataset now; wait for it")
-
-    def warn(error: OSError) -> None:
-        logger.warning("%s: its file system has no locks (%s): see that nobody else builds this", work, error)
-
     path = work.with_name(f".{work.name}.lock")
-    with locked(path, refuse, warn) as lock:
-        if os.fstat(lock.fileno()).st_nlink == 0:  # another process just ended and removed the file
-            refuse()
+    with writing_to(work):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = take_lock(path, wait_seconds=0.0)
+        except BlockingIOError:
+            raise DataError(f"{work}: another process builds this dataset now; wait for it") from None
+    with lock:
         try:
             yield
         finally:

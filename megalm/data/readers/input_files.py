@@ -6,14 +6,16 @@ import bz2
 import glob
 import gzip
 import hashlib
+import io
 import lzma
 import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 from backports import zstd
 
@@ -27,6 +29,7 @@ WORK_SUFFIX = ".building"
 # Errors that the unpackers raise on a damaged or truncated file.
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 HASH_BYTES = 1 << 20
+_ZSTD_WINDOW = 31  # log2 of the largest window, 2 GiB: what `zstd --ultra --long=31` writes
 
 
 @dataclass
@@ -82,12 +85,66 @@ def unpacked(raw: BinaryIO, packing: str) -> IO[bytes]:
     if packing == ".gz":
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     if packing == ".bz2":
-        return bz2.BZ2File(raw)
+        return io.BufferedReader(_PackedStreams(raw, bz2.BZ2Decompressor, bz2.BZ2Decompressor, padding_unit=0))
     if packing == ".xz":
-        return lzma.LZMAFile(raw)
+        following = partial(lzma.LZMADecompressor, format=lzma.FORMAT_XZ)
+        return io.BufferedReader(_PackedStreams(raw, lzma.LZMADecompressor, following, padding_unit=4))
     if packing == ".zst":
-        return cast(IO[bytes], zstd.ZstdFile(raw))
+        return cast(IO[bytes], zstd.ZstdFile(raw, options={zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW}))
     return raw
+
+
+class _PackedStreams(io.RawIOBase):
+    """The content of all compressed streams of a file, one after the other.
+
+    The standard library's BZ2File and LZMAFile drop what follows a finished stream if it is not another stream, without
+    an error. Here only the padding that the .xz format allows may follow.
+
+    Args:
+        first, following: make the decompressor of the first stream and of each other.
+        padding_unit: zero bytes may follow a stream in multiples of this; 0: none may.
+    """
+
+    def __init__(
+        self, raw: BinaryIO, first: Callable[[], Any], following: Callable[[], Any], padding_unit: int
+    ) -> None:
+        self._raw = raw
+        self._decompressor = first()
+        self._following = following
+        self._padding_unit = padding_unit
+        self._packed = b""  # read, and not yet given to the decompressor
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = b""
+        while not piece:
+            if self._decompressor.eof and not self._begin_next():
+                return 0
+            if self._decompressor.needs_input and not self._packed:
+                self._packed = self._raw.read(HASH_BYTES)
+                if not self._packed:
+                    raise EOFError("the file ends within a compressed stream")
+            packed, self._packed = self._packed, b""
+            piece = self._decompressor.decompress(packed, len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def _begin_next(self) -> bool:
+        """Begin the stream that follows; return False at the end of the file."""
+        rest, padding = self._decompressor.unused_data, 0
+        while rest or (rest := self._raw.read(HASH_BYTES)):
+            stripped = rest.lstrip(b"\0") if self._padding_unit else rest
+            padding += len(rest) - len(stripped)
+            rest = stripped
+            if rest:
+                break
+        if padding and padding % self._padding_unit:
+            raise lzma.LZMAError(f"{padding} bytes of padding after a stream, not a multiple of {self._padding_unit}")
+        if rest:
+            self._decompressor, self._packed = self._following(), rest
+        return bool(rest)
 
 
 def kind_of(path: Path) -> str:
