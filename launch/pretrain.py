@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 
 import typer
 
-from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Overrides, RanksPerNode
+from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Gpu, Overrides, RanksPerNode
 from megalm.errors import MegalmError, message_of
 from megalm.rank_environment import is_other_rank, launched_ranks, rank_in_messages
 
@@ -65,6 +65,7 @@ def main(
         ),
     ] = 0,
     ranks_per_node: RanksPerNode = RANKS_PER_NODE,
+    gpu: Gpu = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the log lines of DeepSpeed and torch.")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
@@ -88,7 +89,7 @@ def main(
         "skip_steps": skip_steps,
     }
     if dry_run:
-        _dry_run(arguments, world_size, ranks_per_node)
+        _dry_run(arguments, world_size, ranks_per_node, gpu)
         return
     from megalm.engine.deepspeed_patches import limit_openmp_spin, silence
 
@@ -105,9 +106,9 @@ def main(
     supervisor.run(lambda: pretrain(Arguments(**arguments), supervisor))
 
 
-def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int) -> None:
+def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int, gpu: str | None) -> None:
     """Print the plan of the run; for a resumed run, with its earlier schedules."""
-    from megalm.cli.plan import show_plan
+    from megalm.cli.plan import own_device, planned_gpu, show_plan
     from megalm.train.resume.resume_plan import planned_start
     from megalm.train.resume.resume_request import Arguments
 
@@ -115,9 +116,10 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int) ->
         if is_other_rank():
             return  # only rank 0 prints
         ranks = world_size or launched_ranks()
-        options, files = Arguments(**arguments).read(ranks)
+        device = planned_gpu(gpu, None) or own_device(min(ranks, ranks_per_node))
+        options, files = Arguments(**arguments).read(ranks, device, data_needed=False)
         planned = partial(planned_start, resume=options) if options.wanted is not None else None
-        show_plan(files, ranks, None, ranks_per_node, planned)
+        show_plan(files, ranks, device, ranks_per_node, planned)
     except MegalmError as error:
         sys.stderr.write(f"megalm: error: {message_of(error)}\n")
         raise SystemExit(error.exit_code) from None

@@ -45,7 +45,11 @@ RanksPerNode = Annotated[
 ]
 Gpu = Annotated[
     str | None,
-    typer.Option("--gpu", metavar="NAME", help="The GPU of each rank, such as H100 or A100-40GB; none is needed here."),
+    typer.Option(
+        "--gpu",
+        metavar="NAME",
+        help="For a plan: each rank has this GPU, such as H100 or A100-40GB; none is needed here.",
+    ),
 ]
 Place = Annotated[
     Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -11,9 +12,10 @@ import typer
 
 from megalm.checkpoint.manifest import read_manifest, require_training_state
 from megalm.cli.find_run import checkpoint_at
-from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Overrides, RanksPerNode
+from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Gpu, Overrides, RanksPerNode
 from megalm.cli.plan_text import plan_text
 from megalm.config.precision import DeviceFacts
+from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.errors import ConfigError
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, ResolvedRun, expected_vocab_size, resolve
@@ -46,6 +48,7 @@ def command(
             help="Plan for GPUs of so many GiB with bf16; default: a recipe's documented ones, else this machine.",
         ),
     ] = None,
+    gpu: Gpu = None,
     ranks_per_node: RanksPerNode = RANKS_PER_NODE,
     plot: Annotated[
         Path | None,
@@ -68,12 +71,13 @@ def command(
     """
     if extend_steps is not None and after is None:
         raise ConfigError("--extend-steps: says nothing alone; name the checkpoint with --after")
+    device = planned_gpu(gpu, gpu_memory)
     files = read_settings(config, overrides or [], deepspeed_config, resume=False, ranks=ranks or 1)
     documented = files.loaded.config.documented
     plan = planned(
         files,
         ranks or documented.devices or 1,
-        gpu_memory or documented.device_memory_gib,
+        device or planned_gpu(None, documented.device_memory_gib),
         ranks_per_node,
         None if after is None else partial(_after, after, extend_steps),
     )
@@ -87,25 +91,26 @@ def command(
 def show_plan(
     files: ConfigFiles,
     ranks: int,
-    gpu_memory: float | None,
+    device: DeviceFacts,
     ranks_per_node: int,
     going_on: GoingOn | None = None,
 ) -> None:
     """Write the plan to the terminal."""
-    plan = planned(files, ranks, gpu_memory, ranks_per_node, going_on)
+    plan = planned(files, ranks, device, ranks_per_node, going_on)
     typer.echo(plan_text(plan, ranks_per_node, *planned_data(plan.resolved)))
 
 
 def planned(
     files: ConfigFiles,
     ranks: int,
-    gpu_memory: float | None,
+    device: DeviceFacts | None,
     ranks_per_node: int,
     going_on: GoingOn | None = None,
 ) -> Plan:
-    """The plan for so many ranks of GPUs of `gpu_memory` GiB; None: of this machine's device.
+    """The plan for so many ranks.
 
     Args:
+        device: of each rank; None: this machine's.
         going_on: of a run that does; None: it starts at step 0.
 
     Raises:
@@ -113,7 +118,7 @@ def planned(
     """
     vocab_size = known_vocab_size(files.loaded.config.data)
     ranks_per_node = min(ranks, ranks_per_node)
-    device = _device(ranks_per_node, gpu_memory)
+    device = device or own_device(ranks_per_node)
     resolved = resolve(files.loaded, files.deepspeed, ranks, device, vocab_size, ranks_per_node, data_needed=False)
     schedules: tuple[ScheduleSegment, ...] = ()
     if going_on is not None:
@@ -131,14 +136,29 @@ def _after(checkpoint: Path, more: int | None, run: ResolvedRun) -> tuple[Resolv
     return with_last_step(run, schedule), schedule.segments
 
 
-def _device(local_ranks: int, gpu_memory: float | None) -> DeviceFacts:
-    if gpu_memory is not None:
-        return DeviceFacts(kind="cuda", bf16=True, memory_bytes=int(gpu_memory * _GIB))
+def planned_gpu(name: str | None, memory_gib: float | None) -> DeviceFacts | None:
+    """The GPU of a plan by its name, its memory or both; None where neither is given.
+
+    Raises:
+        ConfigError: no such GPU.
+    """
+    if name is None and memory_gib is None:
+        return None
+    gpu = DeviceFacts(kind="cuda", bf16=True, memory_bytes=0) if name is None else gpu_by_name(name)
+    return gpu if memory_gib is None else replace(gpu, memory_bytes=int(memory_gib * _GIB))
+
+
+def own_device(local_ranks: int) -> DeviceFacts:
+    """This machine's device, for each of so many ranks.
+
+    Raises:
+        ConfigError: torch is not installed.
+    """
     try:
         from megalm.engine.device import device_facts  # imports torch, which a plan for a cluster does not need
     except ImportError as error:
         raise ConfigError(
-            f"a plan for this machine asks torch for its device ({error}); "
-            "plan for GPUs of so many GiB with --gpu-memory"
+            f"a plan for this machine asks torch for its device ({error}); plan for other GPUs with --gpu NAME or "
+            "--gpu-memory GIB"
         ) from None
     return device_facts(local_ranks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ def read_settings(
     resume: bool,
     ranks: int,
     device: DeviceFacts | None = None,
+    data_needed: bool = False,
 ) -> ConfigFiles:
     """Read both configuration files of a new run, or of an existing one with `resume` or in a restart of its job.
 
@@ -54,7 +55,7 @@ def read_settings(
     can be resumed in any parallel layout: if the run's own does not divide `ranks`, and none is given, use the default.
 
     Args:
-        device: the ranks' device; None: a plan's, which needs no data. For the rules, where a file is wrong.
+        device, data_needed: of `check_run`, which tells all else that is wrong beside a file; None: of any device.
 
     Raises:
         ConfigError: the given or the saved configuration is invalid by itself; with it all else that is wrong.
@@ -82,8 +83,11 @@ def read_settings(
         )
     except ConfigError as error:
         raise ConfigError(*loaded.problems.values(), *error.problems) from None
+    if own is not None and Path(deepspeed.path) == own.deepspeed_json:  # its values are saved ones: a person's win
+        implied = {key: value for key, value in deepspeed.run_settings.items() if key not in loaded.stated}
+        deepspeed = replace(deepspeed, run_settings=implied)
     if loaded.problems or deepspeed.problems:
-        check_run(loaded, deepspeed, ranks, device or _ANY_DEVICE, data_needed=device is not None)
+        check_run(loaded, deepspeed, ranks, device or _ANY_DEVICE, data_needed)
     return ConfigFiles(loaded, deepspeed, saved)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel
 
 from megalm.config.deepspeed.json_schema import DeepSpeedSettings
-from megalm.config.deepspeed.scheduler import translate_scheduler
+from megalm.config.deepspeed.scheduler import SchedulerTranslation, translate_scheduler
 from megalm.config.deepspeed.unsupported_keys import (
     IGNORED,
     REMOVE,
@@ -38,6 +38,11 @@ _STAGE, _OFFLOAD_OPTIMIZER, _OFFLOAD_PARAM = (
     f"zero_optimization.{name}" for name in ("stage", "offload_optimizer", "offload_param")
 )
 _NOTHING = "it asks for nothing"
+
+
+# Sections that belong to the run configuration -> what reads them.
+SectionTranslator = Callable[[Mapping[str, Any]], SchedulerTranslation]
+RUN_SETTINGS: dict[str, SectionTranslator] = {"scheduler": translate_scheduler}
 
 
 @dataclass(frozen=True)
@@ -151,8 +156,8 @@ class _Reading:
         rule = UNSUPPORTED.get(path)
         if is_comment(name):
             self.add(Outcome(spelled, value, "no effect", "it is a comment", group="comment"))
-        elif path == "scheduler":
-            self._scheduler(spelled, value)
+        elif path in RUN_SETTINGS:
+            self._run_settings(RUN_SETTINGS[path], spelled, value)
         elif path == "optimizer" and self._is_another_optimizer(value):
             kind = value.get("type")
             why = f"optimizer.type={shown(kind)} is not available"
@@ -198,20 +203,21 @@ class _Reading:
         else:
             self.add(Outcome(spelled, value, "refused", rule.why, rule.instead, rule.group))
 
-    def _scheduler(self, spelled: str, value: Any) -> None:
+    def _run_settings(self, translator: SectionTranslator, spelled: str, value: Any) -> None:
+        """A section that belongs to the run configuration."""
         if not value or value == "auto":
             self.add(Outcome(spelled, value, "no effect", _NOTHING, group="nothing"))
             return
         if not isinstance(value, Mapping):
-            self.add(Outcome(spelled, value, "refused", "it is a section", "write an object with type and params"))
+            self.add(Outcome(spelled, value, "refused", "it is a section", "write an object"))
             return
-        schedule = translate_scheduler(value)
-        for problem in schedule.problems:
-            self.add(Outcome(spelled, value, "refused", problem, group=f"scheduler: {problem}"))
-        if not schedule.problems:
-            self.run_settings |= schedule.settings
-            keys = " ".join(f"{key}={shown(it)}" for key, it in schedule.settings.items())
-            why = "; ".join(schedule.notes) or f"it reads as {keys}"
+        found = translator(value)
+        for problem in found.problems:
+            self.add(Outcome(spelled, value, "refused", problem, group=f"{spelled}: {problem}"))
+        if not found.problems:
+            self.run_settings |= found.settings
+            keys = " ".join(f"{key}={shown(it)}" for key, it in found.settings.items())
+            why = "; ".join(found.notes) or f"it reads as {keys}"
             self.add(Outcome(spelled, value, "translated" if keys else "not stated", why))
 
     def check_values(self) -> set[str]:

@@ -39,18 +39,20 @@ class Arguments:
     extend_strategy: Literal["schedule", "weights"] = "schedule"
     skip_steps: int = 0
 
-    def read(self, ranks: int, device: DeviceFacts | None = None) -> tuple[ResumeOptions, ConfigFiles]:
+    def read(self, ranks: int, device: DeviceFacts, data_needed: bool = True) -> tuple[ResumeOptions, ConfigFiles]:
         """Return the resume options, and both configurations of a run on `ranks` ranks.
 
         Args:
-            device: the ranks' device; None: a plan's, which no rule depends on before it is known.
+            device: of each rank.
+            data_needed: whether a run without data is refused; a plan needs none.
 
         Raises:
             ConfigError: a flag lacks another that it needs, or a configuration is invalid by itself.
         """
         options = ResumeOptions.stated(self.resume, self.extend_steps, self.extend_strategy, self.skip_steps)
         words = (*self.overrides, *options.overrides)
-        files = read_settings(self.config, words, self.deepspeed_config, self.resume is not None, ranks, device)
+        resume = self.resume is not None
+        files = read_settings(self.config, words, self.deepspeed_config, resume, ranks, device, data_needed)
         if options.wanted is None and files.saved is not None:  # a restart of the job that began the run
             options = replace(options, wanted="auto")
         return options, files

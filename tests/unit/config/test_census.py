@@ -13,7 +13,8 @@ from census_shapes import SHAPES, Shape
 from config_cases import GPU, refused
 
 from megalm.config.deepspeed.json_reader import open_deepspeed_json
-from megalm.config.deepspeed.translate import translate
+from megalm.config.deepspeed.scheduler import SchedulerTranslation
+from megalm.config.deepspeed.translate import RUN_SETTINGS, translate
 from megalm.config.deepspeed.unsupported_keys import UNSUPPORTED, unknown_key
 from megalm.config.loading import load_run_config
 from megalm.planning.resolve import ResolvedRun, resolve
@@ -213,6 +214,34 @@ def test_one_start_tells_what_is_wrong_with_all_files(tmp_path: Path) -> None:
     mine.write_text("train: {steps: 3")
     theirs.write_text('{"seed": 1}')
     assert_names(refused(read_settings, str(mine), (), str(theirs), resume=False, ranks=1), "line 1", "seed=1")
+
+
+def test_a_runs_own_json_gives_way_to_a_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a scheduler implies is refused beside a person's other value, but not where it is a saved one."""
+    implied = SchedulerTranslation({"schedule.kind": "linear", "schedule.warmup_steps": 7})
+    monkeypatch.setitem(RUN_SETTINGS, "scheduler", lambda _: implied)
+    theirs = tmp_path / "theirs.json"
+    theirs.write_text('{"train_batch_size": 16, "scheduler": {"type": "Linear", "params": {"n": 7}}}')
+    started = resolve(load_run_config(None, []), open_deepspeed_json(theirs), 1, GPU)
+    assert (started.config.schedule.kind, started.schedule.warmup_steps) == ("linear", 7)
+    assert started.sources["schedule.kind"] == str(theirs)
+    mine = load_run_config(None, ["schedule.kind=wsd", "schedule.warmup_steps=7"])
+    said = refused(resolve, mine, open_deepspeed_json(theirs), 1, GPU)
+    assert_names(said, "schedule.kind", '"wsd"', '"linear"', "command line", theirs)
+    assert "warmup_steps" not in said
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(started.config_yaml)
+    (folder / "deepspeed.json").write_bytes(theirs.read_bytes())
+
+    def resumed(*words: str, json_file: str | None = None) -> ResolvedRun:
+        words = (f"run.root={tmp_path}", "run.name=mine", *words)
+        files = read_settings(None, words, json_file, resume=True, ranks=1)
+        return resolve(files.loaded, files.deepspeed, 1, GPU)
+
+    assert resumed().schedule == resumed(json_file=str(theirs)).schedule == started.schedule
+    assert resumed("schedule.kind=wsd").schedule.kind == "wsd"
+    assert_names(refused(resumed, "schedule.kind=wsd", json_file=str(theirs)), "schedule.kind", theirs)
 
 
 def test_a_shipped_json_goes_by_its_name_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,7 +229,7 @@ def test_a_vocabulary_that_nobody_knows_is_the_same_guess_everywhere() -> None:
     """The memory and the table of parameters, of a JSON that states its micro-batch, too."""
     loaded = load_run_config("quickstart", ["data.recipe=null"])
     for name in ("zero2.json", "recipes/h100.json"):
-        plan = planned(ConfigFiles(loaded, read_deepspeed_json(DS_CONFIGS_FOLDER / name)), 1, 80.0, 8)
+        plan = planned(ConfigFiles(loaded, read_deepspeed_json(DS_CONFIGS_FOLDER / name)), 1, GPU, 8)
         assert plan.shape.vocab_size == 50_304
         assert plan.memory.weights >= 50_304 * 256 * 2
         assert_names("\n".join(plan.resolved.notices), "50,304")
@@ -255,6 +255,32 @@ def test_the_command_plans_for_a_cluster_that_is_not_here(capsys: pytest.Capture
         main(["plan", "--gpu-memory", "80", "train.stepz=100"])
     assert left.value.code == 2
     assert_names(capsys.readouterr().err, "train.stepz", "train.steps")
+
+
+def test_a_plan_for_a_gpu_by_its_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An fp16 run is planned where there is no GPU, and a chip without bf16 refuses a bf16 run."""
+    from megalm.cli.main import main
+
+    monkeypatch.delenv("MEGALM_ALLOW_CPU_FP16", raising=False)
+
+    def plan(*words: str) -> tuple[object, str]:
+        with pytest.raises(SystemExit) as left:
+            main(["plan", "--ranks", "8", *words])
+        shown = capsys.readouterr()
+        return left.value.code, shown.out + shown.err
+
+    code, text = plan("--deepspeed_config", "fp16.json", "--gpu", "a100-40gb")
+    assert code in (0, None)
+    assert_names(section_of(text, "Memory of one rank"), "40.0 GiB")
+    code, text = plan("--deepspeed_config", "bf16.json", "--gpu", "V100")
+    assert code == 2
+    assert_names(text, "bf16.enabled=true")
+    code, text = plan("--gpu", "A1000")
+    assert code == 2
+    assert_names(text, "--gpu A1000", "A100")
+    code, text = plan("--deepspeed_config", "fp16.json", "train.stepz=1")
+    assert code == 2
+    assert_names(text, "train.stepz")
 
 
 def test_presets_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:

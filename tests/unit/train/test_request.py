@@ -10,6 +10,7 @@ import pytest
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.manifest import DataSegment, set_status, write_manifest
 from megalm.communicator import SingleProcessCommunicator
+from megalm.config.precision import DeviceFacts
 from megalm.errors import CheckpointError, ConfigError
 from megalm.runs.run_folder import RunFolder
 from megalm.train.resume.compatibility import Extension
@@ -25,6 +26,7 @@ from megalm.train.resume.resume_request import (
 from tests.checkpoint_files import save
 from tests.messages import assert_names
 
+CPU = DeviceFacts(kind="cpu", bf16=True, memory_bytes=2**36)
 AUTO = ResumeOptions("auto")
 ASKED = ResumeOptions("20", Extension(50), skip_steps=5, allow=("dataset",))
 
@@ -156,7 +158,7 @@ def test_flags_that_say_nothing_without_others_are_refused() -> None:
 
 def test_an_extension_from_weights_is_a_run_of_so_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    options, files = Arguments(None, resume="7", extend_steps=5, extend_strategy="weights").read(ranks=1)
+    options, files = Arguments(None, resume="7", extend_steps=5, extend_strategy="weights").read(1, CPU)
     assert (files.loaded.config.train.steps, options.extension) == (5, Extension(5, "weights"))
-    _, files = Arguments(None, resume="7", extend_steps=5, overrides=("train.steps=50",)).read(ranks=1)
+    _, files = Arguments(None, resume="7", extend_steps=5, overrides=("train.steps=50",)).read(1, CPU)
     assert files.loaded.config.train.steps == 50
