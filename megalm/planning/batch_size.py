@@ -83,6 +83,9 @@ def plan_batch(
     if total is None and takes_run_batch(settings, ranks, run_batch):
         total, named = run_batch.sequences, "batch.global_sequences"
         notices = [f"{where} states no train_batch_size: {named}={total} ({run_batch.source})"]
+        if total is not None and steps and not run_batch.by_person and total % (steps * ranks):
+            total = (total // (steps * ranks) + 1) * steps * ranks  # a preset's is no reason to refuse the JSON's
+            notices[0] += f", raised to {total} for gradient_accumulation_steps={steps} on {ranks} ranks"
     elif run_batch.sequences not in (None, total):
         notices = [f"train_batch_size={total} ({where}): batch.global_sequences={run_batch.sequences} is not used"]
     if total is None:

@@ -369,7 +369,13 @@ def _adam(leaves: _Leaves) -> Iterator[Outcome]:
         yield from _drop(leaves, "optimizer.params.adam_w_mode", 'DeepSpeed ignores it with type "AdamW"')
 
 
-_ADJUSTMENTS: tuple[Callable[[_Leaves], Iterator[Outcome]], ...] = (_loss_scale, _adam)
+def _gds(leaves: _Leaves) -> Iterator[Outcome]:
+    """DeepSpeed asks for a GPU for it, even where nothing is on a disk."""
+    if "nvme" not in (_value(leaves, f"{section}.device") for section in (_OFFLOAD_OPTIMIZER, _OFFLOAD_PARAM)):
+        yield from _drop(leaves, "aio.use_gds", "it acts only with offload to nvme")
+
+
+_ADJUSTMENTS: tuple[Callable[[_Leaves], Iterator[Outcome]], ...] = (_loss_scale, _adam, _gds)
 _STAGE_ADJUSTMENTS: tuple[Callable[[_Leaves], Iterator[Outcome]], ...] = (_stage_zero, _offload_param)
 
 

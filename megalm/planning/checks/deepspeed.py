@@ -78,6 +78,11 @@ def nvme_needs_stage_3_and_path(case: CheckContext) -> None:
         )
 
 
+def gds_needs_a_gpu(case: CheckContext) -> None:
+    if case.settings.aio is not None and case.settings.aio.use_gds and case.device.kind == "cpu":
+        raise ConfigError(f"{case.ds.path}: aio.use_gds=true needs a GPU, and this device is a CPU; remove it")
+
+
 def buckets_are_even(case: CheckContext) -> None:
     size = case.zero.allgather_bucket_size
     if case.zero.stage in (1, 2) and size % 2:
@@ -116,6 +121,7 @@ DEEPSPEED_RULES: tuple[Callable[[CheckContext], None], ...] = (
     accumulation_precision,
     communication_precision,
     nvme_needs_stage_3_and_path,
+    gds_needs_a_gpu,
     buckets_are_even,
     nvme_keeps_optimizer_states_only,
 )

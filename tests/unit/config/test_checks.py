@@ -176,6 +176,12 @@ def test_rules_of_the_run(start: Start, overrides: list[str], names: list[str] |
         ),
         ({"zero_optimization": zero(2, round_robin_gradients=True)}, [], None),
         ({"aio": {"queue_depth": 16}}, [], None),
+        ({"aio": {"use_gds": True}}, [], None),
+        (
+            {"aio": {"use_gds": True}, "zero_optimization": zero(3, offload_optimizer=NVME)},
+            [],
+            ["aio.use_gds=true", "GPU"],
+        ),
     ],
 )
 def test_rules_of_the_json(
