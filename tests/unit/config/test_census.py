@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 from census_shapes import SHAPES, Shape
 from config_cases import GPU, refused
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megalm.config.deepspeed.json_reader import open_deepspeed_json
+from megalm.config.deepspeed.json_schema import DeepSpeedSettings
 from megalm.config.deepspeed.scheduler import SchedulerTranslation
-from megalm.config.deepspeed.translate import RUN_SETTINGS, translate
+from megalm.config.deepspeed.translate import OLDER, RUN_SETTINGS, translate
 from megalm.config.deepspeed.unsupported_keys import UNSUPPORTED, unknown_key
 from megalm.config.loading import load_run_config
+from megalm.config.validation import leaf_fields
 from megalm.planning.resolve import ResolvedRun, resolve
 from megalm.runs.saved_config import read_settings
 from tests.messages import assert_names
@@ -191,6 +195,39 @@ def test_a_persons_batch_and_the_jsons(tmp_path: Path) -> None:
     assert (
         total({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}) == 8
     )
+
+
+KEYS = sorted(
+    {*leaf_fields(DeepSpeedSettings), *UNSUPPORTED, *OLDER, *RUN_SETTINGS, "zero_optimization", "fp16", "x.y"}
+)
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.sampled_from(["auto", "", "1", "-1", "on"])
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["enabled", "type", "params", "é"]), inner, max_size=2)
+    ),
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=8))
+def test_whatever_a_file_holds_is_answered_in_lines(content: dict[str, Any]) -> None:
+    raw: dict[str, Any] = {}
+    for path, value in content.items():
+        place: Any = raw
+        *sections, name = path.split(".")
+        for section in sections:
+            place = place.setdefault(section, {}) if isinstance(place, dict) else None
+        if isinstance(place, dict):
+            place[name] = value
+    translation = translate(raw)
+    for line in (*translation.problems, *translation.notes):
+        assert line
+        assert len(line.splitlines()) == 1
+    assert translate(translation.settings.model_dump(mode="json", by_alias=True, exclude_unset=True)).problems == []
 
 
 def test_one_start_tells_what_is_wrong_with_all_files(tmp_path: Path) -> None:
