@@ -44,18 +44,20 @@ def command(
     import torch
 
     from megalm.checkpoint.checkpoint_reader import CheckpointReader
-    from megalm.huggingface.export_model import export_checkpoint, exportable
+    from megalm.huggingface.config_json import model_type
+    from megalm.huggingface.export_model import export_checkpoint, plan_export
+    from megalm.huggingface.weight_mapping import hf_tensors
 
     reader = CheckpointReader(path)
     stored = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype.value]
-    plan = exportable(reader, output, stored, tokenizer or None)
+    plan = plan_export(reader, output, stored, tokenizer or None)
     verify(reader)
     title = name or reader.manifest.run or output.name
-    with ProgressBar("writing", plan.tensors) as counter:
-        exported = export_checkpoint(reader, output, stored, largest, title, tokenizer or None, counter.advance)
+    with ProgressBar("writing", len(hf_tensors(plan.shape))) as counter:
+        exported = export_checkpoint(plan, largest, title, counter.advance)
     typer.echo(
-        f"{output}: {exported.parameters:,} parameters of {path} as {exported.family} in {dtype.value}, "
-        f"{format_bytes(exported.bytes)}"
+        f"{output}: {plan.shape.parameter_count():,} parameters of {path} as {model_type(plan.shape)} in "
+        f"{dtype.value}, {format_bytes(exported.bytes)}"
     )
     typer.echo(exported.tokenizer.note)
     if mark := reader.manifest.mark:

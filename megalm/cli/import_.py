@@ -47,7 +47,7 @@ def command(
     with ProgressBar("writing", len(found.shape.parameters())) as counter:
         made = import_model(found, output, tokenizer, counter.advance)
     shape = found.shape
-    typer.echo(f"{output}: {made.parameters:,} parameters of {source}, style {shape.style}, as fp32 masters")
+    typer.echo(f"{output}: {shape.parameter_count():,} parameters of {source}, style {shape.style}, as fp32 masters")
     entries, vocabulary = made.tokenizer.vocab_size, shape.vocab_size
     rows = f", of {vocabulary:,} rows that the model has" if entries != vocabulary else ""
     typer.echo(f"{made.tokenizer.name}: {entries:,} ids{rows}; a document ends with id {made.tokenizer.eod_id}")

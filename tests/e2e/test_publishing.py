@@ -106,7 +106,7 @@ def test_training_goes_on_from_an_imported_model(folder: Path, small_data: Small
     assert again.code == 0, again.explain()
     exported = run(folder, "export", "runs/mine-2", "second")
     assert exported.code == 0, exported.explain()
-    assert "| begins with | the weights of base, step-00000000 |" in (folder / "second/README.md").read_text()
+    assert "| starts from | the weights of base, step-00000000 |" in (folder / "second/README.md").read_text()
 
 
 def _loss_of_first_batch(run: Path, published: Path) -> float:
