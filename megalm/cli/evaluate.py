@@ -21,8 +21,12 @@ from megalm.utils.formatting import table
 from megalm.utils.progress import ProgressBar, watched
 
 if TYPE_CHECKING:
-    from megalm.inference.dataset_eval import Row, Task
+    from megalm.inference.dataset_eval import DatasetTask, Row
     from megalm.inference.inference_model import CheckpointFacts, OfflinePrecision
+    from megalm.inference.multiple_choice import ChoiceTask
+    from megalm.inference.text_eval import TextTask
+
+    Task = DatasetTask | TextTask | ChoiceTask
 
 RECORD = "evaluations.jsonl"
 _TEXT_KEY = "text"
@@ -97,11 +101,10 @@ def command(
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     found = find_place(place) if every_checkpoint else checkpoint_at(place)
-    paths, left_out = _every(found) if every_checkpoint else ((found,), ())
+    paths, left_out = _every(found) if every_checkpoint else ([found], [])
     facts = read_facts(paths[-1], tokenizer or None)
     if not every_checkpoint:
         _refuse_bad(facts)
-        paths = (facts.path,)
     for reason in left_out:
         _tell(f"left out {reason}")
     wanted = _Wanted(data or (), text or (), choices or (), max_samples, batch_size, overlap, text_key)
@@ -121,24 +124,23 @@ def command(
     typer.echo(_lines(rows) if json else _tables(rows, found if every_checkpoint else facts.path))
 
 
-def _every(run: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+def _every(run: Path) -> tuple[list[Path], list[str]]:
     """All good checkpoints, and what is left out."""
-    from megalm.inference.run_checkpoints import checkpoints_of
+    from megalm.inference.run_checkpoints import good_checkpoints
 
     if not (run / "checkpoints").is_dir():
         raise ConfigError(f"--every-checkpoint takes a run folder; {run} has no folder checkpoints")
-    course = checkpoints_of(run)
-    return course.good, course.left_out
+    return good_checkpoints(run)
 
 
 def _refuse_bad(facts: CheckpointFacts) -> None:
     if facts.manifest.status == "bad":
         raise CheckpointError(
-            f"{facts.path} is {facts.mark}; choose another, or undo it with "
+            f"{facts.path} is {facts.manifest.mark}; choose another, or undo it with "
             f"megalm checkpoint mark-bad --good {facts.path}"
         )
-    if facts.mark:
-        _tell(f"{facts.path} is {facts.mark}")
+    if facts.manifest.mark:
+        _tell(f"{facts.path} is {facts.manifest.mark}")
 
 
 def _tasks(facts: CheckpointFacts, wanted: _Wanted) -> list[Task]:

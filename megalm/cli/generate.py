@@ -23,9 +23,8 @@ from megalm.cli.options import Place, Tokenizer
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import SampleSection
 from megalm.errors import ConfigError, DataError
+from megalm.inference.generation import CachedModel, stream
 from megalm.inference.inference_model import InferenceModel
-from megalm.inference.kv_cache import CachedModel
-from megalm.inference.token_stream import stream
 from megalm.utils.did_you_mean import did_you_mean
 from megalm.utils.progress import ProgressBar, watched
 
@@ -160,7 +159,6 @@ def command(
     from megalm.engine.deepspeed_patches import limit_openmp_spin
 
     limit_openmp_spin()
-    from megalm.inference.kv_cache import CachedModel
     from megalm.train.text_samples import generate
 
     prompts = [*map(_typed, prompt or ()), *(text for file in prompt_file or () for text in _read_prompts(file))]
@@ -213,14 +211,14 @@ def _load(place: Path, tokenizer: str) -> InferenceModel:
     from megalm.inference.inference_model import InferenceModel
 
     model = InferenceModel(place, tokenizer or None, verify=verify, watched=watched("loading"))
-    if model.facts.mark:
-        typer.echo(f"megalm: {model.path} is {model.facts.mark}", err=True)
+    if model.facts.manifest.mark:
+        typer.echo(f"megalm: {model.path} is {model.facts.manifest.mark}", err=True)
     return model
 
 
 def _checkpoints(run: Path, at: str) -> list[Path]:
     """The good checkpoints of a run nearest to percentages of its newest one's step, each once."""
-    from megalm.inference.run_checkpoints import checkpoints_of, nearest
+    from megalm.inference.run_checkpoints import good_checkpoints, nearest
 
     try:
         percentages = [float(part) for part in at.split(",")]
@@ -230,10 +228,10 @@ def _checkpoints(run: Path, at: str) -> list[Path]:
         raise ConfigError(f"--at {at}: give percentages of the run, 0 to 100, as in 25,50,100")
     if not (run / "checkpoints").is_dir():
         raise ConfigError(f"--at takes a run folder; {run} has no folder checkpoints")
-    course = checkpoints_of(run)
-    for reason in course.left_out:
+    good, others = good_checkpoints(run)
+    for reason in others:
         typer.echo(f"megalm: left out {reason}", err=True)
-    by_step = {step_of(path): path for path in course.good}
+    by_step = {step_of(path): path for path in good}
     return [by_step[step] for step in nearest(list(by_step), percentages)]
 
 

@@ -179,7 +179,7 @@ def test_a_model_that_transformers_saved_has_its_loss_here(name: str, tmp_path: 
         total, count = model(tokens[:, :-1], tokens[:, 1:])
         torch.testing.assert_close(total / count, theirs(tokens, labels=tokens).loss, rtol=1e-5, atol=1e-5)
     row = np.array([[1, 2, 3]])
-    offline = InferenceModel(tmp_path / "run").next_token_logits(row, np.array([2]))
+    offline = InferenceModel(imported.checkpoint).next_token_logits(row, np.array([2]))
     np.testing.assert_allclose(offline, theirs(torch.from_numpy(row)).logits[:, -1].detach(), rtol=1e-5, atol=1e-5)
 
 
