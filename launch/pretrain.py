@@ -109,7 +109,7 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int) ->
     Args:
         arguments: of `Arguments`.
     """
-    from megalm.cli.plan import show_plan
+    from megalm.cli.plan import planned, show_plan
     from megalm.train.resume.resume_plan import planned_start
     from megalm.train.resume.resume_request import Arguments
 
@@ -119,7 +119,7 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int) ->
     try:
         options, files = Arguments(**arguments).read(ranks)
         going_on = partial(planned_start, resume=options) if options.wanted is not None else None
-        show_plan(files, ranks, None, ranks_per_node, going_on)
+        show_plan(planned(files, ranks, None, ranks_per_node, going_on), ranks_per_node)
     except MegalmError as error:
         sys.stderr.write(f"megalm: {error}\n")
         raise SystemExit(error.exit_code) from None

@@ -60,7 +60,7 @@ def list_command(run: Run) -> None:
     marks = {LATEST: read_pointer(checkpoints, LATEST), BEST: read_pointer(checkpoints, BEST) or _lowest_loss(entries)}
     rows = [_row(folder, entries.get(folder), marks) for folder in folders]
     typer.echo(table(["name", "step", "tokens", "created", "size", "validation loss", "over", "status", ""], rows))
-    damaged = [problem for entry in entries.values() if (problem := _problem(entry))]
+    damaged = [problem for entry in entries.values() if (problem := entry.damage())]
     if damaged:
         raise CheckpointError(f"{len(damaged)} checkpoints are damaged: {damaged[0]}")
 
@@ -92,10 +92,12 @@ def verify_command(
 ) -> None:
     """Hash every file and compare it with the manifest."""
     path = resolve_pointer(path)
-    entries = [_entry(path)] if (path / MANIFEST).exists() else list_checkpoints(find_run(str(path)) / "checkpoints")
+    entries = (
+        [Entry.read(path)] if (path / MANIFEST).exists() else list_checkpoints(find_run(str(path)) / "checkpoints")
+    )
     problems = []
     for entry in entries:
-        problem = _problem(entry)
+        problem = entry.damage()
         if not problem and entry.manifest is not None:
             with ProgressBar(f"checking {entry.path.name}", hashed_blocks(entry.manifest)) as counter:
                 problem = damaged_file(entry.path, entry.manifest, tell=counter.advance)
@@ -195,17 +197,6 @@ def _with_config(path: Path, manifest: Manifest) -> dict[str, Any]:
     return {**manifest.content, **files}
 
 
-def _entry(path: Path) -> Entry:
-    try:
-        return Entry(path, read_manifest(path))
-    except CheckpointError as error:
-        return Entry(path, None, str(error))
-
-
-def _problem(entry: Entry) -> str:
-    return entry.problem if entry.manifest is None else wrong_file(entry.path, entry.manifest)
-
-
 def _row(folder: Path, entry: Entry | None, marks: Mapping[str, str | None]) -> list[object]:
     note = " ".join(word for word, name in marks.items() if name == folder.name)
     if entry is None:
@@ -223,7 +214,7 @@ def _row(folder: Path, entry: Entry | None, marks: Mapping[str, str | None]) -> 
         format_bytes(manifest.bytes),
         None if loss is None else f"{loss:.4f}",
         None if over is None else f"{over:,}",
-        "damaged" if _problem(entry) else entry.status,
+        "damaged" if entry.damage() else entry.status,
         " ".join(filter(None, [note, complete, manifest.status_reason])),
     ]
 

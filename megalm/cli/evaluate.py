@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from megalm.utils.progress import ProgressBar, watched
 
 if TYPE_CHECKING:
     from megalm.inference.dataset_eval import DatasetTask, Row
-    from megalm.inference.inference_model import CheckpointFacts, OfflinePrecision
+    from megalm.inference.inference_model import CheckpointFacts
     from megalm.inference.multiple_choice import ChoiceTask
     from megalm.inference.text_eval import TextTask
 
@@ -30,6 +30,25 @@ if TYPE_CHECKING:
 
 RECORD = "evaluations.jsonl"
 _TEXT_KEY = "text"
+_Column = tuple[str, str, str]  # heading, key of the row, format
+_STEP_COLUMNS: tuple[_Column, ...] = (("step", "step", ""), ("training tokens", "tokens", ","))
+_LOSS_COLUMNS: tuple[_Column, ...] = (
+    ("set", "dataset", ""),
+    ("tokens", "targets", ","),
+    ("loss", "loss", ".4f"),
+    ("perplexity", "perplexity", ".2f"),
+    ("bits/byte", "bits_per_byte", ".4f"),
+    ("word perplexity", "word_perplexity", ".4g"),
+)
+_ANSWER_COLUMNS: tuple[_Column, ...] = (
+    ("set", "dataset", ""),
+    ("questions", "questions", ","),
+    ("accuracy", "accuracy", ".1%"),
+    ("+-", "accuracy_error", ".1%"),
+    ("byte accuracy", "byte_accuracy", ".1%"),
+    ("+-", "byte_accuracy_error", ".1%"),
+    ("chance", "chance", ".1%"),
+)
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -109,21 +128,21 @@ def command(
         paths = [found]
     facts = read_facts(paths[-1], tokenizer or None)
     _refuse_bad(facts)
-    wanted = _Request(data or (), text or (), choices or (), max_samples, batch_size, overlap, text_key)
-    tasks = _tasks(facts, wanted)
+    request = _Request(data or (), text or (), choices or (), max_samples, batch_size, overlap, text_key)
+    tasks = _tasks(facts, request)
     rows: list[Row] = []
     with ProgressBar("evaluating", sum(task.batches for task in tasks) * len(paths)) as counter, _memory_errors_named():
         for path in paths:
             try:
                 # The function's end frees the model, so that one is in memory at a time.
-                rows += _evaluate(path, tokenizer or None, dtype.value, tasks, wanted, counter)
+                rows += _evaluate(path, tokenizer or None, dtype, tasks, request, counter)
             except CheckpointError as error:
                 if not every_checkpoint:
                     raise
                 warn(f"skipped {path.name}: {error}")
     if not rows:
         raise CheckpointError(f"{found}: no checkpoint could be evaluated")
-    typer.echo(_lines(rows) if json else _tables(rows, found))
+    typer.echo("\n".join(orjson.dumps(plain(row)).decode() for row in rows) if json else _tables(rows, found))
 
 
 def _refuse_bad(facts: CheckpointFacts) -> None:
@@ -137,64 +156,64 @@ def _refuse_bad(facts: CheckpointFacts) -> None:
         warn(marked)
 
 
-def _tasks(facts: CheckpointFacts, wanted: _Request) -> list[Task]:
+def _tasks(facts: CheckpointFacts, request: _Request) -> list[Task]:
     """Open and check all requested data before a model is loaded."""
     from megalm.inference.dataset_eval import DATA, OWN, DatasetTask, other_sets, own_sets
     from megalm.inference.multiple_choice import ChoiceTask, read_choices
     from megalm.inference.text_eval import TextTask, read_text
 
-    if not wanted.text and (wanted.overlap is not None or wanted.text_key != _TEXT_KEY):
+    if not request.text and (request.overlap is not None or request.text_key != _TEXT_KEY):
         raise ConfigError("--overlap and --text-key need raw text; name it with --text")
-    for option, named in (("--data", wanted.data), ("--text", wanted.text), ("--choices", wanted.choices)):
+    for option, named in (("--data", request.data), ("--text", request.text), ("--choices", request.choices)):
         if len(set(named)) < len(named):
             raise ConfigError(f"{option} names one of {', '.join(map(str, named))} twice; name it once")
     tasks: list[Task] = []
-    if wanted.data:
-        sets = other_sets(facts, wanted.data)
-        tasks.append(DatasetTask(DATA, sets, facts.tokenizer, wanted.batch_size, wanted.max_samples))
-    if wanted.text:
+    if request.data:
+        sets = other_sets(facts, request.data)
+        tasks.append(DatasetTask(DATA, sets, facts.tokenizer, request.batch_size, request.max_samples))
+    if request.text:
         texts = []
-        for path in wanted.text:
+        for path in request.text:
             counted = watched(f"tokenizing {path}")
-            one = read_text(path, facts, wanted.overlap, wanted.text_key, wanted.max_samples, counted)
+            one = read_text(path, facts, request.overlap, request.text_key, request.max_samples, counted)
             if one.skipped:
                 first = f", the first: {one.problem}" if one.problem else ""
                 warn(f"{path}: skipped {one.skipped:,} empty or unreadable documents{first}")
             texts.append(one)
-        tasks.append(TextTask(texts, facts.tokenizer.token_bytes(), wanted.batch_size))
-    if wanted.choices:
-        questions = [read_choices(path, facts, wanted.max_samples) for path in wanted.choices]
+        tasks.append(TextTask(texts, facts.tokenizer.token_bytes(), request.batch_size))
+    if request.choices:
+        questions = [read_choices(path, facts, request.max_samples) for path in request.choices]
         for asked in questions:
             if asked.cut:
                 warn(f"{asked.name}: {asked.cut:,} contexts exceed the model's window and lose their beginning")
-        tasks.append(ChoiceTask(questions, wanted.batch_size))
+        tasks.append(ChoiceTask(questions, request.batch_size))
     if not tasks:
-        tasks.append(DatasetTask(OWN, own_sets(facts, warn), facts.tokenizer, wanted.batch_size, wanted.max_samples))
+        tasks.append(DatasetTask(OWN, own_sets(facts, warn), facts.tokenizer, request.batch_size, request.max_samples))
     return tasks
 
 
 def _evaluate(
     path: Path,
     tokenizer: str | None,
-    dtype: OfflinePrecision,
+    precision: Precision,
     tasks: Sequence[Task],
-    wanted: _Request,
+    request: _Request,
     counter: ProgressBar,
 ) -> list[Row]:
     """Evaluate one checkpoint on all tasks, and record the results in its run."""
     from megalm.inference.inference_model import InferenceModel
 
     with counter.paused():
-        model = InferenceModel(path, tokenizer, dtype, verify, watched(f"loading {path.name}"))
+        model = InferenceModel(path, tokenizer, precision.dtype, verify, watched(f"loading {path.name}"))
     manifest = model.facts.manifest
     about: dict[str, Any] = {
         "checkpoint": str(model.path),
         "step": manifest.step,
         "tokens": manifest.tokens,
-        "dtype": dtype,
+        "dtype": precision.value,
         "device": model.device.type,
         "sequence_length": model.facts.sequence_length,
-        "max_samples": wanted.max_samples,
+        "max_samples": request.max_samples,
     }
     rows = [
         {"kind": "evaluation", "time": time.time(), **about, **row}
@@ -217,47 +236,32 @@ def _record(run: Path | None, rows: Sequence[Row]) -> None:
         warn(f"cannot record the results in {run / RECORD}: {error.strerror}")
 
 
-def _lines(rows: Sequence[Row]) -> str:
-    return "\n".join(orjson.dumps(plain(row)).decode() for row in rows)
-
-
 def _tables(rows: Sequence[Row], place: Path) -> str:
     """Tables of losses and of answers; each line has its step if there are several checkpoints."""
     steps = len({row["checkpoint"] for row in rows}) > 1
     first = rows[0]
     about = "" if steps else f": step {first['step']:,}, {first['tokens'] or 0:,} training tokens"
-    parts = [f"{place}{about} ({first['dtype']} on {first['device']})"]
     losses = [row for row in rows if row["source"] != "choices"]
     answers = [row for row in rows if row["source"] == "choices"]
-    if losses:
-        words = any("word_perplexity" in row for row in losses)
-        headings = ["set", "tokens", "loss", "perplexity", "bits/byte", *(["word perplexity"] if words else [])]
-        parts.append(_table(headings, losses, lambda row: _loss_cells(row, words), steps))
-    if answers:
-        headings = ["set", "questions", "accuracy", "+-", "byte accuracy", "+-", "chance"]
-        parts.append(_table(headings, answers, _answer_cells, steps))
+    parts = [
+        f"{place}{about} ({first['dtype']} on {first['device']})",
+        *([_table(_LOSS_COLUMNS, losses, steps)] if losses else []),
+        *([_table(_ANSWER_COLUMNS, answers, steps)] if answers else []),
+    ]
     return "\n\n".join(parts)
 
 
-def _table(headings: Sequence[str], rows: Sequence[Row], cells: Callable[[Row], list[object]], steps: bool) -> str:
-    before = ["step", "training tokens"] if steps else []
-    lines = [[*([row["step"], f"{row['tokens'] or 0:,}"] if steps else []), *cells(row)] for row in rows]
-    return table([*before, *headings], lines)
+def _table(columns: Sequence[_Column], rows: Sequence[Row], steps: bool) -> str:
+    """A table without the columns that no row has."""
+    columns = [
+        column for column in (*(_STEP_COLUMNS if steps else ()), *columns) if any(column[1] in row for row in rows)
+    ]
+    cells = [[_cell(row.get(key), form) for _, key, form in columns] for row in rows]
+    return table([heading for heading, _, _ in columns], cells)
 
 
-def _loss_cells(row: Row, words: bool) -> list[object]:
-    found: list[object] = [row["dataset"], f"{row['targets']:,}", f"{row['loss']:.4f}", f"{row['perplexity']:.2f}"]
-    found.append(_number(row["bits_per_byte"], ".4f"))
-    return [*found, *([_number(row.get("word_perplexity"), ".4g")] if words else [])]
-
-
-def _answer_cells(row: Row) -> list[object]:
-    shares = ("accuracy", "accuracy_error", "byte_accuracy", "byte_accuracy_error", "chance")
-    return [row["dataset"], f"{row['questions']:,}", *(_number(row[share], ".1%") for share in shares)]
-
-
-def _number(value: float | None, form: str) -> str | None:
-    return None if value is None else format(value, form)
+def _cell(value: object, form: str) -> object:
+    return format(value, form) if form and value is not None else value
 
 
 @contextmanager

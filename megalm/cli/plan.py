@@ -69,29 +69,21 @@ def command(
         raise ConfigError("--extend-steps needs a checkpoint; name it with --after")
     files = read_settings(config, overrides or [], deepspeed_config, resume=False, ranks=ranks or 1)
     documented = files.loaded.config.documented
-    plan = show_plan(
+    plan = planned(
         files,
         ranks or documented.devices or 1,
         gpu_memory or documented.device_memory_gib,
         ranks_per_node,
         None if after is None else partial(_after, after, extend_steps),
     )
+    show_plan(plan, ranks_per_node)
     if plot is not None:
         draw_rates(plan.schedules, plot)
         typer.echo(f"\nlearning rate of every step: {plot}")
 
 
-def show_plan(
-    files: ConfigFiles,
-    ranks: int,
-    gpu_memory: float | None,
-    ranks_per_node: int,
-    continuation: Continuation | None = None,
-) -> Plan:
-    """Print the plan of `planned`."""
-    plan = planned(files, ranks, gpu_memory, ranks_per_node, continuation)
+def show_plan(plan: Plan, ranks_per_node: int) -> None:
     typer.echo(plan_text(plan, ranks_per_node, *planned_data(plan.resolved)))
-    return plan
 
 
 def planned(

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +24,7 @@ from megalm.errors import CheckpointError, DataError
 from megalm.model.model_config import ModelConfig
 from megalm.model.transformer import LanguageModel
 
-OfflinePrecision = Literal["fp32", "bf16"]
-
 COMPUTES_NAN = "the model computes NaN; training had diverged by this step, choose an earlier checkpoint"
-
-_DTYPES: dict[OfflinePrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ class InferenceModel:
 
     Args:
         path: a checkpoint folder.
-        precision: of weights and activations; the loss is always fp32.
+        dtype: of weights and activations; the loss is always fp32.
         verify: checks every file before the weights are read; a caller can show its progress.
         watched: iterates over the parameters' names while they are loaded; a caller can show their progress.
 
@@ -98,7 +93,7 @@ class InferenceModel:
         self,
         path: Path,
         tokenizer: str | None = None,
-        precision: OfflinePrecision = "fp32",
+        dtype: torch.dtype = torch.float32,
         verify: Callable[[CheckpointReader], None] = verify_checkpoint,
         watched: Callable[[Sequence[str]], Iterable[str]] = iter,
     ) -> None:
@@ -108,7 +103,7 @@ class InferenceModel:
         self.facts = read_facts(path, tokenizer)
         self.shape, self.tokenizer = self.facts.shape, self.facts.tokenizer
         self.device = _device()
-        self.network = _load(reader, self.shape, watched).to(self.device, _DTYPES[precision]).eval()
+        self.network = _load(reader, self.shape, watched).to(self.device, dtype).eval()
 
     @torch.inference_mode()
     def next_token_logits(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megalm.checkpoint.discovery import Entry, list_checkpoints
-from megalm.checkpoint.manifest import wrong_file
 from megalm.errors import CheckpointError
 
 
@@ -38,7 +37,7 @@ def nearest(steps: Sequence[int], percentages: Sequence[float]) -> list[int]:
 def _defect(entry: Entry, entries: Sequence[Entry]) -> str:
     if entry.manifest is None:
         return entry.problem
-    return entry.manifest.mark or _abandoned(entry, entries) or wrong_file(entry.path, entry.manifest)
+    return entry.manifest.mark or _abandoned(entry, entries) or entry.damage()
 
 
 def _abandoned(entry: Entry, entries: Sequence[Entry]) -> str:

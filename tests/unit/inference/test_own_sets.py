@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from megalm.checkpoint.manifest import read_manifest, set_status, write_manifest
@@ -157,8 +158,8 @@ def test_bf16_is_near(tmp_path: Path) -> None:
     with IndexedDatasetWriter(tmp_path / "data", np.uint16) as writer:
         writer.append(np.random.default_rng(0).integers(0, 256, 300))
     losses = []
-    for precision in ("fp32", "bf16"):
-        model = InferenceModel(place, precision=precision)  # type: ignore[arg-type]
+    for dtype in (torch.float32, torch.bfloat16):
+        model = InferenceModel(place, dtype=dtype)
         task = DatasetTask(DATA, other_sets(model.facts, [str(tmp_path / "data")]), model.tokenizer, 4)
         losses.append(task.rows(model, lambda: None)[0]["loss"])
     assert losses[0] != losses[1]
