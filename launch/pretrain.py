@@ -107,7 +107,7 @@ def main(
 
 def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int) -> None:
     """Print the plan of the run; for a resumed run, with its earlier schedules."""
-    from megalm.cli.plan import show_plan
+    from megalm.cli.plan import planned, show_plan
     from megalm.train.resume.resume_plan import planned_start
     from megalm.train.resume.resume_request import Arguments
 
@@ -116,8 +116,8 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int) ->
             return  # only rank 0 prints
         ranks = world_size or launched_ranks()
         options, files = Arguments(**arguments).read(ranks)
-        planned = partial(planned_start, resume=options) if options.wanted is not None else None
-        show_plan(files, ranks, None, ranks_per_node, planned)
+        resumed = partial(planned_start, resume=options) if options.wanted is not None else None
+        show_plan(planned(files, ranks, None, ranks_per_node, resumed), ranks_per_node)
     except MegalmError as error:
         sys.stderr.write(f"megalm: error: {' '.join(str(error).split())}\n")
         raise SystemExit(error.exit_code) from None
