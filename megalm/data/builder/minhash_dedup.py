@@ -37,7 +37,7 @@ class Pair(NamedTuple):
 def check_threshold(share: float) -> float:
     """Return the threshold. Raises DataError if it is not a valid share."""
     if not 0 < share <= 1:
-        raise DataError(f"--minhash-threshold {share}: state a share between 0 and 1, such as 0.8")
+        raise DataError(f"--minhash-threshold {share}: give a share between 0 and 1, such as 0.8")
     return share
 
 

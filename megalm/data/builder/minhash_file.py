@@ -33,13 +33,13 @@ def open_signatures(prefix: str | Path, recorded: dict[str, Any], documents: int
     if not recorded:
         raise DataError(f"{prefix}: was built without signatures, so its near copies cannot be found; {again}")
     if any(recorded.get(name) != value for name, value in MADE.items()):
-        raise DataError(f"{path}: its signatures were made in another way than this version's; {again}")
+        raise DataError(f"{path}: its signatures differ in kind from those of this version; {again}")
     if not path.exists():
-        raise DataError(f"{path}: is not there; copy it beside the dataset, or {again}")
+        raise DataError(f"{path}: does not exist; copy it beside the dataset, or {again}")
     size = documents * PERMUTATIONS * 4
     if path.stat().st_size != size or sha256_of(str(path)) != recorded["sha256"]:
         raise DataError(
-            f"{path}: is not what {prefix}.json recorded ({size:,} bytes expected, {path.stat().st_size:,} found); "
+            f"{path}: does not match {prefix}.json ({size:,} bytes expected, {path.stat().st_size:,} found); "
             f"copy it again, or {again}"
         )
     if not documents:

@@ -96,8 +96,8 @@ def damage(error: BaseException, file: InputFile) -> str:
     """
     # A damaged table that points outside itself gives EINVAL.
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-        raise DataError(f"{file.path}: cannot be read ({error.strerror}); mend that, and start again") from error
-    return f"cannot be read on from here ({error}), the file is damaged or cut short"
+        raise DataError(f"{file.path}: cannot be read ({error.strerror}); correct that, and start again") from error
+    return f"is unreadable from here on ({error}); the file is damaged or cut short"
 
 
 def _read_block(span: Span, options: ReadOptions, count: SpanCount, block: ByteBlock) -> Iterator[list[TextRecord]]:
@@ -249,6 +249,6 @@ def iter_documents(
                     report.documents += 1
                     yield Document(record.text, name)
                 elif on_error == "fail":
-                    raise DataError(f"{name}: {record.problem}; mend it, or leave such documents out (--on-error skip)")
+                    raise DataError(f"{name}: {record.problem}; correct it, or skip such documents (--on-error skip)")
                 else:
                     report.skip(f"{name}: {record.problem}")

@@ -254,7 +254,7 @@ def _mixed_on(shares: npt.NDArray[np.float64], counts: Int64s, block: int, end: 
 
 def _check(parts: Sequence[TrainingSamples], stages: Sequence[MixtureStage]) -> None:
     if not parts or not stages or stages[0].first != 0:
-        raise ConfigError("data blend: state datasets, and weights from sample 0 on")
+        raise ConfigError("data blend: give datasets, and weights from sample 0 on")
     for stage, after in pairwise(stages):
         if after.first <= stage.first:
             raise ConfigError(
@@ -263,9 +263,9 @@ def _check(parts: Sequence[TrainingSamples], stages: Sequence[MixtureStage]) -> 
     for stage in stages:
         if len(stage.weights) != len(parts) or min(stage.weights) < 0 or sum(stage.weights) <= 0:
             raise ConfigError(
-                f"data blend: {list(stage.weights)} are not weights of {len(parts)} datasets; "
-                "state one for each, none below 0"
+                f"data blend: {list(stage.weights)} are not valid weights for {len(parts)} datasets; "
+                "give one for each, none below 0"
             )
     lengths = {(part.sequence_length, part.document_mask) for part in parts}
     if len(lengths) > 1:
-        raise ConfigError(f"data blend: datasets of different sequence lengths or masks: {sorted(lengths)}")
+        raise ConfigError(f"data blend: the datasets have different sequence lengths or masks: {sorted(lengths)}")

@@ -99,7 +99,7 @@ def stride_warning(tokens: int, sequence_length: int, stride: int, samples: int)
     overlapping, apart = (whole_windows(tokens, sequence_length, step) for step in (stride, sequence_length))
     return (
         f"data.stride={stride} is less than data.sequence_length={sequence_length}: each of the {tokens:,} tokens is "
-        f"seen {sequence_length / stride:,.1f} times an epoch ({overlapping:,} samples, {apart:,} if they did not "
+        f"seen {sequence_length / stride:,.1f} times per epoch ({overlapping:,} samples, {apart:,} if they did not "
         f"overlap), and about {samples * sequence_length / tokens:,.1f} times in this run"
     )
 
@@ -240,8 +240,8 @@ class MegatronStream:
     def place(self, index: int) -> Place:
         if not 0 <= index < len(self._shuffle):
             raise DataError(
-                f"data.order=megatron: sample {index} of {len(self._shuffle)}; this order is made for a stated "
-                "number of samples, ask for more or use data.order=prefix_stable"
+                f"data.order=megatron: sample {index} of {len(self._shuffle)}; this order has a fixed "
+                "number of samples; request more or use data.order=prefix_stable"
             )
         return Place(*self._table.locate(int(self._shuffle[index]) * self._length, self._length + 1))
 
