@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megalm.data.builder.dedup import ExactDeduplicator, exact_signatures
-from megalm.data.builder.minhash_file import open_signatures
+from megalm.data.builder.minhash_dedup import open_signatures
 from megalm.data.indexed.dataset import IndexedDataset, bin_path, idx_path, sidecar_path
 from megalm.data.indexed.document_sources import DocumentSources
 from megalm.data.indexed.metadata import read_sidecar

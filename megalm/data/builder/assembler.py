@@ -15,7 +15,7 @@ import numpy.typing as npt
 from megalm.data.builder.build_plan import BuildOptions
 from megalm.data.builder.dedup import make_deduplicator
 from megalm.data.builder.disk_hash_table import Bools
-from megalm.data.builder.minhash_file import MADE
+from megalm.data.builder.minhash_dedup import MADE
 from megalm.data.builder.shard_files import WorkUnitFiles, WorkUnitSummary
 from megalm.data.indexed.dataset import best_dtype, bin_path, idx_path, sidecar_path
 from megalm.data.indexed.document_sources import SOURCE, sources_path
@@ -104,7 +104,8 @@ class DatasetWriter:
             report.idx_sha256 = sha256_of(idx_path(self._prefix))
             write_json(sidecar_path(self._prefix), asdict(report))
         except BaseException:
-            _unlink_all(self._prefix)  # tokens without PREFIX.json would block the next attempt
+            for path in dataset_paths(self._prefix):  # tokens without PREFIX.json would block the next attempt
+                path.unlink(missing_ok=True)
             raise
 
     def close(self) -> None:
@@ -112,11 +113,6 @@ class DatasetWriter:
         for writer in (self._tokens, self._sources, self._signatures):
             if writer is not None:
                 writer.abort()
-
-
-def _unlink_all(prefix: str | Path) -> None:
-    for path in dataset_paths(prefix):
-        path.unlink(missing_ok=True)
 
 
 class Assembler:

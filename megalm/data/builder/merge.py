@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from megalm.data.builder.assembler import DatasetWriter
 from megalm.data.builder.dedup import Dedup, Deduplicator, exact_signatures, make_deduplicator
-from megalm.data.builder.minhash_dedup import KEPT_PAIRS, Pair, check_threshold
-from megalm.data.builder.minhash_file import open_signatures
+from megalm.data.builder.minhash_dedup import KEPT_PAIRS, Pair, check_threshold, open_signatures
 from megalm.data.builder.workspace import working_in
 from megalm.data.indexed.dataset import IndexedDataset, bin_path
 from megalm.data.indexed.document_sources import DocumentSources

@@ -18,9 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.indexed.dataset import IndexedDataset
-from megalm.data.sampling.document_index import DocumentTable
 from megalm.data.sampling.index_cache import ArrayCache
-from megalm.data.sampling.sample_order import Int64s, MegatronStream, Place, PrefixStableStream, Range, RecutStream
+from megalm.data.sampling.sample_order import (
+    DocumentTable,
+    Int64s,
+    MegatronStream,
+    Place,
+    PrefixStableStream,
+    Range,
+    RecutStream,
+)
 from megalm.errors import ConfigError, DataError
 
 IGNORE_INDEX = -100  # a label that is not a target
