@@ -186,8 +186,8 @@ class _Units:
 class _Counts:
     """Sums the counts, and reports progress at most a few times per second."""
 
-    def __init__(self, plan: Plan, tell: Progress | None) -> None:
-        self._weight, self._tell = plan.weight, tell
+    def __init__(self, plan: Plan, progress: Progress | None) -> None:
+        self._weight, self._progress = plan.weight, progress
         self._last, self._done = 0.0, 0
         self._now = BuildProgress(0, 0, 0)
 
@@ -200,16 +200,16 @@ class _Counts:
             tokens=self._now.tokens + summary.tokens,
             share=min(1.0, (self._done + reused) / self._weight) if self._weight else None,
         )
-        self._maybe_tell()
+        self._report()
 
     def assembling(self, share: float) -> None:
         self._now = replace(self._now, share=share, stage="writing")
-        self._maybe_tell(always=share == 1.0)
+        self._report(always=share == 1.0)
 
-    def _maybe_tell(self, always: bool = False) -> None:
-        if self._tell is not None and (always or time.monotonic() - self._last >= PROGRESS_SECONDS):
+    def _report(self, always: bool = False) -> None:
+        if self._progress is not None and (always or time.monotonic() - self._last >= PROGRESS_SECONDS):
             self._last = time.monotonic()
-            self._tell(self._now)
+            self._progress(self._now)
 
 
 def _finished_reports(

@@ -59,7 +59,7 @@ def read_span(
         block: the span's bytes, if they were already cut from a stream.
 
     Raises:
-        DataError: the file is gone, cannot be read, or has changed since it was found.
+        DataError: the file is missing, cannot be read, or has changed since it was found.
     """
     if block is None and span.file.kind == TABLE:
         yield from _read_table(span, options, count)
@@ -220,7 +220,6 @@ class Document(NamedTuple):
 
 def iter_documents(
     paths: Iterable[str | Path],
-    text_key: str = "text",
     on_error: OnError = "fail",
     report: ReadReport | None = None,
     options: ReadOptions | None = None,
@@ -228,8 +227,7 @@ def iter_documents(
 ) -> Iterator[Document]:
     """Read documents from files, folders (all files below, sorted), globs and standard input ("-"), in the given order.
 
-    A .txt or .md file is one document; .jsonl holds one object or string per line; .json an array of them. `text_key`
-    is the text's key in an object, or its column in a parquet table. `options` replaces these settings in detail.
+    A .txt or .md file is one document; .jsonl holds one object or string per line; .json an array of them.
 
     Args:
         on_error: "skip" skips unreadable records and empty documents, and counts them in `report`; the rest of a
@@ -239,8 +237,7 @@ def iter_documents(
         DataError: with file and line, at the first unreadable record; and, whatever `on_error`, for a path that
             matches nothing.
     """
-    report = ReadReport() if report is None else report
-    options = options or ReadOptions(text_key=text_key)
+    report, options = report or ReadReport(), options or ReadOptions()
     for file in find_inputs(paths, report, stdin_kind):
         for records in read_span(Span(file), options, SpanCount()):
             for record in records:

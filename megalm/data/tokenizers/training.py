@@ -60,7 +60,7 @@ def draw_sentences(
     """Sample at most `limit` sentences evenly, in their order; the report counts all sentences."""
     kept: list[tuple[int, str]] = []
     # random() is the only method whose values Python guarantees across versions.
-    uniform, told = random.Random(SEED).random, time.monotonic()
+    uniform, reported = random.Random(SEED).random, time.monotonic()
     for text in texts:
         report.documents += 1
         report.text_bytes += len(text.encode())
@@ -73,8 +73,8 @@ def draw_sentences(
                 if place < limit:
                     kept[place] = (report.sentences, sentence)
             report.sentences += 1
-        if time.monotonic() - told >= TELL_SECONDS:
-            told = time.monotonic()
+        if time.monotonic() - reported >= TELL_SECONDS:
+            reported = time.monotonic()
             tell(f"read {report.documents:,} documents, {report.text_bytes / 1e6:,.1f} MB, {report.sentences:,} lines")
     kept.sort()
     report.sentences_used = len(kept)
