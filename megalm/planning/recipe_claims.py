@@ -411,16 +411,10 @@ class Expectation:
         return f"step {self.step}: {which} {self.loss:.4f}, documented {self.documented:g}: {verdict}"
 
 
-def expectations(
-    documented: DocumentedSection, quantity: Quantity, step: int, loss: Callable[[], float]
-) -> list[Expectation]:
-    """What the document says of this step, one or more; mostly nothing.
-
-    Args:
-        loss: the run's own; asked for only where the document has one.
-    """
-    return [
-        Expectation(step, quantity, loss(), Span.of(claim.value))
-        for claim in documented.claims
-        if claim.claim == quantity and claim.step == step
-    ]
+def documented_losses(documented: DocumentedSection) -> dict[tuple[Quantity, int], list[Span]]:
+    """Return the losses that the document gives for single steps."""
+    found: dict[tuple[Quantity, int], list[Span]] = {}
+    for claim in documented.claims:
+        if claim.step is not None and claim.claim in ("training_loss", "validation_loss"):
+            found.setdefault((claim.claim, claim.step), []).append(Span.of(claim.value))
+    return found

@@ -21,7 +21,7 @@ from megalm.data.sampling.batch_loader import BatchLoader
 from megalm.engine.interface import Engine, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
 from megalm.planning.lr_schedule import rate_at
-from megalm.planning.recipe_claims import Quantity, expectations
+from megalm.planning.recipe_claims import Expectation, Quantity, Span, documented_losses
 from megalm.planning.resolve import ResolvedRun
 from megalm.runs.metrics_log import MetricsWriter
 from megalm.train.console import RunConsole, StepLine
@@ -69,6 +69,10 @@ class MetricsRecorder:
 
     parts: TrainerComponents
     _doubts_peak: bool = field(default=False, init=False)
+    _documented: dict[tuple[Quantity, int], list[Span]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._documented = documented_losses(self.parts.run.config.documented)
 
     def event(self, position: TrainingProgress, name: str, **fields: Any) -> None:
         if self.parts.metrics is not None:
@@ -108,7 +112,7 @@ class MetricsRecorder:
                 "where other programs were at work just then; tokens/s are right",
             )
         parts.reporter.step(StepLine(position.step, result.loss, rate, result.grad_norm, tokens_per_second, mfu))
-        self._hold_against_document(position, "training_loss", lambda: parts.guard.history.median_loss(result.loss))
+        self._compare_with_document(position, "training_loss", lambda: parts.guard.history.median_loss(result.loss))
 
     def evaluation(self, position: TrainingProgress, result: Evaluation, whole: bool) -> None:
         """Record the evaluation of one set, or of all sets together."""
@@ -129,7 +133,7 @@ class MetricsRecorder:
         of_set = "" if result.dataset == TOTAL else f" on {result.dataset}"
         parts.reporter.info(f"step {position.step}: validation{of_set} {result}")
         if result.dataset == TOTAL:
-            self._hold_against_document(position, "validation_loss", lambda: result.loss)
+            self._compare_with_document(position, "validation_loss", lambda: result.loss)
 
     def checkpoint(self, position: TrainingProgress, saved: Saved) -> None:
         """Record a completed checkpoint."""
@@ -144,10 +148,10 @@ class MetricsRecorder:
         self.event(position, "warning", text=text)
         self.parts.reporter.info(f"WARNING: {text}")
 
-    def _hold_against_document(self, position: TrainingProgress, quantity: Quantity, loss: Callable[[], float]) -> None:
-        """Report whether the loss is within what the recipe's document gives for this step, if anything."""
-        parts = self.parts
-        for found in expectations(parts.run.config.documented, quantity, position.step, loss):
+    def _compare_with_document(self, position: TrainingProgress, quantity: Quantity, loss: Callable[[], float]) -> None:
+        """Report whether the loss is the one that the recipe's document gives for this step, if it gives one."""
+        for documented in self._documented.get((quantity, position.step), ()):
+            found = Expectation(position.step, quantity, loss(), documented)
             self.event(
                 position,
                 "expected",
@@ -157,7 +161,7 @@ class MetricsRecorder:
                 high=found.documented.high,
                 met=found.is_met,
             )
-            parts.reporter.info(str(found))
+            self.parts.reporter.info(str(found))
 
 
 @dataclass
