@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalm.communicator import Communicator
 from megalm.config.schema import BlendPart, DataSection, DataStage, RunConfig
 from megalm.data.builder.rebuild import Wanted, build_prefix, ensure_dataset
 from megalm.data.builder.stdlib_corpus import default_cache_dir, prepare_recipe
@@ -54,14 +56,18 @@ class RunData:
     """The open data of a run.
 
     Attributes:
+        places: the files that it is read from.
         samples: the number of samples of `train` that the run has read at its end.
+        validation_fingerprint: of the samples for validation during training; only losses over the same ones compare.
         unigram_entropy: nats per token of the only training dataset, if its builder noted it.
     """
 
+    places: DataPlaces
     tokenizer: Tokenizer
     train: BlendedSamples
     samples: int
     validation: dict[str, ValidationSamples]
+    validation_fingerprint: str
     unigram_entropy: float | None
 
 
@@ -113,6 +119,15 @@ def rebuild_data(data: DataSection, places: DataPlaces, workers: int, tell: Call
             tell(f"built {build_prefix(prefix)}: {documents:,} documents, {tokens:,} tokens")
 
 
+def open_run_data(
+    run: ResolvedRun, first_sample_of: Callable[[int], int], comm: Communicator, tell: Callable[[str], None]
+) -> RunData:
+    """Prepare, rebuild and open the data of a run; collective. Arguments and errors as for the three steps."""
+    places = comm.once_per_node(lambda: find_data(run.config.data, tell))
+    comm.once(lambda: rebuild_data(run.config.data, places, len(os.sched_getaffinity(0)), tell))
+    return open_data(run, places, first_sample_of)
+
+
 def open_data(run: ResolvedRun, places: DataPlaces, first_sample_of: Callable[[int], int] | None = None) -> RunData:
     """Open the files of `places` and split them into samples.
 
@@ -151,7 +166,8 @@ def open_datasets(
     validation = dict(_validation_samples(data, places, opened, ranges))
     alone = places.training[0] if len(places.training) == 1 else None
     entropy = (read_sidecar(alone) or {}).get("unigram_entropy") if alone is not None else None
-    return RunData(tokenizer, train, requested, validation, entropy)
+    fingerprint = _validation_fingerprint(validation, config.evaluate.max_samples)
+    return RunData(places, tokenizer, train, requested, validation, fingerprint, entropy)
 
 
 def open_validation(data: DataSection, places: DataPlaces, tokenizer: Tokenizer) -> dict[str, ValidationSamples]:
@@ -192,10 +208,8 @@ def validation_loaders(
     return {name: loaders(samples) for name, samples in data.validation.items()}
 
 
-def validation_fingerprint(run: ResolvedRun, data: RunData) -> str:
-    """Return the fingerprint of the samples for validation during training; only losses over the same ones compare."""
-    most = run.config.evaluate.max_samples
-    facts = [(name, samples.fingerprint) for name, samples in data.validation.items()]
+def _validation_fingerprint(validation: Mapping[str, ValidationSamples], most: int | None) -> str:
+    facts = [(name, samples.fingerprint) for name, samples in validation.items()]
     return hashlib.sha256(repr((facts, most)).encode()).hexdigest() if facts else ""
 
 

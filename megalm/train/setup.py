@@ -28,12 +28,12 @@ from megalm.runs.run_lock import RunLock
 from megalm.runs.saved_config import config_changes
 from megalm.tracking.mlflow_mirror.mirror_process import MirrorHandle, start_mirror
 from megalm.train.console import RunConsole
-from megalm.train.datasets import batch_loader, known_vocab_size, validation_loaders
+from megalm.train.datasets import batch_loader, known_vocab_size, open_run_data, validation_loaders
 from megalm.train.evaluator import Evaluator
 from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks, StopRequest, watch_launchers
 from megalm.train.lifecycle.time_limits import TimeLimits, Watchdog, process_start
 from megalm.train.resume.find_checkpoint import clean_up_interrupted_saves
-from megalm.train.resume.resume_plan import ResumePlan, plan_resume
+from megalm.train.resume.resume_plan import ResumePlan, find_resume_checkpoint, plan_resume
 from megalm.train.resume.resume_request import Arguments, ResumeOptions, describe_attempt, write_attempt
 from megalm.train.run_checkpointer import RunCheckpointer
 from megalm.train.run_summary import (
@@ -107,7 +107,10 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     device = claim_device(ranks)
     comm = start_distributed(ranks, device)
     opened = open_run(settings, comm, supervisor)
-    plan = plan_resume(settings.run, opened.folder, settings.options, comm, opened.console.info)
+    info = opened.console.info
+    point = find_resume_checkpoint(settings.run, opened.folder, settings.options, comm, info)
+    data = open_run_data(point.run, point.first_sample_of, comm, info)
+    plan = plan_resume(point, data)
     _report_plan(plan, settings, opened, comm)
     built = build_trainer(plan, opened, ranks, device, comm, supervisor)
     with memory_errors_named("training"):
@@ -171,7 +174,7 @@ def _refuse_different_configurations(run: ResolvedRun, comm: Communicator) -> No
         )
 
 
-# --- 3: plan_resume is in resume/resume_plan.py -----------------------------------------------------------------------
+# --- 3 to 5: the checkpoint and the plan are in resume/resume_plan.py, the data in datasets.py ------------------------
 
 
 def _report_plan(plan: ResumePlan, settings: RunSettings, opened: OpenRun, comm: Communicator) -> None:
@@ -188,7 +191,7 @@ def _report_plan(plan: ResumePlan, settings: RunSettings, opened: OpenRun, comm:
         info(f"  WARNING: {warning}")
 
 
-# --- 4: the trainer ---------------------------------------------------------------------------------------------------
+# --- 6: the trainer ---------------------------------------------------------------------------------------------------
 
 
 def build_trainer(
@@ -315,7 +318,7 @@ def _announce(trainer: Trainer, console: RunConsole, plan: ResumePlan) -> None:
         console.info(f"resumed at step {position.step}, {position.tokens:,} tokens seen")
 
 
-# --- 5: Trainer.fit, and what comes after it --------------------------------------------------------------------------
+# --- 7: Trainer.fit, and what comes after it --------------------------------------------------------------------------
 
 
 def _close(built: BuiltRun, opened: OpenRun, comm: Communicator, code: int) -> None:
