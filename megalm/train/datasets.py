@@ -71,17 +71,6 @@ class RunData:
     unigram_entropy: float | None
 
 
-def known_vocab_size(data: DataSection) -> int | None:
-    """Return the tokenizer's vocabulary size, or None without a tokenizer; planning/checks/data.py reports that.
-
-    Raises:
-        DataError: the tokenizer cannot be read.
-    """
-    if data.tokenizer is None or (data.tokenizer != "bytes" and not Path(data.tokenizer).exists()):
-        return None
-    return load_tokenizer(data.tokenizer).vocab_size
-
-
 def find_data(data: DataSection, tell: Callable[[str], None]) -> DataPlaces:
     """Return the run's data files; if no dataset is configured, prepare the recipe's first (slow the first time only).
 

@@ -20,15 +20,15 @@ from megalm.engine.distributed import DistributedCommunicator, start_distributed
 from megalm.engine.interface import Engine
 from megalm.errors import EXIT_DONE, ConfigError
 from megalm.model.flops import flops_per_token
-from megalm.planning.checks.run_checks import wall_time_seconds
-from megalm.planning.resolve import ResolvedRun, resolve
+from megalm.planning.resolve import ResolvedRun, known_vocab_size, resolve
+from megalm.planning.run_checks import wall_time_seconds
 from megalm.runs.metrics_log import MetricsWriter
 from megalm.runs.run_folder import ResumeCommand, RunFolder, open_run_folder, write_facts
 from megalm.runs.run_lock import RunLock
 from megalm.runs.saved_config import config_changes
 from megalm.tracking.mlflow_mirror.mirror_process import MirrorHandle, start_mirror
 from megalm.train.console import RunConsole
-from megalm.train.datasets import batch_loader, known_vocab_size, open_run_data, validation_loaders
+from megalm.train.datasets import batch_loader, open_run_data, validation_loaders
 from megalm.train.evaluator import Evaluator
 from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks, StopRequest, watch_launchers
 from megalm.train.lifecycle.time_limits import TimeLimits, Watchdog, process_start

@@ -15,8 +15,8 @@ from megalm.config.loading import COMMAND_LINE, SAVED_CONFIG
 from megalm.data.sampling.mixture import BlendedSamples
 from megalm.errors import CheckpointError, ConfigError
 from megalm.model.model_config import ModelConfig
-from megalm.planning.lr_schedule import ScheduleFacts, ScheduleSegment, decay_steps_of, rate_at
-from megalm.planning.resolve import ResolvedRun
+from megalm.planning.lr_schedule import ScheduleFacts, ScheduleSegment, rate_at
+from megalm.planning.resolve import ResolvedRun, decay_steps_of
 from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
 
 
