@@ -43,7 +43,7 @@ class DataPlaces:
 
     @property
     def training(self) -> list[str]:
-        """Distinct prefixes, in the order in which they are named."""
+        """Distinct prefixes, in the configured order."""
         return list(dict.fromkeys(part.prefix for stage in self.blends for part in stage.blend))
 
     @property
@@ -71,7 +71,7 @@ class RunData:
     unigram_entropy: float | None
 
 
-def find_data(data: DataSection, tell: Callable[[str], None]) -> DataPlaces:
+def find_data(data: DataSection, info: Callable[[str], None]) -> DataPlaces:
     """Return the run's data files; if no dataset is configured, prepare the recipe's first (slow the first time only).
 
     Raises:
@@ -79,17 +79,17 @@ def find_data(data: DataSection, tell: Callable[[str], None]) -> DataPlaces:
     """
     if data.train is not None:
         if data.tokenizer is None:
-            raise ConfigError("data.train is stated without data.tokenizer; name the tokenizer that it was built with")
+            raise ConfigError("data.train needs data.tokenizer, the tokenizer that built the dataset")
         return DataPlaces(data.blends, tuple(data.validation_sets.items()), data.split, data.tokenizer)
     if data.recipe is None:
-        raise ConfigError("no data: state data.train and data.tokenizer, or data.recipe=python-stdlib")
-    prepared = prepare_recipe(data.recipe, _cache(data), data.recipe_vocab_size, tell)
+        raise ConfigError("no data: set data.train and data.tokenizer, or data.recipe=python-stdlib")
+    prepared = prepare_recipe(data.recipe, _cache(data), data.recipe_vocab_size, info)
     only = BlendPart(prefix=str(prepared.train_prefix), weight=1.0)
     blends = (DataStage(from_step=1, blend=(only,)),)
     return DataPlaces(blends, (), data.split or prepared.split, str(prepared.tokenizer_path))
 
 
-def rebuild_data(data: DataSection, places: DataPlaces, workers: int, tell: Callable[[str], None]) -> None:
+def rebuild_data(data: DataSection, places: DataPlaces, workers: int, info: Callable[[str], None]) -> None:
     """Rebuild datasets as `data.rebuild` configures; call in one process, before any other opens them.
 
     Raises:
@@ -101,19 +101,19 @@ def rebuild_data(data: DataSection, places: DataPlaces, workers: int, tell: Call
     for prefix in places.prefixes:
         if build_prefix(prefix) in done:  # the other part of a split
             continue
-        built = ensure_dataset(prefix, _wanted(data, prefix, tokenizer), data.rebuild, workers, tell)
+        built = ensure_dataset(prefix, _wanted(data, prefix, tokenizer), data.rebuild, workers, info)
         if built is not None:
             done.add(build_prefix(prefix))
             documents, tokens = (sum(getattr(report, of) for report in built.reports) for of in ("documents", "tokens"))
-            tell(f"built {build_prefix(prefix)}: {documents:,} documents, {tokens:,} tokens")
+            info(f"built {build_prefix(prefix)}: {documents:,} documents, {tokens:,} tokens")
 
 
 def open_run_data(
-    run: ResolvedRun, first_sample_of: Callable[[int], int], comm: Communicator, tell: Callable[[str], None]
+    run: ResolvedRun, first_sample_of: Callable[[int], int], comm: Communicator, info: Callable[[str], None]
 ) -> RunData:
-    """Prepare, rebuild and open the data of a run; collective. Arguments and errors as for the three steps."""
-    places = comm.once_per_node(lambda: find_data(run.config.data, tell))
-    comm.once(lambda: rebuild_data(run.config.data, places, len(os.sched_getaffinity(0)), tell))
+    """Prepare, rebuild and open the data of a run; collective. For arguments and errors see the three functions."""
+    places = comm.once_per_node(lambda: find_data(run.config.data, info))
+    comm.once(lambda: rebuild_data(run.config.data, places, len(os.sched_getaffinity(0)), info))
     return open_data(run, places, first_sample_of)
 
 
@@ -135,14 +135,14 @@ def open_data(run: ResolvedRun, places: DataPlaces, first_sample_of: Callable[[i
 def open_datasets(
     config: RunConfig, global_batch: int, places: DataPlaces, first_sample_of: Callable[[int], int] | None = None
 ) -> RunData:
-    """The same as `open_data`, without a resolved run: from its configuration and global batch alone."""
+    """The same as `open_data`, for a run of which only configuration and global batch are known."""
     data = config.data
     tokenizer = load_tokenizer(places.tokenizer)
-    stated = config.model.vocab_size
-    if stated is not None and stated < tokenizer.vocab_size:
+    entries = config.model.vocab_size
+    if entries is not None and entries < tokenizer.vocab_size:
         raise ConfigError(
-            f"model.vocab_size={stated} is smaller than the {tokenizer.vocab_size} entries of {places.tokenizer}; "
-            "leave it out to take the tokenizer's"
+            f"model.vocab_size={entries} is smaller than the {tokenizer.vocab_size} entries of {places.tokenizer}; "
+            "remove it to use the tokenizer's"
         )
     for prefix in places.prefixes:
         ensure_dataset(prefix, _wanted(data, prefix, tokenizer))

@@ -1,6 +1,6 @@
-"""Assembly: from arguments to a running trainer. Only this module knows the concrete classes of all parts.
+"""From arguments to a running trainer. Only this module knows the concrete classes of all parts.
 
-Order matters: whatever can be refused is refused before a process group exists. After that, the run folder is opened
+The order matters: as much as possible is checked before a process group exists. After that, the run folder is opened
 first, so that a failure can be recorded there.
 """
 
@@ -161,7 +161,7 @@ def open_run(settings: RunSettings, comm: Communicator, supervisor: RankSupervis
     for notice in run.notices:
         console.info(f"  note: {notice}")
     for path in clean_up_interrupted_saves(folder, comm):
-        console.info(f"  note: an earlier job was killed while it saved or deleted; put in order: {path}")
+        console.info(f"  note: cleaned up after an earlier job that was killed while saving or deleting: {path}")
     return OpenRun(folder, lock, attempt, console, hooks)
 
 
@@ -169,8 +169,8 @@ def _refuse_different_configurations(run: ResolvedRun, comm: Communicator) -> No
     """Check that all ranks read the same configuration: a machine with another file would train another model."""
     if len(set(comm.gather((run.config_yaml, str(run.deepspeed))))) > 1:
         raise ConfigError(
-            f"the ranks read different configurations of run {run.config.run.name}; put run.root and the files that "
-            "you name on a file system that all machines share, and start again"
+            f"the ranks read different configurations of run {run.config.run.name}; put run.root and the configuration "
+            "files on a file system that all machines share, and start again"
         )
 
 
@@ -178,7 +178,7 @@ def _refuse_different_configurations(run: ResolvedRun, comm: Communicator) -> No
 
 
 def _report_plan(plan: ResumePlan, settings: RunSettings, opened: OpenRun, comm: Communicator) -> None:
-    """Print what has changed since the run was started, and warnings.
+    """Print the changes since the run was started, and warnings.
 
     Raises:
         ConfigError: a file of the run folder is damaged, or data is read more often than `data.max_epochs`.
@@ -214,7 +214,7 @@ def build_trainer(
     peak, peak_source = peak_flops(device, run.precision != "fp32")  # before the mirror, which uses a core for seconds
     mirror = start_mirror(folder.path) if comm.is_main and run.config.tracking.mlflow else None
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
-        console.info("preparing DeepSpeed's extensions for offload (compiled at their first use: a minute or two)")
+        console.info("preparing DeepSpeed's offload extensions (the first use compiles them, for a minute or two)")
     spikes = SpikeGuard(run.config.guard)
     engine = build_engine(
         run, plan.shape, device, comm, spikes.judge, lambda *stages: console.info(pipeline_facts(run, *stages))
@@ -331,7 +331,7 @@ def _close(built: BuiltRun, opened: OpenRun, comm: Communicator, code: int) -> N
         built.metrics.close()
         page = write_report_page(folder, console) if code == EXIT_DONE else None
     if built.mirror is not None and not built.mirror.finish(_MIRROR_PATIENCE_SECONDS):
-        console.info(f"MLflow has not got everything yet; later: megalm track sync {folder.path}")
+        console.info(f"MLflow is incomplete; to complete it, run megalm track sync {folder.path}")
     opened.lock.release()
     if code == EXIT_DONE:
         console.info(final_summary(folder, built.trainer.parts.run, built.command, page))

@@ -123,7 +123,7 @@ def _find(
     found = find_checkpoint(folder, "auto" if requeued else wanted, comm, before.origin if before else None, info)
     if found is None:
         if options.extension or options.skip_steps:
-            raise ConfigError(f"{folder.path} has no checkpoint yet, so there is nothing to extend; leave the flag out")
+            raise ConfigError(f"{folder.path} has no checkpoint yet to extend or skip from; remove the flag")
         return None, options
     reader = found.reader
     if not reader.holds_weights_only:
@@ -145,7 +145,7 @@ def _continued(found: ResumeCheckpoint | None, options: ResumeOptions) -> Manife
 
 
 def planned_start(run: ResolvedRun, resume: ResumeOptions) -> tuple[ResolvedRun, tuple[ScheduleSegment, ...]]:
-    """For `--dry-run` with `--resume`: return the run with its final last step, and all segments of its schedule.
+    """For `--dry-run` with `--resume`: return the run with its last step, and all segments of its schedule.
 
     Needs no process group. Hashes the checkpoint's files like a real start.
 
@@ -190,7 +190,7 @@ def _plan_from_weights(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan
     differences = incompatibilities(reader.manifest, identity_of(plan.run, plan.shape, plan.identity, 0))
     of_model = {thing: words for thing, words in differences.items() if thing in ("model", "tokenizer")}
     refuse_incompatible(reader.path, of_model, plan.resume.allow)
-    return replace(plan, notes=(f"starts from the weights of {reader.path}, at step 0 and the data's beginning",))
+    return replace(plan, notes=(f"the run starts from the weights of {reader.path}, at step 0 and the first sample",))
 
 
 def _plan_continuation(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan:
@@ -214,8 +214,8 @@ def _plan_continuation(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan
     if resume.skip_steps:
         samples = resume.skip_steps * run.batch.global_batch
         here = identity.at(position.samples)["order"]
-        position.pass_over(samples, here, run.config.data.sequence_length, run.batch.global_batch)
-        notes += (f"the data of {resume.skip_steps} steps, {samples:,} samples, is skipped",)
+        position.skip(samples, here, run.config.data.sequence_length, run.batch.global_batch)
+        notes += (f"skipping the data of {resume.skip_steps} steps, {samples:,} samples",)
     notes = (*change_notes(position, manifest, run), *notes)
     return replace(plan, data=data, identity=identity, position=position, notes=notes)
 
@@ -241,8 +241,8 @@ def _order_from_here(
         order = order.recut(lengths_of_order(manifest)[-1][1], length)
         skipped, repeated = order.recut_tokens
         return order, (
-            f"what is left of this pass over the data is cut into samples of {length} tokens: "
-            f"{skipped:,} tokens are skipped, {repeated:,} read twice",
+            f"the rest of this pass over the data is cut into samples of {length} tokens: "
+            f"{skipped:,} tokens are skipped, {repeated:,} are read twice",
         )
     if continuation == "anew":  # stages count the run's steps, but the order starts after the steps already done
         done, batch = manifest.step, run.batch.global_batch

@@ -28,7 +28,7 @@ class Arguments:
     """The command-line arguments of launch/pretrain.py.
 
     Attributes:
-        deepspeed_config: None: the resumed run's own, or for a new run its recipe's or zero2.json.
+        deepspeed_config: None: the resumed run's own; for a new run its recipe's, or zero2.json.
     """
 
     deepspeed_config: str | None
@@ -45,7 +45,7 @@ class Arguments:
         Raises:
             ConfigError: a flag lacks another that it needs, or a configuration is invalid by itself.
         """
-        options = ResumeOptions.stated(self.resume, self.extend_steps, self.extend_strategy, self.skip_steps)
+        options = ResumeOptions.from_flags(self.resume, self.extend_steps, self.extend_strategy, self.skip_steps)
         words = (*self.overrides, *options.overrides)
         return options, read_settings(self.config, words, self.deepspeed_config, self.resume is not None, ranks)
 
@@ -67,10 +67,10 @@ class ResumeOptions:
 
     def __post_init__(self) -> None:
         if self.wanted is None and (self.extension or self.skip_steps):
-            raise ConfigError("--extend-steps and --skip-steps go on from a checkpoint: say which with --resume")
+            raise ConfigError("--extend-steps and --skip-steps need a checkpoint: add --resume")
 
     @staticmethod
-    def stated(
+    def from_flags(
         wanted: str | None, extend_steps: int | None, extend_strategy: Literal["schedule", "weights"], skip_steps: int
     ) -> ResumeOptions:
         """Return the options of a command line's flags.
@@ -79,13 +79,13 @@ class ResumeOptions:
             ConfigError: a flag lacks another that it needs.
         """
         if extend_steps is None and extend_strategy == "weights":
-            raise ConfigError("--extend-strategy weights starts a run of so many steps: say how many, --extend-steps N")
+            raise ConfigError("--extend-strategy weights needs the number of steps: add --extend-steps N")
         extension = None if extend_steps is None else Extension(extend_steps, extend_strategy)
         return ResumeOptions(wanted, extension, skip_steps)
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """The configuration overrides they imply: a run from weights alone starts at step 0 with its own last step."""
+        """Return the configuration overrides that they imply: a run from weights alone has its own last step."""
         return (f"train.steps={self.extension.steps}",) if self.extension and self.weights_only else ()
 
     @property
@@ -195,8 +195,7 @@ def _read(folder: RunFolder) -> LastAttempt | None:
         found = LastAttempt.model_validate(read_json(folder.request))
     except (DataError, ValidationError) as error:
         raise CheckpointError(
-            f"{folder.request} is damaged ({' '.join(str(error).split())[:80]}); say what to go on from: --resume STEP "
-            "or PATH"
+            f"{folder.request} is damaged ({' '.join(str(error).split())[:80]}); use --resume STEP or --resume PATH"
         ) from None
     return found.model_copy(update={"path": folder.path.resolve() / found.path})
 
