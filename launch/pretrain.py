@@ -95,8 +95,8 @@ def main(
         logging.basicConfig(level=logging.INFO)
     else:
         silence()
+    from megalm.runs.run_settings import Arguments
     from megalm.train.lifecycle.shutdown import RankSupervisor
-    from megalm.train.resume.resume_request import Arguments
     from megalm.train.setup import pretrain
 
     supervisor = RankSupervisor(rank=int(os.environ.get("RANK", "0")))
@@ -110,8 +110,8 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int) ->
         arguments: of `Arguments`.
     """
     from megalm.cli.plan import show_plan
+    from megalm.runs.run_settings import Arguments
     from megalm.train.resume.resume_plan import planned_start
-    from megalm.train.resume.resume_request import Arguments
 
     if int(os.environ.get("RANK", "0")) > 0:
         return  # under a launcher one rank tells it

@@ -25,7 +25,7 @@ from megalm.planning.run_checks import wall_time_seconds
 from megalm.runs.metrics_log import MetricsWriter
 from megalm.runs.run_folder import ResumeCommand, RunFolder, open_run_folder, write_facts
 from megalm.runs.run_lock import RunLock
-from megalm.runs.saved_config import config_changes
+from megalm.runs.run_settings import Arguments, ResumeOptions, config_changes
 from megalm.tracking.mlflow_mirror.mirror_process import MirrorHandle, start_mirror
 from megalm.train.console import RunConsole
 from megalm.train.datasets import batch_loader, open_run_data, validation_loaders
@@ -34,7 +34,7 @@ from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHoo
 from megalm.train.lifecycle.time_limits import TimeLimits, Watchdog, process_start
 from megalm.train.resume.find_checkpoint import clean_up_interrupted_saves
 from megalm.train.resume.resume_plan import ResumePlan, find_resume_checkpoint, plan_resume
-from megalm.train.resume.resume_request import Arguments, ResumeOptions, describe_attempt, write_attempt
+from megalm.train.resume.resume_request import describe_attempt, write_attempt
 from megalm.train.run_checkpointer import RunCheckpointer
 from megalm.train.run_summary import (
     data_warnings,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megalm.checkpoint.manifest import Beginning, DataSegment, Manifest
 from megalm.config.loading import COMMAND_LINE, SAVED_CONFIG
@@ -76,14 +76,6 @@ _SHAPES = (
     *("style", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "intermediate_size", "tie_word_embeddings", "qk_norm"),
 )
-
-
-@dataclass(frozen=True)
-class Extension:
-    """`--extend-steps`: `steps` more steps on a new schedule, or a new run of `steps` steps from the weights alone."""
-
-    steps: int
-    strategy: Literal["schedule", "weights"] = "schedule"
 
 
 # --- the schedule -----------------------------------------------------------------------------------------------------

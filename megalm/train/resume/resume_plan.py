@@ -20,6 +20,7 @@ from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.resolve import ResolvedRun
 from megalm.runs.run_folder import RunFolder, weights_alone
+from megalm.runs.run_settings import ResumeOptions
 from megalm.train.datasets import RunData, open_data
 from megalm.train.resume.compatibility import (
     DataIdentity,
@@ -35,7 +36,7 @@ from megalm.train.resume.compatibility import (
     with_schedule,
 )
 from megalm.train.resume.find_checkpoint import ResumeCheckpoint, find_checkpoint
-from megalm.train.resume.resume_request import ResumeOptions, read_last_attempt
+from megalm.train.resume.resume_request import read_last_attempt
 from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
 
 

@@ -21,7 +21,7 @@ from megalm.config.validation import leaf_fields
 from megalm.planning.recipe_claims import EXPECTED, HOLDS, NO_VERDICT, Judgement, judge
 from megalm.planning.resolve import resolve
 from megalm.planning.run_plan import Plan
-from megalm.runs.saved_config import read_settings
+from megalm.runs.run_settings import read_settings
 from tests.messages import assert_names
 
 RECIPES = sorted(set(preset_paths()) - {"quickstart"})

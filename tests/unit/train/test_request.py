@@ -12,11 +12,9 @@ from megalm.checkpoint.manifest import DataSegment, set_status, write_manifest
 from megalm.communicator import SingleProcessCommunicator
 from megalm.errors import CheckpointError, ConfigError
 from megalm.runs.run_folder import RunFolder
-from megalm.train.resume.compatibility import Extension
+from megalm.runs.run_settings import Arguments, Extension, ResumeOptions
 from megalm.train.resume.find_checkpoint import find_checkpoint
 from megalm.train.resume.resume_request import (
-    Arguments,
-    ResumeOptions,
     attempt_after_rollback,
     describe_attempt,
     read_last_attempt,
