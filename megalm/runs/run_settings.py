@@ -167,7 +167,7 @@ def config_changes(folder: RunFolder, run: ResolvedRun, saved: RunConfig) -> lis
         ConfigError: a file in the folder is damaged.
     """
     original = folder.deepspeed_json
-    lines = [f"what is not stated now is as in {folder.config_yaml}"]
+    lines = [f"settings that are not given now are those of {folder.config_yaml}"]
     before, now = (_values(it) for it in (saved, run.config))
     lines += [
         f"{external_name(key)} was {shown(before[key])}, is {shown(value)} ({run.sources[key]})"

@@ -75,7 +75,7 @@ class OpenRun:
     Attributes:
         lock: held by this job.
         attempt: 1 for a new run.
-        hooks: what the rank's supervisor does on a failure from here on.
+        hooks: the actions of the rank's supervisor on a failure from here on.
     """
 
     folder: RunFolder

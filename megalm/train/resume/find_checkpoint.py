@@ -77,7 +77,7 @@ def find_checkpoint(
 def open_verified(
     entry: Entry, comm: Communicator, info: Callable[[str], None] = lambda _: None
 ) -> tuple[CheckpointReader | None, str]:
-    """Return the checkpoint, or what is wrong with it. Collective: each rank hashes its share of the files."""
+    """Return the checkpoint, or the problem with it. Collective: each rank hashes its share of the files."""
     reader, problem = None, entry.problem
     if entry.manifest is not None:
         try:
