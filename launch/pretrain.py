@@ -98,8 +98,8 @@ def main(
         logging.basicConfig(level=logging.INFO)
     else:
         silence()
+    from megalm.runs.run_settings import Arguments
     from megalm.train.lifecycle.shutdown import RankSupervisor
-    from megalm.train.resume.resume_request import Arguments
     from megalm.train.setup import pretrain
 
     supervisor = RankSupervisor(rank=rank_in_messages())
@@ -108,9 +108,9 @@ def main(
 
 def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int, gpu: str | None) -> None:
     """Print the plan of the run; for a resumed run, with its earlier schedules."""
-    from megalm.cli.plan import own_device, planned_gpu, show_plan
+    from megalm.cli.plan import own_device, planned, planned_gpu, show_plan
+    from megalm.runs.run_settings import Arguments
     from megalm.train.resume.resume_plan import planned_start
-    from megalm.train.resume.resume_request import Arguments
 
     try:
         if is_other_rank():
@@ -118,8 +118,8 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int, gp
         ranks = world_size or launched_ranks()
         device = planned_gpu(gpu, None) or own_device(min(ranks, ranks_per_node))
         options, files = Arguments(**arguments).read(ranks, device, data_needed=False)
-        planned = partial(planned_start, resume=options) if options.wanted is not None else None
-        show_plan(files, ranks, device, ranks_per_node, planned)
+        resumed = partial(planned_start, resume=options) if options.wanted is not None else None
+        show_plan(planned(files, ranks, device, ranks_per_node, resumed), ranks_per_node)
     except MegalmError as error:
         sys.stderr.write(f"megalm: error: {message_of(error)}\n")
         raise SystemExit(error.exit_code) from None

@@ -26,6 +26,13 @@ class Entry:
     manifest: Manifest | None
     problem: str = ""
 
+    @classmethod
+    def read(cls, path: Path) -> Entry:
+        try:
+            return cls(path, read_manifest(path))
+        except CheckpointError as error:
+            return cls(path, None, str(error))
+
     @property
     def step(self) -> int:
         return step_of(self.path)
@@ -38,6 +45,10 @@ class Entry:
     def attempt(self) -> int:
         """The attempt that wrote it; 0 if the manifest cannot be read."""
         return 0 if self.manifest is None else self.manifest.attempt
+
+    def damage(self) -> str:
+        """The problem of its manifest, or a file that is missing or of another size; "" if there is none."""
+        return self.problem if self.manifest is None else wrong_file(self.path, self.manifest)
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 def list_checkpoints(checkpoints: Path) -> list[Entry]:
     """Return all complete checkpoints: those without a readable manifest first, then the others in write order."""
-    entries = [read_entry(path) for path in complete_checkpoints(checkpoints)]
+    entries = [Entry.read(path) for path in complete_checkpoints(checkpoints)]
     return sorted(entries, key=_written)
 
 
@@ -134,7 +145,7 @@ def first_whole(checkpoints: Path, wanted: str) -> tuple[Path | None, list[str]]
     problems: list[str] = []
     skipped: list[str] = []
     for entry in resume_candidates(checkpoints, wanted):
-        problem = entry.problem if entry.manifest is None else wrong_file(entry.path, entry.manifest)
+        problem = entry.damage()
         if not problem:
             return entry.path, skipped
         problems.append(problem)
@@ -172,14 +183,6 @@ def _named(checkpoints: Path, wanted: str) -> Entry:
     )
 
 
-def read_entry(path: Path) -> Entry:
-    """Read a complete checkpoint's manifest; an unreadable one is the entry's problem."""
-    try:
-        return Entry(path, read_manifest(path))
-    except CheckpointError as error:
-        return Entry(path, None, str(error))
-
-
 def _written(entry: Entry) -> tuple[int, int]:
     """Sort key of write order: after a rollback, an abandoned attempt's checkpoints can have later steps."""
     return entry.attempt, entry.step
@@ -192,7 +195,7 @@ def _with_origin(entries: list[Entry], origin: ResumedFrom) -> list[Entry]:
         CheckpointError: the origin is gone, and nothing was written after it.
     """
     if not any(origin.is_at(entry.path) for entry in entries) and (origin.path / MANIFEST).is_file():
-        entries = [*entries, read_entry(origin.path)]
+        entries = [*entries, Entry.read(origin.path)]
 
     def written(entry: Entry) -> tuple[int, int]:
         # Before everything the attempt wrote: an origin from another run can have a later step.

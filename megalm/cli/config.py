@@ -19,14 +19,14 @@ from megalm.utils.formatting import table, terminal_width
 app = typer.Typer(no_args_is_help=True, help="Configuration files of other toolkits.")
 
 _DEFAULT_GPU = "H100"
-_WIDTH = 104  # of the list of presets, also where there is no terminal: longer lines are hard to read
+_WIDTH = 104  # the largest width of the list of presets; longer lines are hard to read
 
 
-def presets(name: str = typer.Argument(None, help="Show this preset's YAML instead of the list.")) -> None:
-    """List the shipped presets, or show one; any of them goes after --config."""
+def presets(name: str = typer.Argument(None, help="Print this preset's YAML instead of the list.")) -> None:
+    """List the presets, or print one; --config takes their names."""
     if name is None:
         rows = [[preset, describe_preset(preset)] for preset in preset_paths()]
-        typer.echo(table(["preset", "what it is"], rows, min(terminal_width() or _WIDTH, _WIDTH)))
+        typer.echo(table(["preset", "description"], rows, min(terminal_width() or _WIDTH, _WIDTH)))
     else:
         typer.echo(preset_path(name).read_text(encoding="utf-8").rstrip())
 

@@ -1,7 +1,7 @@
-"""README.md of an exported model: what its checkpoint and its run folder know, and nothing else.
+"""Writes the README.md of an exported model from its checkpoint and its run folder.
 
-A fact that neither of them holds is left out. Of paths only the last part is told: a published card is no place for
-the folders of a machine.
+The card leaves out facts that neither of them holds, and shows only the last part of a path, because a published card
+must not name a machine's folders.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from megalm.checkpoint.manifest import Manifest
 from megalm.config.deepspeed.json_reader import open_deepspeed_json
 from megalm.config.yaml_reader import to_yaml
 from megalm.errors import ConfigError
-from megalm.huggingface.config_json import family_of
-from megalm.huggingface.export_tokenizer import SENTENCEPIECE, ExportedTokenizer
+from megalm.huggingface.config_json import model_type
+from megalm.huggingface.export_tokenizer import SENTENCEPIECE, TOKENIZER, ExportedTokenizer
 from megalm.model.model_config import ModelConfig
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.runs.metrics_log import METRICS_FILE, Row, live_rows, read_metrics
 from megalm.runs.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, read_mapping
 
 _LARGEST_EXPONENT = 700.0  # beyond that a float overflows
-_LICENSE = "# license: to be chosen by whoever publishes this model, e.g. apache-2.0; none is implied"
+_LICENSE = "# license: choose one before you publish this model, e.g. apache-2.0; none is implied"
 
 Fact = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a card is made of.
+    """The sources of a model card.
 
     Attributes:
-        name: of the model.
-        checkpoint: its folder; the run's is the one above `checkpoints`.
-        dtype: of the stored weights, for people.
+        name: the model's name.
+        checkpoint: the checkpoint's folder, in `checkpoints` of its run folder.
+        dtype: the dtype of the exported weights.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Card:
             f"---\n{self._front_matter()}---\n",
             f"# {self.name}\n",
             f"A language model of {self.shape.parameter_count():,} parameters, pretrained with megalm. It continues "
-            "text; it was not tuned to follow instructions.\n",
+            "text; it is not tuned to follow instructions.\n",
             *self._section("Model", self._model()),
             *self._section("Trained on", self._trained_on()),
             *self._section("Validation", self._validation()),
@@ -67,12 +67,12 @@ class Card:
 
     @property
     def _metrics(self) -> Path | None:
-        """The run's, where the checkpoint lies in its own run folder."""
+        """The run's metrics, if the checkpoint is in its own run folder."""
         path = self._run / METRICS_FILE
         return path if path.is_file() and self.manifest.run == self._run.name else None
 
     def _front_matter(self) -> str:
-        tags = ["megalm", "pretrained", family_of(self.shape)]
+        tags = ["megalm", "pretrained", model_type(self.shape)]
         content = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
         return to_yaml(content) + _LICENSE + "\n"
 
@@ -86,32 +86,30 @@ class Card:
         yield "parameters", f"{shape.parameter_count():,}, stored in {self.dtype}"
         yield "layers x hidden size", f"{shape.num_hidden_layers} x {shape.hidden_size:,}"
         groups = shape.num_key_value_heads
-        shared = f", {groups} of keys and values" if groups != shape.num_attention_heads else ""
-        yield "attention heads", f"{shape.num_attention_heads} of {shape.head_dim}{shared}"
-        yield "inner size", f"{shape.intermediate_size:,}"
-        yield "vocabulary", f"{shape.vocab_size:,}, {'tied' if shape.tie_word_embeddings else 'input and output apart'}"
-        yield "positions", f"{shape.max_position_embeddings:,}"
+        shared = f", {groups} key/value heads" if groups != shape.num_attention_heads else ""
+        yield "attention heads", f"{shape.num_attention_heads} of size {shape.head_dim}{shared}"
+        yield "intermediate size", f"{shape.intermediate_size:,}"
+        yield "vocabulary", f"{shape.vocab_size:,}, {'tied' if shape.tie_word_embeddings else 'untied'} embeddings"
+        yield "maximum positions", f"{shape.max_position_embeddings:,}"
 
     def _trained_on(self) -> Iterator[Fact]:
         manifest = self.manifest
         if source := manifest.imported_from:
-            yield "begins with", f"the weights of {source}, not trained further"
+            yield "starts from", f"the weights of {source}, without further training"
             return
         if origin := self._origin():
-            yield "begins with", origin
+            yield "starts from", origin
         name, whole = self._dataset()
         if name:
             yield "dataset", name
-        tokens = manifest.tokens
-        if tokens:
+        if tokens := manifest.tokens:
             yield "tokens", f"{tokens:,} in {manifest.step:,} steps"
-        if tokens and whole:
-            yield "epochs", f"{tokens / whole:.2f} of {whole:,} tokens"
-        if tokens:
-            yield "tokens a parameter", f"{tokens / self.shape.parameter_count():.2f}"
+            if whole:
+                yield "epochs", f"{tokens / whole:.2f} of {whole:,} tokens"
+            yield "tokens per parameter", f"{tokens / self.shape.parameter_count():.2f}"
 
     def _origin(self) -> str | None:
-        """The run whose weights this one started with, where it started with any."""
+        """The run and checkpoint whose weights this run started from, if any."""
         rows = read_metrics(self._metrics) if self._metrics is not None else ()
         first = next((row for row in rows if row.get("event") == "start"), {})
         path = Path(first["path"]) if first.get("path") else None
@@ -120,16 +118,16 @@ class Card:
     def _dataset(self) -> tuple[str | None, int | None]:
         """The dataset in config.yaml, and its training tokens if every attempt used the same single dataset."""
         data = read_mapping(self.checkpoint / CONFIG_FILE).get("data")
-        stated = data if isinstance(data, dict) else {}
-        train, stages = stated.get("train"), stated.get("stages") or []
-        name = stated.get("recipe") if train is None else _mixture(train)
+        section = data if isinstance(data, dict) else {}
+        train, stages = section.get("train"), section.get("stages") or []
+        name = section.get("recipe") if train is None else _mixture(train)
         for stage in stages:
             name = f"{name}; from step {stage['from_step']:,} {_mixture(stage['blend'])}"
         segments = self.manifest.data_position.segments
         orders = [segment for segment in segments if segment.begins == "anew"]
         if len(orders) > 1:
             return f"{name} (the last of {len(orders)} orders or datasets)", None
-        if stages or isinstance(train, list) or stated.get("stride"):
+        if stages or isinstance(train, list) or section.get("stride"):
             return name, None
         attempts = [read_mapping(path) for path in self._run.glob(f"{Path(ENVIRONMENT_FILE).stem}*.json")]
         sizes = {part["tokens_per_epoch"] for attempt in attempts for part in attempt.get("datasets", [])}
@@ -152,13 +150,13 @@ class Card:
             yield "validation", f"{_loss(loss)}{tokens}"
 
     def _evaluations(self) -> list[Row]:
-        """The validations of this very step, the last over each dataset, in metrics.jsonl of the run."""
+        """The last validation of each dataset at this step and attempt, from metrics.jsonl."""
         if self._metrics is None:
             return []
         step, attempt = self.manifest.step, self.manifest.attempt
         rows = [row for row in live_rows(read_metrics(self._metrics)) if row["kind"] == "eval" and row["step"] == step]
-        of_it = [row for row in rows if row.get("attempt", 1) == attempt and isinstance(row.get("loss"), float)]
-        return list({row.get("dataset"): row for row in of_it if math.isfinite(row["loss"])}.values())
+        rows = [row for row in rows if row.get("attempt", 1) == attempt and isinstance(row.get("loss"), float)]
+        return list({row.get("dataset"): row for row in rows if math.isfinite(row["loss"])}.values())
 
     def _settings(self) -> Iterator[Fact]:
         manifest = self.manifest
@@ -173,12 +171,12 @@ class Card:
             grid = f"{topology.data} data x {topology.tensor} tensor x {topology.pipeline} pipeline"
             yield "ranks", f"{topology.world_size} ({grid})"
         if manifest.data.get("data.document_mask"):
-            yield "documents", "kept from attending to each other in training"
+            yield "documents", "attention does not cross document boundaries"
         environment = read_mapping(self._run / ENVIRONMENT_FILE) if manifest.run == self._run.name else {}
         packages = environment.get("packages") or {}
-        told = [f"{name} {packages[name]}" for name in ("megalm", "deepspeed", "torch") if packages.get(name)]
-        if told:
-            yield "versions", ", ".join(told)
+        versions = [f"{name} {packages[name]}" for name in ("megalm", "deepspeed", "torch") if packages.get(name)]
+        if versions:
+            yield "versions", ", ".join(versions)
         seed = manifest.data.get("train.seed")
         if seed is not None:
             yield "seed", str(seed)
@@ -195,7 +193,7 @@ class Card:
             'inputs = tokenizer("Once", return_tensors="pt")\n'
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n"
         )
-        if not self.tokenizer.is_there:
+        if TOKENIZER not in self.tokenizer.files:
             load = (
                 "import sentencepiece\nimport torch\nfrom transformers import AutoModelForCausalLM\n\n"
                 f'tokenizer = sentencepiece.SentencePieceProcessor(model_file="PATH/{SENTENCEPIECE}")\n'
@@ -206,21 +204,21 @@ class Card:
         return f"## Use\n\n`PATH` is this folder.\n\n```python\n{load}```\n"
 
     def _limits(self) -> Iterator[str]:
-        yield f"It takes {self.shape.max_position_embeddings:,} tokens at most."
-        yield "No beginning-of-sequence token was used in training; a document ends with the end-of-sequence token."
+        yield f"The model takes at most {self.shape.max_position_embeddings:,} tokens."
+        yield "Training used no beginning-of-sequence token; a document ends with the end-of-sequence token."
         yield f"Tokenizer: {self.tokenizer.note}."
-        yield "A licence must be chosen before it is published; the texts that it was trained on have theirs."
+        yield "Choose a licence before you publish the model; the training texts have licences too."
 
 
 def _mixture(train: str | list[dict[str, Any]]) -> str:
-    """Names of datasets, as a configuration states them, and their weights."""
+    """The names and weights of the configured datasets."""
     if isinstance(train, str):
         return Path(train).name
     return ", ".join(f"{Path(part['prefix']).name} (weight {part['weight']:g})" for part in train)
 
 
 def _optimizer(path: Path) -> str | None:
-    """Of a DeepSpeed JSON: its type, its numbers, the clipping."""
+    """The optimizer's type and parameters and the clipping in a DeepSpeed JSON."""
     try:
         settings = open_deepspeed_json(path).settings
     except ConfigError:
@@ -233,9 +231,9 @@ def _optimizer(path: Path) -> str | None:
 
 
 def _loss(nats: float) -> str:
-    return f"loss {nats:.4f} nats a token, perplexity {math.exp(min(nats, _LARGEST_EXPONENT)):,.2f}"
+    return f"loss {nats:.4f} nats per token, perplexity {math.exp(min(nats, _LARGEST_EXPONENT)):,.2f}"
 
 
 def _cell(text: str) -> str:
-    """Of a Markdown table: one line, no column of its own."""
+    """Escape text for one cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")

@@ -14,7 +14,7 @@ from megalm.topology import Topology
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """`global_batch` = `micro_batch` x `accumulation` x `data_parallel`, in sequences a step."""
+    """`global_batch` = `micro_batch` x `accumulation` x `data_parallel`, in sequences per step."""
 
     global_batch: int
     micro_batch: int
@@ -26,7 +26,7 @@ class BatchPlan:
 
 
 def chooses_micro_batch(settings: DeepSpeedSettings) -> bool:
-    """Whether the micro-batch depends on the device's memory."""
+    """Return whether the micro-batch depends on the device's memory."""
     return not isinstance(settings.train_micro_batch_size_per_gpu, int) and settings.gradient_accumulation_steps is None
 
 
@@ -61,11 +61,11 @@ def plan_batch(
     fits: Callable[[BatchPlan], bool],
     run_batch: RunBatch = RunBatch(),
 ) -> tuple[BatchPlan, list[str]]:
-    """The batch triple that the JSON means on these ranks, and notices of what was decided.
+    """Return the three batch sizes on these ranks, and a notice of each decision.
 
-    Two of the three sizes give the third, as in DeepSpeed. `train_batch_size` alone leaves the micro-batch to the
-    device's memory, as "auto" does; DeepSpeed would take the whole batch at once. Where the JSON states no batch, the
-    run configuration's holds.
+    Two of the three sizes give the third, as in DeepSpeed. With `train_batch_size` alone the device's memory decides
+    the micro-batch, as with "auto"; DeepSpeed would take the whole batch at once. Without a batch in the JSON the run
+    configuration's holds.
 
     Args:
         where: the JSON's name, for messages.
@@ -91,11 +91,11 @@ def plan_batch(
     if total is None:
         if not isinstance(micro, int):
             raise ConfigError(
-                f"{where}: train_batch_size is not stated; add the sequences of one optimizer step, or state "
+                f"{where}: train_batch_size is missing; add it, the sequences of one optimizer step, or set "
                 "batch.global_sequences in the run configuration"
             )
         total = micro * (steps or 1) * ranks
-        notice = f"train_batch_size is not stated: {total}, which changes with the number of ranks"
+        notice = f"train_batch_size is missing: {total}, which changes with the number of ranks"
         return BatchPlan(total, micro, steps or 1, ranks), [notice]
     if total % ranks:
         raise ConfigError(
@@ -105,7 +105,7 @@ def plan_batch(
     per_rank = total // ranks
     if not isinstance(micro, int):
         if chooses_micro_batch(settings):
-            micro, chosen = _largest_that_fits(total, ranks, fits, stated=micro is not None)
+            micro, chosen = _largest_that_fits(total, ranks, fits, "missing" if micro is None else '"auto"')
             notices += chosen
         else:
             micro = max(1, per_rank // (steps or 1))
@@ -124,16 +124,13 @@ def takes_run_batch(settings: DeepSpeedSettings, ranks: int, run_batch: RunBatch
     return run_batch.asked_for and steps is None and run_batch.sequences % (micro * ranks) == 0
 
 
-def _largest_that_fits(
-    total: int, ranks: int, fits: Callable[[BatchPlan], bool], stated: bool
-) -> tuple[int, list[str]]:
+def _largest_that_fits(total: int, ranks: int, fits: Callable[[BatchPlan], bool], given: str) -> tuple[int, list[str]]:
     per_rank = total // ranks
     plans = (BatchPlan(total, micro, per_rank // micro, ranks) for micro in reversed(_divisors(per_rank)))
     micro = next((plan.micro_batch for plan in plans if fits(plan)), None)
-    how = '"auto"' if stated else "not stated"
     if micro is None:
-        return 1, [f"train_micro_batch_size_per_gpu ({how}): 1, which by the estimate does not fit the memory"]
-    return micro, [f"train_micro_batch_size_per_gpu ({how}): {micro}, the largest that divides and fits the memory"]
+        return 1, [f"train_micro_batch_size_per_gpu ({given}): 1, which does not fit the memory by the estimate"]
+    return micro, [f"train_micro_batch_size_per_gpu ({given}): {micro}, the largest that divides and fits the memory"]
 
 
 def _contradiction(named: str, total: int, micro: int, steps: int, topology: Topology, steps_stated: bool) -> str:

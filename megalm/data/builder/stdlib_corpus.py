@@ -66,8 +66,8 @@ def source_files(root: Path | None = None) -> dict[str, Path]:
                 found[relative] = Path(folder) / name
     if len(found) < FEWEST_FILES:
         raise DataError(
-            f"{root}: only {len(found)} sources of the standard library there; "
-            "use a Python that has them, or state data.train"
+            f"{root}: has only {len(found)} source files of the standard library; "
+            "use a Python that has them, or set data.train"
         )
     return dict(sorted(found.items()))
 
@@ -145,8 +145,8 @@ class PreparedData:
 
 def default_cache_dir() -> Path:
     """Return MEGALM_CACHE, or megalm/ in XDG_CACHE_HOME or ~/.cache."""
-    if stated := os.environ.get("MEGALM_CACHE"):
-        return Path(stated).expanduser()
+    if named := os.environ.get("MEGALM_CACHE"):
+        return Path(named).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "megalm"
 
@@ -167,7 +167,7 @@ def prepare_recipe(
             that cannot be written.
     """
     if name not in RECIPES:
-        raise DataError(f"data.recipe: {name!r} is unknown; known are {', '.join(RECIPES)}")
+        raise DataError(f"data.recipe: {name!r} is unknown; the known recipes are {', '.join(RECIPES)}")
     cache = default_cache_dir() if cache_dir is None else Path(cache_dir)
     say: Progress = progress or (lambda line: None)
     stamp = cache / "stamps" / f"{json_hash(_cheap_facts(name, vocab_size))}.json"

@@ -43,27 +43,27 @@ def build_lock(work: Path) -> Iterator[None]:
 
 @contextmanager
 def working_in(
-    work: Path, identity: Any, prefixes: Sequence[str], overwrite: bool, goes_on: bool = True
+    work: Path, identity: Any, prefixes: Sequence[str], overwrite: bool, resume: bool = True
 ) -> Iterator[None]:
-    """Lock and prepare PREFIX.building; with `goes_on`, keep the parts of an interrupted build of the same identity.
+    """Lock and prepare PREFIX.building; with `resume`, keep the parts of an interrupted build of the same identity.
 
     Raises:
         DataError: another process works there; or a dataset of this name exists that is not from such a build.
     """
-    stated = work / "plan.json"
+    plan = work / "plan.json"
     with build_lock(work):
-        same = stated.exists() and read_json(stated) == {"identity": identity}
+        same = plan.exists() and read_json(plan) == {"identity": identity}
         if not same:
             for prefix in prefixes:
                 check_output(prefix, overwrite)
-            if any(part for part in work.glob("*.json") if part != stated):
-                logger.warning("%s is of another input or other options: it is thrown away", work)
-        if not (same and goes_on):
+            if any(part for part in work.glob("*.json") if part != plan):
+                logger.warning("%s is from another input or other options, and is deleted", work)
+        if not (same and resume):
             with writing_to(work):
                 if work.exists():
                     shutil.rmtree(work)
                 work.mkdir()
-            write_json(stated, {"identity": identity})
+            write_json(plan, {"identity": identity})
         for path in (path for prefix in prefixes for path in dataset_paths(prefix)):
             for left in path.parent.glob(f".{path.name}.*.tmp"):  # from a killed build: no other process builds here
                 left.unlink(missing_ok=True)

@@ -72,9 +72,9 @@ class InputFile:
         try:
             same = self.is_stdin or InputFile.found_at(Path(self.path)) == self
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be read any more ({error.strerror}); start again") from error
+            raise DataError(f"{self.path}: can no longer be read ({error.strerror}); start again") from error
         if not same:
-            raise DataError(f"{self.path}: changed while it was read; start again when it is complete")
+            raise DataError(f"{self.path}: changed while it was being read; start again when it is complete")
 
     def open_raw(self) -> BinaryIO:
         return sys.stdin.buffer if self.is_stdin else Path(self.path).open("rb")
@@ -193,10 +193,10 @@ def _find_files(given: str, report: ReadReport) -> list[Path]:
     else:
         found = [Path(name) for name in sorted(glob.glob(given, recursive=True)) if Path(name).is_file()]
     if not found:
-        raise DataError(f"{given}: no file to read there; give files, folders or globs of {_known_kinds()}")
+        raise DataError(f"{given}: no input file found; give files, folders or globs of {_known_kinds()}")
     for file in found:
         if kind_of(file) not in KINDS:
-            raise DataError(f"{file}: unknown kind of file; known are {_known_kinds()}")
+            raise DataError(f"{file}: unknown file type; the known types are {_known_kinds()}")
     return found
 
 
@@ -222,7 +222,9 @@ def _below(folder: Path) -> tuple[list[Path], int]:
 
 
 def _refuse_folder(error: OSError) -> None:
-    raise DataError(f"{error.filename}: cannot be read ({error.strerror}); change its rights, or name other input")
+    raise DataError(
+        f"{error.filename}: cannot be read ({error.strerror}); change its permissions, or choose another input"
+    )
 
 
 def _belongs(file: Path, folder: Path) -> bool:
@@ -245,4 +247,4 @@ def _inside(link: Path, folder: Path) -> bool:
 
 
 def _known_kinds() -> str:
-    return f"{' '.join(KINDS)}, also packed as {' '.join(PACKINGS)}"
+    return f"{' '.join(KINDS)}, also compressed as {' '.join(PACKINGS)}"

@@ -1,6 +1,6 @@
-"""Resuming from a checkpoint with other settings: what may differ, and the schedule and data that follow from it.
+"""Resuming from a checkpoint with other settings: what may differ, and how schedule and data continue.
 
-Pure functions of a manifest and of the resuming run; nothing is read or written here.
+Pure functions of a manifest and of the resuming run; no file is read or written here.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megalm.checkpoint.manifest import Beginning, DataSegment, Manifest
 from megalm.config.loading import COMMAND_LINE, SAVED_CONFIG
 from megalm.data.sampling.mixture import BlendedSamples
 from megalm.errors import CheckpointError, ConfigError
 from megalm.model.model_config import ModelConfig
-from megalm.planning.lr_schedule import ScheduleFacts, ScheduleSegment, decay_steps_of, rate_at
-from megalm.planning.resolve import ResolvedRun
+from megalm.planning.lr_schedule import ScheduleFacts, ScheduleSegment, rate_at
+from megalm.planning.resolve import ResolvedRun, decay_steps_of
 from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
 
 
@@ -41,7 +41,7 @@ class DataIdentity:
 
 
 def identity_of(run: ResolvedRun, shape: ModelConfig, identity: DataIdentity, consumed: int) -> dict[str, Any]:
-    """Return, as JSON, what must not change without `resume.allow` when a run resumes after `consumed` samples."""
+    """Return, as JSON, the facts that need `resume.allow` to change when a run resumes after `consumed` samples."""
     data = run.config.data
     settings = {
         "data.sequence_length": data.sequence_length,
@@ -57,7 +57,8 @@ def identity_of(run: ResolvedRun, shape: ModelConfig, identity: DataIdentity, co
 
 # Default final learning rate of an extension, as a share of the rate at which it begins.
 _FINAL_SHARE = 0.1
-_THINGS = {
+# Setting or fingerprint -> item of `resume.allow`; all others are `dataset`.
+_ITEMS = {
     "data.order": "order",
     "data.stride": "order",
     "data.document_mask": "order",
@@ -68,7 +69,7 @@ _THINGS = {
 }
 
 # Compared elsewhere: samples can be cut to another length, and the order's fingerprint covers the mixture.
-_TOLD_ONLY = ("data.sequence_length", "data.mixture")
+_COMPARED_ELSEWHERE = ("data.sequence_length", "data.mixture")
 _FINGERPRINT_SHOWN = 12  # digits
 # Model settings that determine the weights' shapes or meaning: `resume.allow` cannot change them.
 _SHAPES = (
@@ -77,23 +78,14 @@ _SHAPES = (
 )
 
 
-@dataclass(frozen=True)
-class Extension:
-    """`--extend-steps`: `steps` more steps on a new schedule, or a new run of `steps` steps from the weights alone."""
-
-    steps: int
-    strategy: Literal["schedule", "weights"] = "schedule"
-
-
 # --- the schedule -----------------------------------------------------------------------------------------------------
 
 
 def with_schedule(run: ResolvedRun, manifest: Manifest | None, more: int | None = None) -> RunSchedule:
     """Return the schedule of a run that resumes from `manifest`; None: a new run.
 
-    If the configured schedule is one that the checkpoint already knows, or none is given, nothing changes. Another one
-    takes effect at the next step, counting steps from the run's start. An extension by `more` steps starts a new
-    schedule.
+    A schedule that the checkpoint already knows changes nothing. Another one takes effect at the next step, and counts
+    steps from the run's start. An extension by `more` steps starts a new schedule.
     """
     configured = asdict(run.schedule)
     if manifest is None:
@@ -140,18 +132,18 @@ def _extension(run: ResolvedRun, rate: float, steps: int, before: Mapping[str, A
     the run's usual command, not to the extension.
     """
     facts = run.schedule
-    said = {
+    given = {
         key
         for key, value in asdict(facts).items()
         if run.sources.get(f"schedule.{key}") == COMMAND_LINE and value != before[key]
     }
-    peak = facts.peak_learning_rate if "peak_learning_rate" in said else rate
+    peak = facts.peak_learning_rate if "peak_learning_rate" in given else rate
     return ScheduleFacts(
-        kind=facts.kind if "kind" in said else "cosine",
+        kind=facts.kind if "kind" in given else "cosine",
         peak_learning_rate=peak,
-        final_learning_rate=facts.final_learning_rate if "final_learning_rate" in said else peak * _FINAL_SHARE,
-        warmup_steps=facts.warmup_steps if "warmup_steps" in said else 0,
-        decay_steps=facts.decay_steps if "decay_steps" in said else max(1, steps // 5),
+        final_learning_rate=facts.final_learning_rate if "final_learning_rate" in given else peak * _FINAL_SHARE,
+        warmup_steps=facts.warmup_steps if "warmup_steps" in given else 0,
+        decay_steps=facts.decay_steps if "decay_steps" in given else max(1, steps // 5),
         steps=steps,
     )
 
@@ -198,7 +190,7 @@ def first_sample_of(manifest: Manifest | None, run: ResolvedRun) -> Callable[[in
 
 
 def incompatibilities(then: Manifest, now: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Return what differs, in words, by item of `resume.allow`.
+    """Return the differences in words, by item of `resume.allow`.
 
     Args:
         now: the same sections of this run: model, data, fingerprints.
@@ -208,32 +200,30 @@ def incompatibilities(then: Manifest, now: Mapping[str, Mapping[str, Any]]) -> d
     for section, stored in sections.items():
         for name, value in now[section].items():
             was = stored.get(name)
-            if was == value or name in _TOLD_ONLY or _may_grow(name, then, now):
+            if was == value or name in _COMPARED_ELSEWHERE or _may_grow(name, then, now):
                 continue
-            thing = "model" if section == "model" else _THINGS.get(name, "dataset")
+            thing = "model" if section == "model" else _ITEMS.get(name, "dataset")
             then_and_now = [str(it)[:_FINGERPRINT_SHOWN] if section == "fingerprints" else it for it in (was, value)]
             found.setdefault(thing, []).append("{} was {}, is {}".format(name, *then_and_now))
     if len(found) > 1 and [words.split()[0] for words in found.get("order", [])] == ["order"]:
         del found["order"]  # the order's fingerprint differs because of the other changes
     mixtures = [data.get("data.mixture") for data in (then.data, now["data"])]
-    told_with = next((name for name in ("order", "dataset") if name in found), None)
-    if told_with is not None and mixtures[0] != mixtures[1]:
+    changed = next((name for name in ("order", "dataset") if name in found), None)
+    if changed is not None and mixtures[0] != mixtures[1]:
         was, now_is = (mixture or "one dataset" for mixture in mixtures)
-        found[told_with].append(
-            f"the mixture so far was {was}, is {now_is} (data.stages changes what is still to come)"
-        )
+        found[changed].append(f"the mixture so far was {was}, is {now_is} (use data.stages to change only later steps)")
     return found
 
 
 def refuse_incompatible(path: Path, found: Mapping[str, Sequence[str]], allowed: Sequence[str]) -> None:
-    """Raise CheckpointError if something differs that `resume.allow` does not name."""
+    """Raise CheckpointError if `resume.allow` does not name every difference."""
     refused = {thing: words for thing, words in found.items() if thing not in allowed}
     if refused:
-        incompatibilities = "; ".join(f"{thing} ({', '.join(words)})" for thing, words in refused.items())
-        advice = f"state what it was, or resume.allow=[{','.join([*allowed, *refused])}] if it is meant"
+        differences = "; ".join(f"{thing} ({', '.join(words)})" for thing, words in refused.items())
+        advice = f"restore the setting, or allow the change with resume.allow=[{','.join([*allowed, *refused])}]"
         if any(words.split()[0] in _SHAPES for words in refused.get("model", ())):
-            advice = "state what it was: the shapes of a model never change"
-        raise CheckpointError(f"{path} was trained with another {incompatibilities}; {advice}")
+            advice = "restore the setting: the shapes of a model cannot change"
+        raise CheckpointError(f"{path} was trained with another {differences}; {advice}")
 
 
 def continuation_kind(run: ResolvedRun, manifest: Manifest, found: Mapping[str, Sequence[str]]) -> Beginning:
@@ -249,8 +239,8 @@ def continuation_kind(run: ResolvedRun, manifest: Manifest, found: Mapping[str, 
         return "on"
     if run.config.data.stages:
         raise ConfigError(
-            f"data.sequence_length was {last.sequence_length}: it cannot change in the middle of data.stages; keep it, "
-            "or start the order of samples anew with resume.allow=[order] and another train.seed"
+            f"data.sequence_length was {last.sequence_length} and cannot change in a run with data.stages; keep it, or "
+            "start a new order of samples with resume.allow=[order] and another train.seed"
         )
     return "recut"
 
@@ -278,7 +268,7 @@ def progress_from(manifest: Manifest, run: ResolvedRun, continuation: Beginning)
 
 
 def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRun) -> list[str]:
-    """Return what changes from here on, one line each."""
+    """Return the changes from here on, one line each."""
     last = manifest.data_position.segments[-1]
     lines = []
     if last.global_batch != run.batch.global_batch:
@@ -286,12 +276,12 @@ def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRu
     if last.sequence_length != run.config.data.sequence_length:
         lines.append(f"the sequence length was {last.sequence_length}, is {run.config.data.sequence_length}")
     if position.continuation == "anew" and position.data_history and position.samples == 0:
-        lines.append("another order of samples: it starts at its first one")
+        lines.append("the order of samples changed: it starts at its first sample")
     if last.samples_skipped:
-        lines.append(f"{last.samples_skipped:,} samples are passed over")
+        lines.append(f"skipping {last.samples_skipped:,} samples")
     schedule = position.schedule.segments
     if len(schedule) > len(manifest.schedule.segments) and not _same_rates(schedule):
-        lines.append(f"the learning rate is another {schedule[-1]}")
+        lines.append(f"the learning rate changes {schedule[-1]}")
     return lines
 
 

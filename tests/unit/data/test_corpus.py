@@ -21,6 +21,7 @@ from backports import zstd
 
 from megalm.data.readers.document_reader import Document, OnError, ReadReport, iter_documents
 from megalm.data.readers.input_files import find_inputs
+from megalm.data.readers.records import ReadOptions
 from megalm.errors import DataError
 from tests.messages import assert_names
 
@@ -190,10 +191,10 @@ def test_broken_input_is_named(tmp_path: Path, content: bytes, place: str, names
 def test_parquet_without_the_column_or_text(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(parquet_table())
     with pytest.raises(DataError) as error:
-        list(iter_documents([tmp_path], text_key="body"))
+        list(iter_documents([tmp_path], options=ReadOptions("body")))
     assert_names(error.value, "x.parquet", "'body'", "n", "text")
     with pytest.raises(DataError) as error:
-        list(iter_documents([tmp_path], text_key="n"))
+        list(iter_documents([tmp_path], options=ReadOptions("n")))
     assert_names(error.value, "x.parquet:0", "'n'", "int")
 
 
