@@ -27,7 +27,7 @@ except SystemExit as leave:
     assert leave.code == 0
 print("LOADED", *sorted(sys.modules))
 for module, _ in COMMANDS.values():
-    importlib.import_module(f"megalm.cli.{module}")
+    importlib.import_module(f"megalm.cli.{module.partition(':')[0]}")
 print("LOADED", *sorted(sys.modules))
 """
 

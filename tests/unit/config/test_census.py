@@ -13,7 +13,7 @@ from census_shapes import SHAPES, Shape
 from config_cases import GPU, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from megalm.runs.saved_config import read_settings
+from megalm.runs.run_settings import read_settings
 
 from megalm.config.deepspeed.json_reader import open_deepspeed_json
 from megalm.config.deepspeed.json_schema import DeepSpeedSettings

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from config_cases import CPU, refused, section_of
 
-from megalm.cli.plan import planned
+from megalm.cli.plan import planned, planned_gpu
 from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
 from megalm.config.loading import GivenConfig, config_to_yaml, load_run_config, preset_paths
@@ -32,7 +32,7 @@ def plan_of(name: str, *overrides: str) -> Plan:
     """As `megalm plan --config NAME` does it, on GPUs of 24 GiB where the document names none."""
     files = read_settings(name, overrides, None, resume=False, ranks=1)
     documented = files.loaded.config.documented
-    return planned(files, documented.devices or 1, documented.device_memory_gib or 24, 8)
+    return planned(files, documented.devices or 1, planned_gpu(None, documented.device_memory_gib or 24), 8)
 
 
 def judged(name: str, *overrides: str) -> dict[tuple[str, object], Judgement]:
