@@ -13,7 +13,6 @@ from census_shapes import SHAPES, Shape
 from config_cases import GPU, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from megalm.runs.run_settings import read_settings
 
 from megalm.config.deepspeed.json_reader import open_deepspeed_json
 from megalm.config.deepspeed.json_schema import DeepSpeedSettings
@@ -23,6 +22,7 @@ from megalm.config.deepspeed.unsupported_keys import UNSUPPORTED, unknown_key
 from megalm.config.loading import load_run_config
 from megalm.config.validation import leaf_fields
 from megalm.planning.resolve import ResolvedRun, resolve
+from megalm.runs.run_settings import read_settings
 from tests.messages import assert_names
 
 ACCEPTED = {name: shape for name, shape in SHAPES.items() if not shape.refused}
