@@ -178,6 +178,13 @@ def test_a_recipe_brings_its_json_and_refuses_another_batch() -> None:
     assert Path(stated.deepspeed.path).name == "fp32.json"
 
 
+@pytest.mark.parametrize("name", preset_paths())
+def test_a_preset_has_the_batch_of_its_json(name: str) -> None:
+    """For another JSON without a batch: `batch.global_sequences` is the same number."""
+    files = read_settings(name, (), None, resume=False, ranks=1)
+    assert files.loaded.config.batch.global_sequences == files.deepspeed.settings.train_batch_size
+
+
 def test_the_default_json_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, file in ((None, "zero2.json"), ("h100-1k", "h100.json")):
