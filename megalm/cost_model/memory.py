@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from megalm.config.deepspeed.json_schema import ZeroSection
 from megalm.config.precision import Precision
 from megalm.cost_model.shard_sizes import Share, shares
-from megalm.model.attention_tiles import kept_probabilities
-from megalm.model.model_config import ModelConfig
+from megalm.model.model_config import ModelConfig, kept_probabilities
 from megalm.topology import Topology
 
 # Bytes that the forward pass keeps for the backward pass, and that the loss needs, by formula.

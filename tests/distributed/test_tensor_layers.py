@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from megalm.config.schema import ModelSection
 from megalm.model.attention import Attention
-from megalm.model.layer_factory import DenseLayers, LayerFactory
+from megalm.model.layer_factory import LayerFactory, shard_of
 from megalm.model.loss import IGNORE
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.modules import DropoutClock
-from megalm.model.param_shard import shard_of
 from megalm.model.transformer import Embedding, LanguageModel, LanguageModelHead, initialize, mlp
 from megalm.parallel.process_groups import AxisGroup, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
@@ -55,7 +54,7 @@ class Lab:
 
     def __init__(self, group: AxisGroup, sequence: bool) -> None:
         self.group, self.sequence = group, sequence
-        self.dense: LayerFactory = DenseLayers(CLOCK)
+        self.dense = LayerFactory(CLOCK)
         self.sharded: LayerFactory = TensorLayers(CLOCK, group, sequence)
 
     def stream(self, whole: Tensor) -> Tensor:

@@ -27,8 +27,7 @@ from megalm.cost_model.memory import (
     parameter_groups,
 )
 from megalm.cost_model.shard_sizes import shares
-from megalm.model.flops import flops_per_token
-from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.model.model_config import ModelConfig, build_model_config, flops_per_token
 from megalm.planning.lr_schedule import ScheduleSegment, learning_rate
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_plan import make_plan, parameters_by_part, points
