@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint.manifest import Manifest
-from megalm.config.yaml_reader import to_yaml
+from megalm.config.validation import to_yaml
 from megalm.errors import DataError
 from megalm.huggingface.config_json import family_of
 from megalm.huggingface.export_tokenizer import SENTENCEPIECE, ExportedTokenizer

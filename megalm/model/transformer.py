@@ -21,33 +21,26 @@ from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock, RotaryEmbedding, norm
 
 
-class GeluMLP(nn.Module):
-    """down(gelu(up(x))), with biases and the tanh form of GELU, as in GPT-2."""
+class MLP(nn.Module):
+    """The feed-forward part of a block.
+
+    gpt2: down(gelu(up(x))), with biases and the tanh form of GELU. llama: SwiGLU (Shazeer, 2020),
+    down(silu(gate(x)) * up(x)), without biases.
+    """
 
     def __init__(self, shape: ModelConfig, layers: LayerFactory) -> None:
         super().__init__()
-        inner = shape.intermediate_size
+        hidden, inner = shape.hidden_size, shape.intermediate_size
+        bias = shape.style == "gpt2"
         self.project = layers.projection()
-        self.up = layers.column(shape.hidden_size, inner, True, parts=inner)
-        self.down = layers.row(inner, shape.hidden_size, True, parts=inner)
+        self.gate = None if shape.style == "gpt2" else layers.column(hidden, inner, bias, parts=inner)
+        self.up = layers.column(hidden, inner, bias, parts=inner)
+        self.down = layers.row(inner, hidden, bias, parts=inner)
 
     def forward(self, hidden: Tensor) -> Tensor:  # [B, T, H] -> [B, T, H]
-        (up,) = self.project(hidden, self.up)
-        return self.down(functional.gelu(up, approximate="tanh"))
-
-
-class SwiGluMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases (Shazeer, 2020)."""
-
-    def __init__(self, shape: ModelConfig, layers: LayerFactory) -> None:
-        super().__init__()
-        inner = shape.intermediate_size
-        self.project = layers.projection()
-        self.gate = layers.column(shape.hidden_size, inner, False, parts=inner)
-        self.up = layers.column(shape.hidden_size, inner, False, parts=inner)
-        self.down = layers.row(inner, shape.hidden_size, False, parts=inner)
-
-    def forward(self, hidden: Tensor) -> Tensor:  # [B, T, H] -> [B, T, H]
+        if self.gate is None:
+            (up,) = self.project(hidden, self.up)
+            return self.down(functional.gelu(up, approximate="tanh"))
         gate, up = self.project(hidden, self.gate, self.up)
         return self.down(functional.silu(gate) * up)
 
@@ -63,7 +56,7 @@ class Block(nn.Module):
         self.attention = Attention(shape, layers, rope, clock, layer)
         self.attention_dropout = layers.dropout(shape.dropout, layer, "attention_output", sharded=False)
         self.mlp_norm = layers.replicated(norm(shape), sharded=False)
-        self.mlp = GeluMLP(shape, layers) if shape.style == "gpt2" else SwiGluMLP(shape, layers)
+        self.mlp = MLP(shape, layers)
         self.mlp_dropout = layers.dropout(shape.dropout, layer, "mlp_output", sharded=False)
 
     def forward(self, hidden: Tensor, mask: DocumentMask | None) -> Tensor:  # [B, T, H] -> [B, T, H]

@@ -20,7 +20,7 @@ from megalm.model.layer_factory import LayerFactory, shard_of
 from megalm.model.loss import IGNORE
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.modules import DropoutClock
-from megalm.model.transformer import Embedding, LanguageModel, LanguageModelHead, initialize, mlp
+from megalm.model.transformer import MLP, Embedding, LanguageModel, LanguageModelHead, initialize
 from megalm.parallel.process_groups import AxisGroup, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.topology import Topology
@@ -114,7 +114,7 @@ def _attention(lab: Lab, style: str, key_value_heads: int) -> dict[str, float]:
 
 def _mlp(lab: Lab, style: str) -> dict[str, float]:
     sizes = shape(style, 4)
-    return lab.compare(lambda layers: mlp(sizes, layers), sizes)
+    return lab.compare(lambda layers: MLP(sizes, layers), sizes)
 
 
 def _embedding(lab: Lab, documents: bool) -> dict[str, float]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megalm.config.deepspeed.json_reader import DeepSpeedConfig
-from megalm.config.deepspeed.json_schema import DeepSpeedSettings, ZeroSection
+from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, choose_precision
+from megalm.config.deepspeed.json_schema import DeepSpeedSettings, Precision, ZeroSection
 from megalm.config.loading import LoadedConfig
-from megalm.config.precision import DeviceFacts, Precision, choose_precision
 from megalm.config.schema import RunConfig
 
 

@@ -21,7 +21,7 @@ _SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineL
 
 def one_learning_rate(case: CheckContext) -> None:
     lr = case.settings.optimizer.params.lr if case.settings.optimizer else None
-    if lr is not None and "schedule.peak_learning_rate" in case.loaded.stated:
+    if lr is not None and "schedule.peak_learning_rate" in case.loaded.explicit_keys:
         peak = case.config.schedule.peak_learning_rate
         source = case.loaded.sources["schedule.peak_learning_rate"]
         raise ConfigError(
@@ -34,7 +34,7 @@ def one_schedule(case: CheckContext) -> None:
     scheduler = case.settings.scheduler
     if scheduler is None:
         return
-    if "schedule.kind" in case.loaded.stated:
+    if "schedule.kind" in case.loaded.explicit_keys:
         kind, source = case.config.schedule.kind, case.loaded.sources["schedule.kind"]
         raise ConfigError(
             f'scheduler "{scheduler.type}" ({case.ds.path}) and schedule.kind={kind} ({source}) state the same fact; '

@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from megalm.config.deepspeed.json_reader import DeepSpeedConfig, named_json, read_deepspeed_json
+from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, named_json, read_deepspeed_json
 from megalm.config.loading import LoadedConfig
-from megalm.config.precision import DeviceFacts
 from megalm.errors import ConfigError
 from megalm.planning.batch_size import plan_batch
 from megalm.planning.checks.context import CheckContext
@@ -144,14 +143,14 @@ def sequence_fits_positions(case: CheckContext) -> None:
 def warmup_ends_before_training(case: CheckContext) -> None:
     # A preset's warm-up is shortened with the run (resolve.py); a person's is not.
     warmup, steps = case.config.schedule.warmup_steps, case.config.train.steps
-    if warmup >= steps and "schedule.warmup_steps" in case.loaded.stated:
+    if warmup >= steps and "schedule.warmup_steps" in case.loaded.explicit_keys:
         raise ConfigError(f"schedule.warmup_steps={warmup} is not below train.steps={steps}; shorten the warm-up")
 
 
 def decay_fits_training(case: CheckContext) -> None:
     # As with the warm-up, a preset's decay gives way to what a person states.
     schedule, steps = case.config.schedule, case.config.train.steps
-    if schedule.decay_steps is None or "schedule.decay_steps" not in case.loaded.stated:
+    if schedule.decay_steps is None or "schedule.decay_steps" not in case.loaded.explicit_keys:
         return
     if schedule.kind != "wsd":
         raise ConfigError(
@@ -167,7 +166,7 @@ def decay_fits_training(case: CheckContext) -> None:
 
 def final_rate_has_effect(case: CheckContext) -> None:
     schedule = case.config.schedule
-    stated = schedule.final_learning_rate is not None and "schedule.final_learning_rate" in case.loaded.stated
+    stated = schedule.final_learning_rate is not None and "schedule.final_learning_rate" in case.loaded.explicit_keys
     if stated and schedule.kind in ("constant", "inverse_sqrt"):
         raise ConfigError(
             f"schedule.final_learning_rate={schedule.final_learning_rate:g} has no effect with "

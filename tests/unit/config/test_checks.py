@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from config_cases import CPU, GPU, notice_of, refused
 
-from megalm.config.deepspeed.json_reader import read_deepspeed_json
+from megalm.config.deepspeed.json_reader import DeviceFacts, read_deepspeed_json
 from megalm.config.loading import config_to_yaml, load_run_config
-from megalm.config.precision import DeviceFacts
 from megalm.planning.checks.run_checks import RULES, check_run
 from megalm.planning.resolve import ResolvedRun
 from tests.messages import assert_names

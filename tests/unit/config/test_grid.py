@@ -11,7 +11,7 @@ from config_cases import GPU, notice_of
 
 from megalm.cli.plan_text import plan_text, ranks_text
 from megalm.config.loading import load_run_config
-from megalm.cost_model.shard_sizes import shares
+from megalm.cost_model.memory import shares
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_plan import make_plan

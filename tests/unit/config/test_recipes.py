@@ -15,7 +15,7 @@ from config_cases import CPU, refused, section_of
 from megalm.cli.plan import planned
 from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
-from megalm.config.loading import GivenConfig, config_to_yaml, load_run_config, preset_paths
+from megalm.config.loading import ConfigLayers, config_to_yaml, load_run_config, preset_paths
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields
 from megalm.planning.recipe_claims import EXPECTED, HOLDS, NO_VERDICT, Judgement, judge
@@ -227,7 +227,7 @@ def test_a_persons_own_account_of_a_document_goes_on_with_the_run(tmp_path: Path
     loaded = load_run_config(str(mine), [])
     kept.write_text(config_to_yaml(loaded.config))
     assert [claim.step for claim in loaded.config.documented.claims] == [9, None]
-    assert GivenConfig(None, []).over(kept).config.documented == loaded.config.documented
+    assert ConfigLayers(None, []).resumed_run(kept).config.documented == loaded.config.documented
 
 
 @pytest.mark.parametrize("preset", [None, *RECIPES])
@@ -237,8 +237,8 @@ def test_a_configuration_knows_what_is_its_presets(tmp_path: Path, preset: str |
     own.write_text(config_to_yaml(load_run_config(preset, []).config))
     written = tmp_path / "mine.yaml"
     written.write_text("preset: gpt2-diagnostic\ndocumented: {device: A100}\n")
-    for given in (GivenConfig(preset, []), GivenConfig("gpt2-diagnostic", []), GivenConfig(str(written), [])):
-        for loaded in (given.alone(), given.over(own)):
+    for given in (ConfigLayers(preset, []), ConfigLayers("gpt2-diagnostic", []), ConfigLayers(str(written), [])):
+        for loaded in (given.new_run(), given.resumed_run(own)):
             assert config_to_yaml(loaded.config, loaded.documented_by_preset) == config_to_yaml(loaded.config)
 
 

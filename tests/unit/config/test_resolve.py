@@ -6,9 +6,8 @@ from collections.abc import Callable
 import pytest
 from config_cases import CPU, GPU, notice_of
 
-from megalm.config.deepspeed.json_reader import named_json, read_deepspeed_json, shipped_deepspeed_jsons
+from megalm.config.deepspeed.json_reader import DeviceFacts, named_json, read_deepspeed_json, shipped_deepspeed_jsons
 from megalm.config.loading import load_run_config, preset_paths
-from megalm.config.precision import DeviceFacts
 from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, BatchPlan, OptimizerFacts, ResolvedRun, resolve
 from tests.messages import assert_names
 
