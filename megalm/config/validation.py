@@ -14,7 +14,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -82,6 +81,7 @@ def to_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+_BOUNDS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}  # of annotated_types
 _KINDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -227,18 +227,9 @@ def _expected_several(origin: Any, arguments: tuple[Any, ...]) -> str:
 
 
 def _bounds(metadata: tuple[Any, ...]) -> str:
-    words = []
-    for item in metadata:
-        for bound in item.metadata if isinstance(item, FieldInfo) else [item]:
-            if isinstance(bound, Gt):
-                words.append(f"above {bound.gt}")
-            elif isinstance(bound, Ge):
-                words.append(f"of at least {bound.ge}")
-            elif isinstance(bound, Lt):
-                words.append(f"below {bound.lt}")
-            elif isinstance(bound, Le):
-                words.append(f"of at most {bound.le}")
-    return "".join(f" {word}" if index == 0 else f" and {word}" for index, word in enumerate(words))
+    bounds = [bound for item in metadata for bound in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    words = [f"{_BOUNDS[name]} {getattr(bound, name)}" for bound in bounds for name in _BOUNDS if hasattr(bound, name)]
+    return f" {' and '.join(words)}" if words else ""
 
 
 def _takes_bool(field: FieldInfo) -> bool:

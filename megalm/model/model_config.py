@@ -91,24 +91,15 @@ def build_model_config(model: ModelSection, vocab_size: int, sequence_length: in
     """
     gpt2 = model.style == "gpt2"
     swiglu_size = math.ceil(model.hidden_size * 8 / 3 / 64) * 64
-    return ModelConfig(
-        style=model.style,
-        vocab_size=model.vocab_size or vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads or model.num_attention_heads,
-        head_dim=model.head_dim or model.hidden_size // model.num_attention_heads,
-        intermediate_size=model.intermediate_size or (4 * model.hidden_size if gpt2 else swiglu_size),
-        max_position_embeddings=model.max_position_embeddings or sequence_length,
-        tie_word_embeddings=gpt2 if model.tie_word_embeddings is None else model.tie_word_embeddings,
-        rope_theta=model.rope_theta,
-        norm_epsilon=model.norm_epsilon,
-        qk_norm=model.qk_norm,
-        dropout=model.dropout,
-        attention_dropout=model.attention_dropout,
-        initializer_range=model.initializer_range,
-    )
+    resolved = {
+        "vocab_size": model.vocab_size or vocab_size,
+        "num_key_value_heads": model.num_key_value_heads or model.num_attention_heads,
+        "head_dim": model.head_dim or model.hidden_size // model.num_attention_heads,
+        "intermediate_size": model.intermediate_size or (4 * model.hidden_size if gpt2 else swiglu_size),
+        "max_position_embeddings": model.max_position_embeddings or sequence_length,
+        "tie_word_embeddings": gpt2 if model.tie_word_embeddings is None else model.tie_word_embeddings,
+    }
+    return ModelConfig(**model.model_dump() | resolved)
 
 
 def flops_per_token(shape: ModelConfig, sequence_length: int) -> int:

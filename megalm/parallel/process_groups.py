@@ -73,14 +73,8 @@ def make_groups(topology: Topology, rank: int, timeout: datetime.timedelta) -> P
 
 
 def _model_groups(topology: Topology) -> list[tuple[int, ...]]:
-    return [
-        tuple(
-            topology.rank(Coordinate(pipeline=pipeline, data=data, tensor=tensor))
-            for pipeline in range(topology.pipeline)
-            for tensor in range(topology.tensor)
-        )
-        for data in range(topology.data)
-    ]
+    ranks = range(topology.world_size)
+    return [tuple(rank for rank in ranks if topology.coordinate(rank).data == data) for data in range(topology.data)]
 
 
 def _new_group(ranks: tuple[int, ...], world_size: int, timeout: datetime.timedelta) -> dist.ProcessGroup:
