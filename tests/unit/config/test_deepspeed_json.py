@@ -130,8 +130,8 @@ def test_unknown_keys_and_bad_values(write_json: Write, changes: dict[str, Any],
 
 @pytest.mark.parametrize("kind", ["Lamb", "Lion", "OneBitAdam", "ZeroOneAdam", "Muon", "SGD", "Adagrad"])
 def test_other_optimizers(write_json: Write, kind: str) -> None:
-    said = read_refused(write_json(optimizer={"type": kind, "params": {"max_coeff": 1, "momentum": 0.9}}))
-    assert_names(said, f'optimizer.type="{kind}"', '"AdamW"', '"Adam"')
+    message = read_refused(write_json(optimizer={"type": kind, "params": {"max_coeff": 1, "momentum": 0.9}}))
+    assert_names(message, f'optimizer.type="{kind}"', '"AdamW"', '"Adam"')
 
 
 def _nested(path: str, value: Any) -> dict[str, Any]:
@@ -146,9 +146,9 @@ def test_known_but_not_supported(write_json: Write, path: str) -> None:
     change = _nested(path, asked)
     if path.startswith("optimizer."):
         change["optimizer"]["type"] = "AdamW"
-    said = read_refused(write_json(**change))
-    assert_names(said, path)
-    assert REFUSED[path] in said
+    message = read_refused(write_json(**change))
+    assert_names(message, path)
+    assert REFUSED[path] in message
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ def test_a_file_that_is_not_such_a_json(tmp_path: Path, text: str, names: list[s
 
 
 def test_a_missing_file_lists_the_shipped_ones(tmp_path: Path) -> None:
-    said = read_refused(tmp_path / "zero_2.json")
-    assert_names(said, "zero_2.json", "'zero2.json'", *(path.name for path in SHIPPED.values()))
+    message = read_refused(tmp_path / "zero_2.json")
+    assert_names(message, "zero_2.json", "'zero2.json'", *(path.name for path in SHIPPED.values()))
 
 
 def test_no_key_is_both_supported_and_refused() -> None:

@@ -219,7 +219,7 @@ def test_a_key_that_is_a_word_of_python(tmp_path: Path) -> None:
     assert external_name("checkpoint.best") == "checkpoint.best"
 
 
-def test_what_a_run_has_stands_for_what_is_not_stated(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_values_that_are_not_given(tmp_path: Path) -> None:
     """Schema < preset < the run's own < YAML < key=value."""
     first = load_run_config(None, ["train.seed=9", "train.steps=30", "run.name=mine", "resume.allow=[order]"])
     own = tmp_path / "config.yaml"

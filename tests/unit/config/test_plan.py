@@ -278,8 +278,8 @@ def test_the_presets_are_wrapped_once(
     monkeypatch.setattr("megalm.cli.presets.terminal_width", lambda: columns)
     with pytest.raises(SystemExit):
         main(["presets"])
-    told = [line[24:] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert told == [
+    descriptions = [line[24:] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert descriptions == [
         line
         for name in preset_paths()
         for line in textwrap.wrap(describe_preset(name), expected, break_on_hyphens=False)

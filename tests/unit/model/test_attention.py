@@ -16,7 +16,7 @@ from megalm.model.model_config import build_model_config
 from megalm.model.transformer import LanguageModel, initialize
 
 BATCH, HEADS, WIDTH = 2, 3, 16
-# One token; less than a block; a block and one; several; so many that probabilities are computed again.
+# One token; less than a block; a block and one; several; a length whose probabilities are recomputed.
 LENGTHS = (1, 100, 129, 512, 1100)
 
 
