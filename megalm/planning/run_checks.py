@@ -11,9 +11,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from megalm.config.deepspeed.json_reader import DeepSpeedConfig, named_json, read_deepspeed_json
+from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, named_json, read_deepspeed_json
 from megalm.config.loading import LoadedConfig
-from megalm.config.precision import DeviceFacts
 from megalm.config.schema import DataSection, RunConfig
 from megalm.errors import ConfigError
 from megalm.planning.batch_size import plan_batch
@@ -266,14 +265,14 @@ def _repeated(names: Iterable[str]) -> str | None:
 def warmup_ends_before_training(case: CheckContext) -> None:
     # resolve.py shortens a preset's warm-up with the run, but not a person's.
     warmup, steps = case.config.schedule.warmup_steps, case.config.train.steps
-    if warmup >= steps and "schedule.warmup_steps" in case.loaded.stated:
+    if warmup >= steps and "schedule.warmup_steps" in case.loaded.explicit_keys:
         raise ConfigError(f"schedule.warmup_steps={warmup} is not below train.steps={steps}; shorten the warm-up")
 
 
 def decay_fits_training(case: CheckContext) -> None:
     # As with the warm-up, a preset's decay gives way to a person's settings.
     schedule, steps = case.config.schedule, case.config.train.steps
-    if schedule.decay_steps is None or "schedule.decay_steps" not in case.loaded.stated:
+    if schedule.decay_steps is None or "schedule.decay_steps" not in case.loaded.explicit_keys:
         return
     if schedule.kind != "wsd":
         raise ConfigError(
@@ -289,7 +288,7 @@ def decay_fits_training(case: CheckContext) -> None:
 
 def final_rate_has_effect(case: CheckContext) -> None:
     schedule = case.config.schedule
-    given = schedule.final_learning_rate is not None and "schedule.final_learning_rate" in case.loaded.stated
+    given = schedule.final_learning_rate is not None and "schedule.final_learning_rate" in case.loaded.explicit_keys
     if given and schedule.kind in ("constant", "inverse_sqrt"):
         raise ConfigError(
             f"schedule.final_learning_rate={schedule.final_learning_rate:g} has no effect with "
