@@ -26,7 +26,7 @@ from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_lo
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
 from megalm.engine.optimizer_state import OptimizerState, ReadFragment
-from megalm.model.param_shard import shard_of
+from megalm.model.layer_factory import shard_of
 from megalm.parallel.process_groups import ParallelGroups
 from megalm.planning.resolve import OptimizerFacts, ResolvedRun
 from megalm.rank_environment import rank_facts

@@ -14,7 +14,7 @@ from typing import Any
 
 from megalm.checkpoint.manifest import Manifest
 from megalm.config.deepspeed.json_reader import open_deepspeed_json
-from megalm.config.yaml_reader import to_yaml
+from megalm.config.validation import to_yaml
 from megalm.errors import ConfigError
 from megalm.huggingface.config_json import model_type
 from megalm.huggingface.export_tokenizer import SENTENCEPIECE, TOKENIZER, ExportedTokenizer

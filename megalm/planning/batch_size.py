@@ -36,13 +36,13 @@ class RunBatch:
 
     Attributes:
         source: where its value comes from.
-        by_person: a person stated it, so that it holds where the JSON states no total.
+        by_user: the user set it, so that it holds where the JSON states no total.
         asked_for: the JSON's train_batch_size is "auto": it holds where it divides.
     """
 
     sequences: int | None = None
     source: str = ""
-    by_person: bool = False
+    by_user: bool = False
     asked_for: bool = False
 
     @staticmethod
@@ -51,7 +51,7 @@ class RunBatch:
         key = "batch.global_sequences"
         auto = any(outcome.key == "train_batch_size" and outcome.value == "auto" for outcome in ds.outcomes)
         sequences = loaded.config.batch.global_sequences
-        return RunBatch(sequences, loaded.sources[key], key in loaded.stated, auto)
+        return RunBatch(sequences, loaded.sources[key], key in loaded.explicit_keys, auto)
 
 
 def plan_batch(
@@ -83,7 +83,7 @@ def plan_batch(
     if total is None and takes_run_batch(settings, ranks, run_batch):
         total, named = run_batch.sequences, "batch.global_sequences"
         notices = [f"{where} states no train_batch_size: {named}={total} ({run_batch.source})"]
-        if total is not None and steps and not run_batch.by_person and total % (steps * ranks):
+        if total is not None and steps and not run_batch.by_user and total % (steps * ranks):
             total = (total // (steps * ranks) + 1) * steps * ranks  # a preset's is no reason to refuse the JSON's
             notices[0] += f", raised to {total} for gradient_accumulation_steps={steps} on {ranks} ranks"
     elif run_batch.sequences not in (None, total):
@@ -119,7 +119,7 @@ def plan_batch(
 def takes_run_batch(settings: DeepSpeedSettings, ranks: int, run_batch: RunBatch) -> bool:
     """Whether the run configuration's batch holds for a JSON without a total."""
     micro, steps = settings.train_micro_batch_size_per_gpu, settings.gradient_accumulation_steps
-    if run_batch.sequences is None or run_batch.by_person or not isinstance(micro, int):
+    if run_batch.sequences is None or run_batch.by_user or not isinstance(micro, int):
         return run_batch.sequences is not None
     return run_batch.asked_for and steps is None and run_batch.sequences % (micro * ranks) == 0
 

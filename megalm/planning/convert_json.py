@@ -12,12 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megalm.config.deepspeed.json_reader import DeepSpeedConfig, parse_deepspeed_json, read_deepspeed_json
+from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, parse_deepspeed_json, read_deepspeed_json
 from megalm.config.deepspeed.translate import Outcome, translate
 from megalm.config.loading import load_run_config
-from megalm.config.precision import DeviceFacts
-from megalm.config.validation import nest
-from megalm.config.yaml_reader import to_yaml
+from megalm.config.validation import nest, to_yaml
 from megalm.errors import ConfigError
 from megalm.planning.batch_size import RunBatch, plan_batch, takes_run_batch
 from megalm.planning.resolve import resolve
@@ -77,7 +75,7 @@ def convert(path: Path, world_size: int, device: DeviceFacts, preset: str) -> Co
     translation = translate(parse_deepspeed_json(path))
     rows = {outcome.key: _row(outcome) for outcome in translation.outcomes}
     config = DeepSpeedConfig.of(str(path), translation)
-    settings = {key: value for key, value in config.stated_dict().items() if value not in ({}, None)}
+    settings = {key: value for key, value in config.to_dict().items() if value not in ({}, None)}
     run = {"preset": preset, **translation.run_settings}
     changes = [*_in_run_file(translation.outcomes, run)]
     for repair in _REPAIRS:
@@ -206,7 +204,7 @@ def _batch(settings: Settings, run: Settings, theirs: DeepSpeedConfig, world_siz
         why = f"batch.global_sequences={batch.sequences} of {batch.source}: the file states no number"
         yield "train_batch_size", f"moved to {RUN_YAML}", why
     why = f"it follows from the global batch on {world_size} ranks"
-    fitting = replace(batch, by_person="batch.global_sequences" in run)
+    fitting = replace(batch, by_user="batch.global_sequences" in run)
     if not _batch_fits(settings, world_size, fitting) and _take(settings, "gradient_accumulation_steps") is not None:
         yield "gradient_accumulation_steps", "left out: follows from the batch", why
     if not _batch_fits(settings, world_size, fitting) and "train_micro_batch_size_per_gpu" in settings:

@@ -11,10 +11,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from megalm.config.deepspeed.json_reader import DeepSpeedConfig, named_json, read_deepspeed_json
+from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, named_json, read_deepspeed_json
 from megalm.config.deepspeed.unsupported_keys import DEEPSPEED_NAMES
 from megalm.config.loading import LoadedConfig
-from megalm.config.precision import DeviceFacts
 from megalm.config.schema import DataSection, RunConfig
 from megalm.config.validation import leaf_fields
 from megalm.errors import ConfigError, MegalmError
@@ -296,14 +295,14 @@ def _repeated(names: Iterable[str]) -> str | None:
 def warmup_ends_before_training(case: CheckContext) -> None:
     # resolve.py shortens a preset's warm-up with the run, but not a person's.
     warmup, steps = case.config.schedule.warmup_steps, case.config.train.steps
-    if warmup >= steps and "schedule.warmup_steps" in case.loaded.stated:
+    if warmup >= steps and "schedule.warmup_steps" in case.loaded.explicit_keys:
         raise ConfigError(f"schedule.warmup_steps={warmup} is not below train.steps={steps}; shorten the warm-up")
 
 
 def decay_fits_training(case: CheckContext) -> None:
     # As with the warm-up, a preset's decay gives way to a person's settings.
     schedule, steps = case.config.schedule, case.config.train.steps
-    if schedule.decay_steps is None or "schedule.decay_steps" not in case.loaded.stated:
+    if schedule.decay_steps is None or "schedule.decay_steps" not in case.loaded.explicit_keys:
         return
     if schedule.kind != "wsd":
         raise ConfigError(
@@ -319,7 +318,7 @@ def decay_fits_training(case: CheckContext) -> None:
 
 def final_rate_has_effect(case: CheckContext) -> None:
     schedule = case.config.schedule
-    given = schedule.final_learning_rate is not None and "schedule.final_learning_rate" in case.loaded.stated
+    given = schedule.final_learning_rate is not None and "schedule.final_learning_rate" in case.loaded.explicit_keys
     if given and schedule.kind in ("constant", "inverse_sqrt"):
         raise ConfigError(
             f"schedule.final_learning_rate={schedule.final_learning_rate:g} has no effect with "
@@ -360,7 +359,7 @@ def kept_checkpoints_are_made(case: CheckContext) -> None:
 
 def one_batch(case: CheckContext) -> None:
     total, sequences = case.settings.train_batch_size, case.config.batch.global_sequences
-    if "batch.global_sequences" in case.loaded.stated and None not in (total, sequences) and total != sequences:
+    if "batch.global_sequences" in case.loaded.explicit_keys and None not in (total, sequences) and total != sequences:
         raise ConfigError(
             f"batch.global_sequences={sequences} ({case.loaded.sources['batch.global_sequences']}) and "
             f"train_batch_size={total} ({case.ds.path}) set the same value; remove one"

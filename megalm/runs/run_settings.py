@@ -11,9 +11,14 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
-from megalm.config.deepspeed.json_reader import DeepSpeedConfig, named_json, open_deepspeed_json, parse_deepspeed_json
-from megalm.config.loading import SAVED_CONFIG, GivenConfig, LoadedConfig, external_name
-from megalm.config.precision import DeviceFacts
+from megalm.config.deepspeed.json_reader import (
+    DeepSpeedConfig,
+    DeviceFacts,
+    named_json,
+    open_deepspeed_json,
+    parse_deepspeed_json,
+)
+from megalm.config.loading import SAVED_CONFIG, ConfigLayers, LoadedConfig, external_name
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields, shown
 from megalm.errors import ConfigError
@@ -150,30 +155,31 @@ def read_settings(
         ConfigError: the given or the saved configuration is invalid by itself; with it all else that is wrong.
     """
     try:
-        given = GivenConfig(config, overrides)
+        given = ConfigLayers(config, overrides)
     except ConfigError as error:
         raise ConfigError(*error.problems, *_problems_of(deepspeed_config)) from None
-    loaded, saved = given.alone(), None
+    loaded, saved = given.new_run(), None
     own = _find_own(loaded)
     if own is not None and not resume and not _began_in_this_job(own):
         own = None
     if own is not None:
         # By its name: another job may begin a newer unnamed run at any moment.
-        loaded, saved = given.over(own.config_yaml, own.name), given.saved(own.config_yaml)
+        loaded, saved = given.resumed_run(own.config_yaml, own.name), given.saved_config(own.config_yaml)
         degrees = loaded.config.parallel
         if ranks % (degrees.tensor * degrees.pipeline) and not any(
-            key.startswith("parallel.") for key in loaded.stated
+            key.startswith("parallel.") for key in loaded.explicit_keys
         ):
-            loaded = given.over(own.config_yaml, own.name, not_kept=("parallel",))
+            loaded = given.resumed_run(own.config_yaml, own.name, dropped=("parallel",))
     default = named_json(_DEFAULT_DEEPSPEED_CONFIG) if own is None else own.deepspeed_json
+    named = named_json(deepspeed_config) if deepspeed_config else _recipe_json(loaded) or default
     try:
-        deepspeed = open_deepspeed_json(
-            named_json(deepspeed_config) if deepspeed_config else _recipe_json(loaded) or default
-        )
+        deepspeed = open_deepspeed_json(named)
     except ConfigError as error:
         raise ConfigError(*loaded.problems.values(), *error.problems) from None
-    if own is not None and Path(deepspeed.path) == own.deepspeed_json:  # its values are saved ones: a person's win
-        implied = {key: value for key, value in deepspeed.run_settings.items() if key not in loaded.stated}
+    if (
+        own is not None and named == own.deepspeed_json
+    ):  # saved values, like those of config.yaml: the user's replace them
+        implied = {key: value for key, value in deepspeed.run_settings.items() if key not in loaded.explicit_keys}
         deepspeed = replace(deepspeed, run_settings=implied)
     if loaded.problems or deepspeed.problems:
         check_run(loaded, deepspeed, ranks, device or _ANY_DEVICE, data_needed)
@@ -181,7 +187,7 @@ def read_settings(
 
 
 def _problems_of(deepspeed_config: str | None) -> tuple[str, ...]:
-    """What is wrong with the named JSON by itself."""
+    """Return the problems of the JSON that the user names."""
     try:
         return () if deepspeed_config is None else open_deepspeed_json(named_json(deepspeed_config)).problems
     except ConfigError as error:

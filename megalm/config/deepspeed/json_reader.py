@@ -7,12 +7,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hjson
 
 import megalm
-from megalm.config.deepspeed.json_schema import DeepSpeedSettings
+from megalm.config.deepspeed.json_schema import DeepSpeedSettings, Precision
 from megalm.config.deepspeed.translate import Outcome, Translation, translate
 from megalm.errors import ConfigError
 from megalm.utils.did_you_mean import did_you_mean
@@ -27,7 +27,7 @@ class DeepSpeedConfig:
     Attributes:
         path: the file, as it was named.
         settings: its values, with DeepSpeed's defaults for what it does not state.
-        stated: dotted keys that it states.
+        explicit_keys: dotted keys that the file has.
         notices: one line for everything that is left out or taken as something else.
         problems: one line for everything that is refused; a run needs none.
         run_settings: dotted key of the run configuration -> the value that the file implies for it.
@@ -36,7 +36,7 @@ class DeepSpeedConfig:
 
     path: str
     settings: DeepSpeedSettings
-    stated: frozenset[str]
+    explicit_keys: frozenset[str]
     notices: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     run_settings: dict[str, Any] = field(default_factory=dict)
@@ -48,16 +48,47 @@ class DeepSpeedConfig:
         return DeepSpeedConfig(
             path,
             translation.settings,
-            translation.stated,
+            translation.explicit_keys,
             tuple(f"{path}: {note}" for note in translation.notes),
             tuple(f"{path}: {problem}" for problem in translation.problems),
             translation.run_settings,
             translation.outcomes,
         )
 
-    def stated_dict(self) -> dict[str, Any]:
-        """Only what the file states, under DeepSpeed's own names."""
+    def to_dict(self) -> dict[str, Any]:
+        """Only the keys that the file has, under DeepSpeed's names."""
         return self.settings.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """The device of one rank.
+
+    Attributes:
+        bf16: the device computes in bf16 natively.
+        memory_bytes: memory that this rank may use; on a CPU its share of the machine's.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    bf16: bool
+    memory_bytes: int
+
+
+def choose_precision(settings: DeepSpeedSettings, device: DeviceFacts) -> tuple[Precision, list[str]]:
+    """The precision of a run on this device, and a notice where "auto" decides it.
+
+    "auto" is bf16 where the device has it, else fp32. It never chooses fp16, which needs a loss scale.
+    """
+    if settings.fp16.enabled is True:
+        return "fp16", []
+    if settings.bf16.enabled is True:
+        return "bf16", []
+    if "auto" in (settings.bf16.enabled, settings.fp16.enabled):
+        if settings.bf16.enabled == "auto" and device.bf16:
+            return "bf16", ['bf16.enabled ("auto"): true']
+        reason = "this device does not compute in bf16" if not device.bf16 else '"auto" never chooses fp16'
+        return "fp32", [f'precision ("auto"): fp32, {reason}']
+    return "fp32", []
 
 
 def read_deepspeed_json(path: str | Path) -> DeepSpeedConfig:

@@ -85,13 +85,13 @@ class Translation:
 
     Attributes:
         settings: what is honoured, with DeepSpeed's defaults for what is not stated.
-        stated: the dotted keys that are honoured and stated, in DeepSpeedSettings' names.
+        explicit_keys: the supported dotted keys of the file, by DeepSpeedSettings' names.
         run_settings: dotted key of the run configuration -> the value that the file implies for it.
         outcomes: one for each key of the file, in its order.
     """
 
     settings: DeepSpeedSettings
-    stated: frozenset[str]
+    explicit_keys: frozenset[str]
     run_settings: dict[str, Any] = field(default_factory=dict)
     outcomes: tuple[Outcome, ...] = ()
 

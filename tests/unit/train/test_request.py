@@ -10,7 +10,7 @@ import pytest
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.manifest import DataSegment, set_status, write_manifest
 from megalm.communicator import SingleProcessCommunicator
-from megalm.config.precision import DeviceFacts
+from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.errors import CheckpointError, ConfigError
 from megalm.runs.run_folder import RunFolder
 from megalm.runs.run_settings import Arguments, Extension, ResumeOptions
