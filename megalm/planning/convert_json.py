@@ -91,11 +91,11 @@ def convert(path: Path, world_size: int, device: DeviceFacts, preset: str) -> Co
 
 def _row(outcome: Outcome) -> Row:
     instead = "; ".join(part for part in (outcome.why, outcome.instead) if part)
-    if outcome.action == "honoured":
+    if outcome.action == "supported":
         return Row(outcome.key, outcome.value, "kept")
     if outcome.action == "refused":
         return Row(outcome.key, outcome.value, "left out: unknown" if outcome.is_ignored else CHANGES_TRAINING, instead)
-    became = {"not stated": "left out: not stated", "no effect": "left out: no effect"}.get(outcome.action, "changed")
+    became = {"not set": "left out: not stated", "no effect": "left out: no effect"}.get(outcome.action, "changed")
     return Row(outcome.key, outcome.value, became, instead)
 
 

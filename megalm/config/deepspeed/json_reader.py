@@ -1,4 +1,4 @@
-"""A typed, read-only view of the DeepSpeed JSON: read as DeepSpeed reads it, with nothing passed over in silence."""
+"""A typed, read-only view of the DeepSpeed JSON, which is read as DeepSpeed reads it; no key passes silently."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ DS_CONFIGS_FOLDER = Path(megalm.__file__).parent.parent / "ds_configs"
 
 @dataclass(frozen=True)
 class DeepSpeedConfig:
-    """What a DeepSpeed JSON states.
+    """The contents of a DeepSpeed JSON.
 
     Attributes:
-        path: the file, as it was named.
-        settings: its values, with DeepSpeed's defaults for what it does not state.
+        path: the file, as the user named it.
+        settings: its values, and DeepSpeed's defaults for missing keys.
         explicit_keys: dotted keys that the file has.
-        notices: one line for everything that is left out or taken as something else.
-        problems: one line for everything that is refused; a run needs none.
-        run_settings: dotted key of the run configuration -> the value that the file implies for it.
-        outcomes: what becomes of each key of the file.
+        notices: one line for each key or group of keys that is ignored or read as another.
+        problems: one line for each refused key or group of keys; a run starts only without problems.
+        run_settings: dotted key of the run configuration -> the value that the file implies.
+        outcomes: the fate of each key of the file.
     """
 
     path: str
@@ -44,7 +44,7 @@ class DeepSpeedConfig:
 
     @staticmethod
     def of(path: str, translation: Translation) -> DeepSpeedConfig:
-        """The view of a file that was translated."""
+        """The view of a translated file."""
         return DeepSpeedConfig(
             path,
             translation.settings,
@@ -95,7 +95,7 @@ def read_deepspeed_json(path: str | Path) -> DeepSpeedConfig:
     """Read and check a DeepSpeed JSON.
 
     Raises:
-        ConfigError: no such file, a syntax error, or every key and value that is refused.
+        ConfigError: no such file, a syntax error, or all refused keys and values.
     """
     config = open_deepspeed_json(path)
     if config.problems:
@@ -104,7 +104,7 @@ def read_deepspeed_json(path: str | Path) -> DeepSpeedConfig:
 
 
 def open_deepspeed_json(path: str | Path) -> DeepSpeedConfig:
-    """Read a DeepSpeed JSON; what has to be refused in it is in `problems`.
+    """Read a DeepSpeed JSON, with its refused keys and values in `problems`.
 
     Raises:
         ConfigError: no such file, a syntax error.
@@ -113,7 +113,7 @@ def open_deepspeed_json(path: str | Path) -> DeepSpeedConfig:
 
 
 def parse_deepspeed_json(path: str | Path) -> dict[str, Any]:
-    """The file's object as it stands. Comments and trailing commas are no errors, as in DeepSpeed.
+    """The file's object, unchanged. Comments and trailing commas are allowed, as in DeepSpeed.
 
     Raises:
         ConfigError: no such file, a syntax error, a repeated key.
@@ -137,7 +137,7 @@ def shipped_deepspeed_jsons() -> list[Path]:
 
 
 def named_json(named: str | Path) -> Path:
-    """The file that a person or a configuration names: from here, or a shipped one from any folder."""
+    """The file that a user or a configuration names: relative to this folder, or a shipped one by its name."""
     path = Path(named).expanduser()
     folders = (DS_CONFIGS_FOLDER.parent, DS_CONFIGS_FOLDER, DS_CONFIGS_FOLDER / "recipes")
     candidates = (path, *(folder / path for folder in folders))
@@ -148,7 +148,7 @@ def _read(path: Path, where: str) -> str:
     if not path.is_file():
         shipped = {it.name: it for it in shipped_deepspeed_jsons()}
         near = did_you_mean(path.name, shipped)
-        known = f"shipped, by name from any folder: {', '.join(shipped)}" if shipped else "state the path of a file"
+        known = f"shipped, by name from any folder: {', '.join(shipped)}" if shipped else "give the path of a file"
         raise ConfigError(f"--deepspeed_config {where}: no such file{near}; {known}")
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -157,23 +157,23 @@ def _read(path: Path, where: str) -> str:
 
 
 def _parse(text: str, where: str) -> Any:
-    """Strict JSON, whose errors are exact; else Hjson, which is what DeepSpeed takes a file for."""
+    """Parse as JSON, whose errors are exact, or else as Hjson, as DeepSpeed does."""
     build = _no_key_twice(where)
     try:
         return json.loads(text, object_pairs_hook=build, parse_constant=_no_constant(where))
     except json.JSONDecodeError as error:
         strict = error
     except (RecursionError, ValueError) as error:
-        raise ConfigError(f"{where}: not a DeepSpeed JSON ({error}); mend it") from None
+        raise ConfigError(f"{where}: not a DeepSpeed JSON ({error}); fix it") from None
     try:
         return hjson.loads(text, object_pairs_hook=build)
     except hjson.HjsonDecodeError as error:
-        # Hjson takes what it does not know for text to the end of the line, so its errors come late.
+        # Hjson reads an unknown word as text to the end of the line, so its errors come late.
         is_json = re.match(r"[^#/}\]]", text[strict.pos :]) or strict.pos == len(text)
         place = strict if is_json else error
-        message = f"{where}, line {place.lineno}, column {place.colno}: {place.msg}; mend the JSON"
+        message = f"{where}, line {place.lineno}, column {place.colno}: {place.msg}; fix the JSON"
     except (OverflowError, RecursionError, ValueError) as error:
-        message = f"{where}: not a DeepSpeed JSON ({error}); mend it"
+        message = f"{where}: not a DeepSpeed JSON ({error}); fix it"
     raise ConfigError(message)
 
 
@@ -182,7 +182,7 @@ def _no_key_twice(where: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any
         result: dict[str, Any] = {}
         for key, value in pairs:
             if key in result:
-                raise ConfigError(f"{where}: {key!r} is stated twice in one object; keep one")
+                raise ConfigError(f"{where}: one object has {key!r} twice; keep one")
             result[key] = value
         return result
 
@@ -191,6 +191,6 @@ def _no_key_twice(where: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any
 
 def _no_constant(where: str) -> Callable[[str], Any]:
     def refuse(name: str) -> Any:
-        raise ConfigError(f"{where}: {name} is no JSON number; state a finite one")
+        raise ConfigError(f"{where}: {name} is not a JSON number; use a finite number")
 
     return refuse

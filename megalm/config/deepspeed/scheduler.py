@@ -26,5 +26,5 @@ def translate_scheduler(section: Mapping[str, Any]) -> SchedulerTranslation:
     """Translate a section whose parameters are all "auto": the schedule is the run configuration's."""
     params = section.get("params") or {}
     if isinstance(params, Mapping) and all(value in ("auto", None) for value in params.values()):
-        return SchedulerTranslation({}, ("its parameters are not stated, so that schedule.* holds",))
+        return SchedulerTranslation({}, ("its parameters are not set: schedule.* of the run configuration applies",))
     return SchedulerTranslation({}, (), ("the schedule is the run configuration's; state schedule.kind there",))

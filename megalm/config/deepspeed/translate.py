@@ -1,8 +1,7 @@
-"""From a DeepSpeed JSON, as people have it, to what megalm honours of it, with an account of every key.
+"""Translation of a DeepSpeed JSON to the settings that megalm supports, with one outcome for each key of the file.
 
-The tables decide: json_schema.py what is honoured, unsupported_keys.py what is not, `OLDER` here which spellings
-DeepSpeed itself takes for another. Nothing is raised: what has to be refused is an outcome like any other, so that a
-file is answered once and in full.
+Tables decide: json_schema.py has the supported keys, unsupported_keys.py the others, `OLDER` here the older spellings.
+Nothing is raised: a refused key is an outcome like any other, so that all of them are reported at once.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from megalm.config.deepspeed.unsupported_keys import (
     UNKNOWN,
     UNSUPPORTED,
     UnsupportedKey,
-    asks_nothing,
+    has_no_effect,
     is_comment,
     unknown_key,
 )
 from megalm.config.validation import bad_values, leaf_fields, members, nest, section_of, shown
 
-Action = Literal["honoured", "not stated", "no effect", "translated", "refused"]
+Action = Literal["supported", "not set", "no effect", "translated", "refused"]
 
 AUTO_KEYS = ("train_micro_batch_size_per_gpu", "bf16.enabled", "fp16.enabled")
 ADAM_TYPES = ("adam", "adamw")
@@ -37,23 +36,22 @@ _LEAVES = leaf_fields(DeepSpeedSettings)
 _STAGE, _OFFLOAD_OPTIMIZER, _OFFLOAD_PARAM = (
     f"zero_optimization.{name}" for name in ("stage", "offload_optimizer", "offload_param")
 )
-_NOTHING = "it asks for nothing"
+_NO_EFFECT = "this value has no effect"
 
-
-# Sections that belong to the run configuration -> what reads them.
+# Sections that belong to the run configuration -> their translation to its settings.
 SectionTranslator = Callable[[Mapping[str, Any]], SchedulerTranslation]
 RUN_SETTINGS: dict[str, SectionTranslator] = {"scheduler": translate_scheduler}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What becomes of one key, or of a section that is taken or refused as a whole.
+    """The fate of one key, or of a whole section.
 
     Attributes:
         key: dotted, as the file spells it.
-        why: a clause; "" where there is nothing to say.
-        instead: what to write instead; "" where nothing has to be written.
-        group: outcomes of one group are reported together.
+        why: the reason; "" without one.
+        instead: the advice; "" without one.
+        group: outcomes of one group are reported in one line.
     """
 
     key: str
@@ -68,12 +66,12 @@ class Outcome:
 
     @property
     def is_ignored(self) -> bool:
-        """Whether it is refused for its name alone: DeepSpeed ignores it, and nothing of megalm's has its name."""
+        """Whether it is an unknown key that DeepSpeed ignores, and that resembles no supported key."""
         return self.why.startswith(UNKNOWN) and self.instead.startswith(IGNORED)
 
     @property
     def named(self) -> str:
-        """The key with its value; of a section the names in it."""
+        """The key with its value, or a section with the keys in it."""
         if not isinstance(self.value, Mapping):
             return f"{self.key}={shown(self.value)}"
         return f"{self.key} ({', '.join(_names_in(self.value))})" if self.value else f"{self.key}={{}}"
@@ -81,12 +79,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Translation:
-    """A DeepSpeed JSON, read.
+    """A DeepSpeed JSON in megalm's terms.
 
     Attributes:
-        settings: what is honoured, with DeepSpeed's defaults for what is not stated.
-        explicit_keys: the supported dotted keys of the file, by DeepSpeedSettings' names.
-        run_settings: dotted key of the run configuration -> the value that the file implies for it.
+        settings: the supported values, and DeepSpeed's defaults for missing keys.
+        explicit_keys: the supported dotted keys of the file, by the names in DeepSpeedSettings.
+        run_settings: dotted key of the run configuration -> the value that the file implies.
         outcomes: one for each key of the file, in its order.
     """
 
@@ -102,24 +100,25 @@ class Translation:
 
     @property
     def notes(self) -> list[str]:
-        """One line for each thing that is taken as something else, or left out."""
+        """One line for each key, section or group of keys that is ignored or read as another."""
         return [line for action in get_args(Action)[1:4] for line in _lines(self.outcomes, action)]
 
 
 def translate(raw: Mapping[str, Any]) -> Translation:
-    """The account of a parsed DeepSpeed JSON."""
+    """Translate a parsed DeepSpeed JSON."""
     reading = _Reading()
-    reading.section(_modernise(raw, reading), DeepSpeedSettings)
+    reading.section(_with_current_names(raw, reading), DeepSpeedSettings)
     bad = reading.check_values()
     for adjust in (*_ADJUSTMENTS, *(() if _STAGE in bad else _STAGE_ADJUSTMENTS)):
         reading.outcomes += adjust(reading.leaves)
     if "schedule.peak_learning_rate" in reading.run_settings:
-        reading.outcomes += _drop(reading.leaves, "optimizer.params.lr", "the scheduler sets the rate")
+        reading.outcomes += _drop(reading.leaves, "optimizer.params.lr", "the scheduler sets the rate, as in DeepSpeed")
     leaves = {path: leaf.value for path, leaf in reading.leaves.items()}
     order = {key: place for place, (key, _) in enumerate(_items(raw))}
-    stated = [leaf for leaf in reading.leaves.values() if leaf.spelled in order]
-    honoured = [Outcome(leaf.spelled, leaf.value, "honoured") for leaf in stated]
-    outcomes = sorted([*honoured, *reading.outcomes], key=lambda outcome: order.get(outcome.key, len(order)))
+    changed = {outcome.key for outcome in reading.outcomes}
+    kept = [leaf for leaf in reading.leaves.values() if leaf.spelled in order and leaf.spelled not in changed]
+    supported = [Outcome(leaf.spelled, leaf.value, "supported") for leaf in kept]
+    outcomes = sorted([*supported, *reading.outcomes], key=lambda outcome: order.get(outcome.key, len(order)))
     settings = DeepSpeedSettings.model_validate(nest(leaves))
     return Translation(settings, frozenset(leaves), reading.run_settings, tuple(outcomes))
 
@@ -134,10 +133,10 @@ _Leaves = dict[str, _Leaf]
 
 
 class _Reading:
-    """One pass over the file: what is honoured in `leaves`, an outcome for all else.
+    """One pass over the file: supported keys go to `leaves`, all others to `outcomes`.
 
     Attributes:
-        spellings: present spelling of a section or key -> that of the file, where they differ.
+        spellings: current spelling of a key -> the file's, if it is an older one.
     """
 
     def __init__(self) -> None:
@@ -161,22 +160,22 @@ class _Reading:
         elif path == "optimizer" and self._is_another_optimizer(value):
             kind = value.get("type")
             why = f"optimizer.type={shown(kind)} is not available"
-            self.add(Outcome(spelled, value, "refused", why, 'write "AdamW" or "Adam" with parameters of its own'))
+            self.add(Outcome(spelled, value, "refused", why, 'use "AdamW" or "Adam" with its own parameters'))
         elif rule is not None:
             self._unsupported(rule, spelled, value)
         elif name not in model.model_fields:
-            self._unsupported(unknown_key(path, spelled), spelled, value, known=False)
+            self._unsupported(unknown_key(path), spelled, value, known=False)
         elif value == "auto" and path not in AUTO_KEYS:
-            self.add(Outcome(spelled, value, "not stated", '"auto" reads as not stated', group="auto"))
+            self.add(Outcome(spelled, value, "not set", '"auto" means that it is not set', group="auto"))
         elif value is None:
-            self.add(Outcome(spelled, value, "not stated"))
+            self.add(Outcome(spelled, value, "not set"))
         elif (section := section_of(model.model_fields[name])) is None:
             self._leaf(path, spelled, value)
         elif not isinstance(value, Mapping):
             keys = ", ".join(list(section.model_fields)[:3])
-            self.add(Outcome(spelled, value, "refused", "it is a section", f"write an object with keys such as {keys}"))
+            self.add(Outcome(spelled, value, "refused", "it must be a section", f"with keys such as {keys}"))
         elif not value:
-            self.add(Outcome(spelled, value, "no effect", _NOTHING))
+            self.add(Outcome(spelled, value, "no effect", _NO_EFFECT))
         else:
             self.section(value, section, f"{path}.", f"{spelled}.")
 
@@ -185,7 +184,7 @@ class _Reading:
 
     def _leaf(self, path: str, spelled: str, value: Any) -> None:
         if path in self.leaves:
-            why = f"it states the same as {self.leaves[path].spelled}={shown(self.leaves[path].value)}"
+            why = f"{self.leaves[path].spelled}={shown(self.leaves[path].value)} sets the same"
             self.add(Outcome(spelled, value, "refused", why, "keep one"))
         else:
             self.leaves[path] = _Leaf(spelled, value)
@@ -196,20 +195,20 @@ class _Reading:
         return kind is not None and str(kind).lower() not in ADAM_TYPES
 
     def _unsupported(self, rule: UnsupportedKey, spelled: str, value: Any, known: bool = True) -> None:
-        if known and asks_nothing(rule, value):
-            self.add(Outcome(spelled, value, "no effect", _NOTHING, group="nothing"))
+        if known and has_no_effect(rule, value):
+            self.add(Outcome(spelled, value, "no effect", _NO_EFFECT, group="no effect"))
         elif rule.inert:
             self.add(Outcome(spelled, value, "no effect", rule.why, rule.instead and f"see {rule.instead}", rule.group))
         else:
             self.add(Outcome(spelled, value, "refused", rule.why, rule.instead, rule.group))
 
     def _run_settings(self, translator: SectionTranslator, spelled: str, value: Any) -> None:
-        """A section that belongs to the run configuration."""
+        """Read a section that belongs to the run configuration."""
         if not value or value == "auto":
-            self.add(Outcome(spelled, value, "no effect", _NOTHING, group="nothing"))
+            self.add(Outcome(spelled, value, "no effect", _NO_EFFECT, group="no effect"))
             return
         if not isinstance(value, Mapping):
-            self.add(Outcome(spelled, value, "refused", "it is a section", "write an object"))
+            self.add(Outcome(spelled, value, "refused", "it must be a section", "with type and params"))
             return
         found = translator(value)
         for problem in found.problems:
@@ -217,26 +216,26 @@ class _Reading:
         if not found.problems:
             self.run_settings |= found.settings
             keys = " ".join(f"{key}={shown(it)}" for key, it in found.settings.items())
-            why = "; ".join(found.notes) or f"it reads as {keys}"
-            self.add(Outcome(spelled, value, "translated" if keys else "not stated", why))
+            why = "; ".join(found.notes) or f"read as {keys}"
+            self.add(Outcome(spelled, value, "translated" if keys else "not set", why))
 
     def check_values(self) -> set[str]:
-        """Read numbers and switches written as text, as DeepSpeed does; remove and return what is of a wrong kind."""
+        """Read text as numbers and switches, as DeepSpeed does; remove values of a wrong type and return their keys."""
         for path, leaf in list(self.leaves.items()):
             value = _as_deepspeed_reads(path, leaf.value)
             if value is not leaf.value:
                 self.leaves[path] = _Leaf(leaf.spelled, value)
                 if not isinstance(leaf.value, float):
-                    why = f"DeepSpeed reads it as {shown(value)}, and so does megalm"
+                    why = f"read as {shown(value)}, as in DeepSpeed"
                     self.add(Outcome(leaf.spelled, leaf.value, "translated", why))
         bad = bad_values(DeepSpeedSettings, {path: leaf.value for path, leaf in self.leaves.items()})
         for path, expected in bad.items():
             found = self.leaves.pop(path, None)
             if found is not None:
                 self.add(Outcome(found.spelled, found.value, "refused", f"expected {expected}"))
-            elif path == "optimizer.type":  # its parameters stand without it
-                self.add(Outcome(path, None, "refused", "it is not stated", 'add "type": "AdamW" to optimizer'))
-                self.outcomes += _drop(self.leaves, "optimizer", "optimizer.type is not stated", "", "refused")
+            elif path == "optimizer.type":
+                self.add(Outcome(path, None, "refused", "it is missing", 'add "type": "AdamW" to optimizer'))
+                self.outcomes += _drop(self.leaves, "optimizer", "optimizer.type is missing", "", "refused")
         return set(bad)
 
 
@@ -247,7 +246,7 @@ def _cpu(value: Any) -> Any:
     return {"device": "cpu"} if value is True else None
 
 
-# The place of an older spelling -> the key that DeepSpeed 0.19.8 reads it as, or megalm for it, and its value there.
+# Older spelling -> the current key of the same section, and the value there. DeepSpeed ignores thread_count.
 OLDER: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "bfloat16": ("bf16", lambda value: value),
     "aio.thread_count": ("intra_op_parallelism", lambda value: value),
@@ -256,26 +255,26 @@ OLDER: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
-def _modernise(raw: Mapping[str, Any], reading: _Reading, prefix: str = "") -> dict[str, Any]:
-    """The file with DeepSpeed's present spellings."""
+def _with_current_names(raw: Mapping[str, Any], reading: _Reading, prefix: str = "") -> dict[str, Any]:
+    """The file with the current names of DeepSpeed 0.19.8."""
     result: dict[str, Any] = {}
     for key, value in raw.items():
         path = f"{prefix}{key}"
         if path == "zero_optimization" and isinstance(value, bool):
-            reading.add(Outcome(path, value, "translated", f"it reads as stage {int(value)}"))
+            reading.add(Outcome(path, value, "translated", f"read as stage {int(value)}"))
             result[key] = {"stage": int(value)}
         elif path in OLDER:
             name, translated = OLDER[path][0], OLDER[path][1](value)
             if translated is None:
-                reading.add(Outcome(path, value, "no effect", _NOTHING, group="nothing"))
+                reading.add(Outcome(path, value, "no effect", _NO_EFFECT, group="no effect"))
             elif raw.get(name) is not None and raw[name] != translated:
-                reading.add(Outcome(path, value, "refused", f"it states the same as {prefix}{name}", "keep one"))
+                reading.add(Outcome(path, value, "refused", f"{prefix}{name} sets the same", "keep one"))
             else:
-                reading.add(Outcome(path, value, "translated", f"it reads as {prefix}{name}"))
+                reading.add(Outcome(path, value, "translated", f"read as {prefix}{name}"))
                 reading.spellings[f"{prefix}{name}"] = path
                 result[name] = translated
         elif isinstance(value, Mapping) and path in (*TYPED_SECTIONS, "aio"):
-            result[key] = _modernise(value, reading, f"{path}.")
+            result[key] = _with_current_names(value, reading, f"{path}.")
         else:
             result.setdefault(key, value)
     return result
@@ -287,7 +286,7 @@ _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 
 
 def _as_deepspeed_reads(path: str, value: Any) -> Any:
-    """The value as the pydantic models of DeepSpeed read it: text and 0 or 1 become numbers and switches."""
+    """The value as DeepSpeed's pydantic models read it: text becomes a number or a switch, 0 and 1 a switch."""
     kinds = set(members(_LEAVES[path].annotation))
     if path.partition(".")[0] in TYPED_SECTIONS:
         if bool in kinds:
@@ -312,7 +311,7 @@ def _number(text: str) -> Any:
     return int(number) if number.is_integer() else number
 
 
-# --- values that mean something else beside other values --------------------------------------------------------------
+# --- values whose effect depends on others ----------------------------------------------------------------------------
 
 
 def _drop(leaves: _Leaves, prefix: str, why: str, instead: str = "", action: Action = "no effect") -> Iterator[Outcome]:
@@ -326,7 +325,7 @@ def _value(leaves: _Leaves, path: str, default: Any = None) -> Any:
 
 
 def _stage_zero(leaves: _Leaves) -> Iterator[Outcome]:
-    """Stage 0 does not partition, and with a low precision it trains wrongly: stage 1 has the same numbers."""
+    """Stage 0 with fp16 or bf16 takes a dummy optimizer step at the start, so that it trains wrongly."""
     low = [name for name in ("fp16", "bf16") if _value(leaves, f"{name}.enabled") in (True, "auto")]
     if _value(leaves, _STAGE, 0) != 0:
         return
@@ -335,17 +334,17 @@ def _stage_zero(leaves: _Leaves) -> Iterator[Outcome]:
         spelled = leaves[_STAGE].spelled if _STAGE in leaves else _STAGE
         leaves[_STAGE] = _Leaf(spelled, 1)
         why = f"DeepSpeed 0.19.8 trains wrongly in stage 0 with {' or '.join(low)}"
-        yield Outcome(spelled, 0, "translated", why, "read as stage 1, which computes the same")
+        yield Outcome(spelled, 0, "translated", why, "read as stage 1, which has the same result")
 
 
 def _offload_param(leaves: _Leaves) -> Iterator[Outcome]:
     stage = _value(leaves, _STAGE, 0)
     if stage != 3:
-        yield from _drop(leaves, _OFFLOAD_PARAM, f"it acts in stage 3 only, and the stage is {stage}")
+        yield from _drop(leaves, _OFFLOAD_PARAM, f"it has no effect in stage {stage}, only in stage 3")
 
 
 def _loss_scale(leaves: _Leaves) -> Iterator[Outcome]:
-    """0 is refused by DeepSpeed where the scale is dynamic; elsewhere the number is not used."""
+    """0 has no meaning for a dynamic loss scale; DeepSpeed does not use these numbers otherwise."""
     dynamic = _value(leaves, "fp16.enabled", False) is True and not _value(leaves, "fp16.loss_scale", 0)
     for path, why in (
         ("fp16.min_loss_scale", "a dynamic loss scale would fall to 0"),
@@ -354,28 +353,38 @@ def _loss_scale(leaves: _Leaves) -> Iterator[Outcome]:
         if _value(leaves, path) != 0:
             continue
         if dynamic:
-            yield from _drop(leaves, path, why, "write 1 or more", "refused")
+            yield from _drop(leaves, path, why, "use 1 or more", "refused")
         else:
-            yield from _drop(leaves, path, "it acts only with a dynamic loss scale of fp16")
+            yield from _drop(leaves, path, "only a dynamic loss scale uses it")
 
 
 def _adam(leaves: _Leaves) -> Iterator[Outcome]:
-    """Two switches without effect: DeepSpeed's CPU Adam computes the same, and AdamW is always AdamW."""
+    """Two switches without effect: DeepSpeed's CPU Adam has the same result, and AdamW is always AdamW."""
     offload = _value(leaves, f"{_OFFLOAD_OPTIMIZER}.device", "none") != "none"
     if offload and _value(leaves, "optimizer.params.torch_adam") is True:
-        yield from _drop(leaves, "optimizer.params.torch_adam", "with offload_optimizer DeepSpeed's CPU Adam computes")
+        yield from _drop(
+            leaves,
+            "optimizer.params.torch_adam",
+            "offload_optimizer uses DeepSpeed's CPU Adam, which has the same result",
+        )
     kind = str(_value(leaves, "optimizer.type", "")).lower()
     if kind == "adamw" and _value(leaves, "optimizer.params.adam_w_mode") is False:
         yield from _drop(leaves, "optimizer.params.adam_w_mode", 'DeepSpeed ignores it with type "AdamW"')
 
 
 def _gds(leaves: _Leaves) -> Iterator[Outcome]:
-    """DeepSpeed asks for a GPU for it, even where nothing is on a disk."""
+    """DeepSpeed refuses it without a GPU, even if no state is on a disk."""
     if "nvme" not in (_value(leaves, f"{section}.device") for section in (_OFFLOAD_OPTIMIZER, _OFFLOAD_PARAM)):
-        yield from _drop(leaves, "aio.use_gds", "it acts only with offload to nvme")
+        yield from _drop(leaves, "aio.use_gds", "only offload to nvme uses it")
 
 
-_ADJUSTMENTS: tuple[Callable[[_Leaves], Iterator[Outcome]], ...] = (_loss_scale, _adam, _gds)
+def _sub_groups(leaves: _Leaves) -> Iterator[Outcome]:
+    path = "zero_optimization.sub_group_size"
+    if _value(leaves, path) == 0:
+        yield Outcome(leaves[path].spelled, 0, "translated", "each parameter is a sub-group, as in DeepSpeed")
+
+
+_ADJUSTMENTS: tuple[Callable[[_Leaves], Iterator[Outcome]], ...] = (_loss_scale, _adam, _gds, _sub_groups)
 _STAGE_ADJUSTMENTS: tuple[Callable[[_Leaves], Iterator[Outcome]], ...] = (_stage_zero, _offload_param)
 
 
@@ -385,13 +394,13 @@ _MOST_NAMES = 12
 
 
 def _names_in(section: Mapping[str, Any]) -> list[str]:
-    """The dotted keys of a section's values, as many as a line holds."""
+    """The dotted keys in a section, shortened to one line."""
     names = [path for path, value in _items(section) if not isinstance(value, Mapping)]
     return names if len(names) <= _MOST_NAMES else [*names[:_MOST_NAMES], f"and {len(names) - _MOST_NAMES} more"]
 
 
 def _items(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key -> value of a section, of the sections in it too."""
+    """Dotted key and value of a section and of the sections in it."""
     for key, value in section.items():
         yield f"{prefix}{key}", value
         if isinstance(value, Mapping):
@@ -399,7 +408,7 @@ def _items(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _lines(outcomes: tuple[Outcome, ...], action: Action) -> Iterator[str]:
-    """One line for each outcome or group of them that has something to say."""
+    """One line for each outcome or group of outcomes with a reason."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         if outcome.action == action and outcome.why:
@@ -417,7 +426,7 @@ def _named_in_group(outcome: Outcome) -> str:
 
 
 def _instead_of(group: list[Outcome]) -> str:
-    """What to write instead of the keys of a group: once, where all have the same."""
+    """The advice for a group: once if it is the same for all."""
     instead = {outcome.instead for outcome in group}
     if len(instead) == 1:
         return group[0].instead

@@ -317,6 +317,10 @@ SHAPES: dict[str, Shape] = {
         },
         refused=("num-layers", "hidden-size", "attention_config", "launcher"),
     ),
+    "bad-value-by-its-spelling": Shape(
+        zero(3, stage3_param_persistence_threshold="many", prefetch_bucket_size=-1),
+        refused=("zero_optimization.stage3_param_persistence_threshold", "zero_optimization.prefetch_bucket_size=-1"),
+    ),
     "bad-values": Shape(
         plain(gradient_clipping=-1, train_batch_size=0, zero_optimization={"stage": 4, "overlap_comm": "maybe"}),
         refused=(

@@ -42,7 +42,7 @@ def test_every_shape_is_accepted_and_accounted_for(tmp_path: Path, name: str) ->
         if outcome.action == "refused" and not outcome.is_ignored:
             assert rows[outcome.key].became == CHANGES_TRAINING, outcome.key
     kept = {key for key, row in rows.items() if row.became == "kept"}
-    honoured = {outcome.key for outcome in translation.outcomes if outcome.action == "honoured"}
+    honoured = {outcome.key for outcome in translation.outcomes if outcome.action == "supported"}
     assert kept <= honoured
     for key in honoured - kept:
         assert rows[key].why, key
