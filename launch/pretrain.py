@@ -92,7 +92,7 @@ def main(
         _dry_run(arguments, world_size, ranks_per_node, gpu)
         return
     if gpu is not None:
-        raise typer.BadParameter("a run trains on the GPUs that are here; it is for --dry-run", param_hint="--gpu")
+        raise typer.BadParameter("only a plan takes it; add --dry-run", param_hint="--gpu")
     from megalm.engine.deepspeed_patches import limit_openmp_spin, silence
 
     limit_openmp_spin()  # this and the next before torch is imported

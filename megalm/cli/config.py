@@ -1,4 +1,4 @@
-"""`megalm presets`: the shipped runs and models; `megalm config`: configuration files of other toolkits."""
+"""`megalm presets`: list the presets. `megalm config`: convert configuration files of other toolkits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megalm.errors import ConfigError
 from megalm.planning.convert_json import CHANGES_TRAINING, DEEPSPEED_JSON, RUN_YAML, Row, convert
 from megalm.utils.formatting import table, terminal_width
 
-app = typer.Typer(no_args_is_help=True, help="Configuration files of other toolkits.")
+app = typer.Typer(no_args_is_help=True, help="Convert configuration files of other toolkits.")
 
 _DEFAULT_GPU = "H100"
 _WIDTH = 104  # the largest width of the list of presets; longer lines are hard to read
@@ -33,22 +33,22 @@ def presets(name: str = typer.Argument(None, help="Print this preset's YAML inst
 
 @app.callback()
 def config() -> None:
-    """Configuration files of other toolkits."""
+    """Convert configuration files of other toolkits."""
 
 
 @app.command("convert")
 def convert_command(
-    theirs: Annotated[Path, typer.Argument(metavar="THEIRS.json", help="A DeepSpeed JSON, with comments or without.")],
+    theirs: Annotated[Path, typer.Argument(metavar="THEIRS.json", help="A DeepSpeed JSON of another toolkit.")],
     write: Annotated[
         Path, typer.Option("--write", metavar="DIR", help=f"Write DIR/{DEEPSPEED_JSON} and DIR/{RUN_YAML}.")
     ],
-    world_size: Annotated[int, typer.Option("--world-size", min=1, help="The ranks that the batch has to fit.")] = 1,
+    world_size: Annotated[int, typer.Option("--world-size", min=1, help="The ranks that the batch must fit.")] = 1,
     gpu: Gpu = _DEFAULT_GPU,
     preset: Annotated[
-        str, typer.Option("--preset", help="The run configuration starts from it: the JSON has no model and no data.")
+        str, typer.Option("--preset", help="The preset of the run configuration, for the model and the data.")
     ] = DEFAULT_PRESET,
 ) -> None:
-    """Make of a DeepSpeed JSON two files that launch/pretrain.py takes as they are.
+    """Convert a DeepSpeed JSON to two files that launch/pretrain.py accepts unchanged.
 
     \b
     megalm config convert theirs.json --write mine --world-size 8
@@ -65,7 +65,7 @@ def convert_command(
     typer.echo(table(["key", "value", "became", "why"], [_cells(row) for row in converted.rows]))
     lost = [row.key for row in converted.rows if row.became == CHANGES_TRAINING]
     if lost:
-        typer.echo(f"WARNING: left out, and the training is another without: {', '.join(lost)}", err=True)
+        typer.echo(f"WARNING: the training changes, because these are left out: {', '.join(lost)}", err=True)
     typer.echo(f"launch/pretrain.py --deepspeed_config {json_file} --config {yaml_file}")
 
 

@@ -57,7 +57,7 @@ Gpu = Annotated[
     typer.Option(
         "--gpu",
         metavar="NAME",
-        help="For a plan: each rank has this GPU, such as H100 or A100-40GB; none is needed here.",
+        help="For a plan: the GPU of each rank, such as H100 or A100-40GB; this machine needs none.",
     ),
 ]
 Run = Annotated[str, typer.Argument(help="A run folder, or a run's name under runs/.")]

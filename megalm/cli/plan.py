@@ -126,7 +126,7 @@ def _after(checkpoint: Path, more: int | None, run: ResolvedRun) -> tuple[Resolv
 
 
 def planned_gpu(name: str | None, memory_gib: float | None) -> DeviceFacts | None:
-    """The GPU of a plan by its name, its memory or both; None where neither is given.
+    """Return the GPU of a plan by its name, its memory or both; None without both.
 
     Raises:
         ConfigError: no such GPU.
@@ -138,7 +138,7 @@ def planned_gpu(name: str | None, memory_gib: float | None) -> DeviceFacts | Non
 
 
 def own_device(local_ranks: int) -> DeviceFacts:
-    """This machine's device, for each of so many ranks.
+    """Return the device of each of the local ranks on this machine.
 
     Raises:
         ConfigError: torch is not installed.

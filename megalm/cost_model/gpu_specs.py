@@ -32,7 +32,7 @@ def data_sheet_peak(device_name: str, low_precision: bool) -> tuple[float, str] 
     return None
 
 
-# Memory in GiB, and whether the chip computes in bf16; "A100-40GB" states another memory of the same chip.
+# Memory in GiB, and whether the chip has bf16; "A100-40GB" is the same chip with another memory.
 _GPUS: dict[str, tuple[float, bool]] = {
     "H200": (141, True),
     "H100": (80, True),
@@ -51,10 +51,10 @@ _GIB = 2**30
 
 
 def gpu_by_name(name: str) -> DeviceFacts:
-    """What one rank computes on, by the name of a GPU: "A100", "a100-40gb", "RTX 4090".
+    """The device of a rank by the name of its GPU: "A100", "a100-40gb", "RTX 4090".
 
     Raises:
-        ConfigError: no such GPU in the table; lists them.
+        ConfigError: the table has no such GPU; the message lists all.
     """
     sized = re.fullmatch(r"(.+?)[\s_-]+(\d+)\s*GI?B", name.strip(), re.IGNORECASE)
     stem, memory = (sized[1], sized[2]) if sized else (name, "")

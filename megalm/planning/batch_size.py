@@ -35,9 +35,9 @@ class RunBatch:
     """`batch.global_sequences` of the run configuration.
 
     Attributes:
-        source: where its value comes from.
-        by_user: the user set it, so that it holds where the JSON states no total.
-        asked_for: the JSON's train_batch_size is "auto": it holds where it divides.
+        source: the source of its value.
+        by_user: the user set it: it applies if the JSON has no train_batch_size.
+        asked_for: the JSON's train_batch_size is "auto": it applies if it divides.
     """
 
     sequences: int | None = None
@@ -47,7 +47,7 @@ class RunBatch:
 
     @staticmethod
     def of(loaded: LoadedConfig, ds: DeepSpeedConfig) -> RunBatch:
-        """That of a run with this JSON."""
+        """Return the value for a run with this JSON."""
         key = "batch.global_sequences"
         auto = any(outcome.key == "train_batch_size" and outcome.value == "auto" for outcome in ds.outcomes)
         sequences = loaded.config.batch.global_sequences
@@ -65,7 +65,7 @@ def plan_batch(
 
     Two of the three sizes give the third, as in DeepSpeed. With `train_batch_size` alone the device's memory decides
     the micro-batch, as with "auto"; DeepSpeed would take the whole batch at once. Without a batch in the JSON the run
-    configuration's holds.
+    configuration's applies.
 
     Args:
         where: the JSON's name, for messages.
@@ -82,12 +82,10 @@ def plan_batch(
     ranks, notices, named = topology.data, list[str](), "train_batch_size"
     if total is None and takes_run_batch(settings, ranks, run_batch):
         total, named = run_batch.sequences, "batch.global_sequences"
-        notices = [f"{where} states no train_batch_size: {named}={total} ({run_batch.source})"]
+        notices = [f"{where} has no train_batch_size: {named}={total} ({run_batch.source})"]
         if total is not None and steps and not run_batch.by_user and total % (steps * ranks):
-            total = (total // (steps * ranks) + 1) * steps * ranks  # a preset's is no reason to refuse the JSON's
+            total = (total // (steps * ranks) + 1) * steps * ranks  # a preset's batch gives way
             notices[0] += f", raised to {total} for gradient_accumulation_steps={steps} on {ranks} ranks"
-    elif run_batch.sequences not in (None, total):
-        notices = [f"train_batch_size={total} ({where}): batch.global_sequences={run_batch.sequences} is not used"]
     if total is None:
         if not isinstance(micro, int):
             raise ConfigError(
@@ -111,13 +109,13 @@ def plan_batch(
             micro = max(1, per_rank // (steps or 1))
     steps = steps or per_rank // micro or 1
     if micro * steps != per_rank:
-        stated = settings.gradient_accumulation_steps is not None
-        raise ConfigError(f"{where}: {_contradiction(named, total, micro, steps, topology, stated)}")
+        explicit = settings.gradient_accumulation_steps is not None
+        raise ConfigError(f"{where}: {_contradiction(named, total, micro, steps, topology, explicit)}")
     return BatchPlan(total, micro, steps, ranks), notices
 
 
 def takes_run_batch(settings: DeepSpeedSettings, ranks: int, run_batch: RunBatch) -> bool:
-    """Whether the run configuration's batch holds for a JSON without a total."""
+    """Return whether the run configuration's batch applies to a JSON without train_batch_size."""
     micro, steps = settings.train_micro_batch_size_per_gpu, settings.gradient_accumulation_steps
     if run_batch.sequences is None or run_batch.by_user or not isinstance(micro, int):
         return run_batch.sequences is not None
@@ -133,10 +131,10 @@ def _largest_that_fits(total: int, ranks: int, fits: Callable[[BatchPlan], bool]
     return micro, [f"train_micro_batch_size_per_gpu ({given}): {micro}, the largest that divides and fits the memory"]
 
 
-def _contradiction(named: str, total: int, micro: int, steps: int, topology: Topology, steps_stated: bool) -> str:
+def _contradiction(named: str, total: int, micro: int, steps: int, topology: Topology, explicit_steps: bool) -> str:
     ranks = topology.data
-    fitting, remainder = divmod(total, micro * (steps if steps_stated else 1))
-    if steps_stated:
+    fitting, remainder = divmod(total, micro * (steps if explicit_steps else 1))
+    if explicit_steps:
         world = fitting * topology.world_size // ranks
         fits = f"it fits {fitting} data-parallel ranks (--world-size {world}); on {ranks} " if not remainder else ""
         also = "" if total % (micro * ranks) == 0 else ' and write train_micro_batch_size_per_gpu "auto"'

@@ -1,7 +1,7 @@
-"""Another toolkit's DeepSpeed JSON as a pair of files that a run takes as they are, with an account of every key.
+"""Conversion of a DeepSpeed JSON of another toolkit to two files that a run accepts, with the fate of each key.
 
-What megalm honours stays in the JSON; what belongs to the run configuration goes there; what neither can hold is left
-out, and said so. The last step is the run's own check of the pair.
+Supported keys stay in the JSON, others move to the run configuration or are left out. The last step checks both files
+as a run does.
 """
 
 from __future__ import annotations
@@ -25,19 +25,18 @@ from megalm.utils.atomic_files import write_json
 DEEPSPEED_JSON, RUN_YAML = "deepspeed.json", "run.yaml"
 CHANGES_TRAINING = "left out: changes training"
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet", "monitor_config")
-_WARMUPS_IN_A_RUN = 10
 
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one key.
+    """The fate of one key.
 
     Attributes:
         key: as the file spells it.
-        became: kept, left out, changed, moved.
-        why: "" where it is kept.
+        became: kept, changed, moved or left out.
+        why: the reason; "" if it is kept.
     """
 
     key: str
@@ -48,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Converted:
-    """Both files, and what became of each key of the one that they are made of."""
+    """Both files, and one row for each key of the original."""
 
     deepspeed: Settings
     run: Settings
@@ -59,7 +58,7 @@ class Converted:
         folder.mkdir(parents=True, exist_ok=True)
         json_file, yaml_file = folder / DEEPSPEED_JSON, folder / RUN_YAML
         write_json(json_file, self.deepspeed)
-        yaml_file.write_text(f"# What megalm config convert made of {source.name}\n{to_yaml(nest(self.run))}")
+        yaml_file.write_text(f"# Made by megalm config convert from {source.name}\n{to_yaml(nest(self.run))}")
         return json_file, yaml_file
 
 
@@ -67,10 +66,10 @@ def convert(path: Path, world_size: int, device: DeviceFacts, preset: str) -> Co
     """Convert a DeepSpeed JSON for `world_size` ranks of a device.
 
     Args:
-        preset: the run configuration starts from it: a DeepSpeed JSON has neither a model nor data.
+        preset: the run configuration starts from it, because a DeepSpeed JSON has neither a model nor data.
 
     Raises:
-        ConfigError: the file is no JSON, or no pair of files for these ranks and this device is found.
+        ConfigError: the file is not a JSON, or its batch does not fit the ranks, or its precision the device.
     """
     translation = translate(parse_deepspeed_json(path))
     rows = {outcome.key: _row(outcome) for outcome in translation.outcomes}
@@ -95,15 +94,15 @@ def _row(outcome: Outcome) -> Row:
         return Row(outcome.key, outcome.value, "kept")
     if outcome.action == "refused":
         return Row(outcome.key, outcome.value, "left out: unknown" if outcome.is_ignored else CHANGES_TRAINING, instead)
-    became = {"not set": "left out: not stated", "no effect": "left out: no effect"}.get(outcome.action, "changed")
+    became = {"not set": "left out: not set", "no effect": "left out: no effect"}.get(outcome.action, "changed")
     return Row(outcome.key, outcome.value, became, instead)
 
 
-_Change = tuple[str, str, str]  # a key of the file, what became of it, why
+_Change = tuple[str, str, str]  # key of the file, its fate, the reason
 
 
 def _in_run_file(outcomes: tuple[Outcome, ...], run: Settings) -> Iterator[_Change]:
-    """Add to the run configuration what replaces sections of the JSON there."""
+    """Add the replacements of sections of the JSON to the run configuration."""
     for outcome in outcomes:
         asked = isinstance(outcome.value, Mapping) and any(
             value not in (None, False, 0) for name, value in outcome.value.items() if name != "profile"
@@ -116,18 +115,15 @@ def _in_run_file(outcomes: tuple[Outcome, ...], run: Settings) -> Iterator[_Chan
             yield outcome.key, f"moved to {RUN_YAML}", "tracking.mlflow=true, with metrics.jsonl"
         elif outcome.key == "scheduler" and outcome.action == "translated":
             yield outcome.key, f"moved to {RUN_YAML}", outcome.why
-    end, warmup = run.get("schedule.decay_end_step"), run.get("schedule.warmup_steps")
-    if end is not None:
+    if (end := run.get("schedule.decay_end_step")) is not None:
         run["train.steps"] = end
-    elif warmup is not None:
-        run["train.steps"] = _WARMUPS_IN_A_RUN * max(1, warmup)
 
 
-# --- what megalm refuses of single values -----------------------------------------------------------------------------
+# --- repairs of combinations that a rule refuses ----------------------------------------------------------------------
 
 
 def _take(settings: Settings, key: str) -> Any:
-    """Remove a dotted key; None where there is none."""
+    """Remove a dotted key; return its value, or None without one."""
     *sections, name = key.split(".")
     for section in sections:
         settings = settings.get(section) or {}
@@ -144,7 +140,7 @@ def _get(settings: Settings, key: str, default: Any = None) -> Any:
 def _one_precision(settings: Settings) -> Iterator[_Change]:
     if _get(settings, "fp16.enabled") is True and _get(settings, "bf16.enabled") is True:
         settings["fp16"] = {"enabled": False}
-        yield "fp16.enabled", CHANGES_TRAINING, "bf16.enabled is true as well, and is kept"
+        yield "fp16.enabled", CHANGES_TRAINING, "bf16.enabled is true too, and is kept"
 
 
 def _precision_of_gradients(settings: Settings) -> Iterator[_Change]:
@@ -162,21 +158,21 @@ def _offload(settings: Settings) -> Iterator[_Change]:
     zero = "zero_optimization"
     if _get(settings, f"{zero}.offload_param.device") == "nvme":
         settings[zero]["offload_param"]["device"] = "cpu"
-        yield f"{zero}.offload_param.device", "changed", "it reads as cpu: parameters on nvme are not proven here"
+        yield f"{zero}.offload_param.device", "changed", "read as cpu: no test covers parameters on nvme"
     key = f"{zero}.offload_optimizer"
     if _get(settings, f"{key}.device") != "nvme":
         return
     if _get(settings, f"{zero}.stage") != 3 or _get(settings, f"{key}.nvme_path") is None:
         settings[zero]["offload_optimizer"]["device"] = "cpu"
-        yield f"{key}.device", "changed", "it reads as cpu: nvme needs stage 3 and nvme_path"
+        yield f"{key}.device", "changed", "read as cpu: nvme needs stage 3 and nvme_path"
         return
     for name in ("pipeline_read", "pipeline_write"):
         if _get(settings, f"{key}.{name}") is True:
             _take(settings, f"{key}.{name}")
-            yield f"{key}.{name}", "left out: no effect", "it is not proven here, and changes no number"
+            yield f"{key}.{name}", "left out: no effect", "no test covers it, and it changes no number"
     if _get(settings, f"{key}.buffer_count", 4) < 4:
         _take(settings, f"{key}.buffer_count")
-        yield f"{key}.buffer_count", "left out: no effect", "4 buffers are needed, and change no number"
+        yield f"{key}.buffer_count", "left out: no effect", "it must be 4 or more, which changes no number"
 
 
 def _even_buckets(settings: Settings) -> Iterator[_Change]:
@@ -184,7 +180,7 @@ def _even_buckets(settings: Settings) -> Iterator[_Change]:
     size = _get(settings, key, 0)
     if _get(settings, "zero_optimization.stage") in (1, 2) and size % 2:
         settings["zero_optimization"]["allgather_bucket_size"] = size + 1
-        yield key, "changed", f"it reads as {size + 1}: an even number, which changes no number of the training"
+        yield key, "changed", f"read as {size + 1}, because it must be even; it changes no number"
 
 
 _REPAIRS: tuple[Callable[[Settings], Iterator[_Change]], ...] = (
@@ -196,12 +192,12 @@ _REPAIRS: tuple[Callable[[Settings], Iterator[_Change]], ...] = (
 
 
 def _batch(settings: Settings, run: Settings, theirs: DeepSpeedConfig, world_size: int) -> Iterator[_Change]:
-    """Keep the global batch, and of the rest what fits these ranks."""
+    """Keep the global batch, and the other sizes if they fit the ranks."""
     loaded = load_run_config(run["preset"], [])
     batch = RunBatch.of(loaded, theirs)
     if theirs.settings.train_batch_size is None and takes_run_batch(theirs.settings, world_size, batch):
         run["batch.global_sequences"] = batch.sequences
-        why = f"batch.global_sequences={batch.sequences} of {batch.source}: the file states no number"
+        why = f"batch.global_sequences={batch.sequences} of {batch.source}: the file has no number"
         yield "train_batch_size", f"moved to {RUN_YAML}", why
     why = f"it follows from the global batch on {world_size} ranks"
     fitting = replace(batch, by_user="batch.global_sequences" in run)
@@ -209,7 +205,7 @@ def _batch(settings: Settings, run: Settings, theirs: DeepSpeedConfig, world_siz
         yield "gradient_accumulation_steps", "left out: follows from the batch", why
     if not _batch_fits(settings, world_size, fitting) and "train_micro_batch_size_per_gpu" in settings:
         settings["train_micro_batch_size_per_gpu"] = "auto"
-        yield "train_micro_batch_size_per_gpu", "changed", f'it reads as "auto": {why}'
+        yield "train_micro_batch_size_per_gpu", "changed", f'read as "auto": {why}'
 
 
 def _batch_fits(settings: Settings, world_size: int, batch: RunBatch) -> bool:
@@ -221,7 +217,7 @@ def _batch_fits(settings: Settings, world_size: int, batch: RunBatch) -> bool:
 
 
 def _check(converted: Converted, source: Path, world_size: int, device: DeviceFacts) -> None:
-    """Resolve the run of both files as a run does that is given them."""
+    """Resolve both files as a run does."""
     with tempfile.TemporaryDirectory() as folder:
         json_file, yaml_file = converted.write(Path(folder), source)
         loaded = load_run_config(str(yaml_file), [])
