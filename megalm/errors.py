@@ -1,6 +1,6 @@
 """User-facing errors: one line with the fault, its place and the remedy, and no traceback.
 
-Commands print a `MegalmError` as that line on stderr and exit with its `exit_code`.
+Commands print a `MegalmError` as that line on stderr and exit with its `exit_code`; a `ConfigError` may have several.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ConfigError(MegalmError):
     """A configuration that cannot be run; raised before any process group exists.
 
     Args:
-        problems: one line each; all that is known to be wrong, so that one start shows it.
+        problems: one line for each problem, so that one start shows them all.
     """
 
     exit_code = EXIT_REFUSED
@@ -33,9 +33,12 @@ class ConfigError(MegalmError):
         lines = (f"{len(self.problems)} problems", *self.problems)
         super().__init__("\n  ".join(lines) if others else first)
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, ...]]:
+        return type(self), self.problems
+
 
 def message_of(error: MegalmError) -> str:
-    """The message for a terminal: one line, or a first line and one for each of several problems."""
+    """Return the message for a terminal: one line, or for several problems a first line and one for each."""
     several = isinstance(error, ConfigError) and len(error.problems) > 1
     return str(error) if several else " ".join(str(error).split())
 

@@ -6,12 +6,12 @@ Nothing is raised: a refused key is an outcome like any other, so that all of th
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from megalm.config.deepspeed.json_schema import DeepSpeedSettings
 from megalm.config.deepspeed.scheduler import SchedulerTranslation, translate_scheduler
@@ -108,11 +108,11 @@ def translate(raw: Mapping[str, Any]) -> Translation:
     """Translate a parsed DeepSpeed JSON."""
     reading = _Reading()
     reading.section(_with_current_names(raw, reading), DeepSpeedSettings)
+    if "schedule.peak_learning_rate" in reading.run_settings:
+        reading.outcomes += _drop(reading.leaves, "optimizer.params.lr", "the scheduler sets the rate, as in DeepSpeed")
     bad = reading.check_values()
     for adjust in (*_ADJUSTMENTS, *(() if _STAGE in bad else _STAGE_ADJUSTMENTS)):
         reading.outcomes += adjust(reading.leaves)
-    if "schedule.peak_learning_rate" in reading.run_settings:
-        reading.outcomes += _drop(reading.leaves, "optimizer.params.lr", "the scheduler sets the rate, as in DeepSpeed")
     leaves = {path: leaf.value for path, leaf in reading.leaves.items()}
     order = {key: place for place, (key, _) in enumerate(_items(raw))}
     changed = {outcome.key for outcome in reading.outcomes}
@@ -282,33 +282,20 @@ def _with_current_names(raw: Mapping[str, Any], reading: _Reading, prefix: str =
 
 # --- values -----------------------------------------------------------------------------------------------------------
 
-_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-
 
 def _as_deepspeed_reads(path: str, value: Any) -> Any:
     """The value as DeepSpeed's pydantic models read it: text becomes a number or a switch, 0 and 1 a switch."""
     kinds = set(members(_LEAVES[path].annotation))
-    if path.partition(".")[0] in TYPED_SECTIONS:
-        if bool in kinds:
-            if value in ("0", "1", 0, 1) and not isinstance(value, bool):
-                return bool(int(value))
-            if isinstance(value, str):
-                return _WORDS.get(value.lower(), value)
-        elif isinstance(value, str) and (kinds & {int, float} or any(0 in get_args(kind) for kind in kinds)):
-            value = _number(value)
+    if any(0 in get_args(kind) for kind in kinds):
+        kinds.add(int)  # the stage
+    if path.partition(".")[0] in TYPED_SECTIONS and not isinstance(value, bool):
+        for kind in (bool, int, float):
+            if kind in kinds and (kind is bool or isinstance(value, str)):
+                with contextlib.suppress(ValidationError):
+                    return TypeAdapter(kind).validate_python(value)
     if isinstance(value, float) and int in kinds and float not in kinds and value.is_integer():
         return int(value)
     return value
-
-
-def _number(text: str) -> Any:
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    if not math.isfinite(number):
-        return text
-    return int(number) if number.is_integer() else number
 
 
 # --- values whose effect depends on others ----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 import megalm
 from megalm.cli import main as cli
-from megalm.errors import CheckpointError, DataError, MegalmError
+from megalm.errors import CheckpointError, ConfigError, DataError, MegalmError
 from tests.messages import assert_names
 
 HEAVY = {"torch", "deepspeed", "mlflow", "matplotlib", "numpy", "pyarrow", "transformers"}
@@ -70,9 +71,19 @@ def test_what_is_refused_is_one_line_and_exit_code_2(
     assert_names(error, *names)
 
 
-@pytest.mark.parametrize("error", [MegalmError("a\nb"), DataError("a\nb"), CheckpointError("a b")])
+@pytest.mark.parametrize(
+    ("error", "lines"),
+    [
+        (MegalmError("a\nb"), "a b"),
+        (DataError("a\nb"), "a b"),
+        (CheckpointError("a b"), "a b"),
+        (ConfigError("a\nb"), "a b"),
+        (ConfigError("a\nb", "c", "a b"), "2 problems\n  a b\n  c"),
+        (pickle.loads(pickle.dumps(ConfigError("a", "b"))), "2 problems\n  a\n  b"),
+    ],
+)
 def test_every_error_for_people_leaves_with_its_own_code(
-    error: MegalmError, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: MegalmError, lines: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_run_dir: Path, _deadline: float) -> None:
         raise error
@@ -81,7 +92,7 @@ def test_every_error_for_people_leaves_with_its_own_code(
     with pytest.raises(SystemExit) as caught:
         cli.main(["track", "sync", "."])
     assert caught.value.code == error.exit_code
-    assert capsys.readouterr().err == "megalm: error: a b\n"
+    assert capsys.readouterr().err == f"megalm: error: {lines}\n"
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ SHAPES: dict[str, Shape] = {
         noted=("zero_optimization.stage3_prefetch_bucket_size",),
     ),
     "text-numbers": Shape(
-        zero("2", reduce_bucket_size="5e8", overlap_comm="true"),  # type: ignore[arg-type]
+        zero("2", reduce_bucket_size="500000000", overlap_comm="true"),  # type: ignore[arg-type]
         noted=("zero_optimization.reduce_bucket_size", "zero_optimization.overlap_comm"),
     ),
     "short-names": Shape(

@@ -160,19 +160,25 @@ def test_what_the_table_says_of_deepspeed_is_so(path: str) -> None:
             config.DeepSpeedConfig(file)
 
 
-def test_text_is_read_as_deepspeed_reads_it() -> None:
-    theirs = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
-    raw = {
-        "stage": "3",
-        "overlap_comm": "true",
-        "reduce_bucket_size": "1000",
-        "prefetch_bucket_size": "0",
-        "sub_group_size": 0,
-    }
-    read = theirs(**raw)
-    ours = translate({"zero_optimization": raw}).settings.zero_optimization
-    for name in raw:
-        assert getattr(ours, name) == getattr(read, name), name
+@pytest.mark.parametrize("value", ["3", "1.0", " 2 ", "true", "off", "Y", "5e8", "1.5", "x", "", 0, 1, 2, True, 1.0])
+@pytest.mark.parametrize(
+    "name", ["stage", "overlap_comm", "reduce_bucket_size", "prefetch_bucket_size", "sub_group_size", "loss_scale"]
+)
+def test_a_value_is_read_as_deepspeed_reads_it(name: str, value: object) -> None:
+    """Or refused, where DeepSpeed refuses it: only true and false for a number are refused here alone."""
+    zero = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+    fp16 = pytest.importorskip("deepspeed.runtime.precision_config").DeepSpeedFP16Config
+    section, model = ("fp16", fp16) if name == "loss_scale" else ("zero_optimization", zero)
+    translation = translate({section: {name: value}})
+    try:
+        theirs = getattr(model(**{name: value}), name)
+    except Exception:
+        theirs = None
+    if theirs is None or (isinstance(value, bool) and name != "overlap_comm"):
+        assert translation.problems
+    else:
+        assert translation.problems == []
+        assert getattr(getattr(translation.settings, section), name) == theirs
 
 
 def test_a_persons_batch_and_the_jsons(tmp_path: Path) -> None:
