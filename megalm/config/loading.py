@@ -5,7 +5,7 @@ Weakest first: schema defaults < preset < what the run that goes on was configur
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_origin
@@ -13,7 +13,7 @@ from typing import Any, get_origin
 import megalm
 from megalm.config.schema import DocumentedSection, RunConfig
 from megalm.config.unknown_keys import unknown_run_key
-from megalm.config.validation import flatten, leaf_fields, members, shown, validate
+from megalm.config.validation import flatten, leaf_fields, members, nest, shown, validate
 from megalm.config.yaml_reader import parse_yaml, to_yaml
 from megalm.errors import ConfigError
 from megalm.utils.did_you_mean import did_you_mean
@@ -65,7 +65,12 @@ SAVED_CONFIG = "the run's own"  # of a run that goes on: what its config.yaml sa
 _NOT_INHERITED = ("run", "resume")
 
 # Two ways to say one thing: a layer that takes the one puts aside what weaker layers said of the other.
-_ALTERNATIVES = (("data.train", "data.recipe"), ("data.validation", "data.split"))
+_ALTERNATIVES = (
+    ("data.train", "data.recipe"),
+    ("data.validation", "data.split"),
+    ("schedule.initial_learning_rate", "schedule.initial_ratio"),
+    ("schedule.final_learning_rate", "schedule.final_ratio"),
+)
 _LEAVES = leaf_fields(RunConfig)
 # `async` is a word of Python's own, so its field has another name.
 _SPELLINGS = {f"{path.rpartition('.')[0]}.{field.alias}": path for path, field in _LEAVES.items() if field.alias}
@@ -87,6 +92,35 @@ class LoadedConfig:
     preset: str | None
     stated: frozenset[str] = frozenset()
     documented_by_preset: DocumentedSection = field(default_factory=DocumentedSection)
+
+    def value(self, key: str) -> Any:
+        """Return the value of a dotted key."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = getattr(value, part)
+        return value
+
+    def with_settings(self, settings: Mapping[str, Any], origin: str) -> LoadedConfig:
+        """Return a copy where `settings`, valid values from another file, replace what no person states.
+
+        Raises:
+            ConfigError: a person states another value of the same fact.
+        """
+        replaced: dict[str, Any] = {}
+        for key, value in settings.items():
+            others = () if value is None else tuple(other for pair in _ALTERNATIVES if key in pair for other in pair)
+            for stated in self.stated.intersection((key, *others)):
+                now = self.value(stated)
+                if now != (value if stated == key else None):
+                    raise ConfigError(
+                        f"{origin} and {stated}={shown(now)} ({self.sources[stated]}) state the same fact; remove one"
+                    )
+            replaced |= dict.fromkeys(others) | {key: value}
+        config = self.config
+        for section, values in nest(replaced).items():
+            changed = getattr(config, section).model_copy(update=values)
+            config = config.model_copy(update={section: changed})
+        return replace(self, config=config, sources=self.sources | dict.fromkeys(replaced, origin))
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from megalm.checkpoint.manifest import StoredScheduleSegment
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig
+from megalm.config.deepspeed.scheduler import translate_scheduler
 from megalm.config.loading import LoadedConfig
-from megalm.config.schema import ScheduleKind, ScheduleSection
+from megalm.config.schema import ScheduleKind, ScheduleSection, StepConvention, WarmupKind
+from megalm.errors import ConfigError
+
+ENDLESS: tuple[ScheduleKind, ...] = ("constant", "inverse_sqrt")  # kinds without a final rate of their own
 
 
 @dataclass(frozen=True)
 class ScheduleFacts:
-    """The learning-rate schedule in force: the YAML's, or with the JSON's lr as its peak."""
+    """The learning-rate schedule in force, of both configurations together.
+
+    Attributes:
+        steps: its length; `decay_end_step` may come before or after it.
+    """
 
     kind: ScheduleKind
     peak_learning_rate: float
@@ -23,18 +31,77 @@ class ScheduleFacts:
     warmup_steps: int
     decay_steps: int
     steps: int
+    warmup_kind: WarmupKind = "linear"
+    initial_learning_rate: float = 0.0
+    decay_end_step: int | None = None
+    step_convention: StepConvention = "standard"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields for a manifest, without newer ones at their defaults: older versions compare all keys."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.default is MISSING or getattr(self, field.name) != field.default
+        }
+
+    @property
+    def decay_end(self) -> int:
+        return self.decay_end_step or self.steps
+
+    @property
+    def peak_step(self) -> int:
+        """The first step with the peak, as far as the kind has one."""
+        return self.warmup_steps + (_LAG if self.step_convention == "deepspeed" else 0)
+
+    @property
+    def final_step(self) -> int:
+        """The first step with the final rate; it may lie behind the last step."""
+        return self.decay_end + (_DECAY_LAG[self.kind] if self.step_convention == "deepspeed" else 0)
+
+    @property
+    def turns(self) -> set[int]:
+        """The steps at which the rate begins, turns and ends; 0 and steps behind the last are possible."""
+        turns = {1, self.peak_step, self.final_step, self.steps}
+        if self.kind == "wsd":
+            turns.add(self.decay_end - self.decay_steps)
+        return turns
+
+
+def scheduler_of(ds: DeepSpeedConfig) -> str:
+    """The origin of settings that the `scheduler` section of a JSON gives."""
+    return f'scheduler "{ds.settings.scheduler.type}" of {ds.path}' if ds.settings.scheduler else ""
+
+
+def with_scheduler(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[LoadedConfig, list[str]]:
+    """Replace the run configuration's schedule by the JSON's `scheduler` section, if it has one.
+
+    Raises:
+        ConfigError: the section has no equal here, or a person states another schedule as well.
+    """
+    section = ds.settings.scheduler
+    if section is None:
+        return loaded, []
+    translated = translate_scheduler(section.model_dump(exclude_unset=True))
+    if translated.problems:
+        raise ConfigError(f"{ds.path}: {'; '.join(translated.problems)}")
+    return loaded.with_settings(translated.settings, scheduler_of(ds)), [
+        f"{ds.path}: {note}" for note in translated.notes
+    ]
 
 
 def fit_warmup(loaded: LoadedConfig) -> tuple[LoadedConfig, list[str]]:
     """Shorten a preset's warm-up with a run that a person made short; planning/checks has refused a person's own.
 
-    In the configuration itself, so that the run folder's YAML, where every value is stated, starts the same run.
+    In the configuration itself, so that the run folder's YAML, where every value is stated, starts the same run. A
+    warm-up with DeepSpeed's steps that somebody states stays: DeepSpeed's may be longer than a run.
     """
     schedule, steps = loaded.config.schedule, loaded.config.train.steps
+    source = loaded.sources["schedule.warmup_steps"]
     if schedule.warmup_steps < steps:
         return loaded, []
+    if schedule.step_convention == "deepspeed" and not source.startswith(("default", "preset ")):
+        return loaded, []
     warmup = steps // 10
-    source = loaded.sources["schedule.warmup_steps"]
     notice = f"schedule.warmup_steps={schedule.warmup_steps} ({source}) is not below train.steps={steps}: {warmup}"
     config = loaded.config.model_copy(update={"schedule": schedule.model_copy(update={"warmup_steps": warmup})})
     sources = loaded.sources | {"schedule.warmup_steps": f"{source}, shortened"}
@@ -46,35 +113,78 @@ def decay_steps_of(schedule: ScheduleSection, steps: int) -> int:
     return schedule.decay_steps or max(1, steps // 5)
 
 
-def schedule_facts(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleFacts, list[str]]:
-    """The schedule of both files together, and a notice where the JSON's rate goes before a preset's."""
-    schedule, steps = loaded.config.schedule, loaded.config.train.steps
-    peak, notices = schedule.peak_learning_rate, []
+def peak_learning_rate(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[float, str, str]:
+    """The peak of both files together, the key that gives it, and the origin of that key.
+
+    A JSON's lr goes before a preset's peak, but not before its scheduler's, as in DeepSpeed. planning/checks has
+    refused a peak that a person states as well.
+    """
+    key = "schedule.peak_learning_rate"
     lr = ds.settings.optimizer.params.lr if ds.settings.optimizer else None
-    if lr is not None:
-        # planning/checks has refused a peak that a person stated as well: here it is a preset's or a default.
-        peak = lr
-        source = loaded.sources["schedule.peak_learning_rate"]
-        notices = [
-            f"peak learning rate {lr:g} is optimizer.params.lr of {ds.path}; "
-            f"schedule.peak_learning_rate={schedule.peak_learning_rate:g} ({source}) is not used"
-        ]
-    final = schedule.final_learning_rate if schedule.final_learning_rate is not None else peak / 10
+    if lr is None or loaded.sources[key] == scheduler_of(ds):
+        return loaded.config.schedule.peak_learning_rate, key, loaded.sources[key]
+    return lr, "optimizer.params.lr", ds.path
+
+
+def schedule_facts(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleFacts, list[str]]:
+    """The schedule of both files together, and notices of values that are not used or not reached."""
+    schedule, steps = loaded.config.schedule, loaded.config.train.steps
+    peak, key, _ = peak_learning_rate(loaded, ds)
     facts = ScheduleFacts(
         kind=schedule.kind,
         peak_learning_rate=peak,
-        final_learning_rate=peak if schedule.kind in ("constant", "inverse_sqrt") else final,
+        final_learning_rate=peak if schedule.kind in ENDLESS else _end(schedule, "final", peak, peak / 10),
         warmup_steps=schedule.warmup_steps,
         decay_steps=decay_steps_of(schedule, steps),
         steps=steps,
+        warmup_kind=schedule.warmup_kind,
+        initial_learning_rate=_end(schedule, "initial", peak, 0.0),
+        decay_end_step=schedule.decay_end_step,
+        step_convention=schedule.step_convention,
     )
-    return facts, notices
+    return facts, [*_unused_rates(loaded, ds, key), *_unreached(facts)]
+
+
+def _end(schedule: ScheduleSection, end: str, peak: float, default: float) -> float:
+    rate, ratio = getattr(schedule, f"{end}_learning_rate"), getattr(schedule, f"{end}_ratio")
+    return default if rate is None and ratio is None else peak * ratio if rate is None else rate
+
+
+def _unused_rates(loaded: LoadedConfig, ds: DeepSpeedConfig, used: str) -> Iterator[str]:
+    peak, source = loaded.config.schedule.peak_learning_rate, loaded.sources["schedule.peak_learning_rate"]
+    lr = ds.settings.optimizer.params.lr if ds.settings.optimizer else None
+    if lr is not None and used == "optimizer.params.lr":
+        yield (
+            f"peak learning rate {lr:g} is optimizer.params.lr of {ds.path}; "
+            f"schedule.peak_learning_rate={peak:g} ({source}) is not used"
+        )
+    elif lr is not None and lr != peak:
+        yield f"peak learning rate {peak:g} is {source}'s; optimizer.params.lr={lr:g} is not used, as in DeepSpeed"
+
+
+def _unreached(facts: ScheduleFacts) -> Iterator[str]:
+    if facts.step_convention == "deepspeed" and facts.peak_step > facts.steps:
+        yield f"train.steps={facts.steps} ends within the warm-up of {facts.warmup_steps} steps: no step has the peak"
+    elif facts.decay_end_step is not None and facts.final_step > facts.steps:
+        yield (
+            f"train.steps={facts.steps} ends before schedule.decay_end_step={facts.decay_end_step}: the last rate is "
+            f"{learning_rate(facts, facts.steps):.3g}, not {facts.final_learning_rate:.3g}"
+        )
+    elif facts.decay_end_step is not None and facts.final_step < facts.steps:
+        yield (
+            f"schedule.decay_end_step={facts.decay_end_step} is before train.steps={facts.steps}: the rate stays at "
+            f"{facts.final_learning_rate:.3g} from step {facts.final_step} on"
+        )
 
 
 # The learning rate as a pure function of the step.
 #
-# Steps count from 1. Warm-up is linear from peak / warmup to the peak, which step `warmup_steps` has; from there the
-# kind decides, and step `steps` has the final rate (constant and inverse_sqrt have no final rate of their own).
+# Steps count from 1. Warm-up is linear from the initial rate, which step 0 would have, to the peak, which step
+# `warmup_steps` has; a logarithmic one has the initial rate at step 1. From there the kind decides, and step
+# `decay_end` has the final rate (constant and inverse_sqrt have no final rate of their own).
+#
+# By DeepSpeed's convention the rates are those that its engine has in force: its scheduler begins at index -1 and steps
+# after each update, so step s has index s - 2, and steps 1 and 2 have the initial rate (for a cosine, step 1 has 0).
 #
 # A run that is continued with another schedule has several, one after the other: its segments. They are kept in every
 # checkpoint, so that the rate of each step of the past can be told.
@@ -100,7 +210,7 @@ class ScheduleSegment:
         return self.offset_steps + self.schedule.steps
 
     def as_json(self) -> dict[str, Any]:
-        return {"first_step": self.first_step, "offset_steps": self.offset_steps, **asdict(self.schedule)}
+        return {"first_step": self.first_step, "offset_steps": self.offset_steps, **self.schedule.as_json()}
 
     @staticmethod
     def of(stored: StoredScheduleSegment) -> ScheduleSegment:
@@ -110,10 +220,14 @@ class ScheduleSegment:
     def __str__(self) -> str:
         facts = self.schedule
         own = f"{facts.kind} from {facts.peak_learning_rate:.3g}"
-        if facts.kind not in ("constant", "inverse_sqrt"):
-            own += f" to {facts.final_learning_rate:.3g} at step {self.last_step:,}"
-        warmup = f" after {facts.warmup_steps:,} steps of warm-up" if facts.warmup_steps else ""
-        return f"from step {self.first_step:,}: {own}{warmup}"
+        if facts.kind not in ENDLESS:
+            own += f" to {facts.final_learning_rate:.3g} at step {self.offset_steps + facts.final_step:,}"
+        shape = "logarithmic " if facts.warmup_kind == "log" else ""
+        warmup = f" after {facts.warmup_steps:,} steps of {shape}warm-up" if facts.warmup_steps else ""
+        if warmup and facts.initial_learning_rate:
+            warmup += f" from {facts.initial_learning_rate:.3g}"
+        steps = ", with DeepSpeed's steps" if facts.step_convention == "deepspeed" else ""
+        return f"from step {self.first_step:,}: {own}{warmup}{steps}"
 
 
 def rate_at(segments: Sequence[ScheduleSegment], step: int) -> float:
@@ -125,9 +239,37 @@ def rate_at(segments: Sequence[ScheduleSegment], step: int) -> float:
 def learning_rate(schedule: ScheduleFacts, step: int) -> float:
     """The rate of optimizer step `step`, 1 <= step; beyond the last step it stays where it ended."""
     assert step >= 1, step
-    if step < schedule.warmup_steps:
-        return schedule.peak_learning_rate * step / schedule.warmup_steps
-    return _KINDS[schedule.kind](schedule, min(step, schedule.steps))
+    if schedule.step_convention == "deepspeed":
+        return _deepspeed_rate(schedule, step)
+    warmup = schedule.warmup_steps
+    if step < warmup:
+        rise = schedule.peak_learning_rate - schedule.initial_learning_rate
+        if schedule.warmup_kind == "log":
+            return schedule.initial_learning_rate + rise * math.log(step) / math.log(warmup)
+        return schedule.initial_learning_rate + rise * step / warmup
+    return _KINDS[schedule.kind](schedule, min(step, schedule.steps, schedule.decay_end))
+
+
+_LAG = 2  # of DeepSpeed's index behind the step
+_DECAY_LAG: dict[ScheduleKind, int] = {"linear": 2, "cosine": 1, "constant": 0}
+
+
+def _deepspeed_rate(schedule: ScheduleFacts, step: int) -> float:
+    """The rate in force at an optimizer step under WarmupLR, WarmupDecayLR or WarmupCosineLR of DeepSpeed 0.19.8."""
+    initial, peak, final = schedule.initial_learning_rate, schedule.peak_learning_rate, schedule.final_learning_rate
+    index, warmup = min(step, schedule.steps) - _LAG, max(2, schedule.warmup_steps)
+    if index < 0:
+        return 0.0 if schedule.kind == "cosine" else initial
+    if index < warmup:
+        share = math.log(index + 1) / math.log(warmup) if schedule.warmup_kind == "log" else index / warmup
+        return initial + (peak - initial) * share
+    if schedule.kind == "constant":
+        return peak
+    length = max(1, schedule.decay_end - warmup)
+    if schedule.kind == "linear":
+        return final + (peak - final) * max(0.0, (schedule.decay_end - index) / length)
+    progress = min(1.0, (index - warmup + 1) / length)
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _line(first: float, last: float, step: int, start: int, end: int) -> float:
@@ -136,14 +278,14 @@ def _line(first: float, last: float, step: int, start: int, end: int) -> float:
 
 
 def _cosine(schedule: ScheduleFacts, step: int) -> float:
-    progress = _line(0.0, 1.0, step, schedule.warmup_steps, schedule.steps)
+    progress = _line(0.0, 1.0, step, schedule.warmup_steps, schedule.decay_end)
     height = schedule.peak_learning_rate - schedule.final_learning_rate
     return schedule.final_learning_rate + height * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _linear(schedule: ScheduleFacts, step: int) -> float:
     ends = schedule.peak_learning_rate, schedule.final_learning_rate
-    return _line(*ends, step, schedule.warmup_steps, schedule.steps)
+    return _line(*ends, step, schedule.warmup_steps, schedule.decay_end)
 
 
 def _constant(schedule: ScheduleFacts, step: int) -> float:
@@ -152,10 +294,10 @@ def _constant(schedule: ScheduleFacts, step: int) -> float:
 
 def _wsd(schedule: ScheduleFacts, step: int) -> float:
     """Warm-up, stable, decay (Hu et al., 2024): the peak until the last `decay_steps`, then a straight line down."""
-    start = max(schedule.warmup_steps, schedule.steps - schedule.decay_steps)
+    start = max(schedule.warmup_steps, schedule.decay_end - schedule.decay_steps)
     if step <= start:
         return schedule.peak_learning_rate
-    return _line(schedule.peak_learning_rate, schedule.final_learning_rate, step, start, schedule.steps)
+    return _line(schedule.peak_learning_rate, schedule.final_learning_rate, step, start, schedule.decay_end)
 
 
 def _inverse_sqrt(schedule: ScheduleFacts, step: int) -> float:

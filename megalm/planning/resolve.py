@@ -16,7 +16,7 @@ from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.batch_size import BatchPlan, chooses_micro_batch, plan_batch
 from megalm.planning.checks.parallel import parallel_notices
 from megalm.planning.checks.run_checks import check_run
-from megalm.planning.lr_schedule import ScheduleFacts, fit_warmup, schedule_facts
+from megalm.planning.lr_schedule import ScheduleFacts, fit_warmup, schedule_facts, with_scheduler
 from megalm.topology import Topology, bubble_share
 
 __all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "memory_case", "resolve"]
@@ -96,6 +96,7 @@ def resolve(
     Raises:
         ConfigError: the first rule of planning/checks that the run breaks.
     """
+    loaded, scheduler_notices = with_scheduler(loaded, ds)
     check_run(loaded, ds, world_size, device, data_needed)
     loaded, warmup_notices = fit_warmup(loaded)
     config, settings = loaded.config, ds.settings
@@ -136,6 +137,7 @@ def resolve(
             *precision_notices,
             *vocab_notices,
             *batch_notices,
+            *scheduler_notices,
             *warmup_notices,
             *schedule_notices,
             *optimizer_notices,
@@ -226,7 +228,7 @@ def _deepspeed_dict(ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision)
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": clipping,
         "steps_per_print": _NEVER,
-        **{key: value for key, value in stated.items() if key not in ("optimizer", *_MADE_EXPLICIT)},
+        **{key: value for key, value in stated.items() if key not in ("optimizer", "scheduler", *_MADE_EXPLICIT)},
         "fp16": {**stated.get("fp16", {}), "enabled": precision == "fp16"},
         "bf16": {**stated.get("bf16", {}), "enabled": precision == "bf16"},
         "zero_optimization": {"stage": 0, **stated.get("zero_optimization", {})},

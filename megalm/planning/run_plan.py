@@ -23,11 +23,7 @@ def points(schedules: Sequence[ScheduleSegment]) -> tuple[list[int], list[float]
     """Steps and their rates: every step of a short run, some two thousand of a long one, and each turn."""
     last = schedules[-1].last_step
     steps = set(range(1, last + 1, max(1, last // _MOST_POINTS)))
-    for segment in schedules:
-        peak = segment.offset_steps + segment.schedule.warmup_steps
-        steps |= {segment.first_step - 1, segment.first_step, peak, segment.last_step}
-        if segment.schedule.kind == "wsd":
-            steps.add(segment.last_step - segment.schedule.decay_steps)
+    steps = steps.union(*map(_turns, schedules))
     kept = sorted(step for step in steps if 1 <= step <= last)
     return kept, [rate_at(schedules, step) for step in kept]
 
@@ -153,10 +149,5 @@ def _part(name: str) -> str:
 
 def _turns(segment: ScheduleSegment) -> set[int]:
     """The run's steps at which a schedule begins, turns or ends, and the one before it took over."""
-    schedule, offset = segment.schedule, segment.offset_steps
-    turns = {segment.first_step - 1, segment.first_step, segment.last_step}
-    if schedule.warmup_steps:
-        turns.add(offset + schedule.warmup_steps)
-    if schedule.kind == "wsd":
-        turns.add(segment.last_step - schedule.decay_steps)
-    return turns
+    turns = {segment.offset_steps + step for step in segment.schedule.turns}
+    return {step for step in turns if step >= segment.first_step} | {segment.first_step - 1, segment.first_step}

@@ -6,16 +6,15 @@ defaults here are DeepSpeed's own and serve only to compute what a run amounts t
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from megalm.config.schema import NonNegativeInt, PositiveFloat, PositiveInt, Probability
+from megalm.config.schema import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability
 
 Auto = Literal["auto"]
 Switch = bool | Auto
 DataType = Literal["fp32", "bf16", "fp16"]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class DeepSpeedSection(BaseModel):
@@ -41,10 +40,10 @@ class OptimizerSection(DeepSpeedSection):
 
 
 class SchedulerSection(DeepSpeedSection):
-    """Read only to be refused in good words: the schedule is the run YAML's."""
+    """Translated to the run configuration's schedule (scheduler.py), never given to DeepSpeed."""
 
-    type: str
-    params: dict[str, Any] = {}
+    type: Any = None
+    params: Any = None
 
 
 class Fp16Section(DeepSpeedSection):

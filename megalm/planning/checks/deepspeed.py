@@ -10,42 +10,23 @@ from collections.abc import Callable
 
 from megalm.errors import ConfigError
 from megalm.planning.checks.context import CheckContext
+from megalm.planning.lr_schedule import scheduler_of
 
 ALLOW_CPU_FP16 = "MEGALM_ALLOW_CPU_FP16"
 
 _STATES_AND_GRADIENT = 4
 
-# The kind of schedule that comes nearest; DeepSpeed's warm-ups differ by a step, and are logarithmic by default.
-_SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-
 
 def one_learning_rate(case: CheckContext) -> None:
     lr = case.settings.optimizer.params.lr if case.settings.optimizer else None
+    peak, source = case.config.schedule.peak_learning_rate, case.loaded.sources["schedule.peak_learning_rate"]
+    if source == scheduler_of(case.ds):  # which DeepSpeed prefers to lr
+        return
     if lr is not None and "schedule.peak_learning_rate" in case.loaded.stated:
-        peak = case.config.schedule.peak_learning_rate
-        source = case.loaded.sources["schedule.peak_learning_rate"]
         raise ConfigError(
             f"optimizer.params.lr={lr:g} ({case.ds.path}) and schedule.peak_learning_rate={peak:g} ({source}) "
             "state the same fact; remove one"
         )
-
-
-def one_schedule(case: CheckContext) -> None:
-    scheduler = case.settings.scheduler
-    if scheduler is None:
-        return
-    if "schedule.kind" in case.loaded.stated:
-        kind, source = case.config.schedule.kind, case.loaded.sources["schedule.kind"]
-        raise ConfigError(
-            f'scheduler "{scheduler.type}" ({case.ds.path}) and schedule.kind={kind} ({source}) state the same fact; '
-            "remove the scheduler from the JSON"
-        )
-    nearest = _SCHEDULERS.get(scheduler.type)
-    hint = f"the nearest is schedule.kind={nearest} with " if nearest else "see "
-    raise ConfigError(
-        f'{case.ds.path}: scheduler "{scheduler.type}" is not honoured, the schedule belongs to the run YAML; '
-        f"remove it, {hint}schedule.warmup_steps"
-    )
 
 
 def one_low_precision(case: CheckContext) -> None:
@@ -170,7 +151,6 @@ def nvme_keeps_optimizer_states_only(case: CheckContext) -> None:
 
 DEEPSPEED_RULES: tuple[Callable[[CheckContext], None], ...] = (
     one_learning_rate,
-    one_schedule,
     one_low_precision,
     device_has_bf16,
     fp16_needs_a_gpu,

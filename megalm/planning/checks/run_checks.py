@@ -18,6 +18,7 @@ from megalm.planning.checks.context import CheckContext
 from megalm.planning.checks.data import DATA_FILE_RULES, DATA_RULES, data_is_brought
 from megalm.planning.checks.deepspeed import DEEPSPEED_RULES
 from megalm.planning.checks.parallel import PARALLEL_RULES
+from megalm.planning.lr_schedule import ENDLESS, peak_learning_rate
 from megalm.topology import Topology
 
 # Rules about guarding, continuing and ending a run: one function and one message each as above.
@@ -142,8 +143,11 @@ def sequence_fits_positions(case: CheckContext) -> None:
 
 
 def warmup_ends_before_training(case: CheckContext) -> None:
-    # A preset's warm-up is shortened with the run (resolve.py); a person's is not.
-    warmup, steps = case.config.schedule.warmup_steps, case.config.train.steps
+    # A preset's warm-up is shortened with the run (resolve.py); a person's is not. DeepSpeed's may be cut short.
+    schedule, steps = case.config.schedule, case.config.train.steps
+    warmup = schedule.warmup_steps
+    if schedule.step_convention == "deepspeed":
+        return
     if warmup >= steps and "schedule.warmup_steps" in case.loaded.stated:
         raise ConfigError(f"schedule.warmup_steps={warmup} is not below train.steps={steps}; shorten the warm-up")
 
@@ -158,37 +162,73 @@ def decay_fits_training(case: CheckContext) -> None:
             f"schedule.decay_steps={schedule.decay_steps} has no effect with schedule.kind={schedule.kind}; "
             "it is for wsd, remove it"
         )
-    if schedule.warmup_steps + schedule.decay_steps > steps:
+    end, name = (
+        schedule.decay_end_step or steps,
+        "schedule.decay_end_step" if schedule.decay_end_step else "train.steps",
+    )
+    if schedule.warmup_steps + schedule.decay_steps > end:
         raise ConfigError(
             f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_steps={schedule.decay_steps} are more "
-            f"than train.steps={steps}; shorten one"
+            f"than {name}={end}; shorten one"
         )
+
+
+def decay_end_fits_schedule(case: CheckContext) -> None:
+    schedule, stated = case.config.schedule, "schedule.decay_end_step" in case.loaded.stated
+    if schedule.decay_end_step is None or not stated:
+        return
+    if schedule.kind in ENDLESS:
+        raise ConfigError(
+            f"schedule.decay_end_step={schedule.decay_end_step} has no effect with schedule.kind={schedule.kind}; "
+            "remove it"
+        )
+    if schedule.step_convention == "standard" and schedule.decay_end_step <= schedule.warmup_steps:
+        raise ConfigError(
+            f"schedule.decay_end_step={schedule.decay_end_step} is not above "
+            f"schedule.warmup_steps={schedule.warmup_steps}; raise it, or shorten the warm-up"
+        )
+
+
+def deepspeed_steps_have_its_kinds(case: CheckContext) -> None:
+    schedule = case.config.schedule
+    if schedule.step_convention == "deepspeed" and schedule.kind not in ("constant", "linear", "cosine"):
+        raise ConfigError(
+            f"schedule.step_convention=deepspeed with schedule.kind={schedule.kind}, which DeepSpeed does not have; "
+            "use constant, linear or cosine, or remove it"
+        )
+
+
+def one_rate_at_each_end(case: CheckContext) -> None:
+    schedule, sources = case.config.schedule, case.loaded.sources
+    for end in ("initial", "final"):
+        rate, ratio = getattr(schedule, f"{end}_learning_rate"), getattr(schedule, f"{end}_ratio")
+        if rate is not None and ratio is not None:
+            raise ConfigError(
+                f"schedule.{end}_learning_rate={rate:g} ({sources[f'schedule.{end}_learning_rate']}) and "
+                f"schedule.{end}_ratio={ratio:g} ({sources[f'schedule.{end}_ratio']}) state the same fact; remove one"
+            )
 
 
 def final_rate_has_effect(case: CheckContext) -> None:
     schedule = case.config.schedule
-    stated = schedule.final_learning_rate is not None and "schedule.final_learning_rate" in case.loaded.stated
-    if stated and schedule.kind in ("constant", "inverse_sqrt"):
-        raise ConfigError(
-            f"schedule.final_learning_rate={schedule.final_learning_rate:g} has no effect with "
-            f"schedule.kind={schedule.kind}; remove it"
-        )
+    for name in ("final_learning_rate", "final_ratio"):
+        value = getattr(schedule, name)
+        if value is not None and f"schedule.{name}" in case.loaded.stated and schedule.kind in ENDLESS:
+            raise ConfigError(f"schedule.{name}={value:g} has no effect with schedule.kind={schedule.kind}; remove it")
 
 
-def final_rate_below_peak(case: CheckContext) -> None:
+def no_rate_above_peak(case: CheckContext) -> None:
     schedule, sources = case.config.schedule, case.loaded.sources
-    final, decays = schedule.final_learning_rate, schedule.kind not in ("constant", "inverse_sqrt")
-    peak, named = schedule.peak_learning_rate, "schedule.peak_learning_rate"
-    source = sources[named]
-    if (
-        case.settings.optimizer is not None and case.settings.optimizer.params.lr is not None
-    ):  # it goes before a preset's
-        peak, named, source = case.settings.optimizer.params.lr, "optimizer.params.lr", case.ds.path
-    if decays and final is not None and final > peak:
-        raise ConfigError(
-            f"schedule.final_learning_rate={final:g} ({sources['schedule.final_learning_rate']}) is above "
-            f"{named}={peak:g} ({source}); lower it"
-        )
+    peak, named, source = peak_learning_rate(case.loaded, case.ds)
+    ends = {"initial_learning_rate": schedule.initial_learning_rate}
+    if schedule.kind not in ENDLESS:
+        ends["final_learning_rate"] = schedule.final_learning_rate
+    for name, rate in ends.items():
+        if rate is not None and rate > peak:
+            raise ConfigError(
+                f"schedule.{name}={rate:g} ({sources[f'schedule.{name}']}) is above {named}={peak:g} ({source}); "
+                "lower it"
+            )
 
 
 def kept_checkpoints_are_made(case: CheckContext) -> None:
@@ -237,8 +277,11 @@ RULES: tuple[Callable[[CheckContext], None], ...] = (
     *DATA_RULES,
     warmup_ends_before_training,
     decay_fits_training,
+    decay_end_fits_schedule,
+    deepspeed_steps_have_its_kinds,
+    one_rate_at_each_end,
     final_rate_has_effect,
-    final_rate_below_peak,
+    no_rate_above_peak,
     kept_checkpoints_are_made,
     *PARALLEL_RULES,
     batch_divides,

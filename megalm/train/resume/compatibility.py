@@ -6,7 +6,7 @@ Pure functions of a manifest and of the resuming run; nothing is read or written
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,12 +95,12 @@ def with_schedule(run: ResolvedRun, manifest: Manifest | None, more: int | None 
     takes effect at the next step, counting steps from the run's start. An extension by `more` steps starts a new
     schedule.
     """
-    configured = asdict(run.schedule)
+    configured = run.schedule.as_json()
     if manifest is None:
         return RunSchedule((ScheduleSegment(1, 0, run.schedule),), (configured,))
     step = manifest.step
     segments = tuple(ScheduleSegment.of(stored) for stored in manifest.schedule.segments)
-    known = manifest.schedule.stated or (asdict(segments[-1].schedule),)
+    known = manifest.schedule.stated or (segments[-1].schedule.as_json(),)
     if more is not None:
         added = ScheduleSegment(step + 1, step, _extension(run, rate_at(segments, max(step, 1)), more, known[-1]))
         return RunSchedule((*segments, added), known if configured in known else (*known, configured))
@@ -115,10 +115,10 @@ def _is_known(run: ResolvedRun, known: Sequence[Mapping[str, Any]]) -> bool:
     The saved `train.steps` may come from an extension.
     """
     if run.sources.get("train.steps") != SAVED_CONFIG:
-        return asdict(run.schedule) in known
+        return run.schedule.as_json() in known
     section = run.config.schedule
     return any(
-        asdict(replace(run.schedule, steps=steps, decay_steps=decay_steps_of(section, steps))) == before
+        replace(run.schedule, steps=steps, decay_steps=decay_steps_of(section, steps)).as_json() == before
         for before in known
         for steps in [before["steps"]]
     )
@@ -139,21 +139,19 @@ def _extension(run: ResolvedRun, rate: float, steps: int, before: Mapping[str, A
     Schedule settings on the command line take precedence, unless they are the same as `before`: then they belong to
     the run's usual command, not to the extension.
     """
-    facts = run.schedule
-    said = {
-        key
-        for key, value in asdict(facts).items()
-        if run.sources.get(f"schedule.{key}") == COMMAND_LINE and value != before[key]
-    }
-    peak = facts.peak_learning_rate if "peak_learning_rate" in said else rate
-    return ScheduleFacts(
-        kind=facts.kind if "kind" in said else "cosine",
-        peak_learning_rate=peak,
-        final_learning_rate=facts.final_learning_rate if "final_learning_rate" in said else peak * _FINAL_SHARE,
-        warmup_steps=facts.warmup_steps if "warmup_steps" in said else 0,
-        decay_steps=facts.decay_steps if "decay_steps" in said else max(1, steps // 5),
-        steps=steps,
+    facts, defaults = run.schedule, {field.name: field.default for field in fields(ScheduleFacts)}
+
+    def is_said(key: str) -> bool:
+        names = (f"schedule.{key}", f"schedule.{key.replace('_learning_rate', '_ratio')}")
+        stated = any(run.sources.get(name) == COMMAND_LINE for name in names)
+        return stated and getattr(facts, key) != before.get(key, defaults[key])
+
+    peak = facts.peak_learning_rate if is_said("peak_learning_rate") else rate
+    usual = ScheduleFacts(
+        "cosine", peak, peak * _FINAL_SHARE, warmup_steps=0, decay_steps=max(1, steps // 5), steps=steps
     )
+    said = {key: getattr(facts, key) for key in defaults if key != "steps" and is_said(key)}
+    return replace(usual, **said)
 
 
 # --- the data ---------------------------------------------------------------------------------------------------------
