@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from config_cases import notice_of, refused
 from deepspeed.runtime import lr_schedules
 
+from megalm.config.deepspeed.json_schema import OptimizerParams, OptimizerSection, SchedulerSection
 from megalm.config.deepspeed.scheduler import translate_scheduler
-from megalm.config.loading import config_to_yaml
-from megalm.planning.lr_schedule import ScheduleSegment, learning_rate
+from megalm.config.loading import config_to_yaml, load_run_config
+from megalm.planning.lr_schedule import ScheduleSegment, learning_rate, schedule_facts, with_scheduler
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_plan import make_plan, points
 from tests.messages import assert_names
@@ -68,10 +70,16 @@ def scheduled(start: Start, kind: str, params: dict[str, Any], *words: str, lr: 
 @pytest.mark.parametrize("name", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"])
 def test_every_step_has_the_rate_of_deepspeed_s_own_class(start: Start, name: str) -> None:
     compared = 0
+    plain = start(f"train.steps={STEPS}").deepspeed_source
+    loaded = load_run_config(None, [f"train.steps={STEPS}"])
+    optimizer = OptimizerSection(type="AdamW", params=OptimizerParams(lr=LR))
     for kind, params in CASES:
         if kind != name:
             continue
-        schedule = scheduled(start, kind, params).schedule
+        section = SchedulerSection(type=kind, params=params)
+        stated = plain.settings.model_copy(update={"optimizer": optimizer, "scheduler": section})
+        ds = replace(plain, settings=stated)
+        schedule, _ = schedule_facts(with_scheduler(loaded, ds)[0], ds)
         rates = [learning_rate(schedule, step) for step in range(1, STEPS + 1)]
         assert rates == pytest.approx(deepspeed_rates(kind, params), rel=1e-12, abs=0), params
         compared += 1
