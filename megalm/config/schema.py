@@ -227,6 +227,12 @@ class TrainSection(Section):
     loss_chunk_tokens: PositiveInt = Field(
         default=1024, description="the vocabulary's logits are held for so many tokens at once"
     )
+    profile_step: PositiveInt | None = Field(
+        default=None, description="write a profile of this step to profile/ of the run folder"
+    )
+    count_traffic: bool = Field(
+        default=False, description="count bytes and calls between ranks in the first steps: event traffic"
+    )
     embedding_weight_decay: bool = Field(
         default=True, description="matrices decay, norms and biases never; embeddings: this"
     )

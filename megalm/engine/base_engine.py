@@ -230,6 +230,10 @@ class EngineBase:
                 config=settings,
                 dist_init_required=False,
             )
+        self._times_phases = bool(settings.get("wall_clock_breakdown", False))
+        if self._times_phases:
+            self._engine.timers.log = lambda *_, **__: None  # it would print, and reset what `_end_of_step` reads
+        self._phase_seconds: dict[str, float] = {}
         self._state = OptimizerState(self._engine, parameters, shards, is_first_copy=groups.data.index == 0)
         self._check.measure = self._state.gradient_squares
         self._first_counters = self.counters()
@@ -262,6 +266,9 @@ class EngineBase:
         # The squares are of clipped, loss-scaled gradients: recover each norm from its share of the unclipped total.
         return {name: self._last_norm * math.sqrt(square / whole) for name, square in total.items()}
 
+    def phase_seconds(self) -> dict[str, float]:
+        return self._phase_seconds
+
     def peak_memory_bytes(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
@@ -291,6 +298,8 @@ class EngineBase:
 
     def _end_of_step(self, loss: float, norm: Callable[[], float]) -> StepResult:
         """Return the step's result, after DeepSpeed has updated or skipped."""
+        if self._times_phases:
+            self._phase_seconds = _read_timers(self._engine.timers)
         verdict = self._check.disarm()
         self._last_norm = norm()
         if verdict is None and not (self._scales_loss and math.isfinite(loss)):
@@ -305,6 +314,25 @@ class EngineBase:
         engine.global_steps = step
         engine.global_samples = step * engine.train_batch_size()
         engine.micro_steps = step * engine.gradient_accumulation_steps()
+
+
+# DeepSpeed's timers of a whole step, by the name that its phase has here.
+_PHASES = {
+    "fwd": "forward",
+    "bwd": "backward",
+    "bwd_allreduce": "reduce",
+    "step": "update",
+    "pipe_send_output": "send_output",
+    "pipe_recv_input": "receive_input",
+    "pipe_send_grad": "send_gradient",
+    "pipe_recv_grad": "receive_gradient",
+}
+
+
+def _read_timers(timers: Any) -> dict[str, float]:
+    """Return the seconds of each phase since the last reading; resets every timer."""
+    milliseconds = {name: timer.elapsed(reset=True) for name, timer in timers.get_timers().items()}
+    return {phase: milliseconds[name] / 1000 for name, phase in _PHASES.items() if name in milliseconds}
 
 
 def padded(tokens: npt.NDArray[np.int64], multiple: int) -> npt.NDArray[np.int64]:

@@ -12,6 +12,7 @@ import torch
 from megalm.cost_model.pipeline_balance import StageCosts, balanced_blocks, parameter_costs
 from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import Engine, JudgeUpdate
+from megalm.engine.traffic_counter import TrafficCounter
 from megalm.model.layer_factory import DenseLayers, LayerFactory
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock
@@ -33,16 +34,20 @@ def build_engine(
     comm: DistributedCommunicator,
     judge: JudgeUpdate | None = None,
     on_stages: OnStages | None = None,
+    traffic: TrafficCounter | None = None,
 ) -> Engine:
     """Collective: return this rank's engine.
 
     Args:
         judge: called before each update; None refuses only numbers that are not finite.
         on_stages: called if the model is split into pipeline stages.
+        traffic: learns the groups of this rank.
     """
     train = run.config.train
     clock = DropoutClock(train.seed)
     groups = make_groups(run.topology, comm.rank, comm.timeout)
+    if traffic is not None:
+        traffic.name_groups(groups, comm.process_group)
     layers: LayerFactory = DenseLayers(clock, run.config.compile)
     if run.topology.tensor > 1:
         layers = TensorLayers(clock, groups.tensor, run.config.parallel.sequence, run.config.compile)

@@ -7,6 +7,7 @@ sends the result to the next stage.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import ForwardPass, OptimizerStep, TrainSchedule
 from torch import Tensor
+from torch.profiler import record_function
 
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.engine.base_engine import EngineBase, padded
@@ -55,6 +57,8 @@ class PipelineEngine(EngineBase):
         super().__init__(
             model, part, settings | {"pipeline": _SEND_WHOLE}, optimizer, decay_embeddings, comm, groups, device, judge
         )
+        instructions = self._engine._INSTRUCTION_MAP.items()
+        self._engine._INSTRUCTION_MAP = {kind: _annotated(kind.__name__, method) for kind, method in instructions}
         self._model = model
         self._clock = model.context.clock
         self._pipeline = groups.pipeline
@@ -134,6 +138,17 @@ class PipelineEngine(EngineBase):
     def _loss_sum(self) -> float:
         """Return the last stages' losses summed over all pipelines, in fp64: independent of their number."""
         return self._comm.sum([float(self._model.loss_sum) if self._tells_loss else 0.0])[0]
+
+
+def _annotated(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Give an instruction of DeepSpeed's schedule its name in a profile."""
+
+    @functools.wraps(method)
+    def annotated(*args: Any, **options: Any) -> Any:
+        with record_function(f"megalm {name}"):
+            return method(*args, **options)
+
+    return annotated
 
 
 class _Schedule(TrainSchedule):  # type: ignore[misc]  # DeepSpeed has no types

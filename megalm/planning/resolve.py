@@ -16,6 +16,7 @@ from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.batch_size import BatchPlan, chooses_micro_batch, plan_batch
 from megalm.planning.checks.parallel import parallel_notices
 from megalm.planning.checks.run_checks import check_run
+from megalm.planning.diagnostics import Diagnostics, wanted_diagnostics
 from megalm.planning.lr_schedule import ScheduleFacts, fit_warmup, schedule_facts, with_scheduler
 from megalm.topology import Topology, bubble_share
 
@@ -60,6 +61,7 @@ class ResolvedRun:
     deepspeed: dict[str, Any]
     notices: tuple[str, ...]
     documented_by_preset: DocumentedSection = field(default_factory=DocumentedSection)
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
 
     @cached_property
     def config_yaml(self) -> str:
@@ -120,6 +122,7 @@ def resolve(
         )
     optimizer, optimizer_notices = _optimizer(ds)
     deepspeed, deepspeed_notices = _deepspeed_dict(ds, batch, precision)
+    diagnostics, diagnostics_notices = wanted_diagnostics(config.train, ds)
     return ResolvedRun(
         config=config,
         sources=loaded.sources,
@@ -142,10 +145,12 @@ def resolve(
             *schedule_notices,
             *optimizer_notices,
             *deepspeed_notices,
+            *diagnostics_notices,
             *_interval_notices(config),
             *parallel_notices(config, ranks_per_node or world_size),
         ),
         documented_by_preset=loaded.documented_by_preset,
+        diagnostics=diagnostics,
     )
 
 
@@ -228,7 +233,7 @@ def _deepspeed_dict(ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision)
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": clipping,
         "steps_per_print": _NEVER,
-        **{key: value for key, value in stated.items() if key not in ("optimizer", "scheduler", *_MADE_EXPLICIT)},
+        **{key: value for key, value in stated.items() if key not in (*_NOT_PASSED_ON, *_MADE_EXPLICIT)},
         "fp16": {**stated.get("fp16", {}), "enabled": precision == "fp16"},
         "bf16": {**stated.get("bf16", {}), "enabled": precision == "bf16"},
         "zero_optimization": {"stage": 0, **stated.get("zero_optimization", {})},
@@ -249,6 +254,7 @@ def _deepspeed_dict(ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision)
     return resolved, notices
 
 
+_NOT_PASSED_ON = ("optimizer", "scheduler", "flops_profiler", "comms_logger", "timers")  # megalm serves them itself
 _MADE_EXPLICIT = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",

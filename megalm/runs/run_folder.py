@@ -107,6 +107,10 @@ class RunFolder:
         return self.path / "stacks" / f"rank-{rank}.txt"
 
     @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 
