@@ -27,6 +27,7 @@ from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
 from megalm.engine.optimizer_state import OptimizerState, ReadFragment
+from megalm.engine.phase_clock import PhaseClock
 from megalm.model.param_shard import shard_of
 from megalm.parallel.process_groups import ParallelGroups
 from megalm.planning.resolve import OptimizerFacts
@@ -207,6 +208,8 @@ class EngineBase:
         for name, parameter in parameters.items():  # DeepSpeed counts what has this mark in the gradient norm
             parameter.tensor_model_parallel = shards[name].is_owner  # type: ignore[attr-defined]
         settings = copy.deepcopy(settings)  # DeepSpeed modifies its argument
+        # DeepSpeed's own timers print at every step, and in a pipeline they fail.
+        self._phase = PhaseClock(device, bool(settings.pop("wall_clock_breakdown", False)))
         offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}
         self._swap_folder: SwapFolder | None = None
         if offload["device"] == "nvme":
@@ -230,9 +233,6 @@ class EngineBase:
                 config=settings,
                 dist_init_required=False,
             )
-        self._times_phases = bool(settings.get("wall_clock_breakdown", False))
-        if self._times_phases:
-            self._engine.timers.log = lambda *_, **__: None  # it would print, and reset what `_end_of_step` reads
         self._phase_seconds: dict[str, float] = {}
         self._state = OptimizerState(self._engine, parameters, shards, is_first_copy=groups.data.index == 0)
         self._check.measure = self._state.gradient_squares
@@ -298,8 +298,7 @@ class EngineBase:
 
     def _end_of_step(self, loss: float, norm: Callable[[], float]) -> StepResult:
         """Return the step's result, after DeepSpeed has updated or skipped."""
-        if self._times_phases:
-            self._phase_seconds = _read_timers(self._engine.timers)
+        self._phase_seconds = self._phase.read()
         verdict = self._check.disarm()
         self._last_norm = norm()
         if verdict is None and not (self._scales_loss and math.isfinite(loss)):
@@ -314,25 +313,6 @@ class EngineBase:
         engine.global_steps = step
         engine.global_samples = step * engine.train_batch_size()
         engine.micro_steps = step * engine.gradient_accumulation_steps()
-
-
-# DeepSpeed's timers of a whole step, by the name that its phase has here.
-_PHASES = {
-    "fwd": "forward",
-    "bwd": "backward",
-    "bwd_allreduce": "reduce",
-    "step": "update",
-    "pipe_send_output": "send_output",
-    "pipe_recv_input": "receive_input",
-    "pipe_send_grad": "send_gradient",
-    "pipe_recv_grad": "receive_gradient",
-}
-
-
-def _read_timers(timers: Any) -> dict[str, float]:
-    """Return the seconds of each phase since the last reading; resets every timer."""
-    milliseconds = {name: timer.elapsed(reset=True) for name, timer in timers.get_timers().items()}
-    return {phase: milliseconds[name] / 1000 for name, phase in _PHASES.items() if name in milliseconds}
 
 
 def padded(tokens: npt.NDArray[np.int64], multiple: int) -> npt.NDArray[np.int64]:

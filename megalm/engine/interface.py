@@ -17,6 +17,8 @@ from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 
 T = TypeVar("T")
 
+PROFILED_PHASE = "megalm "  # begins the name of a phase of a step in a profile
+
 Quantity = Literal["loss", "gradient norm"]
 
 

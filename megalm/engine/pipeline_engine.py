@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import ForwardPass, OptimizerStep, TrainSchedule
 from torch import Tensor
-from torch.profiler import record_function
 
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.engine.base_engine import EngineBase, padded
 from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import JudgeUpdate, StepResult
+from megalm.engine.phase_clock import PhaseClock
 from megalm.engine.pipeline_stage import PipelineStage
 from megalm.parallel.process_groups import ParallelGroups
 from megalm.planning.resolve import OptimizerFacts
@@ -58,7 +58,9 @@ class PipelineEngine(EngineBase):
             model, part, settings | {"pipeline": _SEND_WHOLE}, optimizer, decay_embeddings, comm, groups, device, judge
         )
         instructions = self._engine._INSTRUCTION_MAP.items()
-        self._engine._INSTRUCTION_MAP = {kind: _annotated(kind.__name__, method) for kind, method in instructions}
+        self._engine._INSTRUCTION_MAP = {
+            kind: _in_phase(self._phase, kind.__name__, method) for kind, method in instructions
+        }
         self._model = model
         self._clock = model.context.clock
         self._pipeline = groups.pipeline
@@ -140,15 +142,17 @@ class PipelineEngine(EngineBase):
         return self._comm.sum([float(self._model.loss_sum) if self._tells_loss else 0.0])[0]
 
 
-def _annotated(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Give an instruction of DeepSpeed's schedule its name in a profile."""
+# DeepSpeed's names of instructions, and ours of phases.
+_PHASES = {"ForwardPass": "forward", "BackwardPass": "backward", "ReduceGrads": "reduce", "OptimizerStep": "update"}
 
+
+def _in_phase(clock: PhaseClock, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def annotated(*args: Any, **options: Any) -> Any:
-        with record_function(f"megalm {name}"):
+    def timed(*args: Any, **options: Any) -> Any:
+        with clock(_PHASES.get(name, name)):
             return method(*args, **options)
 
-    return annotated
+    return timed
 
 
 class _Schedule(TrainSchedule):  # type: ignore[misc]  # DeepSpeed has no types

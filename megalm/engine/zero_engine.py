@@ -13,7 +13,6 @@ import numpy.typing as npt
 import torch
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor
-from torch.profiler import record_function
 
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.engine.base_engine import EngineBase, ModelParallelUnit, padded
@@ -70,15 +69,15 @@ class ZeroEngine(EngineBase):
         last = len(batch.micro_batches) - 1
         for index, micro_batch in enumerate(batch.micro_batches):
             self._clock.step, self._clock.micro_batch = step, index * self._data.size + self._data.index
-            with record_function("megalm forward"):
+            with self._phase("forward"):
                 loss_sum, _ = engine(*self._tensors(micro_batch))
-            with record_function("megalm backward"):
+            with self._phase("backward"):
                 engine.backward(loss_sum * scale, scale_wrt_gas=False)
             total += loss_sum.detach()
             if index == last:
                 loss, norm = self._sum(total) / batch.target_count, self._norm_source()
                 self._check.arm(loss, norm)
-            with record_function("megalm update"):
+            with self._phase("update"):
                 engine.step()
         return self._end_of_step(loss, norm)
 

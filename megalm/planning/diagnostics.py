@@ -33,10 +33,10 @@ def wanted_diagnostics(train: TrainSection, ds: DeepSpeedConfig) -> tuple[Diagno
     step, notices = train.profile_step, []
     if step is None and profiler.enabled:
         step = max(1, profiler.profile_step)
-    if step is not None:
-        notices.append(f"step {step} is profiled, to profile/ of the run folder")
     if step is not None and step > train.steps:
-        notices.append(f"no profile: step {step} is behind train.steps={train.steps}")
+        notices.append(f"no profile is written: step {step} is behind train.steps={train.steps}")
+    elif step is not None:
+        notices.append(f"step {step} is profiled, to profile/ of the run folder")
     if profiler.enabled:
         notices += _without_effect(
             ds,

@@ -3,8 +3,8 @@
 Rows have `kind` and `time` (unix seconds), and by kind:
 
 - `train`: step, tokens, samples (number of the next one), loss, lr, grad_norm, loss_scale, tokens_per_second,
-  step_seconds, mfu, memory_bytes (peak of rank 0), attempt; with wall_clock_breakdown also forward_seconds,
-  backward_seconds, reduce_seconds (part of it), update_seconds, and those of a pipeline's transfers, all of rank 0
+  step_seconds, mfu, memory_bytes (peak of rank 0), attempt; with wall_clock_breakdown also rank 0's forward_seconds,
+  backward_seconds and update_seconds, and in a pipeline those of each other instruction (SendActivation_seconds)
 - `eval`: step, tokens, loss, perplexity, dataset, targets, whole (all samples of the sets), attempt (and bits_per_byte
   if known)
 - `event`: event = start | resume | checkpoint | spike | skip | rollback | signal | wall_time | early_stop | warning |

@@ -20,14 +20,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from megalm.communicator import Communicator, SingleProcessCommunicator
-from megalm.engine.interface import Traffic, TrafficMeter
+from megalm.engine.interface import PROFILED_PHASE, Traffic, TrafficMeter
 from megalm.planning.diagnostics import TRAFFIC_STEPS, Diagnostics
 from megalm.utils.atomic_files import write_bytes_atomically, write_json
 from megalm.utils.formatting import format_bytes, table
 
 log = logging.getLogger(__name__)
 
-_PHASE = "megalm "  # begins the names that the engines give to phases
 _OPERATORS = 40  # listed
 Event = Callable[..., None]
 Info = Callable[[str], None]
@@ -159,9 +158,11 @@ class _Profile:
         """Write PATH.json, PATH.txt and PATH.trace.json.gz; return the content of the first."""
         path.parent.mkdir(exist_ok=True)
         averages: list[_Recorded] = list(self._profiler.key_averages())
-        phases = {it.key.removeprefix(_PHASE): _times(it) for it in averages if it.key.startswith(_PHASE)}
+        phases = {
+            it.key.removeprefix(PROFILED_PHASE): _times(it) for it in averages if it.key.startswith(PROFILED_PHASE)
+        }
         listed = sorted(
-            (it for it in averages if not it.key.startswith(_PHASE)),
+            (it for it in averages if not it.key.startswith(PROFILED_PHASE)),
             key=lambda it: (it.self_device_time_total, it.self_cpu_time_total),
             reverse=True,
         )
