@@ -30,6 +30,7 @@ setup(
         "psutil>=6",
         "tqdm>=4.66",
         "Jinja2>=3.1",
+        "filelock>=3.30",
     ],
     entry_points={"console_scripts": ["megalm = megalm.cli.main:main"]},
 )

@@ -152,7 +152,7 @@ def compare_tokenizers(folder: Path) -> None:
         "Hugging Face BPE": (lambda path: train_huggingface(rest, path), "tokenizer.json"),
         "bytes": (None, "bytes"),
     }
-    print("kind                    training s  MB per second of a core  bytes a token, held out  exact of all")
+    print("kind                    training s  MB per second of a core  bytes per token, held out  exact of all")
     for name, (make, file) in makers.items():
         start = time.perf_counter()
         if make is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from console import BuildBar, one_line_errors, out, run, tell_left_out
+from console import BuildBar, one_line_errors, out, print_removed, run
 from options import (
     Columns,
     Inputs,
@@ -41,18 +41,24 @@ def main(
     on_error: OnErrorWord = "fail",
     split: Annotated[str | None, typer.Option(help="95,5: PREFIX-train and PREFIX-validation; a third: -test")] = None,
     dedup: Annotated[
-        str, typer.Option(help="none, exact, or minhash (near copies): leave out what came before")
+        str, typer.Option(help="none, exact, or minhash (near copies): remove repeated documents")
     ] = "none",
-    minhash_threshold: Annotated[float, typer.Option(help="how alike near copies are, 0 to 1")] = 0.8,
-    min_characters: Annotated[int | None, typer.Option(help="leave out shorter documents")] = None,
-    max_characters: Annotated[int | None, typer.Option(help="leave out longer documents")] = None,
-    min_letter_share: Annotated[float | None, typer.Option(help="letters among what is not whitespace, 0 to 1")] = None,
-    max_repeated_line_share: Annotated[float | None, typer.Option(help="characters in repeated lines, 0 to 1")] = None,
-    max_word_length: Annotated[float | None, typer.Option(help="mean characters of a word")] = None,
-    shard: Annotated[str | None, typer.Option(help="0/16 to 15/16: that part only; merge_datasets.py joins")] = None,
+    minhash_threshold: Annotated[
+        float, typer.Option(help="similarity from which documents are near copies, 0 to 1")
+    ] = 0.8,
+    min_characters: Annotated[int | None, typer.Option(help="remove shorter documents")] = None,
+    max_characters: Annotated[int | None, typer.Option(help="remove longer documents")] = None,
+    min_letter_share: Annotated[float | None, typer.Option(help="share of letters, whitespace aside, 0 to 1")] = None,
+    max_repeated_line_share: Annotated[
+        float | None, typer.Option(help="share of characters in repeated lines, 0 to 1")
+    ] = None,
+    max_word_length: Annotated[float | None, typer.Option(help="mean characters per word")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="0/16 to 15/16: build this part only; merge_datasets.py joins them")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="replace a dataset of this name")] = False,
 ) -> None:
-    """Build a dataset. Killed and started again it goes on; finished and started again it does nothing.
+    """Build a dataset. A killed build resumes when you start it again; a finished one is not built again.
 
     \b
     python data_tools/build_dataset.py --input my.jsonl \\
@@ -83,19 +89,19 @@ def main(
                 stdin_kind=stdin_kind,
             )
         if built.was_there:
-            out.print(f"{output_prefix}: is built already of just this; nothing to do")
+            out.print(f"{output_prefix}: is already built from this input; nothing to do")
         if built.resumed:
-            out.print(f"went on from {built.resumed / 1e6:,.1f} MB that an earlier build had done")
+            out.print(f"resumed after {built.resumed / 1e6:,.1f} MB of an earlier build")
         for report, prefix in zip(built.reports, options.output_prefixes(output_prefix), strict=True):
             out.print(
                 f"{prefix}: {report.documents:,} documents, {report.tokens:,} tokens ({report.dtype}), "
-                f"{report.text_bytes / max(1, report.tokens):.2f} bytes a token, "
+                f"{report.text_bytes / max(1, report.tokens):.2f} bytes per token, "
                 f"unigram entropy {report.unigram_entropy:.3f} nats"
             )
             if report.inexact_documents:
                 names = ", ".join(report.inexact_names[:3])
                 out.print(f"{report.inexact_documents:,} documents do not decode back exactly, the first: {names}")
-        tell_left_out(built)
+        print_removed(built)
 
 
 if __name__ == "__main__":

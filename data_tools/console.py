@@ -1,4 +1,4 @@
-"""What the tools of this folder share: one-line errors, exit codes, and a progress line on a terminal."""
+"""Shared by the data tools: one-line errors, exit codes, and a progress line on a terminal."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ out = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def run(command: Callable[..., None]) -> None:
-    """Run a typer command; what a person can mend is one line on stderr, without a traceback."""
+    """Run a typer command; a user's error is one line on stderr, without a traceback."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a file's name may be what no terminal can show
+        if isinstance(stream, io.TextIOWrapper):  # a file name can hold characters that a terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(command)
@@ -37,13 +37,13 @@ def one_line_errors() -> Iterator[None]:
         yield
     except MegalmError as error:
         _refuse(str(error), error.exit_code)
-    except BrokenPipeError:  # whom we print to has gone
+    except BrokenPipeError:  # the reader of stdout has ended
         raise
     except OSError as error:
-        if error.strerror is None:  # none of the machine's own
+        if error.strerror is None:  # not raised by the operating system
             raise
         place = f"{error.filename}: " if error.filename is not None else ""
-        _refuse(f"{place}{error.strerror}; mend the path, its rights or its disk, and start again", EXIT_REFUSED)
+        _refuse(f"{place}{error.strerror}; check the path, its permissions and its disk, and start again", EXIT_REFUSED)
 
 
 def _refuse(line: str, code: int) -> NoReturn:
@@ -52,7 +52,7 @@ def _refuse(line: str, code: int) -> NoReturn:
 
 
 class BuildBar(ProgressBar):
-    """Text in MB/s, tokens/s and the time left."""
+    """Shows MB/s of text, tokens/s and the time left."""
 
     def __init__(self) -> None:
         super().__init__("tokenizing", None, shown=percent)
@@ -66,30 +66,32 @@ class BuildBar(ProgressBar):
 
 
 def reading_bar(what: str, tokens: int) -> ProgressBar:
-    """How much of the tokens was read, and the time left."""
+    """Return a bar of the share of tokens read and the time left."""
     return ProgressBar(what, tokens, shown=percent)
 
 
-def tell_reading(report: ReadReport) -> None:
-    """Say what of the input was not read."""
+def print_skipped(report: ReadReport) -> None:
+    """Print the numbers of unread files and documents."""
     if report.ignored_files:
-        out.print(f"left out {report.ignored_files:,} files of folders: of other kinds, hidden, or links to elsewhere")
+        out.print(
+            f"ignored {report.ignored_files:,} files in folders: other kinds, hidden files, or links to other folders"
+        )
     if report.skipped:
-        out.print(f"skipped {report.skipped:,} documents that cannot be read, the first: {report.messages[0]}")
+        out.print(f"skipped {report.skipped:,} unreadable documents, the first: {report.messages[0]}")
 
 
-def tell_left_out(built: Built) -> None:
-    """Say what of the input is not in the result."""
+def print_removed(built: Built) -> None:
+    """Print the numbers of documents that are not in the result."""
     report = built.reports[0]
-    tell_reading(ReadReport(skipped=report.skipped, messages=report.messages, ignored_files=built.ignored_files))
+    print_skipped(ReadReport(skipped=report.skipped, messages=report.messages, ignored_files=built.ignored_files))
     for name, count in report.removed.items():
-        out.print(f"left out {count:,} documents by {name}")
-    tell_near_copy(report)
+        out.print(f"removed {count:,} documents by {name}")
+    print_near_copy(report)
     if report.minhash.get(AWAITS_MERGE):
-        out.print("a shard: its near copies are left out when it is merged, by merge_datasets.py --dedup minhash")
+        out.print("this shard still holds its near copies; merge_datasets.py --dedup minhash removes them")
 
 
-def tell_near_copy(report: DatasetMetadata) -> None:
-    """Say by an example what counts as a near copy."""
+def print_near_copy(report: DatasetMetadata) -> None:
+    """Print an example of a near copy."""
     for pair in report.near_copies[:1]:
-        out.print(f"near copies, the first: {pair['left_out']} of {pair['copy_of']}, {pair['alike']:.0%} alike")
+        out.print(f"first near copy: {pair['left_out']} of {pair['copy_of']}, {pair['alike']:.0%} alike")

@@ -1,4 +1,4 @@
-"""Say what an indexed dataset holds, check it, show its documents and steps, and find what is strange in it."""
+"""Describe an indexed dataset, verify it, show its documents and steps, and find outliers in it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ from megalm.errors import DataError
 
 def main(
     prefix: Annotated[Path | None, typer.Argument(help="PREFIX of PREFIX.bin and PREFIX.idx")] = None,
-    check: Annotated[bool, typer.Option("--verify", help="read all: index, vocabulary, recorded hashes")] = False,
-    tokenizer: Annotated[str | None, typer.Option(help="to show text, and to compare with the recorded one")] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--verify", help="read everything, and check the index, the vocabulary and the recorded hashes"),
+    ] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="decodes tokens to text, and must match the recorded tokenizer")
+    ] = None,
     document: Annotated[int | None, typer.Option(min=0, help="show this document, from 0")] = None,
     stats: Annotated[bool, typer.Option(help="lengths, frequent tokens, fallback, duplicates")] = False,
-    scan: Annotated[bool, typer.Option(help="walk the tokens in windows and rank what is strange")] = False,
+    scan: Annotated[bool, typer.Option(help="measure the tokens in windows and rank the outliers")] = False,
     around: Annotated[int | None, typer.Option(min=0, help="with --scan: the windows around this token")] = None,
-    window: Annotated[int, typer.Option(min=16, help="with --scan: tokens of a window")] = 512,
+    window: Annotated[int, typer.Option(min=16, help="with --scan: tokens per window")] = 512,
     report: Annotated[Path | None, typer.Option(help="with --scan: write REPORT.png and REPORT.html")] = None,
-    step: Annotated[int | None, typer.Option(min=1, help="show what this training step reads")] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="show the samples of this training step")] = None,
     named_run: Annotated[
         str | None, typer.Option("--run", help="with --step: the run, its folder or a name under runs/")
     ] = None,
@@ -36,7 +41,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="with --step PREFIX: train.seed")] = 1234,
     split: Annotated[str | None, typer.Option(help="with --step PREFIX: data.split")] = None,
 ) -> None:
-    """Print facts about a dataset; exit code 2 where it is damaged or of another tokenizer.
+    """Print facts about a dataset; exit code 2 if it is damaged or has another tokenizer.
 
     \b
     python data_tools/inspect_dataset.py data/my --scan \\
@@ -46,11 +51,11 @@ def main(
     with one_line_errors():
         if named_run is not None:
             if prefix is not None or step is None:
-                raise DataError(f"--run {named_run}: goes with --step and without PREFIX; the run says the rest")
+                raise DataError(f"--run {named_run}: takes --step and no PREFIX; the run determines the dataset")
             show_step_of_run(find_run(named_run), step)
             return
         if prefix is None:
-            raise DataError("name a dataset by its PREFIX, or a run with --run and --step")
+            raise DataError("give the PREFIX of a dataset, or --run and --step")
         loaded = load_tokenizer(tokenizer) if tokenizer else None
         facts = describe(prefix, loaded)
         if document is not None:
@@ -74,7 +79,7 @@ def _show_statistics(prefix: Path, tokenizer: Tokenizer | None) -> None:
     dataset = IndexedDataset(prefix)
     with reading_bar("counting", 2 * len(dataset.tokens)) as bar:
         found = statistics(dataset, tokenizer, tell=bar.advance)
-    out.print("\ntokens a sequence    sequences")
+    out.print("\ntokens per sequence  sequences")
     most = max((count for _, _, count in found.length_histogram), default=1)
     for low, high, count in found.length_histogram:
         out.print(f"{f'{low:,} to {high:,}':>19}  {count:>10,}  {'#' * round(40 * count / most)}")
@@ -93,7 +98,7 @@ def _scan(prefix: Path, tokenizer: Tokenizer | None, around: int | None, window:
 
     dataset = IndexedDataset(prefix)
     if around is not None and around >= len(dataset.tokens):
-        raise DataError(f"{prefix}: --around {around}: the dataset has {len(dataset.tokens):,} tokens, from 0")
+        raise DataError(f"{prefix}: --around {around}: the dataset has {len(dataset.tokens):,} tokens, numbered from 0")
     with reading_bar("scanning", 2 * len(dataset.tokens)) as bar:
         scanned = scan(dataset, tokenizer.fallback_ids() if tokenizer else None, window, bar.advance)
     if around is not None:
@@ -106,7 +111,7 @@ def _scan(prefix: Path, tokenizer: Tokenizer | None, around: int | None, window:
             out.print(f"{mark}{f'{place * window:,} on':<25}  {scanned.scores[place]:5.1f}  {values}  {source}")
     stretches = strange_stretches(dataset, scanned)
     if not stretches:
-        out.print(f"no window is further from the median than {STRANGE:.0f} times the usual")
+        out.print(f"no window is further than {STRANGE:.0f} usual distances from the median")
     for stretch in stretches:
         out.print(
             f"tokens {stretch.first:,} to {stretch.end:,}: score {stretch.score:.1f}, {stretch.reason} "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from console import one_line_errors, out, reading_bar, run, tell_near_copy
+from console import one_line_errors, out, print_near_copy, reading_bar, run
 from options import dedup_of
 
 from megalm.data.builder.merge import merge_datasets
@@ -14,11 +14,12 @@ from megalm.data.indexed.dataset import IndexedDataset
 
 
 def main(
-    prefixes: Annotated[list[Path], typer.Argument(help="PREFIXes of the datasets, in the order wanted")],
+    prefixes: Annotated[list[Path], typer.Argument(help="PREFIXes of the datasets, in order")],
     output_prefix: Annotated[Path, typer.Option(help="PREFIX of the dataset to write")],
-    dedup: Annotated[str, typer.Option(help="none, exact, or minhash: leave out documents that came before")] = "none",
+    dedup: Annotated[str, typer.Option(help="none, exact, or minhash: remove repeated documents")] = "none",
     minhash_threshold: Annotated[
-        float | None, typer.Option(help="how alike near copies are, 0 to 1; default: as the datasets were built")
+        float | None,
+        typer.Option(help="similarity from which documents are near copies, 0 to 1; default: as in the builds"),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="replace a dataset of this name")] = False,
 ) -> None:
@@ -28,7 +29,7 @@ def main(
     python data_tools/merge_datasets.py --output-prefix data/all data/a data/b
     """
     with one_line_errors():
-        # One alone is refused below, whether it is there or not.
+        # A single dataset is refused below, whether it exists or not.
         tokens = sum(len(IndexedDataset(prefix).tokens) for prefix in prefixes) if len(prefixes) > 1 else 0
         with reading_bar("merging", tokens) as bar:
             report = merge_datasets(
@@ -37,8 +38,8 @@ def main(
         out.print(f"{output_prefix}: {report.documents:,} documents, {report.tokens:,} tokens ({report.dtype})")
         for name in ("exact", "minhash"):
             if name in report.removed:
-                out.print(f"left out {report.removed[name]:,} documents by {name}, in the builds and in the merge")
-        tell_near_copy(report)
+                out.print(f"removed {report.removed[name]:,} documents by {name}, in the builds and the merge")
+        print_near_copy(report)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Options that several tools of this folder share, from the command line's words to what megalm.data takes."""
+"""Options that several tools share, and their conversion to the types of megalm.data."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Inputs = Annotated[
     list[str],
     typer.Option("--input", help="file, folder, 'glob' or - of .jsonl .json .txt .md .parquet (.gz .zst .bz2 .xz)"),
 ]
-StdinKind = Annotated[str, typer.Option(help="what comes by --input -: .jsonl .json .txt or .md")]
-TextKey = Annotated[str, typer.Option(help="where the text is in JSON objects and parquet tables")]
+StdinKind = Annotated[str, typer.Option(help="format of standard input (--input -): .jsonl .json .txt or .md")]
+TextKey = Annotated[str, typer.Option(help="key of the text in JSON objects, or its column in parquet tables")]
 Columns = Annotated[str | None, typer.Option(help="A,B: these keys or columns instead, joined by a blank line")]
 TxtDocuments = Annotated[str, typer.Option(help="a .txt file is one document (file) or several (blank-line)")]
 LargestMegabytes = Annotated[int, typer.Option("--max-document-mb", min=1, max=2047, help="refuse longer documents")]
-OnErrorWord = Annotated[str, typer.Option(help="fail or skip, at what cannot be read and at empty documents")]
+OnErrorWord = Annotated[str, typer.Option(help="fail or skip, at unreadable and empty documents")]
 
 
 def read_options(text_key: str, columns: str | None, documents: str, largest_megabytes: int) -> ReadOptions:
@@ -29,40 +29,40 @@ def read_options(text_key: str, columns: str | None, documents: str, largest_meg
         raise DataError(f"--txt-documents {documents}: is unknown; choose file or blank-line")
     names = tuple(name.strip() for name in columns.split(",")) if columns else ()
     if columns and not all(names):
-        raise DataError(f"--columns {columns}: has an empty name; state names with commas between, such as title,text")
+        raise DataError(f"--columns {columns}: has an empty name; separate the names by commas, such as title,text")
     return ReadOptions(text_key, names, documents, largest_megabytes << 20)
 
 
-def policy(stated: str) -> OnError:
-    return cast(OnError, _one_of("--on-error", stated, get_args(OnError)))
+def policy(value: str) -> OnError:
+    return cast(OnError, _one_of("--on-error", value, get_args(OnError)))
 
 
-def dedup_of(stated: str) -> Dedup:
-    return cast(Dedup, _one_of("--dedup", stated, get_args(Dedup)))
+def dedup_of(value: str) -> Dedup:
+    return cast(Dedup, _one_of("--dedup", value, get_args(Dedup)))
 
 
-def _one_of(option: str, stated: str, known: Sequence[str]) -> str:
-    if stated not in known:
-        raise DataError(f"{option} {stated}: is unknown; choose one of {', '.join(known)}")
-    return stated
+def _one_of(option: str, value: str, known: Sequence[str]) -> str:
+    if value not in known:
+        raise DataError(f"{option} {value}: is unknown; choose one of {', '.join(known)}")
+    return value
 
 
-def weights_of(stated: str | None) -> tuple[float, ...]:
-    """ "95,5" as numbers."""
+def weights_of(value: str | None) -> tuple[float, ...]:
+    """Parse "95,5" into numbers."""
     try:
-        weights = tuple(float(weight) for weight in stated.split(",")) if stated else ()
+        weights = tuple(float(weight) for weight in value.split(",")) if value else ()
     except ValueError:
         weights = (-1.0,)
     if any(not 0 < weight < float("inf") for weight in weights):
-        raise DataError(f"--split {stated}: state two or three positive weights, such as 95,5 or 90,5,5")
+        raise DataError(f"--split {value}: give two or three positive weights, such as 95,5 or 90,5,5")
     return weights
 
 
-def shard_of(stated: str | None) -> tuple[int, int]:
-    """ "2/16" as numbers."""
-    if not stated:
+def shard_of(value: str | None) -> tuple[int, int]:
+    """Parse "2/16" into numbers."""
+    if not value:
         return 0, 1
-    shard, slash, shards = stated.partition("/")
+    shard, slash, shards = value.partition("/")
     if not (slash and shard.isdigit() and shards.isdigit()):
-        raise DataError(f"--shard {stated}: state it as NUMBER/OF, from 0/16 to 15/16")
+        raise DataError(f"--shard {value}: give it as NUMBER/COUNT, from 0/16 to 15/16")
     return int(shard), int(shards)

@@ -1,4 +1,4 @@
-"""inspect_dataset.py --step: which documents a training step reads, and their text."""
+"""inspect_dataset.py --step: print the documents that a training step reads, and their text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megalm.errors import DataError
 
 
 def show_step_of_run(run: Path, step: int) -> None:
-    """Of any run: its folder says what is read."""
+    """Print the samples of a run, as recorded in its folder."""
     from megalm.train.step_lookup import samples_of_step
 
     read = samples_of_step(run, step, out.print)
@@ -36,9 +36,9 @@ def show_step_of_dataset(
     seed: int,
     split: str | None,
 ) -> None:
-    """Of a run on one dataset with these settings, whether it was started or not."""
+    """Print the samples of a run on one dataset with these settings; the run need not exist."""
     if batch_size is None:
-        raise DataError(f"--step {step}: state --batch-size too, the run's train_batch_size; or --run")
+        raise DataError(f"--step {step}: add --batch-size, the run's train_batch_size, or name the run with --run")
     dataset = IndexedDataset(prefix)
     weights = weights_of(split)
     documents = split_documents(len(dataset), weights)[0] if weights else (0, len(dataset))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from console import one_line_errors, out, run, tell_reading
+from console import one_line_errors, out, print_skipped, run
 from options import (
     Columns,
     Inputs,
@@ -28,19 +28,25 @@ from megalm.errors import DataError
 def main(
     inputs: Inputs,
     output: Annotated[Path, typer.Option(help="the .model file to write")],
-    vocab_size: Annotated[int, typer.Option(min=1, help="pieces in all, 260 of bytes and special ones too")] = 32_000,
-    model_type: Annotated[ModelType, typer.Option(help="unigram encodes fast, bpe trains fast")] = "unigram",
+    vocab_size: Annotated[
+        int, typer.Option(min=1, help="number of pieces, with the 260 for bytes and special tokens")
+    ] = 32_000,
+    model_type: Annotated[ModelType, typer.Option(help="unigram encodes faster, bpe trains faster")] = "unigram",
     text_key: TextKey = "text",
     columns: Columns = None,
     txt_documents: TxtDocuments = "file",
     stdin_kind: StdinKind = ".jsonl",
     max_document_mb: LargestMegabytes = 32,
-    max_sentences: Annotated[int, typer.Option(min=1, help="train on so many lines, drawn evenly")] = 1_000_000,
-    special_token: Annotated[list[str] | None, typer.Option(help="a piece that is never text; repeat it")] = None,
+    max_sentences: Annotated[
+        int, typer.Option(min=1, help="maximum number of lines to train on, sampled evenly")
+    ] = 1_000_000,
+    special_token: Annotated[
+        list[str] | None, typer.Option(help="a token that text never encodes to; repeatable")
+    ] = None,
     on_error: OnErrorWord = "fail",
     overwrite: Annotated[bool, typer.Option(help="replace an output of this name")] = False,
 ) -> None:
-    """Train a tokenizer that gives every text back exactly, and write it with a report beside it.
+    """Train a tokenizer that decodes every text back exactly, and write it with a report beside it.
 
     \b
     python data_tools/train_tokenizer.py --input my.jsonl \\
@@ -48,9 +54,9 @@ def main(
     """
     with one_line_errors():
         if output.suffix != ".model":
-            raise DataError(f"{output}: name a tokenizer NAME.model, that is how it is recognised")
+            raise DataError(f"{output}: the output must be named NAME.model")
         if output.exists() and not overwrite:
-            raise DataError(f"{output}: exists already; choose another output, or --overwrite")
+            raise DataError(f"{output}: already exists; choose another output, or overwrite it (--overwrite)")
         reading = ReadReport()
         read = read_options(text_key, columns, txt_documents, max_document_mb)
         documents = iter_documents(
@@ -69,7 +75,7 @@ def main(
             f"{output}: {report.vocab_size} pieces ({report.model_type}) from {report.documents:,} documents, "
             f"{report.text_bytes / 1e6:,.1f} MB; trained on {report.sentences_used:,} of {report.sentences:,} lines"
         )
-        tell_reading(reading)
+        print_skipped(reading)
 
 
 if __name__ == "__main__":

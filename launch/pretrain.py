@@ -6,7 +6,6 @@ Only parses; megalm.train.setup does the work. Flags are unlike the launchers' o
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from enum import Enum
 from functools import partial
@@ -19,10 +18,11 @@ import typer
 
 from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Overrides, RanksPerNode
 from megalm.errors import MegalmError
+from megalm.rank_environment import is_other_rank, launched_ranks, rank_in_messages
 
 
 class Strategy(str, Enum):
-    """How `--extend-steps` goes on."""
+    """How `--extend-steps` continues a run."""
 
     schedule = "schedule"
     weights = "weights"
@@ -31,45 +31,47 @@ class Strategy(str, Enum):
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command(
-    epilog="Exit codes: 0 done, 2 refused configuration or input, 75 saved and wants to be started again, 1 failed."
-)
+@app.command(epilog="Exit codes: 0 done, 1 failed, 2 refused configuration or input, 75 saved, to be started again.")
 def main(
     overrides: Overrides = None,
     deepspeed_config: DeepSpeedJson = None,
     config: Config = None,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", help="auto (the newest checkpoint, or the start), a step, or a checkpoint's path."),
+        typer.Option(
+            "--resume", help="auto (the newest checkpoint; step 0 if there is none), a step, or a checkpoint's path."
+        ),
     ] = None,
     extend_steps: ExtendSteps = None,
     extend_strategy: Annotated[
         Strategy,
         typer.Option(
             "--extend-strategy",
-            help="schedule: a cosine from the rate of now to a tenth; weights: a new run from step 0 with its weights.",
+            help="schedule: a cosine from the current rate to a tenth of it; weights: a new run with its weights.",
         ),
     ] = Strategy.schedule,
     skip_steps: Annotated[
-        int, typer.Option("--skip-steps", min=0, help="With --resume: pass over the data of so many steps.")
+        int, typer.Option("--skip-steps", min=0, help="With --resume: skip the data of this many steps.")
     ] = 0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what the run amounts to, with memory and topology, and leave.")
+        bool, typer.Option("--dry-run", help="Show the plan of the run, its memory and topology, and exit.")
     ] = False,
     world_size: Annotated[
         int,
         typer.Option(
-            "--world-size", help="With --dry-run: plan for so many ranks; default: this job's.", show_default=False
+            "--world-size",
+            help="With --dry-run: the number of ranks to plan for; default: this job's.",
+            show_default=False,
         ),
     ] = 0,
     ranks_per_node: RanksPerNode = RANKS_PER_NODE,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Let DeepSpeed and torch log what they like.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the log lines of DeepSpeed and torch.")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
     """Pretrain a language model with DeepSpeed.
 
-    Without anything else it makes a corpus from this Python's standard library, trains a tokenizer and a
-    small model on it, validates, samples, checkpoints and tracks, in a few minutes on two cores.
+    Without arguments it builds a corpus from this Python's standard library, trains a tokenizer and a small
+    model on it, validates, samples, saves checkpoints and tracks the run, in a few minutes on two cores.
 
     \b
     deepspeed launch/pretrain.py --deepspeed_config ds_configs/zero2.json
@@ -99,29 +101,25 @@ def main(
     from megalm.train.resume.resume_request import Arguments
     from megalm.train.setup import pretrain
 
-    supervisor = RankSupervisor(rank=int(os.environ.get("RANK", "0")))
+    supervisor = RankSupervisor(rank=rank_in_messages())
     supervisor.run(lambda: pretrain(Arguments(**arguments), supervisor))
 
 
 def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int) -> None:
-    """What the run amounts to; of one that goes on, with the schedules of its past.
-
-    Args:
-        arguments: of `Arguments`.
-    """
-    from megalm.cli.plan import show_plan
+    """Print the plan of the run; for a resumed run, with its earlier schedules."""
+    from megalm.cli.plan import planned, show_plan
     from megalm.train.resume.resume_plan import planned_start
     from megalm.train.resume.resume_request import Arguments
 
-    if int(os.environ.get("RANK", "0")) > 0:
-        return  # under a launcher one rank tells it
-    ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     try:
+        if is_other_rank():
+            return  # only rank 0 prints
+        ranks = world_size or launched_ranks()
         options, files = Arguments(**arguments).read(ranks)
-        going_on = partial(planned_start, resume=options) if options.wanted is not None else None
-        show_plan(files, ranks, None, ranks_per_node, going_on)
+        resumed = partial(planned_start, resume=options) if options.wanted is not None else None
+        show_plan(planned(files, ranks, None, ranks_per_node, resumed), ranks_per_node)
     except MegalmError as error:
-        sys.stderr.write(f"megalm: {error}\n")
+        sys.stderr.write(f"megalm: error: {' '.join(str(error).split())}\n")
         raise SystemExit(error.exit_code) from None
 
 

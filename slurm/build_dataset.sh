@@ -8,7 +8,7 @@
 #
 # The shards are consecutive parts of the input, about equal in bytes, and merged in their order, so the dataset is the
 # one that a single build would give. With --dedup exact or minhash the merge leaves out copies across shards, too. Each
-# shard and the merge go on, or do nothing, when they are started again: after a failure, start the same line once more.
+# shard and the merge resume, or do nothing if they are complete: after a failure, run the same line again.
 #
 #   --local    the shards as processes of this machine, one after another, each with its --workers
 #   --slurm    an option for both sbatch commands, as often as needed (--slurm --account=x)
@@ -52,7 +52,7 @@ done
 (($#)) || refuse "no options of the build after --"
 for word; do
     case $word in
-        --shard | --shard=* | --output-prefix | --output-prefix=*) refuse "$word: is stated for each shard here" ;;
+        --shard | --shard=* | --output-prefix | --output-prefix=*) refuse "$word: this script sets it for each shard" ;;
         --split | --split=*) refuse "$word: shards are not split; split in training (data.split)" ;;
     esac
 done

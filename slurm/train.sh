@@ -4,18 +4,18 @@
 #   sbatch --nodes=4 --gpus-per-node=8 slurm/train.sh --deepspeed_config ds_configs/zero2.json \
 #       run.name=mine --resume auto [any other argument of launch/pretrain.py]
 #
-# With run.name and --resume auto the same line starts the run and goes on with it. Options before the script's name
+# With run.name and --resume auto the same line starts the run and resumes it. Options before the script's name
 # win over the #SBATCH lines below. What the site needs (modules, network) goes into slurm/env.sh.
-# docs/slurm.md tells it all.
+# docs/slurm.md has the details.
 #
 #SBATCH --job-name=megalm
 #SBATCH --output=%x-%j.log
-# A job that is started again goes on in its log instead of emptying it.
+# A requeued job appends to its log.
 #SBATCH --open-mode=append
 #SBATCH --nodes=2
 # Ranks are counted by GPUs. Take one # away and say how many a node has; without GPUs the job trains on the CPU.
 ##SBATCH --gpus-per-node=8
-# Whole nodes with all their cores and memory: the best, where the site lets you. Else: so many cores for each node.
+# Whole nodes with all cores and memory are best, if the site allows it. Otherwise, the number of cores per node.
 ##SBATCH --exclusive --mem=0
 ##SBATCH --cpus-per-task=32
 # On nodes without GPUs: ranks per node.
@@ -73,7 +73,7 @@ set -eu
 
 LOCAL_WORLD_SIZE=$(ranks_per_node)
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# Below the ports that systems give away by themselves, and another one for the job beside this one.
+# Below the ephemeral ports, and different for two jobs on one node.
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 

@@ -71,8 +71,8 @@ def _rank(
     try:
         import torch
 
-        from megalm.engine.device import rank_facts
         from megalm.engine.distributed import start_distributed
+        from megalm.rank_environment import rank_facts
 
         torch.set_num_threads(1)  # the same for every world size: sums are then in the same order
         comm = start_distributed(rank_facts(), torch.device("cpu"))

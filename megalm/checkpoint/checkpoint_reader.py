@@ -1,4 +1,7 @@
-"""Read a checkpoint into any layout: a fragment is assembled from the stored fragments that overlap it."""
+"""Read a checkpoint into any layout, or consolidate it into one safetensors file of full parameters.
+
+A fragment is assembled from the stored fragments that overlap it.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalm.checkpoint.manifest import StoredFragment, advice, damaged_file, read_manifest, wrong_file
-from megalm.checkpoint.safetensors_file import tensor_name
-from megalm.checkpoint.shard_spec import WEIGHTS, FragmentKey
+from megalm.checkpoint.safetensors_file import TensorEntry, tensor_name, write_tensors
+from megalm.checkpoint.shard_spec import WEIGHTS, FragmentKey, FragmentKind
 from megalm.errors import CheckpointError
+from megalm.utils.atomic_files import sync_directory, write_atomically
 
 
 class CheckpointReader:
@@ -41,13 +45,13 @@ class CheckpointReader:
         """Whether the checkpoint has masters but no moments, as an imported model does."""
         return self.manifest.holds == WEIGHTS
 
-    def verify(self, part: int = 0, parts: int = 1, tell: Callable[[], None] = lambda: None) -> str:
+    def verify(self, part: int = 0, parts: int = 1, on_progress: Callable[[], None] = lambda: None) -> str:
         """Check every `parts`-th file from `part` against its SHA-256; return the first mismatch in words, or ''.
 
         Args:
-            tell: called after each `HASH_BLOCK_BYTES` read, and after the rest of a file.
+            on_progress: called after each `HASH_BLOCK_BYTES` read, and after the rest of a file.
         """
-        return damaged_file(self.path, self.manifest, part, parts, tell)
+        return damaged_file(self.path, self.manifest, part, parts, on_progress)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.manifest.tensors.items()}
@@ -60,12 +64,12 @@ class CheckpointReader:
         """
         entry = self.manifest.tensors.get(key.name)
         if entry is None:
-            raise CheckpointError(f"{self.path} has no parameter {key.name}; it is of another model")
+            raise CheckpointError(f"{self.path} has no parameter {key.name}; it belongs to another model")
         if entry.shape != key.shape:
             raise CheckpointError(
-                f"{self.path}: {key.name} has shape {entry.shape}, the model's has {key.shape}; it is of another model"
+                f"{self.path}: {key.name} has shape {entry.shape}, here {key.shape}; it belongs to another model"
             )
-        result = torch.empty(key.stop - key.start)
+        result = torch.empty(key.count)
         covered = 0
         wanted = chunks_of(key)
         for stored in (each for each in entry.fragments if each.kind == key.kind):
@@ -78,20 +82,58 @@ class CheckpointReader:
                 place = target.view(result, first, last)
                 place.copy_(source.view(values, first, last))
                 covered += place.numel()
-        if covered != key.stop - key.start:
-            raise CheckpointError(
-                f"{self.path}: {covered} of {key.stop - key.start} values of {tensor_name(key)} found"
-            )
+        if covered != key.count:
+            raise CheckpointError(f"{self.path} has only {covered} of the {key.count} values of {tensor_name(key)}")
         return result
 
     def read_weights(self, key: FragmentKey) -> Tensor:
         """As `read`, but moments are zeros: for starting from the weights alone."""
-        return self.read(key) if key.kind == "master" else torch.zeros(key.stop - key.start)
+        return self.read(key) if key.kind == "master" else torch.zeros(key.count)
 
     def model(self) -> dict[str, Tensor]:
         """Return all fp32 parameters by canonical name."""
-        whole = {name: FragmentKey(name, "master", shape, 0, math.prod(shape)) for name, shape in self.shapes().items()}
-        return {name: self.read(key).view(key.shape) for name, key in whole.items()}
+        return {name: self.read_parameter(name, shape) for name, shape in self.shapes().items()}
+
+    def read_parameter(self, name: str, shape: tuple[int, ...], kind: FragmentKind = "master") -> Tensor:
+        """Read a full parameter, or one of its moments, in its shape; errors as for `read`."""
+        return self.read(FragmentKey(name, kind, shape, 0, math.prod(shape))).view(shape)
+
+    def read_finite(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """As `read_parameter`, but refuse NaN and infinity: a model with them fails elsewhere, or is wrong in silence.
+
+        Raises:
+            CheckpointError: as `read`, or the parameter has NaN or infinity.
+        """
+        found = self.read_parameter(name, shape)
+        if not is_finite(found):
+            raise CheckpointError(
+                f"{self.path}: {name} has NaN or infinite values; choose a checkpoint from before the run diverged"
+            )
+        return found
+
+    def write_weights(self, target: Path, dtype: torch.dtype, on_progress: Callable[[], None] = lambda: None) -> int:
+        """Write the fp32 masters to `target`, rounded to `dtype` (fp32 or bf16); return the bytes written.
+
+        The file is complete or absent. One parameter is in memory at a time, whatever layout wrote the checkpoint.
+
+        Args:
+            on_progress: called after each parameter.
+
+        Raises:
+            CheckpointError: as for `read`.
+            OSError: the target cannot be written.
+        """
+        shapes = self.shapes()
+        entries = [TensorEntry(name, shape, dtype) for name, shape in shapes.items()]
+
+        def parameters() -> Iterator[Tensor]:
+            for name, shape in shapes.items():
+                yield self.read_parameter(name, shape)
+                on_progress()
+
+        write_atomically(target, lambda file: write_tensors(file, entries, parameters()))
+        sync_directory(target.parent)
+        return target.stat().st_size
 
     def _key(self, wanted: FragmentKey, stored: StoredFragment) -> FragmentKey:
         """Return the key of a `stored` fragment of the `wanted` parameter.
@@ -105,7 +147,9 @@ class CheckpointReader:
             first < last <= size for (first, last), size in zip(sides, wanted.shape, strict=True)
         )
         if not fits or not stored.start <= stored.stop <= count:
-            raise CheckpointError(f"{self.path}: {tensor_name(wanted)} has a part outside of it; {advice(self.path)}")
+            raise CheckpointError(
+                f"{self.path}: {tensor_name(wanted)} has a fragment outside its shape; {advice(self.path)}"
+            )
         return replace(wanted, start=stored.start, stop=stored.stop, rectangle=sides)
 
     def _stored(self, file: str, name: str, length: int) -> Tensor:
@@ -115,7 +159,7 @@ class CheckpointReader:
             CheckpointError: the file is not in the manifest, cannot be read, or its tensor has another dtype or length.
         """
         if file not in self.manifest.files:
-            raise CheckpointError(f"{self.path}: {name} is said to be in {file}, which is none of its files")
+            raise CheckpointError(f"{self.path}: the manifest places {name} in {file}, which is not among its files")
         try:
             if file not in self._files:
                 self._files[file] = safe_open(self.path / file, framework="pt")
@@ -127,6 +171,11 @@ class CheckpointReader:
                 f"{self.path / file}: {name} is {values.dtype} [{values.numel()}], the manifest says fp32 [{length}]"
             )
         return values.view(-1)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite. Uses min and max, which propagate NaN, so it allocates no mask."""
+    return all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
 
 
 # A fragment is a flat range of a rectangle, which splits into a few boxes: the end of a row, full rows, the start of a

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megalm.checkpoint.discovery import BEST
 from megalm.checkpoint.retention import Retention, prune
-from megalm.checkpoint.save_transaction import CheckpointWrite, Ranks
+from megalm.checkpoint.save_transaction import CheckpointWrite
 from megalm.checkpoint.shard_spec import Fragment, HasFragment
+from megalm.communicator import Communicator
 from megalm.utils.atomic_files import write_durably
 
 
@@ -34,7 +34,7 @@ class HostStaging:
     def take(self, fragments: Iterable[HasFragment]) -> list[Fragment]:
         """Return fp32 copies of `fragments`; overwrites the copies of earlier calls."""
         sources = list(fragments)
-        total = sum(fragment.key.stop - fragment.key.start for fragment in sources)
+        total = sum(fragment.key.count for fragment in sources)
         # Other kinds read their tensor from disk on access, so each is accessed only once.
         on_device = any(fragment.tensor.is_cuda for fragment in sources if isinstance(fragment, Fragment))
         if self._buffer.numel() < total:
@@ -42,18 +42,13 @@ class HostStaging:
         copies: list[Fragment] = []
         offset = 0
         for fragment in sources:
-            length = fragment.key.stop - fragment.key.start
-            copy = self._buffer.narrow(0, offset, length)
-            copy.copy_(_flat(fragment.tensor), non_blocking=True)
+            copy = self._buffer.narrow(0, offset, fragment.key.count)
+            copy.copy_(fragment.tensor.detach().reshape(-1), non_blocking=True)
             copies.append(Fragment(fragment.key, copy))
-            offset += length
+            offset += fragment.key.count
         if on_device:
             torch.cuda.synchronize()
         return copies
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,12 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, checkpoints: Path, retention: Retention, ranks: Ranks, asynchronous: bool, origin: Path | None = None
+        self,
+        checkpoints: Path,
+        retention: Retention,
+        ranks: Communicator,
+        asynchronous: bool,
+        origin: Path | None = None,
     ) -> None:
         self._checkpoints = checkpoints
         self._retention = retention
@@ -148,7 +148,7 @@ class CheckpointWriter:
         elif self._ranks.is_main:
             write_durably(path.with_name(BEST), f"{path.name}\n".encode())
 
-    def rehearse(self, folder: Path, fragments: Iterable[HasFragment], facts: dict[str, Any]) -> None:
+    def preflight(self, folder: Path, fragments: Iterable[HasFragment], facts: dict[str, Any]) -> None:
         """For preflight: write a checkpoint to `folder` the same way as a real save, then remove it."""
         write = CheckpointWrite(
             folder, 0, self._held(fragments), facts, [], self._ranks, asynchronous=self._host is not None
@@ -179,7 +179,7 @@ class CheckpointWriter:
         try:
             self._pruned += tuple(path.name for path in prune(self._checkpoints, self._retention, self._origin))
         except OSError as error:
-            self._notice = f"an old checkpoint cannot be deleted: {error}"
+            self._notice = f"cannot delete an old checkpoint: {error}"
 
     def _prune_when_complete(self) -> None:
         self._origin = None

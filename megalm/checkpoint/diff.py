@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
-from megalm.checkpoint.shard_spec import KINDS, FragmentKey, FragmentKind
+from megalm.checkpoint.shard_spec import KINDS, FragmentKind
 from megalm.utils.formatting import flatten_to_text
 
 # Different in any two checkpoints, or compared separately.
@@ -34,14 +36,14 @@ def different_shapes(first: CheckpointReader, second: CheckpointReader) -> list[
 
 
 def largest_differences(
-    first: CheckpointReader, second: CheckpointReader, tell: Callable[[], None] = lambda: None
+    first: CheckpointReader, second: CheckpointReader, on_progress: Callable[[], None] = lambda: None
 ) -> dict[str, dict[FragmentKind, float]]:
     """Return model part (`layers.3`) -> kind -> largest absolute difference, over the parameters that both have.
 
     One parameter of each checkpoint is in memory at a time. NaN on one side only counts as infinitely far apart.
 
     Args:
-        tell: called after each parameter of the first checkpoint.
+        on_progress: called after each parameter of the first checkpoint.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -53,14 +55,13 @@ def largest_differences(
         if others.get(name) == shape:
             row = result.setdefault(_part(name), dict.fromkeys(kinds, 0.0))
             for kind in kinds:
-                key = FragmentKey(name, kind, shape, 0, math.prod(shape))
-                row[kind] = max(row[kind], _distance(first, second, key))
-        tell()
+                here, there = (reader.read_parameter(name, shape, kind) for reader in (first, second))
+                row[kind] = max(row[kind], _distance(here, there))
+        on_progress()
     return result
 
 
-def _distance(first: CheckpointReader, second: CheckpointReader, key: FragmentKey) -> float:
-    here, there = first.read(key), second.read(key)
+def _distance(here: Tensor, there: Tensor) -> float:
     difference = (here - there).abs()
     difference[(here == there) | (here.isnan() & there.isnan())] = 0.0  # infinities of the same sign are equal
     return float(difference.nan_to_num(nan=math.inf).max()) if difference.numel() else 0.0

@@ -26,6 +26,13 @@ class Entry:
     manifest: Manifest | None
     problem: str = ""
 
+    @classmethod
+    def read(cls, path: Path) -> Entry:
+        try:
+            return cls(path, read_manifest(path))
+        except CheckpointError as error:
+            return cls(path, None, str(error))
+
     @property
     def step(self) -> int:
         return step_of(self.path)
@@ -38,6 +45,10 @@ class Entry:
     def attempt(self) -> int:
         """The attempt that wrote it; 0 if the manifest cannot be read."""
         return 0 if self.manifest is None else self.manifest.attempt
+
+    def damage(self) -> str:
+        """The problem of its manifest, or a file that is missing or of another size; "" if there is none."""
+        return self.problem if self.manifest is None else wrong_file(self.path, self.manifest)
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 def list_checkpoints(checkpoints: Path) -> list[Entry]:
     """Return all complete checkpoints: those without a readable manifest first, then the others in write order."""
-    entries = [_entry(path) for path in complete_checkpoints(checkpoints)]
+    entries = [Entry.read(path) for path in complete_checkpoints(checkpoints)]
     return sorted(entries, key=_written)
 
 
@@ -120,36 +131,27 @@ def resume_candidates(checkpoints: Path, wanted: str, origin: ResumedFrom | None
     by_preference = [*ranks[None], *ranks["good"], *ranks["suspect"]]
     if newest_first and not by_preference:
         raise CheckpointError(
-            f"every checkpoint in {checkpoints} is marked bad; undo one with megalm checkpoint mark-bad --good PATH"
+            f"every checkpoint in {checkpoints} is marked bad; clear a mark with megalm checkpoint mark-bad --good PATH"
         )
     return by_preference
 
 
-def find_checkpoint(checkpoints: Path, wanted: str) -> Path | None:
-    """Return the first of `resume_candidates` whose files all have full size; None if nothing was ever saved.
+def first_whole(checkpoints: Path, wanted: str) -> tuple[Path | None, list[str]]:
+    """Return the first of `resume_candidates` whose files all have full size, and the problems of those before it.
 
     Raises:
         CheckpointError: as `resume_candidates`; or all candidates are damaged.
     """
-    return first_whole(checkpoints, wanted)[0]
-
-
-def first_whole(checkpoints: Path, wanted: str) -> tuple[Path | None, list[str]]:
-    """Return the result of `find_checkpoint`, and the problems of the preferred candidates that it skipped.
-
-    Raises:
-        CheckpointError: as `find_checkpoint`.
-    """
     problems: list[str] = []
-    passed: list[str] = []
+    skipped: list[str] = []
     for entry in resume_candidates(checkpoints, wanted):
-        problem = entry.problem if entry.manifest is None else wrong_file(entry.path, entry.manifest)
+        problem = entry.damage()
         if not problem:
-            return entry.path, passed
+            return entry.path, skipped
         problems.append(problem)
-        passed.append(without_advice(problem, entry.path))
+        skipped.append(without_advice(problem, entry.path))
     if problems:
-        raise CheckpointError(f"no checkpoint in {checkpoints} can be used: {'; '.join(problems)}")
+        raise CheckpointError(f"no checkpoint in {checkpoints} is usable: {'; '.join(problems)}")
     return None, []
 
 
@@ -167,23 +169,18 @@ def _named(checkpoints: Path, wanted: str) -> Entry:
             manifest = read_manifest(path)
             if manifest.status == "bad":
                 raise CheckpointError(
-                    f"{path} is marked bad ({manifest.status_reason}); choose another, or undo it with "
+                    f"{path} is marked bad ({manifest.status_reason}); choose another, or clear the mark with "
                     f"megalm checkpoint mark-bad --good {path}"
                 )
             return Entry(path, manifest)
         if (path / "checkpoints").is_dir():
             others = _choices(complete_checkpoints(path / "checkpoints"))
-            raise CheckpointError(f"{path}: a run folder; name one of {path / 'checkpoints'}, {others}")
+            raise CheckpointError(f"{path} is a run folder; name a checkpoint in {path / 'checkpoints'} ({others})")
         if path.is_dir():
-            raise CheckpointError(f"{path}: not a complete checkpoint (no {MANIFEST}); {_choices(complete)}")
-    raise CheckpointError(f"no checkpoint {wanted!r} in {checkpoints} and no such folder; {_choices(complete)}")
-
-
-def _entry(path: Path) -> Entry:
-    try:
-        return Entry(path, read_manifest(path))
-    except CheckpointError as error:
-        return Entry(path, None, str(error))
+            raise CheckpointError(f"{path} is not a complete checkpoint, it has no {MANIFEST} ({_choices(complete)})")
+    raise CheckpointError(
+        f"there is no checkpoint {wanted!r} in {checkpoints} and no such folder ({_choices(complete)})"
+    )
 
 
 def _written(entry: Entry) -> tuple[int, int]:
@@ -198,7 +195,7 @@ def _with_origin(entries: list[Entry], origin: ResumedFrom) -> list[Entry]:
         CheckpointError: the origin is gone, and nothing was written after it.
     """
     if not any(origin.is_at(entry.path) for entry in entries) and (origin.path / MANIFEST).is_file():
-        entries = [*entries, _entry(origin.path)]
+        entries = [*entries, Entry.read(origin.path)]
 
     def written(entry: Entry) -> tuple[int, int]:
         # Before everything the attempt wrote: an origin from another run can have a later step.
@@ -207,11 +204,11 @@ def _with_origin(entries: list[Entry], origin: ResumedFrom) -> list[Entry]:
     found = sorted(entries, key=written)
     if not found or written(found[-1])[0] < origin.attempt:
         raise CheckpointError(
-            f"the run went on from {origin.path}, which is gone, and has saved nothing since; say what to go on from "
-            f"with --resume STEP or PATH: {_choices([entry.path for entry in entries])}"
+            f"the run resumed from {origin.path}, which is gone, and has not saved since; choose a checkpoint with "
+            f"--resume STEP or PATH ({_choices([entry.path for entry in entries])})"
         )
     return found
 
 
 def _choices(complete: list[Path]) -> str:
-    return f"complete ones: {', '.join(path.name for path in complete)}" if complete else "there is none yet"
+    return f"complete: {', '.join(path.name for path in complete)}" if complete else "none is complete"

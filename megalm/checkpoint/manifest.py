@@ -227,10 +227,9 @@ class Manifest(_Part):
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Seal `manifest` and write it to `folder`, atomically and durably."""
-    stated = {name: value for name, value in manifest.content.items() if name != _SEAL}
-    content = json.loads(
-        json.dumps({"format": FORMAT, "status": "good", "status_reason": None, **stated})
-    )  # as a reader sees it
+    given = {name: value for name, value in manifest.content.items() if name != _SEAL}
+    # The round trip gives the values as a reader sees them.
+    content = json.loads(json.dumps({"format": FORMAT, "status": "good", "status_reason": None, **given}))
     # One line per key: compact for the fragments of thousands of ranks, and the rest stays legible.
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in {**content, _SEAL: _seal(content)}.items()]
     write_durably(folder / MANIFEST, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
@@ -250,7 +249,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); {advice(folder)}") from None
     if not isinstance(stored, dict):
-        raise CheckpointError(f"{path} holds no JSON object; {advice(folder)}")
+        raise CheckpointError(f"{path} is not a JSON object; {advice(folder)}")
     if stored.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} has checkpoint format {stored.get('format')}, this version of megalm reads {FORMAT}; use the "
@@ -260,7 +259,7 @@ def read_manifest(folder: Path) -> Manifest:
     expected, found = stored.get(_SEAL), _seal(content)
     if expected != found:
         raise CheckpointError(
-            f"{path} was altered: its SHA-256 is {found[:16]}..., it says {str(expected)[:16]}...; {advice(folder)}"
+            f"{path} is altered: its SHA-256 is {found[:16]}..., its seal {str(expected)[:16]}...; {advice(folder)}"
         )
     try:
         return Manifest.from_json(content)
@@ -281,7 +280,7 @@ def require_training_state(folder: Path, manifest: Manifest) -> None:
     """Raises: CheckpointError: it lacks state needed to resume, or its data position is of a newer version."""
     for name in _TRAINING_STATE:
         if name not in manifest.content:
-            raise CheckpointError(f"{folder / MANIFEST}: {name}: missing, so nothing resumes from it; {advice(folder)}")
+            raise CheckpointError(f"{folder / MANIFEST} lacks {name}, so no run can resume from it; {advice(folder)}")
     for segment in manifest.data_position.segments:
         _refuse_unknown(folder, "data_position.segments", segment.model_extra or {})
 
@@ -304,7 +303,7 @@ def wrong_file(folder: Path, manifest: Manifest) -> str:
     for name, stored in manifest.files.items():
         file = folder / name
         if file.is_symlink():
-            return f"{file} is a link to {os.readlink(file)}, a checkpoint holds its files itself; {advice(folder)}"
+            return f"{file} is a link to {os.readlink(file)}, but must be a file; {advice(folder)}"
         if not file.is_file():
             return f"{file} is missing; {advice(folder)}"
         if file.stat().st_size != stored.bytes:
@@ -314,16 +313,16 @@ def wrong_file(folder: Path, manifest: Manifest) -> str:
 
 
 def damaged_file(
-    folder: Path, manifest: Manifest, part: int = 0, parts: int = 1, tell: Callable[[], None] = lambda: None
+    folder: Path, manifest: Manifest, part: int = 0, parts: int = 1, on_progress: Callable[[], None] = lambda: None
 ) -> str:
     """Check every `parts`-th file from `part` against its SHA-256; return the first mismatch in words, or ''.
 
     Args:
-        tell: called after each `HASH_BLOCK_BYTES` read, and after the rest of a file.
+        on_progress: called after each `HASH_BLOCK_BYTES` read, and after the rest of a file.
     """
     for name in sorted(manifest.files)[part::parts]:
         try:
-            found = file_sha256(folder / name, tell)
+            found = file_sha256(folder / name, on_progress)
         except OSError as error:
             return f"{folder / name} cannot be read ({error}); {advice(folder)}"
         expected = manifest.files[name].sha256
@@ -335,22 +334,22 @@ def damaged_file(
 
 
 def hashed_blocks(manifest: Manifest, part: int = 0, parts: int = 1) -> int:
-    """Return how often `damaged_file` calls `tell` when nothing is damaged."""
+    """Return how often `damaged_file` calls `on_progress` when nothing is damaged."""
     names = sorted(manifest.files)[part::parts]
     return sum(-(-manifest.files[name].bytes // HASH_BLOCK_BYTES) for name in names)
 
 
-def file_sha256(path: Path, tell: Callable[[], None] = lambda: None) -> str:
+def file_sha256(path: Path, on_progress: Callable[[], None] = lambda: None) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(HASH_BLOCK_BYTES):
             digest.update(block)
-            tell()
+            on_progress()
     return digest.hexdigest()
 
 
 def advice(folder: Path) -> str:
-    return f"choose an earlier one with --resume (megalm checkpoint list {folder.parent.parent})"
+    return f"choose an earlier checkpoint with --resume (megalm checkpoint list {folder.parent.parent} shows them)"
 
 
 def without_advice(problem: str, folder: Path) -> str:
@@ -361,7 +360,7 @@ def without_advice(problem: str, folder: Path) -> str:
 def _refuse_unknown(folder: Path, part: str, keys: Iterable[str]) -> None:
     for key in keys:
         raise CheckpointError(
-            f"{folder / MANIFEST}: {part}: {key} is not known to this version of megalm; use the version that wrote it"
+            f"{folder / MANIFEST}: this version of megalm does not know {part}.{key}; use the version that wrote it"
         )
 
 

@@ -66,20 +66,19 @@ def superfluous(entries: Sequence[Entry], retention: Retention, best: str | None
     ]
 
 
-def prune(checkpoints: Path, retention: Retention, origin: Path | None = None) -> list[Path]:
+def prune(checkpoints: Path, retention: Retention, origin: Path | None = None, dry_run: bool = False) -> list[Path]:
     """Delete the checkpoints that `retention` does not keep; return their former paths.
 
     Args:
         origin: a checkpoint to keep whatever its age, because no save after it is complete yet.
+        dry_run: delete nothing.
 
     Raises:
         OSError: a checkpoint cannot be deleted.
     """
-    gone = [
-        entry.path for entry in superfluous(list_checkpoints(checkpoints), retention, read_pointer(checkpoints, BEST))
-    ]
-    gone = [path for path in gone if origin is None or path.resolve() != origin.resolve()]
-    for path in gone:
+    entries = superfluous(list_checkpoints(checkpoints), retention, read_pointer(checkpoints, BEST))
+    gone = [entry.path for entry in entries if origin is None or entry.path.resolve() != origin.resolve()]
+    for path in () if dry_run else gone:
         _discard(path)
     return gone
 

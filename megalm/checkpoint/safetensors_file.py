@@ -58,10 +58,6 @@ def tensor_name(key: FragmentKey) -> str:
     return f"{key.kind}/{key.name}"
 
 
-def is_whole(key: FragmentKey) -> bool:
-    return key.rectangle is None and key.stop - key.start == math.prod(key.shape)
-
-
 def write_shard(path: Path, fragments: Sequence[HasFragment]) -> ShardSummary:
     """Write fp32 fragments to `path` and make them durable.
 
@@ -72,7 +68,9 @@ def write_shard(path: Path, fragments: Sequence[HasFragment]) -> ShardSummary:
         OSError: the disk is full or fails; nothing has the checkpoint's final name then.
     """
     keys = tuple(fragment.key for fragment in fragments)
-    entries = [TensorEntry(tensor_name(key), key.shape if is_whole(key) else (key.stop - key.start,)) for key in keys]
+    whole = [key.rectangle is None and key.count == math.prod(key.shape) for key in keys]
+    shapes = [key.shape if is_whole else (key.count,) for key, is_whole in zip(keys, whole, strict=True)]
+    entries = [TensorEntry(tensor_name(key), shape) for key, shape in zip(keys, shapes, strict=True)]
     with path.open("wb") as file:
         written, sha256 = write_tensors(file, entries, (fragment.tensor for fragment in fragments))
         file.flush()

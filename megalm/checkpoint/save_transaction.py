@@ -15,13 +15,16 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from megalm.checkpoint.discovery import LATEST, PARTIAL_SUFFIX, REPLACED_SUFFIX, folder_name
 from megalm.checkpoint.manifest import Manifest, write_manifest
 from megalm.checkpoint.safetensors_file import ShardSummary, write_shard
 from megalm.checkpoint.shard_spec import HasFragment
+from megalm.communicator import Communicator
 from megalm.errors import MegalmError, TrainingError
 from megalm.utils.atomic_files import make_directory, sync_directory, write_atomically, write_durably
 from megalm.utils.formatting import format_bytes
@@ -36,7 +39,7 @@ _RANK_BYTES = 64 << 10
 
 def bytes_needed(fragments: Sequence[HasFragment]) -> int:
     """Return the estimated size of this rank's part of a checkpoint, from shapes alone."""
-    return _RANK_BYTES + sum(4 * (fragment.key.stop - fragment.key.start) + _FRAGMENT_BYTES for fragment in fragments)
+    return _RANK_BYTES + sum(4 * fragment.key.count + _FRAGMENT_BYTES for fragment in fragments)
 
 
 def require_space(folder: Path, needed: int, make_room: Callable[[], None]) -> None:
@@ -56,22 +59,12 @@ def require_space(folder: Path, needed: int, make_room: Callable[[], None]) -> N
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise TrainingError(
-            f"{folder} has {format_bytes(free)} free, a checkpoint needs {format_bytes(needed)}; make room "
-            "(megalm checkpoint prune), or keep fewer with checkpoint.keep_last"
+            f"{folder} has {format_bytes(free)} free, a checkpoint needs {format_bytes(needed)}; free space "
+            "(megalm checkpoint prune), or keep fewer checkpoints (checkpoint.keep_last)"
         )
 
 
 T = TypeVar("T")
-
-
-class Ranks(Protocol):
-    """The collectives that saving needs."""
-
-    rank: int
-    is_main: bool
-
-    def gather(self, value: T) -> list[T]: ...
-    def barrier(self) -> None: ...
 
 
 def save_checkpoint(
@@ -80,7 +73,7 @@ def save_checkpoint(
     fragments: Iterable[HasFragment],
     facts: dict[str, Any],
     copies: Sequence[Path],
-    ranks: Ranks,
+    ranks: Communicator,
 ) -> Path:
     """Write `checkpoints/step-N` and wait for it; collective. Arguments and errors as for `CheckpointWrite`."""
     write = CheckpointWrite(checkpoints, step, list(fragments), facts, copies, ranks)
@@ -112,7 +105,7 @@ class CheckpointWrite:
         fragments: Sequence[HasFragment],
         facts: dict[str, Any],
         copies: Sequence[Path],
-        ranks: Ranks,
+        ranks: Communicator,
         asynchronous: bool = False,
         make_room: Callable[[], None] = lambda: None,
         when_complete: Callable[[], None] = lambda: None,
@@ -129,10 +122,10 @@ class CheckpointWrite:
         self._when_complete = when_complete
         self._started = time.perf_counter()
         needed = sum(ranks.gather(bytes_needed(fragments)))
-        self._all_ranks(_Work(lambda: self._prepare(needed, make_room), ranks.is_main))
+        self._all_ranks(_start(lambda: self._prepare(needed, make_room)))
         shard = self._partial / f"rank-{ranks.rank:05d}.safetensors"
-        self._writing: _Work[ShardSummary] | None = _Work(lambda: write_shard(shard, fragments), thread=asynchronous)
-        self._commit: _Work[None] | None = None
+        self._writing: Future[ShardSummary] | None = _start(lambda: write_shard(shard, fragments), asynchronous)
+        self._commit: Future[None] | None = None
 
     def advance(self, wait: bool = False) -> bool:
         """Enter the next stage if all ranks are ready; return whether the checkpoint is complete.
@@ -148,34 +141,37 @@ class CheckpointWrite:
             shards = self._ranks.gather(self._writing.result())
             self._writing = None  # frees the fragments too
             self.bytes = sum(shard.bytes for shard in shards)
-            self._commit = _Work(lambda: self._publish(shards), self._ranks.is_main, thread=self._asynchronous)
+            self._commit = _start(lambda: self._publish(shards), self._asynchronous)
         assert self._commit is not None
         if not self._all_ranks(self._commit, wait):
             return False
         self.seconds = time.perf_counter() - self._started
         return True
 
-    def _all_ranks(self, work: _Work[Any], wait: bool = True) -> bool:
+    def _all_ranks(self, work: Future[Any], wait: bool = True) -> bool:
         """Return whether `work` is done on all ranks; if it failed on one rank, raise on every rank."""
         if wait:
-            work.join()
-        states = self._ranks.gather((work.is_done, work.problem, self._in_place))
+            futures.wait([work])
+        done = work.done()
+        states = self._ranks.gather((done, _problem(work) if done else "", self._in_place))
         problem = next((f"rank {rank}: {problem}" for rank, (_, problem, _) in enumerate(states) if problem), "")
         if not problem:
             return all(done for done, _, _ in states)
-        work.join()
+        error = work.exception()  # this rank's, if it had one
         self._ranks.barrier()  # no rank is writing any more
         if self._ranks.is_main:
             shutil.rmtree(self._partial, ignore_errors=True)
         if any(in_place for _, _, in_place in states):
             raise TrainingError(
-                f"checkpoint {self.path} is complete, but then: {problem}; --resume auto goes on from it"
-            ) from work.error
+                f"checkpoint {self.path} is complete, but a later step failed: {problem}; --resume auto resumes from it"
+            ) from error
         raise TrainingError(
-            f"checkpoint {self.path} was not written: {problem}; --resume auto goes on from the one before"
-        ) from work.error
+            f"cannot write checkpoint {self.path}: {problem}; --resume auto resumes from the checkpoint before it"
+        ) from error
 
     def _prepare(self, needed: int, make_room: Callable[[], None]) -> None:
+        if not self._ranks.is_main:
+            return
         make_directory(self._partial.parent)
         if self._partial.exists():
             shutil.rmtree(self._partial)
@@ -183,53 +179,40 @@ class CheckpointWrite:
         self._partial.mkdir()
 
     def _publish(self, shards: list[ShardSummary]) -> None:
-        """Write everything under the partial name, then rename it to commit."""
+        """On rank 0: write everything under the partial name, then rename it to commit."""
+        if not self._ranks.is_main:
+            return
         files = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
         for source in self._copies:
             files[source.name] = _copy(source, self._partial / source.name)
-        stated = {**self._facts, "files": files, "tensors": _tensor_index(shards)}
-        write_manifest(self._partial, Manifest.from_json(stated))
+        content = {**self._facts, "files": files, "tensors": _tensor_index(shards)}
+        write_manifest(self._partial, Manifest.from_json(content))
         _put_in_place(self._partial, self.path)
         self._in_place = True
         write_durably(self.path.parent / LATEST, f"{self.path.name}\n".encode())
         self._when_complete()
 
 
-class _Work(Generic[T]):
-    """A task of this rank, run now or in a thread; a failure is kept, with a message for the other ranks.
+def _start(work: Callable[[], T], thread: bool = False) -> Future[T]:
+    """Run a task of this rank, now or in a thread that the end of the process does not wait for."""
+    future: Future[T] = Future()
 
-    Args:
-        mine: whether this rank runs it; otherwise it does nothing.
-    """
-
-    def __init__(self, work: Callable[[], T], mine: bool = True, thread: bool = False) -> None:
-        self.problem = ""
-        self.error: Exception | None = None  # this rank's error, if it had one
-        self._work = work
-        self._results: list[T] = []
-        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True) if thread and mine else None
-        if self._thread is not None:
-            self._thread.start()
-        elif mine:
-            self._run()
-
-    @property
-    def is_done(self) -> bool:
-        return self._thread is None or not self._thread.is_alive()
-
-    def join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-
-    def result(self) -> T:
-        return self._results[0]
-
-    def _run(self) -> None:
+    def run() -> None:
         try:
-            self._results.append(self._work())
+            future.set_result(work())
         except Exception as error:  # shared with all ranks, which then fail together
-            self.error = error
-            self.problem = str(error) if isinstance(error, (MegalmError, OSError)) else repr(error)
+            future.set_exception(error)
+
+    if thread:
+        threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    else:
+        run()
+    return future
+
+
+def _problem(work: Future[Any]) -> str:
+    error = work.exception()
+    return "" if error is None else str(error) if isinstance(error, (MegalmError, OSError)) else repr(error)
 
 
 def _copy(source: Path, target: Path) -> dict[str, Any]:

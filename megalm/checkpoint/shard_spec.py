@@ -31,6 +31,10 @@ class FragmentKey:
     stop: int
     rectangle: tuple[tuple[int, int], ...] | None = None
 
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
 
 class HasFragment(Protocol):
     """A `Fragment`, or an object that reads its tensor on access."""

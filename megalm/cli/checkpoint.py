@@ -1,6 +1,6 @@
-"""`megalm checkpoint`: what is saved, whether it is whole, and what becomes of it.
+"""`megalm checkpoint`: list, inspect, verify, mark, compare, delete and convert checkpoints.
 
-All but `diff` and `convert` read JSON and bytes only: they need no torch.
+All commands except `diff` and `convert` read only JSON and bytes, and need no torch.
 """
 
 from __future__ import annotations
@@ -33,42 +33,42 @@ from megalm.checkpoint.manifest import (
     set_status,
     wrong_file,
 )
-from megalm.checkpoint.retention import Retention, prune, superfluous
+from megalm.checkpoint.retention import Retention, prune
 from megalm.cli.find_run import checkpoint_at, find_run, verify
-from megalm.cli.options import Precision
+from megalm.cli.options import Place, Precision, Run, StoredPrecision
 from megalm.errors import CheckpointError
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, read_mapping
 from megalm.utils.formatting import format_bytes, table
 from megalm.utils.progress import ProgressBar
 
-_LONGEST_VALUE = 76  # with its name within a hundred columns
+_LONGEST_VALUE = 76  # characters; a line with its name has up to 100
 
 app = typer.Typer(no_args_is_help=True)
 
 
 @app.command("list")
-def list_command(run: str = typer.Argument(help="Run folder, or a name under runs/.")) -> None:
-    """List a run's checkpoints in the order of their steps; a loss stands beside the tokens that it is over."""
+def list_command(run: Run) -> None:
+    """List a run's checkpoints by step, with the validation loss and its number of tokens."""
     run_dir = find_run(run)
     checkpoints = run_dir / "checkpoints"
     folders = step_folders(checkpoints)
     if not folders:
-        typer.echo(f"{run_dir}: no checkpoints yet")
+        typer.echo(f"{run_dir} has no checkpoints yet")
         return
     entries = {entry.path: entry for entry in list_checkpoints(checkpoints)}
     marks = {LATEST: read_pointer(checkpoints, LATEST), BEST: read_pointer(checkpoints, BEST) or _lowest_loss(entries)}
     rows = [_row(folder, entries.get(folder), marks) for folder in folders]
     typer.echo(table(["name", "step", "tokens", "created", "size", "validation loss", "over", "status", ""], rows))
-    damaged = [problem for entry in entries.values() if (problem := _problem(entry))]
+    damaged = [problem for entry in entries.values() if (problem := entry.damage())]
     if damaged:
-        raise CheckpointError(f"{len(damaged)} damaged: {damaged[0]}")
+        raise CheckpointError(f"{len(damaged)} checkpoints are damaged: {damaged[0]}")
 
 
 @app.command("show")
-def show_command(path: Path = typer.Argument(help="Checkpoint folder, or a run folder for its newest.")) -> None:
-    """Show one checkpoint: where training was, and whether its files are there in full size."""
-    folder = checkpoint_at(path)
+def show_command(place: Place) -> None:
+    """Show a checkpoint: its manifest, and whether its files have their full size."""
+    folder = checkpoint_at(place)
     manifest = read_manifest(folder)
     facts = [
         [name, _plain(name, value)] for name, value in manifest.content.items() if name not in ("files", "tensors")
@@ -76,7 +76,7 @@ def show_command(path: Path = typer.Argument(help="Checkpoint folder, or a run f
     typer.echo(table(["checkpoint", str(folder)], [*facts, ["tensors", f"{len(manifest.tensors)} parameters"]]))
     if segments := manifest.schedule.segments:
         rates = [["learning rate", str(ScheduleSegment.of(stored))] for stored in segments]
-        typer.echo("\n" + table(["in force", ""], rates))
+        typer.echo("\n" + table(["schedule", ""], rates))
     rows = [
         [name, format_bytes(stored.bytes), _presence(folder / name, stored.bytes)]
         for name, stored in manifest.files.items()
@@ -87,53 +87,54 @@ def show_command(path: Path = typer.Argument(help="Checkpoint folder, or a run f
 
 
 @app.command("verify")
-def verify_command(path: Path = typer.Argument(help="Checkpoint folder, or a run folder for all of its.")) -> None:
-    """Hash every file and compare it with what the manifest says."""
+def verify_command(
+    path: Path = typer.Argument(help="A checkpoint folder, or a run folder for all its checkpoints."),
+) -> None:
+    """Hash every file and compare it with the manifest."""
     path = resolve_pointer(path)
-    entries = [_entry(path)] if (path / MANIFEST).exists() else list_checkpoints(find_run(str(path)) / "checkpoints")
+    entries = (
+        [Entry.read(path)] if (path / MANIFEST).exists() else list_checkpoints(find_run(str(path)) / "checkpoints")
+    )
     problems = []
     for entry in entries:
-        problem = _problem(entry)
+        problem = entry.damage()
         if not problem and entry.manifest is not None:
             with ProgressBar(f"checking {entry.path.name}", hashed_blocks(entry.manifest)) as counter:
-                problem = damaged_file(entry.path, entry.manifest, tell=counter.advance)
-        typer.echo(f"{entry.path}: {problem or 'every file is as it was written'}")
+                problem = damaged_file(entry.path, entry.manifest, on_progress=counter.advance)
+        typer.echo(f"{entry.path}: {problem or 'every file is intact'}")
         problems += [problem] if problem else []
     if not entries:
-        raise CheckpointError(f"{path}: no complete checkpoint there")
+        raise CheckpointError(f"{path} has no complete checkpoint")
     if problems:
-        raise CheckpointError(f"{len(problems)} of {len(entries)} damaged: {problems[0]}")
+        raise CheckpointError(f"{len(problems)} of {len(entries)} checkpoints are damaged: {problems[0]}")
 
 
 @app.command("mark-bad")
 def mark_bad_command(
-    path: Path = typer.Argument(help="Checkpoint folder."),
-    reason: str = typer.Option(None, help="Why; it is kept with the mark and shown when somebody asks for it."),
-    good: bool = typer.Option(False, "--good", help="Undo it: mark it good again."),
+    path: Path = typer.Argument(help="A checkpoint folder."),
+    reason: str = typer.Option(None, help="The reason; later messages about the checkpoint show it."),
+    good: bool = typer.Option(False, "--good", help="Remove the mark: --resume takes the checkpoint again."),
 ) -> None:
-    """Keep --resume from ever taking a checkpoint (with --good: let it again)."""
+    """Mark a checkpoint bad, so that --resume never takes it."""
     path = resolve_pointer(path)
     if not (path / MANIFEST).is_file():
-        raise CheckpointError(f"{path}: no checkpoint; `megalm checkpoint list RUN` names them")
+        raise CheckpointError(f"{path} is not a checkpoint; `megalm checkpoint list RUN` lists them")
     if not (reason or good):
-        raise CheckpointError(f"{path}: a mark needs its reason; add --reason TEXT")
+        raise CheckpointError(f"{path}: a mark needs a reason; add --reason TEXT")
     set_status(path, "good" if good else "bad", reason)
     typer.echo(f"{path}: marked {'good' if good else 'bad'}{f' ({reason})' if reason else ''}")
 
 
 @app.command("diff")
-def diff_command(
-    first: Path = typer.Argument(help="Checkpoint folder, or a run folder for its newest."),
-    second: Path = typer.Argument(help="Another one; any layout."),
-) -> None:
-    """What two checkpoints say differently of themselves, and how far their tensors are apart."""
+def diff_command(first: Place, second: Path = typer.Argument(help="Another run or checkpoint, of any layout.")) -> None:
+    """Compare two checkpoints: their manifests, their configurations and their tensors."""
     from megalm.checkpoint.checkpoint_reader import CheckpointReader
     from megalm.checkpoint.diff import different_facts, different_shapes, largest_differences  # imports torch
 
     readers = CheckpointReader(checkpoint_at(first)), CheckpointReader(checkpoint_at(second))
-    facts = different_facts(*(_account(reader.path, reader.manifest) for reader in readers))
+    facts = different_facts(*(_with_config(reader.path, reader.manifest) for reader in readers))
     titles = [str(reader.path) for reader in readers]
-    typer.echo(table(["said of it", *titles], facts) if facts else "both say the same of themselves")
+    typer.echo(table(["key", *titles], facts) if facts else "the manifests and configurations do not differ")
     if shapes := different_shapes(*readers):
         typer.echo("\n" + table(["shape", *titles], shapes))
     with ProgressBar("comparing", len(readers[0].shapes())) as counter:
@@ -145,66 +146,47 @@ def diff_command(
 
 @app.command("prune")
 def prune_command(
-    run: str = typer.Argument(help="Run folder, or a name under runs/."),
-    keep_last: int = typer.Option(..., min=1, help="Keep so many good ones, those written last."),
-    keep_every: int = typer.Option(None, min=1, help="And every good one whose step divides by this."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Only say what would go."),
+    run: Run,
+    keep_last: int = typer.Option(..., min=1, help="Keep this many good checkpoints, those written last."),
+    keep_every: int = typer.Option(
+        None, min=1, help="Also keep every good checkpoint whose step is a multiple of this."
+    ),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Only list the checkpoints to delete."),
 ) -> None:
-    """Delete old checkpoints. The best one stays, and suspect and bad ones newer than what is kept."""
+    """Delete old checkpoints. Keeps the best one, and suspect and bad ones newer than the kept good ones."""
     checkpoints = find_run(run) / "checkpoints"
-    retention = Retention(keep_last, keep_every)
-    if dry_run:
-        gone = [
-            entry.path
-            for entry in superfluous(list_checkpoints(checkpoints), retention, read_pointer(checkpoints, BEST))
-        ]
-    else:
-        gone = prune(checkpoints, retention)
+    gone = prune(checkpoints, Retention(keep_last, keep_every), dry_run=dry_run)
     for path in gone:
-        typer.echo(f"{path}: {'would go' if dry_run else 'deleted'}")
+        typer.echo(f"{path}: {'would be deleted' if dry_run else 'deleted'}")
     if not gone:
         typer.echo(f"{checkpoints}: nothing to delete")
 
 
 @app.command("convert")
 def convert_command(
-    path: Path = typer.Argument(help="Checkpoint folder, or a run folder for its newest."),
+    place: Place,
     output: Path = typer.Argument(help="The safetensors file to write."),
-    dtype: Precision = typer.Option(Precision.fp32, help="fp32 is exact; bf16 is rounded."),
+    dtype: StoredPrecision = Precision.fp32,
 ) -> None:
-    """Write the whole weights as one safetensors file, by canonical name, one parameter in memory at a time."""
-    import torch
-
+    """Write the weights to one safetensors file by canonical name, with one parameter in memory at a time."""
     from megalm.checkpoint.checkpoint_reader import CheckpointReader
-    from megalm.checkpoint.consolidate import write_weights
 
     if output.exists():
-        raise CheckpointError(f"{output} exists; name another file, or remove it")
+        raise CheckpointError(f"{output} exists; name another file, or remove this one")
     if not output.parent.is_dir():
-        raise CheckpointError(f"{output.parent}: no such folder; make it first")
-    reader = CheckpointReader(checkpoint_at(path))
+        raise CheckpointError(f"{output.parent}: no such folder; create it first")
+    reader = CheckpointReader(checkpoint_at(place))
     verify(reader)
-    stored, parameters = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype.value], len(reader.shapes())
+    parameters = len(reader.shapes())
     with ProgressBar("writing", parameters) as counter:
-        written = write_weights(reader, output, stored, counter.advance)
+        written = reader.write_weights(output, dtype.dtype, counter.advance)
     typer.echo(f"{output}: {parameters} parameters of {reader.path} in {dtype.value}, {format_bytes(written)}")
 
 
-def _account(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """The manifest, with the configuration that is kept beside it."""
-    kept = {"config": read_mapping(path / CONFIG_FILE), "deepspeed": read_mapping(path / DEEPSPEED_FILE)}
-    return {**manifest.content, **kept}
-
-
-def _entry(path: Path) -> Entry:
-    try:
-        return Entry(path, read_manifest(path))
-    except CheckpointError as error:
-        return Entry(path, None, str(error))
-
-
-def _problem(entry: Entry) -> str:
-    return entry.problem if entry.manifest is None else wrong_file(entry.path, entry.manifest)
+def _with_config(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """The manifest with the configuration files beside it."""
+    files = {"config": read_mapping(path / CONFIG_FILE), "deepspeed": read_mapping(path / DEEPSPEED_FILE)}
+    return {**manifest.content, **files}
 
 
 def _row(folder: Path, entry: Entry | None, marks: Mapping[str, str | None]) -> list[object]:
@@ -215,7 +197,7 @@ def _row(folder: Path, entry: Entry | None, marks: Mapping[str, str | None]) -> 
     if manifest is None:
         return [folder.name, entry.step, *[None] * 5, "damaged", note]
     loss, over, whole = manifest.validation_loss, manifest.validation_tokens, manifest.whole_validation_loss
-    told = None if whole is None else f"{whole:.4f} over {manifest.whole_validation_tokens:,}"
+    complete = None if whole is None else f"{whole:.4f} over {manifest.whole_validation_tokens:,}"
     return [
         folder.name,
         entry.step,
@@ -224,13 +206,13 @@ def _row(folder: Path, entry: Entry | None, marks: Mapping[str, str | None]) -> 
         format_bytes(manifest.bytes),
         None if loss is None else f"{loss:.4f}",
         None if over is None else f"{over:,}",
-        "damaged" if _problem(entry) else entry.status,
-        " ".join(filter(None, [note, told, manifest.status_reason])),
+        "damaged" if entry.damage() else entry.status,
+        " ".join(filter(None, [note, complete, manifest.status_reason])),
     ]
 
 
 def _lowest_loss(entries: Mapping[Path, Entry]) -> str | None:
-    """Of the good ones; losses over a part of the validation sets and over all of them are not compared."""
+    """The good checkpoint with the lowest loss, among losses over the most common number of tokens."""
     known = [
         (loss, path.name, manifest.validation_tokens)
         for path, entry in entries.items()
@@ -240,7 +222,7 @@ def _lowest_loss(entries: Mapping[Path, Entry]) -> str | None:
     if not known:
         return None
     (over, count), *_ = Counter(over for _, _, over in known).most_common(1)
-    if count == 1 < len(known):  # no two can be compared
+    if count == 1 < len(known):  # no two losses have the same number of tokens
         return None
     return min((loss, name) for loss, name, of in known if of == over)[1]
 
@@ -253,14 +235,14 @@ def _presence(file: Path, expected_bytes: int) -> str:
 
 
 def _created(value: object) -> object:
-    """Unix seconds or text, as text."""
+    """Format Unix seconds; text is returned unchanged."""
     if isinstance(value, (int, float)):
         return datetime.datetime.fromtimestamp(value).strftime("%Y-%m-%d %H:%M:%S")
     return value
 
 
 def _plain(name: str, value: Any) -> str:
-    """One line; the long ones are for programs to read."""
+    """A value as one line, shortened if it is long."""
     if name == "created":
         value = _created(value)
     text = value if isinstance(value, str) else json.dumps(value)

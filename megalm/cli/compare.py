@@ -1,4 +1,4 @@
-"""`megalm compare`: what differs between runs, in configuration and in results."""
+"""`megalm compare`: the differences between runs in configuration and results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megalm.tracking import compare_runs
 from megalm.tracking.compare_runs import Results
 from megalm.utils.formatting import format_duration, table
 
-# How many times `Results.scatter` two numbers have to be apart; with normal noise these are two standard deviations.
+# A difference counts from this multiple of `Results.scatter`; with normal noise, two standard deviations.
 _SCATTERS = 3.0
 
 
@@ -24,10 +24,10 @@ class _Line:
     """A line of the table.
 
     Attributes:
-        form: how a number is written, of a difference too; None: nobody asks for the difference.
-        scatter: the name in `Results.scatter` of the single steps that the number is drawn from.
-        difference_form: where a difference is written in another way.
-        whole: the table writes the number as it is.
+        form: formats the number and the difference; None: the line has no difference.
+        scatter: the key in `Results.scatter` for the number's scatter over steps.
+        difference_form: formats the difference, if it needs another format.
+        whole: the table formats the number itself.
     """
 
     value: Callable[[Results], float | int | None]
@@ -49,7 +49,7 @@ def _seconds(value: float) -> str:
     return f"{'-' if round(value) < 0 else ''}{format_duration(abs(value))}"
 
 
-# What the table says of a run's results, line by line.
+# The lines of the table.
 _LINES: dict[str, _Line] = {
     "parameters": _Line(lambda it: it.parameters, _as(","), whole=True),
     "steps": _Line(lambda it: it.steps, _as(","), whole=True),
@@ -70,26 +70,26 @@ _LINES: dict[str, _Line] = {
 
 
 def command(
-    runs: list[str] = typer.Argument(help="Two or more run folders, or names under runs/."),
-    plot: Path = typer.Option(Path("compare.png"), help="Where the loss curves over tokens go."),
+    runs: list[str] = typer.Argument(help="Two or more run folders, or runs' names under runs/."),
+    plot: Path = typer.Option(Path("compare.png"), help="The file for the plot of the losses over tokens."),
 ) -> None:
-    """Two or more runs: what differs in configuration and in results.
+    """Compare two or more runs: the differences in configuration and in results.
 
-    Of exactly two the last column is the second less the first. Speeds and the
-    last training loss are held against the scatter of single steps; of one
-    validation loss a run nothing says what another seed would have given.
+    For two runs, the last column is the second minus the first. It compares
+    speeds and the last training loss with the scatter of single steps. A single
+    validation loss per run does not show the effect of the seed.
     """
     if len(runs) < 2:
-        raise ConfigError("compare: takes two or more runs; `ls runs` names them")
+        raise ConfigError("compare needs two or more runs; `ls runs` lists them")
     records = [compare_runs.read_run(find_run(run), read_watched) for run in runs]
     names = [record.name for record in records]
     if len(set(names)) < len(names):
-        names = runs  # the same name under two roots: as they were typed
+        names = runs  # the same name under two roots
     differences = compare_runs.differing_settings(records)
     if differences:
         typer.echo(table(["setting", *names], [[name, *values] for name, values in differences.items()]))
     else:
-        typer.echo("no difference in config.yaml and deepspeed.resolved.json")
+        typer.echo("config.yaml and deepspeed.resolved.json do not differ")
     outcome = [compare_runs.results(record) for record in records]
     headings, rows = ["result", *names], [[name, *map(line.cell, outcome)] for name, line in _LINES.items()]
     if len(outcome) == 2:
@@ -97,11 +97,11 @@ def command(
         rows = [[*row, difference(line, *outcome)] for row, line in zip(rows, _LINES.values(), strict=True)]
     typer.echo("\n" + table(headings, rows))
     compare_runs.plot_losses(records, plot, names)
-    typer.echo(f"\nloss curves over tokens: {plot}")
+    typer.echo(f"\nlosses over tokens: {plot}")
 
 
 def difference(line: _Line, first: Results, second: Results) -> str | None:
-    """The second less the first, in its unit and in percent; None where either is unknown."""
+    """The second minus the first, in its unit and in percent; None if either is unknown."""
     before, now = line.value(first), line.value(second)
     if line.form is None or before is None or now is None or not (math.isfinite(before) and math.isfinite(now)):
         return None

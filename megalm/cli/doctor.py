@@ -1,4 +1,4 @@
-"""`megalm doctor`: what this machine has, what of megalm works here, and why the rest does not."""
+"""`megalm doctor`: check this machine, and report which features of megalm work on it and why others do not."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from megalm.utils.formatting import format_bytes, table
 
 _GIB = 2**30
 _SLURM_COMMANDS = ("sbatch", "srun", "scontrol", "sinfo")
-_SLURM_PATIENCE_SECONDS = 10
-# Below this, gloo and data workers run out of shared memory (containers have 64 MiB by default).
+_SLURM_TIMEOUT_SECONDS = 10
+# With less, gloo and data workers run out of shared memory; containers have 64 MiB by default.
 _ENOUGH_SHM_BYTES = _GIB
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked for; `missing` means that nothing can be trained without it."""
+    """The result of one check; training is impossible without an item in state `missing`."""
 
     name: str
     found: str
@@ -37,33 +37,34 @@ class Finding:
 
 
 def command() -> None:
-    """What this machine has, and what of megalm works on it; exit code 1 where something essential is missing."""
+    """Check this machine: its hardware and software, and the features of megalm that work.
+
+    Exits with code 1 if something essential is missing.
+    """
     machine = machine_findings()
     works = capabilities({finding.name: finding for finding in machine})
     typer.echo(table(["machine", "found", ""], [[item.name, item.found, item.state] for item in machine]))
-    typer.echo("\n" + table(["on this machine", "works", "because"], works))
+    typer.echo("\n" + table(["feature", "works", "reason"], works))
     missing = [item.name for item in machine if item.state == "missing"]
     if missing:
-        typer.echo(f"\nmissing and essential: {', '.join(missing)}; install with `make install`", err=True)
+        typer.echo(f"\nessential, but missing: {', '.join(missing)}; `make install` installs it", err=True)
         raise typer.Exit(1)
 
 
 def machine_findings() -> list[Finding]:
-    """Everything that megalm uses of a machine, looked at without changing anything."""
+    """Check everything that megalm uses of a machine, without changes to it."""
     return [
         _python(),
         *_torch(),
         _package("deepspeed", essential=True),
-        Finding(
-            "DeepSpeed ops built", ", ".join(_built_ops()) or "none yet; the first run with offload builds its own"
-        ),
+        Finding("DeepSpeed ops built", ", ".join(_built_ops()) or "none yet; the first run with offload builds them"),
         _package("mlflow", essential=False),
         Finding("cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} usable, {platform.machine()}"),
         _memory(),
         _disk(),
         _shared_memory(),
-        _tool("g++", "--version"),
-        _tool("ninja", "--version"),
+        _tool("g++"),
+        _tool("ninja"),
         _header("Python.h", sysconfig.get_path("include")),
         _header("libaio.h", "/usr/include"),
         _slurm(),
@@ -71,7 +72,7 @@ def machine_findings() -> list[Finding]:
 
 
 def capabilities(machine: dict[str, Finding]) -> list[list[str]]:
-    """Rows (what, yes or no, why) drawn from the findings."""
+    """Rows of feature, yes or no, and reason."""
 
     def ok(name: str) -> bool:
         return name in machine and machine[name].state == "ok"
@@ -84,7 +85,7 @@ def capabilities(machine: dict[str, Finding]) -> list[list[str]]:
     rows = [
         ("training on the CPU (gloo)", base, "nothing to compile" if base else "needs python, torch and deepspeed"),
         ("training on GPUs (NCCL)", base and gpu, machine["CUDA device 0"].found if gpu else no_gpu),
-        ("bf16 on GPUs", bf16, "the device has it" if bf16 else "use fp16 there" if gpu else no_gpu),
+        ("bf16 on GPUs", bf16, "supported by the device" if bf16 else "use fp16 instead" if gpu else no_gpu),
         ("optimizer offload to the CPU", base and compiler, "compiles DeepSpeedCPUAdam" if compiler else no_compiler),
         (
             "optimizer offload to NVMe",
@@ -104,7 +105,7 @@ def _python() -> Finding:
 
 
 def _package(name: str, essential: bool) -> Finding:
-    """By its metadata: importing DeepSpeed or MLflow takes seconds."""
+    """Read the metadata only: importing DeepSpeed or MLflow takes seconds."""
     try:
         return Finding(name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
@@ -114,8 +115,8 @@ def _package(name: str, essential: bool) -> Finding:
 def _torch() -> list[Finding]:
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: a shared library of the build is not there
-        return [Finding("torch", f"cannot be imported: {error}", "missing")]
+    except (ImportError, OSError) as error:  # OSError: a shared library is missing
+        return [Finding("torch", f"import fails: {error}", "missing")]
     findings = [Finding("torch", torch.__version__)]
     if not torch.cuda.is_available():
         reason = "this torch is a CPU build" if torch.version.cuda is None else "no usable NVIDIA driver or device"
@@ -131,7 +132,7 @@ def _torch() -> list[Finding]:
 
 
 def _built_ops() -> list[str]:
-    """Names of compiled DeepSpeed operations: in torch's cache, or built into the package."""
+    """The compiled DeepSpeed operations in torch's cache or in the package."""
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     found = {path.stem for path in cache.rglob("*.so")}
     package = importlib.util.find_spec("deepspeed")
@@ -141,7 +142,7 @@ def _built_ops() -> list[str]:
 
 
 def _memory() -> Finding:
-    """What a process may use: the container's limit where that is lower than the machine's memory."""
+    """The memory that a process can use; a container's limit can be lower than the machine's memory."""
     memory = psutil.virtual_memory()
     limit = memory.total
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
@@ -161,21 +162,20 @@ def _disk() -> Finding:
 
 def _shared_memory() -> Finding:
     if not Path("/dev/shm").is_dir():
-        return Finding("/dev/shm", "not there", "absent")
+        return Finding("/dev/shm", "does not exist", "absent")
     total = shutil.disk_usage("/dev/shm").total
     if total >= _ENOUGH_SHM_BYTES:
         return Finding("/dev/shm", f"{format_bytes(total)}")
     return Finding("/dev/shm", f"{format_bytes(total)}; start the container with --shm-size=8g", "absent")
 
 
-def _tool(name: str, version_flag: str) -> Finding:
-    # The virtual environment's own first: `make` puts it there on PATH, a bare shell may not.
+def _tool(name: str) -> Finding:
+    # The virtual environment comes first; `make` has it on PATH, a bare shell may not.
     path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if path is None:
         return Finding(name, "not on PATH", "absent")
-    result = subprocess.run([path, version_flag], capture_output=True, text=True, check=False)
-    lines = result.stdout.splitlines() or ["no answer"]
-    return Finding(name, lines[0])
+    result = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    return Finding(name, next(iter(result.stdout.splitlines()), "no version"))
 
 
 def _header(name: str, folder: str) -> Finding:
@@ -184,15 +184,15 @@ def _header(name: str, folder: str) -> Finding:
 
 
 def _slurm() -> Finding:
-    """The commands alone are no cluster: its controller has to answer."""
+    """Slurm works if its commands are installed and its controller answers."""
     missing = [name for name in _SLURM_COMMANDS if shutil.which(name) is None]
     if missing:
         return Finding("Slurm", f"no {', '.join(missing)}", "absent")
     try:
         command = ["sinfo", "--noheader", "--format=%P: %D nodes"]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SLURM_PATIENCE_SECONDS)
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SLURM_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
-        return Finding("Slurm", f"no answer of its controller within {_SLURM_PATIENCE_SECONDS} s", "absent")
+        return Finding("Slurm", f"the controller does not answer within {_SLURM_TIMEOUT_SECONDS} s", "absent")
     if answer.returncode != 0:
-        return Finding("Slurm", "its commands are here, but sinfo finds no controller", "absent")
+        return Finding("Slurm", "commands installed, but sinfo finds no controller", "absent")
     return Finding("Slurm", ", ".join(answer.stdout.split("\n")[:-1]) or "no partitions")

@@ -1,10 +1,10 @@
-"""`megalm evaluate`: loss of checkpoints on datasets and texts, and their answers to questions."""
+"""`megalm evaluate`: the loss of checkpoints on datasets and texts, and their answers to questions."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import orjson
 import typer
 
-from megalm.cli.find_run import checkpoint_at, find_place, verify
+from megalm.cli.find_run import checkpoint_at, good_checkpoints_at, verify, warn
 from megalm.cli.options import Place, Precision, Tokenizer
 from megalm.errors import CheckpointError, ConfigError
 from megalm.runs.metrics_log import MetricsWriter, plain
@@ -21,17 +21,40 @@ from megalm.utils.formatting import table
 from megalm.utils.progress import ProgressBar, watched
 
 if TYPE_CHECKING:
-    from megalm.inference.dataset_eval import Row, Task
-    from megalm.inference.inference_model import CheckpointFacts, OfflinePrecision
+    from megalm.inference.dataset_eval import DatasetTask, Row
+    from megalm.inference.inference_model import CheckpointFacts
+    from megalm.inference.multiple_choice import ChoiceTask
+    from megalm.inference.text_eval import TextTask
+
+    Task = DatasetTask | TextTask | ChoiceTask
 
 RECORD = "evaluations.jsonl"
 _TEXT_KEY = "text"
+_Column = tuple[str, str, str]  # heading, key of the row, format
+_STEP_COLUMNS: tuple[_Column, ...] = (("step", "step", ""), ("training tokens", "tokens", ","))
+_LOSS_COLUMNS: tuple[_Column, ...] = (
+    ("set", "dataset", ""),
+    ("tokens", "targets", ","),
+    ("loss", "loss", ".4f"),
+    ("perplexity", "perplexity", ".2f"),
+    ("bits/byte", "bits_per_byte", ".4f"),
+    ("word perplexity", "word_perplexity", ".4g"),
+)
+_ANSWER_COLUMNS: tuple[_Column, ...] = (
+    ("set", "dataset", ""),
+    ("questions", "questions", ","),
+    ("accuracy", "accuracy", ".1%"),
+    ("+-", "accuracy_error", ".1%"),
+    ("byte accuracy", "byte_accuracy", ".1%"),
+    ("+-", "byte_accuracy_error", ".1%"),
+    ("chance", "chance", ".1%"),
+)
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """What to evaluate on."""
+class _Request:
+    """The data to evaluate on."""
 
     data: Sequence[str]
     text: Sequence[str]
@@ -46,7 +69,7 @@ def command(
     place: Place,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", metavar="PREFIX", help="A dataset, PREFIX.bin and PREFIX.idx. May be repeated."),
+        typer.Option("--data", metavar="PREFIX", help="A dataset: PREFIX.bin and PREFIX.idx. May be repeated."),
     ] = None,
     text: Annotated[
         list[str] | None,
@@ -59,26 +82,28 @@ def command(
         ),
     ] = None,
     every_checkpoint: Annotated[
-        bool, typer.Option("--every-checkpoint", help="All good checkpoints of the run, one after the other.")
+        bool, typer.Option("--every-checkpoint", help="Evaluate all good checkpoints of the run.")
     ] = False,
     max_samples: Annotated[
         int | None,
-        typer.Option(min=1, help="Of each: so many windows, documents or questions, evenly spaced. Default: all."),
+        typer.Option(min=1, help="Use at most this many windows, documents or questions of each, evenly spaced."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows at once: memory and speed, not the result.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per batch; changes memory and speed only.")] = 16,
     overlap: Annotated[
         int | None,
-        typer.Option(min=0, help="--text: tokens of context from the window before. Default: half a window."),
+        typer.Option(
+            min=0, help="For --text: tokens that a window shares with the one before. Default: half a window."
+        ),
     ] = None,
-    text_key: Annotated[str, typer.Option(help="--text: the key or column that holds the text.")] = _TEXT_KEY,
-    dtype: Annotated[Precision, typer.Option(help="What the model computes in.")] = Precision.fp32,
+    text_key: Annotated[str, typer.Option(help="For --text: the key or column that holds the text.")] = _TEXT_KEY,
+    dtype: Annotated[Precision, typer.Option(help="The dtype of weights and activations.")] = Precision.fp32,
     tokenizer: Tokenizer = "",
-    json: Annotated[bool, typer.Option("--json", help="JSON lines instead of tables.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of tables.")] = False,
 ) -> None:
-    """Loss, perplexity and bits per byte of a checkpoint; its answers to multiple-choice questions.
+    """Evaluate checkpoints: loss, perplexity and bits per byte, and accuracy on multiple-choice questions.
 
-    Without --data, --text and --choices: on the run's own validation sets, whole, as at the end of training.
-    Results are added to evaluations.jsonl in the run folder, too. docs/evaluation.md has the details.
+    Without --data, --text and --choices, uses the run's own complete validation sets, as at the end of training.
+    Also appends the results to evaluations.jsonl in the run folder. docs/evaluation.md has the details.
 
     \b
     megalm evaluate runs/mine
@@ -96,111 +121,99 @@ def command(
     from megalm.inference.inference_model import read_facts
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    found = find_place(place) if every_checkpoint else checkpoint_at(place)
-    paths, left_out = _every(found) if every_checkpoint else ((found,), ())
+    if every_checkpoint:
+        found, paths = good_checkpoints_at(place, "--every-checkpoint")
+    else:
+        found = checkpoint_at(place)
+        paths = [found]
     facts = read_facts(paths[-1], tokenizer or None)
-    if not every_checkpoint:
-        _refuse_bad(facts)
-        paths = (facts.path,)
-    for reason in left_out:
-        _tell(f"left out {reason}")
-    wanted = _Wanted(data or (), text or (), choices or (), max_samples, batch_size, overlap, text_key)
-    tasks = _tasks(facts, wanted)
+    _refuse_bad(facts)
+    request = _Request(data or (), text or (), choices or (), max_samples, batch_size, overlap, text_key)
+    tasks = _tasks(facts, request)
     rows: list[Row] = []
     with ProgressBar("evaluating", sum(task.batches for task in tasks) * len(paths)) as counter, _memory_errors_named():
         for path in paths:
             try:
-                # One model at a time: it goes with the function.
-                rows += _evaluate(path, tokenizer or None, dtype.value, tasks, wanted, counter)
+                # The function's end frees the model, so that one is in memory at a time.
+                rows += _evaluate(path, tokenizer or None, dtype, tasks, request, counter)
             except CheckpointError as error:
                 if not every_checkpoint:
                     raise
-                _tell(f"left out {path.name}: {error}")
+                warn(f"skipped {path.name}: {error}")
     if not rows:
         raise CheckpointError(f"{found}: no checkpoint could be evaluated")
-    typer.echo(_lines(rows) if json else _tables(rows, found if every_checkpoint else facts.path))
-
-
-def _every(run: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-    """All good checkpoints, and what is left out."""
-    from megalm.inference.run_checkpoints import checkpoints_of
-
-    if not (run / "checkpoints").is_dir():
-        raise ConfigError(f"--every-checkpoint takes a run folder; {run} has no folder checkpoints")
-    course = checkpoints_of(run)
-    return course.good, course.left_out
+    typer.echo("\n".join(orjson.dumps(plain(row)).decode() for row in rows) if json else _tables(rows, found))
 
 
 def _refuse_bad(facts: CheckpointFacts) -> None:
+    """Refuse a bad checkpoint, and warn of a suspect one."""
+    marked = f"{facts.path} is {facts.manifest.mark}"
     if facts.manifest.status == "bad":
         raise CheckpointError(
-            f"{facts.path} is {facts.mark}; choose another, or undo it with "
-            f"megalm checkpoint mark-bad --good {facts.path}"
+            f"{marked}; choose another, or remove the mark with `megalm checkpoint mark-bad --good {facts.path}`"
         )
-    if facts.mark:
-        _tell(f"{facts.path} is {facts.mark}")
+    if facts.manifest.mark:
+        warn(marked)
 
 
-def _tasks(facts: CheckpointFacts, wanted: _Wanted) -> list[Task]:
-    """Everything that is asked for, opened and checked before a model is loaded."""
+def _tasks(facts: CheckpointFacts, request: _Request) -> list[Task]:
+    """Open and check all requested data before a model is loaded."""
     from megalm.inference.dataset_eval import DATA, OWN, DatasetTask, other_sets, own_sets
     from megalm.inference.multiple_choice import ChoiceTask, read_choices
     from megalm.inference.text_eval import TextTask, read_text
 
-    if not wanted.text and (wanted.overlap is not None or wanted.text_key != _TEXT_KEY):
-        raise ConfigError("--overlap and --text-key are about raw text; name it with --text")
-    for option, named in (("--data", wanted.data), ("--text", wanted.text), ("--choices", wanted.choices)):
+    if not request.text and (request.overlap is not None or request.text_key != _TEXT_KEY):
+        raise ConfigError("--overlap and --text-key need raw text; name it with --text")
+    for option, named in (("--data", request.data), ("--text", request.text), ("--choices", request.choices)):
         if len(set(named)) < len(named):
-            raise ConfigError(f"{option}: one of {', '.join(map(str, named))} is named twice; name it once")
+            raise ConfigError(f"{option} names one of {', '.join(map(str, named))} twice; name it once")
     tasks: list[Task] = []
-    if wanted.data:
-        sets = other_sets(facts, wanted.data)
-        tasks.append(DatasetTask(DATA, sets, facts.tokenizer, wanted.batch_size, wanted.max_samples))
-    if wanted.text:
+    if request.data:
+        sets = other_sets(facts, request.data)
+        tasks.append(DatasetTask(DATA, sets, facts.tokenizer, request.batch_size, request.max_samples))
+    if request.text:
         texts = []
-        for path in wanted.text:
+        for path in request.text:
             counted = watched(f"tokenizing {path}")
-            one = read_text(path, facts, wanted.overlap, wanted.text_key, wanted.max_samples, counted)
+            one = read_text(path, facts, request.overlap, request.text_key, request.max_samples, counted)
             if one.skipped:
                 first = f", the first: {one.problem}" if one.problem else ""
-                _tell(f"{path}: documents left out because they are empty or cannot be read: {one.skipped:,}{first}")
+                warn(f"{path}: skipped {one.skipped:,} empty or unreadable documents{first}")
             texts.append(one)
-        tasks.append(TextTask(texts, facts.tokenizer.token_bytes(), wanted.batch_size))
-    if wanted.choices:
-        questions = [read_choices(path, facts, wanted.max_samples) for path in wanted.choices]
+        tasks.append(TextTask(texts, facts.tokenizer.token_bytes(), request.batch_size))
+    if request.choices:
+        questions = [read_choices(path, facts, request.max_samples) for path in request.choices]
         for asked in questions:
             if asked.cut:
-                _tell(
-                    f"{asked.name}: {asked.cut:,} contexts are longer than the model's window, their beginning is cut"
-                )
-        tasks.append(ChoiceTask(questions, wanted.batch_size))
+                warn(f"{asked.name}: {asked.cut:,} contexts exceed the model's window and lose their beginning")
+        tasks.append(ChoiceTask(questions, request.batch_size))
     if not tasks:
-        tasks.append(DatasetTask(OWN, own_sets(facts, _tell), facts.tokenizer, wanted.batch_size, wanted.max_samples))
+        tasks.append(DatasetTask(OWN, own_sets(facts, warn), facts.tokenizer, request.batch_size, request.max_samples))
     return tasks
 
 
 def _evaluate(
     path: Path,
     tokenizer: str | None,
-    dtype: OfflinePrecision,
+    precision: Precision,
     tasks: Sequence[Task],
-    wanted: _Wanted,
+    request: _Request,
     counter: ProgressBar,
 ) -> list[Row]:
-    """All results of one checkpoint, recorded in its run."""
+    """Evaluate one checkpoint on all tasks, and record the results in its run."""
     from megalm.inference.inference_model import InferenceModel
 
     with counter.paused():
-        model = InferenceModel(path, tokenizer, dtype, verify, watched(f"loading {path.name}"))
+        model = InferenceModel(path, tokenizer, precision.dtype, verify, watched(f"loading {path.name}"))
     manifest = model.facts.manifest
     about: dict[str, Any] = {
         "checkpoint": str(model.path),
         "step": manifest.step,
         "tokens": manifest.tokens,
-        "dtype": dtype,
+        "dtype": precision.value,
         "device": model.device.type,
         "sequence_length": model.facts.sequence_length,
-        "max_samples": wanted.max_samples,
+        "max_samples": request.max_samples,
     }
     rows = [
         {"kind": "evaluation", "time": time.time(), **about, **row}
@@ -212,7 +225,7 @@ def _evaluate(
 
 
 def _record(run: Path | None, rows: Sequence[Row]) -> None:
-    """Append to the run's account of evaluations; a folder that cannot be written to is no reason to fail."""
+    """Append to evaluations.jsonl of the run; a folder that is not writable is only a warning."""
     if run is None:
         return
     try:
@@ -220,55 +233,35 @@ def _record(run: Path | None, rows: Sequence[Row]) -> None:
             for row in rows:
                 writer.row(**row)
     except OSError as error:
-        _tell(f"not recorded in {run / RECORD}: {error.strerror}")
-
-
-def _lines(rows: Sequence[Row]) -> str:
-    return "\n".join(orjson.dumps(plain(row)).decode() for row in rows)
+        warn(f"cannot record the results in {run / RECORD}: {error.strerror}")
 
 
 def _tables(rows: Sequence[Row], place: Path) -> str:
-    """For people: losses, then answers; with a step in each line where there are several checkpoints."""
+    """Tables of losses and of answers; each line has its step if there are several checkpoints."""
     steps = len({row["checkpoint"] for row in rows}) > 1
     first = rows[0]
-    about = "" if steps else f": step {first['step']:,}, {first['tokens'] or 0:,} tokens trained on"
-    parts = [f"{place}{about} ({first['dtype']} on {first['device']})"]
+    about = "" if steps else f": step {first['step']:,}, {first['tokens'] or 0:,} training tokens"
     losses = [row for row in rows if row["source"] != "choices"]
     answers = [row for row in rows if row["source"] == "choices"]
-    if losses:
-        words = any("word_perplexity" in row for row in losses)
-        headings = ["set", "tokens", "loss", "perplexity", "bits/byte", *(["word perplexity"] if words else [])]
-        parts.append(_table(headings, losses, lambda row: _loss_cells(row, words), steps))
-    if answers:
-        headings = ["questions", "of", "accuracy", "+-", "by bytes", "+-", "chance"]
-        parts.append(_table(headings, answers, _answer_cells, steps))
+    parts = [
+        f"{place}{about} ({first['dtype']} on {first['device']})",
+        *([_table(_LOSS_COLUMNS, losses, steps)] if losses else []),
+        *([_table(_ANSWER_COLUMNS, answers, steps)] if answers else []),
+    ]
     return "\n\n".join(parts)
 
 
-def _table(headings: Sequence[str], rows: Sequence[Row], cells: Callable[[Row], list[object]], steps: bool) -> str:
-    before = ["step", "trained on"] if steps else []
-    lines = [[*([row["step"], f"{row['tokens'] or 0:,}"] if steps else []), *cells(row)] for row in rows]
-    return table([*before, *headings], lines)
+def _table(columns: Sequence[_Column], rows: Sequence[Row], steps: bool) -> str:
+    """A table without the columns that no row has."""
+    columns = [
+        column for column in (*(_STEP_COLUMNS if steps else ()), *columns) if any(column[1] in row for row in rows)
+    ]
+    cells = [[_cell(row.get(key), form) for _, key, form in columns] for row in rows]
+    return table([heading for heading, _, _ in columns], cells)
 
 
-def _loss_cells(row: Row, words: bool) -> list[object]:
-    found: list[object] = [row["dataset"], f"{row['targets']:,}", f"{row['loss']:.4f}", f"{row['perplexity']:.2f}"]
-    found.append(_number(row["bits_per_byte"], ".4f"))
-    return [*found, *([_number(row.get("word_perplexity"), ".4g")] if words else [])]
-
-
-def _answer_cells(row: Row) -> list[object]:
-    shares = ("accuracy", "accuracy_error", "byte_accuracy", "byte_accuracy_error", "chance")
-    return [row["dataset"], f"{row['questions']:,}", *(_number(row[share], ".1%") for share in shares)]
-
-
-def _number(value: float | None, form: str) -> str | None:
-    return None if value is None else format(value, form)
-
-
-def _tell(line: str) -> None:
-    """Beside the results: these may be read by a program."""
-    typer.echo(f"megalm: {line}", err=True)
+def _cell(value: object, form: str) -> object:
+    return format(value, form) if form and value is not None else value
 
 
 @contextmanager

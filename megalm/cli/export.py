@@ -1,15 +1,14 @@
-"""`megalm export`: a checkpoint in Hugging Face form."""
+"""`megalm export`: write a checkpoint in Hugging Face format."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from megalm.checkpoint.manifest import read_manifest
 from megalm.cli.find_run import checkpoint_at, verify
-from megalm.cli.options import NewFolder, Place, Precision, Tokenizer
+from megalm.cli.options import NewFolder, Place, Precision, StoredPrecision, Tokenizer
 from megalm.errors import CheckpointError
 from megalm.utils.formatting import format_bytes, parse_bytes
 from megalm.utils.progress import ProgressBar
@@ -18,55 +17,48 @@ from megalm.utils.progress import ProgressBar
 def command(
     place: Place,
     output: NewFolder,
-    dtype: Annotated[
-        Precision, typer.Option(help="fp32 is exact; bf16 is rounded, and half the size.")
-    ] = Precision.fp32,
+    dtype: StoredPrecision = Precision.fp32,
     max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Weights above it go into several files with an index.")
+        str, typer.Option(metavar="SIZE", help="Split larger weights into several files with an index.")
     ] = "5GB",
-    name: Annotated[str, typer.Option(help="The model's name in its card; default: the run's.")] = "",
+    name: Annotated[str, typer.Option(help="The model's name in its card. Default: the run's.")] = "",
     tokenizer: Tokenizer = "",
-    accept_bad: Annotated[bool, typer.Option("--accept-bad", help="Also a checkpoint that is marked bad.")] = False,
+    accept_bad: Annotated[
+        bool, typer.Option("--accept-bad", help="Export a checkpoint even if it is marked bad.")
+    ] = False,
 ) -> None:
-    """Write a checkpoint in Hugging Face form: transformers loads it, without megalm.
+    """Write a checkpoint in Hugging Face format, which transformers loads without megalm.
 
     FOLDER gets config.json, generation_config.json, the weights as
-    safetensors, the tokenizer and a model card (README.md) with what the run
-    knows of itself. Checkpoints of any layout are read straight from their
-    files, one tensor in memory at a time, after every file was hashed.
+    safetensors, the tokenizer and a model card (README.md) with facts about
+    the run. Hashes every file first, then reads the checkpoint, of any
+    layout, one tensor at a time.
 
     \b
     megalm export runs/mine published/mine
     megalm export runs/mine/checkpoints/best published/mine --dtype bf16
     """
     largest = parse_bytes(max_shard_size, "--max-shard-size")
-    path = _checkpoint(place, accept_bad)
-    import torch
-
-    from megalm.checkpoint.checkpoint_reader import CheckpointReader
-    from megalm.huggingface.export_model import export_checkpoint, exportable
-
-    reader = CheckpointReader(path)
-    stored = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype.value]
-    plan = exportable(reader, output, stored, tokenizer or None)
-    verify(reader)
-    title = name or reader.manifest.run or output.name
-    with ProgressBar("writing", plan.tensors) as counter:
-        exported = export_checkpoint(reader, output, stored, largest, title, tokenizer or None, counter.advance)
-    typer.echo(
-        f"{output}: {exported.parameters:,} parameters of {path} as {exported.family} in {dtype.value}, "
-        f"{format_bytes(exported.bytes)}"
-    )
-    typer.echo(exported.tokenizer.note)
-    if mark := reader.manifest.mark:
-        typer.echo(f"the checkpoint is {mark}")
-    typer.echo("README.md names no licence: choose one before you publish it")
-
-
-def _checkpoint(place: Path, accept_bad: bool) -> Path:
-    """A checkpoint folder, or of a run what `--resume auto` would take."""
     path = checkpoint_at(place)
     manifest = read_manifest(path)
     if manifest.status == "bad" and not accept_bad:
         raise CheckpointError(f"{path} is {manifest.mark}; choose another, or add --accept-bad")
-    return path
+    from megalm.checkpoint.checkpoint_reader import CheckpointReader
+    from megalm.huggingface.config_json import model_type
+    from megalm.huggingface.export_model import export_checkpoint, plan_export
+    from megalm.huggingface.weight_mapping import hf_tensors
+
+    reader = CheckpointReader(path)
+    plan = plan_export(reader, output, dtype.dtype, tokenizer or None)
+    verify(reader)
+    title = name or manifest.run or output.name
+    with ProgressBar("writing", len(hf_tensors(plan.shape))) as counter:
+        exported = export_checkpoint(plan, largest, title, counter.advance)
+    typer.echo(
+        f"{output}: {plan.shape.parameter_count():,} parameters of {path} as {model_type(plan.shape)} in "
+        f"{dtype.value}, {format_bytes(exported.bytes)}"
+    )
+    typer.echo(exported.tokenizer.note)
+    if manifest.mark:
+        typer.echo(f"the checkpoint is {manifest.mark}")
+    typer.echo("README.md names no licence; choose one before you publish the model")

@@ -1,4 +1,4 @@
-"""Finding the run folder that a person means."""
+"""Finds the run or checkpoint that the user names, and reads it with a progress bar."""
 
 from __future__ import annotations
 
@@ -6,59 +6,59 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalm.checkpoint.manifest import hashed_blocks
-from megalm.errors import CheckpointError
+import typer
+
+from megalm.checkpoint.discovery import first_whole, resolve_pointer
+from megalm.checkpoint.manifest import MANIFEST, hashed_blocks
+from megalm.config.schema import RunSection
+from megalm.errors import CheckpointError, ConfigError
+from megalm.inference.run_checkpoints import good_checkpoints
 from megalm.runs.metrics_log import Row, read_metrics, read_rows
+from megalm.utils.did_you_mean import did_you_mean
 from megalm.utils.progress import ProgressBar, sizes
 
 if TYPE_CHECKING:
     from megalm.checkpoint.checkpoint_reader import CheckpointReader
-import typer
 
-from megalm.checkpoint.discovery import first_whole, resolve_pointer
-from megalm.checkpoint.manifest import MANIFEST
-from megalm.config.schema import RunSection
-from megalm.errors import ConfigError
-from megalm.utils.did_you_mean import did_you_mean
+_LARGE_BYTES = 20_000_000  # takes half a second to read
+_ROWS_PER_UPDATE = 5_000
 
-# Looking at every byte of a checkpoint before it is used, with the time left: there may be a terabyte.
 
-# Reading a long metrics.jsonl where somebody waits for it: half a million rows take some seconds.
-
-_LONG_BYTES = 20_000_000  # half a second
-_ROWS_A_LOOK = 5_000
+def warn(line: str) -> None:
+    """Write a line to stderr; stdout holds results only."""
+    typer.echo(f"megalm: {line}", err=True)
 
 
 def read_watched(path: Path) -> Iterator[Row]:
-    """The rows of `read_metrics`, with the time left where there are many.
+    """The rows of `read_metrics`, with a progress bar for a large file.
 
     Raises:
-        DataError: as there.
+        DataError: as `read_metrics`.
     """
     total = path.stat().st_size if path.is_file() else 0
-    if total < _LONG_BYTES:
+    if total < _LARGE_BYTES:
         yield from read_metrics(path)
         return
     with ProgressBar(f"reading {path}", total, shown=sizes) as bar:
         for number, (row, offset) in enumerate(read_rows(path)):
             yield row
-            if number % _ROWS_A_LOOK == 0:
+            if number % _ROWS_PER_UPDATE == 0:
                 bar.update(offset)
 
 
 def verify(reader: CheckpointReader) -> None:
-    """Hash every file of a checkpoint.
+    """Hash every file of a checkpoint, with a progress bar.
 
     Raises:
         CheckpointError: a file is damaged.
     """
-    with ProgressBar(f"checking {reader.path.name}", hashed_blocks(reader.manifest)) as counter:
-        if problem := reader.verify(tell=counter.advance):
+    with ProgressBar(f"checking {reader.path.name}", hashed_blocks(reader.manifest)) as bar:
+        if problem := reader.verify(on_progress=bar.advance):
             raise CheckpointError(problem)
 
 
 def find_run(name: str) -> Path:
-    """A run folder by its path, or by its name under the default run root.
+    """The run folder with this path, or with this name under the default run root.
 
     Raises:
         ConfigError: neither is a folder.
@@ -68,31 +68,50 @@ def find_run(name: str) -> Path:
         if candidate.is_dir():
             return candidate
     known = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    elsewhere = "" if Path(name).parent == root else f", nor {root / name}"
+    elsewhere = "" if Path(name).parent == root else f", and no {root / name}"
     meant = did_you_mean(Path(name).name, known)
     raise ConfigError(f"{name}: no such run folder{elsewhere}{meant}; give its path")
 
 
 def find_place(path: Path) -> Path:
-    """A checkpoint or a run folder: `latest` and `best` are followed, a bare name is looked for under the run root."""
+    """A checkpoint or run folder; follows `latest` and `best`, and looks for a bare name under the run root."""
     path = resolve_pointer(path)
     return path if path.exists() or len(path.parts) > 1 else find_run(str(path))
 
 
 def checkpoint_at(path: Path) -> Path:
-    """A checkpoint folder, or of a run what `--resume auto` would take; damaged ones that it passes over are told.
+    """The checkpoint folder itself, or the checkpoint that `--resume auto` takes in a run; warns of damaged ones.
 
     Raises:
-        CheckpointError: there is no such folder, or the run has no checkpoint yet.
+        CheckpointError: no such folder, or the run has no checkpoint.
     """
     path = find_place(path)
     if (path / MANIFEST).exists() or not (path / "checkpoints").is_dir():
         if not path.is_dir():
-            raise CheckpointError(f"{path}: no such folder; `megalm checkpoint list RUN` names the checkpoints")
+            raise CheckpointError(f"{path}: no such folder; `megalm checkpoint list RUN` lists the checkpoints")
         return path
     newest, damaged = first_whole(path / "checkpoints", "auto")
     for problem in damaged:
-        typer.echo(f"megalm: passed over: {problem}", err=True)
+        warn(f"skipped: {problem}")
     if newest is None:
-        raise CheckpointError(f"{path}: has no checkpoint yet; `megalm checkpoint list {path}` shows what is there")
+        raise CheckpointError(f"{path} has no checkpoint yet; `megalm checkpoint list {path}` lists incomplete ones")
     return newest
+
+
+def good_checkpoints_at(place: Path, option: str) -> tuple[Path, list[Path]]:
+    """A run folder and its good checkpoints by step; warns of the others.
+
+    Args:
+        option: needs a run folder; for the message.
+
+    Raises:
+        ConfigError: the place is not a run folder.
+        CheckpointError: the run has no good checkpoint.
+    """
+    run = find_place(place)
+    if not (run / "checkpoints").is_dir():
+        raise ConfigError(f"{option} needs a run folder, but {run} has no folder checkpoints")
+    good, others = good_checkpoints(run)
+    for reason in others:
+        warn(f"skipped {reason}")
+    return run, good

@@ -1,4 +1,4 @@
-"""`megalm import`: a model in Hugging Face form as a starting point."""
+"""`megalm import`: make a starting point from a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from megalm.utils.progress import ProgressBar
 
 def command(
     source: Annotated[
-        Path, typer.Argument(metavar="HF_FOLDER", help="Local: config.json, *.safetensors, tokenizer.json.")
+        Path,
+        typer.Argument(metavar="HF_FOLDER", help="A local folder with config.json, *.safetensors, tokenizer.json."),
     ],
     output: NewFolder,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="tokenizer.json or .model, where HF_FOLDER has none; default: its own."),
+        typer.Option(help="A tokenizer.json, a .model file or their folder. Default: HF_FOLDER's own."),
     ] = None,
     ignore_key: Annotated[
         list[str] | None,
-        typer.Option(help="Of config.json: a key that you know to change nothing. May be repeated."),
+        typer.Option(help="Ignore a key of config.json that you know to change nothing. May be repeated."),
     ] = None,
 ) -> None:
-    """Make a starting point of a model in Hugging Face form (Llama, Qwen3, GPT-2).
+    """Make a starting point from a Hugging Face model (Llama, Qwen3, GPT-2).
 
-    FOLDER gets a checkpoint of the weights in megalm's own format, which every
-    layout loads, model.yaml for --config, and the tokenizer. There are no
-    moments: a run starts from it at step 0, by the command that is told at the
-    end. What config.json says and megalm's model cannot do is refused by name.
+    FOLDER gets a checkpoint in megalm's own format, which every layout loads,
+    model.yaml for --config, and the tokenizer. The checkpoint has no optimizer
+    state: a run starts from it at step 0, with the command printed at the end.
+    Refuses every setting in config.json that megalm's model does not support.
 
     \b
     megalm import downloads/gpt2 runs/gpt2
@@ -47,9 +48,9 @@ def command(
     with ProgressBar("writing", len(found.shape.parameters())) as counter:
         made = import_model(found, output, tokenizer, counter.advance)
     shape = found.shape
-    typer.echo(f"{output}: {made.parameters:,} parameters of {source}, style {shape.style}, as fp32 masters")
+    typer.echo(f"{output}: {shape.parameter_count():,} parameters of {source}, style {shape.style}, as fp32 masters")
     entries, vocabulary = made.tokenizer.vocab_size, shape.vocab_size
-    rows = f", of {vocabulary:,} rows that the model has" if entries != vocabulary else ""
+    rows = f" for the model's vocabulary of {vocabulary:,}" if entries != vocabulary else ""
     typer.echo(f"{made.tokenizer.name}: {entries:,} ids{rows}; a document ends with id {made.tokenizer.eod_id}")
     for note in made.notes:
         typer.echo(f"note: {note}")
@@ -72,5 +73,5 @@ def command(
 
 
 def _typed(path: Path | str) -> str:
-    """As a shell takes it."""
+    """Quoted for a shell."""
     return shlex.quote(str(path))

@@ -1,6 +1,6 @@
-"""`megalm`: one subcommand a file, and only the file of the command that is run is imported.
+"""`megalm`: each subcommand is a file of its own, and only the chosen command's file is imported.
 
-So `megalm --help` answers at once, and a login node without a working torch can still list checkpoints.
+So `megalm --help` is fast, and a login node without a working torch can still list checkpoints.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ import megalm
 from megalm.errors import EXIT_FAILED, EXIT_REFUSED, MegalmError
 from megalm.utils.did_you_mean import did_you_mean
 
-# Command -> (module with a Typer `app` or a function `command`, what the overview says of it).
+# Command -> (module with a Typer `app` or a function `command`, line of the overview).
 COMMANDS: dict[str, tuple[str, str]] = {
-    "doctor": ("doctor", "What this machine has, and what of megalm works on it."),
-    "presets": ("presets", "List the shipped runs and models, or show one."),
-    "plan": ("plan", "What a run amounts to before it is started: size, tokens, memory, schedule."),
+    "doctor": ("doctor", "Check this machine: its hardware and software, and the features of megalm that work."),
+    "presets": ("presets", "List the presets for runs and models, or print one."),
+    "plan": ("plan", "Show a run before it starts: size, tokens, memory, schedule."),
     "checkpoint": ("checkpoint", "Checkpoints: list, show, verify, mark-bad, diff, prune, convert."),
-    "evaluate": ("evaluate", "Loss and perplexity of checkpoints on datasets and texts; multiple choice."),
-    "generate": ("generate", "Continue prompts with checkpoints, in a dialogue too."),
-    "export": ("export", "Write a checkpoint in Hugging Face form."),
-    "import": ("import_", "Make a starting point of a model in Hugging Face form."),
-    "compare": ("compare", "Two or more runs: what differs in configuration and in results."),
-    "report": ("report", "A run on one page: curves, what was unusual, samples, settings."),
-    "track": ("track", "Bring a run to MLflow."),
+    "evaluate": ("evaluate", "Evaluate checkpoints on datasets, texts and multiple-choice questions."),
+    "generate": ("generate", "Continue prompts with checkpoints, also interactively."),
+    "export": ("export", "Write a checkpoint in Hugging Face format."),
+    "import": ("import_", "Make a starting point from a Hugging Face model."),
+    "compare": ("compare", "Compare runs: the differences in configuration and in results."),
+    "report": ("report", "Write a page about a run: curves, notable events, samples, settings."),
+    "track": ("track", "Send runs to MLflow."),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script; always leaves by SystemExit. Errors for people are one line on stderr."""
+    """The console script; always raises SystemExit. A MegalmError becomes one line on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an encoding without a character is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")  # for an encoding that lacks a character
     logging.basicConfig(level=logging.WARNING, format="megalm: %(levelname)s: %(message)s")
     try:
         chosen = next((word for word in words if not word.startswith("-")), None)
         known = available_commands()
         if chosen is not None and chosen not in known:
-            message = f"no such command {chosen!r}{did_you_mean(chosen, known)} (`megalm --help` lists them all)"
+            message = f"no such command {chosen!r}{did_you_mean(chosen, known)}; `megalm --help` lists all commands"
             _leave(message, EXIT_REFUSED)
         build_app(chosen)(args=words, prog_name="megalm")
     except MegalmError as error:
@@ -52,26 +52,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "megalm":
             raise
-        _leave(f"this needs {error.name}, which is not installed here; `make install` installs it", EXIT_FAILED)
+        _leave(f"this command needs {error.name}, which is not installed; `make install` installs it", EXIT_FAILED)
     except OSError as error:
-        if error.strerror is None:  # none of the machine's own
+        if error.strerror is None:  # not from the operating system
             raise
         place = f"{error.filename}: " if error.filename is not None else ""
-        _leave(f"{place}{error.strerror}; mend the path, its rights or its disk, and do it again", EXIT_REFUSED)
+        _leave(f"{place}{error.strerror}; check the path, its permissions and its disk, then try again", EXIT_REFUSED)
 
 
 def available_commands() -> list[str]:
-    """The commands whose modules are installed, in the overview's order; imports none of them."""
+    """The commands whose modules are installed, in the overview's order; imports no module."""
     return [name for name, (module, _) in COMMANDS.items() if importlib.util.find_spec(f"megalm.cli.{module}")]
 
 
 def build_app(chosen: str | None) -> typer.Typer:
-    """The application with the real `chosen` command; of the others only what the overview says."""
+    """The application with the real `chosen` command; the others are only lines of the overview."""
     app = typer.Typer(
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
-        help="Large-model pretraining with DeepSpeed. Runs are started with `deepspeed launch/pretrain.py`.",
+        help="Pretraining of language models with DeepSpeed. `deepspeed launch/pretrain.py` starts a run.",
     )
     app.callback()(_options)
     for name in available_commands():
@@ -96,14 +96,14 @@ def _show_version(asked: bool) -> None:
 
 def _options(
     _version: bool = typer.Option(
-        False, "--version", help="Show the version and leave.", is_eager=True, callback=_show_version
+        False, "--version", help="Print the version and exit.", is_eager=True, callback=_show_version
     ),
 ) -> None:
     """Options before the command; `--version` acts in its callback."""
 
 
 def _not_chosen() -> None:
-    raise AssertionError("only the chosen command is ever run")
+    raise AssertionError("only the chosen command runs")
 
 
 def _leave(message: str, exit_code: int) -> None:

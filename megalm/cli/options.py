@@ -1,21 +1,30 @@
-"""Arguments and options that several commands take, each with one name and one explanation."""
+"""Arguments and options that several commands share, each with one name and one help text."""
 
 from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-RANKS_PER_NODE = 8  # where a launcher has not said how many there are
+if TYPE_CHECKING:
+    import torch
+
+RANKS_PER_NODE = 8  # if no launcher gives the number
 
 
 class Precision(str, Enum):
-    """Of weights that are written or computed with."""
+    """The dtype of weights."""
 
     fp32 = "fp32"
     bf16 = "bf16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        return torch.float32 if self is Precision.fp32 else torch.bfloat16
 
 
 Overrides = Annotated[
@@ -25,30 +34,32 @@ Overrides = Annotated[
 Config = Annotated[
     str | None,
     typer.Option(
-        "--config", help="A preset's name or a YAML file; default: of a run that resumes its own, else quickstart."
+        "--config", help="A preset's name or a YAML file. Default: the run's own if it resumes, else quickstart."
     ),
 ]
 DeepSpeedJson = Annotated[
     str | None,
     typer.Option(
         "--deepspeed_config",
-        help="The DeepSpeed JSON: batch, precision, optimizer, ZeRO; default: of a run that resumes its own, a "
-        "recipe's own, else ds_configs/zero2.json.",
+        help="The DeepSpeed JSON: batch, precision, optimizer, ZeRO. Default: the run's own if it resumes, the "
+        "recipe's, else ds_configs/zero2.json.",
     ),
 ]
 ExtendSteps = Annotated[
     int | None,
-    typer.Option("--extend-steps", min=1, help="Of a run that goes on: so many steps more, on a new schedule."),
+    typer.Option("--extend-steps", min=1, help="Resume for this many more steps, on a new schedule."),
 ]
 RanksPerNode = Annotated[
-    int, typer.Option("--ranks-per-node", min=1, help="For a plan: consecutive ranks that share a node.")
+    int, typer.Option("--ranks-per-node", min=1, help="For a plan: the consecutive ranks that share a node.")
 ]
+Run = Annotated[str, typer.Argument(help="A run folder, or a run's name under runs/.")]
 Place = Annotated[
     Path,
     typer.Argument(
         metavar="RUN_OR_CHECKPOINT",
-        help="A run (its path, or its name under runs/), for its newest good checkpoint, or a checkpoint.",
+        help="A run (its path, or its name under runs/) for its newest good checkpoint, or a checkpoint.",
     ),
 ]
-Tokenizer = Annotated[str, typer.Option("--tokenizer", help="Where the checkpoint's tokenizer is now, if it moved.")]
-NewFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Made new; one with files in it is refused.")]
+StoredPrecision = Annotated[Precision, typer.Option("--dtype", help="fp32 is exact; bf16 rounds, at half the size.")]
+Tokenizer = Annotated[str, typer.Option("--tokenizer", help="The tokenizer's path, if it has moved since training.")]
+NewFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to create; it may exist if empty.")]

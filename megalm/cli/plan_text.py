@@ -18,11 +18,8 @@ from megalm.planning.run_plan import Plan, checkpoint_bytes
 from megalm.topology import AXES, Axis, Topology, bubble_share
 from megalm.utils.formatting import format_bytes, table, terminal_width, wrapped
 
-# The grid of ranks as text: groups along each axis, what stays in a node, the pipeline's stages and its bubble.
-
-# An axis of many groups is told by its first and its last; a pipeline of many stages likewise.
-_STAGES_SHOWN = 8
-_TALK: dict[Axis, str] = {
+_STAGES_SHOWN = 8  # of a longer pipeline, the first and last stages
+_TRAFFIC: dict[Axis, str] = {
     "pipeline": "hidden states, each micro-batch",
     "data": "gradients, each step",
     "tensor": "hidden states, several times a layer",
@@ -30,7 +27,7 @@ _TALK: dict[Axis, str] = {
 
 
 def grid_text(run: ResolvedRun, shape: ModelConfig, ranks_per_node: int) -> str:
-    """The "Ranks" section of a plan; nodes hold `ranks_per_node` consecutive ranks each."""
+    """The "Ranks" section of a plan; each node has `ranks_per_node` consecutive ranks."""
     topology = run.topology
     nodes = -(-topology.world_size // ranks_per_node)
     lines = [
@@ -42,7 +39,7 @@ def grid_text(run: ResolvedRun, shape: ModelConfig, ranks_per_node: int) -> str:
     if topology.pipeline > 1:
         lines += ["", *_stages(topology, shape, ranks_per_node)]
         if run.config.parallel.balance == "time":
-            lines.append("(blocks as balanced by parameters; parallel.balance=time measures at the start)")
+            lines.append("(blocks balanced by parameters; parallel.balance=time measures them at the start of the run)")
         lines += ["", _bubble(run)]
     return "\n".join(lines)
 
@@ -58,18 +55,18 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 def _axes(topology: Topology, ranks_per_node: int) -> str:
     rows: list[list[object]] = []
-    for axis in reversed(AXES):  # the innermost first: it talks most
+    for axis in reversed(AXES):  # the innermost axis has the most traffic
         groups = topology.groups(axis)
         place = "alone" if topology.size(axis) == 1 else "within a node"
         if not topology.stays_in_a_node(axis, ranks_per_node):
             place = "between nodes"
         last = ranks_text(groups[-1]) if len(groups) > 1 else None
-        rows.append([axis, topology.size(axis), len(groups), ranks_text(groups[0]), last, place, _TALK[axis]])
-    return table(["axis", "degree", "groups", "first group", "last group", "where", "talks of"], rows)
+        rows.append([axis, topology.size(axis), len(groups), ranks_text(groups[0]), last, place, _TRAFFIC[axis]])
+    return table(["axis", "degree", "groups", "first group", "last group", "where", "traffic"], rows)
 
 
 def _stages(topology: Topology, shape: ModelConfig, ranks_per_node: int) -> list[str]:
-    """Ranks, nodes and blocks of each stage, the middle ones left out where there are many."""
+    """Ranks, nodes and blocks of each stage, without the middle of a long pipeline."""
     size = topology.data * topology.tensor
     blocks = balanced_blocks(shape.num_hidden_layers, topology.pipeline, parameter_costs(shape))
     lines = []
@@ -93,7 +90,7 @@ def _bubble(run: ResolvedRun) -> str:
     share = bubble_share(stages, micro_batches)
     return (
         f"bubble: each stage waits {share:.1%} of a step = (stages - 1) / (micro-batches + stages - 1) = "
-        f"{stages - 1} / {micro_batches + stages - 1}, where stages take equal time"
+        f"{stages - 1} / {micro_batches + stages - 1}, if all stages take equal time"
     )
 
 
@@ -103,7 +100,7 @@ def plan_text(
     """The whole plan as text for a terminal or a pipe.
 
     Args:
-        data_rows, warnings: what `planned_data` says.
+        data_rows, warnings: from `planned_data`.
     """
     sections = {
         "Configuration": _configuration(plan),
@@ -129,7 +126,7 @@ def _configuration(plan: Plan) -> str:
     rows = []
     for key in leaf_fields(RunConfig):
         if key.startswith("documented."):
-            continue  # no setting: it has a table of its own
+            continue  # claims, not settings; they have their own table
         value: Any = values
         for part in key.split("."):
             value = value[part]
@@ -150,7 +147,7 @@ def _deepspeed(plan: Plan) -> str:
         ["fact", "value"],
         [
             ["file", run.deepspeed_source.path],
-            ["global batch", f"{run.batch.global_batch} sequences a step"],
+            ["global batch", f"{run.batch.global_batch} sequences per step"],
             ["micro-batch x accumulation x data ranks", " x ".join(map(str, _triple(plan)))],
             ["precision", run.precision],
             ["ZeRO stage", zero.stage],
@@ -181,19 +178,19 @@ def _tokens(plan: Plan) -> str:
     return table(
         ["fact", "value"],
         [
-            ["tokens a step", f"{run.tokens_per_step:,}"],
+            ["tokens per step", f"{run.tokens_per_step:,}"],
             ["steps", f"{run.config.train.steps:,}"],
-            ["tokens in all", f"{plan.total_tokens:,}"],
-            ["tokens a parameter", f"{plan.tokens_per_parameter:.2f}"],
-            ["FLOPs a token", f"{plan.flops_per_token:.3e}"],
-            ["FLOPs in all", f"{plan.total_flops:.3e}"],
-            ["a checkpoint", format_bytes(checkpoint_bytes(plan.shape))],
+            ["total tokens", f"{plan.total_tokens:,}"],
+            ["tokens per parameter", f"{plan.tokens_per_parameter:.2f}"],
+            ["FLOPs per token", f"{plan.flops_per_token:.3e}"],
+            ["total FLOPs", f"{plan.total_flops:.3e}"],
+            ["checkpoint size", format_bytes(checkpoint_bytes(plan.shape))],
         ],
     )
 
 
 def _memory(plan: Plan) -> str:
-    """Parts by stage where there are several kinds of stages, the fullest one marked."""
+    """Memory by part and kind of stage; marks the fullest."""
     stages = plan.memory_by_stage
     headings = ["part", *(_stage_words(plan, stage) for stage in stages)] if len(stages) > 1 else ["part", "size"]
     parts: list[list[object]] = [
@@ -216,15 +213,15 @@ def _memory_warnings(plan: Plan) -> list[str]:
     if needed <= available:
         return []
     return [
-        f"does not fit by the estimate: a rank needs {format_bytes(needed)} of {format_bytes(available)}; smaller "
+        f"the run probably does not fit: a rank needs {format_bytes(needed)} of {format_bytes(available)}; smaller "
         "micro-batches, train.checkpoint_activations_every=1, a higher ZeRO stage or offload need less"
     ]
 
 
 def _no_data(plan: Plan) -> str:
     if plan.resolved.config.data.recipe is not None:
-        return "unknown before the run prepares it"
-    return f"none yet, and a run needs it: {what_data_to_bring(plan.resolved.config)}"
+        return "unknown until the run prepares it"
+    return f"none, but a run needs some: {what_data_to_bring(plan.resolved.config)}"
 
 
 def _learning_rate(plan: Plan) -> str:
@@ -240,7 +237,7 @@ def _documented(plan: Plan) -> str:
     lines.append(f"{refuted} of {len(judgements)} claims do not hold. {tolerances()}")
     others = changed_keys(plan)
     if others:
-        lines.append(f"computed for this run, not for the document's: {', '.join(others)} stated otherwise")
+        lines.append(f"computed for this run, which differs from the document in {', '.join(others)}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""`megalm track`: bring run folders to MLflow by hand."""
+"""`megalm track`: send run folders to MLflow."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def _group() -> None:
-    """Keeps `sync` a subcommand: a Typer with one command would swallow its name."""
+    """Keeps `sync` a subcommand: Typer drops the name of an only command."""
 
 
 @app.command()
 def sync(
-    runs: list[str] = typer.Argument(help="Run folders, or names under runs/."),
-    deadline_seconds: float = typer.Option(30.0, min=0.0, help="Go on trying so long where the store is down."),
+    runs: list[str] = typer.Argument(help="Run folders, or runs' names under runs/."),
+    deadline_seconds: float = typer.Option(30.0, min=0.0, help="Retry for this long if the store is down."),
 ) -> None:
-    """Send MLflow what it does not have yet of these runs; nothing is sent twice."""
-    for run_dir in [find_run(run) for run in runs]:  # a misspelt name is told before anything is sent
+    """Send the data of these runs that MLflow lacks; nothing is sent twice."""
+    for run_dir in [find_run(run) for run in runs]:  # refuse a wrong name before anything is sent
         sent = mirror_process.sync(run_dir, deadline_seconds)
         typer.echo(
             f"{run_dir}: sent {sent.metrics} metric values and {sent.artifacts} files to {sent.tracking_uri}, "

@@ -1,4 +1,4 @@
-"""The DeepSpeed engines and what they need: ranks and devices, the process group, optimizer state, NVMe offload."""
+"""The DeepSpeed engines and their foundations: ranks and devices, the process group, optimizer state, NVMe offload."""
 
 import sys
 from types import SimpleNamespace

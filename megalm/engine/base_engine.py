@@ -8,7 +8,7 @@ import math
 import resource
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -16,21 +16,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from megalm.checkpoint.shard_spec import HasFragment
 from megalm.communicator import Communicator
+from megalm.data.sampling.batch_loader import MicroBatch
 from megalm.engine.cpp_extensions import load_async_io, load_cpu_adam
 from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_log
-from megalm.engine.device import rank_facts
-from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
 from megalm.engine.optimizer_state import OptimizerState, ReadFragment
 from megalm.engine.phase_clock import PhaseClock
 from megalm.model.param_shard import shard_of
 from megalm.parallel.process_groups import ParallelGroups
-from megalm.planning.resolve import OptimizerFacts
+from megalm.planning.resolve import OptimizerFacts, ResolvedRun
+from megalm.rank_environment import rank_facts
 
 
 class UpdateCheck:
@@ -109,7 +109,6 @@ class ModelParallelUnit:
     """
 
     def __init__(self, groups: ParallelGroups) -> None:
-        assert groups.pipeline.size == 1, "a PipelineModule brings its own"
         self._data, self._tensor = groups.data, groups.tensor
 
     def get_data_parallel_rank(self) -> int:
@@ -171,45 +170,49 @@ def build_optimizer(groups: list[dict[str, Any]], facts: OptimizerFacts, offload
 _SWAPPED_BYTES = 16  # per element: master, two moments and gradient, fp32
 
 
+@dataclass(frozen=True)
+class EngineContext:
+    """The run, the ranks and the device that an engine is built for.
+
+    Attributes:
+        judge: called before each update; None refuses only numbers that are not finite.
+    """
+
+    run: ResolvedRun
+    device: torch.device
+    comm: Communicator
+    groups: ParallelGroups
+    judge: JudgeUpdate | None
+
+
 class EngineBase:
     """Hands a model and its optimizer to DeepSpeed.
 
     Args:
-        model: the module that DeepSpeed runs: an initialized model on `device`, fp32.
+        model: the module that DeepSpeed runs: an initialized model on the context's device, fp32.
         part: the module whose parameters have canonical names: the model, or its part on this rank.
-        settings: the configuration for `deepspeed.initialize`: batch sizes, precision, ZeRO, clipping; no optimizer.
-        optimizer: the optimizer's hyperparameters.
-        decay_embeddings: whether weight decay applies to embedding tables.
-        judge: called before each update; None refuses only numbers that are not finite.
-        mpu: the process groups for DeepSpeed; None for a PipelineModule, which has its own.
+        extra_settings: added to the run's configuration for `deepspeed.initialize`.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        part: nn.Module,
-        settings: dict[str, Any],
-        optimizer: OptimizerFacts,
-        decay_embeddings: bool,
-        comm: DistributedCommunicator,
-        groups: ParallelGroups,
-        device: torch.device,
-        judge: JudgeUpdate | None,
-        mpu: ModelParallelUnit | None = None,
+        self, model: nn.Module, part: nn.Module, context: EngineContext, extra_settings: dict[str, Any] | None = None
     ) -> None:
-        self._comm = comm
-        self._device = device
+        run, groups = context.run, context.groups
+        settings = copy.deepcopy(run.deepspeed | (extra_settings or {}))  # DeepSpeed modifies its argument
+        self._comm = context.comm
+        self._device = context.device
         self._data = groups.data
+        # Every rank of the last stage's tensor group has the same loss: only the first reports it.
+        self._reports_loss = groups.tensor.index == 0 and groups.pipeline.index == groups.pipeline.size - 1
         self._stage = int(settings["zero_optimization"]["stage"])
         self._scales_loss = bool(settings.get("fp16", {}).get("enabled", False))
         parameters = dict(part.named_parameters())
         shards = {name: shard_of(parameter) for name, parameter in parameters.items()}
         self._owned = [parameter for name, parameter in parameters.items() if shards[name].is_owner]
-        for name, parameter in parameters.items():  # DeepSpeed counts what has this mark in the gradient norm
+        for name, parameter in parameters.items():  # DeepSpeed counts marked parameters in the gradient norm
             parameter.tensor_model_parallel = shards[name].is_owner  # type: ignore[attr-defined]
-        settings = copy.deepcopy(settings)  # DeepSpeed modifies its argument
         # DeepSpeed's own timers print at every step, and in a pipeline they fail.
-        self._phase = PhaseClock(device, bool(settings.pop("wall_clock_breakdown", False)))
+        self._phase = PhaseClock(context.device, bool(settings.pop("wall_clock_breakdown", False)))
         offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}
         self._swap_folder: SwapFolder | None = None
         if offload["device"] == "nvme":
@@ -218,18 +221,17 @@ class EngineBase:
             needed = _SWAPPED_BYTES * elements // self._data.size * rank_facts().local_world_size
             self._swap_folder = SwapFolder(offload["nvme_path"], needed)
             offload["nvme_path"] = str(self._swap_folder.path)
-        inner = build_optimizer(
-            parameter_groups(part, optimizer.weight_decay, decay_embeddings), optimizer, offload["device"] != "none"
-        )
+        weight_groups = parameter_groups(part, run.optimizer.weight_decay, run.config.train.embedding_weight_decay)
+        inner = build_optimizer(weight_groups, run.optimizer, offload["device"] != "none")
         self._last_norm = 0.0
-        self._check = UpdateCheck(comm, judge)
+        self._check = UpdateCheck(context.comm, context.judge)
         self._check.install(inner)
         import_muon_uncompiled()
         with prints_to_log():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=inner,
-                mpu=mpu,
+                mpu=ModelParallelUnit(groups) if groups.pipeline.size == 1 else None,  # a PipelineModule has its own
                 config=settings,
                 dist_init_required=False,
             )
@@ -283,6 +285,19 @@ class EngineBase:
     def _set_learning_rate(self, rate: float) -> None:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
+
+    def _tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return tokens, labels and documents on the device."""
+
+        def to_device(array: npt.NDArray[Any]) -> Tensor:
+            return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+        documents = None if batch.documents is None else to_device(batch.documents)
+        return to_device(batch.tokens), to_device(batch.labels), documents
+
+    def _sum_losses(self, own: Tensor | float) -> float:
+        """Return the sum over all copies of the model, in fp64, so that the value does not depend on their number."""
+        return self._comm.sum([float(own) if self._reports_loss else 0.0])[0]
 
     def _norm_source(self) -> Callable[[], float]:
         """Return a function that gives the gradient norm before clipping, once DeepSpeed is about to update.

@@ -6,7 +6,6 @@ torch guards a build with a file named `lock`, and waits forever if the process 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import time
@@ -15,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from megalm.errors import ConfigError
+from megalm.utils.file_lock import take_lock
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
 # Words that mark the informative line of a compiler's output.
-_TELLING = ("error:", "not found", "not being installed", "No such file", "No space left")
+_ERROR_WORDS = ("error:", "not found", "not being installed", "No such file", "No space left")
 _SHOWN_CHARACTERS = 160
 
 
@@ -48,8 +48,8 @@ def load_async_io() -> None:
     builder = AsyncIOBuilder()
     if not builder.is_compatible():
         raise ConfigError(
-            "offload_optimizer.device=nvme needs libaio, which is not here; install it (Debian: apt-get install "
-            "libaio-dev), or use device cpu"
+            "offload_optimizer.device=nvme needs libaio, which is not installed; install it (Debian: apt-get install "
+            "libaio-dev), or use device=cpu"
         )
     with compiling_alone("pin_memory"), compiling_alone(builder.name):  # the second loads the first
         _load(builder)
@@ -61,10 +61,10 @@ def _load(builder: Any) -> None:
     except (RuntimeError, ImportError, OSError) as error:
         log.info("%s", error)  # the full compiler output, with --verbose
         lines = str(error).splitlines() or [type(error).__name__]
-        why = next((line for line in lines if any(word in line for word in _TELLING)), lines[0]).strip()
+        why = next((line for line in lines if any(word in line for word in _ERROR_WORDS)), lines[0]).strip()
         raise ConfigError(
-            f"DeepSpeed's {builder.name}, which offload needs, cannot be compiled ({why[:_SHOWN_CHARACTERS]}); it "
-            "takes g++ and ninja on PATH (activate .venv; megalm doctor), or use a DeepSpeed JSON without offload"
+            f"DeepSpeed's {builder.name}, which offload needs, cannot be compiled ({why[:_SHOWN_CHARACTERS]}); put "
+            "g++ and ninja on PATH (activate .venv; see megalm doctor), or use a DeepSpeed JSON without offload"
         ) from error
 
 
@@ -77,13 +77,11 @@ def compiling_alone(name: str) -> Iterator[None]:
     from torch.utils.cpp_extension import _get_build_directory
 
     folder = Path(_get_build_directory(name, verbose=False))
-    with (folder / "megalm.lock").open("a") as ours:
-        with contextlib.suppress(OSError):  # a file system without locks: rely on torch's lock alone
-            fcntl.flock(ours, fcntl.LOCK_EX)
+    with take_lock(folder / "megalm.lock"):  # on a file system without locks, torch's lock alone remains
         theirs = folder / "lock"
         while theirs.exists():
             if not _is_open(theirs):
-                log.warning("%s was left by a process that was killed while it compiled; removed", theirs)
+                log.warning("removed %s, the lock of a process that was killed while compiling", theirs)
                 theirs.unlink(missing_ok=True)
             time.sleep(_POLL_SECONDS)
         yield

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from megalm.planning.checks.deepspeed import ALLOW_CPU_FP16
 
 # Environment variables by which a user configures OpenMP's spinning.
-_STATED = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+_OPENMP_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 def limit_openmp_spin() -> None:
@@ -22,7 +22,7 @@ def limit_openmp_spin() -> None:
     Call before importing torch; GNU OpenMP only. Within a step, threads finish within microseconds of each other. If
     one has lost its core to another program, spinning threads occupy the cores it needs; sleeping threads free them.
     """
-    if not any(name in os.environ for name in _STATED):
+    if not any(name in os.environ for name in _OPENMP_VARIABLES):
         os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
@@ -49,7 +49,7 @@ def silence_deepspeed() -> None:
 
 @contextlib.contextmanager
 def prints_to_log() -> Iterator[None]:
-    """Send what DeepSpeed prints while it builds an engine to the log; with `--verbose`, leave it on stdout."""
+    """Redirect DeepSpeed's prints while it builds an engine to the log; with `--verbose`, leave it on stdout."""
     if _is_verbose():
         yield
         return
@@ -90,7 +90,7 @@ def import_muon_uncompiled() -> None:
             os.environ[_NO_COMPILER] = before
 
 
-def allow_cpu_fp16_if_asked() -> None:
+def allow_cpu_fp16_for_tests() -> None:
     """For tests: make the CPU accelerator report fp16 support. It works, a thousand times slower."""
     if os.environ.get(ALLOW_CPU_FP16) == "1":
         from deepspeed.accelerator import get_accelerator

@@ -1,13 +1,12 @@
-"""This process's rank, device, threads and peak FLOP/s, and the memory allocator's settings for CPU training."""
+"""This process's device, threads and peak FLOP/s, and the memory allocator's settings for CPU training."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 import os
-import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,6 +15,7 @@ import torch
 from megalm.cost_model.gpu_specs import data_sheet_peak
 from megalm.errors import ConfigError
 from megalm.planning.resolve import DeviceFacts
+from megalm.rank_environment import RankFacts
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def tune_malloc() -> None:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
-        log.debug("no mallopt here: freed memory goes back to the system")
+        log.debug("no mallopt: freed memory returns to the system")
         return
     mallopt(ctypes.c_int(_M_MMAP_MAX), ctypes.c_int(0))  # allocate everything from the heap
     mallopt(ctypes.c_int(_M_TRIM_THRESHOLD), ctypes.c_int(-1))  # and never shrink it
@@ -65,56 +65,27 @@ def measured_peak(device: torch.device, low_precision: bool) -> float:
     size = 8192 if on_gpu else 1024
     low = torch.float16 if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False) else torch.bfloat16
     left, right = (torch.rand(size, size, device=device).to(low if low_precision else torch.float32) for _ in range(2))
-    fastest, repeats, began = float("inf"), 0, time.perf_counter()
-    while repeats < _REPEATS or time.perf_counter() - began < _SECONDS:
-        repeats += 1
-        if on_gpu:
-            torch.cuda.synchronize(device)
+    return 2 * size**3 / fastest_seconds(lambda: left @ right, device, _REPEATS, _SECONDS)
+
+
+def fastest_seconds(
+    work: Callable[[], object], device: torch.device, repeats: int, total_seconds: float = 0.0
+) -> float:
+    """Return the seconds of the fastest run of `work`: of at least `repeats`, within at least `total_seconds`."""
+    fastest, done, began = float("inf"), 0, time.perf_counter()
+    while done < repeats or time.perf_counter() - began < total_seconds:
+        done += 1
+        _wait_for(device)
         start = time.perf_counter()
-        left @ right
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        work()
+        _wait_for(device)
         fastest = min(fastest, time.perf_counter() - start)
-    return 2 * size**3 / fastest
+    return fastest
 
 
-_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True)
-class RankFacts:
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    threads: int
-
-
-def rank_facts() -> RankFacts:
-    """Read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without RANK and WORLD_SIZE: one rank.
-
-    A run without a launcher gets a free port, so that two such runs never collide.
-
-    Raises:
-        ConfigError: the launcher set only some of them.
-    """
-    present = [name for name in _NAMES if name in os.environ]
-    if "RANK" not in present and "WORLD_SIZE" not in present:
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(_free_port())
-    elif len(present) < len(_NAMES):
-        missing = ", ".join(name for name in _NAMES if name not in present)
-        raise ConfigError(f"the launcher set {', '.join(present)} but not {missing}; start with deepspeed or torchrun")
-    world_size = int(os.environ["WORLD_SIZE"])
-    # torchrun and Slurm scripts set LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-    return RankFacts(
-        rank=int(os.environ["RANK"]),
-        world_size=world_size,
-        local_rank=int(os.environ["LOCAL_RANK"]),
-        local_world_size=local_size,
-        threads=max(1, len(os.sched_getaffinity(0)) // local_size),
-    )
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def device_facts(local_world_size: int) -> DeviceFacts:
@@ -145,8 +116,8 @@ def claim_device(ranks: RankFacts) -> torch.device:
         return torch.device("cpu")
     if ranks.local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"rank {ranks.rank} wants GPU {ranks.local_rank} but this node has {torch.cuda.device_count()}; "
-            "start one rank a GPU (--num_gpus)"
+            f"rank {ranks.rank} needs GPU {ranks.local_rank}, but this node has {torch.cuda.device_count()}; "
+            "start one rank per GPU (--num_gpus)"
         )
     torch.cuda.set_device(ranks.local_rank)
     return torch.device("cuda", ranks.local_rank)
@@ -164,9 +135,3 @@ def _cpu_has_bf16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megalm.engine.deepspeed_patches import allow_cpu_fp16_if_asked, avoid_shared_memory_op, silence_deepspeed
-from megalm.engine.device import RankFacts
+from megalm.engine.deepspeed_patches import allow_cpu_fp16_for_tests, avoid_shared_memory_op, silence_deepspeed
 from megalm.engine.traffic_counter import TrafficCounter
 from megalm.errors import EXIT_FAILED, ConfigError, OtherRankFailed
+from megalm.rank_environment import RankFacts
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ class DistributedCommunicator:
             raise OtherRankFailed(codes[0])
         values = [value for _, value in outcomes]
         if any(value != values[0] for value in values):
-            raise ConfigError(f"the nodes prepared different things: {values[0]} and others; are they set up alike?")
+            raise ConfigError(f"the nodes have different results, {values[0]} and others; set all nodes up alike")
         return values[0]
 
     def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
@@ -121,14 +121,34 @@ def start_distributed(
         traffic.install()
     if device.type == "cpu":
         avoid_shared_memory_op()
-        allow_cpu_fp16_if_asked()
+        allow_cpu_fp16_for_tests()
 
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0:
+            _join_after_restart(backend, ranks)
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT)
     except dist.DistNetworkError as error:
         raise ConfigError(
-            f"rank {ranks.rank} cannot reach the others: {error}; check MASTER_ADDR and MASTER_PORT, and where another "
-            "job of this machine has the port, give the launcher another: --master_port=29501"
+            f"rank {ranks.rank} cannot reach the other ranks: {error}; check MASTER_ADDR and MASTER_PORT; if another "
+            "job of this machine uses the port, choose another one with --master_port=29501"
         ) from error
     return DistributedCommunicator(ranks)
+
+
+def _join_after_restart(backend: str, ranks: RankFacts) -> None:
+    """Join the process group after torchrun has restarted its workers.
+
+    Its agent keeps one store for all restarts, in which the addresses of the killed workers still are: without a prefix
+    of its own a worker connects to those.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, ranks.world_size, is_master=False, timeout=_TIMEOUT)  # type: ignore[attr-defined]
+    prefix = f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(prefix, store),  # type: ignore[attr-defined]
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=_TIMEOUT,
+    )

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megalm.checkpoint.shard_spec import HasFragment
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
-
-T = TypeVar("T")
 
 PROFILED_PHASE = "megalm "  # begins the name of a phase of a step in a profile
 
@@ -116,7 +114,6 @@ class TrafficMeter(Protocol):
     def start(self) -> None: ...
     def stop(self) -> list[Traffic]:
         """Return the traffic since `start`."""
-        ...
 
 
 class Engine(Protocol):
@@ -128,46 +125,35 @@ class Engine(Protocol):
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         """Forward and backward over the micro-batches, then one update; `step` counts from 1."""
-        ...
 
     def refused_gradients(self) -> dict[str, float]:
         """Return canonical name -> gradient norm before clipping of the step just refused; empty if not finite."""
-        ...
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Return the sum of losses in nats over the micro-batches of all data-parallel ranks."""
-        ...
 
     def next_token_logits(
         self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
         """[B, T] tokens, [B] positions -> fp32 logits [B, V] of the token after each position."""
-        ...
 
     def fragments(self) -> Iterator[HasFragment]:
         """Yield this rank's fragments of the fp32 masters and moments."""
-        ...
 
     def counters(self) -> dict[str, Any]:
         """Return `optimizer_step`, `skipped_steps` and `loss_scaler`, ready for JSON."""
-        ...
 
     def restore(self, read: Any, counters: dict[str, Any], step: int) -> None:
         """Load masters and moments from `read` (FragmentKey -> tensor) and continue from `step`."""
-        ...
 
     def reset(self) -> None:
         """Clear the optimizer's moments and all counters; keep the weights."""
-        ...
 
     def phase_seconds(self) -> dict[str, float]:
         """Return this rank's seconds of each phase of the last step; empty without `wall_clock_breakdown`."""
-        ...
 
     def peak_memory_bytes(self) -> int:
         """Return this rank's peak memory: of the device's allocator, or of the process on a CPU."""
-        ...
 
     def close(self) -> None:
         """Remove offloaded state from local disks; call after the last use."""
-        ...

@@ -6,7 +6,6 @@ A sub-group's tensors are empty unless it is swapped in. Sub-groups of less than
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import socket
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from megalm.checkpoint.shard_spec import FragmentKey
 from megalm.errors import ConfigError
+from megalm.utils.file_lock import take_lock
 from megalm.utils.formatting import format_bytes
 
 
@@ -89,66 +89,51 @@ class SwapFolder:
     kernel lock on it, not by a process id, which means nothing in another container.
 
     Args:
-        stated: the configured `nvme_path`.
+        nvme_path: the configured `nvme_path`.
         needed: bytes for all ranks of this machine.
 
     Raises:
         ConfigError: the folder cannot be created, has too little space, or its file system has no direct I/O.
     """
 
-    def __init__(self, stated: str, needed: int) -> None:
-        base = Path(stated).expanduser()
+    def __init__(self, nvme_path: str, needed: int) -> None:
+        base = Path(nvme_path).expanduser()
         try:
             base.mkdir(parents=True, exist_ok=True)
-            with _locked(base):  # a folder that is created but not yet locked looks abandoned
-                for left in base.glob(f"megalm-{socket.gethostname()}-*"):
-                    _remove_if_left(left)
-                _require_space(base, stated, needed)
+            with take_lock(base, is_folder=True):  # a folder that is created but not yet locked looks abandoned
+                for folder in base.glob(f"megalm-{socket.gethostname()}-*"):
+                    _remove_if_abandoned(folder)
+                _require_space(base, nvme_path, needed)
                 self.path = Path(tempfile.mkdtemp(prefix=f"megalm-{socket.gethostname()}-{os.getpid()}-", dir=base))
-                self._lock = os.open(self.path, os.O_RDONLY)
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                self._lock = take_lock(self.path, is_folder=True)
             _require_direct_io(self.path)
         except OSError as error:
             raise ConfigError(
-                f"offload_optimizer.nvme_path={stated} cannot be used ({error.strerror}); name a folder of an NVMe "
-                "disk that you can write"
+                f"offload_optimizer.nvme_path={nvme_path} cannot be used ({error.strerror}); name a writable "
+                "folder on an NVMe disk"
             ) from None
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
+        self._lock.release()
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+def _remove_if_abandoned(folder: Path) -> None:
+    """Remove the folder if its process has ended; without locks this is unknown, so it stays."""
+    with (
+        contextlib.suppress(OSError),  # its process is alive, or it is another user's, or gone
+        take_lock(folder, wait_seconds=0.0, is_folder=True) as lock,
+    ):
+        if lock.in_kernel:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_if_left(folder: Path) -> None:
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # another user's, or gone
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:
-        pass  # its process is alive
-    finally:
-        os.close(handle)
-
-
-def _require_space(base: Path, stated: str, needed: int) -> None:
+def _require_space(base: Path, nvme_path: str, needed: int) -> None:
     free = shutil.disk_usage(base).free
     if free < needed:
         raise ConfigError(
-            f"offload_optimizer.nvme_path={stated} has {format_bytes(free)} free, the states of this machine's "
-            f"ranks need {format_bytes(needed)}; name a larger disk, or use more ranks"
+            f"offload_optimizer.nvme_path={nvme_path} has {format_bytes(free)} free, but the optimizer states of this "
+            f"machine's ranks need {format_bytes(needed)}; name a larger disk, or use more ranks"
         )
 
 

@@ -182,10 +182,10 @@ class OptimizerState:
         """
         inner: Any = self._inner
         options = inner.param_groups[0]
-        nobody = [torch.zeros(1) for _ in range(4)]
+        dummy = [torch.zeros(1) for _ in range(4)]
         for step in range(1, optimizer_step + 1):
             inner.ds_opt_adam.adam_update(
-                inner.opt_id, step, 0.0, *options["betas"], options["eps"], 0.0, options["bias_correction"], *nobody
+                inner.opt_id, step, 0.0, *options["betas"], options["eps"], 0.0, options["bias_correction"], *dummy
             )
 
     def _refresh_low_precision(self) -> None:

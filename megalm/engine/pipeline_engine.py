@@ -21,13 +21,10 @@ from deepspeed.runtime.pipe.schedule import ForwardPass, OptimizerStep, TrainSch
 from torch import Tensor
 
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
-from megalm.engine.base_engine import EngineBase, padded
-from megalm.engine.distributed import DistributedCommunicator
-from megalm.engine.interface import JudgeUpdate, StepResult
+from megalm.engine.base_engine import EngineBase, EngineContext, padded
+from megalm.engine.interface import StepResult
 from megalm.engine.phase_clock import PhaseClock
 from megalm.engine.pipeline_stage import PipelineStage
-from megalm.parallel.process_groups import ParallelGroups
-from megalm.planning.resolve import OptimizerFacts
 
 # By default each rank of a tensor group sends a part of the hidden states, assuming that all hold the same. With
 # parallel.sequence they hold different slices.
@@ -35,37 +32,17 @@ _SEND_WHOLE = {"pipe_partitioned": False, "grad_partitioned": False}
 
 
 class PipelineEngine(EngineBase):
-    """Trains this rank's stage together with the other ranks.
+    """Trains this rank's initialized stage together with the other ranks."""
 
-    Args:
-        model: this rank's stage, initialized.
-        settings, optimizer, decay_embeddings, judge: as for `EngineBase`.
-    """
-
-    def __init__(
-        self,
-        model: PipelineStage,
-        settings: dict[str, Any],
-        optimizer: OptimizerFacts,
-        decay_embeddings: bool,
-        comm: DistributedCommunicator,
-        groups: ParallelGroups,
-        device: torch.device,
-        judge: JudgeUpdate | None = None,
-    ) -> None:
-        part = model.part_of_model()
-        super().__init__(
-            model, part, settings | {"pipeline": _SEND_WHOLE}, optimizer, decay_embeddings, comm, groups, device, judge
-        )
+    def __init__(self, model: PipelineStage, context: EngineContext) -> None:
+        super().__init__(model, model.part_of_model(), context, {"pipeline": _SEND_WHOLE})
         instructions = self._engine._INSTRUCTION_MAP.items()
         self._engine._INSTRUCTION_MAP = {
             kind: _in_phase(self._phase, kind.__name__, method) for kind, method in instructions
         }
         self._model = model
         self._clock = model.context.clock
-        self._pipeline = groups.pipeline
-        # Every tensor-parallel rank of the last stage has the same loss: only the first reports it.
-        self._tells_loss = model.is_last and groups.tensor.index == 0
+        self._pipeline = context.groups.pipeline
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         model, engine, data = self._model, self._engine, self._data
@@ -83,7 +60,7 @@ class PipelineEngine(EngineBase):
 
         def before_update() -> None:
             nonlocal loss, norm
-            loss, norm = self._loss_sum() / batch.target_count, self._norm_source()
+            loss, norm = self._sum_losses(model.loss_sum) / batch.target_count, self._norm_source()
             self._check.arm(loss, norm)
 
         engine._train_schedule = lambda: _Schedule(engine, before_forward, before_update)
@@ -98,7 +75,7 @@ class PipelineEngine(EngineBase):
             tokens, labels, documents = self._tensors(micro_batch)
             self._model.context.set(documents, labels)
             self._forward(tokens)
-        return self._loss_sum()
+        return self._sum_losses(self._model.loss_sum)
 
     @torch.no_grad()
     def next_token_logits(
@@ -127,19 +104,6 @@ class PipelineEngine(EngineBase):
         hidden = torch.empty(size, dtype=next(self._model.parameters()).dtype, device=self._device)
         dist.recv(hidden, src=self._pipeline.ranks[self._pipeline.index - 1])
         return hidden
-
-    def _tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return tokens, labels and documents on the device; every stage reads the batch itself."""
-
-        def to_device(array: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> Tensor:
-            return torch.from_numpy(array).to(self._device, non_blocking=True)
-
-        documents = None if batch.documents is None else to_device(batch.documents)
-        return to_device(batch.tokens), to_device(batch.labels), documents
-
-    def _loss_sum(self) -> float:
-        """Return the last stages' losses summed over all pipelines, in fp64: independent of their number."""
-        return self._comm.sum([float(self._model.loss_sum) if self._tells_loss else 0.0])[0]
 
 
 # DeepSpeed's names of instructions, and ours of phases.

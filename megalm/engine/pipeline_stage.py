@@ -164,7 +164,7 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
             layers.append(LayerSpec(BlockLayer, build, context, index, recomputed))
         layers.append(LayerSpec(NormLayer, build))
         layers.append(
-            TiedLayerSpec(_TIED, TokenTable, build, forward_fn=_pass_on, tied_weight_attr="tokens.weight")
+            TiedLayerSpec(_TIED, TokenTable, build, forward_fn=_identity, tied_weight_attr="tokens.weight")
             if tied
             else LayerSpec(HeadLayer, build)
         )
@@ -240,7 +240,7 @@ def _at(clock: DropoutClock, micro_batch: int) -> Iterator[None]:
         clock.micro_batch = now
 
 
-def _pass_on(table: nn.Module, hidden: Tensor) -> Tensor:
+def _identity(table: nn.Module, hidden: Tensor) -> Tensor:
     return hidden
 
 

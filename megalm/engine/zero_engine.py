@@ -6,56 +6,35 @@ Shapes: B micro-batch, T sequence, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from deepspeed.utils import set_z3_leaf_modules
-from torch import Tensor
 
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
-from megalm.engine.base_engine import EngineBase, ModelParallelUnit, padded
-from megalm.engine.distributed import DistributedCommunicator
-from megalm.engine.interface import JudgeUpdate, StepResult
+from megalm.engine.base_engine import EngineBase, EngineContext, padded
+from megalm.engine.interface import StepResult
 from megalm.model.modules import DropoutClock
 from megalm.model.transformer import Block, LanguageModel
-from megalm.parallel.process_groups import ParallelGroups
-from megalm.planning.resolve import OptimizerFacts
 
 
 class ZeroEngine(EngineBase):
     """Trains `model` on data-parallel ranks.
 
     Args:
-        model: an initialized model on `device`, fp32; its parameters' names are canonical.
+        model: an initialized model on the context's device, fp32; its parameters' names are canonical.
         clock: the clock of the model's dropout layers.
-        settings, optimizer, decay_embeddings, judge: as for `EngineBase`.
     """
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        clock: DropoutClock,
-        settings: dict[str, Any],
-        optimizer: OptimizerFacts,
-        decay_embeddings: bool,
-        comm: DistributedCommunicator,
-        groups: ParallelGroups,
-        device: torch.device,
-        judge: JudgeUpdate | None = None,
-    ) -> None:
-        stage = int(settings["zero_optimization"]["stage"])
-        if stage == 3:
+    def __init__(self, model: LanguageModel, clock: DropoutClock, context: EngineContext) -> None:
+        if context.run.zero_stage == 3:
             # Gather a complete block, not layer by layer: fewer messages, and no DeepSpeed hooks inside a compiled
             # block.
             set_z3_leaf_modules(model, [Block])
-        unit = ModelParallelUnit(groups)
-        super().__init__(model, model, settings, optimizer, decay_embeddings, comm, groups, device, judge, unit)
+        super().__init__(model, model, context)
         self._clock = clock
         self._slices = model.slices
-        # Every rank of a tensor group has the same loss: only the first reports it.
-        self._tells_loss = groups.tensor.index == 0
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         engine = self._engine
@@ -75,7 +54,7 @@ class ZeroEngine(EngineBase):
                 engine.backward(loss_sum * scale, scale_wrt_gas=False)
             total += loss_sum.detach()
             if index == last:
-                loss, norm = self._sum(total) / batch.target_count, self._norm_source()
+                loss, norm = self._sum_losses(total) / batch.target_count, self._norm_source()
                 self._check.arm(loss, norm)
             with self._phase("update"):
                 engine.step()
@@ -88,7 +67,7 @@ class ZeroEngine(EngineBase):
         for micro_batch in micro_batches:
             loss_sum, _ = self._engine(*self._tensors(micro_batch))
             total += loss_sum
-        return self._sum(total)
+        return self._sum_losses(total)
 
     @torch.no_grad()
     def next_token_logits(
@@ -100,13 +79,3 @@ class ZeroEngine(EngineBase):
         with torch.compiler.set_stance("force_eager"):  # texts grow: each new length would be compiled again
             logits = self._engine(places[0], positions=places[1])
         return logits.float().cpu().numpy()
-
-    def _tensors(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
-        arrays = (batch.tokens, batch.labels, batch.documents)
-        return tuple(
-            None if array is None else torch.from_numpy(array).to(self._device, non_blocking=True) for array in arrays
-        )
-
-    def _sum(self, local: Tensor) -> float:
-        """Return the sum over data-parallel ranks, in fp64, so that the value does not depend on their number."""
-        return self._comm.sum([float(local) if self._tells_loss else 0.0])[0]

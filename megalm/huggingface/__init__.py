@@ -1,1 +1,1 @@
-"""Models in Hugging Face form: written from checkpoints, and read as starting points. Needs no transformers."""
+"""Exports checkpoints to Hugging Face format and imports models from it. Needs no transformers."""

@@ -1,12 +1,12 @@
-"""`config.json`: a ModelConfig as Hugging Face says it, and theirs as a ModelConfig, or refused by name.
+"""Converts a ModelConfig to Hugging Face's `config.json` and back.
 
-What theirs can say and ours cannot do is never passed over: a key is taken over, or must have the one value that our
-model computes, or is known to change no number of a forward pass; any other key is refused.
+No key is ignored in silence: a key is converted, or must have the one value that megalm's model computes, or is known
+to change no number of a forward pass. Any other key is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,15 +21,14 @@ Accepts = Callable[[Any], bool]
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
 _HEADLESS = {"llama": "LlamaModel", "qwen3": "Qwen3Model", "gpt2": "GPT2Model"}
 
-# Of files, of generation, of outputs and of other heads: no number of a forward pass depends on them.
+# Keys about files, generation, outputs and other heads: no number of a forward pass depends on them.
 _WITHOUT_EFFECT_WORDS = (
-    "_num_labels do_sample max_length min_length num_beams predict_special_tokens repetition_penalty temperature top_k "
-    "top_p torchscript use_bfloat16 "
-    "_name_or_path _attn_implementation_autoset architectures bos_token_id chunk_size_feed_forward dtype eos_token_id "
-    "gradient_checkpointing id2label is_decoder is_llama_config label2id max_window_layers model_type num_labels "
-    "output_attentions output_hidden_states output_past pad_token_id problem_type return_dict summary_activation "
-    "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params "
-    "tokenizer_class torch_dtype transformers_version use_cache"
+    "_attn_implementation_autoset _name_or_path _num_labels architectures bos_token_id chunk_size_feed_forward "
+    "do_sample dtype eos_token_id gradient_checkpointing id2label is_decoder is_llama_config label2id max_length "
+    "max_window_layers min_length model_type num_beams num_labels output_attentions output_hidden_states output_past "
+    "pad_token_id predict_special_tokens problem_type repetition_penalty return_dict summary_activation "
+    "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params temperature "
+    "tokenizer_class top_k top_p torch_dtype torchscript transformers_version use_bfloat16 use_cache"
 )
 _WITHOUT_EFFECT = frozenset(_WITHOUT_EFFECT_WORDS.split())
 
@@ -53,8 +52,8 @@ def _all_full(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(kind == "full_attention" for kind in value))
 
 
-# What our model computes; a key that is not stated has this value there as well.
-_LLAMA_MUST: dict[str, Accepts] = {
+# The values that megalm's model computes; each is also the default of a missing key in transformers.
+_LLAMA_REQUIRED: dict[str, Accepts] = {
     "hidden_act": _is("silu", "swish"),
     "attention_bias": _is(False),
     "mlp_bias": _is(False),
@@ -65,12 +64,12 @@ _LLAMA_MUST: dict[str, Accepts] = {
     "pretraining_tp": _is(1),
     "is_encoder_decoder": _is(False),
 }
-_QWEN3_MUST = {
-    **{key: accepts for key, accepts in _LLAMA_MUST.items() if key != "pretraining_tp"},
+_QWEN3_REQUIRED = {
+    **{key: accepts for key, accepts in _LLAMA_REQUIRED.items() if key != "pretraining_tp"},
     "use_sliding_window": _is(False),
     "layer_types": _all_full,
 }
-_GPT2_MUST: dict[str, Accepts] = {
+_GPT2_REQUIRED: dict[str, Accepts] = {
     "activation_function": _is("gelu_new", "gelu_pytorch_tanh"),
     "scale_attn_weights": _is(True),
     "scale_attn_by_inverse_layer_idx": _is(False),
@@ -80,23 +79,19 @@ _GPT2_MUST: dict[str, Accepts] = {
     "is_encoder_decoder": _is(False),
 }
 
-# Our field -> (their key, what it is where their class has it unstated; ... where it must be stated).
+# ModelConfig field -> (key of config.json, default of the transformers class; ... for a key that is required here).
 _LLAMA_FIELDS: dict[str, tuple[str, Any]] = {
-    "vocab_size": ("vocab_size", ...),
-    "hidden_size": ("hidden_size", ...),
-    "num_hidden_layers": ("num_hidden_layers", ...),
-    "num_attention_heads": ("num_attention_heads", ...),
+    **{name: (name, ...) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
+    **{name: (name, ...) for name in ("intermediate_size", "max_position_embeddings")},
     "num_key_value_heads": ("num_key_value_heads", None),
     "head_dim": ("head_dim", None),
-    "intermediate_size": ("intermediate_size", ...),
-    "max_position_embeddings": ("max_position_embeddings", ...),
     "tie_word_embeddings": ("tie_word_embeddings", False),
     "rope_theta": ("rope_theta", 10_000.0),
     "norm_epsilon": ("rms_norm_eps", 1e-6),
     "attention_dropout": ("attention_dropout", 0.0),
     "initializer_range": ("initializer_range", 0.02),
 }
-# Their class has its own default for both, which no other model shares.
+# The Qwen3 class has its own defaults for both; no other model shares them.
 _QWEN3_FIELDS = {**_LLAMA_FIELDS, "num_key_value_heads": ("num_key_value_heads", ...), "head_dim": ("head_dim", ...)}
 _GPT2_FIELDS: dict[str, tuple[str, Any]] = {
     "vocab_size": ("vocab_size", ...),
@@ -112,35 +107,40 @@ _GPT2_FIELDS: dict[str, tuple[str, Any]] = {
     "initializer_range": ("initializer_range", 0.02),
 }
 _FAMILIES = {
-    "llama": (_LLAMA_FIELDS, _LLAMA_MUST),
-    "qwen3": (_QWEN3_FIELDS, _QWEN3_MUST),
-    "gpt2": (_GPT2_FIELDS, _GPT2_MUST),
+    "llama": (_LLAMA_FIELDS, _LLAMA_REQUIRED),
+    "qwen3": (_QWEN3_FIELDS, _QWEN3_REQUIRED),
+    "gpt2": (_GPT2_FIELDS, _GPT2_REQUIRED),
 }
 
 
-def family_of(shape: ModelConfig) -> str:
-    """`model_type` of the model there; Qwen3 is Llama with a norm on each head's queries and keys."""
+def model_type(shape: ModelConfig) -> str:
+    """The `model_type` of config.json; Qwen3 is Llama with a norm on each head's queries and keys."""
     return "qwen3" if shape.style == "llama" and shape.qk_norm else shape.style
 
 
-def refuse_what_they_lack(shape: ModelConfig) -> None:
-    """Raises: CheckpointError: no model of transformers computes what this one does."""
+def require_exportable(shape: ModelConfig) -> None:
+    """Raises: CheckpointError: transformers has no model with this computation."""
     problem = ""
-    divided = shape.num_attention_heads * shape.head_dim == shape.hidden_size
     if shape.style == "gpt2" and shape.qk_norm:
-        problem = "model.qk_norm=true of style gpt2: their GPT-2 has no norm on queries and keys"
+        problem = "model.qk_norm=true with style gpt2: GPT2LMHeadModel has no norm on queries and keys"
     elif shape.style == "gpt2" and shape.num_key_value_heads != shape.num_attention_heads:
-        problem = f"model.num_key_value_heads={shape.num_key_value_heads} of style gpt2: theirs has one for each head"
-    elif not divided and shape.style == "gpt2":
-        problem = f"model.head_dim={shape.head_dim} of style gpt2: theirs is hidden_size / num_attention_heads"
-    elif family_of(shape) == "llama" and shape.hidden_size % shape.num_attention_heads:
+        problem = (
+            f"model.num_key_value_heads={shape.num_key_value_heads} with style gpt2: GPT2LMHeadModel has one key/value "
+            "head per attention head"
+        )
+    elif shape.style == "gpt2" and shape.num_attention_heads * shape.head_dim != shape.hidden_size:
+        problem = (
+            f"model.head_dim={shape.head_dim} with style gpt2: GPT2LMHeadModel uses hidden_size / num_attention_heads"
+        )
+    elif model_type(shape) == "llama" and shape.hidden_size % shape.num_attention_heads:
         problem = (
             f"model.num_attention_heads={shape.num_attention_heads} does not divide "
-            f"model.hidden_size={shape.hidden_size}, which their Llama refuses"
+            f"model.hidden_size={shape.hidden_size}, which LlamaForCausalLM refuses"
         )
     if problem:
         raise CheckpointError(
-            f"the model has no Hugging Face form ({problem}); `megalm checkpoint convert` writes its weights by name"
+            f"the model cannot be exported to Hugging Face format ({problem}); `megalm checkpoint convert` writes its "
+            "weights as one safetensors file"
         )
 
 
@@ -148,20 +148,20 @@ def to_config(shape: ModelConfig, eod_id: int, pad_id: int | None, dtype: str) -
     """The content of config.json.
 
     Args:
-        eod_id: what ends a document is their end of a sequence.
-        pad_id: the padding token, where the tokenizer has one.
-        dtype: of the stored weights, as torch names it.
+        eod_id: the end-of-document token, written as `eos_token_id`.
+        pad_id: the padding token, if the tokenizer has one.
+        dtype: torch's name for the dtype of the stored weights.
     """
-    family = family_of(shape)
-    fields, musts = _FAMILIES[family]
+    family = model_type(shape)
+    fields, required = _FAMILIES[family]
     config: dict[str, Any] = {"architectures": [ARCHITECTURES[family]], "model_type": family}
     config |= {key: getattr(shape, field) for field, (key, _) in fields.items()}
     if family == "gpt2":
         config |= {"embd_pdrop": shape.dropout, "activation_function": "gelu_new"}
     else:
-        # rope_theta by itself and in rope_parameters: transformers before and from version 5 read one of them each.
+        # transformers 4 reads rope_theta, transformers 5 reads rope_parameters.
         config |= {"rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta}, "hidden_act": "silu"}
-        config |= {key: False for key in ("attention_bias", "mlp_bias", "use_sliding_window") if key in musts}
+        config |= {key: False for key in ("attention_bias", "mlp_bias", "use_sliding_window") if key in required}
     config |= {"bos_token_id": None, "eos_token_id": eod_id, "pad_token_id": pad_id}
     return {**config, "dtype": dtype, "use_cache": True}
 
@@ -170,105 +170,88 @@ def to_shape(config: Config, ignored: Collection[str] = ()) -> ModelConfig:
     """The model that config.json describes.
 
     Args:
-        ignored: keys of it that a person knows to change nothing.
+        ignored: keys that the user knows to change nothing.
 
     Raises:
-        DataError: it is of another kind of model, or says what our model cannot do: all of it, by name and value.
+        DataError: unsupported model type, or unsupported keys; the message lists all of them with their values.
     """
     family = str(config.get("model_type"))
     if family not in _FAMILIES:
         raise DataError(
-            f"model_type={config.get('model_type')!r} of config.json is none that megalm has; it reads "
+            f"config.json has model_type={config.get('model_type')!r}, which megalm does not support; supported: "
             f"{', '.join(_FAMILIES)}"
         )
-    stated = {key: value for key, value in config.items() if key not in ignored}
-    fields, musts = _FAMILIES[family]
-    problems = [
-        *_wrong_architecture(stated, family),
-        *_not_ours(stated, musts),
-        *_unknown(stated, family),
-        *_missing(stated, fields),
-        *_contradictions(stated),
-    ]
-    if problems:
+    config = {key: value for key, value in config.items() if key not in ignored}
+    if problems := list(_problems(config, family)):
         raise DataError(
-            f"config.json says what megalm's model cannot do, or cannot know: {'; '.join(problems)} "
-            "(--ignore-key KEY passes over one that you know to change nothing)"
+            f"config.json has settings that megalm's model does not support: {'; '.join(problems)} "
+            "(--ignore-key KEY ignores a key that you know to change nothing)"
         )
     values: dict[str, Any] = {
-        field: default if stated.get(key) is None and default is not ... else stated.get(key)
-        for field, (key, default) in fields.items()
+        field: default if config.get(key) is None else config[key]
+        for field, (key, default) in _FAMILIES[family][0].items()
     }
     if family != "gpt2":
-        values["rope_theta"] = next(iter(_thetas(stated).values()), 10_000.0)
+        values["rope_theta"] = next(iter(_thetas(config).values()), 10_000.0)
     try:
         section = ModelSection(style="gpt2" if family == "gpt2" else "llama", qk_norm=family == "qwen3", **values)
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(f"config.json: {first['loc'][-1]}={first['input']!r}: {first['msg']}") from None
-    shape = build_model_config(section, vocab_size=0, sequence_length=0)  # both are stated
-    _refuse_odd_heads(shape)
-    return shape
-
-
-def section_of(shape: ModelConfig) -> dict[str, Any]:
-    """The `model:` section of a run that trains this shape, nothing left to a default."""
-    names = ModelSection.model_fields
-    return {name: getattr(shape, name) for name in names}
-
-
-def _wrong_architecture(config: Config, family: str) -> list[str]:
-    stated = config.get("architectures") or []
-    named = stated if isinstance(stated, list) else [stated]
-    known = (ARCHITECTURES[family], _HEADLESS[family])
-    return [f"architectures={named!r} (it reads {known[0]})" for name in named[:1] if name not in known]
-
-
-def _not_ours(config: Config, musts: Mapping[str, Accepts]) -> list[str]:
-    return [f"{key}={config[key]!r}" for key, accepts in musts.items() if key in config and not accepts(config[key])]
-
-
-def _unknown(config: Config, family: str) -> list[str]:
-    fields, musts = _FAMILIES[family]
-    known = _WITHOUT_EFFECT | musts.keys() | {key for key, _ in fields.values()}
-    known |= {"embd_pdrop", "n_ctx"} if family == "gpt2" else set()
-    # Qwen3 names the width of a window also where it uses none.
-    known |= {"sliding_window"} if family == "qwen3" else set()
-    return [f"{key}={value!r}" for key, value in config.items() if key not in known and value is not None]
-
-
-def _missing(config: Config, fields: Mapping[str, tuple[str, Any]]) -> list[str]:
-    return [f"{key} is not stated" for key, default in fields.values() if default is ... and config.get(key) is None]
-
-
-def _contradictions(config: Config) -> list[str]:
-    """Two keys for one number of ours."""
-    found = []
-    pairs = (("embd_pdrop", "resid_pdrop", 0.1), ("n_ctx", "n_positions", config.get("n_positions")))
-    for one, other, default in pairs:
-        values = config.get(one, default), config.get(other, default)
-        if values[0] != values[1]:
-            found.append(f"{one}={values[0]!r} beside {other}={values[1]!r}")
-    thetas = list(_thetas(config).items())
-    if any(value != thetas[0][1] for _, value in thetas):
-        found.append(" beside ".join(f"{place}={value!r}" for place, value in thetas))
-    return found
-
-
-def _thetas(config: Config) -> dict[str, Any]:
-    """Where it is stated, in some of three places."""
-    nested = {
-        key: value for key in ("rope_parameters", "rope_scaling") if isinstance(value := config.get(key), Mapping)
-    }
-    places = {"rope_theta": config, **{f"{key}.rope_theta": value for key, value in nested.items()}}
-    return {place: values["rope_theta"] for place, values in places.items() if values.get("rope_theta") is not None}
-
-
-def _refuse_odd_heads(shape: ModelConfig) -> None:
+    shape = build_model_config(section, vocab_size=0, sequence_length=0)  # the section sets both
     if shape.num_attention_heads % shape.num_key_value_heads:
         raise DataError(
             f"config.json: num_key_value_heads={shape.num_key_value_heads} does not divide "
             f"num_attention_heads={shape.num_attention_heads}"
         )
     if shape.style == "llama" and shape.head_dim % 2:
-        raise DataError(f"config.json: head_dim={shape.head_dim} is odd, rotary positions want pairs")
+        raise DataError(
+            f"config.json: head_dim={shape.head_dim} is odd; rotary position embeddings need an even number"
+        )
+    return shape
+
+
+def section_of(shape: ModelConfig) -> dict[str, Any]:
+    """The complete `model:` section of a run configuration for this model, without defaults."""
+    return {name: getattr(shape, name) for name in ModelSection.model_fields}
+
+
+def _problems(config: Config, family: str) -> Iterator[str]:
+    """Everything in config.json that megalm's model does not support, each with key and value."""
+    fields, required = _FAMILIES[family]
+    architectures = config.get("architectures") or []
+    named = architectures if isinstance(architectures, list) else [architectures]
+    if named and named[0] not in (ARCHITECTURES[family], _HEADLESS[family]):
+        yield f"architectures={named!r} (supported: {ARCHITECTURES[family]})"
+    for key, accepts in required.items():
+        if key in config and not accepts(config[key]):
+            yield f"{key}={config[key]!r}"
+    known = _WITHOUT_EFFECT | required.keys() | {key for key, _ in fields.values()}
+    # Qwen3 files hold the width of a sliding window even if the model uses none.
+    known |= {"gpt2": {"embd_pdrop", "n_ctx"}, "qwen3": {"sliding_window"}}.get(family, set())
+    for key, value in config.items():
+        if key not in known and value is not None:
+            yield f"{key}={value!r}"
+    for key, default in fields.values():
+        if default is ... and config.get(key) is None:
+            yield f"{key} is missing"
+    # Two keys for one number of ModelConfig.
+    for one, other, default in (
+        ("embd_pdrop", "resid_pdrop", 0.1),
+        ("n_ctx", "n_positions", config.get("n_positions")),
+    ):
+        first, second = config.get(one, default), config.get(other, default)
+        if first != second:
+            yield f"{one}={first!r} contradicts {other}={second!r}"
+    thetas = _thetas(config)
+    if any(value != next(iter(thetas.values())) for value in thetas.values()):
+        yield " contradicts ".join(f"{place}={value!r}" for place, value in thetas.items())
+
+
+def _thetas(config: Config) -> dict[str, Any]:
+    """The RoPE base by the place that holds it; there are three."""
+    nested = {
+        key: value for key in ("rope_parameters", "rope_scaling") if isinstance(value := config.get(key), Mapping)
+    }
+    places = {"rope_theta": config, **{f"{key}.rope_theta": value for key, value in nested.items()}}
+    return {place: values["rope_theta"] for place, values in places.items() if values.get("rope_theta") is not None}

@@ -1,4 +1,4 @@
-"""A run's tokenizer as the files that `AutoTokenizer` loads: the same ids, looked at before they are believed."""
+"""Exports a run's tokenizer as the files that `AutoTokenizer` loads, and verifies that it gives the same ids."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SENTENCEPIECE = "sentencepiece.model"
 
-_EOD = "<eod>"  # of the bytes tokenizer, which has no names
-_PIECES_OF_A_TEXT = 500
+_EOD = "<eod>"  # the bytes tokenizer has no names
+_TOKENS_PER_TEXT = 500
 _TEXTS = (
     "",
     " ",
@@ -41,58 +41,51 @@ _TEXTS = (
 
 @dataclass(frozen=True)
 class ExportedTokenizer:
-    """What became of a tokenizer.
+    """The result of a tokenizer's export.
 
     Attributes:
-        note: a line for people: what it is proven to be, or why there is none and what to use.
-        files: of the exported folder.
-        eod, pad: names of tokens, where it has them.
+        note: a line for the user: the texts that verify it, or the reason for its absence and what to use instead.
+        files: the files written to the exported folder.
+        pad_id: the padding token, if there is one.
     """
 
     note: str
     files: tuple[str, ...]
-    eod: str | None = None
-    pad: str | None = None
     pad_id: int | None = None
-
-    @property
-    def is_there(self) -> bool:
-        return TOKENIZER in self.files
 
 
 @dataclass(frozen=True)
-class _Made:
+class _Converted:
     tokenizer: tokenizers.Tokenizer
-    special: dict[str, str | None]  # as tokenizer_config.json names them
+    special: dict[str, str | None]  # key of tokenizer_config.json -> token
     pieces: SentencePieceModel | None = None
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> ExportedTokenizer:
-    """Write tokenizer.json and tokenizer_config.json into `folder`; a SentencePiece model is kept beside them.
+    """Write tokenizer.json and tokenizer_config.json into `folder`, and a SentencePiece model beside them.
 
     Args:
-        tokenizer: the run's.
-        longest: tokens that the model takes.
+        tokenizer: the run's tokenizer.
+        longest: the model's maximum sequence length.
 
     Raises:
-        DataError: the tokenizer has no token that ends a document.
+        DataError: the tokenizer has no end-of-document token.
     """
     files: tuple[str, ...] = ()
     if _is_sentencepiece(tokenizer):
         shutil.copyfile(tokenizer.spec, folder / SENTENCEPIECE)
         files = (SENTENCEPIECE,)
     try:
-        made = _make(tokenizer)
-        ties, texts = _compared(tokenizer, made)
+        made = _convert(tokenizer)
+        ties, texts = _verify(tokenizer, made)
     except NoEquivalentError as reason:
-        kept = f"; load {SENTENCEPIECE} with the sentencepiece library" if files else ""
-        return ExportedTokenizer(f"no {TOKENIZER}: {reason}{kept}", files)
-    eod = made.tokenizer.id_to_token(tokenizer.eod_id)
-    special = {**made.special, "eos_token": eod}
+        instead = f"; load {SENTENCEPIECE} with the sentencepiece library" if files else ""
+        return ExportedTokenizer(f"no {TOKENIZER}: {reason}{instead}", files)
+    special = {**made.special, "eos_token": made.tokenizer.id_to_token(tokenizer.eod_id)}
     made.tokenizer.add_special_tokens(
         [AddedToken(name, special=True, normalized=False) for name in special.values() if name is not None]
     )
-    # Its own `save` raises bare Exceptions, of which a full disk could not be told from anything else.
+    # The library's own `save` raises a bare Exception for a full disk as for everything else.
     write_bytes_atomically(folder / TOKENIZER, made.tokenizer.to_str(pretty=True).encode())
     write_json(
         folder / TOKENIZER_CONFIG,
@@ -101,71 +94,65 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> Exporte
             "model_max_length": longest,
             **special,
             "clean_up_tokenization_spaces": False,
-            # In a text the name of a special token is text, as it was in training.
+            # The name of a special token inside a text is plain text, as in training.
             "split_special_tokens": True,
         },
     )
-    note = f"{TOKENIZER}: megalm's ids on {texts - ties} of {texts} texts that were tried"
+    note = f"{TOKENIZER} gives megalm's ids on {texts - ties} of {texts} test texts"
     if made.pieces is not None and made.pieces.is_unigram:
         note += (
-            "; where two ways to cut a text are equally likely to the last bits it may take the other one (scores are "
-            f"added in 64 bits there, in 32 in training): {SENTENCEPIECE} gives megalm's ids always"
+            "; if two segmentations of a text are equally likely, it may choose the other one (it adds scores in 64 "
+            f"bits, SentencePiece in 32): {SENTENCEPIECE} always gives megalm's ids"
         )
     pad = special.get("pad_token")
-    return ExportedTokenizer(
-        note,
-        (*files, TOKENIZER, TOKENIZER_CONFIG),
-        eod,
-        pad,
-        None if pad is None else made.tokenizer.token_to_id(pad),
-    )
+    pad_id = None if pad is None else made.tokenizer.token_to_id(pad)
+    return ExportedTokenizer(note, (*files, TOKENIZER, TOKENIZER_CONFIG), pad_id)
 
 
 def added_around(tokenizer: Tokenizer) -> list[str]:
-    """Names of the tokens that a tokenizer.json puts before or after a text, which megalm leaves out."""
+    """The tokens that a tokenizer.json adds around a text; megalm adds none."""
     path = Path(tokenizer.spec)
     if path.suffix != ".json":
         return []
-    theirs = tokenizers.Tokenizer.from_file(str(path))
-    alone = set(theirs.encode("a", add_special_tokens=False).ids)
-    return [str(theirs.id_to_token(token)) for token in theirs.encode("a").ids if token not in alone]
+    loaded = tokenizers.Tokenizer.from_file(str(path))
+    plain = set(loaded.encode("a", add_special_tokens=False).ids)
+    return [str(loaded.id_to_token(token)) for token in loaded.encode("a").ids if token not in plain]
 
 
 def _is_sentencepiece(tokenizer: Tokenizer) -> bool:
     return tokenizer.name.startswith("sentencepiece:")
 
 
-def _make(tokenizer: Tokenizer) -> _Made:
+def _convert(tokenizer: Tokenizer) -> _Converted:
     if tokenizer.spec == BYTES:
-        return _Made(_bytes_tokenizer(tokenizer.eod_id), {"bos_token": None, "unk_token": None, "pad_token": None})
+        return _Converted(_bytes_tokenizer(tokenizer.eod_id), {"bos_token": None, "unk_token": None, "pad_token": None})
     if _is_sentencepiece(tokenizer):
         model = SentencePieceModel(tokenizer.spec)
         special = {"bos_token": model.bos, "unk_token": model.unknown, "pad_token": model.pad}
-        return _Made(model.tokenizer(), special, model)
-    return _Made(*_plain_definition(Path(tokenizer.spec)))
+        return _Converted(model.to_tokenizer(), special, model)
+    return _Converted(*_plain_definition(Path(tokenizer.spec)))
 
 
 def _bytes_tokenizer(eod_id: int) -> tokenizers.Tokenizer:
-    """Ids are byte values. The byte alphabet has a printable character for each byte, in an order of its own."""
-    alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    """Ids are byte values; GPT-2's byte alphabet names unprintable bytes by the characters from 256 on."""
     printable = [byte for byte in range(256) if chr(byte) in pre_tokenizers.ByteLevel.alphabet()]
     others = [byte for byte in range(256) if byte not in printable]
     names = {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
     made = tokenizers.Tokenizer(models.BPE(vocab={**names, _EOD: eod_id}, merges=[]))
-    made.pre_tokenizer = alphabet
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
     return made
 
 
 def _plain_definition(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str | None]]:
-    """A tokenizer.json without what megalm leaves out: cutting, padding, tokens around a text."""
+    """A tokenizer.json without truncation, padding and added tokens, which megalm does not apply."""
     definition = {**read_json(path), "truncation": None, "padding": None}
     if (definition.get("post_processor") or {}).get("type", "ByteLevel") != "ByteLevel":
-        definition["post_processor"] = None  # it would add a beginning that the model was not trained with
+        definition["post_processor"] = None  # it would add tokens that training did not add
     made = tokenizers.Tokenizer.from_str(json.dumps(definition))
     beside = path.with_name(TOKENIZER_CONFIG)
-    stated = read_json(beside) if beside.is_file() else {}
-    special = {key: _known(made, stated.get(key)) for key in ("bos_token", "unk_token", "pad_token")}
+    config = read_json(beside) if beside.is_file() else {}
+    special = {key: _known(made, config.get(key)) for key in ("bos_token", "unk_token", "pad_token")}
     special["unk_token"] = special["unk_token"] or _known(made, definition.get("model", {}).get("unk_token"))
     return made, special
 
@@ -175,31 +162,31 @@ def _known(tokenizer: tokenizers.Tokenizer, token: Any) -> str | None:
     return name if isinstance(name, str) and tokenizer.token_to_id(name) is not None else None
 
 
-def _compared(ours: Tokenizer, made: _Made) -> tuple[int, int]:
-    """(texts that are cut otherwise, but as likely; texts).
+def _verify(original: Tokenizer, made: _Converted) -> tuple[int, int]:
+    """Compare the tokenizers; returns the numbers of equally likely segmentations and of texts.
 
     Raises:
-        NoEquivalentError: it gives other ids, or another text.
+        NoEquivalentError: ids or decoded text differ.
     """
-    theirs = made.tokenizer
-    theirs.encode_special_tokens = True
-    texts = list(_texts(ours, theirs))
+    converted = made.tokenizer
+    converted.encode_special_tokens = True
+    texts = list(_texts(original, converted))
     ties = 0
-    for text, row in zip(texts, ours.encode_batch(texts), strict=True):
-        found = theirs.encode(text, add_special_tokens=False).ids
-        if theirs.decode(found) != ours.decode(row):
-            raise NoEquivalentError(f"it gives another text back of {text[:40]!r}")
+    for text, row in zip(texts, original.encode_batch(texts), strict=True):
+        found = converted.encode(text, add_special_tokens=False).ids
+        if converted.decode(found) != original.decode(row):
+            raise NoEquivalentError(f"it decodes {text[:40]!r} to another text")
         if found != row:
             if made.pieces is None or not made.pieces.are_equally_likely(found, row):
-                raise NoEquivalentError(f"it gives other ids for {text[:40]!r}")
+                raise NoEquivalentError(f"it encodes {text[:40]!r} to other ids")
             ties += 1
     return ties, len(texts)
 
 
-def _texts(ours: Tokenizer, theirs: tokenizers.Tokenizer) -> Iterator[str]:
-    """The awkward ones, the names of special tokens, and the whole vocabulary, a part at a time."""
+def _texts(original: Tokenizer, converted: tokenizers.Tokenizer) -> Iterator[str]:
+    """Hard cases, the names of all special tokens, and the whole vocabulary in several texts."""
     yield from _TEXTS
-    yield " ".join(sorted(token.content for token in theirs.get_added_tokens_decoder().values()))
-    for start in range(0, ours.vocab_size, _PIECES_OF_A_TEXT):
-        known = range(start, min(start + _PIECES_OF_A_TEXT, ours.vocab_size))
-        yield ours.decode([token for token in known if theirs.id_to_token(token) is not None])
+    yield " ".join(sorted(token.content for token in converted.get_added_tokens_decoder().values()))
+    for start in range(0, original.vocab_size, _TOKENS_PER_TEXT):
+        known = range(start, min(start + _TOKENS_PER_TEXT, original.vocab_size))
+        yield original.decode([token for token in known if converted.id_to_token(token) is not None])

@@ -1,23 +1,20 @@
-"""Weights from a checkpoint of any layout to safetensors in Hugging Face form, one tensor in memory at a time."""
+"""Writes the weights of a checkpoint of any layout as Hugging Face safetensors, one tensor in memory at a time."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
-from megalm.checkpoint.consolidate import read_finite
 from megalm.checkpoint.safetensors_file import TensorEntry, write_tensors
 from megalm.errors import CheckpointError
-from megalm.huggingface.weight_mapping import TheirTensor, their_tensors
+from megalm.huggingface.weight_mapping import HFTensor, hf_tensors
 from megalm.model.model_config import ModelConfig
-from megalm.utils.atomic_files import write_atomically
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -29,30 +26,35 @@ def write_model(
     folder: Path,
     dtype: torch.dtype,
     largest_file_bytes: int,
-    tell: Callable[[], None],
+    advance: Callable[[], None],
 ) -> int:
-    """Write the fp32 masters into `folder`, rounded to `dtype` (fp32 or bf16); bytes of tensors written.
+    """Write the fp32 masters into `folder`, rounded to `dtype` (fp32 or bf16), and return the bytes of all tensors.
 
     Args:
-        largest_file_bytes: where the tensors are more, several files and an index are written; a file holds at least
-            one tensor.
-        tell: called when a tensor is written.
+        largest_file_bytes: more bytes are split into several files with an index; each file has at least one tensor.
+        advance: called after each tensor is written.
 
     Raises:
-        CheckpointError: the checkpoint has other parameters than the model, holes, or numbers that are not finite.
+        CheckpointError: the checkpoint's parameters are not the model's, are incomplete or are not finite.
         OSError: the folder cannot be written.
     """
     if reader.shapes() != shape.parameters():
         different = sorted(set(reader.shapes().items()) ^ set(shape.parameters().items()))
         raise CheckpointError(
-            f"{reader.path}: {different[0][0]} is not as its own model section says; it cannot be used"
+            f"{reader.path}: {different[0][0]} does not match the model section of its manifest; use another checkpoint"
         )
-    tensors = their_tensors(shape)
-    files = _shared_out(tensors, dtype, largest_file_bytes)
+    tensors = hf_tensors(shape)
+    files = _split(tensors, dtype, largest_file_bytes)
+
+    def values(members: Sequence[HFTensor]) -> Iterator[Tensor]:
+        for tensor in members:
+            yield to_hf(tensor, [reader.read_finite(name, size) for name, size in tensor.parts])
+            advance()
+
     for name, members in files.items():
         entries = [TensorEntry(tensor.name, tensor.shape, dtype) for tensor in members]
-        values = _told(reader, members, dtype, tell)
-        write_atomically(folder / name, partial(write_tensors, entries=entries, tensors=values))
+        with (folder / name).open("wb") as file:
+            write_tensors(file, entries, values(members))
     total = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize
     if len(files) > 1:
         index = {
@@ -63,14 +65,14 @@ def write_model(
     return total
 
 
-def to_theirs(tensor: TheirTensor, parts: Sequence[Tensor]) -> Tensor:
-    """Our parameters as their tensor."""
+def to_hf(tensor: HFTensor, parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate megalm's parameters to a Hugging Face tensor."""
     whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
     return whole.t() if tensor.transposed else whole
 
 
-def to_ours(tensor: TheirTensor, whole: Tensor, part: str) -> Tensor:
-    """One of our parameters out of their tensor, a view."""
+def from_hf(tensor: HFTensor, whole: Tensor, part: str) -> Tensor:
+    """One of megalm's parameters as a view of a Hugging Face tensor."""
     straight = whole.t() if tensor.transposed else whole
     start = 0
     for name, shape in tensor.parts:
@@ -80,25 +82,17 @@ def to_ours(tensor: TheirTensor, whole: Tensor, part: str) -> Tensor:
     raise AssertionError(part)
 
 
-def _told(
-    reader: CheckpointReader, tensors: Sequence[TheirTensor], dtype: torch.dtype, tell: Callable[[], None]
-) -> Iterator[Tensor]:
-    for tensor in tensors:
-        yield to_theirs(tensor, [read_finite(reader, name, shape) for name, shape in tensor.parts])
-        tell()
-
-
-def _shared_out(tensors: Sequence[TheirTensor], dtype: torch.dtype, largest: int) -> dict[str, list[TheirTensor]]:
+def _split(tensors: Sequence[HFTensor], dtype: torch.dtype, largest: int) -> dict[str, list[HFTensor]]:
     """File name -> its tensors, in order."""
-    groups: list[list[TheirTensor]] = [[]]
-    room = largest
+    groups: list[list[HFTensor]] = [[]]
+    free = largest
     for tensor in tensors:
         size = math.prod(tensor.shape) * dtype.itemsize
-        if size > room and groups[-1]:
+        if size > free and groups[-1]:
             groups.append([])
-            room = largest
+            free = largest
         groups[-1].append(tensor)
-        room -= size
+        free -= size
     if len(groups) == 1:
         return {WEIGHTS: groups[0]}
     return {f"model-{number:05d}-of-{len(groups):05d}.safetensors": group for number, group in enumerate(groups, 1)}

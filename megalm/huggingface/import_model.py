@@ -1,4 +1,4 @@
-"""A model in Hugging Face form as a starting point: a checkpoint of weights alone, which every layout loads."""
+"""Imports a Hugging Face model as a weights-only checkpoint, which every layout loads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -24,70 +24,75 @@ from megalm.huggingface.export_tokenizer import SENTENCEPIECE, TOKENIZER, TOKENI
 from megalm.huggingface.output_folder import complete_folder
 from megalm.huggingface.pretrained_folder import HuggingFaceFolder
 
-T = TypeVar("T")
-
 MODEL_FILE = "model.yaml"
 
-# Tokens of a training sample, where the model takes as many: its own window may want more memory than there is.
+# The largest data.sequence_length to propose: the model's own maximum may need too much memory.
 _LONGEST_SAMPLE = 1024
 _TOKENIZERS = (SENTENCEPIECE, TOKENIZER, "tokenizer.model")
-_HEADER = "# For --config: {source} as it was imported, its tokenizer, samples that fit it. The rest is the defaults.\n"
+_HEADER = (
+    "# For --config: the model {source}, its tokenizer and a sequence length. All other keys have their defaults.\n"
+)
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What there is now.
+    """The result of an import.
 
     Attributes:
         checkpoint: for --resume; config: for --config; tokenizer: for data.tokenizer.
-        notes: what megalm does otherwise with texts than these files say, a line each.
+        notes: a line for each way in which megalm treats texts differently than these files specify.
     """
 
     checkpoint: Path
     config: Path
     tokenizer: Tokenizer
-    parameters: int
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A whole parameter that is read when it is written."""
+    """A whole parameter, read only when it is written."""
 
     key: FragmentKey
     read: Callable[[str], Tensor]
-    tell: Callable[[], None]
+    advance: Callable[[], None]
 
     @property
     def tensor(self) -> Tensor:
-        self.tell()
+        self.advance()
         return self.read(self.key.name).reshape(-1)
 
 
-def import_model(source: HuggingFaceFolder, target: Path, tokenizer: Path | None, tell: Callable[[], None]) -> Imported:
+def import_model(
+    source: HuggingFaceFolder, target: Path, tokenizer: Path | None, advance: Callable[[], None]
+) -> Imported:
     """Write the folder `target`: checkpoints/step-00000000, model.yaml and the tokenizer's files.
 
     Args:
-        tokenizer: a file or a folder, where it is not the model's own one.
-        tell: called for each parameter.
+        tokenizer: a file or a folder; None: the model's own.
+        advance: called for each parameter.
 
     Raises:
         ConfigError: `target` is not free.
-        DataError: a tensor or the tokenizer cannot be used, or the disk is too full.
+        DataError: a tensor or the tokenizer is unusable, or the disk has too little space.
     """
     shape = source.shape
     own = _find_tokenizer(tokenizer or source.folder)
     found = load_tokenizer(own)
-    _refuse_other_vocabulary(found, shape.vocab_size)
-    final = target.resolve()
+    # Reading `eod_id` refuses a tokenizer without an end-of-document token before anything is written.
+    if max(found.vocab_size, found.eod_id + 1) > shape.vocab_size:
+        raise DataError(
+            f"{own.name} has {found.vocab_size:,} ids, but the model's vocabulary is {shape.vocab_size:,}; name the "
+            "model's own tokenizer with --tokenizer"
+        )
     keys = (FragmentKey(name, "master", size, 0, math.prod(size)) for name, size in shape.parameters().items())
-    stored = [_Stored(key, source.read, tell) for key in keys]
+    stored = [_Stored(key, source.read, advance) for key in keys]
 
     def fill(folder: Path) -> None:
         for path in (own, own.with_name(TOKENIZER_CONFIG)) if own.suffix == ".json" else (own,):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
-        place = str(final / own.name)
+        place = str(target.resolve() / own.name)
         samples = min(shape.max_position_embeddings, _LONGEST_SAMPLE)
         content = {"model": section_of(shape), "data": {"tokenizer": place, "sequence_length": samples}}
         text = _HEADER.format(source=source.folder.name) + to_yaml(content)
@@ -97,51 +102,40 @@ def import_model(source: HuggingFaceFolder, target: Path, tokenizer: Path | None
             save_checkpoint(
                 folder / "checkpoints", 0, stored, facts, [folder / MODEL_FILE], SingleProcessCommunicator()
             )
-        except TrainingError as error:  # its words are about training
+        except TrainingError as error:  # its message is about training
             raise (error.__cause__ or error) from None
 
     complete_folder(target, bytes_needed(stored) + own.stat().st_size, fill)
     kept = load_tokenizer(target / own.name)
     checkpoint = target / "checkpoints" / folder_name(0)
-    return Imported(checkpoint, target / MODEL_FILE, kept, shape.parameter_count(), tuple(_notes(source, kept)))
+    return Imported(checkpoint, target / MODEL_FILE, kept, tuple(_notes(source, kept)))
 
 
 def _find_tokenizer(folder: Path) -> Path:
-    """The file itself; of a folder the SentencePiece model that megalm exported, or tokenizer.json, or another one."""
+    """The file itself, or the folder's tokenizer file; megalm's own SentencePiece export comes first."""
     if folder.is_file():
         return folder
     if not folder.exists():
-        raise DataError(f"{folder}: no such tokenizer; give a tokenizer.json, a .model, or the folder that holds one")
+        raise DataError(f"{folder}: no such tokenizer; give a tokenizer.json, a .model file, or their folder")
     for name in _TOKENIZERS:
         if (folder / name).is_file():
             return folder / name
     raise DataError(
-        f"{folder} has none of {', '.join(_TOKENIZERS)}; save its tokenizer with transformers "
-        "(AutoTokenizer.from_pretrained(...).save_pretrained), or name one with --tokenizer"
+        f"{folder} has none of {', '.join(_TOKENIZERS)}; save the tokenizer with transformers "
+        "(AutoTokenizer.from_pretrained(...).save_pretrained), or name a file with --tokenizer"
     )
 
 
 def _notes(source: HuggingFaceFolder, tokenizer: Tokenizer) -> Iterator[str]:
     if added := added_around(tokenizer):
-        yield f"its tokenizer puts {' '.join(added)} around a text; megalm puts nothing, in training and in generation"
-    stated = source.config.get("eos_token_id")
-    ends = stated if isinstance(stated, list) else [stated]
-    if stated is not None and tokenizer.eod_id not in ends:
-        yield f"config.json has eos_token_id={stated}; here a document ends with id {tokenizer.eod_id}"
-
-
-def _refuse_other_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises: DataError: the model has no row for an id, or nothing ends a document."""
-    if tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"{Path(tokenizer.spec).name} has {tokenizer.vocab_size:,} ids, the model's vocabulary is {vocab_size:,}; "
-            "name the model's own with --tokenizer"
-        )
-    assert tokenizer.eod_id < vocab_size
+        yield f"the tokenizer adds {' '.join(added)} around a text; megalm adds no tokens, in training or in generation"
+    eos = source.config.get("eos_token_id")
+    if eos is not None and tokenizer.eod_id not in (eos if isinstance(eos, list) else [eos]):
+        yield f"config.json has eos_token_id={eos}; megalm ends a document with id {tokenizer.eod_id}"
 
 
 def _facts(source: HuggingFaceFolder, target: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the manifest says: a model, and nothing of training."""
+    """The manifest's fields: a model without training state."""
     return {
         "holds": WEIGHTS,
         "imported_from": source.folder.resolve().name,

@@ -1,13 +1,12 @@
-"""README.md of an exported model: what its checkpoint and its run folder know, and nothing else.
+"""Writes the README.md of an exported model from its checkpoint and its run folder.
 
-A fact that neither of them holds is left out. Of paths only the last part is told: a published card is no place for
-the folders of a machine.
+The card leaves out facts that neither of them holds, and shows only the last part of a path, because a published card
+must not name a machine's folders.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,30 +15,28 @@ from typing import Any
 from megalm.checkpoint.manifest import Manifest
 from megalm.config.yaml_reader import to_yaml
 from megalm.errors import DataError
-from megalm.huggingface.config_json import family_of
-from megalm.huggingface.export_tokenizer import SENTENCEPIECE, ExportedTokenizer
+from megalm.huggingface.config_json import model_type
+from megalm.huggingface.export_tokenizer import SENTENCEPIECE, TOKENIZER, ExportedTokenizer
 from megalm.model.model_config import ModelConfig
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.runs.metrics_log import METRICS_FILE, Row, live_rows, read_metrics
 from megalm.runs.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, read_mapping
 from megalm.utils.atomic_files import read_json
 
-# What a run's log says of its only dataset (train/run_summary.py): the part that is trained on.
-_TRAINED_ON = re.compile(r"  data +(?P<name>\S.*): [\d.,]+ epochs of (?P<tokens>[\d,]+) tokens$", re.MULTILINE)
 _LARGEST_EXPONENT = 700.0  # beyond that a float overflows
-_LICENSE = "# license: to be chosen by whoever publishes this model, e.g. apache-2.0; none is implied"
+_LICENSE = "# license: choose one before you publish this model, e.g. apache-2.0; none is implied"
 
 Fact = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a card is made of.
+    """The sources of a model card.
 
     Attributes:
-        name: of the model.
-        checkpoint: its folder; the run's is the one above `checkpoints`.
-        dtype: of the stored weights, for people.
+        name: the model's name.
+        checkpoint: the checkpoint's folder, in `checkpoints` of its run folder.
+        dtype: the dtype of the exported weights.
     """
 
     name: str
@@ -54,7 +51,7 @@ class Card:
             f"---\n{self._front_matter()}---\n",
             f"# {self.name}\n",
             f"A language model of {self.shape.parameter_count():,} parameters, pretrained with megalm. It continues "
-            "text; it was not tuned to follow instructions.\n",
+            "text; it is not tuned to follow instructions.\n",
             *self._section("Model", self._model()),
             *self._section("Trained on", self._trained_on()),
             *self._section("Validation", self._validation()),
@@ -70,12 +67,12 @@ class Card:
 
     @property
     def _metrics(self) -> Path | None:
-        """The run's, where the checkpoint lies in its own run folder."""
+        """The run's metrics, if the checkpoint is in its own run folder."""
         path = self._run / METRICS_FILE
         return path if path.is_file() and self.manifest.run == self._run.name else None
 
     def _front_matter(self) -> str:
-        tags = ["megalm", "pretrained", family_of(self.shape)]
+        tags = ["megalm", "pretrained", model_type(self.shape)]
         content = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
         return to_yaml(content) + _LICENSE + "\n"
 
@@ -89,54 +86,51 @@ class Card:
         yield "parameters", f"{shape.parameter_count():,}, stored in {self.dtype}"
         yield "layers x hidden size", f"{shape.num_hidden_layers} x {shape.hidden_size:,}"
         groups = shape.num_key_value_heads
-        shared = f", {groups} of keys and values" if groups != shape.num_attention_heads else ""
-        yield "attention heads", f"{shape.num_attention_heads} of {shape.head_dim}{shared}"
-        yield "inner size", f"{shape.intermediate_size:,}"
-        yield "vocabulary", f"{shape.vocab_size:,}, {'tied' if shape.tie_word_embeddings else 'input and output apart'}"
-        yield "positions", f"{shape.max_position_embeddings:,}"
+        shared = f", {groups} key/value heads" if groups != shape.num_attention_heads else ""
+        yield "attention heads", f"{shape.num_attention_heads} of size {shape.head_dim}{shared}"
+        yield "intermediate size", f"{shape.intermediate_size:,}"
+        yield "vocabulary", f"{shape.vocab_size:,}, {'tied' if shape.tie_word_embeddings else 'untied'} embeddings"
+        yield "maximum positions", f"{shape.max_position_embeddings:,}"
 
     def _trained_on(self) -> Iterator[Fact]:
         manifest = self.manifest
         if source := manifest.imported_from:
-            yield "begins with", f"the weights of {source}, not trained further"
+            yield "starts from", f"the weights of {source}, without further training"
             return
         if origin := self._origin():
-            yield "begins with", origin
+            yield "starts from", origin
         name, whole = self._dataset()
         if name:
             yield "dataset", name
-        tokens = manifest.tokens
-        if tokens:
+        if tokens := manifest.tokens:
             yield "tokens", f"{tokens:,} in {manifest.step:,} steps"
-        if tokens and whole:
-            yield "epochs", f"{tokens / whole:.2f} of {whole:,} tokens"
-        if tokens:
-            yield "tokens a parameter", f"{tokens / self.shape.parameter_count():.2f}"
+            if whole:
+                yield "epochs", f"{tokens / whole:.2f} of {whole:,} tokens"
+            yield "tokens per parameter", f"{tokens / self.shape.parameter_count():.2f}"
 
     def _origin(self) -> str | None:
-        """The run whose weights this one started with, where it started with any."""
+        """The run and checkpoint whose weights this run started from, if any."""
         rows = read_metrics(self._metrics) if self._metrics is not None else ()
         first = next((row for row in rows if row.get("event") == "start"), {})
         path = Path(first["path"]) if first.get("path") else None
         return None if path is None else f"the weights of {path.parent.parent.name}, {path.name}"
 
     def _dataset(self) -> tuple[str | None, int | None]:
-        """What config.yaml says, and the tokens that are trained on where the log tells of one dataset throughout."""
+        """The dataset in config.yaml, and its training tokens if every attempt used the same single dataset."""
         data = read_mapping(self.checkpoint / CONFIG_FILE).get("data")
-        stated = data if isinstance(data, dict) else {}
-        train, stages = stated.get("train"), stated.get("stages") or []
-        name = stated.get("recipe") if train is None else _mixture(train)
+        section = data if isinstance(data, dict) else {}
+        train, stages = section.get("train"), section.get("stages") or []
+        name = section.get("recipe") if train is None else _mixture(train)
         for stage in stages:
             name = f"{name}; from step {stage['from_step']:,} {_mixture(stage['blend'])}"
         segments = self.manifest.data_position.segments
         orders = [segment for segment in segments if segment.begins == "anew"]
         if len(orders) > 1:
             return f"{name} (the last of {len(orders)} orders or datasets)", None
-        if stages or isinstance(train, list):
+        if stages or isinstance(train, list) or section.get("stride"):
             return name, None
-        log = self._run / "log.txt"
-        told = _TRAINED_ON.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
-        sizes = {int(tokens.replace(",", "")) for _, tokens in told}
+        attempts = [read_mapping(path) for path in self._run.glob(f"{Path(ENVIRONMENT_FILE).stem}*.json")]
+        sizes = {part["tokens_per_epoch"] for attempt in attempts for part in attempt.get("datasets", [])}
         return name, sizes.pop() if len(sizes) == 1 == len(orders) else None
 
     def _validation(self) -> Iterator[Fact]:
@@ -156,13 +150,13 @@ class Card:
             yield "validation", f"{_loss(loss)}{tokens}"
 
     def _evaluations(self) -> list[Row]:
-        """The validations of this very step, the last over each dataset, in metrics.jsonl of the run."""
+        """The last validation of each dataset at this step and attempt, from metrics.jsonl."""
         if self._metrics is None:
             return []
         step, attempt = self.manifest.step, self.manifest.attempt
         rows = [row for row in live_rows(read_metrics(self._metrics)) if row["kind"] == "eval" and row["step"] == step]
-        of_it = [row for row in rows if row.get("attempt", 1) == attempt and isinstance(row.get("loss"), float)]
-        return list({row.get("dataset"): row for row in of_it if math.isfinite(row["loss"])}.values())
+        rows = [row for row in rows if row.get("attempt", 1) == attempt and isinstance(row.get("loss"), float)]
+        return list({row.get("dataset"): row for row in rows if math.isfinite(row["loss"])}.values())
 
     def _settings(self) -> Iterator[Fact]:
         manifest = self.manifest
@@ -177,12 +171,12 @@ class Card:
             grid = f"{topology.data} data x {topology.tensor} tensor x {topology.pipeline} pipeline"
             yield "ranks", f"{topology.world_size} ({grid})"
         if manifest.data.get("data.document_mask"):
-            yield "documents", "kept from attending to each other in training"
+            yield "documents", "attention does not cross document boundaries"
         environment = read_mapping(self._run / ENVIRONMENT_FILE) if manifest.run == self._run.name else {}
         packages = environment.get("packages") or {}
-        told = [f"{name} {packages[name]}" for name in ("megalm", "deepspeed", "torch") if packages.get(name)]
-        if told:
-            yield "versions", ", ".join(told)
+        versions = [f"{name} {packages[name]}" for name in ("megalm", "deepspeed", "torch") if packages.get(name)]
+        if versions:
+            yield "versions", ", ".join(versions)
         seed = manifest.data.get("train.seed")
         if seed is not None:
             yield "seed", str(seed)
@@ -199,7 +193,7 @@ class Card:
             'inputs = tokenizer("Once", return_tensors="pt")\n'
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n"
         )
-        if not self.tokenizer.is_there:
+        if TOKENIZER not in self.tokenizer.files:
             load = (
                 "import sentencepiece\nimport torch\nfrom transformers import AutoModelForCausalLM\n\n"
                 f'tokenizer = sentencepiece.SentencePieceProcessor(model_file="PATH/{SENTENCEPIECE}")\n'
@@ -210,21 +204,21 @@ class Card:
         return f"## Use\n\n`PATH` is this folder.\n\n```python\n{load}```\n"
 
     def _limits(self) -> Iterator[str]:
-        yield f"It takes {self.shape.max_position_embeddings:,} tokens at most."
-        yield "No beginning-of-sequence token was used in training; a document ends with the end-of-sequence token."
+        yield f"The model takes at most {self.shape.max_position_embeddings:,} tokens."
+        yield "Training used no beginning-of-sequence token; a document ends with the end-of-sequence token."
         yield f"Tokenizer: {self.tokenizer.note}."
-        yield "A licence must be chosen before it is published; the texts that it was trained on have theirs."
+        yield "Choose a licence before you publish the model; the training texts have licences too."
 
 
 def _mixture(train: str | list[dict[str, Any]]) -> str:
-    """Names of datasets, as a configuration states them, and their weights."""
+    """The names and weights of the configured datasets."""
     if isinstance(train, str):
         return Path(train).name
     return ", ".join(f"{Path(part['prefix']).name} (weight {part['weight']:g})" for part in train)
 
 
 def _optimizer(path: Path) -> str | None:
-    """Of a DeepSpeed JSON: its type, its numbers, the clipping."""
+    """The optimizer's type and parameters and the clipping in a DeepSpeed JSON."""
     try:
         content = read_json(path)
     except DataError:
@@ -238,9 +232,9 @@ def _optimizer(path: Path) -> str | None:
 
 
 def _loss(nats: float) -> str:
-    return f"loss {nats:.4f} nats a token, perplexity {math.exp(min(nats, _LARGEST_EXPONENT)):,.2f}"
+    return f"loss {nats:.4f} nats per token, perplexity {math.exp(min(nats, _LARGEST_EXPONENT)):,.2f}"
 
 
 def _cell(text: str) -> str:
-    """Of a Markdown table: one line, no column of its own."""
+    """Escape text for one cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")

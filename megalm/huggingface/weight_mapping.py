@@ -1,7 +1,7 @@
-"""Names and layouts of weights there and here: one table, read in both directions. Pure names and shapes, no torch.
+"""Names and layouts of Hugging Face's weights: one table, read in both directions. It needs no torch.
 
-A tensor of theirs is one or more of our parameters side by side along their output dimension (GPT-2 keeps query, key
-and value in one), and transposed where GPT-2 keeps its matrices as [in, out].
+A Hugging Face tensor holds one or more of megalm's parameters, concatenated along their output dimension (GPT-2 keeps
+query, key and value in one tensor). GPT-2 stores its matrices transposed, as [in, out].
 """
 
 from __future__ import annotations
@@ -11,37 +11,28 @@ from dataclasses import dataclass
 
 from megalm.model.model_config import ModelConfig
 
-QKV = ("query", "key", "value")
+# Hugging Face name -> (megalm's parameters, whether a matrix is stored transposed).
+_Sources = Mapping[str, tuple[tuple[str, ...], bool]]
 
-_LLAMA_TOP = {
-    "model.embed_tokens.weight": "embedding.tokens.weight",
-    "model.norm.weight": "final_norm.weight",
-    "lm_head.weight": "head.weight",
+_LLAMA_BLOCK: _Sources = {
+    name: ((part,), False)
+    for name, part in {
+        "input_layernorm": "attention_norm",
+        "self_attn.q_proj": "attention.query",
+        "self_attn.k_proj": "attention.key",
+        "self_attn.v_proj": "attention.value",
+        "self_attn.o_proj": "attention.output",
+        "self_attn.q_norm": "attention.query_norm",
+        "self_attn.k_norm": "attention.key_norm",
+        "post_attention_layernorm": "mlp_norm",
+        "mlp.gate_proj": "mlp.gate",
+        "mlp.up_proj": "mlp.up",
+        "mlp.down_proj": "mlp.down",
+    }.items()
 }
-_LLAMA_BLOCK = {
-    "input_layernorm": "attention_norm",
-    "self_attn.q_proj": "attention.query",
-    "self_attn.k_proj": "attention.key",
-    "self_attn.v_proj": "attention.value",
-    "self_attn.o_proj": "attention.output",
-    "self_attn.q_norm": "attention.query_norm",
-    "self_attn.k_norm": "attention.key_norm",
-    "post_attention_layernorm": "mlp_norm",
-    "mlp.gate_proj": "mlp.gate",
-    "mlp.up_proj": "mlp.up",
-    "mlp.down_proj": "mlp.down",
-}
-_GPT2_TOP = {
-    "transformer.wte.weight": "embedding.tokens.weight",
-    "transformer.wpe.weight": "embedding.positions.weight",
-    "transformer.ln_f.weight": "final_norm.weight",
-    "transformer.ln_f.bias": "final_norm.bias",
-    "lm_head.weight": "head.weight",
-}
-# Theirs -> ours, and whether a matrix stands transposed there.
-_GPT2_BLOCK: Mapping[str, tuple[tuple[str, ...], bool]] = {
+_GPT2_BLOCK: _Sources = {
     "ln_1": (("attention_norm",), False),
-    "attn.c_attn": (tuple(f"attention.{part}" for part in QKV), True),
+    "attn.c_attn": (("attention.query", "attention.key", "attention.value"), True),
     "attn.c_proj": (("attention.output",), True),
     "ln_2": (("mlp_norm",), False),
     "mlp.c_fc": (("mlp.up",), True),
@@ -49,16 +40,13 @@ _GPT2_BLOCK: Mapping[str, tuple[tuple[str, ...], bool]] = {
 }
 
 
-_Made = dict[str, tuple[tuple[str, ...], bool]]
-
-
 @dataclass(frozen=True)
-class TheirTensor:
-    """A tensor as transformers names it.
+class HFTensor:
+    """A tensor by its name in transformers.
 
     Attributes:
-        parts: canonical names and shapes of our parameters that it is made of, one after another.
-        transposed: it is the transpose of them.
+        parts: canonical names and shapes of the parameters that it concatenates.
+        transposed: the tensor is their transpose.
     """
 
     name: str
@@ -67,52 +55,45 @@ class TheirTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape there."""
+        """Its shape in the file."""
         first = self.parts[0][1]
         whole = (sum(shape[0] for _, shape in self.parts), *first[1:])
         return whole[::-1] if self.transposed else whole
 
 
-def their_tensors(shape: ModelConfig) -> list[TheirTensor]:
-    """Every tensor of the model in Hugging Face form, in the model's order; each of our parameters is in one."""
-    ours = shape.parameters()
-    found = _gpt2(shape) if shape.style == "gpt2" else _llama(shape)
+def hf_tensors(shape: ModelConfig) -> list[HFTensor]:
+    """Every tensor of the model in Hugging Face format, in the model's order; each parameter is in exactly one."""
+    parameters = shape.parameters()
     tensors = [
-        TheirTensor(name, tuple((part, ours[part]) for part in parts), transposed and len(ours[parts[0]]) > 1)
-        for name, (parts, transposed) in found.items()
-        if parts[0] in ours
+        HFTensor(name, tuple((part, parameters[part]) for part in parts), transposed and len(parameters[parts[0]]) > 1)
+        for name, (parts, transposed) in _sources(shape).items()
+        if parts[0] in parameters
     ]
-    assert {part for tensor in tensors for part, _ in tensor.parts} == set(ours), shape
+    assert {part for tensor in tensors for part, _ in tensor.parts} == set(parameters), shape
     return tensors
 
 
-def prefix_of(shape: ModelConfig) -> str:
-    """What the names of all tensors but the head's begin with; models saved without a head have it not."""
+def base_model_prefix(shape: ModelConfig) -> str:
+    """The prefix of every name except the head's; a model that was saved without its head lacks it."""
     return "transformer." if shape.style == "gpt2" else "model."
 
 
-def _llama(shape: ModelConfig) -> _Made:
-    top: _Made = {name: ((part,), False) for name, part in _LLAMA_TOP.items()}
-    blocks: _Made = {
-        f"model.layers.{layer}.{name}.weight": ((f"layers.{layer}.{part}.weight",), False)
-        for layer in range(shape.num_hidden_layers)
-        for name, part in _LLAMA_BLOCK.items()
+def _sources(shape: ModelConfig) -> _Sources:
+    """Embeddings, blocks, final norm, head; names that a model of this shape lacks are included."""
+    prefix = base_model_prefix(shape)
+    gpt2 = shape.style == "gpt2"
+    layers, block = ("h", _GPT2_BLOCK) if gpt2 else ("layers", _LLAMA_BLOCK)
+    tokens, final_norm = ("wte", "ln_f") if gpt2 else ("embed_tokens", "norm")
+    return {
+        f"{prefix}{tokens}.weight": (("embedding.tokens.weight",), False),
+        f"{prefix}wpe.weight": (("embedding.positions.weight",), False),
+        **{
+            f"{prefix}{layers}.{layer}.{name}.{kind}": (tuple(f"layers.{layer}.{part}.{kind}" for part in parts), flip)
+            for layer in range(shape.num_hidden_layers)
+            for name, (parts, flip) in block.items()
+            for kind in ("weight", "bias")
+        },
+        f"{prefix}{final_norm}.weight": (("final_norm.weight",), False),
+        f"{prefix}{final_norm}.bias": (("final_norm.bias",), False),
+        "lm_head.weight": (("head.weight",), False),
     }
-    return _in_order(top, blocks)
-
-
-def _gpt2(shape: ModelConfig) -> _Made:
-    top: _Made = {name: ((part,), False) for name, part in _GPT2_TOP.items()}
-    blocks: _Made = {
-        f"transformer.h.{layer}.{name}.{kind}": (tuple(f"layers.{layer}.{part}.{kind}" for part in parts), transposed)
-        for layer in range(shape.num_hidden_layers)
-        for name, (parts, transposed) in _GPT2_BLOCK.items()
-        for kind in ("weight", "bias")
-    }
-    return _in_order(top, blocks)
-
-
-def _in_order(top: _Made, blocks: _Made) -> _Made:
-    """Embeddings, blocks, the rest."""
-    first = {name: made for name, made in top.items() if made[0][0].startswith("embedding.")}
-    return {**first, **blocks, **top}

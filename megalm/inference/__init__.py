@@ -1,1 +1,1 @@
-"""A checkpoint as a plain model: evaluated, asked for text; no engine, no process group."""
+"""Evaluates checkpoints and generates text with them, in one process without an engine."""

@@ -1,6 +1,6 @@
-"""Token sequences of any length, as batches for evaluation: of like length together, so that little is padded.
+"""Batches token sequences of different lengths for evaluation, similar lengths together to need little padding.
 
-Shapes: n tokens of a sequence, B sequences of a batch, T the longest of them.
+Shapes: n tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from megalm.data.sampling.samples import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """Tokens of which the later ones are to be predicted.
+    """A sequence whose last tokens are scored.
 
     Attributes:
-        tokens: [n], n at least 2; the last one is only predicted.
-        first: the first token, by its place, whose loss counts; at least 1.
+        tokens: [n], n at least 2; the last token is a target only.
+        first: index of the first scored token, at least 1.
     """
 
     tokens: npt.NDArray[np.integer]
@@ -33,7 +33,7 @@ class ScoredSequence:
 
 
 class SequenceBatches:
-    """The sequences in batches, the longest first: what does not fit the memory fails at once."""
+    """The sequences in batches, the longest first, so that a lack of memory shows at once."""
 
     def __init__(self, sequences: Sequence[ScoredSequence], batch_size: int) -> None:
         self._sequences, self._size = sequences, batch_size
@@ -46,7 +46,7 @@ class SequenceBatches:
         return map(self.batch, range(len(self)))
 
     def indices(self, index: int) -> list[int]:
-        """Which of the sequences batch `index` holds, row by row."""
+        """The sequence in each row of batch `index`."""
         return self._order[index * self._size : (index + 1) * self._size]
 
     def batch(self, index: int) -> GlobalBatch:
@@ -62,8 +62,14 @@ class SequenceBatches:
         return GlobalBatch((MicroBatch(tokens, labels, None),), targets, (first, first + len(rows)))
 
 
-def evenly(count: int, most: int | None) -> list[int]:
-    """`most` of `count` places, evenly spaced, always the same; all of them where there are no more."""
-    if most is None or most >= count:
+def evenly(count: int, limit: int | None) -> list[int]:
+    """Up to `limit` of `count` indices, evenly spaced and always the same."""
+    if limit is None or limit >= count:
         return list(range(count))
-    return [(2 * place + 1) * count // (2 * most) for place in range(most)]
+    return [(2 * index + 1) * count // (2 * limit) for index in range(limit)]
+
+
+def common_prefix(first: Sequence[object], second: Sequence[object]) -> int:
+    """The length of the longest common prefix."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))

@@ -1,18 +1,21 @@
-"""Datasets that a checkpoint is evaluated on: the run's own validation sets, or any others of its tokenizer."""
+"""Evaluates checkpoints on datasets: the run's own validation sets, or others with its tokenizer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.loading import load_run_config
 from megalm.data.builder.rebuild import Wanted, differences
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.metadata import read_sidecar
-from megalm.data.sampling.batch_loader import BatchLayout, ValidationLoader
+from megalm.data.sampling.batch_loader import BatchLayout, GlobalBatch, ValidationLoader
 from megalm.data.sampling.samples import ValidationSamples
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import CheckpointError, DataError
@@ -20,33 +23,20 @@ from megalm.inference.inference_model import CheckpointFacts, InferenceModel
 from megalm.train.datasets import find_data, open_validation
 from megalm.train.evaluator import Evaluation, Evaluator
 
-Row = dict[str, Any]  # one result: JSON
+Row = dict[str, Any]  # one result, as JSON
 
 OWN, DATA = "validation", "data"  # sources
-ALL = "all"  # several sets of one source together
-
-
-class Task(Protocol):
-    """Something to evaluate checkpoints on; its data is read once."""
-
-    @property
-    def batches(self) -> int:
-        """How often `heartbeat` is called for one checkpoint."""
-        ...
-
-    def rows(self, model: InferenceModel, heartbeat: Callable[[], None]) -> list[Row]:
-        """One result a set, and one of all together where there are several."""
-        ...
+ALL = "all"  # the total over several sets of one source
 
 
 class DatasetTask:
-    """Loss over datasets in windows, as training validates.
+    """Loss over windows of datasets, as in validation; the data is read once for all checkpoints.
 
     Args:
-        source: what `source` says in each row.
+        source: the `source` of each row.
         sets: by name.
-        batch_size: windows at once; changes memory and speed only.
-        max_samples: at most so many windows of each set, evenly spaced.
+        batch_size: windows per batch; changes memory and speed only.
+        max_samples: the largest number of windows of each set, evenly spaced.
     """
 
     def __init__(
@@ -65,19 +55,30 @@ class DatasetTask:
 
     @property
     def batches(self) -> int:
+        """The calls of `heartbeat` for one checkpoint."""
         return sum(map(len, self._loaders.values()))
 
     def rows(self, model: InferenceModel, heartbeat: Callable[[], None]) -> list[Row]:
-        sets = {name: (loader, loader) for name, loader in self._loaders.items()}
-        found = Evaluator(sets, self._token_bytes, SingleProcessCommunicator(), heartbeat=heartbeat).evaluate(
-            model, whole=True
-        )
-        assert found is not None, "a task has sets"
-        if self._source == OWN or not found.parts:  # named as in metrics.jsonl
-            each = [*found.parts, found]
-        else:
-            each = [*found.parts, *([replace(found, dataset=ALL)] if len(found.parts) > 1 else [])]
-        return [{"source": self._source, **loss_fields(one)} for one in each]
+        """A result for each set, and the total; the run's own sets have the rows of metrics.jsonl."""
+        results = evaluate_sets(model, self._loaders, self._token_bytes, heartbeat, as_in_training=self._source == OWN)
+        return [{"source": self._source, **loss_fields(result)} for result in results]
+
+
+def evaluate_sets(
+    model: InferenceModel,
+    sets: Mapping[str, Iterable[GlobalBatch]],
+    token_bytes: npt.NDArray[np.int32],
+    heartbeat: Callable[[], None],
+    as_in_training: bool = False,
+) -> list[Evaluation]:
+    """Evaluate each set, and the total `ALL` of several sets, or training's total."""
+    pairs = {name: (batches, batches) for name, batches in sets.items()}
+    evaluator = Evaluator(pairs, token_bytes, SingleProcessCommunicator(), heartbeat=heartbeat)
+    total = evaluator.evaluate(model, whole=True)
+    assert total is not None, "a task has at least one set"
+    if as_in_training or not total.parts:
+        return [*total.parts, total]
+    return [*total.parts, *([replace(total, dataset=ALL)] if len(total.parts) > 1 else [])]
 
 
 def loss_fields(result: Evaluation) -> Row:
@@ -91,21 +92,21 @@ def loss_fields(result: Evaluation) -> Row:
 
 
 def own_sets(facts: CheckpointFacts, tell: Callable[[str], None]) -> dict[str, ValidationSamples]:
-    """What the checkpoint's run validated on when it was written.
+    """The validation sets of the checkpoint's run.
 
     Args:
-        tell: called with lines for people, where a recipe is prepared again.
+        tell: called with lines for the user if a recipe's data is prepared again.
 
     Raises:
-        CheckpointError: the run's configuration is gone, or it validates on nothing.
-        ConfigError: a configuration file that is damaged.
-        DataError: data that is not there any more, or was built with another tokenizer.
+        CheckpointError: the run's configuration is missing, or has no validation set.
+        ConfigError: the configuration file is damaged.
+        DataError: the data is missing, or was built with another tokenizer.
     """
     folders = [facts.path, *([facts.run_folder] if facts.run_folder else [])]
     config = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
     if config is None:
         raise CheckpointError(
-            f"{facts.path} has no config.yaml to say what it validated on; name a dataset with --data"
+            f"{facts.path} has no config.yaml, so its validation sets are unknown; name a dataset with --data"
         )
     data = load_run_config(str(config), []).config.data
     sets = open_validation(data, find_data(data, tell), facts.tokenizer)
@@ -117,14 +118,12 @@ def own_sets(facts: CheckpointFacts, tell: Callable[[str], None]) -> dict[str, V
 
 
 def other_sets(facts: CheckpointFacts, prefixes: Sequence[str]) -> dict[str, ValidationSamples]:
-    """Datasets by the last part of their prefix, or by all of it where two share that.
+    """Open datasets, each named by the last part of its prefix, or by the whole prefix if two share that part.
 
     Raises:
-        DataError: missing or damaged files, or a dataset that was built with another tokenizer.
+        DataError: files are missing or damaged, or a dataset was built with another tokenizer.
     """
     names = [Path(prefix).name for prefix in prefixes]
-    if len(set(prefixes)) < len(prefixes):
-        raise DataError(f"--data {' --data '.join(prefixes)}: one dataset is named twice; name it once")
     if len(set(names)) < len(names):
         names = list(prefixes)
     sets = {}

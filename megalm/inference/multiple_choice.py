@@ -1,9 +1,8 @@
-"""Multiple choice by log-likelihood: which of the given texts does a checkpoint find likeliest after the context?
+"""Multiple-choice questions: the checkpoint's answer is the choice with the largest log-likelihood after the context.
 
-Context and choice are one text, and are encoded as one. The split is after the tokens that the context alone and the
-context with each of the choices have in common: what is scored then begins at the same token for all choices, also
-where a token reaches from the context into a choice. The context follows an end-of-document token, as documents did in
-training, but not where data.document_mask kept them apart.
+Context and choice are encoded as one text. Scoring starts after the tokens that the context alone and the context with
+each choice have in common, so it starts at the same token for all choices, even if a token spans the boundary. The
+context follows an end-of-document token as in training, unless data.document_mask separated documents there.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ import orjson
 
 from megalm.data.readers.input_files import BROKEN, packing_of, unpacked
 from megalm.errors import CheckpointError, DataError
-from megalm.inference.batching import ScoredSequence, SequenceBatches, evenly
+from megalm.inference.batching import ScoredSequence, SequenceBatches, common_prefix, evenly
 from megalm.inference.dataset_eval import Row
-from megalm.inference.inference_model import NOT_NUMBERS, CheckpointFacts, InferenceModel
+from megalm.inference.inference_model import COMPUTES_NAN, CheckpointFacts, InferenceModel
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Question:
-    """`answer` is the place of the right one among `choices`."""
+    """`answer` is the index of the right choice."""
 
     context: str
     choices: tuple[str, ...]
@@ -38,11 +37,11 @@ class Question:
 
 @dataclass(frozen=True)
 class ChoiceSet:
-    """Questions of one file, encoded.
+    """The encoded questions of one file.
 
     Attributes:
-        sequences: of each question's choices, one after the other.
-        cut: contexts that are longer than the model's window and lost their beginning.
+        sequences: one for each choice of each question, in order.
+        cut: contexts that lost their beginning because they exceed the model's window.
     """
 
     name: str
@@ -66,13 +65,13 @@ class ChoiceTask:
 
 
 def read_choices(path: Path, facts: CheckpointFacts, max_samples: int | None = None) -> ChoiceSet:
-    """Read and encode a file of questions, packed or not.
+    """Read and encode a file of questions, compressed or not.
 
     Args:
-        max_samples: at most so many questions, evenly spaced.
+        max_samples: the largest number of questions, evenly spaced.
 
     Raises:
-        DataError: with file and line: what is no question, or a choice that is longer than the model's window.
+        DataError: a line is not a question, or a choice exceeds the model's window; names file and line.
     """
     questions = read_questions(path)
     questions = [questions[place] for place in evenly(len(questions), max_samples)]
@@ -86,10 +85,10 @@ def read_choices(path: Path, facts: CheckpointFacts, max_samples: int | None = N
 
 
 def read_questions(path: Path) -> list[Question]:
-    """JSON lines {"context": ..., "choices": [...], "answer": place}; other fields are left alone.
+    """Read JSON lines {"context": ..., "choices": [...], "answer": index}; other fields are ignored.
 
     Raises:
-        DataError: no such file, or a line that is no question.
+        DataError: the file cannot be read, or a line is not a question.
     """
     found = []
     try:
@@ -101,44 +100,42 @@ def read_questions(path: Path) -> list[Question]:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read ({reason}); give a file of JSON lines") from None
     if not found:
-        raise DataError(f"{path}: holds no question; give JSON lines of context, choices and answer")
+        raise DataError(f"{path} has no question; give JSON lines of context, choices and answer")
     return found
 
 
 def encode_question(question: Question, facts: CheckpointFacts) -> list[ScoredSequence]:
-    """A sequence for each choice; all have the same tokens before the first one that counts.
+    """Encode each choice; all sequences have the same tokens before the first scored one.
 
     Raises:
-        DataError: a choice of which the tokenizer leaves nothing.
+        DataError: the tokenizer encodes a choice to no token.
     """
     tokenizer = facts.tokenizer
     before, *together = tokenizer.encode_batch(
         [question.context, *(question.context + choice for choice in question.choices)]
     )
     if not all(together):
-        raise DataError(
-            f"{question.source}: the tokenizer has no token for a choice; choices must be texts that it keeps"
-        )
-    agreed = min(min(_agreed(before, tokens), len(tokens) - 1) for tokens in together)
-    # Something has to stand before the first token that counts.
-    start = [] if facts.document_mask and agreed else [tokenizer.eod_id]
-    return [ScoredSequence(np.array([*start, *tokens]), len(start) + agreed) for tokens in together]
+        raise DataError(f"{question.source}: the tokenizer encodes a choice to no token; change or remove the choice")
+    common = min(min(common_prefix(before, tokens), len(tokens) - 1) for tokens in together)
+    # The first scored token needs a token before it.
+    start = [] if facts.document_mask and common else [tokenizer.eod_id]
+    return [ScoredSequence(np.array([*start, *tokens]), len(start) + common) for tokens in together]
 
 
 def log_likelihoods(
     questions: ChoiceSet, batches: SequenceBatches, model: InferenceModel, heartbeat: Callable[[], None]
 ) -> list[Floats]:
-    """Of each question, the log-likelihood of each choice in nats.
+    """The log-likelihoods in nats of each question's choices.
 
     Raises:
-        CheckpointError: they are no numbers.
+        CheckpointError: one is NaN.
     """
     scores = np.zeros(len(questions.sequences))
     for index, batch in enumerate(batches):
         for micro_batch in batch.micro_batches:
             losses = model.row_losses(micro_batch)
-            if np.isnan(losses).any():  # the largest of such scores would be the first
-                raise CheckpointError(f"{model.path}: {NOT_NUMBERS}")
+            if np.isnan(losses).any():  # argmax would choose a NaN
+                raise CheckpointError(f"{model.path}: {COMPUTES_NAN}")
             scores[batches.indices(index)] = -losses
         heartbeat()
     ends = np.cumsum([len(question.choices) for question in questions.questions])
@@ -166,19 +163,11 @@ def _row(questions: ChoiceSet, scores: Sequence[Floats]) -> Row:
 
 
 def _standard_error(right: Sequence[bool]) -> float | None:
-    """Of a mean of answers that are right or wrong; None for one answer."""
+    """The standard error of the accuracy; None for one answer."""
     if len(right) < 2:
         return None
     mean = float(np.mean(right))
     return math.sqrt(mean * (1 - mean) / (len(right) - 1))
-
-
-def _agreed(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    for place, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return place
-    return min(len(first), len(second))
 
 
 def _within(sequence: ScoredSequence, length: int, question: Question) -> ScoredSequence:
@@ -186,8 +175,8 @@ def _within(sequence: ScoredSequence, length: int, question: Question) -> Scored
     lost = max(0, len(sequence.tokens) - (length + 1))
     if sequence.first - lost < 1:
         raise DataError(
-            f"{question.source}: a choice of {sequence.targets} tokens is longer than the model's window of {length}; "
-            "shorten or remove it"
+            f"{question.source}: a choice of {sequence.targets} tokens exceeds the model's window of {length}; shorten "
+            "or remove it"
         )
     return ScoredSequence(sequence.tokens[lost:], sequence.first - lost)
 
@@ -196,14 +185,14 @@ def _question(line: bytes, source: str) -> Question:
     try:
         content = orjson.loads(line)
     except ValueError as error:
-        raise DataError(f"{source}: is not JSON ({error}); mend or remove the line") from None
+        raise DataError(f"{source} is not JSON ({error}); correct or remove the line") from None
     if not isinstance(content, dict) or not {"context", "choices", "answer"} <= content.keys():
-        raise DataError(f'{source}: give {{"context": TEXT, "choices": [TEXT, ...], "answer": PLACE}}')
+        raise DataError(f'{source}: give {{"context": TEXT, "choices": [TEXT, ...], "answer": INDEX}}')
     context, choices, answer = (content[name] for name in ("context", "choices", "answer"))
     if not isinstance(context, str):
-        raise DataError(f"{source}: context is not a text")
+        raise DataError(f"{source}: context must be a string")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) and one for one in choices):
-        raise DataError(f"{source}: choices must be two or more texts, none of them empty")
+        raise DataError(f"{source}: choices must be two or more strings, none of them empty")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise DataError(f"{source}: answer must be the place of the right choice, 0 to {len(choices) - 1}")
+        raise DataError(f"{source}: answer must be the index of the right choice, 0 to {len(choices) - 1}")
     return Question(context, tuple(choices), answer, source)

@@ -1,65 +1,48 @@
-"""Which checkpoints of a run to look at: all good ones, or those nearest to shares of the run."""
+"""Selects checkpoints of a run: all good ones, or those nearest to given percentages of the run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.checkpoint.discovery import Entry, list_checkpoints
-from megalm.checkpoint.manifest import wrong_file
 from megalm.errors import CheckpointError
 
 
-@dataclass(frozen=True)
-class RunCheckpoints:
-    """Checkpoints of a run.
-
-    Attributes:
-        good: in the order of steps, the newest one last.
-        left_out: the others, with the reason.
-    """
-
-    good: tuple[Path, ...]
-    left_out: tuple[str, ...]
-
-
-def checkpoints_of(run: Path) -> RunCheckpoints:
-    """Sizes of files are looked at, not their content.
+def good_checkpoints(run: Path) -> tuple[list[Path], list[str]]:
+    """The good checkpoints of a run by step, and the others with the reason; file sizes are checked, not contents.
 
     Raises:
         CheckpointError: the run has no good checkpoint.
     """
     entries = list_checkpoints(run / "checkpoints")
-    reasons = [(entry.path, _not_good(entry, entries)) for entry in sorted(entries, key=lambda entry: entry.step)]
-    good = tuple(path for path, reason in reasons if not reason)
-    left_out = tuple(f"{path.name}: {reason}" for path, reason in reasons if reason)
+    reasons = {entry.path: _defect(entry, entries) for entry in sorted(entries, key=lambda entry: entry.step)}
+    good = [path for path, reason in reasons.items() if not reason]
+    others = [f"{path.name}: {reason}" for path, reason in reasons.items() if reason]
     if not good:
-        told = f" ({'; '.join(left_out)})" if left_out else ""
-        raise CheckpointError(f"{run} has no good checkpoint{told}; `megalm checkpoint list {run}` shows what is there")
-    return RunCheckpoints(good, left_out)
+        found = f" ({'; '.join(others)})" if others else ""
+        raise CheckpointError(f"{run} has no good checkpoint{found}; `megalm checkpoint list {run}` lists all")
+    return good, others
 
 
 def nearest(steps: Sequence[int], percentages: Sequence[float]) -> list[int]:
-    """Of the ascending `steps` those nearest to these percentages of the last one, each once, in order.
+    """The steps nearest to these percentages of the last of the ascending `steps`, each once, in order.
 
-    The earlier one, where two are equally near.
+    Of two equally near steps, the earlier one counts.
     """
-    wanted = (percentage / 100 * steps[-1] for percentage in percentages)
-    return sorted({min(steps, key=lambda step: (abs(step - place), step)) for place in wanted})
+    targets = (percentage / 100 * steps[-1] for percentage in percentages)
+    return sorted({min(steps, key=lambda step: (abs(step - target), step)) for target in targets})
 
 
-def _not_good(entry: Entry, entries: Sequence[Entry]) -> str:
+def _defect(entry: Entry, entries: Sequence[Entry]) -> str:
     if entry.manifest is None:
         return entry.problem
-    return entry.manifest.mark or _left(entry, entries) or wrong_file(entry.path, entry.manifest)
+    return entry.manifest.mark or _abandoned(entry, entries) or entry.damage()
 
 
-def _left(entry: Entry, entries: Sequence[Entry]) -> str:
-    """A run that was set back leaves the later steps of the attempt before; they are no part of its course."""
-    earlier = [other for other in entries if other.attempt > entry.attempt and other.step <= entry.step]
-    if not earlier:
+def _abandoned(entry: Entry, entries: Sequence[Entry]) -> str:
+    """The reason if a later attempt has resumed from before: then the run continues without this checkpoint."""
+    later = next((other for other in entries if other.attempt > entry.attempt and other.step <= entry.step), None)
+    if later is None:
         return ""
-    return (
-        f"of attempt {entry.attempt}, which the run left: attempt {earlier[0].attempt} has saved {earlier[0].path.name}"
-    )
+    return f"attempt {entry.attempt} is abandoned here: attempt {later.attempt} has saved {later.path.name}"

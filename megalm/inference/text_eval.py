@@ -1,41 +1,40 @@
-"""Loss of a checkpoint on raw text: each document on its own, long ones in windows that share context.
+"""Evaluates checkpoints on raw text: each document alone, long documents in overlapping windows.
 
-A document stands as it stood in training: after an end-of-document token, so that its first token counts too; where
-data.document_mask kept documents apart, it begins without one, and its first token is only context. The token that
-would end it is no text and does not count.
+A document follows an end-of-document token as in training, so that its first token is scored too. If
+data.document_mask separated documents in training, no token comes before, and the first token is only context. The
+end-of-document token itself is not scored.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from megalm.communicator import SingleProcessCommunicator
 from megalm.data.readers.document_reader import iter_documents
 from megalm.data.readers.input_files import ReadReport
 from megalm.data.readers.records import ReadOptions
 from megalm.errors import ConfigError, DataError
 from megalm.inference.batching import ScoredSequence, SequenceBatches, evenly
-from megalm.inference.dataset_eval import ALL, Row, loss_fields
+from megalm.inference.dataset_eval import Row, evaluate_sets, loss_fields
 from megalm.inference.inference_model import CheckpointFacts, InferenceModel
-from megalm.train.evaluator import Evaluation, Evaluator
+from megalm.train.evaluator import Evaluation
 
 _LARGEST_EXPONENT = 700.0  # beyond that a float overflows
 
 
 @dataclass(frozen=True)
 class TextSet:
-    """Documents of one path, cut.
+    """The windows of all documents of one path.
 
     Attributes:
-        overlap: tokens of a window that the one before has scored.
-        words: runs of characters between white space.
-        text_bytes: UTF-8 bytes of what is scored.
-        skipped: documents that are empty or cannot be read, and why the first is not.
+        overlap: tokens that a window shares with the one before.
+        words: words between white space.
+        text_bytes: UTF-8 bytes of the scored text.
+        skipped: empty or unreadable documents; `problem` is the first reason.
     """
 
     name: str
@@ -46,10 +45,6 @@ class TextSet:
     text_bytes: int
     skipped: int
     problem: str
-
-    @property
-    def targets(self) -> int:
-        return sum(sequence.targets for sequence in self.sequences)
 
 
 class TextTask:
@@ -64,18 +59,10 @@ class TextTask:
         return sum(len(batches) for _, batches in self._sets)
 
     def rows(self, model: InferenceModel, heartbeat: Callable[[], None]) -> list[Row]:
-        evaluator = Evaluator(
-            {one.name: (batches, batches) for one, batches in self._sets},
-            self._token_bytes,
-            SingleProcessCommunicator(),
-            1,
-            heartbeat,
-        )
-        found = evaluator.evaluate(model, whole=True)
-        assert found is not None, "a task has sets"
+        results = evaluate_sets(model, {one.name: batches for one, batches in self._sets}, self._token_bytes, heartbeat)
         sets = [one for one, _ in self._sets]
-        rows = [_row(result, [one]) for result, one in zip(found.parts or (found,), sets, strict=True)]
-        return [*rows, *([_row(replace(found, dataset=ALL), sets)] if len(sets) > 1 else [])]
+        groups = [*([one] for one in sets), sets]  # the last is the total's, if there is one
+        return [_row(result, group) for result, group in zip(results, groups, strict=False)]
 
 
 def read_text(
@@ -86,23 +73,21 @@ def read_text(
     max_samples: int | None = None,
     watched: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> TextSet:
-    """Read and cut the documents of a file or a folder, as build_dataset.py reads them.
+    """Read the documents of a file or a folder, as build_dataset.py reads them, and cut them to windows.
 
     Args:
-        overlap: tokens of a window that the one before has scored; None: half of them.
-        max_samples: at most so many documents, evenly spaced.
-        watched: is given the documents and hands them on one by one, so that somebody can count them.
+        overlap: tokens that a window shares with the one before; None: half a window.
+        max_samples: the largest number of documents, evenly spaced.
+        watched: iterates over the documents; a caller can show the progress.
 
     Raises:
-        DataError: no such file, or no document in it that can be scored.
-        ConfigError: an overlap that leaves nothing of a window.
+        DataError: the file is missing, or has no document that can be scored.
+        ConfigError: the overlap is as long as a window.
     """
     length = facts.sequence_length
     overlap = length // 2 if overlap is None else overlap
     if not 0 <= overlap < length:
-        raise ConfigError(
-            f"--overlap {overlap}: the model's windows have {length} tokens; 0 to {length - 1} can overlap"
-        )
+        raise ConfigError(f"--overlap {overlap}: the model's window has {length} tokens; give 0 to {length - 1}")
     report = ReadReport()
     options = ReadOptions(text_key=text_key)
     texts = [document.text for document in iter_documents([path], on_error="skip", report=report, options=options)]
@@ -120,19 +105,19 @@ def read_text(
         text_bytes += len(text.encode()) - (int(sizes[tokens[0]]) if facts.document_mask else 0)
     if not sequences:
         because = f": {report.messages[0]}" if report.messages else ""
-        raise DataError(f"{path}: no document there that can be scored{because}")
+        raise DataError(f"{path} has no document that can be scored{because}")
     skipped = report.skipped + len(texts) - documents
     problem = next(iter(report.messages), "")
     return TextSet(path, overlap, tuple(sequences), documents, words, text_bytes, skipped, problem)
 
 
 def document_windows(tokens: npt.NDArray[np.integer], facts: CheckpointFacts, overlap: int) -> Iterator[ScoredSequence]:
-    """Windows of a document in which each of its tokens is scored exactly once."""
+    """Windows of a document that together score each of its tokens exactly once."""
     if not facts.document_mask:
         tokens = np.concatenate([np.array([facts.tokenizer.eod_id], dtype=tokens.dtype), tokens])
     start, scored, length = 0, 1, facts.sequence_length
     while scored < len(tokens):
-        end = min(start + length + 1, len(tokens))  # the last one is a target only
+        end = min(start + length + 1, len(tokens))  # the last token is a target only
         yield ScoredSequence(tokens[start:end], scored - start)
         start, scored = start + length - overlap, end
 
@@ -144,7 +129,7 @@ def _row(result: Evaluation, sets: Sequence[TextSet]) -> Row:
         "source": "text",
         "overlap": sets[0].overlap,
         **loss_fields(result),
-        # Of the text as it is: a tokenizer that normalises it would give other bytes.
+        # Bytes of the original text: a normalizing tokenizer would decode to other bytes.
         "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None,
         "word_perplexity": math.exp(min(nats / words, _LARGEST_EXPONENT)) if words else None,
         **{name: sum(getattr(one, name) for one in sets) for name in ("documents", "words", "text_bytes", "skipped")},

@@ -23,6 +23,27 @@ from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock, RMSNorm, RotaryEmbedding, uncompiled
 
 
+class KeyValueCache:
+    """Keys and values [B, t, K, D] of the t earlier tokens in one layer, for generation."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return 0 if self._kept is None else self._kept[0].shape[1]
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append those of new tokens [B, T, K, D] and return all."""
+        if self._kept is not None:
+            key, value = torch.cat((self._kept[0], key), dim=1), torch.cat((self._kept[1], value), dim=1)
+        self._kept = key, value
+        return key, value
+
+    def truncate(self, length: int) -> None:
+        if self._kept is not None:
+            self._kept = self._kept[0][:, :length], self._kept[1][:, :length]
+
+
 class Attention(nn.Module):
     def __init__(
         self, shape: ModelConfig, layers: LayerFactory, rope: RotaryEmbedding | None, clock: DropoutClock, layer: int
@@ -42,13 +63,17 @@ class Attention(nn.Module):
         self.output = layers.row(queries, shape.hidden_size, bias, parts=shape.num_attention_heads)
         self.query_norm = self._head_norm(shape, layers)
         self.key_norm = self._head_norm(shape, layers)
-        self.rope = rope if rope is not None else nn.Identity()
+        self.rope = rope
 
-    def forward(self, hidden: Tensor, mask: DocumentMask | None) -> Tensor:
-        """[B, T, H] -> [B, T, H]; without a mask every token sees all before it."""
+    def forward(self, hidden: Tensor, mask: DocumentMask | None, cache: KeyValueCache | None = None) -> Tensor:
+        """[B, T, H] -> [B, T, H]; without a mask every token sees all before it, including those in the cache."""
         query, key, value = map(self._heads, self.project(hidden, self.query, self.key, self.value))
-        query = self.rope(self.query_norm(query))  # [B, T, N, D]
-        key = self.rope(self.key_norm(key))  # [B, T, K, D]
+        query, key = self.query_norm(query), self.key_norm(key)  # [B, T, N, D], [B, T, K, D]
+        if self.rope is not None:
+            start = 0 if cache is None else len(cache)
+            query, key = self.rope(query, start), self.rope(key, start)
+        if cache is not None:
+            key, value = cache.extend(key, value)
         groups = query.shape[2] // key.shape[2]
         if groups > 1:
             key, value = key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
@@ -67,6 +92,10 @@ class Attention(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
         if self.training and self.dropout_rate:
             return self._attend_with_dropout(query, key, value, mask)
+        new, known = query.shape[2], key.shape[2]
+        if new < known:  # the keys of a cache come first
+            seen = torch.ones(new, known, dtype=torch.bool, device=query.device).tril(known - new)
+            return functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
         if mask is not None and mask.blocks is not None:
             if torch.compiler.is_compiling():  # it is compiled with the block
                 return flex_attention(query, key, value, block_mask=mask.blocks)

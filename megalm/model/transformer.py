@@ -1,20 +1,21 @@
 """The language model as an ordered list of stages: embedding, blocks, final norm, head.
 
-Shapes: B batch, T sequence, H hidden, V vocabulary. `stages()` is what a pipeline is cut from; `LanguageModel` runs
-the same stages one after the other.
+Shapes: B batch, T sequence, H hidden, V vocabulary. A pipeline divides these stages among its ranks; `LanguageModel`
+runs them one after the other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from megalm.model.attention import Attention
+from megalm.model.attention import Attention, KeyValueCache
 from megalm.model.attention_mask import DocumentMask, document_mask
 from megalm.model.layer_factory import DenseLayers, LayerFactory, VocabularyOutput
 from megalm.model.loss import IGNORE
@@ -75,8 +76,9 @@ class Block(nn.Module):
         self.mlp = mlp(shape, layers)
         self.mlp_dropout = layers.dropout(shape.dropout, layer, "mlp_output", sharded=False)
 
-    def forward(self, hidden: Tensor, mask: DocumentMask | None) -> Tensor:  # [B, T, H] -> [B, T, H]
-        hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden), mask))
+    def forward(self, hidden: Tensor, mask: DocumentMask | None, cache: KeyValueCache | None = None) -> Tensor:
+        """[B, T, H] -> [B, T, H]."""
+        hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden), mask, cache))
         return hidden + self.mlp_dropout(self.mlp(self.mlp_norm(hidden)))
 
 
@@ -94,11 +96,11 @@ class Embedding(nn.Module):
         self.positions = layers.positions(shape.max_position_embeddings, shape.hidden_size) if learned else None
         self.dropout = layers.dropout(shape.dropout, 0, "embedding", sharded=False)
 
-    def forward(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
-        """[B, T] tokens, or their embeddings [B, T, H] without a table -> [B, T, H]."""
+    def forward(self, tokens: Tensor, documents: Tensor | None, start: int = 0) -> Tensor:
+        """[B, T] tokens, or their embeddings [B, T, H] without a table -> [B, T, H]; positions count from `start`."""
         hidden = tokens if self.tokens is None else self.tokens(tokens)
         if self.positions is not None:
-            hidden = hidden + self.positions(hidden.shape[1], documents)
+            hidden = hidden + self.positions(start + hidden.shape[1], documents)[..., start:, :]
         return self.dropout(hidden)
 
 
@@ -206,10 +208,6 @@ class LanguageModel(nn.Module):
         self.final_norm = build.final_norm()
         self.head = build.head(self.embedding.tokens)
 
-    def stages(self) -> list[nn.Module]:
-        """All stages in order; the hidden states [B, T, H] pass from one to the next."""
-        return [self.embedding, *self.layers, self.final_norm, self.head]
-
     def compile_blocks(self) -> None:
         """Run every block compiled: one graph serves all of them, and no parameter changes its name.
 
@@ -237,16 +235,27 @@ class LanguageModel(nn.Module):
         Returns:
             (fp32 sum of losses, number of labels), or logits [B, T, V], or [B, V] with `positions`.
         """
+        return self.head(self.hidden_states(tokens, documents), labels, positions)
+
+    def hidden_states(
+        self, tokens: Tensor, documents: Tensor | None = None, caches: Sequence[KeyValueCache] = ()
+    ) -> Tensor:
+        """The input [B, T, H] of the head.
+
+        Args:
+            caches: keys and values of the tokens before these, one for each block; they take those of `tokens` too.
+        """
         mask = None if documents is None else document_mask(documents)
-        hidden = self.embedding(tokens, documents)
+        hidden = self.embedding(tokens, documents, len(caches[0]) if caches else 0)
         for index, block in enumerate(self.layers):
             if self.training and self.recompute_every and index % self.recompute_every == 0:
                 # Our dropout draws from seeds of its place, so the generators' states need not be kept.
                 hidden = checkpoint(block, hidden, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden = block(hidden, mask)
+                hidden = block(hidden, mask, caches[index] if caches else None)
         hidden = self.final_norm(hidden)
-        return self.head(hidden, labels, positions)
+        assert isinstance(hidden, Tensor)
+        return hidden
 
 
 # Initial weights are a function of (seed, canonical name), so that every layout starts from the same model.

@@ -104,7 +104,9 @@ def read_rows(path: str | os.PathLike[str], offset: int = 0) -> Iterator[tuple[R
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed by the `with` below
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); name a run folder that has trained") from None
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); name the folder of a run that has trained"
+        ) from None
     with file:
         file.seek(offset)
         for line in file:
@@ -136,7 +138,7 @@ def _parse(line: bytes, path: str | os.PathLike[str], offset: int) -> Row:
         if not isinstance(row, dict) or "kind" not in row:
             raise ValueError("not an object with a kind")
     except ValueError as error:
-        raise DataError(f"{path}: the line at byte {offset} is no metrics row ({error}); mend or delete it") from None
+        raise DataError(f"{path}: the line at byte {offset} is not a metrics row ({error}); fix or delete it") from None
     return {key: _NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
 
 

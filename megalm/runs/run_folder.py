@@ -23,22 +23,27 @@ from megalm.config.schema import RunSection
 from megalm.config.yaml_reader import parse_yaml
 from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
-from megalm.runs.metrics_log import ATTEMPT_EVENTS, read_metrics
+from megalm.rank_environment import job_and_restarts
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, METRICS_FILE, read_metrics
 from megalm.utils.atomic_files import write_bytes_atomically, write_json
 
+log = logging.getLogger(__name__)
+
 CONFIG_FILE = "config.yaml"
-
 DEEPSPEED_FILE = "deepspeed.resolved.json"
-
 ENVIRONMENT_FILE = "environment.json"
+
+_FAILURE_FILE = re.compile(r"attempt-(\d+)\.txt")
+_STEM = "run"  # of runs without a name and a preset
+_PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "tokenizers", "safetensors", "mlflow", "megalm")
 
 
 def parameter_count(run_dir: Path) -> int | None:
     """Return the model's parameter count from environment.json or a checkpoint; None if neither has it."""
-    noted = [read_mapping(run_dir / ENVIRONMENT_FILE).get("parameters")]
-    if noted[0] is None:
-        noted = [entry.manifest.parameters for entry in list_checkpoints(run_dir / "checkpoints") if entry.manifest]
-    return next((count for count in noted if isinstance(count, int)), None)
+    counts = [read_mapping(run_dir / ENVIRONMENT_FILE).get("parameters")]
+    if counts == [None]:
+        counts = [entry.manifest.parameters for entry in list_checkpoints(run_dir / "checkpoints") if entry.manifest]
+    return next((count for count in counts if isinstance(count, int)), None)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -53,17 +58,20 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())}); mend it") from None
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())}); fix it") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds no mapping of names to values; mend it")
+        raise ConfigError(f"{path} does not hold a mapping of names to values; fix it")
     return content
 
 
-log = logging.getLogger(__name__)
+class _Entry:
+    """A file or folder of a run folder, by its name."""
 
-_FAILURE_FILE = re.compile(r"attempt-(\d+)\.txt")
-_STEM = "run"  # of runs without a name and a preset
-_PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "tokenizers", "safetensors", "mlflow", "megalm")
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: RunFolder, owner: type[RunFolder]) -> Path:
+        return folder.path / self._name
 
 
 @dataclass(frozen=True)
@@ -72,69 +80,31 @@ class RunFolder:
 
     path: Path
 
+    config_yaml = _Entry(CONFIG_FILE)
+    deepspeed_json = _Entry("deepspeed.json")  # as given
+    resolved_deepspeed_json = _Entry(DEEPSPEED_FILE)  # as DeepSpeed gets it
+    environment_json = _Entry(ENVIRONMENT_FILE)
+    metrics = _Entry(METRICS_FILE)
+    log = _Entry("log.txt")
+    checkpoints = _Entry("checkpoints")
+    samples = _Entry("samples")
+    incidents = _Entry("incidents")
+    profile = _Entry("profile")  # of a step that the run was asked to measure
+    request = _Entry("resume.json")  # the last attempt that resumed from a checkpoint
+    preflight = _Entry("rehearsal")  # the checkpoint of the preflight, removed before step 1
+    _failures = _Entry("failures")
+
     @property
     def name(self) -> str:
         return self.path.name
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.txt"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def request(self) -> Path:
-        """The record of the last attempt that resumed from a checkpoint."""
-        return self.path / "resume.json"
-
-    @property
-    def rehearsal(self) -> Path:
-        """The folder of the preflight checkpoint, written before step 1 and removed."""
-        return self.path / "rehearsal"
-
-    @property
-    def incidents(self) -> Path:
-        return self.path / "incidents"
 
     def stacks(self, rank: int) -> Path:
         """The file for a rank's stacks when it hangs."""
         return self.path / "stacks" / f"rank-{rank}.txt"
 
     @property
-    def profile(self) -> Path:
-        return self.path / "profile"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples"
-
-    @property
-    def config_yaml(self) -> Path:
-        return self.path / CONFIG_FILE
-
-    @property
-    def deepspeed_json(self) -> Path:
-        """The DeepSpeed JSON as it was given."""
-        return self.path / "deepspeed.json"
-
-    @property
-    def resolved_deepspeed_json(self) -> Path:
-        """What DeepSpeed gets."""
-        return self.path / DEEPSPEED_FILE
-
-    @property
-    def environment_json(self) -> Path:
-        return self.path / ENVIRONMENT_FILE
-
-    @property
     def config_files(self) -> tuple[Path, ...]:
-        """What is kept with every checkpoint."""
+        """The files that each checkpoint has a copy of."""
         return self.config_yaml, self.deepspeed_json, self.resolved_deepspeed_json
 
     def failure(self, attempt: int) -> Path:
@@ -165,7 +135,7 @@ class RunFolder:
         return not any(self.path.iterdir())
 
     def remove_if_unused(self) -> None:
-        """Leave nothing of a run that was refused; at once, so that no rank finds half of it."""
+        """Remove a refused run's folder; renames it first, so that no rank finds half of it."""
         if self.config_yaml.exists() or complete_checkpoints(self.checkpoints):
             return
         gone = self.path.with_name(f".{self.name}.refused")
@@ -183,16 +153,12 @@ class RunFolder:
 
     @property
     def imported(self) -> Path | None:
-        """The weights, where this is no run's folder but that of an imported model."""
+        """The checkpoint of an imported model, if the folder holds one instead of a run."""
         if self.config_yaml.exists():
             return None
         entries = list_checkpoints(self.checkpoints)
         holds = {None if entry.manifest is None else entry.manifest.holds for entry in entries}
         return entries[-1].path if holds == {WEIGHTS} else None
-
-    @property
-    def _failures(self) -> Path:
-        return self.path / "failures"
 
 
 @dataclass(frozen=True)
@@ -222,11 +188,11 @@ def newest_run(root: Path, preset: str | None) -> str | None:
     return existing[-1].name if existing else None
 
 
-def weights_alone(checkpoint: Path) -> ConfigError:
+def weights_only_error(checkpoint: Path) -> ConfigError:
     """Return the error for resuming an imported model like a run."""
     return ConfigError(
-        f"{checkpoint} holds weights alone, no moments, data or schedule to go on with; start a run of its own from "
-        f"them: run.name=NEW --resume {checkpoint} --extend-steps N --extend-strategy weights"
+        f"{checkpoint} holds weights only, so no run can resume from it; start a new run with these weights: "
+        f"run.name=NEW --resume {checkpoint} --extend-steps N --extend-strategy weights"
     )
 
 
@@ -247,27 +213,23 @@ def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bo
             return RunFolder(_next_free(root, preset or _STEM))
         path = root / name
         if (checkpoint := RunFolder(path).imported) is not None:
-            raise weights_alone(checkpoint)
+            raise weights_only_error(checkpoint)
         if path.exists() and not resume and not RunFolder(path).never_started:
-            hint = (
-                "--resume auto goes on with it"
-                if complete_checkpoints(path / "checkpoints")
-                else "it has no checkpoint"
-            )
-            raise ConfigError(f"run {path} exists ({hint}); choose another run.name, or resume it")
+            resumable = "resume it with --resume auto, or " if complete_checkpoints(path / "checkpoints") else ""
+            raise ConfigError(f"run {path} exists; {resumable}choose another run.name")
         path.mkdir(exist_ok=True)
         return RunFolder(path)
     except OSError as error:
         raise ConfigError(
-            f"cannot make a run folder in {root}: {error}; set run.root to a place you can write"
+            f"cannot create a run folder in {root} ({error}); set run.root to a folder that you can write to"
         ) from error
 
 
 def write_facts(folder: RunFolder, run: ResolvedRun, facts: Mapping[str, Any]) -> None:
-    """Write config.yaml, both DeepSpeed JSONs and environment.json; earlier ones of a resumed run are kept beside."""
+    """Write config.yaml, both DeepSpeed JSONs and environment.json; keep those of earlier attempts beside them."""
     given = Path(run.deepspeed_source.path).read_bytes()  # it may be the folder's own
     for path in (*folder.config_files, folder.environment_json):
-        if path.exists():  # kept where it is too: a job that is killed here goes on with it
+        if path.exists():  # a copy, not a move: a job that is killed here resumes with it
             write_bytes_atomically(_next_old_name(path), path.read_bytes())
     folder.checkpoints.mkdir(exist_ok=True)
     folder.samples.mkdir(exist_ok=True)
@@ -283,10 +245,16 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
-        "command": sys.argv,
+        "job": job_and_restarts()[0],
+        "command": command_line(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "git": _git(),
     }
+
+
+def command_line() -> list[str]:
+    """Return the words of this process's command, without the rank that DeepSpeed's launcher adds."""
+    return [word for word in sys.argv if not word.startswith("--local_rank")]
 
 
 def _numbered(root: Path, stem: str) -> list[Path]:

@@ -7,8 +7,6 @@ job that finds another machine's name in it waits to see whether the count still
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import os
 import platform
@@ -17,12 +15,12 @@ import time
 from pathlib import Path
 
 from megalm.errors import ConfigError
+from megalm.utils.file_lock import HeldLock, take_lock
 
 log = logging.getLogger(__name__)
 
 _BEAT_SECONDS = 5.0
 _PATIENCE_BEATS = 4
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
@@ -36,7 +34,7 @@ class RunLock:
     def __init__(self, folder: Path, beat_seconds: float = _BEAT_SECONDS) -> None:
         self._path = folder / "lock"
         self._beat_seconds = beat_seconds
-        self._descriptor = -1  # while open, it holds the kernel lock
+        self._held: HeldLock | None = None
         self._released = threading.Event()
 
     def take(self) -> None:
@@ -46,31 +44,26 @@ class RunLock:
             ConfigError: another job, named in the message, holds the lock; or the folder cannot be written.
         """
         try:
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise ConfigError(
-                f"{self._path} cannot be written ({error.strerror}): look at its owner and rights, or choose "
-                "another run.name or run.root"
-            ) from None
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            kernel_decides = True
+            self._held = take_lock(self._path, wait_seconds=0.0)
         except BlockingIOError:
             raise self._refusal() from None
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            kernel_decides = False
-        if self._is_alive(platform.node() if kernel_decides else None):
+            raise ConfigError(
+                f"cannot write {self._path} ({error.strerror}); check its owner and permissions, or choose another "
+                "run.name or run.root"
+            ) from None
+        if self._is_alive(platform.node() if self._held.in_kernel else None):
+            self._held.release()
+            self._held = None
             raise self._refusal()
-        self._write(0)
-        threading.Thread(target=self._count, name="run-lock", daemon=True).start()
+        self._write(self._held, 0)
+        threading.Thread(target=self._count, args=(self._held,), name="run-lock", daemon=True).start()
 
     def release(self) -> None:
         """Clear the file, so that the next job need not check whether this one is alive; no-op without the lock."""
         self._released.set()
-        if self._descriptor >= 0:
-            os.ftruncate(self._descriptor, 0)
+        if self._held is not None:
+            os.ftruncate(self._held.descriptor, 0)
 
     def _is_alive(self, decided_host: str | None) -> bool:
         """Return whether the job named in the file still counts; one on `decided_host` is dead: we hold its lock."""
@@ -78,7 +71,7 @@ class RunLock:
         if not seen or seen.startswith(f"host {decided_host},"):
             return False
         deadline = time.monotonic() + _PATIENCE_BEATS * self._beat_seconds
-        log.warning("%s was held by %s; looking whether that job is alive", self._path, seen)
+        log.warning("%s names %s; checking whether that job is alive", self._path, seen)
         while time.monotonic() < deadline:
             time.sleep(self._beat_seconds / 2)
             now = self._read()
@@ -91,27 +84,25 @@ class RunLock:
         with self._path.open("rb") as file:
             return file.read(200).decode(errors="replace").strip()
 
-    def _write(self, beat: int) -> None:
+    @staticmethod
+    def _write(held: HeldLock, beat: int) -> None:
         job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
         text = f"host {platform.node()}, process {os.getpid()}{job}; beat {beat}\n".encode()
-        os.pwrite(self._descriptor, text, 0)
-        os.ftruncate(self._descriptor, len(text))
-        os.fsync(self._descriptor)
+        os.pwrite(held.descriptor, text, 0)
+        os.ftruncate(held.descriptor, len(text))
+        os.fsync(held.descriptor)
 
-    def _count(self) -> None:
+    def _count(self, held: HeldLock) -> None:
         beat = 0
         while not self._released.wait(self._beat_seconds):
             beat += 1
             try:
-                self._write(beat)
+                self._write(held, beat)
             except OSError:  # a lost file system shows elsewhere; a full disk does not prevent overwriting
-                log.debug("the lock's count cannot be written", exc_info=True)
+                log.debug("cannot write the heartbeat of the run lock", exc_info=True)
 
     def _refusal(self) -> ConfigError:
         holder = self._read().rpartition("; beat")[0]
-        os.close(self._descriptor)
-        self._descriptor = -1
         return ConfigError(
-            f"run {self._path.parent} is being trained by another job ({holder}); wait for it, stop it, or choose "
-            "another run.name"
+            f"another job ({holder}) trains run {self._path.parent}; wait for it, stop it, or choose another run.name"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from megalm.config.loading import SAVED_CONFIG, GivenConfig, LoadedConfig, exter
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields, shown
 from megalm.planning.resolve import ResolvedRun
-from megalm.runs.run_folder import RunFolder, newest_run
+from megalm.rank_environment import job_and_restarts
+from megalm.runs.run_folder import RunFolder, command_line, newest_run, read_mapping
 from megalm.utils.atomic_files import read_json
 from megalm.utils.formatting import flatten_mapping
 
@@ -38,7 +40,7 @@ class ConfigFiles:
 def read_settings(
     config: str | None, overrides: Sequence[str], deepspeed_config: str | None, resume: bool, ranks: int
 ) -> ConfigFiles:
-    """Read both configuration files of a new run, or with `resume` of an existing run if there is one.
+    """Read both configuration files of a new run, or of an existing one with `resume` or in a restart of its job.
 
     Without a given DeepSpeed JSON, use that of a recipe named now, else the run's own, else the default. A checkpoint
     can be resumed in any parallel layout: if the run's own does not divide `ranks`, and none is given, use the default.
@@ -48,7 +50,9 @@ def read_settings(
     """
     given = GivenConfig(config, overrides)
     loaded = given.alone()
-    own = _find_own(loaded) if resume else None
+    own = _find_own(loaded)
+    if own is not None and not resume and not _began_in_this_job(own):
+        own = None
     if own is None:
         default = _recipe_json(loaded) or named_json(_DEFAULT_DEEPSPEED_CONFIG)
         return ConfigFiles(loaded, read_deepspeed_json(deepspeed_config or default))
@@ -75,6 +79,18 @@ def _find_own(loaded: LoadedConfig) -> RunFolder | None:
     return folder if folder is not None and folder.config_yaml.is_file() else None
 
 
+def _began_in_this_job(folder: RunFolder) -> bool:
+    """Return whether an earlier start of this job wrote the folder: a restarted job resumes its run unasked.
+
+    The command must be the same, because one job can start several runs.
+    """
+    job, restarts = job_and_restarts()
+    if job is None or restarts == 0:
+        return False
+    before = read_mapping(folder.environment_json)
+    return before.get("job") == job and before.get("command") == command_line()
+
+
 def config_changes(folder: RunFolder, run: ResolvedRun, saved: RunConfig) -> list[str]:
     """Return how `run` differs from the files in its folder, one line each; call before `write_facts`.
 
@@ -85,12 +101,12 @@ def config_changes(folder: RunFolder, run: ResolvedRun, saved: RunConfig) -> lis
         ConfigError: a file in the folder is damaged.
     """
     original = folder.deepspeed_json
-    lines = [f"what is not stated now is as in {folder.config_yaml}"]
-    before, now = (_values(it) for it in (saved, run.config))
+    lines = [f"other settings come from {folder.config_yaml}"]
+    before, now = (_values(config) for config in (saved, run.config))
     lines += [
         f"{external_name(key)} was {shown(before[key])}, is {shown(value)} ({run.sources[key]})"
         for key, value in now.items()
-        if value != before[key] and not key.startswith(_NOT_COMPARED)
+        if not key.startswith(_NOT_COMPARED) and value != before[key]
     ]
     if original.is_file():
         there, here = flatten_mapping(read_json(original)), flatten_mapping(read_json(Path(run.deepspeed_source.path)))
@@ -103,11 +119,5 @@ def config_changes(folder: RunFolder, run: ResolvedRun, saved: RunConfig) -> lis
 
 
 def _values(config: RunConfig) -> dict[str, Any]:
-    found = {}
     values = config.model_dump(mode="json")
-    for key in leaf_fields(RunConfig):
-        value: Any = values
-        for part in key.split("."):
-            value = value[part]
-        found[key] = value
-    return found
+    return {key: reduce(lambda section, name: section[name], key.split("."), values) for key in leaf_fields(RunConfig)}

@@ -26,7 +26,7 @@ TOTAL = "validation"  # the only validation set, or all sets together
 
 @dataclass(frozen=True)
 class Results:
-    """The results of a run; None for what was never measured.
+    """The results of a run; None for a number that was never measured.
 
     Attributes:
         attempts: number of attempts begun, including those of rollbacks.
@@ -74,7 +74,7 @@ class RunRecord:
             tokens, loss = self.history.column("tokens"), self.history.column("loss")
             known = np.isfinite(tokens) & np.isfinite(loss)
             return tokens[known].tolist(), loss[known].tolist()
-        rows = [row for row in judging(self.history.evaluations) if "tokens" in row]
+        rows = [row for row in comparable_validations(self.history.evaluations) if "tokens" in row]
         return [float(row["tokens"]) for row in rows], [float(row["loss"]) for row in rows]
 
 
@@ -102,7 +102,7 @@ def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[str | None]]
 def results(run: RunRecord) -> Results:
     """Return the numbers by which runs are compared; speed is a median, so that one stall does not shift it."""
     history = run.history
-    validation = judging(history.evaluations)
+    validation = comparable_validations(history.evaluations)
     # With evaluate.max_samples the last validation covers more samples, so its loss does not compare with the others.
     alike = [row for row in validation if not row.get("whole")] or validation
     best = min(alike, key=lambda row: float(row["loss"]), default=None)
@@ -143,7 +143,7 @@ def plot_losses(runs: Sequence[RunRecord], path: Path, names: Sequence[str] | No
         colour = f"C{index % 10}"
         axes.plot(*run.curve("train"), color=colour, linewidth=0.8, alpha=0.6)
         axes.plot(*run.curve("eval"), color=colour, marker="o", markersize=3, label=str(index))
-    legend = axes.legend(title="with marks: validation")
+    legend = axes.legend(title="marked: validation")
     for text, name in zip(legend.get_texts(), names or [run.name for run in runs], strict=True):
         # Not as a label: one that begins with "_" would be left out, and "$" would be read as mathematics.
         text.set_parse_math(False)
@@ -151,7 +151,7 @@ def plot_losses(runs: Sequence[RunRecord], path: Path, names: Sequence[str] | No
     save_plot(figure, path)
 
 
-def judging(rows: Sequence[Row]) -> list[Row]:
+def comparable_validations(rows: Sequence[Row]) -> list[Row]:
     """Return the validation rows by which runs are compared: with several validation sets, those of the total."""
     return [row for row in rows if row.get("dataset") in (None, TOTAL) and _finite(row.get("loss"))]
 

@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,6 @@ from rich.console import Console
 from megalm.utils.progress import ProgressBar
 
 log = logging.getLogger("megalm")
-
-
-@dataclass(frozen=True)
-class StepLine:
-    """The numbers of one training step's progress line."""
-
-    step: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    tokens_per_second: float
-    mfu: float
-
-    def __str__(self) -> str:
-        return (
-            f"loss {self.loss:.4f}  lr {self.learning_rate:.2e}  grad {self.grad_norm:.2f}  "
-            f"{self.tokens_per_second:,.0f} tokens/s  MFU {self.mfu:.1%}"
-        )
 
 
 class _Console(Console):
@@ -98,11 +79,11 @@ class RunConsole:
             self._last_step, self._counted = total_steps, False
             self._bar.start()
 
-    def step(self, line: StepLine) -> None:
+    def step(self, step: int, text: str) -> None:
+        """Show a step's numbers. A log file gets the first step, the last one, and one every few seconds."""
         if self._bar is None:
             return
-        # Keep a log file readable: print the first step, the last one, and one every few seconds.
-        self._bar.update(line.step, str(line), line_now=not self._counted or line.step == self._last_step)
+        self._bar.update(step, text, line_now=not self._counted or step == self._last_step)
         self._counted = True
         log.info("%s", self._bar.line)
 

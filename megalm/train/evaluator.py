@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from megalm.communicator import Communicator
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 
 TOTAL = "validation"  # the only set, or all sets together
-
-
-class Batches(Protocol):
-    """A validation set, in complete global batches."""
-
-    def __iter__(self) -> Iterator[GlobalBatch]: ...
-
-    def batch(self, index: int) -> GlobalBatch: ...
 
 
 class Evaluable(Protocol):
     """The part of `Engine` that evaluation needs."""
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float: ...
-
-
-class Summing(Protocol):
-    """The part of `Communicator` that evaluation needs."""
-
-    def sum(self, values: Sequence[float]) -> list[float]: ...
 
 
 @dataclass(frozen=True)
@@ -82,9 +69,9 @@ class Evaluator:
         heartbeat: called after every batch.
     """
 
-    sets: Mapping[str, tuple[Batches, Batches]]
+    sets: Mapping[str, tuple[Iterable[GlobalBatch], Iterable[GlobalBatch]]]
     token_bytes: npt.NDArray[np.int32]
-    comm: Summing
+    comm: Communicator
     replicas: int = 1
     heartbeat: Callable[[], None] = lambda: None
 
@@ -100,12 +87,12 @@ class Evaluator:
         total = _Sums(*(sum(getattr(one, name) for one in each) for name in ("loss", "targets", "text_bytes")))
         return total.mean(TOTAL, parts)
 
-    def rehearse(self, engine: Evaluable) -> None:
+    def preflight(self, engine: Evaluable) -> None:
         """Preflight: evaluate one batch, to find out whether memory suffices."""
         for _, whole in list(self.sets.values())[:1]:
-            engine.evaluate(whole.batch(0).micro_batches)
+            engine.evaluate(next(iter(whole)).micro_batches)
 
-    def _sums(self, engine: Evaluable, loader: Batches) -> _Sums:
+    def _sums(self, engine: Evaluable, loader: Iterable[GlobalBatch]) -> _Sums:
         loss_sum, targets, local_bytes = 0.0, 0, 0
         for batch in loader:
             loss_sum += engine.evaluate(batch.micro_batches)

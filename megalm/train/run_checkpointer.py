@@ -8,7 +8,7 @@ from typing import Any
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.checkpointer import CheckpointWriter, Saved
-from megalm.checkpoint.discovery import Entry, resume_candidates
+from megalm.checkpoint.discovery import resume_candidates
 from megalm.checkpoint.manifest import Beginning, Manifest, Status, read_manifest, write_manifest
 from megalm.checkpoint.retention import Retention
 from megalm.communicator import Communicator
@@ -97,14 +97,14 @@ class RunCheckpointer:
         if self._comm.is_main:
             write_manifest(path, with_evaluation(read_manifest(path), evaluation))
 
-    def rehearse(self, engine: Engine) -> None:
+    def preflight(self, engine: Engine) -> None:
         """Preflight: write a checkpoint beside the real ones and remove it."""
         facts = self._facts(engine.counters(), TrainingProgress())
-        self._writer.rehearse(self._folder.rehearsal, engine.fragments(), facts)
+        self._writer.preflight(self._folder.preflight, engine.fragments(), facts)
 
     def position(self, manifest: Manifest) -> TrainingProgress:
         """Return the progress at which this run continues from a checkpoint; the caller sets its schedule."""
-        return progress_from(manifest, self._run, continuation_kind(self._run, manifest, self.differences(manifest)))
+        return progress_from(manifest, self._run, self._continuation(manifest))
 
     def differences(self, manifest: Manifest) -> dict[str, list[str]]:
         """Return what differs between this run and the checkpoint, by item of `resume.allow`."""
@@ -151,7 +151,9 @@ class RunCheckpointer:
         """
         entries = self._comm.once(lambda: resume_candidates(self._folder.checkpoints, "auto"))
         for entry in entries:
-            if entry.status != "good" or entry.path.resolve() not in self._past or self._continuation(entry) != "on":
+            if entry.manifest is None or entry.status != "good" or entry.path.resolve() not in self._past:
+                continue
+            if self._continuation(entry.manifest) != "on":
                 continue
             reader, _ = open_verified(entry, self._comm)
             if reader is None:
@@ -165,7 +167,7 @@ class RunCheckpointer:
             self.restore(reader, engine, guard)
             return entry.path, self.position(manifest)
         raise TrainingError(
-            f"no good checkpoint in {self._folder.checkpoints} to go back to; write more of them "
+            f"{self._folder.checkpoints} has no good checkpoint to roll back to; save more often "
             "(checkpoint.interval_steps), or set guard.policy=skip"
         )
 
@@ -174,10 +176,8 @@ class RunCheckpointer:
         amended = pass_over(manifest, samples)
         return amended.amended(fingerprints=self._data.at(amended.data_position.segments[-1].next_sample))
 
-    def _continuation(self, entry: Entry) -> Beginning | None:
-        if entry.manifest is None:
-            return None
-        return continuation_kind(self._run, entry.manifest, self.differences(entry.manifest))
+    def _continuation(self, manifest: Manifest) -> Beginning:
+        return continuation_kind(self._run, manifest, self.differences(manifest))
 
     def _facts(self, counters: dict[str, Any], position: TrainingProgress) -> dict[str, Any]:
         run, evaluation = self._run, position.evaluation

@@ -74,8 +74,8 @@ def data_warnings(run: ResolvedRun, data: RunData) -> list[str]:
     for prefix in sorted({planned.prefix for planned in data.train.planned(data.samples)}):
         if ((read_sidecar(prefix) or {}).get("minhash") or {}).get(AWAITS_MERGE):
             warnings.append(
-                f"{prefix} is one shard of a build with --dedup minhash, and its near copies are still in: "
-                "data_tools/merge_datasets.py --dedup minhash takes them out"
+                f"{prefix} is one shard of a build with --dedup minhash and still holds near copies; "
+                "data_tools/merge_datasets.py --dedup minhash removes them"
             )
     for part, planned in zip(data.train.parts, data.train.planned(data.samples), strict=True):
         overlap = stride_warning(part.tokens_per_epoch, part.sequence_length, part.stride, planned.samples)
@@ -83,14 +83,14 @@ def data_warnings(run: ResolvedRun, data: RunData) -> list[str]:
             warnings.append(f"{planned.prefix}: {overlap}")
         if most is not None and planned.repetition > most:
             raise ConfigError(
-                f"{steps} steps see {planned.prefix} {planned.repetition:.1f} times, data.max_epochs={most:g}; "
-                "train fewer steps, or bring more data"
+                f"{steps} steps read {planned.prefix} {planned.repetition:.1f} times, above data.max_epochs={most:g}; "
+                "train fewer steps, or add data"
             )
         if overlap is None and planned.repetition > MANY_REPETITIONS:
             warnings.append(
-                f"{planned.prefix}: {steps} steps see each of its {part.tokens_per_epoch:,} tokens "
-                f"{planned.repetition:.1f} times; beyond {MANY_REPETITIONS:g} times text teaches less and less "
-                "(data.max_epochs refuses it)"
+                f"{planned.prefix}: {steps} steps read each of its {part.tokens_per_epoch:,} tokens "
+                f"{planned.repetition:.1f} times; repeated text teaches less beyond {MANY_REPETITIONS:g} times "
+                "(data.max_epochs refuses such runs)"
             )
     return warnings
 
@@ -107,7 +107,7 @@ def write_report_page(
     Runs in a thread that the end of the process does not wait for. The file is written atomically.
     """
     done: list[Path] = []
-    why = [f"not done within {patience_seconds:.0f} s"]
+    why = [f"it takes more than {patience_seconds:.0f} s"]
 
     def write() -> None:
         try:
@@ -120,7 +120,7 @@ def write_report_page(
     thread.join(patience_seconds)
     if done:
         return done[0]
-    reporter.info(f"no page about this run ({why[0]}); later: megalm report {folder.path}")
+    reporter.info(f"WARNING: cannot write report.html ({why[0]}); write it with megalm report {folder.path}")
     return None
 
 
@@ -140,7 +140,7 @@ def pipeline_facts(run: ResolvedRun, blocks: tuple[int, ...], costs: StageCosts)
     ]
     if bubble > LARGE_BUBBLE:
         lines.append(
-            f"  WARNING: {micro_batches} micro-batch(es) a step keep {stages} stages busy {1 - bubble:.0%} of the "
+            f"  WARNING: {micro_batches} micro-batch(es) per step keep {stages} stages busy {1 - bubble:.0%} of the "
             f"time; {micro_batches_for(stages, SMALL_BUBBLE)} keep them busy {1 - SMALL_BUBBLE:.0%}: lower "
             "train_micro_batch_size_per_gpu, raise train_batch_size, or use fewer stages"
         )
@@ -166,15 +166,20 @@ def opening_facts(
             "batch",
             f"{batch.global_batch} sequences = {batch.micro_batch} x {batch.accumulation} accumulated x "
             f"{batch.data_parallel} data rank(s), {config.data.sequence_length} tokens each: "
-            f"{run.tokens_per_step:,} a step",
+            f"{run.tokens_per_step:,} per step",
         ),
-        ("training", f"{steps:,} steps, {tokens:,} tokens = {tokens / count:.2f} a parameter"),
+        ("training", f"{steps:,} steps, {tokens:,} tokens = {tokens / count:.2f} per parameter"),
         *data_rows(run, data),
         ("tokenizer", f"{data.tokenizer.name}, {data.tokenizer.vocab_size:,} entries"),
         ("checkpoint", f"{format_bytes(checkpoint_bytes(shape))} each"),
     ]
     if data.unigram_entropy is not None:
-        rows.append(("unigram entropy", f"{data.unigram_entropy:.2f} nats a token: what counting alone reaches"))
+        rows.append(
+            (
+                "unigram entropy",
+                f"{data.unigram_entropy:.2f} nats per token, the loss of a model that only knows token frequencies",
+            )
+        )
     return rows
 
 
@@ -215,18 +220,20 @@ def scale_facts(run: ResolvedRun, shape: ModelConfig, data: RunData) -> dict[str
 
 def final_summary(folder: RunFolder, run: ResolvedRun, invocation: ResumeCommand, page: Path | None = None) -> str:
     """Return the text on where everything is, and the next commands to try."""
-    prompt, path = _quoted(_first_line(run.config.sample.prompts)), shlex.quote(str(folder.path))
+    lines = "\n".join(run.config.sample.prompts).splitlines()
+    # The first line alone: an escaped newline would reach the command as two characters.
+    prompt, path = _quoted(next(filter(str.strip, lines), "The ")), shlex.quote(str(folder.path))
     steps = 2 * run.config.train.steps
     rows = [
-        *([("one page", str(page))] if page is not None else []),
-        ("see it", _where_mlflow_is(folder.path.parent) if run.config.tracking.mlflow else f"{folder.metrics}"),
-        ("list it", f"megalm checkpoint list {path}"),
+        *([("report", str(page))] if page is not None else []),
+        ("metrics", _where_mlflow_is(folder.path.parent) if run.config.tracking.mlflow else f"{folder.metrics}"),
+        ("checkpoints", f"megalm checkpoint list {path}"),
         ("generate", f"megalm generate {path} --prompt {prompt}"),
         ("train longer", invocation.shell("--resume", "auto", f"train.steps={steps}")),
-        ("your own", 'README.md, "Train on your own text"'),
+        ("your own data", 'README.md, "Train on your own text"'),
     ]
-    lines = [f"everything is in {folder.path}: metrics.jsonl, log.txt, checkpoints/, samples/"]
-    return "\n".join(["", *lines, *(f"  {name:<13} {command}" for name, command in rows)])
+    where = f"everything is in {folder.path}: metrics.jsonl, log.txt, checkpoints/, samples/"
+    return "\n".join(["", where, *(f"  {name:<13} {command}" for name, command in rows)])
 
 
 def _where_mlflow_is(root: Path) -> str:
@@ -237,8 +244,3 @@ def _where_mlflow_is(root: Path) -> str:
 def _quoted(text: str) -> str:
     """Return `text` quoted for a shell, in double quotes if nothing in it is special there."""
     return shlex.quote(text) if set(text) & set('"$`\\!') else f'"{text}"'
-
-
-def _first_line(prompts: tuple[str, ...]) -> str:
-    """Return the first line of the first prompt: an escaped newline would reach the command as two characters."""
-    return next((line for prompt in prompts for line in prompt.splitlines() if line.strip()), "The ")

@@ -15,7 +15,7 @@ import torch
 from megalm.communicator import Communicator
 from megalm.config.schema import RunConfig
 from megalm.engine.build import build_engine
-from megalm.engine.device import RankFacts, claim_device, device_facts, device_name, peak_flops, rank_facts
+from megalm.engine.device import claim_device, device_facts, device_name, peak_flops
 from megalm.engine.distributed import DistributedCommunicator, start_distributed
 from megalm.engine.interface import Engine
 from megalm.engine.traffic_counter import TrafficCounter
@@ -23,6 +23,7 @@ from megalm.errors import EXIT_DONE, ConfigError
 from megalm.model.flops import flops_per_token
 from megalm.planning.checks.run_checks import wall_time_seconds
 from megalm.planning.resolve import ResolvedRun, resolve
+from megalm.rank_environment import RankFacts, rank_facts
 from megalm.runs.metrics_log import MetricsWriter
 from megalm.runs.run_folder import ResumeCommand, RunFolder, open_run_folder, write_facts
 from megalm.runs.run_lock import RunLock

@@ -12,12 +12,10 @@ from megalm.config.schema import RunConfig
 from megalm.data.analysis.sample_sources import TokenSpan, spans_of
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
-from megalm.runs.metrics_log import Row, live_rows, read_metrics
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row, live_rows, read_metrics
 from megalm.runs.run_folder import RunFolder
 from megalm.train.datasets import find_data, open_datasets
 from megalm.utils.atomic_files import read_json
-
-_BEGINS = ("start", "resume", "rollback")
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class StepSamples:
 class _Attempt:
     """One attempt of a run; a later attempt may have another batch and other data."""
 
-    stated: RunConfig
+    saved: RunConfig
     global_batch: int
     environment: Mapping[str, Any]
 
@@ -43,15 +41,15 @@ class _Attempt:
     def config(self) -> RunConfig:
         """The attempt's configuration, with the sequence length at the start of the sample order."""
         lengths = self.environment.get("sequence_lengths_before", [])
-        first = lengths[0][0] if lengths else self.stated.data.sequence_length
-        data = self.stated.data.model_copy(update={"sequence_length": first})
-        return self.stated.model_copy(update={"data": data})
+        first = lengths[0][0] if lengths else self.saved.data.sequence_length
+        data = self.saved.data.model_copy(update={"sequence_length": first})
+        return self.saved.model_copy(update={"data": data})
 
     @property
     def cuts(self) -> list[tuple[int, int]]:
         """Return (samples consumed, sequence length from there on) for each change of the sequence length."""
         before = self.environment.get("sequence_lengths_before", [])
-        after = [length for length, _ in before[1:]] + [self.stated.data.sequence_length]
+        after = [length for length, _ in before[1:]] + [self.saved.data.sequence_length]
         return [(consumed, length) for (_, consumed), length in zip(before, after, strict=False)]
 
     def first_sample_of(self, step: int) -> int:
@@ -59,24 +57,26 @@ class _Attempt:
         return int(self.environment.get(f"first_sample_of_step_{step}", (step - 1) * self.global_batch))
 
 
-def samples_of_step(path: Path, step: int, tell: Callable[[str], None] = lambda line: None) -> StepSamples:
+def samples_of_step(path: Path, step: int, on_progress: Callable[[str], None] = lambda line: None) -> StepSamples:
     """Return the samples that step `step` of the run in folder `path` has read, or will read.
 
     Args:
-        tell: called with progress lines if a recipe is prepared again.
+        on_progress: called with progress lines if a recipe is prepared again.
 
     Raises:
         DataError: there is no run, or its data is missing.
         ConfigError: a configuration file is damaged.
     """
     folder = RunFolder(path)
-    if not all(file.is_file() for file in folder.config_files):
-        raise DataError(f"{path}: is no folder of a run, it has no config.yaml and deepspeed.resolved.json; name one")
+    if missing := [file.name for file in folder.config_files if not file.is_file()]:
+        raise DataError(f"{path} is not a run folder, it has no {', '.join(missing)}; name a run folder")
     rows = live_rows(read_metrics(folder.metrics)) if folder.metrics.exists() else []
-    number = next((row["attempt"] for row in reversed(rows) if row.get("event") in _BEGINS and row["step"] < step), 1)
+    number = next(
+        (row["attempt"] for row in reversed(rows) if row.get("event") in ATTEMPT_EVENTS and row["step"] < step), 1
+    )
     attempt = _attempt(folder, number)
     first, trained = _first_sample(rows, number, step, attempt.global_batch)
-    places = find_data(attempt.config.data, tell)
+    places = find_data(attempt.config.data, on_progress)
     data = open_datasets(attempt.config, attempt.global_batch, places, attempt.first_sample_of)
     samples = data.train
     for consumed, length in attempt.cuts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,6 @@ from megalm.config.schema import SampleSection
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.engine.interface import Engine
 from megalm.train.console import RunConsole
-
-T = TypeVar("T")
 
 _LENGTH_STEP = 64  # lengths are rounded up to this, so that few shapes occur
 _SHOWN, _SHOWN_LINES = 3, 12  # at the end of a run
@@ -37,7 +35,7 @@ class SampleWriter:
     comm: Communicator
     reporter: RunConsole
 
-    def rehearse(self, engine: Engine) -> None:
+    def preflight(self, engine: Engine) -> None:
         """Preflight: generate one token of each text."""
         one = self.settings.model_copy(update={"max_new_tokens": 1})
         generate(engine, self.comm, self.tokenizer, one, self.sequence_length, self.seed)
@@ -64,14 +62,13 @@ class Predictor(Protocol):
     ) -> npt.NDArray[np.float32]: ...
 
 
-class Broadcaster(Protocol):
-    """The part of `Communicator` that generation needs."""
-
-    def broadcast(self, value: T) -> T: ...
-
-
 def generate(
-    engine: Predictor, comm: Broadcaster, tokenizer: Tokenizer, settings: SampleSection, sequence_length: int, seed: int
+    engine: Predictor,
+    comm: Communicator,
+    tokenizer: Tokenizer,
+    settings: SampleSection,
+    sequence_length: int,
+    seed: int,
 ) -> list[str]:
     """Continue each of `settings.prompts`; the prompt is part of the text.
 
@@ -88,7 +85,7 @@ def generate(
 
 def extend(
     engine: Predictor,
-    comm: Broadcaster,
+    comm: Communicator,
     texts: list[list[int]],
     eod_id: int,
     settings: SampleSection,

@@ -24,7 +24,7 @@ from megalm.planning.lr_schedule import rate_at
 from megalm.planning.recipe_claims import Quantity, expectations
 from megalm.planning.resolve import ResolvedRun
 from megalm.runs.metrics_log import MetricsWriter
-from megalm.train.console import RunConsole, StepLine
+from megalm.train.console import RunConsole
 from megalm.train.evaluator import TOTAL, Evaluation, Evaluator
 from megalm.train.lifecycle.shutdown import StopRequest
 from megalm.train.lifecycle.time_limits import TimeLimits
@@ -70,7 +70,7 @@ class MetricsRecorder:
     """Writes metrics.jsonl rows and console lines on rank 0; every method takes the run's progress."""
 
     parts: TrainerComponents
-    _doubts_peak: bool = field(default=False, init=False)
+    _peak_is_reported: bool = field(default=False, init=False)
 
     def event(self, position: TrainingProgress, name: str, **fields: Any) -> None:
         if self.parts.metrics is not None:
@@ -84,7 +84,7 @@ class MetricsRecorder:
         if result.skipped:
             self.event(position, "skip", reason="gradient overflow", loss_scale=result.loss_scale)
             parts.reporter.info(
-                f"step {position.step}: update skipped, gradients overflowed at scale {result.loss_scale:g}"
+                f"step {position.step}: skipped the update, gradients overflow at loss scale {result.loss_scale:g}"
             )
         if position.step % parts.run.config.train.log_interval_steps == 0 and parts.metrics is not None:
             parts.metrics.row(
@@ -103,15 +103,19 @@ class MetricsRecorder:
                 attempt=position.attempt,
                 **self._phases(),
             )
-        if mfu > 1 and not self._doubts_peak:
-            self._doubts_peak = True
+        if mfu > 1 and not self._peak_is_reported:
+            self._peak_is_reported = True
             self._warn(
                 position,
-                f"MFU above 100%: the peak of {parts.peak_flops / 1e12:.2f} TFLOP/s is too low, as a measured one is "
-                "where other programs were at work just then; tokens/s are right",
+                f"MFU is above 100%, so the peak of {parts.peak_flops / 1e12:.2f} TFLOP/s is too low: a measured peak "
+                "suffers from other programs that run meanwhile; tokens/s are correct",
             )
-        parts.reporter.step(StepLine(position.step, result.loss, rate, result.grad_norm, tokens_per_second, mfu))
-        self._hold_against_document(position, "training_loss", lambda: parts.guard.history.median_loss(result.loss))
+        parts.reporter.step(
+            position.step,
+            f"loss {result.loss:.4f}  lr {rate:.2e}  grad {result.grad_norm:.2f}  {tokens_per_second:,.0f} tokens/s  "
+            f"MFU {mfu:.1%}",
+        )
+        self._compare_with_document(position, "training_loss", lambda: parts.guard.history.median_loss(result.loss))
 
     def _phases(self) -> dict[str, float]:
         if not self.parts.run.diagnostics.phase_times:
@@ -137,7 +141,7 @@ class MetricsRecorder:
         of_set = "" if result.dataset == TOTAL else f" on {result.dataset}"
         parts.reporter.info(f"step {position.step}: validation{of_set} {result}")
         if result.dataset == TOTAL:
-            self._hold_against_document(position, "validation_loss", lambda: result.loss)
+            self._compare_with_document(position, "validation_loss", lambda: result.loss)
 
     def checkpoint(self, position: TrainingProgress, saved: Saved) -> None:
         """Record a completed checkpoint."""
@@ -152,7 +156,7 @@ class MetricsRecorder:
         self.event(position, "warning", text=text)
         self.parts.reporter.info(f"WARNING: {text}")
 
-    def _hold_against_document(self, position: TrainingProgress, quantity: Quantity, loss: Callable[[], float]) -> None:
+    def _compare_with_document(self, position: TrainingProgress, quantity: Quantity, loss: Callable[[], float]) -> None:
         """Report whether the loss is within what the recipe's document gives for this step, if anything."""
         parts = self.parts
         for found in expectations(parts.run.config.documented, quantity, position.step, loss):
@@ -185,7 +189,9 @@ class Trainer:
         parts, config = self.parts, self.parts.run.config
         if self.position.step >= config.train.steps:
             self.event("end", status="finished", exit_code=EXIT_DONE)
-            parts.reporter.info(f"step {self.position.step} is done already; raise train.steps to go on")
+            parts.reporter.info(
+                f"the run has reached step {self.position.step} already; raise train.steps to train longer"
+            )
             return EXIT_DONE
         self._saved_step = self.position.step
         parts.reporter.start(self.position.step, config.train.steps)
@@ -199,7 +205,7 @@ class Trainer:
                 self._between_steps()
                 if self._has_stopped_learning():
                     break
-                if self._is_to_leave():
+                if self._should_stop():
                     return EXIT_START_AGAIN
         finally:
             parts.reporter.stop()
@@ -253,8 +259,8 @@ class Trainer:
             saved_step=self._saved_step,
         )
         # One report per series of spikes: a diverging run that continues would fill the disk.
-        goes_on = verdict.action == "let pass" and self._last_spike == step - 1
-        report = None if goes_on else parts.incidents.write(parts.engine, incident)
+        is_series = verdict.action == "let pass" and self._last_spike == step - 1
+        report = None if is_series else parts.incidents.write(parts.engine, incident)
         self._last_spike = step
         numbers = {"loss": result.loss, "grad_norm": result.grad_norm, "limit": finding.limit, "median": finding.median}
         of = {"at_step": step, "quantity": finding.quantity, "decided": verdict.action, "why": verdict.why}
@@ -274,11 +280,11 @@ class Trainer:
         if not result.refused:
             self._advance()
         if self._saved_step != self.position.step:
-            self._save("suspect", f"the run was stopped at step {step}: {verdict.finding}")
+            self._save("suspect", f"the guard stopped the run at step {step}: {verdict.finding}")
         self._log_completed_saves(wait=True)
         raise TrainingError(
             f"step {step}: {verdict.finding} ({verdict.why}; samples {first} to "
-            f"{first + self.parts.run.batch.global_batch - 1}); stopped, read {report}"
+            f"{first + self.parts.run.batch.global_batch - 1}); the guard stops the run, see {report}"
         )
 
     def _roll_back(self) -> None:
@@ -295,8 +301,8 @@ class Trainer:
             "rollback", path=path.name, at_step=old.step + 1, samples_skipped=skipped, rollbacks=position.rollbacks
         )
         parts.reporter.info(
-            f"rolled back to step {position.step} ({path.name}); {skipped:,} samples are passed over, attempt "
-            f"{position.attempt}"
+            f"rolled back to step {position.step} ({path.name}); the run skips {skipped:,} samples, attempt "
+            f"{position.attempt} begins"
         )
 
     def _between_steps(self) -> None:
@@ -341,8 +347,8 @@ class Trainer:
             return False
         self.event("early_stop", best_loss=self.position.best_loss)
         self.parts.reporter.info(
-            f"step {self.position.step}: no lower validation loss than {self.position.best_loss:.4f} in {patience} "
-            "validations (evaluate.patience): ending here"
+            f"step {self.position.step}: the last {patience} validations have no loss below "
+            f"{self.position.best_loss:.4f} (evaluate.patience); the run ends"
         )
         return True
 
@@ -362,27 +368,27 @@ class Trainer:
             parts.limits.saved(saved.write_seconds)
             self.record.checkpoint(self.position, saved)
 
-    def _is_to_leave(self) -> bool:
+    def _should_stop(self) -> bool:
         """Return whether to stop: any rank's signal or time limit makes all ranks save the same step and leave."""
         parts = self.parts
         number, late = parts.comm.max([float(parts.stop.signal or 0), float(parts.limits.boundary())])
         if number:
-            self._leave_early("signal", f"signal {int(number)}", signal=int(number))
+            self._stop_early("signal", f"signal {int(number)}", signal=int(number))
         elif late:
             limit = parts.run.config.train.max_wall_time
-            self._leave_early("wall_time", f"train.max_wall_time={limit} is almost up", limit=limit)
+            self._stop_early("wall_time", f"train.max_wall_time={limit} is almost over", limit=limit)
         return bool(number or late)
 
-    def _leave_early(self, event: str, why: str, **fields: Any) -> None:
+    def _stop_early(self, event: str, why: str, **fields: Any) -> None:
         parts = self.parts
         parts.stop.reached_boundary()
         self.event(event, **fields)
-        parts.reporter.info(f"{why}: saving step {self.position.step}, then leaving")
+        parts.reporter.info(f"{why}: the run saves step {self.position.step} and exits")
         if self._saved_step != self.position.step:
             self._save()
         self._log_completed_saves(wait=True)
         self.event("end", status="stopped", exit_code=EXIT_START_AGAIN)
-        parts.reporter.info("stopped; --resume auto goes on from here")
+        parts.reporter.info("stopped; --resume auto resumes from here")
 
     def _finish(self, seconds: float) -> None:
         parts = self.parts
@@ -417,7 +423,7 @@ def memory_errors_named(phase: str) -> Iterator[None]:
         raise TrainingError(
             f"out of memory in {phase} ({str(error).splitlines()[0] if str(error) else 'MemoryError'}). Try a smaller "
             "train_micro_batch_size_per_gpu in the DeepSpeed JSON, train.checkpoint_activations_every=1, or a higher "
-            "ZeRO stage (ds_configs/zero3.json, zero3_offload.json); megalm plan shows what each saves"
+            "ZeRO stage (ds_configs/zero3.json, zero3_offload.json); megalm plan shows the memory of each"
         ) from error
 
 
@@ -436,12 +442,12 @@ def run_preflight(parts: TrainerComponents) -> None:
     with memory_errors_named("the training step"):
         engine.train_step(parts.batches.batch(0), step=1, learning_rate=0.0)
     with memory_errors_named("validation"):
-        parts.evaluator.rehearse(engine)
+        parts.evaluator.preflight(engine)
     with memory_errors_named("sampling"):
-        parts.sampler.rehearse(engine)
+        parts.sampler.preflight(engine)
     engine.reset()
     with memory_errors_named("writing a checkpoint"):
-        parts.checkpoints.rehearse(engine)
+        parts.checkpoints.preflight(engine)
 
 
 def _due(step: int, interval: int | None) -> bool:

@@ -1,9 +1,8 @@
-"""Atomic file writes (temporary name, fsync, rename), small JSON files, and lock files."""
+"""Atomic file writes (temporary name, fsync, rename) and small JSON files."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -126,27 +125,3 @@ def writing_to(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error  # NumPy's own errors have no strerror
         raise DataError(f"{path}: cannot be written ({reason}); check the folder, its rights and space") from error
-
-
-@contextlib.contextmanager
-def locked(
-    path: Path, held: Callable[[], None] = lambda: None, no_locks: Callable[[OSError], None] = lambda error: None
-) -> Iterator[IO[str]]:
-    """Hold a lock file; the system releases the lock when the process ends, however it ends.
-
-    Args:
-        held: called if another process holds the lock, before waiting for it; it can raise.
-        no_locks: called if the file system has no locks, before continuing without one.
-    """
-    with writing_to(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            no_locks(error)
-        yield file

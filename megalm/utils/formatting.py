@@ -102,7 +102,7 @@ def parse_bytes(text: str, option: str) -> int:
         found = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
         if found > 0:
             return found
-    raise ConfigError(f"{option} {text!r} is no size; write it as 5GB, 500MB or 2GiB")
+    raise ConfigError(f"{option} {text!r} is not a size; write it as 5GB, 500MB or 2GiB")
 
 
 def format_duration(seconds: float) -> str:

@@ -34,7 +34,7 @@ def save_plot(figure: Figure, path: Path) -> None:
     suffix = path.suffix.lstrip(".").lower()
     if suffix not in figure.canvas.get_supported_filetypes():
         named = suffix or "a name without a suffix"
-        raise ConfigError(f"{path}: {named} is no picture format; name a .png, .svg or .pdf")
+        raise ConfigError(f"{path}: {named} is not a picture format; choose .png, .svg or .pdf")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: figure.savefig(file, format=suffix, dpi=150), durable=False)

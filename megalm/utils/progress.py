@@ -45,7 +45,7 @@ class ProgressBar:
 
     def __init__(
         self,
-        what: str,
+        name: str,
         total: float | None,
         *,
         done: float = 0,
@@ -54,9 +54,9 @@ class ProgressBar:
         shown: Callable[[float, float], str] = counts,
         transient: bool = True,
     ) -> None:
-        self._what, self._total, self._done, self._first = what, total, done, done
+        self._name, self._total, self._done, self._first = name, total, done, done
         self._shown, self._detail = shown, ""
-        self._started = self._told = time.monotonic()
+        self._started = self._last_line_time = time.monotonic()
         console = console or Console(stderr=True, highlight=False, markup=False)
         self._say = say or (lambda line: console.print(line, soft_wrap=True))
         self._bar = Progress(
@@ -75,7 +75,7 @@ class ProgressBar:
 
     @property
     def _title(self) -> str:
-        return self._what if self._total is None else f"{self._what} {self._shown(self._done, self._total)}"
+        return self._name if self._total is None else f"{self._name} {self._shown(self._done, self._total)}"
 
     @property
     def line(self) -> str:
@@ -105,17 +105,17 @@ class ProgressBar:
             self._bar.update(self._task, description=self._title, completed=done, total=self._total, detail=detail)
             return
         now = time.monotonic()
-        due = now - self._told >= LINE_INTERVAL_SECONDS and (self._total is None or done < self._total)
+        due = now - self._last_line_time >= LINE_INTERVAL_SECONDS and (self._total is None or done < self._total)
         if due or line_now:
-            self._told = now
+            self._last_line_time = now
             self._say(self._line(now))
 
-    def begin(self, what: str, total: float | None) -> None:
-        """Start to count `what` from 0, unless it is already being counted."""
-        if what != self._what:
+    def begin(self, name: str, total: float | None) -> None:
+        """Start to count `name` from 0, unless it is already being counted."""
+        if name != self._name:
             self._done = self._first = 0.0
             self._started = time.monotonic()
-        self._what, self._total = what, total
+        self._name, self._total = name, total
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -143,11 +143,11 @@ class ProgressBar:
         self.stop()
 
 
-def watched(what: str) -> Callable[[Sequence[T]], Iterator[T]]:
+def watched(name: str) -> Callable[[Sequence[T]], Iterator[T]]:
     """Return a function that yields the items of a sequence and shows their progress."""
 
     def each(items: Sequence[T]) -> Iterator[T]:
-        with ProgressBar(what, len(items)) as bar:
+        with ProgressBar(name, len(items)) as bar:
             for item in items:
                 yield item
                 bar.advance()

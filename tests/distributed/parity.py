@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megalm.checkpoint.shard_spec import KINDS
-from megalm.engine.deepspeed_patches import allow_cpu_fp16_if_asked
+from megalm.engine.deepspeed_patches import allow_cpu_fp16_for_tests
 from megalm.planning.checks.deepspeed import ALLOW_CPU_FP16
 from tests.distributed.training import VOCAB, Case, Trace, snapshot, start, steps, whole_state
 
@@ -216,7 +216,7 @@ def train_rows(
     comm: Any, device: torch.device, cases: Mapping[str, Case], prefix: Path, folder: Path
 ) -> dict[str, Outcome]:
     os.environ[ALLOW_CPU_FP16] = "1"
-    allow_cpu_fp16_if_asked()
+    allow_cpu_fp16_for_tests()
     return {name: train(comm, device, case, prefix, folder) for name, case in cases.items()}
 
 

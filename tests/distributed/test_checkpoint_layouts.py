@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.save_transaction import save_checkpoint
-from megalm.engine.deepspeed_patches import allow_cpu_fp16_if_asked
+from megalm.engine.deepspeed_patches import allow_cpu_fp16_for_tests
 from megalm.engine.interface import StepResult
 from megalm.model.transformer import LanguageModel
 from megalm.planning.checks.deepspeed import ALLOW_CPU_FP16
@@ -82,7 +82,7 @@ def _train_and_save(comm: Any, device: torch.device, prefix: Path, folder: Path,
 def _loss_scales(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, Any]:
     """Per ZeRO stage in fp16: what each step of the second half said, undisturbed and resumed, and the end state."""
     os.environ[ALLOW_CPU_FP16] = "1"
-    allow_cpu_fp16_if_asked()
+    allow_cpu_fp16_for_tests()
     # It starts too high, so that updates are skipped, and grows every other step, so that it overflows again.
     scale = {"fp16": {"initial_scale_power": 26, "loss_scale_window": 2, "hysteresis": 2}}
     result = {}
@@ -109,7 +109,7 @@ def _loss_scales(comm: Any, device: torch.device, prefix: Path, folder: Path) ->
 def _scales_elsewhere(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, float]:
     """ "precision of the checkpoint, of the engine" -> the scale of the first step after loading."""
     os.environ[ALLOW_CPU_FP16] = "1"
-    allow_cpu_fp16_if_asked()
+    allow_cpu_fp16_for_tests()
     cases = {
         "bf16": Case("zero2.json", precision="bf16"),
         "fp16": Case("zero1.json", precision="fp16", settings={"fp16": {"initial_scale_power": 7}}),

@@ -47,7 +47,7 @@ CONTROL = {
         "UpdateCheck._admits",
     ): "asks whether any rank refuses; test_update_check.py has that",
     ("megalm/engine/base_engine.py", "UpdateCheck.install.checked"): "asks whether any rank refuses",
-    ("megalm/engine/pipeline_profiler.py", "measured_costs"): "measured times, from which stages are cut",
+    ("megalm/engine/build.py", "measured_costs"): "measured times, from which stages are cut",
     ("megalm/engine/build.py", "_balance"): "measured times, from which stages are cut",
     ("megalm/engine/build.py", "build_engine"): "measured times, from which stages are cut",
 }

@@ -13,7 +13,7 @@ import torch
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.save_transaction import save_checkpoint
 from megalm.data.tokenizers.tokenizer import load_tokenizer
-from megalm.huggingface.export_model import export_checkpoint
+from megalm.huggingface.export_model import export_checkpoint, plan_export
 from megalm.huggingface.import_model import import_model
 from megalm.huggingface.pretrained_folder import HuggingFaceFolder
 from tests.distributed.training import Case, Trace, make_dataset, shape_of, snapshot, start, steps, whole_state
@@ -92,7 +92,8 @@ def _start_from(comm: Any, device: torch.device, prefix: Path, folder: Path, pat
 
 def _files(checkpoint: Path, target: Path) -> dict[str, bytes]:
     """The export, in several files; its card tells of the run and its layout."""
-    export_checkpoint(CheckpointReader(checkpoint), target, torch.float32, 30_000, "it", None, lambda: None)
+    plan = plan_export(CheckpointReader(checkpoint), target, torch.float32, None)
+    export_checkpoint(plan, 30_000, "it", lambda: None)
     return {path.name: path.read_bytes() for path in target.iterdir() if path.name != "README.md"}
 
 

@@ -26,7 +26,7 @@ def test_built_refused_and_built_again(small_data: SmallData, tmp_path: Path) ->
     trained = f"data.tokenizer={small_data.tokenizer}"
     first = train(tmp_path, small_data, trained, "data.rebuild=auto", ranks=2)
     assert first.code == 0, first.explain()
-    assert first.stdout.count("building my of my.jsonl") == 1
+    assert first.stdout.count("building my from my.jsonl") == 1
     tokens = len(IndexedDataset(tmp_path / "my").tokens)
     refused = train(tmp_path, small_data, "data.tokenizer=bytes")
     assert refused.code == 2, refused.explain()

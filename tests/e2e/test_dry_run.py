@@ -31,8 +31,8 @@ def test_tells_everything_and_touches_nothing(small_data: SmallData, tmp_path: P
     assert any(
         line[0] == "schedule.peak_learning_rate" and line[2:] == ("preset", "quickstart") for line in lines if line
     )
-    assert ("tokens", "a", "step", "1,024") in lines
-    assert ("tokens", "in", "all", "51,200") in lines
+    assert ("tokens", "per", "step", "1,024") in lines
+    assert ("total", "tokens", "51,200") in lines
     assert ("ZeRO", "stage", "3") in lines
     (total,) = (line[1] for line in lines if line[:1] == ("total",) and "," in line[1])
     assert int(total.replace(",", "")) == parameters(small_data)

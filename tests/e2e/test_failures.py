@@ -16,6 +16,7 @@ from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.writer import IndexedDatasetWriter
 from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader
 from megalm.data.sampling.samples import TrainingSamples
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, live_rows, read_metrics
 from megalm.train.lifecycle.shutdown import FailureClaim
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import (
@@ -30,6 +31,7 @@ from tests.e2e.jobs import (
     rows,
     run_folder,
     train_rows,
+    until,
 )
 
 pytestmark = pytest.mark.e2e
@@ -76,7 +78,7 @@ def test_the_rank_that_failed_has_the_last_word(small_data: SmallData, tmp_path:
     assert finished.code == 1, finished.explain()
     assert finished.left == []
     said = own_lines(finished.stderr)
-    assert said[0].startswith("megalm: rank 1 "), finished.explain()
+    assert said[0].startswith("megalm: error: rank 1 "), finished.explain()
     assert said[1] == "Traceback (most recent call last):"
     assert finished.stderr.count("Traceback") == 1, finished.explain()
     assert "train_step" in finished.stderr
@@ -241,15 +243,15 @@ def terminate_launcher(started: Job) -> None:
     started.process.send_signal(signal.SIGTERM)
 
 
-def terminate_rank(started: Job) -> None:
-    started.rank(1).send_signal(signal.SIGTERM)
+def hang_up_rank(started: Job) -> None:
+    started.rank(1).send_signal(signal.SIGHUP)
 
 
 STOPS: dict[str, tuple[str, int, Callable[[Job], None]]] = {
     "ctrl-c, deepspeed": ("deepspeed", 2, interrupt_group),
     "ctrl-c, torchrun": ("torchrun", 2, interrupt_group),
     "terminated launcher": ("deepspeed", 2, terminate_launcher),
-    "terminated rank": ("forked", 2, terminate_rank),
+    "closed terminal, one rank": ("forked", 2, hang_up_rank),
 }
 
 
@@ -262,7 +264,7 @@ def test_stops_with_everything_saved(small_data: SmallData, tmp_path: Path, name
         finished = started.wait(SOON_SECONDS, patience_seconds=SOON_SECONDS)
     assert finished.left == []
     # A launcher that was itself told to stop has an exit code of its own.
-    expected = finished.code == 75 if stop is terminate_rank else finished.code != 0
+    expected = finished.code == 75 if stop is hang_up_rank else finished.code != 0
     assert expected, finished.explain()
     assert_all_saved(tmp_path)
 
@@ -273,6 +275,23 @@ def assert_all_saved(folder: Path) -> None:
     events = [row["event"] for row in rows(folder) if row["kind"] == "event"]
     assert events[-3:] == ["signal", "checkpoint", "end"]
     assert rows(folder)[-1]["status"] == "stopped"
+
+
+def test_a_restart_by_torchrun_resumes_the_run_that_the_job_began(small_data: SmallData, tmp_path: Path) -> None:
+    """Without a name and without --resume, as the first start was; what was there before is not taken for its run."""
+    command = pretrain(*small_data.changed("checkpoint.interval_steps=2", "train.steps=60"), using="torchrun", ranks=2)
+    (tmp_path / "runs" / "quickstart-001").mkdir(parents=True)
+    with job(tmp_path, [*command[:3], "--max-restarts=1", *command[3:]]) as started:
+        run = tmp_path / "runs" / "quickstart-002"
+        until((run / "checkpoints" / "step-00000004").exists, 300)
+        started.rank(1).kill()
+        finished = started.wait()
+    assert finished.code == 0, finished.explain()
+    assert not (tmp_path / "runs" / "quickstart-003").exists(), finished.explain()
+    found = list(read_metrics(run / "metrics.jsonl"))
+    begun = [(row["event"], row["step"] > 0) for row in found if row.get("event") in ATTEMPT_EVENTS]
+    assert begun == [("start", False), ("resume", True)]
+    assert [row["step"] for row in live_rows(found) if row["kind"] == "train"] == list(range(1, 61))
 
 
 def test_goes_on_after_ctrl_c(small_data: SmallData, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_the_card_says_what_the_run_knows(folder: Path, small_data: SmallData) -
     assert matter["library_name"] == "transformers"
     assert matter["pipeline_tag"] == "text-generation"
     assert "license" not in matter
-    assert "license: to be chosen" in front
+    assert "# license: " in front
     rows = list(read_metrics(folder / "runs/mine/metrics.jsonl"))
     validation = [row for row in rows if row["kind"] == "eval"][-1]
     tokens = STEPS * 16 * 64
@@ -79,7 +79,7 @@ def test_the_card_says_what_the_run_knows(folder: Path, small_data: SmallData) -
         f"{validation['bits_per_byte']:.3f} bits per byte ({validation['targets']:,} tokens)",
         "16 sequences of 64 tokens",
         "AdamW",
-        "No beginning-of-sequence token",
+        "beginning-of-sequence token",
     ):
         assert words in body, words
     epochs = next(line for line in body.splitlines() if line.startswith("| epochs |"))
@@ -106,7 +106,7 @@ def test_training_goes_on_from_an_imported_model(folder: Path, small_data: Small
     assert again.code == 0, again.explain()
     exported = run(folder, "export", "runs/mine-2", "second")
     assert exported.code == 0, exported.explain()
-    assert "| begins with | the weights of base, step-00000000 |" in (folder / "second/README.md").read_text()
+    assert "| starts from | the weights of base, step-00000000 |" in (folder / "second/README.md").read_text()
 
 
 def _loss_of_first_batch(run: Path, published: Path) -> float:

@@ -15,7 +15,7 @@ import torch
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.cli.main import main
 from megalm.errors import DataError
-from megalm.huggingface.export_model import export_checkpoint
+from megalm.huggingface.export_model import export_checkpoint, plan_export
 from megalm.huggingface.import_model import import_model
 from megalm.huggingface.pretrained_folder import HuggingFaceFolder
 from megalm.utils.atomic_files import temporary_name
@@ -49,7 +49,7 @@ def disk(tmp_path: Path, require: Callable[..., None]) -> Iterator[Path]:
 
 def export(run: Path, target: Path, tell: Callable[[], None]) -> None:
     reader = CheckpointReader(run / "checkpoints/step-00000007")
-    export_checkpoint(reader, target, torch.float32, 1 << 40, "it", None, tell)
+    export_checkpoint(plan_export(reader, target, torch.float32, None), 1 << 40, "it", tell)
 
 
 def import_(folder: Path, target: Path, tell: Callable[[], None]) -> None:

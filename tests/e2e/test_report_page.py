@@ -82,8 +82,8 @@ def test_the_page_says_what_metrics_jsonl_says(run: Path, seen: Seen) -> None:
     assert "2 attempts" in seen.text
     assert f"resume step {SAVED} attempt 2" in seen.text
     assert f"killed step {SAVED} attempt 1" in seen.text
-    assert "taken back later" in seen.text  # steps after the checkpoint that the kill had made in vain
-    checkpoints = seen.text.partition("Checkpoints")[2].partition("What it wrote")[0]
+    assert "withdrawn later" in seen.text  # steps after the checkpoint that the kill had made in vain
+    checkpoints = seen.text.partition("Checkpoints")[2].partition("Samples")[0]
     for step in (SAVED, 2 * SAVED, STEPS):
         assert re.search(rf" {step} good [a-z\d., ]*{step * 16 * 64:,} [\d.]+ \wiB", checkpoints), checkpoints
     assert f"Step {STEPS} samples/step-{STEPS:08d}.txt" in seen.text

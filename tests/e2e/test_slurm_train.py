@@ -310,3 +310,29 @@ def test_a_cluster_ends_with_a_test_process_that_is_killed() -> None:
         assert {"munged", "slurmctld", "slurmd"} <= {process.name() for process in holding(folder)}
         holder.kill()
     until(lambda: not holding(folder) and not folder.exists(), 120)
+
+
+def test_tasks_of_a_plain_srun_are_the_ranks_of_one_job(slurm: SlurmCluster) -> None:
+    program = (
+        "import os; from megalm.rank_environment import rank_facts; it = rank_facts(); "
+        "print(it.rank, it.world_size, it.local_rank, it.local_world_size, os.environ['MASTER_ADDR'], "
+        "os.environ['MASTER_PORT'])"
+    )
+    words = (
+        "--nodes=2",
+        "--ntasks-per-node=2",
+        "--distribution=block",
+        f"--chdir={ROOT}",
+        sys.executable,
+        "-c",
+        program,
+    )
+    places = sorted(line.split() for line in slurm.ask("srun", *words).splitlines())
+    assert [place[:4] for place in places] == [
+        ["0", "4", "0", "2"],
+        ["1", "4", "1", "2"],
+        ["2", "4", "0", "2"],
+        ["3", "4", "1", "2"],
+    ]
+    assert {place[4] for place in places} == {slurm.nodes[0]}
+    assert len({place[5] for place in places}) == 1

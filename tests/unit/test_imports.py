@@ -48,6 +48,7 @@ def never(place: str, *packages: str) -> Callable[[Import], bool]:
 # The package from the ground up: a part imports those before it, never one behind it, so there is no circle of parts.
 LAYERS = (
     "errors",
+    "rank_environment",
     "topology",
     "utils",
     "communicator",
@@ -126,6 +127,8 @@ RULES = (
         "mlflow is imported in tracking/mlflow_mirror/client.py only",
         only_in("mlflow", "megalm.tracking.mlflow_mirror.client"),
     ),
+    Rule("utils/file_lock.py owns the locks: filelock there only", only_in("filelock", "megalm.utils.file_lock")),
+    Rule("utils/file_lock.py owns the locks: fcntl there only", only_in("fcntl", "megalm.utils.file_lock")),
     Rule("torch.distributed: parallel, engine, checkpoint only", only_in("torch.distributed", *DISTRIBUTED_PLACES)),
     Rule("huggingface reads and writes files: it sees no engine", never("megalm.huggingface", *ENGINES)),
     Rule("inference is one process: no engine, no groups", never("megalm.inference", *ENGINES)),
@@ -193,6 +196,8 @@ def test_import_rules_hold() -> None:
         ("megalm/utils/a.py", "import torch"),
         ("megalm/utils/a.py", "from megalm.config.schema import RunConfig"),
         ("megalm/tracking/a.py", "import mlflow"),
+        ("megalm/runs/a.py", "import fcntl"),
+        ("data_tools/a.py", "from filelock import FileLock"),
         ("megalm/tracking/a.py", "import importlib\nimportlib.import_module('mlflow.entities')"),
         ("megalm/parallel/a.py", "from megalm.engine.zero_engine import Engine"),
         ("megalm/checkpoint/a.py", "import deepspeed"),
@@ -221,6 +226,7 @@ def test_breaches_are_found(path: str, source: str) -> None:
         ("megalm/tracking/a.py", "from megalm.tracking.mlflow_mirror.client import MlflowStore"),
         ("megalm/model/a.py", "import torch\nfrom megalm.config.schema import ModelSection"),
         ("megalm/config/a.py", "import torchlike"),
+        ("megalm/utils/file_lock.py", "def f():\n    from filelock import lock_descriptor"),
         ("megalm/train/trainer.py", "from megalm.engine.interface import Engine"),
         ("megalm/train/setup.py", "from megalm.engine.zero_engine import ZeroEngine"),
         ("launch/a.py", "from megalm.cli import main"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -66,3 +67,17 @@ def test_refused_in_a_line_and_nothing_stays(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "O_DIRECT", os.O_DIRECTORY)  # cannot be opened like that, as on a file system in memory
     assert_names(refused(tmp_path, 0), f"offload_optimizer.nvme_path={tmp_path}")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_locks_what_was_left_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows then whether its process is alive."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no locks here")
+
+    left = _folder(tmp_path, NOBODY)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    own = SwapFolder(str(tmp_path), 0)
+    assert (left / "states").is_file()
+    own.remove()
+    assert list(tmp_path.iterdir()) == [left]

@@ -30,8 +30,8 @@ MOST_POINTS = 2000
 LABELS = {
     "entropy": "entropy in the window, nats",
     "repetition": "share of repeated runs",
-    "unknown": "share without a piece",
-    "unigram_loss": "unigram loss, nats a token",
+    "unknown": "share of fallback tokens",
+    "unigram_loss": "unigram loss, nats per token",
 }
 MEASURES = tuple(LABELS)
 Floats = npt.NDArray[np.float32]
@@ -232,5 +232,5 @@ def _page(picture: bytes, stretches: Sequence[Stretch], prefix: str) -> str:
         "<style>body{font:14px sans-serif;margin:2em}td,th{padding:2px 12px;text-align:left}img{max-width:100%}</style>"
         f"\n<h1>{title}</h1>\n<img alt='measures along the tokens' "
         f"src='data:image/png;base64,{base64.b64encode(picture).decode()}'>\n"
-        f"<table><tr><th>tokens</th><th>score</th><th>why</th><th>first document</th></tr>\n{rows}</table>\n"
+        f"<table><tr><th>tokens</th><th>score</th><th>reason</th><th>first document</th></tr>\n{rows}</table>\n"
     )

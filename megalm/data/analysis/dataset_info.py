@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megalm.data.builder.dedup import ExactDeduplicator, exact_signatures
-from megalm.data.builder.minhash_file import open_signatures
+from megalm.data.builder.minhash_dedup import open_signatures
 from megalm.data.indexed.dataset import IndexedDataset, bin_path, idx_path, sidecar_path
 from megalm.data.indexed.document_sources import DocumentSources
 from megalm.data.indexed.metadata import read_sidecar
@@ -48,14 +48,14 @@ def describe(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str
         "fingerprint": dataset.fingerprint,
     }
     if len(lengths):
-        facts["tokens a sequence"] = f"{lengths.min():,} to {lengths.max():,}, median {np.median(lengths):,.0f}"
+        facts["tokens per sequence"] = f"{lengths.min():,} to {lengths.max():,}, median {np.median(lengths):,.0f}"
     sidecar = read_sidecar(prefix)
     if sidecar is not None:
         recorded = sidecar["tokenizer"]
         if tokenizer is not None and recorded and recorded["fingerprint"] != tokenizer.fingerprint:
             raise DataError(
                 f"{prefix}: was built with {recorded['name']} ({recorded['fingerprint'][:12]}), not with "
-                f"{tokenizer.spec} ({tokenizer.fingerprint[:12]}); name the right one, or build the dataset again"
+                f"{tokenizer.spec} ({tokenizer.fingerprint[:12]}); give the right one, or build the dataset again"
             )
         if recorded:
             facts["tokenizer"] = f"{recorded['name']}, {recorded['vocab_size']:,} ids, {recorded['fingerprint'][:12]}"
@@ -77,13 +77,13 @@ def verify(prefix: str | Path, tokenizer: Tokenizer | None = None, tell: Tell = 
     recorded = sidecar.get("bin_sha256")
     if recorded is not None and recorded != summary.sha256:
         raise DataError(
-            f"{bin_path(prefix)}: its content is not what {sidecar_path(prefix).name} recorded "
+            f"{bin_path(prefix)}: does not match the hash in {sidecar_path(prefix).name} "
             f"({summary.sha256[:12]}, not {recorded[:12]}); copy or build it again"
         )
     recorded_index = sidecar.get("idx_sha256")
     if recorded_index is not None and recorded_index != sha256_of(idx_path(prefix)):
         raise DataError(
-            f"{idx_path(prefix)}: its content is not what {sidecar_path(prefix).name} recorded; copy or build it again"
+            f"{idx_path(prefix)}: does not match the hash in {sidecar_path(prefix).name}; copy or build it again"
         )
     DocumentSources(prefix, dataset.document_count)  # refuses a file of another size
     if signed := sidecar.get("minhash"):
@@ -91,8 +91,8 @@ def verify(prefix: str | Path, tokenizer: Tokenizer | None = None, tell: Tell = 
     return {
         "largest token": str(summary.largest_token),
         "distinct tokens": f"{summary.distinct_tokens:,}",
-        "sha256 of .bin": summary.sha256 + (", as recorded" if recorded else ", none recorded"),
-        "verified": "index and tokens are whole",
+        "sha256 of .bin": summary.sha256 + (", as recorded" if recorded else ", not recorded"),
+        "verified": "index and tokens are complete",
     }
 
 
@@ -104,7 +104,7 @@ def document_text(prefix: str | Path, document: int, tokenizer: Tokenizer | None
     """
     dataset = IndexedDataset(prefix)
     if not 0 <= document < dataset.document_count:
-        raise DataError(f"{prefix}: document {document} of {dataset.document_count}; they are numbered from 0")
+        raise DataError(f"{prefix}: no document {document}; its {dataset.document_count} documents are numbered from 0")
     first, end = (int(bound) for bound in dataset.document_index[document : document + 2])
     tokens = [int(token) for sequence in range(first, end) for token in dataset[sequence]]
     return tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))

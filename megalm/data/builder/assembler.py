@@ -15,7 +15,7 @@ import numpy.typing as npt
 from megalm.data.builder.build_plan import BuildOptions
 from megalm.data.builder.dedup import make_deduplicator
 from megalm.data.builder.disk_hash_table import Bools
-from megalm.data.builder.minhash_file import MADE
+from megalm.data.builder.minhash_dedup import MADE
 from megalm.data.builder.shard_files import WorkUnitFiles, WorkUnitSummary
 from megalm.data.indexed.dataset import best_dtype, bin_path, idx_path, sidecar_path
 from megalm.data.indexed.document_sources import SOURCE, sources_path
@@ -183,7 +183,7 @@ class Assembler:
         if self._documents == 0:
             first = f", the first: {main.messages[0]}" if main.messages else ""
             raise DataError(
-                f"{self._prefixes[0]}: no text to build a dataset of ({main.skipped:,} documents that cannot be read, "
+                f"{self._prefixes[0]}: no documents are left ({main.skipped:,} unreadable, "
                 f"{sum(main.removed.values()):,} removed{first}); check the input and the filters"
             )
         if self._options.split:
@@ -210,7 +210,7 @@ class Assembler:
         bounds = split_documents(self._documents, self._options.split)
         for prefix, (start, end) in zip(self._prefixes, bounds, strict=True):
             if start == end:
-                raise DataError(f"{prefix}: the split leaves it without a document; give more text or weight")
+                raise DataError(f"{prefix}: the split leaves it without documents; give more text or a larger weight")
         self._outputs, done = self._open_outputs(), 0
         for placed, first_lines, bits in self._added:
             mask = np.unpackbits(bits, count=placed.summary.documents).astype(np.bool_)

@@ -55,13 +55,13 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         if len(self.split) == 1 or len(self.split) > len(SPLIT_NAMES):
-            raise DataError(f"--split {self.split}: state two or three weights, such as 95,5 or 90,5,5")
+            raise DataError(f"--split {self.split}: give two or three weights, such as 95,5 or 90,5,5")
         shard, shards = self.shard
         if not 0 <= shard < shards:
             raise DataError(f"--shard {shard}/{shards}: shards are numbered from 0 to {shards - 1}")
         if shards > 1 and self.split:
             raise DataError(
-                f"--split and --shard {shard}/{shards}: the split would be cut from each shard; "
+                f"--split and --shard {shard}/{shards}: each shard would be split separately; "
                 "merge the shards and split in training (data.split)"
             )
         check_threshold(self.minhash_threshold)
@@ -142,7 +142,7 @@ def make_plan(files: Sequence[InputFile], options: BuildOptions, tokenizer_finge
     groups = _take_shard(whole, shard, shards)
     if whole and not groups:
         raise DataError(
-            f"--shard {shard}/{shards} has nothing to read: the input has {len(whole)} parts that can be read apart, "
+            f"--shard {shard}/{shards} has nothing to read: the input has only {len(whole)} separate parts, "
             "of unequal size; use fewer shards"
         )
     facts = {

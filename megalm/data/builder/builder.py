@@ -186,8 +186,8 @@ class _Units:
 class _Counts:
     """Sums the counts, and reports progress at most a few times per second."""
 
-    def __init__(self, plan: Plan, tell: Progress | None) -> None:
-        self._weight, self._tell = plan.weight, tell
+    def __init__(self, plan: Plan, progress: Progress | None) -> None:
+        self._weight, self._progress = plan.weight, progress
         self._last, self._done = 0.0, 0
         self._now = BuildProgress(0, 0, 0)
 
@@ -200,16 +200,16 @@ class _Counts:
             tokens=self._now.tokens + summary.tokens,
             share=min(1.0, (self._done + reused) / self._weight) if self._weight else None,
         )
-        self._maybe_tell()
+        self._report()
 
     def assembling(self, share: float) -> None:
         self._now = replace(self._now, share=share, stage="writing")
-        self._maybe_tell(always=share == 1.0)
+        self._report(always=share == 1.0)
 
-    def _maybe_tell(self, always: bool = False) -> None:
-        if self._tell is not None and (always or time.monotonic() - self._last >= PROGRESS_SECONDS):
+    def _report(self, always: bool = False) -> None:
+        if self._progress is not None and (always or time.monotonic() - self._last >= PROGRESS_SECONDS):
             self._last = time.monotonic()
-            self._tell(self._now)
+            self._progress(self._now)
 
 
 def _finished_reports(
@@ -255,12 +255,12 @@ def _check_inputs(files: Sequence[InputFile], prefixes: Sequence[str]) -> None:
     """Warn about duplicate files; refuse an input that the dataset would overwrite, e.g. data/my.json for data/my."""
     names = Counter(os.path.abspath(file.path) for file in files)
     if repeated := [name for name, times in names.items() if times > 1]:
-        logger.warning("%s is named twice, and read twice (%d files are)", repeated[0], len(repeated))
+        logger.warning("%s is named more than once, and is read each time (%d such files)", repeated[0], len(repeated))
     outputs = {path.name: path for prefix in prefixes for path in dataset_paths(prefix) if path.exists()}
     for file in files:
         output = outputs.get(Path(file.path).name)
         if output is not None and not file.is_stdin and output.samefile(file.path):
-            raise DataError(f"{file.path}: is an input, and the dataset would replace it; choose another output prefix")
+            raise DataError(f"{file.path}: is an input that the dataset would overwrite; choose another output prefix")
 
 
 def _listing(files: Sequence[InputFile]) -> str:
@@ -308,9 +308,6 @@ def build_dataset(
             if not tokenizer.is_exact(document.text, encoded[0]):
                 writer.note_inexact([document.source], 1)
         if report.documents == 0:
-            raise DataError(
-                f"{output_prefix}: no text to build a dataset of ({report.empty_documents} empty documents); "
-                "check the input"
-            )
+            raise DataError(f"{output_prefix}: all {report.empty_documents} documents are empty; check the input")
         writer.finish()
     return report

@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from megalm.data.builder.assembler import DatasetWriter
 from megalm.data.builder.dedup import Dedup, Deduplicator, exact_signatures, make_deduplicator
-from megalm.data.builder.minhash_dedup import KEPT_PAIRS, Pair, check_threshold
-from megalm.data.builder.minhash_file import open_signatures
+from megalm.data.builder.minhash_dedup import KEPT_PAIRS, Pair, check_threshold, open_signatures
 from megalm.data.builder.workspace import working_in
 from megalm.data.indexed.dataset import IndexedDataset, bin_path
 from megalm.data.indexed.document_sources import DocumentSources
@@ -78,17 +77,17 @@ def merge_datasets(
             with different thresholds, when signatures are needed.
     """
     if len(prefixes) < 2:
-        raise DataError("merging takes two datasets or more; name their prefixes")
+        raise DataError("merging needs two or more datasets; give their prefixes")
     if Path(output_prefix).resolve() in [Path(prefix).resolve() for prefix in prefixes]:
         raise DataError(f"{output_prefix}: is an input and the output; choose another output prefix")
     inputs = [Input(IndexedDataset(prefix), read_sidecar(prefix) or {}) for prefix in prefixes]
-    report = _merged_report(inputs, output_prefix, _asked(inputs, dedup, minhash_threshold))
+    report = _merged_report(inputs, output_prefix, _dedup_options(inputs, dedup, minhash_threshold))
     if report.options["complete"]:
         finished = finished_report(output_prefix, report.options, report.tokenizer.get("fingerprint"), overwrite)
         if finished is not None:
             return finished
     work = Path(f"{output_prefix}{WORK_SUFFIX}")
-    with working_in(work, report.options, [str(output_prefix)], overwrite, goes_on=False):
+    with working_in(work, report.options, [str(output_prefix)], overwrite, resume=False):
         try:
             _merge(inputs, report, output_prefix, work, progress or (lambda line: None), tell)
         finally:
@@ -96,7 +95,7 @@ def merge_datasets(
     return report
 
 
-def _asked(inputs: Sequence[Input], dedup: Dedup, threshold: float | None) -> dict[str, Any]:
+def _dedup_options(inputs: Sequence[Input], dedup: Dedup, threshold: float | None) -> dict[str, Any]:
     """Return the deduplication options as recorded in PREFIX.json.
 
     Raises:
@@ -107,41 +106,43 @@ def _asked(inputs: Sequence[Input], dedup: Dedup, threshold: float | None) -> di
             if sidecar.get("minhash", {}).get(AWAITS_MERGE):
                 raise DataError(
                     f"{dataset.prefix}: is a shard built with --dedup minhash, and still has its near copies; merge "
-                    "with --dedup minhash"
+                    "it with --dedup minhash"
                 )
         return {"dedup": dedup} if dedup != "none" else {}
     known = {sidecar["options"]["minhash_threshold"] for _, sidecar in inputs if sidecar.get("minhash")}
     if threshold is None and len(known) > 1:
         raise DataError(
-            f"{inputs[0].dataset.prefix} and others were built with several thresholds, "
-            f"{', '.join(map(str, sorted(known)))}; state one (--minhash-threshold 0.8)"
+            f"{inputs[0].dataset.prefix} and others were built with different thresholds, "
+            f"{', '.join(map(str, sorted(known)))}; choose one (--minhash-threshold 0.8)"
         )
     # Without a known threshold there are no signatures either, which is refused before anything is compared.
-    stated = next(iter(known), 1.0) if threshold is None else threshold
-    return {"dedup": dedup, "minhash_threshold": check_threshold(stated)}
+    chosen = next(iter(known), 1.0) if threshold is None else threshold
+    return {"dedup": dedup, "minhash_threshold": check_threshold(chosen)}
 
 
-def _merged_report(inputs: Sequence[Input], output_prefix: str | Path, asked: dict[str, Any]) -> DatasetMetadata:
+def _merged_report(
+    inputs: Sequence[Input], output_prefix: str | Path, dedup_options: dict[str, Any]
+) -> DatasetMetadata:
     """Return the report for PREFIX.json before copying: sums over the inputs; facts unknown for other tools stay empty.
 
     Raises:
         DataError: inputs with different tokenizers.
     """
-    stated = [given for given in inputs if given.tokenizer]
-    for dataset, sidecar in stated:
-        ours, first = sidecar["tokenizer"], stated[0].tokenizer
-        for fact, what in (("fingerprint", "tokenizer"), ("eod_id", "end of documents")):
+    recorded = [given for given in inputs if given.tokenizer]
+    for dataset, sidecar in recorded:
+        ours, first = sidecar["tokenizer"], recorded[0].tokenizer
+        for fact, label in (("fingerprint", "tokenizer"), ("eod_id", "end-of-document token of")):
             if ours.get(fact) != first.get(fact):
                 raise DataError(
-                    f"{dataset.prefix}: was built with {what} {ours.get('name')}, {stated[0].dataset.prefix} with "
+                    f"{dataset.prefix}: was built with {label} {ours.get('name')}, {recorded[0].dataset.prefix} with "
                     f"another, {first.get('name')}; build one of them again"
                 )
     sidecars = [sidecar for _, sidecar in inputs if sidecar]
     complete = len(sidecars) == len(inputs) and all(sidecar["options"].get("complete", True) for sidecar in sidecars)
     report = DatasetMetadata(
         prefix=Path(output_prefix).name,
-        tokenizer=stated[0].tokenizer if stated else {},
-        options={"merged": [dataset.prefix for dataset, _ in inputs], "complete": complete, **asked},
+        tokenizer=recorded[0].tokenizer if recorded else {},
+        options={"merged": [dataset.prefix for dataset, _ in inputs], "complete": complete, **dedup_options},
         inputs=[entry for sidecar in sidecars for entry in sidecar["inputs"]],
         dtype=inputs[0].dataset.dtype.name,
         versions=versions(),
@@ -176,7 +177,7 @@ def _merge(
         if dataset.dtype != first.dtype:
             raise DataError(
                 f"{dataset.prefix}: holds {dataset.dtype}, {first.prefix} {first.dtype}; "
-                "only datasets of one tokenizer can be merged, build it again with the other's"
+                "only datasets of one tokenizer can be merged; rebuild it with the other tokenizer"
             )
     sources = _sources(inputs) if report.options["complete"] else None
     seen = make_deduplicator(dedup, work / "seen", report.options.get("minhash_threshold", 1.0))
@@ -188,7 +189,7 @@ def _merge(
                 report.removed[dedup] = report.removed.get(dedup, 0) + copies
             if copies:
                 report.text_bytes = 0  # of the kept documents: unknown
-            left_out = f", {copies:,} copies left out" if dedup != "none" else ""
+            left_out = f", {copies:,} copies removed" if dedup != "none" else ""
             counts = f"{given.dataset.document_count:,} documents, {len(given.dataset.tokens):,} tokens"
             say(f"{given.dataset.prefix}: {counts}{left_out}")
         _note_pairs(report, seen.pairs, [dataset for dataset, _ in inputs])
@@ -237,7 +238,7 @@ def _copy(
         copies += int((~new).sum())
         first = end
     if sidecar.get("bin_sha256", digest.hexdigest()) != digest.hexdigest():
-        raise DataError(f"{bin_path(dataset.prefix)}: is not what its .json recorded; copy or build it again")
+        raise DataError(f"{bin_path(dataset.prefix)}: does not match the hash in its .json; copy or build it again")
     return copies
 
 

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.builder.disk_hash_table import SPREAD, Bools, HashTable, Int64s, RowFile, UInt64s, hash_runs
+from megalm.data.indexed.metadata import signatures_path
+from megalm.data.readers.input_files import sha256_of
 from megalm.errors import DataError
 
 PERMUTATIONS = 64
@@ -24,6 +26,8 @@ BATCH = 4096
 KEPT_PAIRS = 20
 BAND_BITS = 7
 Values = npt.NDArray[np.uint32]
+# How the values of PREFIX.minhash were made, for PREFIX.json.
+MADE = {"permutations": PERMUTATIONS, "shingle_words": SHINGLE_WORDS, "seed": SEED, "scheme": SCHEME}
 
 
 class Pair(NamedTuple):
@@ -37,7 +41,7 @@ class Pair(NamedTuple):
 def check_threshold(share: float) -> float:
     """Return the threshold. Raises DataError if it is not a valid share."""
     if not 0 < share <= 1:
-        raise DataError(f"--minhash-threshold {share}: state a share between 0 and 1, such as 0.8")
+        raise DataError(f"--minhash-threshold {share}: give a share between 0 and 1, such as 0.8")
     return share
 
 
@@ -190,3 +194,30 @@ class MinHashDeduplicator:
         rows = self._kept.rows[sorted(candidates)]
         first = rows[self._alike(rows["values"], value[np.newaxis])][0]
         return Pair(number, int(first["number"]), float((first["values"] == value).mean()))
+
+
+def open_signatures(prefix: str | Path, recorded: dict[str, Any], documents: int) -> npt.NDArray[Any]:
+    """Map PREFIX.minhash, rows u32[P] in document order, as [documents, P]; reads them once to verify their hash.
+
+    Args:
+        recorded: `minhash` of PREFIX.json.
+
+    Raises:
+        DataError: the dataset has none, they were made another way, or they do not match the recorded hash.
+    """
+    path, again = signatures_path(prefix), "build it again with build_dataset.py --dedup minhash"
+    if not recorded:
+        raise DataError(f"{prefix}: was built without signatures, so its near copies cannot be found; {again}")
+    if any(recorded.get(name) != value for name, value in MADE.items()):
+        raise DataError(f"{path}: its signatures differ in kind from those of this version; {again}")
+    if not path.exists():
+        raise DataError(f"{path}: does not exist; copy it beside the dataset, or {again}")
+    size = documents * PERMUTATIONS * 4
+    if path.stat().st_size != size or sha256_of(str(path)) != recorded["sha256"]:
+        raise DataError(
+            f"{path}: does not match {prefix}.json ({size:,} bytes expected, {path.stat().st_size:,} found); "
+            f"copy it again, or {again}"
+        )
+    if not documents:
+        return np.zeros((0, PERMUTATIONS), dtype="<u4")
+    return np.memmap(path, dtype="<u4", mode="r", shape=(documents, PERMUTATIONS))

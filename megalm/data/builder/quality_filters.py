@@ -33,15 +33,15 @@ class Filters:
         for name in ("min_letter_share", "max_repeated_line_share"):
             share = getattr(self, name)
             if share is not None and not 0 <= share <= 1:
-                raise DataError(f"--{name.replace('_', '-')} {share:g}: state a share from 0 to 1, such as 0.5")
+                raise DataError(f"--{name.replace('_', '-')} {share:g}: give a share from 0 to 1, such as 0.5")
         for name in ("min_characters", "max_characters", "max_word_length"):
             bound = getattr(self, name)
             if bound is not None and not 0 < bound < float("inf"):
-                raise DataError(f"--{name.replace('_', '-')} {bound:g}: state a number above 0")
+                raise DataError(f"--{name.replace('_', '-')} {bound:g}: give a number above 0")
         if (self.min_characters or 0) > (self.max_characters or float("inf")):
             raise DataError(
-                f"--min-characters {self.min_characters} is more than --max-characters {self.max_characters}, which "
-                "leaves nothing; change one of them"
+                f"--min-characters {self.min_characters} is more than --max-characters {self.max_characters}, so "
+                "no document can pass; change one of them"
             )
 
     @property

@@ -62,16 +62,16 @@ def ensure_dataset(
     if rebuild == "never":
         if found:
             other_tokenizer = bool(differences(sidecar, Wanted(wanted.tokenizer)))
-            start = "Name the right data.tokenizer, or build" if other_tokenizer else "Build"
+            start = "Set the right data.tokenizer, or build" if other_tokenizer else "Build"
             raise DataError(f"{prefix} {'; '.join(found)}. {start} {_how(prefix, sidecar, wanted)}")
         return None
-    found += [f"{path.name} is gone" for path in (bin_path(prefix), idx_path(prefix)) if not path.exists()]
-    found += [f"its input {path} has another size or time than recorded" for path in changed_inputs(sidecar)[:1]]
+    found += [f"{path.name} is missing" for path in (bin_path(prefix), idx_path(prefix)) if not path.exists()]
+    found += [f"its input {path} differs in size or time from the record" for path in changed_inputs(sidecar)[:1]]
     if rebuild == "auto" and not found:
         return None
     recorded = _inputs(prefix, sidecar)  # also raises if it cannot be rebuilt at all
     options = _options(sidecar, wanted.append_eod)
-    say(f"building {prefix} again: {'; '.join(found) or 'data.rebuild=always'}")
+    say(f"rebuilding {prefix}: {'; '.join(found) or 'data.rebuild=always'}")
     built = build_files(
         wanted.inputs or recorded,
         wanted.tokenizer,
@@ -98,19 +98,19 @@ def differences(sidecar: dict[str, Any], wanted: Wanted) -> list[str]:
         found.append(f"has documents that {'end' if ended else 'do not end'} with the end-of-document token")
     if wanted.inputs:
         used = {str(Path(path).resolve()) for path in _recorded_paths(sidecar)}
-        named = {path for stated in wanted.inputs for path in _named_by(stated, used)}
+        named = {path for entry in wanted.inputs for path in _named_by(entry, used)}
         if other := sorted(named ^ used):
-            word = "not built of" if other[0] in named else "built of"
-            found.append(f"was {word} {other[0]}, other than data.input says")
+            word = "not built from" if other[0] in named else "built from"
+            found.append(f"was {word} {other[0]}, unlike data.input")
     return found
 
 
-def _named_by(stated: str, used: set[str]) -> set[str]:
+def _named_by(entry: str, used: set[str]) -> set[str]:
     """Return the files that an entry of `data.input` names; if they are gone, those `used` under this name."""
     try:
-        return {str(Path(file.path).resolve()) for file in find_inputs([stated], ReadReport())}
+        return {str(Path(file.path).resolve()) for file in find_inputs([entry], ReadReport())}
     except DataError:
-        name = str(Path(stated).resolve())
+        name = str(Path(entry).resolve())
         gone = {path for path in used if fnmatch(path, name) or path.startswith(f"{name}/")}
         if not gone or any(Path(path).exists() for path in gone):
             raise
@@ -129,12 +129,12 @@ def _build_first(prefix: str | Path, wanted: Wanted, workers: int, say: Callable
     """Build a missing dataset from the configured inputs."""
     if any(path.exists() for path in (bin_path(prefix), idx_path(prefix), sidecar_path(prefix))):
         raise DataError(
-            f"{sidecar_path(prefix)}: is not there or of another tool: nothing says what to build {prefix} of; "
-            "move the dataset away, or leave data.rebuild out"
+            f"{sidecar_path(prefix)}: is missing or from another tool, so the inputs of {prefix} are unknown; "
+            "move the dataset away, or remove data.rebuild"
         )
     if not wanted.inputs:
-        raise DataError(f"{prefix}: is not there, and nothing says what to build it of; state data.input")
-    say(f"building {prefix} of {', '.join(wanted.inputs)}")
+        raise DataError(f"{prefix}: does not exist, and its inputs are unknown; set data.input")
+    say(f"building {prefix} from {', '.join(wanted.inputs)}")
     options = BuildOptions(append_eod=wanted.append_eod is not False)
     return build_files(wanted.inputs, wanted.tokenizer, prefix, options, workers=workers)
 
@@ -143,7 +143,7 @@ def _how(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted) -> str:
     try:
         return f"it again (data.rebuild=auto does): {rebuild_command(prefix, sidecar, wanted)}"
     except DataError:  # the command is unknown
-        return "it again as it was built before"
+        return "it again with the options of the first build"
 
 
 def changed_inputs(sidecar: dict[str, Any]) -> list[str]:
@@ -184,7 +184,7 @@ def _inputs(prefix: str | Path, sidecar: dict[str, Any]) -> Sequence[str]:
     # A shard lists only the files that it read from: the same shard of those files would be a part of a part.
     if not paths or STDIN in paths or sidecar["options"].get("shard") != [0, 1]:
         raise DataError(
-            f"{prefix}: was built of standard input, merged, made by a recipe, or is a shard, so it cannot be built "
-            f"again from {sidecar_path(prefix).name} alone; build it as it was built before, with the tokenizer wanted"
+            f"{prefix}: was built from standard input, merged, made by a recipe, or is a shard, so it cannot be "
+            f"rebuilt from {sidecar_path(prefix).name} alone; build it by hand with the right tokenizer"
         )
     return paths

@@ -92,7 +92,7 @@ class WorkUnitFiles:
 
     def damaged(self) -> DataError:
         self.path("json").unlink(missing_ok=True)
-        return DataError(f"{self.path('tokens')}: is damaged; start the same build again, it makes this part anew")
+        return DataError(f"{self.path('tokens')}: is damaged; start the same build again to make this part again")
 
 
 class WorkUnitWriter:
@@ -141,7 +141,7 @@ class WorkUnitWriter:
             if self._options.on_error == "fail":
                 line = (first_line or lines_before(span)) + record.line
                 name = record_name(span.file, self._options.read, line)
-                raise DataError(f"{name}: {record.problem}; mend it, or leave such documents out (--on-error skip)")
+                raise DataError(f"{name}: {record.problem}; correct it, or skip such documents (--on-error skip)")
             self._summary.problems += 1
             if len(self._summary.messages) < KEPT_MESSAGES:
                 self._summary.messages.append((number, record.line, record.problem))

@@ -28,7 +28,8 @@ from megalm.data.indexed.metadata import SIDECAR_VERSION
 from megalm.data.readers.document_reader import Document, ReadReport
 from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from megalm.errors import DataError
-from megalm.utils.atomic_files import json_hash, locked, read_json, sync_directory, write_json, writing_to
+from megalm.utils.atomic_files import json_hash, read_json, sync_directory, write_json, writing_to
+from megalm.utils.file_lock import take_lock
 
 # Documents: sources and manual texts of the running Python's own standard library
 #
@@ -65,8 +66,8 @@ def source_files(root: Path | None = None) -> dict[str, Path]:
                 found[relative] = Path(folder) / name
     if len(found) < FEWEST_FILES:
         raise DataError(
-            f"{root}: only {len(found)} sources of the standard library there; "
-            "use a Python that has them, or state data.train"
+            f"{root}: has only {len(found)} source files of the standard library; "
+            "use a Python that has them, or set data.train"
         )
     return dict(sorted(found.items()))
 
@@ -144,8 +145,8 @@ class PreparedData:
 
 def default_cache_dir() -> Path:
     """Return MEGALM_CACHE, or megalm/ in XDG_CACHE_HOME or ~/.cache."""
-    if stated := os.environ.get("MEGALM_CACHE"):
-        return Path(stated).expanduser()
+    if named := os.environ.get("MEGALM_CACHE"):
+        return Path(named).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "megalm"
 
@@ -166,18 +167,19 @@ def prepare_recipe(
             that cannot be written.
     """
     if name not in RECIPES:
-        raise DataError(f"data.recipe: {name!r} is unknown; known are {', '.join(RECIPES)}")
+        raise DataError(f"data.recipe: {name!r} is unknown; the known recipes are {', '.join(RECIPES)}")
     cache = default_cache_dir() if cache_dir is None else Path(cache_dir)
     say: Progress = progress or (lambda line: None)
     stamp = cache / "stamps" / f"{json_hash(_cheap_facts(name, vocab_size))}.json"
     if prepared := _find(cache, name, stamp):
         return prepared
-    with locked(
-        cache / f"{name}.lock",
-        lambda: say("waiting for another process that prepares the same data"),
-        # Two processes can then prepare at once: the first result is read, or replaced.
-        lambda error: say(f"{cache}: its file system has no locks ({error.strerror}); start one run at first"),
-    ):
+    with writing_to(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        # Without locks two processes can prepare at once: the first result is read, or replaced.
+        lock = take_lock(
+            cache / f"{name}.lock", on_wait=lambda: say("waiting for another process that prepares the same data")
+        )
+    with lock:
         if prepared := _find(cache, name, stamp):  # another process made it meanwhile
             return prepared
         say(f"reading the standard library of Python {platform.python_version()}")

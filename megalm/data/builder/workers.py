@@ -69,8 +69,8 @@ def do_units(
             yield from _finished(running)
     except BrokenProcessPool as error:
         raise DataError(
-            "a worker process ended while tokenizing, most likely for want of memory; start the same build again "
-            "with fewer workers, it goes on from the finished parts"
+            "a worker process ended while tokenizing, most likely out of memory; start the same build again "
+            "with fewer workers, it resumes from the finished parts"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,8 @@ from typing import Any
 from megalm.data.indexed.metadata import check_output, dataset_paths
 from megalm.data.readers.input_files import InputFile, sha256_of
 from megalm.errors import DataError
-from megalm.utils.atomic_files import locked, read_json, write_json, writing_to
+from megalm.utils.atomic_files import read_json, write_json, writing_to
+from megalm.utils.file_lock import take_lock
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +27,14 @@ def build_lock(work: Path) -> Iterator[None]:
     Raises:
         DataError: another process holds it.
     """
-
-    def refuse() -> None:
-        raise DataError(f"{work}: another process builds this dataset now; wait for it")
-
-    def warn(error: OSError) -> None:
-        logger.warning("%s: its file system has no locks (%s): see that nobody else builds this", work, error)
-
     path = work.with_name(f".{work.name}.lock")
-    with locked(path, refuse, warn) as lock:
-        if os.fstat(lock.fileno()).st_nlink == 0:  # another process just ended and removed the file
-            refuse()
+    with writing_to(work):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = take_lock(path, wait_seconds=0.0)
+        except BlockingIOError:
+            raise DataError(f"{work}: another process builds this dataset now; wait for it") from None
+    with lock:
         try:
             yield
         finally:
@@ -46,27 +43,27 @@ def build_lock(work: Path) -> Iterator[None]:
 
 @contextmanager
 def working_in(
-    work: Path, identity: Any, prefixes: Sequence[str], overwrite: bool, goes_on: bool = True
+    work: Path, identity: Any, prefixes: Sequence[str], overwrite: bool, resume: bool = True
 ) -> Iterator[None]:
-    """Lock and prepare PREFIX.building; with `goes_on`, keep the parts of an interrupted build of the same identity.
+    """Lock and prepare PREFIX.building; with `resume`, keep the parts of an interrupted build of the same identity.
 
     Raises:
         DataError: another process works there; or a dataset of this name exists that is not from such a build.
     """
-    stated = work / "plan.json"
+    plan = work / "plan.json"
     with build_lock(work):
-        same = stated.exists() and read_json(stated) == {"identity": identity}
+        same = plan.exists() and read_json(plan) == {"identity": identity}
         if not same:
             for prefix in prefixes:
                 check_output(prefix, overwrite)
-            if any(part for part in work.glob("*.json") if part != stated):
-                logger.warning("%s is of another input or other options: it is thrown away", work)
-        if not (same and goes_on):
+            if any(part for part in work.glob("*.json") if part != plan):
+                logger.warning("%s is from another input or other options, and is deleted", work)
+        if not (same and resume):
             with writing_to(work):
                 if work.exists():
                     shutil.rmtree(work)
                 work.mkdir()
-            write_json(stated, {"identity": identity})
+            write_json(plan, {"identity": identity})
         for path in (path for prefix in prefixes for path in dataset_paths(prefix)):
             for left in path.parent.glob(f".{path.name}.*.tmp"):  # from a killed build: no other process builds here
                 left.unlink(missing_ok=True)

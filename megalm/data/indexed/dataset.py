@@ -141,18 +141,18 @@ class IndexedDataset:
             documents = self.document_index[first : first + CHECKED_ENTRIES + 1]
             self._refuse(np.diff(documents) < 0, first, "the documents go backwards at document")
 
-    def _refuse(self, wrong: npt.NDArray[np.bool_], first: int, what: str) -> None:
+    def _refuse(self, wrong: npt.NDArray[np.bool_], first: int, problem: str) -> None:
         if wrong.any():
             raise DataError(
-                f"{idx_path(self.prefix)}: {what} {first + int(wrong.argmax())}; the index is damaged, build it again"
+                f"{idx_path(self.prefix)}: {problem} {first + int(wrong.argmax())}; the index is damaged; rebuild it"
             )
 
     def _check_ends(self) -> None:
         documents = self.document_index
         if len(documents) == 0 or documents[0] != 0 or documents[-1] != len(self):
             raise DataError(
-                f"{idx_path(self.prefix)}: the documents do not run from sequence 0 to {len(self)}; "
-                "the index is damaged, build it again"
+                f"{idx_path(self.prefix)}: the documents do not cover sequences 0 to {len(self)}; "
+                "the index is damaged; rebuild it"
             )
 
 
@@ -173,9 +173,11 @@ def _view(raw: npt.NDArray[np.uint8], dtype: str, count: int, offset: int) -> np
 def _read_header(raw: npt.NDArray[np.uint8], path: Path) -> tuple[int, int, np.dtype[np.generic]]:
     start = raw[: HEADER.size].tobytes()
     if start.startswith(LEGACY_MAGIC):
-        raise DataError(f"{path}: the legacy TNTIDX format; convert it with the tool that wrote it, or build it again")
+        raise DataError(
+            f"{path}: has the legacy TNTIDX format; convert it with the tool that wrote it, or build it again"
+        )
     if not start.startswith(MAGIC[: len(start)]):
-        raise DataError(f"{path}: not an index of tokens (it starts with {start[:9]!r}); check the dataset prefix")
+        raise DataError(f"{path}: is not a token index (it starts with {start[:9]!r}); check the dataset prefix")
     if len(start) < HEADER.size:
         raise DataError(
             f"{path}: {HEADER.size} bytes expected for its header, {len(start)} found; "
@@ -183,7 +185,7 @@ def _read_header(raw: npt.NDArray[np.uint8], path: Path) -> tuple[int, int, np.d
         )
     _, version, code, count, documents = HEADER.unpack(start)
     if version != VERSION:
-        raise DataError(f"{path}: version {version}, this reads version {VERSION}; build it again")
+        raise DataError(f"{path}: version {version} is unknown, only version {VERSION} is supported; build it again")
     if code not in DTYPES:
-        raise DataError(f"{path}: unknown dtype code {code}, known are {sorted(DTYPES)}; build it again")
+        raise DataError(f"{path}: unknown dtype code {code}, the known codes are {sorted(DTYPES)}; build it again")
     return count, documents, DTYPES[code]

@@ -145,7 +145,7 @@ def dataset_paths(prefix: str | Path) -> list[Path]:
 def check_output(prefix: str | Path, overwrite: bool) -> None:
     """Raises DataError if an output file already exists, or the prefix is a folder without a file name."""
     if Path(prefix).name in ("", ".."):  # "" is the current folder
-        raise DataError(f"output prefix {str(prefix)!r}: is a folder; add the name that the files begin with")
+        raise DataError(f"output prefix {str(prefix)!r}: is a folder; add a file name")
     for path in dataset_paths(prefix):
         if path.exists() and not overwrite:
-            raise DataError(f"{path}: exists already; choose another output prefix, or overwrite it (--overwrite)")
+            raise DataError(f"{path}: already exists; choose another output prefix, or overwrite it (--overwrite)")

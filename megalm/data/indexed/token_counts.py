@@ -67,7 +67,7 @@ class TokenCounter:
 
     def _outside(self, token: int) -> DataError:
         return DataError(
-            f"{self.name}: holds token {token}, outside the vocabulary of {self._vocab_size}; "
+            f"{self.name}: has token {token} outside the vocabulary of {self._vocab_size}; "
             "the dataset was built with another tokenizer, or is damaged"
         )
 

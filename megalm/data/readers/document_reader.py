@@ -59,7 +59,7 @@ def read_span(
         block: the span's bytes, if they were already cut from a stream.
 
     Raises:
-        DataError: the file is gone, cannot be read, or has changed since it was found.
+        DataError: the file is missing, cannot be read, or has changed since it was found.
     """
     if block is None and span.file.kind == TABLE:
         yield from _read_table(span, options, count)
@@ -96,8 +96,8 @@ def damage(error: BaseException, file: InputFile) -> str:
     """
     # A damaged table that points outside itself gives EINVAL.
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-        raise DataError(f"{file.path}: cannot be read ({error.strerror}); mend that, and start again") from error
-    return f"cannot be read on from here ({error}), the file is damaged or cut short"
+        raise DataError(f"{file.path}: cannot be read ({error.strerror}); correct that, and start again") from error
+    return f"is unreadable from here on ({error}); the file is damaged or cut short"
 
 
 def _read_block(span: Span, options: ReadOptions, count: SpanCount, block: ByteBlock) -> Iterator[list[TextRecord]]:
@@ -220,7 +220,6 @@ class Document(NamedTuple):
 
 def iter_documents(
     paths: Iterable[str | Path],
-    text_key: str = "text",
     on_error: OnError = "fail",
     report: ReadReport | None = None,
     options: ReadOptions | None = None,
@@ -228,8 +227,7 @@ def iter_documents(
 ) -> Iterator[Document]:
     """Read documents from files, folders (all files below, sorted), globs and standard input ("-"), in the given order.
 
-    A .txt or .md file is one document; .jsonl holds one object or string per line; .json an array of them. `text_key`
-    is the text's key in an object, or its column in a parquet table. `options` replaces these settings in detail.
+    A .txt or .md file is one document; .jsonl holds one object or string per line; .json an array of them.
 
     Args:
         on_error: "skip" skips unreadable records and empty documents, and counts them in `report`; the rest of a
@@ -239,8 +237,7 @@ def iter_documents(
         DataError: with file and line, at the first unreadable record; and, whatever `on_error`, for a path that
             matches nothing.
     """
-    report = ReadReport() if report is None else report
-    options = options or ReadOptions(text_key=text_key)
+    report, options = report or ReadReport(), options or ReadOptions()
     for file in find_inputs(paths, report, stdin_kind):
         for records in read_span(Span(file), options, SpanCount()):
             for record in records:
@@ -249,6 +246,6 @@ def iter_documents(
                     report.documents += 1
                     yield Document(record.text, name)
                 elif on_error == "fail":
-                    raise DataError(f"{name}: {record.problem}; mend it, or leave such documents out (--on-error skip)")
+                    raise DataError(f"{name}: {record.problem}; correct it, or skip such documents (--on-error skip)")
                 else:
                     report.skip(f"{name}: {record.problem}")

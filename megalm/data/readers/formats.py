@@ -124,7 +124,7 @@ def _parse_array(content: bytes, start: int, options: ReadOptions) -> Iterator[T
         raw = content[first:end]
         place = start + first + len(raw) - len(raw.lstrip())
         if raw.strip() and kind == "after":
-            yield TextRecord(None, "is behind the end of the array", line, place, len(raw.strip()))
+            yield TextRecord(None, "follows the end of the array", line, place, len(raw.strip()))
         elif raw.strip():
             yield _parse_json(raw.strip(), line, place, options)
             line += 1
@@ -136,8 +136,8 @@ def _count_elements(content: bytes, start: int) -> int:
 
 def _unfinished_array(content: bytes, start: int) -> str:
     if not _is_array(content, start):
-        return "is not an array of objects or strings; name it .jsonl if it has an object a line"
-    return "is not a whole array, it is damaged or cut short; what follows here is not read"
+        return "is not an array of objects or strings; name it .jsonl if it has one object per line"
+    return "is an incomplete array; the file is damaged or cut short, and the rest is not read"
 
 
 def _finished(content: bytes, start: int) -> str:
@@ -173,7 +173,7 @@ ARRAY = RecordLayout(
     unfinished=_unfinished_array,
     name=lambda path, number: f"{path}[{number}]",
     whole_file=True,
-    behind_too_long="; what follows in the array is not read",
+    behind_too_long="; the rest of the array is not read",
 )
 
 

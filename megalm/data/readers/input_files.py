@@ -6,14 +6,16 @@ import bz2
 import glob
 import gzip
 import hashlib
+import io
 import lzma
 import os
 import sys
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 from backports import zstd
 
@@ -27,6 +29,7 @@ WORK_SUFFIX = ".building"
 # Errors that the unpackers raise on a damaged or truncated file.
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 HASH_BYTES = 1 << 20
+_ZSTD_WINDOW = 31  # log2 of the largest window, 2 GiB: what `zstd --ultra --long=31` writes
 
 
 @dataclass
@@ -69,9 +72,9 @@ class InputFile:
         try:
             same = self.is_stdin or InputFile.found_at(Path(self.path)) == self
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be read any more ({error.strerror}); start again") from error
+            raise DataError(f"{self.path}: can no longer be read ({error.strerror}); start again") from error
         if not same:
-            raise DataError(f"{self.path}: changed while it was read; start again when it is complete")
+            raise DataError(f"{self.path}: changed while it was being read; start again when it is complete")
 
     def open_raw(self) -> BinaryIO:
         return sys.stdin.buffer if self.is_stdin else Path(self.path).open("rb")
@@ -82,12 +85,66 @@ def unpacked(raw: BinaryIO, packing: str) -> IO[bytes]:
     if packing == ".gz":
         return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     if packing == ".bz2":
-        return bz2.BZ2File(raw)
+        return io.BufferedReader(_PackedStreams(raw, bz2.BZ2Decompressor, bz2.BZ2Decompressor, padding_unit=0))
     if packing == ".xz":
-        return lzma.LZMAFile(raw)
+        following = partial(lzma.LZMADecompressor, format=lzma.FORMAT_XZ)
+        return io.BufferedReader(_PackedStreams(raw, lzma.LZMADecompressor, following, padding_unit=4))
     if packing == ".zst":
-        return cast(IO[bytes], zstd.ZstdFile(raw))
+        return cast(IO[bytes], zstd.ZstdFile(raw, options={zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW}))
     return raw
+
+
+class _PackedStreams(io.RawIOBase):
+    """The content of all compressed streams of a file, one after the other.
+
+    The standard library's BZ2File and LZMAFile drop what follows a finished stream if it is not another stream, without
+    an error. Here only the padding that the .xz format allows may follow.
+
+    Args:
+        first, following: make the decompressor of the first stream and of each other.
+        padding_unit: zero bytes may follow a stream in multiples of this; 0: none may.
+    """
+
+    def __init__(
+        self, raw: BinaryIO, first: Callable[[], Any], following: Callable[[], Any], padding_unit: int
+    ) -> None:
+        self._raw = raw
+        self._decompressor = first()
+        self._following = following
+        self._padding_unit = padding_unit
+        self._packed = b""  # read, and not yet given to the decompressor
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = b""
+        while not piece:
+            if self._decompressor.eof and not self._begin_next():
+                return 0
+            if self._decompressor.needs_input and not self._packed:
+                self._packed = self._raw.read(HASH_BYTES)
+                if not self._packed:
+                    raise EOFError("the file ends within a compressed stream")
+            packed, self._packed = self._packed, b""
+            piece = self._decompressor.decompress(packed, len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def _begin_next(self) -> bool:
+        """Begin the stream that follows; return False at the end of the file."""
+        rest, padding = self._decompressor.unused_data, 0
+        while rest or (rest := self._raw.read(HASH_BYTES)):
+            stripped = rest.lstrip(b"\0") if self._padding_unit else rest
+            padding += len(rest) - len(stripped)
+            rest = stripped
+            if rest:
+                break
+        if padding and padding % self._padding_unit:
+            raise lzma.LZMAError(f"{padding} bytes of padding after a stream, not a multiple of {self._padding_unit}")
+        if rest:
+            self._decompressor, self._packed = self._following(), rest
+        return bool(rest)
 
 
 def kind_of(path: Path) -> str:
@@ -136,10 +193,10 @@ def _find_files(given: str, report: ReadReport) -> list[Path]:
     else:
         found = [Path(name) for name in sorted(glob.glob(given, recursive=True)) if Path(name).is_file()]
     if not found:
-        raise DataError(f"{given}: no file to read there; give files, folders or globs of {_known_kinds()}")
+        raise DataError(f"{given}: no input file found; give files, folders or globs of {_known_kinds()}")
     for file in found:
         if kind_of(file) not in KINDS:
-            raise DataError(f"{file}: unknown kind of file; known are {_known_kinds()}")
+            raise DataError(f"{file}: unknown file type; the known types are {_known_kinds()}")
     return found
 
 
@@ -165,7 +222,9 @@ def _below(folder: Path) -> tuple[list[Path], int]:
 
 
 def _refuse_folder(error: OSError) -> None:
-    raise DataError(f"{error.filename}: cannot be read ({error.strerror}); change its rights, or name other input")
+    raise DataError(
+        f"{error.filename}: cannot be read ({error.strerror}); change its permissions, or choose another input"
+    )
 
 
 def _belongs(file: Path, folder: Path) -> bool:
@@ -188,4 +247,4 @@ def _inside(link: Path, folder: Path) -> bool:
 
 
 def _known_kinds() -> str:
-    return f"{' '.join(KINDS)}, also packed as {' '.join(PACKINGS)}"
+    return f"{' '.join(KINDS)}, also compressed as {' '.join(PACKINGS)}"

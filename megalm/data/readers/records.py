@@ -152,7 +152,7 @@ def without_end(buffer: bytearray) -> int:
 
 
 def too_long(largest: int) -> str:
-    return f"is longer than {largest:,} bytes; cut it, or allow more (--max-document-mb)"
+    return f"is longer than {largest:,} bytes; split it, or raise the limit (--max-document-mb)"
 
 
 def text_of(value: object, options: ReadOptions) -> tuple[str | None, str]:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megalm.utils.atomic_files import locked, sync_directory, write_atomically, writing_to
+from megalm.utils.atomic_files import sync_directory, write_atomically, writing_to
+from megalm.utils.file_lock import take_lock
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -47,7 +48,10 @@ class ArrayCache:
         folder = self._directory / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
         known = self._mapped(folder)
         if known is None:
-            with locked(folder / "lock"):
+            with writing_to(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = take_lock(folder / "lock")
+            with lock:
                 known = self._mapped(folder)  # another process made it meanwhile
                 if known is None:
                     self._write(folder, make())

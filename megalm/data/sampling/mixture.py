@@ -123,7 +123,7 @@ class BlendedSamples:
     def consumed(self, samples: int) -> list[DatasetUsage]:
         """Return each dataset's usage in the first `samples`, counted exactly."""
         stage, offset = self._stage_of(samples)
-        return self._tell(self._counts_before(stage) + self._counts_in(stage, offset))
+        return self._usage(self._counts_before(stage) + self._counts_in(stage, offset))
 
     def planned(self, samples: int) -> list[DatasetUsage]:
         """As `consumed`, computed from the weights: constant time, and exact to within one per dataset and stage."""
@@ -131,7 +131,7 @@ class BlendedSamples:
         ends = [stage.first for stage in self.stages[1:]] + [samples]
         for stage, share, end in zip(self.stages, self._shares, ends, strict=True):
             counts += share * max(0, min(end, samples) - stage.first)
-        return self._tell(np.round(counts))
+        return self._usage(np.round(counts))
 
     def recut(self, consumed: int, sequence_length: int) -> BlendedSamples:
         """Return samples of another length that continue after `consumed` of these, mixed by the weights at that point.
@@ -183,7 +183,7 @@ class BlendedSamples:
         weights = np.sum([stage.weights for stage in stages], axis=0)
         return np.flatnonzero(weights).tolist(), stages
 
-    def _tell(self, counts: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> list[DatasetUsage]:
+    def _usage(self, counts: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> list[DatasetUsage]:
         return [
             DatasetUsage(
                 part.dataset.prefix,
@@ -254,7 +254,7 @@ def _mixed_on(shares: npt.NDArray[np.float64], counts: Int64s, block: int, end: 
 
 def _check(parts: Sequence[TrainingSamples], stages: Sequence[MixtureStage]) -> None:
     if not parts or not stages or stages[0].first != 0:
-        raise ConfigError("data blend: state datasets, and weights from sample 0 on")
+        raise ConfigError("data blend: give datasets, and weights from sample 0 on")
     for stage, after in pairwise(stages):
         if after.first <= stage.first:
             raise ConfigError(
@@ -263,9 +263,9 @@ def _check(parts: Sequence[TrainingSamples], stages: Sequence[MixtureStage]) -> 
     for stage in stages:
         if len(stage.weights) != len(parts) or min(stage.weights) < 0 or sum(stage.weights) <= 0:
             raise ConfigError(
-                f"data blend: {list(stage.weights)} are not weights of {len(parts)} datasets; "
-                "state one for each, none below 0"
+                f"data blend: {list(stage.weights)} are not valid weights for {len(parts)} datasets; "
+                "give one for each, none below 0"
             )
     lengths = {(part.sequence_length, part.document_mask) for part in parts}
     if len(lengths) > 1:
-        raise ConfigError(f"data blend: datasets of different sequence lengths or masks: {sorted(lengths)}")
+        raise ConfigError(f"data blend: the datasets have different sequence lengths or masks: {sorted(lengths)}")

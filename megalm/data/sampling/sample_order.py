@@ -1,7 +1,7 @@
 """Sample orders: which tokens sample k reads. Pure functions of the seed.
 
 The orders are Megatron-LM's, the prefix-stable one, and the recut rest of an epoch.
-Legend: L sequence length, T tokens of one epoch, E epochs.
+Legend: L sequence length, T tokens of one epoch, E epochs, D documents in a list, n requested tokens.
 """
 
 from __future__ import annotations
@@ -14,9 +14,53 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.indexed.dataset import IndexedDataset
-from megalm.data.sampling.document_index import DocumentTable, document_starts
 from megalm.data.sampling.index_cache import ArrayCache, Arrays
 from megalm.errors import DataError
+
+
+class DocumentTable:
+    """Maps stream positions to the dataset's tokens with one binary search for all tokens.
+
+    Args:
+        documents: [D] sequences of the dataset, in reading order; a sequence can occur several times.
+        starts: [D + 1] result of `document_starts` for them, if already computed.
+    """
+
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        documents: npt.NDArray[np.integer],
+        starts: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        self._dataset, self.documents = dataset, documents
+        if len(dataset) < 2**31 and documents.dtype != np.int32:
+            self.documents = documents.astype(np.int32)
+        # Stream position of each document's first token, and of the end: [D + 1].
+        self.starts = document_starts(dataset, documents) if starts is None else starts
+
+    @property
+    def token_count(self) -> int:
+        return int(self.starts[-1])
+
+    def find(self, position: npt.NDArray[np.int64] | int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64]]:
+        """Return (index in `documents`, token inside that document) of stream positions; skips empty documents."""
+        entry = np.asarray(np.searchsorted(self.starts, position, side="right") - 1)
+        return entry, np.asarray(position - self.starts[entry])
+
+    def locate(self, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Map stream positions [first, first + count) to places in the dataset's tokens [n] and in `documents` [n]."""
+        assert 0 <= first <= first + count <= self.token_count
+        entry, offset = self.find(np.arange(first, first + count, dtype=np.int64))
+        base = self._dataset.sequence_pointers[self.documents[entry]] // self._dataset.dtype.itemsize
+        return base + offset, entry.astype(np.int64)
+
+
+def document_starts(dataset: IndexedDataset, documents: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """Return [D + 1] the stream position of each document's first token, and of the end."""
+    starts = np.zeros(len(documents) + 1, dtype=np.int64)
+    np.cumsum(dataset.sequence_lengths[documents], dtype=np.int64, out=starts[1:])
+    return starts
+
 
 # Megatron-LM's order
 #
@@ -99,7 +143,7 @@ def stride_warning(tokens: int, sequence_length: int, stride: int, samples: int)
     overlapping, apart = (whole_windows(tokens, sequence_length, step) for step in (stride, sequence_length))
     return (
         f"data.stride={stride} is less than data.sequence_length={sequence_length}: each of the {tokens:,} tokens is "
-        f"seen {sequence_length / stride:,.1f} times an epoch ({overlapping:,} samples, {apart:,} if they did not "
+        f"seen {sequence_length / stride:,.1f} times per epoch ({overlapping:,} samples, {apart:,} if they did not "
         f"overlap), and about {samples * sequence_length / tokens:,.1f} times in this run"
     )
 
@@ -240,8 +284,8 @@ class MegatronStream:
     def place(self, index: int) -> Place:
         if not 0 <= index < len(self._shuffle):
             raise DataError(
-                f"data.order=megatron: sample {index} of {len(self._shuffle)}; this order is made for a stated "
-                "number of samples, ask for more or use data.order=prefix_stable"
+                f"data.order=megatron: sample {index} of {len(self._shuffle)}; this order has a fixed "
+                "number of samples; request more or use data.order=prefix_stable"
             )
         return Place(*self._table.locate(int(self._shuffle[index]) * self._length, self._length + 1))
 

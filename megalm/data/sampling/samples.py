@@ -18,9 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.indexed.dataset import IndexedDataset
-from megalm.data.sampling.document_index import DocumentTable
 from megalm.data.sampling.index_cache import ArrayCache
-from megalm.data.sampling.sample_order import Int64s, MegatronStream, Place, PrefixStableStream, Range, RecutStream
+from megalm.data.sampling.sample_order import (
+    DocumentTable,
+    Int64s,
+    MegatronStream,
+    Place,
+    PrefixStableStream,
+    Range,
+    RecutStream,
+)
 from megalm.errors import ConfigError, DataError
 
 IGNORE_INDEX = -100  # a label that is not a target
@@ -52,7 +59,7 @@ def split_documents(number_of_sequences: int, weights: Sequence[float]) -> list[
     """
     total = sum(weights)
     if not weights or min(weights) < 0 or total <= 0:
-        raise ConfigError(f"data.split: {list(weights)} are not weights; state positive numbers such as 95,5")
+        raise ConfigError(f"data.split: {list(weights)} are not valid weights; give positive numbers such as 95,5")
     bounds, fraction = [0], 0.0
     for weight in weights:
         fraction += weight / total
@@ -72,8 +79,8 @@ class _Windows(ABC):
         self.tokens_per_epoch = int(dataset.sequence_lengths[slice(*document_range)].sum(dtype=np.int64))
         if self.tokens_per_epoch < 2:
             raise DataError(
-                f"{dataset.prefix}: documents {document_range[0]} to {document_range[1]} hold "
-                f"{self.tokens_per_epoch} tokens, a sample needs two; give more text or another data.split"
+                f"{dataset.prefix}: documents {document_range[0]} to {document_range[1]} have "
+                f"{self.tokens_per_epoch} tokens, but a sample needs two; give more text or another data.split"
             )
 
     @abstractmethod
@@ -143,14 +150,14 @@ class TrainingSamples(_Windows):
         self.stride = sequence_length if stride is None else stride
         if not 0 < self.stride <= sequence_length or (order == "megatron" and self.stride != sequence_length):
             raise ConfigError(
-                f"data.stride={stride}: state 1 to data.sequence_length={sequence_length}, and that itself for "
-                "data.order=megatron"
+                f"data.stride={stride}: choose 1 to data.sequence_length={sequence_length}; "
+                "data.order=megatron allows only data.sequence_length"
             )
         self._seed, self._cache = seed, cache
         self._stream: PrefixStableStream | RecutStream | MegatronStream
         if order == "megatron":
             if requested_samples is None:
-                raise ConfigError("data.order=megatron: its order depends on the number of samples; state it")
+                raise ConfigError("data.order=megatron: its order depends on the number of samples, which is missing")
             self._stream = MegatronStream(
                 dataset, document_range, sequence_length, seed, requested_samples, self.tokens_per_epoch
             )
@@ -172,7 +179,7 @@ class TrainingSamples(_Windows):
         if isinstance(self._stream, MegatronStream) or self.stride != self.sequence_length:
             raise ConfigError(
                 f"data.sequence_length cannot become {sequence_length} in the middle of data.order=megatron or of "
-                f"samples that overlap; keep {self.sequence_length}, or start anew with resume.allow=[order]"
+                f"samples that overlap; keep {self.sequence_length}, or start again with resume.allow=[order]"
             )
         after = TrainingSamples(
             self.dataset,

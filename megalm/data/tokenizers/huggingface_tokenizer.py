@@ -54,7 +54,7 @@ class HuggingFaceTokenizer:
             if token is not None:
                 return int(token)
         raise DataError(
-            f"{self.spec}: no end-of-document token found; state eos_token in tokenizer_config.json beside it"
+            f"{self.spec}: no end-of-document token found; set eos_token in the tokenizer_config.json beside it"
         )
 
     @functools.cached_property
@@ -94,10 +94,10 @@ class HuggingFaceTokenizer:
     def _configured_eos(self) -> Iterator[str]:
         path = Path(self.spec).with_name("tokenizer_config.json")
         if path.is_file():
-            stated = read_json(path)
-            if not isinstance(stated, dict):
-                raise DataError(f"{path}: holds no JSON object; copy it again, or remove it")
-            token = stated.get("eos_token")
+            config = read_json(path)
+            if not isinstance(config, dict):
+                raise DataError(f"{path}: is not a JSON object; copy it again, or remove it")
+            token = config.get("eos_token")
             name = token.get("content") if isinstance(token, dict) else token
             if isinstance(name, str):
                 yield name

@@ -55,7 +55,9 @@ class SentencePieceTokenizer:
                 return int(token)
         if self._processor.eos_id() >= 0:
             return int(self._processor.eos_id())
-        raise DataError(f"{self.spec}: has no end-of-document token (<eod> or an eos piece); train one that has")
+        raise DataError(
+            f"{self.spec}: has no end-of-document token (<eod> or an eos piece); train a tokenizer that has one"
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -123,7 +123,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
         return SentencePieceTokenizer(path)
     except OSError as error:
-        raise DataError(f"{spec}: cannot be read ({error.strerror}); check the file and its rights") from error
+        raise DataError(f"{spec}: cannot be read ({error.strerror}); check the file and its permissions") from error
 
 
 def tokenizer_of(checkpoint: Path, noted: str | None, fingerprint: str | None, named: str | None) -> Tokenizer:
@@ -138,15 +138,13 @@ def tokenizer_of(checkpoint: Path, noted: str | None, fingerprint: str | None, n
         CheckpointError: the manifest records none; or the one found at either path is a different one.
     """
     if noted is None or fingerprint is None:
-        raise CheckpointError(f"{checkpoint} does not say which tokenizer it was trained with")
+        raise CheckpointError(f"{checkpoint} does not record its tokenizer")
     if not named and noted != BYTES and not Path(noted).exists():
-        raise DataError(
-            f"{noted}: the tokenizer of {checkpoint} is not there any more; name where it is now with --tokenizer"
-        )
+        raise DataError(f"{noted}: the tokenizer of {checkpoint} does not exist; give its new path with --tokenizer")
     found = load_tokenizer(named or noted)
     if found.fingerprint != fingerprint:
         raise CheckpointError(
             f"{found.spec} is not the tokenizer of {checkpoint}: fingerprint {found.fingerprint[:12]}, "
-            f"expected {fingerprint[:12]}; name the right one with --tokenizer"
+            f"expected {fingerprint[:12]}; give the right one with --tokenizer"
         )
     return found

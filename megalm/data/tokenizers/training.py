@@ -60,7 +60,7 @@ def draw_sentences(
     """Sample at most `limit` sentences evenly, in their order; the report counts all sentences."""
     kept: list[tuple[int, str]] = []
     # random() is the only method whose values Python guarantees across versions.
-    uniform, told = random.Random(SEED).random, time.monotonic()
+    uniform, reported = random.Random(SEED).random, time.monotonic()
     for text in texts:
         report.documents += 1
         report.text_bytes += len(text.encode())
@@ -73,8 +73,8 @@ def draw_sentences(
                 if place < limit:
                     kept[place] = (report.sentences, sentence)
             report.sentences += 1
-        if time.monotonic() - told >= TELL_SECONDS:
-            told = time.monotonic()
+        if time.monotonic() - reported >= TELL_SECONDS:
+            reported = time.monotonic()
             tell(f"read {report.documents:,} documents, {report.text_bytes / 1e6:,.1f} MB, {report.sentences:,} lines")
     kept.sort()
     report.sentences_used = len(kept)
@@ -119,7 +119,7 @@ def train_tokenizer(
         raise DataError(f"tokenizer type {model_type!r} is unknown; choose one of {', '.join(get_args(ModelType))}")
     if len({*special_tokens, EOD_PIECE, "<unk>"}) < len(special_tokens) + 2 or not all(special_tokens):
         raise DataError(
-            f"special tokens {list(special_tokens)}: each must be there once, and not be {EOD_PIECE} or <unk>"
+            f"special tokens {list(special_tokens)}: each must occur once, and must not be {EOD_PIECE} or <unk>"
         )
     tell = progress or (lambda line: None)
     report = TokenizerReport(vocab_size, model_type, list(special_tokens), threads)
@@ -163,11 +163,11 @@ def _explain(message: str, output: str | Path, vocab_size: int) -> str:
     if match := LARGEST.search(message):
         return (
             f"{output}: a vocabulary of {vocab_size} is too large for this text; "
-            f"the largest possible is {match[1]}, ask for that or give more text"
+            f"the largest possible is {match[1]}, choose that size or give more text"
         )
     if match := SMALLEST.search(message):
         return (
             f"{output}: a vocabulary of {vocab_size} is too small for this text; "
-            f"its characters, the bytes and special pieces take {match[1]} already, ask for more"
+            f"its characters, the bytes and special pieces take {match[1]}, choose a larger one"
         )
     return f"{output}: the tokenizer could not be trained ({message.strip()}); check the text and the options"

@@ -1,15 +1,14 @@
-"""The `Store` protocol and its MLflow implementation; the only module that imports mlflow."""
+"""The tracking store, through MLflow's client; the only module that imports mlflow."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import getpass
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from megalm.tracking.mlflow_mirror.store import RUNNING, MetricValue
+from megalm.tracking.mlflow_mirror.sync_state import RUNNING, MetricValue
+from megalm.utils.file_lock import take_lock
 
 # Make requests to a dead server fail within seconds: the mirror's own loop does the waiting. User settings are kept.
 for _name, _value in {
@@ -29,7 +28,10 @@ _BATCH_NAMES = 100
 
 
 class MlflowStore:
-    """One tracking store; `root` holds the default store's artifacts and the lock of its creation."""
+    """One tracking store; `root` holds the default store's artifacts and the lock of its creation.
+
+    Any exception of a method means: try again later.
+    """
 
     def __init__(self, tracking_uri: str, root: Path) -> None:
         self._root = root
@@ -38,9 +40,7 @@ class MlflowStore:
             self._client = mlflow.MlflowClient(tracking_uri=tracking_uri)
             return
         # Two runs started together would both create the tables of a new SQLite store.
-        with open(root / "mlflow.db.lock", "a") as lock:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with take_lock(root / "mlflow.db.lock"):
             if not (root / "mlflow.db").exists():
                 _create_store(root)
             self._client = mlflow.MlflowClient(tracking_uri=tracking_uri)
@@ -56,6 +56,7 @@ class MlflowStore:
         return bool(run.info.lifecycle_stage == "active")
 
     def create_run(self, experiment: str, name: str, key: str, start_ms: int) -> str:
+        """Create a run, or find the one that was created with this key; return its id."""
         experiment_id = self._experiment_id(experiment)
         found = self._client.search_runs([experiment_id], f"tags.`megalm.key` = '{key}'", max_results=1)
         if found:
@@ -69,7 +70,7 @@ class MlflowStore:
         self._client.log_batch(run_id, metrics=batch, synchronous=True)
 
     def set_parameters(self, run_id: str, parameters: Mapping[str, str]) -> None:
-        """Set parameters. MLflow's cannot change, so what a resume changed becomes a tag `changed.NAME`."""
+        """Set parameters. MLflow's cannot change, so one that a resume changed becomes a tag `changed.NAME`."""
         known = self._client.get_run(run_id).data.params
         new = [Param(name, value) for name, value in parameters.items() if name not in known]
         for start in range(0, len(new), _BATCH_NAMES):

@@ -7,8 +7,6 @@ The training process calls `start_mirror` and `MirrorHandle.finish`; `megalm tra
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import logging
 import os
 import select
@@ -17,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +24,8 @@ from megalm.errors import ConfigError, MegalmError
 from megalm.runs.metrics_log import METRICS_FILE
 from megalm.tracking.mlflow_mirror import run_facts
 from megalm.tracking.mlflow_mirror.sync import MlflowSync, Sent
+from megalm.utils.file_lock import HeldLock, take_lock
+from megalm.utils.stop_signals import STOP_SIGNALS
 
 LOG_FILE = "mlflow.log"
 LOCK_FILE = "mlflow.lock"
@@ -36,7 +35,7 @@ _LONGEST_BACK_OFF_SECONDS = 30.0
 # How long the mirror keeps trying after its training process has ended.
 _DEADLINE_SECONDS = 60.0
 # Slurm sends a job's signals to all its processes; the mirror ignores them, since it must still report the run's end.
-_SIGNALS_OF_THE_JOB = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS_OF_THE_JOB = (*STOP_SIGNALS, signal.SIGUSR2)
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ARROW_NUM_THREADS")
 
 logger = logging.getLogger(__name__)
@@ -47,7 +46,6 @@ class MirrorHandle:
     """The training process's handle of its mirror."""
 
     process: subprocess.Popen[bytes]
-    run_dir: Path
 
     def finish(self, timeout_seconds: float) -> bool:
         """Wait until the mirror has sent everything; call after the `end` event is written.
@@ -81,11 +79,11 @@ def start_mirror(run_dir: str | os.PathLike[str]) -> MirrorHandle:
             env=environment,
             start_new_session=True,
         )
-    return MirrorHandle(process, run_dir)
+    return MirrorHandle(process)
 
 
 def sync(run_dir: str | os.PathLike[str], deadline_seconds: float = 30.0) -> Sent:
-    """Send what MLflow does not have yet of a run folder, each row once.
+    """Send the rows and files of a run folder that MLflow does not have yet, each row once.
 
     Raises:
         ConfigError: the folder is not of a run that has trained, or its own mirror is running.
@@ -93,8 +91,8 @@ def sync(run_dir: str | os.PathLike[str], deadline_seconds: float = 30.0) -> Sen
     """
     run_dir = Path(run_dir)
     if run_dir.is_dir() and not (run_dir / METRICS_FILE).is_file():  # any other folder would become an MLflow run
-        raise ConfigError(f"{run_dir}: holds no {METRICS_FILE}, so no run has trained in it; name one under run.root")
-    with _only_mirror(run_dir, patience_seconds=0.0):
+        raise ConfigError(f"{run_dir}: has no {METRICS_FILE}, so no run has trained there; name a run under run.root")
+    with _only_mirror(run_dir, wait_seconds=0.0):
         return _deliver_until(MlflowSync(run_dir), time.monotonic() + deadline_seconds)
 
 
@@ -104,7 +102,7 @@ def follow(run_dir: Path, parent: ParentWatch, since: float = 0.0) -> None:
     Raises:
         MegalmError: something was not sent within the deadline after the parent's end.
     """
-    with _only_mirror(run_dir, patience_seconds=_DEADLINE_SECONDS):
+    with _only_mirror(run_dir, wait_seconds=_DEADLINE_SECONDS):
         delivery, failures = MlflowSync(run_dir, since), 0
         while not parent.ended.is_set():
             try:
@@ -114,7 +112,7 @@ def follow(run_dir: Path, parent: ParentWatch, since: float = 0.0) -> None:
                     break
             except Exception as error:  # also a file that is only partly written
                 failures += 1
-                logger.warning("not delivered, trying again: %s", _one_line(error))
+                logger.warning("sending failed, trying again: %s", _one_line(error))
             parent.ended.wait(_back_off(failures))
         _wait_for_last_files(parent)
         _deliver_until(delivery, time.monotonic() + _DEADLINE_SECONDS, parent_ended=parent.ended.is_set())
@@ -139,7 +137,7 @@ class ParentWatch(threading.Thread):
         self.ended.set()
         # A request can hang longer than any deadline checked between requests.
         time.sleep(_DEADLINE_SECONDS + 30.0)
-        logger.error("ended by force: MLflow did not answer; `megalm track sync` sends the rest")
+        logger.error("MLflow does not answer: the mirror stops; send the rest with `megalm track sync`")
         os._exit(1)
 
     def _alive(self) -> bool:
@@ -174,8 +172,8 @@ def _deliver_until(delivery: MlflowSync, deadline: float, parent_ended: bool = F
             delay = min(_back_off(failures), 5.0)
             if time.monotonic() + delay > deadline:
                 raise MegalmError(
-                    f"{delivery.run_dir}: MLflow at {delivery.tracking_uri} did not take the run "
-                    f"({_one_line(error)}); run `megalm track sync {delivery.run_dir}` when it is there again, or name "
+                    f"{delivery.run_dir}: MLflow at {delivery.tracking_uri} did not accept the run "
+                    f"({_one_line(error)}); run `megalm track sync {delivery.run_dir}` when it is reachable, or name "
                     "another store in MLFLOW_TRACKING_URI"
                 ) from error
             time.sleep(delay)
@@ -185,31 +183,20 @@ def _back_off(failures: int) -> float:
     return min(_POLL_SECONDS * 2.0**failures, _LONGEST_BACK_OFF_SECONDS)
 
 
-@contextlib.contextmanager
-def _only_mirror(run_dir: Path, patience_seconds: float) -> Iterator[None]:
+def _only_mirror(run_dir: Path, wait_seconds: float) -> HeldLock:
     """Allow one mirror per run folder: two would send the same rows and overwrite each other's state."""
     if not run_dir.is_dir():
-        raise ConfigError(f"{run_dir}: no such run folder; name one under run.root")
-    deadline = time.monotonic() + patience_seconds
-    with open(run_dir / LOCK_FILE, "a") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise ConfigError(
-                        f"{run_dir}: its mirror is at work on it; it sends everything when training ends"
-                    ) from None
-                time.sleep(0.5)
-            except OSError:
-                break  # a file system without locks (some NFS, Lustre): continue unguarded
-        yield
+        raise ConfigError(f"{run_dir}: there is no such run folder; name one under run.root")
+    try:
+        return take_lock(run_dir / LOCK_FILE, wait_seconds)
+    except BlockingIOError:
+        raise ConfigError(
+            f"{run_dir}: its mirror is running and sends everything when training ends; wait for it"
+        ) from None
 
 
 def _one_line(error: BaseException) -> str:
-    text = run_facts.without_passwords(" ".join(str(error).split())) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+    return run_facts.shorten(run_facts.without_passwords(" ".join(str(error).split())) or type(error).__name__, 300)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -218,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="megalm.tracking.mlflow_mirror.mirror_process", description="Feed MLflow from a run folder."
     )
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--follow", action="store_true", help="go on until the process --parent-pid ends")
+    parser.add_argument("--follow", action="store_true", help="send until the process --parent-pid ends")
     parser.add_argument("--parent-pid", type=int)
     parser.add_argument("--since", type=float, default=0.0, help="unix time at which this attempt began")
     options = parser.parse_args(arguments)
@@ -236,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     except MegalmError as error:
         logger.error("%s", error)
         return error.exit_code
-    logger.info("everything is delivered")
+    logger.info("everything is sent")
     return 0
 
 

@@ -25,12 +25,12 @@ _LONGEST_TAG = 8000
 def tracking_uri(run_dir: Path, state: MirrorState) -> tuple[str, bool]:
     """Return where this run is tracked, and whether that is the default store beside the run folder.
 
-    MLFLOW_TRACKING_URI takes precedence. Without it, a run stays where it was first sent, and a new one goes to SQLite
-    in the run root's present location.
+    MLFLOW_TRACKING_URI takes precedence. Without it, a run stays where it was first sent, and a new one uses
+    SQLite in the run root's present location.
     """
-    stated = os.environ.get("MLFLOW_TRACKING_URI")
-    if stated:
-        return stated, False
+    address = os.environ.get("MLFLOW_TRACKING_URI")
+    if address:
+        return address, False
     if state.tracking_uri and not state.default_store:
         return state.tracking_uri, False
     return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}", True
@@ -64,7 +64,7 @@ def settings(run_dir: Path) -> dict[str, str]:
 
 def parameters(run_dir: Path) -> dict[str, str]:
     """Return the settings within MLflow's limits."""
-    return {clean_name(name): shorten(value, _LONGEST_PARAMETER) for name, value in settings(run_dir).items()}
+    return _within_limits(settings(run_dir), _LONGEST_PARAMETER)
 
 
 def tags(run_dir: Path) -> dict[str, str]:
@@ -77,13 +77,13 @@ def tags(run_dir: Path) -> dict[str, str]:
     commit = next((found[name] for name in ("git_commit", "git.commit", "commit") if found.get(name)), None)
     if commit:
         found["mlflow.source.git.commit"] = commit  # shown by MLflow in its own column
-    return _clean_tags(found)
+    return _within_limits(found, _LONGEST_TAG)
 
 
 def event_tags(row: Row) -> dict[str, str]:
     """Return the fields of a start or resume event as tags: fingerprints, host, world size. The last attempt's win."""
     fields = {name: value for name, value in row.items() if name not in ("kind", "time", "event", "step")}
-    return _clean_tags(flatten_to_text(fields))
+    return _within_limits(flatten_to_text(fields), _LONGEST_TAG)
 
 
 def artifact_names(run_dir: Path) -> list[str]:
@@ -111,5 +111,5 @@ def shorten(value: str, longest: int) -> str:
     return value if len(value) <= longest else value[: longest - 3] + "..."
 
 
-def _clean_tags(found: dict[str, str]) -> dict[str, str]:
-    return {clean_name(name): shorten(value, _LONGEST_TAG) for name, value in found.items()}
+def _within_limits(found: dict[str, str], longest: int) -> dict[str, str]:
+    return {clean_name(name): shorten(value, longest) for name, value in found.items()}

@@ -1,6 +1,6 @@
 """Send a run folder to a tracking store: rows, parameters, tags, artifacts, status.
 
-RUN_DIR/mlflow.json records what was sent, after each batch, so that a pass can fail anywhere and be repeated. After a
+RUN_DIR/mlflow.json records the progress after each batch, so that a pass can fail anywhere and be repeated. After a
 crash between a batch and its record, the batch is sent again with the same keys, steps and times, which MLflow stores
 once.
 """
@@ -13,11 +13,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megalm.runs.metrics_log import METRICS_FILE, Row, read_rows
 from megalm.tracking.mlflow_mirror import run_facts
-from megalm.tracking.mlflow_mirror.store import FAILED, FINISHED, KILLED, RUNNING, MetricValue, Store
-from megalm.tracking.mlflow_mirror.sync_state import MirrorState
+from megalm.tracking.mlflow_mirror.sync_state import FAILED, FINISHED, KILLED, RUNNING, MetricValue, MirrorState
+
+if TYPE_CHECKING:  # the training process imports this module and must not load MLflow
+    from megalm.tracking.mlflow_mirror.client import MlflowStore
 
 STATE_FILE = "mlflow.json"
 
@@ -34,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Sent:
-    """The result of one `MlflowSync.deliver`: what was sent, and the run's state in the store."""
+    """The result of one `MlflowSync.deliver`: numbers and files sent, and the run's state in the store."""
 
     metrics: int = 0
     artifacts: int = 0
@@ -44,7 +47,7 @@ class Sent:
 
 
 class MlflowSync:
-    """Sends one run folder to its store; each call sends what is new.
+    """Sends one run folder to its store; each call sends the new rows and files.
 
     `run_has_ended` becomes true with an end event at unix time `since` or later: the rows of a resumed run also contain
     the end event of its earlier attempt, possibly not yet sent.
@@ -56,12 +59,12 @@ class MlflowSync:
         self._since = since
         self._state_path = run_dir / STATE_FILE
         self._state = MirrorState.load(self._state_path)
-        self._store: Store | None = None
+        self._store: MlflowStore | None = None
         self._address, is_default = run_facts.tracking_uri(run_dir, self._state)
-        uri = run_facts.without_passwords(self._address)  # what is stored and shown
+        uri = run_facts.without_passwords(self._address)  # for the state file and messages
         both_default = is_default and self._state.default_store  # a moved run root takes its store along
         if self._state.tracking_uri not in ("", uri) and not both_default:
-            logger.warning("%s is now tracked at %s: a new MLflow run from the first row", run_dir, uri)
+            logger.warning("%s is now tracked at %s: sending it to a new MLflow run from its first row", run_dir, uri)
             self._state = MirrorState()
         self._state.tracking_uri, self._state.default_store = uri, is_default
 
@@ -87,14 +90,13 @@ class MlflowSync:
         sent.status = state.status
         return sent
 
-    def _open(self) -> tuple[Store, str]:
+    def _open(self) -> tuple[MlflowStore, str]:
         if self._store is None:
-            # Here, not above: the training process imports this module and must not load MLflow.
             from megalm.tracking.mlflow_mirror.client import MlflowStore
 
             store = MlflowStore(self._address, self.run_dir.resolve().parent)
             if self._state.run_id and not store.run_exists(self._state.run_id):
-                logger.warning("MLflow run %s is gone: a new one from the first row", self._state.run_id)
+                logger.warning("MLflow run %s no longer exists: sending all rows to a new one", self._state.run_id)
                 uri, is_default = self._state.tracking_uri, self._state.default_store
                 self._state = MirrorState(tracking_uri=uri, default_store=is_default)
             self._store = store
@@ -108,7 +110,7 @@ class MlflowSync:
             state.save(self._state_path)
         return self._store, state.run_id
 
-    def _send_facts(self, store: Store, run_id: str) -> None:
+    def _send_facts(self, store: MlflowStore, run_id: str) -> None:
         """Send parameters and tags, again whenever one of their files has changed (a resume)."""
         signatures = {
             f"facts:{name}": mark
@@ -122,13 +124,13 @@ class MlflowSync:
         self._state.artifacts.update(signatures)
         self._state.save(self._state_path)
 
-    def _send_rows(self, store: Store, run_id: str) -> int:
+    def _send_rows(self, store: MlflowStore, run_id: str) -> int:
         """Send all rows after the offset, in batches; advance the state only after the store has accepted a batch."""
         path, state, total = self.run_dir / METRICS_FILE, self._state, 0
         if not path.exists():
             return 0
         if path.stat().st_size < state.offset:
-            logger.warning("%s is shorter than what was sent of it: sending it again from its first row", path)
+            logger.warning("%s is shorter than the part already sent: sending it again from its first row", path)
             state.offset = 0
         for batch in _batches(path, state.offset):
             for event in batch.events:
@@ -160,7 +162,7 @@ class MlflowSync:
             # In full precision: an attempt may end in the millisecond in which the next one begins.
             self.run_has_ended = _seconds(row) >= self._since
 
-    def _send_artifacts(self, store: Store, run_id: str) -> int:
+    def _send_artifacts(self, store: MlflowStore, run_id: str) -> int:
         """Upload the files that are new or have changed since they were sent."""
         count = 0
         for name in run_facts.artifact_names(self.run_dir):

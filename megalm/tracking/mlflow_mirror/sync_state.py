@@ -1,4 +1,4 @@
-"""The mirror's persistent state."""
+"""The mirror's persistent state, and the numbers it sends. Imports no MLflow, which takes seconds: client.py does."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ from pathlib import Path
 import orjson
 
 from megalm.errors import ConfigError
-from megalm.tracking.mlflow_mirror.store import RUNNING
 from megalm.utils.atomic_files import write_atomically
+
+RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
+
+
+@dataclass(frozen=True)
+class MetricValue:
+    """One number of one series; `time_ms` is unix milliseconds."""
+
+    key: str
+    value: float
+    step: int
+    time_ms: int
 
 
 @dataclass
@@ -37,9 +48,11 @@ class MirrorState:
             stored = orjson.loads(path.read_bytes())
             return cls(**{item.name: stored[item.name] for item in fields(cls)})
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: not readable ({error!r}); delete it to mirror the run anew") from None
+            raise ConfigError(
+                f"{path}: cannot be read ({error!r}); delete it to send the run to a new MLflow run"
+            ) from None
 
     def save(self, path: Path) -> None:
-        # Not durable: what a power failure loses is sent again, which MLflow stores once.
+        # Not durable: rows that a power failure loses are sent again, and MLflow stores them once.
         content = orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2)
         write_atomically(path, lambda file: file.write(content), durable=False)

@@ -30,5 +30,5 @@ def write_report(run_dir: Path, output: Path | None = None, read: ReadRows = rea
     try:
         write_atomically(path, lambda file: file.write(content), durable=False)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another place with --output") from None
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another path with --output") from None
     return path

@@ -11,7 +11,7 @@ import numpy as np
 from megalm.runs.metrics_history import History, Numbers
 from megalm.runs.metrics_log import Row
 from megalm.tracking.compare_runs import TOTAL
-from megalm.tracking.report.svg_chart import Chart, Point, Scale, label, running_median, short, thinned
+from megalm.tracking.report.svg_chart import Chart, Point, Scale, label, running_median, thinned
 
 # Events that are marked, with their names in the legend.
 MARKED = {
@@ -22,7 +22,7 @@ MARKED = {
     "signal": "signal",
     "warning": "warning",
 }
-NO_NUMBER = "no-number"
+NOT_FINITE = "not-finite"
 
 _BUCKETS = 500
 _FAINT_BUCKETS = 150
@@ -52,12 +52,12 @@ _CURVES = (
     _Curve("lr", "Learning rate", "per step"),
     _Curve("grad_norm", "Gradient norm", "before clipping, logarithmic", 1.0, True, median=True, marks_gaps=True),
     _Curve("tokens_per_second", "Speed", "tokens per second", median=True),
-    _Curve("mfu", "MFU", "% of the peak that was measured or is known", factor=100.0, median=True),
-    _Curve("memory_bytes", "Memory", "GiB, highest of a rank so far", factor=1 / 2**30),
+    _Curve("mfu", "MFU", "% of the measured or data-sheet peak", factor=100.0, median=True),
+    _Curve("memory_bytes", "Memory", "GiB, highest of any rank so far", factor=1 / 2**30),
     # A scale of 1 in every row means no loss scaling.
     _Curve("loss_scale", "Loss scale", "fp16, logarithmic", logarithmic=True, wanted=lambda it: bool((it != 1).any())),
 )
-_OF_TRAINING = {"abandoned": "taken back later", "steps": "training, each step", "median": "its running median"}
+_OF_TRAINING = {"abandoned": "withdrawn later", "steps": "training, each step", "median": "its running median"}
 
 
 def charts(history: History) -> list[Chart]:
@@ -72,7 +72,7 @@ def charts(history: History) -> list[Chart]:
     for chart in shown:
         chart.x_ticks = ticks
         if chart.marks:
-            chart.legend.append((f"mark {NO_NUMBER}", "no number (NaN or infinite)"))
+            chart.legend.append((f"mark {NOT_FINITE}", "not finite (NaN or infinity)"))
         looks = _mark_events(chart, history.events)
         if chart is shown[0]:
             chart.legend += [(f"mark {look}", MARKED[look]) for look in looks]
@@ -122,8 +122,8 @@ def _draw_training(chart: Chart, history: History, curve: _Curve) -> None:
         at, medians = running_median(step, values, _MEDIAN_POINTS)
         chart.draw([list(zip(at.tolist(), medians.tolist(), strict=True))], "median")
     if curve.marks_gaps:
-        for place in found.no_numbers:
-            chart.mark(place, NO_NUMBER, "no number")
+        for place in found.not_finite:
+            chart.mark(place, NOT_FINITE, "not finite")
 
 
 def _draw_abandoned(chart: Chart, history: History, curve: _Curve) -> None:
@@ -206,6 +206,6 @@ def _x_ticks(history: History, across: Scale) -> list[tuple[float, str, str]]:
     values = [value for value, _ in across.ticks() if value == round(value)]
     ticks = []
     for value in values:
-        told = short(float(np.interp(value, step, tokens))) if 0 < value <= step[-1] else ""
-        ticks.append((across.percent(value), label(value, values[1] - values[0]), told))
+        tokens_text = label(float(np.interp(value, step, tokens))) if 0 < value <= step[-1] else ""
+        ticks.append((across.percent(value), label(value, values[1] - values[0]), tokens_text))
     return ticks

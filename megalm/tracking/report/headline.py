@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row
-from megalm.tracking.compare_runs import judging
-from megalm.tracking.report.run_data import Failure, RunData
+from megalm.tracking.compare_runs import comparable_validations
+from megalm.tracking.report.run_data import Failure, ReportData
 from megalm.utils.formatting import format_duration
 
 
@@ -20,9 +20,9 @@ class Number:
     note: str = ""
 
 
-def numbers(account: RunData) -> list[Number]:
+def numbers(run: ReportData) -> list[Number]:
     """Return the main numbers, as far as they are known."""
-    found, evaluations = account.results, judging(account.history.evaluations)
+    found, evaluations = run.results, comparable_validations(run.history.evaluations)
     shown = []
     if evaluations:
         last = evaluations[-1]
@@ -31,26 +31,26 @@ def numbers(account: RunData) -> list[Number]:
             like = f"step {found.best_validation_step:,}" if found.best_validation_step is not None else ""
             shown.append(Number("Best while training", f"{found.best_validation_loss:.4f}", like))
         perplexity = last.get("perplexity", math.exp(min(last["loss"], 700.0)))
-        shown.append(Number("Perplexity", f"{perplexity:,.2f}", _counting_alone(account, math.exp)))
+        shown.append(Number("Perplexity", f"{perplexity:,.2f}", _frequency_baseline(run, math.exp)))
         if last.get("bits_per_byte") is not None:
             bits = last["bits_per_byte"]
             # The same text and tokens: bits per byte are proportional to nats.
-            baseline = _counting_alone(account, lambda nats: nats * bits / last["loss"]) if last["loss"] else ""
+            baseline = _frequency_baseline(run, lambda nats: nats * bits / last["loss"]) if last["loss"] else ""
             shown.append(Number("Bits per byte", f"{bits:.3f}", baseline))
     if found.final_train_loss is not None:
         scatter = found.scatter.get("loss")
-        note = f"last step; half of the steps of the last tenth are within ±{scatter:.3f}" if scatter else "last step"
+        note = f"last step; half of the last tenth of the steps are within ±{scatter:.3f}" if scatter else "last step"
         shown.append(Number("Training loss", f"{found.final_train_loss:.4f}", note))
     if found.tokens is not None:
         ratio = found.tokens_per_parameter
-        shown.append(Number("Tokens", f"{found.tokens:,}", f"{ratio:.2f} a parameter" if ratio is not None else ""))
+        shown.append(Number("Tokens", f"{found.tokens:,}", f"{ratio:.2f} per parameter" if ratio is not None else ""))
     if found.parameters is not None:
         shown.append(Number("Parameters", f"{found.parameters:,}"))
-    if (epochs := _epochs(account)) is not None:
+    if (epochs := _epochs(run)) is not None:
         shown.append(Number("Epochs", f"{epochs:.2f}", "of the training dataset"))
     if found.tokens_per_second is not None:
-        seconds = f"{found.step_seconds:.3g} s a step, medians" if found.step_seconds is not None else "median"
-        shown.append(Number("Tokens a second", f"{found.tokens_per_second:,.0f}", seconds))
+        seconds = f"{found.step_seconds:.3g} s per step, medians" if found.step_seconds is not None else "median"
+        shown.append(Number("Tokens per second", f"{found.tokens_per_second:,.0f}", seconds))
     if found.mfu is not None:
         shown.append(Number("MFU", f"{found.mfu:.1%}", "median"))
     if found.wall_seconds is not None:
@@ -64,28 +64,20 @@ def _where(row: dict[str, Any]) -> str:
     return f"step {row.get('step', 0):,}{over}"
 
 
-def _counting_alone(account: RunData, turned: Any) -> str:
+def _frequency_baseline(run: ReportData, turned: Any) -> str:
     """Return the baseline of a model that knows only the frequency of each token."""
-    entropy = account.environment.get("unigram_entropy")
+    entropy = run.environment.get("unigram_entropy")
     if not isinstance(entropy, (int, float)):
         return ""
-    return f"counting tokens alone: {turned(entropy):,.4g}"
+    return f"token frequencies alone: {turned(entropy):,.4g}"
 
 
-def _epochs(account: RunData) -> float | None:
+def _epochs(run: ReportData) -> float | None:
     """Return the epochs trained on the dataset, if there is only one."""
-    datasets, planned = account.environment.get("datasets"), account.environment.get("planned_steps")
-    steps = account.results.steps
-    if (
-        not isinstance(datasets, list)
-        or len(datasets) != 1
-        or not isinstance(planned, int)
-        or not planned
-        or steps is None
-    ):
-        return None
-    epochs = datasets[0].get("epochs") if isinstance(datasets[0], dict) else None
-    return epochs * steps / planned if isinstance(epochs, (int, float)) else None
+    match run.environment, run.results.steps:
+        case {"datasets": [{"epochs": int() | float() as epochs}], "planned_steps": int() as planned}, int() as steps:
+            return epochs * steps / planned if planned else None
+    return None
 
 
 Kind = Literal["finished", "stopped", "failed", "running", "unknown", "waiting"]
@@ -97,24 +89,24 @@ class Outcome:
     sentence: str
 
 
-def outcome(account: RunData, now: float) -> Outcome:
+def outcome(run: ReportData, now: float) -> Outcome:
     """Return the run's outcome as of unix time `now`."""
-    begun = max((int(row.get("attempt") or 1) for row in account.events(*ATTEMPT_EVENTS)), default=0)
-    failure = account.failures[-1] if account.failures else None
+    begun = max((int(row.get("attempt") or 1) for row in run.events(*ATTEMPT_EVENTS)), default=0)
+    failure = run.failures[-1] if run.failures else None
     if failure is not None and failure.attempt > begun:
-        again = f" Before that it was {progress(account)}." if begun else ""
+        again = f" Before that it was {progress(run)}." if begun else ""
         return Outcome("failed", f"Failed before it began to train: {failure.last_line}{again}")
     if not begun:
-        starting = Outcome("running", "Is starting: nothing is trained yet.")
-        return starting if account.is_held else Outcome("waiting", "Has not begun to train.")
-    last = _since_last_begin(account.history.events)
+        starting = Outcome("running", "Starting: no step is done yet.")
+        return starting if run.is_held else Outcome("waiting", "Training has not begun.")
+    last = _since_last_begin(run.history.events)
     ends = [row for row in last if row.get("event") == "end"]
-    return _ended(account, ends[-1], last, failure) if ends else _without_end(account, now)
+    return _ended(run, ends[-1], last, failure) if ends else _without_end(run, now)
 
 
-def progress(account: RunData) -> str:
+def progress(run: ReportData) -> str:
     """Return the progress in words: `at step 30 of 60`."""
-    step, planned = account.results.steps, account.planned_steps
+    step, planned = run.results.steps, run.planned_steps
     of = f" of {planned:,}" if planned is not None else ""
     return f"at step {step or 0:,}{of}"
 
@@ -124,25 +116,25 @@ def moment(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
-def _ended(account: RunData, end: Row, last: list[Row], failure: Failure | None) -> Outcome:
-    where = progress(account)
+def _ended(run: ReportData, end: Row, last: list[Row], failure: Failure | None) -> Outcome:
+    where = progress(run)
     if end.get("status") == "finished":
         early = any(row.get("event") == "early_stop" for row in last)
-        why = ", because the validation loss fell no more (evaluate.patience)" if early else ""
+        why = ", because the validation loss stopped falling (evaluate.patience)" if early else ""
         return Outcome("finished", f"Finished {where}{why}.")
     if end.get("status") == "stopped":
-        return Outcome("stopped", f"Stopped {where}{_why_stopped(last)}. It is saved, and wants to go on.")
-    why = f": {failure.last_line}" if failure is not None and failure.last_line else "; the error was not kept"
+        return Outcome("stopped", f"Stopped {where}{_why_stopped(last)}. It is saved and can resume.")
+    why = f": {failure.last_line}" if failure is not None and failure.last_line else "; its error was not saved"
     return Outcome("failed", f"Failed {where}{why}")
 
 
-def _without_end(account: RunData, now: float) -> Outcome:
-    seen = account.history.last_time
+def _without_end(run: ReportData, now: float) -> Outcome:
+    seen = run.history.last_time
     last_row = "" if seen is None else f"; last row {format_duration(now - seen)} before this page, {moment(seen)}"
-    if account.is_held:
-        return Outcome("running", f"Running, {progress(account)}{last_row}.")
+    if run.is_held:
+        return Outcome("running", f"Running, {progress(run)}{last_row}.")
     return Outcome(
-        "unknown", f"Killed, or on a machine that is gone: no end was written. It was {progress(account)}{last_row}."
+        "unknown", f"Killed, or its machine failed: it wrote no end event. It was {progress(run)}{last_row}."
     )
 
 
@@ -151,7 +143,7 @@ def _why_stopped(last: list[Row]) -> str:
         if row.get("event") == "signal":
             return f" by signal {row.get('signal', '')}".rstrip()
         if row.get("event") == "wall_time":
-            return f", its time (train.max_wall_time={row.get('limit')}) being up"
+            return f" because train.max_wall_time={row.get('limit')} was reached"
     return ""
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from megalm.runs.metrics_history import History
 from megalm.runs.metrics_log import Row
 from megalm.tracking.report.curves import event_step
-from megalm.tracking.report.run_data import RunData, text_of
+from megalm.tracking.report.run_data import ReportData, text_of
 from megalm.utils.formatting import format_duration
 
 # Limits that keep the page readable: texts, lines of one kind, and the length of each text.
@@ -29,44 +29,44 @@ class Finding:
     """A line of the list, with the title and content of a longer text, if any."""
 
     step: int | None
-    what: str
-    said: str
+    kind: str
+    sentence: str
     text_title: str = ""
     text: str = ""
 
 
-def findings(account: RunData) -> list[Finding]:
+def findings(run: ReportData) -> list[Finding]:
     """Return everything unusual; empty if there is nothing."""
-    history = account.history
+    history = run.history
     return [
-        *_failures(account),
+        *_failures(run),
         *_silent_ends(history),
-        *_events(account),
-        *_no_numbers(history),
-        *_checkpoints(account),
+        *_events(run),
+        *_not_finite(history),
+        *_checkpoints(run),
         *_slow(history),
-        *_stacks(account.run_dir),
+        *_stacks(run.run_dir),
     ]
 
 
-def _events(account: RunData) -> Iterator[Finding]:
-    told: dict[str, int] = {}
+def _events(run: ReportData) -> Iterator[Finding]:
+    counts: dict[str, int] = {}
     texts = 0
-    for row in account.history.events:
-        what = str(row.get("event"))
-        if what in ("start", "checkpoint", "end") or (what == "skip" and row.get("at_step") is not None):
+    for row in run.history.events:
+        kind = str(row.get("event"))
+        if kind in ("start", "checkpoint", "end") or (kind == "skip" and row.get("at_step") is not None):
             continue
-        told[what] = told.get(what, 0) + 1
-        if told[what] > _SHOWN_OF_A_KIND:
+        counts[kind] = counts.get(kind, 0) + 1
+        if counts[kind] > _SHOWN_OF_A_KIND:
             continue
         title, text = "", ""
-        if what == "spike" and row.get("report") and texts < _SHOWN_TEXTS:
+        if kind == "spike" and row.get("report") and texts < _SHOWN_TEXTS:
             texts += 1
-            title, text = _report(account.run_dir, str(row["report"]))
-        yield Finding(event_step(row), what.replace("_", " "), _said(row), title, text)
-    for what, count in told.items():
+            title, text = _report(run.run_dir, str(row["report"]))
+        yield Finding(event_step(row), kind.replace("_", " "), _sentence(row), title, text)
+    for kind, count in counts.items():
         if count > _SHOWN_OF_A_KIND:
-            yield Finding(None, what, f"{count - _SHOWN_OF_A_KIND:,} more are in metrics.jsonl")
+            yield Finding(None, kind, f"{count - _SHOWN_OF_A_KIND:,} more are in metrics.jsonl")
 
 
 def _silent_ends(history: History) -> Iterator[Finding]:
@@ -79,19 +79,19 @@ def _silent_ends(history: History) -> Iterator[Finding]:
             if begun is not None:
                 attempt = begun.get("attempt", 1)
                 lost = int((gone & (history.train["attempt"] == attempt)).sum())
-                taken_back = f"; {lost:,} rows of it were taken back" if lost else ""
-                said = f"attempt {attempt} wrote no end: it was killed, or its machine failed{taken_back}"
-                yield Finding(event_step(row), "killed", said)
+                withdrawn = f"; {lost:,} of its rows were withdrawn" if lost else ""
+                sentence = f"attempt {attempt} wrote no end event: it was killed, or its machine failed{withdrawn}"
+                yield Finding(event_step(row), "killed", sentence)
             begun = row
         elif event == "end":
             begun = None
 
 
-def _said(row: Row) -> str:
+def _sentence(row: Row) -> str:
     """Describe an event in words."""
-    tell = _WORDS.get(str(row.get("event")))
-    if tell is not None:
-        return tell(row)
+    describe = _WORDS.get(str(row.get("event")))
+    if describe is not None:
+        return describe(row)
     return str(row.get("text") or {key: value for key, value in row.items() if key not in ("kind", "time", "event")})
 
 
@@ -100,7 +100,7 @@ def _spike(row: Row) -> str:
     known = [f"{name} {_number(row[name])}" for name in ("median", "limit") if row.get(name) is not None]
     against = f" ({', '.join(known)})" if known else ""
     values = f"loss {_number(row.get('loss'))}, gradient norm {_number(row.get('grad_norm'))}"
-    return f"{row.get('quantity')} out of bounds: {values}{against}; decided: {row.get('decided')}{why}"
+    return f"{row.get('quantity')} out of bounds: {values}{against}; decision: {row.get('decided')}{why}"
 
 
 def _skip(row: Row) -> str:
@@ -113,13 +113,13 @@ _WORDS: dict[str, Callable[[Row], str]] = {
     "spike": _spike,
     "skip": _skip,
     "rollback": lambda row: (
-        f"back to step {row.get('step')} ({row.get('path')}), past {row.get('samples_skipped')} samples"
+        f"back to step {row.get('step')} ({row.get('path')}), skipping {row.get('samples_skipped')} samples"
     ),
     "resume": lambda row: f"attempt {row.get('attempt')}, from {Path(str(row.get('path', 'a checkpoint'))).name}",
-    "signal": lambda row: f"signal {row.get('signal', row.get('name', ''))}: saved and left",
-    "wall_time": lambda row: f"train.max_wall_time={row.get('limit')} was almost up: saved and left",
-    "repair": lambda row: f"a row that a kill had torn was cut off metrics.jsonl ({row.get('dropped_bytes')} bytes)",
-    "early_stop": lambda row: f"no validation loss below {_number(row.get('best_loss'))} any more",
+    "signal": lambda row: f"signal {row.get('signal', row.get('name', ''))}: saved and stopped",
+    "wall_time": lambda row: f"train.max_wall_time={row.get('limit')} was almost reached: saved and stopped",
+    "repair": lambda row: f"removed an incomplete last row of metrics.jsonl ({row.get('dropped_bytes')} bytes)",
+    "early_stop": lambda row: f"the validation loss stopped falling; the best is {_number(row.get('best_loss'))}",
 }
 
 
@@ -129,25 +129,25 @@ def _report(run_dir: Path, name: str) -> tuple[str, str]:
     return (f"incidents/{path.name}", _shown(path)) if path.is_file() else ("", "")
 
 
-def _failures(account: RunData) -> Iterator[Finding]:
-    for failure in account.failures[-_SHOWN_TEXTS:]:
+def _failures(run: ReportData) -> Iterator[Finding]:
+    for failure in run.failures[-_SHOWN_TEXTS:]:
         title = f"failures/attempt-{failure.attempt}.txt"
         yield Finding(None, "failure", f"attempt {failure.attempt}: {failure.last_line}", title, _end_of(failure.text))
 
 
-def _no_numbers(history: History) -> Iterator[Finding]:
+def _not_finite(history: History) -> Iterator[Finding]:
     for column, name in (("loss", "training loss"), ("grad_norm", "gradient norm")):
         steps = history.column("step")[~np.isfinite(history.column(column))]
         if len(steps) and np.isfinite(history.train[column]).any():
             first = ", ".join(f"{step:,.0f}" for step in steps[:10])
             more = f" and {len(steps) - 10:,} more" if len(steps) > 10 else ""
-            yield Finding(int(steps[0]), "no number", f"{name} at step {first}{more}")
+            yield Finding(int(steps[0]), "not finite", f"{name} at step {first}{more}")
         elif len(steps) and column == "loss":
-            yield Finding(int(steps[0]), "no number", f"no step of {len(steps):,} has a {name} that is a number")
+            yield Finding(int(steps[0]), "not finite", f"none of {len(steps):,} steps has a finite {name}")
 
 
-def _checkpoints(account: RunData) -> Iterator[Finding]:
-    for saved in account.checkpoints:
+def _checkpoints(run: ReportData) -> Iterator[Finding]:
+    for saved in run.checkpoints:
         if saved.status != "good":
             yield Finding(
                 saved.step, "checkpoint", f"{saved.name} is {saved.status}{saved.problem and ': '}{saved.problem}"
@@ -169,14 +169,16 @@ def _slow(history: History) -> Iterator[Finding]:
     for cost, stretch in worth[:_SLOW_SHOWN]:
         first, last = step[stretch[0]], step[stretch[-1]]
         until = "" if first == last else f"until step {last:,.0f}, "
-        said = f"{until}{seconds[stretch].mean():.3g} s a step, usual are {usual:.3g} s: {format_duration(cost)} lost"
-        yield Finding(int(first), "slow", said)
+        sentence = (
+            f"{until}{seconds[stretch].mean():.3g} s per step, usually {usual:.3g} s: {format_duration(cost)} lost"
+        )
+        yield Finding(int(first), "slow", sentence)
 
 
 def _stacks(run_dir: Path) -> Iterator[Finding]:
     for path in sorted((run_dir / "stacks").glob("rank-*.txt"))[:_SHOWN_TEXTS]:
-        said = f"{path.stem} made no progress; where it stood"
-        yield Finding(None, "standstill", said, f"stacks/{path.name}", _shown(path))
+        sentence = f"{path.stem} made no progress; its stack follows"
+        yield Finding(None, "standstill", sentence, f"stacks/{path.name}", _shown(path))
 
 
 def _shown(path: Path) -> str:

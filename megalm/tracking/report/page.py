@@ -15,7 +15,7 @@ from megalm.tracking.mlflow_mirror.run_facts import without_passwords
 from megalm.tracking.report.curves import charts, event_step
 from megalm.tracking.report.headline import moment, numbers, outcome
 from megalm.tracking.report.notable_events import findings
-from megalm.tracking.report.run_data import RunData, step_of_file, text_of
+from megalm.tracking.report.run_data import ReportData, step_of_file, text_of
 from megalm.tracking.report.svg_chart import FRAME
 from megalm.utils.formatting import format_bytes, format_duration
 
@@ -23,7 +23,7 @@ _TEMPLATE = "page.html"
 _SAMPLE_BYTES = 12_000
 
 
-def render(account: RunData, now: float) -> str:
+def render(run: ReportData, now: float) -> str:
     """Return the complete page as HTML, as of unix time `now`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -33,33 +33,33 @@ def render(account: RunData, now: float) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"bytes": format_bytes, "duration": format_duration}
-    history = account.history
+    history = run.history
     return environment.get_template(_TEMPLATE).render(
-        account=account,
-        outcome=outcome(account, now),
+        run=run,
+        outcome=outcome(run, now),
         made=moment(now),
-        numbers=numbers(account),
+        numbers=numbers(run),
         charts=charts(history),
         frame=FRAME,
-        unusual=findings(account),
-        work=_work(account),
-        samples=_samples(account.samples),
-        differing=[setting for setting in account.settings if setting.base is not None],
-        all_settings=[(setting.name, setting.value) for setting in account.settings],
-        base=f"the preset {account.preset}" if account.preset else "the defaults",
-        deepspeed=json.dumps(account.deepspeed, indent=2, ensure_ascii=False) if account.deepspeed else "",
-        changes=_changes(account),
-        environment=_environment(account.environment),
-        data=_data(account),
-        commands=_commands(account),
+        unusual=findings(run),
+        work=_work(run),
+        samples=_samples(run.samples),
+        differing=[setting for setting in run.settings if setting.base is not None],
+        all_settings=[(setting.name, setting.value) for setting in run.settings],
+        base=f"the preset {run.preset}" if run.preset else "the defaults",
+        deepspeed=json.dumps(run.deepspeed, indent=2, ensure_ascii=False) if run.deepspeed else "",
+        changes=_changes(run),
+        environment=_environment(run.environment),
+        data=_data(run),
+        commands=_commands(run),
     )
 
 
-def _work(account: RunData) -> list[tuple[str, float, float]]:
+def _work(run: ReportData) -> list[tuple[str, float, float]]:
     """Return name, seconds and share of the total time of each activity."""
-    starts = [row.get("startup_seconds") for row in account.events("start", "resume")]
+    starts = [row.get("startup_seconds") for row in run.events("start", "resume")]
     known = [seconds for seconds in starts if isinstance(seconds, (int, float))]
-    work = {**({"start-up, before the first step": float(sum(known))} if known else {}), **account.history.seconds}
+    work = {**({"start-up, before the first step": float(sum(known))} if known else {}), **run.history.seconds}
     total = sum(work.values())
     return [(name, seconds, seconds / total) for name, seconds in work.items() if total and seconds > 0]
 
@@ -74,9 +74,9 @@ def _samples(paths: list[Path]) -> list[dict[str, Any]]:
     return found
 
 
-def _changes(account: RunData) -> list[tuple[str, list[str]]]:
+def _changes(run: ReportData) -> list[tuple[str, list[str]]]:
     """Return the title and the changes of each start and resume that reported any."""
-    rows = [row for row in account.events("start", "resume") if row.get("changed")]
+    rows = [row for row in run.events("start", "resume") if row.get("changed")]
     return [
         (
             f"Attempt {row.get('attempt')}, {row.get('event')} at step {event_step(row):,}",
@@ -113,8 +113,8 @@ def _environment(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in rows]
 
 
-def _data(account: RunData) -> list[tuple[str, str]]:
-    content, rows = account.environment, []
+def _data(run: ReportData) -> list[tuple[str, str]]:
+    content, rows = run.environment, []
     datasets = content.get("datasets")
     for part in datasets if isinstance(datasets, list) else ():
         epochs, tokens = part.get("epochs"), part.get("tokens_per_epoch")
@@ -123,9 +123,9 @@ def _data(account: RunData) -> list[tuple[str, str]]:
         rows.append(("training data", f"{part.get('prefix')}{planned}"))
     entropy = content.get("unigram_entropy")
     if isinstance(entropy, (int, float)):
-        rows.append(("unigram entropy", f"{entropy:.4f} nats a token"))
+        rows.append(("unigram entropy", f"{entropy:.4f} nats per token"))
     for name in ("data.train", "data.recipe", "data.validation", "data.split", "data.tokenizer"):
-        value = account.setting(name)
+        value = run.setting(name)
         if value not in (None, "null"):
             rows.append((name, str(value)))
     fingerprints = ("dataset_fingerprint", "tokenizer_fingerprint")
@@ -133,14 +133,14 @@ def _data(account: RunData) -> list[tuple[str, str]]:
     return rows
 
 
-def _commands(account: RunData) -> list[tuple[str, str]]:
-    """Return shell commands for what to do next."""
-    folder, planned = account.run_dir, account.planned_steps
+def _commands(run: ReportData) -> list[tuple[str, str]]:
+    """Return the shell commands that are useful next, with their names."""
+    folder, planned = run.run_dir, run.planned_steps
     command = ResumeCommand(folder).shell
-    done = planned is not None and (account.results.steps or 0) >= planned
+    done = planned is not None and (run.results.steps or 0) >= planned
     words = ["--resume", "auto", *([f"train.steps={2 * planned}"] if done and planned else [])]
-    rows = [("train longer" if done else "go on", command(*words))]
-    if account.checkpoints:
+    rows = [("train longer" if done else "resume", command(*words))]
+    if run.checkpoints:
         rows.append(("checkpoints", shlex.join(["megalm", "checkpoint", "list", str(folder)])))
         rows.append(("generate", shlex.join(["megalm", "generate", str(folder), "--prompt", "The "])))
     rows.append(("compare", shlex.join(["megalm", "compare", str(folder), "OTHER_RUN"])))

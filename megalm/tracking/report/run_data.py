@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint.discovery import BEST, LATEST, list_checkpoints, read_pointer, step_folders
-from megalm.checkpoint.manifest import wrong_file
+from megalm.checkpoint.manifest import Manifest, wrong_file
 from megalm.config.loading import load_run_config
 from megalm.config.schema import RunConfig
 from megalm.errors import ConfigError, MegalmError
@@ -29,17 +29,24 @@ _OF_THE_NAME = ("run.name", "preset")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A row of the checkpoint table; `problem` says what is wrong with it."""
+    """A row of the checkpoint table; `problem` describes its damage."""
 
     name: str
-    step: int | None
-    tokens: int | None
-    bytes: int | None
-    loss: float | None
-    over: int | None
     status: str
-    marks: str
+    pointers: str
+    step: int | None = None
+    manifest: Manifest | None = None
     problem: str = ""
+
+    @property
+    def validation(self) -> tuple[float | None, int | None]:
+        """Loss and tokens of the last validation, or of the one over all samples if it was done."""
+        saved = self.manifest
+        if saved is None:
+            return None, None
+        if saved.whole_validation_loss is not None:
+            return saved.whole_validation_loss, saved.whole_validation_tokens
+        return saved.validation_loss, saved.validation_tokens
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class RunData:
+class ReportData:
     """All data of one run's page.
 
     Attributes:
@@ -96,11 +103,11 @@ class RunData:
 
     @property
     def planned_steps(self) -> int | None:
-        stated = self.setting("train.steps")
-        return int(stated) if stated is not None and stated.isdecimal() else None
+        planned = self.setting("train.steps")
+        return int(planned) if planned is not None and planned.isdecimal() else None
 
 
-def read_run(run_dir: Path, now: float, read: ReadRows = read_metrics) -> RunData:
+def read_run(run_dir: Path, now: float, read: ReadRows = read_metrics) -> ReportData:
     """Read a run folder, also of a run that has not started to train.
 
     Raises:
@@ -110,10 +117,12 @@ def read_run(run_dir: Path, now: float, read: ReadRows = read_metrics) -> RunDat
     metrics = run_dir / METRICS_FILE
     known = (metrics, run_dir / CONFIG_FILE, run_dir / "failures", run_dir / "checkpoints")
     if not any(path.exists() for path in known):
-        raise ConfigError(f"{run_dir}: no run folder (no {METRICS_FILE}, no {CONFIG_FILE}); name one under run.root")
+        raise ConfigError(
+            f"{run_dir}: is not a run folder (it has no {METRICS_FILE} and no {CONFIG_FILE}); name one under run.root"
+        )
     history = read_history(read(metrics) if metrics.exists() else [])
     settings, preset = _settings(run_dir / CONFIG_FILE)
-    return RunData(
+    return ReportData(
         run_dir=run_dir,
         history=history,
         results=results(RunRecord(run_dir.name, {}, history, parameter_count(run_dir))),
@@ -154,7 +163,7 @@ def _settings(path: Path) -> tuple[list[Setting], str | None]:
             preset = None
     expected = flatten_to_text(base.model_dump(mode="json", by_alias=True))
     found = [
-        Setting(name, value, expected.get(name, "not known") if value != expected.get(name) else None)
+        Setting(name, value, expected.get(name, "unknown") if value != expected.get(name) else None)
         for name, value in flatten_to_text(config).items()
     ]
     return [setting for setting in found if setting.name not in _OF_THE_NAME], preset
@@ -169,26 +178,14 @@ def _checkpoints(folder: Path) -> list[Checkpoint]:
         pointers = ", ".join(word for word, name in marks.items() if name == path.name)
         entry = entries.get(path)
         if entry is None:
-            found.append(Checkpoint(path.name, None, None, None, None, None, "incomplete", pointers))
+            found.append(Checkpoint(path.name, "incomplete", pointers))
             continue
-        manifest = entry.manifest
-        if manifest is None:
-            found.append(Checkpoint(path.name, entry.step, None, None, None, None, "damaged", pointers, entry.problem))
-            continue
-        problem, whole = wrong_file(path, manifest), manifest.whole_validation_loss
-        found.append(
-            Checkpoint(
-                name=path.name,
-                step=entry.step,
-                tokens=manifest.tokens,
-                bytes=manifest.bytes,
-                loss=manifest.validation_loss if whole is None else whole,
-                over=manifest.validation_tokens if whole is None else manifest.whole_validation_tokens,
-                status="damaged" if problem else manifest.status,
-                marks=pointers,
-                problem=problem or manifest.status_reason or "",
-            )
-        )
+        manifest, problem = entry.manifest, entry.problem
+        if manifest is not None:
+            problem = wrong_file(path, manifest)
+        status = "damaged" if manifest is None or problem else manifest.status
+        reason = problem or (manifest and manifest.status_reason) or ""
+        found.append(Checkpoint(path.name, status, pointers, entry.step, manifest, reason))
     return found
 
 

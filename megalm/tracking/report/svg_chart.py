@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from megalm.runs.metrics_history import Numbers
 
@@ -20,15 +19,15 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Thinned:
-    """A curve reduced to what a screen can show, with all its peaks.
+    """A curve reduced to the points that a screen can show, with all its peaks.
 
     Attributes:
         stretches: points between two gaps; a gap is where values are not finite.
-        no_numbers: x of the first value of each bucket that is not finite.
+        not_finite: x of the first value of each bucket that is not finite.
     """
 
     stretches: list[list[Point]]
-    no_numbers: list[float]
+    not_finite: list[float]
 
 
 def thinned(x: Numbers, y: Numbers, low: float, high: float, buckets: int) -> Thinned:
@@ -38,28 +37,25 @@ def thinned(x: Numbers, y: Numbers, low: float, high: float, buckets: int) -> Th
         x: [N] within [low, high].
         y: [N]; NaN and infinity make gaps.
     """
-    if not len(x):
-        return Thinned([], [])
     width = (high - low) / buckets or 1.0
-    number = np.clip(np.floor((x - low) / width), 0, buckets - 1)
-    edges = np.flatnonzero(np.diff(number)) + 1
+    bucket = np.clip(np.floor((x - low) / width), 0, buckets - 1)
+    gaps = np.flatnonzero(~np.isfinite(y))
+    firsts, lasts = np.flatnonzero(np.diff(bucket[gaps], prepend=-1)), np.flatnonzero(np.diff(bucket[gaps], append=-1))
+    # A bucket with gaps has three parts: up to its first gap, around its gaps, after its last one. Gaps inside the
+    # second part are not drawn: they have no width on a screen.
+    cuts = np.unique(np.concatenate([np.flatnonzero(np.diff(bucket)) + 1, gaps[firsts], gaps[lasts] + 1]))
     stretches: list[list[Point]] = [[]]
-    no_numbers: list[float] = []
-    for start, end in zip([0, *edges.tolist()], [*edges.tolist(), len(x)], strict=True):
-        part_x, part_y = x[start:end], y[start:end]
-        known = np.isfinite(part_y)
-        if known.all():
-            stretches[-1] += _outline(part_x, part_y)
-            continue
-        no_numbers.append(float(part_x[~known][0]))
-        if not known[0] and stretches[-1]:
-            stretches.append([])
-        for points in _between_gaps(part_x, part_y, known):
-            stretches[-1] += _outline(*points)
-            stretches.append([])
-        if known[-1]:  # the curve continues from there
-            stretches.pop()
-    return Thinned([points for points in stretches if points], no_numbers)
+    for part in np.split(np.arange(len(x)), cuts):
+        known = part[np.isfinite(y[part])]
+        points: list[Point] = []
+        if len(known):
+            kept = sorted({known[0], known[y[known].argmin()], known[y[known].argmax()], known[-1]})
+            points = [(float(x[at]), float(y[at])) for at in kept]
+        if len(known) == len(part):
+            stretches[-1] += points
+        else:
+            stretches += [points, []]
+    return Thinned([points for points in stretches if points], x[gaps[firsts]].tolist())
 
 
 def running_median(x: Numbers, y: Numbers, points: int) -> tuple[Numbers, Numbers]:
@@ -74,25 +70,6 @@ def running_median(x: Numbers, y: Numbers, points: int) -> tuple[Numbers, Number
     reach = np.maximum(np.minimum(np.minimum(half, centres), len(y) - 1 - centres), min(half, 2 + half // 8))
     medians = [np.median(y[max(0, at - side) : at + side + 1]) for at, side in zip(centres, reach, strict=True)]
     return x[centres], np.array(medians)
-
-
-def _outline(x: Numbers, y: Numbers) -> list[Point]:
-    chosen = sorted({0, int(y.argmin()), int(y.argmax()), len(x) - 1})
-    return [(float(x[at]), float(y[at])) for at in chosen]
-
-
-def _between_gaps(x: Numbers, y: Numbers, known: npt.NDArray[np.bool_]) -> list[tuple[Numbers, Numbers]]:
-    """Split a bucket's points into those before its first gap, between gaps, and after its last gap.
-
-    Gaps in between are not drawn: they have no width on a screen.
-    """
-    gaps = np.flatnonzero(~known)
-    parts = [slice(0, gaps[0]), slice(gaps[-1] + 1, len(x))]
-    inside = np.flatnonzero(known[gaps[0] : gaps[-1] + 1]) + gaps[0]
-    found = [(x[part], y[part]) for part in parts]
-    if len(inside):
-        found.insert(1, (x[inside], y[inside]))
-    return [(part_x, part_y) for part_x, part_y in found if len(part_x)]
 
 
 FRAME = 1000  # units of the SVG in both directions
@@ -126,25 +103,18 @@ class Scale:
     def ticks(self) -> list[tuple[float, str]]:
         """Return round values and their labels."""
         if self.logarithmic:
-            decades = [10.0**power for power in range(math.ceil(self._low), math.floor(self._high) + 1)]
+            low, high = math.log10(self.low), math.log10(self.high)
+            decades = [10.0**power for power in range(math.ceil(low), math.floor(high) + 1)]
             if len(decades) >= 2:
                 every = math.ceil(len(decades) / _TICKS)
-                return [(value, short(value)) for value in decades[::every]]
-            tens = range(math.floor(self._low), math.ceil(self._high) + 1)
+                return [(value, label(value)) for value in decades[::every]]
+            tens = range(math.floor(low), math.ceil(high) + 1)
             values = [factor * 10.0**power for power in tens for factor in (1, 2, 5)]
-            inside = [(value, short(value)) for value in values if self.low <= value <= self.high]
+            inside = [(value, label(value)) for value in values if self.low <= value <= self.high]
             return inside if len(inside) >= 3 else Scale(self.low, self.high).ticks()
         step = _round_step((self.high - self.low) / _TICKS)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [(number * step, label(number * step, step)) for number in range(first, last + 1)]
-
-    @property
-    def _low(self) -> float:
-        return math.log10(self.low)
-
-    @property
-    def _high(self) -> float:
-        return math.log10(self.high)
 
     def _of(self, value: float) -> float:
         return math.log10(value) if self.logarithmic else value
@@ -218,29 +188,23 @@ def path(stretches: Iterable[Sequence[Point]], across: Scale, up: Scale) -> str:
     return "".join(words)
 
 
-def short(value: float) -> str:
-    """Format a number in few characters: 1.5M, 300, 0.02, 3e-4."""
-    size = abs(value)
-    if size >= 1000:
-        unit, letter = _unit(size)
-        return f"{value / unit:.3g}{letter}" if size < 1e15 else f"{value:.0e}"
-    if size >= 0.01 or size == 0:
-        return f"{value:.3g}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+def label(value: float, step: float = 0.0) -> str:
+    """Format a number in few characters: 1.5M, 300, 0.02, 3e-4.
 
-
-def label(value: float, step: float) -> str:
-    """Format a tick's value with as many digits as needed to tell it from its neighbors."""
+    Args:
+        step: distance to the neighboring ticks, which the digits must tell apart; 0: two or three digits.
+    """
     largest = max(abs(value), step)
-    if value == 0 or largest >= 1e15:
-        return short(value)
+    if value == 0:
+        return "0"
+    if largest >= 1e15:
+        return f"{value:.0e}"
     if largest < 0.01:
-        digits = max(0, _power(value) - _power(step))
+        digits = max(0, _power(value) - _power(step)) if step else 1
         mantissa, exponent = f"{value:.{digits}e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.') if digits else mantissa}e{int(exponent)}"
     unit, letter = _unit(largest)
-    return f"{value / unit:.{max(0, -_power(step / unit))}f}{letter}"
+    return f"{value / unit:.{max(0, -_power(step / unit))}f}{letter}" if step else f"{value / unit:.3g}{letter}"
 
 
 def _power(value: float) -> int:

@@ -25,6 +25,7 @@ import psutil
 
 from megalm.errors import EXIT_DONE, EXIT_FAILED, EXIT_REFUSED, EXIT_START_AGAIN, MegalmError, OtherRankFailed
 from megalm.train.lifecycle.time_limits import TimeLimits, write_stacks
+from megalm.utils.stop_signals import respected_stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -117,28 +118,28 @@ class RankSupervisor:
             code = error.exit_code  # a launcher reports the exit code of the first rank it finds
         except MegalmError as error:
             code = error.exit_code
-            text = f"megalm: {_kind(error)}: {' '.join(str(error).split())}"
+            text = f"megalm: error: {' '.join(str(error).split())}"
             if self._hooks.claim is None and self.rank > 0:
                 _wait_for_rank_0(code)
                 text = f"{text} (on rank {self.rank})"
-            self._tell(text, everybody=True)
+            self._print_failure(text, all_ranks=True)
             if code == EXIT_REFUSED:
                 self._hooks.on_refusal()
         except KeyboardInterrupt:
-            self._tell("megalm: interrupted")
+            self._print_failure("megalm: error: interrupted")
             code = EXIT_FAILED
         except Exception as error:
-            self._tell(self._account(error), everybody=True)
+            self._print_failure(self._describe(error), all_ranks=True)
             code = EXIT_FAILED
         if code not in (EXIT_DONE, EXIT_START_AGAIN):  # these have written their own end event
             self._run_failure_hook(code)
         exit_process(code)
 
-    def _account(self, error: Exception) -> str:
+    def _describe(self, error: Exception) -> str:
         if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
             where = f", run folder {self._hooks.claim.run_folder}" if self._hooks.claim is not None else ""
-            return f"megalm: error: {error} (rank {self.rank}{where}); mend that, then --resume auto goes on"
-        return f"megalm: rank {self.rank} failed:\n{traceback.format_exc()}"
+            return f"megalm: error: {error} (rank {self.rank}{where}); fix this, then resume with --resume auto"
+        return f"megalm: error: rank {self.rank} failed:\n{traceback.format_exc()}"
 
     def enter(self, hooks: RunHooks) -> None:
         """Use these hooks from now on: the run has reached its next stage.
@@ -153,10 +154,10 @@ class RankSupervisor:
         hooks.claim.began = hooks.began
         if before.claim is None:
             threading.Thread(
-                target=self._leave_with_others, args=(hooks.claim,), name="failure-watch", daemon=True
+                target=self._exit_with_others, args=(hooks.claim,), name="failure-watch", daemon=True
             ).start()
 
-    def _leave_with_others(self, claim: FailureClaim) -> None:
+    def _exit_with_others(self, claim: FailureClaim) -> None:
         while not claim.is_taken():
             time.sleep(_CLAIM_POLL_SECONDS)
         time.sleep(_FAILURE_GRACE_SECONDS)
@@ -168,18 +169,18 @@ class RankSupervisor:
     def abort_hung_rank(self, silent_seconds: float) -> NoReturn:
         """End the job because this rank made no progress for `silent_seconds`; report it, unless another rank did."""
         stacks = self._hooks.stacks
-        where = f"; where each rank stood: {stacks.parent}" if stacks is not None else ""
-        self._tell(
+        where = f"; the stacks of all ranks are in {stacks.parent}" if stacks is not None else ""
+        self._print_failure(
             f"megalm: error: rank {self.rank} made no progress for {silent_seconds:.0f} s "
-            f"(train.hang_timeout_seconds): it or a rank that it waits for hangs{where}"
+            f"(train.hang_timeout_seconds), so it or a rank that it waits for hangs{where}"
         )
         time.sleep(_FAILURE_GRACE_SECONDS)  # time for the others to notice and write their stacks
         self._run_failure_hook(EXIT_FAILED)
         os._exit(EXIT_FAILED)
 
-    def _tell(self, text: str, everybody: bool = False) -> None:
-        """Print a failure unless another rank has; before a claim exists, only rank 0 prints, or all if `everybody`."""
-        if self._hooks.claim.take(text) if self._hooks.claim else (everybody or self.rank == 0):
+    def _print_failure(self, text: str, all_ranks: bool = False) -> None:
+        """Print a failure unless another rank has; before a claim exists, only rank 0 prints, or all if `all_ranks`."""
+        if self._hooks.claim.take(text) if self._hooks.claim else (all_ranks or self.rank == 0):
             _flush()
             with contextlib.suppress(OSError, ValueError):  # stderr is closed; the claim's file has the text
                 sys.stderr.write(text.rstrip("\n") + "\n")
@@ -194,7 +195,7 @@ class RankSupervisor:
 
 
 class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 as a flag that the loop reads at step boundaries.
+    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP as a flag that the loop reads at step boundaries.
 
     Args:
         grace_seconds: after a signal, a rank without progress for this long (or twice its longest gap so far, if that
@@ -211,7 +212,7 @@ class StopRequest:
         self._heard = threading.Event()
 
     def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in respected_stop_signals():
             signal.signal(number, self._handle)
 
     def reached_boundary(self) -> None:
@@ -271,14 +272,8 @@ def _flush() -> None:
 
 
 def _exit_without_cleanup() -> NoReturn:
-    os.write(2, b"megalm: leaving without a last checkpoint\n")
+    os.write(2, b"megalm: error: exiting without a last checkpoint\n")
     os._exit(EXIT_FAILED)
-
-
-def _kind(error: MegalmError) -> str:
-    return {"ConfigError": "configuration", "DataError": "data", "CheckpointError": "checkpoint"}.get(
-        type(error).__name__, "error"
-    )
 
 
 # --- The launcher's death ---------------------------------------------------------------------------------------------

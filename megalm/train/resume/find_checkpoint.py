@@ -33,7 +33,7 @@ def clean_up_interrupted_saves(folder: RunFolder, comm: Communicator) -> list[Pa
     """Clean up what a killed job left unfinished; the holder of the run's lock calls it before anything else."""
 
     def work() -> list[Path]:
-        shutil.rmtree(folder.rehearsal, ignore_errors=True)
+        shutil.rmtree(folder.preflight, ignore_errors=True)
         return tidy(folder.checkpoints)
 
     return comm.once(work)

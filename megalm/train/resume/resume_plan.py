@@ -19,7 +19,7 @@ from megalm.errors import ConfigError
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.resolve import ResolvedRun
-from megalm.runs.run_folder import RunFolder, weights_alone
+from megalm.runs.run_folder import RunFolder, weights_only_error
 from megalm.train.datasets import DataPlaces, RunData, find_data, open_data, rebuild_data, validation_fingerprint
 from megalm.train.resume.compatibility import (
     DataIdentity,
@@ -93,7 +93,7 @@ def find_resume_checkpoint(
     if found is None and (resume.extension or resume.skip_steps):
         raise ConfigError(f"{folder.path} has no checkpoint yet, so there is nothing to extend; leave the flag out")
     if found is not None and found.reader.holds_weights_only and not resume.weights_only:
-        raise weights_alone(found.reader.path)
+        raise weights_only_error(found.reader.path)
     if found is not None and resume.weights_only and found.reader.path.resolve().is_relative_to(folder.path.resolve()):
         raise ConfigError(
             f"--extend-strategy weights starts at step 0, which {folder.path} has had; name a new run with run.name"

@@ -6,8 +6,6 @@ checkpoint records this, but `runs/NAME/resume.json` does: `--resume auto` then 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.discovery import ResumedFrom
 from megalm.errors import CheckpointError, ConfigError, DataError
+from megalm.rank_environment import job_and_restarts
 from megalm.runs.run_folder import RunFolder
 from megalm.runs.saved_config import ConfigFiles, read_settings
 from megalm.train.resume.compatibility import Extension
@@ -47,7 +46,10 @@ class Arguments:
         """
         options = ResumeOptions.stated(self.resume, self.extend_steps, self.extend_strategy, self.skip_steps)
         words = (*self.overrides, *options.overrides)
-        return options, read_settings(self.config, words, self.deepspeed_config, self.resume is not None, ranks)
+        files = read_settings(self.config, words, self.deepspeed_config, self.resume is not None, ranks)
+        if options.wanted is None and files.saved is not None:  # a restart of the job that began the run
+            options = replace(options, wanted="auto")
+        return options, files
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ class ResumeOptions:
         return self.extension is not None and self.extension.strategy == "weights"
 
 
-class SlurmJob(BaseModel):
-    """A Slurm job and its number of restarts. A requeued job has the same command line as its first start."""
+class StartedJob(BaseModel):
+    """The job of Slurm or torchrun that started an attempt, and its number of restarts; see `job_and_restarts`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -102,11 +104,12 @@ class SlurmJob(BaseModel):
     restarts: int = 0
 
     @staticmethod
-    def from_environment(environment: Mapping[str, str]) -> SlurmJob:
-        return SlurmJob(job=environment.get("SLURM_JOB_ID"), restarts=int(environment.get("SLURM_RESTART_COUNT") or 0))
+    def of_this_process() -> StartedJob:
+        job, restarts = job_and_restarts()
+        return StartedJob(job=job, restarts=restarts)
 
-    def is_after(self, earlier: SlurmJob) -> bool:
-        """Return whether this is the job of `earlier`, requeued."""
+    def is_after(self, earlier: StartedJob) -> bool:
+        """Return whether this is the job of `earlier`, restarted."""
         return self.job is not None and self.job == earlier.job and self.restarts > earlier.restarts
 
 
@@ -126,7 +129,7 @@ class LastAttempt(BaseModel):
     extend_strategy: Literal["schedule", "weights"] = "schedule"
     skip_steps: int = 0
     allow: tuple[str, ...] = ()
-    job: SlurmJob = SlurmJob()
+    job: StartedJob = StartedJob()
 
     @property
     def origin(self) -> ResumedFrom:
@@ -157,7 +160,7 @@ def describe_attempt(found: CheckpointReader, resume: ResumeOptions, attempt: in
         extend_strategy=extension.strategy if extension else "schedule",
         skip_steps=resume.skip_steps,
         allow=tuple(sorted(set(resume.allow))),
-        job=SlurmJob.from_environment(os.environ),
+        job=StartedJob.of_this_process(),
     )
 
 
@@ -169,12 +172,12 @@ def attempt_after_rollback(before: LastAttempt | None, found: CheckpointReader, 
     """
     if before is not None and before.origin.is_at(found.path):
         return before.model_copy(update={"attempt": attempt})
-    job = before.job if before is not None else SlurmJob()
+    job = before.job if before is not None else StartedJob()
     return LastAttempt(attempt=attempt, path=found.path.resolve(), next_sample=_next_sample(found), job=job)
 
 
 def read_last_attempt(folder: RunFolder, wanted: str) -> tuple[LastAttempt | None, bool]:
-    """Return the last attempt, and whether this process is its Slurm job, requeued: then that attempt continues.
+    """Return the last attempt, and whether this process is its job, restarted: then that attempt continues.
 
     Raises:
         CheckpointError: resume.json cannot be read, and `wanted` is auto.
@@ -185,7 +188,7 @@ def read_last_attempt(folder: RunFolder, wanted: str) -> tuple[LastAttempt | Non
         if wanted == "auto":
             raise
         return None, False
-    return before, before is not None and SlurmJob.from_environment(os.environ).is_after(before.job)
+    return before, before is not None and StartedJob.of_this_process().is_after(before.job)
 
 
 def _read(folder: RunFolder) -> LastAttempt | None:

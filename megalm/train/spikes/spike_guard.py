@@ -25,31 +25,17 @@ from megalm.runs.metrics_log import Row, live_rows
 _MAD_TO_SIGMA = 1.4826
 
 
-@dataclass(frozen=True)
-class Thresholds:
-    """When a number is a spike: it must exceed both limits of a pair, one scaled by the noise, the other fixed.
+class History:
+    """Losses and gradient norms of the last `window` accepted steps.
 
-    Args:
-        window: the number of last accepted steps that a number is compared with.
-        warmup_steps: accepted steps needed before finite numbers are judged.
-        loss_sigmas, loss_rise: standard deviations, and nats, above the median loss.
-        norm_sigmas, norm_factor: standard deviations of the logarithm, and multiple of the median norm.
+    A number is a spike if it exceeds two limits above the median of the window, one scaled by the noise and one fixed:
+    `loss_sigmas` standard deviations and `loss_rise` nats; for a norm `norm_sigmas` of its logarithm and a multiple of
+    `norm_factor`.
     """
 
-    window: int
-    warmup_steps: int
-    loss_sigmas: float
-    loss_rise: float
-    norm_sigmas: float
-    norm_factor: float
-
-
-class History:
-    """Losses and gradient norms of the accepted steps within the window."""
-
-    def __init__(self, thresholds: Thresholds) -> None:
-        self._thresholds = thresholds
-        self._steps: deque[tuple[float, float]] = deque(maxlen=thresholds.window)
+    def __init__(self, settings: GuardSection) -> None:
+        self._settings = settings
+        self._steps: deque[tuple[float, float]] = deque(maxlen=settings.window)
 
     def accept(self, loss: float, norm: float) -> None:
         """Add an accepted step to the window; numbers that are not finite are ignored."""
@@ -64,7 +50,7 @@ class History:
 
     def judge(self, loss: float, norm: float) -> Finding | None:
         """Return what is out of bounds in these numbers, checking the loss first; None: nothing."""
-        rule = self._thresholds
+        rule = self._settings
         for quantity, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
                 return Finding(quantity, value)  # type: ignore[arg-type]
@@ -112,7 +98,7 @@ def _robust(values: Sequence[float]) -> tuple[float, float]:
     return median, _MAD_TO_SIGMA * statistics.median(abs(value - median) for value in values)
 
 
-Action = Literal["go on", "let pass", "skip", "rollback", "stop"]
+Action = Literal["continue", "let pass", "skip", "rollback", "stop"]
 
 
 @dataclass(frozen=True)
@@ -137,16 +123,7 @@ class SpikeGuard:
 
     def __init__(self, settings: GuardSection) -> None:
         self._settings = settings
-        self.history = History(
-            Thresholds(
-                window=settings.window,
-                warmup_steps=settings.warmup_steps,
-                loss_sigmas=settings.loss_sigmas,
-                loss_rise=settings.loss_rise,
-                norm_sigmas=settings.norm_sigmas,
-                norm_factor=settings.norm_factor,
-            )
-        )
+        self.history = History(settings)
         self._refused_in_a_row = 0
         self._let_pass_step: int | None = None
 
@@ -162,7 +139,7 @@ class SpikeGuard:
             rollbacks: the number of rollbacks so far.
         """
         if result.verdict is None:  # an overflow at this loss scale, which says nothing about the model
-            return Verdict("go on")
+            return Verdict("continue")
         finding = result.verdict.finding
         if finding is None and result.refused:
             finding = Finding("loss", result.loss)  # another rank saw what this one did not
@@ -175,9 +152,9 @@ class SpikeGuard:
     def suspicion(self, step: int) -> str | None:
         """Return why a checkpoint of this step is suspect; None: it is good."""
         if self._refused_in_a_row:
-            return f"the last {self._refused_in_a_row} update(s) were refused as spikes"
+            return f"the guard refused the last {self._refused_in_a_row} update(s)"
         if self._let_pass_step is not None and step < self._let_pass_step + self._settings.window:
-            return f"a spike at step {self._let_pass_step} was let pass (guard.policy=off)"
+            return f"the guard let the spike at step {self._let_pass_step} pass (guard.policy=off)"
         return None
 
     def steps_of(self, rows: Iterable[Row], step: int) -> list[tuple[float, float]]:
@@ -213,7 +190,7 @@ class SpikeGuard:
             if self._refused_in_a_row <= settings.max_skips_in_a_row:
                 return Verdict("skip", finding)
             most = settings.max_skips_in_a_row
-            return Verdict("stop", finding, f"{most + 1} in a row (guard.max_skips_in_a_row={most})")
+            return Verdict("stop", finding, f"{most + 1} spikes in a row (guard.max_skips_in_a_row={most})")
         if settings.policy == "rollback":
             if rollbacks < settings.max_rollbacks:
                 return Verdict("rollback", finding)
@@ -226,9 +203,9 @@ class SpikeGuard:
         """Apply `guard.stop_above`: stop a run that does not learn."""
         limit = self._settings.stop_above
         if limit is None or step <= (self._settings.after_step or 0):
-            return Verdict("go on")
+            return Verdict("continue")
         median = self.history.median_loss(loss)
         if median <= limit:
-            return Verdict("go on")
+            return Verdict("continue")
         why = f"guard.stop_above={limit:g}, guard.after_step={self._settings.after_step}"
         return Verdict("stop", Finding("loss", loss, median, None, limit), why)

@@ -93,7 +93,7 @@ class SpikeReportWriter:
             try:
                 self._write(path, incident, gradients)
             except (OSError, DataError) as error:  # a missing report does not change the decision
-                self._reporter.info(f"WARNING: no report of step {incident.step}: {error}")
+                self._reporter.info(f"WARNING: cannot write the report of step {incident.step}: {error}")
         return path
 
     def _write(self, path: Path, incident: SpikeReport, gradients: dict[str, float]) -> None:
@@ -132,7 +132,7 @@ def report_name(step: int, attempt: int) -> str:
 def next_command(invocation: ResumeCommand, incident: SpikeReport) -> str:
     """Return the command to try first."""
     if incident.verdict.action in ("skip", "rollback"):
-        return "none: the run goes on by itself"
+        return "none: the run continues by itself"
     if incident.saved_step == 0:
         return invocation.shell("--resume", "auto", f"schedule.peak_learning_rate={incident.learning_rate / 2:.2g}")
     behind = incident.step - incident.saved_step
@@ -162,8 +162,8 @@ def _readable(
         "",
     ]
     lines += [f"- `{name}` {norm:.4g}" for name, norm in largest[:_SHOWN_PARAMETERS]]
-    lines += [] if largest else ["Not known: the gradient was no number, or the update was let pass."]
-    lines += ["", "## What was read", ""]
+    lines += [] if largest else ["None: the gradient is not finite, or the guard let the update pass."]
+    lines += ["", "## Text of the batch", ""]
     for piece in pieces[:_SHOWN_PIECES]:
         origin = piece.source or f"document {piece.document} of {piece.dataset}"
         lines += [

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.checkpointer import CheckpointWriter, HostStaging
-from megalm.checkpoint.consolidate import write_weights
 from megalm.checkpoint.diff import different_facts, different_shapes, largest_differences
 from megalm.checkpoint.discovery import step_folders
 from megalm.checkpoint.manifest import read_manifest, set_status, write_manifest
@@ -206,7 +205,7 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_converted_to_one_file(tmp_path: Path, dtype: torch.dtype) -> None:
     target = tmp_path / "weights.safetensors"
-    written = write_weights(CheckpointReader(save(tmp_path / "run", 7)), target, dtype)
+    written = CheckpointReader(save(tmp_path / "run", 7)).write_weights(target, dtype)
     assert written == target.stat().st_size
     with safe_open(target, framework="pt") as file:
         assert set(file.keys()) == set(SHAPES)
@@ -222,7 +221,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
     write_manifest(path, read_manifest(path).amended(tensors=tensors))
     reader = CheckpointReader(path)
     with pytest.raises(CheckpointError) as error:
-        write_weights(reader, tmp_path / "weights.safetensors", torch.float32)
+        reader.write_weights(tmp_path / "weights.safetensors", torch.float32)
     assert_names(error.value, path, "master/norm.weight", 0, 5)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megalm.checkpoint.discovery import find_checkpoint, resume_candidates
+from megalm.checkpoint.discovery import first_whole, resume_candidates
 from megalm.checkpoint.manifest import set_status
 from megalm.errors import CheckpointError
 from tests.checkpoint_files import save
@@ -18,10 +18,10 @@ def names(checkpoints: Path) -> list[str]:
 
 
 def test_auto_is_the_newest(tmp_path: Path) -> None:
-    assert find_checkpoint(tmp_path / "not there", "auto") is None
+    assert first_whole(tmp_path / "not there", "auto")[0] is None
     save(tmp_path, 5)
     newest = save(tmp_path, 10, attempt=2)
-    assert find_checkpoint(tmp_path, "auto") == newest
+    assert first_whole(tmp_path, "auto")[0] == newest
 
 
 def test_auto_goes_on_after_a_run_was_set_back(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_auto_goes_on_after_a_run_was_set_back(tmp_path: Path) -> None:
     save(tmp_path, 5)
     save(tmp_path, 10)
     now = save(tmp_path, 6, attempt=2)
-    assert find_checkpoint(tmp_path, "auto") == now
+    assert first_whole(tmp_path, "auto")[0] == now
 
 
 def test_auto_takes_good_ones_first_then_suspect_never_bad(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_auto_takes_good_ones_first_then_suspect_never_bad(tmp_path: Path) -> No
     for step in (20, 50):
         set_status(tmp_path / f"step-{step:08d}", "bad", "wrong")
     with pytest.raises(CheckpointError) as error:
-        find_checkpoint(tmp_path, "auto")
+        first_whole(tmp_path, "auto")
     assert_names(error.value, tmp_path, "megalm checkpoint mark-bad --good")
     set_status(tmp_path / "step-00000030", "good", "it was not")
     assert names(tmp_path) == ["30"]
@@ -51,19 +51,19 @@ def test_auto_takes_good_ones_first_then_suspect_never_bad(tmp_path: Path) -> No
 def test_a_bad_one_is_refused_by_name_and_a_suspect_one_is_not(tmp_path: Path) -> None:
     bad = save(tmp_path, 5, status="bad", status_reason="loss of 9")
     with pytest.raises(CheckpointError) as error:
-        find_checkpoint(tmp_path, "5")
+        first_whole(tmp_path, "5")
     assert_names(error.value, "loss of 9", f"megalm checkpoint mark-bad --good {bad}")
     set_status(bad, "suspect", "a spike at 4")
-    assert find_checkpoint(tmp_path, "5") == bad
+    assert first_whole(tmp_path, "5")[0] == bad
 
 
 def test_incomplete_ones_are_passed_over_by_auto_and_refused_by_name(tmp_path: Path) -> None:
     complete = save(tmp_path, 5)
     (tmp_path / "step-00000010").mkdir()
     (tmp_path / "step-00000015.tmp").mkdir()
-    assert find_checkpoint(tmp_path, "auto") == complete
+    assert first_whole(tmp_path, "auto")[0] == complete
     with pytest.raises(CheckpointError) as error:
-        find_checkpoint(tmp_path, "10")
+        first_whole(tmp_path, "10")
     assert_names(error.value, tmp_path / "step-00000010", "manifest.json", complete.name)
 
 
@@ -73,16 +73,16 @@ def test_auto_passes_over_what_is_damaged(tmp_path: Path) -> None:
     save(tmp_path, 15)
     (tmp_path / "step-00000010" / "manifest.json").write_text("{")
     (tmp_path / "step-00000015" / "rank-00000.safetensors").write_bytes(b"")
-    assert find_checkpoint(tmp_path, "auto") == good
+    assert first_whole(tmp_path, "auto")[0] == good
     with pytest.raises(CheckpointError, match=r"step-00000010/manifest\.json"):
-        find_checkpoint(tmp_path, "10")
+        first_whole(tmp_path, "10")
 
 
 def test_only_damaged_ones_are_an_error_and_no_fresh_start(tmp_path: Path) -> None:
     (save(tmp_path, 5) / "rank-00000.safetensors").unlink()
     (save(tmp_path, 10) / "manifest.json").write_text("")
     with pytest.raises(CheckpointError) as error:
-        find_checkpoint(tmp_path, "auto")
+        first_whole(tmp_path, "auto")
     assert_names(error.value, "step-00000010/manifest.json", "step-00000005", "rank-00000.safetensors")
 
 
@@ -90,18 +90,18 @@ def test_latest_and_best_are_followed_and_a_run_folder_says_what_is_in_it(tmp_pa
     checkpoints = tmp_path / "checkpoints"
     first, second = save(checkpoints, 5), save(checkpoints, 10)
     (checkpoints / "best").write_text("step-00000005\n")
-    assert find_checkpoint(checkpoints, "best") == first
-    assert find_checkpoint(tmp_path / "elsewhere", str(checkpoints / "latest")) == second
+    assert first_whole(checkpoints, "best")[0] == first
+    assert first_whole(tmp_path / "elsewhere", str(checkpoints / "latest"))[0] == second
     with pytest.raises(CheckpointError) as error:
-        find_checkpoint(tmp_path / "elsewhere", str(tmp_path))
+        first_whole(tmp_path / "elsewhere", str(tmp_path))
     assert_names(error.value, checkpoints, first.name, second.name)
 
 
 @pytest.mark.parametrize("wanted", ["5", "step-00000005"])
 def test_by_name_or_path(tmp_path: Path, wanted: str) -> None:
     folder = save(tmp_path, 5)
-    assert find_checkpoint(tmp_path, wanted) == folder
-    assert find_checkpoint(tmp_path / "elsewhere", str(folder)) == folder
+    assert first_whole(tmp_path, wanted)[0] == folder
+    assert first_whole(tmp_path / "elsewhere", str(folder))[0] == folder
     with pytest.raises(CheckpointError) as error:
-        find_checkpoint(tmp_path, "7")
+        first_whole(tmp_path, "7")
     assert_names(error.value, 7, tmp_path, folder.name)

@@ -19,6 +19,7 @@ from megalm.checkpoint.manifest import (
     write_manifest,
 )
 from megalm.errors import CheckpointError
+from tests.messages import assert_names
 
 OLD = Path(__file__).resolve().parents[2] / "fixtures" / "run-0.1.0" / "small" / "checkpoints" / "step-00000009"
 
@@ -112,7 +113,7 @@ def test_a_section_that_makes_no_sense_is_named_with_its_key(
     broken = Manifest.model_construct()
     broken._content = {**content, section: value}
     write_manifest(folder, broken)
-    with pytest.raises(CheckpointError, match=rf"^\S*step-00000009/manifest\.json: {named}: .*; choose an earlier"):
+    with pytest.raises(CheckpointError, match=rf"^\S*step-00000009/manifest\.json: {named}: .*--resume"):
         read_manifest(folder)
 
 
@@ -121,19 +122,22 @@ def test_nothing_resumes_where_a_section_is_missing(folder: Path, section: str) 
     manifest = read_manifest(folder)
     require_training_state(folder, manifest)
     lacking = Manifest.from_json({name: value for name, value in manifest.content.items() if name != section})
-    with pytest.raises(CheckpointError, match=rf"manifest\.json: {section}: missing"):
+    with pytest.raises(CheckpointError) as refused:
         require_training_state(folder, lacking)
+    assert_names(refused.value, folder / "manifest.json", section)
 
 
 def test_a_model_or_a_data_position_of_a_newer_version_is_not_used(folder: Path) -> None:
     shape = shape_of(folder, read_manifest(folder))
     assert (shape.hidden_size, shape.num_hidden_layers, shape.vocab_size) == (16, 2, 257)
     newer = rewrite(folder, lambda content: content["model"].update(window=512))
-    with pytest.raises(CheckpointError, match=r"manifest\.json: model: window is not known to this version"):
+    with pytest.raises(CheckpointError) as refused:
         shape_of(folder, newer)
+    assert_names(refused.value, folder / "manifest.json", "model.window")
     newer = rewrite(folder, lambda content: content["data_position"]["segments"][0].update(packing="tight"))
-    with pytest.raises(CheckpointError, match=r"data_position\.segments: packing is not known"):
+    with pytest.raises(CheckpointError) as refused:
         require_training_state(folder, newer)
+    assert_names(refused.value, folder / "manifest.json", "data_position.segments.packing")
     lacking = rewrite(folder, lambda content: [content["model"].pop(name) for name in ("window", "hidden_size")])
     with pytest.raises(CheckpointError, match=r"manifest\.json: model\.hidden_size: "):
         shape_of(folder, lacking)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
-from megalm.checkpoint.discovery import find_checkpoint, read_pointer
+from megalm.checkpoint.discovery import first_whole, read_pointer
 from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.retention import Retention, prune
 from megalm.checkpoint.shard_spec import FragmentKey
@@ -106,7 +106,7 @@ def test_pointers_are_names_and_nothing_else(tmp_path: Path) -> None:
         for pointer in ("latest", "best"):
             (tmp_path / pointer).write_bytes(content)
             assert read_pointer(tmp_path, pointer) is None
-        assert find_checkpoint(tmp_path, "auto") == newest
+        assert first_whole(tmp_path, "auto")[0] == newest
         assert prune(tmp_path, Retention(2)) == []
     assert not mark.exists()
 

@@ -63,7 +63,7 @@ def test_every_block_that_is_hashed_is_counted(run: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(manifest, "HASH_BLOCK_BYTES", 1000)
     reader = CheckpointReader(run / "checkpoints/step-00000010")
     told: list[int] = []
-    assert reader.verify(tell=lambda: told.append(1)) == ""
+    assert reader.verify(on_progress=lambda: told.append(1)) == ""
     assert len(told) == hashed_blocks(reader.manifest) > 100
 
 

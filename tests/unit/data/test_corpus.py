@@ -21,6 +21,7 @@ from backports import zstd
 
 from megalm.data.readers.document_reader import Document, OnError, ReadReport, iter_documents
 from megalm.data.readers.input_files import find_inputs
+from megalm.data.readers.records import ReadOptions
 from megalm.errors import DataError
 from tests.messages import assert_names
 
@@ -108,14 +109,49 @@ def test_what_comes_before_a_cut_is_kept(tmp_path: Path) -> None:
     assert len(list(iter_documents([path], on_error="skip"))) == there
 
 
-def test_zstd_frames_are_read_all(tmp_path: Path) -> None:
-    frames = [zstd.compress(f'{{"text": "{number}"}}\n'.encode()) for number in range(3)]
-    path = tmp_path / "frames.jsonl.zst"
-    path.write_bytes(b"".join(frames))
-    assert [document.text for document in iter_documents([path])] == ["0", "1", "2"]
-    path.write_bytes(b"".join(frames) + b"rubbish")
-    with pytest.raises(DataError, match=r"frames\.jsonl\.zst:4"):
+PACKED = [packing for packing in PACK if packing]
+PADDING = {".gz": b"\0" * 7, ".bz2": b"", ".xz": b"\0" * 8, ".zst": b""}
+
+
+@pytest.mark.parametrize("packing", PACKED)
+def test_all_streams_of_a_packed_file_are_read(tmp_path: Path, packing: str) -> None:
+    streams = [PACK[packing](f'{{"text": "{number}"}}\n'.encode()) + PADDING[packing] for number in range(4)]
+    path = tmp_path / f"streams.jsonl{packing}"
+    path.write_bytes(b"".join(streams))
+    assert [document.text for document in iter_documents([path])] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("damage", ["magic", "rubbish", "cut"])
+@pytest.mark.parametrize("packing", PACKED)
+def test_damage_behind_a_whole_stream_is_reported(tmp_path: Path, packing: str, damage: str) -> None:
+    first, second = (PACK[packing](f'{{"text": "{number}"}}\n'.encode()) for number in range(2))
+    behind = {"magic": bytes([second[0] ^ 1]) + second[1:], "rubbish": b"rubbish", "cut": second[:-1]}[damage]
+    path = tmp_path / f"streams.jsonl{packing}"
+    path.write_bytes(first + behind)
+    report = ReadReport()
+    assert next(iter(iter_documents([path], on_error="skip", report=report))).text == "0"
+    with pytest.raises(DataError, match=rf"streams\.jsonl{packing}:\d+"):
         list(iter_documents([path]))
+
+
+@pytest.mark.parametrize("zeros", [1, 6, 4, 12])
+def test_padding_of_xz_comes_in_fours(tmp_path: Path, zeros: int) -> None:
+    path = tmp_path / "padded.jsonl.xz"
+    path.write_bytes(lzma.compress(b'{"text": "0"}\n') + b"\0" * zeros)
+    if zeros % 4:
+        with pytest.raises(DataError, match=rf"\({zeros} bytes"):
+            list(iter_documents([path]))
+    else:
+        assert [document.text for document in iter_documents([path])] == ["0"]
+
+
+def test_a_long_window_of_zstd_is_read(tmp_path: Path) -> None:
+    """`zstd --ultra --long=31` packs with a window of 2 GiB; by default a reader allows 128 MiB."""
+    options = {zstd.CompressionParameter.window_log: 31, zstd.CompressionParameter.enable_long_distance_matching: 1}
+    stream = zstd.ZstdCompressor(options=options)  # a stream: of known size it would choose a small window
+    path = tmp_path / "long.jsonl.zst"
+    path.write_bytes(stream.compress(b'{"text": "0"}\n') + stream.flush())
+    assert [document.text for document in iter_documents([path])] == ["0"]
 
 
 @pytest.mark.parametrize(
@@ -155,10 +191,10 @@ def test_broken_input_is_named(tmp_path: Path, content: bytes, place: str, names
 def test_parquet_without_the_column_or_text(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(parquet_table())
     with pytest.raises(DataError) as error:
-        list(iter_documents([tmp_path], text_key="body"))
+        list(iter_documents([tmp_path], options=ReadOptions("body")))
     assert_names(error.value, "x.parquet", "'body'", "n", "text")
     with pytest.raises(DataError) as error:
-        list(iter_documents([tmp_path], text_key="n"))
+        list(iter_documents([tmp_path], options=ReadOptions("n")))
     assert_names(error.value, "x.parquet:0", "'n'", "int")
 
 

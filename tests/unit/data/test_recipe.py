@@ -194,15 +194,14 @@ def test_two_processes_at_once_do_it_once(tmp_path: Path) -> None:
 
 
 def test_without_locks_it_is_prepared_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    documents, said = stdlib_documents()[:20], list[str]()
+    documents = stdlib_documents()[:20]
 
     def flock(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")  # as on Lustre, mounted without them
 
     monkeypatch.setattr(fcntl, "flock", flock)
     monkeypatch.setattr(recipe_module, "stdlib_documents", lambda report: documents)
-    assert prepare_recipe("python-stdlib", tmp_path, 500, said.append).documents == 20
-    assert_names("\n".join(said), tmp_path, "Function not implemented")
+    assert prepare_recipe("python-stdlib", tmp_path, 500).documents == 20
 
 
 def test_unknown_recipe(tmp_path: Path) -> None:

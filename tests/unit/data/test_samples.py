@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.sampling import sample_order
-from megalm.data.sampling.document_index import DocumentTable
-from megalm.data.sampling.sample_order import stride_warning, whole_windows
+from megalm.data.sampling.sample_order import DocumentTable, stride_warning, whole_windows
 from megalm.data.sampling.samples import IGNORE_INDEX, TrainingSamples, ValidationSamples, split_documents
 from megalm.errors import ConfigError, DataError
 from tests.messages import assert_names

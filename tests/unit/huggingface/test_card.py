@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -21,14 +22,17 @@ STAGES = [{"from_step": 1000, "blend": [{"prefix": "/data/of/mine/books", "weigh
 SEGMENT = {"order": "a", "sequence_length": 40, "global_batch": 2, "first_sample": 0, "samples_consumed": 14}
 
 
-def row(tmp_path: Path, data: dict[str, Any], segments: int = 1, name: str = "dataset", **facts: Any) -> str:
-    """The cell beside `name`."""
+def card(tmp_path: Path, data: dict[str, Any], segments: int = 1, **facts: Any) -> str:
     shape, model = random_model(SECTIONS["llama"])
     position = {"segments": [{**SEGMENT, "begins": "anew"}] * segments}
     checkpoint = save_model(tmp_path / "run/checkpoints", shape, model, data_position=position, **facts)
     (checkpoint / "config.yaml").write_text(yaml.safe_dump({"data": data}))
-    card = Card("it", checkpoint, read_manifest(checkpoint), shape, "float32", ExportedTokenizer("none", ())).text()
-    (line,) = (line for line in card.splitlines() if line.startswith(f"| {name} | "))
+    return Card("it", checkpoint, read_manifest(checkpoint), shape, "float32", ExportedTokenizer("none", ())).text()
+
+
+def row(tmp_path: Path, data: dict[str, Any], segments: int = 1, name: str = "dataset", **facts: Any) -> str:
+    """The cell beside `name`."""
+    (line,) = (line for line in card(tmp_path, data, segments, **facts).splitlines() if line.startswith(f"| {name} | "))
     return line.split(" | ", 1)[1].removesuffix(" |")
 
 
@@ -50,6 +54,20 @@ def test_every_dataset_is_told_without_its_folder(tmp_path: Path, data: dict[str
 
 def test_data_that_was_changed_on_the_way_is_told(tmp_path: Path) -> None:
     assert_names(row(tmp_path, {"train": "web"}, segments=3), "web", 3)
+
+
+@pytest.mark.parametrize(("sizes", "epochs"), [((1000,), ["1,000"]), ((1000, 1000), ["1,000"]), ((1000, 2000), [])])
+def test_epochs_need_one_dataset_in_all_attempts(tmp_path: Path, sizes: tuple[int, ...], epochs: list[str]) -> None:
+    (tmp_path / "run").mkdir()
+    for number, size in enumerate(sizes):
+        name = "environment.json" if number == 0 else f"environment.attempt-{number}.json"
+        facts = {"datasets": [{"prefix": "web", "tokens_per_epoch": size, "epochs": 1.0}]}
+        (tmp_path / "run" / name).write_text(json.dumps(facts))
+    text = card(tmp_path, {"train": "web"}, tokens=2500)
+    rows = [line for line in text.splitlines() if line.startswith("| epochs |")]
+    assert len(rows) == len(epochs)
+    for line, size in zip(rows, epochs, strict=True):
+        assert_names(line, "2.50", size)
 
 
 def test_a_loss_beyond_all_measure(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from megalm.config.schema import ModelSection
 from megalm.errors import CheckpointError, DataError
-from megalm.huggingface.config_json import refuse_what_they_lack, section_of, to_config, to_shape
-from megalm.huggingface.weight_mapping import their_tensors
+from megalm.huggingface.config_json import require_exportable, section_of, to_config, to_shape
+from megalm.huggingface.weight_mapping import hf_tensors
 from megalm.model.model_config import ModelConfig, build_model_config
 from tests.huggingface_models import SECTIONS, SIZES
 from tests.messages import assert_names
@@ -85,7 +85,7 @@ def test_a_shape_comes_back(name: str) -> None:
 @pytest.mark.parametrize("name", SECTIONS)
 def test_every_parameter_is_in_one_tensor_of_theirs(name: str) -> None:
     shape = shape_of(SECTIONS[name])
-    tensors = their_tensors(shape)
+    tensors = hf_tensors(shape)
     parts = [part for tensor in tensors for part, _ in tensor.parts]
     assert sorted(parts) == sorted(shape.parameters())
     assert len({tensor.name for tensor in tensors}) == len(tensors)
@@ -206,7 +206,7 @@ def test_a_key_that_changes_nothing_may_be_passed_over_by_name() -> None:
 )
 def test_what_they_have_no_model_for_is_refused(section: ModelSection, names: list[str]) -> None:
     with pytest.raises(CheckpointError) as refused:
-        refuse_what_they_lack(shape_of(section))
+        require_exportable(shape_of(section))
     assert_names(refused.value, *names)
     for other in SECTIONS.values():
-        refuse_what_they_lack(shape_of(other))
+        require_exportable(shape_of(other))

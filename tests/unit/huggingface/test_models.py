@@ -20,7 +20,7 @@ from megalm.checkpoint.manifest import shape_of
 from megalm.config.schema import ModelSection
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.errors import CheckpointError, DataError
-from megalm.huggingface.export_model import Exported, export_checkpoint
+from megalm.huggingface.export_model import Exported, export_checkpoint, plan_export
 from megalm.huggingface.export_tokenizer import write_tokenizer
 from megalm.huggingface.import_model import Imported, import_model
 from megalm.huggingface.pretrained_folder import HuggingFaceFolder
@@ -40,7 +40,7 @@ def nothing() -> None:
 
 
 def export(checkpoint: Path, target: Path, dtype: torch.dtype = torch.float32, largest: int = 1 << 40) -> Exported:
-    return export_checkpoint(CheckpointReader(checkpoint), target, dtype, largest, "a name", None, nothing)
+    return export_checkpoint(plan_export(CheckpointReader(checkpoint), target, dtype, None), largest, "a name", nothing)
 
 
 def import_(source: Path, target: Path) -> Imported:
@@ -134,15 +134,8 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(CheckpointReader, "read", noted)
     written: list[int] = []
-    export_checkpoint(
-        CheckpointReader(checkpoint),
-        tmp_path / "out",
-        torch.float32,
-        1 << 40,
-        "",
-        None,
-        lambda: written.append(len(order)),
-    )
+    plan = plan_export(CheckpointReader(checkpoint), tmp_path / "out", torch.float32, None)
+    export_checkpoint(plan, 1 << 40, "", lambda: written.append(len(order)))
     steps = np.diff([0, *written])
     assert set(steps) == {1, 3}, "query, key and value are one tensor there, any other is one of ours"
     assert sum(steps) == len(shape.parameters())
@@ -186,7 +179,7 @@ def test_a_model_that_transformers_saved_has_its_loss_here(name: str, tmp_path: 
         total, count = model(tokens[:, :-1], tokens[:, 1:])
         torch.testing.assert_close(total / count, theirs(tokens, labels=tokens).loss, rtol=1e-5, atol=1e-5)
     row = np.array([[1, 2, 3]])
-    offline = InferenceModel(tmp_path / "run").next_token_logits(row, np.array([2]))
+    offline = InferenceModel(imported.checkpoint).next_token_logits(row, np.array([2]))
     np.testing.assert_allclose(offline, theirs(torch.from_numpy(row)).logits[:, -1].detach(), rtol=1e-5, atol=1e-5)
 
 

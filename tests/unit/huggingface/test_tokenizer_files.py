@@ -108,7 +108,7 @@ def test_a_tokenizer_that_changes_the_text_is_not_written_wrong(tmp_path: Path) 
     out = tmp_path / "out"
     out.mkdir()
     said = write_tokenizer(load_tokenizer(tmp_path / "plain.model"), out, longest=10)
-    assert not said.is_there
+    assert TOKENIZER not in said.files
     assert said.files == (SENTENCEPIECE,) == tuple(path.name for path in out.iterdir())
     assert_names(said.note, TOKENIZER, SENTENCEPIECE)
 
@@ -117,7 +117,7 @@ def test_wrong_ids_are_found_before_they_are_written(
     tokenizer_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The comparison looks at real ids: with the merges in another order there are others."""
-    right = SentencePieceModel.tokenizer
+    right = SentencePieceModel.to_tokenizer
 
     def wrong(self: SentencePieceModel) -> Any:
         made = right(self)
@@ -125,7 +125,7 @@ def test_wrong_ids_are_found_before_they_are_written(
         content["model"]["merges"].reverse()
         return type(made).from_str(json.dumps(content))
 
-    monkeypatch.setattr(SentencePieceModel, "tokenizer", wrong)
+    monkeypatch.setattr(SentencePieceModel, "to_tokenizer", wrong)
     said = write_tokenizer(load_tokenizer(tokenizer_files["bpe"]), tmp_path, longest=10)
     assert_names(said.note, TOKENIZER, SENTENCEPIECE)
     assert [path.name for path in tmp_path.iterdir()] == [SENTENCEPIECE]
@@ -146,7 +146,7 @@ def test_equally_likely_is_no_excuse(tokenizer_files: dict[str, str]) -> None:
 def test_pieces_of_a_person_have_no_equivalent(model_type: str, tokenizer_files: dict[str, str]) -> None:
     """SentencePiece cuts a text at them first, whatever is likelier; the other library does not."""
     with pytest.raises(NoEquivalentError):
-        SentencePieceModel(tokenizer_files[f"own-pieces-{model_type}"]).tokenizer()
+        SentencePieceModel(tokenizer_files[f"own-pieces-{model_type}"]).to_tokenizer()
 
 
 @pytest.mark.parametrize(
@@ -166,4 +166,4 @@ def test_one_setting_is_enough_to_have_no_equivalent(
     setattr(getattr(model, section), setting, value)
     (tmp_path / "other.model").write_bytes(model.SerializeToString())
     with pytest.raises(NoEquivalentError):
-        SentencePieceModel(tmp_path / "other.model").tokenizer()
+        SentencePieceModel(tmp_path / "other.model").to_tokenizer()

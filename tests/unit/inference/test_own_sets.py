@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from megalm.checkpoint.manifest import read_manifest, set_status, write_manifest
@@ -16,7 +17,7 @@ from megalm.data.tokenizers.tokenizer import ByteTokenizer
 from megalm.errors import CheckpointError, DataError
 from megalm.inference.dataset_eval import DATA, DatasetTask, other_sets, own_sets
 from megalm.inference.inference_model import InferenceModel, read_facts
-from megalm.inference.run_checkpoints import checkpoints_of, nearest
+from megalm.inference.run_checkpoints import good_checkpoints, nearest
 from megalm.model.layer_factory import DenseOutput
 from tests.checkpoint_files import save
 from tests.inference_models import GPT2, write_run
@@ -33,32 +34,32 @@ def test_good_ones_in_order_and_the_others_named(tmp_path: Path) -> None:
     set_status(folders[30], "suspect", None)
     lost = next(folders[40].glob("*.safetensors"))
     lost.unlink()
-    course = checkpoints_of(tmp_path)
-    assert course.good == (folders[10], folders[50])
-    for step, reason in zip((20, 30, 40), course.left_out, strict=True):
+    good, others = good_checkpoints(tmp_path)
+    assert good == [folders[10], folders[50]]
+    for step, reason in zip((20, 30, 40), others, strict=True):
         assert_names(reason, folders[step].name)
-    assert_names(course.left_out[0], "bad", "loss of 9")
-    assert_names(course.left_out[1], "suspect")
-    assert_names(course.left_out[2], lost)
+    assert_names(others[0], "bad", "loss of 9")
+    assert_names(others[1], "suspect")
+    assert_names(others[2], lost)
 
 
 def test_what_a_run_that_was_set_back_has_left_is_no_part_of_it(tmp_path: Path) -> None:
     folders = {step: save(tmp_path / "checkpoints", step) for step in (10, 20, 30, 40)}
     later = save(tmp_path / "checkpoints", 25, attempt=2)
-    course = checkpoints_of(tmp_path)
-    assert course.good == (folders[10], folders[20], later)
-    for step, reason in zip((30, 40), course.left_out, strict=True):
+    good, others = good_checkpoints(tmp_path)
+    assert good == [folders[10], folders[20], later]
+    for step, reason in zip((30, 40), others, strict=True):
         assert_names(reason, folders[step].name, 1, 2, later.name)
 
 
 def test_a_run_without_a_good_one_is_refused(tmp_path: Path) -> None:
     command = f"megalm checkpoint list {tmp_path}"
     with pytest.raises(CheckpointError) as refused:
-        checkpoints_of(tmp_path)
+        good_checkpoints(tmp_path)
     assert_names(refused.value, command)
     set_status(save(tmp_path / "checkpoints", 10), "bad", "loss of 9")
     with pytest.raises(CheckpointError) as refused:
-        checkpoints_of(tmp_path)
+        good_checkpoints(tmp_path)
     assert_names(refused.value, command, "step-00000010", "loss of 9")
 
 
@@ -157,8 +158,8 @@ def test_bf16_is_near(tmp_path: Path) -> None:
     with IndexedDatasetWriter(tmp_path / "data", np.uint16) as writer:
         writer.append(np.random.default_rng(0).integers(0, 256, 300))
     losses = []
-    for precision in ("fp32", "bf16"):
-        model = InferenceModel(place, precision=precision)  # type: ignore[arg-type]
+    for dtype in (torch.float32, torch.bfloat16):
+        model = InferenceModel(place, dtype=dtype)
         task = DatasetTask(DATA, other_sets(model.facts, [str(tmp_path / "data")]), model.tokenizer, 4)
         losses.append(task.rows(model, lambda: None)[0]["loss"])
     assert losses[0] != losses[1]

@@ -88,9 +88,9 @@ STATES: dict[str, tuple[list[Row], dict[str, str], str, tuple[object, ...]]] = {
     ),
     "failed before it began": (
         [],
-        {"failures/attempt-1.txt": "megalm: data: no such file"},
+        {"failures/attempt-1.txt": "megalm: error: no such file"},
         "failed",
-        ("megalm: data: no such file",),
+        ("megalm: error: no such file",),
     ),
     "learnt no more": (
         [START, *STEPS[:9], event("early_stop", 9, best_loss=2.0), event("end", 9, status="finished", exit_code=0)],
@@ -168,7 +168,7 @@ def test_what_a_resume_and_a_rollback_took_back_is_drawn_faintly_and_counts_no_m
 def test_losses_that_are_no_numbers_are_marked_and_leave_a_gap(tmp_path: Path) -> None:
     rows = [train_row(step, math.nan if step == 5 else math.inf if step == 9 else 3.0) for step in range(1, 20)]
     page = page_of(write_run(tmp_path / "mine", [START, *rows, validation(19, math.nan)]))
-    assert page.marks().count("no-number") == 2
+    assert page.marks().count("not-finite") == 2
     (no_number,) = page.items("unusual")
     assert_names(no_number, "training loss", 5, 9)
     assert [path.count("M") for path in page.lines("steps")[:1]] == [3]

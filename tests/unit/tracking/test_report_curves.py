@@ -14,7 +14,7 @@ from report_runs import event, train_row, validation
 
 from megalm.runs.metrics_history import read_history
 from megalm.tracking.report.curves import charts
-from megalm.tracking.report.svg_chart import Scale, label, path, running_median, short, thinned
+from megalm.tracking.report.svg_chart import Scale, label, path, running_median, thinned
 from tests.messages import assert_names
 
 VALUES = st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan), st.just(math.inf)), min_size=1, max_size=200)
@@ -38,7 +38,7 @@ def test_a_thinned_curve_keeps_the_peaks_the_gaps_and_its_size(values: list[floa
             between = y[int(left) : int(right) + 1]
             width = max(1.0, (len(values) - 1) / buckets)
             assert np.isfinite(between).all() or right - left <= width
-    assert bool(curve.no_numbers) == (len(known) < len(y))
+    assert bool(curve.not_finite) == (len(known) < len(y))
 
 
 def test_each_bucket_keeps_its_own_highest_and_lowest() -> None:
@@ -96,7 +96,7 @@ def test_any_values_have_a_scale(low: float, more: float) -> None:
 
 def test_short_numbers() -> None:
     values = (0.0, 3e-4, 2.5e-5, 0.02, 1.5, 999.0, 1500.0, 262144e6)
-    assert [short(value) for value in values] == ["0", "3e-4", "2.5e-5", "0.02", "1.5", "999", "1.5k", "262B"]
+    assert [label(value) for value in values] == ["0", "3e-4", "2.5e-5", "0.02", "1.5", "999", "1.5k", "262B"]
     assert label(2.0, 0.5) == "2.0"
 
 

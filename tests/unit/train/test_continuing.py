@@ -15,6 +15,8 @@ from megalm.config.precision import DeviceFacts
 from megalm.errors import CheckpointError, ConfigError
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.resolve import ResolvedRun, resolve
+from megalm.runs.run_folder import RunFolder
+from megalm.runs.saved_config import config_changes
 from megalm.train.resume.compatibility import (
     continuation_kind,
     first_sample_of,
@@ -235,3 +237,18 @@ def test_a_refusal_names_all_and_how_to_allow_it(tmp_path: Path) -> None:
         refuse_incompatible(tmp_path, found, ["model"])
     assert_names(refused.value, tmp_path, "order", "train.seed", 1, 2, "resume.allow=[model,order]")
     assert "style" not in str(refused.value), "what is allowed"
+
+
+def test_each_changed_setting_is_noted_with_both_values(tmp_path: Path) -> None:
+    """Named validation sets are one setting, whatever their names."""
+    web, first, second = (str(tmp_path / name) for name in ("web", "a", "b"))
+    for prefix in (web, first, second):
+        Path(f"{prefix}.bin").touch()
+        Path(f"{prefix}.idx").touch()
+    data = ["data.tokenizer=bytes", f"data.train={web}"]
+    recorded = [*data, f'data.validation={{"held-out": "{first}"}}', "train.steps=5"]
+    now = [*data, f'data.validation={{"books": "{second}"}}', "train.steps=9"]
+    changes = config_changes(RunFolder(tmp_path), run(*now), run(*recorded).config)
+    assert len(changes) == 2
+    assert_names(changes[0], RunFolder(tmp_path).config_yaml)
+    assert_names(changes[1], "data.validation", "held-out", "books")

@@ -12,22 +12,16 @@ import pytest
 
 from megalm.config.schema import GuardSection
 from megalm.engine.interface import StepResult, UpdateVerdict
-from megalm.train.spikes.spike_guard import History, SpikeGuard, Thresholds, Verdict
+from megalm.train.spikes.spike_guard import History, SpikeGuard, Verdict
 from tests.messages import assert_names
 
 # (loss, gradient norm) of the 400 steps of the quickstart on two CPU cores in bf16.
 CURVE = json.loads((Path(__file__).parent / "quickstart_curve.json").read_text())
 
 
-def thresholds(**other: Any) -> Thresholds:
-    """The defaults of the guard section."""
-    names = Thresholds.__dataclass_fields__
-    return Thresholds(**{name: getattr(GuardSection(), name) for name in names} | other)
-
-
 def findings(curve: list[list[float]], **other: Any) -> dict[int, str]:
     """Step -> quantity of what is found, as the guard would go on after it."""
-    history, found = History(thresholds(**other)), {}
+    history, found = History(GuardSection(**other)), {}
     for step, (loss, norm) in enumerate(curve, start=1):
         finding = history.judge(loss, norm)
         if finding is None:
@@ -61,14 +55,14 @@ def test_spikes_on_top_of_it_are_found(step: int, loss: float, norm: float, quan
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
 def test_what_is_no_number_is_found_from_the_first_step_on(loss: float, norm: float) -> None:
-    finding = History(thresholds()).judge(loss, norm)
+    finding = History(GuardSection()).judge(loss, norm)
     assert finding is not None
     assert finding.quantity == ("gradient norm" if math.isfinite(loss) else "loss")
     assert_names(finding, finding.quantity, finding.value)
 
 
 def test_nothing_finite_is_judged_during_the_warm_up() -> None:
-    history = History(thresholds(warmup_steps=10))
+    history = History(GuardSection(warmup_steps=10))
     for _ in range(9):
         history.accept(1.0, 1.0)
     assert history.judge(100.0, 100.0) is None
@@ -78,7 +72,7 @@ def test_nothing_finite_is_judged_during_the_warm_up() -> None:
 
 def test_one_spike_does_not_hide_the_next() -> None:
     """A mean and a standard deviation would be moved by it; median and MAD are not."""
-    history = History(thresholds(window=20, warmup_steps=20))
+    history = History(GuardSection(window=20, warmup_steps=20))
     for index in range(19):
         history.accept(3.0 + 0.01 * (index % 3), 1.0)
     history.accept(50.0, 1.0)
@@ -90,7 +84,7 @@ def test_one_spike_does_not_hide_the_next() -> None:
 
 def test_both_thresholds_of_a_pair_must_be_exceeded() -> None:
     noisy = np.random.default_rng(1).normal(3.0, 0.3, size=128)
-    history = History(thresholds())
+    history = History(GuardSection())
     history.restart((float(loss), 1.0) for loss in noisy)
     assert history.judge(4.5, 1.0) is None, "five deviations of a noisy loss"
     history.restart((3.0 + 0.001 * (index % 5), 1.0) for index in range(128))
@@ -99,7 +93,7 @@ def test_both_thresholds_of_a_pair_must_be_exceeded() -> None:
 
 
 def test_the_window_moves_on() -> None:
-    history = History(thresholds(window=10, warmup_steps=10))
+    history = History(GuardSection(window=10, warmup_steps=10))
     history.restart([(9.0, 1.0)] * 30 + [(3.0, 1.0)] * 10)
     assert history.judge(9.0, 1.0) is not None
     assert history.statistics()["loss_median"] == 3.0
@@ -112,7 +106,7 @@ def after(guard: SpikeGuard, step: int, loss: float) -> Verdict:
 
 
 def test_a_report_has_the_numbers_that_were_judged_by() -> None:
-    history = History(thresholds(warmup_steps=9))
+    history = History(GuardSection(warmup_steps=9))
     history.restart((3.0, norm) for norm in (0.1, 10.0, 1000.0) * 3)
     finding, window = history.judge(3.0, 1e30), history.statistics()
     assert finding is not None
@@ -152,7 +146,7 @@ def test_off_gets_used_to_a_level_that_has_come_to_stay() -> None:
         after(guard, step, 3.0)
     actions = [after(guard, step, 5.0).action for step in range(11, 31)]
     assert actions[0] == "let pass"
-    assert actions[-1] == "go on"
+    assert actions[-1] == "continue"
 
 
 def test_a_resumed_run_remembers() -> None:

@@ -12,6 +12,7 @@ import pytest
 from megalm.train.lifecycle import shutdown
 from megalm.train.lifecycle.shutdown import StopRequest
 from megalm.train.lifecycle.time_limits import TimeLimits
+from megalm.utils.stop_signals import STOP_SIGNALS
 
 SHORT, SOON_SECONDS = 0.05, 10.0
 
@@ -94,3 +95,18 @@ def test_limits_remember_the_longest_silence() -> None:
     limits.heartbeat()
     limits.heartbeat()
     assert limits.longest_silence >= 0.02
+
+
+@pytest.mark.parametrize("inherited", [signal.SIG_DFL, signal.SIG_IGN], ids=["plain", "nohup"])
+def test_a_closed_terminal_stops_a_run_unless_it_was_started_with_nohup(inherited: signal.Handlers) -> None:
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, inherited)
+        StopRequest().install()
+        handled = {number for number in STOP_SIGNALS if callable(signal.getsignal(number))}
+        expected = set(STOP_SIGNALS) if inherited == signal.SIG_DFL else set(STOP_SIGNALS) - {signal.SIGHUP}
+        assert handled == expected
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN or inherited == signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

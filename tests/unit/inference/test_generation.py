@@ -9,9 +9,8 @@ from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import ModelSection, SampleSection
 from megalm.data.builder.stdlib_corpus import source_files
 from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from megalm.inference.generation import CachedModel, stream
 from megalm.inference.inference_model import InferenceModel
-from megalm.inference.kv_cache import CachedModel
-from megalm.inference.token_stream import stream
 from megalm.train.text_samples import generate
 from tests.inference_models import GPT2, LLAMA, SIZES, write_run
 

@@ -1,0 +1,244 @@
+"""This process's rank and the number of ranks, from the variables of the launcher that started it; needs no torch.
+
+`deepspeed`, `torchrun` and slurm/train.sh set torch's own five variables. A plain `srun` or `mpirun` sets others: they
+are translated, so that its processes are the ranks of one job instead of as many independent runs.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, replace
+
+import psutil
+
+from megalm.errors import ConfigError
+
+_TORCH_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+# Below the ports that systems assign by themselves; slurm/train.sh takes its port from the same range.
+_FIRST_PORT, _PORTS = 20000, 10000
+# More than torchrun restarts in one attempt of a Slurm job; the next attempt counts from 0 again.
+_RESTARTS_OF_TORCHRUN = 10_000
+# The process on each node that is the ancestor of all ranks there.
+_MPI_DAEMONS = {"hydra_pmi_proxy", "mpirun", "mpiexec", "orterun", "orted", "prterun", "prted"}
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """A process's place in its job.
+
+    Attributes:
+        local_rank, local_world_size: on this node.
+        threads: this rank's share of the node's cores.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """What a launcher other than torch's says; `address` and `port` are where rank 0 listens, None if not known."""
+
+    name: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    address: str | None = None
+    port: int | None = None
+
+
+def rank_facts(environment: MutableMapping[str, str] = os.environ) -> RankFacts:
+    """Return this process's place in its job, and set torch's five variables where the launcher did not.
+
+    A run without a launcher is one rank and gets a free port, so that two such runs never collide.
+
+    Raises:
+        ConfigError: the launcher set only some of its variables, a senseless one, or nothing by which the ranks find
+            each other.
+    """
+    present = [name for name in _TORCH_NAMES if environment.get(name)]
+    if "RANK" not in present and "WORLD_SIZE" not in present:
+        launched = _launched(environment)
+        if launched is None or launched.world_size == 1:
+            launched = _Launched("", 0, 1, 0, 1, "127.0.0.1", _free_port())
+        environment.update(_torch_variables(launched, environment))
+    elif len(present) < len(_TORCH_NAMES):
+        missing = ", ".join(name for name in _TORCH_NAMES if name not in present)
+        raise ConfigError(
+            f"the environment has {', '.join(present)} but not {missing}; start with deepspeed or torchrun, or unset "
+            f"{', '.join(present)} for a run of one rank"
+        )
+    rank, world_size, local_rank = (_number(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    # torchrun and Slurm scripts set LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
+    local = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if environment.get(name)), "WORLD_SIZE")
+    local_size = _number(environment, local)
+    for name, value, size_name, size in (
+        ("RANK", rank, "WORLD_SIZE", world_size),
+        ("LOCAL_RANK", local_rank, local, local_size),
+    ):
+        if value >= size:
+            raise ConfigError(f"{name}={value} is not below {size_name}={size}; mend the launcher's variables")
+    return RankFacts(rank, world_size, local_rank, local_size, max(1, len(os.sched_getaffinity(0)) // local_size))
+
+
+def is_other_rank(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a launcher started this process as another rank than 0: what is printed once, rank 0 prints."""
+    if environment.get("RANK") and environment.get("WORLD_SIZE"):
+        return _number(environment, "RANK") > 0
+    launched = _launched(environment)
+    return launched is not None and launched.rank > 0
+
+
+def rank_in_messages(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the rank as far as it can be read, to say whose message it is; 0 if it cannot."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID", "PMI_RANK")
+    text = next((environment[name] for name in names if environment.get(name)), "0")
+    return int(text) if text.isascii() and text.isdecimal() else 0
+
+
+def launched_ranks(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the number of ranks that the launcher started; 1 without one."""
+    if environment.get("WORLD_SIZE"):
+        return _number(environment, "WORLD_SIZE")
+    launched = _launched(environment)
+    return 1 if launched is None else launched.world_size
+
+
+def job_and_restarts(environment: Mapping[str, str] = os.environ) -> tuple[str | None, int]:
+    """Return an identifier of the job that survives its restarts, None without one, and a number that grows with them.
+
+    A job that Slurm requeues, or whose workers `torchrun --max-restarts` starts again, has its first start's command.
+    """
+    slurm, elastic = environment.get("SLURM_JOB_ID"), environment.get("TORCHELASTIC_RESTART_COUNT")
+    restarts = [
+        int(text) if text and text.isdecimal() else 0 for text in (environment.get("SLURM_RESTART_COUNT"), elastic)
+    ]
+    job = slurm or None
+    if job is None and elastic:
+        agent = psutil.Process().parent()
+        name = environment.get("TORCHELASTIC_RUN_ID", "none")
+        if name == "none":
+            name = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
+        on_one_node = environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE")
+        started = f" {agent.pid} {agent.create_time():.2f}" if on_one_node and agent is not None else ""
+        job = f"torchrun {name}{started}"
+    return job, restarts[0] * _RESTARTS_OF_TORCHRUN + restarts[1]
+
+
+def _launched(environment: Mapping[str, str]) -> _Launched | None:
+    readers: tuple[tuple[str, Callable[[Mapping[str, str]], _Launched]], ...] = (
+        ("OMPI_COMM_WORLD_RANK", _open_mpi),
+        ("SLURM_STEP_ID", _slurm_step),
+        ("PMI_RANK", _mpich),
+        ("PMIX_RANK", _pmix),
+    )
+    return next((read(environment) for name, read in readers if environment.get(name)), None)
+
+
+def _open_mpi(environment: Mapping[str, str]) -> _Launched:
+    prefix = "OMPI_COMM_WORLD_"
+    return _on_one_node(
+        "mpirun", environment, *(prefix + name for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+    )
+
+
+def _mpich(environment: Mapping[str, str]) -> _Launched:
+    """Of MPICH, Intel MPI and others that use its process manager."""
+    return _on_one_node("mpiexec", environment, "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+
+
+def _pmix(environment: Mapping[str, str]) -> _Launched:
+    raise ConfigError(
+        f"PMIX_RANK={environment['PMIX_RANK']}: this launcher does not say how many ranks there are; start with "
+        f"torchrun, deepspeed, srun or mpirun, or set {', '.join(_TORCH_NAMES)} for each rank"
+    )
+
+
+def _slurm_step(environment: Mapping[str, str]) -> _Launched:
+    """Of a task of `srun`; a batch script by itself is no step."""
+    size = _number(environment, "SLURM_STEP_NUM_TASKS")
+    if size == 1:
+        return _Launched("srun", 0, 1, 0, 1)
+    per_node = _tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    node = _number(environment, "SLURM_NODEID")
+    if node >= len(per_node):
+        raise ConfigError(f"SLURM_NODEID={node} is not in SLURM_STEP_TASKS_PER_NODE; start with sbatch slurm/train.sh")
+    address = "127.0.0.1" if len(per_node) == 1 else _first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    identity = _number(environment, "SLURM_JOB_ID") + 101 * _number(environment, "SLURM_STEP_ID")
+    rank, local = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_LOCALID")
+    return _Launched("srun", rank, size, local, per_node[node], address or None, _FIRST_PORT + identity % _PORTS)
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """`2(x3),1` -> [2, 2, 2, 1]; [] if it is something else."""
+    counts: list[int] = []
+    try:
+        for part in text.split(","):
+            count, _, times = part.partition("(x")
+            counts += [int(count)] * int(times.removesuffix(")") or 1)
+    except ValueError:
+        return []
+    return counts
+
+
+def _first_host(nodelist: str) -> str:
+    """`gpu[003-005,9],login` -> gpu003."""
+    prefix, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in prefix:
+        return nodelist.partition(",")[0]
+    numbers, _, suffix = rest.partition("]")
+    return prefix + numbers.replace("-", ",").partition(",")[0] + suffix.partition(",")[0]
+
+
+def _on_one_node(
+    launcher: str, environment: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str
+) -> _Launched:
+    """Return the ranks by these variables. Where rank 0 listens is known if all ranks are on this node."""
+    numbers = [_number(environment, name) for name in (rank, size, local_rank, local_size)]
+    launched = _Launched(launcher, numbers[0], numbers[1], numbers[2], numbers[3])
+    daemon = next(
+        (process.pid for process in psutil.Process().parents() if process.name().split(".")[0] in _MPI_DAEMONS), None
+    )
+    if launched.local_world_size < launched.world_size or daemon is None:
+        return launched
+    return replace(launched, address="127.0.0.1", port=_FIRST_PORT + daemon % _PORTS)
+
+
+def _torch_variables(launched: _Launched, environment: Mapping[str, str]) -> dict[str, str]:
+    address = environment.get("MASTER_ADDR") or launched.address
+    port = environment.get("MASTER_PORT") or launched.port
+    if address is None or port is None:
+        raise ConfigError(
+            f"{launched.name} started {launched.world_size} ranks, which do not know where rank 0 is; set MASTER_ADDR "
+            "to its host and MASTER_PORT to a free port there for all of them (mpirun -x MASTER_ADDR=HOST "
+            "-x MASTER_PORT=29500), or start with deepspeed, torchrun or slurm/train.sh"
+        )
+    return {
+        "RANK": str(launched.rank),
+        "WORLD_SIZE": str(launched.world_size),
+        "LOCAL_RANK": str(launched.local_rank),
+        "LOCAL_WORLD_SIZE": str(launched.local_world_size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "")
+    if not text.isascii() or not text.isdecimal():
+        found = f"{name}={text!r} is no whole number" if text else f"the launcher set no {name}"
+        raise ConfigError(f"{found}; start with deepspeed or torchrun, or unset the launcher's variables")
+    return int(text)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,14 @@
+"""The signals that ask a run to stop: a rank saves and exits at them, a process beside it ignores them."""
+
+from __future__ import annotations
+
+import signal
+
+# Slurm's and launchers' SIGTERM, Ctrl-C, Slurm's warning before the time limit, and a terminal that closes.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+def respected_stop_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals to stop at: without SIGHUP where `nohup` made the process ignore it."""
+    ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return tuple(number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignores_hangup)
