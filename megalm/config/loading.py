@@ -100,27 +100,26 @@ class LoadedConfig:
             value = getattr(value, part)
         return value
 
-    def with_settings(self, settings: Mapping[str, Any], origin: str) -> LoadedConfig:
-        """Return a copy where `settings`, valid values from another file, replace what no person states.
+    def with_implied(self, values: Mapping[str, Any], origin: str) -> LoadedConfig:
+        """Return a copy with what a DeepSpeed JSON implies for it, over all but what a person states.
+
+        Args:
+            values: dotted key -> valid value.
+            origin: the JSON's name.
 
         Raises:
-            ConfigError: a person states another value of the same fact.
+            ConfigError: a person states another value of the same key.
         """
-        replaced: dict[str, Any] = {}
-        for key, value in settings.items():
-            others = () if value is None else tuple(other for pair in _ALTERNATIVES if key in pair for other in pair)
-            for stated in self.stated.intersection((key, *others)):
-                now = self.value(stated)
-                if now != (value if stated == key else None):
-                    raise ConfigError(
-                        f"{origin} and {stated}={shown(now)} ({self.sources[stated]}) state the same fact; remove one"
-                    )
-            replaced |= dict.fromkeys(others) | {key: value}
+        for key in values:
+            if key in self.stated and (stated := self.value(key)) != values[key]:
+                raise ConfigError(
+                    f"{key}={shown(stated)} ({self.sources[key]}) and {key}={shown(values[key])}, as {origin} reads, "
+                    "state the same fact; remove one"
+                )
         config = self.config
-        for section, values in nest(replaced).items():
-            changed = getattr(config, section).model_copy(update=values)
-            config = config.model_copy(update={section: changed})
-        return replace(self, config=config, sources=self.sources | dict.fromkeys(replaced, origin))
+        for section, leaves in nest(values).items():
+            config = config.model_copy(update={section: getattr(config, section).model_copy(update=leaves)})
+        return replace(self, config=config, sources=self.sources | dict.fromkeys(values, origin))
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,8 @@ from typing import Any
 
 from megalm.checkpoint.manifest import StoredScheduleSegment
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig
-from megalm.config.deepspeed.scheduler import translate_scheduler
 from megalm.config.loading import LoadedConfig
 from megalm.config.schema import ScheduleKind, ScheduleSection, StepConvention, WarmupKind
-from megalm.errors import ConfigError
 
 ENDLESS: tuple[ScheduleKind, ...] = ("constant", "inverse_sqrt")  # kinds without a final rate of their own
 
@@ -67,28 +65,6 @@ class ScheduleFacts:
         return turns
 
 
-def scheduler_of(ds: DeepSpeedConfig) -> str:
-    """The origin of settings that the `scheduler` section of a JSON gives."""
-    return f'scheduler "{ds.settings.scheduler.type}" of {ds.path}' if ds.settings.scheduler else ""
-
-
-def with_scheduler(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[LoadedConfig, list[str]]:
-    """Replace the run configuration's schedule by the JSON's `scheduler` section, if it has one.
-
-    Raises:
-        ConfigError: the section has no equal here, or a person states another schedule as well.
-    """
-    section = ds.settings.scheduler
-    if section is None:
-        return loaded, []
-    translated = translate_scheduler(section.model_dump(exclude_unset=True))
-    if translated.problems:
-        raise ConfigError(f"{ds.path}: {'; '.join(translated.problems)}")
-    return loaded.with_settings(translated.settings, scheduler_of(ds)), [
-        f"{ds.path}: {note}" for note in translated.notes
-    ]
-
-
 def fit_warmup(loaded: LoadedConfig) -> tuple[LoadedConfig, list[str]]:
     """Shorten a preset's warm-up with a run that a person made short; planning/checks has refused a person's own.
 
@@ -116,12 +92,11 @@ def decay_steps_of(schedule: ScheduleSection, steps: int) -> int:
 def peak_learning_rate(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[float, str, str]:
     """The peak of both files together, the key that gives it, and the origin of that key.
 
-    A JSON's lr goes before a preset's peak, but not before its scheduler's, as in DeepSpeed. planning/checks has
-    refused a peak that a person states as well.
+    A JSON's lr goes before a preset's peak; planning/checks has refused a peak that a person states as well.
     """
     key = "schedule.peak_learning_rate"
     lr = ds.settings.optimizer.params.lr if ds.settings.optimizer else None
-    if lr is None or loaded.sources[key] == scheduler_of(ds):
+    if lr is None:
         return loaded.config.schedule.peak_learning_rate, key, loaded.sources[key]
     return lr, "optimizer.params.lr", ds.path
 
@@ -130,6 +105,13 @@ def schedule_facts(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleF
     """The schedule of both files together, and notices of values that are not used or not reached."""
     schedule, steps = loaded.config.schedule, loaded.config.train.steps
     peak, key, _ = peak_learning_rate(loaded, ds)
+    notices = []
+    if key == "optimizer.params.lr":
+        source = loaded.sources["schedule.peak_learning_rate"]
+        notices = [
+            f"peak learning rate {peak:g} is optimizer.params.lr of {ds.path}; "
+            f"schedule.peak_learning_rate={schedule.peak_learning_rate:g} ({source}) is not used"
+        ]
     facts = ScheduleFacts(
         kind=schedule.kind,
         peak_learning_rate=peak,
@@ -142,24 +124,12 @@ def schedule_facts(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleF
         decay_end_step=schedule.decay_end_step,
         step_convention=schedule.step_convention,
     )
-    return facts, [*_unused_rates(loaded, ds, key), *_unreached(facts)]
+    return facts, [*notices, *_unreached(facts)]
 
 
 def _end(schedule: ScheduleSection, end: str, peak: float, default: float) -> float:
     rate, ratio = getattr(schedule, f"{end}_learning_rate"), getattr(schedule, f"{end}_ratio")
     return default if rate is None and ratio is None else peak * ratio if rate is None else rate
-
-
-def _unused_rates(loaded: LoadedConfig, ds: DeepSpeedConfig, used: str) -> Iterator[str]:
-    peak, source = loaded.config.schedule.peak_learning_rate, loaded.sources["schedule.peak_learning_rate"]
-    lr = ds.settings.optimizer.params.lr if ds.settings.optimizer else None
-    if lr is not None and used == "optimizer.params.lr":
-        yield (
-            f"peak learning rate {lr:g} is optimizer.params.lr of {ds.path}; "
-            f"schedule.peak_learning_rate={peak:g} ({source}) is not used"
-        )
-    elif lr is not None and lr != peak:
-        yield f"peak learning rate {peak:g} is {source}'s; optimizer.params.lr={lr:g} is not used, as in DeepSpeed"
 
 
 def _unreached(facts: ScheduleFacts) -> Iterator[str]:

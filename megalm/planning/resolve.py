@@ -17,7 +17,7 @@ from megalm.planning.batch_size import BatchPlan, chooses_micro_batch, plan_batc
 from megalm.planning.checks.parallel import parallel_notices
 from megalm.planning.checks.run_checks import check_run
 from megalm.planning.diagnostics import Diagnostics, wanted_diagnostics
-from megalm.planning.lr_schedule import ScheduleFacts, fit_warmup, schedule_facts, with_scheduler
+from megalm.planning.lr_schedule import ScheduleFacts, fit_warmup, schedule_facts
 from megalm.topology import Topology, bubble_share
 
 __all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "memory_case", "resolve"]
@@ -98,7 +98,7 @@ def resolve(
     Raises:
         ConfigError: the first rule of planning/checks that the run breaks.
     """
-    loaded, scheduler_notices = with_scheduler(loaded, ds)
+    loaded = loaded.with_implied(ds.run_settings, ds.path)
     check_run(loaded, ds, world_size, device, data_needed)
     loaded, warmup_notices = fit_warmup(loaded)
     config, settings = loaded.config, ds.settings
@@ -140,7 +140,6 @@ def resolve(
             *precision_notices,
             *vocab_notices,
             *batch_notices,
-            *scheduler_notices,
             *warmup_notices,
             *schedule_notices,
             *optimizer_notices,
@@ -254,7 +253,7 @@ def _deepspeed_dict(ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision)
     return resolved, notices
 
 
-_NOT_PASSED_ON = ("optimizer", "scheduler", "flops_profiler", "comms_logger", "timers")  # megalm serves them itself
+_NOT_PASSED_ON = ("optimizer", "flops_profiler", "comms_logger", "timers")  # megalm serves them itself
 _MADE_EXPLICIT = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import megalm
 from megalm.config.deepspeed.json_schema import DeepSpeedSettings
+from megalm.config.deepspeed.scheduler import SchedulerTranslation, translate_scheduler
 from megalm.config.deepspeed.unsupported_keys import unknown_deepspeed_key, without_refused
 from megalm.config.validation import flatten, shown, validate
 from megalm.errors import ConfigError
@@ -27,13 +28,15 @@ class DeepSpeedConfig:
         path: the file, as it was named.
         settings: its values, with DeepSpeed's defaults for what it does not state.
         stated: dotted keys that it states.
-        notices: one line for each key that was left out because it asks for nothing.
+        notices: one line for each key that is left out or taken as something else.
+        run_settings: dotted keys of the run configuration -> the values that the file implies for them.
     """
 
     path: str
     settings: DeepSpeedSettings
     stated: frozenset[str]
     notices: tuple[str, ...] = ()
+    run_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def stated_dict(self) -> dict[str, Any]:
         """Only what the file states, under DeepSpeed's own names."""
@@ -52,14 +55,19 @@ def read_deepspeed_json(path: str | Path) -> DeepSpeedConfig:
         raise ConfigError(f'{where}: not a JSON object; it should begin with {{ "train_batch_size": ... }}')
     _check_optimizer(raw, where)
     raw, dropped = without_refused(raw, where)
+    scheduler = _translated_scheduler(raw.pop("scheduler", None), where)
     leaves = flatten(raw, DeepSpeedSettings, where, lambda key: unknown_deepspeed_key(key, where))
     leaves = {key: value for key, value in leaves.items() if value is not None}
     for key, value in leaves.items():
         if value == "auto" and key not in _AUTO_KEYS:
             raise ConfigError(f'{where}: {key}="auto": "auto" is for {_AUTO_KEYS[0]} and bf16.enabled only; state it')
+    notices = [*(f"{key} asks for nothing and is left out" for key in dropped), *scheduler.notes]
+    if "schedule.peak_learning_rate" in scheduler.settings and "optimizer.params.lr" in leaves:
+        lr = leaves.pop("optimizer.params.lr")
+        notices.append(f"optimizer.params.lr={shown(lr)} has no effect: the scheduler sets the rate, as in DeepSpeed")
     settings = validate(DeepSpeedSettings, leaves, lambda _: where)
-    notices = tuple(f"{where}: {key} asks for nothing and is left out" for key in dropped)
-    return DeepSpeedConfig(where, settings, frozenset(leaves), notices)
+    lines = tuple(f"{where}: {notice}" for notice in notices)
+    return DeepSpeedConfig(where, settings, frozenset(leaves), lines, scheduler.settings)
 
 
 def shipped_deepspeed_jsons() -> list[Path]:
@@ -74,6 +82,15 @@ def named_json(named: str) -> Path:
     """The file that a configuration names with `deepspeed_config`: from here, or from where the shipped ones are."""
     candidates = (Path(named), DS_CONFIGS_FOLDER.parent / named)
     return next((path for path in candidates if path.is_file()), candidates[0])
+
+
+def _translated_scheduler(section: Any, where: str) -> SchedulerTranslation:
+    if section is not None and not isinstance(section, Mapping):
+        raise ConfigError(f"{where}: scheduler={shown(section)}: expected a section with type and params")
+    translated = translate_scheduler(section or {})
+    if translated.problems:
+        raise ConfigError(f"{where}: {'; '.join(translated.problems)}")
+    return translated
 
 
 def _check_optimizer(raw: dict[str, Any], where: str) -> None:

@@ -6,7 +6,7 @@ defaults here are DeepSpeed's own and serve only to compute what a run amounts t
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -37,13 +37,6 @@ class OptimizerParams(DeepSpeedSection):
 class OptimizerSection(DeepSpeedSection):
     type: str
     params: OptimizerParams = OptimizerParams()
-
-
-class SchedulerSection(DeepSpeedSection):
-    """Translated to the run configuration's schedule (scheduler.py), never given to DeepSpeed."""
-
-    type: Any = None
-    params: Any = None
 
 
 class Fp16Section(DeepSpeedSection):
@@ -165,7 +158,6 @@ class DeepSpeedSettings(DeepSpeedSection):
     gradient_accumulation_steps: PositiveInt | None = None
     gradient_clipping: NonNegativeFloat | None = Field(default=None, description="0: off")
     optimizer: OptimizerSection | None = None
-    scheduler: SchedulerSection | None = None
     fp16: Fp16Section = Fp16Section()
     bf16: Bf16Section = Bf16Section()
     data_types: DataTypesSection = DataTypesSection()

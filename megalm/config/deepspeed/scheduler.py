@@ -38,6 +38,7 @@ class _Parameter:
 
     Attributes:
         keys: the run configuration's keys that take its value; empty for a parameter that only has to be valid.
+        replaces: other keys for the same fact.
         default: DeepSpeed's; "auto" where it has none.
     """
 
@@ -45,6 +46,7 @@ class _Parameter:
     default: Any
     expected: str
     accepts: Callable[[Any], bool]
+    replaces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def translate_scheduler(section: Mapping[str, Any]) -> SchedulerTranslation:
         if value is None or value == "auto":
             left[name] = parameter.keys
         else:
-            settings |= dict.fromkeys(parameter.keys, _tidy(name, value))
+            settings |= dict.fromkeys(parameter.keys, _tidy(name, value)) | dict.fromkeys(parameter.replaces)
     return SchedulerTranslation(settings, tuple(_notes(kind, params, settings, left)))
 
 
@@ -171,7 +173,8 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _rate(*keys: str, default: Any) -> _Parameter:
-    return _Parameter(keys, default, "a number of at least 0", lambda value: _is_number(value) and value >= 0)
+    replaces = tuple(key.replace("_learning_rate", "_ratio") for key in keys)
+    return _Parameter(keys, default, "a number of at least 0", lambda it: _is_number(it) and it >= 0, replaces)
 
 
 def _peak(default: Any) -> _Parameter:
@@ -180,7 +183,8 @@ def _peak(default: Any) -> _Parameter:
 
 
 def _ratio(key: str, default: float) -> _Parameter:
-    return _Parameter((key,), default, "a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+    replaces = (key.replace("_ratio", "_learning_rate"),)
+    return _Parameter((key,), default, "a number from 0 to 1", lambda it: _is_number(it) and 0 <= it <= 1, replaces)
 
 
 def _steps(key: str, default: Any, least: int) -> _Parameter:

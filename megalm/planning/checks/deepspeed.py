@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from megalm.errors import ConfigError
 from megalm.planning.checks.context import CheckContext
-from megalm.planning.lr_schedule import scheduler_of
 
 ALLOW_CPU_FP16 = "MEGALM_ALLOW_CPU_FP16"
 
@@ -19,10 +18,9 @@ _STATES_AND_GRADIENT = 4
 
 def one_learning_rate(case: CheckContext) -> None:
     lr = case.settings.optimizer.params.lr if case.settings.optimizer else None
-    peak, source = case.config.schedule.peak_learning_rate, case.loaded.sources["schedule.peak_learning_rate"]
-    if source == scheduler_of(case.ds):  # which DeepSpeed prefers to lr
-        return
     if lr is not None and "schedule.peak_learning_rate" in case.loaded.stated:
+        peak = case.config.schedule.peak_learning_rate
+        source = case.loaded.sources["schedule.peak_learning_rate"]
         raise ConfigError(
             f"optimizer.params.lr={lr:g} ({case.ds.path}) and schedule.peak_learning_rate={peak:g} ({source}) "
             "state the same fact; remove one"

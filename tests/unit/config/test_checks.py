@@ -158,7 +158,7 @@ def test_rules_of_the_run(start: Start, overrides: list[str], names: list[str] |
         (
             {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}},
             ["schedule.kind=wsd"],
-            ["WarmupLR", 'schedule.kind="wsd"', "command line"],
+            ['schedule.kind="constant"', 'schedule.kind="wsd"', "command line"],
         ),
         ({"scheduler": {"type": "WarmupDecayLR"}}, [], None),
         ({"scheduler": {"type": "OneCycle"}}, [], ["OneCycle", "schedule.warmup_steps"]),
