@@ -97,8 +97,8 @@ def main(
         logging.basicConfig(level=logging.INFO)
     else:
         silence()
+    from megalm.runs.run_settings import Arguments
     from megalm.train.lifecycle.shutdown import RankSupervisor
-    from megalm.train.resume.resume_request import Arguments
     from megalm.train.setup import pretrain
 
     supervisor = RankSupervisor(rank=rank_in_messages())
@@ -108,8 +108,8 @@ def main(
 def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int) -> None:
     """Print the plan of the run; for a resumed run, with its earlier schedules."""
     from megalm.cli.plan import planned, show_plan
+    from megalm.runs.run_settings import Arguments
     from megalm.train.resume.resume_plan import planned_start
-    from megalm.train.resume.resume_request import Arguments
 
     try:
         if is_other_rank():

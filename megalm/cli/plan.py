@@ -16,10 +16,9 @@ from megalm.cli.plan_text import plan_text
 from megalm.config.precision import DeviceFacts
 from megalm.errors import ConfigError
 from megalm.planning.lr_schedule import ScheduleSegment
-from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, ResolvedRun, expected_vocab_size, resolve
+from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, ResolvedRun, expected_vocab_size, known_vocab_size, resolve
 from megalm.planning.run_plan import Plan, draw_rates, make_plan
-from megalm.runs.saved_config import ConfigFiles, read_settings
-from megalm.train.datasets import known_vocab_size
+from megalm.runs.run_settings import ConfigFiles, read_settings
 from megalm.train.resume.compatibility import with_last_step, with_schedule
 from megalm.train.run_summary import planned_data
 

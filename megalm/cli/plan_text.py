@@ -8,13 +8,13 @@ from typing import Any
 from megalm.config.loading import external_name
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields, shown
-from megalm.cost_model.memory import MemoryPlan
+from megalm.cost_model.memory import MemoryPlan, checkpoint_bytes
 from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
 from megalm.model.model_config import ModelConfig
-from megalm.planning.checks.data import what_data_to_bring
 from megalm.planning.recipe_claims import changed_keys, judge, tolerances
 from megalm.planning.resolve import ResolvedRun
-from megalm.planning.run_plan import Plan, checkpoint_bytes
+from megalm.planning.run_checks import how_to_give_data
+from megalm.planning.run_plan import Plan
 from megalm.topology import AXES, Axis, Topology, bubble_share
 from megalm.utils.formatting import format_bytes, table, terminal_width, wrapped
 
@@ -221,7 +221,7 @@ def _memory_warnings(plan: Plan) -> list[str]:
 def _no_data(plan: Plan) -> str:
     if plan.resolved.config.data.recipe is not None:
         return "unknown until the run prepares it"
-    return f"none, but a run needs some: {what_data_to_bring(plan.resolved.config)}"
+    return f"none, but a run needs some: {how_to_give_data(plan.resolved.config)}"
 
 
 def _learning_rate(plan: Plan) -> str:

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator
 
-from megalm.planning.checks.deepspeed import ALLOW_CPU_FP16
+from megalm.planning.engine_checks import ALLOW_CPU_FP16
 
 # Environment variables by which a user configures OpenMP's spinning.
 _OPENMP_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")

@@ -1,1 +1,1 @@
-"""What a run amounts to before it is started, drawn too, and what a document says of it, judged. No torch."""
+"""The checked and resolved run, its numbers before it starts, and the claims of a recipe. No torch."""

@@ -11,7 +11,7 @@ from megalm.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """`global_batch` = `micro_batch` x `accumulation` x `data_parallel`, in sequences a step."""
+    """`global_batch` = `micro_batch` x `accumulation` x `data_parallel`, in sequences per step."""
 
     global_batch: int
     micro_batch: int
@@ -23,17 +23,17 @@ class BatchPlan:
 
 
 def chooses_micro_batch(settings: DeepSpeedSettings) -> bool:
-    """Whether the micro-batch depends on the device's memory."""
+    """Return whether the micro-batch depends on the device's memory."""
     return not isinstance(settings.train_micro_batch_size_per_gpu, int) and settings.gradient_accumulation_steps is None
 
 
 def plan_batch(
     settings: DeepSpeedSettings, data_parallel: int, where: str, fits: Callable[[BatchPlan], bool]
 ) -> tuple[BatchPlan, list[str]]:
-    """The batch triple that the JSON means on `data_parallel` ranks, and notices of what was decided.
+    """Return the three batch sizes on `data_parallel` ranks, and a notice of each decision.
 
-    Two of the three sizes give the third, as in DeepSpeed. `train_batch_size` alone leaves the micro-batch to the
-    device's memory, as "auto" does; DeepSpeed would take the whole batch at once.
+    Two of the three sizes give the third, as in DeepSpeed. With `train_batch_size` alone the device's memory decides
+    the micro-batch, as with "auto"; DeepSpeed would take the whole batch at once.
 
     Args:
         where: the JSON's name, for messages.
@@ -49,9 +49,9 @@ def plan_batch(
     )
     if total is None:
         if not isinstance(micro, int):
-            raise ConfigError(f"{where}: train_batch_size is not stated; add the sequences of one optimizer step")
+            raise ConfigError(f"{where}: train_batch_size is missing; add it: the sequences of one optimizer step")
         total = micro * (steps or 1) * data_parallel
-        notice = f"train_batch_size is not stated: {total}, which changes with the number of ranks"
+        notice = f"train_batch_size is missing: {total}, which changes with the number of ranks"
         return BatchPlan(total, micro, steps or 1, data_parallel), [notice]
     if total % data_parallel:
         raise ConfigError(
@@ -62,7 +62,7 @@ def plan_batch(
     notices: list[str] = []
     if not isinstance(micro, int):
         if chooses_micro_batch(settings):
-            micro, notices = _largest_that_fits(total, data_parallel, fits, stated=micro is not None)
+            micro, notices = _largest_that_fits(total, data_parallel, fits, "missing" if micro is None else '"auto"')
         else:
             micro = max(1, per_rank // (steps or 1))
     steps = steps or per_rank // micro or 1
@@ -71,16 +71,13 @@ def plan_batch(
     return BatchPlan(total, micro, steps, data_parallel), notices
 
 
-def _largest_that_fits(
-    total: int, ranks: int, fits: Callable[[BatchPlan], bool], stated: bool
-) -> tuple[int, list[str]]:
+def _largest_that_fits(total: int, ranks: int, fits: Callable[[BatchPlan], bool], given: str) -> tuple[int, list[str]]:
     per_rank = total // ranks
     plans = (BatchPlan(total, micro, per_rank // micro, ranks) for micro in reversed(_divisors(per_rank)))
     micro = next((plan.micro_batch for plan in plans if fits(plan)), None)
-    how = '"auto"' if stated else "not stated"
     if micro is None:
-        return 1, [f"train_micro_batch_size_per_gpu ({how}): 1, which by the estimate does not fit the memory"]
-    return micro, [f"train_micro_batch_size_per_gpu ({how}): {micro}, the largest that divides and fits the memory"]
+        return 1, [f"train_micro_batch_size_per_gpu ({given}): 1, which does not fit the memory by the estimate"]
+    return micro, [f"train_micro_batch_size_per_gpu ({given}): {micro}, the largest that divides and fits the memory"]
 
 
 def _contradiction(settings: DeepSpeedSettings, total: int, micro: int, steps: int, ranks: int) -> str:
@@ -88,7 +85,7 @@ def _contradiction(settings: DeepSpeedSettings, total: int, micro: int, steps: i
         return (
             f"train_batch_size={total} is not train_micro_batch_size_per_gpu={micro} x "
             f"gradient_accumulation_steps={steps} x {ranks} data-parallel ranks = {micro * steps * ranks}; "
-            f"remove gradient_accumulation_steps"
+            "remove gradient_accumulation_steps"
         )
     near = sorted(sorted(_divisors(total // ranks), key=lambda size: abs(size - micro))[:2])
     return (

@@ -1,23 +1,32 @@
-"""The learning-rate schedule that two configurations mean: its peak, its lengths, its end."""
+"""The learning rate as a pure function of the step.
+
+Steps count from 1. Warm-up is linear from the initial rate at step 0, or logarithmic from the initial rate at step 1,
+to the peak at step `warmup_steps`. Then the kind decides, and step `decay_end` has the final rate (constant and
+inverse_sqrt have no final rate of their own).
+
+By DeepSpeed's convention the rates are those that its engine uses: its scheduler begins at index -1 and steps after
+each update, so step s has index s - 2, and steps 1 and 2 have the initial rate (of a cosine, step 1 has 0).
+
+A run that continues with another schedule has several segments, one after the other. Every checkpoint stores them, so
+that the rate of each past step is known.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from megalm.checkpoint.manifest import StoredScheduleSegment
-from megalm.config.deepspeed.json_reader import DeepSpeedConfig
-from megalm.config.loading import LoadedConfig
-from megalm.config.schema import ScheduleKind, ScheduleSection, StepConvention, WarmupKind
+from megalm.config.schema import ScheduleKind, StepConvention, WarmupKind
 
 ENDLESS: tuple[ScheduleKind, ...] = ("constant", "inverse_sqrt")  # kinds without a final rate of their own
 
 
 @dataclass(frozen=True)
 class ScheduleFacts:
-    """The learning-rate schedule in force, of both configurations together.
+    """A learning-rate schedule: the YAML's, with the JSON's lr, if given, as its peak.
 
     Attributes:
         steps: its length; `decay_end_step` may come before or after it.
@@ -65,109 +74,14 @@ class ScheduleFacts:
         return turns
 
 
-def fit_warmup(loaded: LoadedConfig) -> tuple[LoadedConfig, list[str]]:
-    """Shorten a preset's warm-up with a run that a person made short; planning/checks has refused a person's own.
-
-    In the configuration itself, so that the run folder's YAML, where every value is stated, starts the same run. A
-    warm-up with DeepSpeed's steps that somebody states stays: DeepSpeed's may be longer than a run.
-    """
-    schedule, steps = loaded.config.schedule, loaded.config.train.steps
-    source = loaded.sources["schedule.warmup_steps"]
-    if schedule.warmup_steps < steps:
-        return loaded, []
-    if schedule.step_convention == "deepspeed" and not source.startswith(("default", "preset ")):
-        return loaded, []
-    warmup = steps // 10
-    notice = f"schedule.warmup_steps={schedule.warmup_steps} ({source}) is not below train.steps={steps}: {warmup}"
-    config = loaded.config.model_copy(update={"schedule": schedule.model_copy(update={"warmup_steps": warmup})})
-    sources = loaded.sources | {"schedule.warmup_steps": f"{source}, shortened"}
-    return replace(loaded, config=config, sources=sources), [notice]
-
-
-def decay_steps_of(schedule: ScheduleSection, steps: int) -> int:
-    """How many of `steps` the rate falls in: a fifth, where nothing is stated."""
-    return schedule.decay_steps or max(1, steps // 5)
-
-
-def peak_learning_rate(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[float, str, str]:
-    """The peak of both files together, the key that gives it, and the origin of that key.
-
-    A JSON's lr goes before a preset's peak; planning/checks has refused a peak that a person states as well.
-    """
-    key = "schedule.peak_learning_rate"
-    lr = ds.settings.optimizer.params.lr if ds.settings.optimizer else None
-    if lr is None:
-        return loaded.config.schedule.peak_learning_rate, key, loaded.sources[key]
-    return lr, "optimizer.params.lr", ds.path
-
-
-def schedule_facts(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleFacts, list[str]]:
-    """The schedule of both files together, and notices of values that are not used or not reached."""
-    schedule, steps = loaded.config.schedule, loaded.config.train.steps
-    peak, key, _ = peak_learning_rate(loaded, ds)
-    notices = []
-    if key == "optimizer.params.lr":
-        source = loaded.sources["schedule.peak_learning_rate"]
-        notices = [
-            f"peak learning rate {peak:g} is optimizer.params.lr of {ds.path}; "
-            f"schedule.peak_learning_rate={schedule.peak_learning_rate:g} ({source}) is not used"
-        ]
-    facts = ScheduleFacts(
-        kind=schedule.kind,
-        peak_learning_rate=peak,
-        final_learning_rate=peak if schedule.kind in ENDLESS else _end(schedule, "final", peak, peak / 10),
-        warmup_steps=schedule.warmup_steps,
-        decay_steps=decay_steps_of(schedule, steps),
-        steps=steps,
-        warmup_kind=schedule.warmup_kind,
-        initial_learning_rate=_end(schedule, "initial", peak, 0.0),
-        decay_end_step=schedule.decay_end_step,
-        step_convention=schedule.step_convention,
-    )
-    return facts, [*notices, *_unreached(facts)]
-
-
-def _end(schedule: ScheduleSection, end: str, peak: float, default: float) -> float:
-    rate, ratio = getattr(schedule, f"{end}_learning_rate"), getattr(schedule, f"{end}_ratio")
-    return default if rate is None and ratio is None else peak * ratio if rate is None else rate
-
-
-def _unreached(facts: ScheduleFacts) -> Iterator[str]:
-    if facts.step_convention == "deepspeed" and facts.peak_step > facts.steps:
-        yield f"train.steps={facts.steps} ends within the warm-up of {facts.warmup_steps} steps: no step has the peak"
-    elif facts.decay_end_step is not None and facts.final_step > facts.steps:
-        yield (
-            f"train.steps={facts.steps} ends before schedule.decay_end_step={facts.decay_end_step}: the last rate is "
-            f"{learning_rate(facts, facts.steps):.3g}, not {facts.final_learning_rate:.3g}"
-        )
-    elif facts.decay_end_step is not None and facts.final_step < facts.steps:
-        yield (
-            f"schedule.decay_end_step={facts.decay_end_step} is before train.steps={facts.steps}: the rate stays at "
-            f"{facts.final_learning_rate:.3g} from step {facts.final_step} on"
-        )
-
-
-# The learning rate as a pure function of the step.
-#
-# Steps count from 1. Warm-up is linear from the initial rate, which step 0 would have, to the peak, which step
-# `warmup_steps` has; a logarithmic one has the initial rate at step 1. From there the kind decides, and step
-# `decay_end` has the final rate (constant and inverse_sqrt have no final rate of their own).
-#
-# By DeepSpeed's convention the rates are those that its engine has in force: its scheduler begins at index -1 and steps
-# after each update, so step s has index s - 2, and steps 1 and 2 have the initial rate (for a cosine, step 1 has 0).
-#
-# A run that is continued with another schedule has several, one after the other: its segments. They are kept in every
-# checkpoint, so that the rate of each step of the past can be told.
-
-
 @dataclass(frozen=True)
 class ScheduleSegment:
-    """One schedule, in force from a step on.
+    """One schedule, used from a step on.
 
     Attributes:
         first_step: of the run, from 1.
-        offset_steps: the run's steps before the schedule's own first one: 0 where it counts the run's steps,
-            `first_step` - 1 where it starts anew.
+        offset_steps: the run's steps before step 1 of the schedule: 0 if the schedule counts the run's steps,
+            `first_step` - 1 if it starts anew.
     """
 
     first_step: int
@@ -176,7 +90,7 @@ class ScheduleSegment:
 
     @property
     def last_step(self) -> int:
-        """Of the run, by this schedule's own length."""
+        """The run's step at which this schedule ends."""
         return self.offset_steps + self.schedule.steps
 
     def as_json(self) -> dict[str, Any]:
@@ -201,13 +115,13 @@ class ScheduleSegment:
 
 
 def rate_at(segments: Sequence[ScheduleSegment], step: int) -> float:
-    """The rate of step `step` of a run, 1 <= step: the last segment that has begun by then decides."""
+    """Return the rate of step `step` of a run, 1 <= step, from the last segment that has begun by then."""
     current = [segment for segment in segments if segment.first_step <= step][-1]
     return learning_rate(current.schedule, step - current.offset_steps)
 
 
 def learning_rate(schedule: ScheduleFacts, step: int) -> float:
-    """The rate of optimizer step `step`, 1 <= step; beyond the last step it stays where it ended."""
+    """Return the rate of optimizer step `step`, 1 <= step; after the last step the rate stays the same."""
     assert step >= 1, step
     if schedule.step_convention == "deepspeed":
         return _deepspeed_rate(schedule, step)
@@ -243,7 +157,7 @@ def _deepspeed_rate(schedule: ScheduleFacts, step: int) -> float:
 
 
 def _line(first: float, last: float, step: int, start: int, end: int) -> float:
-    """From `first` at step `start` straight to `last` at step `end`."""
+    """Interpolate linearly from `first` at step `start` to `last` at step `end`."""
     return first + (last - first) * ((step - start) / (end - start) if end > start else 1.0)
 
 

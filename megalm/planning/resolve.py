@@ -1,28 +1,31 @@
-"""What a run amounts to on this many ranks of this device: every "auto" and every default made explicit."""
+"""Resolve a run for its ranks and its device: check it, and make every "auto" and every default explicit."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig
 from megalm.config.loading import LoadedConfig, config_to_yaml
 from megalm.config.precision import DeviceFacts, Precision, choose_precision
-from megalm.config.schema import DocumentedSection, RunConfig
+from megalm.config.schema import DataSection, DocumentedSection, RunConfig, ScheduleSection
 from megalm.cost_model.memory import MemoryCase, estimate_memory
 from megalm.cost_model.pipeline_balance import LARGE_BUBBLE
+from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.batch_size import BatchPlan, chooses_micro_batch, plan_batch
-from megalm.planning.checks.parallel import parallel_notices
-from megalm.planning.checks.run_checks import check_run
 from megalm.planning.diagnostics import Diagnostics, wanted_diagnostics
-from megalm.planning.lr_schedule import ScheduleFacts, fit_warmup, schedule_facts
+from megalm.planning.engine_checks import parallel_notices
+from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, learning_rate
+from megalm.planning.run_checks import check_run
 from megalm.topology import Topology, bubble_share
 
 __all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "memory_case", "resolve"]
 
-# An estimate is no measurement, and allocators fragment: "auto" leaves this much of the memory alone.
+# The share of the memory that "auto" plans to use: an estimate is not a measurement, and allocators fragment.
 _USABLE_MEMORY = 0.85
 UNKNOWN_VOCAB_SIZE = 50_304  # GPT-2's, padded
 _BYTES_VOCAB_SIZE = 257
@@ -31,7 +34,7 @@ _NEVER = 10**9  # steps_per_print: DeepSpeed's own lines would interrupt megalm'
 
 @dataclass(frozen=True)
 class OptimizerFacts:
-    """Adam's numbers; `kind` "adam" adds weight decay to the gradient, "adamw" takes it from the weight."""
+    """Adam's settings; `kind` "adam" adds weight decay to the gradient, "adamw" subtracts it from the weight."""
 
     kind: Literal["adamw", "adam"]
     betas: tuple[float, float]
@@ -44,8 +47,8 @@ class ResolvedRun:
     """A run that can be started.
 
     Attributes:
-        deepspeed: what engine/ hands to `deepspeed.initialize` and the run folder keeps; no optimizer, no scheduler.
-        notices: one line for everything that was decided, left out or worth knowing.
+        deepspeed: the dictionary for `deepspeed.initialize` and the run folder, without optimizer and scheduler.
+        notices: one line for each decision that the configuration leaves open, and for each slow or unsafe setting.
     """
 
     config: RunConfig
@@ -65,7 +68,7 @@ class ResolvedRun:
 
     @cached_property
     def config_yaml(self) -> str:
-        """The whole configuration, as the run folder keeps it."""
+        """The complete configuration, as saved in the run folder."""
         return config_to_yaml(self.config, self.documented_by_preset)
 
     @property
@@ -89,18 +92,18 @@ def resolve(
     """Check a run and make everything in it explicit.
 
     Args:
-        world_size: ranks in all.
-        device: what each rank computes on; equal on every rank.
-        vocab_size: the tokenizer's, for an "auto" micro-batch; None takes the configuration's, or a guess and says so.
-        ranks_per_node: for a notice of groups that leave their node; None: all ranks are on one.
-        data_needed: whether a run without data is refused; a plan needs none.
+        world_size: the number of all ranks.
+        device: the device of each rank; equal on every rank.
+        vocab_size: `known_vocab_size`, for an "auto" micro-batch; None: the configuration's, or a guess with a notice.
+        ranks_per_node: for a notice about groups that leave their node; None: all ranks are on one node.
+        data_needed: whether to refuse a run without data; a plan needs none.
 
     Raises:
-        ConfigError: the first rule of planning/checks that the run breaks.
+        ConfigError: the first rule of run_checks.py that the run breaks.
     """
     loaded = loaded.with_implied(ds.run_settings, ds.path)
     check_run(loaded, ds, world_size, device, data_needed)
-    loaded, warmup_notices = fit_warmup(loaded)
+    loaded, warmup_notices = _fit_warmup(loaded)
     config, settings = loaded.config, ds.settings
     topology = Topology(world_size, config.parallel.tensor, config.parallel.pipeline)
     precision, precision_notices = choose_precision(settings, device)
@@ -108,7 +111,7 @@ def resolve(
     shape, vocab_notices = _shape(config, vocab_size)
 
     def fits(batch: BatchPlan) -> bool:
-        # Large micro-batches are few, and leave a pipeline's stages waiting for each other.
+        # With few large micro-batches the stages of a pipeline wait for each other.
         if batch.micro_batch > 1 and bubble_share(topology.pipeline, batch.accumulation) > LARGE_BUBBLE:
             return False
         case = memory_case(config, ds, shape, topology, precision, device, batch)
@@ -117,8 +120,8 @@ def resolve(
     batch, batch_notices = plan_batch(settings, topology.data, ds.path, fits)
     if topology.pipeline > 1 and chooses_micro_batch(settings):
         batch_notices.append(
-            f"parallel.pipeline={topology.pipeline}: micro-batches are kept so small that stages wait for at most "
-            f"{LARGE_BUBBLE:.0%} of a step, where train_batch_size allows it"
+            f"parallel.pipeline={topology.pipeline}: if train_batch_size allows, micro-batches are small enough that "
+            f"stages wait for at most {LARGE_BUBBLE:.0%} of a step"
         )
     optimizer, optimizer_notices = _optimizer(ds)
     deepspeed, deepspeed_notices = _deepspeed_dict(ds, batch, precision)
@@ -153,6 +156,75 @@ def resolve(
     )
 
 
+def _fit_warmup(loaded: LoadedConfig) -> tuple[LoadedConfig, list[str]]:
+    """Shorten a preset's warm-up for a short run; run_checks.py has refused a person's own.
+
+    Changes the configuration itself, so that the run folder's YAML starts the same run. A warm-up of DeepSpeed's may
+    be longer than the run.
+    """
+    schedule, steps = loaded.config.schedule, loaded.config.train.steps
+    source = loaded.sources["schedule.warmup_steps"]
+    is_deepspeed_s = schedule.step_convention == "deepspeed" and not source.startswith(("default", "preset "))
+    if schedule.warmup_steps < steps or is_deepspeed_s:
+        return loaded, []
+    warmup = steps // 10
+    notice = f"schedule.warmup_steps={schedule.warmup_steps} ({source}) is not below train.steps={steps}: {warmup}"
+    config = loaded.config.model_copy(update={"schedule": schedule.model_copy(update={"warmup_steps": warmup})})
+    sources = loaded.sources | {"schedule.warmup_steps": f"{source}, shortened"}
+    return replace(loaded, config=config, sources=sources), [notice]
+
+
+def decay_steps_of(schedule: ScheduleSection, steps: int) -> int:
+    """Return over how many of `steps` the rate falls; the default is a fifth."""
+    return schedule.decay_steps or max(1, steps // 5)
+
+
+def schedule_facts(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleFacts, list[str]]:
+    """Return the schedule of both files together, and notices of rates that are not used or not reached."""
+    schedule, steps = loaded.config.schedule, loaded.config.train.steps
+    peak, notices = schedule.peak_learning_rate, []
+    lr = ds.settings.optimizer.params.lr if ds.settings.optimizer else None
+    if lr is not None:  # run_checks.py has refused another peak of a person's: this one is a preset's or a default
+        peak, source = lr, loaded.sources["schedule.peak_learning_rate"]
+        notices = [
+            f"peak learning rate {lr:g} is optimizer.params.lr of {ds.path}; "
+            f"schedule.peak_learning_rate={schedule.peak_learning_rate:g} ({source}) is not used"
+        ]
+    facts = ScheduleFacts(
+        kind=schedule.kind,
+        peak_learning_rate=peak,
+        final_learning_rate=peak if schedule.kind in ENDLESS else _end_rate(schedule, "final", peak, peak / 10),
+        warmup_steps=schedule.warmup_steps,
+        decay_steps=decay_steps_of(schedule, steps),
+        steps=steps,
+        warmup_kind=schedule.warmup_kind,
+        initial_learning_rate=_end_rate(schedule, "initial", peak, 0.0),
+        decay_end_step=schedule.decay_end_step,
+        step_convention=schedule.step_convention,
+    )
+    return facts, [*notices, *_unreached(facts)]
+
+
+def _end_rate(schedule: ScheduleSection, end: Literal["initial", "final"], peak: float, default: float) -> float:
+    rate, ratio = getattr(schedule, f"{end}_learning_rate"), getattr(schedule, f"{end}_ratio")
+    return default if rate is None and ratio is None else peak * ratio if rate is None else rate
+
+
+def _unreached(facts: ScheduleFacts) -> Iterator[str]:
+    if facts.step_convention == "deepspeed" and facts.peak_step > facts.steps:
+        yield f"train.steps={facts.steps} ends within the warm-up of {facts.warmup_steps} steps: no step has the peak"
+    elif facts.decay_end_step is not None and facts.final_step > facts.steps:
+        yield (
+            f"train.steps={facts.steps} ends before schedule.decay_end_step={facts.decay_end_step}: the last rate is "
+            f"{learning_rate(facts, facts.steps):.3g}, not {facts.final_learning_rate:.3g}"
+        )
+    elif facts.decay_end_step is not None and facts.final_step < facts.steps:
+        yield (
+            f"schedule.decay_end_step={facts.decay_end_step} is before train.steps={facts.steps}: the rate stays at "
+            f"{facts.final_learning_rate:.3g} from step {facts.final_step} on"
+        )
+
+
 def memory_case(
     config: RunConfig,
     ds: DeepSpeedConfig,
@@ -162,7 +234,7 @@ def memory_case(
     device: DeviceFacts,
     batch: BatchPlan,
 ) -> MemoryCase:
-    """The run as the memory estimate sees it."""
+    """Return the facts that the memory estimate needs."""
     settings = ds.settings
     return MemoryCase(
         shape=shape,
@@ -184,8 +256,19 @@ def memory_case(
     )
 
 
+def known_vocab_size(data: DataSection) -> int | None:
+    """Return the vocabulary size of the configured tokenizer file; None: there is none, run_checks.py reports that.
+
+    Raises:
+        DataError: the tokenizer cannot be read.
+    """
+    if data.tokenizer in (None, "bytes") or not Path(data.tokenizer).exists():
+        return None
+    return load_tokenizer(data.tokenizer).vocab_size
+
+
 def expected_vocab_size(config: RunConfig, of_tokenizer: int | None) -> int | None:
-    """The vocabulary that a run will have, as far as it is known before there is a tokenizer."""
+    """Return the run's vocabulary size, as far as it is known before a tokenizer exists."""
     if of_tokenizer is not None:
         return of_tokenizer
     if config.data.tokenizer == "bytes":
@@ -199,7 +282,7 @@ def _shape(config: RunConfig, vocab_size: int | None) -> tuple[ModelConfig, list
     expected = expected_vocab_size(config, vocab_size)
     notices = []
     if expected is None:
-        notices = [f"vocabulary not known yet: {UNKNOWN_VOCAB_SIZE:,} entries are assumed"]
+        notices = [f"the vocabulary is not known yet: {UNKNOWN_VOCAB_SIZE:,} entries are assumed"]
     return build_model_config(config.model, expected or UNKNOWN_VOCAB_SIZE, config.data.sequence_length), notices
 
 
@@ -207,12 +290,12 @@ def _optimizer(ds: DeepSpeedConfig) -> tuple[OptimizerFacts, list[str]]:
     section = ds.settings.optimizer
     if section is None:
         facts = OptimizerFacts("adamw", (0.9, 0.95), 1e-8, 0.1)
-        return facts, [f"{ds.path} states no optimizer: AdamW, betas 0.9 and 0.95, eps 1e-8, weight_decay 0.1"]
+        return facts, [f"{ds.path} has no optimizer: AdamW, betas 0.9 and 0.95, eps 1e-8, weight_decay 0.1"]
     params = section.params
     # DeepSpeed's "Adam" is AdamW too, unless adam_w_mode is false.
     adamw = section.type.lower() == "adamw" or params.adam_w_mode
     notices = [
-        f"{ds.path} states no optimizer.params.{name}: {value}"
+        f"{ds.path} has no optimizer.params.{name}: {value}"
         for name, value in (("betas", params.betas), ("eps", params.eps), ("weight_decay", params.weight_decay))
         if f"optimizer.params.{name}" not in ds.stated
     ]
@@ -220,28 +303,27 @@ def _optimizer(ds: DeepSpeedConfig) -> tuple[OptimizerFacts, list[str]]:
 
 
 def _deepspeed_dict(ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision) -> tuple[dict[str, Any], list[str]]:
-    stated = ds.stated_dict()
-    notices = []
+    given, notices = ds.stated_dict(), []
     clipping = ds.settings.gradient_clipping
     if clipping is None:
         clipping = 1.0
-        notices.append(f"{ds.path} states no gradient_clipping: 1.0, DeepSpeed's default; state 0 for none")
+        notices.append(f"{ds.path} has no gradient_clipping: 1.0, DeepSpeed's default; 0 turns it off")
     resolved = {
         "train_batch_size": batch.global_batch,
         "train_micro_batch_size_per_gpu": batch.micro_batch,
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": clipping,
         "steps_per_print": _NEVER,
-        **{key: value for key, value in stated.items() if key not in (*_NOT_PASSED_ON, *_MADE_EXPLICIT)},
-        "fp16": {**stated.get("fp16", {}), "enabled": precision == "fp16"},
-        "bf16": {**stated.get("bf16", {}), "enabled": precision == "bf16"},
-        "zero_optimization": {"stage": 0, **stated.get("zero_optimization", {})},
+        **{key: value for key, value in given.items() if key not in (*_NOT_PASSED_ON, *_MADE_EXPLICIT)},
+        "fp16": {**given.get("fp16", {}), "enabled": precision == "fp16"},
+        "bf16": {**given.get("bf16", {}), "enabled": precision == "bf16"},
+        "zero_optimization": {"stage": 0, **given.get("zero_optimization", {})},
     }
     if precision == "bf16":
-        # DeepSpeed would add up and send gradients in bf16, which loses what accumulation adds.
-        resolved["data_types"] = {"grad_accum_dtype": "fp32", **stated.get("data_types", {})}
+        # DeepSpeed would accumulate and send gradients in bf16, which loses their low bits.
+        resolved["data_types"] = {"grad_accum_dtype": "fp32", **given.get("data_types", {})}
         resolved.setdefault("communication_data_type", "fp32")
-        low = [
+        notices += [
             f"{name} is {value}, lower than fp32: accumulated gradients lose low bits"
             for name, value in (
                 ("data_types.grad_accum_dtype", resolved["data_types"]["grad_accum_dtype"]),
@@ -249,7 +331,6 @@ def _deepspeed_dict(ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision)
             )
             if value != "fp32"
         ]
-        notices += low
     return resolved, notices
 
 
@@ -265,7 +346,7 @@ _MADE_EXPLICIT = (
 def _interval_notices(config: RunConfig) -> list[str]:
     steps = config.train.steps
     return [
-        f"{name}.interval_steps={interval} is more than train.steps={steps}: only at the end"
+        f"{name}.interval_steps={interval} is more than train.steps={steps}: once, at the end"
         for name, interval in (
             ("evaluate", config.evaluate.interval_steps),
             ("sample", config.sample.interval_steps),

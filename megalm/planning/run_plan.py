@@ -1,56 +1,18 @@
-"""What a run amounts to before it is started: parameters, tokens, FLOPs, memory, learning rates. No torch."""
+"""The numbers of a run before it starts: parameters, tokens, FLOPs, memory, learning rates. No torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalm.cost_model.memory import MemoryCase, MemoryPlan, checkpoint_bytes, estimate_stages
+from megalm.cost_model.memory import MemoryPlan, estimate_stages
 from megalm.model.flops import flops_per_token
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.resolve import ResolvedRun, memory_case
 from megalm.utils.plotting import new_plot, save_plot
-
-# The learning rate over a run's steps, as a picture: what the name of a schedule promises is seen before it runs.
-
-_MOST_POINTS = 2000  # of a picture some 1,300 pixels wide
-
-
-def points(schedules: Sequence[ScheduleSegment]) -> tuple[list[int], list[float]]:
-    """Steps and their rates: every step of a short run, some two thousand of a long one, and each turn."""
-    last = schedules[-1].last_step
-    steps = set(range(1, last + 1, max(1, last // _MOST_POINTS)))
-    steps = steps.union(*map(_turns, schedules))
-    kept = sorted(step for step in steps if 1 <= step <= last)
-    return kept, [rate_at(schedules, step) for step in kept]
-
-
-def draw_rates(schedules: Sequence[ScheduleSegment], path: Path) -> None:
-    """Draw the rate of every step, and a line where a schedule took over from another.
-
-    Raises:
-        ConfigError: the file's suffix names no format that can be drawn, or it cannot be written.
-    """
-    figure, axes = new_plot("step", "learning rate")
-    axes.plot(*points(schedules))
-    for segment in schedules[1:]:
-        axes.axvline(segment.first_step, color="grey", linestyle="--", linewidth=0.8)
-    axes.set_ylim(bottom=0)
-    axes.set_title("\n".join(map(str, schedules)), fontsize="medium", loc="left")
-    save_plot(figure, path)
-
-
-__all__ = [
-    "MemoryCase",
-    "MemoryPlan",
-    "Plan",
-    "checkpoint_bytes",
-    "make_plan",
-    "parameters_by_part",
-]
 
 
 @dataclass(frozen=True)
@@ -58,9 +20,9 @@ class Plan:
     """A resolved run in numbers.
 
     Attributes:
-        parameters: part of the model -> parameters, summing to the model's count.
-        memory_by_stage: bytes per rank, of each kind of pipeline stage.
-        schedules: what the learning rate follows, one schedule after the other.
+        parameters: part of the model -> parameters; their sum is the model's count.
+        memory_by_stage: bytes per rank, for each kind of pipeline stage.
+        schedules: successive schedules of the learning rate.
     """
 
     resolved: ResolvedRun
@@ -71,10 +33,9 @@ class Plan:
 
     @property
     def learning_rates(self) -> tuple[tuple[int, float], ...]:
-        """(step, rate) where the schedules turn, and at each tenth of the run; steps count from 1."""
+        """(step, rate) at each turn of the schedules and each tenth of the run; steps count from 1."""
         last = self.schedules[-1].last_step
-        steps = {round(last * tenth / 10) for tenth in range(1, 11)}.union(*map(_turns, self.schedules))
-        return tuple((step, rate_at(self.schedules, step)) for step in sorted(steps) if 1 <= step <= last)
+        return _rates(self.schedules, (round(last * tenth / 10) for tenth in range(1, 11)))
 
     @property
     def memory(self) -> MemoryPlan:
@@ -103,11 +64,11 @@ class Plan:
 
 
 def make_plan(resolved: ResolvedRun, vocab_size: int, schedules: Sequence[ScheduleSegment] = ()) -> Plan:
-    """Put a resolved run into numbers.
+    """Compute the numbers of a resolved run.
 
     Args:
-        vocab_size: the tokenizer's; `model.vocab_size` goes before it.
-        schedules: of a run that goes on, all of them; else the run's own is the only one.
+        vocab_size: the tokenizer's; `model.vocab_size` takes precedence.
+        schedules: all schedules of a resumed run; none: the run's own.
     """
     config = resolved.config
     shape = build_model_config(config.model, vocab_size, config.data.sequence_length)
@@ -130,7 +91,7 @@ def make_plan(resolved: ResolvedRun, vocab_size: int, schedules: Sequence[Schedu
 
 
 def parameters_by_part(shape: ModelConfig) -> dict[str, int]:
-    """Part of the model -> exact number of parameters; a tied head has none of its own."""
+    """Return part of the model -> exact number of parameters; a tied head has none."""
     parts = {"token embeddings": 0, "position embeddings": 0, "attention": 0, "mlp": 0, "norms": 0, "head": 0}
     for name, dims in shape.parameters().items():
         parts[_part(name)] += math.prod(dims)
@@ -147,7 +108,37 @@ def _part(name: str) -> str:
     return "attention" if ".attention." in name else "mlp" if ".mlp." in name else "head"
 
 
-def _turns(segment: ScheduleSegment) -> set[int]:
-    """The run's steps at which a schedule begins, turns or ends, and the one before it took over."""
-    turns = {segment.offset_steps + step for step in segment.schedule.turns}
-    return {step for step in turns if step >= segment.first_step} | {segment.first_step - 1, segment.first_step}
+# A picture of the learning rate over the run's steps.
+
+_MOST_POINTS = 2000  # in a picture about 1,300 pixels wide
+
+
+def points(schedules: Sequence[ScheduleSegment]) -> tuple[list[int], list[float]]:
+    """Return steps and their rates: every step of a short run, about two thousand of a long one, and each turn."""
+    last = schedules[-1].last_step
+    found = _rates(schedules, range(1, last + 1, max(1, last // _MOST_POINTS)))
+    return [step for step, _ in found], [rate for _, rate in found]
+
+
+def draw_rates(schedules: Sequence[ScheduleSegment], path: Path) -> None:
+    """Draw the rate of every step, and a line where a schedule replaces another.
+
+    Raises:
+        ConfigError: the file's suffix names no picture format, or the file cannot be written.
+    """
+    figure, axes = new_plot("step", "learning rate")
+    axes.plot(*points(schedules))
+    for segment in schedules[1:]:
+        axes.axvline(segment.first_step, color="grey", linestyle="--", linewidth=0.8)
+    axes.set_ylim(bottom=0)
+    axes.set_title("\n".join(map(str, schedules)), fontsize="medium", loc="left")
+    save_plot(figure, path)
+
+
+def _rates(schedules: Sequence[ScheduleSegment], steps: Iterable[int]) -> tuple[tuple[int, float], ...]:
+    """Return (step, rate) of these steps, and of those at which a schedule begins, turns or ends."""
+    last, wanted = schedules[-1].last_step, set(steps)
+    for segment in schedules:
+        turns = {segment.offset_steps + step for step in segment.schedule.turns}
+        wanted |= {segment.first_step - 1, segment.first_step} | {it for it in turns if it >= segment.first_step}
+    return tuple((step, rate_at(schedules, step)) for step in sorted(wanted) if 1 <= step <= last)

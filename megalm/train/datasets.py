@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalm.communicator import Communicator
 from megalm.config.schema import BlendPart, DataSection, DataStage, RunConfig
 from megalm.data.builder.rebuild import Wanted, build_prefix, ensure_dataset
 from megalm.data.builder.stdlib_corpus import default_cache_dir, prepare_recipe
@@ -41,7 +43,7 @@ class DataPlaces:
 
     @property
     def training(self) -> list[str]:
-        """Distinct prefixes, in the order in which they are named."""
+        """Distinct prefixes, in the configured order."""
         return list(dict.fromkeys(part.prefix for stage in self.blends for part in stage.blend))
 
     @property
@@ -54,29 +56,22 @@ class RunData:
     """The open data of a run.
 
     Attributes:
+        places: the files that it is read from.
         samples: the number of samples of `train` that the run has read at its end.
+        validation_fingerprint: of the samples for validation during training; only losses over the same ones compare.
         unigram_entropy: nats per token of the only training dataset, if its builder noted it.
     """
 
+    places: DataPlaces
     tokenizer: Tokenizer
     train: BlendedSamples
     samples: int
     validation: dict[str, ValidationSamples]
+    validation_fingerprint: str
     unigram_entropy: float | None
 
 
-def known_vocab_size(data: DataSection) -> int | None:
-    """Return the tokenizer's vocabulary size, or None without a tokenizer; planning/checks/data.py reports that.
-
-    Raises:
-        DataError: the tokenizer cannot be read.
-    """
-    if data.tokenizer is None or (data.tokenizer != "bytes" and not Path(data.tokenizer).exists()):
-        return None
-    return load_tokenizer(data.tokenizer).vocab_size
-
-
-def find_data(data: DataSection, tell: Callable[[str], None]) -> DataPlaces:
+def find_data(data: DataSection, info: Callable[[str], None]) -> DataPlaces:
     """Return the run's data files; if no dataset is configured, prepare the recipe's first (slow the first time only).
 
     Raises:
@@ -84,17 +79,17 @@ def find_data(data: DataSection, tell: Callable[[str], None]) -> DataPlaces:
     """
     if data.train is not None:
         if data.tokenizer is None:
-            raise ConfigError("data.train is stated without data.tokenizer; name the tokenizer that it was built with")
+            raise ConfigError("data.train needs data.tokenizer, the tokenizer that built the dataset")
         return DataPlaces(data.blends, tuple(data.validation_sets.items()), data.split, data.tokenizer)
     if data.recipe is None:
-        raise ConfigError("no data: state data.train and data.tokenizer, or data.recipe=python-stdlib")
-    prepared = prepare_recipe(data.recipe, _cache(data), data.recipe_vocab_size, tell)
+        raise ConfigError("no data: set data.train and data.tokenizer, or data.recipe=python-stdlib")
+    prepared = prepare_recipe(data.recipe, _cache(data), data.recipe_vocab_size, info)
     only = BlendPart(prefix=str(prepared.train_prefix), weight=1.0)
     blends = (DataStage(from_step=1, blend=(only,)),)
     return DataPlaces(blends, (), data.split or prepared.split, str(prepared.tokenizer_path))
 
 
-def rebuild_data(data: DataSection, places: DataPlaces, workers: int, tell: Callable[[str], None]) -> None:
+def rebuild_data(data: DataSection, places: DataPlaces, workers: int, info: Callable[[str], None]) -> None:
     """Rebuild datasets as `data.rebuild` configures; call in one process, before any other opens them.
 
     Raises:
@@ -106,11 +101,20 @@ def rebuild_data(data: DataSection, places: DataPlaces, workers: int, tell: Call
     for prefix in places.prefixes:
         if build_prefix(prefix) in done:  # the other part of a split
             continue
-        built = ensure_dataset(prefix, _wanted(data, prefix, tokenizer), data.rebuild, workers, tell)
+        built = ensure_dataset(prefix, _wanted(data, prefix, tokenizer), data.rebuild, workers, info)
         if built is not None:
             done.add(build_prefix(prefix))
             documents, tokens = (sum(getattr(report, of) for report in built.reports) for of in ("documents", "tokens"))
-            tell(f"built {build_prefix(prefix)}: {documents:,} documents, {tokens:,} tokens")
+            info(f"built {build_prefix(prefix)}: {documents:,} documents, {tokens:,} tokens")
+
+
+def open_run_data(
+    run: ResolvedRun, first_sample_of: Callable[[int], int], comm: Communicator, info: Callable[[str], None]
+) -> RunData:
+    """Prepare, rebuild and open the data of a run; collective. For arguments and errors see the three functions."""
+    places = comm.once_per_node(lambda: find_data(run.config.data, info))
+    comm.once(lambda: rebuild_data(run.config.data, places, len(os.sched_getaffinity(0)), info))
+    return open_data(run, places, first_sample_of)
 
 
 def open_data(run: ResolvedRun, places: DataPlaces, first_sample_of: Callable[[int], int] | None = None) -> RunData:
@@ -131,14 +135,14 @@ def open_data(run: ResolvedRun, places: DataPlaces, first_sample_of: Callable[[i
 def open_datasets(
     config: RunConfig, global_batch: int, places: DataPlaces, first_sample_of: Callable[[int], int] | None = None
 ) -> RunData:
-    """The same as `open_data`, without a resolved run: from its configuration and global batch alone."""
+    """The same as `open_data`, for a run of which only configuration and global batch are known."""
     data = config.data
     tokenizer = load_tokenizer(places.tokenizer)
-    stated = config.model.vocab_size
-    if stated is not None and stated < tokenizer.vocab_size:
+    entries = config.model.vocab_size
+    if entries is not None and entries < tokenizer.vocab_size:
         raise ConfigError(
-            f"model.vocab_size={stated} is smaller than the {tokenizer.vocab_size} entries of {places.tokenizer}; "
-            "leave it out to take the tokenizer's"
+            f"model.vocab_size={entries} is smaller than the {tokenizer.vocab_size} entries of {places.tokenizer}; "
+            "remove it to use the tokenizer's"
         )
     for prefix in places.prefixes:
         ensure_dataset(prefix, _wanted(data, prefix, tokenizer))
@@ -151,7 +155,8 @@ def open_datasets(
     validation = dict(_validation_samples(data, places, opened, ranges))
     alone = places.training[0] if len(places.training) == 1 else None
     entropy = (read_sidecar(alone) or {}).get("unigram_entropy") if alone is not None else None
-    return RunData(tokenizer, train, requested, validation, entropy)
+    fingerprint = _validation_fingerprint(validation, config.evaluate.max_samples)
+    return RunData(places, tokenizer, train, requested, validation, fingerprint, entropy)
 
 
 def open_validation(data: DataSection, places: DataPlaces, tokenizer: Tokenizer) -> dict[str, ValidationSamples]:
@@ -192,10 +197,8 @@ def validation_loaders(
     return {name: loaders(samples) for name, samples in data.validation.items()}
 
 
-def validation_fingerprint(run: ResolvedRun, data: RunData) -> str:
-    """Return the fingerprint of the samples for validation during training; only losses over the same ones compare."""
-    most = run.config.evaluate.max_samples
-    facts = [(name, samples.fingerprint) for name, samples in data.validation.items()]
+def _validation_fingerprint(validation: Mapping[str, ValidationSamples], most: int | None) -> str:
+    facts = [(name, samples.fingerprint) for name, samples in validation.items()]
     return hashlib.sha256(repr((facts, most)).encode()).hexdigest() if facts else ""
 
 

@@ -28,7 +28,7 @@ from megalm.train.resume.compatibility import (
 )
 from megalm.train.resume.find_checkpoint import open_verified
 from megalm.train.resume.resume_request import LastAttempt, attempt_after_rollback, write_attempt
-from megalm.train.resume.training_progress import TrainingProgress, pass_over
+from megalm.train.resume.training_progress import TrainingProgress, skip_samples
 from megalm.train.spikes.spike_guard import SpikeGuard
 
 
@@ -159,7 +159,7 @@ class RunCheckpointer:
             if reader is None:
                 continue
             more = next_sample - reader.manifest.data_position.segments[-1].next_sample
-            manifest = self.passing_over(reader.manifest, more).amended(rollbacks=reader.manifest.rollbacks + 1)
+            manifest = self.skip_samples(reader.manifest, more).amended(rollbacks=reader.manifest.rollbacks + 1)
             self._request = attempt_after_rollback(self._request, reader, attempt)
             if self._comm.is_main:
                 write_attempt(self._folder, self._request)
@@ -171,9 +171,9 @@ class RunCheckpointer:
             "(checkpoint.interval_steps), or set guard.policy=skip"
         )
 
-    def passing_over(self, manifest: Manifest, samples: int) -> Manifest:
+    def skip_samples(self, manifest: Manifest, samples: int) -> Manifest:
         """Return the manifest with `samples` samples skipped at its position."""
-        amended = pass_over(manifest, samples)
+        amended = skip_samples(manifest, samples)
         return amended.amended(fingerprints=self._data.at(amended.data_position.segments[-1].next_sample))
 
     def _continuation(self, manifest: Manifest) -> Beginning:

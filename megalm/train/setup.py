@@ -1,6 +1,6 @@
-"""Assembly: from arguments to a running trainer. Only this module knows the concrete classes of all parts.
+"""From arguments to a running trainer. Only this module knows the concrete classes of all parts.
 
-Order matters: whatever can be refused is refused before a process group exists. After that, the run folder is opened
+The order matters: as much as possible is checked before a process group exists. After that, the run folder is opened
 first, so that a failure can be recorded there.
 """
 
@@ -21,22 +21,22 @@ from megalm.engine.interface import Engine
 from megalm.engine.traffic_counter import TrafficCounter
 from megalm.errors import EXIT_DONE, ConfigError
 from megalm.model.flops import flops_per_token
-from megalm.planning.checks.run_checks import wall_time_seconds
-from megalm.planning.resolve import ResolvedRun, resolve
+from megalm.planning.resolve import ResolvedRun, known_vocab_size, resolve
+from megalm.planning.run_checks import wall_time_seconds
 from megalm.rank_environment import RankFacts, rank_facts
 from megalm.runs.metrics_log import MetricsWriter
 from megalm.runs.run_folder import ResumeCommand, RunFolder, open_run_folder, write_facts
 from megalm.runs.run_lock import RunLock
-from megalm.runs.saved_config import config_changes
+from megalm.runs.run_settings import Arguments, ResumeOptions, config_changes
 from megalm.tracking.mlflow_mirror.mirror_process import MirrorHandle, start_mirror
 from megalm.train.console import RunConsole
-from megalm.train.datasets import batch_loader, known_vocab_size, validation_loaders
+from megalm.train.datasets import batch_loader, open_run_data, validation_loaders
 from megalm.train.evaluator import Evaluator
 from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks, StopRequest, watch_launchers
 from megalm.train.lifecycle.time_limits import TimeLimits, Watchdog, process_start
 from megalm.train.resume.find_checkpoint import clean_up_interrupted_saves
-from megalm.train.resume.resume_plan import ResumePlan, plan_resume
-from megalm.train.resume.resume_request import Arguments, ResumeOptions, describe_attempt, write_attempt
+from megalm.train.resume.resume_plan import ResumePlan, find_resume_checkpoint, plan_resume
+from megalm.train.resume.resume_request import describe_attempt, write_attempt
 from megalm.train.run_checkpointer import RunCheckpointer
 from megalm.train.run_summary import (
     data_warnings,
@@ -78,7 +78,7 @@ class OpenRun:
     Attributes:
         lock: held by this job.
         attempt: 1 for a new run.
-        hooks: what the rank's supervisor does on a failure from here on.
+        hooks: the actions of the rank's supervisor on a failure from here on.
     """
 
     folder: RunFolder
@@ -111,7 +111,10 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     traffic = _traffic_counter(settings.run)
     comm = start_distributed(ranks, device, traffic)
     opened = open_run(settings, comm, supervisor)
-    plan = plan_resume(settings.run, opened.folder, settings.options, comm, opened.console.info)
+    info = opened.console.info
+    point = find_resume_checkpoint(settings.run, opened.folder, settings.options, comm, info)
+    data = open_run_data(point.run, point.first_sample_of, comm, info)
+    plan = plan_resume(point, data)
     _report_plan(plan, settings, opened, comm)
     built = build_trainer(plan, opened, ranks, device, comm, supervisor, traffic)
     with memory_errors_named("training"):
@@ -162,7 +165,7 @@ def open_run(settings: RunSettings, comm: Communicator, supervisor: RankSupervis
     for notice in run.notices:
         console.info(f"  note: {notice}")
     for path in clean_up_interrupted_saves(folder, comm):
-        console.info(f"  note: an earlier job was killed while it saved or deleted; put in order: {path}")
+        console.info(f"  note: cleaned up after an earlier job that was killed while saving or deleting: {path}")
     return OpenRun(folder, lock, attempt, console, hooks)
 
 
@@ -170,16 +173,16 @@ def _refuse_different_configurations(run: ResolvedRun, comm: Communicator) -> No
     """Check that all ranks read the same configuration: a machine with another file would train another model."""
     if len(set(comm.gather((run.config_yaml, str(run.deepspeed))))) > 1:
         raise ConfigError(
-            f"the ranks read different configurations of run {run.config.run.name}; put run.root and the files that "
-            "you name on a file system that all machines share, and start again"
+            f"the ranks read different configurations of run {run.config.run.name}; put run.root and the configuration "
+            "files on a file system that all machines share, and start again"
         )
 
 
-# --- 3: plan_resume is in resume/resume_plan.py -----------------------------------------------------------------------
+# --- 3 to 5: the checkpoint and the plan are in resume/resume_plan.py, the data in datasets.py ------------------------
 
 
 def _report_plan(plan: ResumePlan, settings: RunSettings, opened: OpenRun, comm: Communicator) -> None:
-    """Print what has changed since the run was started, and warnings.
+    """Print the changes since the run was started, and warnings.
 
     Raises:
         ConfigError: a file of the run folder is damaged, or data is read more often than `data.max_epochs`.
@@ -192,7 +195,7 @@ def _report_plan(plan: ResumePlan, settings: RunSettings, opened: OpenRun, comm:
         info(f"  WARNING: {warning}")
 
 
-# --- 4: the trainer ---------------------------------------------------------------------------------------------------
+# --- 6: the trainer ---------------------------------------------------------------------------------------------------
 
 
 def build_trainer(
@@ -216,7 +219,7 @@ def build_trainer(
     peak, peak_source = peak_flops(device, run.precision != "fp32")  # before the mirror, which uses a core for seconds
     mirror = start_mirror(folder.path) if comm.is_main and run.config.tracking.mlflow else None
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
-        console.info("preparing DeepSpeed's extensions for offload (compiled at their first use: a minute or two)")
+        console.info("preparing DeepSpeed's offload extensions (the first use compiles them, for a minute or two)")
     spikes = SpikeGuard(run.config.guard)
     engine = build_engine(
         run, plan.shape, device, comm, spikes.judge, lambda *stages: console.info(pipeline_facts(run, *stages)), traffic
@@ -332,7 +335,7 @@ def _announce(trainer: Trainer, console: RunConsole, plan: ResumePlan) -> None:
         console.info(f"resumed at step {position.step}, {position.tokens:,} tokens seen")
 
 
-# --- 5: Trainer.fit, and what comes after it --------------------------------------------------------------------------
+# --- 7: Trainer.fit, and what comes after it --------------------------------------------------------------------------
 
 
 def _close(built: BuiltRun, opened: OpenRun, comm: Communicator, code: int) -> None:
@@ -345,7 +348,7 @@ def _close(built: BuiltRun, opened: OpenRun, comm: Communicator, code: int) -> N
         built.metrics.close()
         page = write_report_page(folder, console) if code == EXIT_DONE else None
     if built.mirror is not None and not built.mirror.finish(_MIRROR_PATIENCE_SECONDS):
-        console.info(f"MLflow has not got everything yet; later: megalm track sync {folder.path}")
+        console.info(f"MLflow is incomplete; to complete it, run megalm track sync {folder.path}")
     opened.lock.release()
     if code == EXIT_DONE:
         console.info(final_summary(folder, built.trainer.parts.run, built.command, page))

@@ -21,7 +21,7 @@ from megalm.data.sampling.batch_loader import BatchLoader
 from megalm.engine.interface import Engine, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
 from megalm.planning.lr_schedule import rate_at
-from megalm.planning.recipe_claims import Quantity, expectations
+from megalm.planning.recipe_claims import Expectation, Quantity, Span, documented_losses
 from megalm.planning.resolve import ResolvedRun
 from megalm.runs.metrics_log import MetricsWriter
 from megalm.train.console import RunConsole
@@ -71,6 +71,10 @@ class MetricsRecorder:
 
     parts: TrainerComponents
     _peak_is_reported: bool = field(default=False, init=False)
+    _documented: dict[tuple[Quantity, int], list[Span]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._documented = documented_losses(self.parts.run.config.documented)
 
     def event(self, position: TrainingProgress, name: str, **fields: Any) -> None:
         if self.parts.metrics is not None:
@@ -157,9 +161,9 @@ class MetricsRecorder:
         self.parts.reporter.info(f"WARNING: {text}")
 
     def _compare_with_document(self, position: TrainingProgress, quantity: Quantity, loss: Callable[[], float]) -> None:
-        """Report whether the loss is within what the recipe's document gives for this step, if anything."""
-        parts = self.parts
-        for found in expectations(parts.run.config.documented, quantity, position.step, loss):
+        """Report whether the loss is the one that the recipe's document gives for this step, if it gives one."""
+        for documented in self._documented.get((quantity, position.step), ()):
+            found = Expectation(position.step, quantity, loss(), documented)
             self.event(
                 position,
                 "expected",
@@ -169,7 +173,7 @@ class MetricsRecorder:
                 high=found.documented.high,
                 met=found.is_met,
             )
-            parts.reporter.info(str(found))
+            self.parts.reporter.info(str(found))
 
 
 @dataclass

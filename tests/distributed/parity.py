@@ -17,7 +17,7 @@ import torch
 
 from megalm.checkpoint.shard_spec import KINDS
 from megalm.engine.deepspeed_patches import allow_cpu_fp16_for_tests
-from megalm.planning.checks.deepspeed import ALLOW_CPU_FP16
+from megalm.planning.engine_checks import ALLOW_CPU_FP16
 from tests.distributed.training import VOCAB, Case, Trace, snapshot, start, steps, whole_state
 
 STEPS = 5

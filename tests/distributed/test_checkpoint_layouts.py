@@ -16,7 +16,7 @@ from megalm.checkpoint.save_transaction import save_checkpoint
 from megalm.engine.deepspeed_patches import allow_cpu_fp16_for_tests
 from megalm.engine.interface import StepResult
 from megalm.model.transformer import LanguageModel
-from megalm.planning.checks.deepspeed import ALLOW_CPU_FP16
+from megalm.planning.engine_checks import ALLOW_CPU_FP16
 from tests.distributed.training import Case, Trace, make_dataset, shape_of, snapshot, start, steps, whole_state
 from tests.ranks import run_ranks
 

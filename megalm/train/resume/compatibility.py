@@ -1,6 +1,6 @@
-"""Resuming from a checkpoint with other settings: what may differ, and the schedule and data that follow from it.
+"""Resuming from a checkpoint with other settings: what may differ, and how schedule and data continue.
 
-Pure functions of a manifest and of the resuming run; nothing is read or written here.
+Pure functions of a manifest and of the resuming run; no file is read or written here.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megalm.checkpoint.manifest import Beginning, DataSegment, Manifest
 from megalm.config.loading import COMMAND_LINE, SAVED_CONFIG
 from megalm.data.sampling.mixture import BlendedSamples
 from megalm.errors import CheckpointError, ConfigError
 from megalm.model.model_config import ModelConfig
-from megalm.planning.lr_schedule import ScheduleFacts, ScheduleSegment, decay_steps_of, rate_at
-from megalm.planning.resolve import ResolvedRun
+from megalm.planning.lr_schedule import ScheduleFacts, ScheduleSegment, rate_at
+from megalm.planning.resolve import ResolvedRun, decay_steps_of
 from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
 
 
@@ -41,7 +41,7 @@ class DataIdentity:
 
 
 def identity_of(run: ResolvedRun, shape: ModelConfig, identity: DataIdentity, consumed: int) -> dict[str, Any]:
-    """Return, as JSON, what must not change without `resume.allow` when a run resumes after `consumed` samples."""
+    """Return, as JSON, the facts that need `resume.allow` to change when a run resumes after `consumed` samples."""
     data = run.config.data
     settings = {
         "data.sequence_length": data.sequence_length,
@@ -57,7 +57,8 @@ def identity_of(run: ResolvedRun, shape: ModelConfig, identity: DataIdentity, co
 
 # Default final learning rate of an extension, as a share of the rate at which it begins.
 _FINAL_SHARE = 0.1
-_THINGS = {
+# Setting or fingerprint -> item of `resume.allow`; all others are `dataset`.
+_ITEMS = {
     "data.order": "order",
     "data.stride": "order",
     "data.document_mask": "order",
@@ -68,7 +69,7 @@ _THINGS = {
 }
 
 # Compared elsewhere: samples can be cut to another length, and the order's fingerprint covers the mixture.
-_TOLD_ONLY = ("data.sequence_length", "data.mixture")
+_COMPARED_ELSEWHERE = ("data.sequence_length", "data.mixture")
 _FINGERPRINT_SHOWN = 12  # digits
 # Model settings that determine the weights' shapes or meaning: `resume.allow` cannot change them.
 _SHAPES = (
@@ -77,23 +78,14 @@ _SHAPES = (
 )
 
 
-@dataclass(frozen=True)
-class Extension:
-    """`--extend-steps`: `steps` more steps on a new schedule, or a new run of `steps` steps from the weights alone."""
-
-    steps: int
-    strategy: Literal["schedule", "weights"] = "schedule"
-
-
 # --- the schedule -----------------------------------------------------------------------------------------------------
 
 
 def with_schedule(run: ResolvedRun, manifest: Manifest | None, more: int | None = None) -> RunSchedule:
     """Return the schedule of a run that resumes from `manifest`; None: a new run.
 
-    If the configured schedule is one that the checkpoint already knows, or none is given, nothing changes. Another one
-    takes effect at the next step, counting steps from the run's start. An extension by `more` steps starts a new
-    schedule.
+    A schedule that the checkpoint already knows changes nothing. Another one takes effect at the next step, and counts
+    steps from the run's start. An extension by `more` steps starts a new schedule.
     """
     configured = run.schedule.as_json()
     if manifest is None:
@@ -141,17 +133,16 @@ def _extension(run: ResolvedRun, rate: float, steps: int, before: Mapping[str, A
     """
     facts, defaults = run.schedule, {field.name: field.default for field in fields(ScheduleFacts)}
 
-    def is_said(key: str) -> bool:
+    def is_given(key: str) -> bool:
         names = (f"schedule.{key}", f"schedule.{key.replace('_learning_rate', '_ratio')}")
-        stated = any(run.sources.get(name) == COMMAND_LINE for name in names)
-        return stated and getattr(facts, key) != before.get(key, defaults[key])
+        here = any(run.sources.get(name) == COMMAND_LINE for name in names)
+        return here and getattr(facts, key) != before.get(key, defaults[key])
 
-    peak = facts.peak_learning_rate if is_said("peak_learning_rate") else rate
-    usual = ScheduleFacts(
-        "cosine", peak, peak * _FINAL_SHARE, warmup_steps=0, decay_steps=max(1, steps // 5), steps=steps
-    )
-    said = {key: getattr(facts, key) for key in defaults if key != "steps" and is_said(key)}
-    return replace(usual, **said)
+    peak = facts.peak_learning_rate if is_given("peak_learning_rate") else rate
+    decay_steps = max(1, steps // 5)
+    usual = ScheduleFacts("cosine", peak, peak * _FINAL_SHARE, warmup_steps=0, decay_steps=decay_steps, steps=steps)
+    given = {key: getattr(facts, key) for key in defaults if key != "steps" and is_given(key)}
+    return replace(usual, **given)
 
 
 # --- the data ---------------------------------------------------------------------------------------------------------
@@ -196,7 +187,7 @@ def first_sample_of(manifest: Manifest | None, run: ResolvedRun) -> Callable[[in
 
 
 def incompatibilities(then: Manifest, now: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Return what differs, in words, by item of `resume.allow`.
+    """Return the differences in words, by item of `resume.allow`.
 
     Args:
         now: the same sections of this run: model, data, fingerprints.
@@ -206,32 +197,30 @@ def incompatibilities(then: Manifest, now: Mapping[str, Mapping[str, Any]]) -> d
     for section, stored in sections.items():
         for name, value in now[section].items():
             was = stored.get(name)
-            if was == value or name in _TOLD_ONLY or _may_grow(name, then, now):
+            if was == value or name in _COMPARED_ELSEWHERE or _may_grow(name, then, now):
                 continue
-            thing = "model" if section == "model" else _THINGS.get(name, "dataset")
+            thing = "model" if section == "model" else _ITEMS.get(name, "dataset")
             then_and_now = [str(it)[:_FINGERPRINT_SHOWN] if section == "fingerprints" else it for it in (was, value)]
             found.setdefault(thing, []).append("{} was {}, is {}".format(name, *then_and_now))
     if len(found) > 1 and [words.split()[0] for words in found.get("order", [])] == ["order"]:
         del found["order"]  # the order's fingerprint differs because of the other changes
     mixtures = [data.get("data.mixture") for data in (then.data, now["data"])]
-    told_with = next((name for name in ("order", "dataset") if name in found), None)
-    if told_with is not None and mixtures[0] != mixtures[1]:
+    changed = next((name for name in ("order", "dataset") if name in found), None)
+    if changed is not None and mixtures[0] != mixtures[1]:
         was, now_is = (mixture or "one dataset" for mixture in mixtures)
-        found[told_with].append(
-            f"the mixture so far was {was}, is {now_is} (data.stages changes what is still to come)"
-        )
+        found[changed].append(f"the mixture so far was {was}, is {now_is} (use data.stages to change only later steps)")
     return found
 
 
 def refuse_incompatible(path: Path, found: Mapping[str, Sequence[str]], allowed: Sequence[str]) -> None:
-    """Raise CheckpointError if something differs that `resume.allow` does not name."""
+    """Raise CheckpointError if `resume.allow` does not name every difference."""
     refused = {thing: words for thing, words in found.items() if thing not in allowed}
     if refused:
-        incompatibilities = "; ".join(f"{thing} ({', '.join(words)})" for thing, words in refused.items())
-        advice = f"state what it was, or resume.allow=[{','.join([*allowed, *refused])}] if it is meant"
+        differences = "; ".join(f"{thing} ({', '.join(words)})" for thing, words in refused.items())
+        advice = f"restore the setting, or allow the change with resume.allow=[{','.join([*allowed, *refused])}]"
         if any(words.split()[0] in _SHAPES for words in refused.get("model", ())):
-            advice = "state what it was: the shapes of a model never change"
-        raise CheckpointError(f"{path} was trained with another {incompatibilities}; {advice}")
+            advice = "restore the setting: the shapes of a model cannot change"
+        raise CheckpointError(f"{path} was trained with another {differences}; {advice}")
 
 
 def continuation_kind(run: ResolvedRun, manifest: Manifest, found: Mapping[str, Sequence[str]]) -> Beginning:
@@ -247,8 +236,8 @@ def continuation_kind(run: ResolvedRun, manifest: Manifest, found: Mapping[str, 
         return "on"
     if run.config.data.stages:
         raise ConfigError(
-            f"data.sequence_length was {last.sequence_length}: it cannot change in the middle of data.stages; keep it, "
-            "or start the order of samples anew with resume.allow=[order] and another train.seed"
+            f"data.sequence_length was {last.sequence_length} and cannot change in a run with data.stages; keep it, or "
+            "start a new order of samples with resume.allow=[order] and another train.seed"
         )
     return "recut"
 
@@ -276,7 +265,7 @@ def progress_from(manifest: Manifest, run: ResolvedRun, continuation: Beginning)
 
 
 def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRun) -> list[str]:
-    """Return what changes from here on, one line each."""
+    """Return the changes from here on, one line each."""
     last = manifest.data_position.segments[-1]
     lines = []
     if last.global_batch != run.batch.global_batch:
@@ -284,12 +273,12 @@ def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRu
     if last.sequence_length != run.config.data.sequence_length:
         lines.append(f"the sequence length was {last.sequence_length}, is {run.config.data.sequence_length}")
     if position.continuation == "anew" and position.data_history and position.samples == 0:
-        lines.append("another order of samples: it starts at its first one")
+        lines.append("the order of samples changed: it starts at its first sample")
     if last.samples_skipped:
-        lines.append(f"{last.samples_skipped:,} samples are passed over")
+        lines.append(f"skipping {last.samples_skipped:,} samples")
     schedule = position.schedule.segments
     if len(schedule) > len(manifest.schedule.segments) and not _same_rates(schedule):
-        lines.append(f"the learning rate is another {schedule[-1]}")
+        lines.append(f"the learning rate changes {schedule[-1]}")
     return lines
 
 

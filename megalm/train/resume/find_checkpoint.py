@@ -22,7 +22,7 @@ class ResumeCheckpoint:
     """The checkpoint that a run resumes from.
 
     Attributes:
-        warnings: damaged checkpoints that were passed over, or that this one is suspect.
+        warnings: skipped damaged checkpoints, or that this one is suspect.
     """
 
     reader: CheckpointReader
@@ -30,7 +30,7 @@ class ResumeCheckpoint:
 
 
 def clean_up_interrupted_saves(folder: RunFolder, comm: Communicator) -> list[Path]:
-    """Clean up what a killed job left unfinished; the holder of the run's lock calls it before anything else."""
+    """Clean up the unfinished saves of a killed job; the holder of the run's lock calls it before anything else."""
 
     def work() -> list[Path]:
         shutil.rmtree(folder.preflight, ignore_errors=True)
@@ -49,7 +49,7 @@ def find_checkpoint(
     """Return the checkpoint that `--resume wanted` refers to; None: start at step 0.
 
     Needs no engine, so that a checkpoint that cannot be resumed is refused before a model is built or the run folder's
-    files change. `auto` passes over damaged checkpoints; a named one must be complete.
+    files change. `auto` skips damaged checkpoints; a named one must be complete.
 
     Args:
         origin: the checkpoint that the last attempt resumed from.
@@ -63,7 +63,9 @@ def find_checkpoint(
     for entry in entries:
         reader, problem = open_verified(entry, comm, info)
         if reader is not None:
-            return ResumeCheckpoint(reader, (*(f"passed over: {words}" for words in damaged), *_suspicion(entry)))
+            return ResumeCheckpoint(
+                reader, (*(f"skipped a damaged checkpoint: {words}" for words in damaged), *_suspicion(entry))
+            )
         if wanted != "auto":
             raise CheckpointError(problem)
         damaged.append(without_advice(problem, entry.path))
@@ -75,7 +77,7 @@ def find_checkpoint(
 def open_verified(
     entry: Entry, comm: Communicator, info: Callable[[str], None] = lambda _: None
 ) -> tuple[CheckpointReader | None, str]:
-    """Return the checkpoint, or what is wrong with it. Collective: each rank hashes its share of the files."""
+    """Return the checkpoint, or the problem with it. Collective: each rank hashes its share of the files."""
     reader, problem = None, entry.problem
     if entry.manifest is not None:
         try:
@@ -92,4 +94,4 @@ def open_verified(
 def _suspicion(entry: Entry) -> list[str]:
     if entry.manifest is None or entry.status != "suspect":
         return []
-    return [f"going on from {entry.path}, which is marked suspect ({entry.manifest.status_reason})"]
+    return [f"resuming from {entry.path}, which is marked suspect ({entry.manifest.status_reason})"]

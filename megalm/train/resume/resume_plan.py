@@ -1,11 +1,11 @@
 """From `--resume` and related options to a plan: the checkpoint, schedule and data with which the run continues.
 
-Like setup.py this module knows the concrete classes; the rules about what may change are in compatibility.py.
+Two stages of a start, between which the data is opened: find the checkpoint, then check that the run can continue it.
+The rules about what may change are in compatibility.py.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,7 +20,8 @@ from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.resolve import ResolvedRun
 from megalm.runs.run_folder import RunFolder, weights_only_error
-from megalm.train.datasets import DataPlaces, RunData, find_data, open_data, rebuild_data, validation_fingerprint
+from megalm.runs.run_settings import ResumeOptions
+from megalm.train.datasets import RunData, open_data
 from megalm.train.resume.compatibility import (
     DataIdentity,
     change_notes,
@@ -35,8 +36,28 @@ from megalm.train.resume.compatibility import (
     with_schedule,
 )
 from megalm.train.resume.find_checkpoint import ResumeCheckpoint, find_checkpoint
-from megalm.train.resume.resume_request import ResumeOptions, read_last_attempt
+from megalm.train.resume.resume_request import read_last_attempt
 from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """The checkpoint from which a run resumes, before its data is open.
+
+    Attributes:
+        run: with the last step of `schedule`.
+        found: None: the run starts at step 0.
+        options: the resume options, possibly repeated from the last attempt.
+    """
+
+    run: ResolvedRun
+    schedule: RunSchedule
+    found: ResumeCheckpoint | None
+    options: ResumeOptions
+
+    def first_sample_of(self, step: int) -> int:
+        """Return the number of the first sample of `step`, or 0 if it is before the current order."""
+        return first_sample_of(_continued(self.found, self.options), self.run)(step)
 
 
 @dataclass(frozen=True)
@@ -64,10 +85,17 @@ class ResumePlan:
         return self.reader is not None and self.resume.weights_only
 
 
+# --- find the checkpoint ----------------------------------------------------------------------------------------------
+
+
 def find_resume_checkpoint(
-    folder: RunFolder, resume: ResumeOptions, comm: Communicator, info: Callable[[str], None] = lambda _: None
-) -> tuple[ResumeCheckpoint | None, ResumeOptions]:
-    """Return the checkpoint to resume from, and the resume options.
+    run: ResolvedRun,
+    folder: RunFolder,
+    options: ResumeOptions,
+    comm: Communicator,
+    info: Callable[[str], None] = lambda _: None,
+) -> ResumePoint:
+    """Find and verify the checkpoint to resume from, and continue its schedule. Collective.
 
     If `auto` finds the checkpoint that the last attempt resumed from, that attempt's options apply again.
 
@@ -79,155 +107,46 @@ def find_resume_checkpoint(
         ConfigError: there is no checkpoint to extend, the run would restart from its own weights, or a checkpoint with
             weights only is given as a complete training state.
     """
-    wanted = resume.wanted
-    if wanted is None:
-        return None, resume
+    found = None
+    if options.wanted is not None:
+        found, options = _find(folder, options.wanted, options, comm, info)
+    manifest = _continued(found, options)
+    schedule = with_schedule(run, manifest, options.extension.steps if manifest and options.extension else None)
+    return ResumePoint(with_last_step(run, schedule), schedule, found, options)
+
+
+def _find(
+    folder: RunFolder, wanted: str, options: ResumeOptions, comm: Communicator, info: Callable[[str], None]
+) -> tuple[ResumeCheckpoint | None, ResumeOptions]:
     before, requeued = comm.once(lambda: read_last_attempt(folder, wanted))
     if requeued:
-        resume = ResumeOptions("auto")
+        options = ResumeOptions("auto")
     found = find_checkpoint(folder, "auto" if requeued else wanted, comm, before.origin if before else None, info)
-    if found is not None and not found.reader.holds_weights_only:
-        require_training_state(found.reader.path, found.reader.manifest)
-    if found is not None and before is not None and resume.wanted == "auto":
-        resume = before.repeat(resume, found.reader)
-    if found is None and (resume.extension or resume.skip_steps):
-        raise ConfigError(f"{folder.path} has no checkpoint yet, so there is nothing to extend; leave the flag out")
-    if found is not None and found.reader.holds_weights_only and not resume.weights_only:
-        raise weights_only_error(found.reader.path)
-    if found is not None and resume.weights_only and found.reader.path.resolve().is_relative_to(folder.path.resolve()):
-        raise ConfigError(
-            f"--extend-strategy weights starts at step 0, which {folder.path} has had; name a new run with run.name"
-        )
-    return found, resume
-
-
-def plan_resume(
-    run: ResolvedRun,
-    folder: RunFolder,
-    options: ResumeOptions,
-    comm: Communicator,
-    info: Callable[[str], None],
-) -> ResumePlan:
-    """Decide what the run trains on and where it continues; refuse what cannot be resumed. Collective.
-
-    Args:
-        info: called with lines for the user.
-
-    Raises:
-        CheckpointError: the checkpoint is missing, damaged, or of another model, dataset, tokenizer or order.
-        ConfigError, DataError: data is missing, or cannot continue with another sequence length.
-    """
-    found, options = find_resume_checkpoint(folder, options, comm, info)
-    run, schedule = _with_schedule(run, found, options)
-    places = comm.once_per_node(lambda: find_data(run.config.data, info))
-    comm.once(lambda: rebuild_data(run.config.data, places, len(os.sched_getaffinity(0)), info))
-    plan = _plan_start(run, schedule, places, found, options)
     if found is None:
-        return plan
-    return _plan_from_weights(plan, found) if options.weights_only else _plan_continuation(plan, places, found)
-
-
-def _with_schedule(
-    run: ResolvedRun, found: ResumeCheckpoint | None, options: ResumeOptions
-) -> tuple[ResolvedRun, RunSchedule]:
-    """Return the run with its final last step, and its schedule."""
-    manifest = found.reader.manifest if found is not None and not options.weights_only else None
-    schedule = with_schedule(run, manifest, options.extension.steps if manifest and options.extension else None)
-    return with_last_step(run, schedule), schedule
-
-
-def _plan_start(
-    run: ResolvedRun,
-    schedule: RunSchedule,
-    places: DataPlaces,
-    found: ResumeCheckpoint | None,
-    options: ResumeOptions,
-) -> ResumePlan:
-    """Return a plan from step 0, with the model and data stages that the checkpoint, if any, requires."""
-    manifest = found.reader.manifest if found is not None else None
-    data = open_data(run, places, first_sample_of(None if options.weights_only else manifest, run))
-    then = manifest.model["max_position_embeddings"] if manifest is not None else 0
-    # A trained position table may be longer than the samples are now; keep it.
-    longest = max(run.config.data.sequence_length, then)
-    shape = build_model_config(run.config.model, data.tokenizer.vocab_size, longest)
-    identity = DataIdentity(data.train, data.tokenizer.fingerprint, validation_fingerprint(run, data))
-    options = replace(options, allow=(*options.allow, *run.config.resume.allow)) if found is not None else options
-    reader, warnings = (None, ()) if found is None else (found.reader, found.warnings)
-    position = TrainingProgress(schedule=schedule)
-    return ResumePlan(run, data, shape, identity, position, reader, options, (), warnings)
-
-
-def _plan_from_weights(plan: ResumePlan, found: ResumeCheckpoint) -> ResumePlan:
-    """Return the plan from a checkpoint's weights alone; only model and tokenizer must be the same."""
-    path, differences = (
-        found.reader.path,
-        incompatibilities(found.reader.manifest, identity_of(plan.run, plan.shape, plan.identity, 0)),
-    )
-    of_model = {thing: words for thing, words in differences.items() if thing in ("model", "tokenizer")}
-    refuse_incompatible(path, of_model, plan.resume.allow)
-    return replace(plan, notes=(f"starts from the weights of {path}, at step 0 and the data's beginning",))
-
-
-def _plan_continuation(plan: ResumePlan, places: DataPlaces, found: ResumeCheckpoint) -> ResumePlan:
-    """Return the plan from the checkpoint's step, with the data that follows."""
-    run, manifest, resume = plan.run, found.reader.manifest, plan.resume
-    order = _order_so_far(plan, places, manifest)
-    consumed = manifest.data_position.segments[-1].next_sample
-    so_far = identity_of(run, plan.shape, replace(plan.identity, samples=order), consumed)
-    differences = incompatibilities(manifest, so_far)
-    refuse_incompatible(found.reader.path, differences, resume.allow)
-    continuation = continuation_kind(run, manifest, differences)
-    order, notes = _order_from_here(order, run, places, manifest, continuation)
-    identity = replace(plan.identity, samples=order)
-    position = progress_from(manifest, run, continuation)
-    position.schedule = plan.position.schedule
-    to_come = (run.config.train.steps - position.step) * run.batch.global_batch
-    data = replace(plan.data, train=order, samples=position.samples + max(0, to_come))
-    if position.best_loss is not None and manifest.validation not in (None, identity.validation):
-        position.best_loss, position.stale_evaluations = None, 0
-        notes += ("validation is on other data: the lowest loss so far is not compared with",)
-    if resume.skip_steps:
-        samples = resume.skip_steps * run.batch.global_batch
-        here = identity.at(position.samples)["order"]
-        position.pass_over(samples, here, run.config.data.sequence_length, run.batch.global_batch)
-        notes += (f"the data of {resume.skip_steps} steps, {samples:,} samples, is passed over",)
-    notes = (*change_notes(position, manifest, run), *notes)
-    return replace(plan, data=data, identity=identity, position=position, notes=notes)
-
-
-def _order_so_far(plan: ResumePlan, places: DataPlaces, manifest: Manifest) -> BlendedSamples:
-    """Return the samples in the checkpoint's order, rebuilt from the run's present data settings."""
-    run, lengths = plan.run, lengths_of_order(manifest)
-    order = plan.data.train
-    if len(lengths) > 1 or lengths[0][0] != run.config.data.sequence_length:
-        section = run.config.data.model_copy(update={"sequence_length": lengths[0][0]})
-        earlier = replace(run, config=run.config.model_copy(update={"data": section}))
-        order = open_data(earlier, places, first_sample_of(manifest, run)).train
-    for (_, end), (length, _) in pairwise(lengths):
-        order = order.recut(end, length)
-    return order
-
-
-def _order_from_here(
-    order: BlendedSamples, run: ResolvedRun, places: DataPlaces, manifest: Manifest, continuation: Beginning
-) -> tuple[BlendedSamples, tuple[str, ...]]:
-    """Return the samples from here on, and warnings about them."""
-    if continuation == "recut":
-        length = run.config.data.sequence_length
-        order = order.recut(lengths_of_order(manifest)[-1][1], length)
-        skipped, repeated = order.recut_tokens
-        return order, (
-            f"what is left of this pass over the data is cut into samples of {length} tokens: "
-            f"{skipped:,} tokens are skipped, {repeated:,} read twice",
+        if options.extension or options.skip_steps:
+            raise ConfigError(f"{folder.path} has no checkpoint yet to extend or skip from; remove the flag")
+        return None, options
+    reader = found.reader
+    if not reader.holds_weights_only:
+        require_training_state(reader.path, reader.manifest)
+    if before is not None and options.wanted == "auto":
+        options = before.repeat(options, reader)
+    if reader.holds_weights_only and not options.weights_only:
+        raise weights_only_error(reader.path)
+    if options.weights_only and reader.path.resolve().is_relative_to(folder.path.resolve()):
+        raise ConfigError(
+            f"--extend-strategy weights starts at step 0, and {folder.path} is past it; name a new run with run.name"
         )
-    if continuation == "anew":  # stages count the run's steps, but the order starts after the steps already done
-        done, batch = manifest.step, run.batch.global_batch
-        order = open_data(run, places, lambda step: (step - 1 - done) * batch).train
-    return order, ()
+    return found, options
+
+
+def _continued(found: ResumeCheckpoint | None, options: ResumeOptions) -> Manifest | None:
+    """Return the manifest of the checkpoint whose steps the run continues; None: it starts at step 0."""
+    return None if found is None or options.weights_only else found.reader.manifest
 
 
 def planned_start(run: ResolvedRun, resume: ResumeOptions) -> tuple[ResolvedRun, tuple[ScheduleSegment, ...]]:
-    """For `--dry-run` with `--resume`: return the run with its final last step, and all segments of its schedule.
+    """For `--dry-run` with `--resume`: return the run with its last step, and all segments of its schedule.
 
     Needs no process group. Hashes the checkpoint's files like a real start.
 
@@ -236,6 +155,97 @@ def planned_start(run: ResolvedRun, resume: ResumeOptions) -> tuple[ResolvedRun,
     """
     section = run.config.run
     folder = RunFolder(Path(section.root).expanduser() / (section.name or "-"))
-    found, resume = find_resume_checkpoint(folder, resume, SingleProcessCommunicator())
-    run, schedule = _with_schedule(run, found, resume)
-    return run, schedule.segments
+    point = find_resume_checkpoint(run, folder, resume, SingleProcessCommunicator())
+    return point.run, point.schedule.segments
+
+
+# --- check that the run can continue it -------------------------------------------------------------------------------
+
+
+def plan_resume(point: ResumePoint, data: RunData) -> ResumePlan:
+    """Decide where the run continues; refuse what cannot be resumed.
+
+    Args:
+        data: opened for `point`.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model, dataset, tokenizer or order.
+        ConfigError, DataError: the data cannot continue with another sequence length.
+    """
+    run, found, options = point.run, point.found, point.options
+    # A trained position table may be longer than the samples are now; keep it.
+    table = found.reader.manifest.model["max_position_embeddings"] if found is not None else 0
+    longest = max(run.config.data.sequence_length, table)
+    shape = build_model_config(run.config.model, data.tokenizer.vocab_size, longest)
+    identity = DataIdentity(data.train, data.tokenizer.fingerprint, data.validation_fingerprint)
+    position = TrainingProgress(schedule=point.schedule)
+    if found is None:
+        return ResumePlan(run, data, shape, identity, position, None, options, (), ())
+    options = replace(options, allow=(*options.allow, *run.config.resume.allow))
+    plan = ResumePlan(run, data, shape, identity, position, found.reader, options, (), found.warnings)
+    return (_plan_from_weights if options.weights_only else _plan_continuation)(plan, found.reader)
+
+
+def _plan_from_weights(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan:
+    """Return the plan from a checkpoint's weights alone; only model and tokenizer must be the same."""
+    differences = incompatibilities(reader.manifest, identity_of(plan.run, plan.shape, plan.identity, 0))
+    of_model = {thing: words for thing, words in differences.items() if thing in ("model", "tokenizer")}
+    refuse_incompatible(reader.path, of_model, plan.resume.allow)
+    return replace(plan, notes=(f"the run starts from the weights of {reader.path}, at step 0 and the first sample",))
+
+
+def _plan_continuation(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan:
+    """Return the plan from the checkpoint's step, with the data that follows."""
+    run, manifest, resume = plan.run, reader.manifest, plan.resume
+    order = _order_so_far(run, plan.data, manifest)
+    consumed = manifest.data_position.segments[-1].next_sample
+    so_far = identity_of(run, plan.shape, replace(plan.identity, samples=order), consumed)
+    differences = incompatibilities(manifest, so_far)
+    refuse_incompatible(reader.path, differences, resume.allow)
+    continuation = continuation_kind(run, manifest, differences)
+    order, notes = _order_from_here(order, run, plan.data, manifest, continuation)
+    identity = replace(plan.identity, samples=order)
+    position = progress_from(manifest, run, continuation)
+    position.schedule = plan.position.schedule
+    to_come = (run.config.train.steps - position.step) * run.batch.global_batch
+    data = replace(plan.data, train=order, samples=position.samples + max(0, to_come))
+    if position.best_loss is not None and manifest.validation not in (None, identity.validation):
+        position.best_loss, position.stale_evaluations = None, 0
+        notes += ("the validation data changed: the lowest loss so far no longer counts",)
+    if resume.skip_steps:
+        samples = resume.skip_steps * run.batch.global_batch
+        here = identity.at(position.samples)["order"]
+        position.skip(samples, here, run.config.data.sequence_length, run.batch.global_batch)
+        notes += (f"skipping the data of {resume.skip_steps} steps, {samples:,} samples",)
+    notes = (*change_notes(position, manifest, run), *notes)
+    return replace(plan, data=data, identity=identity, position=position, notes=notes)
+
+
+def _order_so_far(run: ResolvedRun, data: RunData, manifest: Manifest) -> BlendedSamples:
+    """Return the samples in the checkpoint's order, rebuilt from the run's present data settings."""
+    order, lengths = data.train, lengths_of_order(manifest)
+    if len(lengths) > 1 or lengths[0][0] != run.config.data.sequence_length:
+        section = run.config.data.model_copy(update={"sequence_length": lengths[0][0]})
+        earlier = replace(run, config=run.config.model_copy(update={"data": section}))
+        order = open_data(earlier, data.places, first_sample_of(manifest, run)).train
+    for (_, end), (length, _) in pairwise(lengths):
+        order = order.recut(end, length)
+    return order
+
+
+def _order_from_here(
+    order: BlendedSamples, run: ResolvedRun, data: RunData, manifest: Manifest, continuation: Beginning
+) -> tuple[BlendedSamples, tuple[str, ...]]:
+    """Return the samples from here on, and warnings about them."""
+    if continuation == "recut":
+        length = run.config.data.sequence_length
+        order = order.recut(lengths_of_order(manifest)[-1][1], length)
+        skipped, repeated = order.recut_tokens
+        return order, (
+            f"the rest of this pass over the data is cut into samples of {length} tokens: "
+            f"{skipped:,} tokens are skipped, {repeated:,} are read twice",
+        )
+    if continuation == "anew":  # stages count the run's steps, but the order starts after the steps already done
+        done, batch = manifest.step, run.batch.global_batch
+        order = open_data(run, data.places, lambda step: (step - 1 - done) * batch).train
+    return order, ()

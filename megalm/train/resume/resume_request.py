@@ -1,4 +1,4 @@
-"""Command-line arguments and resume options of a run, and resume.json, the record of the last attempt that resumed.
+"""resume.json, the record of the last attempt that resumed from a checkpoint.
 
 `--resume 1500` in a folder that has step 2000 abandons later steps. If the job is killed before its first save, no
 checkpoint records this, but `runs/NAME/resume.json` does: `--resume auto` then repeats the same options.
@@ -6,7 +6,7 @@ checkpoint records this, but `runs/NAME/resume.json` does: `--resume auto` then 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,85 +14,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.discovery import ResumedFrom
-from megalm.errors import CheckpointError, ConfigError, DataError
+from megalm.errors import CheckpointError, DataError
 from megalm.rank_environment import job_and_restarts
 from megalm.runs.run_folder import RunFolder
-from megalm.runs.saved_config import ConfigFiles, read_settings
-from megalm.train.resume.compatibility import Extension
+from megalm.runs.run_settings import Extension, ResumeOptions
 from megalm.utils.atomic_files import read_json, write_json
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """The command-line arguments of launch/pretrain.py.
-
-    Attributes:
-        deepspeed_config: None: the resumed run's own, or for a new run its recipe's or zero2.json.
-    """
-
-    deepspeed_config: str | None
-    config: str | None = None
-    overrides: tuple[str, ...] = ()
-    resume: str | None = None
-    extend_steps: int | None = None
-    extend_strategy: Literal["schedule", "weights"] = "schedule"
-    skip_steps: int = 0
-
-    def read(self, ranks: int) -> tuple[ResumeOptions, ConfigFiles]:
-        """Return the resume options, and both configurations of a run on `ranks` ranks.
-
-        Raises:
-            ConfigError: a flag lacks another that it needs, or a configuration is invalid by itself.
-        """
-        options = ResumeOptions.stated(self.resume, self.extend_steps, self.extend_strategy, self.skip_steps)
-        words = (*self.overrides, *options.overrides)
-        files = read_settings(self.config, words, self.deepspeed_config, self.resume is not None, ranks)
-        if options.wanted is None and files.saved is not None:  # a restart of the job that began the run
-            options = replace(options, wanted="auto")
-        return options, files
-
-
-@dataclass(frozen=True)
-class ResumeOptions:
-    """The resume options of a start.
-
-    Attributes:
-        wanted: auto, a step or a path; None: a new run.
-        skip_steps: the number of steps whose data to skip first.
-        allow: items of `resume.allow` in addition to the configuration's.
-    """
-
-    wanted: str | None = None
-    extension: Extension | None = None
-    skip_steps: int = 0
-    allow: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.wanted is None and (self.extension or self.skip_steps):
-            raise ConfigError("--extend-steps and --skip-steps go on from a checkpoint: say which with --resume")
-
-    @staticmethod
-    def stated(
-        wanted: str | None, extend_steps: int | None, extend_strategy: Literal["schedule", "weights"], skip_steps: int
-    ) -> ResumeOptions:
-        """Return the options of a command line's flags.
-
-        Raises:
-            ConfigError: a flag lacks another that it needs.
-        """
-        if extend_steps is None and extend_strategy == "weights":
-            raise ConfigError("--extend-strategy weights starts a run of so many steps: say how many, --extend-steps N")
-        extension = None if extend_steps is None else Extension(extend_steps, extend_strategy)
-        return ResumeOptions(wanted, extension, skip_steps)
-
-    @property
-    def overrides(self) -> tuple[str, ...]:
-        """The configuration overrides they imply: a run from weights alone starts at step 0 with its own last step."""
-        return (f"train.steps={self.extension.steps}",) if self.extension and self.weights_only else ()
-
-    @property
-    def weights_only(self) -> bool:
-        return self.extension is not None and self.extension.strategy == "weights"
 
 
 class StartedJob(BaseModel):
@@ -198,8 +124,7 @@ def _read(folder: RunFolder) -> LastAttempt | None:
         found = LastAttempt.model_validate(read_json(folder.request))
     except (DataError, ValidationError) as error:
         raise CheckpointError(
-            f"{folder.request} is damaged ({' '.join(str(error).split())[:80]}); say what to go on from: --resume STEP "
-            "or PATH"
+            f"{folder.request} is damaged ({' '.join(str(error).split())[:80]}); use --resume STEP or --resume PATH"
         ) from None
     return found.model_copy(update={"path": folder.path.resolve() / found.path})
 

@@ -15,8 +15,8 @@ class RunSchedule:
     """The learning-rate schedule of a run.
 
     Attributes:
-        segments: successive schedules; the last one is in force.
-        configured_schedules: the schedules configured so far; configuring one of them again changes nothing.
+        segments: successive schedules; the last one applies now.
+        configured_schedules: the schedules configured so far; a resume with one of them changes nothing.
     """
 
     segments: tuple[ScheduleSegment, ...] = ()
@@ -66,7 +66,7 @@ class TrainingProgress:
             begins=self.continuation,
         )
 
-    def pass_over(self, samples: int, order: str, sequence_length: int, global_batch: int) -> None:
+    def skip(self, samples: int, order: str, sequence_length: int, global_batch: int) -> None:
         """Skip `samples` samples in the same order."""
         here = self.segment(order, sequence_length, global_batch)
         self.data_history = (*self.data_history, here.model_copy(update={"samples_skipped": samples}))
@@ -79,7 +79,7 @@ class TrainingProgress:
         return {"segments": [segment.model_dump() for segment in segments]}
 
 
-def pass_over(manifest: Manifest, samples: int) -> Manifest:
+def skip_samples(manifest: Manifest, samples: int) -> Manifest:
     """Return the manifest with `samples` more samples skipped at its position."""
     *before, last = manifest.data_position.segments
     further = last.model_copy(update={"samples_skipped": last.samples_skipped + samples})

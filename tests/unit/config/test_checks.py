@@ -12,8 +12,8 @@ from config_cases import CPU, GPU, notice_of, refused
 from megalm.config.deepspeed.json_reader import read_deepspeed_json
 from megalm.config.loading import config_to_yaml, load_run_config
 from megalm.config.precision import DeviceFacts
-from megalm.planning.checks.run_checks import RULES, check_run
 from megalm.planning.resolve import ResolvedRun
+from megalm.planning.run_checks import RULES, check_run
 from tests.messages import assert_names
 
 Start = Callable[..., ResolvedRun]
@@ -313,7 +313,7 @@ def test_a_preset_gives_way_to_what_a_person_states(start: Start, tmp_path: Path
 def test_check_run_runs_every_rule(write_json: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[object] = []
     monkeypatch.setattr(
-        "megalm.planning.checks.run_checks.RULES", tuple(lambda case, rule=rule: ran.append(rule) for rule in RULES)
+        "megalm.planning.run_checks.RULES", tuple(lambda case, rule=rule: ran.append(rule) for rule in RULES)
     )
     check_run(load_run_config(None, []), read_deepspeed_json(write_json()), 2, CPU)
     assert ran == list(RULES)

@@ -10,7 +10,7 @@ import pytest
 from config_cases import GPU, refused
 
 from megalm.config.loading import load_run_config
-from megalm.planning.checks.parallel import parallel_notices
+from megalm.planning.engine_checks import parallel_notices
 from megalm.planning.resolve import ResolvedRun
 from tests.messages import assert_names
 

@@ -32,7 +32,7 @@ from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.lr_schedule import ScheduleSegment, learning_rate
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_plan import make_plan, parameters_by_part, points
-from megalm.runs.saved_config import ConfigFiles
+from megalm.runs.run_settings import ConfigFiles
 from megalm.topology import Topology
 from megalm.utils.formatting import format_bytes
 from tests.checkpoint_files import save
@@ -238,7 +238,7 @@ def test_a_vocabulary_that_nobody_knows_is_the_same_guess_everywhere() -> None:
 def test_a_plan_needs_no_torch() -> None:
     code = (
         "import sys; import megalm.planning.run_plan; "
-        "import megalm.cli.plan, megalm.planning.resolve, megalm.runs.saved_config;"
+        "import megalm.cli.plan, megalm.planning.resolve, megalm.runs.run_settings;"
         "sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, env=os.environ).returncode == 0

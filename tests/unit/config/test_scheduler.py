@@ -15,8 +15,8 @@ from deepspeed.runtime import lr_schedules
 from megalm.config.deepspeed.json_reader import read_deepspeed_json
 from megalm.config.deepspeed.scheduler import translate_scheduler
 from megalm.config.loading import config_to_yaml, load_run_config
-from megalm.planning.lr_schedule import ScheduleSegment, learning_rate, schedule_facts
-from megalm.planning.resolve import ResolvedRun
+from megalm.planning.lr_schedule import ScheduleSegment, learning_rate
+from megalm.planning.resolve import ResolvedRun, schedule_facts
 from megalm.planning.run_plan import make_plan, points
 from tests.messages import assert_names
 

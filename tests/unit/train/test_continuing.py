@@ -16,7 +16,7 @@ from megalm.errors import CheckpointError, ConfigError
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.resolve import ResolvedRun, resolve
 from megalm.runs.run_folder import RunFolder
-from megalm.runs.saved_config import config_changes
+from megalm.runs.run_settings import config_changes
 from megalm.train.resume.compatibility import (
     continuation_kind,
     first_sample_of,

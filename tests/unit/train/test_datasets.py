@@ -25,7 +25,6 @@ from megalm.train.datasets import (
     find_data,
     open_data,
     rebuild_data,
-    validation_fingerprint,
     validation_loaders,
 )
 from megalm.train.resume.compatibility import DataIdentity, incompatibilities
@@ -215,7 +214,7 @@ def test_validation_sets_by_name_and_by_split(web: str, code: str) -> None:
     assert part is whole
     assert opened(f"data.train={web}", "data.split=1,0")[1].validation == {}
     prints = [
-        validation_fingerprint(*opened(*words))
+        opened(*words)[1].validation_fingerprint
         for words in (
             (f"data.train={web}", "data.split=9,1"),
             (f"data.train={web}", "data.split=9,1", "train.steps=40"),

@@ -106,7 +106,7 @@ class Checkpoints:
         guard.forget_refusals()
         step = max(step for step in self.positions if step not in self.suspect)
         position = replace(self.positions[step])
-        position.pass_over(next_sample - position.samples, "order", 256, 16)
+        position.skip(next_sample - position.samples, "order", 256, 16)
         return Path(f"step-{step}"), position
 
 
@@ -362,7 +362,7 @@ def test_rollback_goes_back_and_past_the_data(tmp_path: Path) -> None:
     settings = ("guard.policy=rollback", "checkpoint.interval_steps=3", "evaluate.interval_steps=3")
     story = Story(tmp_path, *EAGER, *settings, losses={5: 9.0}, validation=[3.0, 2.0, 1.0], steps=12)
     assert story.loop.fit() == EXIT_DONE
-    assert story.engine.applied == [1, 2, 3, 4, *range(6, 15)], "batches 4 and 5 are passed over, 4 was taken back"
+    assert story.engine.applied == [1, 2, 3, 4, *range(6, 15)], "batches 4 and 5 are skipped, 4 was taken back"
     position = story.loop.position
     assert (position.step, position.samples, position.attempt, position.rollbacks) == (12, 14 * 16, 2, 1)
     assert [(part.samples_consumed, part.samples_skipped) for part in position.data_history] == [(48, 32)]

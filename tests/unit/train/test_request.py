@@ -12,11 +12,9 @@ from megalm.checkpoint.manifest import DataSegment, set_status, write_manifest
 from megalm.communicator import SingleProcessCommunicator
 from megalm.errors import CheckpointError, ConfigError
 from megalm.runs.run_folder import RunFolder
-from megalm.train.resume.compatibility import Extension
+from megalm.runs.run_settings import Arguments, Extension, ResumeOptions
 from megalm.train.resume.find_checkpoint import find_checkpoint
 from megalm.train.resume.resume_request import (
-    Arguments,
-    ResumeOptions,
     attempt_after_rollback,
     describe_attempt,
     read_last_attempt,
@@ -148,10 +146,10 @@ def test_flags_that_say_nothing_without_others_are_refused() -> None:
         ((None, None, "schedule", 5), ("--skip-steps", "--resume")),
     ):
         with pytest.raises(ConfigError) as refused:
-            ResumeOptions.stated(*stated)  # type: ignore[arg-type]
+            ResumeOptions.from_flags(*stated)  # type: ignore[arg-type]
         assert_names(refused.value, *names)
-    assert ResumeOptions.stated("auto", None, "schedule", 0) == ResumeOptions("auto")
-    assert ResumeOptions.stated("7", 5, "weights", 0).weights_only
+    assert ResumeOptions.from_flags("auto", None, "schedule", 0) == ResumeOptions("auto")
+    assert ResumeOptions.from_flags("7", 5, "weights", 0).weights_only
 
 
 def test_an_extension_from_weights_is_a_run_of_so_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,21 @@
-"""The configuration of a resumed run: its saved settings apply unless they are given again."""
+"""The settings of a start: command-line arguments, resume options, and both configuration files.
+
+A resumed run keeps its saved settings unless they are given again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, named_json, read_deepspeed_json
 from megalm.config.loading import SAVED_CONFIG, GivenConfig, LoadedConfig, external_name
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields, shown
+from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
 from megalm.rank_environment import job_and_restarts
 from megalm.runs.run_folder import RunFolder, command_line, newest_run, read_mapping
@@ -22,6 +26,87 @@ _DEFAULT_DEEPSPEED_CONFIG = "ds_configs/zero2.json"
 
 # Not compared: settings of a single start, the last step (the schedule's note reports it), and pure documentation.
 _NOT_COMPARED = ("run.", "resume.", "train.steps", "documented.")
+
+
+@dataclass(frozen=True)
+class Extension:
+    """`--extend-steps`: `steps` more steps on a new schedule, or a new run of `steps` steps from the weights alone."""
+
+    steps: int
+    strategy: Literal["schedule", "weights"] = "schedule"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command-line arguments of launch/pretrain.py.
+
+    Attributes:
+        deepspeed_config: None: the resumed run's own; for a new run its recipe's, or zero2.json.
+    """
+
+    deepspeed_config: str | None
+    config: str | None = None
+    overrides: tuple[str, ...] = ()
+    resume: str | None = None
+    extend_steps: int | None = None
+    extend_strategy: Literal["schedule", "weights"] = "schedule"
+    skip_steps: int = 0
+
+    def read(self, ranks: int) -> tuple[ResumeOptions, ConfigFiles]:
+        """Return the resume options, and both configurations of a run on `ranks` ranks.
+
+        Raises:
+            ConfigError: a flag lacks another that it needs, or a configuration is invalid by itself.
+        """
+        options = ResumeOptions.from_flags(self.resume, self.extend_steps, self.extend_strategy, self.skip_steps)
+        words = (*self.overrides, *options.overrides)
+        files = read_settings(self.config, words, self.deepspeed_config, self.resume is not None, ranks)
+        if options.wanted is None and files.saved is not None:  # a restart of the job that began the run
+            options = replace(options, wanted="auto")
+        return options, files
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """The resume options of a start.
+
+    Attributes:
+        wanted: auto, a step or a path; None: a new run.
+        skip_steps: the number of steps whose data to skip first.
+        allow: items of `resume.allow` in addition to the configuration's.
+    """
+
+    wanted: str | None = None
+    extension: Extension | None = None
+    skip_steps: int = 0
+    allow: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.wanted is None and (self.extension or self.skip_steps):
+            raise ConfigError("--extend-steps and --skip-steps need a checkpoint: add --resume")
+
+    @staticmethod
+    def from_flags(
+        wanted: str | None, extend_steps: int | None, extend_strategy: Literal["schedule", "weights"], skip_steps: int
+    ) -> ResumeOptions:
+        """Return the options of a command line's flags.
+
+        Raises:
+            ConfigError: a flag lacks another that it needs.
+        """
+        if extend_steps is None and extend_strategy == "weights":
+            raise ConfigError("--extend-strategy weights needs the number of steps: add --extend-steps N")
+        extension = None if extend_steps is None else Extension(extend_steps, extend_strategy)
+        return ResumeOptions(wanted, extension, skip_steps)
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Return the configuration overrides that they imply: a run from weights alone has its own last step."""
+        return (f"train.steps={self.extension.steps}",) if self.extension and self.weights_only else ()
+
+    @property
+    def weights_only(self) -> bool:
+        return self.extension is not None and self.extension.strategy == "weights"
 
 
 @dataclass(frozen=True)
@@ -101,8 +186,8 @@ def config_changes(folder: RunFolder, run: ResolvedRun, saved: RunConfig) -> lis
         ConfigError: a file in the folder is damaged.
     """
     original = folder.deepspeed_json
-    lines = [f"other settings come from {folder.config_yaml}"]
-    before, now = (_values(config) for config in (saved, run.config))
+    lines = [f"settings that are not given now are those of {folder.config_yaml}"]
+    before, now = (_values(it) for it in (saved, run.config))
     lines += [
         f"{external_name(key)} was {shown(before[key])}, is {shown(value)} ({run.sources[key]})"
         for key, value in now.items()

@@ -1,0 +1,343 @@
+"""Rules of the DeepSpeed JSON and of the parallel degrees; see run_checks.py.
+
+DeepSpeed 0.19.8 runs several of the refused combinations without a message and trains something else. A refused grid of
+ranks names the nearest legal degree. Slow but legal grids get a notice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from megalm.config.deepspeed.json_reader import DeepSpeedConfig
+from megalm.config.deepspeed.json_schema import (
+    DeepSpeedSettings,
+    OffloadOptimizerSection,
+    OffloadParamSection,
+    ZeroSection,
+)
+from megalm.config.loading import LoadedConfig
+from megalm.config.precision import DeviceFacts, Precision, choose_precision
+from megalm.config.schema import RunConfig
+from megalm.errors import ConfigError
+from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.topology import Topology
+
+ALLOW_CPU_FP16 = "MEGALM_ALLOW_CPU_FP16"
+
+_STATES_AND_GRADIENT = 4
+
+
+@dataclass(frozen=True)
+class CheckContext:
+    """A run configuration with its DeepSpeed JSON, the number of ranks and the device."""
+
+    loaded: LoadedConfig
+    ds: DeepSpeedConfig
+    world_size: int
+    device: DeviceFacts
+
+    @property
+    def config(self) -> RunConfig:
+        return self.loaded.config
+
+    @property
+    def settings(self) -> DeepSpeedSettings:
+        return self.ds.settings
+
+    @property
+    def zero(self) -> ZeroSection:
+        return self.ds.settings.zero_optimization
+
+    @property
+    def precision(self) -> Precision:
+        return choose_precision(self.settings, self.device)[0]
+
+    @property
+    def shape(self) -> ModelConfig:
+        """The model, except for its vocabulary: no rule needs that."""
+        return build_model_config(self.config.model, 1, self.config.data.sequence_length)
+
+    @property
+    def offloads(self) -> Iterator[tuple[str, OffloadOptimizerSection | OffloadParamSection]]:
+        """Name and section of each offload to a device."""
+        for name in ("offload_optimizer", "offload_param"):
+            offload = getattr(self.zero, name)
+            if offload is not None and offload.device != "none":
+                yield name, offload
+
+
+Rule = Callable[[CheckContext], None]
+
+
+# --- the DeepSpeed JSON -----------------------------------------------------------------------------------------------
+
+
+def one_learning_rate(case: CheckContext) -> None:
+    lr = case.settings.optimizer.params.lr if case.settings.optimizer else None
+    if lr is not None and "schedule.peak_learning_rate" in case.loaded.stated:
+        peak = case.config.schedule.peak_learning_rate
+        source = case.loaded.sources["schedule.peak_learning_rate"]
+        raise ConfigError(
+            f"optimizer.params.lr={lr:g} ({case.ds.path}) and schedule.peak_learning_rate={peak:g} ({source}) "
+            "set the same value; remove one"
+        )
+
+
+def one_low_precision(case: CheckContext) -> None:
+    if case.settings.fp16.enabled is True and case.settings.bf16.enabled is True:
+        raise ConfigError(f"{case.ds.path}: fp16.enabled and bf16.enabled are both true; keep one")
+
+
+def device_has_bf16(case: CheckContext) -> None:
+    if case.settings.bf16.enabled is True and case.device.kind == "cuda" and not case.device.bf16:
+        raise ConfigError(f'{case.ds.path}: bf16.enabled=true, but this device has no bf16; use "auto", fp16 or fp32')
+
+
+def fp16_needs_a_gpu(case: CheckContext) -> None:
+    if case.precision == "fp16" and case.device.kind == "cpu" and os.environ.get(ALLOW_CPU_FP16) != "1":
+        raise ConfigError(
+            f"{case.ds.path}: fp16.enabled=true, but fp16 is a thousand times slower on a CPU; use bf16 or fp32, "
+            f"or set {ALLOW_CPU_FP16}=1 for a test"
+        )
+
+
+def low_precision_needs_zero(case: CheckContext) -> None:
+    # DeepSpeed's optimizers for stage 0 take a dummy step at the start: Adam's step counter is 1 before training.
+    if case.zero.stage == 0 and case.precision != "fp32":
+        raise ConfigError(
+            f"{case.ds.path}: zero_optimization.stage=0 with {case.precision} trains wrongly in DeepSpeed 0.19.8; "
+            "use stage 1"
+        )
+
+
+def gradient_precision(case: CheckContext) -> None:
+    for key, chosen in (
+        ("data_types.grad_accum_dtype", case.settings.data_types.grad_accum_dtype),
+        ("communication_data_type", case.settings.communication_data_type),
+    ):
+        if chosen is not None and chosen not in (case.precision, "fp32"):
+            raise ConfigError(f"{case.ds.path}: {key}={chosen} cannot hold gradients of {case.precision}; use fp32")
+
+
+def offload_needs_its_zero_stage(case: CheckContext) -> None:
+    for name, _ in case.offloads:
+        if name == "offload_optimizer" and case.zero.stage == 0:
+            raise ConfigError(f"{case.ds.path}: {name} needs zero_optimization.stage 1, 2 or 3; stage is 0")
+        if name == "offload_param" and case.zero.stage != 3:
+            raise ConfigError(
+                f"{case.ds.path}: {name} needs zero_optimization.stage 3; stage is {case.zero.stage}: "
+                "use offload_optimizer alone"
+            )
+
+
+def nvme_needs_stage_3_and_path(case: CheckContext) -> None:
+    for name, offload in case.offloads:
+        if offload.device == "nvme" and case.zero.stage != 3:
+            raise ConfigError(f"{case.ds.path}: {name}.device=nvme needs zero_optimization.stage 3; use cpu")
+        if offload.device == "nvme" and offload.nvme_path is None:
+            raise ConfigError(f"{case.ds.path}: {name}.device=nvme needs {name}.nvme_path, a folder on that disk")
+
+
+def offload_has_its_own_adam(case: CheckContext) -> None:
+    optimizer = case.settings.optimizer
+    if "offload_optimizer" in dict(case.offloads) and optimizer is not None and optimizer.params.torch_adam:
+        raise ConfigError(
+            f"{case.ds.path}: optimizer.params.torch_adam=true with offload_optimizer, which uses DeepSpeed's CPU "
+            "Adam; remove torch_adam"
+        )
+
+
+def adamw_is_adamw(case: CheckContext) -> None:
+    optimizer = case.settings.optimizer
+    if optimizer is not None and optimizer.type.lower() == "adamw" and not optimizer.params.adam_w_mode:
+        raise ConfigError(
+            f'{case.ds.path}: optimizer.type "AdamW" with adam_w_mode=false, which DeepSpeed ignores; write type "Adam"'
+        )
+
+
+def buckets_are_even(case: CheckContext) -> None:
+    size = case.zero.allgather_bucket_size
+    if case.zero.stage in (1, 2) and size % 2:
+        raise ConfigError(f"{case.ds.path}: zero_optimization.allgather_bucket_size={size} is odd; use {size + 1}")
+
+
+def nvme_keeps_optimizer_states_only(case: CheckContext) -> None:
+    optimizer, parameters = case.zero.offload_optimizer, case.zero.offload_param
+    if parameters is not None and parameters.device == "nvme":
+        raise ConfigError(
+            f"{case.ds.path}: offload_param.device=nvme is not tested; use cpu there, and nvme for offload_optimizer, "
+            "which is six times as large"
+        )
+    if optimizer is None or optimizer.device != "nvme":
+        return
+    for name in ("pipeline_read", "pipeline_write"):
+        if getattr(optimizer, name):
+            raise ConfigError(f"{case.ds.path}: offload_optimizer.{name}=true is not tested; remove it")
+    if optimizer.buffer_count < _STATES_AND_GRADIENT:
+        raise ConfigError(
+            f"{case.ds.path}: offload_optimizer.buffer_count={optimizer.buffer_count} is too small for a master, its "
+            f"moments and its gradient; use {_STATES_AND_GRADIENT} or more"
+        )
+    if case.config.checkpoint.asynchronous:
+        raise ConfigError(
+            f"checkpoint.async=true needs a copy in memory of the state that {case.ds.path} keeps on disk "
+            "(offload_optimizer.device=nvme); remove one of them"
+        )
+
+
+DEEPSPEED_RULES: tuple[Rule, ...] = (
+    one_learning_rate,
+    one_low_precision,
+    device_has_bf16,
+    fp16_needs_a_gpu,
+    low_precision_needs_zero,
+    gradient_precision,
+    offload_needs_its_zero_stage,
+    nvme_needs_stage_3_and_path,
+    offload_has_its_own_adam,
+    adamw_is_adamw,
+    buckets_are_even,
+    nvme_keeps_optimizer_states_only,
+)
+
+
+# --- the parallel degrees ---------------------------------------------------------------------------------------------
+
+
+def degrees_divide_the_ranks(case: CheckContext) -> None:
+    Topology(case.world_size, case.config.parallel.tensor, case.config.parallel.pipeline)  # raises
+
+
+def tensor_divides_the_model(case: CheckContext) -> None:
+    """Each rank of a tensor group holds whole heads and an equal part of the MLP; vocabularies are padded instead."""
+    shape, degree = case.shape, case.config.parallel.tensor
+    for name, size in (
+        ("model.num_attention_heads", shape.num_attention_heads),
+        ("the MLP's inner size (model.intermediate_size)", shape.intermediate_size),
+    ):
+        if size % degree:
+            raise ConfigError(f"parallel.tensor={degree} does not divide {name}={size}; {_legal_tensor_degrees(case)}")
+    if not _shares_key_value_heads(shape.num_key_value_heads, degree):
+        raise ConfigError(
+            f"parallel.tensor={degree} and model.num_key_value_heads={shape.num_key_value_heads}: one must divide the "
+            f"other; {_legal_tensor_degrees(case)}"
+        )
+
+
+def sequence_has_a_tensor_group(case: CheckContext) -> None:
+    parallel, length = case.config.parallel, case.config.data.sequence_length
+    if not parallel.sequence:
+        return
+    if parallel.tensor == 1:
+        raise ConfigError(
+            "parallel.sequence=true divides the sequence over a tensor group, but parallel.tensor=1; "
+            "use parallel.tensor=2 or more, or remove parallel.sequence"
+        )
+    if length % parallel.tensor:
+        below = length // parallel.tensor * parallel.tensor
+        lengths = f"{below} or {below + parallel.tensor}" if below else f"{parallel.tensor}"
+        raise ConfigError(
+            f"parallel.sequence=true: data.sequence_length={length} does not divide into parallel.tensor="
+            f"{parallel.tensor} slices; use {lengths}"
+        )
+
+
+def pipeline_has_enough_layers(case: CheckContext) -> None:
+    degree, layers = case.config.parallel.pipeline, case.config.model.num_hidden_layers
+    if degree > layers:
+        legal = (n for n in range(1, layers + 1) if case.world_size % (n * case.config.parallel.tensor) == 0)
+        raise ConfigError(
+            f"parallel.pipeline={degree} is more than model.num_hidden_layers={layers}, but each stage needs a block; "
+            f"on {case.world_size} ranks use {_nearest(degree, legal)}"
+        )
+
+
+def pipeline_needs_low_zero(case: CheckContext) -> None:
+    if case.config.parallel.pipeline > 1 and case.zero.stage >= 2:
+        raise ConfigError(
+            f"parallel.pipeline={case.config.parallel.pipeline} with zero_optimization.stage={case.zero.stage} "
+            f"({case.ds.path}): a pipeline keeps whole gradients over its micro-batches; use stage 1"
+        )
+
+
+def pipeline_clips_with_zero_1(case: CheckContext) -> None:
+    # The engine leaves the later stages out of the gradient norm.
+    if case.config.parallel.pipeline > 1 and case.zero.stage == 0 and case.settings.gradient_clipping != 0:
+        raise ConfigError(
+            f"parallel.pipeline={case.config.parallel.pipeline} with zero_optimization.stage=0 ({case.ds.path}) clips "
+            "by a wrong gradient norm in DeepSpeed 0.19.8; use stage 1"
+        )
+
+
+def pipeline_sums_tied_gradients(case: CheckContext) -> None:
+    # DeepSpeed sums the gradients of the first and the last stage for their common weight in `grad`, but accumulates
+    # fp16 gradients in fp32 elsewhere: each stage would train its own copy.
+    apart = case.precision == "fp16" and case.settings.data_types.grad_accum_dtype == "fp32"
+    if case.config.parallel.pipeline > 1 and apart and case.shape.tie_word_embeddings:
+        raise ConfigError(
+            f"parallel.pipeline={case.config.parallel.pipeline} with fp16 and data_types.grad_accum_dtype=fp32 "
+            f"({case.ds.path}) trains tied embeddings wrongly in DeepSpeed 0.19.8; remove grad_accum_dtype, use bf16, "
+            "or set model.tie_word_embeddings=false"
+        )
+
+
+def pipeline_keeps_its_states(case: CheckContext) -> None:
+    for name, _ in case.offloads:
+        if case.config.parallel.pipeline > 1:
+            raise ConfigError(
+                f"parallel.pipeline={case.config.parallel.pipeline} cannot offload ({name} in {case.ds.path}); "
+                f"remove {name}, or the pipeline"
+            )
+
+
+PARALLEL_RULES: tuple[Rule, ...] = (
+    degrees_divide_the_ranks,
+    tensor_divides_the_model,
+    sequence_has_a_tensor_group,
+    pipeline_has_enough_layers,
+    pipeline_needs_low_zero,
+    pipeline_clips_with_zero_1,
+    pipeline_sums_tied_gradients,
+    pipeline_keeps_its_states,
+)
+
+
+def parallel_notices(config: RunConfig, ranks_per_node: int) -> list[str]:
+    """Return a notice if tensor groups, which communicate several times a layer, leave their node."""
+    degree = config.parallel.tensor
+    if ranks_per_node % degree == 0:
+        return []
+    relation = "is more than" if degree > ranks_per_node else "does not divide"
+    fitting = max(n for n in range(1, ranks_per_node + 1) if ranks_per_node % n == 0 and degree % n == 0)
+    return [
+        f"parallel.tensor={degree} {relation} the {ranks_per_node} ranks of a node: tensor groups communicate over the "
+        f"network in every layer, which is slow; parallel.tensor={fitting} with parallel.pipeline={degree // fitting} "
+        "uses the same number of ranks"
+    ]
+
+
+def _legal_tensor_degrees(case: CheckContext) -> str:
+    shape = case.shape
+    legal = (
+        n
+        for n in range(1, shape.num_attention_heads + 1)
+        if shape.num_attention_heads % n == 0
+        and shape.intermediate_size % n == 0
+        and _shares_key_value_heads(shape.num_key_value_heads, n)
+        and case.world_size % (n * case.config.parallel.pipeline) == 0
+    )
+    return f"on {case.world_size} ranks use {_nearest(case.config.parallel.tensor, legal)}"
+
+
+def _nearest(degree: int, legal: Iterable[int]) -> str:
+    """Return the nearest legal degrees below and above."""
+    degrees = sorted(legal)
+    near = [n for n in degrees if n < degree][-1:] + [n for n in degrees if n > degree][:1]
+    return " or ".join(map(str, near))
+
+
+def _shares_key_value_heads(heads: int, degree: int) -> bool:
+    """Return whether ranks hold whole key/value heads; if there are fewer heads than ranks, several hold the same."""
+    return heads % degree == 0 or degree % heads == 0

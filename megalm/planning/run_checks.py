@@ -1,0 +1,466 @@
+"""Rules across the run configuration and the DeepSpeed JSON: one function and one message each.
+
+They run before any process group exists, so that a run that cannot be right never takes a GPU. Rules about one value
+are in the schemas; rules of the JSON and of the parallel degrees are in engine_checks.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from megalm.config.deepspeed.json_reader import DeepSpeedConfig, named_json, read_deepspeed_json
+from megalm.config.loading import LoadedConfig
+from megalm.config.precision import DeviceFacts
+from megalm.config.schema import DataSection, RunConfig
+from megalm.errors import ConfigError
+from megalm.planning.batch_size import plan_batch
+from megalm.planning.engine_checks import DEEPSPEED_RULES, PARALLEL_RULES, CheckContext, Rule
+from megalm.planning.lr_schedule import ENDLESS
+from megalm.topology import Topology
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def check_run(
+    loaded: LoadedConfig, ds: DeepSpeedConfig, world_size: int, device: DeviceFacts, data_needed: bool = True
+) -> None:
+    """Refuse a run by the first rule that it breaks.
+
+    Args:
+        data_needed: whether to refuse a run without data; a plan needs none.
+
+    Raises:
+        ConfigError: the value, its place, and what to use instead.
+    """
+    case = CheckContext(loaded, ds, world_size, device)
+    for rule in RULES:
+        if data_needed or rule is not data_is_configured:
+            rule(case)
+
+
+# --- run and model ----------------------------------------------------------------------------------------------------
+
+
+def run_name(case: CheckContext) -> None:
+    name = case.config.run.name
+    if name is not None and not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"run.name={name!r} is not a folder name: use letters, digits, '.', '_' and '-'; run.root is the parent"
+        )
+
+
+def hidden_divides_into_heads(case: CheckContext) -> None:
+    model = case.config.model
+    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
+        raise ConfigError(
+            f"model.hidden_size={model.hidden_size} does not divide into model.num_attention_heads="
+            f"{model.num_attention_heads}; change one of them or set model.head_dim"
+        )
+
+
+def heads_divide_into_groups(case: CheckContext) -> None:
+    heads, groups = case.config.model.num_attention_heads, case.config.model.num_key_value_heads
+    if groups is not None and heads % groups:
+        raise ConfigError(
+            f"model.num_attention_heads={heads} does not divide into model.num_key_value_heads={groups}; "
+            "use equally many heads for each key/value head"
+        )
+
+
+def rotary_needs_even_heads(case: CheckContext) -> None:
+    model = case.config.model
+    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
+    if model.style == "llama" and head_dim % 2:
+        raise ConfigError(
+            f"head_dim={head_dim} (model.hidden_size / model.num_attention_heads) is odd; the rotary positions of "
+            "style llama need an even one"
+        )
+
+
+def sequence_fits_positions(case: CheckContext) -> None:
+    length, positions = case.config.data.sequence_length, case.config.model.max_position_embeddings
+    if positions is not None and length > positions:
+        raise ConfigError(
+            f"data.sequence_length={length} is longer than model.max_position_embeddings={positions}; "
+            "shorten the one or raise the other"
+        )
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def data_is_configured(case: CheckContext) -> None:
+    data = case.config.data
+    if data.train is None and data.recipe is None:
+        raise ConfigError(f"data.train is missing; {how_to_give_data(case.config)}, or data.recipe=python-stdlib")
+
+
+def how_to_give_data(config: RunConfig) -> str:
+    """Return the advice for a run without data."""
+    if config.data.tokenizer is not None:
+        return "give a dataset prefix"
+    most = f" of at most {config.model.vocab_size:,} entries" if config.model.vocab_size else ""
+    return (
+        f"give a dataset prefix and its tokenizer: data.train=PREFIX data.tokenizer=FILE{most} "
+        "(made by data_tools/train_tokenizer.py and build_dataset.py)"
+    )
+
+
+def data_is_complete(case: CheckContext) -> None:
+    data = case.config.data
+    if data.train is not None and data.tokenizer is None:
+        named = data.train if isinstance(data.train, str) else "[...]"
+        raise ConfigError(f"data.train={named} needs data.tokenizer, the tokenizer that built the dataset")
+    if data.train is not None:
+        return
+    if data.validation is not None:
+        shown = f"={data.validation}" if isinstance(data.validation, str) else ""
+        raise ConfigError(f"data.validation{shown} needs data.train; set it, or use data.split")
+    for key, given in (
+        ("data.stages", data.stages),
+        ("data.input", data.input),
+        ("data.append_eod", data.append_eod is not None),
+        ("data.rebuild", data.rebuild != "never"),
+    ):
+        if given:
+            raise ConfigError(f"{key} needs data.train, your own dataset; set it")
+
+
+def blends_name_datasets_once(case: CheckContext) -> None:
+    for stage in case.config.data.blends:
+        where = "data.train" if stage.from_step == 1 else f"data.stages, from_step {stage.from_step}"
+        if not stage.blend:
+            raise ConfigError(f"{where} is an empty list; name a dataset, or several as {{prefix, weight}}")
+        repeated = _repeated(part.prefix for part in stage.blend)
+        if repeated is not None:
+            raise ConfigError(f"{where} names {repeated} twice; add its weights up")
+
+
+def stages_follow_each_other(case: CheckContext) -> None:
+    before = 1
+    for stage in case.config.data.stages:
+        if stage.from_step <= before:
+            raise ConfigError(
+                f"data.stages: from_step={stage.from_step} is not after step {before}; sort the stages, and put the "
+                "first mixture into data.train"
+            )
+        before = stage.from_step
+
+
+def stride_makes_samples(case: CheckContext) -> None:
+    data = case.config.data
+    if data.stride is not None and data.stride > data.sequence_length:
+        raise ConfigError(
+            f"data.stride={data.stride} is more than data.sequence_length={data.sequence_length} and would skip "
+            "tokens; lower it or remove it"
+        )
+
+
+def megatron_order_is_plain(case: CheckContext) -> None:
+    data = case.config.data
+    if data.order != "megatron":
+        return
+    for given, does in (
+        (data.stages or not isinstance(data.train, str | None), "mixes datasets"),
+        (data.stride not in (None, data.sequence_length), f"has data.stride={data.stride}"),
+    ):
+        if given:
+            raise ConfigError(
+                f"data.order=megatron is for one dataset without overlap, but this run {does}; "
+                "use data.order=prefix_stable"
+            )
+
+
+def input_belongs_to_one_dataset(case: CheckContext) -> None:
+    data = case.config.data
+    if data.input is not None and not isinstance(data.train, str):
+        raise ConfigError(
+            "data.input names the raw text of one dataset, but data.train is a list; remove data.input: the .json of "
+            "each dataset names its own"
+        )
+
+
+def one_source_of_validation(case: CheckContext) -> None:
+    data = case.config.data
+    if data.validation is not None and data.split is not None:
+        named = data.validation if isinstance(data.validation, str) else "{...}"
+        raise ConfigError(f"data.validation={named} and data.split={data.split} both choose validation data; keep one")
+
+
+def validation_sets_have_names(case: CheckContext) -> None:
+    data = case.config.data
+    if isinstance(data.validation, dict):
+        if not data.validation:
+            raise ConfigError("data.validation is an empty mapping; use NAME: PREFIX, or remove it")
+        for name in data.validation:
+            if name == "validation" or not _NAME.fullmatch(name):
+                raise ConfigError(
+                    f"data.validation: {name!r} cannot name a set: use letters, digits, '.', '_' and '-'; "
+                    "'validation' means all sets together"
+                )
+    repeated = _repeated(Path(prefix).name for prefix in {part.prefix for stage in data.blends for part in stage.blend})
+    if data.split is not None and repeated is not None:
+        raise ConfigError(
+            f"data.split={data.split} needs datasets with different names, but two are called {repeated}; "
+            "name validation sets with data.validation"
+        )
+
+
+def split_is_two_weights(case: CheckContext) -> None:
+    split = case.config.data.split
+    if split is None:
+        return
+    try:
+        train, validation = (float(part) for part in split.split(","))
+    except ValueError:
+        train = validation = -1.0
+    if not (0 < train < float("inf") and 0 <= validation < float("inf")):
+        raise ConfigError(f"data.split={split!r} is not TRAIN,VALIDATION; write two weights such as 95,5")
+
+
+def dataset_files_exist(case: CheckContext) -> None:
+    data = case.config.data
+    for key, prefix in _named_datasets(data):
+        # A dataset can be built at the start if its .json or the configuration names its raw text.
+        buildable = Path(f"{prefix}.json").is_file() or (data.input is not None and prefix == data.train)
+        if data.rebuild != "never" and buildable:
+            continue
+        for suffix in (".bin", ".idx"):
+            if not Path(f"{prefix}{suffix}").is_file():
+                raise ConfigError(
+                    f"{key}={prefix}: {prefix}{suffix} does not exist; give the prefix of a dataset, without .bin, or "
+                    "build one with python data_tools/build_dataset.py"
+                )
+
+
+def tokenizer_exists(case: CheckContext) -> None:
+    tokenizer = case.config.data.tokenizer
+    if tokenizer is not None and tokenizer != "bytes" and not Path(tokenizer).exists():
+        raise ConfigError(
+            f"data.tokenizer={tokenizer} does not exist; make one with python data_tools/train_tokenizer.py, "
+            "or use data.tokenizer=bytes"
+        )
+
+
+def _named_datasets(data: DataSection) -> list[tuple[str, str]]:
+    """Return (key, prefix) of every dataset, each prefix once."""
+    named: dict[str, str] = {}
+    for stage in data.blends:
+        for part in stage.blend:
+            named.setdefault(part.prefix, "data.train" if stage.from_step == 1 else "data.stages")
+    for prefix in data.validation_sets.values():
+        named.setdefault(prefix, "data.validation")
+    return [(key, prefix) for prefix, key in named.items()]
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+# --- schedule, checkpoints, batch -------------------------------------------------------------------------------------
+
+
+def warmup_ends_before_training(case: CheckContext) -> None:
+    # resolve.py shortens a preset's warm-up with the run, but not a person's. DeepSpeed's may be cut short.
+    schedule, steps = case.config.schedule, case.config.train.steps
+    warmup, given = schedule.warmup_steps, "schedule.warmup_steps" in case.loaded.stated
+    if warmup >= steps and given and schedule.step_convention == "standard":
+        raise ConfigError(f"schedule.warmup_steps={warmup} is not below train.steps={steps}; shorten the warm-up")
+
+
+def decay_fits_training(case: CheckContext) -> None:
+    # As with the warm-up, a preset's decay gives way to a person's settings.
+    schedule = case.config.schedule
+    if schedule.decay_steps is None or "schedule.decay_steps" not in case.loaded.stated:
+        return
+    if schedule.kind != "wsd":
+        raise ConfigError(
+            f"schedule.decay_steps={schedule.decay_steps} has no effect with schedule.kind={schedule.kind}; "
+            "it is for wsd, remove it"
+        )
+    end, name = schedule.decay_end_step, "schedule.decay_end_step"
+    if end is None:
+        end, name = case.config.train.steps, "train.steps"
+    if schedule.warmup_steps + schedule.decay_steps > end:
+        raise ConfigError(
+            f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_steps={schedule.decay_steps} are more "
+            f"than {name}={end}; shorten one"
+        )
+
+
+def final_rate_has_effect(case: CheckContext) -> None:
+    schedule = case.config.schedule
+    for name in ("final_learning_rate", "final_ratio", "decay_end_step"):
+        value, given = getattr(schedule, name), f"schedule.{name}" in case.loaded.stated
+        if value is not None and given and schedule.kind in ENDLESS:
+            raise ConfigError(f"schedule.{name}={value:g} has no effect with schedule.kind={schedule.kind}; remove it")
+
+
+def decay_ends_after_warmup(case: CheckContext) -> None:
+    schedule, given = case.config.schedule, "schedule.decay_end_step" in case.loaded.stated
+    end = schedule.decay_end_step
+    if end is not None and given and end <= schedule.warmup_steps and schedule.step_convention == "standard":
+        raise ConfigError(
+            f"schedule.decay_end_step={end} is not above schedule.warmup_steps={schedule.warmup_steps}; raise it, or "
+            "shorten the warm-up"
+        )
+
+
+def deepspeed_has_the_kind(case: CheckContext) -> None:
+    schedule = case.config.schedule
+    if schedule.step_convention == "deepspeed" and schedule.kind not in ("constant", "linear", "cosine"):
+        raise ConfigError(
+            f"schedule.step_convention=deepspeed with schedule.kind={schedule.kind}, which DeepSpeed does not have; "
+            "use constant, linear or cosine, or remove step_convention"
+        )
+
+
+def one_rate_at_each_end(case: CheckContext) -> None:
+    schedule, sources = case.config.schedule, case.loaded.sources
+    for end in ("initial", "final"):
+        rate, ratio = getattr(schedule, f"{end}_learning_rate"), getattr(schedule, f"{end}_ratio")
+        if rate is not None and ratio is not None:
+            raise ConfigError(
+                f"schedule.{end}_learning_rate={rate:g} ({sources[f'schedule.{end}_learning_rate']}) and "
+                f"schedule.{end}_ratio={ratio:g} ({sources[f'schedule.{end}_ratio']}) set the same rate; remove one"
+            )
+
+
+def no_rate_above_peak(case: CheckContext) -> None:
+    schedule, sources, optimizer = case.config.schedule, case.loaded.sources, case.settings.optimizer
+    peak, named = schedule.peak_learning_rate, "schedule.peak_learning_rate"
+    source = sources[named]
+    if optimizer is not None and optimizer.params.lr is not None:  # takes precedence over a preset's
+        peak, named, source = optimizer.params.lr, "optimizer.params.lr", case.ds.path
+    for name in ("initial_learning_rate", *(() if schedule.kind in ENDLESS else ("final_learning_rate",))):
+        rate = getattr(schedule, name)
+        if rate is not None and rate > peak:
+            raise ConfigError(
+                f"schedule.{name}={rate:g} ({sources[f'schedule.{name}']}) is above {named}={peak:g} ({source}); "
+                "lower it"
+            )
+
+
+def kept_checkpoints_are_made(case: CheckContext) -> None:
+    checkpoint = case.config.checkpoint
+    every, interval = checkpoint.keep_every_steps, checkpoint.interval_steps
+    if every is None:
+        return
+    if checkpoint.keep_last is None:
+        raise ConfigError(
+            f"checkpoint.keep_every_steps={every} has no effect without checkpoint.keep_last: all checkpoints are "
+            "kept; set checkpoint.keep_last, or remove it"
+        )
+    if interval is None or every % interval:
+        raise ConfigError(
+            f"checkpoint.keep_every_steps={every} is not a multiple of checkpoint.interval_steps={interval}, so no "
+            "checkpoint is saved there; change one of them"
+        )
+
+
+def batch_divides(case: CheckContext) -> None:
+    parallel = case.config.parallel
+    topology = Topology(case.world_size, parallel.tensor, parallel.pipeline)
+    plan_batch(case.settings, topology.data, case.ds.path, fits=lambda _: True)
+
+
+def recipe_keeps_its_batch(case: CheckContext) -> None:
+    """A recipe preset is a documented run: with another batch it would be another run under the same name."""
+    named = case.config.deepspeed_config
+    if named is None:
+        return
+    own = read_deepspeed_json(named_json(named)).settings.train_batch_size
+    if own != case.settings.train_batch_size:
+        preset = f"preset {case.loaded.preset}" if case.loaded.preset else "this configuration"
+        raise ConfigError(
+            f"{case.ds.path} has train_batch_size={case.settings.train_batch_size}, but {preset} belongs to {named} "
+            f"with train_batch_size={own}; remove --deepspeed_config to use that file, or set deepspeed_config=null "
+            "for your own run"
+        )
+
+
+# --- guard and wall time ----------------------------------------------------------------------------------------------
+
+
+def wall_time_seconds(text: str) -> float:
+    """`4h` -> 14400; also `90m`, `1h30m`, `45s`, `2d`.
+
+    Raises:
+        ConfigError: anything else, or no time at all.
+    """
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text)
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != text or seconds <= 0:
+        raise ConfigError(f"train.max_wall_time={text!r} is not a duration; write 30m, 4h, 1h30m or 2d")
+    return seconds
+
+
+def wall_time_is_a_duration(case: CheckContext) -> None:
+    if (text := case.config.train.max_wall_time) is not None:
+        wall_time_seconds(text)
+
+
+def guard_warms_up_in_its_window(case: CheckContext) -> None:
+    guard = case.config.guard
+    if guard.warmup_steps > guard.window:
+        raise ConfigError(
+            f"guard.warmup_steps={guard.warmup_steps} is more than guard.window={guard.window}, so the guard would "
+            "never judge a step; shorten the one or widen the other"
+        )
+
+
+def guard_limit_has_both_numbers(case: CheckContext) -> None:
+    guard = case.config.guard
+    if (guard.stop_above is None) != (guard.after_step is None):
+        given, absent = ("stop_above", "after_step") if guard.after_step is None else ("after_step", "stop_above")
+        raise ConfigError(
+            f"guard.{given}={getattr(guard, given):g} needs guard.{absent}, "
+            "for example guard.stop_above=7 guard.after_step=1000"
+        )
+
+
+def rollback_has_a_checkpoint(case: CheckContext) -> None:
+    if case.config.guard.policy == "rollback" and case.config.checkpoint.interval_steps is None:
+        raise ConfigError("guard.policy=rollback needs checkpoints before the end; set checkpoint.interval_steps")
+
+
+# The first rule that a run breaks is its message. Rules that read the disk come last.
+RULES: tuple[Rule, ...] = (
+    run_name,
+    hidden_divides_into_heads,
+    heads_divide_into_groups,
+    rotary_needs_even_heads,
+    sequence_fits_positions,
+    data_is_configured,
+    data_is_complete,
+    blends_name_datasets_once,
+    stages_follow_each_other,
+    stride_makes_samples,
+    megatron_order_is_plain,
+    input_belongs_to_one_dataset,
+    one_source_of_validation,
+    validation_sets_have_names,
+    split_is_two_weights,
+    warmup_ends_before_training,
+    decay_fits_training,
+    final_rate_has_effect,
+    decay_ends_after_warmup,
+    deepspeed_has_the_kind,
+    one_rate_at_each_end,
+    no_rate_above_peak,
+    kept_checkpoints_are_made,
+    *PARALLEL_RULES,
+    batch_divides,
+    recipe_keeps_its_batch,
+    *DEEPSPEED_RULES,
+    wall_time_is_a_duration,
+    guard_warms_up_in_its_window,
+    guard_limit_has_both_numbers,
+    rollback_has_a_checkpoint,
+    dataset_files_exist,
+    tokenizer_exists,
+)
