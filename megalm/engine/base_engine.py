@@ -211,8 +211,7 @@ class EngineBase:
         self._owned = [parameter for name, parameter in parameters.items() if shards[name].is_owner]
         for name, parameter in parameters.items():  # DeepSpeed counts marked parameters in the gradient norm
             parameter.tensor_model_parallel = shards[name].is_owner  # type: ignore[attr-defined]
-        # DeepSpeed's own timers print at every step, and in a pipeline they fail.
-        self._phase = PhaseClock(context.device, bool(settings.pop("wall_clock_breakdown", False)))
+        self._phase = PhaseClock(context.device, run.diagnostics.phase_times)
         offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}
         self._swap_folder: SwapFolder | None = None
         if offload["device"] == "nvme":

@@ -334,7 +334,8 @@ def _deepspeed_dict(ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision)
     return resolved, notices
 
 
-_NOT_PASSED_ON = ("optimizer", "flops_profiler", "comms_logger", "timers")  # megalm serves them itself
+# megalm serves these itself. DeepSpeed's timers would print at every step, and end a pipeline's run in its first one.
+_NOT_PASSED_ON = ("optimizer", "flops_profiler", "comms_logger", "timers", "wall_clock_breakdown")
 _MADE_EXPLICIT = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",

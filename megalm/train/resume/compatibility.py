@@ -15,7 +15,7 @@ from megalm.config.loading import COMMAND_LINE, SAVED_CONFIG
 from megalm.data.sampling.mixture import BlendedSamples
 from megalm.errors import CheckpointError, ConfigError
 from megalm.model.model_config import ModelConfig
-from megalm.planning.lr_schedule import ScheduleFacts, ScheduleSegment, rate_at
+from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, ScheduleSegment, rate_at
 from megalm.planning.resolve import ResolvedRun, decay_steps_of
 from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
 
@@ -285,8 +285,8 @@ def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRu
 def _same_rates(segments: Sequence[ScheduleSegment]) -> bool:
     """Return whether the last segment just continues the one before it, such as a constant rate for more steps."""
     before, last = (segment.schedule for segment in segments[-2:])
-    endless = last.kind == before.kind and last.kind in ("constant", "inverse_sqrt")
-    return endless and replace(last, steps=before.steps, decay_steps=before.decay_steps) == before
+    continues = last.kind in ENDLESS or (last.kind != "wsd" and last.decay_end_step is not None)
+    return continues and replace(last, steps=before.steps, decay_steps=before.decay_steps) == before
 
 
 def _of_order(segments: Sequence[DataSegment]) -> list[DataSegment]:

@@ -31,6 +31,7 @@ def test_each_section_is_served(start: Start) -> None:
     assert not {"flops_profiler", "comms_logger"} & run.deepspeed.keys()
     timed = start(wall_clock_breakdown=True, dump_state=True, timers={"throughput": {"synchronized": False}})
     assert timed.diagnostics == Diagnostics(phase_times=True)
+    assert not {"wall_clock_breakdown", "timers"} & timed.deepspeed.keys()
     assert_names(notice_of(timed, "wall_clock_breakdown"), "forward_seconds", "metrics.jsonl")
     assert_names(notice_of(timed, "timers."), "timers.throughput", "tokens_per_second")
     assert_names(notice_of(timed, "dump_state"), "deepspeed.resolved.json")
