@@ -38,9 +38,12 @@ from megalm.engine.base_engine import parameter_groups  # noqa: E402
 from megalm.engine.build import build_engine  # noqa: E402
 from megalm.engine.device import claim_device, device_facts, device_name, measured_peak, peak_flops, rank_facts  # noqa: E402
 from megalm.engine.distributed import start_distributed  # noqa: E402
-from megalm.model.flops import flops_per_token  # noqa: E402
-from megalm.model.layer_factory import DenseLayers  # noqa: E402
-from megalm.model.model_config import ModelConfig, build_model_config  # noqa: E402
+from megalm.model.layer_factory import LayerFactory  # noqa: E402
+from megalm.model.model_config import (  # noqa: E402
+    ModelConfig,
+    build_model_config,
+    flops_per_token,
+)
 from megalm.model.modules import DropoutClock  # noqa: E402
 from megalm.model.transformer import LanguageModel, initialize  # noqa: E402
 from megalm.planning.resolve import resolve  # noqa: E402
@@ -145,7 +148,7 @@ def _engine_step(run, shape: ModelConfig, device, comm, prefix: Path) -> Callabl
 def _bare_step(run, shape: ModelConfig, device, compiled: bool, prefix: Path) -> Callable[[int], None]:
     """The same model without DeepSpeed: bf16 weights, AdamW on them, clipping. What nothing costs less than."""
     clock = DropoutClock(0)
-    model = LanguageModel(shape, DenseLayers(clock, compiled), clock, run.config.train.loss_chunk_tokens)
+    model = LanguageModel(shape, LayerFactory(clock, compiled), clock, run.config.train.loss_chunk_tokens)
     initialize(model, shape, 1)
     model = model.to(device, torch.bfloat16 if run.precision == "bf16" else torch.float32)
     if compiled:

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+T = TypeVar("T")
+
 
 class Communicator(Protocol):
+    """Collectives of all ranks, on Python values.
+
+    `broadcast` returns rank 0's value. `sum` and `max` reduce element by element. `once` and `once_per_node` run `work`
+    on one rank, of all or of each node, and return its result on every rank.
+    """
+
     rank: int
     size: int
     is_main: bool
@@ -20,11 +28,8 @@ class Communicator(Protocol):
     def once_per_node(self, work: Callable[[], T]) -> T: ...
 
 
-T = TypeVar("T")
-
-
 class SingleProcessCommunicator:
-    """The `Communicator` of a process without other ranks: every collective returns at once."""
+    """The `Communicator` of a single process: every collective returns at once."""
 
     rank, size, is_main = 0, 1, True
 

@@ -1,4 +1,4 @@
-"""User-facing errors: one line that says what, where and what to do next; never a traceback.
+"""User-facing errors: one line with the fault, its place and the remedy, and no traceback.
 
 Commands print a `MegalmError` as that line on stderr and exit with its `exit_code`.
 """
@@ -9,11 +9,11 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
-EXIT_START_AGAIN = 75  # a checkpoint is saved; the job asks to be restarted
+EXIT_START_AGAIN = 75  # a checkpoint is saved; start the job again to continue
 
 
 class MegalmError(Exception):
-    """Base of the errors that the user caused or can fix."""
+    """Base of the errors that the user can fix."""
 
     exit_code = EXIT_FAILED
 
@@ -25,19 +25,19 @@ class ConfigError(MegalmError):
 
 
 class DataError(MegalmError):
-    """Input text, a tokenizer or a dataset file that cannot be used."""
+    """Unusable input text, tokenizer or dataset file."""
 
     exit_code = EXIT_REFUSED
 
 
 class CheckpointError(MegalmError):
-    """A checkpoint that is missing, incomplete, altered, or of another model."""
+    """A checkpoint that is missing, incomplete or altered, or belongs to another model."""
 
     exit_code = EXIT_REFUSED
 
 
 class TrainingError(MegalmError):
-    """Training cannot continue; the message gives the step, the cause and what to do."""
+    """Training cannot continue; the message gives the step, the cause and the remedy."""
 
 
 class OtherRankFailed(MegalmError):

@@ -1,9 +1,8 @@
-"""Which rank does what, as pure integers: no torch, no process group.
+"""Which rank does what, and which part of a dimension it holds, as pure integers: no torch, no process group.
 
-Axes from the outermost to the innermost: pipeline, data, tensor. Tensor-parallel neighbours are consecutive
-ranks, so they share a node when the degree divides the ranks of a node; pipeline stages are farthest apart,
-because they talk least. Context parallelism (slices of long sequences) and expert parallelism (experts of a layer)
-would each take a place between data and tensor; neither is built.
+Axes from the outermost to the innermost: pipeline, data, tensor. Tensor-parallel neighbours are consecutive ranks, so
+they share a node when the degree divides the ranks of a node. Pipeline stages are farthest apart, because they
+communicate least. Context parallelism and expert parallelism are not available; each would lie between data and tensor.
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ AXES: tuple[Axis, ...] = get_args(Axis)
 
 @dataclass(frozen=True)
 class Coordinate:
+    """A rank's place on each axis."""
+
     pipeline: int
     data: int
     tensor: int
@@ -29,7 +30,7 @@ class Topology:
     """`world_size` ranks as a grid of pipeline x data x tensor.
 
     Raises:
-        ConfigError: where tensor x pipeline does not divide the world size.
+        ConfigError: a degree below 1, or tensor x pipeline does not divide the world size.
     """
 
     world_size: int
@@ -38,7 +39,7 @@ class Topology:
 
     def __post_init__(self) -> None:
         if min(self.world_size, self.tensor, self.pipeline) < 1:
-            raise ConfigError("topology: the world size and every parallel degree are at least 1")
+            raise ConfigError("topology: the world size and every parallel degree must be at least 1")
         if self.world_size % (self.tensor * self.pipeline):
             raise ConfigError(
                 f"parallel.tensor={self.tensor} x parallel.pipeline={self.pipeline} does not divide "
@@ -47,19 +48,22 @@ class Topology:
 
     @property
     def data(self) -> int:
-        """Data-parallel degree: how many copies of the model train on different samples."""
+        """Data-parallel degree: the number of model copies, which train on different samples."""
         return self.world_size // (self.tensor * self.pipeline)
 
     def size(self, axis: Axis) -> int:
+        """The parallel degree of an axis."""
         return {"pipeline": self.pipeline, "data": self.data, "tensor": self.tensor}[axis]
 
     def coordinate(self, rank: int) -> Coordinate:
+        """The place of a rank."""
         assert 0 <= rank < self.world_size, (rank, self.world_size)
         rest, tensor = divmod(rank, self.tensor)
         pipeline, data = divmod(rest, self.data)
         return Coordinate(pipeline=pipeline, data=data, tensor=tensor)
 
     def rank(self, coordinate: Coordinate) -> int:
+        """The inverse of `coordinate`."""
         return (coordinate.pipeline * self.data + coordinate.data) * self.tensor + coordinate.tensor
 
     def stride(self, axis: Axis) -> int:
@@ -67,7 +71,7 @@ class Topology:
         return {"pipeline": self.data * self.tensor, "data": self.tensor, "tensor": 1}[axis]
 
     def groups(self, axis: Axis) -> list[tuple[int, ...]]:
-        """The groups along an axis, by their first rank: ranks that differ in this coordinate only, in its order."""
+        """The groups along an axis, by first rank: ranks that differ only in this coordinate, in its order."""
         stride, span = self.stride(axis), self.stride(axis) * self.size(axis)
         return [
             tuple(range(first, first + span, stride))
@@ -76,12 +80,51 @@ class Topology:
         ]
 
     def stays_in_a_node(self, axis: Axis, ranks_per_node: int) -> bool:
-        """Whether no group along an axis leaves its node, where nodes hold consecutive ranks."""
+        """Whether each group along an axis lies in one node; nodes hold consecutive ranks."""
         if self.size(axis) == 1:
             return True
         return all(group[0] // ranks_per_node == group[-1] // ranks_per_node for group in self.groups(axis))
 
 
 def bubble_share(stages: int, micro_batches: int) -> float:
-    """The part of a step that each pipeline stage waits, under one-forward-one-backward with equal stages."""
+    """The share of a step that a pipeline stage waits, under one-forward-one-backward with equal stages."""
     return (stages - 1) / (micro_batches + stages - 1)
+
+
+@dataclass(frozen=True)
+class DimRange:
+    """Elements [first, last) of a dimension. `sharers` neighbouring ranks hold it, and this is number `sharer`."""
+
+    first: int
+    last: int
+    sharer: int = 0
+    sharers: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.last - self.first
+
+
+def whole_parts(features: int, parts: int, ranks: int, index: int) -> DimRange:
+    """The share of rank `index` in `features` that consist of equal `parts` (heads), none of which is cut.
+
+    With fewer parts than ranks (key/value heads) neighbours hold the same part, the one that their query heads need.
+    """
+    assert features % parts == 0, (features, parts)
+    assert parts % ranks == 0 or ranks % parts == 0, (parts, ranks)  # planning/checks/parallel.py refuses the others
+    sharers = max(1, ranks // parts)
+    part, sharer = divmod(index, sharers)
+    size = features // min(parts, ranks)
+    return DimRange(part * size, (part + 1) * size, sharer, sharers)
+
+
+def vocabulary_rows(total: int, ranks: int, index: int) -> DimRange:
+    """The share of rank `index` in the `total` rows of a vocabulary; shares differ by at most one row.
+
+    Unequal shares need no padding rows, which losses, norms and checkpoints would have to leave out.
+    """
+    assert total >= ranks, (total, ranks)
+    size, longer = divmod(total, ranks)
+    first = index * size + min(index, longer)
+    return DimRange(first, first + size + (index < longer))

@@ -1,16 +1,15 @@
-"""Counts the files of megalm/ that a reader passes through who follows one way of a run, by running it.
+"""Counts the files of megalm/ that a reader passes through to follow one flow of a run, by running it.
 
     python tools/count_files.py                 this checkout
-    python tools/count_files.py --before PATH   another one beside it, such as a worktree of an older commit
-    python tools/count_files.py --list          the files, too
+    python tools/count_files.py --before PATH   compare with another checkout, such as a worktree of an older commit
+    python tools/count_files.py --list          print the files, too
 
-A tiny run of three steps is trained on one CPU rank, uncompiled and through launch/pretrain.py, and then resumed.
-Counted are the files of which a function was called, by the thread that trains; not those that only build objects
-(nothing but `__init__`) and not imports. The ways are:
+A tiny run trains three steps on one CPU rank, uncompiled and through launch/pretrain.py, and then resumes. A file
+counts if the training thread calls a function in it; `__init__` and module code do not count. The flows are:
 
-    config to engine    both configurations read and resolved, and the engine built
+    config to engine    read and resolve both configurations, and build the engine
     training step       one call of the trainer's step
-    restore             the checkpoint found, what is resumed planned, and the state loaded
+    restore             find the checkpoint, plan the resume, and load the state
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# Way -> the functions that it consists of, by the names that they have had: those that are there are followed.
-WAYS = {
+# Flow -> its functions, under all names that they have had; it follows those that exist.
+FLOWS = {
     "config to engine": {"resolve_run", "load_settings", "build_engine"},
     "training step": {"_train_step"},
     "restore": {"find_start", "find_resume_checkpoint", "plan_course", "plan_resume", "_restore", "restore"},
 }
-RESUMED = ("restore",)  # what only a resumed run does; the rest is of a fresh one
+RESUMED = ("restore",)  # measured in the resumed run, the others in the fresh one
 CONSTRUCTORS = {"__init__", "__post_init__"}
 STEPS, MORE_STEPS = 3, 5
-WORDS = (
+OVERRIDES = (
     "model.hidden_size=32",
     "model.num_hidden_layers=2",
     "model.num_attention_heads=2",
@@ -56,18 +55,18 @@ WORDS = (
 )
 
 
-class Ways:
-    """The files of each way so far: the functions that were called there.
+class CalledFiles:
+    """The files of each flow so far, with the functions called in them.
 
     Args:
-        package: its folder; calls elsewhere do not count.
+        package: the package's folder; calls elsewhere do not count.
     """
 
     def __init__(self, package: Path) -> None:
         self._package = f"{package}{os.sep}"
         self._open: list[tuple[FrameType, str]] = []
-        self._imports = 0  # modules being imported, one by another
-        self.files: dict[str, dict[str, set[str]]] = {way: {} for way in WAYS}
+        self._imports = 0  # depth of nested imports
+        self.files: dict[str, dict[str, set[str]]] = {flow: {} for flow in FLOWS}
 
     def see(self, frame: FrameType, event: str, _: Any) -> None:
         """A profile function: `sys.setprofile` calls it before and after every function."""
@@ -77,44 +76,44 @@ class Ways:
         if code.co_name == "<module>":
             self._imports += {"call": 1, "return": -1}.get(event, 0)
         elif self._imports:
-            return  # class bodies, and what makes constants
+            return  # class bodies, and code that computes constants
         elif event == "call":
             self._enter(frame, code.co_filename[len(self._package) :], code.co_name)
         elif event == "return" and self._open and self._open[-1][0] is frame:
             self._open.pop()
 
     def _enter(self, frame: FrameType, path: str, name: str) -> None:
-        self._open += [(frame, way) for way, functions in WAYS.items() if name in functions]
-        for _, way in self._open:
-            self.files[way].setdefault(path, set()).add(name)
+        self._open += [(frame, flow) for flow, functions in FLOWS.items() if name in functions]
+        for _, flow in self._open:
+            self.files[flow].setdefault(path, set()).add(name)
 
 
-def followed(root: Path, words: Sequence[str], result: Path) -> None:
-    """Run launch/pretrain.py of a checkout in this process, and write what was counted; never returns."""
-    ways = Ways(root / "megalm")
+def followed(root: Path, arguments: Sequence[str], result: Path) -> None:
+    """Run launch/pretrain.py of a checkout in this process, and write the counts; never returns."""
+    called = CalledFiles(root / "megalm")
     leave: Callable[[int], Any] = os._exit
 
     def write_and_leave(code: int) -> None:
         sys.setprofile(None)
         counted = {
-            way: {path: sorted(names) for path, names in files.items() if names - CONSTRUCTORS}
-            for way, files in ways.files.items()
+            flow: {path: sorted(names) for path, names in files.items() if names - CONSTRUCTORS}
+            for flow, files in called.files.items()
         }
         result.write_text(json.dumps(counted))
         leave(code)
 
-    os._exit = write_and_leave  # type: ignore[assignment]  # a rank leaves by it
-    sys.argv = [str(root / "launch" / "pretrain.py"), *words]
+    os._exit = write_and_leave  # type: ignore[assignment]  # a rank exits through it
+    sys.argv = [str(root / "launch" / "pretrain.py"), *arguments]
     sys.path.insert(0, str(root))
-    sys.setprofile(ways.see)
+    sys.setprofile(called.see)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def counted(root: Path) -> dict[str, dict[str, list[str]]]:
-    """Way -> file -> functions called in it.
+    """Flow -> file -> functions called in it.
 
     Raises:
-        subprocess.CalledProcessError: a run failed; its words are on stderr.
+        subprocess.CalledProcessError: a run failed; its output is on stderr.
     """
     environment = {**os.environ, "PYTHONPATH": str(root), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     found: dict[str, dict[str, list[str]]] = {}
@@ -123,41 +122,40 @@ def counted(root: Path) -> dict[str, dict[str, list[str]]]:
         (folder / "text.txt").write_text("def read(self):\n    return self\n\n" * 400)
         data = "--input text.txt --tokenizer bytes --output-prefix data/small --txt-documents blank-line"
         _run(root / "data_tools" / "build_dataset.py", data.split(), folder, environment)
-        settings = ("--deepspeed_config", str(root / "ds_configs" / "zero2.json"), *WORDS)
+        settings = ("--deepspeed_config", str(root / "ds_configs" / "zero2.json"), *OVERRIDES)
         runs = {"fresh": (f"train.steps={STEPS}",), "resumed": ("--resume", "auto", f"train.steps={MORE_STEPS}")}
-        for name, words in runs.items():
-            arguments = ("--root", str(root), "--result", name, "--", *settings, *words)
+        for name, options in runs.items():
+            arguments = ("--root", str(root), "--result", name, "--", *settings, *options)
             _run(Path(__file__).resolve(), arguments, folder, environment)
-            ways = json.loads((folder / name).read_text())
-            found |= {way: files for way, files in ways.items() if (way in RESUMED) == (name == "resumed")}
+            flows = json.loads((folder / name).read_text())
+            found |= {flow: files for flow, files in flows.items() if (flow in RESUMED) == (name == "resumed")}
     return found
 
 
-def _run(script: Path, words: Sequence[str], folder: Path, environment: dict[str, str]) -> None:
-    done = subprocess.run(
-        [sys.executable, str(script), *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+def _run(script: Path, arguments: Sequence[str], folder: Path, environment: dict[str, str]) -> None:
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.stderr.write(f"{done.stdout}\n{done.stderr}\n")
         done.check_returncode()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Count the files of megalm/ that one way of a run goes through.")
-    parser.add_argument("--before", type=Path, help="another checkout, to compare with")
-    parser.add_argument("--list", action="store_true", help="name the files, and the functions called in each")
+    parser = argparse.ArgumentParser(description="Count the files of megalm/ that one flow of a run calls.")
+    parser.add_argument("--before", type=Path, help="another checkout to compare with")
+    parser.add_argument("--list", action="store_true", help="print the files, and the functions called in each")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.result is not None:
-        followed(options.root, options.words, options.result.resolve())
+        followed(options.root, options.arguments, options.result.resolve())
     now = counted(ROOT)
     before = counted(options.before.resolve()) if options.before is not None else {}
-    for way, files in now.items():
-        older = f"{len(before[way])} files before, " if way in before else ""
-        sys.stdout.write(f"{way}: {older}{len(files)} now\n")
-        assert files, f"none of {', '.join(WAYS[way])} was called: what is it called now?"
+    for flow, files in now.items():
+        older = f"{len(before[flow])} files before, " if flow in before else ""
+        sys.stdout.write(f"{flow}: {older}{len(files)} now\n")
+        assert files, f"none of {', '.join(FLOWS[flow])} was called; add its new name to FLOWS"
         if options.list:
             sys.stdout.writelines(f"    {path}: {', '.join(files[path])}\n" for path in sorted(files))
 

@@ -1,7 +1,7 @@
-"""`make lock`: resolves requirements.in and requirements-dev.in anew, one set of versions for Python 3.10-3.12.
+"""`make lock`: resolves requirements.in and requirements-dev.in again, one set of versions for Python 3.10-3.12.
 
-Needs `uv`, which nothing else here needs. What a CUDA build of torch brings (nvidia-*, triton) is not locked:
-which build of torch it is depends on the index, and torch pins those packages itself.
+It needs `uv`. The requirements of a CUDA build of torch (nvidia-*, triton) are not locked: the index decides which
+build of torch is installed, and torch pins them itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 OF_TORCH = re.compile(r"(nvidia-|cuda-|triton|pytorch-triton)")
-FIRST = ("torch", "deepspeed")  # installed before the others, so they stand first
+FIRST = ("torch", "deepspeed")  # installed before the others
 LINUX = {"sys_platform": "linux", "os_name": "posix", "platform_system": "Linux", "implementation_name": "cpython"}
 PLACES = [
     {**LINUX, "python_version": python, "python_full_version": f"{python}.9", "platform_machine": machine}
@@ -28,7 +28,7 @@ PLACES = [
 
 
 def resolve(inputs: list[str], constraints: Path | None = None) -> dict[str, str]:
-    """Name -> line (`name==version ; marker`) of everything that these inputs need where megalm runs."""
+    """Name -> line (`name==version ; marker`) of each package that these inputs need on megalm's platforms."""
     command = ["uv", "pip", "compile", "--universal", "--python-version", "3.10", "--fork-strategy", "fewest"]
     command += ["--no-header", "--no-annotate", "--quiet"]
     if constraints is not None:
@@ -49,10 +49,10 @@ def resolve(inputs: list[str], constraints: Path | None = None) -> dict[str, str
 
 
 def locked_line(requirement: Requirement) -> str | None:
-    """The lock's line of a requirement, None where it is for other systems only.
+    """The lock's line of a requirement; None if only other platforms need it.
 
-    A marker that is true on every system that megalm runs on is left out. So is a version's local part (`+cpu`):
-    it names one index's build.
+    A marker that is true on all of megalm's platforms is left out, and so is a version's local part (`+cpu`), which
+    names the build of an index.
     """
     version = next(iter(requirement.specifier)).version.split("+")[0]
     line = f"{canonicalize_name(requirement.name)}=={version}"
@@ -65,14 +65,14 @@ def locked_line(requirement: Requirement) -> str | None:
 
 
 def rewrite(path: Path, lines: list[str]) -> None:
-    """Replace a lock's lines and keep the comment it opens with."""
+    """Replace a lock's lines and keep its opening comment."""
     comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
     path.write_text("\n".join([*comment, *lines]) + "\n")
 
 
 def main() -> int:
     if shutil.which("uv") is None:
-        sys.exit("make lock: needs uv on PATH (pip install uv, in an environment of its own)")
+        sys.exit("make lock: uv is not on PATH; run pip install uv in a separate environment")
     runtime = resolve(["requirements.in"])
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "runtime.txt"

@@ -1,10 +1,10 @@
-"""Prints lines of requirements.lock for pip: which part of the lock one step of the installation takes.
+"""Prints the lines of requirements.lock that one step of the installation passes to pip.
 
-    python tools/locked.py torch | deepspeed      that one line
-    python tools/locked.py rest [--system]        all others
+    python tools/locked.py torch | deepspeed      its line
+    python tools/locked.py rest [--system]        all other lines
 
-With --system, torch comes from the interpreter's own packages, and so do the packages that it brought: these
-are left out of `rest`, because another version in the virtual environment would shadow what torch was built with.
+With --system, torch and its requirements come from the interpreter's own packages. `rest` leaves the requirements out,
+because another version in the virtual environment would shadow those that torch was built with.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def locked_lines(text: str) -> dict[str, str]:
     return {canonical(line.split("==")[0]): line for line in lines}
 
 
-def brought_by(package: str) -> set[str]:
+def requirements_of(package: str) -> set[str]:
     """Names of all installed packages that an installed one needs, directly or not; without extras."""
     found: set[str] = set()
     waiting = [package]
@@ -37,7 +37,7 @@ def brought_by(package: str) -> set[str]:
         try:
             needs = importlib.metadata.requires(waiting.pop()) or []
         except importlib.metadata.PackageNotFoundError:
-            continue  # needed on other platforms only, or by an extra
+            continue  # only other platforms or extras need it
         for need in needs:
             match = re.match(r"[A-Za-z0-9._-]+", need)
             if match is None or "extra ==" in need:
@@ -66,7 +66,7 @@ def main() -> int:
     if options.part in OWN_STEP:
         print(lines[options.part])
         return 0
-    left_out = {*OWN_STEP, *(brought_by("torch") if options.system else ())}
+    left_out = {*OWN_STEP, *(requirements_of("torch") if options.system else ())}
     print("\n".join(line for name, line in lines.items() if name not in left_out))
     return 0
 

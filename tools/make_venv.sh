@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes the virtual environment, after a look at what it needs: Python 3.10-3.12 with venv and headers, g++.
+# Creates the virtual environment, after checking its requirements: Python 3.10-3.12 with venv and headers, g++.
 #   tools/make_venv.sh VENV PYTHON SYSTEM
-# PYTHON empty: the first fitting python3 on PATH. SYSTEM=1: see that interpreter's own packages.
+# PYTHON empty: the first suitable python3 on PATH. SYSTEM=1: the environment sees that interpreter's own packages.
 set -euo pipefail
 venv=$1 python=$2 system=$3
 
@@ -22,14 +22,14 @@ if [ -z "$python" ]; then
         fi
     done
     found=$(version_of python3)
-    [ -n "$python" ] || fail "no Python 3.10-3.12 on PATH (python3 is ${found:-not there}); name one: make PYTHON=/path/to/python3.12"
+    [ -n "$python" ] || fail "no Python 3.10-3.12 on PATH (python3 is ${found:-missing}); name one: make PYTHON=/path/to/python3.12"
 fi
 command -v "$python" >/dev/null || fail "$python: no such program; name a Python 3.10-3.12: make PYTHON=/path/to/python3.12"
 fits "$python" || fail "$python is Python $(version_of "$python"), megalm needs 3.10-3.12; name one: make PYTHON=/path/to/python3.12"
 if [ "$system" = 1 ] && "$python" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'; then
-    fail "$python is a virtual environment's, whose packages another one cannot see; SYSTEM=1 wants an interpreter itself"
+    fail "$python belongs to a virtual environment, whose packages another environment cannot see; with SYSTEM=1, name a system interpreter"
 fi
-command -v g++ >/dev/null || fail "no g++, with which DeepSpeed compiles its operations; install it: apt-get install g++ (or dnf install gcc-c++)"
+command -v g++ >/dev/null || fail "no g++, which compiles DeepSpeed's operations; install it: apt-get install g++ (or dnf install gcc-c++)"
 headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
 [ -f "$headers/Python.h" ] || fail "no $headers/Python.h, which compiling DeepSpeed's operations needs; install it: apt-get install python3-dev"
 
@@ -39,12 +39,12 @@ if [ -x "$venv/bin/python" ]; then
         fail "$venv has Python $have and $python is $(version_of "$python"); run make clean first"
     fi
     [ "$system" != 1 ] || grep -q '^include-system-site-packages = true' "$venv/pyvenv.cfg" ||
-        fail "$venv was made without SYSTEM=1; run make clean first"
+        fail "$venv was created without SYSTEM=1; run make clean first"
 fi
 
 options=()
 [ "$system" != 1 ] || options+=(--system-site-packages)
-# Over a half-made environment this completes it; packages already there stay.
+# This completes a partial environment and keeps its packages.
 "$python" -m venv ${options[@]+"${options[@]}"} "$venv" ||
-    fail "$python cannot make a virtual environment; on Debian: apt-get install python3-venv"
+    fail "$python cannot create a virtual environment; on Debian: apt-get install python3-venv"
 printf '    %s, Python %s\n' "$venv" "$("$venv/bin/python" -c 'import platform; print(platform.python_version())')"

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Runs one step of the installation: says what it does, then how long it took or that it failed.
-#   tools/step.sh "what it does" command arguments...
+# Runs one step of the installation: prints its title, then the time that it took or that it failed.
+#   tools/step.sh "title" command arguments...
 set -u
-what=$1
+title=$1
 shift
-printf '==> %s\n' "$what"
+printf '==> %s\n' "$title"
 begun=$SECONDS
 if "$@"; then
     printf '    done in %d s\n' "$((SECONDS - begun))"
 else
     code=$?
-    printf '    failed after %d s: %s\n    mend that and run the same make again: finished steps are not repeated\n' \
-        "$((SECONDS - begun))" "$what" >&2
+    printf '    failed after %d s: %s\n    fix the error and run the same make again: it does not repeat finished steps\n' \
+        "$((SECONDS - begun))" "$title" >&2
     exit "$code"
 fi

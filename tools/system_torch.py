@@ -1,4 +1,4 @@
-"""Says which torch `make SYSTEM=1` found in the interpreter's own packages; exit code 1 where it does not fit."""
+"""Prints the torch that `make SYSTEM=1` finds in the interpreter's packages; exit code 1 if megalm cannot use it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SETUP = Path(__file__).resolve().parents[1] / "setup.py"
 
 def main() -> int:
     match = re.search(r'"torch>=(\d+)\.(\d+),<(\d+)\.(\d+)"', SETUP.read_text())
-    assert match, "setup.py states torch>=A.B,<C.D"
+    assert match, "setup.py has no torch>=A.B,<C.D"
     low, high = tuple(map(int, match.group(1, 2))), tuple(map(int, match.group(3, 4)))
     wanted = f"torch >={low[0]}.{low[1]},<{high[0]}.{high[1]}"
     try:

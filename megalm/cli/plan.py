@@ -13,7 +13,7 @@ from megalm.checkpoint.manifest import read_manifest, require_training_state
 from megalm.cli.find_run import checkpoint_at
 from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Overrides, RanksPerNode
 from megalm.cli.plan_text import plan_text
-from megalm.config.precision import DeviceFacts
+from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.errors import ConfigError
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, ResolvedRun, expected_vocab_size, known_vocab_size, resolve

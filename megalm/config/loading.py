@@ -1,6 +1,6 @@
-"""The run configuration from its layers, and where each value came from.
+"""The run configuration from its layers, and the source of each value.
 
-Weakest first: schema defaults < preset < what the run that goes on was configured with < YAML file < `key=value`.
+Weakest first: schema defaults < preset < the config.yaml of a resumed run < YAML file < `key=value`.
 """
 
 from __future__ import annotations
@@ -11,22 +11,43 @@ from pathlib import Path
 from typing import Any, get_origin
 
 import megalm
+from megalm.config.deepspeed.json_reader import DEEPSPEED_NAMES
 from megalm.config.schema import DocumentedSection, RunConfig
-from megalm.config.unknown_keys import unknown_run_key
-from megalm.config.validation import flatten, leaf_fields, members, nest, shown, validate
-from megalm.config.yaml_reader import parse_yaml, to_yaml
+from megalm.config.validation import (
+    flatten,
+    leaf_fields,
+    members,
+    nest,
+    parse_yaml,
+    section_of,
+    shown,
+    to_yaml,
+    validate,
+)
 from megalm.errors import ConfigError
-from megalm.utils.did_you_mean import did_you_mean
-
-# The run presets shipped with megalm: YAML files of megalm/presets, one a run, any depth of folders.
+from megalm.utils.did_you_mean import did_you_mean, likeness, nearest
 
 PRESETS_FOLDER = Path(megalm.__file__).parent / "presets"
 DEFAULT_PRESET = "quickstart"
-_PRESET = "preset "  # before its name: where a value came from
+# Sources of values, besides "default" and the YAML file's name.
+_PRESET = "preset "  # and its name
+COMMAND_LINE = "command line"
+SAVED_CONFIG = "the run's own"  # the config.yaml of a resumed run
+
+# A resumed run does not inherit these sections: its folder, and the permissions of one resume.
+_NOT_INHERITED = ("run", "resume")
+
+# Alternative keys: a layer that sets one of a pair replaces the other of weaker layers.
+_ALTERNATIVES = (
+    ("data.train", "data.recipe"),
+    ("data.validation", "data.split"),
+    ("schedule.initial_learning_rate", "schedule.initial_ratio"),
+    ("schedule.final_learning_rate", "schedule.final_ratio"),
+)
 
 
 def preset_paths() -> dict[str, Path]:
-    """Name -> file of every shipped preset, sorted by name; the name is the file's, without its suffix."""
+    """Name -> file of every shipped preset, sorted by name: the file's name without its suffix, in any subfolder."""
     return {path.stem: path for path in sorted(PRESETS_FOLDER.rglob("*.yaml"), key=lambda path: path.stem)}
 
 
@@ -37,7 +58,7 @@ def preset_path(name: object, where: str = "presets") -> Path:
         where: the file that names it, for the message.
 
     Raises:
-        ConfigError: no preset of this name; lists those that there are.
+        ConfigError: no preset has this name; the message lists all presets.
     """
     paths = preset_paths()
     if not isinstance(name, str):
@@ -49,7 +70,7 @@ def preset_path(name: object, where: str = "presets") -> Path:
 
 
 def describe_preset(name: str) -> str:
-    """What the preset is, in a line or two: the comment that its file opens with."""
+    """The opening comment of the preset's file: a line or two."""
     lines = []
     for line in preset_path(name).read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -58,22 +79,33 @@ def describe_preset(name: str) -> str:
     return " ".join(lines)
 
 
-COMMAND_LINE = "command line"
-SAVED_CONFIG = "the run's own"  # of a run that goes on: what its config.yaml says, where nothing is stated now
-
-# Of one start alone: where the run lies, and what one resume allows.
-_NOT_INHERITED = ("run", "resume")
-
-# Two ways to say one thing: a layer that takes the one puts aside what weaker layers said of the other.
-_ALTERNATIVES = (
-    ("data.train", "data.recipe"),
-    ("data.validation", "data.split"),
-    ("schedule.initial_learning_rate", "schedule.initial_ratio"),
-    ("schedule.final_learning_rate", "schedule.final_ratio"),
-)
 _LEAVES = leaf_fields(RunConfig)
-# `async` is a word of Python's own, so its field has another name.
+# `documented` is no setting, so no suggestion names it.
+_SUGGESTED = [key for key in _LEAVES if not key.startswith("documented.")]
+_SECTIONS = [name for name, field in RunConfig.model_fields.items() if section_of(field) and name != "documented"]
+# `async` is a Python keyword, so its field has another name. Key as users write it -> field.
 _SPELLINGS = {f"{path.rpartition('.')[0]}.{field.alias}": path for path, field in _LEAVES.items() if field.alias}
+
+# Names of other toolkits -> the key here.
+_OTHER_NAMES = {
+    "learning_rate": "schedule.peak_learning_rate",
+    "lr": "schedule.peak_learning_rate",  # the JSON has it too, but only JSONs written for other toolkits use it
+    "peak_lr": "schedule.peak_learning_rate",
+    "max_lr": "schedule.peak_learning_rate",
+    "min_lr": "schedule.final_learning_rate",
+    "max_steps": "train.steps",
+    "train_iters": "train.steps",
+    "epochs": "train.steps",
+    "num_train_epochs": "train.steps",
+    "seq_length": "data.sequence_length",
+    "block_size": "data.sequence_length",
+    "n_layer": "model.num_hidden_layers",
+    "n_head": "model.num_attention_heads",
+    "n_embd": "model.hidden_size",
+    "tp": "parallel.tensor",
+    "pp": "parallel.pipeline",
+}
+_OTHER_NAMES_IN_JSON = ("batch_size", "micro_batch_size", "precision", "dtype", "zero", "zero_stage")
 
 
 @dataclass(frozen=True)
@@ -83,14 +115,14 @@ class LoadedConfig:
     Attributes:
         sources: every dotted key -> "default", "preset NAME", "the run's own", the YAML file's name, or "command line".
         preset: the preset that it starts from.
-        stated: the keys that a person stated, in YAML or on the command line.
-        documented_by_preset: what the preset itself has in `documented`.
+        explicit_keys: the keys that the user set, in YAML or on the command line.
+        documented_by_preset: the `documented` section of the preset itself.
     """
 
     config: RunConfig
     sources: dict[str, str]
     preset: str | None
-    stated: frozenset[str] = frozenset()
+    explicit_keys: frozenset[str] = frozenset()
     documented_by_preset: DocumentedSection = field(default_factory=DocumentedSection)
 
     def value(self, key: str) -> Any:
@@ -111,7 +143,7 @@ class LoadedConfig:
             ConfigError: a person states another value of the same key.
         """
         for key in values:
-            if key in self.stated and (stated := self.value(key)) != values[key]:
+            if key in self.explicit_keys and (stated := self.value(key)) != values[key]:
                 raise ConfigError(
                     f"{key}={shown(stated)} ({self.sources[key]}) and {key}={shown(values[key])}, as {origin} reads, "
                     "state the same fact; remove one"
@@ -126,15 +158,15 @@ class LoadedConfig:
 class _Layer:
     origin: str
     leaves: dict[str, Any]
-    by_person: bool
+    by_user: bool
 
 
-class GivenConfig:
-    """What a person gives for a run: a preset or a YAML file, and the words of a command line. Each file is read once.
+class ConfigLayers:
+    """The configuration that a user gives for a run: a preset or a YAML file, and overrides. Each file is read once.
 
     Args:
-        config: a preset's name or a YAML file; None is the preset quickstart.
-        overrides: `key=value` with dotted keys; values are read as YAML.
+        config: a preset's name or a YAML file; None: the preset quickstart.
+        overrides: `key=value` with dotted keys and YAML values.
 
     Raises:
         ConfigError: no such preset or file, a syntax error, an unknown or repeated key.
@@ -144,46 +176,46 @@ class GivenConfig:
         self._config = config
         self._raw: dict[Path, Any] = {}  # file -> its content
         self._preset, self._layers = self._file_layers(config or DEFAULT_PRESET)
-        self._words = _command_line(overrides)
+        self._overrides = _command_line(overrides)
 
-    def alone(self) -> LoadedConfig:
-        """Of a run that starts.
+    def new_run(self) -> LoadedConfig:
+        """The configuration of a new run.
 
         Raises:
             ConfigError: a bad value.
         """
-        return _combine(self._preset, [*self._layers, self._words])
+        return _combine(self._preset, [*self._layers, self._overrides])
 
-    def over(self, own: Path, name: str | None = None, not_kept: Sequence[str] = ()) -> LoadedConfig:
-        """Of a run that goes on.
+    def resumed_run(self, own: Path, name: str | None = None, dropped: Sequence[str] = ()) -> LoadedConfig:
+        """The configuration of a resumed run.
 
         Args:
-            own: its config.yaml. It stands for all that is not stated now; a preset that is named now and is not the
-                run's own is a statement of all its keys.
-            name: the run's; None: as stated.
-            not_kept: sections of `own` that do not stand.
+            own: its config.yaml, which has the values that the user does not give. If the user names a preset that is
+                not the run's, all its keys replace those of `own`.
+            name: the run's; None: as configured.
+            dropped: sections of `own` that are ignored.
 
         Raises:
             ConfigError: a file that cannot be read, a bad value.
         """
         preset, layers = self._file_layers(str(own))
-        dropped = (*_NOT_INHERITED, *not_kept)
-        leaves = {key: value for key, value in layers[-1].leaves.items() if key.partition(".")[0] not in dropped}
-        layers[-1] = _Layer(SAVED_CONFIG, leaves, by_person=False)
+        left_out = (*_NOT_INHERITED, *dropped)
+        leaves = {key: value for key, value in layers[-1].leaves.items() if key.partition(".")[0] not in left_out}
+        layers[-1] = _Layer(SAVED_CONFIG, leaves, by_user=False)
         if self._config is not None:
-            given = self._layers if self._preset != preset else [layer for layer in self._layers if layer.by_person]
+            given = self._layers if self._preset != preset else [layer for layer in self._layers if layer.by_user]
             preset, layers = self._preset or preset, [*layers, *given]
-        words = dict(self._words.leaves)
+        overrides = dict(self._overrides.leaves)
         if name is not None:
-            _state(words, "run.name", name)
-        return _combine(preset, [*layers, replace(self._words, leaves=words)])
+            _set(overrides, "run.name", name)
+        return _combine(preset, [*layers, replace(self._overrides, leaves=overrides)])
 
-    def saved(self, own: Path) -> RunConfig:
-        """What config.yaml of a run says, without anything that is stated now."""
+    def saved_config(self, own: Path) -> RunConfig:
+        """The configuration in the config.yaml of a run, without the user's changes."""
         return _combine(*self._file_layers(str(own))).config
 
     def _file_layers(self, name: str) -> tuple[str | None, list[_Layer]]:
-        """The preset's name and the layers of a preset or a YAML file with all that it starts from, weakest first."""
+        """The preset's name, and the layers of a preset or a YAML file, weakest first."""
         path = Path(name)
         by_path = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
         if not by_path and name in preset_paths():
@@ -194,7 +226,7 @@ class GivenConfig:
                 f"--config {name}: no such file and no such preset{did_you_mean(name, presets)}; "
                 f"presets: {', '.join(presets)}"
             )
-        layer = self._read(path, name, by_person=True)
+        layer = self._read(path, name, by_user=True)
         preset = layer.leaves.get("preset")
         return preset, [*(self._preset_layers(preset, name) if preset is not None else []), layer]
 
@@ -206,32 +238,32 @@ class GivenConfig:
         while following is not None:
             if following in names:
                 chain = " <- ".join([*names, following])
-                raise ConfigError(f"preset {names[0]} starts from itself ({chain}); mend its 'preset'")
+                raise ConfigError(f"preset {names[0]} starts from itself ({chain}); change its 'preset'")
             names.append(following)
-            layer = self._read(preset_path(following, where), f"{_PRESET}{following}", by_person=False)
+            layer = self._read(preset_path(following, where), f"{_PRESET}{following}", by_user=False)
             where, following = layer.origin, layer.leaves.get("preset")
             layers.insert(0, layer)
         layers[-1].leaves["preset"] = name
         return layers
 
-    def _read(self, path: Path, origin: str, by_person: bool) -> _Layer:
+    def _read(self, path: Path, origin: str, by_user: bool) -> _Layer:
         if path not in self._raw:
             try:
                 text = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"--config {path}: cannot be read as text ({error})") from None
             self._raw[path] = parse_yaml(text, origin)
-        leaves = flatten(self._raw[path], RunConfig, origin, lambda key: unknown_run_key(key, origin))
-        return _Layer(origin, leaves, by_person)
+        leaves = flatten(self._raw[path], RunConfig, origin, lambda key: _unknown_key(key, origin))
+        return _Layer(origin, leaves, by_user)
 
 
 def load_run_config(config: str | None, overrides: Sequence[str]) -> LoadedConfig:
-    """The configuration of a run that starts; arguments and errors as of `GivenConfig`."""
-    return GivenConfig(config, overrides).alone()
+    """The configuration of a new run; arguments and errors as of `ConfigLayers`."""
+    return ConfigLayers(config, overrides).new_run()
 
 
 def _combine(preset: str | None, layers: Sequence[_Layer]) -> LoadedConfig:
-    """Weakest layer first."""
+    """Join the layers, weakest first."""
     values: dict[str, Any] = {}
     sources = dict.fromkeys(_LEAVES, "default")
     for layer in layers:
@@ -240,13 +272,13 @@ def _combine(preset: str | None, layers: Sequence[_Layer]) -> LoadedConfig:
             sources[replaced] = "default"
         values |= layer.leaves
         sources |= dict.fromkeys(layer.leaves, layer.origin)
-    stated = frozenset(key for layer in layers if layer.by_person for key in layer.leaves)
+    explicit_keys = frozenset(key for layer in layers if layer.by_user for key in layer.leaves)
     config = validate(RunConfig, values, sources.__getitem__)
-    return LoadedConfig(config, sources, preset, stated, _documented_by(config.preset, layers))
+    return LoadedConfig(config, sources, preset, explicit_keys, _documented_by(config.preset, layers))
 
 
 def _documented_by(preset: str | None, layers: Sequence[_Layer]) -> DocumentedSection:
-    """What the preset itself, with the presets that it starts from, has in `documented`."""
+    """The `documented` section of the preset and of the presets that it starts from."""
     names = [layer.origin for layer in layers]
     end = max((index + 1 for index, name in enumerate(names) if name == f"{_PRESET}{preset}"), default=0)
     start = max((index + 1 for index, name in enumerate(names[:end]) if not name.startswith(_PRESET)), default=0)
@@ -257,17 +289,17 @@ def _documented_by(preset: str | None, layers: Sequence[_Layer]) -> DocumentedSe
 
 
 def external_name(key: str) -> str:
-    """A dotted key as people write it."""
+    """A dotted key as users write it."""
     return next((written for written, name in _SPELLINGS.items() if name == key), key)
 
 
 def config_to_yaml(config: RunConfig, of_preset: DocumentedSection | None = None) -> str:
-    """The whole configuration as YAML; loading it gives the same configuration, also under a later preset.
+    """The whole configuration as YAML. Loading it gives the same configuration, even if the preset changes later.
 
-    But for what the preset's document says of the run: that stays the preset's. What a person wrote down is kept.
+    A `documented` section equal to the preset's is left out, so that the preset's later text applies.
 
     Args:
-        of_preset: what the preset has in `documented`; None: it is looked up.
+        of_preset: the `documented` section of the preset; None: read it.
     """
     if of_preset is None:
         of_preset = load_run_config(config.preset, []).config.documented if config.preset else DocumentedSection()
@@ -287,15 +319,13 @@ def _command_line(overrides: Sequence[str]) -> _Layer:
     leaves: dict[str, Any] = {}
     for override in overrides:
         for key, value in _parse_override(override):
-            _state(leaves, key, value)
-    return _Layer(COMMAND_LINE, leaves, by_person=True)
+            _set(leaves, key, value)
+    return _Layer(COMMAND_LINE, leaves, by_user=True)
 
 
-def _state(leaves: dict[str, Any], key: str, value: Any) -> None:
+def _set(leaves: dict[str, Any], key: str, value: Any) -> None:
     if key in leaves and leaves[key] != value:
-        raise ConfigError(
-            f"{COMMAND_LINE}: {key} is stated twice ({shown(leaves[key])}, then {shown(value)}); keep one"
-        )
+        raise ConfigError(f"{COMMAND_LINE}: {key} has two values, {shown(leaves[key])} and {shown(value)}; keep one")
     leaves[key] = value
 
 
@@ -305,18 +335,18 @@ def _parse_override(override: str) -> Iterator[tuple[str, Any]]:
         raise ConfigError(f"{COMMAND_LINE}: {override!r} is not key=value, for example train.steps=1000")
     key = _SPELLINGS.get(key, key)
     if key == "preset":
-        raise ConfigError(f"{COMMAND_LINE}: write --config {text} for a preset; 'preset' belongs in a YAML file")
+        raise ConfigError(f"{COMMAND_LINE}: use --config {text} for a preset; only a YAML file takes 'preset'")
     if key in _LEAVES:
         yield key, _parse_value(key, text)
         return
-    if key not in RunConfig.model_fields:  # a whole section may be stated: data={split: "95,5"}
-        raise unknown_run_key(key, COMMAND_LINE)
+    if key not in RunConfig.model_fields:  # a whole section may be set: data={split: "95,5"}
+        raise _unknown_key(key, COMMAND_LINE)
     section = {key: parse_yaml(text, COMMAND_LINE)}
-    yield from flatten(section, RunConfig, COMMAND_LINE, lambda path: unknown_run_key(path, COMMAND_LINE)).items()
+    yield from flatten(section, RunConfig, COMMAND_LINE, lambda path: _unknown_key(path, COMMAND_LINE)).items()
 
 
 def _parse_value(key: str, text: str) -> Any:
-    """The value as YAML; but a key that takes text takes it as it stands: run.name=001 is no number."""
+    """The value as YAML; but a key that takes text takes it unchanged: run.name=001 is text."""
     kinds = list(members(_LEAVES[key].annotation))
     takes_text, takes_several = str in kinds, any(get_origin(kind) in (tuple, dict) for kind in kinds)
     try:
@@ -328,3 +358,42 @@ def _parse_value(key: str, text: str) -> Any:
     if not takes_text or value is None or isinstance(value, str) or (takes_several and isinstance(value, (list, dict))):
         return value
     return text
+
+
+def _unknown_key(key: str, where: str) -> ConfigError:
+    """The error for an unknown dotted key: it names the nearest key, or the file that the key belongs in.
+
+    Args:
+        where: the file's name or "command line".
+    """
+    parts = key.split(".")
+    for end in range(1, len(parts)):
+        prefix = ".".join(parts[:end])
+        if prefix in _LEAVES:
+            return ConfigError(f"{where}: unknown key {key}; {prefix} is a value, not a section")
+    return ConfigError(f"{where}: unknown key {key}{_hint(key)}")
+
+
+def _hint(key: str) -> str:
+    *_, name = parts = key.split(".")
+    same_name = [leaf for leaf in _SUGGESTED if leaf.split(".")[-1] == name]
+    if same_name:
+        return f", did you mean {' or '.join(same_name)}?"
+    if name in _OTHER_NAMES:
+        return f", did you mean {_OTHER_NAMES[name]}?"
+    if not DEEPSPEED_NAMES.isdisjoint(parts) or name in _OTHER_NAMES_IN_JSON:
+        return "; it belongs in the DeepSpeed JSON, the file of --deepspeed_config"
+    match = nearest(key, [*_SUGGESTED, *_SECTIONS]) or _nearest_by_name(name)
+    elsewhere = nearest(name, DEEPSPEED_NAMES)
+    # Keys of one section resemble each other through its name, so compare the last parts.
+    if match and (elsewhere is None or likeness(name, match.split(".")[-1]) >= likeness(name, elsewhere)):
+        return f", did you mean {match}?"
+    if elsewhere:
+        return f", did you mean {elsewhere}? It belongs in the DeepSpeed JSON, the file of --deepspeed_config"
+    return f"; sections: {', '.join(_SECTIONS)}"
+
+
+def _nearest_by_name(name: str) -> str | None:
+    by_name = {leaf.split(".")[-1]: leaf for leaf in _SUGGESTED}
+    match = nearest(name, by_name)
+    return by_name[match] if match else None

@@ -1,8 +1,7 @@
 """The run configuration: every key of a preset, a YAML file or `key=value`, with its default.
 
-What the DeepSpeed JSON owns (batch sizes, precision, optimizer, clipping, ZeRO) is not here and is refused
-here: see deepspeed/json_reader.py. Names carry their units. The models are frozen: what is derived from them is
-computed where it is needed, never written back.
+Batch sizes, precision, optimizer, clipping and ZeRO belong to the DeepSpeed JSON (deepspeed/json_reader.py), and are
+errors here. Names carry their units. The models are frozen: derived values are computed where they are needed.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-
-# What all sections of the run configuration share: their base, and numbers with bounds.
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -22,15 +19,13 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values cannot change after loading."""
+    """Base of all sections: unknown keys are errors, and values cannot change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
-# What a document says of the run that a recipe follows: it is judged and told of, and changes no run.
-
 Quantity = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-# In rising order, however they were written.
+# Of a range, in either order.
 Ends = Annotated[tuple[Quantity, Quantity], AfterValidator(lambda ends: (min(ends), max(ends)))]
 
 ClaimKind = Literal[
@@ -56,7 +51,7 @@ ClaimKind = Literal[
 
 
 class Claim(Section):
-    """A number of a document, or the two ends of a range; of a loss the step, none: the last one."""
+    """A number of a document, or the two ends of a range; a loss has its step, null: the last one."""
 
     claim: ClaimKind
     value: Quantity | Ends
@@ -65,13 +60,13 @@ class Claim(Section):
 
 
 class DocumentedSection(Section):
-    """What a document says of the run that a recipe follows: judged by `megalm plan`, told of; it changes no run."""
+    """The claims of the document that a recipe follows. `megalm plan` judges them; they change no run."""
 
-    device: str | None = Field(default=None, description="as in megalm/cost_model/gpu_specs.py")
+    device: str | None = Field(default=None, description="a name of megalm/cost_model/gpu_specs.py")
     devices: PositiveInt | None = None
     device_memory_gib: PositiveFloat | None = None
     claims: tuple[Claim, ...] = Field(
-        default=(), description="a list of {claim, value}, a loss with its step, a number of samples with its stride"
+        default=(), description="a list of {claim, value}; a loss has its step, a number of samples its stride"
     )
 
 
@@ -82,17 +77,15 @@ StepConvention = Literal["standard", "deepspeed"]
 
 
 class RunSection(Section):
-    name: str | None = Field(
-        default=None, description="folder under run.root; unnamed runs take the next free PRESET-001"
-    )
-    root: str = Field(default="runs", description="where run folders and the default MLflow store live")
+    name: str | None = Field(default=None, description="folder under run.root; null: the next free PRESET-001")
+    root: str = Field(default="runs", description="folder of the run folders and of the default MLflow store")
 
 
 class ModelSection(Section):
     """Field names as in Hugging Face configurations."""
 
     style: ModelStyle = "llama"
-    vocab_size: PositiveInt | None = Field(default=None, description="taken from the tokenizer when not stated")
+    vocab_size: PositiveInt | None = Field(default=None, description="null: the tokenizer's")
     hidden_size: PositiveInt = 256
     num_hidden_layers: PositiveInt = 4
     num_attention_heads: PositiveInt = 4
@@ -114,14 +107,14 @@ class ModelSection(Section):
 
 
 class BlendPart(Section):
-    """A dataset of a mixture; its share is its weight among those of the others."""
+    """A dataset of a mixture; its share is its weight divided by the sum of all weights."""
 
     prefix: str
     weight: PositiveFloat
 
 
 class DataStage(Section):
-    """Training data from this step on."""
+    """The training data from a step on."""
 
     from_step: PositiveInt
     blend: tuple[BlendPart, ...]
@@ -136,42 +129,43 @@ class DataSection(Section):
     )
     validation: str | dict[str, str] | None = Field(
         default=None,
-        description="dataset prefix, or a mapping of names to prefixes; or cut it from data.train with data.split",
+        description="dataset prefix, or a mapping of names to prefixes; data.split takes it from data.train instead",
     )
     split: str | None = Field(default=None, description="TRAIN,VALIDATION weights by document, e.g. 95,5")
     tokenizer: str | None = Field(
         default=None, description="SentencePiece .model, Hugging Face tokenizer.json, or 'bytes'"
     )
     recipe: Literal["python-stdlib"] | None = Field(
-        default=None, description="prepare this corpus on the machine when data.train is not stated"
+        default=None, description="prepare this corpus on the machine if data.train is null"
     )
     recipe_vocab_size: PositiveInt = 8192
     cache: str | None = Field(
         default=None,
-        description="where recipes and orders of samples are kept; default MEGALM_CACHE or ~/.cache/megalm",
+        description="folder of recipes and sample orders; default MEGALM_CACHE or ~/.cache/megalm",
     )
     input: str | tuple[str, ...] | None = Field(
-        default=None, description="files, folders, globs that data.train is built of; data.rebuild builds it of them"
+        default=None, description="files, folders or globs that data.rebuild builds data.train from"
     )
     append_eod: bool | None = Field(
-        default=None, description="whether documents must end with the end-of-document token; null: as they are"
+        default=None, description="whether documents must end with the end-of-document token; null: either"
     )
     rebuild: Literal["never", "auto", "always"] = Field(
-        default="never", description="build datasets again: where they differ from what the run states, or always"
+        default="never", description="rebuild datasets; auto: only if they differ from the run's configuration"
     )
     sequence_length: PositiveInt = 256
     stride: PositiveInt | None = Field(
-        default=None, description="tokens from one sample to the next; default data.sequence_length, less overlaps"
+        default=None,
+        description="tokens between the starts of samples; default data.sequence_length, less overlaps",
     )
     order: Literal["prefix_stable", "megatron"] = "prefix_stable"
-    document_mask: bool = Field(default=False, description="keep documents in one sample from attending to each other")
+    document_mask: bool = Field(default=False, description="tokens attend within their own document only")
     max_epochs: PositiveFloat | None = Field(
-        default=None, description="refuse a run that would see the tokens of a dataset more often"
+        default=None, description="refuse a run that would train on a dataset for more epochs"
     )
 
     @property
     def blends(self) -> tuple[DataStage, ...]:
-        """data.train and data.stages alike: what is mixed from which step on; empty before a recipe is prepared."""
+        """data.train and data.stages as one list of stages; empty before a recipe is prepared."""
         if self.train is None:
             return ()
         first = (BlendPart(prefix=self.train, weight=1.0),) if isinstance(self.train, str) else self.train
@@ -179,7 +173,7 @@ class DataSection(Section):
 
     @property
     def validation_sets(self) -> dict[str, str]:
-        """Name -> prefix of data.validation; one that has no name is "validation"."""
+        """Name -> prefix of data.validation; a single prefix is named "validation"."""
         if isinstance(self.validation, str):
             return {"validation": self.validation}
         return dict(self.validation or {})
@@ -216,17 +210,15 @@ class TrainSection(Section):
         default=0, description="recompute every n-th block in the backward pass; 0: none, 1: every block"
     )
     rehearse: bool = Field(
-        default=True, description="before step 1 one step, validation batch, sample and checkpoint write, then undone"
+        default=True, description="before step 1, try a step, a validation batch, a sample and a save, then undo them"
     )
     max_wall_time: str | None = Field(
-        default=None, description="save and leave with code 75 before so much time has passed, e.g. 4h or 1h30m"
+        default=None, description="save and exit with code 75 before this time has passed, e.g. 4h or 1h30m"
     )
     hang_timeout_seconds: PositiveFloat | None = Field(
-        default=1800.0, description="without progress for so long, write every rank's stack and fail; null: wait"
+        default=1800.0, description="after this time without progress, write all ranks' stacks and fail; null: wait"
     )
-    loss_chunk_tokens: PositiveInt = Field(
-        default=1024, description="the vocabulary's logits are held for so many tokens at once"
-    )
+    loss_chunk_tokens: PositiveInt = Field(default=1024, description="number of tokens whose logits are held at once")
     profile_step: PositiveInt | None = Field(
         default=None, description="write a profile of this step to profile/ of the run folder"
     )
@@ -234,7 +226,7 @@ class TrainSection(Section):
         default=False, description="count bytes and calls between ranks in the first steps: event traffic"
     )
     embedding_weight_decay: bool = Field(
-        default=True, description="matrices decay, norms and biases never; embeddings: this"
+        default=True, description="whether embeddings decay; other matrices always do, norms and biases never"
     )
 
 
@@ -244,18 +236,17 @@ class ParallelSection(Section):
     sequence: bool = False
     balance: Literal["parameters", "time"] = Field(
         default="parameters",
-        description="pipeline stages get equal parameters, or equal seconds, measured at the start",
+        description="pipeline stages have equal parameters, or equal times, measured at the start",
     )
 
 
 class EvaluateSection(Section):
     interval_steps: PositiveInt | None = Field(default=100, description="null: only at the end")
     max_samples: PositiveInt | None = Field(
-        default=None, description="validate on so many samples of each set while training; all at the end"
+        default=None, description="samples of each set while training; the validation at the end uses all"
     )
-
     patience: PositiveInt | None = Field(
-        default=None, description="stop after so many validations in a row without a new lowest loss"
+        default=None, description="stop after this number of validations in a row without a new lowest loss"
     )
 
 
@@ -273,31 +264,31 @@ class CheckpointSection(Section):
     interval_steps: PositiveInt | None = Field(default=None, description="null: only at the end")
     best: bool = Field(default=False, description="save at each new lowest validation loss; checkpoints/best names it")
     keep_last: PositiveInt | None = Field(
-        default=None, description="keep so many good checkpoints, and the best; null: all"
+        default=None, description="number of good checkpoints to keep, besides the best; null: all"
     )
     keep_every_steps: PositiveInt | None = Field(
-        default=None, description="with keep_last: keep for good what is saved at a multiple of this"
+        default=None, description="with keep_last: never delete checkpoints at multiples of this step"
     )
     asynchronous: bool = Field(
-        default=False, alias="async", description="copy the state at the step, write it behind training"
+        default=False, alias="async", description="copy the state at the step, and write it while training continues"
     )
 
 
 class GuardSection(Section):
-    """Loss and gradient norm of every step are judged before its update; what is not finite is never applied."""
+    """Checks loss and gradient norm of every step before its update, and never applies one that is not finite."""
 
     policy: Literal["off", "stop", "skip", "rollback"] = Field(
         default="skip",
-        description="a spike: let it pass, stop, leave the update out, or go back to a checkpoint and past its data",
+        description="a spike: apply it, stop, skip the update, or go back to a checkpoint and skip the spike's data",
     )
-    window: PositiveInt = Field(default=128, description="steps that a new one is compared with")
-    warmup_steps: PositiveInt = Field(default=50, description="no finite number is judged before so many steps")
-    loss_sigmas: PositiveFloat = Field(default=8.0, description="a spike is so many deviations above the median, and")
-    loss_rise: PositiveFloat = Field(default=0.5, description="so many nats")
+    window: PositiveInt = Field(default=128, description="number of earlier steps that a step is compared with")
+    warmup_steps: PositiveInt = Field(default=50, description="judge no finite number in the first steps")
+    loss_sigmas: PositiveFloat = Field(default=8.0, description="a spike is more deviations above the median, and")
+    loss_rise: PositiveFloat = Field(default=0.5, description="more nats above it")
     norm_sigmas: PositiveFloat = Field(default=8.0, description="the same for the logarithm of the gradient norm, and")
-    norm_factor: Annotated[float, Field(gt=1)] = Field(default=8.0, description="so many times its median")
-    max_skips_in_a_row: PositiveInt = Field(default=5, description="skip: one more and the run stops")
-    max_rollbacks: PositiveInt = Field(default=3, description="rollback: one more and the run stops")
+    norm_factor: Annotated[float, Field(gt=1)] = Field(default=8.0, description="more times its median")
+    max_skips_in_a_row: PositiveInt = Field(default=5, description="skip: one more stops the run")
+    max_rollbacks: PositiveInt = Field(default=3, description="rollback: one more stops the run")
     stop_above: PositiveFloat | None = Field(
         default=None, description="stop where the median loss is above this after guard.after_step"
     )
@@ -305,10 +296,10 @@ class GuardSection(Section):
 
 
 class ResumeSection(Section):
-    """For --resume alone: what may be another than it was."""
+    """Only for --resume: differences from the checkpoint that are allowed."""
 
     allow: tuple[Literal["dataset", "tokenizer", "order", "model"], ...] = Field(
-        default=(), description="things that may differ from the checkpoint's"
+        default=(), description="these may differ from the checkpoint's"
     )
 
 
@@ -318,7 +309,7 @@ class TrackingSection(Section):
 
 
 class RunConfig(Section):
-    """Everything that a run is, beside its DeepSpeed JSON."""
+    """The whole configuration of a run, except its DeepSpeed JSON."""
 
     preset: str | None = Field(default=None, description="the preset that this file starts from")
     deepspeed_config: str | None = Field(default=None, description="the DeepSpeed JSON that a recipe preset belongs to")

@@ -1,18 +1,19 @@
 """Strict reading of nested settings into a pydantic model, for the run YAML and for the DeepSpeed JSON alike.
 
-Both are first flattened to dotted keys, so that every unknown key and every bad value can be named in full,
-with the file it stands in. Validation is strict: a quoted number is text, and true is not 1.
+Both are first flattened to dotted keys, so that a message names an unknown key or a bad value in full, with its file.
+Validation is strict: a quoted number is text, and true is not 1. So is YAML: a repeated key is an error.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
+import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -20,6 +21,67 @@ from megalm.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
 
+# YAML 1.1, which PyYAML follows, reads `1e-3` as text, `no` as false and `010` as eight; these rules replace its own.
+# Tag, pattern, and the characters that it may begin with.
+_SCALARS = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ("~", "n", "N", "")),
+    ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
+    ("float", r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with these scalars, and an error for a repeated key."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own form)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[str, int] = {}
+        for key_node, _ in node.value:
+            mark, key = key_node.start_mark, repr(self.construct_object(key_node, deep=True))
+            if key in lines:
+                text = f"{key} occurs twice (first on line {lines[key]})"
+                raise yaml.constructor.ConstructorError(None, None, text, mark)
+            lines[key] = mark.line + 1
+        return super().construct_mapping(node, deep=deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which _Loader would read as a number."""
+
+
+for _tag, _pattern, _first in _SCALARS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value that `text` contains: `1e-3` is a number, `no` and `12:30` are text.
+
+    Args:
+        where: the file's name or "command line", for the message.
+
+    Raises:
+        ConfigError: a syntax error or a repeated key, with the line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{where}, line {line}: {error.problem or 'not YAML'}; fix this line") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
+
+
+def to_yaml(value: Any) -> str:
+    """Text that `parse_yaml` and other YAML readers read as the same value."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+_BOUNDS = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}  # of annotated_types
 _KINDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -30,7 +92,7 @@ _KINDS: dict[Any, str] = {
 
 
 def members(annotation: Any) -> Iterator[Any]:
-    """The types that a union, optional or annotated type is made of."""
+    """The member types of a union, optional or annotated type."""
     origin = get_origin(annotation)
     if origin is Annotated:
         yield from members(get_args(annotation)[0])
@@ -42,16 +104,16 @@ def members(annotation: Any) -> Iterator[Any]:
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The model of a field that is a section of its own, or None for a value."""
+    """The model of a field that is a section, or None for a value."""
     for member in members(field.annotation):
-        # Python 3.10 takes tuple[str] for a type.
+        # In Python 3.10 tuple[str] is an instance of type.
         if get_origin(member) is None and isinstance(member, type) and issubclass(member, BaseModel):
             return member
     return None
 
 
 def leaf_fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
-    """Dotted key -> field of every value in the model, sections opened."""
+    """Dotted key -> field of every value in the model and its sections."""
     leaves: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
         section = section_of(field)
@@ -62,11 +124,11 @@ def leaf_fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo
 def flatten(
     raw: Any, model: type[BaseModel], where: str, unknown: Callable[[str], ConfigError], prefix: str = ""
 ) -> dict[str, Any]:
-    """Dotted key -> value of what a file states; aliases become field names.
+    """Dotted key -> value of a file's content; aliases become field names.
 
     Args:
         where: the file's name or "command line", for messages.
-        unknown: makes the error for a key that the model does not have.
+        unknown: returns the error for a key that the model does not have.
 
     Raises:
         ConfigError: an unknown key, a section that is not a mapping, one setting under two spellings.
@@ -75,18 +137,16 @@ def flatten(
         return {}
     if not isinstance(raw, Mapping):
         keys = ", ".join(list(model.model_fields)[:3])
-        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'it'} is not a section with keys such as {keys}")
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'it'} must be a section, with keys such as {keys}")
     names = {field.alias: name for name, field in model.model_fields.items() if field.alias}
     leaves: dict[str, Any] = {}
-    stated: set[str] = set()
     for key, value in raw.items():
         name = names.get(key, key)
         path = f"{prefix}{name}"
         if not isinstance(name, str) or name not in model.model_fields:
             raise unknown(f"{prefix}{key}")
-        if name in stated:
-            raise ConfigError(f"{where}: {path} is stated twice, under two spellings; keep one")
-        stated.add(name)
+        if key != name and name in raw:
+            raise ConfigError(f"{where}: {path} occurs twice, under two spellings; keep one")
         section = section_of(model.model_fields[name])
         leaves |= flatten(value, section, where, unknown, f"{path}.") if section else {path: value}
     return leaves
@@ -108,16 +168,16 @@ def validate(model: type[Model], leaves: Mapping[str, Any], origin: Callable[[st
     """The model with these values, the rest at its defaults.
 
     Args:
-        origin: dotted key -> where its value was stated, for the message.
+        origin: dotted key -> the source of its value, for the message.
 
     Raises:
-        ConfigError: the first bad value: where, key, value and what was expected.
+        ConfigError: the first bad value, with its source, key and expected type.
     """
     fields = leaf_fields(model)
     tidy = {path: _whole(value, fields[path]) for path, value in leaves.items()}
     for path, value in tidy.items():
         infinite = isinstance(value, float) and not math.isfinite(value)
-        # pydantic takes true for a Literal[1], as Python does.
+        # pydantic accepts true for a Literal[1].
         if infinite or (isinstance(value, bool) and not _takes_bool(fields[path])):
             raise ConfigError(f"{origin(path)}: {path}={shown(value)}: expected {expected(fields[path])}")
     try:
@@ -127,17 +187,17 @@ def validate(model: type[Model], leaves: Mapping[str, Any], origin: Callable[[st
         prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
         path = next((prefix for prefix in prefixes if prefix in fields), prefixes[0])
         if path not in tidy:
-            raise ConfigError(f"{origin(path)}: {path} is not stated; add it") from None
+            raise ConfigError(f"{origin(path)}: {path} is missing; add it") from None
         raise ConfigError(f"{origin(path)}: {path}={shown(tidy[path])}: expected {expected(fields[path])}") from None
 
 
 def expected(field: FieldInfo) -> str:
-    """What a field takes, in words: "a whole number above 0 or null"."""
+    """The values that a field takes, in words: "a whole number above 0 or null"."""
     return _expected(field.annotation, tuple(field.metadata))
 
 
 def shown(value: Any) -> str:
-    """A value as a person would write it, shortened."""
+    """A value as a user would write it, shortened."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -167,18 +227,9 @@ def _expected_several(origin: Any, arguments: tuple[Any, ...]) -> str:
 
 
 def _bounds(metadata: tuple[Any, ...]) -> str:
-    words = []
-    for item in metadata:
-        for bound in item.metadata if isinstance(item, FieldInfo) else [item]:
-            if isinstance(bound, Gt):
-                words.append(f"above {bound.gt}")
-            elif isinstance(bound, Ge):
-                words.append(f"of at least {bound.ge}")
-            elif isinstance(bound, Lt):
-                words.append(f"below {bound.lt}")
-            elif isinstance(bound, Le):
-                words.append(f"of at most {bound.le}")
-    return "".join(f" {word}" if index == 0 else f" and {word}" for index, word in enumerate(words))
+    bounds = [bound for item in metadata for bound in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    words = [f"{_BOUNDS[name]} {getattr(bound, name)}" for bound in bounds for name in _BOUNDS if hasattr(bound, name)]
+    return f" {' and '.join(words)}" if words else ""
 
 
 def _takes_bool(field: FieldInfo) -> bool:
@@ -186,7 +237,7 @@ def _takes_bool(field: FieldInfo) -> bool:
 
 
 def _whole(value: Any, field: FieldInfo) -> Any:
-    """5e8 where a whole number is meant: the integer 500000000, as DeepSpeed reads it too."""
+    """5e8 for an integer field is 500000000, as DeepSpeed reads it too."""
     kinds = set(members(field.annotation))
     if isinstance(value, float) and int in kinds and float not in kinds and value.is_integer():
         return int(value)

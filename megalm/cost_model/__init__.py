@@ -1,1 +1,1 @@
-"""What a layout costs before anything is started, as integers: memory by part, shares of the model, balance, bubble."""
+"""The cost of a layout before a run starts, as integers: memory by part, sizes of shards, balance of stages."""

@@ -1,11 +1,11 @@
-"""What data sheets say of GPUs: dense matrix products, no sparsity. No torch."""
+"""The peak speeds of GPUs by their data sheets, for dense matrix products: no torch."""
 
 from __future__ import annotations
 
 import re
 
-# FLOP/s by NVIDIA's data sheets, without sparsity: bf16 and fp16 summed in fp32; then fp32, for which TF32 is off.
-# A whole model name each: a laptop's, a PCIe or an NVL card of the same name is another device.
+# Model name, FLOP/s of bf16 and fp16 with fp32 sums, and of fp32 without TF32; NVIDIA's data sheets, without sparsity.
+# A name matches whole, because a laptop, PCIe or NVL card of a similar name has other speeds.
 _DATA_SHEETS: tuple[tuple[str, float, float], ...] = (
     ("H200 NVL", 835.5e12, 60e12),
     ("H200", 989e12, 67e12),
@@ -16,7 +16,7 @@ _DATA_SHEETS: tuple[tuple[str, float, float], ...] = (
     ("RTX 5090", 209.5e12, 104.8e12),
     ("RTX 4090", 165.2e12, 82.6e12),
 )
-# What may follow the name: form factor and memory of the same chip at the same speed.
+# These suffixes, form factor and memory, do not change the speed.
 _SAME_CHIP = r"(-?(SXM\d?|PCIE|\d+GB|HBM\w*)| )*$"
 
 

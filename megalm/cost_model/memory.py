@@ -1,9 +1,7 @@
-"""How much memory a rank needs, part by part, as DeepSpeed 0.19.8 really lays it out.
+"""The memory of a rank, part by part, as DeepSpeed 0.19.8 lays it out: no torch.
 
-Weights, gradients, master weights and moments are exact, padding included: a test compares them with a running
-engine. Buckets, activations and the loss are formulas for the block of megalm/model.
-
-Words: "low precision" is what the model computes in (2 bytes for bf16 and fp16, 4 for fp32).
+Weights, gradients, master weights and moments are exact, padding included: a test compares them with a running engine.
+Buckets, activations and the loss are formulas for the block of megalm/model.
 """
 
 from __future__ import annotations
@@ -12,100 +10,112 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megalm.config.deepspeed.json_schema import ZeroSection
-from megalm.config.precision import Precision
-from megalm.cost_model.shard_sizes import Share, shares
-from megalm.model.attention_tiles import kept_probabilities
-from megalm.model.model_config import ModelConfig
+from megalm.config.deepspeed.json_schema import Precision, ZeroSection
+from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
+from megalm.model.model_config import ModelConfig, kept_probabilities
 from megalm.topology import Topology
-
-# Bytes that the forward pass keeps for the backward pass, and that the loss needs, by formula.
-#
-# For the block of megalm/model: pre-norm, separate query, key and value projections, attention, GELU or SwiGLU.
-# What is counted is what PyTorch's autograd saves; sums of residuals save nothing.
-
-
-def activation_bytes(
-    share: Share,
-    micro_batch: int,
-    sequence_length: int,
-    element_bytes: int,
-    checkpoint_every: int,
-    document_mask: bool = False,
-    on_cpu: bool = False,
-    micro_batches: int = 1,
-) -> int:
-    """Bytes that a rank keeps from forward to backward, of all micro-batches that its stage has under way.
-
-    Args:
-        element_bytes: 2 for bf16 and fp16, 4 for fp32.
-        checkpoint_every: every n-th block keeps its input only and is computed again; 0: none.
-        on_cpu: where RMS norms have no fused kernel, and attention keeps the probabilities of shorter sequences.
-        micro_batches: of one step.
-    """
-    tokens = micro_batch * sequence_length
-    block = tokens * block_bytes_per_token(share, element_bytes, on_cpu)
-    if on_cpu:
-        block += micro_batch * share.heads * kept_probabilities(sequence_length) * element_bytes
-    hidden = tokens * share.shape.hidden_size * element_bytes // share.slices
-    blocks = range(share.first_block, share.first_block + share.blocks)
-    recomputed = len([index for index in blocks if checkpoint_every and index % checkpoint_every == 0])
-    kept = (share.blocks - recomputed) * block + recomputed * hidden
-    norm_bytes = _norm_bytes(share.shape.style == "llama", element_bytes, on_cpu)
-    # The last stage's final norm and what the head reads; of another stage what it has sent on.
-    end = tokens * share.shape.hidden_size * norm_bytes // share.slices + hidden if share.is_last else hidden
-    mask = tokens * 4 if document_mask else 0  # document numbers; attention makes its masks block by block
-    working = 2 * hidden + (block if recomputed else 0)  # gradients, and the one block that is computed again
-    return (kept + end + mask) * share.in_flight(micro_batches) + working
-
-
-def block_bytes_per_token(share: Share, element_bytes: int, on_cpu: bool = False) -> int:
-    """Bytes that one block saves for each token; key and value heads are counted repeated, as attention keeps them."""
-    shape = share.shape
-    stream, inner = shape.hidden_size // share.slices, shape.intermediate_size // share.tensor
-    queries, keys = share.heads * shape.head_dim, share.key_value_heads * shape.head_dim
-    norms = 2 * stream * _norm_bytes(shape.style == "llama", element_bytes, on_cpu)
-    if shape.qk_norm:
-        norms += (queries + keys) * _norm_bytes(True, element_bytes, on_cpu)
-    # What query, key and value read and what the MLP reads; queries, keys, values and the output of attention.
-    elements = 2 * stream + 4 * queries
-    elements += 2 * inner if shape.style == "gpt2" else 4 * inner  # up, gelu | gate, silu, up, product
-    dropout_masks = 2 * stream if shape.dropout > 0 else 0  # one byte each
-    return norms + elements * element_bytes + dropout_masks
-
-
-def _norm_bytes(rms: bool, element_bytes: int, on_cpu: bool) -> int:
-    """Bytes an element that a norm saves: its input; without a fused RMS norm, the input and the result in fp32."""
-    return 8 if on_cpu and rms else element_bytes
-
-
-def loss_bytes(shape: ModelConfig, tokens: int, element_bytes: int, chunk_tokens: int, tensor: int = 1) -> int:
-    """Bytes of the chunked cross-entropy at its largest: a chunk's logits several times over, and two gradients."""
-    vocabulary = math.ceil(shape.vocab_size / tensor)
-    chunk = min(tokens, chunk_tokens)
-    logits = chunk * vocabulary * (2 * element_bytes + 4)  # logits, their gradient; probabilities in fp32
-    hidden_gradient = tokens * shape.hidden_size * element_bytes
-    # Summed in fp32, with the product of one chunk beside it.
-    weight_gradient = vocabulary * shape.hidden_size * (4 + element_bytes)
-    return logits + hidden_gradient + weight_gradient
-
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 # ZeRO 1 and 2 pad each parameter group to a multiple of 2 x ranks elements, for NCCL's alignment.
 _ALIGNMENT = 2
+_FLAT_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once in stage 0 and in its BF16_Optimizer
 
 Groups = list[list[int]]
+
+# Column layers hold a part of their output features, row layers of their input features.
+_COLUMNS = ("attention.query", "attention.key", "attention.value", "mlp.gate", "mlp.up")
+_ROWS = ("attention.output.weight", "mlp.down.weight")
+_VOCABULARY = ("embedding.tokens.weight", "head.weight")
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of the model that the fullest rank of a pipeline stage's tensor group holds.
+
+    Attributes:
+        sequence: the tensor group divides the residual stream along the sequence.
+        first_block: the stage's blocks are [first_block, first_block + blocks).
+    """
+
+    shape: ModelConfig
+    tensor: int
+    sequence: bool
+    stage: int
+    stages: int
+    first_block: int
+    blocks: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.stages - 1
+
+    @property
+    def heads(self) -> int:
+        return self.shape.num_attention_heads // self.tensor
+
+    @property
+    def key_value_heads(self) -> int:
+        """With fewer of them than ranks, each rank holds a copy of the one that its heads need."""
+        return max(1, self.shape.num_key_value_heads // self.tensor)
+
+    @property
+    def slices(self) -> int:
+        """Number of ranks that share the activations between the sharded layers: norms, residuals, dropout."""
+        return self.tensor if self.sequence else 1
+
+    def in_flight(self, micro_batches: int) -> int:
+        """Micro-batches whose activations the stage keeps at once, under one-forward-one-backward."""
+        return min(micro_batches, self.stages - self.stage)
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of each parameter or part of it held here, in the model's order."""
+        return {name: self._local(name, size) for name, size in self.shape.parameters().items() if self._is_here(name)}
+
+    def _is_here(self, name: str) -> bool:
+        if name.startswith("layers."):
+            return self.first_block <= int(name.split(".")[1]) < self.first_block + self.blocks
+        if name == "embedding.tokens.weight":
+            return self.is_first or (self.is_last and self.shape.tie_word_embeddings)
+        return self.is_first if name.startswith("embedding.") else self.is_last
+
+    def _local(self, name: str, size: tuple[int, ...]) -> tuple[int, ...]:
+        if name in _VOCABULARY:
+            return (math.ceil(size[0] / self.tensor), *size[1:])
+        if name.endswith(_ROWS):
+            return (size[0], size[1] // self.tensor)
+        layer = next((column for column in _COLUMNS if f".{column}." in name), None)
+        if layer is None:
+            return size
+        if layer in ("attention.key", "attention.value"):
+            return (self.key_value_heads * self.shape.head_dim, *size[1:])
+        return (size[0] // self.tensor, *size[1:])
+
+
+def shares(shape: ModelConfig, topology: Topology, sequence: bool = False) -> Iterator[Share]:
+    """The share of each pipeline stage, balanced by parameters."""
+    stages = topology.pipeline
+    first = 0
+    for stage, blocks in enumerate(balanced_blocks(shape.num_hidden_layers, stages, parameter_costs(shape))):
+        yield Share(shape, topology.tensor, sequence, stage, stages, first, blocks)
+        first += blocks
 
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """A run as far as memory depends on it.
+    """The settings of a run that its memory depends on.
 
     Attributes:
-        gradient_precision: what gradients are accumulated in.
-        communication_precision: what they are sent in.
-        one_memory: the device is a CPU, so that what is offloaded lies in the same memory.
+        accumulation: micro-batches of a step.
+        gradient_precision: gradients are accumulated in it.
+        communication_precision: gradients are communicated in it.
+        checkpoint_activations_every: every n-th block keeps only its input and is recomputed; 0: none.
+        on_cpu: offloaded states lie in the same memory, RMS norms have no fused kernel, and attention keeps the
+            probabilities of short sequences.
         checkpoint_copy: checkpoints are written behind training, from copies in the CPU's memory.
     """
 
@@ -122,25 +132,62 @@ class MemoryCase:
     checkpoint_activations_every: int = 0
     embedding_weight_decay: bool = True
     document_mask: bool = False
-    one_memory: bool = False
+    on_cpu: bool = False
     sequence_parallel: bool = False
     checkpoint_copy: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.micro_batch * self.sequence_length
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a number of the model's precision."""
+        return BYTES[self.precision]
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's states lie in the CPU's memory or on NVMe."""
+        return self.zero.offload_optimizer is not None and self.zero.offload_optimizer.device != "none"
+
+    @property
+    def offloads_parameters(self) -> bool:
+        """Whether the weights lie in the CPU's memory."""
+        return self.zero.offload_param is not None and self.zero.offload_param.device != "none"
+
+    @property
+    def swaps(self) -> bool:
+        """Whether the optimizer's states lie on NVMe."""
+        return self.zero.offload_optimizer is not None and self.zero.offload_optimizer.device == "nvme"
+
+    @property
+    def uses_bf16_optimizer(self) -> bool:
+        """Stage 1 in bf16 with fp32 gradients runs DeepSpeed's BF16_Optimizer: whole fp32 gradients on every rank."""
+        types = self.precision, self.gradient_precision
+        return self.zero.stage == 1 and types == ("bf16", "fp32") and not self.offloads_optimizer
+
+    def padded(self, group: list[int]) -> int:
+        """Elements of a parameter group with its padding."""
+        alignment = _ALIGNMENT * self.topology.data
+        return math.ceil(sum(group) / alignment) * alignment
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes per rank. `host` is what offload and checkpoints keep in the CPU's memory, by part.
+    """Bytes per rank.
 
     Attributes:
-        weights: what the model computes with.
-        gradients: where gradients are accumulated.
+        weights: the model computes with them.
+        gradients: accumulated gradients.
         master: the fp32 weights that the optimizer updates; none in stage 0, which updates `weights`.
         moments: Adam's two.
         buckets: communication buffers, and under ZeRO 3 the weights gathered at one time.
-        activations: what the forward pass keeps for the backward pass.
+        activations: kept by the forward pass for the backward pass.
         loss: the chunk of logits and the gradients of head and hidden states.
+        host: part -> bytes that offload and checkpoints keep in the CPU's memory.
         disk: the optimizer's states on NVMe.
-        stage: of the pipeline; without one there is only this.
+        stage: of the pipeline; 0 without one.
     """
 
     weights: int
@@ -152,7 +199,7 @@ class MemoryPlan:
     loss: int
     host: dict[str, int]
     disk: int = 0
-    one_memory: bool = False
+    on_cpu: bool = False
     stage: int = 0
 
     def parts(self) -> dict[str, int]:
@@ -162,8 +209,8 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """Bytes in the device's memory; on a CPU with what is offloaded, which lies there too."""
-        return sum(self.parts().values()) + (sum(self.host.values()) if self.one_memory else 0)
+        """Bytes in the device's memory; on a CPU this includes `host`."""
+        return sum(self.parts().values()) + (sum(self.host.values()) if self.on_cpu else 0)
 
 
 def estimate_memory(case: MemoryCase) -> MemoryPlan:
@@ -172,42 +219,26 @@ def estimate_memory(case: MemoryCase) -> MemoryPlan:
 
 
 def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
-    """The plan of each pipeline stage that no earlier stage is sure to be as full as: the first, the last, and of those
-    between them the first with each number of blocks."""
+    """The plans of the pipeline stages, without those that need no more than an earlier one: the first stage, the last
+    one, and of those between them the first with each number of blocks."""
     seen: set[tuple[bool, bool, int]] = set()
     for share in shares(case.shape, case.topology, case.sequence_parallel):
         kind = share.is_first, share.is_last, share.blocks
-        if kind not in seen:
-            seen.add(kind)
-            yield _estimate(case, share)
-
-
-def _estimate(case: MemoryCase, share: Share) -> MemoryPlan:
-    groups = parameter_groups(case, share)
-    device, host = _states(case, groups)
-    on_disk = _swapped_bytes(case, groups)
-    tokens = case.micro_batch * case.sequence_length
-    return MemoryPlan(
-        **device,
-        buckets=_bucket_bytes(case, groups),
-        activations=activation_bytes(
-            share,
-            case.micro_batch,
-            case.sequence_length,
-            BYTES[case.precision],
-            case.checkpoint_activations_every,
-            case.document_mask,
-            on_cpu=case.one_memory,
-            micro_batches=case.accumulation,
-        ),
-        loss=loss_bytes(case.shape, tokens, BYTES[case.precision], case.loss_chunk_tokens, share.tensor)
-        if share.is_last
-        else 0,
-        host=host,
-        disk=on_disk,
-        one_memory=case.one_memory,
-        stage=share.stage,
-    )
+        if kind in seen:
+            continue
+        seen.add(kind)
+        groups = parameter_groups(case, share)
+        device, host = _states(case, groups)
+        yield MemoryPlan(
+            **device,
+            buckets=_bucket_bytes(case, groups),
+            activations=activation_bytes(case, share),
+            loss=loss_bytes(case, share.tensor) if share.is_last else 0,
+            host=host,
+            disk=16 * _own_elements(case, groups) if case.swaps else 0,  # master, two moments and the gradient
+            on_cpu=case.on_cpu,
+            stage=share.stage,
+        )
 
 
 def checkpoint_bytes(shape: ModelConfig) -> int:
@@ -215,8 +246,63 @@ def checkpoint_bytes(shape: ModelConfig) -> int:
     return 12 * shape.parameter_count()
 
 
+# Activations and loss by formula, for the block of megalm/model: pre-norm, separate query, key and value projections,
+# attention, GELU or SwiGLU. The formulas count the tensors that PyTorch's autograd saves; residual sums save none.
+
+
+def activation_bytes(case: MemoryCase, share: Share) -> int:
+    """Bytes that a rank keeps from forward to backward, for all micro-batches in flight in its stage."""
+    tokens, every = case.tokens, case.checkpoint_activations_every
+    block = tokens * _block_bytes_per_token(case, share)
+    if case.on_cpu:
+        block += case.micro_batch * share.heads * kept_probabilities(case.sequence_length) * case.element_bytes
+    stream = tokens * case.shape.hidden_size // share.slices
+    hidden = stream * case.element_bytes
+    blocks = range(share.first_block, share.first_block + share.blocks)
+    recomputed = len([index for index in blocks if every and index % every == 0])
+    kept = (share.blocks - recomputed) * block + recomputed * hidden
+    # The last stage keeps its final norm and the head's input; another stage keeps the output that it sends on.
+    end = hidden + (stream * _norm_bytes(case, case.shape.style == "llama") if share.is_last else 0)
+    mask = tokens * 4 if case.document_mask else 0  # document numbers; attention builds its masks block by block
+    working = 2 * hidden + (block if recomputed else 0)  # gradients, and the one block being recomputed
+    return (kept + end + mask) * share.in_flight(case.accumulation) + working
+
+
+def _block_bytes_per_token(case: MemoryCase, share: Share) -> int:
+    """Bytes that one block saves per token; key and value heads count repeated, as attention keeps them."""
+    shape = case.shape
+    stream, inner = shape.hidden_size // share.slices, shape.intermediate_size // share.tensor
+    queries, keys = share.heads * shape.head_dim, share.key_value_heads * shape.head_dim
+    norms = 2 * stream * _norm_bytes(case, shape.style == "llama")
+    if shape.qk_norm:
+        norms += (queries + keys) * _norm_bytes(case, True)
+    # The inputs of the projections and of the MLP; queries, keys, values and attention's output.
+    elements = 2 * stream + 4 * queries
+    elements += 2 * inner if shape.style == "gpt2" else 4 * inner  # up, gelu | gate, silu, up, product
+    dropout_masks = 2 * stream if shape.dropout > 0 else 0  # one byte each
+    return norms + elements * case.element_bytes + dropout_masks
+
+
+def _norm_bytes(case: MemoryCase, rms: bool) -> int:
+    """Bytes per element that a norm saves: its input, or input and result in fp32 without a fused RMS norm."""
+    return 8 if case.on_cpu and rms else case.element_bytes
+
+
+def loss_bytes(case: MemoryCase, tensor: int = 1) -> int:
+    """Bytes of the chunked cross-entropy at its largest: a chunk's logits several times over, and two gradients.
+
+    Args:
+        tensor: ranks that divide the vocabulary.
+    """
+    vocabulary, hidden = math.ceil(case.shape.vocab_size / tensor), case.shape.hidden_size
+    chunk = min(case.tokens, case.loss_chunk_tokens)
+    logits = chunk * vocabulary * (2 * case.element_bytes + 4)  # logits, their gradient; probabilities in fp32
+    # The weight's gradient is summed in fp32, with the product of one chunk beside it.
+    return logits + case.tokens * hidden * case.element_bytes + vocabulary * hidden * (4 + case.element_bytes)
+
+
 def parameter_groups(case: MemoryCase, share: Share) -> Groups:
-    """Elements of a rank's parameters in the optimizer's groups: those that decay, those that do not."""
+    """Elements of a rank's parameters in the optimizer's groups: decayed ones, then the others."""
     decaying: list[int] = []
     others: list[int] = []
     for name, shape in share.parameters().items():
@@ -227,9 +313,9 @@ def parameter_groups(case: MemoryCase, share: Share) -> Groups:
 
 
 def _states(case: MemoryCase, groups: Groups) -> tuple[dict[str, int], dict[str, int]]:
-    """weights, gradients, master and moments: on the device, and in the CPU's memory by offload."""
+    """Weights, gradients, master and moments on the device, and offloaded parts in the CPU's memory."""
     stage = case.zero.stage
-    low = BYTES[case.precision]
+    low = case.element_bytes
     if stage == 0:
         elements = sum(map(sum, groups))
         device = {"weights": low * elements, "gradients": low * elements, "master": 0, "moments": 8 * elements}
@@ -237,27 +323,21 @@ def _states(case: MemoryCase, groups: Groups) -> tuple[dict[str, int], dict[str,
     own = _own_elements(case, groups)
     gradients, host_gradients = _gradients(case, groups, own)
     optimizer = {"master": 4 * own, "moments": 8 * own}
-    offload_optimizer, offload_param = _offloads(case)
-    weights = low * own if stage == 3 else low * sum(_padded(sum(group), case) for group in groups)
+    weights = low * own if stage == 3 else low * sum(case.padded(group) for group in groups)
     device = {"weights": weights, "gradients": gradients, **optimizer}
     host = _checkpoint_copy(case, own)
-    if offload_optimizer:
+    if case.offloads_optimizer:
         device |= dict.fromkeys(optimizer, 0)
-        host |= {"gradients": host_gradients, **optimizer} if not _swaps(case) else _swap_buffers(case, groups)
+        host |= {"gradients": host_gradients, **optimizer} if not case.swaps else _swap_buffers(case, groups)
         if stage < 3:
             host["buckets"] = low * own  # updated weights on their way back
-    if offload_param:
+    if case.offloads_parameters:
         device["weights"], host["weights"] = 0, low * own
     return device, host
 
 
-def _swaps(case: MemoryCase) -> bool:
-    offload = case.zero.offload_optimizer
-    return offload is not None and offload.device == "nvme"
-
-
 def _swap_buffers(case: MemoryCase, groups: Groups) -> dict[str, int]:
-    """What stays in the CPU's memory of states on a disk: accumulated gradients, and one sub-group at a time."""
+    """The CPU's memory of states on NVMe: accumulated gradients, and one sub-group at a time."""
     offload = case.zero.offload_optimizer
     assert offload is not None
     own = _own_elements(case, groups)
@@ -266,32 +346,27 @@ def _swap_buffers(case: MemoryCase, groups: Groups) -> dict[str, int]:
     return {"gradients": BYTES[case.gradient_precision] * own, "swap buffers": 4 * offload.buffer_count * sub_group}
 
 
-def _swapped_bytes(case: MemoryCase, groups: Groups) -> int:
-    """Master, both moments and the gradient of what a rank owns."""
-    return 16 * _own_elements(case, groups) if _swaps(case) else 0
-
-
 def _checkpoint_copy(case: MemoryCase, elements: int) -> dict[str, int]:
-    """What checkpoint.async writes from: the master and both moments of what this rank owns."""
+    """With checkpoint.async, a copy of the master and both moments that this rank owns."""
     return {"checkpoint copy": 12 * elements} if case.checkpoint_copy else {}
 
 
 def _gradients(case: MemoryCase, groups: Groups, own: int) -> tuple[int, int]:
     """Bytes of accumulated gradients on the device and, with an offloaded optimizer, in the CPU's memory."""
     elements = sum(map(sum, groups))
-    low, accumulated = BYTES[case.precision], BYTES[case.gradient_precision]
-    offload, same_type = _offloads(case)[0], case.gradient_precision == case.precision
+    low, accumulated = case.element_bytes, BYTES[case.gradient_precision]
+    offload, same_type = case.offloads_optimizer, case.gradient_precision == case.precision
     if case.zero.stage == 3:
-        # Offloaded, the accumulated gradients lie beside the fp32 ones that the optimizer reads.
+        # With offload the accumulated gradients lie beside the fp32 ones that the optimizer reads.
         return (0, (accumulated + 4) * own) if offload else (accumulated * own, 0)
-    if _bf16_optimizer(case):
-        # Whole fp32 gradients, and autograd's own, which are zeroed but never freed.
-        return accumulated * sum(_padded(sum(group), case) for group in groups) + low * elements, 0
+    if case.uses_bf16_optimizer:
+        # Whole fp32 gradients, and autograd's own, which DeepSpeed zeroes but never frees.
+        return accumulated * sum(case.padded(group) for group in groups) + low * elements, 0
     if offload and same_type:
         return 0, 4 * own + (low * _touched_elements(groups, case) if case.accumulation > 1 else 0)
     if case.zero.stage == 1:
         return accumulated * elements, 4 * own
-    # A gradient in the weights' own type is kept whole where the partition holds any of it.
+    # A gradient in the weights' type stays whole if the partition holds any of it.
     return (low * _touched_elements(groups, case) if same_type else accumulated * own), 4 * own
 
 
@@ -300,15 +375,15 @@ def _own_elements(case: MemoryCase, groups: Groups) -> int:
     ranks = case.topology.data
     if case.zero.stage == 3:
         return sum(math.ceil(count / ranks) for group in groups for count in group)
-    return sum(_padded(sum(group), case) // ranks for group in groups)
+    return sum(case.padded(group) // ranks for group in groups)
 
 
 def _touched_elements(groups: Groups, case: MemoryCase) -> int:
-    """Elements of all parameters that lie in a partition, wholly or in part; of the fullest partition."""
+    """Elements of all parameters that lie wholly or partly in a partition; of the fullest partition."""
     ranks = case.topology.data
     totals = [0] * ranks
     for group in groups:
-        size = _padded(sum(group), case) // ranks
+        size = case.padded(group) // ranks
         start = 0
         for count in group:
             for rank in range(start // size, (start + count - 1) // size + 1):
@@ -323,38 +398,15 @@ def _bucket_bytes(case: MemoryCase, groups: Groups) -> int:
     counts = [count for group in groups for count in group]
     overlap = zero.overlap_comm if zero.overlap_comm is not None else stage == 3
     sent = BYTES[case.communication_precision]
-    # On a CPU pages that are never written to take no memory.
-    bucket = min(zero.reduce_bucket_size, sum(counts)) if case.one_memory else zero.reduce_bucket_size
+    # On a CPU, pages that nothing writes to take no memory.
+    bucket = min(zero.reduce_bucket_size, sum(counts)) if case.on_cpu else zero.reduce_bucket_size
     if stage == 0:
-        return 0 if case.topology.data == 1 else 4 * min(sum(counts), 500_000_000)
+        return 0 if case.topology.data == 1 else 4 * min(sum(counts), _FLAT_BUCKET)
     if stage == 3:
         largest_block = max(counts, default=0)
         gathered = min(sum(counts), zero.max_live_parameters, largest_block + 2 * zero.prefetch_bucket_size)
-        return sent * bucket + BYTES[case.precision] * gathered
-    if _bf16_optimizer(case):
-        return 4 * min(sum(counts), 500_000_000)  # one flattened copy of what is being reduced
+        return sent * bucket + case.element_bytes * gathered
+    if case.uses_bf16_optimizer:
+        return 4 * min(sum(counts), _FLAT_BUCKET)  # one flattened copy of the gradients being reduced
     staged = BYTES[case.gradient_precision if stage == 1 else case.precision]
     return staged * bucket * (2 if overlap else 1) if zero.contiguous_gradients else 0
-
-
-def _bf16_optimizer(case: MemoryCase) -> bool:
-    """Stage 1 in bf16 with fp32 gradients runs DeepSpeed's BF16_Optimizer: whole fp32 gradients on every rank."""
-    return (
-        case.zero.stage == 1
-        and case.precision == "bf16"
-        and case.gradient_precision == "fp32"
-        and not _offloads(case)[0]
-    )
-
-
-def _offloads(case: MemoryCase) -> tuple[bool, bool]:
-    optimizer, parameters = case.zero.offload_optimizer, case.zero.offload_param
-    return (
-        optimizer is not None and optimizer.device != "none",
-        parameters is not None and parameters.device != "none",
-    )
-
-
-def _padded(count: int, case: MemoryCase) -> int:
-    alignment = _ALIGNMENT * case.topology.data
-    return math.ceil(count / alignment) * alignment

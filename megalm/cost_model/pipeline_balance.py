@@ -1,8 +1,7 @@
-"""How many blocks each pipeline stage holds, and how many micro-batches keep the stages busy: no torch.
+"""The number of blocks of each pipeline stage, and of micro-batches that keep the stages busy: no torch.
 
-The embedding belongs to the first stage, the final norm and the head to the last. Every stage holds a block at least:
-its parameters then fall into the same groups of the optimizer as every other stage's, which DeepSpeed's gradient norm,
-one exchange a group, relies on.
+The embedding belongs to the first stage, the final norm and the head to the last. Every stage holds at least one block,
+so that all stages have the same optimizer groups: DeepSpeed's gradient norm communicates once per group.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ from dataclasses import dataclass
 
 from megalm.model.model_config import ModelConfig
 
-LARGE_BUBBLE = 0.2  # a larger share of waiting is worth a warning
-SMALL_BUBBLE = 0.1  # what the warning's advice comes to
+LARGE_BUBBLE = 0.2  # a larger share of waiting causes a warning
+SMALL_BUBBLE = 0.1  # the warning recommends micro-batches for this share
 
 
 @dataclass(frozen=True)
 class StageCosts:
-    """What is balanced: parameters, or seconds of one forward and backward pass.
+    """The costs that stages balance: parameters, or seconds of one forward and backward pass.
 
     Args:
         embedding: token table and positions.
         block: one block.
-        head: final norm, output projection and loss; a tied weight counts here and in `embedding`.
+        head: final norm, output projection and loss; a tied weight counts in both `head` and `embedding`.
     """
 
     embedding: float
@@ -31,7 +30,7 @@ class StageCosts:
     head: float
 
     def of_stages(self, blocks: tuple[int, ...]) -> tuple[float, ...]:
-        """The cost of each stage that holds so many blocks."""
+        """The cost of each stage, given the number of its blocks."""
         costs = [count * self.block for count in blocks]
         costs[0] += self.embedding
         costs[-1] += self.head
@@ -49,10 +48,10 @@ def parameter_costs(shape: ModelConfig) -> StageCosts:
 
 
 def balanced_blocks(layers: int, stages: int, costs: StageCosts) -> tuple[int, ...]:
-    """Blocks per stage such that the costliest stage is as cheap as possible.
+    """The blocks of each stage that make the costliest stage as cheap as possible.
 
-    Blocks are alike, so handing them out one by one, each to the stage that is cheapest so far, is optimal. Of equals
-    the later stage takes it: earlier ones keep the activations of more micro-batches.
+    Blocks cost the same, so it is optimal to assign each to the stage that is cheapest so far. Among equal stages the
+    latest takes it, because earlier ones keep the activations of more micro-batches.
     """
     assert 1 <= stages <= layers, (stages, layers)
     blocks = [1] * stages
@@ -64,5 +63,5 @@ def balanced_blocks(layers: int, stages: int, costs: StageCosts) -> tuple[int, .
 
 
 def micro_batches_for(stages: int, bubble: float) -> int:
-    """The fewest micro-batches a step with which each stage waits for at most `bubble` of it."""
+    """The smallest number of micro-batches per step with which each stage waits for at most `bubble` of it."""
     return math.ceil((stages - 1) * (1 - bubble) / bubble)

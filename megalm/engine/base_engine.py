@@ -27,7 +27,7 @@ from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
 from megalm.engine.optimizer_state import OptimizerState, ReadFragment
 from megalm.engine.phase_clock import PhaseClock
-from megalm.model.param_shard import shard_of
+from megalm.model.layer_factory import shard_of
 from megalm.parallel.process_groups import ParallelGroups
 from megalm.planning.resolve import OptimizerFacts, ResolvedRun
 from megalm.rank_environment import rank_facts

@@ -18,7 +18,7 @@ from megalm.engine.device import fastest_seconds
 from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import Engine, JudgeUpdate
 from megalm.engine.traffic_counter import TrafficCounter
-from megalm.model.layer_factory import DenseLayers, LayerFactory
+from megalm.model.layer_factory import LayerFactory
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock
 from megalm.model.transformer import LanguageModel, StageBuilder, initialize
@@ -59,7 +59,7 @@ def build_engine(
     context = EngineContext(run, device, comm, make_groups(run.topology, comm.rank, comm.timeout), judge)
     if traffic is not None:
         traffic.name_groups(context.groups, comm.process_group)
-    layers: LayerFactory = DenseLayers(clock, run.config.compile)
+    layers = LayerFactory(clock, run.config.compile)
     if run.topology.tensor > 1:
         layers = TensorLayers(clock, context.groups.tensor, run.config.parallel.sequence, run.config.compile)
     if run.topology.pipeline > 1:

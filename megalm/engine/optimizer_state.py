@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megalm.checkpoint.shard_spec import KINDS, Fragment, FragmentKey, FragmentKind, HasFragment
 from megalm.engine.nvme_offload import SwappedFragment, SwappedStates
-from megalm.model.param_shard import ShardedAxis
+from megalm.model.layer_factory import ShardedAxis
 
 ReadFragment = Callable[[FragmentKey], Tensor]
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megalm.engine.deepspeed_patches import prints_to_log
-from megalm.model.attention_mask import DocumentMask, document_mask
+from megalm.model.attention import DocumentMask, document_mask
+from megalm.model.layer_factory import annotate_shard, shard_of
 from megalm.model.modules import DropoutClock
-from megalm.model.param_shard import annotate_shard, shard_of
 from megalm.model.transformer import LanguageModelHead, StageBuilder
 from megalm.topology import Topology
 

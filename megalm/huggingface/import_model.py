@@ -16,7 +16,7 @@ from megalm.checkpoint.discovery import folder_name
 from megalm.checkpoint.save_transaction import bytes_needed, save_checkpoint
 from megalm.checkpoint.shard_spec import WEIGHTS, FragmentKey
 from megalm.communicator import SingleProcessCommunicator
-from megalm.config.yaml_reader import to_yaml
+from megalm.config.validation import to_yaml
 from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import DataError, TrainingError
 from megalm.huggingface.config_json import section_of

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint.manifest import Manifest
-from megalm.config.yaml_reader import to_yaml
+from megalm.config.validation import to_yaml
 from megalm.errors import DataError
 from megalm.huggingface.config_json import model_type
 from megalm.huggingface.export_tokenizer import SENTENCEPIECE, TOKENIZER, ExportedTokenizer

@@ -1,7 +1,11 @@
 """Causal self-attention, multi-head or grouped-query.
 
-Shapes: B batch, T sequence, H hidden, N heads held here, K key/value heads held here, D head dimension. N and K are
-read off the projections' widths, so the same code runs on a shard of the heads.
+Shapes: B batch, T sequence, H hidden, N heads held here, K key/value heads held here, D head dimension. N and K follow
+from the projections' widths, so the same code runs on a shard of the heads.
+
+Under a document mask tokens attend within their own document only. No [T, T] mask exists where memory counts: the CPU's
+attention compares document numbers block by block, and flex attention on a GPU gets a block mask, most of whose blocks
+are empty or full. Only attention dropout, which neither kernel supports, builds the dense mask.
 """
 
 from __future__ import annotations
@@ -9,18 +13,75 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from megalm.model.attention_mask import DocumentMask
-from megalm.model.attention_tiles import keeps_probabilities, query_blocks
 from megalm.model.layer_factory import LayerFactory
-from megalm.model.model_config import ModelConfig
+from megalm.model.model_config import ModelConfig, keeps_probabilities, query_blocks
 from megalm.model.modules import DropoutClock, RMSNorm, RotaryEmbedding, uncompiled
+
+_BLOCK = 128  # tokens; flex attention's kernels are tuned for this size
+
+
+@dataclass(frozen=True)
+class DocumentMask:
+    """Made once per batch by `document_mask`, then read by every block.
+
+    Args:
+        documents: [B, T] document numbers.
+        blocks: the same for flex attention; None on a CPU.
+    """
+
+    documents: Tensor
+    blocks: BlockMask | None
+
+    def dense(self) -> Tensor:
+        """[B, 1, T, T], true where attention is allowed: the same document, not later."""
+        length = self.documents.shape[1]
+        earlier = torch.ones(length, length, dtype=torch.bool, device=self.documents.device).tril()
+        same = self.documents.unsqueeze(2) == self.documents.unsqueeze(1)
+        return (earlier & same).unsqueeze(1)
+
+
+def document_mask(documents: Tensor) -> DocumentMask:
+    """[B, T] document numbers -> the mask for attention on their device."""
+    return DocumentMask(documents, None if documents.device.type == "cpu" else flex_blocks(documents))
+
+
+def flex_blocks(documents: Tensor) -> BlockMask:
+    """[B, T] -> which blocks of queries see which blocks of keys, and the rule inside a block.
+
+    It compares the lowest and highest document of each block; `create_block_mask` would compare every pair of tokens.
+    """
+
+    def allowed(batch: Any, _: Any, query: Any, key: Any) -> Any:
+        return (query >= key) & (documents[batch, query] == documents[batch, key])
+
+    batch, length = documents.shape
+    blocks = -(-length // _BLOCK)
+    last = documents[:, -1:].expand(batch, blocks * _BLOCK - length)
+    by_block = torch.cat((documents, last), dim=1).view(batch, blocks, _BLOCK)
+    lowest, highest = by_block.amin(-1), by_block.amax(-1)  # [B, n]
+    place = torch.arange(blocks, device=documents.device)
+    earlier = place.unsqueeze(1) > place
+    meet = (lowest.unsqueeze(2) <= highest.unsqueeze(1)) & (lowest.unsqueeze(1) <= highest.unsqueeze(2))
+    one = lowest == highest
+    whole = earlier & one.unsqueeze(2) & one.unsqueeze(1) & (lowest.unsqueeze(2) == lowest.unsqueeze(1))
+    part = meet & (earlier | (place.unsqueeze(1) == place)) & ~whole  # [B, n, n]
+    return BlockMask.from_kv_blocks(
+        *_ordered(part), *_ordered(whole), BLOCK_SIZE=_BLOCK, mask_mod=allowed, seq_lengths=(length, length)
+    )
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, n, n] -> how many key blocks each query block meets [B, 1, n], and their numbers, first in [B, 1, n, n]."""
+    numbers = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32).unsqueeze(1), numbers.int().unsqueeze(1)
 
 
 class KeyValueCache:
@@ -45,6 +106,8 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
+    """Projections, position rotation and attention of one block, over the heads held here."""
+
     def __init__(
         self, shape: ModelConfig, layers: LayerFactory, rope: RotaryEmbedding | None, clock: DropoutClock, layer: int
     ) -> None:
@@ -97,16 +160,16 @@ class Attention(nn.Module):
             seen = torch.ones(new, known, dtype=torch.bool, device=query.device).tril(known - new)
             return functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
         if mask is not None and mask.blocks is not None:
-            if torch.compiler.is_compiling():  # it is compiled with the block
+            if torch.compiler.is_compiling():  # the block's graph compiles it
                 return flex_attention(query, key, value, block_mask=mask.blocks)
             return _compiled_flex_attention()(query, key, value, block_mask=mask.blocks)
         if query.device.type == "cpu":
             return blockwise_attention(query, key, value, mask.documents if mask else None)
         return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
-    @uncompiled  # as in Dropout: seeds are no constants
+    @uncompiled  # as in Dropout: a compiled seed would be a constant
     def _attend_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
-        # The kernel draws from the device's generator: lend it one with the seed of this place.
+        # The kernel draws from the device's generator: seed it for this place, and restore it afterwards.
         devices = [query.device] if query.device.type == "cuda" else []
         dense = mask.dense() if mask else None
         with torch.random.fork_rng(devices=devices):
@@ -118,39 +181,41 @@ class Attention(nn.Module):
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    """Uncompiled, flex attention would hold all scores."""
+    """Compiled flex attention; the uncompiled form holds all scores at once."""
     return torch.compile(flex_attention, dynamic=False)
 
 
-# Causal attention on a CPU by plain matrix products, block of queries by block of queries. Shapes: Q queries of a
-# block, E end of a block.
+# Causal attention on a CPU uses plain matrix products, one block of queries at a time. Shapes: Q queries of a block,
+# E end of a block.
 #
-# torch's own CPU kernel reaches a fifth of the machine's matrix-product peak in bf16; products over a block of queries
+# torch's own CPU kernel reaches a fifth of the machine's matrix-product peak in bf16. Products over a block of queries
 # and the keys up to that block's end reach more than twice that, and compile into few passes over the scores
 # (docs/performance.md has the figures). On a GPU the fused kernels are faster.
 
 
 def blockwise_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over earlier tokens, of the same document if there are any.
+    """softmax(q k^T / sqrt(D)) v over the token itself and earlier ones, of the same document if `documents` is given.
 
     Args:
         query, key, value: [B, N, T, D], one floating type.
         documents: [B, T] document numbers, or None.
 
     Returns:
-        [B, N, T, D]. In bf16 probabilities are rounded to bf16 before they meet the values, as in the fused
-        kernels; the gradients of keys and values are summed over blocks in fp32.
+        [B, N, T, D]. In bf16 the probabilities are rounded to bf16 before the product with the values, as in the
+        fused kernels; the gradients of keys and values are summed over blocks in fp32.
     """
     return _BlockwiseAttention.apply(query, key, value, documents)  # type: ignore[no-untyped-call]  # torch: untyped
 
 
 class _BlockwiseAttention(torch.autograd.Function):
+    """`blockwise_attention` with its own backward pass."""
+
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> Tensor:
         batch, heads, length, width = query.shape
         query, key, value = (x.reshape(batch * heads, length, width) for x in (query, key, value))
         query = query * (1 / math.sqrt(width))
-        mixed = query.new_empty(batch, length, heads, width)  # as the output projection reads it, without a copy
+        mixed = query.new_empty(batch, length, heads, width)  # the output projection reads this order without a copy
         kept = []
         for start, end in query_blocks(length):
             probabilities = _probabilities(query, key, documents, start, end)
@@ -168,7 +233,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         query_grad = torch.empty_like(query)
         wide = torch.promote_types(query.dtype, torch.float32)
         key_grad, value_grad = (torch.zeros_like(x, dtype=wide) for x in (key, value))
-        # What the softmax takes from each row's gradient: the row's gradient times its probabilities, summed.
+        # The softmax subtracts this from each row's gradient: the sum of the gradient times the probabilities.
         row = (outer[0].transpose(1, 2).to(wide) * mixed.to(wide)).sum(-1).to(query.dtype)  # [B, T, N]
         row = row.transpose(1, 2).reshape(-1, length, 1)
         grad = outer[0].reshape(query.shape)

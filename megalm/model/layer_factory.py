@@ -1,90 +1,60 @@
-"""The layer factory: the one seam between the model's maths and how its layers are split over ranks.
+"""The layer factory: the one interface between the model's maths and the division of its layers over ranks.
 
-Modules never build `nn.Linear` or read a rank; they ask a `LayerFactory` for column, row and vocabulary layers,
-for dropout and for the loss. `DenseLayers` gives the unsharded ones; a tensor-parallel factory in
-`megalm.parallel` gives sharded ones that hold their group.
+Modules never build `nn.Linear` or read a rank. They ask a `LayerFactory` for column, row and vocabulary layers, for
+dropout and for the loss. `LayerFactory` builds the unsharded layers; its subclass in `megalm.parallel` builds sharded
+ones that hold their group, and annotates each parameter with the part that it is of the whole.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from megalm.model.loss import ChunkLoss, chunk_loss, linear_cross_entropy
+from megalm.model.loss import chunk_loss, linear_cross_entropy
 from megalm.model.modules import Dropout, DropoutClock, PositionEmbedding
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
+Rectangle = tuple[tuple[int, int], ...]
+# The residual stream [B, T, H] and column layers that all read it -> [B, T, out features held here] of each layer. One
+# call, so that the communication that they need happens once.
+Projection = Callable[..., tuple[Tensor, ...]]
 
 
-class Projection(Protocol):
-    """Column layers of one input together, so that what passes between ranks for their sake passes once."""
-
-    def __call__(self, hidden: Tensor, *columns: nn.Linear) -> tuple[Tensor, ...]:
-        """[B, T, H] of the residual stream -> [B, T, out features held here] of each layer."""
-        ...
-
-
-class VocabularyOutput(Protocol):
-    """From the last hidden states to logits or to the loss, with the vocabulary's weight."""
-
-    def whole(self, hidden: Tensor) -> Tensor:
-        """The residual stream, of which a rank may hold a slice, as [B, T, H]; what `loss` and `logits` take."""
-        ...
-
-    def loss(self, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
-        """[N, H], [V, H], [N] -> fp32 sum over the labels that are not IGNORE; whole logits never exist at once."""
-        ...
-
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """[..., H], [V, H] -> [..., V]."""
-        ...
-
-
-class LayerFactory(Protocol):
-    slices: int  # the residual stream lies on so many ranks: its sequence length divides by it
-
-    def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:
-        """A linear layer whose output features may be split over ranks, between its equal `parts` (heads) only."""
-        ...
-
-    def row(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Module:
-        """A linear layer whose input features may be split between its `parts`; its output is whole."""
-        ...
-
-    def projection(self) -> Projection: ...
-
-    def embedding(self, rows: int, width: int) -> nn.Embedding:
-        """A lookup table [rows, width]; its rows may be split."""
-        ...
-
-    def positions(self, rows: int, width: int) -> PositionEmbedding: ...
-
-    def replicated(self, module: AnyModule, sharded: bool) -> AnyModule:
-        """`module`, whose parameters are whole on every rank; `sharded`: it sees only this rank's heads."""
-        ...
-
-    def vocabulary_weight(self, vocab_size: int, hidden_size: int) -> nn.Parameter:
-        """The output projection of an untied head, split like `embedding`."""
-        ...
-
-    def output(self, vocab_size: int) -> VocabularyOutput: ...
-
-    def place(self, layer: int, site: str, sharded: bool) -> str:
-        """The name that a dropout's seed comes from; `sharded`: different on each tensor-parallel rank."""
-        ...
-
-    def dropout(self, rate: float, layer: int, site: str, sharded: bool) -> nn.Module:
-        """Dropout with a seed of its `place`."""
-        ...
-
-
-class DenseLayers:
-    """The unsharded layers of a one-rank model. Weights are left empty: `initialize` fills them by name.
+class VocabularyOutput:
+    """From the last hidden states to logits or to the loss, with the vocabulary's weight.
 
     Args:
         compiled: the loss of a chunk runs compiled; its matrix products do not need it.
+    """
+
+    def __init__(self, compiled: bool = False) -> None:
+        self.chunk = torch.compile(chunk_loss, dynamic=False) if compiled else chunk_loss
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        """The residual stream, of which a rank may hold a slice, as [B, T, H], which `loss` and `logits` take."""
+        return hidden
+
+    def loss(self, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+        """[N, H], [V, H], [N] -> fp32 sum over the labels that are not IGNORE; whole logits never exist at once."""
+        return linear_cross_entropy(hidden, weight, labels, chunk_tokens, self.chunk)
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """[..., H], [V, H] -> [..., V]."""
+        return hidden @ weight.t()
+
+
+class LayerFactory:
+    """The unsharded layers of a one-rank model. Weights are left empty: `initialize` fills them by name.
+
+    Args:
+        compiled: the loss of a chunk runs compiled.
+
+    Attributes:
+        slices: number of slices of the residual stream's sequence, which must divide its length.
     """
 
     def __init__(self, clock: DropoutClock, compiled: bool = False) -> None:
@@ -93,51 +63,82 @@ class DenseLayers:
         self.compiled = compiled
 
     def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:
+        """A linear layer whose output features may be divided over ranks, only between its equal `parts` (heads)."""
         return nn.Linear(in_features, out_features, bias=bias)
 
     def row(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Module:
+        """A linear layer whose input features may be divided between its `parts`; its output is whole."""
         return nn.Linear(in_features, out_features, bias=bias)
 
     def projection(self) -> Projection:
-        return _each
+        """Applies the column layers of one input."""
+        return lambda hidden, *columns: tuple(column(hidden) for column in columns)
 
     def embedding(self, rows: int, width: int) -> nn.Embedding:
+        """A lookup table [rows, width]; its rows may be divided."""
         return nn.Embedding(rows, width)
 
     def positions(self, rows: int, width: int) -> PositionEmbedding:
+        """A table of position embeddings, whole on every rank."""
         return PositionEmbedding(rows, width)
 
     def replicated(self, module: AnyModule, sharded: bool) -> AnyModule:
+        """`module`, whose parameters are whole on every rank; `sharded`: it sees only this rank's heads."""
         return module
 
     def vocabulary_weight(self, vocab_size: int, hidden_size: int) -> nn.Parameter:
+        """The output projection of an untied head, divided like `embedding`."""
         return nn.Parameter(torch.empty(vocab_size, hidden_size))
 
     def output(self, vocab_size: int) -> VocabularyOutput:
-        return DenseOutput(torch.compile(chunk_loss, dynamic=False) if self.compiled else chunk_loss)
+        """From hidden states to logits and loss."""
+        return VocabularyOutput(self.compiled)
 
     def place(self, layer: int, site: str, sharded: bool) -> str:
+        """The name that a dropout's seed is derived from; `sharded`: different on each tensor-parallel rank."""
         return f"{layer}/{site}"
 
     def dropout(self, rate: float, layer: int, site: str, sharded: bool) -> nn.Module:
+        """Dropout with a seed of its `place`."""
         return Dropout(rate, self.clock, self.place(layer, site, sharded))
 
 
-class DenseOutput:
-    """The output of a one-rank model."""
+@dataclass(frozen=True)
+class ShardedAxis:
+    """Which part of a whole parameter a module's own parameter is.
 
-    def __init__(self, chunk: ChunkLoss = chunk_loss) -> None:
-        self.chunk = chunk
+    Initial weights, checkpoints and gradient norms read it, so they need not know the ranks.
 
-    def whole(self, hidden: Tensor) -> Tensor:
-        return hidden
+    Args:
+        shape: of the whole parameter.
+        rectangle: per dimension the [first, last) rows held here; None: all of it.
+        is_owner: true on exactly one of the ranks that hold this part: that rank counts it in norms and saves it.
+    """
 
-    def loss(self, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
-        return linear_cross_entropy(hidden, weight, labels, chunk_tokens, self.chunk)
+    shape: tuple[int, ...]
+    rectangle: Rectangle | None
+    is_owner: bool
 
-    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return hidden @ weight.t()
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Shape of the part."""
+        if self.rectangle is None:
+            return self.shape
+        return tuple(last - first for first, last in self.rectangle)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """A view of the part of the whole parameter that is held here."""
+        if self.rectangle is None:
+            return whole
+        return whole[tuple(slice(first, last) for first, last in self.rectangle)]
 
 
-def _each(hidden: Tensor, *columns: nn.Linear) -> tuple[Tensor, ...]:
-    return tuple(column(hidden) for column in columns)
+def annotate_shard(parameter: Tensor, shard: ShardedAxis) -> None:
+    """Record which part of the whole a parameter is."""
+    parameter.shard = shard  # type: ignore[attr-defined]
+
+
+def shard_of(parameter: Tensor) -> ShardedAxis:
+    """The annotation, or all of it without one; valid while the parameter has its own shape (ZeRO 3 flattens it)."""
+    found: ShardedAxis | None = getattr(parameter, "shard", None)
+    return found if found is not None else ShardedAxis(tuple(parameter.shape), None, is_owner=True)

@@ -2,10 +2,10 @@
 
 Shapes: N tokens of the micro-batch, C tokens of a chunk, H hidden, V vocabulary.
 
-The gradients of hidden states and of the projection are made chunk by chunk in the forward pass, while the chunk's
-logits exist, and are only scaled in the backward pass. That costs three matrix products a chunk, one fewer than
-recomputing the logits, and holds C x V logits instead of N x V. The price is a [V, H] gradient held from forward
-to backward, which the backward pass would make anyway.
+The forward pass computes the gradients of hidden states and of the projection chunk by chunk, while the chunk's logits
+exist; the backward pass only scales them. That takes three matrix products a chunk, one fewer than recomputing the
+logits, and holds C x V logits instead of N x V. Its cost is a [V, H] gradient held from forward to backward, which the
+backward pass would allocate anyway.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 
 ChunkLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 
-IGNORE = -100  # the label that counts nowhere, as in torch.nn.functional.cross_entropy
+IGNORE = -100  # the label of a token that no loss counts, as in torch.nn.functional.cross_entropy
 
 
 def chunk_loss(logits: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Loss sum of a chunk [C, V] and, if asked, its gradient in the logits' own type (else the logits)."""
+    """Loss sum of a chunk [C, V], and with `gradient` its gradient in the logits' type, else the logits."""
     valid = (labels != IGNORE).unsqueeze(1)
     targets = labels.clamp(min=0).unsqueeze(1)
     log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
@@ -40,11 +40,11 @@ def linear_cross_entropy(
     """Sum of cross-entropies of `hidden @ weight.T` against `labels`.
 
     Args:
-        hidden: [N, H], any floating type; logits are made in it and the softmax in fp32.
+        hidden: [N, H], any floating type, which the logits have too; the softmax is computed in fp32.
         weight: [V, H], the same type.
         labels: [N] int64 in [0, V) or IGNORE.
-        chunk_tokens: C, tokens whose logits are held at once.
-        chunk: `chunk_loss`, or the same compiled.
+        chunk_tokens: C, the number of tokens whose logits are held at once.
+        chunk: `chunk_loss`, compiled or not.
 
     Returns:
         fp32 scalar, a sum: divide by the number of labels of the *global* batch.
@@ -77,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
         (scale,) = outer
-        # Scaled before it is narrowed: with fp16 the loss scale keeps small values above its smallest number.
+        # Scale before narrowing: in fp16 the loss scale keeps small values above the type's smallest number.
         return hidden_grad * scale.to(hidden_grad.dtype), (weight_grad * scale).to(ctx.weight_dtype), None, None, None
 
 

@@ -1,7 +1,7 @@
-"""The model's dimensions and the exact shape of every parameter, as integers: no torch.
+"""The model's dimensions, the exact shape of every parameter and the work of a step, as integers: no torch.
 
-The one place where defaults of the model section become numbers. The model is built from a `ModelConfig`, the
-plan counts its parameters and memory, and a test holds the two together.
+Only this module turns defaults of the model section into numbers. The model is built from a `ModelConfig`, the plan
+counts its parameters and memory, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megalm.config.schema import ModelSection, ModelStyle
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Every dimension resolved. H hidden, D head_dim, V vocabulary, F intermediate."""
+    """The model section with every default resolved."""
 
     style: ModelStyle
     vocab_size: int
@@ -83,29 +83,58 @@ class ModelConfig:
 
 
 def build_model_config(model: ModelSection, vocab_size: int, sequence_length: int) -> ModelConfig:
-    """Resolve the defaults of the model section; assumes that config.checks has passed it.
+    """Resolve the defaults of the model section, which planning/checks has passed.
 
     Args:
-        vocab_size: the tokenizer's, used where `model.vocab_size` is not stated.
+        vocab_size: the tokenizer's; used where `model.vocab_size` is null.
         sequence_length: tokens in a sample; the default of `max_position_embeddings`.
     """
     gpt2 = model.style == "gpt2"
     swiglu_size = math.ceil(model.hidden_size * 8 / 3 / 64) * 64
-    return ModelConfig(
-        style=model.style,
-        vocab_size=model.vocab_size or vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads or model.num_attention_heads,
-        head_dim=model.head_dim or model.hidden_size // model.num_attention_heads,
-        intermediate_size=model.intermediate_size or (4 * model.hidden_size if gpt2 else swiglu_size),
-        max_position_embeddings=model.max_position_embeddings or sequence_length,
-        tie_word_embeddings=gpt2 if model.tie_word_embeddings is None else model.tie_word_embeddings,
-        rope_theta=model.rope_theta,
-        norm_epsilon=model.norm_epsilon,
-        qk_norm=model.qk_norm,
-        dropout=model.dropout,
-        attention_dropout=model.attention_dropout,
-        initializer_range=model.initializer_range,
+    resolved = {
+        "vocab_size": model.vocab_size or vocab_size,
+        "num_key_value_heads": model.num_key_value_heads or model.num_attention_heads,
+        "head_dim": model.head_dim or model.hidden_size // model.num_attention_heads,
+        "intermediate_size": model.intermediate_size or (4 * model.hidden_size if gpt2 else swiglu_size),
+        "max_position_embeddings": model.max_position_embeddings or sequence_length,
+        "tie_word_embeddings": gpt2 if model.tie_word_embeddings is None else model.tie_word_embeddings,
+    }
+    return ModelConfig(**model.model_dump() | resolved)
+
+
+def flops_per_token(shape: ModelConfig, sequence_length: int) -> int:
+    """Floating-point operations of the forward and the backward pass, per token of a full sequence.
+
+    It counts 6 for each parameter of a matrix product (2 forward, 4 backward), the head included even where it is
+    tied, and attention's own products, 12 x layers x T x heads x head_dim, halved because the mask is causal. It does
+    not count embedding lookups, norms, activations, the softmax and recomputed blocks.
+    """
+    layer_matrices = sum(
+        math.prod(dims) for name, dims in shape.parameters().items() if name.startswith("layers.") and len(dims) == 2
     )
+    head = shape.vocab_size * shape.hidden_size
+    attention = 6 * shape.num_hidden_layers * sequence_length * shape.num_attention_heads * shape.head_dim
+    return 6 * (layer_matrices + head) + attention
+
+
+# How attention on a CPU divides a sequence into blocks of queries.
+
+_MOST_BLOCKS = 8  # compiling unrolls them, and each further block saves less of the square above the diagonal
+_LEAST_QUERIES = 128  # smaller matrix products are slow
+_LONGEST_KEPT = 1024
+
+
+def query_blocks(length: int) -> list[tuple[int, int]]:
+    """[start, end) of each block of queries, which attends to the keys [0, end)."""
+    size = max(_LEAST_QUERIES, -(-length // _MOST_BLOCKS))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def keeps_probabilities(length: int) -> bool:
+    """Whether the backward pass reads stored probabilities; longer sequences recompute them to save memory."""
+    return length <= _LONGEST_KEPT
+
+
+def kept_probabilities(length: int) -> int:
+    """Number of probabilities that one head keeps for one sequence."""
+    return sum((end - start) * end for start, end in query_blocks(length)) if keeps_probabilities(length) else 0

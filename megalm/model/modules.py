@@ -1,4 +1,7 @@
-"""Normalisation over the last dimension. Statistics are taken in fp32 whatever the weights' type."""
+"""The small modules of the model: position embeddings, rotary embeddings, dropout and norms.
+
+Shapes: B batch, T sequence, N heads, D head dimension, H hidden, P positions.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,9 @@ from torch.nn import functional
 
 from megalm.model.model_config import ModelConfig
 
-# Learned position embeddings, which start again with each document under a mask. Shapes: B batch, T sequence.
-
 
 class PositionEmbedding(nn.Embedding):
-    """A table [max positions, H], looked up by position and not by token."""
+    """Learned embeddings [P, H] of positions; under a document mask each document starts at position 0."""
 
     def forward(self, length: int, documents: Tensor | None) -> Tensor:  # type: ignore[override]
         """Embeddings [T, H] of positions 0..T-1, or [B, T, H] counted in each of `documents` [B, T]."""
@@ -34,13 +35,11 @@ def position_ids(length: int, documents: Tensor | None, device: torch.device) ->
     return steps - torch.where(starts, steps, 0).cummax(dim=1).values
 
 
-# Rotary position embeddings (Su et al., 2021), in the half-split layout of Hugging Face's Llama.
-
-
 class RotaryEmbedding(nn.Module):
-    """Rotates pairs (i, i + D/2) of each head by angles position x theta^(-2i/D).
+    """Rotary position embeddings (Su et al., 2021), in the half-split layout of Hugging Face's Llama.
 
-    The tables are shared by all layers and are not parameters: they are in no state dict.
+    They rotate pairs (i, i + D/2) of each head by angles position x theta^(-2i/D). All layers share the tables, which
+    are no parameters: no state dict holds them.
     """
 
     cosine: Tensor
@@ -54,7 +53,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sine", angles.sin().float(), persistent=False)
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """[B, T, N, D] -> the same, rotated by its position in T, which counts from `start`."""
+        """[B, T, N, D] -> the same, rotated by the position in T, which counts from `start`."""
         end = start + x.shape[1]
         cosine = self.cosine[start:end].to(x.dtype).unsqueeze(1)  # [T, 1, D/2]
         sine = self.sine[start:end].to(x.dtype).unsqueeze(1)
@@ -62,29 +61,26 @@ class RotaryEmbedding(nn.Module):
         return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
 
 
-# What stays out of compiled graphs, said without loading the compiler.
-
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 
 def uncompiled(function: AnyFunction) -> AnyFunction:
-    """`torch.compiler.disable`, but that loads the compiler where it decorates: a second, wherever a model is used.
+    """Keep a function out of compiled graphs, as `torch.compiler.disable` does.
 
-    What torch's own optimizers are decorated with does so at the first call, and only there.
+    That decorator loads the compiler when a module is imported, which takes a second. This one, with which torch
+    decorates its own optimizers, loads it at the first call.
     """
     lazily: Callable[[AnyFunction], AnyFunction] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
     return lazily(function)
 
 
-# Dropout whose mask is a function of where and when it is drawn, never of what was drawn before.
-#
-# The seed comes from (run seed, step, micro-batch, layer, site). So a resumed run draws the same masks, and
-# recomputing a block in the backward pass draws its own mask again.
-
-
 @dataclass
 class DropoutClock:
-    """The moving part of every seed. The engine sets it before each micro-batch; modules only read it."""
+    """The seeds of all dropout masks: a function of run seed, step, micro-batch and place (layer and site).
+
+    The engine sets step and micro-batch before each micro-batch; modules only read them. No mask depends on an earlier
+    draw, so a resumed run draws the same masks, and so does a block that the backward pass recomputes.
+    """
 
     seed: int
     step: int = 0
@@ -110,7 +106,7 @@ class Dropout(nn.Module):
             return x
         return x * self._keep(x) * (1.0 / (1.0 - self.rate))
 
-    @uncompiled  # compiled, each new seed would be a constant, and each step would be compiled anew
+    @uncompiled  # a compiled seed would be a constant, so that each step would compile again
     def _keep(self, x: Tensor) -> Tensor:
         generator = torch.Generator(device=x.device).manual_seed(self.clock.seed_at(self.place))
         return torch.rand(x.shape, generator=generator, device=x.device) >= self.rate
@@ -120,7 +116,7 @@ class Dropout(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, without a mean and without a bias (Zhang and Sennrich, 2019)."""
+    """x / rms(x) * weight, without a mean or a bias (Zhang and Sennrich, 2019); rms(x) is taken in fp32."""
 
     def __init__(self, size: int, epsilon: float) -> None:
         super().__init__()

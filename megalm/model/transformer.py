@@ -1,7 +1,7 @@
 """The language model as an ordered list of stages: embedding, blocks, final norm, head.
 
-Shapes: B batch, T sequence, H hidden, V vocabulary. A pipeline divides these stages among its ranks; `LanguageModel`
-runs them one after the other.
+`StageBuilder` builds the stages; `LanguageModel` runs all of them, and a pipeline rank runs its own. Shapes: B batch,
+T sequence, H hidden, F intermediate, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,56 +15,40 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from megalm.model.attention import Attention, KeyValueCache
-from megalm.model.attention_mask import DocumentMask, document_mask
-from megalm.model.layer_factory import DenseLayers, LayerFactory, VocabularyOutput
+from megalm.model.attention import Attention, DocumentMask, KeyValueCache, document_mask
+from megalm.model.layer_factory import LayerFactory, VocabularyOutput, shard_of
 from megalm.model.loss import IGNORE
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock, RotaryEmbedding, norm
-from megalm.model.param_shard import shard_of
-
-# The feed-forward part of a block: GELU (gpt2) or SwiGLU (llama). Shapes: H hidden, F intermediate.
 
 
-class GeluMLP(nn.Module):
-    """down(gelu(up(x))), with biases; the tanh form of GELU, as GPT-2 was trained."""
+class MLP(nn.Module):
+    """The feed-forward part of a block.
 
-    def __init__(self, shape: ModelConfig, layers: LayerFactory) -> None:
-        super().__init__()
-        inner = shape.intermediate_size
-        self.project = layers.projection()
-        self.up = layers.column(shape.hidden_size, inner, True, parts=inner)
-        self.down = layers.row(inner, shape.hidden_size, True, parts=inner)
-
-    def forward(self, hidden: Tensor) -> Tensor:  # [B, T, H] -> [B, T, H]
-        (up,) = self.project(hidden, self.up)
-        return self.down(functional.gelu(up, approximate="tanh"))
-
-
-class SwiGluMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases (Shazeer, 2020)."""
+    gpt2: down(gelu(up(x))), with biases and the tanh form of GELU. llama: SwiGLU (Shazeer, 2020),
+    down(silu(gate(x)) * up(x)), without biases.
+    """
 
     def __init__(self, shape: ModelConfig, layers: LayerFactory) -> None:
         super().__init__()
-        inner = shape.intermediate_size
+        hidden, inner = shape.hidden_size, shape.intermediate_size
+        bias = shape.style == "gpt2"
         self.project = layers.projection()
-        self.gate = layers.column(shape.hidden_size, inner, False, parts=inner)
-        self.up = layers.column(shape.hidden_size, inner, False, parts=inner)
-        self.down = layers.row(inner, shape.hidden_size, False, parts=inner)
+        self.gate = None if shape.style == "gpt2" else layers.column(hidden, inner, bias, parts=inner)
+        self.up = layers.column(hidden, inner, bias, parts=inner)
+        self.down = layers.row(inner, hidden, bias, parts=inner)
 
     def forward(self, hidden: Tensor) -> Tensor:  # [B, T, H] -> [B, T, H]
+        if self.gate is None:
+            (up,) = self.project(hidden, self.up)
+            return self.down(functional.gelu(up, approximate="tanh"))
         gate, up = self.project(hidden, self.gate, self.up)
         return self.down(functional.silu(gate) * up)
 
 
-def mlp(shape: ModelConfig, layers: LayerFactory) -> nn.Module:
-    return GeluMLP(shape, layers) if shape.style == "gpt2" else SwiGluMLP(shape, layers)
-
-
-# One pre-norm transformer block. Shapes: B batch, T sequence, H hidden.
-
-
 class Block(nn.Module):
+    """One pre-norm transformer block."""
+
     def __init__(
         self, shape: ModelConfig, layers: LayerFactory, rope: RotaryEmbedding | None, clock: DropoutClock, layer: int
     ) -> None:
@@ -73,7 +57,7 @@ class Block(nn.Module):
         self.attention = Attention(shape, layers, rope, clock, layer)
         self.attention_dropout = layers.dropout(shape.dropout, layer, "attention_output", sharded=False)
         self.mlp_norm = layers.replicated(norm(shape), sharded=False)
-        self.mlp = mlp(shape, layers)
+        self.mlp = MLP(shape, layers)
         self.mlp_dropout = layers.dropout(shape.dropout, layer, "mlp_output", sharded=False)
 
     def forward(self, hidden: Tensor, mask: DocumentMask | None, cache: KeyValueCache | None = None) -> Tensor:
@@ -86,7 +70,7 @@ class Embedding(nn.Module):
     """Token embeddings, plus learned positions for gpt2, which start again with each document under a mask.
 
     Args:
-        own_table: false: a module of its own, shared with the head, has looked the tokens up already.
+        own_table: false: the caller passes token embeddings, which it looked up in a table shared with the head.
     """
 
     def __init__(self, shape: ModelConfig, layers: LayerFactory, own_table: bool = True) -> None:
@@ -107,8 +91,8 @@ class Embedding(nn.Module):
 class LanguageModelHead(nn.Module):
     """The output projection and, with labels, the loss.
 
-    It owns (or shares) the weight itself and loops over chunks itself, so that ZeRO 3's gather, tied weights and
-    the pipeline's last stage all meet one module.
+    It owns (or shares) the weight and loops over chunks itself, so that ZeRO 3's gather, tied weights and the
+    pipeline's last stage all work with this one module.
     """
 
     def __init__(self, weight: nn.Parameter, output: VocabularyOutput, chunk_tokens: int) -> None:
@@ -122,7 +106,7 @@ class LanguageModelHead(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """[B, T, H] of the residual stream, [B, T] -> (fp32 loss sum, number of labels).
 
-        Without labels: logits [B, T, V], or [B, V] at the one of `positions` [B] of each sequence.
+        Without labels: logits [B, T, V], or [B, V] at `positions` [B], one for each sequence.
         """
         hidden = self.output.whole(hidden)
         if labels is not None:
@@ -134,7 +118,7 @@ class LanguageModelHead(nn.Module):
 
 
 class StageBuilder:
-    """Builds the model's stages one by one: all of them for `LanguageModel`, a rank's own ones for a pipeline.
+    """Builds the model's stages one by one: all of them for `LanguageModel`, its own ones for a pipeline rank.
 
     Args:
         shape: all dimensions.
@@ -156,7 +140,7 @@ class StageBuilder:
         )
 
     def token_table(self) -> nn.Module:
-        """The embedding table alone; its `weight` may be the head's as well."""
+        """The embedding table alone, whose `weight` the head may share."""
         return self._layers.embedding(self.shape.vocab_size, self.shape.hidden_size)
 
     def embedding(self, own_table: bool = True) -> Embedding:
@@ -169,7 +153,7 @@ class StageBuilder:
         return self._layers.replicated(norm(self.shape), sharded=False)
 
     def head(self, table: nn.Module | None) -> LanguageModelHead:
-        """The head on the weight of `table`, or on one of its own where the model ties none."""
+        """The head with the weight of `table`, or with its own where the model does not tie them."""
         if not self.shape.tie_word_embeddings:
             weight = self._layers.vocabulary_weight(self.shape.vocab_size, self.shape.hidden_size)
         else:
@@ -200,7 +184,7 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         clock = clock or DropoutClock(seed=0)
-        build = StageBuilder(shape, layers or DenseLayers(clock), clock, chunk_tokens)
+        build = StageBuilder(shape, layers or LayerFactory(clock), clock, chunk_tokens)
         self.recompute_every = recompute_every
         self.slices = build.slices
         self.embedding = build.embedding()
@@ -209,10 +193,9 @@ class LanguageModel(nn.Module):
         self.head = build.head(self.embedding.tokens)
 
     def compile_blocks(self) -> None:
-        """Run every block compiled: one graph serves all of them, and no parameter changes its name.
+        """Run every block compiled: one graph serves all of them, and parameters keep their names.
 
-        Blocks, not the whole model: their graph is compiled once for all layers, in seconds, and DeepSpeed's hooks
-        on the model stay outside.
+        Blocks compile once for all layers, in seconds, and DeepSpeed's hooks on the model stay outside their graph.
         """
         for block in self.layers:
             block.compile(dynamic=False)
@@ -228,9 +211,9 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: [B, T] int64.
-            labels: [B, T] int64, IGNORE where nothing is to be predicted.
+            labels: [B, T] int64, IGNORE where the loss leaves a token out.
             documents: [B, T] document numbers; tokens attend within their own document only.
-            positions: [B] the one position of each sequence whose logits are wanted.
+            positions: [B] the position in each sequence whose logits are returned.
 
         Returns:
             (fp32 sum of losses, number of labels), or logits [B, T, V], or [B, V] with `positions`.
@@ -249,7 +232,7 @@ class LanguageModel(nn.Module):
         hidden = self.embedding(tokens, documents, len(caches[0]) if caches else 0)
         for index, block in enumerate(self.layers):
             if self.training and self.recompute_every and index % self.recompute_every == 0:
-                # Our dropout draws from seeds of its place, so the generators' states need not be kept.
+                # Dropout seeds its own generators, so checkpointing need not keep theirs.
                 hidden = checkpoint(block, hidden, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = block(hidden, mask, caches[index] if caches else None)
@@ -266,7 +249,7 @@ _RESIDUAL_OUTPUTS = ("attention.output.weight", "mlp.down.weight")
 def initial_weight(name: str, size: tuple[int, ...], shape: ModelConfig, seed: int) -> Tensor:
     """The full, unsharded fp32 weight `name` on the CPU.
 
-    Norm gains are 1, biases 0, matrices normal with `initializer_range`; the projections that write to the
+    Norm gains are 1, biases 0 and matrices normal with `initializer_range`. The projections that write to the
     residual stream are divided by sqrt(2 x layers), as in GPT-2 (Radford et al., 2019).
     """
     if name.endswith(".bias"):
@@ -285,8 +268,7 @@ def initial_weight(name: str, size: tuple[int, ...], shape: ModelConfig, seed: i
 def initialize(model: nn.Module, shape: ModelConfig, seed: int) -> None:
     """Fill every parameter; a shared weight is filled once, under its first name.
 
-    A sharded one is cut out of the whole weight, so all layouts start equal, bit for bit; one whole weight exists at
-    a time.
+    A shard is cut out of the whole weight, so all layouts start equal, bit for bit. One whole weight exists at a time.
     """
     for name, parameter in model.named_parameters():
         shard = shard_of(parameter)

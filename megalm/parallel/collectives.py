@@ -1,7 +1,7 @@
-"""Every collective of the tensor-parallel layers: plain ones, and ones with gradients.
+"""Every collective of the tensor-parallel layers: plain ones, ones with gradients, and the residual stream's.
 
 A `begin_*` function starts a collective and returns a function that waits for its result, so that a matrix product can
-run meanwhile. Callers reach all of them through this module. Shapes: B batch, T sequence, S = T / ranks, H hidden.
+run meanwhile. Shapes: B batch, T sequence, S = T / ranks, H hidden.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def sum_over(tensor: Tensor, group: AxisGroup) -> Tensor:
 
 
 def begin_sum(tensor: Tensor, group: AxisGroup) -> Finish:
+    """Start `sum_over`."""
     work = dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group.process_group, async_op=True)
     return _finish(work, lambda: tensor)
 
@@ -42,7 +43,7 @@ def gather(part: Tensor, group: AxisGroup) -> Tensor:
 
 
 def begin_gather_sequence(part: Tensor, group: AxisGroup) -> Finish:
-    """Slices [B, S, H] of the ranks -> [B, T, H]."""
+    """Start to gather the ranks' slices [B, S, H] -> [B, T, H]."""
     slices = part.new_empty((group.size, *part.shape))
     work = dist.all_gather_into_tensor(
         slices.flatten(0, 1), part.contiguous(), group=group.process_group, async_op=True
@@ -51,7 +52,7 @@ def begin_gather_sequence(part: Tensor, group: AxisGroup) -> Finish:
 
 
 def begin_scatter_sum(whole: Tensor, group: AxisGroup) -> Finish:
-    """The ranks' addends [B, T, H] -> this rank's slice [B, S, H] of their sum."""
+    """Start to sum the ranks' addends [B, T, H] -> this rank's slice [B, S, H] of the sum."""
     batch, length, width = whole.shape
     slices = whole.view(batch, group.size, length // group.size, width).movedim(1, 0).contiguous()
     result = torch.empty_like(slices[0])
@@ -60,7 +61,7 @@ def begin_scatter_sum(whole: Tensor, group: AxisGroup) -> Finish:
 
 
 class SumGradient(torch.autograd.Function):
-    """The same tensor; its gradient is summed over the ranks, each of which has used it for a part of the work."""
+    """The same tensor; its gradient is summed over the ranks, each of which does a part of the work on it."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: AxisGroup) -> Tensor:
@@ -73,7 +74,7 @@ class SumGradient(torch.autograd.Function):
 
 
 class Sum(torch.autograd.Function):
-    """The sum of the ranks' addends; each addend has the sum's gradient."""
+    """The sum of the ranks' addends; each addend gets the sum's gradient."""
 
     @staticmethod
     def forward(ctx: Any, addend: Tensor, group: AxisGroup) -> Tensor:
@@ -116,3 +117,49 @@ def _finish(work: Any, result: Finish) -> Finish:
         return result()
 
     return wait
+
+
+class ReplicatedResidual:
+    """How the ranks of a tensor group hold the residual stream between the sharded layers: [B, T, H] on every rank."""
+
+    is_sequence_sharded = False
+
+    def __init__(self, group: AxisGroup) -> None:
+        self.group = group
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        """The stream as [B, T, H]; its gradient is summed over the ranks."""
+        return SumGradient.apply(hidden, self.group)  # type: ignore[no-untyped-call]  # torch: untyped
+
+    def join(self, addend: Tensor) -> Tensor:
+        """The sum of the ranks' addends [B, T, H], as the stream."""
+        return Sum.apply(addend, self.group)  # type: ignore[no-untyped-call]  # torch: untyped
+
+    def begin_whole(self, hidden: Tensor) -> Finish:
+        """Start `whole`, without a gradient."""
+        return lambda: hidden
+
+    def begin_gradient(self, addend: Tensor) -> Finish:
+        """Start the stream's gradient, from this rank's part of the gradient of `whole` [B, T, H]."""
+        return begin_sum(addend, self.group)
+
+
+class SequenceShardedResidual(ReplicatedResidual):
+    """With `parallel.sequence`: [B, S, H], the rank's slice of the sequence.
+
+    The group then computes and keeps norms, dropout and residuals once, not once per rank.
+    """
+
+    is_sequence_sharded = True
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        return GatherSequence.apply(hidden, self.group)  # type: ignore[no-untyped-call]  # torch: untyped
+
+    def join(self, addend: Tensor) -> Tensor:
+        return ScatterSum.apply(addend, self.group)  # type: ignore[no-untyped-call]  # torch: untyped
+
+    def begin_whole(self, hidden: Tensor) -> Finish:
+        return begin_gather_sequence(hidden, self.group)
+
+    def begin_gradient(self, addend: Tensor) -> Finish:
+        return begin_scatter_sum(addend, self.group)

@@ -1,4 +1,4 @@
-"""The process groups of a layout, made once and passed in: each rank holds the one group of each axis that it is in."""
+"""The process groups of a layout, created once: each rank holds its own group of each axis."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class AxisGroup:
     Args:
         ranks: global ranks in the order of their coordinate.
         index: this rank's place in `ranks`, which is its coordinate.
-        process_group: what torch.distributed takes; of one rank, too.
+        process_group: for torch.distributed; exists even for a single rank.
     """
 
     ranks: tuple[int, ...]
@@ -49,9 +49,9 @@ class ParallelGroups:
 
 
 def make_groups(topology: Topology, rank: int, timeout: datetime.timedelta) -> ParallelGroups:
-    """Make the groups of all ranks, in the same order on every rank; collective, after the default group exists.
+    """Create the groups of all ranks, in the same order on every rank; collective, after the default group exists.
 
-    A group that two axes share (pipeline=1: tensor and model) is made once.
+    Axes that share a group (pipeline=1: tensor and model) share its process group too.
     """
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
@@ -73,19 +73,13 @@ def make_groups(topology: Topology, rank: int, timeout: datetime.timedelta) -> P
 
 
 def _model_groups(topology: Topology) -> list[tuple[int, ...]]:
-    return [
-        tuple(
-            topology.rank(Coordinate(pipeline=pipeline, data=data, tensor=tensor))
-            for pipeline in range(topology.pipeline)
-            for tensor in range(topology.tensor)
-        )
-        for data in range(topology.data)
-    ]
+    ranks = range(topology.world_size)
+    return [tuple(rank for rank in ranks if topology.coordinate(rank).data == data) for data in range(topology.data)]
 
 
 def _new_group(ranks: tuple[int, ...], world_size: int, timeout: datetime.timedelta) -> dist.ProcessGroup:
     if len(ranks) == world_size:
         assert dist.group.WORLD is not None
         return dist.group.WORLD
-    # A rank's group of itself waits for nobody: a large world would otherwise meet once for each rank.
+    # A group of one rank synchronizes with no other; otherwise all ranks would synchronize once for each of them.
     return dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=len(ranks) == 1)

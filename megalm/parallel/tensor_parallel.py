@@ -1,8 +1,10 @@
 """The tensor-parallel layer factory: the model's layers with their weights divided over the ranks of a group.
 
-Column layers hold a part of the output features (whole heads), row layers a part of the input features, so a block
-talks twice: its attention and its MLP each take the whole stream and give addends of it. Shapes: B batch, T sequence,
-S the part of T that the stream holds, H hidden.
+Column layers hold a part of the output features (whole heads), row layers a part of the input features. So a block
+communicates twice: its attention and its MLP each read the whole residual stream and produce addends of it.
+
+Shapes: B batch, T sequence, S the part of T that the stream holds, N = B x T, H hidden, F output features of a layer
+held here.
 """
 
 from __future__ import annotations
@@ -14,23 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megalm.model.layer_factory import AnyModule, DenseLayers
+from megalm.model.layer_factory import AnyModule, LayerFactory, Rectangle, ShardedAxis, annotate_shard
 from megalm.model.modules import DropoutClock, PositionEmbedding, position_ids, uncompiled
-from megalm.model.param_shard import Rectangle, ShardedAxis, annotate_shard
-from megalm.parallel import collectives, partition
-from megalm.parallel.collectives import Finish
-from megalm.parallel.partition import DimRange
+from megalm.parallel import collectives
+from megalm.parallel.collectives import Finish, ReplicatedResidual, SequenceShardedResidual
 from megalm.parallel.process_groups import AxisGroup
-from megalm.parallel.sequence_parallel import ReplicatedResidual, ResidualLayout, SequenceShardedResidual
-from megalm.parallel.vocab_parallel import VocabularyEmbedding, VocabularyOutput
-
-# Column layers of one input: the only communication is that of their common input and of its gradient.
-#
-# Shapes: B batch, T sequence, N = B x T, H hidden, F output features of a layer held here.
+from megalm.parallel.vocab_parallel import VocabParallelEmbedding, VocabParallelOutput
+from megalm.topology import DimRange, vocabulary_rows, whole_parts
 
 
 class ColumnLinear(nn.Linear):
-    """The rows of a linear layer's weight [F, H] that `part` says; applied by a `ColumnProjection`."""
+    """Rows `part` of a linear layer's weight [F, H]; a `ColumnProjection` applies it."""
 
     def __init__(self, in_features: int, part: DimRange, bias: bool) -> None:
         super().__init__(in_features, part.size, bias=bias)
@@ -38,9 +34,9 @@ class ColumnLinear(nn.Linear):
 
 
 class ColumnProjection:
-    """Applies column layers to the residual stream, together."""
+    """Applies column layers to the residual stream, together: only their common input and its gradient communicate."""
 
-    def __init__(self, stream: ResidualLayout) -> None:
+    def __init__(self, stream: ReplicatedResidual) -> None:
         self._stream = stream
 
     @uncompiled
@@ -52,15 +48,15 @@ class ColumnProjection:
 
 
 class _Columns(torch.autograd.Function):
-    """One function for all, so that the gradient of their input is summed over the ranks once.
+    """One function for all layers, so that the gradient of their input is summed over the ranks once.
 
-    Of the input only what the stream holds is kept for the backward pass, a slice where it is in slices. The weights'
-    gradients are computed while the input's gradient is under way.
+    The backward pass keeps the input as the stream holds it, a slice under sequence parallelism, and computes the
+    weights' gradients while the input's gradient communicates.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, stream: ResidualLayout, parts: Sequence[DimRange], *parameters: Tensor
+        ctx: Any, hidden: Tensor, stream: ReplicatedResidual, parts: Sequence[DimRange], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[: len(parts)], parameters[len(parts) :]
         ctx.save_for_backward(hidden, *weights)
@@ -71,7 +67,7 @@ class _Columns(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         hidden, *weights = ctx.saved_tensors
-        stream: ResidualLayout = ctx.stream
+        stream: ReplicatedResidual = ctx.stream
         whole = stream.begin_whole(hidden)
         rows = [gradient.flatten(0, 1) for gradient in gradients]  # [N, F]
         addend = rows[0] @ weights[0]
@@ -89,10 +85,10 @@ class _Columns(torch.autograd.Function):
 
 
 def _begin_shared(gradient: Tensor, part: DimRange, group: AxisGroup) -> Finish:
-    """The gradient of what is held here; sharers of a part each have an addend of it."""
+    """Start the gradient of a parameter held here, to which each sharer of its part contributes an addend."""
     if part.sharers == 1:
         return lambda: gradient
-    # In a buffer of all the group's parts, so that no further group is needed: shared parts are few and small.
+    # A buffer of all the group's parts needs no further process group; shared parts are few and small.
     place = group.index // part.sharers
     buffer = gradient.new_zeros((group.size // part.sharers, *gradient.shape), dtype=torch.float32)
     buffer[place] = gradient
@@ -101,15 +97,15 @@ def _begin_shared(gradient: Tensor, part: DimRange, group: AxisGroup) -> Finish:
 
 
 def _nothing() -> None:
-    """The gradient of a bias that a layer does not have."""
+    """The gradient of a missing bias."""
 
 
-class TensorLayers(DenseLayers):
-    """Sharded layers that hold their group. Weights are left empty: `initialise` cuts them from whole ones.
+class TensorLayers(LayerFactory):
+    """Sharded layers that hold their group. Weights are left empty: `initialize` cuts them from whole ones.
 
     Args:
         group: the ranks that share each layer.
-        sequence: the residual stream is divided along the sequence between the sharded layers.
+        sequence: ranks divide the residual stream between the sharded layers along the sequence.
         compiled: the element-wise work of the loss runs compiled.
     """
 
@@ -117,20 +113,20 @@ class TensorLayers(DenseLayers):
         super().__init__(clock, compiled)
         self._group = group
         self.slices = group.size if sequence else 1
-        self._stream: ResidualLayout = SequenceShardedResidual(group) if sequence else ReplicatedResidual(group)
+        self._stream = SequenceShardedResidual(group) if sequence else ReplicatedResidual(group)
 
     def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:
-        part = partition.whole_parts(out_features, parts, self._group.size, self._group.index)
+        part = whole_parts(out_features, parts, self._group.size, self._group.index)
         layer = ColumnLinear(in_features, part, bias)
-        _mark(layer.weight, (out_features, in_features), 0, part)
+        _annotate(layer.weight, (out_features, in_features), 0, part)
         if bias:
-            _mark(layer.bias, (out_features,), 0, part)
+            _annotate(layer.bias, (out_features,), 0, part)
         return layer
 
     def row(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Module:
-        part = partition.whole_parts(in_features, parts, self._group.size, self._group.index)
+        part = whole_parts(in_features, parts, self._group.size, self._group.index)
         layer = RowLinear(part, out_features, bias, self._stream)
-        _mark(layer.weight, (out_features, in_features), 1, part)
+        _annotate(layer.weight, (out_features, in_features), 1, part)
         if bias:
             assert layer.bias is not None
             self._replicate(layer.bias, sharded=False)
@@ -140,9 +136,9 @@ class TensorLayers(DenseLayers):
         return ColumnProjection(self._stream)
 
     def embedding(self, rows: int, width: int) -> nn.Embedding:
-        part = partition.rows(rows, self._group.size, self._group.index)
-        layer = VocabularyEmbedding(part, width, self._stream)
-        _mark(layer.weight, (rows, width), 0, part)
+        part = vocabulary_rows(rows, self._group.size, self._group.index)
+        layer = VocabParallelEmbedding(part, width, self._stream)
+        _annotate(layer.weight, (rows, width), 0, part)
         return layer
 
     def positions(self, rows: int, width: int) -> PositionEmbedding:
@@ -156,20 +152,20 @@ class TensorLayers(DenseLayers):
         return module
 
     def vocabulary_weight(self, vocab_size: int, hidden_size: int) -> nn.Parameter:
-        part = partition.rows(vocab_size, self._group.size, self._group.index)
+        part = vocabulary_rows(vocab_size, self._group.size, self._group.index)
         weight = nn.Parameter(torch.empty(part.size, hidden_size))
-        _mark(weight, (vocab_size, hidden_size), 0, part)
+        _annotate(weight, (vocab_size, hidden_size), 0, part)
         return weight
 
-    def output(self, vocab_size: int) -> VocabularyOutput:
-        return VocabularyOutput(vocab_size, self._stream, self.compiled)
+    def output(self, vocab_size: int) -> VocabParallelOutput:
+        return VocabParallelOutput(vocab_size, self._stream, self.compiled)
 
     def place(self, layer: int, site: str, sharded: bool) -> str:
         place = super().place(layer, site, sharded)
         return f"{place}/tensor {self._group.index}" if sharded or self._stream.is_sequence_sharded else place
 
     def _replicate(self, parameter: nn.Parameter, sharded: bool) -> None:
-        """Whole on every rank. Where each rank has used it for a part of the work, its gradient is their sum."""
+        """Annotate a parameter as whole on every rank; where each does a part of the work, sum their gradients."""
         annotate_shard(parameter, ShardedAxis(tuple(parameter.shape), None, is_owner=self._group.index == 0))
         if sharded or self._stream.is_sequence_sharded:
             parameter.register_hook(self._sum_gradient)
@@ -180,9 +176,9 @@ class TensorLayers(DenseLayers):
 
 
 class RowLinear(nn.Module):
-    """The columns of a linear layer's weight [H, F] that `part` says; takes what column layers gave here."""
+    """Columns `part` of a linear layer's weight [H, F]; its input is the output of column layers of this rank."""
 
-    def __init__(self, part: DimRange, out_features: int, bias: bool, stream: ResidualLayout) -> None:
+    def __init__(self, part: DimRange, out_features: int, bias: bool, stream: ReplicatedResidual) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, part.size))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
@@ -206,13 +202,14 @@ class SlicedPositions(PositionEmbedding):
         self._group = group
 
     def forward(self, length: int, documents: Tensor | None) -> Tensor:  # type: ignore[override]
-        """Of `length` positions, S, of the slice; `documents` [B, T] are whole."""
+        """Embeddings of the slice's `length` positions, S; `documents` is whole, [B, T]."""
         ids = position_ids(length * self._group.size, documents, self.weight.device)
         first = self._group.index * length
         return functional.embedding(ids[..., first : first + length], self.weight)
 
 
-def _mark(parameter: Tensor, shape: tuple[int, ...], dimension: int, part: DimRange) -> None:
+def _annotate(parameter: Tensor, shape: tuple[int, ...], dimension: int, part: DimRange) -> None:
+    """Annotate a parameter with its part of one dimension of the whole `shape`."""
     rectangle: Rectangle | None = tuple(
         (part.first, part.last) if index == dimension else (0, size) for index, size in enumerate(shape)
     )

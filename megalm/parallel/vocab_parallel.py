@@ -1,4 +1,4 @@
-"""A vocabulary whose rows are divided over the ranks: lookup, logits and loss without whole logits on any rank.
+"""A vocabulary whose rows the ranks divide: lookup, logits and loss without whole logits on any rank.
 
 Shapes: C tokens of a chunk, N tokens, H hidden, V vocabulary, R rows of it held here.
 """
@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megalm.model.loss import IGNORE, linear_cross_entropy
+from megalm.model.layer_factory import VocabularyOutput
+from megalm.model.loss import IGNORE
 from megalm.model.modules import uncompiled
 from megalm.parallel import collectives
-from megalm.parallel.partition import DimRange, rows
-from megalm.parallel.sequence_parallel import ResidualLayout
+from megalm.parallel.collectives import ReplicatedResidual
+from megalm.topology import DimRange, vocabulary_rows
 
 
-class VocabularyEmbedding(nn.Embedding):
+class VocabParallelEmbedding(nn.Embedding):
     """Rows [R, H] of a lookup table; a token of another rank's rows adds zero here."""
 
-    def __init__(self, part: DimRange, width: int, stream: ResidualLayout) -> None:
+    def __init__(self, part: DimRange, width: int, stream: ReplicatedResidual) -> None:
         super().__init__(part.size, width)
         self._part = part
         self._stream = stream
@@ -33,21 +34,23 @@ class VocabularyEmbedding(nn.Embedding):
         return self._stream.join(functional.embedding(local, self.weight) * held.unsqueeze(-1))
 
 
-class VocabularyOutput:
-    """From the stream to logits or to the loss.
+class VocabParallelOutput(VocabularyOutput):
+    """From the stream to logits or to the loss, on this rank's rows [R, H] of the vocabulary's weight.
 
-    The gradient of the hidden states is this rank's part of it until `whole`'s backward sums it, once for all chunks.
+    `loss` is the same on every rank. The gradient of the hidden states is this rank's part of it until the backward
+    pass of `whole` sums it, once for all chunks.
 
     Args:
         vocab_size: V.
         compiled: the element-wise work of a chunk runs compiled.
     """
 
-    def __init__(self, vocab_size: int, stream: ResidualLayout, compiled: bool) -> None:
+    def __init__(self, vocab_size: int, stream: ReplicatedResidual, compiled: bool) -> None:
+        self.chunk = self._chunk
         self._vocab_size = vocab_size
         self._stream = stream
         self._group = stream.group
-        self._part = rows(vocab_size, stream.group.size, stream.group.index)
+        self._part = vocabulary_rows(vocab_size, stream.group.size, stream.group.index)
         self._exponentials: Callable[..., tuple[Tensor, Tensor]] = _exponentials
         self._gradient: Callable[..., Tensor] = _gradient
         if compiled:
@@ -57,16 +60,12 @@ class VocabularyOutput:
     def whole(self, hidden: Tensor) -> Tensor:
         return self._stream.whole(hidden)
 
-    def loss(self, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
-        """[N, H], [R, H], [N] -> fp32 scalar, the same on every rank of the group."""
-        return linear_cross_entropy(hidden, weight, labels, chunk_tokens, self._chunk)
-
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """[..., H], [R, H] -> [..., V]."""
-        longest = rows(self._vocab_size, self._group.size, 0).size
-        own = functional.pad(hidden @ weight.t(), (0, longest - self._part.size))
+        ranks = self._group.size
+        sizes = [vocabulary_rows(self._vocab_size, ranks, index).size for index in range(ranks)]
+        own = functional.pad(hidden @ weight.t(), (0, sizes[0] - self._part.size))
         gathered = collectives.gather(own, self._group)
-        sizes = [rows(self._vocab_size, self._group.size, index).size for index in range(self._group.size)]
         return torch.cat([each[..., :size] for each, size in zip(gathered, sizes, strict=True)], dim=-1)
 
     def _chunk(self, logits: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
@@ -83,7 +82,7 @@ class VocabularyOutput:
 
 
 def _local(tokens: Tensor, part: DimRange) -> tuple[Tensor, Tensor]:
-    """Row of each token in this rank's part (any row where it is not there), and whether it is there."""
+    """Row of each token in this rank's part (any row for a token of another part), and whether it is of this part."""
     held = (tokens >= part.first) & (tokens < part.last)
     return (tokens - part.first).clamp(0, part.size - 1), held
 
@@ -97,6 +96,6 @@ def _exponentials(logits: Tensor, maxima: Tensor, local: Tensor, held: Tensor) -
 
 
 def _gradient(exponentials: Tensor, denominators: Tensor, local: Tensor, held: Tensor, valid: Tensor) -> Tensor:
-    """Gradient of the loss in this rank's logits [C, R]: probabilities, less one at a target that is held here."""
+    """Gradient of the loss in this rank's logits [C, R]: probabilities, less one at a target in this rank's part."""
     probabilities = exponentials.div_(denominators.unsqueeze(1))
     return probabilities.scatter_add_(1, local.unsqueeze(1), -held.float().unsqueeze(1)).mul_(valid.unsqueeze(1))

@@ -69,7 +69,6 @@ def wanted_diagnostics(train: TrainSection, ds: DeepSpeedConfig) -> tuple[Diagno
 
 
 def _without_effect(ds: DeepSpeedConfig, section: str, names: tuple[str, ...], instead: str) -> list[str]:
-    stated = [
-        f"{section}.{name}" for name in names if any(f"{key}.".startswith(f"{section}.{name}.") for key in ds.stated)
-    ]
-    return [f"{ds.path}: no effect of {', '.join(stated)}: {instead}"] if stated else []
+    keys = [f"{section}.{name}" for name in names]
+    given = [key for key in keys if any(f"{explicit}.".startswith(f"{key}.") for explicit in ds.explicit_keys)]
+    return [f"{ds.path}: no effect of {', '.join(given)}: {instead}"] if given else []

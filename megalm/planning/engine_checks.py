@@ -10,15 +10,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from megalm.config.deepspeed.json_reader import DeepSpeedConfig
+from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, choose_precision
 from megalm.config.deepspeed.json_schema import (
     DeepSpeedSettings,
     OffloadOptimizerSection,
     OffloadParamSection,
+    Precision,
     ZeroSection,
 )
 from megalm.config.loading import LoadedConfig
-from megalm.config.precision import DeviceFacts, Precision, choose_precision
 from megalm.config.schema import RunConfig
 from megalm.errors import ConfigError
 from megalm.model.model_config import ModelConfig, build_model_config
@@ -76,7 +76,7 @@ Rule = Callable[[CheckContext], None]
 
 def one_learning_rate(case: CheckContext) -> None:
     lr = case.settings.optimizer.params.lr if case.settings.optimizer else None
-    if lr is not None and "schedule.peak_learning_rate" in case.loaded.stated:
+    if lr is not None and "schedule.peak_learning_rate" in case.loaded.explicit_keys:
         peak = case.config.schedule.peak_learning_rate
         source = case.loaded.sources["schedule.peak_learning_rate"]
         raise ConfigError(

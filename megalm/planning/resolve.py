@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from megalm.config.deepspeed.json_reader import DeepSpeedConfig
+from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, choose_precision
+from megalm.config.deepspeed.json_schema import Precision
 from megalm.config.loading import LoadedConfig, config_to_yaml
-from megalm.config.precision import DeviceFacts, Precision, choose_precision
 from megalm.config.schema import DataSection, DocumentedSection, RunConfig, ScheduleSection
 from megalm.cost_model.memory import MemoryCase, estimate_memory
 from megalm.cost_model.pipeline_balance import LARGE_BUBBLE
@@ -250,7 +250,7 @@ def memory_case(
         checkpoint_activations_every=config.train.checkpoint_activations_every,
         embedding_weight_decay=config.train.embedding_weight_decay,
         document_mask=config.data.document_mask,
-        one_memory=device.kind == "cpu",
+        on_cpu=device.kind == "cpu",
         checkpoint_copy=config.checkpoint.asynchronous,
         sequence_parallel=config.parallel.sequence,
     )
@@ -297,13 +297,13 @@ def _optimizer(ds: DeepSpeedConfig) -> tuple[OptimizerFacts, list[str]]:
     notices = [
         f"{ds.path} has no optimizer.params.{name}: {value}"
         for name, value in (("betas", params.betas), ("eps", params.eps), ("weight_decay", params.weight_decay))
-        if f"optimizer.params.{name}" not in ds.stated
+        if f"optimizer.params.{name}" not in ds.explicit_keys
     ]
     return OptimizerFacts("adamw" if adamw else "adam", params.betas, params.eps, params.weight_decay), notices
 
 
 def _deepspeed_dict(ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision) -> tuple[dict[str, Any], list[str]]:
-    given, notices = ds.stated_dict(), []
+    given, notices = ds.to_dict(), []
     clipping = ds.settings.gradient_clipping
     if clipping is None:
         clipping = 1.0

@@ -11,9 +11,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from megalm.config.deepspeed.json_reader import DeepSpeedConfig, named_json, read_deepspeed_json
+from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, named_json, read_deepspeed_json
 from megalm.config.loading import LoadedConfig
-from megalm.config.precision import DeviceFacts
 from megalm.config.schema import DataSection, RunConfig
 from megalm.errors import ConfigError
 from megalm.planning.batch_size import plan_batch
@@ -267,7 +266,7 @@ def _repeated(names: Iterable[str]) -> str | None:
 def warmup_ends_before_training(case: CheckContext) -> None:
     # resolve.py shortens a preset's warm-up with the run, but not a person's. DeepSpeed's may be cut short.
     schedule, steps = case.config.schedule, case.config.train.steps
-    warmup, given = schedule.warmup_steps, "schedule.warmup_steps" in case.loaded.stated
+    warmup, given = schedule.warmup_steps, "schedule.warmup_steps" in case.loaded.explicit_keys
     if warmup >= steps and given and schedule.step_convention == "standard":
         raise ConfigError(f"schedule.warmup_steps={warmup} is not below train.steps={steps}; shorten the warm-up")
 
@@ -275,7 +274,7 @@ def warmup_ends_before_training(case: CheckContext) -> None:
 def decay_fits_training(case: CheckContext) -> None:
     # As with the warm-up, a preset's decay gives way to a person's settings.
     schedule = case.config.schedule
-    if schedule.decay_steps is None or "schedule.decay_steps" not in case.loaded.stated:
+    if schedule.decay_steps is None or "schedule.decay_steps" not in case.loaded.explicit_keys:
         return
     if schedule.kind != "wsd":
         raise ConfigError(
@@ -295,13 +294,13 @@ def decay_fits_training(case: CheckContext) -> None:
 def final_rate_has_effect(case: CheckContext) -> None:
     schedule = case.config.schedule
     for name in ("final_learning_rate", "final_ratio", "decay_end_step"):
-        value, given = getattr(schedule, name), f"schedule.{name}" in case.loaded.stated
+        value, given = getattr(schedule, name), f"schedule.{name}" in case.loaded.explicit_keys
         if value is not None and given and schedule.kind in ENDLESS:
             raise ConfigError(f"schedule.{name}={value:g} has no effect with schedule.kind={schedule.kind}; remove it")
 
 
 def decay_ends_after_warmup(case: CheckContext) -> None:
-    schedule, given = case.config.schedule, "schedule.decay_end_step" in case.loaded.stated
+    schedule, given = case.config.schedule, "schedule.decay_end_step" in case.loaded.explicit_keys
     end = schedule.decay_end_step
     if end is not None and given and end <= schedule.warmup_steps and schedule.step_convention == "standard":
         raise ConfigError(

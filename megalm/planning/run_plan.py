@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.cost_model.memory import MemoryPlan, estimate_stages
-from megalm.model.flops import flops_per_token
-from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.model.model_config import ModelConfig, build_model_config, flops_per_token
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.resolve import ResolvedRun, memory_case
 from megalm.utils.plotting import new_plot, save_plot

@@ -20,7 +20,7 @@ from typing import Any
 from megalm.checkpoint.discovery import complete_checkpoints, list_checkpoints
 from megalm.checkpoint.shard_spec import WEIGHTS
 from megalm.config.schema import RunSection
-from megalm.config.yaml_reader import parse_yaml
+from megalm.config.validation import parse_yaml
 from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
 from megalm.rank_environment import job_and_restarts

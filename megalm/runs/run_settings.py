@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, named_json, read_deepspeed_json
-from megalm.config.loading import SAVED_CONFIG, GivenConfig, LoadedConfig, external_name
+from megalm.config.loading import SAVED_CONFIG, ConfigLayers, LoadedConfig, external_name
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields, shown
 from megalm.errors import ConfigError
@@ -133,8 +133,8 @@ def read_settings(
     Raises:
         ConfigError: the given or the saved configuration is invalid by itself.
     """
-    given = GivenConfig(config, overrides)
-    loaded = given.alone()
+    given = ConfigLayers(config, overrides)
+    loaded = given.new_run()
     own = _find_own(loaded)
     if own is not None and not resume and not _began_in_this_job(own):
         own = None
@@ -142,12 +142,14 @@ def read_settings(
         default = _recipe_json(loaded) or named_json(_DEFAULT_DEEPSPEED_CONFIG)
         return ConfigFiles(loaded, read_deepspeed_json(deepspeed_config or default))
     # By its name: another job may begin a newer unnamed run at any moment.
-    loaded = given.over(own.config_yaml, own.name)
+    loaded = given.resumed_run(own.config_yaml, own.name)
     degrees = loaded.config.parallel
-    if ranks % (degrees.tensor * degrees.pipeline) and not any(key.startswith("parallel.") for key in loaded.stated):
-        loaded = given.over(own.config_yaml, own.name, not_kept=("parallel",))
+    if ranks % (degrees.tensor * degrees.pipeline) and not any(
+        key.startswith("parallel.") for key in loaded.explicit_keys
+    ):
+        loaded = given.resumed_run(own.config_yaml, own.name, dropped=("parallel",))
     deepspeed = read_deepspeed_json(deepspeed_config or _recipe_json(loaded) or own.deepspeed_json)
-    return ConfigFiles(loaded, deepspeed, given.saved(own.config_yaml))
+    return ConfigFiles(loaded, deepspeed, given.saved_config(own.config_yaml))
 
 
 def _recipe_json(loaded: LoadedConfig) -> Path | None:

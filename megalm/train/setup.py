@@ -20,7 +20,7 @@ from megalm.engine.distributed import DistributedCommunicator, start_distributed
 from megalm.engine.interface import Engine
 from megalm.engine.traffic_counter import TrafficCounter
 from megalm.errors import EXIT_DONE, ConfigError
-from megalm.model.flops import flops_per_token
+from megalm.model.model_config import flops_per_token
 from megalm.planning.resolve import ResolvedRun, known_vocab_size, resolve
 from megalm.planning.run_checks import wall_time_seconds
 from megalm.rank_environment import RankFacts, rank_facts

@@ -17,7 +17,7 @@ import torch
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.save_transaction import save_checkpoint
 from megalm.checkpoint.shard_spec import KINDS, FragmentKey
-from megalm.model.param_shard import shard_of
+from megalm.model.layer_factory import shard_of
 from tests.distributed.training import Case, Trace, make_dataset, snapshot, start, steps, whole_state
 from tests.ranks import run_ranks
 

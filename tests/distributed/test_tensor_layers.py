@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from megalm.config.schema import ModelSection
 from megalm.model.attention import Attention
-from megalm.model.layer_factory import DenseLayers, LayerFactory
+from megalm.model.layer_factory import LayerFactory, shard_of
 from megalm.model.loss import IGNORE
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.modules import DropoutClock
-from megalm.model.param_shard import shard_of
-from megalm.model.transformer import Embedding, LanguageModel, LanguageModelHead, initialize, mlp
+from megalm.model.transformer import MLP, Embedding, LanguageModel, LanguageModelHead, initialize
 from megalm.parallel.process_groups import AxisGroup, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.topology import Topology
@@ -55,7 +54,7 @@ class Lab:
 
     def __init__(self, group: AxisGroup, sequence: bool) -> None:
         self.group, self.sequence = group, sequence
-        self.dense: LayerFactory = DenseLayers(CLOCK)
+        self.dense = LayerFactory(CLOCK)
         self.sharded: LayerFactory = TensorLayers(CLOCK, group, sequence)
 
     def stream(self, whole: Tensor) -> Tensor:
@@ -115,7 +114,7 @@ def _attention(lab: Lab, style: str, key_value_heads: int) -> dict[str, float]:
 
 def _mlp(lab: Lab, style: str) -> dict[str, float]:
     sizes = shape(style, 4)
-    return lab.compare(lambda layers: mlp(sizes, layers), sizes)
+    return lab.compare(lambda layers: MLP(sizes, layers), sizes)
 
 
 def _embedding(lab: Lab, documents: bool) -> dict[str, float]:

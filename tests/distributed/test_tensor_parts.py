@@ -15,10 +15,9 @@ from megalm.config.schema import ModelSection
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.sampling.batch_loader import BatchLayout, ValidationLoader
 from megalm.data.sampling.samples import ValidationSamples
-from megalm.model.layer_factory import DenseLayers, LayerFactory
+from megalm.model.layer_factory import LayerFactory, shard_of
 from megalm.model.model_config import build_model_config
 from megalm.model.modules import DropoutClock
-from megalm.model.param_shard import shard_of
 from megalm.model.transformer import Block, initialize
 from megalm.parallel.process_groups import make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
@@ -223,7 +222,7 @@ def _saved_bytes(comm: Any, device: torch.device) -> dict[str, int]:
     clock, sizes = DropoutClock(seed=0), build_model_config(section, VOCAB, 128)
     group = make_groups(Topology(comm.size, tensor=comm.size), comm.rank, comm.timeout).tensor
     factories: dict[str, LayerFactory] = {
-        "dense": DenseLayers(clock),
+        "dense": LayerFactory(clock),
         "tensor": TensorLayers(clock, group),
         "sequence": TensorLayers(clock, group, sequence=True),
     }

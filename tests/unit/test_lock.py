@@ -20,7 +20,7 @@ def requirements(file: str) -> dict[str, Requirement]:
     return dict(zip(names, parsed, strict=True))
 
 
-def stated_in_setup() -> dict[str, Requirement]:
+def setup_requirements() -> dict[str, Requirement]:
     tree = ast.parse((ROOT / "setup.py").read_text())
     value = next(
         node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "install_requires"
@@ -36,7 +36,7 @@ def test_every_lock_line_is_one_version() -> None:
 
 def test_the_lock_meets_setup_and_comes_with_the_build_tools() -> None:
     locked = requirements("requirements.lock")
-    for name, item in stated_in_setup().items():
+    for name, item in setup_requirements().items():
         assert name in locked, f"setup.py needs {name}, requirements.lock lacks it"
         version = next(iter(locked[name].specifier)).version
         assert version in item.specifier, f"{name}=={version} is not {item}"
@@ -44,11 +44,11 @@ def test_the_lock_meets_setup_and_comes_with_the_build_tools() -> None:
 
 
 def test_the_lock_inputs_are_those_of_setup() -> None:
-    stated, inputs = stated_in_setup(), requirements("requirements.in")
-    assert {name: item.specifier for name, item in stated.items()}.items() <= {
+    required, inputs = setup_requirements(), requirements("requirements.in")
+    assert {name: item.specifier for name, item in required.items()}.items() <= {
         name: item.specifier for name, item in inputs.items()
     }.items()
-    assert inputs.keys() - stated.keys() == {"setuptools", "wheel", "ninja"}
+    assert inputs.keys() - required.keys() == {"setuptools", "wheel", "ninja"}
 
 
 def test_the_locks_name_what_their_inputs_name() -> None:
@@ -60,7 +60,7 @@ def test_the_locks_name_what_their_inputs_name() -> None:
 def test_what_is_locked_needs_nothing_that_is_not() -> None:
     """By the metadata of what is installed here; torch and deepspeed, installed by themselves, may need more."""
     locked = requirements("requirements.lock") | requirements("requirements-dev.lock")
-    left = [(name, frozenset(item.extras)) for name, item in stated_in_setup().items()]
+    left = [(name, frozenset(item.extras)) for name, item in setup_requirements().items()]
     left += [(name, frozenset()) for name in locked]
     seen = set()
     while left:

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalm.model.param_shard import ShardedAxis, annotate_shard, shard_of
-from megalm.parallel.partition import rows, whole_parts
+from megalm.model.layer_factory import ShardedAxis, annotate_shard, shard_of
+from megalm.topology import vocabulary_rows, whole_parts
 
 DEGREES = st.integers(1, 16)
 
@@ -42,7 +42,7 @@ def test_each_rank_holds_the_key_value_head_that_its_queries_need(
 @given(st.integers(1, 64), st.integers(0, 1000))
 def test_rows_of_a_vocabulary_are_held_once_and_nearly_equally(ranks: int, more: int) -> None:
     total = ranks + more
-    held = [rows(total, ranks, index) for index in range(ranks)]
+    held = [vocabulary_rows(total, ranks, index) for index in range(ranks)]
     assert [row for part in held for row in range(part.first, part.last)] == list(range(total))
     assert {part.size for part in held} <= {total // ranks, math.ceil(total / ranks)}
     assert held[0].size == max(part.size for part in held)  # what gathering pads to

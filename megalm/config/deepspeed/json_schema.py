@@ -1,7 +1,7 @@
-"""The sections of a DeepSpeed JSON that megalm honours, typed; DeepSpeed 0.19.8's own names and meanings.
+"""The sections of a DeepSpeed JSON that megalm supports, typed, with the names and meanings of DeepSpeed 0.19.8.
 
-A field left out of the JSON is not sent to DeepSpeed either (resolve.py adds what must be explicit), so the
-defaults here are DeepSpeed's own and serve only to compute what a run amounts to.
+The defaults are DeepSpeed's. A key that the JSON leaves out is not passed to DeepSpeed either, except for those that
+planning/resolve.py makes explicit.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from megalm.config.schema import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 Auto = Literal["auto"]
 Switch = bool | Auto
-DataType = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class DeepSpeedSection(BaseModel):
-    """Base: frozen, unknown keys refused, DeepSpeed's alias or the field's name."""
+    """Base of all sections: frozen, unknown keys are errors, a field goes by its name or DeepSpeed's alias."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True, allow_inf_nan=False
@@ -56,7 +56,7 @@ class Bf16Section(DeepSpeedSection):
 
 
 class DataTypesSection(DeepSpeedSection):
-    grad_accum_dtype: DataType | None = None
+    grad_accum_dtype: Precision | None = None
 
 
 class OffloadParamSection(DeepSpeedSection):
@@ -88,7 +88,7 @@ class ZeroSection(DeepSpeedSection):
     use_multi_rank_bucket_allreduce: bool = True
     allgather_partitions: bool = True
     allgather_bucket_size: PositiveInt = 500_000_000
-    overlap_comm: bool | None = Field(default=None, description="DeepSpeed's default: only in stage 3")
+    overlap_comm: bool | None = Field(default=None, description="null: only in stage 3")
     ignore_unused_parameters: bool = True
     round_robin_gradients: bool = False
     load_from_fp32_weights: bool = True
@@ -151,7 +151,7 @@ class TimersSection(DeepSpeedSection):
 
 
 class DeepSpeedSettings(DeepSpeedSection):
-    """The JSON's contents; `megalm.config.deepspeed.json_reader.read_deepspeed_json` makes it."""
+    """The contents of the JSON, which `read_deepspeed_json` of json_reader.py reads."""
 
     train_batch_size: PositiveInt | None = None
     train_micro_batch_size_per_gpu: PositiveInt | Auto | None = None
@@ -161,7 +161,7 @@ class DeepSpeedSettings(DeepSpeedSection):
     fp16: Fp16Section = Fp16Section()
     bf16: Bf16Section = Bf16Section()
     data_types: DataTypesSection = DataTypesSection()
-    communication_data_type: DataType | None = None
+    communication_data_type: Precision | None = None
     zero_optimization: ZeroSection = ZeroSection()
     zero_allow_untested_optimizer: bool = False
     zero_force_ds_cpu_optimizer: bool = True

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from megalm.config.deepspeed.json_reader import read_deepspeed_json
-from megalm.config.precision import DeviceFacts
+from megalm.config.deepspeed.json_reader import DeviceFacts, read_deepspeed_json
 from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from config_cases import BASE, CPU, Write
 
-from megalm.config.deepspeed.json_reader import read_deepspeed_json
+from megalm.config.deepspeed.json_reader import DeviceFacts, read_deepspeed_json
 from megalm.config.loading import load_run_config
-from megalm.config.precision import DeviceFacts
 from megalm.planning.resolve import ResolvedRun, resolve
 
 

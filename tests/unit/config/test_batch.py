@@ -15,12 +15,12 @@ SMALL = st.integers(min_value=1, max_value=64)
 
 
 def settings(total: int | None, micro: int | str | None, steps: int | None) -> DeepSpeedSettings:
-    stated = {
+    values = {
         "train_batch_size": total,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": steps,
     }
-    return DeepSpeedSettings.model_validate({key: value for key, value in stated.items() if value is not None})
+    return DeepSpeedSettings.model_validate({key: value for key, value in values.items() if value is not None})
 
 
 def plan(total: int | None, micro: int | str | None, steps: int | None, ranks: int, most: int = 10**9) -> BatchPlan:

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from config_cases import CPU, GPU, notice_of, refused
 
-from megalm.config.deepspeed.json_reader import read_deepspeed_json
+from megalm.config.deepspeed.json_reader import DeviceFacts, read_deepspeed_json
 from megalm.config.loading import config_to_yaml, load_run_config
-from megalm.config.precision import DeviceFacts
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_checks import RULES, check_run
 from tests.messages import assert_names
@@ -249,8 +248,8 @@ def test_rules_of_the_json(
 def test_a_yaml_file_against_the_json(start: Start, tmp_path: Path) -> None:
     mine = tmp_path / "my.yaml"
     mine.write_text("preset: quickstart\nschedule: {peak_learning_rate: 2e-3}\n")
-    said = refused(start, config=str(mine), optimizer={"type": "Adam", "params": {"lr": 1e-4}})
-    assert_names(said, "schedule.peak_learning_rate=0.002", mine, "optimizer.params.lr=0.0001")
+    message = refused(start, config=str(mine), optimizer={"type": "Adam", "params": {"lr": 1e-4}})
+    assert_names(message, "schedule.peak_learning_rate=0.002", mine, "optimizer.params.lr=0.0001")
 
 
 def test_fp16_on_a_cpu_only_when_asked_for_in_the_environment(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,12 +270,12 @@ def test_bf16_on_a_gpu_without_it(start: Start) -> None:
 def test_both_files_of_a_dataset_are_looked_for(start: Start, tmp_path: Path) -> None:
     prefix = tmp_path / "corpus"
     Path(f"{prefix}.bin").touch()
-    stated = [f"data.train={prefix}", "data.tokenizer=bytes"]
-    assert_names(refused(start, *stated), f"data.train={prefix}", f"{prefix}.idx")
+    overrides = [f"data.train={prefix}", "data.tokenizer=bytes"]
+    assert_names(refused(start, *overrides), f"data.train={prefix}", f"{prefix}.idx")
     Path(f"{prefix}.idx").touch()
-    start(*stated)
+    start(*overrides)
     other = f"data.validation={tmp_path}/other"
-    assert_names(refused(start, *stated, other), other, f"{tmp_path}/other.bin")
+    assert_names(refused(start, *overrides, other), other, f"{tmp_path}/other.bin")
 
 
 def test_a_recipe_keeps_its_batch(start: Start, tmp_path: Path, write_json: Callable[..., Path]) -> None:
@@ -284,9 +283,9 @@ def test_a_recipe_keeps_its_batch(start: Start, tmp_path: Path, write_json: Call
     own.write_text('{"train_batch_size": 64}')
     mine = tmp_path / "recipe.yaml"
     mine.write_text(f"preset: quickstart\ndeepspeed_config: {own}\n")
-    said = refused(start, config=str(mine))
-    assert_names(said, tmp_path / "ds.json", "train_batch_size=16", "quickstart", own, "train_batch_size=64")
-    assert_names(said, "--deepspeed_config", "deepspeed_config=null")
+    message = refused(start, config=str(mine))
+    assert_names(message, tmp_path / "ds.json", "train_batch_size=16", "quickstart", own, "train_batch_size=64")
+    assert_names(message, "--deepspeed_config", "deepspeed_config=null")
     start(config=str(mine), train_batch_size=64)
     start("deepspeed_config=null", config=str(mine))
     mine.write_text("preset: quickstart\ndeepspeed_config: ds_configs/zero1.json\n")
@@ -296,7 +295,7 @@ def test_a_recipe_keeps_its_batch(start: Start, tmp_path: Path, write_json: Call
 
 
 def test_a_preset_gives_way_to_what_a_person_states(start: Start, tmp_path: Path) -> None:
-    """Only train.steps is stated: the preset's warm-up is shortened, reported, and kept for the run folder."""
+    """Only train.steps is set: the preset's warm-up is shortened, reported, and kept for the run folder."""
     run = start("train.steps=20")
     assert run.schedule.warmup_steps == run.config.schedule.warmup_steps == 2
     source = run.sources["schedule.warmup_steps"]

@@ -1,4 +1,4 @@
-"""Rules of the data section, by what their messages name, and how blends, stages and sets may be stated."""
+"""Rules of the data section, by what their messages name, and how blends, stages and sets may be written."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_what_each_rule_refuses_and_the_nearest_that_it_lets_pass(start: Start, 
     one, both = f"data.train={a}", f"data.train={blend(a, b)}"
     stage = f"{{from_step: 5, blend: {blend(b)}}}"
     megatron = ["data.order=megatron", "data.order=prefix_stable"]
-    for stated, names in (
+    for overrides, names in (
         (["data.rebuild=auto"], ["data.rebuild", "data.train"]),
         (["data.append_eod=false"], ["data.append_eod", "data.train"]),
         (["data.input=raw"], ["data.input", "data.train"]),
@@ -79,9 +79,9 @@ def test_what_each_rule_refuses_and_the_nearest_that_it_lets_pass(start: Start, 
         ([OWN, one, f"data.stages=[{{from_step: 2, blend: {blend('no')}}}]"], ["data.stages=no", "no.bin"]),
     ):
         if names is None:
-            start(*stated)
+            start(*overrides)
         else:
-            assert_names(refused(start, *stated), *names)
+            assert_names(refused(start, *overrides), *names)
 
 
 def test_what_can_be_built_need_not_be_there(start: Start, tmp_path: Path, a: str) -> None:
@@ -92,8 +92,8 @@ def test_what_can_be_built_need_not_be_there(start: Start, tmp_path: Path, a: st
     (tmp_path / "gone.json").touch()  # where a dataset's sources are written down
     start(OWN, gone, "data.rebuild=always")
     held_out = f"data.validation={tmp_path}/none"
-    stated = [OWN, f"data.train={a}", held_out, "data.rebuild=auto", "data.input=raw"]
-    assert_names(refused(start, *stated), held_out, "none.bin")
+    overrides = [OWN, f"data.train={a}", held_out, "data.rebuild=auto", "data.input=raw"]
+    assert_names(refused(start, *overrides), held_out, "none.bin")
 
 
 def test_yaml_and_the_command_line_say_the_same(tmp_path: Path) -> None:
@@ -138,10 +138,10 @@ def test_yaml_and_the_command_line_say_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "stated", ["[{prefix: a}]", "[{prefix: a, weight: 0}]", "[{prefix: a, wait: 1}]", "[a]", "{a: 1}"]
+    "blend", ["[{prefix: a}]", "[{prefix: a, weight: 0}]", "[{prefix: a, wait: 1}]", "[a]", "{a: 1}"]
 )
-def test_a_blend_that_is_none(stated: str) -> None:
-    assert_names(refused(load_run_config, None, [f"data.train={stated}"]), "data.train=", "{prefix, weight}")
+def test_a_blend_that_is_none(blend: str) -> None:
+    assert_names(refused(load_run_config, None, [f"data.train={blend}"]), "data.train=", "{prefix, weight}")
 
 
 def test_a_prefix_is_taken_as_it_stands() -> None:

@@ -47,7 +47,7 @@ def test_the_shipped_jsons_are_what_their_names_say() -> None:
     assert read_deepspeed_json(SHIPPED["fp16"]).settings.fp16.loss_scale == 0  # dynamic
 
 
-def test_deepspeed_knows_every_honoured_zero_key_and_default() -> None:
+def test_deepspeed_knows_every_supported_zero_key_and_default() -> None:
     """Against DeepSpeed's own models: a renamed key or a changed default would be wrong in silence."""
     theirs = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
     for name, field in ZeroSection.model_fields.items():
@@ -58,7 +58,7 @@ def test_deepspeed_knows_every_honoured_zero_key_and_default() -> None:
             assert field.default == default, name
 
 
-def test_deepspeed_knows_every_honoured_precision_key_and_default() -> None:
+def test_deepspeed_knows_every_supported_precision_key_and_default() -> None:
     theirs = pytest.importorskip("deepspeed.runtime.precision_config")
     settings = DeepSpeedSettings.model_fields
     for name, model in (("fp16", theirs.DeepSpeedFP16Config), ("bf16", theirs.DeepSpeedBF16Config)):
@@ -66,7 +66,7 @@ def test_deepspeed_knows_every_honoured_precision_key_and_default() -> None:
             assert field.default == model.model_fields[key].default, key
 
 
-def test_every_zero_key_of_deepspeed_is_honoured_or_refused() -> None:
+def test_every_zero_key_of_deepspeed_is_supported_or_refused() -> None:
     theirs = pytest.importorskip("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
     known = {f"zero_optimization.{name}" for name in ZeroSection.model_fields} | set(REFUSED)
     assert {f"zero_optimization.{name}" for name in theirs.model_fields} <= known
@@ -76,16 +76,16 @@ def test_stage_3_keys_go_by_both_spellings(write_json: Write) -> None:
     for key in ("stage3_max_live_parameters", "max_live_parameters"):
         config = read_deepspeed_json(write_json(zero_optimization={"stage": 3, key: 5e8}))
         assert config.settings.zero_optimization.max_live_parameters == 500_000_000
-        assert config.stated_dict()["zero_optimization"] == {"stage": 3, "stage3_max_live_parameters": 500_000_000}
+        assert config.to_dict()["zero_optimization"] == {"stage": 3, "stage3_max_live_parameters": 500_000_000}
     twice = {"stage": 3, "stage3_max_live_parameters": 1, "max_live_parameters": 2}
     assert_names(read_refused(write_json(zero_optimization=twice)), "zero_optimization.max_live_parameters")
 
 
-def test_stated_keys_only(write_json: Write) -> None:
+def test_explicit_keys_only(write_json: Write) -> None:
     config = read_deepspeed_json(write_json(optimizer=None))
-    assert config.stated_dict() == {key: value for key, value in BASE.items() if key != "optimizer"}
-    assert "zero_optimization.stage" in config.stated
-    assert "optimizer.type" not in config.stated
+    assert config.to_dict() == {key: value for key, value in BASE.items() if key != "optimizer"}
+    assert "zero_optimization.stage" in config.explicit_keys
+    assert "optimizer.type" not in config.explicit_keys
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_unknown_keys_and_bad_values(write_json: Write, changes: dict[str, Any],
 
 @pytest.mark.parametrize("kind", ["Lamb", "Lion", "OneBitAdam", "ZeroOneAdam", "Muon", "SGD", "Adagrad"])
 def test_other_optimizers(write_json: Write, kind: str) -> None:
-    said = read_refused(write_json(optimizer={"type": kind, "params": {"max_coeff": 1, "momentum": 0.9}}))
-    assert_names(said, f'optimizer.type="{kind}"', '"AdamW"', '"Adam"')
+    message = read_refused(write_json(optimizer={"type": kind, "params": {"max_coeff": 1, "momentum": 0.9}}))
+    assert_names(message, f'optimizer.type="{kind}"', '"AdamW"', '"Adam"')
 
 
 def _nested(path: str, value: Any) -> dict[str, Any]:
@@ -141,14 +141,14 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", REFUSED)
-def test_known_but_not_honoured(write_json: Write, path: str) -> None:
+def test_known_but_not_supported(write_json: Write, path: str) -> None:
     asked = {"enabled": True, "something": 1}
     change = _nested(path, asked)
     if path.startswith("optimizer."):
         change["optimizer"]["type"] = "AdamW"
-    said = read_refused(write_json(**change))
-    assert_names(said, path)
-    assert REFUSED[path] in said
+    message = read_refused(write_json(**change))
+    assert_names(message, path)
+    assert REFUSED[path] in message
 
 
 @pytest.mark.parametrize(
@@ -169,13 +169,13 @@ def test_known_but_not_honoured(write_json: Write, path: str) -> None:
         ),
     ],
 )
-def test_what_asks_for_nothing_is_left_out_and_reported(tmp_path: Path, change: dict[str, Any], key: str) -> None:
+def test_a_value_without_effect_is_ignored_and_reported(tmp_path: Path, change: dict[str, Any], key: str) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(BASE | change))
     config = read_deepspeed_json(path)
     (notice,) = config.notices
     assert_names(notice, path, key)
-    assert set(config.stated_dict()) == set(BASE)
+    assert set(config.to_dict()) == set(BASE)
 
 
 def test_one_is_not_true(write_json: Write) -> None:
@@ -202,9 +202,9 @@ def test_a_file_that_is_not_such_a_json(tmp_path: Path, text: str, names: list[s
 
 
 def test_a_missing_file_lists_the_shipped_ones(tmp_path: Path) -> None:
-    said = read_refused(tmp_path / "zero_2.json")
-    assert_names(said, "zero_2.json", "'zero2.json'", *(path.name for path in SHIPPED.values()))
+    message = read_refused(tmp_path / "zero_2.json")
+    assert_names(message, "zero_2.json", "'zero2.json'", *(path.name for path in SHIPPED.values()))
 
 
-def test_no_key_is_both_honoured_and_refused() -> None:
+def test_no_key_is_both_supported_and_refused() -> None:
     assert not set(leaf_fields(DeepSpeedSettings)) & set(REFUSED)

@@ -11,7 +11,7 @@ from config_cases import GPU, notice_of
 
 from megalm.cli.plan_text import plan_text, ranks_text
 from megalm.config.loading import load_run_config
-from megalm.cost_model.shard_sizes import shares
+from megalm.cost_model.memory import shares
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_plan import make_plan
@@ -88,9 +88,9 @@ def line_of(text: str, label: str) -> str:
 
 
 def test_64_ranks_are_shown(start: Start) -> None:
-    stated = (*BIG, "parallel.tensor=4", "parallel.pipeline=4")
+    overrides = (*BIG, "parallel.tensor=4", "parallel.pipeline=4")
     stage_1 = {"zero_optimization": {"stage": 1}, "train_batch_size": 128, "train_micro_batch_size_per_gpu": 1}
-    text = grid(start(*stated, ranks=64, device=GPU, **stage_1))
+    text = grid(start(*overrides, ranks=64, device=GPU, **stage_1))
     assert_names(line_of(text, "64 ="), "pipeline 4", "data 4", "tensor 4")
     tensor = row_of(text, "tensor", "4", "16", "0-3", "60-63")
     data = row_of(text, "data", "4", "16", "0, 4 .. 12", "51, 55 .. 63")
@@ -104,10 +104,10 @@ def test_64_ranks_are_shown(start: Start) -> None:
 
 
 def test_4096_ranks_are_shown_shortly_and_at_once(start: Start) -> None:
-    stated = (*BIG, "parallel.tensor=8", "parallel.pipeline=16")
+    overrides = (*BIG, "parallel.tensor=8", "parallel.pipeline=16")
     stage_1 = {"zero_optimization": {"stage": 1}, "train_batch_size": 2048, "train_micro_batch_size_per_gpu": 1}
     begin = time.process_time()
-    text = grid(start(*stated, ranks=4096, device=GPU, **stage_1))
+    text = grid(start(*overrides, ranks=4096, device=GPU, **stage_1))
     assert time.process_time() - begin < 5
     section = text[text.index("\nRanks\n") : text.index("\nParameters\n")].strip()
     assert len(section.splitlines()) < 25
@@ -130,8 +130,8 @@ def test_memory_falls_with_every_degree(start: Start) -> None:
     """Sixteen bytes a parameter over the ranks that divide them, and activations over those that divide the work."""
     stage_1 = {"zero_optimization": {"stage": 1}, "train_batch_size": 32, "train_micro_batch_size_per_gpu": 1}
 
-    def memory(*stated: str) -> dict[str, int]:
-        plan = make_plan(start(*BIG, *stated, ranks=8, device=GPU, **stage_1), vocab_size=32_000)
+    def memory(*overrides: str) -> dict[str, int]:
+        plan = make_plan(start(*BIG, *overrides, ranks=8, device=GPU, **stage_1), vocab_size=32_000)
         return plan.memory.parts()
 
     data, tensor, sequence = (

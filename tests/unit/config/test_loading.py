@@ -10,7 +10,7 @@ from megalm.config import loading
 from megalm.config.loading import (
     COMMAND_LINE,
     SAVED_CONFIG,
-    GivenConfig,
+    ConfigLayers,
     config_to_yaml,
     external_name,
     load_run_config,
@@ -34,7 +34,7 @@ def test_layers_from_the_weakest_to_the_strongest(tmp_path: Path) -> None:
     assert loaded.sources["train.steps"] == mine
     assert loaded.sources["data.recipe"] == "preset quickstart"
     assert loaded.sources["model.rope_theta"] == "default"
-    assert loaded.stated == {"preset", "train.steps", "train.seed"}
+    assert loaded.explicit_keys == {"preset", "train.steps", "train.seed"}
 
 
 def test_every_key_has_a_source() -> None:
@@ -188,7 +188,7 @@ def test_a_preset_may_start_from_another_but_not_from_itself(tmp_path: Path, mon
     loaded = load_run_config("child", [])
     assert (loaded.config.preset, loaded.config.train.steps, loaded.config.train.seed) == ("child", 5, 4)
     assert loaded.sources["train.seed"] == "preset base"
-    assert loaded.stated == frozenset()
+    assert loaded.explicit_keys == frozenset()
     assert_names(refused(load_run_config, "loop", []), "preset", "loop", "pool")
 
 
@@ -219,16 +219,16 @@ def test_a_key_that_is_a_word_of_python(tmp_path: Path) -> None:
     assert external_name("checkpoint.best") == "checkpoint.best"
 
 
-def test_what_a_run_has_stands_for_what_is_not_stated(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_values_that_are_not_given(tmp_path: Path) -> None:
     """Schema < preset < the run's own < YAML < key=value."""
     first = load_run_config(None, ["train.seed=9", "train.steps=30", "run.name=mine", "resume.allow=[order]"])
     own = tmp_path / "config.yaml"
     own.write_text(config_to_yaml(first.config))
     mine = write(tmp_path / "mine.yaml", "train: {log_interval_steps: 7, steps: 40}\n")
-    loaded = GivenConfig(mine, ["train.steps=50"]).over(own)
+    loaded = ConfigLayers(mine, ["train.steps=50"]).resumed_run(own)
     assert (loaded.config.train.seed, loaded.sources["train.seed"]) == (9, SAVED_CONFIG)
     assert (loaded.config.train.log_interval_steps, loaded.config.train.steps) == (7, 50)
-    assert loaded.stated == {"train.log_interval_steps", "train.steps"}
+    assert loaded.explicit_keys == {"train.log_interval_steps", "train.steps"}
     assert loaded.preset == loaded.config.preset == "quickstart"
     # What one start alone is about is not kept: what may differ, and where the run lies.
     assert (loaded.config.resume.allow, loaded.config.run.name) == ((), None)
@@ -237,21 +237,22 @@ def test_what_a_run_has_stands_for_what_is_not_stated(tmp_path: Path) -> None:
 def test_each_file_is_read_once(tmp_path: Path) -> None:
     own, mine = tmp_path / "config.yaml", Path(write(tmp_path / "mine.yaml", "train: {steps: 40}\n"))
     own.write_text(config_to_yaml(load_run_config(None, ["train.seed=9", "parallel.tensor=2"]).config))
-    given = GivenConfig(str(mine), [])
+    given = ConfigLayers(str(mine), [])
     mine.unlink()
-    assert given.alone().config.train.steps == 40
-    loaded = given.over(own, "mine")
+    assert given.new_run().config.train.steps == 40
+    loaded = given.resumed_run(own, "mine")
     own.write_text("train: {seed: 8}\n")
-    assert given.over(own, "mine") == loaded
+    assert given.resumed_run(own, "mine") == loaded
     assert (loaded.config.train.seed, loaded.config.train.steps, loaded.config.run.name) == (9, 40, "mine")
-    assert given.over(own, not_kept=("parallel",)).config.parallel.tensor == 1
-    assert (given.saved(own).train.seed, given.saved(own).parallel.tensor) == (9, 2)
+    assert given.resumed_run(own, dropped=("parallel",)).config.parallel.tensor == 1
+    assert (given.saved_config(own).train.seed, given.saved_config(own).parallel.tensor) == (9, 2)
 
 
 def test_a_run_is_resumed_under_one_name(tmp_path: Path) -> None:
     own = write(tmp_path / "config.yaml", "")
-    assert GivenConfig(None, ["run.name=mine"]).over(Path(own), "mine").config.run.name == "mine"
-    assert "run.name is stated twice" in refused(GivenConfig(None, ["run.name=mine"]).over, Path(own), "other")
+    assert ConfigLayers(None, ["run.name=mine"]).resumed_run(Path(own), "mine").config.run.name == "mine"
+    twice = refused(ConfigLayers(None, ["run.name=mine"]).resumed_run, Path(own), "other")
+    assert_names(twice, "run.name", '"mine"', '"other"')
 
 
 def test_a_preset_named_now_counts_if_it_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +262,7 @@ def test_a_preset_named_now_counts_if_it_is_another(tmp_path: Path, monkeypatch:
     own = tmp_path / "runs" / "config.yaml"
     own.parent.mkdir()
     own.write_text(config_to_yaml(load_run_config("small", ["model.hidden_size=96", "train.seed=9"]).config))
-    assert GivenConfig("small", []).over(own).config.model.hidden_size == 96
-    other = GivenConfig("large", []).over(own)
+    assert ConfigLayers("small", []).resumed_run(own).config.model.hidden_size == 96
+    other = ConfigLayers("large", []).resumed_run(own)
     assert (other.config.model.hidden_size, other.config.train.seed) == (512, 9)
     assert other.preset == other.config.preset == "large"

@@ -25,10 +25,9 @@ from megalm.cost_model.memory import (
     estimate_memory,
     loss_bytes,
     parameter_groups,
+    shares,
 )
-from megalm.cost_model.shard_sizes import shares
-from megalm.model.flops import flops_per_token
-from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.model.model_config import ModelConfig, build_model_config, flops_per_token
 from megalm.planning.lr_schedule import ScheduleSegment, learning_rate
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_plan import make_plan, parameters_by_part, points
@@ -39,6 +38,7 @@ from tests.checkpoint_files import save
 from tests.messages import assert_names
 
 Start = Callable[..., ResolvedRun]
+NAMES = {"float32": "fp32", "bfloat16": "bf16"}  # torch's -> the JSON's
 
 
 def shape_of(*overrides: str, vocab: int = 77, length: int = 32) -> ModelConfig:
@@ -126,7 +126,7 @@ def test_writing_checkpoints_behind_training_takes_memory_of_the_host() -> None:
     plain, behind = (estimate_memory(case(zero=ZeroSection(stage=3), checkpoint_copy=copy)) for copy in (False, True))
     assert behind.host == {"checkpoint copy": plain.master + plain.moments}
     assert behind.total == plain.total
-    on_cpu = estimate_memory(case(zero=ZeroSection(stage=3), checkpoint_copy=True, one_memory=True))
+    on_cpu = estimate_memory(case(zero=ZeroSection(stage=3), checkpoint_copy=True, on_cpu=True))
     assert on_cpu.total == sum(on_cpu.parts().values()) + behind.host["checkpoint copy"]
 
 
@@ -138,7 +138,7 @@ def test_offload_moves_memory_and_a_cpu_counts_it_once() -> None:
     for part in ("weights", "master", "moments"):
         assert away.host[part] == getattr(here, part)
     assert away.total < here.total
-    on_cpu = estimate_memory(case(zero=ZeroSection.model_validate({"stage": 3, **offload}), one_memory=True))
+    on_cpu = estimate_memory(case(zero=ZeroSection.model_validate({"stage": 3, **offload}), on_cpu=True))
     assert on_cpu.total == sum(on_cpu.parts().values()) + sum(on_cpu.host.values())
 
 
@@ -151,7 +151,7 @@ def test_groups_follow_the_decay_of_embeddings() -> None:
 def test_buckets_are_allocated_whole_on_a_gpu_only() -> None:
     zero = ZeroSection(stage=2, reduce_bucket_size=10**8, overlap_comm=True)
     assert estimate_memory(case(zero=zero)).buckets == 2 * 2 * 10**8
-    assert estimate_memory(case(zero=zero, one_memory=True)).buckets < 10**6
+    assert estimate_memory(case(zero=zero, on_cpu=True)).buckets < 10**6
 
 
 def test_recomputing_saves_activations() -> None:
@@ -163,7 +163,7 @@ def test_recomputing_saves_activations() -> None:
 
 
 @pytest.mark.parametrize("style", ["llama", "gpt2"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", NAMES)
 @pytest.mark.parametrize("extra", ["model.dropout=0", "model.dropout=0.1", "model.qk_norm=true"])
 def test_activations_against_what_autograd_saves(style: str, precision: str, extra: str) -> None:
     """The formula against the sum of all storages that the forward pass of the real model keeps, on a CPU."""
@@ -191,13 +191,14 @@ def test_activations_against_what_autograd_saves(style: str, precision: str, ext
     loss_gradients = vocab * shape.hidden_size * 4 + batch * length * shape.hidden_size * size
     measured = sum(storage.nbytes() for storage in saved.values()) - loss_gradients
     (share,) = shares(shape, Topology(1))
-    estimated = activation_bytes(share, batch, length, size, 0, on_cpu=True)
+    sizes = case(shape, micro_batch=batch, sequence_length=length, precision=NAMES[precision], on_cpu=True)
+    estimated = activation_bytes(sizes, share)
     assert 1.0 <= estimated / measured < 1.06
 
 
 def test_the_loss_never_counts_whole_logits() -> None:
     shape = shape_of(vocab=50_000)
-    few, many = (loss_bytes(shape, tokens, 2, chunk_tokens=1024) for tokens in (4096, 65_536))
+    few, many = (loss_bytes(case(shape, sequence_length=tokens, micro_batch=1)) for tokens in (4096, 65_536))
     assert many - few == (65_536 - 4096) * shape.hidden_size * 2
 
 
@@ -277,8 +278,8 @@ def test_the_presets_are_wrapped_once(
     monkeypatch.setattr("megalm.cli.presets.terminal_width", lambda: columns)
     with pytest.raises(SystemExit):
         main(["presets"])
-    told = [line[24:] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert told == [
+    descriptions = [line[24:] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert descriptions == [
         line
         for name in preset_paths()
         for line in textwrap.wrap(describe_preset(name), expected, break_on_hyphens=False)

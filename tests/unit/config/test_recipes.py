@@ -15,7 +15,7 @@ from config_cases import CPU, refused, section_of
 from megalm.cli.plan import planned
 from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
-from megalm.config.loading import GivenConfig, config_to_yaml, load_run_config, preset_paths
+from megalm.config.loading import ConfigLayers, config_to_yaml, load_run_config, preset_paths
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields
 from megalm.planning.recipe_claims import EXPECTED, HOLDS, NO_VERDICT, Judgement, judge
@@ -36,7 +36,7 @@ def plan_of(name: str, *overrides: str) -> Plan:
 
 
 def judged(name: str, *overrides: str) -> dict[tuple[str, object], Judgement]:
-    """By what is claimed, and the value or both ends of it."""
+    """By kind of claim, and the value or both its ends."""
     plan = plan_of(name, *overrides)
     keys = [(claim.claim, claim.value) for claim in plan.resolved.config.documented.claims]
     return dict(zip(keys, judge(plan), strict=True))
@@ -50,7 +50,7 @@ class Documented:
     length: int
     batch: tuple[int, int, int, int]  # sequences a step = micro-batch x accumulation x GPUs
     rates: dict[int, float]  # of steps
-    stated: dict[str, Any]
+    settings: dict[str, Any]
 
 
 GPT2_SMALL = (12, 768, 12)
@@ -126,15 +126,16 @@ def test_every_recipe_is_looked_at() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_what_its_document_says(name: str) -> None:
-    plan, told = plan_of(name), DOCUMENTED[name]
+    plan, document = plan_of(name), DOCUMENTED[name]
     run, shape = plan.resolved, plan.shape
-    assert (shape.num_hidden_layers, shape.hidden_size, shape.num_attention_heads, shape.vocab_size) == told.shape
-    assert run.config.data.sequence_length == told.length
+    assert (shape.num_hidden_layers, shape.hidden_size, shape.num_attention_heads, shape.vocab_size) == document.shape
+    assert run.config.data.sequence_length == document.length
     batch = run.batch
-    assert (batch.global_batch, batch.micro_batch, batch.accumulation, batch.data_parallel) == told.batch
+    assert (batch.global_batch, batch.micro_batch, batch.accumulation, batch.data_parallel) == document.batch
     rates = dict(plan.learning_rates)
-    assert {step: rates.get(step, rates[run.config.train.steps]) for step in told.rates} == pytest.approx(told.rates)
-    for key, value in told.stated.items():
+    found = {step: rates.get(step, rates[run.config.train.steps]) for step in document.rates}
+    assert found == pytest.approx(document.rates)
+    for key, value in document.settings.items():
         section, field = key.split(".")
         assert getattr(getattr(run.config, section), field) == value, key
     assert plan.memory.total <= run.device.memory_bytes, "it runs on the documented GPUs"
@@ -169,13 +170,13 @@ def test_a_recipe_brings_its_json_and_refuses_another_batch() -> None:
     files = read_settings("a100x4-300m", (), None, resume=False, ranks=1)
     assert Path(files.deepspeed.path).name == "a100x4-300m.json"
     other = read_deepspeed_json(DS_CONFIGS_FOLDER / "fp32.json")
-    said = refused(resolve, files.loaded, other, 1, CPU, data_needed=False)
+    message = refused(resolve, files.loaded, other, 1, CPU, data_needed=False)
     names = ("train_batch_size=16", "a100x4-300m", "ds_configs/recipes/a100x4-300m.json", "train_batch_size=512")
-    assert_names(said, *names, "--deepspeed_config")
+    assert_names(message, *names, "--deepspeed_config")
     own = read_settings("a100x4-300m", ("deepspeed_config=null",), None, resume=False, ranks=1)
     assert Path(own.deepspeed.path).name == "zero2.json"
-    stated = read_settings("a100x4-300m", (), str(DS_CONFIGS_FOLDER / "fp32.json"), resume=False, ranks=1)
-    assert Path(stated.deepspeed.path).name == "fp32.json"
+    settings = read_settings("a100x4-300m", (), str(DS_CONFIGS_FOLDER / "fp32.json"), resume=False, ranks=1)
+    assert Path(settings.deepspeed.path).name == "fp32.json"
 
 
 def test_the_default_json_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +228,7 @@ def test_a_persons_own_account_of_a_document_goes_on_with_the_run(tmp_path: Path
     loaded = load_run_config(str(mine), [])
     kept.write_text(config_to_yaml(loaded.config))
     assert [claim.step for claim in loaded.config.documented.claims] == [9, None]
-    assert GivenConfig(None, []).over(kept).config.documented == loaded.config.documented
+    assert ConfigLayers(None, []).resumed_run(kept).config.documented == loaded.config.documented
 
 
 @pytest.mark.parametrize("preset", [None, *RECIPES])
@@ -237,8 +238,8 @@ def test_a_configuration_knows_what_is_its_presets(tmp_path: Path, preset: str |
     own.write_text(config_to_yaml(load_run_config(preset, []).config))
     written = tmp_path / "mine.yaml"
     written.write_text("preset: gpt2-diagnostic\ndocumented: {device: A100}\n")
-    for given in (GivenConfig(preset, []), GivenConfig("gpt2-diagnostic", []), GivenConfig(str(written), [])):
-        for loaded in (given.alone(), given.over(own)):
+    for given in (ConfigLayers(preset, []), ConfigLayers("gpt2-diagnostic", []), ConfigLayers(str(written), [])):
+        for loaded in (given.new_run(), given.resumed_run(own)):
             assert config_to_yaml(loaded.config, loaded.documented_by_preset) == config_to_yaml(loaded.config)
 
 
@@ -289,8 +290,8 @@ def test_mfu_without_a_device_is_neither_right_nor_wrong() -> None:
     assert not judgement.refuted
 
 
-def claims(*stated: str) -> str:
-    return f"documented.claims=[{', '.join(f'{{{claim}}}' for claim in stated)}]"
+def claims(*items: str) -> str:
+    return f"documented.claims=[{', '.join(f'{{{claim}}}' for claim in items)}]"
 
 
 @pytest.mark.parametrize(
@@ -344,26 +345,26 @@ def test_a_claim_that_leans_on_another_has_no_verdict_without_it(claim: str, mis
 
 
 def test_mfu_is_of_the_device_s_data_sheet() -> None:
-    """355.9 M parameters at 49,300 tokens/s on four A100s: what a step of 21.27 s comes to."""
+    """355.9 M parameters at 49,300 tokens/s on four A100s: the speed of a step of 21.27 s."""
     speed, device = "claim: step_seconds, value: 21.27", "documented.device=A100"
     plan = plan_of("a100x4-300m")
     share = plan.flops_per_token * plan.resolved.tokens_per_step / 21.27 / (4 * 312e12)
     assert 0.09 < share < 0.1
-    said = judged("a100x4-300m", claims(speed, f"claim: mfu, value: {share * 1.05}"), device)
-    assert [it.verdict for it in said.values()] == ["-", HOLDS]
-    said = judged("a100x4-300m", claims(speed, f"claim: mfu, value: {share * 1.2}"), device)
-    wrong = list(said.values())[1]
+    verdicts = judged("a100x4-300m", claims(speed, f"claim: mfu, value: {share * 1.05}"), device)
+    assert [it.verdict for it in verdicts.values()] == ["-", HOLDS]
+    verdicts = judged("a100x4-300m", claims(speed, f"claim: mfu, value: {share * 1.2}"), device)
+    wrong = list(verdicts.values())[1]
     assert wrong.refuted
     assert_names(wrong.verdict, "21.27", "9.6%", "11%")
 
 
 def test_the_ends_of_a_range_may_come_in_any_order() -> None:
-    said = [
+    verdicts = [
         list(judged("slm-117m", claims("claim: step_seconds, value: 10.2", f"claim: hours, value: {ends}")).values())
         for ends in ("[150, 180]", "[180, 150]")
     ]
-    assert said[0] == said[1]
-    assert said[0][1].verdict == HOLDS
+    assert verdicts[0] == verdicts[1]
+    assert verdicts[0][1].verdict == HOLDS
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ from collections.abc import Callable
 import pytest
 from config_cases import CPU, GPU, notice_of
 
-from megalm.config.deepspeed.json_reader import named_json, read_deepspeed_json, shipped_deepspeed_jsons
+from megalm.config.deepspeed.json_reader import DeviceFacts, named_json, read_deepspeed_json, shipped_deepspeed_jsons
 from megalm.config.loading import load_run_config, preset_paths
-from megalm.config.precision import DeviceFacts
 from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, BatchPlan, OptimizerFacts, ResolvedRun, resolve
 from tests.messages import assert_names
 
@@ -58,7 +57,7 @@ def test_deepspeed_reads_it_as_it_was_meant(start: Start) -> None:
     assert (parsed.optimizer_name, parsed.scheduler_name) == (None, None)
 
 
-def test_stated_values_are_kept(start: Start) -> None:
+def test_explicit_values_are_kept(start: Start) -> None:
     run = start(
         gradient_clipping=0,
         steps_per_print=7,
@@ -80,7 +79,7 @@ def test_stated_values_are_kept(start: Start) -> None:
     assert_names(notice_of(run, "communication_data_type"), "bf16", "fp32")
 
 
-def test_clipping_that_is_not_stated_is_deepspeeds_and_reported(start: Start) -> None:
+def test_missing_clipping_is_deepspeeds_and_reported(start: Start) -> None:
     run = start(gradient_clipping=None)
     assert run.deepspeed["gradient_clipping"] == 1.0
     assert_names(notice_of(run, "gradient_clipping"), run.deepspeed_source.path, "1.0")
@@ -123,8 +122,8 @@ def test_auto_takes_what_fits_the_memory(start: Start) -> None:
     ]
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1] == 16
-    stated = start(ranks=1, train_micro_batch_size_per_gpu=2, device=DeviceFacts("cpu", True, 1))
-    assert stated.batch == BatchPlan(16, 2, 8, 1)
+    run = start(ranks=1, train_micro_batch_size_per_gpu=2, device=DeviceFacts("cpu", True, 1))
+    assert run.batch == BatchPlan(16, 2, 8, 1)
 
 
 def test_an_unknown_vocabulary_is_reported(start: Start) -> None:

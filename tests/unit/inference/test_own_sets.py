@@ -18,7 +18,7 @@ from megalm.errors import CheckpointError, DataError
 from megalm.inference.dataset_eval import DATA, DatasetTask, other_sets, own_sets
 from megalm.inference.inference_model import InferenceModel, read_facts
 from megalm.inference.run_checkpoints import good_checkpoints, nearest
-from megalm.model.layer_factory import DenseOutput
+from megalm.model.layer_factory import VocabularyOutput
 from tests.checkpoint_files import save
 from tests.inference_models import GPT2, write_run
 from tests.messages import assert_names
@@ -136,7 +136,7 @@ def test_logits_exist_for_a_chunk_of_tokens_at_a_time(tmp_path: Path) -> None:
     model = InferenceModel(write_run(tmp_path / "run", ByteTokenizer(), GPT2, LENGTH))
     rows: list[int] = []
     output = model.network.head.output
-    assert isinstance(output, DenseOutput)
+    assert isinstance(output, VocabularyOutput)
     whole = output.chunk
 
     def noted(logits: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalm.config.schema import ModelSection
-from megalm.model.attention import blockwise_attention
-from megalm.model.attention_mask import DocumentMask, document_mask, flex_blocks
+from megalm.model.attention import DocumentMask, blockwise_attention, document_mask, flex_blocks
 from megalm.model.model_config import build_model_config
 from megalm.model.transformer import LanguageModel, initialize
 
 BATCH, HEADS, WIDTH = 2, 3, 16
-# One token; less than a block; a block and one; several; so many that probabilities are computed again.
+# One token; less than a block; a block and one; several; a length whose probabilities are recomputed.
 LENGTHS = (1, 100, 129, 512, 1100)
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megalm.config.schema import ModelSection
-from megalm.model.layer_factory import DenseLayers
+from megalm.model.layer_factory import LayerFactory
 from megalm.model.loss import IGNORE, linear_cross_entropy
 from megalm.model.model_config import build_model_config
 from megalm.model.modules import DropoutClock
@@ -31,7 +31,7 @@ SECTIONS = {
 def build(section: ModelSection, seed: int = 1, **options: int) -> LanguageModel:
     shape = build_model_config(section, VOCAB, LENGTH)
     clock = DropoutClock(seed=9)
-    model = LanguageModel(shape, DenseLayers(clock), clock, **options)
+    model = LanguageModel(shape, LayerFactory(clock), clock, **options)
     initialize(model, shape, seed)
     return model
 
@@ -115,7 +115,7 @@ def test_recomputing_blocks_changes_no_bit(every: int) -> None:
 
 def test_dropout_is_a_function_of_its_place() -> None:
     clock = DropoutClock(seed=1)
-    layers = DenseLayers(clock)
+    layers = LayerFactory(clock)
     x = torch.ones(200, 50)
     first, other = layers.dropout(0.3, 1, "a", False), layers.dropout(0.3, 1, "b", False)
     once = first(x)

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from megalm.checkpoint.manifest import DataSegment, Manifest
-from megalm.config.deepspeed.json_reader import read_deepspeed_json
+from megalm.config.deepspeed.json_reader import DeviceFacts, read_deepspeed_json
 from megalm.config.loading import load_run_config
-from megalm.config.precision import DeviceFacts
 from megalm.errors import CheckpointError, ConfigError
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.resolve import ResolvedRun, resolve

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from megalm.checkpoint.manifest import Manifest
-from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
+from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, DeviceFacts, read_deepspeed_json
 from megalm.config.loading import config_to_yaml, load_run_config
-from megalm.config.precision import DeviceFacts
 from megalm.data.builder.builder import BuildOptions, build_files
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.writer import IndexedDatasetWriter

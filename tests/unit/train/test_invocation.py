@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megalm.config.deepspeed.json_reader import named_json, read_deepspeed_json
+from megalm.config.deepspeed.json_reader import DeviceFacts, named_json, read_deepspeed_json
 from megalm.config.loading import load_run_config
-from megalm.config.precision import DeviceFacts
 from megalm.planning.resolve import resolve
 from megalm.runs.run_folder import ResumeCommand, RunFolder
 from megalm.train.run_summary import final_summary

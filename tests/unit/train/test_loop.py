@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from megalm.checkpoint.checkpointer import Saved
-from megalm.config.deepspeed.json_reader import read_deepspeed_json
+from megalm.config.deepspeed.json_reader import DeviceFacts, read_deepspeed_json
 from megalm.config.loading import load_run_config
-from megalm.config.precision import DeviceFacts
 from megalm.engine.interface import JudgeUpdate, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
 from megalm.planning.lr_schedule import ScheduleSegment

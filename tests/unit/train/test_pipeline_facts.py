@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
+from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, DeviceFacts, read_deepspeed_json
 from megalm.config.loading import load_run_config
-from megalm.config.precision import DeviceFacts
 from megalm.cost_model.pipeline_balance import StageCosts
 from megalm.planning.resolve import ResolvedRun, resolve
 from megalm.train.run_summary import pipeline_facts
