@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from megalm.config.deepspeed.json_reader import read_deepspeed_json
+from megalm.config.deepspeed.json_reader import DeviceFacts, read_deepspeed_json
 from megalm.config.loading import load_run_config
-from megalm.config.precision import DeviceFacts
 from megalm.planning.lr_schedule import learning_rate
 from megalm.planning.resolve import resolve
 from tests.ranks import run_ranks
