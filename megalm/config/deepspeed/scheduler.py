@@ -6,7 +6,7 @@ A parameter that is left out has DeepSpeed's default; "auto" and null leave the 
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
@@ -63,13 +63,15 @@ def translate_scheduler(section: Mapping[str, Any]) -> SchedulerTranslation:
         section: as it stands in the file: `type` and `params`. Without a type DeepSpeed builds no scheduler.
     """
     kind, params = section.get("type"), section.get("params")
-    if unknown := [f"scheduler.{key}" for key in section if key not in ("type", "params")]:
+    if unknown := [f"scheduler.{key}" for key in section if key not in ("type", "params") and not _is_comment(key)]:
         return _refused(f"{', '.join(unknown)}: expected type and params; remove the other keys")
-    if kind is None:
-        return SchedulerTranslation({}, ("scheduler has no type, so that it asks for nothing",) if section else ())
-    if params is not None and not isinstance(params, Mapping):
+    if kind in (None, "auto"):
+        return SchedulerTranslation({}, ("scheduler has no type, so it asks for nothing",) if section else ())
+    if params not in (None, "auto") and not isinstance(params, Mapping):
         return _refused(f"scheduler.params={shown(params)}: expected a section with the parameters of {shown(kind)}")
-    params = params or {}
+    if not isinstance(params, Mapping):
+        params = {}
+    params = {name: value for name, value in params.items() if not _is_comment(name)}
     scheduler = _SCHEDULERS.get(kind) if isinstance(kind, str) else None
     if scheduler is None:
         return _refused(_no_equal(kind, params))
@@ -90,6 +92,10 @@ def translate_scheduler(section: Mapping[str, Any]) -> SchedulerTranslation:
     return SchedulerTranslation(settings, tuple(_notes(kind, params, settings, left)))
 
 
+def _is_comment(key: str) -> bool:
+    return key.startswith(("_", "//", "#")) or key in ("comment", "comments")
+
+
 def _refused(problem: str) -> SchedulerTranslation:
     return SchedulerTranslation({}, (), (problem,))
 
@@ -108,7 +114,7 @@ def _no_equal(kind: Any, params: Mapping[str, Any]) -> str:
     if kind == "LRRangeTest":
         return f"{said}: its rate rises without end, which no schedule.kind does; remove the section"
     hint = did_you_mean(kind, _SCHEDULERS) if isinstance(kind, str) else ""
-    return f"{said}: it is translated for {known} only{hint}; remove the section and state schedule.*"
+    return f"{said}: it is translated for {known} only{hint}; remove the section and set schedule.*"
 
 
 def _problems(kind: str, scheduler: _Scheduler, params: Mapping[str, Any]) -> Iterator[str]:
@@ -169,7 +175,8 @@ def _tidy(name: str, value: Any) -> Any:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max  # not nan, and an integer that a float holds
 
 
 def _rate(*keys: str, default: Any) -> _Parameter:

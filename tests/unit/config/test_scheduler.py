@@ -120,6 +120,11 @@ def test_auto_leaves_the_run_configuration_s_schedule(start: Start) -> None:
         strict=True,
     ):
         assert_names(notice_of(run, f"{P}.{name} "), key)
+    for steps in (0, 1):  # of the run configuration: DeepSpeed's shortest warm-up
+        run = scheduled(start, "WarmupLR", {"warmup_num_steps": "auto"}, f"schedule.warmup_steps={steps}")
+        assert [learning_rate(run.schedule, step) for step in range(1, 5)] == pytest.approx(
+            deepspeed_rates("WarmupLR", {"warmup_num_steps": 1}, 4), rel=1e-12, abs=0
+        )
     # A preset's warm-up still fits a short run; nothing but the kind is translated.
     short = start("train.steps=20", scheduler={"type": "WarmupLR", "params": dict.fromkeys(names[:3], "auto")})
     assert (short.schedule.kind, short.schedule.warmup_steps) == ("constant", 2)
@@ -221,8 +226,21 @@ def test_what_has_no_equal_is_refused_in_one_line(start: Start, section: dict[st
     assert_names(refused(start, scheduler=section), *names)
 
 
+def test_comments_are_no_parameters() -> None:
+    section = {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}
+    commented = {"type": "WarmupLR", "//": "ours", "params": {"warmup_num_steps": 5, "_comment": "short"}}
+    assert translate_scheduler(commented) == translate_scheduler(section)
+
+
+def test_numbers_that_no_float_holds_are_refused() -> None:
+    for value in (10**400, float("nan"), float("inf"), True, "5"):
+        found = translate_scheduler({"type": "WarmupLR", "params": {"warmup_num_steps": value, "warmup_max_lr": value}})
+        assert len(found.problems) == 2
+        assert not found.settings
+
+
 def test_a_section_without_a_type_asks_nothing(start: Start) -> None:
     plain = start().schedule
-    for section in ({}, {"params": {"warmup_num_steps": 5}}, {"type": None}):
+    for section in ({}, {"params": {"warmup_num_steps": 5}}, {"type": None}, {"type": "auto"}, {"_comment": "later"}):
         assert start(scheduler=section).schedule == plain
     assert not translate_scheduler({}).notes
