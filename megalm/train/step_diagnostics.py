@@ -100,9 +100,12 @@ class StepDiagnostics:
             ranks=self.comm.size,
             traffic=[part.as_json() for part in total],
         )
+        if not total:
+            info(f"no traffic in steps {first} to {last}: no group has more than one rank")
+            return
         rows = [[part.axis, part.collective, part.calls / steps, format_bytes(part.bytes / steps)] for part in total]
         info(f"traffic between {self.comm.size} ranks, a step of all ranks together (steps {first} to {last}):")
-        for line in table(["axis", "collective", "calls", "bytes"], rows, _WIDE).splitlines() if rows else ["  none"]:
+        for line in table(["axis", "collective", "calls", "bytes"], rows, _WIDE).splitlines():
             info(line)
 
     def _write_profile(self, found: _Profile, event: Event, info: Info) -> None:
