@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
 
-from megalm.config.schema import ScheduleKind
+from megalm.config.schema import ScheduleKind, StepConvention, WarmupKind
 from megalm.errors import CheckpointError
 from megalm.model.model_config import ModelConfig
 from megalm.utils.atomic_files import write_durably
@@ -113,6 +113,10 @@ class StoredScheduleSegment(_Part):
     warmup_steps: int
     decay_steps: int
     steps: int
+    warmup_kind: WarmupKind = "linear"
+    initial_learning_rate: float = 0.0
+    decay_end_step: int | None = None
+    step_convention: StepConvention = "standard"
 
 
 class StoredSchedule(_Part):

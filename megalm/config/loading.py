@@ -40,7 +40,12 @@ SAVED_CONFIG = "the run's own"  # the config.yaml of a resumed run
 _NOT_INHERITED = ("run", "resume")
 
 # Alternative keys: a layer that sets one of a pair replaces the other of weaker layers.
-_ALTERNATIVES = (("data.train", "data.recipe"), ("data.validation", "data.split"))
+_ALTERNATIVES = (
+    ("data.train", "data.recipe"),
+    ("data.validation", "data.split"),
+    ("schedule.initial_learning_rate", "schedule.initial_ratio"),
+    ("schedule.final_learning_rate", "schedule.final_ratio"),
+)
 
 
 def preset_paths() -> dict[str, Path]:

@@ -13,7 +13,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
@@ -70,6 +72,8 @@ class DocumentedSection(Section):
 
 ModelStyle = Literal["gpt2", "llama"]
 ScheduleKind = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"]
+WarmupKind = Literal["linear", "log"]
+StepConvention = Literal["standard", "deepspeed"]
 
 
 class RunSection(Section):
@@ -178,10 +182,23 @@ class DataSection(Section):
 class ScheduleSection(Section):
     kind: ScheduleKind = "cosine"
     peak_learning_rate: PositiveFloat = 1e-3
-    final_learning_rate: Annotated[float, Field(ge=0)] | None = Field(default=None, description="default peak / 10")
+    initial_learning_rate: NonNegativeFloat | None = Field(
+        default=None, description="rate that the warm-up begins from; default 0"
+    )
+    initial_ratio: Ratio | None = Field(default=None, description="the same as a part of the peak")
+    final_learning_rate: NonNegativeFloat | None = Field(default=None, description="default peak / 10")
+    final_ratio: Ratio | None = Field(default=None, description="the same as a part of the peak")
     warmup_steps: NonNegativeInt = 0
+    warmup_kind: WarmupKind = Field(default="linear", description="log: steep at first, as DeepSpeed's by default")
     decay_steps: PositiveInt | None = Field(
         default=None, description="wsd: length of the final decay; default steps / 5"
+    )
+    decay_end_step: PositiveInt | None = Field(
+        default=None, description="step of the final rate, which later steps keep; default train.steps"
+    )
+    step_convention: StepConvention = Field(
+        default="standard",
+        description="deepspeed: its WarmupLR, WarmupDecayLR or WarmupCosineLR, which lag by one or two steps",
     )
 
 
@@ -208,6 +225,12 @@ class TrainSection(Section):
         default=1800.0, description="after this time without progress, write all ranks' stacks and fail; null: wait"
     )
     loss_chunk_tokens: PositiveInt = Field(default=1024, description="number of tokens whose logits are held at once")
+    profile_step: PositiveInt | None = Field(
+        default=None, description="write a profile of this step to profile/ of the run folder"
+    )
+    count_traffic: bool = Field(
+        default=False, description="count bytes and calls between ranks in the first steps: event traffic"
+    )
     embedding_weight_decay: bool = Field(
         default=True, description="whether embeddings decay; other matrices always do, norms and biases never"
     )

@@ -26,6 +26,7 @@ from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_lo
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
 from megalm.engine.optimizer_state import OptimizerState, ReadFragment
+from megalm.engine.phase_clock import PhaseClock
 from megalm.model.layer_factory import shard_of
 from megalm.parallel.process_groups import ParallelGroups
 from megalm.planning.resolve import OptimizerFacts, ResolvedRun
@@ -210,6 +211,7 @@ class EngineBase:
         self._owned = [parameter for name, parameter in parameters.items() if shards[name].is_owner]
         for name, parameter in parameters.items():  # DeepSpeed counts marked parameters in the gradient norm
             parameter.tensor_model_parallel = shards[name].is_owner  # type: ignore[attr-defined]
+        self._phase = PhaseClock(context.device, run.diagnostics.phase_times)
         offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}
         self._swap_folder: SwapFolder | None = None
         if offload["device"] == "nvme":
@@ -232,6 +234,7 @@ class EngineBase:
                 config=settings,
                 dist_init_required=False,
             )
+        self._phase_seconds: dict[str, float] = {}
         self._state = OptimizerState(self._engine, parameters, shards, is_first_copy=groups.data.index == 0)
         self._check.measure = self._state.gradient_squares
         self._first_counters = self.counters()
@@ -263,6 +266,9 @@ class EngineBase:
             return {}
         # The squares are of clipped, loss-scaled gradients: recover each norm from its share of the unclipped total.
         return {name: self._last_norm * math.sqrt(square / whole) for name, square in total.items()}
+
+    def phase_seconds(self) -> dict[str, float]:
+        return self._phase_seconds
 
     def peak_memory_bytes(self) -> int:
         if self._device.type == "cuda":
@@ -306,6 +312,7 @@ class EngineBase:
 
     def _end_of_step(self, loss: float, norm: Callable[[], float]) -> StepResult:
         """Return the step's result, after DeepSpeed has updated or skipped."""
+        self._phase_seconds = self._phase.read()
         verdict = self._check.disarm()
         self._last_norm = norm()
         if verdict is None and not (self._scales_loss and math.isfinite(loss)):

@@ -17,6 +17,7 @@ from megalm.cost_model.pipeline_balance import StageCosts, balanced_blocks, para
 from megalm.engine.device import fastest_seconds
 from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import Engine, JudgeUpdate
+from megalm.engine.traffic_counter import TrafficCounter
 from megalm.model.layer_factory import LayerFactory
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock
@@ -42,18 +43,22 @@ def build_engine(
     comm: DistributedCommunicator,
     judge: JudgeUpdate | None = None,
     on_stages: OnStages | None = None,
+    traffic: TrafficCounter | None = None,
 ) -> Engine:
     """Collective: return this rank's engine.
 
     Args:
         judge: called before each update; None refuses only numbers that are not finite.
         on_stages: called if the model is split into pipeline stages.
+        traffic: learns the groups of this rank.
     """
     from megalm.engine.base_engine import EngineContext
 
     train = run.config.train
     clock = DropoutClock(train.seed)
     context = EngineContext(run, device, comm, make_groups(run.topology, comm.rank, comm.timeout), judge)
+    if traffic is not None:
+        traffic.name_groups(context.groups, comm.process_group)
     layers = LayerFactory(clock, run.config.compile)
     if run.topology.tensor > 1:
         layers = TensorLayers(clock, context.groups.tensor, run.config.parallel.sequence, run.config.compile)

@@ -35,6 +35,7 @@ def silence() -> None:
     """Keep libraries from writing between the run's progress lines. Call before importing torch."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("GLOO_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler writes when it starts and stops
     warnings.filterwarnings("ignore", module=r"(torch|deepspeed)(\.|$)")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megalm.engine.deepspeed_patches import allow_cpu_fp16_for_tests, avoid_shared_memory_op, silence_deepspeed
+from megalm.engine.traffic_counter import TrafficCounter
 from megalm.errors import EXIT_FAILED, ConfigError, OtherRankFailed
 from megalm.rank_environment import RankFacts
 
@@ -33,6 +34,10 @@ class DistributedCommunicator:
         self.timeout = _TIMEOUT  # for every group but this one
         self._is_first_of_node = ranks.local_rank == 0
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        return self._group
 
     def barrier(self) -> None:
         dist.barrier(group=self._group)
@@ -97,8 +102,13 @@ class DistributedCommunicator:
         return tensor.tolist()
 
 
-def start_distributed(ranks: RankFacts, device: torch.device) -> DistributedCommunicator:
+def start_distributed(
+    ranks: RankFacts, device: torch.device, traffic: TrafficCounter | None = None
+) -> DistributedCommunicator:
     """Join the process group (NCCL on CUDA, gloo on a CPU) and return the control channel.
+
+    Args:
+        traffic: counts what goes through the groups from here on.
 
     Raises:
         ConfigError: the other ranks cannot be reached.
@@ -107,6 +117,8 @@ def start_distributed(ranks: RankFacts, device: torch.device) -> DistributedComm
     import deepspeed
 
     silence_deepspeed()
+    if traffic is not None:
+        traffic.install()
     if device.type == "cpu":
         avoid_shared_memory_op()
         allow_cpu_fp16_for_tests()

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from megalm.checkpoint.shard_spec import HasFragment
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 
+PROFILED_PHASE = "megalm "  # begins the name of a phase of a step in a profile
+
 Quantity = Literal["loss", "gradient norm"]
 
 
@@ -87,6 +89,33 @@ class StepResult:
         return self.verdict is not None and self.verdict.refuses
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind along one axis.
+
+    Args:
+        axis: `data`, `tensor` or `pipeline`; `model` (tensor x pipeline); `control` for decisions; else `other`.
+        collective: such as `all_reduce`; each end of a transfer has its own, `send` and `recv`.
+        bytes: of the whole messages: what is reduced, or what is gathered in the end.
+    """
+
+    axis: str
+    collective: str
+    calls: int
+    bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class TrafficMeter(Protocol):
+    """Counts the traffic of this rank."""
+
+    def start(self) -> None: ...
+    def stop(self) -> list[Traffic]:
+        """Return the traffic since `start`."""
+
+
 class Engine(Protocol):
     """A model being trained. Every method is collective: all ranks call it with the same arguments.
 
@@ -119,6 +148,9 @@ class Engine(Protocol):
 
     def reset(self) -> None:
         """Clear the optimizer's moments and all counters; keep the weights."""
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Return this rank's seconds of each phase of the last step; empty without `wall_clock_breakdown`."""
 
     def peak_memory_bytes(self) -> int:
         """Return this rank's peak memory: of the device's allocator, or of the process on a CPU."""

@@ -7,6 +7,7 @@ sends the result to the next stage.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.engine.base_engine import EngineBase, EngineContext, padded
 from megalm.engine.interface import StepResult
+from megalm.engine.phase_clock import PhaseClock
 from megalm.engine.pipeline_stage import PipelineStage
 
 # By default each rank of a tensor group sends a part of the hidden states, assuming that all hold the same. With
@@ -34,6 +36,10 @@ class PipelineEngine(EngineBase):
 
     def __init__(self, model: PipelineStage, context: EngineContext) -> None:
         super().__init__(model, model.part_of_model(), context, {"pipeline": _SEND_WHOLE})
+        instructions = self._engine._INSTRUCTION_MAP.items()
+        self._engine._INSTRUCTION_MAP = {
+            kind: _in_phase(self._phase, kind.__name__, method) for kind, method in instructions
+        }
         self._model = model
         self._clock = model.context.clock
         self._pipeline = context.groups.pipeline
@@ -98,6 +104,19 @@ class PipelineEngine(EngineBase):
         hidden = torch.empty(size, dtype=next(self._model.parameters()).dtype, device=self._device)
         dist.recv(hidden, src=self._pipeline.ranks[self._pipeline.index - 1])
         return hidden
+
+
+# DeepSpeed's names of instructions, and ours of phases.
+_PHASES = {"ForwardPass": "forward", "BackwardPass": "backward", "ReduceGrads": "reduce", "OptimizerStep": "update"}
+
+
+def _in_phase(clock: PhaseClock, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def timed(*args: Any, **options: Any) -> Any:
+        with clock(_PHASES.get(name, name)):
+            return method(*args, **options)
+
+    return timed
 
 
 class _Schedule(TrainSchedule):  # type: ignore[misc]  # DeepSpeed has no types

@@ -48,13 +48,16 @@ class ZeroEngine(EngineBase):
         last = len(batch.micro_batches) - 1
         for index, micro_batch in enumerate(batch.micro_batches):
             self._clock.step, self._clock.micro_batch = step, index * self._data.size + self._data.index
-            loss_sum, _ = engine(*self._tensors(micro_batch))
-            engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            with self._phase("forward"):
+                loss_sum, _ = engine(*self._tensors(micro_batch))
+            with self._phase("backward"):
+                engine.backward(loss_sum * scale, scale_wrt_gas=False)
             total += loss_sum.detach()
             if index == last:
                 loss, norm = self._sum_losses(total) / batch.target_count, self._norm_source()
                 self._check.arm(loss, norm)
-            engine.step()
+            with self._phase("update"):
+                engine.step()
         return self._end_of_step(loss, norm)
 
     @torch.no_grad()

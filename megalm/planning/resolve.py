@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,9 @@ from megalm.cost_model.pipeline_balance import LARGE_BUBBLE
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.batch_size import BatchPlan, RunBatch, chooses_micro_batch, plan_batch
+from megalm.planning.diagnostics import Diagnostics, wanted_diagnostics
 from megalm.planning.engine_checks import parallel_notices
-from megalm.planning.lr_schedule import ScheduleFacts
+from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, learning_rate
 from megalm.planning.run_checks import check_run
 from megalm.topology import Topology, bubble_share
 
@@ -62,6 +64,7 @@ class ResolvedRun:
     deepspeed: dict[str, Any]
     notices: tuple[str, ...]
     documented_by_preset: DocumentedSection = field(default_factory=DocumentedSection)
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
 
     @cached_property
     def config_yaml(self) -> str:
@@ -104,7 +107,7 @@ def resolve(
     config, settings = loaded.config, ds.settings
     topology = Topology(world_size, config.parallel.tensor, config.parallel.pipeline)
     precision, precision_notices = choose_precision(settings, device)
-    schedule, schedule_notices = _schedule(loaded, ds)
+    schedule, schedule_notices = schedule_facts(loaded, ds)
     shape, vocab_notices = _shape(config, vocab_size)
 
     def fits(batch: BatchPlan) -> bool:
@@ -122,6 +125,7 @@ def resolve(
         )
     optimizer, optimizer_notices = _optimizer(ds)
     deepspeed, deepspeed_notices = _deepspeed_dict(ds, batch, precision)
+    diagnostics, diagnostics_notices = wanted_diagnostics(config.train, ds)
     return ResolvedRun(
         config=config,
         sources=loaded.sources,
@@ -143,23 +147,27 @@ def resolve(
             *schedule_notices,
             *optimizer_notices,
             *deepspeed_notices,
+            *diagnostics_notices,
             *_interval_notices(config),
             *parallel_notices(config, ranks_per_node or world_size),
         ),
         documented_by_preset=loaded.documented_by_preset,
+        diagnostics=diagnostics,
     )
 
 
 def _fit_warmup(loaded: LoadedConfig) -> tuple[LoadedConfig, list[str]]:
     """Shorten a preset's warm-up for a short run; run_checks.py has refused a person's own.
 
-    Changes the configuration itself, so that the run folder's YAML starts the same run.
+    Changes the configuration itself, so that the run folder's YAML starts the same run. A warm-up of DeepSpeed's may
+    be longer than the run.
     """
     schedule, steps = loaded.config.schedule, loaded.config.train.steps
-    if schedule.warmup_steps < steps:
+    source = loaded.sources["schedule.warmup_steps"]
+    is_deepspeed_s = schedule.step_convention == "deepspeed" and not source.startswith(("default", "preset "))
+    if schedule.warmup_steps < steps or is_deepspeed_s:
         return loaded, []
     warmup = steps // 10
-    source = loaded.sources["schedule.warmup_steps"]
     notice = f"schedule.warmup_steps={schedule.warmup_steps} ({source}) is not below train.steps={steps}: {warmup}"
     config = loaded.config.model_copy(update={"schedule": schedule.model_copy(update={"warmup_steps": warmup})})
     sources = loaded.sources | {"schedule.warmup_steps": f"{source}, shortened"}
@@ -171,8 +179,8 @@ def decay_steps_of(schedule: ScheduleSection, steps: int) -> int:
     return schedule.decay_steps or max(1, steps // 5)
 
 
-def _schedule(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleFacts, list[str]]:
-    """Return the schedule of both files together, and a notice if the JSON's rate replaces a preset's."""
+def schedule_facts(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleFacts, list[str]]:
+    """Return the schedule of both files together, and notices of rates that are not used or not reached."""
     schedule, steps = loaded.config.schedule, loaded.config.train.steps
     peak, notices = schedule.peak_learning_rate, []
     lr = ds.settings.optimizer.params.lr if ds.settings.optimizer else None
@@ -182,16 +190,39 @@ def _schedule(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleFacts,
             f"peak learning rate {lr:g} is optimizer.params.lr of {ds.path}; "
             f"schedule.peak_learning_rate={schedule.peak_learning_rate:g} ({source}) is not used"
         ]
-    final = schedule.final_learning_rate if schedule.final_learning_rate is not None else peak / 10
     facts = ScheduleFacts(
         kind=schedule.kind,
         peak_learning_rate=peak,
-        final_learning_rate=peak if schedule.kind in ("constant", "inverse_sqrt") else final,
+        final_learning_rate=peak if schedule.kind in ENDLESS else _end_rate(schedule, "final", peak, peak / 10),
         warmup_steps=schedule.warmup_steps,
         decay_steps=decay_steps_of(schedule, steps),
         steps=steps,
+        warmup_kind=schedule.warmup_kind,
+        initial_learning_rate=_end_rate(schedule, "initial", peak, 0.0),
+        decay_end_step=schedule.decay_end_step,
+        step_convention=schedule.step_convention,
     )
-    return facts, notices
+    return facts, [*notices, *_unreached(facts)]
+
+
+def _end_rate(schedule: ScheduleSection, end: Literal["initial", "final"], peak: float, default: float) -> float:
+    rate, ratio = getattr(schedule, f"{end}_learning_rate"), getattr(schedule, f"{end}_ratio")
+    return default if rate is None and ratio is None else peak * ratio if rate is None else rate
+
+
+def _unreached(facts: ScheduleFacts) -> Iterator[str]:
+    if facts.step_convention == "deepspeed" and facts.peak_step > facts.steps:
+        yield f"train.steps={facts.steps} ends within the warm-up of {facts.warmup_steps} steps: no step has the peak"
+    elif facts.decay_end_step is not None and facts.final_step > facts.steps:
+        yield (
+            f"train.steps={facts.steps} ends before schedule.decay_end_step={facts.decay_end_step}: the last rate is "
+            f"{learning_rate(facts, facts.steps):.3g}, not {facts.final_learning_rate:.3g}"
+        )
+    elif facts.decay_end_step is not None and facts.final_step < facts.steps:
+        yield (
+            f"schedule.decay_end_step={facts.decay_end_step} is before train.steps={facts.steps}: the rate stays at "
+            f"{facts.final_learning_rate:.3g} from step {facts.final_step} on"
+        )
 
 
 def memory_case(
@@ -283,7 +314,7 @@ def _deepspeed_dict(ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision)
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": clipping,
         "steps_per_print": _NEVER,
-        **{key: value for key, value in given.items() if key not in ("optimizer", *_MADE_EXPLICIT)},
+        **{key: value for key, value in given.items() if key not in (*_NOT_PASSED_ON, *_MADE_EXPLICIT)},
         "fp16": {**given.get("fp16", {}), "enabled": precision == "fp16"},
         "bf16": {**given.get("bf16", {}), "enabled": precision == "bf16"},
         "zero_optimization": {"stage": 0, **given.get("zero_optimization", {})},
@@ -303,6 +334,8 @@ def _deepspeed_dict(ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision)
     return resolved, notices
 
 
+# megalm serves these itself. DeepSpeed's timers would print at every step, and end a pipeline's run in its first one.
+_NOT_PASSED_ON = ("optimizer", "flops_profiler", "comms_logger", "timers", "wall_clock_breakdown")
 _MADE_EXPLICIT = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",

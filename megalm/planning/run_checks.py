@@ -19,6 +19,7 @@ from megalm.config.validation import leaf_fields
 from megalm.errors import ConfigError, MegalmError
 from megalm.planning.batch_size import BatchPlan, RunBatch, plan_batch
 from megalm.planning.engine_checks import DEEPSPEED_RULES, PARALLEL_RULES, CheckContext, Rule
+from megalm.planning.lr_schedule import ENDLESS
 from megalm.topology import Topology
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -293,15 +294,16 @@ def _repeated(names: Iterable[str]) -> str | None:
 
 
 def warmup_ends_before_training(case: CheckContext) -> None:
-    # resolve.py shortens a preset's warm-up with the run, but not a person's.
-    warmup, steps = case.config.schedule.warmup_steps, case.config.train.steps
-    if warmup >= steps and "schedule.warmup_steps" in case.loaded.explicit_keys:
+    # resolve.py shortens a preset's warm-up with the run, but not a person's. DeepSpeed's may be cut short.
+    schedule, steps = case.config.schedule, case.config.train.steps
+    warmup, given = schedule.warmup_steps, "schedule.warmup_steps" in case.loaded.explicit_keys
+    if warmup >= steps and given and schedule.step_convention == "standard":
         raise ConfigError(f"schedule.warmup_steps={warmup} is not below train.steps={steps}; shorten the warm-up")
 
 
 def decay_fits_training(case: CheckContext) -> None:
     # As with the warm-up, a preset's decay gives way to a person's settings.
-    schedule, steps = case.config.schedule, case.config.train.steps
+    schedule = case.config.schedule
     if schedule.decay_steps is None or "schedule.decay_steps" not in case.loaded.explicit_keys:
         return
     if schedule.kind != "wsd":
@@ -309,35 +311,67 @@ def decay_fits_training(case: CheckContext) -> None:
             f"schedule.decay_steps={schedule.decay_steps} has no effect with schedule.kind={schedule.kind}; "
             "it is for wsd, remove it"
         )
-    if schedule.warmup_steps + schedule.decay_steps > steps:
+    end, name = schedule.decay_end_step, "schedule.decay_end_step"
+    if end is None:
+        end, name = case.config.train.steps, "train.steps"
+    if schedule.warmup_steps + schedule.decay_steps > end:
         raise ConfigError(
             f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_steps={schedule.decay_steps} are more "
-            f"than train.steps={steps}; shorten one"
+            f"than {name}={end}; shorten one"
         )
 
 
 def final_rate_has_effect(case: CheckContext) -> None:
     schedule = case.config.schedule
-    given = schedule.final_learning_rate is not None and "schedule.final_learning_rate" in case.loaded.explicit_keys
-    if given and schedule.kind in ("constant", "inverse_sqrt"):
+    for name in ("final_learning_rate", "final_ratio", "decay_end_step"):
+        value, given = getattr(schedule, name), f"schedule.{name}" in case.loaded.explicit_keys
+        if value is not None and given and schedule.kind in ENDLESS:
+            raise ConfigError(f"schedule.{name}={value:g} has no effect with schedule.kind={schedule.kind}; remove it")
+
+
+def decay_ends_after_warmup(case: CheckContext) -> None:
+    schedule, given = case.config.schedule, "schedule.decay_end_step" in case.loaded.explicit_keys
+    end = schedule.decay_end_step
+    if end is not None and given and end <= schedule.warmup_steps and schedule.step_convention == "standard":
         raise ConfigError(
-            f"schedule.final_learning_rate={schedule.final_learning_rate:g} has no effect with "
-            f"schedule.kind={schedule.kind}; remove it"
+            f"schedule.decay_end_step={end} is not above schedule.warmup_steps={schedule.warmup_steps}; raise it, or "
+            "shorten the warm-up"
         )
 
 
-def final_rate_below_peak(case: CheckContext) -> None:
+def deepspeed_has_the_kind(case: CheckContext) -> None:
+    schedule = case.config.schedule
+    if schedule.step_convention == "deepspeed" and schedule.kind not in ("constant", "linear", "cosine"):
+        raise ConfigError(
+            f"schedule.step_convention=deepspeed with schedule.kind={schedule.kind}, which DeepSpeed does not have; "
+            "use constant, linear or cosine, or remove step_convention"
+        )
+
+
+def one_rate_at_each_end(case: CheckContext) -> None:
+    schedule, sources = case.config.schedule, case.loaded.sources
+    for end in ("initial", "final"):
+        rate, ratio = getattr(schedule, f"{end}_learning_rate"), getattr(schedule, f"{end}_ratio")
+        if rate is not None and ratio is not None:
+            raise ConfigError(
+                f"schedule.{end}_learning_rate={rate:g} ({sources[f'schedule.{end}_learning_rate']}) and "
+                f"schedule.{end}_ratio={ratio:g} ({sources[f'schedule.{end}_ratio']}) set the same rate; remove one"
+            )
+
+
+def no_rate_above_peak(case: CheckContext) -> None:
     schedule, sources, optimizer = case.config.schedule, case.loaded.sources, case.settings.optimizer
-    final, decays = schedule.final_learning_rate, schedule.kind not in ("constant", "inverse_sqrt")
     peak, named = schedule.peak_learning_rate, "schedule.peak_learning_rate"
     source = sources[named]
     if optimizer is not None and optimizer.params.lr is not None:  # takes precedence over a preset's
         peak, named, source = optimizer.params.lr, "optimizer.params.lr", case.ds.path
-    if decays and final is not None and final > peak:
-        raise ConfigError(
-            f"schedule.final_learning_rate={final:g} ({sources['schedule.final_learning_rate']}) is above "
-            f"{named}={peak:g} ({source}); lower it"
-        )
+    for name in ("initial_learning_rate", *(() if schedule.kind in ENDLESS else ("final_learning_rate",))):
+        rate = getattr(schedule, name)
+        if rate is not None and rate > peak:
+            raise ConfigError(
+                f"schedule.{name}={rate:g} ({sources[f'schedule.{name}']}) is above {named}={peak:g} ({source}); "
+                "lower it"
+            )
 
 
 def kept_checkpoints_are_made(case: CheckContext) -> None:
@@ -460,7 +494,10 @@ RULES: tuple[Rule, ...] = (
     warmup_ends_before_training,
     decay_fits_training,
     final_rate_has_effect,
-    final_rate_below_peak,
+    decay_ends_after_warmup,
+    deepspeed_has_the_kind,
+    one_rate_at_each_end,
+    no_rate_above_peak,
     kept_checkpoints_are_made,
     *PARALLEL_RULES,
     one_batch,

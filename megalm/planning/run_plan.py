@@ -138,10 +138,6 @@ def _rates(schedules: Sequence[ScheduleSegment], steps: Iterable[int]) -> tuple[
     """Return (step, rate) of these steps, and of those at which a schedule begins, turns or ends."""
     last, wanted = schedules[-1].last_step, set(steps)
     for segment in schedules:
-        schedule = segment.schedule
-        wanted |= {segment.first_step - 1, segment.first_step, segment.last_step}
-        if schedule.warmup_steps:
-            wanted.add(segment.offset_steps + schedule.warmup_steps)
-        if schedule.kind == "wsd":
-            wanted.add(segment.last_step - schedule.decay_steps)
+        turns = {segment.offset_steps + step for step in segment.schedule.turns}
+        wanted |= {segment.first_step - 1, segment.first_step} | {it for it in turns if it >= segment.first_step}
     return tuple((step, rate_at(schedules, step)) for step in sorted(wanted) if 1 <= step <= last)

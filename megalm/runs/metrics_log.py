@@ -3,17 +3,21 @@
 Rows have `kind` and `time` (unix seconds), and by kind:
 
 - `train`: step, tokens, samples (number of the next one), loss, lr, grad_norm, loss_scale, tokens_per_second,
-  step_seconds, mfu, memory_bytes (peak of rank 0), attempt
+  step_seconds, mfu, memory_bytes (peak of rank 0), attempt; with wall_clock_breakdown also rank 0's forward_seconds,
+  backward_seconds and update_seconds, and in a pipeline those of each other instruction (SendActivation_seconds)
 - `eval`: step, tokens, loss, perplexity, dataset, targets, whole (all samples of the sets), attempt (and bits_per_byte
   if known)
 - `event`: event = start | resume | checkpoint | spike | skip | rollback | signal | wall_time | early_stop | warning |
-  expected | repair | end, and its own fields:
+  expected | traffic | profile | repair | end, and its own fields:
   - `spike`: at_step, quantity, decided, loss, grad_norm, limit, median, first_sample
   - `start`, `resume` and `rollback` begin an attempt. `start` and `resume` have startup_seconds, since the start of the
     process; `resume` and `rollback` the `step` that the run continues from; `rollback` samples_skipped
   - `checkpoint`, when one is complete: path, saved_step, bytes, seconds (until complete), stall_seconds (training
     waited), pruned (names of removed checkpoints)
   - `expected`: quantity, loss, low and high in the document that the run follows, met (whether loss is within them)
+  - `traffic`: first_step, last_step, ranks, and traffic, a list of axis, collective, calls and bytes, added up over
+    these steps and all ranks
+  - `profile`: path, profiled_step, flops_measured, flops_computed (of rank 0)
   - `end`: status = finished | failed | stopped (saved, asks to be restarted), exit_code
 
 JSON has no NaN and no infinity, and parsers differ in what they accept. Such numbers are written as the strings "NaN",

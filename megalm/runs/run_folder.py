@@ -89,6 +89,7 @@ class RunFolder:
     checkpoints = _Entry("checkpoints")
     samples = _Entry("samples")
     incidents = _Entry("incidents")
+    profile = _Entry("profile")  # of a step that the run was asked to measure
     request = _Entry("resume.json")  # the last attempt that resumed from a checkpoint
     preflight = _Entry("rehearsal")  # the checkpoint of the preflight, removed before step 1
     _failures = _Entry("failures")

@@ -18,6 +18,7 @@ from megalm.engine.build import build_engine
 from megalm.engine.device import claim_device, device_facts, device_name, peak_flops
 from megalm.engine.distributed import DistributedCommunicator, start_distributed
 from megalm.engine.interface import Engine
+from megalm.engine.traffic_counter import TrafficCounter
 from megalm.errors import EXIT_DONE, ConfigError
 from megalm.model.model_config import flops_per_token
 from megalm.planning.resolve import ResolvedRun, known_vocab_size, resolve
@@ -48,6 +49,7 @@ from megalm.train.run_summary import (
 )
 from megalm.train.spikes.spike_guard import SpikeGuard
 from megalm.train.spikes.spike_report import SpikeReportWriter, sample_text_reader
+from megalm.train.step_diagnostics import StepDiagnostics
 from megalm.train.text_samples import SampleWriter
 from megalm.train.trainer import Trainer, TrainerComponents, memory_errors_named, run_preflight
 
@@ -106,14 +108,15 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     ranks = rank_facts()
     settings = load_settings(arguments, ranks)
     device = claim_device(ranks)
-    comm = start_distributed(ranks, device)
+    traffic = _traffic_counter(settings.run)
+    comm = start_distributed(ranks, device, traffic)
     opened = open_run(settings, comm, supervisor)
     info = opened.console.info
     point = find_resume_checkpoint(settings.run, opened.folder, settings.options, comm, info)
     data = open_run_data(point.run, point.first_sample_of, comm, info)
     plan = plan_resume(point, data)
     _report_plan(plan, settings, opened, comm)
-    built = build_trainer(plan, opened, ranks, device, comm, supervisor)
+    built = build_trainer(plan, opened, ranks, device, comm, supervisor, traffic)
     with memory_errors_named("training"):
         code = built.trainer.fit()
     _close(built, opened, comm, code)
@@ -202,6 +205,7 @@ def build_trainer(
     device: torch.device,
     comm: DistributedCommunicator,
     supervisor: RankSupervisor,
+    traffic: TrafficCounter | None = None,
 ) -> BuiltRun:
     """Write the run's facts into its folder, build the trainer's components and restore the resumed state."""
     run, folder, console = plan.run, opened.folder, opened.console
@@ -218,7 +222,7 @@ def build_trainer(
         console.info("preparing DeepSpeed's offload extensions (the first use compiles them, for a minute or two)")
     spikes = SpikeGuard(run.config.guard)
     engine = build_engine(
-        run, plan.shape, device, comm, spikes.judge, lambda *stages: console.info(pipeline_facts(run, *stages))
+        run, plan.shape, device, comm, spikes.judge, lambda *stages: console.info(pipeline_facts(run, *stages)), traffic
     )
     command = ResumeCommand(folder.path, ranks.local_world_size)
     limits = _limits(run, hooks, supervisor)
@@ -231,6 +235,7 @@ def build_trainer(
     if plan.reader is not None:
         checkpoints.restore(plan.reader, engine, parts.guard, plan.weights_only, new=True)
     plan.position.attempt = opened.attempt
+    parts = replace(parts, diagnostics=_diagnostics(parts, folder, traffic))
     trainer = Trainer(parts, plan.position)
     _announce(trainer, console, plan)
     parts.stop.install()
@@ -304,6 +309,17 @@ def _components(
         flops_per_token=flops_per_token(plan.shape, length),
         peak_flops=peak,
     )
+
+
+def _traffic_counter(run: ResolvedRun) -> TrafficCounter | None:
+    wanted = run.diagnostics
+    return TrafficCounter() if wanted.count_traffic or wanted.profile_step is not None else None
+
+
+def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCounter | None) -> StepDiagnostics:
+    run = parts.run
+    flops = parts.flops_per_token * run.tokens_per_step
+    return StepDiagnostics(run.diagnostics, folder.profile, parts.comm, traffic, flops, run.config.train.steps)
 
 
 def _announce(trainer: Trainer, console: RunConsole, plan: ResumePlan) -> None:

@@ -32,6 +32,7 @@ from megalm.train.resume.training_progress import TrainingProgress
 from megalm.train.run_checkpointer import RunCheckpointer
 from megalm.train.spikes.spike_guard import SpikeGuard, Verdict
 from megalm.train.spikes.spike_report import SpikeReport, SpikeReportWriter
+from megalm.train.step_diagnostics import StepDiagnostics
 from megalm.train.text_samples import SampleWriter
 from megalm.utils.formatting import format_clock
 
@@ -55,6 +56,7 @@ class TrainerComponents:
     limits: TimeLimits
     flops_per_token: float
     peak_flops: float  # of all ranks together
+    diagnostics: StepDiagnostics = field(default_factory=StepDiagnostics)
 
     def close(self) -> None:
         """Stop the watchdog and the read-ahead, and remove offloaded state from local disks."""
@@ -103,6 +105,7 @@ class MetricsRecorder:
                 mfu=mfu,
                 memory_bytes=parts.engine.peak_memory_bytes(),
                 attempt=position.attempt,
+                **self._phases(),
             )
         if mfu > 1 and not self._peak_is_reported:
             self._peak_is_reported = True
@@ -117,6 +120,11 @@ class MetricsRecorder:
             f"MFU {mfu:.1%}",
         )
         self._compare_with_document(position, "training_loss", lambda: parts.guard.history.median_loss(result.loss))
+
+    def _phases(self) -> dict[str, float]:
+        if not self.parts.run.diagnostics.phase_times:
+            return {}
+        return {f"{phase}_seconds": seconds for phase, seconds in self.parts.engine.phase_seconds().items()}
 
     def evaluation(self, position: TrainingProgress, result: Evaluation, whole: bool) -> None:
         """Record the evaluation of one set, or of all sets together."""
@@ -215,7 +223,8 @@ class Trainer:
         rate = rate_at(position.schedule.segments, step)
         start = time.perf_counter()
         batch = parts.batches.batch(position.samples)
-        result = parts.engine.train_step(batch, step, rate)
+        with parts.diagnostics.observed(step):
+            result = parts.engine.train_step(batch, step, rate)
         seconds = time.perf_counter() - start
         verdict = parts.guard.respond(result, step, position.rollbacks)
         if verdict.finding is not None:
@@ -227,6 +236,7 @@ class Trainer:
                 self._stop_at(verdict, result, report)
         self._advance()
         self.record.step(self.position, result, rate, seconds)
+        parts.diagnostics.report(step, self.event, parts.reporter.info)
         return True
 
     def _advance(self) -> None:

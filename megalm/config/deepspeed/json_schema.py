@@ -6,16 +6,15 @@ planning/resolve.py makes explicit.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from megalm.config.schema import NonNegativeInt, PositiveFloat, PositiveInt, Probability
+from megalm.config.schema import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability
 
 Auto = Literal["auto"]
 Switch = bool | Auto
 Precision = Literal["fp32", "bf16", "fp16"]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
 class DeepSpeedSection(BaseModel):
@@ -118,6 +117,39 @@ class AioSection(DeepSpeedSection):
     use_gds: bool = False
 
 
+class FlopsProfilerSection(DeepSpeedSection):
+    """Served by megalm's own profile of a step; never given to DeepSpeed."""
+
+    enabled: bool = False
+    recompute_fwd_factor: NonNegativeFloat = 0.0
+    profile_step: NonNegativeInt = 1
+    module_depth: int = -1
+    top_modules: PositiveInt = 1
+    detailed: bool = True
+    output_file: str | None = None
+
+
+class CommsLoggerSection(DeepSpeedSection):
+    """Served by megalm's own counter of traffic; never given to DeepSpeed."""
+
+    enabled: bool = False
+    verbose: bool = False
+    prof_all: bool = True
+    debug: bool = False
+    prof_ops: tuple[str, ...] = ()
+
+
+class ThroughputTimerSection(DeepSpeedSection):
+    enabled: bool = True
+    synchronized: bool = True
+
+
+class TimersSection(DeepSpeedSection):
+    """Without effect: the rate of every step is in metrics.jsonl. Never given to DeepSpeed."""
+
+    throughput: ThroughputTimerSection = ThroughputTimerSection()
+
+
 class DeepSpeedSettings(DeepSpeedSection):
     """The contents of the JSON, which `read_deepspeed_json` of json_reader.py reads."""
 
@@ -135,6 +167,9 @@ class DeepSpeedSettings(DeepSpeedSection):
     zero_force_ds_cpu_optimizer: bool = True
     aio: AioSection | None = None
     steps_per_print: PositiveInt | None = None
+    flops_profiler: FlopsProfilerSection = FlopsProfilerSection()
+    comms_logger: CommsLoggerSection = CommsLoggerSection()
+    timers: TimersSection = TimersSection()
     wall_clock_breakdown: bool = False
     memory_breakdown: bool = False
     dump_state: bool = False

@@ -71,10 +71,7 @@ UNSUPPORTED: dict[str, UnsupportedKey] = {
     "csv_monitor": _METRICS,
     "comet": _METRICS,
     "monitor_config": _METRICS,
-    "flops_profiler": _inert("megalm counts FLOPs itself", "megalm plan, and mfu in metrics.jsonl"),
-    "comms_logger": _PRINTS,
     "comms_config": _PRINTS,
-    "timers": _PRINTS,
     "log_level": _PRINTS,
     "activation_checkpointing": _inert(
         "it has an effect only if the model's code calls deepspeed.checkpointing",

@@ -6,7 +6,7 @@ Pure functions of a manifest and of the resuming run; no file is read or written
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from megalm.config.loading import COMMAND_LINE, SAVED_CONFIG
 from megalm.data.sampling.mixture import BlendedSamples
 from megalm.errors import CheckpointError, ConfigError
 from megalm.model.model_config import ModelConfig
-from megalm.planning.lr_schedule import ScheduleFacts, ScheduleSegment, rate_at
+from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, ScheduleSegment, rate_at
 from megalm.planning.resolve import ResolvedRun, decay_steps_of
 from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
 
@@ -87,12 +87,12 @@ def with_schedule(run: ResolvedRun, manifest: Manifest | None, more: int | None 
     A schedule that the checkpoint already knows changes nothing. Another one takes effect at the next step, and counts
     steps from the run's start. An extension by `more` steps starts a new schedule.
     """
-    configured = asdict(run.schedule)
+    configured = run.schedule.as_json()
     if manifest is None:
         return RunSchedule((ScheduleSegment(1, 0, run.schedule),), (configured,))
     step = manifest.step
     segments = tuple(ScheduleSegment.of(stored) for stored in manifest.schedule.segments)
-    known = manifest.schedule.stated or (asdict(segments[-1].schedule),)
+    known = manifest.schedule.stated or (segments[-1].schedule.as_json(),)
     if more is not None:
         added = ScheduleSegment(step + 1, step, _extension(run, rate_at(segments, max(step, 1)), more, known[-1]))
         return RunSchedule((*segments, added), known if configured in known else (*known, configured))
@@ -107,10 +107,10 @@ def _is_known(run: ResolvedRun, known: Sequence[Mapping[str, Any]]) -> bool:
     The saved `train.steps` may come from an extension.
     """
     if run.sources.get("train.steps") != SAVED_CONFIG:
-        return asdict(run.schedule) in known
+        return run.schedule.as_json() in known
     section = run.config.schedule
     return any(
-        asdict(replace(run.schedule, steps=steps, decay_steps=decay_steps_of(section, steps))) == before
+        replace(run.schedule, steps=steps, decay_steps=decay_steps_of(section, steps)).as_json() == before
         for before in known
         for steps in [before["steps"]]
     )
@@ -131,21 +131,18 @@ def _extension(run: ResolvedRun, rate: float, steps: int, before: Mapping[str, A
     Schedule settings on the command line take precedence, unless they are the same as `before`: then they belong to
     the run's usual command, not to the extension.
     """
-    facts = run.schedule
-    given = {
-        key
-        for key, value in asdict(facts).items()
-        if run.sources.get(f"schedule.{key}") == COMMAND_LINE and value != before[key]
-    }
-    peak = facts.peak_learning_rate if "peak_learning_rate" in given else rate
-    return ScheduleFacts(
-        kind=facts.kind if "kind" in given else "cosine",
-        peak_learning_rate=peak,
-        final_learning_rate=facts.final_learning_rate if "final_learning_rate" in given else peak * _FINAL_SHARE,
-        warmup_steps=facts.warmup_steps if "warmup_steps" in given else 0,
-        decay_steps=facts.decay_steps if "decay_steps" in given else max(1, steps // 5),
-        steps=steps,
-    )
+    facts, defaults = run.schedule, {field.name: field.default for field in fields(ScheduleFacts)}
+
+    def is_given(key: str) -> bool:
+        names = (f"schedule.{key}", f"schedule.{key.replace('_learning_rate', '_ratio')}")
+        here = any(run.sources.get(name) == COMMAND_LINE for name in names)
+        return here and getattr(facts, key) != before.get(key, defaults[key])
+
+    peak = facts.peak_learning_rate if is_given("peak_learning_rate") else rate
+    decay_steps = max(1, steps // 5)
+    usual = ScheduleFacts("cosine", peak, peak * _FINAL_SHARE, warmup_steps=0, decay_steps=decay_steps, steps=steps)
+    given = {key: getattr(facts, key) for key in defaults if key != "steps" and is_given(key)}
+    return replace(usual, **given)
 
 
 # --- the data ---------------------------------------------------------------------------------------------------------
@@ -288,8 +285,8 @@ def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRu
 def _same_rates(segments: Sequence[ScheduleSegment]) -> bool:
     """Return whether the last segment just continues the one before it, such as a constant rate for more steps."""
     before, last = (segment.schedule for segment in segments[-2:])
-    endless = last.kind == before.kind and last.kind in ("constant", "inverse_sqrt")
-    return endless and replace(last, steps=before.steps, decay_steps=before.decay_steps) == before
+    continues = last.kind in ENDLESS or (last.kind != "wsd" and last.decay_end_step is not None)
+    return continues and replace(last, steps=before.steps, decay_steps=before.decay_steps) == before
 
 
 def _of_order(segments: Sequence[DataSegment]) -> list[DataSegment]:

@@ -101,6 +101,33 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
                 "preset quickstart",
             ],
         ),
+        (
+            ["schedule.initial_learning_rate=1"],
+            ["schedule.initial_learning_rate=1", "command line", "schedule.peak_learning_rate=0.003"],
+        ),
+        (
+            ["schedule.final_learning_rate=1e-4", "schedule.final_ratio=0.2"],
+            ["schedule.final_learning_rate=0.0001", "schedule.final_ratio=0.2"],
+        ),
+        (
+            ["schedule.kind=constant", "schedule.final_ratio=0.2"],
+            ["schedule.final_ratio=0.2", "schedule.kind=constant"],
+        ),
+        (["schedule.decay_end_step=40"], ["schedule.decay_end_step=40", "schedule.warmup_steps=40"]),
+        (["schedule.decay_end_step=41"], None),
+        (
+            ["schedule.kind=wsd", "schedule.decay_steps=70", "schedule.decay_end_step=100"],
+            ["schedule.warmup_steps=40", "schedule.decay_steps=70", "schedule.decay_end_step=100"],
+        ),
+        (
+            ["schedule.kind=constant", "schedule.decay_end_step=90"],
+            ["schedule.decay_end_step=90", "schedule.kind=constant"],
+        ),
+        (
+            ["schedule.kind=wsd", "schedule.step_convention=deepspeed"],
+            ["schedule.step_convention=deepspeed", "schedule.kind=wsd", "linear"],
+        ),
+        (["schedule.step_convention=deepspeed", "schedule.warmup_steps=900"], None),
         (["compile=true"], None),
         (["train.steps=1"], None),
     ],

@@ -163,7 +163,7 @@ def test_known_but_not_supported(write_json: Write, path: str) -> None:
     ("change", "key"),
     [
         ({"tensorboard": {"enabled": False, "output_path": "x"}}, "tensorboard"),
-        ({"flops_profiler": {"enabled": False}}, "flops_profiler"),
+        ({"autotuning": {"enabled": False}}, "autotuning"),
         ({"wandb": None}, "wandb"),
         ({"prescale_gradients": False}, "prescale_gradients"),
         ({"gradient_predivide_factor": 1}, "gradient_predivide_factor"),

@@ -61,14 +61,14 @@ def test_explicit_values_are_kept(start: Start) -> None:
     run = start(
         gradient_clipping=0,
         steps_per_print=7,
-        wall_clock_breakdown=True,
+        memory_breakdown=True,
         communication_data_type="bf16",
         bf16={"enabled": True, "check_grad_overflow": False},
         zero_optimization={"stage": 3, "max_live_parameters": 5, "offload_param": {"device": "cpu"}},
     )
     assert run.deepspeed["gradient_clipping"] == 0
     assert run.deepspeed["steps_per_print"] == 7
-    assert run.deepspeed["wall_clock_breakdown"] is True
+    assert run.deepspeed["memory_breakdown"] is True
     assert run.deepspeed["bf16"] == {"enabled": True, "check_grad_overflow": False}
     assert run.deepspeed["zero_optimization"] == {
         "stage": 3,

@@ -109,6 +109,32 @@ def test_segments_survive_a_manifest() -> None:
     assert tuple(ScheduleSegment.of(part) for part in stored) == schedule.segments
 
 
+def test_newer_settings_of_a_schedule_are_stored_only_where_they_are_used() -> None:
+    """Manifests of schedules without them are those of earlier versions, key for key, and resume both ways."""
+    plain = with_schedule(run("train.steps=10"), None).as_json()
+    old = {"kind", "peak_learning_rate", "final_learning_rate", "warmup_steps", "decay_steps", "steps"}
+    assert set(plain["stated"][0]) == old
+    assert set(plain["segments"][0]) == old | {"first_step", "offset_steps"}
+    words = ("train.steps=10", "schedule.warmup_kind=log", "schedule.initial_ratio=0.25", "schedule.decay_end_step=9")
+    now = run(*words, "schedule.step_convention=deepspeed")
+    then = manifest(4, segment(256, 16, 0, 64), schedule=with_schedule(now, None).as_json())
+    kept = scheduled(then, now)
+    assert len(kept.segments) == 1, "the same schedule"
+    assert kept.segments[0].schedule == now.schedule
+    assert len(scheduled(then, run(*words)).segments) == 2, "another one"
+    assert len(scheduled(then, run("train.steps=10")).segments) == 2
+
+
+def test_an_extension_takes_newer_settings_from_the_command_line() -> None:
+    then = manifest(10, segment(256, 16, 0, 160))
+    words = ("schedule.final_ratio=0.5", "schedule.warmup_kind=log", "schedule.decay_end_step=40")
+    facts = scheduled(then, run("train.steps=10", *words), more=50).segments[-1].schedule
+    assert (facts.warmup_kind, facts.decay_end_step, facts.kind) == ("log", 40, "cosine")
+    assert facts.final_learning_rate == run(*words).schedule.final_learning_rate
+    plain = scheduled(then, run("train.steps=10"), more=50).segments[-1].schedule
+    assert (plain.warmup_kind, plain.initial_learning_rate, plain.warmup_steps) == ("linear", 0.0, 0)
+
+
 def test_the_position_of_an_unchanged_run() -> None:
     then = manifest(4, segment(256, 16, 0, 64), rollbacks=2)
     position = progress_from(then, run(), "on")

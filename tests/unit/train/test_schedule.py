@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -40,6 +41,23 @@ def test_middle_and_end(kind: str, middle: float, last: float) -> None:
 def test_wsd_decays_over_its_last_steps_only() -> None:
     assert learning_rate(facts("wsd"), 90) == 1.0
     assert learning_rate(facts("wsd"), 100) == pytest.approx(0.55)
+
+
+def test_a_logarithmic_warm_up_rises_from_its_first_rate() -> None:
+    log = replace(facts("constant", warmup=100), warmup_kind="log", initial_learning_rate=0.2)
+    rates = [learning_rate(log, step) for step in (1, 10, 100, 110)]
+    assert rates == pytest.approx([0.2, 0.6, 1.0, 1.0])
+    linear = replace(log, warmup_kind="linear")
+    assert [learning_rate(linear, step) for step in (1, 50, 100)] == pytest.approx([0.208, 0.6, 1.0])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
+def test_a_decay_may_end_before_or_after_the_run(kind: str) -> None:
+    early = replace(facts(kind), decay_end_step=60)
+    assert learning_rate(early, 40) == learning_rate(facts(kind, steps=60), 40)
+    assert [learning_rate(early, step) for step in (60, 61, 110)] == pytest.approx([0.1] * 3)
+    late = replace(facts(kind), decay_end_step=210)
+    assert learning_rate(late, 110) == learning_rate(facts(kind, steps=210), 110) > 0.1
 
 
 def test_no_warm_up_starts_at_the_peak() -> None:

@@ -1,0 +1,74 @@
+"""The measurements that a run asks for: a profile of one step, the traffic between ranks, the time of each phase."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalm.config.deepspeed.json_reader import DeepSpeedConfig
+from megalm.config.schema import TrainSection
+
+TRAFFIC_STEPS = 10  # traffic is the same in every step, so a few suffice
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """The measurements of a run; by default none.
+
+    Attributes:
+        profile_step: this step runs under torch's profiler.
+        profile_operators: the profile lists operators, not only phases, FLOPs and traffic.
+        count_traffic: bytes and calls of collectives over the first `TRAFFIC_STEPS` steps of an attempt.
+        phase_times: seconds of forward, backward and update in each row of metrics.jsonl.
+    """
+
+    profile_step: int | None = None
+    profile_operators: bool = True
+    count_traffic: bool = False
+    phase_times: bool = False
+
+
+def wanted_diagnostics(train: TrainSection, ds: DeepSpeedConfig) -> tuple[Diagnostics, list[str]]:
+    """The measurements that both files ask for, and a notice for each key with another effect than in DeepSpeed."""
+    settings, profiler = ds.settings, ds.settings.flops_profiler
+    step, notices = train.profile_step, []
+    if step is None and profiler.enabled:
+        step = max(1, profiler.profile_step)
+    if step is not None and step > train.steps:
+        notices.append(f"no profile is written: step {step} is behind train.steps={train.steps}")
+    elif step is not None:
+        notices.append(f"step {step} is profiled, to profile/ of the run folder")
+    if profiler.enabled:
+        notices += _without_effect(
+            ds,
+            "flops_profiler",
+            ("output_file", "module_depth", "top_modules", "recompute_fwd_factor"),
+            "the profile lists operators in profile/ of the run folder",
+        )
+    counts = train.count_traffic or settings.comms_logger.enabled
+    if counts:
+        notices.append(
+            f"traffic between ranks is counted in the first {TRAFFIC_STEPS} steps: event traffic of metrics.jsonl"
+        )
+    if settings.comms_logger.enabled:
+        options = ("verbose", "debug", "prof_all", "prof_ops")
+        notices += _without_effect(ds, "comms_logger", options, "every collective is counted, none is printed")
+    if settings.wall_clock_breakdown:
+        notices.append(
+            "wall_clock_breakdown: forward_seconds, backward_seconds and update_seconds are in metrics.jsonl; on a GPU "
+            "timing waits for the device, which slows training"
+        )
+    notices += _without_effect(ds, "timers", ("throughput",), "tokens_per_second is in metrics.jsonl at every step")
+    if settings.dump_state:
+        notices.append(
+            "dump_state: config.yaml, deepspeed.resolved.json and environment.json have the state of the start"
+        )
+    if settings.memory_breakdown:
+        notices.append("memory_breakdown: DeepSpeed's lines show with --verbose; memory_bytes is in metrics.jsonl")
+    detailed = profiler.detailed or not profiler.enabled
+    return Diagnostics(step, detailed, counts, settings.wall_clock_breakdown), notices
+
+
+def _without_effect(ds: DeepSpeedConfig, section: str, names: tuple[str, ...], instead: str) -> list[str]:
+    keys = [f"{section}.{name}" for name in names]
+    given = [key for key in keys if any(f"{explicit}.".startswith(f"{key}.") for explicit in ds.explicit_keys)]
+    return [f"{ds.path}: no effect of {', '.join(given)}: {instead}"] if given else []

@@ -1,0 +1,51 @@
+"""Sections of a JSON that megalm serves by its own means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from config_cases import notice_of, refused
+
+from megalm.planning.diagnostics import Diagnostics
+from megalm.planning.resolve import ResolvedRun
+from tests.messages import assert_names
+
+Start = Callable[..., ResolvedRun]
+
+
+def test_sections_that_are_off_ask_for_nothing(start: Start) -> None:
+    off = start(flops_profiler={"enabled": False, "profile_step": 7}, comms_logger={"enabled": False, "prof_all": True})
+    assert off.diagnostics == start().diagnostics == Diagnostics()
+    assert off.notices == start().notices
+
+
+def test_each_section_is_served(start: Start) -> None:
+    profiler = {"enabled": True, "profile_step": 30, "module_depth": -1, "top_modules": 3, "output_file": "/tmp/x"}
+    run = start(flops_profiler=profiler, comms_logger={"enabled": True, "prof_ops": ["all_reduce"]})
+    assert run.diagnostics == Diagnostics(profile_step=30, count_traffic=True)
+    assert_names(
+        notice_of(run, "flops_profiler."), "flops_profiler.output_file", "flops_profiler.top_modules", "profile/"
+    )
+    assert_names(notice_of(run, "comms_logger."), "comms_logger.prof_ops")
+    assert not {"flops_profiler", "comms_logger"} & run.deepspeed.keys()
+    timed = start(wall_clock_breakdown=True, dump_state=True, timers={"throughput": {"synchronized": False}})
+    assert timed.diagnostics == Diagnostics(phase_times=True)
+    assert not {"wall_clock_breakdown", "timers"} & timed.deepspeed.keys()
+    assert_names(notice_of(timed, "wall_clock_breakdown"), "forward_seconds", "metrics.jsonl")
+    assert_names(notice_of(timed, "timers."), "timers.throughput", "tokens_per_second")
+    assert_names(notice_of(timed, "dump_state"), "deepspeed.resolved.json")
+
+
+@pytest.mark.parametrize(("stated", "step"), [({}, 1), ({"profile_step": 0}, 1), ({"profile_step": 50}, 50)])
+def test_the_profiled_step(start: Start, stated: dict[str, int], step: int) -> None:
+    run = start(flops_profiler={"enabled": True, **stated})
+    assert run.diagnostics.profile_step == step
+    assert start("train.profile_step=9", flops_profiler={"enabled": True, **stated}).diagnostics.profile_step == 9
+    assert start("train.profile_step=9", "train.count_traffic=true").diagnostics == Diagnostics(9, count_traffic=True)
+    assert_names(notice_of(start("train.steps=20", "train.profile_step=50"), "profile"), 50, "train.steps=20")
+
+
+def test_their_keys_are_checked(start: Start) -> None:
+    assert_names(refused(start, flops_profiler={"enabled": True, "profile_stp": 3}), "flops_profiler.profile_stp")
+    assert_names(refused(start, comms_logger={"enabled": "yes"}), 'comms_logger.enabled="yes"')
