@@ -19,10 +19,12 @@ from options import (
     read_options,
 )
 
-from megalm.data.readers.document_reader import ReadReport, iter_documents
+from megalm.data.readers.document_reader import ReadReport, read_documents
+from megalm.data.readers.input_files import find_inputs
 from megalm.data.tokenizers.tokenizer import train_tokenizer
-from megalm.data.tokenizers.training import ModelType
+from megalm.data.tokenizers.training import ModelType, report_path
 from megalm.errors import DataError
+from megalm.utils.atomic_files import refuse_overwriting_inputs
 
 
 def main(
@@ -55,13 +57,14 @@ def main(
     with one_line_errors():
         if output.suffix != ".model":
             raise DataError(f"{output}: the output must be named NAME.model")
-        if output.exists() and not overwrite:
-            raise DataError(f"{output}: already exists; choose another output, or overwrite it (--overwrite)")
         reading = ReadReport()
         read = read_options(text_key, columns, txt_documents, max_document_mb)
-        documents = iter_documents(
-            inputs, on_error=policy(on_error), report=reading, options=read, stdin_kind=stdin_kind
-        )
+        files = find_inputs(inputs, reading, stdin_kind)
+        refuse_overwriting_inputs([output, report_path(output)], (file.path for file in files))
+        for path in (output, report_path(output)):
+            if path.exists() and not overwrite:
+                raise DataError(f"{path}: already exists; choose another output, or overwrite it (--overwrite)")
+        documents = read_documents(files, policy(on_error), reading, read)
         report = train_tokenizer(
             (document.text for document in documents),
             output,

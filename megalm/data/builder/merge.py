@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import accumulate
 from pathlib import Path
@@ -17,13 +17,14 @@ import numpy.typing as npt
 from megalm.data.builder.assembler import DatasetWriter
 from megalm.data.builder.dedup import Dedup, Deduplicator, exact_signatures, make_deduplicator
 from megalm.data.builder.minhash_dedup import KEPT_PAIRS, Pair, check_threshold, open_signatures
-from megalm.data.builder.workspace import working_in
+from megalm.data.builder.workspace import refuse_overwriting, tokenizer_files, working_in
 from megalm.data.indexed.dataset import IndexedDataset, bin_path
 from megalm.data.indexed.document_sources import DocumentSources
 from megalm.data.indexed.metadata import (
     AWAITS_MERGE,
     KEPT_NAMES,
     DatasetMetadata,
+    dataset_paths,
     finished_report,
     read_sidecar,
     versions,
@@ -46,6 +47,14 @@ class Input(NamedTuple):
     @property
     def tokenizer(self) -> dict[str, Any]:
         return self.sidecar.get("tokenizer", {})
+
+    def files(self) -> Iterator[Path]:
+        """Yield the dataset's files, and the recorded files that it was built from."""
+        yield from dataset_paths(self.dataset.prefix)
+        for entry in self.sidecar.get("inputs", ()):
+            yield Path(entry["path"] if isinstance(entry, dict) else entry)
+        if spec := self.tokenizer.get("spec"):  # relative to the dataset's folder
+            yield from tokenizer_files(Path(self.dataset.prefix).parent / spec)
 
 
 def merge_datasets(
@@ -72,21 +81,21 @@ def merge_datasets(
         tell: called with the number of tokens just read.
 
     Raises:
-        DataError: inputs of different dtypes or tokenizers, damaged inputs, an input that is also the output, an
-            existing output that is not this merge; shards whose near copies would stay; inputs without signatures, or
-            with different thresholds, when signatures are needed.
+        ConfigError: the output would replace a file of an input, or the text or the tokenizer that it was built from.
+        DataError: inputs of different dtypes or tokenizers, damaged inputs, an existing output that is not this merge;
+            shards whose near copies would stay; inputs without signatures, or with different thresholds, when
+            signatures are needed.
     """
     if len(prefixes) < 2:
         raise DataError("merging needs two or more datasets; give their prefixes")
-    if Path(output_prefix).resolve() in [Path(prefix).resolve() for prefix in prefixes]:
-        raise DataError(f"{output_prefix}: is an input and the output; choose another output prefix")
     inputs = [Input(IndexedDataset(prefix), read_sidecar(prefix) or {}) for prefix in prefixes]
+    work = Path(f"{output_prefix}{WORK_SUFFIX}")
+    refuse_overwriting([output_prefix], work, (path for given in inputs for path in given.files()))
     report = _merged_report(inputs, output_prefix, _dedup_options(inputs, dedup, minhash_threshold))
     if report.options["complete"]:
         finished = finished_report(output_prefix, report.options, report.tokenizer.get("fingerprint"), overwrite)
         if finished is not None:
             return finished
-    work = Path(f"{output_prefix}{WORK_SUFFIX}")
     with working_in(work, report.options, [str(output_prefix)], overwrite, resume=False):
         try:
             _merge(inputs, report, output_prefix, work, progress or (lambda line: None), tell)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +14,25 @@ from typing import Any
 from megalm.data.indexed.metadata import check_output, dataset_paths
 from megalm.data.readers.input_files import InputFile, sha256_of
 from megalm.errors import DataError
-from megalm.utils.atomic_files import read_json, write_json, writing_to
+from megalm.utils.atomic_files import read_json, refuse_overwriting_inputs, write_json, writing_to
 from megalm.utils.file_lock import take_lock
 
 logger = logging.getLogger(__name__)
+
+
+def refuse_overwriting(prefixes: Iterable[str | Path], work: Path, inputs: Iterable[str | Path]) -> None:
+    """Refuse to build datasets whose files, or whose folder PREFIX.building, would replace one of the `inputs`.
+
+    Raises:
+        ConfigError: see `refuse_overwriting_inputs`.
+    """
+    outputs = [path for prefix in prefixes for path in dataset_paths(prefix)]
+    refuse_overwriting_inputs([*outputs, *work.rglob("*")], inputs)
+
+
+def tokenizer_files(spec: str | Path) -> list[Path]:
+    """Return the files that `load_tokenizer` reads for this `Tokenizer.spec`; some can be missing."""
+    return [Path(spec), Path(spec).with_name("tokenizer_config.json")]
 
 
 @contextmanager

@@ -237,8 +237,19 @@ def iter_documents(
         DataError: with file and line, at the first unreadable record; and, whatever `on_error`, for a path that
             matches nothing.
     """
+    report = report or ReadReport()
+    yield from read_documents(find_inputs(paths, report, stdin_kind), on_error, report, options)
+
+
+def read_documents(
+    files: Iterable[InputFile],
+    on_error: OnError = "fail",
+    report: ReadReport | None = None,
+    options: ReadOptions | None = None,
+) -> Iterator[Document]:
+    """Read documents from files that `find_inputs` returned; see `iter_documents`."""
     report, options = report or ReadReport(), options or ReadOptions()
-    for file in find_inputs(paths, report, stdin_kind):
+    for file in files:
         for records in read_span(Span(file), options, SpanCount()):
             for record in records:
                 name = record_name(file, options, record.line)

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 
 from megalm.data.analysis.dataset_info import verify
 from megalm.data.builder import assembler as assembly_module
@@ -28,7 +29,7 @@ from megalm.data.indexed.document_sources import DocumentSources
 from megalm.data.readers.input_files import InputFile
 from megalm.data.readers.records import ReadOptions
 from megalm.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
-from megalm.errors import DataError
+from megalm.errors import ConfigError, DataError
 from tests.messages import assert_names
 
 SMALL_UNITS = 20_000
@@ -436,13 +437,53 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
 def test_text_named_like_the_dataset_is_not_replaced_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my.json").write_text('["a", "b"]')
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"my\.json"):
+    with pytest.raises(ConfigError, match=r"my\.json"):
         build_files(["my.json"], ByteTokenizer(), tmp_path / "my", overwrite=True)
     assert (tmp_path / "my.json").read_text() == '["a", "b"]'
     other = tmp_path / "other"
     other.mkdir()
     build_files(["my.json"], ByteTokenizer(), other / "my")
     assert decoded(other / "my") == ["a", "b"]
+
+
+@pytest.mark.parametrize("link", ["same", "hard", "symbolic", "folder"])
+@pytest.mark.parametrize("role", ["tokenizer", "input"])
+def test_overwriting_never_destroys_what_the_build_reads(tmp_path: Path, role: str, link: str) -> None:
+    folder, text = tmp_path / "col", tmp_path / "in.jsonl"
+    folder.mkdir()
+    text.write_text('{"text": "a b"}\n')
+    read = folder / "my.json"
+    if role == "tokenizer":
+        vocabulary = tokenizers.models.WordLevel({"<eod>": 0, "a": 1, "b": 2}, unk_token="<eod>")
+        tokenizers.Tokenizer(vocabulary).save(str(read))
+    else:
+        read.write_text('["a b"]')
+    named = {"same": read, "folder": tmp_path / "other" / "my.json"}.get(link, tmp_path / "linked.json")
+    if link == "hard":
+        named.hardlink_to(read)
+    elif link == "symbolic":
+        named.symlink_to(read)
+    elif link == "folder":
+        (tmp_path / "other").symlink_to(folder)
+    before = read.read_bytes()
+    tokenizer = load_tokenizer(named) if role == "tokenizer" else ByteTokenizer()
+    inputs = [text if role == "tokenizer" else named]
+    with pytest.raises(ConfigError) as error:
+        build_files(inputs, tokenizer, folder / "my", overwrite=True)
+    assert_names(error.value, read, *({named} - {read}))
+    assert "--overwrite" not in str(error.value)
+    assert read.read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == ["my.json"]
+    build_files(inputs, tokenizer, folder / "other", overwrite=True)
+
+
+def test_an_input_in_the_folder_that_a_build_empties(tmp_path: Path) -> None:
+    text = tmp_path / "out.building" / "in.jsonl"
+    text.parent.mkdir()
+    text.write_text('{"text": "a"}\n')
+    with pytest.raises(ConfigError, match=str(text)):
+        build_files([text], ByteTokenizer(), tmp_path / "out")
+    assert text.read_text() == '{"text": "a"}\n'
 
 
 @pytest.mark.parametrize("prefix", ["", ".", "data/.."])

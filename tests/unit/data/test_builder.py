@@ -22,7 +22,7 @@ from megalm.data.indexed.dataset import IndexedDataset, bin_path
 from megalm.data.indexed.writer import IndexedDatasetWriter
 from megalm.data.readers.document_reader import Document
 from megalm.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
-from megalm.errors import DataError
+from megalm.errors import ConfigError, DataError
 from tests.messages import assert_names
 
 
@@ -161,7 +161,7 @@ def test_merging_refuses_what_does_not_belong_together(tmp_path: Path, model_pat
     with pytest.raises(DataError) as error:
         merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     assert_names(error.value, tmp_path / "a", "bytes", tmp_path / "b", "sentencepiece:small.model")
-    with pytest.raises(DataError, match=str(tmp_path / "a")):
+    with pytest.raises(ConfigError, match=str(tmp_path / "a")):
         merge_datasets([tmp_path / "a", tmp_path / "a"], tmp_path / "a", overwrite=True)
     with pytest.raises(DataError):
         merge_datasets([tmp_path / "a"], tmp_path / "out")
@@ -179,6 +179,35 @@ def test_merging_refuses_what_does_not_belong_together(tmp_path: Path, model_pat
         merge_datasets([tmp_path / "c", tmp_path / "i32"], tmp_path / "out")
     merged = merge_datasets([tmp_path / "a", tmp_path / "c"], tmp_path / "out")
     assert (merged.options["complete"], merged.documents, merged.text_bytes) == (False, 2, 0)
+
+
+def test_a_merge_never_destroys_what_it_reads(tmp_path: Path) -> None:
+    """Its parts by another path, and the text and tokenizer of shards that are built beside them."""
+    folder, prefixes = tmp_path / "col", [tmp_path / "a", tmp_path / "b"]
+    folder.mkdir()
+    for prefix in prefixes:
+        build_dataset([Document("a", "f")], ByteTokenizer(), prefix)
+    (folder / "x.bin").hardlink_to(tmp_path / "b.bin")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eod>": 0, "a": 1}, unk_token="<eod>"))
+    made.save(str(folder / "my.json"))
+    (folder / "text.json").write_text('["a", "a", "a", "a"]')
+    for shard in range(2):
+        options = BuildOptions(shard=(shard, 2))
+        for name, tokenizer in (("my", load_tokenizer(folder / "my.json")), ("text", ByteTokenizer())):
+            texts = [folder / "text.json", folder / "text.json"]
+            build_files(texts, tokenizer, folder / f"{name}.shards" / str(shard), options)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    for parts, output, destroyed in (
+        (prefixes, tmp_path / "linked" / "a", tmp_path / "a.bin"),
+        (prefixes, folder / "x", tmp_path / "b.bin"),
+        ([folder / "my.shards" / shard for shard in "01"], folder / "my", folder / "my.json"),
+        ([folder / "text.shards" / shard for shard in "01"], folder / "text", folder / "text.json"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            merge_datasets(parts, output, overwrite=True)
+        assert_names(error.value, destroyed)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
 
 
 def test_counts_of_a_merge_of_what_is_not_known_are_not_known(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from megalm.data.tokenizers.tokenizer import load_tokenizer
 from tests.messages import assert_names
 
 BYTES = ("--input", "{0}", "--tokenizer", "bytes", "--output-prefix", "{0}/x")
+TRAINED = "{0}/.t/t.model.json"
 DOORS = Path(__file__).resolve().parents[3] / "data_tools"
 
 
@@ -128,6 +129,9 @@ def assert_one_line(stderr: str, *names: object) -> None:
         ("inspect_dataset", ("--run", "{0}", "--step", "3"), ["{0}"]),
         ("inspect_dataset", ("{0}/d", "--step", "3"), ["--step 3", "--batch-size"]),
         ("merge_datasets", ("--output-prefix", "{0}/x", "{0}/a"), []),
+        ("train_tokenizer", ("--input", "{0}/.t/in.json", "--output", "{0}/.t/t.model", "--overwrite"), [TRAINED]),
+        ("train_tokenizer", ("--input", "{0}/.t/in.json", "--output", "{0}/.t/u.model"), ["{0}/.t/u.model.json"]),
+        ("inspect_dataset", ("{0}/d", "--scan", "--report", "{0}/scan"), ["{0}/scan.png", "{0}/d.bin"]),
     ],
 )
 def test_refusals_are_one_line_and_exit_2(
@@ -141,6 +145,11 @@ def test_refusals_are_one_line_and_exit_2(
     """The whole script, in this process."""
     with IndexedDatasetWriter(tmp_path / "d", np.uint16) as writer:
         writer.append([1, 2, 3])
+    (tmp_path / "scan.png").hardlink_to(tmp_path / "d.bin")
+    (tmp_path / ".t").mkdir()
+    for model in "tu":
+        (tmp_path / ".t" / f"{model}.model.json").write_text('["a"]')
+    (tmp_path / ".t" / "in.json").symlink_to(tmp_path / ".t" / "t.model.json")
     monkeypatch.syspath_prepend(DOORS)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *(argument.format(tmp_path) for argument in arguments)])
     with pytest.raises(SystemExit) as left:
