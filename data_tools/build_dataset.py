@@ -9,14 +9,16 @@ import typer
 from console import BuildBar, one_line_errors, out, print_removed, run
 from options import (
     Columns,
+    EmptyDocuments,
     Inputs,
     LargestMegabytes,
+    MaxLoss,
     OnErrorWord,
     StdinKind,
     TextKey,
     TxtDocuments,
     dedup_of,
-    policy,
+    loss_policy,
     read_options,
     shard_of,
     weights_of,
@@ -39,6 +41,8 @@ def main(
     stdin_kind: StdinKind = ".jsonl",
     max_document_mb: LargestMegabytes = 32,
     on_error: OnErrorWord = "fail",
+    empty_documents: EmptyDocuments = "skip",
+    max_loss: MaxLoss = None,
     split: Annotated[str | None, typer.Option(help="95,5: PREFIX-train and PREFIX-validation; a third: -test")] = None,
     dedup: Annotated[
         str, typer.Option(help="none, exact, or minhash (near copies): remove repeated documents")
@@ -65,10 +69,13 @@ def main(
         --tokenizer data/my.model --output-prefix data/my
     """
     with one_line_errors():
+        policy = loss_policy(on_error, empty_documents, max_loss)
         filters = Filters(min_characters, max_characters, min_letter_share, max_repeated_line_share, max_word_length)
         options = BuildOptions(
             append_eod=append_eod,
-            on_error=policy(on_error),
+            on_error=policy.on_error,
+            empty_documents=policy.empty_documents,
+            max_loss=policy.max_loss,
             read=read_options(text_key, columns, txt_documents, max_document_mb),
             filters=filters,
             dedup=dedup_of(dedup),

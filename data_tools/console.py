@@ -15,6 +15,7 @@ from rich.console import Console
 from megalm.data.builder.builder import BuildProgress, Built
 from megalm.data.indexed.metadata import AWAITS_MERGE, DatasetMetadata
 from megalm.data.readers.document_reader import ReadReport
+from megalm.data.readers.losses import Losses
 from megalm.errors import EXIT_REFUSED, MegalmError
 from megalm.utils.progress import ProgressBar, percent
 
@@ -76,14 +77,19 @@ def print_skipped(report: ReadReport) -> None:
         out.print(
             f"ignored {report.ignored_files:,} files in folders: other kinds, hidden files, or links to other folders"
         )
-    if report.skipped:
-        out.print(f"skipped {report.skipped:,} unreadable documents, the first: {report.messages[0]}")
+    for line in report.losses.lines():
+        out.print(f"skipped {line}")
+    if report.messages:
+        out.print(f"the first: {report.messages[0]}")
+    if report.losses.empty:
+        out.print(f"left out {report.losses.empty:,} empty documents")
 
 
 def print_removed(built: Built) -> None:
     """Print the numbers of documents that are not in the result."""
     report = built.reports[0]
-    print_skipped(ReadReport(skipped=report.skipped, messages=report.messages, ignored_files=built.ignored_files))
+    losses = Losses.from_report(report.losses)
+    print_skipped(ReadReport(losses=losses, messages=report.messages, ignored_files=built.ignored_files))
     for name, count in report.removed.items():
         out.print(f"removed {count:,} documents by {name}")
     print_near_copy(report)

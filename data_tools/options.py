@@ -8,7 +8,8 @@ from typing import Annotated, cast, get_args
 import typer
 
 from megalm.data.builder.dedup import Dedup
-from megalm.data.readers.document_reader import OnError
+from megalm.data.readers.document_reader import LossPolicy, OnError
+from megalm.data.readers.losses import share_of_text
 from megalm.data.readers.records import ReadOptions
 from megalm.errors import DataError
 
@@ -21,7 +22,12 @@ TextKey = Annotated[str, typer.Option(help="key of the text in JSON objects, or 
 Columns = Annotated[str | None, typer.Option(help="A,B: these keys or columns instead, joined by a blank line")]
 TxtDocuments = Annotated[str, typer.Option(help="a .txt file is one document (file) or several (blank-line)")]
 LargestMegabytes = Annotated[int, typer.Option("--max-document-mb", min=1, max=2047, help="refuse longer documents")]
-OnErrorWord = Annotated[str, typer.Option(help="fail or skip, at unreadable and empty documents")]
+OnErrorWord = Annotated[str, typer.Option(help="fail or skip, at unreadable documents and files")]
+EmptyDocuments = Annotated[str, typer.Option(help="skip (and count) or fail, at documents without text")]
+MaxLoss = Annotated[
+    str | None,
+    typer.Option(help="with --on-error skip: fail if a larger share of documents or bytes is lost [default: 1%]"),
+]
 
 
 def read_options(text_key: str, columns: str | None, documents: str, largest_megabytes: int) -> ReadOptions:
@@ -33,8 +39,12 @@ def read_options(text_key: str, columns: str | None, documents: str, largest_meg
     return ReadOptions(text_key, names, documents, largest_megabytes << 20)
 
 
-def policy(value: str) -> OnError:
-    return cast(OnError, _one_of("--on-error", value, get_args(OnError)))
+def loss_policy(on_error: str, empty_documents: str, max_loss: str | None) -> LossPolicy:
+    return LossPolicy(
+        cast(OnError, _one_of("--on-error", on_error, get_args(OnError))),
+        cast(OnError, _one_of("--empty-documents", empty_documents, get_args(OnError))),
+        None if max_loss is None else share_of_text(max_loss, "--max-loss"),
+    )
 
 
 def dedup_of(value: str) -> Dedup:

@@ -9,13 +9,15 @@ import typer
 from console import one_line_errors, out, print_skipped, run
 from options import (
     Columns,
+    EmptyDocuments,
     Inputs,
     LargestMegabytes,
+    MaxLoss,
     OnErrorWord,
     StdinKind,
     TextKey,
     TxtDocuments,
-    policy,
+    loss_policy,
     read_options,
 )
 
@@ -46,6 +48,8 @@ def main(
         list[str] | None, typer.Option(help="a token that text never encodes to; repeatable")
     ] = None,
     on_error: OnErrorWord = "fail",
+    empty_documents: EmptyDocuments = "skip",
+    max_loss: MaxLoss = None,
     overwrite: Annotated[bool, typer.Option(help="replace an output of this name")] = False,
 ) -> None:
     """Train a tokenizer that decodes every text back exactly, and write it with a report beside it.
@@ -57,14 +61,14 @@ def main(
     with one_line_errors():
         if output.suffix != ".model":
             raise DataError(f"{output}: the output must be named NAME.model")
-        reading = ReadReport()
+        policy, reading = loss_policy(on_error, empty_documents, max_loss), ReadReport()
         read = read_options(text_key, columns, txt_documents, max_document_mb)
         files = find_inputs(inputs, reading, stdin_kind)
         refuse_overwriting_inputs([output, report_path(output)], (file.path for file in files))
         for path in (output, report_path(output)):
             if path.exists() and not overwrite:
                 raise DataError(f"{path}: already exists; choose another output, or overwrite it (--overwrite)")
-        documents = read_documents(files, policy(on_error), reading, read)
+        documents = read_documents(files, policy, reading, read)
         report = train_tokenizer(
             (document.text for document in documents),
             output,

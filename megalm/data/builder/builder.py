@@ -28,6 +28,7 @@ from megalm.data.indexed.metadata import DatasetMetadata, check_output, finished
 from megalm.data.readers.document_reader import Document, Span, read_blocks
 from megalm.data.readers.formats import format_of
 from megalm.data.readers.input_files import WORK_SUFFIX, InputFile, ReadReport, find_inputs, sha256_of
+from megalm.data.readers.losses import Losses
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
 from megalm.utils.atomic_files import json_hash
@@ -105,6 +106,8 @@ def build_files(
     facts = options.to_json() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
     finished = None if again else _finished_reports(prefixes, files, facts, tokenizer, overwrite)
     if finished is not None:
+        recorded = finished[0]
+        Losses.from_report(recorded.losses).check(options.max_loss, prefixes[0], recorded.messages)
         return Built(finished, was_there=True, resumed=0, ignored_files=reading.ignored_files)
     if options.append_eod:
         _ = tokenizer.eod_id  # raises now if there is none
@@ -127,6 +130,7 @@ def build_files(
             for file in plan.files:
                 file.check_unchanged()
             inputs += [_recorded_input(file, hashes.get(file.path, "")) for file in plan.files]
+            assembler.losses.input_bytes += plan.streamed_bytes
             assembler.finish(counts.assembling)
         shutil.rmtree(work, ignore_errors=True)  # NFS keeps files that are still mapped
     return Built(reports, was_there=False, resumed=units.reused, ignored_files=reading.ignored_files)

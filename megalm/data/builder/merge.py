@@ -7,6 +7,7 @@ import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from megalm.data.indexed.metadata import (
 )
 from megalm.data.indexed.token_counts import Tell, no_tell
 from megalm.data.readers.input_files import KEPT_MESSAGES, WORK_SUFFIX
+from megalm.data.readers.losses import Losses
 from megalm.errors import DataError
 
 SUMMED = ("empty_documents", "skipped", "inexact_documents", "text_bytes")
@@ -161,6 +163,10 @@ def _merged_report(
     report.options["hashes"] = [sidecar["bin_sha256"] for sidecar in sidecars]
     if reads := [sidecar["options"]["read"] for sidecar in sidecars if "read" in sidecar["options"]]:
         report.options["read"] = reads[0]
+    losses = Losses()
+    for sidecar in sidecars:
+        losses.add(Losses.from_report(sidecar.get("losses", {})))
+    report.losses = asdict(losses)
     for key in SUMMED:
         setattr(report, key, sum(sidecar.get(key, 0) for sidecar in sidecars))
     for sidecar in sidecars:

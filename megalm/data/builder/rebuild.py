@@ -171,7 +171,7 @@ def rebuild_command(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted)
 
 
 def _options(sidecar: dict[str, Any], append_eod: bool | None) -> BuildOptions:
-    options = BuildOptions.from_json(sidecar["options"])
+    options = replace(BuildOptions.from_json(sidecar["options"]), max_loss=sidecar.get("losses", {}).get("max_loss"))
     return options if append_eod is None else replace(options, append_eod=append_eod)
 
 

@@ -97,7 +97,8 @@ def _sources(report: ReadReport) -> Iterator[Document]:
             with tokenize.open(path) as file:  # honors the encoding that the source declares
                 text = file.read()
         except (SyntaxError, UnicodeDecodeError) as error:
-            report.skip(f"{path}: is not text in its declared encoding ({error})")
+            report.losses.skipped += 1
+            report.note(f"{path}: is not text in its declared encoding ({error})")
             continue
         yield Document(_newlines(text), name)
 

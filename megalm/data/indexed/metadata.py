@@ -36,7 +36,9 @@ class DatasetMetadata:
         inputs: path, kind, packing, bytes, mtime_ns and sha256 of each file; or names only.
         listing: for a shard, the hash of the complete input that it is a part of.
         text_bytes: UTF-8 bytes of the documents in the dataset.
-        skipped: number of unreadable records; `messages` are the first ones, with file and line.
+        skipped: number of unreadable documents.
+        losses: see `readers.losses.Losses`; `max_loss`: the share that was accepted.
+        messages: the first unreadable documents and files, with file and line.
         removed: number of removed documents per filter or kind of duplicate.
         near_copies: the first documents that minhash removed, as file and line: the document (`left_out`), the
             earliest kept document that is near (`copy_of`), and the share of equal values (`alike`).
@@ -53,6 +55,7 @@ class DatasetMetadata:
     documents: int = 0
     empty_documents: int = 0
     skipped: int = 0
+    losses: dict[str, Any] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     removed: dict[str, int] = field(default_factory=dict)
     near_copies: list[dict[str, Any]] = field(default_factory=list)

@@ -8,7 +8,7 @@ from typing import cast
 
 import orjson
 
-from megalm.data.readers.records import ReadOptions, RecordLayout, TextRecord, text_of
+from megalm.data.readers.records import EMPTY, ReadOptions, RecordLayout, TextRecord, text_of
 
 BOM = b"\xef\xbb\xbf"
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
@@ -30,7 +30,7 @@ def _decoded(raw: bytes, line: int, start: int) -> TextRecord:
         text = raw.decode()
     except UnicodeDecodeError as error:
         return TextRecord(None, f"is not UTF-8 at byte {start + error.start:,}", line, start, len(raw))
-    return TextRecord(text or None, "" if text else "is an empty document", line, start, len(raw))
+    return TextRecord(text or None, "" if text else EMPTY, line, start, len(raw))
 
 
 def _without_bom(content: bytes, start: int) -> tuple[bytes, int]:
@@ -124,7 +124,8 @@ def _parse_array(content: bytes, start: int, options: ReadOptions) -> Iterator[T
         raw = content[first:end]
         place = start + first + len(raw) - len(raw.lstrip())
         if raw.strip() and kind == "after":
-            yield TextRecord(None, "follows the end of the array", line, place, len(raw.strip()))
+            size = len(raw.strip())
+            yield TextRecord(None, "follows the end of the array", line, place, size, lost_bytes=size)
         elif raw.strip():
             yield _parse_json(raw.strip(), line, place, options)
             line += 1

@@ -19,6 +19,7 @@ from typing import IO, Any, BinaryIO, cast
 
 from backports import zstd
 
+from megalm.data.readers.losses import Losses
 from megalm.errors import DataError
 
 STDIN = "-"
@@ -29,6 +30,7 @@ WORK_SUFFIX = ".building"
 # Errors that the unpackers raise on a damaged or truncated file.
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 HASH_BYTES = 1 << 20
+PIECE_BYTES = 1 << 12
 _ZSTD_WINDOW = 31  # log2 of the largest window, 2 GiB: what `zstd --ultra --long=31` writes
 
 
@@ -37,13 +39,17 @@ class ReadReport:
     """Counts and messages, filled while documents are read."""
 
     documents: int = 0
-    skipped: int = 0
+    losses: Losses = field(default_factory=Losses)
     duplicates: int = 0
     ignored_files: int = 0  # files in folders, of unknown kinds
-    messages: list[str] = field(default_factory=list)  # about the first skipped records
+    messages: list[str] = field(default_factory=list)  # about the first unreadable documents and files
 
-    def skip(self, message: str, count: int = 1) -> None:
-        self.skipped += count
+    @property
+    def skipped(self) -> int:
+        """Number of documents that were skipped, unreadable or empty; the lost rest of a file counts as one."""
+        return self.losses.skipped + self.losses.lost_files + self.losses.empty
+
+    def note(self, message: str) -> None:
         if len(self.messages) < KEPT_MESSAGES:
             self.messages.append(message)
 
@@ -80,18 +86,32 @@ class InputFile:
         return sys.stdin.buffer if self.is_stdin else Path(self.path).open("rb")
 
 
-def unpacked(raw: BinaryIO, packing: str) -> IO[bytes]:
+def unpacked(raw: BinaryIO | PackedBytes, packing: str) -> IO[bytes]:
     """Return a stream of the unpacked content; truncation or damage raises one of BROKEN, never an early end."""
     if packing == ".gz":
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+        return cast(IO[bytes], gzip.GzipFile(fileobj=cast(BinaryIO, raw)))
     if packing == ".bz2":
         return io.BufferedReader(_PackedStreams(raw, bz2.BZ2Decompressor, bz2.BZ2Decompressor, padding_unit=0))
     if packing == ".xz":
         following = partial(lzma.LZMADecompressor, format=lzma.FORMAT_XZ)
         return io.BufferedReader(_PackedStreams(raw, lzma.LZMADecompressor, following, padding_unit=4))
     if packing == ".zst":
-        return cast(IO[bytes], zstd.ZstdFile(raw, options={zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW}))
-    return raw
+        options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW}
+        return cast(IO[bytes], zstd.ZstdFile(cast(BinaryIO, raw), options=options))
+    return cast(BinaryIO, raw)
+
+
+class PackedBytes:
+    """Reads a packed file in small pieces. `used`: bytes before the last piece, which damage spares."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._end = self.used = 0
+
+    def read(self, size: int = -1) -> bytes:
+        piece = self._raw.read(min(size, PIECE_BYTES) if size >= 0 else PIECE_BYTES)
+        self.used, self._end = self._end, self._end + len(piece)
+        return piece
 
 
 class _PackedStreams(io.RawIOBase):
@@ -106,7 +126,7 @@ class _PackedStreams(io.RawIOBase):
     """
 
     def __init__(
-        self, raw: BinaryIO, first: Callable[[], Any], following: Callable[[], Any], padding_unit: int
+        self, raw: BinaryIO | PackedBytes, first: Callable[[], Any], following: Callable[[], Any], padding_unit: int
     ) -> None:
         self._raw = raw
         self._decompressor = first()

@@ -19,7 +19,14 @@ import pyarrow.parquet
 import pytest
 from backports import zstd
 
-from megalm.data.readers.document_reader import Document, OnError, ReadReport, iter_documents
+from megalm.data.readers.document_reader import (
+    Document,
+    LossPolicy,
+    OnError,
+    ReadReport,
+    iter_documents,
+    read_documents,
+)
 from megalm.data.readers.input_files import find_inputs
 from megalm.data.readers.records import ReadOptions
 from megalm.errors import DataError
@@ -72,14 +79,16 @@ def test_reads_every_kind(tmp_path: Path, kind: str, packing: str) -> None:
     documents = list(iter_documents([path], on_error="skip", report=report))
     filled = [text for text in texts if text]
     assert [document.text for document in documents] == filled
-    assert (report.documents, report.skipped) == (len(filled), len(texts) - len(filled))
-    assert all(message.startswith(str(path)) for message in report.messages)
+    assert (report.documents, report.losses.empty) == (len(filled), len(texts) - len(filled))
+    assert (report.losses.skipped, report.losses.lost_files, report.messages) == (0, 0, [])
+    assert report.losses.input_bytes == path.stat().st_size
     assert all(document.source.startswith(str(path)) for document in documents)
     assert len({document.source for document in documents}) == len(filled)
-    if report.skipped:
-        with pytest.raises(DataError, match="--on-error skip") as error:
-            list(iter_documents([path]))
-        assert_names(error.value, report.messages[0])
+    if report.losses.empty:
+        policy = LossPolicy(empty_documents="fail")
+        with pytest.raises(DataError) as error:
+            list(read_documents(find_inputs([path], report), policy, report))
+        assert_names(error.value, path, "--empty-documents skip")
 
 
 @pytest.mark.parametrize("packing", [".gz", ".bz2", ".xz", ".zst"])
@@ -93,7 +102,7 @@ def test_a_packed_file_cut_short_is_never_taken_for_whole(tmp_path: Path, packin
     report = ReadReport()
     documents = list(iter_documents([path], on_error="skip", report=report))
     assert report.documents == len(documents) < 6_000
-    assert report.skipped >= 1
+    assert (report.losses.lost_files, report.losses.skipped, len(report.messages)) == (1, 0, 1)
     path.write_bytes(packed)
     assert len(list(iter_documents([path]))) == 6_000
 
@@ -160,7 +169,6 @@ def test_a_long_window_of_zstd_is_read(tmp_path: Path) -> None:
         (b'{"text": "a"}\n{"text": "b"', "x.jsonl:2", ["JSON"]),
         (b'{"text": "a"}\n\n[1]\n', "x.jsonl:3", ["list"]),
         (b'{"content": "a", "id": 2}', "x.jsonl:1", ["'text'", "'content'", "'id'"]),
-        (b'{"text": null}', "x.jsonl:1", ["'text'", "NoneType"]),
         (b'{"text": "\xff"}', "x.jsonl:1", ["JSON"]),
         (b'{"text": "\\ud800"}', "x.jsonl:1", ["JSON"]),
         (b'{"text": "a"}\n{"text": "b"}', "x.json", [".jsonl"]),
@@ -168,8 +176,6 @@ def test_a_long_window_of_zstd_is_read(tmp_path: Path) -> None:
         (b'["a", {"text": "b"', "x.json[1]", []),
         (b'["a"] "b"', "x.json[1]", []),
         (b"", "x.json", [".jsonl"]),
-        (b"", "x.txt", []),
-        (b'{"text": "a"}\n""', "x.jsonl:2", []),
         (b'["a", 3]', "x.json[1]", ["int"]),
         (b"abc\xff", "x.txt", ["UTF-8", "3"]),
         (b"PAR1 not really", "x.parquet", []),
@@ -183,9 +189,29 @@ def test_broken_input_is_named(tmp_path: Path, content: bytes, place: str, names
     assert "\n" not in str(error.value)
     report = ReadReport()
     documents = list(iter_documents([tmp_path], on_error="skip", report=report))
-    assert report.skipped == 1
+    losses = report.losses
+    assert losses.skipped + losses.lost_files == 1
+    assert losses.lost_files == (place in ("x.json", "x.json[1]", "x.parquet") and content != b'["a", 3]')
     assert len(report.messages) == 1
     assert all(document.text in ("a", "b") for document in documents)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl", b'{"text": ""}\n\n{"text": null}\n"a"'),
+        ("x.json", b'["", "a", {"text": null}]'),
+        ("x.txt", b""),
+        ("x.txt.gz", gzip.compress(b"")),
+    ],
+)
+def test_empty_documents_are_left_out_and_counted(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    report = ReadReport()
+    documents = list(iter_documents([tmp_path], report=report))
+    assert [document.text for document in documents] == ["a"] * (b"a" in content)
+    assert report.losses.empty == (2 if documents else 1)
+    assert (report.losses.lines(), report.messages) == ([], [])
 
 
 def test_parquet_without_the_column_or_text(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_from_text_to_a_merged_dataset(tmp_path: Path, source_texts: list[str]) 
     assert_names(trained.stdout, model, 500, "unigram", 2)
     built = door("build_dataset", *skip, "--tokenizer", model, "--output-prefix", prefix, "--workers", "2")
     assert built.returncode == 0, built.stderr
-    assert_names(built.stdout, prefix, 2, f"{texts}:1")
+    assert_names(built.stdout, prefix, 2, f"{texts}:4")
     merged = door("merge_datasets", "--output-prefix", tmp_path / "twice", prefix, prefix)
     assert merged.returncode == 0, merged.stderr
     assert_names(merged.stdout, tmp_path / "twice", 4)
