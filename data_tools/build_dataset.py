@@ -10,6 +10,7 @@ from console import BuildBar, one_line_errors, out, print_removed, run
 from options import (
     Columns,
     EmptyDocuments,
+    InputKind,
     Inputs,
     LargestMegabytes,
     MaxLoss,
@@ -38,7 +39,8 @@ def main(
     text_key: TextKey = "text",
     columns: Columns = None,
     txt_documents: TxtDocuments = "file",
-    stdin_kind: StdinKind = ".jsonl",
+    input_kind: InputKind = None,
+    stdin_kind: StdinKind = None,
     max_document_mb: LargestMegabytes = 32,
     on_error: OnErrorWord = "fail",
     empty_documents: EmptyDocuments = "skip",
@@ -76,7 +78,7 @@ def main(
             on_error=policy.on_error,
             empty_documents=policy.empty_documents,
             max_loss=policy.max_loss,
-            read=read_options(text_key, columns, txt_documents, max_document_mb),
+            read=read_options(text_key, columns, txt_documents, max_document_mb, input_kind),
             filters=filters,
             dedup=dedup_of(dedup),
             minhash_threshold=minhash_threshold,
@@ -93,7 +95,7 @@ def main(
                 workers=workers,
                 progress=bar.tell,
                 overwrite=overwrite,
-                stdin_kind=stdin_kind,
+                stdin_kind=stdin_kind or options.read.kind or ".jsonl",
             )
         if built.was_there:
             out.print(f"{output_prefix}: is already built from this input; nothing to do")

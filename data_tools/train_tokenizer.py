@@ -10,6 +10,7 @@ from console import one_line_errors, out, print_skipped, run
 from options import (
     Columns,
     EmptyDocuments,
+    InputKind,
     Inputs,
     LargestMegabytes,
     MaxLoss,
@@ -39,7 +40,8 @@ def main(
     text_key: TextKey = "text",
     columns: Columns = None,
     txt_documents: TxtDocuments = "file",
-    stdin_kind: StdinKind = ".jsonl",
+    input_kind: InputKind = None,
+    stdin_kind: StdinKind = None,
     max_document_mb: LargestMegabytes = 32,
     max_sentences: Annotated[
         int, typer.Option(min=1, help="maximum number of lines to train on, sampled evenly")
@@ -62,8 +64,8 @@ def main(
         if output.suffix != ".model":
             raise DataError(f"{output}: the output must be named NAME.model")
         policy, reading = loss_policy(on_error, empty_documents, max_loss), ReadReport()
-        read = read_options(text_key, columns, txt_documents, max_document_mb)
-        files = find_inputs(inputs, reading, stdin_kind)
+        read = read_options(text_key, columns, txt_documents, max_document_mb, input_kind)
+        files = find_inputs(inputs, reading, stdin_kind or read.kind or ".jsonl", read.kind)
         refuse_overwriting_inputs([output, report_path(output)], (file.path for file in files))
         for path in (output, report_path(output)):
             if path.exists() and not overwrite:

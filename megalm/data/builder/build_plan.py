@@ -79,6 +79,8 @@ class BuildOptions:
         # Options that did not always exist are recorded if they are used: datasets from before stay recognizable.
         if self.empty_documents == "skip":
             facts.pop("empty_documents")
+        if not self.read.kind:
+            facts["read"].pop("kind")
         return facts
 
     @property
@@ -106,6 +108,7 @@ class BuildOptions:
             ("columns", ",".join(self.read.columns)),
             ("txt_documents", self.read.documents),
             ("max_document_mb", self.read.largest_bytes >> 20),
+            ("input_kind", self.read.kind),
             ("on_error", self.on_error),
             ("empty_documents", self.empty_documents),
             ("max_loss", None if self.max_loss is None else f"{100 * self.max_loss:g}%"),

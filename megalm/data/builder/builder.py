@@ -61,13 +61,17 @@ class Built:
     Attributes:
         was_there: the dataset already existed, and nothing was written.
         resumed: estimated bytes of text that an earlier, interrupted build had finished.
-        ignored_files: number of files in folders that are of unknown kinds, or links that lead outside the folder.
+        reading: `ignored_files` and `ignored`, what was left out of folders.
     """
 
     reports: list[DatasetMetadata]
     was_there: bool
     resumed: int
-    ignored_files: int
+    reading: ReadReport
+
+    @property
+    def ignored_files(self) -> int:
+        return self.reading.ignored_files
 
 
 def build_files(
@@ -98,7 +102,7 @@ def build_files(
             no document left; a full disk. Finished parts stay in PREFIX.building for the next attempt.
     """
     options, reading = options or BuildOptions(), ReadReport()
-    files = find_inputs(paths, reading, stdin_kind)
+    files = find_inputs(paths, reading, stdin_kind, options.read.kind)
     prefixes = options.output_prefixes(output_prefix)
     work = Path(f"{output_prefix}{WORK_SUFFIX}")
     _warn_of_repeated(files)
@@ -108,7 +112,7 @@ def build_files(
     if finished is not None:
         recorded = finished[0]
         Losses.from_report(recorded.losses).check(options.max_loss, prefixes[0], recorded.messages)
-        return Built(finished, was_there=True, resumed=0, ignored_files=reading.ignored_files)
+        return Built(finished, was_there=True, resumed=0, reading=reading)
     if options.append_eod:
         _ = tokenizer.eod_id  # raises now if there is none
     plan = make_plan(files, options, tokenizer.fingerprint)
@@ -133,7 +137,7 @@ def build_files(
             assembler.losses.input_bytes += plan.streamed_bytes
             assembler.finish(counts.assembling)
         shutil.rmtree(work, ignore_errors=True)  # NFS keeps files that are still mapped
-    return Built(reports, was_there=False, resumed=units.reused, ignored_files=reading.ignored_files)
+    return Built(reports, was_there=False, resumed=units.reused, reading=reading)
 
 
 class _Units:

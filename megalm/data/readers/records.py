@@ -51,12 +51,14 @@ class ReadOptions:
         columns: if given, these keys or columns instead, joined by a blank line.
         documents: what a document of a .txt file is: the "file", or each part between blank lines ("blank-line").
         largest_bytes: longer documents are refused, because each is held in memory as one piece.
+        kind: what all files hold, whatever their names; "": what the names say (see `find_inputs`).
     """
 
     text_key: str = "text"
     columns: tuple[str, ...] = ()
     documents: str = "file"
     largest_bytes: int = 32 << 20
+    kind: str = ""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -74,6 +76,7 @@ class RecordLayout:
         count: number of units of `TextRecord.line` in a block.
         unfinished: the problem of a file that ends with these bytes, "" if they are a valid record.
         name: display name of a record, from its path and number.
+        mismatch: the problem of a file whose content is of another layout; "" if it is not.
         whole_file: the file is one record or one container of records, so an empty file counts as a record too.
         behind_too_long: appended to the message about an oversized record if nothing after it can be read.
     """
@@ -84,6 +87,7 @@ class RecordLayout:
     count: Callable[[bytes, int], int]
     unfinished: Callable[[bytes, int], str]
     name: Callable[[str, int], str]
+    mismatch: Callable[[bytearray, int], str] = lambda buffer, start: ""
     whole_file: bool = False
     behind_too_long: str = ""
 
@@ -135,7 +139,8 @@ def blocks_of(
             del buffer[:size]
         if len(buffer) > largest:
             size = without_end(buffer) or len(buffer)
-            yield ByteBlock(bytes(buffer[:size]), start, too_long(largest) + layout.behind_too_long)
+            problem = layout.mismatch(buffer, start) or too_long(largest) + layout.behind_too_long
+            yield ByteBlock(bytes(buffer[:size]), start, problem)
             start += size
             del buffer[:size]
             inside = True

@@ -493,17 +493,6 @@ def test_documents_too_long_are_refused(tmp_path: Path) -> None:
     assert again.ignored_files == 4
 
 
-def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "secret.txt").write_text("secret")
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "in.txt").write_text("in")
-    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
-    built = build_files([folder], ByteTokenizer(), tmp_path / "out")
-    assert decoded(tmp_path / "out") == ["in"]
-    assert built.ignored_files == 1
-
-
 def test_text_named_like_the_dataset_is_not_replaced_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my.json").write_text('["a", "b"]')
     monkeypatch.chdir(tmp_path)
