@@ -70,9 +70,9 @@ def merge_datasets(
 ) -> DatasetMetadata:
     """Write all documents of `prefixes`, in that order, to one dataset.
 
-    If all inputs have a PREFIX.json, their counts are summed; otherwise unknown counts stay empty, and
-    `options["complete"]` is false. If the merge already exists, nothing is written; with `overwrite` it is read
-    completely to verify it.
+    The tokens are of the widest type of the inputs. If all inputs have a PREFIX.json, their counts are summed;
+    otherwise unknown counts stay empty, and `options["complete"]` is false. If the merge already exists, nothing is
+    written; with `overwrite` it is read completely to verify it.
 
     Args:
         dedup: "exact" removes documents with the same tokens as an earlier one, of this dataset or another; "minhash"
@@ -84,9 +84,9 @@ def merge_datasets(
 
     Raises:
         ConfigError: the output would replace a file of an input, or the text or the tokenizer that it was built from.
-        DataError: inputs of different dtypes or tokenizers, damaged inputs, an existing output that is not this merge;
-            shards whose near copies would stay; inputs without signatures, or with different thresholds, when
-            signatures are needed.
+        DataError: inputs of different tokenizers, or of different dtypes without a known tokenizer; damaged inputs; an
+            existing output that is not this merge; shards whose near copies would stay; inputs without signatures, or
+            with different thresholds, when signatures are needed.
     """
     if len(prefixes) < 2:
         raise DataError("merging needs two or more datasets; give their prefixes")
@@ -155,7 +155,7 @@ def _merged_report(
         tokenizer=recorded[0].tokenizer if recorded else {},
         options={"merged": [dataset.prefix for dataset, _ in inputs], "complete": complete, **dedup_options},
         inputs=[entry for sidecar in sidecars for entry in sidecar["inputs"]],
-        dtype=inputs[0].dataset.dtype.name,
+        dtype=_common_dtype(inputs),
         versions=versions(),
     )
     if not complete:
@@ -177,6 +177,22 @@ def _merged_report(
     return report
 
 
+def _common_dtype(inputs: Sequence[Input]) -> str:
+    """Return the type that holds the tokens of all inputs.
+
+    Raises:
+        DataError: the types differ, and no input says which tokenizer it is of: most likely there are two.
+    """
+    first = inputs[0].dataset
+    for dataset, _ in inputs:
+        if dataset.dtype != first.dtype and not any(given.tokenizer for given in inputs):
+            raise DataError(
+                f"{dataset.prefix}: holds {dataset.dtype}, {first.prefix} {first.dtype}; only datasets of one "
+                "tokenizer can be merged, and neither has a PREFIX.json that names its own; build one of them again"
+            )
+    return str(np.result_type(*(dataset.dtype for dataset, _ in inputs)).name)
+
+
 def _merge(
     inputs: Sequence[Input],
     report: DatasetMetadata,
@@ -186,18 +202,13 @@ def _merge(
     tell: Tell,
 ) -> None:
     """Write all files of the merged dataset, and fill the report."""
-    dedup, first = report.options.get("dedup", "none"), inputs[0].dataset
+    dedup, dtype = report.options.get("dedup", "none"), np.dtype(report.dtype)
     for dataset, _ in inputs:
         dataset.verify()
-        if dataset.dtype != first.dtype:
-            raise DataError(
-                f"{dataset.prefix}: holds {dataset.dtype}, {first.prefix} {first.dtype}; "
-                "only datasets of one tokenizer can be merged; rebuild it with the other tokenizer"
-            )
     sources = _sources(inputs) if report.options["complete"] else None
     seen = make_deduplicator(dedup, work / "seen", report.options.get("minhash_threshold", 1.0))
     vocab_size, signed = report.tokenizer.get("vocab_size"), dedup == "minhash"
-    with closing(DatasetWriter(report, output_prefix, first.dtype, vocab_size, sources is not None, signed)) as writer:
+    with closing(DatasetWriter(report, output_prefix, dtype, vocab_size, sources is not None, signed)) as writer:
         for number, given in enumerate(inputs):
             copies = _copy(given, seen, writer, sources[number] if sources else None, tell)
             if dedup != "none":
@@ -231,6 +242,7 @@ def _copy(
         end = max(first + 1, min(end, first + COPIED_DOCUMENTS))
         tokens = dataset.tokens[bounds[first] : bounds[end]]
         digest.update(tokens.data)
+        tokens = tokens.astype(writer.report.dtype, copy=False)
         tell(len(tokens))
         if dedup == "exact":
             new = seen.add(exact_signatures(np.split(tokens, bounds[first + 1 : end] - bounds[first])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import threading
@@ -67,7 +68,9 @@ def working_in(
     """
     plan = work / "plan.json"
     with build_lock(work):
-        same = plan.exists() and read_json(plan) == {"identity": identity}
+        same = False
+        with contextlib.suppress(DataError):  # a missing or damaged plan is another one
+            same = read_json(plan) == {"identity": identity}
         if not same:
             for prefix in prefixes:
                 check_output(prefix, overwrite)

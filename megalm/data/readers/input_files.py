@@ -82,7 +82,9 @@ class InputFile:
         file = cls(str(path), kind or kind_of(path), packing_of(path), status.st_size, status.st_mtime_ns)
         if len(POINTER) <= file.size <= LARGEST_POINTER and _begins_as_pointer(path):
             raise DataError(f"{path}: is a pointer of Git LFS, not the file itself; run git lfs pull in its repository")
-        return replace(file, kind=".jsonl") if file.kind == ".json" and not kind and _holds_lines(file) else file
+        if file.kind == ".json" and not kind and json_kind(path, file.packing) == ".jsonl":
+            return replace(file, kind=".jsonl")
+        return file
 
     @property
     def is_stdin(self) -> bool:
@@ -195,19 +197,26 @@ def _begins_as_pointer(path: Path) -> bool:
     return False
 
 
-def _holds_lines(file: InputFile) -> bool:
-    """Whether a .json file holds an object or a string per line, and no array. Damage is reported where it is read."""
+def json_kind(path: Path, packing: str = "") -> str:
+    """Return how a file begins: ".jsonl" for an object or a string per line, ".json" for an array, "" for neither."""
     content = b""
-    with contextlib.suppress(*BROKEN), file.open_raw() as raw:
-        stream = unpacked(raw, file.packing)
+    with contextlib.suppress(*BROKEN), path.open("rb") as raw:  # reported where it is read
+        stream = unpacked(raw, packing)
         while b"\n" not in content and len(content) < LONGEST_FIRST_LINE and (piece := stream.read(SNIFFED_BYTES)):
             content = (content + piece).removeprefix(codecs.BOM_UTF8).lstrip()
             if content[:1] not in (b"", b"{", b'"'):
-                return False
+                return ".json" if content[:1] == b"[" else ""
     line, newline, _ = content.partition(b"\n")
     if len(content) >= LONGEST_FIRST_LINE and not newline:
-        return True
-    return len(line) > 1 and line.rstrip()[-1:] == {b"{": b"}", b'"': b'"'}[line[:1]]
+        return ".jsonl"
+    ends = {b"{": b"}", b'"': b'"'}
+    return ".jsonl" if len(line) > 1 and line.rstrip()[-1:] == ends[line[:1]] else ""
+
+
+def is_sidecar(path: Path) -> bool:
+    """Whether my.json describes the dataset my.idx, whole or damaged, and is not text of the same name."""
+    with path.open("rb") as file:
+        return b'"bin_sha256"' in file.read(SNIFFED_BYTES) or not json_kind(path)
 
 
 def kind_of(path: Path) -> str:
@@ -330,15 +339,9 @@ def _left_out_because(file: Path, folder: Path, input_kind: str) -> str:
         return "unknown file type"
     if not file.is_file():
         return "a link that leads nowhere" if file.is_symlink() else "not a regular file"
-    if file.suffix == ".json" and ((file.with_suffix(".idx").exists() and _is_sidecar(file)) or _is_of_tokenizer(file)):
+    if file.suffix == ".json" and ((file.with_suffix(".idx").exists() and is_sidecar(file)) or _is_of_tokenizer(file)):
         return "of a dataset or tokenizer"
     return ""
-
-
-def _is_sidecar(file: Path) -> bool:
-    """Whether it is the description of a dataset, my.json beside my.idx, and not text of the same name."""
-    with file.open("rb") as opened:
-        return b'"bin_sha256"' in opened.read(SNIFFED_BYTES)
 
 
 def _is_of_tokenizer(file: Path) -> bool:

@@ -169,6 +169,19 @@ def test_damaged_parts_are_made_again(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null"])
+def test_a_damaged_plan_is_made_again(
+    tmp_path: Path, corpus: list[Path], monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    build_until(0, monkeypatch, corpus, tmp_path / "whole")
+    build_until(4, monkeypatch, corpus, tmp_path / "out")
+    (tmp_path / "out.building" / "plan.json").write_text(content)
+    for part in (tmp_path / "out.building").glob("0*.json"):
+        part.write_text(content)
+    build_until(0, monkeypatch, corpus, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_finished_build_writes_nothing(tmp_path: Path, corpus: list[Path]) -> None:
     def states() -> dict[str, tuple[int, int]]:
         return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.iterdir()}

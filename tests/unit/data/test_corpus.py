@@ -387,7 +387,9 @@ def test_text_beside_a_dataset_of_its_name_is_an_input(tmp_path: Path) -> None:
     for name, content in (("raw.json", '{"text": "a"}\n'), ("raw.idx", ""), ("my.idx", "")):
         (tmp_path / name).write_text(content)
     (tmp_path / "my.json").write_text('{\n  "bin_sha256": "0"\n}')
-    assert [document.text for document in iter_documents([tmp_path])] == ["a"]
+    for damaged in ("", "{", "\0" * 9):
+        (tmp_path / "my.json").write_text(damaged)
+        assert [document.text for document in iter_documents([tmp_path])] == ["a"]
 
 
 def test_a_folder_that_may_not_be_read_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
