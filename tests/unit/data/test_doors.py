@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -157,6 +158,16 @@ def test_refusals_are_one_line_and_exit_2(
     shown = capsys.readouterr()
     assert (left.value.code, shown.out) == (2, "")
     assert_one_line(shown.err, *(each.format(tmp_path) for each in names))
+
+
+def test_the_script_of_shards_knows_the_options_without_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOORS)
+    main = runpy.run_path(str(DOORS / "build_dataset.py"))["main"]
+    flags = [name for name, given in inspect.signature(main).parameters.items() if isinstance(given.default, bool)]
+    assert flags
+    script = (DOORS.parent / "slurm" / "build_dataset.sh").read_text()
+    for flag in flags:
+        assert re.search(rf"^ *(.*\| )?--{flag.replace('_', '-')}( \|.*)?\) ", script, re.MULTILINE), flag
 
 
 @pytest.mark.parametrize(
