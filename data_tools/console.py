@@ -78,7 +78,7 @@ def print_skipped(report: ReadReport) -> None:
     if report.ignored_files:
         named = "; ".join(report.ignored[:NAMED])
         more = "; ..." if report.ignored_files > NAMED else ""
-        out.print(f"left out {report.ignored_files:,} files of folders: {named}{more}")
+        out.print(f"left out {report.ignored_files:,} other files: {named}{more}")
     for line in report.losses.lines():
         out.print(f"skipped {line}")
     if report.messages:

@@ -47,7 +47,7 @@ class ReadReport:
     documents: int = 0
     losses: Losses = field(default_factory=Losses)
     duplicates: int = 0
-    ignored_files: int = 0  # files in folders that are not read
+    ignored_files: int = 0  # files in folders, and folders behind globs, that are not read
     ignored: list[str] = field(default_factory=list)  # the first of them, with the reason
     messages: list[str] = field(default_factory=list)  # about the first unreadable documents and files
 
@@ -268,12 +268,15 @@ def _find_files(given: str, report: ReadReport, input_kind: str) -> list[Path]:
     path, left_out = Path(given), list[str]()
     if path.is_dir():
         found, left_out = _below(path, input_kind)
-        report.ignored_files += len(left_out)
-        report.ignored += left_out[: KEPT_MESSAGES - len(report.ignored)]
     elif path.is_file():
         found = [path]
     else:
-        found = [Path(name) for name in sorted(glob.glob(given, recursive=True)) if Path(name).is_file()]
+        matches = [Path(name) for name in sorted(glob.glob(given, recursive=True))]
+        found = [match for match in matches if match.is_file()]
+        if "**" not in given:  # which matches all folders on the way
+            left_out = [f"{match}: a folder; name it as an input" for match in matches if match.is_dir()]
+    report.ignored_files += len(left_out)
+    report.ignored += left_out[: KEPT_MESSAGES - len(report.ignored)]
     if not found:
         others = f" (left out: {'; '.join(left_out[:3])})" if left_out else ""
         raise DataError(f"{given}: no input file found{others}; give files, folders or globs of {_known_kinds()}")

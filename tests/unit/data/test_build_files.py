@@ -558,6 +558,17 @@ def test_an_input_in_the_folder_that_a_build_empties(tmp_path: Path) -> None:
     assert text.read_text() == '{"text": "a"}\n'
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "my.json", "000001.txt", "folder/notes.txt"])
+def test_a_folder_with_files_of_others_is_not_emptied(tmp_path: Path, corpus: list[Path], name: str) -> None:
+    kept = tmp_path / "out.building" / name
+    kept.parent.mkdir(parents=True)
+    kept.write_text("kept")
+    with pytest.raises(DataError) as error:
+        build_files(corpus, ByteTokenizer(), tmp_path / "out", overwrite=True)
+    assert_names(error.value, tmp_path / "out.building" / Path(name).parts[0])
+    assert kept.read_text() == "kept"
+
+
 @pytest.mark.parametrize("prefix", ["", ".", "data/.."])
 def test_a_prefix_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
     monkeypatch.chdir(tmp_path)

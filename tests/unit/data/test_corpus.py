@@ -242,6 +242,10 @@ def test_folders_and_globs_are_sorted_and_what_is_left_out_is_counted(tmp_path: 
     report = ReadReport()
     assert [document.text for document in iter_documents([tmp_path], report=report)] == ["a/c.md", "a/z.txt", "b.txt"]
     assert report.ignored_files == 2
+    report = ReadReport()
+    found = iter_documents([str(tmp_path / "*.txt"), str(tmp_path / "[ab]*")], report=report)
+    assert [document.text for document in found] == ["b.txt", "b.txt"]
+    assert [line.split(": ")[0] for line in report.ignored] == [str(tmp_path / "a")]
     found = iter_documents([str(tmp_path / "**" / "*.txt")])
     assert [document.text for document in found] == ["a/z.txt", "b.txt"]
 
