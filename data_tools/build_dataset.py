@@ -9,14 +9,17 @@ import typer
 from console import BuildBar, one_line_errors, out, print_removed, run
 from options import (
     Columns,
+    EmptyDocuments,
+    InputKind,
     Inputs,
     LargestMegabytes,
+    MaxLoss,
     OnErrorWord,
     StdinKind,
     TextKey,
     TxtDocuments,
     dedup_of,
-    policy,
+    loss_policy,
     read_options,
     shard_of,
     weights_of,
@@ -36,9 +39,12 @@ def main(
     text_key: TextKey = "text",
     columns: Columns = None,
     txt_documents: TxtDocuments = "file",
-    stdin_kind: StdinKind = ".jsonl",
+    input_kind: InputKind = None,
+    stdin_kind: StdinKind = None,
     max_document_mb: LargestMegabytes = 32,
     on_error: OnErrorWord = "fail",
+    empty_documents: EmptyDocuments = "skip",
+    max_loss: MaxLoss = None,
     split: Annotated[str | None, typer.Option(help="95,5: PREFIX-train and PREFIX-validation; a third: -test")] = None,
     dedup: Annotated[
         str, typer.Option(help="none, exact, or minhash (near copies): remove repeated documents")
@@ -65,11 +71,14 @@ def main(
         --tokenizer data/my.model --output-prefix data/my
     """
     with one_line_errors():
+        policy = loss_policy(on_error, empty_documents, max_loss)
         filters = Filters(min_characters, max_characters, min_letter_share, max_repeated_line_share, max_word_length)
         options = BuildOptions(
             append_eod=append_eod,
-            on_error=policy(on_error),
-            read=read_options(text_key, columns, txt_documents, max_document_mb),
+            on_error=policy.on_error,
+            empty_documents=policy.empty_documents,
+            max_loss=policy.max_loss,
+            read=read_options(text_key, columns, txt_documents, max_document_mb, input_kind),
             filters=filters,
             dedup=dedup_of(dedup),
             minhash_threshold=minhash_threshold,
@@ -86,7 +95,7 @@ def main(
                 workers=workers,
                 progress=bar.tell,
                 overwrite=overwrite,
-                stdin_kind=stdin_kind,
+                stdin_kind=stdin_kind or options.read.kind or ".jsonl",
             )
         if built.was_there:
             out.print(f"{output_prefix}: is already built from this input; nothing to do")

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NoReturn
 
 import typer
@@ -15,9 +16,11 @@ from rich.console import Console
 from megalm.data.builder.builder import BuildProgress, Built
 from megalm.data.indexed.metadata import AWAITS_MERGE, DatasetMetadata
 from megalm.data.readers.document_reader import ReadReport
+from megalm.data.readers.losses import Losses
 from megalm.errors import EXIT_REFUSED, MegalmError
 from megalm.utils.progress import ProgressBar, percent
 
+NAMED = 3
 out = Console(highlight=False, markup=False, soft_wrap=True)
 
 
@@ -73,17 +76,21 @@ def reading_bar(what: str, tokens: int) -> ProgressBar:
 def print_skipped(report: ReadReport) -> None:
     """Print the numbers of unread files and documents."""
     if report.ignored_files:
-        out.print(
-            f"ignored {report.ignored_files:,} files in folders: other kinds, hidden files, or links to other folders"
-        )
-    if report.skipped:
-        out.print(f"skipped {report.skipped:,} unreadable documents, the first: {report.messages[0]}")
+        named = "; ".join(report.ignored[:NAMED])
+        more = "; ..." if report.ignored_files > NAMED else ""
+        out.print(f"left out {report.ignored_files:,} other files: {named}{more}")
+    for line in report.losses.lines():
+        out.print(f"skipped {line}")
+    if report.messages:
+        out.print(f"the first: {report.messages[0]}")
+    if report.losses.empty:
+        out.print(f"left out {report.losses.empty:,} empty documents")
 
 
 def print_removed(built: Built) -> None:
     """Print the numbers of documents that are not in the result."""
     report = built.reports[0]
-    print_skipped(ReadReport(skipped=report.skipped, messages=report.messages, ignored_files=built.ignored_files))
+    print_skipped(replace(built.reading, losses=Losses.from_report(report.losses), messages=report.messages))
     for name, count in report.removed.items():
         out.print(f"removed {count:,} documents by {name}")
     print_near_copy(report)

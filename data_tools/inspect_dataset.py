@@ -11,9 +11,12 @@ from steps import show_step_of_dataset, show_step_of_run
 
 from megalm.cli.find_run import find_run
 from megalm.data.analysis.dataset_info import describe, document_text, statistics, verify
+from megalm.data.builder.workspace import tokenizer_files
 from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.metadata import dataset_paths
 from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import DataError
+from megalm.utils.atomic_files import refuse_overwriting_inputs
 
 
 def main(
@@ -94,9 +97,20 @@ def _show_statistics(prefix: Path, tokenizer: Tokenizer | None) -> None:
 
 
 def _scan(prefix: Path, tokenizer: Tokenizer | None, around: int | None, window: int, report: Path | None) -> None:
-    from megalm.data.analysis.anomaly_scan import MEASURES, STRANGE, scan, strange_stretches, stretch_at, write_scan
+    from megalm.data.analysis.anomaly_scan import (
+        MEASURES,
+        STRANGE,
+        scan,
+        scan_paths,
+        strange_stretches,
+        stretch_at,
+        write_scan,
+    )
 
     dataset = IndexedDataset(prefix)
+    if report is not None:
+        read = [*dataset_paths(prefix), *(tokenizer_files(tokenizer.spec) if tokenizer else ())]
+        refuse_overwriting_inputs(scan_paths(report), read)
     if around is not None and around >= len(dataset.tokens):
         raise DataError(f"{prefix}: --around {around}: the dataset has {len(dataset.tokens):,} tokens, numbered from 0")
     with reading_bar("scanning", 2 * len(dataset.tokens)) as bar:

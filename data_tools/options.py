@@ -8,7 +8,9 @@ from typing import Annotated, cast, get_args
 import typer
 
 from megalm.data.builder.dedup import Dedup
-from megalm.data.readers.document_reader import OnError
+from megalm.data.readers.document_reader import LossPolicy, OnError
+from megalm.data.readers.input_files import KINDS
+from megalm.data.readers.losses import share_of_text
 from megalm.data.readers.records import ReadOptions
 from megalm.errors import DataError
 
@@ -16,25 +18,46 @@ Inputs = Annotated[
     list[str],
     typer.Option("--input", help="file, folder, 'glob' or - of .jsonl .json .txt .md .parquet (.gz .zst .bz2 .xz)"),
 ]
-StdinKind = Annotated[str, typer.Option(help="format of standard input (--input -): .jsonl .json .txt or .md")]
+StdinKind = Annotated[
+    str | None,
+    typer.Option(help="format of standard input (--input -): .jsonl .json .txt or .md [default: .jsonl]"),
+]
+InputKind = Annotated[
+    str | None,
+    typer.Option(help="what all files hold, whatever their names: .jsonl (lines) .json (array) .txt .md or .parquet"),
+]
 TextKey = Annotated[str, typer.Option(help="key of the text in JSON objects, or its column in parquet tables")]
 Columns = Annotated[str | None, typer.Option(help="A,B: these keys or columns instead, joined by a blank line")]
 TxtDocuments = Annotated[str, typer.Option(help="a .txt file is one document (file) or several (blank-line)")]
 LargestMegabytes = Annotated[int, typer.Option("--max-document-mb", min=1, max=2047, help="refuse longer documents")]
-OnErrorWord = Annotated[str, typer.Option(help="fail or skip, at unreadable and empty documents")]
+OnErrorWord = Annotated[str, typer.Option(help="fail or skip, at unreadable documents and files")]
+EmptyDocuments = Annotated[str, typer.Option(help="skip (and count) or fail, at documents without text")]
+MaxLoss = Annotated[
+    str | None,
+    typer.Option(help="with --on-error skip: fail if a larger share of documents or bytes is lost [default: 1%]"),
+]
 
 
-def read_options(text_key: str, columns: str | None, documents: str, largest_megabytes: int) -> ReadOptions:
+def read_options(
+    text_key: str, columns: str | None, documents: str, largest_megabytes: int, input_kind: str | None
+) -> ReadOptions:
     if documents not in ("file", "blank-line"):
         raise DataError(f"--txt-documents {documents}: is unknown; choose file or blank-line")
     names = tuple(name.strip() for name in columns.split(",")) if columns else ()
     if columns and not all(names):
         raise DataError(f"--columns {columns}: has an empty name; separate the names by commas, such as title,text")
-    return ReadOptions(text_key, names, documents, largest_megabytes << 20)
+    kind = f".{input_kind.removeprefix('.')}" if input_kind else ""
+    if kind:
+        _one_of("--input-kind", kind, KINDS)
+    return ReadOptions(text_key, names, documents, largest_megabytes << 20, kind)
 
 
-def policy(value: str) -> OnError:
-    return cast(OnError, _one_of("--on-error", value, get_args(OnError)))
+def loss_policy(on_error: str, empty_documents: str, max_loss: str | None) -> LossPolicy:
+    return LossPolicy(
+        cast(OnError, _one_of("--on-error", on_error, get_args(OnError))),
+        cast(OnError, _one_of("--empty-documents", empty_documents, get_args(OnError))),
+        None if max_loss is None else share_of_text(max_loss, "--max-loss"),
+    )
 
 
 def dedup_of(value: str) -> Dedup:

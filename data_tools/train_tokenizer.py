@@ -9,20 +9,25 @@ import typer
 from console import one_line_errors, out, print_skipped, run
 from options import (
     Columns,
+    EmptyDocuments,
+    InputKind,
     Inputs,
     LargestMegabytes,
+    MaxLoss,
     OnErrorWord,
     StdinKind,
     TextKey,
     TxtDocuments,
-    policy,
+    loss_policy,
     read_options,
 )
 
-from megalm.data.readers.document_reader import ReadReport, iter_documents
+from megalm.data.readers.document_reader import ReadReport, read_documents
+from megalm.data.readers.input_files import find_inputs
 from megalm.data.tokenizers.tokenizer import train_tokenizer
-from megalm.data.tokenizers.training import ModelType
+from megalm.data.tokenizers.training import ModelType, report_path
 from megalm.errors import DataError
+from megalm.utils.atomic_files import refuse_overwriting_inputs
 
 
 def main(
@@ -35,7 +40,8 @@ def main(
     text_key: TextKey = "text",
     columns: Columns = None,
     txt_documents: TxtDocuments = "file",
-    stdin_kind: StdinKind = ".jsonl",
+    input_kind: InputKind = None,
+    stdin_kind: StdinKind = None,
     max_document_mb: LargestMegabytes = 32,
     max_sentences: Annotated[
         int, typer.Option(min=1, help="maximum number of lines to train on, sampled evenly")
@@ -44,6 +50,8 @@ def main(
         list[str] | None, typer.Option(help="a token that text never encodes to; repeatable")
     ] = None,
     on_error: OnErrorWord = "fail",
+    empty_documents: EmptyDocuments = "skip",
+    max_loss: MaxLoss = None,
     overwrite: Annotated[bool, typer.Option(help="replace an output of this name")] = False,
 ) -> None:
     """Train a tokenizer that decodes every text back exactly, and write it with a report beside it.
@@ -55,13 +63,14 @@ def main(
     with one_line_errors():
         if output.suffix != ".model":
             raise DataError(f"{output}: the output must be named NAME.model")
-        if output.exists() and not overwrite:
-            raise DataError(f"{output}: already exists; choose another output, or overwrite it (--overwrite)")
-        reading = ReadReport()
-        read = read_options(text_key, columns, txt_documents, max_document_mb)
-        documents = iter_documents(
-            inputs, on_error=policy(on_error), report=reading, options=read, stdin_kind=stdin_kind
-        )
+        policy, reading = loss_policy(on_error, empty_documents, max_loss), ReadReport()
+        read = read_options(text_key, columns, txt_documents, max_document_mb, input_kind)
+        files = find_inputs(inputs, reading, stdin_kind or read.kind or ".jsonl", read.kind)
+        refuse_overwriting_inputs([output, report_path(output)], (file.path for file in files))
+        for path in (output, report_path(output)):
+            if path.exists() and not overwrite:
+                raise DataError(f"{path}: already exists; choose another output, or overwrite it (--overwrite)")
+        documents = read_documents(files, policy, reading, read)
         report = train_tokenizer(
             (document.text for document in documents),
             output,

@@ -50,10 +50,21 @@ done
 [[ -n $prefix ]] || refuse "no --output-prefix"
 [[ $prefix != */ ]] || refuse "--output-prefix $prefix: is a folder; add the name that its files begin with"
 (($#)) || refuse "no options of the build after --"
+option='' dedup='' overwrite=0
 for word; do
+    if [[ -n $option ]]; then # this word is its value, whatever it looks like
+        [[ $option != --dedup ]] || dedup=$word
+        option=''
+        continue
+    fi
     case $word in
         --shard | --shard=* | --output-prefix | --output-prefix=*) refuse "$word: this script sets it for each shard" ;;
         --split | --split=*) refuse "$word: shards are not split; split in training (data.split)" ;;
+        --overwrite) overwrite=1 ;;
+        --append-eod | --no-append-eod | --help) ;; # the other options without a value
+        --dedup=*) dedup=${word#*=} ;;
+        --*=*) ;;
+        --*) option=$word ;;
     esac
 done
 [[ -x $python ]] || refuse "$python: no interpreter there; run make install, or state PYTHON"
@@ -66,11 +77,8 @@ for ((shard = 0; shard < shards; shard++)); do
 done
 build=("$python" "$root/data_tools/build_dataset.py" "$@")
 merge=("$python" "$root/data_tools/merge_datasets.py" --output-prefix "$prefix" "${outputs[@]}")
-case " $* " in
-    *' --dedup exact '* | *' --dedup=exact '*) merge+=(--dedup exact) ;;
-    *' --dedup minhash '* | *' --dedup=minhash '*) merge+=(--dedup minhash) ;;
-esac
-[[ " $* " != *' --overwrite '* ]] || merge+=(--overwrite)
+[[ -z $dedup ]] || merge+=(--dedup "$dedup")
+((!overwrite)) || merge+=(--overwrite)
 
 if ((local)); then
     for ((shard = 0; shard < shards; shard++)); do

@@ -88,6 +88,21 @@ def test_copies_in_other_shards_are_left_out_too(tmp_path: Path, corpus: Path, d
     assert any(f"{expected.removed[dedup]:,} documents" in line and dedup in line for line in done.stdout.splitlines())
 
 
+def test_words_that_look_like_options_are_values(tmp_path: Path) -> None:
+    """Copies across shards stay, and an older dataset too."""
+    folder = tmp_path / "my --dedup exact text --overwrite "
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"--overwrite": "a"}\n' * 40)
+    build = ["--input", str(folder), "--tokenizer", "bytes", "--text-key", "--overwrite"]
+    command = [str(SCRIPT), "--local", "--shards", "2", "--output-prefix", str(tmp_path / "x"), "--", *build]
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "x.json").read_text())["documents"] == 40
+    other = run([*command, "--no-append-eod"])
+    assert other.returncode == 2
+    assert "--overwrite" in other.stderr
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [

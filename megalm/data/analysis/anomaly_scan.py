@@ -202,6 +202,10 @@ def draw_scan(scanned: Scan, stretches: Sequence[Stretch]) -> bytes:
     return picture.getvalue()
 
 
+def scan_paths(output: Path) -> list[Path]:
+    return [output.with_name(f"{output.name}{suffix}") for suffix in (".png", ".html")]
+
+
 def write_scan(scanned: Scan, stretches: Sequence[Stretch], prefix: str, output: Path) -> list[Path]:
     """Write OUTPUT.png and OUTPUT.html.
 
@@ -209,7 +213,7 @@ def write_scan(scanned: Scan, stretches: Sequence[Stretch], prefix: str, output:
         DataError: the folder cannot be written.
     """
     picture = draw_scan(scanned, stretches)
-    paths = [output.with_name(f"{output.name}{suffix}") for suffix in (".png", ".html")]
+    paths = scan_paths(output)
     write_bytes_atomically(paths[0], picture)
     write_bytes_atomically(paths[1], _page(picture, stretches, prefix).encode())
     return paths

@@ -15,6 +15,7 @@ from megalm.data.indexed.document_sources import DocumentSources
 from megalm.data.indexed.metadata import read_sidecar
 from megalm.data.indexed.token_counts import Tell, count_tokens, no_tell
 from megalm.data.readers.input_files import sha256_of
+from megalm.data.readers.losses import Losses
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
 
@@ -60,6 +61,8 @@ def describe(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str
         if recorded:
             facts["tokenizer"] = f"{recorded['name']}, {recorded['vocab_size']:,} ids, {recorded['fingerprint'][:12]}"
         facts |= {name.replace("_", " "): str(sidecar[name]) for name in RECORDED if name in sidecar}
+        if lost := Losses.from_report(sidecar.get("losses", {})).lines():
+            facts["unreadable input"] = "; ".join(lost)
     return facts
 
 

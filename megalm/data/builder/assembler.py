@@ -24,6 +24,7 @@ from megalm.data.indexed.token_counts import TokenCounter
 from megalm.data.indexed.writer import IndexedDatasetWriter, RowWriter
 from megalm.data.readers.document_reader import Span, lines_before, record_name
 from megalm.data.readers.input_files import InputFile, sha256_of
+from megalm.data.readers.losses import Losses
 from megalm.data.sampling.samples import split_documents
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
@@ -144,6 +145,8 @@ class Assembler:
             "none" if self._deferred else options.dedup, work / "seen", options.minhash_threshold
         )
         self._vocab_size, self._dtype = tokenizer.vocab_size, best_dtype(tokenizer.vocab_size)
+        self.losses = Losses()
+        self._lost_files: set[str] = set()
         self._lines: dict[str, int] = {}  # lines seen so far, per file
         self._added: list[tuple[Placed, list[int], npt.NDArray[np.uint8]]] = []  # first lines; masks as bits
         self._starts: list[int] = []  # number of the first document of each part that was added
@@ -167,9 +170,14 @@ class Assembler:
         """Fill the reports and give the outputs their final names.
 
         Raises:
-            DataError: no document is left; no output gets its final name then.
+            DataError: no document is left, or more is lost than `max_loss`; no output gets its final name then.
         """
-        main = self._reports[0]
+        main, losses = self._reports[0], self.losses
+        losses.lost_files = len(self._lost_files)
+        main.skipped, main.empty_documents, main.losses = losses.skipped, losses.empty, asdict(losses)
+        if self._options.max_loss is not None:
+            main.losses["max_loss"] = self._options.max_loss
+        losses.check(self._options.max_loss, self._prefixes[0], main.messages)
         for name in self._options.filters.names:
             main.removed.setdefault(name, 0)
         if self._options.dedup != "none" and not self._deferred:
@@ -183,14 +191,14 @@ class Assembler:
         if self._documents == 0:
             first = f", the first: {main.messages[0]}" if main.messages else ""
             raise DataError(
-                f"{self._prefixes[0]}: no documents are left ({main.skipped:,} unreadable, "
+                f"{self._prefixes[0]}: no documents are left ({main.skipped:,} unreadable, {losses.empty:,} empty, "
                 f"{sum(main.removed.values()):,} removed{first}); check the input and the filters"
             )
         if self._options.split:
             self._split(progress)
         for report in self._reports[1:]:
-            report.skipped, report.messages, report.removed = main.skipped, main.messages, main.removed
-            report.near_copies = main.near_copies
+            for name in ("skipped", "empty_documents", "losses", "messages", "removed", "near_copies"):
+                setattr(report, name, getattr(main, name))
         for output in self._outputs:
             output.finish()
         progress(1.0)
@@ -244,7 +252,8 @@ class Assembler:
 
     def _count_left_out(self, placed: Placed, first_lines: Sequence[int]) -> None:
         report = self._reports[0]
-        report.skipped += placed.summary.problems
+        self.losses.add(placed.summary.losses)
+        self._lost_files |= {placed.spans[number].file.path for number in placed.summary.lost_spans}
         for number, line, problem in placed.summary.messages[: KEPT_NAMES - len(report.messages)]:
             name = record_name(placed.spans[number].file, self._options.read, first_lines[number] + line)
             report.messages.append(f"{name}: {problem}")

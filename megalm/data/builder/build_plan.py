@@ -15,14 +15,14 @@ from typing import Any, BinaryIO
 from megalm.data.builder.dedup import Dedup
 from megalm.data.builder.minhash_dedup import check_threshold
 from megalm.data.builder.quality_filters import Filters
-from megalm.data.readers.document_reader import TABLE, OnError, Span, row_groups
+from megalm.data.readers.document_reader import TABLE, LossPolicy, OnError, Span, row_groups
 from megalm.data.readers.formats import format_of
 from megalm.data.readers.input_files import InputFile
 from megalm.data.readers.records import BLOCK_BYTES, ReadOptions, RecordLayout, without_end
 from megalm.errors import DataError
 from megalm.utils.atomic_files import json_hash
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 UNITS_OF_A_SHARD = 4  # minimum, if the input can be cut
 SMALLEST_UNIT, LARGEST_UNIT, WANTED_UNITS = 4 << 20, 128 << 20, 1000
 PACKED_TO_TEXT = 4  # estimated text bytes per byte of a packed file
@@ -35,7 +35,10 @@ class BuildOptions:
 
     Attributes:
         append_eod: end every document with the tokenizer's end-of-document token.
-        on_error: "fail" on unreadable records and empty documents, or "skip" and count them.
+        on_error: "fail" on unreadable records, or "skip" and count them.
+        empty_documents: "skip" leaves documents without text out and counts them; or "fail".
+        max_loss: the largest share of the input that "skip" may leave out, see `Losses.check`. It does not change the
+            dataset, so it is no part of `to_json`.
         minhash_threshold: share of equal MinHash values from which documents count as near copies.
         split: weights of PREFIX-train, PREFIX-validation and PREFIX-test; empty: one dataset.
         shard: (k, n): build only the k-th of n parts of the input, from 0, about equal in bytes. With "minhash" a shard
@@ -45,6 +48,8 @@ class BuildOptions:
 
     append_eod: bool = True
     on_error: OnError = "fail"
+    empty_documents: OnError = "skip"
+    max_loss: float | None = None
     read: ReadOptions = field(default_factory=ReadOptions)
     filters: Filters = field(default_factory=Filters)
     dedup: Dedup = "none"
@@ -70,7 +75,17 @@ class BuildOptions:
         """Return the options for PREFIX.json: only those that determine the dataset's bytes."""
         facts: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         facts.pop("unit_bytes")
+        facts.pop("max_loss")
+        # Options that did not always exist are recorded if they are used: datasets from before stay recognizable.
+        if self.empty_documents == "skip":
+            facts.pop("empty_documents")
+        if not self.read.kind:
+            facts["read"].pop("kind")
         return facts
+
+    @property
+    def loss_policy(self) -> LossPolicy:
+        return LossPolicy(self.on_error, self.empty_documents, self.max_loss)
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> BuildOptions:
@@ -93,7 +108,10 @@ class BuildOptions:
             ("columns", ",".join(self.read.columns)),
             ("txt_documents", self.read.documents),
             ("max_document_mb", self.read.largest_bytes >> 20),
+            ("input_kind", self.read.kind),
             ("on_error", self.on_error),
+            ("empty_documents", self.empty_documents),
+            ("max_loss", None if self.max_loss is None else f"{100 * self.max_loss:g}%"),
             ("dedup", self.dedup),
             ("minhash_threshold", self.minhash_threshold),
             ("split", ",".join(f"{weight:g}" for weight in self.split)),
@@ -124,6 +142,11 @@ class Plan:
     @property
     def weight(self) -> int:
         return sum(group.weight for group in self.groups)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes on disk of the files that this process reads, and not the workers."""
+        return sum(span.file.size for group in self.groups if group.stream for span in group.spans)
 
     @property
     def most_units(self) -> int:

@@ -22,12 +22,13 @@ from megalm.data.builder.assembler import Assembler, DatasetWriter, Placed
 from megalm.data.builder.build_plan import BuildOptions, Group, Plan, make_plan
 from megalm.data.builder.shard_files import WorkUnitFiles, WorkUnitSummary, with_ends
 from megalm.data.builder.workers import Unit, do_units
-from megalm.data.builder.workspace import hash_inputs_in_background, working_in
+from megalm.data.builder.workspace import hash_inputs_in_background, refuse_overwriting, tokenizer_files, working_in
 from megalm.data.indexed.dataset import best_dtype
-from megalm.data.indexed.metadata import DatasetMetadata, check_output, dataset_paths, finished_report, start_report
+from megalm.data.indexed.metadata import DatasetMetadata, check_output, finished_report, start_report
 from megalm.data.readers.document_reader import Document, Span, read_blocks
 from megalm.data.readers.formats import format_of
 from megalm.data.readers.input_files import WORK_SUFFIX, InputFile, ReadReport, find_inputs, sha256_of
+from megalm.data.readers.losses import Losses
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
 from megalm.utils.atomic_files import json_hash
@@ -60,13 +61,17 @@ class Built:
     Attributes:
         was_there: the dataset already existed, and nothing was written.
         resumed: estimated bytes of text that an earlier, interrupted build had finished.
-        ignored_files: number of files in folders that are of unknown kinds, or links that lead outside the folder.
+        reading: `ignored_files` and `ignored`, what was left out of folders.
     """
 
     reports: list[DatasetMetadata]
     was_there: bool
     resumed: int
-    ignored_files: int
+    reading: ReadReport
+
+    @property
+    def ignored_files(self) -> int:
+        return self.reading.ignored_files
 
 
 def build_files(
@@ -92,21 +97,25 @@ def build_files(
         again: build even if the dataset of the same build already exists.
 
     Raises:
+        ConfigError: the dataset's files or PREFIX.building would replace an input or the tokenizer.
         DataError: see `BuildOptions.on_error`; an existing output that was built differently; an input that changes;
             no document left; a full disk. Finished parts stay in PREFIX.building for the next attempt.
     """
     options, reading = options or BuildOptions(), ReadReport()
-    files = find_inputs(paths, reading, stdin_kind)
+    files = find_inputs(paths, reading, stdin_kind, options.read.kind)
     prefixes = options.output_prefixes(output_prefix)
-    _check_inputs(files, prefixes)
+    work = Path(f"{output_prefix}{WORK_SUFFIX}")
+    _warn_of_repeated(files)
+    refuse_overwriting(prefixes, work, [*(file.path for file in files), *tokenizer_files(tokenizer.spec)])
     facts = options.to_json() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
     finished = None if again else _finished_reports(prefixes, files, facts, tokenizer, overwrite)
     if finished is not None:
-        return Built(finished, was_there=True, resumed=0, ignored_files=reading.ignored_files)
+        recorded = finished[0]
+        Losses.from_report(recorded.losses).check(options.max_loss, prefixes[0], recorded.messages)
+        return Built(finished, was_there=True, resumed=0, reading=reading)
     if options.append_eod:
         _ = tokenizer.eod_id  # raises now if there is none
     plan = make_plan(files, options, tokenizer.fingerprint)
-    work = Path(f"{output_prefix}{WORK_SUFFIX}")
     with working_in(work, plan.identity, prefixes, overwrite):
         inputs: list[dict[str, Any]] = []
         reports = [start_report(prefix, tokenizer, options.append_eod, facts, inputs) for prefix in prefixes]
@@ -125,9 +134,10 @@ def build_files(
             for file in plan.files:
                 file.check_unchanged()
             inputs += [_recorded_input(file, hashes.get(file.path, "")) for file in plan.files]
+            assembler.losses.input_bytes += plan.streamed_bytes
             assembler.finish(counts.assembling)
         shutil.rmtree(work, ignore_errors=True)  # NFS keeps files that are still mapped
-    return Built(reports, was_there=False, resumed=units.reused, ignored_files=reading.ignored_files)
+    return Built(reports, was_there=False, resumed=units.reused, reading=reading)
 
 
 class _Units:
@@ -251,16 +261,10 @@ def _same_inputs(report: DatasetMetadata, files: Sequence[InputFile]) -> bool:
     return bool(known)
 
 
-def _check_inputs(files: Sequence[InputFile], prefixes: Sequence[str]) -> None:
-    """Warn about duplicate files; refuse an input that the dataset would overwrite, e.g. data/my.json for data/my."""
+def _warn_of_repeated(files: Sequence[InputFile]) -> None:
     names = Counter(os.path.abspath(file.path) for file in files)
     if repeated := [name for name, times in names.items() if times > 1]:
         logger.warning("%s is named more than once, and is read each time (%d such files)", repeated[0], len(repeated))
-    outputs = {path.name: path for prefix in prefixes for path in dataset_paths(prefix) if path.exists()}
-    for file in files:
-        output = outputs.get(Path(file.path).name)
-        if output is not None and not file.is_stdin and output.samefile(file.path):
-            raise DataError(f"{file.path}: is an input that the dataset would overwrite; choose another output prefix")
 
 
 def _listing(files: Sequence[InputFile]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import shutil
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,19 +18,21 @@ import numpy.typing as npt
 from megalm.data.builder.assembler import DatasetWriter
 from megalm.data.builder.dedup import Dedup, Deduplicator, exact_signatures, make_deduplicator
 from megalm.data.builder.minhash_dedup import KEPT_PAIRS, Pair, check_threshold, open_signatures
-from megalm.data.builder.workspace import working_in
+from megalm.data.builder.workspace import refuse_overwriting, tokenizer_files, working_in
 from megalm.data.indexed.dataset import IndexedDataset, bin_path
 from megalm.data.indexed.document_sources import DocumentSources
 from megalm.data.indexed.metadata import (
     AWAITS_MERGE,
     KEPT_NAMES,
     DatasetMetadata,
+    dataset_paths,
     finished_report,
     read_sidecar,
     versions,
 )
 from megalm.data.indexed.token_counts import Tell, no_tell
 from megalm.data.readers.input_files import KEPT_MESSAGES, WORK_SUFFIX
+from megalm.data.readers.losses import Losses
 from megalm.errors import DataError
 
 SUMMED = ("empty_documents", "skipped", "inexact_documents", "text_bytes")
@@ -47,6 +50,14 @@ class Input(NamedTuple):
     def tokenizer(self) -> dict[str, Any]:
         return self.sidecar.get("tokenizer", {})
 
+    def files(self) -> Iterator[Path]:
+        """Yield the dataset's files, and the recorded files that it was built from."""
+        yield from dataset_paths(self.dataset.prefix)
+        for entry in self.sidecar.get("inputs", ()):
+            yield Path(entry["path"] if isinstance(entry, dict) else entry)
+        if spec := self.tokenizer.get("spec"):  # relative to the dataset's folder
+            yield from tokenizer_files(Path(self.dataset.prefix).parent / spec)
+
 
 def merge_datasets(
     prefixes: Sequence[str | Path],
@@ -59,9 +70,9 @@ def merge_datasets(
 ) -> DatasetMetadata:
     """Write all documents of `prefixes`, in that order, to one dataset.
 
-    If all inputs have a PREFIX.json, their counts are summed; otherwise unknown counts stay empty, and
-    `options["complete"]` is false. If the merge already exists, nothing is written; with `overwrite` it is read
-    completely to verify it.
+    The tokens are of the widest type of the inputs. If all inputs have a PREFIX.json, their counts are summed;
+    otherwise unknown counts stay empty, and `options["complete"]` is false. If the merge already exists, nothing is
+    written; with `overwrite` it is read completely to verify it.
 
     Args:
         dedup: "exact" removes documents with the same tokens as an earlier one, of this dataset or another; "minhash"
@@ -72,21 +83,21 @@ def merge_datasets(
         tell: called with the number of tokens just read.
 
     Raises:
-        DataError: inputs of different dtypes or tokenizers, damaged inputs, an input that is also the output, an
+        ConfigError: the output would replace a file of an input, or the text or the tokenizer that it was built from.
+        DataError: inputs of different tokenizers, or of different dtypes without a known tokenizer; damaged inputs; an
             existing output that is not this merge; shards whose near copies would stay; inputs without signatures, or
             with different thresholds, when signatures are needed.
     """
     if len(prefixes) < 2:
         raise DataError("merging needs two or more datasets; give their prefixes")
-    if Path(output_prefix).resolve() in [Path(prefix).resolve() for prefix in prefixes]:
-        raise DataError(f"{output_prefix}: is an input and the output; choose another output prefix")
     inputs = [Input(IndexedDataset(prefix), read_sidecar(prefix) or {}) for prefix in prefixes]
+    work = Path(f"{output_prefix}{WORK_SUFFIX}")
+    refuse_overwriting([output_prefix], work, (path for given in inputs for path in given.files()))
     report = _merged_report(inputs, output_prefix, _dedup_options(inputs, dedup, minhash_threshold))
     if report.options["complete"]:
         finished = finished_report(output_prefix, report.options, report.tokenizer.get("fingerprint"), overwrite)
         if finished is not None:
             return finished
-    work = Path(f"{output_prefix}{WORK_SUFFIX}")
     with working_in(work, report.options, [str(output_prefix)], overwrite, resume=False):
         try:
             _merge(inputs, report, output_prefix, work, progress or (lambda line: None), tell)
@@ -144,7 +155,7 @@ def _merged_report(
         tokenizer=recorded[0].tokenizer if recorded else {},
         options={"merged": [dataset.prefix for dataset, _ in inputs], "complete": complete, **dedup_options},
         inputs=[entry for sidecar in sidecars for entry in sidecar["inputs"]],
-        dtype=inputs[0].dataset.dtype.name,
+        dtype=_common_dtype(inputs),
         versions=versions(),
     )
     if not complete:
@@ -152,6 +163,10 @@ def _merged_report(
     report.options["hashes"] = [sidecar["bin_sha256"] for sidecar in sidecars]
     if reads := [sidecar["options"]["read"] for sidecar in sidecars if "read" in sidecar["options"]]:
         report.options["read"] = reads[0]
+    losses = Losses()
+    for sidecar in sidecars:
+        losses.add(Losses.from_report(sidecar.get("losses", {})))
+    report.losses = asdict(losses)
     for key in SUMMED:
         setattr(report, key, sum(sidecar.get(key, 0) for sidecar in sidecars))
     for sidecar in sidecars:
@@ -160,6 +175,22 @@ def _merged_report(
     for key, most in (("near_copies", KEPT_PAIRS), ("inexact_names", KEPT_NAMES), ("messages", KEPT_MESSAGES)):
         setattr(report, key, [entry for sidecar in sidecars for entry in sidecar.get(key, [])][:most])
     return report
+
+
+def _common_dtype(inputs: Sequence[Input]) -> str:
+    """Return the type that holds the tokens of all inputs.
+
+    Raises:
+        DataError: the types differ, and no input says which tokenizer it is of: most likely there are two.
+    """
+    first = inputs[0].dataset
+    for dataset, _ in inputs:
+        if dataset.dtype != first.dtype and not any(given.tokenizer for given in inputs):
+            raise DataError(
+                f"{dataset.prefix}: holds {dataset.dtype}, {first.prefix} {first.dtype}; only datasets of one "
+                "tokenizer can be merged, and neither has a PREFIX.json that names its own; build one of them again"
+            )
+    return str(np.result_type(*(dataset.dtype for dataset, _ in inputs)).name)
 
 
 def _merge(
@@ -171,18 +202,13 @@ def _merge(
     tell: Tell,
 ) -> None:
     """Write all files of the merged dataset, and fill the report."""
-    dedup, first = report.options.get("dedup", "none"), inputs[0].dataset
+    dedup, dtype = report.options.get("dedup", "none"), np.dtype(report.dtype)
     for dataset, _ in inputs:
         dataset.verify()
-        if dataset.dtype != first.dtype:
-            raise DataError(
-                f"{dataset.prefix}: holds {dataset.dtype}, {first.prefix} {first.dtype}; "
-                "only datasets of one tokenizer can be merged; rebuild it with the other tokenizer"
-            )
     sources = _sources(inputs) if report.options["complete"] else None
     seen = make_deduplicator(dedup, work / "seen", report.options.get("minhash_threshold", 1.0))
     vocab_size, signed = report.tokenizer.get("vocab_size"), dedup == "minhash"
-    with closing(DatasetWriter(report, output_prefix, first.dtype, vocab_size, sources is not None, signed)) as writer:
+    with closing(DatasetWriter(report, output_prefix, dtype, vocab_size, sources is not None, signed)) as writer:
         for number, given in enumerate(inputs):
             copies = _copy(given, seen, writer, sources[number] if sources else None, tell)
             if dedup != "none":
@@ -216,6 +242,7 @@ def _copy(
         end = max(first + 1, min(end, first + COPIED_DOCUMENTS))
         tokens = dataset.tokens[bounds[first] : bounds[end]]
         digest.update(tokens.data)
+        tokens = tokens.astype(writer.report.dtype, copy=False)
         tell(len(tokens))
         if dedup == "exact":
             new = seen.add(exact_signatures(np.split(tokens, bounds[first + 1 : end] - bounds[first])))

@@ -98,17 +98,18 @@ def differences(sidecar: dict[str, Any], wanted: Wanted) -> list[str]:
         found.append(f"has documents that {'end' if ended else 'do not end'} with the end-of-document token")
     if wanted.inputs:
         used = {str(Path(path).resolve()) for path in _recorded_paths(sidecar)}
-        named = {path for entry in wanted.inputs for path in _named_by(entry, used)}
+        kind = sidecar["options"].get("read", {}).get("kind", "")
+        named = {path for entry in wanted.inputs for path in _named_by(entry, kind, used)}
         if other := sorted(named ^ used):
             word = "not built from" if other[0] in named else "built from"
             found.append(f"was {word} {other[0]}, unlike data.input")
     return found
 
 
-def _named_by(entry: str, used: set[str]) -> set[str]:
+def _named_by(entry: str, kind: str, used: set[str]) -> set[str]:
     """Return the files that an entry of `data.input` names; if they are gone, those `used` under this name."""
     try:
-        return {str(Path(file.path).resolve()) for file in find_inputs([entry], ReadReport())}
+        return {str(Path(file.path).resolve()) for file in find_inputs([entry], ReadReport(), input_kind=kind)}
     except DataError:
         name = str(Path(entry).resolve())
         gone = {path for path in used if fnmatch(path, name) or path.startswith(f"{name}/")}
@@ -151,12 +152,9 @@ def changed_inputs(sidecar: dict[str, Any]) -> list[str]:
     changed = []
     for entry in sidecar["inputs"]:
         if isinstance(entry, dict) and entry["path"] != STDIN:
-            path = Path(entry["path"])
-            if not path.exists():
-                continue
-            file = InputFile.found_at(path)
-            if (file.size, file.mtime_ns) != (entry["bytes"], entry["mtime_ns"]):
-                changed.append(entry["path"])
+            file = InputFile(entry["path"], entry["kind"], size=entry["bytes"], mtime_ns=entry["mtime_ns"])
+            if Path(file.path).exists() and file.has_changed():
+                changed.append(file.path)
     return changed
 
 
@@ -171,7 +169,7 @@ def rebuild_command(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted)
 
 
 def _options(sidecar: dict[str, Any], append_eod: bool | None) -> BuildOptions:
-    options = BuildOptions.from_json(sidecar["options"])
+    options = replace(BuildOptions.from_json(sidecar["options"]), max_loss=sidecar.get("losses", {}).get("max_loss"))
     return options if append_eod is None else replace(options, append_eod=append_eod)
 
 

@@ -24,6 +24,7 @@ from megalm.data.builder.minhash_dedup import minhash_signatures
 from megalm.data.indexed.dataset import best_dtype
 from megalm.data.readers.document_reader import Span, SpanCount, lines_before, read_span, record_name
 from megalm.data.readers.input_files import KEPT_MESSAGES
+from megalm.data.readers.losses import Losses
 from megalm.data.readers.records import ByteBlock, TextRecord
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
@@ -51,7 +52,8 @@ class WorkUnitSummary:
     tokens: int = 0
     text_bytes: int = 0
     span_lines: list[int] = field(default_factory=list)
-    problems: int = 0
+    losses: Losses = field(default_factory=Losses)  # all but `lost_files`: other parts can be of the same files
+    lost_spans: list[int] = field(default_factory=list)  # those whose file cannot be read from some place on
     messages: list[tuple[int, int, str]] = field(default_factory=list)  # span, line, problem
     removed: dict[str, int] = field(default_factory=dict)  # per filter
     crc: int = 0  # of PART.tokens
@@ -69,9 +71,10 @@ class WorkUnitFiles:
     def finished(self) -> WorkUnitSummary | None:
         """Return the part's summary, if it exists; the content is checked when it is read."""
         try:
-            summary = WorkUnitSummary(**json.loads(self.path("json").read_bytes()))
+            facts = json.loads(self.path("json").read_bytes())
+            summary = WorkUnitSummary(**{**facts, "losses": Losses(**facts["losses"])})
             sizes = [self.path(suffix).stat().st_size for suffix in ("tokens", "npz")]
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, KeyError):
             return None
         return summary if sizes[1] and (sizes[0] > 0) == (summary.tokens > 0) else None
 
@@ -102,6 +105,7 @@ class WorkUnitWriter:
         self._part, self._options, self._tokenizer = part, options, tokenizer
         self._dtype = best_dtype(tokenizer.vocab_size)
         self._eod_id = tokenizer.eod_id if options.append_eod else None
+        self._policy = options.loss_policy
         self._summary = WorkUnitSummary()
         self._removed: Counter[str] = Counter()
         self._rows: list[npt.NDArray[Any]] = []
@@ -128,6 +132,7 @@ class WorkUnitWriter:
                         kept = [record for record in records if self._keep(record, number, span, first_line)]
                         tokens.write(self._encode(kept, number))
                     self._summary.span_lines.append(count.lines)
+                    self._summary.losses.input_bytes += count.disk_bytes
             with _complete(part.path("npz")) as file:
                 signatures = np.concatenate(self._signatures) if self._signatures else np.zeros((0, 2), "<u8")
                 documents = np.concatenate(self._rows) if self._rows else np.zeros(0, DOCUMENT)
@@ -137,14 +142,16 @@ class WorkUnitWriter:
         return self._summary
 
     def _keep(self, record: TextRecord, number: int, span: Span, first_line: int) -> bool:
+        summary = self._summary
+        summary.losses.count(record)
         if record.text is None:
-            if self._options.on_error == "fail":
+            if self._policy.refuses(record):
                 line = (first_line or lines_before(span)) + record.line
-                name = record_name(span.file, self._options.read, line)
-                raise DataError(f"{name}: {record.problem}; correct it, or skip such documents (--on-error skip)")
-            self._summary.problems += 1
-            if len(self._summary.messages) < KEPT_MESSAGES:
-                self._summary.messages.append((number, record.line, record.problem))
+                raise self._policy.refusal(record, record_name(span.file, self._options.read, line))
+            if record.lost_bytes is not None and number not in summary.lost_spans:
+                summary.lost_spans.append(number)
+            if record.is_loss and len(summary.messages) < KEPT_MESSAGES:
+                summary.messages.append((number, record.line, record.problem))
             return False
         removed = self._options.filters.removes(record.text)
         if removed is not None:

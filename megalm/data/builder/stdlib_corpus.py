@@ -19,13 +19,15 @@ import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pydantic
 import sentencepiece
 
 from megalm.data.builder.builder import build_dataset
 from megalm.data.indexed.metadata import SIDECAR_VERSION
 from megalm.data.readers.document_reader import Document, ReadReport
+from megalm.data.sampling.index_cache import naming_cache
 from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from megalm.errors import DataError
 from megalm.utils.atomic_files import json_hash, read_json, sync_directory, write_json, writing_to
@@ -97,7 +99,8 @@ def _sources(report: ReadReport) -> Iterator[Document]:
             with tokenize.open(path) as file:  # honors the encoding that the source declares
                 text = file.read()
         except (SyntaxError, UnicodeDecodeError) as error:
-            report.skip(f"{path}: is not text in its declared encoding ({error})")
+            report.losses.skipped += 1
+            report.note(f"{path}: is not text in its declared encoding ({error})")
             continue
         yield Document(_newlines(text), name)
 
@@ -122,6 +125,7 @@ SPLIT = "95,5"
 MAX_SENTENCES = 80_000
 MANIFEST = "recipe.json"
 Progress = Callable[[str], None]
+Model = TypeVar("Model", bound=pydantic.BaseModel)
 
 
 @dataclass(frozen=True)
@@ -144,11 +148,12 @@ class PreparedData:
 
 
 def default_cache_dir() -> Path:
-    """Return MEGALM_CACHE, or megalm/ in XDG_CACHE_HOME or ~/.cache."""
-    if named := os.environ.get("MEGALM_CACHE"):
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "megalm"
+    """Return MEGALM_CACHE, or megalm/ in XDG_CACHE_HOME or ~/.cache. Raises DataError if there is no home folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(os.environ.get("MEGALM_CACHE") or f"{base}/megalm").expanduser()
+    except RuntimeError as error:
+        raise DataError(f"the cache has no folder ({error}); set data.cache or MEGALM_CACHE") from error
 
 
 def prepare_recipe(
@@ -173,13 +178,13 @@ def prepare_recipe(
     stamp = cache / "stamps" / f"{json_hash(_cheap_facts(name, vocab_size))}.json"
     if prepared := _find(cache, name, stamp):
         return prepared
-    with writing_to(cache):
+    with naming_cache(), writing_to(cache):
         cache.mkdir(parents=True, exist_ok=True)
         # Without locks two processes can prepare at once: the first result is read, or replaced.
         lock = take_lock(
             cache / f"{name}.lock", on_wait=lambda: say("waiting for another process that prepares the same data")
         )
-    with lock:
+    with lock, naming_cache():
         if prepared := _find(cache, name, stamp):  # another process made it meanwhile
             return prepared
         say(f"reading the standard library of Python {platform.python_version()}")
@@ -235,35 +240,49 @@ def _directory(cache: Path, name: str, fingerprint: str) -> Path:
     return cache / f"{name}-{fingerprint[:16]}"
 
 
+class _Stamp(pydantic.BaseModel):
+    """What stamps/HASH.json holds."""
+
+    fingerprint: str
+
+
+class _Manifest(_Stamp):
+    """What is read of recipe.json."""
+
+    documents: int
+    tokens: int
+    files: dict[str, int]  # name -> size
+
+
 def _find(cache: Path, name: str, stamp: Path) -> PreparedData | None:
     """Return the corpus that the stamp points to, if it exists and is complete."""
-    pointer = _read_or_none(stamp)
+    pointer = _read_or_none(stamp, _Stamp)
     if pointer is None:
         return None
-    directory = _directory(cache, name, pointer["fingerprint"])
+    directory = _directory(cache, name, pointer.fingerprint)
     manifest = _read_manifest(directory)
     if manifest is None:
         return None
-    return PreparedData(directory, *(manifest[key] for key in ("fingerprint", "documents", "tokens")))
+    return PreparedData(directory, manifest.fingerprint, manifest.documents, manifest.tokens)
 
 
-def _read_manifest(directory: Path) -> dict[str, Any] | None:
+def _read_manifest(directory: Path) -> _Manifest | None:
     """Return the manifest, if every file that it lists has the recorded size."""
-    manifest = _read_or_none(directory / MANIFEST)
-    if manifest is None:
+    manifest = _read_or_none(directory / MANIFEST, _Manifest)
+    if manifest is None or not manifest.files:
         return None
-    for name, size in manifest["files"].items():
+    for name, size in manifest.files.items():
         file = directory / name
         if not file.exists() or file.stat().st_size != size:
             return None
     return manifest
 
 
-def _read_or_none(path: Path) -> dict[str, Any] | None:
-    """Read a JSON file of the cache; None if missing or damaged, because it is made again."""
+def _read_or_none(path: Path, model: type[Model]) -> Model | None:
+    """Read a JSON file of the cache; None if missing, damaged or of other content, because it is made again."""
     try:
-        return read_json(path) if path.exists() else None
-    except DataError:
+        return model.model_validate(read_json(path))
+    except (DataError, pydantic.ValidationError):
         return None
 
 

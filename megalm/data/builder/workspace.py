@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +16,27 @@ from typing import Any
 from megalm.data.indexed.metadata import check_output, dataset_paths
 from megalm.data.readers.input_files import InputFile, sha256_of
 from megalm.errors import DataError
-from megalm.utils.atomic_files import read_json, write_json, writing_to
+from megalm.utils.atomic_files import is_temporary, read_json, refuse_overwriting_inputs, write_json, writing_to
 from megalm.utils.file_lock import take_lock
 
+# The plan, the files of the parts, and the tables of duplicates.
+_OF_A_BUILD = re.compile(r"plan\.json|\d{6}(-\d{6})?\.(tokens|npz|json)|seen(\.\w+)?")
 logger = logging.getLogger(__name__)
+
+
+def refuse_overwriting(prefixes: Iterable[str | Path], work: Path, inputs: Iterable[str | Path]) -> None:
+    """Refuse to build datasets whose files, or whose folder PREFIX.building, would replace one of the `inputs`.
+
+    Raises:
+        ConfigError: see `refuse_overwriting_inputs`.
+    """
+    outputs = [path for prefix in prefixes for path in dataset_paths(prefix)]
+    refuse_overwriting_inputs([*outputs, *work.rglob("*")], inputs)
+
+
+def tokenizer_files(spec: str | Path) -> list[Path]:
+    """Return the files that `load_tokenizer` reads for this `Tokenizer.spec`; some can be missing."""
+    return [Path(spec), Path(spec).with_name("tokenizer_config.json")]
 
 
 @contextmanager
@@ -48,11 +67,14 @@ def working_in(
     """Lock and prepare PREFIX.building; with `resume`, keep the parts of an interrupted build of the same identity.
 
     Raises:
-        DataError: another process works there; or a dataset of this name exists that is not from such a build.
+        DataError: another process works there; a dataset of this name exists that is not from such a build; or the
+            folder holds other files than a build's.
     """
     plan = work / "plan.json"
     with build_lock(work):
-        same = plan.exists() and read_json(plan) == {"identity": identity}
+        same = False
+        with contextlib.suppress(DataError):  # a missing or damaged plan is another one
+            same = read_json(plan) == {"identity": identity}
         if not same:
             for prefix in prefixes:
                 check_output(prefix, overwrite)
@@ -61,6 +83,7 @@ def working_in(
         if not (same and resume):
             with writing_to(work):
                 if work.exists():
+                    _refuse_strangers(work)
                     shutil.rmtree(work)
                 work.mkdir()
             write_json(plan, {"identity": identity})
@@ -68,6 +91,13 @@ def working_in(
             for left in path.parent.glob(f".{path.name}.*.tmp"):  # from a killed build: no other process builds here
                 left.unlink(missing_ok=True)
         yield
+
+
+def _refuse_strangers(work: Path) -> None:
+    """Raises DataError if deleting PREFIX.building would delete files that no build has made."""
+    for path in sorted(work.iterdir()):
+        if not (_OF_A_BUILD.fullmatch(path.name) or is_temporary(path)) or path.is_dir():
+            raise DataError(f"{path}: is not of a build, whose folder is replaced now; move it away")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import numpy
 import megalm
 from megalm.data.indexed.dataset import IndexedDataset, best_dtype, bin_path, idx_path, sidecar_path
 from megalm.data.indexed.document_sources import sources_path
-from megalm.data.readers.input_files import sha256_of
+from megalm.data.readers.input_files import is_sidecar, sha256_of
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
 from megalm.utils.atomic_files import read_json
@@ -36,7 +36,9 @@ class DatasetMetadata:
         inputs: path, kind, packing, bytes, mtime_ns and sha256 of each file; or names only.
         listing: for a shard, the hash of the complete input that it is a part of.
         text_bytes: UTF-8 bytes of the documents in the dataset.
-        skipped: number of unreadable records; `messages` are the first ones, with file and line.
+        skipped: number of unreadable documents.
+        losses: see `readers.losses.Losses`; `max_loss`: the share that was accepted.
+        messages: the first unreadable documents and files, with file and line.
         removed: number of removed documents per filter or kind of duplicate.
         near_copies: the first documents that minhash removed, as file and line: the document (`left_out`), the
             earliest kept document that is near (`copy_of`), and the share of equal values (`alike`).
@@ -53,6 +55,7 @@ class DatasetMetadata:
     documents: int = 0
     empty_documents: int = 0
     skipped: int = 0
+    losses: dict[str, Any] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     removed: dict[str, int] = field(default_factory=dict)
     near_copies: list[dict[str, Any]] = field(default_factory=list)
@@ -105,13 +108,13 @@ def _recorded_spec(spec: str, prefix: Path) -> str:
 
 
 def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
-    """Read PREFIX.json; None if another toolkit built the dataset.
+    """Read PREFIX.json; None if another toolkit built the dataset, which can have its text under this name.
 
     Raises:
         DataError: the file is damaged.
     """
     path = sidecar_path(prefix)
-    facts = read_json(path) if path.exists() else None
+    facts = read_json(path) if path.exists() and is_sidecar(path) else None
     return facts if isinstance(facts, dict) and "bin_sha256" in facts else None
 
 
@@ -124,7 +127,7 @@ def finished_report(
         thorough: read all files and compare them with the recorded hashes.
     """
     try:
-        report = DatasetMetadata(**read_json(sidecar_path(prefix)))
+        report = DatasetMetadata(**(read_sidecar(prefix) or {}))
         if len(IndexedDataset(prefix).tokens) != report.tokens:
             return None
     except (DataError, TypeError):
@@ -143,9 +146,27 @@ def dataset_paths(prefix: str | Path) -> list[Path]:
 
 
 def check_output(prefix: str | Path, overwrite: bool) -> None:
-    """Raises DataError if an output file already exists, or the prefix is a folder without a file name."""
+    """Refuse to write where something else is.
+
+    Raises:
+        DataError: an output file already exists; PREFIX.json is none of a dataset, whatever `overwrite`; or the prefix
+            is a folder without a file name.
+    """
     if Path(prefix).name in ("", ".."):  # "" is the current folder
         raise DataError(f"output prefix {str(prefix)!r}: is a folder; add a file name")
+    path = sidecar_path(prefix)
+    if path.exists() and _is_of_others(prefix):
+        raise DataError(
+            f"{path}: is not the description of a dataset, and is not overwritten; choose another output prefix, or "
+            "move it away"
+        )
     for path in dataset_paths(prefix):
         if path.exists() and not overwrite:
             raise DataError(f"{path}: already exists; choose another output prefix, or overwrite it (--overwrite)")
+
+
+def _is_of_others(prefix: str | Path) -> bool:
+    try:
+        return read_sidecar(prefix) is None
+    except DataError:  # damaged: building again replaces it
+        return False

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from megalm.data.readers.formats import format_of
-from megalm.data.readers.input_files import BROKEN, InputFile, ReadReport, find_inputs, unpacked
+from megalm.data.readers.input_files import BROKEN, InputFile, PackedBytes, ReadReport, find_inputs, unpacked
 from megalm.data.readers.records import (
     BLOCK_BYTES,
     CONTINUED,
@@ -45,9 +45,10 @@ class Span:
 
 @dataclass
 class SpanCount:
-    """Number of lines that `read_span` has read (see `TextRecord.line`)."""
+    """Number of lines that `read_span` has read (see `TextRecord.line`), and bytes of the file as it is on disk."""
 
     lines: int = 0
+    disk_bytes: int = 0
 
 
 def read_span(
@@ -64,6 +65,8 @@ def read_span(
     if block is None and span.file.kind == TABLE:
         yield from _read_table(span, options, count)
         return
+    if block is None:
+        count.disk_bytes = (span.file.size if span.end is None else span.end) - span.start
     for part in read_blocks(span, options, BLOCK_BYTES) if block is None else (block,):
         yield from _read_block(span, options, count, part)
 
@@ -77,15 +80,25 @@ def read_blocks(span: Span, options: ReadOptions, block_bytes: int) -> Iterator[
     span.file.check_unchanged()
     layout, place = format_of(span.file.kind, options), span.start
     with span.file.open_raw() as raw:
+        packed = PackedBytes(raw)
+
+        def lost_bytes() -> int:
+            if not place:  # nothing was read
+                return span.file.size
+            return max(0, span.file.size - (packed.used if span.file.packing else place))
+
         try:
             if place:
                 raw.seek(place)
-            stream = unpacked(raw, span.file.packing)
+            stream = unpacked(packed, span.file.packing) if span.file.packing else raw
             for block in blocks_of(stream, layout, options.largest_bytes, block_bytes, span.start, span.end):
-                yield block
+                if layout.ends_at_problems and block.problem and block.problem != CONTINUED:
+                    yield block._replace(lost_bytes=lost_bytes())
+                else:
+                    yield block
                 place = block.start + len(block.content)
         except BROKEN as error:
-            yield ByteBlock(b"", place, damage(error, span.file))
+            yield ByteBlock(b"", place, damage(error, span.file), lost_bytes())
 
 
 def damage(error: BaseException, file: InputFile) -> str:
@@ -111,8 +124,9 @@ def _read_block(span: Span, options: ReadOptions, count: SpanCount, block: ByteB
             if size >= BLOCK_BYTES:
                 yield batch
                 batch, size = [], 0
-    elif block.problem != CONTINUED:
-        batch.append(TextRecord(None, block.problem, count.lines, block.start, len(block.content)))
+    elif block.problem != CONTINUED or not layout.ends_at_problems:
+        size = len(block.content)
+        batch.append(TextRecord(None, block.problem, count.lines, block.start, size, block.lost_bytes))
     if batch:
         yield batch
     count.lines += layout.count(block.content, block.start)
@@ -142,16 +156,20 @@ def _read_table(span: Span, options: ReadOptions, count: SpanCount) -> Iterator[
     import pyarrow.parquet
 
     span.file.check_unchanged()
+    count.disk_bytes = span.file.size  # of a table that cannot be opened, which is one span
+    rows = 0
     try:
         with _table_file(span.file) as raw:
             table = pyarrow.parquet.ParquetFile(raw, pre_buffer=False, buffer_size=BLOCK_BYTES)
+            groups = list(range(table.metadata.num_row_groups))[span.start : span.end]
+            rows = sum(table.metadata.row_group(group).num_rows for group in groups)
+            count.disk_bytes = span.file.size * rows // max(1, table.metadata.num_rows)
             names = table.schema_arrow.names
             missing = [key for key in options.keys if key not in names]
             if missing:
                 problem = f"has no column {missing[0]!r} (its columns: {', '.join(names)})"
-                yield [TextRecord(None, problem, 0, 0, 0)]
+                yield [TextRecord(None, problem, 0, 0, 0, count.disk_bytes)]
                 return
-            groups = list(range(table.metadata.num_row_groups))[span.start : span.end]
             for batch in table.iter_batches(TABLE_ROWS, row_groups=groups, columns=list(options.keys)):
                 yield [
                     TextRecord(*_row_text(row, options), count.lines + place, 0, 0)
@@ -161,7 +179,9 @@ def _read_table(span: Span, options: ReadOptions, count: SpanCount) -> Iterator[
     except (pyarrow.ArrowException, UnicodeDecodeError, *BROKEN) as error:
         damage(error, span.file)
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        yield [TextRecord(None, f"is not a readable parquet table from here on ({said})", count.lines, 0, 0)]
+        lost_bytes = count.disk_bytes * (rows - count.lines) // rows if rows else count.disk_bytes
+        problem = f"is not a readable parquet table from here on ({said})"
+        yield [TextRecord(None, problem, count.lines, 0, 0, lost_bytes)]
 
 
 def _row_text(row: dict[str, Any], options: ReadOptions) -> tuple[str | None, str]:
@@ -206,7 +226,7 @@ def lines_before(span: Span) -> int:
 
 # Documents from many files
 
-__all__ = ["Document", "OnError", "ReadReport", "iter_documents"]
+__all__ = ["Document", "OnError", "ReadReport", "iter_documents", "read_documents"]
 
 OnError = Literal["fail", "skip"]
 
@@ -218,6 +238,29 @@ class Document(NamedTuple):
     source: str
 
 
+@dataclass(frozen=True)
+class LossPolicy:
+    """What to do where a document cannot be read or is empty.
+
+    Attributes:
+        on_error: "fail" at what is unreadable; "skip" leaves it out and counts it.
+        empty_documents: "fail" or "skip", likewise.
+        max_loss: the largest share that "skip" may leave out, see `Losses.check`; None: the usual one.
+    """
+
+    on_error: OnError = "fail"
+    empty_documents: OnError = "skip"
+    max_loss: float | None = None
+
+    def refuses(self, record: TextRecord) -> bool:
+        return (record.is_empty and self.empty_documents == "fail") or (record.is_loss and self.on_error == "fail")
+
+    def refusal(self, record: TextRecord, name: str) -> DataError:
+        option = "--empty-documents" if record.is_empty else "--on-error"
+        rest = "the rest of such files" if record.lost_bytes is not None else "such documents"
+        return DataError(f"{name}: {record.problem}; correct it, or skip {rest} ({option} skip)")
+
+
 def iter_documents(
     paths: Iterable[str | Path],
     on_error: OnError = "fail",
@@ -227,25 +270,45 @@ def iter_documents(
 ) -> Iterator[Document]:
     """Read documents from files, folders (all files below, sorted), globs and standard input ("-"), in the given order.
 
-    A .txt or .md file is one document; .jsonl holds one object or string per line; .json an array of them.
+    A .txt or .md file is one document; .jsonl holds one object or string per line; .json an array of them, or lines.
 
     Args:
-        on_error: "skip" skips unreadable records and empty documents, and counts them in `report`; the rest of a
-            truncated file counts as one.
+        on_error: "skip" skips what is unreadable, of whatever share, and counts it in `report`.
 
     Raises:
         DataError: with file and line, at the first unreadable record; and, whatever `on_error`, for a path that
             matches nothing.
     """
-    report, options = report or ReadReport(), options or ReadOptions()
-    for file in find_inputs(paths, report, stdin_kind):
-        for records in read_span(Span(file), options, SpanCount()):
+    report = report or ReadReport()
+    policy = LossPolicy(on_error, max_loss=1.0)
+    yield from read_documents(find_inputs(paths, report, stdin_kind), policy, report, options)
+
+
+def read_documents(
+    files: Iterable[InputFile], policy: LossPolicy, report: ReadReport, options: ReadOptions | None = None
+) -> Iterator[Document]:
+    """Read documents from files that `find_inputs` returned, and count them in `report`.
+
+    Raises:
+        DataError: with file and line, at the first record that `policy` does not skip; at the end, more is lost than
+            it allows.
+    """
+    options, losses = options or ReadOptions(), report.losses
+    for file in files:
+        count, is_lost = SpanCount(), False
+        for records in read_span(Span(file), options, count):
             for record in records:
-                name = record_name(file, options, record.line)
+                losses.count(record)
                 if record.text is not None:
                     report.documents += 1
-                    yield Document(record.text, name)
-                elif on_error == "fail":
-                    raise DataError(f"{name}: {record.problem}; correct it, or skip such documents (--on-error skip)")
-                else:
-                    report.skip(f"{name}: {record.problem}")
+                    yield Document(record.text, record_name(file, options, record.line))
+                    continue
+                name = record_name(file, options, record.line)
+                if policy.refuses(record):
+                    raise policy.refusal(record, name)
+                is_lost |= record.lost_bytes is not None
+                if record.is_loss:
+                    report.note(f"{name}: {record.problem}")
+        losses.input_bytes += count.disk_bytes
+        losses.lost_files += is_lost
+    losses.check(policy.max_loss, "the input", report.messages)

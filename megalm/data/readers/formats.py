@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import cast
 
 import orjson
 
-from megalm.data.readers.records import ReadOptions, RecordLayout, TextRecord, text_of
+from megalm.data.readers.records import EMPTY, ReadOptions, RecordLayout, TextRecord, text_of
 
 BOM = b"\xef\xbb\xbf"
+ARRAY_OPTION = "--input-kind .json"
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
 LEADING = re.compile(rb"(?:[ \t\r]*\n)*\r*")  # blank lines left over by a cut
 # A complete string, so that brackets inside it do not count; a bracket; or the start of an incomplete string.
@@ -21,8 +23,18 @@ def _parse_json(raw: bytes, line: int, start: int, options: ReadOptions) -> Text
     try:
         text, problem = text_of(orjson.loads(raw), options)
     except ValueError as error:
-        text, problem = None, f"is not JSON ({error})"
+        text, problem = _of_lenient_json(raw, options) or (None, f"is not JSON ({error})")
     return TextRecord(text, problem, line, start, len(raw))
+
+
+def _of_lenient_json(raw: bytes, options: ReadOptions) -> tuple[str | None, str] | None:
+    """Return `text_of` what Python writes as JSON, or None: NaN, Infinity or half a surrogate pair in another field."""
+    try:
+        text, problem = text_of(json.loads(raw.decode()), options)
+        (text or "").encode()
+    except (ValueError, RecursionError):
+        return None
+    return text, problem
 
 
 def _decoded(raw: bytes, line: int, start: int) -> TextRecord:
@@ -30,7 +42,7 @@ def _decoded(raw: bytes, line: int, start: int) -> TextRecord:
         text = raw.decode()
     except UnicodeDecodeError as error:
         return TextRecord(None, f"is not UTF-8 at byte {start + error.start:,}", line, start, len(raw))
-    return TextRecord(text or None, "" if text else "is an empty document", line, start, len(raw))
+    return TextRecord(text or None, "" if text else EMPTY, line, start, len(raw))
 
 
 def _without_bom(content: bytes, start: int) -> tuple[bytes, int]:
@@ -49,7 +61,10 @@ def _parse_lines(content: bytes, start: int, options: ReadOptions) -> Iterator[T
     content, start = _without_bom(content, start)
     for line, raw in enumerate(content.split(b"\n")):
         if raw and not raw.isspace():
-            yield _parse_json(raw, line, start, options)
+            record = _parse_json(raw, line, start, options)
+            if record.problem and line == 0 and raw.lstrip()[:1] == b"[":
+                record = record._replace(problem=f"{record.problem}; if the file is one array, say so ({ARRAY_OPTION})")
+            yield record
         start += len(raw) + 1
 
 
@@ -124,7 +139,8 @@ def _parse_array(content: bytes, start: int, options: ReadOptions) -> Iterator[T
         raw = content[first:end]
         place = start + first + len(raw) - len(raw.lstrip())
         if raw.strip() and kind == "after":
-            yield TextRecord(None, "follows the end of the array", line, place, len(raw.strip()))
+            size = len(raw.strip())
+            yield TextRecord(None, "follows the end of the array", line, place, size, lost_bytes=size)
         elif raw.strip():
             yield _parse_json(raw.strip(), line, place, options)
             line += 1
@@ -134,10 +150,19 @@ def _count_elements(content: bytes, start: int) -> int:
     return sum(bool(content[first:end].strip()) for first, end, _ in _elements(content, start))
 
 
+def _not_an_array(content: bytes | bytearray, start: int) -> str:
+    if _is_array(content, start):
+        return ""
+    return (
+        "holds neither an array of objects or strings nor one of them per line; write it so, or say what it holds "
+        "(--input-kind .jsonl)"
+    )
+
+
 def _unfinished_array(content: bytes, start: int) -> str:
-    if not _is_array(content, start):
-        return "is not an array of objects or strings; name it .jsonl if it has one object per line"
-    return "is an incomplete array; the file is damaged or cut short, and the rest is not read"
+    return _not_an_array(content, start) or (
+        "is an incomplete array; the file is damaged or cut short, and the rest is not read"
+    )
 
 
 def _finished(content: bytes, start: int) -> str:
@@ -172,6 +197,7 @@ ARRAY = RecordLayout(
     count=_count_elements,
     unfinished=_unfinished_array,
     name=lambda path, number: f"{path}[{number}]",
+    mismatch=_not_an_array,
     whole_file=True,
     behind_too_long="; the rest of the array is not read",
 )

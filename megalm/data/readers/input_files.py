@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bz2
+import codecs
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -11,14 +13,15 @@ import lzma
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 from backports import zstd
 
+from megalm.data.readers.losses import Losses
 from megalm.errors import DataError
 
 STDIN = "-"
@@ -29,6 +32,11 @@ WORK_SUFFIX = ".building"
 # Errors that the unpackers raise on a damaged or truncated file.
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 HASH_BYTES = 1 << 20
+PIECE_BYTES = 1 << 12
+SNIFFED_BYTES = 1 << 14
+LONGEST_FIRST_LINE = 4 << 20  # an object over several lines has a shorter one
+POINTER = b"version https://git-lfs.github.com/spec/"
+LARGEST_POINTER = 1024
 _ZSTD_WINDOW = 31  # log2 of the largest window, 2 GiB: what `zstd --ultra --long=31` writes
 
 
@@ -37,13 +45,18 @@ class ReadReport:
     """Counts and messages, filled while documents are read."""
 
     documents: int = 0
-    skipped: int = 0
+    losses: Losses = field(default_factory=Losses)
     duplicates: int = 0
-    ignored_files: int = 0  # files in folders, of unknown kinds
-    messages: list[str] = field(default_factory=list)  # about the first skipped records
+    ignored_files: int = 0  # files in folders, and folders behind globs, that are not read
+    ignored: list[str] = field(default_factory=list)  # the first of them, with the reason
+    messages: list[str] = field(default_factory=list)  # about the first unreadable documents and files
 
-    def skip(self, message: str, count: int = 1) -> None:
-        self.skipped += count
+    @property
+    def skipped(self) -> int:
+        """Number of documents that were skipped, unreadable or empty; the lost rest of a file counts as one."""
+        return self.losses.skipped + self.losses.lost_files + self.losses.empty
+
+    def note(self, message: str) -> None:
         if len(self.messages) < KEPT_MESSAGES:
             self.messages.append(message)
 
@@ -59,39 +72,70 @@ class InputFile:
     mtime_ns: int = 0
 
     @classmethod
-    def found_at(cls, path: Path) -> InputFile:
+    def found_at(cls, path: Path, kind: str = "") -> InputFile:
+        """Return the file at `path`, of the given kind, or of the kind that its name and its content say.
+
+        Raises:
+            DataError: it is a pointer of Git LFS.
+        """
         status = path.stat()
-        return cls(str(path), kind_of(path), packing_of(path), status.st_size, status.st_mtime_ns)
+        file = cls(str(path), kind or kind_of(path), packing_of(path), status.st_size, status.st_mtime_ns)
+        if len(POINTER) <= file.size <= LARGEST_POINTER and _begins_as_pointer(path):
+            raise DataError(f"{path}: is a pointer of Git LFS, not the file itself; run git lfs pull in its repository")
+        if file.kind == ".json" and not kind and json_kind(path, file.packing) == ".jsonl":
+            return replace(file, kind=".jsonl")
+        return file
 
     @property
     def is_stdin(self) -> bool:
         return self.path == STDIN
 
+    def has_changed(self) -> bool:
+        """Whether size or time differ from what they were. Raises OSError if the file is gone."""
+        if self.is_stdin:
+            return False
+        status = Path(self.path).stat()
+        return (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns)
+
     def check_unchanged(self) -> None:
         """Raise DataError if the file has changed since it was found."""
         try:
-            same = self.is_stdin or InputFile.found_at(Path(self.path)) == self
+            is_changed = self.has_changed()
         except OSError as error:
             raise DataError(f"{self.path}: can no longer be read ({error.strerror}); start again") from error
-        if not same:
+        if is_changed:
             raise DataError(f"{self.path}: changed while it was being read; start again when it is complete")
 
     def open_raw(self) -> BinaryIO:
         return sys.stdin.buffer if self.is_stdin else Path(self.path).open("rb")
 
 
-def unpacked(raw: BinaryIO, packing: str) -> IO[bytes]:
+def unpacked(raw: BinaryIO | PackedBytes, packing: str) -> IO[bytes]:
     """Return a stream of the unpacked content; truncation or damage raises one of BROKEN, never an early end."""
     if packing == ".gz":
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+        return cast(IO[bytes], gzip.GzipFile(fileobj=cast(BinaryIO, raw)))
     if packing == ".bz2":
         return io.BufferedReader(_PackedStreams(raw, bz2.BZ2Decompressor, bz2.BZ2Decompressor, padding_unit=0))
     if packing == ".xz":
         following = partial(lzma.LZMADecompressor, format=lzma.FORMAT_XZ)
         return io.BufferedReader(_PackedStreams(raw, lzma.LZMADecompressor, following, padding_unit=4))
     if packing == ".zst":
-        return cast(IO[bytes], zstd.ZstdFile(raw, options={zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW}))
-    return raw
+        options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW}
+        return cast(IO[bytes], zstd.ZstdFile(cast(BinaryIO, raw), options=options))
+    return cast(BinaryIO, raw)
+
+
+class PackedBytes:
+    """Reads a packed file in small pieces. `used`: bytes before the last piece, which damage spares."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._end = self.used = 0
+
+    def read(self, size: int = -1) -> bytes:
+        piece = self._raw.read(min(size, PIECE_BYTES) if size >= 0 else PIECE_BYTES)
+        self.used, self._end = self._end, self._end + len(piece)
+        return piece
 
 
 class _PackedStreams(io.RawIOBase):
@@ -106,7 +150,7 @@ class _PackedStreams(io.RawIOBase):
     """
 
     def __init__(
-        self, raw: BinaryIO, first: Callable[[], Any], following: Callable[[], Any], padding_unit: int
+        self, raw: BinaryIO | PackedBytes, first: Callable[[], Any], following: Callable[[], Any], padding_unit: int
     ) -> None:
         self._raw = raw
         self._decompressor = first()
@@ -147,6 +191,34 @@ class _PackedStreams(io.RawIOBase):
         return bool(rest)
 
 
+def _begins_as_pointer(path: Path) -> bool:
+    with contextlib.suppress(OSError), path.open("rb") as file:  # reported where it is read
+        return file.read(len(POINTER)) == POINTER
+    return False
+
+
+def json_kind(path: Path, packing: str = "") -> str:
+    """Return how a file begins: ".jsonl" for an object or a string per line, ".json" for an array, "" for neither."""
+    content = b""
+    with contextlib.suppress(*BROKEN), path.open("rb") as raw:  # reported where it is read
+        stream = unpacked(raw, packing)
+        while b"\n" not in content and len(content) < LONGEST_FIRST_LINE and (piece := stream.read(SNIFFED_BYTES)):
+            content = (content + piece).removeprefix(codecs.BOM_UTF8).lstrip()
+            if content[:1] not in (b"", b"{", b'"'):
+                return ".json" if content[:1] == b"[" else ""
+    line, newline, _ = content.partition(b"\n")
+    if len(content) >= LONGEST_FIRST_LINE and not newline:
+        return ".jsonl"
+    ends = {b"{": b"}", b'"': b'"'}
+    return ".jsonl" if len(line) > 1 and line.rstrip()[-1:] == ends[line[:1]] else ""
+
+
+def is_sidecar(path: Path) -> bool:
+    """Whether my.json describes the dataset my.idx, whole or damaged, and is not text of the same name."""
+    with path.open("rb") as file:
+        return b'"bin_sha256"' in file.read(SNIFFED_BYTES) or not json_kind(path)
+
+
 def kind_of(path: Path) -> str:
     suffixes = path.suffixes[-2:]
     if suffixes and suffixes[-1] in PACKINGS:
@@ -158,15 +230,24 @@ def packing_of(path: Path) -> str:
     return path.suffix if path.suffix in PACKINGS else ""
 
 
-def find_inputs(paths: Iterable[str | Path], report: ReadReport, stdin_kind: str = ".jsonl") -> list[InputFile]:
+def find_inputs(
+    paths: Iterable[str | Path], report: ReadReport, stdin_kind: str = ".jsonl", input_kind: str = ""
+) -> list[InputFile]:
     """Return the files that `paths` name, and standard input for "-".
 
-    In a folder, files of known kinds are read. Other files, hidden files, and links that lead outside the folder or
-    nowhere are skipped and counted in `report`; a file that is named or matched by a glob is always read.
+    In a folder, files of known kinds are read, those behind links too. Other files, hidden files, the builder's own and
+    links that lead nowhere are left out, and counted and named in `report`; a file that is named or matched by a glob
+    is always read.
+
+    Args:
+        stdin_kind: the kind of standard input.
+        input_kind: the kind of all other files, whatever their names; "": by their names, and for .json by what it
+            holds, an array or lines.
 
     Raises:
         DataError: a missing path, a glob or folder without files, a folder without read permission, a file of unknown
-            kind; standard input named twice, or as a table, which cannot be read from a stream.
+            kind, or that is a pointer of Git LFS; standard input named twice, or as a table, which cannot be read from
+            a stream.
     """
     found: list[InputFile] = []
     for given in paths:
@@ -175,28 +256,36 @@ def find_inputs(paths: Iterable[str | Path], report: ReadReport, stdin_kind: str
                 raise DataError(f"standard input cannot be read as {stdin_kind!r}; choose .jsonl, .json, .txt or .md")
             found.append(InputFile(STDIN, stdin_kind))
         else:
-            found += map(InputFile.found_at, _find_files(str(given), report))
+            found += (InputFile.found_at(file, input_kind) for file in _find_files(str(given), report, input_kind))
     if sum(file.is_stdin for file in found) > 1:
         raise DataError("standard input (-) can be read only once; name it once")
     return found
 
 
-def _find_files(given: str, report: ReadReport) -> list[Path]:
+def _find_files(given: str, report: ReadReport, input_kind: str) -> list[Path]:
     if not given:  # Path("") is the current folder
         raise DataError("an input has an empty name; give files, folders or globs")
-    path = Path(given)
+    path, left_out = Path(given), list[str]()
     if path.is_dir():
-        found, left_out = _below(path)
-        report.ignored_files += left_out
+        found, left_out = _below(path, input_kind)
     elif path.is_file():
         found = [path]
     else:
-        found = [Path(name) for name in sorted(glob.glob(given, recursive=True)) if Path(name).is_file()]
+        matches = [Path(name) for name in sorted(glob.glob(given, recursive=True))]
+        found = [match for match in matches if match.is_file()]
+        if "**" not in given:  # which matches all folders on the way
+            left_out = [f"{match}: a folder; name it as an input" for match in matches if match.is_dir()]
+    report.ignored_files += len(left_out)
+    report.ignored += left_out[: KEPT_MESSAGES - len(report.ignored)]
     if not found:
-        raise DataError(f"{given}: no input file found; give files, folders or globs of {_known_kinds()}")
+        others = f" (left out: {'; '.join(left_out[:3])})" if left_out else ""
+        raise DataError(f"{given}: no input file found{others}; give files, folders or globs of {_known_kinds()}")
     for file in found:
-        if kind_of(file) not in KINDS:
-            raise DataError(f"{file}: unknown file type; the known types are {_known_kinds()}")
+        if not input_kind and kind_of(file) not in KINDS:
+            raise DataError(
+                f"{file}: unknown file type; the known types are {_known_kinds()}; say what it holds if it is one of "
+                "them by another name (--input-kind .jsonl)"
+            )
     return found
 
 
@@ -209,16 +298,31 @@ def sha256_of(path: str | Path, stop: Callable[[], bool] = lambda: False) -> str
     return "" if block else digest.hexdigest()
 
 
-def _below(folder: Path) -> tuple[list[Path], int]:
-    """Return (a folder's files to read, sorted; the number of other files and of links to folders elsewhere)."""
+def _below(folder: Path, input_kind: str) -> tuple[list[Path], list[str]]:
+    """Return (a folder's files to read, sorted; the others, each with the reason why it is left out)."""
     found: list[Path] = []
-    left_out = 0
-    for place, folders, names in os.walk(folder, onerror=_refuse_folder):
-        below = [Path(place, name) for name in names]
-        found += [file for file in below if _belongs(file, folder)]
-        links = [path for name in folders if (path := Path(place, name)).is_symlink()]
-        left_out += len(below) + sum(not _inside(link, folder) for link in links)
-    return sorted(found), left_out - len(found)
+    left_out: list[str] = []
+    for file in sorted(_walk(folder)):
+        if reason := _left_out_because(file, folder, input_kind):
+            left_out.append(f"{file}: {reason}")
+        else:
+            found.append(file)
+    return found, left_out
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, and below folders elsewhere that links in it lead to; no folder twice."""
+    root, linked, entered = folder.resolve(), [folder], set[Path]()
+    for start in linked:  # grows meanwhile
+        for place, folders, names in os.walk(start, onerror=_refuse_folder):
+            if start is not folder:
+                here = Path(place).resolve()
+                if here in entered or here.is_relative_to(root):
+                    folders.clear()
+                    continue
+                entered.add(here)
+            yield from (Path(place, name) for name in names)
+            linked += (path for name in sorted(folders) if (path := Path(place, name)).is_symlink())
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -227,23 +331,25 @@ def _refuse_folder(error: OSError) -> None:
     )
 
 
-def _belongs(file: Path, folder: Path) -> bool:
+def _left_out_because(file: Path, folder: Path, input_kind: str) -> str:
+    """Return why a file of a folder is not read; "" if it is."""
     parts = file.relative_to(folder).parts
-    # Files that the builder writes beside its inputs are not inputs.
-    if kind_of(file) not in KINDS or any(part.startswith(".") or part.endswith(WORK_SUFFIX) for part in parts):
-        return False
-    if file.suffix == ".json" and (file.with_suffix(".idx").exists() or _is_of_tokenizer(file)):
-        return False
-    return file.is_file() and (not file.is_symlink() or _inside(file, folder))
+    if any(part.startswith(".") for part in parts):
+        return "hidden"
+    if any(part.endswith(WORK_SUFFIX) for part in parts):
+        return "of an unfinished build"
+    if not input_kind and kind_of(file) not in KINDS:
+        return "unknown file type"
+    if not file.is_file():
+        return "a link that leads nowhere" if file.is_symlink() else "not a regular file"
+    if file.suffix == ".json" and ((file.with_suffix(".idx").exists() and is_sidecar(file)) or _is_of_tokenizer(file)):
+        return "of a dataset or tokenizer"
+    return ""
 
 
 def _is_of_tokenizer(file: Path) -> bool:
     """Whether it is a tokenizer's report, such as my.model.json beside my.model."""
     return file.with_suffix("").suffix == ".model" and file.with_suffix("").exists()
-
-
-def _inside(link: Path, folder: Path) -> bool:
-    return link.resolve().is_relative_to(folder.resolve())
 
 
 def _known_kinds() -> str:

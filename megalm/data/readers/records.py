@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import IO, NamedTuple, cast
 
 BLOCK_BYTES = 1 << 20
+EMPTY = "is an empty document"
+CONTINUED = "continued"
 JOINED_BY = "\n\n"
 
 
@@ -19,7 +21,8 @@ class TextRecord(NamedTuple):
     """A text, or, with text None, the problem that prevents it.
 
     `line` counts lines, array elements or table rows from 0, from where reading began. `start` and `size` are bytes of
-    the unpacked file (0 in a table).
+    the unpacked file (0 in a table). `lost_bytes`: the file cannot be read from here on, and this is how much of it, as
+    it is on disk, is lost; None: other records follow.
     """
 
     text: str | None
@@ -27,6 +30,16 @@ class TextRecord(NamedTuple):
     line: int
     start: int
     size: int
+    lost_bytes: int | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return self.problem == EMPTY
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether a document, or the rest of the file, is unreadable; it is so once for each of them."""
+        return self.problem not in ("", EMPTY, CONTINUED)
 
 
 @dataclass(frozen=True)
@@ -38,12 +51,14 @@ class ReadOptions:
         columns: if given, these keys or columns instead, joined by a blank line.
         documents: what a document of a .txt file is: the "file", or each part between blank lines ("blank-line").
         largest_bytes: longer documents are refused, because each is held in memory as one piece.
+        kind: what all files hold, whatever their names; "": what the names say (see `find_inputs`).
     """
 
     text_key: str = "text"
     columns: tuple[str, ...] = ()
     documents: str = "file"
     largest_bytes: int = 32 << 20
+    kind: str = ""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -61,6 +76,7 @@ class RecordLayout:
         count: number of units of `TextRecord.line` in a block.
         unfinished: the problem of a file that ends with these bytes, "" if they are a valid record.
         name: display name of a record, from its path and number.
+        mismatch: the problem of a file whose content is of another layout; "" if it is not.
         whole_file: the file is one record or one container of records, so an empty file counts as a record too.
         behind_too_long: appended to the message about an oversized record if nothing after it can be read.
     """
@@ -71,8 +87,14 @@ class RecordLayout:
     count: Callable[[bytes, int], int]
     unfinished: Callable[[bytes, int], str]
     name: Callable[[str, int], str]
+    mismatch: Callable[[bytearray, int], str] = lambda buffer, start: ""
     whole_file: bool = False
     behind_too_long: str = ""
+
+    @property
+    def ends_at_problems(self) -> bool:
+        """Whether nothing can be read after a block that is not complete records."""
+        return bool(self.behind_too_long)
 
 
 class ByteBlock(NamedTuple):
@@ -84,9 +106,7 @@ class ByteBlock(NamedTuple):
     content: bytes
     start: int
     problem: str = ""
-
-
-CONTINUED = "continued"
+    lost_bytes: int | None = None  # as in TextRecord
 
 
 def blocks_of(
@@ -119,7 +139,8 @@ def blocks_of(
             del buffer[:size]
         if len(buffer) > largest:
             size = without_end(buffer) or len(buffer)
-            yield ByteBlock(bytes(buffer[:size]), start, too_long(largest) + layout.behind_too_long)
+            problem = layout.mismatch(buffer, start) or too_long(largest) + layout.behind_too_long
+            yield ByteBlock(bytes(buffer[:size]), start, problem)
             start += size
             del buffer[:size]
             inside = True
@@ -156,9 +177,9 @@ def too_long(largest: int) -> str:
 
 
 def text_of(value: object, options: ReadOptions) -> tuple[str | None, str]:
-    """Return (text, "") of a JSON value or a table row, or (None, problem)."""
+    """Return (text, "") of a JSON value or a table row, or (None, problem). A key whose value is null has no text."""
     if isinstance(value, str):
-        return (value, "") if value else (None, "is an empty document")
+        return (value, "") if value else (None, EMPTY)
     if not isinstance(value, dict):
         return None, f"is {type(value).__name__}, not an object with {options.keys[0]!r}"
     texts = []
@@ -166,8 +187,9 @@ def text_of(value: object, options: ReadOptions) -> tuple[str | None, str]:
         if key not in value:
             keys = ", ".join(map(repr, list(value)[:8])) or "none"
             return None, f"has no {key!r} (its keys: {keys})"
+        if value[key] is None:  # as tables and exports of tables mark what is missing
+            continue
         if not isinstance(value[key], str):
             return None, f"{key!r} is {type(value[key]).__name__}, not text"
         texts.append(value[key])
-    text = JOINED_BY.join(texts) if len(texts) > 1 else texts[0]
-    return (text, "") if any(texts) else (None, "is an empty document")
+    return (JOINED_BY.join(texts), "") if any(texts) else (None, EMPTY)

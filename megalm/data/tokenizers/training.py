@@ -88,6 +88,10 @@ def split_sentences(text: str) -> Iterator[str]:
             yield part[start : start + SENTENCE_CHARACTERS]
 
 
+def report_path(output: str | Path) -> Path:
+    return Path(f"{output}.json")
+
+
 def train_tokenizer(
     texts: Iterable[str],
     output: str | Path,
@@ -155,7 +159,7 @@ def train_tokenizer(
     except RuntimeError as error:
         raise DataError(_explain(str(error), output, vocab_size)) from error
     write_bytes_atomically(Path(output), model.getvalue())
-    write_json(Path(f"{output}.json"), asdict(report))
+    write_json(report_path(output), asdict(report))
     return report
 
 

@@ -17,12 +17,14 @@ from megalm.data.analysis.dataset_info import describe, document_text, verify
 from megalm.data.builder import assembler as assembly_module
 from megalm.data.builder import merge as merge_module
 from megalm.data.builder.builder import BuildOptions, build_dataset, build_files
+from megalm.data.builder.dedup import Dedup
 from megalm.data.builder.merge import merge_datasets
 from megalm.data.indexed.dataset import IndexedDataset, bin_path
+from megalm.data.indexed.metadata import read_sidecar
 from megalm.data.indexed.writer import IndexedDatasetWriter
 from megalm.data.readers.document_reader import Document
 from megalm.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
-from megalm.errors import DataError
+from megalm.errors import ConfigError, DataError
 from tests.messages import assert_names
 
 
@@ -161,7 +163,7 @@ def test_merging_refuses_what_does_not_belong_together(tmp_path: Path, model_pat
     with pytest.raises(DataError) as error:
         merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     assert_names(error.value, tmp_path / "a", "bytes", tmp_path / "b", "sentencepiece:small.model")
-    with pytest.raises(DataError, match=str(tmp_path / "a")):
+    with pytest.raises(ConfigError, match=str(tmp_path / "a")):
         merge_datasets([tmp_path / "a", tmp_path / "a"], tmp_path / "a", overwrite=True)
     with pytest.raises(DataError):
         merge_datasets([tmp_path / "a"], tmp_path / "out")
@@ -179,6 +181,72 @@ def test_merging_refuses_what_does_not_belong_together(tmp_path: Path, model_pat
         merge_datasets([tmp_path / "c", tmp_path / "i32"], tmp_path / "out")
     merged = merge_datasets([tmp_path / "a", tmp_path / "c"], tmp_path / "out")
     assert (merged.options["complete"], merged.documents, merged.text_bytes) == (False, 2, 0)
+
+
+@pytest.mark.parametrize("text", ['{"text": "a", "id": NaN}\n{"text": "b"}\n', '["a", "b"]', '{\n"version": "1.0"}'])
+def test_a_file_named_like_a_description_is_none(tmp_path: Path, text: str) -> None:
+    """raw.json beside raw.bin, as Megatron's tools leave it: the dataset is opened and merged, the text stays."""
+    for name in ("raw", "other"):
+        with IndexedDatasetWriter(tmp_path / name, np.uint16) as writer:
+            writer.append([1, 2, 3])
+    (tmp_path / "raw.json").write_text(text)
+    assert read_sidecar(tmp_path / "raw") is None
+    assert describe(tmp_path / "raw")["tokens"] == "3"
+    assert merge_datasets([tmp_path / "raw", tmp_path / "other"], tmp_path / "out").tokens == 6
+    with pytest.raises(DataError) as error:
+        build_dataset([Document("a", "f")], ByteTokenizer(), tmp_path / "raw", overwrite=True)
+    assert_names(error.value, tmp_path / "raw.json")
+    assert (tmp_path / "raw.json").read_text() == text
+    (tmp_path / "raw.json").write_text("{")
+    with pytest.raises(DataError, match=r"raw\.json"):
+        read_sidecar(tmp_path / "raw")
+
+
+def test_a_merge_never_destroys_what_it_reads(tmp_path: Path) -> None:
+    """Its parts by another path, and the text and tokenizer of shards that are built beside them."""
+    folder, prefixes = tmp_path / "col", [tmp_path / "a", tmp_path / "b"]
+    folder.mkdir()
+    for prefix in prefixes:
+        build_dataset([Document("a", "f")], ByteTokenizer(), prefix)
+    (folder / "x.bin").hardlink_to(tmp_path / "b.bin")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eod>": 0, "a": 1}, unk_token="<eod>"))
+    made.save(str(folder / "my.json"))
+    (folder / "text.json").write_text('["a", "a", "a", "a"]')
+    for shard in range(2):
+        options = BuildOptions(shard=(shard, 2))
+        for name, tokenizer in (("my", load_tokenizer(folder / "my.json")), ("text", ByteTokenizer())):
+            texts = [folder / "text.json", folder / "text.json"]
+            build_files(texts, tokenizer, folder / f"{name}.shards" / str(shard), options)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    for parts, output, destroyed in (
+        (prefixes, tmp_path / "linked" / "a", tmp_path / "a.bin"),
+        (prefixes, folder / "x", tmp_path / "b.bin"),
+        ([folder / "my.shards" / shard for shard in "01"], folder / "my", folder / "my.json"),
+        ([folder / "text.shards" / shard for shard in "01"], folder / "text", folder / "text.json"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            merge_datasets(parts, output, overwrite=True)
+        assert_names(error.value, destroyed)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("dedup", ["none", "exact"])
+def test_types_of_tokens_are_merged_into_the_widest(tmp_path: Path, dedup: Dedup) -> None:
+    """Another toolkit can have written the same tokenizer's ids as int32."""
+    build_dataset([Document("a", "f"), Document("b", "f")], ByteTokenizer(), tmp_path / "ours")
+    for name, rows in (("theirs", [[98, 256], [99, 256]]), ("outside", [[257]])):
+        with IndexedDatasetWriter(tmp_path / name, np.int32) as writer:
+            for row in rows:
+                writer.append(row)
+    merged = merge_datasets([tmp_path / "ours", tmp_path / "theirs"], tmp_path / "out", dedup=dedup)
+    found = IndexedDataset(tmp_path / "out")
+    assert (merged.dtype, found.dtype) == ("int32", np.int32)
+    assert found.tokens.tolist() == [97, 256, 98, 256, *([98, 256] * (dedup == "none")), 99, 256]
+    verify(tmp_path / "out")
+    with pytest.raises(DataError) as error:
+        merge_datasets([tmp_path / "ours", tmp_path / "outside"], tmp_path / "x")
+    assert_names(error.value, tmp_path / "outside.bin", 257)
 
 
 def test_counts_of_a_merge_of_what_is_not_known_are_not_known(tmp_path: Path) -> None:

@@ -19,7 +19,14 @@ import pyarrow.parquet
 import pytest
 from backports import zstd
 
-from megalm.data.readers.document_reader import Document, OnError, ReadReport, iter_documents
+from megalm.data.readers.document_reader import (
+    Document,
+    LossPolicy,
+    OnError,
+    ReadReport,
+    iter_documents,
+    read_documents,
+)
 from megalm.data.readers.input_files import find_inputs
 from megalm.data.readers.records import ReadOptions
 from megalm.errors import DataError
@@ -72,14 +79,16 @@ def test_reads_every_kind(tmp_path: Path, kind: str, packing: str) -> None:
     documents = list(iter_documents([path], on_error="skip", report=report))
     filled = [text for text in texts if text]
     assert [document.text for document in documents] == filled
-    assert (report.documents, report.skipped) == (len(filled), len(texts) - len(filled))
-    assert all(message.startswith(str(path)) for message in report.messages)
+    assert (report.documents, report.losses.empty) == (len(filled), len(texts) - len(filled))
+    assert (report.losses.skipped, report.losses.lost_files, report.messages) == (0, 0, [])
+    assert report.losses.input_bytes == path.stat().st_size
     assert all(document.source.startswith(str(path)) for document in documents)
     assert len({document.source for document in documents}) == len(filled)
-    if report.skipped:
-        with pytest.raises(DataError, match="--on-error skip") as error:
-            list(iter_documents([path]))
-        assert_names(error.value, report.messages[0])
+    if report.losses.empty:
+        policy = LossPolicy(empty_documents="fail")
+        with pytest.raises(DataError) as error:
+            list(read_documents(find_inputs([path], report), policy, report))
+        assert_names(error.value, path, "--empty-documents skip")
 
 
 @pytest.mark.parametrize("packing", [".gz", ".bz2", ".xz", ".zst"])
@@ -93,7 +102,7 @@ def test_a_packed_file_cut_short_is_never_taken_for_whole(tmp_path: Path, packin
     report = ReadReport()
     documents = list(iter_documents([path], on_error="skip", report=report))
     assert report.documents == len(documents) < 6_000
-    assert report.skipped >= 1
+    assert (report.losses.lost_files, report.losses.skipped, len(report.messages)) == (1, 0, 1)
     path.write_bytes(packed)
     assert len(list(iter_documents([path]))) == 6_000
 
@@ -160,16 +169,14 @@ def test_a_long_window_of_zstd_is_read(tmp_path: Path) -> None:
         (b'{"text": "a"}\n{"text": "b"', "x.jsonl:2", ["JSON"]),
         (b'{"text": "a"}\n\n[1]\n', "x.jsonl:3", ["list"]),
         (b'{"content": "a", "id": 2}', "x.jsonl:1", ["'text'", "'content'", "'id'"]),
-        (b'{"text": null}', "x.jsonl:1", ["'text'", "NoneType"]),
         (b'{"text": "\xff"}', "x.jsonl:1", ["JSON"]),
         (b'{"text": "\\ud800"}', "x.jsonl:1", ["JSON"]),
-        (b'{"text": "a"}\n{"text": "b"}', "x.json", [".jsonl"]),
-        (b'{"text": "a"}', "x.json", [".jsonl"]),
+        (b'{\n"text": "a"}\n', "x.json", ["--input-kind .jsonl"]),
+        (b'[{"text": "a"},\n{"text": "b"}]', "x.jsonl:1", ["--input-kind .json"]),
+        (b'{"text": "a"', "x.json", ["--input-kind .jsonl"]),
         (b'["a", {"text": "b"', "x.json[1]", []),
         (b'["a"] "b"', "x.json[1]", []),
         (b"", "x.json", [".jsonl"]),
-        (b"", "x.txt", []),
-        (b'{"text": "a"}\n""', "x.jsonl:2", []),
         (b'["a", 3]', "x.json[1]", ["int"]),
         (b"abc\xff", "x.txt", ["UTF-8", "3"]),
         (b"PAR1 not really", "x.parquet", []),
@@ -183,9 +190,29 @@ def test_broken_input_is_named(tmp_path: Path, content: bytes, place: str, names
     assert "\n" not in str(error.value)
     report = ReadReport()
     documents = list(iter_documents([tmp_path], on_error="skip", report=report))
-    assert report.skipped == 1
-    assert len(report.messages) == 1
+    losses, lines = report.losses, content.count(b"},")
+    assert losses.skipped + losses.lost_files == 1 + lines
+    assert losses.lost_files == (place in ("x.json", "x.json[1]", "x.parquet") and content != b'["a", 3]')
+    assert len(report.messages) == 1 + lines
     assert all(document.text in ("a", "b") for document in documents)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl", b'{"text": ""}\n\n{"text": null}\n"a"'),
+        ("x.json", b'["", "a", {"text": null}]'),
+        ("x.txt", b""),
+        ("x.txt.gz", gzip.compress(b"")),
+    ],
+)
+def test_empty_documents_are_left_out_and_counted(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    report = ReadReport()
+    documents = list(iter_documents([tmp_path], report=report))
+    assert [document.text for document in documents] == ["a"] * (b"a" in content)
+    assert report.losses.empty == (2 if documents else 1)
+    assert (report.losses.lines(), report.messages) == ([], [])
 
 
 def test_parquet_without_the_column_or_text(tmp_path: Path) -> None:
@@ -215,6 +242,10 @@ def test_folders_and_globs_are_sorted_and_what_is_left_out_is_counted(tmp_path: 
     report = ReadReport()
     assert [document.text for document in iter_documents([tmp_path], report=report)] == ["a/c.md", "a/z.txt", "b.txt"]
     assert report.ignored_files == 2
+    report = ReadReport()
+    found = iter_documents([str(tmp_path / "*.txt"), str(tmp_path / "[ab]*")], report=report)
+    assert [document.text for document in found] == ["b.txt", "b.txt"]
+    assert [line.split(": ")[0] for line in report.ignored] == [str(tmp_path / "a")]
     found = iter_documents([str(tmp_path / "**" / "*.txt")])
     assert [document.text for document in found] == ["a/z.txt", "b.txt"]
 
@@ -236,20 +267,133 @@ def test_standard_input_of_any_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         assert list(iter_documents(["-"], stdin_kind=".txt")) == [Document("plain text", "-")]
 
 
-def test_what_a_folder_leaves_out_is_counted_whatever_it_is(tmp_path: Path) -> None:
+def test_links_of_a_folder_are_followed_and_what_is_left_out_is_named(tmp_path: Path) -> None:
     folder, outside = tmp_path / "raw", tmp_path / "outside"
-    for name in ("raw/in.txt", "raw/sub/too.txt", "raw/.cache/hidden.txt", "outside/other.txt"):
+    texts = ("raw/in.txt", "raw/sub/too.txt", "raw/.cache/hidden.txt", "outside/other.txt", "outside/deep/last.txt")
+    for name in (*texts, "raw/picture.png", "raw/my.building/part.json", "elsewhere/up.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    (folder / "more").symlink_to(outside)  # a folder elsewhere
+    (folder / "more").symlink_to(outside)  # a folder elsewhere, read once
+    (folder / "once more").symlink_to(outside)
     (folder / "again").symlink_to(folder / "sub")  # its files are read as it is
+    (outside / "deep" / "round").symlink_to(outside)
+    (outside / "back").symlink_to(tmp_path)
     (folder / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
-    report = ReadReport()
-    assert [document.text for document in iter_documents([folder], report=report)] == ["raw/in.txt", "raw/sub/too.txt"]
-    assert report.ignored_files == 3
+    (folder / "ring.txt").symlink_to(folder / "ring.txt")
     for name in ("my.model", "my.model.json"):  # a tokenizer and what is said of it
         (folder / name).write_text(name)
-    assert len(find_inputs([folder], report)) == 2
+    report = ReadReport()
+    found = [document.text for document in iter_documents([folder], report=report)]
+    assert sorted(found) == sorted(
+        ["raw/in.txt", "raw/sub/too.txt", "outside/other.txt", "outside/deep/last.txt", "elsewhere/up.txt"]
+    )
+    names = [line.split(": ")[0] for line in report.ignored]
+    left_out = [".cache/hidden.txt", "gone.txt", "my.building/part.json", "my.model", "my.model.json", "picture.png"]
+    assert names == [str(folder / name) for name in (*left_out, "ring.txt")]
+    assert report.ignored_files == len(names)
+
+
+def test_a_snapshot_of_a_hub_cache(tmp_path: Path) -> None:
+    """snapshots/REVISION/NAME links to ../../blobs/HASH."""
+    snapshot = tmp_path / "datasets--us--ours" / "snapshots" / "abc123"
+    (snapshot / "data").mkdir(parents=True)
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.mkdir()
+    for name, content in (("data/x.jsonl.gz", gzip.compress(b'{"text": "a"}\n')), ("y.parquet", parquet_table())):
+        (blobs / name[-6:]).write_bytes(content)
+        (snapshot / name).symlink_to(Path("../" * name.count("/")) / "../../blobs" / name[-6:])
+    assert [document.text for document in iter_documents([snapshot])] == ["a", *filter(None, TEXTS)]
+
+
+@pytest.mark.parametrize("packing", PACK)
+@pytest.mark.parametrize(
+    "first",
+    [b'{"text": "a"}', b'  \n{"text": "a", "score": NaN}', b'\xef\xbb\xbf{"text": "a"}\r', b'"a"', b'{"text": "%s"}'],
+)
+def test_lines_under_the_name_of_an_array(tmp_path: Path, packing: str, first: bytes) -> None:
+    """As C4 and Dolma come: data.json.gz with an object a line, of any size."""
+    if b"%s" in first:
+        first %= b"a" * 100_000
+    path = tmp_path / f"c4.json{packing}"
+    path.write_bytes(PACK[packing](first + b'\n{"text": "b"}\n'))
+    (file,) = find_inputs([path], ReadReport())
+    assert file.kind == ".jsonl"
+    assert [document.text[0] for document in iter_documents([path])] == ["a", "b"]
+
+
+def test_no_lines_by_the_look_of_them(tmp_path: Path) -> None:
+    for number, content in enumerate((b"", b"[\n", b' [{"text": "a"}]', b'{"a": 1,\n"b": 2}', b'"a', b"3\n", b"\0\n")):
+        path = tmp_path / f"{number}.json"
+        path.write_bytes(content)
+        assert find_inputs([path], ReadReport())[0].kind == ".json"
+    path.write_bytes(b'{"text": "' + b"a" * (5 << 20))  # longer than is looked at
+    assert find_inputs([path], ReadReport())[0].kind == ".jsonl"
+
+
+def test_a_stated_kind_holds_whatever_the_names(tmp_path: Path) -> None:
+    lines = b'{"text": "a"}\n{"text": "b"}\n'
+    for name, content in (("part-0", lines), ("part-1.gz", gzip.compress(lines)), ("x.txt", lines), ("y.json", lines)):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / ".crc").write_bytes(b"rubbish")
+    files = find_inputs([tmp_path], ReadReport(), input_kind=".jsonl")
+    policy = LossPolicy()
+    assert [document.text for document in read_documents(files, policy, ReadReport())] == ["a", "b"] * 4
+    with pytest.raises(DataError) as error:
+        find_inputs([tmp_path / "part-0"], ReadReport())
+    assert_names(error.value, tmp_path / "part-0", "--input-kind .jsonl")
+    (file,) = find_inputs([tmp_path / "y.json"], ReadReport(), input_kind=".json")
+    with pytest.raises(DataError, match=r"y\.json"):
+        list(read_documents([file], policy, ReadReport()))
+
+
+def test_a_large_file_of_another_layout_is_not_called_too_long(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(b'{\n"text": "' + b"a" * 5000 + b'"}')
+    with pytest.raises(DataError) as error:
+        list(iter_documents([path], options=ReadOptions(largest_bytes=100)))
+    assert_names(error.value, path, "--input-kind .jsonl")
+    assert "--max-document-mb" not in str(error.value)
+
+
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path: Path) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
+    for name in ("x.txt", "y.jsonl.zst"):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError) as error:
+            list(iter_documents([tmp_path / name], on_error="skip"))
+        assert_names(error.value, tmp_path / name, "git lfs pull")
+
+
+@pytest.mark.parametrize(
+    "other", ["NaN", "-Infinity", '"\\ud83d"', "1e999", "1" * 400, '{"deep": [NaN]}', "null", "[[1]]"]
+)
+def test_what_python_writes_in_another_field(tmp_path: Path, other: str) -> None:
+    (tmp_path / "x.jsonl").write_text(f'{{"score": {other}, "text": "a"}}\n')
+    (tmp_path / "y.json").write_text(f'[{{"score": {other}, "text": "a"}}, "b"]')
+    assert [document.text for document in iter_documents([tmp_path])] == ["a", "a", "b"]
+
+
+def test_columns_that_are_null(tmp_path: Path) -> None:
+    rows = [("Title", "body"), (None, "body"), ("", "body"), ("Title", None), (None, None), (None, "")]
+    keys = ("title", "text")
+    lines = "".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows)
+    (tmp_path / "x.jsonl").write_text(lines)
+    table = pyarrow.table([pyarrow.array(column, pyarrow.string()) for column in zip(*rows, strict=True)], names=keys)
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    report = ReadReport()
+    found = [document.text for document in iter_documents([tmp_path], report=report, options=ReadOptions(columns=keys))]
+    assert found == ["Title\n\nbody", "body", "\n\nbody", "Title"] * 2
+    assert report.losses.empty == 4
+
+
+def test_text_beside_a_dataset_of_its_name_is_an_input(tmp_path: Path) -> None:
+    """raw.json, raw.bin and raw.idx, as Megatron's tools leave them; a dataset's own description is none."""
+    for name, content in (("raw.json", '{"text": "a"}\n'), ("raw.idx", ""), ("my.idx", "")):
+        (tmp_path / name).write_text(content)
+    (tmp_path / "my.json").write_text('{\n  "bin_sha256": "0"\n}')
+    for damaged in ("", "{", "\0" * 9):
+        (tmp_path / "my.json").write_text(damaged)
+        assert [document.text for document in iter_documents([tmp_path])] == ["a"]
 
 
 def test_a_folder_that_may_not_be_read_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

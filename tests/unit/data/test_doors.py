@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from megalm.data.tokenizers.tokenizer import load_tokenizer
 from tests.messages import assert_names
 
 BYTES = ("--input", "{0}", "--tokenizer", "bytes", "--output-prefix", "{0}/x")
+TRAINED = "{0}/.t/t.model.json"
 DOORS = Path(__file__).resolve().parents[3] / "data_tools"
 
 
@@ -42,7 +44,7 @@ def test_from_text_to_a_merged_dataset(tmp_path: Path, source_texts: list[str]) 
     assert_names(trained.stdout, model, 500, "unigram", 2)
     built = door("build_dataset", *skip, "--tokenizer", model, "--output-prefix", prefix, "--workers", "2")
     assert built.returncode == 0, built.stderr
-    assert_names(built.stdout, prefix, 2, f"{texts}:1")
+    assert_names(built.stdout, prefix, 2, f"{texts}:4")
     merged = door("merge_datasets", "--output-prefix", tmp_path / "twice", prefix, prefix)
     assert merged.returncode == 0, merged.stderr
     assert_names(merged.stdout, tmp_path / "twice", 4)
@@ -128,6 +130,9 @@ def assert_one_line(stderr: str, *names: object) -> None:
         ("inspect_dataset", ("--run", "{0}", "--step", "3"), ["{0}"]),
         ("inspect_dataset", ("{0}/d", "--step", "3"), ["--step 3", "--batch-size"]),
         ("merge_datasets", ("--output-prefix", "{0}/x", "{0}/a"), []),
+        ("train_tokenizer", ("--input", "{0}/.t/in.json", "--output", "{0}/.t/t.model", "--overwrite"), [TRAINED]),
+        ("train_tokenizer", ("--input", "{0}/.t/in.json", "--output", "{0}/.t/u.model"), ["{0}/.t/u.model.json"]),
+        ("inspect_dataset", ("{0}/d", "--scan", "--report", "{0}/scan"), ["{0}/scan.png", "{0}/d.bin"]),
     ],
 )
 def test_refusals_are_one_line_and_exit_2(
@@ -141,6 +146,11 @@ def test_refusals_are_one_line_and_exit_2(
     """The whole script, in this process."""
     with IndexedDatasetWriter(tmp_path / "d", np.uint16) as writer:
         writer.append([1, 2, 3])
+    (tmp_path / "scan.png").hardlink_to(tmp_path / "d.bin")
+    (tmp_path / ".t").mkdir()
+    for model in "tu":
+        (tmp_path / ".t" / f"{model}.model.json").write_text('["a"]')
+    (tmp_path / ".t" / "in.json").symlink_to(tmp_path / ".t" / "t.model.json")
     monkeypatch.syspath_prepend(DOORS)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *(argument.format(tmp_path) for argument in arguments)])
     with pytest.raises(SystemExit) as left:
@@ -148,6 +158,16 @@ def test_refusals_are_one_line_and_exit_2(
     shown = capsys.readouterr()
     assert (left.value.code, shown.out) == (2, "")
     assert_one_line(shown.err, *(each.format(tmp_path) for each in names))
+
+
+def test_the_script_of_shards_knows_the_options_without_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOORS)
+    main = runpy.run_path(str(DOORS / "build_dataset.py"))["main"]
+    flags = [name for name, given in inspect.signature(main).parameters.items() if isinstance(given.default, bool)]
+    assert flags
+    script = (DOORS.parent / "slurm" / "build_dataset.sh").read_text()
+    for flag in flags:
+        assert re.search(rf"^ *(.*\| )?--{flag.replace('_', '-')}( \|.*)?\) ", script, re.MULTILINE), flag
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from megalm.data.analysis.dataset_info import describe
 from megalm.data.builder.builder import BuildOptions, build_dataset, build_files
 from megalm.data.builder.quality_filters import Filters
-from megalm.data.builder.rebuild import Rebuild, Wanted, ensure_dataset
+from megalm.data.builder.rebuild import Rebuild, Wanted, ensure_dataset, rebuild_command
 from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.metadata import read_sidecar
 from megalm.data.readers.document_reader import Document
 from megalm.data.readers.records import ReadOptions
 from megalm.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
@@ -99,6 +101,20 @@ def test_what_cannot_be_built_again(tmp_path: Path, model_path: Path) -> None:
     with pytest.raises(DataError) as error:
         ensure_dataset(tmp_path / "x", Wanted(ByteTokenizer()), "auto")
     assert_names(error.value, tmp_path / "x.json", "data.rebuild")
+
+
+def test_a_loss_and_a_kind_that_were_accepted_are_accepted_again(tmp_path: Path) -> None:
+    path = tmp_path / "part-0"
+    path.write_text('{"text": "a"}\n' * 99 + "broken\n" * 50)
+    options = BuildOptions(on_error="skip", max_loss=0.5, read=ReadOptions(kind=".jsonl"), empty_documents="fail")
+    build_files([path], ByteTokenizer(), tmp_path / "x", options)
+    sidecar = read_sidecar(tmp_path / "x")
+    assert sidecar is not None
+    command = rebuild_command(tmp_path / "x", sidecar, Wanted(ByteTokenizer()))
+    assert_names(command, "--max-loss 50%", "--input-kind .jsonl", "--empty-documents fail")
+    assert ensure_dataset(tmp_path / "x", Wanted(ByteTokenizer(), inputs=(str(path),))) is None
+    assert ensure_dataset(tmp_path / "x", Wanted(ByteTokenizer()), "always") is not None
+    assert_names(describe(tmp_path / "x")["unreadable input"], 50, 149)
 
 
 def test_a_shard_is_not_built_again_of_the_files_it_took_part_of(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ import fcntl
 import json
 import multiprocessing
 import os
+import pwd
 import subprocess
 import sys
 import time
 import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megalm.data.builder import stdlib_corpus
@@ -27,6 +29,7 @@ from megalm.data.builder.stdlib_corpus import (
 )
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.readers.document_reader import Document, ReadReport
+from megalm.data.sampling.index_cache import ArrayCache
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.errors import DataError
 from tests.messages import assert_names
@@ -126,8 +129,11 @@ def test_prepares_once_and_finds_it_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_corpus")
-@pytest.mark.parametrize("damage", ["cut", "lost", "manifest", "folder", "stamp"])
-def test_damage_in_the_cache_is_mended(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    "damage", ["cut", "lost", "folder", "", "{", "{}", "[]", '{"fingerprint": 3}', '{"files": {"x": []}}']
+)
+@pytest.mark.parametrize("damaged", ["manifest", "stamp"])
+def test_damage_in_the_cache_is_mended(tmp_path: Path, damage: str, damaged: str) -> None:
     first = prepare_recipe("python-stdlib", tmp_path, 500)
     tokens = Path(f"{first.train_prefix}.bin")
     whole = tokens.read_bytes()
@@ -135,13 +141,13 @@ def test_damage_in_the_cache_is_mended(tmp_path: Path, damage: str) -> None:
         tokens.write_bytes(whole[:-2])
     elif damage == "lost":
         first.tokenizer_path.unlink()
-    elif damage == "manifest":
-        (first.directory / "recipe.json").write_text("{")
     elif damage == "folder":
         first.directory.rename(tmp_path / "elsewhere")
+    elif damaged == "manifest":
+        (first.directory / "recipe.json").write_text(damage)
     else:
         for stamp in (tmp_path / "stamps").iterdir():
-            stamp.write_text("")
+            stamp.write_text(damage)
     assert prepare_recipe("python-stdlib", tmp_path, 500) == first
     assert tokens.read_bytes() == whole
 
@@ -208,6 +214,38 @@ def test_unknown_recipe(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         prepare_recipe("wikipedia", tmp_path)
     assert_names(error.value, "data.recipe", "'wikipedia'", "python-stdlib")
+
+
+@pytest.mark.usefixtures("small_corpus")
+@pytest.mark.parametrize("name", ["a-file/cache", "stamps-are-none"])
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a-file").write_text("")
+    (tmp_path / "stamps-are-none").mkdir()
+    (tmp_path / "stamps-are-none" / "stamps").write_text("")
+    with pytest.raises(DataError) as error:
+        prepare_recipe("python-stdlib", tmp_path / name, 500)
+    assert_names(
+        error.value, "data.cache", "MEGALM_CACHE", os.strerror(errno.ENOTDIR if "file" in name else errno.EEXIST)
+    )
+    with pytest.raises(DataError) as error:
+        ArrayCache(tmp_path / "a-file" / "orders").get((1,), lambda: {"a": np.zeros(1)})
+    assert_names(error.value, "data.cache", "MEGALM_CACHE")
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A numeric user of a container, whom the password file does not know."""
+
+    def unknown(user: int) -> None:
+        raise KeyError(user)
+
+    for name in ("MEGALM_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(DataError) as error:
+        default_cache_dir()
+    assert_names(error.value, "data.cache", "MEGALM_CACHE")
+    monkeypatch.setenv("MEGALM_CACHE", "/x")
+    assert default_cache_dir() == Path("/x")
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:

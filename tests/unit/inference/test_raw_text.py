@@ -117,7 +117,7 @@ def test_what_cannot_be_read_is_counted(model: InferenceModel, tmp_path: Path) -
     path.write_text('{"text": ""}\n{"other": 1}\n{"text": "good"}\n')
     found = read_text(str(path), model.facts)
     assert (found.documents, found.skipped) == (1, 2)
-    assert_names(found.problem, f"{path}:1")
+    assert_names(found.problem, f"{path}:2")
     path.write_text('{"text": ""}\n')
     for refused in (str(path), str(tmp_path / "absent.txt")):
         with pytest.raises(DataError) as caught:
