@@ -8,11 +8,11 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from megalm.errors import DataError
+from megalm.errors import ConfigError, DataError
 
 _TEMPORARY = re.compile(r"\..+\.tmp")
 
@@ -66,6 +66,38 @@ def write_durably(path: Path, content: bytes) -> None:
     """Write `content` to `path`, atomically and durably."""
     write_atomically(path, lambda file: file.write(content))
     sync_directory(path.parent)
+
+
+def refuse_overwriting_inputs(outputs: Iterable[Path], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Refuse to write over a file that the same command reads, by whatever path or link each is named.
+
+    Args:
+        outputs: the files that the command writes or appends to; missing ones are harmless.
+        inputs: the files that it reads; a folder stands for every file in it, and what does not exist is ignored.
+
+    Raises:
+        ConfigError: an output is an input; the message names both paths.
+    """
+    written = {identity: path for path in outputs if (identity := file_identity(path)) is not None}
+    if not written:
+        return
+    for path in map(Path, inputs):
+        folders = os.walk(path) if path.is_dir() else [("", [], [str(path)])]
+        for file in (Path(folder, name) for folder, _, names in folders for name in names):
+            identity = file_identity(file)
+            if identity in written:
+                output = written[identity]
+                other = f", as {file}" if file != output else ""
+                raise ConfigError(f"{output}: this command reads this file{other}; name another output or input")
+
+
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """Return device and inode of the file at the end of all links; None if there is none that can be looked at."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # ValueError: a null character in the name
+        return None
+    return status.st_dev, status.st_ino
 
 
 # Dataset files: failures are DataErrors
