@@ -22,6 +22,7 @@ from megalm.runs.saved_config import ConfigFiles, read_settings
 from megalm.train.datasets import known_vocab_size
 from megalm.train.resume.compatibility import with_last_step, with_schedule
 from megalm.train.run_summary import planned_data
+from megalm.utils.atomic_files import refuse_overwriting_inputs
 
 # From a run to what it will be after its checkpoint: its last step, and all its schedules.
 GoingOn = Callable[[ResolvedRun], tuple[ResolvedRun, tuple[ScheduleSegment, ...]]]
@@ -78,6 +79,7 @@ def command(
         None if after is None else partial(_after, after, extend_steps),
     )
     if plot is not None:
+        refuse_overwriting_inputs([plot], [path for path in (config, files.deepspeed.path) if path is not None])
         draw_rates(plan.schedules, plot)
     typer.echo(plan_text(plan, ranks_per_node, *planned_data(plan.resolved)))
     if plot is not None:

@@ -106,6 +106,12 @@ class RunFolder:
         """The files that each checkpoint has a copy of."""
         return self.config_yaml, self.deepspeed_json, self.resolved_deepspeed_json
 
+    @property
+    def records(self) -> tuple[Path, ...]:
+        """The files and folders that the run itself writes and commands read."""
+        files = (*self.config_files, self.environment_json, self.metrics, self.log, self.request)
+        return *files, self.checkpoints, self.samples, self.incidents, self._failures
+
     def failure(self, attempt: int) -> Path:
         return self._failures / f"attempt-{attempt}.txt"
 
