@@ -12,6 +12,7 @@ from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE
 from megalm.tracking.mlflow_mirror.sync_state import MirrorState
 from megalm.utils.formatting import flatten_to_text
 
+RUN_DIR_TAG = "megalm.run_dir"  # the folder that an MLflow run belongs to
 FACT_FILES = (CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE)
 
 _ARTIFACTS = (*FACT_FILES, "deepspeed.json", "report.html")
@@ -73,7 +74,7 @@ def tags(run_dir: Path) -> dict[str, str]:
     found = {
         name: value for name, value in environment.items() if "." not in name or "git" in name or "fingerprint" in name
     }
-    found |= {"megalm.run_dir": str(run_dir.resolve())}
+    found |= {RUN_DIR_TAG: str(run_dir.resolve())}
     commit = next((found[name] for name in ("git_commit", "git.commit", "commit") if found.get(name)), None)
     if commit:
         found["mlflow.source.git.commit"] = commit  # shown by MLflow in its own column
