@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -24,9 +23,11 @@ from megalm.errors import ConfigError, MegalmError
 from megalm.runs.metrics_log import METRICS_FILE
 from megalm.tracking.mlflow_mirror import run_facts
 from megalm.tracking.mlflow_mirror.sync import MlflowSync, Sent
+from megalm.utils.child_process import child_command, child_environment
 from megalm.utils.file_lock import HeldLock, take_lock
 from megalm.utils.stop_signals import STOP_SIGNALS
 
+_MODULE = "megalm.tracking.mlflow_mirror.mirror_process"
 LOG_FILE = "mlflow.log"
 LOCK_FILE = "mlflow.lock"
 
@@ -68,11 +69,11 @@ def start_mirror(run_dir: str | os.PathLike[str]) -> MirrorHandle:
     outlive the trainer by a few seconds to send the last rows.
     """
     run_dir = Path(run_dir).resolve()
-    command = [sys.executable, "-m", "megalm.tracking.mlflow_mirror.mirror_process", str(run_dir), "--follow"]
-    environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, "1") | {"CUDA_VISIBLE_DEVICES": ""}
+    words = [str(run_dir), "--follow", "--parent-pid", str(os.getpid()), "--since", str(time.time())]
+    environment = child_environment() | dict.fromkeys(_THREAD_VARIABLES, "1") | {"CUDA_VISIBLE_DEVICES": ""}
     with open(run_dir / LOG_FILE, "ab") as log:
         process = subprocess.Popen(
-            [*command, "--parent-pid", str(os.getpid()), "--since", str(time.time())],
+            child_command(_MODULE, words),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -200,10 +201,8 @@ def _one_line(error: BaseException) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m ...mirror_process RUN_DIR [--follow --parent-pid N]`; exit code 0: all is sent."""
-    parser = argparse.ArgumentParser(
-        prog="megalm.tracking.mlflow_mirror.mirror_process", description="Feed MLflow from a run folder."
-    )
+    """`RUN_DIR [--follow --parent-pid N]`, see utils/child_process.py; exit code 0: all is sent."""
+    parser = argparse.ArgumentParser(prog=_MODULE, description="Feed MLflow from a run folder.")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--follow", action="store_true", help="send until the process --parent-pid ends")
     parser.add_argument("--parent-pid", type=int)
@@ -225,7 +224,3 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     logger.info("everything is sent")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
