@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import logging
 import os
 import sqlite3
 from collections.abc import Mapping
@@ -26,6 +27,9 @@ import mlflow  # noqa: E402 - after the settings above, which it reads on import
 from mlflow.entities import Metric, Param, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
+
+# Its warnings of retries quote whole addresses, with the query that may hold a token.
+logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 # MLflow's limit of parameters or tags in one request.
 _BATCH_NAMES = 100

@@ -7,22 +7,27 @@ The training process calls `start_mirror` and `MirrorHandle.finish`; `megalm tra
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import select
 import signal
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
-from megalm.errors import ConfigError, MegalmError
+from megalm.errors import EXIT_FAILED, ConfigError, MegalmError
 from megalm.runs.metrics_log import METRICS_FILE
 from megalm.tracking.mlflow_mirror import run_facts
 from megalm.tracking.mlflow_mirror.sync import MlflowSync, Sent
+from megalm.utils.addresses import hide_credentials
 from megalm.utils.child_process import child_command, child_environment
 from megalm.utils.file_lock import HeldLock, take_lock
 from megalm.utils.stop_signals import STOP_SIGNALS
@@ -197,7 +202,26 @@ def _only_mirror(run_dir: Path, wait_seconds: float) -> HeldLock:
 
 
 def _one_line(error: BaseException) -> str:
-    return run_facts.shorten(run_facts.without_passwords(" ".join(str(error).split())) or type(error).__name__, 300)
+    return run_facts.shorten(_hidden(" ".join(str(error).split())) or type(error).__name__, 300)
+
+
+def _hidden(text: str) -> str:
+    """Return a text without the credentials in the tracking address."""
+    return hide_credentials(text, os.environ.get(run_facts.URI_VARIABLE))
+
+
+class _HidingStream(io.TextIOBase):
+    """Passes text on without credentials: libraries quote addresses in their warnings and tracebacks."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(_hidden(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -210,8 +234,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.follow and options.parent_pid is None:
         parser.error("--follow needs --parent-pid")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     os.nice(19)
+    stream = _HidingStream(sys.stderr)
+    with contextlib.redirect_stderr(stream), contextlib.redirect_stdout(stream):
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         if options.follow:
             for number in _SIGNALS_OF_THE_JOB:
@@ -222,5 +252,8 @@ def main(arguments: list[str] | None = None) -> int:
     except MegalmError as error:
         logger.error("%s", error)
         return error.exit_code
+    except Exception:  # written here, where the stream hides credentials
+        logger.exception("the mirror failed; run `megalm track sync %s`", options.run_dir)
+        return EXIT_FAILED
     logger.info("everything is sent")
     return 0

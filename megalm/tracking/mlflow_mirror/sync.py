@@ -27,6 +27,7 @@ from megalm.tracking.mlflow_mirror.sync_state import (
     MirrorState,
     Owner,
 )
+from megalm.utils.addresses import public_address
 
 if TYPE_CHECKING:  # the training process imports this module and must not load MLflow
     from megalm.tracking.mlflow_mirror.client import MlflowStore
@@ -69,9 +70,10 @@ class MlflowSync:
         self._store: MlflowStore | None = None
         self._copied_from: Path | None = None
         self._address, is_default = run_facts.tracking_uri(run_dir, self._state)
-        uri = run_facts.without_passwords(self._address)  # for the state file and messages
+        uri = public_address(self._address)  # for the state file and messages
         both_default = is_default and self._state.default_store  # a moved run root takes its store along
-        if self._state.tracking_uri not in ("", uri) and not both_default:
+        before = public_address(self._state.tracking_uri)  # version 0.1.0 kept user names
+        if before not in ("", uri) and not both_default:
             logger.warning("%s is now tracked at %s: sending it to a new MLflow run from its first row", run_dir, uri)
             self._state = MirrorState()
         self._state.tracking_uri, self._state.default_store = uri, is_default

@@ -19,7 +19,6 @@ import pytest
 from megalm.errors import ConfigError, DataError, MegalmError
 from megalm.runs.metrics_log import MetricsWriter, read_metrics
 from megalm.tracking.mlflow_mirror.mirror_process import sync
-from megalm.tracking.mlflow_mirror.run_facts import without_passwords
 from megalm.tracking.mlflow_mirror.sync_state import copied_from
 from tests.e2e.tracking.run_folders import write_rows
 from tests.messages import assert_names
@@ -412,20 +411,3 @@ def test_a_store_that_was_left_half_made_is_made_anew(tmp_path: Path) -> None:
     assert store.run_tags("none") is None
     assert (tmp_path / "mlflow.db").is_file()
     assert not list(tmp_path.glob("mlflow.db.partial*"))
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("https://me:secret@host:5000/path", "https://me@host:5000/path"),
-        ("postgresql://me:se-cr3t!@host/db", "postgresql://me@host/db"),
-        (
-            "API request to http://me:secret@h/api failed: http://:p@h",
-            "API request to http://me@h/api failed: http://@h",
-        ),
-        ("sqlite:////runs/mlflow.db", "sqlite:////runs/mlflow.db"),
-        ("http://host:5000/a@b:c", "http://host:5000/a@b:c"),
-    ],
-)
-def test_passwords_in_addresses_are_not_told(text: str, told: str) -> None:
-    assert without_passwords(text) == told
