@@ -8,7 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import NoReturn
+
+# A checkout works without being installed, and beside another one that is. It is then no place for other imports.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import megalm  # noqa: F401
+
+sys.path.pop(0)
 
 import typer
 from rich.console import Console

@@ -12,7 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
+# A checkout works without being installed, and beside another one that is. It is then no place for other imports.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import megalm  # noqa: F401
+
+sys.path.pop(0)
 
 import typer
 

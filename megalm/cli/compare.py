@@ -11,8 +11,10 @@ import typer
 
 from megalm.cli.find_run import find_run, read_watched
 from megalm.errors import ConfigError
+from megalm.runs.run_folder import RunFolder
 from megalm.tracking import compare_runs
 from megalm.tracking.compare_runs import Results
+from megalm.utils.atomic_files import refuse_overwriting_inputs
 from megalm.utils.formatting import format_duration, table
 
 # A difference counts from this multiple of `Results.scatter`; with normal noise, two standard deviations.
@@ -81,7 +83,9 @@ def command(
     """
     if len(runs) < 2:
         raise ConfigError("compare needs two or more runs; `ls runs` lists them")
-    records = [compare_runs.read_run(find_run(run), read_watched) for run in runs]
+    folders = [find_run(run) for run in runs]
+    refuse_overwriting_inputs([plot], [path for folder in folders for path in RunFolder(folder).records])
+    records = [compare_runs.read_run(folder, read_watched) for folder in folders]
     names = [record.name for record in records]
     if len(set(names)) < len(names):
         names = runs  # the same name under two roots

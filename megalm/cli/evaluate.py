@@ -15,8 +15,10 @@ import typer
 
 from megalm.cli.find_run import checkpoint_at, good_checkpoints_at, verify, warn
 from megalm.cli.options import Place, Precision, Tokenizer
+from megalm.data.readers.input_files import ReadReport, find_inputs
 from megalm.errors import CheckpointError, ConfigError
 from megalm.runs.metrics_log import MetricsWriter, plain
+from megalm.utils.atomic_files import refuse_overwriting_inputs
 from megalm.utils.formatting import table
 from megalm.utils.progress import ProgressBar, watched
 
@@ -63,6 +65,11 @@ class _Request:
     batch_size: int
     overlap: int | None
     text_key: str
+
+    def files(self) -> list[str | Path]:
+        """Return the files that are named; their readers report missing ones."""
+        texts = [file.path for file in find_inputs(self.text, ReadReport())]
+        return [*texts, *self.choices, *(f"{prefix}{suffix}" for prefix in self.data for suffix in (".bin", ".idx"))]
 
 
 def command(
@@ -129,6 +136,8 @@ def command(
     facts = read_facts(paths[-1], tokenizer or None)
     _refuse_bad(facts)
     request = _Request(data or (), text or (), choices or (), max_samples, batch_size, overlap, text_key)
+    if facts.run_folder is not None:
+        refuse_overwriting_inputs([facts.run_folder / RECORD], request.files())
     tasks = _tasks(facts, request)
     rows: list[Row] = []
     with ProgressBar("evaluating", sum(task.batches for task in tasks) * len(paths)) as counter, _memory_errors_named():

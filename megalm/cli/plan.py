@@ -23,6 +23,7 @@ from megalm.planning.run_plan import Plan, draw_rates, make_plan
 from megalm.runs.run_settings import ConfigFiles, read_settings
 from megalm.train.resume.compatibility import with_last_step, with_schedule
 from megalm.train.run_summary import planned_data
+from megalm.utils.atomic_files import refuse_overwriting_inputs
 
 # Turns a run into its continuation after a checkpoint: with its last step, and with all its schedules.
 Continuation = Callable[[ResolvedRun], tuple[ResolvedRun, tuple[ScheduleSegment, ...]]]
@@ -81,6 +82,7 @@ def command(
     )
     show_plan(plan, ranks_per_node)
     if plot is not None:
+        refuse_overwriting_inputs([plot], [path for path in (config, files.deepspeed.path) if path is not None])
         draw_rates(plan.schedules, plot)
         typer.echo(f"\nlearning rate of every step: {plot}")
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import re
 import shlex
@@ -25,6 +26,7 @@ from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
 from megalm.rank_environment import job_and_restarts
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, METRICS_FILE, read_metrics
+from megalm.utils.addresses import hide_credentials_in_word
 from megalm.utils.atomic_files import write_bytes_atomically, write_json
 
 log = logging.getLogger(__name__)
@@ -106,6 +108,12 @@ class RunFolder:
     def config_files(self) -> tuple[Path, ...]:
         """The files that each checkpoint has a copy of."""
         return self.config_yaml, self.deepspeed_json, self.resolved_deepspeed_json
+
+    @property
+    def records(self) -> tuple[Path, ...]:
+        """The files and folders that the run itself writes and commands read."""
+        files = (*self.config_files, self.environment_json, self.metrics, self.log, self.request)
+        return *files, self.checkpoints, self.samples, self.incidents, self._failures
 
     def failure(self, attempt: int) -> Path:
         return self._failures / f"attempt-{attempt}.txt"
@@ -253,8 +261,9 @@ def environment() -> dict[str, Any]:
 
 
 def command_line() -> list[str]:
-    """Return the words of this process's command, without the rank that DeepSpeed's launcher adds."""
-    return [word for word in sys.argv if not word.startswith("--local_rank")]
+    """Return the words of this process's command, without credentials and the rank that DeepSpeed's launcher adds."""
+    address = os.environ.get("MLFLOW_TRACKING_URI")
+    return [hide_credentials_in_word(word, address) for word in sys.argv if not word.startswith("--local_rank")]
 
 
 def _numbered(root: Path, stem: str) -> list[Path]:

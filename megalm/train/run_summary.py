@@ -18,11 +18,11 @@ from megalm.model.model_config import ModelConfig
 from megalm.planning.resolve import ResolvedRun
 from megalm.runs.run_folder import ResumeCommand, RunFolder
 from megalm.topology import bubble_share
-from megalm.tracking.mlflow_mirror.run_facts import without_passwords
 from megalm.tracking.report import write_report
 from megalm.train.console import RunConsole
 from megalm.train.datasets import RunData, find_data, open_data
 from megalm.train.resume.compatibility import DataIdentity
+from megalm.utils.addresses import public_address
 from megalm.utils.formatting import format_bytes
 
 # Up to about four passes, repeated text trains nearly as well as new text (arXiv 2305.16264, read in November 2026).
@@ -237,7 +237,7 @@ def final_summary(folder: RunFolder, run: ResolvedRun, invocation: ResumeCommand
 
 
 def _where_mlflow_is(root: Path) -> str:
-    uri = without_passwords(os.environ.get("MLFLOW_TRACKING_URI", "")) or f"sqlite:///{root}/mlflow.db"
+    uri = public_address(os.environ.get("MLFLOW_TRACKING_URI", "")) or f"sqlite:///{root}/mlflow.db"
     return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 

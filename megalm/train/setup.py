@@ -29,6 +29,7 @@ from megalm.runs.run_folder import ResumeCommand, RunFolder, open_run_folder, wr
 from megalm.runs.run_lock import RunLock
 from megalm.runs.run_settings import Arguments, ResumeOptions, config_changes
 from megalm.tracking.mlflow_mirror.mirror_process import MirrorHandle, start_mirror
+from megalm.tracking.mlflow_mirror.sync_state import copied_from
 from megalm.train.console import RunConsole
 from megalm.train.datasets import batch_loader, open_run_data, validation_loaders
 from megalm.train.evaluator import Evaluator
@@ -217,7 +218,7 @@ def build_trainer(
     hooks = _training_hooks(opened, run, metrics, comm)
     supervisor.enter(hooks)
     peak, peak_source = peak_flops(device, run.precision != "fp32")  # before the mirror, which uses a core for seconds
-    mirror = start_mirror(folder.path) if comm.is_main and run.config.tracking.mlflow else None
+    mirror = _start_mirror(folder, console) if comm.is_main and run.config.tracking.mlflow else None
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
         console.info("preparing DeepSpeed's offload extensions (the first use compiles them, for a minute or two)")
     spikes = SpikeGuard(run.config.guard)
@@ -241,6 +242,12 @@ def build_trainer(
     parts.stop.install()
     watch_launchers()
     return BuiltRun(trainer, metrics, mirror, command)
+
+
+def _start_mirror(folder: RunFolder, console: RunConsole) -> MirrorHandle:
+    if (original := copied_from(folder.path)) is not None:
+        console.info(f"  note: {folder.path} is a copy of {original}; its MLflow run is a new one")
+    return start_mirror(folder.path)
 
 
 def _checkpoints(plan: ResumePlan, opened: OpenRun, comm: Communicator) -> RunCheckpointer:

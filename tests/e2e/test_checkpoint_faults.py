@@ -121,8 +121,8 @@ def test_secrets_of_the_environment_are_written_nowhere(small_data: SmallData, t
 
 
 def test_a_password_in_an_address_is_written_nowhere(small_data: SmallData, tmp_path: Path) -> None:
-    """MLFLOW_TRACKING_URI=https://user:password@host of a server that does not answer."""
-    uri = "http://me:canary-password-31ef@127.0.0.1:9"
+    """MLFLOW_TRACKING_URI of a server that does not answer."""
+    uri = "http://127.0.0.1:9?user=me@corp.example&password=canary-password-31ef"
     command = pretrain(*_words(small_data, "train.steps=4", "tracking.mlflow=true"))
     finished = finish(tmp_path, command, environment={"MLFLOW_TRACKING_URI": uri}, patience_seconds=60)
     assert finished.code == 0, finished.explain()

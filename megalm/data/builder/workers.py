@@ -21,6 +21,7 @@ from megalm.data.readers.document_reader import Span
 from megalm.data.readers.records import ByteBlock
 from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import DataError
+from megalm.utils import child_process
 
 KEPT_MEMORY_BYTES = 64 << 20
 
@@ -49,18 +50,9 @@ def do_units(
         for unit in units:
             yield unit, _do(unit, directory, options, tokenizer)
         return
-    # spawn, because the libraries' own threads do not survive a fork. Each worker loads the tokenizer once.
-    pool = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(directory, options, tokenizer.spec, os.getpid()),
-    )
+    pool = _start_pool(directory, options, tokenizer, workers)
     running: dict[Future[WorkUnitSummary], Unit] = {}
     try:
-        with _lean_start():
-            for _ in range(workers):
-                pool.submit(os.getpid)
         for unit in units:
             running[pool.submit(_do_in_worker, unit)] = Unit(unit.name, unit.spans, unit.weight)
             if len(running) >= 2 * workers:  # keeps reading from filling memory ahead of encoding
@@ -76,19 +68,34 @@ def do_units(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _start_pool(directory: Path, options: BuildOptions, tokenizer: Tokenizer, workers: int) -> ProcessPoolExecutor:
+    with _lean_start():
+        # spawn, because the libraries' own threads do not survive a fork. Each worker loads the tokenizer once.
+        pool = ProcessPoolExecutor(
+            workers,
+            multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(directory, options, tokenizer.spec, os.getpid()),
+        )
+        for _ in range(workers):
+            pool.submit(os.getpid)
+    return pool
+
+
 @contextmanager
 def _lean_start() -> Iterator[None]:
-    """Start processes that do not import the main program, which they do not need, and that keep freed memory."""
+    """Start processes that do not import the main program, but megalm as it is here, and that keep freed memory."""
     names: dict[str, Any] = vars(sys.modules["__main__"])
     before, environment = dict(names), dict(os.environ)
-    names["__spec__"] = None
-    names.pop("__file__", None)
+    names["__spec__"], names["__file__"] = None, child_process.__file__
     # glibc returns every large block to the system and requests it again: a tenth of a worker's time.
-    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
-        os.environ.setdefault(name, str(KEPT_MEMORY_BYTES))
+    kept = dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(KEPT_MEMORY_BYTES))
+    for name, value in {**kept, **child_process.SAFE_PATH}.items():
+        os.environ.setdefault(name, value)
     try:
         yield
     finally:
+        del names["__file__"]
         names.update({name: before[name] for name in ("__file__", "__spec__") if name in before})
         for name in set(os.environ) - set(environment):
             del os.environ[name]

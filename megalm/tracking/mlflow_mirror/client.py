@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
+import logging
 import os
+import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from megalm.tracking.mlflow_mirror.sync_state import RUNNING, MetricValue
 from megalm.utils.file_lock import take_lock
@@ -22,9 +26,14 @@ for _name, _value in {
 import mlflow  # noqa: E402 - after the settings above, which it reads on import
 from mlflow.entities import Metric, Param, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
+
+# Its warnings of retries quote whole addresses, with the query that may hold a token.
+logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 # MLflow's limit of parameters or tags in one request.
 _BATCH_NAMES = 100
+_ARTIFACTS = "mlartifacts"
 
 
 class MlflowStore:
@@ -43,17 +52,19 @@ class MlflowStore:
         with take_lock(root / "mlflow.db.lock"):
             if not (root / "mlflow.db").exists():
                 _create_store(root)
+            _point_to_artifacts(root)
             self._client = mlflow.MlflowClient(tracking_uri=tracking_uri)
             self._client.search_experiments(max_results=1)
 
-    def run_exists(self, run_id: str) -> bool:
+    def run_tags(self, run_id: str) -> dict[str, str] | None:
+        """Return the tags of a run; None if there is no such run, or it is deleted."""
         try:
             run = self._client.get_run(run_id)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
+                return None
             raise
-        return bool(run.info.lifecycle_stage == "active")
+        return dict(run.data.tags) if run.info.lifecycle_stage == "active" else None
 
     def create_run(self, experiment: str, name: str, key: str, start_ms: int) -> str:
         """Create a run, or find the one that was created with this key; return its id."""
@@ -84,7 +95,12 @@ class MlflowStore:
             self._client.log_batch(run_id, tags=items[start : start + _BATCH_NAMES], synchronous=True)
 
     def upload(self, run_id: str, file: Path, folder: str | None) -> None:
-        self._client.log_artifact(run_id, str(file), folder)
+        if not self._is_default:
+            self._client.log_artifact(run_id, str(file), folder)
+            return
+        # The client remembers places by run id, and a copied store has the run ids of the original.
+        place = self._client.get_run(run_id).info.artifact_uri
+        get_artifact_repository(place).log_artifact(str(file), folder)
 
     def set_status(self, run_id: str, status: str, end_ms: int | None) -> None:
         if status == RUNNING:
@@ -95,7 +111,7 @@ class MlflowStore:
     def _experiment_id(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)
         if found is None:
-            artifacts = (self._root / "mlartifacts").as_uri() if self._is_default else None
+            artifacts = (self._root / _ARTIFACTS).as_uri() if self._is_default else None
             return str(self._client.create_experiment(name, artifact_location=artifacts))
         if found.lifecycle_stage != "active":
             self._client.restore_experiment(found.experiment_id)
@@ -116,3 +132,28 @@ def _create_store(root: Path) -> None:
         leftover.unlink()
     mlflow.MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
     partial.replace(root / "mlflow.db")
+
+
+def _point_to_artifacts(root: Path) -> None:
+    """Point a default store to the artifacts beside it: it names them by absolute path, wherever its root was then.
+
+    Without this a moved root makes its old place again, and a copied one writes into the artifacts of the original.
+    MLflow has no call for this.
+    """
+    here = (root / _ARTIFACTS).as_uri()
+    with contextlib.closing(sqlite3.connect(root / "mlflow.db", timeout=20.0)) as store, store:
+        found = store.execute("SELECT experiment_id, artifact_location FROM experiments").fetchall()
+        for experiment, place in found:
+            if place == here or not str(place).startswith("file:") or not str(place).endswith(f"/{_ARTIFACTS}"):
+                continue
+            store.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (here, experiment))
+            runs = store.execute("SELECT run_uuid, artifact_uri FROM runs WHERE experiment_id = ?", (experiment,))
+            for run, uri in runs.fetchall():
+                moved = f"{here}{str(uri).removeprefix(str(place))}"
+                # Files that were never moved along stay where they are.
+                if str(uri).startswith(f"{place}/") and (_path_of(moved).exists() or not _path_of(uri).exists()):
+                    store.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", (moved, run))
+
+
+def _path_of(uri: str) -> Path:
+    return Path(unquote(urlsplit(uri).path))

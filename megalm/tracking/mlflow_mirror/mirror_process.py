@@ -7,6 +7,8 @@ The training process calls `start_mirror` and `MirrorHandle.finish`; `megalm tra
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import select
@@ -17,16 +19,20 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
-from megalm.errors import ConfigError, MegalmError
+from megalm.errors import EXIT_FAILED, ConfigError, MegalmError
 from megalm.runs.metrics_log import METRICS_FILE
 from megalm.tracking.mlflow_mirror import run_facts
 from megalm.tracking.mlflow_mirror.sync import MlflowSync, Sent
+from megalm.utils.addresses import hide_credentials
+from megalm.utils.child_process import child_command, child_environment
 from megalm.utils.file_lock import HeldLock, take_lock
 from megalm.utils.stop_signals import STOP_SIGNALS
 
+_MODULE = "megalm.tracking.mlflow_mirror.mirror_process"
 LOG_FILE = "mlflow.log"
 LOCK_FILE = "mlflow.lock"
 
@@ -68,11 +74,11 @@ def start_mirror(run_dir: str | os.PathLike[str]) -> MirrorHandle:
     outlive the trainer by a few seconds to send the last rows.
     """
     run_dir = Path(run_dir).resolve()
-    command = [sys.executable, "-m", "megalm.tracking.mlflow_mirror.mirror_process", str(run_dir), "--follow"]
-    environment = os.environ | dict.fromkeys(_THREAD_VARIABLES, "1") | {"CUDA_VISIBLE_DEVICES": ""}
+    words = [str(run_dir), "--follow", "--parent-pid", str(os.getpid()), "--since", str(time.time())]
+    environment = child_environment() | dict.fromkeys(_THREAD_VARIABLES, "1") | {"CUDA_VISIBLE_DEVICES": ""}
     with open(run_dir / LOG_FILE, "ab") as log:
         process = subprocess.Popen(
-            [*command, "--parent-pid", str(os.getpid()), "--since", str(time.time())],
+            child_command(_MODULE, words),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -196,14 +202,31 @@ def _only_mirror(run_dir: Path, wait_seconds: float) -> HeldLock:
 
 
 def _one_line(error: BaseException) -> str:
-    return run_facts.shorten(run_facts.without_passwords(" ".join(str(error).split())) or type(error).__name__, 300)
+    return run_facts.shorten(_hidden(" ".join(str(error).split())) or type(error).__name__, 300)
+
+
+def _hidden(text: str) -> str:
+    """Return a text without the credentials in the tracking address."""
+    return hide_credentials(text, os.environ.get(run_facts.URI_VARIABLE))
+
+
+class _HidingStream(io.TextIOBase):
+    """Passes text on without credentials: libraries quote addresses in their warnings and tracebacks."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(_hidden(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m ...mirror_process RUN_DIR [--follow --parent-pid N]`; exit code 0: all is sent."""
-    parser = argparse.ArgumentParser(
-        prog="megalm.tracking.mlflow_mirror.mirror_process", description="Feed MLflow from a run folder."
-    )
+    """`RUN_DIR [--follow --parent-pid N]`, see utils/child_process.py; exit code 0: all is sent."""
+    parser = argparse.ArgumentParser(prog=_MODULE, description="Feed MLflow from a run folder.")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--follow", action="store_true", help="send until the process --parent-pid ends")
     parser.add_argument("--parent-pid", type=int)
@@ -211,8 +234,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.follow and options.parent_pid is None:
         parser.error("--follow needs --parent-pid")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     os.nice(19)
+    stream = _HidingStream(sys.stderr)
+    with contextlib.redirect_stderr(stream), contextlib.redirect_stdout(stream):
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         if options.follow:
             for number in _SIGNALS_OF_THE_JOB:
@@ -223,9 +252,8 @@ def main(arguments: list[str] | None = None) -> int:
     except MegalmError as error:
         logger.error("%s", error)
         return error.exit_code
+    except Exception:  # written here, where the stream hides credentials
+        logger.exception("the mirror failed; run `megalm track sync %s`", options.run_dir)
+        return EXIT_FAILED
     logger.info("everything is sent")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

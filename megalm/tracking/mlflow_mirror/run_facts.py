@@ -12,10 +12,11 @@ from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE
 from megalm.tracking.mlflow_mirror.sync_state import MirrorState
 from megalm.utils.formatting import flatten_to_text
 
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+RUN_DIR_TAG = "megalm.run_dir"  # the folder that an MLflow run belongs to
 FACT_FILES = (CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE)
 
 _ARTIFACTS = (*FACT_FILES, "deepspeed.json", "report.html")
-_PASSWORD = re.compile(r"://([^/\s:@]*):[^/\s@]*@")
 # MLflow's limits: names of 250 characters, values of 6000 (parameters) and 8000 (tags).
 _LONGEST_NAME = 250
 _LONGEST_PARAMETER = 6000
@@ -28,17 +29,12 @@ def tracking_uri(run_dir: Path, state: MirrorState) -> tuple[str, bool]:
     MLFLOW_TRACKING_URI takes precedence. Without it, a run stays where it was first sent, and a new one uses
     SQLite in the run root's present location.
     """
-    address = os.environ.get("MLFLOW_TRACKING_URI")
+    address = os.environ.get(URI_VARIABLE)
     if address:
         return address, False
     if state.tracking_uri and not state.default_store:
         return state.tracking_uri, False
     return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}", True
-
-
-def without_passwords(text: str) -> str:
-    """Return an address, or an error that quotes one, without its password: `scheme://user@host`."""
-    return _PASSWORD.sub(r"://\1@", text)
 
 
 def experiment(run_dir: Path) -> str:
@@ -73,7 +69,7 @@ def tags(run_dir: Path) -> dict[str, str]:
     found = {
         name: value for name, value in environment.items() if "." not in name or "git" in name or "fingerprint" in name
     }
-    found |= {"megalm.run_dir": str(run_dir.resolve())}
+    found |= {RUN_DIR_TAG: str(run_dir.resolve())}
     commit = next((found[name] for name in ("git_commit", "git.commit", "commit") if found.get(name)), None)
     if commit:
         found["mlflow.source.git.commit"] = commit  # shown by MLflow in its own column

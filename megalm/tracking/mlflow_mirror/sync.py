@@ -17,12 +17,20 @@ from typing import TYPE_CHECKING
 
 from megalm.runs.metrics_log import METRICS_FILE, Row, read_rows
 from megalm.tracking.mlflow_mirror import run_facts
-from megalm.tracking.mlflow_mirror.sync_state import FAILED, FINISHED, KILLED, RUNNING, MetricValue, MirrorState
+from megalm.tracking.mlflow_mirror.sync_state import (
+    FAILED,
+    FINISHED,
+    KILLED,
+    RUNNING,
+    STATE_FILE,
+    MetricValue,
+    MirrorState,
+    Owner,
+)
+from megalm.utils.addresses import public_address
 
 if TYPE_CHECKING:  # the training process imports this module and must not load MLflow
     from megalm.tracking.mlflow_mirror.client import MlflowStore
-
-STATE_FILE = "mlflow.json"
 
 # MLflow's limit of entities in one request.
 _BATCH_METRICS = 1000
@@ -60,10 +68,12 @@ class MlflowSync:
         self._state_path = run_dir / STATE_FILE
         self._state = MirrorState.load(self._state_path)
         self._store: MlflowStore | None = None
+        self._copied_from: Path | None = None
         self._address, is_default = run_facts.tracking_uri(run_dir, self._state)
-        uri = run_facts.without_passwords(self._address)  # for the state file and messages
+        uri = public_address(self._address)  # for the state file and messages
         both_default = is_default and self._state.default_store  # a moved run root takes its store along
-        if self._state.tracking_uri not in ("", uri) and not both_default:
+        before = public_address(self._state.tracking_uri)  # version 0.1.0 kept user names
+        if before not in ("", uri) and not both_default:
             logger.warning("%s is now tracked at %s: sending it to a new MLflow run from its first row", run_dir, uri)
             self._state = MirrorState()
         self._state.tracking_uri, self._state.default_store = uri, is_default
@@ -95,10 +105,9 @@ class MlflowSync:
             from megalm.tracking.mlflow_mirror.client import MlflowStore
 
             store = MlflowStore(self._address, self.run_dir.resolve().parent)
-            if self._state.run_id and not store.run_exists(self._state.run_id):
-                logger.warning("MLflow run %s no longer exists: sending all rows to a new one", self._state.run_id)
-                uri, is_default = self._state.tracking_uri, self._state.default_store
-                self._state = MirrorState(tracking_uri=uri, default_store=is_default)
+            if self._state.run_id:
+                self._claim(store, self._state.run_id)
+            self._state.owner = Owner.of(self.run_dir)
             self._store = store
         state = self._state
         if state.run_id is None:
@@ -106,9 +115,30 @@ class MlflowSync:
             state.save(self._state_path)  # the key first: a lost response must not create a second run
             start_ms = run_facts.start_ms(self.run_dir)
             state.run_id = self._store.create_run(state.experiment, self.run_dir.resolve().name, state.key, start_ms)
+            if self._copied_from is not None:
+                self._store.set_tags(state.run_id, {"megalm.copied_from": str(self._copied_from)})
             state.status_sent = RUNNING
             state.save(self._state_path)
         return self._store, state.run_id
+
+    def _claim(self, store: MlflowStore, run_id: str) -> None:
+        """Claim the recorded MLflow run for this folder; start a new one where it is gone or another folder's."""
+        tags, state, here = store.run_tags(run_id), self._state, str(self.run_dir.resolve())
+        if tags is None:
+            logger.warning("MLflow run %s no longer exists: sending all rows to a new one", run_id)
+        else:
+            self._copied_from = state.original_of(self.run_dir, tags.get(run_facts.RUN_DIR_TAG))
+            if self._copied_from is None:
+                if state.owner != Owner.of(self.run_dir) or tags.get(run_facts.RUN_DIR_TAG) != here:
+                    store.set_tags(run_id, {run_facts.RUN_DIR_TAG: here})
+                return
+            logger.warning(
+                "%s is a copy of %s, which keeps MLflow run %s: sending all rows to a new one",
+                self.run_dir,
+                self._copied_from,
+                run_id,
+            )
+        self._state = MirrorState(tracking_uri=state.tracking_uri, default_store=state.default_store)
 
     def _send_facts(self, store: MlflowStore, run_id: str) -> None:
         """Send parameters and tags, again whenever one of their files has changed (a resume)."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import uuid
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-import orjson
+from pydantic import BaseModel, Field, ValidationError
 
 from megalm.errors import ConfigError
 from megalm.utils.atomic_files import write_atomically
 
+STATE_FILE = "mlflow.json"
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 
 
@@ -24,35 +27,97 @@ class MetricValue:
     time_ms: int
 
 
-@dataclass
-class MirrorState:
-    """RUN_DIR/mlflow.json: which MLflow run this folder is, and how much of it is there."""
+class Owner(BaseModel, frozen=True):
+    """The folder that an MLflow run belongs to. A move keeps the inode, a copy does not."""
 
-    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    folder: str
+    inode: int
+    host: str
+
+    @classmethod
+    def of(cls, run_dir: Path) -> Owner:
+        here = run_dir.resolve()
+        return cls(folder=str(here), inode=here.stat().st_ino, host=platform.node())
+
+
+class MirrorState(BaseModel):
+    """RUN_DIR/mlflow.json: which MLflow run this folder is, and how much of it is there.
+
+    Attributes:
+        owner: the folder when it was last sent; None in files of 0.1.0.
+    """
+
+    key: str = Field(default_factory=lambda: uuid.uuid4().hex)
+    owner: Owner | None = None
     tracking_uri: str = ""
     default_store: bool = True
     experiment: str = ""
     run_id: str | None = None
-    offset: int = 0
+    offset: int = Field(default=0, ge=0)
     status: str = RUNNING
     status_sent: str | None = None
     end_ms: int | None = None
     signalled: bool = False
-    artifacts: dict[str, list[int]] = field(default_factory=dict)
+    artifacts: dict[str, list[int]] = Field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> MirrorState:
         if not path.exists():
             return cls()
         try:
-            stored = orjson.loads(path.read_bytes())
-            return cls(**{item.name: stored[item.name] for item in fields(cls)})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{path}: cannot be read ({error!r}); delete it to send the run to a new MLflow run"
-            ) from None
+            state = cls.model_validate_json(path.read_bytes(), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = " ".join([*map(str, first["loc"]), first["msg"]])
+        else:
+            if "key" in state.model_fields_set:
+                return state
+            reason = "key is missing"
+        raise ConfigError(f"{path}: cannot be read ({reason}); delete it to send the run to a new MLflow run")
 
     def save(self, path: Path) -> None:
         # Not durable: rows that a power failure loses are sent again, and MLflow stores them once.
-        content = orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2)
+        content = self.model_dump_json(indent=2).encode()
         write_atomically(path, lambda file: file.write(content), durable=False)
+
+    def original_of(self, run_dir: Path, claimed: str | None = None) -> Path | None:
+        """Return the folder that `run_dir` is a copy of; None if the MLflow run of this state is its own.
+
+        A moved folder keeps its run: no other folder is left with the same key. A default store moves or is copied with
+        its run root, so that only folders of the same root share it.
+
+        Args:
+            claimed: the folder that the MLflow run names as its own.
+        """
+        here, mine = run_dir.resolve(), Owner.of(run_dir)
+        places = [place for place in (self.owner and self.owner.folder, claimed) if place]
+        for place in map(Path, places):
+            other = here.parent / place.name if self.default_store else place
+            if self._is_shared_with(other, here, mine):
+                return other
+        owner = self.owner
+        if self.default_store or owner is None or owner.folder == mine.folder or owner.inode == mine.inode:
+            return None
+        # On another host a folder that cannot be seen may still be there: its run is left alone.
+        seen = owner.host == mine.host or Path(owner.folder).parent.is_dir()
+        return None if seen else Path(owner.folder)
+
+    def _is_shared_with(self, other: Path, here: Path, mine: Owner) -> bool:
+        """Whether another folder has the same key and is the one that keeps it."""
+        try:
+            if other == here or os.path.samefile(other, here):
+                return False
+            state, theirs = MirrorState.load(other / STATE_FILE), Owner.of(other)
+        except (OSError, ConfigError):
+            return False
+        is_moved_here = self.owner is not None and self.owner.inode == mine.inode
+        is_copied_there = state.owner is not None and state.owner.inode != theirs.inode
+        return state.key == self.key and not (is_moved_here and is_copied_there)
+
+
+def copied_from(run_dir: Path) -> Path | None:
+    """Return the folder that `run_dir` is a copy of, as far as the files show; None without a readable mlflow.json."""
+    try:
+        return MirrorState.load(run_dir / STATE_FILE).original_of(run_dir)
+    except (OSError, ConfigError):
+        return None

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from megalm.errors import ConfigError
 from megalm.runs.metrics_log import ReadRows, read_metrics
+from megalm.runs.run_folder import RunFolder
 from megalm.tracking.report.page import render
 from megalm.tracking.report.run_data import read_run
-from megalm.utils.atomic_files import write_atomically
+from megalm.utils.atomic_files import refuse_overwriting_inputs, write_atomically
 
 REPORT_FILE = "report.html"
 
@@ -21,12 +22,14 @@ def write_report(run_dir: Path, output: Path | None = None, read: ReadRows = rea
         output: None: report.html in the run folder.
 
     Raises:
-        ConfigError: there is no run folder, its configuration is damaged, or the page cannot be written.
+        ConfigError: there is no run folder, its configuration is damaged, or the page cannot be written, or `output` is
+            a file of the run.
         DataError: a line of metrics.jsonl before the last is damaged.
     """
+    path = output or run_dir / REPORT_FILE
+    refuse_overwriting_inputs([path], RunFolder(run_dir).records)
     now = time.time()
     content = render(read_run(run_dir, now, read), now).encode("utf-8", errors="replace")
-    path = output or run_dir / REPORT_FILE
     try:
         write_atomically(path, lambda file: file.write(content), durable=False)
     except OSError as error:

@@ -11,12 +11,12 @@ from typing import Any
 import jinja2
 
 from megalm.runs.run_folder import ResumeCommand
-from megalm.tracking.mlflow_mirror.run_facts import without_passwords
 from megalm.tracking.report.curves import charts, event_step
 from megalm.tracking.report.headline import moment, numbers, outcome
 from megalm.tracking.report.notable_events import findings
 from megalm.tracking.report.run_data import ReportData, step_of_file, text_of
 from megalm.tracking.report.svg_chart import FRAME
+from megalm.utils.addresses import hide_credentials_in_word
 from megalm.utils.formatting import format_bytes, format_duration
 
 _TEMPLATE = "page.html"
@@ -109,7 +109,7 @@ def _environment(content: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("git commit", f"{git['commit']}{', with uncommitted changes' if git.get('changed') else ''}"))
     command = content.get("command")
     if isinstance(command, list):
-        rows.append(("command", without_passwords(shlex.join(map(str, command)))))
+        rows.append(("command", shlex.join(hide_credentials_in_word(str(word)) for word in command)))
     return [(name, str(value)) for name, value in rows]
 
 

@@ -15,10 +15,12 @@ import mlflow
 import psutil
 import pytest
 
+from megalm.errors import MegalmError
 from megalm.runs.metrics_log import MetricsWriter
 from megalm.tracking.mlflow_mirror import mirror_process
 from megalm.tracking.mlflow_mirror.sync_state import MirrorState
 from tests.e2e.tracking.run_folders import write_rows
+from tests.messages import assert_names
 
 pytestmark = pytest.mark.e2e
 
@@ -145,6 +147,34 @@ def test_a_dead_server_costs_training_nothing_and_sync_delivers_later(
         handle.process.wait()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{run_dir.parent / 'mlflow.db'}")
     assert mirror_process.sync(run_dir).status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1:9?user=me@corp.example&password=SECRET",
+        "http://127.0.0.1:9/?token=SECRET",
+        "http://me:a@b/SECRET c@127.0.0.1:9",
+        "http://SECRET@127.0.0.1:9",
+        "unknown://me:SECRET@127.0.0.1:9/db",
+    ],
+)
+def test_credentials_in_the_address_are_written_nowhere(
+    address: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor by MLflow and what it uses, whose errors and warnings quote the address."""
+    secret = "hunter2canary"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address.replace("SECRET", secret))
+    handle = mirror_process.start_mirror(run_dir)
+    write_rows(run_dir, range(1, 5))
+    wait_for(run_dir, lambda: "trying again" in (run_dir / "mlflow.log").read_text())
+    handle.process.kill()
+    handle.process.wait()
+    with pytest.raises(MegalmError) as error:
+        mirror_process.sync(run_dir, deadline_seconds=0.0)
+    assert secret not in str(error.value)
+    assert_names(error.value, address.partition(":")[0], "127.0.0.1:9")
+    assert [path for path in run_dir.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()] == []
 
 
 def test_it_gives_up_within_its_bound_and_says_so(

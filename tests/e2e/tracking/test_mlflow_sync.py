@@ -6,10 +6,12 @@ import fcntl
 import json
 import math
 import re
+import shutil
 import socket
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import mlflow
 import pytest
@@ -17,8 +19,9 @@ import pytest
 from megalm.errors import ConfigError, DataError, MegalmError
 from megalm.runs.metrics_log import MetricsWriter, read_metrics
 from megalm.tracking.mlflow_mirror.mirror_process import sync
-from megalm.tracking.mlflow_mirror.run_facts import without_passwords
+from megalm.tracking.mlflow_mirror.sync_state import copied_from
 from tests.e2e.tracking.run_folders import write_rows
+from tests.messages import assert_names
 
 pytestmark = pytest.mark.e2e
 
@@ -217,6 +220,139 @@ def test_a_moved_run_root_keeps_its_mlflow_run(run_dir: Path, tmp_path_factory: 
     assert len(history(moved / run_dir.name, first.run_id, "train/loss")) == 6
 
 
+def train_losses(run_dir: Path, run_id: str) -> list[int]:
+    return [step for step, _ in history(run_dir, run_id, "train/loss")]
+
+
+def test_a_copied_run_folder_gets_an_mlflow_run_of_its_own(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_rows(run_dir, range(1, 5))
+    first = sync(run_dir)
+    copy = run_dir.with_name("second-001")
+    shutil.copytree(run_dir, copy)
+    assert copied_from(copy) == run_dir
+    assert copied_from(run_dir) is None
+    write_rows(copy, range(5, 7), attempt=2)
+    second = sync(copy)
+    assert second.run_id != first.run_id
+    assert train_losses(run_dir, first.run_id) == [1, 2, 3, 4]
+    assert train_losses(run_dir, second.run_id) == [1, 2, 3, 4, 5, 6]
+    tags = client_of(run_dir).get_run(second.run_id).data.tags
+    assert (tags["megalm.copied_from"], tags["megalm.run_dir"]) == (str(run_dir), str(copy))
+    (said,) = [record.getMessage() for record in caplog.records if first.run_id in record.getMessage()]
+    assert_names(said, copy, run_dir)
+    for folder, sent in ((copy, second), (run_dir, first)):  # from now on each knows its own
+        assert sync(folder).run_id == sent.run_id
+
+
+def test_a_moved_run_folder_keeps_its_mlflow_run(run_dir: Path) -> None:
+    write_rows(run_dir, range(1, 5))
+    first = sync(run_dir)
+    for name, copied in (("renamed", False), ("on-another-disk", True)):  # there a move is a copy and a removal
+        before, run_dir = run_dir, run_dir.with_name(name)
+        shutil.copytree(before, run_dir) if copied else before.rename(run_dir)
+        shutil.rmtree(before, ignore_errors=True)
+        assert copied_from(run_dir) is None
+        assert sync(run_dir).run_id == first.run_id
+        assert client_of(run_dir).get_run(first.run_id).data.tags["megalm.run_dir"] == str(run_dir)
+
+
+def test_of_two_copies_of_a_removed_run_one_keeps_its_mlflow_run(run_dir: Path) -> None:
+    write_rows(run_dir, range(1, 5))
+    first = sync(run_dir)
+    copies = [run_dir.with_name("one"), run_dir.with_name("two")]
+    for copy in copies:
+        shutil.copytree(run_dir, copy)
+    shutil.rmtree(run_dir)
+    found = [sync(copy).run_id for copy in copies]
+    assert found[0] == first.run_id != found[1]
+    assert [sync(copy).run_id for copy in copies] == found
+
+
+@pytest.mark.parametrize("first_is", ["original", "copy"])
+def test_a_copy_put_in_the_place_of_the_original_never_shares_its_mlflow_run(run_dir: Path, first_is: str) -> None:
+    write_rows(run_dir, range(1, 5))
+    sync(run_dir)
+    original = run_dir.with_name("original")
+    run_dir.rename(original)
+    shutil.copytree(original, run_dir)
+    folders = [original, run_dir] if first_is == "original" else [run_dir, original]
+    found = [sync(folder).run_id for folder in folders]
+    assert found[0] != found[1]
+    assert [sync(folder).run_id for folder in folders] == found
+
+
+def test_a_folder_behind_a_link_is_no_copy(run_dir: Path) -> None:
+    write_rows(run_dir, range(1, 5))
+    first = sync(run_dir)
+    link = run_dir.with_name("link")
+    link.symlink_to(run_dir)
+    assert (sync(link).run_id, copied_from(link)) == (first.run_id, None)
+
+
+def test_a_run_that_version_0_1_0_sent_keeps_its_mlflow_run_and_its_copy_gets_another(run_dir: Path) -> None:
+    write_rows(run_dir, range(1, 5))
+    first = sync(run_dir)
+    state = json.loads((run_dir / "mlflow.json").read_text())
+    del state["owner"]
+    (run_dir / "mlflow.json").write_text(json.dumps(state))
+    copy = run_dir.with_name("copy")
+    shutil.copytree(run_dir, copy)
+    assert sync(copy).run_id != first.run_id
+    assert sync(run_dir).run_id == first.run_id
+
+
+def test_runs_of_a_moved_and_a_copied_root_in_a_common_store(
+    run_dir: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.move(run_dir.parent / "mlflow.db", elsewhere)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{elsewhere}/mlflow.db")
+    monkeypatch.chdir(elsewhere)  # MLflow makes ./mlruns for the artifacts of such a store
+    write_rows(run_dir, range(1, 5))
+    first = sync(run_dir)
+    copied = elsewhere / "copied"
+    shutil.copytree(run_dir.parent, copied)
+    assert sync(copied / run_dir.name).run_id != first.run_id
+    moved = elsewhere / "moved"
+    run_dir.parent.rename(moved)
+    assert sync(moved / run_dir.name).run_id == first.run_id
+
+
+def artifacts(run_dir: Path, run_id: str) -> dict[str, str]:
+    """The text of every artifact where the store says that they are; MLflow's client remembers it by run id alone."""
+    folder = Path(unquote(urlsplit(client_of(run_dir).get_run(run_id).info.artifact_uri).path))
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_moved_run_root_takes_its_artifacts_along(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    write_rows(run_dir, range(1, 5))
+    first = sync(run_dir)
+    before, root = run_dir.parent, tmp_path_factory.mktemp("elsewhere") / "moved runs"
+    before.rename(root)
+    other = root / "other-001"
+    shutil.copytree(root / run_dir.name, other, ignore=shutil.ignore_patterns("mlflow.*"))
+    second = sync(other)
+    assert not before.exists()
+    assert artifacts(other, second.run_id) == artifacts(other, first.run_id) != {}
+
+
+def test_a_copied_run_root_leaves_the_artifacts_of_the_original_alone(
+    run_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    write_rows(run_dir, range(1, 5))
+    first = sync(run_dir)
+    before = artifacts(run_dir, first.run_id)
+    copy = tmp_path_factory.mktemp("elsewhere") / "copied" / run_dir.name
+    shutil.copytree(run_dir.parent, copy.parent)
+    (copy / "environment.json").write_text('{"host": "another"}')
+    write_rows(copy, range(5, 7), attempt=2)
+    second = sync(copy)
+    assert artifacts(run_dir, first.run_id) == before
+    assert train_losses(run_dir, first.run_id) == [1, 2, 3, 4]
+    assert artifacts(copy, second.run_id) == before | {"environment.json": '{"host": "another"}'}
+    assert train_losses(copy, second.run_id) == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_deleted_mlflow_run_is_made_anew(run_dir: Path) -> None:
     write_rows(run_dir, range(1, 5))
     first = sync(run_dir)
@@ -272,23 +408,6 @@ def test_a_store_that_was_left_half_made_is_made_anew(tmp_path: Path) -> None:
 
     (tmp_path / "mlflow.db.partial").write_bytes(b"not all of a database")
     store = MlflowStore(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path)
-    assert store.run_exists("none") is False
+    assert store.run_tags("none") is None
     assert (tmp_path / "mlflow.db").is_file()
     assert not list(tmp_path.glob("mlflow.db.partial*"))
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("https://me:secret@host:5000/path", "https://me@host:5000/path"),
-        ("postgresql://me:se-cr3t!@host/db", "postgresql://me@host/db"),
-        (
-            "API request to http://me:secret@h/api failed: http://:p@h",
-            "API request to http://me@h/api failed: http://@h",
-        ),
-        ("sqlite:////runs/mlflow.db", "sqlite:////runs/mlflow.db"),
-        ("http://host:5000/a@b:c", "http://host:5000/a@b:c"),
-    ],
-)
-def test_passwords_in_addresses_are_not_told(text: str, told: str) -> None:
-    assert without_passwords(text) == told

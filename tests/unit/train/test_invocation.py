@@ -11,8 +11,10 @@ import pytest
 from megalm.config.deepspeed.json_reader import DeviceFacts, named_json, read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.planning.resolve import resolve
-from megalm.runs.run_folder import ResumeCommand, RunFolder
+from megalm.runs.run_folder import ResumeCommand, RunFolder, command_line
+from megalm.tracking.report import write_report
 from megalm.train.run_summary import final_summary
+from tests.messages import assert_names
 
 
 def test_says_no_more_than_is_needed() -> None:
@@ -52,3 +54,35 @@ def test_the_end_of_a_run_quotes_for_a_shell(
     (shown,) = (line for line in lines if "mlflow ui" in line)
     store = f"sqlite:///{tmp_path}/my runs/mlflow.db"
     assert shlex.split(shown[shown.index("mlflow ui") :]) == ["mlflow", "ui", "--backend-store-uri", store]
+
+
+@pytest.mark.parametrize(
+    "address", ["http://host:5000?token=SECRET", "http://SECRET@host:5000", "http://u:a SECRET@host:5000"]
+)
+def test_a_command_is_recorded_and_shown_without_credentials(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = address.replace("SECRET", "hunter2canary")
+    words = ["launch/pretrain.py", "run.name=mine", f"run.root={address}", "--config", address, "--local_rank=0"]
+    monkeypatch.setattr("sys.argv", words)
+    shown = "http://host:5000"
+    recorded = ["launch/pretrain.py", "run.name=mine", f"run.root={shown}", "--config", shown]
+    assert command_line() == recorded
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text("{}")
+    (tmp_path / "mine" / "environment.json").write_text(json.dumps({"command": words}))
+    page = write_report(tmp_path / "mine").read_text()
+    assert shown in page
+    assert "hunter2canary" not in page
+
+
+def test_the_end_of_a_run_shows_the_tracking_address_without_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_run_config(None, ["tracking.mlflow=true"])
+    json_file = read_deepspeed_json(named_json("ds_configs/fp32.json"))
+    run = resolve(loaded, json_file, 1, DeviceFacts("cpu", False, 1 << 33), 99)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000?user=u&password=hunter2canary")
+    summary = final_summary(RunFolder(tmp_path / "mine"), run, ResumeCommand(tmp_path / "mine"))
+    assert_names(summary, "http://host:5000")
+    assert "hunter2canary" not in summary
