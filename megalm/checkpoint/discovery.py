@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megalm.checkpoint.manifest import MANIFEST, Manifest, Status, read_manifest, without_advice, wrong_file
 from megalm.errors import CheckpointError
+from megalm.utils.atomic_files import is_stranger
 
 LATEST = "latest"
 BEST = "best"
@@ -87,6 +88,8 @@ def list_checkpoints(checkpoints: Path) -> list[Entry]:
 def read_pointer(checkpoints: Path, pointer: str) -> str | None:
     """Return the checkpoint name in the file `latest` or `best`; None if it holds no valid name."""
     try:
+        if is_stranger(checkpoints / pointer):
+            return None
         name = (checkpoints / pointer).read_bytes()[:100].decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None

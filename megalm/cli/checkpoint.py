@@ -155,7 +155,7 @@ def prune_command(
 ) -> None:
     """Delete old checkpoints. The best one stays, and suspect and bad ones newer than what is kept."""
     checkpoints = find_run(run) / "checkpoints"
-    gone = prune(checkpoints, Retention(keep_last, keep_every), dry_run=dry_run)
+    gone = prune(checkpoints, Retention(keep_last, keep_every, keep_best=True), dry_run=dry_run)
     for path in gone:
         typer.echo(f"{path}: {'would go' if dry_run else 'deleted'}")
     if not gone:

@@ -32,6 +32,7 @@ from typing import Any
 import orjson
 
 from megalm.errors import DataError
+from megalm.utils.atomic_files import is_stranger, still_names
 
 Row = dict[str, Any]
 
@@ -48,12 +49,18 @@ class MetricsWriter:
     """Appends complete rows. On opening, cuts off a row that a kill left incomplete and writes a `repair` event.
 
     Raises:
-        OSError: the disk is full or the folder not writable. A partly written row is removed, so the file stays
-            readable.
+        OSError: the disk is full or the folder not writable; it names the file. A partly written row is removed, so the
+            file stays readable.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._beginning = b""  # the row that began this attempt
+        self._open()
+        # Some network file systems number files anew each time, so that no comparison holds.
+        self._can_compare = still_names(self.path, self._descriptor)
+
+    def _open(self) -> None:
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         dropped = _cut_torn_line(self._descriptor)
         if dropped:
@@ -62,14 +69,33 @@ class MetricsWriter:
     def row(self, kind: str, **fields: Any) -> None:
         """Append one row and pass it to the kernel before returning, so that a kill -9 does not lose it."""
         line = orjson.dumps(plain({"kind": kind, "time": time.time(), **fields})) + b"\n"
+        if fields.get("event") in ATTEMPT_EVENTS:
+            self._beginning = line
+        self._append(line)
+
+    def _append(self, line: bytes) -> None:
         size = os.fstat(self._descriptor).st_size
         try:
             rest = memoryview(line)
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
-        except OSError:
+        except OSError as error:
             os.ftruncate(self._descriptor, size)
-            raise
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from None
+
+    def reopen_if_gone(self) -> bool:
+        """Continue in a new file if the file was deleted or replaced; return whether it was.
+
+        An empty new file gets the row that began this attempt first, without which later rows belong to none.
+        """
+        if not self._can_compare or still_names(self.path, self._descriptor):
+            return False
+        deleted = self._descriptor
+        self._open()
+        os.close(deleted)
+        if not os.fstat(self._descriptor).st_size:
+            self._append(self._beginning)
+        return True
 
     def close(self) -> None:
         """Flush to the disk and close; closing twice is harmless."""
@@ -97,6 +123,8 @@ def read_metrics(path: str | os.PathLike[str]) -> Iterator[Row]:
 
 def read_rows(path: str | os.PathLike[str], offset: int = 0) -> Iterator[tuple[Row, int]]:
     """Yield complete rows from a byte offset on, each with the offset of the next row."""
+    if is_stranger(Path(path)):
+        raise DataError(f"{path} is not a file; move it away")
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed by the `with` below
     except OSError as error:

@@ -9,12 +9,13 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 
+from megalm.utils.atomic_files import still_names
 from megalm.utils.progress import ProgressBar
 
 log = logging.getLogger("megalm")
@@ -37,6 +38,43 @@ class _Console(Console):
         os.close(nowhere)
 
 
+class _LogFile(logging.StreamHandler[TextIO]):
+    """log.txt: deleted, it is written anew; on a full disk lines are left out, which is said once.
+
+    Args:
+        notice: shows a line to the person.
+    """
+
+    def __init__(self, path: Path, notice: Callable[[str], None]) -> None:
+        self._path, self._notice = path, notice
+        self._has_failed = False
+        super().__init__(self._open())
+        self._can_compare = still_names(path, self.stream.fileno())
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+
+    def _open(self) -> TextIO:
+        return self._path.open("a", encoding="utf-8", errors="backslashreplace")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        is_gone = self._can_compare and not still_names(self._path, self.stream.fileno())
+        if is_gone and self._path.parent.is_dir():  # a folder that was moved takes its open file along
+            try:
+                deleted = self.setStream(self._open())
+            except OSError:
+                self.handleError(record)
+                return
+            if deleted is not None:
+                deleted.close()
+            self._notice(f"WARNING: {self._path} was deleted or replaced; the log continues in a new file")
+        super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError) and not self._has_failed:
+            self._has_failed = True
+            self._notice(f"WARNING: cannot write {self._path} ({error.strerror}); it lacks lines from here on")
+
+
 class RunConsole:
     """Progress and messages of a run.
 
@@ -52,9 +90,7 @@ class RunConsole:
         if active and isinstance(sys.stdout, io.TextIOWrapper):  # the terminal may lack characters of a sample
             sys.stdout.reconfigure(errors="backslashreplace")
         if active and log_file is not None:
-            handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
-            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-            log.addHandler(handler)
+            log.addHandler(_LogFile(log_file, lambda line: self._console.print(line, soft_wrap=True)))
             log.setLevel(logging.INFO)
             log.propagate = False
 

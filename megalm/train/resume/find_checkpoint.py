@@ -29,12 +29,16 @@ class ResumeCheckpoint:
     warnings: tuple[str, ...]
 
 
-def clean_up_interrupted_saves(folder: RunFolder, comm: Communicator) -> list[Path]:
-    """Clean up what a killed job left unfinished; the holder of the run's lock calls it before anything else."""
+def clean_up_interrupted_saves(folder: RunFolder, comm: Communicator, keep_best: bool = False) -> list[Path]:
+    """Clean up what a killed job left unfinished; the holder of the run's lock calls it before anything else.
+
+    Args:
+        keep_best: write `checkpoints/best` also if it is missing.
+    """
 
     def work() -> list[Path]:
         shutil.rmtree(folder.preflight, ignore_errors=True)
-        return tidy(folder.checkpoints)
+        return tidy(folder.checkpoints, keep_best)
 
     return comm.once(work)
 
