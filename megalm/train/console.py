@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 
@@ -38,7 +38,7 @@ class _Console(Console):
         os.close(nowhere)
 
 
-class _LogFile(logging.StreamHandler[TextIO]):
+class _LogFile(logging.FileHandler):
     """log.txt: deleted, it is written anew; on a full disk lines are left out, which is said once.
 
     Args:
@@ -46,18 +46,17 @@ class _LogFile(logging.StreamHandler[TextIO]):
     """
 
     def __init__(self, path: Path, notice: Callable[[str], None]) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self._path, self._notice = path, notice
         self._has_failed = False
-        super().__init__(self._open())
-        self._can_compare = still_names(path, self.stream.fileno())
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-
-    def _open(self) -> TextIO:
-        return self._path.open("a", encoding="utf-8", errors="backslashreplace")
+        self._can_compare = not self._is_gone()
 
     def emit(self, record: logging.LogRecord) -> None:
-        is_gone = self._can_compare and not still_names(self._path, self.stream.fileno())
-        if is_gone and self._path.parent.is_dir():  # a folder that was moved takes its open file along
+        # A network file system may number files anew each time: no comparison holds there.
+        if (
+            self._can_compare and self._is_gone() and self._path.parent.is_dir()
+        ):  # a folder that was moved takes its open file along
             try:
                 deleted = self.setStream(self._open())
             except OSError:
@@ -67,6 +66,9 @@ class _LogFile(logging.StreamHandler[TextIO]):
                 deleted.close()
             self._notice(f"WARNING: {self._path} was deleted or replaced; the log continues in a new file")
         super().emit(record)
+
+    def _is_gone(self) -> bool:
+        return self.stream is not None and not still_names(self._path, self.stream.fileno())
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
