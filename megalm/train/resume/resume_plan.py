@@ -12,7 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
-from megalm.checkpoint.manifest import Beginning, Manifest, require_training_state
+from megalm.checkpoint.manifest import Beginning, Manifest, require_training_state, shape_of
+from megalm.checkpoint.shard_spec import WEIGHTS
 from megalm.communicator import Communicator, SingleProcessCommunicator
 from megalm.data.sampling.mixture import BlendedSamples
 from megalm.errors import ConfigError
@@ -85,9 +86,8 @@ def find_resume_checkpoint(
     before, requeued = comm.once(lambda: read_last_attempt(folder, wanted))
     if requeued:
         resume = ResumeOptions("auto")
-    found = find_checkpoint(folder, "auto" if requeued else wanted, comm, before.origin if before else None, info)
-    if found is not None and not found.reader.holds_weights_only:
-        require_training_state(found.reader.path, found.reader.manifest)
+    origin = before.origin if before else None
+    found = find_checkpoint(folder, "auto" if requeued else wanted, comm, origin, info, _require_state)
     if found is not None and before is not None and resume.wanted == "auto":
         resume = before.repeat(resume, found.reader)
     if found is None and (resume.extension or resume.skip_steps):
@@ -99,6 +99,13 @@ def find_resume_checkpoint(
             f"--extend-strategy weights starts at step 0, which {folder.path} has had; name a new run with run.name"
         )
     return found, resume
+
+
+def _require_state(path: Path, manifest: Manifest) -> None:
+    if manifest.holds == WEIGHTS:
+        shape_of(path, manifest)
+    else:
+        require_training_state(path, manifest)
 
 
 def plan_resume(
