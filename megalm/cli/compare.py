@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import typer
 
-from megalm.cli.find_run import find_run, read_watched
+from megalm.cli.find_run import find_run, is_long, read_watched
 from megalm.errors import ConfigError
+from megalm.runs.metrics_log import METRICS_FILE
 from megalm.tracking import compare_runs
-from megalm.tracking.compare_runs import Results
+from megalm.tracking.compare_runs import Results, RunRecord
 from megalm.utils.formatting import format_duration, table
+from megalm.utils.progress import watched
 
 # How many times `Results.scatter` two numbers have to be apart; with normal noise these are two standard deviations.
 _SCATTERS = 3.0
@@ -81,7 +86,7 @@ def command(
     """
     if len(runs) < 2:
         raise ConfigError("compare: takes two or more runs; `ls runs` names them")
-    records = [compare_runs.read_run(find_run(run), read_watched) for run in runs]
+    records = _read([find_run(run) for run in runs])
     names = [record.name for record in records]
     if len(set(names)) < len(names):
         names = runs  # the same name under two roots: as they were typed
@@ -98,6 +103,16 @@ def command(
     typer.echo("\n" + table(headings, rows))
     compare_runs.plot_losses(records, plot, names)
     typer.echo(f"\nloss curves over tokens: {plot}")
+
+
+def _read(folders: Sequence[Path]) -> list[RunRecord]:
+    """Read the runs, long ones at the same time."""
+    if sum(is_long(folder / METRICS_FILE) for folder in folders) < 2:
+        return [compare_runs.read_run(folder, read_watched) for folder in folders]
+    processes = min(len(folders), len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        reading = [pool.submit(compare_runs.read_run, folder) for folder in folders]  # before the bar has a thread
+        return [run.result() for run in watched("reading runs")(reading)]
 
 
 def difference(line: _Line, first: Results, second: Results) -> str | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megalm.checkpoint.manifest import hashed_blocks
 from megalm.errors import CheckpointError
-from megalm.runs.metrics_log import Row, read_metrics, read_rows
+from megalm.runs.metrics_log import RowBatch, read_batches
 from megalm.utils.progress import ProgressBar, sizes
 
 if TYPE_CHECKING:
@@ -26,24 +26,25 @@ from megalm.utils.did_you_mean import did_you_mean
 # Reading a long metrics.jsonl where somebody waits for it: half a million rows take some seconds.
 
 _LONG_BYTES = 20_000_000  # half a second
-_ROWS_A_LOOK = 5_000
 
 
-def read_watched(path: Path) -> Iterator[Row]:
-    """The rows of `read_metrics`, with the time left where there are many.
+def is_long(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > _LONG_BYTES
+
+
+def read_watched(path: Path) -> Iterator[RowBatch]:
+    """The rows of `read_batches`, with the time left where there are many.
 
     Raises:
         DataError: as there.
     """
-    total = path.stat().st_size if path.is_file() else 0
-    if total < _LONG_BYTES:
-        yield from read_metrics(path)
+    if not is_long(path):
+        yield from read_batches(path)
         return
-    with ProgressBar(f"reading {path}", total, shown=sizes) as bar:
-        for number, (row, offset) in enumerate(read_rows(path)):
-            yield row
-            if number % _ROWS_A_LOOK == 0:
-                bar.update(offset)
+    with ProgressBar(f"reading {path}", path.stat().st_size, shown=sizes) as bar:
+        for batch in read_batches(path):
+            yield batch
+            bar.update(batch.end)
 
 
 def verify(reader: CheckpointReader) -> None:

@@ -25,7 +25,7 @@ from megalm.config.yaml_reader import parse_yaml
 from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
 from megalm.rank_environment import job_and_restarts
-from megalm.runs.metrics_log import ATTEMPT_EVENTS, METRICS_FILE, read_metrics
+from megalm.runs.metrics_log import METRICS_FILE, read_newest_first
 from megalm.utils.atomic_files import is_stranger, write_bytes_atomically, write_json
 
 log = logging.getLogger(__name__)
@@ -121,9 +121,9 @@ class RunFolder:
         return 1 + max(self._recorded_attempts(), default=0)
 
     def _recorded_attempts(self) -> Iterator[int]:
-        rows = read_metrics(self.metrics) if self.metrics.exists() else []
-        recorded = [row.get("attempt") for row in rows if row.get("event") in ATTEMPT_EVENTS]
-        recorded += [entry.attempt for entry in list_checkpoints(self.checkpoints)]
+        rows = read_newest_first(self.metrics) if self.metrics.exists() else ()
+        newest = next((row for row in rows if row.get("attempt") is not None), {})  # numbers grow from row to row
+        recorded = [newest.get("attempt"), *(entry.attempt for entry in list_checkpoints(self.checkpoints))]
         for path in (self.request, *self.path.glob("environment*.json")):
             with contextlib.suppress(ConfigError, OSError):  # whoever needs the rest of the file reports it
                 recorded.append(read_mapping(path).get("attempt"))

@@ -16,7 +16,7 @@ from megalm.engine.interface import Engine
 from megalm.errors import TrainingError
 from megalm.model.model_config import ModelConfig
 from megalm.planning.resolve import ResolvedRun
-from megalm.runs.metrics_log import read_metrics
+from megalm.runs.metrics_log import read_newest_first
 from megalm.runs.run_folder import RunFolder
 from megalm.train.evaluator import Evaluation
 from megalm.train.resume.compatibility import (
@@ -132,7 +132,7 @@ class RunCheckpointer:
             engine.reset()
 
         def steps_before() -> list[tuple[float, float]]:
-            rows = read_metrics(self._folder.metrics) if self._folder.metrics.exists() else []
+            rows = read_newest_first(self._folder.metrics) if self._folder.metrics.exists() else []
             return guard.steps_of(rows, step)
 
         if new:
