@@ -50,16 +50,15 @@ def save_model(
     shape: ModelConfig,
     model: LanguageModel,
     tokenizer: str = "bytes",
-    said: ModelConfig | None = None,
     **facts: Any,
 ) -> Path:
-    """A checkpoint of one rank with what an export asks a manifest for; it may be `said` to be of another shape."""
+    """A checkpoint of one rank with what an export asks a manifest for."""
     known = {
         "tokens": 0,
         "created": "2026-11-20T12:00:00+00:00",
         "run": checkpoints.parent.name,
         "parameters": shape.parameter_count(),
-        "model": asdict(said or shape),
+        "model": asdict(shape),
         "fingerprints": {"tokenizer": load_tokenizer(tokenizer).fingerprint},
         "tokenizer": tokenizer,
     }

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megalm.checkpoint.manifest import StoredFragment, advice, damaged_file, read_manifest, wrong_file
+from megalm.checkpoint.manifest import advice, damaged_file, read_manifest, wrong_file
 from megalm.checkpoint.safetensors_file import TensorEntry, tensor_name, write_tensors
 from megalm.checkpoint.shard_spec import WEIGHTS, FragmentKey, FragmentKind
 from megalm.errors import CheckpointError
@@ -73,7 +73,7 @@ class CheckpointReader:
         covered = 0
         wanted = chunks_of(key)
         for stored in (each for each in entry.fragments if each.kind == key.kind):
-            there = chunks_of(self._key(key, stored))
+            there = chunks_of(replace(key, start=stored.start, stop=stored.stop, rectangle=stored.rectangle))
             meeting = [(a, b, corners) for a in there for b in wanted if (corners := overlap(a, b)) is not None]
             if not meeting:
                 continue
@@ -135,31 +135,12 @@ class CheckpointReader:
         sync_directory(target.parent)
         return target.stat().st_size
 
-    def _key(self, wanted: FragmentKey, stored: StoredFragment) -> FragmentKey:
-        """Return the key of a `stored` fragment of the `wanted` parameter.
-
-        Raises:
-            CheckpointError: the fragment lies outside the parameter.
-        """
-        sides = stored.rectangle or tuple((0, size) for size in wanted.shape)
-        count = math.prod(last - first for first, last in sides)
-        fits = len(sides) == len(wanted.shape) and all(
-            first < last <= size for (first, last), size in zip(sides, wanted.shape, strict=True)
-        )
-        if not fits or not stored.start <= stored.stop <= count:
-            raise CheckpointError(
-                f"{self.path}: {tensor_name(wanted)} has a fragment outside its shape; {advice(self.path)}"
-            )
-        return replace(wanted, start=stored.start, stop=stored.stop, rectangle=sides)
-
     def _stored(self, file: str, name: str, length: int) -> Tensor:
         """Read a stored fragment, fp32 [length].
 
         Raises:
-            CheckpointError: the file is not in the manifest, cannot be read, or its tensor has another dtype or length.
+            CheckpointError: the file cannot be read, or its tensor has another dtype or length.
         """
-        if file not in self.manifest.files:
-            raise CheckpointError(f"{self.path}: the manifest places {name} in {file}, which is not among its files")
         try:
             if file not in self._files:
                 self._files[file] = safe_open(self.path / file, framework="pt")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from megalm.checkpoint.retention import Retention, prune
 from megalm.checkpoint.save_transaction import CheckpointWrite
 from megalm.checkpoint.shard_spec import Fragment, HasFragment
 from megalm.communicator import Communicator
+from megalm.errors import TrainingError
 from megalm.utils.atomic_files import write_durably
 
 
@@ -140,6 +142,12 @@ class CheckpointWriter:
         self._advance(wait)
         saved, self._saved = self._saved, []
         return saved
+
+    def move_to(self, checkpoints: Path) -> None:
+        """Write later checkpoints to this folder, to which the old one was moved; one in progress may get lost."""
+        with contextlib.suppress(TrainingError):
+            self._advance(wait=True)
+        self._checkpoints = checkpoints
 
     def mark_best(self, path: Path) -> None:
         """Name a checkpoint in `checkpoints/best` once it is complete."""

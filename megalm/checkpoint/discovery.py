@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalm.checkpoint.manifest import MANIFEST, Manifest, Status, read_manifest, without_advice, wrong_file
+from megalm.checkpoint.manifest import (
+    MANIFEST,
+    STEP_FOLDER,
+    Manifest,
+    Status,
+    read_manifest,
+    without_advice,
+    wrong_file,
+)
 from megalm.errors import CheckpointError
+from megalm.utils.atomic_files import is_stranger
 
 LATEST = "latest"
 BEST = "best"
 PARTIAL_SUFFIX = ".tmp"  # being written
 REPLACED_SUFFIX = ".replaced"  # from an earlier attempt, until its replacement is in place
 TRASH_SUFFIX = ".trash"  # being deleted
-
-_STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,11 @@ def folder_name(step: int) -> str:
 
 
 def is_step_name(name: str) -> bool:
-    return _STEP_FOLDER.fullmatch(name) is not None
+    return STEP_FOLDER.fullmatch(name) is not None
 
 
 def step_of(folder: Path) -> int:
-    match = _STEP_FOLDER.fullmatch(folder.name)
+    match = STEP_FOLDER.fullmatch(folder.name)
     assert match, folder
     return int(match[1])
 
@@ -98,6 +104,8 @@ def list_checkpoints(checkpoints: Path) -> list[Entry]:
 def read_pointer(checkpoints: Path, pointer: str) -> str | None:
     """Return the checkpoint name in the file `latest` or `best`; None if it holds no valid name."""
     try:
+        if is_stranger(checkpoints / pointer):
+            return None
         name = (checkpoints / pointer).read_bytes()[:100].decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None

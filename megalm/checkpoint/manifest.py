@@ -9,13 +9,26 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
+from megalm.checkpoint.shard_spec import FragmentKind
 from megalm.config.schema import ScheduleKind, StepConvention, WarmupKind
 from megalm.errors import CheckpointError
 from megalm.model.model_config import ModelConfig
@@ -27,17 +40,22 @@ MANIFEST = "manifest.json"
 Status = Literal["good", "suspect", "bad"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 
+STEP_FOLDER = re.compile(r"step-(\d{8,18})", re.ASCII)
+
 _SEAL = "seal"
 HASH_BLOCK_BYTES = 1 << 24
 _SHAPE = TypeAdapter(ModelConfig)
 _TRAINING_STATE = (
-    *("tokens", "best_validation_loss", "stale_evaluations", "counters", "data_position", "schedule"),
-    *("model", "data", "fingerprints"),
+    *("tokens", "stale_evaluations", "counters", "data_position", "schedule", "model", "data", "fingerprints"),
 )
 
 # A plain name in the checkpoint's own folder: no separator, no "..", not hidden.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
-Count = Annotated[int, Field(ge=0)]
+_LARGEST = 2**62  # sums with it still fit into 64 bits
+Count = Annotated[int, Field(strict=True, ge=0, le=_LARGEST)]
+Positive = Annotated[int, Field(strict=True, ge=1, le=_LARGEST)]
+Loss = Annotated[float, Field(strict=True)]
+Rate = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 # A segment starts a new sample order, continues the order of the previous segment, or reads the rest of that segment's
 # epoch, cut into samples of another length.
@@ -59,7 +77,7 @@ class StoredFragment(_Part):
     """Where a fragment of a parameter is stored; the other fields are those of a `FragmentKey`."""
 
     file: FileName
-    kind: str
+    kind: FragmentKind
     start: Count
     stop: Count
     rectangle: tuple[tuple[Count, Count], ...] | None = None
@@ -68,6 +86,22 @@ class StoredFragment(_Part):
 class StoredTensor(_Part):
     shape: tuple[Count, ...]
     fragments: tuple[StoredFragment, ...]
+
+    @model_validator(mode="after")
+    def _fragments_fit(self) -> StoredTensor:
+        stored: Counter[str] = Counter()
+        for fragment in self.fragments:
+            sides = fragment.rectangle or tuple((0, size) for size in self.shape)
+            fits = len(sides) == len(self.shape) and all(
+                first < last <= size for (first, last), size in zip(sides, self.shape, strict=True)
+            )
+            if not fits or not fragment.start <= fragment.stop <= math.prod(last - first for first, last in sides):
+                raise ValueError("a fragment lies outside the shape")
+            stored[fragment.kind] += fragment.stop - fragment.start
+        for kind, values in stored.items():
+            if values != math.prod(self.shape):
+                raise ValueError(f"the fragments of {kind} have {values} of {math.prod(self.shape)} values")
+        return self
 
 
 class DataSegment(_Part):
@@ -84,11 +118,11 @@ class DataSegment(_Part):
     """
 
     order: str
-    sequence_length: int
-    global_batch: int
-    first_sample: int = 0
-    samples_consumed: int
-    samples_skipped: int = 0
+    sequence_length: Positive
+    global_batch: Positive
+    first_sample: Count = 0
+    samples_consumed: Count
+    samples_skipped: Count = 0
     begins: Beginning = "anew"
 
     @property
@@ -101,38 +135,104 @@ class DataPosition(_Part):
 
     segments: tuple[DataSegment, ...] = ()
 
+    @model_validator(mode="after")
+    def _begins_an_order(self) -> DataPosition:
+        if self.segments and self.segments[0].begins != "anew":
+            raise ValueError("the first segment does not begin an order of samples")
+        return self
 
-class StoredScheduleSegment(_Part):
+    @property
+    def steps(self) -> int:
+        return sum(segment.samples_consumed // segment.global_batch for segment in self.segments)
+
+
+class StoredScheduleFacts(_Part):
+    """The fields of a `ScheduleFacts`."""
+
+    kind: ScheduleKind
+    peak_learning_rate: Rate
+    final_learning_rate: Rate
+    warmup_steps: Count
+    decay_steps: Count
+    steps: Positive
+
+
+class StoredScheduleSegment(StoredScheduleFacts):
     """The fields of a `ScheduleSegment` and of its `ScheduleFacts`, flat."""
 
-    first_step: int
-    offset_steps: int = 0
-    kind: ScheduleKind
-    peak_learning_rate: float
-    final_learning_rate: float
-    warmup_steps: int
-    decay_steps: int
-    steps: int
+    first_step: Positive
+    offset_steps: Count = 0
     warmup_kind: WarmupKind = "linear"
-    initial_learning_rate: float = 0.0
+    initial_learning_rate: Rate = 0.0
     decay_end_step: int | None = None
     step_convention: StepConvention = "standard"
+
+
+def _as_given(value: dict[str, Any]) -> dict[str, Any]:
+    StoredScheduleFacts.model_validate(value)
+    return value
 
 
 class StoredSchedule(_Part):
     """Attributes: stated: the schedules configured while the segments were created, as JSON."""
 
-    stated: tuple[dict[str, Any], ...] = ()
+    stated: tuple[Annotated[dict[str, Any], AfterValidator(_as_given)], ...] = ()
     segments: tuple[StoredScheduleSegment, ...] = ()
+
+    @model_validator(mode="after")
+    def _each_step_has_a_rate(self) -> StoredSchedule:
+        first = [segment.first_step for segment in self.segments]
+        if first and (first[0] != 1 or first != sorted(first)):
+            raise ValueError(f"the segments begin at steps {', '.join(map(str, first))}")
+        if any(segment.offset_steps >= segment.first_step for segment in self.segments):
+            raise ValueError("a segment has more steps before it than the run")
+        return self
 
 
 class StoredTopology(_Part):
-    world_size: int
-    data: int
-    tensor: int
-    pipeline: int
-    zero_stage: int
+    world_size: Positive
+    data: Positive
+    tensor: Positive
+    pipeline: Positive
+    zero_stage: Annotated[int, Field(strict=True, ge=0, le=3)]
     precision: str
+
+
+class StoredLossScaler(_Part):
+    """The state of a dynamic loss scaler; all None without one."""
+
+    cur_scale: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None = None
+    cur_iter: int | None = None
+    last_overflow_iter: int | None = None
+    cur_hysteresis: int | None = None
+
+
+class StoredCounters(_Part):
+    """The engine's counters."""
+
+    optimizer_step: Count
+    skipped_steps: Count
+    loss_scaler: StoredLossScaler
+
+
+def _checked_counters(value: dict[str, Any]) -> dict[str, Any]:
+    if value:  # weights alone have none
+        StoredCounters.model_validate(value)
+    return value
+
+
+def _lowest(size: float) -> int:
+    return 1 if isinstance(size, int) else 0
+
+
+def _checked_model(value: dict[str, Any]) -> dict[str, Any]:
+    if not ModelConfig.__dataclass_fields__.keys() - value.keys():
+        for name, size in vars(_SHAPE.validate_python(value)).items():
+            is_number = not isinstance(size, (str, bool))
+            is_typed = type(value[name]) in ((float, int) if isinstance(size, float) else (type(size),))
+            if not is_typed or (is_number and not _lowest(size) <= size <= _LARGEST):
+                raise ValueError(f"{name} is {value[name]!r}")
+    return value
 
 
 class Fingerprints(_Part):
@@ -158,33 +258,57 @@ class Manifest(_Part):
     status: Status = "good"
     status_reason: str | None = None
     step: Count
-    holds: str | None = None
+    holds: Literal["weights"] | None = None
     imported_from: str | None = None
     tokens: Count | None = None
     created: str | int | float | None = None
     run: str | None = None
     parameters: Count | None = None
-    validation_loss: float | None = None
+    validation_loss: Loss | None = None
     validation_tokens: Count | None = None
-    best_validation_loss: float | None = None
+    best_validation_loss: Loss | None = None
     stale_evaluations: Count = 0
     validation: str | None = None
-    counters: dict[str, Any] = {}
+    counters: Annotated[dict[str, Any], AfterValidator(_checked_counters)] = {}
     rollbacks: Count = 0
     data_position: DataPosition = DataPosition()
     schedule: StoredSchedule = StoredSchedule()
     topology: StoredTopology | None = None
-    model: dict[str, Any] = {}
+    model: Annotated[dict[str, Any], AfterValidator(_checked_model)] = {}
     data: dict[str, Any] = {}
     fingerprints: Fingerprints = Fingerprints()
     tokenizer: str | None = None
     attempt: Count = 1
     files: dict[FileName, StoredFile]
     tensors: dict[str, StoredTensor]
-    whole_validation_loss: float | None = None
+    whole_validation_loss: Loss | None = None
     whole_validation_tokens: Count | None = None
 
     _content: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Manifest:
+        if self.counters.get("optimizer_step", 0) > self.step or self.data_position.steps > self.step:
+            raise ValueError(f"counters or data_position have more steps than step {self.step}")
+        if self.model.keys() == ModelConfig.__dataclass_fields__.keys():
+            shape = ModelConfig(**self.model)
+            if shape.num_hidden_layers > len(self.tensors):  # too many, perhaps, to list their tensors
+                raise ValueError(f"{len(self.tensors)} tensors are too few for num_hidden_layers")
+            expected = shape.parameters()
+            found = {name: tensor.shape for name, tensor in self.tensors.items()}
+            for name in [*expected, *found]:
+                if expected.get(name) != found.get(name):
+                    raise ValueError(f"tensors.{name} has shape {found.get(name)}, the model {expected.get(name)}")
+        stored: Counter[str] = Counter()
+        for name, tensor in self.tensors.items():
+            for fragment in tensor.fragments:
+                if fragment.file not in self.files:
+                    raise ValueError(f"{fragment.kind}/{name} is in {fragment.file}, which is not in files")
+                stored[fragment.file] += 4 * (fragment.stop - fragment.start)
+        for file, size in stored.items():
+            if size > self.files[file].bytes:
+                raise ValueError(f"files.{file} has {self.files[file].bytes} bytes, its tensors {size}")
+        return self
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Manifest:
@@ -205,10 +329,10 @@ class Manifest(_Part):
     @property
     def created_at(self) -> float | None:
         """Unix seconds; None if the manifest has no time, or one that cannot be read."""
-        if not isinstance(self.created, str):
-            return None if self.created is None else float(self.created)
         try:
-            return datetime.datetime.fromisoformat(self.created).timestamp()
+            if isinstance(self.created, str):
+                return datetime.datetime.fromisoformat(self.created).timestamp()
+            return None if self.created is None or not math.isfinite(self.created) else float(self.created)
         except (ValueError, OverflowError):
             return None
 
@@ -262,9 +386,14 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} is altered: its SHA-256 is {found[:16]}..., its seal {str(expected)[:16]}...; {advice(folder)}"
         )
     try:
-        return Manifest.from_json(content)
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: {_first_problem(error)}; {advice(folder)}") from None
+        manifest = Manifest.from_json(content)
+    except (ValidationError, RecursionError) as error:
+        problem = _first_problem(error) if isinstance(error, ValidationError) else str(error)
+        raise CheckpointError(f"{path}: {problem}; {advice(folder)}") from None
+    step = STEP_FOLDER.fullmatch(folder.name)
+    if step is not None and manifest.step != int(step[1]):
+        raise CheckpointError(f"{path} is of step {manifest.step}, not of its folder's; {advice(folder)}")
+    return manifest
 
 
 def set_status(folder: Path, status: Status, reason: str | None) -> None:
@@ -277,12 +406,16 @@ def set_status(folder: Path, status: Status, reason: str | None) -> None:
 
 
 def require_training_state(folder: Path, manifest: Manifest) -> None:
-    """Raises: CheckpointError: it lacks state needed to resume, or its data position is of a newer version."""
-    for name in _TRAINING_STATE:
-        if name not in manifest.content:
-            raise CheckpointError(f"{folder / MANIFEST} lacks {name}, so no run can resume from it; {advice(folder)}")
+    """Raises: CheckpointError: it lacks state needed to resume, or its model or position is of a newer version."""
+    content, schedule = manifest.content, manifest.schedule
+    lacking = [name for name in _TRAINING_STATE if content.get(name) in (None, {})]
+    lacking += [] if manifest.data_position.segments else ["data_position.segments"]
+    lacking += [] if schedule.segments else ["schedule.segments"]
+    if lacking:
+        raise CheckpointError(f"{folder / MANIFEST} lacks {lacking[0]}, so no run can resume from it; {advice(folder)}")
     for segment in manifest.data_position.segments:
         _refuse_unknown(folder, "data_position.segments", segment.model_extra or {})
+    shape_of(folder, manifest)
 
 
 def shape_of(folder: Path, manifest: Manifest) -> ModelConfig:
@@ -366,7 +499,8 @@ def _refuse_unknown(folder: Path, part: str, keys: Iterable[str]) -> None:
 
 def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
-    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    place = ".".join(str(part) for part in first["loc"])
+    return ": ".join(filter(None, [place, first["msg"].removeprefix("Value error, ")]))
 
 
 def _seal(content: Mapping[str, Any]) -> str:

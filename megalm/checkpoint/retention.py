@@ -6,13 +6,14 @@ A checkpoint is renamed before it is deleted, so a partly deleted one never has 
 from __future__ import annotations
 
 import math
-import shutil
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.checkpoint.discovery import (
     BEST,
+    LATEST,
     PARTIAL_SUFFIX,
     REPLACED_SUFFIX,
     TRASH_SUFFIX,
@@ -23,7 +24,7 @@ from megalm.checkpoint.discovery import (
     read_pointer,
     step_folders,
 )
-from megalm.utils.atomic_files import is_temporary, sync_directory, write_durably
+from megalm.utils.atomic_files import clear_away, is_temporary, sync_directory, write_durably
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,20 @@ class Retention:
     Args:
         keep_last: number of good checkpoints to keep, newest write first; None keeps everything.
         keep_every_steps: also keep every good checkpoint whose step is a multiple of this.
+        keep_best: keep the best one even if the file `best` is gone. One that the file names stays in any case.
     """
 
     keep_last: int | None = None
     keep_every_steps: int | None = None
+    keep_best: bool = False
 
 
 def superfluous(entries: Sequence[Entry], retention: Retention, best: str | None) -> list[Entry]:
     """Return the `entries`, given in write order, that `retention` does not keep.
 
     Suspect and bad checkpoints do not count as kept; they go once `keep_last` good ones were written after them. One
-    with an unreadable manifest stays for inspection, and so does one created later than a kept one: attempt numbers
-    and times disagree then, so which is newer is not known.
+    with an unreadable manifest stays for inspection, and one behind a link where somebody put it. So does one created
+    later than a kept one of another attempt: attempt numbers and times disagree then, so which is newer is not known.
     """
     if retention.keep_last is None:
         return []
@@ -53,14 +56,19 @@ def superfluous(entries: Sequence[Entry], retention: Retention, best: str | None
         return []
     newest = good[-retention.keep_last :]
     since = entries.index(newest[0])
-    times = [entry.manifest.created_at for entry in newest if entry.manifest is not None]
-    oldest_kept = min((time for time in times if time is not None), default=math.inf)
     every = retention.keep_every_steps
+
+    def may_be_newer(entry: Entry, created: float) -> bool:
+        """Within an attempt the steps say which is newer, whatever the clock does."""
+        times = [kept.manifest.created_at for kept in newest if kept.manifest and kept.attempt != entry.attempt]
+        return created > min((time for time in times if time is not None), default=math.inf)
+
     return [
         entry
         for entry in entries[:since]
         if entry.manifest is not None
-        and (entry.manifest.created_at or 0) <= oldest_kept
+        and not entry.path.is_symlink()
+        and not may_be_newer(entry, entry.manifest.created_at or 0)
         and entry.path.name != best
         and not (entry.status == "good" and every is not None and entry.step % every == 0)
     ]
@@ -76,18 +84,24 @@ def prune(checkpoints: Path, retention: Retention, origin: Path | None = None, d
     Raises:
         OSError: a checkpoint cannot be deleted.
     """
-    entries = superfluous(list_checkpoints(checkpoints), retention, read_pointer(checkpoints, BEST))
+    found = list_checkpoints(checkpoints)
+    best = read_pointer(checkpoints, BEST) or (_best(found) if retention.keep_best else None)
+    entries = superfluous(found, retention, best)
     gone = [entry.path for entry in entries if origin is None or entry.path.resolve() != origin.resolve()]
     for path in () if dry_run else gone:
         _discard(path)
     return gone
 
 
-def tidy(checkpoints: Path) -> list[Path]:
+def tidy(checkpoints: Path, keep_best: bool = False) -> list[Path]:
     """Clean up after a killed job; return what was removed or restored. The caller must hold the run's lock.
 
-    A checkpoint that was being replaced gets its name back, unless its replacement is in place. `best` is updated to
-    the newest checkpoint that was the best when written, in case the job was killed before that update.
+    A checkpoint that was being replaced gets its name back, unless its replacement is in place. `latest` names the
+    newest write again, and `best` the newest checkpoint that was the best when written, in case the job was killed
+    before that update or the files were deleted.
+
+    Args:
+        keep_best: write `best` also if it is missing.
     """
     if not checkpoints.is_dir():
         return []
@@ -99,7 +113,7 @@ def tidy(checkpoints: Path) -> list[Path]:
         if path.suffix == REPLACED_SUFFIX and path.stem not in complete:
             path.rename(path.with_name(path.stem))
         else:
-            shutil.rmtree(path)
+            clear_away(path)
         found.append(path)
     for folder in (checkpoints, *step_folders(checkpoints)):
         for path in filter(is_temporary, folder.iterdir()):
@@ -107,10 +121,15 @@ def tidy(checkpoints: Path) -> list[Path]:
             found.append(path)
     if found:
         sync_directory(checkpoints)
-    named, best = read_pointer(checkpoints, BEST), _best(list_checkpoints(checkpoints))
-    if named is not None and best not in (None, named):
-        write_durably(checkpoints / BEST, f"{best}\n".encode())
-        found.append(checkpoints / BEST)
+    entries = list_checkpoints(checkpoints)
+    named = {pointer: read_pointer(checkpoints, pointer) for pointer in (LATEST, BEST)}
+    right = {BEST: _best(entries)} if keep_best or named[BEST] else {}
+    if named[LATEST] not in [entry.path.name for entry in entries if entry.manifest is None]:  # those are for people
+        right[LATEST] = entries[-1].path.name if entries and entries[-1].manifest else None
+    for pointer, name in right.items():
+        if name not in (None, named[pointer]):
+            write_durably(checkpoints / pointer, f"{name}\n".encode())
+            found.append(checkpoints / pointer)
     return found
 
 
@@ -126,11 +145,11 @@ def _best(entries: Sequence[Entry]) -> str | None:
 
 def _discard(path: Path) -> None:
     trash = path.with_name(path.name + TRASH_SUFFIX)
-    if trash.exists():  # left by a kill
-        shutil.rmtree(trash)
+    if os.path.lexists(trash):  # left by a kill
+        clear_away(trash)
     try:
         path.rename(trash)
     except FileNotFoundError:  # another process prunes too
         return
     sync_directory(path.parent)
-    shutil.rmtree(trash)
+    clear_away(trash)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import shutil
 import threading
 import time
@@ -26,7 +27,7 @@ from megalm.checkpoint.safetensors_file import ShardSummary, write_shard
 from megalm.checkpoint.shard_spec import HasFragment
 from megalm.communicator import Communicator
 from megalm.errors import MegalmError, TrainingError
-from megalm.utils.atomic_files import make_directory, sync_directory, write_atomically, write_durably
+from megalm.utils.atomic_files import clear_away, make_directory, sync_directory, write_atomically, write_durably
 from megalm.utils.formatting import format_bytes
 
 # Disk space
@@ -173,8 +174,8 @@ class CheckpointWrite:
         if not self._ranks.is_main:
             return
         make_directory(self._partial.parent)
-        if self._partial.exists():
-            shutil.rmtree(self._partial)
+        if os.path.lexists(self._partial):
+            clear_away(self._partial)
         require_space(self._partial.parent, needed, make_room)
         self._partial.mkdir()
 
@@ -225,14 +226,14 @@ def _copy(source: Path, target: Path) -> dict[str, Any]:
 def _put_in_place(partial: Path, final: Path) -> None:
     """Rename; delete an earlier attempt's checkpoint of the same step only once its replacement is in place."""
     replaced = final.with_name(final.name + REPLACED_SUFFIX)
-    if final.exists():
-        if replaced.exists():  # left by a kill
-            shutil.rmtree(replaced)
+    if os.path.lexists(final):
+        if os.path.lexists(replaced):  # left by a kill
+            clear_away(replaced)
         final.rename(replaced)
     partial.rename(final)
     sync_directory(final.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    if os.path.lexists(replaced):
+        clear_away(replaced)
 
 
 def _tensor_index(shards: list[ShardSummary]) -> dict[str, Any]:

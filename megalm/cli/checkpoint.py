@@ -71,7 +71,9 @@ def show_command(place: Place) -> None:
     folder = checkpoint_at(place)
     manifest = read_manifest(folder)
     facts = [
-        [name, _plain(name, value)] for name, value in manifest.content.items() if name not in ("files", "tensors")
+        [name, _plain(_created(manifest) if name == "created" else value)]
+        for name, value in manifest.content.items()
+        if name not in ("files", "tensors")
     ]
     typer.echo(table(["checkpoint", str(folder)], [*facts, ["tensors", f"{len(manifest.tensors)} parameters"]]))
     if segments := manifest.schedule.segments:
@@ -155,7 +157,7 @@ def prune_command(
 ) -> None:
     """Delete old checkpoints. Keeps the best one, and suspect and bad ones newer than the kept good ones."""
     checkpoints = find_run(run) / "checkpoints"
-    gone = prune(checkpoints, Retention(keep_last, keep_every), dry_run=dry_run)
+    gone = prune(checkpoints, Retention(keep_last, keep_every, keep_best=True), dry_run=dry_run)
     for path in gone:
         typer.echo(f"{path}: {'would be deleted' if dry_run else 'deleted'}")
     if not gone:
@@ -202,7 +204,7 @@ def _row(folder: Path, entry: Entry | None, marks: Mapping[str, str | None]) -> 
         folder.name,
         entry.step,
         manifest.tokens,
-        _created(manifest.created),
+        _created(manifest),
         format_bytes(manifest.bytes),
         None if loss is None else f"{loss:.4f}",
         None if over is None else f"{over:,}",
@@ -234,17 +236,19 @@ def _presence(file: Path, expected_bytes: int) -> str:
     return "ok" if found == expected_bytes else f"{found} bytes instead of {expected_bytes}"
 
 
-def _created(value: object) -> object:
-    """Format Unix seconds; text is returned unchanged."""
-    if isinstance(value, (int, float)):
-        return datetime.datetime.fromtimestamp(value).strftime("%Y-%m-%d %H:%M:%S")
-    return value
+def _created(manifest: Manifest) -> object:
+    """Unix seconds or text, as text."""
+    seconds = manifest.created_at
+    if isinstance(manifest.created, str) or seconds is None:
+        return manifest.created
+    try:
+        return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return manifest.created
 
 
-def _plain(name: str, value: Any) -> str:
-    """A value as one line, shortened if it is long."""
-    if name == "created":
-        value = _created(value)
+def _plain(value: Any) -> str:
+    """One line; the long ones are for programs to read."""
     text = value if isinstance(value, str) else json.dumps(value)
     if isinstance(value, Mapping) and not any(isinstance(part, (Mapping, list)) for part in value.values()):
         text = ", ".join(f"{name} {part}" for name, part in value.items())

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import typer
 
-from megalm.cli.find_run import find_run, read_watched
+from megalm.cli.find_run import find_run, is_long, read_watched
 from megalm.errors import ConfigError
+from megalm.runs.metrics_log import METRICS_FILE
 from megalm.runs.run_folder import RunFolder
 from megalm.tracking import compare_runs
-from megalm.tracking.compare_runs import Results
+from megalm.tracking.compare_runs import Results, RunRecord
 from megalm.utils.atomic_files import refuse_overwriting_inputs
 from megalm.utils.formatting import format_duration, table
+from megalm.utils.progress import watched
 
 # A difference counts from this multiple of `Results.scatter`; with normal noise, two standard deviations.
 _SCATTERS = 3.0
@@ -85,7 +90,7 @@ def command(
         raise ConfigError("compare needs two or more runs; `ls runs` lists them")
     folders = [find_run(run) for run in runs]
     refuse_overwriting_inputs([plot], [path for folder in folders for path in RunFolder(folder).records])
-    records = [compare_runs.read_run(folder, read_watched) for folder in folders]
+    records = _read(folders)
     names = [record.name for record in records]
     if len(set(names)) < len(names):
         names = runs  # the same name under two roots
@@ -102,6 +107,16 @@ def command(
     typer.echo("\n" + table(headings, rows))
     compare_runs.plot_losses(records, plot, names)
     typer.echo(f"\nlosses over tokens: {plot}")
+
+
+def _read(folders: Sequence[Path]) -> list[RunRecord]:
+    """Read the runs, long ones at the same time."""
+    if sum(is_long(folder / METRICS_FILE) for folder in folders) < 2:
+        return [compare_runs.read_run(folder, read_watched) for folder in folders]
+    processes = min(len(folders), len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        reading = [pool.submit(compare_runs.read_run, folder) for folder in folders]  # before the bar has a thread
+        return [run.result() for run in watched("reading runs")(reading)]
 
 
 def difference(line: _Line, first: Results, second: Results) -> str | None:

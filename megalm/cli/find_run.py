@@ -13,7 +13,7 @@ from megalm.checkpoint.manifest import MANIFEST, hashed_blocks
 from megalm.config.schema import RunSection
 from megalm.errors import CheckpointError, ConfigError
 from megalm.inference.run_checkpoints import good_checkpoints
-from megalm.runs.metrics_log import Row, read_metrics, read_rows
+from megalm.runs.metrics_log import RowBatch, read_batches
 from megalm.utils.did_you_mean import did_you_mean
 from megalm.utils.progress import ProgressBar, sizes
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from megalm.checkpoint.checkpoint_reader import CheckpointReader
 
 _LARGE_BYTES = 20_000_000  # takes half a second to read
-_ROWS_PER_UPDATE = 5_000
 
 
 def warn(line: str) -> None:
@@ -29,21 +28,23 @@ def warn(line: str) -> None:
     typer.echo(f"megalm: {line}", err=True)
 
 
-def read_watched(path: Path) -> Iterator[Row]:
-    """The rows of `read_metrics`, with a progress bar for a large file.
+def is_long(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > _LARGE_BYTES
+
+
+def read_watched(path: Path) -> Iterator[RowBatch]:
+    """The rows of `read_batches`, with a progress bar for a large file.
 
     Raises:
         DataError: as `read_metrics`.
     """
-    total = path.stat().st_size if path.is_file() else 0
-    if total < _LARGE_BYTES:
-        yield from read_metrics(path)
+    if not is_long(path):
+        yield from read_batches(path)
         return
-    with ProgressBar(f"reading {path}", total, shown=sizes) as bar:
-        for number, (row, offset) in enumerate(read_rows(path)):
-            yield row
-            if number % _ROWS_PER_UPDATE == 0:
-                bar.update(offset)
+    with ProgressBar(f"reading {path}", path.stat().st_size, shown=sizes) as bar:
+        for batch in read_batches(path):
+            yield batch
+            bar.update(batch.end)
 
 
 def verify(reader: CheckpointReader) -> None:

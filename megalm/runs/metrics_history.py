@@ -6,14 +6,14 @@ Shapes: N rows of kind `train`, in file order.
 from __future__ import annotations
 
 import math
-from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 import numpy.typing as npt
 
-from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row, live_rows
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, Columns, Row, RowBatch, live_rows
 
 Numbers = npt.NDArray[np.float64]
 
@@ -31,8 +31,8 @@ COLUMNS = (
     "attempt",
 )
 
-# Events written before a process trains: the time since the previous row is a pause and not counted.
-_OPENING = ("start", "resume", "repair", "warning")
+# A number beyond this is no measurement: sums and charts of it would overflow.
+_LARGEST = 1e100
 
 TRAINING, VALIDATION, CHECKPOINTS, REST = "training steps", "validation", "checkpoints", "samples, waiting and the rest"
 
@@ -66,71 +66,106 @@ class History:
         return self.train[name][self.live]
 
 
-def read_history(rows: Iterable[Row]) -> History:
-    """Build a history from rows as `read_metrics` yields them, one at a time."""
-    columns = {name: array("d") for name in COLUMNS}
-    train = columns["step"]
-    others: list[Row] = []
-    kept_steps: list[tuple[int, int]] = []  # number of earlier rows, and the step after which they are withdrawn
+def read_history(batches: Iterable[RowBatch]) -> History:
+    """Build a history from batches as `read_batches` yields them."""
+    columns: dict[str, list[Numbers]] = {name: [] for name in COLUMNS}
     clock = _Clock()
-    for row in rows:
-        kind = row["kind"]
-        if kind == "train":
-            for name, values in columns.items():
-                value = row.get(name)
-                values.append(value if isinstance(value, (int, float)) else math.nan)
-        elif kind in ("eval", "event"):
-            others.append(row)
-            if row.get("event") in ATTEMPT_EVENTS and isinstance(row.get("step"), int):
-                kept_steps.append((len(train), row["step"]))
-        clock.see(row)
-    found = {name: np.array(values, dtype=np.float64) for name, values in columns.items()}
-    found["step"] = np.nan_to_num(found["step"])
-    live = np.ones(len(train), dtype=np.bool_)
+    others: list[Row] = []
+    kept_steps: list[tuple[int, int]] = []  # number of earlier training rows, and the step after which they go
+    count = 0
+    for batch in batches:
+        trains = np.array([row["kind"] == "train" for row in batch.rows], dtype=np.bool_)
+        places = np.flatnonzero(~trains).tolist()
+        found = _numbers(
+            batch.train if batch.train is not None else list(compress(batch.rows, trains)),
+            int(trains.sum()),
+            (*COLUMNS, "time"),
+        )
+        rest = [batch.rows[place] for place in places]
+        for name, parts in columns.items():
+            parts.append(found[name])
+        clock.see(trains, found, rest)
+        for number, (place, row) in enumerate(zip(places, rest, strict=True)):
+            if row["kind"] in ("eval", "event"):
+                others.append(row)
+                if row.get("event") in ATTEMPT_EVENTS and row.get("step") is not None:
+                    kept_steps.append((count + place - number, row["step"]))
+        count += len(trains) - len(rest)
+    training = {name: np.concatenate([np.empty(0), *parts]) for name, parts in columns.items()}
+    live = np.ones(count, dtype=np.bool_)
     for before, step in kept_steps:
-        live[:before] &= found["step"][:before] <= step
+        live[:before] &= training["step"][:before] <= step
     return History(
-        found,
+        training,
         live,
         [row for row in live_rows(others) if row["kind"] == "eval"],
         [row for row in others if row["kind"] == "event"],
-        clock.seconds,
-        clock.before,
+        *clock.result(),
     )
+
+
+def _numbers(rows: Sequence[Row] | Columns, count: int, names: Iterable[str]) -> dict[str, Numbers]:
+    """Name -> [count]; NaN for what a row lacks, and infinity for what is too large to be drawn or added up.
+
+    Args:
+        rows: the rows, or their columns.
+    """
+    found = {}
+    for name in names:
+        if isinstance(rows, dict):
+            values = rows.get(name, np.full(count, math.nan))
+        else:
+            values = np.array([row.get(name) for row in rows], dtype=np.float64)
+        too_large = np.abs(values) > _LARGEST
+        found[name] = np.where(too_large, np.copysign(math.inf, values), values) if too_large.any() else values
+    return found
+
+
+# Kinds of rows for the clock. The time before a row that opens a process is a pause and not counted.
+_TRAIN, _EVAL, _OTHER, _OPENS, _BEGINS, _ROLLS_BACK = range(6)
+_CODES = {"train": _TRAIN, "eval": _EVAL, "repair": _OPENS, "warning": _OPENS}
+_CODES |= {"start": _BEGINS, "resume": _BEGINS, "rollback": _ROLLS_BACK}
 
 
 class _Clock:
     """Attributes the time between two rows to the activity that the later row reports."""
 
     def __init__(self) -> None:
-        self.before: float | None = None
-        self.seconds = dict.fromkeys((TRAINING, VALIDATION, CHECKPOINTS, REST), 0.0)
-        self._step = 0
+        self._parts: list[Numbers] = []  # [4, rows]: code, step, time, seconds that the row reports
 
-    def see(self, row: Row) -> None:
-        now = row.get("time")
-        if not isinstance(now, (int, float)):
-            return
-        event = row.get("event")
-        if self.before is not None and event not in _OPENING:
-            gap = max(0.0, now - self.before)
-            work, named = self._named(row, gap)
-            self.seconds[work] += named
-            self.seconds[REST] += gap - named
-        self.before = now
-        step = row.get("step")
-        if isinstance(step, int) and (row["kind"] == "train" or event in ATTEMPT_EVENTS):
-            self._step = step
+    def see(self, trains: npt.NDArray[np.bool_], train: Mapping[str, Numbers], rest: Sequence[Row]) -> None:
+        """Add rows in file order.
 
-    def _named(self, row: Row, gap: float) -> tuple[str, float]:
-        """Return the row's activity, and the seconds of the gap that it took."""
-        if row["kind"] == "eval":
-            return VALIDATION, gap
-        if row["kind"] == "train":
-            steps = max(1, row.get("step", 0) - self._step)  # a row may stand for several
-            return TRAINING, min(gap, _number(row.get("step_seconds"), gap) * steps)
-        return CHECKPOINTS, min(gap, _number(row.get("stall_seconds"), 0.0))
+        Args:
+            trains: [rows] which of them are training rows.
+            train: the columns of those.
+            rest: the others.
+        """
+        others = _numbers(rest, len(rest), ("step", "time", "stall_seconds"))
+        codes = [float(_CODES.get(row.get("event") or row["kind"], _OTHER)) for row in rest]
+        part = np.full((4, len(trains)), float(_TRAIN))
+        part[1:, trains] = train["step"], train["time"], train["step_seconds"]
+        part[:, ~trains] = codes, others["step"], others["time"], others["stall_seconds"]
+        self._parts.append(part)
 
-
-def _number(value: object, otherwise: float) -> float:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else otherwise
+    def result(self) -> tuple[dict[str, float], float | None]:
+        """Return the seconds of each activity, without pauses between attempts, and the time of the last row."""
+        rows = np.concatenate([np.empty((4, 0)), *self._parts], axis=1)
+        codes, steps, times, reported = rows[:, np.isfinite(rows[2])]
+        train, evaluation = codes == _TRAIN, codes == _EVAL
+        gaps = np.maximum(0.0, np.diff(times, prepend=times[:1]))
+        gaps[(codes == _OPENS) | (codes == _BEGINS)] = 0.0
+        # A training row stands for the steps since the last row that says where the run is.
+        says_step = np.isfinite(steps) & (train | (codes >= _BEGINS))
+        at = np.maximum.accumulate(np.where(says_step, np.arange(len(steps)), -1))[:-1]
+        before = np.concatenate([np.zeros(min(1, len(steps))), np.where(at >= 0, steps[at], 0.0)])
+        unknown = np.where(train, gaps, 0.0)
+        named = np.where(np.isfinite(reported), reported * np.where(train, np.maximum(1, steps - before), 1), unknown)
+        named = np.where(evaluation, gaps, np.clip(named, 0.0, gaps))
+        seconds = {
+            TRAINING: float(named[train].sum()),
+            VALIDATION: float(named[evaluation].sum()),
+            CHECKPOINTS: float(named[~train & ~evaluation].sum()),
+            REST: float((gaps - named).sum()),
+        }
+        return seconds, float(times[-1]) if len(times) else None

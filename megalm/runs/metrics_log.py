@@ -26,38 +26,68 @@ JSON has no NaN and no infinity, and parsers differ in what they accept. Such nu
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
+import numpy.typing as npt
 import orjson
 
 from megalm.errors import DataError
+from megalm.utils.atomic_files import is_stranger, still_names
 
 Row = dict[str, Any]
+Columns = dict[str, npt.NDArray[np.float64]]
 
 METRICS_FILE = "metrics.jsonl"
-# Yields the rows of a file: `read_metrics`, or a wrapper that shows progress.
-ReadRows = Callable[[Path], Iterable[Row]]
 
 ATTEMPT_EVENTS = ("start", "resume", "rollback")  # each begins one
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _TAIL_BYTES = 1 << 16
+_CHUNK_BYTES = 1 << 17
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Consecutive rows of a file.
+
+    Attributes:
+        train: the numbers of the training rows by column, [N] each, if all have the same keys; NaN for null.
+        end: the offset of the next row.
+    """
+
+    rows: list[Row]
+    train: Columns | None = None
+    end: int = 0
+
+
+# Yields the rows of a file: `read_batches`, or a wrapper that shows progress.
+ReadBatches = Callable[[Path], Iterable[RowBatch]]
 
 
 class MetricsWriter:
     """Appends complete rows. On opening, cuts off a row that a kill left incomplete and writes a `repair` event.
 
     Raises:
-        OSError: the disk is full or the folder not writable. A partly written row is removed, so the file stays
-            readable.
+        OSError: the disk is full or the folder not writable; it names the file. A partly written row is removed, so the
+            file stays readable.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._beginning = b""  # the row that began this attempt
+        self._open()
+        # Some network file systems number files anew each time, so that no comparison holds.
+        self._can_compare = still_names(self.path, self._descriptor)
+
+    def _open(self) -> None:
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         dropped = _cut_torn_line(self._descriptor)
         if dropped:
@@ -66,14 +96,33 @@ class MetricsWriter:
     def row(self, kind: str, **fields: Any) -> None:
         """Append one row and pass it to the kernel before returning, so that a kill -9 does not lose it."""
         line = orjson.dumps(plain({"kind": kind, "time": time.time(), **fields})) + b"\n"
+        if fields.get("event") in ATTEMPT_EVENTS:
+            self._beginning = line
+        self._append(line)
+
+    def _append(self, line: bytes) -> None:
         size = os.fstat(self._descriptor).st_size
         try:
             rest = memoryview(line)
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
-        except OSError:
+        except OSError as error:
             os.ftruncate(self._descriptor, size)
-            raise
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from None
+
+    def reopen_if_gone(self) -> bool:
+        """Continue in a new file if the file was deleted or replaced; return whether it was.
+
+        An empty new file gets the row that began this attempt first, without which later rows belong to none.
+        """
+        if not self._can_compare or still_names(self.path, self._descriptor):
+            return False
+        deleted = self._descriptor
+        self._open()
+        os.close(deleted)
+        if not os.fstat(self._descriptor).st_size:
+            self._append(self._beginning)
+        return True
 
     def close(self) -> None:
         """Flush to the disk and close; closing twice is harmless."""
@@ -93,28 +142,72 @@ def read_metrics(path: str | os.PathLike[str]) -> Iterator[Row]:
     """Yield all complete rows of a metrics.jsonl, oldest first; ignore an incomplete last line.
 
     Raises:
-        DataError: no such file, or a line before the last that is not a JSON object.
+        DataError: no such file, or a line before the last that is no row: not JSON, or with a value of a wrong type.
     """
-    for row, _ in read_rows(path):
-        yield row
+    for batch in read_batches(path):
+        yield from batch.rows
+
+
+def read_batches(path: str | os.PathLike[str], offset: int = 0) -> Iterator[RowBatch]:
+    """Yield complete rows from a byte offset on, some thousand at a time; errors as of `read_metrics`."""
+    for lines, start in _lines(path, offset):
+        rows, train = _parse(lines, path, start)
+        yield RowBatch(rows, train, start + sum(map(len, lines)) + len(lines))
 
 
 def read_rows(path: str | os.PathLike[str], offset: int = 0) -> Iterator[tuple[Row, int]]:
-    """Yield complete rows from a byte offset on, each with the offset of the next row."""
+    """Yield complete rows from a byte offset on, each with the offset of the next row; errors as of `read_metrics`."""
+    for lines, start in _lines(path, offset):
+        offset = start
+        for row, line in zip(_parse(lines, path, start)[0], lines, strict=True):
+            offset += len(line) + 1
+            yield row, offset
+
+
+def read_newest_first(path: str | os.PathLike[str]) -> Iterator[Row]:
+    """Yield complete rows from the last to the first, and read no more of the file than is asked for.
+
+    Raises:
+        DataError: as of `read_metrics`.
+    """
+    with _open(path) as file:
+        end, rest = file.seek(0, os.SEEK_END), b""
+        while end > 0:
+            start = max(0, end - _CHUNK_BYTES)
+            file.seek(start)
+            block = file.read(end - start) + rest
+            cut = 0 if start == 0 else block.find(b"\n") + 1
+            whole = block.rfind(b"\n") + 1
+            end, rest = start, block[:cut]
+            if whole > cut:
+                yield from reversed(_parse(block[cut : whole - 1].split(b"\n"), path, start + cut)[0])
+            elif cut == 0:
+                rest = block
+
+
+def _open(path: str | os.PathLike[str]) -> BinaryIO:
+    if is_stranger(Path(path)):
+        raise DataError(f"{path} is not a file; move it away")
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed by the `with` below
+        return open(path, "rb")
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); name the folder of a run that has trained"
         ) from None
-    with file:
+
+
+def _lines(path: str | os.PathLike[str], offset: int) -> Iterator[tuple[list[bytes], int]]:
+    """Yield some complete lines at a time, with the offset of the first."""
+    with _open(path) as file:
         file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            end = offset + len(line)
-            yield _parse(line, path, offset), end
-            offset = end
+        rest = b""
+        while block := file.read(_CHUNK_BYTES):
+            block = rest + block
+            end = block.rfind(b"\n")
+            rest = block[end + 1 :]
+            if end >= 0:
+                yield block[:end].split(b"\n"), offset
+                offset += end + 1
 
 
 def live_rows(rows: Iterable[Row]) -> list[Row]:
@@ -132,14 +225,115 @@ def live_rows(rows: Iterable[Row]) -> list[Row]:
     return live
 
 
-def _parse(line: bytes, path: str | os.PathLike[str], offset: int) -> Row:
-    try:
-        row = orjson.loads(line)
-        if not isinstance(row, dict) or "kind" not in row:
-            raise ValueError("not an object with a kind")
-    except ValueError as error:
-        raise DataError(f"{path}: the line at byte {offset} is not a metrics row ({error}); fix or delete it") from None
-    return {key: _NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
+def _parse(lines: list[bytes], path: str | os.PathLike[str], offset: int) -> tuple[list[Row], Columns | None]:
+    """Parse and check lines, of which the first is at byte `offset`; return the rows, and `RowBatch.train`."""
+    joined = b",".join(lines)  # parsed together, since each call takes its time
+    with contextlib.suppress(ValueError):
+        found = orjson.loads(b"[" + joined + b"]")
+        if len(found) == len(lines):
+            return _checked(found, b'"NaN"' in joined or b'Infinity"' in joined)
+    rows = []
+    for line in lines:
+        try:
+            rows += _checked([orjson.loads(line)], True)[0]
+        except ValueError as error:
+            raise DataError(
+                f"{path}: the line at byte {offset} is not a metrics row ({error}); fix or delete it"
+            ) from None
+        offset += len(line) + 1
+    return rows, None
+
+
+# --- What a row may hold ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Kind:
+    types: frozenset[type]
+    words: str
+
+
+_INTEGER = _Kind(frozenset({int}), "an integer")
+_NUMBER = _Kind(frozenset({int, float}), "a number")
+_TEXT = _Kind(frozenset({str}), "text")
+_FLAG = _Kind(frozenset({bool}), "true or false")
+_LIST = _Kind(frozenset({list}), "a list")
+
+# The columns that the package reads; a value that is not known can be null.
+_COLUMNS: dict[str, _Kind] = {
+    **dict.fromkeys(("step", "tokens", "samples", "attempt", "at_step", "saved_step", "first_sample"), _INTEGER),
+    **dict.fromkeys(("memory_bytes", "bytes", "targets", "samples_skipped", "rollbacks", "exit_code"), _INTEGER),
+    **dict.fromkeys(("signal", "dropped_bytes", "world_size"), _INTEGER),
+    **dict.fromkeys(("time", "loss", "lr", "grad_norm", "loss_scale", "tokens_per_second", "step_seconds"), _NUMBER),
+    **dict.fromkeys(("mfu", "perplexity", "bits_per_byte", "seconds", "stall_seconds", "startup_seconds"), _NUMBER),
+    **dict.fromkeys(("low", "high", "median", "best_loss"), _NUMBER),
+    **dict.fromkeys(("kind", "event", "dataset", "path", "text", "quantity", "decided", "why", "reason"), _TEXT),
+    **dict.fromkeys(("status", "report", "precision"), _TEXT),
+    **dict.fromkeys(("whole", "met"), _FLAG),
+    **dict.fromkeys(("pruned", "changed"), _LIST),
+}
+_NUMERIC = {name for name, kind in _COLUMNS.items() if kind in (_INTEGER, _NUMBER)}
+_NEEDED = {"train": ("step",), "eval": ("step",), "event": ("event",)}
+_NOT_NEGATIVE = ("step", "tokens", "samples", "attempt", "at_step", "time")
+_LAST_TIME = 1e11  # seconds: the year 5138
+
+
+def _checked(rows: Any, has_non_finite: bool) -> tuple[list[Row], Columns | None]:
+    """Return rows with floats in place of "NaN" and the like, and `RowBatch.train`.
+
+    Raises:
+        ValueError: a row is no object of a kind, lacks what its kind needs, or has a senseless value.
+    """
+    if not set(map(type, rows)) <= {dict}:
+        raise ValueError("not an object")
+    if has_non_finite:
+        rows = [{name: _number_of(name, value) for name, value in row.items()} for row in rows]
+    kinds = [row.get("kind") for row in rows]
+    if not set(map(type, kinds)) <= {str}:
+        raise ValueError("no kind")
+    by_shape: dict[tuple[str, tuple[str, ...]], list[Row]] = {}
+    for shape, row in zip(zip(kinds, map(tuple, rows), strict=True), rows, strict=True):
+        by_shape.setdefault(shape, []).append(row)
+    train: Columns | None = None
+    for (kind, names), alike in by_shape.items():
+        columns = {name: list(map(itemgetter(name), alike)) for name in names}
+        for name in _NEEDED.get(kind, ()):
+            if None in columns.get(name, [None]):
+                raise ValueError(f"a row of kind {kind} has no {name}")
+        arrays = {name: _checked_column(name, values) for name, values in columns.items()}
+        if kind == "train":
+            numbers = {name: array for name, array in arrays.items() if array is not None}
+            train = numbers if len(alike) == kinds.count("train") and numbers.keys() >= set(names) & _NUMERIC else None
+    return list(rows), train
+
+
+def _checked_column(name: str, values: list[Any]) -> npt.NDArray[np.float64] | None:
+    """Return a column of numbers without nulls as an array.
+
+    Raises:
+        ValueError: a value is senseless.
+    """
+    column, found = _COLUMNS.get(name), set(map(type, values))
+    if column is None or found == {type(None)}:
+        return None
+    if not found <= column.types | {type(None)}:
+        wrong = next(value for value in values if type(value) not in column.types and value is not None)
+        raise ValueError(f"{name} is {str(wrong)[:40]!r}, not {column.words}")
+    if name not in _NUMERIC:
+        return None
+    array = np.array(values, dtype=np.float64)  # with NaN for null
+    least, most = (np.nanmin(array), np.nanmax(array)) if name in _NOT_NEGATIVE else (0, 0)
+    if least < 0 or (name == "time" and most > _LAST_TIME):
+        raise ValueError(f"{name} is {least if least < 0 else most:g}")
+    return array
+
+
+def _number_of(name: str, value: Any) -> Any:
+    is_number = isinstance(value, str) and value in _NON_FINITE and _COLUMNS.get(name) is not _TEXT
+    return _NON_FINITE[value] if is_number else value
+
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
 
 
 def plain(value: Any) -> Any:

@@ -13,21 +13,21 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalm.checkpoint.discovery import complete_checkpoints, list_checkpoints
+from megalm.checkpoint.discovery import BEST, LATEST, complete_checkpoints, list_checkpoints
 from megalm.checkpoint.shard_spec import WEIGHTS
 from megalm.config.schema import RunSection
 from megalm.config.validation import parse_yaml
 from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
 from megalm.rank_environment import job_and_restarts
-from megalm.runs.metrics_log import ATTEMPT_EVENTS, METRICS_FILE, read_metrics
+from megalm.runs.metrics_log import METRICS_FILE, read_newest_first
 from megalm.utils.addresses import hide_credentials_in_word
-from megalm.utils.atomic_files import write_bytes_atomically, write_json
+from megalm.utils.atomic_files import is_stranger, write_bytes_atomically, write_json
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +54,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file exists and is not a mapping.
     """
+    if is_stranger(path):
+        raise ConfigError(f"{path} is not a file; move it away")
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else parse_yaml(text, str(path))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())}); fix it") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} does not hold a mapping of names to values; fix it")
@@ -127,9 +129,9 @@ class RunFolder:
         return 1 + max(self._recorded_attempts(), default=0)
 
     def _recorded_attempts(self) -> Iterator[int]:
-        rows = read_metrics(self.metrics) if self.metrics.exists() else []
-        recorded = [row.get("attempt") for row in rows if row.get("event") in ATTEMPT_EVENTS]
-        recorded += [entry.attempt for entry in list_checkpoints(self.checkpoints)]
+        rows = read_newest_first(self.metrics) if self.metrics.exists() else ()
+        newest = next((row for row in rows if row.get("attempt") is not None), {})  # numbers grow from row to row
+        recorded = [newest.get("attempt"), *(entry.attempt for entry in list_checkpoints(self.checkpoints))]
         for path in (self.request, *self.path.glob("environment*.json")):
             with contextlib.suppress(ConfigError, OSError):  # whoever needs the rest of the file reports it
                 recorded.append(read_mapping(path).get("attempt"))
@@ -137,6 +139,23 @@ class RunFolder:
             int(match[1]) for path in self._failures.glob("*") if (match := _FAILURE_FILE.fullmatch(path.name))
         ]
         return (number for number in recorded if isinstance(number, int))
+
+    def require_files(self) -> None:
+        """Refuse a folder in which something else has the name of one of the run's files or folders.
+
+        Raises:
+            ConfigError: with its path; opening a pipe, for instance, would wait forever.
+        """
+        files = (*self.config_files, self.environment_json, self.metrics, self.log, self.request)
+        folders = (self.checkpoints, self.samples, self.incidents, self._failures)
+        pointers = (self.checkpoints / LATEST, self.checkpoints / BEST)
+        for path in (*files, *folders, *pointers):
+            if is_stranger(path, folder=path in folders):
+                kind = "folder" if path in folders else "file"
+                raise ConfigError(f"{path} is not a {kind}, as run {self.path} needs it; move it away")
+        for path in (self.metrics, self.log):
+            if path.exists() and not os.access(path, os.W_OK):
+                raise ConfigError(f"{path} cannot be written; check its owner and permissions")
 
     @property
     def is_empty(self) -> bool:
@@ -220,6 +239,7 @@ def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bo
         if name is None:
             return RunFolder(_next_free(root, preset or _STEM))
         path = root / name
+        RunFolder(path).require_files()
         if (checkpoint := RunFolder(path).imported) is not None:
             raise weights_only_error(checkpoint)
         if path.exists() and not resume and not RunFolder(path).never_started:
@@ -236,9 +256,11 @@ def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bo
 def write_facts(folder: RunFolder, run: ResolvedRun, facts: Mapping[str, Any]) -> None:
     """Write config.yaml, both DeepSpeed JSONs and environment.json; keep those of earlier attempts beside them."""
     given = Path(run.deepspeed_source.path).read_bytes()  # it may be the folder's own
-    for path in (*folder.config_files, folder.environment_json):
+    current = (*folder.config_files, folder.environment_json)
+    number = _next_old_number(current)
+    for path in current:
         if path.exists():  # a copy, not a move: a job that is killed here resumes with it
-            write_bytes_atomically(_next_old_name(path), path.read_bytes())
+            write_bytes_atomically(_old_name(path, number), path.read_bytes())
     folder.checkpoints.mkdir(exist_ok=True)
     folder.samples.mkdir(exist_ok=True)
     write_bytes_atomically(folder.config_yaml, run.config_yaml.encode())
@@ -285,11 +307,15 @@ def _next_free(root: Path, stem: str) -> Path:
         return path
 
 
-def _next_old_name(path: Path) -> Path:
-    number = 1
-    while (old := path.with_name(f"{path.stem}.attempt-{number}{path.suffix}")).exists():
-        number += 1
-    return old
+def _old_name(path: Path, number: int | str) -> Path:
+    return path.with_name(f"{path.stem}.attempt-{number}{path.suffix}")
+
+
+def _next_old_number(paths: Iterable[Path]) -> int:
+    """Return a number above those of all old copies: the copies of a start belong together by their number."""
+    copies = [copy for path in paths for copy in path.parent.glob(_old_name(path, "*").name)]
+    numbers = [copy.stem.rpartition("-")[2] for copy in copies]
+    return 1 + max((int(number) for number in numbers if number.isascii() and number.isdecimal()), default=0)
 
 
 def _version(package: str) -> str | None:

@@ -12,15 +12,29 @@ import os
 import platform
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.errors import ConfigError
+from megalm.utils.atomic_files import still_names
 from megalm.utils.file_lock import HeldLock, take_lock
 
 log = logging.getLogger(__name__)
 
 _BEAT_SECONDS = 5.0
 _PATIENCE_BEATS = 4
+
+
+@dataclass(frozen=True)
+class LostFolder:
+    """What happened to a run folder while a job trained in it.
+
+    Attributes:
+        place: the folder to save in; None: there is none that belongs to this run.
+    """
+
+    why: str
+    place: Path | None
 
 
 class RunLock:
@@ -35,6 +49,9 @@ class RunLock:
         self._path = folder / "lock"
         self._beat_seconds = beat_seconds
         self._held: HeldLock | None = None
+        self._folder = -1  # a descriptor
+        self._identity = ""
+        self._taken_by = ""  # another job, which believed that this one is dead
         self._released = threading.Event()
 
     def take(self) -> None:
@@ -57,6 +74,9 @@ class RunLock:
             self._held = None
             raise self._refusal()
         self._write(self._held, 0)
+        self._folder = os.open(self._path.parent, os.O_RDONLY)
+        # Some network file systems number files anew each time, so that no comparison holds.
+        self._can_compare = self._is_named() and still_names(self._path.parent, self._folder)
         threading.Thread(target=self._count, args=(self._held,), name="run-lock", daemon=True).start()
 
     def release(self) -> None:
@@ -64,6 +84,29 @@ class RunLock:
         self._released.set()
         if self._held is not None:
             os.ftruncate(self._held.descriptor, 0)
+
+    def lost(self) -> LostFolder | None:
+        """Return what happened if the run folder or its lock is no longer the one that `take` found; None: nothing.
+
+        Two calls of the system while all is well, so it can be asked often.
+        """
+        folder = self._path.parent
+        if self._taken_by:
+            return LostFolder(f"{self._path} names another job ({self._taken_by}), which trains the run too", folder)
+        if not self._can_compare or self._is_named():
+            return None
+        if still_names(folder, self._folder):
+            return LostFolder(f"{self._path} was deleted, so another job may train the run too", folder)
+        place = _path_of(self._folder)
+        if place is not None:
+            return LostFolder(f"run folder {folder} was moved to {place}", place)
+        if folder.exists():
+            return LostFolder(f"run folder {folder} was replaced by another one", None)
+        return LostFolder(f"run folder {folder} was deleted or moved", folder)
+
+    def _is_named(self) -> bool:
+        """Return whether the lock file's name is still that of the file that this job holds."""
+        return self._held is not None and still_names(self._path, self._held.descriptor)
 
     def _is_alive(self, decided_host: str | None) -> bool:
         """Return whether the job named in the file still counts; one on `decided_host` is dead: we hold its lock."""
@@ -84,10 +127,10 @@ class RunLock:
         with self._path.open("rb") as file:
             return file.read(200).decode(errors="replace").strip()
 
-    @staticmethod
-    def _write(held: HeldLock, beat: int) -> None:
+    def _write(self, held: HeldLock, beat: int) -> None:
         job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
-        text = f"host {platform.node()}, process {os.getpid()}{job}; beat {beat}\n".encode()
+        self._identity = f"host {platform.node()}, process {os.getpid()}{job}"
+        text = f"{self._identity}; beat {beat}\n".encode()
         os.pwrite(held.descriptor, text, 0)
         os.ftruncate(held.descriptor, len(text))
         os.fsync(held.descriptor)
@@ -97,6 +140,10 @@ class RunLock:
         while not self._released.wait(self._beat_seconds):
             beat += 1
             try:
+                holder = self._read().rpartition("; beat")[0]
+                if holder not in ("", self._identity):
+                    self._taken_by = holder
+                    return
                 self._write(held, beat)
             except OSError:  # a lost file system shows elsewhere; a full disk does not prevent overwriting
                 log.debug("cannot write the heartbeat of the run lock", exc_info=True)
@@ -106,3 +153,12 @@ class RunLock:
         return ConfigError(
             f"another job ({holder}) trains run {self._path.parent}; wait for it, stop it, or choose another run.name"
         )
+
+
+def _path_of(descriptor: int) -> Path | None:
+    """Return the present path of an open folder; None if it is deleted, or the system does not say."""
+    try:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+    except OSError:
+        return None
+    return path if path.exists() and still_names(path, descriptor) else None

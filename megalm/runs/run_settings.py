@@ -205,6 +205,8 @@ def _find_own(loaded: LoadedConfig) -> RunFolder | None:
     root = Path(loaded.config.run.root).expanduser()
     name = loaded.config.run.name or newest_run(root, loaded.preset)
     folder = None if name is None else RunFolder(root / name)
+    if folder is not None:
+        folder.require_files()
     return folder if folder is not None and folder.config_yaml.is_file() else None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megalm.runs.metrics_history import History, Numbers, read_history
-from megalm.runs.metrics_log import ATTEMPT_EVENTS, METRICS_FILE, ReadRows, Row, read_metrics
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, METRICS_FILE, ReadBatches, Row, read_batches
 from megalm.runs.run_folder import parameter_count
 from megalm.tracking.mlflow_mirror.run_facts import settings
 from megalm.utils.plotting import new_plot, save_plot
@@ -78,7 +78,7 @@ class RunRecord:
         return [float(row["tokens"]) for row in rows], [float(row["loss"]) for row in rows]
 
 
-def read_run(run_dir: Path, read: ReadRows = read_metrics) -> RunRecord:
+def read_run(run_dir: Path, read: ReadBatches = read_batches) -> RunRecord:
     """Read a run folder.
 
     Raises:

@@ -9,12 +9,13 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from megalm.utils.atomic_files import still_names
 from megalm.utils.progress import ProgressBar
 
 log = logging.getLogger("megalm")
@@ -37,6 +38,45 @@ class _Console(Console):
         os.close(nowhere)
 
 
+class _LogFile(logging.FileHandler):
+    """log.txt: deleted, it is written anew; on a full disk lines are left out, which is said once.
+
+    Args:
+        notice: shows a line to the person.
+    """
+
+    def __init__(self, path: Path, notice: Callable[[str], None]) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self._path, self._notice = path, notice
+        self._has_failed = False
+        self._can_compare = not self._is_gone()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # A network file system may number files anew each time: no comparison holds there.
+        if (
+            self._can_compare and self._is_gone() and self._path.parent.is_dir()
+        ):  # a folder that was moved takes its open file along
+            try:
+                deleted = self.setStream(self._open())
+            except OSError:
+                self.handleError(record)
+                return
+            if deleted is not None:
+                deleted.close()
+            self._notice(f"WARNING: {self._path} was deleted or replaced; the log continues in a new file")
+        super().emit(record)
+
+    def _is_gone(self) -> bool:
+        return self.stream is not None and not still_names(self._path, self.stream.fileno())
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError) and not self._has_failed:
+            self._has_failed = True
+            self._notice(f"WARNING: cannot write {self._path} ({error.strerror}); it lacks lines from here on")
+
+
 class RunConsole:
     """Progress and messages of a run.
 
@@ -52,9 +92,7 @@ class RunConsole:
         if active and isinstance(sys.stdout, io.TextIOWrapper):  # the terminal may lack characters of a sample
             sys.stdout.reconfigure(errors="backslashreplace")
         if active and log_file is not None:
-            handler = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")
-            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-            log.addHandler(handler)
+            log.addHandler(_LogFile(log_file, lambda line: self._console.print(line, soft_wrap=True)))
             log.setLevel(logging.INFO)
             log.propagate = False
 

@@ -16,7 +16,7 @@ from megalm.engine.interface import Engine
 from megalm.errors import TrainingError
 from megalm.model.model_config import ModelConfig
 from megalm.planning.resolve import ResolvedRun
-from megalm.runs.metrics_log import read_metrics
+from megalm.runs.metrics_log import read_newest_first
 from megalm.runs.run_folder import RunFolder
 from megalm.train.evaluator import Evaluation
 from megalm.train.resume.compatibility import (
@@ -60,7 +60,7 @@ class RunCheckpointer:
         settings = run.config.checkpoint
         self._writer = CheckpointWriter(
             folder.checkpoints,
-            Retention(settings.keep_last, settings.keep_every_steps),
+            Retention(settings.keep_last, settings.keep_every_steps, settings.best),
             comm,
             asynchronous=settings.asynchronous,
             origin=None if start is None else start.path,
@@ -87,6 +87,11 @@ class RunCheckpointer:
     def completed(self, wait: bool = False) -> list[Saved]:
         """Return the checkpoints completed since the last call; with `wait`, wait for all writes first."""
         return self._writer.completed(wait)
+
+    def move_to(self, folder: RunFolder) -> None:
+        """Save in `folder` from now on, to which the run folder was moved."""
+        self._folder = folder
+        self._writer.move_to(folder.checkpoints)
 
     def mark_best(self, path: Path) -> None:
         """Record the checkpoint with the lowest validation loss in `checkpoints/best`."""
@@ -127,7 +132,7 @@ class RunCheckpointer:
             engine.reset()
 
         def steps_before() -> list[tuple[float, float]]:
-            rows = read_metrics(self._folder.metrics) if self._folder.metrics.exists() else []
+            rows = read_newest_first(self._folder.metrics) if self._folder.metrics.exists() else []
             return guard.steps_of(rows, step)
 
         if new:

@@ -165,7 +165,7 @@ def open_run(settings: RunSettings, comm: Communicator, supervisor: RankSupervis
     console.info(f"megalm run {folder.path}")
     for notice in run.notices:
         console.info(f"  note: {notice}")
-    for path in clean_up_interrupted_saves(folder, comm):
+    for path in clean_up_interrupted_saves(folder, comm, run.config.checkpoint.best):
         console.info(f"  note: cleaned up after an earlier job that was killed while saving or deleting: {path}")
     return OpenRun(folder, lock, attempt, console, hooks)
 
@@ -308,6 +308,7 @@ def _components(
         checkpoints=checkpoints,
         sampler=SampleWriter(folder.samples, config.sample, length, config.train.seed, data.tokenizer, comm, console),
         metrics=metrics,
+        lock=opened.lock if metrics is not None else None,
         reporter=console,
         stop=StopRequest(limits=limits),
         guard=spikes,

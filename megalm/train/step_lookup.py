@@ -72,7 +72,12 @@ def samples_of_step(path: Path, step: int, on_progress: Callable[[str], None] = 
         raise DataError(f"{path} is not a run folder, it has no {', '.join(missing)}; name a run folder")
     rows = live_rows(read_metrics(folder.metrics)) if folder.metrics.exists() else []
     number = next(
-        (row["attempt"] for row in reversed(rows) if row.get("event") in ATTEMPT_EVENTS and row["step"] < step), 1
+        (
+            row.get("attempt") or 1
+            for row in reversed(rows)
+            if row.get("event") in ATTEMPT_EVENTS and (row.get("step") or 0) < step
+        ),
+        1,
     )
     attempt = _attempt(folder, number)
     first, trained = _first_sample(rows, number, step, attempt.global_batch)
@@ -90,8 +95,8 @@ def _first_sample(rows: list[Row], attempt: int, step: int, batch: int) -> tuple
 
     With a log interval not every step has a row; within an attempt samples are consecutive.
     """
-    trained = [row for row in rows if row["kind"] == "train" and "samples" in row]
-    here = [row for row in trained if row["attempt"] == attempt] or trained[-1:]
+    trained = [row for row in rows if row["kind"] == "train" and row.get("samples") is not None]
+    here = [row for row in trained if row.get("attempt") == attempt] or trained[-1:]
     row: Row = next((row for row in here if row["step"] >= step), here[-1] if here else {"step": 0, "samples": 0})
     return row["samples"] + (step - 1 - row["step"]) * batch, any(row["step"] >= step for row in trained)
 

@@ -24,6 +24,8 @@ from megalm.planning.lr_schedule import rate_at
 from megalm.planning.recipe_claims import Expectation, Quantity, Span, documented_losses
 from megalm.planning.resolve import ResolvedRun
 from megalm.runs.metrics_log import MetricsWriter
+from megalm.runs.run_folder import RunFolder
+from megalm.runs.run_lock import LostFolder, RunLock
 from megalm.train.console import RunConsole
 from megalm.train.evaluator import TOTAL, Evaluation, Evaluator
 from megalm.train.lifecycle.shutdown import StopRequest
@@ -49,6 +51,7 @@ class TrainerComponents:
     checkpoints: RunCheckpointer
     sampler: SampleWriter
     metrics: MetricsWriter | None  # rank 0's
+    lock: RunLock | None  # rank 0's
     reporter: RunConsole
     stop: StopRequest
     guard: SpikeGuard
@@ -109,7 +112,7 @@ class MetricsRecorder:
             )
         if mfu > 1 and not self._peak_is_reported:
             self._peak_is_reported = True
-            self._warn(
+            self.warn(
                 position,
                 f"MFU is above 100%, so the peak of {parts.peak_flops / 1e12:.2f} TFLOP/s is too low: a measured peak "
                 "suffers from other programs that run meanwhile; tokens/s are correct",
@@ -156,7 +159,7 @@ class MetricsRecorder:
         if saved.notice:
             self.parts.reporter.info(f"WARNING: {saved.notice}")
 
-    def _warn(self, position: TrainingProgress, text: str) -> None:
+    def warn(self, position: TrainingProgress, text: str) -> None:
         self.event(position, "warning", text=text)
         self.parts.reporter.info(f"WARNING: {text}")
 
@@ -184,6 +187,7 @@ class Trainer:
     _saved_step: int = field(default=0, init=False)
     _saved_path: Path | None = field(default=None, init=False)
     _last_spike: int = field(default=-1, init=False)
+    _lost: LostFolder | None = field(default=None, init=False)  # on rank 0
 
     def __post_init__(self) -> None:
         self.record = MetricsRecorder(self.parts)
@@ -204,6 +208,9 @@ class Trainer:
             while self.position.step < config.train.steps:
                 if not self._train_step():
                     continue  # rolled back to a step whose evaluation and saves are done
+                if self._writes_files() and parts.comm.max([self._lost_folder()])[0]:
+                    self._leave_folder()
+                    return EXIT_START_AGAIN
                 if self.position.step == config.train.steps:
                     break  # _finish does the rest, on the complete validation set
                 self._between_steps()
@@ -309,6 +316,39 @@ class Trainer:
             f"{position.attempt} begins"
         )
 
+    def _writes_files(self) -> bool:
+        """Return whether anything besides metrics and log is written at this step."""
+        config, step = self.parts.run.config, self.position.step
+        intervals = (config.evaluate.interval_steps, config.sample.interval_steps, config.checkpoint.interval_steps)
+        return step == config.train.steps or any(_due(step, interval) for interval in intervals)
+
+    def _lost_folder(self) -> float:
+        """On rank 0: return 1 if the run folder is lost; else write deleted metrics anew."""
+        lock, metrics = self.parts.lock, self.parts.metrics
+        if lock is None or metrics is None:
+            return 0.0
+        self._lost = lock.lost()
+        if self._lost is not None:
+            return 1.0
+        if metrics.reopen_if_gone():
+            self.record.warn(self.position, f"{metrics.path} was deleted or replaced; it continues from here")
+        return 0.0
+
+    def _leave_folder(self) -> None:
+        """Save and stop, because the run folder is not the one that this job opened.
+
+        Raises:
+            TrainingError: another folder has its name, and where it is now is not known.
+        """
+        parts = self.parts
+        lost = parts.comm.broadcast(self._lost)
+        assert lost is not None
+        if lost.place is None:
+            raise TrainingError(f"{lost.why}, so step {self.position.step} cannot be saved; move it back, then resume")
+        parts.checkpoints.move_to(RunFolder(lost.place))
+        self._saved_step = -1  # the save of this step may have been among what could not be written
+        self._stop_early("warning", lost.why, text=lost.why)
+
     def _between_steps(self) -> None:
         config, step = self.parts.run.config, self.position.step
         if _due(step, config.evaluate.interval_steps):
@@ -375,13 +415,17 @@ class Trainer:
     def _should_stop(self) -> bool:
         """Return whether to stop: any rank's signal or time limit makes all ranks save the same step and leave."""
         parts = self.parts
-        number, late = parts.comm.max([float(parts.stop.signal or 0), float(parts.limits.boundary())])
-        if number:
+        number, late, lost = parts.comm.max(
+            [float(parts.stop.signal or 0), float(parts.limits.boundary()), self._lost_folder()]
+        )
+        if lost:
+            self._leave_folder()
+        elif number:
             self._stop_early("signal", f"signal {int(number)}", signal=int(number))
         elif late:
             limit = parts.run.config.train.max_wall_time
             self._stop_early("wall_time", f"train.max_wall_time={limit} is almost over", limit=limit)
-        return bool(number or late)
+        return bool(lost or number or late)
 
     def _stop_early(self, event: str, why: str, **fields: Any) -> None:
         parts = self.parts

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import platform
 import re
+import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from megalm.errors import ConfigError, DataError
 
+# The file is gone: by its name, or on a network file system the open one itself.
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 _TEMPORARY = re.compile(r"\..+\.tmp")
 
 
@@ -60,6 +65,34 @@ def write_atomically(path: Path, fill: Callable[[BinaryIO], object], durable: bo
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def still_names(path: Path, descriptor: int) -> bool:
+    """Return whether `path` is the open file or folder `descriptor`; also if a temporary failure hides that."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError as error:
+        return error.errno not in _GONE
+
+
+def is_stranger(path: Path, folder: bool = False) -> bool:
+    """Return whether `path` exists and is not a file (a folder with `folder`): opening a pipe, say, waits forever."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode))
+
+
+def clear_away(path: Path) -> None:
+    """Delete the folder `path`, which this program made; set aside a link or a file that stands in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+        return
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.found-{number}")):
+        number += 1
+    path.rename(aside)
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -57,7 +57,7 @@ def test_a_stopped_rank_is_noticed(small_data: SmallData, tmp_path: Path, using:
     stacks = run_folder(tmp_path) / "stacks" / "rank-0.txt"
     assert str(stacks.parent.relative_to(tmp_path)) in line
     # Where the main thread stood: it met the stopped one in a step, or in asking whether to leave.
-    assert re.search(r"trainer\.py\S* line \d+ in (_train_step|_is_to_leave)\b", stacks.read_text())
+    assert re.search(r"trainer\.py\S* line \d+ in (_train_step|_should_stop)\b", stacks.read_text())
     end = rows(tmp_path)[-1]
     assert (end["event"], end["status"], end["exit_code"]) == ("end", "failed", 1)
 

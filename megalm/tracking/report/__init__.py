@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from megalm.errors import ConfigError
-from megalm.runs.metrics_log import ReadRows, read_metrics
+from megalm.runs.metrics_log import ReadBatches, read_batches
 from megalm.runs.run_folder import RunFolder
 from megalm.tracking.report.page import render
 from megalm.tracking.report.run_data import read_run
@@ -15,7 +15,7 @@ from megalm.utils.atomic_files import refuse_overwriting_inputs, write_atomicall
 REPORT_FILE = "report.html"
 
 
-def write_report(run_dir: Path, output: Path | None = None, read: ReadRows = read_metrics) -> Path:
+def write_report(run_dir: Path, output: Path | None = None, read: ReadBatches = read_batches) -> Path:
     """Write the page of a run, which may still be training; return its path.
 
     Args:

@@ -14,7 +14,7 @@ from megalm.config.loading import load_run_config
 from megalm.config.schema import RunConfig
 from megalm.errors import ConfigError, MegalmError
 from megalm.runs.metrics_history import History, read_history
-from megalm.runs.metrics_log import METRICS_FILE, ReadRows, Row, read_metrics
+from megalm.runs.metrics_log import METRICS_FILE, ReadBatches, Row, read_batches
 from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE, parameter_count, read_mapping
 from megalm.tracking.compare_runs import Results, RunRecord, results
 from megalm.utils.formatting import flatten_to_text
@@ -107,7 +107,7 @@ class ReportData:
         return int(planned) if planned is not None and planned.isdecimal() else None
 
 
-def read_run(run_dir: Path, now: float, read: ReadRows = read_metrics) -> ReportData:
+def read_run(run_dir: Path, now: float, read: ReadBatches = read_batches) -> ReportData:
     """Read a run folder, also of a run that has not started to train.
 
     Raises:

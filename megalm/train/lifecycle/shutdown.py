@@ -33,6 +33,7 @@ from megalm.errors import (
     message_of,
 )
 from megalm.train.lifecycle.time_limits import TimeLimits, write_stacks
+from megalm.utils.atomic_files import is_stranger
 from megalm.utils.stop_signals import respected_stop_signals
 
 log = logging.getLogger(__name__)
@@ -45,8 +46,9 @@ _FAILURE_GRACE_SECONDS = 5.0
 # The grace period is at least this many times the longest gap so far: a step that was slow once may be slow again.
 _GRACE_OF_LONGEST = 2.0
 _WATCH_POLL_SECONDS = 0.2
-# Errors that more space or other permissions fix: a traceback adds nothing.
-_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# Errors that more space, other permissions or limits fix: a traceback adds nothing. The second need a file's name.
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE)
+_FILE_TROUBLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO)
 # Rank 0 reports a refusal that all ranks share; a rank still running after this time has a refusal of its own.
 _REFUSAL_GRACE_SECONDS = 4.0
 # A second SIGINT sooner than this is the launcher forwarding the first.
@@ -73,6 +75,8 @@ class FailureClaim:
 
         If the file cannot be written, for instance on a full disk, every rank that asks may report.
         """
+        if is_stranger(self._path.parent, folder=True):
+            return True
         try:
             self._path.parent.mkdir(exist_ok=True)
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
@@ -144,7 +148,9 @@ class RankSupervisor:
         exit_process(code)
 
     def _describe(self, error: Exception) -> str:
-        if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
+        if isinstance(error, OSError) and (
+            error.errno in _DISK_TROUBLE or (error.errno in _FILE_TROUBLE and error.filename is not None)
+        ):
             where = f", run folder {self._hooks.claim.run_folder}" if self._hooks.claim is not None else ""
             return f"megalm: error: {error} (rank {self.rank}{where}); fix this, then resume with --resume auto"
         return f"megalm: error: rank {self.rank} failed:\n{traceback.format_exc()}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.discovery import Entry, ResumedFrom, resume_candidates
-from megalm.checkpoint.manifest import hashed_blocks, without_advice
+from megalm.checkpoint.manifest import Manifest, hashed_blocks, without_advice
 from megalm.checkpoint.retention import tidy
 from megalm.communicator import Communicator
 from megalm.errors import CheckpointError
@@ -29,12 +29,16 @@ class ResumeCheckpoint:
     warnings: tuple[str, ...]
 
 
-def clean_up_interrupted_saves(folder: RunFolder, comm: Communicator) -> list[Path]:
-    """Clean up the unfinished saves of a killed job; the holder of the run's lock calls it before anything else."""
+def clean_up_interrupted_saves(folder: RunFolder, comm: Communicator, keep_best: bool = False) -> list[Path]:
+    """Clean up the unfinished saves of a killed job; the holder of the run's lock calls it before anything else.
+
+    Args:
+        keep_best: write `checkpoints/best` also if it is missing.
+    """
 
     def work() -> list[Path]:
         shutil.rmtree(folder.preflight, ignore_errors=True)
-        return tidy(folder.checkpoints)
+        return tidy(folder.checkpoints, keep_best)
 
     return comm.once(work)
 
@@ -45,6 +49,7 @@ def find_checkpoint(
     comm: Communicator,
     origin: ResumedFrom | None = None,
     info: Callable[[str], None] = lambda _: None,
+    require: Callable[[Path, Manifest], None] = lambda path, manifest: None,
 ) -> ResumeCheckpoint | None:
     """Return the checkpoint that `--resume wanted` refers to; None: start at step 0.
 
@@ -54,6 +59,7 @@ def find_checkpoint(
     Args:
         origin: the checkpoint that the last attempt resumed from.
         info: called with progress lines while large files are verified.
+        require: raises CheckpointError for a manifest that lacks something.
 
     Raises:
         CheckpointError: the checkpoint is missing, or a file is damaged.
@@ -61,7 +67,7 @@ def find_checkpoint(
     entries = comm.once(lambda: resume_candidates(folder.checkpoints, wanted, origin))
     damaged: list[str] = []
     for entry in entries:
-        reader, problem = open_verified(entry, comm, info)
+        reader, problem = open_verified(entry, comm, info, require)
         if reader is not None:
             return ResumeCheckpoint(
                 reader, (*(f"skipped a damaged checkpoint: {words}" for words in damaged), *_suspicion(entry))
@@ -75,13 +81,17 @@ def find_checkpoint(
 
 
 def open_verified(
-    entry: Entry, comm: Communicator, info: Callable[[str], None] = lambda _: None
+    entry: Entry,
+    comm: Communicator,
+    info: Callable[[str], None] = lambda _: None,
+    require: Callable[[Path, Manifest], None] = lambda path, manifest: None,
 ) -> tuple[CheckpointReader | None, str]:
     """Return the checkpoint, or the problem with it. Collective: each rank hashes its share of the files."""
     reader, problem = None, entry.problem
     if entry.manifest is not None:
         try:
             reader = CheckpointReader(entry.path)
+            require(entry.path, reader.manifest)
             blocks = hashed_blocks(reader.manifest, comm.rank, comm.size)
             progress = ProgressBar(f"checking {entry.path.name}", blocks, say=info)
             problem = reader.verify(comm.rank, comm.size, progress.advance)

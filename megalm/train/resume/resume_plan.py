@@ -12,7 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
-from megalm.checkpoint.manifest import Beginning, Manifest, require_training_state
+from megalm.checkpoint.manifest import Beginning, Manifest, require_training_state, shape_of
+from megalm.checkpoint.shard_spec import WEIGHTS
 from megalm.communicator import Communicator, SingleProcessCommunicator
 from megalm.data.sampling.mixture import BlendedSamples
 from megalm.errors import ConfigError
@@ -121,14 +122,13 @@ def _find(
     before, requeued = comm.once(lambda: read_last_attempt(folder, wanted))
     if requeued:
         options = ResumeOptions("auto")
-    found = find_checkpoint(folder, "auto" if requeued else wanted, comm, before.origin if before else None, info)
+    origin = before.origin if before else None
+    found = find_checkpoint(folder, "auto" if requeued else wanted, comm, origin, info, _require_state)
     if found is None:
         if options.extension or options.skip_steps:
             raise ConfigError(f"{folder.path} has no checkpoint yet to extend or skip from; remove the flag")
         return None, options
     reader = found.reader
-    if not reader.holds_weights_only:
-        require_training_state(reader.path, reader.manifest)
     if before is not None and options.wanted == "auto":
         options = before.repeat(options, reader)
     if reader.holds_weights_only and not options.weights_only:
@@ -138,6 +138,13 @@ def _find(
             f"--extend-strategy weights starts at step 0, and {folder.path} is past it; name a new run with run.name"
         )
     return found, options
+
+
+def _require_state(path: Path, manifest: Manifest) -> None:
+    if manifest.holds == WEIGHTS:
+        shape_of(path, manifest)
+    else:
+        require_training_state(path, manifest)
 
 
 def _continued(found: ResumeCheckpoint | None, options: ResumeOptions) -> Manifest | None:

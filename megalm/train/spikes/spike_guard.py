@@ -15,11 +15,11 @@ import statistics
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megalm.config.schema import GuardSection
 from megalm.engine.interface import Finding, StepResult, UpdateVerdict
-from megalm.runs.metrics_log import Row, live_rows
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row
 
 # MAD x 1.4826 is the standard deviation of a normal distribution.
 _MAD_TO_SIGMA = 1.4826
@@ -157,22 +157,35 @@ class SpikeGuard:
             return f"the guard let the spike at step {self._let_pass_step} pass (guard.policy=off)"
         return None
 
-    def steps_of(self, rows: Iterable[Row], step: int) -> list[tuple[float, float]]:
-        """Return (loss, gradient norm) of a run's steps up to `step` from its metrics, for `history.restart`.
+    def steps_of(self, newest_first: Iterable[Row], step: int) -> list[tuple[float, float]]:
+        """Return (loss, gradient norm) of a run's last steps up to `step` from its metrics, for `history.restart`.
 
         Leaves out refused updates and overflows, as the run itself did.
+
+        Args:
+            newest_first: the rows from the last on; no more of them are read than the window needs.
         """
-        live = live_rows(rows)
-        left_out = {
-            (row.get("attempt"), row.get("at_step", row["step"]))
-            for row in live
-            if row.get("event") in ("spike", "skip") and row.get("decided") != "let pass"
-        }
-        return [
-            (row["loss"], row["grad_norm"])
-            for row in live
-            if row["kind"] == "train" and row["step"] <= step and (row.get("attempt"), row["step"]) not in left_out
-        ][-self._settings.window :]
+        live_step, found = step, []
+        left_out: set[tuple[Any, Any]] = set()  # attempt and step; the events of a step come before its row
+        waiting: Row | None = None
+        for row in newest_first:
+            if row.get("event") in ATTEMPT_EVENTS:  # it withdraws the rows before it of later steps
+                live_step = live_step if row.get("step") is None else min(live_step, row["step"])
+            elif row.get("event") in ("spike", "skip") and row.get("decided") != "let pass":
+                left_out.add((row.get("attempt"), row.get("at_step", row.get("step"))))
+            elif row["kind"] == "train" and row["step"] <= live_step:
+                found += self._accepted(waiting, left_out)
+                waiting = row
+                if len(found) == self._settings.window:
+                    return found[::-1]
+        return [*found, *self._accepted(waiting, left_out)][::-1]
+
+    @staticmethod
+    def _accepted(row: Row | None, left_out: set[tuple[Any, Any]]) -> list[tuple[float, float]]:
+        if row is None or (row.get("attempt"), row["step"]) in left_out:
+            return []
+        loss, norm = (math.nan if row.get(name) is None else row[name] for name in ("loss", "grad_norm"))
+        return [(loss, norm)]
 
     def forget_refusals(self) -> None:
         """Reset the count of refused updates after a rollback."""

@@ -100,7 +100,7 @@ def test_keys_of_a_newer_version_survive_a_mark(folder: Path) -> None:
         ("tokens", -1, "tokens"),
         ("best_validation_loss", "low", "best_validation_loss"),
         ("data_position", {"segments": [{"order": "a"}]}, r"data_position\.segments\.0\.sequence_length"),
-        ("schedule", {"segments": [{"kind": "cosine"}]}, r"schedule\.segments\.0\.first_step"),
+        ("schedule", {"segments": [{"kind": "cosine"}]}, r"schedule\.segments\.0\.peak_learning_rate"),
         ("topology", {"world_size": "many"}, r"topology\.world_size"),
         ("fingerprints", {"order": 5}, r"fingerprints\.order"),
         ("model", None, "model"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,16 @@ def test_none_created_after_a_kept_one_goes(tmp_path: Path) -> None:
     assert sorted(path.name[-2:] for path in prune(tmp_path, Retention(1))) == ["08", "12", "16"]
 
 
+def test_within_an_attempt_a_clock_that_is_set_back_keeps_nothing_more(tmp_path: Path) -> None:
+    for step, hour in ((10, 14), (20, 15), (30, 13), (40, 14)):
+        save(tmp_path, step, created=f"2026-11-20T{hour}:00:00+00:00")
+    assert [path.name[-2:] for path in prune(tmp_path, Retention(2))] == ["10", "20"]
+
+
 @pytest.mark.parametrize("created", ["2026-13-40", "", None, 10**30, "1e999"])
 def test_a_time_that_cannot_be_read_deletes_nothing_more(tmp_path: Path, created: object) -> None:
     save(tmp_path, 10, created=created)
-    save(tmp_path, 20)
+    save(tmp_path, 20, attempt=2)
     assert [path.name[-2:] for path in prune(tmp_path, Retention(1))] == ([] if created == 10**30 else ["10"])
 
 
@@ -78,6 +85,56 @@ def test_the_best_is_what_the_pointer_names(tmp_path: Path) -> None:
     assert [path.name[-2:] for path in prune(tmp_path, Retention(1))] == ["10"]
 
 
+def test_the_best_stays_without_its_pointer(tmp_path: Path) -> None:
+    for step, loss, best in ((10, 3.0, 3.0), (20, 2.5, 2.5), (30, 2.8, 2.5)):
+        save(tmp_path, step, validation_loss=loss, best_validation_loss=best)
+    assert [path.name[-2:] for path in prune(tmp_path, Retention(1, keep_best=True))] == ["10"]
+    assert [path.name[-2:] for path in prune(tmp_path, Retention(1), dry_run=True)] == ["20"], "nobody asked for it"
+    assert tidy(tmp_path, keep_best=True) == [tmp_path / "best"]
+    assert (tmp_path / "best").read_text() == "step-00000020\n"
+
+
+def test_latest_is_written_again_but_never_hides_damage(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    newest = save(tmp_path, 20)
+    (tmp_path / "latest").unlink()
+    assert tidy(tmp_path) == [tmp_path / "latest"]
+    assert (tmp_path / "latest").read_text() == f"{newest.name}\n"
+    (newest / "manifest.json").write_text("{")
+    assert tidy(tmp_path) == []
+    assert (tmp_path / "latest").read_text() == f"{newest.name}\n"
+
+
+def test_a_checkpoint_that_was_moved_behind_a_link_stays_and_blocks_nothing(tmp_path: Path) -> None:
+    checkpoints, archive = tmp_path / "checkpoints", tmp_path / "archive"
+    for step in (10, 20, 30):
+        save(checkpoints, step)
+    (checkpoints / "step-00000010").rename(archive)
+    (checkpoints / "step-00000010").symlink_to(archive)
+    assert prune(checkpoints, Retention(1)) == [checkpoints / "step-00000020"]
+    assert_holds(checkpoints / "step-00000010", 10)
+    save(checkpoints, 10, attempt=2)
+    assert not (checkpoints / "step-00000010").is_symlink()
+    assert_holds(checkpoints / "step-00000010.replaced.found-1", 10)
+    (checkpoints / "step-00000040.trash").symlink_to(archive)
+    (checkpoints / "step-00000050.tmp").write_text("a person's")
+    assert sorted(path.suffix for path in tidy(checkpoints)) == [".tmp", ".trash"]
+    assert (checkpoints / "step-00000050.tmp.found-1").read_text() == "a person's"
+    save(checkpoints, 50)
+    assert_holds(archive, 10)
+
+
+def test_a_pipe_in_place_of_a_pointer_is_not_waited_for(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    (tmp_path / "latest").unlink()
+    os.mkfifo(tmp_path / "latest")
+    os.mkfifo(tmp_path / "best")
+    assert prune(tmp_path, Retention(1)) == []
+    assert tidy(tmp_path) == [tmp_path / "latest"]
+    save(tmp_path, 20)
+    assert (tmp_path / "latest").read_text() == "step-00000020\n"
+
+
 def test_leftovers_of_a_killed_job_are_put_in_order(tmp_path: Path) -> None:
     save(tmp_path, 10)
     save(tmp_path, 20).rename(tmp_path / "step-00000020.replaced")  # its successor never came
@@ -88,7 +145,8 @@ def test_leftovers_of_a_killed_job_are_put_in_order(tmp_path: Path) -> None:
     (tmp_path / "step-00000010" / ".manifest.json.host-1.tmp").touch()
     (tmp_path / ".latest.host-1.tmp").touch()
     (tmp_path / "mine.tmp").mkdir()  # not ours
-    assert len(tidy(tmp_path)) == 6
+    assert len(tidy(tmp_path)) == 7
+    assert (tmp_path / "latest").read_text() == "step-00000040\n", "it named what is gone"
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["latest", "mine.tmp", "step-00000010", "step-00000020", "step-00000040"]
     for step in (10, 20, 40):
@@ -103,7 +161,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_told(tmp_path: Path, monkeypatch
     def refuse(path: Path, **_: Any) -> None:
         raise PermissionError(13, "not allowed", str(path))
 
-    monkeypatch.setattr("megalm.checkpoint.retention.shutil.rmtree", refuse)
+    monkeypatch.setattr("megalm.utils.atomic_files.shutil.rmtree", refuse)
     with pytest.raises(PermissionError):
         prune(tmp_path, Retention(1))
     assert [entry.step for entry in list_checkpoints(tmp_path)] == [20]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from config_cases import GPU, section_of
 
+from megalm.checkpoint.manifest import read_manifest, write_manifest
 from megalm.cli.plan import planned
 from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
@@ -34,7 +36,6 @@ from megalm.planning.run_plan import make_plan, parameters_by_part, points
 from megalm.runs.run_settings import ConfigFiles
 from megalm.topology import Topology
 from megalm.utils.formatting import format_bytes
-from tests.checkpoint_files import save
 from tests.messages import assert_names
 
 Start = Callable[..., ResolvedRun]
@@ -340,10 +341,13 @@ def test_a_plan_goes_on_from_a_run_s_newest_checkpoint(
     from megalm.cli.main import main
 
     past = ScheduleSegment(1, 0, start("train.steps=300").schedule)
-    empty: dict[str, object] = {key: {} for key in ("counters", "data_position", "model", "data", "fingerprints")}
-    state = {**empty, "best_validation_loss": None, "stale_evaluations": 0}
+    fixture = Path(__file__).resolve().parents[2] / "fixtures" / "run-0.1.0" / "small" / "checkpoints" / "step-00000009"
     for step in (100, 200):
-        save(tmp_path / "checkpoints", step, schedule={"segments": [past.as_json()], "stated": []}, **state)
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        shutil.copytree(fixture, folder)
+        schedule = {"segments": [past.as_json()], "stated": []}
+        write_manifest(folder, read_manifest(fixture).amended(step=step, schedule=schedule))
+    (tmp_path / "checkpoints" / "latest").write_text("step-00000200\n")
     for place in (tmp_path, tmp_path / "checkpoints" / "latest", tmp_path / "checkpoints" / "step-00000200"):
         with pytest.raises(SystemExit):
             main(["plan", "--gpu-memory", "80", "--after", str(place), "--extend-steps", "50"])

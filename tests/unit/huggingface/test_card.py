@@ -24,7 +24,8 @@ SEGMENT = {"order": "a", "sequence_length": 40, "global_batch": 2, "first_sample
 
 def card(tmp_path: Path, data: dict[str, Any], segments: int = 1, **facts: Any) -> str:
     shape, model = random_model(SECTIONS["llama"])
-    position = {"segments": [{**SEGMENT, "begins": "anew"}] * segments}
+    consumed = 14 // segments
+    position = {"segments": [{**SEGMENT, "samples_consumed": consumed, "begins": "anew"}] * segments}
     checkpoint = save_model(tmp_path / "run/checkpoints", shape, model, data_position=position, **facts)
     (checkpoint / "config.yaml").write_text(yaml.safe_dump({"data": data}))
     return Card("it", checkpoint, read_manifest(checkpoint), shape, "float32", ExportedTokenizer("none", ())).text()

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
-from megalm.checkpoint.manifest import shape_of
+from megalm.checkpoint.manifest import Manifest, read_manifest, shape_of, write_manifest
 from megalm.config.schema import ModelSection
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.errors import CheckpointError, DataError
@@ -316,9 +316,12 @@ def test_weights_that_are_not_finite_are_not_published(tmp_path: Path) -> None:
 
 def test_a_manifest_of_another_model_is_refused(tmp_path: Path) -> None:
     shape, model = random_model(ModelSection(style="llama", **SIZES))
-    other, _ = random_model(ModelSection(style="llama", **{**SIZES, "num_hidden_layers": 4}))
-    path = save_model(tmp_path / "run/checkpoints", shape, model, said=other)
+    path = save_model(tmp_path / "run/checkpoints", shape, model)
+    broken = Manifest.model_construct()
+    content = read_manifest(path).content
+    broken._content = {**content, "model": {**content["model"], "num_hidden_layers": 4}}
+    write_manifest(path, broken)
     with pytest.raises(CheckpointError) as refused:
         export(path, tmp_path / "out")
-    assert_names(refused.value, path, "layers.3.")
+    assert_names(refused.value, path / "manifest.json", "tensors.layers.3.attention_norm.weight")
     assert not (tmp_path / "out").exists()

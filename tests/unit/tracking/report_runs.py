@@ -9,7 +9,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
-from megalm.runs.metrics_log import MetricsWriter, Row
+from megalm.runs.metrics_history import History, read_history
+from megalm.runs.metrics_log import MetricsWriter, Row, RowBatch
 from megalm.tracking.report import write_report
 
 VOID = {"meta", "br", "img", "input", "link"}
@@ -133,3 +134,8 @@ def page_of(run_dir: Path) -> Page:
     page.close()
     assert not page._open
     return page
+
+
+def history_of(rows: Sequence[Row]) -> History:
+    """The history of a run with these rows."""
+    return read_history([RowBatch(list(rows))])

@@ -7,8 +7,9 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from report_runs import history_of
 
-from megalm.runs.metrics_history import CHECKPOINTS, REST, TRAINING, VALIDATION, read_history
+from megalm.runs.metrics_history import CHECKPOINTS, REST, TRAINING, VALIDATION
 from megalm.runs.metrics_log import live_rows
 
 STEPS = st.integers(0, 8)
@@ -27,7 +28,7 @@ ROWS = st.one_of(
 @settings(max_examples=200, deadline=None)
 def test_the_same_rows_count_as_by_live_rows(found: list[dict[str, Any]]) -> None:
     rows = [{**row, "loss": float(index)} for index, row in enumerate(found)]  # each to be known again
-    history, live = read_history(rows), live_rows(rows)
+    history, live = history_of(rows), live_rows(rows)
     assert history.column("loss").tolist() == [row["loss"] for row in live if row["kind"] == "train"]
     assert history.evaluations == [row for row in live if row["kind"] == "eval"]
     assert history.events == [row for row in rows if row["kind"] == "event"]
@@ -35,7 +36,7 @@ def test_the_same_rows_count_as_by_live_rows(found: list[dict[str, Any]]) -> Non
 
 def test_numbers_that_are_none_or_missing_are_nan() -> None:
     row = {"kind": "train", "step": 1, "loss": math.inf, "grad_norm": math.nan, "memory_bytes": None}
-    train = read_history([row]).train
+    train = history_of([row]).train
     assert train["loss"].tolist() == [math.inf]
     assert all(math.isnan(train[name][0]) for name in ("grad_norm", "memory_bytes", "lr"))
 
@@ -53,11 +54,11 @@ def test_each_second_goes_to_one_kind_of_work_and_pauses_to_none() -> None:
         {"kind": "event", "event": "resume", "step": 3, "time": 9001.0},
         {**train, "step": 4, "time": 9003.0},
     ]
-    history = read_history(rows)
+    history = history_of(rows)
     assert history.seconds == {TRAINING: 8.0, VALIDATION: 5.0, CHECKPOINTS: 3.0, REST: 2.5}
     assert history.wall_seconds == 18.5
 
 
 def test_a_run_without_rows() -> None:
-    history = read_history([])
+    history = history_of([])
     assert (history.wall_seconds, history.last_time, len(history.live)) == (None, None, 0)

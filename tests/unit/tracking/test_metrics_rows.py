@@ -150,3 +150,40 @@ def test_a_run_that_starts_again_takes_back_everything() -> None:
         [start, {"kind": "train", "step": 1, "attempt": 1}, start, {"kind": "train", "step": 1, "attempt": 2}]
     )
     assert [row.get("attempt") for row in live] == [None, None, 2]
+
+
+def test_a_file_that_was_replaced_is_continued(tmp_path: Path) -> None:
+    """An editor writes a new file and renames it; its last line may lack the end."""
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.row("event", event="resume", step=0, attempt=2)
+        writer.row("train", step=1)
+        assert not writer.reopen_if_gone()
+        edited = tmp_path / "edited"
+        edited.write_bytes(path.read_bytes() + b'{"kind"')
+        edited.replace(path)
+        assert writer.reopen_if_gone()
+        assert not writer.reopen_if_gone()
+        writer.row("train", step=2)
+    assert [row.get("event", row.get("step")) for row in read_metrics(path)] == ["resume", 1, "repair", 2]
+
+
+def test_a_full_disk_is_an_error_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with MetricsWriter(path) as writer, pytest.raises(OSError, match="too large") as failed:
+            writer.row("train", step=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old_handler)
+    assert failed.value.filename == str(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(DataError) as refused:
+        list(read_metrics(tmp_path / "metrics.jsonl"))
+    assert_names(refused.value, tmp_path / "metrics.jsonl")

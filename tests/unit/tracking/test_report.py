@@ -298,7 +298,7 @@ def test_nothing_that_a_run_holds_becomes_html(tmp_path: Path) -> None:
         event("warning", 5, text=EVIL),
         event("spike", 5, quantity=EVIL, decided=EVIL, why=EVIL, report="a.md"),
         event(EVIL, 5, text=EVIL),
-        event("signal", 5, signal=EVIL),
+        event("signal", 5, signal=15, why=EVIL),
         event("end", 5, status="failed"),
     ]
     run = write_run(tmp_path / evil_name, rows, **{EVIL: EVIL}, data={"tokenizer": EVIL, "train": EVIL})

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from report_runs import event, train_row, validation
+from report_runs import event, history_of, train_row, validation
 
-from megalm.runs.metrics_history import read_history
 from megalm.tracking.report.curves import charts
 from megalm.tracking.report.svg_chart import Scale, label, path, running_median, thinned
 from tests.messages import assert_names
@@ -106,17 +105,17 @@ def test_a_lone_point_is_a_dot_and_what_is_outside_stays_at_the_edge() -> None:
 
 
 def test_only_what_was_recorded_has_a_chart() -> None:
-    plain = read_history([train_row(step, 3.0) for step in range(1, 20)])
+    plain = history_of([train_row(step, 3.0) for step in range(1, 20)])
     assert [chart.name for chart in charts(plain)] == ["Loss", "Learning rate", "Gradient norm", "Speed", "MFU"]
     scaled = [train_row(step, 3.0, loss_scale=2.0**step, memory_bytes=2**30) for step in range(1, 20)]
-    assert [chart.name for chart in charts(read_history(scaled))][-2:] == ["Memory", "Loss scale"]
-    assert charts(read_history([])) == []
-    assert [chart.name for chart in charts(read_history([validation(5, 3.0)]))] == ["Loss"]
+    assert [chart.name for chart in charts(history_of(scaled))][-2:] == ["Memory", "Loss scale"]
+    assert charts(history_of([])) == []
+    assert [chart.name for chart in charts(history_of([validation(5, 3.0)]))] == ["Loss"]
 
 
 def test_a_validation_set_of_another_level_is_in_the_frame() -> None:
     rows = [train_row(step, 3.0 + step % 2 / 10) for step in range(1, 200)]
-    (loss, *_) = charts(read_history([*rows, validation(199, 8.0, dataset="hard"), validation(199, 3.1)]))
+    (loss, *_) = charts(history_of([*rows, validation(199, 8.0, dataset="hard"), validation(199, 3.1)]))
     (hard,) = [line.path for line in loss.lines if line.look == "set-1 dots"]
     height = float(re.findall(r" ([\d.]+)h0", hard)[0])
     assert 0 < height < 500
@@ -124,7 +123,7 @@ def test_a_validation_set_of_another_level_is_in_the_frame() -> None:
 
 def test_many_marks_at_one_place_are_one() -> None:
     skips = [event("skip", 10 + index % 2, reason="gradient overflow") for index in range(500)]
-    (loss, *_) = charts(read_history([*(train_row(step, 3.0) for step in range(1, 10_001)), *skips]))
+    (loss, *_) = charts(history_of([*(train_row(step, 3.0) for step in range(1, 10_001)), *skips]))
     (mark,) = loss.marks
     assert mark.look == "skip"
     assert_names(mark.title, 10, 499)
@@ -132,7 +131,7 @@ def test_many_marks_at_one_place_are_one() -> None:
 
 def test_a_step_that_was_refused_is_marked_after_the_last_that_counts() -> None:
     spike = event("spike", 19, at_step=20, decided="stop")
-    (loss, *_) = charts(read_history([*(train_row(step, 3.0) for step in range(1, 20)), spike]))
+    (loss, *_) = charts(history_of([*(train_row(step, 3.0) for step in range(1, 20)), spike]))
     (mark,) = loss.marks
     assert mark.left == 100.0
     assert_names(mark.title, 20, "spike")
@@ -140,7 +139,7 @@ def test_a_step_that_was_refused_is_marked_after_the_last_that_counts() -> None:
 
 
 def test_tokens_are_told_under_the_steps() -> None:
-    (loss, *_) = charts(read_history([train_row(step, 3.0) for step in range(1, 101)]))
+    (loss, *_) = charts(history_of([train_row(step, 3.0) for step in range(1, 101)]))
     assert loss.x_ticks[1:3] == [(20.0, "20", "1.28k"), (40.0, "40", "2.56k")]
     assert loss.x_ticks[0] == (0.0, "0", "")
 
@@ -154,17 +153,17 @@ def test_tokens_are_told_under_the_steps() -> None:
     ],
 )
 def test_steps_are_told_in_as_many_digits_as_they_differ_in(last: int, labels: list[str]) -> None:
-    (loss, *_) = charts(read_history([train_row(last, 3.0)]))
+    (loss, *_) = charts(history_of([train_row(last, 3.0)]))
     assert [text for _, text, _ in loss.x_ticks] == labels
 
 
 def test_a_step_alone_is_a_dot_that_can_be_seen() -> None:
-    for chart in charts(read_history([train_row(1, 3.0)])):
+    for chart in charts(history_of([train_row(1, 3.0)])):
         assert [line.look for line in chart.lines if line.look.endswith("dots")], chart.name
     pair = [train_row(1, 3.0), train_row(2, 2.9)]
-    assert not [line for chart in charts(read_history(pair)) for line in chart.lines if "dots" in line.look]
+    assert not [line for chart in charts(history_of(pair)) for line in chart.lines if "dots" in line.look]
     torn = [train_row(1, 3.0), train_row(2, 2.9), train_row(3, math.nan), train_row(4, 2.8), train_row(5, math.nan)]
-    (loss, *_) = charts(read_history(torn))
+    (loss, *_) = charts(history_of(torn))
     (dot,) = [line.path for line in loss.lines if line.look == "steps dots"]
     assert dot.startswith("M800.0 ")
     assert dot.count("M") == 1

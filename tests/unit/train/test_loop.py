@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.recipe_claims import Expectation, Span
 from megalm.planning.resolve import resolve
 from megalm.runs.metrics_log import MetricsWriter, live_rows, read_metrics
+from megalm.runs.run_folder import RunFolder
+from megalm.runs.run_lock import RunLock
 from megalm.train.console import RunConsole
 from megalm.train.evaluator import TOTAL, Evaluation
 from megalm.train.lifecycle.shutdown import StopRequest
@@ -38,10 +41,12 @@ class Engine:
 
     def __init__(self, losses: dict[int, float], stop: StopRequest, stop_at: int | None, judge: JudgeUpdate) -> None:
         self.losses, self.stop, self.stop_at, self.judge, self.rates = losses, stop, stop_at, judge, {}
+        self.meanwhile: dict[int, Callable[[], object]] = {}  # what somebody does during a step
         self.applied: list[int] = []  # batches
 
     def train_step(self, batch: int, step: int, learning_rate: float) -> StepResult:
         self.rates[step] = learning_rate
+        self.meanwhile.get(step, lambda: None)()
         if step == self.stop_at:
             self.stop.signal = 15
         loss = self.losses.get(batch // 16 + 1, 1.0)
@@ -96,6 +101,9 @@ class Checkpoints:
     def mark_best(self, path: Path) -> None:
         self.best.append(path.name)
 
+    def move_to(self, folder: RunFolder) -> None:
+        self.moved_to = folder.path
+
     def note_evaluation(self, path: Path, evaluation: Evaluation) -> None:
         self.noted.append((path.name, evaluation.loss))
 
@@ -129,6 +137,9 @@ class Sampler:
 class Alone:
     rank, size, is_main = 0, 1, True
 
+    def broadcast(self, value: Any) -> Any:
+        return value
+
     def max(self, values: list[float]) -> list[float]:
         return values
 
@@ -159,6 +170,7 @@ class Story:
                 checkpoints=self.checkpoints,  # type: ignore[arg-type]
                 sampler=self.sampler,  # type: ignore[arg-type]
                 metrics=MetricsWriter(self.metrics),
+                lock=options.get("lock"),
                 reporter=RunConsole(active=False),
                 stop=stop,
                 guard=guard,
@@ -415,3 +427,62 @@ def test_running_out_of_memory_names_the_phase_and_what_to_change() -> None:
     assert_names(named.value, "validation", what, *advice)
     with pytest.raises(RuntimeError, match="shapes"), memory_errors_named("validation"):
         raise RuntimeError("shapes cannot be multiplied")
+
+
+def run_with_a_lock(folder: Path, *settings: str, **options: Any) -> Story:
+    folder.mkdir()
+    lock = RunLock(folder)
+    lock.take()
+    return Story(folder, *settings, lock=lock, **options)
+
+
+@pytest.mark.parametrize("at", [4, 6, 10], ids=["between", "before an evaluation", "last step"])
+def test_a_moved_run_folder_is_saved_in_and_left(tmp_path: Path, at: int) -> None:
+    folder, elsewhere = tmp_path / "mine", tmp_path / "elsewhere"
+    story = run_with_a_lock(folder, "evaluate.interval_steps=6", validation=[3.0])
+    story.engine.meanwhile[at] = lambda: folder.rename(elsewhere)
+    assert story.loop.fit() == EXIT_START_AGAIN
+    assert story.checkpoints.saved == [at]
+    assert story.checkpoints.moved_to == elsewhere
+    assert not folder.exists(), "nothing is written under its old name"
+    rows = list(read_metrics(elsewhere / "metrics.jsonl"))
+    assert rows[-1]["exit_code"] == EXIT_START_AGAIN
+    (warning,) = [row["text"] for row in rows if row.get("event") == "warning"]
+    assert_names(warning, folder, elsewhere)
+
+
+def test_without_its_lock_a_run_saves_and_leaves(tmp_path: Path) -> None:
+    story = run_with_a_lock(tmp_path / "mine")
+    story.engine.meanwhile[4] = (tmp_path / "mine" / "lock").unlink
+    assert story.loop.fit() == EXIT_START_AGAIN
+    assert story.checkpoints.saved == [4]
+    assert_names([row for row in read_metrics(story.metrics) if row.get("event") == "warning"], tmp_path / "mine/lock")
+
+
+def test_a_run_never_writes_into_the_folder_that_replaced_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mine"
+    story = run_with_a_lock(folder)
+
+    def replace_it() -> None:
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+    story.engine.meanwhile[4] = replace_it
+    with pytest.raises(TrainingError) as failed:
+        story.loop.fit()
+    assert_names(failed.value, folder, 4)
+    assert story.checkpoints.saved == []
+    assert not list(folder.iterdir())
+
+
+def test_metrics_that_are_deleted_go_on_in_a_new_file(tmp_path: Path) -> None:
+    story = run_with_a_lock(tmp_path / "mine")
+    story.loop.event("start")
+    story.engine.meanwhile[4] = story.metrics.unlink
+    assert story.loop.fit() == EXIT_DONE
+    first, warning, *rows = read_metrics(story.metrics)
+    assert (first["event"], warning["event"]) == ("start", "warning")
+    assert_names(warning["text"], story.metrics)
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(5, 11))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,12 @@ import pytest
 from megalm.checkpoint.save_transaction import save_checkpoint
 from megalm.checkpoint.shard_spec import WEIGHTS
 from megalm.communicator import SingleProcessCommunicator
+from megalm.config.deepspeed.json_reader import DeviceFacts, read_deepspeed_json
+from megalm.config.loading import load_run_config
 from megalm.errors import ConfigError
+from megalm.planning.resolve import resolve
 from megalm.runs.metrics_log import MetricsWriter
-from megalm.runs.run_folder import RunFolder, newest_run, open_run_folder
+from megalm.runs.run_folder import RunFolder, newest_run, open_run_folder, write_facts
 from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks
 from megalm.utils.atomic_files import write_json
 from tests.checkpoint_files import save
@@ -128,3 +134,42 @@ def test_no_attempt_number_is_used_twice(tmp_path: Path) -> None:
     folder.request.write_text("{")
     folder.environment_json.write_text("[]")
     assert folder.next_attempt() == 7
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "log.txt", "checkpoints/latest", "resume.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_refused_before_it_is_opened(
+    tmp_path: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    (tmp_path / "mine" / name).parent.mkdir(parents=True)
+    make(tmp_path / "mine" / name)
+    with pytest.raises(ConfigError) as refused:
+        open_run_folder(tmp_path, "mine", None, resume=True)
+    assert_names(refused.value, tmp_path / "mine" / name)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "failures", "samples"])
+def test_what_is_no_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).touch()
+    with pytest.raises(ConfigError) as refused:
+        open_run_folder(tmp_path, "mine", None, resume=True)
+    assert_names(refused.value, tmp_path / "mine" / name)
+    assert FailureClaim(tmp_path / "mine" / name / "attempt-1.txt").take("why"), "a failure is not silent"
+
+
+def test_old_files_of_a_start_have_one_number(tmp_path: Path) -> None:
+    """Also after somebody has deleted some: who looks up a step reads configuration and environment of one start."""
+    loaded = load_run_config(None, [])
+    source = read_deepspeed_json(str(Path(__file__).resolve().parents[3] / "ds_configs" / "fp32.json"))
+    run = resolve(loaded, source, 1, DeviceFacts("cpu", False, 1 << 33), 100)
+    folder = open_run_folder(tmp_path, "mine", None, resume=False)
+    for attempt in (1, 2, 3):
+        write_facts(folder, run, {"attempt": attempt})
+    (folder.path / "environment.attempt-1.json").unlink()
+    (folder.path / "environment.attempt-notes.json").touch()
+    write_facts(folder, run, {"attempt": 4})
+    assert json.loads((folder.path / "environment.attempt-3.json").read_text())["attempt"] == 3
+    assert sorted(path.name for path in folder.path.glob("config.attempt-*")) == [
+        f"config.attempt-{number}.yaml" for number in (1, 2, 3)
+    ]

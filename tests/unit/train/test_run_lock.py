@@ -107,3 +107,18 @@ def test_a_refused_job_leaves_the_lock_as_it_was(tmp_path: Path) -> None:
             refused.take()
         refused.release()
         assert_names((tmp_path / "lock").read_text(), process.pid)
+
+
+def test_a_suspended_holder_finds_who_took_its_lock(tmp_path: Path) -> None:
+    """Without kernel locks a job that is suspended for long counts as dead."""
+    lock = RunLock(tmp_path, BEAT_SECONDS)
+    lock.take()
+    assert lock.lost() is None
+    (tmp_path / "lock").write_text("host node17, process 12; beat 3\n")
+    deadline = time.monotonic() + 20
+    while (lost := lock.lost()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(BEAT_SECONDS)
+    assert_names(lost.why, "node17", 12)
+    assert lost.place == tmp_path
+    assert "node17" in (tmp_path / "lock").read_text(), "it is theirs"

@@ -158,8 +158,8 @@ def test_a_resumed_run_remembers() -> None:
     rows.insert(6, {"kind": "event", "event": "spike", "step": 5, "at_step": 6})
     rows.insert(4, {"kind": "event", "event": "skip", "step": 4, "reason": "gradient overflow"})
     rows.append({"kind": "event", "event": "rollback", "step": 7})
-    assert guard.steps_of(rows, 7) == [(2.0, 1.0), (3.0, 1.0), (5.0, 1.0), (7.0, 1.0)]
-    assert guard.steps_of(rows, 3) == [(1.0, 1.0), (2.0, 1.0), (3.0, 1.0)]
+    assert guard.steps_of(reversed(rows), 7) == [(2.0, 1.0), (3.0, 1.0), (5.0, 1.0), (7.0, 1.0)]
+    assert guard.steps_of(reversed(rows), 3) == [(1.0, 1.0), (2.0, 1.0), (3.0, 1.0)]
 
 
 def row(kind: str, step: int, attempt: int = 1, **fields: Any) -> dict[str, Any]:
@@ -172,9 +172,9 @@ def test_a_resumed_run_remembers_what_the_run_itself_did() -> None:
     guard = SpikeGuard(GuardSection(window=9, warmup_steps=2))
     skipped = [row("spike", 2, at_step=3, decided="skip"), row("skip", 2, at_step=3, reason="loss")]
     rows = [*(row("train", step) for step in (1, 2)), *skipped, row("train", 3), row("train", 4)]
-    assert guard.steps_of(rows, 4) == [(1.0, 1.0), (2.0, 1.0), (4.0, 1.0)]
+    assert guard.steps_of(reversed(rows), 4) == [(1.0, 1.0), (2.0, 1.0), (4.0, 1.0)]
     rows += [row("spike", 4, at_step=5, decided="let pass"), row("train", 5)]
-    assert guard.steps_of(rows, 5)[-1] == (5.0, 1.0)
+    assert guard.steps_of(reversed(rows), 5)[-1] == (5.0, 1.0)
     rows += [row("spike", 5, at_step=6, decided="rollback"), row("rollback", 4, 2)]
     rows += [row("train", step, 2) for step in (5, 6)]
-    assert [loss for loss, _ in guard.steps_of(rows, 6)] == [1.0, 2.0, 4.0, 5.0, 6.0]
+    assert [loss for loss, _ in guard.steps_of(reversed(rows), 6)] == [1.0, 2.0, 4.0, 5.0, 6.0]
