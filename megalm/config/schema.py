@@ -110,10 +110,10 @@ class ModelSection(Section):
 
 
 class BlendPart(Section):
-    """A dataset of a mixture; its share is its weight among those of the others."""
+    """A dataset of a mixture; its share is its weight among those of the others, 0 leaves it out."""
 
     prefix: str
-    weight: PositiveFloat
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class DataStage(Section):
@@ -133,6 +133,9 @@ class DataSection(Section):
     validation: str | dict[str, str] | None = Field(
         default=None,
         description="dataset prefix, or a mapping of names to prefixes; or cut it from data.train with data.split",
+    )
+    allow_validation_on_training: bool = Field(
+        default=False, description="let data.validation name a dataset that the run trains on, or a copy of one"
     )
     split: str | None = Field(default=None, description="TRAIN,VALIDATION weights by document, e.g. 95,5")
     tokenizer: str | None = Field(

@@ -173,7 +173,6 @@ def _merge(
     """Write all files of the merged dataset, and fill the report."""
     dedup, first = report.options.get("dedup", "none"), inputs[0].dataset
     for dataset, _ in inputs:
-        dataset.verify()
         if dataset.dtype != first.dtype:
             raise DataError(
                 f"{dataset.prefix}: holds {dataset.dtype}, {first.prefix} {first.dtype}; "
