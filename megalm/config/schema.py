@@ -107,10 +107,10 @@ class ModelSection(Section):
 
 
 class BlendPart(Section):
-    """A dataset of a mixture; its share is its weight divided by the sum of all weights."""
+    """A dataset of a mixture; its share is its weight divided by the sum of all weights. 0 leaves it out."""
 
     prefix: str
-    weight: PositiveFloat
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class DataStage(Section):
@@ -130,6 +130,9 @@ class DataSection(Section):
     validation: str | dict[str, str] | None = Field(
         default=None,
         description="dataset prefix, or a mapping of names to prefixes; data.split takes it from data.train instead",
+    )
+    allow_validation_on_training: bool = Field(
+        default=False, description="let data.validation name a dataset that the run trains on, or a copy of one"
     )
     split: str | None = Field(default=None, description="TRAIN,VALIDATION weights by document, e.g. 95,5")
     tokenizer: str | None = Field(

@@ -148,7 +148,7 @@ def data_is_complete(case: CheckContext) -> None:
         return
     if data.validation is not None:
         shown = f"={data.validation}" if isinstance(data.validation, str) else ""
-        raise ConfigError(f"data.validation{shown} needs data.train; set it, or use data.split")
+        raise ConfigError(f"data.validation{shown} needs data.train, another dataset; set it, or use data.split")
     for key, given in (
         ("data.stages", data.stages),
         ("data.input", data.input),
@@ -234,8 +234,8 @@ def validation_sets_have_names(case: CheckContext) -> None:
     repeated = _repeated(Path(prefix).name for prefix in {part.prefix for stage in data.blends for part in stage.blend})
     if data.split is not None and repeated is not None:
         raise ConfigError(
-            f"data.split={data.split} needs datasets with different names, but two are called {repeated}; "
-            "name validation sets with data.validation"
+            f"data.split={data.split} needs datasets with different names, but two are called {repeated}; rename one, "
+            "or build held-out datasets (data_tools/build_dataset.py --split) and name them in data.validation"
         )
 
 

@@ -6,13 +6,19 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from megalm.communicator import Communicator
+from megalm.config.loading import SAVED_CONFIG
 from megalm.config.schema import BlendPart, DataSection, DataStage, RunConfig
 from megalm.data.builder.rebuild import Wanted, build_prefix, ensure_dataset
 from megalm.data.builder.stdlib_corpus import default_cache_dir, prepare_recipe
-from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.dataset import IndexedDataset, idx_path
+from megalm.data.indexed.foreign_checks import check_foreign_dataset
 from megalm.data.indexed.metadata import read_sidecar
 from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader, ValidationLoader
 from megalm.data.sampling.index_cache import ArrayCache
@@ -26,6 +32,7 @@ from megalm.planning.resolve import ResolvedRun
 VALIDATION = "validation"  # the name of the only validation set, and of all together
 # Below this number of documents or samples, shuffling is faster than writing the order to a file.
 KEPT_ORDERS_FROM = 100_000
+KEPT_CHECKS_FROM = 1 << 22  # sequences; checking the index of fewer takes a few hundredths of a second
 
 
 @dataclass(frozen=True)
@@ -127,9 +134,30 @@ def open_data(run: ResolvedRun, places: DataPlaces, first_sample_of: Callable[[i
     Raises:
         DataError: a missing or damaged file, a dataset with fewer tokens than one sample, or one that was built with
             another tokenizer or other settings.
-        ConfigError: a tokenizer that does not fit the model.
+        ConfigError: a tokenizer that does not fit the model, or validation on training data that is not allowed.
     """
-    return open_datasets(run.config, run.batch.global_batch, places, first_sample_of)
+    data = open_datasets(run.config, run.batch.global_batch, places, first_sample_of)
+    # A run of an earlier release that resumes keeps what it began with, and is warned.
+    stated = any(key.startswith("data.validation") and source != SAVED_CONFIG for key, source in run.sources.items())
+    if stated and not run.config.data.allow_validation_on_training:
+        for name, prefix in validation_on_training(data):
+            raise ConfigError(
+                f"data.validation: set {name} holds the same documents as {prefix}, which the run trains on; name a "
+                "held-out dataset, use data.split, or set data.allow_validation_on_training=true"
+            )
+    return data
+
+
+def validation_on_training(data: RunData) -> list[tuple[str, str]]:
+    """Return each set of data.validation that is a training dataset, with that dataset: by path or by content."""
+    weights = [max(of_part) for of_part in zip(*(stage.weights for stage in data.train.stages), strict=True)]
+    trained = [part.dataset for part, weight in zip(data.train.parts, weights, strict=True) if weight > 0]
+    return [
+        (name, other.prefix)
+        for name, dataset in ((name, data.validation[name].dataset) for name, _ in data.places.validation)
+        for other in trained
+        if Path(dataset.prefix).resolve() == Path(other.prefix).resolve() or dataset.fingerprint == other.fingerprint
+    ]
 
 
 def open_datasets(
@@ -144,10 +172,8 @@ def open_datasets(
             f"model.vocab_size={entries} is smaller than the {tokenizer.vocab_size} entries of {places.tokenizer}; "
             "remove it to use the tokenizer's"
         )
-    for prefix in places.prefixes:
-        ensure_dataset(prefix, _wanted(data, prefix, tokenizer))
-    opened = {prefix: IndexedDataset(prefix) for prefix in places.training}
-    ranges = {prefix: _cut(dataset, places.split) for prefix, dataset in opened.items()}
+    opened = {prefix: open_dataset(data, prefix, tokenizer) for prefix in places.prefixes}
+    ranges = {prefix: _cut(opened[prefix], places.split) for prefix in places.training}
     requested = config.train.steps * global_batch
     parts = [_training_samples(config, opened[prefix], ranges[prefix][0], requested) for prefix in places.training]
     stages = _stages(places, first_sample_of or (lambda step: (step - 1) * global_batch))
@@ -166,11 +192,39 @@ def open_validation(data: DataSection, places: DataPlaces, tokenizer: Tokenizer)
         DataError: a missing or damaged file, or a dataset that was built with another tokenizer.
     """
     training = places.training if places.split is not None else []
-    for prefix in (*training, *(prefix for _, prefix in places.validation)):
-        ensure_dataset(prefix, _wanted(data, prefix, tokenizer))
-    opened = {prefix: IndexedDataset(prefix) for prefix in training}
-    ranges = {prefix: _cut(dataset, places.split) for prefix, dataset in opened.items()}
+    wanted = dict.fromkeys((*training, *(prefix for _, prefix in places.validation)))
+    opened = {prefix: open_dataset(data, prefix, tokenizer) for prefix in wanted}
+    ranges = {prefix: _cut(opened[prefix], places.split) for prefix in training}
     return dict(_validation_samples(data, places, opened, ranges))
+
+
+def open_dataset(data: DataSection, prefix: str, tokenizer: Tokenizer) -> IndexedDataset:
+    """Open a dataset and check that it is what the run wants.
+
+    Raises:
+        DataError: a missing or damaged file, another tokenizer or other settings, or a token outside the vocabulary.
+    """
+    wanted = _wanted(data, prefix, tokenizer)
+    ensure_dataset(prefix, wanted)
+    dataset = IndexedDataset(prefix, tokenizer.vocab_size, partial(_check_index, cache=_cache(data) / "checked"))
+    if not (read_sidecar(prefix) or {}).get("tokenizer"):
+        check_foreign_dataset(dataset, None if data.append_eod is None else tokenizer.eod_id, data.append_eod)
+    return dataset
+
+
+def _check_index(dataset: IndexedDataset, cache: Path) -> None:
+    """Check every index entry; of a large dataset, one process does it once and the others find the result."""
+    if len(dataset) < KEPT_CHECKS_FROM:
+        return dataset.verify()
+
+    def check() -> dict[str, npt.NDArray[np.int64]]:
+        dataset.verify()
+        return {"sequences": np.array([len(dataset)])}
+
+    path = idx_path(dataset.prefix).resolve()
+    found = path.stat()
+    ArrayCache(cache).get(("index", str(path), found.st_size, found.st_mtime_ns), check)
+    return None
 
 
 def batch_loader(run: ResolvedRun, train: BlendedSamples, data_rank: int) -> BatchLoader:
@@ -257,7 +311,7 @@ def _validation_samples(
 ) -> Iterator[tuple[str, ValidationSamples]]:
     """Yield the configured validation sets, or the held-out part of each training dataset."""
     for name, prefix in places.validation:
-        dataset = IndexedDataset(prefix)
+        dataset = opened[prefix]
         yield name, ValidationSamples(dataset, (0, len(dataset)), data.sequence_length, data.document_mask)
     for prefix, (_, documents) in ranges.items():
         if documents is not None:

@@ -20,7 +20,7 @@ from megalm.runs.run_folder import ResumeCommand, RunFolder
 from megalm.topology import bubble_share
 from megalm.tracking.report import write_report
 from megalm.train.console import RunConsole
-from megalm.train.datasets import RunData, find_data, open_data
+from megalm.train.datasets import RunData, find_data, open_data, validation_on_training
 from megalm.train.resume.compatibility import DataIdentity
 from megalm.utils.addresses import public_address
 from megalm.utils.formatting import format_bytes
@@ -64,13 +64,17 @@ def planned_data(run: ResolvedRun) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def data_warnings(run: ResolvedRun, data: RunData) -> list[str]:
-    """Return warnings about datasets that the run repeats many times.
+    """Return warnings about datasets that the run repeats many times, validates on, or that are not ready.
 
     Raises:
         ConfigError: a dataset is read more often than `data.max_epochs`.
     """
     steps, most = run.config.train.steps, run.config.data.max_epochs
-    warnings = []
+    warnings = [
+        f"validation set {name} holds the same documents as {prefix}, which the run trains on; its loss does not show "
+        "how the model does on new text"
+        for name, prefix in validation_on_training(data)
+    ]
     for prefix in sorted({planned.prefix for planned in data.train.planned(data.samples)}):
         if ((read_sidecar(prefix) or {}).get("minhash") or {}).get(AWAITS_MERGE):
             warnings.append(

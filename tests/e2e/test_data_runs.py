@@ -56,6 +56,7 @@ def train(
         "run.name=mine",
         "data.train=[{prefix: web, weight: 3}, {prefix: code, weight: 1}]",
         f"data.validation={validation}",
+        "data.allow_validation_on_training=true",
         f"data.tokenizer={data.tokenizer}",
         "data.sequence_length=64",
         "evaluate.interval_steps=2",

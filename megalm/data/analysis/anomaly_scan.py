@@ -113,7 +113,7 @@ def stretch_at(dataset: IndexedDataset, scanned: Scan, first: int, end: int) -> 
     peak = first + int(scanned.scores[first:end].argmax())
     reason = MEASURES[int(scanned.reasons[peak])]
     token = first * scanned.window_tokens
-    document = document_at(dataset, token)
+    document = dataset.document_at(token)
     source = DocumentSources(dataset.prefix, dataset.document_count)[document]
     return Stretch(
         first=token,
@@ -125,12 +125,6 @@ def stretch_at(dataset: IndexedDataset, scanned: Scan, first: int, end: int) -> 
         document=document,
         source=f"document {document}" if source is None else str(source),
     )
-
-
-def document_at(dataset: IndexedDataset, token: int) -> int:
-    """Return the number of the document that holds a token of the file."""
-    sequence = int(np.searchsorted(dataset.sequence_pointers, token * dataset.dtype.itemsize, side="right")) - 1
-    return int(np.searchsorted(dataset.document_index, sequence, side="right")) - 1
 
 
 def _batches(tokens: npt.NDArray[np.generic], window_tokens: int) -> Iterator[npt.NDArray[np.int64]]:

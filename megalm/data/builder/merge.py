@@ -203,8 +203,6 @@ def _merge(
 ) -> None:
     """Write all files of the merged dataset, and fill the report."""
     dedup, dtype = report.options.get("dedup", "none"), np.dtype(report.dtype)
-    for dataset, _ in inputs:
-        dataset.verify()
     sources = _sources(inputs) if report.options["complete"] else None
     seen = make_deduplicator(dedup, work / "seen", report.options.get("minhash_threshold", 1.0))
     vocab_size, signed = report.tokenizer.get("vocab_size"), dedup == "minhash"

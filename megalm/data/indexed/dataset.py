@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import struct
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ LEGACY_MAGIC = b"TNTIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES: dict[int, np.dtype[np.generic]] = {
-    code: np.dtype(name)
-    for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}.items()
+    code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()
 }
+FLOAT_CODES = {6: "float64", 7: "float32"}  # the format has them, but they cannot be token ids
 # Below this vocabulary size a token fits u16 with a few ids to spare, as in Megatron-LM.
 UINT16_VOCABULARY = 65_500
 PROBES, PROBE_TOKENS = 64, 4096
@@ -57,7 +58,11 @@ def sidecar_path(prefix: str | Path) -> Path:
 
 
 class IndexedDataset:
-    """A memory-mapped dataset; opening it reads the index header and checks the sizes of both files.
+    """A memory-mapped dataset; opening it checks the sizes of both files and every index entry.
+
+    Args:
+        vocab_size: `read` refuses tokens from this id on; None accepts all nonnegative tokens.
+        check: called to check every index entry (20 bytes per sequence are read); default `verify`.
 
     Attributes:
         sequence_lengths: i32[S] in tokens; sequence_pointers: i64[S] in bytes; document_index: i64[D]. Views of
@@ -65,11 +70,13 @@ class IndexedDataset:
         tokens: [N], all tokens in file order.
 
     Raises:
-        DataError: a file is missing, has another format or version, or is too short or too long.
+        DataError: a file is missing, has another format or version, is too short or too long, or the index is damaged.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
-        self.prefix = str(prefix)
+    def __init__(
+        self, prefix: str | Path, vocab_size: int | None = None, check: Callable[[IndexedDataset], None] | None = None
+    ) -> None:
+        self.prefix, self.vocab_size = str(prefix), vocab_size
         index = _map_bytes(idx_path(prefix))
         count, documents, self.dtype = _read_header(index, idx_path(prefix))
         base = HEADER.size
@@ -83,6 +90,7 @@ class IndexedDataset:
         self.sequence_pointers: npt.NDArray[np.int64] = _view(index, "<i8", count, base + 4 * count)
         self.document_index: npt.NDArray[np.int64] = _view(index, "<i8", documents, base + 12 * count)
         self._check_ends()
+        (check or IndexedDataset.verify)(self)
         raw = _map_bytes(bin_path(prefix))
         size = 0
         if count:
@@ -102,6 +110,31 @@ class IndexedDataset:
         """Return the tokens of sequence `index`, a read-only view of the file."""
         start = int(self.sequence_pointers[index]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.sequence_lengths[index])]
+
+    def read(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the tokens at these positions of `tokens`.
+
+        Raises:
+            DataError: a token is outside the vocabulary, which a model computes with in silence, or crashes at.
+        """
+        tokens = self.tokens[positions].astype(np.int64)
+        if len(tokens) and (tokens.min() < 0 or (self.vocab_size is not None and tokens.max() >= self.vocab_size)):
+            wrong = (tokens < 0) | (tokens >= (tokens.max() + 1 if self.vocab_size is None else self.vocab_size))
+            raise self._outside(int(np.asarray(positions)[wrong][0]))
+        return tokens
+
+    def _outside(self, position: int) -> DataError:
+        size = "" if self.vocab_size is None else f" of {self.vocab_size:,} ids"
+        return DataError(
+            f"{bin_path(self.prefix)}: document {self.document_at(position)} has token {int(self.tokens[position])} "
+            f"(at position {position} of the file) outside the vocabulary{size}; the dataset was built with another "
+            "tokenizer, or is damaged"
+        )
+
+    def document_at(self, position: int) -> int:
+        """Return the number of the document that holds the token at this position of `tokens`."""
+        sequence = np.searchsorted(self.sequence_pointers, position * self.dtype.itemsize, side="right") - 1
+        return int(np.searchsorted(self.document_index, sequence, side="right")) - 1
 
     def expect_random_reads(self) -> None:
         """Advise the kernel of random access; otherwise it reads ahead megabytes around every sample."""
@@ -123,7 +156,7 @@ class IndexedDataset:
         return digest.hexdigest()
 
     def verify(self) -> None:
-        """Check every index entry, which opening does not: lengths, offsets and documents must be consistent.
+        """Check every index entry: lengths, offsets and documents must be consistent.
 
         Raises:
             DataError: names the first wrong entry.
@@ -186,6 +219,8 @@ def _read_header(raw: npt.NDArray[np.uint8], path: Path) -> tuple[int, int, np.d
     _, version, code, count, documents = HEADER.unpack(start)
     if version != VERSION:
         raise DataError(f"{path}: version {version} is unknown, only version {VERSION} is supported; build it again")
+    if code in FLOAT_CODES:
+        raise DataError(f"{path}: holds {FLOAT_CODES[code]} values, which are no token ids; build it with integer ids")
     if code not in DTYPES:
         raise DataError(f"{path}: unknown dtype code {code}, the known codes are {sorted(DTYPES)}; build it again")
     return count, documents, DTYPES[code]

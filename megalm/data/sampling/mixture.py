@@ -264,7 +264,7 @@ def _check(parts: Sequence[TrainingSamples], stages: Sequence[MixtureStage]) -> 
         if len(stage.weights) != len(parts) or min(stage.weights) < 0 or sum(stage.weights) <= 0:
             raise ConfigError(
                 f"data blend: {list(stage.weights)} are not valid weights for {len(parts)} datasets; "
-                "give one for each, none below 0"
+                "give one for each, none below 0 and at least one above"
             )
     lengths = {(part.sequence_length, part.document_mask) for part in parts}
     if len(lengths) > 1:

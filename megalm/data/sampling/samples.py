@@ -89,7 +89,7 @@ class _Windows(ABC):
 
     def sample(self, index: int) -> tuple[Int64s, Int64s]:
         place = self.place(index)
-        tokens = self.dataset.tokens[place.positions].astype(np.int64)
+        tokens = self.dataset.read(place.positions)
         labels = tokens[1:].copy()
         if self.document_mask:
             labels[_starts(place)] = IGNORE_INDEX

@@ -138,7 +138,7 @@ def test_yaml_and_the_command_line_say_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "blend", ["[{prefix: a}]", "[{prefix: a, weight: 0}]", "[{prefix: a, wait: 1}]", "[a]", "{a: 1}"]
+    "blend", ["[{prefix: a}]", "[{prefix: a, weight: -1}]", "[{prefix: a, wait: 1}]", "[a]", "{a: 1}"]
 )
 def test_a_blend_that_is_none(blend: str) -> None:
     assert_names(refused(load_run_config, None, [f"data.train={blend}"]), "data.train=", "{prefix, weight}")

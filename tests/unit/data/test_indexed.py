@@ -56,7 +56,6 @@ def test_writes_the_golden_bytes(tmp_path: Path) -> None:
 
 def test_reads_the_golden_bytes(golden: Path) -> None:
     dataset = IndexedDataset(golden)
-    dataset.verify()
     assert [row.tolist() for row in (dataset[0], dataset[1])] == [[1, 2, 3], [4, 5]]
     assert dataset.sequence_lengths.tolist() == [3, 2]
     assert dataset.sequence_pointers.tolist() == [0, 6]
@@ -86,8 +85,13 @@ def test_reads_documents_of_several_sequences(tmp_path: Path) -> None:
         (".idx", b"TNTIDX\0\0" + GOLDEN_IDX[8:], ["TNTIDX"]),
         (".idx", b"PK" + GOLDEN_IDX[2:], ["b'PKIDIDX\\x00\\x00'"]),
         (".idx", GOLDEN_IDX[:9] + b"\x02" + GOLDEN_IDX[10:], [2, 1]),
-        (".idx", GOLDEN_IDX[:17] + b"\x09" + GOLDEN_IDX[18:], [9, [1, 2, 3, 4, 5, 6, 7, 8]]),
+        (".idx", GOLDEN_IDX[:17] + b"\x09" + GOLDEN_IDX[18:], [9, [1, 2, 3, 4, 5, 8]]),
         (".idx", GOLDEN_IDX[:-8] + struct.pack("<q", 1), [0, 2]),
+        (".idx", GOLDEN_IDX[:17] + b"\x06" + GOLDEN_IDX[18:], ["float64"]),
+        (".idx", GOLDEN_IDX[:17] + b"\x07" + GOLDEN_IDX[18:], ["float32"]),
+        (".idx", GOLDEN_IDX[:34] + struct.pack("<2i", 3, -2) + GOLDEN_IDX[42:], [1]),
+        (".idx", GOLDEN_IDX[:34] + struct.pack("<2i", 2**31 - 1, 2) + GOLDEN_IDX[42:], [1]),
+        (".idx", GOLDEN_IDX[:50] + struct.pack("<q", 5) + GOLDEN_IDX[58:], [1]),
     ],
 )
 def test_refuses_damage_at_opening(golden: Path, suffix: str, content: bytes, names: list[object]) -> None:
@@ -124,7 +128,7 @@ def test_verify_finds_a_negative_length_that_fits_its_offsets(golden: Path) -> N
     lengths, offsets = struct.pack("<2i", 8, -3), struct.pack("<2q", 0, 16)
     golden.with_suffix(".idx").write_bytes(GOLDEN_IDX[:34] + lengths + offsets + GOLDEN_IDX[58:])
     with pytest.raises(DataError) as error:
-        IndexedDataset(golden).verify()
+        IndexedDataset(golden)
     assert_names(error.value, golden.with_suffix(".idx"), 1)
 
 
@@ -136,13 +140,13 @@ def test_verify_names_the_entry_wherever_it_reads_on(
     with IndexedDatasetWriter(tmp_path / "x", np.uint16) as writer:
         writer.append_documents(np.arange(15), [3, 1, 4, 0, 5, 2])
     whole = (tmp_path / "x.idx").read_bytes()
-    IndexedDataset(tmp_path / "x").verify()
+    IndexedDataset(tmp_path / "x")
     pointers, documents = 34 + 4 * 6, 34 + 12 * 6
     for place, number in (*((pointers + 8 * n, n) for n in range(5)), *((documents + 8 * n, n) for n in range(1, 6))):
         damaged = whole[:place] + struct.pack("<q", 99) + whole[place + 8 :]
         (tmp_path / "x.idx").write_bytes(damaged)
         with pytest.raises(DataError) as error:
-            IndexedDataset(tmp_path / "x").verify()
+            IndexedDataset(tmp_path / "x")
         assert_names(error.value, tmp_path / "x.idx", number)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalm.data.analysis.anomaly_scan import document_at, scan, strange_stretches, write_scan
+from megalm.data.analysis.anomaly_scan import scan, strange_stretches, write_scan
 from megalm.data.analysis.dataset_info import statistics, verify
 from megalm.data.analysis.sample_sources import spans_of
 from megalm.data.builder.builder import build_dataset, build_files
@@ -140,4 +140,4 @@ def test_the_documents_of_a_step(tmp_path: Path) -> None:
         assert [*texts[piece.document].encode(), 256][piece.first : piece.end] == list(piece.tokens)
         assert piece.source is not None
         assert piece.source.name == f"{path}:{piece.document + 1}"
-    assert [document_at(dataset, token) for token in (0, 14, 15, 21, 22)] == [0, 0, 1, 1, 2]
+    assert [dataset.document_at(token) for token in (0, 14, 15, 21, 22)] == [0, 0, 1, 1, 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 
 from megalm.checkpoint.manifest import Manifest
 from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, DeviceFacts, read_deepspeed_json
-from megalm.config.loading import config_to_yaml, load_run_config
+from megalm.config.loading import SAVED_CONFIG, config_to_yaml, load_run_config
 from megalm.data.builder.builder import BuildOptions, build_files
+from megalm.data.indexed import foreign_checks
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.writer import IndexedDatasetWriter
 from megalm.data.tokenizers.tokenizer import ByteTokenizer
@@ -21,6 +23,7 @@ from megalm.errors import ConfigError, DataError
 from megalm.planning.resolve import ResolvedRun, resolve
 from megalm.train.datasets import (
     RunData,
+    batch_loader,
     find_data,
     open_data,
     rebuild_data,
@@ -77,6 +80,111 @@ def tokens_of(data: RunData, first: int, end: int) -> list[tuple[str, int]]:
         part = data.train.parts[number]
         found += [(part.dataset.prefix, int(place)) for place in part.place(own).positions[:-1]]
     return found
+
+
+def write_tokens(prefix: Path, documents: Sequence[Sequence[int]]) -> str:
+    with IndexedDatasetWriter(prefix, np.int32) as writer:
+        for document in documents:
+            writer.append(document)
+    return str(prefix)
+
+
+@pytest.mark.parametrize("wrong", [257, 70_000, -1, -100])
+def test_a_token_outside_the_vocabulary_is_refused_at_the_start(tmp_path: Path, wrong: int) -> None:
+    prefix = write_tokens(tmp_path / "foreign", [[1] * 40, [2] * 11 + [wrong], [3] * 40])
+    run = resolved(f"data.train={prefix}")
+    for open_it in (lambda: open_data(run, find_data(run.config.data, print)), lambda: planned_data(run)):
+        with pytest.raises(DataError) as error:
+            open_it()
+        assert_names(error.value, f"{prefix}.bin", 1, wrong, 51, 257)
+
+
+def test_a_token_outside_the_vocabulary_between_the_probes_is_refused_when_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foreign_checks, "SCANNED_TOKENS", 8)
+    monkeypatch.setattr(foreign_checks, "PROBE_TOKENS", 4)
+    prefix = write_tokens(tmp_path / "foreign", [[1] * 60, [2] * 30 + [300] * 2 + [2] * 30])
+    run, data = opened(f"data.train={prefix}", f"data.validation={prefix}", "data.allow_validation_on_training=true")
+    with batch_loader(run, data.train, 0) as loader, pytest.raises(DataError) as error:
+        list(map(loader.batch, range(0, 64, BATCH)))
+    assert_names(error.value, f"{prefix}.bin", 1, 300, 257)
+    with pytest.raises(DataError) as error:
+        list(validation_loaders(run, data, 0)["validation"][1])
+    assert_names(error.value, f"{prefix}.bin", 1, 300, 257)
+
+
+@pytest.mark.parametrize(
+    ("append_eod", "ends", "refused"),
+    [
+        (True, [256, 256, 256], False),
+        (True, [256, 7, 256], True),
+        (False, [7, 7, 256], False),
+        (False, [256, 256, 256], True),
+    ],
+)
+def test_the_ends_of_foreign_documents_are_looked_at(
+    tmp_path: Path, append_eod: bool, ends: list[int], refused: bool
+) -> None:
+    prefix = write_tokens(tmp_path / "foreign", [[], *([1] * 20 + [end] for end in ends), []])
+    words = [f"data.train={prefix}", f"data.append_eod={str(append_eod).lower()}"]
+    if not refused:
+        opened(*words)
+        return
+    with pytest.raises(DataError) as error:
+        opened(*words)
+    assert_names(error.value, f"{prefix}.bin", 3, ends.count(256), 256, words[1])
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_validation_on_training_data_is_refused_unless_meant(web: str, code: str, tmp_path: Path, copied: bool) -> None:
+    same = write(tmp_path / "copy", [40] * 60) if copied else str(tmp_path / "x" / ".." / "web")
+    (tmp_path / "x").mkdir()
+    words = [mixed(web, code), f"data.validation={{good: {write(tmp_path / 'other', [9] * 9)}, bad: {same}}}"]
+    with pytest.raises(ConfigError) as error:
+        opened(*words)
+    assert_names(error.value, "data.validation", "bad", web, "data.allow_validation_on_training=true")
+    run, data = opened(*words, "data.allow_validation_on_training=true")
+    (warning,) = data_warnings(run, data)
+    assert_names(warning, "bad", web)
+    kept = replace(run, config=resolved(*words).config, sources=dict.fromkeys(run.sources, SAVED_CONFIG))
+    assert len(data_warnings(kept, open_data(kept, data.places))) == 1  # a run that began so resumes
+
+
+def test_a_weight_of_zero_leaves_a_dataset_out(web: str, code: str) -> None:
+    without = f"data.train=[{{prefix: {web}, weight: 2}}, {{prefix: {code}, weight: 0}}]"
+    run, data = opened(without, f"data.validation={code}")
+    assert [usage.samples for usage in data.train.consumed(64)] == [64, 0]
+    assert [data.train.locate(index) for index in range(64)] == [(0, index) for index in range(64)]
+    assert data_warnings(run, data) == []
+    (_, of_first), (_, of_second) = data_rows(run, data)
+    assert_names(of_first, web, "100.0%")
+    assert_names(of_second, code, "0.0%")
+    later = f"data.stages=[{{from_step: 2, blend: [{{prefix: {code}, weight: 1}}]}}]"
+    assert [opened(without, later)[1].train.locate(index)[0] for index in (BATCH - 1, BATCH)] == [0, 1]
+    with pytest.raises(ConfigError) as error:
+        opened(without.replace("weight: 2", "weight: 0"))
+    assert_names(error.value, 0.0, 2)
+
+
+def test_the_index_of_a_large_dataset_is_checked_once(
+    web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megalm.train.datasets.KEPT_CHECKS_FROM", 2)
+    checked, verify = [], IndexedDataset.verify
+    monkeypatch.setattr(IndexedDataset, "verify", lambda dataset: checked.append(dataset.prefix) or verify(dataset))
+    words = f"data.train={web}", f"data.cache={tmp_path / 'cache'}"
+    opened(*words)
+    opened(*words)
+    assert checked == [web]
+    index = Path(f"{web}.idx")
+    content = bytearray(index.read_bytes())
+    content[34:38] = (39).to_bytes(4, "little")
+    index.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(DataError) as error:
+            opened(*words)
+        assert_names(error.value, index, 1)
 
 
 def test_a_shard_with_near_copies_in_it_is_told(tmp_path: Path) -> None:
@@ -202,7 +310,8 @@ def test_repetition_is_warned_of_and_refused(web: str, code: str) -> None:
 
 def test_validation_sets_by_name_and_by_split(web: str, code: str) -> None:
     named = f"data.validation={{prose: {web}, programs: {code}}}"
-    assert list(opened(f"data.train={web}", named)[1].validation) == ["prose", "programs"]
+    meant = "data.allow_validation_on_training=true"
+    assert list(opened(f"data.train={web}", named, meant)[1].validation) == ["prose", "programs"]
     assert list(opened(f"data.train={web}", f"data.validation={code}")[1].validation) == ["validation"]
     assert list(opened(f"data.train={web}", "data.split=9,1")[1].validation) == ["validation"]
     run, data = opened(mixed(web, code), "data.split=9,1")
