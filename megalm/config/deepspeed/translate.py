@@ -62,7 +62,8 @@ class Outcome:
     group: str = ""
 
     def __str__(self) -> str:
-        return "; ".join(part for part in (f"{self.named}: {self.why}", self.instead) if part)
+        named = "" if self.key in RUN_SETTINGS and self.why.startswith(self.key) else f"{self.named}: "
+        return "; ".join(part for part in (f"{named}{self.why}", self.instead) if part)
 
     @property
     def is_ignored(self) -> bool:

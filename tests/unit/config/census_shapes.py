@@ -155,7 +155,7 @@ SHAPES: dict[str, Shape] = {
     ),
     "one-cycle": Shape(
         plain(scheduler={"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3}}),
-        refused=("scheduler", "OneCycle"),
+        refused=("scheduler.type", "OneCycle", "cycle_max_lr=0.001"),
     ),
     "auto-sections": Shape(plain(fp16=AUTO, optimizer=AUTO), noted=("fp16", "optimizer")),
     "micro-and-auto": Shape({**PLAIN, "train_batch_size": AUTO, "train_micro_batch_size_per_gpu": 4}),
