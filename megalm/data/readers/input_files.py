@@ -32,7 +32,7 @@ WORK_SUFFIX = ".building"
 # Errors that the unpackers raise on a damaged or truncated file.
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 HASH_BYTES = 1 << 20
-PIECE_BYTES = 1 << 12
+PIECE_BYTES = 1 << 13
 SNIFFED_BYTES = 1 << 14
 LONGEST_FIRST_LINE = 4 << 20  # an object over several lines has a shorter one
 POINTER = b"version https://git-lfs.github.com/spec/"
