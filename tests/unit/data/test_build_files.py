@@ -341,13 +341,14 @@ def test_a_few_documents_may_be_skipped_whatever_their_share(tmp_path: Path) -> 
             build_files([path], ByteTokenizer(), prefix, limited)
 
 
-@pytest.mark.parametrize(("content", "removed"), [(b'{"text": "a"}\n' * 7, 7), (b"", 0)])
+@pytest.mark.parametrize(("content", "removed"), [(b'{"text": "a"}\n' * 7, 7), (b"", 0), (b"broken\n" * 30, 0)])
 def test_nothing_to_build_of(tmp_path: Path, content: bytes, removed: int) -> None:
     (tmp_path / "in.jsonl").write_bytes(content)
     options = BuildOptions(on_error="skip", filters=Filters(min_characters=5))
     with pytest.raises(DataError) as error:
         build_files([tmp_path / "in.jsonl"], ByteTokenizer(), tmp_path / "out", options)
     assert_names(error.value, tmp_path / "out", 0, removed)
+    assert "--max-loss" not in str(error.value)
     assert not list(tmp_path.glob("out.*i*x"))
 
 
