@@ -19,7 +19,6 @@ from options import (
     TextKey,
     TxtDocuments,
     dedup_of,
-    expand_home,
     loss_policy,
     read_options,
     shard_of,
@@ -33,10 +32,8 @@ from megalm.data.tokenizers.tokenizer import load_tokenizer
 
 def main(
     inputs: Inputs,
-    tokenizer: Annotated[
-        str, typer.Option(callback=expand_home, help="SentencePiece .model, Hugging Face tokenizer.json, or 'bytes'")
-    ],
-    output_prefix: Annotated[Path, typer.Option(callback=expand_home, help="PREFIX of the files to write")],
+    tokenizer: Annotated[str, typer.Option(help="SentencePiece .model, Hugging Face tokenizer.json, or 'bytes'")],
+    output_prefix: Annotated[Path, typer.Option(help="PREFIX of the files to write")],
     workers: Annotated[int, typer.Option(min=1, help="processes; the result is the same for any number")] = 1,
     append_eod: Annotated[bool, typer.Option(help="end each document with the end-of-document token")] = True,
     text_key: TextKey = "text",

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 from console import one_line_errors, out, reading_bar, run
-from options import expand_home
 from steps import show_step_of_dataset, show_step_of_run
 
 from megalm.cli.find_run import find_run
@@ -21,29 +20,23 @@ from megalm.utils.atomic_files import refuse_overwriting_inputs
 
 
 def main(
-    prefix: Annotated[
-        Path | None, typer.Argument(callback=expand_home, help="PREFIX of PREFIX.bin and PREFIX.idx")
-    ] = None,
+    prefix: Annotated[Path | None, typer.Argument(help="PREFIX of PREFIX.bin and PREFIX.idx")] = None,
     check: Annotated[
         bool,
         typer.Option("--verify", help="read everything, and check the index, the vocabulary and the recorded hashes"),
     ] = False,
     tokenizer: Annotated[
-        str | None,
-        typer.Option(callback=expand_home, help="decodes tokens to text, and must match the recorded tokenizer"),
+        str | None, typer.Option(help="decodes tokens to text, and must match the recorded tokenizer")
     ] = None,
     document: Annotated[int | None, typer.Option(min=0, help="show this document, from 0")] = None,
     stats: Annotated[bool, typer.Option(help="lengths, frequent tokens, fallback, duplicates")] = False,
     scan: Annotated[bool, typer.Option(help="measure the tokens in windows and rank the outliers")] = False,
     around: Annotated[int | None, typer.Option(min=0, help="with --scan: the windows around this token")] = None,
     window: Annotated[int, typer.Option(min=16, help="with --scan: tokens per window")] = 512,
-    report: Annotated[
-        Path | None, typer.Option(callback=expand_home, help="with --scan: write REPORT.png and REPORT.html")
-    ] = None,
+    report: Annotated[Path | None, typer.Option(help="with --scan: write REPORT.png and REPORT.html")] = None,
     step: Annotated[int | None, typer.Option(min=1, help="show the samples of this training step")] = None,
     named_run: Annotated[
-        str | None,
-        typer.Option("--run", callback=expand_home, help="with --step: the run, its folder or a name under runs/"),
+        str | None, typer.Option("--run", help="with --step: the run, its folder or a name under runs/")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="with --step PREFIX: train_batch_size")] = None,
     sequence_length: Annotated[int, typer.Option(min=1, help="with --step PREFIX: data.sequence_length")] = 256,

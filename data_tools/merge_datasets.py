@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 from console import one_line_errors, out, print_near_copy, reading_bar, run
-from options import dedup_of, expand_home
+from options import dedup_of
 
 from megalm.data.builder.merge import merge_datasets
 from megalm.data.indexed.dataset import IndexedDataset
 
 
 def main(
-    prefixes: Annotated[list[Path], typer.Argument(callback=expand_home, help="PREFIXes of the datasets, in order")],
-    output_prefix: Annotated[Path, typer.Option(callback=expand_home, help="PREFIX of the dataset to write")],
+    prefixes: Annotated[list[Path], typer.Argument(help="PREFIXes of the datasets, in order")],
+    output_prefix: Annotated[Path, typer.Option(help="PREFIX of the dataset to write")],
     dedup: Annotated[str, typer.Option(help="none, exact, or minhash: remove repeated documents")] = "none",
     minhash_threshold: Annotated[
         float | None,

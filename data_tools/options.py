@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, TypeVar, cast, get_args
+from typing import Annotated, cast, get_args
 
 import typer
 
@@ -16,23 +14,9 @@ from megalm.data.readers.losses import share_of_text
 from megalm.data.readers.records import ReadOptions
 from megalm.errors import DataError
 
-Value = TypeVar("Value", str, Path, list[str], list[Path], None)
-
-
-def expand_home(value: Value) -> Value:
-    """Expand a leading ~ in paths, which the shell leaves as it is within quotes and after a =."""
-    if isinstance(value, list):
-        return [expand_home(path) for path in value]
-    return value if value is None else type(value)(os.path.expanduser(value))
-
-
 Inputs = Annotated[
     list[str],
-    typer.Option(
-        "--input",
-        callback=expand_home,
-        help="file, folder, 'glob' or - of .jsonl .json .txt .md .parquet (.gz .zst .bz2 .xz)",
-    ),
+    typer.Option("--input", help="file, folder, 'glob' or - of .jsonl .json .txt .md .parquet (.gz .zst .bz2 .xz)"),
 ]
 StdinKind = Annotated[
     str | None,

@@ -18,7 +18,6 @@ from options import (
     StdinKind,
     TextKey,
     TxtDocuments,
-    expand_home,
     loss_policy,
     read_options,
 )
@@ -33,7 +32,7 @@ from megalm.utils.atomic_files import refuse_overwriting_inputs
 
 def main(
     inputs: Inputs,
-    output: Annotated[Path, typer.Option(callback=expand_home, help="the .model file to write")],
+    output: Annotated[Path, typer.Option(help="the .model file to write")],
     vocab_size: Annotated[
         int, typer.Option(min=1, help="number of pieces, with the 260 for bytes and special tokens")
     ] = 32_000,

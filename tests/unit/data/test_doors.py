@@ -91,19 +91,6 @@ def test_a_file_behind_standard_input_is_not_overwritten(tmp_path: Path) -> None
     assert text.read_text() == '["a"]'
 
 
-def test_a_home_folder_within_quotes(tmp_path: Path) -> None:
-    (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / "a.txt").write_text("text")
-    options = ("--input", "~/raw/*.txt", "--tokenizer", "bytes", "--output-prefix=~/x")
-    built = door("build_dataset", *options, HOME=str(tmp_path))
-    assert built.returncode == 0, built.stderr
-    shown = door("inspect_dataset", "~/x", HOME=str(tmp_path))
-    assert shown.returncode == 0, shown.stderr
-    merged = door("merge_datasets", "~/x", "~/x", "--output-prefix=~/y", HOME=str(tmp_path))
-    assert merged.returncode == 0, merged.stderr
-    assert IndexedDataset(tmp_path / "y").document_count == 2
-
-
 def test_a_name_that_no_terminal_can_show(tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"na\xefve.jsonl")
     path.write_text('{}\n{"text": "a"}\n')

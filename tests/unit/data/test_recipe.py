@@ -217,16 +217,11 @@ def test_unknown_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_corpus")
-@pytest.mark.parametrize("name", ["a-file/cache", "stamps-are-none"])
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "a-file").write_text("")
-    (tmp_path / "stamps-are-none").mkdir()
-    (tmp_path / "stamps-are-none" / "stamps").write_text("")
     with pytest.raises(DataError) as error:
-        prepare_recipe("python-stdlib", tmp_path / name, 500)
-    assert_names(
-        error.value, "data.cache", "MEGALM_CACHE", os.strerror(errno.ENOTDIR if "file" in name else errno.EEXIST)
-    )
+        prepare_recipe("python-stdlib", tmp_path / "a-file" / "cache", 500)
+    assert_names(error.value, "data.cache", "MEGALM_CACHE", os.strerror(errno.ENOTDIR))
     with pytest.raises(DataError) as error:
         ArrayCache(tmp_path / "a-file" / "orders").get((1,), lambda: {"a": np.zeros(1)})
     assert_names(error.value, "data.cache", "MEGALM_CACHE")
