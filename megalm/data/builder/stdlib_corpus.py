@@ -147,12 +147,11 @@ class PreparedData:
 
 
 def default_cache_dir() -> Path:
-    """Return MEGALM_CACHE, or megalm/ in XDG_CACHE_HOME or ~/.cache. Raises DataError if there is no home folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    try:
-        return Path(os.environ.get("MEGALM_CACHE") or f"{base}/megalm").expanduser()
-    except RuntimeError as error:
-        raise DataError(f"the cache has no folder ({error}); set data.cache or MEGALM_CACHE") from error
+    """Return MEGALM_CACHE, or megalm/ in XDG_CACHE_HOME or ~/.cache."""
+    if named := os.environ.get("MEGALM_CACHE"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "megalm"
 
 
 def prepare_recipe(

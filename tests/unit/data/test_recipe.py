@@ -8,7 +8,6 @@ import fcntl
 import json
 import multiprocessing
 import os
-import pwd
 import subprocess
 import sys
 import time
@@ -225,22 +224,6 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         ArrayCache(tmp_path / "a-file" / "orders").get((1,), lambda: {"a": np.zeros(1)})
     assert_names(error.value, "data.cache", "MEGALM_CACHE")
-
-
-def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A numeric user of a container, whom the password file does not know."""
-
-    def unknown(user: int) -> None:
-        raise KeyError(user)
-
-    for name in ("MEGALM_CACHE", "XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", unknown)
-    with pytest.raises(DataError) as error:
-        default_cache_dir()
-    assert_names(error.value, "data.cache", "MEGALM_CACHE")
-    monkeypatch.setenv("MEGALM_CACHE", "/x")
-    assert default_cache_dir() == Path("/x")
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
