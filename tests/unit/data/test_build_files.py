@@ -504,6 +504,15 @@ def test_documents_too_long_are_refused(tmp_path: Path) -> None:
     assert (report.documents, report.skipped) == (2, 1)
     again = build_files([tmp_path], ByteTokenizer(), tmp_path / "out", BuildOptions(read=options.read, on_error="skip"))
     assert again.was_there  # what was written into the folder is no input
+    packed = tmp_path / "more" / "in.jsonl.gz"
+    packed.parent.mkdir()
+    packed.write_bytes(gzip.compress("\n".join(lines).encode()))
+    for workers, unit_bytes in ((1, None), (2, 8000)):
+        limited = BuildOptions(read=options.read, on_error="skip", unit_bytes=unit_bytes)
+        prefix = tmp_path / f"out{workers}"
+        losses = build_files([packed], ByteTokenizer(), prefix, limited, workers).reports[0].losses
+        assert (losses["read"], losses["skipped"], losses["lost_files"]) == (3, 1, 0)
+        assert losses["skipped_bytes"] == pytest.approx(len(lines[1]), abs=1)
     assert again.ignored_files == 4
 
 
