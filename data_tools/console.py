@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,15 +15,14 @@ from megalm.data.indexed.metadata import AWAITS_MERGE, DatasetMetadata
 from megalm.data.readers.document_reader import ReadReport
 from megalm.errors import EXIT_REFUSED, MegalmError
 from megalm.utils.progress import ProgressBar, percent
+from megalm.utils.standard_streams import keep_standard_streams
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def run(command: Callable[..., None]) -> None:
     """Run a typer command; what a person can mend is one line on stderr, without a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a file's name may be what no terminal can show
-            stream.reconfigure(errors="backslashreplace")
+    keep_standard_streams()
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(command)
     app()
@@ -37,8 +34,6 @@ def one_line_errors() -> Iterator[None]:
         yield
     except MegalmError as error:
         _refuse(str(error), error.exit_code)
-    except BrokenPipeError:  # whom we print to has gone
-        raise
     except OSError as error:
         if error.strerror is None:  # none of the machine's own
             raise

@@ -19,6 +19,7 @@ import typer
 from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Overrides, RanksPerNode
 from megalm.errors import MegalmError
 from megalm.rank_environment import is_other_rank, launched_ranks, rank_in_messages
+from megalm.utils.standard_streams import keep_standard_streams
 
 
 class Strategy(str, Enum):
@@ -124,4 +125,5 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int) ->
 
 
 if __name__ == "__main__":
+    keep_standard_streams()
     app()

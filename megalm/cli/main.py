@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import typer
 import megalm
 from megalm.errors import EXIT_FAILED, EXIT_REFUSED, MegalmError
 from megalm.utils.did_you_mean import did_you_mean
+from megalm.utils.standard_streams import keep_standard_streams
 
 # Command -> (module with a Typer `app` or a function `command`, what the overview says of it).
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -37,8 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script; always leaves by SystemExit. Errors for people are one line on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an encoding without a character is no reason to fail
+    keep_standard_streams()
     logging.basicConfig(level=logging.WARNING, format="megalm: %(levelname)s: %(message)s")
     try:
         chosen = next((word for word in words if not word.startswith("-")), None)
@@ -46,7 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if chosen is not None and chosen not in known:
             message = f"no such command {chosen!r}{did_you_mean(chosen, known)} (`megalm --help` lists them all)"
             _leave(message, EXIT_REFUSED)
-        build_app(chosen)(args=words, prog_name="megalm")
+        try:
+            build_app(chosen)(args=words, prog_name="megalm")
+        finally:
+            sys.stdout.flush()  # here, where an error has one line
     except MegalmError as error:
         _leave(str(error), error.exit_code)
     except ModuleNotFoundError as error:
