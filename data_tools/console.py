@@ -14,8 +14,8 @@ from megalm.data.builder.builder import BuildProgress, Built
 from megalm.data.indexed.metadata import AWAITS_MERGE, DatasetMetadata
 from megalm.data.readers.document_reader import ReadReport
 from megalm.errors import EXIT_REFUSED, MegalmError
+from megalm.utils.process_setup import keep_standard_streams
 from megalm.utils.progress import ProgressBar, percent
-from megalm.utils.standard_streams import keep_standard_streams
 
 out = Console(highlight=False, markup=False, soft_wrap=True)
 

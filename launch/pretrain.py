@@ -19,7 +19,7 @@ import typer
 from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Overrides, RanksPerNode
 from megalm.errors import MegalmError
 from megalm.rank_environment import is_other_rank, launched_ranks, rank_in_messages
-from megalm.utils.standard_streams import keep_standard_streams
+from megalm.utils.process_setup import keep_standard_streams, require_system
 
 
 class Strategy(str, Enum):
@@ -113,6 +113,7 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int) ->
     from megalm.train.resume.resume_request import Arguments
 
     try:
+        require_system()
         if is_other_rank():
             return  # only rank 0 prints
         ranks = world_size or launched_ranks()

@@ -16,7 +16,7 @@ import typer
 import megalm
 from megalm.errors import EXIT_FAILED, EXIT_REFUSED, MegalmError
 from megalm.utils.did_you_mean import did_you_mean
-from megalm.utils.standard_streams import keep_standard_streams
+from megalm.utils.process_setup import keep_standard_streams
 
 # Command -> (module with a Typer `app` or a function `command`, what the overview says of it).
 COMMANDS: dict[str, tuple[str, str]] = {

@@ -50,6 +50,7 @@ from megalm.train.spikes.spike_guard import SpikeGuard
 from megalm.train.spikes.spike_report import SpikeReportWriter, sample_text_reader
 from megalm.train.text_samples import SampleWriter
 from megalm.train.trainer import Trainer, TrainerComponents, memory_errors_named, run_preflight
+from megalm.utils.process_setup import require_system
 
 # MLflow creates the tables of a new store, which takes a while; a short run waits up to this long for its mirror.
 _MIRROR_PATIENCE_SECONDS = 45.0
@@ -127,6 +128,7 @@ def load_settings(arguments: Arguments, ranks: RankFacts) -> RunSettings:
         ConfigError: the first error found, in one line.
         DataError: the tokenizer cannot be read.
     """
+    require_system()
     options, files = arguments.read(ranks.world_size)
     vocab_size = known_vocab_size(files.loaded.config.data)
     device, local = device_facts(ranks.local_world_size), ranks.local_world_size

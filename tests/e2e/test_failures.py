@@ -197,7 +197,7 @@ LETTERS = """
 import sys
 from pathlib import Path
 from megalm.train.console import RunConsole
-from megalm.utils.standard_streams import keep_standard_streams
+from megalm.utils.process_setup import keep_standard_streams
 
 keep_standard_streams()
 reporter = RunConsole(True, Path(sys.argv[1]))
@@ -351,3 +351,11 @@ def test_leaves_with_zero_every_time(small_data: SmallData, tmp_path: Path) -> N
         finished = finish(tmp_path, pretrain(*small_data.words, "train.steps=3", f"run.name=short-{number}"))
         assert finished.code == 0, finished.explain()
         assert finished.left == []
+
+
+def test_too_few_open_files_are_refused_in_a_line(tmp_path: Path) -> None:
+    words = [str(word) for word in pretrain("--dry-run", using="python")]
+    finished = finish(tmp_path, ["bash", "-c", 'ulimit -n 24; exec "$@"', "bash", *words])
+    assert finished.code == 2, finished.explain()
+    (line,) = finished.stderr.splitlines()
+    assert_names(line, 24, "ulimit -n")

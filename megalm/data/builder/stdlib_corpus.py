@@ -27,7 +27,7 @@ from megalm.data.builder.builder import build_dataset
 from megalm.data.indexed.metadata import SIDECAR_VERSION
 from megalm.data.readers.document_reader import Document, ReadReport
 from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
-from megalm.errors import DataError
+from megalm.errors import ConfigError, DataError
 from megalm.utils.atomic_files import json_hash, locked, read_json, sync_directory, write_json, writing_to
 
 # Documents: sources and manual texts of the running Python's own standard library
@@ -147,7 +147,14 @@ def default_cache_dir() -> Path:
     if stated := os.environ.get("MEGALM_CACHE"):
         return Path(stated).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "megalm"
+    if base:
+        return Path(base) / "megalm"
+    try:
+        return Path.home() / ".cache" / "megalm"
+    except RuntimeError:  # a user without an entry in passwd, as in many containers
+        raise ConfigError(
+            "this user has no home folder for the cache; set data.cache, or one of the variables HOME, XDG_CACHE_HOME"
+        ) from None
 
 
 def prepare_recipe(

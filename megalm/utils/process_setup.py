@@ -1,15 +1,23 @@
-"""Standard output that was closed, or whose reader has gone: what a command does besides printing goes on."""
+"""What a command sets up first in its process: standard streams that can be used, open files enough, /proc."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+import resource
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from megalm.errors import ConfigError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
+
+# Connections of a process group, libraries, data and checkpoints; a run of a few ranks has up to a hundred open.
+_FEWEST_FILES = 192
+_USUAL_FILES = 4096
 
 
 class _Output(io.FileIO):
@@ -41,8 +49,11 @@ def keep_standard_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 - for the process
     stdout = sys.stdout
-    if not isinstance(stdout, io.TextIOWrapper) or stdout is not sys.__stdout__:
-        return  # a test's, or a caller's own
+    if not isinstance(stdout, io.TextIOWrapper):
+        return
+    if stdout is not sys.__stdout__:  # a caller's own
+        stdout.reconfigure(errors="backslashreplace")
+        return
     with contextlib.suppress(OSError, ValueError):
         stdout.flush()
         sys.stdout = io.TextIOWrapper(
@@ -51,3 +62,22 @@ def keep_standard_streams() -> None:
             errors="backslashreplace",  # an encoding without a character is no reason to fail
             line_buffering=stdout.line_buffering,
         )
+
+
+def require_system() -> None:
+    """Let this process open enough files, and refuse to train where it cannot.
+
+    Raises:
+        ConfigError: the limit of open files is too low, or /proc is missing.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _USUAL_FILES:
+        soft = _USUAL_FILES if hard == resource.RLIM_INFINITY else min(_USUAL_FILES, hard)
+        if soft < _FEWEST_FILES:
+            raise ConfigError(
+                f"a process may open only {soft} files here, training needs {_FEWEST_FILES}; raise the limit with "
+                f"ulimit -n {_USUAL_FILES}"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if not Path("/proc/self/stat").exists():
+        raise ConfigError("/proc is not there, which training needs; mount it in the container or jail")
