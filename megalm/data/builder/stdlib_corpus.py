@@ -28,7 +28,7 @@ from megalm.data.builder.builder import build_dataset
 from megalm.data.indexed.metadata import SIDECAR_VERSION
 from megalm.data.readers.document_reader import Document, ReadReport
 from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
-from megalm.errors import DataError
+from megalm.errors import ConfigError, DataError
 from megalm.utils.atomic_files import CACHE_ADVICE, json_hash, read_json, sync_directory, write_json, writing_to
 from megalm.utils.file_lock import take_lock
 
@@ -151,7 +151,14 @@ def default_cache_dir() -> Path:
     if named := os.environ.get("MEGALM_CACHE"):
         return Path(named).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "megalm"
+    if base:
+        return Path(base) / "megalm"
+    try:
+        return Path.home() / ".cache" / "megalm"
+    except RuntimeError:  # a user without an entry in passwd, as in many containers
+        raise ConfigError(
+            "this user has no home folder for the cache; set data.cache, or one of the variables HOME, XDG_CACHE_HOME"
+        ) from None
 
 
 def prepare_recipe(
