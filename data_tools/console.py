@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # A checkout works without being installed, and beside another one that is. It is then no place for other imports.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,11 +24,27 @@ from megalm.data.indexed.metadata import AWAITS_MERGE, DatasetMetadata
 from megalm.data.readers.document_reader import ReadReport
 from megalm.data.readers.losses import Losses
 from megalm.errors import EXIT_REFUSED, MegalmError
+from megalm.utils.formatting import printable
 from megalm.utils.process_setup import keep_standard_streams
 from megalm.utils.progress import ProgressBar, percent
+from megalm.utils.terminal import echo, echo_text
 
 NAMED = 3
-out = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+class _Output(Console):
+    """Standard output, where text from files is shown and never obeyed."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print messages, escaped for files and programs, too."""
+        super().print(*(printable(item) if isinstance(item, str) else item for item in objects), **options)
+
+    def text(self, text: str) -> None:
+        """Print a text that is a result: a file or a program gets it unchanged."""
+        echo_text(text)
+
+
+out = _Output(highlight=False, markup=False, soft_wrap=True)
 
 
 def run(command: Callable[..., None]) -> None:
@@ -53,7 +69,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _refuse(line: str, code: int) -> NoReturn:
-    typer.echo(f"error: {line}", err=True)
+    echo(f"error: {line}", err=True)
     raise typer.Exit(code) from None
 
 

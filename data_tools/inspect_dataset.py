@@ -62,7 +62,7 @@ def main(
         loaded = load_tokenizer(tokenizer) if tokenizer else None
         facts = describe(prefix, loaded)
         if document is not None:
-            out.print(document_text(prefix, document, loaded))
+            out.text(document_text(prefix, document, loaded))
         elif step is not None:
             show_step_of_dataset(prefix, loaded, step, batch_size, sequence_length, stride, seed, split)
         elif scan or around is not None:

@@ -52,4 +52,4 @@ def _show(pieces: Iterable[TokenSpan], tokenizer: Tokenizer | None) -> None:
         where = f"{piece.prefix} document {piece.document}"
         source = "" if piece.source is None else f", {piece.source}"
         out.print(f"--- sample {piece.sample}: {where}{source}, its tokens {piece.first:,} to {piece.end:,}")
-        out.print(tokenizer.decode(piece.tokens) if tokenizer else " ".join(map(str, piece.tokens)))
+        out.text(tokenizer.decode(piece.tokens) if tokenizer else " ".join(map(str, piece.tokens)))

@@ -23,6 +23,7 @@ import typer
 from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Gpu, Overrides, RanksPerNode
 from megalm.errors import MegalmError, message_of
 from megalm.rank_environment import is_other_rank, launched_ranks, rank_in_messages
+from megalm.utils.formatting import printable
 from megalm.utils.process_setup import keep_standard_streams, require_system
 
 
@@ -129,7 +130,7 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int, gp
         resumed = partial(planned_start, resume=options) if options.wanted is not None else None
         show_plan(planned(files, ranks, device, ranks_per_node, resumed), ranks_per_node)
     except MegalmError as error:
-        sys.stderr.write(f"megalm: error: {message_of(error)}\n")
+        sys.stderr.write(f"megalm: error: {printable(message_of(error))}\n")
         raise SystemExit(error.exit_code) from None
 
 

@@ -41,6 +41,7 @@ from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, read_mapping
 from megalm.utils.formatting import format_bytes, table
 from megalm.utils.progress import ProgressBar
+from megalm.utils.terminal import echo
 
 _LONGEST_VALUE = 76  # characters; a line with its name has up to 100
 
@@ -54,12 +55,12 @@ def list_command(run: Run) -> None:
     checkpoints = run_dir / "checkpoints"
     folders = step_folders(checkpoints)
     if not folders:
-        typer.echo(f"{run_dir} has no checkpoints yet")
+        echo(f"{run_dir} has no checkpoints yet")
         return
     entries = {entry.path: entry for entry in list_checkpoints(checkpoints)}
     marks = {LATEST: read_pointer(checkpoints, LATEST), BEST: read_pointer(checkpoints, BEST) or _lowest_loss(entries)}
     rows = [_row(folder, entries.get(folder), marks) for folder in folders]
-    typer.echo(table(["name", "step", "tokens", "created", "size", "validation loss", "over", "status", ""], rows))
+    echo(table(["name", "step", "tokens", "created", "size", "validation loss", "over", "status", ""], rows))
     damaged = [problem for entry in entries.values() if (problem := entry.damage())]
     if damaged:
         raise CheckpointError(f"{len(damaged)} checkpoints are damaged: {damaged[0]}")
@@ -75,15 +76,15 @@ def show_command(place: Place) -> None:
         for name, value in manifest.content.items()
         if name not in ("files", "tensors")
     ]
-    typer.echo(table(["checkpoint", str(folder)], [*facts, ["tensors", f"{len(manifest.tensors)} parameters"]]))
+    echo(table(["checkpoint", str(folder)], [*facts, ["tensors", f"{len(manifest.tensors)} parameters"]]))
     if segments := manifest.schedule.segments:
         rates = [["learning rate", str(ScheduleSegment.of(stored))] for stored in segments]
-        typer.echo("\n" + table(["schedule", ""], rates))
+        echo("\n" + table(["schedule", ""], rates))
     rows = [
         [name, format_bytes(stored.bytes), _presence(folder / name, stored.bytes)]
         for name, stored in manifest.files.items()
     ]
-    typer.echo("\n" + table(["file", "size", "on disk"], rows))
+    echo("\n" + table(["file", "size", "on disk"], rows))
     if problem := wrong_file(folder, manifest):
         raise CheckpointError(problem)
 
@@ -103,7 +104,7 @@ def verify_command(
         if not problem and entry.manifest is not None:
             with ProgressBar(f"checking {entry.path.name}", hashed_blocks(entry.manifest)) as counter:
                 problem = damaged_file(entry.path, entry.manifest, on_progress=counter.advance)
-        typer.echo(f"{entry.path}: {problem or 'every file is intact'}")
+        echo(f"{entry.path}: {problem or 'every file is intact'}")
         problems += [problem] if problem else []
     if not entries:
         raise CheckpointError(f"{path} has no complete checkpoint")
@@ -124,7 +125,7 @@ def mark_bad_command(
     if not (reason or good):
         raise CheckpointError(f"{path}: a mark needs a reason; add --reason TEXT")
     set_status(path, "good" if good else "bad", reason)
-    typer.echo(f"{path}: marked {'good' if good else 'bad'}{f' ({reason})' if reason else ''}")
+    echo(f"{path}: marked {'good' if good else 'bad'}{f' ({reason})' if reason else ''}")
 
 
 @app.command("diff")
@@ -136,14 +137,14 @@ def diff_command(first: Place, second: Path = typer.Argument(help="Another run o
     readers = CheckpointReader(checkpoint_at(first)), CheckpointReader(checkpoint_at(second))
     facts = different_facts(*(_with_config(reader.path, reader.manifest) for reader in readers))
     titles = [str(reader.path) for reader in readers]
-    typer.echo(table(["key", *titles], facts) if facts else "the manifests and configurations do not differ")
+    echo(table(["key", *titles], facts) if facts else "the manifests and configurations do not differ")
     if shapes := different_shapes(*readers):
-        typer.echo("\n" + table(["shape", *titles], shapes))
+        echo("\n" + table(["shape", *titles], shapes))
     with ProgressBar("comparing", len(readers[0].shapes())) as counter:
         differences = largest_differences(*readers, counter.advance)
     rows = [[part, *(f"{value:.3g}" for value in row.values())] for part, row in differences.items()]
     kinds = list(next(iter(differences.values()), {}))
-    typer.echo("\n" + table(["largest absolute difference", *kinds], rows))
+    echo("\n" + table(["largest absolute difference", *kinds], rows))
 
 
 @app.command("prune")
@@ -159,9 +160,9 @@ def prune_command(
     checkpoints = find_run(run) / "checkpoints"
     gone = prune(checkpoints, Retention(keep_last, keep_every, keep_best=True), dry_run=dry_run)
     for path in gone:
-        typer.echo(f"{path}: {'would be deleted' if dry_run else 'deleted'}")
+        echo(f"{path}: {'would be deleted' if dry_run else 'deleted'}")
     if not gone:
-        typer.echo(f"{checkpoints}: nothing to delete")
+        echo(f"{checkpoints}: nothing to delete")
 
 
 @app.command("convert")
@@ -182,7 +183,7 @@ def convert_command(
     parameters = len(reader.shapes())
     with ProgressBar("writing", parameters) as counter:
         written = reader.write_weights(output, dtype.dtype, counter.advance)
-    typer.echo(f"{output}: {parameters} parameters of {reader.path} in {dtype.value}, {format_bytes(written)}")
+    echo(f"{output}: {parameters} parameters of {reader.path} in {dtype.value}, {format_bytes(written)}")
 
 
 def _with_config(path: Path, manifest: Manifest) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from megalm.tracking.compare_runs import Results, RunRecord
 from megalm.utils.atomic_files import refuse_overwriting_inputs
 from megalm.utils.formatting import format_duration, table
 from megalm.utils.progress import watched
+from megalm.utils.terminal import echo
 
 # A difference counts from this multiple of `Results.scatter`; with normal noise, two standard deviations.
 _SCATTERS = 3.0
@@ -96,17 +97,17 @@ def command(
         names = runs  # the same name under two roots
     differences = compare_runs.differing_settings(records)
     if differences:
-        typer.echo(table(["setting", *names], [[name, *values] for name, values in differences.items()]))
+        echo(table(["setting", *names], [[name, *values] for name, values in differences.items()]))
     else:
-        typer.echo("config.yaml and deepspeed.resolved.json do not differ")
+        echo("config.yaml and deepspeed.resolved.json do not differ")
     outcome = [compare_runs.results(record) for record in records]
     headings, rows = ["result", *names], [[name, *map(line.cell, outcome)] for name, line in _LINES.items()]
     if len(outcome) == 2:
         headings.append("difference")
         rows = [[*row, difference(line, *outcome)] for row, line in zip(rows, _LINES.values(), strict=True)]
-    typer.echo("\n" + table(headings, rows))
+    echo("\n" + table(headings, rows))
     compare_runs.plot_losses(records, plot, names)
-    typer.echo(f"\nlosses over tokens: {plot}")
+    echo(f"\nlosses over tokens: {plot}")
 
 
 def _read(folders: Sequence[Path]) -> list[RunRecord]:

@@ -15,6 +15,7 @@ from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.errors import ConfigError
 from megalm.planning.convert_json import CHANGES_TRAINING, DEEPSPEED_JSON, RUN_YAML, Row, convert
 from megalm.utils.formatting import table, terminal_width
+from megalm.utils.terminal import echo, echo_text
 
 app = typer.Typer(no_args_is_help=True, help="Convert configuration files of other toolkits.")
 
@@ -26,9 +27,9 @@ def presets(name: str = typer.Argument(None, help="Print this preset's YAML inst
     """List the presets, or print one; --config takes their names."""
     if name is None:
         rows = [[preset, describe_preset(preset)] for preset in preset_paths()]
-        typer.echo(table(["preset", "description"], rows, min(terminal_width() or _WIDTH, _WIDTH)))
+        echo(table(["preset", "description"], rows, min(terminal_width() or _WIDTH, _WIDTH)))
     else:
-        typer.echo(preset_path(name).read_text(encoding="utf-8").rstrip())
+        echo_text(preset_path(name).read_text(encoding="utf-8").rstrip())
 
 
 @app.callback()
@@ -62,11 +63,11 @@ def convert_command(
             raise ConfigError(f"--write {write}: {target} {reason}; name another folder")
     converted = convert(source, world_size, gpu_by_name(gpu or _DEFAULT_GPU), preset)
     json_file, yaml_file = converted.write(write, source)
-    typer.echo(table(["key", "value", "became", "why"], [_cells(row) for row in converted.rows]))
+    echo(table(["key", "value", "became", "why"], [_cells(row) for row in converted.rows]))
     lost = [row.key for row in converted.rows if row.became == CHANGES_TRAINING]
     if lost:
-        typer.echo(f"WARNING: the training changes, because these are left out: {', '.join(lost)}", err=True)
-    typer.echo(f"launch/pretrain.py --deepspeed_config {json_file} --config {yaml_file}")
+        echo(f"WARNING: the training changes, because these are left out: {', '.join(lost)}", err=True)
+    echo(f"launch/pretrain.py --deepspeed_config {json_file} --config {yaml_file}")
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ import typer
 
 from megalm.config.schema import RunSection
 from megalm.utils.formatting import format_bytes, table
+from megalm.utils.terminal import echo
 
 _GIB = 2**30
 _SLURM_COMMANDS = ("sbatch", "srun", "scontrol", "sinfo")
@@ -43,11 +44,11 @@ def command() -> None:
     """
     machine = machine_findings()
     works = capabilities({finding.name: finding for finding in machine})
-    typer.echo(table(["machine", "found", ""], [[item.name, item.found, item.state] for item in machine]))
-    typer.echo("\n" + table(["feature", "works", "reason"], works))
+    echo(table(["machine", "found", ""], [[item.name, item.found, item.state] for item in machine]))
+    echo("\n" + table(["feature", "works", "reason"], works))
     missing = [item.name for item in machine if item.state == "missing"]
     if missing:
-        typer.echo(f"\nessential, but missing: {', '.join(missing)}; `make install` installs it", err=True)
+        echo(f"\nessential, but missing: {', '.join(missing)}; `make install` installs it", err=True)
         raise typer.Exit(1)
 
 

@@ -21,6 +21,7 @@ from megalm.runs.metrics_log import MetricsWriter, plain
 from megalm.utils.atomic_files import refuse_overwriting_inputs
 from megalm.utils.formatting import table
 from megalm.utils.progress import ProgressBar, watched
+from megalm.utils.terminal import echo, echo_text
 
 if TYPE_CHECKING:
     from megalm.inference.dataset_eval import DatasetTask, Row
@@ -151,7 +152,10 @@ def command(
                 warn(f"skipped {path.name}: {error}")
     if not rows:
         raise CheckpointError(f"{found}: no checkpoint could be evaluated")
-    typer.echo("\n".join(orjson.dumps(plain(row)).decode() for row in rows) if json else _tables(rows, found))
+    if json:
+        echo_text("\n".join(orjson.dumps(plain(row)).decode() for row in rows))
+    else:
+        echo(_tables(rows, found))
 
 
 def _refuse_bad(facts: CheckpointFacts) -> None:

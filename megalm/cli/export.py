@@ -12,6 +12,7 @@ from megalm.cli.options import NewFolder, Place, Precision, StoredPrecision, Tok
 from megalm.errors import CheckpointError
 from megalm.utils.formatting import format_bytes, parse_bytes
 from megalm.utils.progress import ProgressBar
+from megalm.utils.terminal import echo
 
 
 def command(
@@ -54,11 +55,11 @@ def command(
     title = name or manifest.run or output.name
     with ProgressBar("writing", len(hf_tensors(plan.shape))) as counter:
         exported = export_checkpoint(plan, largest, title, counter.advance)
-    typer.echo(
+    echo(
         f"{output}: {plan.shape.parameter_count():,} parameters of {path} as {model_type(plan.shape)} in "
         f"{dtype.value}, {format_bytes(exported.bytes)}"
     )
-    typer.echo(exported.tokenizer.note)
+    echo(exported.tokenizer.note)
     if manifest.mark:
-        typer.echo(f"the checkpoint is {manifest.mark}")
-    typer.echo("README.md names no licence; choose one before you publish the model")
+        echo(f"the checkpoint is {manifest.mark}")
+    echo("README.md names no licence; choose one before you publish the model")

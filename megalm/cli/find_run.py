@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from megalm.checkpoint.discovery import first_whole, resolve_pointer
 from megalm.checkpoint.manifest import MANIFEST, hashed_blocks
 from megalm.config.schema import RunSection
@@ -16,6 +14,7 @@ from megalm.inference.run_checkpoints import good_checkpoints
 from megalm.runs.metrics_log import RowBatch, read_batches
 from megalm.utils.did_you_mean import did_you_mean
 from megalm.utils.progress import ProgressBar, sizes
+from megalm.utils.terminal import echo
 
 if TYPE_CHECKING:
     from megalm.checkpoint.checkpoint_reader import CheckpointReader
@@ -25,7 +24,7 @@ _LARGE_BYTES = 20_000_000  # takes half a second to read
 
 def warn(line: str) -> None:
     """Write a line to stderr; stdout holds results only."""
-    typer.echo(f"megalm: {line}", err=True)
+    echo(f"megalm: {line}", err=True)
 
 
 def is_long(path: Path) -> bool:

@@ -24,6 +24,7 @@ from megalm.errors import ConfigError, DataError
 from megalm.inference.run_checkpoints import nearest
 from megalm.utils.did_you_mean import did_you_mean
 from megalm.utils.progress import ProgressBar, watched
+from megalm.utils.terminal import echo, echo_text
 
 if TYPE_CHECKING:
     from megalm.inference.inference_model import InferenceModel
@@ -54,10 +55,10 @@ class PromptLoop:
 
     def run(self) -> None:
         if self._terminal:
-            typer.echo(_HINT)
+            echo(_HINT)
         for line in self._lines():
             if line.startswith("/") and not line.startswith("//"):
-                typer.echo(self._command(line[1:].strip()))
+                echo(self._command(line[1:].strip()))
             elif line:
                 self._continue(line.removeprefix("/") if line.startswith("//") else line)
 
@@ -72,20 +73,19 @@ class PromptLoop:
                 yield input("> " if self._terminal else "")
             except EOFError:
                 if self._terminal:
-                    typer.echo()
+                    echo()
                 return
             except KeyboardInterrupt:
-                typer.echo("\n(Ctrl-D exits)")
+                echo("\n(Ctrl-D exits)")
 
     def _continue(self, prompt: str) -> None:
         seed, self._seed = self._seed, self._seed + 1
         try:
             for piece in self._stream(prompt, self._settings, seed=seed):
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-            typer.echo("\n")
+                echo_text(piece, end="")
+            echo("\n")
         except KeyboardInterrupt:
-            typer.echo("\n(stopped)\n")
+            echo("\n(stopped)\n")
 
     def _command(self, words: str) -> str:
         """Run a command, the words after /, and return the answer."""
@@ -167,13 +167,13 @@ def command(
             PromptLoop(partial(stream, cached, model.tokenizer, sequence_length=length), settings, seed).run()
             return
         if at:
-            typer.echo(f"=== step {step_of(path):,}: {path}")
+            echo(f"=== step {step_of(path):,}: {path}")
         texts = [list(tokens) or [eod_id] for tokens in model.tokenizer.encode_batch(prompts)]
         with ProgressBar("generating tokens", max_new_tokens) as bar:
             for _ in extend(cached, SingleProcessCommunicator(), texts, eod_id, settings, length, seed):
                 bar.advance()
         for text in texts:
-            typer.echo(model.tokenizer.decode(text))
+            echo_text(model.tokenizer.decode(text))
 
 
 def _load(path: Path, tokenizer: str) -> InferenceModel:

@@ -10,6 +10,7 @@ import typer
 
 from megalm.cli.options import NewFolder
 from megalm.utils.progress import ProgressBar
+from megalm.utils.terminal import echo
 
 
 def command(
@@ -48,12 +49,12 @@ def command(
     with ProgressBar("writing", len(found.shape.parameters())) as counter:
         made = import_model(found, output, tokenizer, counter.advance)
     shape = found.shape
-    typer.echo(f"{output}: {shape.parameter_count():,} parameters of {source}, style {shape.style}, as fp32 masters")
+    echo(f"{output}: {shape.parameter_count():,} parameters of {source}, style {shape.style}, as fp32 masters")
     entries, vocabulary = made.tokenizer.vocab_size, shape.vocab_size
     rows = f" for the model's vocabulary of {vocabulary:,}" if entries != vocabulary else ""
-    typer.echo(f"{made.tokenizer.name}: {entries:,} ids{rows}; a document ends with id {made.tokenizer.eod_id}")
+    echo(f"{made.tokenizer.name}: {entries:,} ids{rows}; a document ends with id {made.tokenizer.eod_id}")
     for note in made.notes:
-        typer.echo(f"note: {note}")
+        echo(f"note: {note}")
     for name, line in (
         ("try it", f'megalm generate {_typed(output)} --prompt "Once"'),
         (
@@ -69,7 +70,7 @@ def command(
             "schedule.peak_learning_rate=1e-4",
         ),
     ):
-        typer.echo(f"  {name:<10}{line}")
+        echo(f"  {name:<10}{line}")
 
 
 def _typed(path: Path | str) -> str:

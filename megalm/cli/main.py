@@ -16,7 +16,9 @@ import typer
 import megalm
 from megalm.errors import EXIT_FAILED, EXIT_REFUSED, MegalmError, message_of
 from megalm.utils.did_you_mean import did_you_mean
+from megalm.utils.formatting import PrintableFormatter
 from megalm.utils.process_setup import keep_standard_streams
+from megalm.utils.terminal import echo
 
 # Command -> (module with a Typer `app` or a function `command`, or module:function; line of the overview).
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -39,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script; always raises SystemExit. A MegalmError becomes one line on stderr."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     keep_standard_streams()
-    logging.basicConfig(level=logging.WARNING, format="megalm: %(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("megalm: %(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         chosen = next((word for word in words if not word.startswith("-")), None)
         known = available_commands()
@@ -97,7 +101,7 @@ def build_app(chosen: str | None) -> typer.Typer:
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"megalm {megalm.__version__}")
+        echo(f"megalm {megalm.__version__}")
         raise typer.Exit
 
 
@@ -114,7 +118,7 @@ def _not_chosen() -> None:
 
 
 def _leave(message: str, exit_code: int) -> None:
-    typer.echo(f"megalm: error: {message}", err=True)
+    echo(f"megalm: error: {message}", err=True)
     sys.exit(exit_code)
 
 

@@ -24,6 +24,7 @@ from megalm.runs.run_settings import ConfigFiles, read_settings
 from megalm.train.resume.compatibility import with_last_step, with_schedule
 from megalm.train.run_summary import planned_data
 from megalm.utils.atomic_files import refuse_overwriting_inputs
+from megalm.utils.terminal import echo
 
 # Turns a run into its continuation after a checkpoint: with its last step, and with all its schedules.
 Continuation = Callable[[ResolvedRun], tuple[ResolvedRun, tuple[ScheduleSegment, ...]]]
@@ -84,11 +85,11 @@ def command(
     if plot is not None:
         refuse_overwriting_inputs([plot], [path for path in (config, files.deepspeed.path) if path is not None])
         draw_rates(plan.schedules, plot)
-        typer.echo(f"\nlearning rate of every step: {plot}")
+        echo(f"\nlearning rate of every step: {plot}")
 
 
 def show_plan(plan: Plan, ranks_per_node: int) -> None:
-    typer.echo(plan_text(plan, ranks_per_node, *planned_data(plan.resolved)))
+    echo(plan_text(plan, ranks_per_node, *planned_data(plan.resolved)))
 
 
 def planned(

@@ -9,6 +9,7 @@ import typer
 from megalm.cli.find_run import find_run, read_watched
 from megalm.cli.options import Run
 from megalm.errors import ConfigError
+from megalm.utils.terminal import echo
 
 
 def command(
@@ -27,6 +28,6 @@ def command(
     if output is not None and output.is_dir():
         raise ConfigError(f"{output} is a folder; name a file, such as {output / 'report.html'}")
     path = write_report(find_run(run), output, read_watched)
-    typer.echo(f"{path}: {path.stat().st_size / 1000:,.0f} kB")
+    echo(f"{path}: {path.stat().st_size / 1000:,.0f} kB")
     if show_it:
         typer.launch(str(path))

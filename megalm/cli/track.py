@@ -6,6 +6,7 @@ import typer
 
 from megalm.cli.find_run import find_run
 from megalm.tracking.mlflow_mirror import mirror_process
+from megalm.utils.terminal import echo
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -23,9 +24,9 @@ def sync(
     """Send the data of these runs that MLflow lacks; nothing is sent twice."""
     for run_dir in [find_run(run) for run in runs]:  # refuse a wrong name before anything is sent
         sent = mirror_process.sync(run_dir, deadline_seconds)
-        typer.echo(
+        echo(
             f"{run_dir}: sent {sent.metrics} metric values and {sent.artifacts} files to {sent.tracking_uri}, "
             f"run {sent.run_id}, {sent.status}"
         )
         if sent.status == "RUNNING":
-            typer.echo(f"{run_dir}: metrics.jsonl has no end event, so MLflow shows the run as running")
+            echo(f"{run_dir}: metrics.jsonl has no end event, so MLflow shows the run as running")

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from megalm.utils.atomic_files import still_names
+from megalm.utils.formatting import PrintableFormatter, printable
 from megalm.utils.progress import ProgressBar
 
 log = logging.getLogger("megalm")
@@ -46,7 +47,7 @@ class _LogFile(logging.FileHandler):
 
     def __init__(self, path: Path, notice: Callable[[str], None]) -> None:
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.setFormatter(PrintableFormatter("%(asctime)s %(message)s"))
         self._path, self._notice = path, notice
         self._has_failed = False
         self._can_compare = not self._is_gone()
@@ -94,9 +95,10 @@ class RunConsole:
             log.propagate = False
 
     def info(self, text: str = "") -> None:
-        """Print a line."""
+        """Print a line or several."""
         if not self._active:
             return
+        text = printable(text)
         self._console.print(text, soft_wrap=True)
         if text:
             log.info("%s", text)

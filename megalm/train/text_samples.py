@@ -51,7 +51,7 @@ class SampleWriter:
         self.reporter.info(f"step {step}: {len(texts)} samples in {path}")
         if show:
             for part in parts[:_SHOWN]:
-                self.reporter.info("\n".join("    " + line for line in part.splitlines()[:_SHOWN_LINES]))
+                self.reporter.info("\n".join("    " + line for line in part.split("\n")[:_SHOWN_LINES]))
 
 
 class Predictor(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import sys
@@ -14,8 +15,26 @@ from typing import Any
 from megalm.errors import ConfigError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", re.IGNORECASE)
+# C0, DEL and C1; bidirectional controls; line separators; interlinear notes; tags.
+_ACTING = re.compile(
+    r"\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f"
+    r"\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 _GAP = "  "
 _NARROWEST = 12  # minimum width of a text column, even if the table is then wider than the terminal
+
+
+def printable(text: str) -> str:
+    """Escape what acts on a terminal instead of being shown: control characters but line ends and tabs, and invisible
+    characters that reorder or hide text. `\\x1b[2J` is then seen, not obeyed."""
+    return _ACTING.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats log records as `printable` text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def terminal_width() -> int | None:
@@ -40,7 +59,8 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[object]], width: int 
         width: text cells wrap if the table would be wider; None means the terminal's width, if there is one.
     """
     width = width or terminal_width()
-    cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    headings = [printable(heading) for heading in headings]
+    cells = [["-" if cell is None else printable(str(cell)) for cell in row] for row in rows]
     widths = [max(len(line[column]) for line in [list(headings), *cells]) for column in range(len(headings))]
     numeric = [
         bool(rows) and all(row[column] is None or isinstance(row[column], (int, float)) for row in rows)

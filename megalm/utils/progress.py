@@ -12,7 +12,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megalm.utils.formatting import format_bytes, format_clock
+from megalm.utils.formatting import format_bytes, format_clock, printable
 
 LINE_INTERVAL_SECONDS = 5.0
 
@@ -54,7 +54,7 @@ class ProgressBar:
         shown: Callable[[float, float], str] = counts,
         transient: bool = True,
     ) -> None:
-        self._name, self._total, self._done, self._first = name, total, done, done
+        self._name, self._total, self._done, self._first = printable(name), total, done, done
         self._shown, self._detail = shown, ""
         self._started = self._last_line_time = time.monotonic()
         console = console or Console(stderr=True, highlight=False, markup=False)
@@ -112,6 +112,7 @@ class ProgressBar:
 
     def begin(self, name: str, total: float | None) -> None:
         """Start to count `name` from 0, unless it is already being counted."""
+        name = printable(name)
         if name != self._name:
             self._done = self._first = 0.0
             self._started = time.monotonic()

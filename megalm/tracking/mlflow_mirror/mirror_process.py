@@ -30,6 +30,7 @@ from megalm.tracking.mlflow_mirror.sync import MlflowSync, Sent
 from megalm.utils.addresses import hide_credentials
 from megalm.utils.child_process import child_command, child_environment
 from megalm.utils.file_lock import HeldLock, take_lock
+from megalm.utils.formatting import printable
 from megalm.utils.stop_signals import STOP_SIGNALS
 
 _MODULE = "megalm.tracking.mlflow_mirror.mirror_process"
@@ -217,7 +218,7 @@ class _HidingStream(io.TextIOBase):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(_hidden(text))
+        self._stream.write(printable(_hidden(text)))
         return len(text)
 
     def flush(self) -> None:

@@ -34,6 +34,7 @@ from megalm.errors import (
 )
 from megalm.train.lifecycle.time_limits import TimeLimits, write_stacks
 from megalm.utils.atomic_files import is_stranger
+from megalm.utils.formatting import printable
 from megalm.utils.stop_signals import respected_stop_signals
 
 log = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ class RankSupervisor:
         if self._hooks.claim.take(text) if self._hooks.claim else (all_ranks or self.rank == 0):
             _flush()
             with contextlib.suppress(OSError, ValueError):  # stderr is closed; the claim's file has the text
-                sys.stderr.write(text.rstrip("\n") + "\n")
+                sys.stderr.write(printable(text).rstrip("\n") + "\n")
                 sys.stderr.flush()
 
     def _run_failure_hook(self, code: int) -> None:

@@ -12,6 +12,7 @@ from megalm.utils.formatting import (
     format_clock,
     format_duration,
     parse_bytes,
+    printable,
     table,
     wrapped,
 )
@@ -127,3 +128,27 @@ def test_mappings_become_flat() -> None:
         "d.1.e": "text",
         "f": "[]",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),
+        ("\x9b31m\x85\x7f\x00", r"\x9b31m\x85\x7f\x00"),
+        ("over\rwritten", r"over\rwritten"),
+        ("a\x08\x0b\x0cb", r"a\x08\x0b\x0cb"),
+        ("user\u202etxt.exe\u2066\u2069\u200f\u061c", r"user\u202etxt.exe\u2066\u2069\u200f\u061c"),
+        ("a\u2028b\u2029c\u2060\U000e0041", r"a\u2028b\u2029c\u2060\U000e0041"),
+        ("two\r\nlines\n\tand a tab", "two\r\nlines\n\tand a tab"),
+        ("für 数 \U0001f468\u200d\U0001f469 עברית \\x1b", "für 数 \U0001f468\u200d\U0001f469 עברית \\x1b"),
+    ],
+)
+def test_what_acts_on_a_terminal_is_escaped_and_other_text_stays(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    assert printable(shown) == shown
+
+
+def test_a_table_has_the_width_of_what_is_shown() -> None:
+    lines = table(["name", "n"], [["\x1b[31m", 1], ["plain", 2]], 80).splitlines()
+    assert lines[2] == r"\x1b[31m  1"
+    assert len({len(line) for line in lines}) == 1

@@ -1,0 +1,25 @@
+"""Write to the terminal: text from files and people is shown, never obeyed."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from megalm.utils.formatting import printable
+
+
+def echo(message: str = "", err: bool = False) -> None:
+    """Write a message; a file or a program gets it escaped, too."""
+    typer.echo(printable(message), err=err)
+
+
+def echo_text(text: str, end: str = "\n") -> None:
+    """Write a text that is a result: a file or a program gets it as it is."""
+    typer.echo(terminal_text(text), nl=False)
+    typer.echo(end, nl=False)
+
+
+def terminal_text(text: str) -> str:
+    """Return the text as it may be written to stdout: escaped if that is a terminal."""
+    return printable(text) if sys.stdout.isatty() else text
