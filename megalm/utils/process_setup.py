@@ -56,11 +56,13 @@ def keep_standard_streams() -> None:
         return
     with contextlib.suppress(OSError, ValueError):
         stdout.flush()
+        output = _Output(stdout.fileno(), "w", closefd=False)
         sys.stdout = io.TextIOWrapper(
-            io.BufferedWriter(_Output(stdout.fileno(), "w", closefd=False)),
+            output if stdout.write_through else io.BufferedWriter(output),  # `python -u`, as DeepSpeed's launcher does
             encoding=stdout.encoding,
             errors="backslashreplace",  # an encoding without a character is no reason to fail
             line_buffering=stdout.line_buffering,
+            write_through=stdout.write_through,
         )
 
 
