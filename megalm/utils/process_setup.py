@@ -24,6 +24,8 @@ class _Output(io.FileIO):
     """Standard output; what nobody reads any more is dropped."""
 
     def write(self, data: ReadableBuffer, /) -> int:
+        if not memoryview(data).nbytes:  # click asks in this way whether the stream takes bytes, and ignores errors
+            return 0
         try:
             return super().write(data)
         except OSError as error:
@@ -32,7 +34,7 @@ class _Output(io.FileIO):
             os.close(nowhere)
             if not isinstance(error, BrokenPipeError):
                 raise OSError(error.errno, error.strerror, "standard output") from None
-            return len(memoryview(data).cast("B"))
+            return memoryview(data).nbytes
 
 
 def keep_standard_streams() -> None:
