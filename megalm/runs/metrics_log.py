@@ -83,11 +83,13 @@ class MetricsWriter:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._beginning = b""  # the row that began this attempt
+        self._end = 0  # size of the file after the last row
         self._open()
         # Some network file systems number files anew each time, so that no comparison holds.
         self._can_compare = still_names(self.path, self._descriptor)
 
     def _open(self) -> None:
+        self._end = 0
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         dropped = _cut_torn_line(self._descriptor)
         if dropped:
@@ -109,17 +111,21 @@ class MetricsWriter:
         except OSError as error:
             os.ftruncate(self._descriptor, size)
             raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from None
+        self._end = size + len(line)
 
     def reopen_if_gone(self) -> bool:
-        """Continue in a new file if the file was deleted or replaced; return whether it was.
+        """Continue in a new file if the file was deleted or replaced, or emptied; return whether it was.
 
-        An empty new file gets the row that began this attempt first, without which later rows belong to none.
+        An empty file gets the row that began this attempt first, without which later rows belong to none.
         """
-        if not self._can_compare or still_names(self.path, self._descriptor):
+        old = self._descriptor
+        if self._can_compare and not still_names(self.path, old):
+            self._open()
+            os.close(old)
+        elif os.fstat(old).st_size < self._end:
+            self._end = os.fstat(old).st_size - _cut_torn_line(old)
+        else:
             return False
-        deleted = self._descriptor
-        self._open()
-        os.close(deleted)
         if not os.fstat(self._descriptor).st_size:
             self._append(self._beginning)
         return True

@@ -331,7 +331,7 @@ class Trainer:
         if self._lost is not None:
             return 1.0
         if metrics.reopen_if_gone():
-            self.record.warn(self.position, f"{metrics.path} was deleted or replaced; it continues from here")
+            self.record.warn(self.position, f"{metrics.path} was deleted, replaced or emptied; it continues from here")
         return 0.0
 
     def _leave_folder(self) -> None:

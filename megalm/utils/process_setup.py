@@ -24,6 +24,8 @@ class _Output(io.FileIO):
     """Standard output; what nobody reads any more is dropped."""
 
     def write(self, data: ReadableBuffer, /) -> int:
+        if not memoryview(data).nbytes:  # click asks in this way whether the stream takes bytes, and ignores errors
+            return 0
         try:
             return super().write(data)
         except OSError as error:
@@ -32,7 +34,7 @@ class _Output(io.FileIO):
             os.close(nowhere)
             if not isinstance(error, BrokenPipeError):
                 raise OSError(error.errno, error.strerror, "standard output") from None
-            return len(memoryview(data).cast("B"))
+            return memoryview(data).nbytes
 
 
 def keep_standard_streams() -> None:
@@ -56,11 +58,13 @@ def keep_standard_streams() -> None:
         return
     with contextlib.suppress(OSError, ValueError):
         stdout.flush()
+        output = _Output(stdout.fileno(), "w", closefd=False)
         sys.stdout = io.TextIOWrapper(
-            io.BufferedWriter(_Output(stdout.fileno(), "w", closefd=False)),
+            output if stdout.write_through else io.BufferedWriter(output),  # `python -u`, as DeepSpeed's launcher does
             encoding=stdout.encoding,
             errors="backslashreplace",  # an encoding without a character is no reason to fail
             line_buffering=stdout.line_buffering,
+            write_through=stdout.write_through,
         )
 
 

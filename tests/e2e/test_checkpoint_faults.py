@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import finish, job, losses, pretrain, rows, run_folder, train_rows
+from tests.e2e.jobs import PRETRAIN, finish, job, losses, pretrain, rows, run_folder, train_rows
 
 pytestmark = pytest.mark.e2e
 
@@ -96,6 +96,19 @@ SECRETS = {
 }
 
 
+FAILS = """
+import runpy, sys
+import megalm.train.trainer as trainer
+
+def fail(self, seconds):
+    raise RuntimeError("made to fail")
+
+trainer.Trainer._finish = fail
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def _holds(folder: Path, secret: str) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
 
@@ -106,15 +119,14 @@ def test_secrets_of_the_environment_are_written_nowhere(small_data: SmallData, t
     words = _words(small_data, "train.steps=4", "tracking.mlflow=true")
     command = pretrain(*words, "--verbose")
     if not steps:
-        (tmp_path / "runs" / "mine" / "samples").mkdir(parents=True)
-        (tmp_path / "runs" / "mine" / "failures").mkdir()
-        (tmp_path / "runs" / "mine" / "samples" / "step-00000004.txt").mkdir()  # where a file would be written
+        (script := tmp_path / "fails.py").write_text(FAILS)
+        command.insert(command.index(PRETRAIN), script)
     finished = finish(tmp_path, command, environment=SECRETS, patience_seconds=30)
     assert finished.code == (0 if steps else 1), finished.explain()
     if steps:
         assert (tmp_path / "runs" / "mlflow.db").is_file()
     else:
-        assert "IsADirectoryError" in finished.stderr, finished.explain()
+        assert "RuntimeError: made to fail" in finished.stderr, finished.explain()
     for name, secret in SECRETS.items():
         assert secret not in finished.stdout + finished.stderr, name
         assert _holds(tmp_path, secret) == [], name

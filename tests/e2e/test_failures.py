@@ -237,8 +237,10 @@ def test_commands_do_all_their_work_without_standard_output(six_steps: Path, red
     page.unlink()
 
 
-def test_a_full_disk_under_standard_output_is_one_line(tmp_path: Path) -> None:
-    finished = finish(tmp_path, ["bash", "-c", f"{MEGALM} presets > /dev/full"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_under_standard_output_is_one_line(tmp_path: Path, unbuffered: str) -> None:
+    environment = {"PYTHONUNBUFFERED": unbuffered}
+    finished = finish(tmp_path, ["bash", "-c", f"{MEGALM} presets > /dev/full"], environment=environment)
     assert finished.code != 0
     (line,) = finished.stderr.splitlines()
     assert_names(line, os.strerror(errno.ENOSPC))

@@ -187,3 +187,16 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
         list(read_metrics(tmp_path / "metrics.jsonl"))
     assert_names(refused.value, tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("left", [0, 20])
+def test_a_file_that_was_emptied_is_continued(tmp_path: Path, left: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.row("event", event="resume", step=0, attempt=2)
+        writer.row("train", step=1)
+        os.truncate(path, left)
+        assert writer.reopen_if_gone()
+        assert not writer.reopen_if_gone()
+        writer.row("train", step=2)
+    assert [row.get("event", row.get("step")) for row in read_metrics(path)] == ["resume", 2]

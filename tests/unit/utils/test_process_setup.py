@@ -27,7 +27,9 @@ def test_what_nobody_reads_is_dropped() -> None:
 
 
 def test_a_full_disk_under_the_output_is_reported_once() -> None:
-    output = io.TextIOWrapper(io.BufferedWriter(_Output(os.open("/dev/full", os.O_WRONLY), "w")))
+    raw = _Output(os.open("/dev/full", os.O_WRONLY), "w")
+    assert raw.write(b"") == 0
+    output = io.TextIOWrapper(io.BufferedWriter(raw))
     output.write("x")
     with pytest.raises(OSError, match="standard output"):
         output.flush()
