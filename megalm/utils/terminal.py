@@ -15,9 +15,9 @@ def echo(message: str = "", err: bool = False) -> None:
 
 
 def echo_text(text: str, end: str = "\n") -> None:
-    """Write a text that is a result: a file or a program gets it as it is."""
-    typer.echo(terminal_text(text), nl=False)
-    typer.echo(end, nl=False)
+    """Write a text that is a result: a file or a program gets it unchanged."""
+    sys.stdout.write(terminal_text(text) + end)  # typer.echo drops escape sequences where there is no terminal
+    sys.stdout.flush()
 
 
 def terminal_text(text: str) -> str:
