@@ -64,8 +64,9 @@ SAVED_CONFIG = "the run's own"  # of a run that goes on: what its config.yaml sa
 # Of one start alone: where the run lies, and what one resume allows.
 _NOT_INHERITED = ("run", "resume")
 
-# Two ways to say one thing: a layer that takes the one puts aside what weaker layers said of the other.
-_ALTERNATIVES = (("data.train", "data.recipe"), ("data.validation", "data.split"))
+# The keys of a group set the same thing: a layer that sets one of them replaces what weaker layers say of the others.
+RUN_LENGTH = ("train.steps", "train.tokens", "train.tokens_per_parameter")
+_ALTERNATIVES = (("data.train", "data.recipe"), ("data.validation", "data.split"), RUN_LENGTH)
 _LEAVES = leaf_fields(RunConfig)
 # `async` is a word of Python's own, so its field has another name.
 _SPELLINGS = {f"{path.rpartition('.')[0]}.{field.alias}": path for path, field in _LEAVES.items() if field.alias}
@@ -244,10 +245,9 @@ def config_to_yaml(config: RunConfig, of_preset: DocumentedSection | None = None
 
 
 def _replaced_by(layer: _Layer) -> Iterator[str]:
-    for pair in _ALTERNATIVES:
-        for key, other in (pair, pair[::-1]):
-            if layer.leaves.get(key) is not None and other not in layer.leaves:
-                yield other
+    for group in _ALTERNATIVES:
+        if any(layer.leaves.get(key) is not None for key in group):
+            yield from (other for other in group if other not in layer.leaves)
 
 
 def _command_line(overrides: Sequence[str]) -> _Layer:

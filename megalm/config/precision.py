@@ -17,11 +17,15 @@ class DeviceFacts:
     Attributes:
         bf16: the device computes in bf16 by itself.
         memory_bytes: memory that this rank may use; on a CPU its share of the machine's.
+        host_memory_bytes: of a GPU's rank, its share of the machine's CPU memory; None: unknown.
+        name: as CUDA names the GPU; None: unknown.
     """
 
     kind: Literal["cpu", "cuda"]
     bf16: bool
     memory_bytes: int
+    host_memory_bytes: int | None = None
+    name: str | None = None
 
 
 def choose_precision(settings: DeepSpeedSettings, device: DeviceFacts) -> tuple[Precision, list[str]]:

@@ -192,7 +192,15 @@ class ScheduleSection(Section):
 
 
 class TrainSection(Section):
+    """The length is one of steps, tokens and tokens_per_parameter; planning/resolve.py derives the steps."""
+
     steps: PositiveInt = 400
+    tokens: PositiveInt | None = Field(
+        default=None, description="train on at least this many tokens: train.steps follows from the batch"
+    )
+    tokens_per_parameter: PositiveFloat | None = Field(
+        default=None, description="the same as a multiple of the parameters, embeddings included: 20 is common"
+    )
     seed: NonNegativeInt = 1234
     log_interval_steps: PositiveInt = 1
     checkpoint_activations_every: NonNegativeInt = Field(

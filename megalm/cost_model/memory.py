@@ -17,7 +17,7 @@ from megalm.config.precision import Precision
 from megalm.cost_model.shard_sizes import Share, shares
 from megalm.model.attention_tiles import kept_probabilities
 from megalm.model.model_config import ModelConfig
-from megalm.topology import Topology
+from megalm.topology import AXES, Topology
 
 # Bytes that the forward pass keeps for the backward pass, and that the loss needs, by formula.
 #
@@ -139,6 +139,7 @@ class MemoryPlan:
         buckets: communication buffers, and under ZeRO 3 the weights gathered at one time.
         activations: what the forward pass keeps for the backward pass.
         loss: the chunk of logits and the gradients of head and hidden states.
+        runtime: of a GPU, an allowance for CUDA's context, cuBLAS and NCCL.
         disk: the optimizer's states on NVMe.
         stage: of the pipeline; without one there is only this.
     """
@@ -150,6 +151,7 @@ class MemoryPlan:
     buckets: int
     activations: int
     loss: int
+    runtime: int
     host: dict[str, int]
     disk: int = 0
     one_memory: bool = False
@@ -157,7 +159,7 @@ class MemoryPlan:
 
     def parts(self) -> dict[str, int]:
         """Part -> bytes on the device."""
-        names = ("weights", "gradients", "master", "moments", "buckets", "activations", "loss")
+        names = ("weights", "gradients", "master", "moments", "buckets", "activations", "loss", "runtime")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -203,11 +205,25 @@ def _estimate(case: MemoryCase, share: Share) -> MemoryPlan:
         loss=loss_bytes(case.shape, tokens, BYTES[case.precision], case.loss_chunk_tokens, share.tensor)
         if share.is_last
         else 0,
+        runtime=_runtime_bytes(case),
         host=host,
         disk=on_disk,
         one_memory=case.one_memory,
         stage=share.stage,
     )
+
+
+# An allowance by common experience, not measured here: CUDA's context with its kernels and cuBLAS's workspaces, and
+# NCCL's buffers of each group of ranks.
+_CUDA_CONTEXT, _NCCL_GROUP = 768 * 2**20, 256 * 2**20
+
+
+def _runtime_bytes(case: MemoryCase) -> int:
+    """Memory of a GPU that no tensor holds."""
+    if case.one_memory:
+        return 0
+    groups = sum(case.topology.size(axis) > 1 for axis in AXES)
+    return _CUDA_CONTEXT + _NCCL_GROUP * (groups + (groups > 1))  # of several axes, the group of all ranks too
 
 
 def checkpoint_bytes(shape: ModelConfig) -> int:

@@ -58,6 +58,10 @@ class CheckContext:
         return choose_precision(self.settings, self.device)[0]
 
     @property
+    def topology(self) -> Topology:
+        return Topology(self.world_size, self.config.parallel.tensor, self.config.parallel.pipeline)
+
+    @property
     def shape(self) -> ModelConfig:
         """The model, except for its vocabulary: no rule needs that."""
         return build_model_config(self.config.model, 1, self.config.data.sequence_length)

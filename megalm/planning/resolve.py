@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, Literal
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig
-from megalm.config.loading import LoadedConfig, config_to_yaml
+from megalm.config.loading import DEFAULT_PRESET, LoadedConfig, config_to_yaml
 from megalm.config.precision import DeviceFacts, Precision, choose_precision
 from megalm.config.schema import DataSection, DocumentedSection, RunConfig, ScheduleSection
+from megalm.config.validation import shown
 from megalm.cost_model.memory import MemoryCase, estimate_memory
-from megalm.cost_model.pipeline_balance import LARGE_BUBBLE
+from megalm.cost_model.pipeline_balance import LARGE_BUBBLE, micro_batches_for
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.batch_size import BatchPlan, chooses_micro_batch, plan_batch
 from megalm.planning.engine_checks import parallel_notices
 from megalm.planning.lr_schedule import ScheduleFacts
-from megalm.planning.run_checks import check_run
+from megalm.planning.memory_fit import MemoryFit, memory_notices
+from megalm.planning.run_checks import check_run, with_steps
 from megalm.topology import Topology, bubble_share
 
 __all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "memory_case", "resolve"]
 
-# The share of the memory that "auto" plans to use: an estimate is not a measurement, and allocators fragment.
-_USABLE_MEMORY = 0.85
 UNKNOWN_VOCAB_SIZE = 50_304  # GPT-2's, padded
 _BYTES_VOCAB_SIZE = 257
 _NEVER = 10**9  # steps_per_print: DeepSpeed's own lines would interrupt megalm's
@@ -99,26 +99,28 @@ def resolve(
         ConfigError: the first rule of run_checks.py that the run breaks.
     """
     check_run(loaded, ds, world_size, device, data_needed)
-    loaded, warmup_notices = _fit_warmup(loaded)
     config, settings = loaded.config, ds.settings
     topology = Topology(world_size, config.parallel.tensor, config.parallel.pipeline)
     precision, precision_notices = choose_precision(settings, device)
-    schedule, schedule_notices = _schedule(loaded, ds)
     shape, vocab_notices = _shape(config, vocab_size)
+
+    def memory(batch: BatchPlan) -> MemoryFit:
+        case = memory_case(config, ds, shape, topology, precision, device, batch)
+        return MemoryFit.of(estimate_memory(case), device)
 
     def fits(batch: BatchPlan) -> bool:
         # With few large micro-batches the stages of a pipeline wait for each other.
         if batch.micro_batch > 1 and bubble_share(topology.pipeline, batch.accumulation) > LARGE_BUBBLE:
             return False
-        case = memory_case(config, ds, shape, topology, precision, device, batch)
-        return estimate_memory(case).total <= device.memory_bytes * _USABLE_MEMORY
+        return memory(batch).level == "fits"
 
     batch, batch_notices = plan_batch(settings, topology.data, ds.path, fits)
     if topology.pipeline > 1 and chooses_micro_batch(settings):
-        batch_notices.append(
-            f"parallel.pipeline={topology.pipeline}: if train_batch_size allows, micro-batches are small enough that "
-            f"stages wait for at most {LARGE_BUBBLE:.0%} of a step"
-        )
+        batch_notices.append(_bubble_notice(topology, batch))
+    loaded, steps_notices = with_steps(loaded, batch.global_batch, shape.parameter_count())
+    loaded, warmup_notices = _fit_warmup(loaded)
+    config = loaded.config
+    schedule, schedule_notices = _schedule(loaded, ds)
     optimizer, optimizer_notices = _optimizer(ds)
     deepspeed, deepspeed_notices = _deepspeed_dict(ds, batch, precision)
     return ResolvedRun(
@@ -135,9 +137,12 @@ def resolve(
         deepspeed=deepspeed,
         notices=(
             *ds.notices,
+            *_preset_notices(loaded),
             *precision_notices,
             *vocab_notices,
             *batch_notices,
+            *memory_notices(memory(batch)),
+            *steps_notices,
             *warmup_notices,
             *schedule_notices,
             *optimizer_notices,
@@ -147,6 +152,35 @@ def resolve(
         ),
         documented_by_preset=loaded.documented_by_preset,
     )
+
+
+def _bubble_notice(topology: Topology, batch: BatchPlan) -> str:
+    stages, share = topology.pipeline, bubble_share(topology.pipeline, batch.accumulation)
+    waits = f"parallel.pipeline={stages}: with {batch.accumulation} micro-batches stages wait {share:.0%} of a step"
+    if share <= LARGE_BUBBLE:
+        return waits
+    enough = micro_batches_for(stages, LARGE_BUBBLE) * topology.data
+    return f"{waits}; train_batch_size={batch.global_batch} allows no more, {enough} makes it {LARGE_BUBBLE:.0%}"
+
+
+# Of a preset, what decides the size, the length and the rate of a run.
+_DECISIVE = ("model.", "data.sequence_length", "data.recipe", "schedule.", "train.steps", "batch.")
+
+
+def _preset_notices(loaded: LoadedConfig) -> list[str]:
+    """Name the default preset's values under somebody's own model: it is written for another size."""
+    if loaded.preset != DEFAULT_PRESET or not any(key.startswith("model.") for key in loaded.stated):
+        return []
+    values = loaded.config.model_dump(mode="json")
+    origin = f"preset {DEFAULT_PRESET}"
+    theirs = [
+        f"{key}={shown(reduce(lambda section, name: section[name], key.split('.'), values))}"
+        for key, source in loaded.sources.items()
+        if source == origin and key.startswith(_DECISIVE)
+    ]
+    if not theirs:
+        return []
+    return [f"{origin}, made for a small model, sets what you leave out: {', '.join(theirs)}"]
 
 
 def _fit_warmup(loaded: LoadedConfig) -> tuple[LoadedConfig, list[str]]:

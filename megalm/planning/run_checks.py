@@ -6,19 +6,20 @@ are in the schemas; rules of the JSON and of the parallel degrees are in engine_
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, named_json, read_deepspeed_json
-from megalm.config.loading import LoadedConfig
+from megalm.config.loading import RUN_LENGTH, LoadedConfig
 from megalm.config.precision import DeviceFacts
 from megalm.config.schema import DataSection, RunConfig
 from megalm.errors import ConfigError
 from megalm.planning.batch_size import plan_batch
 from megalm.planning.engine_checks import DEEPSPEED_RULES, PARALLEL_RULES, CheckContext, Rule
-from megalm.topology import Topology
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -39,6 +40,35 @@ def check_run(
     for rule in RULES:
         if data_needed or rule is not data_is_configured:
             rule(case)
+
+
+def with_steps(loaded: LoadedConfig, global_batch: int, parameters: int) -> tuple[LoadedConfig, list[str]]:
+    """Derive train.steps from train.tokens or train.tokens_per_parameter, and check it; a notice says how.
+
+    The configuration itself changes, so that the run folder's YAML starts the same run.
+
+    Args:
+        global_batch: sequences per step.
+        parameters: of the model.
+
+    Raises:
+        ConfigError: the schedule does not fit into these steps.
+    """
+    train, length = loaded.config.train, loaded.config.data.sequence_length
+    key = next((key for key in RUN_LENGTH[1:] if getattr(train, key.partition(".")[2]) is not None), None)
+    if key is None:
+        return loaded, []
+    tokens = train.tokens or math.ceil((train.tokens_per_parameter or 0) * parameters)
+    steps = math.ceil(tokens / (global_batch * length))
+    source = f"{key}, {loaded.sources[key]}"
+    of_parameters = f" = {train.tokens_per_parameter:g} x {parameters:,} parameters" if train.tokens is None else ""
+    notice = f"train.steps={steps} ({source}): {tokens:,} tokens{of_parameters} / {global_batch * length:,} per step"
+    changed = train.model_copy(update={"steps": steps, "tokens": None, "tokens_per_parameter": None})
+    sources = loaded.sources | dict.fromkeys(RUN_LENGTH, "default") | {"train.steps": source}
+    loaded = replace(loaded, config=loaded.config.model_copy(update={"train": changed}), sources=sources)
+    for rule in _RULES_OF_STEPS:
+        rule(loaded)
+    return loaded, [notice]
 
 
 # --- run and model ----------------------------------------------------------------------------------------------------
@@ -263,17 +293,31 @@ def _repeated(names: Iterable[str]) -> str | None:
 # --- schedule, checkpoints, batch -------------------------------------------------------------------------------------
 
 
-def warmup_ends_before_training(case: CheckContext) -> None:
+def one_length_of_training(case: CheckContext) -> None:
+    train, sources = case.config.train, case.loaded.sources
+    values = (train.steps if sources["train.steps"] != "default" else None, train.tokens, train.tokens_per_parameter)
+    given = [f"{key}={value}" for key, value in zip(RUN_LENGTH, values, strict=True) if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} all set the length of the run; keep one")
+
+
+def schedule_fits_training(case: CheckContext) -> None:
+    if case.config.train.tokens is None and case.config.train.tokens_per_parameter is None:
+        for rule in _RULES_OF_STEPS:  # else the steps are not known yet: see with_steps
+            rule(case.loaded)
+
+
+def warmup_ends_before_training(loaded: LoadedConfig) -> None:
     # resolve.py shortens a preset's warm-up with the run, but not a person's.
-    warmup, steps = case.config.schedule.warmup_steps, case.config.train.steps
-    if warmup >= steps and "schedule.warmup_steps" in case.loaded.stated:
+    warmup, steps = loaded.config.schedule.warmup_steps, loaded.config.train.steps
+    if warmup >= steps and "schedule.warmup_steps" in loaded.stated:
         raise ConfigError(f"schedule.warmup_steps={warmup} is not below train.steps={steps}; shorten the warm-up")
 
 
-def decay_fits_training(case: CheckContext) -> None:
+def decay_fits_training(loaded: LoadedConfig) -> None:
     # As with the warm-up, a preset's decay gives way to a person's settings.
-    schedule, steps = case.config.schedule, case.config.train.steps
-    if schedule.decay_steps is None or "schedule.decay_steps" not in case.loaded.stated:
+    schedule, steps = loaded.config.schedule, loaded.config.train.steps
+    if schedule.decay_steps is None or "schedule.decay_steps" not in loaded.stated:
         return
     if schedule.kind != "wsd":
         raise ConfigError(
@@ -285,6 +329,9 @@ def decay_fits_training(case: CheckContext) -> None:
             f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_steps={schedule.decay_steps} are more "
             f"than train.steps={steps}; shorten one"
         )
+
+
+_RULES_OF_STEPS = (warmup_ends_before_training, decay_fits_training)
 
 
 def final_rate_has_effect(case: CheckContext) -> None:
@@ -329,9 +376,7 @@ def kept_checkpoints_are_made(case: CheckContext) -> None:
 
 
 def batch_divides(case: CheckContext) -> None:
-    parallel = case.config.parallel
-    topology = Topology(case.world_size, parallel.tensor, parallel.pipeline)
-    plan_batch(case.settings, topology.data, case.ds.path, fits=lambda _: True)
+    plan_batch(case.settings, case.topology.data, case.ds.path, fits=lambda _: True)
 
 
 def recipe_keeps_its_batch(case: CheckContext) -> None:
@@ -411,8 +456,8 @@ RULES: tuple[Rule, ...] = (
     one_source_of_validation,
     validation_sets_have_names,
     split_is_two_weights,
-    warmup_ends_before_training,
-    decay_fits_training,
+    one_length_of_training,
+    schedule_fits_training,
     final_rate_has_effect,
     final_rate_below_peak,
     kept_checkpoints_are_made,

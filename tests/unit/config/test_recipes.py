@@ -16,6 +16,7 @@ from megalm.cli.plan import planned
 from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
 from megalm.config.loading import GivenConfig, config_to_yaml, load_run_config, preset_paths
+from megalm.config.precision import DeviceFacts
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields
 from megalm.planning.recipe_claims import EXPECTED, HOLDS, NO_VERDICT, Judgement, judge
@@ -32,7 +33,8 @@ def plan_of(name: str, *overrides: str) -> Plan:
     """As `megalm plan --config NAME` does it, on GPUs of 24 GiB where the document names none."""
     files = read_settings(name, overrides, None, resume=False, ranks=1)
     documented = files.loaded.config.documented
-    return planned(files, documented.devices or 1, documented.device_memory_gib or 24, 8)
+    device = DeviceFacts("cuda", True, int((documented.device_memory_gib or 24) * 2**30), name=documented.device)
+    return planned(files, documented.devices or 1, device, 8)
 
 
 def judged(name: str, *overrides: str) -> dict[tuple[str, object], Judgement]:
@@ -214,7 +216,7 @@ def test_what_only_describes_is_no_setting(tmp_path: Path) -> None:
     kept = tmp_path / "config.yaml"
     kept.write_text(text)
     assert load_run_config(str(kept), []).config == loaded.config
-    assert "documented." not in plan_text(plan_of("a100x4-300m"), 8).split("\n\n")[0]
+    assert "documented." not in plan_text(plan_of("a100x4-300m"), 8).split("\n\n")[1]
     assert all(key.startswith("documented.") for key in leaf_fields(RunConfig) if "claims" in key)
     assert "documented" not in refused(load_run_config, None, ["hours=3"])
 
