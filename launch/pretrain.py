@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 
 import typer
 
-from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Overrides, RanksPerNode
+from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Overrides, RanksPerNode, expand_home
 from megalm.errors import MegalmError
 from megalm.rank_environment import is_other_rank, launched_ranks, rank_in_messages
 
@@ -124,4 +124,4 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int) ->
 
 
 if __name__ == "__main__":
-    app()
+    app(args=expand_home(sys.argv[1:]))

@@ -7,6 +7,7 @@ computed where it is needed, never written back.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -16,6 +17,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+# A file, a folder or a prefix; `~` is the home folder.
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -81,7 +84,7 @@ class RunSection(Section):
     name: str | None = Field(
         default=None, description="folder under run.root; unnamed runs take the next free PRESET-001"
     )
-    root: str = Field(default="runs", description="where run folders and the default MLflow store live")
+    root: UserPath = Field(default="runs", description="where run folders and the default MLflow store live")
 
 
 class ModelSection(Section):
@@ -112,7 +115,7 @@ class ModelSection(Section):
 class BlendPart(Section):
     """A dataset of a mixture; its share is its weight among those of the others."""
 
-    prefix: str
+    prefix: UserPath
     weight: PositiveFloat
 
 
@@ -124,29 +127,29 @@ class DataStage(Section):
 
 
 class DataSection(Section):
-    train: str | tuple[BlendPart, ...] | None = Field(
+    train: UserPath | tuple[BlendPart, ...] | None = Field(
         default=None, description="dataset prefix: PREFIX.bin and PREFIX.idx; or a list of {prefix, weight}"
     )
     stages: tuple[DataStage, ...] = Field(
         default=(), description="other mixtures from later steps on: a list of {from_step, blend}"
     )
-    validation: str | dict[str, str] | None = Field(
+    validation: UserPath | dict[str, UserPath] | None = Field(
         default=None,
         description="dataset prefix, or a mapping of names to prefixes; or cut it from data.train with data.split",
     )
     split: str | None = Field(default=None, description="TRAIN,VALIDATION weights by document, e.g. 95,5")
-    tokenizer: str | None = Field(
+    tokenizer: UserPath | None = Field(
         default=None, description="SentencePiece .model, Hugging Face tokenizer.json, or 'bytes'"
     )
     recipe: Literal["python-stdlib"] | None = Field(
         default=None, description="prepare this corpus on the machine when data.train is not stated"
     )
     recipe_vocab_size: PositiveInt = 8192
-    cache: str | None = Field(
+    cache: UserPath | None = Field(
         default=None,
         description="where recipes and orders of samples are kept; default MEGALM_CACHE or ~/.cache/megalm",
     )
-    input: str | tuple[str, ...] | None = Field(
+    input: UserPath | tuple[UserPath, ...] | None = Field(
         default=None, description="files, folders, globs that data.train is built of; data.rebuild builds it of them"
     )
     append_eod: bool | None = Field(
@@ -306,7 +309,9 @@ class RunConfig(Section):
     """Everything that a run is, beside its DeepSpeed JSON."""
 
     preset: str | None = Field(default=None, description="the preset that this file starts from")
-    deepspeed_config: str | None = Field(default=None, description="the DeepSpeed JSON that a recipe preset belongs to")
+    deepspeed_config: UserPath | None = Field(
+        default=None, description="the DeepSpeed JSON that a recipe preset belongs to"
+    )
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()

@@ -28,7 +28,7 @@ from megalm.data.indexed.metadata import SIDECAR_VERSION
 from megalm.data.readers.document_reader import Document, ReadReport
 from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from megalm.errors import DataError
-from megalm.utils.atomic_files import json_hash, read_json, sync_directory, write_json, writing_to
+from megalm.utils.atomic_files import CACHE_ADVICE, json_hash, read_json, sync_directory, write_json, writing_to
 from megalm.utils.file_lock import take_lock
 
 # Documents: sources and manual texts of the running Python's own standard library
@@ -173,7 +173,7 @@ def prepare_recipe(
     stamp = cache / "stamps" / f"{json_hash(_cheap_facts(name, vocab_size))}.json"
     if prepared := _find(cache, name, stamp):
         return prepared
-    with writing_to(cache):
+    with writing_to(cache, CACHE_ADVICE):
         cache.mkdir(parents=True, exist_ok=True)
         # Without locks two processes can prepare at once: the first result is read, or replaced.
         lock = take_lock(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megalm.utils.atomic_files import sync_directory, write_atomically, writing_to
+from megalm.utils.atomic_files import CACHE_ADVICE, sync_directory, write_atomically, writing_to
 from megalm.utils.file_lock import take_lock
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -48,7 +48,7 @@ class ArrayCache:
         folder = self._directory / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
         known = self._mapped(folder)
         if known is None:
-            with writing_to(folder):
+            with writing_to(folder, CACHE_ADVICE):
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = take_lock(folder / "lock")
             with lock:
@@ -70,7 +70,7 @@ class ArrayCache:
 
     @staticmethod
     def _write(folder: Path, arrays: Arrays) -> None:
-        with writing_to(folder):
+        with writing_to(folder, CACHE_ADVICE):
             for left in folder.glob(".*.tmp"):
                 with contextlib.suppress(FileNotFoundError):
                     if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
