@@ -71,12 +71,12 @@ def main(
     """Pretrain a language model with DeepSpeed.
 
     Without arguments it builds a corpus from this Python's standard library, trains a tokenizer and a small
-    model on it, validates, samples, saves checkpoints and tracks the run, in a few minutes on two cores.
+    model on it, validates, samples, saves checkpoints and tracks the run: minutes on two CPU cores.
 
     \b
     deepspeed launch/pretrain.py --deepspeed_config ds_configs/zero2.json
     deepspeed --num_gpus 2 launch/pretrain.py --deepspeed_config ds_configs/zero3.json train.steps=1000
-    python launch/pretrain.py --deepspeed_config ds_configs/bf16.json --config my.yaml --dry-run
+    python launch/pretrain.py --deepspeed_config ds_configs/zero1.json --config my.yaml --dry-run
     """
     arguments: dict[str, Any] = {
         "deepspeed_config": deepspeed_config,

@@ -36,7 +36,8 @@ def choose_precision(settings: DeepSpeedSettings, device: DeviceFacts) -> tuple[
     if settings.fp16.enabled is True:
         return "fp16", []
     if settings.bf16.enabled is True:
-        return "bf16", []
+        emulated = 'bf16.enabled=true: this CPU emulates bf16, many times slower than fp32; "auto" chooses fp32 here'
+        return "bf16", [] if device.bf16 else [emulated]
     if "auto" in (settings.bf16.enabled, settings.fp16.enabled):
         if settings.bf16.enabled == "auto" and device.bf16:
             return "bf16", ['bf16.enabled ("auto"): true']

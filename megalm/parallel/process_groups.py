@@ -87,5 +87,5 @@ def _new_group(ranks: tuple[int, ...], world_size: int, timeout: datetime.timede
     if len(ranks) == world_size:
         assert dist.group.WORLD is not None
         return dist.group.WORLD
-    # A rank's group of itself waits for nobody: a large world would otherwise meet once for each rank.
+    # A group of one synchronizes with itself alone: otherwise all ranks of a large world would meet once for each rank.
     return dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=len(ranks) == 1)

@@ -143,7 +143,7 @@ def stride_warning(tokens: int, sequence_length: int, stride: int, samples: int)
     overlapping, apart = (whole_windows(tokens, sequence_length, step) for step in (stride, sequence_length))
     return (
         f"data.stride={stride} is less than data.sequence_length={sequence_length}: each of the {tokens:,} tokens is "
-        f"seen {sequence_length / stride:,.1f} times per epoch ({overlapping:,} samples, {apart:,} if they did not "
+        f"seen {overlapping * sequence_length / tokens:,.1f} times per epoch ({overlapping:,} samples, {apart:,} if they did not "
         f"overlap), and about {samples * sequence_length / tokens:,.1f} times in this run"
     )
 
