@@ -24,9 +24,14 @@ _STAGES_SHOWN = 8  # of a longer pipeline, the first and last stages
 _LONGEST_HOURS = 24 * 365 * 20  # a date beyond says nothing
 _TRAFFIC: dict[Axis, str] = {
     "pipeline": "hidden states, each micro-batch",
-    "data": "gradients, each step",
     "tensor": "hidden states, several times a layer",
 }
+_DATA_TRAFFIC = (  # by ZeRO stage
+    "gradients, each step",
+    "gradients, each step",
+    "gradients, each micro-batch",
+    "gradients and weights, each micro-batch",
+)
 
 
 def grid_text(run: ResolvedRun, shape: ModelConfig, ranks_per_node: int) -> str:
@@ -38,7 +43,7 @@ def grid_text(run: ResolvedRun, shape: ModelConfig, ranks_per_node: int) -> str:
         f"{nodes:,} node(s) of {ranks_per_node} ranks",
     ]
     if topology.world_size > 1:
-        lines += ["", _axes(topology, ranks_per_node)]
+        lines += ["", _axes(topology, ranks_per_node, run.zero_stage)]
     if topology.pipeline > 1:
         lines += ["", *_stages(topology, shape, ranks_per_node)]
         if run.config.parallel.balance == "time":
@@ -56,7 +61,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
     return f"{ranks[0]}, {ranks[1]} .. {ranks[-1]}"
 
 
-def _axes(topology: Topology, ranks_per_node: int) -> str:
+def _axes(topology: Topology, ranks_per_node: int, zero_stage: int) -> str:
     rows: list[list[object]] = []
     for axis in reversed(AXES):  # the innermost axis has the most traffic
         groups = topology.groups(axis)
@@ -64,7 +69,8 @@ def _axes(topology: Topology, ranks_per_node: int) -> str:
         if not topology.stays_in_a_node(axis, ranks_per_node):
             place = "between nodes"
         last = ranks_text(groups[-1]) if len(groups) > 1 else None
-        rows.append([axis, topology.size(axis), len(groups), ranks_text(groups[0]), last, place, _TRAFFIC[axis]])
+        traffic = _TRAFFIC[axis] if axis != "data" else _DATA_TRAFFIC[zero_stage]
+        rows.append([axis, topology.size(axis), len(groups), ranks_text(groups[0]), last, place, traffic])
     return table(["axis", "degree", "groups", "first group", "last group", "where", "traffic"], rows)
 
 

@@ -68,15 +68,16 @@ def remedies(case: MemoryCase, device: DeviceFacts) -> list[str]:
 
     Empty: only more ranks or a smaller model help.
     """
-    changes = list(_changes(case))
+    changes = list(_changes(case, device))
     alone = [words for words, changed in changes if _fits(changed, device)]
     if alone:
         return alone
     together = case
     made: dict[str, str] = {}  # setting -> its last change
     for words, _ in changes:
-        together = dict(_changes(together)).get(words, together)  # on top of those before it
-        made[words.rstrip("23")] = words
+        if words not in (again := dict(_changes(together, device))):  # on top of those before it
+            continue
+        together, made[words.rstrip("0123456789")] = again[words], words
         if _fits(together, device):
             return [" and ".join(made.values())]
     return []
@@ -86,11 +87,14 @@ def _fits(case: MemoryCase, device: DeviceFacts) -> bool:
     return MemoryFit.of(estimate_memory(case), device).level == "fits"
 
 
-def _changes(case: MemoryCase) -> Iterator[tuple[str, MemoryCase]]:
-    """Yield changes and what the run is then, the cheapest in speed first."""
+def _changes(case: MemoryCase, device: DeviceFacts) -> Iterator[tuple[str, MemoryCase]]:
+    """Yield changes and the case after each, the cheapest in speed first."""
     if case.micro_batch > 1:
         per_rank = case.micro_batch * case.accumulation
-        yield "train_micro_batch_size_per_gpu=1", replace(case, micro_batch=1, accumulation=per_rank)
+        sizes = [size for size in range(case.micro_batch - 1, 0, -1) if per_rank % size == 0]
+        smaller = [replace(case, micro_batch=size, accumulation=per_rank // size) for size in sizes]
+        chosen = next((changed for changed in smaller if _fits(changed, device)), smaller[-1])
+        yield f"train_micro_batch_size_per_gpu={chosen.micro_batch}", chosen
     if case.topology.pipeline == 1 and case.topology.data > 1:
         for stage in range(max(2, case.zero.stage + 1), 4):
             yield f"ZeRO stage {stage}", replace(case, zero=case.zero.model_copy(update={"stage": stage}))
