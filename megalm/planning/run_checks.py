@@ -298,7 +298,7 @@ def one_length_of_training(case: CheckContext) -> None:
     values = (train.steps if sources["train.steps"] != "default" else None, train.tokens, train.tokens_per_parameter)
     given = [f"{key}={value}" for key, value in zip(RUN_LENGTH, values, strict=True) if value is not None]
     if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)} all set the length of the run; keep one")
+        raise ConfigError(f"{' and '.join(given)} each set the length of the run; keep one")
 
 
 def schedule_fits_training(case: CheckContext) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from config_cases import CPU, GPU, notice_of, refused
+from config_cases import CPU, GPU, Write, notice_of, refused
 
 from megalm.config.deepspeed.json_reader import named_json, read_deepspeed_json, shipped_deepspeed_jsons
-from megalm.config.loading import config_to_yaml, load_run_config, preset_paths
+from megalm.config.loading import GivenConfig, config_to_yaml, load_run_config, preset_paths
 from megalm.config.precision import DeviceFacts
 from megalm.model.model_config import build_model_config
 from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, BatchPlan, OptimizerFacts, ResolvedRun, resolve
@@ -230,3 +230,18 @@ def test_values_of_the_quickstart_under_another_model_are_named(start: Start) ->
     assert "peak_learning_rate" not in notice
     assert "hidden_size" not in notice
     assert not any("preset quickstart" in notice for notice in start("train.steps=500").notices)
+
+
+def test_a_run_by_tokens_resumes_with_its_steps(start: Start, write_json: Write, tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text(start("train.tokens=1e6").config_yaml)
+    ds = read_deepspeed_json(write_json())
+    for words, steps in (
+        ([], 245),
+        (["train.tokens=1e6"], 245),
+        (["train.tokens=2e6"], 489),
+        (["train.steps=300"], 300),
+    ):
+        run = resolve(GivenConfig(None, words).over(saved), ds, 2, CPU)
+        assert run.config.train.steps == run.schedule.steps == steps
+        assert (run.config.train.tokens, run.sources["train.tokens"] == "command line") == (None, False)
