@@ -37,6 +37,11 @@ class MemoryFit:
         return MemoryFit(plan.total, device.memory_bytes, host, device.host_memory_bytes)
 
     @property
+    def leaves_room(self) -> bool:
+        """Whether the device has memory to spare, whatever the CPU's has: a micro-batch changes no more than that."""
+        return self.needed <= self.available * USABLE_MEMORY
+
+    @property
     def level(self) -> FitLevel:
         """The worse of both memories."""
         share = max(self.needed / self.available, self.host_needed / (self.host_available or float("inf")))

@@ -112,7 +112,7 @@ def resolve(
         # With few large micro-batches the stages of a pipeline wait for each other.
         if batch.micro_batch > 1 and bubble_share(topology.pipeline, batch.accumulation) > LARGE_BUBBLE:
             return False
-        return memory(batch).level == "fits"
+        return memory(batch).leaves_room
 
     batch, batch_notices = plan_batch(settings, topology.data, ds.path, fits)
     if topology.pipeline > 1 and chooses_micro_batch(settings):

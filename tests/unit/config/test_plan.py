@@ -383,7 +383,9 @@ def test_host_memory_is_added_up_and_checked(start: Start) -> None:
     assert_names(section_of(plan_text(unknown, 2), "Memory"), format_bytes(needed), format_bytes(2 * needed))
     assert of(2 * needed).fit.level == "fits"
     assert of(needed + 1).fit.level == "tight"
-    assert of(needed - 1).fit.level == "does not fit"
+    short = of(needed - 1)
+    assert short.fit.level == "does not fit"
+    assert short.resolved.batch == unknown.resolved.batch, "a smaller micro-batch would not help"
 
 
 def test_a_gpu_has_memory_that_no_tensor_holds() -> None:
