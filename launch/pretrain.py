@@ -117,7 +117,7 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int) ->
         ranks = world_size or launched_ranks()
         options, files = Arguments(**arguments).read(ranks)
         resumed = partial(planned_start, resume=options) if options.wanted is not None else None
-        show_plan(planned(files, ranks, None, ranks_per_node, continuation=resumed), ranks_per_node)
+        show_plan(planned(files, ranks, None, ranks_per_node, resumed), ranks_per_node)
     except MegalmError as error:
         sys.stderr.write(f"megalm: error: {' '.join(str(error).split())}\n")
         raise SystemExit(error.exit_code) from None

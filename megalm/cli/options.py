@@ -73,6 +73,14 @@ ExtendSteps = Annotated[
 RanksPerNode = Annotated[
     int, typer.Option("--ranks-per-node", min=1, help="For a plan: the consecutive ranks that share a node.")
 ]
+Gpu = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        metavar="NAME",
+        help="For a plan: the GPU of each rank, such as H100 or A100-40GB; this machine needs none.",
+    ),
+]
 Run = Annotated[str, typer.Argument(help="A run folder, or a run's name under runs/.")]
 Place = Annotated[
     Path,

@@ -12,10 +12,11 @@ import typer
 
 from megalm.checkpoint.manifest import read_manifest, require_training_state
 from megalm.cli.find_run import checkpoint_at
-from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Overrides, RanksPerNode
+from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Gpu, Overrides, RanksPerNode
 from megalm.cli.plan_text import plan_text
 from megalm.config.precision import DeviceFacts
-from megalm.cost_model.gpu_specs import KNOWN_GPUS, data_sheet_memory
+from megalm.config.schema import DocumentedSection
+from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.errors import ConfigError
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, ResolvedRun, expected_vocab_size, known_vocab_size, resolve
@@ -23,7 +24,6 @@ from megalm.planning.run_plan import Plan, draw_rates, make_plan
 from megalm.runs.run_settings import ConfigFiles, read_settings
 from megalm.train.resume.compatibility import with_last_step, with_schedule
 from megalm.train.run_summary import planned_data
-from megalm.utils.did_you_mean import did_you_mean
 from megalm.utils.formatting import parse_bytes
 
 # Turns a run into its continuation after a checkpoint: with its last step, and with all its schedules.
@@ -40,15 +40,6 @@ def command(
         int | None,
         typer.Option("--ranks", min=1, help="The number of ranks. Default: the recipe's documented GPUs, else 1."),
     ] = None,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            "--gpu",
-            metavar="MODEL",
-            help=f"Plan for these GPUs, also the time: {', '.join(KNOWN_GPUS)}. Default: the recipe's documented "
-            "GPUs, else this machine.",
-        ),
-    ] = None,
     gpu_memory: Annotated[
         str | None,
         typer.Option(
@@ -63,6 +54,7 @@ def command(
             "--host-memory", metavar="SIZE", help="The CPU memory of a node, for offload: 512 (GiB), 512GiB or 512GB."
         ),
     ] = None,
+    gpu: Gpu = None,
     ranks_per_node: RanksPerNode = RANKS_PER_NODE,
     plot: Annotated[
         Path | None,
@@ -86,17 +78,17 @@ def command(
         raise ConfigError("--extend-steps needs a checkpoint; name it with --after")
     files = read_settings(config, overrides or [], deepspeed_config, resume=False, ranks=ranks or 1)
     documented = files.loaded.config.documented
-    documented_memory = None if documented.device_memory_gib is None else int(documented.device_memory_gib * _GIB)
-    bytes_given = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory", "GiB")
     ranks = ranks or documented.devices or 1
-    plan = planned(
-        files,
-        ranks,
-        _given_gpu(gpu, bytes_given, documented.device, documented_memory),
-        ranks_per_node,
-        None if host_memory is None else parse_bytes(host_memory, "--host-memory", "GiB"),
-        None if after is None else partial(_after, after, extend_steps),
-    )
+    per_node = min(ranks, ranks_per_node)
+    device = planned_gpu(gpu, None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory", "GiB"))
+    device = device or _documented_gpu(documented) or own_device(per_node)
+    if host_memory is not None:
+        node = parse_bytes(host_memory, "--host-memory", "GiB")
+        if device.kind == "cpu":
+            raise ConfigError(f"--host-memory {host_memory} is for a plan of GPUs; add --gpu NAME or --gpu-memory SIZE")
+        device = replace(device, host_memory_bytes=node // per_node)
+    continuation = None if after is None else partial(_after, after, extend_steps)
+    plan = planned(files, ranks, device, ranks_per_node, continuation)
     show_plan(plan, ranks_per_node)
     if plot is not None:
         draw_rates(plan.schedules, plot)
@@ -110,16 +102,14 @@ def show_plan(plan: Plan, ranks_per_node: int) -> None:
 def planned(
     files: ConfigFiles,
     ranks: int,
-    gpu: DeviceFacts | None,
+    device: DeviceFacts | None,
     ranks_per_node: int,
-    host_memory: int | None = None,
     continuation: Continuation | None = None,
 ) -> Plan:
     """Make the plan for a number of ranks.
 
     Args:
-        gpu: of each rank; None: this machine's device.
-        host_memory: bytes of a node's CPU memory; None: as the device says.
+        device: of each rank; None: this machine's.
         continuation: of a run that resumes; None: the run starts at step 0.
 
     Raises:
@@ -127,9 +117,7 @@ def planned(
     """
     vocab_size = known_vocab_size(files.loaded.config.data)
     ranks_per_node = min(ranks, ranks_per_node)
-    device = gpu or _this_device(ranks_per_node)
-    if host_memory is not None and device.kind == "cuda":
-        device = replace(device, host_memory_bytes=host_memory // ranks_per_node)
+    device = device or own_device(ranks_per_node)
     resolved = resolve(files.loaded, files.deepspeed, ranks, device, vocab_size, ranks_per_node, data_needed=False)
     schedules: tuple[ScheduleSegment, ...] = ()
     if continuation is not None:
@@ -147,32 +135,34 @@ def _after(checkpoint: Path, more: int | None, run: ResolvedRun) -> tuple[Resolv
     return with_last_step(run, schedule), schedule.segments
 
 
-def _given_gpu(
-    model: str | None, memory: int | None, documented: str | None, documented_memory: int | None
-) -> DeviceFacts | None:
-    """Return the GPU of the options, else the recipe's; None: neither says any.
+def planned_gpu(name: str | None, memory_bytes: int | None) -> DeviceFacts | None:
+    """Return the GPU of a plan by its name, its memory or both; None without both.
 
     Raises:
-        ConfigError: no such model is known.
+        ConfigError: no such GPU.
     """
-    if model is not None:
-        known = data_sheet_memory(model)
-        if known is None:
-            raise ConfigError(
-                f"--gpu {model}: no such GPU is known{did_you_mean(model, KNOWN_GPUS)}; use "
-                f"--gpu-memory alone, or one of {', '.join(KNOWN_GPUS)}"
-            )
-        return DeviceFacts("cuda", True, memory or known, name=model)
-    if memory is not None:
-        return DeviceFacts("cuda", True, memory)
-    return None if documented_memory is None else DeviceFacts("cuda", True, documented_memory, name=documented)
+    if name is None and memory_bytes is None:
+        return None
+    gpu = DeviceFacts(kind="cuda", bf16=True, memory_bytes=0) if name is None else gpu_by_name(name)
+    return gpu if memory_bytes is None else replace(gpu, memory_bytes=memory_bytes)
 
 
-def _this_device(local_ranks: int) -> DeviceFacts:
+def _documented_gpu(documented: DocumentedSection) -> DeviceFacts | None:
+    gib = documented.device_memory_gib
+    gpu = planned_gpu(None, None if gib is None else int(gib * _GIB))
+    return None if gpu is None else replace(gpu, name=documented.device)
+
+
+def own_device(local_ranks: int) -> DeviceFacts:
+    """Return the device of each of the local ranks on this machine.
+
+    Raises:
+        ConfigError: torch is not installed.
+    """
     try:
-        from megalm.engine.device import device_facts  # imports torch, which a plan with --gpu does not need
+        from megalm.engine.device import device_facts  # imports torch, which a plan with --gpu-memory does not need
     except ImportError as error:
         raise ConfigError(
-            f"a plan for this machine needs torch ({error}); plan for other GPUs with --gpu or --gpu-memory"
+            f"a plan for this machine needs torch ({error}); plan for other GPUs with --gpu NAME or --gpu-memory SIZE"
         ) from None
     return device_facts(local_ranks)

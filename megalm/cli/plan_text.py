@@ -148,7 +148,7 @@ def _time(plan: Plan) -> str:
     run = plan.resolved
     work = f"{plan.total_tokens:,} tokens, {plan.tokens_per_parameter:.3g} per parameter"
     if plan.hours is None:
-        return f"{work}; --gpu MODEL of megalm plan adds the time"
+        return f"{work}; --gpu NAME adds the time"
     end = datetime.now() + timedelta(hours=min(plan.hours, _LONGEST_HOURS))
     date = f", until {end:%Y-%m-%d %H:%M} if it starts now" if plan.hours < _LONGEST_HOURS else ""
     return (

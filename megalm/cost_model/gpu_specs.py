@@ -1,46 +1,66 @@
-"""What data sheets say of GPUs: dense matrix products, no sparsity. No torch."""
+"""The peak speeds of GPUs by their data sheets, for dense matrix products: no torch."""
 
 from __future__ import annotations
 
 import re
 
-# FLOP/s by NVIDIA's data sheets, without sparsity: bf16 and fp16 summed in fp32; then fp32, for which TF32 is off.
-# Last the memory in GiB: what is sold as 80 GB has nearly 80 GiB. Of an A100, the smaller of the two.
-# A whole model name each: a laptop's, a PCIe or an NVL card of the same name is another device.
-_DATA_SHEETS: tuple[tuple[str, float, float, int], ...] = (
-    ("H200 NVL", 835.5e12, 60e12, 140),
-    ("H200", 989e12, 67e12, 140),
-    ("H100 PCIe", 756e12, 51e12, 79),
-    ("H100 NVL", 835.5e12, 60e12, 93),
-    ("H100", 989e12, 67e12, 79),
-    ("A100", 312e12, 19.5e12, 39),
-    ("RTX 5090", 209.5e12, 104.8e12, 31),
-    ("RTX 4090", 165.2e12, 82.6e12, 23),
+from megalm.config.precision import DeviceFacts
+from megalm.errors import ConfigError
+from megalm.utils.did_you_mean import did_you_mean
+
+# Model name, FLOP/s of bf16 and fp16 with fp32 sums, and of fp32 without TF32; NVIDIA's data sheets, without sparsity.
+# A name matches whole, because a laptop, PCIe or NVL card of a similar name has other speeds.
+_DATA_SHEETS: tuple[tuple[str, float, float], ...] = (
+    ("H200 NVL", 835.5e12, 60e12),
+    ("H200", 989e12, 67e12),
+    ("H100 PCIe", 756e12, 51e12),
+    ("H100 NVL", 835.5e12, 60e12),
+    ("H100", 989e12, 67e12),
+    ("A100", 312e12, 19.5e12),
+    ("RTX 5090", 209.5e12, 104.8e12),
+    ("RTX 4090", 165.2e12, 82.6e12),
 )
-KNOWN_GPUS = tuple(row[0] for row in _DATA_SHEETS)
-# What may follow the name: form factor and memory of the same chip at the same speed.
+# These suffixes, form factor and memory, do not change the speed.
 _SAME_CHIP = r"(-?(SXM\d?|PCIE|\d+GB|HBM\w*)| )*$"
 
 
 def data_sheet_peak(device_name: str, low_precision: bool) -> tuple[float, str] | None:
     """FLOP/s and source for a device as CUDA names it, "NVIDIA A100-SXM4-80GB"; None where the table has none."""
-    row = _row(device_name)
-    if row is None:
-        return None
-    name, low, full, _ = row
-    return (low if low_precision else full), f"data sheet of {name}"
+    for name, low, full in _DATA_SHEETS:
+        if re.search(rf"\b{name}{_SAME_CHIP}", device_name, re.IGNORECASE):
+            return (low if low_precision else full), f"data sheet of {name}"
+    return None
 
 
-def data_sheet_memory(device_name: str) -> int | None:
-    """Bytes of memory, by the size in the name ("A100-SXM4-80GB") or the data sheet; None where the table has none."""
-    row = _row(device_name)
-    if row is None:
-        return None
-    size = re.search(r"(\d+)GB", device_name, re.IGNORECASE)
-    return (int(size[1]) - 1 if size else row[3]) * 2**30
+# Memory in GiB, and whether the chip has bf16; "A100-40GB" is the same chip with another memory.
+_GPUS: dict[str, tuple[float, bool]] = {
+    "H200": (141, True),
+    "H100": (80, True),
+    "A100": (80, True),
+    "A40": (48, True),
+    "A10": (24, True),
+    "L40S": (48, True),
+    "L4": (24, True),
+    "RTX 5090": (32, True),
+    "RTX 4090": (24, True),
+    "RTX 3090": (24, True),
+    "V100": (32, False),
+    "T4": (16, False),
+}
+_GIB = 2**30
 
 
-def _row(device_name: str) -> tuple[str, float, float, int] | None:
-    return next(
-        (row for row in _DATA_SHEETS if re.search(rf"\b{row[0]}{_SAME_CHIP}", device_name, re.IGNORECASE)), None
-    )
+def gpu_by_name(name: str) -> DeviceFacts:
+    """The device of a rank by the name of its GPU: "A100", "a100-40gb", "RTX 4090".
+
+    Raises:
+        ConfigError: the table has no such GPU; the message lists all.
+    """
+    sized = re.fullmatch(r"(.+?)[\s_-]+(\d+)\s*GI?B", name.strip(), re.IGNORECASE)
+    stem, memory = (sized[1], sized[2]) if sized else (name, "")
+    chip = re.sub(r"[\s_-]", "", stem).upper()
+    known = {key.replace(" ", "").upper(): key for key in _GPUS}
+    if chip not in known:
+        raise ConfigError(f"--gpu {name}: no such GPU{did_you_mean(chip, known)}; known: {', '.join(_GPUS)}")
+    size, bf16 = _GPUS[known[chip]]
+    return DeviceFacts(kind="cuda", bf16=bf16, memory_bytes=int(float(memory or size) * _GIB), name=name)

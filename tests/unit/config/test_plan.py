@@ -408,8 +408,8 @@ def test_the_hours_follow_from_the_peak_of_a_known_gpu(start: Start) -> None:
         (["--gpu-memory", "80"], 80 * 2**30, None),
         (["--gpu-memory", "80GiB"], 80 * 2**30, None),
         (["--gpu-memory", "80GB"], 80 * 10**9, None),
-        (["--gpu", "H100"], 79 * 2**30, "H100"),
-        (["--gpu", "A100-SXM4-80GB"], 79 * 2**30, "A100-SXM4-80GB"),
+        (["--gpu", "H100"], 80 * 2**30, "H100"),
+        (["--gpu", "A100-40GB"], 40 * 2**30, "A100-40GB"),
         (["--gpu", "H100", "--gpu-memory", "40GB"], 40 * 10**9, "H100"),
     ],
 )
@@ -423,7 +423,9 @@ def test_sizes_and_models_of_gpus(
     assert (f"x {name}," in section_of(text, "Verdict")) == (name is not None)
 
 
-@pytest.mark.parametrize("options", [["--gpu", "H999"], ["--gpu-memory", "much"], ["--host-memory", "0"]])
+@pytest.mark.parametrize(
+    "options", [["--gpu", "H999"], ["--gpu-memory", "much"], ["--host-memory", "0"], ["--host-memory", "64"]]
+)
 def test_senseless_gpus_and_sizes_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["plan", *options])
