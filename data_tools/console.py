@@ -20,6 +20,7 @@ sys.path.pop(0)
 import typer
 from rich.console import Console
 
+from megalm.cli.options import expand_home
 from megalm.data.builder.builder import BuildProgress, Built
 from megalm.data.indexed.metadata import AWAITS_MERGE, DatasetMetadata
 from megalm.data.readers.document_reader import ReadReport
@@ -38,7 +39,7 @@ def run(command: Callable[..., None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(command)
-    app()
+    app(args=expand_home(sys.argv[1:]))
 
 
 @contextmanager
@@ -57,7 +58,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _refuse(line: str, code: int) -> NoReturn:
-    typer.echo(f"error: {line}", err=True)
+    typer.echo(f"megalm: error: {line}", err=True)
     raise typer.Exit(code) from None
 
 

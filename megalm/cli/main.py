@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 import megalm
+from megalm.cli.options import expand_home
 from megalm.errors import EXIT_FAILED, EXIT_REFUSED, MegalmError, message_of
 from megalm.utils.did_you_mean import did_you_mean
 
@@ -37,7 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script; always raises SystemExit. A MegalmError becomes one line on stderr."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = expand_home(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for an encoding that lacks a character
     logging.basicConfig(level=logging.WARNING, format="megalm: %(levelname)s: %(message)s")
