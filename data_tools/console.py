@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from megalm.data.indexed.metadata import AWAITS_MERGE, DatasetMetadata
 from megalm.data.readers.document_reader import ReadReport
 from megalm.data.readers.losses import Losses
 from megalm.errors import EXIT_REFUSED, MegalmError
+from megalm.utils.process_setup import keep_standard_streams
 from megalm.utils.progress import ProgressBar, percent
 
 NAMED = 3
@@ -34,9 +34,7 @@ out = Console(highlight=False, markup=False, soft_wrap=True)
 
 def run(command: Callable[..., None]) -> None:
     """Run a typer command; a user's error is one line on stderr, without a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a file name can hold characters that a terminal cannot show
-            stream.reconfigure(errors="backslashreplace")
+    keep_standard_streams()
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(command)
     app(args=expand_home(sys.argv[1:]))
@@ -48,8 +46,6 @@ def one_line_errors() -> Iterator[None]:
         yield
     except MegalmError as error:
         _refuse(str(error), error.exit_code)
-    except BrokenPipeError:  # the reader of stdout has ended
-        raise
     except OSError as error:
         if error.strerror is None:  # not raised by the operating system
             raise

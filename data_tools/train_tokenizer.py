@@ -66,7 +66,7 @@ def main(
         policy, reading = loss_policy(on_error, empty_documents, max_loss), ReadReport()
         read = read_options(text_key, columns, txt_documents, max_document_mb, input_kind)
         files = find_inputs(inputs, reading, stdin_kind or read.kind or ".jsonl", read.kind)
-        refuse_overwriting_inputs([output, report_path(output)], (file.path for file in files))
+        refuse_overwriting_inputs([output, report_path(output)], (file.on_disk for file in files))
         for path in (output, report_path(output)):
             if path.exists() and not overwrite:
                 raise DataError(f"{path}: already exists; choose another output, or overwrite it (--overwrite)")

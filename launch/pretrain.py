@@ -32,6 +32,7 @@ from megalm.cli.options import (
 )
 from megalm.errors import MegalmError, message_of
 from megalm.rank_environment import is_other_rank, launched_ranks, rank_in_messages
+from megalm.utils.process_setup import keep_standard_streams, require_system
 
 
 class Strategy(str, Enum):
@@ -128,6 +129,7 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int, gp
     from megalm.train.resume.resume_plan import planned_start
 
     try:
+        require_system()
         if is_other_rank():
             return  # only rank 0 prints
         ranks = world_size or launched_ranks()
@@ -141,4 +143,5 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int, gp
 
 
 if __name__ == "__main__":
+    keep_standard_streams()
     app(args=expand_home(sys.argv[1:]))

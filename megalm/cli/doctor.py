@@ -133,7 +133,7 @@ def _torch() -> list[Finding]:
 
 def _built_ops() -> list[str]:
     """The compiled DeepSpeed operations in torch's cache or in the package."""
-    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions"))
     found = {path.stem for path in cache.rglob("*.so")}
     package = importlib.util.find_spec("deepspeed")
     for folder in package.submodule_search_locations or [] if package else []:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ import megalm
 from megalm.cli.options import expand_home
 from megalm.errors import EXIT_FAILED, EXIT_REFUSED, MegalmError, message_of
 from megalm.utils.did_you_mean import did_you_mean
+from megalm.utils.process_setup import keep_standard_streams
 
 # Command -> (module with a Typer `app` or a function `command`, or module:function; line of the overview).
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -39,8 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script; always raises SystemExit. A MegalmError becomes one line on stderr."""
     words = expand_home(sys.argv[1:] if arguments is None else arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for an encoding that lacks a character
+    keep_standard_streams()
     logging.basicConfig(level=logging.WARNING, format="megalm: %(levelname)s: %(message)s")
     try:
         chosen = next((word for word in words if not word.startswith("-")), None)
@@ -48,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if chosen is not None and chosen not in known:
             message = f"no such command {chosen!r}{did_you_mean(chosen, known)}; `megalm --help` lists all commands"
             _leave(message, EXIT_REFUSED)
-        build_app(chosen)(args=words, prog_name="megalm")
+        try:
+            build_app(chosen)(args=words, prog_name="megalm")
+        finally:
+            sys.stdout.flush()  # here, where an error has one line
     except MegalmError as error:
         _leave(message_of(error), error.exit_code)
     except ModuleNotFoundError as error:

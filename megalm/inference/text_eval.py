@@ -34,7 +34,7 @@ class TextSet:
         overlap: tokens that a window shares with the one before.
         words: words between white space.
         text_bytes: UTF-8 bytes of the scored text.
-        skipped: empty or unreadable documents; `problem` is the first reason.
+        skipped: empty or unreadable documents; `problem` is the first reason, and the counts with bytes.
     """
 
     name: str
@@ -107,7 +107,7 @@ def read_text(
         because = f": {report.messages[0]}" if report.messages else ""
         raise DataError(f"{path} has no document that can be scored{because}")
     skipped = report.skipped + len(texts) - documents
-    problem = next(iter(report.messages), "")
+    problem = "; ".join([*report.messages[:1], *report.losses.lines()])
     return TextSet(path, overlap, tuple(sequences), documents, words, text_bytes, skipped, problem)
 
 

@@ -5,7 +5,6 @@ Everything printed is also written to log.txt, with the time.
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import sys
@@ -89,8 +88,6 @@ class RunConsole:
         self._active = active
         self._console = _Console(highlight=False, markup=False)
         self._bar: ProgressBar | None = None
-        if active and isinstance(sys.stdout, io.TextIOWrapper):  # the terminal may lack characters of a sample
-            sys.stdout.reconfigure(errors="backslashreplace")
         if active and log_file is not None:
             log.addHandler(_LogFile(log_file, lambda line: self._console.print(line, soft_wrap=True)))
             log.setLevel(logging.INFO)

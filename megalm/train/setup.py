@@ -53,6 +53,7 @@ from megalm.train.spikes.spike_report import SpikeReportWriter, sample_text_read
 from megalm.train.step_diagnostics import StepDiagnostics
 from megalm.train.text_samples import SampleWriter
 from megalm.train.trainer import Trainer, TrainerComponents, memory_errors_named, run_preflight
+from megalm.utils.process_setup import require_system
 
 # MLflow creates the tables of a new store, which takes a while; a short run waits up to this long for its mirror.
 _MIRROR_PATIENCE_SECONDS = 45.0
@@ -134,6 +135,7 @@ def load_settings(arguments: Arguments, ranks: RankFacts) -> RunSettings:
         ConfigError: all that is wrong, one line each.
         DataError: the tokenizer cannot be read.
     """
+    require_system()
     device, local = device_facts(ranks.local_world_size), ranks.local_world_size
     options, files = arguments.read(ranks.world_size, device)
     vocab_size = known_vocab_size(files.loaded.config.data)

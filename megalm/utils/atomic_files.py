@@ -182,11 +182,14 @@ def discard(file: IO[bytes], temporary: Path | None = None) -> None:
         temporary.unlink(missing_ok=True)
 
 
+CACHE_ADVICE = "choose another folder with data.cache or MEGALM_CACHE, or check its rights and space"
+
+
 @contextlib.contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Turn an OSError (full disk, permissions) into a one-line DataError that names the path."""
+def writing_to(path: Path, advice: str = "check the folder, its rights and space") -> Iterator[None]:
+    """Turn an OSError (full disk, permissions) into a one-line DataError that names the path and gives `advice`."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or error  # NumPy's own errors have no strerror
-        raise DataError(f"{path}: cannot be written ({reason}); check the folder, its rights and space") from error
+        raise DataError(f"{path}: cannot be written ({reason}); {advice}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from megalm.runs.metrics_log import ATTEMPT_EVENTS, live_rows, read_metrics
 from megalm.train.lifecycle.shutdown import FailureClaim
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import (
+    MEGALM,
     ROOT,
     Job,
     finish,
@@ -33,6 +36,7 @@ from tests.e2e.jobs import (
     train_rows,
     until,
 )
+from tests.messages import assert_names
 
 pytestmark = pytest.mark.e2e
 
@@ -193,7 +197,9 @@ LETTERS = """
 import sys
 from pathlib import Path
 from megalm.train.console import RunConsole
+from megalm.utils.process_setup import keep_standard_streams
 
+keep_standard_streams()
 reporter = RunConsole(True, Path(sys.argv[1]))
 for word in ("one", "zw\\xf6lf \\u2192 \\udcff", "three"):
     reporter.info(word)
@@ -206,6 +212,36 @@ def test_a_terminal_without_the_letters_of_a_sample_ends_no_run(tmp_path: Path) 
     assert (finished.code, finished.stderr) == (0, ""), finished.explain()
     assert finished.stdout == "one\nzw\\xf6lf \\u2192 \\udcff\nthree\n"
     assert (tmp_path / "log.txt").read_text(encoding="utf-8").endswith("three\n")
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">&- 2>&-", ">/dev/full", "| true"])
+def test_an_end_is_what_it_is_without_standard_output(small_data: SmallData, tmp_path: Path, redirection: str) -> None:
+    """A good run ends with 0, one that is stopped with 75; metrics.jsonl never gets the number of a closed stdout."""
+    words = small_data.changed("run.name=mine", "checkpoint.interval_steps=2")
+    run = [str(word) for word in pretrain(*words, "train.steps=1000000", using="python")]
+    with job(tmp_path, ["bash", "-o", "pipefail", "-c", f'"$@" {redirection}', "bash", *run]) as started:
+        started.wait_for_step(2)
+        started.rank(0).send_signal(signal.SIGTERM)
+        finished = started.wait()
+    assert finished.code == 75, finished.explain()
+    assert own_lines(finished.stderr) == []
+    assert rows(tmp_path)[-1]["exit_code"] == 75
+
+
+@pytest.mark.parametrize("redirection", [">&-", "| true"])
+def test_commands_do_all_their_work_without_standard_output(six_steps: Path, redirection: str) -> None:
+    page = six_steps / "page.html"
+    words = [str(word) for word in (MEGALM, "report", run_folder(six_steps), "--output", page)]
+    finished = finish(six_steps, ["bash", "-o", "pipefail", "-c", f'"$@" {redirection}', "bash", *words])
+    assert (finished.code, finished.stderr) == (0, ""), finished.explain()
+    page.unlink()
+
+
+def test_a_full_disk_under_standard_output_is_one_line(tmp_path: Path) -> None:
+    finished = finish(tmp_path, ["bash", "-c", f"{MEGALM} presets > /dev/full"])
+    assert finished.code != 0
+    (line,) = finished.stderr.splitlines()
+    assert_names(line, os.strerror(errno.ENOSPC))
 
 
 REFUSED = """
@@ -315,3 +351,11 @@ def test_leaves_with_zero_every_time(small_data: SmallData, tmp_path: Path) -> N
         finished = finish(tmp_path, pretrain(*small_data.words, "train.steps=3", f"run.name=short-{number}"))
         assert finished.code == 0, finished.explain()
         assert finished.left == []
+
+
+def test_too_few_open_files_are_refused_in_a_line(tmp_path: Path) -> None:
+    words = [str(word) for word in pretrain("--dry-run", using="python")]
+    finished = finish(tmp_path, ["bash", "-c", 'ulimit -n 24; exec "$@"', "bash", *words])
+    assert finished.code == 2, finished.explain()
+    (line,) = finished.stderr.splitlines()
+    assert_names(line, 24, "ulimit -n")

@@ -24,6 +24,7 @@ from megalm.config.deepspeed.unsupported_keys import (
     UnsupportedKey,
     has_no_effect,
     is_comment,
+    is_typed,
     unknown_key,
 )
 from megalm.config.validation import bad_values, leaf_fields, members, nest, section_of, shown
@@ -62,7 +63,8 @@ class Outcome:
     group: str = ""
 
     def __str__(self) -> str:
-        return "; ".join(part for part in (f"{self.named}: {self.why}", self.instead) if part)
+        named = "" if self.key in RUN_SETTINGS and self.why.startswith(self.key) else f"{self.named}: "
+        return "; ".join(part for part in (f"{named}{self.why}", self.instead) if part)
 
     @property
     def is_ignored(self) -> bool:
@@ -288,7 +290,7 @@ def _as_deepspeed_reads(path: str, value: Any) -> Any:
     kinds = set(members(_LEAVES[path].annotation))
     if any(0 in get_args(kind) for kind in kinds):
         kinds.add(int)  # the stage
-    if path.partition(".")[0] in TYPED_SECTIONS and not isinstance(value, bool):
+    if is_typed(path) and not isinstance(value, bool):
         for kind in (bool, int, float):
             if kind in kinds and (kind is bool or isinstance(value, str)):
                 with contextlib.suppress(ValidationError):

@@ -177,7 +177,6 @@ class Assembler:
         main.skipped, main.empty_documents, main.losses = losses.skipped, losses.empty, asdict(losses)
         if self._options.max_loss is not None:
             main.losses["max_loss"] = self._options.max_loss
-        losses.check(self._options.max_loss, self._prefixes[0], main.messages)
         for name in self._options.filters.names:
             main.removed.setdefault(name, 0)
         if self._options.dedup != "none" and not self._deferred:
@@ -194,6 +193,7 @@ class Assembler:
                 f"{self._prefixes[0]}: no documents are left ({main.skipped:,} unreadable, {losses.empty:,} empty, "
                 f"{sum(main.removed.values()):,} removed{first}); check the input and the filters"
             )
+        losses.check(self._options.max_loss, self._prefixes[0], main.messages)
         if self._options.split:
             self._split(progress)
         for report in self._reports[1:]:

@@ -106,7 +106,7 @@ def build_files(
     prefixes = options.output_prefixes(output_prefix)
     work = Path(f"{output_prefix}{WORK_SUFFIX}")
     _warn_of_repeated(files)
-    refuse_overwriting(prefixes, work, [*(file.path for file in files), *tokenizer_files(tokenizer.spec)])
+    refuse_overwriting(prefixes, work, [*(file.on_disk for file in files), *tokenizer_files(tokenizer.spec)])
     facts = options.to_json() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
     finished = None if again else _finished_reports(prefixes, files, facts, tokenizer, overwrite)
     if finished is not None:

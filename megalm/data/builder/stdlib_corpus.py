@@ -27,10 +27,9 @@ import sentencepiece
 from megalm.data.builder.builder import build_dataset
 from megalm.data.indexed.metadata import SIDECAR_VERSION
 from megalm.data.readers.document_reader import Document, ReadReport
-from megalm.data.sampling.index_cache import naming_cache
 from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
-from megalm.errors import DataError
-from megalm.utils.atomic_files import json_hash, read_json, sync_directory, write_json, writing_to
+from megalm.errors import ConfigError, DataError
+from megalm.utils.atomic_files import CACHE_ADVICE, json_hash, read_json, sync_directory, write_json, writing_to
 from megalm.utils.file_lock import take_lock
 
 # Documents: sources and manual texts of the running Python's own standard library
@@ -148,12 +147,18 @@ class PreparedData:
 
 
 def default_cache_dir() -> Path:
-    """Return MEGALM_CACHE, or megalm/ in XDG_CACHE_HOME or ~/.cache. Raises DataError if there is no home folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    """Return MEGALM_CACHE, or megalm/ in XDG_CACHE_HOME or ~/.cache."""
+    if named := os.environ.get("MEGALM_CACHE"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base:
+        return Path(base) / "megalm"
     try:
-        return Path(os.environ.get("MEGALM_CACHE") or f"{base}/megalm").expanduser()
-    except RuntimeError as error:
-        raise DataError(f"the cache has no folder ({error}); set data.cache or MEGALM_CACHE") from error
+        return Path.home() / ".cache" / "megalm"
+    except RuntimeError:  # a user without an entry in passwd, as in many containers
+        raise ConfigError(
+            "this user has no home folder for the cache; set data.cache, or one of the variables HOME, XDG_CACHE_HOME"
+        ) from None
 
 
 def prepare_recipe(
@@ -178,13 +183,13 @@ def prepare_recipe(
     stamp = cache / "stamps" / f"{json_hash(_cheap_facts(name, vocab_size))}.json"
     if prepared := _find(cache, name, stamp):
         return prepared
-    with naming_cache(), writing_to(cache):
+    with writing_to(cache, CACHE_ADVICE):
         cache.mkdir(parents=True, exist_ok=True)
         # Without locks two processes can prepare at once: the first result is read, or replaced.
         lock = take_lock(
             cache / f"{name}.lock", on_wait=lambda: say("waiting for another process that prepares the same data")
         )
-    with lock, naming_cache():
+    with lock:
         if prepared := _find(cache, name, stamp):  # another process made it meanwhile
             return prepared
         say(f"reading the standard library of Python {platform.python_version()}")
@@ -295,7 +300,7 @@ def _make(
     say: Progress,
 ) -> None:
     """Build all files in a temporary folder, then rename it, replacing any incomplete folder."""
-    with writing_to(directory):
+    with writing_to(directory, CACHE_ADVICE):
         for old in directory.parent.glob(f"{directory.name}.*.tmp"):  # from a killed process: this one holds the lock
             shutil.rmtree(old)
         work = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", suffix=".tmp", dir=directory.parent))
@@ -319,7 +324,7 @@ def _make(
             "files": {file.name: file.stat().st_size for file in sorted(work.iterdir())},
         }
         write_json(work / MANIFEST, manifest)
-        with writing_to(directory):
+        with writing_to(directory, CACHE_ADVICE):
             work.chmod(0o755)  # several users can share the cache
             shutil.rmtree(directory, ignore_errors=True)
             work.rename(directory)

@@ -32,7 +32,7 @@ WORK_SUFFIX = ".building"
 # Errors that the unpackers raise on a damaged or truncated file.
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 HASH_BYTES = 1 << 20
-PIECE_BYTES = 1 << 12
+PIECE_BYTES = 1 << 13
 SNIFFED_BYTES = 1 << 14
 LONGEST_FIRST_LINE = 4 << 20  # an object over several lines has a shorter one
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -89,6 +89,11 @@ class InputFile:
     @property
     def is_stdin(self) -> bool:
         return self.path == STDIN
+
+    @property
+    def on_disk(self) -> str:
+        """The path by which the system knows the file, also one that is redirected to standard input."""
+        return "/dev/stdin" if self.is_stdin else self.path
 
     def has_changed(self) -> bool:
         """Whether size or time differ from what they were. Raises OSError if the file is gone."""
@@ -214,9 +219,11 @@ def json_kind(path: Path, packing: str = "") -> str:
 
 
 def is_sidecar(path: Path) -> bool:
-    """Whether my.json describes the dataset my.idx, whole or damaged, and is not text of the same name."""
-    with path.open("rb") as file:
-        return b'"bin_sha256"' in file.read(SNIFFED_BYTES) or not json_kind(path)
+    """Whether my.json describes the dataset my.idx, whole, damaged or unreadable, and is not text of the same name."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if b'"bin_sha256"' in file.read(SNIFFED_BYTES):
+            return True
+    return not json_kind(path)
 
 
 def kind_of(path: Path) -> str:

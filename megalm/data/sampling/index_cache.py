@@ -12,32 +12,20 @@ import functools
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megalm.errors import DataError
-from megalm.utils.atomic_files import sync_directory, write_atomically, writing_to
+from megalm.utils.atomic_files import CACHE_ADVICE, sync_directory, write_atomically, writing_to
 from megalm.utils.file_lock import take_lock
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 # A temporary file without writes for this long belongs to a killed process.
 _ABANDONED_SECONDS = 3600.0
-
-
-@contextlib.contextmanager
-def naming_cache() -> Iterator[None]:
-    """Add to a DataError about a file that cannot be written how to choose another cache."""
-    try:
-        yield
-    except DataError as error:
-        if not isinstance(error.__cause__, OSError):
-            raise
-        raise DataError(f"{error}, or choose another cache (data.cache, or MEGALM_CACHE)") from error
 
 
 class ArrayCache:
@@ -60,7 +48,7 @@ class ArrayCache:
         folder = self._directory / hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
         known = self._mapped(folder)
         if known is None:
-            with naming_cache(), writing_to(folder):
+            with writing_to(folder, CACHE_ADVICE):
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = take_lock(folder / "lock")
             with lock:
@@ -82,7 +70,7 @@ class ArrayCache:
 
     @staticmethod
     def _write(folder: Path, arrays: Arrays) -> None:
-        with naming_cache(), writing_to(folder):
+        with writing_to(folder, CACHE_ADVICE):
             for left in folder.glob(".*.tmp"):
                 with contextlib.suppress(FileNotFoundError):
                     if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:

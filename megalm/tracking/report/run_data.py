@@ -204,4 +204,4 @@ def _is_held(lock: Path, now: float) -> bool:
         status = lock.stat()
     except OSError:
         return False
-    return status.st_size > 0 and now - status.st_mtime < _ALIVE_SECONDS
+    return status.st_size > 0 and abs(now - status.st_mtime) < _ALIVE_SECONDS

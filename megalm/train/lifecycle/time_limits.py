@@ -75,8 +75,10 @@ class TimeLimits:
 
 
 def process_start() -> float:
-    """Return when this process started, on the clock of `time.monotonic()`."""
-    return time.monotonic() - (time.time() - psutil.Process().create_time())
+    """Return when this process started, on the clock of `time.monotonic()`, whoever sets the system's clock."""
+    boot = psutil.boot_time()  # in create_time too: the difference is the kernel's own figure
+    started = psutil.Process().create_time() - boot
+    return time.monotonic() - max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
 
 
 class Watchdog(threading.Thread):

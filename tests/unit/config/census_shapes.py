@@ -31,6 +31,12 @@ def adamw(**params: Any) -> Json:
 
 
 AUTO_ADAMW = {"type": "AdamW", "params": {"lr": AUTO, "betas": AUTO, "eps": AUTO, "weight_decay": AUTO}}
+
+
+def warmup(kind: str, **params: Any) -> Json:
+    return {"type": kind, "params": {"warmup_min_lr": 0, "warmup_max_lr": 1e-3, "warmup_num_steps": 1000, **params}}
+
+
 AUTO_BATCH = {
     "train_batch_size": AUTO,
     "train_micro_batch_size_per_gpu": AUTO,
@@ -131,6 +137,25 @@ SHAPES: dict[str, Shape] = {
     "auto-scheduler-decay": Shape(
         plain(scheduler={"type": "WarmupDecayLR", "params": {**AUTO_WARMUP["params"], "total_num_steps": AUTO}}),
         noted=("scheduler",),
+    ),
+    "warmup-numbers": Shape(
+        plain(scheduler=warmup("WarmupLR"), optimizer=adamw()), noted=("scheduler", "optimizer.params.lr")
+    ),
+    "warmup-decay-numbers": Shape(
+        plain(scheduler=warmup("WarmupDecayLR", total_num_steps=10000)), noted=("scheduler", "schedule.decay_end_step")
+    ),
+    "warmup-cosine-numbers": Shape(
+        plain(
+            scheduler={
+                "type": "WarmupCosineLR",
+                "params": {"warmup_min_ratio": 0.03, "warmup_num_steps": 10, "total_num_steps": 200},
+            }
+        ),
+        noted=("scheduler",),
+    ),
+    "one-cycle": Shape(
+        plain(scheduler={"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3}}),
+        refused=("scheduler.type", "OneCycle", "cycle_max_lr=0.001"),
     ),
     "auto-sections": Shape(plain(fp16=AUTO, optimizer=AUTO), noted=("fp16", "optimizer")),
     "micro-and-auto": Shape({**PLAIN, "train_batch_size": AUTO, "train_micro_batch_size_per_gpu": 4}),
@@ -269,6 +294,14 @@ SHAPES: dict[str, Shape] = {
             csv_monitor={"enabled": False},
         ),
         noted=("tensorboard", "wandb", "csv_monitor"),
+    ),
+    "profilers": Shape(
+        plain(
+            flops_profiler={"enabled": True, "profile_step": 30, "module_depth": -1, "detailed": True},
+            comms_logger={"enabled": True, "verbose": False, "prof_all": True, "debug": False},
+            wall_clock_breakdown=True,
+        ),
+        noted=("comms_logger.verbose", "flops_profiler.module_depth"),
     ),
     "profilers-off": Shape(
         plain(flops_profiler={"enabled": False, "profile_step": 1}, comms_logger={"enabled": False, "verbose": False})

@@ -53,8 +53,9 @@ def test_what_trains_as_it_is_trains_the_same_after(tmp_path: Path, name: str) -
     shape = SHAPES[name]
     path = tmp_path / "theirs.json"
     path.write_text(json.dumps(shape.json))
-    before = resolve(load_run_config(None, []), read_deepspeed_json(path), shape.ranks, GPU)
-    _, after = converted(shape, tmp_path)
+    made, after = converted(shape, tmp_path)
+    length = [f"train.steps={made.run['train.steps']}"] if "train.steps" in made.run else []
+    before = resolve(load_run_config(None, length), read_deepspeed_json(path), shape.ranks, GPU)
     assert after.deepspeed == before.deepspeed
     assert (after.schedule, after.optimizer) == (before.schedule, before.optimizer)
 
@@ -76,6 +77,10 @@ def test_what_replaces_a_section_is_in_the_run_file(tmp_path: Path) -> None:
     assert made.run["train.checkpoint_activations_every"] == 1
     made, run = converted(SHAPES["monitors"], tmp_path)
     assert made.run["tracking.mlflow"] is True
+    made, run = converted(SHAPES["warmup-decay-numbers"], tmp_path)
+    assert "scheduler" not in made.deepspeed
+    schedule = run.config.schedule
+    assert (run.config.train.steps, schedule.kind, schedule.warmup_steps) == (10000, "linear", 1000)
     off = Shape(plain(activation_checkpointing={"partition_activations": False, "number_checkpoints": None}))
     assert "train.checkpoint_activations_every" not in converted(off, tmp_path)[0].run
 

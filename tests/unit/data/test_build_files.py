@@ -341,13 +341,14 @@ def test_a_few_documents_may_be_skipped_whatever_their_share(tmp_path: Path) -> 
             build_files([path], ByteTokenizer(), prefix, limited)
 
 
-@pytest.mark.parametrize(("content", "removed"), [(b'{"text": "a"}\n' * 7, 7), (b"", 0)])
+@pytest.mark.parametrize(("content", "removed"), [(b'{"text": "a"}\n' * 7, 7), (b"", 0), (b"broken\n" * 30, 0)])
 def test_nothing_to_build_of(tmp_path: Path, content: bytes, removed: int) -> None:
     (tmp_path / "in.jsonl").write_bytes(content)
     options = BuildOptions(on_error="skip", filters=Filters(min_characters=5))
     with pytest.raises(DataError) as error:
         build_files([tmp_path / "in.jsonl"], ByteTokenizer(), tmp_path / "out", options)
     assert_names(error.value, tmp_path / "out", 0, removed)
+    assert "--max-loss" not in str(error.value)
     assert not list(tmp_path.glob("out.*i*x"))
 
 
@@ -503,6 +504,15 @@ def test_documents_too_long_are_refused(tmp_path: Path) -> None:
     assert (report.documents, report.skipped) == (2, 1)
     again = build_files([tmp_path], ByteTokenizer(), tmp_path / "out", BuildOptions(read=options.read, on_error="skip"))
     assert again.was_there  # what was written into the folder is no input
+    packed = tmp_path / "more" / "in.jsonl.gz"
+    packed.parent.mkdir()
+    packed.write_bytes(gzip.compress("\n".join(lines).encode()))
+    for workers, unit_bytes in ((1, None), (2, 8000)):
+        limited = BuildOptions(read=options.read, on_error="skip", unit_bytes=unit_bytes)
+        prefix = tmp_path / f"out{workers}"
+        losses = build_files([packed], ByteTokenizer(), prefix, limited, workers).reports[0].losses
+        assert (losses["read"], losses["skipped"], losses["lost_files"]) == (3, 1, 0)
+        assert losses["skipped_bytes"] == pytest.approx(len(lines[1]), abs=1)
     assert again.ignored_files == 4
 
 

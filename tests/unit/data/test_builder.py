@@ -200,6 +200,9 @@ def test_a_file_named_like_a_description_is_none(tmp_path: Path, text: str) -> N
     (tmp_path / "raw.json").write_text("{")
     with pytest.raises(DataError, match=r"raw\.json"):
         read_sidecar(tmp_path / "raw")
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(DataError, match=r"folder\.json"):
+        read_sidecar(tmp_path / "folder")
 
 
 def test_a_merge_never_destroys_what_it_reads(tmp_path: Path) -> None:

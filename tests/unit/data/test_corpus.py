@@ -225,6 +225,24 @@ def test_parquet_without_the_column_or_text(tmp_path: Path) -> None:
     assert_names(error.value, "x.parquet:0", "'n'", "int")
 
 
+def test_a_table_damaged_in_the_middle(tmp_path: Path) -> None:
+    """What was read before the damage is kept, and the share of rows behind it is the share of bytes that are lost."""
+    path = tmp_path / "x.parquet"
+    rows = [f"{number} {number**9}" * 20 for number in range(2000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), path, row_group_size=100)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 2000] = b"\xff" * 2000
+    path.write_bytes(content)
+    report = ReadReport()
+    documents = list(iter_documents([path], on_error="skip", report=report))
+    assert [document.text for document in documents] == rows[: len(documents)]
+    losses = report.losses
+    assert 800 <= len(documents) <= 1100
+    assert (losses.skipped, losses.lost_files, losses.input_bytes) == (0, 1, len(content))
+    assert losses.lost_bytes == pytest.approx(len(content) * (1 - len(documents) / 2000), abs=1)
+
+
 def test_skipping_goes_on_behind_the_broken_line(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "a"}\nbroken\n{"text": "b"}\n')

@@ -79,6 +79,18 @@ def test_looking_at_a_dataset(tmp_path: Path, source_texts: list[str], model_pat
         assert [head for head in heads if re.search(rf"\b{sample}: ", head)], heads
 
 
+def test_a_file_behind_standard_input_is_not_overwritten(tmp_path: Path) -> None:
+    text = tmp_path / "my.json"
+    text.write_text('["a"]')
+    options = ("--input", "-", "--stdin-kind", ".json", "--tokenizer", "bytes", "--output-prefix", tmp_path / "my")
+    command = [sys.executable, DOORS / "build_dataset.py", *options, "--overwrite"]
+    with text.open() as opened:
+        refused = subprocess.run(command, stdin=opened, capture_output=True, text=True, check=False, timeout=120)
+    assert refused.returncode == 2
+    assert_one_line(refused.stderr, text, "/dev/stdin")
+    assert text.read_text() == '["a"]'
+
+
 def test_a_name_that_no_terminal_can_show(tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"na\xefve.jsonl")
     path.write_text('{}\n{"text": "a"}\n')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -118,6 +119,12 @@ def test_what_cannot_be_read_is_counted(model: InferenceModel, tmp_path: Path) -
     found = read_text(str(path), model.facts)
     assert (found.documents, found.skipped) == (1, 2)
     assert_names(found.problem, f"{path}:2")
+    path.write_bytes(path.read_bytes() * 100)
+    packed = path.with_suffix(".jsonl.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()) + b"rubbish" * 5000)
+    found = read_text(str(packed), model.facts)
+    assert (found.documents, found.skipped) == (100, 201)
+    assert_names(found.problem, f"{packed}:2", 1, 100, 300)
     path.write_text('{"text": ""}\n')
     for refused in (str(path), str(tmp_path / "absent.txt")):
         with pytest.raises(DataError) as caught:

@@ -1,0 +1,83 @@
+"""What a command sets up first in its process: standard streams that can be used, open files enough, /proc."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megalm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+# Connections of a process group, libraries, data and checkpoints; a run of a few ranks has up to a hundred open.
+_FEWEST_FILES = 192
+_USUAL_FILES = 4096
+
+
+class _Output(io.FileIO):
+    """Standard output; what nobody reads any more is dropped."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())  # a full disk is reported once, not at the exit again
+            os.close(nowhere)
+            if not isinstance(error, BrokenPipeError):
+                raise OSError(error.errno, error.strerror, "standard output") from None
+            return len(memoryview(data).cast("B"))
+
+
+def keep_standard_streams() -> None:
+    """Call first in a command.
+
+    A standard stream that is closed (`>&-`) is opened on /dev/null: else the next file gets its number, and what a
+    library prints lands there. A pipe whose reader has gone (`| head`) does not end the command.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 - for the process
+    stdout = sys.stdout
+    if not isinstance(stdout, io.TextIOWrapper):
+        return
+    if stdout is not sys.__stdout__:  # a caller's own
+        stdout.reconfigure(errors="backslashreplace")
+        return
+    with contextlib.suppress(OSError, ValueError):
+        stdout.flush()
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(_Output(stdout.fileno(), "w", closefd=False)),
+            encoding=stdout.encoding,
+            errors="backslashreplace",  # an encoding without a character is no reason to fail
+            line_buffering=stdout.line_buffering,
+        )
+
+
+def require_system() -> None:
+    """Let this process open enough files, and refuse to train where it cannot.
+
+    Raises:
+        ConfigError: the limit of open files is too low, or /proc is missing.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _USUAL_FILES:
+        soft = _USUAL_FILES if hard == resource.RLIM_INFINITY else min(_USUAL_FILES, hard)
+        if soft < _FEWEST_FILES:
+            raise ConfigError(
+                f"a process may open only {soft} files here, training needs {_FEWEST_FILES}; raise the limit with "
+                f"ulimit -n {_USUAL_FILES}"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if not Path("/proc/self/stat").exists():
+        raise ConfigError("/proc is not there, which training needs; mount it in the container or jail")
