@@ -19,6 +19,7 @@ sys.path.pop(0)
 import typer
 from rich.console import Console
 
+from megalm.cli.options import expand_home
 from megalm.data.builder.builder import BuildProgress, Built
 from megalm.data.indexed.metadata import AWAITS_MERGE, DatasetMetadata
 from megalm.data.readers.document_reader import ReadReport
@@ -52,7 +53,7 @@ def run(command: Callable[..., None]) -> None:
     keep_standard_streams()
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(command)
-    app()
+    app(args=expand_home(sys.argv[1:]))
 
 
 @contextmanager
@@ -69,7 +70,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _refuse(line: str, code: int) -> NoReturn:
-    echo(f"error: {line}", err=True)
+    echo(f"megalm: error: {line}", err=True)
     raise typer.Exit(code) from None
 
 

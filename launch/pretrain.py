@@ -20,7 +20,16 @@ sys.path.pop(0)
 
 import typer
 
-from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Gpu, Overrides, RanksPerNode
+from megalm.cli.options import (
+    RANKS_PER_NODE,
+    Config,
+    DeepSpeedJson,
+    ExtendSteps,
+    Gpu,
+    Overrides,
+    RanksPerNode,
+    expand_home,
+)
 from megalm.errors import MegalmError, message_of
 from megalm.rank_environment import is_other_rank, launched_ranks, rank_in_messages
 from megalm.utils.formatting import printable
@@ -78,12 +87,12 @@ def main(
     """Pretrain a language model with DeepSpeed.
 
     Without arguments it builds a corpus from this Python's standard library, trains a tokenizer and a small
-    model on it, validates, samples, saves checkpoints and tracks the run, in a few minutes on two cores.
+    model on it, validates, samples, saves checkpoints and tracks the run: minutes on two CPU cores.
 
     \b
     deepspeed launch/pretrain.py --deepspeed_config ds_configs/zero2.json
     deepspeed --num_gpus 2 launch/pretrain.py --deepspeed_config ds_configs/zero3.json train.steps=1000
-    python launch/pretrain.py --deepspeed_config ds_configs/bf16.json --config my.yaml --dry-run
+    python launch/pretrain.py --deepspeed_config ds_configs/zero1.json --config my.yaml --dry-run
     """
     arguments: dict[str, Any] = {
         "deepspeed_config": deepspeed_config,
@@ -136,4 +145,4 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int, gp
 
 if __name__ == "__main__":
     keep_standard_streams()
-    app()
+    app(args=expand_home(sys.argv[1:]))

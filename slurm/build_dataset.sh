@@ -24,7 +24,7 @@ usage() {
 }
 
 refuse() {
-    echo "error: $1; see $0 --help" >&2
+    echo "megalm: error: $1; see $0 --help" >&2
     exit 2
 }
 

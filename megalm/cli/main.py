@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 import megalm
+from megalm.cli.options import expand_home
 from megalm.errors import EXIT_FAILED, EXIT_REFUSED, MegalmError, message_of
 from megalm.utils.did_you_mean import did_you_mean
 from megalm.utils.formatting import PrintableFormatter
@@ -39,7 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script; always raises SystemExit. A MegalmError becomes one line on stderr."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = expand_home(sys.argv[1:] if arguments is None else arguments)
     keep_standard_streams()
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("megalm: %(levelname)s: %(message)s"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +15,24 @@ if TYPE_CHECKING:
     import torch
 
 RANKS_PER_NODE = 8  # if no launcher gives the number
+
+_TEXT_OPTIONS = ("--prompt", "--reason", "--name")  # their values are no paths
+_OPTION = re.compile(r"(--[a-z_-]+=)?(~.*)", re.DOTALL)
+
+
+def expand_home(words: Sequence[str]) -> list[str]:
+    """Expand `~` at the start of the words of a command line, which a shell leaves in quotes and in `--option=~/x`.
+
+    In `key=~/x` the configuration does it, where it knows that the key takes a path.
+    """
+
+    def expand(before: str, word: str) -> str:
+        match = _OPTION.fullmatch(word)
+        if match is None or (match[1] or f"{before}=").rstrip("=") in _TEXT_OPTIONS:
+            return word
+        return f"{match[1] or ''}{os.path.expanduser(match[2])}"
+
+    return [expand(before, word) for before, word in zip(["", *words], words, strict=False)]
 
 
 class Precision(str, Enum):

@@ -15,6 +15,7 @@ from megalm.cli.find_run import checkpoint_at
 from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Gpu, Overrides, RanksPerNode
 from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed.json_reader import DeviceFacts
+from megalm.config.schema import DocumentedSection
 from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.errors import ConfigError
 from megalm.planning.lr_schedule import ScheduleSegment
@@ -24,6 +25,7 @@ from megalm.runs.run_settings import ConfigFiles, read_settings
 from megalm.train.resume.compatibility import with_last_step, with_schedule
 from megalm.train.run_summary import planned_data
 from megalm.utils.atomic_files import refuse_overwriting_inputs
+from megalm.utils.formatting import parse_bytes
 from megalm.utils.terminal import echo
 
 # Turns a run into its continuation after a checkpoint: with its last step, and with all its schedules.
@@ -41,12 +43,17 @@ def command(
         typer.Option("--ranks", min=1, help="The number of ranks. Default: the recipe's documented GPUs, else 1."),
     ] = None,
     gpu_memory: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             "--gpu-memory",
-            min=0.1,
-            max=1e6,
-            help="Plan for GPUs with bf16 and this many GiB. Default: the recipe's documented GPUs, else this machine.",
+            metavar="SIZE",
+            help="Plan for GPUs with bf16 and this much memory: 80 (GiB), 80GiB or 80GB. Default: that of --gpu.",
+        ),
+    ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--host-memory", metavar="SIZE", help="The CPU memory of a node, for offload: 512 (GiB), 512GiB or 512GB."
         ),
     ] = None,
     gpu: Gpu = None,
@@ -66,21 +73,24 @@ def command(
     """Show a run before it starts: size, tokens, memory, schedule. Starts nothing; only --plot writes a file.
 
     \b
-    megalm plan train.steps=1000
+    megalm plan --ranks 64 --gpu H100 model.hidden_size=2048 train.tokens_per_parameter=20
     megalm plan --config a100x4-300m --plot rate.png
     """
     if extend_steps is not None and after is None:
         raise ConfigError("--extend-steps needs a checkpoint; name it with --after")
-    device = planned_gpu(gpu, gpu_memory)
+    device = planned_gpu(gpu, None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory", "GiB"))
     files = read_settings(config, overrides or [], deepspeed_config, resume=False, ranks=ranks or 1)
     documented = files.loaded.config.documented
-    plan = planned(
-        files,
-        ranks or documented.devices or 1,
-        device or planned_gpu(None, documented.device_memory_gib),
-        ranks_per_node,
-        None if after is None else partial(_after, after, extend_steps),
-    )
+    ranks = ranks or documented.devices or 1
+    per_node = min(ranks, ranks_per_node)
+    device = device or _documented_gpu(documented) or own_device(per_node)
+    if host_memory is not None:
+        node = parse_bytes(host_memory, "--host-memory", "GiB")
+        if device.kind == "cpu":
+            raise ConfigError(f"--host-memory {host_memory} is for a plan of GPUs; add --gpu NAME or --gpu-memory SIZE")
+        device = replace(device, host_memory_bytes=node // per_node)
+    continuation = None if after is None else partial(_after, after, extend_steps)
+    plan = planned(files, ranks, device, ranks_per_node, continuation)
     show_plan(plan, ranks_per_node)
     if plot is not None:
         refuse_overwriting_inputs([plot], [path for path in (config, files.deepspeed.path) if path is not None])
@@ -128,16 +138,22 @@ def _after(checkpoint: Path, more: int | None, run: ResolvedRun) -> tuple[Resolv
     return with_last_step(run, schedule), schedule.segments
 
 
-def planned_gpu(name: str | None, memory_gib: float | None) -> DeviceFacts | None:
+def planned_gpu(name: str | None, memory_bytes: int | None) -> DeviceFacts | None:
     """Return the GPU of a plan by its name, its memory or both; None without both.
 
     Raises:
         ConfigError: no such GPU.
     """
-    if name is None and memory_gib is None:
+    if name is None and memory_bytes is None:
         return None
     gpu = DeviceFacts(kind="cuda", bf16=True, memory_bytes=0) if name is None else gpu_by_name(name)
-    return gpu if memory_gib is None else replace(gpu, memory_bytes=int(memory_gib * _GIB))
+    return gpu if memory_bytes is None else replace(gpu, memory_bytes=memory_bytes)
+
+
+def _documented_gpu(documented: DocumentedSection) -> DeviceFacts | None:
+    gib = documented.device_memory_gib
+    gpu = planned_gpu(None, None if gib is None else int(gib * _GIB))
+    return None if gpu is None else replace(gpu, name=documented.device)
 
 
 def own_device(local_ranks: int) -> DeviceFacts:
@@ -150,6 +166,6 @@ def own_device(local_ranks: int) -> DeviceFacts:
         from megalm.engine.device import device_facts  # imports torch, which a plan with --gpu-memory does not need
     except ImportError as error:
         raise ConfigError(
-            f"a plan for this machine needs torch ({error}); plan for other GPUs with --gpu NAME or --gpu-memory GIB"
+            f"a plan for this machine needs torch ({error}); plan for other GPUs with --gpu NAME or --gpu-memory SIZE"
         ) from None
     return device_facts(local_ranks)

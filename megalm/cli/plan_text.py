@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 from megalm.config.loading import external_name
@@ -11,19 +12,26 @@ from megalm.config.validation import leaf_fields, shown
 from megalm.cost_model.memory import MemoryPlan, checkpoint_bytes
 from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
 from megalm.model.model_config import ModelConfig
+from megalm.planning.memory_fit import USABLE_MEMORY, remedies
 from megalm.planning.recipe_claims import changed_keys, judge, tolerances
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_checks import how_to_give_data
-from megalm.planning.run_plan import Plan
+from megalm.planning.run_plan import ASSUMED_MFU, Plan
 from megalm.topology import AXES, Axis, Topology, bubble_share
 from megalm.utils.formatting import format_bytes, table, terminal_width, wrapped
 
 _STAGES_SHOWN = 8  # of a longer pipeline, the first and last stages
+_LONGEST_HOURS = 24 * 365 * 20  # a date beyond says nothing
 _TRAFFIC: dict[Axis, str] = {
     "pipeline": "hidden states, each micro-batch",
-    "data": "gradients, each step",
     "tensor": "hidden states, several times a layer",
 }
+_DATA_TRAFFIC = (  # by ZeRO stage
+    "gradients, each step",
+    "gradients, each step",
+    "gradients, each micro-batch",
+    "gradients and weights, each micro-batch",
+)
 
 
 def grid_text(run: ResolvedRun, shape: ModelConfig, ranks_per_node: int) -> str:
@@ -35,7 +43,7 @@ def grid_text(run: ResolvedRun, shape: ModelConfig, ranks_per_node: int) -> str:
         f"{nodes:,} node(s) of {ranks_per_node} ranks",
     ]
     if topology.world_size > 1:
-        lines += ["", _axes(topology, ranks_per_node)]
+        lines += ["", _axes(topology, ranks_per_node, run.zero_stage)]
     if topology.pipeline > 1:
         lines += ["", *_stages(topology, shape, ranks_per_node)]
         if run.config.parallel.balance == "time":
@@ -53,7 +61,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
     return f"{ranks[0]}, {ranks[1]} .. {ranks[-1]}"
 
 
-def _axes(topology: Topology, ranks_per_node: int) -> str:
+def _axes(topology: Topology, ranks_per_node: int, zero_stage: int) -> str:
     rows: list[list[object]] = []
     for axis in reversed(AXES):  # the innermost axis has the most traffic
         groups = topology.groups(axis)
@@ -61,7 +69,8 @@ def _axes(topology: Topology, ranks_per_node: int) -> str:
         if not topology.stays_in_a_node(axis, ranks_per_node):
             place = "between nodes"
         last = ranks_text(groups[-1]) if len(groups) > 1 else None
-        rows.append([axis, topology.size(axis), len(groups), ranks_text(groups[0]), last, place, _TRAFFIC[axis]])
+        traffic = _TRAFFIC[axis] if axis != "data" else _DATA_TRAFFIC[zero_stage]
+        rows.append([axis, topology.size(axis), len(groups), ranks_text(groups[0]), last, place, traffic])
     return table(["axis", "degree", "groups", "first group", "last group", "where", "traffic"], rows)
 
 
@@ -103,22 +112,50 @@ def plan_text(
         data_rows, warnings: from `planned_data`.
     """
     sections = {
+        "Verdict": _verdict(plan),
         "Configuration": _configuration(plan),
         "DeepSpeed": _deepspeed(plan),
         "Ranks": grid_text(plan.resolved, plan.shape, ranks_per_node),
         "Parameters": _parameters(plan),
         "Tokens and work": _tokens(plan),
         "Data": "\n".join(text for _, text in data_rows) or _no_data(plan),
-        "Memory of one rank (estimate)": _memory(plan),
+        "Memory of one rank (estimate)": _memory(plan, min(ranks_per_node, plan.resolved.topology.world_size)),
         "Learning rate": _learning_rate(plan),
         **({"Documented against computed": _documented(plan)} if plan.resolved.config.documented.claims else {}),
-        "Notices": "\n".join(
-            [*plan.resolved.notices, *(f"WARNING: {text}" for text in (*_memory_warnings(plan), *warnings))]
-        )
-        or "none",
+        "Notices": "\n".join([*plan.resolved.notices, *(f"WARNING: {text}" for text in warnings)]) or "none",
     }
     width = terminal_width()
     return "\n\n".join(f"{title}\n{wrapped(text, width)}" for title, text in sections.items())
+
+
+def _verdict(plan: Plan) -> str:
+    """Whether the run fits, what makes it fit, and how long it takes."""
+    fit, run = plan.fit, plan.resolved
+    lines = [f"{fit.level}: by the estimate {fit}"]
+    if fit.level != "fits":
+        changes = remedies(plan.case, run.device)
+        lines.append(
+            f"to fit into {USABLE_MEMORY:.0%} of the memory: {'; or '.join(changes)}"
+            if changes
+            else "no micro-batch, recomputation, ZeRO stage or offload is enough: use more ranks (parallel.tensor, "
+            "parallel.pipeline) or a smaller model"
+        )
+    lines.append(_time(plan))
+    return "\n".join(lines)
+
+
+def _time(plan: Plan) -> str:
+    run = plan.resolved
+    work = f"{plan.total_tokens:,} tokens, {plan.tokens_per_parameter:.3g} per parameter"
+    if plan.hours is None:
+        name = run.device.name
+        return f"{work}; the speed of {name} is not known" if name else f"{work}; --gpu NAME adds the time"
+    end = datetime.now() + timedelta(hours=min(plan.hours, _LONGEST_HOURS))
+    date = f", until {end:%Y-%m-%d %H:%M} if it starts now" if plan.hours < _LONGEST_HOURS else ""
+    return (
+        f"{work}: {plan.hours:,.3g} hours on {run.topology.world_size} x {run.device.name}{date}, at an assumed MFU of "
+        f"{ASSUMED_MFU:.0%}"
+    )
 
 
 def _configuration(plan: Plan) -> str:
@@ -189,33 +226,44 @@ def _tokens(plan: Plan) -> str:
     )
 
 
-def _memory(plan: Plan) -> str:
-    """Memory by part and kind of stage; marks the fullest."""
-    stages = plan.memory_by_stage
+_PARTS = {
+    "weights": "the parameters that the model computes with",
+    "gradients": "where gradients are accumulated",
+    "master": "the optimizer's fp32 copy of the weights",
+    "moments": "Adam's two running means for each weight",
+    "buckets": "what is sent between ranks at one time; under ZeRO 3 also gathered weights",
+    "activations": "what the forward pass keeps for the backward pass",
+    "loss": "a chunk of logits, and the gradients of head and hidden states",
+    "runtime": "allowance for CUDA's context, cuBLAS and NCCL",
+    "swap buffers": "the optimizer states in work",
+    "checkpoint copy": "what checkpoint.async writes from",
+}
+
+
+def _memory(plan: Plan, ranks_per_node: int) -> str:
+    """Memory by part and kind of stage, with what each part is; marks the fullest."""
+    stages, device = plan.memory_by_stage, plan.resolved.device
+    blank = [""] * (len(stages) - 1)
     headings = ["part", *(_stage_words(plan, stage) for stage in stages)] if len(stages) > 1 else ["part", "size"]
-    parts: list[list[object]] = [
-        [part, *(format_bytes(stage.parts()[part]) for stage in stages)] for part in stages[0].parts()
+    rows: list[list[object]] = [
+        [part, *(format_bytes(stage.parts()[part]) for stage in stages), _PARTS[part]] for part in stages[0].parts()
     ]
-    offloaded: list[list[object]] = [
-        [f"{part} (CPU memory)", *(format_bytes(stage.host[part]) for stage in stages)]
+    rows += [
+        [f"{part} (CPU memory)", *(format_bytes(stage.host[part]) for stage in stages), _PARTS[part]]
         for part, count in stages[0].host.items()
         if count
     ]
     if any(stage.disk for stage in stages):
-        offloaded.append(["optimizer states (NVMe)", *(format_bytes(stage.disk) for stage in stages)])
-    total = ["total", *(format_bytes(stage.total) for stage in stages)]
-    available = ["available", format_bytes(plan.resolved.device.memory_bytes), *[""] * (len(stages) - 1)]
-    return table(headings, [*parts, *offloaded, total, available])
-
-
-def _memory_warnings(plan: Plan) -> list[str]:
-    needed, available = plan.memory.total, plan.resolved.device.memory_bytes
-    if needed <= available:
-        return []
-    return [
-        f"the run probably does not fit: a rank needs {format_bytes(needed)} of {format_bytes(available)}; smaller "
-        "micro-batches, train.checkpoint_activations_every=1, a higher ZeRO stage or offload need less"
-    ]
+        rows.append(["optimizer states (NVMe)", *(format_bytes(stage.disk) for stage in stages), "on the disk"])
+    rows.append(["total", *(format_bytes(stage.total) for stage in stages), ""])
+    rows.append(["available", format_bytes(device.memory_bytes), *blank, ""])
+    if plan.fit.host_needed:
+        host = [sum(stage.host.values()) for stage in stages]
+        of_node = f"{format_bytes(max(host) * ranks_per_node)} on a node of {ranks_per_node} rank(s)"
+        rows.append(["total (CPU memory)", *map(format_bytes, host), of_node])
+        share = format_bytes(device.host_memory_bytes) or "unknown"
+        rows.append(["available (CPU memory)", share, *blank, "a rank's share of the node; megalm plan --host-memory"])
+    return table([*headings, "holds"], rows)
 
 
 def _no_data(plan: Plan) -> str:

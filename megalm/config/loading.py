@@ -39,8 +39,10 @@ SAVED_CONFIG = "the run's own"  # the config.yaml of a resumed run
 # A resumed run does not inherit these sections: its folder, and the permissions of one resume.
 _NOT_INHERITED = ("run", "resume")
 
-# Alternative keys: a layer that sets one of a pair replaces the other of weaker layers.
+# Alternative keys: a layer that sets one of a group replaces the others of weaker layers.
+RUN_LENGTH = ("train.steps", "train.tokens", "train.tokens_per_parameter")
 _ALTERNATIVES = (
+    RUN_LENGTH,
     ("data.train", "data.recipe"),
     ("data.validation", "data.split"),
     ("schedule.initial_learning_rate", "schedule.initial_ratio"),
@@ -99,6 +101,9 @@ _OTHER_NAMES = {
     "train_iters": "train.steps",
     "epochs": "train.steps",
     "num_train_epochs": "train.steps",
+    "max_tokens": "train.tokens",
+    "train_tokens": "train.tokens",
+    "total_tokens": "train.tokens",
     "seq_length": "data.sequence_length",
     "block_size": "data.sequence_length",
     "n_layer": "model.num_hidden_layers",
@@ -330,10 +335,9 @@ def config_to_yaml(config: RunConfig, of_preset: DocumentedSection | None = None
 
 
 def _replaced_by(layer: _Layer) -> Iterator[str]:
-    for pair in _ALTERNATIVES:
-        for key, other in (pair, pair[::-1]):
-            if layer.leaves.get(key) is not None and other not in layer.leaves:
-                yield other
+    for group in _ALTERNATIVES:
+        if any(layer.leaves.get(key) is not None for key in group):
+            yield from (other for other in group if other not in layer.leaves)
 
 
 def _command_line(overrides: Sequence[str]) -> _Layer:

@@ -6,6 +6,7 @@ errors here. Names carry their units. The models are frozen: derived values are 
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -14,6 +15,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+# A file, a folder or a prefix; `~` is the home folder.
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
@@ -78,7 +81,7 @@ StepConvention = Literal["standard", "deepspeed"]
 
 class RunSection(Section):
     name: str | None = Field(default=None, description="folder under run.root; null: the next free PRESET-001")
-    root: str = Field(default="runs", description="folder of the run folders and of the default MLflow store")
+    root: UserPath = Field(default="runs", description="folder of the run folders and of the default MLflow store")
 
 
 class ModelSection(Section):
@@ -109,7 +112,7 @@ class ModelSection(Section):
 class BlendPart(Section):
     """A dataset of a mixture; its share is its weight divided by the sum of all weights. 0 leaves it out."""
 
-    prefix: str
+    prefix: UserPath
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -121,13 +124,13 @@ class DataStage(Section):
 
 
 class DataSection(Section):
-    train: str | tuple[BlendPart, ...] | None = Field(
+    train: UserPath | tuple[BlendPart, ...] | None = Field(
         default=None, description="dataset prefix: PREFIX.bin and PREFIX.idx; or a list of {prefix, weight}"
     )
     stages: tuple[DataStage, ...] = Field(
         default=(), description="other mixtures from later steps on: a list of {from_step, blend}"
     )
-    validation: str | dict[str, str] | None = Field(
+    validation: UserPath | dict[str, UserPath] | None = Field(
         default=None,
         description="dataset prefix, or a mapping of names to prefixes; data.split takes it from data.train instead",
     )
@@ -135,18 +138,18 @@ class DataSection(Section):
         default=False, description="let data.validation name a dataset that the run trains on, or a copy of one"
     )
     split: str | None = Field(default=None, description="TRAIN,VALIDATION weights by document, e.g. 95,5")
-    tokenizer: str | None = Field(
+    tokenizer: UserPath | None = Field(
         default=None, description="SentencePiece .model, Hugging Face tokenizer.json, or 'bytes'"
     )
     recipe: Literal["python-stdlib"] | None = Field(
         default=None, description="prepare this corpus on the machine if data.train is null"
     )
     recipe_vocab_size: PositiveInt = 8192
-    cache: str | None = Field(
+    cache: UserPath | None = Field(
         default=None,
         description="folder of recipes and sample orders; default MEGALM_CACHE or ~/.cache/megalm",
     )
-    input: str | tuple[str, ...] | None = Field(
+    input: UserPath | tuple[UserPath, ...] | None = Field(
         default=None, description="files, folders or globs that data.rebuild builds data.train from"
     )
     append_eod: bool | None = Field(
@@ -212,7 +215,15 @@ class BatchSection(Section):
 
 
 class TrainSection(Section):
+    """The length is one of steps, tokens and tokens_per_parameter; planning/resolve.py derives the steps."""
+
     steps: PositiveInt = 400
+    tokens: PositiveInt | None = Field(
+        default=None, description="train on at least this many tokens: train.steps follows from the batch"
+    )
+    tokens_per_parameter: PositiveFloat | None = Field(
+        default=None, description="the same as a multiple of the parameters, embeddings included: 20 is common"
+    )
     seed: NonNegativeInt = 1234
     log_interval_steps: PositiveInt = 1
     checkpoint_activations_every: NonNegativeInt = Field(
@@ -321,7 +332,9 @@ class RunConfig(Section):
     """The whole configuration of a run, except its DeepSpeed JSON."""
 
     preset: str | None = Field(default=None, description="the preset that this file starts from")
-    deepspeed_config: str | None = Field(default=None, description="the DeepSpeed JSON that a recipe preset belongs to")
+    deepspeed_config: UserPath | None = Field(
+        default=None, description="the DeepSpeed JSON that a recipe preset belongs to"
+    )
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()

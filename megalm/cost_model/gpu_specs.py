@@ -63,4 +63,5 @@ def gpu_by_name(name: str) -> DeviceFacts:
     if chip not in known:
         raise ConfigError(f"--gpu {name}: no such GPU{did_you_mean(chip, known)}; known: {', '.join(_GPUS)}")
     size, bf16 = _GPUS[known[chip]]
-    return DeviceFacts(kind="cuda", bf16=bf16, memory_bytes=int(float(memory or size) * _GIB))
+    full_name = f"{known[chip]}-{memory}GB" if memory else known[chip]
+    return DeviceFacts(kind="cuda", bf16=bf16, memory_bytes=int(float(memory or size) * _GIB), name=full_name)

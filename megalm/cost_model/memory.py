@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from megalm.config.deepspeed.json_schema import Precision, ZeroSection
 from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
 from megalm.model.model_config import ModelConfig, kept_probabilities
-from megalm.topology import Topology
+from megalm.topology import AXES, Topology
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -185,6 +185,7 @@ class MemoryPlan:
         buckets: communication buffers, and under ZeRO 3 the weights gathered at one time.
         activations: kept by the forward pass for the backward pass.
         loss: the chunk of logits and the gradients of head and hidden states.
+        runtime: on a GPU, an allowance for CUDA's context, cuBLAS and NCCL.
         host: part -> bytes that offload and checkpoints keep in the CPU's memory.
         disk: the optimizer's states on NVMe.
         stage: of the pipeline; 0 without one.
@@ -197,6 +198,7 @@ class MemoryPlan:
     buckets: int
     activations: int
     loss: int
+    runtime: int
     host: dict[str, int]
     disk: int = 0
     on_cpu: bool = False
@@ -204,7 +206,7 @@ class MemoryPlan:
 
     def parts(self) -> dict[str, int]:
         """Part -> bytes on the device."""
-        names = ("weights", "gradients", "master", "moments", "buckets", "activations", "loss")
+        names = ("weights", "gradients", "master", "moments", "buckets", "activations", "loss", "runtime")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -234,11 +236,25 @@ def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
             buckets=_bucket_bytes(case, groups),
             activations=activation_bytes(case, share),
             loss=loss_bytes(case, share.tensor) if share.is_last else 0,
+            runtime=_runtime_bytes(case),
             host=host,
             disk=16 * _own_elements(case, groups) if case.swaps else 0,  # master, two moments and the gradient
             on_cpu=case.on_cpu,
             stage=share.stage,
         )
+
+
+# An allowance by common experience, not measured here: CUDA's context with its kernels and cuBLAS's workspaces, and
+# NCCL's buffers of each group of ranks.
+_CUDA_CONTEXT, _NCCL_GROUP = 768 * 2**20, 256 * 2**20
+
+
+def _runtime_bytes(case: MemoryCase) -> int:
+    """Memory of a GPU that no tensor holds."""
+    if case.on_cpu:
+        return 0
+    groups = sum(case.topology.size(axis) > 1 for axis in AXES)
+    return _CUDA_CONTEXT + _NCCL_GROUP * (groups + (groups > 1))  # of several axes, the group of all ranks too
 
 
 def checkpoint_bytes(shape: ModelConfig) -> int:

@@ -64,4 +64,4 @@ def balanced_blocks(layers: int, stages: int, costs: StageCosts) -> tuple[int, .
 
 def micro_batches_for(stages: int, bubble: float) -> int:
     """The smallest number of micro-batches per step with which each stage waits for at most `bubble` of it."""
-    return math.ceil((stages - 1) * (1 - bubble) / bubble)
+    return math.ceil(round((stages - 1) * (1 - bubble) / bubble, 6))  # 12.000000000000002 is 12

@@ -90,11 +90,13 @@ def _wait_for(device: torch.device) -> None:
 
 def device_facts(local_world_size: int) -> DeviceFacts:
     """Return this rank's device facts; memory is one rank's share, in bytes."""
+    # Total memory, not free memory: every rank and every resume must derive the same batch size.
+    share = psutil.virtual_memory().total // local_world_size
     if _computes_on_cuda():
         properties = torch.cuda.get_device_properties(0)
-        return DeviceFacts(kind="cuda", bf16=torch.cuda.is_bf16_supported(), memory_bytes=properties.total_memory)
-    # Total memory, not free memory: every rank and every resume must derive the same batch size.
-    return DeviceFacts(kind="cpu", bf16=_cpu_has_bf16(), memory_bytes=psutil.virtual_memory().total // local_world_size)
+        bf16 = torch.cuda.is_bf16_supported()
+        return DeviceFacts("cuda", bf16, properties.total_memory, share, torch.cuda.get_device_name(0))
+    return DeviceFacts("cpu", _cpu_has_bf16(), share)
 
 
 def device_name() -> str:

@@ -1,8 +1,8 @@
 """Read and write a DeepSpeed optimizer's state as fragments of canonical parameters.
 
-This module uses DeepSpeed's private names; tests/distributed checks them against the pinned version. A fragment is a
-flat range of one parameter that this rank owns: its fp32 master and both moments. Offsets are computed from addresses,
-not from DeepSpeed's own maps, which are wrong for some settings.
+Like other modules of this package it uses DeepSpeed's internals; tests/distributed holds them to the pinned version.
+A fragment is a flat range of one parameter that this rank owns: its fp32 master and both moments. Offsets are computed
+from addresses, not from DeepSpeed's own maps, which are wrong for some settings.
 """
 
 from __future__ import annotations

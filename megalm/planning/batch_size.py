@@ -9,7 +9,10 @@ from megalm.config.deepspeed.json_reader import DeepSpeedConfig
 from megalm.config.deepspeed.json_schema import DeepSpeedSettings
 from megalm.config.loading import LoadedConfig
 from megalm.errors import ConfigError
+from megalm.planning.memory_fit import USABLE_MEMORY
 from megalm.topology import Topology
+
+_CHOICE = f"the largest that divides the batch and fits into {USABLE_MEMORY:.0%} of the memory by the estimate"
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,10 @@ def _largest_that_fits(total: int, ranks: int, fits: Callable[[BatchPlan], bool]
     plans = (BatchPlan(total, micro, per_rank // micro, ranks) for micro in reversed(_divisors(per_rank)))
     micro = next((plan.micro_batch for plan in plans if fits(plan)), None)
     if micro is None:
-        return 1, [f"train_micro_batch_size_per_gpu ({given}): 1, which does not fit the memory by the estimate"]
-    return micro, [f"train_micro_batch_size_per_gpu ({given}): {micro}, the largest that divides and fits the memory"]
+        return 1, [
+            f"train_micro_batch_size_per_gpu ({given}): 1; even that needs more than {USABLE_MEMORY:.0%} of the memory"
+        ]
+    return micro, [f"train_micro_batch_size_per_gpu ({given}): {micro}, {_CHOICE}"]
 
 
 def _contradiction(named: str, total: int, micro: int, steps: int, topology: Topology, explicit_steps: bool) -> str:

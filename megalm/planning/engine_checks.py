@@ -55,6 +55,15 @@ class CheckContext:
         return choose_precision(self.settings, self.device)[0]
 
     @property
+    def knows_steps(self) -> bool:
+        """Whether train.steps is the length of the run; tokens turn into steps once the batch is known."""
+        return self.config.train.tokens is None and self.config.train.tokens_per_parameter is None
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.world_size, self.config.parallel.tensor, self.config.parallel.pipeline)
+
+    @property
     def shape(self) -> ModelConfig:
         """The model, except for its vocabulary: no rule needs that."""
         return build_model_config(self.config.model, 1, self.config.data.sequence_length)

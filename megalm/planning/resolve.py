@@ -10,23 +10,23 @@ from typing import Any, Literal
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, choose_precision
 from megalm.config.deepspeed.json_schema import Precision
-from megalm.config.loading import LoadedConfig, config_to_yaml
+from megalm.config.loading import DEFAULT_PRESET, LoadedConfig, config_to_yaml, value_of
 from megalm.config.schema import DataSection, DocumentedSection, RunConfig, ScheduleSection
+from megalm.config.validation import shown
 from megalm.cost_model.memory import MemoryCase, estimate_memory
-from megalm.cost_model.pipeline_balance import LARGE_BUBBLE
+from megalm.cost_model.pipeline_balance import LARGE_BUBBLE, micro_batches_for
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.batch_size import BatchPlan, RunBatch, chooses_micro_batch, plan_batch
 from megalm.planning.diagnostics import Diagnostics, wanted_diagnostics
-from megalm.planning.engine_checks import parallel_notices
+from megalm.planning.engine_checks import CheckContext, parallel_notices
 from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, learning_rate
-from megalm.planning.run_checks import check_run
+from megalm.planning.memory_fit import MemoryFit, memory_notices
+from megalm.planning.run_checks import check_run, with_steps
 from megalm.topology import Topology, bubble_share
 
 __all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "memory_case", "resolve"]
 
-# The share of the memory that "auto" plans to use: an estimate is not a measurement, and allocators fragment.
-_USABLE_MEMORY = 0.85
 UNKNOWN_VOCAB_SIZE = 50_304  # GPT-2's, padded
 _BYTES_VOCAB_SIZE = 257
 _NEVER = 10**9  # steps_per_print: DeepSpeed's own lines would interrupt megalm's
@@ -103,26 +103,29 @@ def resolve(
     """
     check_run(loaded, ds, world_size, device, data_needed)
     loaded = loaded.with_implied(ds.run_settings, ds.path)
-    loaded, warmup_notices = _fit_warmup(loaded)
     config, settings = loaded.config, ds.settings
     topology = Topology(world_size, config.parallel.tensor, config.parallel.pipeline)
     precision, precision_notices = choose_precision(settings, device)
-    schedule, schedule_notices = schedule_facts(loaded, ds)
     shape, vocab_notices = _shape(config, vocab_size)
+
+    def memory(batch: BatchPlan) -> MemoryFit:
+        case = memory_case(config, ds, shape, topology, precision, device, batch)
+        return MemoryFit.of(estimate_memory(case), device)
 
     def fits(batch: BatchPlan) -> bool:
         # With few large micro-batches the stages of a pipeline wait for each other.
         if batch.micro_batch > 1 and bubble_share(topology.pipeline, batch.accumulation) > LARGE_BUBBLE:
             return False
-        case = memory_case(config, ds, shape, topology, precision, device, batch)
-        return estimate_memory(case).total <= device.memory_bytes * _USABLE_MEMORY
+        return memory(batch).leaves_room
 
     batch, batch_notices = plan_batch(settings, topology, ds.path, fits, RunBatch.of(loaded, ds))
     if topology.pipeline > 1 and chooses_micro_batch(settings):
-        batch_notices.append(
-            f"parallel.pipeline={topology.pipeline}: if train_batch_size allows, micro-batches are small enough that "
-            f"stages wait for at most {LARGE_BUBBLE:.0%} of a step"
-        )
+        batch_notices.append(_bubble_notice(topology, batch))
+    case = CheckContext(loaded, ds, world_size, device)
+    loaded, steps_notices = with_steps(case, batch.global_batch, shape.parameter_count())
+    loaded, warmup_notices = _fit_warmup(loaded)
+    config = loaded.config
+    schedule, schedule_notices = schedule_facts(loaded, ds)
     optimizer, optimizer_notices = _optimizer(ds)
     deepspeed, deepspeed_notices = _deepspeed_dict(ds, batch, precision)
     diagnostics, diagnostics_notices = wanted_diagnostics(config.train, ds)
@@ -140,9 +143,12 @@ def resolve(
         deepspeed=deepspeed,
         notices=(
             *ds.notices,
+            *_preset_notices(loaded, ds),
             *precision_notices,
             *vocab_notices,
             *batch_notices,
+            *memory_notices(memory(batch)),
+            *steps_notices,
             *warmup_notices,
             *schedule_notices,
             *optimizer_notices,
@@ -154,6 +160,35 @@ def resolve(
         documented_by_preset=loaded.documented_by_preset,
         diagnostics=diagnostics,
     )
+
+
+def _bubble_notice(topology: Topology, batch: BatchPlan) -> str:
+    stages, share = topology.pipeline, bubble_share(topology.pipeline, batch.accumulation)
+    waits = f"parallel.pipeline={stages}: with {batch.accumulation} micro-batches stages wait {share:.0%} of a step"
+    if share <= LARGE_BUBBLE:
+        return waits
+    enough = micro_batches_for(stages, LARGE_BUBBLE) * topology.data
+    return f"{waits}; a batch of {batch.global_batch} allows no more, one of {enough} makes it {LARGE_BUBBLE:.0%}"
+
+
+# Of a preset, the keys that decide the size, the length and the rate of a run.
+_DECISIVE = ("model.", "data.sequence_length", "data.recipe", "schedule.", "train.steps")
+
+
+def _preset_notices(loaded: LoadedConfig, ds: DeepSpeedConfig) -> list[str]:
+    """Name the default preset's values under somebody's own model: it is written for another size."""
+    if loaded.preset != DEFAULT_PRESET or not any(key.startswith("model.") for key in loaded.explicit_keys):
+        return []
+    origin = f"preset {DEFAULT_PRESET}"
+    decisive = _DECISIVE if ds.settings.train_batch_size is not None else (*_DECISIVE, "batch.")
+    theirs = [
+        f"{key}={shown(value_of(loaded.config, key))}"
+        for key, source in loaded.sources.items()
+        if source == origin and key.startswith(decisive)
+    ]
+    if not theirs:
+        return []
+    return [f"{origin}, made for a small model, sets what you leave out: {', '.join(theirs)}"]
 
 
 def _fit_warmup(loaded: LoadedConfig) -> tuple[LoadedConfig, list[str]]:

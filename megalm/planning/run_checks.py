@@ -6,21 +6,22 @@ are in the schemas; rules of the JSON and of the parallel degrees are in engine_
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, named_json, read_deepspeed_json
 from megalm.config.deepspeed.unsupported_keys import DEEPSPEED_NAMES
-from megalm.config.loading import LoadedConfig
+from megalm.config.loading import RUN_LENGTH, LoadedConfig, value_of
 from megalm.config.schema import DataSection, RunConfig
 from megalm.config.validation import leaf_fields
 from megalm.errors import ConfigError, MegalmError
 from megalm.planning.batch_size import BatchPlan, RunBatch, plan_batch
 from megalm.planning.engine_checks import DEEPSPEED_RULES, PARALLEL_RULES, CheckContext, Rule
 from megalm.planning.lr_schedule import ENDLESS
-from megalm.topology import Topology
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -69,6 +70,35 @@ def _problems(
 
 def _lines_of(error: MegalmError) -> tuple[str, ...]:
     return error.problems if isinstance(error, ConfigError) else (str(error),)
+
+
+def with_steps(case: CheckContext, global_batch: int, parameters: int) -> tuple[LoadedConfig, list[str]]:
+    """Derive train.steps from train.tokens or train.tokens_per_parameter, and check them; a notice says how.
+
+    The configuration itself changes, so that the run folder's YAML starts the same run.
+
+    Args:
+        global_batch: sequences per step.
+        parameters: of the model.
+
+    Raises:
+        ConfigError: the schedule does not fit into these steps.
+    """
+    loaded, train, length = case.loaded, case.config.train, case.config.data.sequence_length
+    key = next((key for key in RUN_LENGTH[1:] if value_of(case.config, key) is not None), None)
+    if key is None:
+        return loaded, []
+    tokens = train.tokens or math.ceil((train.tokens_per_parameter or 0) * parameters)
+    steps = math.ceil(tokens / (global_batch * length))
+    source = f"{key}, {loaded.sources[key]}"
+    of_parameters = f" = {train.tokens_per_parameter:g} x {parameters:,} parameters" if train.tokens is None else ""
+    notice = f"train.steps={steps} ({source}): {tokens:,} tokens{of_parameters} / {global_batch * length:,} per step"
+    changed = train.model_copy(update={"steps": steps, "tokens": None, "tokens_per_parameter": None})
+    sources = loaded.sources | dict.fromkeys(RUN_LENGTH, "default") | {"train.steps": source}
+    loaded = replace(loaded, config=loaded.config.model_copy(update={"train": changed}), sources=sources)
+    for rule in (warmup_ends_before_training, decay_fits_training):
+        rule(replace(case, loaded=loaded))
+    return loaded, [notice]
 
 
 # --- run and model ----------------------------------------------------------------------------------------------------
@@ -293,11 +323,19 @@ def _repeated(names: Iterable[str]) -> str | None:
 # --- schedule, checkpoints, batch -------------------------------------------------------------------------------------
 
 
+def one_length_of_training(case: CheckContext) -> None:
+    train, sources = case.config.train, case.loaded.sources
+    values = (train.steps if sources["train.steps"] != "default" else None, train.tokens, train.tokens_per_parameter)
+    given = [f"{key}={value}" for key, value in zip(RUN_LENGTH, values, strict=True) if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} each set the length of the run; keep one")
+
+
 def warmup_ends_before_training(case: CheckContext) -> None:
     # resolve.py shortens a preset's warm-up with the run, but not a person's. DeepSpeed's may be cut short.
     schedule, steps = case.config.schedule, case.config.train.steps
     warmup, given = schedule.warmup_steps, "schedule.warmup_steps" in case.loaded.explicit_keys
-    if warmup >= steps and given and schedule.step_convention == "standard":
+    if case.knows_steps and warmup >= steps and given and schedule.step_convention == "standard":
         raise ConfigError(f"schedule.warmup_steps={warmup} is not below train.steps={steps}; shorten the warm-up")
 
 
@@ -312,9 +350,9 @@ def decay_fits_training(case: CheckContext) -> None:
             "it is for wsd, remove it"
         )
     end, name = schedule.decay_end_step, "schedule.decay_end_step"
-    if end is None:
+    if end is None and case.knows_steps:
         end, name = case.config.train.steps, "train.steps"
-    if schedule.warmup_steps + schedule.decay_steps > end:
+    if end is not None and schedule.warmup_steps + schedule.decay_steps > end:
         raise ConfigError(
             f"schedule.warmup_steps={schedule.warmup_steps} and schedule.decay_steps={schedule.decay_steps} are more "
             f"than {name}={end}; shorten one"
@@ -421,9 +459,7 @@ def recipe_keeps_its_batch(case: CheckContext) -> None:
 
 
 def _batch(case: CheckContext) -> BatchPlan:
-    parallel = case.config.parallel
-    topology = Topology(case.world_size, parallel.tensor, parallel.pipeline)
-    return plan_batch(case.settings, topology, case.ds.path, lambda _: True, RunBatch.of(case.loaded, case.ds))[0]
+    return plan_batch(case.settings, case.topology, case.ds.path, lambda _: True, RunBatch.of(case.loaded, case.ds))[0]
 
 
 # --- guard and wall time ----------------------------------------------------------------------------------------------
@@ -491,6 +527,7 @@ RULES: tuple[Rule, ...] = (
     one_source_of_validation,
     validation_sets_have_names,
     split_is_two_weights,
+    one_length_of_training,
     warmup_ends_before_training,
     decay_fits_training,
     final_rate_has_effect,

@@ -7,11 +7,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalm.cost_model.memory import MemoryPlan, estimate_stages
+from megalm.cost_model.gpu_specs import data_sheet_peak
+from megalm.cost_model.memory import MemoryCase, MemoryPlan, estimate_stages
 from megalm.model.model_config import ModelConfig, build_model_config, flops_per_token
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
+from megalm.planning.memory_fit import MemoryFit
 from megalm.planning.resolve import ResolvedRun, memory_case
+from megalm.topology import bubble_share
 from megalm.utils.plotting import new_plot, save_plot
+
+# The share of the peak that a tuned run of a large model reaches; a first run on many nodes may reach half of it.
+ASSUMED_MFU = 0.4
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,7 @@ class Plan:
 
     resolved: ResolvedRun
     shape: ModelConfig
+    case: MemoryCase
     parameters: dict[str, int]
     memory_by_stage: tuple[MemoryPlan, ...]
     schedules: tuple[ScheduleSegment, ...]
@@ -58,6 +65,20 @@ class Plan:
         return flops_per_token(self.shape, self.resolved.config.data.sequence_length)
 
     @property
+    def fit(self) -> MemoryFit:
+        return MemoryFit.of(self.memory, self.resolved.device)
+
+    @property
+    def hours(self) -> float | None:
+        """At `ASSUMED_MFU` of the peak of all ranks, less a pipeline's bubble; None: the GPU's peak is not known."""
+        run = self.resolved
+        peak = data_sheet_peak(run.device.name or "", run.precision != "fp32")
+        if peak is None:
+            return None
+        busy = 1 - bubble_share(run.topology.pipeline, run.batch.accumulation)
+        return self.total_flops / (peak[0] * run.topology.world_size * ASSUMED_MFU * busy) / 3600
+
+    @property
     def total_flops(self) -> int:
         return self.flops_per_token * self.total_tokens
 
@@ -83,6 +104,7 @@ def make_plan(resolved: ResolvedRun, vocab_size: int, schedules: Sequence[Schedu
     return Plan(
         resolved=resolved,
         shape=shape,
+        case=case,
         parameters=parameters_by_part(shape),
         memory_by_stage=tuple(estimate_stages(case)),
         schedules=tuple(schedules) or (ScheduleSegment(1, 0, resolved.schedule),),

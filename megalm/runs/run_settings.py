@@ -202,7 +202,7 @@ def _recipe_json(loaded: LoadedConfig) -> Path | None:
 
 def _find_own(loaded: LoadedConfig) -> RunFolder | None:
     """Return the named run, or the newest unnamed one; None if it has no saved configuration."""
-    root = Path(loaded.config.run.root).expanduser()
+    root = Path(loaded.config.run.root)
     name = loaded.config.run.name or newest_run(root, loaded.preset)
     folder = None if name is None else RunFolder(root / name)
     if folder is not None:

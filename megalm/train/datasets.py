@@ -257,7 +257,7 @@ def _validation_fingerprint(validation: Mapping[str, ValidationSamples], most: i
 
 
 def _cache(data: DataSection) -> Path:
-    return Path(data.cache).expanduser() if data.cache else default_cache_dir()
+    return Path(data.cache) if data.cache else default_cache_dir()
 
 
 def _wanted(data: DataSection, prefix: str, tokenizer: Tokenizer) -> Wanted:

@@ -110,13 +110,17 @@ def format_bytes(count: float | None) -> str | None:
     return f"{count:.1f} TiB"
 
 
-def parse_bytes(text: str, option: str) -> int:
+def parse_bytes(text: str, option: str, unit: str = "") -> int:
     """Parse a size in bytes: `5GB` and `500MB` in powers of 1000, `5GiB` in powers of 1024.
+
+    Args:
+        unit: of a number without one.
 
     Raises:
         ConfigError: it is not a size above 0; the message names the `option`.
     """
-    match = _SIZE.fullmatch(text.strip())
+    text = text.strip()
+    match = _SIZE.fullmatch(f"{text}{unit}" if text[-1:].isdecimal() else text)
     if match is not None:
         base = 1024 if match[3] else 1000
         found = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))

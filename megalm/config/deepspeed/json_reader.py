@@ -67,22 +67,27 @@ class DeviceFacts:
     Attributes:
         bf16: the device computes in bf16 natively.
         memory_bytes: memory that this rank may use; on a CPU its share of the machine's.
+        host_memory_bytes: of a GPU's rank, its share of the node's CPU memory; None: unknown.
+        name: the GPU's, as CUDA or a data sheet names it; None: unknown.
     """
 
     kind: Literal["cpu", "cuda"]
     bf16: bool
     memory_bytes: int
+    host_memory_bytes: int | None = None
+    name: str | None = None
 
 
 def choose_precision(settings: DeepSpeedSettings, device: DeviceFacts) -> tuple[Precision, list[str]]:
-    """The precision of a run on this device, and a notice where "auto" decides it.
+    """The precision of a run on this device, and a notice where "auto" decides it or a CPU emulates it.
 
     "auto" is bf16 where the device has it, else fp32. It never chooses fp16, which needs a loss scale.
     """
     if settings.fp16.enabled is True:
         return "fp16", []
     if settings.bf16.enabled is True:
-        return "bf16", []
+        emulated = 'bf16.enabled=true: this CPU emulates bf16, many times slower than fp32; "auto" chooses fp32 here'
+        return "bf16", [] if device.bf16 else [emulated]
     if "auto" in (settings.bf16.enabled, settings.fp16.enabled):
         if settings.bf16.enabled == "auto" and device.bf16:
             return "bf16", ['bf16.enabled ("auto"): true']

@@ -141,10 +141,11 @@ def stride_warning(tokens: int, sequence_length: int, stride: int, samples: int)
     if stride >= sequence_length:
         return None
     overlapping, apart = (whole_windows(tokens, sequence_length, step) for step in (stride, sequence_length))
+    seen, in_run = (count * sequence_length / tokens for count in (overlapping, samples))
     return (
         f"data.stride={stride} is less than data.sequence_length={sequence_length}: each of the {tokens:,} tokens is "
-        f"seen {sequence_length / stride:,.1f} times per epoch ({overlapping:,} samples, {apart:,} if they did not "
-        f"overlap), and about {samples * sequence_length / tokens:,.1f} times in this run"
+        f"seen {seen:,.1f} times per epoch ({overlapping:,} samples, {apart:,} if they did not overlap), and about "
+        f"{in_run:,.1f} times in this run"
     )
 
 

@@ -161,7 +161,7 @@ def planned_start(run: ResolvedRun, resume: ResumeOptions) -> tuple[ResolvedRun,
         CheckpointError, ConfigError: as at a real start.
     """
     section = run.config.run
-    folder = RunFolder(Path(section.root).expanduser() / (section.name or "-"))
+    folder = RunFolder(Path(section.root) / (section.name or "-"))
     point = find_resume_checkpoint(run, folder, resume, SingleProcessCommunicator())
     return point.run, point.schedule.segments
 

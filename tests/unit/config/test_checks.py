@@ -238,7 +238,9 @@ def test_bf16_on_a_gpu_without_it(start: Start) -> None:
     old = DeviceFacts(kind="cuda", bf16=False, memory_bytes=16 << 30)
     assert_names(refused(start, device=old, bf16={"enabled": True}), "bf16.enabled=true", '"auto"', "fp16", "fp32")
     slow = DeviceFacts(kind="cpu", bf16=False, memory_bytes=16 << 30)
-    assert start(device=slow, bf16={"enabled": True}).precision == "bf16"  # emulated, slow, right
+    run = start(device=slow, bf16={"enabled": True})
+    assert run.precision == "bf16"  # emulated, slow, right
+    assert_names(notice_of(run, "bf16.enabled"), "bf16.enabled=true", "fp32", '"auto"')
 
 
 def test_both_files_of_a_dataset_are_looked_for(start: Start, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from config_cases import refused
 
+from megalm.cli.options import expand_home
 from megalm.config import loading
 from megalm.config.loading import (
     COMMAND_LINE,
@@ -266,3 +267,26 @@ def test_a_preset_named_now_counts_if_it_is_another(tmp_path: Path, monkeypatch:
     other = ConfigLayers("large", []).resumed_run(own)
     assert (other.config.model.hidden_size, other.config.train.seed) == (512, 9)
     assert other.preset == other.config.preset == "large"
+
+
+def test_the_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "run: {root: ~/runs}\n"
+        "data:\n"
+        "  train: [{prefix: ~/a, weight: 1}]\n"
+        "  stages: [{from_step: 5, blend: [{prefix: ~/b, weight: 1}]}]\n"
+        "  validation: {web: ~/c}\n"
+        "  input: ['~/d', '~/e*']\n"
+        "  cache: ~/f\n"
+        "  tokenizer: ~/g\n"
+    )
+    text = str(load_run_config(str(file), ["deepspeed_config=~/h.json"]).config.model_dump())
+    for name in ("runs", "a", "b", "c", "d", "e*", "f", "g", "h.json"):
+        assert f"'{tmp_path}/{name}'" in text
+    assert "~" not in text
+    assert load_run_config(None, ["data.train=~/a", "sample.prompts=[~/a]"]).config.sample.prompts == ("~/a",)
+    words = ["--text=~/x", "--data", "~/y", "--prompt", "~/z", "--reason=~/z", "key=~/z", "~"]
+    expanded = [f"--text={tmp_path}/x", "--data", f"{tmp_path}/y", *words[3:7], str(tmp_path)]
+    assert expand_home(words) == expanded

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from config_cases import GPU, section_of
+from config_cases import GPU, notice_of, section_of
 
 from megalm.checkpoint.manifest import read_manifest, write_manifest
+from megalm.cli.main import main
 from megalm.cli.plan import planned
 from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
-from megalm.config.deepspeed.json_schema import ZeroSection
+from megalm.config.deepspeed.json_schema import OffloadOptimizerSection, ZeroSection
 from megalm.config.loading import describe_preset, load_run_config, preset_paths
 from megalm.cost_model.memory import (
     MemoryCase,
@@ -32,7 +33,7 @@ from megalm.cost_model.memory import (
 from megalm.model.model_config import ModelConfig, build_model_config, flops_per_token
 from megalm.planning.lr_schedule import ScheduleSegment, learning_rate
 from megalm.planning.resolve import ResolvedRun
-from megalm.planning.run_plan import make_plan, parameters_by_part, points
+from megalm.planning.run_plan import Plan, make_plan, parameters_by_part, points
 from megalm.runs.run_settings import ConfigFiles
 from megalm.topology import Topology
 from megalm.utils.formatting import format_bytes
@@ -247,8 +248,6 @@ def test_a_plan_needs_no_torch() -> None:
 
 
 def test_the_command_plans_for_a_cluster_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
-    from megalm.cli.main import main
-
     with pytest.raises(SystemExit) as left:
         main(["plan", "--gpu-memory", "80", "--ranks", "8", "train.steps=100"])
     assert left.value.code in (0, None)
@@ -261,8 +260,6 @@ def test_the_command_plans_for_a_cluster_that_is_not_here(capsys: pytest.Capture
 
 def test_a_plan_for_a_gpu_by_its_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """An fp16 run is planned where there is no GPU, and a chip without bf16 refuses a bf16 run."""
-    from megalm.cli.main import main
-
     monkeypatch.delenv("MEGALM_ALLOW_CPU_FP16", raising=False)
 
     def plan(*words: str) -> tuple[object, str]:
@@ -286,8 +283,6 @@ def test_a_plan_for_a_gpu_by_its_name(capsys: pytest.CaptureFixture[str], monkey
 
 
 def test_presets_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    from megalm.cli.main import main
-
     with pytest.raises(SystemExit):
         main(["presets"])
     assert "quickstart" in capsys.readouterr().out
@@ -300,8 +295,6 @@ def test_presets_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_presets_are_wrapped_once(
     columns: int | None, expected: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megalm.cli.main import main
-
     monkeypatch.setattr("megalm.cli.config.terminal_width", lambda: columns)
     with pytest.raises(SystemExit):
         main(["presets"])
@@ -314,8 +307,6 @@ def test_the_presets_are_wrapped_once(
 
 
 def test_the_rate_of_every_step_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from megalm.cli.main import main
-
     def plan(*words: str) -> int:
         with pytest.raises(SystemExit) as left:
             main(["plan", "--gpu-memory", "80", *words])
@@ -338,8 +329,6 @@ def test_the_rate_of_every_step_is_drawn(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_plan_goes_on_from_a_run_s_newest_checkpoint(
     start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megalm.cli.main import main
-
     past = ScheduleSegment(1, 0, start("train.steps=300").schedule)
     fixture = Path(__file__).resolve().parents[2] / "fixtures" / "run-0.1.0" / "small" / "checkpoints" / "step-00000009"
     for step in (100, 200):
@@ -379,11 +368,98 @@ def test_a_run_that_goes_on_is_planned_with_its_past(start: Start) -> None:
     assert_names(after, "1,001", "cosine", "0.003", "0.0003", "10,000")
 
 
-def test_a_plan_that_does_not_fit_warns(start: Start) -> None:
+def test_the_verdict_says_whether_a_run_fits_and_what_makes_it_fit(start: Start) -> None:
     words = ("model.hidden_size=2048", "model.num_hidden_layers=48")
-    small = replace(GPU, memory_bytes=8 << 30)
-    plan = make_plan(start(*words, device=small), 99)
-    warning = section_of(plan_text(plan, 8), "Notices").splitlines()[-1]
-    names = (format_bytes(plan.memory.total), format_bytes(8 << 30), "train.checkpoint_activations_every=1")
-    assert_names(warning, "WARNING", *names)
-    assert "WARNING" not in plan_text(make_plan(start(device=small), 99), 8)
+
+    def of(*more: str, memory_gib: int = 40, **changes: Any) -> tuple[Plan, str]:
+        plan = make_plan(start(*words, *more, device=replace(GPU, memory_bytes=memory_gib << 30), **changes), 8192)
+        return plan, section_of(plan_text(plan, 8), "Verdict")
+
+    plan, text = of(memory_gib=20)
+    assert plan.fit.level == "does not fit"
+    assert_names(text, format_bytes(plan.memory.total), format_bytes(20 << 30), "offload_optimizer")
+    zero = plan.case.zero.model_copy(update={"offload_optimizer": OffloadOptimizerSection(device="cpu")})
+    assert estimate_memory(replace(plan.case, zero=zero)).total <= 0.85 * (20 << 30), "what it names does help"
+    assert_names(section_of(plan_text(plan, 8), "Notices"), format_bytes(plan.memory.total), "85%")
+
+    plan, text = of(memory_gib=12)
+    assert_names(text, "ZeRO stage 3", "offload_optimizer")
+    _, text = of(memory_gib=1)
+    assert_names(text, "parallel.tensor")
+    plan, text = of(memory_gib=80)
+    assert plan.fit.level == "fits"
+    assert "85%" not in section_of(plan_text(plan, 8), "Notices").replace("into 85%", "")
+
+
+def test_a_stated_micro_batch_near_the_limit_is_noticed(start: Start) -> None:
+    roomy = make_plan(start(train_micro_batch_size_per_gpu=8, ranks=1, device=GPU), 8192)
+    near = replace(GPU, memory_bytes=int(roomy.memory.total / 0.95))
+    run = start(train_micro_batch_size_per_gpu=8, ranks=1, device=near)
+    assert make_plan(run, 8192).fit.level == "tight"
+    assert_names(notice_of(run, "estimate"), "95%", "85%", format_bytes(roomy.memory.total))
+    assert not any("estimate" in notice for notice in roomy.resolved.notices)
+
+
+def test_host_memory_is_added_up_and_checked(start: Start) -> None:
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+
+    def of(host: int | None) -> Plan:
+        return make_plan(start(ranks=4, device=replace(GPU, host_memory_bytes=host), zero_optimization=zero), 99)
+
+    unknown = of(None)
+    needed = sum(unknown.memory.host.values())
+    assert (unknown.fit.host_needed, unknown.fit.level) == (needed, "fits")
+    assert_names(section_of(plan_text(unknown, 2), "Memory"), format_bytes(needed), format_bytes(2 * needed))
+    assert of(2 * needed).fit.level == "fits"
+    assert of(needed + 1).fit.level == "tight"
+    short = of(needed - 1)
+    assert short.fit.level == "does not fit"
+    assert short.resolved.batch == unknown.resolved.batch, "a smaller micro-batch would not help"
+
+
+def test_a_gpu_has_memory_that_no_tensor_holds() -> None:
+    alone = estimate_memory(case(topology=Topology(1))).runtime
+    assert 0 < alone < estimate_memory(case(topology=Topology(2))).runtime
+    assert estimate_memory(case(topology=Topology(8, 2, 2))).runtime > estimate_memory(case()).runtime
+    assert estimate_memory(case(on_cpu=True)).runtime == 0
+
+
+def test_the_hours_follow_from_the_peak_of_a_known_gpu(start: Start) -> None:
+    known = make_plan(start(device=replace(GPU, name="H100"), ranks=8), 99)
+    assert known.hours == pytest.approx(known.total_flops / (8 * 989e12 * 0.4) / 3600)
+    assert_names(section_of(plan_text(known, 8), "Verdict"), "8 x H100", "40%")
+    assert make_plan(start(device=GPU), 99).hours is None
+    unknown = make_plan(start(device=replace(GPU, name="L4")), 99)
+    assert unknown.hours is None
+    assert_names(section_of(plan_text(unknown, 8), "Verdict"), "L4")
+
+
+@pytest.mark.parametrize(
+    ("options", "memory", "name"),
+    [
+        (["--gpu-memory", "80"], 80 * 2**30, None),
+        (["--gpu-memory", "80GiB"], 80 * 2**30, None),
+        (["--gpu-memory", "80GB"], 80 * 10**9, None),
+        (["--gpu", "H100"], 80 * 2**30, "H100"),
+        (["--gpu", "A100-40GB"], 40 * 2**30, "A100-40GB"),
+        (["--gpu", "H100", "--gpu-memory", "40GB"], 40 * 10**9, "H100"),
+        (["--gpu", "rtx4090"], 24 * 2**30, "RTX 4090"),
+    ],
+)
+def test_sizes_and_models_of_gpus(
+    options: list[str], memory: int, name: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", *options])
+    text = capsys.readouterr().out
+    assert_names(section_of(text, "Memory"), format_bytes(memory))
+    assert (f"x {name}," in section_of(text, "Verdict")) == (name is not None)
+
+
+@pytest.mark.parametrize(
+    "options", [["--gpu", "H999"], ["--gpu-memory", "much"], ["--host-memory", "0"], ["--host-memory", "64"]]
+)
+def test_senseless_gpus_and_sizes_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", *options])
+    assert_names(capsys.readouterr().err, *options)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from config_cases import CPU, refused, section_of
 
-from megalm.cli.plan import planned, planned_gpu
+from megalm.cli.plan import planned
 from megalm.cli.plan_text import plan_text
-from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
+from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, DeviceFacts, read_deepspeed_json
 from megalm.config.loading import ConfigLayers, config_to_yaml, load_run_config, preset_paths
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields
@@ -32,7 +32,8 @@ def plan_of(name: str, *overrides: str) -> Plan:
     """As `megalm plan --config NAME` does it, on GPUs of 24 GiB where the document names none."""
     files = read_settings(name, overrides, None, resume=False, ranks=1)
     documented = files.loaded.config.documented
-    return planned(files, documented.devices or 1, planned_gpu(None, documented.device_memory_gib or 24), 8)
+    device = DeviceFacts("cuda", True, int((documented.device_memory_gib or 24) * 2**30), name=documented.device)
+    return planned(files, documented.devices or 1, device, 8)
 
 
 def judged(name: str, *overrides: str) -> dict[tuple[str, object], Judgement]:
@@ -222,7 +223,7 @@ def test_what_only_describes_is_no_setting(tmp_path: Path) -> None:
     kept = tmp_path / "config.yaml"
     kept.write_text(text)
     assert load_run_config(str(kept), []).config == loaded.config
-    assert "documented." not in plan_text(plan_of("a100x4-300m"), 8).split("\n\n")[0]
+    assert "documented." not in plan_text(plan_of("a100x4-300m"), 8).split("\n\n")[1]
     assert all(key.startswith("documented.") for key in leaf_fields(RunConfig) if "claims" in key)
     assert "documented" not in refused(load_run_config, None, ["hours=3"])
 

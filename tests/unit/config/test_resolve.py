@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from config_cases import CPU, GPU, notice_of
+from config_cases import CPU, GPU, Write, notice_of, refused
 
 from megalm.config.deepspeed.json_reader import DeviceFacts, named_json, read_deepspeed_json, shipped_deepspeed_jsons
-from megalm.config.loading import load_run_config, preset_paths
+from megalm.config.loading import ConfigLayers, config_to_yaml, load_run_config, preset_paths
+from megalm.model.model_config import build_model_config
 from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, BatchPlan, OptimizerFacts, ResolvedRun, resolve
 from tests.messages import assert_names
 
@@ -170,3 +173,75 @@ def test_an_interval_beyond_the_end_is_reported(start: Start) -> None:
 
 def test_tokens_of_a_step(start: Start) -> None:
     assert start("data.sequence_length=128", device=CPU).tokens_per_step == 16 * 128
+
+
+def test_the_steps_follow_from_tokens(start: Start) -> None:
+    run = start("train.tokens=1e6", "data.sequence_length=128")
+    assert run.config.train.steps == math.ceil(1e6 / (16 * 128)) == run.schedule.steps
+    assert_names(run.sources["train.steps"], "train.tokens", "command line")
+    assert_names(notice_of(run, "train.tokens"), "1,000,000", run.config.train.steps)
+    again = config_to_yaml(run.config)
+    assert f"steps: {run.config.train.steps}" in again
+    assert "tokens: null" in again, "the saved configuration has one length"
+
+
+def test_the_steps_follow_from_tokens_per_parameter(start: Start) -> None:
+    run = start("train.tokens_per_parameter=20", "model.hidden_size=64")
+    shape = build_model_config(run.config.model, 8192, 256)
+    assert run.config.train.steps == math.ceil(20 * shape.parameter_count() / (16 * 256))
+    assert_names(notice_of(run, "tokens_per_parameter"), f"{shape.parameter_count():,}")
+
+
+def test_a_later_layer_changes_the_kind_of_length(start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: quickstart\ntrain: {tokens: 1000000}\n")
+    assert start(config=str(file)).config.train.steps == math.ceil(1e6 / 4096)
+    assert start("train.steps=7", config=str(file)).config.train.steps == 7
+    assert start("train.tokens=4096000", "schedule.warmup_steps=900").config.train.steps == 1000
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train.steps=10", "train.tokens=100"),
+        ("train.tokens=100", "train.tokens_per_parameter=20"),
+        ("train.tokens=4096000", "schedule.warmup_steps=1000"),
+        ("train.tokens=4096000", "schedule.kind=wsd", "schedule.decay_steps=1000"),
+    ],
+)
+def test_lengths_that_contradict_are_refused(start: Start, words: tuple[str, ...]) -> None:
+    assert_names(refused(start, *words), words[-1].partition("=")[0])
+
+
+def test_the_bubble_of_an_automatic_micro_batch_is_said(start: Start) -> None:
+    pipeline = {"zero_optimization": {"stage": 1}, "ranks": 4}
+    words = ("parallel.pipeline=4", "model.num_hidden_layers=4")
+    small = start(*words, **pipeline)
+    assert_names(notice_of(small, "parallel.pipeline"), 16, "16%")
+    large = start(*words, "parallel.tensor=1", train_batch_size=4, **pipeline)
+    assert_names(notice_of(large, "parallel.pipeline"), "43%", "20%", 12)
+    assert start(*words, train_batch_size=12, **pipeline).batch.accumulation == 12
+
+
+def test_values_of_the_quickstart_under_another_model_are_named(start: Start) -> None:
+    notice = notice_of(start("model.hidden_size=512", "schedule.peak_learning_rate=1e-4"), "preset quickstart")
+    assert_names(notice, "schedule.warmup_steps=40", "train.steps=400", "model.tie_word_embeddings=true")
+    assert "peak_learning_rate" not in notice
+    assert "hidden_size" not in notice
+    assert "batch." not in notice, "the JSON has a batch"
+    assert not any("preset quickstart" in notice for notice in start("train.steps=500").notices)
+
+
+def test_a_run_by_tokens_resumes_with_its_steps(start: Start, write_json: Write, tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    saved.write_text(start("train.tokens=1e6").config_yaml)
+    ds = read_deepspeed_json(write_json())
+    for words, steps in (
+        ([], 245),
+        (["train.tokens=1e6"], 245),
+        (["train.tokens=2e6"], 489),
+        (["train.steps=300"], 300),
+    ):
+        run = resolve(ConfigLayers(None, words).resumed_run(saved), ds, 2, CPU)
+        assert run.config.train.steps == run.schedule.steps == steps
+        assert (run.config.train.tokens, run.sources["train.tokens"] == "command line") == (None, False)

@@ -115,7 +115,7 @@ def test_what_the_system_refuses_is_one_line_and_exit_2(tmp_path: Path) -> None:
 
 
 def assert_one_line(stderr: str, *names: object) -> None:
-    assert stderr.startswith("error: ")
+    assert stderr.startswith("megalm: error: ")
     assert stderr.count("\n") == 1
     assert_names(stderr, *names)
 

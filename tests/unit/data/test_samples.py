@@ -170,7 +170,9 @@ def test_how_often_tokens_are_seen() -> None:
     assert stride_warning(991_386, 1024, 1024, 10) is None
     warning = stride_warning(991_386, 1024, 1, 990_362)
     assert_names(warning, "data.stride=1", "data.sequence_length=1024", "991,386")
-    assert_names(warning, "1,024.0", "990,362", 968, "1,022.9")
+    assert_names(warning, "990,362", 968)
+    assert warning is not None
+    assert warning.count("1,022.9") == 2, "an epoch of so many samples is this run"
 
 
 def test_cached_orders_are_the_same_and_mend_themselves(make_dataset: MakeDataset, tmp_path: Path) -> None:
