@@ -86,20 +86,21 @@ def build_model_config(model: ModelSection, vocab_size: int, sequence_length: in
     """Resolve the defaults of the model section, which planning/checks has passed.
 
     Args:
-        vocab_size: the tokenizer's; used where `model.vocab_size` is null.
+        vocab_size: the tokenizer's, used where `model.vocab_size` is not set, padded to `model.vocab_multiple`.
         sequence_length: tokens in a sample; the default of `max_position_embeddings`.
     """
     gpt2 = model.style == "gpt2"
+    multiple = model.vocab_multiple or 1
     swiglu_size = math.ceil(model.hidden_size * 8 / 3 / 64) * 64
     resolved = {
-        "vocab_size": model.vocab_size or vocab_size,
+        "vocab_size": model.vocab_size or math.ceil(vocab_size / multiple) * multiple,
         "num_key_value_heads": model.num_key_value_heads or model.num_attention_heads,
         "head_dim": model.head_dim or model.hidden_size // model.num_attention_heads,
         "intermediate_size": model.intermediate_size or (4 * model.hidden_size if gpt2 else swiglu_size),
         "max_position_embeddings": model.max_position_embeddings or sequence_length,
         "tie_word_embeddings": gpt2 if model.tie_word_embeddings is None else model.tie_word_embeddings,
     }
-    return ModelConfig(**model.model_dump() | resolved)
+    return ModelConfig(**model.model_dump(exclude={"vocab_multiple"}) | resolved)
 
 
 def flops_per_token(shape: ModelConfig, sequence_length: int) -> int:

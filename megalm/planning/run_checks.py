@@ -121,6 +121,15 @@ def hidden_divides_into_heads(case: CheckContext) -> None:
         )
 
 
+def vocabulary_is_a_multiple(case: CheckContext) -> None:
+    entries, multiple = case.config.model.vocab_size, case.config.model.vocab_multiple
+    if entries is not None and multiple is not None and entries % multiple:
+        raise ConfigError(
+            f"model.vocab_size={entries} is not a multiple of model.vocab_multiple={multiple}; remove one of them, or "
+            f"set model.vocab_size={math.ceil(entries / multiple) * multiple}"
+        )
+
+
 def heads_divide_into_groups(case: CheckContext) -> None:
     heads, groups = case.config.model.num_attention_heads, case.config.model.num_key_value_heads
     if groups is not None and heads % groups:
@@ -513,6 +522,7 @@ _KEYS = {*leaf_fields(RunConfig), *DEEPSPEED_NAMES}
 
 RULES: tuple[Rule, ...] = (
     run_name,
+    vocabulary_is_a_multiple,
     hidden_divides_into_heads,
     heads_divide_into_groups,
     rotary_needs_even_heads,

@@ -308,7 +308,7 @@ def test_a_shipped_json_goes_by_its_name_from_any_folder(tmp_path: Path, monkeyp
     ("text", "names"),
     [
         ('{ // a comment\n "train_batch_size": 8, # another\n /* and */ "bf16": {"enabled": true,},\n}', None),
-        ('{"train_batch_size": 8, "bf16": tru}', ["line 1", "column 33"]),
+        ('{"train_batch_size": 8, "bf16": tue}', ["line 1", "column 33"]),
         ('{"train_batch_size": 8 "bf16": {}}', ["line 1"]),
         ('{ // c\n"train_batch_size": 8, "train_batch_size": 9}', ["'train_batch_size'"]),
         ('{"a": ' * 100_000, []),

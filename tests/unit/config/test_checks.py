@@ -63,6 +63,12 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
         (["guard.policy=rollback", "checkpoint.interval_steps=100"], None),
         (["data.recipe=null"], ["data.train=PREFIX", "data.tokenizer=FILE", "data.recipe=python-stdlib"]),
         (["data.recipe=null", "model.vocab_size=30000"], ["data.tokenizer=FILE", "30,000"]),
+        (
+            ["model.vocab_size=30000", "model.vocab_multiple=128"],
+            ["model.vocab_multiple=128", "model.vocab_size=30080"],
+        ),
+        (["model.vocab_size=30080", "model.vocab_multiple=128"], None),
+        (["model.vocab_multiple=128"], None),
         (["data.recipe=null", "data.tokenizer=bytes"], ["data.train", "data.recipe=python-stdlib"]),
         (["data.train=x"], ["data.train=x", "data.tokenizer"]),
         (["data.validation=x"], ["data.validation=x", "data.train"]),

@@ -50,6 +50,13 @@ def test_shape_tells_every_parameter(section: ModelSection) -> None:
     assert sum(math.prod(size) for size in found.values()) == shape.parameter_count()
 
 
+@pytest.mark.parametrize(("multiple", "entries"), [(None, VOCAB), (1, VOCAB), (8, 56), (VOCAB, VOCAB), (64, 64)])
+def test_a_vocabulary_is_padded_to_a_multiple(multiple: int | None, entries: int) -> None:
+    shape = build_model_config(ModelSection(vocab_multiple=multiple, **SIZES), VOCAB, LENGTH)
+    assert shape.vocab_size == entries
+    assert shape.parameters()["embedding.tokens.weight"][0] == entries
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 16, 1000])
 def test_chunked_loss_is_cross_entropy(chunk: int) -> None:
     generator = torch.Generator().manual_seed(0)

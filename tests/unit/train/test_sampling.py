@@ -28,6 +28,9 @@ class Numbers:
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
 
+    def known_ids(self) -> np.ndarray:
+        return np.ones(VOCAB, np.bool_)
+
 
 class CountsUp:
     """Predicts the number after the last one; EOD after 18. Remembers the widths that it was asked for."""
@@ -105,3 +108,25 @@ def test_a_seed_draws_the_same_text_again(seed: int) -> None:
     once = generate(Flat(), Alone(), Numbers(), settings, 64, seed)
     assert once == generate(Flat(), Alone(), Numbers(), settings, 64, seed)
     assert once != generate(Flat(), Alone(), Numbers(), settings, 64, seed + 1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_id_without_a_token_is_never_drawn(temperature: float) -> None:
+    """Those that pad the model's vocabulary, and gaps in the tokenizer's, are the likeliest here."""
+
+    class Gaps(Numbers):
+        def known_ids(self) -> np.ndarray:
+            known = np.ones(VOCAB, np.bool_)
+            known[3:9] = False
+            return known
+
+    class Padded(CountsUp):
+        def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+            logits = np.zeros((len(tokens), 4 * VOCAB), np.float32)
+            logits[:, VOCAB:] = logits[:, 3:9] = 80.0
+            logits[:, [1, 12]] = 20.0
+            return logits
+
+    settings = SampleSection(prompts=("1",), max_new_tokens=40, temperature=temperature, top_k=None)
+    drawn = {int(word) for word in generate(Padded(), Alone(), Gaps(), settings, 64, 0)[0].split()}
+    assert drawn == ({1} if temperature == 0 else {1, 12})
