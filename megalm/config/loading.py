@@ -359,6 +359,8 @@ def _set(leaves: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _parse_override(override: str) -> Iterator[tuple[str, Any]]:
+    if any("\ud800" <= character <= "\udfff" for character in override):
+        raise ConfigError(f"{COMMAND_LINE}: {override!a} is not UTF-8; write it in UTF-8")
     key, equals, text = override.partition("=")
     if not equals or not key or key.startswith("-"):
         raise ConfigError(f"{COMMAND_LINE}: {override!r} is not key=value, for example train.steps=1000")

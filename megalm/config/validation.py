@@ -32,6 +32,9 @@ _SCALARS = (
 )
 
 
+_MOST_VALUES = 100_000  # in one file
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader with these scalars, and an error for a repeated key."""
 
@@ -65,15 +68,47 @@ def parse_yaml(text: str, where: str) -> Any:
         where: the file's name or "command line", for the message.
 
     Raises:
-        ConfigError: a syntax error or a repeated key, with the line.
+        ConfigError: a syntax error or a repeated key, with the line; aliases that contain themselves, or that stand for
+            more than 100,000 values.
     """
+    loader = _Loader(text)
     try:
-        return yaml.load(text, Loader=_Loader)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_size(node, {})
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{where}, line {line}: {error.problem or 'not YAML'}; fix this line") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
+    finally:
+        loader.dispose()
+
+
+def _check_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Return the number of values that a node stands for, with each alias in full.
+
+    Args:
+        sizes: by the identity of the nodes that are counted; 0 while one is being counted.
+
+    Raises:
+        yaml.MarkedYAMLError: the node contains itself, or stands for too many values.
+    """
+    if id(node) in sizes:
+        if sizes[id(node)] == 0:
+            raise yaml.MarkedYAMLError(problem="an alias contains itself", problem_mark=node.start_mark)
+        return sizes[id(node)]
+    sizes[id(node)], size = 0, 1
+    children = node.value if isinstance(node, (yaml.SequenceNode, yaml.MappingNode)) else ()
+    for child in children:
+        size += sum(_check_size(part, sizes) for part in (child if isinstance(child, tuple) else (child,)))
+        if size > _MOST_VALUES:
+            text = f"aliases stand for more than {_MOST_VALUES:,} values"
+            raise yaml.MarkedYAMLError(problem=text, problem_mark=node.start_mark)
+    sizes[id(node)] = size
+    return size
 
 
 def to_yaml(value: Any) -> str:
@@ -211,7 +246,9 @@ def bad_values(model: type[BaseModel], leaves: Mapping[str, Any]) -> dict[str, s
     for path, value in leaves.items():
         infinite = isinstance(value, float) and not math.isfinite(value)
         # pydantic accepts true for a Literal[1].
-        if infinite or (isinstance(value, bool) and not _takes_bool(fields[path])):
+        if problem := _unusable(value):
+            bad[path] = problem
+        elif infinite or (isinstance(value, bool) and not _takes_bool(fields[path])):
             bad[path] = expected(fields[path])
     try:
         good = {path: value for path, value in leaves.items() if path not in bad}
@@ -224,6 +261,21 @@ def bad_values(model: type[BaseModel], leaves: Mapping[str, Any]) -> dict[str, s
             path = next((path for path in paths if path in fields), paths[0])
             bad.setdefault(path, expected(fields[path]) if path in fields else str(item["msg"]))
     return bad
+
+
+def _unusable(value: Any) -> str:
+    """Return what to give in place of a value that no file system, number or file of UTF-8 can hold; "" if it can."""
+    if isinstance(value, str):
+        usable = "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+        return "" if usable else "text in UTF-8 without NUL"
+    if isinstance(value, int):
+        return "" if -(2**63) <= value < 2**64 else "a number of at most 64 bits"
+    if isinstance(value, bytes):
+        return "text"
+    parts = (
+        [*value, *value.values()] if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    )
+    return next(filter(None, map(_unusable, parts)), "")
 
 
 def _aliased(path: str, field: FieldInfo) -> str:
