@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +17,9 @@ import tokenizers
 from megalm.errors import DataError
 from megalm.utils.atomic_files import json_hash, read_json
 
+log = logging.getLogger(__name__)
+
+_MOST_IDS = 10_000_000  # twenty times the largest vocabulary in use
 EOD_TOKENS = ("<eod>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "\u2581"
@@ -33,11 +38,12 @@ class HuggingFaceTokenizer:
     def __init__(self, path: str | Path) -> None:
         self.spec = str(path)
         self.name = f"huggingface:{Path(path).parent.name}/{Path(path).name}"
-        self._definition: dict[str, Any] = read_json(Path(path))
-        try:
+        self._definition: dict[str, Any] = _definition_of(Path(path))
+        with _library_errors(f"{path}: is not a usable tokenizer.json", "export it again"):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{path}: is not a tokenizer.json ({error}); export it again") from error
+        if getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None
+            log.warning("%s: its BPE dropout is switched off: it would give other tokens for the same text", path)
         # Truncation and padding are for input batches; here they would lose or add text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -46,16 +52,32 @@ class HuggingFaceTokenizer:
         self._special = {token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
         # Ids can have gaps: the model needs a row for the largest id, not one per token.
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if self.vocab_size > _MOST_IDS:
+            raise DataError(
+                f"{path}: its largest id is {self.vocab_size - 1:,}; a model has a row for each id up to it, at most "
+                f"{_MOST_IDS:,}; number the tokens from 0"
+            )
 
-    @property
+    @functools.cached_property
     def eod_id(self) -> int:
-        for name in (*self._configured_eos(), *EOD_TOKENS):
-            token = self._tokenizer.token_to_id(name)
-            if token is not None:
-                return int(token)
-        raise DataError(
-            f"{self.spec}: no end-of-document token found; set eos_token in the tokenizer_config.json beside it"
-        )
+        configured = tuple(self._configured_eos())
+        found = {name: self._tokenizer.token_to_id(name) for name in (*configured, *EOD_TOKENS)}
+        fitting = {name: int(token) for name, token in found.items() if token is not None}
+        if not fitting:
+            raise DataError(
+                f"{self.spec}: no end-of-document token found; set eos_token in the tokenizer_config.json beside it"
+            )
+        (name, token), *others = fitting.items()
+        if others and not (name in configured and name in EOD_TOKENS):
+            log.warning(
+                "%s: documents end with %s (id %d), but %s would fit as well; set eos_token in the "
+                "tokenizer_config.json beside it to choose",
+                self.spec,
+                name,
+                token,
+                ", ".join(other for other, _ in others),
+            )
+        return token
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -63,7 +85,8 @@ class HuggingFaceTokenizer:
         return json_hash(decisive)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        with _library_errors(f"{self.spec}: cannot encode a text", "remove the text, or mend the tokenizer"):
+            return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         return [np.array(row, dtype=np.int32) for row in self.encode_batch(texts)]
@@ -106,6 +129,33 @@ class HuggingFaceTokenizer:
             name = token.get("content") if isinstance(token, dict) else token
             if isinstance(name, str):
                 yield name
+
+
+def _definition_of(path: Path) -> dict[str, Any]:
+    """Read the file, and say what else it is if it is no tokenizer.json."""
+    try:
+        definition = read_json(path)
+    except RecursionError:
+        raise DataError(f"{path}: is nested too deep for a tokenizer.json; export it again") from None
+    if isinstance(definition, dict) and isinstance(definition.get("model"), dict):
+        return definition
+    if isinstance(definition, dict) and definition and all(isinstance(token, int) for token in definition.values()):
+        raise DataError(
+            f"{path}: is a vocabulary without its merges; save the whole tokenizer as a tokenizer.json: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) of transformers"
+        )
+    raise DataError(f"{path}: is not a tokenizer.json, it has no section 'model'; export it again")
+
+
+@contextlib.contextmanager
+def _library_errors(what: str, advice: str) -> Iterator[None]:
+    """Turn what the tokenizers library raises into one line; a panic of its code is not even an Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise DataError(f"{what} ({' '.join(str(error).split())[:200]}); {advice}") from error
 
 
 def _decoder_types(decoder: dict[str, Any] | None) -> Iterator[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -250,3 +252,77 @@ def test_huggingface_end_of_document(tmp_path: Path, source_texts: list[str]) ->
 def test_bytes_tokenizer_ids() -> None:
     assert ByteTokenizer().encode_batch(["hé"]) == [[104, 195, 169]]
     assert ByteTokenizer().decode([104, 195]) == "h\ufffd"
+
+
+def changed_json(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    definition = json.loads(path.read_text())
+    change(definition)
+    path.write_text(json.dumps(definition))
+    return path
+
+
+def test_dropout_of_a_tokenizer_is_switched_off(tmp_path: Path, source_texts: list[str]) -> None:
+    path = byte_level_json(tmp_path, source_texts)
+    plain = load_tokenizer(path).encode_batch(source_texts)
+    changed_json(path, lambda definition: definition["model"].update(dropout=0.5))
+    dropped = load_tokenizer(path)
+    assert dropped.encode_batch(source_texts) == plain == dropped.encode_batch(source_texts)
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ('{"model": ' + '{"a": ' * 3000 + "1" + "}" * 3001, ()),
+        ('{"hello": 0, "world": 1}', ("AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",)),
+        ('{"version": "1.0"}', ("model",)),
+        ("[]", ("model",)),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", ("git lfs pull",)),
+    ],
+)
+def test_a_json_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str, names: tuple[str, ...]) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(DataError) as refused:
+        load_tokenizer(path)
+    assert_names(refused.value, path, *names)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_of_tiktoken_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cl100k.tiktoken"
+    path.write_text("IQ== 0\n")
+    with pytest.raises(DataError) as refused:
+        load_tokenizer(path)
+    assert_names(refused.value, path, "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)")
+
+
+@pytest.mark.parametrize("hostile", ["id", "regex"])
+def test_a_hostile_tokenizer_is_refused(tmp_path: Path, source_texts: list[str], hostile: str) -> None:
+    def change(definition: dict[str, Any]) -> None:
+        if hostile == "id":
+            definition["model"]["vocab"]["far"] = 4_000_000_000
+        else:
+            pattern = {"type": "Split", "pattern": {"Regex": "(?<=a{1,99}[)"}, "behavior": "Isolated", "invert": False}
+            definition["pre_tokenizer"] = pattern
+
+    path = changed_json(byte_level_json(tmp_path, source_texts), change)
+    with pytest.raises(DataError) as refused:
+        load_tokenizer(path)
+    assert_names(refused.value, path)
+
+
+def test_several_ends_of_a_document_are_reported(
+    tmp_path: Path, source_texts: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = byte_level_json(tmp_path, source_texts)
+    found = tokenizers.Tokenizer.from_file(str(path))
+    found.add_special_tokens(["<|im_end|>", "<|endoftext|>"])
+    found.save(str(path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    loaded = load_tokenizer(path)
+    assert loaded.eod_id == found.token_to_id("<|im_end|>")
+    assert_names(caplog.text, "<|im_end|>", "<|endoftext|>", "eos_token")
+    caplog.clear()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    assert load_tokenizer(path).eod_id == found.token_to_id("<|endoftext|>")
+    assert "<|im_end|>" not in caplog.text
