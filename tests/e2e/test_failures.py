@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.dataset import IndexedDataset, sidecar_path
 from megalm.data.indexed.writer import IndexedDatasetWriter
 from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader
 from megalm.data.sampling.samples import TrainingSamples
@@ -53,6 +54,8 @@ def poisoned(small_data: SmallData, folder: Path) -> tuple[str, str]:
     tokens[len(tokens) // 2] = POISON
     with IndexedDatasetWriter(folder / "poisoned", np.uint16) as writer:
         writer.append_documents(tokens, list(good.sequence_lengths))
+    # With the record of its builder: a dataset of another toolkit is looked at when the run starts.
+    shutil.copy(sidecar_path(small_data.prefix), sidecar_path(folder / "poisoned"))
     dataset = IndexedDataset(folder / "poisoned")
     for seed in range(200):
         samples = TrainingSamples(dataset, (0, len(dataset)), 64, seed)
@@ -73,20 +76,45 @@ def _meets(samples: TrainingSamples, step: int, rank: int) -> bool:
         )
 
 
-def test_the_rank_that_failed_has_the_last_word(small_data: SmallData, tmp_path: Path) -> None:
+def test_a_token_outside_the_vocabulary_ends_the_job_in_one_line(small_data: SmallData, tmp_path: Path) -> None:
+    """Rank 1 alone reads it, in a later batch."""
     prefix, seed = poisoned(small_data, tmp_path)
     words = [word for word in small_data.words if not word.startswith(("data.train", "data.split"))]
-    command = pretrain(*words, f"data.train={prefix}", "data.split=null", seed, ranks=2)
-    with job(tmp_path, command) as started:
-        finished = started.wait()
-    assert finished.code == 1, finished.explain()
-    assert finished.left == []
+    finished = finish(tmp_path, pretrain(*words, f"data.train={prefix}", "data.split=null", seed, ranks=2))
+    assert (finished.code, finished.left) == (2, []), finished.explain()
+    (line,) = own_lines(finished.stderr)
+    assert_names(line, f"{prefix}.bin", POISON)
+    assert rows(tmp_path)[-1]["status"] == "failed"
+
+
+FAILING = """
+import os, runpy, sys
+from megalm.engine.zero_engine import ZeroEngine
+
+train_step = ZeroEngine.train_step
+
+def failing_train_step(self, batch, step, rate):
+    if step == 2 and os.environ["RANK"] == "1":
+        raise IndexError("not there")
+    return train_step(self, batch, step, rate)
+
+ZeroEngine.train_step = failing_train_step
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_rank_that_failed_has_the_last_word(small_data: SmallData, tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    launch, script, *words = pretrain(*small_data.words, ranks=2)
+    finished = finish(tmp_path, [launch, tmp_path / "failing.py", script, *words])
+    assert (finished.code, finished.left) == (1, []), finished.explain()
     said = own_lines(finished.stderr)
     assert said[0].startswith("megalm: error: rank 1 "), finished.explain()
     assert said[1] == "Traceback (most recent call last):"
     assert finished.stderr.count("Traceback") == 1, finished.explain()
     assert "train_step" in finished.stderr
-    assert said[-1].startswith("IndexError: "), finished.explain()
+    assert said[-1] == "IndexError: not there", finished.explain()
     end = rows(tmp_path)[-1]
     assert (end["event"], end["status"], end["exit_code"]) == ("end", "failed", 1)
     report = next((run_folder(tmp_path) / "failures").iterdir())
