@@ -162,15 +162,15 @@ def command(
     settings = SampleSection(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None)
     for path in _checkpoints(place, at) if at else [checkpoint_at(place)]:
         model = _load(path, tokenizer)
-        cached, length, eod_id = CachedModel(model), model.shape.max_position_embeddings, model.tokenizer.eod_id
+        cached, length = CachedModel(model), model.shape.max_position_embeddings
         if interactive:
             PromptLoop(partial(stream, cached, model.tokenizer, sequence_length=length), settings, seed).run()
             return
         if at:
             typer.echo(f"=== step {step_of(path):,}: {path}")
-        texts = [list(tokens) or [eod_id] for tokens in model.tokenizer.encode_batch(prompts)]
+        texts = [list(tokens) or [model.tokenizer.eod_id] for tokens in model.tokenizer.encode_batch(prompts)]
         with ProgressBar("generating tokens", max_new_tokens) as bar:
-            for _ in extend(cached, SingleProcessCommunicator(), texts, eod_id, settings, length, seed):
+            for _ in extend(cached, SingleProcessCommunicator(), texts, model.tokenizer, settings, length, seed):
                 bar.advance()
         for text in texts:
             typer.echo(model.tokenizer.decode(text))

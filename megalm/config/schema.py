@@ -89,6 +89,9 @@ class ModelSection(Section):
 
     style: ModelStyle = "llama"
     vocab_size: PositiveInt | None = Field(default=None, description="taken from the tokenizer when not stated")
+    vocab_multiple: PositiveInt | None = Field(
+        default=None, description="pad the tokenizer's vocabulary to a multiple of this; the ids added are never drawn"
+    )
     hidden_size: PositiveInt = 256
     num_hidden_layers: PositiveInt = 4
     num_attention_heads: PositiveInt = 4

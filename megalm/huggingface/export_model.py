@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
@@ -93,6 +94,8 @@ def export_checkpoint(plan: ExportPlan, largest_file_bytes: int, name: str, adva
         config = to_config(shape, used.eod_id, made.pad_id, dtype)
         write_json(folder / "config.json", config)
         ids = {key: config[key] for key in ("eos_token_id", "pad_token_id") if config[key] is not None}
+        if undecodable := [*np.flatnonzero(~used.known_ids()).tolist(), *range(used.vocab_size, shape.vocab_size)]:
+            ids["suppress_tokens"] = undecodable
         write_json(folder / "generation_config.json", ids)
         card = Card(name, reader.path, reader.manifest, shape, dtype, made)
         (folder / "README.md").write_text(card.text(), encoding="utf-8")

@@ -84,7 +84,7 @@ def stream(
         settings: its prompts are ignored.
     """
     tokens = list(tokenizer.encode_batch([prompt])[0]) or [tokenizer.eod_id]
-    grown = extend(model, SingleProcessCommunicator(), [tokens], tokenizer.eod_id, settings, sequence_length, seed)
+    grown = extend(model, SingleProcessCommunicator(), [tokens], tokenizer, settings, sequence_length, seed)
     shown = ""
     for _ in chain([None], grown):
         # Decode everything: a character can take several tokens, and a token's text can depend on the one before.

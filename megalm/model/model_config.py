@@ -86,14 +86,15 @@ def build_model_config(model: ModelSection, vocab_size: int, sequence_length: in
     """Resolve the defaults of the model section; assumes that config.checks has passed it.
 
     Args:
-        vocab_size: the tokenizer's, used where `model.vocab_size` is not stated.
+        vocab_size: the tokenizer's, used where `model.vocab_size` is not set, padded to `model.vocab_multiple`.
         sequence_length: tokens in a sample; the default of `max_position_embeddings`.
     """
     gpt2 = model.style == "gpt2"
+    multiple = model.vocab_multiple or 1
     swiglu_size = math.ceil(model.hidden_size * 8 / 3 / 64) * 64
     return ModelConfig(
         style=model.style,
-        vocab_size=model.vocab_size or vocab_size,
+        vocab_size=model.vocab_size or math.ceil(vocab_size / multiple) * multiple,
         hidden_size=model.hidden_size,
         num_hidden_layers=model.num_hidden_layers,
         num_attention_heads=model.num_attention_heads,

@@ -6,6 +6,7 @@ are in the schemas; rules of the JSON and of the parallel degrees are in engine_
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -58,6 +59,15 @@ def hidden_divides_into_heads(case: CheckContext) -> None:
         raise ConfigError(
             f"model.hidden_size={model.hidden_size} does not divide into model.num_attention_heads="
             f"{model.num_attention_heads}; change one of them or set model.head_dim"
+        )
+
+
+def vocabulary_is_a_multiple(case: CheckContext) -> None:
+    entries, multiple = case.config.model.vocab_size, case.config.model.vocab_multiple
+    if entries is not None and multiple is not None and entries % multiple:
+        raise ConfigError(
+            f"model.vocab_size={entries} is not a multiple of model.vocab_multiple={multiple}; remove one of them, or "
+            f"set model.vocab_size={math.ceil(entries / multiple) * multiple}"
         )
 
 
@@ -397,6 +407,7 @@ def rollback_has_a_checkpoint(case: CheckContext) -> None:
 # The first rule that a run breaks is its message. Rules that read the disk come last.
 RULES: tuple[Rule, ...] = (
     run_name,
+    vocabulary_is_a_multiple,
     hidden_divides_into_heads,
     heads_divide_into_groups,
     rotary_needs_even_heads,

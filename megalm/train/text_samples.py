@@ -78,7 +78,7 @@ def generate(
     if not settings.prompts:
         return []
     texts = [list(ids) or [tokenizer.eod_id] for ids in tokenizer.encode_batch(list(settings.prompts))]
-    for _ in extend(engine, comm, texts, tokenizer.eod_id, settings, sequence_length, seed):
+    for _ in extend(engine, comm, texts, tokenizer, settings, sequence_length, seed):
         pass
     return [tokenizer.decode(text) for text in texts]
 
@@ -87,12 +87,16 @@ def extend(
     engine: Predictor,
     comm: Communicator,
     texts: list[list[int]],
-    eod_id: int,
+    tokenizer: Tokenizer,
     settings: SampleSection,
     sequence_length: int,
     seed: int,
 ) -> Iterator[None]:
-    """Extend `texts`, lists of tokens, in place by one token each per yield; see `generate`."""
+    """Extend `texts`, lists of tokens, in place by one token each per yield; see `generate`.
+
+    Ids without a token are never drawn: gaps in the tokenizer's vocabulary, and rows that pad the model's.
+    """
+    eod_id, known = tokenizer.eod_id, tokenizer.known_ids()
     open_texts = set(range(len(texts)))
     random = np.random.default_rng(seed)
     for _ in range(settings.max_new_tokens):
@@ -104,6 +108,9 @@ def extend(
             tokens[row, : len(window)] = window
         positions = np.array([len(window) - 1 for window in windows], dtype=np.int64)
         logits = engine.next_token_logits(tokens, positions)
+        drawable = np.zeros(logits.shape[1], dtype=np.bool_)
+        drawable[: len(known)] = known[: len(drawable)]
+        logits = np.where(drawable, logits, np.float32(-np.inf))
         chosen = comm.broadcast([draw(row, settings.temperature, settings.top_k, random) for row in logits])
         for index in sorted(open_texts):
             if chosen[index] == eod_id:

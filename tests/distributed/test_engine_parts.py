@@ -43,6 +43,9 @@ class _Numbers:
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
 
+    def known_ids(self) -> np.ndarray:
+        return np.ones(VOCAB, np.bool_)
+
 
 class _LogitsRows(TorchDispatchMode):
     """Remembers of how many tokens any operation gave logits, or anything else as wide as the vocabulary."""

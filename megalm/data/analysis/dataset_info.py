@@ -99,13 +99,14 @@ def document_text(prefix: str | Path, document: int, tokenizer: Tokenizer | None
     """Return a document as text, or as ids if there is no tokenizer.
 
     Raises:
-        DataError: the dataset has no such document.
+        DataError: the dataset has no such document, or a token is not in the tokenizer's vocabulary.
     """
-    dataset = IndexedDataset(prefix)
+    dataset = IndexedDataset(prefix, tokenizer.vocab_size if tokenizer else None)
     if not 0 <= document < dataset.document_count:
         raise DataError(f"{prefix}: no document {document}; its {dataset.document_count} documents are numbered from 0")
     first, end = (int(bound) for bound in dataset.document_index[document : document + 2])
-    tokens = [int(token) for sequence in range(first, end) for token in dataset[sequence]]
+    rows = [dataset.sequence_positions(sequence) for sequence in range(first, end)]
+    tokens = [token for row in rows for token in dataset.read(row).tolist()]
     return tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
 
 

@@ -63,5 +63,5 @@ def _pieces_at(
             source=sources[document],
             first=int(where[0]) - begin,
             end=int(where[-1]) - begin + 1,
-            tokens=tuple(map(int, dataset.tokens[where])),
+            tokens=tuple(dataset.read(where).tolist()),
         )

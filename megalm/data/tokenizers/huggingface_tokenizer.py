@@ -84,6 +84,11 @@ class HuggingFaceTokenizer:
             sizes[token] = len(piece.encode()) if token in added else _piece_bytes(piece, decoders)
         return sizes
 
+    def known_ids(self) -> npt.NDArray[np.bool_]:
+        known = np.zeros(self.vocab_size, dtype=np.bool_)
+        known[list(self._tokenizer.get_vocab(with_added_tokens=True).values())] = True
+        return known
+
     def fallback_ids(self) -> npt.NDArray[np.bool_]:
         unknown = self._definition.get("model", {}).get("unk_token")
         fallback = np.zeros(self.vocab_size, dtype=np.bool_)

@@ -92,6 +92,9 @@ class SentencePieceTokenizer:
     def token_bytes(self) -> npt.NDArray[np.int32]:
         return np.array([_piece_bytes(piece) for piece in self._model.pieces], dtype=np.int32)
 
+    def known_ids(self) -> npt.NDArray[np.bool_]:
+        return np.ones(self.vocab_size, dtype=np.bool_)
+
     def fallback_ids(self) -> npt.NDArray[np.bool_]:
         processor = self._processor
         return np.array([processor.is_byte(token) or processor.is_unknown(token) for token in range(self.vocab_size)])

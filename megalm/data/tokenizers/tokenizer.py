@@ -63,6 +63,9 @@ class Tokenizer(Protocol):
     def token_bytes(self) -> npt.NDArray[np.int32]:
         """Return [V] the number of UTF-8 bytes that each id decodes to inside a text; 0 for control tokens."""
 
+    def known_ids(self) -> npt.NDArray[np.bool_]:
+        """Return [V] whether an id has a token; one without cannot be decoded, and generation never draws it."""
+
     def fallback_ids(self) -> npt.NDArray[np.bool_]:
         """Return [V] whether an id encodes a character without a piece: the unknown token and byte fallbacks."""
 
@@ -92,6 +95,9 @@ class ByteTokenizer:
         sizes = np.ones(self.vocab_size, dtype=np.int32)
         sizes[self.eod_id] = 0
         return sizes
+
+    def known_ids(self) -> npt.NDArray[np.bool_]:
+        return np.ones(self.vocab_size, dtype=np.bool_)
 
     def fallback_ids(self) -> npt.NDArray[np.bool_]:
         return np.zeros(self.vocab_size, dtype=np.bool_)

@@ -28,6 +28,9 @@ class Numbers:
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
 
+    def known_ids(self) -> np.ndarray:
+        return np.ones(VOCAB, np.bool_)
+
 
 class CountsUp:
     """Predicts the number after the last one; EOD after 18. Remembers the widths that it was asked for."""
@@ -64,6 +67,25 @@ def test_an_empty_prompt_starts_a_document() -> None:
 
     settings = SampleSection(prompts=("",), max_new_tokens=1, temperature=0.0)
     assert generate(StartsAtZero(), Alone(), Numbers(), settings, 8, 0) == [f"{EOD} 0"]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_without_a_token_are_never_drawn(temperature: float) -> None:
+    """A padded vocabulary, and a gap within the tokenizer's: the model gives both the largest logits."""
+
+    class Gaps(Numbers):
+        def known_ids(self) -> np.ndarray:
+            return np.arange(VOCAB) != 7
+
+    class Padded(CountsUp):
+        def next_token_logits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+            logits = np.zeros((len(tokens), VOCAB + 12), np.float32)
+            logits[:, [7, *range(VOCAB, VOCAB + 12)]] = 50.0
+            return logits
+
+    settings = SampleSection(prompts=("1", "2"), max_new_tokens=20, temperature=temperature, top_k=None)
+    drawn = {int(word) for text in generate(Padded(), Alone(), Gaps(), settings, 64, 0) for word in text.split()}
+    assert drawn <= set(range(VOCAB)) - {7}
 
 
 def test_no_prompt_asks_nothing() -> None:
