@@ -39,7 +39,7 @@ def show_step_of_dataset(
     """Print the samples of a run on one dataset with these settings; the run need not exist."""
     if batch_size is None:
         raise DataError(f"--step {step}: add --batch-size, the run's train_batch_size, or name the run with --run")
-    dataset = IndexedDataset(prefix)
+    dataset = IndexedDataset(prefix, tokenizer.vocab_size if tokenizer else None)
     weights = weights_of(split)
     documents = split_documents(len(dataset), weights)[0] if weights else (0, len(dataset))
     samples = TrainingSamples(dataset, documents, sequence_length, seed, stride=stride)

@@ -108,9 +108,8 @@ def document_text(prefix: str | Path, document: int, tokenizer: Tokenizer | None
     if not 0 <= document < dataset.document_count:
         raise DataError(f"{prefix}: no document {document}; its {dataset.document_count} documents are numbered from 0")
     first, end = (int(bound) for bound in dataset.document_index[document : document + 2])
-    start = int(dataset.sequence_pointers[first]) // dataset.dtype.itemsize if first < end else 0
-    length = int(dataset.sequence_lengths[first:end].sum(dtype=np.int64))
-    tokens = dataset.read(np.arange(start, start + length)).tolist()
+    rows = [dataset.sequence_positions(sequence) for sequence in range(first, end)]
+    tokens = [token for row in rows for token in dataset.read(row).tolist()]
     return tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
 
 

@@ -108,16 +108,22 @@ class IndexedDataset:
 
     def __getitem__(self, index: int) -> npt.NDArray[np.generic]:
         """Return the tokens of sequence `index`, a read-only view of the file."""
-        start = int(self.sequence_pointers[index]) // self.dtype.itemsize
-        return self.tokens[start : start + int(self.sequence_lengths[index])]
+        positions = self.sequence_positions(index)
+        return self.tokens[positions.start : positions.stop]
 
-    def read(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def sequence_positions(self, index: int) -> range:
+        """Return the positions in `tokens` of sequence `index`."""
+        start = int(self.sequence_pointers[index]) // self.dtype.itemsize
+        return range(start, start + int(self.sequence_lengths[index]))
+
+    def read(self, positions: npt.NDArray[np.int64] | range) -> npt.NDArray[np.int64]:
         """Return the tokens at these positions of `tokens`.
 
         Raises:
             DataError: a token is outside the vocabulary, which a model computes with in silence, or crashes at.
         """
-        tokens = self.tokens[positions].astype(np.int64)
+        chosen = slice(positions.start, positions.stop) if isinstance(positions, range) else positions
+        tokens = self.tokens[chosen].astype(np.int64)
         if len(tokens) and (tokens.min() < 0 or (self.vocab_size is not None and tokens.max() >= self.vocab_size)):
             wrong = (tokens < 0) | (tokens >= (tokens.max() + 1 if self.vocab_size is None else self.vocab_size))
             raise self._outside(int(np.asarray(positions)[wrong][0]))

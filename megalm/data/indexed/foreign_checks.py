@@ -26,7 +26,7 @@ def check_foreign_dataset(dataset: IndexedDataset, eod_id: int | None, append_eo
     total = len(dataset.tokens)
     probes = -(-min(total, SCANNED_TOKENS) // PROBE_TOKENS)
     for start in np.linspace(0, max(0, total - PROBE_TOKENS), probes, dtype=np.int64).tolist():
-        dataset.read(np.arange(start, min(start + PROBE_TOKENS, total)))
+        dataset.read(range(start, min(start + PROBE_TOKENS, total)))
     if append_eod is not None:
         _check_ends(dataset, eod_id, append_eod)
 

@@ -35,6 +35,11 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
         (["model.num_key_value_heads=3"], ["model.num_attention_heads=4", "model.num_key_value_heads=3"]),
         (["model.num_key_value_heads=8"], ["model.num_attention_heads=4", "model.num_key_value_heads=8"]),
         (["model.head_dim=63"], ["head_dim=63", "model.hidden_size", "model.num_attention_heads", "llama"]),
+        (
+            ["model.vocab_size=8193", "model.vocab_multiple=64"],
+            ["model.vocab_size=8193", "model.vocab_multiple=64", "model.vocab_size=8256"],
+        ),
+        (["model.vocab_size=8256", "model.vocab_multiple=64"], None),
         (["model.hidden_size=252"], ["head_dim=63", "llama"]),
         (["model.hidden_size=252", "model.style=gpt2"], None),
         (

@@ -329,6 +329,11 @@ def test_inspection(tmp_path: Path, model_path: Path) -> None:
     assert any(sha256 in value for value in facts.values())
     assert document_text(prefix, 1, ByteTokenizer()) == "three"
     assert document_text(prefix, 0) == "111 110 101 256"
+    with IndexedDatasetWriter(tmp_path / "other", np.uint16) as writer:
+        writer.append([1, 2, 300])
+    with pytest.raises(DataError) as error:
+        document_text(tmp_path / "other", 0, ByteTokenizer())
+    assert_names(error.value, tmp_path / "other.bin", 0, 300, 257)
     with pytest.raises(DataError) as error:
         document_text(prefix, 2)
     assert_names(error.value, prefix, 2)

@@ -55,6 +55,17 @@ def exported(section: ModelSection, folder: Path, **words: Any) -> tuple[ModelCo
     return shape, model, checkpoint, folder / "out"
 
 
+def test_an_export_never_draws_an_id_without_a_token(tmp_path: Path) -> None:
+    shape, _, _, folder = exported(ModelSection(vocab_size=300, **SIZES), tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert theirs.generation_config.suppress_tokens == list(range(257, 300))
+    with torch.no_grad():  # every id is equally likely
+        theirs.get_output_embeddings().weight.zero_()
+    torch.manual_seed(0)
+    drawn = theirs.generate(tokens_of(shape)[:1, :3] % 257, max_new_tokens=30, do_sample=True)[0]
+    assert int(drawn.max()) < 257
+
+
 def tokens_of(shape: ModelConfig) -> torch.Tensor:
     return torch.randint(0, shape.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(1))
 

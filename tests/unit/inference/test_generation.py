@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -101,6 +103,15 @@ def pieces_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "small.model"
     train_tokenizer([source_files()["textwrap.py"].read_text(encoding="utf-8")], path, vocab_size=500)
     return load_tokenizer(path)
+
+
+def test_a_padded_vocabulary_generates_what_the_tokenizer_decodes(pieces_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    section = LLAMA.model_copy(update={"vocab_multiple": 4096})
+    padded = InferenceModel(write_run(tmp_path, pieces_tokenizer, section, LENGTH))
+    assert (padded.shape.vocab_size, pieces_tokenizer.vocab_size) == (4096, 500)
+    (text,) = generate(padded, SingleProcessCommunicator(), pieces_tokenizer, settings(1.5, 60, ("a",)), LENGTH, 0)
+    assert len(text) > 1
+    assert "".join(stream(CachedModel(padded), pieces_tokenizer, "a", settings(1.5, 60), LENGTH, 0)) == text
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])

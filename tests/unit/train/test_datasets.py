@@ -21,6 +21,7 @@ from megalm.data.indexed.writer import IndexedDatasetWriter
 from megalm.data.tokenizers.tokenizer import ByteTokenizer
 from megalm.errors import ConfigError, DataError
 from megalm.planning.resolve import ResolvedRun, resolve
+from megalm.planning.run_plan import make_plan
 from megalm.train.datasets import (
     RunData,
     batch_loader,
@@ -134,6 +135,15 @@ def test_the_ends_of_foreign_documents_are_looked_at(
     with pytest.raises(DataError) as error:
         opened(*words)
     assert_names(error.value, f"{prefix}.bin", 3, ends.count(256), 256, words[1])
+
+
+def test_a_vocabulary_is_padded_to_a_multiple(web: str) -> None:
+    data = f"data.train={web}"
+    sizes = [
+        make_plan(resolved(data, *words), 257).shape.vocab_size
+        for words in ((), ("model.vocab_multiple=1",), ("model.vocab_multiple=128",), ("model.vocab_size=300",))
+    ]
+    assert sizes == [257, 257, 384, 300]
 
 
 @pytest.mark.parametrize("copied", [False, True])
