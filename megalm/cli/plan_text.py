@@ -18,7 +18,7 @@ from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_checks import how_to_give_data
 from megalm.planning.run_plan import ASSUMED_MFU, Plan
 from megalm.topology import AXES, Axis, Topology, bubble_share
-from megalm.utils.formatting import format_bytes, table, terminal_width, wrapped
+from megalm.utils.formatting import format_bytes, format_duration, table, terminal_width, wrapped
 
 _STAGES_SHOWN = 8  # of a longer pipeline, the first and last stages
 _LONGEST_HOURS = 24 * 365 * 20  # a date beyond says nothing
@@ -153,8 +153,8 @@ def _time(plan: Plan) -> str:
     end = datetime.now() + timedelta(hours=min(plan.hours, _LONGEST_HOURS))
     date = f", until {end:%Y-%m-%d %H:%M} if it starts now" if plan.hours < _LONGEST_HOURS else ""
     return (
-        f"{work}: {plan.hours:,.3g} hours on {run.topology.world_size} x {run.device.name}{date}, at an assumed MFU of "
-        f"{ASSUMED_MFU:.0%}"
+        f"{work}: {format_duration(3600 * plan.hours)} on {run.topology.world_size} x {run.device.name}{date}, "
+        f"at an assumed MFU of {ASSUMED_MFU:.0%}"
     )
 
 
