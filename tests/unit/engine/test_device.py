@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.engine import device as device_module
+from megalm.engine.deepspeed_patches import use_expandable_segments
 from megalm.engine.device import (
     DeviceReport,
     claim_device,
@@ -192,6 +193,22 @@ def test_a_rank_stays_on_the_cores_that_it_may_use(tmp_path: Path, monkeypatch: 
     device_module.bind_to_numa_node(torch.device("cuda", 0), _sysfs(tmp_path / "two", 2))
     device_module.bind_to_numa_node(torch.device("cuda", 0), _sysfs(tmp_path / "one", 1))
     assert bound == [{4, 5}]
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_expandable_segments_are_the_default(monkeypatch: pytest.MonkeyPatch, own: str | None) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "max_split_size_mb:64")
+        if name != own:
+            monkeypatch.delenv(name)
+    use_expandable_segments()
+    set_to = [device_module.os.environ.get(name) for name in names]
+    if own is None:
+        assert set_to == ["expandable_segments:True", None]
+    else:
+        assert set_to[names.index(own)] == "max_split_size_mb:64"
+        assert set_to.count(None) == 1
 
 
 def test_all_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
