@@ -128,9 +128,10 @@ def _torch() -> list[Finding]:
     except (ImportError, OSError) as error:  # OSError: a shared library is missing
         return [Finding("torch", f"import fails: {error}", "missing")]
     findings = [Finding("torch", torch.__version__)]
-    if not torch.cuda.is_available():
-        reason = "this torch is a CPU build" if torch.version.cuda is None else "no usable NVIDIA driver or device"
-        return [*findings, Finding("CUDA", reason, "absent")]
+    from megalm.engine.device import cuda_problem
+
+    if problem := cuda_problem():
+        return [*findings, Finding("CUDA", problem, "absent")]
     findings.append(Finding("CUDA", f"{torch.version.cuda}, {torch.cuda.device_count()} devices"))
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

@@ -152,7 +152,7 @@ def claim_device(ranks: RankFacts) -> torch.device:
         ConfigError: the job is for GPUs but CUDA does not work, or this node has more ranks than CUDA devices.
     """
     torch.set_num_threads(ranks.threads)  # torchrun sets 1 thread, other launchers all: make them equal
-    if _wants_cuda() and (problem := _cuda_problem()):
+    if _wants_cuda() and (problem := cuda_problem()):
         sign = sign_of_gpus()
         if sign is not None:
             raise ConfigError(
@@ -242,8 +242,8 @@ def _computes_on_cuda() -> bool:
     return _wants_cuda() and torch.cuda.is_available()
 
 
-def _cuda_problem() -> str:
-    """Return why CUDA does not work, in torch's own words; empty: it works."""
+def cuda_problem() -> str:
+    """Return why CUDA does not work here, in torch's own words where it has some; empty: it works."""
     with warnings.catch_warnings(record=True) as caught:  # otherwise they are filtered
         warnings.simplefilter("always")
         if torch.cuda.is_available():

@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalm.config.deepspeed.json_reader import DeviceFacts
+from megalm.config.deepspeed.json_reader import DeviceFacts, named_json, read_deepspeed_json
+from megalm.config.loading import load_run_config
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.engine import device as device_module
 from megalm.engine.deepspeed_patches import use_expandable_segments
@@ -30,7 +31,9 @@ from megalm.engine.device import (
 )
 from megalm.engine.distributed import agree_on_device
 from megalm.errors import ConfigError
+from megalm.planning.resolve import resolve
 from megalm.rank_environment import RankFacts, sign_of_gpus
+from megalm.train import setup
 from tests.messages import assert_names
 
 ONE = RankFacts(0, 1, 0, 1, threads=1)
@@ -235,6 +238,28 @@ def test_all_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert batch.micro_batches[0].documents is not None
     assert batch.micro_batches[0].documents.dtype == np.int32
     assert (batch.target_count, batch.sample_range) == (12, (0, 4))
+
+
+@pytest.mark.parametrize(
+    ("json", "wanted", "done"),
+    [
+        ("zero2.json", (), []),
+        ("zero2_offload.json", (), ["bound"]),
+        ("zero2.json", ("train.deterministic=true",), ["deterministic, compiled True"]),
+        ("zero2.json", ("train.deterministic=true", "compile=false"), ["deterministic, compiled False"]),
+    ],
+)
+def test_a_run_s_settings_reach_the_process(
+    monkeypatch: pytest.MonkeyPatch, json: str, wanted: tuple[str, ...], done: list[str]
+) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(setup, "bind_to_numa_node", lambda device: found.append("bound"))
+    monkeypatch.setattr(
+        setup, "make_deterministic", lambda compiled: found.append(f"deterministic, compiled {compiled}")
+    )
+    run = resolve(load_run_config(None, wanted), read_deepspeed_json(named_json(json)), 2, A100, 100)
+    setup._prepare_process(run, torch.device("cuda", 0))
+    assert found == done
 
 
 def test_deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
