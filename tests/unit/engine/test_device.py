@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn import functional
 
+from megalm.checkpoint.checkpointer import HostStaging
+from megalm.checkpoint.shard_spec import Fragment, FragmentKey
 from megalm.config.deepspeed.json_reader import DeviceFacts, named_json, read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
@@ -31,6 +35,7 @@ from megalm.engine.device import (
 )
 from megalm.engine.distributed import agree_on_device
 from megalm.errors import ConfigError
+from megalm.model.attention import _compiled_flex_attention, document_mask
 from megalm.planning.resolve import resolve
 from megalm.rank_environment import RankFacts, sign_of_gpus
 from megalm.train import setup
@@ -240,6 +245,38 @@ def test_all_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (batch.target_count, batch.sample_range) == (12, (0, 4))
 
 
+@pytest.mark.gpu
+def test_a_gpu_reads_page_locked_memory() -> None:
+    numbers = np.arange(6, dtype=np.int64).reshape(2, 3)
+    (micro,) = pin_batch(GlobalBatch((MicroBatch(numbers, numbers, None),), 6, (0, 2))).micro_batches
+    assert torch.from_numpy(micro.tokens).is_pinned()
+    weight = torch.rand(1000, device="cuda")
+    (copy,) = HostStaging().take([Fragment(FragmentKey("w", "master", (1000,), 0, 1000), weight)])
+    assert copy.tensor.is_pinned()
+    torch.testing.assert_close(copy.tensor, weight.cpu(), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_on_a_gpu_is_deterministic_by_wish(deterministic: None, masked: bool) -> None:
+    torch.manual_seed(1)
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    query, key, value = (torch.randn(2, 8, 2048, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
+    documents = torch.arange(2048, device="cuda", dtype=torch.int32).expand(2, -1) // 500
+    blocks = document_mask(documents).blocks if masked else None
+
+    def gradients() -> list[torch.Tensor]:
+        if blocks is None:
+            mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:
+            mixed = _compiled_flex_attention()(query, key, value, block_mask=blocks)
+        return list(torch.autograd.grad(mixed.square().sum(), (query, key, value)))
+
+    first = gradients()
+    for _ in range(5):
+        assert all(map(torch.equal, gradients(), first))
+
+
 @pytest.mark.parametrize(
     ("json", "wanted", "done"),
     [
@@ -262,17 +299,21 @@ def test_a_run_s_settings_reach_the_process(
     assert found == done
 
 
-def test_deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All settings of `make_deterministic` in the test, as they were behind it."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     before = torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        make_deterministic(compiled=True)
-        assert torch.are_deterministic_algorithms_enabled()
-        assert not torch.is_deterministic_algorithms_warn_only_enabled()
-        assert device_module.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        assert torch._inductor.config.deterministic
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = before
-        torch._inductor.config.deterministic = False
+    make_deterministic(compiled=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+    torch._inductor.config.deterministic = False
+
+
+def test_deterministic_kernels(deterministic: None) -> None:
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert device_module.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert torch._inductor.config.deterministic
