@@ -113,12 +113,12 @@ class DeviceReport:
 
 def open_device(ranks: RankFacts) -> tuple[torch.device, DeviceReport]:
     """Claim this rank's device. A problem is reported, not raised: all ranks have to learn of it."""
-    problem, device = "", torch.device("cpu")
+    node = socket.gethostname()
     try:
         device = claim_device(ranks)
     except ConfigError as error:
-        problem = str(error)
-    return device, DeviceReport(socket.gethostname(), device_facts(ranks.local_world_size), problem)
+        return torch.device("cpu"), DeviceReport(node, DeviceFacts("cpu", False, 0), problem=str(error))
+    return device, DeviceReport(node, device_facts(ranks.local_world_size))
 
 
 def device_facts(local_world_size: int) -> DeviceFacts:
@@ -149,26 +149,34 @@ def claim_device(ranks: RankFacts) -> torch.device:
     """Bind this process to its device and its share of the cores.
 
     Raises:
-        ConfigError: the job is for GPUs but CUDA does not work, or this node has more ranks than CUDA devices.
+        ConfigError: the job is for GPUs but CUDA or this rank's GPU does not work, or there are more ranks than GPUs.
     """
     torch.set_num_threads(ranks.threads)  # torchrun sets 1 thread, other launchers all: make them equal
-    if _wants_cuda() and (problem := cuda_problem()):
-        sign = sign_of_gpus()
-        if sign is not None:
-            raise ConfigError(
-                f"this job is for GPUs ({sign}), but CUDA does not work on node {socket.gethostname()}: {problem}; "
-                "mend that or leave the node out, or set DS_ACCELERATOR=cpu to train on the CPU"
-            )
+    node = socket.gethostname()
+    if _wants_cuda() and (problem := cuda_problem()) and (sign := sign_of_gpus()):
+        raise ConfigError(
+            f"this job is for GPUs ({sign}), but CUDA does not work on node {node}: {problem}; mend that or leave the "
+            "node out, or set DS_ACCELERATOR=cpu to train on the CPU"
+        )
     if not _computes_on_cuda():
         tune_malloc()
         return torch.device("cpu")
     if ranks.local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"rank {ranks.rank} needs GPU {ranks.local_rank}, but node {socket.gethostname()} has "
-            f"{torch.cuda.device_count()}; start one rank per GPU (--num_gpus)"
+            f"rank {ranks.rank} needs GPU {ranks.local_rank}, but node {node} has {torch.cuda.device_count()}; "
+            "start one rank per GPU (--num_gpus)"
         )
-    torch.cuda.set_device(ranks.local_rank)
-    return torch.device("cuda", ranks.local_rank)
+    device = torch.device("cuda", ranks.local_rank)
+    try:
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device).add_(1).item()  # fails where torch has no kernels for the GPU, or it is broken
+    except (RuntimeError, AssertionError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"GPU {ranks.local_rank} of node {node} does not work with torch {torch.__version__}: {why}; leave the "
+            "node out, or install a torch for this GPU"
+        ) from error
+    return device
 
 
 def bind_to_numa_node(device: torch.device, sysfs: Path = Path("/sys")) -> None:

@@ -102,6 +102,26 @@ def test_torch_s_own_warning_is_the_reason(gpu_job: None, monkeypatch: pytest.Mo
     assert "\n" not in str(caught.value)
 
 
+def test_a_gpu_that_runs_no_kernel_is_named(gpu_job: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where torch has no kernels for its architecture; here there is no such GPU at all."""
+    for name, value in (
+        ("is_available", lambda: True),
+        ("device_count", lambda: 8),
+        ("set_device", lambda device: None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    _, report = open_device(RankFacts(7, 8, 7, 8, threads=1))
+    assert_names(report.problem, "GPU 7", socket.gethostname(), torch.__version__)
+    assert report.facts.kind == "cpu"
+
+
+def test_more_ranks_than_gpus(gpu_job: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("is_available", lambda: True), ("device_count", lambda: 1)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    _, report = open_device(RankFacts(3, 4, 3, 4, threads=1))
+    assert_names(report.problem, "rank 3", "GPU 3", socket.gethostname(), "--num_gpus")
+
+
 def test_by_wish_it_trains_on_the_cpu(gpu_job: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     device, report = open_device(ONE)
