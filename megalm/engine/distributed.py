@@ -196,6 +196,19 @@ def _common_device(reports: Sequence[DeviceReport]) -> DeviceFacts | str:
     )
 
 
+def _join(ranks: RankFacts, device: torch.device, store: Store) -> None:
+    on_gpu = device.type == "cuda"
+    with _reaching_others(ranks):
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=store,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=_TIMEOUT,
+            device_id=device if on_gpu and ranks.world_size > 1 else None,  # as DeepSpeed does
+        )
+
+
 def start_distributed(
     ranks: RankFacts, device: torch.device, traffic: TrafficCounter | None = None, store: Store | None = None
 ) -> DistributedCommunicator:
@@ -217,16 +230,7 @@ def start_distributed(
     if device.type == "cpu":
         avoid_shared_memory_op()
         allow_cpu_fp16_for_tests()
-    on_gpu = device.type == "cuda"
-    store = store or open_store(ranks)
-    with _reaching_others(ranks):
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            store=store,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            timeout=_TIMEOUT,
-            device_id=device if on_gpu and ranks.world_size > 1 else None,  # as DeepSpeed does
-        )
+    if not dist.is_initialized():  # a caller may have joined a group of its own
+        _join(ranks, device, store or open_store(ranks))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT)  # takes the existing group
     return DistributedCommunicator(ranks)
