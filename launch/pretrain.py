@@ -108,9 +108,10 @@ def main(
         return
     if gpu is not None:
         raise typer.BadParameter("only a plan takes it; add --dry-run", param_hint="--gpu")
-    from megalm.engine.deepspeed_patches import limit_openmp_spin, silence
+    from megalm.engine.deepspeed_patches import limit_openmp_spin, silence, use_expandable_segments
 
-    limit_openmp_spin()  # this and the next before torch is imported
+    limit_openmp_spin()  # this and the next two before torch is imported
+    use_expandable_segments()
     if verbose:
         logging.basicConfig(level=logging.INFO)
     else:

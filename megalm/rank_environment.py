@@ -7,9 +7,11 @@ are translated, so that its processes are the ranks of one job instead of as man
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 
@@ -21,6 +23,8 @@ _TORCH_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
 _FIRST_PORT, _PORTS = 20000, 10000
 # More than torchrun restarts in one attempt of a Slurm job; the next attempt counts from 0 again.
 _RESTARTS_OF_TORCHRUN = 10_000
+# By which Slurm says that a job has GPUs.
+_SLURM_GPUS = ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS", "SLURM_GPUS_PER_NODE")
 # The process on each node that is the ancestor of all ranks there.
 _MPI_DAEMONS = {"hydra_pmi_proxy", "mpirun", "mpiexec", "orterun", "orted", "prterun", "prted"}
 
@@ -109,6 +113,26 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> int:
         return _number(environment, "WORLD_SIZE")
     launched = _launched(environment)
     return 1 if launched is None else launched.world_size
+
+
+def sign_of_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> str | None:
+    """Return what says that this job is to train on GPUs, such as "SLURM_GPUS_ON_NODE=2"; None: nothing does.
+
+    Not `deepspeed --num_gpus`: it gives the number of ranks on a machine without GPUs too.
+    """
+    wish = environment.get("DS_ACCELERATOR")
+    if wish is not None:
+        return f"DS_ACCELERATOR={wish}" if wish == "cuda" else None
+    slurm = next((name for name in _SLURM_GPUS if environment.get(name, "0") not in ("", "0")), None)
+    if slurm is not None:
+        return f"{slurm}={environment[slurm]}"
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and "CROSS_SIZE" not in environment:  # DeepSpeed's launcher sets both, on a CPU too
+        return f"CUDA_VISIBLE_DEVICES={visible}" if re.match(r"\d|GPU-|MIG-", visible) else None
+    if environment.get("SLURM_JOB_ID"):  # /dev has all GPUs of a node, also in a job that asked for none
+        return None
+    found = sorted(devices.glob("nvidia[0-9]*"))
+    return str(found[0]) if found else None
 
 
 def job_and_restarts(environment: Mapping[str, str] = os.environ) -> tuple[str | None, int]:

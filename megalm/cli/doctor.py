@@ -58,6 +58,7 @@ def machine_findings() -> list[Finding]:
         _python(),
         *_torch(),
         _package("deepspeed", essential=True),
+        _package("triton", essential=False),
         Finding("DeepSpeed ops built", ", ".join(_built_ops()) or "none yet; the first run with offload builds them"),
         _package("mlflow", essential=False),
         Finding("cores", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} usable, {platform.machine()}"),
@@ -66,6 +67,7 @@ def machine_findings() -> list[Finding]:
         _shared_memory(),
         _tool("g++"),
         _tool("ninja"),
+        _nvcc(),
         _header("Python.h", sysconfig.get_path("include")),
         _header("libaio.h", "/usr/include"),
         _slurm(),
@@ -83,6 +85,9 @@ def capabilities(machine: dict[str, Finding]) -> list[list[str]]:
     base = ok("torch") and ok("deepspeed") and ok("python")
     no_gpu = machine["CUDA"].found if "CUDA" in machine else "no CUDA device"
     no_compiler = "needs g++, ninja and Python.h to compile"
+    # The header of libaio always; for a GPU, CUDA's compiler and Triton too.
+    no_nvme = [name for name in ("libaio.h", *(["nvcc"] if gpu else [])) if not ok(name)]
+    no_triton = gpu and not ok("triton")
     rows = [
         ("training on the CPU (gloo)", base, "nothing to compile" if base else "needs python, torch and deepspeed"),
         ("training on GPUs (NCCL)", base and gpu, machine["CUDA device 0"].found if gpu else no_gpu),
@@ -90,10 +95,14 @@ def capabilities(machine: dict[str, Finding]) -> list[list[str]]:
         ("optimizer offload to the CPU", base and compiler, "compiles DeepSpeedCPUAdam" if compiler else no_compiler),
         (
             "optimizer offload to NVMe",
-            base and compiler and ok("libaio.h"),
-            ("compiles async_io" if ok("libaio.h") else "needs libaio.h") if compiler else no_compiler,
+            base and compiler and not no_nvme,
+            (f"needs {' and '.join(no_nvme)}" if no_nvme else "compiles async_io") if compiler else no_compiler,
         ),
-        ("torch.compile", base and compiler, "compiles its kernels" if compiler else no_compiler),
+        (
+            "torch.compile",
+            base and compiler and not no_triton,
+            ("needs triton" if no_triton else "compiles its kernels") if compiler else no_compiler,
+        ),
         ("mirror to MLflow", ok("mlflow"), machine["mlflow"].found),
         ("Slurm jobs from here", ok("Slurm"), machine["Slurm"].found),
     ]
@@ -119,9 +128,10 @@ def _torch() -> list[Finding]:
     except (ImportError, OSError) as error:  # OSError: a shared library is missing
         return [Finding("torch", f"import fails: {error}", "missing")]
     findings = [Finding("torch", torch.__version__)]
-    if not torch.cuda.is_available():
-        reason = "this torch is a CPU build" if torch.version.cuda is None else "no usable NVIDIA driver or device"
-        return [*findings, Finding("CUDA", reason, "absent")]
+    from megalm.engine.device import cuda_problem
+
+    if problem := cuda_problem():
+        return [*findings, Finding("CUDA", problem, "absent")]
     findings.append(Finding("CUDA", f"{torch.version.cuda}, {torch.cuda.device_count()} devices"))
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -177,6 +187,17 @@ def _tool(name: str) -> Finding:
         return Finding(name, "not on PATH", "absent")
     result = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     return Finding(name, next(iter(result.stdout.splitlines()), "no version"))
+
+
+def _nvcc() -> Finding:
+    """CUDA's compiler, where torch looks for it: only NVMe offload on a GPU needs it."""
+    try:
+        from megalm.engine.cpp_extensions import cuda_compiler
+
+        nvcc = cuda_compiler()
+    except (ImportError, OSError):  # no torch
+        nvcc = None
+    return Finding("nvcc", str(nvcc)) if nvcc else Finding("nvcc", "no CUDA toolkit (CUDA_HOME)", "absent")
 
 
 def _header(name: str, folder: str) -> Finding:

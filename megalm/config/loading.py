@@ -111,6 +111,9 @@ _OTHER_NAMES = {
     "n_embd": "model.hidden_size",
     "tp": "parallel.tensor",
     "pp": "parallel.pipeline",
+    "gc_freq": "train.gc_interval_steps",
+    "manual_gc_interval": "train.gc_interval_steps",
+    "torch_compile": "compile",
 }
 _OTHER_NAMES_IN_JSON = ("batch_size", "micro_batch_size", "precision", "dtype", "zero", "zero_stage")
 

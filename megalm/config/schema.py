@@ -228,6 +228,9 @@ class TrainSection(Section):
         default=None, description="the same as a multiple of the parameters, embeddings included: 20 is common"
     )
     seed: NonNegativeInt = 1234
+    deterministic: bool = Field(
+        default=False, description="equal results of equal runs on a GPU too, slower; a CPU's always are"
+    )
     log_interval_steps: PositiveInt = 1
     checkpoint_activations_every: NonNegativeInt = Field(
         default=0, description="recompute every n-th block in the backward pass; 0: none, 1: every block"
@@ -247,6 +250,9 @@ class TrainSection(Section):
     )
     count_traffic: bool = Field(
         default=False, description="count bytes and calls between ranks in the first steps: event traffic"
+    )
+    gc_interval_steps: PositiveInt | None = Field(
+        default=50, description="collect Python's garbage on all ranks at once, not when it pleases; null: Python's way"
     )
     embedding_weight_decay: bool = Field(
         default=True, description="whether embeddings decay; other matrices always do, norms and biases never"
@@ -351,5 +357,7 @@ class RunConfig(Section):
     guard: GuardSection = GuardSection()
     resume: ResumeSection = ResumeSection()
     tracking: TrackingSection = TrackingSection()
-    compile: bool = False
+    compile: bool | Literal["auto"] = Field(
+        default="auto", description="torch.compile for blocks and loss; auto: on a GPU where it can, not on a CPU"
+    )
     documented: DocumentedSection = DocumentedSection()

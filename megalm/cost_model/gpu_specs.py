@@ -1,67 +1,100 @@
-"""The peak speeds of GPUs by their data sheets, for dense matrix products: no torch."""
+"""GPUs by their data sheets: the peak speeds of dense matrix products, memory, bf16. No torch."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.errors import ConfigError
 from megalm.utils.did_you_mean import did_you_mean
 
-# Model name, FLOP/s of bf16 and fp16 with fp32 sums, and of fp32 without TF32; NVIDIA's data sheets, without sparsity.
-# A name matches whole, because a laptop, PCIe or NVL card of a similar name has other speeds.
-_DATA_SHEETS: tuple[tuple[str, float, float], ...] = (
-    ("H200 NVL", 835.5e12, 60e12),
-    ("H200", 989e12, 67e12),
-    ("H100 PCIe", 756e12, 51e12),
-    ("H100 NVL", 835.5e12, 60e12),
-    ("H100", 989e12, 67e12),
-    ("A100", 312e12, 19.5e12),
-    ("RTX 5090", 209.5e12, 104.8e12),
-    ("RTX 4090", 165.2e12, 82.6e12),
+
+@dataclass(frozen=True)
+class _Gpu:
+    """A GPU, or one of its forms that has other speeds.
+
+    Attributes:
+        name: as CUDA names it, without the maker and without what `_SAME_CHIP` has.
+        low, full: peak TFLOP/s without sparsity: of bf16 and fp16 with fp32 sums, and of fp32 without TF32.
+        memory_gib: of the usual card; the data sheets' GB, which are close to what CUDA reports in GiB.
+        bf16: it computes in bf16 natively.
+    """
+
+    name: str
+    low: float
+    full: float
+    memory_gib: float
+    bf16: bool = True
+
+
+# NVIDIA's data sheets, read in November 2026; half of a number with sparsity. GeForce and RTX A6000 by the white papers
+# of their architectures (Ampere GA102, Ada, Blackwell), "with FP32 accumulate". B200 and GB200: an eighth of an HGX
+# board and a 72nd of an NVL72 rack. A800 and H800 differ from A100 and H100 in NVLink and fp64 only.
+_GPUS = (
+    _Gpu("GB200", 2500, 80, 186),
+    _Gpu("B200", 2250, 75, 180),
+    _Gpu("GH200", 989, 67, 96),
+    _Gpu("H200 NVL", 835.5, 60, 141),
+    _Gpu("H200", 989, 67, 141),
+    _Gpu("H100 PCIe", 756, 51, 80),
+    _Gpu("H100 NVL", 835.5, 60, 94),
+    _Gpu("H100", 989, 67, 80),
+    _Gpu("H800 PCIe", 756, 51, 80),
+    _Gpu("H800", 989, 67, 80),
+    _Gpu("H20", 148, 44, 96),
+    _Gpu("A100", 312, 19.5, 80),
+    _Gpu("A800", 312, 19.5, 80),
+    _Gpu("L40S", 362, 91.6, 48),
+    _Gpu("L40", 181, 90.5, 48),
+    _Gpu("L4", 121, 30.3, 24),
+    _Gpu("A40", 149.7, 37.4, 48),
+    _Gpu("A10", 125, 31.2, 24),
+    _Gpu("RTX A6000", 154.8, 38.7, 48),
+    _Gpu("RTX 5090", 209.5, 104.8, 32),
+    _Gpu("RTX 4090", 165.2, 82.6, 24),
+    _Gpu("RTX 3090", 71, 35.6, 24),
+    _Gpu("V100 PCIe", 112, 14, 32, bf16=False),
+    _Gpu("V100", 125, 15.7, 32, bf16=False),
+    _Gpu("T4", 65, 8.1, 16, bf16=False),
 )
-# These suffixes, form factor and memory, do not change the speed.
-_SAME_CHIP = r"(-?(SXM\d?|PCIE|\d+GB|HBM\w*)| )*$"
+# A name matches whole, because a laptop or another card of a similar name has other speeds. These suffixes, form factor
+# and memory, do not change the speed; GH200 has the memory of its CPU there.
+_SAME_CHIP = r"(-?(SXM\d?|PCIE|\d+GB?|HBM\w*)| )*$"
+_GIB = 2**30
 
 
 def data_sheet_peak(device_name: str, low_precision: bool) -> tuple[float, str] | None:
     """FLOP/s and source for a device as CUDA names it, "NVIDIA A100-SXM4-80GB"; None where the table has none."""
-    for name, low, full in _DATA_SHEETS:
+    for gpu in _GPUS:
+        name = gpu.name.replace(" ", "[ -]")
         if re.search(rf"\b{name}{_SAME_CHIP}", device_name, re.IGNORECASE):
-            return (low if low_precision else full), f"data sheet of {name}"
+            return (gpu.low if low_precision else gpu.full) * 1e12, f"data sheet of {gpu.name}"
     return None
 
 
-# Memory in GiB, and whether the chip has bf16; "A100-40GB" is the same chip with another memory.
-_GPUS: dict[str, tuple[float, bool]] = {
-    "H200": (141, True),
-    "H100": (80, True),
-    "A100": (80, True),
-    "A40": (48, True),
-    "A10": (24, True),
-    "L40S": (48, True),
-    "L4": (24, True),
-    "RTX 5090": (32, True),
-    "RTX 4090": (24, True),
-    "RTX 3090": (24, True),
-    "V100": (32, False),
-    "T4": (16, False),
-}
-_GIB = 2**30
+def known_gpus() -> tuple[str, ...]:
+    return tuple(gpu.name for gpu in _GPUS)
 
 
 def gpu_by_name(name: str) -> DeviceFacts:
-    """The device of a rank by the name of its GPU: "A100", "a100-40gb", "RTX 4090".
+    """The device of a rank by the name of its GPU: "A100", "a100-40gb", "RTX 4090", "A6000".
 
     Raises:
         ConfigError: the table has no such GPU; the message lists all.
     """
-    sized = re.fullmatch(r"(.+?)[\s_-]+(\d+)\s*GI?B", name.strip(), re.IGNORECASE)
+    known = {_plain(gpu.name): gpu for gpu in _GPUS}
+    sized = re.fullmatch(r"(.+?)[\s_-]+(\d+)\s*GI?B?", name.strip(), re.IGNORECASE)
     stem, memory = (sized[1], sized[2]) if sized else (name, "")
-    chip = re.sub(r"[\s_-]", "", stem).upper()
-    known = {key.replace(" ", "").upper(): key for key in _GPUS}
-    if chip not in known:
-        raise ConfigError(f"--gpu {name}: no such GPU{did_you_mean(chip, known)}; known: {', '.join(_GPUS)}")
-    size, bf16 = _GPUS[known[chip]]
-    full_name = f"{known[chip]}-{memory}GB" if memory else known[chip]
-    return DeviceFacts(kind="cuda", bf16=bf16, memory_bytes=int(float(memory or size) * _GIB), name=full_name)
+    chip = _plain(stem)
+    gpu = known.get(chip) or known.get(f"RTX{chip}")
+    if gpu is None:
+        raise ConfigError(f"--gpu {name}: no such GPU{did_you_mean(chip, known)}; known: {', '.join(known_gpus())}")
+    if gpu.name == "GH200" and memory == "480":
+        memory = ""  # as CUDA names it: 480 GB of the CPU's memory
+    full_name = f"{gpu.name}-{memory}GB" if memory else gpu.name
+    return DeviceFacts("cuda", gpu.bf16, int(float(memory or gpu.memory_gib) * _GIB), name=full_name)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]|nvidia|geforce|tesla", "", name, flags=re.IGNORECASE).upper()

@@ -59,9 +59,9 @@ def build_engine(
     context = EngineContext(run, device, comm, make_groups(run.topology, comm.rank, comm.timeout), judge)
     if traffic is not None:
         traffic.name_groups(context.groups, comm.process_group)
-    layers = LayerFactory(clock, run.config.compile)
+    layers = LayerFactory(clock, run.compiled)
     if run.topology.tensor > 1:
-        layers = TensorLayers(clock, context.groups.tensor, run.config.parallel.sequence, run.config.compile)
+        layers = TensorLayers(clock, context.groups.tensor, run.config.parallel.sequence, run.compiled)
     if run.topology.pipeline > 1:
         build = StageBuilder(shape, layers, clock, train.loss_chunk_tokens)
         blocks, costs = _balance(run, build, device, comm)
@@ -78,7 +78,7 @@ def _zero_engine(context: EngineContext, shape: ModelConfig, layers: LayerFactor
     model = LanguageModel(
         shape, layers, clock, train.loss_chunk_tokens, recompute_every=train.checkpoint_activations_every
     )
-    if context.run.config.compile:
+    if context.run.compiled:
         model.compile_blocks()
     initialize(model, shape, train.seed)
     return ZeroEngine(model.to(context.device), clock, context)
@@ -92,7 +92,7 @@ def _pipeline_engine(
 
     run, train = context.run, context.run.config.train
     stage = PipelineStage(build, MicroBatchContext(clock), run.topology, blocks, train.checkpoint_activations_every)
-    if run.config.compile:
+    if run.compiled:
         stage.compile_blocks()
     initialize(stage.part_of_model(), build.shape, train.seed)
     return PipelineEngine(stage, context)

@@ -41,10 +41,16 @@ def load_async_io() -> None:
     """Load DeepSpeed's asynchronous I/O for NVMe disks, compiled like CPUAdam.
 
     Raises:
-        ConfigError: libaio is not installed, or the extension cannot be compiled.
+        ConfigError: libaio or, for a GPU, the CUDA toolkit is not installed, or the extension cannot be compiled.
     """
+    import torch
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
+    if torch.cuda.is_available() and cuda_compiler() is None:
+        raise ConfigError(
+            "offload_optimizer.device=nvme compiles with the CUDA toolkit where there is a GPU, and there is no nvcc: "
+            f"install or load the toolkit of CUDA {torch.version.cuda} (module load cuda, CUDA_HOME), or use device=cpu"
+        )
     builder = AsyncIOBuilder()
     if not builder.is_compatible():
         raise ConfigError(
@@ -53,6 +59,14 @@ def load_async_io() -> None:
         )
     with compiling_alone("pin_memory"), compiling_alone(builder.name):  # the second loads the first
         _load(builder)
+
+
+def cuda_compiler() -> Path | None:
+    """Return the `nvcc` that torch and DeepSpeed compile with; None: there is no CUDA toolkit."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = None if CUDA_HOME is None else Path(CUDA_HOME) / "bin/nvcc"
+    return nvcc if nvcc is not None and nvcc.is_file() else None
 
 
 def _load(builder: Any) -> None:

@@ -1,4 +1,4 @@
-"""Workarounds for DeepSpeed and torch at startup: OpenMP spinning, log noise, needless compilation, fp16 on a CPU."""
+"""Settings and workarounds at startup: OpenMP, CUDA's allocator, log noise, needless compilation, fp16 on a CPU."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from megalm.planning.engine_checks import ALLOW_CPU_FP16
 
 # Environment variables by which a user configures OpenMP's spinning.
 _OPENMP_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+# And torch's CUDA allocator; the second is the older name.
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def limit_openmp_spin() -> None:
@@ -24,6 +26,15 @@ def limit_openmp_spin() -> None:
     """
     if not any(name in os.environ for name in _OPENMP_VARIABLES):
         os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
+def use_expandable_segments() -> None:
+    """Let torch's CUDA allocator grow its segments, which fragments less, unless the environment configures it.
+
+    Call before importing torch.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 log = logging.getLogger(__name__)

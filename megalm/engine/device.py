@@ -1,21 +1,30 @@
-"""This process's device, threads and peak FLOP/s, and the memory allocator's settings for CPU training."""
+"""This process's device: whether it works, its cores, memory and peak FLOP/s; settings of kernels and allocators."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
 import os
+import shutil
+import socket
+import sysconfig
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 import psutil
 import torch
 
 from megalm.cost_model.gpu_specs import data_sheet_peak
+from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.errors import ConfigError
 from megalm.planning.resolve import DeviceFacts
-from megalm.rank_environment import RankFacts
+from megalm.rank_environment import RankFacts, sign_of_gpus
 
 log = logging.getLogger(__name__)
 
@@ -88,21 +97,51 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@dataclass(frozen=True)
+class DeviceReport:
+    """A rank's device, which all ranks compare before they form a process group (distributed.py:agree_on_device).
+
+    Attributes:
+        node: the host's name.
+        problem: why this rank cannot train there; empty: it can.
+    """
+
+    node: str
+    facts: DeviceFacts
+    problem: str = ""
+
+
+def open_device(ranks: RankFacts) -> tuple[torch.device, DeviceReport]:
+    """Claim this rank's device. A problem is reported, not raised: all ranks have to learn of it."""
+    node = socket.gethostname()
+    try:
+        device = claim_device(ranks)
+    except ConfigError as error:
+        return torch.device("cpu"), DeviceReport(node, DeviceFacts("cpu", False, 0), problem=str(error))
+    return device, DeviceReport(node, device_facts(ranks.local_world_size))
+
+
 def device_facts(local_world_size: int) -> DeviceFacts:
     """Return this rank's device facts; memory is one rank's share, in bytes."""
     # Total memory, not free memory: every rank and every resume must derive the same batch size.
     share = psutil.virtual_memory().total // local_world_size
     if _computes_on_cuda():
-        properties = torch.cuda.get_device_properties(0)
-        bf16 = torch.cuda.is_bf16_supported()
-        return DeviceFacts("cuda", bf16, properties.total_memory, share, torch.cuda.get_device_name(0))
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return DeviceFacts(
+            "cuda",
+            torch.cuda.is_bf16_supported(including_emulation=False),
+            properties.total_memory,
+            share,
+            torch.cuda.get_device_name(),
+            compiles=properties.major >= _FIRST_TRITON_MAJOR and _has_triton_and_compiler(),
+        )
     return DeviceFacts("cpu", _cpu_has_bf16(), share)
 
 
 def device_name() -> str:
     """Return the device's display name."""
     if _computes_on_cuda():
-        return torch.cuda.get_device_name(0)
+        return torch.cuda.get_device_name()
     return f"CPU, {len(os.sched_getaffinity(0))} cores"
 
 
@@ -110,24 +149,136 @@ def claim_device(ranks: RankFacts) -> torch.device:
     """Bind this process to its device and its share of the cores.
 
     Raises:
-        ConfigError: this node has more ranks than CUDA devices.
+        ConfigError: the job is for GPUs but CUDA or this rank's GPU does not work, or there are more ranks than GPUs.
     """
     torch.set_num_threads(ranks.threads)  # torchrun sets 1 thread, other launchers all: make them equal
+    node = socket.gethostname()
+    if _wants_cuda() and (problem := cuda_problem()) and (sign := sign_of_gpus()):
+        raise ConfigError(
+            f"this job is for GPUs ({sign}), but CUDA does not work on node {node}: {problem}; mend that or leave the "
+            "node out, or set DS_ACCELERATOR=cpu to train on the CPU"
+        )
     if not _computes_on_cuda():
         tune_malloc()
         return torch.device("cpu")
     if ranks.local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"rank {ranks.rank} needs GPU {ranks.local_rank}, but this node has {torch.cuda.device_count()}; "
+            f"rank {ranks.rank} needs GPU {ranks.local_rank}, but node {node} has {torch.cuda.device_count()}; "
             "start one rank per GPU (--num_gpus)"
         )
-    torch.cuda.set_device(ranks.local_rank)
-    return torch.device("cuda", ranks.local_rank)
+    device = torch.device("cuda", ranks.local_rank)
+    try:
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device).add_(1).item()  # fails where torch has no kernels for the GPU, or it is broken
+    except (RuntimeError, AssertionError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"GPU {ranks.local_rank} of node {node} does not work with torch {torch.__version__}: {why}; leave the "
+            "node out, or install a torch for this GPU"
+        ) from error
+    return device
+
+
+def bind_to_numa_node(device: torch.device, sysfs: Path = Path("/sys")) -> None:
+    """Keep this rank on the cores that are next to its GPU, and so its memory too; with one NUMA node do nothing.
+
+    For offload: the CPU computes on what it copies from and to the GPU. Call before threads start, which inherit it.
+    """
+    cores = cores_next_to(torch.cuda.get_device_properties(device), sysfs) & os.sched_getaffinity(0)
+    if cores:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(min(torch.get_num_threads(), len(cores)))
+
+
+def cores_next_to(properties: Any, sysfs: Path) -> set[int]:
+    """Return the cores of the NUMA node of a GPU; empty if there is one node only, or if it is not known."""
+    place = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+    nodes = sysfs / "devices/system/node"
+    if len(list(nodes.glob("node[0-9]*"))) < 2:
+        return set()
+    try:
+        node = (sysfs / "bus/pci/devices" / place / "numa_node").read_text().strip()  # -1: not known
+        ranges = (nodes / f"node{node}" / "cpulist").read_text().strip().split(",")
+    except OSError:
+        return set()
+    ends = [[int(end) for end in text.split("-")] for text in ranges if text]
+    return {core for first, *last in ends for core in range(first, (last or [first])[0] + 1)}
+
+
+def make_deterministic(compiled: bool) -> None:
+    """Let the device's kernels add in the same order each time; call before the first of them runs.
+
+    Flash attention's backward pass then adds without atomics, and cuBLAS keeps one workspace. A kernel that has no such
+    form raises RuntimeError.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # For debugging: torch would write into every empty tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+    if compiled:
+        from torch._inductor import config as inductor
+
+        inductor.deterministic = True  # no choice of kernels by time
+
+
+def pin_batch(batch: GlobalBatch) -> GlobalBatch:
+    """Return the batch in page-locked memory, from which a copy to the GPU does not wait.
+
+    torch's allocator finds each block again by its address, so it reuses none before its copy is done.
+    """
+
+    def pinned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return torch.from_numpy(array).pin_memory().numpy()
+
+    return replace(
+        batch,
+        micro_batches=tuple(
+            MicroBatch(
+                pinned(micro.tokens),
+                pinned(micro.labels),
+                None if micro.documents is None else pinned(micro.documents),
+            )
+            for micro in batch.micro_batches
+        ),
+    )
+
+
+def _wants_cuda() -> bool:
+    """Return whether to compute on CUDA; DeepSpeed's own variable is honored, so that both choose the same device."""
+    return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def _computes_on_cuda() -> bool:
-    """Return whether to compute on CUDA; DeepSpeed's own variable is honored, so that both choose the same device."""
-    return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
+    return _wants_cuda() and torch.cuda.is_available()
+
+
+def cuda_problem() -> str:
+    """Return why CUDA does not work here, in torch's own words where it has some; empty: it works."""
+    with warnings.catch_warnings(record=True) as caught:  # otherwise they are filtered
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return ""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is a CPU build"
+    reasons = [str(warning.message) for warning in caught]
+    if not reasons:
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            reasons = [str(error)]
+    return " ".join((reasons or ["torch finds no device"])[-1].split())
+
+
+# Triton has no kernels for earlier GPUs.
+_FIRST_TRITON_MAJOR = 7
+
+
+def _has_triton_and_compiler() -> bool:
+    """Return whether torch.compile can build kernels for a GPU: Triton compiles its launchers with a C compiler."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    has_header = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+    return compiler is not None and has_header and importlib.util.find_spec("triton") is not None
 
 
 def _cpu_has_bf16() -> bool:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.engine.deepspeed_patches import allow_cpu_fp16_for_tests, avoid_shared_memory_op, silence_deepspeed
+from megalm.engine.device import DeviceReport
 from megalm.engine.traffic_counter import TrafficCounter
 from megalm.errors import EXIT_FAILED, ConfigError, OtherRankFailed
 from megalm.rank_environment import RankFacts
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
 
@@ -22,6 +30,8 @@ _TIMEOUT = datetime.timedelta(minutes=60)
 # For work of one rank while the others wait, such as building datasets. In effect no limit: gloo notices at once when
 # a rank dies. A limit of more than 24 days would overflow an int of milliseconds.
 _PATIENCE = datetime.timedelta(days=7)
+# For other ranks to read that the job is refused, before rank 0 ends with the store.
+_REFUSAL_PATIENCE = datetime.timedelta(seconds=10)
 
 
 class DistributedCommunicator:
@@ -102,13 +112,111 @@ class DistributedCommunicator:
         return tensor.tolist()
 
 
+def open_store(ranks: RankFacts) -> Store:
+    """Return the store through which all ranks find each other, served by rank 0 or by torchrun's agent.
+
+    Raises:
+        ConfigError: rank 0 cannot be reached.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    with _reaching_others(ranks):
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            address,
+            port,
+            ranks.world_size,
+            is_master=ranks.rank == 0 and not is_agents,
+            timeout=_TIMEOUT,
+            multi_tenant=not is_agents,
+        )
+    # torchrun's agent may keep one store for all restarts, in which the addresses of the killed workers still are.
+    return dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0}", store)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _reaching_others(ranks: RankFacts) -> Iterator[None]:
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        raise ConfigError(
+            f"rank {ranks.rank} cannot reach the other ranks: {error}; check MASTER_ADDR and MASTER_PORT; if another "
+            "job of this machine uses the port, choose another one with --master_port=29501"
+        ) from error
+
+
+def agree_on_device(own: DeviceReport, ranks: RankFacts, store: Store) -> DeviceFacts:
+    """Return the device that every rank can count on: the smallest memory, and what all can do.
+
+    All ranks call it, before they form a process group: a rank with another device would join one that no other joins.
+
+    Raises:
+        ConfigError: on every rank, if one of them has no usable device, or another kind of device than the others.
+    """
+    _put(store, f"device/{ranks.rank}", own)
+    if ranks.rank == 0:
+        reports = [_take(store, f"device/{rank}") for rank in range(ranks.world_size)]
+        _put(store, "device", _common_device(reports))
+    common: DeviceFacts | str = _take(store, "device")
+    if isinstance(common, DeviceFacts):
+        return common
+    _put(store, f"refused/{ranks.rank}", None)
+    if ranks.rank == 0:  # the store ends with this process
+        store.wait([f"refused/{rank}" for rank in range(ranks.world_size)], _REFUSAL_PATIENCE)
+    raise ConfigError(common)
+
+
+def _put(store: Store, key: str, value: object) -> None:
+    store.set(key, pickle.dumps(value))  # type: ignore[arg-type]  # takes bytes too
+
+
+def _take(store: Store, key: str) -> Any:
+    """Return the value, once it is there."""
+    return pickle.loads(store.get(key))
+
+
+def _common_device(reports: Sequence[DeviceReport]) -> DeviceFacts | str:
+    """Return the device that all ranks have, or why there is none."""
+    if problems := sorted({report.problem for report in reports if report.problem}):
+        others = f" (and {len(problems) - 1} more problems of this kind)" if len(problems) > 1 else ""
+        return problems[0] + others
+    kinds = {report.facts.kind: report.node for report in reports}
+    if len(kinds) > 1:
+        return (
+            f"node {kinds['cpu']} would train on the CPU, because CUDA finds no GPU there, and node {kinds['cuda']} on "
+            "GPUs; mend that node or leave it out, or set DS_ACCELERATOR=cpu on all nodes"
+        )
+    facts = [report.facts for report in reports]
+    host = [each.host_memory_bytes for each in facts if each.host_memory_bytes is not None]
+    return replace(
+        facts[0],
+        bf16=all(each.bf16 for each in facts),
+        memory_bytes=min(each.memory_bytes for each in facts),
+        host_memory_bytes=min(host, default=None),
+        compiles=all(each.compiles for each in facts),
+    )
+
+
+def _join(ranks: RankFacts, device: torch.device, store: Store) -> None:
+    on_gpu = device.type == "cuda"
+    with _reaching_others(ranks):
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=store,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=_TIMEOUT,
+            device_id=device if on_gpu and ranks.world_size > 1 else None,  # as DeepSpeed does
+        )
+
+
 def start_distributed(
-    ranks: RankFacts, device: torch.device, traffic: TrafficCounter | None = None
+    ranks: RankFacts, device: torch.device, traffic: TrafficCounter | None = None, store: Store | None = None
 ) -> DistributedCommunicator:
     """Join the process group (NCCL on CUDA, gloo on a CPU) and return the control channel.
 
     Args:
         traffic: counts what goes through the groups from here on.
+        store: of `open_store`; None: open it.
 
     Raises:
         ConfigError: the other ranks cannot be reached.
@@ -122,33 +230,7 @@ def start_distributed(
     if device.type == "cpu":
         avoid_shared_memory_op()
         allow_cpu_fp16_for_tests()
-
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0:
-            _join_after_restart(backend, ranks)
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT)
-    except dist.DistNetworkError as error:
-        raise ConfigError(
-            f"rank {ranks.rank} cannot reach the other ranks: {error}; check MASTER_ADDR and MASTER_PORT; if another "
-            "job of this machine uses the port, choose another one with --master_port=29501"
-        ) from error
+    if not dist.is_initialized():  # a caller may have joined a group of its own
+        _join(ranks, device, store or open_store(ranks))
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT)  # takes the existing group
     return DistributedCommunicator(ranks)
-
-
-def _join_after_restart(backend: str, ranks: RankFacts) -> None:
-    """Join the process group after torchrun has restarted its workers.
-
-    Its agent keeps one store for all restarts, in which the addresses of the killed workers still are: without a prefix
-    of its own a worker connects to those.
-    """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, ranks.world_size, is_master=False, timeout=_TIMEOUT)  # type: ignore[attr-defined]
-    prefix = f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore(prefix, store),  # type: ignore[attr-defined]
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=_TIMEOUT,
-    )

@@ -51,7 +51,9 @@ class ParallelGroups:
 def make_groups(topology: Topology, rank: int, timeout: datetime.timedelta) -> ParallelGroups:
     """Create the groups of all ranks, in the same order on every rank; collective, after the default group exists.
 
-    Axes that share a group (pipeline=1: tensor and model) share its process group too.
+    Every rank makes equally many, and all ranks make the same one or each its own of one rank: with NCCL on a bound
+    device a new group is split from the communicator of the world, for which all ranks meet. Axes that share a group
+    (pipeline=1: tensor and model) share its process group too.
     """
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
@@ -81,5 +83,5 @@ def _new_group(ranks: tuple[int, ...], world_size: int, timeout: datetime.timede
     if len(ranks) == world_size:
         assert dist.group.WORLD is not None
         return dist.group.WORLD
-    # A group of one rank synchronizes with no other; otherwise all ranks would synchronize once for each of them.
+    # Groups of one rank are made by all ranks at once, each its own, and not one after the other; over gloo none waits.
     return dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=len(ranks) == 1)

@@ -72,6 +72,12 @@ class ResolvedRun:
         return config_to_yaml(self.config, self.documented_by_preset)
 
     @property
+    def compiled(self) -> bool:
+        """Whether blocks and loss run compiled."""
+        wanted = self.config.compile
+        return self.device.kind == "cuda" and self.device.compiles if wanted == "auto" else wanted
+
+    @property
     def zero_stage(self) -> int:
         return self.deepspeed_source.settings.zero_optimization.stage
 
@@ -154,6 +160,7 @@ def resolve(
             *optimizer_notices,
             *deepspeed_notices,
             *diagnostics_notices,
+            *_compile_notices(config, device),
             *_interval_notices(config),
             *parallel_notices(config, ranks_per_node or world_size),
         ),
@@ -377,6 +384,14 @@ _MADE_EXPLICIT = (
     "gradient_accumulation_steps",
     "gradient_clipping",
 )
+
+
+def _compile_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
+    if config.compile != "auto" or device.kind == "cpu" or device.compiles:
+        return []
+    return [
+        'compile ("auto"): false; torch.compile needs Triton, a C compiler, Python.h and compute capability 7.0 here'
+    ]
 
 
 def _interval_notices(config: RunConfig) -> list[str]:

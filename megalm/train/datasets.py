@@ -20,7 +20,7 @@ from megalm.data.builder.stdlib_corpus import default_cache_dir, prepare_recipe
 from megalm.data.indexed.dataset import IndexedDataset, idx_path
 from megalm.data.indexed.foreign_checks import check_foreign_dataset
 from megalm.data.indexed.metadata import read_sidecar
-from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader, ValidationLoader
+from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader, PrepareBatch, ValidationLoader
 from megalm.data.sampling.index_cache import ArrayCache
 from megalm.data.sampling.mixture import BlendedSamples, MixtureStage
 from megalm.data.sampling.sample_order import Range
@@ -227,8 +227,10 @@ def _check_index(dataset: IndexedDataset, cache: Path) -> None:
     return None
 
 
-def batch_loader(run: ResolvedRun, train: BlendedSamples, data_rank: int) -> BatchLoader:
-    return BatchLoader(train, batch_layout(run, data_rank))
+def batch_loader(
+    run: ResolvedRun, train: BlendedSamples, data_rank: int, prepare: PrepareBatch | None = None
+) -> BatchLoader:
+    return BatchLoader(train, batch_layout(run, data_rank), prepare)
 
 
 def batch_layout(run: ResolvedRun, data_rank: int) -> BatchLayout:

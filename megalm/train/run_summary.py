@@ -168,7 +168,10 @@ def opening_facts(
     tokens = steps * run.tokens_per_step
     rows = [
         ("device", f"{device}; {run.topology.world_size} rank(s), {threads} thread(s) each"),
-        ("precision", f"{run.precision}, ZeRO stage {run.zero_stage}"),
+        (
+            "precision",
+            f"{run.precision}, ZeRO stage {run.zero_stage}, {'compiled' if run.compiled else 'not compiled'}",
+        ),
         ("peak", f"{peak / 1e12:.2f} TFLOP/s of all ranks ({peak_source})"),
         (
             "model",
@@ -210,6 +213,7 @@ def environment_facts(
         "world_size": run.topology.world_size,
         "threads_per_rank": threads,
         "precision": run.precision,
+        "compiled": run.compiled,
         "zero_stage": run.zero_stage,
         "dataset_fingerprint": data.at(run.config.train.steps * run.batch.global_batch)["dataset"],
         "tokenizer_fingerprint": data.tokenizer,

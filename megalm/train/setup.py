@@ -15,13 +15,20 @@ import torch
 from megalm.communicator import Communicator
 from megalm.config.schema import RunConfig
 from megalm.engine.build import build_engine
-from megalm.engine.device import claim_device, device_facts, device_name, peak_flops
-from megalm.engine.distributed import DistributedCommunicator, start_distributed
+from megalm.engine.device import (
+    bind_to_numa_node,
+    device_name,
+    make_deterministic,
+    open_device,
+    peak_flops,
+    pin_batch,
+)
+from megalm.engine.distributed import DistributedCommunicator, agree_on_device, open_store, start_distributed
 from megalm.engine.interface import Engine
 from megalm.engine.traffic_counter import TrafficCounter
 from megalm.errors import EXIT_DONE, ConfigError
 from megalm.model.model_config import flops_per_token
-from megalm.planning.resolve import ResolvedRun, known_vocab_size, resolve
+from megalm.planning.resolve import DeviceFacts, ResolvedRun, known_vocab_size, resolve
 from megalm.planning.run_checks import wall_time_seconds
 from megalm.rank_environment import RankFacts, rank_facts
 from megalm.runs.metrics_log import MetricsWriter
@@ -108,10 +115,16 @@ class BuiltRun:
 def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     """Run one training job on this rank; return the exit code."""
     ranks = rank_facts()
-    settings = load_settings(arguments, ranks)
-    device = claim_device(ranks)
+    require_system()
+    device, report = open_device(ranks)
+    settings = None if report.problem else load_settings(arguments, ranks, report.facts)
+    store = open_store(ranks)
+    agreed = agree_on_device(report, ranks, store)
+    if settings is None or agreed != report.facts:  # another node has less memory, say
+        settings = load_settings(arguments, ranks, agreed)
+    _prepare_process(settings.run, device)
     traffic = _traffic_counter(settings.run)
-    comm = start_distributed(ranks, device, traffic)
+    comm = start_distributed(ranks, device, traffic, store)
     opened = open_run(settings, comm, supervisor)
     info = opened.console.info
     point = find_resume_checkpoint(settings.run, opened.folder, settings.options, comm, info)
@@ -128,19 +141,26 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
 # --- 1: the settings --------------------------------------------------------------------------------------------------
 
 
-def load_settings(arguments: Arguments, ranks: RankFacts) -> RunSettings:
-    """Read and check both configurations for these ranks and this machine's device; needs no process group.
+def load_settings(arguments: Arguments, ranks: RankFacts, device: DeviceFacts) -> RunSettings:
+    """Read and check both configurations for these ranks and this device; needs no process group.
 
     Raises:
         ConfigError: all that is wrong, one line each.
         DataError: the tokenizer cannot be read.
     """
-    require_system()
-    device, local = device_facts(ranks.local_world_size), ranks.local_world_size
     options, files = arguments.read(ranks.world_size, device)
     vocab_size = known_vocab_size(files.loaded.config.data)
-    run = resolve(files.loaded, files.deepspeed, ranks.world_size, device, vocab_size, local)
+    run = resolve(files.loaded, files.deepspeed, ranks.world_size, device, vocab_size, ranks.local_world_size)
     return RunSettings(run, options, files.saved)
+
+
+def _prepare_process(run: ResolvedRun, device: torch.device) -> None:
+    """What a run's settings need of this process before its threads and kernels start."""
+    zero = run.deepspeed["zero_optimization"]
+    if device.type == "cuda" and any(zero.get(name) for name in ("offload_optimizer", "offload_param")):
+        bind_to_numa_node(device)
+    if run.config.train.deterministic:
+        make_deterministic(run.compiled)
 
 
 # --- 2: the run folder ------------------------------------------------------------------------------------------------
@@ -299,7 +319,7 @@ def _components(
         run=run,
         comm=comm,
         engine=engine,
-        batches=batch_loader(run, data.train, data_rank),
+        batches=batch_loader(run, data.train, data_rank, pin_batch if run.device.kind == "cuda" else None),
         evaluator=Evaluator(
             validation_loaders(run, data, data_rank),
             data.tokenizer.token_bytes(),

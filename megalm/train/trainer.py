@@ -6,6 +6,7 @@ decisions; only rank 0 writes metrics and console lines.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -205,19 +206,21 @@ class Trainer:
         parts.reporter.start(self.position.step, config.train.steps)
         started = time.monotonic()
         try:
-            while self.position.step < config.train.steps:
-                if not self._train_step():
-                    continue  # rolled back to a step whose evaluation and saves are done
-                if self._writes_files() and parts.comm.max([self._lost_folder()])[0]:
-                    self._leave_folder()
-                    return EXIT_START_AGAIN
-                if self.position.step == config.train.steps:
-                    break  # _finish does the rest, on the complete validation set
-                self._between_steps()
-                if self._has_stopped_learning():
-                    break
-                if self._should_stop():
-                    return EXIT_START_AGAIN
+            with garbage_collected_every(config.train.gc_interval_steps) as collect_garbage:
+                while self.position.step < config.train.steps:
+                    if not self._train_step():
+                        continue  # rolled back to a step whose evaluation and saves are done
+                    collect_garbage(self.position.step)
+                    if self._writes_files() and parts.comm.max([self._lost_folder()])[0]:
+                        self._leave_folder()
+                        return EXIT_START_AGAIN
+                    if self.position.step == config.train.steps:
+                        break  # _finish does the rest, on the complete validation set
+                    self._between_steps()
+                    if self._has_stopped_learning():
+                        break
+                    if self._should_stop():
+                        return EXIT_START_AGAIN
         finally:
             parts.reporter.stop()
         self._finish(time.monotonic() - started)
@@ -455,6 +458,33 @@ class Trainer:
 
     def event(self, name: str, **fields: Any) -> None:
         self.record.event(self.position, name, **fields)
+
+
+@contextmanager
+def garbage_collected_every(interval_steps: int | None) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call after each step: inside, Python collects its garbage there and nowhere else.
+
+    All ranks wait for one that collects, so all collect at once. What exists at the start is never searched.
+
+    Args:
+        interval_steps: None: Python collects when it pleases.
+    """
+    if interval_steps is None:
+        yield lambda step: None
+        return
+
+    def collect(step: int) -> None:
+        if step % interval_steps == 0:
+            gc.collect()
+
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield collect
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")

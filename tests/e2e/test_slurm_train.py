@@ -12,9 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import DS_CONFIGS, ROOT, finish, losses, pretrain, rows, train_rows, until
+from tests.messages import assert_names
 from tests.slurm_cluster import SlurmCluster, can_name_hosts, slurm_cluster
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slurm]
@@ -196,6 +198,20 @@ def test_refused_configuration(slurm: SlurmCluster, small_data: SmallData, tmp_p
     log = (tmp_path / f"megalm-{job_id}.log").read_text()
     (said,) = (line for line in log.splitlines() if "train.stepz" in line)
     assert "train.steps" in said
+    assert "Traceback" not in log
+    assert not (tmp_path / "runs").exists()
+
+
+def test_gpus_that_do_not_work_are_refused(slurm: SlurmCluster, small_data: SmallData, tmp_path: Path) -> None:
+    if not slurm.has_gpus or torch.cuda.is_available():
+        pytest.skip("no device files to stand for GPUs, or real ones")
+    words = ("--deepspeed_config", DS_CONFIGS / "fp32.json", *small_data.words)
+    job_id = slurm.sbatch(tmp_path, "--gpus-per-node=1", TRAIN, *words)
+    job = slurm.wait(job_id, JOB_SECONDS)
+    log = (tmp_path / f"megalm-{job_id}.log").read_text()
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0"), log
+    said = next(line for line in log.splitlines() if line.startswith("megalm: error: "))
+    assert_names(said, "SLURM_GPUS_ON_NODE=1", "CUDA", "DS_ACCELERATOR=cpu")
     assert "Traceback" not in log
     assert not (tmp_path / "runs").exists()
 

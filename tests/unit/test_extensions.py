@@ -7,9 +7,13 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
-from megalm.engine.cpp_extensions import compiling_alone
+from megalm.engine.cpp_extensions import compiling_alone, load_async_io
+from megalm.errors import ConfigError
+from tests.messages import assert_names
 
 
 @pytest.fixture
@@ -59,3 +63,13 @@ def test_one_at_a_time(lock: Path) -> None:
         inside.append("first")
     thread.join(10)
     assert inside == ["first", "second"]
+
+
+def test_nvme_offload_beside_a_gpu_names_the_missing_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's builder joins CUDA_HOME, which is None, with a folder."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    with pytest.raises(ConfigError) as caught:
+        load_async_io()
+    assert_names(caught.value, "offload_optimizer.device=nvme", "nvcc", "12.8", "CUDA_HOME")

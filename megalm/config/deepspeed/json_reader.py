@@ -69,6 +69,7 @@ class DeviceFacts:
         memory_bytes: memory that this rank may use; on a CPU its share of the machine's.
         host_memory_bytes: of a GPU's rank, its share of the node's CPU memory; None: unknown.
         name: the GPU's, as CUDA or a data sheet names it; None: unknown.
+        compiles: torch.compile finds all that it needs; matters on a GPU only.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -76,6 +77,7 @@ class DeviceFacts:
     memory_bytes: int
     host_memory_bytes: int | None = None
     name: str | None = None
+    compiles: bool = True
 
 
 def choose_precision(settings: DeepSpeedSettings, device: DeviceFacts) -> tuple[Precision, list[str]]:
@@ -92,6 +94,8 @@ def choose_precision(settings: DeepSpeedSettings, device: DeviceFacts) -> tuple[
         if settings.bf16.enabled == "auto" and device.bf16:
             return "bf16", ['bf16.enabled ("auto"): true']
         reason = "this device does not compute in bf16" if not device.bf16 else '"auto" never chooses fp16'
+        if device.kind == "cuda" and not device.bf16:
+            reason += "; fp16.enabled=true is faster on it"
         return "fp32", [f'precision ("auto"): fp32, {reason}']
     return "fp32", []
 

@@ -6,7 +6,7 @@ takes samples (m * n + d) * b + [0, b) of the global batch: every layout sees th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -42,6 +42,10 @@ class GlobalBatch:
     micro_batches: tuple[MicroBatch, ...]
     target_count: int
     sample_range: tuple[int, int]
+
+
+# What else a batch needs before it is used, such as page-locked memory.
+PrepareBatch = Callable[[GlobalBatch], GlobalBatch]
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,13 @@ class BatchLoader:
     """Loads training batches by the number of their first sample; a thread prefetches the next ones.
 
     Close it at the end, or use it as a context manager.
+
+    Args:
+        prepare: called in that thread with each batch.
     """
 
-    def __init__(self, samples: Samples, layout: BatchLayout) -> None:
-        self._samples, self._layout = samples, layout
+    def __init__(self, samples: Samples, layout: BatchLayout, prepare: PrepareBatch | None = None) -> None:
+        self._samples, self._layout, self._prepare = samples, layout, prepare
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._pending: dict[int, Future[GlobalBatch]] = {}
 
@@ -100,8 +107,12 @@ class BatchLoader:
             self._pending.pop(old).cancel()
         for first in wanted:
             if first not in self._pending:
-                self._pending[first] = self._pool.submit(_assemble, self._samples, self._layout, first, first + size)
+                self._pending[first] = self._pool.submit(self._load, first, first + size)
         return self._pending.pop(first_sample).result()
+
+    def _load(self, first: int, end: int) -> GlobalBatch:
+        batch = _assemble(self._samples, self._layout, first, end)
+        return batch if self._prepare is None else self._prepare(batch)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

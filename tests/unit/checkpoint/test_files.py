@@ -7,6 +7,7 @@ import json
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +88,25 @@ def test_copies_stay_what_they_were_and_their_memory_is_used_again() -> None:
     again = host.take(live)
     assert [copy.tensor.data_ptr() for copy in again] == [copy.tensor.data_ptr() for copy in held]
     torch.testing.assert_close(again[0].tensor, live[0].tensor, rtol=0, atol=0)
+
+
+def test_as_much_memory_is_locked_as_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's pinned allocator would round up to a power of two. The CUDA runtime is made up here."""
+    locked: list[tuple[int, int]] = []
+
+    def register(place: int, size: int, flags: int) -> int:
+        locked.append((place, size))
+        return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=register))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    live = fragments(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+        host = HostStaging()
+        held = host.take(live)
+        host.take(live)
+    assert locked == [(held[0].tensor.data_ptr(), sum(4 * fragment.key.count for fragment in live))]
 
 
 class OnDisk:

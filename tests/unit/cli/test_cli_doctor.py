@@ -98,3 +98,21 @@ def test_bf16_follows_the_device() -> None:
         rows = "\n".join("  ".join(row) for row in doctor.capabilities(machine))
         assert row_of(rows, "bf16")[1] == expected
         assert row_of(rows, "NCCL")[1] == "yes"
+
+
+def test_a_gpu_needs_nvcc_for_nvme_and_triton_to_compile() -> None:
+    names = ("python", "torch", "deepspeed", "g++", "ninja", "Python.h", "libaio.h", "CUDA", "nvcc", "triton")
+    whole = {name: doctor.Finding(name, "found") for name in (*names, "mlflow", "Slurm")}
+    gpu = {"CUDA device 0": doctor.Finding("CUDA device 0", "NVIDIA A100, 80.0 GiB, bf16")}
+    for machine, absent, row, works in (
+        (whole, "nvcc", "NVMe", "yes"),
+        (whole | gpu, "", "NVMe", "yes"),
+        (whole | gpu, "nvcc", "NVMe", "no"),
+        (whole | gpu, "nvcc", "offload to the CPU", "yes"),
+        (whole, "triton", "torch.compile", "yes"),
+        (whole | gpu, "triton", "torch.compile", "no"),
+    ):
+        found = {name: item for name, item in machine.items() if name != absent}
+        cells = row_of("\n".join("  ".join(cells) for cells in doctor.capabilities(found)), row)
+        assert cells[1] == works, (absent, row)
+        assert works == "yes" or absent in cells[2]

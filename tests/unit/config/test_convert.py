@@ -13,7 +13,7 @@ from megalm.cli.main import main
 from megalm.config.deepspeed.json_reader import parse_deepspeed_json, read_deepspeed_json
 from megalm.config.deepspeed.translate import translate
 from megalm.config.loading import load_run_config
-from megalm.cost_model.gpu_specs import gpu_by_name
+from megalm.cost_model.gpu_specs import data_sheet_peak, gpu_by_name, known_gpus
 from megalm.planning.convert_json import CHANGES_TRAINING, Converted, convert
 from megalm.planning.resolve import ResolvedRun, resolve
 from tests.messages import assert_names
@@ -123,4 +123,14 @@ def test_gpus_by_name() -> None:
     assert gpu_by_name("A100-40GB").memory_bytes == 40 * gib
     assert gpu_by_name("RTX 5090") == gpu_by_name("rtx-5090")
     assert (gpu_by_name("V100").bf16, gpu_by_name("V100-16GB").memory_bytes) == (False, 16 * gib)
-    assert_names(refused(gpu_by_name, "A1000"), "--gpu A1000", "A100", "H100")
+    assert gpu_by_name("NVIDIA GH200 480GB").memory_bytes == gpu_by_name("gh200").memory_bytes == 96 * gib
+    assert gpu_by_name("A6000") == gpu_by_name("NVIDIA RTX A6000")
+    assert gpu_by_name("GeForce RTX 3090").memory_bytes == 24 * gib
+    assert_names(refused(gpu_by_name, "A1000"), "--gpu A1000", "A100", "H100", "B200", "L40S", "RTX 3090")
+
+
+def test_each_gpu_of_a_plan_has_a_speed() -> None:
+    for gpu in known_gpus():
+        facts = gpu_by_name(gpu)
+        for name in (facts.name, f"{facts.name} 16GB", f"NVIDIA {gpu}"):
+            assert data_sheet_peak(name or "", low_precision=True) is not None, name

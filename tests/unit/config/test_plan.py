@@ -429,9 +429,9 @@ def test_the_hours_follow_from_the_peak_of_a_known_gpu(start: Start) -> None:
     assert known.hours == pytest.approx(known.total_flops / (8 * 989e12 * 0.4) / 3600)
     assert_names(section_of(plan_text(known, 8), "Verdict"), "8 x H100", "40%")
     assert make_plan(start(device=GPU), 99).hours is None
-    unknown = make_plan(start(device=replace(GPU, name="L4")), 99)
+    unknown = make_plan(start(device=replace(GPU, name="L20")), 99)
     assert unknown.hours is None
-    assert_names(section_of(plan_text(unknown, 8), "Verdict"), "L4")
+    assert_names(section_of(plan_text(unknown, 8), "Verdict"), "L20")
 
 
 @pytest.mark.parametrize(

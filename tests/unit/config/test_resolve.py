@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from config_cases import CPU, GPU, Write, notice_of, refused
@@ -116,6 +117,29 @@ def test_precision(start: Start, bf16: object, fp16: object, device_bf16: bool, 
     others = ("train_micro_batch_size_per_gpu",)
     decided = any('"auto"' in notice and not notice.startswith(others) for notice in run.notices)
     assert decided == ("auto" in (bf16, fp16) and precision != "fp16")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kind", "compiles", "compiled"),
+    [
+        (None, "cpu", True, False),
+        (None, "cuda", True, True),
+        (None, "cuda", False, False),
+        ("auto", "cuda", True, True),
+        ("true", "cpu", True, True),
+        ("true", "cuda", False, True),
+        ("false", "cuda", True, False),
+    ],
+)
+def test_compile_is_on_by_default_where_a_gpu_can(
+    start: Start, wanted: str | None, kind: Literal["cpu", "cuda"], compiles: bool, compiled: bool
+) -> None:
+    device = DeviceFacts(kind, True, 1 << 36, compiles=compiles)
+    run = start(*([] if wanted is None else [f"compile={wanted}"]), device=device)
+    assert run.compiled == compiled
+    assert any(notice.startswith('compile ("auto"): false') for notice in run.notices) == (
+        wanted is None and kind == "cuda" and not compiles
+    )
 
 
 def test_auto_takes_what_fits_the_memory(start: Start) -> None:

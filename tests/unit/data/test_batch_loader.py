@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,22 @@ def test_reads_two_batches_ahead_and_no_more(watched: Watched) -> None:
     assert sorted(watched.read) == [*range(8), *range(100, 106)]
     assert threading.current_thread() not in watched.threads
     assert not any(thread.is_alive() for thread in watched.threads)
+
+
+def test_the_thread_prepares_the_batches_ahead(make_dataset: MakeDataset) -> None:
+    """As for a GPU: the step that needs a batch finds it in pinned memory, and its own thread pins none."""
+    samples = TrainingSamples(make_dataset([7, 3, 20, 1, 9]), (0, 5), 5, seed=3, document_mask=True)
+    prepared: list[tuple[str, int]] = []
+
+    def prepare(batch: GlobalBatch) -> GlobalBatch:
+        prepared.append((threading.current_thread().name, batch.sample_range[0]))
+        return replace(batch, target_count=-1)
+
+    with BatchLoader(samples, BatchLayout(4, 2, 0, 1), prepare) as loader:
+        assert loader.batch(0).target_count == -1
+        loader.batch(4)
+    assert {first for _, first in prepared} >= {0, 4, 8}
+    assert all(name.startswith("batches") for name, _ in prepared)
 
 
 def test_an_error_reaches_the_caller_and_the_thread_lives(watched: Watched) -> None:

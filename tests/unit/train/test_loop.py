@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 import time
@@ -417,6 +418,31 @@ def test_the_longest_step_and_save_must_fit_into_what_is_left() -> None:
     assert not limits.boundary(), "75 of 100 s, and ten to leave"
     limits.saved(61.0)
     assert limits.boundary()
+
+
+@pytest.mark.parametrize("interval", ["4", "null"])
+def test_garbage_is_collected_at_its_steps_only(tmp_path: Path, interval: str) -> None:
+    """All ranks collect at the same steps; an interval of null leaves it to Python."""
+    story = Story(tmp_path, f"train.gc_interval_steps={interval}")
+    position = story.loop.position
+    collected: list[int] = []
+    enabled: set[bool] = set()
+
+    def notice(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2 and position.step:
+            collected.append(position.step)
+
+    for step in range(1, 11):
+        story.engine.meanwhile[step] = lambda: enabled.add(gc.isenabled())
+    gc.callbacks.append(notice)
+    try:
+        story.loop.fit()
+    finally:
+        gc.callbacks.remove(notice)
+    assert gc.isenabled()
+    assert enabled == {interval == "null"}
+    if interval == "4":
+        assert collected == [4, 8]
 
 
 def test_running_out_of_memory_names_the_phase_and_what_to_change() -> None:

@@ -1,0 +1,49 @@
+"""Every rank makes its groups in step with the others: NCCL splits each from the world's, for which all ranks meet."""
+
+from __future__ import annotations
+
+import datetime
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalm.parallel import process_groups
+from megalm.parallel.process_groups import make_groups
+from megalm.topology import Topology
+
+Made = list[tuple[tuple[int, ...], bool]]  # ranks of each new group, and whether only they make it
+
+
+def _made_by(topology: Topology, rank: int, patch: pytest.MonkeyPatch) -> Made:
+    made: Made = []
+
+    def new_group(ranks: list[int], timeout: Any, use_local_synchronization: bool = False) -> str:
+        assert len(set(ranks)) == len(ranks)
+        made.append((tuple(ranks), use_local_synchronization))
+        return f"group {len(made)}"
+
+    patch.setattr(process_groups, "dist", SimpleNamespace(new_group=new_group, group=SimpleNamespace(WORLD="world")))
+    make_groups(topology, rank, datetime.timedelta(minutes=1))
+    return made
+
+
+@st.composite
+def topologies(draw: st.DrawFn) -> Topology:
+    tensor, pipeline, data = (draw(st.integers(1, 6)) for _ in range(3))
+    return Topology(tensor * pipeline * data, tensor, pipeline)
+
+
+@given(topologies())
+@settings(max_examples=60, deadline=None)
+def test_every_rank_makes_as_many_groups_in_the_same_order(topology: Topology) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        made = [_made_by(topology, rank, patch) for rank in range(topology.world_size)]
+    assert len({len(groups) for groups in made}) == 1
+    for at_once in zip(*made, strict=True):
+        groups = {ranks for ranks, _ in at_once}
+        if len(groups) > 1:  # each its own
+            assert [ranks for ranks, _ in at_once] == [(rank,) for rank in range(topology.world_size)]
+        assert {alone for _, alone in at_once} == {len(at_once[0][0]) == 1}
