@@ -54,6 +54,10 @@ c10::impl::DeviceGuardImplRegistrar guard(kCUDA, new Guard());
 
 }  // namespace
 
+// Of the calling thread, for Python.
+extern "C" int fake_cuda_current_device() { return current; }
+extern "C" void fake_cuda_set_device(int index) { current = static_cast<DeviceIndex>(index); }
+
 namespace at {
 
 struct CUDAHooks final : public CUDAHooksInterface {

@@ -6,6 +6,7 @@ Each function gives what a process of a node of such GPUs would see. A wait for 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class FakeCuda:
         self._properties = properties
         self._devices = devices
         self._watcher = watcher
-        self._current = 0
+        self._library = ctypes.CDLL(None)  # the C++ side, which this process has loaded
         self._stream = _stream_class(watcher)()
 
     def install(self) -> None:
@@ -62,7 +63,7 @@ class FakeCuda:
             return lambda *_, **__: value
 
         def of(dtype: torch.dtype) -> Callable[[Any], torch.Tensor]:  # torch.cuda.FloatTensor and its like
-            return lambda data: torch.tensor(data, dtype=dtype, device=f"cuda:{self._current}")
+            return lambda data: torch.tensor(data, dtype=dtype, device="cuda")
 
         here = constant(self._stream)
         return {
@@ -72,7 +73,7 @@ class FakeCuda:
             **dict.fromkeys(("set_rng_state", "set_stream", "ipc_collect"), constant(None)),
             "is_bf16_supported": lambda including_emulation=True: including_emulation or properties.major >= 8,
             "device_count": constant(self._devices),
-            "current_device": lambda: self._current,
+            "current_device": self._library.fake_cuda_current_device,
             "set_device": self._set_device,
             "_exchange_device": self._set_device,
             "_maybe_exchange_device": self._set_device,
@@ -102,10 +103,10 @@ class FakeCuda:
         }
 
     def _set_device(self, device: Any) -> int:
-        before = self._current
+        before: int = self._library.fake_cuda_current_device()
         index = device if isinstance(device, int) else torch.device(device).index
         if index is not None and index >= 0:  # torch restores a device of -1 where there was none
-            self._current = index
+            self._library.fake_cuda_set_device(index)
         return before
 
 

@@ -97,7 +97,7 @@ def rehearse(case: RehearsalCase) -> Rehearsal:
     watcher, traffic = Watcher(), TrafficCounter()
     name = run.device.name or "GPU"
     FakeCuda(GpuProperties(name, run.device.memory_bytes, *case.capability), case.ranks_per_node, watcher).install()
-    stand_ins.install(case.capability)
+    stand_ins.install(case.capability, run.config.data.sequence_length)
     _join(case, local)
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)

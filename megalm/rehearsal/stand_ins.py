@@ -16,12 +16,12 @@ from torch.nn import functional
 _ampere = 8
 
 
-def install(capability: tuple[int, int]) -> None:
+def install(capability: tuple[int, int], sequence_length: int) -> None:
     """Replace them for the rest of the process."""
     _torch()
     _kernels(capability)
     _distributed()
-    _deepspeed()
+    _deepspeed(sequence_length)
 
 
 def _torch() -> None:
@@ -36,13 +36,11 @@ def _torch() -> None:
 
     FakeTensor.data = property(data.__get__, set_data)  # type: ignore[attr-defined,assignment]
     # Values that the host takes from its own copy.
-    FakeTensor.numpy = lambda tensor, **_: np.zeros(tuple(tensor.shape), _NUMPY[tensor.dtype])  # type: ignore[method-assign]
+    FakeTensor.numpy = lambda tensor, **_: np.zeros(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))  # type: ignore[method-assign]
     FakeTensor.tolist = lambda tensor: tensor.numpy().tolist()  # type: ignore[method-assign]
     # FakeTensorMode would open a CUDA context.
     FakeTensorMode.avoid_device_init = property(lambda _: True)  # type: ignore[attr-defined,assignment]
 
-
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64, torch.uint8: np.uint8}
 
 
 def _take_data(old: Tensor, new: Tensor) -> None:
@@ -98,8 +96,9 @@ def _distributed() -> None:
     dist.new_group = dist.distributed_c10d.new_group = fake_group
 
 
-def _deepspeed() -> None:
+def _deepspeed(sequence_length: int) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+    from deepspeed.runtime.pipe.engine import PipelineEngine
     from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator, stage3
 
     # ZeRO 3 compares numbers that rank 0 sent with its own: no rank has sent any.
@@ -110,6 +109,14 @@ def _deepspeed() -> None:
     # The C++ update of offloaded states reads memory, which fake tensors have none of.
     CPUAdamBuilder.load = lambda *_, **__: _NoUpdate()
     AsyncIOBuilder.load = lambda *_, **__: _NoUpdate()
+
+    # The stage before has sent no size of its hidden states.
+    def received(engine: Any, _: Any) -> Any:
+        stage = engine.module
+        size = [engine.train_micro_batch_size_per_gpu(), sequence_length // stage.slices, stage.hidden_size]
+        return engine._allocate_or_extend_buffers(0, size, next(stage.parameters()).dtype)
+
+    PipelineEngine._recv_tensor_meta = received
 
 
 def _agrees(*_: Any, **__: Any) -> None:
