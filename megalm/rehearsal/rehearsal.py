@@ -10,6 +10,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,9 +20,10 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megalm.data.sampling.batch_loader import BatchLoader
+from megalm.engine.build import build_engine
 from megalm.engine.distributed import DistributedCommunicator, start_distributed
+from megalm.engine.interface import Engine, StepResult
 from megalm.engine.traffic_counter import TrafficCounter
-from megalm.model.model_config import ModelConfig
 from megalm.rank_environment import rank_facts
 from megalm.rehearsal import stand_ins
 from megalm.rehearsal.fake_cuda import FakeCuda, GpuProperties
@@ -102,18 +104,17 @@ def rehearse(case: RehearsalCase) -> Rehearsal:
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     record = _Recorder(watcher, traffic)
-    parameters, updated, failure = 0, False, None
+    updated, failure = False, None
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), watcher:
             comm = AgreeingCommunicator(start_distributed(rank_facts(), device, traffic))
-            engine, parameters = record("start", lambda: _start(case, device, comm, traffic))
+            engine = record("start", lambda: build_engine(run, case.shape, device, comm, traffic=traffic))
             updated = _train(case, engine, record)
             _use(case, engine, record)
     except Exception as error:  # any error of the run: it is what the rehearsal is for
         failure = "".join(traceback.format_exception(error))
-    stage = run.topology.coordinate(case.rank).pipeline
     return Rehearsal(
-        case.rank, stage, parameters, tuple(record.phases), failure, updated, time.monotonic() - began
+        case.rank, case.stage, case.parameters, tuple(record.phases), failure, updated, time.monotonic() - began
     )
 
 
@@ -134,40 +135,23 @@ def _join(case: RehearsalCase, local: int) -> None:
     dist.init_process_group("fake", rank=case.rank, world_size=world, store=FakeStore())
 
 
-def _start(
-    case: RehearsalCase, device: torch.device, comm: DistributedCommunicator, traffic: TrafficCounter
-) -> tuple[Any, int]:
-    from megalm.engine.build import build_engine
-
-    engine = build_engine(case.run, case.shape, device, comm, traffic=traffic)
-    return engine, _held_parameters(case)
-
-
-def _held_parameters(case: RehearsalCase) -> int:
-    """Elements of the model on this rank, before ZeRO divides them."""
-    import math
-
-    from megalm.cost_model.memory import shares
-
-    run = case.run
-    share = list(shares(case.shape, run.topology, run.config.parallel.sequence))[run.topology.coordinate(case.rank).pipeline]
-    return sum(math.prod(size) for size in share.parameters().values())
-
-
-def _train(case: RehearsalCase, engine: Any, record: _Recorder) -> bool:
+def _train(case: RehearsalCase, engine: Engine, record: _Recorder) -> bool:
+    """Train and evaluate; return whether the last step's update was applied."""
     run = case.run
     samples = ZeroSamples(run.config.data.sequence_length, run.config.data.document_mask)
-    updated = False
     with BatchLoader(samples, batch_layout(run, run.topology.coordinate(case.rank).data)) as batches:
-        for step in range(1, case.steps + 1):
-            batch = batches.batch((step - 1) * run.batch.global_batch)
-            result = record("step", lambda: engine.train_step(batch, step, 1e-3))
-            updated = not (result.skipped or result.refused)
-        record("validation", lambda: engine.evaluate(batch.micro_batches[:1]))
-    return updated
+
+        def step(number: int) -> StepResult:
+            return engine.train_step(batches.batch((number - 1) * run.batch.global_batch), number, 1e-3)
+
+        for number in range(1, case.steps + 1):
+            result = record("step", partial(step, number))
+        micro_batches = batches.batch(0).micro_batches[:1]
+    record("validation", lambda: engine.evaluate(micro_batches))
+    return not (result.skipped or result.refused)
 
 
-def _use(case: RehearsalCase, engine: Any, record: _Recorder) -> None:
+def _use(case: RehearsalCase, engine: Engine, record: _Recorder) -> None:
     prompts = max(1, len(case.run.config.sample.prompts))
     tokens = np.zeros((prompts, min(_PROMPT_TOKENS, case.run.config.data.sequence_length)), np.int64)
     record("sample", lambda: engine.next_token_logits(tokens, np.zeros(prompts, np.int64)))

@@ -5,6 +5,7 @@ The parent calls `rehearse_all`. Cases and findings travel as pickles: both side
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from megalm.errors import EXIT_DONE, TrainingError
 from megalm.rehearsal.fake_cuda_library import build_library, load_library
-from megalm.rehearsal.rehearsal_report import Rehearsal, RehearsalCase
+from megalm.rehearsal.rehearsal_report import Rehearsal, RehearsalCase, extrapolated
 from megalm.utils.child_process import child_command, child_environment
 
 _SHOWN_LINES = 60
@@ -40,6 +41,19 @@ def rehearse_all(cases: Sequence[RehearsalCase], jobs: int = 1) -> list[Rehearsa
     return found
 
 
+def rehearse_run(case: RehearsalCase) -> Rehearsal:
+    """Rehearse a case; one of many micro-batches in a step from two rehearsals of few, at once.
+
+    Raises: as `rehearse_all`.
+    """
+    micro_batches = case.run.batch.accumulation
+    fewest = max(2, case.run.topology.pipeline)  # from here on each further one is like the last
+    if micro_batches <= fewest + 1:
+        return rehearse_all([case])[0]
+    fewer, more = rehearse_all([case.with_accumulation(number) for number in (fewest, fewest + 1)], jobs=2)
+    return extrapolated(fewer, more, micro_batches - fewest)
+
+
 def main() -> None:
     """Run in the child: library and jobs in sys.argv, cases on stdin; findings on stdout."""
     library, jobs = Path(sys.argv[1]), int(sys.argv[2])
@@ -47,20 +61,22 @@ def main() -> None:
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is not the findings
     load_library(library)
-    _import_once()
+    _import_first()
     found = list(_forked(cases, jobs))
     results.write(pickle.dumps(found))
     results.flush()
     os._exit(EXIT_DONE)
 
 
-def _import_once() -> None:
-    """Import what takes seconds before any fork. No backward pass may run here: its threads would not be forked."""
-    os.environ["DS_ACCELERATOR"] = "cuda"
-    import deepspeed  # noqa: F401
-    import torch._dynamo  # reads the rules of torch.cuda's functions, each by its identity
+# What takes seconds to import, before any fork; torch._dynamo reads the rules of torch.cuda's functions, which a
+# rehearsal replaces. No backward pass may run before a fork: its threads would be missing after it.
+_FIRST = ("torch._dynamo", "deepspeed.compile.backend", "megalm.rehearsal.rehearsal")
 
-    import megalm.rehearsal.rehearsal
+
+def _import_first() -> None:
+    os.environ["DS_ACCELERATOR"] = "cuda"
+    for module in _FIRST:
+        importlib.import_module(module)
 
 
 def _forked(cases: Sequence[RehearsalCase], jobs: int) -> Iterator[Rehearsal]:

@@ -1,11 +1,13 @@
-"""The findings of a rehearsal, as the process that rehearses hands them over; no torch."""
+"""A case to rehearse and the findings, as the process that rehearses takes and gives them; no torch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from megalm.cost_model.memory import Share, shares
 from megalm.model.model_config import ModelConfig
 from megalm.planning.resolve import ResolvedRun
 
@@ -14,6 +16,24 @@ from megalm.planning.resolve import ResolvedRun
 # synchronize: it waits for all work of a stream or of the device. mixed: an operation on tensors of both.
 EventKind = Literal["read", "size", "to_host", "to_device", "prefetch", "synchronize", "mixed"]
 WAITS: tuple[EventKind, ...] = ("read", "size", "to_host", "to_device", "synchronize")
+
+# Compute capability by the beginning of a GPU's name; the first that fits.
+_CAPABILITIES = {
+    **dict.fromkeys(("B200", "GB200"), (10, 0)),
+    **dict.fromkeys(("H100", "H200", "H800", "H20", "GH200"), (9, 0)),
+    **dict.fromkeys(("L40S", "L4", "RTX 4090"), (8, 9)),
+    **dict.fromkeys(("A100", "A800"), (8, 0)),
+    **dict.fromkeys(("A10", "A40", "A6000", "RTX A6000", "RTX 3090"), (8, 6)),
+    "RTX 5090": (12, 0),
+    "V100": (7, 0),
+    "T4": (7, 5),
+}
+
+
+def gpu_capability(name: str) -> tuple[int, int]:
+    """The compute capability of a GPU of megalm/cost_model/gpu_specs.py."""
+    return next(capability for start, capability in _CAPABILITIES.items() if name.upper().startswith(start))
+
 
 PhaseName = Literal["start", "step", "validation", "sample"]
 
@@ -24,7 +44,8 @@ class RehearsalCase:
 
     Attributes:
         capability: compute capability of the GPU.
-        steps: training steps; the last one is the one reported.
+        steps: training steps, of which the last is reported. In the first ZeRO 3 learns the order of its gathers, and
+            DeepSpeed's timer runs from the second on.
     """
 
     run: ResolvedRun
@@ -33,6 +54,27 @@ class RehearsalCase:
     ranks_per_node: int
     capability: tuple[int, int]
     steps: int = 3
+
+    @property
+    def stage(self) -> int:
+        return self.run.topology.coordinate(self.rank).pipeline
+
+    def share(self, stage: int) -> Share:
+        """The part of the model that a rank of a pipeline stage holds."""
+        return list(shares(self.shape, self.run.topology, self.run.config.parallel.sequence))[stage]
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the model on the rank, before ZeRO divides them."""
+        return sum(math.prod(size) for size in self.share(self.stage).parameters().values())
+
+    def with_accumulation(self, micro_batches: int) -> RehearsalCase:
+        """The same run with another number of micro-batches in a step, and so another global batch."""
+        run = self.run
+        size = run.batch.micro_batch * run.batch.data_parallel * micro_batches
+        batch = replace(run.batch, accumulation=micro_batches, global_batch=size)
+        deepspeed = {**run.deepspeed, "train_batch_size": size, "gradient_accumulation_steps": micro_batches}
+        return replace(self, run=replace(run, batch=batch, deepspeed=deepspeed))
 
 
 @dataclass(frozen=True)
@@ -131,3 +173,37 @@ class Rehearsal:
 def misplaced(phases: Iterable[Phase]) -> list[HostEvent]:
     """The operations that mix tensors of the device and of the CPU."""
     return [event for phase in phases for event in phase.events if event.kind == "mixed"]
+
+
+def extrapolated(fewer: Rehearsal, more: Rehearsal, times: int) -> Rehearsal:
+    """The rehearsal of a step with `times` micro-batches more than `fewer`, where `more` has one more.
+
+    Each further micro-batch adds the same events and bytes; memory is that of `more`.
+    """
+    phases = [
+        phase if before is None else _continued(before, phase, times)
+        for phase in more.phases
+        for before in [fewer.phase(phase.name)]
+    ]
+    return replace(more, phases=tuple(phases), seconds=max(fewer.seconds, more.seconds))
+
+
+def _continued(fewer: Phase, more: Phase, times: int) -> Phase:
+    def line(start: int, end: int) -> int:
+        return start + times * (end - start)
+
+    events = {(event.kind, event.place): event for event in fewer.events}
+    traffic = {(item.axis, item.collective): item for item in fewer.traffic}
+    return replace(
+        more,
+        events=tuple(
+            replace(event, count=line(old.count, event.count), bytes=line(old.bytes, event.bytes))
+            for event in more.events
+            for old in [events.get((event.kind, event.place), replace(event, count=0, bytes=0))]
+        ),
+        traffic=tuple(
+            replace(item, calls=line(old.calls, item.calls), bytes=line(old.bytes, item.bytes))
+            for item in more.traffic
+            for old in [traffic.get((item.axis, item.collective), replace(item, calls=0, bytes=0))]
+        ),
+    )

@@ -5,6 +5,7 @@ Nothing is computed: tensors are fake, and the host's reads of their values get 
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections import Counter
@@ -26,8 +27,34 @@ _ALLOCATED = {"cuda": 512, "cpu": 1}  # CUDA's allocator rounds each tensor up t
 _PACKAGE = str(Path(megalm.__file__).parent)
 _DEEPSPEED = f"{Path('site-packages') / 'deepspeed'}/"
 # Frames that only pass on what others ask for.
-_PASSING = (f"{_PACKAGE}/rehearsal/", "/accelerator/", "/utils/nvtx.py", "/deepspeed/comm/", "/engine/traffic_counter.py")
-_DYNAMIC = ("aten.nonzero", "aten.masked_select", "aten._unique2", "aten.unique")
+_PASSING = (
+    f"{_PACKAGE}/rehearsal/",
+    "/accelerator/",
+    "/utils/nvtx.py",
+    "/deepspeed/comm/",
+    "/engine/traffic_counter.py",
+)
+_KINDS = {  # beginning of an operator's name -> how it is watched
+    "aten._local_scalar_dense": "question",
+    "aten.equal": "question",
+    "aten.is_pinned": "question",
+    "aten._pin_memory": "question",
+    "aten.nonzero": "dynamic",
+    "aten.masked_select": "dynamic",
+    "aten._unique2": "dynamic",
+    "aten._to_copy": "convert",
+    "aten.copy_": "copy",
+    "c10d": "collective",
+    "prim.device": "view",
+    "aten.detach": "view",
+}
+
+
+@functools.cache
+def _kind_of(op: Any) -> str:
+    name = str(op)
+    known = next((kind for start, kind in _KINDS.items() if name.startswith(start)), None)
+    return known or ("view" if getattr(op, "is_view", False) else "other")
 
 
 def place_of(frame: FrameType | None) -> str:
@@ -83,7 +110,7 @@ class Watcher(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch: untyped
         self.memory = {"cuda": DeviceMemory("cuda"), "cpu": DeviceMemory("cpu")}
         self._events: Counter[tuple[EventKind, str]] = Counter()
         self._bytes: Counter[tuple[EventKind, str]] = Counter()
@@ -107,22 +134,25 @@ class Watcher(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = str(op)
-        if name.startswith(("aten._local_scalar_dense", "aten.equal", "aten.is_pinned", "aten._pin_memory")):
-            return self._answer(name, op, args, kwargs)
+        kind = _kind_of(op)
+        if kind == "view":  # of a tensor that is known
+            return op(*args, **kwargs)
+        if kind == "question":
+            return self._answer(str(op), op, args, kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if name.startswith(_DYNAMIC) and any(_is_on_gpu(tensor) for tensor in inputs):
+        if kind == "dynamic" and any(map(_is_on_gpu, inputs)):
             self.note("size")
         out = op(*args, **kwargs)
-        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        outputs = [out] if isinstance(out, Tensor) else [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in outputs:
-            if tensor.device.type in self.memory:  # not DeepSpeed's meta tensors
-                self.memory[tensor.device.type].see(tensor)
-        if name.startswith("aten._to_copy"):
+            memory = self.memory.get(tensor.device.type)
+            if memory is not None:  # DeepSpeed makes meta tensors
+                memory.see(tensor)
+        if kind == "convert":
             self._copied(inputs[0], outputs[0], kwargs.get("non_blocking", False))
-        elif name.startswith("aten.copy_"):
+        elif kind == "copy":
             self._copied(args[1], args[0], kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
-        elif not name.startswith("c10d"):
+        elif kind != "collective":
             self._require_one_device(inputs)
         return out
 
