@@ -27,13 +27,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "presets": ("config:presets", "List the presets for runs and models, or print one."),
     "config": ("config", "Convert a DeepSpeed JSON of another toolkit to two files that a run takes."),
     "plan": ("plan", "Show a run before it starts: size, tokens, memory, schedule."),
+    "rehearse": ("rehearse", "Rehearse a run on GPUs that this machine does not have."),
     "checkpoint": ("checkpoint", "Checkpoints: list, show, verify, mark-bad, diff, prune, convert."),
     "evaluate": ("evaluate", "Evaluate checkpoints on datasets, texts and multiple-choice questions."),
     "generate": ("generate", "Continue prompts with checkpoints, also interactively."),
     "export": ("export", "Write a checkpoint in Hugging Face format."),
     "import": ("import_", "Make a starting point from a Hugging Face model."),
     "compare": ("compare", "Compare runs: the differences in configuration and in results."),
-    "report": ("report", "Write a page about a run: curves, notable events, samples, settings."),
+    "report": ("track:report", "Write a page about a run: curves, notable events, samples, settings."),
     "track": ("track", "Send runs to MLflow."),
 }
 

@@ -63,6 +63,7 @@ LAYERS = (
     "tracking",
     "engine",
     "train",
+    "rehearsal",
     "inference",
     "huggingface",
     "cli",
@@ -102,7 +103,15 @@ def _training_sees_classes(item: Import) -> bool:
     )
 
 
-DISTRIBUTED_PLACES = ("megalm.parallel", "megalm.engine", "megalm.checkpoint", "megalm.testing")
+DISTRIBUTED_PLACES = (
+    "megalm.parallel",
+    "megalm.engine",
+    "megalm.checkpoint",
+    "megalm.testing",
+    "megalm.rehearsal.stand_ins",
+    "megalm.rehearsal.rehearsal",
+)
+DEEPSPEED_PLACES = ("megalm.engine", "launch", "megalm.rehearsal.stand_ins", "megalm.rehearsal.rehearsal_process")
 DOORS = ("launch", "data_tools")
 ENGINES = ("megalm.engine", "megalm.parallel")
 
@@ -122,14 +131,17 @@ RULES = (
         "parallel imports model and topology alone",
         reaches_beyond("megalm.parallel", "megalm.model", "megalm.topology", "megalm.errors"),
     ),
-    Rule("deepspeed is imported in engine and launch only", only_in("deepspeed", "megalm.engine", "launch")),
+    Rule("deepspeed is imported in engine, launch and for a rehearsal", only_in("deepspeed", *DEEPSPEED_PLACES)),
     Rule(
         "mlflow is imported in tracking/mlflow_mirror/client.py only",
         only_in("mlflow", "megalm.tracking.mlflow_mirror.client"),
     ),
     Rule("utils/file_lock.py owns the locks: filelock there only", only_in("filelock", "megalm.utils.file_lock")),
     Rule("utils/file_lock.py owns the locks: fcntl there only", only_in("fcntl", "megalm.utils.file_lock")),
-    Rule("torch.distributed: parallel, engine, checkpoint only", only_in("torch.distributed", *DISTRIBUTED_PLACES)),
+    Rule(
+        "torch.distributed: not just anywhere",
+        only_in("torch.distributed", *DISTRIBUTED_PLACES),
+    ),
     Rule("huggingface reads and writes files: it sees no engine", never("megalm.huggingface", *ENGINES)),
     Rule("inference is one process: no engine, no groups", never("megalm.inference", *ENGINES)),
     Rule("transformers is for tests: an export needs none", never("megalm", "transformers")),

@@ -1,0 +1,125 @@
+"""Replacements of what a CPU build of torch or a fake tensor cannot do; all else runs as it is."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional
+
+# The object, the name of its attribute, and what takes its place.
+Replacement = tuple[Any, str, Any]
+
+_AMPERE = 8  # has flash attention, from this major capability on
+
+
+def install(capability: tuple[int, int], sequence_length: int) -> None:
+    """Replace them for the rest of the process."""
+    for owner, name, value in (*_of_torch(), *_kernels(capability), *_of_deepspeed(sequence_length)):
+        setattr(owner, name, value)
+
+
+def _of_torch() -> Iterator[Replacement]:
+    # `nn.Module.to` swaps fake tensors, which fails where a hook holds them: take the other's data instead, and let a
+    # fake tensor's device follow its data.
+    data: Any = torch.Tensor.data
+
+    def set_data(tensor: Any, value: Tensor) -> None:
+        data.__set__(tensor, value)
+        tensor.fake_device = value.device
+
+    yield FakeTensor, "data", property(data.__get__, set_data)
+    yield torch.utils, "swap_tensors", set_data
+
+    # The host may look into its own copy of a tensor, which has no values.
+    def numpy(tensor: Tensor, **_: Any) -> npt.NDArray[Any]:
+        return np.zeros(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+    yield FakeTensor, "numpy", numpy
+    yield FakeTensor, "tolist", lambda tensor: numpy(tensor).tolist()
+    # It would open a CUDA context.
+    yield FakeTensorMode, "avoid_device_init", property(lambda _: True)
+
+    # Groups of torch's fake backend send nothing and need no other rank; gloo's would connect to them.
+    new_group = dist.new_group
+
+    def fake_group(*args: Any, **options: Any) -> Any:
+        return new_group(*args, **{**options, "backend": "fake"})
+
+    yield dist, "new_group", fake_group
+    yield dist.distributed_c10d, "new_group", fake_group
+
+
+def _kernels(capability: tuple[int, int]) -> Iterator[Replacement]:
+    """A CPU build has no fused kernels for "cuda" and would take these functions apart: call what CUDA would run."""
+    on_cpu = functional.scaled_dot_product_attention
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if query.device.type == "cpu":
+            return on_cpu(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if attn_mask is None and query.dtype != torch.float32 and capability[0] >= _AMPERE:
+            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False)[0]
+        if enable_gqa:
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        bias = None
+        if attn_mask is not None:  # a mask becomes a bias in the queries' type
+            bias = attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(query, key, value, bias, True, dropout_p, is_causal)[0]
+
+    # Layer norm keeps for its backward pass what the fused RMS norm keeps, and a mean of each token.
+    def rms_norm(x: Tensor, size: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        return functional.layer_norm(x, size, weight, None, eps or 0.0)
+
+    yield functional, "scaled_dot_product_attention", attention
+    yield functional, "rms_norm", rms_norm
+    # Without torch.compile, which would compile a kernel, flex attention holds all scores; its operator holds none.
+    module = importlib.import_module("torch.nn.attention.flex_attention")
+    yield module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True
+
+
+def _of_deepspeed(sequence_length: int) -> Iterator[Replacement]:
+    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator, stage3
+
+    # ZeRO 3 compares rank 0's numbers, which it has received, with its own: nothing is received.
+    for module in (parameter_offload, partition_parameters, partitioned_param_coordinator, stage3):
+        for name in ("assert_ints_same_as_other_ranks", "assert_lst_len_same_as_other_ranks"):
+            if hasattr(module, name):
+                yield module, name, lambda *_: None
+    # Extensions in C++ read memory, which a fake tensor has none of.
+    for builder in (CPUAdamBuilder, AsyncIOBuilder):
+        yield builder, "load", lambda *_, **__: _NoExtension()
+
+    # The stage before has not sent the size of its hidden states.
+    def received(engine: Any, _: int) -> Any:
+        stage = engine.module
+        size = [engine.train_micro_batch_size_per_gpu(), sequence_length // stage.slices, stage.hidden_size]
+        return engine._allocate_or_extend_buffers(0, size, next(stage.parameters()).dtype)
+
+    yield PipelineEngine, "_recv_tensor_meta", received
+
+
+class _NoExtension:
+    """A compiled extension whose functions do nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        return lambda *_, **__: 0

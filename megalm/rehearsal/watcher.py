@@ -1,0 +1,194 @@
+"""Watch every operation of a rehearsal: copies and waits between host and device, and the memory of both.
+
+Nothing is computed: tensors are fake, and the host's reads of their values get 1 (a number) or 0 (a count, a flag).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import megalm
+from megalm.rehearsal.rehearsal_report import EventKind, HostEvent
+
+_ALLOCATED = {"cuda": 512, "cpu": 1}  # CUDA's allocator rounds each tensor up to this many bytes
+_PACKAGE = str(Path(megalm.__file__).parent)
+_DEEPSPEED = f"{Path('site-packages') / 'deepspeed'}/"
+# Frames that only pass on what others ask for.
+_PASSING = (
+    f"{_PACKAGE}/rehearsal/",
+    "/accelerator/",
+    "/utils/nvtx.py",
+    "/deepspeed/comm/",
+    "/engine/traffic_counter.py",
+)
+_KINDS = {  # beginning of an operator's name -> how it is watched
+    "aten._local_scalar_dense": "question",
+    "aten.equal": "question",
+    "aten.is_pinned": "question",
+    "aten._pin_memory": "question",
+    "aten.nonzero": "dynamic",
+    "aten.masked_select": "dynamic",
+    "aten._unique2": "dynamic",
+    "aten._to_copy": "convert",
+    "aten.copy_": "copy",
+    "c10d": "collective",
+    "prim.device": "view",
+    "aten.detach": "view",
+}
+
+
+@functools.cache
+def _kind_of(op: Any) -> str:
+    name = str(op)
+    known = next((kind for start, kind in _KINDS.items() if name.startswith(start)), None)
+    return known or ("view" if getattr(op, "is_view", False) else "other")
+
+
+def place_of(frame: FrameType | None) -> str:
+    """File and function of the innermost frame of megalm or DeepSpeed."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if (file.startswith(_PACKAGE) or _DEEPSPEED in file) and not any(part in file for part in _PASSING):
+            root = file.rindex("/megalm/") if file.startswith(_PACKAGE) else file.rindex("/deepspeed/")
+            return f"{file[root + 1 :]}:{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "autograd"  # whose thread for the device has no frames of ours
+
+
+class DeviceMemory:
+    """Bytes of the storages of one kind of device."""
+
+    def __init__(self, device: str) -> None:
+        self._unit = _ALLOCATED[device]
+        self._known: dict[int, tuple[int, weakref.ref[Any]]] = {}
+        self.live = 0
+        self.peak = 0
+        self.peak_place = ""
+
+    def see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, -(-storage.nbytes() // self._unit) * self._unit
+        known = self._known.get(key)
+        if known is not None and known[1]() is not None:
+            if known[0] == size:
+                return
+            self.live -= known[0]
+            reference = known[1]
+        else:
+            reference = weakref.ref(storage, lambda gone: self._forget(key, gone))
+        self._known[key] = size, reference
+        self.live += size
+        if self.live > self.peak:
+            self.peak, self.peak_place = self.live, place_of(sys._getframe(1))
+
+    def restart_peak(self) -> None:
+        self.peak, self.peak_place = self.live, "before"
+
+    def _forget(self, key: int, gone: weakref.ref[Any]) -> None:
+        size, reference = self._known.get(key, (0, None))
+        if reference is gone:
+            self.live -= size
+            del self._known[key]
+
+
+class Watcher(TorchDispatchMode):
+    """Use as a context inside a FakeTensorMode, so that it sees operations first."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch: untyped
+        self.memory = {"cuda": DeviceMemory("cuda"), "cpu": DeviceMemory("cpu")}
+        self._events: Counter[tuple[EventKind, str]] = Counter()
+        self._bytes: Counter[tuple[EventKind, str]] = Counter()
+        self._pinned: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def begin(self) -> None:
+        """Begin a phase: forget events and peaks, keep what is alive."""
+        self._events.clear()
+        self._bytes.clear()
+        for memory in self.memory.values():
+            memory.restart_peak()
+
+    def events(self) -> Iterator[HostEvent]:
+        for (kind, place), count in sorted(self._events.items()):
+            yield HostEvent(kind, place, count, self._bytes[kind, place])
+
+    def note(self, kind: EventKind, tensor: Tensor | None = None) -> None:
+        where = kind, place_of(sys._getframe(1))
+        self._events[where] += 1
+        self._bytes[where] += 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kind = _kind_of(op)
+        if kind == "view":  # of a tensor that is known
+            return op(*args, **kwargs)
+        if kind == "question":
+            return self._answer(str(op), op, args, kwargs)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if kind == "dynamic" and any(map(_is_on_gpu, inputs)):
+            self.note("size")
+        out = op(*args, **kwargs)
+        outputs = [out] if isinstance(out, Tensor) else [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for tensor in outputs:
+            memory = self.memory.get(tensor.device.type)
+            if memory is not None:  # DeepSpeed makes meta tensors
+                memory.see(tensor)
+        if kind == "convert":
+            self._copied(inputs[0], outputs[0], kwargs.get("non_blocking", False))
+        elif kind == "copy":
+            self._copied(args[1], args[0], kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
+        elif kind != "collective":
+            self._require_one_device(inputs)
+        return out
+
+    def _answer(self, name: str, op: Any, args: Any, kwargs: Any) -> Any:
+        """Answer a question about a tensor's value or memory."""
+        tensor = args[0]
+        if name.startswith("aten.is_pinned"):
+            return tensor.untyped_storage() in self._pinned
+        if name.startswith("aten._pin_memory"):
+            pinned = torch.empty_like(tensor)
+            self._pinned.add(pinned.untyped_storage())
+            return pinned
+        if _is_on_gpu(tensor):
+            self.note("read", tensor)
+        if name.startswith("aten.equal"):
+            return True
+        if not isinstance(tensor, FakeTensor) or tensor.constant is not None:
+            return op(*args, **kwargs)
+        return 1.0 if tensor.dtype.is_floating_point else tensor.dtype != torch.bool and 0
+
+    def _copied(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
+        if source.device.type == target.device.type:
+            return
+        if _is_on_gpu(source):
+            waits = not non_blocking or target.untyped_storage() not in self._pinned
+            self.note("to_host" if waits else "prefetch", source)
+        else:
+            waits = not non_blocking or source.untyped_storage() not in self._pinned
+            self.note("to_device" if waits else "prefetch", target)
+
+    def _require_one_device(self, inputs: list[Tensor]) -> None:
+        """Note tensors of both devices; single numbers on the CPU become arguments of the kernel."""
+        kinds = {_is_on_gpu(tensor) for tensor in inputs if tensor.ndim or _is_on_gpu(tensor)}
+        if len(kinds) > 1:
+            self.note("mixed")
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
