@@ -44,7 +44,6 @@ class ZeroEngine(EngineBase):
         total = torch.zeros((), device=self._device)
         # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
         scale = self._data.size / batch.target_count
-        loss, norm = 0.0, self._state.gradient_norm
         last = len(batch.micro_batches) - 1
         for index, micro_batch in enumerate(batch.micro_batches):
             self._clock.step, self._clock.micro_batch = step, index * self._data.size + self._data.index
@@ -54,11 +53,10 @@ class ZeroEngine(EngineBase):
                 engine.backward(loss_sum * scale, scale_wrt_gas=False)
             total += loss_sum.detach()
             if index == last:
-                loss, norm = self._sum_losses(total) / batch.target_count, self._norm_source()
-                self._check.arm(loss, norm)
+                self._arm_check(total, batch.target_count)
             with self._phase("update"):
                 engine.step()
-        return self._end_of_step(loss, norm)
+        return self._end_of_step()
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
@@ -67,7 +65,7 @@ class ZeroEngine(EngineBase):
         for micro_batch in micro_batches:
             loss_sum, _ = self._engine(*self._tensors(micro_batch))
             total += loss_sum
-        return self._sum_losses(total)
+        return float(self._sum_over_ranks(total))
 
     @torch.no_grad()
     def next_token_logits(

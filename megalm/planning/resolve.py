@@ -349,6 +349,8 @@ def _deepspeed_dict(ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision)
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": clipping,
         "steps_per_print": _NEVER,
+        # On by default in DeepSpeed, where it waits for the device twice a micro-batch.
+        "timers": {"throughput": {"enabled": False, **given.get("timers", {}).get("throughput", {})}},
         **{key: value for key, value in given.items() if key not in (*_NOT_PASSED_ON, *_MADE_EXPLICIT)},
         "fp16": {**given.get("fp16", {}), "enabled": precision == "fp16"},
         "bf16": {**given.get("bf16", {}), "enabled": precision == "bf16"},
@@ -369,13 +371,14 @@ def _deepspeed_dict(ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision)
     return resolved, notices
 
 
-# megalm serves these itself. DeepSpeed's timers would print at every step, and end a pipeline's run in its first one.
-_NOT_PASSED_ON = ("optimizer", "flops_profiler", "comms_logger", "timers", "wall_clock_breakdown")
+# megalm serves these itself. DeepSpeed's wall clock would print each step, and end a pipeline's run in its first one.
+_NOT_PASSED_ON = ("optimizer", "flops_profiler", "comms_logger", "wall_clock_breakdown")
 _MADE_EXPLICIT = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
     "gradient_clipping",
+    "timers",
 )
 
 
