@@ -116,19 +116,21 @@ class HostCopy:
     def __init__(self, device: torch.device) -> None:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._numbers = torch.empty(0)
+        self._read: list[float] | None = None
 
     def request(self, numbers: Tensor) -> None:
-        if self._copied is None:
-            self._numbers = numbers
-            return
-        self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
-        self._numbers.copy_(numbers, non_blocking=True)
-        self._copied.record()
+        self._numbers, self._read = numbers, None
+        if self._copied is not None:
+            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._copied.record()
 
     def read(self) -> list[float]:
         if self._copied is not None and not self._copied.query():
             self._copied.synchronize()
-        return [float(number) for number in self._numbers]
+        if self._read is None:
+            self._read = [float(number) for number in self._numbers]
+        return self._read
 
 
 class _FillOnDevice(TorchFunctionMode):
