@@ -184,7 +184,8 @@ def _fullest(
     activations: int,
     states: int,
 ) -> dict[str, float]:
-    case = memory_case(run.config, run.deepspeed_source, shape, run.topology, run.precision, run.device, run.batch)
+    facts = (run.topology, run.precision, run.device, run.batch, run.whole_gradients)
+    case = memory_case(run.config, run.deepspeed_source, shape, *facts)
     plan = estimate_memory(case)
     held = plan.weights + plan.gradients + plan.master + plan.moments
     # What divides the sixteen bytes: tensor and pipeline ranks all of them, ZeRO 1 those of the optimizer only.

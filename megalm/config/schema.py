@@ -235,6 +235,11 @@ class TrainSection(Section):
     checkpoint_activations_every: NonNegativeInt = Field(
         default=0, description="recompute every n-th block in the backward pass; 0: none, 1: every block"
     )
+    reduce_gradients: Literal["auto", "step", "micro_batch"] = Field(
+        default="auto",
+        description="ZeRO 2 sends gradients once a step, from whole ones on each rank, or with each micro-batch; auto: "
+        "once a step if that fits the memory",
+    )
     rehearse: bool = Field(
         default=True, description="before step 1, try a step, a validation batch, a sample and a save, then undo them"
     )

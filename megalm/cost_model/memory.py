@@ -117,6 +117,7 @@ class MemoryCase:
         on_cpu: offloaded states lie in the same memory, RMS norms have no fused kernel, and attention keeps the
             probabilities of short sequences.
         checkpoint_copy: checkpoints are written behind training, from copies in the CPU's memory.
+        whole_gradients: ZeRO 2 adds up each rank's gradients of a step, and reduces them once.
     """
 
     shape: ModelConfig
@@ -135,6 +136,7 @@ class MemoryCase:
     on_cpu: bool = False
     sequence_parallel: bool = False
     checkpoint_copy: bool = False
+    whole_gradients: bool = False
 
     @property
     def tokens(self) -> int:
@@ -383,7 +385,10 @@ def _gradients(case: MemoryCase, groups: Groups, own: int) -> tuple[int, int]:
     if case.zero.stage == 1:
         return accumulated * elements, 4 * own
     # A gradient in the weights' type stays whole if the partition holds any of it.
-    return (low * _touched_elements(groups, case) if same_type else accumulated * own), 4 * own
+    reduced = low * _touched_elements(groups, case) if same_type else accumulated * own
+    if case.whole_gradients:  # the reduced ones take the place of the first bucket's
+        reduced = accumulated * elements + max(0, reduced - accumulated * case.zero.reduce_bucket_size)
+    return reduced, 4 * own
 
 
 def _own_elements(case: MemoryCase, groups: Groups) -> int:
@@ -424,5 +429,5 @@ def _bucket_bytes(case: MemoryCase, groups: Groups) -> int:
         return sent * bucket + case.element_bytes * gathered
     if case.uses_bf16_optimizer:
         return 4 * min(sum(counts), _FLAT_BUCKET)  # one flattened copy of the gradients being reduced
-    staged = BYTES[case.gradient_precision if stage == 1 else case.precision]
+    staged = BYTES[case.gradient_precision if stage == 1 or case.whole_gradients else case.precision]
     return staged * bucket * (2 if overlap else 1) if zero.contiguous_gradients else 0

@@ -16,7 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from megalm.checkpoint.shard_spec import HasFragment
 from megalm.communicator import Communicator
@@ -72,14 +76,14 @@ class UpdateCheck:
 
         optimizer.step = checked  # type: ignore[method-assign]
 
-    def arm(self, loss: float, norm: Callable[[], float]) -> None:
+    def arm(self, numbers: Callable[[], tuple[float, float]]) -> None:
         """Prepare the check of one training step's update.
 
         Args:
-            loss: of the global batch, the same on every rank.
-            norm: returns the global gradient norm; called only after DeepSpeed has computed it.
+            numbers: returns loss and gradient norm of the global batch, the same on every rank; called only after
+                DeepSpeed has computed the norm.
         """
-        self._numbers, self._verdict = lambda: (loss, norm()), None
+        self._numbers, self._verdict = numbers, None
         self.refused_squares.clear()
 
     def disarm(self) -> UpdateVerdict | None:
@@ -100,6 +104,70 @@ class UpdateCheck:
             own = self.judge(*self._numbers())
             self._verdict = replace(own, refuses=self._comm.max([float(own.refuses)])[0] > 0)
         return not self._verdict.refuses
+
+
+class HostCopy:
+    """A few numbers of the device on their way to the host: requested early, read late.
+
+    The copy is queued behind the work that computes the numbers. Reading waits for the device only if it has not come
+    that far, so a reading after another one of later numbers costs nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._numbers = torch.empty(0)
+        self._read: list[float] | None = None
+
+    def request(self, numbers: Tensor) -> None:
+        self._numbers, self._read = numbers, None
+        if self._copied is not None:
+            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._copied.record()
+
+    def read(self) -> list[float]:
+        if self._copied is not None and not self._copied.query():
+            self._copied.synchronize()
+        if self._read is None:
+            self._read = [float(number) for number in self._numbers]
+        return self._read
+
+
+class _FillOnDevice(TorchFunctionMode):
+    """Fills the tensor of `torch.tensor(number, device=...)` there: a copy from the host would wait for the device."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.tensor and isinstance(args[0], float):
+            return torch.full((), args[0], **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+@functools.cache
+def read_norm_once() -> None:
+    """Let DeepSpeed's optimizers read the global gradient norm from the device once a step.
+
+    They read it again wherever they compare it: is it valid, does it clip, for each parameter group. From here on they
+    compare a copy on the host. A norm that is not finite says that gradients overflowed; DeepSpeed's own search for
+    such gradients, with a reading of its own, comes to the same result and is left out.
+    """
+    for owner, name in (
+        (DeepSpeedZeroOptimizer, "scaled_global_norm"),
+        (DeepSpeedZeroOptimizer_Stage3, "_get_norm_groups"),
+        (bf16_optimizer, "get_global_norm_of_tensors"),
+    ):
+        setattr(owner, name, _norm_on_host(getattr(owner, name)))
+    for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
+        optimizer.check_overflow = functools.wraps(optimizer.check_overflow)(lambda *_, **__: None)
+
+
+def _norm_on_host(norm_of: Callable[..., Tensor | list[Tensor]]) -> Callable[..., Tensor]:
+    @functools.wraps(norm_of)
+    def read(*args: Any, **options: Any) -> Tensor:
+        with _FillOnDevice():
+            norm = norm_of(*args, **options)
+        return (torch.stack(norm) if isinstance(norm, list) else norm).cpu()
+
+    return read
 
 
 class ModelParallelUnit:
@@ -223,9 +291,11 @@ class EngineBase:
         weight_groups = parameter_groups(part, run.optimizer.weight_decay, run.config.train.embedding_weight_decay)
         inner = build_optimizer(weight_groups, run.optimizer, offload["device"] != "none")
         self._last_norm = 0.0
+        self._step_sums, self._target_count = HostCopy(context.device), 1
         self._check = UpdateCheck(context.comm, context.judge)
         self._check.install(inner)
         import_muon_uncompiled()
+        read_norm_once()
         with prints_to_log():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
@@ -294,27 +364,46 @@ class EngineBase:
         documents = None if batch.documents is None else to_device(batch.documents)
         return to_device(batch.tokens), to_device(batch.labels), documents
 
-    def _sum_losses(self, own: Tensor | float) -> float:
-        """Return the sum over all copies of the model, in fp64, so that the value does not depend on their number."""
-        return self._comm.sum([float(own) if self._reports_loss else 0.0])[0]
+    def _sum_over_ranks(self, loss: Tensor | float, *others: Tensor) -> Tensor:
+        """Return the sums of `loss` over all copies of the model, and of `others` over all ranks, on the device.
 
-    def _norm_source(self) -> Callable[[], float]:
-        """Return a function that gives the gradient norm before clipping, once DeepSpeed is about to update.
-
-        Without ZeRO, DeepSpeed gives no norm, or only this pipeline stage's: compute it here, from gradients that are
-        already averaged.
+        In fp64, so that the values do not depend on the number of ranks.
         """
-        if self._stage > 0:
-            return self._state.gradient_norm
-        squares = sum(float(p.grad.double().square().sum()) for p in self._owned if p.grad is not None)
-        norm = (self._comm.sum([squares])[0] / self._data.size) ** 0.5  # each data-parallel replica added its own
-        return lambda: norm
+        own = torch.zeros(1 + len(others), dtype=torch.float64, device=self._device)
+        if self._reports_loss:
+            own[0] = loss
+        for index, value in enumerate(others, start=1):
+            own[index] = value
+        dist.all_reduce(own)
+        return own
 
-    def _end_of_step(self, loss: float, norm: Callable[[], float]) -> StepResult:
+    def _arm_check(self, loss_sum: Tensor | float, target_count: int) -> None:
+        """Prepare the check of the update: call after the last backward pass, before DeepSpeed's step.
+
+        Without ZeRO, DeepSpeed gives no norm, or only this pipeline stage's: it is computed here, from gradients that
+        are already averaged.
+        """
+        squares = []
+        if self._stage == 0:
+            gradients = [parameter.grad for parameter in self._owned if parameter.grad is not None]
+            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+            squares = [torch.stack(norms).square().sum()]
+        self._step_sums.request(self._sum_over_ranks(loss_sum, *squares))
+        self._target_count = target_count
+        self._check.arm(self._loss_and_norm)
+
+    def _loss_and_norm(self) -> tuple[float, float]:
+        """Return loss and gradient norm before clipping; known once DeepSpeed is about to update."""
+        loss_sum, *squares = self._step_sums.read()
+        # Each data-parallel replica added its own squares.
+        norm = math.sqrt(squares[0] / self._data.size) if squares else self._state.gradient_norm()
+        return loss_sum / self._target_count, norm
+
+    def _end_of_step(self) -> StepResult:
         """Return the step's result, after DeepSpeed has updated or skipped."""
         self._phase_seconds = self._phase.read()
         verdict = self._check.disarm()
-        self._last_norm = norm()
+        loss, self._last_norm = self._loss_and_norm()
         if verdict is None and not (self._scales_loss and math.isfinite(loss)):
             # DeepSpeed found an overflow and did not call `step`: normal with a loss scale, a fault without one.
             verdict = replace(self._check.judge(loss, self._last_norm), refuses=True)

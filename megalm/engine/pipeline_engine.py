@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -40,6 +39,8 @@ class PipelineEngine(EngineBase):
         self._engine._INSTRUCTION_MAP = {
             kind: _in_phase(self._phase, kind.__name__, method) for kind, method in instructions
         }
+        # DeepSpeed's mean loss, with a broadcast and a copy from the host: megalm has its own.
+        self._engine._aggregate_total_loss = lambda: None
         self._model = model
         self._clock = model.context.clock
         self._pipeline = context.groups.pipeline
@@ -51,7 +52,6 @@ class PipelineEngine(EngineBase):
         # DeepSpeed averages over micro-batches and ranks; the loss is a mean over the targets of the *global* batch.
         model.loss_factor = len(micro_batches) * data.size / batch.target_count
         model.loss_sum = 0.0
-        loss, norm = math.nan, self._state.gradient_norm
 
         def before_forward(index: int) -> None:
             _, labels, documents = micro_batches[index]
@@ -59,13 +59,11 @@ class PipelineEngine(EngineBase):
             model.context.set(documents, labels)
 
         def before_update() -> None:
-            nonlocal loss, norm
-            loss, norm = self._sum_losses(model.loss_sum) / batch.target_count, self._norm_source()
-            self._check.arm(loss, norm)
+            self._arm_check(model.loss_sum, batch.target_count)
 
         engine._train_schedule = lambda: _Schedule(engine, before_forward, before_update)
         engine.train_batch(iter([(tokens, labels) for tokens, labels, _ in micro_batches]))
-        return self._end_of_step(loss, norm)
+        return self._end_of_step()
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
@@ -75,7 +73,7 @@ class PipelineEngine(EngineBase):
             tokens, labels, documents = self._tensors(micro_batch)
             self._model.context.set(documents, labels)
             self._forward(tokens)
-        return self._sum_losses(self._model.loss_sum)
+        return float(self._sum_over_ranks(self._model.loss_sum))
 
     @torch.no_grad()
     def next_token_logits(

@@ -5,7 +5,8 @@ Shapes: B micro-batch, T sequence, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,13 @@ class ZeroEngine(EngineBase):
         super().__init__(model, model, context)
         self._clock = clock
         self._slices = model.slices
+        self._whole_gradients = context.run.whole_gradients
+        optimizer = self._engine.optimizer
+        if self._whole_gradients and optimizer.use_separate_grad_accum:
+            # As in ZeRO 1, low-precision gradients are added up in fp32: each at once, so that never all of them exist.
+            optimizer.use_grad_accum_attribute = True
+            for parameter in model.parameters():
+                parameter.register_post_accumulate_grad_hook(optimizer._fill_param_grad_accum_attribute)
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         engine = self._engine
@@ -44,21 +52,34 @@ class ZeroEngine(EngineBase):
         total = torch.zeros((), device=self._device)
         # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
         scale = self._data.size / batch.target_count
-        loss, norm = 0.0, self._state.gradient_norm
         last = len(batch.micro_batches) - 1
         for index, micro_batch in enumerate(batch.micro_batches):
             self._clock.step, self._clock.micro_batch = step, index * self._data.size + self._data.index
-            with self._phase("forward"):
-                loss_sum, _ = engine(*self._tensors(micro_batch))
-            with self._phase("backward"):
-                engine.backward(loss_sum * scale, scale_wrt_gas=False)
+            with self._unreduced() if self._whole_gradients and index < last else contextlib.nullcontext():
+                with self._phase("forward"):
+                    loss_sum, _ = engine(*self._tensors(micro_batch))
+                with self._phase("backward"):
+                    engine.backward(loss_sum * scale, scale_wrt_gas=False)
             total += loss_sum.detach()
             if index == last:
-                loss, norm = self._sum_losses(total) / batch.target_count, self._norm_source()
-                self._check.arm(loss, norm)
+                self._arm_check(total, batch.target_count)
             with self._phase("update"):
                 engine.step()
-        return self._end_of_step(loss, norm)
+        return self._end_of_step()
+
+    @contextlib.contextmanager
+    def _unreduced(self) -> Iterator[None]:
+        """Add gradients up on this rank; those of the next micro-batch outside are reduced with them.
+
+        DeepSpeed's `coalesce_grad_reduction`, but for the reduction at its end: during the backward pass of the last
+        micro-batch it overlaps with it, as overlap_comm asks.
+        """
+        engine, optimizer = self._engine, self._engine.optimizer
+        engine.inside_no_sync_ctxt = optimizer._coalesce_grad_reduction = True
+        try:
+            yield
+        finally:
+            engine.inside_no_sync_ctxt = optimizer._coalesce_grad_reduction = False
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
@@ -67,7 +88,7 @@ class ZeroEngine(EngineBase):
         for micro_batch in micro_batches:
             loss_sum, _ = self._engine(*self._tensors(micro_batch))
             total += loss_sum
-        return self._sum_losses(total)
+        return float(self._sum_over_ranks(total))
 
     @torch.no_grad()
     def next_token_logits(

@@ -57,7 +57,11 @@ def wanted_diagnostics(train: TrainSection, ds: DeepSpeedConfig) -> tuple[Diagno
             "wall_clock_breakdown: forward_seconds, backward_seconds and update_seconds are in metrics.jsonl; on a GPU "
             "timing waits for the device, which slows training"
         )
-    notices += _without_effect(ds, "timers", ("throughput",), "tokens_per_second is in metrics.jsonl at every step")
+    if "timers.throughput.enabled" in ds.explicit_keys and settings.timers.throughput.enabled:
+        notices.append(
+            "timers.throughput.enabled=true: on a GPU DeepSpeed waits for the device twice a micro-batch, and prints "
+            "nothing; tokens_per_second is in metrics.jsonl at every step"
+        )
     if settings.dump_state:
         notices.append(
             "dump_state: config.yaml, deepspeed.resolved.json and environment.json have the state of the start"

@@ -171,6 +171,21 @@ def nvme_keeps_optimizer_states_only(case: CheckContext) -> None:
         )
 
 
+def gradients_are_reduced_as_the_stage_can(case: CheckContext) -> None:
+    wanted, stage = case.config.train.reduce_gradients, case.zero.stage
+    why = ""
+    if wanted == "step" and stage == 3:
+        why = "ZeRO 3 keeps no whole gradients; use stage 2"
+    elif wanted == "step" and stage == 2 and any(name == "offload_optimizer" for name, _ in case.offloads):
+        why = "offload_optimizer keeps no whole gradients on the device; remove one of them"
+    elif wanted == "micro_batch" and stage < 2:
+        why = f"stage {stage} reduces gradients once a step; remove the key, or use stage 2"
+    if why:
+        raise ConfigError(
+            f"train.reduce_gradients={wanted} with zero_optimization.stage={stage} ({case.ds.path}): {why}"
+        )
+
+
 DEEPSPEED_RULES: tuple[Rule, ...] = (
     one_learning_rate,
     one_low_precision,
@@ -181,6 +196,7 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
     gds_needs_a_gpu,
     buckets_are_even,
     nvme_keeps_optimizer_states_only,
+    gradients_are_reduced_as_the_stage_can,
 )
 
 

@@ -100,6 +100,8 @@ def _changes(case: MemoryCase, device: DeviceFacts) -> Iterator[tuple[str, Memor
         smaller = [replace(case, micro_batch=size, accumulation=per_rank // size) for size in sizes]
         chosen = next((changed for changed in smaller if _fits(changed, device)), smaller[-1])
         yield f"train_micro_batch_size_per_gpu={chosen.micro_batch}", chosen
+    if case.whole_gradients:
+        yield "train.reduce_gradients=micro_batch", replace(case, whole_gradients=False)
     if case.topology.pipeline == 1 and case.topology.data > 1:
         for stage in range(max(2, case.zero.stage + 1), 4):
             yield f"ZeRO stage {stage}", replace(case, zero=case.zero.model_copy(update={"stage": stage}))

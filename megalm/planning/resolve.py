@@ -48,6 +48,7 @@ class ResolvedRun:
 
     Attributes:
         deepspeed: the dictionary for `deepspeed.initialize` and the run folder, without optimizer and scheduler.
+        whole_gradients: ZeRO 2 adds up each rank's gradients of a step, and reduces them once.
         notices: one line for each decision that the configuration leaves open, and for each slow or unsafe setting.
     """
 
@@ -63,6 +64,7 @@ class ResolvedRun:
     optimizer: OptimizerFacts
     deepspeed: dict[str, Any]
     notices: tuple[str, ...]
+    whole_gradients: bool = False
     documented_by_preset: DocumentedSection = field(default_factory=DocumentedSection)
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
 
@@ -114,8 +116,8 @@ def resolve(
     precision, precision_notices = choose_precision(settings, device)
     shape, vocab_notices = _shape(config, vocab_size)
 
-    def memory(batch: BatchPlan) -> MemoryFit:
-        case = memory_case(config, ds, shape, topology, precision, device, batch)
+    def memory(batch: BatchPlan, whole_gradients: bool = config.train.reduce_gradients == "step") -> MemoryFit:
+        case = memory_case(config, ds, shape, topology, precision, device, batch, whole_gradients)
         return MemoryFit.of(estimate_memory(case), device)
 
     def fits(batch: BatchPlan) -> bool:
@@ -127,6 +129,7 @@ def resolve(
     batch, batch_notices = plan_batch(settings, topology, ds.path, fits, RunBatch.of(loaded, ds))
     if topology.pipeline > 1 and chooses_micro_batch(settings):
         batch_notices.append(_bubble_notice(topology, batch))
+    whole_gradients, reduction_notices = _reduction(config, ds, batch, memory(batch, whole_gradients=True))
     case = CheckContext(loaded, ds, world_size, device)
     loaded, steps_notices = with_steps(case, batch.global_batch, shape.parameter_count())
     loaded, warmup_notices = _fit_warmup(loaded)
@@ -147,13 +150,15 @@ def resolve(
         schedule=schedule,
         optimizer=optimizer,
         deepspeed=deepspeed,
+        whole_gradients=whole_gradients,
         notices=(
             *ds.notices,
             *_preset_notices(loaded, ds),
             *precision_notices,
             *vocab_notices,
             *batch_notices,
-            *memory_notices(memory(batch)),
+            *reduction_notices,
+            *memory_notices(memory(batch, whole_gradients)),
             *steps_notices,
             *warmup_notices,
             *schedule_notices,
@@ -275,6 +280,7 @@ def memory_case(
     precision: Precision,
     device: DeviceFacts,
     batch: BatchPlan,
+    whole_gradients: bool,
 ) -> MemoryCase:
     """Return the facts that the memory estimate needs."""
     settings = ds.settings
@@ -295,7 +301,25 @@ def memory_case(
         on_cpu=device.kind == "cpu",
         checkpoint_copy=config.checkpoint.asynchronous,
         sequence_parallel=config.parallel.sequence,
+        whole_gradients=whole_gradients,
     )
+
+
+def _reduction(config: RunConfig, ds: DeepSpeedConfig, batch: BatchPlan, whole: MemoryFit) -> tuple[bool, list[str]]:
+    """Return whether ZeRO 2 keeps whole gradients and sends them once a step, and a notice where "auto" decides it.
+
+    Args:
+        whole: the memory that it needs then.
+    """
+    zero, wanted = ds.settings.zero_optimization, config.train.reduce_gradients
+    if zero.stage != 2 or wanted != "auto" or batch.accumulation == 1 or batch.data_parallel == 1:
+        return zero.stage == 2 and wanted == "step", []
+    often = f'train.reduce_gradients ("auto"): gradients are sent {batch.accumulation} times a step'
+    if zero.offload_optimizer is not None and zero.offload_optimizer.device != "none":
+        return False, [f"{often}: offload_optimizer keeps no whole ones"]
+    if not whole.leaves_room:
+        return False, [f"{often}, not once: with whole gradients {whole}"]
+    return True, ['train.reduce_gradients ("auto"): gradients are kept whole and sent once a step']
 
 
 def known_vocab_size(data: DataSection) -> int | None:
@@ -356,6 +380,8 @@ def _deepspeed_dict(ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision)
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": clipping,
         "steps_per_print": _NEVER,
+        # On by default in DeepSpeed, where it waits for the device twice a micro-batch.
+        "timers": {"throughput": {"enabled": False, **given.get("timers", {}).get("throughput", {})}},
         **{key: value for key, value in given.items() if key not in (*_NOT_PASSED_ON, *_MADE_EXPLICIT)},
         "fp16": {**given.get("fp16", {}), "enabled": precision == "fp16"},
         "bf16": {**given.get("bf16", {}), "enabled": precision == "bf16"},
@@ -376,13 +402,14 @@ def _deepspeed_dict(ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision)
     return resolved, notices
 
 
-# megalm serves these itself. DeepSpeed's timers would print at every step, and end a pipeline's run in its first one.
-_NOT_PASSED_ON = ("optimizer", "flops_profiler", "comms_logger", "timers", "wall_clock_breakdown")
+# megalm serves these itself. DeepSpeed's wall clock would print each step, and end a pipeline's run in its first one.
+_NOT_PASSED_ON = ("optimizer", "flops_profiler", "comms_logger", "wall_clock_breakdown")
 _MADE_EXPLICIT = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
     "gradient_clipping",
+    "timers",
 )
 
 

@@ -100,6 +100,7 @@ def make_plan(resolved: ResolvedRun, vocab_size: int, schedules: Sequence[Schedu
         resolved.precision,
         resolved.device,
         resolved.batch,
+        resolved.whole_gradients,
     )
     return Plan(
         resolved=resolved,

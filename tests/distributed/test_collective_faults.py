@@ -41,6 +41,8 @@ CONTROL = {
     ("megalm/engine/distributed.py", "DistributedCommunicator.once"): "what one rank prepares for all",
     ("megalm/engine/distributed.py", "DistributedCommunicator.once_per_node"): "what one rank prepares for all",
     ("megalm/engine/distributed.py", "DistributedCommunicator.max"): "refusals, measured times",
+    ("megalm/engine/distributed.py", "DistributedCommunicator.sum"): "bytes of a validation text, measured speeds",
+    ("megalm/engine/distributed.py", "DistributedCommunicator._reduce"): "what `max` and `sum` give the loop",
     ("megalm/engine/base_engine.py", "EngineBase.refused_gradients"): "a report",
     (
         "megalm/engine/base_engine.py",

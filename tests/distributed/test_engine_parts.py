@@ -121,6 +121,9 @@ def _gradients(comm: Any, device: torch.device, prefix: Path, folder: Path) -> d
         "fp32": Case("zero2.json", "fp32"),
         "bf16 at once": Case("zero2.json", "bf16"),
         "bf16 accumulated": Case("zero2.json", "bf16", settings={"train_micro_batch_size_per_gpu": 1}),
+        "bf16 accumulated whole": Case(
+            "zero2.json", "bf16", ("train.reduce_gradients=step",), {"train_micro_batch_size_per_gpu": 1}
+        ),
         "bf16 in bf16": Case(
             "zero2.json",
             "bf16",
@@ -198,6 +201,7 @@ def test_bf16_accumulates_in_fp32(results: Any) -> None:
 
     assert error("bf16 at once") < 0.02
     assert error("bf16 accumulated") < 1.1 * error("bf16 at once")
+    assert error("bf16 accumulated whole") < 1.1 * error("bf16 at once")
     assert error("bf16 in bf16") > 1.2 * error("bf16 accumulated")
 
 

@@ -32,6 +32,8 @@ CASES = {
     # Accumulating: a single backward pass frees gradients as it reduces them.
     "zero1 fp32": Case("zero1.json", overrides=WIDE, settings={"train_micro_batch_size_per_gpu": 2}),
     "zero2 fp32": Case("zero2.json", overrides=WIDE),
+    "zero2 fp32 once a step": Case("zero2.json", overrides=WIDE, settings={"train_micro_batch_size_per_gpu": 2}),
+    "zero2 bf16 once a step": Case("zero2.json", "bf16", WIDE, {"train_micro_batch_size_per_gpu": 2}),
     "zero3 fp32": Case("zero3.json", overrides=WIDE, settings=GATHERED),
     "zero1 bf16": Case("zero1.json", "bf16", WIDE),
     "zero2 bf16": Case("zero2.json", "bf16", WIDE),
@@ -138,9 +140,8 @@ def test_plan_tells_what_is_held(measured: Any, name: str) -> None:
 
 
 def _plans(run: Any) -> list[Any]:
-    case = memory_case(
-        run.config, run.deepspeed_source, shape_of(run), run.topology, run.precision, run.device, run.batch
-    )
+    facts = (run.topology, run.precision, run.device, run.batch, run.whole_gradients)
+    case = memory_case(run.config, run.deepspeed_source, shape_of(run), *facts)
     return estimate_stages(case)
 
 

@@ -30,7 +30,7 @@ CASES = {
     "zero2": Case("zero2.json"),
     "zero3": Case("zero3.json", settings=SMALL_SUB_GROUPS),
     "zero1 bf16": Case("zero1.json", "bf16"),
-    "zero2 bf16": Case("zero2.json", "bf16"),
+    "zero2 bf16": Case("zero2.json", "bf16", settings={"train_micro_batch_size_per_gpu": 4}),  # whole gradients
     "zero3 bf16": Case("zero3.json", "bf16", settings=NO_PERSISTENCE),
     "zero2 offload": Case("zero2_offload.json"),
 }

@@ -30,6 +30,11 @@ CASES = {
     "zero3 persistent": Case("zero3.json"),
     "fp32.json": Case("fp32.json"),
     "zero2 accumulated": Case("zero2.json", settings={"train_micro_batch_size_per_gpu": 2}),
+    "zero2 accumulated by micro-batch": Case(
+        "zero2.json",
+        overrides=("train.reduce_gradients=micro_batch",),
+        settings={"train_micro_batch_size_per_gpu": 2},
+    ),
     "zero2 recomputed": Case("zero2.json", overrides=("train.checkpoint_activations_every=1",)),
     "gpt2 zero1": Case("zero1.json", overrides=GPT2),
     "gpt2 zero3 accumulated": Case("zero3.json", overrides=GPT2, settings={"train_micro_batch_size_per_gpu": 2}),

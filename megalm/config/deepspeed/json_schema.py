@@ -140,13 +140,13 @@ class CommsLoggerSection(DeepSpeedSection):
 
 
 class ThroughputTimerSection(DeepSpeedSection):
+    """Off unless the JSON has `enabled: true`: the rate of every step is in metrics.jsonl."""
+
     enabled: bool = True
     synchronized: bool = True
 
 
 class TimersSection(DeepSpeedSection):
-    """Without effect: the rate of every step is in metrics.jsonl. Never given to DeepSpeed."""
-
     throughput: ThroughputTimerSection = ThroughputTimerSection()
 
 

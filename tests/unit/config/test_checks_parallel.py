@@ -92,6 +92,28 @@ def test_rules_of_the_grid(
         assert_names(refused(start, *overrides, ranks=ranks, **changes), *names)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "section", "names"),
+    [
+        ("step", {"stage": 3}, ["train.reduce_gradients=step", "zero_optimization.stage=3", 2]),
+        ("step", {"stage": 2, **CPU_OFFLOAD}, ["train.reduce_gradients=step", "offload_optimizer"]),
+        ("step", {"stage": 2}, None),
+        ("step", {"stage": 1}, None),
+        ("micro_batch", {"stage": 1}, ["train.reduce_gradients=micro_batch", "zero_optimization.stage=1", 2]),
+        ("micro_batch", {"stage": 2}, None),
+        ("micro_batch", {"stage": 3}, None),
+    ],
+)
+def test_how_often_gradients_can_be_reduced(
+    start: Start, wanted: str, section: dict[str, Any], names: list[object] | None
+) -> None:
+    word = f"train.reduce_gradients={wanted}"
+    if names is None:
+        start(word, zero_optimization=section)
+    else:
+        assert_names(refused(start, word, zero_optimization=section), *names)
+
+
 def test_the_nearest_degree_divides_the_ranks_too(start: Start) -> None:
     """12 heads divide by 3, 6 and 12 too, 16 ranks do not."""
     message = refused(start, *HEADS_12, "parallel.tensor=8", ranks=16)

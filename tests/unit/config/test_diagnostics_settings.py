@@ -29,12 +29,33 @@ def test_each_section_is_served(start: Start) -> None:
     )
     assert_names(notice_of(run, "comms_logger."), "comms_logger.prof_ops")
     assert not {"flops_profiler", "comms_logger"} & run.deepspeed.keys()
-    timed = start(wall_clock_breakdown=True, dump_state=True, timers={"throughput": {"synchronized": False}})
+    timed = start(wall_clock_breakdown=True, dump_state=True)
     assert timed.diagnostics == Diagnostics(phase_times=True)
-    assert not {"wall_clock_breakdown", "timers"} & timed.deepspeed.keys()
+    assert "wall_clock_breakdown" not in timed.deepspeed
     assert_names(notice_of(timed, "wall_clock_breakdown"), "forward_seconds", "metrics.jsonl")
-    assert_names(notice_of(timed, "timers."), "timers.throughput", "tokens_per_second")
     assert_names(notice_of(timed, "dump_state"), "deepspeed.resolved.json")
+
+
+@pytest.mark.parametrize(
+    ("throughput", "given"),
+    [
+        ({}, {"enabled": False}),
+        ({"synchronized": False}, {"enabled": False, "synchronized": False}),
+        ({"enabled": False}, {"enabled": False}),
+        ({"enabled": True}, {"enabled": True}),
+    ],
+)
+def test_the_throughput_timer_is_off_unless_the_json_turns_it_on(
+    start: Start, throughput: dict[str, bool], given: dict[str, bool]
+) -> None:
+    """On a GPU it waits for the device twice a micro-batch, and DeepSpeed has it on by default."""
+    run = start(timers={"throughput": throughput})
+    assert run.deepspeed["timers"] == {"throughput": given}
+    assert start().deepspeed["timers"] == {"throughput": {"enabled": False}}
+    notices = [notice for notice in run.notices if "timers.throughput.enabled" in notice]
+    assert len(notices) == given["enabled"]
+    for notice in notices:
+        assert_names(notice, "timers.throughput.enabled=true", "tokens_per_second")
 
 
 @pytest.mark.parametrize(("stated", "step"), [({}, 1), ({"profile_step": 0}, 1), ({"profile_step": 50}, 50)])

@@ -115,6 +115,17 @@ def test_zero_divides_what_it_says(ranks: int) -> None:
     )
 
 
+def test_whole_gradients_are_planned_for() -> None:
+    """A bucket of reduced ones takes the place of those that it was filled with."""
+    plain = case(zero=ZeroSection(stage=2, reduce_bucket_size=1000))
+    whole = replace(plain, whole_gradients=True)
+    count = plain.shape.parameter_count()
+    assert estimate_memory(whole).gradients == 4 * count + estimate_memory(plain).gradients - 4 * 1000
+    assert estimate_memory(whole).buckets == 2 * estimate_memory(plain).buckets, "in fp32, not in bf16"
+    large = replace(whole, zero=ZeroSection(stage=2, reduce_bucket_size=count))
+    assert estimate_memory(large).gradients == 4 * count
+
+
 def test_stage_0_in_fp32_is_plain_adam() -> None:
     count = shape_of("model.hidden_size=30", "model.num_attention_heads=3").parameter_count()
     plain = estimate_memory(

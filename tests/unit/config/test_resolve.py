@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from config_cases import CPU, GPU, Write, notice_of, refused
@@ -42,6 +42,7 @@ def test_what_deepspeed_is_handed_is_explicit(start: Start) -> None:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},
         "fp16": {"enabled": False},
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 2},
@@ -50,10 +51,57 @@ def test_what_deepspeed_is_handed_is_explicit(start: Start) -> None:
     }
 
 
+ACCUMULATED = {"train_micro_batch_size_per_gpu": 2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "changes", "once", "names"),
+    [
+        ((), 2, ACCUMULATED, True, ["train.reduce_gradients", "auto"]),
+        ((), 2, {}, False, []),  # a single micro-batch
+        ((), 1, ACCUMULATED, False, []),  # nobody to send to
+        ((), 2, ACCUMULATED | {"zero_optimization": {"stage": 1}}, False, []),
+        ((), 2, ACCUMULATED | {"zero_optimization": {"stage": 3}}, False, []),
+        (
+            (),
+            2,
+            ACCUMULATED | {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            False,
+            ["train.reduce_gradients", 4, "offload_optimizer"],
+        ),
+        (("train.reduce_gradients=step",), 2, {}, True, []),
+        (("train.reduce_gradients=micro_batch",), 2, ACCUMULATED, False, []),
+    ],
+)
+def test_zero_2_reduces_gradients_once_a_step(
+    start: Start, overrides: tuple[str, ...], ranks: int, changes: dict[str, Any], once: bool, names: list[object]
+) -> None:
+    run = start(*overrides, ranks=ranks, **changes)
+    assert run.whole_gradients == once
+    notices = [notice for notice in run.notices if "train.reduce_gradients" in notice]
+    assert len(notices) == bool(names)
+    assert_names("".join(notices), *names)
+
+
+def test_whole_gradients_have_to_fit(start: Start) -> None:
+    """They take 4 bytes a parameter more, less what two ranks would keep of them."""
+    sizes = ("model.hidden_size=1024", "model.num_attention_heads=8", "model.num_hidden_layers=16")
+
+    def run(gib: float) -> ResolvedRun:
+        device = DeviceFacts(kind="cuda", bf16=True, memory_bytes=int(gib * 2**30))
+        return start(*sizes, device=device, **ACCUMULATED)
+
+    assert run(16).whole_gradients
+    tight = run(6.5)
+    assert not tight.whole_gradients
+    assert_names(notice_of(tight, "train.reduce_gradients"), 4, "6.5 GiB")
+
+
 def test_deepspeed_reads_it_as_it_was_meant(start: Start) -> None:
     parsed = pytest.importorskip("deepspeed.runtime.config").DeepSpeedConfig(start(ranks=1).deepspeed)
     assert (parsed.train_batch_size, parsed.train_micro_batch_size_per_gpu) == (16, 16)
     assert parsed.gradient_clipping == 1.0
+    assert not parsed.timers_config.enabled
     assert parsed.bfloat16_config.enabled
     assert not parsed.float16_config.enabled
     assert parsed.grad_accum_dtype == "fp32"
