@@ -201,12 +201,12 @@ class ModelParallelUnit:
 def parameter_groups(model: nn.Module, weight_decay: float, decay_embeddings: bool) -> list[dict[str, Any]]:
     """Return optimizer groups: matrices decay, norms and biases do not, embeddings do if `decay_embeddings`.
 
-    Call before `deepspeed.initialize`: ZeRO 3 flattens every parameter to one dimension.
+    ZeRO 3 has flattened the parameters: their annotations know their shapes.
     """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         embedding = name.startswith("embedding.")
-        groups[parameter.ndim >= 2 and (decay_embeddings or not embedding)].append(parameter)
+        groups[len(shard_of(parameter).shape) >= 2 and (decay_embeddings or not embedding)].append(parameter)
     return [
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
         for decays, parameters in groups.items()
@@ -257,7 +257,8 @@ class EngineBase:
     """Hands a model and its optimizer to DeepSpeed.
 
     Args:
-        model: the module that DeepSpeed runs: an initialized model on the context's device, fp32.
+        model: the module that DeepSpeed runs, initialized, on the context's device and in the run's precision; under
+            ZeRO 3 already divided.
         part: the module whose parameters have canonical names: the model, or its part on this rank.
         extra_settings: added to the run's configuration for `deepspeed.initialize`.
     """
@@ -284,7 +285,7 @@ class EngineBase:
         self._swap_folder: SwapFolder | None = None
         if offload["device"] == "nvme":
             load_async_io()
-            elements = sum(parameter.numel() for parameter in parameters.values())
+            elements = sum(math.prod(shard.sizes) for shard in shards.values())
             needed = _SWAPPED_BYTES * elements // self._data.size * rank_facts().local_world_size
             self._swap_folder = SwapFolder(offload["nvme_path"], needed)
             offload["nvme_path"] = str(self._swap_folder.path)

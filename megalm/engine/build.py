@@ -6,23 +6,27 @@ it happens inside these functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalm.communicator import Communicator
 from megalm.cost_model.pipeline_balance import StageCosts, balanced_blocks, parameter_costs
+from megalm.engine.deepspeed_patches import prints_to_log
 from megalm.engine.device import fastest_seconds
 from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import Engine, JudgeUpdate
 from megalm.engine.traffic_counter import TrafficCounter
-from megalm.model.layer_factory import LayerFactory
+from megalm.model.layer_factory import LayerFactory, annotate_shard, shard_of
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock
-from megalm.model.transformer import LanguageModel, StageBuilder, initialize
-from megalm.parallel.process_groups import make_groups
+from megalm.model.transformer import LanguageModel, ParameterInit, StageBuilder, initial_weight
+from megalm.parallel.process_groups import AxisGroup, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.planning.resolve import ResolvedRun
 
@@ -30,10 +34,13 @@ if TYPE_CHECKING:
     from megalm.engine.base_engine import EngineContext
 
 _REPEATS = 3  # of a measured pass
+_PLACEHOLDER = 0.01  # not 0: DeepSpeed's BF16_Optimizer stops at a gradient norm of 0
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Called with the number of blocks of each pipeline stage and the costs used to balance them.
 OnStages = Callable[[tuple[int, ...], StageCosts], None]
+# Canonical name -> the whole fp32 weight, in the CPU's memory.
+DrawWeight = Callable[[str], Tensor]
 
 
 def build_engine(
@@ -44,13 +51,18 @@ def build_engine(
     judge: JudgeUpdate | None = None,
     on_stages: OnStages | None = None,
     traffic: TrafficCounter | None = None,
+    initial_weights: bool = True,
 ) -> Engine:
     """Collective: return this rank's engine.
+
+    Parameters come into being on the device, in the run's precision. ZeRO 3 divides each block before the next one is
+    built, and a pipeline rank builds its own stage.
 
     Args:
         judge: called before each update; None refuses only numbers that are not finite.
         on_stages: called if the model is split into pipeline stages.
         traffic: learns the groups of this rank.
+        initial_weights: false fills parameters with a number, for a checkpoint to replace.
     """
     from megalm.engine.base_engine import EngineContext
 
@@ -62,40 +74,112 @@ def build_engine(
     layers = LayerFactory(clock, run.compiled)
     if run.topology.tensor > 1:
         layers = TensorLayers(clock, context.groups.tensor, run.config.parallel.sequence, run.compiled)
+    sizes = shape.parameters()
+    draw = (lambda name: initial_weight(name, sizes[name], shape, train.seed)) if initial_weights else None
     if run.topology.pipeline > 1:
-        build = StageBuilder(shape, layers, clock, train.loss_chunk_tokens)
+        init = ParameterInit(device, _TYPES[run.precision])
+        build = StageBuilder(shape, layers, clock, train.loss_chunk_tokens, init)
         blocks, costs = _balance(run, build, device, comm)
         if on_stages is not None:
             on_stages(blocks, costs)
-        return _pipeline_engine(context, build, clock, blocks)
-    return _zero_engine(context, shape, layers, clock)
+        return _pipeline_engine(context, build, clock, blocks, draw)
+    return _zero_engine(context, shape, layers, clock, draw)
 
 
-def _zero_engine(context: EngineContext, shape: ModelConfig, layers: LayerFactory, clock: DropoutClock) -> Engine:
+def _zero_engine(
+    context: EngineContext, shape: ModelConfig, layers: LayerFactory, clock: DropoutClock, draw: DrawWeight | None
+) -> Engine:
     from megalm.engine.zero_engine import ZeroEngine
 
-    train = context.run.config.train
-    model = LanguageModel(
-        shape, layers, clock, train.loss_chunk_tokens, recompute_every=train.checkpoint_activations_every
-    )
-    if context.run.compiled:
+    run, train = context.run, context.run.config.train
+    with _InitialWeights(list(shape.parameters()), draw, context.groups.data) as weights:
+
+        def fill(path: str, stage: nn.Module) -> None:
+            weights.fill(stage, path)
+            if run.zero_stage == 3:
+                _partition(stage, context)
+
+        init = ParameterInit(context.device, _TYPES[run.precision], fill)
+        model = LanguageModel(shape, layers, clock, train.loss_chunk_tokens, train.checkpoint_activations_every, init)
+    if run.compiled:
         model.compile_blocks()
-    initialize(model, shape, train.seed)
-    return ZeroEngine(model.to(context.device), clock, context)
+    return ZeroEngine(model, clock, context)
 
 
 def _pipeline_engine(
-    context: EngineContext, build: StageBuilder, clock: DropoutClock, blocks: tuple[int, ...]
+    context: EngineContext, build: StageBuilder, clock: DropoutClock, blocks: tuple[int, ...], draw: DrawWeight | None
 ) -> Engine:
     from megalm.engine.pipeline_engine import PipelineEngine
     from megalm.engine.pipeline_stage import MicroBatchContext, PipelineStage
 
     run, train = context.run, context.run.config.train
     stage = PipelineStage(build, MicroBatchContext(clock), run.topology, blocks, train.checkpoint_activations_every)
+    part = stage.part_of_model()
+    with _InitialWeights([name for name, _ in part.named_parameters()], draw, context.groups.data) as weights:
+        weights.fill(part)
     if run.compiled:
         stage.compile_blocks()
-    initialize(stage.part_of_model(), build.shape, train.seed)
     return PipelineEngine(stage, context)
+
+
+class _InitialWeights:
+    """Gives parameters their initial weights, which the ranks of a data group draw by turns: they all hold the same.
+
+    A rank draws its next parameter in a thread while those of the others arrive. Of whole fp32 weights, it holds this
+    one alone.
+
+    Args:
+        names: canonical names of this rank's parameters, in the order in which `fill` comes to them.
+        draw: None fills parameters with a number, for a checkpoint to replace.
+    """
+
+    def __init__(self, names: Sequence[str], draw: DrawWeight | None, data: AxisGroup) -> None:
+        self._draw, self._data = draw, data
+        self._turns = {name: place % data.size for place, name in enumerate(names)}
+        self._own = iter(names[data.index :: data.size])
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._drawn = self._begin_next()
+
+    def __enter__(self) -> _InitialWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    @torch.no_grad()
+    def fill(self, module: nn.Module, path: str = "") -> None:
+        """Collective in the data group: fill a module, which is at `path` in the model."""
+        for name, parameter in module.named_parameters(path):
+            if self._draw is None:
+                parameter.fill_(_PLACEHOLDER)
+                continue
+            turn = self._turns[name]
+            if turn == self._data.index:
+                parameter.copy_(shard_of(parameter).cut(self._drawn[name].result()))
+                self._drawn.clear()
+                self._drawn = self._begin_next()
+            if self._data.size > 1:
+                source, group = self._data.ranks[turn], self._data.process_group
+                dist.broadcast(parameter.data.view(torch.uint8), source, group)
+
+    def _begin_next(self) -> dict[str, Future[Tensor]]:
+        name = next(self._own, None)
+        if self._draw is None or name is None:
+            return {}
+        return {name: self._thread.submit(self._draw, name)}
+
+
+def _partition(stage: nn.Module, context: EngineContext) -> None:
+    """Leave this rank its part of each parameter, as DeepSpeed's ZeRO 3 does it."""
+    from deepspeed import zero
+
+    from megalm.engine.base_engine import ModelParallelUnit
+
+    for parameter in stage.parameters():
+        annotate_shard(parameter, shard_of(parameter))  # from here on a parameter does not know its shape
+    group, mpu = context.groups.data.process_group, ModelParallelUnit(context.groups)
+    with prints_to_log():
+        zero.Init(stage, group, config_dict_or_path=copy.deepcopy(context.run.deepspeed), mpu=mpu)
 
 
 def _balance(

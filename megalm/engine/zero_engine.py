@@ -24,7 +24,7 @@ class ZeroEngine(EngineBase):
     """Trains `model` on data-parallel ranks.
 
     Args:
-        model: an initialized model on the context's device, fp32; its parameters' names are canonical.
+        model: as in `EngineBase`; its parameters' names are canonical.
         clock: the clock of the model's dropout layers.
     """
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from megalm.model.attention import Attention, DocumentMask, KeyValueCache, document_mask
@@ -117,6 +120,43 @@ class LanguageModelHead(nn.Module):
         return self.output.logits(hidden, self.weight)
 
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+class _EmptyParameters(TorchFunctionMode):
+    """Modules built under it allocate their parameters on `device` in `dtype`, and do not fill them."""
+
+    _FILL = frozenset((Tensor.fill_, Tensor.normal_, Tensor.uniform_, Tensor.zero_))
+
+    def __init__(self, device: torch.device | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._options = {"device": device, "dtype": dtype}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.empty:
+            return function(*args, **(kwargs | self._options))
+        if function in self._FILL or getattr(function, "__module__", "") == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class ParameterInit:
+    """Where the parameters of a stage come to lie, and how they get their values.
+
+    Attributes:
+        device: of parameters and buffers; by default the CPU.
+        dtype: of parameters; buffers have their own types.
+        fill: takes each stage that has parameters, still empty, and the stage's path in `LanguageModel`, before the
+            next stage is built. It may replace the parameters' data.
+    """
+
+    device: torch.device | None = None
+    dtype: torch.dtype = torch.float32
+    fill: Callable[[str, nn.Module], None] = lambda path, stage: None
+
+
 class StageBuilder:
     """Builds the model's stages one by one: all of them for `LanguageModel`, its own ones for a pipeline rank.
 
@@ -125,42 +165,62 @@ class StageBuilder:
         layers: the factory of linear, vocabulary and dropout layers.
         clock: the moving part of dropout's seeds.
         chunk_tokens: tokens whose logits are held at once by the loss.
+        init: of the parameters, which are left empty by default.
     """
 
-    def __init__(self, shape: ModelConfig, layers: LayerFactory, clock: DropoutClock, chunk_tokens: int) -> None:
+    def __init__(
+        self,
+        shape: ModelConfig,
+        layers: LayerFactory,
+        clock: DropoutClock,
+        chunk_tokens: int,
+        init: ParameterInit = ParameterInit(),
+    ) -> None:
         self.shape = shape
         self.slices = layers.slices
         self._layers = layers
         self._clock = clock
         self._chunk_tokens = chunk_tokens
+        self._init = init
         self._rope = (
-            RotaryEmbedding(shape.head_dim, shape.max_position_embeddings, shape.rope_theta)
+            RotaryEmbedding(shape.head_dim, shape.max_position_embeddings, shape.rope_theta).to(init.device)
             if shape.style == "llama"
             else None
         )
 
     def token_table(self) -> nn.Module:
         """The embedding table alone, whose `weight` the head may share."""
-        return self._layers.embedding(self.shape.vocab_size, self.shape.hidden_size)
+        size = self.shape.vocab_size, self.shape.hidden_size
+        return self._built("embedding.tokens", lambda: self._layers.embedding(*size))
 
     def embedding(self, own_table: bool = True) -> Embedding:
-        return Embedding(self.shape, self._layers, own_table)
+        return self._built("embedding", lambda: Embedding(self.shape, self._layers, own_table))
 
     def block(self, index: int) -> Block:
-        return Block(self.shape, self._layers, self._rope, self._clock, index + 1)
+        return self._built(
+            f"layers.{index}", lambda: Block(self.shape, self._layers, self._rope, self._clock, index + 1)
+        )
 
     def final_norm(self) -> nn.Module:
-        return self._layers.replicated(norm(self.shape), sharded=False)
+        return self._built("final_norm", lambda: self._layers.replicated(norm(self.shape), sharded=False))
 
     def head(self, table: nn.Module | None) -> LanguageModelHead:
         """The head with the weight of `table`, or with its own where the model does not tie them."""
+        size = self.shape.vocab_size, self.shape.hidden_size
+        output = self._layers.output(self.shape.vocab_size)
         if not self.shape.tie_word_embeddings:
-            weight = self._layers.vocabulary_weight(self.shape.vocab_size, self.shape.hidden_size)
-        else:
-            assert table is not None
-            assert isinstance(table.weight, nn.Parameter)
-            weight = table.weight
-        return LanguageModelHead(weight, self._layers.output(self.shape.vocab_size), self._chunk_tokens)
+            return self._built(
+                "head", lambda: LanguageModelHead(self._layers.vocabulary_weight(*size), output, self._chunk_tokens)
+            )
+        assert table is not None
+        assert isinstance(table.weight, nn.Parameter)
+        return LanguageModelHead(table.weight, output, self._chunk_tokens)
+
+    def _built(self, path: str, make: Callable[[], AnyModule]) -> AnyModule:
+        with _EmptyParameters(self._init.device, self._init.dtype):
+            stage = make()
+        self._init.fill(path, stage)
+        return stage
 
 
 class LanguageModel(nn.Module):
@@ -172,6 +232,7 @@ class LanguageModel(nn.Module):
         clock: the moving part of dropout's seeds.
         chunk_tokens: tokens whose logits are held at once by the loss.
         recompute_every: recompute every n-th block in the backward pass; 0: none.
+        init: of the parameters, which are left empty by default.
     """
 
     def __init__(
@@ -181,10 +242,11 @@ class LanguageModel(nn.Module):
         clock: DropoutClock | None = None,
         chunk_tokens: int = 1024,
         recompute_every: int = 0,
+        init: ParameterInit = ParameterInit(),
     ) -> None:
         super().__init__()
         clock = clock or DropoutClock(seed=0)
-        build = StageBuilder(shape, layers or LayerFactory(clock), clock, chunk_tokens)
+        build = StageBuilder(shape, layers or LayerFactory(clock), clock, chunk_tokens, init)
         self.recompute_every = recompute_every
         self.slices = build.slices
         self.embedding = build.embedding()
@@ -261,7 +323,7 @@ def initial_weight(name: str, size: tuple[int, ...], shape: ModelConfig, seed: i
         std /= math.sqrt(2 * shape.num_hidden_layers)
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randn(size, generator=generator) * std
+    return torch.randn(size, generator=generator).mul_(std)
 
 
 @torch.no_grad()

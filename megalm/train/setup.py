@@ -245,7 +245,14 @@ def build_trainer(
         console.info("preparing DeepSpeed's offload extensions (the first use compiles them, for a minute or two)")
     spikes = SpikeGuard(run.config.guard)
     engine = build_engine(
-        run, plan.shape, device, comm, spikes.judge, lambda *stages: console.info(pipeline_facts(run, *stages)), traffic
+        run,
+        plan.shape,
+        device,
+        comm,
+        spikes.judge,
+        lambda *stages: console.info(pipeline_facts(run, *stages)),
+        traffic,
+        initial_weights=plan.reader is None,
     )
     command = ResumeCommand(folder.path, ranks.local_world_size)
     limits = _limits(run, hooks, supervisor)
