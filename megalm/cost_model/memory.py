@@ -313,8 +313,12 @@ def loss_bytes(case: MemoryCase, tensor: int = 1) -> int:
     vocabulary, hidden = math.ceil(case.shape.vocab_size / tensor), case.shape.hidden_size
     chunk = min(case.tokens, case.loss_chunk_tokens)
     logits = chunk * vocabulary * (2 * case.element_bytes + 4)  # logits, their gradient; probabilities in fp32
-    # The weight's gradient is summed in fp32, with the product of one chunk beside it.
-    return logits + case.tokens * hidden * case.element_bytes + vocabulary * hidden * (4 + case.element_bytes)
+    # The weight's gradient is summed in fp32. A CPU holds a chunk's product beside it; the backward pass a narrow copy
+    # and the scaled gradient of the hidden states.
+    narrow = vocabulary * hidden * case.element_bytes if case.element_bytes < 4 else 0
+    hidden_gradient = case.tokens * hidden * case.element_bytes
+    forward, backward = logits + (narrow if case.on_cpu else 0), narrow + hidden_gradient
+    return hidden_gradient + 4 * vocabulary * hidden + max(forward, backward)
 
 
 def parameter_groups(case: MemoryCase, share: Share) -> Groups:

@@ -24,7 +24,7 @@ from megalm.model.modules import DropoutClock
 from megalm.model.transformer import LanguageModel, StageBuilder, initialize
 from megalm.parallel.process_groups import make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
-from megalm.planning.resolve import ResolvedRun
+from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens
 
 if TYPE_CHECKING:
     from megalm.engine.base_engine import EngineContext
@@ -63,7 +63,7 @@ def build_engine(
     if run.topology.tensor > 1:
         layers = TensorLayers(clock, context.groups.tensor, run.config.parallel.sequence, run.config.compile)
     if run.topology.pipeline > 1:
-        build = StageBuilder(shape, layers, clock, train.loss_chunk_tokens)
+        build = StageBuilder(shape, layers, clock, loss_chunk_tokens(run.config, shape, run.device))
         blocks, costs = _balance(run, build, device, comm)
         if on_stages is not None:
             on_stages(blocks, costs)
@@ -74,11 +74,10 @@ def build_engine(
 def _zero_engine(context: EngineContext, shape: ModelConfig, layers: LayerFactory, clock: DropoutClock) -> Engine:
     from megalm.engine.zero_engine import ZeroEngine
 
-    train = context.run.config.train
-    model = LanguageModel(
-        shape, layers, clock, train.loss_chunk_tokens, recompute_every=train.checkpoint_activations_every
-    )
-    if context.run.config.compile:
+    run, train = context.run, context.run.config.train
+    chunk = loss_chunk_tokens(run.config, shape, run.device)
+    model = LanguageModel(shape, layers, clock, chunk, recompute_every=train.checkpoint_activations_every)
+    if run.config.compile:
         model.compile_blocks()
     initialize(model, shape, train.seed)
     return ZeroEngine(model.to(context.device), clock, context)
