@@ -117,6 +117,7 @@ class MemoryCase:
         on_cpu: offloaded states lie in the same memory, RMS norms have no fused kernel, and attention keeps the
             probabilities of short sequences.
         checkpoint_copy: checkpoints are written behind training, from copies in the CPU's memory.
+        repeats_keys: attention keeps a copy of each key/value head for every query head that shares it.
     """
 
     shape: ModelConfig
@@ -135,6 +136,7 @@ class MemoryCase:
     on_cpu: bool = False
     sequence_parallel: bool = False
     checkpoint_copy: bool = False
+    repeats_keys: bool = False
 
     @property
     def tokens(self) -> int:
@@ -285,7 +287,7 @@ def activation_bytes(case: MemoryCase, share: Share) -> int:
 
 
 def _block_bytes_per_token(case: MemoryCase, share: Share) -> int:
-    """Bytes that one block saves per token; key and value heads count repeated, as attention keeps them."""
+    """Bytes that one block saves per token."""
     shape = case.shape
     stream, inner = shape.hidden_size // share.slices, shape.intermediate_size // share.tensor
     queries, keys = share.heads * shape.head_dim, share.key_value_heads * shape.head_dim
@@ -293,7 +295,7 @@ def _block_bytes_per_token(case: MemoryCase, share: Share) -> int:
     if shape.qk_norm:
         norms += (queries + keys) * _norm_bytes(case, True)
     # The inputs of the projections and of the MLP; queries, keys, values and attention's output.
-    elements = 2 * stream + 4 * queries
+    elements = 2 * stream + 2 * queries + 2 * (queries if case.repeats_keys else keys)
     elements += 2 * inner if shape.style == "gpt2" else 4 * inner  # up, gelu | gate, silu, up, product
     dropout_masks = 2 * stream if shape.dropout > 0 else 0  # one byte each
     return norms + elements * case.element_bytes + dropout_masks

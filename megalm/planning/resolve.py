@@ -291,6 +291,9 @@ def memory_case(
 ) -> MemoryCase:
     """Return the facts that the memory estimate needs."""
     settings = ds.settings
+    # Without flash attention; `fused_attention` has the rule, and a GPU has it where it has bf16.
+    dense_mask = config.model.attention_dropout > 0 and config.data.document_mask
+    repeats_keys = device.kind == "cuda" and (dense_mask or precision == "fp32" or not device.bf16)
     return MemoryCase(
         shape=shape,
         sequence_length=config.data.sequence_length,
@@ -308,6 +311,7 @@ def memory_case(
         on_cpu=device.kind == "cpu",
         checkpoint_copy=config.checkpoint.asynchronous,
         sequence_parallel=config.parallel.sequence,
+        repeats_keys=repeats_keys,
     )
 
 

@@ -166,7 +166,9 @@ def test_recomputing_saves_activations() -> None:
 
 @pytest.mark.parametrize("style", ["llama", "gpt2"])
 @pytest.mark.parametrize("precision", NAMES)
-@pytest.mark.parametrize("extra", ["model.dropout=0", "model.dropout=0.1", "model.qk_norm=true"])
+@pytest.mark.parametrize(
+    "extra", ["model.dropout=0", "model.dropout=0.1", "model.qk_norm=true", "model.num_key_value_heads=2"]
+)
 def test_activations_against_what_autograd_saves(style: str, precision: str, extra: str) -> None:
     """The formula against the sum of all storages that the forward pass of the real model keeps, on a CPU."""
     torch = pytest.importorskip("torch")
