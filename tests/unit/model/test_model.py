@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -162,6 +163,45 @@ def test_dropout_is_a_function_of_its_place() -> None:
     assert (once == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
     assert once.mean().item() == pytest.approx(1.0, abs=0.03)
     assert torch.equal(first.eval()(x), x)
+
+
+@pytest.mark.parametrize(
+    ("style", "dropout", "every", "masked"),
+    [("gpt2", 0.2, 1, False), ("llama", 0.2, 0, True), ("llama", 0.0, 1, False)],
+)
+def test_a_block_is_one_graph(style: str, dropout: float, every: int, masked: bool) -> None:
+    """Norms, residuals, RoPE, SwiGLU and dropout compile together: `fullgraph` refuses a break, and one graph serves
+    every block, step and micro-batch. What it computes is what the block computes, dropout's masks included."""
+    section = ModelSection(style=style, dropout=dropout, num_key_value_heads=2, **SIZES)
+    plain, compiled = (build(section, recompute_every=every) for _ in range(2))
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    for block in compiled.layers:
+        block.compile(dynamic=False, fullgraph=True, backend=counter)
+    tokens, labels = batch()
+    documents = (torch.arange(LENGTH) >= 5).int().expand(len(tokens), LENGTH) if masked else None
+    losses = []
+    for step, micro_batch in ((1, 0), (1, 1), (2, 0)):
+        for model in (plain, compiled):
+            clock = model.embedding.dropout.clock
+            clock.step, clock.micro_batch = step, micro_batch
+            loss, _ = model(tokens, labels, documents)
+            loss.backward()
+            losses.append(loss.item())
+    assert losses[::2] == losses[1::2]
+    assert len(set(losses)) == (3 if dropout else 1)
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)
+    assert counter.frame_count == 1
+
+
+def test_dropout_draws_what_it_has_always_drawn() -> None:
+    """A resumed run continues on the masks of the version that began it."""
+    clock = DropoutClock(seed=1234, step=7, micro_batch=3)
+    generator = torch.Generator().manual_seed(6062533019586588555)
+    expected = torch.rand(4, 9, generator=generator) >= 0.5
+    assert clock.seed_at("12/mlp_output") == 6062533019586588555
+    assert torch.equal(LayerFactory(clock).dropout(0.5, 12, "mlp_output", False)(torch.ones(4, 9)) > 0, expected)
 
 
 def test_initial_weights_depend_on_name_and_seed_only() -> None:
