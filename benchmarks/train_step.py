@@ -46,7 +46,7 @@ from megalm.model.model_config import (  # noqa: E402
 )
 from megalm.model.modules import DropoutClock  # noqa: E402
 from megalm.model.transformer import LanguageModel, initialize  # noqa: E402
-from megalm.planning.resolve import resolve  # noqa: E402
+from megalm.planning.resolve import loss_chunk_tokens, resolve  # noqa: E402
 from megalm.train.lifecycle.shutdown import exit_process  # noqa: E402
 
 
@@ -148,7 +148,7 @@ def _engine_step(run, shape: ModelConfig, device, comm, prefix: Path) -> Callabl
 def _bare_step(run, shape: ModelConfig, device, compiled: bool, prefix: Path) -> Callable[[int], None]:
     """The same model without DeepSpeed: bf16 weights, AdamW on them, clipping. What nothing costs less than."""
     clock = DropoutClock(0)
-    model = LanguageModel(shape, LayerFactory(clock, compiled), clock, run.config.train.loss_chunk_tokens)
+    model = LanguageModel(shape, LayerFactory(clock, compiled), clock, loss_chunk_tokens(run.config, shape, run.device))
     initialize(model, shape, 1)
     model = model.to(device, torch.bfloat16 if run.precision == "bf16" else torch.float32)
     if compiled:

@@ -249,7 +249,10 @@ class TrainSection(Section):
     hang_timeout_seconds: PositiveFloat | None = Field(
         default=1800.0, description="after this time without progress, write all ranks' stacks and fail; null: wait"
     )
-    loss_chunk_tokens: PositiveInt = Field(default=1024, description="number of tokens whose logits are held at once")
+    loss_chunk_tokens: PositiveInt | None = Field(
+        default=None,
+        description="tokens whose logits are held at once; null: 1024 on a CPU, up to 8192 on a GPU, by its memory",
+    )
     profile_step: PositiveInt | None = Field(
         default=None, description="write a profile of this step to profile/ of the run folder"
     )

@@ -118,6 +118,7 @@ class MemoryCase:
             probabilities of short sequences.
         checkpoint_copy: checkpoints are written behind training, from copies in the CPU's memory.
         whole_gradients: ZeRO 2 adds up each rank's gradients of a step, and reduces them once.
+        repeats_keys: attention keeps a copy of each key/value head for every query head that shares it.
     """
 
     shape: ModelConfig
@@ -137,6 +138,7 @@ class MemoryCase:
     sequence_parallel: bool = False
     checkpoint_copy: bool = False
     whole_gradients: bool = False
+    repeats_keys: bool = False
 
     @property
     def tokens(self) -> int:
@@ -287,7 +289,7 @@ def activation_bytes(case: MemoryCase, share: Share) -> int:
 
 
 def _block_bytes_per_token(case: MemoryCase, share: Share) -> int:
-    """Bytes that one block saves per token; key and value heads count repeated, as attention keeps them."""
+    """Bytes that one block saves per token."""
     shape = case.shape
     stream, inner = shape.hidden_size // share.slices, shape.intermediate_size // share.tensor
     queries, keys = share.heads * shape.head_dim, share.key_value_heads * shape.head_dim
@@ -295,7 +297,7 @@ def _block_bytes_per_token(case: MemoryCase, share: Share) -> int:
     if shape.qk_norm:
         norms += (queries + keys) * _norm_bytes(case, True)
     # The inputs of the projections and of the MLP; queries, keys, values and attention's output.
-    elements = 2 * stream + 4 * queries
+    elements = 2 * stream + 2 * queries + 2 * (queries if case.repeats_keys else keys)
     elements += 2 * inner if shape.style == "gpt2" else 4 * inner  # up, gelu | gate, silu, up, product
     dropout_masks = 2 * stream if shape.dropout > 0 else 0  # one byte each
     return norms + elements * case.element_bytes + dropout_masks
@@ -315,8 +317,12 @@ def loss_bytes(case: MemoryCase, tensor: int = 1) -> int:
     vocabulary, hidden = math.ceil(case.shape.vocab_size / tensor), case.shape.hidden_size
     chunk = min(case.tokens, case.loss_chunk_tokens)
     logits = chunk * vocabulary * (2 * case.element_bytes + 4)  # logits, their gradient; probabilities in fp32
-    # The weight's gradient is summed in fp32, with the product of one chunk beside it.
-    return logits + case.tokens * hidden * case.element_bytes + vocabulary * hidden * (4 + case.element_bytes)
+    # The weight's gradient is summed in fp32. A CPU holds a chunk's product beside it; the backward pass a narrow copy
+    # and the scaled gradient of the hidden states.
+    narrow = vocabulary * hidden * case.element_bytes if case.element_bytes < 4 else 0
+    hidden_gradient = case.tokens * hidden * case.element_bytes
+    forward, backward = logits + (narrow if case.on_cpu else 0), narrow + hidden_gradient
+    return hidden_gradient + 4 * vocabulary * hidden + max(forward, backward)
 
 
 def parameter_groups(case: MemoryCase, share: Share) -> Groups:

@@ -28,7 +28,7 @@ from megalm.model.modules import DropoutClock
 from megalm.model.transformer import LanguageModel, ParameterInit, StageBuilder, initial_weight
 from megalm.parallel.process_groups import AxisGroup, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
-from megalm.planning.resolve import ResolvedRun
+from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens
 
 if TYPE_CHECKING:
     from megalm.engine.base_engine import EngineContext
@@ -78,7 +78,8 @@ def build_engine(
     draw = (lambda name: initial_weight(name, sizes[name], shape, train.seed)) if initial_weights else None
     if run.topology.pipeline > 1:
         init = ParameterInit(device, _TYPES[run.precision])
-        build = StageBuilder(shape, layers, clock, train.loss_chunk_tokens, init)
+        chunk = loss_chunk_tokens(run.config, shape, run.device)
+        build = StageBuilder(shape, layers, clock, chunk, init)
         blocks, costs = _balance(run, build, device, comm)
         if on_stages is not None:
             on_stages(blocks, costs)
@@ -92,6 +93,7 @@ def _zero_engine(
     from megalm.engine.zero_engine import ZeroEngine
 
     run, train = context.run, context.run.config.train
+    chunk = loss_chunk_tokens(run.config, shape, run.device)
     with _InitialWeights(list(shape.parameters()), draw, context.groups.data) as weights:
 
         def fill(path: str, stage: nn.Module) -> None:
@@ -100,7 +102,7 @@ def _zero_engine(
                 _partition(stage, context)
 
         init = ParameterInit(context.device, _TYPES[run.precision], fill)
-        model = LanguageModel(shape, layers, clock, train.loss_chunk_tokens, train.checkpoint_activations_every, init)
+        model = LanguageModel(shape, layers, clock, chunk, train.checkpoint_activations_every, init)
     if run.compiled:
         model.compile_blocks()
     return ZeroEngine(model, clock, context)

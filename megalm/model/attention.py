@@ -137,9 +137,6 @@ class Attention(nn.Module):
             query, key = self.rope(query, start), self.rope(key, start)
         if cache is not None:
             key, value = cache.extend(key, value)
-        groups = query.shape[2] // key.shape[2]
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
         mixed = self._attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
@@ -158,14 +155,15 @@ class Attention(nn.Module):
         new, known = query.shape[2], key.shape[2]
         if new < known:  # the keys of a cache come first
             seen = torch.ones(new, known, dtype=torch.bool, device=query.device).tril(known - new)
-            return functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+            return fused_attention(query, key, value, attn_mask=seen)
         if mask is not None and mask.blocks is not None:
-            if torch.compiler.is_compiling():  # the block's graph compiles it
-                return flex_attention(query, key, value, block_mask=mask.blocks)
-            return _compiled_flex_attention()(query, key, value, block_mask=mask.blocks)
+            # The block's graph compiles it, where there is one.
+            attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+            grouped = query.shape[1] > key.shape[1]
+            return attend(query, key, value, block_mask=mask.blocks, enable_gqa=grouped)  # type: ignore[operator]
         if query.device.type == "cpu":
             return blockwise_attention(query, key, value, mask.documents if mask else None)
-        return functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return fused_attention(query, key, value, is_causal=True)
 
     @uncompiled  # as in Dropout: a compiled seed would be a constant
     def _attend_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
@@ -174,9 +172,34 @@ class Attention(nn.Module):
         dense = mask.dense() if mask else None
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.clock.seed_at(self.place))
-            return functional.scaled_dot_product_attention(
+            return fused_attention(
                 query, key, value, attn_mask=dense, is_causal=dense is None, dropout_p=self.dropout_rate
             )
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **how: Any) -> Tensor:
+    """torch's fused attention of query heads [B, N, T, D] to key/value heads [B, K, t, D].
+
+    Flash attention on CUDA reads one key/value head for several query heads; every other kernel needs it repeated, and
+    `enable_gqa` would take the formula that holds all scores at once.
+    """
+    groups = query.shape[1] // key.shape[1]
+    grouped = groups > 1 and attn_mask is None and _has_flash_attention(query)
+    if groups > 1 and not grouped:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask, enable_gqa=grouped, **how)
+
+
+_LARGEST_FLASH_HEAD = 256
+
+
+def _has_flash_attention(query: Tensor) -> bool:
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] <= _LARGEST_FLASH_HEAD
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
 
 
 @functools.cache
@@ -186,7 +209,7 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 
 # Causal attention on a CPU uses plain matrix products, one block of queries at a time. Shapes: Q queries of a block,
-# E end of a block.
+# E end of a block, G query heads that share a key/value head.
 #
 # torch's own CPU kernel reaches a fifth of the machine's matrix-product peak in bf16. Products over a block of queries
 # and the keys up to that block's end reach more than twice that, and compile into few passes over the scores
@@ -197,24 +220,30 @@ def blockwise_attention(query: Tensor, key: Tensor, value: Tensor, documents: Te
     """softmax(q k^T / sqrt(D)) v over the token itself and earlier ones, of the same document if `documents` is given.
 
     Args:
-        query, key, value: [B, N, T, D], one floating type.
+        query: [B, N, T, D], of any floating type.
+        key, value: [B, K, T, D], the same type; N / K query heads in a row share each key/value head.
         documents: [B, T] document numbers, or None.
 
     Returns:
         [B, N, T, D]. In bf16 the probabilities are rounded to bf16 before the product with the values, as in the
-        fused kernels; the gradients of keys and values are summed over blocks in fp32.
+        fused kernels; the gradients of keys and values are summed over blocks and sharing heads in fp32.
     """
     return _BlockwiseAttention.apply(query, key, value, documents)  # type: ignore[no-untyped-call]  # torch: untyped
 
 
 class _BlockwiseAttention(torch.autograd.Function):
-    """`blockwise_attention` with its own backward pass."""
+    """`blockwise_attention` with its own backward pass.
+
+    The queries of the G heads that share a key/value head lie below each other, so that each product is of whole
+    [G * Q, ...] matrices and no key is repeated.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> Tensor:
         batch, heads, length, width = query.shape
-        query, key, value = (x.reshape(batch * heads, length, width) for x in (query, key, value))
-        query = query * (1 / math.sqrt(width))
+        shared = batch * key.shape[1]
+        query = query.reshape(shared, -1, length, width) * (1 / math.sqrt(width))  # [B * K, G, T, D]
+        key, value = (x.reshape(shared, length, width) for x in (key, value))
         mixed = query.new_empty(batch, length, heads, width)  # the output projection reads this order without a copy
         kept = []
         for start, end in query_blocks(length):
@@ -229,32 +258,40 @@ class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mixed, documents, *kept = ctx.saved_tensors
-        batch, length, heads, width = mixed.shape  # the others are [B * N, T, D]; the query is scaled
+        batch, length, heads, width = mixed.shape
         query_grad = torch.empty_like(query)
         wide = torch.promote_types(query.dtype, torch.float32)
         key_grad, value_grad = (torch.zeros_like(x, dtype=wide) for x in (key, value))
         # The softmax subtracts this from each row's gradient: the sum of the gradient times the probabilities.
         row = (outer[0].transpose(1, 2).to(wide) * mixed.to(wide)).sum(-1).to(query.dtype)  # [B, T, N]
-        row = row.transpose(1, 2).reshape(-1, length, 1)
+        row = row.transpose(1, 2).reshape(*query.shape[:3], 1)
         grad = outer[0].reshape(query.shape)
         for index, (start, end) in enumerate(query_blocks(length)):
             probabilities = kept[index] if kept else _probabilities(query, key, documents, start, end)
-            upper = grad[:, start:end]
+            upper = _rows(grad, start, end)
             value_grad[:, :end] += probabilities.transpose(1, 2) @ upper
-            scores_grad = (upper @ value[:, :end].transpose(1, 2)).sub_(row[:, start:end]).mul_(probabilities)
-            query_grad[:, start:end] = (scores_grad @ key[:, :end]) * (1 / math.sqrt(width))
-            key_grad[:, :end] += scores_grad.transpose(1, 2) @ query[:, start:end]
-        shape = batch, heads, length, width
-        return (*(x.view(shape).to(query.dtype) for x in (query_grad, key_grad, value_grad)), None)
+            scores_grad = upper @ value[:, :end].transpose(1, 2)
+            scores_grad.sub_(_rows(row, start, end)).mul_(probabilities)
+            block_grad = (scores_grad @ key[:, :end]) * (1 / math.sqrt(width))
+            query_grad[:, :, start:end] = block_grad.view(*query.shape[:2], -1, width)
+            key_grad[:, :end] += scores_grad.transpose(1, 2) @ _rows(query, start, end)
+        shapes = (heads, query_grad), (-1, key_grad), (-1, value_grad)
+        return (*(x.view(batch, count, length, width).to(query.dtype) for count, x in shapes), None)
+
+
+def _rows(x: Tensor, start: int, end: int) -> Tensor:
+    """[B * K, G, T, ...] -> the rows [start, end) of all G heads, [B * K, G * Q, ...]."""
+    return x[:, :, start:end].flatten(1, 2)
 
 
 def _probabilities(query: Tensor, key: Tensor, documents: Tensor | None, start: int, end: int) -> Tensor:
-    """[B * N, Q, E] attention of queries [start, end) to keys [0, end), in the queries' type."""
-    scores = query[:, start:end] @ key[:, :end].transpose(1, 2)
+    """[B * K, G * Q, E] attention of queries [start, end) to keys [0, end), in the queries' type."""
+    scores = _rows(query, start, end) @ key[:, :end].transpose(1, 2)
+    by_head = scores.view(*query.shape[:2], end - start, end)
     later = torch.ones(end - start, end - start, dtype=torch.bool, device=query.device).triu_(1)
-    scores[:, :, start:end].masked_fill_(later, -math.inf)
+    by_head[..., start:end].masked_fill_(later, -math.inf)
     if documents is not None:
         others = documents[:, start:end, None] != documents[:, None, :end]  # [B, Q, E]
-        scores = scores.view(len(documents), -1, *scores.shape[1:]).masked_fill_(others.unsqueeze(1), -math.inf)
-        scores = scores.flatten(0, 1)
+        by_sample = scores.view(len(documents), -1, end - start, end).masked_fill_(others.unsqueeze(1), -math.inf)
+        scores = by_sample.view(scores.shape)
     return scores.softmax(-1)

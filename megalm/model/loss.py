@@ -63,12 +63,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden)
         # Summed over chunks in fp32: in bf16 each further chunk would lose low bits.
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for rows in _chunks(len(hidden), chunk_tokens):
             loss, logits_grad = chunk(hidden[rows] @ weight.t(), labels[rows], True)
             total += loss
             torch.mm(logits_grad, weight, out=hidden_grad[rows])
-            weight_grad += logits_grad.t() @ hidden[rows]
+            _add_product(weight_grad, logits_grad.t(), hidden[rows])
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total
@@ -77,8 +77,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
         (scale,) = outer
-        # Scale before narrowing: in fp16 the loss scale keeps small values above the type's smallest number.
-        return hidden_grad * scale.to(hidden_grad.dtype), (weight_grad * scale).to(ctx.weight_dtype), None, None, None
+        # Scale before narrowing: in fp16 the loss scale keeps small values above the type's smallest number. In place:
+        # another fp32 gradient beside this one would be the largest tensor of the step.
+        weight_grad.mul_(scale)
+        return hidden_grad * scale.to(hidden_grad.dtype), weight_grad.to(ctx.weight_dtype), None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; a GPU adds products of bf16 or fp16 to an fp32 total unrounded, a CPU rounds them."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.device.type == "cpu":  # it has no such product
+        total += left @ right
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 def _chunks(total: int, size: int) -> list[slice]:

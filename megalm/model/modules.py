@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -80,16 +80,55 @@ class DropoutClock:
 
     The engine sets step and micro-batch before each micro-batch; modules only read them. No mask depends on an earlier
     draw, so a resumed run draws the same masks, and so does a block that the backward pass recomputes.
+
+    Attributes:
+        now: seed, step and micro-batch as a tensor, which a compiled graph takes as an input; a number would be a
+            constant of the graph. Each change makes another tensor: a backward pass may still need the earlier one.
     """
 
     seed: int
     step: int = 0
     micro_batch: int = 0
+    now: Tensor = field(init=False, repr=False, compare=False)
+
+    def __setattr__(self, name: str, value: int) -> None:
+        object.__setattr__(self, name, value)
+        object.__setattr__(self, "now", _text_tensor(f"{self.seed}/{self.step}/{self.micro_batch}"))
 
     def seed_at(self, place: str) -> int:
         """A 63-bit seed for `place` at this step and micro-batch."""
-        text = f"{self.seed}/{self.step}/{self.micro_batch}/{place}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+        return _seed(f"{self.seed}/{self.step}/{self.micro_batch}", place)
+
+
+def _seed(now: str, place: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{now}/{place}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+_TEXT_BYTES = 64  # one length for all: tensors of another shape would be compiled anew
+
+
+def _text_tensor(text: str) -> Tensor:
+    """`text` as bytes in the CPU's memory, padded with zeros."""
+    return torch.tensor(list(text.encode().ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8, device="cpu")
+
+
+def _text(tensor: Tensor) -> str:
+    return bytes(tensor.tolist()).rstrip(b"\0").decode()
+
+
+def _dropout_mask(x: Tensor, now: Tensor, place: Tensor, rate: float) -> Tensor:
+    generator = torch.Generator(device=x.device).manual_seed(_seed(_text(now), _text(place)))
+    return torch.rand(x.shape, generator=generator, device=x.device) >= rate
+
+
+# An operator of its own, so that a compiled graph calls it and does not break; `torch.library.custom_op` would load the
+# compiler at its first call.
+_OPERATORS = torch.library.Library("megalm", "DEF")
+_OPERATORS.define("dropout_mask(Tensor x, Tensor now, Tensor place, float rate) -> Tensor")
+_OPERATORS.impl("dropout_mask", _dropout_mask, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "megalm::dropout_mask", lambda x, now, place, rate: torch.empty_like(x, dtype=torch.bool), lib=_OPERATORS
+)
 
 
 class Dropout(nn.Module):
@@ -100,16 +139,13 @@ class Dropout(nn.Module):
         self.rate = rate
         self.clock = clock
         self.place = place
+        self._place = _text_tensor(place)  # no buffer: it stays on the CPU
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0.0:
             return x
-        return x * self._keep(x) * (1.0 / (1.0 - self.rate))
-
-    @uncompiled  # a compiled seed would be a constant, so that each step would compile again
-    def _keep(self, x: Tensor) -> Tensor:
-        generator = torch.Generator(device=x.device).manual_seed(self.clock.seed_at(self.place))
-        return torch.rand(x.shape, generator=generator, device=x.device) >= self.rate
+        keep = torch.ops.megalm.dropout_mask(x.detach(), self.clock.now, self._place, self.rate)
+        return x * keep * (1.0 / (1.0 - self.rate))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}, place={self.place!r}"

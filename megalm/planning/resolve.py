@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,7 +26,7 @@ from megalm.planning.memory_fit import MemoryFit, memory_notices
 from megalm.planning.run_checks import check_run, with_steps
 from megalm.topology import Topology, bubble_share
 
-__all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "memory_case", "resolve"]
+__all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "loss_chunk_tokens", "memory_case", "resolve"]
 
 UNKNOWN_VOCAB_SIZE = 50_304  # GPT-2's, padded
 _BYTES_VOCAB_SIZE = 257
@@ -272,6 +273,25 @@ def _unreached(facts: ScheduleFacts) -> Iterator[str]:
         )
 
 
+_CHUNK_ON_CPU, _CHUNK_ON_GPU = 1024, 8192  # tokens: logits that fit caches; matrix products that fill a GPU
+_BYTES_PER_LOGIT = 8  # a logit and its gradient in the model's type, and an fp32 probability
+_SHARE_OF_LOGITS = 1 / 16  # of a GPU's memory
+
+
+def loss_chunk_tokens(config: RunConfig, shape: ModelConfig, device: DeviceFacts) -> int:
+    """Return how many tokens' logits the loss holds at once: the configuration's number, or the device's.
+
+    A GPU holds as many of 8192, 4096, 2048 and 1024 as take no more than a sixteenth of its memory.
+    """
+    if config.train.loss_chunk_tokens is not None:
+        return config.train.loss_chunk_tokens
+    rows = math.ceil(shape.vocab_size / config.parallel.tensor)
+    chunk = _CHUNK_ON_CPU if device.kind == "cpu" else _CHUNK_ON_GPU
+    while chunk > _CHUNK_ON_CPU and chunk * rows * _BYTES_PER_LOGIT > device.memory_bytes * _SHARE_OF_LOGITS:
+        chunk //= 2
+    return chunk
+
+
 def memory_case(
     config: RunConfig,
     ds: DeepSpeedConfig,
@@ -284,6 +304,9 @@ def memory_case(
 ) -> MemoryCase:
     """Return the facts that the memory estimate needs."""
     settings = ds.settings
+    # Without flash attention; `fused_attention` has the rule, and a GPU has it where it has bf16.
+    dense_mask = config.model.attention_dropout > 0 and config.data.document_mask
+    repeats_keys = device.kind == "cuda" and (dense_mask or precision == "fp32" or not device.bf16)
     return MemoryCase(
         shape=shape,
         sequence_length=config.data.sequence_length,
@@ -294,7 +317,7 @@ def memory_case(
         communication_precision=settings.communication_data_type or ("fp16" if precision == "fp16" else "fp32"),
         zero=settings.zero_optimization,
         topology=topology,
-        loss_chunk_tokens=config.train.loss_chunk_tokens,
+        loss_chunk_tokens=loss_chunk_tokens(config, shape, device),
         checkpoint_activations_every=config.train.checkpoint_activations_every,
         embedding_weight_decay=config.train.embedding_weight_decay,
         document_mask=config.data.document_mask,
@@ -302,6 +325,7 @@ def memory_case(
         checkpoint_copy=config.checkpoint.asynchronous,
         sequence_parallel=config.parallel.sequence,
         whole_gradients=whole_gradients,
+        repeats_keys=repeats_keys,
     )
 
 

@@ -1,8 +1,8 @@
 """`compile=true` trains the same model, really compiles, and renames nothing.
 
 A graph break is where compiled code ends and Python goes on. ZeRO 1 and 2 have none; ZeRO 3 gathers and releases each
-block's weights around it, in the forward and the backward pass: four a block. Dropout draws outside of compiled code,
-so that the next step's seeds compile nothing anew.
+block's weights around it, in the forward and the backward pass: four a block. Dropout's seeds are an input of the
+graph, so that the next step's compile nothing anew.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.distributed
 
 NO_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-MOST_BREAKS = {"zero1": 0, "zero2 recomputed": 0, "zero3": 4 * 2, "zero1 dropout": 6}
+MOST_BREAKS = {"zero1": 0, "zero2 recomputed": 0, "zero3": 4 * 2, "zero1 dropout": 0}
 # Over four steps; torch 2.11 makes one more than 2.13 under ZeRO 3.
-MOST_GRAPHS = {"zero1": 3, "zero2 recomputed": 3, "zero3": 5, "zero1 dropout": 8}
+MOST_GRAPHS = {"zero1": 3, "zero2 recomputed": 3, "zero3": 5, "zero1 dropout": 3}
 CASES = {
     "zero1": Case("zero1.json"),
     "zero2 recomputed": Case("zero2.json", overrides=("train.checkpoint_activations_every=1",)),
     "zero3": Case("zero3.json", settings=NO_PERSISTENCE),
-    "zero1 dropout": Case("zero1.json", overrides=("model.dropout=0.1", "model.attention_dropout=0.1")),
+    "zero1 dropout": Case("zero1.json", overrides=("model.dropout=0.1",)),
 }
 # On every change; g++ takes seconds for each graph. A tensor group's compiled blocks are in test_tensor_parts.py.
 FAST = "zero1"

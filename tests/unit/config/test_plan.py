@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from config_cases import GPU, notice_of, section_of
+from config_cases import CPU, GPU, notice_of, section_of
 
 from megalm.checkpoint.manifest import read_manifest, write_manifest
 from megalm.cli.main import main
@@ -32,7 +32,7 @@ from megalm.cost_model.memory import (
 )
 from megalm.model.model_config import ModelConfig, build_model_config, flops_per_token
 from megalm.planning.lr_schedule import ScheduleSegment, learning_rate
-from megalm.planning.resolve import ResolvedRun
+from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens
 from megalm.planning.run_plan import Plan, make_plan, parameters_by_part, points
 from megalm.runs.run_settings import ConfigFiles
 from megalm.topology import Topology
@@ -177,7 +177,9 @@ def test_recomputing_saves_activations() -> None:
 
 @pytest.mark.parametrize("style", ["llama", "gpt2"])
 @pytest.mark.parametrize("precision", NAMES)
-@pytest.mark.parametrize("extra", ["model.dropout=0", "model.dropout=0.1", "model.qk_norm=true"])
+@pytest.mark.parametrize(
+    "extra", ["model.dropout=0", "model.dropout=0.1", "model.qk_norm=true", "model.num_key_value_heads=2"]
+)
 def test_activations_against_what_autograd_saves(style: str, precision: str, extra: str) -> None:
     """The formula against the sum of all storages that the forward pass of the real model keeps, on a CPU."""
     torch = pytest.importorskip("torch")
@@ -213,6 +215,27 @@ def test_the_loss_never_counts_whole_logits() -> None:
     shape = shape_of(vocab=50_000)
     few, many = (loss_bytes(case(shape, sequence_length=tokens, micro_batch=1)) for tokens in (4096, 65_536))
     assert many - few == (65_536 - 4096) * shape.hidden_size * 2
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "configured", "overrides", "chunk"),
+    [
+        (80, "null", (), 8192),
+        (80, "null", ("model.vocab_size=131072",), 4096),
+        (80, "null", ("model.vocab_size=131072", "parallel.tensor=2"), 8192),
+        (24, "null", (), 2048),
+        (1, "null", (), 1024),
+        (None, "null", (), 1024),
+        (80, "40", (), 40),
+    ],
+)
+def test_a_chunk_of_logits_fills_the_device(
+    gibibytes: int | None, configured: str, overrides: tuple[str, ...], chunk: int
+) -> None:
+    """Of 50,304 entries at 8 bytes, 8,192 tokens take 3.1 GiB; a sixteenth of the memory is theirs. None: a CPU."""
+    config = load_run_config(None, [f"train.loss_chunk_tokens={configured}", *overrides]).config
+    device = replace(GPU, memory_bytes=gibibytes << 30) if gibibytes else CPU
+    assert loss_chunk_tokens(config, build_model_config(config.model, 50_304, 1024), device) == chunk
 
 
 def test_a_plan_in_text(start: Start) -> None:

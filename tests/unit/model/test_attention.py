@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,19 +13,27 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalm.config.schema import ModelSection
-from megalm.model.attention import DocumentMask, blockwise_attention, document_mask, flex_blocks
+from megalm.model.attention import DocumentMask, blockwise_attention, document_mask, flex_blocks, fused_attention
 from megalm.model.model_config import build_model_config
 from megalm.model.transformer import LanguageModel, initialize
 
-BATCH, HEADS, WIDTH = 2, 3, 16
+BATCH, HEADS, WIDTH = 2, 4, 16
+GROUPS = (1, 2)  # query heads that share a key/value head
 # One token; less than a block; a block and one; several; a length whose probabilities are recomputed.
 LENGTHS = (1, 100, 129, 512, 1100)
 
 
-def _inputs(length: int, dtype: torch.dtype) -> list[Tensor]:
-    """Query, key, value and an outer gradient, [B, N, T, D], strided as projections leave them."""
+def _inputs(length: int, dtype: torch.dtype, groups: int = 1) -> list[Tensor]:
+    """Query, key, value and an outer gradient, [B, N or K, T, D], strided as projections leave them."""
     torch.manual_seed(length)
-    return [torch.randn(BATCH, length, HEADS, WIDTH, dtype=dtype).transpose(1, 2) for _ in range(4)]
+    heads = (HEADS, HEADS // groups, HEADS // groups, HEADS)
+    return [torch.randn(BATCH, length, count, WIDTH, dtype=dtype).transpose(1, 2) for count in heads]
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The formula, with each key/value head repeated for the query heads that share it."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
 
 
 def _documents(length: int) -> Tensor:
@@ -40,30 +50,49 @@ def _with_gradients(attend: object, inputs: list[Tensor]) -> list[Tensor]:
     return [mixed, *torch.autograd.grad(mixed, (query, key, value), inputs[3])]
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("length", "groups"), [*((length, 1) for length in LENGTHS), (129, 2), (1100, 2)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_blocks_equal_the_dense_formula(length: int, masked: bool) -> None:
+def test_blocks_equal_the_dense_formula(length: int, masked: bool, groups: int) -> None:
     """In fp64, where both round at 1e-16: what remains would be another formula."""
     documents = _documents(length) if masked else None
     dense = DocumentMask(_documents(length) if masked else torch.zeros(BATCH, length), None).dense()
-    inputs = _inputs(length, torch.float64)
-    expected = _with_gradients(
-        lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, attn_mask=dense), inputs
-    )
+    inputs = _inputs(length, torch.float64, groups)
+    expected = _with_gradients(lambda q, k, v: _dense(q, k, v, dense), inputs)
     found = _with_gradients(lambda q, k, v: blockwise_attention(q, k, v, documents), inputs)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_blocks_in_bf16_are_as_near_as_the_fused_kernel() -> None:
+@pytest.mark.parametrize("groups", GROUPS)
+def test_blocks_in_bf16_are_as_near_as_the_fused_kernel(groups: int) -> None:
     """Both round probabilities to bf16, 2^-9 apart; an accumulation in bf16 would be several times further off."""
-    inputs = _inputs(512, torch.bfloat16)
-    exact = _with_gradients(
-        lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, is_causal=True), [x.double() for x in inputs]
-    )
+    inputs = _inputs(512, torch.bfloat16, groups)
+    exact = _with_gradients(_dense, [x.double() for x in inputs])
     blocks = _with_gradients(lambda q, k, v: blockwise_attention(q, k, v, None), inputs)
     for one, other in zip(blocks, exact, strict=True):
         assert (one.double() - other).norm() < 8e-3 * other.norm()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_flash_attention_shares_keys_and_values(groups: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's flash kernel has the same switch: it gets keys and values as they are, and both ways are equal."""
+    shapes = []
+    kernel = functional.scaled_dot_product_attention
+
+    def seen(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Tensor:
+        shapes.append(key.shape[1])
+        return kernel(query, key, *rest, **options)
+
+    inputs = [x.to(device) for x in _inputs(300, torch.bfloat16, groups)]
+    exact = _with_gradients(_dense, [x.double() for x in inputs])
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", seen)
+    for flash in (False, True):
+        monkeypatch.setattr("megalm.model.attention._has_flash_attention", lambda _, flash=flash: flash)
+        found = _with_gradients(lambda q, k, v: fused_attention(q, k, v, is_causal=True), inputs)
+        for one, other in zip(found, exact, strict=True):
+            assert (one.double() - other).norm() < 8e-3 * other.norm()
+    assert shapes == [HEADS, HEADS // groups]
 
 
 @pytest.fixture
@@ -117,6 +146,7 @@ def test_compiled_model_with_flex_attention_is_the_one_on_a_cpu(request: pytest.
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
     (graph,) = counter.graphs
     assert "flex_attention" in str(graph.graph)
+    assert "repeat_interleave" not in str(graph.graph)
 
 
 def _loss_and_gradients(model: LanguageModel, tokens: Tensor, documents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

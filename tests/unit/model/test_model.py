@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -71,10 +72,39 @@ def test_chunked_loss_is_cross_entropy(chunk: int) -> None:
     expected = functional.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
     (expected * 3.0).backward()
     torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(found[0], hidden.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0], hidden.grad, rtol=1e-5, atol=1e-5)  # the softmax is in fp32
     torch.testing.assert_close(found[1], weight.grad, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, chunk), total)
+
+
+def _head_gradients(device: str, dtype: torch.dtype, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of hidden states and of the head's weight, of 512 tokens and 96 entries that bf16 holds exactly."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 64, generator=generator).bfloat16() for rows in (512, 96))
+    labels = torch.randint(0, 96, (512,), generator=generator).to(device)
+    leaves = [x.to(device, dtype).requires_grad_() for x in (hidden, weight / 8)]
+    linear_cross_entropy(*leaves, labels, chunk).backward()
+    return leaves[0].grad, leaves[1].grad
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("chunk", [16, 128, 512])
+def test_a_bf16_gradient_of_the_head_is_rounded_once(chunk: int, device: str) -> None:
+    """The logits' gradient is rounded to bf16, 2^-9 of each, and so is the sum; a sum in bf16 is 7e-3 off at 16."""
+    for found, exact in zip(
+        _head_gradients(device, torch.bfloat16, chunk), _head_gradients("cpu", torch.float64, 512), strict=True
+    ):
+        assert (found.cpu().double() - exact).norm() < 4e-3 * exact.norm()
+
+
+def test_a_gpu_adds_the_heads_gradient_in_one_product() -> None:
+    """Looked at on torch's `meta`, which takes a GPU's way: no narrow product of a chunk beside the fp32 sum."""
+    with Operations() as operations:
+        _head_gradients("meta", torch.bfloat16, 128)
+    assert operations.names.count("aten.addmm.dtype_out") == 4
+    assert operations.names.count("aten.mm.default") == 4  # the logits
+    assert operations.names.count("aten.mm.out") == 4  # the gradient of the hidden states
 
 
 def test_loss_without_any_target_is_zero() -> None:
@@ -135,6 +165,45 @@ def test_dropout_is_a_function_of_its_place() -> None:
     assert torch.equal(first.eval()(x), x)
 
 
+@pytest.mark.parametrize(
+    ("style", "dropout", "every", "masked"),
+    [("gpt2", 0.2, 1, False), ("llama", 0.2, 0, True), ("llama", 0.0, 1, False)],
+)
+def test_a_block_is_one_graph(style: str, dropout: float, every: int, masked: bool) -> None:
+    """Norms, residuals, RoPE, SwiGLU and dropout compile together: `fullgraph` refuses a break, and one graph serves
+    every block, step and micro-batch. What it computes is what the block computes, dropout's masks included."""
+    section = ModelSection(style=style, dropout=dropout, num_key_value_heads=2, **SIZES)
+    plain, compiled = (build(section, recompute_every=every) for _ in range(2))
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    for block in compiled.layers:
+        block.compile(dynamic=False, fullgraph=True, backend=counter)
+    tokens, labels = batch()
+    documents = (torch.arange(LENGTH) >= 5).int().expand(len(tokens), LENGTH) if masked else None
+    losses = []
+    for step, micro_batch in ((1, 0), (1, 1), (2, 0)):
+        for model in (plain, compiled):
+            clock = model.embedding.dropout.clock
+            clock.step, clock.micro_batch = step, micro_batch
+            loss, _ = model(tokens, labels, documents)
+            loss.backward()
+            losses.append(loss.item())
+    assert losses[::2] == losses[1::2]
+    assert len(set(losses)) == (3 if dropout else 1)
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)
+    assert counter.frame_count == 1
+
+
+def test_dropout_draws_what_it_has_always_drawn() -> None:
+    """A resumed run continues on the masks of the version that began it."""
+    clock = DropoutClock(seed=1234, step=7, micro_batch=3)
+    generator = torch.Generator().manual_seed(6062533019586588555)
+    expected = torch.rand(4, 9, generator=generator) >= 0.5
+    assert clock.seed_at("12/mlp_output") == 6062533019586588555
+    assert torch.equal(LayerFactory(clock).dropout(0.5, 12, "mlp_output", False)(torch.ones(4, 9)) > 0, expected)
+
+
 def test_initial_weights_depend_on_name_and_seed_only() -> None:
     one, again, other = build(SECTIONS["gpt2"]), build(SECTIONS["gpt2"]), build(SECTIONS["gpt2"], seed=2)
     deeper = build(ModelSection(style="gpt2", **(SIZES | {"num_hidden_layers": 3})))
@@ -167,16 +236,18 @@ def test_logits_of_one_position_are_those_of_all() -> None:
     torch.testing.assert_close(cut, expected[:1], rtol=1e-5, atol=1e-6)
 
 
-class Devices(TorchDispatchMode):
-    """Remembers on which devices tensors are made."""
+class Operations(TorchDispatchMode):
+    """Remembers the operations, and on which devices tensors are made."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: set[str] = set()
+        self.names: list[str] = []
+        self.devices: set[str] = set()
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = op(*args, **(kwargs or {}))
-        self.seen |= {leaf.device.type for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)}
+        self.names.append(str(op))
+        self.devices |= {leaf.device.type for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)}
         return made
 
 
@@ -186,7 +257,7 @@ def test_every_tensor_is_made_where_the_model_is(name: str, recompute_every: int
     """Looked at on torch's `meta`: on a GPU, one that is made on the CPU is an error or a wait."""
     model = build(SECTIONS[name], recompute_every=recompute_every).to("meta").train()
     tokens, labels = (tensor.to("meta") for tensor in batch())
-    with Devices() as devices:
+    with Operations() as operations:
         loss, _ = model(tokens, labels)
         loss.backward()
-    assert devices.seen == {"meta"}
+    assert operations.devices == {"meta"}
