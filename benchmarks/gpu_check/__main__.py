@@ -49,8 +49,8 @@ class Part:
 
 
 _MODEL = ("torch", "numpy", "pydantic", "hjson", "psutil", "filelock")
-_ENGINE = (*_MODEL, "deepspeed", "orjson")
-_RUN = (*_ENGINE, "typer", "rich", "yaml", "safetensors", "jinja2", "tqdm")
+_ENGINE = (*_MODEL, "deepspeed", "einops", "msgpack", "cpuinfo", "orjson", "yaml")
+_RUN = (*_ENGINE, "typer", "rich", "safetensors", "jinja2", "tqdm", "sentencepiece", "pyarrow", "backports")
 PARTS = (
     Part("machine", "The machine and its speed", 25, ("torch",)),
     Part("tests", "Tests marked gpu", 50, (*_MODEL, "pytest", "pytest_timeout", "hypothesis")),
