@@ -4,7 +4,8 @@
 # an interrupted one resumes where it was. Variables:
 #   PYTHON=/path/to/python3.12   the interpreter to build on (3.10-3.12; default: the first that fits)
 #   SYSTEM=1                     use that interpreter's own torch instead of installing one
-#   ARGS="..."                   more arguments for pretrain (train.steps=50) and test (-k resume)
+#   WHEELS=folder                packages for gpu-check on a machine without a network
+#   ARGS="..."                   more arguments for pretrain (train.steps=50), test (-k resume) and gpu-check (--device cpu)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,6 +14,7 @@ SHELL := /bin/bash
 
 PYTHON ?=
 SYSTEM ?=
+WHEELS ?=
 ARGS ?=
 VENV := .venv
 STAMPS := $(VENV)/.stamps
@@ -22,7 +24,7 @@ PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SCRIPTS = .ci/run $(shell find tools slurm docs benchmarks launch data_tools -name '*.sh' 2>/dev/null)
 
-.PHONY: help pretrain install test test-all check parity lock clean
+.PHONY: help pretrain install test test-all check parity gpu-check lock clean
 
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -49,11 +51,14 @@ check: install $(STAMPS)/dev ## Style, types, import rules, spelling, shell scri
 parity: install $(STAMPS)/dev ## Train every parallel layout against one rank; the table goes to docs/parallelism.md
 	$(VENV)/bin/python -m tests.distributed.parity_table --write
 
+gpu-check: ## All that only a GPU shows, in nine minutes, as gpu-check/RESULT.md and .json (ARGS="--device cpu")
+	@bash tools/gpu_check.sh "$(VENV)" "$(PYTHON)" "$(WHEELS)" $(ARGS)
+
 lock: install ## Resolve requirements.lock anew (needs uv)
 	$(VENV)/bin/python tools/lock.py
 
 clean: ## Remove .venv and what tools left; runs and datasets stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis gpu-check
 
 $(STAMPS)/venv:
 	@$(STEP) "virtual environment" bash tools/make_venv.sh "$(VENV)" "$(PYTHON)" "$(SYSTEM)"

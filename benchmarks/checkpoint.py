@@ -36,8 +36,9 @@ from megalm.checkpoint.checkpoint_reader import CheckpointReader  # noqa: E402
 from megalm.checkpoint.checkpointer import CheckpointWriter  # noqa: E402
 from megalm.checkpoint.retention import Retention  # noqa: E402
 from megalm.checkpoint.shard_spec import KINDS, Fragment, FragmentKey  # noqa: E402
-from megalm.engine.device import claim_device, rank_facts  # noqa: E402
+from megalm.engine.device import claim_device  # noqa: E402
 from megalm.engine.distributed import DistributedCommunicator, start_distributed  # noqa: E402
+from megalm.rank_environment import rank_facts  # noqa: E402
 from megalm.train.lifecycle.shutdown import exit_process  # noqa: E402
 
 _BLOCK_BYTES = 16 << 20

@@ -45,10 +45,11 @@ from megalm.config.deepspeed.json_reader import read_deepspeed_json  # noqa: E40
 from megalm.config.loading import load_run_config  # noqa: E402
 from megalm.cost_model.memory import estimate_memory  # noqa: E402
 from megalm.engine.build import build_engine  # noqa: E402
-from megalm.engine.device import claim_device, device_facts, device_name, rank_facts  # noqa: E402
+from megalm.engine.device import claim_device, device_facts, device_name  # noqa: E402
 from megalm.engine.distributed import DistributedCommunicator, start_distributed  # noqa: E402
 from megalm.model.model_config import ModelConfig, build_model_config  # noqa: E402
 from megalm.planning.resolve import ResolvedRun, memory_case, resolve  # noqa: E402
+from megalm.rank_environment import rank_facts  # noqa: E402
 from megalm.train.lifecycle.shutdown import exit_process  # noqa: E402
 
 _WARM_UP = 3
@@ -124,7 +125,7 @@ def main() -> None:
 def _launch(layout: str, folder: Path) -> dict[str, float]:
     """Start a layout's ranks and return what the first of them says."""
     ranks = LAYOUTS[layout][0]
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     processes = []
     for rank in range(ranks):
         here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}

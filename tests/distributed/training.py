@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ def make_dataset(prefix: Path) -> None:
     writer.close()
 
 
-def resolved(case: Case, world_size: int, folder: Path) -> ResolvedRun:
+def resolved(case: Case, world_size: int, folder: Path, kind: Literal["cpu", "cuda"] = "cpu") -> ResolvedRun:
     content = json.loads((ROOT / "ds_configs" / case.json).read_text())
     content.pop("bf16", None)
     content.pop("fp16", None)
@@ -81,7 +81,7 @@ def resolved(case: Case, world_size: int, folder: Path) -> ResolvedRun:
     path.write_text(json.dumps(content))
     stated = {override.split("=")[0]: override for override in (*MODEL, *case.overrides)}  # the case's own win
     loaded = load_run_config(None, list(stated.values()))
-    return resolve(loaded, read_deepspeed_json(str(path)), world_size, DeviceFacts("cpu", True, 4 << 30), VOCAB)
+    return resolve(loaded, read_deepspeed_json(str(path)), world_size, DeviceFacts(kind, True, 4 << 30), VOCAB)
 
 
 def shape_of(run: ResolvedRun) -> ModelConfig:
@@ -94,7 +94,7 @@ def start(
     """Engine, resolved run and loader of this rank."""
     rank_folder = folder / f"rank-{comm.rank}"
     rank_folder.mkdir(exist_ok=True)
-    run = resolved(case, comm.size, rank_folder)
+    run = resolved(case, comm.size, rank_folder, "cuda" if device.type == "cuda" else "cpu")
     samples = TrainingSamples(
         IndexedDataset(prefix),
         (0, 200),

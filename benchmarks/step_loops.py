@@ -1,0 +1,272 @@
+"""Training loops of the same model, one step at a time: megalm's engine, a bare PyTorch loop, and other trainers.
+
+Each loop is a function of the step's number, counted from 1. It returns when the device has finished the step.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.nanogpt import Architecture, NanoGPT, nanogpt_optimizer
+from benchmarks.random_data import random_batches, write_random_tokens
+from megalm.config.deepspeed.json_reader import read_deepspeed_json
+from megalm.config.loading import load_run_config
+from megalm.engine.base_engine import parameter_groups
+from megalm.engine.build import build_engine
+from megalm.engine.device import device_facts
+from megalm.engine.distributed import DistributedCommunicator
+from megalm.model import transformer
+from megalm.model.layer_factory import LayerFactory
+from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.model.modules import DropoutClock
+from megalm.model.transformer import LanguageModel, initialize
+from megalm.planning.resolve import ResolvedRun, resolve
+from megalm.rank_environment import rank_facts
+
+ROOT = Path(__file__).resolve().parent.parent
+Step = Callable[[int], None]
+_LARGE = 200_000_000  # parameters; drawing more of them on the CPU takes longer than the steps
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model and its batch; `chunk` is train.loss_chunk_tokens."""
+
+    layers: int
+    hidden: int
+    heads: int
+    vocabulary: int
+    sequence: int
+    batch: int
+    chunk: int
+    recompute: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.sequence
+
+
+SHAPES = {
+    "tiny": Bench(2, 32, 2, 256, 64, 4, 64),
+    "quickstart": Bench(4, 256, 4, 8192, 256, 16, 256),
+    "34m": Bench(8, 512, 8, 16384, 512, 8, 256),
+    "124m": Bench(12, 768, 12, 50304, 1024, 16, 4096),
+    "354m": Bench(24, 1024, 16, 50304, 1024, 16, 4096),
+    "1.3b": Bench(24, 2048, 16, 50304, 2048, 8, 4096),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the loops have in common: a bench on a device, with its random tokens in `folder`."""
+
+    bench: Bench
+    device: torch.device
+    comm: DistributedCommunicator
+    folder: Path
+    style: str = "gpt2"
+    json: str = str(ROOT / "ds_configs" / "zero1.json")
+
+    def write_tokens(self) -> None:
+        write_random_tokens(self.prefix, self.bench.vocabulary, self.bench.sequence)
+
+    @property
+    def prefix(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def shape(self) -> ModelConfig:
+        return build_model_config(self.resolve(False).config.model, self.bench.vocabulary, self.bench.sequence)
+
+    def resolve(self, compiled: bool) -> ResolvedRun:
+        """megalm's run of the bench."""
+        bench = self.bench
+        content = json.loads(Path(self.json).read_text()) | {"train_batch_size": bench.batch}
+        ours = self.folder / "deepspeed.json"
+        ours.write_text(json.dumps(content))
+        loaded = load_run_config(
+            None,
+            [
+                f"model.style={self.style}",
+                f"model.num_hidden_layers={bench.layers}",
+                f"model.hidden_size={bench.hidden}",
+                f"model.num_attention_heads={bench.heads}",
+                "model.qk_norm=false",
+                f"data.sequence_length={bench.sequence}",
+                f"train.loss_chunk_tokens={bench.chunk}",
+                f"train.checkpoint_activations_every={bench.recompute}",
+                f"compile={str(compiled).lower()}",
+            ],
+        )
+        ranks = rank_facts()
+        device = device_facts(ranks.local_world_size)
+        return resolve(loaded, read_deepspeed_json(str(ours)), ranks.world_size, device, bench.vocabulary)
+
+
+def engine_step(setting: Setting, compiled: bool) -> Step:
+    """The whole of `train_step`: reading the batch, forward, backward, reduction, clipping, update."""
+    run = setting.resolve(compiled)
+    with _drawn_where_it_is_fast(setting):
+        engine = build_engine(run, setting.shape, setting.device, setting.comm)
+    loader = random_batches(run, setting.prefix, setting.comm.rank)
+
+    def step(number: int) -> None:
+        engine.train_step(loader.batch((number - 1) * run.batch.global_batch), number, 1e-4)
+        _wait(setting.device)
+
+    return step
+
+
+def bare_step(setting: Setting, compiled: bool) -> Step:
+    """The same model without DeepSpeed: bf16 weights, AdamW on them, clipping. What nothing costs less than."""
+    run, shape, device = setting.resolve(compiled), setting.shape, setting.device
+    clock, train = DropoutClock(0), setting.resolve(compiled).config.train
+    with _drawn_where_it_is_fast(setting):
+        model = LanguageModel(
+            shape, LayerFactory(clock, compiled), clock, train.loss_chunk_tokens, train.checkpoint_activations_every
+        )
+        initialize(model, shape, 1)
+    model = model.to(device, torch.bfloat16 if run.precision == "bf16" else torch.float32)
+    if compiled:
+        model.compile_blocks()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1, True), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    loader = random_batches(run, setting.prefix, 0)
+
+    def step(number: int) -> None:
+        batch = loader.batch((number - 1) * run.batch.global_batch)
+        total = 0.0
+        for micro in batch.micro_batches:
+            loss, _ = model(torch.from_numpy(micro.tokens).to(device), torch.from_numpy(micro.labels).to(device))
+            (loss / batch.target_count).backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        _wait(device)
+
+    return step
+
+
+def nanogpt_step(setting: Setting, compiled: bool) -> Step:
+    """nanoGPT's way: fp32 weights under autocast, whole logits, the whole model compiled as one graph."""
+    bench = setting.bench
+    model = NanoGPT(Architecture(bench.layers, bench.hidden, bench.heads, bench.vocabulary, bench.sequence))
+    model = model.to(setting.device)
+    forward = torch.compile(model) if compiled else model
+    return _foreign_step(setting, nanogpt_optimizer(model, 1e-4), forward)
+
+
+def transformers_step(setting: Setting, compiled: bool) -> Step:
+    """GPT-2 of the package transformers, its attention by torch's kernels, trained as nanoGPT trains."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    bench = setting.bench
+    config = GPT2Config(
+        vocab_size=bench.vocabulary,
+        n_positions=bench.sequence,
+        n_embd=bench.hidden,
+        n_layer=bench.layers,
+        n_head=bench.heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation="sdpa",
+    )
+    model = GPT2LMHeadModel(config).to(setting.device)
+    forward = torch.compile(model) if compiled else model
+    # It shifts the labels itself: the targets differ by one token, the work does not.
+    return _foreign_step(
+        setting, nanogpt_optimizer(model, 1e-4), lambda tokens, labels: forward(tokens, labels=labels).loss
+    )
+
+
+def _foreign_step(
+    setting: Setting, optimizer: torch.optim.Optimizer, loss_of: Callable[[Tensor, Tensor], Tensor]
+) -> Step:
+    """A step of a trainer that knows no global batch: the mean loss of each micro-batch, as many of them as megalm."""
+    run, device = setting.resolve(False), setting.device
+    micro, count = run.batch.micro_batch, run.batch.accumulation
+    random = np.random.default_rng(0)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def step(number: int) -> None:
+        for _ in range(count):
+            tokens = random.integers(0, setting.bench.vocabulary, (micro, setting.bench.sequence + 1))
+            whole = torch.from_numpy(tokens).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+                loss = loss_of(whole[:, :-1].contiguous(), whole[:, 1:].contiguous()) / count
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+        _wait(device)
+
+    return step
+
+
+LOOPS: dict[str, Callable[[Setting, bool], Step]] = {
+    "megalm": engine_step,
+    "bare PyTorch": bare_step,
+    "nanoGPT's way": nanogpt_step,
+    "transformers": transformers_step,
+}
+_PACKAGES = {"transformers": "transformers"}
+
+
+def missing_package(loop: str) -> str | None:
+    """The package that a loop needs and this machine lacks."""
+    package = _PACKAGES.get(loop)
+    return package if package is not None and importlib.util.find_spec(package) is None else None
+
+
+def free_memory() -> None:
+    """Release what dropped loops held."""
+    gc.collect()
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _drawn_where_it_is_fast(setting: Setting) -> Iterator[None]:
+    """Draw the weights of a large model on the GPU: the time of a step does not depend on their values."""
+    if setting.device.type != "cuda" or setting.shape.parameter_count() < _LARGE:
+        yield
+        return
+
+    def drawn(name: str, size: tuple[int, ...], shape: ModelConfig, seed: int) -> Tensor:
+        weight = torch.empty(size, device=setting.device)
+        return weight.fill_(1.0) if "norm" in name else weight.normal_(std=shape.initializer_range)
+
+    def undrawn(self: Any) -> None:
+        del self
+
+    with (
+        mock.patch.object(transformer, "initial_weight", drawn),
+        mock.patch.object(nn.Linear, "reset_parameters", undrawn),
+        mock.patch.object(nn.Embedding, "reset_parameters", undrawn),
+    ):
+        yield
