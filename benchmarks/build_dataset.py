@@ -162,11 +162,11 @@ def compare_tokenizers(folder: Path) -> None:
         best = float("inf")
         for _ in range(3):
             begin = time.process_time()
-            rows = tokenizer.encode_arrays(texts)
+            rows = tokenizer.encode_batch(texts)
             best = min(best, time.process_time() - begin)
         megabytes = sum(len(text.encode()) for text in texts) / 1e6
         exact = sum(tokenizer.is_exact(text, row) for text, row in zip(texts, rows, strict=True))
-        tokens = sum(map(len, tokenizer.encode_arrays(held_out)))
+        tokens = sum(map(len, tokenizer.encode_batch(held_out)))
         packed = sum(len(text.encode()) for text in held_out) / tokens
         print(f"{name:<22}  {training:10.1f}  {megabytes / best:23.1f}  {packed:23.2f}  {exact:>5} of {len(texts)}")
 

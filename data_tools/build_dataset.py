@@ -27,7 +27,8 @@ from options import (
 
 from megalm.data.builder.builder import BuildOptions, build_files
 from megalm.data.builder.quality_filters import Filters
-from megalm.data.tokenizers.tokenizer import load_tokenizer
+from megalm.data.tokenizers.tokenizer import describe_eod, load_tokenizer
+from megalm.errors import DataError
 
 
 def main(
@@ -36,6 +37,9 @@ def main(
     output_prefix: Annotated[Path, typer.Option(help="PREFIX of the files to write")],
     workers: Annotated[int, typer.Option(min=1, help="processes; the result is the same for any number")] = 1,
     append_eod: Annotated[bool, typer.Option(help="end each document with the end-of-document token")] = True,
+    eod_token: Annotated[
+        str | None, typer.Option(help="this token ends a document, such as '<|endoftext|>' [default: the tokenizer's]")
+    ] = None,
     text_key: TextKey = "text",
     columns: Columns = None,
     txt_documents: TxtDocuments = "file",
@@ -85,11 +89,14 @@ def main(
             split=weights_of(split),
             shard=shard_of(shard),
         )
+        if eod_token is not None and not append_eod:
+            raise DataError(f"--eod-token {eod_token}: no token ends a document with --no-append-eod; omit one of them")
+        loaded = load_tokenizer(tokenizer, eod_token)
         bar = BuildBar()
         with bar:
             built = build_files(
                 inputs,
-                load_tokenizer(tokenizer),
+                loaded,
                 output_prefix,
                 options,
                 workers=workers,
@@ -110,6 +117,8 @@ def main(
             if report.inexact_documents:
                 names = ", ".join(report.inexact_names[:3])
                 out.print(f"{report.inexact_documents:,} documents do not decode back exactly, the first: {names}")
+        if append_eod:
+            out.print(describe_eod(loaded))
         print_removed(built)
 
 

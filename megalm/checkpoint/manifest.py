@@ -252,7 +252,7 @@ class Manifest(_Part):
             `whole_...`: on the complete sets.
         validation: fingerprint of the validation sets.
         counters: the engine's; `model`: the numbers of a ModelConfig, see `shape_of`; `data`: settings by name.
-        tokenizer: its path at the time of the save.
+        tokenizer: its path at the time of the save; eod_id: the token that ends a document.
     """
 
     status: Status = "good"
@@ -278,6 +278,7 @@ class Manifest(_Part):
     data: dict[str, Any] = {}
     fingerprints: Fingerprints = Fingerprints()
     tokenizer: str | None = None
+    eod_id: Count | None = None
     attempt: Count = 1
     files: dict[FileName, StoredFile]
     tensors: dict[str, StoredTensor]

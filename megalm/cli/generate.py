@@ -152,7 +152,7 @@ def command(
 
     limit_openmp_spin()  # before torch is imported
     from megalm.inference.generation import CachedModel, stream
-    from megalm.train.text_samples import extend
+    from megalm.train.text_samples import extend, prompt_tokens
 
     prompts = [*map(_typed, prompt or ()), *(text for file in prompt_file or () for text in _read_prompts(file))]
     if interactive and (prompts or at):
@@ -168,7 +168,7 @@ def command(
             return
         if at:
             echo(f"=== step {step_of(path):,}: {path}")
-        texts = [list(tokens) or [model.tokenizer.eod_id] for tokens in model.tokenizer.encode_batch(prompts)]
+        texts = prompt_tokens(model.tokenizer, prompts)
         with ProgressBar("generating tokens", max_new_tokens) as bar:
             for _ in extend(cached, SingleProcessCommunicator(), texts, model.tokenizer, settings, length, seed):
                 bar.advance()

@@ -42,6 +42,7 @@ def command(
     from megalm.huggingface.output_folder import require_free
 
     require_free(output)
+    from megalm.data.tokenizers.tokenizer import describe_eod
     from megalm.huggingface.import_model import import_model
     from megalm.huggingface.pretrained_folder import HuggingFaceFolder
 
@@ -52,7 +53,7 @@ def command(
     echo(f"{output}: {shape.parameter_count():,} parameters of {source}, style {shape.style}, as fp32 masters")
     entries, vocabulary = made.tokenizer.vocab_size, shape.vocab_size
     rows = f" for the model's vocabulary of {vocabulary:,}" if entries != vocabulary else ""
-    echo(f"{made.tokenizer.name}: {entries:,} ids{rows}; a document ends with id {made.tokenizer.eod_id}")
+    echo(f"{made.tokenizer.name}: {entries:,} ids{rows}; {describe_eod(made.tokenizer)}")
     for note in made.notes:
         echo(f"note: {note}")
     for name, line in (

@@ -144,6 +144,10 @@ class DataSection(Section):
     tokenizer: UserPath | None = Field(
         default=None, description="SentencePiece .model, Hugging Face tokenizer.json, or 'bytes'"
     )
+    eod_token: str | None = Field(
+        default=None,
+        description="the token that ends a document, by its text; null: as the dataset records, or the tokenizer's own",
+    )
     recipe: Literal["python-stdlib"] | None = Field(
         default=None, description="prepare this corpus on the machine if data.train is null"
     )

@@ -62,7 +62,7 @@ def plan_export(reader: CheckpointReader, target: Path, dtype: torch.dtype, toke
     manifest = reader.manifest
     shape = shape_of(reader.path, manifest)
     require_exportable(shape)
-    used = tokenizer_of(reader.path, manifest.tokenizer, manifest.fingerprints.tokenizer, tokenizer)
+    used = tokenizer_of(reader.path, manifest.tokenizer, manifest.fingerprints.tokenizer, manifest.eod_id, tokenizer)
     if used.vocab_size > shape.vocab_size:
         raise CheckpointError(
             f"{used.spec} has {used.vocab_size:,} ids, but the model has {shape.vocab_size:,}; name the right tokenizer"

@@ -172,7 +172,8 @@ def _verify(original: Tokenizer, made: _Converted) -> tuple[int, int]:
     converted.encode_special_tokens = True
     texts = list(_texts(original, converted))
     ties = 0
-    for text, row in zip(texts, original.encode_batch(texts), strict=True):
+    for text, ids in zip(texts, original.encode_batch(texts), strict=True):
+        row = ids.tolist()
         found = converted.encode(text, add_special_tokens=False).ids
         if converted.decode(found) != original.decode(row):
             raise NoEquivalentError(f"it decodes {text[:40]!r} to another text")

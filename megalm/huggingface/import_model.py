@@ -131,7 +131,10 @@ def _notes(source: HuggingFaceFolder, tokenizer: Tokenizer) -> Iterator[str]:
         yield f"the tokenizer adds {' '.join(added)} around a text; megalm adds no tokens, in training or in generation"
     eos = source.config.get("eos_token_id")
     if eos is not None and tokenizer.eod_id not in (eos if isinstance(eos, list) else [eos]):
-        yield f"config.json has eos_token_id={eos}; megalm ends a document with id {tokenizer.eod_id}"
+        yield (
+            f"config.json has eos_token_id={eos}; megalm ends a document with id {tokenizer.eod_id} unless "
+            "data.eod_token names another token"
+        )
 
 
 def _facts(source: HuggingFaceFolder, target: Path, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -149,5 +152,6 @@ def _facts(source: HuggingFaceFolder, target: Path, tokenizer: Tokenizer) -> dic
         "model": asdict(source.shape),
         "data": {},
         "fingerprints": {"tokenizer": tokenizer.fingerprint},
+        "eod_id": tokenizer.eod_id,
         "attempt": 1,
     }

@@ -23,7 +23,7 @@ from megalm.errors import CheckpointError
 from megalm.inference.batching import common_prefix
 from megalm.inference.inference_model import COMPUTES_NAN, InferenceModel
 from megalm.model.attention import KeyValueCache
-from megalm.train.text_samples import Predictor, extend
+from megalm.train.text_samples import Predictor, extend, prompt_tokens
 
 _INCOMPLETE = "\ufffd"  # decoders show the bytes of an incomplete character as this
 
@@ -83,7 +83,7 @@ def stream(
     Args:
         settings: its prompts are ignored.
     """
-    tokens = list(tokenizer.encode_batch([prompt])[0]) or [tokenizer.eod_id]
+    (tokens,) = prompt_tokens(tokenizer, [prompt])
     grown = extend(model, SingleProcessCommunicator(), [tokens], tokenizer, settings, sequence_length, seed)
     shown = ""
     for _ in chain([None], grown):

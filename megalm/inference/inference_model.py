@@ -64,7 +64,7 @@ def read_facts(path: Path, tokenizer: str | None = None) -> CheckpointFacts:
         DataError: the tokenizer is missing.
     """
     manifest = read_manifest(path)
-    used = tokenizer_of(path, manifest.tokenizer, manifest.fingerprints.tokenizer, tokenizer)
+    used = tokenizer_of(path, manifest.tokenizer, manifest.fingerprints.tokenizer, manifest.eod_id, tokenizer)
     return CheckpointFacts(path, manifest, shape_of(path, manifest), used)
 
 

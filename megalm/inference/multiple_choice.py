@@ -111,9 +111,11 @@ def encode_question(question: Question, facts: CheckpointFacts) -> list[ScoredSe
         DataError: the tokenizer encodes a choice to no token.
     """
     tokenizer = facts.tokenizer
-    before, *together = tokenizer.encode_batch(
-        [question.context, *(question.context + choice for choice in question.choices)]
-    )
+    texts = [question.context, *(question.context + choice for choice in question.choices)]
+    try:
+        before, *together = (tokens.tolist() for tokens in tokenizer.encode_batch(texts))
+    except DataError as error:
+        raise DataError(f"{question.source}: {error}") from error
     if not all(together):
         raise DataError(f"{question.source}: the tokenizer encodes a choice to no token; change or remove the choice")
     common = min(min(common_prefix(before, tokens), len(tokens) - 1) for tokens in together)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megalm.data.readers.document_reader import iter_documents
+from megalm.data.readers.document_reader import Document, iter_documents
 from megalm.data.readers.input_files import ReadReport
 from megalm.data.readers.records import ReadOptions
 from megalm.errors import ConfigError, DataError
@@ -71,7 +71,7 @@ def read_text(
     overlap: int | None = None,
     text_key: str = "text",
     max_samples: int | None = None,
-    watched: Callable[[Sequence[str]], Iterable[str]] = iter,
+    watched: Callable[[Sequence[Document]], Iterable[Document]] = iter,
 ) -> TextSet:
     """Read the documents of a file or a folder, as build_dataset.py reads them, and cut them to windows.
 
@@ -90,23 +90,26 @@ def read_text(
         raise ConfigError(f"--overlap {overlap}: the model's window has {length} tokens; give 0 to {length - 1}")
     report = ReadReport()
     options = ReadOptions(text_key=text_key)
-    texts = [document.text for document in iter_documents([path], on_error="skip", report=report, options=options)]
-    texts = [texts[place] for place in evenly(len(texts), max_samples)]
+    found = list(iter_documents([path], on_error="skip", report=report, options=options))
+    chosen = [found[place] for place in evenly(len(found), max_samples)]
     sizes = facts.tokenizer.token_bytes()
     sequences, documents, words, text_bytes = [], 0, 0, 0
-    for text in watched(texts):
-        (tokens,) = facts.tokenizer.encode_arrays([text])
-        found = list(document_windows(tokens, facts, overlap))
-        if not found:
+    for text, source in watched(chosen):
+        (tokens,) = facts.tokenizer.encode_each([text])
+        if isinstance(tokens, DataError):
+            report.note(f"{source}: {tokens}")
             continue
-        sequences += found
+        windows = list(document_windows(tokens, facts, overlap))
+        if not windows:
+            continue
+        sequences += windows
         documents += 1
         words += len(text.split())
         text_bytes += len(text.encode()) - (int(sizes[tokens[0]]) if facts.document_mask else 0)
     if not sequences:
         because = f": {report.messages[0]}" if report.messages else ""
         raise DataError(f"{path} has no document that can be scored{because}")
-    skipped = report.skipped + len(texts) - documents
+    skipped = report.skipped + len(chosen) - documents
     problem = "; ".join([*report.messages[:1], *report.losses.lines()])
     return TextSet(path, overlap, tuple(sequences), documents, words, text_bytes, skipped, problem)
 

@@ -104,7 +104,7 @@ def rebuild_data(data: DataSection, places: DataPlaces, workers: int, info: Call
     """
     if data.rebuild == "never":
         return  # open_data refuses a dataset that differs
-    tokenizer, done = load_tokenizer(places.tokenizer), set[str]()
+    tokenizer, done = load_run_tokenizer(data, places), set[str]()
     for prefix in places.prefixes:
         if build_prefix(prefix) in done:  # the other part of a split
             continue
@@ -165,7 +165,7 @@ def open_datasets(
 ) -> RunData:
     """The same as `open_data`, for a run of which only configuration and global batch are known."""
     data = config.data
-    tokenizer = load_tokenizer(places.tokenizer)
+    tokenizer = load_run_tokenizer(data, places)
     entries = config.model.vocab_size
     if entries is not None and entries < tokenizer.vocab_size:
         raise ConfigError(
@@ -183,6 +183,20 @@ def open_datasets(
     entropy = (read_sidecar(alone) or {}).get("unigram_entropy") if alone is not None else None
     fingerprint = _validation_fingerprint(validation, config.evaluate.max_samples)
     return RunData(places, tokenizer, train, requested, validation, fingerprint, entropy)
+
+
+def load_run_tokenizer(data: DataSection, places: DataPlaces) -> Tokenizer:
+    """Load the tokenizer. Without data.eod_token, documents end as in the first dataset that it built.
+
+    Raises:
+        DataError: the tokenizer cannot be read, or has no such token.
+    """
+    tokenizer = load_tokenizer(places.tokenizer, data.eod_token)
+    for prefix in places.prefixes if data.eod_token is None else ():
+        recorded = (read_sidecar(prefix) or {}).get("tokenizer") or {}
+        if recorded.get("fingerprint") == tokenizer.fingerprint and recorded.get("eod_id") is not None:
+            return tokenizer.with_eod(recorded["eod_id"])
+    return tokenizer
 
 
 def open_validation(data: DataSection, places: DataPlaces, tokenizer: Tokenizer) -> dict[str, ValidationSamples]:

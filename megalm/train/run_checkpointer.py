@@ -12,6 +12,7 @@ from megalm.checkpoint.discovery import resume_candidates
 from megalm.checkpoint.manifest import Beginning, Manifest, Status, read_manifest, write_manifest
 from megalm.checkpoint.retention import Retention
 from megalm.communicator import Communicator
+from megalm.data.tokenizers.tokenizer import Tokenizer, eod_or_none
 from megalm.engine.interface import Engine
 from megalm.errors import TrainingError
 from megalm.model.model_config import ModelConfig
@@ -45,7 +46,7 @@ class RunCheckpointer:
         run: ResolvedRun,
         shape: ModelConfig,
         identity: DataIdentity,
-        tokenizer: str,
+        tokenizer: Tokenizer,
         comm: Communicator,
         start: LastAttempt | None,
     ) -> None:
@@ -213,7 +214,8 @@ class RunCheckpointer:
                 "precision": run.precision,
             },
             **identity_of(run, self._shape, self._data, position.samples),
-            "tokenizer": self._tokenizer,  # its path at the time; the fingerprint identifies it
+            "tokenizer": self._tokenizer.spec,  # its path at the time; the fingerprint identifies it
+            "eod_id": eod_or_none(self._tokenizer),
             # No random state: dropout and sampling derive their seeds from step and position.
             "attempt": position.attempt,
         }

@@ -13,7 +13,7 @@ from megalm.cost_model.memory import checkpoint_bytes
 from megalm.cost_model.pipeline_balance import LARGE_BUBBLE, SMALL_BUBBLE, StageCosts, micro_batches_for
 from megalm.data.indexed.metadata import AWAITS_MERGE, read_sidecar
 from megalm.data.sampling.sample_order import stride_warning
-from megalm.data.tokenizers.tokenizer import Tokenizer
+from megalm.data.tokenizers.tokenizer import describe_eod
 from megalm.errors import ConfigError, DataError
 from megalm.model.model_config import ModelConfig
 from megalm.planning.resolve import ResolvedRun
@@ -152,13 +152,6 @@ def pipeline_facts(run: ResolvedRun, blocks: tuple[int, ...], costs: StageCosts)
     return "\n".join(lines)
 
 
-def _document_end(tokenizer: Tokenizer) -> str:
-    try:
-        return f"documents end with id {tokenizer.eod_id}"
-    except DataError:  # refused where one is needed: without data.append_eod and samples, none is
-        return "no end-of-document token"
-
-
 def opening_facts(
     run: ResolvedRun, shape: ModelConfig, data: RunData, device: str, threads: int, peak_source: str, peak: float
 ) -> Sequence[tuple[str, str]]:
@@ -185,7 +178,7 @@ def opening_facts(
         ),
         ("training", f"{steps:,} steps, {tokens:,} tokens = {tokens / count:.2f} per parameter"),
         *data_rows(run, data),
-        ("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} entries, {_document_end(tokenizer)}"),
+        ("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} entries, {describe_eod(tokenizer)}"),
         ("checkpoint", f"{format_bytes(checkpoint_bytes(shape))} each"),
     ]
     if data.unigram_entropy is not None:

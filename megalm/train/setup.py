@@ -285,7 +285,7 @@ def _checkpoints(plan: ResumePlan, opened: OpenRun, comm: Communicator) -> RunCh
     attempt = None if plan.reader is None else describe_attempt(plan.reader, plan.resume, opened.attempt)
     if attempt is not None:
         comm.once(lambda: write_attempt(folder, attempt))
-    return RunCheckpointer(folder, plan.run, plan.shape, plan.identity, plan.data.tokenizer.spec, comm, attempt)
+    return RunCheckpointer(folder, plan.run, plan.shape, plan.identity, plan.data.tokenizer, comm, attempt)
 
 
 def _training_hooks(opened: OpenRun, run: ResolvedRun, metrics: MetricsWriter | None, comm: Communicator) -> RunHooks:

@@ -5,7 +5,7 @@ Shapes: P prompts, T sequence (padded on the right, which a causal model does no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -77,10 +77,15 @@ def generate(
     """
     if not settings.prompts:
         return []
-    texts = [list(ids) or [tokenizer.eod_id] for ids in tokenizer.encode_batch(list(settings.prompts))]
+    texts = prompt_tokens(tokenizer, settings.prompts)
     for _ in extend(engine, comm, texts, tokenizer, settings, sequence_length, seed):
         pass
     return [tokenizer.decode(text) for text in texts]
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of each prompt; of an empty one, the end of a document before it."""
+    return [ids.tolist() or [tokenizer.eod_id] for ids in tokenizer.encode_batch(prompts)]
 
 
 def extend(

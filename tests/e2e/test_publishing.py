@@ -53,7 +53,7 @@ def test_transformers_goes_on_as_megalm_generate_does(folder: Path, small_data: 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "published").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "published")
     inputs = tokenizer(PROMPT, return_tensors="pt")
-    assert inputs["input_ids"].tolist() == load_tokenizer(small_data.tokenizer).encode_batch([PROMPT])
+    assert inputs["input_ids"][0].tolist() == load_tokenizer(small_data.tokenizer).encode_batch([PROMPT])[0].tolist()
     told = model.generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
     words = ("--prompt", PROMPT, "--temperature", 0, "--max-new-tokens", 20)
     ours = run(folder, "generate", "runs/mine", *words)

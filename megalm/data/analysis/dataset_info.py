@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,10 +61,19 @@ def describe(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str
             )
         if recorded:
             facts["tokenizer"] = f"{recorded['name']}, {recorded['vocab_size']:,} ids, {recorded['fingerprint'][:12]}"
+            facts["end of document"] = _recorded_eod(recorded, tokenizer)
         facts |= {name.replace("_", " "): str(sidecar[name]) for name in RECORDED if name in sidecar}
         if lost := Losses.from_report(sidecar.get("losses", {})).lines():
             facts["unreadable input"] = "; ".join(lost)
     return facts
+
+
+def _recorded_eod(recorded: dict[str, Any], tokenizer: Tokenizer | None) -> str:
+    eod_id = recorded.get("eod_id")
+    if eod_id is None:
+        return "no token"
+    text = recorded.get("eod_token") or (tokenizer.with_eod(eod_id).eod_token if tokenizer else None)
+    return f"{text} (id {eod_id})" if text else f"id {eod_id}"
 
 
 def verify(prefix: str | Path, tokenizer: Tokenizer | None = None, tell: Tell = no_tell) -> dict[str, str]:

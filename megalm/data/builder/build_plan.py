@@ -6,7 +6,7 @@ The units depend on the input and the options only, so an interrupted build can 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -154,8 +154,15 @@ class Plan:
         return 1 << 30 if any(group.stream for group in self.groups) else len(self.groups)
 
 
-def make_plan(files: Sequence[InputFile], options: BuildOptions, tokenizer_fingerprint: str) -> Plan:
-    """Split the input into units. Raises DataError if a file cannot be read."""
+def make_plan(files: Sequence[InputFile], options: BuildOptions, tokenizer: Mapping[str, Any]) -> Plan:
+    """Split the input into units.
+
+    Args:
+        tokenizer: as in `DatasetMetadata`.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
     total = sum(_text_bytes(file) for file in files)
     unit_bytes = options.unit_bytes or min(LARGEST_UNIT, max(SMALLEST_UNIT, total // WANTED_UNITS))
     shard, shards = options.shard
@@ -172,7 +179,8 @@ def make_plan(files: Sequence[InputFile], options: BuildOptions, tokenizer_finge
         "version": PLAN_VERSION,
         "files": [asdict(file) for file in files],
         "options": options.to_json() | {"unit_bytes": unit_bytes},
-        "tokenizer": tokenizer_fingerprint,
+        "tokenizer": tokenizer["fingerprint"],
+        "eod_id": tokenizer["eod_id"],
     }
     used = {span.file.path for group in groups for span in group.spans}
     return Plan(tuple(file for file in files if file.path in used), tuple(groups), unit_bytes, json_hash(facts))

@@ -20,7 +20,7 @@ from typing import Any
 
 from megalm.data.builder.assembler import Assembler, DatasetWriter, Placed
 from megalm.data.builder.build_plan import BuildOptions, Group, Plan, make_plan
-from megalm.data.builder.shard_files import WorkUnitFiles, WorkUnitSummary, with_ends
+from megalm.data.builder.shard_files import WorkUnitFiles, WorkUnitSummary, encode_documents, with_ends
 from megalm.data.builder.workers import Unit, do_units
 from megalm.data.builder.workspace import hash_inputs_in_background, refuse_overwriting, tokenizer_files, working_in
 from megalm.data.indexed.dataset import best_dtype
@@ -108,17 +108,16 @@ def build_files(
     _warn_of_repeated(files)
     refuse_overwriting(prefixes, work, [*(file.on_disk for file in files), *tokenizer_files(tokenizer.spec)])
     facts = options.to_json() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
-    finished = None if again else _finished_reports(prefixes, files, facts, tokenizer, overwrite)
+    inputs: list[dict[str, Any]] = []
+    # Also refuses a tokenizer without an end-of-document token, before anything is read.
+    reports = [start_report(prefix, tokenizer, options.append_eod, facts, inputs) for prefix in prefixes]
+    finished = None if again else _finished_reports(prefixes, files, reports[0], overwrite)
     if finished is not None:
         recorded = finished[0]
         Losses.from_report(recorded.losses).check(options.max_loss, prefixes[0], recorded.messages)
         return Built(finished, was_there=True, resumed=0, reading=reading)
-    if options.append_eod:
-        _ = tokenizer.eod_id  # raises now if there is none
-    plan = make_plan(files, options, tokenizer.fingerprint)
+    plan = make_plan(files, options, reports[0].tokenizer)
     with working_in(work, plan.identity, prefixes, overwrite):
-        inputs: list[dict[str, Any]] = []
-        reports = [start_report(prefix, tokenizer, options.append_eod, facts, inputs) for prefix in prefixes]
         if options.shard[1] > 1:
             reports[0].listing = _listing(files)
         units, counts = _Units(plan, options, work), _Counts(plan, progress)
@@ -225,14 +224,13 @@ class _Counts:
 def _finished_reports(
     prefixes: Sequence[str],
     files: Sequence[InputFile],
-    facts: dict[str, Any],
-    tokenizer: Tokenizer,
+    wanted: DatasetMetadata,
     thorough: bool,
 ) -> list[DatasetMetadata] | None:
-    """Return the reports of an existing dataset of the same build, if any (see `finished_report`)."""
+    """Return the reports of an existing dataset of the same build as `wanted`, if any (see `finished_report`)."""
     reports = []
     for prefix in prefixes:
-        report = finished_report(prefix, facts, tokenizer.fingerprint, thorough)
+        report = finished_report(prefix, wanted.options, wanted.tokenizer, thorough)
         if report is None or not _same_inputs(report, files):
             return None
         reports.append(report)
@@ -306,10 +304,12 @@ def build_dataset(
             if not document.text:
                 report.empty_documents += 1
                 continue
-            encoded = tokenizer.encode_arrays([document.text])
-            writer.add(*with_ends(encoded, eod_id, dtype))
-            report.text_bytes += len(document.text.encode())
-            if not tokenizer.is_exact(document.text, encoded[0]):
+            (found,) = encode_documents(tokenizer, [document.text])
+            if isinstance(found, DataError):
+                raise DataError(f"{document.source}: {found}")
+            writer.add(*with_ends([found.tokens], eod_id, dtype))
+            report.text_bytes += found.text_bytes
+            if not found.is_exact:
                 writer.note_inexact([document.source], 1)
         if report.documents == 0:
             raise DataError(f"{output_prefix}: all {report.empty_documents} documents are empty; check the input")

@@ -95,7 +95,7 @@ def merge_datasets(
     refuse_overwriting([output_prefix], work, (path for given in inputs for path in given.files()))
     report = _merged_report(inputs, output_prefix, _dedup_options(inputs, dedup, minhash_threshold))
     if report.options["complete"]:
-        finished = finished_report(output_prefix, report.options, report.tokenizer.get("fingerprint"), overwrite)
+        finished = finished_report(output_prefix, report.options, report.tokenizer, overwrite)
         if finished is not None:
             return finished
     with working_in(work, report.options, [str(output_prefix)], overwrite, resume=False):

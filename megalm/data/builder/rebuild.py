@@ -61,8 +61,8 @@ def ensure_dataset(
     found = differences(sidecar, wanted)
     if rebuild == "never":
         if found:
-            other_tokenizer = bool(differences(sidecar, Wanted(wanted.tokenizer)))
-            start = "Set the right data.tokenizer, or build" if other_tokenizer else "Build"
+            other = _other_tokens(sidecar.get("tokenizer") or {}, wanted.tokenizer)
+            start = f"Set the right {other[0]}, or build" if other else "Build"
             raise DataError(f"{prefix} {'; '.join(found)}. {start} {_how(prefix, sidecar, wanted)}")
         return None
     found += [f"{path.name} is missing" for path in (bin_path(prefix), idx_path(prefix)) if not path.exists()]
@@ -86,13 +86,9 @@ def ensure_dataset(
 
 def differences(sidecar: dict[str, Any], wanted: Wanted) -> list[str]:
     """Return the differences between a PREFIX.json and what is wanted, as messages; empty if there are none."""
-    found, built, tokenizer = [], sidecar.get("tokenizer") or {}, wanted.tokenizer
-    if built and built["fingerprint"] != tokenizer.fingerprint:
-        found.append(
-            f"was built with the tokenizer {built['name']} of {built['vocab_size']:,} ids "
-            f"({built['fingerprint'][:12]}), not {tokenizer.name} of {tokenizer.vocab_size:,} "
-            f"({tokenizer.fingerprint[:12]})"
-        )
+    found, built = [], sidecar.get("tokenizer") or {}
+    if other_tokens := _other_tokens(built, wanted.tokenizer):
+        found.append(other_tokens[1])
     ended = built.get("eod_id") is not None
     if built and wanted.append_eod is not None and ended != wanted.append_eod:
         found.append(f"has documents that {'end' if ended else 'do not end'} with the end-of-document token")
@@ -104,6 +100,23 @@ def differences(sidecar: dict[str, Any], wanted: Wanted) -> list[str]:
             word = "not built from" if other[0] in named else "built from"
             found.append(f"was {word} {other[0]}, unlike data.input")
     return found
+
+
+def _other_tokens(built: dict[str, Any], tokenizer: Tokenizer) -> tuple[str, str] | None:
+    """Return the key that chooses the tokens, and how they differ; None if they do not, or a dataset records none."""
+    if built and built["fingerprint"] != tokenizer.fingerprint:
+        return "data.tokenizer", (
+            f"was built with the tokenizer {built['name']} of {built['vocab_size']:,} ids "
+            f"({built['fingerprint'][:12]}), not {tokenizer.name} of {tokenizer.vocab_size:,} "
+            f"({tokenizer.fingerprint[:12]})"
+        )
+    eod_id = built.get("eod_id")
+    if eod_id is not None and tokenizer.eod_is_chosen and eod_id != tokenizer.eod_id:
+        return "data.eod_token", (
+            f"has documents that end with {tokenizer.with_eod(eod_id).eod_token} (id {eod_id}), "
+            f"not {tokenizer.eod_token} (id {tokenizer.eod_id})"
+        )
+    return None
 
 
 def _named_by(entry: str, kind: str, used: set[str]) -> set[str]:
@@ -165,6 +178,8 @@ def rebuild_command(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted)
     for path in wanted.inputs or inputs:
         words += ["--input", path]
     words += ["--tokenizer", wanted.tokenizer.spec, "--output-prefix", build_prefix(prefix), "--overwrite"]
+    if options.append_eod and wanted.tokenizer.eod_is_chosen:
+        words += ["--eod-token", wanted.tokenizer.eod_token]
     return shlex.join([*words, *options.to_words()])
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -98,6 +98,14 @@ class WorkUnitFiles:
         return DataError(f"{self.path('tokens')}: is damaged; start the same build again to make this part again")
 
 
+class _Place(NamedTuple):
+    """The span that is read: its number in the unit, and the line at which a block cut from a stream starts."""
+
+    number: int
+    span: Span
+    first_line: int
+
+
 class WorkUnitWriter:
     """Turns records into a part; each worker writes one at a time."""
 
@@ -128,9 +136,9 @@ class WorkUnitWriter:
             with _complete(part.path("tokens")) as tokens:
                 for number, span in enumerate(spans):
                     count = SpanCount()
+                    place = _Place(number, span, first_line)
                     for records in read_span(span, self._options.read, count, block):
-                        kept = [record for record in records if self._keep(record, number, span, first_line)]
-                        tokens.write(self._encode(kept, number))
+                        tokens.write(self._encode([record for record in records if self._keep(record, place)], place))
                     self._summary.span_lines.append(count.lines)
                     self._summary.losses.input_bytes += count.disk_bytes
             with _complete(part.path("npz")) as file:
@@ -141,35 +149,48 @@ class WorkUnitWriter:
         write_json(part.path("json"), asdict(self._summary), durable=False)
         return self._summary
 
-    def _keep(self, record: TextRecord, number: int, span: Span, first_line: int) -> bool:
-        summary = self._summary
-        summary.losses.count(record)
+    def _keep(self, record: TextRecord, place: _Place) -> bool:
+        self._summary.losses.count(record)
         if record.text is None:
-            if self._policy.refuses(record):
-                line = (first_line or lines_before(span)) + record.line
-                raise self._policy.refusal(record, record_name(span.file, self._options.read, line))
-            if record.lost_bytes is not None and number not in summary.lost_spans:
-                summary.lost_spans.append(number)
-            if record.is_loss and len(summary.messages) < KEPT_MESSAGES:
-                summary.messages.append((number, record.line, record.problem))
+            self._leave_out(record, place)
             return False
         removed = self._options.filters.removes(record.text)
         if removed is not None:
             self._removed[removed] += 1
         return removed is None
 
-    def _encode(self, records: Sequence[TextRecord], number: int) -> bytes:
+    def _leave_out(self, record: TextRecord, place: _Place) -> None:
+        """Note a record without a text. Raises DataError if the policy refuses it."""
+        summary = self._summary
+        if self._policy.refuses(record):
+            line = (place.first_line or lines_before(place.span)) + record.line
+            raise self._policy.refusal(record, record_name(place.span.file, self._options.read, line))
+        if record.lost_bytes is not None and place.number not in summary.lost_spans:
+            summary.lost_spans.append(place.number)
+        if record.is_loss and len(summary.messages) < KEPT_MESSAGES:
+            summary.messages.append((place.number, record.line, record.problem))
+
+    def _encode(self, readable: Sequence[TextRecord], place: _Place) -> bytes:
         """Return the records' tokens as file bytes; appends their rows and signatures."""
+        records, found = [], []
+        texts = [record.text for record in readable if record.text is not None]
+        for record, document in zip(readable, encode_documents(self._tokenizer, texts), strict=True):
+            if isinstance(document, DataError):
+                unusable = record._replace(text=None, problem=str(document))
+                self._summary.losses.count_unreadable(unusable)
+                self._leave_out(unusable, place)
+            else:
+                records.append(record)
+                found.append(document)
         if not records:
             return b""
-        texts = [record.text for record in records if record.text is not None]
-        encoded = self._tokenizer.encode_arrays(texts)
+        texts, encoded = [document.text for document in found], [document.tokens for document in found]
         tokens, lengths = with_ends(encoded, self._eod_id, self._dtype)
         rows = np.zeros(len(records), DOCUMENT)
         rows["tokens"] = lengths
-        rows["exact"] = [self._tokenizer.is_exact(text, row) for text, row in zip(texts, encoded, strict=True)]
-        rows["text_bytes"] = [len(text) if text.isascii() else len(text.encode()) for text in texts]
-        rows["span"] = number
+        rows["exact"] = [document.is_exact for document in found]
+        rows["text_bytes"] = [document.text_bytes for document in found]
+        rows["span"] = place.number
         for name in ("size", "line", "start"):
             rows[name] = [getattr(record, name) for record in records]
         if self._options.dedup == "minhash":
@@ -185,6 +206,25 @@ class WorkUnitWriter:
         self._summary.tokens += len(tokens)
         self._summary.text_bytes += int(rows["text_bytes"].sum())
         return content
+
+
+class EncodedDocument(NamedTuple):
+    """Tokens [n]; `is_exact`: they decode back to the text."""
+
+    text: str
+    tokens: npt.NDArray[np.int32]
+    is_exact: bool
+    text_bytes: int
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[EncodedDocument | DataError]:
+    """Yield each text's encoding, or why the tokenizer cannot encode it."""
+    for text, tokens in zip(texts, tokenizer.encode_each(texts), strict=True):
+        if isinstance(tokens, DataError):
+            yield tokens
+        else:
+            size = len(text) if text.isascii() else len(text.encode())
+            yield EncodedDocument(text, tokens, tokenizer.is_exact(text, tokens), size)
 
 
 def with_ends(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def start_report(
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "eod_id": tokenizer.eod_id if append_eod else None,
+            "eod_token": tokenizer.eod_token if append_eod else None,
         },
         options=options,
         inputs=inputs,
@@ -119,11 +121,12 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
 
 
 def finished_report(
-    prefix: str | Path, options: dict[str, Any], tokenizer_fingerprint: str | None, thorough: bool
+    prefix: str | Path, options: dict[str, Any], tokenizer: Mapping[str, Any], thorough: bool
 ) -> DatasetMetadata | None:
     """Return the report of an existing dataset if it was built the same way, by this version, and is complete.
 
     Args:
+        tokenizer: as in `DatasetMetadata`; its fingerprint and eod_id are compared.
         thorough: read all files and compare them with the recorded hashes.
     """
     try:
@@ -132,7 +135,8 @@ def finished_report(
             return None
     except (DataError, TypeError):
         return None
-    if report.options != options or report.tokenizer.get("fingerprint") != tokenizer_fingerprint:
+    same_tokens = all(report.tokenizer.get(fact) == tokenizer.get(fact) for fact in ("fingerprint", "eod_id"))
+    if report.options != options or not same_tokens:
         return None
     if options.get("dedup") == "minhash" and not (report.minhash and signatures_path(prefix).exists()):
         return None

@@ -52,8 +52,12 @@ class Losses:
             self.read += 1
             self.empty += record.is_empty
             if record.is_loss:
-                self.skipped += 1
-                self.skipped_bytes += record.size
+                self.count_unreadable(record)
+
+    def count_unreadable(self, record: TextRecord) -> None:
+        """Count a record that is already counted as read, such as one that the tokenizer cannot encode."""
+        self.skipped += 1
+        self.skipped_bytes += record.size
 
     def add(self, other: Losses) -> None:
         for field in fields(self):

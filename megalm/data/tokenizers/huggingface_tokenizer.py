@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import re
@@ -14,21 +13,22 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from megalm.data.tokenizers.tokenizer import EOD_TOKENS, Tokenizer, library_errors
 from megalm.errors import DataError
 from megalm.utils.atomic_files import json_hash, read_json
 
 log = logging.getLogger(__name__)
 
+_CONFIG = "tokenizer_config.json"
 _MOST_IDS = 10_000_000  # twenty times the largest vocabulary in use
-EOD_TOKENS = ("<eod>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "\u2581"
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json` file; see `Tokenizer` for its members.
 
-    The end-of-document token is the `eos_token` of the `tokenizer_config.json` beside it, or else the first of
+    Its own end-of-document token is the `eos_token` of the `tokenizer_config.json` beside it, or else the first of
     the usual names found in the vocabulary.
 
     Raises:
@@ -39,7 +39,7 @@ class HuggingFaceTokenizer:
         self.spec = str(path)
         self.name = f"huggingface:{Path(path).parent.name}/{Path(path).name}"
         self._definition: dict[str, Any] = _definition_of(Path(path))
-        with _library_errors(f"{path}: is not a usable tokenizer.json", "export it again"):
+        with library_errors(f"{path}: is not a usable tokenizer.json; export it again"):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         if getattr(self._tokenizer.model, "dropout", None):
             self._tokenizer.model.dropout = None
@@ -51,45 +51,55 @@ class HuggingFaceTokenizer:
         self._tokenizer.encode_special_tokens = True
         self._special = {token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
         # Ids can have gaps: the model needs a row for the largest id, not one per token.
-        self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = max(self.vocabulary().values(), default=-1) + 1
         if self.vocab_size > _MOST_IDS:
             raise DataError(
                 f"{path}: its largest id is {self.vocab_size - 1:,}; a model has a row for each id up to it, at most "
                 f"{_MOST_IDS:,}; number the tokens from 0"
             )
 
+    def _own_eod(self) -> int:
+        return self._fitting_eod[1]
+
+    @property
+    def eod_source(self) -> str:
+        named = not self.eod_is_chosen and self._fitting_eod[0] in self._configured_eos()
+        return f"the eos_token of {_CONFIG}" if named else ""
+
     @functools.cached_property
-    def eod_id(self) -> int:
+    def _fitting_eod(self) -> tuple[str, int]:
+        """The name and the id of the file's own end-of-document token; warns if others fit as well."""
         configured = tuple(self._configured_eos())
         found = {name: self._tokenizer.token_to_id(name) for name in (*configured, *EOD_TOKENS)}
         fitting = {name: int(token) for name, token in found.items() if token is not None}
         if not fitting:
             raise DataError(
-                f"{self.spec}: no end-of-document token found; set eos_token in the tokenizer_config.json beside it"
+                f"{self.spec}: no end-of-document token found; choose one of its tokens (--eod-token, in training "
+                "data.eod_token)"
             )
         (name, token), *others = fitting.items()
         if others and not (name in configured and name in EOD_TOKENS):
             log.warning(
-                "%s: documents end with %s (id %d), but %s would fit as well; set eos_token in the "
-                "tokenizer_config.json beside it to choose",
+                "%s: documents end with %s (id %d), but %s would fit as well; choose one (--eod-token, in training "
+                "data.eod_token)",
                 self.spec,
                 name,
                 token,
                 ", ".join(other for other, _ in others),
             )
-        return token
+        return name, token
 
     @functools.cached_property
     def fingerprint(self) -> str:
         decisive = {key: value for key, value in self._definition.items() if key not in ("truncation", "padding")}
         return json_hash(decisive)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        with _library_errors(f"{self.spec}: cannot encode a text", "remove the text, or mend the tokenizer"):
-            return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    def vocabulary(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab(with_added_tokens=True)
 
-    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        return [np.array(row, dtype=np.int32) for row in self.encode_batch(texts)]
+    def _encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def is_exact(self, text: str, ids: npt.NDArray[np.int32]) -> bool:
         return self.decode(ids.tolist()) == text
@@ -101,7 +111,7 @@ class HuggingFaceTokenizer:
         decoders = set(_decoder_types(self._definition.get("decoder")))
         added = self._tokenizer.get_added_tokens_decoder()
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
-        for piece, token in self._tokenizer.get_vocab(with_added_tokens=True).items():
+        for piece, token in self.vocabulary().items():
             if token in self._special:
                 continue
             sizes[token] = len(piece.encode()) if token in added else _piece_bytes(piece, decoders)
@@ -109,18 +119,18 @@ class HuggingFaceTokenizer:
 
     def known_ids(self) -> npt.NDArray[np.bool_]:
         known = np.zeros(self.vocab_size, dtype=np.bool_)
-        known[list(self._tokenizer.get_vocab(with_added_tokens=True).values())] = True
+        known[list(self.vocabulary().values())] = True
         return known
 
     def fallback_ids(self) -> npt.NDArray[np.bool_]:
         unknown = self._definition.get("model", {}).get("unk_token")
         fallback = np.zeros(self.vocab_size, dtype=np.bool_)
-        for piece, token in self._tokenizer.get_vocab(with_added_tokens=True).items():
+        for piece, token in self.vocabulary().items():
             fallback[token] = piece == unknown or BYTE_TOKEN.fullmatch(piece) is not None
         return fallback
 
     def _configured_eos(self) -> Iterator[str]:
-        path = Path(self.spec).with_name("tokenizer_config.json")
+        path = Path(self.spec).with_name(_CONFIG)
         if path.is_file():
             config = read_json(path)
             if not isinstance(config, dict):
@@ -145,17 +155,6 @@ def _definition_of(path: Path) -> dict[str, Any]:
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) of transformers"
         )
     raise DataError(f"{path}: is not a tokenizer.json, it has no section 'model'; export it again")
-
-
-@contextlib.contextmanager
-def _library_errors(what: str, advice: str) -> Iterator[None]:
-    """Turn what the tokenizers library raises into one line; a panic of its code is not even an Exception."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-        raise
-    except BaseException as error:
-        raise DataError(f"{what} ({' '.join(str(error).split())[:200]}); {advice}") from error
 
 
 def _decoder_types(decoder: dict[str, Any] | None) -> Iterator[str]:

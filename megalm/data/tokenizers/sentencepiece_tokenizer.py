@@ -14,6 +14,7 @@ import numpy.typing as npt
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
 
 # The piece for a space. The library also reads the character itself as a space, so where a text contains it, it is
@@ -25,7 +26,7 @@ LONGEST_TEXT = 1 << 20  # characters
 EOD_PIECES = ("<eod>", "<|endoftext|>")
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A `.model` file; see `Tokenizer` for its members.
 
     Raises:
@@ -42,13 +43,12 @@ class SentencePieceTokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._content)
         except RuntimeError as error:
             raise DataError(f"{path}: is not a SentencePiece model; train or copy it again") from error
-        self.vocab_size: int = self._processor.vocab_size()
+        self.vocab_size = self._processor.vocab_size()
         space_bytes = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         # Without byte pieces the character becomes a space, and the builder counts the document as inexact.
         self._space_ids = space_bytes if all(map(self._processor.is_byte, space_bytes)) else None
 
-    @property
-    def eod_id(self) -> int:
+    def _own_eod(self) -> int:
         for piece in EOD_PIECES:
             token = self._processor.piece_to_id(piece)
             if token != self._processor.unk_id():
@@ -56,7 +56,8 @@ class SentencePieceTokenizer:
         if self._processor.eos_id() >= 0:
             return int(self._processor.eos_id())
         raise DataError(
-            f"{self.spec}: has no end-of-document token (<eod> or an eos piece); train a tokenizer that has one"
+            f"{self.spec}: has no end-of-document token (<eod> or an eos piece); choose one of its pieces "
+            "(--eod-token, in training data.eod_token), or train a tokenizer that has one"
         )
 
     @functools.cached_property
@@ -71,12 +72,10 @@ class SentencePieceTokenizer:
         digest.update(f"{trained.model_type} {trained.byte_fallback} {trained.treat_whitespace_as_suffix}".encode())
         return digest.hexdigest()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if any(SPACE in text or len(text) > LONGEST_TEXT for text in texts):
-            return [self._encode(text).tolist() for text in texts]
-        return self._processor.encode(list(texts), num_threads=1)
+    def vocabulary(self) -> dict[str, int]:
+        return {self._processor.id_to_piece(token): token for token in range(self.vocab_size)}
 
-    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+    def _encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         return [self._encode(text) for text in texts]
 
     def is_exact(self, text: str, ids: npt.NDArray[np.int32]) -> bool:

@@ -1,4 +1,4 @@
-"""The tokenizer protocol, raw bytes as a tokenizer, and loading of SentencePiece and Hugging Face tokenizers.
+"""The tokenizer interface, raw bytes as a tokenizer, and loading of SentencePiece and Hugging Face tokenizers.
 
 V is the vocabulary size. Ids are 0..V-1.
 """
@@ -6,10 +6,12 @@ V is the vocabulary size. Ids are 0..V-1.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
-from collections.abc import Sequence
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,85 +19,158 @@ import numpy.typing as npt
 from megalm.data.readers.input_files import POINTER
 from megalm.data.tokenizers.training import TokenizerReport, train_tokenizer
 from megalm.errors import CheckpointError, DataError
+from megalm.utils.did_you_mean import did_you_mean
+
+log = logging.getLogger(__name__)
 
 __all__ = ["ByteTokenizer", "Tokenizer", "TokenizerReport", "load_tokenizer", "train_tokenizer"]
 
 BYTES = "bytes"
+# Usual names of the token that ends a document, the most usual first.
+EOD_TOKENS = ("<eod>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
-class Tokenizer(Protocol):
-    """The tokenizer interface for the rest of megalm."""
+class Tokenizer(ABC):
+    """The tokenizer interface for the rest of megalm.
 
-    @property
-    def name(self) -> str:
-        """Display name: the kind and the file's name."""
+    Attributes:
+        name: display name: the kind and the file's name.
+        spec: the argument for `load_tokenizer` that loads it again: a path, or "bytes".
+        vocab_size: V: every id is below it.
+    """
 
-    @property
-    def spec(self) -> str:
-        """The argument for `load_tokenizer` that loads it again: a path, or "bytes"."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V: every id is below it."""
+    name: str
+    spec: str
+    vocab_size: int
+    _chosen_eod: int | None = None
 
     @property
     def eod_id(self) -> int:
-        """The token that ends a document.
+        """The token that ends a document: the chosen one, or else the tokenizer's own.
 
         Raises:
             DataError: the tokenizer has none.
         """
+        return self._own_eod() if self._chosen_eod is None else self._chosen_eod
 
     @property
+    def eod_source(self) -> str:
+        """Where the choice of `eod_id` is written, if in a file beside the tokenizer; else ""."""
+        return ""
+
+    @property
+    def eod_is_chosen(self) -> bool:
+        """Whether a user, a dataset or a checkpoint names `eod_id`, see `with_eod`."""
+        return self._chosen_eod is not None
+
+    @property
+    def eod_token(self) -> str:
+        """The text of `eod_id`."""
+        wanted = self.eod_id
+        return next((text for text, token in self.vocabulary().items() if token == wanted), str(wanted))
+
+    def with_eod(self, eod: str | int) -> Tokenizer:
+        """Return this tokenizer with another `eod_id`: a token's text as a user chooses it, or an id from a record.
+
+        Raises:
+            DataError: there is no such token.
+        """
+        token = self.vocabulary().get(eod, -1) if isinstance(eod, str) else eod
+        if not 0 <= token < self.vocab_size:
+            raise DataError(f"{self.spec}: {eod!r} is no token of it{self._near_tokens(str(eod))}")
+        if isinstance(eod, str) and self.token_bytes()[token]:
+            log.warning("%s: %r ends documents, but is ordinary text that documents can contain", self.spec, eod)
+        chosen = copy.copy(self)
+        chosen._chosen_eod = token
+        return chosen
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """Return the ids of each text, [n]; adds no tokens, and reads no text as a control token.
+
+        Raises:
+            DataError: a text cannot be encoded; `encode_each` tells which.
+        """
+        with library_errors(f"the tokenizer {self.spec} cannot encode this text"):
+            return self._encode_batch(texts)
+
+    def encode_each(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32] | DataError]:
+        """The same as `encode_batch`, but with the error in the place of a text that cannot be encoded."""
+        try:
+            return [*self.encode_batch(texts)]
+        except DataError as error:
+            if len(texts) == 1:
+                return [error]
+            return [found for text in texts for found in self.encode_each([text])]
+
+    @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """Hash of everything that determines ids (pieces, scores, normalizer); not of paths or of the training."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text; adds no tokens, and reads no text as a control token."""
+    @abstractmethod
+    def vocabulary(self) -> dict[str, int]:
+        """Return the ids of the tokens by name, special ones included."""
 
-    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """As `encode_batch`, but an array [n] per text; a quarter faster, because it makes no Python integers."""
-
+    @abstractmethod
     def is_exact(self, text: str, ids: npt.NDArray[np.int32]) -> bool:
         """Whether `ids`, this tokenizer's encoding of `text`, decode back to `text`."""
 
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; control tokens decode to nothing, bytes that are not UTF-8 to U+FFFD."""
 
+    @abstractmethod
     def token_bytes(self) -> npt.NDArray[np.int32]:
         """Return [V] the number of UTF-8 bytes that each id decodes to inside a text; 0 for control tokens."""
 
+    @abstractmethod
     def known_ids(self) -> npt.NDArray[np.bool_]:
         """Return [V] whether an id has a token; one without cannot be decoded, and generation never draws it."""
 
+    @abstractmethod
     def fallback_ids(self) -> npt.NDArray[np.bool_]:
         """Return [V] whether an id encodes a character without a piece: the unknown token and byte fallbacks."""
 
+    @abstractmethod
+    def _own_eod(self) -> int:
+        """Return `eod_id` if none is chosen."""
 
-class ByteTokenizer:
+    @abstractmethod
+    def _encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        """See `encode_batch`; raises whatever the library raises."""
+
+    def _near_tokens(self, text: str) -> str:
+        vocabulary = self.vocabulary()
+        usual = [token for token in EOD_TOKENS if token in vocabulary]
+        return did_you_mean(text, vocabulary) + (f"; it has {', '.join(usual)}" if usual else "")
+
+
+class ByteTokenizer(Tokenizer):
     """Ids 0..255 are bytes, 256 ends a document. Exact on every text; needs no training."""
 
     name = BYTES
     spec = BYTES
     vocab_size = 257
-    eod_id = 256
     fingerprint = hashlib.sha256(b"megalm bytes tokenizer, 256 bytes and eod").hexdigest()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(text.encode()) for text in texts]
+    def _own_eod(self) -> int:
+        return 256
 
-    def encode_arrays(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+    def vocabulary(self) -> dict[str, int]:
+        return {"<eod>": 256}  # as an export names it; the bytes have no names
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) for text in texts]
 
     def is_exact(self, text: str, ids: npt.NDArray[np.int32]) -> bool:
         return ids.astype(np.uint8).tobytes() == text.encode()
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(token for token in ids if token < self.eod_id).decode(errors="replace")
+        return bytes(token for token in ids if token < 256).decode(errors="replace")
 
     def token_bytes(self) -> npt.NDArray[np.int32]:
         sizes = np.ones(self.vocab_size, dtype=np.int32)
-        sizes[self.eod_id] = 0
+        sizes[256] = 0
         return sizes
 
     def known_ids(self) -> npt.NDArray[np.bool_]:
@@ -105,12 +180,47 @@ class ByteTokenizer:
         return np.zeros(self.vocab_size, dtype=np.bool_)
 
 
-def load_tokenizer(spec: str | Path) -> Tokenizer:
+def eod_or_none(tokenizer: Tokenizer) -> int | None:
+    """Return the end-of-document token; None if there is none, which is refused only where one is needed."""
+    try:
+        return tokenizer.eod_id
+    except DataError:
+        return None
+
+
+def describe_eod(tokenizer: Tokenizer) -> str:
+    """Return a phrase such as "documents end with <eod> (id 1)"."""
+    if eod_or_none(tokenizer) is None:
+        return "no end-of-document token"
+    source = f", {tokenizer.eod_source}" if tokenizer.eod_source else ""
+    return f"documents end with {tokenizer.eod_token} (id {tokenizer.eod_id}){source}"
+
+
+@contextlib.contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Turn what a tokenizer's library raises into one line; a panic of its code is not even an Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise DataError(f"{what} ({' '.join(str(error).split())[:200]})") from error
+
+
+def load_tokenizer(spec: str | Path, eod_token: str | int | None = None) -> Tokenizer:
     """Load a SentencePiece `.model`, a Hugging Face `tokenizer.json` (or the folder that holds one), or "bytes".
 
+    Args:
+        eod_token: the token that ends a document, see `Tokenizer.with_eod`; None: the tokenizer's own.
+
     Raises:
-        DataError: the file is missing, cannot be read, or does not match its suffix.
+        DataError: the file is missing, cannot be read, or does not match its suffix; or it has no such token.
     """
+    tokenizer = _load(spec)
+    return tokenizer if eod_token is None else tokenizer.with_eod(eod_token)
+
+
+def _load(spec: str | Path) -> Tokenizer:
     if str(spec) == BYTES:
         return ByteTokenizer()
     path = Path(spec)
@@ -147,11 +257,13 @@ def _refuse_other_files(path: Path) -> None:
         )
 
 
-def tokenizer_of(checkpoint: Path, noted: str | None, fingerprint: str | None, named: str | None) -> Tokenizer:
+def tokenizer_of(
+    checkpoint: Path, noted: str | None, fingerprint: str | None, eod_id: int | None, named: str | None
+) -> Tokenizer:
     """Load the tokenizer that a checkpoint was trained with.
 
     Args:
-        noted, fingerprint: its path and fingerprint in the manifest.
+        noted, fingerprint, eod_id: its path, fingerprint and end-of-document token in the manifest.
         named: its current path, if it was moved.
 
     Raises:
@@ -168,4 +280,4 @@ def tokenizer_of(checkpoint: Path, noted: str | None, fingerprint: str | None, n
             f"{found.spec} is not the tokenizer of {checkpoint}: fingerprint {found.fingerprint[:12]}, "
             f"expected {fingerprint[:12]}; give the right one with --tokenizer"
         )
-    return found
+    return found if eod_id is None else found.with_eod(eod_id)

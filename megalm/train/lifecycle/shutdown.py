@@ -52,15 +52,17 @@ _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.EN
 _FILE_TROUBLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO)
 # Rank 0 reports a refusal that all ranks share; a rank still running after this time has a refusal of its own.
 _REFUSAL_GRACE_SECONDS = 4.0
+_CODE_LINE = "exit code "  # opens the report of a failure
+_LONGEST_CODE_LINE = 32
 # A second SIGINT sooner than this is the launcher forwarding the first.
 _SECOND_INTERRUPT_SECONDS = 1.0
 
 
 class FailureClaim:
-    """Lets at most one rank of a job report why it failed.
+    """Lets at most one rank of a job report why it failed; the job ends with that rank's exit code.
 
     Args:
-        path: a file in the run folder that all ranks see; the claiming rank writes its report there.
+        path: a file in the run folder that all ranks see; the claiming rank writes its exit code and its report there.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,7 +73,7 @@ class FailureClaim:
     def run_folder(self) -> Path:
         return self._path.parent.parent
 
-    def take(self, report: str) -> bool:
+    def take(self, report: str, code: int) -> bool:
         """Return True for the first rank that asks; False if rank 0 was refused and has removed the run folder.
 
         If the file cannot be written, for instance on a full disk, every rank that asks may report.
@@ -88,8 +90,17 @@ class FailureClaim:
         except OSError:
             return True
         with contextlib.suppress(OSError), os.fdopen(descriptor, "w") as file:
-            file.write(report)
+            file.write(f"{_CODE_LINE}{code}\n{report}")
         return True
+
+    def exit_code(self) -> int | None:
+        """Return the exit code of the rank that reported; None if none did, or its file is cut short."""
+        try:
+            with self._path.open(encoding="utf-8", errors="replace") as file:
+                code = file.readline(_LONGEST_CODE_LINE).removeprefix(_CODE_LINE)
+        except OSError:
+            return None
+        return int(code) if code.endswith("\n") and code[:-1].isdecimal() else None
 
     def is_taken(self) -> bool:
         try:
@@ -135,17 +146,17 @@ class RankSupervisor:
             if self._hooks.claim is None and self.rank > 0:
                 _wait_for_rank_0(code)
                 text = f"{text} (on rank {self.rank})"
-            self._print_failure(text, all_ranks=True)
+            self._print_failure(text, code, all_ranks=True)
             if code == EXIT_REFUSED:
                 self._hooks.on_refusal()
         except KeyboardInterrupt:
-            self._print_failure("megalm: error: interrupted")
             code = EXIT_FAILED
+            self._print_failure("megalm: error: interrupted", code)
         except Exception as error:
-            self._print_failure(self._describe(error), all_ranks=True)
             code = EXIT_FAILED
+            self._print_failure(self._describe(error), code, all_ranks=True)
         if code not in (EXIT_DONE, EXIT_START_AGAIN):  # these have written their own end event
-            self._run_failure_hook(code)
+            code = self._end_failed(code)
         exit_process(code)
 
     def _describe(self, error: Exception) -> str:
@@ -178,8 +189,7 @@ class RankSupervisor:
         time.sleep(_FAILURE_GRACE_SECONDS)
         if self._hooks.stacks is not None:
             write_stacks(self._hooks.stacks)
-        self._run_failure_hook(EXIT_FAILED)
-        os._exit(EXIT_FAILED)
+        os._exit(self._end_failed(EXIT_FAILED))
 
     def abort_hung_rank(self, silent_seconds: float) -> NoReturn:
         """End the job because this rank made no progress for `silent_seconds`; report it, unless another rank did."""
@@ -187,26 +197,30 @@ class RankSupervisor:
         where = f"; the stacks of all ranks are in {stacks.parent}" if stacks is not None else ""
         self._print_failure(
             f"megalm: error: rank {self.rank} made no progress for {silent_seconds:.0f} s "
-            f"(train.hang_timeout_seconds), so it or a rank that it waits for hangs{where}"
+            f"(train.hang_timeout_seconds), so it or a rank that it waits for hangs{where}",
+            EXIT_FAILED,
         )
         time.sleep(_FAILURE_GRACE_SECONDS)  # time for the others to notice and write their stacks
-        self._run_failure_hook(EXIT_FAILED)
-        os._exit(EXIT_FAILED)
+        os._exit(self._end_failed(EXIT_FAILED))
 
-    def _print_failure(self, text: str, all_ranks: bool = False) -> None:
+    def _print_failure(self, text: str, code: int, all_ranks: bool = False) -> None:
         """Print a failure unless another rank has; before a claim exists, only rank 0 prints, or all if `all_ranks`."""
-        if self._hooks.claim.take(text) if self._hooks.claim else (all_ranks or self.rank == 0):
+        if self._hooks.claim.take(text, code) if self._hooks.claim else (all_ranks or self.rank == 0):
             _flush()
             with contextlib.suppress(OSError, ValueError):  # stderr is closed; the claim's file has the text
                 sys.stderr.write(printable(text).rstrip("\n") + "\n")
                 sys.stderr.flush()
 
-    def _run_failure_hook(self, code: int) -> None:
+    def _end_failed(self, code: int) -> int:
+        """Close the run; return the job's exit code: of the rank that reported, or else this rank's `code`."""
+        claimed = self._hooks.claim.exit_code() if self._hooks.claim is not None else None
+        code = code if claimed is None else claimed
         hooks, self._hooks = self._hooks, replace(self._hooks, on_failure=lambda code: None)  # once, in either thread
         try:
             hooks.on_failure(code)
         except Exception:  # the failure that is being reported matters more
             log.debug("closing the run failed", exc_info=True)
+        return code
 
 
 class StopRequest:

@@ -29,12 +29,12 @@ WINDOW = 256
 def strange(tmp_path: Path, source_texts: list[str], model_path: Path) -> IndexedDataset:
     """Source code with noise in document 40, one token over and over in 80, and bytes of characters in 120."""
     tokenizer = load_tokenizer(model_path)
-    (code,) = tokenizer.encode_arrays(["".join(source_texts)])
+    (code,) = tokenizer.encode_batch(["".join(source_texts)])
     rows = [code[start : start + 500] for start in range(0, 160 * 500, 500)]
     random = np.random.default_rng(0)
     rows[40] = random.integers(260, 600, 2000).astype(np.int32)
     rows[80] = np.full(2000, 300, dtype=np.int32)
-    (rows[120],) = tokenizer.encode_arrays(["".join(map(chr, random.integers(0x4E00, 0x9000, 700)))])
+    (rows[120],) = tokenizer.encode_batch(["".join(map(chr, random.integers(0x4E00, 0x9000, 700)))])
     with IndexedDatasetWriter(tmp_path / "strange", np.uint16) as writer:
         for row in rows:
             writer.append(row)

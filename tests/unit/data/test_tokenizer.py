@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalm.data.tokenizers import sentencepiece_tokenizer
-from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, describe_eod, load_tokenizer, train_tokenizer
 from megalm.data.tokenizers.training import SENTENCE_CHARACTERS, TokenizerReport, draw_sentences, split_sentences
 from megalm.errors import DataError
 from tests.messages import assert_names
@@ -58,6 +58,16 @@ def byte_level_json(folder: Path, texts: list[str]) -> Path:
     )
     made.train_from_iterator(texts[:1], trainer)
     path = folder / "tokenizer.json"
+    made.save(str(path))
+    return path
+
+
+def words_json(folder: Path) -> Path:
+    """A tokenizer of two words that cannot encode any other."""
+    vocabulary = {"<eod>": 0, "some": 1, "words": 2}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    path = folder / "words.json"
     made.save(str(path))
     return path
 
@@ -167,14 +177,13 @@ def test_long_texts_are_encoded_in_parts(
 ) -> None:
     tokenizer = load_tokenizer(model_path)
     text = "\n".join(source_texts)
-    (whole,) = tokenizer.encode_arrays([text])
+    (whole,) = tokenizer.encode_batch([text])
     monkeypatch.setattr(sentencepiece_tokenizer, "LONGEST_TEXT", 5_000)
-    (parts,) = tokenizer.encode_arrays([text])
+    (parts,) = tokenizer.encode_batch([text])
     assert abs(len(parts) - len(whole)) < 20
     assert tokenizer.decode(parts.tolist()) == text
     assert tokenizer.is_exact(text, parts)
     assert not tokenizer.is_exact(text, parts[:-1])
-    assert tokenizer.encode_batch([text, "short"])[0] == parts.tolist()
 
 
 def test_a_tokenizer_that_changes_text_is_found_out(tmp_path: Path, source_texts: list[str]) -> None:
@@ -188,7 +197,7 @@ def test_a_tokenizer_that_changes_text_is_found_out(tmp_path: Path, source_texts
     )
     tokenizer = load_tokenizer(tmp_path / "other.model")
     texts = ["lower case", "Upper Case", "two  spaces"]
-    rows = tokenizer.encode_arrays(texts)
+    rows = tokenizer.encode_batch(texts)
     exact = [tokenizer.is_exact(text, row) for text, row in zip(texts, rows, strict=True)]
     assert exact == [True, False, False]
 
@@ -246,11 +255,12 @@ def test_huggingface_end_of_document(tmp_path: Path, source_texts: list[str]) ->
     path.write_text(json.dumps(definition))
     with pytest.raises(DataError) as error:
         _ = load_tokenizer(path).eod_id
-    assert_names(error.value, path, "eos_token", "tokenizer_config.json")
+    assert_names(error.value, path, "--eod-token", "data.eod_token")
 
 
 def test_bytes_tokenizer_ids() -> None:
-    assert ByteTokenizer().encode_batch(["hé"]) == [[104, 195, 169]]
+    (row,) = ByteTokenizer().encode_batch(["hé"])
+    assert row.tolist() == [104, 195, 169]
     assert ByteTokenizer().decode([104, 195]) == "h\ufffd"
 
 
@@ -263,10 +273,11 @@ def changed_json(path: Path, change: Callable[[dict[str, Any]], object]) -> Path
 
 def test_dropout_of_a_tokenizer_is_switched_off(tmp_path: Path, source_texts: list[str]) -> None:
     path = byte_level_json(tmp_path, source_texts)
-    plain = load_tokenizer(path).encode_batch(source_texts)
+    plain = load_tokenizer(path).encode_batch(source_texts)[0].tolist()
     changed_json(path, lambda definition: definition["model"].update(dropout=0.5))
     dropped = load_tokenizer(path)
-    assert dropped.encode_batch(source_texts) == plain == dropped.encode_batch(source_texts)
+    again = [dropped.encode_batch(source_texts)[0].tolist() for _ in range(2)]
+    assert again == [plain, plain]
 
 
 @pytest.mark.parametrize(
@@ -321,8 +332,43 @@ def test_several_ends_of_a_document_are_reported(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
     loaded = load_tokenizer(path)
     assert loaded.eod_id == found.token_to_id("<|im_end|>")
-    assert_names(caplog.text, "<|im_end|>", "<|endoftext|>", "eos_token")
+    assert_names(caplog.text, "<|im_end|>", "<|endoftext|>", "--eod-token", "data.eod_token")
+    assert_names(describe_eod(loaded), "<|im_end|>", loaded.eod_id, "tokenizer_config.json")
     caplog.clear()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     assert load_tokenizer(path).eod_id == found.token_to_id("<|endoftext|>")
     assert "<|im_end|>" not in caplog.text
+
+
+def test_the_chosen_end_of_a_document(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    own, text = tokenizer.eod_id, tokenizer.eod_token
+    assert not tokenizer.eod_is_chosen
+    chosen = load_tokenizer(tokenizer.spec, text)
+    assert (chosen.eod_id, chosen.eod_token, chosen.eod_is_chosen) == (own, text, True)
+    assert not caplog.records
+    assert chosen.with_eod(own - 1 if own else own + 1).eod_id != own
+    assert (chosen.eod_id, chosen.fingerprint) == (own, tokenizer.fingerprint)
+    wrong = f"{text[:-1]} {text[-1]}"
+    for eod in (wrong, tokenizer.vocab_size, -1):
+        with pytest.raises(DataError) as refused:
+            tokenizer.with_eod(eod)
+        assert_names(refused.value, tokenizer.spec, repr(eod), text)
+        assert "\n" not in str(refused.value)
+
+
+def test_an_end_that_is_ordinary_text_is_reported(
+    tmp_path: Path, source_texts: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = byte_level_json(tmp_path, source_texts)
+    assert load_tokenizer(path, "!").eod_id == tokenizers.Tokenizer.from_file(str(path)).token_to_id("!")
+    assert_names(caplog.text, "'!'", path)
+
+
+def test_the_text_that_cannot_be_encoded_is_found(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(words_json(tmp_path))
+    with pytest.raises(DataError) as refused:
+        tokenizer.encode_batch(["some", "other words", "some words"])
+    assert_names(refused.value, tokenizer.spec)
+    first, bad, last = tokenizer.encode_each(["some", "other words", "some words"])
+    assert isinstance(bad, DataError)
+    assert [row.tolist() for row in (first, last) if not isinstance(row, DataError)] == [[1], [1, 2]]

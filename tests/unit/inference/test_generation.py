@@ -119,7 +119,7 @@ def test_characters_of_several_tokens_come_whole(kind: str, pieces_tokenizer: To
     """Bytes of `ß`, `❌` and of an emoji are tokens of their own, and so is a space in front of a word."""
     tokenizer = ByteTokenizer() if kind == "bytes" else pieces_tokenizer
     prompt, continuation = "größe", " à ❌ a text\n    🎉 too "
-    (start, whole) = tokenizer.encode_batch([prompt, prompt + continuation])
+    start, whole = (ids.tolist() for ids in tokenizer.encode_batch([prompt, prompt + continuation]))
     assert whole[: len(start)] == start
     says = Says([*whole, tokenizer.eod_id], len(start), tokenizer.vocab_size)
     pieces = list(stream(says, tokenizer, prompt, settings(0.0, 100), 200, 0))

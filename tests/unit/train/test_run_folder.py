@@ -56,11 +56,11 @@ def test_what_never_began_leaves_nothing(tmp_path: Path) -> None:
     folder = open_run_folder(tmp_path, "mine", None, resume=True)
     claim = FailureClaim(folder.failure(1))
     assert folder.is_empty
-    assert claim.take("rank 0: why")
+    assert claim.take("rank 0: why", 1)
     folder.remove_if_unused()
     assert not list(tmp_path.iterdir())
     assert claim.is_taken(), "rank 0 has told it"
-    assert not claim.take("rank 1: why")
+    assert not claim.take("rank 1: why", 1)
     folder = open_run_folder(tmp_path, "mine", None, resume=True)
     (folder.path / "config.yaml").touch()
     folder.remove_if_unused()
@@ -74,7 +74,7 @@ def test_a_folder_that_is_moved_away_ends_no_run_in_silence(tmp_path: Path) -> N
     guard.enter(RunHooks(claim, began=True))
     folder.path.rename(tmp_path / "elsewhere")
     assert not claim.is_taken(), "nobody has failed"
-    assert claim.take("rank 0: why"), "who fails then says so"
+    assert claim.take("rank 0: why", 1), "who fails then says so"
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -98,18 +98,23 @@ def test_a_root_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 def test_one_rank_claims_the_failure(tmp_path: Path) -> None:
     path = tmp_path / "failures" / "attempt-1.txt"
-    assert FailureClaim(path).take("rank 1: why") is True
-    assert FailureClaim(path).take("rank 0: lost its peer") is False
-    assert path.read_text() == "rank 1: why"
+    assert FailureClaim(path).exit_code() is None
+    assert FailureClaim(path).take("rank 1: why", 2) is True
+    assert FailureClaim(path).take("rank 0: lost its peer", 1) is False
+    assert FailureClaim(path).exit_code() == 2
+    assert path.read_text().splitlines()[1:] == ["rank 1: why"]
+    for other in ("", "exit code 1", "Traceback of an earlier release\n"):
+        path.write_text(other)
+        assert FailureClaim(path).exit_code() is None
 
 
 def test_where_no_claim_can_be_written_a_rank_speaks(tmp_path: Path) -> None:
-    assert FailureClaim(tmp_path / "failures" / ("no such name is possible" * 20)).take("rank 0: why")
+    assert FailureClaim(tmp_path / "failures" / ("no such name is possible" * 20)).take("rank 0: why", 1)
     path = tmp_path / "full" / "attempt-1.txt"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:
-        assert FailureClaim(path).take("rank 0: why")
+        assert FailureClaim(path).take("rank 0: why", 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_text() == ""
@@ -125,7 +130,7 @@ def test_no_attempt_number_is_used_twice(tmp_path: Path) -> None:
     assert folder.next_attempt() == 4
     write_json(folder.request, {"attempt": 4})
     assert folder.next_attempt() == 5
-    FailureClaim(folder.failure(5)).take("why")
+    FailureClaim(folder.failure(5)).take("why", 1)
     (tmp_path / "failures" / "attempt-99-notes.txt").write_text("a person's")
     assert folder.next_attempt() == 6
     with MetricsWriter(folder.metrics) as metrics:
@@ -155,7 +160,7 @@ def test_what_is_no_folder_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError) as refused:
         open_run_folder(tmp_path, "mine", None, resume=True)
     assert_names(refused.value, tmp_path / "mine" / name)
-    assert FailureClaim(tmp_path / "mine" / name / "attempt-1.txt").take("why"), "a failure is not silent"
+    assert FailureClaim(tmp_path / "mine" / name / "attempt-1.txt").take("why", 1), "a failure is not silent"
 
 
 def test_old_files_of_a_start_have_one_number(tmp_path: Path) -> None:
