@@ -156,6 +156,12 @@ def job_and_restarts(environment: Mapping[str, str] = os.environ) -> tuple[str |
     return job, restarts[0] * _RESTARTS_OF_TORCHRUN + restarts[1]
 
 
+def allocation_end(environment: Mapping[str, str] = os.environ) -> float | None:
+    """Return the time, in seconds since 1970, at which Slurm ends this job; None without a limit or without Slurm."""
+    text = environment.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isascii() and text.isdecimal() else None
+
+
 def _launched(environment: Mapping[str, str]) -> _Launched | None:
     readers: tuple[tuple[str, Callable[[Mapping[str, str]], _Launched]], ...] = (
         ("OMPI_COMM_WORLD_RANK", _open_mpi),

@@ -6,10 +6,12 @@ export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
 export PYTHONUNBUFFERED=1
 readonly STOPPED_AND_SAVED=75 ENDED_BY_TERM=143 PATIENCE_SECONDS=15
 
+# A command that starts another in a container: "apptainer exec --nv image.sif".
+read -ra container <<<"${MEGALM_CONTAINER:-}"
 # A signal for the job reaches this shell too, which has to wait for its rank to save.
 signalled=no
 trap 'signalled=yes' TERM INT USR1 USR2
-python "$MEGALM_HOME/launch/pretrain.py" "$@"
+"${container[@]}" python "$MEGALM_HOME/launch/pretrain.py" "$@"
 code=$?
 
 # srun ends all ranks as soon as one has left with a code other than 0, and rank 0 still has to say why and to complete the

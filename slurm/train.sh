@@ -4,14 +4,17 @@
 #   sbatch --nodes=4 --gpus-per-node=8 slurm/train.sh --deepspeed_config ds_configs/zero2.json \
 #       run.name=mine --resume auto [any other argument of launch/pretrain.py]
 #
-# With run.name and --resume auto the same line starts the run and resumes it. Options before the script's name
-# win over the #SBATCH lines below. What the site needs (modules, network) goes into slurm/env.sh.
-# docs/slurm.md has the details.
+# With run.name and --resume auto the same line starts the run and resumes it. A job that stops with its step saved
+# (preempted, at its time limit, by --signal) is queued again by itself, until the run is complete. Options before the
+# script's name win over the #SBATCH lines below. What the site needs (modules, network, a container) goes into
+# slurm/site.sh, which git ignores; slurm/env.sh has examples. docs/slurm.md has the details.
 #
 #SBATCH --job-name=megalm
 #SBATCH --output=%x-%j.log
 # A requeued job appends to its log.
 #SBATCH --open-mode=append
+# --no-requeue ends a stopped job instead of queueing it again.
+#SBATCH --requeue
 #SBATCH --nodes=2
 # Ranks are counted by GPUs. Take one # away and say how many a node has; without GPUs the job trains on the CPU.
 ##SBATCH --gpus-per-node=8
@@ -61,6 +64,17 @@ ranks_per_node() {
     fi
 }
 
+# Prints a field of the job's record.
+job_field() {
+    scontrol show job -o "$job" | sed -n "s/^\(.* \)\{0,1\}$1=\([^ ]*\).*/\2/p"
+}
+
+# A job that somebody has cancelled stays cancelled; so does one that was ended before its time.
+may_start_again() {
+    [ "$(job_field JobState)" = RUNNING ] ||
+        { [ -n "$SLURM_JOB_END_TIME" ] && [ "$(date +%s)" -ge "$SLURM_JOB_END_TIME" ]; }
+}
+
 [ -n "${SLURM_JOB_ID:-}" ] || refuse "this is a batch script; start it with: sbatch slurm/train.sh ..."
 MEGALM_HOME=${MEGALM_HOME:-$(find_home)}
 [ -f "$MEGALM_HOME/launch/pretrain.py" ] ||
@@ -69,13 +83,22 @@ export MEGALM_HOME
 set +eu # module systems trip over both
 # shellcheck source=/dev/null
 source "$MEGALM_HOME/slurm/env.sh"
+if [ -f "$MEGALM_HOME/slurm/site.sh" ]; then
+    # shellcheck source=/dev/null
+    source "$MEGALM_HOME/slurm/site.sh"
+fi
 set -eu
 
 LOCAL_WORLD_SIZE=$(ranks_per_node)
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# Below the ephemeral ports, and different for two jobs on one node.
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-export LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+# Below the ephemeral ports, different for two jobs on one node, and another one after each requeue.
+MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID + 1009 * ${SLURM_RESTART_COUNT:-0}) % 10000))}
+# The job of an array task; its SLURM_JOB_ID may be the number of the whole array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+# The run stops, saved, before this time; newer versions of Slurm set it themselves. A job without a limit has none.
+SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date --date "$(job_field EndTime)" +%s 2>/dev/null || true)}
+export LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
 
 # shellcheck disable=SC2153 # no misspelling of SLURM_GPUS_ON_NODE
 share="$LOCAL_WORLD_SIZE rank(s), $SLURM_CPUS_ON_NODE core(s)"
@@ -85,13 +108,32 @@ echo "megalm: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $SLURM_JOB_NUM_NODES nod
 [ "$SLURM_CPUS_ON_NODE" -ge "$LOCAL_WORLD_SIZE" ] ||
     echo "megalm: note: more ranks than cores; ask for more with --exclusive or --cpus-per-task"
 
+read -ra options <<<"${MEGALM_SRUN_OPTIONS:-}" # of site.sh
 # A rank takes its GPU by LOCAL_RANK, and its share of the cores by LOCAL_WORLD_SIZE: all ranks of a node see all of both.
 unset SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND SLURM_TRES_PER_TASK
 gpus=()
 [ -z "${SLURM_GPUS_ON_NODE:-}" ] || gpus=(--gpus-per-node="$SLURM_GPUS_ON_NODE")
 
 # The job's exit code is srun's, and srun's the highest of its ranks'.
-exec srun --kill-on-bad-exit=1 --wait=0 --overcommit --cpu-bind=none "${gpus[@]}" --distribution=block \
+srun --kill-on-bad-exit=1 --wait=0 --overcommit --cpu-bind=none "${gpus[@]}" --distribution=block \
     --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * LOCAL_WORLD_SIZE)) \
-    --ntasks-per-node="$LOCAL_WORLD_SIZE" \
-    bash "$MEGALM_HOME/slurm/rank.sh" "$@"
+    --ntasks-per-node="$LOCAL_WORLD_SIZE" "${options[@]}" \
+    bash "$MEGALM_HOME/slurm/rank.sh" "$@" &
+step=$!
+# A signal for this shell alone (--signal=B:USR1@60) is meant for the ranks: srun passes this one on.
+trap 'kill -USR1 "$step" 2>/dev/null || true' USR1 USR2 TERM
+while kill -0 "$step" 2>/dev/null; do
+    wait "$step" || true # a signal ends the wait, not the ranks
+done
+code=0
+wait "$step" || code=$?
+
+readonly STOPPED_AND_SAVED=75
+if [ "$code" -eq "$STOPPED_AND_SAVED" ] && may_start_again; then
+    if scontrol requeue "$job"; then
+        echo "megalm: stopped and saved; job $job is queued again"
+        sleep 60 # Slurm ends this shell
+    fi
+    echo "megalm: stopped and saved; job $job cannot be queued again: submit the same line"
+fi
+exit "$code"

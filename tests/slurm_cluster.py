@@ -163,7 +163,7 @@ def _as_host(name: str, folder: Path, command: Sequence[str]) -> list[str]:
 
 def _wait_until_idle(cluster: SlurmCluster) -> None:
     deadline = time.monotonic() + _START_SECONDS
-    command = ["sinfo", "-h", "-N", "-o", "%T"]
+    command = ["sinfo", "-h", "-N", "-p", "debug", "-o", "%T"]
     while True:
         done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=False)
         if done.returncode == 0 and done.stdout.split() == ["idle"] * len(cluster.nodes):
@@ -227,7 +227,12 @@ def _slurm_conf(folder: Path, nodes: Sequence[str], has_gpus: bool) -> str:
             f"CPUs={_NODE_CPUS} RealMemory=64000{gpus}"
             for node, port in zip(nodes, ports, strict=True)
         ),
-        "PartitionName=debug Nodes=ALL Default=YES DefaultTime=10 MaxTime=60 State=UP",
+        "PreemptType=preempt/partition_prio",
+        "PreemptMode=REQUEUE",
+        "PartitionName=debug Nodes=ALL Default=YES DefaultTime=10 MaxTime=60 State=UP PreemptMode=OFF",
+        # A job of `urgent` takes the nodes of one in `spare`, which has some seconds to save.
+        "PartitionName=spare Nodes=ALL DefaultTime=10 MaxTime=60 State=UP PriorityTier=1 GraceTime=30",
+        "PartitionName=urgent Nodes=ALL DefaultTime=10 MaxTime=60 State=UP PriorityTier=2 PreemptMode=OFF",
     ]
     return "\n".join(lines) + "\n"
 

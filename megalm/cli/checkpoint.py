@@ -38,7 +38,7 @@ from megalm.cli.find_run import checkpoint_at, find_run, verify
 from megalm.cli.options import Place, Precision, Run, StoredPrecision
 from megalm.errors import CheckpointError
 from megalm.planning.lr_schedule import ScheduleSegment
-from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, read_mapping
+from megalm.runs.run_folder import CONFIG_FILE, read_deepspeed_settings, read_mapping
 from megalm.utils.formatting import format_bytes, table
 from megalm.utils.progress import ProgressBar
 from megalm.utils.terminal import echo
@@ -188,7 +188,7 @@ def convert_command(
 
 def _with_config(path: Path, manifest: Manifest) -> dict[str, Any]:
     """The manifest with the configuration files beside it."""
-    files = {"config": read_mapping(path / CONFIG_FILE), "deepspeed": read_mapping(path / DEEPSPEED_FILE)}
+    files = {"config": read_mapping(path / CONFIG_FILE), "deepspeed": read_deepspeed_settings(path)}
     return {**manifest.content, **files}
 
 

@@ -99,7 +99,7 @@ def command(
     if differences:
         echo(table(["setting", *names], [[name, *values] for name, values in differences.items()]))
     else:
-        echo("config.yaml and deepspeed.resolved.json do not differ")
+        echo("config.yaml and the DeepSpeed JSONs do not differ")
     outcome = [compare_runs.results(record) for record in records]
     headings, rows = ["result", *names], [[name, *map(line.cell, outcome)] for name, line in _LINES.items()]
     if len(outcome) == 2:

@@ -248,7 +248,8 @@ class TrainSection(Section):
         default=True, description="before step 1, try a step, a validation batch, a sample and a save, then undo them"
     )
     max_wall_time: str | None = Field(
-        default=None, description="save and exit with code 75 before this time has passed, e.g. 4h or 1h30m"
+        default=None,
+        description="save and exit with code 75 before this time has passed, e.g. 4h or 1h30m; null: Slurm's limit",
     )
     hang_timeout_seconds: PositiveFloat | None = Field(
         default=1800.0, description="after this time without progress, write all ranks' stacks and fail; null: wait"

@@ -42,6 +42,12 @@ class OptimizerFacts:
     epsilon: float
     weight_decay: float
 
+    def as_json(self) -> dict[str, Any]:
+        """Return it as a section of a DeepSpeed JSON; the learning rate is the schedule's."""
+        kind = {"adamw": "AdamW", "adam": "Adam"}[self.kind]
+        parameters = {"betas": list(self.betas), "eps": self.epsilon, "weight_decay": self.weight_decay}
+        return {"type": kind, "params": parameters}
+
 
 @dataclass(frozen=True)
 class ResolvedRun:

@@ -12,6 +12,7 @@ Rows have `kind` and `time` (unix seconds), and by kind:
   - `spike`: at_step, quantity, decided, loss, grad_norm, limit, median, first_sample
   - `start`, `resume` and `rollback` begin an attempt. `start` and `resume` have startup_seconds, since the start of the
     process; `resume` and `rollback` the `step` that the run continues from; `rollback` samples_skipped
+  - `wall_time`: limit, that of train.max_wall_time; null where Slurm's time limit stopped the run
   - `checkpoint`, when one is complete: path, saved_step, bytes, seconds (until complete), stall_seconds (training
     waited), pruned (names of removed checkpoints)
   - `expected`: quantity, loss, low and high in the document that the run follows, met (whether loss is within them)
@@ -70,6 +71,11 @@ class RowBatch:
 
 # Yields the rows of a file: `read_batches`, or a wrapper that shows progress.
 ReadBatches = Callable[[Path], Iterable[RowBatch]]
+
+
+def wall_limit(limit: str | None) -> str:
+    """Return the name of a run's time limit, given the `limit` of a `wall_time` event."""
+    return f"train.max_wall_time={limit}" if limit is not None else "the time limit of the Slurm job"
 
 
 class MetricsWriter:

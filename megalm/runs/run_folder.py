@@ -20,6 +20,7 @@ from typing import Any
 
 from megalm.checkpoint.discovery import BEST, LATEST, complete_checkpoints, list_checkpoints
 from megalm.checkpoint.shard_spec import WEIGHTS
+from megalm.config.deepspeed.json_reader import parse_deepspeed_json
 from megalm.config.schema import RunSection
 from megalm.config.validation import parse_yaml
 from megalm.errors import ConfigError
@@ -28,10 +29,12 @@ from megalm.rank_environment import job_and_restarts
 from megalm.runs.metrics_log import METRICS_FILE, read_newest_first
 from megalm.utils.addresses import hide_credentials_in_word
 from megalm.utils.atomic_files import is_stranger, write_bytes_atomically, write_json
+from megalm.utils.formatting import flatten_mapping
 
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
+DEEPSPEED_GIVEN_FILE = "deepspeed.json"
 DEEPSPEED_FILE = "deepspeed.resolved.json"
 ENVIRONMENT_FILE = "environment.json"
 
@@ -68,6 +71,17 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_deepspeed_settings(folder: Path) -> dict[str, Any]:
+    """Return dotted key -> value of the DeepSpeed JSON of a run or checkpoint: as resolved, else as the user wrote it.
+
+    Raises:
+        ConfigError: a file is not readable.
+    """
+    given = folder / DEEPSPEED_GIVEN_FILE
+    written = {} if is_stranger(given) or not given.exists() else parse_deepspeed_json(given)
+    return flatten_mapping(written) | flatten_mapping(read_mapping(folder / DEEPSPEED_FILE))
+
+
 class _Entry:
     """A file or folder of a run folder, by its name."""
 
@@ -85,8 +99,8 @@ class RunFolder:
     path: Path
 
     config_yaml = _Entry(CONFIG_FILE)
-    deepspeed_json = _Entry("deepspeed.json")  # as given
-    resolved_deepspeed_json = _Entry(DEEPSPEED_FILE)  # as DeepSpeed gets it
+    deepspeed_json = _Entry(DEEPSPEED_GIVEN_FILE)  # as given
+    resolved_deepspeed_json = _Entry(DEEPSPEED_FILE)  # as DeepSpeed gets it, and the optimizer
     environment_json = _Entry(ENVIRONMENT_FILE)
     metrics = _Entry(METRICS_FILE)
     log = _Entry("log.txt")
@@ -265,7 +279,7 @@ def write_facts(folder: RunFolder, run: ResolvedRun, facts: Mapping[str, Any]) -
     folder.samples.mkdir(exist_ok=True)
     write_bytes_atomically(folder.config_yaml, run.config_yaml.encode())
     write_bytes_atomically(folder.deepspeed_json, given)
-    write_json(folder.resolved_deepspeed_json, run.deepspeed)
+    write_json(folder.resolved_deepspeed_json, run.deepspeed | {"optimizer": run.optimizer.as_json()})
     write_json(folder.environment_json, {**environment(), **facts})
 
 

@@ -31,7 +31,7 @@ from megalm.model.model_config import flops_per_token
 from megalm.planning.resolve import DeviceFacts, ResolvedRun, known_vocab_size, resolve
 from megalm.planning.run_checks import wall_time_seconds
 from megalm.rank_environment import RankFacts, rank_facts
-from megalm.runs.metrics_log import MetricsWriter
+from megalm.runs.metrics_log import MetricsWriter, wall_limit
 from megalm.runs.run_folder import ResumeCommand, RunFolder, open_run_folder, write_facts
 from megalm.runs.run_lock import RunLock
 from megalm.runs.run_settings import Arguments, ResumeOptions, config_changes
@@ -41,10 +41,10 @@ from megalm.train.console import RunConsole
 from megalm.train.datasets import batch_loader, open_run_data, validation_loaders
 from megalm.train.evaluator import Evaluator
 from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks, StopRequest, watch_launchers
-from megalm.train.lifecycle.time_limits import TimeLimits, Watchdog, process_start
+from megalm.train.lifecycle.time_limits import TimeLimits, Watchdog, process_start, wall_seconds
 from megalm.train.resume.find_checkpoint import clean_up_interrupted_saves
 from megalm.train.resume.resume_plan import ResumePlan, find_resume_checkpoint, plan_resume
-from megalm.train.resume.resume_request import describe_attempt, write_attempt
+from megalm.train.resume.resume_request import record_attempt
 from megalm.train.run_checkpointer import RunCheckpointer
 from megalm.train.run_summary import (
     data_warnings,
@@ -60,6 +60,7 @@ from megalm.train.spikes.spike_report import SpikeReportWriter, sample_text_read
 from megalm.train.step_diagnostics import StepDiagnostics
 from megalm.train.text_samples import SampleWriter
 from megalm.train.trainer import Trainer, TrainerComponents, memory_errors_named, run_preflight
+from megalm.utils.formatting import format_duration
 from megalm.utils.process_setup import require_system
 
 # MLflow creates the tables of a new store, which takes a while; a short run waits up to this long for its mirror.
@@ -282,9 +283,9 @@ def _start_mirror(folder: RunFolder, console: RunConsole) -> MirrorHandle:
 def _checkpoints(plan: ResumePlan, opened: OpenRun, comm: Communicator) -> RunCheckpointer:
     """Return the checkpointer; first notes the resumed checkpoint in the run folder, before this attempt writes."""
     folder = opened.folder
-    attempt = None if plan.reader is None else describe_attempt(plan.reader, plan.resume, opened.attempt)
-    if attempt is not None:
-        comm.once(lambda: write_attempt(folder, attempt))
+    reader, attempt = plan.reader, None
+    if reader is not None:
+        attempt = comm.once(lambda: record_attempt(folder, reader, plan.resume, opened.attempt))
     return RunCheckpointer(folder, plan.run, plan.shape, plan.identity, plan.data.tokenizer, comm, attempt)
 
 
@@ -302,8 +303,9 @@ def _limits(run: ResolvedRun, hooks: RunHooks, supervisor: RankSupervisor) -> Ti
     train, watchdog = run.config.train, None
     if train.hang_timeout_seconds is not None and hooks.stacks is not None:
         watchdog = Watchdog(hooks.stacks, train.hang_timeout_seconds, supervisor.abort_hung_rank)
-    wall = wall_time_seconds(train.max_wall_time) if train.max_wall_time is not None else None
-    return TimeLimits(wall, process_start(), watchdog)
+    stated = wall_time_seconds(train.max_wall_time) if train.max_wall_time is not None else None
+    started = process_start()
+    return TimeLimits(wall_seconds(stated, started), started, watchdog)
 
 
 def _components(
@@ -368,6 +370,10 @@ def _announce(trainer: Trainer, console: RunConsole, plan: ResumePlan) -> None:
     from_path = {} if plan.reader is None else {"path": str(plan.reader.path)}
     startup_seconds = time.monotonic() - parts.limits.started
     trainer.event("resume" if resumed else "start", **facts, **from_path, startup_seconds=startup_seconds)
+    if (wall := parts.limits.wall_seconds) is not None:
+        limit = wall_limit(parts.run.config.train.max_wall_time)
+        left = parts.limits.started + wall - time.monotonic()
+        console.info(f"  note: the run stops and saves within {format_duration(left)} ({limit})")
     if resumed:
         console.info(f"resumed at step {position.step}, {position.tokens:,} tokens seen")
 

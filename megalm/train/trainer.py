@@ -24,7 +24,7 @@ from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
 from megalm.planning.lr_schedule import rate_at
 from megalm.planning.recipe_claims import Expectation, Quantity, Span, documented_losses
 from megalm.planning.resolve import ResolvedRun
-from megalm.runs.metrics_log import MetricsWriter
+from megalm.runs.metrics_log import MetricsWriter, wall_limit
 from megalm.runs.run_folder import RunFolder
 from megalm.runs.run_lock import LostFolder, RunLock
 from megalm.train.console import RunConsole
@@ -427,7 +427,7 @@ class Trainer:
             self._stop_early("signal", f"signal {int(number)}", signal=int(number))
         elif late:
             limit = parts.run.config.train.max_wall_time
-            self._stop_early("wall_time", f"train.max_wall_time={limit} is almost over", limit=limit)
+            self._stop_early("wall_time", f"{wall_limit(limit)} is almost over", limit=limit)
         return bool(lost or number or late)
 
     def _stop_early(self, event: str, why: str, **fields: Any) -> None:

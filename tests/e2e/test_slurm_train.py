@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -29,7 +30,7 @@ TELL = """
 import json, os, sys
 from pathlib import Path
 names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
-facts = {name: os.environ.get(name) for name in (*names, "SITE_SETTING")}
+facts = {name: os.environ.get(name) for name in (*names, "SITE_SETTING", "SLURM_JOB_END_TIME")}
 host = os.uname().nodename
 text = json.dumps({**facts, "host": host, "arguments": sys.argv[1:], "folder": os.getcwd()})
 Path(f"told-{os.environ['RANK']}.json").write_text(text)
@@ -46,6 +47,7 @@ class Told:
     master: str
     gpus: str | None
     setting: str | None
+    end_time: float
     arguments: list[str]
 
 
@@ -55,6 +57,7 @@ def telling_checkout(folder: Path, program: str = TELL) -> Path:
     (home / "launch").mkdir(parents=True)
     (home / "launch" / "pretrain.py").write_text(program)
     shutil.copytree(ROOT / "slurm", home / "slurm")
+    (home / "slurm" / "site.sh").write_text('export SITE_SETTING="$SITE_SETTING at this site"\n')
     # As many modules do: an unset variable and a command that fails are no reason to stop.
     settings = f'PATH="{Path(sys.executable).parent}:$PATH"\nfalse\nexport SITE_SETTING="ours$UNSET"\n'
     (home / "slurm" / "env.sh").write_text(settings)
@@ -74,10 +77,28 @@ def read_told(folder: Path) -> list[Told]:
             master=f"{it['MASTER_ADDR']}:{it['MASTER_PORT']}",
             gpus=it["CUDA_VISIBLE_DEVICES"],
             setting=it["SITE_SETTING"],
+            end_time=float(it["SLURM_JOB_END_TIME"]),
             arguments=it["arguments"],
         )
         for it in contents
     ]
+
+
+# A rank that trains until it has a signal, saves and leaves with 75; the second time it has nothing more to do.
+SAVES = """
+import os, signal, sys, time
+from pathlib import Path
+attempt = f"{os.environ.get('SLURM_RESTART_COUNT', '0')}-{os.environ['RANK']}"
+if not attempt.startswith("0"):
+    raise SystemExit
+def save(number, frame):
+    Path(f"saved-{attempt}-{signal.Signals(number).name}").touch()
+    os._exit(75)
+for name in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(name, save)
+Path(f"trains-{attempt}").touch()
+time.sleep(600)
+"""
 
 
 def slow_end(code: int) -> str:
@@ -88,7 +109,7 @@ def slow_end(code: int) -> str:
 
 GPU_OPTIONS = ("--gpus-per-node=2", "--gres=gpu:2", "--gpus=4", "--exclusive")
 PLACES = {"": (), "tasks a node": ("--ntasks-per-node=3",), "tasks": ("--nodes=1", "--ntasks=3")}
-CODES = (1, 2, 75)
+CODES = (1, 2)
 WORDS = ("a word", "x=['b c']", "--resume", "auto")
 
 
@@ -135,7 +156,9 @@ def test_one_rank_a_node_by_default(slurm: SlurmCluster, jobs: dict[object, Subm
     ]
     # The port is the job's own, so that jobs that share a node do not meet.
     assert {it.master for it in ranks} == {f"{slurm.nodes[0]}:{20_000 + int(jobs[''].job_id) % 10_000}"}
-    assert {it.setting for it in ranks} == {"ours"}
+    assert {it.setting for it in ranks} == {"ours at this site"}
+    started = datetime.fromisoformat(jobs[""].end()["StartTime"]).timestamp()
+    assert {it.end_time - started for it in ranks} == {600.0}, "the ten minutes that a job has by default"
     if can_name_hosts():
         assert [it.host for it in ranks] == list(slurm.nodes)
 
@@ -180,6 +203,55 @@ def test_rank_0_has_the_last_word(jobs: dict[object, Submitted], code: int) -> N
     """srun ends the others as soon as one rank leaves; the one that was slow to say why is not cut off."""
     assert jobs[code].end()["ExitCode"] == f"{code}:0"
     assert "why" in jobs[code].log().splitlines()
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A way to stop a job that can save: options of sbatch, words of scancel before the job's number, and its end."""
+
+    options: tuple[str, ...]
+    scancel: tuple[str, ...]
+    state: str
+    exit_code: str
+    restarts: str
+
+
+STOPS = {
+    "a signal for the ranks": Stop((), ("--signal=TERM",), "COMPLETED", "0:0", "1"),
+    "a signal for the shell": Stop((), ("--batch", "--signal=USR1"), "COMPLETED", "0:0", "1"),
+    "not to be queued again": Stop(("--no-requeue",), ("--signal=TERM",), "FAILED", "75:0", "0"),
+    "cancelled": Stop((), (), "CANCELLED", "", "0"),  # with the code of whoever comes first
+}
+
+
+def test_a_job_that_saved_is_queued_again(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """In every way to stop that lets the ranks save; not after a person's scancel."""
+    folders = {name: tmp_path / name for name in STOPS}
+    for folder in folders.values():
+        folder.mkdir()
+    jobs = {
+        name: slurm.sbatch(folders[name], *stop.options, telling_checkout(folders[name], SAVES))
+        for name, stop in STOPS.items()
+    }
+    until(lambda: all(len(list(folder.glob("trains-0-*"))) == 2 for folder in folders.values()), JOB_SECONDS)
+    for name, stop in STOPS.items():
+        slurm.ask("scancel", *stop.scancel, jobs[name])
+    for name, stop in STOPS.items():
+        until(lambda name=name: len(list(folders[name].glob("saved-0-*"))) == 2, JOB_SECONDS)
+        job = slurm.wait(jobs[name], JOB_SECONDS)
+        log = (folders[name] / f"megalm-{jobs[name]}.log").read_text()
+        assert (job["JobState"], job["Restarts"]) == (stop.state, stop.restarts), log
+        assert job["ExitCode"].startswith(stop.exit_code), log
+
+
+def test_a_preempted_job_saves_in_its_grace_time_and_is_queued_again(slurm: SlurmCluster, tmp_path: Path) -> None:
+    spare = slurm.sbatch(tmp_path, "--partition=spare", "--exclusive", telling_checkout(tmp_path, SAVES))
+    until(lambda: len(list(tmp_path.glob("trains-0-*"))) == 2, JOB_SECONDS)
+    urgent = slurm.sbatch(tmp_path, "--partition=urgent", "--exclusive", "--nodes=2", "--wrap", "true")
+    assert slurm.wait(urgent, JOB_SECONDS)["JobState"] == "COMPLETED"
+    job = slurm.wait(spare, JOB_SECONDS)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1")
+    assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0-0-SIGTERM", "saved-0-1-SIGTERM"]
 
 
 def test_one_failed_rank_ends_the_job(slurm: SlurmCluster, tmp_path: Path) -> None:
@@ -233,28 +305,22 @@ def test_trains_stops_and_goes_on(slurm: SlurmCluster, small_data: SmallData, tm
     until(lambda: any(row["step"] > COMPARED_STEPS for row in train_rows(on_nodes)), JOB_SECONDS)
     slurm.ask("scancel", "--signal=TERM", first)
     job = slurm.wait(first, JOB_SECONDS)
-    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "75:0"), (on_nodes / "train.log").read_text()
+    log = (on_nodes / "train.log").read_text()
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), log
     assert job["NumNodes"] == "2"
     for node in slurm.nodes:
         assert f"launch task StepId={first}.0" in (slurm.folder / "log" / f"slurmd-{node}.log").read_text()
     expected = losses(by_hand)
     assert len(expected) == COMPARED_STEPS
     assert {step: losses(on_nodes)[step] for step in expected} == pytest.approx(expected, abs=1e-5)
-    stopped = train_rows(on_nodes)[-1]["step"]
+    stopped = max(row["step"] for row in train_rows(on_nodes) if row["attempt"] == 1)
     assert stopped < STEPS
-
-    second = slurm.sbatch(on_nodes, *line)
-    job = slurm.wait(second, JOB_SECONDS)
-    log = (on_nodes / "train.log").read_text()
-    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log
     assert [(row["step"], row["attempt"]) for row in train_rows(on_nodes)] == [
         (step, 1 if step <= stopped else 2) for step in range(1, STEPS + 1)
     ]
     ends = [(row["event"], row["status"]) for row in rows(on_nodes) if row.get("event") == "end"]
     assert ends == [("end", "stopped"), ("end", "finished")]
-    # One log of both jobs.
-    assert f"job {first} " in log
-    assert f"job {second} " in log
+    assert log.count(f"job {first} on") == 2, "one log of both starts"
     assert f"step {stopped}," in log
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from megalm.runs.metrics_log import METRICS_FILE, Row, read_rows
-from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE, read_mapping
+from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE, read_deepspeed_settings, read_mapping
 from megalm.tracking.mlflow_mirror.sync_state import MirrorState
 from megalm.utils.formatting import flatten_to_text
 
@@ -53,9 +53,9 @@ def start_ms(run_dir: Path) -> int:
 
 
 def settings(run_dir: Path) -> dict[str, str]:
-    """Return config.yaml flattened (`train.steps`), and deepspeed.resolved.json under `deepspeed.`."""
-    config, deepspeed = read_mapping(run_dir / CONFIG_FILE), read_mapping(run_dir / DEEPSPEED_FILE)
-    return flatten_to_text(config) | flatten_to_text(deepspeed, "deepspeed.")
+    """Return config.yaml flattened (`train.steps`), and the DeepSpeed JSON, resolved, under `deepspeed.`."""
+    config = read_mapping(run_dir / CONFIG_FILE)
+    return flatten_to_text(config) | flatten_to_text(read_deepspeed_settings(run_dir), "deepspeed.")
 
 
 def parameters(run_dir: Path) -> dict[str, str]:

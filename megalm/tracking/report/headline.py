@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row, wall_limit
 from megalm.tracking.compare_runs import comparable_validations
 from megalm.tracking.report.run_data import Failure, ReportData
 from megalm.utils.formatting import format_duration
@@ -143,7 +143,7 @@ def _why_stopped(last: list[Row]) -> str:
         if row.get("event") == "signal":
             return f" by signal {row.get('signal', '')}".rstrip()
         if row.get("event") == "wall_time":
-            return f" because train.max_wall_time={row.get('limit')} was reached"
+            return f" because {wall_limit(row.get('limit'))} was reached"
     return ""
 
 

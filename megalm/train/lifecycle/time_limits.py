@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from megalm.rank_environment import allocation_end
+
 # Allow for a save that is slower than those before, and for the exit itself.
 _SAVE_MARGIN = 1.5
 _LEAVING_SECONDS = 10.0
@@ -72,6 +74,14 @@ class TimeLimits:
         """Stop the watchdog: what follows may take any time."""
         if self.watchdog is not None:
             self.watchdog.stop_watching()
+
+
+def wall_seconds(stated: float | None, started: float) -> float | None:
+    """Return the seconds from `started` within which a run must end: the stated ones, or up to the end of its job."""
+    end = allocation_end()
+    if stated is not None or end is None:
+        return stated
+    return end - time.time() + time.monotonic() - started
 
 
 def process_start() -> float:

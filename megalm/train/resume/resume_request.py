@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.discovery import ResumedFrom
-from megalm.errors import CheckpointError, DataError
+from megalm.errors import CheckpointError, ConfigError, DataError
 from megalm.rank_environment import job_and_restarts
 from megalm.runs.run_folder import RunFolder
 from megalm.runs.run_settings import Extension, ResumeOptions
@@ -44,6 +44,7 @@ class LastAttempt(BaseModel):
 
     Attributes:
         next_sample: the checkpoint's next sample when it was resumed; a later rollback to it increases that.
+        restarts_without_progress: restarts of one job in a row that resumed from this same checkpoint.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,6 +57,7 @@ class LastAttempt(BaseModel):
     skip_steps: int = 0
     allow: tuple[str, ...] = ()
     job: StartedJob = StartedJob()
+    restarts_without_progress: int = 0
 
     @property
     def origin(self) -> ResumedFrom:
@@ -75,9 +77,30 @@ class LastAttempt(BaseModel):
         )
 
 
-def describe_attempt(found: CheckpointReader, resume: ResumeOptions, attempt: int) -> LastAttempt:
-    """Return the record of this attempt for the next one to read."""
-    extension = resume.extension
+_RESTARTS_WITHOUT_PROGRESS = 3  # then a job that starts itself again would do so for ever
+
+
+def describe_attempt(
+    found: CheckpointReader, resume: ResumeOptions, attempt: int, before: LastAttempt | None = None
+) -> LastAttempt:
+    """Return the record of this attempt for the next one to read.
+
+    Args:
+        before: the last attempt.
+
+    Raises:
+        ConfigError: this job has restarted three times in a row without a step that it could keep.
+    """
+    extension, job = resume.extension, StartedJob.of_this_process()
+    in_vain = 0
+    if before is not None and job.is_after(before.job) and before.origin.is_at(found.path):
+        in_vain = before.restarts_without_progress + 1
+    if in_vain >= _RESTARTS_WITHOUT_PROGRESS:
+        raise ConfigError(
+            f"{job.job} has started {in_vain} times in a row from {found.path.name} and kept no step of it: the run "
+            "takes longer to start than it is allowed to last, or fails at the same place; its log has the reasons. "
+            "Mend that, then submit it as a new job"
+        )
     return LastAttempt(
         attempt=attempt,
         path=found.path.resolve(),
@@ -86,7 +109,8 @@ def describe_attempt(found: CheckpointReader, resume: ResumeOptions, attempt: in
         extend_strategy=extension.strategy if extension else "schedule",
         skip_steps=resume.skip_steps,
         allow=tuple(sorted(set(resume.allow))),
-        job=StartedJob.of_this_process(),
+        job=job,
+        restarts_without_progress=in_vain,
     )
 
 
@@ -127,6 +151,21 @@ def _read(folder: RunFolder) -> LastAttempt | None:
             f"{folder.request} is damaged ({' '.join(str(error).split())[:80]}); use --resume STEP or --resume PATH"
         ) from None
     return found.model_copy(update={"path": folder.path.resolve() / found.path})
+
+
+def record_attempt(folder: RunFolder, found: CheckpointReader, resume: ResumeOptions, attempt: int) -> LastAttempt:
+    """Write and return the record of this attempt.
+
+    Raises:
+        ConfigError: see `describe_attempt`.
+    """
+    try:
+        before = _read(folder)
+    except CheckpointError:
+        before = None
+    record = describe_attempt(found, resume, attempt, before)
+    write_attempt(folder, record)
+    return record
 
 
 def write_attempt(folder: RunFolder, request: LastAttempt) -> None:

@@ -67,6 +67,19 @@ def test_of_several_validation_sets_the_total_judges(tmp_path: Path) -> None:
     assert run.curve("eval") == ([64.0], [4.0])
 
 
+def test_the_optimizer_is_compared_as_written_and_as_resolved(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path, name, 1e-3, 8, [3.0] * 4) for name in ("a", "b")]
+    for folder, decay in zip(folders, (0.1, 0.01), strict=True):  # of runs whose resolved file has no optimizer
+        given = {"optimizer": {"type": "AdamW", "params": {"weight_decay": decay}}, "train_batch_size": "auto"}
+        (folder / "deepspeed.json").write_text(json.dumps(given))
+    key = "deepspeed.optimizer.params.weight_decay"
+    assert differing_settings([read_run(folder) for folder in folders]) == {key: ["0.1", "0.01"]}
+    resolved = json.dumps({"optimizer": {"params": {"weight_decay": 0.1}}, "train_batch_size": 8})
+    for folder in folders:
+        (folder / "deepspeed.resolved.json").write_text(resolved)
+    assert differing_settings([read_run(folder) for folder in folders]) == {}
+
+
 def test_results_are_the_last_the_best_and_the_median(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "a", 1e-3, 8, [5.0, 4.0, 3.0, 2.0, 2.5, 2.4, 2.4, 2.4, 2.4, 2.4])
     found = results(read_run(folder))

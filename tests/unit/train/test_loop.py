@@ -27,7 +27,7 @@ from megalm.runs.run_lock import RunLock
 from megalm.train.console import RunConsole
 from megalm.train.evaluator import TOTAL, Evaluation
 from megalm.train.lifecycle.shutdown import StopRequest
-from megalm.train.lifecycle.time_limits import TimeLimits
+from megalm.train.lifecycle.time_limits import TimeLimits, wall_seconds
 from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
 from megalm.train.spikes.spike_guard import SpikeGuard
 from megalm.train.spikes.spike_report import SpikeReport
@@ -512,3 +512,13 @@ def test_metrics_that_are_deleted_go_on_in_a_new_file(tmp_path: Path) -> None:
     assert (first["event"], warning["event"]) == ("start", "warning")
     assert_names(warning["text"], story.metrics)
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(5, 11))
+
+
+def test_without_a_limit_of_its_own_a_run_ends_with_its_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = time.monotonic() - 5.0
+    assert wall_seconds(None, started) is None
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 100))
+    assert wall_seconds(None, started) == pytest.approx(105.0, abs=2.0)
+    assert wall_seconds(30.0, started) == 30.0
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "")
+    assert wall_seconds(None, started) is None

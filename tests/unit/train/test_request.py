@@ -19,6 +19,7 @@ from megalm.train.resume.resume_request import (
     attempt_after_rollback,
     describe_attempt,
     read_last_attempt,
+    record_attempt,
     write_attempt,
 )
 from tests.checkpoint_files import save
@@ -130,6 +131,21 @@ def test_the_words_of_a_requeued_job_are_those_of_its_first_start(
     assert read_last_attempt(folder, "20")[1]
     monkeypatch.setenv("SLURM_JOB_ID", "78")
     assert not read_last_attempt(folder, "20")[1]
+
+
+def test_a_job_that_restarts_in_vain_is_refused(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    reader = CheckpointReader(folder.checkpoints / "step-00000020")
+    for restarts in range(3):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        assert record_attempt(folder, reader, ResumeOptions("auto"), 2 + restarts).restarts_without_progress == restarts
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    with pytest.raises(ConfigError) as refused:
+        record_attempt(folder, reader, ResumeOptions("auto"), attempt=5)
+    assert_names(refused.value, "77", "step-00000020", 3)
+    record_attempt(folder, saved(folder.checkpoints, 25, attempt=2), ResumeOptions("auto"), attempt=5)
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    assert record_attempt(folder, reader, ResumeOptions("auto"), attempt=6).restarts_without_progress == 0
 
 
 def test_damage_is_told_and_a_named_checkpoint_is_the_way_out(folder: RunFolder) -> None:
