@@ -32,7 +32,7 @@ from megalm.model.layer_factory import LayerFactory
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.modules import DropoutClock
 from megalm.model.transformer import LanguageModel, initialize
-from megalm.planning.resolve import ResolvedRun, resolve
+from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens, resolve
 from megalm.rank_environment import rank_facts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,7 +135,11 @@ def bare_step(setting: Setting, compiled: bool) -> Step:
     clock, train = DropoutClock(0), setting.resolve(compiled).config.train
     with _drawn_where_it_is_fast(setting):
         model = LanguageModel(
-            shape, LayerFactory(clock, compiled), clock, train.loss_chunk_tokens, train.checkpoint_activations_every
+            shape,
+            LayerFactory(clock, compiled),
+            clock,
+            loss_chunk_tokens(run.config, shape, run.device),
+            train.checkpoint_activations_every,
         )
         initialize(model, shape, 1)
     model = model.to(device, torch.bfloat16 if run.precision == "bf16" else torch.float32)

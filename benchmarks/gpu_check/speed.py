@@ -163,7 +163,14 @@ def _largest(setting: Setting, most_layers: int) -> Bench:
         trial = replace(setting, bench=candidate)
         run = trial.resolve(True)
         case = memory_case(
-            run.config, run.deepspeed_source, trial.shape, run.topology, run.precision, run.device, run.batch
+            run.config,
+            run.deepspeed_source,
+            trial.shape,
+            run.topology,
+            run.precision,
+            run.device,
+            run.batch,
+            run.whole_gradients,
         )
         if MemoryFit.of(estimate_memory(case), run.device).level != "fits":
             break
