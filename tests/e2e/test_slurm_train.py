@@ -246,12 +246,13 @@ def test_a_job_that_saved_is_queued_again(slurm: SlurmCluster, tmp_path: Path) -
 
 def test_a_preempted_job_saves_in_its_grace_time_and_is_queued_again(slurm: SlurmCluster, tmp_path: Path) -> None:
     spare = slurm.sbatch(tmp_path, "--partition=spare", "--exclusive", telling_checkout(tmp_path, SAVES))
-    until(lambda: len(list(tmp_path.glob("trains-0-*"))) == 2, JOB_SECONDS)
+    ranks = range(4 if slurm.has_gpus else 2)
+    until(lambda: len(list(tmp_path.glob("trains-0-*"))) == len(ranks), JOB_SECONDS)
     urgent = slurm.sbatch(tmp_path, "--partition=urgent", "--exclusive", "--nodes=2", "--wrap", "true")
     assert slurm.wait(urgent, JOB_SECONDS)["JobState"] == "COMPLETED"
     job = slurm.wait(spare, JOB_SECONDS)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1")
-    assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0-0-SIGTERM", "saved-0-1-SIGTERM"]
+    assert sorted(path.name for path in tmp_path.glob("saved-*")) == [f"saved-0-{rank}-SIGTERM" for rank in ranks]
 
 
 def test_one_failed_rank_ends_the_job(slurm: SlurmCluster, tmp_path: Path) -> None:
