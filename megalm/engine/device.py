@@ -153,7 +153,7 @@ def claim_device(ranks: RankFacts) -> torch.device:
     """
     torch.set_num_threads(ranks.threads)  # torchrun sets 1 thread, other launchers all: make them equal
     node = socket.gethostname()
-    if _wants_cuda() and (problem := cuda_problem()) and (sign := sign_of_gpus()):
+    if (sign := sign_of_gpus()) and (problem := cuda_problem()):
         raise ConfigError(
             f"this job is for GPUs ({sign}), but CUDA does not work on node {node}: {problem}; mend that or leave the "
             "node out, or set DS_ACCELERATOR=cpu to train on the CPU"
@@ -192,14 +192,14 @@ def bind_to_numa_node(device: torch.device, sysfs: Path = Path("/sys")) -> None:
 
 def cores_next_to(properties: Any, sysfs: Path) -> set[int]:
     """Return the cores of the NUMA node of a GPU; empty if there is one node only, or if it is not known."""
-    place = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
     nodes = sysfs / "devices/system/node"
     if len(list(nodes.glob("node[0-9]*"))) < 2:
         return set()
     try:
+        place = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
         node = (sysfs / "bus/pci/devices" / place / "numa_node").read_text().strip()  # -1: not known
         ranges = (nodes / f"node{node}" / "cpulist").read_text().strip().split(",")
-    except OSError:
+    except (OSError, AttributeError):  # not every torch build says where a GPU is
         return set()
     ends = [[int(end) for end in text.split("-")] for text in ranges if text]
     return {core for first, *last in ends for core in range(first, (last or [first])[0] + 1)}
@@ -244,13 +244,9 @@ def pin_batch(batch: GlobalBatch) -> GlobalBatch:
     )
 
 
-def _wants_cuda() -> bool:
-    """Return whether to compute on CUDA; DeepSpeed's own variable is honored, so that both choose the same device."""
-    return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-
-
 def _computes_on_cuda() -> bool:
-    return _wants_cuda() and torch.cuda.is_available()
+    """Return whether to compute on CUDA; DeepSpeed's own variable is honored, so that both choose the same device."""
+    return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
 
 
 def cuda_problem() -> str:

@@ -161,7 +161,8 @@ def agree_on_device(own: DeviceReport, ranks: RankFacts, store: Store) -> Device
         return common
     _put(store, f"refused/{ranks.rank}", None)
     if ranks.rank == 0:  # the store ends with this process
-        store.wait([f"refused/{rank}" for rank in range(ranks.world_size)], _REFUSAL_PATIENCE)
+        with contextlib.suppress(dist.DistStoreError):
+            store.wait([f"refused/{rank}" for rank in range(ranks.world_size)], _REFUSAL_PATIENCE)
     raise ConfigError(common)
 
 

@@ -47,3 +47,28 @@ def test_every_rank_makes_as_many_groups_in_the_same_order(topology: Topology) -
         if len(groups) > 1:  # each its own
             assert [ranks for ranks, _ in at_once] == [(rank,) for rank in range(topology.world_size)]
         assert {alone for _, alone in at_once} == {len(at_once[0][0]) == 1}
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "data", "tensor"), [(2, 1, 1), (2, 2, 1), (4, 2, 1), (2, 1, 2), (2, 3, 2), (3, 2, 4)]
+)
+def test_deepspeed_s_pipeline_makes_the_same_groups_on_every_rank(
+    monkeypatch: pytest.MonkeyPatch, pipeline: int, data: int, tensor: int
+) -> None:
+    from deepspeed.runtime.pipe import topology
+
+    grid = topology.PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=data)
+    made: list[list[tuple[int, ...]]] = []
+    for rank in range(grid.world_size()):
+        groups: list[tuple[int, ...]] = []
+
+        def new_group(ranks: list[int], groups: list[tuple[int, ...]] = groups) -> str:
+            groups.append(tuple(ranks))
+            return f"group {len(groups)}"
+
+        ranks = SimpleNamespace(get_rank=lambda rank=rank: rank, get_world_size=grid.world_size, new_group=new_group)
+        monkeypatch.setattr(topology, "dist", ranks)
+        topology.PipelineParallelGrid(topology=grid)
+        made.append(groups)
+    assert made[0]
+    assert made == made[:1] * grid.world_size()
