@@ -288,6 +288,7 @@ def memory_case(
         on_cpu=device.kind == "cpu",
         checkpoint_copy=config.checkpoint.asynchronous,
         sequence_parallel=config.parallel.sequence,
+        device_bytes=device.memory_bytes,
     )
 
 
