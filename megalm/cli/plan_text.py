@@ -255,12 +255,21 @@ def _memory(plan: Plan, ranks_per_node: int) -> str:
     ]
     if any(stage.disk for stage in stages):
         rows.append(["optimizer states (NVMe)", *(format_bytes(stage.disk) for stage in stages), "on the disk"])
-    rows.append(["total", *(format_bytes(stage.total) for stage in stages), ""])
+    rows.append(["total", *(format_bytes(stage.total) for stage in stages), "in a step"])
+    rows.append(["start", *(format_bytes(stage.start) for stage in stages), "at most before the first step"])
     rows.append(["available", format_bytes(device.memory_bytes), *blank, ""])
     if plan.fit.host_needed:
         host = [sum(stage.host.values()) for stage in stages]
-        of_node = f"{format_bytes(max(host) * ranks_per_node)} on a node of {ranks_per_node} rank(s)"
-        rows.append(["total (CPU memory)", *map(format_bytes, host), of_node])
+        if any(host):
+            rows.append(["total (CPU memory)", *map(format_bytes, host), "in a step"])
+        of_node = f"{format_bytes(plan.fit.host_needed * ranks_per_node)} on a node of {ranks_per_node} rank(s)"
+        rows.append(
+            [
+                "start (CPU memory)",
+                *(format_bytes(stage.start_host) for stage in stages),
+                f"at most before the first step; step and start need {of_node}",
+            ]
+        )
         share = format_bytes(device.host_memory_bytes) or "unknown"
         rows.append(["available (CPU memory)", share, *blank, "a rank's share of the node; megalm plan --host-memory"])
     return table([*headings, "holds"], rows)

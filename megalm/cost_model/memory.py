@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from megalm.config.deepspeed.json_schema import Precision, ZeroSection
 from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
+from megalm.cost_model.start_memory import start_moments
 from megalm.model.model_config import ModelConfig, kept_probabilities
 from megalm.topology import AXES, Topology
 
@@ -119,6 +120,7 @@ class MemoryCase:
         checkpoint_copy: checkpoints are written behind training, from copies in the CPU's memory.
         whole_gradients: ZeRO 2 adds up each rank's gradients of a step, and reduces them once.
         repeats_keys: attention keeps a copy of each key/value head for every query head that shares it.
+        device_bytes: memory of the device; None: not known.
     """
 
     shape: ModelConfig
@@ -139,6 +141,7 @@ class MemoryCase:
     checkpoint_copy: bool = False
     whole_gradients: bool = False
     repeats_keys: bool = False
+    device_bytes: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -149,6 +152,16 @@ class MemoryCase:
     def element_bytes(self) -> int:
         """Bytes of a number of the model's precision."""
         return BYTES[self.precision]
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of a number in which gradients are accumulated."""
+        return BYTES[self.gradient_precision]
+
+    @property
+    def communication_bytes(self) -> int:
+        """Bytes of a number in which gradients are communicated."""
+        return BYTES[self.communication_precision]
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -179,7 +192,7 @@ class MemoryCase:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes per rank.
+    """Bytes per rank: of a step, part by part, and at the fullest moments of the start, before the first step.
 
     Attributes:
         weights: the model computes with them.
@@ -191,6 +204,9 @@ class MemoryPlan:
         loss: the chunk of logits and the gradients of head and hidden states.
         runtime: on a GPU, an allowance for CUDA's context, cuBLAS and NCCL.
         host: part -> bytes that offload and checkpoints keep in the CPU's memory.
+        start: the most that the device holds before the first step, with `runtime`; on a CPU with what `start_host` is
+            on a GPU.
+        start_host: the most in the CPU's memory before the first step; 0 on a CPU.
         disk: the optimizer's states on NVMe.
         stage: of the pipeline; 0 without one.
     """
@@ -204,6 +220,8 @@ class MemoryPlan:
     loss: int
     runtime: int
     host: dict[str, int]
+    start: int
+    start_host: int
     disk: int = 0
     on_cpu: bool = False
     stage: int = 0
@@ -215,13 +233,23 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """Bytes in the device's memory; on a CPU this includes `host`."""
+        """Bytes in the device's memory in a step; on a CPU this includes `host`."""
         return sum(self.parts().values()) + (sum(self.host.values()) if self.on_cpu else 0)
+
+    @property
+    def peak(self) -> int:
+        """Bytes in the device's memory at most, in a step or at the start."""
+        return max(self.total, self.start)
+
+    @property
+    def host_peak(self) -> int:
+        """Bytes in the CPU's memory at most, in a step or at the start; on a CPU they are in `peak`."""
+        return 0 if self.on_cpu else max(sum(self.host.values()), self.start_host)
 
 
 def estimate_memory(case: MemoryCase) -> MemoryPlan:
     """Bytes per rank by part, on the fullest rank."""
-    return max(estimate_stages(case), key=lambda plan: plan.total)
+    return max(estimate_stages(case), key=lambda plan: plan.peak)
 
 
 def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
@@ -235,13 +263,17 @@ def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
         seen.add(kind)
         groups = parameter_groups(case, share)
         device, host = _states(case, groups)
+        moments = list(start_moments(case, share, groups))
+        runtime = _runtime_bytes(case)
         yield MemoryPlan(
             **device,
             buckets=_bucket_bytes(case, groups),
             activations=activation_bytes(case, share),
             loss=loss_bytes(case, share.tensor) if share.is_last else 0,
-            runtime=_runtime_bytes(case),
+            runtime=runtime,
             host=host,
+            start=max(map(sum, moments)) if case.on_cpu else max(it.device for it in moments) + runtime,
+            start_host=0 if case.on_cpu else max(it.host for it in moments),
             disk=16 * _own_elements(case, groups) if case.swaps else 0,  # master, two moments and the gradient
             on_cpu=case.on_cpu,
             stage=share.stage,
@@ -367,7 +399,7 @@ def _swap_buffers(case: MemoryCase, groups: Groups) -> dict[str, int]:
     own = _own_elements(case, groups)
     largest_part = max(math.ceil(count / case.topology.data) for group in groups for count in group)
     sub_group = min(own, case.zero.sub_group_size + largest_part)
-    return {"gradients": BYTES[case.gradient_precision] * own, "swap buffers": 4 * offload.buffer_count * sub_group}
+    return {"gradients": case.gradient_bytes * own, "swap buffers": 4 * offload.buffer_count * sub_group}
 
 
 def _checkpoint_copy(case: MemoryCase, elements: int) -> dict[str, int]:
@@ -378,7 +410,7 @@ def _checkpoint_copy(case: MemoryCase, elements: int) -> dict[str, int]:
 def _gradients(case: MemoryCase, groups: Groups, own: int) -> tuple[int, int]:
     """Bytes of accumulated gradients on the device and, with an offloaded optimizer, in the CPU's memory."""
     elements = sum(map(sum, groups))
-    low, accumulated = case.element_bytes, BYTES[case.gradient_precision]
+    low, accumulated = case.element_bytes, case.gradient_bytes
     offload, same_type = case.offloads_optimizer, case.gradient_precision == case.precision
     if case.zero.stage == 3:
         # With offload the accumulated gradients lie beside the fp32 ones that the optimizer reads.
@@ -424,7 +456,7 @@ def _bucket_bytes(case: MemoryCase, groups: Groups) -> int:
     zero, stage = case.zero, case.zero.stage
     counts = [count for group in groups for count in group]
     overlap = zero.overlap_comm if zero.overlap_comm is not None else stage == 3
-    sent = BYTES[case.communication_precision]
+    sent = case.communication_bytes
     # On a CPU, pages that nothing writes to take no memory.
     bucket = min(zero.reduce_bucket_size, sum(counts)) if case.on_cpu else zero.reduce_bucket_size
     if stage == 0:

@@ -157,7 +157,7 @@ class _InitialWeights:
                 continue
             turn = self._turns[name]
             if turn == self._data.index:
-                parameter.copy_(shard_of(parameter).cut(self._drawn[name].result()))
+                parameter.copy_(shard_of(parameter).cut(self._drawn[name].result()).to(parameter.dtype))
                 self._drawn.clear()
                 self._drawn = self._begin_next()
             if self._data.size > 1:

@@ -22,24 +22,30 @@ class MemoryFit:
     """The estimate of the fullest rank against its device, and its CPU memory against its share of the node.
 
     Attributes:
-        host_needed: bytes that offload and checkpoints keep in the CPU's memory; on a CPU they are in `needed`.
+        step, start: bytes on the device in a step, and at most before the first one.
+        host_needed: bytes in the CPU's memory, in a step or at the start; on a CPU they are in `step` and `start`.
         host_available: None if it is not known.
     """
 
-    needed: int
+    step: int
+    start: int
     available: int
     host_needed: int
     host_available: int | None
 
     @staticmethod
     def of(plan: MemoryPlan, device: DeviceFacts) -> MemoryFit:
-        host = 0 if plan.on_cpu else sum(plan.host.values())
-        return MemoryFit(plan.total, device.memory_bytes, host, device.host_memory_bytes)
+        return MemoryFit(plan.total, plan.start, device.memory_bytes, plan.host_peak, device.host_memory_bytes)
+
+    @property
+    def needed(self) -> int:
+        """Bytes on the device."""
+        return max(self.step, self.start)
 
     @property
     def leaves_room(self) -> bool:
-        """Whether the device has memory to spare, whatever the CPU's has: a micro-batch changes no more than that."""
-        return self.needed <= self.available * USABLE_MEMORY
+        """Whether a step leaves device memory to spare; a micro-batch changes nothing else."""
+        return self.step <= self.available * USABLE_MEMORY
 
     @property
     def level(self) -> FitLevel:
@@ -49,6 +55,8 @@ class MemoryFit:
 
     def __str__(self) -> str:
         text = f"a rank needs {_share(self.needed, self.available)}"
+        if self.start > self.step:
+            text += " at the start"
         if self.host_needed:
             text += f" and {_share(self.host_needed, self.host_available)} of CPU memory"
         return text

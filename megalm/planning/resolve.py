@@ -332,6 +332,7 @@ def memory_case(
         sequence_parallel=config.parallel.sequence,
         whole_gradients=whole_gradients,
         repeats_keys=repeats_keys,
+        device_bytes=device.memory_bytes,
     )
 
 

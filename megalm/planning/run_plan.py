@@ -46,7 +46,7 @@ class Plan:
     @property
     def memory(self) -> MemoryPlan:
         """Bytes on the fullest rank."""
-        return max(self.memory_by_stage, key=lambda stage: stage.total)
+        return max(self.memory_by_stage, key=lambda stage: stage.peak)
 
     @property
     def parameter_count(self) -> int:

@@ -1,0 +1,125 @@
+"""The memory of a rank before its first step, as megalm builds the model and DeepSpeed 0.19.8 lays out its states.
+
+No torch. A test compares it with the live tensors of starting engines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from megalm.cost_model.memory import Groups, MemoryCase, Share
+
+
+class Moment(NamedTuple):
+    """Bytes that a rank holds at one time, on the device and in the CPU's memory."""
+
+    device: int
+    host: int
+
+
+def start_moments(case: MemoryCase, share: Share, groups: Groups) -> Iterator[Moment]:
+    """The fullest moments of the start: one of them is the peak of the device, one of the CPU's memory.
+
+    Args:
+        groups: elements of the parameters in the optimizer's groups.
+    """
+    whole = max(math.prod(share.shape.parameters()[name]) for name in share.parameters())
+    drawn = 4 * whole  # the one initial weight that a rank draws, in fp32, before it is cut
+    if case.element_bytes < 4:
+        drawn += case.element_bytes * max(map(max, groups))  # on its way to the device
+    if case.zero.stage == 3:
+        moments = _stage_3(case, groups, _partitioning(case, share), drawn)
+    else:
+        yield Moment(case.element_bytes * sum(map(sum, groups)), drawn)
+        moments = _flat_groups(case, groups) if case.zero.stage else iter(())
+    for device, host in moments:
+        yield Moment(device, host)
+
+
+def _partitioning(case: MemoryCase, share: Share) -> int:
+    """Bytes of parameters at most while ZeRO 3 divides one block after another: earlier parts and this block."""
+    ranks = case.topology.data
+    peak = live = 0
+    for _, names in groupby(share.parameters().items(), key=lambda item: _stage_of(item[0])):
+        counts = [math.prod(size) for _, size in names]
+        live += sum(counts)
+        for count in counts:
+            part = math.ceil(count / ranks)
+            peak = max(peak, live + part)
+            live += part - count
+    return case.element_bytes * peak
+
+
+def _stage_of(name: str) -> str:
+    return ".".join(name.split(".")[: 2 if name.startswith("layers.") else 1])
+
+
+def _stage_3(case: MemoryCase, groups: Groups, partitioning: int, drawn: int) -> Iterator[Moment]:
+    parts = [[math.ceil(count / case.topology.data) for count in group] for group in groups]
+    own = sum(map(sum, parts))
+    weights = case.element_bytes * own
+    bucket = case.communication_bytes * case.zero.reduce_bucket_size if case.zero.contiguous_gradients else 0
+    if case.offloads_parameters:
+        largest_block = partitioning - weights
+        yield Moment(largest_block, drawn + weights)
+        yield Moment(0, 3 * weights)  # the parts, their flat buffer, and its pinned copy
+    else:
+        yield Moment(partitioning, drawn)
+        yield Moment(weights, weights)  # the parts become one buffer by way of the CPU's memory
+    device, host = (0, weights) if case.offloads_parameters else (weights, 0)
+    gradients = case.gradient_bytes * own
+    gathered = case.element_bytes * max(map(max, groups))  # each parameter once, for DeepSpeed's hooks
+    largest = 4 * max(sub_group for group in parts for sub_group in _sub_groups(group, case.zero.sub_group_size))
+    if case.swaps:
+        return  # a sub-group at a time, as in a step
+    if case.offloads_optimizer:
+        pinned = case.zero.offload_optimizer is not None and case.zero.offload_optimizer.pin_memory
+        copies = largest if pinned and not case.on_cpu else 0
+        yield Moment(device, host + 8 * own + largest + copies)  # masters and their gradients; one more sub-group
+        yield Moment(device + bucket + gathered, host + 8 * own + gradients * (2 if copies else 1))
+    else:
+        yield Moment(device + 4 * own + largest, host)  # masters, and a second copy or the gradient of a sub-group
+        yield Moment(device + 4 * own + bucket + gradients + gathered, host)
+
+
+def _sub_groups(parts: Sequence[int], limit: int) -> Iterator[int]:
+    """Elements of each sub-group: a parameter group is cut where it has reached the limit."""
+    size = 0
+    for part in parts:
+        size += part
+        if size >= limit:
+            yield size
+            size = 0
+    if size:
+        yield size
+
+
+def _flat_groups(case: MemoryCase, groups: Groups) -> Iterator[Moment]:
+    """ZeRO 1 and 2: each group becomes one flat buffer beside its parameters, of which a rank copies its part."""
+    low, ranks, offload = case.element_bytes, case.topology.data, case.offloads_optimizer
+    flat = low * sum(map(sum, groups))
+    device = host = 0
+    for group in groups:
+        padded = case.padded(group)
+        part = padded // ranks
+        beside = flat + device + low * padded
+        fits = case.device_bytes is None or beside <= case.device_bytes
+        yield Moment(beside, host) if fits else Moment(flat + device, host + 2 * low * padded)
+        flat += low * (padded - sum(group))
+        copied = low * part  # in the model's precision, on its way to fp32
+        if offload:
+            host += (4 + low) * part
+            yield Moment(flat + device + copied, host + 4 * part)
+        else:
+            yield Moment(flat + device + copied + (4 * part if low != 4 else 0), host)
+            device += 4 * part
+        if case.uses_bf16_optimizer:
+            device += case.gradient_bytes * padded
+            yield Moment(flat + device, host)
+    if not case.uses_bf16_optimizer:
+        gradients = 4 * sum(case.padded(group) for group in groups) // ranks  # freed at once without offload
+        yield Moment(flat + device, host + gradients) if offload else Moment(flat + device + gradients, host)
