@@ -329,14 +329,14 @@ def _reduction(config: RunConfig, ds: DeepSpeedConfig, batch: BatchPlan, whole: 
         whole: the memory that it needs then.
     """
     zero, wanted = ds.settings.zero_optimization, config.train.reduce_gradients
-    if zero.stage != 2 or wanted != "auto" or batch.accumulation == 1 or batch.data_parallel == 1:
+    if zero.stage != 2 or wanted != "auto" or batch.accumulation == 1:
         return zero.stage == 2 and wanted == "step", []
-    often = f'train.reduce_gradients ("auto"): gradients are sent {batch.accumulation} times a step'
+    often = f'train.reduce_gradients ("auto"): gradients are reduced {batch.accumulation} times a step'
     if zero.offload_optimizer is not None and zero.offload_optimizer.device != "none":
         return False, [f"{often}: offload_optimizer keeps no whole ones"]
     if not whole.leaves_room:
         return False, [f"{often}, not once: with whole gradients {whole}"]
-    return True, ['train.reduce_gradients ("auto"): gradients are kept whole and sent once a step']
+    return True, ['train.reduce_gradients ("auto"): gradients are kept whole and reduced once a step']
 
 
 def known_vocab_size(data: DataSection) -> int | None:
