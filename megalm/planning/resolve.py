@@ -14,7 +14,7 @@ from megalm.config.deepspeed.json_schema import Precision
 from megalm.config.loading import DEFAULT_PRESET, LoadedConfig, config_to_yaml, value_of
 from megalm.config.schema import DataSection, DocumentedSection, RunConfig, ScheduleSection
 from megalm.config.validation import shown
-from megalm.cost_model.memory import MemoryCase, estimate_memory
+from megalm.cost_model.memory import MemoryCase, estimate_memory, shares
 from megalm.cost_model.pipeline_balance import LARGE_BUBBLE, micro_batches_for
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.model.model_config import ModelConfig, build_model_config
@@ -143,7 +143,7 @@ def resolve(
     config = loaded.config
     schedule, schedule_notices = schedule_facts(loaded, ds)
     optimizer, optimizer_notices = _optimizer(ds)
-    deepspeed, deepspeed_notices = _deepspeed_dict(ds, batch, precision)
+    deepspeed, deepspeed_notices = _deepspeed_dict(ds, batch, precision, _gathered_sizes(ds, shape, topology))
     diagnostics, diagnostics_notices = wanted_diagnostics(config.train, ds)
     return ResolvedRun(
         config=config,
@@ -313,6 +313,7 @@ def memory_case(
     # Without flash attention; `fused_attention` has the rule, and a GPU has it where it has bf16.
     dense_mask = config.model.attention_dropout > 0 and config.data.document_mask
     repeats_keys = device.kind == "cuda" and (dense_mask or precision == "fp32" or not device.bf16)
+    sizes = _gathered_sizes(ds, shape, topology)
     return MemoryCase(
         shape=shape,
         sequence_length=config.data.sequence_length,
@@ -321,7 +322,7 @@ def memory_case(
         precision=precision,
         gradient_precision=settings.data_types.grad_accum_dtype or ("fp16" if precision == "fp16" else "fp32"),
         communication_precision=settings.communication_data_type or ("fp16" if precision == "fp16" else "fp32"),
-        zero=settings.zero_optimization,
+        zero=settings.zero_optimization.model_copy(update=sizes),
         topology=topology,
         loss_chunk_tokens=loss_chunk_tokens(config, shape, device),
         checkpoint_activations_every=config.train.checkpoint_activations_every,
@@ -336,6 +337,28 @@ def memory_case(
     )
 
 
+def _gathered_sizes(ds: DeepSpeedConfig, shape: ModelConfig, topology: Topology) -> dict[str, int]:
+    """Return ZeRO 3's sizes in elements that the JSON leaves open and for which DeepSpeed's defaults are no good.
+
+    A block is gathered in one message, while the block before it computes. Small parameters travel with it: those that
+    DeepSpeed keeps on every rank are gathered one by one after each update, and the device waits for them.
+    """
+    zero = ds.settings.zero_optimization
+    if zero.stage != 3:
+        return {}
+    given = {key.removeprefix("zero_optimization.") for key in ds.explicit_keys}
+    threshold = zero.param_persistence_threshold if "param_persistence_threshold" in given else 0
+    parameters = next(shares(shape, topology)).parameters().items()
+    counts = [math.prod(size) for name, size in parameters if name.startswith("layers.0.")]
+    block = sum(count for count in counts if count > threshold)
+    sizes = {
+        "param_persistence_threshold": threshold,
+        "prefetch_bucket_size": max(block, zero.prefetch_bucket_size),
+        "max_live_parameters": max(2 * block, zero.max_live_parameters),
+    }
+    return {name: size for name, size in sizes.items() if name not in given and size != getattr(zero, name)}
+
+
 def _reduction(config: RunConfig, ds: DeepSpeedConfig, batch: BatchPlan, whole: MemoryFit) -> tuple[bool, list[str]]:
     """Return whether ZeRO 2 keeps whole gradients and sends them once a step, and a notice where "auto" decides it.
 
@@ -343,14 +366,14 @@ def _reduction(config: RunConfig, ds: DeepSpeedConfig, batch: BatchPlan, whole: 
         whole: the memory that it needs then.
     """
     zero, wanted = ds.settings.zero_optimization, config.train.reduce_gradients
-    if zero.stage != 2 or wanted != "auto" or batch.accumulation == 1 or batch.data_parallel == 1:
+    if zero.stage != 2 or wanted != "auto" or batch.accumulation == 1:
         return zero.stage == 2 and wanted == "step", []
-    often = f'train.reduce_gradients ("auto"): gradients are sent {batch.accumulation} times a step'
+    often = f'train.reduce_gradients ("auto"): gradients are reduced {batch.accumulation} times a step'
     if zero.offload_optimizer is not None and zero.offload_optimizer.device != "none":
         return False, [f"{often}: offload_optimizer keeps no whole ones"]
     if not whole.leaves_room:
         return False, [f"{often}, not once: with whole gradients {whole}"]
-    return True, ['train.reduce_gradients ("auto"): gradients are kept whole and sent once a step']
+    return True, ['train.reduce_gradients ("auto"): gradients are kept whole and reduced once a step']
 
 
 def known_vocab_size(data: DataSection) -> int | None:
@@ -399,8 +422,14 @@ def _optimizer(ds: DeepSpeedConfig) -> tuple[OptimizerFacts, list[str]]:
     return OptimizerFacts("adamw" if adamw else "adam", params.betas, params.eps, params.weight_decay), notices
 
 
-def _deepspeed_dict(ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision) -> tuple[dict[str, Any], list[str]]:
-    given, notices = ds.to_dict(), []
+def _deepspeed_dict(
+    ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision, sizes: dict[str, int]
+) -> tuple[dict[str, Any], list[str]]:
+    given, stage_3 = ds.to_dict(), {f"stage3_{name}": size for name, size in sizes.items()}
+    notices = []
+    if stage_3:
+        chosen = " ".join(f"{name}={size}" for name, size in stage_3.items())
+        notices.append(f"{ds.path} leaves open {chosen}: blocks are gathered whole, one ahead")
     clipping = ds.settings.gradient_clipping
     if clipping is None:
         clipping = 1.0
@@ -416,7 +445,7 @@ def _deepspeed_dict(ds: DeepSpeedConfig, batch: BatchPlan, precision: Precision)
         **{key: value for key, value in given.items() if key not in (*_NOT_PASSED_ON, *_MADE_EXPLICIT)},
         "fp16": {**given.get("fp16", {}), "enabled": precision == "fp16"},
         "bf16": {**given.get("bf16", {}), "enabled": precision == "bf16"},
-        "zero_optimization": {"stage": 0, **given.get("zero_optimization", {})},
+        "zero_optimization": {"stage": 0, **given.get("zero_optimization", {}), **stage_3},
     }
     if precision == "bf16":
         # DeepSpeed would accumulate and send gradients in bf16, which loses their low bits.

@@ -26,8 +26,10 @@ CASES = {
     "zero0": Case("zero1.json", settings={"zero_optimization": {"stage": 0}}),
     "zero1": Case("zero1.json"),
     "zero2": Case("zero2.json"),
-    "zero3": Case("zero3.json", settings={"zero_optimization": {"stage3_param_persistence_threshold": 0}}),
-    "zero3 persistent": Case("zero3.json"),
+    "zero3": Case("zero3.json"),
+    "zero3 persistent": Case(
+        "zero3.json", settings={"zero_optimization": {"stage3_param_persistence_threshold": 100_000}}
+    ),
     "fp32.json": Case("fp32.json"),
     "zero2 accumulated": Case("zero2.json", settings={"train_micro_batch_size_per_gpu": 2}),
     "zero2 accumulated by micro-batch": Case(

@@ -59,7 +59,7 @@ ACCUMULATED = {"train_micro_batch_size_per_gpu": 2}
     [
         ((), 2, ACCUMULATED, True, ["train.reduce_gradients", "auto"]),
         ((), 2, {}, False, []),  # a single micro-batch
-        ((), 1, ACCUMULATED, False, []),  # nobody to send to
+        ((), 1, ACCUMULATED, True, ["train.reduce_gradients", "auto"]),  # nothing is sent, but a bucket is copied
         ((), 2, ACCUMULATED | {"zero_optimization": {"stage": 1}}, False, []),
         ((), 2, ACCUMULATED | {"zero_optimization": {"stage": 3}}, False, []),
         (
@@ -97,6 +97,45 @@ def test_whole_gradients_have_to_fit(start: Start) -> None:
     assert_names(notice_of(tight, "train.reduce_gradients"), 4, "6.5 GiB")
 
 
+WIDE = ("model.hidden_size=4096", "model.num_attention_heads=32", "model.intermediate_size=11008")
+MATRICES, NORMS = 4 * 4096**2 + 3 * 4096 * 11008, 2 * 4096
+
+
+@pytest.mark.parametrize(
+    ("overrides", "zero", "ranks", "derived"),
+    [
+        (WIDE, {"stage": 3}, 2, {"param_persistence_threshold": 0, "prefetch_bucket_size": MATRICES + NORMS}),
+        (
+            (*WIDE, "parallel.tensor=2"),
+            {"stage": 3, "stage3_prefetch_bucket_size": "auto"},
+            4,
+            {"param_persistence_threshold": 0, "prefetch_bucket_size": MATRICES // 2 + NORMS},
+        ),
+        # Parameters that stay on every rank are not gathered with their block.
+        (WIDE, {"stage": 3, "stage3_param_persistence_threshold": 10_000}, 2, {"prefetch_bucket_size": MATRICES}),
+        (WIDE, {"stage": 3, "stage3_prefetch_bucket_size": 10}, 2, {"param_persistence_threshold": 0}),
+        (WIDE, {"stage": 2}, 2, {}),
+        ((), {"stage": 3}, 2, {"param_persistence_threshold": 0}),  # several small blocks fit DeepSpeed's default
+        (
+            ("model.hidden_size=12288", "model.num_attention_heads=96", "model.intermediate_size=49152"),
+            {"stage": 3, "stage3_param_persistence_threshold": 10**6},
+            2,
+            {"prefetch_bucket_size": 16 * 12288**2, "max_live_parameters": 32 * 12288**2},
+        ),
+    ],
+)
+def test_zero_3_gathers_the_next_block_whole(
+    start: Start, overrides: tuple[str, ...], zero: dict[str, Any], ranks: int, derived: dict[str, int]
+) -> None:
+    run = start(*overrides, "model.num_hidden_layers=2", ranks=ranks, zero_optimization=zero)
+    set_here = {f"stage3_{name}": size for name, size in derived.items()}
+    kept = {key: value for key, value in zero.items() if value != "auto"}
+    assert run.deepspeed["zero_optimization"] == kept | set_here
+    notices = [notice for notice in run.notices if "leaves open" in notice]
+    assert len(notices) == bool(derived)
+    assert_names("".join(notices), *(f"{name}={size}" for name, size in set_here.items()))
+
+
 def test_deepspeed_reads_it_as_it_was_meant(start: Start) -> None:
     parsed = pytest.importorskip("deepspeed.runtime.config").DeepSpeedConfig(start(ranks=1).deepspeed)
     assert (parsed.train_batch_size, parsed.train_micro_batch_size_per_gpu) == (16, 16)
@@ -125,6 +164,7 @@ def test_explicit_values_are_kept(start: Start) -> None:
     assert run.deepspeed["zero_optimization"] == {
         "stage": 3,
         "stage3_max_live_parameters": 5,
+        "stage3_param_persistence_threshold": 0,
         "offload_param": {"device": "cpu"},
     }
     assert run.zero_stage == 3
