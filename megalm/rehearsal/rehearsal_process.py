@@ -70,7 +70,14 @@ def main() -> None:
 
 # What takes seconds to import, before any fork; torch._dynamo reads the rules of torch.cuda's functions, which a
 # rehearsal replaces. No backward pass may run before a fork: its threads would be missing after it.
-_FIRST = ("torch._dynamo", "deepspeed.compile.backend", "megalm.rehearsal.rehearsal")
+_FIRST = (
+    "torch._dynamo",
+    "deepspeed.compile.backend",
+    "deepspeed.module_inject.auto_ep_layer",
+    "megalm.rehearsal.rehearsal",
+    "megalm.engine.zero_engine",
+    "megalm.engine.pipeline_engine",
+)
 
 
 def _import_first() -> None:

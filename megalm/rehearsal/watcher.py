@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,8 +45,7 @@ _KINDS = {  # beginning of an operator's name -> how it is watched
     "aten._to_copy": "convert",
     "aten.copy_": "copy",
     "c10d": "collective",
-    "prim.device": "view",
-    "aten.detach": "view",
+    "prim": "other",
 }
 
 
@@ -66,6 +65,21 @@ def place_of(frame: FrameType | None) -> str:
             return f"{file[root + 1 :]}:{frame.f_code.co_name}"
         frame = frame.f_back
     return "autograd"  # whose thread for the device has no frames of ours
+
+
+def _view(op: Any, args: Any, kwargs: Any) -> Any:
+    """A view of a fake tensor, without the cache of FakeTensorMode: it costs more than the view.
+
+    ZeRO 3 makes a view for each rank whenever it gathers a parameter.
+    """
+    base = args[0]
+    if not isinstance(base, FakeTensor):
+        return op(*args, **kwargs)
+    with in_kernel_invocation_manager(base.fake_mode):
+        out = op(*args, **kwargs)
+    if isinstance(out, Tensor):
+        return FakeTensor(base.fake_mode, out, base.fake_device)
+    return [FakeTensor(base.fake_mode, part, base.fake_device) for part in out]
 
 
 class DeviceMemory:
@@ -109,6 +123,10 @@ class Watcher(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap each call, to keep out a compiler that does not run here
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch: untyped
         self.memory = {"cuda": DeviceMemory("cuda"), "cpu": DeviceMemory("cpu")}
@@ -135,8 +153,8 @@ class Watcher(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kind = _kind_of(op)
-        if kind == "view":  # of a tensor that is known
-            return op(*args, **kwargs)
+        if kind == "view":
+            return _view(op, args, kwargs)
         if kind == "question":
             return self._answer(str(op), op, args, kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
