@@ -217,8 +217,9 @@ def _batch_fits(settings: Settings, world_size: int, batch: RunBatch) -> bool:
 
 
 def _check(converted: Converted, source: Path, world_size: int, device: DeviceFacts) -> None:
-    """Resolve both files as a run does."""
+    """Resolve both files as a run does; messages name the file that the user has."""
     with tempfile.TemporaryDirectory() as folder:
         json_file, yaml_file = converted.write(Path(folder), source)
         loaded = load_run_config(str(yaml_file), [])
-        resolve(loaded, read_deepspeed_json(json_file), world_size, device, data_needed=False)
+        ds = replace(read_deepspeed_json(json_file), path=str(source))
+        resolve(loaded, ds, world_size, device, data_needed=False)

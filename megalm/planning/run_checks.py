@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +39,10 @@ def check_run(
         ConfigError: the value, its place, and what to use instead, of each problem.
         DataError: a file of the data, where nothing else is wrong.
     """
-    found = _problems(loaded, ds, world_size, device, data_needed)
+    _raise_all(_problems(loaded, ds, world_size, device, data_needed))
+
+
+def _raise_all(found: Sequence[MegalmError]) -> None:
     if len(found) == 1:
         raise found[0]
     if found:
@@ -54,18 +57,21 @@ def _problems(
     case = CheckContext(loaded, ds, world_size, device)
     found: list[MegalmError] = [ConfigError(line) for line in (*loaded.problems.values(), *ds.problems)]
     named = {*loaded.problems, *(outcome.key for outcome in ds.outcomes if outcome.action == "refused")}
-    for rule in RULES:
-        if rule is data_is_configured and not data_needed:
-            continue
+    rules = (rule for rule in RULES if data_needed or rule is not data_is_configured)
+    return [*found, *_broken(case, rules, named)]
+
+
+def _broken(case: CheckContext, rules: Iterable[Rule], named: set[str]) -> Iterator[MegalmError]:
+    """Yield what breaks a rule, unless all keys in its message are `named`; adds those keys."""
+    for rule in rules:
         try:
             rule(case)
         except MegalmError as error:
             # A rule about keys that already have a problem follows from it: the rule sees defaults in their place.
             keys = set(re.findall(r"[a-z]\w*(?:\.\w+)*", str(error))) & _KEYS
             if not keys or keys - named:
-                found.append(error)
+                yield error
             named |= keys
-    return found
 
 
 def _lines_of(error: MegalmError) -> tuple[str, ...]:
@@ -96,8 +102,8 @@ def with_steps(case: CheckContext, global_batch: int, parameters: int) -> tuple[
     changed = train.model_copy(update={"steps": steps, "tokens": None, "tokens_per_parameter": None})
     sources = loaded.sources | dict.fromkeys(RUN_LENGTH, "default") | {"train.steps": source}
     loaded = replace(loaded, config=loaded.config.model_copy(update={"train": changed}), sources=sources)
-    for rule in (warmup_ends_before_training, decay_fits_training):
-        rule(replace(case, loaded=loaded))
+    of_steps = (warmup_ends_before_training, decay_fits_training)
+    _raise_all(list(_broken(replace(case, loaded=loaded), of_steps, set())))
     return loaded, [notice]
 
 

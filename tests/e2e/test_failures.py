@@ -142,7 +142,7 @@ from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHoo
 
 def work():
     claim = FailureClaim(Path(sys.argv[1]))
-    guard.enter(RunHooks(claim, on_failure=lambda code: Path(sys.argv[1] + ".wish").touch()))
+    guard.enter(RunHooks(claim, on_failure=lambda code: Path(sys.argv[1] + ".wish").write_text(str(code))))
     print("waiting", flush=True)
     time.sleep(600)
 
@@ -157,12 +157,12 @@ def test_a_rank_that_waits_forever_leaves_with_the_failed_one(tmp_path: Path) ->
     with job(tmp_path, [sys.executable, "-c", WAITING, claim]) as started:
         assert started.process.stdout is not None
         assert started.process.stdout.readline() == "waiting\n"
-        assert FailureClaim(claim).take("rank 3 failed")
+        assert FailureClaim(claim).take("rank 3 refused its data", 2)
         finished = started.wait(SOON_SECONDS)
-    assert finished.code == 1
+    assert finished.code == 2, "as the rank that failed, whichever the launcher asks"
     assert finished.stderr == ""
-    assert Path(f"{claim}.wish").exists()
-    assert claim.read_text() == "rank 3 failed"
+    assert Path(f"{claim}.wish").read_text() == "2"
+    assert claim.read_text().splitlines()[1:] == ["rank 3 refused its data"]
 
 
 FULL = """

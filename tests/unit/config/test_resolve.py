@@ -325,6 +325,13 @@ def test_lengths_that_contradict_are_refused(start: Start, words: tuple[str, ...
     assert_names(refused(start, *words), words[-1].partition("=")[0])
 
 
+def test_the_steps_of_tokens_break_all_their_rules_at_once(start: Start) -> None:
+    words = ("train.tokens=4096000", "schedule.kind=wsd", "schedule.warmup_steps=1200", "schedule.decay_steps=900")
+    said = refused(start, *words)
+    assert_names(said, "schedule.warmup_steps=1200", "schedule.decay_steps=900", "train.steps=1000")
+    assert len(said.splitlines()) == 3
+
+
 def test_the_bubble_of_an_automatic_micro_batch_is_said(start: Start) -> None:
     pipeline = {"zero_optimization": {"stage": 1}, "ranks": 4}
     words = ("parallel.pipeline=4", "model.num_hidden_layers=4")

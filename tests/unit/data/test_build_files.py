@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import tokenizers
 
-from megalm.data.analysis.dataset_info import verify
+from megalm.data.analysis.dataset_info import describe, verify
 from megalm.data.builder import assembler as assembly_module
 from megalm.data.builder import build_plan as plan_module
 from megalm.data.builder import builder as builder_module
@@ -32,6 +32,7 @@ from megalm.data.readers.records import ReadOptions
 from megalm.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 from megalm.errors import ConfigError, DataError
 from tests.messages import assert_names
+from tests.unit.data.test_tokenizer import byte_level_json, words_json
 
 SMALL_UNITS = 20_000
 
@@ -672,3 +673,89 @@ def test_a_try_that_made_nothing_is_thrown_away_quietly(tmp_path: Path, caplog: 
     assert_names(error.value, f"{bad}:1", "'text'")
     build_files([bad], ByteTokenizer(), tmp_path / "out", BuildOptions(on_error="skip"))
     assert not caplog.messages
+
+
+ENDS = ["<|im_end|>", "<|endoftext|>"]
+
+
+def chat_json(folder: Path, texts: list[str]) -> Path:
+    """A tokenizer with two tokens that could end a document; its tokenizer_config.json names the first."""
+    path = byte_level_json(folder, texts)
+    made = tokenizers.Tokenizer.from_file(str(path))
+    made.add_special_tokens(ENDS)
+    made.save(str(path))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": ENDS[0]}))
+    return path
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_chosen_token_ends_every_document(
+    tmp_path: Path, corpus: list[Path], texts: list[str], workers: int
+) -> None:
+    path, datasets = chat_json(tmp_path, texts), {}
+    for name in (None, *ENDS):
+        tokenizer = load_tokenizer(path, name)
+        options = BuildOptions(unit_bytes=SMALL_UNITS)
+        built = build_files(corpus, tokenizer, tmp_path / f"my-{name}", options, workers=workers)
+        recorded = built.reports[0].tokenizer
+        assert (recorded["eod_id"], recorded["eod_token"]) == (tokenizer.eod_id, name or ENDS[0])
+        dataset = IndexedDataset(tmp_path / f"my-{name}")
+        assert {int(dataset[number][-1]) for number in range(len(dataset))} == {tokenizer.eod_id}
+        shown = describe(tmp_path / f"my-{name}")["end of document"]
+        assert_names(shown, name or ENDS[0], tokenizer.eod_id)
+        datasets[name] = contents(tmp_path / f"my-{name}")
+    assert datasets[None] == datasets[ENDS[0]] != datasets[ENDS[1]]
+
+
+def test_another_end_is_another_dataset(tmp_path: Path, corpus: list[Path], texts: list[str]) -> None:
+    path = chat_json(tmp_path, texts)
+    first = load_tokenizer(path, ENDS[0])
+    build_files(corpus, first, tmp_path / "my")
+    assert build_files(corpus, load_tokenizer(path), tmp_path / "my").was_there
+    other = load_tokenizer(path, ENDS[1])
+    with pytest.raises(DataError) as refused:
+        build_files(corpus, other, tmp_path / "my")
+    assert_names(refused.value, "--overwrite")
+    assert not build_files(corpus, other, tmp_path / "my", overwrite=True).was_there
+
+
+def unencodable(folder: Path, kind: str) -> tuple[Path, str, ReadOptions]:
+    """A file whose last document of three holds a word that `words_json` lacks; and that document's place."""
+    texts, options = ["some words", "words", "some unknown"], ReadOptions()
+    name, place, content = {
+        "lines": ("a.jsonl", ":3", b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)),
+        "packed": ("a.jsonl.gz", ":3", gzip.compress("".join(f'"{text}"\n' for text in texts).encode())),
+        "array": ("a.json", "[2]", json.dumps(texts).encode()),
+        "parts": ("a.txt", ":5", "\n\n".join(texts).encode()),
+        "whole": ("a.txt", "", texts[-1].encode()),
+        "table": ("a.parquet", ":2", b""),  # rows count from 0
+    }[kind]
+    path = folder / name
+    if kind == "parts":
+        options = ReadOptions(documents="blank-line")
+    if kind == "table":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=2)
+    else:
+        path.write_bytes(content)
+    return path, f"{path}{place}", options
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers"),
+    [("lines", 1), ("lines", 2), ("packed", 2), ("array", 1), ("parts", 1), ("whole", 1), ("table", 1)],
+)
+def test_a_document_that_cannot_be_encoded_is_named(tmp_path: Path, kind: str, workers: int) -> None:
+    path, place, read = unencodable(tmp_path, kind)
+    (tmp_path / "good.jsonl").write_text('"some"\n' * 5)
+    tokenizer = load_tokenizer(words_json(tmp_path))
+    options = BuildOptions(read=read, unit_bytes=20)
+    with pytest.raises(DataError) as refused:
+        build_files([tmp_path / "good.jsonl", path], tokenizer, tmp_path / "x", options, workers=workers)
+    assert_names(refused.value, place, tokenizer.spec, "--on-error")
+    skipping = replace(options, on_error="skip")
+    built = build_files([tmp_path / "good.jsonl", path], tokenizer, tmp_path / "y", skipping, workers=workers)
+    (report,) = built.reports
+    assert (report.documents, report.skipped) == (5 if kind == "whole" else 7, 1)
+    (message,) = report.messages
+    assert_names(message, place, tokenizer.spec)
+    assert build_files([tmp_path / "good.jsonl", path], tokenizer, tmp_path / "y", skipping).was_there

@@ -18,7 +18,7 @@ from megalm.data.builder.builder import BuildOptions, build_files
 from megalm.data.indexed import foreign_checks
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.writer import IndexedDatasetWriter
-from megalm.data.tokenizers.tokenizer import ByteTokenizer
+from megalm.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 from megalm.errors import ConfigError, DataError
 from megalm.planning.resolve import ResolvedRun, resolve
 from megalm.planning.run_plan import make_plan
@@ -33,6 +33,7 @@ from megalm.train.datasets import (
 from megalm.train.resume.compatibility import DataIdentity, incompatibilities
 from megalm.train.run_summary import data_rows, data_warnings, planned_data
 from tests.messages import assert_names
+from tests.unit.data.test_build_files import ENDS, chat_json
 
 BATCH = 16  # of the shipped JSONs
 
@@ -407,3 +408,34 @@ def test_both_parts_of_a_split_are_built_again_once(tmp_path: Path) -> None:
     assert len(said) == 2, "once, with a word before and a word after"
     assert_names(said[0], f"{tmp_path}/x-train")
     assert_names(said[1], f"{tmp_path}/x")
+
+
+def ending(folder: Path, name: str, eod_token: str) -> str:
+    (folder / "text.jsonl").write_text("".join(f'"some text {number}"\n' for number in range(40)))
+    tokenizer = load_tokenizer(folder / "tokenizer.json", eod_token)
+    build_files([folder / "text.jsonl"], tokenizer, folder / name)
+    return str(folder / name)
+
+
+def test_the_token_that_ends_a_document(tmp_path: Path) -> None:
+    """Chosen in the build and recorded, a run takes it over; another choice is refused with both and the command."""
+    path = chat_json(tmp_path, ["some text"])
+    own, other = (load_tokenizer(path, end).eod_id for end in ENDS)
+    web, code = ending(tmp_path, "web", ENDS[1]), ending(tmp_path, "code", ENDS[0])
+
+    def words(*more: str) -> tuple[str, ...]:
+        return f"data.tokenizer={path}", f"data.cache={tmp_path}", *more
+
+    assert opened(*words(f"data.train={web}"))[1].tokenizer.eod_id == other
+    assert opened(*words(f"data.train={code}"))[1].tokenizer.eod_id == own
+    assert opened(*words(f"data.train={web}", f"data.eod_token={ENDS[1]}"))[1].tokenizer.eod_id == other
+    foreign = write_tokens(tmp_path / "foreign", [[1] * 40] * 3)
+    assert opened(*words(f"data.train={foreign}"))[1].tokenizer.eod_id == own
+    assert opened(*words(f"data.train={foreign}", f"data.eod_token={ENDS[1]}"))[1].tokenizer.eod_id == other
+    for stated in ((f"data.train={web}", f"data.eod_token={ENDS[0]}"), (mixed(code, web),)):
+        with pytest.raises(DataError) as refused:
+            opened(*words(*stated))
+        assert_names(refused.value, web, *ENDS, own, other, "data.eod_token", f"--eod-token '{ENDS[0]}'")
+    with pytest.raises(DataError) as refused:
+        opened(*words(f"data.train={web}", "data.eod_token=<|endoftex|>"))
+    assert_names(refused.value, path, "'<|endoftex|>'", ENDS[1])
