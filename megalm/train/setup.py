@@ -115,8 +115,8 @@ class BuiltRun:
 
 def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     """Run one training job on this rank; return the exit code."""
-    ranks = rank_facts()
     require_system()
+    ranks = rank_facts()
     device, report = open_device(ranks)
     settings = None if report.problem else load_settings(arguments, ranks, report.facts)
     store = open_store(ranks)
@@ -266,7 +266,8 @@ def build_trainer(
     if plan.reader is not None:
         checkpoints.restore(plan.reader, engine, parts.guard, plan.weights_only, new=True)
     plan.position.attempt = opened.attempt
-    parts = replace(parts, diagnostics=_diagnostics(parts, folder, traffic))
+    if traffic is not None:
+        parts = replace(parts, diagnostics=_diagnostics(parts, folder, traffic))
     trainer = Trainer(parts, plan.position)
     _announce(trainer, console, plan)
     parts.stop.install()
@@ -355,7 +356,7 @@ def _traffic_counter(run: ResolvedRun) -> TrafficCounter | None:
     return TrafficCounter() if wanted.count_traffic or wanted.profile_step is not None else None
 
 
-def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCounter | None) -> StepDiagnostics:
+def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCounter) -> StepDiagnostics:
     run = parts.run
     flops = parts.flops_per_token * run.tokens_per_step
     return StepDiagnostics(run.diagnostics, folder.profile, parts.comm, traffic, flops, run.config.train.steps)
