@@ -22,8 +22,8 @@ class Alone:
 class Numbers:
     eod_id = EOD
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [[int(word) for word in text.split()] for text in texts]
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.array([int(word) for word in text.split()], np.int32) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
