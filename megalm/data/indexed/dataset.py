@@ -202,7 +202,9 @@ def _map_bytes(path: Path) -> npt.NDArray[np.uint8]:
             return np.zeros(0, dtype=np.uint8)
         return np.memmap(path, dtype=np.uint8, mode="r")
     except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror}); check the dataset prefix") from error
+        raise DataError(
+            f"{path}: cannot be opened ({error.strerror}); give the prefix of a dataset, without .bin"
+        ) from error
 
 
 def _view(raw: npt.NDArray[np.uint8], dtype: str, count: int, offset: int) -> npt.NDArray[Any]:

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 from megalm.data.readers.formats import format_of
-from megalm.data.readers.input_files import BROKEN, InputFile, PackedBytes, ReadReport, find_inputs, unpacked
+from megalm.data.readers.input_files import (
+    BROKEN,
+    InputFile,
+    PackedBytes,
+    ReadReport,
+    find_inputs,
+    packing_of_content,
+    unpacked,
+)
 from megalm.data.readers.records import (
     BLOCK_BYTES,
     CONTINUED,
@@ -90,6 +98,9 @@ def read_blocks(span: Span, options: ReadOptions, block_bytes: int) -> Iterator[
         try:
             if place:
                 raw.seek(place)
+            elif not span.file.packing and (packing := packing_of_content(raw)):
+                yield ByteBlock(b"", 0, f"is compressed; give it the ending {packing}", lost_bytes())
+                return
             stream = unpacked(packed, span.file.packing) if span.file.packing else raw
             for block in blocks_of(stream, layout, options.largest_bytes, block_bytes, span.start, span.end):
                 if layout.ends_at_problems and block.problem and block.problem != CONTINUED:
@@ -167,7 +178,7 @@ def _read_table(span: Span, options: ReadOptions, count: SpanCount) -> Iterator[
             names = table.schema_arrow.names
             missing = [key for key in options.keys if key not in names]
             if missing:
-                problem = f"has no column {missing[0]!r} (its columns: {', '.join(names)})"
+                problem = f"has no column {missing[0]!r} (its columns: {', '.join(names)}; --text-key chooses one)"
                 yield [TextRecord(None, problem, 0, 0, 0, count.disk_bytes)]
                 return
             for batch in table.iter_batches(TABLE_ROWS, row_groups=groups, columns=list(options.keys)):

@@ -11,6 +11,7 @@ import hashlib
 import io
 import lzma
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,9 @@ from megalm.errors import DataError
 STDIN = "-"
 KINDS = (".jsonl", ".json", ".txt", ".md", ".parquet")
 PACKINGS = (".gz", ".bz2", ".xz", ".zst")
+_MAGIC = re.compile(
+    rb"(?P<gz>\x1f\x8b\x08)|(?P<bz2>BZh[1-9]1AY&SY)|(?P<xz>\xfd7zXZ\x00)|(?P<zst>\x28\xb5\x2f\xfd)", re.DOTALL
+)
 KEPT_MESSAGES = 20
 WORK_SUFFIX = ".building"
 # Errors that the unpackers raise on a damaged or truncated file.
@@ -235,6 +239,12 @@ def kind_of(path: Path) -> str:
 
 def packing_of(path: Path) -> str:
     return path.suffix if path.suffix in PACKINGS else ""
+
+
+def packing_of_content(raw: BinaryIO) -> str:
+    """Return the packing that the next bytes begin, without reading them; "" for none."""
+    found = _MAGIC.match(cast(io.BufferedReader, raw).peek(SNIFFED_BYTES))
+    return f".{found.lastgroup}" if found else ""
 
 
 def find_inputs(

@@ -186,7 +186,7 @@ def text_of(value: object, options: ReadOptions) -> tuple[str | None, str]:
     for key in options.keys:
         if key not in value:
             keys = ", ".join(map(repr, list(value)[:8])) or "none"
-            return None, f"has no {key!r} (its keys: {keys})"
+            return None, f"has no {key!r} (its keys: {keys}; --text-key chooses one)"
         if value[key] is None:  # as tables and exports of tables mark what is missing
             continue
         if not isinstance(value[key], str):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import errno
 import fcntl
 import gzip
 import json
+import lzma
 import os
 import random
 from dataclasses import replace
@@ -16,6 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tokenizers
+from backports import zstd
 
 from megalm.data.analysis.dataset_info import describe, verify
 from megalm.data.builder import assembler as assembly_module
@@ -759,3 +762,27 @@ def test_a_document_that_cannot_be_encoded_is_named(tmp_path: Path, kind: str, w
     (message,) = report.messages
     assert_names(message, place, tokenizer.spec)
     assert build_files([tmp_path / "good.jsonl", path], tokenizer, tmp_path / "y", skipping).was_there
+
+
+PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd.compress}
+
+
+@pytest.mark.parametrize("packing", PACKERS)
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".txt"])
+def test_compressed_text_without_the_ending_is_named(tmp_path: Path, packing: str, kind: str) -> None:
+    path = tmp_path / f"a{kind}"
+    path.write_bytes(PACKERS[packing](b'{"text": "some words"}\n' * 200))
+    with pytest.raises(DataError) as refused:
+        build_files([path], ByteTokenizer(), tmp_path / "x")
+    assert_names(refused.value, path, packing)
+    renamed = path.rename(tmp_path / f"a{kind}{packing}")
+    assert build_files([renamed], ByteTokenizer(), tmp_path / "x").reports[0].text_bytes
+
+
+def test_a_missing_key_names_the_option(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"content": "some words"}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["some words"]}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        with pytest.raises(DataError) as refused:
+            build_files([tmp_path / name], ByteTokenizer(), tmp_path / "x")
+        assert_names(refused.value, "'text'", "content", "--text-key")
