@@ -107,7 +107,8 @@ def _flat_groups(case: MemoryCase, groups: Groups) -> Iterator[Moment]:
         padded = case.padded(group)
         part = padded // ranks
         beside = flat + device + low * padded
-        fits = case.device_bytes is None or beside <= case.device_bytes
+        # Where the device has no room for the buffer, DeepSpeed makes it in the CPU's memory; BF16_Optimizer does not.
+        fits = case.uses_bf16_optimizer or case.device_bytes is None or beside <= case.device_bytes
         yield Moment(beside, host) if fits else Moment(flat + device, host + 2 * low * padded)
         flat += low * (padded - sum(group))
         copied = low * part  # in the model's precision, on its way to fp32
