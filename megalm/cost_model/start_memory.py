@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -41,21 +40,16 @@ def start_moments(case: MemoryCase, share: Share, groups: Groups) -> Iterator[Mo
 
 
 def _partitioning(case: MemoryCase, share: Share) -> int:
-    """Bytes of parameters at most while ZeRO 3 divides one block after another: earlier parts and this block."""
+    """Bytes of parameters at most while ZeRO 3 divides one module after another: earlier parts and this module."""
     ranks = case.topology.data
     peak = live = 0
-    for _, names in groupby(share.parameters().items(), key=lambda item: _stage_of(item[0])):
-        counts = [math.prod(size) for _, size in names]
+    for counts in share.modules():
         live += sum(counts)
         for count in counts:
             part = math.ceil(count / ranks)
             peak = max(peak, live + part)
             live += part - count
     return case.element_bytes * peak
-
-
-def _stage_of(name: str) -> str:
-    return ".".join(name.split(".")[: 2 if name.startswith("layers.") else 1])
 
 
 def _stage_3(case: MemoryCase, groups: Groups, partitioning: int, drawn: int) -> Iterator[Moment]:
