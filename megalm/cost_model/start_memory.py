@@ -26,17 +26,17 @@ def start_moments(case: MemoryCase, share: Share, groups: Groups) -> Iterator[Mo
     Args:
         groups: elements of the parameters in the optimizer's groups.
     """
-    whole = max(math.prod(share.shape.parameters()[name]) for name in share.parameters())
-    drawn = 4 * whole  # the one initial weight that a rank draws, in fp32, before it is cut
+    sizes = share.shape.parameters()
+    # The one initial weight that a rank draws, in fp32, before it is cut, and what is on its way to the device.
+    drawn = 4 * max(math.prod(sizes[name]) for name in share.parameters())
     if case.element_bytes < 4:
-        drawn += case.element_bytes * max(map(max, groups))  # on its way to the device
+        drawn += case.element_bytes * max(map(max, groups))
     if case.zero.stage == 3:
-        moments = _stage_3(case, groups, _partitioning(case, share), drawn)
-    else:
-        yield Moment(case.element_bytes * sum(map(sum, groups)), drawn)
-        moments = _flat_groups(case, groups) if case.zero.stage else iter(())
-    for device, host in moments:
-        yield Moment(device, host)
+        yield from _stage_3(case, groups, _partitioning(case, share), drawn)
+        return
+    yield Moment(case.element_bytes * sum(map(sum, groups)), drawn)
+    if case.zero.stage:
+        yield from _flat_groups(case, groups)
 
 
 def _partitioning(case: MemoryCase, share: Share) -> int:
