@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from megalm.config.deepspeed.json_schema import Precision, ZeroSection
 from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
@@ -76,6 +77,13 @@ class Share:
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of each parameter or part of it held here, in the model's order."""
         return {name: self._local(name, size) for name, size in self.shape.parameters().items() if self._is_here(name)}
+
+    def modules(self) -> list[list[int]]:
+        """Elements of the parameters of each module that ZeRO 3 builds and gathers as one: embedding, blocks, head."""
+        sizes = groupby(
+            self.parameters().items(), key=lambda it: it[0].split(".")[: 2 if it[0][:7] == "layers." else 1]
+        )
+        return [[math.prod(size) for _, size in module] for _, module in sizes]
 
     def _is_here(self, name: str) -> bool:
         if name.startswith("layers."):
@@ -199,7 +207,8 @@ class MemoryPlan:
         gradients: accumulated gradients.
         master: the fp32 weights that the optimizer updates; none in stage 0, which updates `weights`.
         moments: Adam's two.
-        buckets: communication buffers, and under ZeRO 3 the weights gathered at one time.
+        buckets: communication buffers beyond what the backward pass has freed by then, and under ZeRO 3 the weights
+            gathered at one time.
         activations: kept by the forward pass for the backward pass.
         loss: the chunk of logits and the gradients of head and hidden states.
         runtime: on a GPU, an allowance for CUDA's context, cuBLAS and NCCL.
@@ -265,11 +274,13 @@ def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
         device, host = _states(case, groups)
         moments = list(start_moments(case, share, groups))
         runtime = _runtime_bytes(case)
+        activations = activation_bytes(case, share)
+        loss = loss_bytes(case, share.tensor) if share.is_last else 0
         yield MemoryPlan(
             **device,
-            buckets=_bucket_bytes(case, groups),
-            activations=activation_bytes(case, share),
-            loss=loss_bytes(case, share.tensor) if share.is_last else 0,
+            buckets=_bucket_bytes(case, share, groups, activations + loss),
+            activations=activations,
+            loss=loss,
             runtime=runtime,
             host=host,
             start=max(map(sum, moments)) if case.on_cpu else max(it.device for it in moments) + runtime,
@@ -451,8 +462,12 @@ def _touched_elements(groups: Groups, case: MemoryCase) -> int:
     return max(totals)
 
 
-def _bucket_bytes(case: MemoryCase, groups: Groups) -> int:
-    """Communication buffers at their largest."""
+def _bucket_bytes(case: MemoryCase, share: Share, groups: Groups, freed: int) -> int:
+    """Communication buffers at their largest.
+
+    Args:
+        freed: bytes that the backward pass frees before stage 0 and BF16_Optimizer reduce the gradients.
+    """
     zero, stage = case.zero, case.zero.stage
     counts = [count for group in groups for count in group]
     overlap = zero.overlap_comm if zero.overlap_comm is not None else stage == 3
@@ -460,12 +475,13 @@ def _bucket_bytes(case: MemoryCase, groups: Groups) -> int:
     # On a CPU, pages that nothing writes to take no memory.
     bucket = min(zero.reduce_bucket_size, sum(counts)) if case.on_cpu else zero.reduce_bucket_size
     if stage == 0:
-        return 0 if case.topology.data == 1 else 4 * min(sum(counts), _FLAT_BUCKET)
+        return 0 if case.topology.data == 1 else max(0, 4 * min(sum(counts), _FLAT_BUCKET) - freed)
     if stage == 3:
-        largest_block = max(counts, default=0)
-        gathered = min(sum(counts), zero.max_live_parameters, largest_block + 2 * zero.prefetch_bucket_size)
+        # DeepSpeed keeps what it needs again within the reuse distance, prefetches, and adds the module in work.
+        kept = min(zero.max_live_parameters, zero.max_reuse_distance + zero.prefetch_bucket_size)
+        gathered = min(sum(counts), kept + max(map(sum, share.modules())))
         return sent * bucket + case.element_bytes * gathered
     if case.uses_bf16_optimizer:
-        return 4 * min(sum(counts), _FLAT_BUCKET)  # one flattened copy of the gradients being reduced
+        return max(0, 4 * min(sum(counts), _FLAT_BUCKET) - freed)  # one flattened copy of the gradients
     staged = BYTES[case.gradient_precision if stage == 1 or case.whole_gradients else case.precision]
     return staged * bucket * (2 if overlap else 1) if zero.contiguous_gradients else 0

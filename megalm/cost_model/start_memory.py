@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -27,35 +26,30 @@ def start_moments(case: MemoryCase, share: Share, groups: Groups) -> Iterator[Mo
     Args:
         groups: elements of the parameters in the optimizer's groups.
     """
-    whole = max(math.prod(share.shape.parameters()[name]) for name in share.parameters())
-    drawn = 4 * whole  # the one initial weight that a rank draws, in fp32, before it is cut
+    sizes = share.shape.parameters()
+    # The one initial weight that a rank draws, in fp32, before it is cut, and what is on its way to the device.
+    drawn = 4 * max(math.prod(sizes[name]) for name in share.parameters())
     if case.element_bytes < 4:
-        drawn += case.element_bytes * max(map(max, groups))  # on its way to the device
+        drawn += case.element_bytes * max(map(max, groups))
     if case.zero.stage == 3:
-        moments = _stage_3(case, groups, _partitioning(case, share), drawn)
-    else:
-        yield Moment(case.element_bytes * sum(map(sum, groups)), drawn)
-        moments = _flat_groups(case, groups) if case.zero.stage else iter(())
-    for device, host in moments:
-        yield Moment(device, host)
+        yield from _stage_3(case, groups, _partitioning(case, share), drawn)
+        return
+    yield Moment(case.element_bytes * sum(map(sum, groups)), drawn)
+    if case.zero.stage:
+        yield from _flat_groups(case, groups)
 
 
 def _partitioning(case: MemoryCase, share: Share) -> int:
-    """Bytes of parameters at most while ZeRO 3 divides one block after another: earlier parts and this block."""
+    """Bytes of parameters at most while ZeRO 3 divides one module after another: earlier parts and this module."""
     ranks = case.topology.data
     peak = live = 0
-    for _, names in groupby(share.parameters().items(), key=lambda item: _stage_of(item[0])):
-        counts = [math.prod(size) for _, size in names]
+    for counts in share.modules():
         live += sum(counts)
         for count in counts:
             part = math.ceil(count / ranks)
             peak = max(peak, live + part)
             live += part - count
     return case.element_bytes * peak
-
-
-def _stage_of(name: str) -> str:
-    return ".".join(name.split(".")[: 2 if name.startswith("layers.") else 1])
 
 
 def _stage_3(case: MemoryCase, groups: Groups, partitioning: int, drawn: int) -> Iterator[Moment]:
@@ -107,7 +101,8 @@ def _flat_groups(case: MemoryCase, groups: Groups) -> Iterator[Moment]:
         padded = case.padded(group)
         part = padded // ranks
         beside = flat + device + low * padded
-        fits = case.device_bytes is None or beside <= case.device_bytes
+        # Where the device has no room for the buffer, DeepSpeed makes it in the CPU's memory; BF16_Optimizer does not.
+        fits = case.uses_bf16_optimizer or case.device_bytes is None or beside <= case.device_bytes
         yield Moment(beside, host) if fits else Moment(flat + device, host + 2 * low * padded)
         flat += low * (padded - sum(group))
         copied = low * part  # in the model's precision, on its way to fp32

@@ -68,6 +68,7 @@ def _work(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[s
         "decay": _decaying_elements(comm, device, prefix, folder),
         "gradients": _gradients(comm, device, prefix, folder),
         "rows": _logits_rows(comm, device, prefix, folder),
+        "placeholders": _step_of_placeholders(comm, device, prefix, folder),
     }
 
 
@@ -147,6 +148,17 @@ def _logits_rows(comm: Any, device: torch.device, prefix: Path, folder: Path) ->
     return rows.most
 
 
+def _step_of_placeholders(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, float]:
+    """Model -> gradient norm of the preflight's step before a checkpoint is restored."""
+    norms = {}
+    for style in ("llama", "gpt2"):
+        case = Case("zero1.json", "bf16", (f"model.style={style}", f"model.qk_norm={str(style == 'llama').lower()}"))
+        engine, _, loader = start(comm, device, case, prefix, folder, initial_weights=False)
+        norms[style] = engine.train_step(loader.batch(0), step=1, learning_rate=0.0).grad_norm
+        loader.close()
+    return norms
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("parts")
@@ -203,6 +215,11 @@ def test_bf16_accumulates_in_fp32(results: Any) -> None:
     assert error("bf16 accumulated") < 1.1 * error("bf16 at once")
     assert error("bf16 accumulated whole") < 1.1 * error("bf16 at once")
     assert error("bf16 in bf16") > 1.2 * error("bf16 accumulated")
+
+
+def test_preflight_runs_without_initial_weights(results: Any) -> None:
+    """DeepSpeed's BF16_Optimizer stops at a norm of 0, which weights of 0 would have."""
+    assert all(0 < norm < 100 for rank in results[2] for norm in rank["placeholders"].values())
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

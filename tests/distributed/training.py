@@ -89,7 +89,13 @@ def shape_of(run: ResolvedRun) -> ModelConfig:
 
 
 def start(
-    comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path, judge: JudgeUpdate | None = None
+    comm: Any,
+    device: torch.device,
+    case: Case,
+    prefix: Path,
+    folder: Path,
+    judge: JudgeUpdate | None = None,
+    initial_weights: bool = True,
 ) -> tuple[Any, ResolvedRun, BatchLoader]:
     """Engine, resolved run and loader of this rank."""
     rank_folder = folder / f"rank-{comm.rank}"
@@ -105,7 +111,8 @@ def start(
     batch, data_rank = run.batch, run.topology.coordinate(comm.rank).data
     layout = BatchLayout(batch.global_batch, batch.micro_batch, data_rank, batch.data_parallel)
     loader = BatchLoader(samples, layout)
-    return build_engine(run, shape_of(run), device, comm, judge), run, loader
+    engine = build_engine(run, shape_of(run), device, comm, judge, initial_weights=initial_weights)
+    return engine, run, loader
 
 
 def steps(engine: Any, run: ResolvedRun, loader: BatchLoader, first: int, last: int) -> Trace:

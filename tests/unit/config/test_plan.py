@@ -23,9 +23,11 @@ from megalm.config.deepspeed.json_schema import OffloadOptimizerSection, ZeroSec
 from megalm.config.loading import describe_preset, load_run_config, preset_paths
 from megalm.cost_model.memory import (
     MemoryCase,
+    MemoryPlan,
     activation_bytes,
     checkpoint_bytes,
     estimate_memory,
+    estimate_stages,
     loss_bytes,
     parameter_groups,
     shares,
@@ -450,6 +452,82 @@ def test_host_memory_is_added_up_and_checked(start: Start) -> None:
     short = of(needed - 1)
     assert short.fit.level == "does not fit"
     assert short.resolved.batch == unknown.resolved.batch, "a smaller micro-batch would not help"
+
+
+_SIZES = {
+    "7 B": ("hidden_size=4096", "num_hidden_layers=32", "num_attention_heads=32", "intermediate_size=11008"),
+    "70 B": (
+        "hidden_size=8192",
+        "num_hidden_layers=80",
+        "num_attention_heads=64",
+        "num_key_value_heads=8",
+        "intermediate_size=28672",
+    ),
+}
+
+
+def _start_case(size: str, topology: Topology, stage: int, **changes: Any) -> MemoryCase:
+    overrides = [f"model.{word}" for word in (*_SIZES[size], "tie_word_embeddings=false")]
+    shape = shape_of(*overrides, vocab=32_000, length=4096)
+    buckets = {"reduce_bucket_size": 200_000_000, "sub_group_size": 1_000_000_000}
+    zero = ZeroSection.model_validate({"stage": stage, **buckets})
+    sizes: dict[str, Any] = {"micro_batch": 1, "sequence_length": 4096, "checkpoint_activations_every": 1}
+    return case(shape, zero=zero, topology=topology, **sizes | changes)
+
+
+@pytest.mark.parametrize(
+    ("size", "topology", "stage", "device_gib", "host_gib"),
+    [
+        ("7 B", Topology(32), 1, 38.44, 0.73),
+        ("7 B", Topology(32), 2, 25.10, 0.73),
+        ("7 B", Topology(16), 3, 4.91, 0.78),
+        ("70 B", Topology(64), 3, 11.27, 2.01),
+        ("70 B", Topology(64, 8), 3, 10.84, 2.01),
+        ("70 B", Topology(64, 1, 8), 1, 53.38, 1.46),
+    ],
+)
+def test_the_start_of_large_models(
+    size: str, topology: Topology, stage: int, device_gib: float, host_gib: float
+) -> None:
+    """Against live tensors of engines that started on fake GPUs: on every rank, or on the first stage."""
+    plan = next(iter(estimate_stages(_start_case(size, topology, stage))))
+    assert (plan.start - plan.runtime) / 2**30 == pytest.approx(device_gib, rel=0.02)
+    assert plan.start_host / 2**30 == pytest.approx(host_gib, rel=0.02)
+
+
+def test_zero_3_keeps_weights_that_it_needs_again() -> None:
+    """Against live tensors of the second step on fake GPUs, whose first accumulation shows nothing of it yet."""
+    plan = estimate_memory(_start_case("7 B", Topology(16), 3, accumulation=2))
+    assert (plan.total - plan.runtime) / 2**30 == pytest.approx(12.50, rel=0.03)
+
+
+def test_where_the_device_has_no_room_weights_are_flattened_in_the_cpus_memory() -> None:
+    def of(memory_gib: int) -> MemoryPlan:
+        return estimate_memory(_start_case("7 B", Topology(64), 2, device_bytes=memory_gib << 30))
+
+    roomy, narrow = of(80), of(20)
+    weights = 2 * narrow.weights
+    assert roomy.peak == roomy.start > roomy.total, "with many ranks the start needs more than a step"
+    assert roomy.start > weights
+    assert narrow.start < 20 << 30
+    assert narrow.host_peak == pytest.approx(weights, rel=0.01)
+
+
+def test_the_verdict_judges_the_start_where_it_needs_more(start: Start) -> None:
+    zero = {"stage": 2, "reduce_bucket_size": 1000}
+    words = [f"model.{word}" for word in _SIZES["7 B"]] + ["train.checkpoint_activations_every=1"]
+    options: dict[str, Any] = {"ranks": 64, "zero_optimization": zero, "train_batch_size": 64}
+    host = 64 << 30
+    run = start(*words, **options, device=replace(GPU, memory_bytes=40 << 30, host_memory_bytes=host))
+    plan = make_plan(run, 8192)
+    assert plan.fit.needed == plan.memory.start > plan.memory.total
+    text = plan_text(plan, 8)
+    assert_names(section_of(text, "Verdict"), format_bytes(plan.memory.start), format_bytes(host))
+    memory = section_of(text, "Memory")
+    assert_names(memory, format_bytes(plan.memory.start), format_bytes(plan.memory.start_host))
+    assert_names(memory, format_bytes(8 * plan.memory.start_host))
+    near = replace(GPU, memory_bytes=int(plan.memory.start / 0.95), host_memory_bytes=host)
+    assert make_plan(start(*words, **options, device=near), 8192).fit.level == "tight"
 
 
 def test_a_gpu_has_memory_that_no_tensor_holds() -> None:
