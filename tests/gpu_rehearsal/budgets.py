@@ -56,6 +56,7 @@ class Layout:
     keys: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     gpu: str = "A100-80GB"
+    micro_batch: int = MICRO_BATCH
 
 
 _TENSOR = {"parallel.tensor": 2}
@@ -142,8 +143,8 @@ def case_of(layout: Layout, folder: Path) -> tuple[RehearsalCase, Plan]:
     """Resolve a layout as `megalm rehearse` does."""
     content = json.loads(Path("ds_configs", layout.json).read_text())
     degree = int(layout.keys.get("parallel.tensor", 1)) * int(layout.keys.get("parallel.pipeline", 1))
-    content["train_micro_batch_size_per_gpu"] = MICRO_BATCH
-    content["train_batch_size"] = layout.ranks // degree * MICRO_BATCH * ACCUMULATION
+    content["train_micro_batch_size_per_gpu"] = layout.micro_batch
+    content["train_batch_size"] = layout.ranks // degree * layout.micro_batch * ACCUMULATION
     for key, value in layout.settings.items():
         content[key] = {**content.get(key, {}), **value} if isinstance(value, dict) else value
     path = folder / layout.json
