@@ -32,16 +32,15 @@ def build_library() -> Path:
         ConfigError: torch is not installed or has CUDA itself, or there is no compiler; says what to install.
     """
     torch = _torch_folder()
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
-    if compiler is None:
-        raise ConfigError(
-            "a rehearsal compiles a small library at its first use and finds no C++ compiler; install g++ (Debian: "
-            "apt-get install g++), or name yours in CXX"
-        )
-    version = (torch / "version.py").read_bytes()
-    content = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), version, " ".join((compiler, *_FLAGS)).encode()]))
-    library = default_cache_dir() / f"fake_cuda-{content.hexdigest()[:16]}.so"
+    parts = _SOURCE.read_bytes(), (torch / "version.py").read_bytes(), " ".join(_FLAGS).encode()
+    library = default_cache_dir() / f"fake_cuda-{hashlib.sha256(b'/'.join(parts)).hexdigest()[:16]}.so"
     if not library.exists():
+        compiler = shutil.which(os.environ.get("CXX") or "g++")
+        if compiler is None:
+            raise ConfigError(
+                "a rehearsal compiles a small library at its first use and finds no C++ compiler; install g++ (Debian: "
+                "apt-get install g++), or name yours in CXX"
+            )
         library.parent.mkdir(parents=True, exist_ok=True)
         _compile(compiler, torch, library)
     return library

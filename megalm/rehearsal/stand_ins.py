@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
+
+from megalm.engine import cpp_extensions
 
 # The object, the name of its attribute, and what takes its place.
 Replacement = tuple[Any, str, Any]
@@ -105,7 +108,8 @@ def _of_deepspeed(sequence_length: int) -> Iterator[Replacement]:
         for name in ("assert_ints_same_as_other_ranks", "assert_lst_len_same_as_other_ranks"):
             if hasattr(module, name):
                 yield module, name, lambda *_: None
-    # Extensions in C++ read memory, which a fake tensor has none of.
+    # Extensions in C++ read memory, which a fake tensor has none of: none is compiled, nor waits for a compilation.
+    yield cpp_extensions, "compiling_alone", contextlib.nullcontext
     for builder in (CPUAdamBuilder, AsyncIOBuilder):
         yield builder, "load", lambda *_, **__: _NoExtension()
 

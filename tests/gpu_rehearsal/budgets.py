@@ -1,0 +1,176 @@
+"""The budget of a training step on a GPU, layout by layout: one table, to be lowered as the engine gets better.
+
+`python -m tests.gpu_rehearsal.budgets` prints the numbers as they are today. A wait is an occasion on which the host
+waits for the device: it reads a value or a size, copies without pinned memory, or synchronizes. All numbers are of one
+step of one rank with `ACCUMULATION` micro-batches.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megalm.cli.plan import planned
+from megalm.cost_model.gpu_specs import gpu_by_name
+from megalm.planning.run_plan import Plan
+from megalm.rehearsal.rehearsal_process import rehearse_all
+from megalm.rehearsal.rehearsal_report import WAITS, EventKind, Rehearsal, RehearsalCase, gpu_capability
+from megalm.runs.run_settings import read_settings
+
+ACCUMULATION, MICRO_BATCH = 2, 2
+RANKS_PER_NODE = 8
+
+MODEL = {
+    "model.style": "llama",
+    "model.hidden_size": 128,
+    "model.num_hidden_layers": 2,
+    "model.num_attention_heads": 4,
+    "model.intermediate_size": 384,
+    "model.vocab_size": 512,
+    "data.sequence_length": 128,
+    "data.recipe": "python-stdlib",
+    "train.steps": 10,
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A run and its budget.
+
+    Attributes:
+        json: a shipped DeepSpeed JSON.
+        rank: the rank that is rehearsed; each is another place in the grid, or another stage.
+        waits: times that the host waits for the device in a step.
+        keys: changes of `MODEL`.
+        settings: changes of the JSON.
+    """
+
+    json: str
+    ranks: int
+    waits: int
+    rank: int = 0
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    gpu: str = "A100-80GB"
+    micro_batch: int = MICRO_BATCH
+
+
+_TENSOR = {"parallel.tensor": 2}
+_SEQUENCE = {**_TENSOR, "parallel.sequence": True}
+_STAGES = {"parallel.pipeline": 2}
+_MIDDLE = {"parallel.pipeline": 4, "model.num_hidden_layers": 4}
+_GPT2 = {"model.style": "gpt2", "model.dropout": 0.1, "model.attention_dropout": 0.1}
+
+LAYOUTS: dict[str, Layout] = {
+    "zero0": Layout("fp32.json", 8, 31, settings={"zero_optimization": {"stage": 0}}),
+    "zero1": Layout("zero1.json", 8, 14),
+    "zero2": Layout("zero2.json", 8, 19, rank=5),
+    "zero3": Layout("zero3.json", 8, 17, rank=7),
+    "one rank": Layout("zero2.json", 1, 19),
+    "two nodes": Layout("zero3.json", 16, 17, rank=11),
+    "fp32": Layout("fp32.json", 8, 18),
+    "fp16": Layout("fp16.json", 8, 19, gpu="V100"),
+    "fp16, zero 3": Layout("zero3.json", 8, 18, settings={"bf16": {"enabled": False}, "fp16": {"enabled": True}}),
+    "offload, zero 2": Layout("zero2_offload.json", 8, 22),
+    "offload, zero 3": Layout("zero3_offload.json", 8, 40),
+    "dropout": Layout("zero2.json", 8, 19, keys=_GPT2),
+    "dropout, document mask": Layout("zero2.json", 8, 21, keys={**_GPT2, "data.document_mask": True}),
+    "recomputation": Layout("zero3.json", 8, 17, keys={"train.checkpoint_activations_every": 1}),
+    "document mask": Layout("zero2.json", 8, 21, keys={"data.document_mask": True}),
+    "grouped queries, untied": Layout(
+        "zero2.json", 8, 19, keys={"model.num_key_value_heads": 2, "model.tie_word_embeddings": False}
+    ),
+    "tensor, zero 1": Layout("zero1.json", 8, 13, rank=3, keys=_TENSOR),
+    "tensor, zero 3": Layout("zero3.json", 8, 17, rank=3, keys=_TENSOR),
+    "sequence": Layout("zero2.json", 8, 19, rank=2, keys=_SEQUENCE),
+    "sequence, dropout, zero 3": Layout("zero3.json", 8, 16, rank=5, keys={**_SEQUENCE, **_GPT2}),
+    "first stage": Layout("pipeline.json", 8, 10, rank=1, keys=_STAGES),
+    "last stage": Layout("pipeline.json", 8, 10, rank=7, keys=_STAGES),
+    "middle stage": Layout("pipeline.json", 8, 10, rank=4, keys=_MIDDLE),
+    "last stage, untied, document mask": Layout(
+        "pipeline.json", 8, 12, rank=4, keys={**_STAGES, "model.tie_word_embeddings": False, "data.document_mask": True}
+    ),
+    "stage of a tensor group": Layout("pipeline.json", 8, 9, rank=5, keys={**_STAGES, **_SEQUENCE}),
+}
+
+# The waits of a step that are allowed, each with its reason: kind, and the place's file and function.
+_TIMER = "DeepSpeed's throughput timer, on unless its JSON section is off; megalm does not need it"
+_NORM = "the norm of the gradient decides whether an update is applied"
+_OVERFLOW = "a loss scale needs to know of overflows before the update"
+_OFFLOAD = "the CPU updates: gradients and weights pass between the memories"
+_STREAMS = "DeepSpeed waits for its reduction before it uses the gradients"
+REASONS: dict[tuple[EventKind, str], str] = {
+    ("read", "deepspeed/runtime/utils.py:clip_tensors_by_global_norm"): _NORM,
+    ("read", "deepspeed/runtime/utils.py:is_invalid_grad_norm"): _NORM,
+    ("read", "deepspeed/runtime/zero/stage3.py:complete_grad_norm_calculation_for_cpu_offload"): _NORM,
+    ("read", "deepspeed/runtime/zero/stage3.py:has_overflow"): _OVERFLOW,
+    ("read", "deepspeed/runtime/zero/stage_1_and_2.py:complete_grad_norm_calculation_for_cpu_offload"): _NORM,
+    ("read", "deepspeed/runtime/zero/stage_1_and_2.py:has_overflow"): _OVERFLOW,
+    ("read", "deepspeed/runtime/zero/stage_1_and_2.py:update_offload_overflow_tracker"): _OVERFLOW,
+    ("read", "megalm/engine/base_engine.py:<genexpr>"): "without ZeRO DeepSpeed gives no norm: one of each parameter",
+    ("read", "megalm/engine/base_engine.py:_sum_losses"): "the loss of a step, for its record and the guard",
+    ("read", "megalm/engine/optimizer_state.py:gradient_norm"): _NORM,
+    ("synchronize", "deepspeed/runtime/zero/partition_parameters.py:_allgather_params_coalesced"): _STREAMS,
+    ("synchronize", "deepspeed/runtime/zero/stage3.py:independent_gradient_partition_epilogue"): _STREAMS,
+    ("synchronize", "deepspeed/runtime/zero/stage_1_and_2.py:_wait_for_offload_copies"): _OFFLOAD,
+    ("synchronize", "deepspeed/runtime/zero/stage_1_and_2.py:independent_gradient_partition_epilogue"): _STREAMS,
+    ("synchronize", "deepspeed/utils/timer.py:start"): _TIMER,
+    ("synchronize", "deepspeed/utils/timer.py:stop"): _TIMER,
+    ("to_device", "deepspeed/runtime/pipe/engine.py:_aggregate_total_loss"): "a pipeline sends its loss to all stages",
+    ("to_device", "deepspeed/runtime/utils.py:clip_grad_norm_"): _NORM,
+    ("to_device", "deepspeed/runtime/utils.py:mask_nan_or_inf_with_val_inplace"): _NORM,
+    ("to_device", "deepspeed/runtime/zero/partition_parameters.py:_allgather_params_coalesced"): _OFFLOAD,
+    ("to_device", "deepspeed/runtime/zero/stage3.py:complete_grad_norm_calculation_for_cpu_offload"): _OFFLOAD,
+    ("to_device", "deepspeed/runtime/zero/stage3.py:get_grad_norm_direct"): _NORM,
+    ("to_device", "deepspeed/runtime/zero/stage_1_and_2.py:complete_grad_norm_calculation_for_cpu_offload"): _OFFLOAD,
+    ("to_device", "deepspeed/runtime/zero/stage_1_and_2.py:has_overflow"): _OVERFLOW,
+    (
+        "to_device",
+        "megalm/engine/base_engine.py:to_device",
+    ): "tokens and labels of a micro-batch, from memory not pinned",
+    ("to_host", "deepspeed/runtime/zero/stage3.py:complete_grad_norm_calculation_for_cpu_offload"): _OFFLOAD,
+}
+
+# Which of DeepSpeed's stages reduces gradients with each micro-batch, and which once a step (docs/parallelism.md).
+REDUCED_EACH_MICRO_BATCH = {0: False, 1: False, 2: True, 3: True}
+
+
+def case_of(layout: Layout, folder: Path) -> tuple[RehearsalCase, Plan]:
+    """Resolve a layout as `megalm rehearse` does."""
+    content = json.loads(Path("ds_configs", layout.json).read_text())
+    degree = int(layout.keys.get("parallel.tensor", 1)) * int(layout.keys.get("parallel.pipeline", 1))
+    content["train_micro_batch_size_per_gpu"] = layout.micro_batch
+    content["train_batch_size"] = layout.ranks // degree * layout.micro_batch * ACCUMULATION
+    for key, value in layout.settings.items():
+        content[key] = {**content.get(key, {}), **value} if isinstance(value, dict) else value
+    path = folder / layout.json
+    path.write_text(json.dumps(content))
+    keys = [f"{key}={value}" for key, value in {**MODEL, **layout.keys}.items()]
+    files = read_settings(None, keys, str(path), resume=False, ranks=layout.ranks)
+    device = gpu_by_name(layout.gpu)
+    plan = planned(files, layout.ranks, device, RANKS_PER_NODE)
+    per_node = min(RANKS_PER_NODE, layout.ranks)
+    return RehearsalCase(plan.resolved, plan.shape, layout.rank, per_node, gpu_capability(layout.gpu)), plan
+
+
+def rehearsed(names: Iterable[str]) -> dict[str, tuple[RehearsalCase, Plan, Rehearsal]]:
+    """Rehearse these layouts, two at a time."""
+    with tempfile.TemporaryDirectory() as folder:
+        cases = {name: case_of(LAYOUTS[name], Path(folder)) for name in names}
+    found = rehearse_all([case for case, _ in cases.values()], jobs=2)
+    return {name: (*cases[name], rehearsal) for name, rehearsal in zip(cases, found, strict=True)}
+
+
+if __name__ == "__main__":
+    places: dict[tuple[str, str], set[str]] = {}
+    for name, (_, _, rehearsal) in rehearsed(LAYOUTS).items():
+        step = rehearsal.phase("step")
+        print(f"{name}: {rehearsal.failure or (step and step.count(*WAITS))}")  # noqa: T201
+        for event in step.events if step else ():
+            places.setdefault((event.kind, event.place), set()).add(f"{name} {event.count}")
+    for place, layouts in sorted(places.items()):
+        print(place, "|", "; ".join(sorted(layouts)))  # noqa: T201

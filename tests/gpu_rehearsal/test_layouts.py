@@ -1,0 +1,103 @@
+"""Every layout, precision and feature on fake GPUs, within its budget (budgets.py)."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from megalm.planning.run_plan import Plan
+from megalm.rehearsal.rehearsal_report import WAITS, Phase, Rehearsal, RehearsalCase, misplaced
+from tests.gpu_rehearsal.budgets import ACCUMULATION, LAYOUTS, REASONS, REDUCED_EACH_MICRO_BATCH, rehearsed
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+Rehearsed = tuple[RehearsalCase, Plan, Rehearsal]
+
+
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest) -> dict[str, Rehearsed]:
+    """The layouts of all chosen tests, rehearsed in one process and its forks."""
+    chosen: set[str] = set()
+    for item in request.session.items:
+        if item.path == request.path:
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            chosen |= {parameters["name"]} if "name" in parameters else {*LAYOUTS}
+    return rehearsed(name for name in LAYOUTS if name in chosen)
+
+
+def step_of(rehearsal: Rehearsal) -> Phase:
+    step = rehearsal.phase("step")
+    assert step is not None
+    return step
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_rank_starts_trains_evaluates_and_samples(name: str, found: dict[str, Rehearsed]) -> None:
+    _, _, rehearsal = found[name]
+    assert rehearsal.failure is None, rehearsal.failure
+    assert rehearsal.updated
+    assert [phase.name for phase in rehearsal.phases] == ["start", "step", "validation", "sample"]
+    assert not misplaced(rehearsal.phases)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_step_waits_for_the_device_as_often_as_its_budget_says(name: str, found: dict[str, Rehearsed]) -> None:
+    step = step_of(found[name][2])
+    waits = Counter({(event.kind, event.place): event.count for event in step.events if event.kind in WAITS})
+    assert not waits.keys() - REASONS.keys()
+    assert waits.total() == LAYOUTS[name].waits, "more: find the new wait; fewer: lower the budget"
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_data_parallelism_sends_the_bytes_that_the_documentation_says(name: str, found: dict[str, Rehearsed]) -> None:
+    """docs/parallelism.md, "Bytes of data parallelism"; small numbers, such as norms, beside."""
+    case, plan, rehearsal = found[name]
+    step = step_of(rehearsal)
+    if case.run.topology.data == 1:
+        assert not [item for item in step.traffic if item.axis == "data"]
+        return
+    stage, weight = case.run.zero_stage, _BYTES[case.run.precision]
+    gradient = _BYTES[plan.case.communication_precision]
+    sent = rehearsal.bytes_per_parameter(step, "data", "all_reduce", "reduce_scatter")
+    assert sent == pytest.approx(gradient * (ACCUMULATION if REDUCED_EACH_MICRO_BATCH[stage] else 1), rel=0.01)
+    gathered = rehearsal.bytes_per_parameter(step, "data", "all_gather")
+    if stage == 3:
+        assert 0 < gathered <= 2 * ACCUMULATION * weight * 1.01
+    else:
+        assert gathered == pytest.approx(weight if stage else 0, rel=0.01)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if "stage" in name])
+def test_a_stage_sends_and_receives_hidden_states(name: str, found: dict[str, Rehearsed]) -> None:
+    case, _, rehearsal = found[name]
+    run, step = case.run, step_of(rehearsal)
+    slices = run.topology.tensor if run.config.parallel.sequence else 1
+    states = run.batch.micro_batch * run.config.data.sequence_length // slices * case.shape.hidden_size
+    neighbors = (case.stage > 0) + (case.stage < run.topology.pipeline - 1)
+    for direction in ("send", "recv"):
+        assert step.sent_bytes("pipeline", direction) == neighbors * ACCUMULATION * states * _BYTES[run.precision]
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if "sequence" in name or "tensor" in name])
+def test_a_tensor_group_sends_as_much_as_its_layers_say(name: str, found: dict[str, Rehearsed]) -> None:
+    """Hidden states four times a block and micro-batch; with sequence parallelism inputs are gathered once more."""
+    case, _, rehearsal = found[name]
+    run, step = case.run, step_of(rehearsal)
+    tokens = run.batch.micro_batch * run.config.data.sequence_length * ACCUMULATION
+    states = tokens * case.shape.hidden_size * _BYTES[run.precision]
+    blocks = case.share(case.stage).blocks
+    if run.config.parallel.sequence:
+        assert step.sent_bytes("tensor", "all_gather") >= 6 * blocks * states
+        assert step.sent_bytes("tensor", "reduce_scatter") >= 4 * blocks * states
+    else:
+        assert step.sent_bytes("tensor", "all_reduce") >= 4 * blocks * states
+
+
+def test_ranks_of_one_stage_do_the_same(found: dict[str, Rehearsed]) -> None:
+    """The number of data-parallel ranks and the rank's number change no wait."""
+    waits = [
+        sorted((event.kind, event.place, event.count) for event in step_of(found[name][2]).events)
+        for name in ("zero3", "two nodes")
+    ]
+    assert waits[0] == waits[1]
