@@ -7,7 +7,7 @@ too, which nanoGPT takes on CUDA only: the faster choice.
     python benchmarks/nanogpt.py --tokens FILE.bin --layers 4 --hidden 256 --heads 4 --vocabulary 8192 --sequence 256 \
         --batch 16 --steps 40 [--precision bf16] [--no-compile]
 
-prints a JSON line a step: {"step": 1, "time": seconds, "loss": ...}.
+prints a JSON line a step: {"step": 1, "loss": ..., "time": seconds since 1970}.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        sys.stdout.write(json.dumps({"step": step, "loss": loss.item(), "time": time.perf_counter()}) + "\n")
+        sys.stdout.write(json.dumps({"step": step, "loss": loss.item(), "time": time.time()}) + "\n")
         sys.stdout.flush()
 
 
