@@ -47,6 +47,8 @@ _GPUS: dict[str, tuple[float, bool]] = {
     "V100": (32, False),
     "T4": (16, False),
 }
+# Of capability 8.9 and later.
+_FLOAT8 = ("H200", "H100", "L40S", "L4", "RTX 5090", "RTX 4090")
 _GIB = 2**30
 
 
@@ -64,4 +66,6 @@ def gpu_by_name(name: str) -> DeviceFacts:
         raise ConfigError(f"--gpu {name}: no such GPU{did_you_mean(chip, known)}; known: {', '.join(_GPUS)}")
     size, bf16 = _GPUS[known[chip]]
     full_name = f"{known[chip]}-{memory}GB" if memory else known[chip]
-    return DeviceFacts(kind="cuda", bf16=bf16, memory_bytes=int(float(memory or size) * _GIB), name=full_name)
+    capacity = int(float(memory or size) * _GIB)
+    float8 = known[chip] in _FLOAT8
+    return DeviceFacts(kind="cuda", bf16=bf16, memory_bytes=capacity, name=full_name, float8=float8)

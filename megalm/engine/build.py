@@ -59,9 +59,10 @@ def build_engine(
     context = EngineContext(run, device, comm, make_groups(run.topology, comm.rank, comm.timeout), judge)
     if traffic is not None:
         traffic.name_groups(context.groups, comm.process_group)
-    layers = LayerFactory(clock, run.config.compile)
+    compiled, float8 = run.config.compile, run.config.precision.float8
+    layers = LayerFactory(clock, compiled, float8)
     if run.topology.tensor > 1:
-        layers = TensorLayers(clock, context.groups.tensor, run.config.parallel.sequence, run.config.compile)
+        layers = TensorLayers(clock, context.groups.tensor, run.config.parallel.sequence, compiled, float8)
     if run.topology.pipeline > 1:
         build = StageBuilder(shape, layers, clock, loss_chunk_tokens(run.config, shape, run.device))
         blocks, costs = _balance(run, build, device, comm)

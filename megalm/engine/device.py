@@ -95,7 +95,8 @@ def device_facts(local_world_size: int) -> DeviceFacts:
     if _computes_on_cuda():
         properties = torch.cuda.get_device_properties(0)
         bf16 = torch.cuda.is_bf16_supported()
-        return DeviceFacts("cuda", bf16, properties.total_memory, share, torch.cuda.get_device_name(0))
+        float8 = torch.cuda.get_device_capability(0) >= (8, 9)
+        return DeviceFacts("cuda", bf16, properties.total_memory, share, torch.cuda.get_device_name(0), float8)
     return DeviceFacts("cpu", _cpu_has_bf16(), share)
 
 

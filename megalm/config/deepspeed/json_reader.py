@@ -69,6 +69,7 @@ class DeviceFacts:
         memory_bytes: memory that this rank may use; on a CPU its share of the machine's.
         host_memory_bytes: of a GPU's rank, its share of the node's CPU memory; None: unknown.
         name: the GPU's, as CUDA or a data sheet names it; None: unknown.
+        float8: a GPU multiplies float8 with a scale for each row (capability 8.9).
     """
 
     kind: Literal["cpu", "cuda"]
@@ -76,6 +77,7 @@ class DeviceFacts:
     memory_bytes: int
     host_memory_bytes: int | None = None
     name: str | None = None
+    float8: bool = False
 
 
 def choose_precision(settings: DeepSpeedSettings, device: DeviceFacts) -> tuple[Precision, list[str]]:
