@@ -146,7 +146,7 @@ def planned_gpu(name: str | None, memory_bytes: int | None) -> DeviceFacts | Non
     """
     if name is None and memory_bytes is None:
         return None
-    gpu = DeviceFacts(kind="cuda", bf16=True, memory_bytes=0) if name is None else gpu_by_name(name)
+    gpu = DeviceFacts(kind="cuda", bf16=True, memory_bytes=0, float8=True) if name is None else gpu_by_name(name)
     return gpu if memory_bytes is None else replace(gpu, memory_bytes=memory_bytes)
 
 

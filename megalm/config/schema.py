@@ -282,6 +282,15 @@ class ParallelSection(Section):
     )
 
 
+class PrecisionSection(Section):
+    """Beside the precision of the DeepSpeed JSON."""
+
+    float8: bool = Field(
+        default=False,
+        description="multiply the blocks' linear layers in float8: bf16 on a GPU of capability 8.9 or later",
+    )
+
+
 class EvaluateSection(Section):
     interval_steps: PositiveInt | None = Field(default=100, description="null: only at the end")
     max_samples: PositiveInt | None = Field(
@@ -364,6 +373,7 @@ class RunConfig(Section):
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection = TrainSection()
     parallel: ParallelSection = ParallelSection()
+    precision: PrecisionSection = PrecisionSection()
     evaluate: EvaluateSection = EvaluateSection()
     sample: SampleSection = SampleSection()
     checkpoint: CheckpointSection = CheckpointSection()

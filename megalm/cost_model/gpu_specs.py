@@ -1,4 +1,4 @@
-"""GPUs by their data sheets: the peak speeds of dense matrix products, memory, bf16. No torch."""
+"""GPUs by their data sheets: the peak speeds of dense matrix products, memory, capability. No torch."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ class _Gpu:
         name: as CUDA names it, without the maker and without what `_SAME_CHIP` has.
         low, full: peak TFLOP/s without sparsity: of bf16 and fp16 with fp32 sums, and of fp32 without TF32.
         memory_gib: of the usual card; the data sheets' GB, which are close to what CUDA reports in GiB.
-        bf16: it computes in bf16 natively.
+        capability: CUDA's number of the chip: from 8.0 on it computes in bf16, from 8.9 on in float8.
     """
 
     name: str
     low: float
     full: float
     memory_gib: float
-    bf16: bool = True
+    capability: float
 
 
 # NVIDIA's data sheets, read in November 2026; half of a number with sparsity. GeForce and RTX A6000 by the white papers
 # of their architectures (Ampere GA102, Ada, Blackwell), "with FP32 accumulate". B200 and GB200: an eighth of an HGX
 # board and a 72nd of an NVL72 rack. A800 and H800 differ from A100 and H100 in NVLink and fp64 only.
 _GPUS = (
-    _Gpu("GB200", 2500, 80, 186),
-    _Gpu("B200", 2250, 75, 180),
-    _Gpu("GH200", 989, 67, 96),
-    _Gpu("H200 NVL", 835.5, 60, 141),
-    _Gpu("H200", 989, 67, 141),
-    _Gpu("H100 PCIe", 756, 51, 80),
-    _Gpu("H100 NVL", 835.5, 60, 94),
-    _Gpu("H100", 989, 67, 80),
-    _Gpu("H800 PCIe", 756, 51, 80),
-    _Gpu("H800", 989, 67, 80),
-    _Gpu("H20", 148, 44, 96),
-    _Gpu("A100", 312, 19.5, 80),
-    _Gpu("A800", 312, 19.5, 80),
-    _Gpu("L40S", 362, 91.6, 48),
-    _Gpu("L40", 181, 90.5, 48),
-    _Gpu("L4", 121, 30.3, 24),
-    _Gpu("A40", 149.7, 37.4, 48),
-    _Gpu("A10", 125, 31.2, 24),
-    _Gpu("RTX A6000", 154.8, 38.7, 48),
-    _Gpu("RTX 5090", 209.5, 104.8, 32),
-    _Gpu("RTX 4090", 165.2, 82.6, 24),
-    _Gpu("RTX 3090", 71, 35.6, 24),
-    _Gpu("V100 PCIe", 112, 14, 32, bf16=False),
-    _Gpu("V100", 125, 15.7, 32, bf16=False),
-    _Gpu("T4", 65, 8.1, 16, bf16=False),
+    _Gpu("GB200", 2500, 80, 186, 10.0),
+    _Gpu("B200", 2250, 75, 180, 10.0),
+    _Gpu("GH200", 989, 67, 96, 9.0),
+    _Gpu("H200 NVL", 835.5, 60, 141, 9.0),
+    _Gpu("H200", 989, 67, 141, 9.0),
+    _Gpu("H100 PCIe", 756, 51, 80, 9.0),
+    _Gpu("H100 NVL", 835.5, 60, 94, 9.0),
+    _Gpu("H100", 989, 67, 80, 9.0),
+    _Gpu("H800 PCIe", 756, 51, 80, 9.0),
+    _Gpu("H800", 989, 67, 80, 9.0),
+    _Gpu("H20", 148, 44, 96, 9.0),
+    _Gpu("A100", 312, 19.5, 80, 8.0),
+    _Gpu("A800", 312, 19.5, 80, 8.0),
+    _Gpu("L40S", 362, 91.6, 48, 8.9),
+    _Gpu("L40", 181, 90.5, 48, 8.9),
+    _Gpu("L4", 121, 30.3, 24, 8.9),
+    _Gpu("A40", 149.7, 37.4, 48, 8.6),
+    _Gpu("A10", 125, 31.2, 24, 8.6),
+    _Gpu("RTX A6000", 154.8, 38.7, 48, 8.6),
+    _Gpu("RTX 5090", 209.5, 104.8, 32, 12.0),
+    _Gpu("RTX 4090", 165.2, 82.6, 24, 8.9),
+    _Gpu("RTX 3090", 71, 35.6, 24, 8.6),
+    _Gpu("V100 PCIe", 112, 14, 32, 7.0),
+    _Gpu("V100", 125, 15.7, 32, 7.0),
+    _Gpu("T4", 65, 8.1, 16, 7.5),
 )
 # A name matches whole, because a laptop or another card of a similar name has other speeds. These suffixes, form factor
 # and memory, do not change the speed; GH200 has the memory of its CPU there.
@@ -93,7 +93,8 @@ def gpu_by_name(name: str) -> DeviceFacts:
     if gpu.name == "GH200" and memory == "480":
         memory = ""  # as CUDA names it: 480 GB of the CPU's memory
     full_name = f"{gpu.name}-{memory}GB" if memory else gpu.name
-    return DeviceFacts("cuda", gpu.bf16, int(float(memory or gpu.memory_gib) * _GIB), name=full_name)
+    capacity, float8 = int(float(memory or gpu.memory_gib) * _GIB), gpu.capability >= 8.9
+    return DeviceFacts("cuda", gpu.capability >= 8.0, capacity, name=full_name, float8=float8)
 
 
 def _plain(name: str) -> str:

@@ -127,6 +127,7 @@ class MemoryCase:
             probabilities of short sequences.
         checkpoint_copy: checkpoints are written behind training, from copies in the CPU's memory.
         whole_gradients: ZeRO 2 adds up each rank's gradients of a step, and reduces them once.
+        float8: linear layers multiply rounded copies of their factors.
         repeats_keys: attention keeps a copy of each key/value head for every query head that shares it.
         device_bytes: memory of the device; None: not known.
     """
@@ -148,6 +149,7 @@ class MemoryCase:
     sequence_parallel: bool = False
     checkpoint_copy: bool = False
     whole_gradients: bool = False
+    float8: bool = False
     repeats_keys: bool = False
     device_bytes: int | None = None
 
@@ -328,7 +330,15 @@ def activation_bytes(case: MemoryCase, share: Share) -> int:
     end = hidden + (stream * _norm_bytes(case, case.shape.style == "llama") if share.is_last else 0)
     mask = tokens * 4 if case.document_mask else 0  # document numbers; attention builds its masks block by block
     working = 2 * hidden + (block if recomputed else 0)  # gradients, and the one block being recomputed
+    working += _float8_bytes(case, share)
     return (kept + end + mask) * share.in_flight(case.accumulation) + working
+
+
+def _float8_bytes(case: MemoryCase, share: Share) -> int:
+    """Rounded copies of both factors of the largest product: one byte an element, and a CPU's in fp32 beside them."""
+    hidden, inner = case.shape.hidden_size, case.shape.intermediate_size // share.tensor
+    elements = max(case.tokens * (hidden + inner), case.tokens * max(hidden, inner) + hidden * inner)
+    return elements * (5 if case.on_cpu else 1) if case.float8 else 0
 
 
 def _block_bytes_per_token(case: MemoryCase, share: Share) -> int:

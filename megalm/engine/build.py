@@ -71,9 +71,10 @@ def build_engine(
     context = EngineContext(run, device, comm, make_groups(run.topology, comm.rank, comm.timeout), judge)
     if traffic is not None:
         traffic.name_groups(context.groups, comm.process_group)
-    layers = LayerFactory(clock, run.compiled)
+    float8 = run.config.precision.float8
+    layers = LayerFactory(clock, run.compiled, float8)
     if run.topology.tensor > 1:
-        layers = TensorLayers(clock, context.groups.tensor, run.config.parallel.sequence, run.compiled)
+        layers = TensorLayers(clock, context.groups.tensor, run.config.parallel.sequence, run.compiled, float8)
     sizes = shape.parameters()
     draw = (lambda name: initial_weight(name, sizes[name], shape, train.seed)) if initial_weights else None
     if run.topology.pipeline > 1:

@@ -133,6 +133,7 @@ def device_facts(local_world_size: int) -> DeviceFacts:
             properties.total_memory,
             share,
             torch.cuda.get_device_name(),
+            float8=(properties.major, properties.minor) >= (8, 9),
             compiles=properties.major >= _FIRST_TRITON_MAJOR and _has_triton_and_compiler(),
         )
     return DeviceFacts("cpu", _cpu_has_bf16(), share)

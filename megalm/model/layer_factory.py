@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from megalm.model.float8 import Float8Linear, Float8Products, Products
 from megalm.model.loss import chunk_loss, linear_cross_entropy
 from megalm.model.modules import Dropout, DropoutClock, PositionEmbedding
 
@@ -52,23 +53,26 @@ class LayerFactory:
 
     Args:
         compiled: the loss of a chunk runs compiled.
+        float8: column and row layers multiply in float8; embedding and head do not.
 
     Attributes:
         slices: number of slices of the residual stream's sequence, which must divide its length.
     """
 
-    def __init__(self, clock: DropoutClock, compiled: bool = False) -> None:
+    def __init__(self, clock: DropoutClock, compiled: bool = False, float8: bool = False) -> None:
         self.slices = 1
         self.clock = clock
         self.compiled = compiled
+        self.products = Float8Products if float8 else Products
+        self._linear = Float8Linear if float8 else nn.Linear
 
     def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:
         """A linear layer whose output features may be divided over ranks, only between its equal `parts` (heads)."""
-        return nn.Linear(in_features, out_features, bias=bias)
+        return self._linear(in_features, out_features, bias=bias)
 
     def row(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Module:
         """A linear layer whose input features may be divided between its `parts`; its output is whole."""
-        return nn.Linear(in_features, out_features, bias=bias)
+        return self._linear(in_features, out_features, bias=bias)
 
     def projection(self) -> Projection:
         """Applies the column layers of one input."""

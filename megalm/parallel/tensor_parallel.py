@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megalm.model.float8 import Products
 from megalm.model.layer_factory import AnyModule, LayerFactory, Rectangle, ShardedAxis, annotate_shard
 from megalm.model.modules import DropoutClock, PositionEmbedding, position_ids, uncompiled
 from megalm.parallel import collectives
@@ -36,15 +37,16 @@ class ColumnLinear(nn.Linear):
 class ColumnProjection:
     """Applies column layers to the residual stream, together: only their common input and its gradient communicate."""
 
-    def __init__(self, stream: ReplicatedResidual) -> None:
+    def __init__(self, stream: ReplicatedResidual, products: type[Products]) -> None:
         self._stream = stream
+        self._products = products
 
     @uncompiled
     def __call__(self, hidden: Tensor, *columns: nn.Linear) -> tuple[Tensor, ...]:
         assert all(isinstance(column, ColumnLinear) for column in columns)
         parts = [column.part for column in columns]
         weights, biases = [column.weight for column in columns], [column.bias for column in columns]
-        return _Columns.apply(hidden, self._stream, parts, *weights, *biases)  # type: ignore[no-untyped-call]  # torch: untyped
+        return _Columns.apply(hidden, self._stream, self._products, parts, *weights, *biases)  # type: ignore[no-untyped-call]  # torch: untyped
 
 
 class _Columns(torch.autograd.Function):
@@ -56,32 +58,40 @@ class _Columns(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, stream: ReplicatedResidual, parts: Sequence[DimRange], *parameters: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        stream: ReplicatedResidual,
+        products: type[Products],
+        parts: Sequence[DimRange],
+        *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[: len(parts)], parameters[len(parts) :]
         ctx.save_for_backward(hidden, *weights)
-        ctx.stream, ctx.parts = stream, parts
+        ctx.stream, ctx.products, ctx.parts = stream, products, parts
         whole = stream.begin_whole(hidden)()
-        return tuple(functional.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        return tuple(products.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         hidden, *weights = ctx.saved_tensors
         stream: ReplicatedResidual = ctx.stream
+        products: type[Products] = ctx.products
         whole = stream.begin_whole(hidden)
         rows = [gradient.flatten(0, 1) for gradient in gradients]  # [N, F]
-        addend = rows[0] @ weights[0]
-        for row, weight in zip(rows[1:], weights[1:], strict=True):
-            addend.addmm_(row, weight)
+        addend = None
+        for row, weight in zip(rows, weights, strict=True):
+            addend = products.add_input_gradient(addend, row, weight)
+        assert addend is not None
         input_gradient = stream.begin_gradient(addend.view(*gradients[0].shape[:2], -1))
         whole_rows = whole().flatten(0, 1)  # [N, H]
         begun = [
-            _begin_shared(row.t() @ whole_rows, part, stream.group) for row, part in zip(rows, ctx.parts, strict=True)
+            _begin_shared(products.weight_gradient(row, whole_rows), part, stream.group)
+            for row, part in zip(rows, ctx.parts, strict=True)
         ] + [
             _begin_shared(row.sum(0), part, stream.group) if ctx.needs_input_grad[place] else _nothing
-            for place, (row, part) in enumerate(zip(rows, ctx.parts, strict=True), start=3 + len(weights))
+            for place, (row, part) in enumerate(zip(rows, ctx.parts, strict=True), start=4 + len(weights))
         ]
-        return input_gradient(), None, None, *(finish() for finish in begun)
+        return input_gradient(), None, None, None, *(finish() for finish in begun)
 
 
 def _begin_shared(gradient: Tensor, part: DimRange, group: AxisGroup) -> Finish:
@@ -107,10 +117,18 @@ class TensorLayers(LayerFactory):
         group: the ranks that share each layer.
         sequence: ranks divide the residual stream between the sharded layers along the sequence.
         compiled: the element-wise work of the loss runs compiled.
+        float8: column and row layers multiply in float8.
     """
 
-    def __init__(self, clock: DropoutClock, group: AxisGroup, sequence: bool = False, compiled: bool = False) -> None:
-        super().__init__(clock, compiled)
+    def __init__(
+        self,
+        clock: DropoutClock,
+        group: AxisGroup,
+        sequence: bool = False,
+        compiled: bool = False,
+        float8: bool = False,
+    ) -> None:
+        super().__init__(clock, compiled, float8)
         self._group = group
         self.slices = group.size if sequence else 1
         self._stream = SequenceShardedResidual(group) if sequence else ReplicatedResidual(group)
@@ -125,7 +143,7 @@ class TensorLayers(LayerFactory):
 
     def row(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Module:
         part = whole_parts(in_features, parts, self._group.size, self._group.index)
-        layer = RowLinear(part, out_features, bias, self._stream)
+        layer = RowLinear(part, out_features, bias, self._stream, self.products)
         _annotate(layer.weight, (out_features, in_features), 1, part)
         if bias:
             assert layer.bias is not None
@@ -133,7 +151,7 @@ class TensorLayers(LayerFactory):
         return layer
 
     def projection(self) -> ColumnProjection:
-        return ColumnProjection(self._stream)
+        return ColumnProjection(self._stream, self.products)
 
     def embedding(self, rows: int, width: int) -> nn.Embedding:
         part = vocabulary_rows(rows, self._group.size, self._group.index)
@@ -178,15 +196,18 @@ class TensorLayers(LayerFactory):
 class RowLinear(nn.Module):
     """Columns `part` of a linear layer's weight [H, F]; its input is the output of column layers of this rank."""
 
-    def __init__(self, part: DimRange, out_features: int, bias: bool, stream: ReplicatedResidual) -> None:
+    def __init__(
+        self, part: DimRange, out_features: int, bias: bool, stream: ReplicatedResidual, products: type[Products]
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, part.size))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._stream = stream
+        self._products = products
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, T, F] -> the stream [B, S, H]; the bias is added once, to the sum."""
-        joined = self._join(functional.linear(features, self.weight))
+        joined = self._join(self._products.linear(features, self.weight))
         return joined if self.bias is None else joined + self.bias
 
     @uncompiled

@@ -112,6 +112,50 @@ def fp16_needs_a_gpu(case: CheckContext) -> None:
         )
 
 
+_FLOAT8_MULTIPLE = 16  # of both dimensions of a float8 product's factors
+
+
+def float8_has_its_kernel(case: CheckContext) -> None:
+    """The kernel that scales rows needs a GPU of capability 8.9 and gives bf16; a CPU emulates it in any type."""
+    if not case.config.precision.float8 or case.device.kind == "cpu":
+        return
+    if not case.device.float8:
+        raise ConfigError(
+            f"precision.float8=true needs a GPU of capability 8.9 or later (L4, L40S, RTX 4090, H100 and newer), but "
+            f"{case.device.name or 'this GPU'} multiplies no float8; remove it"
+        )
+    if case.precision != "bf16":
+        raise ConfigError(
+            f"precision.float8=true needs bf16, the result of its products, but the precision is {case.precision} "
+            f"({case.ds.path}); set bf16.enabled=true, or remove it"
+        )
+
+
+def float8_divides_the_model(case: CheckContext) -> None:
+    if not case.config.precision.float8:
+        return
+    shape, degree = case.shape, case.config.parallel.tensor
+    heads, key_heads = shape.num_attention_heads // degree, max(1, shape.num_key_value_heads // degree)
+    for name, size in (
+        ("model.hidden_size", shape.hidden_size),
+        ("the width of a rank's heads (model.num_attention_heads)", heads * shape.head_dim),
+        ("the width of a rank's key/value heads (model.num_key_value_heads)", key_heads * shape.head_dim),
+        ("a rank's part of model.intermediate_size", shape.intermediate_size // degree),
+        ("data.sequence_length", case.config.data.sequence_length),
+    ):
+        if size % _FLOAT8_MULTIPLE:
+            raise ConfigError(
+                f"precision.float8=true: {name} is {size}, not a multiple of {_FLOAT8_MULTIPLE}, as float8 products "
+                "need; change it or remove precision.float8"
+            )
+
+
+def float8_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
+    """Return a notice where float8 products are emulated."""
+    emulated = config.precision.float8 and device.kind == "cpu"
+    return ["precision.float8=true: this CPU emulates float8 products, slower than without"] if emulated else []
+
+
 def gradient_precision(case: CheckContext) -> None:
     for key, chosen in (
         ("data_types.grad_accum_dtype", case.settings.data_types.grad_accum_dtype),
@@ -191,6 +235,7 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
     one_low_precision,
     device_has_bf16,
     fp16_needs_a_gpu,
+    float8_has_its_kernel,
     gradient_precision,
     nvme_needs_stage_3_and_path,
     gds_needs_a_gpu,
@@ -292,6 +337,7 @@ def pipeline_keeps_its_states(case: CheckContext) -> None:
 PARALLEL_RULES: tuple[Rule, ...] = (
     degrees_divide_the_ranks,
     tensor_divides_the_model,
+    float8_divides_the_model,
     sequence_has_a_tensor_group,
     pipeline_has_enough_layers,
     pipeline_needs_low_zero,

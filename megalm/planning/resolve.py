@@ -20,7 +20,7 @@ from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.batch_size import BatchPlan, RunBatch, chooses_micro_batch, plan_batch
 from megalm.planning.diagnostics import Diagnostics, wanted_diagnostics
-from megalm.planning.engine_checks import CheckContext, parallel_notices
+from megalm.planning.engine_checks import CheckContext, float8_notices, parallel_notices
 from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, learning_rate
 from megalm.planning.memory_fit import MemoryFit, memory_notices
 from megalm.planning.run_checks import check_run, with_steps
@@ -162,6 +162,7 @@ def resolve(
             *ds.notices,
             *_preset_notices(loaded, ds),
             *precision_notices,
+            *float8_notices(config, device),
             *vocab_notices,
             *batch_notices,
             *reduction_notices,
@@ -334,6 +335,7 @@ def memory_case(
         whole_gradients=whole_gradients,
         repeats_keys=repeats_keys,
         device_bytes=device.memory_bytes,
+        float8=config.precision.float8,
     )
 
 

@@ -29,7 +29,7 @@ from megalm.runs.run_folder import RunFolder, command_line, newest_run, read_map
 from megalm.utils.formatting import flatten_mapping
 
 _DEFAULT_DEEPSPEED_CONFIG = "ds_configs/zero2.json"
-_ANY_DEVICE = DeviceFacts(kind="cuda", bf16=True, memory_bytes=2**40)
+_ANY_DEVICE = DeviceFacts(kind="cuda", bf16=True, memory_bytes=2**40, float8=True)
 
 # Not compared: settings of a single start, the last step (the schedule's note reports it), and pure documentation.
 _NOT_COMPARED = ("run.", "resume.", "train.steps", "documented.")

@@ -70,6 +70,7 @@ class DeviceFacts:
         host_memory_bytes: of a GPU's rank, its share of the node's CPU memory; None: unknown.
         name: the GPU's, as CUDA or a data sheet names it; None: unknown.
         compiles: torch.compile finds all that it needs; matters on a GPU only.
+        float8: a GPU multiplies float8 with a scale for each row (capability 8.9).
     """
 
     kind: Literal["cpu", "cuda"]
@@ -78,6 +79,7 @@ class DeviceFacts:
     host_memory_bytes: int | None = None
     name: str | None = None
     compiles: bool = True
+    float8: bool = False
 
 
 def choose_precision(settings: DeepSpeedSettings, device: DeviceFacts) -> tuple[Precision, list[str]]:

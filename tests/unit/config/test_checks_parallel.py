@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from config_cases import GPU, refused
+from config_cases import GPU, notice_of, refused
 
 from megalm.config.loading import load_run_config
+from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.planning.engine_checks import parallel_notices
 from megalm.planning.resolve import ResolvedRun
 from tests.messages import assert_names
@@ -23,6 +24,7 @@ def zero(stage: int, **others: Any) -> dict[str, Any]:
 
 
 FP32: dict[str, Any] = {"bf16": None}
+FLOAT8 = "precision.float8=true"
 CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
@@ -154,3 +156,43 @@ def test_a_pipeline_does_not_tie_weights_whose_gradients_it_would_not_add_up(sta
     start("parallel.pipeline=2", tied, device=GPU, **fp16)
     start("parallel.pipeline=2", untied, device=GPU, **apart)
     start(tied, device=GPU, **apart)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "changes", "names"),
+    [
+        ("H100", {}, None),
+        ("L40S", {}, None),
+        ("RTX 4090", {}, None),
+        ("A100", {}, [FLOAT8, 8.9, "A100"]),
+        ("RTX 3090", {}, [FLOAT8, 8.9, "RTX 3090"]),
+        ("H100", FP32, [FLOAT8, "bf16.enabled=true", "fp32"]),
+    ],
+)
+def test_float8_needs_a_card_with_its_kernel(
+    start: Start, gpu: str, changes: dict[str, Any], names: list[object] | None
+) -> None:
+    if names is None:
+        assert not [notice for notice in start(FLOAT8, device=gpu_by_name(gpu)).notices if "float8" in notice]
+    else:
+        assert_names(refused(start, FLOAT8, device=gpu_by_name(gpu), **changes), *names)
+
+
+@pytest.mark.parametrize(
+    ("override", "name", "size"),
+    [
+        ("model.hidden_size=264", "model.hidden_size", 264),
+        ("model.intermediate_size=712", "model.intermediate_size", 712),
+        ("data.sequence_length=100", "data.sequence_length", 100),
+        ("model.head_dim=4", "model.num_attention_heads", 8),
+        ("model.intermediate_size=720", "model.intermediate_size", 360),
+    ],
+)
+def test_float8_needs_multiples_of_16(start: Start, override: str, name: str, size: int) -> None:
+    """On two ranks of a tensor group, each of which holds half of the heads and of the inner size."""
+    parallel = ["parallel.tensor=2"] if size in (8, 360) else []
+    assert_names(refused(start, FLOAT8, override, *parallel, ranks=2), FLOAT8, name, size, 16)
+
+
+def test_a_cpu_emulates_float8(start: Start) -> None:
+    assert_names(notice_of(start(FLOAT8), "float8"), FLOAT8)

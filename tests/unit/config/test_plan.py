@@ -213,6 +213,13 @@ def test_activations_against_what_autograd_saves(style: str, precision: str, ext
     assert 1.0 <= estimated / measured < 1.06
 
 
+def test_float8_counts_rounded_copies() -> None:
+    """Of the largest product: 64 tokens of 32 and 192 numbers, or 64 tokens of 192 beside the weight, a byte each."""
+    shape = shape_of("model.hidden_size=32", "model.intermediate_size=192")
+    plain, rounded = (estimate_memory(case(shape, float8=float8)).activations for float8 in (False, True))
+    assert rounded - plain == max(64 * (32 + 192), 64 * 192 + 32 * 192)
+
+
 def test_the_loss_never_counts_whole_logits() -> None:
     shape = shape_of(vocab=50_000)
     few, many = (loss_bytes(case(shape, sequence_length=tokens, micro_batch=1)) for tokens in (4096, 65_536))

@@ -1,0 +1,109 @@
+"""Matrix products in float8, with a scale for each row of both factors (torchao's rowwise recipe).
+
+Each row of a factor, along the dimension that the product sums over, is divided by its largest value and rounded to
+e4m3: 4 bits of exponent and 3 of mantissa. The forward product and both products of the backward pass are such;
+weights, their gradients and everything between the layers stay in the model's type. A row is scaled by what a rank
+holds of it: where a tensor group divides the summed dimension, each rank scales its own part, which is no coarser.
+
+Shapes: M and N rows, C the summed dimension, H in features, F out features.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_E4M3 = torch.float8_e4m3fn
+_LARGEST = torch.finfo(_E4M3).max  # 448
+_SMALLEST_SCALED = 1e-12  # rows below it, all zeros among them, keep zeros
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[M, C] -> its rows divided by their scales, in float8, and the fp32 scales [M, 1]; NaN and infinity give NaN."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=_SMALLEST_SCALED) / _LARGEST
+    return (x / scale).clamp(-_LARGEST, _LARGEST).to(_E4M3).contiguous(), scale
+
+
+@functools.cache
+def _compiled_quantize() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """`quantize` in two passes over `x`; uncompiled it takes seven, which cost more than float8 saves."""
+    return torch.compile(quantize, dynamic=True)
+
+
+def float8_product(left: Tensor, right: Tensor) -> Tensor:
+    """left [M, C] times the transpose of right [N, C], summed in fp32 -> [M, N] in the factors' type.
+
+    A CPU multiplies the same float8 values in fp32.
+    """
+    if left.device.type == "cpu":
+        (a, a_scale), (b, b_scale) = quantize(left), quantize(right)
+        return ((a.float() @ b.float().t()) * a_scale * b_scale.t()).to(left.dtype)
+    rows = quantize if torch.compiler.is_compiling() else _compiled_quantize()
+    (a, a_scale), (b, b_scale) = rows(left), rows(right)
+    return torch._scaled_mm(a, b.t(), a_scale, b_scale.t(), out_dtype=left.dtype, use_fast_accum=True)
+
+
+class _Float8Linear(torch.autograd.Function):
+    """`functional.linear` by three products in float8."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        result = float8_product(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+        return result if bias is None else result + bias
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = outer[0].flatten(0, -2)
+        x_grad = float8_product(rows, weight.t()).view(x.shape)
+        weight_grad = Float8Products.weight_gradient(rows, x.flatten(0, -2))
+        return x_grad, weight_grad, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+class Products:
+    """The matrix products of a linear layer in the model's own type, for layers with a backward pass of their own."""
+
+    @staticmethod
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., H], [F, H], [F] -> [..., F], with a gradient."""
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    def add_input_gradient(total: Tensor | None, rows: Tensor, weight: Tensor) -> Tensor:
+        """`total`, if there is one, plus the gradient [M, H] of the input, from that of the output [M, F]."""
+        return rows @ weight if total is None else total.addmm_(rows, weight)
+
+    @staticmethod
+    def weight_gradient(rows: Tensor, x: Tensor) -> Tensor:
+        """Gradients [M, F] of the output and the input [M, H] -> [F, H]."""
+        return rows.t() @ x
+
+
+class Float8Products(Products):
+    """The same in float8."""
+
+    @staticmethod
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _Float8Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]  # torch: untyped
+
+    @staticmethod
+    def add_input_gradient(total: Tensor | None, rows: Tensor, weight: Tensor) -> Tensor:
+        addend = float8_product(rows, weight.t())
+        return addend if total is None else total.add_(addend)
+
+    @staticmethod
+    def weight_gradient(rows: Tensor, x: Tensor) -> Tensor:
+        return float8_product(rows.t(), x.t())
+
+
+class Float8Linear(nn.Linear):
+    """A linear layer that multiplies in float8."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Float8Products.linear(x, self.weight, self.bias)
