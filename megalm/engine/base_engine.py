@@ -8,6 +8,7 @@ import math
 import resource
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -211,7 +212,9 @@ class EngineBase:
         self._owned = [parameter for name, parameter in parameters.items() if shards[name].is_owner]
         for name, parameter in parameters.items():  # DeepSpeed counts marked parameters in the gradient norm
             parameter.tensor_model_parallel = shards[name].is_owner  # type: ignore[attr-defined]
-        self._phase = PhaseClock(context.device, run.diagnostics.phase_times)
+        wanted = run.diagnostics
+        is_measured = wanted.phase_times or wanted.profile_step is not None
+        self._phases = PhaseClock(context.device, wanted.phase_times) if is_measured else None
         offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}
         self._swap_folder: SwapFolder | None = None
         if offload["device"] == "nvme":
@@ -281,6 +284,9 @@ class EngineBase:
             self._swap_folder.remove()
             self._swap_folder = None
 
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._phases is None else self._phases(name)
+
     def _set_learning_rate(self, rate: float) -> None:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
@@ -312,7 +318,8 @@ class EngineBase:
 
     def _end_of_step(self, loss: float, norm: Callable[[], float]) -> StepResult:
         """Return the step's result, after DeepSpeed has updated or skipped."""
-        self._phase_seconds = self._phase.read()
+        if self._phases is not None:
+            self._phase_seconds = self._phases.read()
         verdict = self._check.disarm()
         self._last_norm = norm()
         if verdict is None and not (self._scales_loss and math.isfinite(loss)):

@@ -36,12 +36,12 @@ class SwappedFragment:
 
 
 class SwappedStates:
-    """The sub-groups of DeepSpeed's ZeRO-3 optimizer `outer` that are swapped to disk, possibly none."""
+    """The sub-groups that DeepSpeed's ZeRO-3 optimizer `outer` swaps to a disk, possibly none."""
 
     def __init__(self, outer: Any) -> None:
         self._outer = outer
         self._held: int | None = None
-        flats = getattr(outer, "fp32_partitioned_groups_flat", ()) if getattr(outer, "swap_optimizer", False) else ()
+        flats = outer.fp32_partitioned_groups_flat
         swappable = (index for index in range(len(flats)) if outer._swappable_optimizer_subgroup(index))
         self._indices = {id(flats[index]): index for index in swappable}
 

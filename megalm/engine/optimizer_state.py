@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -65,7 +66,7 @@ class OptimizerState:
         self._parameters = parameters
         self._shards = shards
         self._is_first_copy = is_first_copy
-        self._swapped = SwappedStates(self._outer)
+        self._swapped = SwappedStates(self._outer) if getattr(self._outer, "swap_optimizer", False) else None
 
     def fragments(self) -> Iterator[HasFragment]:
         """Yield every fragment that this rank owns, once. Tensors are views: copy them before the next step.
@@ -78,7 +79,7 @@ class OptimizerState:
             own = [(owned, kind) for owned in pieces if owned.shard.is_owner for kind in KINDS]
             for owned, kind in own:
                 values = partial(self._values, owned, kind)
-                if self._swapped.holds(flat):
+                if self._swapped is not None and self._swapped.holds(flat):
                     is_last = (owned, kind) == own[-1]
                     yield SwappedFragment(owned.key(kind), partial(self._swapped.read, flat, values, is_last))
                 else:
@@ -93,7 +94,7 @@ class OptimizerState:
         if hasattr(self._outer, "checkpoint_event_prologue"):
             self._outer.checkpoint_event_prologue()
         for flat, pieces in self._owned_by_flat():
-            with self._swapped.present(flat, changes=True):
+            with self._present(flat, changes=True):
                 flat.data.zero_()  # its padding stays zero
                 self._clear_moments(flat, optimizer_step)
                 for owned in pieces:
@@ -107,12 +108,13 @@ class OptimizerState:
     def forget_moments(self) -> None:
         """Reset the optimizer's moments and step count to those before its first step."""
         for flat, _ in self._owned_by_flat():
-            with self._swapped.present(flat, changes=True):
+            with self._present(flat, changes=True):
                 self._clear_moments(flat, optimizer_step=0)
 
     def release_buffers(self) -> None:
         """Release swap buffers held for reading; call before each step."""
-        self._swapped.release_buffers()
+        if self._swapped is not None:
+            self._swapped.release_buffers()
 
     def optimizer_step(self) -> int:
         """Return the number of applied updates; skipped steps do not count."""
@@ -157,11 +159,15 @@ class OptimizerState:
         for name in self.loss_scaler():
             setattr(self._outer.loss_scaler, name, saved[name])
 
+    def _present(self, flat: nn.Parameter, changes: bool = False) -> AbstractContextManager[None]:
+        """Keep `flat` and its moments in memory inside the context; with `changes`, write them back to a disk."""
+        return nullcontext() if self._swapped is None else self._swapped.present(flat, changes)
+
     def _clear_moments(self, flat: nn.Parameter, optimizer_step: int) -> None:
         """Set the moments to zero, on the master's device, and the step count."""
         state = self._inner.state[flat]
         for kind in KINDS[1:]:
-            if self._swapped.holds(flat) and kind in state:
+            if self._swapped is not None and self._swapped.holds(flat) and kind in state:
                 state[kind].zero_()  # in place: DeepSpeed ties the copy on disk to this tensor object
             else:
                 state[kind] = torch.zeros_like(flat.data)
@@ -192,7 +198,7 @@ class OptimizerState:
         outer = self._outer
         if hasattr(outer, "fp32_partitioned_groups_flat"):
             for index, flat in enumerate(outer.fp32_partitioned_groups_flat):
-                with self._swapped.present(flat):
+                with self._present(flat):
                     outer._reassign_or_swap_out_partitioned_parameters(index)
             outer.checkpoint_event_epilogue()
         elif outer is not self._inner:

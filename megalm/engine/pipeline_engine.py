@@ -36,10 +36,11 @@ class PipelineEngine(EngineBase):
 
     def __init__(self, model: PipelineStage, context: EngineContext) -> None:
         super().__init__(model, model.part_of_model(), context, {"pipeline": _SEND_WHOLE})
-        instructions = self._engine._INSTRUCTION_MAP.items()
-        self._engine._INSTRUCTION_MAP = {
-            kind: _in_phase(self._phase, kind.__name__, method) for kind, method in instructions
-        }
+        if self._phases is not None:
+            instructions = self._engine._INSTRUCTION_MAP.items()
+            self._engine._INSTRUCTION_MAP = {
+                kind: _in_phase(self._phases, kind.__name__, method) for kind, method in instructions
+            }
         self._model = model
         self._clock = model.context.clock
         self._pipeline = context.groups.pipeline

@@ -204,10 +204,11 @@ def _find_own(loaded: LoadedConfig) -> RunFolder | None:
     """Return the named run, or the newest unnamed one; None if it has no saved configuration."""
     root = Path(loaded.config.run.root)
     name = loaded.config.run.name or newest_run(root, loaded.preset)
-    folder = None if name is None else RunFolder(root / name)
-    if folder is not None:
-        folder.require_files()
-    return folder if folder is not None and folder.config_yaml.is_file() else None
+    if name is None or not (root / name).is_dir():
+        return None
+    folder = RunFolder(root / name)
+    folder.require_files()
+    return folder if folder.config_yaml.is_file() else None
 
 
 def _began_in_this_job(folder: RunFolder) -> bool:

@@ -39,7 +39,7 @@ class _Console(Console):
 
 
 class _LogFile(logging.FileHandler):
-    """log.txt: deleted, it is written anew; on a full disk lines are left out, which is said once.
+    """log.txt: on a full disk lines are left out, which is said once.
 
     Args:
         notice: shows a line to the person.
@@ -52,26 +52,26 @@ class _LogFile(logging.FileHandler):
         self._has_failed = False
         self._can_compare = not self._is_gone()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        # A network file system may number files anew each time: no comparison holds there.
-        if (
-            self._can_compare and self._is_gone() and self._path.parent.is_dir()
-        ):  # a folder that was moved takes its open file along
-            try:
-                deleted = self.setStream(self._open())
-            except OSError:
-                self.handleError(record)
-                return
-            if deleted is not None:
-                deleted.close()
-            self._notice(f"WARNING: {self._path} was deleted or replaced; the log continues in a new file")
-        super().emit(record)
+    def reopen_if_gone(self) -> None:
+        """Continue in a new file if the file was deleted or replaced."""
+        if not self._can_compare or not self._is_gone():
+            return
+        try:
+            deleted = self.setStream(self._open())
+        except OSError as error:
+            self._report_once(error)
+            return
+        if deleted is not None:
+            deleted.close()
+        self._notice(f"WARNING: {self._path} was deleted or replaced; the log continues in a new file")
 
     def _is_gone(self) -> bool:
         return self.stream is not None and not still_names(self._path, self.stream.fileno())
 
     def handleError(self, record: logging.LogRecord) -> None:
-        error = sys.exc_info()[1]
+        self._report_once(sys.exc_info()[1])
+
+    def _report_once(self, error: BaseException | None) -> None:
         if isinstance(error, OSError) and not self._has_failed:
             self._has_failed = True
             self._notice(f"WARNING: cannot write {self._path} ({error.strerror}); it lacks lines from here on")
@@ -89,8 +89,10 @@ class RunConsole:
         self._active = active
         self._console = _Console(highlight=False, markup=False)
         self._bar: ProgressBar | None = None
+        self._log_file: _LogFile | None = None
         if active and log_file is not None:
-            log.addHandler(_LogFile(log_file, lambda line: self._console.print(line, soft_wrap=True)))
+            self._log_file = _LogFile(log_file, lambda line: self._console.print(line, soft_wrap=True))
+            log.addHandler(self._log_file)
             log.setLevel(logging.INFO)
             log.propagate = False
 
@@ -102,6 +104,11 @@ class RunConsole:
         self._console.print(text, soft_wrap=True)
         if text:
             log.info("%s", text)
+
+    def reopen_log_if_gone(self) -> None:
+        """Continue log.txt in a new file if it was deleted or replaced. Call while the run folder has its name."""
+        if self._log_file is not None:
+            self._log_file.reopen_if_gone()
 
     def facts(self, rows: Sequence[tuple[str, str]]) -> None:
         """Print aligned `name  value` lines."""

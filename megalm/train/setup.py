@@ -107,6 +107,7 @@ class BuiltRun:
 
 def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     """Run one training job on this rank; return the exit code."""
+    require_system()
     ranks = rank_facts()
     settings = load_settings(arguments, ranks)
     device = claim_device(ranks)
@@ -135,7 +136,6 @@ def load_settings(arguments: Arguments, ranks: RankFacts) -> RunSettings:
         ConfigError: all that is wrong, one line each.
         DataError: the tokenizer cannot be read.
     """
-    require_system()
     device, local = device_facts(ranks.local_world_size), ranks.local_world_size
     options, files = arguments.read(ranks.world_size, device)
     vocab_size = known_vocab_size(files.loaded.config.data)
@@ -238,7 +238,8 @@ def build_trainer(
     if plan.reader is not None:
         checkpoints.restore(plan.reader, engine, parts.guard, plan.weights_only, new=True)
     plan.position.attempt = opened.attempt
-    parts = replace(parts, diagnostics=_diagnostics(parts, folder, traffic))
+    if traffic is not None:
+        parts = replace(parts, diagnostics=_diagnostics(parts, folder, traffic))
     trainer = Trainer(parts, plan.position)
     _announce(trainer, console, plan)
     parts.stop.install()
@@ -326,7 +327,7 @@ def _traffic_counter(run: ResolvedRun) -> TrafficCounter | None:
     return TrafficCounter() if wanted.count_traffic or wanted.profile_step is not None else None
 
 
-def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCounter | None) -> StepDiagnostics:
+def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCounter) -> StepDiagnostics:
     run = parts.run
     flops = parts.flops_per_token * run.tokens_per_step
     return StepDiagnostics(run.diagnostics, folder.profile, parts.comm, traffic, flops, run.config.train.steps)

@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
-from megalm.communicator import Communicator, SingleProcessCommunicator
+from megalm.communicator import Communicator
 from megalm.engine.interface import PROFILED_PHASE, Traffic, TrafficMeter
 from megalm.planning.diagnostics import TRAFFIC_STEPS, Diagnostics
 from megalm.utils.atomic_files import write_bytes_atomically, write_json
@@ -34,7 +34,7 @@ Info = Callable[[str], None]
 
 @dataclass
 class StepDiagnostics:
-    """The measurements of this attempt; by default none, at no cost.
+    """The measurements of this attempt.
 
     Args:
         folder: for profiles; used on rank 0.
@@ -42,12 +42,12 @@ class StepDiagnostics:
         flops_per_step: of all ranks, by the model's formula.
     """
 
-    wanted: Diagnostics = field(default_factory=Diagnostics)
-    folder: Path = Path("profile")
-    comm: Communicator = field(default_factory=SingleProcessCommunicator)
-    traffic: TrafficMeter | None = None
-    flops_per_step: float = 0.0
-    last_step: int = 0
+    wanted: Diagnostics
+    folder: Path
+    comm: Communicator
+    traffic: TrafficMeter
+    flops_per_step: float
+    last_step: int
     _window: list[int] = field(default_factory=list, init=False)  # steps whose traffic is counted
     _counted: list[Traffic] = field(default_factory=list, init=False)
     _reported: bool = field(default=False, init=False)
@@ -61,15 +61,14 @@ class StepDiagnostics:
         if not counts and not profiles:
             yield
             return
-        if self.traffic is not None:
-            self.traffic.start()
+        self.traffic.start()
         if profiles and self.comm.is_main:
             self._profile = _Profile(step, self.comm.size)
             with self._profile.recording():
                 yield
         else:
             yield
-        traffic = [] if self.traffic is None else self.traffic.stop()
+        traffic = self.traffic.stop()
         if self._profile is not None and self._profile.step == step:
             self._profile.traffic = traffic
         if counts and step not in self._window:  # a rollback repeats steps

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -59,7 +59,7 @@ class TrainerComponents:
     limits: TimeLimits
     flops_per_token: float
     peak_flops: float  # of all ranks together
-    diagnostics: StepDiagnostics = field(default_factory=StepDiagnostics)
+    diagnostics: StepDiagnostics | None = None  # where the run asks for measurements
 
     def close(self) -> None:
         """Stop the watchdog and the read-ahead, and remove offloaded state from local disks."""
@@ -230,7 +230,7 @@ class Trainer:
         rate = rate_at(position.schedule.segments, step)
         start = time.perf_counter()
         batch = parts.batches.batch(position.samples)
-        with parts.diagnostics.observed(step):
+        with nullcontext() if parts.diagnostics is None else parts.diagnostics.observed(step):
             result = parts.engine.train_step(batch, step, rate)
         seconds = time.perf_counter() - start
         verdict = parts.guard.respond(result, step, position.rollbacks)
@@ -243,7 +243,8 @@ class Trainer:
                 self._stop_at(verdict, result, report)
         self._advance()
         self.record.step(self.position, result, rate, seconds)
-        parts.diagnostics.report(step, self.event, parts.reporter.info)
+        if parts.diagnostics is not None:
+            parts.diagnostics.report(step, self.event, parts.reporter.info)
         return True
 
     def _advance(self) -> None:
@@ -323,13 +324,14 @@ class Trainer:
         return step == config.train.steps or any(_due(step, interval) for interval in intervals)
 
     def _lost_folder(self) -> float:
-        """On rank 0: return 1 if the run folder is lost; else write deleted metrics anew."""
+        """On rank 0: return 1 if the run folder is lost; else write a deleted log or metrics file anew."""
         lock, metrics = self.parts.lock, self.parts.metrics
         if lock is None or metrics is None:
             return 0.0
         self._lost = lock.lost()
         if self._lost is not None:
             return 1.0
+        self.parts.reporter.reopen_log_if_gone()
         if metrics.reopen_if_gone():
             self.record.warn(self.position, f"{metrics.path} was deleted, replaced or emptied; it continues from here")
         return 0.0

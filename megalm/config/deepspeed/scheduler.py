@@ -60,10 +60,10 @@ def translate_scheduler(section: Mapping[str, Any]) -> SchedulerTranslation:
     """Translate the `scheduler` section of a DeepSpeed JSON.
 
     Args:
-        section: as it stands in the file: `type` and `params`. Without a type DeepSpeed builds no scheduler.
+        section: `type` and `params`, without comments. Without a type DeepSpeed builds no scheduler.
     """
     kind, params = section.get("type"), section.get("params")
-    if unknown := [f"scheduler.{key}" for key in section if key not in ("type", "params") and not _is_comment(key)]:
+    if unknown := [f"scheduler.{key}" for key in section if key not in ("type", "params")]:
         return _refused(f"{', '.join(unknown)}: expected type and params; remove the other keys")
     if kind in (None, "auto"):
         return SchedulerTranslation({}, ("scheduler has no type, so it asks for nothing",) if section else ())
@@ -71,7 +71,6 @@ def translate_scheduler(section: Mapping[str, Any]) -> SchedulerTranslation:
         return _refused(f"scheduler.params={shown(params)}: expected a section with the parameters of {shown(kind)}")
     if not isinstance(params, Mapping):
         params = {}
-    params = {name: value for name, value in params.items() if not _is_comment(name)}
     scheduler = _SCHEDULERS.get(kind) if isinstance(kind, str) else None
     if scheduler is None:
         return _refused(_no_equal(kind, params))
@@ -90,10 +89,6 @@ def translate_scheduler(section: Mapping[str, Any]) -> SchedulerTranslation:
         else:
             settings |= dict.fromkeys(parameter.keys, _tidy(name, value)) | dict.fromkeys(parameter.replaces)
     return SchedulerTranslation(settings, tuple(_notes(kind, params, settings, left)))
-
-
-def _is_comment(key: str) -> bool:
-    return key.startswith(("_", "//", "#")) or key in ("comment", "comments")
 
 
 def _refused(problem: str) -> SchedulerTranslation:

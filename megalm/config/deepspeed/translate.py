@@ -18,13 +18,12 @@ from megalm.config.deepspeed.scheduler import SchedulerTranslation, translate_sc
 from megalm.config.deepspeed.unsupported_keys import (
     IGNORED,
     REMOVE,
+    TYPED_PREFIXES,
     TYPED_SECTIONS,
     UNKNOWN,
     UNSUPPORTED,
     UnsupportedKey,
     has_no_effect,
-    is_comment,
-    is_typed,
     unknown_key,
 )
 from megalm.config.validation import bad_values, leaf_fields, members, nest, section_of, shown
@@ -155,7 +154,7 @@ class _Reading:
 
     def _key(self, path: str, spelled: str, value: Any, model: type[BaseModel], name: str) -> None:
         rule = UNSUPPORTED.get(path)
-        if is_comment(name):
+        if _is_comment(name):
             self.add(Outcome(spelled, value, "no effect", "it is a comment", group="comment"))
         elif path in RUN_SETTINGS:
             self._run_settings(RUN_SETTINGS[path], spelled, value)
@@ -206,13 +205,14 @@ class _Reading:
 
     def _run_settings(self, translator: SectionTranslator, spelled: str, value: Any) -> None:
         """Read a section that belongs to the run configuration."""
-        if not value or value == "auto":
+        section = _without_comments(value)
+        if not section or section == "auto":
             self.add(Outcome(spelled, value, "no effect", _NO_EFFECT, group="no effect"))
             return
-        if not isinstance(value, Mapping):
+        if not isinstance(section, Mapping):
             self.add(Outcome(spelled, value, "refused", "it must be a section", "with type and params"))
             return
-        found = translator(value)
+        found = translator(section)
         for problem in found.problems:
             self.add(Outcome(spelled, value, "refused", problem, group=f"{spelled}: {problem}"))
         if not found.problems:
@@ -239,6 +239,17 @@ class _Reading:
                 self.add(Outcome(path, None, "refused", "it is missing", 'add "type": "AdamW" to optimizer'))
                 self.outcomes += _drop(self.leaves, "optimizer", "optimizer.type is missing", "", "refused")
         return set(bad)
+
+
+def _is_comment(key: str) -> bool:
+    """Whether a key serves as a comment: "_note", "//", "#", "comment"."""
+    return key.startswith(("_", "//", "#")) or key.lower() in ("comment", "comments")
+
+
+def _without_comments(section: Any) -> Any:
+    if not isinstance(section, Mapping):
+        return section
+    return {key: _without_comments(value) for key, value in section.items() if not _is_comment(key)}
 
 
 # --- older spellings --------------------------------------------------------------------------------------------------
@@ -290,7 +301,7 @@ def _as_deepspeed_reads(path: str, value: Any) -> Any:
     kinds = set(members(_LEAVES[path].annotation))
     if any(0 in get_args(kind) for kind in kinds):
         kinds.add(int)  # the stage
-    if is_typed(path) and not isinstance(value, bool):
+    if path.startswith(TYPED_PREFIXES) and not isinstance(value, bool):
         for kind in (bool, int, float):
             if kind in kinds and (kind is bool or isinstance(value, str)):
                 with contextlib.suppress(ValidationError):

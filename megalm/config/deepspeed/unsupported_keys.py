@@ -256,22 +256,13 @@ _NEOX_KEYS: dict[str, str] = {
 _LEAVES = leaf_fields(DeepSpeedSettings)
 # Sections that are pydantic models in DeepSpeed too, so that it refuses unknown keys in them.
 TYPED_SECTIONS = ("fp16", "bf16", "bfloat16", "zero_optimization", "comms_logger", "timers.throughput")
+TYPED_PREFIXES = tuple(f"{section}." for section in TYPED_SECTIONS)  # of dotted keys in them
 DEEPSPEED_NAMES: frozenset[str] = frozenset(
     part
     for path in (*_LEAVES, *UNSUPPORTED, "scheduler")
     for part in path.split(".")
     if part not in ("type", "params", "checkpoint")
 ) | {field.alias for field in _LEAVES.values() if field.alias}
-
-
-def is_comment(key: str) -> bool:
-    """Whether a key serves as a comment: "_note", "//", "#", "comment"."""
-    return key.startswith(("_", "//", "#")) or key.lower() in ("comment", "comments")
-
-
-def is_typed(path: str) -> bool:
-    """Whether a dotted key is in a section that is a pydantic model in DeepSpeed."""
-    return path.startswith(tuple(f"{section}." for section in TYPED_SECTIONS))
 
 
 def has_no_effect(rule: UnsupportedKey, value: Any) -> bool:
@@ -301,7 +292,7 @@ def unknown_key(path: str) -> UnsupportedKey:
         hint = f", did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else ""
     if section.startswith("optimizer.params"):
         effect = "DeepSpeed passes it to Adam, which refuses it"
-    elif is_typed(path):
+    elif path.startswith(TYPED_PREFIXES):
         effect = "DeepSpeed 0.19.8 refuses it too"
     else:
         effect = IGNORED

@@ -30,7 +30,9 @@ def test_a_log_that_is_deleted_is_written_anew(log_file: Path, capsys: pytest.Ca
     console = RunConsole(True, log_file)
     console.info("the first")
     log_file.unlink()
+    console.reopen_log_if_gone()
     console.info("the second")
+    console.reopen_log_if_gone()
     console.info("the third")
     assert [line.split()[-1] for line in log_file.read_text().splitlines()] == ["second", "third"]
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
