@@ -43,6 +43,14 @@ def message_of(error: MegalmError) -> str:
     return str(error) if several else " ".join(str(error).split())
 
 
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether Python, torch or a GPU ran out of memory."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
+
 class DataError(MegalmError):
     """Unusable input text, tokenizer or dataset file."""
 

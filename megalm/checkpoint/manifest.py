@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -38,7 +38,6 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 
 Status = Literal["good", "suspect", "bad"]
-STATUSES: tuple[Status, ...] = get_args(Status)
 
 STEP_FOLDER = re.compile(r"step-(\d{8,18})", re.ASCII)
 

@@ -16,7 +16,7 @@ import typer
 from megalm.cli.find_run import checkpoint_at, good_checkpoints_at, verify, warn
 from megalm.cli.options import Place, Precision, Tokenizer
 from megalm.data.readers.input_files import ReadReport, find_inputs
-from megalm.errors import CheckpointError, ConfigError
+from megalm.errors import CheckpointError, ConfigError, is_out_of_memory
 from megalm.runs.metrics_log import MetricsWriter, plain
 from megalm.utils.atomic_files import refuse_overwriting_inputs
 from megalm.utils.formatting import table
@@ -52,7 +52,6 @@ _ANSWER_COLUMNS: tuple[_Column, ...] = (
     ("+-", "byte_accuracy_error", ".1%"),
     ("chance", "chance", ".1%"),
 )
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True)
@@ -282,6 +281,6 @@ def _memory_errors_named() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         raise ConfigError("out of memory; try a smaller --batch-size, or --dtype bf16") from error

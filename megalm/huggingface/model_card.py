@@ -22,8 +22,8 @@ from megalm.model.model_config import ModelConfig
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.runs.metrics_log import METRICS_FILE, Row, live_rows, read_metrics
 from megalm.runs.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, read_mapping
+from megalm.utils.formatting import perplexity_of
 
-_LARGEST_EXPONENT = 700.0  # beyond that a float overflows
 _LICENSE = "# license: choose one before you publish this model, e.g. apache-2.0; none is implied"
 
 Fact = tuple[str, str]
@@ -231,7 +231,7 @@ def _optimizer(path: Path) -> str | None:
 
 
 def _loss(nats: float) -> str:
-    return f"loss {nats:.4f} nats per token, perplexity {math.exp(min(nats, _LARGEST_EXPONENT)):,.2f}"
+    return f"loss {nats:.4f} nats per token, perplexity {perplexity_of(nats):,.2f}"
 
 
 def _cell(text: str) -> str:

@@ -22,8 +22,7 @@ from megalm.inference.batching import ScoredSequence, SequenceBatches, evenly
 from megalm.inference.dataset_eval import Row, evaluate_sets, loss_fields
 from megalm.inference.inference_model import CheckpointFacts, InferenceModel
 from megalm.train.evaluator import Evaluation
-
-_LARGEST_EXPONENT = 700.0  # beyond that a float overflows
+from megalm.utils.formatting import perplexity_of
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,6 @@ def _row(result: Evaluation, sets: Sequence[TextSet]) -> Row:
         **loss_fields(result),
         # Bytes of the original text: a normalizing tokenizer would decode to other bytes.
         "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None,
-        "word_perplexity": math.exp(min(nats / words, _LARGEST_EXPONENT)) if words else None,
+        "word_perplexity": perplexity_of(nats / words) if words else None,
         **{name: sum(getattr(one, name) for one in sets) for name in ("documents", "words", "text_bytes", "skipped")},
     }

@@ -15,6 +15,7 @@ from megalm.config.schema import Claim, ClaimKind, DocumentedSection
 from megalm.cost_model.gpu_specs import data_sheet_peak
 from megalm.data.sampling.sample_order import whole_windows
 from megalm.planning.run_plan import Plan
+from megalm.utils.formatting import perplexity_of
 
 HOLDS = "holds"
 EXPECTED = "the run will show"
@@ -305,7 +306,7 @@ def _memory(case: _Case) -> Computed:
 
 def _loss(case: _Case) -> Computed:
     loss, entries = case.value, case.plan.shape.vocab_size
-    perplexity = Span(_perplexity_of(loss.low), _perplexity_of(loss.high))
+    perplexity = Span(perplexity_of(loss.low), perplexity_of(loss.high))
     if case.claim.step == 0:
         reason = f"; {_plain(loss)} is the loss of {perplexity.low:,.0f} entries"
         return _equals(f"ln {entries:,}", math.log(entries), reason=reason)
@@ -317,12 +318,7 @@ def _perplexity(case: _Case) -> Computed:
     loss = case.claimed("validation_loss")
     if loss is None:
         return Computed(note="the document gives no validation loss")
-    return _equals(f"e^{loss.low:g}", _perplexity_of(loss.low))
-
-
-def _perplexity_of(loss: float) -> float:
-    """Return the perplexity of a loss in nats; beyond 700 a float overflows."""
-    return math.exp(min(loss, 700.0))
+    return _equals(f"e^{loss.low:g}", perplexity_of(loss.low))
 
 
 @dataclass(frozen=True)

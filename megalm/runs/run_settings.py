@@ -69,13 +69,24 @@ class Arguments:
         Raises:
             ConfigError: a flag lacks another that it needs, or a configuration is invalid by itself.
         """
-        options = ResumeOptions.from_flags(self.resume, self.extend_steps, self.extend_strategy, self.skip_steps)
+        options = self.resume_options()
         words = (*self.overrides, *options.overrides)
         resume = self.resume is not None
         files = read_settings(self.config, words, self.deepspeed_config, resume, ranks, device, data_needed)
         if options.wanted is None and files.saved is not None:  # a restart of the job that began the run
             options = replace(options, wanted="auto")
         return options, files
+
+    def resume_options(self) -> ResumeOptions:
+        """Return the resume options of the flags.
+
+        Raises:
+            ConfigError: a flag lacks another that it needs.
+        """
+        if self.extend_steps is None and self.extend_strategy == "weights":
+            raise ConfigError("--extend-strategy weights needs the number of steps: add --extend-steps N")
+        extension = None if self.extend_steps is None else Extension(self.extend_steps, self.extend_strategy)
+        return ResumeOptions(self.resume, extension, self.skip_steps)
 
 
 @dataclass(frozen=True)
@@ -96,20 +107,6 @@ class ResumeOptions:
     def __post_init__(self) -> None:
         if self.wanted is None and (self.extension or self.skip_steps):
             raise ConfigError("--extend-steps and --skip-steps need a checkpoint: add --resume")
-
-    @staticmethod
-    def from_flags(
-        wanted: str | None, extend_steps: int | None, extend_strategy: Literal["schedule", "weights"], skip_steps: int
-    ) -> ResumeOptions:
-        """Return the options of a command line's flags.
-
-        Raises:
-            ConfigError: a flag lacks another that it needs.
-        """
-        if extend_steps is None and extend_strategy == "weights":
-            raise ConfigError("--extend-strategy weights needs the number of steps: add --extend-steps N")
-        extension = None if extend_steps is None else Extension(extend_steps, extend_strategy)
-        return ResumeOptions(wanted, extension, skip_steps)
 
     @property
     def overrides(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from megalm.runs.metrics_history import History, Numbers, read_history
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, METRICS_FILE, ReadBatches, Row, read_batches
 from megalm.runs.run_folder import parameter_count
 from megalm.tracking.mlflow_mirror.run_facts import settings
+from megalm.utils.formatting import perplexity_of
 from megalm.utils.plotting import new_plot, save_plot
 
 # The first steps carry compilation and cache misses; the median of the rest is the run's speed.
@@ -56,7 +57,7 @@ class Results:
     @property
     def final_perplexity(self) -> float | None:
         loss = self.final_validation_loss
-        return None if loss is None else math.exp(min(loss, 700.0))  # beyond that a float overflows
+        return None if loss is None else perplexity_of(loss)
 
 
 @dataclass(frozen=True)

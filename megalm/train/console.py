@@ -6,9 +6,9 @@ Everything printed is also written to log.txt, with the time.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,14 @@ log = logging.getLogger("megalm")
 
 
 class _Console(Console):
-    """A console that ignores a closed terminal or pipe: log.txt has everything."""
+    """A console that ignores a full disk or a terminal that has gone: log.txt has everything.
+
+    `keep_standard_streams` has made standard output one that drops later text.
+    """
 
     def print(self, *objects: Any, **options: Any) -> None:
-        try:
+        with suppress(OSError):
             super().print(*objects, **options)
-        except OSError:
-            self.on_broken_pipe()
-
-    def on_broken_pipe(self) -> None:
-        """Continue instead of exiting as rich does, and keep libraries that print from failing."""
-        self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
 
 
 class _LogFile(logging.FileHandler):

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from megalm.communicator import Communicator
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
+from megalm.utils.formatting import perplexity_of
 
 TOTAL = "validation"  # the only set, or all sets together
 
@@ -38,7 +39,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))  # beyond that a float overflows
+        return perplexity_of(self.loss)
 
     def __str__(self) -> str:
         bits = f", {self.bits_per_byte:.3f} bits per byte" if self.bits_per_byte is not None else ""

@@ -20,7 +20,7 @@ from megalm.checkpoint.manifest import Status
 from megalm.communicator import Communicator
 from megalm.data.sampling.batch_loader import BatchLoader
 from megalm.engine.interface import Engine, StepResult
-from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
+from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError, is_out_of_memory
 from megalm.planning.lr_schedule import rate_at
 from megalm.planning.recipe_claims import Expectation, Quantity, Span, documented_losses
 from megalm.planning.resolve import ResolvedRun
@@ -489,16 +489,13 @@ def garbage_collected_every(interval_steps: int | None) -> Iterator[Callable[[in
         gc.unfreeze()
 
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-
-
 @contextmanager
 def memory_errors_named(phase: str) -> Iterator[None]:
     """Turn running out of memory into a `TrainingError` that names the phase and what to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         raise TrainingError(
             f"out of memory in {phase} ({str(error).splitlines()[0] if str(error) else 'MemoryError'}). Try a smaller "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 import sys
@@ -147,6 +148,11 @@ def format_clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def perplexity_of(loss: float) -> float:
+    """Return the perplexity of a loss in nats; a very large one is cut, because a float would overflow."""
+    return math.exp(min(loss, 700.0))
 
 
 def flatten_mapping(content: Mapping[str, Any], prefix: str = "", numbered: bool = False) -> dict[str, Any]:

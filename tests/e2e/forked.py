@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import psutil
 from torch.distributed import TCPStore
 
 from tests.ranks import FORK_SERVER, rank_environment
@@ -56,7 +57,8 @@ class ForkedRanks:
             self.returncode = next(code for code in codes if code)
             self._kill_at = time.monotonic() + _GRACE_SECONDS
             for process in self.ranks:
-                process.terminate()
+                if process.exitcode is None:
+                    process.kill() if _is_stopped(process.pid) else process.terminate()
         if None in codes:
             if time.monotonic() > self._kill_at:
                 self.kill()
@@ -87,6 +89,14 @@ class ForkedRanks:
 
     def close(self) -> None:
         shutil.rmtree(self._output, ignore_errors=True)
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Such a process hears no SIGTERM, however long one waits."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _run(words: list[str], folder: str, environment: dict[str, str], output: str, core: int) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from megalm.tracking.mlflow_mirror import mirror_process
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import PRETRAIN, finish, job, losses, pretrain, rows, run_folder, train_rows
+from tests.e2e.jobs import PRETRAIN, finish, job, losses, pretrain, rows, run_folder, train_rows, until
+from tests.messages import assert_names
 
 pytestmark = pytest.mark.e2e
 
@@ -133,12 +135,18 @@ def test_secrets_of_the_environment_are_written_nowhere(small_data: SmallData, t
 
 
 def test_a_password_in_an_address_is_written_nowhere(small_data: SmallData, tmp_path: Path) -> None:
-    """MLFLOW_TRACKING_URI of a server that does not answer."""
+    """MLFLOW_TRACKING_URI of a server that does not answer. The mirror is killed once it has said so; else it waits."""
     uri = "http://127.0.0.1:9?user=me@corp.example&password=canary-password-31ef"
     command = pretrain(*_words(small_data, "train.steps=4", "tracking.mlflow=true"))
-    finished = finish(tmp_path, command, environment={"MLFLOW_TRACKING_URI": uri})
+    log = tmp_path / "runs" / "mine" / "mlflow.log"
+    with job(tmp_path, command, {"MLFLOW_TRACKING_URI": uri}) as started:
+        until(lambda: log.is_file() and "127.0.0.1:9" in log.read_text(), 120)
+        until(lambda: any(row.get("event") == "end" for row in rows(tmp_path)), 120)
+        (mirror,) = [process for process in started.processes() if mirror_process.__name__ in process.cmdline()]
+        mirror.kill()
+        finished = started.wait()
     assert finished.code == 0, finished.explain()
-    assert "127.0.0.1:9" in (run_folder(tmp_path) / "mlflow.log").read_text(), "the mirror tried, and said so"
+    assert_names(finished.stdout, "megalm track sync")
     assert "canary-password" not in finished.stdout + finished.stderr
     assert _holds(tmp_path, "canary-password") == []
 

@@ -197,6 +197,7 @@ import sys
 from pathlib import Path
 from megalm.train.lifecycle.shutdown import RankSupervisor
 from megalm.train.console import RunConsole
+from megalm.utils.process_setup import keep_standard_streams
 
 def work():
     reporter = RunConsole(True, Path(sys.argv[1]))
@@ -206,6 +207,7 @@ def work():
     print("and this is in Python's buffer at the end")
     return 75
 
+keep_standard_streams()
 RankSupervisor(rank=0).run(work)
 """
 

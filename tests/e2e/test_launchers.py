@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,17 +40,19 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def outcomes(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    result = {}
-    for name, (using, ranks) in STARTS.items():
-        folder = tmp_path_factory.mktemp("launch")
+    def outcome(name: str, folder: Path) -> Outcome:
+        using, ranks = STARTS[name]
         # A shell's own setting must not decide how fast, or in which order, a rank adds.
         environment = {"OMP_NUM_THREADS": "7"} if name == "python" else {}
         command = pretrain(*small_data.changed("train.rehearse=true", f"train.steps={STEPS}"), using=using, ranks=ranks)
         finished = finish(folder, command, environment=environment)
         assert finished.code == 0, finished.explain()
         facts = json.loads((run_folder(folder) / "environment.json").read_text())
-        result[name] = Outcome(finished, losses(folder), train_rows(folder), facts)
-    return result
+        return Outcome(finished, losses(folder), train_rows(folder), facts)
+
+    folders = [tmp_path_factory.mktemp("launch") for _ in STARTS]
+    with ThreadPoolExecutor(2) as pool:  # a launcher mostly imports, on one core
+        return dict(zip(STARTS, pool.map(outcome, STARTS, folders), strict=True))
 
 
 @pytest.mark.parametrize("name", list(STARTS))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row, wall_limit
 from megalm.tracking.compare_runs import comparable_validations
 from megalm.tracking.report.run_data import Failure, ReportData
-from megalm.utils.formatting import format_duration
+from megalm.utils.formatting import format_duration, perplexity_of
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,8 @@ def numbers(run: ReportData) -> list[Number]:
         if found.best_validation_loss is not None:
             like = f"step {found.best_validation_step:,}" if found.best_validation_step is not None else ""
             shown.append(Number("Best while training", f"{found.best_validation_loss:.4f}", like))
-        perplexity = last.get("perplexity", math.exp(min(last["loss"], 700.0)))
-        shown.append(Number("Perplexity", f"{perplexity:,.2f}", _frequency_baseline(run, math.exp)))
+        perplexity = last.get("perplexity", perplexity_of(last["loss"]))
+        shown.append(Number("Perplexity", f"{perplexity:,.2f}", _frequency_baseline(run, perplexity_of)))
         if last.get("bits_per_byte") is not None:
             bits = last["bits_per_byte"]
             # The same text and tokens: bits per byte are proportional to nats.

@@ -159,15 +159,15 @@ def test_damage_is_told_and_a_named_checkpoint_is_the_way_out(folder: RunFolder)
 def test_flags_that_say_nothing_without_others_are_refused() -> None:
     """`--extend-strategy weights` alone would go on with moments, schedule and data, and say nothing of it."""
     for stated, names in (
-        (("auto", None, "weights", 0), ("--extend-strategy weights", "--extend-steps")),
-        ((None, 5, "schedule", 0), ("--extend-steps", "--resume")),
-        ((None, None, "schedule", 5), ("--skip-steps", "--resume")),
+        (Arguments(None, resume="auto", extend_strategy="weights"), ("--extend-strategy weights", "--extend-steps")),
+        (Arguments(None, extend_steps=5), ("--extend-steps", "--resume")),
+        (Arguments(None, skip_steps=5), ("--skip-steps", "--resume")),
     ):
         with pytest.raises(ConfigError) as refused:
-            ResumeOptions.from_flags(*stated)  # type: ignore[arg-type]
+            stated.resume_options()
         assert_names(refused.value, *names)
-    assert ResumeOptions.from_flags("auto", None, "schedule", 0) == ResumeOptions("auto")
-    assert ResumeOptions.from_flags("7", 5, "weights", 0).weights_only
+    assert Arguments(None, resume="auto").resume_options() == ResumeOptions("auto")
+    assert Arguments(None, resume="7", extend_steps=5, extend_strategy="weights").resume_options().weights_only
 
 
 def test_an_extension_from_weights_is_a_run_of_so_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
