@@ -33,5 +33,6 @@ setup(
         "Jinja2>=3.1",
         "filelock>=3.30",
     ],
+    extras_require={"gpu-rehearsal": ["triton>=3.5"]},  # tests/gpu_rehearsal/test_kernels.py
     entry_points={"console_scripts": ["megalm = megalm.cli.main:main"]},
 )

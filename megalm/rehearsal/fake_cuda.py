@@ -25,8 +25,12 @@ class GpuProperties:
     total_memory: int
     major: int
     minor: int
+    shared_memory_per_block_optin: int = 166_912
     multi_processor_count: int = 108
     warp_size: int = 32
+    regs_per_multiprocessor: int = 65_536
+    max_threads_per_multi_processor: int = 2_048
+    L2_cache_size: int = 40 << 20
     gcnArchName: str = ""
 
 
