@@ -34,7 +34,8 @@ import psutil  # noqa: E402
 from benchmarks.random_data import write_random_tokens  # noqa: E402
 
 _BYTES = 256  # ids of the byte tokenizer; more entries of the vocabulary cost the same whether they occur or not
-_START_SECONDS = 240.0
+_START_SECONDS = 600.0
+_FEWEST_STEPS = 4  # of a round, however busy the machine is
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,9 @@ class Program:
         """Let it run alone for some time; return seconds of wall and of processor time of one step."""
         self.signal(signal.SIGCONT)
         time.sleep(min(1.0, seconds / 8))  # caches and clocks
-        begin, cpu, first = time.time(), self.cpu_seconds(), len(self.times())
-        time.sleep(seconds)
+        begin, cpu, first = time.time(), self.cpu_seconds(), len(self.times()) + 1  # one step met the stop
+        while time.time() - begin < seconds or len(self.times()) - first < _FEWEST_STEPS:
+            time.sleep(0.2)
         cpu = self.cpu_seconds() - cpu
         spent = time.time() - begin
         done = self.times()[first:]
