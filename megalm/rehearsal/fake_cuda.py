@@ -71,7 +71,7 @@ class FakeCuda:
 
         here = constant(self._stream)
         return {
-            **dict.fromkeys(("is_available", "is_initialized", "is_bf16_supported"), constant(True)),
+            **dict.fromkeys(("is_available", "is_initialized"), constant(True)),
             **dict.fromkeys(("_is_in_bad_fork", "is_current_stream_capturing"), constant(False)),
             **dict.fromkeys(("_lazy_init", "init", "empty_cache", "manual_seed", "manual_seed_all"), constant(None)),
             **dict.fromkeys(("set_rng_state", "set_stream", "ipc_collect"), constant(None)),

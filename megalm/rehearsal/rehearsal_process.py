@@ -6,6 +6,7 @@ The parent calls `rehearse_all`. Cases and findings travel as pickles: both side
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import pickle
 import subprocess
@@ -20,7 +21,7 @@ from megalm.rehearsal.fake_cuda_library import build_library, load_library
 from megalm.rehearsal.rehearsal_report import Rehearsal, RehearsalCase, extrapolated
 from megalm.utils.child_process import child_command, child_environment
 
-_SHOWN_LINES = 60
+log = logging.getLogger(__name__)
 
 
 def rehearse_all(cases: Sequence[RehearsalCase], jobs: int = 1) -> list[Rehearsal]:
@@ -35,8 +36,10 @@ def rehearse_all(cases: Sequence[RehearsalCase], jobs: int = 1) -> list[Rehearsa
     environment = {**child_environment(), "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, input=pickle.dumps(list(cases)), capture_output=True, env=environment, check=False)
     if done.returncode != EXIT_DONE:
-        lines = done.stderr.decode(errors="replace").splitlines()[-_SHOWN_LINES:]
-        raise TrainingError(f"the rehearsal's process ended with {done.returncode}: {' | '.join(lines)}")
+        printed = done.stderr.decode(errors="replace").strip()
+        log.info("%s", printed)
+        last = printed.splitlines()[-1:] or ["it printed nothing"]
+        raise TrainingError(f"the rehearsal's process ended with {done.returncode}: {last[0]}")
     found: list[Rehearsal] = pickle.loads(done.stdout)
     return found
 
