@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--words", nargs="*", default=[], help="more key=value for megalm")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the stopped programs, too
     cores = len(os.sched_getaffinity(0))
     print(f"{cores} threads each; {arguments.rounds} rounds of {arguments.seconds:g} s each")
     print(f"{'':22}{'megalm, s/step':>15}{'other, s/step':>15}{'wall':>7}{'lowest':>8}{'highest':>9}{'CPU':>7}")
