@@ -7,7 +7,7 @@ errors here. Names carry their units. The models are frozen: derived values are 
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -22,8 +22,13 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, and values cannot change after loading."""
+    """Base of all sections: unknown keys are errors, and values cannot change after loading.
 
+    Attributes:
+        hint: ends the message about a value that is no section.
+    """
+
+    hint: ClassVar[str] = ""
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
@@ -284,6 +289,8 @@ class ParallelSection(Section):
 
 class PrecisionSection(Section):
     """Beside the precision of the DeepSpeed JSON."""
+
+    hint: ClassVar[str] = "; bf16 and fp16 belong in the DeepSpeed JSON, the file of --deepspeed_config"
 
     float8: bool = Field(
         default=False,

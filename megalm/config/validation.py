@@ -172,8 +172,8 @@ def flatten(
     if raw is None:  # a section whose lines are all commented out
         return leaves, problems
     if not isinstance(raw, Mapping):
-        keys = ", ".join(list(model.model_fields)[:3])
-        return leaves, [f"{where}: {prefix.rstrip('.') or 'it'} must be a section, with keys such as {keys}"]
+        keys, hint = ", ".join(list(model.model_fields)[:3]), getattr(model, "hint", "")  # of the run configuration
+        return leaves, [f"{where}: {prefix.rstrip('.') or 'it'} must be a section, with keys such as {keys}{hint}"]
     names = {field.alias: name for name, field in model.model_fields.items() if field.alias}
     for key, value in raw.items():
         name = names.get(key, key)

@@ -99,8 +99,7 @@ def test_64_ranks_are_shown(start: Start) -> None:
     assert_names(line_of(text, "stage 3:"), "48-63", "6-7", 12, "head")
     assert_names(text, "1 x 32 x 4", "8.6%", "3 / 35")  # the bubble: 3 / (32 + 3)
     memory = row_of(text[text.index("\nMemory") :], "part")
-    assert memory[2:4] == ["stage 1", "stage 3"], "1 and 2 hold the same"
-    assert memory[1] not in ("stage 0", "stage 1"), "marked as the fullest"
+    assert memory[1:4] == ["stage 0", "stage 1", "stage 3, the fullest"], "1 and 2 hold the same; 3 the logits"
 
 
 def test_4096_ranks_are_shown_shortly_and_at_once(start: Start) -> None:

@@ -179,7 +179,7 @@ def test_mixed_memory_counts_by_the_smallest() -> None:
 def test_emulated_bf16_is_none(monkeypatch: pytest.MonkeyPatch, major: int, bf16: bool) -> None:
     """torch's own function decides; a V100 emulates bf16."""
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    properties = SimpleNamespace(major=major, total_memory=32 * GIB)
+    properties = SimpleNamespace(major=major, minor=0, total_memory=32 * GIB)
     for name, value in (
         ("is_available", lambda: True),
         ("current_device", lambda: 0),
