@@ -14,7 +14,7 @@ from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.errors import EXIT_FAILED, ConfigError
 from megalm.planning.run_plan import Plan
 from megalm.rehearsal.rehearsal_process import rehearse_run
-from megalm.rehearsal.rehearsal_report import WAITS, Phase, Rehearsal, RehearsalCase, gpu_capability
+from megalm.rehearsal.rehearsal_report import WAITS, Phase, Rehearsal, RehearsalCase
 from megalm.rehearsal.verdict import Verdict, judge, planned_bytes, planned_memory
 from megalm.runs.run_settings import read_settings
 from megalm.utils.formatting import format_bytes, format_duration, table, terminal_width, wrapped
@@ -56,9 +56,7 @@ def command(
     device = gpu_by_name(gpu)
     files = read_settings(config, overrides or [], deepspeed_config, resume=False, ranks=ranks)
     plan = planned(files, ranks, device, ranks_per_node)
-    case = RehearsalCase(
-        plan.resolved, plan.shape, rank, min(ranks, ranks_per_node), gpu_capability(device.name or gpu)
-    )
+    case = RehearsalCase(plan.resolved, plan.shape, rank, min(ranks, ranks_per_node))
     rehearsal = rehearse_run(case)
     verdict = judge(rehearsal, case, plan)
     if as_json:

@@ -66,10 +66,26 @@ _GIB = 2**30
 
 def data_sheet_peak(device_name: str, low_precision: bool) -> tuple[float, str] | None:
     """FLOP/s and source for a device as CUDA names it, "NVIDIA A100-SXM4-80GB"; None where the table has none."""
+    gpu = _known(device_name)
+    if gpu is None:
+        return None
+    return (gpu.low if low_precision else gpu.full) * 1e12, f"data sheet of {gpu.name}"
+
+
+def compute_capability(device_name: str) -> tuple[int, int] | None:
+    """CUDA's major and minor number of a device as CUDA names it; None where the table has none."""
+    gpu = _known(device_name)
+    if gpu is None:
+        return None
+    major, minor = divmod(round(10 * gpu.capability), 10)
+    return major, minor
+
+
+def _known(device_name: str) -> _Gpu | None:
     for gpu in _GPUS:
         name = gpu.name.replace(" ", "[ -]")
         if re.search(rf"\b{name}{_SAME_CHIP}", device_name, re.IGNORECASE):
-            return (gpu.low if low_precision else gpu.full) * 1e12, f"data sheet of {gpu.name}"
+            return gpu
     return None
 
 

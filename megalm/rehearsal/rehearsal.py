@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megalm.data.sampling.batch_loader import BatchLoader
 from megalm.engine.build import build_engine
+from megalm.engine.device import pin_batch
 from megalm.engine.distributed import DistributedCommunicator, start_distributed
 from megalm.engine.interface import Engine, StepResult
 from megalm.engine.traffic_counter import TrafficCounter
@@ -99,7 +100,7 @@ def rehearse(case: RehearsalCase) -> Rehearsal:
     watcher, traffic = Watcher(), TrafficCounter()
     name = run.device.name or "GPU"
     FakeCuda(GpuProperties(name, run.device.memory_bytes, *case.capability), case.ranks_per_node, watcher).install()
-    stand_ins.install(case.capability, run.config.data.sequence_length)
+    stand_ins.install(case.capability, run.config.data.sequence_length, watcher)
     _join(case, local)
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
@@ -108,7 +109,7 @@ def rehearse(case: RehearsalCase) -> Rehearsal:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), watcher:
             comm = AgreeingCommunicator(start_distributed(rank_facts(), device, traffic))
-            engine = record("start", lambda: build_engine(run, case.shape, device, comm, traffic=traffic))
+            engine = record("start", lambda: _build(case, device, comm, traffic))
             updated = _train(case, engine, record)
             _use(case, engine, record)
     except Exception as error:  # any error of the run: it is what the rehearsal is for
@@ -116,6 +117,11 @@ def rehearse(case: RehearsalCase) -> Rehearsal:
     return Rehearsal(
         case.rank, case.stage, case.parameters, tuple(record.phases), failure, updated, time.monotonic() - began
     )
+
+
+def _build(case: RehearsalCase, device: torch.device, comm: AgreeingCommunicator, traffic: TrafficCounter) -> Engine:
+    # Weights are drawn in threads, which would compute them.
+    return build_engine(case.run, case.shape, device, comm, traffic=traffic, initial_weights=False)
 
 
 def _join(case: RehearsalCase, local: int) -> None:
@@ -139,7 +145,7 @@ def _train(case: RehearsalCase, engine: Engine, record: _Recorder) -> bool:
     """Train and evaluate; return whether the last step's update was applied."""
     run = case.run
     samples = ZeroSamples(run.config.data.sequence_length, run.config.data.document_mask)
-    with BatchLoader(samples, batch_layout(run, run.topology.coordinate(case.rank).data)) as batches:
+    with BatchLoader(samples, batch_layout(run, run.topology.coordinate(case.rank).data), pin_batch) as batches:
 
         def step(number: int) -> StepResult:
             return engine.train_step(batches.batch((number - 1) * run.batch.global_batch), number, 1e-3)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from megalm.cost_model.gpu_specs import compute_capability
 from megalm.cost_model.memory import Share, shares
 from megalm.model.model_config import ModelConfig
 from megalm.planning.resolve import ResolvedRun
@@ -17,24 +18,6 @@ from megalm.planning.resolve import ResolvedRun
 EventKind = Literal["read", "size", "to_host", "to_device", "prefetch", "synchronize", "mixed"]
 WAITS: tuple[EventKind, ...] = ("read", "size", "to_host", "to_device", "synchronize")
 
-# Compute capability by the beginning of a GPU's name; the first that fits.
-_CAPABILITIES = {
-    **dict.fromkeys(("B200", "GB200"), (10, 0)),
-    **dict.fromkeys(("H100", "H200", "H800", "H20", "GH200"), (9, 0)),
-    **dict.fromkeys(("L40S", "L4", "RTX 4090"), (8, 9)),
-    **dict.fromkeys(("A100", "A800"), (8, 0)),
-    **dict.fromkeys(("A10", "A40", "A6000", "RTX A6000", "RTX 3090"), (8, 6)),
-    "RTX 5090": (12, 0),
-    "V100": (7, 0),
-    "T4": (7, 5),
-}
-
-
-def gpu_capability(name: str) -> tuple[int, int]:
-    """The compute capability of a GPU of megalm/cost_model/gpu_specs.py."""
-    return next(capability for start, capability in _CAPABILITIES.items() if name.upper().startswith(start))
-
-
 PhaseName = Literal["start", "step", "validation", "sample"]
 
 
@@ -43,7 +26,6 @@ class RehearsalCase:
     """A run to rehearse as one of its ranks.
 
     Attributes:
-        capability: compute capability of the GPU.
         steps: training steps, of which the last is reported. In the first ZeRO 3 learns the order of its gathers, and
             DeepSpeed's timer runs from the second on.
     """
@@ -52,8 +34,14 @@ class RehearsalCase:
     shape: ModelConfig
     rank: int
     ranks_per_node: int
-    capability: tuple[int, int]
     steps: int = 3
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The GPU's compute capability."""
+        known = compute_capability(self.run.device.name or "")
+        assert known is not None, self.run.device  # `gpu_by_name` gave it
+        return known
 
     @property
     def stage(self) -> int:

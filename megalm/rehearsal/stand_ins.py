@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 
 from megalm.engine import cpp_extensions
+from megalm.rehearsal.watcher import Watcher
 
 # The object, the name of its attribute, and what takes its place.
 Replacement = tuple[Any, str, Any]
@@ -23,13 +24,13 @@ Replacement = tuple[Any, str, Any]
 _AMPERE = 8  # has flash attention, from this major capability on
 
 
-def install(capability: tuple[int, int], sequence_length: int) -> None:
+def install(capability: tuple[int, int], sequence_length: int, watcher: Watcher) -> None:
     """Replace them for the rest of the process."""
-    for owner, name, value in (*_of_torch(), *_kernels(capability), *_of_deepspeed(sequence_length)):
+    for owner, name, value in (*_of_torch(watcher), *_kernels(capability), *_of_deepspeed(sequence_length)):
         setattr(owner, name, value)
 
 
-def _of_torch() -> Iterator[Replacement]:
+def _of_torch(watcher: Watcher) -> Iterator[Replacement]:
     # `nn.Module.to` swaps fake tensors, which fails where a hook holds them: take the other's data instead, and let a
     # fake tensor's device follow its data.
     data: Any = torch.Tensor.data
@@ -47,6 +48,14 @@ def _of_torch() -> Iterator[Replacement]:
 
     yield FakeTensor, "numpy", numpy
     yield FakeTensor, "tolist", lambda tensor: numpy(tensor).tolist()
+
+    # A CPU build pins no memory. The thread that prepares batches has real tensors, and no dispatch mode to see it.
+    pin_memory = torch.Tensor.pin_memory
+
+    def pinned(tensor: Tensor, *args: Any) -> Tensor:
+        return pin_memory(tensor, *args) if isinstance(tensor, FakeTensor) else watcher.pin(tensor)
+
+    yield torch.Tensor, "pin_memory", pinned
     # It would open a CUDA context.
     yield FakeTensorMode, "avoid_device_init", property(lambda _: True)
 

@@ -44,7 +44,8 @@ def planned_memory(plan: Plan, case: RehearsalCase) -> MemoryPlan:
 
 def planned_bytes(memory: MemoryPlan, phase: PhaseName) -> int | None:
     """What the plan has for the tensors on the device in a phase."""
-    return memory.total - memory.runtime if phase == "step" else None
+    planned = {"start": memory.start, "step": memory.total}
+    return planned[phase] - memory.runtime if phase in planned else None
 
 
 def judge(rehearsal: Rehearsal, case: RehearsalCase, plan: Plan) -> Verdict:

@@ -45,7 +45,9 @@ _KINDS = {  # beginning of an operator's name -> how it is watched
     "aten._to_copy": "convert",
     "aten.copy_": "copy",
     "c10d": "collective",
+    "aten.lift_fresh": "lift",
     "prim": "other",
+    "megalm.dropout_mask": "seeded",  # its seed is text in the CPU's memory, for the host
 }
 
 
@@ -133,6 +135,7 @@ class Watcher(TorchDispatchMode):
         self._events: Counter[tuple[EventKind, str]] = Counter()
         self._bytes: Counter[tuple[EventKind, str]] = Counter()
         self._pinned: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._pinned_addresses: set[int] = set()
 
     def begin(self) -> None:
         """Begin a phase: forget events and peaks, keep what is alive."""
@@ -166,11 +169,13 @@ class Watcher(TorchDispatchMode):
             memory = self.memory.get(tensor.device.type)
             if memory is not None:  # DeepSpeed makes meta tensors
                 memory.see(tensor)
+            if kwargs.get("pin_memory") or (kind == "lift" and self._is_pinned(args[0])):
+                self._pinned.add(tensor.untyped_storage())
         if kind == "convert":
             self._copied(inputs[0], outputs[0], kwargs.get("non_blocking", False))
         elif kind == "copy":
             self._copied(args[1], args[0], kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
-        elif kind != "collective":
+        elif kind not in ("collective", "seeded"):
             self._require_one_device(inputs)
         return out
 
@@ -178,7 +183,7 @@ class Watcher(TorchDispatchMode):
         """Answer a question about a tensor's value or memory."""
         tensor = args[0]
         if name.startswith("aten.is_pinned"):
-            return tensor.untyped_storage() in self._pinned
+            return self._is_pinned(tensor)
         if name.startswith("aten._pin_memory"):
             pinned = torch.empty_like(tensor)
             self._pinned.add(pinned.untyped_storage())
@@ -191,14 +196,24 @@ class Watcher(TorchDispatchMode):
             return op(*args, **kwargs)
         return 1.0 if tensor.dtype.is_floating_point else tensor.dtype != torch.bool and 0
 
+    def pin(self, tensor: Tensor) -> Tensor:
+        """Stand for `pin_memory` of a tensor with real values, in any thread: from now on its place is pinned."""
+        self._pinned_addresses.add(tensor.data_ptr())
+        return tensor
+
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        if isinstance(tensor, FakeTensor):
+            return tensor.untyped_storage() in self._pinned
+        return tensor.data_ptr() in self._pinned_addresses
+
     def _copied(self, source: Tensor, target: Tensor, non_blocking: bool) -> None:
         if source.device.type == target.device.type:
             return
         if _is_on_gpu(source):
-            waits = not non_blocking or target.untyped_storage() not in self._pinned
+            waits = not non_blocking or not self._is_pinned(target)
             self.note("to_host" if waits else "prefetch", source)
         else:
-            waits = not non_blocking or source.untyped_storage() not in self._pinned
+            waits = not non_blocking or not self._is_pinned(source)
             self.note("to_device" if waits else "prefetch", target)
 
     def _require_one_device(self, inputs: list[Tensor]) -> None:

@@ -18,7 +18,7 @@ from megalm.cli.plan import planned
 from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.planning.run_plan import Plan
 from megalm.rehearsal.rehearsal_process import rehearse_all
-from megalm.rehearsal.rehearsal_report import WAITS, EventKind, Rehearsal, RehearsalCase, gpu_capability
+from megalm.rehearsal.rehearsal_report import WAITS, EventKind, Rehearsal, RehearsalCase
 from megalm.runs.run_settings import read_settings
 
 ACCUMULATION, MICRO_BATCH = 2, 2
@@ -66,77 +66,54 @@ _MIDDLE = {"parallel.pipeline": 4, "model.num_hidden_layers": 4}
 _GPT2 = {"model.style": "gpt2", "model.dropout": 0.1, "model.attention_dropout": 0.1}
 
 LAYOUTS: dict[str, Layout] = {
-    "zero0": Layout("fp32.json", 8, 31, settings={"zero_optimization": {"stage": 0}}),
-    "zero1": Layout("zero1.json", 8, 14),
-    "zero2": Layout("zero2.json", 8, 19, rank=5),
-    "zero3": Layout("zero3.json", 8, 17, rank=7),
-    "one rank": Layout("zero2.json", 1, 19),
-    "two nodes": Layout("zero3.json", 16, 17, rank=11),
-    "fp32": Layout("fp32.json", 8, 18),
-    "fp16": Layout("fp16.json", 8, 19, gpu="V100"),
-    "fp16, zero 3": Layout("zero3.json", 8, 18, settings={"bf16": {"enabled": False}, "fp16": {"enabled": True}}),
-    "offload, zero 2": Layout("zero2_offload.json", 8, 22),
-    "offload, zero 3": Layout("zero3_offload.json", 8, 40),
-    "dropout": Layout("zero2.json", 8, 19, keys=_GPT2),
-    "dropout, document mask": Layout("zero2.json", 8, 21, keys={**_GPT2, "data.document_mask": True}),
-    "recomputation": Layout("zero3.json", 8, 17, keys={"train.checkpoint_activations_every": 1}),
-    "document mask": Layout("zero2.json", 8, 21, keys={"data.document_mask": True}),
+    "zero0": Layout("fp32.json", 8, 2, settings={"zero_optimization": {"stage": 0}}),
+    "zero1": Layout("zero1.json", 8, 1),
+    "zero2": Layout("zero2.json", 8, 2, rank=5),
+    "zero3": Layout("zero3.json", 8, 3, rank=7),
+    "one rank": Layout("zero2.json", 1, 2),
+    "two nodes": Layout("zero3.json", 16, 3, rank=11),
+    "fp32": Layout("fp32.json", 8, 2),
+    "fp16": Layout("fp16.json", 8, 2, gpu="V100"),
+    "fp16, zero 3": Layout("zero3.json", 8, 3, settings={"bf16": {"enabled": False}, "fp16": {"enabled": True}}),
+    "offload, zero 2": Layout("zero2_offload.json", 8, 11),
+    "offload, zero 3": Layout("zero3_offload.json", 8, 48),
+    "dropout": Layout("zero2.json", 8, 2, keys=_GPT2),
+    "dropout, document mask": Layout("zero2.json", 8, 2, keys={**_GPT2, "data.document_mask": True}),
+    "recomputation": Layout("zero3.json", 8, 3, keys={"train.checkpoint_activations_every": 1}),
+    "document mask": Layout("zero2.json", 8, 2, keys={"data.document_mask": True}),
     "grouped queries, untied": Layout(
-        "zero2.json", 8, 19, keys={"model.num_key_value_heads": 2, "model.tie_word_embeddings": False}
+        "zero2.json", 8, 2, keys={"model.num_key_value_heads": 2, "model.tie_word_embeddings": False}
     ),
-    "tensor, zero 1": Layout("zero1.json", 8, 13, rank=3, keys=_TENSOR),
-    "tensor, zero 3": Layout("zero3.json", 8, 17, rank=3, keys=_TENSOR),
-    "sequence": Layout("zero2.json", 8, 19, rank=2, keys=_SEQUENCE),
-    "sequence, dropout, zero 3": Layout("zero3.json", 8, 16, rank=5, keys={**_SEQUENCE, **_GPT2}),
-    "first stage": Layout("pipeline.json", 8, 10, rank=1, keys=_STAGES),
-    "last stage": Layout("pipeline.json", 8, 10, rank=7, keys=_STAGES),
-    "middle stage": Layout("pipeline.json", 8, 10, rank=4, keys=_MIDDLE),
+    "tensor, zero 1": Layout("zero1.json", 8, 1, rank=3, keys=_TENSOR),
+    "tensor, zero 3": Layout("zero3.json", 8, 4, rank=3, keys=_TENSOR),
+    "sequence": Layout("zero2.json", 8, 2, rank=2, keys=_SEQUENCE),
+    "sequence, dropout, zero 3": Layout("zero3.json", 8, 3, rank=5, keys={**_SEQUENCE, **_GPT2}),
+    "first stage": Layout("pipeline.json", 8, 1, rank=1, keys=_STAGES),
+    "last stage": Layout("pipeline.json", 8, 1, rank=7, keys=_STAGES),
+    "middle stage": Layout("pipeline.json", 8, 1, rank=4, keys=_MIDDLE),
     "last stage, untied, document mask": Layout(
-        "pipeline.json", 8, 12, rank=4, keys={**_STAGES, "model.tie_word_embeddings": False, "data.document_mask": True}
+        "pipeline.json", 8, 1, rank=4, keys={**_STAGES, "model.tie_word_embeddings": False, "data.document_mask": True}
     ),
-    "stage of a tensor group": Layout("pipeline.json", 8, 9, rank=5, keys={**_STAGES, **_SEQUENCE}),
+    "stage of a tensor group": Layout("pipeline.json", 8, 1, rank=5, keys={**_STAGES, **_SEQUENCE}),
 }
 
 # The waits of a step that are allowed, each with its reason: kind, and the place's file and function.
-_TIMER = "DeepSpeed's throughput timer, on unless its JSON section is off; megalm does not need it"
-_NORM = "the norm of the gradient decides whether an update is applied"
+_NORM = "the norm of the gradient decides whether an update is applied, and comes with the loss"
 _OVERFLOW = "a loss scale needs to know of overflows before the update"
-_OFFLOAD = "the CPU updates: gradients and weights pass between the memories"
+_OFFLOAD = "the CPU updates: gradients, weights and parts of the norm pass between the memories"
 _STREAMS = "DeepSpeed waits for its reduction before it uses the gradients"
 REASONS: dict[tuple[EventKind, str], str] = {
-    ("read", "deepspeed/runtime/utils.py:clip_tensors_by_global_norm"): _NORM,
-    ("read", "deepspeed/runtime/utils.py:is_invalid_grad_norm"): _NORM,
-    ("read", "deepspeed/runtime/zero/stage3.py:complete_grad_norm_calculation_for_cpu_offload"): _NORM,
-    ("read", "deepspeed/runtime/zero/stage3.py:has_overflow"): _OVERFLOW,
-    ("read", "deepspeed/runtime/zero/stage_1_and_2.py:complete_grad_norm_calculation_for_cpu_offload"): _NORM,
-    ("read", "deepspeed/runtime/zero/stage_1_and_2.py:has_overflow"): _OVERFLOW,
     ("read", "deepspeed/runtime/zero/stage_1_and_2.py:update_offload_overflow_tracker"): _OVERFLOW,
-    ("read", "megalm/engine/base_engine.py:<genexpr>"): "without ZeRO DeepSpeed gives no norm: one of each parameter",
-    ("read", "megalm/engine/base_engine.py:_sum_losses"): "the loss of a step, for its record and the guard",
-    ("read", "megalm/engine/optimizer_state.py:gradient_norm"): _NORM,
-    ("synchronize", "deepspeed/runtime/zero/partition_parameters.py:_allgather_params_coalesced"): _STREAMS,
+    ("read", "megalm/engine/base_engine.py:__torch_function__"): _OFFLOAD,
     ("synchronize", "deepspeed/runtime/zero/stage3.py:independent_gradient_partition_epilogue"): _STREAMS,
     ("synchronize", "deepspeed/runtime/zero/stage_1_and_2.py:_wait_for_offload_copies"): _OFFLOAD,
     ("synchronize", "deepspeed/runtime/zero/stage_1_and_2.py:independent_gradient_partition_epilogue"): _STREAMS,
-    ("synchronize", "deepspeed/utils/timer.py:start"): _TIMER,
-    ("synchronize", "deepspeed/utils/timer.py:stop"): _TIMER,
-    ("to_device", "deepspeed/runtime/pipe/engine.py:_aggregate_total_loss"): "a pipeline sends its loss to all stages",
-    ("to_device", "deepspeed/runtime/utils.py:clip_grad_norm_"): _NORM,
-    ("to_device", "deepspeed/runtime/utils.py:mask_nan_or_inf_with_val_inplace"): _NORM,
-    ("to_device", "deepspeed/runtime/zero/partition_parameters.py:_allgather_params_coalesced"): _OFFLOAD,
-    ("to_device", "deepspeed/runtime/zero/stage3.py:complete_grad_norm_calculation_for_cpu_offload"): _OFFLOAD,
-    ("to_device", "deepspeed/runtime/zero/stage3.py:get_grad_norm_direct"): _NORM,
-    ("to_device", "deepspeed/runtime/zero/stage_1_and_2.py:complete_grad_norm_calculation_for_cpu_offload"): _OFFLOAD,
-    ("to_device", "deepspeed/runtime/zero/stage_1_and_2.py:has_overflow"): _OVERFLOW,
-    (
-        "to_device",
-        "megalm/engine/base_engine.py:to_device",
-    ): "tokens and labels of a micro-batch, from memory not pinned",
-    ("to_host", "deepspeed/runtime/zero/stage3.py:complete_grad_norm_calculation_for_cpu_offload"): _OFFLOAD,
+    ("to_device", "deepspeed/runtime/utils.py:clip_grad_norm_"): "without ZeRO DeepSpeed clips by numbers of the host",
+    ("to_device", "deepspeed/runtime/zero/partition_parameters.py:<listcomp>"): _OFFLOAD,
+    ("to_device", "megalm/engine/base_engine.py:__torch_function__"): "a constant of DeepSpeed's norm",
+    ("to_host", "megalm/engine/base_engine.py:__torch_function__"): _OFFLOAD,
+    ("to_host", "megalm/engine/base_engine.py:read"): _NORM,
 }
-
-# Which of DeepSpeed's stages reduces gradients with each micro-batch, and which once a step (docs/parallelism.md).
-REDUCED_EACH_MICRO_BATCH = {0: False, 1: False, 2: True, 3: True}
 
 
 def case_of(layout: Layout, folder: Path) -> tuple[RehearsalCase, Plan]:
@@ -154,7 +131,7 @@ def case_of(layout: Layout, folder: Path) -> tuple[RehearsalCase, Plan]:
     device = gpu_by_name(layout.gpu)
     plan = planned(files, layout.ranks, device, RANKS_PER_NODE)
     per_node = min(RANKS_PER_NODE, layout.ranks)
-    return RehearsalCase(plan.resolved, plan.shape, layout.rank, per_node, gpu_capability(layout.gpu)), plan
+    return RehearsalCase(plan.resolved, plan.shape, layout.rank, per_node), plan
 
 
 def rehearsed(names: Iterable[str]) -> dict[str, tuple[RehearsalCase, Plan, Rehearsal]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megalm.cli.main import main
-from megalm.rehearsal.rehearsal_report import AxisTraffic, HostEvent, Phase, Rehearsal, extrapolated, gpu_capability
+from megalm.rehearsal.rehearsal_report import AxisTraffic, HostEvent, Phase, Rehearsal, extrapolated
 from tests.gpu_rehearsal.budgets import MODEL
 from tests.messages import assert_names
 
@@ -100,9 +100,3 @@ def test_each_further_micro_batch_adds_the_same() -> None:
         return Rehearsal(0, 0, 10, (Phase("step", 5, "a", 1, 0, events, traffic),), None, True, 1.0)
 
     assert extrapolated(of(2, 4), of(3, 6), 14).phases == of(16, 32).phases
-
-
-def test_every_gpu_of_the_table_has_a_capability() -> None:
-    from megalm.cost_model.gpu_specs import _GPUS
-
-    assert {gpu_capability(name) for name in _GPUS} >= {(7, 0), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)}

@@ -33,9 +33,6 @@ class Size:
 
     Attributes:
         micro_batch: sequences.
-        highest: plan / peak may be up to this.
-        start: the device's peak at the start may be this many times that of a step.
-        host: bytes a parameter in the CPU's memory at the start.
     """
 
     model: str
@@ -43,9 +40,6 @@ class Size:
     ranks: int
     micro_batch: int
     keys: Mapping[str, Any] = field(default_factory=dict)
-    highest: float = 1.1
-    start: float = 1.0
-    host: float = 5.2  # the whole model in fp32, and one weight that is drawn
 
     def case(self, folder: Path) -> tuple[RehearsalCase, Plan]:
         names = "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"
@@ -65,19 +59,13 @@ SIZES = {
     "360m, offload": Size("360m", "zero2_offload.json", 8, 8),
     "1.3b, zero 2": Size("1.3b", "zero2.json", 64, 4),
     "1.3b, zero 3": Size("1.3b", "zero3.json", 8, 4),
-    # The bucket of a pipeline's gradients exists when activations are gone; the plan adds them.
-    "1.3b, pipeline": Size("1.3b", "pipeline.json", 8, 4, {"parallel.pipeline": 2}, highest=1.14),
+    "1.3b, pipeline": Size("1.3b", "pipeline.json", 8, 4, {"parallel.pipeline": 2}),
 }
 LARGE = {
-    "7b, zero 3": Size("7b", "zero3.json", 64, 1, start=1.05),
-    "70b, zero 3": Size("70b", "zero3.json", 64, 1, {"train.checkpoint_activations_every": 1}, start=30.0),
+    "7b, zero 3": Size("7b", "zero3.json", 64, 1),
+    "70b, zero 3": Size("70b", "zero3.json", 64, 1, {"train.checkpoint_activations_every": 1}),
     "70b, tensor and pipeline": Size(
-        "70b",
-        "pipeline.json",
-        64,
-        1,
-        {"parallel.tensor": 8, "parallel.pipeline": 8, "parallel.sequence": True},
-        highest=1.16,  # as above
+        "70b", "pipeline.json", 64, 1, {"parallel.tensor": 8, "parallel.pipeline": 8, "parallel.sequence": True}
     ),
 }
 
@@ -101,7 +89,7 @@ def large() -> dict[str, tuple[RehearsalCase, Plan, Rehearsal]]:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_plan_is_within_a_tenth(name: str, small: dict[str, tuple[RehearsalCase, Plan, Rehearsal]]) -> None:
-    _hold(SIZES[name], *small[name])
+    _hold(*small[name])
 
 
 @pytest.mark.slow
@@ -109,10 +97,10 @@ def test_the_plan_is_within_a_tenth(name: str, small: dict[str, tuple[RehearsalC
 def test_the_plan_of_a_large_model_is_within_a_tenth(
     name: str, large: dict[str, tuple[RehearsalCase, Plan, Rehearsal]]
 ) -> None:
-    _hold(LARGE[name], *large[name])
+    _hold(*large[name])
 
 
-def _hold(size: Size, case: RehearsalCase, plan: Plan, rehearsal: Rehearsal) -> None:
+def _hold(case: RehearsalCase, plan: Plan, rehearsal: Rehearsal) -> None:
     assert rehearsal.failure is None, rehearsal.failure
     memory = planned_memory(plan, case)
     start, step = rehearsal.phase("start"), rehearsal.phase("step")
@@ -121,6 +109,6 @@ def _hold(size: Size, case: RehearsalCase, plan: Plan, rehearsal: Rehearsal) -> 
     found = f"start {start.peak_bytes / _GIB:.2f} step {step.peak_bytes / _GIB:.2f} GiB, plan {memory}"
     for phase in (start, step):
         expected = planned_bytes(memory, phase.name)
-        assert expected is None or 0.9 <= expected / phase.peak_bytes <= size.highest, found
-    assert start.peak_bytes <= size.start * step.peak_bytes, found
-    assert start.host_peak_bytes <= size.host * rehearsal.parameters, found
+        assert expected is None or 0.9 <= expected / phase.peak_bytes <= 1.1, found
+    # A rehearsal draws no weights, which the plan has in the CPU's memory.
+    assert start.host_peak_bytes <= 1.05 * memory.start_host, found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalm.cost_model.gpu_specs import data_sheet_peak
+from megalm.cost_model.gpu_specs import compute_capability, data_sheet_peak, gpu_by_name
 from megalm.engine.device import peak_flops
 
 
@@ -73,3 +73,17 @@ def test_other_devices_are_not_taken_for_known_ones(name: str) -> None:
 def test_a_cpu_is_measured() -> None:
     flops, _ = peak_flops(torch.device("cpu"), low_precision=False)
     assert 1e9 < flops < 1e14  # FLOP/s of some cores: neither per millisecond nor of one product
+
+
+def test_a_gpu_s_capability_says_what_it_computes_in() -> None:
+    assert compute_capability("NVIDIA A100-SXM4-40GB") == (8, 0)
+    assert compute_capability("NVIDIA L40S") == (8, 9)
+    assert compute_capability("NVIDIA GeForce RTX 5090") == (12, 0)
+    assert compute_capability("Other") is None
+    kinds = {name: gpu_by_name(name) for name in ("V100", "A100", "L4", "H100")}
+    assert {name: (it.bf16, it.float8) for name, it in kinds.items()} == {
+        "V100": (False, False),
+        "A100": (True, False),
+        "L4": (True, True),
+        "H100": (True, True),
+    }
