@@ -197,7 +197,7 @@ def _common_device(reports: Sequence[DeviceReport]) -> DeviceFacts | str:
     )
 
 
-def _join(ranks: RankFacts, device: torch.device, store: Store) -> None:
+def _form_group(ranks: RankFacts, device: torch.device, store: Store) -> None:
     on_gpu = device.type == "cuda"
     with _reaching_others(ranks):
         dist.init_process_group(
@@ -232,6 +232,6 @@ def start_distributed(
         avoid_shared_memory_op()
         allow_cpu_fp16_for_tests()
     if not dist.is_initialized():  # a caller may have joined a group of its own
-        _join(ranks, device, store or open_store(ranks))
+        _form_group(ranks, device, store or open_store(ranks))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT)  # takes the existing group
     return DistributedCommunicator(ranks)

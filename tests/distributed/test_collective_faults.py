@@ -25,6 +25,7 @@ pytestmark = pytest.mark.distributed
 
 STEPS, SEQUENCES = 2, 4
 ROWS = (
+    Row("dp2", "llama MQA tied", 1),  # weights drawn by turns
     Row("tp2", "llama MQA tied", 1),
     Row("sp2", "gpt2 tied", 0),
     Row("sp2", "llama MQA tied", 1),
