@@ -41,12 +41,9 @@ def _case(json: str, precision: str, *overrides: str, **zero: Any) -> Case:
 
 _CPU = {"device": "cpu"}
 CASES = {
-    "zero1 fp32": _case("zero1.json", "fp32", _TIED),
     "zero1 bf16": _case("zero1.json", "bf16", _GPT2),
-    "zero2 bf16": _case("zero2.json", "bf16"),
     "zero2 bf16 offloaded": _case("zero2.json", "bf16", offload_optimizer=_CPU),
     "zero3 fp32": _case("zero3.json", "fp32", _TIED),
-    "zero3 bf16": _case("zero3.json", "bf16"),
     "zero3 bf16 offloaded": _case("zero3.json", "bf16", offload_optimizer=_CPU, offload_param=_CPU),
     "tp2 zero3 bf16": _case("zero3.json", "bf16", _TENSOR, _TIED, _GPT2, "model.qk_norm=false"),
     "pp2 zero1 bf16": _case("zero1.json", "bf16", _PIPELINE, _TIED),
