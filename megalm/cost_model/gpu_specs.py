@@ -28,7 +28,7 @@ class _Gpu:
     capability: float
 
 
-# NVIDIA's data sheets, read in November 2026; half of a number with sparsity. GeForce and RTX A6000 by the white papers
+# By NVIDIA's data sheets; half of a number with sparsity. GeForce and RTX A6000 by the white papers
 # of their architectures (Ampere GA102, Ada, Blackwell), "with FP32 accumulate". B200 and GB200: an eighth of an HGX
 # board and a 72nd of an NVL72 rack. A800 and H800 differ from A100 and H100 in NVLink and fp64 only.
 _GPUS = (
