@@ -124,8 +124,12 @@ class OptimizerState:
         return 0
 
     def gradient_norm(self) -> float:
-        """Return DeepSpeed's norm of this step before clipping; known before the inner optimizer steps."""
-        return float(self._outer._global_grad_norm)
+        """Return DeepSpeed's norm of this step before clipping; known before the inner optimizer steps.
+
+        DeepSpeed says -1 of gradients that are not finite, where it does not search them for overflow.
+        """
+        norm = float(self._outer._global_grad_norm)
+        return math.nan if norm < 0 else norm
 
     def gradient_squares(self) -> dict[str, float]:
         """Return name -> sum of squares of this rank's part of the gradients that the inner optimizer now steps.
