@@ -86,6 +86,7 @@ def test_a_measured_run_is_the_same_run_and_its_traffic_is_the_documented_one(
     assert "forward_seconds" not in train_rows(plain)[0]
 
 
+@pytest.mark.slow  # tests/gpu_rehearsal has the bytes of every stage on every change, by the same counter
 @pytest.mark.parametrize(
     ("base", "settings", "gradients", "weights"),
     [
