@@ -128,5 +128,5 @@ def _events(step: Phase) -> str:
         [_HEADINGS[event.kind], event.count, format_bytes(event.bytes) if event.bytes else None, event.place]
         for event in step.events
     ]
-    waits = f"the host waits for the device {step.count(*WAITS)} times"
+    waits = f"waits of the host for the device: {step.count(*WAITS)}"
     return f"{table(['event', 'times', 'bytes', 'place'], rows)}\n{waits}" if rows else "nothing"

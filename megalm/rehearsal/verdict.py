@@ -90,7 +90,7 @@ def _advice(rehearsal: Rehearsal, case: RehearsalCase, plan: Plan) -> Iterator[s
     run, zero = case.run, plan.case.zero
     if waits := step.count("synchronize"):
         places = sorted({event.place for event in step.events if event.kind == "synchronize"})
-        yield f"the host waits for all of the device's work {waits} times a step: {', '.join(places)}"
+        yield f"the host waits for all of the device's work in each step ({waits} x): {', '.join(places)}"
     gradients = rehearsal.bytes_per_parameter(step, "data", "all_reduce", "reduce_scatter", "reduce")
     if zero.stage == 2 and run.batch.accumulation > 1 and gradients > 4.5:
         yield (
