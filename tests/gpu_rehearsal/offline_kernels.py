@@ -53,7 +53,7 @@ def _fake_gpu(capability: int, shared: int) -> None:
 
     major, minor = divmod(capability, 10)
     FakeCuda(GpuProperties("GPU", 80 << 30, major, minor, shared), 1, Watcher()).install()
-    for owner, name, value in stand_ins._of_torch():
+    for owner, name, value in stand_ins._of_torch(Watcher()):
         setattr(owner, name, value)
     # Inductor's interface has taken torch.cuda's own functions already.
     for name in (
