@@ -32,20 +32,11 @@ sys.path.insert(0, str(ROOT))
 import psutil  # noqa: E402
 
 from benchmarks.random_data import write_random_tokens  # noqa: E402
+from benchmarks.shapes import Shape  # noqa: E402
 
 _BYTES = 256  # ids of the byte tokenizer; more entries of the vocabulary cost the same whether they occur or not
 _START_SECONDS = 600.0
 _FEWEST_STEPS = 4  # of a round, however busy the machine is
-
-
-@dataclass(frozen=True)
-class Shape:
-    layers: int
-    hidden: int
-    heads: int
-    vocabulary: int
-    sequence: int
-    batch: int
 
 
 SHAPES = {"quickstart": Shape(4, 256, 4, 8192, 256, 16), "34m": Shape(8, 512, 8, 16384, 512, 8)}

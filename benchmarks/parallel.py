@@ -41,6 +41,7 @@ silence()
 import torch  # noqa: E402
 
 from benchmarks.random_data import random_batches, write_random_tokens  # noqa: E402
+from benchmarks.shapes import Shape  # noqa: E402
 from megalm.config.deepspeed.json_reader import read_deepspeed_json  # noqa: E402
 from megalm.config.loading import load_run_config  # noqa: E402
 from megalm.cost_model.memory import estimate_memory  # noqa: E402
@@ -56,13 +57,7 @@ _WARM_UP = 3
 
 
 @dataclass(frozen=True)
-class Bench:
-    layers: int
-    hidden: int
-    heads: int
-    vocabulary: int
-    sequence: int
-    batch: int
+class Bench(Shape):
     micro_batch: int
 
 

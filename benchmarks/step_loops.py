@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.nanogpt import Architecture, NanoGPT, nanogpt_optimizer
 from benchmarks.random_data import random_batches, write_random_tokens
+from benchmarks.shapes import Shape
 from megalm.config.deepspeed.json_reader import read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.engine.base_engine import parameter_groups
@@ -41,21 +42,11 @@ _LARGE = 200_000_000  # parameters; drawing more of them on the CPU takes longer
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Shape):
     """A model and its batch; `chunk` is train.loss_chunk_tokens."""
 
-    layers: int
-    hidden: int
-    heads: int
-    vocabulary: int
-    sequence: int
-    batch: int
     chunk: int
     recompute: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.sequence
 
 
 SHAPES = {
