@@ -18,45 +18,48 @@ class _Gpu:
         name: as CUDA names it, without the maker and without what `_SAME_CHIP` has.
         low, full: peak TFLOP/s without sparsity: of bf16 and fp16 with fp32 sums, and of fp32 without TF32.
         memory_gib: of the usual card; the data sheets' GB, which are close to what CUDA reports in GiB.
-        capability: CUDA's number of the chip: from 8.0 on it computes in bf16, from 8.9 on in float8.
+        capability: compute capability of the chip, major and minor.
     """
 
     name: str
     low: float
     full: float
     memory_gib: float
-    capability: float
+    capability: tuple[int, int]
 
+
+# Compute capabilities from which on a chip computes in these types.
+BF16_CAPABILITY, FLOAT8_CAPABILITY = (8, 0), (8, 9)
 
 # By NVIDIA's data sheets; half of a number with sparsity. GeForce and RTX A6000 by the white papers
 # of their architectures (Ampere GA102, Ada, Blackwell), "with FP32 accumulate". B200 and GB200: an eighth of an HGX
 # board and a 72nd of an NVL72 rack. A800 and H800 differ from A100 and H100 in NVLink and fp64 only.
 _GPUS = (
-    _Gpu("GB200", 2500, 80, 186, 10.0),
-    _Gpu("B200", 2250, 75, 180, 10.0),
-    _Gpu("GH200", 989, 67, 96, 9.0),
-    _Gpu("H200 NVL", 835.5, 60, 141, 9.0),
-    _Gpu("H200", 989, 67, 141, 9.0),
-    _Gpu("H100 PCIe", 756, 51, 80, 9.0),
-    _Gpu("H100 NVL", 835.5, 60, 94, 9.0),
-    _Gpu("H100", 989, 67, 80, 9.0),
-    _Gpu("H800 PCIe", 756, 51, 80, 9.0),
-    _Gpu("H800", 989, 67, 80, 9.0),
-    _Gpu("H20", 148, 44, 96, 9.0),
-    _Gpu("A100", 312, 19.5, 80, 8.0),
-    _Gpu("A800", 312, 19.5, 80, 8.0),
-    _Gpu("L40S", 362, 91.6, 48, 8.9),
-    _Gpu("L40", 181, 90.5, 48, 8.9),
-    _Gpu("L4", 121, 30.3, 24, 8.9),
-    _Gpu("A40", 149.7, 37.4, 48, 8.6),
-    _Gpu("A10", 125, 31.2, 24, 8.6),
-    _Gpu("RTX A6000", 154.8, 38.7, 48, 8.6),
-    _Gpu("RTX 5090", 209.5, 104.8, 32, 12.0),
-    _Gpu("RTX 4090", 165.2, 82.6, 24, 8.9),
-    _Gpu("RTX 3090", 71, 35.6, 24, 8.6),
-    _Gpu("V100 PCIe", 112, 14, 32, 7.0),
-    _Gpu("V100", 125, 15.7, 32, 7.0),
-    _Gpu("T4", 65, 8.1, 16, 7.5),
+    _Gpu("GB200", 2500, 80, 186, (10, 0)),
+    _Gpu("B200", 2250, 75, 180, (10, 0)),
+    _Gpu("GH200", 989, 67, 96, (9, 0)),
+    _Gpu("H200 NVL", 835.5, 60, 141, (9, 0)),
+    _Gpu("H200", 989, 67, 141, (9, 0)),
+    _Gpu("H100 PCIe", 756, 51, 80, (9, 0)),
+    _Gpu("H100 NVL", 835.5, 60, 94, (9, 0)),
+    _Gpu("H100", 989, 67, 80, (9, 0)),
+    _Gpu("H800 PCIe", 756, 51, 80, (9, 0)),
+    _Gpu("H800", 989, 67, 80, (9, 0)),
+    _Gpu("H20", 148, 44, 96, (9, 0)),
+    _Gpu("A100", 312, 19.5, 80, (8, 0)),
+    _Gpu("A800", 312, 19.5, 80, (8, 0)),
+    _Gpu("L40S", 362, 91.6, 48, (8, 9)),
+    _Gpu("L40", 181, 90.5, 48, (8, 9)),
+    _Gpu("L4", 121, 30.3, 24, (8, 9)),
+    _Gpu("A40", 149.7, 37.4, 48, (8, 6)),
+    _Gpu("A10", 125, 31.2, 24, (8, 6)),
+    _Gpu("RTX A6000", 154.8, 38.7, 48, (8, 6)),
+    _Gpu("RTX 5090", 209.5, 104.8, 32, (12, 0)),
+    _Gpu("RTX 4090", 165.2, 82.6, 24, (8, 9)),
+    _Gpu("RTX 3090", 71, 35.6, 24, (8, 6)),
+    _Gpu("V100 PCIe", 112, 14, 32, (7, 0)),
+    _Gpu("V100", 125, 15.7, 32, (7, 0)),
+    _Gpu("T4", 65, 8.1, 16, (7, 5)),
 )
 # A name matches whole, because a laptop or another card of a similar name has other speeds. These suffixes, form factor
 # and memory, do not change the speed; GH200 has the memory of its CPU there.
@@ -75,10 +78,7 @@ def data_sheet_peak(device_name: str, low_precision: bool) -> tuple[float, str] 
 def compute_capability(device_name: str) -> tuple[int, int] | None:
     """CUDA's major and minor number of a device as CUDA names it; None where the table has none."""
     gpu = _known(device_name)
-    if gpu is None:
-        return None
-    major, minor = divmod(round(10 * gpu.capability), 10)
-    return major, minor
+    return None if gpu is None else gpu.capability
 
 
 def _known(device_name: str) -> _Gpu | None:
@@ -109,8 +109,9 @@ def gpu_by_name(name: str) -> DeviceFacts:
     if gpu.name == "GH200" and memory == "480":
         memory = ""  # as CUDA names it: 480 GB of the CPU's memory
     full_name = f"{gpu.name}-{memory}GB" if memory else gpu.name
-    capacity, float8 = int(float(memory or gpu.memory_gib) * _GIB), gpu.capability >= 8.9
-    return DeviceFacts("cuda", gpu.capability >= 8.0, capacity, name=full_name, float8=float8)
+    bf16, float8 = gpu.capability >= BF16_CAPABILITY, gpu.capability >= FLOAT8_CAPABILITY
+    capacity = int(float(memory or gpu.memory_gib) * _GIB)
+    return DeviceFacts("cuda", bf16, capacity, name=full_name, float8=float8)
 
 
 def _plain(name: str) -> str:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import psutil
 import torch
 
-from megalm.cost_model.gpu_specs import data_sheet_peak
+from megalm.cost_model.gpu_specs import FLOAT8_CAPABILITY, data_sheet_peak
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.errors import ConfigError
 from megalm.planning.resolve import DeviceFacts
@@ -133,7 +133,7 @@ def device_facts(local_world_size: int) -> DeviceFacts:
             properties.total_memory,
             share,
             torch.cuda.get_device_name(),
-            float8=(properties.major, properties.minor) >= (8, 9),
+            float8=(properties.major, properties.minor) >= FLOAT8_CAPABILITY,
             compiles=properties.major >= _FIRST_TRITON_MAJOR and _has_triton_and_compiler(),
         )
     return DeviceFacts("cpu", _cpu_has_bf16(), share)
