@@ -109,7 +109,9 @@ def rehearse(case: RehearsalCase) -> Rehearsal:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), watcher:
             comm = AgreeingCommunicator(start_distributed(rank_facts(), device, traffic))
-            engine = record("start", lambda: _build(case, device, comm, traffic))
+            # Threads draw initial weights, where the watcher sees nothing and numbers would be computed: without them.
+            build = partial(build_engine, run, case.shape, device, comm, traffic=traffic, initial_weights=False)
+            engine = record("start", build)
             updated = _train(case, engine, record)
             _use(case, engine, record)
     except Exception as error:  # any error of the run: it is what the rehearsal is for
@@ -117,11 +119,6 @@ def rehearse(case: RehearsalCase) -> Rehearsal:
     return Rehearsal(
         case.rank, case.stage, case.parameters, tuple(record.phases), failure, updated, time.monotonic() - began
     )
-
-
-def _build(case: RehearsalCase, device: torch.device, comm: AgreeingCommunicator, traffic: TrafficCounter) -> Engine:
-    # Weights are drawn in threads, which would compute them.
-    return build_engine(case.run, case.shape, device, comm, traffic=traffic, initial_weights=False)
 
 
 def _join(case: RehearsalCase, local: int) -> None:
