@@ -193,6 +193,7 @@ def _common_device(reports: Sequence[DeviceReport]) -> DeviceFacts | str:
         bf16=all(each.bf16 for each in facts),
         memory_bytes=min(each.memory_bytes for each in facts),
         host_memory_bytes=min(host, default=None),
+        float8=all(each.float8 for each in facts),
         compiles=all(each.compiles for each in facts),
     )
 

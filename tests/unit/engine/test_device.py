@@ -175,6 +175,13 @@ def test_mixed_memory_counts_by_the_smallest() -> None:
     assert (facts[0].bf16, facts[0].compiles) == (True, False)
 
 
+def test_float8_counts_where_all_gpus_have_it() -> None:
+    h100 = replace(A100, name="NVIDIA H100 80GB HBM3", float8=True)
+    for reports in ((h100, A100), (A100, h100)):
+        facts = _agree(*(DeviceReport(f"node{number}", each) for number, each in enumerate(reports)))
+        assert [each.float8 for each in facts if isinstance(each, DeviceFacts)] == [False, False]
+
+
 @pytest.mark.parametrize(("major", "bf16"), [(7, False), (8, True)])
 def test_emulated_bf16_is_none(monkeypatch: pytest.MonkeyPatch, major: int, bf16: bool) -> None:
     """torch's own function decides; a V100 emulates bf16."""
