@@ -263,9 +263,6 @@ class TrainSection(Section):
         default=None,
         description="tokens whose logits are held at once; null: 1024 on a CPU, up to 8192 on a GPU, by its memory",
     )
-    profile_step: PositiveInt | None = Field(
-        default=None, description="write a profile of this step to profile/ of the run folder"
-    )
     count_traffic: bool = Field(
         default=False, description="count bytes and calls between ranks in the first steps: event traffic"
     )
@@ -274,6 +271,13 @@ class TrainSection(Section):
     )
     embedding_weight_decay: bool = Field(
         default=True, description="whether embeddings decay; other matrices always do, norms and biases never"
+    )
+
+
+class ProfileSection(Section):
+    steps: str | PositiveInt | None = Field(
+        default=None,
+        description="profile these steps, FIRST:LAST, to profile/ of the run folder: traces, and where the time goes",
     )
 
 
@@ -379,6 +383,7 @@ class RunConfig(Section):
     batch: BatchSection = BatchSection()
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection = TrainSection()
+    profile: ProfileSection = ProfileSection()
     parallel: ParallelSection = ParallelSection()
     precision: PrecisionSection = PrecisionSection()
     evaluate: EvaluateSection = EvaluateSection()

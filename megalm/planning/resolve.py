@@ -144,7 +144,7 @@ def resolve(
     schedule, schedule_notices = schedule_facts(loaded, ds)
     optimizer, optimizer_notices = _optimizer(ds)
     deepspeed, deepspeed_notices = _deepspeed_dict(ds, batch, precision, _gathered_sizes(ds, shape, topology))
-    diagnostics, diagnostics_notices = wanted_diagnostics(config.train, ds)
+    diagnostics, diagnostics_notices = wanted_diagnostics(config, ds)
     return ResolvedRun(
         config=config,
         sources=loaded.sources,

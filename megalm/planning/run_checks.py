@@ -20,6 +20,7 @@ from megalm.config.schema import DataSection, RunConfig
 from megalm.config.validation import leaf_fields
 from megalm.errors import ConfigError, MegalmError
 from megalm.planning.batch_size import BatchPlan, RunBatch, plan_batch
+from megalm.planning.diagnostics import profiled_steps
 from megalm.planning.engine_checks import DEEPSPEED_RULES, PARALLEL_RULES, CheckContext, Rule
 from megalm.planning.lr_schedule import ENDLESS
 
@@ -499,6 +500,10 @@ def wall_time_is_a_duration(case: CheckContext) -> None:
         wall_time_seconds(text)
 
 
+def profiled_steps_are_steps(case: CheckContext) -> None:
+    profiled_steps(case.config.profile.steps)
+
+
 def guard_warms_up_in_its_window(case: CheckContext) -> None:
     guard = case.config.guard
     if guard.warmup_steps > guard.window:
@@ -559,6 +564,7 @@ RULES: tuple[Rule, ...] = (
     recipe_keeps_its_batch,
     *DEEPSPEED_RULES,
     wall_time_is_a_duration,
+    profiled_steps_are_steps,
     guard_warms_up_in_its_window,
     guard_limit_has_both_numbers,
     rollback_has_a_checkpoint,

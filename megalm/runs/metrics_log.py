@@ -18,7 +18,7 @@ Rows have `kind` and `time` (unix seconds), and by kind:
   - `expected`: quantity, loss, low and high in the document that the run follows, met (whether loss is within them)
   - `traffic`: first_step, last_step, ranks, and traffic, a list of axis, collective, calls and bytes, added up over
     these steps and all ranks
-  - `profile`: path, profiled_step, flops_measured, flops_computed (of rank 0)
+  - `profile`: path, profiled_step and last_step, flops_measured, flops_computed (a step, of rank 0)
   - `end`: status = finished | failed | stopped (saved, asks to be restarted), exit_code
 
 JSON has no NaN and no infinity, and parsers differ in what they accept. Such numbers are written as the strings "NaN",

@@ -37,6 +37,7 @@ CONFIG_FILE = "config.yaml"
 DEEPSPEED_GIVEN_FILE = "deepspeed.json"
 DEEPSPEED_FILE = "deepspeed.resolved.json"
 ENVIRONMENT_FILE = "environment.json"
+PROFILE_FOLDER = "profile"
 
 _FAILURE_FILE = re.compile(r"attempt-(\d+)\.txt")
 _STEM = "run"  # of runs without a name and a preset
@@ -107,7 +108,7 @@ class RunFolder:
     checkpoints = _Entry("checkpoints")
     samples = _Entry("samples")
     incidents = _Entry("incidents")
-    profile = _Entry("profile")  # of a step that the run was asked to measure
+    profile = _Entry(PROFILE_FOLDER)  # of steps that the run was asked to measure
     request = _Entry("resume.json")  # the last attempt that resumed from a checkpoint
     preflight = _Entry("rehearsal")  # the checkpoint of the preflight, removed before step 1
     _failures = _Entry("failures")

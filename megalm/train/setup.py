@@ -353,7 +353,7 @@ def _components(
 
 def _traffic_counter(run: ResolvedRun) -> TrafficCounter | None:
     wanted = run.diagnostics
-    return TrafficCounter() if wanted.count_traffic or wanted.profile_step is not None else None
+    return TrafficCounter() if wanted.count_traffic or wanted.profile_steps is not None else None
 
 
 def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCounter) -> StepDiagnostics:

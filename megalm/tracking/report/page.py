@@ -43,6 +43,7 @@ def render(run: ReportData, now: float) -> str:
         frame=FRAME,
         unusual=findings(run),
         work=_work(run),
+        profile=_profile(run.profile),
         samples=_samples(run.samples),
         differing=[setting for setting in run.settings if setting.base is not None],
         all_settings=[(setting.name, setting.value) for setting in run.settings],
@@ -62,6 +63,20 @@ def _work(run: ReportData) -> list[tuple[str, float, float]]:
     work = {**({"start-up, before the first step": float(sum(known))} if known else {}), **run.history.seconds}
     total = sum(work.values())
     return [(name, seconds, seconds / total) for name, seconds in work.items() if total and seconds > 0]
+
+
+def _profile(content: Mapping[str, Any]) -> list[tuple[str, float, float, str]]:
+    """Return name, milliseconds and share of each part of a profiled step, and the rank that it takes longest on."""
+    found = []
+    for row in content.get("times", ()):
+        seconds = row["rank_seconds"]
+        most = max(seconds)
+        longest = f"at most {1e3 * most:.2f} ms, on rank {seconds.index(most)}" if len(seconds) > 1 else ""
+        if row["hidden_seconds"]:
+            longest = f"and {1e3 * row['hidden_seconds']:.2f} ms beside computation; {longest}".removesuffix("; ")
+        if row["seconds"] or longest:
+            found.append((str(row["part"]), 1e3 * row["seconds"], row["share"], longest))
+    return found
 
 
 def _samples(paths: list[Path]) -> list[dict[str, Any]]:

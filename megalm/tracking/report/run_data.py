@@ -15,7 +15,14 @@ from megalm.config.schema import RunConfig
 from megalm.errors import ConfigError, MegalmError
 from megalm.runs.metrics_history import History, read_history
 from megalm.runs.metrics_log import METRICS_FILE, ReadBatches, Row, read_batches
-from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE, parameter_count, read_mapping
+from megalm.runs.run_folder import (
+    CONFIG_FILE,
+    DEEPSPEED_FILE,
+    ENVIRONMENT_FILE,
+    PROFILE_FOLDER,
+    parameter_count,
+    read_mapping,
+)
 from megalm.tracking.compare_runs import Results, RunRecord, results
 from megalm.utils.formatting import flatten_to_text
 
@@ -76,6 +83,7 @@ class ReportData:
         preset: the preset that settings are compared with; None: the defaults.
         failures: in order of attempts.
         samples: files in order of steps.
+        profile: the JSON of the newest profile; empty without one.
         is_held: whether a process holds the run's lock, so the run is being trained.
     """
 
@@ -89,6 +97,7 @@ class ReportData:
     checkpoints: list[Checkpoint]
     failures: list[Failure]
     samples: list[Path]
+    profile: Mapping[str, Any]
     is_held: bool
 
     @property
@@ -133,6 +142,7 @@ def read_run(run_dir: Path, now: float, read: ReadBatches = read_batches) -> Rep
         checkpoints=_checkpoints(run_dir / "checkpoints"),
         failures=_failures(run_dir / "failures"),
         samples=sorted(path for path in (run_dir / "samples").glob("step-*.txt") if _STEP.match(path.name)),
+        profile=_newest_profile(run_dir / PROFILE_FOLDER),
         is_held=_is_held(run_dir / _LOCK_FILE, now),
     )
 
@@ -196,6 +206,13 @@ def _failures(folder: Path) -> list[Failure]:
         if number.isdecimal():
             found.append(Failure(int(number), path.read_text(encoding="utf-8", errors="replace")))
     return sorted(found, key=lambda failure: failure.attempt)
+
+
+def _newest_profile(folder: Path) -> Mapping[str, Any]:
+    """Return the content of the JSON written last; of another version's, which has no times, nothing."""
+    newest = max(folder.glob("step*.json"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    content = {} if newest is None else read_mapping(newest)
+    return content if "times" in content else {}
 
 
 def _is_held(lock: Path, now: float) -> bool:
