@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from megalm.tracking.mlflow_mirror.sync_state import RUNNING, MetricValue
+from megalm.tracking.mlflow_mirror.run_facts import KEY_TAG
+from megalm.tracking.mlflow_mirror.sink import RUNNING
+from megalm.tracking.mlflow_mirror.sync_state import MetricValue
 from megalm.utils.file_lock import take_lock
 
 # Make requests to a dead server fail within seconds: the mirror's own loop does the waiting. User settings are kept.
@@ -69,10 +71,10 @@ class MlflowStore:
     def create_run(self, experiment: str, name: str, key: str, start_ms: int) -> str:
         """Create a run, or find the one that was created with this key; return its id."""
         experiment_id = self._experiment_id(experiment)
-        found = self._client.search_runs([experiment_id], f"tags.`megalm.key` = '{key}'", max_results=1)
+        found = self._client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
         if found:
             return str(found[0].info.run_id)
-        facts = {"megalm.key": key, "mlflow.source.name": "megalm", "mlflow.user": _user()}
+        facts = {KEY_TAG: key, "mlflow.source.name": "megalm", "mlflow.user": _user()}
         run = self._client.create_run(experiment_id, start_time=start_ms, tags=facts, run_name=name)
         return str(run.info.run_id)
 
@@ -101,6 +103,9 @@ class MlflowStore:
         # The client remembers places by run id, and a copied store has the run ids of the original.
         place = self._client.get_run(run_id).info.artifact_uri
         get_artifact_repository(place).log_artifact(str(file), folder)
+
+    def rename(self, run_id: str, name: str) -> None:
+        self._client.update_run(run_id, name=name)
 
     def set_status(self, run_id: str, status: str, end_ms: int | None) -> None:
         if status == RUNNING:

@@ -14,6 +14,8 @@ from megalm.utils.formatting import flatten_to_text
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 RUN_DIR_TAG = "megalm.run_dir"  # the folder that an MLflow run belongs to
+KEY_TAG = "megalm.key"  # of a run to create, so that a lost response creates no second one
+NAME_TAG, PARENT_TAG = "mlflow.runName", "mlflow.parentRunId"
 FACT_FILES = (CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE)
 
 _ARTIFACTS = (*FACT_FILES, "deepspeed.json", "report.html")
