@@ -1,7 +1,7 @@
 """TensorBoard as a sink: event files in RUN_DIR/tensorboard, one for each process that writes.
 
-Where rows are taken back, a new file with all rows that count takes the place of those before. Each file begins with a
-restart event, by which a TensorBoard that is open drops what it has read.
+Where rows are taken back, a new file with all rows that count takes the place of those before, which are emptied. Each
+file begins with a restart event, by which a TensorBoard that is open drops what it has read.
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ class TensorBoardSink(AppendSink):
         self._writer = self._new_file(0)
         self._write_facts()
         for path in before:
-            path.unlink(missing_ok=True)
+            # A TensorBoard that has a file open never gets past its deletion, but past its end.
+            if path.stat().st_size:
+                os.truncate(path, 0)
+            else:
+                path.unlink()
 
     def write(self, rows: Sequence[Row]) -> None:
         for row in rows:
