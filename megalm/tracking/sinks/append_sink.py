@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from megalm.errors import ConfigError
 from megalm.runs.metrics_log import Row
 from megalm.tracking.mlflow_mirror import run_facts
-from megalm.tracking.mlflow_mirror.sink import FeedState, Sink
+from megalm.tracking.mlflow_mirror.sink import FeedState, Sink, TakeBack
 from megalm.utils.atomic_files import write_atomically
 
 _STATE_FILE = "megalm.json"
@@ -76,11 +76,18 @@ class AppendSink(Sink):
     def send(self, rows: Sequence[Row]) -> None:
         state = self._state
         if state.offset < state.reached:  # rows come again that the tracker has
-            self.forget()
-            state.reached = 0
+            self._forget_all()
         state.is_sending = True
         self._write_state()
         self.write([row for row in rows if row["kind"] != "event"])
+
+    def take_back(self, back: TakeBack) -> None:
+        self._state.begin_again()
+        self._forget_all()
+
+    def _forget_all(self) -> None:
+        self.forget()
+        self._state.reached = 0
 
     @abstractmethod
     def open(self) -> None:

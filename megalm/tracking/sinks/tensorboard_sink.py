@@ -21,7 +21,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megalm.runs.metrics_log import Row
 from megalm.tracking.mlflow_mirror import run_facts
-from megalm.tracking.mlflow_mirror.sink import TakeBack, seconds
+from megalm.tracking.mlflow_mirror.sink import seconds
 from megalm.tracking.sinks.append_sink import AppendSink, Fact
 
 _FILES = "events.out.tfevents."  # and the seconds of its beginning, by which readers sort
@@ -50,10 +50,6 @@ class TensorBoardSink(AppendSink):
             self._writer = self._new_file((self._state.last_step or 0) + 1)
         if self._facts != self.facts():
             self._write_facts()
-
-    def take_back(self, back: TakeBack) -> None:
-        self._state.begin_again()
-        self.forget()
 
     def forget(self) -> None:
         before = self._files()
@@ -96,6 +92,7 @@ class TensorBoardSink(AppendSink):
         for event in (Event(file_version="brain.Event:2"), Event(step=step, session_log=restart)):
             event.wall_time = time.time()
             writer.write(event.SerializeToString())
+        writer.flush()
         return writer
 
     def _write_facts(self) -> None:

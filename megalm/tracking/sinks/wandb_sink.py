@@ -18,7 +18,7 @@ from pydantic import Field
 
 from megalm.runs.metrics_log import Row
 from megalm.tracking.mlflow_mirror import run_facts
-from megalm.tracking.mlflow_mirror.sink import FINISHED, KILLED, RUNNING, TakeBack, seconds
+from megalm.tracking.mlflow_mirror.sink import FINISHED, KILLED, RUNNING, seconds
 from megalm.tracking.mlflow_mirror.sync_state import Owner
 from megalm.tracking.sinks.append_sink import AppendSink, AppendState, Fact
 
@@ -89,10 +89,6 @@ class WandbSink(AppendSink):
             self._run.finish(exit_code=_EXIT_CODES[KILLED])
         self._begin_run()
         self._send_facts()
-
-    def take_back(self, back: TakeBack) -> None:
-        self.state.begin_again()
-        self.forget()
 
     def write(self, rows: Sequence[Row]) -> None:
         for row in rows:

@@ -94,6 +94,7 @@ def test_a_rollback_in_a_running_mirror(run_dir: Path) -> None:
     write(run_dir, *attempt(1, 1, 6))
     feed.deliver()
     feed.deliver()
+    page = DataProvider(str(run_dir / "tensorboard")).Reload()  # as of a TensorBoard that is open
     write(run_dir, {"kind": "event", "event": "rollback", "step": 2, "attempt": 2})
     write(run_dir, *attempt(2, 3, 4)[1:])
     feed.deliver()
@@ -101,6 +102,7 @@ def test_a_rollback_in_a_running_mirror(run_dir: Path) -> None:
     assert shown(run_dir) == [(1, 1.125), (2, 1.25), (3, 2.375), (4, 2.5)]
     files = [path.stat().st_size > 0 for path in sorted((run_dir / "tensorboard").glob("events*"))]
     assert files == [False, True]
+    assert [it.step for it in page.Reload().Tensors("train/loss")] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
