@@ -80,13 +80,14 @@ class WandbSink(AppendSink):
             if not state.run_ids or state.is_offline or state.is_open or not is_here:
                 self._begin_run()
             else:
-                self._start(state.run_ids[-1])
+                self._start()
         self._send_facts()
 
     def forget(self) -> None:
         """Go on in a new run of the group, which gets all rows."""
-        if self._run is not None:
-            self._run.finish(exit_code=_EXIT_CODES[KILLED])
+        before, self._run = self._run, None
+        if before is not None:
+            before.finish(exit_code=_EXIT_CODES[KILLED])
         self._begin_run()
         self._send_facts()
 
@@ -130,11 +131,11 @@ class WandbSink(AppendSink):
         number = len(state.run_ids) + 1
         state.run_ids.append(stem if number == 1 else f"{stem}-{number}")
         state.owner = Owner.of(self.run_dir)
-        self._start(state.run_ids[-1], number)
+        self._start()
 
-    def _start(self, run_id: str, number: int = 1) -> None:
+    def _start(self) -> None:
         self.folder.mkdir(exist_ok=True)
-        name = self.run_dir.resolve().name
+        name, number = self.run_dir.resolve().name, len(self.state.run_ids)
         given = {
             "WANDB_PROJECT": ("project", run_facts.experiment(self.run_dir)),
             "WANDB_RUN_GROUP": ("group", name),
@@ -146,7 +147,7 @@ class WandbSink(AppendSink):
         settings = wandb.Settings(
             console="off", silent=True, disable_git=True, init_timeout=_START_SECONDS, reinit="create_new"
         )
-        self._run = wandb.init(id=run_id, settings=settings, **own)
+        self._run = wandb.init(id=self.state.run_ids[-1], settings=settings, **own)
         self.state.is_offline, self.state.is_open = bool(self._run.offline), True
         self._facts, self._files = {}, {}
         self._write_state()
