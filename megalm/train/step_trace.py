@@ -29,7 +29,9 @@ _PART_OF_PHASE = {"update": "optimizer", "LoadMicroBatch": "data"}
 _ANNOTATIONS, _LAUNCHES = ("user_annotation",), ("cuda_runtime", "cuda_driver")
 _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _WAITING_CALL = re.compile(r"Synchronize|^cudaMemcpy$|^cuStreamWaitValue")
-_COMMUNICATION_KERNEL = re.compile(r"nccl|rccl", re.IGNORECASE)
+_COMMUNICATION_KERNEL = re.compile(
+    r"nccl|rccl|multimem|symm_?mem|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all", re.IGNORECASE
+)
 
 # The first pattern that is found in a kernel's name (on a GPU) or an operator's (on a CPU) decides.
 _KINDS = (
@@ -196,8 +198,9 @@ class StepTrace:
         }
         work = []
         for event in _of(by_category, _DEVICE_WORK):
-            launch = launches.get(event.get("args", {}).get("correlation"))
-            if launch is not None and self._is_in_a_step(float(launch["ts"])):
+            # Of some graphs the launch of a kernel is not recorded.
+            launch = launches.get(event.get("args", {}).get("correlation"), {"ts": event["ts"], "tid": self._main})
+            if self._is_in_a_step(float(launch["ts"])):
                 work.append((event, launch.get("tid"), float(launch["ts"])))
         marks = {
             thread: _innermost(spans, [moment for _, tid, moment in work if thread in (tid, self._main)])
