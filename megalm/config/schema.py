@@ -364,6 +364,9 @@ class ResumeSection(Section):
 class TrackingSection(Section):
     mlflow: bool = True
     experiment: str = "megalm"
+    system_metrics: bool = Field(
+        default=True, description="sample CPU, memory, network and GPUs of every node for MLflow"
+    )
 
 
 class RunConfig(Section):
