@@ -370,6 +370,9 @@ class TrackingSection(Section):
     tensorboard: bool = Field(default=False, description="write event files to tensorboard/ of the run folder")
     wandb: bool = Field(default=False, description="send the run to Weights & Biases; WANDB_MODE=offline keeps it here")
     experiment: str = Field(default="megalm", description="of MLflow; the project of Weights & Biases")
+    system_metrics: bool = Field(
+        default=True, description="sample CPU, memory, network and GPUs of every node for MLflow"
+    )
 
 
 TRACKERS = ("mlflow", "tensorboard", "wandb")  # keys of `tracking`
