@@ -250,10 +250,13 @@ def final_summary(folder: RunFolder, run: ResolvedRun, invocation: ResumeCommand
     # The first line alone: an escaped newline would reach the command as two characters.
     prompt, path = _quoted(next(filter(str.strip, lines), "The ")), shlex.quote(str(folder.path))
     steps = 2 * run.config.train.steps
-    metrics = where_to_look(folder.path) if run.config.tracking.mlflow else [str(folder.metrics)]
+    tracking = run.config.tracking
+    metrics = where_to_look(folder.path) if tracking.mlflow else [str(folder.metrics)]
+    metrics += [f"tensorboard --logdir {path}"] if tracking.tensorboard else []
+    metrics += [f"wandb sync {path}/wandb/offline-run-*"] if any(folder.path.glob("wandb/offline-run-*")) else []
     rows = [
         *([("report", str(page))] if page is not None else []),
-        *zip(("metrics", ""), metrics, strict=False),
+        *zip(("metrics", *[""] * len(metrics)), metrics, strict=False),
         ("checkpoints", f"megalm checkpoint list {path}"),
         ("generate", f"megalm generate {path} --prompt {prompt}"),
         ("train longer", invocation.shell("--resume", "auto", f"train.steps={steps}")),

@@ -43,13 +43,15 @@ def test_the_end_of_a_run_quotes_for_a_shell(
     prompt: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    loaded = load_run_config(None, [f"sample.prompts={json.dumps([prompt])}"])
+    loaded = load_run_config(None, [f"sample.prompts={json.dumps([prompt])}", "tracking.tensorboard=true"])
     run = resolve(
         loaded, read_deepspeed_json(named_json("ds_configs/fp32.json")), 1, DeviceFacts("cpu", False, 1 << 33), 99
     )
     folder = RunFolder(tmp_path / "my runs" / "mine")
     lines = final_summary(folder, run, ResumeCommand(folder.path)).splitlines()
-    for command in (f"megalm checkpoint list '{folder.path}'", f"megalm generate '{folder.path}' --prompt {word}"):
+    quoted = f"'{folder.path}'"
+    told = (f"checkpoint list {quoted}", f"generate {quoted} --prompt {word}", f"tensorboard --logdir {quoted}")
+    for command in told:
         assert [line for line in lines if line.endswith(command)], command
     (shown,) = (line for line in lines if "mlflow ui" in line)
     store = f"sqlite:///{tmp_path}/my runs/mlflow.db"
