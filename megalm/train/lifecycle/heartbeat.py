@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -247,7 +247,11 @@ class Heartbeat:
         steps = {rank: -1 if beat.step is None else beat.step for rank, beat in beats.items()}
         if len(beats) < len(self._places) or len(set(steps.values())) < 2:
             return []
-        return [(self._places[rank], beats[rank]) for rank in sorted(beats) if steps[rank] == min(steps.values())]
+        return self.known([rank for rank in beats if steps[rank] == min(steps.values())])
+
+    def known(self, ranks: Iterable[int]) -> list[tuple[RankPlace, Beat]]:
+        """Return what was last heard of these ranks."""
+        return [(self._places[rank], self._last_known(rank) or Beat()) for rank in sorted(ranks)]
 
     # --- the watch
 
