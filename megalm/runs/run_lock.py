@@ -21,8 +21,10 @@ from megalm.utils.file_lock import HeldLock, take_lock
 
 log = logging.getLogger(__name__)
 
+_LOCK_FILE = "lock"
 _BEAT_SECONDS = 5.0
 _PATIENCE_BEATS = 4
+_ALIVE_SECONDS = 40.0  # since the last heartbeat: a network file system may show it late
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class RunLock:
     """
 
     def __init__(self, folder: Path, beat_seconds: float = _BEAT_SECONDS) -> None:
-        self._path = folder / "lock"
+        self._path = folder / _LOCK_FILE
         self._beat_seconds = beat_seconds
         self._held: HeldLock | None = None
         self._folder = -1  # a descriptor
@@ -153,6 +155,15 @@ class RunLock:
         return ConfigError(
             f"another job ({holder}) trains run {self._path.parent}; wait for it, stop it, or choose another run.name"
         )
+
+
+def is_held(folder: Path, now: float) -> bool:
+    """Return whether the heartbeat in a run folder's lock is recent; the holder empties the file when it ends."""
+    try:
+        status = (folder / _LOCK_FILE).stat()
+    except OSError:
+        return False
+    return status.st_size > 0 and abs(now - status.st_mtime) < _ALIVE_SECONDS
 
 
 def _path_of(descriptor: int) -> Path | None:
