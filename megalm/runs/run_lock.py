@@ -10,10 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from megalm.errors import ConfigError
 from megalm.utils.atomic_files import still_names
@@ -24,6 +27,7 @@ log = logging.getLogger(__name__)
 _LOCK_FILE = "lock"
 _BEAT_SECONDS = 5.0
 _PATIENCE_BEATS = 4
+_HOLDER = re.compile(r"host (.*), process (\d+)")
 _ALIVE_SECONDS = 40.0  # since the last heartbeat: a network file system may show it late
 
 
@@ -158,11 +162,19 @@ class RunLock:
 
 
 def is_held(folder: Path, now: float) -> bool:
-    """Return whether the heartbeat in a run folder's lock is recent; the holder empties the file when it ends."""
+    """Return whether the heartbeat in a run folder's lock is recent; the holder empties the file when it ends.
+
+    A holder on this machine that was killed is no longer one.
+    """
+    path = folder / _LOCK_FILE
     try:
-        status = (folder / _LOCK_FILE).stat()
+        status, holder = path.stat(), path.read_text(errors="replace")
     except OSError:
         return False
+    if match := _HOLDER.match(holder):
+        return abs(now - status.st_mtime) < _ALIVE_SECONDS and (
+            match[1] != platform.node() or psutil.pid_exists(int(match[2]))
+        )
     return status.st_size > 0 and abs(now - status.st_mtime) < _ALIVE_SECONDS
 
 

@@ -85,7 +85,7 @@ def _loss_chart(history: History, across: Scale) -> Chart | None:
     step, loss = history.column("step"), history.column("loss")
     sets = _validation_sets(history.evaluations)
     validations = [[point for stretch in stretches for point in stretch] for stretches in sets.values()]
-    up = _robust_scale(loss, running_median(step, loss, _MEDIAN_POINTS)[1], validations)
+    up = robust_scale(loss, running_median(step, loss, _MEDIAN_POINTS)[1], validations)
     if up is None:
         return None
     chart = Chart(_LOSS.name, _LOSS.unit, across, up, tall=True)
@@ -182,7 +182,7 @@ def _validation_sets(rows: Sequence[Row]) -> dict[str, list[list[Point]]]:
     }
 
 
-def _robust_scale(loss: Numbers, medians: Numbers, sets: Sequence[Sequence[Point]]) -> Scale | None:
+def robust_scale(loss: Numbers, medians: Numbers, sets: Sequence[Sequence[Point]]) -> Scale | None:
     """Return a scale for nearly all losses: neither a spike nor the first steps must flatten the rest of the curve.
 
     `_above` reports what is beyond it.
