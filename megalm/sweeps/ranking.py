@@ -1,9 +1,9 @@
 """Rank the runs of a sweep by their last validation loss, with its uncertainty, and find the effect of each value.
 
 Runs that differ only in the seed are one entry: their mean, with a standard error by the scatter over seeds, pooled
-over all entries. Without seeds, an entry's standard error is that of its validation by the choice of the samples (the column
-loss_stderr of metrics.jsonl). Two entries do not differ where the difference of their losses is within `noise_factor`
-standard errors of that difference: about 95% confidence, by Student's t for the degrees of freedom of the seeds.
+over all entries. Without seeds, an entry's standard error is that of its validation by the choice of the samples (the
+column loss_stderr of metrics.jsonl). Two entries do not differ where the difference of their losses is within
+`noise_factor` standard errors of that difference: 95% confidence, by Student's t for the seeds' degrees of freedom.
 """
 
 from __future__ import annotations
