@@ -21,6 +21,8 @@ from megalm.cli.find_run import find_run, is_long, read_watched, warn
 from megalm.errors import ConfigError
 from megalm.runs.metrics_log import METRICS_FILE
 from megalm.runs.run_folder import RunFolder
+from megalm.sweeps.expansion import Sweep
+from megalm.sweeps.ranking import Ranking
 from megalm.sweeps.sweep_folder import find_sweep
 from megalm.sweeps.sweep_report import ranking_rows, read_ranking, summary, verdict
 from megalm.tracking import compare_runs
@@ -132,21 +134,11 @@ def command(
     Runs with other tokenizers are compared by bits per byte. What else does not
     compare is named: other validation data, means over other numbers of tokens.
     """
-    found = None if sweep is None else find_sweep(sweep)
-    folders = [find_run(run) for run in runs or []]
-    ranking = None
-    if found is not None:
-        of_sweep = found.read()[0]
-        folders += [
-            of_sweep.root / run.name for run in of_sweep.runs if (of_sweep.root / run.name / METRICS_FILE).is_file()
-        ]
-        ranking = read_ranking(of_sweep, read_watched)
-    if len(folders) < 2:
-        missing = "compare needs two or more runs; `ls runs` lists them"
-        raise ConfigError(missing if sweep is None else f"sweep {sweep} has fewer than two runs that have begun")
     if as_json and as_csv:
         raise ConfigError("--json and --csv exclude each other; give one")
-    written = [*([] if as_json or as_csv else [plot]), *([page] if page is not None else [])]
+    folders, swept = _chosen(runs or [], sweep)
+    drawn = [] if as_json or as_csv else [plot]
+    written = [*drawn, *([page] if page is not None else [])]
     refuse_overwriting_inputs(written, [path for folder in folders for path in RunFolder(folder).records])
     records = _read(folders)
     names = [record.name for record in records]
@@ -156,27 +148,37 @@ def command(
     if page is not None:
         write_comparison(page, comparison.page(), records, names)
     if as_json:
-        content = comparison.as_json()
-        if found is not None and ranking is not None:
-            content["sweep"] = summary(found.read()[0], ranking)
+        content = comparison.as_json() | ({} if swept is None else {"sweep": summary(*swept)})
         echo_text(json.dumps(content, indent=2, ensure_ascii=False))
-        return
-    if as_csv:
+    elif as_csv:
         echo_text(comparison.as_csv(), end="")
-        return
-    for line in comparison.warnings:
-        warn(f"WARNING: {line}")
-    if found is not None and ranking is not None:
-        echo(table(*ranking_rows(ranking, list(found.read()[0].axes))))
-        echo(f"\n{verdict(ranking)}\n")
-    if len(records) <= _MOST_COLUMNS:
-        echo(comparison.as_text())
     else:
-        echo(table(*comparison.columns()))
-    compare_runs.plot_losses(records, plot, names, over.value)
-    echo(f"\nlosses over {compare_runs.AXES[over.value]}: {plot}")
-    if page is not None:
-        echo(f"page: {page}")
+        for line in comparison.warnings:
+            warn(f"WARNING: {line}")
+        if swept is not None:
+            rows = ranking_rows(swept[1], list(swept[0].axes))
+            echo(f"{table(*rows)}\n\n{verdict(swept[1])}\n")
+        echo(comparison.as_text() if len(records) <= _MOST_COLUMNS else table(*comparison.columns()))
+        compare_runs.plot_losses(records, plot, names, over.value)
+        echo(f"\nlosses over {compare_runs.AXES[over.value]}: {plot}")
+
+
+def _chosen(runs: Sequence[str], sweep: str | None) -> tuple[list[Path], tuple[Sweep, Ranking] | None]:
+    """Return the folders of the runs, also of those of a sweep that have begun; and the sweep with its ranking.
+
+    Raises:
+        ConfigError: there is no such run or sweep, or fewer than two runs.
+    """
+    folders = [find_run(run) for run in runs]
+    if sweep is None:
+        if len(folders) < 2:
+            raise ConfigError("compare needs two or more runs; `ls runs` lists them")
+        return folders, None
+    swept, _ = find_sweep(sweep).read()
+    begun = [folder for run in swept.runs if ((folder := swept.root / run.name) / METRICS_FILE).is_file()]
+    if len(folders) + len(begun) < 2:
+        raise ConfigError(f"sweep {sweep} has fewer than two runs that have begun; `megalm sweep {sweep}` runs them")
+    return [*folders, *begun], (swept, read_ranking(swept, read_watched))
 
 
 class Comparison:
@@ -206,23 +208,15 @@ class Comparison:
         """One row for each run, of many: what differs, and the main results."""
         shown = {name: line for name, line in self._lines.items() if name in _MAIN_LINES}
         rows: list[list[object]] = [
-            [
-                name,
-                *(values[index] for values in self._differences.values()),
-                *(line.cell(found) for line in shown.values()),
-            ]
-            for index, (name, found) in enumerate(zip(self._names, self._outcome, strict=True))
+            [name, *self._settings(index).values(), *(line.cell(self._outcome[index]) for line in shown.values())]
+            for index, name in enumerate(self._names)
         ]
         return ["run", *self._differences, *(name.strip() for name in shown)], rows
 
     def as_json(self) -> dict[str, Any]:
         runs = [
-            {
-                "name": name,
-                "settings": {key: values[index] for key, values in self._differences.items()},
-                "results": facts,
-            }
-            for index, (name, facts) in enumerate(zip(self._names, map(_facts, self._outcome), strict=True))
+            {"name": name, "settings": self._settings(index), "results": _facts(self._outcome[index])}
+            for index, name in enumerate(self._names)
         ]
         return {"runs": runs, "warnings": self.warnings}
 
@@ -232,7 +226,7 @@ class Comparison:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["run", *self._differences, *facts[0]])
         for index, (name, found) in enumerate(zip(self._names, facts, strict=True)):
-            writer.writerow([name, *(values[index] for values in self._differences.values()), *found.values()])
+            writer.writerow([name, *self._settings(index).values(), *found.values()])
         return text.getvalue()
 
     def page(self) -> ComparisonPage:
@@ -244,6 +238,9 @@ class Comparison:
         count = len(self._differences)
         sentence = f"{len(self._names)} runs that differ in {count} setting{'' if count == 1 else 's'}."
         return ComparisonPage(" / ".join(self._names[:4]), sentence, warnings=self.warnings, tables=tables)
+
+    def _settings(self, index: int) -> dict[str, str | None]:
+        return {key: values[index] for key, values in self._differences.items()}
 
     def _results(self) -> tuple[list[str], list[list[object]]]:
         headings = ["result", *self._names]

@@ -20,14 +20,14 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megalm.config.deepspeed.json_reader import named_json, parse_deepspeed_json
 from megalm.config.loading import parse_override
 from megalm.config.schema import RunConfig, RunSection
-from megalm.config.validation import parse_yaml, shown, validate_valid_values
+from megalm.config.validation import parse_yaml, validate_valid_values
 from megalm.errors import ConfigError
 from megalm.utils.formatting import flatten_mapping
 
@@ -61,21 +61,17 @@ class Sweep:
     """A sweep, checked.
 
     Attributes:
+        root: the folder of the run folders.
         axes: swept key -> its values as text, in the order in which they were given.
         arguments: of launch/pretrain.py, the same for all runs.
         runs: in the order in which they start.
     """
 
     name: str
+    root: Path
     axes: Mapping[str, tuple[str, ...]]
     arguments: tuple[str, ...]
-    runs: tuple[SweptRun, ...] = field(default=())
-
-    @property
-    def root(self) -> Path:
-        """The folder of the run folders."""
-        stated = [word.partition("=")[2] for word in self.arguments if word.startswith("run.root=")]
-        return Path(stated[-1] if stated else RunSection().root).expanduser()
+    runs: tuple[SweptRun, ...]
 
     @property
     def folder(self) -> Path:
@@ -113,6 +109,12 @@ class Sweep:
                 place = place[section]
             place[name] = parse_yaml(text, key)
         return content
+
+
+def root_of(arguments: Sequence[str]) -> Path:
+    """Return the folder of the run folders by the arguments of launch/pretrain.py."""
+    stated = [word.partition("=")[2] for word in arguments if word.startswith("run.root=")]
+    return Path(stated[-1] if stated else RunSection().root).expanduser()
 
 
 def sweep_folder(root: Path, name: str) -> Path:
@@ -166,7 +168,11 @@ def read_sweep(words: Sequence[str], arguments: Sequence[str] = (), name: str | 
 
 
 def make_sweep(
-    name: str, axes: Mapping[str, Sequence[str]], arguments: Sequence[str], runs: Iterable[Mapping[str, str]]
+    name: str,
+    root: Path,
+    axes: Mapping[str, Sequence[str]],
+    arguments: Sequence[str],
+    runs: Iterable[Mapping[str, str]],
 ) -> Sweep:
     """Return a sweep whose runs are known by their values.
 
@@ -174,13 +180,9 @@ def make_sweep(
         runs: swept key -> value, for each run.
     """
     short = _short_names(axes)
-    named: dict[str, SweptRun] = {}
-    for values in runs:
-        run = _run_name(name, {short[key]: value for key, value in values.items()})
-        if run in named:  # two values that differ in characters that no name has
-            run = f"{run}-{_digest(values)}"
-        named[run] = SweptRun(run, dict(values))
-    return Sweep(name, {key: tuple(values) for key, values in axes.items()}, tuple(arguments), tuple(named.values()))
+    named = {_run_name(name, {short[key]: value for key, value in values.items()}): values for values in runs}
+    found = tuple(SweptRun(run, dict(values)) for run, values in named.items())
+    return Sweep(name, root, {key: tuple(values) for key, values in axes.items()}, tuple(arguments), found)
 
 
 def split_values(text: str) -> list[str]:
@@ -377,7 +379,7 @@ def _named(
     for choice in itertools.product(*blocks):
         values = {key: value for part in choice for key, value in part.items()}
         runs.append({key: values[key] for key in axes})
-    return make_sweep(name, axes, arguments, runs)
+    return make_sweep(name, root_of(arguments), axes, arguments, runs)
 
 
 def _short_names(axes: Mapping[str, object]) -> dict[str, str]:
@@ -387,9 +389,10 @@ def _short_names(axes: Mapping[str, object]) -> dict[str, str]:
 
 
 def _run_name(sweep: str, values: Mapping[str, str]) -> str:
-    parts = [f"{key}_{_plain(value)}" for key, value in values.items()]
-    name = "-".join([sweep, *parts])
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 9]}-{_digest(values)}"
+    name = "-".join([sweep, *(f"{key}_{_plain(value)}" for key, value in values.items())])
+    if len(name) <= _LONGEST_NAME and all(_plain(value) == value for value in values.values()):
+        return name
+    return f"{name[: _LONGEST_NAME - 9]}-{_digest(values)}"  # values may differ in what a name leaves out
 
 
 def _plain(value: str) -> str:
@@ -399,4 +402,4 @@ def _plain(value: str) -> str:
 
 
 def _digest(values: Mapping[str, str]) -> str:
-    return hashlib.sha256(shown(sorted(values.items())).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(sorted(values.items())).encode()).hexdigest()[:8]

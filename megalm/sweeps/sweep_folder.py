@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +57,7 @@ class SweepFolder:
         content = read_mapping(self.record)
         try:
             runs = [dict(run["values"]) for run in content["runs"]]
-            sweep = make_sweep(content["name"], content["axes"], content["arguments"], runs)
+            sweep = make_sweep(content["name"], self.root, content["axes"], content["arguments"], runs)
             launcher = [str(word) for word in content["launcher"]]
         except (KeyError, TypeError, AttributeError):
             raise ConfigError(f"{self.record}: is not the record of a sweep; name another sweep") from None
@@ -150,5 +149,5 @@ def _merged(before: Sweep, now: Sweep, path: Path) -> Sweep:
         for key, values in before.axes.items()
     }
     runs = [*(run.values for run in before.runs), *(run.values for run in now.runs)]
-    unique = {json.dumps(dict(sorted(values.items()))): values for values in runs}
-    return make_sweep(now.name, axes, now.arguments, [{key: values[key] for key in axes} for values in unique.values()])
+    in_order = [{key: values[key] for key in axes} for values in runs]
+    return make_sweep(now.name, now.root, axes, now.arguments, in_order)

@@ -18,7 +18,7 @@ from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.errors import EXIT_FAILED, EXIT_START_AGAIN, ConfigError
 from megalm.planning.run_checks import check_run
 from megalm.runs.run_settings import Arguments
-from megalm.sweeps.expansion import Sweep, read_sweep
+from megalm.sweeps.expansion import Sweep, read_sweep, root_of
 from megalm.sweeps.local_runs import LocalRuns, Outcome
 from megalm.sweeps.ranking import Ranking
 from megalm.sweeps.sweep_folder import SweepFolder, find_sweep, state_of
@@ -79,7 +79,7 @@ def command(
         deepspeed --num_gpus 2 launch/pretrain.py --deepspeed_config ds_configs/zero2.json --config my.yaml
     megalm sweep decay --report
     """
-    sweep, folder, launcher = _opened(swept, context.meta[_RUN_WORDS], name)
+    sweep, folder, launcher = _opened(swept, context.meta[_RUN_WORDS], name, starts=not (report_only or dry_run))
     states = Counter(state_of(sweep.root / run.name) for run in sweep.runs)
     counts = " x ".join(f"{key} ({len(values)})" for key, values in sweep.axes.items())
     known = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
@@ -121,13 +121,17 @@ def _end(folder: SweepFolder, outcomes: Sequence[Outcome], interrupted: bool) ->
         raise typer.Exit(EXIT_FAILED)
 
 
-def _opened(swept: Sequence[str], run_words: Sequence[str], name: str | None) -> tuple[Sweep, SweepFolder, list[str]]:
+def _opened(
+    swept: Sequence[str], run_words: Sequence[str], name: str | None, starts: bool
+) -> tuple[Sweep, SweepFolder, list[str]]:
     """Return the sweep, recorded in its folder, and the words that start a run."""
     if len(swept) == 1 and "=" not in swept[0] and Path(swept[0]).suffix not in (".yaml", ".yml"):
         if run_words or name is not None:
             raise ConfigError(f"sweep {swept[0]} has its command and its name; omit --name and what follows --")
         folder = find_sweep(swept[0])
         sweep, launcher = folder.read()
+        if starts and root_of(sweep.arguments).resolve() != sweep.root.resolve():
+            raise ConfigError(f"sweep {folder.path} was begun in another working directory; start it there")
         return sweep, folder, launcher
     launcher, arguments = split_launcher(run_words)
     sweep = read_sweep(swept, arguments, name)
