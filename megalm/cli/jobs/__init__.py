@@ -1,0 +1,1 @@
+"""Commands that start runs: here, or as Slurm jobs."""
