@@ -62,6 +62,7 @@ LAYERS = (
     "runs",
     "tracking",
     "engine",
+    "nodes",
     "train",
     "rehearsal",
     "inference",
@@ -104,6 +105,7 @@ def _training_sees_classes(item: Import) -> bool:
 
 
 DISTRIBUTED_PLACES = (
+    "megalm.nodes",
     "megalm.parallel",
     "megalm.engine",
     "megalm.checkpoint",
