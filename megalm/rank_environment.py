@@ -162,6 +162,11 @@ def allocation_end(environment: Mapping[str, str] = os.environ) -> float | None:
     return float(text) if text.isascii() and text.isdecimal() else None
 
 
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """Return the name of this node: Slurm's, which its --exclude takes, else the host's."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def _launched(environment: Mapping[str, str]) -> _Launched | None:
     readers: tuple[tuple[str, Callable[[Mapping[str, str]], _Launched]], ...] = (
         ("OMPI_COMM_WORLD_RANK", _open_mpi),

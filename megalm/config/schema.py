@@ -259,6 +259,15 @@ class TrainSection(Section):
     hang_timeout_seconds: PositiveFloat | None = Field(
         default=1800.0, description="after this time without progress, write all ranks' stacks and fail; null: wait"
     )
+    check_nodes: bool = Field(
+        default=True, description="at the start on more than one node, name bad and slow ones: a few seconds"
+    )
+    slow_factor: Annotated[float, Field(gt=1)] = Field(
+        default=1.3, description="a node or rank that takes this many times the median for the same work is slow"
+    )
+    slow_seconds: PositiveFloat | None = Field(
+        default=120.0, description="report a rank that is slow for this long; null: watch none"
+    )
     loss_chunk_tokens: PositiveInt | None = Field(
         default=None,
         description="tokens whose logits are held at once; null: 1024 on a CPU, up to 8192 on a GPU, by its memory",
@@ -371,6 +380,15 @@ class TrackingSection(Section):
     sweep: str | None = Field(default=None, description="the sweep of the run (`megalm sweep`), its parent in MLflow")
 
 
+class SlurmSection(Section):
+    """Of a job of slurm/train.sh."""
+
+    exclude_bad: bool = Field(
+        default=False,
+        description="leave nodes that train.check_nodes finds bad or slow: queue the job again for others",
+    )
+
+
 class RunConfig(Section):
     """The whole configuration of a run, except its DeepSpeed JSON."""
 
@@ -393,6 +411,7 @@ class RunConfig(Section):
     guard: GuardSection = GuardSection()
     resume: ResumeSection = ResumeSection()
     tracking: TrackingSection = TrackingSection()
+    slurm: SlurmSection = SlurmSection()
     compile: bool | Literal["auto"] = Field(
         default="auto", description="torch.compile for blocks and loss; auto: on a GPU where it can, not on a CPU"
     )

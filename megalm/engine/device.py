@@ -65,8 +65,8 @@ def peak_flops(device: torch.device, low_precision: bool) -> tuple[float, str]:
     return measured_peak(device, low_precision), "measured matrix product"
 
 
-def measured_peak(device: torch.device, low_precision: bool) -> float:
-    """Return the FLOP/s of the fastest of at least a dozen matrix products, with this rank's threads.
+def measured_peak(device: torch.device, low_precision: bool, repeats: int = _REPEATS) -> float:
+    """Return the FLOP/s of the fastest of at least `repeats` matrix products, with this rank's threads.
 
     1024 x 1024 on a CPU, a few milliseconds each; 8192 x 8192 on a GPU, where a smaller one would time the launch.
     """
@@ -74,7 +74,7 @@ def measured_peak(device: torch.device, low_precision: bool) -> float:
     size = 8192 if on_gpu else 1024
     low = torch.float16 if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False) else torch.bfloat16
     left, right = (torch.rand(size, size, device=device).to(low if low_precision else torch.float32) for _ in range(2))
-    return 2 * size**3 / fastest_seconds(lambda: left @ right, device, _REPEATS, _SECONDS)
+    return 2 * size**3 / fastest_seconds(lambda: left @ right, device, repeats, _SECONDS)
 
 
 def fastest_seconds(

@@ -153,7 +153,14 @@ def pipeline_facts(run: ResolvedRun, blocks: tuple[int, ...], costs: StageCosts)
 
 
 def opening_facts(
-    run: ResolvedRun, shape: ModelConfig, data: RunData, device: str, threads: int, peak_source: str, peak: float
+    run: ResolvedRun,
+    shape: ModelConfig,
+    data: RunData,
+    device: str,
+    threads: int,
+    peak_source: str,
+    peak: float,
+    nodes: str | None = None,
 ) -> Sequence[tuple[str, str]]:
     """Return name and value of each fact, in display order."""
     config, batch, count, tokenizer = run.config, run.batch, shape.parameter_count(), data.tokenizer
@@ -161,6 +168,7 @@ def opening_facts(
     tokens = steps * run.tokens_per_step
     rows = [
         ("device", f"{device}; {run.topology.world_size} rank(s), {threads} thread(s) each"),
+        *([("nodes", nodes)] if nodes is not None else []),
         (
             "precision",
             f"{run.precision}, ZeRO stage {run.zero_stage}, {'compiled' if run.compiled else 'not compiled'}",

@@ -7,6 +7,7 @@ first, so that a failure can be recorded there.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from megalm.engine.device import (
 from megalm.engine.distributed import DistributedCommunicator, agree_on_device, open_store, start_distributed
 from megalm.engine.interface import Engine
 from megalm.engine.traffic_counter import TrafficCounter
-from megalm.errors import EXIT_DONE, ConfigError
+from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, ConfigError
 from megalm.model.model_config import flops_per_token
+from megalm.nodes.node_check import NodeCheck, check_nodes
 from megalm.planning.resolve import DeviceFacts, ResolvedRun, known_vocab_size, resolve
 from megalm.planning.run_checks import wall_time_seconds
 from megalm.rank_environment import RankFacts, rank_facts
@@ -128,11 +130,14 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     comm = start_distributed(ranks, device, traffic, store)
     opened = open_run(settings, comm, supervisor)
     info = opened.console.info
+    nodes = check_nodes(settings.run, opened.folder, opened.attempt, ranks, device, comm, info)
+    if nodes.excludes:
+        return _leave_for_other_nodes(settings.run, opened, comm)
     point = find_resume_checkpoint(settings.run, opened.folder, settings.options, comm, info)
     data = open_run_data(point.run, point.first_sample_of, comm, info)
     plan = plan_resume(point, data)
     _report_plan(plan, settings, opened, comm)
-    built = build_trainer(plan, opened, ranks, device, comm, supervisor, traffic)
+    built = build_trainer(plan, opened, nodes, ranks, device, comm, supervisor, traffic)
     with memory_errors_named("training"):
         code = built.trainer.fit()
     _close(built, opened, comm, code)
@@ -202,6 +207,15 @@ def _refuse_different_configurations(run: ResolvedRun, comm: Communicator) -> No
         )
 
 
+def _leave_for_other_nodes(run: ResolvedRun, opened: OpenRun, comm: Communicator) -> int:
+    """Release the run for the next start of this job; return the exit code. A new run without a name leaves nothing."""
+    opened.lock.release()
+    if comm.is_main and run.config.run.name is None:
+        opened.folder.remove_if_unused()
+    comm.barrier()
+    return EXIT_START_AGAIN
+
+
 # --- 3 to 5: the checkpoint and the plan are in resume/resume_plan.py, the data in datasets.py ------------------------
 
 
@@ -225,6 +239,7 @@ def _report_plan(plan: ResumePlan, settings: RunSettings, opened: OpenRun, comm:
 def build_trainer(
     plan: ResumePlan,
     opened: OpenRun,
+    nodes: NodeCheck,
     ranks: RankFacts,
     device: torch.device,
     comm: DistributedCommunicator,
@@ -259,7 +274,9 @@ def build_trainer(
     limits = _limits(run, hooks, supervisor)
     parts = _components(plan, opened, comm, engine, checkpoints, metrics, limits, spikes, command, comm.sum([peak])[0])
     console.facts(
-        opening_facts(run, plan.shape, plan.data, device_name(), ranks.threads, peak_source, parts.peak_flops)
+        opening_facts(
+            run, plan.shape, plan.data, device_name(), ranks.threads, peak_source, parts.peak_flops, nodes.fact
+        )
     )
     if run.config.train.rehearse:
         run_preflight(parts)
@@ -269,7 +286,7 @@ def build_trainer(
     if traffic is not None:
         parts = replace(parts, diagnostics=_diagnostics(parts, folder, traffic))
     trainer = Trainer(parts, plan.position)
-    _announce(trainer, console, plan)
+    _announce(trainer, console, plan, [str(finding) for finding in nodes.findings])
     parts.stop.install()
     watch_launchers()
     return BuiltRun(trainer, metrics, mirror, command)
@@ -362,9 +379,9 @@ def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCo
     return StepDiagnostics(run.diagnostics, folder.profile, parts.comm, traffic, flops, run.config.train.steps)
 
 
-def _announce(trainer: Trainer, console: RunConsole, plan: ResumePlan) -> None:
+def _announce(trainer: Trainer, console: RunConsole, plan: ResumePlan, bad_nodes: Sequence[str]) -> None:
     parts, position = trainer.parts, trainer.position
-    for warning in plan.warnings:
+    for warning in (*plan.warnings, *bad_nodes):
         trainer.event("warning", text=warning)
     resumed = plan.reader is not None and not plan.weights_only
     facts = {"world_size": parts.comm.size, "precision": parts.run.precision, "changed": list(plan.notes)}

@@ -63,6 +63,7 @@ LAYERS = (
     "tracking",
     "sweeps",
     "engine",
+    "nodes",
     "train",
     "rehearsal",
     "inference",
@@ -105,6 +106,7 @@ def _training_sees_classes(item: Import) -> bool:
 
 
 DISTRIBUTED_PLACES = (
+    "megalm.nodes",
     "megalm.parallel",
     "megalm.engine",
     "megalm.checkpoint",
