@@ -4,49 +4,122 @@ While one chunk is multiplied, the next one is gathered or the one before it is 
 its place in the result, so chunks cost no copy more than one message does; only the gradient of a row layer's output,
 of which a chunk has a part of each rank's slice, is put together for the product that needs it whole.
 
-Shapes: B batch, T sequence, S the part of T that the stream holds, R = T / S slices, H hidden, F features held here,
+Operation: B batch, T sequence, S the part of T that the stream holds, R = T / S slices, H hidden, F features held here,
 M rows of a product, b and s the samples and the positions of a chunk.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megalm.model.float8 import Products
+from megalm.model.float8 import Float8Products, Products
 from megalm.parallel import collectives
-from megalm.parallel.collectives import Finish, ReplicatedResidual
+from megalm.parallel.collectives import Finish, ReplicatedResidual, SequenceShardedResidual
 from megalm.parallel.process_groups import AxisGroup
 
+# A compiled graph calls the methods of `TensorProducts` as operators, so that it does not break at their communication.
+# `torch.library.custom_op` would load the compiler. An operator takes plain values: a process group by its name.
+_OPERATORS = torch.library.Library("megalm", "FRAGMENT")
+_HOW = "str group, bool sequence, bool float8, int chunks"
+# Takes `TensorProducts` first: a method, or what gives results of its shapes without their numbers.
+Operation = Callable[..., list[Tensor]]
 
-@dataclass(frozen=True)
+
+def _operator(arguments: str, shapes: Operation) -> Callable[[Operation], Operation]:
+    """Make a method of `TensorProducts` an operator as well; `arguments`: its schema."""
+
+    def decorate(method: Operation) -> Operation:
+        name = f"tensor_{method.__name__}"
+
+        def called(function: Operation) -> Operation:
+            return lambda *arguments: function(_products_of(*arguments[-4:]), *arguments[:-4])
+
+        _OPERATORS.define(f"{name}({arguments}, {_HOW}) -> Tensor[]")
+        _OPERATORS.impl(name, called(method), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"megalm::{name}", called(shapes), lib=_OPERATORS)
+
+        @functools.wraps(method)
+        def method_or_operator(self: TensorProducts, *arguments: Any) -> list[Tensor]:
+            if not torch.compiler.is_compiling():
+                return method(self, *arguments)
+            found: list[Tensor] = getattr(torch.ops.megalm, name)(*arguments, *self.how)
+            return found
+
+        return method_or_operator
+
+    return decorate
+
+
+def _products_of(name: str, sequence: bool, float8: bool, chunks: int) -> TensorProducts:
+    group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]  # torch: untyped
+    ranks = tuple(dist.get_process_group_ranks(group))
+    return TensorProducts(AxisGroup(ranks, dist.get_rank(group), group), sequence, float8, chunks)
+
+
+def _columns_shapes(
+    products: TensorProducts, hidden: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> list[Tensor]:
+    batch, length, _ = hidden.shape
+    return [hidden.new_empty(batch, length * products.stream.slices, len(weight)) for weight in weights]
+
+
+def _columns_backward_shapes(
+    products: TensorProducts,
+    hidden: Tensor,
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    sharers: Sequence[int],
+    with_biases: bool,
+) -> list[Tensor]:
+    biases = [weight.new_empty(len(weight)) for weight in weights] if with_biases else []
+    return [hidden.new_empty(hidden.shape), *(weight.new_empty(weight.shape) for weight in weights), *biases]
+
+
+def _row_shapes(products: TensorProducts, features: Tensor, weight: Tensor) -> list[Tensor]:
+    batch, length, _ = features.shape
+    return [features.new_empty(batch, length // products.stream.slices, len(weight))]
+
+
+def _row_backward_shapes(products: TensorProducts, features: Tensor, weight: Tensor, gradient: Tensor) -> list[Tensor]:
+    return [features.new_empty(features.shape), weight.new_empty(weight.shape)]
+
+
 class TensorProducts:
     """How a tensor group multiplies.
 
     Args:
-        stream: the residual stream that column layers read and row layers write.
-        kind: the products of a layer.
+        group: the ranks that share each layer.
+        sequence: ranks divide the residual stream between the sharded layers along the sequence.
+        float8: multiply in float8.
         chunks: the most chunks of a micro-batch; 1: communication and products take turns.
+
+    Attributes:
+        stream: the residual stream, which column layers read and row layers write.
+        how: the arguments as plain values.
     """
 
-    stream: ReplicatedResidual
-    kind: type[Products]
-    chunks: int = 1
+    def __init__(self, group: AxisGroup, sequence: bool, float8: bool, chunks: int) -> None:
+        self.stream = SequenceShardedResidual(group) if sequence else ReplicatedResidual(group)
+        self.how = group.process_group.group_name, sequence, float8, chunks
+        self._kind = Float8Products if float8 else Products
+        self._most_chunks = chunks
 
+    @_operator("Tensor hidden, Tensor[] weights, Tensor[] biases", _columns_shapes)
     def columns(self, hidden: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
         """[B, S, H] and layers [F, H] -> the output [B, T, F] of each; without biases there are none at all."""
         stream = self.stream
         chunks = self._chunks(hidden) if stream.is_sequence_sharded else [_ALL]
         begun = [stream.begin_whole(chunk.of(hidden)) for chunk in chunks]
-        multiply = [self.kind.by(weight.t()) for weight in weights]
+        multiply = [self._kind.by(weight.t()) for weight in weights]
         addends: Sequence[Tensor | None] = biases or [None] * len(weights)
-        batch, length, _ = hidden.shape
-        results = [hidden.new_empty(batch, length * stream.slices, len(weight)) for weight in weights]
+        results = _columns_shapes(self, hidden, weights, biases)
         for chunk, gathered in zip(chunks, begun, strict=True):
             whole = gathered()
             for result, by, bias in zip(results, multiply, addends, strict=True):
@@ -54,6 +127,9 @@ class TensorProducts:
                 by(_as_rows(whole, rows), rows, bias)
         return results
 
+    @_operator(
+        "Tensor hidden, Tensor[] weights, Tensor[] gradients, int[] sharers, bool with_biases", _columns_backward_shapes
+    )
     def columns_backward(
         self,
         hidden: Tensor,
@@ -75,7 +151,7 @@ class TensorProducts:
         chunks = [_ALL] if stream.is_sequence_sharded else self._chunks(hidden)
         gathered = stream.begin_whole(hidden)
         gradients = [gradient.contiguous() for gradient in gradients]
-        multiply = [self.kind.by(weight) for weight in weights]
+        multiply = [self._kind.by(weight) for weight in weights]
         result = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         begun = []
         for chunk in chunks:
@@ -91,7 +167,7 @@ class TensorProducts:
         whole = gathered().flatten(0, 1)
         rows_of = [gradient.flatten(0, 1) for gradient in gradients]
         shared = [
-            _begin_shared(self.kind.weight_gradient(rows, whole), count, stream.group)
+            _begin_shared(self._kind.weight_gradient(rows, whole), count, stream.group)
             for rows, count in zip(rows_of, sharers, strict=True)
         ]
         if with_biases:
@@ -102,13 +178,13 @@ class TensorProducts:
             finish()
         return [result, *(finish() for finish in shared)]
 
-    def row(self, features: Tensor, weight: Tensor) -> Tensor:
-        """[B, T, F] and a layer [H, F] -> the ranks' sum as the stream, [B, S, H]."""
+    @_operator("Tensor features, Tensor weight", _row_shapes)
+    def row(self, features: Tensor, weight: Tensor) -> list[Tensor]:
+        """[B, T, F] and a layer [H, F] -> the ranks' sum as the stream, [B, S, H], alone in a list."""
         stream = self.stream
         features = features.contiguous()
-        batch, length, _ = features.shape
-        result = features.new_empty(batch, length // stream.slices, len(weight))
-        by = self.kind.by(weight.t())
+        (result,) = _row_shapes(self, features, weight)
+        by = self._kind.by(weight.t())
         begun = []
         for chunk in self._chunks(result):
             part = chunk.of(result)
@@ -118,14 +194,15 @@ class TensorProducts:
             begun.append(stream.begin_sum(addend, part))
         for finish in begun:
             finish()
-        return result
+        return [result]
 
+    @_operator("Tensor features, Tensor weight, Tensor gradient", _row_backward_shapes)
     def row_backward(self, features: Tensor, weight: Tensor, gradient: Tensor) -> list[Tensor]:
         """Gradients of the input and of the weight, from that [B, S, H] of the output."""
         stream = self.stream
         chunks = self._chunks(gradient) if stream.is_sequence_sharded else [_ALL]
         begun = [stream.begin_whole(chunk.of(gradient)) for chunk in chunks]
-        by = self.kind.by(weight)
+        by = self._kind.by(weight)
         features = features.contiguous()
         result = torch.empty_like(features)
         whole = gradient.new_empty(*features.shape[:2], len(weight)) if len(chunks) > 1 else None
@@ -139,14 +216,14 @@ class TensorProducts:
                 place = chunk.rows(whole, stream.slices)
                 place.copy_(_as_rows(part, place))
         assert whole is not None
-        return [result, self.kind.weight_gradient(whole.flatten(0, 1), features.flatten(0, 1))]
+        return [result, self._kind.weight_gradient(whole.flatten(0, 1), features.flatten(0, 1))]
 
     def _chunks(self, part: Tensor) -> list[Chunk]:
         """Divide the samples of a tensor [B, S, ...], or the positions of a single one."""
         batch, length, *_ = part.shape
         if batch > 1:
-            return [Chunk(samples=piece) for piece in _pieces(batch, self.chunks)]
-        return [Chunk(positions=piece) for piece in _pieces(length, self.chunks)]
+            return [Chunk(samples=piece) for piece in _pieces(batch, self._most_chunks)]
+        return [Chunk(positions=piece) for piece in _pieces(length, self._most_chunks)]
 
 
 _EVERY = slice(None)

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megalm.model.float8 import Float8Products, Products
 from megalm.model.layer_factory import AnyModule, LayerFactory, Rectangle, ShardedAxis, annotate_shard
-from megalm.model.modules import DropoutClock, PositionEmbedding, position_ids, uncompiled
+from megalm.model.modules import DropoutClock, PositionEmbedding, position_ids
 from megalm.parallel import collectives
-from megalm.parallel.collectives import ReplicatedResidual, SequenceShardedResidual
 from megalm.parallel.process_groups import AxisGroup
 from megalm.parallel.sharded_linear import TensorProducts
 from megalm.parallel.vocab_parallel import VocabParallelEmbedding, VocabParallelOutput
@@ -41,7 +39,6 @@ class ColumnProjection:
     def __init__(self, products: TensorProducts) -> None:
         self._products = products
 
-    @uncompiled
     def __call__(self, hidden: Tensor, *columns: ColumnLinear) -> tuple[Tensor, ...]:
         sharers = [column.part.sharers for column in columns]
         weights = [column.weight for column in columns]
@@ -94,9 +91,9 @@ class TensorLayers(LayerFactory):
     ) -> None:
         super().__init__(clock, compiled, float8)
         self._group = group
-        self._stream = SequenceShardedResidual(group) if sequence else ReplicatedResidual(group)
+        self._products = TensorProducts(group, sequence, float8, chunks)
+        self._stream = self._products.stream
         self.slices = self._stream.slices
-        self._products = TensorProducts(self._stream, Float8Products if float8 else Products, chunks)
 
     def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:
         part = whole_parts(out_features, parts, self._group.size, self._group.index)
@@ -169,12 +166,8 @@ class RowLinear(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, T, F] -> the stream [B, S, H]; the bias is added once, to the sum."""
-        joined = self._join(features)
+        joined = _Row.apply(features, self.weight, self._products)  # type: ignore[no-untyped-call]  # torch: untyped
         return joined if self.bias is None else joined + self.bias
-
-    @uncompiled
-    def _join(self, features: Tensor) -> Tensor:
-        return _Row.apply(features, self.weight, self._products)  # type: ignore[no-untyped-call]  # torch: untyped
 
 
 class _Row(torch.autograd.Function):
@@ -184,7 +177,8 @@ class _Row(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, weight: Tensor, products: TensorProducts) -> Tensor:
         ctx.save_for_backward(features, weight)
         ctx.products = products
-        return products.row(features, weight)
+        (result,) = products.row(features, weight)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
