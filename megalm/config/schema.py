@@ -298,6 +298,11 @@ class ParallelSection(Section):
         default="parameters",
         description="pipeline stages have equal parameters, or equal times, measured at the start",
     )
+    overlap_tensor_communication: bool | Literal["auto"] = Field(
+        default="auto",
+        description="a tensor group communicates one chunk of a micro-batch while it multiplies the next; auto: on a "
+        "GPU with enough tokens, not on a CPU",
+    )
 
 
 class PrecisionSection(Section):

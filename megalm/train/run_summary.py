@@ -166,12 +166,13 @@ def opening_facts(
     config, batch, count, tokenizer = run.config, run.batch, shape.parameter_count(), data.tokenizer
     steps = config.train.steps
     tokens = steps * run.tokens_per_step
+    overlap = f", tensor groups communicate in {run.tensor_chunks} chunks" if run.tensor_chunks > 1 else ""
     rows = [
         ("device", f"{device}; {run.topology.world_size} rank(s), {threads} thread(s) each"),
         *([("nodes", nodes)] if nodes is not None else []),
         (
             "precision",
-            f"{run.precision}, ZeRO stage {run.zero_stage}, {'compiled' if run.compiled else 'not compiled'}",
+            f"{run.precision}, ZeRO stage {run.zero_stage}, {'compiled' if run.compiled else 'not compiled'}{overlap}",
         ),
         ("peak", f"{peak / 1e12:.2f} TFLOP/s of all ranks ({peak_source})"),
         (
@@ -215,6 +216,7 @@ def environment_facts(
         "threads_per_rank": threads,
         "precision": run.precision,
         "compiled": run.compiled,
+        "tensor_chunks": run.tensor_chunks,
         "zero_stage": run.zero_stage,
         "dataset_fingerprint": data.at(run.config.train.steps * run.batch.global_batch)["dataset"],
         "tokenizer_fingerprint": data.tokenizer,
