@@ -156,6 +156,19 @@ def job_and_restarts(environment: Mapping[str, str] = os.environ) -> tuple[str |
     return job, restarts[0] * _RESTARTS_OF_TORCHRUN + restarts[1]
 
 
+JOB_FIELDS = {"%a": "SLURM_ARRAY_TASK_ID", "%x": "SLURM_JOB_NAME"}
+
+
+def expand_job_fields(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Return `text` with the index in a Slurm array for `%a` and the job's name for `%x`, as in names of sbatch's logs.
+
+    Outside of such a job a field stays as it is.
+    """
+    for field, name in JOB_FIELDS.items():
+        text = text.replace(field, environment.get(name) or field)
+    return text
+
+
 def allocation_end(environment: Mapping[str, str] = os.environ) -> float | None:
     """Return the time, in seconds since 1970, at which Slurm ends this job; None without a limit or without Slurm."""
     text = environment.get("SLURM_JOB_END_TIME", "")

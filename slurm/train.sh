@@ -155,4 +155,8 @@ if [ "$code" -eq "$STOPPED_AND_SAVED" ] && may_start_again; then
     fi
     echo "megalm: stopped and saved; job $job cannot be queued again: submit the same line${bad:+ with --exclude=$bad}"
 fi
+# Jobs of a chain (megalm submit --chain) that wait have nothing to do after the run's end, and are refused as this one was.
+if [ -n "${MEGALM_CHAIN:-}" ] && { [ "$code" -eq 0 ] || [ "$code" -eq 2 ]; }; then
+    scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
+fi
 exit "$code"

@@ -29,6 +29,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("plan", "Show a run before it starts: size, tokens, memory, schedule."),
     "rehearse": ("rehearse", "Rehearse a run on GPUs that this machine does not have."),
     "sweep": ("jobs.sweep", "Run a configuration with several values of some keys, and rank the runs."),
+    "submit": ("jobs.submit", "Check a run on the login node, then queue it with Slurm."),
+    "status": ("jobs.status", "Show runs and their jobs: state, step, loss, speed, time left."),
     "checkpoint": ("checkpoint", "Checkpoints: list, show, verify, mark-bad, diff, prune, convert."),
     "evaluate": ("evaluate", "Evaluate checkpoints on datasets, texts and multiple-choice questions."),
     "generate": ("generate", "Continue prompts with checkpoints, also interactively."),

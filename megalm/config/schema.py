@@ -11,12 +11,15 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from megalm.rank_environment import expand_job_fields
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 # A file, a folder or a prefix; `~` is the home folder.
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+JobText = Annotated[str, AfterValidator(expand_job_fields)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
@@ -85,7 +88,10 @@ StepConvention = Literal["standard", "deepspeed"]
 
 
 class RunSection(Section):
-    name: str | None = Field(default=None, description="folder under run.root; null: the next free PRESET-001")
+    name: JobText | None = Field(
+        default=None,
+        description="folder under run.root; null: the next free PRESET-001; %a: index in a Slurm array, %x: job's name",
+    )
     root: UserPath = Field(default="runs", description="folder of the run folders and of the default MLflow store")
 
 

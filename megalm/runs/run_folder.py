@@ -244,6 +244,20 @@ def weights_only_error(checkpoint: Path) -> ConfigError:
     )
 
 
+def refuse_existing_run(folder: RunFolder, resume: bool) -> None:
+    """Refuse to start a named run in a folder that holds something else.
+
+    Raises:
+        ConfigError: the folder has an imported model, or another run and `resume` is not set.
+    """
+    path = folder.path
+    if (checkpoint := folder.imported) is not None:
+        raise weights_only_error(checkpoint)
+    if path.exists() and not resume and not folder.never_started:
+        resumable = "resume it with --resume auto, or " if complete_checkpoints(folder.checkpoints) else ""
+        raise ConfigError(f"run {path} exists; {resumable}choose another run.name")
+
+
 def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bool) -> RunFolder:
     """Find or create the folder of this run; called on rank 0 only.
 
@@ -261,11 +275,7 @@ def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bo
             return RunFolder(_next_free(root, preset or _STEM))
         path = root / name
         RunFolder(path).require_files()
-        if (checkpoint := RunFolder(path).imported) is not None:
-            raise weights_only_error(checkpoint)
-        if path.exists() and not resume and not RunFolder(path).never_started:
-            resumable = "resume it with --resume auto, or " if complete_checkpoints(path / "checkpoints") else ""
-            raise ConfigError(f"run {path} exists; {resumable}choose another run.name")
+        refuse_existing_run(RunFolder(path), resume)
         path.mkdir(exist_ok=True)
         return RunFolder(path)
     except OSError as error:

@@ -1,1 +1,1 @@
-"""Commands that start runs: here, or as Slurm jobs."""
+"""Commands about runs in number: as Slurm jobs, as sweeps, at a glance."""
