@@ -262,6 +262,10 @@ class TrainSection(Section):
         default=None,
         description="save and exit with code 75 before this time has passed, e.g. 4h or 1h30m; null: Slurm's limit",
     )
+    start_timeout_seconds: PositiveFloat | None = Field(
+        default=900.0,
+        description="fail if a rank has not started by then, or is silent so long before step 1; null: wait",
+    )
     hang_timeout_seconds: PositiveFloat | None = Field(
         default=1800.0, description="after this time without progress, write all ranks' stacks and fail; null: wait"
     )

@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import os
 import shutil
-import socket
 import sysconfig
 import time
 import warnings
@@ -24,7 +23,7 @@ from megalm.cost_model.gpu_specs import FLOAT8_CAPABILITY, data_sheet_peak
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.errors import ConfigError
 from megalm.planning.resolve import DeviceFacts
-from megalm.rank_environment import RankFacts, sign_of_gpus
+from megalm.rank_environment import RankFacts, node_name, sign_of_gpus
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +112,7 @@ class DeviceReport:
 
 def open_device(ranks: RankFacts) -> tuple[torch.device, DeviceReport]:
     """Claim this rank's device. A problem is reported, not raised: all ranks have to learn of it."""
-    node = socket.gethostname()
+    node = node_name()
     try:
         device = claim_device(ranks)
     except ConfigError as error:
@@ -153,7 +152,7 @@ def claim_device(ranks: RankFacts) -> torch.device:
         ConfigError: the job is for GPUs but CUDA or this rank's GPU does not work, or there are more ranks than GPUs.
     """
     torch.set_num_threads(ranks.threads)  # torchrun sets 1 thread, other launchers all: make them equal
-    node = socket.gethostname()
+    node = node_name()
     if (sign := sign_of_gpus()) and (problem := cuda_problem()):
         raise ConfigError(
             f"this job is for GPUs ({sign}), but CUDA does not work on node {node}: {problem}; mend that or leave the "

@@ -17,6 +17,7 @@ from megalm.data.tokenizers.tokenizer import describe_eod
 from megalm.errors import ConfigError, DataError
 from megalm.model.model_config import ModelConfig, flops_per_token
 from megalm.planning.resolve import ResolvedRun
+from megalm.rank_environment import RankPlace
 from megalm.runs.run_folder import ResumeCommand, RunFolder
 from megalm.topology import bubble_share
 from megalm.tracking.report import write_report
@@ -201,7 +202,13 @@ def opening_facts(
 
 
 def environment_facts(
-    run: ResolvedRun, data: DataIdentity, device: str, device_kind: str, threads: int, attempt: int
+    run: ResolvedRun,
+    data: DataIdentity,
+    device: str,
+    device_kind: str,
+    threads: int,
+    attempt: int,
+    places: Sequence[RankPlace] = (),
 ) -> dict[str, Any]:
     """Return what environment.json records about this attempt besides versions and machine."""
     stages = zip(run.config.data.stages, data.samples.stages[1:], strict=False)
@@ -214,6 +221,7 @@ def environment_facts(
         "device_kind": device_kind,
         "world_size": run.topology.world_size,
         "threads_per_rank": threads,
+        "nodes": _nodes(places),
         "precision": run.precision,
         "compiled": run.compiled,
         "tensor_chunks": run.tensor_chunks,
@@ -221,6 +229,16 @@ def environment_facts(
         "dataset_fingerprint": data.at(run.config.train.steps * run.batch.global_batch)["dataset"],
         "tokenizer_fingerprint": data.tokenizer,
     }
+
+
+def _nodes(places: Sequence[RankPlace]) -> list[dict[str, Any]]:
+    """Return each node of the job with its ranks, their devices and its driver."""
+    nodes: dict[str, dict[str, Any]] = {}
+    for place in places:
+        node = nodes.setdefault(place.host, {"host": place.host, "driver": place.driver, "ranks": [], "devices": []})
+        node["ranks"].append(place.rank)
+        node["devices"].append(place.device)
+    return list(nodes.values())
 
 
 def scale_facts(run: ResolvedRun, shape: ModelConfig, data: RunData) -> dict[str, Any]:

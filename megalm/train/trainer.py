@@ -433,7 +433,7 @@ class Trainer:
         """Return whether to stop: any rank's signal or time limit makes all ranks save the same step and leave."""
         parts = self.parts
         number, late, lost = parts.comm.max(
-            [float(parts.stop.signal or 0), float(parts.limits.boundary()), self._lost_folder()]
+            [float(parts.stop.signal or 0), float(parts.limits.boundary(self.position.step)), self._lost_folder()]
         )
         if lost:
             self._leave_folder()
