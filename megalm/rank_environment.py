@@ -197,6 +197,19 @@ def job_and_restarts(environment: Mapping[str, str] = os.environ) -> tuple[str |
     return job, restarts[0] * _RESTARTS_OF_TORCHRUN + restarts[1]
 
 
+JOB_FIELDS = {"%a": "SLURM_ARRAY_TASK_ID", "%x": "SLURM_JOB_NAME"}
+
+
+def expand_job_fields(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Return `text` with the index in a Slurm array for `%a` and the job's name for `%x`, as in names of sbatch's logs.
+
+    Outside of such a job a field stays as it is.
+    """
+    for field, name in JOB_FIELDS.items():
+        text = text.replace(field, environment.get(name) or field)
+    return text
+
+
 def _kernel_record(pid: int) -> tuple[str, int]:
     """Return a process's state letter and its start in ticks, of /proc.
 

@@ -75,6 +75,16 @@ may_start_again() {
         { [ -n "$SLURM_JOB_END_TIME" ] && [ "$(date +%s)" -ge "$SLURM_JOB_END_TIME" ]; }
 }
 
+# Queues the job again, without the nodes named in $1, which Slurm takes from a queued job only; others that the job
+# excludes stay excluded.
+queue_again() (
+    excluded=$(job_field ExcNodeList)
+    [ "$excluded" != "(null)" ] || excluded=''
+    trap '' TERM # as soon as the job is queued, Slurm ends all of this script
+    scontrol requeue "$job" || return 1
+    [ -z "$1" ] || scontrol update JobId="$job" ExcNodeList="${excluded:+$excluded,}$1" || true
+)
+
 [ -n "${SLURM_JOB_ID:-}" ] || refuse "this is a batch script; start it with: sbatch slurm/train.sh ..."
 MEGALM_HOME=${MEGALM_HOME:-$(find_home)}
 [ -f "$MEGALM_HOME/launch/pretrain.py" ] ||
@@ -98,7 +108,10 @@ job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 # The run stops, saved, before this time; newer versions of Slurm set it themselves. A job without a limit has none.
 SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date --date "$(job_field EndTime)" +%s 2>/dev/null || true)}
-export LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
+# With slurm.exclude_bad, rank 0 writes the names of bad nodes here; the ranks are in this folder too, also in a container.
+MEGALM_EXCLUDE_FILE=$PWD/.megalm-$SLURM_JOB_ID.exclude
+rm -f "$MEGALM_EXCLUDE_FILE"
+export LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME MEGALM_EXCLUDE_FILE
 
 # shellcheck disable=SC2153 # no misspelling of SLURM_GPUS_ON_NODE
 share="$LOCAL_WORLD_SIZE rank(s), $SLURM_CPUS_ON_NODE core(s)"
@@ -129,11 +142,21 @@ code=0
 wait "$step" || code=$?
 
 readonly STOPPED_AND_SAVED=75
+bad=''
+if [ -f "$MEGALM_EXCLUDE_FILE" ]; then
+    bad=$(cat "$MEGALM_EXCLUDE_FILE")
+    rm -f "$MEGALM_EXCLUDE_FILE"
+fi
 if [ "$code" -eq "$STOPPED_AND_SAVED" ] && may_start_again; then
-    if scontrol requeue "$job"; then
-        echo "megalm: stopped and saved; job $job is queued again"
-        sleep 60 # Slurm ends this shell
+    if queue_again "$bad"; then
+        echo "megalm: stopped and saved; job $job is queued again${bad:+, without $bad}"
+        [ -n "$bad" ] || sleep 60 # Slurm ends this shell, where it has not yet
+        exit "$code"
     fi
-    echo "megalm: stopped and saved; job $job cannot be queued again: submit the same line"
+    echo "megalm: stopped and saved; job $job cannot be queued again: submit the same line${bad:+ with --exclude=$bad}"
+fi
+# Jobs of a chain (megalm submit --chain) that wait have nothing to do after the run's end, and are refused as this one was.
+if [ -n "${MEGALM_CHAIN:-}" ] && { [ "$code" -eq 0 ] || [ "$code" -eq 2 ]; }; then
+    scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
 fi
 exit "$code"

@@ -16,6 +16,7 @@ from megalm.checkpoint.shard_spec import HasFragment
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 
 PROFILED_PHASE = "megalm "  # begins the name of a phase of a step in a profile
+PROFILED_COMMUNICATION = f"{PROFILED_PHASE}communication "  # and the axis: a collective, or the wait for one
 
 Quantity = Literal["loss", "gradient norm"]
 

@@ -30,8 +30,9 @@ from megalm.engine.interface import Engine
 from megalm.engine.ranks.flight_recorder import FlightRecorder
 from megalm.engine.ranks.rendezvous import Meeting, meet
 from megalm.engine.traffic_counter import TrafficCounter
-from megalm.errors import EXIT_DONE, ConfigError
+from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, ConfigError
 from megalm.model.model_config import flops_per_token
+from megalm.nodes.node_check import NodeCheck, check_nodes
 from megalm.planning.resolve import DeviceFacts, ResolvedRun, known_vocab_size, resolve
 from megalm.planning.run_checks import wall_time_seconds
 from megalm.rank_environment import RankFacts, RankPlace, rank_facts
@@ -139,13 +140,17 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     supervisor.stage("opening the run")
     opened = open_run(settings, comm, supervisor)
     info = opened.console.info
+    supervisor.stage("checking the nodes")
+    nodes = check_nodes(settings.run, opened.folder, opened.attempt, ranks, device, comm, info)
+    if nodes.excludes:
+        return _leave_for_other_nodes(settings.run, opened, comm)
     point = find_resume_checkpoint(settings.run, opened.folder, settings.options, comm, info)
     supervisor.stage("opening the data")
     data = open_run_data(point.run, point.first_sample_of, comm, info)
     plan = plan_resume(point, data)
     _report_plan(plan, settings, opened, comm)
     supervisor.stage("building the engine")
-    built = build_trainer(plan, opened, ranks, device, comm, supervisor, meeting.places, traffic)
+    built = build_trainer(plan, opened, nodes, ranks, device, comm, supervisor, meeting.places, traffic)
     with memory_errors_named("training"):
         code = built.trainer.fit()
     if supervisor.heartbeat is not None:
@@ -235,6 +240,15 @@ def _refuse_different_configurations(run: ResolvedRun, comm: Communicator) -> No
         )
 
 
+def _leave_for_other_nodes(run: ResolvedRun, opened: OpenRun, comm: Communicator) -> int:
+    """Release the run for the next start of this job; return the exit code. A new run without a name leaves nothing."""
+    opened.lock.release()
+    if comm.is_main and run.config.run.name is None:
+        opened.folder.remove_if_unused()
+    comm.barrier()
+    return EXIT_START_AGAIN
+
+
 # --- 3 to 5: the checkpoint and the plan are in resume/resume_plan.py, the data in datasets.py ------------------------
 
 
@@ -258,6 +272,7 @@ def _report_plan(plan: ResumePlan, settings: RunSettings, opened: OpenRun, comm:
 def build_trainer(
     plan: ResumePlan,
     opened: OpenRun,
+    nodes: NodeCheck,
     ranks: RankFacts,
     device: torch.device,
     comm: DistributedCommunicator,
@@ -293,7 +308,9 @@ def build_trainer(
     limits = _limits(run, hooks, supervisor)
     parts = _components(plan, opened, comm, engine, checkpoints, metrics, limits, spikes, command, comm.sum([peak])[0])
     console.facts(
-        opening_facts(run, plan.shape, plan.data, device_name(), ranks.threads, peak_source, parts.peak_flops)
+        opening_facts(
+            run, plan.shape, plan.data, device_name(), ranks.threads, peak_source, parts.peak_flops, nodes.fact
+        )
     )
     if run.config.train.rehearse:
         supervisor.stage("rehearsing each phase")
@@ -306,7 +323,7 @@ def build_trainer(
     if traffic is not None:
         parts = replace(parts, diagnostics=_diagnostics(parts, folder, traffic))
     trainer = Trainer(parts, plan.position)
-    _announce(trainer, console, plan)
+    _announce(trainer, console, plan, [str(finding) for finding in nodes.findings])
     parts.stop.install()
     watch_launchers()
     return BuiltRun(trainer, metrics, mirror, command)
@@ -394,7 +411,7 @@ def _components(
 
 def _traffic_counter(run: ResolvedRun) -> TrafficCounter | None:
     wanted = run.diagnostics
-    return TrafficCounter() if wanted.count_traffic or wanted.profile_step is not None else None
+    return TrafficCounter() if wanted.count_traffic or wanted.profile_steps is not None else None
 
 
 def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCounter) -> StepDiagnostics:
@@ -403,9 +420,9 @@ def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCo
     return StepDiagnostics(run.diagnostics, folder.profile, parts.comm, traffic, flops, run.config.train.steps)
 
 
-def _announce(trainer: Trainer, console: RunConsole, plan: ResumePlan) -> None:
+def _announce(trainer: Trainer, console: RunConsole, plan: ResumePlan, bad_nodes: Sequence[str]) -> None:
     parts, position = trainer.parts, trainer.position
-    for warning in plan.warnings:
+    for warning in (*plan.warnings, *bad_nodes):
         trainer.event("warning", text=warning)
     resumed = plan.reader is not None and not plan.weights_only
     facts = {"world_size": parts.comm.size, "precision": parts.run.precision, "changed": list(plan.notes)}

@@ -64,7 +64,7 @@ def test_of_several_validation_sets_the_total_judges(tmp_path: Path) -> None:
     )
     run = read_run(folder)
     assert (results(run).final_validation_loss, results(run).best_validation_loss) == (4.0, 4.0)
-    assert run.curve("eval") == ([64.0], [4.0])
+    assert run.validation_curves() == [[(64.0, 4.0)]]
 
 
 def test_the_optimizer_is_compared_as_written_and_as_resolved(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_losses_that_are_no_numbers_do_not_win(tmp_path: Path) -> None:
     append(folder, {"kind": "eval", "step": 3, "tokens": 192, "loss": "NaN", "time": 1030.0})
     record = read_run(folder)
     assert results(record).best_validation_loss == 4.5
-    assert record.curve("eval") == ([128.0], [4.5])
+    assert record.validation_curves() == [[(128.0, 4.5)]]
 
 
 def test_the_command_prints_both_tables_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
