@@ -28,7 +28,7 @@ from megalm.engine.device import (
 from megalm.engine.distributed import DistributedCommunicator, agree_on_device, start_distributed
 from megalm.engine.interface import Engine
 from megalm.engine.ranks.flight_recorder import FlightRecorder
-from megalm.engine.ranks.rendezvous import Meeting, meet
+from megalm.engine.ranks.rendezvous import Meeting, count_restarts, meet
 from megalm.engine.traffic_counter import TrafficCounter
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, ConfigError
 from megalm.model.model_config import flops_per_token
@@ -123,6 +123,7 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     """Run one training job on this rank; return the exit code."""
     require_system()
     ranks = rank_facts()
+    count_restarts(ranks)
     device, report = open_device(ranks)
     settings = None if report.problem else load_settings(arguments, ranks, report.facts)
     limit = (

@@ -19,6 +19,8 @@ from megalm.rank_environment import ProcessState, RankPlace
 BEAT_SECONDS = 1.0
 # A beat may be late: Python's lock is held, or the machine is busy. Then a rank is silent.
 _SILENT_SECONDS = 10.0
+# A watch that comes back after this long has itself been suspended.
+_SUSPENDED_SECONDS = 5.0
 # Whoever diagnoses a failure at once counts a rank as silent sooner, if others beat meanwhile.
 _SILENT_BEATS = 4
 # The others' own failures come first, if they notice at all: NCCL waits for a rank that is gone until it times out.
@@ -175,8 +177,9 @@ class Heartbeat:
 
     # --- who is lost
 
-    def lost(self, silent_seconds: float = _SILENT_SECONDS) -> dict[int, LostRank]:
+    def lost(self, silent_seconds: float | None = None) -> dict[int, LostRank]:
         """Return the ranks that are not well as far as this one knows now."""
+        silent_seconds = _SILENT_SECONDS if silent_seconds is None else silent_seconds
         now = time.monotonic()
         found: dict[int, Condition] = {}
         own = self._own_beat(0)
@@ -260,7 +263,7 @@ class Heartbeat:
         while self._watches.is_set():
             time.sleep(BEAT_SECONDS)
             now = time.monotonic()
-            if now - looked_at > _SILENT_SECONDS / 2:
+            if now - looked_at > _SUSPENDED_SECONDS:
                 self._forgive(now)  # this process was suspended, and the others with it perhaps
             looked_at = now
             lost = self.lost()

@@ -35,7 +35,7 @@ from megalm.errors import (
     is_lost_connection,
     message_of,
 )
-from megalm.rank_environment import RankPlace
+from megalm.rank_environment import RankPlace, code_for_launcher
 from megalm.runs.run_folder import RunFolder
 from megalm.train.lifecycle.first_cause import describe_consequence, describe_lost, describe_stuck
 from megalm.train.lifecycle.heartbeat import Heartbeat, LostRank
@@ -238,7 +238,7 @@ class RankSupervisor:
         """End the job because it cannot go on without these ranks; report it, unless another rank did."""
         self._write_stacks()
         self._print_failure(f"{_ERROR}{describe_lost(lost)}", EXIT_FAILED, all_ranks=True)
-        os._exit(self._end_failed(EXIT_FAILED))
+        _leave(self._end_failed(EXIT_FAILED))
 
     def enter(self, hooks: RunHooks) -> None:
         """Use these hooks from now on: the run has reached its next stage.
@@ -261,7 +261,7 @@ class RankSupervisor:
             time.sleep(_CLAIM_POLL_SECONDS)
         time.sleep(_FAILURE_GRACE_SECONDS)
         self._write_stacks()
-        os._exit(self._end_failed(EXIT_FAILED))
+        _leave(self._end_failed(EXIT_FAILED))
 
     def _write_stacks(self) -> None:
         """Write where this rank stands: its threads, and the last collectives."""
@@ -281,7 +281,7 @@ class RankSupervisor:
         cause = describe_lost(lost, noticed, stalled) if lost else self._describe_hang(noticed, stalled)
         self._print_failure(f"{_ERROR}{cause}{where}", EXIT_FAILED)
         time.sleep(_FAILURE_GRACE_SECONDS)  # time for the others to notice and write their stacks
-        os._exit(self._end_failed(EXIT_FAILED))
+        _leave(self._end_failed(EXIT_FAILED))
 
     def _describe_hang(self, noticed: str, stalled: StalledCollective | None) -> str:
         """Return who is stuck where all ranks are alive."""
@@ -374,7 +374,7 @@ def _wait_for_rank_0(code: int) -> None:
 
     If this rank exited at once, the launcher could end rank 0 before it has reported.
     """
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+    signal.signal(signal.SIGTERM, lambda *_: _leave(code))
     time.sleep(_REFUSAL_GRACE_SECONDS)
 
 
@@ -382,7 +382,11 @@ def exit_process(code: int) -> NoReturn:
     """Flush and end this process without interpreter shutdown."""
     logging.shutdown()
     _flush()
-    os._exit(code)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    os._exit(code_for_launcher(code))
 
 
 def _flush() -> None:
