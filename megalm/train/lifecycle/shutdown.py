@@ -35,13 +35,14 @@ from megalm.errors import (
     is_lost_connection,
     message_of,
 )
-from megalm.rank_environment import RankPlace, code_for_launcher
+from megalm.rank_environment import RankPlace
 from megalm.runs.run_folder import RunFolder
 from megalm.train.lifecycle.first_cause import describe_consequence, describe_lost, describe_stuck
 from megalm.train.lifecycle.heartbeat import Heartbeat, LostRank
 from megalm.train.lifecycle.time_limits import TimeLimits, write_stacks
 from megalm.utils.atomic_files import is_stranger
 from megalm.utils.formatting import printable
+from megalm.utils.process_setup import code_for_launcher
 from megalm.utils.stop_signals import respected_stop_signals
 
 log = logging.getLogger(__name__)
