@@ -223,9 +223,17 @@ class RankSupervisor:
             return True
         if not lost:
             return False
-        text = f"{_ERROR}{describe_lost(lost, describe_consequence(self._who, error))}"
-        self._print_failure(text, EXIT_FAILED, all_ranks=True, details=traceback.format_exc())
+        self._report_lost(lost, describe_consequence(self._who, error), traceback.format_exc())
         return True
+
+    def _report_lost(self, lost: list[LostRank], consequence: str = "", details: str = "") -> None:
+        """Report ranks that are lost; as long as there is no claim, the first rank that is left does."""
+        gone = {each.place.rank for each in lost}
+        if self._hooks.claim is None and any(rank not in gone for rank in range(self.rank)):
+            time.sleep(_REFUSAL_GRACE_SECONDS)
+            return
+        text = f"{_ERROR}{describe_lost(lost, consequence)}"
+        self._print_failure(text, EXIT_FAILED, all_ranks=True, details=details)
 
     def _is_told(self) -> bool:
         return self._hooks.claim is not None and self._hooks.claim.is_taken()
@@ -238,7 +246,7 @@ class RankSupervisor:
     def abort_without(self, lost: list[LostRank]) -> NoReturn:
         """End the job because it cannot go on without these ranks; report it, unless another rank did."""
         self._write_stacks()
-        self._print_failure(f"{_ERROR}{describe_lost(lost)}", EXIT_FAILED, all_ranks=True)
+        self._report_lost(lost)
         _leave(self._end_failed(EXIT_FAILED))
 
     def enter(self, hooks: RunHooks) -> None:
