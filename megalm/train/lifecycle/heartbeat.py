@@ -240,9 +240,17 @@ class Heartbeat:
                 found_at = time.monotonic()
             if found_at is not None and time.monotonic() - found_at > 2 * BEAT_SECONDS:
                 break  # others of the same node have shown, too
+            if not lost and time.monotonic() - began > (_SILENT_BEATS + 1) * BEAT_SECONDS and self._all_are_fresh():
+                break
             time.sleep(_POLL_SECONDS)
         surest = next((kind for kind in _BY_CERTAINTY if any(it.condition == kind for it in lost.values())), None)
         return [lost[rank] for rank in sorted(lost) if lost[rank].condition == surest]
+
+    def _all_are_fresh(self) -> bool:
+        now = time.monotonic()
+        return len(self._heard) == len(self._places) and all(
+            now - heard.at < 2 * BEAT_SECONDS for heard in self._heard.values()
+        )
 
     def behind(self) -> list[tuple[RankPlace, Beat]]:
         """Return the ranks that are furthest behind; none if all have come equally far, or are not known."""
