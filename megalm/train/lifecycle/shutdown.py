@@ -313,10 +313,8 @@ class RankSupervisor:
         claimed = self._hooks.claim.exit_code() if self._hooks.claim is not None else None
         code = code if claimed is None else claimed
         report = self._hooks.claim.report() if self._hooks.claim is not None else ""
-        hooks, self._hooks = (
-            self._hooks,
-            replace(self._hooks, on_failure=lambda code, report: None),
-        )  # once of all threads
+        hooks = self._hooks
+        self._hooks = replace(hooks, on_failure=lambda code, report: None)  # once, in whichever thread
         try:
             hooks.on_failure(code, report)
         except Exception:  # the failure that is being reported matters more
