@@ -223,6 +223,8 @@ class RankSupervisor:
             return True
         if not lost:
             return False
+        if is_lost_connection(error, closed=True):  # a node that is gone, or a rank that is frozen, closes nothing
+            lost = [replace(each, condition="gone") for each in lost]
         self._report_lost(lost, describe_consequence(self._who, error), traceback.format_exc())
         return True
 

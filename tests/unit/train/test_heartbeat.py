@@ -166,10 +166,16 @@ LOST_CONNECTIONS = (
 
 @pytest.mark.parametrize("text", LOST_CONNECTIONS)
 def test_a_lost_connection_is_no_cause(text: str) -> None:
-    assert is_lost_connection(RuntimeError(text))
+    assert is_lost_connection(RuntimeError(text), closed=True)
     folded = describe_consequence(PLACES[0], RuntimeError(text))
     assert_names(folded, "rank 0 on n1")
     assert "gloo/transport" not in folded
+
+
+def test_a_timeout_says_nothing_of_the_process() -> None:
+    error = RuntimeError("Timed out waiting 1800000ms for recv operation to complete")
+    assert is_lost_connection(error)
+    assert not is_lost_connection(error, closed=True)
 
 
 @pytest.mark.parametrize("error", [IndexError("connection closed by peer"), RuntimeError("mat1 and mat2 shapes")])
