@@ -22,7 +22,7 @@ def found(request: pytest.FixtureRequest) -> dict[str, Rehearsed]:
     for item in request.session.items:
         if item.path == request.path:
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
-            chosen |= {value for value in parameters.values() if value in LAYOUTS} or {*LAYOUTS}
+            chosen |= {name for name in LAYOUTS if name in parameters.values()} or {*LAYOUTS}
     return rehearsed(name for name in LAYOUTS if name in chosen)
 
 
