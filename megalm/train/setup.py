@@ -29,7 +29,7 @@ from megalm.engine.interface import Engine
 from megalm.engine.ranks.rendezvous import Meeting, meet
 from megalm.engine.traffic_counter import TrafficCounter
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, ConfigError
-from megalm.model.model_config import flops_per_token
+from megalm.model.model_config import float8_share, flops_per_token
 from megalm.nodes.node_check import NodeCheck, check_nodes
 from megalm.planning.resolve import DeviceFacts, ResolvedRun, known_vocab_size, resolve
 from megalm.planning.run_checks import wall_time_seconds
@@ -287,7 +287,9 @@ def build_trainer(
     metrics = MetricsWriter(folder.metrics) if comm.is_main else None
     hooks = _training_hooks(opened, run, metrics, comm)
     supervisor.enter(hooks)
-    peak, peak_source = peak_flops(device, run.precision != "fp32")  # before the mirror, which uses a core for seconds
+    # Before the mirror, which uses a core for seconds.
+    share = float8_share(plan.shape, run.config.data.sequence_length, run.config.precision.float8)
+    peak, peak_source = peak_flops(device, run.precision != "fp32", share)
     mirror = _start_mirror(folder, console) if comm.is_main and run.config.tracking.mlflow else None
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
         console.info("preparing DeepSpeed's offload extensions (the first use compiles them, for a minute or two)")
