@@ -34,7 +34,13 @@ from megalm.cli.options import (
     expand_home,
 )
 from megalm.errors import MegalmError, message_of
-from megalm.rank_environment import is_other_rank, launched_ranks, rank_in_messages
+from megalm.rank_environment import (
+    begin_under_launcher,
+    code_for_launcher,
+    is_other_rank,
+    launched_ranks,
+    rank_in_messages,
+)
 from megalm.utils.formatting import printable
 from megalm.utils.process_setup import keep_standard_streams, require_system
 
@@ -124,5 +130,9 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int, gp
 
 
 if __name__ == "__main__":
+    begin_under_launcher()
     keep_standard_streams()
-    app(args=expand_home(sys.argv[1:]))
+    try:
+        app(args=expand_home(sys.argv[1:]))
+    except SystemExit as end:
+        sys.exit(code_for_launcher(end.code) if isinstance(end.code, int) else end.code)

@@ -16,7 +16,8 @@ from typing import Literal
 
 import psutil
 
-from megalm.errors import ConfigError
+from megalm.errors import EXIT_DONE, EXIT_REFUSED, EXIT_START_AGAIN, ConfigError
+from megalm.utils.stop_signals import answer_stop_signals
 
 _TORCH_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -223,7 +224,7 @@ def _kernel_record(pid: int) -> tuple[str, int]:
 def gpu_driver(record: Path = Path("/proc/driver/nvidia/version")) -> str | None:
     """Return the version of this node's NVIDIA driver; None: it has none."""
     try:
-        found = re.search(r"Kernel Module\D*(\d+(?:\.\d+)+)", record.read_text())
+        found = re.search(r"Kernel Module\s.*?(\d+(?:\.\d+)+)", record.read_text())
     except OSError:
         return None
     return found[1] if found else None
@@ -271,6 +272,33 @@ def exclude_advice(hosts: Iterable[str | None], environment: Mapping[str, str] =
     if not names or environment.get("SLURM_JOB_NUM_NODES", "1") == "1":
         return ""
     return f"; sbatch --exclude={','.join(names)} starts the job without {'it' if len(names) == 1 else 'them'}"
+
+
+_END_FILE = "MEGALM_END_FILE"
+
+
+def begin_under_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Undo what slurm/rank.sh set up for a launcher that restarts ranks, and what an earlier start left; call first."""
+    path = environment.get(_END_FILE)
+    if path:
+        answer_stop_signals()
+        Path(path).unlink(missing_ok=True)
+
+
+def code_for_launcher(code: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Return the exit code for the launcher; where it must not start the ranks again, 0, and the real one in a file.
+
+    `torchrun --max-restarts` takes any code but 0 for a failure. slurm/rank.sh, which started it, ends with the code in
+    the file.
+    """
+    path = environment.get(_END_FILE)
+    if not path or code not in (EXIT_REFUSED, EXIT_START_AGAIN):
+        return code
+    try:
+        Path(path).write_text(f"{code}\n")
+    except OSError:
+        return code
+    return EXIT_DONE
 
 
 def allocation_end(environment: Mapping[str, str] = os.environ) -> float | None:

@@ -127,10 +127,14 @@ unset SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND SLURM_TRES_PER_TA
 gpus=()
 [ -z "${SLURM_GPUS_ON_NODE:-}" ] || gpus=(--gpus-per-node="$SLURM_GPUS_ON_NODE")
 
+export MEGALM_RESTARTS=${MEGALM_RESTARTS:-0}
+tasks=$LOCAL_WORLD_SIZE
+[ "$MEGALM_RESTARTS" -eq 0 ] || tasks=1 # slurm/rank.sh starts the ranks of its node by torchrun
+
 # The job's exit code is srun's, and srun's the highest of its ranks'.
 srun --kill-on-bad-exit=1 --wait=0 --overcommit --cpu-bind=none "${gpus[@]}" --distribution=block \
-    --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * LOCAL_WORLD_SIZE)) \
-    --ntasks-per-node="$LOCAL_WORLD_SIZE" "${options[@]}" \
+    --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * tasks)) \
+    --ntasks-per-node="$tasks" "${options[@]}" \
     bash "$MEGALM_HOME/slurm/rank.sh" "$@" &
 step=$!
 # A signal for this shell alone (--signal=B:USR1@60) is meant for the ranks: srun passes this one on.

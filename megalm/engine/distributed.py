@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.engine.deepspeed_patches import allow_cpu_fp16_for_tests, avoid_shared_memory_op, silence_deepspeed
 from megalm.engine.device import DeviceReport
+from megalm.engine.ranks.flight_recorder import record_collectives
 from megalm.engine.ranks.rendezvous import meet, unreachable
 from megalm.engine.traffic_counter import TrafficCounter
 from megalm.errors import EXIT_FAILED, ConfigError, OtherRankFailed
@@ -198,6 +199,7 @@ def start_distributed(
     import deepspeed
 
     silence_deepspeed()
+    record_collectives()
     if traffic is not None:
         traffic.install()
     if device.type == "cpu":

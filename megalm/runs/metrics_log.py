@@ -19,7 +19,8 @@ Rows have `kind` and `time` (unix seconds), and by kind:
   - `traffic`: first_step, last_step, ranks, and traffic, a list of axis, collective, calls and bytes, added up over
     these steps and all ranks
   - `profile`: path, profiled_step and last_step, flops_measured, flops_computed (a step, of rank 0)
-  - `end`: status = finished | failed | stopped (saved, asks to be restarted), exit_code
+  - `end`: status = finished | failed | stopped (saved, asks to be restarted), exit_code; of a failure its
+    reason, with the rank and node that failed first
 
 JSON has no NaN and no infinity, and parsers differ in what they accept. Such numbers are written as the strings "NaN",
 "Infinity" and "-Infinity"; `read_metrics` returns them as floats.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ from megalm.engine.device import (
 )
 from megalm.engine.distributed import DistributedCommunicator, agree_on_device, start_distributed
 from megalm.engine.interface import Engine
-from megalm.engine.ranks.rendezvous import Meeting, meet
+from megalm.engine.ranks.flight_recorder import FlightRecorder
+from megalm.engine.ranks.rendezvous import Meeting, count_restarts, meet
 from megalm.engine.traffic_counter import TrafficCounter
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, ConfigError
 from megalm.model.model_config import float8_share, flops_per_token
@@ -121,6 +123,7 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     """Run one training job on this rank; return the exit code."""
     require_system()
     ranks = rank_facts()
+    count_restarts(ranks)
     device, report = open_device(ranks)
     settings = None if report.problem else load_settings(arguments, ranks, report.facts)
     limit = (
@@ -347,10 +350,11 @@ def _checkpoints(plan: ResumePlan, opened: OpenRun, comm: Communicator) -> RunCh
 def _training_hooks(opened: OpenRun, run: ResolvedRun, metrics: MetricsWriter | None, comm: Communicator) -> RunHooks:
     hooks = replace(opened.hooks, began=True)
     if run.config.train.hang_timeout_seconds is not None:
-        hooks = replace(hooks, stacks=opened.folder.stacks(comm.rank))
+        stacks = opened.folder.stacks(comm.rank)
+        hooks = replace(hooks, stacks=stacks, recorder=FlightRecorder(stacks.parent, comm.rank))
     if metrics is not None:
-        row = metrics.row
-        hooks = replace(hooks, on_failure=lambda code: row("event", event="end", status="failed", exit_code=code))
+        end = partial(metrics.row, "event", event="end", status="failed")
+        hooks = replace(hooks, on_failure=lambda code, report: end(exit_code=code, reason=report))
     return hooks
 
 

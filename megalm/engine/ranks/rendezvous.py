@@ -108,14 +108,30 @@ def meet(
         raise TrainingError(f"{place} lost its connection to rank 0 while the job started: {error}") from error
 
 
+def count_restarts(ranks: RankFacts) -> None:
+    """Let TORCHELASTIC_RESTART_COUNT count all starts of this rank, if torchrun's agent keeps a store for all of them.
+
+    The agent counts only those after a failure on its own node, so that the nodes' counts differ.
+    """
+    if not _is_agents():
+        return
+    store = _connect(ranks, RankPlace.of_this_process(ranks.rank, ""), _Patience(None, lambda text: None))
+    starts = store.add(f"starts/{ranks.rank}", 1)
+    counted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(max(int(counted) if counted.isdecimal() else 0, starts - 1))
+
+
+def _is_agents() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+
+
 def _address() -> tuple[str, int]:
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def _connect(ranks: RankFacts, place: RankPlace, patience: _Patience) -> Store:
     address, port = _address()
-    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-    serves = ranks.rank == 0 and not is_agents
+    serves = ranks.rank == 0 and not _is_agents()
     if not serves:
         _wait_for_server(ranks, place, patience)
     try:
@@ -126,7 +142,7 @@ def _connect(ranks: RankFacts, place: RankPlace, patience: _Patience) -> Store:
             is_master=serves,
             timeout=timedelta(minutes=60),
             wait_for_workers=False,
-            multi_tenant=not is_agents,
+            multi_tenant=not _is_agents(),
         )
     except dist.DistNetworkError as error:
         raise unreachable(ranks.rank, error) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from megalm.engine.interface import StalledCollective
 from megalm.rank_environment import RankPlace, describe_ranks, exclude_advice
 from megalm.train.lifecycle.heartbeat import Beat, LostRank
 
@@ -12,11 +13,12 @@ _SHOWN_ERROR = 160
 _SOURCE_PLACE = re.compile(r"^\[\S+:\d+\] ")  # with which gloo's errors begin
 
 
-def describe_lost(lost: Sequence[LostRank], consequence: str = "") -> str:
+def describe_lost(lost: Sequence[LostRank], consequence: str = "", stalled: StalledCollective | None = None) -> str:
     """Return a line on ranks that are lost, all in the same condition.
 
     Args:
         consequence: what the rank that reports has noticed of it.
+        stalled: the collective that other ranks wait in.
     """
     first = lost[0]
     who = str(first.place) if len(lost) == 1 else describe_ranks((it.place.rank, it.place.host) for it in lost)
@@ -36,6 +38,8 @@ def describe_lost(lost: Sequence[LostRank], consequence: str = "") -> str:
             f"gone, or {its} is frozen"
         )
     noticed = f" ({consequence})" if consequence else ""
+    if stalled is not None and {it.place.rank for it in lost} <= set(stalled.missing):
+        what += _not_joined(stalled)
     return f"{who} {what}{noticed}{exclude_advice(it.place.host for it in lost)}"
 
 
@@ -46,13 +50,23 @@ def describe_consequence(reporter: object, error: BaseException) -> str:
     return f"noticed by {reporter}: {text}"
 
 
-def describe_behind(behind: Sequence[tuple[RankPlace, Beat]], noticed: str) -> str:
-    """Return a line on ranks that are alive and have come less far than the others."""
-    who = str(behind[0][0]) if len(behind) == 1 else describe_ranks((place.rank, place.host) for place, _ in behind)
-    beat = behind[0][1]
-    verb = "is" if len(behind) == 1 else "are"
-    hosts = exclude_advice(place.host for place, _ in behind)
-    return f"{who} {verb} stuck{_where(beat)}, further behind than all others ({noticed}){hosts}"
+def describe_stuck(
+    stuck: Sequence[tuple[RankPlace, Beat]], noticed: str, stalled: StalledCollective | None = None
+) -> str:
+    """Return a line on ranks that are alive and that the others wait for."""
+    who = str(stuck[0][0]) if len(stuck) == 1 else describe_ranks((place.rank, place.host) for place, _ in stuck)
+    verb = "is" if len(stuck) == 1 else "are"
+    why = _not_joined(stalled) if stalled is not None else ", further behind than all others"
+    advice = exclude_advice(place.host for place, _ in stuck)
+    return f"{who} {verb} stuck{_where(stuck[0][1])}{why} ({noticed}){advice}"
+
+
+def _not_joined(stalled: StalledCollective) -> str:
+    """Return which collective the others wait in."""
+    name = f"{stalled.collective} {stalled.number} of process group {stalled.group}"
+    instead = f" but {stalled.instead}" if stalled.instead else ""
+    waiting = describe_ranks((rank, None) for rank in stalled.waiting)
+    return f", and not in {name}{instead}, where {waiting} {'waits' if len(stalled.waiting) == 1 else 'wait'}"
 
 
 def _where(beat: Beat | None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,8 @@ from megalm.rank_environment import ProcessState, RankPlace
 BEAT_SECONDS = 1.0
 # A beat may be late: Python's lock is held, or the machine is busy. Then a rank is silent.
 _SILENT_SECONDS = 10.0
+# A watch that comes back after this long has itself been suspended.
+_SUSPENDED_SECONDS = 5.0
 # Whoever diagnoses a failure at once counts a rank as silent sooner, if others beat meanwhile.
 _SILENT_BEATS = 4
 # The others' own failures come first, if they notice at all: NCCL waits for a rank that is gone until it times out.
@@ -175,8 +177,9 @@ class Heartbeat:
 
     # --- who is lost
 
-    def lost(self, silent_seconds: float = _SILENT_SECONDS) -> dict[int, LostRank]:
+    def lost(self, silent_seconds: float | None = None) -> dict[int, LostRank]:
         """Return the ranks that are not well as far as this one knows now."""
+        silent_seconds = _SILENT_SECONDS if silent_seconds is None else silent_seconds
         now = time.monotonic()
         found: dict[int, Condition] = {}
         own = self._own_beat(0)
@@ -247,7 +250,11 @@ class Heartbeat:
         steps = {rank: -1 if beat.step is None else beat.step for rank, beat in beats.items()}
         if len(beats) < len(self._places) or len(set(steps.values())) < 2:
             return []
-        return [(self._places[rank], beats[rank]) for rank in sorted(beats) if steps[rank] == min(steps.values())]
+        return self.known([rank for rank in beats if steps[rank] == min(steps.values())])
+
+    def known(self, ranks: Iterable[int]) -> list[tuple[RankPlace, Beat]]:
+        """Return what was last heard of these ranks."""
+        return [(self._places[rank], self._last_known(rank) or Beat()) for rank in sorted(ranks)]
 
     # --- the watch
 
@@ -256,7 +263,7 @@ class Heartbeat:
         while self._watches.is_set():
             time.sleep(BEAT_SECONDS)
             now = time.monotonic()
-            if now - looked_at > _SILENT_SECONDS / 2:
+            if now - looked_at > _SUSPENDED_SECONDS:
                 self._forgive(now)  # this process was suspended, and the others with it perhaps
             looked_at = now
             lost = self.lost()

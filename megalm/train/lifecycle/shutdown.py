@@ -20,10 +20,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import psutil
 
+from megalm.engine.interface import StalledCollective
 from megalm.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -34,9 +35,9 @@ from megalm.errors import (
     is_lost_connection,
     message_of,
 )
-from megalm.rank_environment import RankPlace
+from megalm.rank_environment import RankPlace, code_for_launcher
 from megalm.runs.run_folder import RunFolder
-from megalm.train.lifecycle.first_cause import describe_behind, describe_consequence, describe_lost
+from megalm.train.lifecycle.first_cause import describe_consequence, describe_lost, describe_stuck
 from megalm.train.lifecycle.heartbeat import Heartbeat, LostRank
 from megalm.train.lifecycle.time_limits import TimeLimits, write_stacks
 from megalm.utils.atomic_files import is_stranger
@@ -62,6 +63,7 @@ _FILE_TROUBLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.E
 _REFUSAL_GRACE_SECONDS = 4.0
 _CODE_LINE = "exit code "  # opens the report of a failure
 _LONGEST_CODE_LINE = 32
+_ERROR = "megalm: error: "
 # A second SIGINT sooner than this is the launcher forwarding the first.
 _SECOND_INTERRUPT_SECONDS = 1.0
 
@@ -117,11 +119,30 @@ class FailureClaim:
             return None
         return int(code) if code.endswith("\n") and code[:-1].isdecimal() else None
 
+    def report(self) -> str:
+        """Return the report in a line, without the words that open it: of a traceback its first and last line."""
+        try:
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+        except OSError:
+            return ""
+        first, last = (lines[0].removeprefix(_ERROR), lines[-1]) if lines else ("", "")
+        return f"{first} {last}" if first.endswith(":") else first
+
     def is_taken(self) -> bool:
         try:
             return self._path.exists() or not (self.began or self.run_folder.is_dir())
         except OSError:  # a temporary failure of a network file system proves nothing
             return False
+
+
+class CollectiveRecorder(Protocol):
+    """Remembers the last collectives of this rank."""
+
+    def dump(self) -> None:
+        """Write them for all ranks to read."""
+
+    def stalled(self) -> StalledCollective | None:
+        """Return the collective in which ranks wait for others, by all ranks' dumps."""
 
 
 @dataclass(frozen=True)
@@ -131,15 +152,17 @@ class RunHooks:
     Attributes:
         claim: set once the run folder is known.
         on_refusal: for example, remove what was created for a run that never started.
-        on_failure: for example, write the end event to metrics.jsonl; called once, with the exit code.
+        on_failure: for example, write the end event to metrics.jsonl; called once, with the exit code and the report.
         stacks: file for this rank's stacks when it hangs or exits because another rank failed.
+        recorder: of the last collectives; dumps them beside the stacks.
         began: the run folder is permanent; from then on a missing folder does not mean that rank 0 was refused.
     """
 
     claim: FailureClaim | None = None
     on_refusal: Callable[[], None] = lambda: None
-    on_failure: Callable[[int], None] = lambda code: None
+    on_failure: Callable[[int, str], None] = lambda code, report: None
     stacks: Path | None = None
+    recorder: CollectiveRecorder | None = None
     began: bool = False
 
 
@@ -159,7 +182,7 @@ class RankSupervisor:
             code = error.exit_code  # a launcher reports the exit code of the first rank it finds
         except MegalmError as error:
             code = error.exit_code
-            text = f"megalm: error: {message_of(error)}"
+            text = f"{_ERROR}{message_of(error)}"
             if self._hooks.claim is None and self.rank > 0:
                 _wait_for_rank_0(code)
                 text = f"{text} (on {self._who})"
@@ -170,7 +193,7 @@ class RankSupervisor:
                 self._hooks.on_refusal()
         except KeyboardInterrupt:
             code = EXIT_FAILED
-            self._print_failure("megalm: error: interrupted", code)
+            self._print_failure(f"{_ERROR}interrupted", code)
         except Exception as error:
             code = EXIT_FAILED
             if self.heartbeat is None or not is_lost_connection(error) or not self._report_first_cause(error):
@@ -184,8 +207,8 @@ class RankSupervisor:
             error.errno in _DISK_TROUBLE or (error.errno in _FILE_TROUBLE and error.filename is not None)
         ):
             where = f", run folder {self._hooks.claim.run_folder}" if self._hooks.claim is not None else ""
-            return f"megalm: error: {error} ({self._who}{where}); fix this, then resume with --resume auto"
-        return f"megalm: error: {self._who} failed:\n{traceback.format_exc()}"
+            return f"{_ERROR}{error} ({self._who}{where}); fix this, then resume with --resume auto"
+        return f"{_ERROR}{self._who} failed:\n{traceback.format_exc()}"
 
     @property
     def _who(self) -> str:
@@ -199,7 +222,7 @@ class RankSupervisor:
             return True
         if not lost:
             return False
-        text = f"megalm: error: {describe_lost(lost, describe_consequence(self._who, error))}"
+        text = f"{_ERROR}{describe_lost(lost, describe_consequence(self._who, error))}"
         self._print_failure(text, EXIT_FAILED, all_ranks=True, details=traceback.format_exc())
         return True
 
@@ -213,10 +236,9 @@ class RankSupervisor:
 
     def abort_without(self, lost: list[LostRank]) -> NoReturn:
         """End the job because it cannot go on without these ranks; report it, unless another rank did."""
-        if self._hooks.stacks is not None:
-            write_stacks(self._hooks.stacks)
-        self._print_failure(f"megalm: error: {describe_lost(lost)}", EXIT_FAILED, all_ranks=True)
-        os._exit(self._end_failed(EXIT_FAILED))
+        self._write_stacks()
+        self._print_failure(f"{_ERROR}{describe_lost(lost)}", EXIT_FAILED, all_ranks=True)
+        _leave(self._end_failed(EXIT_FAILED))
 
     def enter(self, hooks: RunHooks) -> None:
         """Use these hooks from now on: the run has reached its next stage.
@@ -238,26 +260,35 @@ class RankSupervisor:
         while not claim.is_taken():
             time.sleep(_CLAIM_POLL_SECONDS)
         time.sleep(_FAILURE_GRACE_SECONDS)
+        self._write_stacks()
+        _leave(self._end_failed(EXIT_FAILED))
+
+    def _write_stacks(self) -> None:
+        """Write where this rank stands: its threads, and the last collectives."""
         if self._hooks.stacks is not None:
             write_stacks(self._hooks.stacks)
-        os._exit(self._end_failed(EXIT_FAILED))
+        if self._hooks.recorder is not None:
+            self._hooks.recorder.dump()
 
     def abort_hung_rank(self, silent_seconds: float) -> NoReturn:
         """End the job because this rank made no progress for `silent_seconds`; report it, unless another rank did."""
-        stacks = self._hooks.stacks
+        self._write_stacks()
+        stacks, recorder = self._hooks.stacks, self._hooks.recorder
         noticed = f"no progress for {silent_seconds:.0f} s, train.hang_timeout_seconds"
         where = f"; the stacks of all other ranks are in {stacks.parent}" if stacks is not None else ""
         lost = [] if self.heartbeat is None else self.heartbeat.find_lost(_FIRST_CAUSE_SECONDS, self._is_told)
-        cause = describe_lost(lost, noticed) if lost else self._describe_hang(noticed)
-        self._print_failure(f"megalm: error: {cause}{where}", EXIT_FAILED)
+        stalled = recorder.stalled() if recorder is not None else None  # the others have dumped meanwhile
+        cause = describe_lost(lost, noticed, stalled) if lost else self._describe_hang(noticed, stalled)
+        self._print_failure(f"{_ERROR}{cause}{where}", EXIT_FAILED)
         time.sleep(_FAILURE_GRACE_SECONDS)  # time for the others to notice and write their stacks
-        os._exit(self._end_failed(EXIT_FAILED))
+        _leave(self._end_failed(EXIT_FAILED))
 
-    def _describe_hang(self, noticed: str) -> str:
+    def _describe_hang(self, noticed: str, stalled: StalledCollective | None) -> str:
         """Return who is stuck where all ranks are alive."""
-        behind = [] if self.heartbeat is None else self.heartbeat.behind()
-        if behind:
-            return describe_behind(behind, noticed)
+        if self.heartbeat is not None:
+            stuck = self.heartbeat.known(stalled.missing) if stalled is not None else self.heartbeat.behind()
+            if stuck:
+                return describe_stuck(stuck, noticed, stalled)
         return f"{self._who} made {noticed}, so it or a rank that it waits for hangs"
 
     def _print_failure(self, text: str, code: int, all_ranks: bool = False, details: str = "") -> None:
@@ -272,9 +303,13 @@ class RankSupervisor:
         """Close the run; return the job's exit code: of the rank that reported, or else this rank's `code`."""
         claimed = self._hooks.claim.exit_code() if self._hooks.claim is not None else None
         code = code if claimed is None else claimed
-        hooks, self._hooks = self._hooks, replace(self._hooks, on_failure=lambda code: None)  # once, in either thread
+        report = self._hooks.claim.report() if self._hooks.claim is not None else ""
+        hooks, self._hooks = (
+            self._hooks,
+            replace(self._hooks, on_failure=lambda code, report: None),
+        )  # once of all threads
         try:
-            hooks.on_failure(code)
+            hooks.on_failure(code, report)
         except Exception:  # the failure that is being reported matters more
             log.debug("closing the run failed", exc_info=True)
         return code
@@ -339,7 +374,7 @@ def _wait_for_rank_0(code: int) -> None:
 
     If this rank exited at once, the launcher could end rank 0 before it has reported.
     """
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+    signal.signal(signal.SIGTERM, lambda *_: _leave(code))
     time.sleep(_REFUSAL_GRACE_SECONDS)
 
 
@@ -347,7 +382,11 @@ def exit_process(code: int) -> NoReturn:
     """Flush and end this process without interpreter shutdown."""
     logging.shutdown()
     _flush()
-    os._exit(code)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    os._exit(code_for_launcher(code))
 
 
 def _flush() -> None:
