@@ -32,7 +32,9 @@ from megalm.engine.ranks.rendezvous import Meeting, count_restarts, meet
 from megalm.engine.traffic_counter import TrafficCounter
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, ConfigError
 from megalm.model.model_config import float8_share, flops_per_token
+from megalm.nodes.collective_clock import CollectiveClock
 from megalm.nodes.node_check import NodeCheck, check_nodes
+from megalm.nodes.straggler_watch import StragglerWatch
 from megalm.planning.resolve import DeviceFacts, ResolvedRun, known_vocab_size, resolve
 from megalm.planning.run_checks import wall_time_seconds
 from megalm.rank_environment import RankFacts, RankPlace, rank_facts
@@ -105,6 +107,19 @@ class OpenRun:
 
 
 @dataclass(frozen=True)
+class CollectiveObservers:
+    """What the run's collectives go through; None: not wanted.
+
+    Attributes:
+        traffic: counts their bytes.
+        clock: adds up their time.
+    """
+
+    traffic: TrafficCounter | None = None
+    clock: CollectiveClock | None = None
+
+
+@dataclass(frozen=True)
 class BuiltRun:
     """A trainer that is ready, and the resources to close after it.
 
@@ -135,9 +150,9 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     if settings is None or agreed != report.facts:  # another node has less memory, say
         settings = load_settings(arguments, ranks, agreed)
     _prepare_process(settings.run, device)
-    traffic = _traffic_counter(settings.run)
+    observers = _observers(settings.run, ranks)
     supervisor.stage("joining the process group")
-    comm = start_distributed(ranks, device, traffic, meeting.store)
+    comm = start_distributed(ranks, device, observers.traffic, meeting.store)
     supervisor.stage("opening the run")
     opened = open_run(settings, comm, supervisor)
     info = opened.console.info
@@ -151,7 +166,7 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     plan = plan_resume(point, data)
     _report_plan(plan, settings, opened, comm)
     supervisor.stage("building the engine")
-    built = build_trainer(plan, opened, nodes, ranks, device, comm, supervisor, meeting.places, traffic)
+    built = build_trainer(plan, opened, nodes, ranks, device, comm, supervisor, meeting.places, observers)
     with memory_errors_named("training"):
         code = built.trainer.fit()
     if supervisor.heartbeat is not None:
@@ -279,7 +294,7 @@ def build_trainer(
     comm: DistributedCommunicator,
     supervisor: RankSupervisor,
     places: Sequence[RankPlace],
-    traffic: TrafficCounter | None = None,
+    observers: CollectiveObservers,
 ) -> BuiltRun:
     """Write the run's facts into its folder, build the trainer's components and restore the resumed state."""
     run, folder, console = plan.run, opened.folder, opened.console
@@ -304,7 +319,7 @@ def build_trainer(
         comm,
         spikes.judge,
         lambda *stages: console.info(pipeline_facts(run, *stages)),
-        traffic,
+        observers.traffic,
         initial_weights=plan.reader is None,
     )
     command = ResumeCommand(folder.path, ranks.local_world_size)
@@ -323,8 +338,10 @@ def build_trainer(
         checkpoints.restore(plan.reader, engine, parts.guard, plan.weights_only, new=True)
     supervisor.stage("in the first step")
     plan.position.attempt = opened.attempt
-    if traffic is not None:
-        parts = replace(parts, diagnostics=_diagnostics(parts, folder, traffic))
+    if observers.traffic is not None:
+        parts = replace(parts, diagnostics=_diagnostics(parts, folder, observers.traffic))
+    if comm.size > 1 and run.config.train.slow_seconds is not None:
+        parts = replace(parts, stragglers=_straggler_watch(run, device, comm, observers.clock))
     trainer = Trainer(parts, plan.position)
     _announce(trainer, console, plan, [str(finding) for finding in nodes.findings])
     parts.stop.install()
@@ -412,9 +429,25 @@ def _components(
     )
 
 
-def _traffic_counter(run: ResolvedRun) -> TrafficCounter | None:
-    wanted = run.diagnostics
-    return TrafficCounter() if wanted.count_traffic or wanted.profile_steps is not None else None
+def _observers(run: ResolvedRun, ranks: RankFacts) -> CollectiveObservers:
+    """Return what the run needs, in effect from here on; call before `start_distributed`."""
+    wanted, clock = run.diagnostics, None
+    # On a GPU the watch has other means; a compiled graph cannot contain a clock.
+    if ranks.world_size > 1 and run.config.train.slow_seconds and run.device.kind == "cpu" and not run.compiled:
+        clock = CollectiveClock()
+        clock.install()
+    return CollectiveObservers(
+        TrafficCounter() if wanted.count_traffic or wanted.profile_steps is not None else None, clock
+    )
+
+
+def _straggler_watch(
+    run: ResolvedRun, device: torch.device, comm: Communicator, clock: CollectiveClock | None
+) -> StragglerWatch:
+    train = run.config.train
+    assert train.slow_seconds is not None
+    stage = run.topology.coordinate(comm.rank).pipeline  # the stages of a pipeline have different work
+    return StragglerWatch(comm, device, clock, stage, train.slow_factor, train.slow_seconds, train.log_interval_steps)
 
 
 def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCounter) -> StepDiagnostics:
