@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from megalm.communicator import Communicator
-from megalm.config.schema import RunConfig, TrainSection
+from megalm.config.schema import TRACKERS, RunConfig, TrainSection
 from megalm.engine.build import build_engine
 from megalm.engine.device import (
     bind_to_numa_node,
@@ -308,7 +308,7 @@ def build_trainer(
     # Before the mirror, which uses a core for seconds.
     share = float8_share(plan.shape, run.config.data.sequence_length, run.config.precision.float8)
     peak, peak_source = peak_flops(device, run.precision != "fp32", share)
-    mirror = _start_mirror(folder, console) if comm.is_main and run.config.tracking.mlflow else None
+    mirror = _start_mirror(folder, console) if comm.is_main and _wants_trackers(run) else None
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
         console.info("preparing DeepSpeed's offload extensions (the first use compiles them, for a minute or two)")
     spikes = SpikeGuard(run.config.guard)
@@ -347,6 +347,10 @@ def build_trainer(
     parts.stop.install()
     watch_launchers()
     return BuiltRun(trainer, metrics, mirror, command)
+
+
+def _wants_trackers(run: ResolvedRun) -> bool:
+    return any(getattr(run.config.tracking, name) for name in TRACKERS)
 
 
 def _start_mirror(folder: RunFolder, console: RunConsole) -> MirrorHandle:
@@ -486,7 +490,7 @@ def _close(built: BuiltRun, opened: OpenRun, comm: Communicator, code: int) -> N
         built.metrics.close()
         page = write_report_page(folder, console) if code == EXIT_DONE else None
     if built.mirror is not None and not built.mirror.finish(_MIRROR_PATIENCE_SECONDS):
-        console.info(f"MLflow is incomplete; to complete it, run megalm track sync {folder.path}")
+        console.info(f"a tracker lacks a part of the run (mlflow.log says why); run megalm track sync {folder.path}")
     opened.lock.release()
     if code == EXIT_DONE:
         console.info(final_summary(folder, built.trainer.parts.run, built.command, page))
