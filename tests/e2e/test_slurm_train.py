@@ -351,7 +351,11 @@ def with_word(words: tuple[str, ...], word: str) -> list[str]:
 
 
 def test_doctor_finds_the_cluster(slurm: SlurmCluster) -> None:
-    told = slurm.ask(Path(sys.executable).with_name("megalm"), "doctor")
+    command = (Path(sys.executable).with_name("megalm"), "doctor")
+    told = slurm.ask("srun", "--nodes=2", "--ntasks-per-node=2", *command)
+    hosts = [line.split(":")[0] for line in told.splitlines() if line.partition(": ")[2].startswith("host ")]
+    assert sorted(hosts) == (sorted(slurm.nodes) if can_name_hosts() else [os.uname().nodename] * 2)
+    told = slurm.ask(*command)
     (line,) = (line for line in told.splitlines() if line.startswith("Slurm jobs from here"))
     assert {"yes", "debug*:", "2"} <= set(line.split())
 
