@@ -37,7 +37,7 @@ from megalm.nodes.node_check import NodeCheck, check_nodes
 from megalm.nodes.straggler_watch import StragglerWatch
 from megalm.planning.resolve import DeviceFacts, ResolvedRun, known_vocab_size, resolve
 from megalm.planning.run_checks import wall_time_seconds
-from megalm.rank_environment import RankFacts, RankPlace, rank_facts
+from megalm.rank_environment import RankFacts, RankPlace, rank_facts, submit_options
 from megalm.runs.metrics_log import MetricsWriter, wall_limit
 from megalm.runs.run_folder import ResumeCommand, RunFolder, open_run_folder, write_facts
 from megalm.runs.run_lock import RunLock
@@ -322,7 +322,7 @@ def build_trainer(
         observers.traffic,
         initial_weights=plan.reader is None,
     )
-    command = ResumeCommand(folder.path, ranks.local_world_size)
+    command = ResumeCommand(folder.path, ranks.local_world_size, submit_options())
     limits = _limits(run, hooks, supervisor)
     parts = _components(plan, opened, comm, engine, checkpoints, metrics, limits, spikes, command, comm.sum([peak])[0])
     console.facts(
