@@ -41,6 +41,10 @@ setup(
         "Jinja2>=3.1",
         "filelock>=3.30",
     ],
-    extras_require={"gpu-rehearsal": ["triton>=3.5"]},  # tests/gpu_rehearsal/test_kernels.py
+    extras_require={
+        "gpu-rehearsal": ["triton>=3.5"],  # tests/gpu_rehearsal/test_kernels.py
+        "tensorboard": ["tensorboard>=2.16"],
+        "wandb": ["wandb>=0.19"],
+    },
     entry_points={"console_scripts": ["megalm = megalm.cli.main:main"]},
 )

@@ -90,9 +90,15 @@ def main(
         return
     if gpu is not None:
         raise typer.BadParameter("only a plan takes it; add --dry-run", param_hint="--gpu")
-    from megalm.engine.deepspeed_patches import limit_openmp_spin, silence, use_expandable_segments
+    from megalm.engine.deepspeed_patches import (
+        decompose_tanh,
+        limit_openmp_spin,
+        silence,
+        use_expandable_segments,
+    )
 
-    limit_openmp_spin()  # this and the next two before torch is imported
+    limit_openmp_spin()  # this and the next three before torch is imported
+    decompose_tanh()
     use_expandable_segments()
     if verbose:
         logging.basicConfig(level=logging.INFO)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
@@ -200,6 +201,20 @@ def job_and_restarts(environment: Mapping[str, str] = os.environ) -> tuple[str |
 JOB_FIELDS = {"%a": "SLURM_ARRAY_TASK_ID", "%x": "SLURM_JOB_NAME"}
 
 
+@dataclass(frozen=True)
+class StepPlace:
+    """The place of a task of `srun`: its number on its node, and how many nodes there are."""
+
+    local_rank: int
+    nodes: int
+
+
+def step_place(environment: Mapping[str, str] = os.environ) -> StepPlace | None:
+    """Return this process's place in a step of Slurm; None: it is no task of `srun`."""
+    local, nodes = environment.get("SLURM_LOCALID", ""), environment.get("SLURM_STEP_NUM_NODES", "")
+    return StepPlace(int(local), int(nodes)) if local.isdecimal() and nodes.isdecimal() else None
+
+
 def expand_job_fields(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """Return `text` with the index in a Slurm array for `%a` and the job's name for `%x`, as in names of sbatch's logs.
 
@@ -271,6 +286,14 @@ def exclude_advice(hosts: Iterable[str | None], environment: Mapping[str, str] =
     if not names or environment.get("SLURM_JOB_NUM_NODES", "1") == "1":
         return ""
     return f"; sbatch --exclude={','.join(names)} starts the job without {'it' if len(names) == 1 else 'them'}"
+
+
+def submit_options(environment: Mapping[str, str] = os.environ) -> list[str] | None:
+    """Return the options of `megalm submit` that ask for a job like this one; None outside of slurm/train.sh."""
+    try:
+        return shlex.split(environment["MEGALM_SUBMIT_OPTIONS"]) if environment.get("SLURM_JOB_ID") else None
+    except (KeyError, ValueError):
+        return None
 
 
 def allocation_end(environment: Mapping[str, str] = os.environ) -> float | None:

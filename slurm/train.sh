@@ -113,6 +113,20 @@ MEGALM_EXCLUDE_FILE=$PWD/.megalm-$SLURM_JOB_ID.exclude
 rm -f "$MEGALM_EXCLUDE_FILE"
 export LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME MEGALM_EXCLUDE_FILE
 
+# What asks for such a job again, for the commands that the run tells its person to try; megalm submit knows it better.
+submit_options() {
+    local share="--ntasks-per-node=$LOCAL_WORLD_SIZE" words name value
+    # shellcheck disable=SC2153 # no misspelling of SLURM_GPUS_ON_NODE
+    [ -z "${SLURM_GPUS_ON_NODE:-}" ] || share="--gpus-per-node=$SLURM_GPUS_ON_NODE"
+    words="--nodes=$SLURM_JOB_NUM_NODES $share"
+    for name in Partition:partition Account:account TimeLimit:time; do
+        value=$(job_field "${name%:*}")
+        case $value in '' | '(null)' | UNLIMITED) ;; *) words+=" --${name#*:}=$value" ;; esac
+    done
+    echo "$words"
+}
+export MEGALM_SUBMIT_OPTIONS=${MEGALM_SUBMIT_OPTIONS:-$(submit_options)}
+
 # shellcheck disable=SC2153 # no misspelling of SLURM_GPUS_ON_NODE
 share="$LOCAL_WORLD_SIZE rank(s), $SLURM_CPUS_ON_NODE core(s)"
 [ -z "${SLURM_GPUS_ON_NODE:-}" ] || share="$SLURM_GPUS_ON_NODE GPU(s), $share"

@@ -24,8 +24,8 @@ class QueuedJob:
     """A job that squeue shows: it waits or runs.
 
     Attributes:
-        number: the job's own; each task of an array has one.
-        task: as people name it: 12, or 12_3 in an array.
+        number: the job's own; each task of an array that runs has one.
+        task: as people name it: 12, or 12_3 in an array, 12_[4-9] for tasks that wait.
         state: Slurm's, such as PENDING or RUNNING.
         reason: why it waits.
         start: when it started or is expected to, as Slurm writes it; "" if that is open.
@@ -40,6 +40,11 @@ class QueuedJob:
     nodes: str
     folder: str
     name: str
+
+    @property
+    def whole(self) -> str:
+        """The number that stands for the whole array, or for the job."""
+        return self.task.partition("_")[0]
 
     @property
     def on_nodes(self) -> bool:
@@ -99,12 +104,12 @@ def refusal(script: str, environment: Mapping[str, str]) -> str | None:
 
 
 def own_jobs() -> list[QueuedJob]:
-    """Return this user's jobs that wait or run, each task of an array by itself.
+    """Return this user's jobs that wait or run; the tasks of an array that wait are one.
 
     Raises:
         ConfigError: Slurm does not answer.
     """
-    words = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", f"--format={_SEPARATOR.join(_FIELDS)}"]
+    words = ["squeue", "--noheader", f"--user={os.getuid()}", f"--format={_SEPARATOR.join(_FIELDS)}"]
     return parse_queue(run_slurm(words))
 
 

@@ -391,8 +391,13 @@ class ResumeSection(Section):
 
 class TrackingSection(Section):
     mlflow: bool = True
-    experiment: str = "megalm"
+    tensorboard: bool = Field(default=False, description="write event files to tensorboard/ of the run folder")
+    wandb: bool = Field(default=False, description="send the run to Weights & Biases; WANDB_MODE=offline keeps it here")
+    experiment: str = Field(default="megalm", description="of MLflow; the project of Weights & Biases")
     sweep: str | None = Field(default=None, description="the sweep of the run (`megalm sweep`), its parent in MLflow")
+
+
+TRACKERS = ("mlflow", "tensorboard", "wandb")  # keys of `tracking`
 
 
 class SlurmSection(Section):

@@ -52,13 +52,14 @@ def tune_malloc() -> None:
 _REPEATS, _SECONDS = 12, 0.3
 
 
-def peak_flops(device: torch.device, low_precision: bool) -> tuple[float, str]:
+def peak_flops(device: torch.device, low_precision: bool, float8_share: float = 0.0) -> tuple[float, str]:
     """Return the peak FLOP/s of one rank's device, the base of model FLOPs utilization (MFU), and its source.
 
-    It is of dense matrix products, without sparsity: a known GPU's from its data sheet, any other device's measured.
+    It is of dense matrix products, without sparsity: a known GPU's from its data sheet, with `float8_share` of the
+    operations in float8; any other device's measured, without float8.
     """
     if device.type == "cuda":
-        known = data_sheet_peak(torch.cuda.get_device_name(device), low_precision)
+        known = data_sheet_peak(torch.cuda.get_device_name(device), low_precision, float8_share)
         if known is not None:
             return known
     return measured_peak(device, low_precision), "measured matrix product"

@@ -132,8 +132,14 @@ def _minority(reports: Sequence[RankReport], value_of: Callable[[RankReport], An
 
 
 def _clocks(reports: Sequence[RankReport]) -> Iterator[NodeFinding]:
-    median = statistics.median_low(report.clock_seconds for report in reports)
-    off = {report.node: report.clock_seconds - median for report in reports}
+    """Yield each node whose clock is far from the one that most agree with; of equally many, from rank 0's."""
+    clocks = {report.node: report.clock_seconds for report in reports}
+
+    def agree(time: float) -> int:
+        return sum(abs(other - time) <= _CLOCK_SECONDS for other in clocks.values())
+
+    usual = max([reports[0].clock_seconds, *clocks.values()], key=agree)  # the first of the best
+    off = {node: seconds - usual for node, seconds in clocks.items()}
     for node, seconds in off.items():
         if abs(seconds) > _CLOCK_SECONDS:
             side = "ahead of" if seconds > 0 else "behind"

@@ -24,6 +24,7 @@ from megalm.planning.diagnostics import profiled_steps
 from megalm.planning.engine_checks import DEEPSPEED_RULES, PARALLEL_RULES, CheckContext, Rule
 from megalm.planning.lr_schedule import ENDLESS
 from megalm.rank_environment import JOB_FIELDS
+from megalm.utils.process_setup import require_extra
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -510,6 +511,13 @@ def profiled_steps_are_steps(case: CheckContext) -> None:
     profiled_steps(case.config.profile.steps)
 
 
+def trackers_are_installed(case: CheckContext) -> None:
+    tracking = case.config.tracking
+    for name, wanted in (("tensorboard", tracking.tensorboard), ("wandb", tracking.wandb)):
+        if wanted:
+            require_extra(name, f"tracking.{name}=true")
+
+
 def guard_warms_up_in_its_window(case: CheckContext) -> None:
     guard = case.config.guard
     if guard.warmup_steps > guard.window:
@@ -571,6 +579,7 @@ RULES: tuple[Rule, ...] = (
     *DEEPSPEED_RULES,
     wall_time_is_a_duration,
     profiled_steps_are_steps,
+    trackers_are_installed,
     guard_warms_up_in_its_window,
     guard_limit_has_both_numbers,
     rollback_has_a_checkpoint,

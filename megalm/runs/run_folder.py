@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from megalm.config.schema import RunSection
 from megalm.config.validation import parse_yaml
 from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
-from megalm.rank_environment import job_and_restarts
+from megalm.rank_environment import job_and_restarts, submit_options
 from megalm.runs.metrics_log import METRICS_FILE, read_newest_first
 from megalm.utils.addresses import hide_credentials_in_word
 from megalm.utils.atomic_files import is_stranger, write_bytes_atomically, write_json
@@ -216,14 +216,24 @@ class ResumeCommand:
     Attributes:
         folder: the run folder.
         ranks: on this machine; passed to `deepspeed` if more than one.
+        submit: options of `megalm submit` for a job like the run's; None: no Slurm job trained it.
     """
 
     folder: Path
     ranks: int = 1
+    submit: Sequence[str] | None = None
+
+    @classmethod
+    def by_folder(cls, folder: Path) -> ResumeCommand:
+        """Return the command for a run by what its folder says of its last start."""
+        words = read_mapping(folder / ENVIRONMENT_FILE).get("submit")
+        return cls(folder, submit=[str(word) for word in words] if isinstance(words, list) else None)
 
     def shell(self, *words: str) -> str:
         """Return a shell command line that ends with `words` (`--resume auto`, `key=value`)."""
         launch = ["deepspeed", *(["--num_gpus", str(self.ranks)] if self.ranks > 1 else []), "launch/pretrain.py"]
+        if self.submit is not None:
+            launch = ["megalm", "submit", *self.submit, "--"]
         root = str(self.folder.parent)
         elsewhere = [] if root == RunSection().root else [f"run.root={root}"]
         return shlex.join([*launch, *elsewhere, f"run.name={self.folder.name}", *words])
@@ -308,6 +318,7 @@ def environment() -> dict[str, Any]:
         "host": platform.node(),
         "job": job_and_restarts()[0],
         "command": command_line(),
+        "submit": submit_options(),
         "packages": {name: package_version(name) for name in _PACKAGES},
         "git": _git(),
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from megalm.communicator import Communicator
-from megalm.config.schema import RunConfig, TrainSection
+from megalm.config.schema import TRACKERS, RunConfig, TrainSection
 from megalm.engine.build import build_engine
 from megalm.engine.device import (
     bind_to_numa_node,
@@ -31,11 +31,13 @@ from megalm.engine.ranks.flight_recorder import FlightRecorder
 from megalm.engine.ranks.rendezvous import Meeting, count_restarts, meet
 from megalm.engine.traffic_counter import TrafficCounter
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, ConfigError
-from megalm.model.model_config import flops_per_token
+from megalm.model.model_config import float8_share, flops_per_token
+from megalm.nodes.collective_clock import CollectiveClock
 from megalm.nodes.node_check import NodeCheck, check_nodes
+from megalm.nodes.straggler_watch import StragglerWatch
 from megalm.planning.resolve import DeviceFacts, ResolvedRun, known_vocab_size, resolve
 from megalm.planning.run_checks import wall_time_seconds
-from megalm.rank_environment import RankFacts, RankPlace, rank_facts
+from megalm.rank_environment import RankFacts, RankPlace, rank_facts, submit_options
 from megalm.runs.metrics_log import MetricsWriter, wall_limit
 from megalm.runs.run_folder import ResumeCommand, RunFolder, open_run_folder, write_facts
 from megalm.runs.run_lock import RunLock
@@ -105,6 +107,19 @@ class OpenRun:
 
 
 @dataclass(frozen=True)
+class CollectiveObservers:
+    """What the run's collectives go through; None: not wanted.
+
+    Attributes:
+        traffic: counts their bytes.
+        clock: adds up their time.
+    """
+
+    traffic: TrafficCounter | None = None
+    clock: CollectiveClock | None = None
+
+
+@dataclass(frozen=True)
 class BuiltRun:
     """A trainer that is ready, and the resources to close after it.
 
@@ -135,15 +150,16 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     if settings is None or agreed != report.facts:  # another node has less memory, say
         settings = load_settings(arguments, ranks, agreed)
     _prepare_process(settings.run, device)
-    traffic = _traffic_counter(settings.run)
+    observers = _observers(settings.run, ranks)
     supervisor.stage("joining the process group")
-    comm = start_distributed(ranks, device, traffic, meeting.store)
+    comm = start_distributed(ranks, device, observers.traffic, meeting.store)
     supervisor.stage("opening the run")
     opened = open_run(settings, comm, supervisor)
     info = opened.console.info
     supervisor.stage("checking the nodes")
     nodes = check_nodes(settings.run, opened.folder, opened.attempt, ranks, device, comm, info)
     if nodes.excludes:
+        supervisor.let_ranks_leave()
         return _leave_for_other_nodes(settings.run, opened, comm)
     point = find_resume_checkpoint(settings.run, opened.folder, settings.options, comm, info)
     supervisor.stage("opening the data")
@@ -151,11 +167,10 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     plan = plan_resume(point, data)
     _report_plan(plan, settings, opened, comm)
     supervisor.stage("building the engine")
-    built = build_trainer(plan, opened, nodes, ranks, device, comm, supervisor, meeting.places, traffic)
+    built = build_trainer(plan, opened, nodes, ranks, device, comm, supervisor, meeting.places, observers)
     with memory_errors_named("training"):
         code = built.trainer.fit()
-    if supervisor.heartbeat is not None:
-        supervisor.heartbeat.stop()  # from here on a rank may leave before others
+    supervisor.let_ranks_leave()
     _close(built, opened, comm, code)
     return code
 
@@ -279,7 +294,7 @@ def build_trainer(
     comm: DistributedCommunicator,
     supervisor: RankSupervisor,
     places: Sequence[RankPlace],
-    traffic: TrafficCounter | None = None,
+    observers: CollectiveObservers,
 ) -> BuiltRun:
     """Write the run's facts into its folder, build the trainer's components and restore the resumed state."""
     run, folder, console = plan.run, opened.folder, opened.console
@@ -290,8 +305,10 @@ def build_trainer(
     metrics = MetricsWriter(folder.metrics) if comm.is_main else None
     hooks = _training_hooks(opened, run, metrics, comm)
     supervisor.enter(hooks)
-    peak, peak_source = peak_flops(device, run.precision != "fp32")  # before the mirror, which uses a core for seconds
-    mirror = _start_mirror(folder, console) if comm.is_main and run.config.tracking.mlflow else None
+    # Before the mirror, which uses a core for seconds.
+    share = float8_share(plan.shape, run.config.data.sequence_length, run.config.precision.float8)
+    peak, peak_source = peak_flops(device, run.precision != "fp32", share)
+    mirror = _start_mirror(folder, console) if comm.is_main and _wants_trackers(run) else None
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
         console.info("preparing DeepSpeed's offload extensions (the first use compiles them, for a minute or two)")
     spikes = SpikeGuard(run.config.guard)
@@ -302,10 +319,10 @@ def build_trainer(
         comm,
         spikes.judge,
         lambda *stages: console.info(pipeline_facts(run, *stages)),
-        traffic,
+        observers.traffic,
         initial_weights=plan.reader is None,
     )
-    command = ResumeCommand(folder.path, ranks.local_world_size)
+    command = ResumeCommand(folder.path, ranks.local_world_size, submit_options())
     limits = _limits(run, hooks, supervisor)
     parts = _components(plan, opened, comm, engine, checkpoints, metrics, limits, spikes, command, comm.sum([peak])[0])
     console.facts(
@@ -321,13 +338,19 @@ def build_trainer(
         checkpoints.restore(plan.reader, engine, parts.guard, plan.weights_only, new=True)
     supervisor.stage("in the first step")
     plan.position.attempt = opened.attempt
-    if traffic is not None:
-        parts = replace(parts, diagnostics=_diagnostics(parts, folder, traffic))
+    if observers.traffic is not None:
+        parts = replace(parts, diagnostics=_diagnostics(parts, folder, observers.traffic))
+    if comm.size > 1 and run.config.train.slow_seconds is not None:
+        parts = replace(parts, stragglers=_straggler_watch(run, device, comm, observers.clock))
     trainer = Trainer(parts, plan.position)
     _announce(trainer, console, plan, [str(finding) for finding in nodes.findings])
     parts.stop.install()
     watch_launchers()
     return BuiltRun(trainer, metrics, mirror, command)
+
+
+def _wants_trackers(run: ResolvedRun) -> bool:
+    return any(getattr(run.config.tracking, name) for name in TRACKERS)
 
 
 def _start_mirror(folder: RunFolder, console: RunConsole) -> MirrorHandle:
@@ -410,9 +433,25 @@ def _components(
     )
 
 
-def _traffic_counter(run: ResolvedRun) -> TrafficCounter | None:
-    wanted = run.diagnostics
-    return TrafficCounter() if wanted.count_traffic or wanted.profile_steps is not None else None
+def _observers(run: ResolvedRun, ranks: RankFacts) -> CollectiveObservers:
+    """Return what the run needs, in effect from here on; call before `start_distributed`."""
+    wanted, clock = run.diagnostics, None
+    # On a GPU the watch has other means; a compiled graph cannot contain a clock.
+    if ranks.world_size > 1 and run.config.train.slow_seconds and run.device.kind == "cpu" and not run.compiled:
+        clock = CollectiveClock()
+        clock.install()
+    return CollectiveObservers(
+        TrafficCounter() if wanted.count_traffic or wanted.profile_steps is not None else None, clock
+    )
+
+
+def _straggler_watch(
+    run: ResolvedRun, device: torch.device, comm: Communicator, clock: CollectiveClock | None
+) -> StragglerWatch:
+    train = run.config.train
+    assert train.slow_seconds is not None
+    stage = run.topology.coordinate(comm.rank).pipeline  # the stages of a pipeline have different work
+    return StragglerWatch(comm, device, clock, stage, train.slow_factor, train.slow_seconds, train.log_interval_steps)
 
 
 def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCounter) -> StepDiagnostics:
@@ -451,7 +490,7 @@ def _close(built: BuiltRun, opened: OpenRun, comm: Communicator, code: int) -> N
         built.metrics.close()
         page = write_report_page(folder, console) if code == EXIT_DONE else None
     if built.mirror is not None and not built.mirror.finish(_MIRROR_PATIENCE_SECONDS):
-        console.info(f"MLflow is incomplete; to complete it, run megalm track sync {folder.path}")
+        console.info(f"a tracker lacks a part of the run (mlflow.log says why); run megalm track sync {folder.path}")
     opened.lock.release()
     if code == EXIT_DONE:
         console.info(final_summary(folder, built.trainer.parts.run, built.command, page))

@@ -96,6 +96,7 @@ def overview(folders: Sequence[Path] | None, root: Path) -> list[Line]:
         lines.append(line)
         placed |= {line.job.number} if line.job else set()
     if folders is None:
+        placed |= {job.number for job in jobs if job.name in {line.name for line in lines}}
         here = [job for job in jobs if job.number not in placed and _starts_in(job, root)]
         lines += [Line(job.name, "running" if job.on_nodes else "queued", None, job) for job in here]
     return lines

@@ -125,7 +125,11 @@ def command(
 
     job_name = options.get("job-name") or _job_name(words, plan)
     options = _named(options, job_name, one_log=chain is not None)
-    variables = {} if chain is None else {"MEGALM_CHAIN": "1"}
+    given = SbatchOptions.parse(sbatch or [])
+    again = [word for word in given.words() if not word.startswith(("--dependency=", "--array=", "--job-name="))]
+    if chain is not None:
+        again.append(f"--chain={chain}")
+    variables = {"MEGALM_SUBMIT_OPTIONS": shlex.join(again), **({} if chain is None else {"MEGALM_CHAIN": "1"})}
     script = render(options, _HOME, words, variables)
     if print_it:
         echo_text(script, end="")
@@ -275,11 +279,12 @@ def _refuse_shared_name(arguments: Arguments, plan: Plan, allocation: Allocation
 def _refuse_second_job(name: str) -> None:
     """Refuse a run that another job of this user trains or will train: only one at a time can."""
     here = os.path.realpath(os.curdir)
-    others = [job.task for job in own_jobs() if job.name == name and os.path.realpath(job.folder) == here]
-    if others:
+    jobs = [job.whole for job in own_jobs() if job.name == name and os.path.realpath(job.folder) == here]
+    if jobs:
+        others = list(dict.fromkeys(jobs))
         raise ConfigError(
-            f"job {', '.join(others)} trains run {name} or waits to; queue behind it with --after {others[-1]}, or "
-            f"scancel {' '.join(others)}"
+            f"job {', '.join(others)} trains run {name} or waits to; queue behind it with "
+            f"--after {max(others, key=int)}, or scancel {' '.join(others)}"
         )
 
 

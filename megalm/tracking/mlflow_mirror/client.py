@@ -37,6 +37,7 @@ logging.getLogger("urllib3").setLevel(logging.ERROR)
 # MLflow's limit of parameters or tags in one request.
 _BATCH_NAMES = 100
 _ARTIFACTS = "mlartifacts"
+_KEY_OF_SWEEP = "sweep-"  # opens the key of a sweep's own run
 
 
 class MlflowStore:
@@ -122,7 +123,7 @@ class MlflowStore:
         """Return the run of a sweep in the experiment of one of its runs; the first of them creates it."""
         info = self._client.get_run(run_id).info
         experiment = self._client.get_experiment(info.experiment_id).name
-        key = f"sweep-{hashlib.sha256(sweep.encode()).hexdigest()[:32]}"
+        key = f"{_KEY_OF_SWEEP}{hashlib.sha256(sweep.encode()).hexdigest()[:32]}"
         with take_lock(self._root / "mlflow.db.lock"):  # runs of an array begin together
             parent = self.create_run(experiment, Path(sweep).name, key, info.start_time)
             self._client.set_tag(parent, SWEEP_TAG, sweep)
@@ -133,8 +134,10 @@ class MlflowStore:
         """End the run of a sweep where none of its runs is training."""
         run = self._client.get_run(run_id)
         parent = run.data.tags.get(PARENT_TAG)
-        if SWEEP_TAG not in run.data.tags or parent is None or parent == run_id:
+        if SWEEP_TAG not in run.data.tags or parent is None:
             return
+        if not self._client.get_run(parent).data.tags.get(KEY_TAG, "").startswith(_KEY_OF_SWEEP):
+            return  # a child of another run of the sweep
         children = f"tags.`{PARENT_TAG}` = '{parent}' and attributes.status = '{RUNNING}'"
         if self._client.search_runs([run.info.experiment_id], children, max_results=1):
             self._client.update_run(parent, status=RUNNING)

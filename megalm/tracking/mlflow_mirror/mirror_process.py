@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -32,6 +33,7 @@ from megalm.utils.addresses import hide_credentials
 from megalm.utils.child_process import child_command, child_environment
 from megalm.utils.file_lock import HeldLock, take_lock
 from megalm.utils.formatting import printable
+from megalm.utils.process_setup import require_extra
 from megalm.utils.stop_signals import STOP_SIGNALS
 
 _MODULE = "megalm.tracking.mlflow_mirror.mirror_process"
@@ -98,12 +100,23 @@ def sync(run_dir: str | os.PathLike[str], deadline_seconds: float = 30.0) -> Sen
         MegalmError: the store could not be reached within the deadline.
     """
     run_dir = Path(run_dir)
+    (sink,) = sync_trackers(run_dir, ("mlflow",), deadline_seconds)
+    assert isinstance(sink, MlflowSink)
+    return sink.sent
+
+
+def sync_trackers(
+    run_dir: str | os.PathLike[str], trackers: Sequence[str] = (), deadline_seconds: float = 30.0
+) -> list[Sink]:
+    """As `sync`, to several trackers; where none is named to those of the run's settings, and to MLflow without any."""
+    run_dir = Path(run_dir)
     if run_dir.is_dir() and not (run_dir / METRICS_FILE).is_file():  # any other folder would become an MLflow run
         raise ConfigError(f"{run_dir}: has no {METRICS_FILE}, so no run has trained there; name a run under run.root")
     with _only_mirror(run_dir, wait_seconds=0.0):
-        sink = MlflowSink(run_dir)
-        _deliver_until(Feed(sink, run_dir), time.monotonic() + deadline_seconds)
-        return sink.sent
+        names = tuple(trackers) or run_facts.trackers(run_dir) or ("mlflow",)
+        sinks = [open_sink(name, run_dir) for name in names]
+        _deliver_rest([Feed(sink, run_dir) for sink in sinks], time.monotonic() + deadline_seconds)
+    return sinks
 
 
 def follow(run_dir: Path, parent: ParentWatch, since: float = 0.0) -> None:
@@ -113,25 +126,51 @@ def follow(run_dir: Path, parent: ParentWatch, since: float = 0.0) -> None:
         MegalmError: something was not sent within the deadline after the parent's end.
     """
     with _only_mirror(run_dir, wait_seconds=_DEADLINE_SECONDS):
-        feeds = [_RetriedFeed(Feed(sink, run_dir, since)) for sink in open_sinks(run_dir)]
+        sinks = [open_sink(name, run_dir) for name in run_facts.trackers(run_dir)]
+        feeds = [_RetriedFeed(Feed(sink, run_dir, since)) for sink in sinks]
         while not parent.ended.is_set() and not all(one.feed.run_has_ended for one in feeds):
             for one in feeds:
                 one.deliver_if_due()
             parent.ended.wait(min(one.due for one in feeds) - time.monotonic())
         _wait_for_last_files(parent)
-        deadline, errors = time.monotonic() + _DEADLINE_SECONDS, []
-        for one in feeds:
-            try:
-                _deliver_until(one.feed, deadline, parent_ended=parent.ended.is_set())
-            except MegalmError as error:  # the other trackers get their rest all the same
-                errors.append(error)
-        if errors:
-            raise MegalmError("; ".join(map(str, errors)))
+        _deliver_rest([one.feed for one in feeds], time.monotonic() + _DEADLINE_SECONDS, parent.ended.is_set())
 
 
-def open_sinks(run_dir: Path) -> list[Sink]:
-    """Return the trackers that a run folder's settings ask for."""
-    return [MlflowSink(run_dir)]
+def open_sink(tracker: str, run_dir: Path) -> Sink:
+    """Return a tracker of `TRACKERS` for a run folder.
+
+    Raises:
+        ConfigError: its package is missing, or its notes in the folder are damaged.
+    """
+    if tracker == "tensorboard":
+        require_extra(tracker)
+        from megalm.tracking.sinks.tensorboard_sink import TensorBoardSink
+
+        return TensorBoardSink(run_dir)
+    if tracker == "wandb":
+        require_extra(tracker)
+        from megalm.tracking.sinks.wandb_sink import WandbSink
+
+        return WandbSink(run_dir)
+    return MlflowSink(run_dir)
+
+
+def _deliver_rest(feeds: Sequence[Feed], deadline: float, parent_ended: bool = False) -> None:
+    """Send everything to each tracker, and close it.
+
+    Raises:
+        MegalmError: a tracker did not accept it within the deadline; the others have theirs.
+    """
+    errors: list[MegalmError] = []
+    for feed in feeds:
+        try:
+            _deliver_until(feed, deadline, parent_ended)
+        except MegalmError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise MegalmError("; ".join(map(str, errors)))
 
 
 @dataclass
@@ -204,7 +243,9 @@ def _deliver_until(feed: Feed, deadline: float, parent_ended: bool = False) -> N
     failures = 0
     while True:
         try:
-            return feed.deliver(parent_ended=parent_ended)
+            feed.deliver(parent_ended=parent_ended)
+            feed.sink.close()
+            return
         except MegalmError:
             raise
         except Exception as error:

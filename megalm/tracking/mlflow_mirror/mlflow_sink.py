@@ -75,6 +75,12 @@ class MlflowSink(Sink):
         )
 
     @property
+    def outcome(self) -> str:
+        sent = self.sent
+        files = f"{sent.metrics} metric values and {sent.artifacts} files"
+        return f"{files} to {sent.tracking_uri}, run {sent.run_id}, {sent.status}"
+
+    @property
     def state(self) -> MirrorState:
         return self._state
 

@@ -7,8 +7,16 @@ import re
 import time
 from pathlib import Path
 
+from megalm.config.schema import TRACKERS, TrackingSection
 from megalm.runs.metrics_log import METRICS_FILE, Row, read_rows
-from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE, read_deepspeed_settings, read_mapping
+from megalm.runs.run_folder import (
+    CONFIG_FILE,
+    DEEPSPEED_FILE,
+    ENVIRONMENT_FILE,
+    PROFILE_FOLDER,
+    read_deepspeed_settings,
+    read_mapping,
+)
 from megalm.tracking.mlflow_mirror.sync_state import MirrorState
 from megalm.utils.formatting import flatten_to_text
 
@@ -45,6 +53,13 @@ def experiment(run_dir: Path) -> str:
     section = read_mapping(run_dir / CONFIG_FILE).get("tracking")
     name = section.get("experiment") if isinstance(section, dict) else None
     return str(name or "megalm")
+
+
+def trackers(run_dir: Path) -> tuple[str, ...]:
+    """Return the trackers that a run's settings ask for."""
+    section = read_mapping(run_dir / CONFIG_FILE).get("tracking")
+    wanted = TrackingSection().model_dump() | (section if isinstance(section, dict) else {})
+    return tuple(name for name in TRACKERS if wanted[name])
 
 
 def start_ms(run_dir: Path) -> int:
@@ -89,10 +104,11 @@ def event_tags(row: Row) -> dict[str, str]:
 
 
 def artifact_names(run_dir: Path) -> list[str]:
-    """Return the files to upload, relative to the run folder: configuration, environment, report, all samples."""
+    """Return the files to upload, relative to the run folder: configuration, environment, report, samples, profiles."""
     samples = sorted(path for path in (run_dir / "samples").rglob("*") if path.is_file())
+    profiles = sorted(path for path in (run_dir / PROFILE_FOLDER).glob("step*") if path.suffix in (".txt", ".json"))
     names = [name for name in _ARTIFACTS if (run_dir / name).is_file()]
-    return names + [path.relative_to(run_dir).as_posix() for path in samples]
+    return names + [path.relative_to(run_dir).as_posix() for path in (*samples, *profiles)]
 
 
 def signature(path: Path) -> list[int] | None:

@@ -111,6 +111,14 @@ class Sink(ABC):
     def finish(self) -> None:
         """End a pass: send files, and the run's status, which is RUNNING until its end."""
 
+    def close(self) -> None:  # noqa: B027 - most have nothing to close
+        """End the last pass of this process."""
+
+    @property
+    @abstractmethod
+    def outcome(self) -> str:
+        """For messages: what was sent, and where it is."""
+
 
 class Feed:
     """Feeds one sink from a run folder; each `deliver` sends what is new.

@@ -156,7 +156,7 @@ def _data(run: ReportData) -> list[tuple[str, str]]:
 def _commands(run: ReportData) -> list[tuple[str, str]]:
     """Return the shell commands that are useful next, with their names."""
     folder, planned = run.run_dir, run.planned_steps
-    command = ResumeCommand(folder).shell
+    command = ResumeCommand.by_folder(folder).shell
     done = planned is not None and (run.results.steps or 0) >= planned
     words = ["--resume", "auto", *([f"train.steps={2 * planned}"] if done and planned else [])]
     rows = [("train longer" if done else "resume", command(*words))]

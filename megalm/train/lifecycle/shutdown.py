@@ -245,6 +245,11 @@ class RankSupervisor:
         if self.heartbeat is not None:
             self.heartbeat.enter(name)
 
+    def let_ranks_leave(self) -> None:
+        """From here on a rank may be done before others: that it ends is no failure."""
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
+
     def abort_without(self, lost: list[LostRank]) -> NoReturn:
         """End the job because it cannot go on without these ranks; report it, unless another rank did."""
         self._write_stacks()

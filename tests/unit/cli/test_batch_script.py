@@ -97,9 +97,10 @@ def test_the_script_has_all_words_as_they_were_given() -> None:
 def test_the_queue() -> None:
     lines = [
         ["12", "12", "RUNNING", "None", "2026-11-29T01:00:00", "n[1-2]", "/a b", "mine"],
-        ["14", "13_1", "PENDING", "Priority", "N/A", "", "/a", "a|b"],
+        ["14", "13_[1-4]", "PENDING", "Priority", "N/A", "", "/a", "a|b"],
     ]
     running, waiting = parse_queue("".join("\x1f".join(line) + "\n" for line in lines))
     assert (running.number, running.nodes, running.folder, running.on_nodes) == ("12", "n[1-2]", "/a b", True)
-    assert (waiting.task, waiting.name, waiting.start, waiting.on_nodes) == ("13_1", "a|b", "", False)
+    assert (running.whole, waiting.whole) == ("12", "13")
+    assert (waiting.task, waiting.name, waiting.start, waiting.on_nodes) == ("13_[1-4]", "a|b", "", False)
     assert parse_queue("\n") == []

@@ -121,8 +121,11 @@ def test_the_queue_says_what_a_folder_cannot(tmp_path: Path, monkeypatch: pytest
     queued = overview(monkeypatch, root, waiting)["mine"]
     assert queued.state == "queued"
     assert_names(status._text([queued], 1e9), "Priority", "2026-11-29")
-    other = replace(waiting, number="13", task="13_0", name="next")
+    other = replace(waiting, number="13", task="13_[2-9]", name="next")
     both = overview(monkeypatch, root, other)
+    chain = [replace(JOB, task="12_1"), replace(waiting, number="12", task="12_[2-9%1]")]
+    assert overview(monkeypatch, root, *chain).keys() == {"mine"}
+    assert status._cells(overview(monkeypatch, root, *reversed(chain))["mine"], 1e9)[2] == "12_1"
     assert (both["mine"].state, both["next"].state, both["next"].run) == ("stopped", "queued", None)
     write_run(run, end("finished"), attempt=2, first=11)
     assert overview(monkeypatch, root, JOB)["mine"].state == "finished", "its job is about to end"
