@@ -10,14 +10,14 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from megalm.communicator import Communicator
 from megalm.errors import ConfigError
-from megalm.nodes.node_report import RankReport, all_reduce_speed, report_of_rank, with_links
+from megalm.nodes.node_report import RankReport, all_reduce_speed, identity_of_rank, with_figures, with_links
 from megalm.nodes.node_verdict import NodeFinding, has_slow, judge_nodes
 from megalm.planning.resolve import ResolvedRun
 from megalm.rank_environment import RankFacts, job_and_restarts, node_name
@@ -73,11 +73,12 @@ def check_nodes(
         info(f"  WARNING: {finding}")
     if excludes:
         info(f"the job leaves {', '.join(excludes)} (slurm.exclude_bad): it is queued again for other nodes")
-    elif forbidding := [finding for finding in findings if finding.forbids]:
+        return NodeCheck(tuple(findings), excludes)
+    if forbidding := [finding for finding in findings if finding.forbids]:
         raise ConfigError(*(f"{finding}; {_advice(bad)}" for finding in forbidding))
-    elif bad and run.config.slurm.exclude_bad:
+    if bad and run.config.slurm.exclude_bad:
         info(f"  note: slurm.exclude_bad works in a job of slurm/train.sh; here: {_advice(bad)}")
-    return NodeCheck(tuple(findings), excludes, _fact(reports, findings, all_reduce, seconds))
+    return NodeCheck(tuple(findings), fact=_fact(reports, findings, all_reduce, seconds))
 
 
 def _advice(bad: Sequence[str]) -> str:
@@ -92,12 +93,14 @@ def measure_nodes(
     What seems slow is measured once more, and the better figures count: something else may have run meanwhile.
     """
     places = comm.gather((node_name(), ranks.rank))
-    problem = _folder_problem(folder, ranks, places, comm)  # before a rank that sees no folder gives up
-    all_reduce = all_reduce_speed(device, comm)
+    own = identity_of_rank(ranks, device, _folder_problem(folder, ranks, places, comm))
+    if any(comm.gather(own.folder_problem)):  # a rank that sees no folder ends itself in some seconds
+        return comm.gather(own), 0.0
 
     def measured() -> RankReport:
-        return with_links(replace(report_of_rank(ranks, device), folder_problem=problem), places, device, comm)
+        return with_links(with_figures(own, device), places, device, comm)
 
+    all_reduce = all_reduce_speed(device, comm)
     own = measured()
     reports = comm.gather(own)
     if has_slow(judge_nodes(reports, slow_factor)):
@@ -185,12 +188,12 @@ def _write(
 def _fact(reports: Sequence[RankReport], findings: Sequence[NodeFinding], all_reduce: float, seconds: float) -> str:
     """Return the line of the opening facts."""
     nodes = len({report.node for report in reports})
-    slowest = min(reports, key=lambda report: report.product_flops)
-    fastest = max(report.product_flops for report in reports)
+    slowest, node = min((report.product_flops or 0.0, report.node) for report in reports)
+    fastest = max(report.product_flops or 0.0 for report in reports)
     clocks = max(report.clock_seconds for report in reports) - min(report.clock_seconds for report in reports)
     bad = len({finding.node for finding in findings})
     return (
-        f"{nodes} nodes, {bad or 'none'} of them bad; slowest {slowest.node} at "
-        f"{slowest.product_flops / fastest:.0%} of the fastest, all-reduce {format_bytes(all_reduce)}/s, clocks within "
+        f"{nodes} nodes, {bad or 'none'} of them bad; slowest {node} at "
+        f"{slowest / fastest:.0%} of the fastest, all-reduce {format_bytes(all_reduce)}/s, clocks within "
         f"{clocks * 1e3:.0f} ms; checked in {seconds:.1f} s"
     )

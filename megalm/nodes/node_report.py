@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -27,6 +28,8 @@ _REPEATS = 4
 _CLOCK_ROUNDS = 5
 # Of a copy or a message: on a GPU enough to reach the full speed, on a CPU little enough to take some milliseconds.
 _BYTES = {"cuda": 1 << 26, "cpu": 1 << 23}
+# Of a report: the more, the better.
+_FIGURES = ("free_bytes", "product_flops", "copy_bytes", "link_bytes", "inner_link_bytes")
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
@@ -52,9 +55,9 @@ class RankReport:
     versions: dict[str, str]
     commit: str | None
     code: str | None
-    free_bytes: int
-    product_flops: float
-    copy_bytes: float
+    free_bytes: int | None = None
+    product_flops: float | None = None
+    copy_bytes: float | None = None
     link_bytes: float | None = None
     inner_link_bytes: float | None = None
     clock_seconds: float = 0.0
@@ -64,22 +67,15 @@ class RankReport:
     def better_of(self, other: RankReport) -> RankReport:
         """Return this report with the better figures of both."""
 
-        def best(one: float | None, two: float | None) -> float | None:
-            return max((each for each in (one, two) if each is not None), default=None)
+        def best(*values: float | None) -> float | None:
+            return max((value for value in values if value is not None), default=None)
 
-        return replace(
-            self,
-            free_bytes=max(self.free_bytes, other.free_bytes),
-            product_flops=max(self.product_flops, other.product_flops),
-            copy_bytes=max(self.copy_bytes, other.copy_bytes),
-            link_bytes=best(self.link_bytes, other.link_bytes),
-            inner_link_bytes=best(self.inner_link_bytes, other.inner_link_bytes),
-            clock_seconds=min(self.clock_seconds, other.clock_seconds, key=abs),
-        )
+        figures: dict[str, Any] = {name: best(getattr(self, name), getattr(other, name)) for name in _FIGURES}
+        return replace(self, **figures, clock_seconds=min(self.clock_seconds, other.clock_seconds, key=abs))
 
 
-def report_of_rank(ranks: RankFacts, device: torch.device) -> RankReport:
-    """Return all that this rank finds out by itself."""
+def identity_of_rank(ranks: RankFacts, device: torch.device, folder_problem: str = "") -> RankReport:
+    """Return what this rank is and runs, without figures."""
     is_first = ranks.local_rank == 0
     return RankReport(
         rank=ranks.rank,
@@ -88,6 +84,14 @@ def report_of_rank(ranks: RankFacts, device: torch.device) -> RankReport:
         versions=_versions(device),
         commit=git_commit() if is_first else None,
         code=_hash_of_package() if is_first else None,
+        folder_problem=folder_problem,
+    )
+
+
+def with_figures(report: RankReport, device: torch.device) -> RankReport:
+    """Return the report with the figures that take one rank."""
+    return replace(
+        report,
         free_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available,
         product_flops=measured_peak(device, low_precision=device.type == "cuda", repeats=_REPEATS),
         copy_bytes=_copy_speed(device),

@@ -32,12 +32,15 @@ SLOW, STARVED = 1, 2  # a rank that computes slowly, and one that waits for its 
 
 def _on_nodes(comm: DistributedCommunicator, device: torch.device, folders: list[Path]) -> dict[str, Any]:
     os.environ["SLURMD_NODENAME"] = f"n{comm.rank}"
-    return {"refused": _check(comm, device, folders[comm.rank]), **_train(comm, device)}
-
-
-def _check(comm: DistributedCommunicator, device: torch.device, folder: Path) -> str:
-    run: Any = SimpleNamespace(config=RunConfig())
     facts = RankFacts(comm.rank, RANKS, local_rank=0, local_world_size=1, threads=1)
+    refused = _refusal(comm, device, facts, folders[comm.rank])
+    run: Any = SimpleNamespace(config=RunConfig(train={"slow_factor": 100}))  # type: ignore[arg-type]
+    found = check_nodes(run, RunFolder(folders[0]), 1, facts, device, comm, lambda line: None)
+    return {"refused": refused, "fact": found.fact, **_train(comm, device)}
+
+
+def _refusal(comm: DistributedCommunicator, device: torch.device, facts: RankFacts, folder: Path) -> str:
+    run: Any = SimpleNamespace(config=RunConfig())
     with pytest.raises(ConfigError) as caught:
         check_nodes(run, RunFolder(folder), 1, facts, device, comm, lambda line: None)
     return str(caught.value)
@@ -72,6 +75,7 @@ def test_nodes_and_ranks_are_compared(tmp_path: Path) -> None:
 
     for result in results:
         assert_names(result["refused"], "n2", other, "--exclude=n2", "train.check_nodes=false")
+        assert_names(result["fact"], 3, "all-reduce")
     check = json.loads((shared / "node_check.json").read_text())
     assert [(report["rank"], report["node"]) for report in check["ranks"]] == [(0, "n0"), (1, "n1"), (2, "n2")]
     measured = ("product_flops", "copy_bytes", "link_bytes", "free_bytes")
