@@ -51,6 +51,29 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
+# What gloo, NCCL and torch's store say on a rank whose peer has gone.
+_LOST_CONNECTION = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "connection was likely closed",
+    "broken pipe",
+    "socket closed",
+    "failed to recv",
+    "failed to send",
+    "remote process exited",
+    "ncclremoteerror",
+    "communicator was aborted",
+    "timed out waiting",
+)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Return whether this is what another rank's end looks like from here."""
+    text = str(error).lower()
+    return isinstance(error, (RuntimeError, ConnectionError)) and any(words in text for words in _LOST_CONNECTION)
+
+
 class DataError(MegalmError):
     """Unusable input text, tokenizer or dataset file."""
 

@@ -113,6 +113,20 @@ MEGALM_EXCLUDE_FILE=$PWD/.megalm-$SLURM_JOB_ID.exclude
 rm -f "$MEGALM_EXCLUDE_FILE"
 export LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME MEGALM_EXCLUDE_FILE
 
+# What asks for such a job again, for the commands that the run tells its person to try; megalm submit knows it better.
+submit_options() {
+    local share="--ntasks-per-node=$LOCAL_WORLD_SIZE" words name value
+    # shellcheck disable=SC2153 # no misspelling of SLURM_GPUS_ON_NODE
+    [ -z "${SLURM_GPUS_ON_NODE:-}" ] || share="--gpus-per-node=$SLURM_GPUS_ON_NODE"
+    words="--nodes=$SLURM_JOB_NUM_NODES $share"
+    for name in Partition:partition Account:account TimeLimit:time; do
+        value=$(job_field "${name%:*}")
+        case $value in '' | '(null)' | UNLIMITED) ;; *) words+=" --${name#*:}=$value" ;; esac
+    done
+    echo "$words"
+}
+export MEGALM_SUBMIT_OPTIONS=${MEGALM_SUBMIT_OPTIONS:-$(submit_options)}
+
 # shellcheck disable=SC2153 # no misspelling of SLURM_GPUS_ON_NODE
 share="$LOCAL_WORLD_SIZE rank(s), $SLURM_CPUS_ON_NODE core(s)"
 [ -z "${SLURM_GPUS_ON_NODE:-}" ] || share="$SLURM_GPUS_ON_NODE GPU(s), $share"
@@ -127,10 +141,14 @@ unset SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND SLURM_TRES_PER_TA
 gpus=()
 [ -z "${SLURM_GPUS_ON_NODE:-}" ] || gpus=(--gpus-per-node="$SLURM_GPUS_ON_NODE")
 
+export MEGALM_RESTARTS=${MEGALM_RESTARTS:-0}
+tasks=$LOCAL_WORLD_SIZE
+[ "$MEGALM_RESTARTS" -eq 0 ] || tasks=1 # slurm/rank.sh starts the ranks of its node by torchrun
+
 # The job's exit code is srun's, and srun's the highest of its ranks'.
 srun --kill-on-bad-exit=1 --wait=0 --overcommit --cpu-bind=none "${gpus[@]}" --distribution=block \
-    --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * LOCAL_WORLD_SIZE)) \
-    --ntasks-per-node="$LOCAL_WORLD_SIZE" "${options[@]}" \
+    --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * tasks)) \
+    --ntasks-per-node="$tasks" "${options[@]}" \
     bash "$MEGALM_HOME/slurm/rank.sh" "$@" &
 step=$!
 # A signal for this shell alone (--signal=B:USR1@60) is meant for the ranks: srun passes this one on.
@@ -154,5 +172,9 @@ if [ "$code" -eq "$STOPPED_AND_SAVED" ] && may_start_again; then
         exit "$code"
     fi
     echo "megalm: stopped and saved; job $job cannot be queued again: submit the same line${bad:+ with --exclude=$bad}"
+fi
+# Jobs of a chain (megalm submit --chain) that wait have nothing to do after the run's end, and are refused as this one was.
+if [ -n "${MEGALM_CHAIN:-}" ] && { [ "$code" -eq 0 ] || [ "$code" -eq 2 ]; }; then
+    scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
 fi
 exit "$code"

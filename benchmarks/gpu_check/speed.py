@@ -106,7 +106,8 @@ def _measure(task: Task, setting: Setting, name: str, compiled: bool) -> Measure
     import torch
 
     from benchmarks.step_loops import LOOPS, free_memory
-    from benchmarks.step_profile import step_profile
+    from megalm.train.step_diagnostics import marked_step, step_profiler
+    from megalm.train.step_trace import StepTrace
 
     free_memory()
     start = time.perf_counter()
@@ -123,9 +124,11 @@ def _measure(task: Task, setting: Setting, name: str, compiled: bool) -> Measure
         step(number)
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if task.on_gpu else 0
-    profiled, kinds = step_profile(lambda: step(number + 1), setting.device)
+    with step_profiler() as profiler, marked_step(number + 1):
+        step(number + 1)
+    trace = StepTrace.of(profiler)
     title = f"{name}, {'compiled' if compiled else 'eager'}"
-    return Measured(title, statistics.median(seconds), first_seconds, peak, {"step": profiled, **kinds})
+    return Measured(title, statistics.median(seconds), first_seconds, peak, {"step": trace.seconds, **trace.kinds()})
 
 
 def _table_of_kinds(task: Task, found: list[Measured]) -> None:

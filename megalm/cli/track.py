@@ -1,17 +1,21 @@
-"""`megalm track` and `megalm report`: send run folders to MLflow, write a page about one."""
+"""`megalm track` and `megalm report`: send run folders to trackers, write a page about one."""
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 
 import typer
 
 from megalm.cli.find_run import find_run, read_watched
 from megalm.cli.options import Run
+from megalm.config.schema import TRACKERS
 from megalm.errors import ConfigError
 from megalm.tracking.mlflow_mirror import mirror_process
+from megalm.tracking.mlflow_mirror.sink import RUNNING
 from megalm.utils.terminal import echo
 
+Tracker = Enum("Tracker", {name: name for name in TRACKERS}, type=str)  # type: ignore[misc]
 app = typer.Typer(no_args_is_help=True)
 
 
@@ -23,17 +27,17 @@ def _group() -> None:
 @app.command()
 def sync(
     runs: list[str] = typer.Argument(help="Run folders, or runs' names under runs/."),
-    deadline_seconds: float = typer.Option(30.0, min=0.0, help="Retry for this long if the store is down."),
+    to: list[Tracker] = typer.Option([], help="A tracker; may be repeated. Default: those of the run."),
+    deadline_seconds: float = typer.Option(30.0, min=0.0, help="Retry for this long if a tracker is down."),
 ) -> None:
-    """Send the data of these runs that MLflow lacks; nothing is sent twice."""
+    """Send the data of these runs that a tracker lacks: MLflow, TensorBoard
+    or Weights & Biases. Nothing is sent twice.
+    """
     for run_dir in [find_run(run) for run in runs]:  # refuse a wrong name before anything is sent
-        sent = mirror_process.sync(run_dir, deadline_seconds)
-        echo(
-            f"{run_dir}: sent {sent.metrics} metric values and {sent.artifacts} files to {sent.tracking_uri}, "
-            f"run {sent.run_id}, {sent.status}"
-        )
-        if sent.status == "RUNNING":
-            echo(f"{run_dir}: metrics.jsonl has no end event, so MLflow shows the run as running")
+        for sink in mirror_process.sync_trackers(run_dir, [tracker.value for tracker in to], deadline_seconds):
+            echo(f"{run_dir}: sent {sink.outcome}")
+            if sink.state.status == RUNNING:
+                echo(f"{run_dir}: metrics.jsonl has no end event, so {sink.name} has the run as running")
 
 
 def report(

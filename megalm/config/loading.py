@@ -112,9 +112,13 @@ _OTHER_NAMES = {
     "tp": "parallel.tensor",
     "pp": "parallel.pipeline",
     "gc_freq": "train.gc_interval_steps",
+    "profile_step": "profile.steps",
+    "profile_step_start": "profile.steps",
     "manual_gc_interval": "train.gc_interval_steps",
     "torch_compile": "compile",
 }
+# Former key -> key, of configurations that runs have saved.
+_FORMER_KEYS = {"train.profile_step": "profile.steps"}
 _OTHER_NAMES_IN_JSON = ("batch_size", "micro_batch_size", "precision", "dtype", "zero", "zero_stage")
 
 
@@ -276,8 +280,22 @@ class ConfigLayers:
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"--config {path}: cannot be read as text ({error})") from None
             self._raw[path] = parse_yaml(text, origin)
-        leaves, problems = flatten(self._raw[path], RunConfig, origin, lambda key: _unknown_key(key, origin))
+        raw, former = _without_former_keys(self._raw[path])
+        leaves, problems = flatten(raw, RunConfig, origin, lambda key: _unknown_key(key, origin))
+        leaves = former | leaves
         return _Layer(origin, leaves, by_user, tuple(problems))
+
+
+def _without_former_keys(raw: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a file's content without former keys, and their values under the keys of today."""
+    leaves: dict[str, Any] = {}
+    for former, key in _FORMER_KEYS.items():
+        section, _, name = former.partition(".")
+        if isinstance(raw, dict) and isinstance(raw.get(section), dict) and name in raw[section]:
+            values = dict(raw[section])
+            leaves[key] = values.pop(name)
+            raw = {**raw, section: values}
+    return raw, leaves
 
 
 def load_run_config(config: str | None, overrides: Sequence[str]) -> LoadedConfig:
@@ -359,6 +377,15 @@ def _set(leaves: dict[str, Any], key: str, value: Any) -> None:
     if key in leaves and leaves[key] != value:
         raise ConfigError(f"{COMMAND_LINE}: {key} has two values, {shown(leaves[key])} and {shown(value)}; keep one")
     leaves[key] = value
+
+
+def parse_override(override: str) -> dict[str, Any]:
+    """Dotted key -> value of one `key=value`; a whole section has several.
+
+    Raises:
+        ConfigError: it is not key=value, the key is unknown, or the value is not YAML.
+    """
+    return dict(_parse_override(override))
 
 
 def _parse_override(override: str) -> Iterator[tuple[str, Any]]:

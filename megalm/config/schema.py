@@ -11,12 +11,15 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from megalm.rank_environment import expand_job_fields
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 # A file, a folder or a prefix; `~` is the home folder.
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+JobText = Annotated[str, AfterValidator(expand_job_fields)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
@@ -85,7 +88,10 @@ StepConvention = Literal["standard", "deepspeed"]
 
 
 class RunSection(Section):
-    name: str | None = Field(default=None, description="folder under run.root; null: the next free PRESET-001")
+    name: JobText | None = Field(
+        default=None,
+        description="folder under run.root; null: the next free PRESET-001; %a: index in a Slurm array, %x: job's name",
+    )
     root: UserPath = Field(default="runs", description="folder of the run folders and of the default MLflow store")
 
 
@@ -256,6 +262,10 @@ class TrainSection(Section):
         default=None,
         description="save and exit with code 75 before this time has passed, e.g. 4h or 1h30m; null: Slurm's limit",
     )
+    start_timeout_seconds: PositiveFloat | None = Field(
+        default=900.0,
+        description="fail if a rank has not started by then, or is silent so long before step 1; null: wait",
+    )
     hang_timeout_seconds: PositiveFloat | None = Field(
         default=1800.0, description="after this time without progress, write all ranks' stacks and fail; null: wait"
     )
@@ -272,9 +282,6 @@ class TrainSection(Section):
         default=None,
         description="tokens whose logits are held at once; null: 1024 on a CPU, up to 8192 on a GPU, by its memory",
     )
-    profile_step: PositiveInt | None = Field(
-        default=None, description="write a profile of this step to profile/ of the run folder"
-    )
     count_traffic: bool = Field(
         default=False, description="count bytes and calls between ranks in the first steps: event traffic"
     )
@@ -286,6 +293,13 @@ class TrainSection(Section):
     )
 
 
+class ProfileSection(Section):
+    steps: str | PositiveInt | None = Field(
+        default=None,
+        description="profile these steps, FIRST:LAST, to profile/ of the run folder: traces, and where the time goes",
+    )
+
+
 class ParallelSection(Section):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
@@ -293,6 +307,11 @@ class ParallelSection(Section):
     balance: Literal["parameters", "time"] = Field(
         default="parameters",
         description="pipeline stages have equal parameters, or equal times, measured at the start",
+    )
+    overlap_tensor_communication: bool | Literal["auto"] = Field(
+        default="auto",
+        description="a tensor group communicates one chunk of a micro-batch while it multiplies the next; auto: on a "
+        "GPU with enough tokens, not on a CPU",
     )
 
 
@@ -372,7 +391,13 @@ class ResumeSection(Section):
 
 class TrackingSection(Section):
     mlflow: bool = True
-    experiment: str = "megalm"
+    tensorboard: bool = Field(default=False, description="write event files to tensorboard/ of the run folder")
+    wandb: bool = Field(default=False, description="send the run to Weights & Biases; WANDB_MODE=offline keeps it here")
+    experiment: str = Field(default="megalm", description="of MLflow; the project of Weights & Biases")
+    sweep: str | None = Field(default=None, description="the sweep of the run (`megalm sweep`), its parent in MLflow")
+
+
+TRACKERS = ("mlflow", "tensorboard", "wandb")  # keys of `tracking`
 
 
 class SlurmSection(Section):
@@ -397,6 +422,7 @@ class RunConfig(Section):
     batch: BatchSection = BatchSection()
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection = TrainSection()
+    profile: ProfileSection = ProfileSection()
     parallel: ParallelSection = ParallelSection()
     precision: PrecisionSection = PrecisionSection()
     evaluate: EvaluateSection = EvaluateSection()

@@ -282,7 +282,7 @@ class EngineBase:
         for name, parameter in parameters.items():  # DeepSpeed counts marked parameters in the gradient norm
             parameter.tensor_model_parallel = shards[name].is_owner  # type: ignore[attr-defined]
         wanted = run.diagnostics
-        is_measured = wanted.phase_times or wanted.profile_step is not None
+        is_measured = wanted.phase_times or wanted.profile_steps is not None
         self._phases = PhaseClock(context.device, wanted.phase_times) if is_measured else None
         offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}
         self._swap_folder: SwapFolder | None = None

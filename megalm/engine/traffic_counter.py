@@ -1,7 +1,7 @@
 """Counts the collectives of a process: megalm's and DeepSpeed's, which all go through torch.distributed's functions.
 
 Those functions are wrapped before DeepSpeed takes them over. A wrapper passes everything on; it counts only between
-`start` and `stop`. Without a counter nothing is wrapped.
+`start` and `stop`, where a profiler that records sees it under its axis. Without a counter nothing is wrapped.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
-from megalm.engine.interface import Traffic
+from megalm.engine.interface import PROFILED_COMMUNICATION, Traffic
 from megalm.parallel.process_groups import ParallelGroups
 
 # Function -> its name here, and the argument that is the whole message.
@@ -65,10 +67,12 @@ class TrafficCounter:
         self._counts = False
         self._lock = threading.Lock()  # on a GPU the backward pass has threads of its own
         self._inside = threading.local()
+        self._axis_of_work: WeakKeyDictionary[dist.Work, str] = WeakKeyDictionary()
 
     def install(self) -> None:
         """Wrap torch.distributed's functions; call before DeepSpeed's `init_distributed`."""
         wrap_collectives(lambda name, function: self._wrapped(function, *_COLLECTIVES[name]))
+        dist.Work.wait = self._marked(dist.Work.wait)  # type: ignore[method-assign]
 
     def name_groups(self, groups: ParallelGroups, control: dist.ProcessGroup) -> None:
         """Tell axes from each other: by their ranks, since DeepSpeed makes groups of its own."""
@@ -93,27 +97,43 @@ class TrafficCounter:
             # One function may be made of others: the outermost is the one that counts.
             if not self._counts or getattr(self._inside, "collective", False):
                 return function(*args, **options)
+            arguments = signature.bind(*args, **options).arguments
+            axis = self._axis(collective, arguments)
+            if axis is None:
+                return function(*args, **options)
             self._inside.collective = True
             try:
-                result = function(*args, **options)
+                with record_function(f"{PROFILED_COMMUNICATION}{axis} {collective}"):
+                    result = function(*args, **options)
             finally:
                 self._inside.collective = False
-            self._add(collective, message, signature.bind(*args, **options).arguments)
+            with self._lock:
+                self._calls[axis, collective] += 1
+                self._bytes[axis, collective] += _size(arguments[message])
+                if isinstance(result, dist.Work):
+                    self._axis_of_work[result] = axis
             return result
 
         return counted
 
-    def _add(self, collective: str, message: str, arguments: dict[str, Any]) -> None:
+    def _marked(self, wait: Callable[..., bool]) -> Callable[..., bool]:
+        """Mark the wait for a collective that the caller has let run: only there is seen what it costs."""
+
+        @functools.wraps(wait)
+        def marked(work: dist.Work, *args: Any, **options: Any) -> bool:
+            if not self._counts or getattr(self._inside, "collective", False):
+                return wait(work, *args, **options)
+            with record_function(f"{PROFILED_COMMUNICATION}{self._axis_of_work.get(work, 'other')} wait"):
+                return wait(work, *args, **options)
+
+        return marked
+
+    def _axis(self, collective: str, arguments: dict[str, Any]) -> str | None:
+        """Return the axis that a collective runs along; None for a group of a single rank."""
         group = arguments.get("group") or dist.group.WORLD
         ranks = tuple(dist.get_process_group_ranks(group))
         if len(ranks) < 2:
-            return
-        place = self._axis(group, ranks, collective, arguments), collective
-        with self._lock:
-            self._calls[place] += 1
-            self._bytes[place] += _size(arguments[message])
-
-    def _axis(self, group: Any, ranks: tuple[int, ...], collective: str, arguments: dict[str, Any]) -> str:
+            return None
         if group is self._control:
             return "control"
         peer = arguments.get("dst", arguments.get("src"))

@@ -20,8 +20,11 @@ from megalm.config.schema import DataSection, RunConfig
 from megalm.config.validation import leaf_fields
 from megalm.errors import ConfigError, MegalmError
 from megalm.planning.batch_size import BatchPlan, RunBatch, plan_batch
+from megalm.planning.diagnostics import profiled_steps
 from megalm.planning.engine_checks import DEEPSPEED_RULES, PARALLEL_RULES, CheckContext, Rule
 from megalm.planning.lr_schedule import ENDLESS
+from megalm.rank_environment import JOB_FIELDS
+from megalm.utils.process_setup import require_extra
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -112,6 +115,11 @@ def with_steps(case: CheckContext, global_batch: int, parameters: int) -> tuple[
 
 def run_name(case: CheckContext) -> None:
     name = case.config.run.name
+    for field, variable in JOB_FIELDS.items():
+        if name is not None and field in name:
+            raise ConfigError(
+                f"run.name={name}: {field} is of a Slurm job, and {variable} is not set; use megalm submit or sbatch"
+            )
     if name is not None and not _NAME.fullmatch(name):
         raise ConfigError(
             f"run.name={name!r} is not a folder name: use letters, digits, '.', '_' and '-'; run.root is the parent"
@@ -499,6 +507,17 @@ def wall_time_is_a_duration(case: CheckContext) -> None:
         wall_time_seconds(text)
 
 
+def profiled_steps_are_steps(case: CheckContext) -> None:
+    profiled_steps(case.config.profile.steps)
+
+
+def trackers_are_installed(case: CheckContext) -> None:
+    tracking = case.config.tracking
+    for name, wanted in (("tensorboard", tracking.tensorboard), ("wandb", tracking.wandb)):
+        if wanted:
+            require_extra(name, f"tracking.{name}=true")
+
+
 def guard_warms_up_in_its_window(case: CheckContext) -> None:
     guard = case.config.guard
     if guard.warmup_steps > guard.window:
@@ -564,6 +583,8 @@ RULES: tuple[Rule, ...] = (
     recipe_keeps_its_batch,
     *DEEPSPEED_RULES,
     wall_time_is_a_duration,
+    profiled_steps_are_steps,
+    trackers_are_installed,
     guard_warms_up_in_its_window,
     guard_limit_has_both_numbers,
     rollback_has_a_checkpoint,

@@ -5,8 +5,8 @@ Rows have `kind` and `time` (unix seconds), and by kind:
 - `train`: step, tokens, samples (number of the next one), loss, lr, grad_norm, loss_scale, tokens_per_second,
   step_seconds, mfu, memory_bytes (peak of rank 0), attempt; with wall_clock_breakdown also rank 0's forward_seconds,
   backward_seconds and update_seconds, and in a pipeline those of each other instruction (SendActivation_seconds)
-- `eval`: step, tokens, loss, perplexity, dataset, targets, whole (all samples of the sets), attempt (and bits_per_byte
-  if known)
+- `eval`: step, tokens, loss, perplexity, dataset, targets, whole (all samples of the sets), attempt (and if known
+  bits_per_byte, and loss_stderr, the standard error of the loss by the choice of the samples)
 - `event`: event = start | resume | checkpoint | spike | skip | rollback | signal | wall_time | early_stop | warning |
   expected | traffic | profile | straggler | repair | end, and its own fields:
   - `spike`: at_step, quantity, decided, loss, grad_norm, limit, median, first_sample
@@ -18,11 +18,12 @@ Rows have `kind` and `time` (unix seconds), and by kind:
   - `expected`: quantity, loss, low and high in the document that the run follows, met (whether loss is within them)
   - `traffic`: first_step, last_step, ranks, and traffic, a list of axis, collective, calls and bytes, added up over
     these steps and all ranks
-  - `profile`: path, profiled_step, flops_measured, flops_computed (of rank 0)
+  - `profile`: path, profiled_step and last_step, flops_measured, flops_computed (a step, of rank 0)
   - `straggler`, a rank that is slower than the others (train.slow_factor, train.slow_seconds): rank, host, device,
     quantity (compute or data), own_seconds and median_seconds (a step's; on a GPU compute is of a fixed product),
     lasted_seconds, temperature
-  - `end`: status = finished | failed | stopped (saved, asks to be restarted), exit_code
+  - `end`: status = finished | failed | stopped (saved, asks to be restarted), exit_code; of a failure its
+    reason, with the rank and node that failed first
 
 JSON has no NaN and no infinity, and parsers differ in what they accept. Such numbers are written as the strings "NaN",
 "Infinity" and "-Infinity"; `read_metrics` returns them as floats.
@@ -290,13 +291,10 @@ _COLUMNS: dict[str, _Kind] = {
     **dict.fromkeys(("signal", "dropped_bytes", "world_size", "rank"), _INTEGER),
     **dict.fromkeys(("time", "loss", "lr", "grad_norm", "loss_scale", "tokens_per_second", "step_seconds"), _NUMBER),
     **dict.fromkeys(("mfu", "perplexity", "bits_per_byte", "seconds", "stall_seconds", "startup_seconds"), _NUMBER),
-    **dict.fromkeys(
-        ("low", "high", "median", "best_loss", "own_seconds", "median_seconds", "lasted_seconds", "temperature"),
-        _NUMBER,
-    ),
-    **dict.fromkeys(
-        ("kind", "event", "dataset", "path", "text", "quantity", "decided", "why", "reason", "host", "device"), _TEXT
-    ),
+    **dict.fromkeys(("low", "high", "median", "best_loss", "loss_stderr", "own_seconds", "median_seconds"), _NUMBER),
+    **dict.fromkeys(("lasted_seconds", "temperature"), _NUMBER),
+    **dict.fromkeys(("kind", "event", "dataset", "path", "text", "quantity", "decided", "why", "reason"), _TEXT),
+    **dict.fromkeys(("host", "device"), _TEXT),
     **dict.fromkeys(("status", "report", "precision"), _TEXT),
     **dict.fromkeys(("whole", "met"), _FLAG),
     **dict.fromkeys(("pruned", "changed"), _LIST),

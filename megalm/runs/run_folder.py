@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from megalm.config.schema import RunSection
 from megalm.config.validation import parse_yaml
 from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
-from megalm.rank_environment import job_and_restarts
+from megalm.rank_environment import job_and_restarts, submit_options
 from megalm.runs.metrics_log import METRICS_FILE, read_newest_first
 from megalm.utils.addresses import hide_credentials_in_word
 from megalm.utils.atomic_files import is_stranger, write_bytes_atomically, write_json
@@ -37,6 +37,7 @@ CONFIG_FILE = "config.yaml"
 DEEPSPEED_GIVEN_FILE = "deepspeed.json"
 DEEPSPEED_FILE = "deepspeed.resolved.json"
 ENVIRONMENT_FILE = "environment.json"
+PROFILE_FOLDER = "profile"
 
 _FAILURE_FILE = re.compile(r"attempt-(\d+)\.txt")
 _STEM = "run"  # of runs without a name and a preset
@@ -107,7 +108,7 @@ class RunFolder:
     checkpoints = _Entry("checkpoints")
     samples = _Entry("samples")
     incidents = _Entry("incidents")
-    profile = _Entry("profile")  # of a step that the run was asked to measure
+    profile = _Entry(PROFILE_FOLDER)  # of steps that the run was asked to measure
     node_check = _Entry("node_check.json")  # of all nodes, at the last start on more than one
     bad_nodes = _Entry("bad_nodes.json")  # found by these checks
     request = _Entry("resume.json")  # the last attempt that resumed from a checkpoint
@@ -215,14 +216,24 @@ class ResumeCommand:
     Attributes:
         folder: the run folder.
         ranks: on this machine; passed to `deepspeed` if more than one.
+        submit: options of `megalm submit` for a job like the run's; None: no Slurm job trained it.
     """
 
     folder: Path
     ranks: int = 1
+    submit: Sequence[str] | None = None
+
+    @classmethod
+    def by_folder(cls, folder: Path) -> ResumeCommand:
+        """Return the command for a run by what its folder says of its last start."""
+        words = read_mapping(folder / ENVIRONMENT_FILE).get("submit")
+        return cls(folder, submit=[str(word) for word in words] if isinstance(words, list) else None)
 
     def shell(self, *words: str) -> str:
         """Return a shell command line that ends with `words` (`--resume auto`, `key=value`)."""
         launch = ["deepspeed", *(["--num_gpus", str(self.ranks)] if self.ranks > 1 else []), "launch/pretrain.py"]
+        if self.submit is not None:
+            launch = ["megalm", "submit", *self.submit, "--"]
         root = str(self.folder.parent)
         elsewhere = [] if root == RunSection().root else [f"run.root={root}"]
         return shlex.join([*launch, *elsewhere, f"run.name={self.folder.name}", *words])
@@ -243,6 +254,20 @@ def weights_only_error(checkpoint: Path) -> ConfigError:
     )
 
 
+def refuse_existing_run(folder: RunFolder, resume: bool) -> None:
+    """Refuse to start a named run in a folder that holds something else.
+
+    Raises:
+        ConfigError: the folder has an imported model, or another run and `resume` is not set.
+    """
+    path = folder.path
+    if (checkpoint := folder.imported) is not None:
+        raise weights_only_error(checkpoint)
+    if path.exists() and not resume and not folder.never_started:
+        resumable = "resume it with --resume auto, or " if complete_checkpoints(folder.checkpoints) else ""
+        raise ConfigError(f"run {path} exists; {resumable}choose another run.name")
+
+
 def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bool) -> RunFolder:
     """Find or create the folder of this run; called on rank 0 only.
 
@@ -260,11 +285,7 @@ def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bo
             return RunFolder(_next_free(root, preset or _STEM))
         path = root / name
         RunFolder(path).require_files()
-        if (checkpoint := RunFolder(path).imported) is not None:
-            raise weights_only_error(checkpoint)
-        if path.exists() and not resume and not RunFolder(path).never_started:
-            resumable = "resume it with --resume auto, or " if complete_checkpoints(path / "checkpoints") else ""
-            raise ConfigError(f"run {path} exists; {resumable}choose another run.name")
+        refuse_existing_run(RunFolder(path), resume)
         path.mkdir(exist_ok=True)
         return RunFolder(path)
     except OSError as error:
@@ -297,6 +318,7 @@ def environment() -> dict[str, Any]:
         "host": platform.node(),
         "job": job_and_restarts()[0],
         "command": command_line(),
+        "submit": submit_options(),
         "packages": {name: package_version(name) for name in _PACKAGES},
         "git": _git(),
     }

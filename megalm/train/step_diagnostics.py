@@ -1,35 +1,54 @@
-"""Measures single training steps where a run asks for it: a profile of one step, and the traffic of the first ones.
+"""Measures training steps where a run asks for it: a profile of some steps, and the traffic of the first ones.
 
-Nothing here changes a number of training. The profile of rank 0 goes to the run folder, traffic to metrics.jsonl.
+Nothing here changes a number of training. Profiles go to the run folder, traffic to metrics.jsonl.
 """
 
 from __future__ import annotations
 
-import logging
+import gzip
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from megalm.communicator import Communicator
-from megalm.engine.interface import PROFILED_PHASE, Traffic, TrafficMeter
+from megalm.engine.interface import PROFILED_COMMUNICATION, PROFILED_PHASE, Traffic, TrafficMeter
 from megalm.planning.diagnostics import TRAFFIC_STEPS, Diagnostics
+from megalm.train.step_trace import PROFILED_STEP, PartTime, StepTrace
 from megalm.utils.atomic_files import write_bytes_atomically, write_json
 from megalm.utils.formatting import format_bytes, table
 
-log = logging.getLogger(__name__)
-
 _OPERATORS = 40  # listed
+_WIDE = 200  # columns of a table in a file
 Event = Callable[..., None]
 Info = Callable[[str], None]
+
+
+def phase_of_step(name: str) -> AbstractContextManager[object]:
+    """Mark a phase outside the engine for a profile."""
+    return record_function(f"{PROFILED_PHASE}{name}")
+
+
+def step_profiler(shapes: bool = False) -> profile:
+    """Return torch's profiler of this process and its device, for `marked_step` and `StepTrace.of`."""
+    gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    return profile(activities=[ProfilerActivity.CPU, *gpu], record_shapes=shapes)
+
+
+@contextmanager
+def marked_step(step: int) -> Iterator[None]:
+    """Mark a step for a profile, from its begin until the device has done its work."""
+    with record_function(f"{PROFILED_STEP}{step}"):
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
 
 @dataclass
@@ -37,7 +56,7 @@ class StepDiagnostics:
     """The measurements of this attempt.
 
     Args:
-        folder: for profiles; used on rank 0.
+        folder: for profiles.
         traffic: counts on this rank.
         flops_per_step: of all ranks, by the model's formula.
     """
@@ -52,28 +71,40 @@ class StepDiagnostics:
     _counted: list[Traffic] = field(default_factory=list, init=False)
     _reported: bool = field(default=False, init=False)
     _profile: _Profile | None = field(default=None, init=False)
+    _is_profiled: bool = field(default=False, init=False)  # and written
 
     @contextmanager
     def observed(self, step: int) -> Iterator[None]:
-        """Measure the step inside, if it is one to be measured."""
+        """Measure the step inside, if it is one to be measured; all ranks begin a profile at once."""
         counts = self.wanted.count_traffic and not self._reported
-        profiles = step == self.wanted.profile_step and self._profile is None
-        if not counts and not profiles:
+        profiled = None if self._is_profiled else self._profile_of(step)
+        if not counts and profiled is None:
             yield
             return
         self.traffic.start()
-        if profiles and self.comm.is_main:
-            self._profile = _Profile(step, self.comm.size)
-            with self._profile.recording():
-                yield
-        else:
+        if profiled is None:
             yield
+        else:
+            with marked_step(step):
+                yield
+            profiled.steps.append(step)
         traffic = self.traffic.stop()
-        if self._profile is not None and self._profile.step == step:
-            self._profile.traffic = traffic
+        if profiled is not None:
+            profiled.traffic += traffic
         if counts and step not in self._window:  # a rollback repeats steps
             self._window.append(step)
             self._counted += traffic
+
+    def _profile_of(self, step: int) -> _Profile | None:
+        """Return the profile that a step belongs to, and begin it with its first step; None for other steps."""
+        wanted = self.wanted.profile_steps
+        if wanted is None:
+            return None
+        if self._profile is not None and not self._profile.is_followed_by(step):  # the run was rolled back
+            self._profile.stop()
+        elif step in wanted and self._profile is None:
+            self._profile = _Profile(self.comm)
+        return self._profile if self._profile is not None and self._profile.is_recording else None
 
     def report(self, step: int, event: Event, info: Info) -> None:
         """Write what is complete after `step`; collective.
@@ -82,8 +113,11 @@ class StepDiagnostics:
             event: writes an event to metrics.jsonl.
             info: prints a line.
         """
-        if self._profile is not None and not self._profile.is_written and self._profile.step == step:
-            self._write_profile(self._profile, event, info)
+        if self._profile is not None and not self._is_profiled:
+            wanted = self.wanted.profile_steps
+            if not self._profile.is_recording or wanted is None or step in (wanted[-1], self.last_step):
+                self._is_profiled = True
+                self._write_profile(self._profile, event, info)
         is_complete = len(self._window) == TRAFFIC_STEPS or step == self.last_step
         if self.wanted.count_traffic and not self._reported and self._window and is_complete:
             self._reported = True
@@ -108,19 +142,50 @@ class StepDiagnostics:
             info(line)
 
     def _write_profile(self, found: _Profile, event: Event, info: Info) -> None:
-        found.is_written = True
-        path = self.folder / f"step-{found.step:08d}"
-        try:
-            content = found.write(path, self.flops_per_step / self.comm.size, self.wanted.profile_operators)
-        except OSError as error:  # training is more important
-            info(f"WARNING: the profile of step {found.step} cannot be written to {self.folder}: {error}")
+        found.stop()
+        steps = found.steps
+        name = f"step-{steps[0]:08d}" if len(steps) == 1 else f"steps-{steps[0]:08d}-{steps[-1]:08d}"
+        stem = self.folder / name
+        parts, problem = _attempted(lambda: found.write_trace(Path(f"{stem}.rank-{self.comm.rank}.trace.json.gz")))
+        ranks: list[tuple[dict[str, PartTime] | None, str]] = self.comm.gather((parts, problem))
+        if not self.comm.is_main:
+            return
+        times = part_times([parts for parts, _ in ranks if parts is not None])
+        content = found.content(self.flops_per_step / self.comm.size, self.wanted.profile_operators, times)
+        text = _as_text(content)
+        _, own_problem = _attempted(lambda: _write_content(stem, content, text))
+        if problem := next((why for why in (own_problem, *(why for _, why in ranks)) if why), ""):
+            info(f"WARNING: a profile is not written to {self.folder}: {problem}")  # training is more important
+        if own_problem:
             return
         flops = {name: content[name] for name in ("flops_measured", "flops_computed")}
-        event("profile", path=f"{self.folder.name}/{path.name}.txt", profiled_step=found.step, **flops)
-        info(f"profile of step {found.step}: {path}.txt; open {path}.trace.json.gz in chrome://tracing or Perfetto")
+        place = {"path": f"{self.folder.name}/{name}.txt", "profiled_step": steps[0], "last_step": steps[-1]}
+        event("profile", **place, **flops)
+        for line in text.split("\n\n")[1].splitlines():
+            info(line)
+        info(f"profile: {stem}.txt; ui.perfetto.dev and chrome://tracing open {stem}.rank-*.trace.json.gz")
 
 
-_WIDE = 200  # columns of a table in a file
+def _attempted(work: Callable[[], Any]) -> tuple[Any, str]:
+    """Return the result, or the reason why a file cannot be written."""
+    try:
+        return work(), ""
+    except OSError as error:
+        return None, str(error)
+
+
+def part_times(ranks: Sequence[Mapping[str, PartTime]]) -> list[dict[str, Any]]:
+    """Return a row for each part of a step: seconds on average over the ranks, and of each rank."""
+    names = dict.fromkeys(name for parts in ranks for name in parts)
+    none, rows = PartTime(0.0), []
+    whole = sum(time.seconds for parts in ranks for time in parts.values())
+    for name in names:
+        times = [parts.get(name, none) for parts in ranks]
+        row: dict[str, Any] = {"part": name}
+        row |= {key: sum(getattr(time, key) for time in times) / len(times) for key in vars(none)}
+        row["share"] = sum(time.seconds for time in times) / whole if whole else 0.0
+        rows.append({**row, "rank_seconds": [time.seconds for time in times]})
+    return rows
 
 
 class _Recorded(Protocol):
@@ -135,69 +200,98 @@ class _Recorded(Protocol):
 
 
 class _Profile:
-    """One step of this rank under torch's profiler."""
+    """Consecutive steps of this rank under torch's profiler, which records from here on."""
 
-    def __init__(self, step: int, ranks: int) -> None:
-        self.step, self.ranks = step, ranks
+    def __init__(self, comm: Communicator) -> None:
+        self.steps: list[int] = []
         self.traffic: list[Traffic] = []
-        self.is_written = False
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
-        self._profiler = profile(activities=activities, record_shapes=True)
-        self._seconds = math.nan
+        self.is_recording = True
+        self._ranks = comm.size
+        self._profiler = step_profiler(shapes=comm.is_main)
+        self._profiler.start()
+        comm.barrier()  # a rank that starts to record sooner would wait for the others in its first step
+        self._trace: StepTrace | None = None
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        with self._profiler:
-            start = time.perf_counter()
-            yield
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self._seconds = time.perf_counter() - start
+    def is_followed_by(self, step: int) -> bool:
+        return not self.steps or step == self.steps[-1] + 1
 
-    def write(self, path: Path, flops_computed: float, operators: bool) -> dict[str, Any]:
-        """Write PATH.json, PATH.txt and PATH.trace.json.gz; return the content of the first."""
+    def stop(self) -> None:
+        if self.is_recording:
+            self.is_recording = False
+            self._profiler.stop()
+
+    def write_trace(self, path: Path) -> dict[str, PartTime]:
+        """Write the trace of this rank; return the time of each part of a step."""
+        trace = self._trace = StepTrace.of(self._profiler)
         path.parent.mkdir(exist_ok=True)
+        write_bytes_atomically(path, gzip.compress(trace.content, compresslevel=5))
+        return trace.parts()
+
+    def content(self, flops_computed: float, operators: bool, times: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what the JSON holds, all numbers for one step: on rank 0, the times on all ranks."""
+        trace, count = self._trace or StepTrace.of(self._profiler), len(self.steps)
         averages: list[_Recorded] = list(self._profiler.key_averages())
-        phases = {
-            it.key.removeprefix(PROFILED_PHASE): _times(it) for it in averages if it.key.startswith(PROFILED_PHASE)
-        }
+        ours = [it for it in averages if it.key.startswith(PROFILED_PHASE)]
         listed = sorted(
-            (it for it in averages if not it.key.startswith(PROFILED_PHASE)),
+            (it for it in averages if not it.key.startswith((PROFILED_PHASE, PROFILED_STEP.rstrip("#")))),
             key=lambda it: (it.self_device_time_total, it.self_cpu_time_total),
             reverse=True,
         )
-        content = {
-            "step": self.step,
+        return {
+            "step": self.steps[0],
+            "last_step": self.steps[-1],
             "rank": 0,
-            "ranks": self.ranks,
-            "seconds": self._seconds,
-            "flops_measured": measured_flops((it.name, it.input_shapes) for it in self._profiler.events()),
+            "ranks": self._ranks,
+            "seconds": trace.seconds,
+            "flops_measured": measured_flops((it.name, it.input_shapes) for it in self._profiler.events()) / count,
             "flops_computed": flops_computed,
-            "phases": phases,
-            "traffic": [part.as_json() for part in _summed(self.traffic)],
-            "operators": {it.key: _times(it, own=True) for it in listed} if operators else {},
+            "times": times,
+            "kinds": trace.kinds(),
+            "phases": {
+                it.key.removeprefix(PROFILED_PHASE): _times(it, count)
+                for it in ours
+                if not it.key.startswith(PROFILED_COMMUNICATION)
+            },
+            "traffic": [
+                part.as_json() | {"calls": part.calls / count, "bytes": part.bytes / count}
+                for part in _summed(self.traffic)
+            ],
+            "operators": {it.key: _times(it, count, own=True) for it in listed} if operators else {},
         }
-        self._profiler.export_chrome_trace(f"{path}.trace.json.gz")
-        write_json(path.with_suffix(".json"), content)
-        write_bytes_atomically(path.with_suffix(".txt"), _as_text(content).encode())
-        return content
 
 
-def _times(recorded: _Recorded, own: bool = False) -> dict[str, float]:
+def _write_content(stem: Path, content: Mapping[str, Any], text: str) -> None:
+    stem.parent.mkdir(exist_ok=True)
+    write_json(Path(f"{stem}.json"), content)
+    write_bytes_atomically(Path(f"{stem}.txt"), text.encode())
+
+
+def _times(recorded: _Recorded, steps: int, own: bool = False) -> dict[str, float]:
     """Seconds on the CPU and on the device; own: without the operators that it calls."""
     cpu = recorded.self_cpu_time_total if own else recorded.cpu_time_total
     device = recorded.self_device_time_total if own else recorded.device_time_total
-    return {"calls": recorded.count, "cpu_seconds": cpu / 1e6, "device_seconds": device / 1e6}
+    return {
+        "calls": recorded.count / steps,
+        "cpu_seconds": cpu / 1e6 / steps,
+        "device_seconds": device / 1e6 / steps,
+    }
 
 
 def _as_text(content: Mapping[str, Any]) -> str:
     seconds, measured, computed = (content[name] for name in ("seconds", "flops_measured", "flops_computed"))
+    steps = f"step {content['step']}"
+    if content["last_step"] != content["step"]:
+        steps = f"steps {content['step']} to {content['last_step']}, numbers for one of them"
     parts = [
-        f"step {content['step']}, rank 0 of {content['ranks']}: {seconds:.4f} s with the profiler on",
+        f"{steps}; rank 0 of {content['ranks']}: {seconds:.4f} s with the profiler on\n"
         f"FLOPs of this rank: {measured:.4e} measured in matrix products and attention, {computed:.4e} by the model's "
         f"formula; {measured / seconds / 1e12:.3f} TFLOP/s",
+        times_table(content["times"]),
+        table(
+            ["kind of work", "seconds", "share"],
+            [[kind, f"{spent:.6f}", f"{spent / seconds:.1%}"] for kind, spent in content["kinds"].items() if spent],
+            _WIDE,
+        ),
     ]
     for title, own in (("phases", "whole"), ("operators", "own")):
         rows = [
@@ -210,6 +304,27 @@ def _as_text(content: Mapping[str, Any]) -> str:
     if rows:
         parts.append(table(["axis", "collective", "calls", "bytes"], rows, _WIDE))
     return "\n\n".join(parts) + "\n"
+
+
+def times_table(times: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of a step's parts; with a GPU also where the host stands meanwhile."""
+    several = any(len(row["rank_seconds"]) > 1 for row in times)
+    on_device = any(row["seconds"] != row["host_seconds"] for row in times)
+    headings = ["where a step's time goes", "ms", "share"]
+    headings += ["host ms", "hidden ms"] if on_device else []
+    headings += ["most ms", "on rank"] if several else []
+    rows = []
+    for row in times:
+        cells = [row["part"], f"{1e3 * row['seconds']:9.2f}", f"{row['share']:6.1%}"]
+        if on_device:
+            cells += [f"{1e3 * row['host_seconds']:9.2f}", f"{1e3 * row['hidden_seconds']:9.2f}"]
+        if several:
+            most = max(row["rank_seconds"])
+            cells += [f"{1e3 * most:9.2f}", str(row["rank_seconds"].index(most))]
+        rows.append(cells)
+    total = sum(row["seconds"] for row in times)
+    rows.append(["the whole step", f"{1e3 * total:9.2f}", "100.0%", *[""] * (len(headings) - 3)])
+    return table(headings, rows, _WIDE)
 
 
 def measured_flops(operators: Iterable[tuple[str, Sequence[Any]]]) -> int:

@@ -10,7 +10,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,7 +36,7 @@ from megalm.train.resume.training_progress import TrainingProgress
 from megalm.train.run_checkpointer import RunCheckpointer
 from megalm.train.spikes.spike_guard import SpikeGuard, Verdict
 from megalm.train.spikes.spike_report import SpikeReport, SpikeReportWriter
-from megalm.train.step_diagnostics import StepDiagnostics
+from megalm.train.step_diagnostics import StepDiagnostics, phase_of_step
 from megalm.train.text_samples import SampleWriter
 from megalm.utils.formatting import format_clock
 
@@ -141,6 +141,7 @@ class MetricsRecorder:
                 step=position.step,
                 tokens=position.tokens,
                 loss=result.loss,
+                loss_stderr=result.stderr,
                 perplexity=result.perplexity,
                 bits_per_byte=result.bits_per_byte,
                 dataset=result.dataset,
@@ -229,18 +230,26 @@ class Trainer:
         return EXIT_DONE
 
     def _train_step(self) -> bool:
-        """Train one step; return False if the guard rolled the run back instead."""
+        """Train one step, measured if it is one to be measured; return False if the guard rolled the run back."""
+        diagnostics, step = self.parts.diagnostics, self.position.step + 1
+        if diagnostics is None:
+            return self._run_step(step)
+        with diagnostics.observed(step):
+            is_trained = self._run_step(step)
+        diagnostics.report(step, self.event, self.parts.reporter.info)
+        return is_trained
+
+    def _run_step(self, step: int) -> bool:
         parts, position = self.parts, self.position
-        step = position.step + 1
         rate = rate_at(position.schedule.segments, step)
         watch = parts.stragglers
         if watch is not None:
             watch.begin_step()
         start = time.perf_counter()
-        batch = parts.batches.batch(position.samples)
+        with self._phase("data"):
+            batch = parts.batches.batch(position.samples)
         data_seconds = time.perf_counter() - start
-        with nullcontext() if parts.diagnostics is None else parts.diagnostics.observed(step):
-            result = parts.engine.train_step(batch, step, rate)
+        result = parts.engine.train_step(batch, step, rate)
         seconds = time.perf_counter() - start
         if watch is not None:
             watch.end_step(seconds, data_seconds)
@@ -253,14 +262,17 @@ class Trainer:
             if verdict.action == "stop":
                 self._stop_at(verdict, result, report)
         self._advance()
-        self.record.step(self.position, result, rate, seconds)
-        if parts.diagnostics is not None:
-            parts.diagnostics.report(step, self.event, parts.reporter.info)
+        with self._phase("logging"):
+            self.record.step(self.position, result, rate, seconds)
         if watch is not None:
             for straggler in watch.exchange(step):
                 self.event("straggler", **straggler.fields())
                 parts.reporter.info(f"WARNING: {straggler}")
         return True
+
+    def _phase(self, name: str) -> AbstractContextManager[object]:
+        """Mark a phase of the step where a profile may see it."""
+        return nullcontext() if self.parts.diagnostics is None else phase_of_step(name)
 
     def _advance(self) -> None:
         parts, position = self.parts, self.position
@@ -433,7 +445,7 @@ class Trainer:
         """Return whether to stop: any rank's signal or time limit makes all ranks save the same step and leave."""
         parts = self.parts
         number, late, lost = parts.comm.max(
-            [float(parts.stop.signal or 0), float(parts.limits.boundary()), self._lost_folder()]
+            [float(parts.stop.signal or 0), float(parts.limits.boundary(self.position.step)), self._lost_folder()]
         )
         if lost:
             self._leave_folder()

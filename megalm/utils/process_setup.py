@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
 import os
 import resource
@@ -66,6 +67,22 @@ def keep_standard_streams() -> None:
             line_buffering=stdout.line_buffering,
             write_through=stdout.write_through,
         )
+
+
+def require_extra(package: str, wanted_by: str = "") -> None:
+    """Check that a package is there which setup.py has as an extra of the same name.
+
+    Args:
+        wanted_by: the setting that needs it, for the message.
+
+    Raises:
+        ConfigError: it is missing; the message has the command that installs it.
+    """
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        wanted = f"{wanted_by} needs {package}, which" if wanted_by else package
+        raise ConfigError(f"{wanted} is not installed; run pip install -e '.[{package}]' in megalm's folder") from None
 
 
 def require_system() -> None:

@@ -52,15 +52,20 @@ class Lab:
 
     Args:
         stream: how the residual stream lies on the group: whole, or this rank's slice of the sequence.
+        chunks: of the tokens whose communication and products run at the same time.
+
+    Attributes:
+        batch: number of samples.
     """
 
-    def __init__(self, group: AxisGroup, sequence: bool) -> None:
-        self.group, self.sequence = group, sequence
+    def __init__(self, group: AxisGroup, sequence: bool, chunks: int = 1) -> None:
+        self.group, self.sequence, self.chunks = group, sequence, chunks
+        self.batch = BATCH
         self.use(float8=False)
 
     def use(self, float8: bool) -> None:
         self.dense = LayerFactory(CLOCK, float8=float8)
-        self.sharded: LayerFactory = TensorLayers(CLOCK, self.group, self.sequence, float8=float8)
+        self.sharded: LayerFactory = TensorLayers(CLOCK, self.group, self.sequence, float8=float8, chunks=self.chunks)
 
     def stream(self, whole: Tensor) -> Tensor:
         if not self.sequence:
@@ -89,7 +94,8 @@ class Lab:
     def compare(self, make: Callable[[LayerFactory], nn.Module], sizes: ModelConfig, *rest: Any) -> dict[str, float]:
         """A module from the stream to the stream: differences of output, input gradient and parameter gradients."""
         dense, sharded = self.twins(make, sizes)
-        hidden, outer = (torch.randn(BATCH, LENGTH, HIDDEN, generator=seeded(name)) for name in ("hidden", "outer"))
+        size = self.batch, LENGTH, HIDDEN
+        hidden, outer = (torch.randn(size, generator=seeded(name)) for name in ("hidden", "outer"))
         whole, part = hidden.clone().requires_grad_(), self.stream(hidden).clone().requires_grad_()
         expected, found = dense(whole, *rest), sharded(part, *rest)
         expected.backward(outer)
@@ -120,6 +126,12 @@ def _attention(lab: Lab, style: str, key_value_heads: int) -> dict[str, float]:
 def _mlp(lab: Lab, style: str) -> dict[str, float]:
     sizes = shape(style, 4)
     return lab.compare(lambda layers: MLP(sizes, layers), sizes)
+
+
+def _mlp_of_one_sample(lab: Lab, style: str) -> dict[str, float]:
+    """Its positions are divided, and so lie apart in the whole sequence."""
+    lab.batch = 1
+    return _mlp(lab, style)
 
 
 class _Columns(nn.Module):
@@ -245,6 +257,8 @@ CHECKS: dict[str, Callable[[Lab], dict[str, float]]] = {
         for style, heads in (("gpt2", 4), ("llama", 4), ("llama", 2), ("llama", 1))
     },
     **{f"mlp {style}": lambda lab, style=style: _mlp(lab, style) for style in ("gpt2", "llama")},
+    "mlp gpt2, one sample": lambda lab: _mlp_of_one_sample(lab, "gpt2"),
+    "mlp llama, one sample": lambda lab: _mlp_of_one_sample(lab, "llama"),
     "float8 columns": _float8_columns,
     "float8 mlp": _float8_mlp,
     "float8 training": _float8_training,
@@ -260,24 +274,38 @@ CHECKS: dict[str, Callable[[Lab], dict[str, float]]] = {
 }
 
 
-def _run_checks(comm: Any, device: torch.device) -> dict[tuple[str, bool], dict[str, float]]:
+# Three samples in two chunks, or the positions of one sample: these checks have layers that communicate in chunks.
+IN_CHUNKS = [name for name in CHECKS if not name.startswith(("embedding", "loss", "float8 training"))]
+CHUNKS = 2
+Check = tuple[str, bool, int]
+ALL_CHECKS: list[Check] = [
+    (name, sequence, chunks)
+    for chunks in (1, CHUNKS)
+    for sequence in (False, True)
+    for name in (CHECKS if chunks == 1 else IN_CHUNKS)
+]
+
+
+def _run_checks(comm: Any, device: torch.device) -> dict[Check, dict[str, float]]:
     groups = make_groups(Topology(comm.size, tensor=comm.size), comm.rank, comm.timeout)
     return {
-        (name, sequence): check(Lab(groups.tensor, sequence))
-        for name, check in CHECKS.items()
-        for sequence in (False, True)
+        (name, sequence, chunks): CHECKS[name](Lab(groups.tensor, sequence, chunks))
+        for name, sequence, chunks in ALL_CHECKS
     }
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[int, list[dict[tuple[str, bool], dict[str, float]]]]:
+def results() -> dict[int, list[dict[Check, dict[str, float]]]]:
     return {size: run_ranks(size, _run_checks) for size in (2, 4)}
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("sequence", [False, True], ids=["whole", "in slices"])
-@pytest.mark.parametrize("name", list(CHECKS))
-def test_sharded_equals_dense(results: dict[int, Any], name: str, sequence: bool, size: int) -> None:
+@pytest.mark.parametrize(
+    "check",
+    ALL_CHECKS,
+    ids=lambda check: f"{check[0]}, {'in slices' if check[1] else 'whole'}, {check[2]} chunks",
+)
+def test_sharded_equals_dense(results: dict[int, Any], check: Check, size: int) -> None:
     for rank, found in enumerate(results[size]):
-        for what, value in found[name, sequence].items():
-            assert value < TOLERANCES.get(name, TOLERANCE), (rank, what, value)
+        for what, value in found[check].items():
+            assert value < TOLERANCES.get(check[0], TOLERANCE), (rank, what, value)

@@ -38,6 +38,11 @@ def _traffic(listed: list[dict[str, Any]]) -> dict[tuple[str, str], int]:
     return {(it["axis"], it["collective"]): it["bytes"] for it in listed}
 
 
+def _times(profile: dict[str, Any]) -> dict[str, float]:
+    """Seconds by part of a step."""
+    return {it["part"]: it["seconds"] for it in profile["times"]}
+
+
 def _event(folder: Path, name: str) -> dict[str, Any]:
     (event,) = (row for row in rows(folder) if row.get("event") == name)
     return event
@@ -65,12 +70,18 @@ def test_a_measured_run_is_the_same_run_and_its_traffic_is_the_documented_one(
 
     # Matrix products and attention, counted as they ran, are about the model's formula.
     assert 0.9 < profile["flops_measured"] / profile["flops_computed"] < 1.2
-    assert profile["phases"].keys() == {"forward", "backward", "update"}
+    assert profile["phases"].keys() == {"data", "forward", "backward", "update", "logging"}
     assert profile["phases"]["forward"]["calls"] == ACCUMULATED
     assert profile["operators"]["aten::mm"]["calls"] > 0
     assert "aten::mm" in (folder / "profile" / f"step-{STEP:08d}.txt").read_text()
-    trace = json.loads(gzip.decompress((folder / "profile" / f"step-{STEP:08d}.trace.json.gz").read_bytes()))
-    assert any(it.get("name") == "aten::mm" for it in trace["traceEvents"])
+    for rank in range(RANKS):
+        file = folder / "profile" / f"step-{STEP:08d}.rank-{rank}.trace.json.gz"
+        events = {it.get("name") for it in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]}
+        assert {"aten::mm", f"ProfilerStep#{STEP}"} <= events
+    times = _times(profile)
+    assert {"data", "forward", "backward", "optimizer", "communication: data", "logging"} <= times.keys()
+    assert sum(times.values()) == pytest.approx(profile["seconds"], rel=0.2), "of all ranks, and of rank 0"
+    assert "communication: data" in (folder / "report.html").read_text()
     assert (folder / _event(measured, "profile")["path"]).is_file()
     assert "all_gather" in (folder / "log.txt").read_text()
 
@@ -109,7 +120,7 @@ def test_traffic_of_the_other_stages(
 
 def test_a_pipeline_is_measured_too(small_data: SmallData, tmp_path: Path) -> None:
     """DeepSpeed's own timers end such a run in its first step."""
-    words = ("parallel.pipeline=2", f"train.profile_step={STEP}", "train.count_traffic=true")
+    words = ("parallel.pipeline=2", f"profile.steps={STEP}:{STEP + 1}", "train.count_traffic=true")
     measured = _train(tmp_path / "measured", small_data, *words, base="pipeline.json", wall_clock_breakdown=True)
     traffic = _traffic(_event(measured, "traffic")["traffic"])
     micro_batches = RANKS * ACCUMULATED  # one data-parallel rank has all of them
@@ -118,5 +129,9 @@ def test_a_pipeline_is_measured_too(small_data: SmallData, tmp_path: Path) -> No
     assert 0 <= traffic["pipeline", "send"] - 2 * hidden * micro_batches * STEPS < 5000, "and its shape, once"
     row = train_rows(measured)[-1]
     assert 0 < row["forward_seconds"] + row["backward_seconds"] + row["update_seconds"] < row["step_seconds"]
-    profile = json.loads((run_folder(measured) / "profile" / f"step-{STEP:08d}.json").read_text())
+    name = f"steps-{STEP:08d}-{STEP + 1:08d}.json"
+    profile = json.loads((run_folder(measured) / "profile" / name).read_text())
     assert {"forward", "backward", "update", "SendActivation"} <= profile["phases"].keys()
+    times = _times(profile)
+    assert min(times[part] for part in ("forward", "backward", "optimizer", "communication: pipeline")) > 0
+    assert "communication: tensor" not in times

@@ -66,8 +66,8 @@ _OPTIMIZER_LEVEL = "DeepSpeed 0.19.8 ignores it beside optimizer.params"
 
 UNSUPPORTED: dict[str, UnsupportedKey] = {
     # Inert sections and keys.
-    "tensorboard": _METRICS,
-    "wandb": _METRICS,
+    "tensorboard": _inert("megalm writes event files itself", "tracking.tensorboard=true in the run YAML"),
+    "wandb": _inert("megalm sends the run itself", "tracking.wandb=true in the run YAML"),
     "csv_monitor": _METRICS,
     "comet": _METRICS,
     "monitor_config": _METRICS,
@@ -243,7 +243,8 @@ _NEOX_KEYS: dict[str, str] = {
     "seq_length": "data.sequence_length",
     "split": "data.split",
     "synchronize_each_layer": "",
-    "tensorboard_dir": "tracking.mlflow",
+    "tensorboard_dir": "tracking.tensorboard",
+    "wandb_project": "tracking.wandb",
     "tokenizer_type": "data.tokenizer",
     "train_data_paths": "data.train",
     "train_iters": "train.steps",

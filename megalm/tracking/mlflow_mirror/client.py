@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import hashlib
 import logging
 import os
 import sqlite3
@@ -11,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from megalm.tracking.mlflow_mirror.sync_state import RUNNING, MetricValue
+from megalm.tracking.mlflow_mirror.run_facts import KEY_TAG, PARENT_TAG, SWEEP_TAG
+from megalm.tracking.mlflow_mirror.sink import FINISHED, RUNNING
+from megalm.tracking.mlflow_mirror.sync_state import MetricValue
 from megalm.utils.file_lock import take_lock
 
 # Make requests to a dead server fail within seconds: the mirror's own loop does the waiting. User settings are kept.
@@ -34,6 +37,7 @@ logging.getLogger("urllib3").setLevel(logging.ERROR)
 # MLflow's limit of parameters or tags in one request.
 _BATCH_NAMES = 100
 _ARTIFACTS = "mlartifacts"
+_KEY_OF_SWEEP = "sweep-"  # opens the key of a sweep's own run
 
 
 class MlflowStore:
@@ -69,10 +73,10 @@ class MlflowStore:
     def create_run(self, experiment: str, name: str, key: str, start_ms: int) -> str:
         """Create a run, or find the one that was created with this key; return its id."""
         experiment_id = self._experiment_id(experiment)
-        found = self._client.search_runs([experiment_id], f"tags.`megalm.key` = '{key}'", max_results=1)
+        found = self._client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
         if found:
             return str(found[0].info.run_id)
-        facts = {"megalm.key": key, "mlflow.source.name": "megalm", "mlflow.user": _user()}
+        facts = {KEY_TAG: key, "mlflow.source.name": "megalm", "mlflow.user": _user()}
         run = self._client.create_run(experiment_id, start_time=start_ms, tags=facts, run_name=name)
         return str(run.info.run_id)
 
@@ -90,6 +94,9 @@ class MlflowStore:
         self.set_tags(run_id, {f"changed.{name}"[:250]: value for name, value in changed.items()})
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags; that of a sweep makes the run a child of the sweep's run."""
+        if SWEEP_TAG in tags and PARENT_TAG not in tags:
+            tags = {**tags, PARENT_TAG: self._run_of_sweep(run_id, tags[SWEEP_TAG])}
         items = [RunTag(name, value) for name, value in tags.items()]
         for start in range(0, len(items), _BATCH_NAMES):
             self._client.log_batch(run_id, tags=items[start : start + _BATCH_NAMES], synchronous=True)
@@ -102,11 +109,40 @@ class MlflowStore:
         place = self._client.get_run(run_id).info.artifact_uri
         get_artifact_repository(place).log_artifact(str(file), folder)
 
+    def rename(self, run_id: str, name: str) -> None:
+        self._client.update_run(run_id, name=name)
+
     def set_status(self, run_id: str, status: str, end_ms: int | None) -> None:
         if status == RUNNING:
             self._client.update_run(run_id, status=RUNNING)
         else:
             self._client.set_terminated(run_id, status, end_ms)
+        self._update_sweep(run_id)
+
+    def _run_of_sweep(self, run_id: str, sweep: str) -> str:
+        """Return the run of a sweep in the experiment of one of its runs; the first of them creates it."""
+        info = self._client.get_run(run_id).info
+        experiment = self._client.get_experiment(info.experiment_id).name
+        key = f"{_KEY_OF_SWEEP}{hashlib.sha256(sweep.encode()).hexdigest()[:32]}"
+        with take_lock(self._root / "mlflow.db.lock"):  # runs of an array begin together
+            parent = self.create_run(experiment, Path(sweep).name, key, info.start_time)
+            self._client.set_tag(parent, SWEEP_TAG, sweep)
+            self._client.update_run(parent, status=RUNNING)
+        return parent
+
+    def _update_sweep(self, run_id: str) -> None:
+        """End the run of a sweep where none of its runs is training."""
+        run = self._client.get_run(run_id)
+        parent = run.data.tags.get(PARENT_TAG)
+        if SWEEP_TAG not in run.data.tags or parent is None:
+            return
+        if not self._client.get_run(parent).data.tags.get(KEY_TAG, "").startswith(_KEY_OF_SWEEP):
+            return  # a child of another run of the sweep
+        children = f"tags.`{PARENT_TAG}` = '{parent}' and attributes.status = '{RUNNING}'"
+        if self._client.search_runs([run.info.experiment_id], children, max_results=1):
+            self._client.update_run(parent, status=RUNNING)
+        else:
+            self._client.set_terminated(parent, FINISHED)
 
     def _experiment_id(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)

@@ -1,7 +1,7 @@
-"""The mirror: a process that reads metrics.jsonl and feeds MLflow, so that MLflow never delays a training step.
+"""The mirror: a process that reads metrics.jsonl and feeds trackers, so that none ever delays a training step.
 
-The training process calls `start_mirror` and `MirrorHandle.finish`; `megalm track sync` calls `sync`. Both use
-`MlflowSync` (sync.py). This module imports nothing heavy: only the mirror process loads MLflow.
+The training process calls `start_mirror` and `MirrorHandle.finish`; `megalm track sync` calls `sync`. Both drive one
+`Feed` (sink.py) for each tracker. This module imports nothing heavy: only the mirror process loads MLflow.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -26,11 +27,13 @@ import psutil
 from megalm.errors import EXIT_FAILED, ConfigError, MegalmError
 from megalm.runs.metrics_log import METRICS_FILE
 from megalm.tracking.mlflow_mirror import run_facts
-from megalm.tracking.mlflow_mirror.sync import MlflowSync, Sent
+from megalm.tracking.mlflow_mirror.mlflow_sink import MlflowSink, Sent
+from megalm.tracking.mlflow_mirror.sink import Feed, Sink
 from megalm.utils.addresses import hide_credentials
 from megalm.utils.child_process import child_command, child_environment
 from megalm.utils.file_lock import HeldLock, take_lock
 from megalm.utils.formatting import printable
+from megalm.utils.process_setup import require_extra
 from megalm.utils.stop_signals import STOP_SIGNALS
 
 _MODULE = "megalm.tracking.mlflow_mirror.mirror_process"
@@ -97,10 +100,23 @@ def sync(run_dir: str | os.PathLike[str], deadline_seconds: float = 30.0) -> Sen
         MegalmError: the store could not be reached within the deadline.
     """
     run_dir = Path(run_dir)
+    (sink,) = sync_trackers(run_dir, ("mlflow",), deadline_seconds)
+    assert isinstance(sink, MlflowSink)
+    return sink.sent
+
+
+def sync_trackers(
+    run_dir: str | os.PathLike[str], trackers: Sequence[str] = (), deadline_seconds: float = 30.0
+) -> list[Sink]:
+    """As `sync`, to several trackers; where none is named to those of the run's settings, and to MLflow without any."""
+    run_dir = Path(run_dir)
     if run_dir.is_dir() and not (run_dir / METRICS_FILE).is_file():  # any other folder would become an MLflow run
         raise ConfigError(f"{run_dir}: has no {METRICS_FILE}, so no run has trained there; name a run under run.root")
     with _only_mirror(run_dir, wait_seconds=0.0):
-        return _deliver_until(MlflowSync(run_dir), time.monotonic() + deadline_seconds)
+        names = tuple(trackers) or run_facts.trackers(run_dir) or ("mlflow",)
+        sinks = [open_sink(name, run_dir) for name in names]
+        _deliver_rest([Feed(sink, run_dir) for sink in sinks], time.monotonic() + deadline_seconds)
+    return sinks
 
 
 def follow(run_dir: Path, parent: ParentWatch, since: float = 0.0) -> None:
@@ -110,19 +126,75 @@ def follow(run_dir: Path, parent: ParentWatch, since: float = 0.0) -> None:
         MegalmError: something was not sent within the deadline after the parent's end.
     """
     with _only_mirror(run_dir, wait_seconds=_DEADLINE_SECONDS):
-        delivery, failures = MlflowSync(run_dir, since), 0
-        while not parent.ended.is_set():
-            try:
-                delivery.deliver()
-                failures = 0
-                if delivery.run_has_ended:
-                    break
-            except Exception as error:  # also a file that is only partly written
-                failures += 1
-                logger.warning("sending failed, trying again: %s", _one_line(error))
-            parent.ended.wait(_back_off(failures))
+        sinks = [open_sink(name, run_dir) for name in run_facts.trackers(run_dir)]
+        feeds = [_RetriedFeed(Feed(sink, run_dir, since)) for sink in sinks]
+        while not parent.ended.is_set() and not all(one.feed.run_has_ended for one in feeds):
+            for one in feeds:
+                one.deliver_if_due()
+            parent.ended.wait(min(one.due for one in feeds) - time.monotonic())
         _wait_for_last_files(parent)
-        _deliver_until(delivery, time.monotonic() + _DEADLINE_SECONDS, parent_ended=parent.ended.is_set())
+        _deliver_rest([one.feed for one in feeds], time.monotonic() + _DEADLINE_SECONDS, parent.ended.is_set())
+
+
+def open_sink(tracker: str, run_dir: Path) -> Sink:
+    """Return a tracker of `TRACKERS` for a run folder.
+
+    Raises:
+        ConfigError: its package is missing, or its notes in the folder are damaged.
+    """
+    if tracker == "tensorboard":
+        require_extra(tracker)
+        from megalm.tracking.sinks.tensorboard_sink import TensorBoardSink
+
+        return TensorBoardSink(run_dir)
+    if tracker == "wandb":
+        require_extra(tracker)
+        from megalm.tracking.sinks.wandb_sink import WandbSink
+
+        return WandbSink(run_dir)
+    return MlflowSink(run_dir)
+
+
+def _deliver_rest(feeds: Sequence[Feed], deadline: float, parent_ended: bool = False) -> None:
+    """Send everything to each tracker, and close it.
+
+    Raises:
+        MegalmError: a tracker did not accept it within the deadline; the others have theirs.
+    """
+    errors: list[MegalmError] = []
+    for feed in feeds:
+        try:
+            _deliver_until(feed, deadline, parent_ended)
+        except MegalmError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise MegalmError("; ".join(map(str, errors)))
+
+
+@dataclass
+class _RetriedFeed:
+    """A feed that is tried again after ever longer pauses.
+
+    Attributes:
+        due: when it is tried next, as `time.monotonic`.
+    """
+
+    feed: Feed
+    failures: int = 0
+    due: float = 0.0
+
+    def deliver_if_due(self) -> None:
+        if self.feed.run_has_ended or time.monotonic() < self.due:
+            return
+        try:
+            self.feed.deliver()
+            self.failures = 0
+        except Exception as error:  # also a file that is only partly written
+            self.failures += 1
+            logger.warning("%s: sending failed, trying again: %s", self.feed.sink.name, _one_line(error))
+        self.due = time.monotonic() + _back_off(self.failures)
 
 
 class ParentWatch(threading.Thread):
@@ -167,11 +239,13 @@ def _wait_for_last_files(parent: ParentWatch) -> None:
             return
 
 
-def _deliver_until(delivery: MlflowSync, deadline: float, parent_ended: bool = False) -> Sent:
+def _deliver_until(feed: Feed, deadline: float, parent_ended: bool = False) -> None:
     failures = 0
     while True:
         try:
-            return delivery.deliver(parent_ended=parent_ended)
+            feed.deliver(parent_ended=parent_ended)
+            feed.sink.close()
+            return
         except MegalmError:
             raise
         except Exception as error:
@@ -179,9 +253,8 @@ def _deliver_until(delivery: MlflowSync, deadline: float, parent_ended: bool = F
             delay = min(_back_off(failures), 5.0)
             if time.monotonic() + delay > deadline:
                 raise MegalmError(
-                    f"{delivery.run_dir}: MLflow at {delivery.tracking_uri} did not accept the run "
-                    f"({_one_line(error)}); run `megalm track sync {delivery.run_dir}` when it is reachable, or name "
-                    "another store in MLFLOW_TRACKING_URI"
+                    f"{feed.run_dir}: {feed.sink.name} did not accept the run ({_one_line(error)}); "
+                    f"{feed.sink.remedy(feed.run_dir)}"
                 ) from error
             time.sleep(delay)
 

@@ -7,13 +7,24 @@ import re
 import time
 from pathlib import Path
 
+from megalm.config.schema import TRACKERS, TrackingSection
 from megalm.runs.metrics_log import METRICS_FILE, Row, read_rows
-from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE, read_deepspeed_settings, read_mapping
+from megalm.runs.run_folder import (
+    CONFIG_FILE,
+    DEEPSPEED_FILE,
+    ENVIRONMENT_FILE,
+    PROFILE_FOLDER,
+    read_deepspeed_settings,
+    read_mapping,
+)
 from megalm.tracking.mlflow_mirror.sync_state import MirrorState
 from megalm.utils.formatting import flatten_to_text
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 RUN_DIR_TAG = "megalm.run_dir"  # the folder that an MLflow run belongs to
+KEY_TAG = "megalm.key"  # of a run to create, so that a lost response creates no second one
+NAME_TAG, PARENT_TAG = "mlflow.runName", "mlflow.parentRunId"
+SWEEP_TAG = "megalm.sweep"  # the folder of the sweep of the run, or of a sweep's own MLflow run
 FACT_FILES = (CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE)
 
 _ARTIFACTS = (*FACT_FILES, "deepspeed.json", "report.html")
@@ -44,6 +55,13 @@ def experiment(run_dir: Path) -> str:
     return str(name or "megalm")
 
 
+def trackers(run_dir: Path) -> tuple[str, ...]:
+    """Return the trackers that a run's settings ask for."""
+    section = read_mapping(run_dir / CONFIG_FILE).get("tracking")
+    wanted = TrackingSection().model_dump() | (section if isinstance(section, dict) else {})
+    return tuple(name for name in TRACKERS if wanted[name])
+
+
 def start_ms(run_dir: Path) -> int:
     """Return when the run began, in unix milliseconds: the time of its first row, or now."""
     path = run_dir / METRICS_FILE
@@ -70,6 +88,9 @@ def tags(run_dir: Path) -> dict[str, str]:
         name: value for name, value in environment.items() if "." not in name or "git" in name or "fingerprint" in name
     }
     found |= {RUN_DIR_TAG: str(run_dir.resolve())}
+    section = read_mapping(run_dir / CONFIG_FILE).get("tracking")
+    if isinstance(section, dict) and section.get("sweep") is not None:
+        found |= {SWEEP_TAG: str(run_dir.resolve().parent / "sweeps" / str(section["sweep"]))}
     commit = next((found[name] for name in ("git_commit", "git.commit", "commit") if found.get(name)), None)
     if commit:
         found["mlflow.source.git.commit"] = commit  # shown by MLflow in its own column
@@ -83,10 +104,11 @@ def event_tags(row: Row) -> dict[str, str]:
 
 
 def artifact_names(run_dir: Path) -> list[str]:
-    """Return the files to upload, relative to the run folder: configuration, environment, report, all samples."""
+    """Return the files to upload, relative to the run folder: configuration, environment, report, samples, profiles."""
     samples = sorted(path for path in (run_dir / "samples").rglob("*") if path.is_file())
+    profiles = sorted(path for path in (run_dir / PROFILE_FOLDER).glob("step*") if path.suffix in (".txt", ".json"))
     names = [name for name in _ARTIFACTS if (run_dir / name).is_file()]
-    return names + [path.relative_to(run_dir).as_posix() for path in samples]
+    return names + [path.relative_to(run_dir).as_posix() for path in (*samples, *profiles)]
 
 
 def signature(path: Path) -> list[int] | None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from pydantic import BaseModel, Field, ValidationError
 
 from megalm.errors import ConfigError
+from megalm.tracking.mlflow_mirror.sink import FeedState
 from megalm.utils.atomic_files import write_atomically
 
 STATE_FILE = "mlflow.json"
-RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,12 @@ class Owner(BaseModel, frozen=True):
         return cls(folder=str(here), inode=here.stat().st_ino, host=platform.node())
 
 
-class MirrorState(BaseModel):
+class MirrorState(FeedState):
     """RUN_DIR/mlflow.json: which MLflow run this folder is, and how much of it is there.
 
     Attributes:
         owner: the folder when it was last sent; None in files of 0.1.0.
+        earlier_runs: the MLflow runs with rows that a later attempt took back; children of `run_id`.
     """
 
     key: str = Field(default_factory=lambda: uuid.uuid4().hex)
@@ -53,11 +54,8 @@ class MirrorState(BaseModel):
     default_store: bool = True
     experiment: str = ""
     run_id: str | None = None
-    offset: int = Field(default=0, ge=0)
-    status: str = RUNNING
+    earlier_runs: list[str] = Field(default_factory=list)
     status_sent: str | None = None
-    end_ms: int | None = None
-    signalled: bool = False
     artifacts: dict[str, list[int]] = Field(default_factory=dict)
 
     @classmethod

@@ -25,16 +25,8 @@ _SAMPLE_BYTES = 12_000
 
 def render(run: ReportData, now: float) -> str:
     """Return the complete page as HTML, as of unix time `now`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"bytes": format_bytes, "duration": format_duration}
     history = run.history
-    return environment.get_template(_TEMPLATE).render(
+    return template(_TEMPLATE).render(
         run=run,
         outcome=outcome(run, now),
         made=moment(now),
@@ -43,6 +35,7 @@ def render(run: ReportData, now: float) -> str:
         frame=FRAME,
         unusual=findings(run),
         work=_work(run),
+        profile=_profile(run.profile),
         samples=_samples(run.samples),
         differing=[setting for setting in run.settings if setting.base is not None],
         all_settings=[(setting.name, setting.value) for setting in run.settings],
@@ -55,6 +48,19 @@ def render(run: ReportData, now: float) -> str:
     )
 
 
+def template(name: str) -> jinja2.Template:
+    """Return a template of this folder; it escapes all that is put into it."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": format_bytes, "duration": format_duration}
+    return environment.get_template(name)
+
+
 def _work(run: ReportData) -> list[tuple[str, float, float]]:
     """Return name, seconds and share of the total time of each activity."""
     starts = [row.get("startup_seconds") for row in run.events("start", "resume")]
@@ -62,6 +68,20 @@ def _work(run: ReportData) -> list[tuple[str, float, float]]:
     work = {**({"start-up, before the first step": float(sum(known))} if known else {}), **run.history.seconds}
     total = sum(work.values())
     return [(name, seconds, seconds / total) for name, seconds in work.items() if total and seconds > 0]
+
+
+def _profile(content: Mapping[str, Any]) -> list[tuple[str, float, float, str]]:
+    """Return name, milliseconds and share of each part of a profiled step, and the rank that it takes longest on."""
+    found = []
+    for row in content.get("times", ()):
+        seconds = row["rank_seconds"]
+        most = max(seconds)
+        longest = f"at most {1e3 * most:.2f} ms, on rank {seconds.index(most)}" if len(seconds) > 1 else ""
+        if row["hidden_seconds"]:
+            longest = f"and {1e3 * row['hidden_seconds']:.2f} ms beside computation; {longest}".removesuffix("; ")
+        if row["seconds"] or longest:
+            found.append((str(row["part"]), 1e3 * row["seconds"], row["share"], longest))
+    return found
 
 
 def _samples(paths: list[Path]) -> list[dict[str, Any]]:
@@ -136,7 +156,7 @@ def _data(run: ReportData) -> list[tuple[str, str]]:
 def _commands(run: ReportData) -> list[tuple[str, str]]:
     """Return the shell commands that are useful next, with their names."""
     folder, planned = run.run_dir, run.planned_steps
-    command = ResumeCommand(folder).shell
+    command = ResumeCommand.by_folder(folder).shell
     done = planned is not None and (run.results.steps or 0) >= planned
     words = ["--resume", "auto", *([f"train.steps={2 * planned}"] if done and planned else [])]
     rows = [("train longer" if done else "resume", command(*words))]

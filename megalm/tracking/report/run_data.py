@@ -15,14 +15,19 @@ from megalm.config.schema import RunConfig
 from megalm.errors import ConfigError, MegalmError
 from megalm.runs.metrics_history import History, read_history
 from megalm.runs.metrics_log import METRICS_FILE, ReadBatches, Row, read_batches
-from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE, parameter_count, read_mapping
+from megalm.runs.run_folder import (
+    CONFIG_FILE,
+    DEEPSPEED_FILE,
+    ENVIRONMENT_FILE,
+    PROFILE_FOLDER,
+    parameter_count,
+    read_mapping,
+)
+from megalm.runs.run_lock import is_held
 from megalm.tracking.compare_runs import Results, RunRecord, results
 from megalm.utils.formatting import flatten_to_text
 
 _STEP = re.compile(r"step-(\d+)")
-_LOCK_FILE = "lock"
-# A run writes a heartbeat into its lock every five seconds; a network file system may show it late.
-_ALIVE_SECONDS = 40.0
 # Settings that only name a run.
 _OF_THE_NAME = ("run.name", "preset")
 
@@ -76,6 +81,7 @@ class ReportData:
         preset: the preset that settings are compared with; None: the defaults.
         failures: in order of attempts.
         samples: files in order of steps.
+        profile: the JSON of the newest profile; empty without one.
         is_held: whether a process holds the run's lock, so the run is being trained.
     """
 
@@ -89,6 +95,7 @@ class ReportData:
     checkpoints: list[Checkpoint]
     failures: list[Failure]
     samples: list[Path]
+    profile: Mapping[str, Any]
     is_held: bool
 
     @property
@@ -121,19 +128,21 @@ def read_run(run_dir: Path, now: float, read: ReadBatches = read_batches) -> Rep
             f"{run_dir}: is not a run folder (it has no {METRICS_FILE} and no {CONFIG_FILE}); name one under run.root"
         )
     history = read_history(read(metrics) if metrics.exists() else [])
+    environment = read_mapping(run_dir / ENVIRONMENT_FILE)
     settings, preset = _settings(run_dir / CONFIG_FILE)
     return ReportData(
         run_dir=run_dir,
         history=history,
-        results=results(RunRecord(run_dir.name, {}, history, parameter_count(run_dir))),
-        environment=read_mapping(run_dir / ENVIRONMENT_FILE),
+        results=results(RunRecord(run_dir.name, {}, history, parameter_count(run_dir), environment)),
+        environment=environment,
         settings=settings,
         preset=preset,
         deepspeed=read_mapping(run_dir / DEEPSPEED_FILE),
         checkpoints=_checkpoints(run_dir / "checkpoints"),
         failures=_failures(run_dir / "failures"),
         samples=sorted(path for path in (run_dir / "samples").glob("step-*.txt") if _STEP.match(path.name)),
-        is_held=_is_held(run_dir / _LOCK_FILE, now),
+        profile=_newest_profile(run_dir / PROFILE_FOLDER),
+        is_held=is_held(run_dir, now),
     )
 
 
@@ -198,10 +207,8 @@ def _failures(folder: Path) -> list[Failure]:
     return sorted(found, key=lambda failure: failure.attempt)
 
 
-def _is_held(lock: Path, now: float) -> bool:
-    """Return whether the lock's heartbeat is recent; the holder empties the file when it ends."""
-    try:
-        status = lock.stat()
-    except OSError:
-        return False
-    return status.st_size > 0 and abs(now - status.st_mtime) < _ALIVE_SECONDS
+def _newest_profile(folder: Path) -> Mapping[str, Any]:
+    """Return the content of the JSON written last; of another version's, which has no times, nothing."""
+    newest = max(folder.glob("step*.json"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    content = {} if newest is None else read_mapping(newest)
+    return content if "times" in content else {}

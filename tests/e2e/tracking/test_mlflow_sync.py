@@ -17,7 +17,7 @@ import mlflow
 import pytest
 
 from megalm.errors import ConfigError, DataError, MegalmError
-from megalm.runs.metrics_log import MetricsWriter, read_metrics
+from megalm.runs.metrics_log import MetricsWriter, live_rows, read_metrics
 from megalm.tracking.mlflow_mirror.mirror_process import sync
 from megalm.tracking.mlflow_mirror.sync_state import copied_from
 from tests.e2e.tracking.run_folders import write_rows
@@ -92,35 +92,126 @@ def test_a_lost_answer_to_create_makes_no_second_run(run_dir: Path) -> None:
     assert sync(run_dir).run_id == first.run_id
 
 
+def children(run_dir: Path, run_id: str) -> dict[str, list[int]]:
+    """Name -> the steps of train/loss, for each child of an MLflow run."""
+    client = client_of(run_dir)
+    experiment = client.get_run(run_id).info.experiment_id
+    found = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    assert {run.info.status for run in found} <= {"KILLED"}
+    return {run.info.run_name: train_losses(run_dir, run.info.run_id) for run in found}
+
+
 def test_a_resumed_run_goes_on_in_the_same_mlflow_run(run_dir: Path) -> None:
     write_rows(run_dir, range(1, 5), end="stopped")
     first = sync(run_dir)
     assert client_of(run_dir).get_run(first.run_id).info.status == "KILLED"
     config = (run_dir / "config.yaml").read_text().replace("steps: 4", "steps: 6")
     (run_dir / "config.yaml").write_text(config)
-    write_rows(run_dir, range(4, 7), attempt=2)
+    write_rows(run_dir, range(5, 7), attempt=2)
     second = sync(run_dir)
     run = client_of(run_dir).get_run(first.run_id)
     assert second.run_id == first.run_id
     assert run.info.status == "RUNNING"
-    assert [step for step, _ in history(run_dir, first.run_id, "train/loss")] == [1, 2, 3, 4, 4, 5, 6]
+    assert train_losses(run_dir, first.run_id) == [1, 2, 3, 4, 5, 6]
+    assert children(run_dir, first.run_id) == {}
     assert run.data.params["train.steps"] == "4"  # MLflow's parameters cannot change ...
     assert run.data.tags["changed.train.steps"] == "6"  # ... so what changed stands beside them
     assert "changed.model.style" not in run.data.tags
     assert second.artifacts == 1  # the changed config.yaml
 
 
-def test_a_rollback_is_the_next_attempt(run_dir: Path) -> None:
+def take_back(run_dir: Path) -> None:
+    """A resume from step 2, then a rollback to it: steps 3 and 4 are trained three times."""
+    write_rows(run_dir, range(3, 6), attempt=2)
+    with MetricsWriter(run_dir / "metrics.jsonl") as writer:
+        writer.row("event", event="rollback", step=2, at_step=5, attempt=3, rollbacks=1, samples_skipped=48)
+        for step in range(3, 7):
+            writer.row("train", step=step, tokens=step * 100, loss=1.1, lr=1e-3, attempt=3)
+
+
+def counted(run_dir: Path) -> list[tuple[int, float]]:
+    rows = live_rows(read_metrics(run_dir / "metrics.jsonl"))
+    return [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
+
+
+def test_rows_taken_back_are_a_child_run(run_dir: Path) -> None:
+    """The page of the run has each step once; MLflow's runs of earlier attempts are its children."""
     write_rows(run_dir, range(1, 5))
     first = sync(run_dir)
-    with MetricsWriter(run_dir / "metrics.jsonl") as writer:
-        writer.row("event", event="rollback", step=2, at_step=5, attempt=2, rollbacks=1, samples_skipped=48)
-        writer.row("train", step=3, tokens=300, loss=1.1, lr=1e-3, attempt=2)
+    client = client_of(run_dir)
+    client.set_tag(first.run_id, "mine", "kept")
+    take_back(run_dir)
+    second = sync(run_dir)
+    run = client.get_run(second.run_id)
+    assert second.run_id != first.run_id
+    assert history(run_dir, second.run_id, "train/loss") == counted(run_dir)
+    assert [step for step, _ in history(run_dir, second.run_id, "eval/loss")] == []
+    tags = run.data.tags
+    assert (run.info.run_name, tags["attempt"], tags["rollbacks"], tags["mine"]) == ("first-001", "3", "1", "kept")
+    assert run.info.status == "RUNNING"
+    assert children(run_dir, second.run_id) == {
+        "first-001 (attempt 1, taken back from step 3 on)": [1, 2, 3, 4],
+        "first-001 (attempt 2, taken back from step 3 on)": [3, 4, 5],
+    }
+    assert sync(run_dir).metrics == 0
+    with MetricsWriter(run_dir / "metrics.jsonl") as writer:  # and once more, while the run goes on
+        writer.row("event", event="rollback", step=5, at_step=6, attempt=4, rollbacks=2)
+        writer.row("train", step=6, tokens=600, loss=0.9, lr=1e-3, attempt=4)
+    third = sync(run_dir)
+    assert history(run_dir, third.run_id, "train/loss") == counted(run_dir)
+    assert len(children(run_dir, third.run_id)) == 3
+    assert children(run_dir, second.run_id) == {}
+
+
+@pytest.mark.parametrize("crash", ["rename", "create_run", "log_metrics"])
+def test_a_crash_while_rows_are_taken_back_changes_nothing(
+    run_dir: Path, crash: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megalm.tracking.mlflow_mirror.client import MlflowStore
+
+    write_rows(run_dir, range(1, 5))
     sync(run_dir)
-    run = client_of(run_dir).get_run(first.run_id)
-    assert (run.data.tags["attempt"], run.data.tags["rollbacks"], run.info.status) == ("2", "1", "RUNNING")
-    assert run.data.metrics["event/rollback/samples_skipped"] == 48
-    assert [step for step, _ in history(run_dir, first.run_id, "train/loss")] == [1, 2, 3, 4, 3]
+    take_back(run_dir)
+    whole = getattr(MlflowStore, crash)
+
+    def done_and_lost(*values: Any) -> None:
+        whole(*values)
+        raise MegalmError("the answer is lost")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(MlflowStore, crash, done_and_lost)
+        with pytest.raises(MegalmError):
+            sync(run_dir)
+    sent = sync(run_dir)
+    assert history(run_dir, sent.run_id, "train/loss") == counted(run_dir)
+    assert len(children(run_dir, sent.run_id)) == 2
+
+
+def test_a_run_sent_after_the_fact_shows_what_counts(run_dir: Path) -> None:
+    write_rows(run_dir, range(1, 5))
+    take_back(run_dir)
+    sent = sync(run_dir)
+    assert history(run_dir, sent.run_id, "train/loss") == counted(run_dir)
+    assert children(run_dir, sent.run_id) == {
+        "first-001 (attempt 1, taken back from step 3 on)": [3, 4],
+        "first-001 (attempt 2, taken back from step 3 on)": [3, 4, 5],
+    }
+
+
+def test_a_sawtooth_of_an_older_version_is_mended(run_dir: Path) -> None:
+    """Its state has no highest step; the rows that were sent and do not count are found in metrics.jsonl."""
+    write_rows(run_dir, range(1, 5))
+    first = sync(run_dir)
+    take_back(run_dir)
+    state = json.loads((run_dir / "mlflow.json").read_text())
+    for name in ("last_step", "sent_before", "earlier_runs"):
+        del state[name]
+    size = (run_dir / "metrics.jsonl").stat().st_size
+    (run_dir / "mlflow.json").write_text(json.dumps(state | {"offset": size}))
+    second = sync(run_dir)
+    assert history(run_dir, second.run_id, "train/loss") == counted(run_dir)
+    assert len(children(run_dir, second.run_id)) == 1
+    assert sync(run_dir).run_id == second.run_id != first.run_id
 
 
 @pytest.mark.parametrize(

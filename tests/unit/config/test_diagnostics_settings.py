@@ -23,7 +23,7 @@ def test_sections_that_are_off_ask_for_nothing(start: Start) -> None:
 def test_each_section_is_served(start: Start) -> None:
     profiler = {"enabled": True, "profile_step": 30, "module_depth": -1, "top_modules": 3, "output_file": "/tmp/x"}
     run = start(flops_profiler=profiler, comms_logger={"enabled": True, "prof_ops": ["all_reduce"]})
-    assert run.diagnostics == Diagnostics(profile_step=30, count_traffic=True)
+    assert run.diagnostics == Diagnostics(profile_steps=range(30, 31), count_traffic=True)
     assert_names(
         notice_of(run, "flops_profiler."), "flops_profiler.output_file", "flops_profiler.top_modules", "profile/"
     )
@@ -61,10 +61,19 @@ def test_the_throughput_timer_is_off_unless_the_json_turns_it_on(
 @pytest.mark.parametrize(("stated", "step"), [({}, 1), ({"profile_step": 0}, 1), ({"profile_step": 50}, 50)])
 def test_the_profiled_step(start: Start, stated: dict[str, int], step: int) -> None:
     run = start(flops_profiler={"enabled": True, **stated})
-    assert run.diagnostics.profile_step == step
-    assert start("train.profile_step=9", flops_profiler={"enabled": True, **stated}).diagnostics.profile_step == 9
-    assert start("train.profile_step=9", "train.count_traffic=true").diagnostics == Diagnostics(9, count_traffic=True)
-    assert_names(notice_of(start("train.steps=20", "train.profile_step=50"), "profile"), 50, "train.steps=20")
+    assert run.diagnostics.profile_steps == range(step, step + 1)
+    own = start("profile.steps=9", "train.count_traffic=true", flops_profiler={"enabled": True, **stated})
+    assert own.diagnostics == Diagnostics(range(9, 10), count_traffic=True)
+
+
+def test_a_range_of_steps(start: Start) -> None:
+    run = start("profile.steps=10:13")
+    assert run.diagnostics.profile_steps == range(10, 14)
+    assert_names(notice_of(run, "profile/"), 10, 13)
+    assert_names(notice_of(start("train.steps=20", "profile.steps=50:60"), "profile"), 50, "train.steps=20")
+    for wrong in ("13:10", "0", "0:3", "3:", "-1", "a", "1:2:3"):
+        assert_names(refused(start, f"profile.steps={wrong}"), "profile.steps", "10:13")
+    assert_names(refused(start, "train.profile_step=9"), "train.profile_step", "profile.steps")
 
 
 def test_their_keys_are_checked(start: Start) -> None:

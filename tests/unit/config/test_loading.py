@@ -220,6 +220,14 @@ def test_a_key_that_is_a_word_of_python(tmp_path: Path) -> None:
     assert external_name("checkpoint.best") == "checkpoint.best"
 
 
+def test_a_saved_configuration_with_a_former_key(tmp_path: Path) -> None:
+    for value, steps in (("null", None), ("7", 7)):
+        own = tmp_path / f"{value}.yaml"
+        write(own, f"train:\n  profile_step: {value}\n  steps: 9\n")
+        config = ConfigLayers(None, []).resumed_run(own).checked().config
+        assert (config.profile.steps, config.train.steps) == (steps, 9)
+
+
 def test_a_resumed_run_keeps_values_that_are_not_given(tmp_path: Path) -> None:
     """Schema < preset < the run's own < YAML < key=value."""
     first = load_run_config(None, ["train.seed=9", "train.steps=30", "run.name=mine", "resume.allow=[order]"])

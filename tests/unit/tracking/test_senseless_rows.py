@@ -17,7 +17,7 @@ from megalm.runs import metrics_log
 from megalm.runs.metrics_log import live_rows, read_metrics, read_newest_first, read_rows
 from megalm.runs.run_folder import RunFolder
 from megalm.tracking import compare_runs
-from megalm.tracking.mlflow_mirror.sync import metrics_of
+from megalm.tracking.mlflow_mirror.mlflow_sink import metrics_of
 from megalm.tracking.report import write_report
 from megalm.train.spikes.spike_guard import SpikeGuard
 from tests.messages import assert_names

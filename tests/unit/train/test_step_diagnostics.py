@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from torch.profiler import ProfilerActivity, profile
 from megalm.communicator import SingleProcessCommunicator
 from megalm.engine.interface import Traffic
 from megalm.planning.diagnostics import TRAFFIC_STEPS, Diagnostics
-from megalm.train.step_diagnostics import StepDiagnostics, measured_flops
+from megalm.train.step_diagnostics import (
+    StepDiagnostics,
+    measured_flops,
+    part_times,
+    phase_of_step,
+    times_table,
+)
+from megalm.train.step_trace import PartTime
+from tests.messages import assert_names
 
 
 class Meter:
@@ -36,7 +45,7 @@ def run(folder: Path, steps: list[int], **wanted: Any) -> tuple[list[dict[str, A
     place = folder / "profile"
     found = StepDiagnostics(Diagnostics(**wanted), place, SingleProcessCommunicator(), meter, 100.0, steps[-1])
     for step in steps:
-        with found.observed(step):
+        with found.observed(step), phase_of_step("forward"):
             torch.ones(3, 4) @ torch.ones(4, 5)
         found.report(step, lambda name, **fields: events.append({"event": name, **fields}), lines.append)
     return events, lines, meter
@@ -63,23 +72,60 @@ def test_traffic_is_that_of_the_first_steps(tmp_path: Path) -> None:
 
 
 def test_a_profile_is_written_once(tmp_path: Path) -> None:
-    (event,), *_ = run(tmp_path, [1, 2, 3, 2, 3], profile_step=2)
+    (event,), *_ = run(tmp_path, [1, 2, 3, 2, 3], profile_steps=range(2, 3))
     assert (event["event"], event["profiled_step"], event["flops_measured"]) == ("profile", 2, 2 * 3 * 4 * 5)
     files = {path.name.partition(".")[2] for path in (tmp_path / "profile").iterdir()}
-    assert files == {"json", "txt", "trace.json.gz"}
+    assert files == {"json", "txt", "rank-0.trace.json.gz"}
     assert (tmp_path / event["path"]).is_file()
     content = json.loads((tmp_path / "profile" / "step-00000002.json").read_text())
     assert content["operators"]["aten::mm"]["calls"] == 1
     assert content["traffic"] == [{"axis": "data", "collective": "all_reduce", "calls": 1, "bytes": 8}]
-    run(tmp_path, [1], profile_step=1, profile_operators=False)
+    run(tmp_path, [1], profile_steps=range(1, 2), profile_operators=False)
     assert json.loads((tmp_path / "profile" / "step-00000001.json").read_text())["operators"] == {}
 
 
 def test_a_profile_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
     (tmp_path / "profile").write_text("a file")
-    events, lines, _ = run(tmp_path, [1, 2], profile_step=1)
+    events, lines, _ = run(tmp_path, [1, 2], profile_steps=range(1, 2))
     assert not events
     assert any("WARNING" in line and str(tmp_path / "profile") in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("steps", "wanted", "profiled"),
+    [
+        ([1, 2, 3, 4, 5, 6], range(3, 6), (3, 5)),
+        ([4, 5, 6, 7], range(3, 6), (4, 5)),  # a resume in the middle
+        ([1, 2, 3], range(2, 9), (2, 3)),  # the end of the run
+        ([1, 2, 3, 1, 2, 3, 4], range(2, 5), (2, 3)),  # rolled back after step 3
+    ],
+)
+def test_the_steps_of_a_profile(tmp_path: Path, steps: list[int], wanted: range, profiled: tuple[int, int]) -> None:
+    (event,), lines, meter = run(tmp_path, steps, profile_steps=wanted)
+    assert (event["profiled_step"], event["last_step"]) == profiled
+    count = profiled[1] - profiled[0] + 1
+    assert meter.starts == count, "other steps are left alone"
+    content = json.loads((tmp_path / event["path"]).with_suffix(".json").read_text())
+    assert content["operators"]["aten::mm"]["calls"] == 1, "numbers are of one step"
+    assert content["traffic"] == [{"axis": "data", "collective": "all_reduce", "calls": 1, "bytes": 8}]
+    assert sum(row["share"] for row in content["times"]) == pytest.approx(1)
+    assert sum(row["seconds"] for row in content["times"]) == pytest.approx(content["seconds"], rel=1e-6)
+    (trace,) = (tmp_path / "profile").glob("*.rank-0.trace.json.gz")
+    marks = {it["name"] for it in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert {f"ProfilerStep#{step}" for step in range(profiled[0], profiled[1] + 1)} <= marks
+    assert any(it.startswith("forward") for it in lines), "the table is printed"
+
+
+def test_the_rank_that_takes_longest() -> None:
+    fast, slow = {"forward": PartTime(0.1)}, {"forward": PartTime(0.3), "communication: data": PartTime(0.1)}
+    forward, data = part_times([fast, slow])
+    assert (forward["part"], forward["seconds"], forward["share"]) == (
+        "forward",
+        pytest.approx(0.2),
+        pytest.approx(0.8),
+    )
+    assert data["rank_seconds"] == [0.0, 0.1]
+    assert_names(times_table([forward, data]).splitlines()[2], "forward", "300.00", 1)
 
 
 @pytest.mark.parametrize("backward", [False, True])

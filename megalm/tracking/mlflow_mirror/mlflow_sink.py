@@ -1,32 +1,25 @@
-"""Send a run folder to a tracking store: rows, parameters, tags, artifacts, status.
+"""MLflow as a sink: parameters, tags, metrics, artifacts and status of a run folder, in one MLflow run.
 
 RUN_DIR/mlflow.json records the progress after each batch, so that a pass can fail anywhere and be repeated. After a
 crash between a batch and its record, the batch is sent again with the same keys, steps and times, which MLflow stores
 once.
+
+MLflow cannot delete metrics. When a resume or a rollback takes back rows that MLflow has, a new MLflow run gets all
+rows that count and becomes this folder's; the one before it stays as its child.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalm.runs.metrics_log import METRICS_FILE, Row, read_rows
+from megalm.runs.metrics_log import Row
 from megalm.tracking.mlflow_mirror import run_facts
-from megalm.tracking.mlflow_mirror.sync_state import (
-    FAILED,
-    FINISHED,
-    KILLED,
-    RUNNING,
-    STATE_FILE,
-    MetricValue,
-    MirrorState,
-    Owner,
-)
+from megalm.tracking.mlflow_mirror.sink import KILLED, RUNNING, Sink, TakeBack, milliseconds
+from megalm.tracking.mlflow_mirror.sync_state import STATE_FILE, MetricValue, MirrorState, Owner
 from megalm.utils.addresses import public_address
 
 if TYPE_CHECKING:  # the training process imports this module and must not load MLflow
@@ -37,15 +30,14 @@ _BATCH_METRICS = 1000
 # Fields that locate or identify a row and are not measurements.
 _NO_SERIES = ("kind", "time", "step", "attempt")
 _NO_SERIES_OF_EVENTS = (*_NO_SERIES, "exit_code", "signal", "world_size")
-_END_STATUS = {"finished": FINISHED, "failed": FAILED, "stopped": KILLED}
-_EXIT_STATUS = {0: FINISHED, 75: KILLED}
+_TAGS_OF_ITS_OWN = (run_facts.KEY_TAG, run_facts.NAME_TAG)
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Sent:
-    """The result of one `MlflowSync.deliver`: numbers and files sent, and the run's state in the store."""
+    """What a sink has sent so far: numbers and files, and the run's state in the store."""
 
     metrics: int = 0
     artifacts: int = 0
@@ -54,20 +46,15 @@ class Sent:
     tracking_uri: str = ""
 
 
-class MlflowSync:
-    """Sends one run folder to its store; each call sends the new rows and files.
+class MlflowSink(Sink):
+    """One run folder at its store."""
 
-    `run_has_ended` becomes true with an end event at unix time `since` or later: the rows of a resumed run also contain
-    the end event of its earlier attempt, possibly not yet sent.
-    """
-
-    def __init__(self, run_dir: Path, since: float = 0.0) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.run_has_ended = False
-        self._since = since
+        self.sent = Sent()
         self._state_path = run_dir / STATE_FILE
         self._state = MirrorState.load(self._state_path)
-        self._store: MlflowStore | None = None
+        self._opened: MlflowStore | None = None
         self._copied_from: Path | None = None
         self._address, is_default = run_facts.tracking_uri(run_dir, self._state)
         uri = public_address(self._address)  # for the state file and messages
@@ -79,47 +66,113 @@ class MlflowSync:
         self._state.tracking_uri, self._state.default_store = uri, is_default
 
     @property
-    def tracking_uri(self) -> str:
-        return self._state.tracking_uri
+    def name(self) -> str:
+        return f"MLflow at {self._state.tracking_uri}"
 
-    def deliver(self, parent_ended: bool = False) -> Sent:
-        """Send everything not yet sent; with `parent_ended`, also close a run without an end event."""
-        state = self._state
+    def remedy(self, run_dir: Path) -> str:
+        return (
+            f"run `megalm track sync {run_dir}` when it is reachable, or name another store in {run_facts.URI_VARIABLE}"
+        )
+
+    @property
+    def outcome(self) -> str:
+        sent = self.sent
+        files = f"{sent.metrics} metric values and {sent.artifacts} files"
+        return f"{files} to {sent.tracking_uri}, run {sent.run_id}, {sent.status}"
+
+    @property
+    def state(self) -> MirrorState:
+        return self._state
+
+    def save(self) -> None:
+        self._state.save(self._state_path)
+
+    def start(self) -> None:
         store, run_id = self._open()
-        sent = Sent(run_id=run_id, tracking_uri=state.tracking_uri)
         self._send_facts(store, run_id)
-        sent.metrics = self._send_rows(store, run_id)
-        sent.artifacts = self._send_artifacts(store, run_id)
-        if parent_ended and state.status == RUNNING:
-            # The training process ended without writing an end event.
-            state.status, state.end_ms = (KILLED if state.signalled else FAILED), int(time.time() * 1000)
+
+    def send(self, rows: Sequence[Row]) -> None:
+        store, run_id = self._open()
+        for row in rows:
+            if row.get("event") in ("start", "resume"):
+                store.set_tags(run_id, run_facts.event_tags(row))
+            elif row.get("event") == "rollback":  # the run's next attempt, in the same process
+                attempt: Row = {name: value for name, value in row.items() if name in ("attempt", "rollbacks")}
+                store.set_tags(run_id, run_facts.event_tags(attempt))
+        self._send_metrics(store, run_id, rows)
+
+    def take_back(self, back: TakeBack) -> None:
+        """Leave the MLflow run to the attempts so far, and go on in a new one with their tags."""
+        store, run_id = self._open()
+        state = self._state
+        store.rename(run_id, self._name_of_earlier(back))
+        if state.status == RUNNING:
+            store.set_status(run_id, KILLED, state.end_ms)
+        state.earlier_runs.append(run_id)
+        state.run_id, state.artifacts = None, {}
+        state.begin_again()
+        self.save()
+        self.start()
+
+    def send_superseded(self, rows: Sequence[Row], back: TakeBack) -> None:
+        store, run_id = self._open()
+        state, key = self._state, f"{self._state.key}-before-{back.offset}"
+        child = store.create_run(state.experiment, self._name_of_earlier(back), key, milliseconds(rows[0]))
+        if child not in state.earlier_runs:
+            store.set_tags(child, {run_facts.PARENT_TAG: run_id, run_facts.RUN_DIR_TAG: str(self.run_dir.resolve())})
+            store.set_status(child, KILLED, milliseconds(rows[-1]))
+            state.earlier_runs.append(child)
+        self._send_metrics(store, child, rows)
+
+    def finish(self) -> None:
+        store, run_id = self._open()
+        state = self._state
+        self.sent.artifacts += self._send_artifacts(store, run_id)
         if state.status != state.status_sent:
             store.set_status(run_id, state.status, state.end_ms)
             state.status_sent = state.status
-        self._state.save(self._state_path)
-        sent.status = state.status
-        return sent
+        self.sent.status, self.sent.run_id, self.sent.tracking_uri = state.status, run_id, state.tracking_uri
+
+    def _name_of_earlier(self, back: TakeBack) -> str:
+        attempt = f"attempt {back.attempt - 1}, " if back.attempt is not None and back.attempt > 1 else ""
+        return f"{self.run_dir.resolve().name} ({attempt}taken back from step {back.step + 1} on)"
+
+    def _send_metrics(self, store: MlflowStore, run_id: str, rows: Iterable[Row]) -> None:
+        for batch in _batches(rows):
+            store.log_metrics(run_id, batch)
+            self.sent.metrics += len(batch)
 
     def _open(self) -> tuple[MlflowStore, str]:
-        if self._store is None:
+        if self._opened is None:
             from megalm.tracking.mlflow_mirror.client import MlflowStore
 
             store = MlflowStore(self._address, self.run_dir.resolve().parent)
             if self._state.run_id:
                 self._claim(store, self._state.run_id)
             self._state.owner = Owner.of(self.run_dir)
-            self._store = store
+            self._opened = store
         state = self._state
         if state.run_id is None:
             state.experiment = run_facts.experiment(self.run_dir)
             state.save(self._state_path)  # the key first: a lost response must not create a second run
-            start_ms = run_facts.start_ms(self.run_dir)
-            state.run_id = self._store.create_run(state.experiment, self.run_dir.resolve().name, state.key, start_ms)
-            if self._copied_from is not None:
-                self._store.set_tags(state.run_id, {"megalm.copied_from": str(self._copied_from)})
+            state.run_id = self._create_run(self._opened)
             state.status_sent = RUNNING
             state.save(self._state_path)
-        return self._store, state.run_id
+        return self._opened, state.run_id
+
+    def _create_run(self, store: MlflowStore) -> str:
+        state, name = self._state, self.run_dir.resolve().name
+        key = f"{state.key}-{len(state.earlier_runs)}" if state.earlier_runs else state.key
+        run_id = store.create_run(state.experiment, name, key, run_facts.start_ms(self.run_dir))
+        if self._copied_from is not None:
+            store.set_tags(run_id, {"megalm.copied_from": str(self._copied_from)})
+        if state.earlier_runs:  # the last of them is the one that this run takes the place of
+            tags = store.run_tags(state.earlier_runs[-1]) or {}
+            kept = {name: value for name, value in tags.items() if name not in _TAGS_OF_ITS_OWN and value != run_id}
+            store.set_tags(run_id, kept)
+        for earlier in state.earlier_runs:
+            store.set_tags(earlier, {run_facts.PARENT_TAG: run_id})
+        return run_id
 
     def _claim(self, store: MlflowStore, run_id: str) -> None:
         """Claim the recorded MLflow run for this folder; start a new one where it is gone or another folder's."""
@@ -154,44 +207,6 @@ class MlflowSync:
         self._state.artifacts.update(signatures)
         self._state.save(self._state_path)
 
-    def _send_rows(self, store: MlflowStore, run_id: str) -> int:
-        """Send all rows after the offset, in batches; advance the state only after the store has accepted a batch."""
-        path, state, total = self.run_dir / METRICS_FILE, self._state, 0
-        if not path.exists():
-            return 0
-        if path.stat().st_size < state.offset:
-            logger.warning("%s is shorter than the part already sent: sending it again from its first row", path)
-            state.offset = 0
-        for batch in _batches(path, state.offset):
-            for event in batch.events:
-                if event.get("event") in ("start", "resume"):
-                    store.set_tags(run_id, run_facts.event_tags(event))
-                elif event.get("event") == "rollback":  # the run's next attempt, in the same process
-                    attempt: Row = {name: value for name, value in event.items() if name in ("attempt", "rollbacks")}
-                    store.set_tags(run_id, run_facts.event_tags(attempt))
-            if batch.metrics:
-                store.log_metrics(run_id, batch.metrics)
-            for event in batch.events:
-                self._note_event(event)
-            total += len(batch.metrics)
-            state.offset = batch.end_offset
-            state.save(self._state_path)
-        return total
-
-    def _note_event(self, row: Row) -> None:
-        """Update the run's status by a start, resume, signal or end event."""
-        state, event = self._state, row.get("event")
-        if event in ("start", "resume"):
-            state.status, state.end_ms, state.signalled = RUNNING, None, False
-        elif event == "signal":
-            state.signalled = True
-        elif event == "end":
-            by_code = _EXIT_STATUS.get(row.get("exit_code", 0), FAILED)
-            state.status = _END_STATUS.get(str(row.get("status")), by_code)
-            state.end_ms = _milliseconds(row)
-            # In full precision: an attempt may end in the millisecond in which the next one begins.
-            self.run_has_ended = _seconds(row) >= self._since
-
     def _send_artifacts(self, store: MlflowStore, run_id: str) -> int:
         """Upload the files that are new or have changed since they were sent."""
         count = 0
@@ -207,26 +222,16 @@ class MlflowSync:
         return count
 
 
-@dataclass
-class _Batch:
-    metrics: list[MetricValue] = field(default_factory=list)
-    events: list[Row] = field(default_factory=list)
-    end_offset: int = 0
-
-
-def _batches(path: Path, offset: int) -> Iterator[_Batch]:
-    """Yield complete rows from an offset on, in batches of at most as many metrics as one request allows."""
-    batch = _Batch()
-    for row, end_offset in read_rows(path, offset):
+def _batches(rows: Iterable[Row]) -> Iterator[list[MetricValue]]:
+    """Yield the numbers of rows, at most as many at once as one request allows."""
+    batch: list[MetricValue] = []
+    for row in rows:
         values = metrics_of(row)
-        if len(batch.metrics) + len(values) > _BATCH_METRICS:
+        if len(batch) + len(values) > _BATCH_METRICS:
             yield batch
-            batch = _Batch()
-        batch.metrics += values
-        if row["kind"] == "event":
-            batch.events.append(row)
-        batch.end_offset = end_offset
-    if batch.end_offset:
+            batch = []
+        batch += values
+    if batch:
         yield batch
 
 
@@ -243,16 +248,7 @@ def metrics_of(row: Row) -> list[MetricValue]:
     step = row["step"] if isinstance(row.get("step"), int) else 0
     left_out = _NO_SERIES_OF_EVENTS if row["kind"] == "event" else _NO_SERIES
     return [
-        MetricValue(run_facts.clean_name(f"{prefix}/{name}"), float(value), step, _milliseconds(row))
+        MetricValue(run_facts.clean_name(f"{prefix}/{name}"), float(value), step, milliseconds(row))
         for name, value in row.items()
         if name not in left_out and isinstance(value, (int, float)) and not isinstance(value, bool)
     ]
-
-
-def _seconds(row: Row) -> float:
-    moment = row.get("time", 0.0)
-    return float(moment) if isinstance(moment, (int, float)) and math.isfinite(moment) else 0.0
-
-
-def _milliseconds(row: Row) -> int:
-    return int(_seconds(row) * 1000)
