@@ -34,7 +34,7 @@ from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, ConfigError
 from megalm.model.model_config import float8_share, flops_per_token
 from megalm.nodes.collective_clock import CollectiveClock
 from megalm.nodes.node_check import NodeCheck, check_nodes
-from megalm.nodes.straggler_watch import StragglerWatch
+from megalm.nodes.straggler_watch import SlowTimes, StragglerWatch
 from megalm.planning.resolve import DeviceFacts, ResolvedRun, known_vocab_size, resolve
 from megalm.planning.run_checks import wall_time_seconds
 from megalm.rank_environment import RankFacts, RankPlace, rank_facts, submit_options
@@ -157,7 +157,7 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     opened = open_run(settings, comm, supervisor)
     info = opened.console.info
     supervisor.stage("checking the nodes")
-    nodes = check_nodes(settings.run, opened.folder, opened.attempt, ranks, device, comm, info)
+    nodes = check_nodes(settings.run, opened.folder, opened.attempt, ranks, device, comm, meeting.places, info)
     if nodes.excludes:
         supervisor.let_ranks_leave()
         return _leave_for_other_nodes(settings.run, opened, comm)
@@ -341,7 +341,7 @@ def build_trainer(
     if observers.traffic is not None:
         parts = replace(parts, diagnostics=_diagnostics(parts, folder, observers.traffic))
     if comm.size > 1 and run.config.train.slow_seconds is not None:
-        parts = replace(parts, stragglers=_straggler_watch(run, device, comm, observers.clock))
+        parts = replace(parts, stragglers=_straggler_watch(run, device, comm, places, observers.clock))
     trainer = Trainer(parts, plan.position)
     _announce(trainer, console, plan, [str(finding) for finding in nodes.findings])
     parts.stop.install()
@@ -446,12 +446,17 @@ def _observers(run: ResolvedRun, ranks: RankFacts) -> CollectiveObservers:
 
 
 def _straggler_watch(
-    run: ResolvedRun, device: torch.device, comm: Communicator, clock: CollectiveClock | None
+    run: ResolvedRun,
+    device: torch.device,
+    comm: Communicator,
+    places: Sequence[RankPlace],
+    clock: CollectiveClock | None,
 ) -> StragglerWatch:
     train = run.config.train
     assert train.slow_seconds is not None
-    stage = run.topology.coordinate(comm.rank).pipeline  # the stages of a pipeline have different work
-    return StragglerWatch(comm, device, clock, stage, train.slow_factor, train.slow_seconds, train.log_interval_steps)
+    stages = [run.topology.coordinate(rank).pipeline for rank in range(comm.size)]  # which have different work
+    times = SlowTimes(train.slow_factor, train.slow_seconds)
+    return StragglerWatch(comm, device, clock, places, stages, times, train.log_interval_steps)
 
 
 def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCounter) -> StepDiagnostics:
