@@ -93,8 +93,8 @@ def test_the_install_part_of_the_containers_in_a_clean_folder(
             shutil.copy2(ours, home / source)
     shell = sections(DEFINITION.read_text())["post"].partition("/lists/*\n")[2].replace("/opt/megalm", str(home))
     shell = "set -e\n" + shell.replace("rm -rf /root/.cache", "")
-    kept = ("HOME", "PIP_INDEX_URL", "PIP_CONFIG_FILE", "PIP_CERT", "SSL_CERT_FILE", "https_proxy", "http_proxy")
-    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    kept = ("PIP_", "HOME", "SSL_CERT", "https_proxy", "http_proxy")
+    environment = {name: value for name, value in os.environ.items() if name.startswith(kept)}
     environment |= {"PYTHON": sys.executable, "PATH": "/usr/local/bin:/usr/bin:/bin"}
 
     def run(*words: str, seconds: float) -> subprocess.CompletedProcess[str]:
