@@ -20,11 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megalm.engine.deepspeed_patches import (  # noqa: E402
+    decompose_tanh,
     limit_openmp_spin,
     silence,
 )
 
 limit_openmp_spin()
+decompose_tanh()
 silence()
 
 import torch  # noqa: E402

@@ -25,7 +25,7 @@ from options import (
     weights_of,
 )
 
-from megalm.data.builder.builder import BuildOptions, build_files
+from megalm.data.builder.builder import BuildOptions, build_files, check_build
 from megalm.data.builder.quality_filters import Filters
 from megalm.data.tokenizers.tokenizer import describe_eod, load_tokenizer
 from megalm.errors import DataError
@@ -67,6 +67,9 @@ def main(
         str | None, typer.Option(help="0/16 to 15/16: build this part only; merge_datasets.py joins them")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="replace a dataset of this name")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="check options, inputs and tokenizer; read and write nothing")
+    ] = False,
 ) -> None:
     """Build a dataset. A killed build resumes when you start it again; a finished one is not built again.
 
@@ -92,6 +95,11 @@ def main(
         if eod_token is not None and not append_eod:
             raise DataError(f"--eod-token {eod_token}: no token ends a document with --no-append-eod; omit one of them")
         loaded = load_tokenizer(tokenizer, eod_token)
+        stdin_kind = stdin_kind or options.read.kind or ".jsonl"
+        if check:
+            files = check_build(inputs, loaded, output_prefix, options, stdin_kind)
+            out.print(f"{output_prefix}: a build would read {len(files):,} files")
+            return
         bar = BuildBar()
         with bar:
             built = build_files(
@@ -102,7 +110,7 @@ def main(
                 workers=workers,
                 progress=bar.tell,
                 overwrite=overwrite,
-                stdin_kind=stdin_kind or options.read.kind or ".jsonl",
+                stdin_kind=stdin_kind,
             )
         if built.was_there:
             out.print(f"{output_prefix}: is already built from this input; nothing to do")

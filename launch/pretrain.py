@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,23 +23,20 @@ from megalm.cli.options import (
     Config,
     DeepSpeedJson,
     ExtendSteps,
+    ExtendStrategy,
     Gpu,
     Overrides,
     RanksPerNode,
+    Resume,
+    SkipSteps,
+    Strategy,
+    Verbose,
     expand_home,
 )
 from megalm.errors import MegalmError, message_of
 from megalm.rank_environment import is_other_rank, launched_ranks, rank_in_messages
 from megalm.utils.formatting import printable
-from megalm.utils.process_setup import keep_standard_streams, require_system
-
-
-class Strategy(str, Enum):
-    """How `--extend-steps` continues a run."""
-
-    schedule = "schedule"
-    weights = "weights"
-
+from megalm.utils.process_setup import begin_under_launcher, code_for_launcher, keep_standard_streams, require_system
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -51,23 +46,10 @@ def main(
     overrides: Overrides = None,
     deepspeed_config: DeepSpeedJson = None,
     config: Config = None,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            "--resume", help="auto (the newest checkpoint; step 0 if there is none), a step, or a checkpoint's path."
-        ),
-    ] = None,
+    resume: Resume = None,
     extend_steps: ExtendSteps = None,
-    extend_strategy: Annotated[
-        Strategy,
-        typer.Option(
-            "--extend-strategy",
-            help="schedule: a cosine from the current rate to a tenth of it; weights: a new run with its weights.",
-        ),
-    ] = Strategy.schedule,
-    skip_steps: Annotated[
-        int, typer.Option("--skip-steps", min=0, help="With --resume: skip the data of this many steps.")
-    ] = 0,
+    extend_strategy: ExtendStrategy = Strategy.schedule,
+    skip_steps: SkipSteps = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan of the run, its memory and topology, and exit.")
     ] = False,
@@ -81,7 +63,7 @@ def main(
     ] = 0,
     ranks_per_node: RanksPerNode = RANKS_PER_NODE,
     gpu: Gpu = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the log lines of DeepSpeed and torch.")] = False,
+    verbose: Verbose = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
     """Pretrain a language model with DeepSpeed.
@@ -108,9 +90,15 @@ def main(
         return
     if gpu is not None:
         raise typer.BadParameter("only a plan takes it; add --dry-run", param_hint="--gpu")
-    from megalm.engine.deepspeed_patches import limit_openmp_spin, silence, use_expandable_segments
+    from megalm.engine.deepspeed_patches import (
+        decompose_tanh,
+        limit_openmp_spin,
+        silence,
+        use_expandable_segments,
+    )
 
-    limit_openmp_spin()  # this and the next two before torch is imported
+    limit_openmp_spin()  # this and the next three before torch is imported
+    decompose_tanh()
     use_expandable_segments()
     if verbose:
         logging.basicConfig(level=logging.INFO)
@@ -126,9 +114,8 @@ def main(
 
 def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int, gpu: str | None) -> None:
     """Print the plan of the run; for a resumed run, with its earlier schedules."""
-    from megalm.cli.plan import own_device, planned, planned_gpu, show_plan
+    from megalm.cli.plan import own_device, planned_gpu, planned_run, show_plan
     from megalm.runs.run_settings import Arguments
-    from megalm.train.resume.resume_plan import planned_start
 
     try:
         require_system()
@@ -136,14 +123,16 @@ def _dry_run(arguments: dict[str, Any], world_size: int, ranks_per_node: int, gp
             return  # only rank 0 prints
         ranks = world_size or launched_ranks()
         device = planned_gpu(gpu, None) or own_device(min(ranks, ranks_per_node))
-        options, files = Arguments(**arguments).read(ranks, device, data_needed=False)
-        resumed = partial(planned_start, resume=options) if options.wanted is not None else None
-        show_plan(planned(files, ranks, device, ranks_per_node, resumed), ranks_per_node)
+        show_plan(planned_run(Arguments(**arguments), ranks, device, ranks_per_node), ranks_per_node)
     except MegalmError as error:
         sys.stderr.write(f"megalm: error: {printable(message_of(error))}\n")
         raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":
+    begin_under_launcher()
     keep_standard_streams()
-    app(args=expand_home(sys.argv[1:]))
+    try:
+        app(args=expand_home(sys.argv[1:]))
+    except SystemExit as end:
+        sys.exit(code_for_launcher(end.code) if isinstance(end.code, int) else end.code)

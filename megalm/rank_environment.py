@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -43,6 +45,46 @@ class RankFacts:
     local_rank: int
     local_world_size: int
     threads: int
+
+
+ProcessState = Literal["alive", "stopped", "gone"]
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Where a rank runs, as its job knows it.
+
+    Attributes:
+        host: the node's name, as Slurm's options take it.
+        device: such as "cuda:3"; "cpu".
+        started: of the process, in ticks of the kernel's clock: tells it from a later one with the same number.
+        driver: the version of the node's NVIDIA driver; None: it has none.
+    """
+
+    rank: int
+    host: str
+    device: str
+    pid: int
+    started: int
+    driver: str | None = None
+
+    @staticmethod
+    def of_this_process(rank: int, device: str) -> RankPlace:
+        started = _kernel_record(os.getpid())[1]
+        return RankPlace(rank, node_name(), device, os.getpid(), started, gpu_driver())
+
+    def process_state(self) -> ProcessState:
+        """Return what the kernel says of this rank's process; for ranks of this node."""
+        try:
+            state, started = _kernel_record(self.pid)
+        except OSError:
+            return "gone"
+        if started != self.started or state in "ZX":
+            return "gone"
+        return "stopped" if state in "Tt" else "alive"
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host} ({self.device})"
 
 
 @dataclass(frozen=True)
@@ -156,6 +198,104 @@ def job_and_restarts(environment: Mapping[str, str] = os.environ) -> tuple[str |
     return job, restarts[0] * _RESTARTS_OF_TORCHRUN + restarts[1]
 
 
+JOB_FIELDS = {"%a": "SLURM_ARRAY_TASK_ID", "%x": "SLURM_JOB_NAME"}
+
+
+@dataclass(frozen=True)
+class StepPlace:
+    """The place of a task of `srun`: its number on its node, and how many nodes there are."""
+
+    local_rank: int
+    nodes: int
+
+
+def step_place(environment: Mapping[str, str] = os.environ) -> StepPlace | None:
+    """Return this process's place in a step of Slurm; None: it is no task of `srun`."""
+    local, nodes = environment.get("SLURM_LOCALID", ""), environment.get("SLURM_STEP_NUM_NODES", "")
+    return StepPlace(int(local), int(nodes)) if local.isdecimal() and nodes.isdecimal() else None
+
+
+def expand_job_fields(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Return `text` with the index in a Slurm array for `%a` and the job's name for `%x`, as in names of sbatch's logs.
+
+    Outside of such a job a field stays as it is.
+    """
+    for field, name in JOB_FIELDS.items():
+        text = text.replace(field, environment.get(name) or field)
+    return text
+
+
+def _kernel_record(pid: int) -> tuple[str, int]:
+    """Return a process's state letter and its start in ticks, of /proc.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    words = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    return words[0], int(words[19])
+
+
+def gpu_driver(record: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Return the version of this node's NVIDIA driver; None: it has none."""
+    try:
+        found = re.search(r"Kernel Module\s.*?(\d+(?:\.\d+)+)", record.read_text())
+    except OSError:
+        return None
+    return found[1] if found else None
+
+
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """Return this node's name: as Slurm spells it, or the host's."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def host_of_rank(rank: int, ranks: RankFacts, environment: Mapping[str, str] = os.environ) -> str | None:
+    """Return the node of a rank that has not told it: by Slurm's layout, or this one if it has all; None: unknown."""
+    if ranks.local_world_size == ranks.world_size:
+        return node_name(environment)
+    if environment.get("SLURM_STEP_NUM_TASKS") != str(ranks.world_size):
+        return None  # without Slurm; or a task is a launcher with ranks of its own
+    counts = _tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    hosts = _hosts(environment.get("SLURM_STEP_NODELIST", ""))
+    of_ranks = [host for host, count in zip(hosts, counts, strict=False) for _ in range(count)]
+    return of_ranks[rank] if rank < len(of_ranks) else None
+
+
+_SHOWN_RANKS = 8
+
+
+def describe_ranks(ranks: Iterable[tuple[int, str | None]]) -> str:
+    """Return (rank, node) pairs in words: "rank 3 on n2, ranks 8-15 on n4"; a node that is not known is left out."""
+    groups: list[tuple[int, int, str | None]] = []
+    for rank, host in sorted(ranks):
+        if groups and groups[-1][1:] == (rank - 1, host):
+            groups[-1] = (groups[-1][0], rank, host)
+        else:
+            groups.append((rank, rank, host))
+    words = [
+        (f"rank {first}" if first == last else f"ranks {first}-{last}") + (f" on {host}" if host else "")
+        for first, last, host in groups
+    ]
+    others = f" and {len(words) - _SHOWN_RANKS} more" if len(words) > _SHOWN_RANKS else ""
+    return ", ".join(words[:_SHOWN_RANKS]) + others
+
+
+def exclude_advice(hosts: Iterable[str | None], environment: Mapping[str, str] = os.environ) -> str:
+    """Return how a Slurm job of several nodes goes on without these; empty where that is no way."""
+    names = sorted({host for host in hosts if host})
+    if not names or environment.get("SLURM_JOB_NUM_NODES", "1") == "1":
+        return ""
+    return f"; sbatch --exclude={','.join(names)} starts the job without {'it' if len(names) == 1 else 'them'}"
+
+
+def submit_options(environment: Mapping[str, str] = os.environ) -> list[str] | None:
+    """Return the options of `megalm submit` that ask for a job like this one; None outside of slurm/train.sh."""
+    try:
+        return shlex.split(environment["MEGALM_SUBMIT_OPTIONS"]) if environment.get("SLURM_JOB_ID") else None
+    except (KeyError, ValueError):
+        return None
+
+
 def allocation_end(environment: Mapping[str, str] = os.environ) -> float | None:
     """Return the time, in seconds since 1970, at which Slurm ends this job; None without a limit or without Slurm."""
     text = environment.get("SLURM_JOB_END_TIME", "")
@@ -200,10 +340,12 @@ def _slurm_step(environment: Mapping[str, str]) -> _Launched:
     node = _number(environment, "SLURM_NODEID")
     if node >= len(per_node):
         raise ConfigError(f"SLURM_NODEID={node} is not in SLURM_STEP_TASKS_PER_NODE; start with sbatch slurm/train.sh")
-    address = "127.0.0.1" if len(per_node) == 1 else _first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    address = (
+        "127.0.0.1" if len(per_node) == 1 else next(iter(_hosts(environment.get("SLURM_STEP_NODELIST", ""))), None)
+    )
     identity = _number(environment, "SLURM_JOB_ID") + 101 * _number(environment, "SLURM_STEP_ID")
     rank, local = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_LOCALID")
-    return _Launched("srun", rank, size, local, per_node[node], address or None, _FIRST_PORT + identity % _PORTS)
+    return _Launched("srun", rank, size, local, per_node[node], address, _FIRST_PORT + identity % _PORTS)
 
 
 def _tasks_per_node(text: str) -> list[int]:
@@ -218,13 +360,19 @@ def _tasks_per_node(text: str) -> list[int]:
     return counts
 
 
-def _first_host(nodelist: str) -> str:
-    """`gpu[003-005,9],login` -> gpu003."""
-    prefix, bracket, rest = nodelist.partition("[")
-    if not bracket or "," in prefix:
-        return nodelist.partition(",")[0]
-    numbers, _, suffix = rest.partition("]")
-    return prefix + numbers.replace("-", ",").partition(",")[0] + suffix.partition(",")[0]
+def _hosts(nodelist: str) -> list[str]:
+    """`gpu[003-005,9],login` -> gpu003, gpu004, gpu005, gpu9, login."""
+    hosts: list[str] = []
+    for prefix, numbers, suffix in re.findall(r"([^\[,]*)(?:\[([^\]]*)\])?([^\[,]*),?", nodelist):
+        for part in numbers.split(",") if numbers else ():
+            first, _, last = part.partition("-")
+            if not (first.isdecimal() and (last or first).isdecimal()):
+                return []
+            count = range(int(first), int(last or first) + 1)
+            hosts += [f"{prefix}{number:0{len(first)}d}{suffix}" for number in count]
+        if not numbers and prefix + suffix:
+            hosts.append(prefix + suffix)
+    return hosts
 
 
 def _on_one_node(

@@ -54,6 +54,7 @@ option='' dedup='' overwrite=0
 for word; do
     if [[ -n $option ]]; then # this word is its value, whatever it looks like
         [[ $option != --dedup ]] || dedup=$word
+        [[ $option != --input || $word != - ]] || refuse "--input -: the shards cannot share standard input"
         option=''
         continue
     fi
@@ -61,8 +62,9 @@ for word; do
         --shard | --shard=* | --output-prefix | --output-prefix=*) refuse "$word: this script sets it for each shard" ;;
         --split | --split=*) refuse "$word: shards are not split; split in training (data.split)" ;;
         --overwrite) overwrite=1 ;;
-        --append-eod | --no-append-eod | --help) ;; # the other options without a value
+        --append-eod | --no-append-eod | --check | --help) ;; # the other options without a value
         --dedup=*) dedup=${word#*=} ;;
+        --input=-) refuse "--input -: the shards cannot share standard input" ;;
         --*=*) ;;
         --*) option=$word ;;
     esac
@@ -70,7 +72,6 @@ done
 [[ -x $python ]] || refuse "$python: no interpreter there; run make install, or state PYTHON"
 
 folder=$prefix.shards
-mkdir -p "$folder"
 outputs=()
 for ((shard = 0; shard < shards; shard++)); do
     outputs+=("$folder/$shard")
@@ -81,6 +82,7 @@ merge=("$python" "$root/data_tools/merge_datasets.py" --output-prefix "$prefix" 
 ((!overwrite)) || merge+=(--overwrite)
 
 if ((local)); then
+    mkdir -p "$folder"
     for ((shard = 0; shard < shards; shard++)); do
         "${build[@]}" --shard "$shard/$shards" --output-prefix "$folder/$shard"
     done
@@ -88,6 +90,9 @@ if ((local)); then
 fi
 
 command -v sbatch > /dev/null || refuse "no sbatch here; use --local"
+# What the first shard would refuse is refused here, before anything waits in a queue.
+"${build[@]}" --shard "0/$shards" --output-prefix "$folder/0" --check > /dev/null
+mkdir -p "$folder"
 # Quoted once more: --wrap is a line of shell, and of sh, which does not know all that bash's own %q gives.
 quoted() {
     local word quote="'" escaped="'\\''"

@@ -75,6 +75,16 @@ may_start_again() {
         { [ -n "$SLURM_JOB_END_TIME" ] && [ "$(date +%s)" -ge "$SLURM_JOB_END_TIME" ]; }
 }
 
+# Queues the job again, without the nodes named in $1, which Slurm takes from a queued job only; others that the job
+# excludes stay excluded.
+queue_again() (
+    excluded=$(job_field ExcNodeList)
+    [ "$excluded" != "(null)" ] || excluded=''
+    trap '' TERM # as soon as the job is queued, Slurm ends all of this script
+    scontrol requeue "$job" || return 1
+    [ -z "$1" ] || scontrol update JobId="$job" ExcNodeList="${excluded:+$excluded,}$1" || true
+)
+
 [ -n "${SLURM_JOB_ID:-}" ] || refuse "this is a batch script; start it with: sbatch slurm/train.sh ..."
 MEGALM_HOME=${MEGALM_HOME:-$(find_home)}
 [ -f "$MEGALM_HOME/launch/pretrain.py" ] ||
@@ -98,7 +108,24 @@ job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 # The run stops, saved, before this time; newer versions of Slurm set it themselves. A job without a limit has none.
 SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date --date "$(job_field EndTime)" +%s 2>/dev/null || true)}
-export LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME
+# With slurm.exclude_bad, rank 0 writes the names of bad nodes here; the ranks are in this folder too, also in a container.
+MEGALM_EXCLUDE_FILE=$PWD/.megalm-$SLURM_JOB_ID.exclude
+rm -f "$MEGALM_EXCLUDE_FILE"
+export LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_JOB_END_TIME MEGALM_EXCLUDE_FILE
+
+# What asks for such a job again, for the commands that the run tells its person to try; megalm submit knows it better.
+submit_options() {
+    local share="--ntasks-per-node=$LOCAL_WORLD_SIZE" words name value
+    # shellcheck disable=SC2153 # no misspelling of SLURM_GPUS_ON_NODE
+    [ -z "${SLURM_GPUS_ON_NODE:-}" ] || share="--gpus-per-node=$SLURM_GPUS_ON_NODE"
+    words="--nodes=$SLURM_JOB_NUM_NODES $share"
+    for name in Partition:partition Account:account TimeLimit:time; do
+        value=$(job_field "${name%:*}")
+        case $value in '' | '(null)' | UNLIMITED) ;; *) words+=" --${name#*:}=$value" ;; esac
+    done
+    echo "$words"
+}
+export MEGALM_SUBMIT_OPTIONS=${MEGALM_SUBMIT_OPTIONS:-$(submit_options)}
 
 # shellcheck disable=SC2153 # no misspelling of SLURM_GPUS_ON_NODE
 share="$LOCAL_WORLD_SIZE rank(s), $SLURM_CPUS_ON_NODE core(s)"
@@ -114,10 +141,14 @@ unset SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET SLURM_GPU_BIND SLURM_TRES_PER_TA
 gpus=()
 [ -z "${SLURM_GPUS_ON_NODE:-}" ] || gpus=(--gpus-per-node="$SLURM_GPUS_ON_NODE")
 
+export MEGALM_RESTARTS=${MEGALM_RESTARTS:-0}
+tasks=$LOCAL_WORLD_SIZE
+[ "$MEGALM_RESTARTS" -eq 0 ] || tasks=1 # slurm/rank.sh starts the ranks of its node by torchrun
+
 # The job's exit code is srun's, and srun's the highest of its ranks'.
 srun --kill-on-bad-exit=1 --wait=0 --overcommit --cpu-bind=none "${gpus[@]}" --distribution=block \
-    --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * LOCAL_WORLD_SIZE)) \
-    --ntasks-per-node="$LOCAL_WORLD_SIZE" "${options[@]}" \
+    --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * tasks)) \
+    --ntasks-per-node="$tasks" "${options[@]}" \
     bash "$MEGALM_HOME/slurm/rank.sh" "$@" &
 step=$!
 # A signal for this shell alone (--signal=B:USR1@60) is meant for the ranks: srun passes this one on.
@@ -129,11 +160,21 @@ code=0
 wait "$step" || code=$?
 
 readonly STOPPED_AND_SAVED=75
+bad=''
+if [ -f "$MEGALM_EXCLUDE_FILE" ]; then
+    bad=$(cat "$MEGALM_EXCLUDE_FILE")
+    rm -f "$MEGALM_EXCLUDE_FILE"
+fi
 if [ "$code" -eq "$STOPPED_AND_SAVED" ] && may_start_again; then
-    if scontrol requeue "$job"; then
-        echo "megalm: stopped and saved; job $job is queued again"
-        sleep 60 # Slurm ends this shell
+    if queue_again "$bad"; then
+        echo "megalm: stopped and saved; job $job is queued again${bad:+, without $bad}"
+        [ -n "$bad" ] || sleep 60 # Slurm ends this shell, where it has not yet
+        exit "$code"
     fi
-    echo "megalm: stopped and saved; job $job cannot be queued again: submit the same line"
+    echo "megalm: stopped and saved; job $job cannot be queued again: submit the same line${bad:+ with --exclude=$bad}"
+fi
+# Jobs of a chain (megalm submit --chain) that wait have nothing to do after the run's end, and are refused as this one was.
+if [ -n "${MEGALM_CHAIN:-}" ] && { [ "$code" -eq 0 ] || [ "$code" -eq 2 ]; }; then
+    scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
 fi
 exit "$code"

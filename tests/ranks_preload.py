@@ -12,8 +12,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("GLOO_LOG_LEVEL", "ERROR")
 
-from megalm.engine.deepspeed_patches import limit_openmp_spin
+from megalm.engine.deepspeed_patches import decompose_tanh, limit_openmp_spin
 
+decompose_tanh()
 limit_openmp_spin()  # as launch/pretrain.py does, before torch is imported
 
 import pytest  # noqa: E402, F401

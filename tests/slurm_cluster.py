@@ -27,13 +27,17 @@ ROOT = Path(__file__).resolve().parents[1]
 _START_SECONDS = 90.0
 _REAPER_SECONDS = 20.0
 _NODE_CPUS = 16
+_SHARED_NODES = 2  # of all partitions; `wide` has one more
 _NODE_GPUS = 2
 _OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
 @dataclass(frozen=True)
 class SlurmCluster:
-    """Two idle nodes and the commands to use them; `environment` is what every Slurm command here needs."""
+    """Idle nodes and the commands to use them; `environment` is what every Slurm command here needs.
+
+    Partition `wide` has `nodes` and one more, the others have `nodes`.
+    """
 
     folder: Path
     nodes: tuple[str, ...]
@@ -81,7 +85,7 @@ class SlurmCluster:
 
 @contextmanager
 def slurm_cluster(named_hosts: bool | None = None) -> Iterator[SlurmCluster]:
-    """A cluster of two nodes until the end of the block.
+    """A cluster until the end of the block.
 
     Args:
         named_hosts: nodes with host names of their own, which takes root; default: where it is possible.
@@ -122,14 +126,14 @@ def processes(folder: Path) -> list[psutil.Process]:
 
 
 def _start(folder: Path, named_hosts: bool) -> SlurmCluster:
-    nodes = ("n1", "n2") if named_hosts else ("127.0.0.2", "127.0.0.3")
+    nodes = ("n1", "n2", "n3") if named_hosts else ("127.0.0.2", "127.0.0.3", "127.0.0.4")
     gpus = [Path(f"/dev/tty{number}") for number in range(_NODE_GPUS)]  # any device files will do
     has_gpus = all(gpu.is_char_device() for gpu in gpus)
     _write_files(folder, nodes, has_gpus)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
     path = f"{inherited.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
     environment = inherited | {"SLURM_CONF": _configuration(folder), "PATH": path}
-    cluster = SlurmCluster(folder, nodes, has_gpus, environment)
+    cluster = SlurmCluster(folder, nodes[:_SHARED_NODES], has_gpus, environment)
 
     munge = folder / "munge"
     own_files = [f"--{name}={munge / name}" for name in ("key-file", "pid-file", "seed-file", "log-file")]
@@ -163,10 +167,10 @@ def _as_host(name: str, folder: Path, command: Sequence[str]) -> list[str]:
 
 def _wait_until_idle(cluster: SlurmCluster) -> None:
     deadline = time.monotonic() + _START_SECONDS
-    command = ["sinfo", "-h", "-N", "-p", "debug", "-o", "%T"]
+    command = ["sinfo", "-h", "-N", "-p", "wide", "-o", "%T"]
     while True:
         done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=False)
-        if done.returncode == 0 and done.stdout.split() == ["idle"] * len(cluster.nodes):
+        if done.returncode == 0 and done.stdout.split() == ["idle"] * (len(cluster.nodes) + 1):
             return
         if time.monotonic() > deadline:
             raise AssertionError(f"no idle nodes: {done.stdout} {done.stderr}\n{cluster.logs()}")
@@ -191,6 +195,7 @@ def _write_files(folder: Path, nodes: Sequence[str], has_gpus: bool) -> None:
 def _slurm_conf(folder: Path, nodes: Sequence[str], has_gpus: bool) -> str:
     host = socket.gethostname().split(".")[0]
     user = psutil.Process().username()
+    shared = ",".join(nodes[:_SHARED_NODES])
     controller, *ports = _free_ports(1 + len(nodes))
     gpus = f" Gres=gpu:{_NODE_GPUS}" if has_gpus else ""
     lines = [
@@ -229,10 +234,11 @@ def _slurm_conf(folder: Path, nodes: Sequence[str], has_gpus: bool) -> str:
         ),
         "PreemptType=preempt/partition_prio",
         "PreemptMode=REQUEUE",
-        "PartitionName=debug Nodes=ALL Default=YES DefaultTime=10 MaxTime=60 State=UP PreemptMode=OFF",
+        f"PartitionName=debug Nodes={shared} Default=YES DefaultTime=10 MaxTime=60 State=UP PreemptMode=OFF",
         # A job of `urgent` takes the nodes of one in `spare`, which has some seconds to save.
-        "PartitionName=spare Nodes=ALL DefaultTime=10 MaxTime=60 State=UP PriorityTier=1 GraceTime=30",
-        "PartitionName=urgent Nodes=ALL DefaultTime=10 MaxTime=60 State=UP PriorityTier=2 PreemptMode=OFF",
+        f"PartitionName=spare Nodes={shared} DefaultTime=10 MaxTime=60 State=UP PriorityTier=1 GraceTime=30",
+        f"PartitionName=urgent Nodes={shared} DefaultTime=10 MaxTime=60 State=UP PriorityTier=2 PreemptMode=OFF",
+        "PartitionName=wide Nodes=ALL DefaultTime=10 MaxTime=60 State=UP PreemptMode=OFF",
     ]
     return "\n".join(lines) + "\n"
 

@@ -18,6 +18,7 @@ import psutil
 import typer
 
 from megalm.config.schema import RunSection
+from megalm.rank_environment import step_place
 from megalm.utils.formatting import format_bytes, table
 from megalm.utils.terminal import echo
 
@@ -40,21 +41,28 @@ class Finding:
 def command() -> None:
     """Check this machine: its hardware and software, and the features of megalm that work.
 
-    Exits with code 1 if something essential is missing.
+    Exits with code 1 if something essential is missing. `srun --nodes=2 megalm doctor` checks several machines.
     """
+    place = step_place()
+    if place is not None and place.local_rank > 0:
+        return  # another task of this node reports it
     machine = machine_findings()
     works = capabilities({finding.name: finding for finding in machine})
-    echo(table(["machine", "found", ""], [[item.name, item.found, item.state] for item in machine]))
-    echo("\n" + table(["feature", "works", "reason"], works))
+    report = table(["machine", "found", ""], [[item.name, item.found, item.state] for item in machine])
+    report += "\n\n" + table(["feature", "works", "reason"], works)
+    # srun mixes what its tasks print: there each line has its node.
+    prefix = "" if place is None or place.nodes == 1 else f"{platform.node()}: "
+    echo("\n".join(f"{prefix}{line}".rstrip() for line in report.splitlines()))
     missing = [item.name for item in machine if item.state == "missing"]
     if missing:
-        echo(f"\nessential, but missing: {', '.join(missing)}; `make install` installs it", err=True)
+        echo(f"\n{prefix}essential, but missing: {', '.join(missing)}; `make install` installs it", err=True)
         raise typer.Exit(1)
 
 
 def machine_findings() -> list[Finding]:
     """Check everything that megalm uses of a machine, without changes to it."""
     return [
+        Finding("host", platform.node()),
         _python(),
         *_torch(),
         _package("deepspeed", essential=True),

@@ -28,6 +28,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("config", "Convert a DeepSpeed JSON of another toolkit to two files that a run takes."),
     "plan": ("plan", "Show a run before it starts: size, tokens, memory, schedule."),
     "rehearse": ("rehearse", "Rehearse a run on GPUs that this machine does not have."),
+    "sweep": ("jobs.sweep", "Run a configuration with several values of some keys, and rank the runs."),
+    "submit": ("jobs.submit", "Check a run on the login node, then queue it with Slurm."),
+    "status": ("jobs.status", "Show runs and their jobs: state, step, loss, speed, time left."),
     "checkpoint": ("checkpoint", "Checkpoints: list, show, verify, mark-bad, diff, prune, convert."),
     "evaluate": ("evaluate", "Evaluate checkpoints on datasets, texts and multiple-choice questions."),
     "generate": ("generate", "Continue prompts with checkpoints, also interactively."),
@@ -97,7 +100,7 @@ def build_app(chosen: str | None) -> typer.Typer:
             app.add_typer(module.app, name=name, help=summary)
         else:
             command: Callable[..., object] = getattr(module, function or "command")
-            app.command(name, help=command.__doc__ or summary)(command)
+            app.command(name, help=command.__doc__ or summary, cls=getattr(module, "Command", None))(command)
     return app
 
 

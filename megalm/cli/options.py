@@ -48,6 +48,13 @@ class Precision(str, Enum):
         return torch.float32 if self is Precision.fp32 else torch.bfloat16
 
 
+class Strategy(str, Enum):
+    """How `--extend-steps` continues a run."""
+
+    schedule = "schedule"
+    weights = "weights"
+
+
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Any key of the run configuration, such as train.steps=1000."),
@@ -70,6 +77,21 @@ ExtendSteps = Annotated[
     int | None,
     typer.Option("--extend-steps", min=1, help="Resume for this many more steps, on a new schedule."),
 ]
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        "--resume", help="auto (the newest checkpoint; step 0 if there is none), a step, or a checkpoint's path."
+    ),
+]
+ExtendStrategy = Annotated[
+    Strategy,
+    typer.Option(
+        "--extend-strategy",
+        help="schedule: a cosine from the current rate to a tenth of it; weights: a new run with its weights.",
+    ),
+]
+SkipSteps = Annotated[int, typer.Option("--skip-steps", min=0, help="With --resume: skip the data of this many steps.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the log lines of DeepSpeed and torch.")]
 RanksPerNode = Annotated[
     int, typer.Option("--ranks-per-node", min=1, help="For a plan: the consecutive ranks that share a node.")
 ]

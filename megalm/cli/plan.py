@@ -21,7 +21,7 @@ from megalm.errors import ConfigError
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, ResolvedRun, expected_vocab_size, known_vocab_size, resolve
 from megalm.planning.run_plan import Plan, draw_rates, make_plan
-from megalm.runs.run_settings import ConfigFiles, read_settings
+from megalm.runs.run_settings import Arguments, ConfigFiles, read_settings
 from megalm.train.resume.compatibility import with_last_step, with_schedule
 from megalm.train.run_summary import planned_data
 from megalm.utils.atomic_files import refuse_overwriting_inputs
@@ -102,26 +102,43 @@ def show_plan(plan: Plan, ranks_per_node: int) -> None:
     echo(plan_text(plan, ranks_per_node, *planned_data(plan.resolved)))
 
 
+def planned_run(
+    arguments: Arguments, ranks: int, device: DeviceFacts, ranks_per_node: int, data_needed: bool = False
+) -> Plan:
+    """Make the plan of a start of launch/pretrain.py; of one that resumes with its earlier schedules.
+
+    Raises:
+        MegalmError: the start would be refused; for missing data if `data_needed`.
+    """
+    from megalm.train.resume.resume_plan import planned_start  # imports torch
+
+    options, files = arguments.read(ranks, device, data_needed)
+    resumed = partial(planned_start, resume=options) if options.wanted is not None else None
+    return planned(files, ranks, device, ranks_per_node, resumed, data_needed)
+
+
 def planned(
     files: ConfigFiles,
     ranks: int,
     device: DeviceFacts | None,
     ranks_per_node: int,
     continuation: Continuation | None = None,
+    data_needed: bool = False,
 ) -> Plan:
     """Make the plan for a number of ranks.
 
     Args:
         device: of each rank; None: this machine's.
         continuation: of a run that resumes; None: the run starts at step 0.
+        data_needed: whether to refuse a run without data.
 
     Raises:
-        ConfigError, CheckpointError: the run itself would be refused; missing data is no reason here.
+        ConfigError, CheckpointError: the run itself would be refused.
     """
     vocab_size = known_vocab_size(files.loaded.config.data)
     ranks_per_node = min(ranks, ranks_per_node)
     device = device or own_device(ranks_per_node)
-    resolved = resolve(files.loaded, files.deepspeed, ranks, device, vocab_size, ranks_per_node, data_needed=False)
+    resolved = resolve(files.loaded, files.deepspeed, ranks, device, vocab_size, ranks_per_node, data_needed)
     schedules: tuple[ScheduleSegment, ...] = ()
     if continuation is not None:
         resolved, schedules = continuation(resolved)

@@ -44,6 +44,8 @@ def grid_text(run: ResolvedRun, shape: ModelConfig, ranks_per_node: int) -> str:
     ]
     if topology.world_size > 1:
         lines += ["", _axes(topology, ranks_per_node, run.zero_stage)]
+    if run.tensor_chunks > 1:
+        lines.append(f"(tensor groups communicate while they multiply, in {run.tensor_chunks} chunks of a micro-batch)")
     if topology.pipeline > 1:
         lines += ["", *_stages(topology, shape, ranks_per_node)]
         if run.config.parallel.balance == "time":

@@ -11,12 +11,15 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from megalm.rank_environment import expand_job_fields
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 # A file, a folder or a prefix; `~` is the home folder.
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+JobText = Annotated[str, AfterValidator(expand_job_fields)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 
@@ -85,7 +88,10 @@ StepConvention = Literal["standard", "deepspeed"]
 
 
 class RunSection(Section):
-    name: str | None = Field(default=None, description="folder under run.root; null: the next free PRESET-001")
+    name: JobText | None = Field(
+        default=None,
+        description="folder under run.root; null: the next free PRESET-001; %a: index in a Slurm array, %x: job's name",
+    )
     root: UserPath = Field(default="runs", description="folder of the run folders and of the default MLflow store")
 
 
@@ -256,8 +262,21 @@ class TrainSection(Section):
         default=None,
         description="save and exit with code 75 before this time has passed, e.g. 4h or 1h30m; null: Slurm's limit",
     )
+    start_timeout_seconds: PositiveFloat | None = Field(
+        default=900.0,
+        description="fail if a rank has not started by then, or is silent so long before step 1; null: wait",
+    )
     hang_timeout_seconds: PositiveFloat | None = Field(
         default=1800.0, description="after this time without progress, write all ranks' stacks and fail; null: wait"
+    )
+    check_nodes: bool = Field(
+        default=True, description="at the start on more than one node, name bad and slow ones: a few seconds"
+    )
+    slow_factor: Annotated[float, Field(gt=1)] = Field(
+        default=1.3, description="a node or rank that takes this many times the median for the same work is slow"
+    )
+    slow_seconds: PositiveFloat | None = Field(
+        default=120.0, description="report a rank that is slow for this long; null: watch none"
     )
     loss_chunk_tokens: PositiveInt | None = Field(
         default=None,
@@ -288,6 +307,11 @@ class ParallelSection(Section):
     balance: Literal["parameters", "time"] = Field(
         default="parameters",
         description="pipeline stages have equal parameters, or equal times, measured at the start",
+    )
+    overlap_tensor_communication: bool | Literal["auto"] = Field(
+        default="auto",
+        description="a tensor group communicates one chunk of a micro-batch while it multiplies the next; auto: on a "
+        "GPU with enough tokens, not on a CPU",
     )
 
 
@@ -370,12 +394,22 @@ class TrackingSection(Section):
     tensorboard: bool = Field(default=False, description="write event files to tensorboard/ of the run folder")
     wandb: bool = Field(default=False, description="send the run to Weights & Biases; WANDB_MODE=offline keeps it here")
     experiment: str = Field(default="megalm", description="of MLflow; the project of Weights & Biases")
+    sweep: str | None = Field(default=None, description="the sweep of the run (`megalm sweep`), its parent in MLflow")
     system_metrics: bool = Field(
         default=True, description="sample CPU, memory, network and GPUs of every node for MLflow"
     )
 
 
 TRACKERS = ("mlflow", "tensorboard", "wandb")  # keys of `tracking`
+
+
+class SlurmSection(Section):
+    """Of a job of slurm/train.sh."""
+
+    exclude_bad: bool = Field(
+        default=False,
+        description="leave nodes that train.check_nodes finds bad or slow: queue the job again for others",
+    )
 
 
 class RunConfig(Section):
@@ -400,6 +434,7 @@ class RunConfig(Section):
     guard: GuardSection = GuardSection()
     resume: ResumeSection = ResumeSection()
     tracking: TrackingSection = TrackingSection()
+    slurm: SlurmSection = SlurmSection()
     compile: bool | Literal["auto"] = Field(
         default="auto", description="torch.compile for blocks and loss; auto: on a GPU where it can, not on a CPU"
     )

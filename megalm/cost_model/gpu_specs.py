@@ -17,6 +17,7 @@ class _Gpu:
     Attributes:
         name: as CUDA names it, without the maker and without what `_SAME_CHIP` has.
         low, full: peak TFLOP/s without sparsity: of bf16 and fp16 with fp32 sums, and of fp32 without TF32.
+        float8: of float8 with fp32 sums; None where the chip has no such products.
         memory_gib: of the usual card; the data sheets' GB, which are close to what CUDA reports in GiB.
         capability: compute capability of the chip, major and minor.
     """
@@ -26,36 +27,37 @@ class _Gpu:
     full: float
     memory_gib: float
     capability: tuple[int, int]
+    float8: float | None = None
 
 
 # Compute capabilities from which on a chip computes in these types.
 BF16_CAPABILITY, FLOAT8_CAPABILITY = (8, 0), (8, 9)
 
 # By NVIDIA's data sheets; half of a number with sparsity. GeForce and RTX A6000 by the white papers
-# of their architectures (Ampere GA102, Ada, Blackwell), "with FP32 accumulate". B200 and GB200: an eighth of an HGX
-# board and a 72nd of an NVL72 rack. A800 and H800 differ from A100 and H100 in NVLink and fp64 only.
+# of their architectures (Ampere GA102, Ada, Blackwell), "with FP32 accumulate", float8 included. B200 and GB200: an
+# eighth of an HGX board and a 72nd of an NVL72 rack. A800 and H800 differ from A100 and H100 in NVLink and fp64 only.
 _GPUS = (
-    _Gpu("GB200", 2500, 80, 186, (10, 0)),
-    _Gpu("B200", 2250, 75, 180, (10, 0)),
-    _Gpu("GH200", 989, 67, 96, (9, 0)),
-    _Gpu("H200 NVL", 835.5, 60, 141, (9, 0)),
-    _Gpu("H200", 989, 67, 141, (9, 0)),
-    _Gpu("H100 PCIe", 756, 51, 80, (9, 0)),
-    _Gpu("H100 NVL", 835.5, 60, 94, (9, 0)),
-    _Gpu("H100", 989, 67, 80, (9, 0)),
-    _Gpu("H800 PCIe", 756, 51, 80, (9, 0)),
-    _Gpu("H800", 989, 67, 80, (9, 0)),
-    _Gpu("H20", 148, 44, 96, (9, 0)),
+    _Gpu("GB200", 2500, 80, 186, (10, 0), 5000),
+    _Gpu("B200", 2250, 75, 180, (10, 0), 4500),
+    _Gpu("GH200", 989, 67, 96, (9, 0), 1979),
+    _Gpu("H200 NVL", 835.5, 60, 141, (9, 0), 1670.5),
+    _Gpu("H200", 989, 67, 141, (9, 0), 1979),
+    _Gpu("H100 PCIe", 756, 51, 80, (9, 0), 1513),
+    _Gpu("H100 NVL", 835.5, 60, 94, (9, 0), 1670.5),
+    _Gpu("H100", 989, 67, 80, (9, 0), 1979),
+    _Gpu("H800 PCIe", 756, 51, 80, (9, 0), 1513),
+    _Gpu("H800", 989, 67, 80, (9, 0), 1979),
+    _Gpu("H20", 148, 44, 96, (9, 0), 296),
     _Gpu("A100", 312, 19.5, 80, (8, 0)),
     _Gpu("A800", 312, 19.5, 80, (8, 0)),
-    _Gpu("L40S", 362, 91.6, 48, (8, 9)),
-    _Gpu("L40", 181, 90.5, 48, (8, 9)),
-    _Gpu("L4", 121, 30.3, 24, (8, 9)),
+    _Gpu("L40S", 362, 91.6, 48, (8, 9), 733),
+    _Gpu("L40", 181, 90.5, 48, (8, 9), 362),
+    _Gpu("L4", 121, 30.3, 24, (8, 9), 242.5),
     _Gpu("A40", 149.7, 37.4, 48, (8, 6)),
     _Gpu("A10", 125, 31.2, 24, (8, 6)),
     _Gpu("RTX A6000", 154.8, 38.7, 48, (8, 6)),
-    _Gpu("RTX 5090", 209.5, 104.8, 32, (12, 0)),
-    _Gpu("RTX 4090", 165.2, 82.6, 24, (8, 9)),
+    _Gpu("RTX 5090", 209.5, 104.8, 32, (12, 0), 419),
+    _Gpu("RTX 4090", 165.2, 82.6, 24, (8, 9), 330.3),
     _Gpu("RTX 3090", 71, 35.6, 24, (8, 6)),
     _Gpu("V100 PCIe", 112, 14, 32, (7, 0)),
     _Gpu("V100", 125, 15.7, 32, (7, 0)),
@@ -67,12 +69,20 @@ _SAME_CHIP = r"(-?(SXM\d?|PCIE|\d+GB?|HBM\w*)| )*$"
 _GIB = 2**30
 
 
-def data_sheet_peak(device_name: str, low_precision: bool) -> tuple[float, str] | None:
-    """FLOP/s and source for a device as CUDA names it, "NVIDIA A100-SXM4-80GB"; None where the table has none."""
+def data_sheet_peak(device_name: str, low_precision: bool, float8_share: float = 0.0) -> tuple[float, str] | None:
+    """FLOP/s and source for a device as CUDA names it, "NVIDIA A100-SXM4-80GB"; None where the table has none.
+
+    Args:
+        float8_share: of all operations; the peak is then that of both kinds one after the other.
+    """
     gpu = _known(device_name)
     if gpu is None:
         return None
-    return (gpu.low if low_precision else gpu.full) * 1e12, f"data sheet of {gpu.name}"
+    peak, source = (gpu.low if low_precision else gpu.full) * 1e12, f"data sheet of {gpu.name}"
+    if not float8_share or gpu.float8 is None:
+        return peak, source
+    seconds = float8_share / (gpu.float8 * 1e12) + (1 - float8_share) / peak
+    return 1 / seconds, f"{source}, {float8_share:.0%} of the operations in float8"
 
 
 def compute_capability(device_name: str) -> tuple[int, int] | None:

@@ -74,7 +74,8 @@ def build_engine(
     float8 = run.config.precision.float8
     layers = LayerFactory(clock, run.compiled, float8)
     if run.topology.tensor > 1:
-        layers = TensorLayers(clock, context.groups.tensor, run.config.parallel.sequence, run.compiled, float8)
+        group, sequence = context.groups.tensor, run.config.parallel.sequence
+        layers = TensorLayers(clock, group, sequence, run.compiled, float8, run.tensor_chunks)
     sizes = shape.parameters()
     draw = (lambda name: initial_weight(name, sizes[name], shape, train.seed)) if initial_weights else None
     if run.topology.pipeline > 1:

@@ -1,4 +1,4 @@
-"""Settings and workarounds at startup: OpenMP, CUDA's allocator, log noise, needless compilation, fp16 on a CPU."""
+"""Settings and workarounds at startup: OpenMP, tanh, CUDA's allocator, log noise, less compilation, fp16 on CPUs."""
 
 from __future__ import annotations
 
@@ -26,6 +26,15 @@ def limit_openmp_spin() -> None:
     """
     if not any(name in os.environ for name in _OPENMP_VARIABLES):
         os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
+def decompose_tanh() -> None:
+    """Let compiled CPU code take tanh from an exponential, as GELU needs it, unless the environment configures it.
+
+    Call before importing torch. The vector library's tanh makes a GELU twice as slow; both are within 2e-7 of the
+    exact one.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CPP_USE_DECOMPOSE_TANH", "1")
 
 
 def use_expandable_segments() -> None:

@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import os
 import shutil
-import socket
 import sysconfig
 import time
 import warnings
@@ -24,7 +23,7 @@ from megalm.cost_model.gpu_specs import FLOAT8_CAPABILITY, data_sheet_peak
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.errors import ConfigError
 from megalm.planning.resolve import DeviceFacts
-from megalm.rank_environment import RankFacts, sign_of_gpus
+from megalm.rank_environment import RankFacts, node_name, sign_of_gpus
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +52,21 @@ def tune_malloc() -> None:
 _REPEATS, _SECONDS = 12, 0.3
 
 
-def peak_flops(device: torch.device, low_precision: bool) -> tuple[float, str]:
+def peak_flops(device: torch.device, low_precision: bool, float8_share: float = 0.0) -> tuple[float, str]:
     """Return the peak FLOP/s of one rank's device, the base of model FLOPs utilization (MFU), and its source.
 
-    It is of dense matrix products, without sparsity: a known GPU's from its data sheet, any other device's measured.
+    It is of dense matrix products, without sparsity: a known GPU's from its data sheet, with `float8_share` of the
+    operations in float8; any other device's measured, without float8.
     """
     if device.type == "cuda":
-        known = data_sheet_peak(torch.cuda.get_device_name(device), low_precision)
+        known = data_sheet_peak(torch.cuda.get_device_name(device), low_precision, float8_share)
         if known is not None:
             return known
     return measured_peak(device, low_precision), "measured matrix product"
 
 
-def measured_peak(device: torch.device, low_precision: bool) -> float:
-    """Return the FLOP/s of the fastest of at least a dozen matrix products, with this rank's threads.
+def measured_peak(device: torch.device, low_precision: bool, repeats: int = _REPEATS) -> float:
+    """Return the FLOP/s of the fastest of at least `repeats` matrix products, with this rank's threads.
 
     1024 x 1024 on a CPU, a few milliseconds each; 8192 x 8192 on a GPU, where a smaller one would time the launch.
     """
@@ -74,7 +74,7 @@ def measured_peak(device: torch.device, low_precision: bool) -> float:
     size = 8192 if on_gpu else 1024
     low = torch.float16 if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False) else torch.bfloat16
     left, right = (torch.rand(size, size, device=device).to(low if low_precision else torch.float32) for _ in range(2))
-    return 2 * size**3 / fastest_seconds(lambda: left @ right, device, _REPEATS, _SECONDS)
+    return 2 * size**3 / fastest_seconds(lambda: left @ right, device, repeats, _SECONDS)
 
 
 def fastest_seconds(
@@ -113,7 +113,7 @@ class DeviceReport:
 
 def open_device(ranks: RankFacts) -> tuple[torch.device, DeviceReport]:
     """Claim this rank's device. A problem is reported, not raised: all ranks have to learn of it."""
-    node = socket.gethostname()
+    node = node_name()
     try:
         device = claim_device(ranks)
     except ConfigError as error:
@@ -153,7 +153,7 @@ def claim_device(ranks: RankFacts) -> torch.device:
         ConfigError: the job is for GPUs but CUDA or this rank's GPU does not work, or there are more ranks than GPUs.
     """
     torch.set_num_threads(ranks.threads)  # torchrun sets 1 thread, other launchers all: make them equal
-    node = socket.gethostname()
+    node = node_name()
     if (sign := sign_of_gpus()) and (problem := cuda_problem()):
         raise ConfigError(
             f"this job is for GPUs ({sign}), but CUDA does not work on node {node}: {problem}; mend that or leave the "

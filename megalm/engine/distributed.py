@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,9 +16,11 @@ import torch.distributed as dist
 from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.engine.deepspeed_patches import allow_cpu_fp16_for_tests, avoid_shared_memory_op, silence_deepspeed
 from megalm.engine.device import DeviceReport
+from megalm.engine.ranks.flight_recorder import record_collectives
+from megalm.engine.ranks.rendezvous import meet, unreachable
 from megalm.engine.traffic_counter import TrafficCounter
 from megalm.errors import EXIT_FAILED, ConfigError, OtherRankFailed
-from megalm.rank_environment import RankFacts
+from megalm.rank_environment import RankFacts, RankPlace
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -112,38 +114,6 @@ class DistributedCommunicator:
         return tensor.tolist()
 
 
-def open_store(ranks: RankFacts) -> Store:
-    """Return the store through which all ranks find each other, served by rank 0 or by torchrun's agent.
-
-    Raises:
-        ConfigError: rank 0 cannot be reached.
-    """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-    with _reaching_others(ranks):
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            address,
-            port,
-            ranks.world_size,
-            is_master=ranks.rank == 0 and not is_agents,
-            timeout=_TIMEOUT,
-            multi_tenant=not is_agents,
-        )
-    # torchrun's agent may keep one store for all restarts, in which the addresses of the killed workers still are.
-    return dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0}", store)  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def _reaching_others(ranks: RankFacts) -> Iterator[None]:
-    try:
-        yield
-    except dist.DistNetworkError as error:
-        raise ConfigError(
-            f"rank {ranks.rank} cannot reach the other ranks: {error}; check MASTER_ADDR and MASTER_PORT; if another "
-            "job of this machine uses the port, choose another one with --master_port=29501"
-        ) from error
-
-
 def agree_on_device(own: DeviceReport, ranks: RankFacts, store: Store) -> DeviceFacts:
     """Return the device that every rank can count on: the smallest memory, and what all can do.
 
@@ -200,7 +170,7 @@ def _common_device(reports: Sequence[DeviceReport]) -> DeviceFacts | str:
 
 def _form_group(ranks: RankFacts, device: torch.device, store: Store) -> None:
     on_gpu = device.type == "cuda"
-    with _reaching_others(ranks):
+    try:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             store=store,
@@ -209,6 +179,8 @@ def _form_group(ranks: RankFacts, device: torch.device, store: Store) -> None:
             timeout=_TIMEOUT,
             device_id=device if on_gpu and ranks.world_size > 1 else None,  # as DeepSpeed does
         )
+    except dist.DistNetworkError as error:
+        raise unreachable(ranks.rank, error) from error
 
 
 def start_distributed(
@@ -218,7 +190,7 @@ def start_distributed(
 
     Args:
         traffic: counts what goes through the groups from here on.
-        store: of `open_store`; None: open it.
+        store: of `meet`; None: meet the other ranks first.
 
     Raises:
         ConfigError: the other ranks cannot be reached.
@@ -227,12 +199,13 @@ def start_distributed(
     import deepspeed
 
     silence_deepspeed()
+    record_collectives()
     if traffic is not None:
         traffic.install()
     if device.type == "cpu":
         avoid_shared_memory_op()
         allow_cpu_fp16_for_tests()
     if not dist.is_initialized():  # a caller may have joined a group of its own
-        _form_group(ranks, device, store or open_store(ranks))
+        _form_group(ranks, device, store or meet(ranks, RankPlace.of_this_process(ranks.rank, str(device))).store)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=_TIMEOUT)  # takes the existing group
     return DistributedCommunicator(ranks)

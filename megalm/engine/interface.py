@@ -158,3 +158,24 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Remove offloaded state from local disks; call after the last use."""
+
+
+@dataclass(frozen=True)
+class StalledCollective:
+    """A collective, or a message from rank to rank, in which ranks wait for others.
+
+    Attributes:
+        collective: such as "all_reduce", "recv".
+        number: of its kind in this group.
+        missing: the ranks that have not joined it, or have entered another one.
+        instead: what they have entered, if they have.
+        since_ns: when the first rank entered it, in unix time.
+    """
+
+    collective: str
+    group: str
+    number: int
+    waiting: tuple[int, ...]
+    missing: tuple[int, ...]
+    instead: str | None = None
+    since_ns: int = 0

@@ -45,6 +45,16 @@ _COLLECTIVES = {
 _PEER_TO_PEER = ("send", "recv")
 
 
+def wrap_collectives(wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace each of torch.distributed's functions by `wrap(name, function)`."""
+    for name in _COLLECTIVES:
+        function = getattr(dist, name, None)
+        if function is not None:  # not in every version of torch
+            wrapper = wrap(name, function)
+            for module in (dist, dist.distributed_c10d):
+                setattr(module, name, wrapper)
+
+
 class TrafficCounter:
     """Counts calls and bytes by axis and collective; groups of a single rank move nothing and are left out."""
 
@@ -61,12 +71,7 @@ class TrafficCounter:
 
     def install(self) -> None:
         """Wrap torch.distributed's functions; call before DeepSpeed's `init_distributed`."""
-        for name, (collective, message) in _COLLECTIVES.items():
-            function = getattr(dist, name, None)
-            if function is not None:  # not in every version of torch
-                wrapper = self._wrapped(function, collective, message)
-                for module in (dist, dist.distributed_c10d):
-                    setattr(module, name, wrapper)
+        wrap_collectives(lambda name, function: self._wrapped(function, *_COLLECTIVES[name]))
         dist.Work.wait = self._marked(dist.Work.wait)  # type: ignore[method-assign]
 
     def name_groups(self, groups: ParallelGroups, control: dist.ProcessGroup) -> None:

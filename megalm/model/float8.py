@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 _E4M3 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_E4M3).max  # 448
@@ -35,17 +34,29 @@ def _compiled_quantize() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     return torch.compile(quantize, dynamic=True)
 
 
+# A factor's rows in float8 and their scales.
+Rounded = tuple[Tensor, Tensor]
+
+
+def _rounded(factor: Tensor) -> Rounded:
+    if factor.device.type == "cpu" or torch.compiler.is_compiling():
+        return quantize(factor)
+    return _compiled_quantize()(factor)
+
+
+def _product(left: Rounded, right: Rounded, dtype: torch.dtype) -> Tensor:
+    (a, a_scale), (b, b_scale) = left, right
+    if a.device.type == "cpu":
+        return ((a.float() @ b.float().t()) * a_scale * b_scale.t()).to(dtype)
+    return torch._scaled_mm(a, b.t(), a_scale, b_scale.t(), out_dtype=dtype, use_fast_accum=True)
+
+
 def float8_product(left: Tensor, right: Tensor) -> Tensor:
     """left [M, C] times the transpose of right [N, C], summed in fp32 -> [M, N] in the factors' type.
 
     A CPU multiplies the same float8 values in fp32.
     """
-    if left.device.type == "cpu":
-        (a, a_scale), (b, b_scale) = quantize(left), quantize(right)
-        return ((a.float() @ b.float().t()) * a_scale * b_scale.t()).to(left.dtype)
-    rows = quantize if torch.compiler.is_compiling() else _compiled_quantize()
-    (a, a_scale), (b, b_scale) = rows(left), rows(right)
-    return torch._scaled_mm(a, b.t(), a_scale, b_scale.t(), out_dtype=left.dtype, use_fast_accum=True)
+    return _product(_rounded(left), _rounded(right), left.dtype)
 
 
 class _Float8Linear(torch.autograd.Function):
@@ -66,18 +77,37 @@ class _Float8Linear(torch.autograd.Function):
         return x_grad, weight_grad, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
+class Float8Linear(nn.Linear):
+    """A linear layer that multiplies in float8."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Float8Linear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]  # torch: untyped
+
+
+class MultiplyRows(Protocol):
+    """Writes the product of rows [M, C], or of each of some matrices of rows [R, M, C], into `out`, [..., M, N].
+
+    `add` is added: a bias, or what `out` holds.
+    """
+
+    def __call__(self, rows: Tensor, out: Tensor, add: Tensor | None = None) -> None: ...
+
+
 class Products:
-    """The matrix products of a linear layer in the model's own type, for layers with a backward pass of their own."""
+    """The matrix products of linear layers that communicate, without gradients, in the model's own type."""
 
     @staticmethod
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[..., H], [F, H], [F] -> [..., F], with a gradient."""
-        return functional.linear(x, weight, bias)
+    def by(right: Tensor) -> MultiplyRows:
+        """Products of rows with one factor, [C, N]."""
 
-    @staticmethod
-    def add_input_gradient(total: Tensor | None, rows: Tensor, weight: Tensor) -> Tensor:
-        """`total`, if there is one, plus the gradient [M, H] of the input, from that of the output [M, F]."""
-        return rows @ weight if total is None else total.addmm_(rows, weight)
+        def multiply(rows: Tensor, out: Tensor, add: Tensor | None = None) -> None:
+            if rows.ndim == 2:
+                torch.mm(rows, right, out=out) if add is None else torch.addmm(add, rows, right, out=out)
+                return
+            each = right.expand(len(rows), *right.shape)
+            torch.bmm(rows, each, out=out) if add is None else torch.baddbmm(add, rows, each, out=out)
+
+        return multiply
 
     @staticmethod
     def weight_gradient(rows: Tensor, x: Tensor) -> Tensor:
@@ -89,21 +119,18 @@ class Float8Products(Products):
     """The same in float8."""
 
     @staticmethod
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _Float8Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]  # torch: untyped
+    def by(right: Tensor) -> MultiplyRows:
+        factor = _rounded(right.t())
 
-    @staticmethod
-    def add_input_gradient(total: Tensor | None, rows: Tensor, weight: Tensor) -> Tensor:
-        addend = float8_product(rows, weight.t())
-        return addend if total is None else total.add_(addend)
+        def multiply(rows: Tensor, out: Tensor, add: Tensor | None = None) -> None:
+            product = _product(_rounded(rows.flatten(0, -2)), factor, rows.dtype).view(out.shape)
+            if add is None:
+                out.copy_(product)
+            else:
+                torch.add(product, add, out=out)
+
+        return multiply
 
     @staticmethod
     def weight_gradient(rows: Tensor, x: Tensor) -> Tensor:
         return float8_product(rows.t(), x.t())
-
-
-class Float8Linear(nn.Linear):
-    """A linear layer that multiplies in float8."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return Float8Products.linear(x, self.weight, self.bias)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from megalm.model.float8 import Float8Linear, Float8Products, Products
+from megalm.model.float8 import Float8Linear
 from megalm.model.loss import chunk_loss, linear_cross_entropy
 from megalm.model.modules import Dropout, DropoutClock, PositionEmbedding
 
@@ -63,7 +63,6 @@ class LayerFactory:
         self.slices = 1
         self.clock = clock
         self.compiled = compiled
-        self.products = Float8Products if float8 else Products
         self._linear = Float8Linear if float8 else nn.Linear
 
     def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:

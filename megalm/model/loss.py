@@ -25,13 +25,17 @@ def chunk_loss(logits: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, 
     """Loss sum of a chunk [C, V], and with `gradient` its gradient in the logits' type, else the logits."""
     valid = (labels != IGNORE).unsqueeze(1)
     targets = labels.clamp(min=0).unsqueeze(1)
-    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    loss = -(log_probabilities.gather(1, targets) * valid).sum()
+    # Exponentials are taken once, for their sum and for the gradient: a log-softmax takes them twice.
+    highest = logits.amax(-1, keepdim=True).float()
+    shifted = logits.float().sub(highest)
+    target = shifted.gather(1, targets)
+    exponentials = shifted.exp_()
+    total = exponentials.sum(-1, keepdim=True)
+    loss = ((total.log() - target) * valid).sum()
     if not gradient:
         return loss, logits
-    probabilities = log_probabilities.exp_()
-    probabilities.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float32))
-    return loss, probabilities.mul_(valid).to(logits.dtype)
+    gradients = exponentials.mul_(valid / total).to(logits.dtype)
+    return loss, gradients.scatter_(1, targets, ((target.exp() / total - 1) * valid).to(logits.dtype))
 
 
 def linear_cross_entropy(

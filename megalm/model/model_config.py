@@ -110,12 +110,19 @@ def flops_per_token(shape: ModelConfig, sequence_length: int) -> int:
     tied, and attention's own products, 12 x layers x T x heads x head_dim, halved because the mask is causal. It does
     not count embedding lookups, norms, activations, the softmax and recomputed blocks.
     """
-    layer_matrices = sum(
-        math.prod(dims) for name, dims in shape.parameters().items() if name.startswith("layers.") and len(dims) == 2
-    )
     head = shape.vocab_size * shape.hidden_size
     attention = 6 * shape.num_hidden_layers * sequence_length * shape.num_attention_heads * shape.head_dim
-    return 6 * (layer_matrices + head) + attention
+    return 6 * (_layer_matrices(shape) + head) + attention
+
+
+def float8_share(shape: ModelConfig, sequence_length: int, float8: bool) -> float:
+    """The share of `flops_per_token` in float8: with `precision.float8` the layers' linear maps, else none."""
+    return 6 * _layer_matrices(shape) / flops_per_token(shape, sequence_length) if float8 else 0.0
+
+
+def _layer_matrices(shape: ModelConfig) -> int:
+    sizes = shape.parameters().items()
+    return sum(math.prod(dims) for name, dims in sizes if name.startswith("layers.") and len(dims) == 2)
 
 
 # How attention on a CPU divides a sequence into blocks of queries.

@@ -51,11 +51,12 @@ def begin_gather_sequence(part: Tensor, group: AxisGroup) -> Finish:
     return _finish(work, lambda: slices.movedim(0, 1).flatten(1, 2))
 
 
-def begin_scatter_sum(whole: Tensor, group: AxisGroup) -> Finish:
-    """Start to sum the ranks' addends [B, T, H] -> this rank's slice [B, S, H] of the sum."""
+def begin_scatter_sum(whole: Tensor, group: AxisGroup, result: Tensor | None = None) -> Finish:
+    """Start to sum the ranks' addends [B, T, H] -> this rank's slice [B, S, H] of the sum, in `result` if given."""
     batch, length, width = whole.shape
     slices = whole.view(batch, group.size, length // group.size, width).movedim(1, 0).contiguous()
-    result = torch.empty_like(slices[0])
+    if result is None:
+        result = torch.empty_like(slices[0])
     work = dist.reduce_scatter_tensor(result, slices.flatten(0, 1), group=group.process_group, async_op=True)
     return _finish(work, lambda: result)
 
@@ -126,6 +127,7 @@ class ReplicatedResidual:
 
     def __init__(self, group: AxisGroup) -> None:
         self.group = group
+        self.slices = group.size if self.is_sequence_sharded else 1
 
     def whole(self, hidden: Tensor) -> Tensor:
         """The stream as [B, T, H]; its gradient is summed over the ranks."""
@@ -139,8 +141,12 @@ class ReplicatedResidual:
         """Start `whole`, without a gradient."""
         return lambda: hidden
 
-    def begin_gradient(self, addend: Tensor) -> Finish:
-        """Start the stream's gradient, from this rank's part of the gradient of `whole` [B, T, H]."""
+    def addend_of(self, part: Tensor) -> Tensor:
+        """Room [B, T, H] for this rank's addend of `part`, a contiguous piece of the stream that `begin_sum` fills."""
+        return part
+
+    def begin_sum(self, addend: Tensor, part: Tensor) -> Finish:
+        """Start the sum of the ranks' addends, into `part` of the stream."""
         return begin_sum(addend, self.group)
 
 
@@ -161,5 +167,9 @@ class SequenceShardedResidual(ReplicatedResidual):
     def begin_whole(self, hidden: Tensor) -> Finish:
         return begin_gather_sequence(hidden, self.group)
 
-    def begin_gradient(self, addend: Tensor) -> Finish:
-        return begin_scatter_sum(addend, self.group)
+    def addend_of(self, part: Tensor) -> Tensor:
+        batch, length, width = part.shape
+        return part.new_empty(batch, length * self.slices, width)
+
+    def begin_sum(self, addend: Tensor, part: Tensor) -> Finish:
+        return begin_scatter_sum(addend, self.group, part)

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megalm.model.float8 import Products
 from megalm.model.layer_factory import AnyModule, LayerFactory, Rectangle, ShardedAxis, annotate_shard
-from megalm.model.modules import DropoutClock, PositionEmbedding, position_ids, uncompiled
+from megalm.model.modules import DropoutClock, PositionEmbedding, position_ids
 from megalm.parallel import collectives
-from megalm.parallel.collectives import Finish, ReplicatedResidual, SequenceShardedResidual
 from megalm.parallel.process_groups import AxisGroup
+from megalm.parallel.sharded_linear import TensorProducts
 from megalm.parallel.vocab_parallel import VocabParallelEmbedding, VocabParallelOutput
 from megalm.topology import DimRange, vocabulary_rows, whole_parts
 
@@ -37,77 +36,37 @@ class ColumnLinear(nn.Linear):
 class ColumnProjection:
     """Applies column layers to the residual stream, together: only their common input and its gradient communicate."""
 
-    def __init__(self, stream: ReplicatedResidual, products: type[Products]) -> None:
-        self._stream = stream
+    def __init__(self, products: TensorProducts) -> None:
         self._products = products
 
-    @uncompiled
-    def __call__(self, hidden: Tensor, *columns: nn.Linear) -> tuple[Tensor, ...]:
-        assert all(isinstance(column, ColumnLinear) for column in columns)
-        parts = [column.part for column in columns]
-        weights, biases = [column.weight for column in columns], [column.bias for column in columns]
-        return _Columns.apply(hidden, self._stream, self._products, parts, *weights, *biases)  # type: ignore[no-untyped-call]  # torch: untyped
+    def __call__(self, hidden: Tensor, *columns: ColumnLinear) -> tuple[Tensor, ...]:
+        sharers = [column.part.sharers for column in columns]
+        weights = [column.weight for column in columns]
+        biases = [column.bias for column in columns if column.bias is not None]
+        return _Columns.apply(hidden, self._products, sharers, *weights, *biases)  # type: ignore[no-untyped-call]  # torch: untyped
 
 
 class _Columns(torch.autograd.Function):
     """One function for all layers, so that the gradient of their input is summed over the ranks once.
 
-    The backward pass keeps the input as the stream holds it, a slice under sequence parallelism, and computes the
-    weights' gradients while the input's gradient communicates.
+    The backward pass keeps the input as the stream holds it, a slice under sequence parallelism.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        stream: ReplicatedResidual,
-        products: type[Products],
-        parts: Sequence[DimRange],
-        *parameters: Tensor,
+        ctx: Any, hidden: Tensor, products: TensorProducts, sharers: Sequence[int], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
-        weights, biases = parameters[: len(parts)], parameters[len(parts) :]
+        weights, biases = parameters[: len(sharers)], parameters[len(sharers) :]
         ctx.save_for_backward(hidden, *weights)
-        ctx.stream, ctx.products, ctx.parts = stream, products, parts
-        whole = stream.begin_whole(hidden)()
-        return tuple(products.linear(whole, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        ctx.products, ctx.sharers, ctx.with_biases = products, sharers, bool(biases)
+        return tuple(products.columns(hidden, weights, biases))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         hidden, *weights = ctx.saved_tensors
-        stream: ReplicatedResidual = ctx.stream
-        products: type[Products] = ctx.products
-        whole = stream.begin_whole(hidden)
-        rows = [gradient.flatten(0, 1) for gradient in gradients]  # [N, F]
-        addend = None
-        for row, weight in zip(rows, weights, strict=True):
-            addend = products.add_input_gradient(addend, row, weight)
-        assert addend is not None
-        input_gradient = stream.begin_gradient(addend.view(*gradients[0].shape[:2], -1))
-        whole_rows = whole().flatten(0, 1)  # [N, H]
-        begun = [
-            _begin_shared(products.weight_gradient(row, whole_rows), part, stream.group)
-            for row, part in zip(rows, ctx.parts, strict=True)
-        ] + [
-            _begin_shared(row.sum(0), part, stream.group) if ctx.needs_input_grad[place] else _nothing
-            for place, (row, part) in enumerate(zip(rows, ctx.parts, strict=True), start=4 + len(weights))
-        ]
-        return input_gradient(), None, None, None, *(finish() for finish in begun)
-
-
-def _begin_shared(gradient: Tensor, part: DimRange, group: AxisGroup) -> Finish:
-    """Start the gradient of a parameter held here, to which each sharer of its part contributes an addend."""
-    if part.sharers == 1:
-        return lambda: gradient
-    # A buffer of all the group's parts needs no further process group; shared parts are few and small.
-    place = group.index // part.sharers
-    buffer = gradient.new_zeros((group.size // part.sharers, *gradient.shape), dtype=torch.float32)
-    buffer[place] = gradient
-    total = collectives.begin_sum(buffer, group)
-    return lambda: total()[place].to(gradient.dtype)
-
-
-def _nothing() -> None:
-    """The gradient of a missing bias."""
+        products: TensorProducts = ctx.products
+        hidden_gradient, *others = products.columns_backward(hidden, weights, gradients, ctx.sharers, ctx.with_biases)
+        return hidden_gradient, None, None, *others
 
 
 class TensorLayers(LayerFactory):
@@ -118,6 +77,7 @@ class TensorLayers(LayerFactory):
         sequence: ranks divide the residual stream between the sharded layers along the sequence.
         compiled: the element-wise work of the loss runs compiled.
         float8: column and row layers multiply in float8.
+        chunks: of a micro-batch, whose communication runs while others are multiplied; 1: they take turns.
     """
 
     def __init__(
@@ -127,11 +87,13 @@ class TensorLayers(LayerFactory):
         sequence: bool = False,
         compiled: bool = False,
         float8: bool = False,
+        chunks: int = 1,
     ) -> None:
         super().__init__(clock, compiled, float8)
         self._group = group
-        self.slices = group.size if sequence else 1
-        self._stream = SequenceShardedResidual(group) if sequence else ReplicatedResidual(group)
+        self._products = TensorProducts(group, sequence, float8, chunks)
+        self._stream = self._products.stream
+        self.slices = self._stream.slices
 
     def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:
         part = whole_parts(out_features, parts, self._group.size, self._group.index)
@@ -143,7 +105,7 @@ class TensorLayers(LayerFactory):
 
     def row(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Module:
         part = whole_parts(in_features, parts, self._group.size, self._group.index)
-        layer = RowLinear(part, out_features, bias, self._stream, self.products)
+        layer = RowLinear(part, out_features, bias, self._products)
         _annotate(layer.weight, (out_features, in_features), 1, part)
         if bias:
             assert layer.bias is not None
@@ -151,7 +113,7 @@ class TensorLayers(LayerFactory):
         return layer
 
     def projection(self) -> ColumnProjection:
-        return ColumnProjection(self._stream, self.products)
+        return ColumnProjection(self._products)
 
     def embedding(self, rows: int, width: int) -> nn.Embedding:
         part = vocabulary_rows(rows, self._group.size, self._group.index)
@@ -196,23 +158,33 @@ class TensorLayers(LayerFactory):
 class RowLinear(nn.Module):
     """Columns `part` of a linear layer's weight [H, F]; its input is the output of column layers of this rank."""
 
-    def __init__(
-        self, part: DimRange, out_features: int, bias: bool, stream: ReplicatedResidual, products: type[Products]
-    ) -> None:
+    def __init__(self, part: DimRange, out_features: int, bias: bool, products: TensorProducts) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, part.size))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self._stream = stream
         self._products = products
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, T, F] -> the stream [B, S, H]; the bias is added once, to the sum."""
-        joined = self._join(self._products.linear(features, self.weight))
+        joined = _Row.apply(features, self.weight, self._products)  # type: ignore[no-untyped-call]  # torch: untyped
         return joined if self.bias is None else joined + self.bias
 
-    @uncompiled
-    def _join(self, addend: Tensor) -> Tensor:
-        return self._stream.join(addend)
+
+class _Row(torch.autograd.Function):
+    """The product of a row layer, summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, products: TensorProducts) -> Tensor:
+        ctx.save_for_backward(features, weight)
+        ctx.products = products
+        (result,) = products.row(features, weight)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        features, weight = ctx.saved_tensors
+        products: TensorProducts = ctx.products
+        return *products.row_backward(features, weight, gradients[0]), None
 
 
 class SlicedPositions(PositionEmbedding):

@@ -286,6 +286,15 @@ def sequence_has_a_tensor_group(case: CheckContext) -> None:
         )
 
 
+def overlap_has_a_tensor_group(case: CheckContext) -> None:
+    parallel = case.config.parallel
+    if parallel.overlap_tensor_communication is True and parallel.tensor == 1:
+        raise ConfigError(
+            "parallel.overlap_tensor_communication=true overlaps what a tensor group sends, but parallel.tensor=1; "
+            "use parallel.tensor=2 or more, or remove parallel.overlap_tensor_communication"
+        )
+
+
 def pipeline_has_enough_layers(case: CheckContext) -> None:
     degree, layers = case.config.parallel.pipeline, case.config.model.num_hidden_layers
     if degree > layers:
@@ -339,6 +348,7 @@ PARALLEL_RULES: tuple[Rule, ...] = (
     tensor_divides_the_model,
     float8_divides_the_model,
     sequence_has_a_tensor_group,
+    overlap_has_a_tensor_group,
     pipeline_has_enough_layers,
     pipeline_needs_low_zero,
     pipeline_clips_with_zero_1,

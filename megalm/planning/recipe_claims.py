@@ -154,7 +154,7 @@ class _Case:
     @property
     def peak(self) -> float | None:
         """FLOP/s of all documented devices."""
-        found = data_sheet_peak(self.documented.device or "", self.run.precision != "fp32")
+        found = data_sheet_peak(self.documented.device or "", self.run.precision != "fp32", self.plan.float8_share)
         return found[0] * self.devices if found else None
 
 

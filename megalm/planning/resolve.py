@@ -49,6 +49,12 @@ class OptimizerFacts:
         return {"type": kind, "params": parameters}
 
 
+# Products of fewer tokens leave parts of a GPU idle: with 2,048, a layer that holds 4,096 features has 256 tiles of
+# 128 x 256, two for each processor. Of four chunks one is not hidden.
+_CHUNK_TOKENS = 2048
+_MOST_CHUNKS = 4
+
+
 @dataclass(frozen=True)
 class ResolvedRun:
     """A run that can be started.
@@ -85,6 +91,15 @@ class ResolvedRun:
         """Whether blocks and loss run compiled."""
         wanted = self.config.compile
         return self.device.kind == "cuda" and self.device.compiles if wanted == "auto" else wanted
+
+    @property
+    def tensor_chunks(self) -> int:
+        """Chunks of a micro-batch, of which a tensor group communicates one while it multiplies the next; 1: none."""
+        wanted = self.config.parallel.overlap_tensor_communication
+        if self.topology.tensor == 1 or not (self.device.kind == "cuda" if wanted == "auto" else wanted):
+            return 1
+        tokens = self.batch.micro_batch * self.config.data.sequence_length
+        return max(1 if wanted == "auto" else 2, min(tokens // _CHUNK_TOKENS, _MOST_CHUNKS))
 
     @property
     def zero_stage(self) -> int:

@@ -23,6 +23,7 @@ from megalm.planning.batch_size import BatchPlan, RunBatch, plan_batch
 from megalm.planning.diagnostics import profiled_steps
 from megalm.planning.engine_checks import DEEPSPEED_RULES, PARALLEL_RULES, CheckContext, Rule
 from megalm.planning.lr_schedule import ENDLESS
+from megalm.rank_environment import JOB_FIELDS
 from megalm.utils.process_setup import require_extra
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -114,6 +115,11 @@ def with_steps(case: CheckContext, global_batch: int, parameters: int) -> tuple[
 
 def run_name(case: CheckContext) -> None:
     name = case.config.run.name
+    for field, variable in JOB_FIELDS.items():
+        if name is not None and field in name:
+            raise ConfigError(
+                f"run.name={name}: {field} is of a Slurm job, and {variable} is not set; use megalm submit or sbatch"
+            )
     if name is not None and not _NAME.fullmatch(name):
         raise ConfigError(
             f"run.name={name!r} is not a folder name: use letters, digits, '.', '_' and '-'; run.root is the parent"
@@ -536,6 +542,11 @@ def rollback_has_a_checkpoint(case: CheckContext) -> None:
         raise ConfigError("guard.policy=rollback needs checkpoints before the end; set checkpoint.interval_steps")
 
 
+def excluded_nodes_are_checked(case: CheckContext) -> None:
+    if case.config.slurm.exclude_bad and not case.config.train.check_nodes:
+        raise ConfigError("slurm.exclude_bad=true leaves what train.check_nodes finds, which is false; set it to true")
+
+
 # The first rule that a run breaks is its message. Rules that read the disk come last.
 # Every key of both files, as a message names it.
 _KEYS = {*leaf_fields(RunConfig), *DEEPSPEED_NAMES}
@@ -577,6 +588,7 @@ RULES: tuple[Rule, ...] = (
     guard_warms_up_in_its_window,
     guard_limit_has_both_numbers,
     rollback_has_a_checkpoint,
+    excluded_nodes_are_checked,
     dataset_files_exist,
     tokenizer_exists,
 )

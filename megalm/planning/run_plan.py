@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megalm.cost_model.gpu_specs import data_sheet_peak
 from megalm.cost_model.memory import MemoryCase, MemoryPlan, estimate_stages
-from megalm.model.model_config import ModelConfig, build_model_config, flops_per_token
+from megalm.model.model_config import ModelConfig, build_model_config, float8_share, flops_per_token
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.memory_fit import MemoryFit
 from megalm.planning.resolve import ResolvedRun, memory_case
@@ -65,6 +65,12 @@ class Plan:
         return flops_per_token(self.shape, self.resolved.config.data.sequence_length)
 
     @property
+    def float8_share(self) -> float:
+        """Of all operations."""
+        config = self.resolved.config
+        return float8_share(self.shape, config.data.sequence_length, config.precision.float8)
+
+    @property
     def fit(self) -> MemoryFit:
         return MemoryFit.of(self.memory, self.resolved.device)
 
@@ -72,7 +78,7 @@ class Plan:
     def hours(self) -> float | None:
         """At `ASSUMED_MFU` of the peak of all ranks, less a pipeline's bubble; None: the GPU's peak is not known."""
         run = self.resolved
-        peak = data_sheet_peak(run.device.name or "", run.precision != "fp32")
+        peak = data_sheet_peak(run.device.name or "", run.precision != "fp32", self.float8_share)
         if peak is None:
             return None
         busy = 1 - bubble_share(run.topology.pipeline, run.batch.accumulation)

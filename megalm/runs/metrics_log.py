@@ -5,10 +5,10 @@ Rows have `kind` and `time` (unix seconds), and by kind:
 - `train`: step, tokens, samples (number of the next one), loss, lr, grad_norm, loss_scale, tokens_per_second,
   step_seconds, mfu, memory_bytes (peak of rank 0), attempt; with wall_clock_breakdown also rank 0's forward_seconds,
   backward_seconds and update_seconds, and in a pipeline those of each other instruction (SendActivation_seconds)
-- `eval`: step, tokens, loss, perplexity, dataset, targets, whole (all samples of the sets), attempt (and bits_per_byte
-  if known)
+- `eval`: step, tokens, loss, perplexity, dataset, targets, whole (all samples of the sets), attempt (and if known
+  bits_per_byte, and loss_stderr, the standard error of the loss by the choice of the samples)
 - `event`: event = start | resume | checkpoint | spike | skip | rollback | signal | wall_time | early_stop | warning |
-  expected | traffic | profile | repair | end, and its own fields:
+  expected | traffic | profile | straggler | repair | end, and its own fields:
   - `spike`: at_step, quantity, decided, loss, grad_norm, limit, median, first_sample
   - `start`, `resume` and `rollback` begin an attempt. `start` and `resume` have startup_seconds, since the start of the
     process; `resume` and `rollback` the `step` that the run continues from; `rollback` samples_skipped
@@ -19,7 +19,11 @@ Rows have `kind` and `time` (unix seconds), and by kind:
   - `traffic`: first_step, last_step, ranks, and traffic, a list of axis, collective, calls and bytes, added up over
     these steps and all ranks
   - `profile`: path, profiled_step and last_step, flops_measured, flops_computed (a step, of rank 0)
-  - `end`: status = finished | failed | stopped (saved, asks to be restarted), exit_code
+  - `straggler`, a rank that is slower than the others (train.slow_factor, train.slow_seconds): rank, host, device,
+    quantity (compute or data), own_seconds and median_seconds (a step's; on a GPU compute is of a fixed product),
+    lasted_seconds, temperature
+  - `end`: status = finished | failed | stopped (saved, asks to be restarted), exit_code; of a failure its
+    reason, with the rank and node that failed first
 
 JSON has no NaN and no infinity, and parsers differ in what they accept. Such numbers are written as the strings "NaN",
 "Infinity" and "-Infinity"; `read_metrics` returns them as floats.
@@ -76,6 +80,15 @@ ReadBatches = Callable[[Path], Iterable[RowBatch]]
 def wall_limit(limit: str | None) -> str:
     """Return the name of a run's time limit, given the `limit` of a `wall_time` event."""
     return f"train.max_wall_time={limit}" if limit is not None else "the time limit of the Slurm job"
+
+
+def describe_straggler(row: Row) -> str:
+    """Return a `straggler` event in words."""
+    what = "waits for data" if row.get("quantity") == "data" else "computes"
+    own, median, lasted = (float(row.get(f"{name}_seconds") or 0.0) for name in ("own", "median", "lasted"))
+    warm = f", at {row['temperature']:.0f} degrees" if row.get("temperature") is not None else ""
+    where = f"rank {row.get('rank')} on {row.get('host')} ({row.get('device')})"
+    return f"{where} is slow: it {what} {own:.3g} s, the median is {median:.3g} s, for {lasted:.0f} s now{warm}"
 
 
 class MetricsWriter:
@@ -275,11 +288,13 @@ _LIST = _Kind(frozenset({list}), "a list")
 _COLUMNS: dict[str, _Kind] = {
     **dict.fromkeys(("step", "tokens", "samples", "attempt", "at_step", "saved_step", "first_sample"), _INTEGER),
     **dict.fromkeys(("memory_bytes", "bytes", "targets", "samples_skipped", "rollbacks", "exit_code"), _INTEGER),
-    **dict.fromkeys(("signal", "dropped_bytes", "world_size"), _INTEGER),
+    **dict.fromkeys(("signal", "dropped_bytes", "world_size", "rank"), _INTEGER),
     **dict.fromkeys(("time", "loss", "lr", "grad_norm", "loss_scale", "tokens_per_second", "step_seconds"), _NUMBER),
     **dict.fromkeys(("mfu", "perplexity", "bits_per_byte", "seconds", "stall_seconds", "startup_seconds"), _NUMBER),
-    **dict.fromkeys(("low", "high", "median", "best_loss"), _NUMBER),
+    **dict.fromkeys(("low", "high", "median", "best_loss", "loss_stderr", "own_seconds", "median_seconds"), _NUMBER),
+    **dict.fromkeys(("lasted_seconds", "temperature"), _NUMBER),
     **dict.fromkeys(("kind", "event", "dataset", "path", "text", "quantity", "decided", "why", "reason"), _TEXT),
+    **dict.fromkeys(("host", "device"), _TEXT),
     **dict.fromkeys(("status", "report", "precision"), _TEXT),
     **dict.fromkeys(("whole", "met"), _FLAG),
     **dict.fromkeys(("pruned", "changed"), _LIST),

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from megalm.config.schema import RunSection
 from megalm.config.validation import parse_yaml
 from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
-from megalm.rank_environment import job_and_restarts
+from megalm.rank_environment import job_and_restarts, submit_options
 from megalm.runs.metrics_log import METRICS_FILE, read_newest_first
 from megalm.utils.addresses import hide_credentials_in_word
 from megalm.utils.atomic_files import is_stranger, write_bytes_atomically, write_json
@@ -109,6 +109,8 @@ class RunFolder:
     samples = _Entry("samples")
     incidents = _Entry("incidents")
     profile = _Entry(PROFILE_FOLDER)  # of steps that the run was asked to measure
+    node_check = _Entry("node_check.json")  # of all nodes, at the last start on more than one
+    bad_nodes = _Entry("bad_nodes.json")  # found by these checks
     request = _Entry("resume.json")  # the last attempt that resumed from a checkpoint
     preflight = _Entry("rehearsal")  # the checkpoint of the preflight, removed before step 1
     _failures = _Entry("failures")
@@ -129,7 +131,7 @@ class RunFolder:
     @property
     def records(self) -> tuple[Path, ...]:
         """The files and folders that the run itself writes and commands read."""
-        files = (*self.config_files, self.environment_json, self.metrics, self.log, self.request)
+        files = (*self.config_files, self.environment_json, self.metrics, self.log, self.request, self.bad_nodes)
         return *files, self.checkpoints, self.samples, self.incidents, self._failures
 
     def failure(self, attempt: int) -> Path:
@@ -190,8 +192,12 @@ class RunFolder:
 
     @property
     def never_started(self) -> bool:
-        """Whether the run never trained: there is a failure file, but no metrics and no checkpoint."""
-        return self._failures.is_dir() and not self.metrics.exists() and not complete_checkpoints(self.checkpoints)
+        """Whether the run never trained: it failed, or left bad nodes, before it had metrics and a checkpoint."""
+        return (
+            (self._failures.is_dir() or self.bad_nodes.exists())
+            and not self.metrics.exists()
+            and not complete_checkpoints(self.checkpoints)
+        )
 
     @property
     def imported(self) -> Path | None:
@@ -210,14 +216,24 @@ class ResumeCommand:
     Attributes:
         folder: the run folder.
         ranks: on this machine; passed to `deepspeed` if more than one.
+        submit: options of `megalm submit` for a job like the run's; None: no Slurm job trained it.
     """
 
     folder: Path
     ranks: int = 1
+    submit: Sequence[str] | None = None
+
+    @classmethod
+    def by_folder(cls, folder: Path) -> ResumeCommand:
+        """Return the command for a run by what its folder says of its last start."""
+        words = read_mapping(folder / ENVIRONMENT_FILE).get("submit")
+        return cls(folder, submit=[str(word) for word in words] if isinstance(words, list) else None)
 
     def shell(self, *words: str) -> str:
         """Return a shell command line that ends with `words` (`--resume auto`, `key=value`)."""
         launch = ["deepspeed", *(["--num_gpus", str(self.ranks)] if self.ranks > 1 else []), "launch/pretrain.py"]
+        if self.submit is not None:
+            launch = ["megalm", "submit", *self.submit, "--"]
         root = str(self.folder.parent)
         elsewhere = [] if root == RunSection().root else [f"run.root={root}"]
         return shlex.join([*launch, *elsewhere, f"run.name={self.folder.name}", *words])
@@ -238,6 +254,20 @@ def weights_only_error(checkpoint: Path) -> ConfigError:
     )
 
 
+def refuse_existing_run(folder: RunFolder, resume: bool) -> None:
+    """Refuse to start a named run in a folder that holds something else.
+
+    Raises:
+        ConfigError: the folder has an imported model, or another run and `resume` is not set.
+    """
+    path = folder.path
+    if (checkpoint := folder.imported) is not None:
+        raise weights_only_error(checkpoint)
+    if path.exists() and not resume and not folder.never_started:
+        resumable = "resume it with --resume auto, or " if complete_checkpoints(folder.checkpoints) else ""
+        raise ConfigError(f"run {path} exists; {resumable}choose another run.name")
+
+
 def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bool) -> RunFolder:
     """Find or create the folder of this run; called on rank 0 only.
 
@@ -255,11 +285,7 @@ def open_run_folder(root: Path, name: str | None, preset: str | None, resume: bo
             return RunFolder(_next_free(root, preset or _STEM))
         path = root / name
         RunFolder(path).require_files()
-        if (checkpoint := RunFolder(path).imported) is not None:
-            raise weights_only_error(checkpoint)
-        if path.exists() and not resume and not RunFolder(path).never_started:
-            resumable = "resume it with --resume auto, or " if complete_checkpoints(path / "checkpoints") else ""
-            raise ConfigError(f"run {path} exists; {resumable}choose another run.name")
+        refuse_existing_run(RunFolder(path), resume)
         path.mkdir(exist_ok=True)
         return RunFolder(path)
     except OSError as error:
@@ -292,7 +318,8 @@ def environment() -> dict[str, Any]:
         "host": platform.node(),
         "job": job_and_restarts()[0],
         "command": command_line(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "submit": submit_options(),
+        "packages": {name: package_version(name) for name in _PACKAGES},
         "git": _git(),
     }
 
@@ -333,21 +360,27 @@ def _next_old_number(paths: Iterable[Path]) -> int:
     return 1 + max((int(number) for number in numbers if number.isascii() and number.isdecimal()), default=0)
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
+def git_commit() -> str | None:
+    """Return the commit of megalm's checkout; None outside a checkout."""
+    return _ask_git("rev-parse", "HEAD")
+
+
 def _git() -> dict[str, Any]:
     """Return the commit of megalm's checkout and whether it has uncommitted changes; {} outside a checkout."""
+    commit, changes = git_commit(), _ask_git("status", "--porcelain", "-uno")
+    return {} if commit is None or changes is None else {"commit": commit, "changed": bool(changes)}
 
-    def ask(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
+def _ask_git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain", "-uno"))}
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return {}
+        return None

@@ -15,15 +15,16 @@ from megalm.data.indexed.metadata import AWAITS_MERGE, read_sidecar
 from megalm.data.sampling.sample_order import stride_warning
 from megalm.data.tokenizers.tokenizer import describe_eod
 from megalm.errors import ConfigError, DataError
-from megalm.model.model_config import ModelConfig
+from megalm.model.model_config import ModelConfig, flops_per_token
 from megalm.planning.lr_schedule import ENDLESS
 from megalm.planning.resolve import ResolvedRun
+from megalm.rank_environment import RankPlace
 from megalm.runs.run_folder import ResumeCommand, RunFolder
 from megalm.topology import bubble_share
 from megalm.tracking.mlflow_mirror.run_facts import where_to_look
 from megalm.tracking.report import write_report
 from megalm.train.console import RunConsole
-from megalm.train.datasets import RunData, find_data, open_data, validation_on_training
+from megalm.train.datasets import RunData, find_data, open_data, validation_fingerprint, validation_on_training
 from megalm.train.resume.compatibility import DataIdentity
 from megalm.utils.formatting import format_bytes
 
@@ -154,17 +155,26 @@ def pipeline_facts(run: ResolvedRun, blocks: tuple[int, ...], costs: StageCosts)
 
 
 def opening_facts(
-    run: ResolvedRun, shape: ModelConfig, data: RunData, device: str, threads: int, peak_source: str, peak: float
+    run: ResolvedRun,
+    shape: ModelConfig,
+    data: RunData,
+    device: str,
+    threads: int,
+    peak_source: str,
+    peak: float,
+    nodes: str | None = None,
 ) -> Sequence[tuple[str, str]]:
     """Return name and value of each fact, in display order."""
     config, batch, count, tokenizer = run.config, run.batch, shape.parameter_count(), data.tokenizer
     steps = config.train.steps
     tokens = steps * run.tokens_per_step
+    overlap = f", tensor groups communicate in {run.tensor_chunks} chunks" if run.tensor_chunks > 1 else ""
     rows = [
         ("device", f"{device}; {run.topology.world_size} rank(s), {threads} thread(s) each"),
+        *([("nodes", nodes)] if nodes is not None else []),
         (
             "precision",
-            f"{run.precision}, ZeRO stage {run.zero_stage}, {'compiled' if run.compiled else 'not compiled'}",
+            f"{run.precision}, ZeRO stage {run.zero_stage}, {'compiled' if run.compiled else 'not compiled'}{overlap}",
         ),
         ("peak", f"{peak / 1e12:.2f} TFLOP/s of all ranks ({peak_source})"),
         (
@@ -193,7 +203,13 @@ def opening_facts(
 
 
 def environment_facts(
-    run: ResolvedRun, data: DataIdentity, device: str, device_kind: str, threads: int, attempt: int
+    run: ResolvedRun,
+    data: DataIdentity,
+    device: str,
+    device_kind: str,
+    threads: int,
+    attempt: int,
+    places: Sequence[RankPlace] = (),
 ) -> dict[str, Any]:
     """Return what environment.json records about this attempt besides versions and machine."""
     stages = zip(run.config.data.stages, data.samples.stages[1:], strict=False)
@@ -206,12 +222,24 @@ def environment_facts(
         "device_kind": device_kind,
         "world_size": run.topology.world_size,
         "threads_per_rank": threads,
+        "nodes": _nodes(places),
         "precision": run.precision,
         "compiled": run.compiled,
+        "tensor_chunks": run.tensor_chunks,
         "zero_stage": run.zero_stage,
         "dataset_fingerprint": data.at(run.config.train.steps * run.batch.global_batch)["dataset"],
         "tokenizer_fingerprint": data.tokenizer,
     }
+
+
+def _nodes(places: Sequence[RankPlace]) -> list[dict[str, Any]]:
+    """Return each node of the job with its ranks, their devices and its driver."""
+    nodes: dict[str, dict[str, Any]] = {}
+    for place in places:
+        node = nodes.setdefault(place.host, {"host": place.host, "driver": place.driver, "ranks": [], "devices": []})
+        node["ranks"].append(place.rank)
+        node["devices"].append(place.device)
+    return list(nodes.values())
 
 
 def scale_facts(run: ResolvedRun, shape: ModelConfig, data: RunData) -> dict[str, Any]:
@@ -220,7 +248,9 @@ def scale_facts(run: ResolvedRun, shape: ModelConfig, data: RunData) -> dict[str
     return {
         "parameters": shape.parameter_count(),
         "planned_steps": run.config.train.steps,
+        "flops_per_token": flops_per_token(shape, run.config.data.sequence_length),
         "unigram_entropy": data.unigram_entropy,
+        "validation_fingerprint": validation_fingerprint(data.validation) or None,
         "datasets": [
             {"prefix": part.prefix, "tokens_per_epoch": read.tokens_per_epoch, "epochs": part.epochs}
             for read, part in planned

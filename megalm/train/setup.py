@@ -7,13 +7,15 @@ first, so that a failure can be recorded there.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from megalm.communicator import Communicator
-from megalm.config.schema import TRACKERS, RunConfig
+from megalm.config.schema import TRACKERS, RunConfig, TrainSection
 from megalm.engine.build import build_engine
 from megalm.engine.device import (
     bind_to_numa_node,
@@ -23,14 +25,19 @@ from megalm.engine.device import (
     peak_flops,
     pin_batch,
 )
-from megalm.engine.distributed import DistributedCommunicator, agree_on_device, open_store, start_distributed
+from megalm.engine.distributed import DistributedCommunicator, agree_on_device, start_distributed
 from megalm.engine.interface import Engine
+from megalm.engine.ranks.flight_recorder import FlightRecorder
+from megalm.engine.ranks.rendezvous import Meeting, count_restarts, meet
 from megalm.engine.traffic_counter import TrafficCounter
-from megalm.errors import EXIT_DONE, ConfigError
-from megalm.model.model_config import flops_per_token
+from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, ConfigError
+from megalm.model.model_config import float8_share, flops_per_token
+from megalm.nodes.collective_clock import CollectiveClock
+from megalm.nodes.node_check import NodeCheck, check_nodes
+from megalm.nodes.straggler_watch import SlowTimes, StragglerWatch
 from megalm.planning.resolve import DeviceFacts, ResolvedRun, known_vocab_size, resolve
 from megalm.planning.run_checks import wall_time_seconds
-from megalm.rank_environment import RankFacts, rank_facts
+from megalm.rank_environment import RankFacts, RankPlace, rank_facts, submit_options
 from megalm.runs.metrics_log import MetricsWriter, wall_limit
 from megalm.runs.run_folder import ResumeCommand, RunFolder, open_run_folder, write_facts
 from megalm.runs.run_lock import RunLock
@@ -40,6 +47,7 @@ from megalm.tracking.mlflow_mirror.sync_state import copied_from
 from megalm.train.console import RunConsole
 from megalm.train.datasets import batch_loader, open_run_data, validation_loaders
 from megalm.train.evaluator import Evaluator
+from megalm.train.lifecycle.heartbeat import Heartbeat
 from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks, StopRequest, watch_launchers
 from megalm.train.lifecycle.time_limits import TimeLimits, Watchdog, process_start, wall_seconds
 from megalm.train.resume.find_checkpoint import clean_up_interrupted_saves
@@ -99,6 +107,19 @@ class OpenRun:
 
 
 @dataclass(frozen=True)
+class CollectiveObservers:
+    """What the run's collectives go through; None: not wanted.
+
+    Attributes:
+        traffic: counts their bytes.
+        clock: adds up their time.
+    """
+
+    traffic: TrafficCounter | None = None
+    clock: CollectiveClock | None = None
+
+
+@dataclass(frozen=True)
 class BuiltRun:
     """A trainer that is ready, and the resources to close after it.
 
@@ -118,26 +139,57 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     """Run one training job on this rank; return the exit code."""
     require_system()
     ranks = rank_facts()
+    count_restarts(ranks)
     device, report = open_device(ranks)
     settings = None if report.problem else load_settings(arguments, ranks, report.facts)
-    store = open_store(ranks)
-    agreed = agree_on_device(report, ranks, store)
+    limit = (
+        TrainSection().start_timeout_seconds if settings is None else settings.run.config.train.start_timeout_seconds
+    )
+    meeting = meet(ranks, RankPlace.of_this_process(ranks.rank, str(device)), limit, RunConsole(active=True).info)
+    _watch_ranks(meeting, limit, supervisor)
+    agreed = agree_on_device(report, ranks, meeting.store)
     if settings is None or agreed != report.facts:  # another node has less memory, say
         settings = load_settings(arguments, ranks, agreed)
     _prepare_process(settings.run, device)
-    traffic = _traffic_counter(settings.run)
-    comm = start_distributed(ranks, device, traffic, store)
+    observers = _observers(settings.run, ranks)
+    supervisor.stage("joining the process group")
+    comm = start_distributed(ranks, device, observers.traffic, meeting.store)
+    supervisor.stage("opening the run")
     opened = open_run(settings, comm, supervisor)
     info = opened.console.info
+    supervisor.stage("checking the nodes")
+    nodes = check_nodes(settings.run, opened.folder, opened.attempt, ranks, device, comm, meeting.places, info)
+    if nodes.excludes:
+        supervisor.let_ranks_leave()
+        return _leave_for_other_nodes(settings.run, opened, comm)
     point = find_resume_checkpoint(settings.run, opened.folder, settings.options, comm, info)
+    supervisor.stage("opening the data")
     data = open_run_data(point.run, point.first_sample_of, comm, info)
     plan = plan_resume(point, data)
     _report_plan(plan, settings, opened, comm)
-    built = build_trainer(plan, opened, ranks, device, comm, supervisor, traffic)
+    supervisor.stage("building the engine")
+    built = build_trainer(plan, opened, nodes, ranks, device, comm, supervisor, meeting.places, observers)
     with memory_errors_named("training"):
         code = built.trainer.fit()
+    supervisor.let_ranks_leave()
     _close(built, opened, comm, code)
     return code
+
+
+def _watch_ranks(meeting: Meeting, start_timeout_seconds: float | None, supervisor: RankSupervisor) -> None:
+    """Let all ranks know of each other, from here to the end, who is alive."""
+    supervisor.place = meeting.places[supervisor.rank]
+    if len(meeting.places) == 1:
+        return
+    supervisor.heartbeat = Heartbeat(
+        meeting.second_store(),
+        meeting.places,
+        supervisor.rank,
+        start_timeout_seconds,
+        supervisor.abort_without,
+        RunConsole(active=True).info,
+    )
+    supervisor.heartbeat.start()
 
 
 # --- 1: the settings --------------------------------------------------------------------------------------------------
@@ -186,6 +238,8 @@ def open_run(settings: RunSettings, comm: Communicator, supervisor: RankSupervis
         hooks = replace(hooks, on_refusal=folder.remove_if_unused)
     supervisor.enter(hooks)
     console = RunConsole(comm.is_main, folder.log)
+    if comm.is_main and supervisor.heartbeat is not None:
+        supervisor.heartbeat.notice = lambda line: console.info(f"WARNING: {line}")
     console.info(f"megalm run {folder.path}")
     for notice in run.notices:
         console.info(f"  note: {notice}")
@@ -201,6 +255,15 @@ def _refuse_different_configurations(run: ResolvedRun, comm: Communicator) -> No
             f"the ranks read different configurations of run {run.config.run.name}; put run.root and the configuration "
             "files on a file system that all machines share, and start again"
         )
+
+
+def _leave_for_other_nodes(run: ResolvedRun, opened: OpenRun, comm: Communicator) -> int:
+    """Release the run for the next start of this job; return the exit code. A new run without a name leaves nothing."""
+    opened.lock.release()
+    if comm.is_main and run.config.run.name is None:
+        opened.folder.remove_if_unused()
+    comm.barrier()
+    return EXIT_START_AGAIN
 
 
 # --- 3 to 5: the checkpoint and the plan are in resume/resume_plan.py, the data in datasets.py ------------------------
@@ -226,22 +289,26 @@ def _report_plan(plan: ResumePlan, settings: RunSettings, opened: OpenRun, comm:
 def build_trainer(
     plan: ResumePlan,
     opened: OpenRun,
+    nodes: NodeCheck,
     ranks: RankFacts,
     device: torch.device,
     comm: DistributedCommunicator,
     supervisor: RankSupervisor,
-    traffic: TrafficCounter | None = None,
+    places: Sequence[RankPlace],
+    observers: CollectiveObservers,
 ) -> BuiltRun:
     """Write the run's facts into its folder, build the trainer's components and restore the resumed state."""
     run, folder, console = plan.run, opened.folder, opened.console
     checkpoints = _checkpoints(plan, opened, comm)
     threads = torch.get_num_threads()
-    account = environment_facts(run, plan.identity, device_name(), device.type, threads, opened.attempt)
+    account = environment_facts(run, plan.identity, device_name(), device.type, threads, opened.attempt, places)
     comm.once(lambda: write_facts(folder, run, {**account, **scale_facts(run, plan.shape, plan.data)}))
     metrics = MetricsWriter(folder.metrics) if comm.is_main else None
     hooks = _training_hooks(opened, run, metrics, comm)
     supervisor.enter(hooks)
-    peak, peak_source = peak_flops(device, run.precision != "fp32")  # before the mirror, which uses a core for seconds
+    # Before the mirror, which uses a core for seconds.
+    share = float8_share(plan.shape, run.config.data.sequence_length, run.config.precision.float8)
+    peak, peak_source = peak_flops(device, run.precision != "fp32", share)
     mirror = _start_mirror(folder, run, ranks, console)
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
         console.info("preparing DeepSpeed's offload extensions (the first use compiles them, for a minute or two)")
@@ -253,35 +320,42 @@ def build_trainer(
         comm,
         spikes.judge,
         lambda *stages: console.info(pipeline_facts(run, *stages)),
-        traffic,
+        observers.traffic,
         initial_weights=plan.reader is None,
     )
-    command = ResumeCommand(folder.path, ranks.local_world_size)
+    command = ResumeCommand(folder.path, ranks.local_world_size, submit_options())
     limits = _limits(run, hooks, supervisor)
     parts = _components(plan, opened, comm, engine, checkpoints, metrics, limits, spikes, command, comm.sum([peak])[0])
     console.facts(
-        opening_facts(run, plan.shape, plan.data, device_name(), ranks.threads, peak_source, parts.peak_flops)
+        opening_facts(
+            run, plan.shape, plan.data, device_name(), ranks.threads, peak_source, parts.peak_flops, nodes.fact
+        )
     )
     if run.config.train.rehearse:
+        supervisor.stage("rehearsing each phase")
         run_preflight(parts)
     if plan.reader is not None:
+        supervisor.stage("loading the checkpoint")
         checkpoints.restore(plan.reader, engine, parts.guard, plan.weights_only, new=True)
+    supervisor.stage("in the first step")
     plan.position.attempt = opened.attempt
-    if traffic is not None:
-        parts = replace(parts, diagnostics=_diagnostics(parts, folder, traffic))
+    if observers.traffic is not None:
+        parts = replace(parts, diagnostics=_diagnostics(parts, folder, observers.traffic))
+    if comm.size > 1 and run.config.train.slow_seconds is not None:
+        parts = replace(parts, stragglers=_straggler_watch(run, device, comm, places, observers.clock))
     trainer = Trainer(parts, plan.position)
-    _announce(trainer, console, plan)
+    _announce(trainer, console, plan, [str(finding) for finding in nodes.findings])
     parts.stop.install()
     watch_launchers()
     return BuiltRun(trainer, metrics, mirror, command)
 
 
 def _start_mirror(folder: RunFolder, run: ResolvedRun, ranks: RankFacts, console: RunConsole) -> MirrorHandle | None:
-    """Start the mirror on rank 0, and on each other node the process that samples its system metrics."""
+    """Start the mirror on rank 0, and on each other node the process that samples its system metrics for MLflow."""
     tracking, is_main = run.config.tracking, ranks.rank == 0
-    feeds = is_main and any(getattr(tracking, name) for name in TRACKERS)
     samples = tracking.mlflow and tracking.system_metrics
-    if ranks.local_rank or not (feeds or samples):
+    is_wanted = samples or (is_main and any(getattr(tracking, name) for name in TRACKERS))
+    if ranks.local_rank or not is_wanted:
         return None
     if is_main and (original := copied_from(folder.path)) is not None:
         console.info(f"  note: {folder.path} is a copy of {original}; its MLflow run is a new one")
@@ -300,10 +374,11 @@ def _checkpoints(plan: ResumePlan, opened: OpenRun, comm: Communicator) -> RunCh
 def _training_hooks(opened: OpenRun, run: ResolvedRun, metrics: MetricsWriter | None, comm: Communicator) -> RunHooks:
     hooks = replace(opened.hooks, began=True)
     if run.config.train.hang_timeout_seconds is not None:
-        hooks = replace(hooks, stacks=opened.folder.stacks(comm.rank))
+        stacks = opened.folder.stacks(comm.rank)
+        hooks = replace(hooks, stacks=stacks, recorder=FlightRecorder(stacks.parent, comm.rank))
     if metrics is not None:
-        row = metrics.row
-        hooks = replace(hooks, on_failure=lambda code: row("event", event="end", status="failed", exit_code=code))
+        end = partial(metrics.row, "event", event="end", status="failed")
+        hooks = replace(hooks, on_failure=lambda code, report: end(exit_code=code, reason=report))
     return hooks
 
 
@@ -313,7 +388,10 @@ def _limits(run: ResolvedRun, hooks: RunHooks, supervisor: RankSupervisor) -> Ti
         watchdog = Watchdog(hooks.stacks, train.hang_timeout_seconds, supervisor.abort_hung_rank)
     stated = wall_time_seconds(train.max_wall_time) if train.max_wall_time is not None else None
     started = process_start()
-    return TimeLimits(wall_seconds(stated, started), started, watchdog)
+    limits = TimeLimits(wall_seconds(stated, started), started, watchdog)
+    if supervisor.heartbeat is not None:
+        limits.progress = supervisor.heartbeat.progress
+    return limits
 
 
 def _components(
@@ -358,9 +436,30 @@ def _components(
     )
 
 
-def _traffic_counter(run: ResolvedRun) -> TrafficCounter | None:
-    wanted = run.diagnostics
-    return TrafficCounter() if wanted.count_traffic or wanted.profile_steps is not None else None
+def _observers(run: ResolvedRun, ranks: RankFacts) -> CollectiveObservers:
+    """Return what the run needs, in effect from here on; call before `start_distributed`."""
+    wanted, clock = run.diagnostics, None
+    # On a GPU the watch has other means; a compiled graph cannot contain a clock.
+    if ranks.world_size > 1 and run.config.train.slow_seconds and run.device.kind == "cpu" and not run.compiled:
+        clock = CollectiveClock()
+        clock.install()
+    return CollectiveObservers(
+        TrafficCounter() if wanted.count_traffic or wanted.profile_steps is not None else None, clock
+    )
+
+
+def _straggler_watch(
+    run: ResolvedRun,
+    device: torch.device,
+    comm: Communicator,
+    places: Sequence[RankPlace],
+    clock: CollectiveClock | None,
+) -> StragglerWatch:
+    train = run.config.train
+    assert train.slow_seconds is not None
+    stages = [run.topology.coordinate(rank).pipeline for rank in range(comm.size)]  # which have different work
+    times = SlowTimes(train.slow_factor, train.slow_seconds)
+    return StragglerWatch(comm, device, clock, places, stages, times, train.log_interval_steps)
 
 
 def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCounter) -> StepDiagnostics:
@@ -369,9 +468,9 @@ def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCo
     return StepDiagnostics(run.diagnostics, folder.profile, parts.comm, traffic, flops, run.config.train.steps)
 
 
-def _announce(trainer: Trainer, console: RunConsole, plan: ResumePlan) -> None:
+def _announce(trainer: Trainer, console: RunConsole, plan: ResumePlan, bad_nodes: Sequence[str]) -> None:
     parts, position = trainer.parts, trainer.position
-    for warning in plan.warnings:
+    for warning in (*plan.warnings, *bad_nodes):
         trainer.event("warning", text=warning)
     resumed = plan.reader is not None and not plan.weights_only
     facts = {"world_size": parts.comm.size, "precision": parts.run.precision, "changed": list(plan.notes)}

@@ -21,6 +21,7 @@ from megalm.communicator import Communicator
 from megalm.data.sampling.batch_loader import BatchLoader
 from megalm.engine.interface import Engine, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError, is_out_of_memory
+from megalm.nodes.straggler_watch import StragglerWatch
 from megalm.planning.lr_schedule import rate_at
 from megalm.planning.recipe_claims import Expectation, Quantity, Span, documented_losses
 from megalm.planning.resolve import ResolvedRun
@@ -61,6 +62,7 @@ class TrainerComponents:
     flops_per_token: float
     peak_flops: float  # of all ranks together
     diagnostics: StepDiagnostics | None = None  # where the run asks for measurements
+    stragglers: StragglerWatch | None = None  # where there are several ranks
 
     def close(self) -> None:
         """Stop the watchdog and the read-ahead, and remove offloaded state from local disks."""
@@ -139,6 +141,7 @@ class MetricsRecorder:
                 step=position.step,
                 tokens=position.tokens,
                 loss=result.loss,
+                loss_stderr=result.stderr,
                 perplexity=result.perplexity,
                 bits_per_byte=result.bits_per_byte,
                 dataset=result.dataset,
@@ -239,11 +242,17 @@ class Trainer:
     def _run_step(self, step: int) -> bool:
         parts, position = self.parts, self.position
         rate = rate_at(position.schedule.segments, step)
+        watch = parts.stragglers
+        if watch is not None:
+            watch.begin_step()
         start = time.perf_counter()
         with self._phase("data"):
             batch = parts.batches.batch(position.samples)
+        data_seconds = time.perf_counter() - start
         result = parts.engine.train_step(batch, step, rate)
         seconds = time.perf_counter() - start
+        if watch is not None:
+            watch.end_step(seconds, data_seconds)
         verdict = parts.guard.respond(result, step, position.rollbacks)
         if verdict.finding is not None:
             report = self._report_spike(verdict, result, rate)
@@ -255,6 +264,10 @@ class Trainer:
         self._advance()
         with self._phase("logging"):
             self.record.step(self.position, result, rate, seconds)
+        if watch is not None:
+            for straggler in watch.exchange(step):
+                self.event("straggler", **straggler.fields())
+                parts.reporter.info(f"WARNING: {straggler}")
         return True
 
     def _phase(self, name: str) -> AbstractContextManager[object]:
@@ -432,7 +445,7 @@ class Trainer:
         """Return whether to stop: any rank's signal or time limit makes all ranks save the same step and leave."""
         parts = self.parts
         number, late, lost = parts.comm.max(
-            [float(parts.stop.signal or 0), float(parts.limits.boundary()), self._lost_folder()]
+            [float(parts.stop.signal or 0), float(parts.limits.boundary(self.position.step)), self._lost_folder()]
         )
         if lost:
             self._leave_folder()

@@ -12,3 +12,10 @@ def respected_stop_signals() -> tuple[signal.Signals, ...]:
     """Return the signals to stop at: without SIGHUP where `nohup` made the process ignore it."""
     ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return tuple(number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignores_hangup)
+
+
+def answer_stop_signals() -> None:
+    """End this process at stop signals, as usual, though the launcher that started it ignores them itself."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) == signal.SIG_IGN and number != signal.SIGHUP:
+            signal.signal(number, signal.SIG_DFL)

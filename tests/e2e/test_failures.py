@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -130,9 +132,19 @@ def test_a_killed_rank_ends_the_job(small_data: SmallData, tmp_path: Path) -> No
         finished = started.wait(SOON_SECONDS)
     assert finished.code != 0, finished.explain()
     assert finished.left == []
-    assert finished.stderr.count("Traceback") <= 1, finished.explain()
+    (line,) = own_lines(finished.stderr)
+    host = socket.gethostname()
+    assert line.startswith(f"megalm: error: rank 1 on {host} (cpu) ")
+    assert_names(line, "vanished", f"rank 0 on {host}")  # which lost its connection to it
+    report = next((run_folder(tmp_path) / "failures").iterdir()).read_text()
+    assert report.splitlines()[:2] == ["exit code 1", line]
+    assert report.count("Traceback") == 1, "of the rank that noticed"
+    assert line in (run_folder(tmp_path) / "log.txt").read_text()
     end = rows(tmp_path)[-1]
     assert (end["event"], end["status"]) == ("end", "failed")
+    assert end["reason"] == line.removeprefix("megalm: error: ")
+    (node,) = json.loads((run_folder(tmp_path) / "environment.json").read_text())["nodes"]
+    assert (node["host"], node["ranks"], node["devices"]) == (host, [0, 1], ["cpu", "cpu"])
 
 
 WAITING = """
@@ -142,7 +154,7 @@ from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHoo
 
 def work():
     claim = FailureClaim(Path(sys.argv[1]))
-    guard.enter(RunHooks(claim, on_failure=lambda code: Path(sys.argv[1] + ".wish").write_text(str(code))))
+    guard.enter(RunHooks(claim, on_failure=lambda code, report: Path(sys.argv[1] + ".wish").write_text(str(code))))
     print("waiting", flush=True)
     time.sleep(600)
 
@@ -172,7 +184,7 @@ from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHoo
 
 def work():
     claim = FailureClaim(Path(sys.argv[1]))
-    guard.enter(RunHooks(claim, on_failure=lambda code: os.write(1, f"wish {code}".encode())))
+    guard.enter(RunHooks(claim, on_failure=lambda code, report: os.write(1, f"wish {code}".encode())))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from megalm.engine.ranks.flight_recorder import read_dumps
 from megalm.runs.metrics_log import live_rows
 from megalm.train.lifecycle.time_limits import Watchdog
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import finish, job, losses, own_lines, pretrain, rows, run_folder, train_rows
+from tests.messages import assert_names
 
 pytestmark = pytest.mark.e2e
 
@@ -52,10 +55,12 @@ def test_a_stopped_rank_is_noticed(small_data: SmallData, tmp_path: Path, using:
     assert finished.code != 0, finished.explain()
     assert finished.left == []
     (line,) = own_lines(finished.stderr)
-    assert "rank 0" in line
-    assert "train.hang_timeout_seconds" in line
+    assert line.startswith(f"megalm: error: rank 1 on {socket.gethostname()} (cpu) ")
+    assert_names(line, "SIGSTOP", "train.hang_timeout_seconds", "stopped")
     stacks = run_folder(tmp_path) / "stacks" / "rank-0.txt"
     assert str(stacks.parent.relative_to(tmp_path)) in line
+    assert line in (run_folder(tmp_path) / "log.txt").read_text()
+    assert line in (run_folder(tmp_path) / "failures" / "attempt-1.txt").read_text()
     # Where the main thread stood: it met the stopped one in a step, or in asking whether to leave.
     assert re.search(r"trainer\.py\S* line \d+ in (_train_step|_should_stop)\b", stacks.read_text())
     end = rows(tmp_path)[-1]
@@ -70,7 +75,9 @@ def test_a_killed_rank_costs_one_interval_and_changes_no_number(small_data: Smal
     with job(killed, pretrain(*words, ENDLESS, using="torchrun", ranks=2)) as started:
         started.wait_for_step(7)
         started.rank(1).send_signal(signal.SIGKILL)
-        assert started.wait(LAUNCHER_SECONDS).code != 0
+        ended = started.wait(LAUNCHER_SECONDS)
+    assert ended.code != 0
+    assert_names(ended.stderr, f"rank 1 on {socket.gethostname()}")
     reached = train_rows(killed)[-1]["step"]
     for folder in (killed, straight):
         finished = finish(folder, pretrain(*words, f"train.steps={reached + 3}", ranks=2))
@@ -112,8 +119,11 @@ def test_every_rank_writes_where_it_stood(small_data: SmallData, tmp_path: Path)
     finished = finish(tmp_path, [*command[:at], script, *command[at:]])
     assert finished.code == 1, finished.explain()
     assert finished.left == []
-    assert len(own_lines(finished.stderr)) == 1, "one rank speaks"
+    (line,) = own_lines(finished.stderr)  # one rank speaks
+    assert line.startswith(f"megalm: error: rank 1 on {socket.gethostname()} (cpu) ")
     folder = run_folder(tmp_path) / "stacks"
+    entered = read_dumps(folder, "gloo_rank_")[0]["entries"][-1]
+    assert_names(line, "rank 0", entered["profiling_name"].partition(":")[2], entered["collective_seq_id"])
     assert "lost_in_thought" in (folder / "rank-1.txt").read_text()
     assert "_train_step" in (folder / "rank-0.txt").read_text()
 

@@ -15,6 +15,7 @@ from megalm.data.builder.builder import BuildOptions, build_files
 from megalm.data.builder.dedup import Dedup
 from megalm.data.builder.stdlib_corpus import stdlib_documents
 from megalm.data.tokenizers.tokenizer import ByteTokenizer
+from tests.messages import assert_names
 from tests.slurm_cluster import SlurmCluster
 
 pytestmark = pytest.mark.e2e
@@ -115,6 +116,7 @@ def test_words_that_look_like_options_are_values(tmp_path: Path) -> None:
         (["--shards", "2", "--output-prefix", "y/", "--", "z"], "y/"),
         (["--shards", "2", "--output-prefix", "y", "--", "--split", "9,1"], "--split: "),
         (["--shards", "2", "--output-prefix", "y", "--", "--shard=0/2"], "--shard=0/2: "),
+        (["--shards", "2", "--output-prefix", "y", "--", "--input", "-"], "--input -: "),
     ],
 )
 def test_refusals(command: list[str], said: str) -> None:
@@ -130,6 +132,27 @@ def submit(cluster: SlurmCluster, corpus: Path, prefix: Path, *more: str) -> tup
     found = re.search(r"array (\d+) builds 3 shards, job (\d+) merges", said)
     assert found, said
     return found[1], found[2]
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [
+        (["--input", "nowhere.jsonl", "--tokenizer", "bytes"], "nowhere.jsonl"),
+        (["--input", __file__, "--input-kind", ".txt", "--tokenizer", "nowhere.model"], "nowhere.model"),
+        (["--input", __file__, "--input-kind", ".txt", "--tokenizer", "bytes", "--dedup", "near"], "near"),
+    ],
+)
+def test_what_a_shard_would_refuse_is_not_queued(
+    tmp_path: Path, slurm: SlurmCluster, build: list[str], named: str
+) -> None:
+    environment = {**slurm.environment, "PYTHON": sys.executable}
+    command = [str(SCRIPT), "--shards", "2", "--output-prefix", str(tmp_path / "x"), "--", *build]
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert refused.returncode == 2
+    assert_names(refused.stderr, named)
+    assert not list(tmp_path.iterdir())
+    assert not slurm.ask("squeue", "--noheader", "--name=build,merge")
 
 
 @pytest.mark.slurm

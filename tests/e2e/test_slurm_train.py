@@ -182,6 +182,36 @@ def test_one_rank_a_gpu_each_seeing_all_of_its_node(
     assert [it.gpus for it in ranks] == ["0,1"] * 4
 
 
+def program(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{text}")
+    path.chmod(0o755)
+
+
+def test_what_a_site_puts_around_a_rank(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """Its srun comes first in PATH and takes options of its own, as pyxis does; the ranks start inside apptainer."""
+    script = telling_checkout(tmp_path)
+    site = tmp_path / "site"
+    ours = 'for word; do [[ $word == --container-* ]] || kept+=("$word"); done\n'
+    real = slurm.ask("which", "srun")
+    program(site / "srun", f'printf "%s\\n" "$@" > {tmp_path}/srun-words\n{ours}exec {real} "${{kept[@]}}"\n')
+    program(site / "apptainer", f'printf "%s\\n" "$@" > {tmp_path}/container-$SLURM_PROCID\nshift 3\nexec "$@"\n')
+    settings = [
+        f'export PATH="{site}:$PATH" MASTER_PORT=23456',
+        'export MEGALM_CONTAINER="apptainer exec --nv megalm.sif"',
+        'export MEGALM_SRUN_OPTIONS="--container-image=megalm --container-mounts=/data:/data"',
+    ]
+    (script.parent / "site.sh").write_text("\n".join(settings) + "\n")
+    job = Submitted(slurm, tmp_path, slurm.sbatch(tmp_path, script, *WORDS))
+    assert {it.master.partition(":")[2] for it in job.told()} == {"23456"}
+    for rank in (0, 1):
+        words = (tmp_path / f"container-{rank}").read_text().splitlines()
+        pretrain_py = str(script.parents[1] / "launch" / "pretrain.py")
+        assert words == ["exec", "--nv", "megalm.sif", "python", pretrain_py, *WORDS]
+    words = (tmp_path / "srun-words").read_text().splitlines()
+    assert {"--container-image=megalm", "--container-mounts=/data:/data", "--ntasks=2"} <= set(words)
+
+
 def test_a_chain_of_jobs_by_an_array(slurm: SlurmCluster, tmp_path: Path) -> None:
     """One after another; Slurm shows several jobs where it is asked for the one that has the array's number."""
     job_id = slurm.sbatch(tmp_path, "--array=1-3%1", telling_checkout(tmp_path))
@@ -351,7 +381,11 @@ def with_word(words: tuple[str, ...], word: str) -> list[str]:
 
 
 def test_doctor_finds_the_cluster(slurm: SlurmCluster) -> None:
-    told = slurm.ask(Path(sys.executable).with_name("megalm"), "doctor")
+    command = (Path(sys.executable).with_name("megalm"), "doctor")
+    told = slurm.ask("srun", "--nodes=2", "--ntasks-per-node=2", *command)
+    hosts = [line.split(":")[0] for line in told.splitlines() if line.partition(": ")[2].startswith("host ")]
+    assert sorted(hosts) == (sorted(slurm.nodes) if can_name_hosts() else [os.uname().nodename] * 2)
+    told = slurm.ask(*command)
     (line,) = (line for line in told.splitlines() if line.startswith("Slurm jobs from here"))
     assert {"yes", "debug*:", "2"} <= set(line.split())
 

@@ -61,6 +61,7 @@ class Layout:
 
 _TENSOR = {"parallel.tensor": 2}
 _SEQUENCE = {**_TENSOR, "parallel.sequence": True}
+_OVERLAP = {"parallel.overlap_tensor_communication": True}  # with so few tokens not by itself
 _STAGES = {"parallel.pipeline": 2}
 _MIDDLE = {"parallel.pipeline": 4, "model.num_hidden_layers": 4}
 _GPT2 = {"model.style": "gpt2", "model.dropout": 0.1, "model.attention_dropout": 0.1}
@@ -85,9 +86,11 @@ LAYOUTS: dict[str, Layout] = {
         "zero2.json", 8, 2, keys={"model.num_key_value_heads": 2, "model.tie_word_embeddings": False}
     ),
     "tensor, zero 1": Layout("zero1.json", 8, 1, rank=3, keys=_TENSOR),
+    "tensor, overlapped": Layout("zero1.json", 8, 1, rank=3, keys={**_TENSOR, **_OVERLAP}),
     "tensor, zero 3": Layout("zero3.json", 8, 4, rank=3, keys=_TENSOR),
     "sequence": Layout("zero2.json", 8, 2, rank=2, keys=_SEQUENCE),
-    "sequence, dropout, zero 3": Layout("zero3.json", 8, 3, rank=5, keys={**_SEQUENCE, **_GPT2}),
+    "sequence, overlapped": Layout("zero2.json", 8, 2, rank=2, keys={**_SEQUENCE, **_OVERLAP}),
+    "sequence, dropout, zero 3": Layout("zero3.json", 8, 3, rank=5, keys={**_SEQUENCE, **_GPT2, **_OVERLAP}),
     "first stage": Layout("pipeline.json", 8, 1, rank=1, keys=_STAGES),
     "last stage": Layout("pipeline.json", 8, 1, rank=7, keys=_STAGES),
     "middle stage": Layout("pipeline.json", 8, 1, rank=4, keys=_MIDDLE),

@@ -22,7 +22,7 @@ def found(request: pytest.FixtureRequest) -> dict[str, Rehearsed]:
     for item in request.session.items:
         if item.path == request.path:
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
-            chosen |= {parameters["name"]} if "name" in parameters else {*LAYOUTS}
+            chosen |= {name for name in LAYOUTS if name in parameters.values()} or {*LAYOUTS}
     return rehearsed(name for name in LAYOUTS if name in chosen)
 
 
@@ -93,6 +93,30 @@ def test_a_tensor_group_sends_as_much_as_its_layers_say(name: str, found: dict[s
         assert step.sent_bytes("tensor", "reduce_scatter") >= 4 * blocks * states
     else:
         assert step.sent_bytes("tensor", "all_reduce") >= 4 * blocks * states
+
+
+@pytest.mark.parametrize(
+    ("name", "in_turn", "divided"),
+    [
+        # Messages of a block that are divided: of two groups of columns and two rows, forward and backward.
+        ("tensor, overlapped", "tensor, zero 1", {"all_reduce": 4}),
+        ("sequence, overlapped", "sequence", {"all_gather": 4, "reduce_scatter": 2}),
+    ],
+)
+def test_overlap_sends_the_same_bytes_in_more_messages(
+    name: str, in_turn: str, divided: dict[str, int], found: dict[str, Rehearsed]
+) -> None:
+    plain, overlapped = (
+        {item.collective: item for item in step_of(found[each][2]).traffic if item.axis == "tensor"}
+        for each in (in_turn, name)
+    )
+    case = found[name][0]
+    assert case.run.tensor_chunks == 2
+    messages = ACCUMULATION * case.share(0).blocks
+    for collective, item in plain.items():
+        assert overlapped[collective].bytes == item.bytes
+        assert overlapped[collective].calls - item.calls == divided.get(collective, 0) * messages
+    assert plain.keys() == overlapped.keys()
 
 
 def test_ranks_of_one_stage_do_the_same(found: dict[str, Rehearsed]) -> None:

@@ -51,6 +51,7 @@ LAYERS = (
     "rank_environment",
     "topology",
     "utils",
+    "cluster",
     "communicator",
     "config",
     "model",
@@ -61,7 +62,9 @@ LAYERS = (
     "planning",
     "runs",
     "tracking",
+    "sweeps",
     "engine",
+    "nodes",
     "train",
     "rehearsal",
     "inference",
@@ -104,6 +107,7 @@ def _training_sees_classes(item: Import) -> bool:
 
 
 DISTRIBUTED_PLACES = (
+    "megalm.nodes",
     "megalm.parallel",
     "megalm.engine",
     "megalm.checkpoint",
@@ -125,6 +129,7 @@ RULES = (
     Rule("planning imports no torch: it runs on a login node", never("megalm.planning", "torch")),
     Rule("data imports no torch: it runs on a login node", never("megalm.data", "torch")),
     Rule("tracking imports no torch", never("megalm.tracking", "torch")),
+    Rule("sweeps imports no torch: it runs on a login node", never("megalm.sweeps", "torch")),
     Rule("model imports config.schema alone", reaches_beyond("megalm.model", "megalm.config.schema", "megalm.errors")),
     Rule("model knows no group of ranks", never("megalm.model", "torch.distributed", "deepspeed")),
     Rule(
@@ -211,6 +216,7 @@ def test_import_rules_hold() -> None:
         ("megalm/train/a.py", "import torch\ntorch.distributed.barrier()"),
         ("megalm/train/a.py", "import deepspeed.comm"),
         ("megalm/utils/a.py", "import torch"),
+        ("megalm/cluster/a.py", "from megalm.runs.run_folder import RunFolder"),
         ("megalm/utils/a.py", "from megalm.config.schema import RunConfig"),
         ("megalm/tracking/a.py", "import mlflow"),
         ("megalm/runs/a.py", "import fcntl"),

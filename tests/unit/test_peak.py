@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalm.cost_model.gpu_specs import compute_capability, data_sheet_peak, gpu_by_name
+from megalm.cost_model.gpu_specs import compute_capability, data_sheet_peak, gpu_by_name, known_gpus
 from megalm.engine.device import peak_flops
 
 
@@ -68,6 +68,36 @@ def test_known_devices(name: str, tera: float) -> None:
 )
 def test_other_devices_are_not_taken_for_known_ones(name: str) -> None:
     assert data_sheet_peak(name, low_precision=True) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 1979),
+        ("NVIDIA H20", 296),
+        ("NVIDIA B200", 4500),
+        ("NVIDIA L4", 242.5),
+        ("NVIDIA GeForce RTX 4090", 330.3),
+        ("NVIDIA A100-SXM4-80GB", 312),  # refused in a run
+    ],
+)
+def test_operations_in_float8_have_their_own_peak(name: str, tera: float) -> None:
+    whole, half, none = (data_sheet_peak(name, True, share) for share in (1.0, 0.5, 0.0))
+    assert whole
+    assert half
+    assert none
+    assert whole[0] == pytest.approx(tera * 1e12)
+    # Half of the operations take half of the time that all would take, of each kind.
+    assert 1 / half[0] == pytest.approx(0.5 / whole[0] + 0.5 / none[0])
+
+
+def test_every_gpu_with_float8_has_its_peak() -> None:
+    for name in known_gpus():
+        low, rounded = (data_sheet_peak(name, True, share) for share in (0.0, 1.0))
+        assert low
+        assert rounded
+        ratio = rounded[0] / low[0]
+        assert ratio == pytest.approx(2, rel=0.02) if gpu_by_name(name).float8 else ratio == 1, name
 
 
 def test_a_cpu_is_measured() -> None:

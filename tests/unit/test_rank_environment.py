@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megalm.errors import ConfigError
-from megalm.rank_environment import is_other_rank, job_and_restarts, launched_ranks, rank_facts
+from megalm.rank_environment import (
+    RankFacts,
+    RankPlace,
+    describe_ranks,
+    exclude_advice,
+    gpu_driver,
+    host_of_rank,
+    is_other_rank,
+    job_and_restarts,
+    launched_ranks,
+    rank_facts,
+)
 from tests.messages import assert_names
 
 TORCH = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "one", "MASTER_PORT": "29500"}
@@ -124,3 +137,56 @@ def test_restarts_of_a_job() -> None:
     assert job_and_restarts(again)[1] == 1
     alone = {**first, "LOCAL_WORLD_SIZE": "8"}
     assert str(os.getppid()) in str(job_and_restarts(alone)[0])
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "counts", "hosts"),
+    [
+        ("gpu[003-005,9]", "2(x3),1", ["gpu003", "gpu003", "gpu004", "gpu004", "gpu005", "gpu005", "gpu9"]),
+        ("n1,gpu[09-10]-ib,n2", "1(x4)", ["n1", "gpu09-ib", "gpu10-ib", "n2"]),
+        ("127.0.0.[2-3]", "1(x2)", ["127.0.0.2", "127.0.0.3"]),
+        ("one", "2", ["one", "one"]),
+    ],
+)
+def test_slurm_tells_the_node_of_a_rank_that_is_not_there(nodelist: str, counts: str, hosts: list[str]) -> None:
+    told = {"SLURM_STEP_NUM_TASKS": str(len(hosts)), "SLURM_STEP_NODELIST": nodelist}
+    told["SLURM_STEP_TASKS_PER_NODE"] = counts
+    facts = RankFacts(0, len(hosts), 0, 1, 1)
+    assert [host_of_rank(rank, facts, told) for rank in range(len(hosts))] == hosts
+    if len(hosts) > 1:
+        assert host_of_rank(0, replace(facts, world_size=2 * len(hosts)), told) is None, "a task is no rank"
+
+
+def test_without_slurm_only_a_single_node_is_known() -> None:
+    assert host_of_rank(1, RankFacts(0, 4, 0, 2, 1), {}) is None
+    assert host_of_rank(1, RankFacts(0, 4, 0, 4, 1), {"SLURMD_NODENAME": "n7"}) == "n7"
+
+
+def test_ranks_in_words() -> None:
+    assert describe_ranks([(3, "n2")]) == "rank 3 on n2"
+    assert describe_ranks([(9, "n4"), (8, "n4"), (3, "n2"), (10, None)]) == "rank 3 on n2, ranks 8-9 on n4, rank 10"
+    assert "12 more" in describe_ranks((rank, f"n{rank}") for rank in range(20))
+
+
+def test_a_node_is_left_out_where_there_are_others() -> None:
+    assert exclude_advice(["n2"], {}) == ""
+    assert exclude_advice(["n2"], {"SLURM_JOB_NUM_NODES": "1"}) == ""
+    assert exclude_advice([None], {"SLURM_JOB_NUM_NODES": "2"}) == ""
+    assert_names(exclude_advice(["n2", "n1", "n2"], {"SLURM_JOB_NUM_NODES": "4"}), "--exclude=n1,n2")
+
+
+def test_the_state_of_a_process() -> None:
+    own = RankPlace.of_this_process(0, "cpu")
+    assert own.process_state() == "alive"
+    assert replace(own, started=own.started + 1).process_state() == "gone", "another process has its number now"
+
+
+def test_a_driver_is_read_where_there_is_one(tmp_path: Path) -> None:
+    record = tmp_path / "version"
+    assert gpu_driver(record) is None
+    record.write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version: 12\n"
+    )
+    assert gpu_driver(record) == "550.54.15"
+    record.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.10  Release Build\n")
+    assert gpu_driver(record) == "570.86.10"

@@ -74,6 +74,50 @@ class Built:
         return self.reading.ignored_files
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What a build reads and begins with, found and checked."""
+
+    files: list[InputFile]
+    reading: ReadReport
+    reports: list[DatasetMetadata]
+    inputs: list[dict[str, Any]]  # of all reports
+
+
+def _find(
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    output_prefix: str | Path,
+    options: BuildOptions,
+    stdin_kind: str,
+) -> _Inputs:
+    reading = ReadReport()
+    files = find_inputs(paths, reading, stdin_kind, options.read.kind)
+    prefixes = options.output_prefixes(output_prefix)
+    _warn_of_repeated(files)
+    sources: list[str | Path] = [*(file.on_disk for file in files), *tokenizer_files(tokenizer.spec)]
+    refuse_overwriting(prefixes, Path(f"{output_prefix}{WORK_SUFFIX}"), sources)
+    facts = options.to_json() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
+    inputs: list[dict[str, Any]] = []
+    # Also refuses a tokenizer without an end-of-document token, before anything is read.
+    reports = [start_report(prefix, tokenizer, options.append_eod, facts, inputs) for prefix in prefixes]
+    return _Inputs(files, reading, reports, inputs)
+
+
+def check_build(
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    output_prefix: str | Path,
+    options: BuildOptions,
+    stdin_kind: str = ".jsonl",
+) -> list[InputFile]:
+    """Return the files that a build would read; reads and writes none.
+
+    Raises: as `build_files`, before it reads.
+    """
+    return _find(paths, tokenizer, output_prefix, options, stdin_kind).files
+
+
 def build_files(
     paths: Sequence[str | Path],
     tokenizer: Tokenizer,
@@ -101,16 +145,10 @@ def build_files(
         DataError: see `BuildOptions.on_error`; an existing output that was built differently; an input that changes;
             no document left; a full disk. Finished parts stay in PREFIX.building for the next attempt.
     """
-    options, reading = options or BuildOptions(), ReadReport()
-    files = find_inputs(paths, reading, stdin_kind, options.read.kind)
-    prefixes = options.output_prefixes(output_prefix)
-    work = Path(f"{output_prefix}{WORK_SUFFIX}")
-    _warn_of_repeated(files)
-    refuse_overwriting(prefixes, work, [*(file.on_disk for file in files), *tokenizer_files(tokenizer.spec)])
-    facts = options.to_json() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
-    inputs: list[dict[str, Any]] = []
-    # Also refuses a tokenizer without an end-of-document token, before anything is read.
-    reports = [start_report(prefix, tokenizer, options.append_eod, facts, inputs) for prefix in prefixes]
+    options = options or BuildOptions()
+    found = _find(paths, tokenizer, output_prefix, options, stdin_kind)
+    files, reading, reports, inputs = found.files, found.reading, found.reports, found.inputs
+    prefixes, work = options.output_prefixes(output_prefix), Path(f"{output_prefix}{WORK_SUFFIX}")
     finished = None if again else _finished_reports(prefixes, files, reports[0], overwrite)
     if finished is not None:
         recorded = finished[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import hashlib
 import json
 import logging
 import os
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from megalm.tracking.mlflow_mirror.run_facts import KEY_TAG, UsedDataset
-from megalm.tracking.mlflow_mirror.sink import RUNNING
+from megalm.tracking.mlflow_mirror.run_facts import KEY_TAG, PARENT_TAG, SWEEP_TAG, UsedDataset
+from megalm.tracking.mlflow_mirror.sink import FINISHED, RUNNING
 from megalm.tracking.mlflow_mirror.sync_state import MetricValue
 from megalm.tracking.mlflow_mirror.system_metrics import NodeMonitor
 from megalm.utils.file_lock import take_lock
@@ -44,6 +45,7 @@ logging.getLogger("urllib3").setLevel(logging.ERROR)
 # MLflow's limit of parameters or tags in one request.
 _BATCH_NAMES = 100
 _ARTIFACTS = "mlartifacts"
+_KEY_OF_SWEEP = "sweep-"  # opens the key of a sweep's own run
 # MLflow 3.17 opens an experiment without it as one of generative AI.
 _KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"
 
@@ -57,6 +59,7 @@ class MlflowStore:
     """
 
     def __init__(self, tracking_uri: str, root: Path) -> None:
+        self._root = root
         self._is_default = tracking_uri == f"sqlite:///{root / 'mlflow.db'}"
         # MLflow would put the artifacts of a SQLite file into the working directory.
         is_sqlite = tracking_uri.startswith("sqlite:///")
@@ -140,6 +143,9 @@ class MlflowStore:
         self.set_tags(run_id, {f"changed.{name}"[:250]: value for name, value in changed.items()})
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags; that of a sweep makes the run a child of the sweep's run."""
+        if SWEEP_TAG in tags and PARENT_TAG not in tags:
+            tags = {**tags, PARENT_TAG: self._run_of_sweep(run_id, tags[SWEEP_TAG])}
         items = [RunTag(name, value) for name, value in tags.items()]
         for start in range(0, len(items), _BATCH_NAMES):
             self._client.log_batch(run_id, tags=items[start : start + _BATCH_NAMES], synchronous=True)
@@ -160,6 +166,31 @@ class MlflowStore:
             self._client.update_run(run_id, status=RUNNING)
         else:
             self._client.set_terminated(run_id, status, end_ms)
+        self._update_sweep(run_id)
+
+    def _run_of_sweep(self, run_id: str, sweep: str) -> str:
+        """Return the run of a sweep in the experiment of one of its runs; the first of them creates it."""
+        info = self._client.get_run(run_id).info
+        key = f"{_KEY_OF_SWEEP}{hashlib.sha256(sweep.encode()).hexdigest()[:32]}"
+        with take_lock(self._root / "mlflow.db.lock"):  # runs of an array begin together
+            parent = self.create_run(str(info.experiment_id), Path(sweep).name, key, info.start_time)
+            self._client.set_tag(parent, SWEEP_TAG, sweep)
+            self._client.update_run(parent, status=RUNNING)
+        return parent
+
+    def _update_sweep(self, run_id: str) -> None:
+        """End the run of a sweep where none of its runs is training."""
+        run = self._client.get_run(run_id)
+        parent = run.data.tags.get(PARENT_TAG)
+        if SWEEP_TAG not in run.data.tags or parent is None:
+            return
+        if not self._client.get_run(parent).data.tags.get(KEY_TAG, "").startswith(_KEY_OF_SWEEP):
+            return  # a child of another run of the sweep
+        children = f"tags.`{PARENT_TAG}` = '{parent}' and attributes.status = '{RUNNING}'"
+        if self._client.search_runs([run.info.experiment_id], children, max_results=1):
+            self._client.update_run(parent, status=RUNNING)
+        else:
+            self._client.set_terminated(parent, FINISHED)
 
 
 def _user() -> str:

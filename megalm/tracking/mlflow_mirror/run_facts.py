@@ -35,6 +35,7 @@ _TAGS_VARIABLE, _NESTED_VARIABLE = "MLFLOW_TAGS", "MLFLOW_NESTED_RUN"
 RUN_DIR_TAG = "megalm.run_dir"  # the folder that an MLflow run belongs to
 KEY_TAG = "megalm.key"  # of a run to create, so that a lost response creates no second one
 NAME_TAG, PARENT_TAG, NOTE_TAG = "mlflow.runName", "mlflow.parentRunId", "mlflow.note.content"
+SWEEP_TAG = "megalm.sweep"  # the folder of the sweep of the run, or of a sweep's own MLflow run
 FACT_FILES = (CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE)
 
 _ARTIFACTS = (*FACT_FILES, "deepspeed.json", "report.html")
@@ -176,6 +177,9 @@ def tags(run_dir: Path) -> dict[str, str]:
         and ("." not in name or name.startswith("git.") or "fingerprint" in name)
     }
     found |= {RUN_DIR_TAG: str(run_dir.resolve())}
+    section = read_mapping(run_dir / CONFIG_FILE).get("tracking")
+    if isinstance(section, dict) and section.get("sweep") is not None:
+        found |= {SWEEP_TAG: str(run_dir.resolve().parent / "sweeps" / str(section["sweep"]))}
     commit = next((found[name] for name in ("git_commit", "git.commit", "commit") if found.get(name)), None)
     if commit:
         found["mlflow.source.git.commit"] = commit  # shown by MLflow in its own column
@@ -238,7 +242,6 @@ def artifact_names(run_dir: Path, failed: bool = False) -> list[str]:
     """
     folders = ("samples", *(_ARTIFACTS_OF_FAILURES if failed else ()))
     found = [path for name in folders for path in (run_dir / name, *sorted((run_dir / name).rglob("*")))]
-    # Without the timelines, which are large.
     found += sorted(path for path in (run_dir / PROFILE_FOLDER).glob("step*") if path.suffix in (".txt", ".json"))
     names = [name for name in _ARTIFACTS if (run_dir / name).is_file()]
     return names + [path.relative_to(run_dir).as_posix() for path in found if path.is_file()]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megalm.runs.metrics_history import History
-from megalm.runs.metrics_log import Row, wall_limit
+from megalm.runs.metrics_log import Row, describe_straggler, wall_limit
 from megalm.tracking.report.curves import event_step
 from megalm.tracking.report.run_data import ReportData, text_of
 from megalm.utils.formatting import format_duration
@@ -119,6 +119,7 @@ _WORDS: dict[str, Callable[[Row], str]] = {
     "signal": lambda row: f"signal {row.get('signal', row.get('name', ''))}: saved and stopped",
     "wall_time": lambda row: f"{wall_limit(row.get('limit'))} was almost reached: saved and stopped",
     "repair": lambda row: f"removed an incomplete last row of metrics.jsonl ({row.get('dropped_bytes')} bytes)",
+    "straggler": describe_straggler,
     "early_stop": lambda row: f"the validation loss stopped falling; the best is {_number(row.get('best_loss'))}",
 }
 

@@ -25,16 +25,8 @@ _SAMPLE_BYTES = 12_000
 
 def render(run: ReportData, now: float) -> str:
     """Return the complete page as HTML, as of unix time `now`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"bytes": format_bytes, "duration": format_duration}
     history = run.history
-    return environment.get_template(_TEMPLATE).render(
+    return template(_TEMPLATE).render(
         run=run,
         outcome=outcome(run, now),
         made=moment(now),
@@ -54,6 +46,19 @@ def render(run: ReportData, now: float) -> str:
         data=_data(run),
         commands=next_commands(run),
     )
+
+
+def template(name: str) -> jinja2.Template:
+    """Return a template of this folder; it escapes all that is put into it."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": format_bytes, "duration": format_duration}
+    return environment.get_template(name)
 
 
 def _work(run: ReportData) -> list[tuple[str, float, float]]:
@@ -151,7 +156,7 @@ def _data(run: ReportData) -> list[tuple[str, str]]:
 def next_commands(run: ReportData) -> list[tuple[str, str]]:
     """Return the shell commands that are useful next, with their names."""
     folder, planned = run.run_dir, run.planned_steps
-    command = ResumeCommand(folder).shell
+    command = ResumeCommand.by_folder(folder).shell
     done = planned is not None and (run.results.steps or 0) >= planned
     words = ["--resume", "auto", *([f"train.steps={2 * planned}"] if done and planned else [])]
     rows = [("train longer" if done else "resume", command(*words))]

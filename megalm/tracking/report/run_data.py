@@ -23,13 +23,11 @@ from megalm.runs.run_folder import (
     parameter_count,
     read_mapping,
 )
+from megalm.runs.run_lock import is_held
 from megalm.tracking.compare_runs import Results, RunRecord, results
 from megalm.utils.formatting import flatten_to_text
 
 _STEP = re.compile(r"step-(\d+)")
-_LOCK_FILE = "lock"
-# A run writes a heartbeat into its lock every five seconds; a network file system may show it late.
-_ALIVE_SECONDS = 40.0
 # Settings that only name a run.
 _OF_THE_NAME = ("run.name", "preset")
 
@@ -130,12 +128,13 @@ def read_run(run_dir: Path, now: float, read: ReadBatches = read_batches) -> Rep
             f"{run_dir}: is not a run folder (it has no {METRICS_FILE} and no {CONFIG_FILE}); name one under run.root"
         )
     history = read_history(read(metrics) if metrics.exists() else [])
+    environment = read_mapping(run_dir / ENVIRONMENT_FILE)
     settings, preset = _settings(run_dir / CONFIG_FILE)
     return ReportData(
         run_dir=run_dir,
         history=history,
-        results=results(RunRecord(run_dir.name, {}, history, parameter_count(run_dir))),
-        environment=read_mapping(run_dir / ENVIRONMENT_FILE),
+        results=results(RunRecord(run_dir.name, {}, history, parameter_count(run_dir), environment)),
+        environment=environment,
         settings=settings,
         preset=preset,
         deepspeed=read_mapping(run_dir / DEEPSPEED_FILE),
@@ -143,7 +142,7 @@ def read_run(run_dir: Path, now: float, read: ReadBatches = read_batches) -> Rep
         failures=_failures(run_dir / "failures"),
         samples=sorted(path for path in (run_dir / "samples").glob("step-*.txt") if _STEP.match(path.name)),
         profile=_newest_profile(run_dir / PROFILE_FOLDER),
-        is_held=_is_held(run_dir / _LOCK_FILE, now),
+        is_held=is_held(run_dir, now),
     )
 
 
@@ -213,12 +212,3 @@ def _newest_profile(folder: Path) -> Mapping[str, Any]:
     newest = max(folder.glob("step*.json"), key=lambda path: path.stat().st_mtime_ns, default=None)
     content = {} if newest is None else read_mapping(newest)
     return content if "times" in content else {}
-
-
-def _is_held(lock: Path, now: float) -> bool:
-    """Return whether the lock's heartbeat is recent; the holder empties the file when it ends."""
-    try:
-        status = lock.stat()
-    except OSError:
-        return False
-    return status.st_size > 0 and abs(now - status.st_mtime) < _ALIVE_SECONDS

@@ -1,8 +1,9 @@
 """How a rank ends: stop signals, failures, hangs, a launcher that has died, and the exit itself.
 
 gloo's threads can abort the interpreter at a normal exit, after correct results. So a rank flushes everything and calls
-`os._exit`. A job reports one failure: the first rank to fail claims the job's failure file and prints its traceback;
-the others, which then lose their connection, find the claim and exit silently.
+`os._exit`. A job reports one failure, that of the rank that failed first. It claims the job's failure file and prints
+its traceback; the others, which then lose their connection, find the claim and exit silently. A rank that could not
+report, because it was killed or stands still, is found by the others' heartbeats, and one of them reports it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import psutil
 
+from megalm.engine.interface import StalledCollective
 from megalm.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -30,11 +32,17 @@ from megalm.errors import (
     EXIT_START_AGAIN,
     MegalmError,
     OtherRankFailed,
+    is_lost_connection,
     message_of,
 )
+from megalm.rank_environment import RankPlace
+from megalm.runs.run_folder import RunFolder
+from megalm.train.lifecycle.first_cause import describe_consequence, describe_lost, describe_stuck
+from megalm.train.lifecycle.heartbeat import Heartbeat, LostRank
 from megalm.train.lifecycle.time_limits import TimeLimits, write_stacks
 from megalm.utils.atomic_files import is_stranger
 from megalm.utils.formatting import printable
+from megalm.utils.process_setup import code_for_launcher
 from megalm.utils.stop_signals import respected_stop_signals
 
 log = logging.getLogger(__name__)
@@ -44,6 +52,8 @@ _STOP_GRACE_SECONDS = 25.0
 # How often a rank checks whether another has failed, and how long it may take to notice and exit by itself.
 _CLAIM_POLL_SECONDS = 2.0
 _FAILURE_GRACE_SECONDS = 5.0
+# A rank that has lost its connection looks for the first cause; launchers leave it 15 s (slurm/rank.sh) or more.
+_FIRST_CAUSE_SECONDS = 9.0
 # The grace period is at least this many times the longest gap so far: a step that was slow once may be slow again.
 _GRACE_OF_LONGEST = 2.0
 _WATCH_POLL_SECONDS = 0.2
@@ -54,6 +64,7 @@ _FILE_TROUBLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.E
 _REFUSAL_GRACE_SECONDS = 4.0
 _CODE_LINE = "exit code "  # opens the report of a failure
 _LONGEST_CODE_LINE = 32
+_ERROR = "megalm: error: "
 # A second SIGINT sooner than this is the launcher forwarding the first.
 _SECOND_INTERRUPT_SECONDS = 1.0
 
@@ -67,16 +78,21 @@ class FailureClaim:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._log = RunFolder(self.run_folder).log
         self.began = False  # the run folder is permanent
 
     @property
     def run_folder(self) -> Path:
         return self._path.parent.parent
 
-    def take(self, report: str, code: int) -> bool:
+    def take(self, report: str, code: int, details: str = "") -> bool:
         """Return True for the first rank that asks; False if rank 0 was refused and has removed the run folder.
 
-        If the file cannot be written, for instance on a full disk, every rank that asks may report.
+        The report goes to the run's log too, whichever rank writes it. If the file cannot be written, for instance on a
+        full disk, every rank that asks may report.
+
+        Args:
+            details: for the file only.
         """
         if is_stranger(self._path.parent, folder=True):
             return True
@@ -90,7 +106,9 @@ class FailureClaim:
         except OSError:
             return True
         with contextlib.suppress(OSError), os.fdopen(descriptor, "w") as file:
-            file.write(f"{_CODE_LINE}{code}\n{report}")
+            file.write(f"{_CODE_LINE}{code}\n{report}{details and chr(10)}{details}")
+        with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8", errors="backslashreplace") as log_file:
+            log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')},000 {printable(report).rstrip()}\n")
         return True
 
     def exit_code(self) -> int | None:
@@ -102,11 +120,30 @@ class FailureClaim:
             return None
         return int(code) if code.endswith("\n") and code[:-1].isdecimal() else None
 
+    def report(self) -> str:
+        """Return the report in a line, without the words that open it: of a traceback its first and last line."""
+        try:
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+        except OSError:
+            return ""
+        first, last = (lines[0].removeprefix(_ERROR), lines[-1]) if lines else ("", "")
+        return f"{first} {last}" if first.endswith(":") else first
+
     def is_taken(self) -> bool:
         try:
             return self._path.exists() or not (self.began or self.run_folder.is_dir())
         except OSError:  # a temporary failure of a network file system proves nothing
             return False
+
+
+class CollectiveRecorder(Protocol):
+    """Remembers the last collectives of this rank."""
+
+    def dump(self) -> None:
+        """Write them for all ranks to read."""
+
+    def stalled(self) -> StalledCollective | None:
+        """Return the collective in which ranks wait for others, by all ranks' dumps."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +153,17 @@ class RunHooks:
     Attributes:
         claim: set once the run folder is known.
         on_refusal: for example, remove what was created for a run that never started.
-        on_failure: for example, write the end event to metrics.jsonl; called once, with the exit code.
+        on_failure: for example, write the end event to metrics.jsonl; called once, with the exit code and the report.
         stacks: file for this rank's stacks when it hangs or exits because another rank failed.
+        recorder: of the last collectives; dumps them beside the stacks.
         began: the run folder is permanent; from then on a missing folder does not mean that rank 0 was refused.
     """
 
     claim: FailureClaim | None = None
     on_refusal: Callable[[], None] = lambda: None
-    on_failure: Callable[[int], None] = lambda code: None
+    on_failure: Callable[[int, str], None] = lambda code, report: None
     stacks: Path | None = None
+    recorder: CollectiveRecorder | None = None
     began: bool = False
 
 
@@ -133,6 +172,8 @@ class RankSupervisor:
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
+        self.place: RankPlace | None = None
+        self.heartbeat: Heartbeat | None = None  # once the ranks have met
         self._hooks = RunHooks()
 
     def run(self, work: Callable[[], int]) -> NoReturn:
@@ -142,19 +183,22 @@ class RankSupervisor:
             code = error.exit_code  # a launcher reports the exit code of the first rank it finds
         except MegalmError as error:
             code = error.exit_code
-            text = f"megalm: error: {message_of(error)}"
+            text = f"{_ERROR}{message_of(error)}"
             if self._hooks.claim is None and self.rank > 0:
                 _wait_for_rank_0(code)
-                text = f"{text} (on rank {self.rank})"
+                text = f"{text} (on {self._who})"
+            elif self._hooks.claim is not None and self.heartbeat is not None:
+                text = f"{text} (reported by {self._who})"
             self._print_failure(text, code, all_ranks=True)
             if code == EXIT_REFUSED:
                 self._hooks.on_refusal()
         except KeyboardInterrupt:
             code = EXIT_FAILED
-            self._print_failure("megalm: error: interrupted", code)
+            self._print_failure(f"{_ERROR}interrupted", code)
         except Exception as error:
             code = EXIT_FAILED
-            self._print_failure(self._describe(error), code, all_ranks=True)
+            if self.heartbeat is None or not is_lost_connection(error) or not self._report_first_cause(error):
+                self._print_failure(self._describe(error), code, all_ranks=True)
         if code not in (EXIT_DONE, EXIT_START_AGAIN):  # these have written their own end event
             code = self._end_failed(code)
         exit_process(code)
@@ -164,8 +208,53 @@ class RankSupervisor:
             error.errno in _DISK_TROUBLE or (error.errno in _FILE_TROUBLE and error.filename is not None)
         ):
             where = f", run folder {self._hooks.claim.run_folder}" if self._hooks.claim is not None else ""
-            return f"megalm: error: {error} (rank {self.rank}{where}); fix this, then resume with --resume auto"
-        return f"megalm: error: rank {self.rank} failed:\n{traceback.format_exc()}"
+            return f"{_ERROR}{error} ({self._who}{where}); fix this, then resume with --resume auto"
+        return f"{_ERROR}{self._who} failed:\n{traceback.format_exc()}"
+
+    @property
+    def _who(self) -> str:
+        return f"rank {self.rank}" if self.place is None else str(self.place)
+
+    def _report_first_cause(self, error: Exception) -> bool:
+        """Report the rank whose loss this rank's error comes from, unless another rank does; False: none is lost."""
+        assert self.heartbeat is not None
+        lost = self.heartbeat.find_lost(_FIRST_CAUSE_SECONDS, self._is_told)
+        if self._is_told():
+            return True
+        if not lost:
+            return False
+        if is_lost_connection(error, closed=True):  # a node that is gone, or a rank that is frozen, closes nothing
+            lost = [replace(each, condition="gone") for each in lost]
+        self._report_lost(lost, describe_consequence(self._who, error), traceback.format_exc())
+        return True
+
+    def _report_lost(self, lost: list[LostRank], consequence: str = "", details: str = "") -> None:
+        """Report ranks that are lost; as long as there is no claim, the first rank that is left does."""
+        gone = {each.place.rank for each in lost}
+        if self._hooks.claim is None and any(rank not in gone for rank in range(self.rank)):
+            time.sleep(_REFUSAL_GRACE_SECONDS)
+            return
+        text = f"{_ERROR}{describe_lost(lost, consequence)}"
+        self._print_failure(text, EXIT_FAILED, all_ranks=True, details=details)
+
+    def _is_told(self) -> bool:
+        return self._hooks.claim is not None and self._hooks.claim.is_taken()
+
+    def stage(self, name: str) -> None:
+        """Let the other ranks know how far this one has come with its start."""
+        if self.heartbeat is not None:
+            self.heartbeat.enter(name)
+
+    def let_ranks_leave(self) -> None:
+        """From here on a rank may be done before others: that it ends is no failure."""
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
+
+    def abort_without(self, lost: list[LostRank]) -> NoReturn:
+        """End the job because it cannot go on without these ranks; report it, unless another rank did."""
+        self._write_stacks()
+        self._report_lost(lost)
+        _leave(self._end_failed(EXIT_FAILED))
 
     def enter(self, hooks: RunHooks) -> None:
         """Use these hooks from now on: the run has reached its next stage.
@@ -187,25 +276,40 @@ class RankSupervisor:
         while not claim.is_taken():
             time.sleep(_CLAIM_POLL_SECONDS)
         time.sleep(_FAILURE_GRACE_SECONDS)
+        self._write_stacks()
+        _leave(self._end_failed(EXIT_FAILED))
+
+    def _write_stacks(self) -> None:
+        """Write where this rank stands: its threads, and the last collectives."""
         if self._hooks.stacks is not None:
             write_stacks(self._hooks.stacks)
-        os._exit(self._end_failed(EXIT_FAILED))
+        if self._hooks.recorder is not None:
+            self._hooks.recorder.dump()
 
     def abort_hung_rank(self, silent_seconds: float) -> NoReturn:
         """End the job because this rank made no progress for `silent_seconds`; report it, unless another rank did."""
-        stacks = self._hooks.stacks
-        where = f"; the stacks of all ranks are in {stacks.parent}" if stacks is not None else ""
-        self._print_failure(
-            f"megalm: error: rank {self.rank} made no progress for {silent_seconds:.0f} s "
-            f"(train.hang_timeout_seconds), so it or a rank that it waits for hangs{where}",
-            EXIT_FAILED,
-        )
+        self._write_stacks()
+        stacks, recorder = self._hooks.stacks, self._hooks.recorder
+        noticed = f"no progress for {silent_seconds:.0f} s, train.hang_timeout_seconds"
+        where = f"; the stacks of all other ranks are in {stacks.parent}" if stacks is not None else ""
+        lost = [] if self.heartbeat is None else self.heartbeat.find_lost(_FIRST_CAUSE_SECONDS, self._is_told)
+        stalled = recorder.stalled() if recorder is not None else None  # the others have dumped meanwhile
+        cause = describe_lost(lost, noticed, stalled) if lost else self._describe_hang(noticed, stalled)
+        self._print_failure(f"{_ERROR}{cause}{where}", EXIT_FAILED)
         time.sleep(_FAILURE_GRACE_SECONDS)  # time for the others to notice and write their stacks
-        os._exit(self._end_failed(EXIT_FAILED))
+        _leave(self._end_failed(EXIT_FAILED))
 
-    def _print_failure(self, text: str, code: int, all_ranks: bool = False) -> None:
+    def _describe_hang(self, noticed: str, stalled: StalledCollective | None) -> str:
+        """Return who is stuck where all ranks are alive."""
+        if self.heartbeat is not None:
+            stuck = self.heartbeat.known(stalled.missing) if stalled is not None else self.heartbeat.behind()
+            if stuck:
+                return describe_stuck(stuck, noticed, stalled)
+        return f"{self._who} made {noticed}, so it or a rank that it waits for hangs"
+
+    def _print_failure(self, text: str, code: int, all_ranks: bool = False, details: str = "") -> None:
         """Print a failure unless another rank has; before a claim exists, only rank 0 prints, or all if `all_ranks`."""
-        if self._hooks.claim.take(text, code) if self._hooks.claim else (all_ranks or self.rank == 0):
+        if self._hooks.claim.take(text, code, details) if self._hooks.claim else (all_ranks or self.rank == 0):
             _flush()
             with contextlib.suppress(OSError, ValueError):  # stderr is closed; the claim's file has the text
                 sys.stderr.write(printable(text).rstrip("\n") + "\n")
@@ -215,9 +319,11 @@ class RankSupervisor:
         """Close the run; return the job's exit code: of the rank that reported, or else this rank's `code`."""
         claimed = self._hooks.claim.exit_code() if self._hooks.claim is not None else None
         code = code if claimed is None else claimed
-        hooks, self._hooks = self._hooks, replace(self._hooks, on_failure=lambda code: None)  # once, in either thread
+        report = self._hooks.claim.report() if self._hooks.claim is not None else ""
+        hooks = self._hooks
+        self._hooks = replace(hooks, on_failure=lambda code, report: None)  # once, in whichever thread
         try:
-            hooks.on_failure(code)
+            hooks.on_failure(code, report)
         except Exception:  # the failure that is being reported matters more
             log.debug("closing the run failed", exc_info=True)
         return code
@@ -282,7 +388,7 @@ def _wait_for_rank_0(code: int) -> None:
 
     If this rank exited at once, the launcher could end rank 0 before it has reported.
     """
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+    signal.signal(signal.SIGTERM, lambda *_: _leave(code))
     time.sleep(_REFUSAL_GRACE_SECONDS)
 
 
@@ -290,7 +396,11 @@ def exit_process(code: int) -> NoReturn:
     """Flush and end this process without interpreter shutdown."""
     logging.shutdown()
     _flush()
-    os._exit(code)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    os._exit(code_for_launcher(code))
 
 
 def _flush() -> None:

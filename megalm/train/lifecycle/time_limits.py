@@ -31,20 +31,22 @@ class TimeLimits:
         wall_seconds: counted from `started`; None: no limit.
         started: `time.monotonic()` at which the job started.
         watchdog: notified of progress; starts at the first step boundary, since compilation before it may be slow.
+        progress: notified too, with the number of the last step at its boundary.
     """
 
     wall_seconds: float | None = None
     started: float = field(default_factory=time.monotonic)
     watchdog: Watchdog | None = None
+    progress: Callable[[int | None], None] = lambda step: None
     last_beat: float = field(default=-math.inf, init=False)  # time.monotonic()
     longest_silence: float = field(default=0.0, init=False)  # seconds from one beat to the next
     _last_boundary: float | None = field(default=None, init=False)
     _longest_gap: float = field(default=0.0, init=False)
     _longest_save: float = field(default=0.0, init=False)
 
-    def boundary(self) -> bool:
+    def boundary(self, step: int | None = None) -> bool:
         """Call at each step boundary; return whether it is time to stop."""
-        self.heartbeat()
+        self.heartbeat(step)
         if self.watchdog is not None and not self.watchdog.is_alive():
             self.watchdog.start()
         now = time.monotonic()
@@ -61,8 +63,9 @@ class TimeLimits:
         self._longest_save = max(self._longest_save, seconds)
         self.heartbeat()
 
-    def heartbeat(self) -> None:
+    def heartbeat(self, step: int | None = None) -> None:
         """Record progress: a step, a validation batch or a save."""
+        self.progress(step)
         now = time.monotonic()
         if self.last_beat > -math.inf:
             self.longest_silence = max(self.longest_silence, now - self.last_beat)

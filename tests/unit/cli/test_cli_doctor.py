@@ -40,6 +40,18 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert row_of(out, "NCCL")[1] == ("yes" if torch.cuda.is_available() else "no")
 
 
+def test_under_srun_one_task_of_each_node_reports_and_names_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert row_of(run(capsys)[1], "host")[1] == platform.node()
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    code, out, _ = run(capsys)
+    assert (code, {line.partition(":")[0] for line in out.splitlines()}) == (0, {platform.node()})
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    assert run(capsys) == (0, "", "")
+
+
 def test_without_a_compiler_it_trains_but_compiles_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,6 +68,8 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
             ["guard.policy=rollback", "checkpoint.interval_steps"],
         ),
         (["guard.policy=rollback", "checkpoint.interval_steps=100"], None),
+        (["slurm.exclude_bad=true", "train.check_nodes=false"], ["slurm.exclude_bad=true", "train.check_nodes"]),
+        (["slurm.exclude_bad=true"], None),
         (["data.recipe=null"], ["data.train=PREFIX", "data.tokenizer=FILE", "data.recipe=python-stdlib"]),
         (["data.recipe=null", "model.vocab_size=30000"], ["data.tokenizer=FILE", "30,000"]),
         (

@@ -24,6 +24,7 @@ def zero(stage: int, **others: Any) -> dict[str, Any]:
 
 
 FP32: dict[str, Any] = {"bf16": None}
+OVERLAP = "parallel.overlap_tensor_communication=true"
 FLOAT8 = "precision.float8=true"
 CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
@@ -68,6 +69,8 @@ CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
             ["parallel.sequence=true", "data.sequence_length=3", 4],
         ),
         (4, ["parallel.sequence=true", "parallel.tensor=4"], {}, None),
+        (2, [OVERLAP], {}, [OVERLAP, "parallel.tensor=1", "parallel.tensor=2"]),
+        (4, [OVERLAP, "parallel.tensor=4"], {}, None),
         (8, ["parallel.pipeline=8"], zero(1), ["parallel.pipeline=8", "model.num_hidden_layers=4", 8, 4]),
         (
             6,
@@ -196,3 +199,27 @@ def test_float8_needs_multiples_of_16(start: Start, override: str, name: str, si
 
 def test_a_cpu_emulates_float8(start: Start) -> None:
     assert_names(notice_of(start(FLOAT8), "float8"), FLOAT8)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpu", "tensor", "length", "micro_batch", "chunks"),
+    [
+        ("auto", None, 2, 4096, 2, 1),
+        ("true", None, 2, 256, 1, 2),
+        ("auto", "A100", 1, 4096, 2, 1),
+        ("auto", "A100", 2, 4096, 2, 4),
+        ("auto", "A100", 2, 4096, 8, 4),
+        ("auto", "A100", 2, 4096, 1, 2),
+        ("auto", "A100", 2, 2048, 1, 1),
+        ("true", "A100", 2, 2048, 1, 2),
+        ("false", "A100", 2, 4096, 2, 1),
+    ],
+)
+def test_a_tensor_group_overlaps_on_a_gpu_with_enough_tokens(
+    start: Start, wanted: str, gpu: str | None, tensor: int, length: int, micro_batch: int, chunks: int
+) -> None:
+    keys = f"parallel.overlap_tensor_communication={wanted}", f"parallel.tensor={tensor}"
+    device = {} if gpu is None else {"device": gpu_by_name(gpu)}
+    sizes = {"train_micro_batch_size_per_gpu": micro_batch, "train_batch_size": 64}
+    run = start(*keys, f"data.sequence_length={length}", ranks=2, **sizes, **device)
+    assert run.tensor_chunks == chunks

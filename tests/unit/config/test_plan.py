@@ -21,6 +21,7 @@ from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
 from megalm.config.deepspeed.json_schema import OffloadOptimizerSection, ZeroSection
 from megalm.config.loading import describe_preset, load_run_config, preset_paths
+from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.cost_model.memory import (
     MemoryCase,
     MemoryPlan,
@@ -552,6 +553,19 @@ def test_the_hours_follow_from_the_peak_of_a_known_gpu(start: Start) -> None:
     unknown = make_plan(start(device=replace(GPU, name="L20")), 99)
     assert unknown.hours is None
     assert_names(section_of(plan_text(unknown, 8), "Verdict"), "L20")
+
+
+def test_products_in_float8_take_half_of_the_time(start: Start) -> None:
+    plain, rounded = (
+        make_plan(start(f"precision.float8={on}", device=gpu_by_name("H100"), ranks=8), 99) for on in ("false", "true")
+    )
+    assert plain.hours
+    assert rounded.hours
+    matrices = sum(
+        math.prod(size) for name, size in plain.shape.parameters().items() if "layers." in name and len(size) == 2
+    )
+    assert rounded.float8_share == pytest.approx(6 * matrices / plain.flops_per_token)
+    assert rounded.hours / plain.hours == pytest.approx(1 - rounded.float8_share * (1 - 989 / 1979))
 
 
 @pytest.mark.parametrize(

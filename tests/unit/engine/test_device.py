@@ -23,7 +23,7 @@ from megalm.config.deepspeed.json_reader import DeviceFacts, named_json, read_de
 from megalm.config.loading import load_run_config
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.engine import device as device_module
-from megalm.engine.deepspeed_patches import use_expandable_segments
+from megalm.engine.deepspeed_patches import decompose_tanh, use_expandable_segments
 from megalm.engine.device import (
     DeviceReport,
     claim_device,
@@ -244,6 +244,16 @@ def test_expandable_segments_are_the_default(monkeypatch: pytest.MonkeyPatch, ow
     else:
         assert set_to[names.index(own)] == "max_split_size_mb:64"
         assert set_to.count(None) == 1
+
+
+@pytest.mark.parametrize("own", [None, "0"])
+def test_a_decomposed_tanh_is_the_default(monkeypatch: pytest.MonkeyPatch, own: str | None) -> None:
+    name = "TORCHINDUCTOR_CPP_USE_DECOMPOSE_TANH"
+    monkeypatch.setenv(name, own or "")
+    if own is None:
+        monkeypatch.delenv(name)
+    decompose_tanh()
+    assert device_module.os.environ[name] == (own or "1")
 
 
 def test_all_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 from megalm.config.deepspeed.json_reader import DeviceFacts, named_json, read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.planning.resolve import resolve
+from megalm.rank_environment import submit_options
 from megalm.runs.run_folder import ResumeCommand, RunFolder, command_line
 from megalm.tracking.report import write_report
 from megalm.train.run_summary import final_summary
@@ -28,6 +29,18 @@ def test_says_where_and_how_many_and_quotes_for_a_shell() -> None:
         *("deepspeed", "--num_gpus", "2", "launch/pretrain.py"),
         *("run.root=/data/my runs", "run.name=mine", "--resume", "auto"),
     ]
+
+
+def test_after_a_slurm_job_asks_for_such_a_job(tmp_path: Path) -> None:
+    job = {"SLURM_JOB_ID": "7", "MEGALM_SUBMIT_OPTIONS": "--nodes=2 '--comment=a b'"}
+    words = ["megalm", "submit", "--nodes=2", "--comment=a b", "--", f"run.root={tmp_path}", "run.name=mine"]
+    told = ResumeCommand(tmp_path / "mine", ranks=8, submit=submit_options(job)).shell("--resume", "auto")
+    assert shlex.split(told) == [*words, "--resume", "auto"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "environment.json").write_text(json.dumps({"submit": submit_options(job)}))
+    assert shlex.split(ResumeCommand.by_folder(tmp_path / "mine").shell()) == words
+    assert submit_options({"MEGALM_SUBMIT_OPTIONS": "--nodes=2"}) is None, "a shell of an earlier job"
+    assert submit_options({"SLURM_JOB_ID": "7"}) is None
 
 
 @pytest.mark.parametrize(

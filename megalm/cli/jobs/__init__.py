@@ -1,0 +1,1 @@
+"""Commands about runs in number: as Slurm jobs, as sweeps, at a glance."""

@@ -1,0 +1,383 @@
+"""`megalm submit`: check a run on the login node, then queue it as a Slurm job, a chain of jobs or an array of runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from typer.core import TyperCommand
+
+from megalm.cli.options import (
+    Config,
+    DeepSpeedJson,
+    ExtendSteps,
+    ExtendStrategy,
+    Overrides,
+    Resume,
+    SkipSteps,
+    Strategy,
+    Verbose,
+)
+from megalm.cli.plan import own_device, planned_run
+from megalm.cluster.batch_script import Allocation, SbatchOptions, render, without_options
+from megalm.cluster.slurm_client import gpus_of_nodes, own_jobs, refusal, require_slurm
+from megalm.cluster.slurm_client import submit as send
+from megalm.config.deepspeed.json_reader import DeviceFacts
+from megalm.cost_model.gpu_specs import gpu_by_name
+from megalm.errors import ConfigError
+from megalm.planning.run_plan import Plan
+from megalm.rehearsal.rehearsal_process import rehearse_run
+from megalm.rehearsal.rehearsal_report import RehearsalCase
+from megalm.rehearsal.verdict import judge
+from megalm.runs.run_folder import RunFolder, refuse_existing_run
+from megalm.runs.run_settings import Arguments
+from megalm.train.run_summary import planned_data
+from megalm.utils.formatting import format_duration
+from megalm.utils.terminal import echo, echo_text
+
+_T = TypeVar("_T")
+
+_RUN_WORDS = "megalm.run_words"
+_HOME = Path(__file__).resolve().parents[3]
+# Of an unknown GPU: nothing is refused for its memory.
+_ANY_GPU = DeviceFacts(kind="cuda", bf16=True, memory_bytes=2**50, float8=True)
+
+
+class Command(TyperCommand):
+    """Takes options of sbatch before `--` and those of the run after it, which Typer alone would mix."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        cut = args.index("--") if "--" in args else len(args)
+        ctx.meta[_RUN_WORDS] = tuple(args[cut + 1 :])
+        ctx.allow_extra_args = ctx.ignore_unknown_options = True
+        return super().parse_args(ctx, args[:cut])
+
+
+def command(
+    context: typer.Context,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SBATCH OPTIONS] -- [RUN'S ARGUMENTS]", show_default=False),
+    ] = None,
+    after: Annotated[
+        str | None, typer.Option("--after", metavar="JOB", help="Start when this job has ended, in whatever way.")
+    ] = None,
+    chain: Annotated[
+        int | None,
+        typer.Option(
+            "--chain",
+            min=2,
+            help="Up to N jobs, one after another, that resume the run.",
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu",
+            metavar="NAME",
+            help="The GPU of each rank. Default: the type that sbatch is told.",
+        ),
+    ] = None,
+    rehearse: Annotated[
+        bool, typer.Option(help="Rehearse the run on fake GPUs, where their type is known (takes about half a minute).")
+    ] = True,
+    print_it: Annotated[bool, typer.Option("--print", help="Print the batch script; submit nothing.")] = False,
+) -> None:
+    """Check a run here, then queue it with Slurm. What --dry-run would refuse is not queued.
+
+    Options of sbatch come first; slurm/train.sh has their defaults. Arguments of launch/pretrain.py follow --.
+    The job has the run's name. In run.name, %a is the index in an array.
+
+    \b
+    megalm submit --nodes=4 --gpus-per-node=h100:8 --time=24:00:00 -- --config my.yaml run.name=mine --resume auto
+    megalm submit --nodes=4 --gpus-per-node=8 --chain 5 -- run.name=mine --resume auto
+    """
+    words: tuple[str, ...] = context.meta[_RUN_WORDS]
+    request = _read(sbatch or [], words, after, chain)
+    if not print_it:  # a script can be written where there is no Slurm
+        require_slurm()
+        _refuse_open_gpus(request)
+    plans = [checked_plan(run, request.allocation, gpu, task) for task, run in request.runs.items()]
+    _refuse_together(request, plans[0])
+    if not print_it and not request.options.get("dependency"):
+        _refuse_second_job(plans[0].resolved.config.run.name)
+    if rehearse:
+        _rehearse(plans, request.allocation)
+    options = _named(request, plans[0])
+    script = render(options, _HOME, words, request.variables)
+    if print_it:
+        echo_text(script, end="")
+        return
+    environment = without_options(os.environ)
+    if (why := refusal(script, environment)) is not None:
+        raise ConfigError(why)
+    _tell(send(script, environment), options, request.allocation, plans[0])
+
+
+# --- What is asked for ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A job as its user asks for it.
+
+    Attributes:
+        given: options of sbatch on the command line.
+        options: all options of sbatch.
+        runs: the arguments of each run to check, by its task in an array.
+        chain: the number of jobs of a chain.
+    """
+
+    given: SbatchOptions
+    options: SbatchOptions
+    allocation: Allocation
+    words: tuple[str, ...]
+    runs: Mapping[int | None, Arguments]
+    chain: int | None
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment of the job: what asks for such a job again, and whether it is one of a chain."""
+        once = ("dependency", "array", "job-name")
+        again = SbatchOptions({name: value for name, value in self.given.values.items() if name not in once}).words()
+        if self.chain is None:
+            return {"MEGALM_SUBMIT_OPTIONS": shlex.join(again)}
+        return {"MEGALM_SUBMIT_OPTIONS": shlex.join([*again, f"--chain={self.chain}"]), "MEGALM_CHAIN": "1"}
+
+
+def _read(sbatch: Sequence[str], words: tuple[str, ...], after: str | None, chain: int | None) -> _Request:
+    """Read options and arguments.
+
+    Raises:
+        ConfigError: all that is wrong with them.
+    """
+    given = SbatchOptions.parse(sbatch)
+    options = _options(given, after)
+    problems: list[str] = []
+    allocation = _noted(problems, lambda: Allocation.of(options))
+    arguments = _noted(problems, lambda: run_arguments(words))
+    if allocation is None or arguments is None:
+        raise ConfigError(*problems)
+    if chain is not None:
+        if allocation.tasks is not None:
+            raise ConfigError("--chain is an array of its own; omit --array")
+        if arguments.resume is None:
+            raise ConfigError("--chain resumes one run: add run.name=NAME and --resume auto after --")
+        options = options.updated(SbatchOptions({"array": f"1-{chain}%1", "no-requeue": None}))
+        allocation = Allocation.of(options)
+    first = None if allocation.tasks is None else allocation.tasks[0]
+    return _Request(given, options, allocation, words, {first: arguments}, chain)
+
+
+def _options(given: SbatchOptions, after: str | None) -> SbatchOptions:
+    """Return the options by precedence, as sbatch has them: lines of slurm/train.sh, environment, command line."""
+    script = _HOME / "slurm" / "train.sh"
+    if not script.is_file():
+        raise ConfigError(f"{script}: no such file; megalm submit works from a checkout of megalm (make install there)")
+    if after is not None:
+        if given.get("dependency"):
+            raise ConfigError("--after and --dependency say the same; omit one of them")
+        if not re.fullmatch(r"\d+(_\d+)?", after):
+            raise ConfigError(f"--after {after}: state the number of a job, as squeue shows it")
+        given = given.updated(SbatchOptions({"dependency": f"afterany:{after}"}))
+    defaults = SbatchOptions.of_script(script.read_text(encoding="utf-8"))
+    if defaults.get("job-name") == "megalm":  # the run's name is better
+        defaults = SbatchOptions({name: value for name, value in defaults.values.items() if name != "job-name"})
+    return defaults.updated(SbatchOptions.of_environment(os.environ)).updated(given)
+
+
+def run_arguments(words: Sequence[str]) -> Arguments:
+    """Read the arguments of launch/pretrain.py.
+
+    Raises:
+        ConfigError: an argument that it does not have.
+    """
+
+    def read(
+        overrides: Overrides = None,
+        deepspeed_config: DeepSpeedJson = None,
+        config: Config = None,
+        resume: Resume = None,
+        extend_steps: ExtendSteps = None,
+        extend_strategy: ExtendStrategy = Strategy.schedule,
+        skip_steps: SkipSteps = 0,
+        verbose: Verbose = False,
+    ) -> Arguments:
+        return Arguments(
+            deepspeed_config, config, tuple(overrides or ()), resume, extend_steps, extend_strategy.value, skip_steps
+        )
+
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(add_help_option=False)(read)
+    reader = typer.main.get_command(app)
+    try:
+        found: Arguments = reader.main(list(words), prog_name="launch/pretrain.py", standalone_mode=False)
+    except Exception as error:
+        if (text := getattr(error, "format_message", None)) is None:  # not about the words
+            raise
+        raise ConfigError(f"{text()} (arguments of launch/pretrain.py follow --)") from None
+    return found
+
+
+def _noted(problems: list[str], work: Callable[[], _T]) -> _T | None:
+    """Return what `work` returns; of a refusal, keep its problems."""
+    try:
+        return work()
+    except ConfigError as error:
+        problems += error.problems
+        return None
+
+
+def _refuse_open_gpus(request: _Request) -> None:
+    """Refuse a job that takes all GPUs of its nodes without saying how many those are."""
+    is_open = "exclusive" in request.options.values and not request.allocation.gpus
+    if is_open and gpus_of_nodes(request.options.get("partition")):
+        raise ConfigError("--exclusive takes all GPUs of a node; say how many there are with --gpus-per-node")
+
+
+# --- The checks -------------------------------------------------------------------------------------------------------
+
+
+def checked_plan(arguments: Arguments, allocation: Allocation, gpu: str | None, task: int | None) -> Plan:
+    """Return the plan of a run that `--dry-run` on the job's ranks would show, too.
+
+    Args:
+        gpu: by its name; None: the type in the options of sbatch, if it is a known one.
+        task: of an array.
+
+    Raises:
+        MegalmError: the run would be refused.
+    """
+    device = own_device(allocation.ranks_per_node) if not allocation.gpus else _gpu(gpu, allocation.gpu_type)
+    if gpu is not None and not allocation.gpus:
+        raise ConfigError(f"--gpu {gpu}: the job asks for no GPUs; add --gpus-per-node=N")
+    with _as_task(task):
+        plan = planned_run(arguments, allocation.ranks, device, allocation.ranks_per_node, data_needed=True)
+        warnings = planned_data(plan.resolved)[1]
+    _refuse_existing(arguments, plan)
+    for warning in warnings:
+        echo(f"megalm: WARNING: {warning}", err=True)
+    return plan
+
+
+@contextmanager
+def _as_task(task: int | None) -> Iterator[None]:
+    """Let %a in run.name be this number."""
+    if task is None:
+        yield
+        return
+    before = os.environ.get("SLURM_ARRAY_TASK_ID")
+    os.environ["SLURM_ARRAY_TASK_ID"] = str(task)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SLURM_ARRAY_TASK_ID"]
+        else:
+            os.environ["SLURM_ARRAY_TASK_ID"] = before
+
+
+def _gpu(name: str | None, site_name: str | None) -> DeviceFacts:
+    if name is not None:
+        return gpu_by_name(name)
+    try:
+        return _ANY_GPU if site_name is None else gpu_by_name(site_name)
+    except ConfigError:
+        return _ANY_GPU
+
+
+def _refuse_existing(arguments: Arguments, plan: Plan) -> None:
+    run = plan.resolved.config.run
+    if run.name is not None:
+        refuse_existing_run(RunFolder(Path(run.root).expanduser() / run.name), arguments.resume is not None)
+
+
+def _refuse_together(request: _Request, plan: Plan) -> None:
+    """Refuse an array whose tasks would train one run at once, or an unnamed run one after another."""
+    if request.allocation.tasks is None:
+        return
+    if plan.resolved.config.run.name is None:
+        raise ConfigError("each job of a chain or an array has to know its run: add run.name=NAME after --")
+    if request.allocation.at_once != 1 and "%a" not in _stated_name(request.words):
+        raise ConfigError(
+            "all tasks of --array would train one run; give each its own with run.name=NAME-%a, or let one run at a "
+            "time with --array=...%1 (--chain N does)"
+        )
+
+
+def _refuse_second_job(name: str | None) -> None:
+    """Refuse a run that another job of this user trains or will train: only one at a time can."""
+    here = os.path.realpath(os.curdir)
+    jobs = [job.whole for job in own_jobs() if job.name == name and os.path.realpath(job.folder) == here]
+    if name is not None and jobs:
+        others = list(dict.fromkeys(jobs))
+        raise ConfigError(
+            f"job {', '.join(others)} trains run {name} or waits to; queue behind it with "
+            f"--after {max(others, key=int)}, or scancel {' '.join(others)}"
+        )
+
+
+def _stated_name(words: Sequence[str]) -> str:
+    """Return run.name as it stands on the command line, with %a; "" if it does not."""
+    return next((word.partition("=")[2] for word in reversed(words) if word.startswith("run.name=")), "")
+
+
+def _rehearse(plans: Sequence[Plan], allocation: Allocation) -> None:
+    """Rehearse rank 0 of each kind of run on GPUs of a known type; refuse what fails, and report what is tight.
+
+    Raises:
+        ConfigError: a run would fail on its GPUs.
+    """
+    kinds = {repr((plan.shape, plan.resolved.batch, plan.resolved.deepspeed)): plan for plan in plans}
+    for plan in kinds.values():
+        gpu = plan.resolved.device.name
+        if gpu is None or plan.resolved.device.kind != "cuda":
+            continue
+        case = RehearsalCase(plan.resolved, plan.shape, 0, allocation.ranks_per_node)
+        rehearsal = rehearse_run(case)
+        verdict = judge(rehearsal, case, plan)
+        told = f"rehearsed on {gpu}"
+        if verdict.level == "fails":
+            reasons = (f"{told}: {line}" for line in (*verdict.reasons, *verdict.advice))
+            raise ConfigError(*reasons, "megalm rehearse shows it; --no-rehearse submits it all the same")
+        echo(f"megalm: {told} in {format_duration(rehearsal.seconds)}: {verdict.level}", err=True)
+        for line in (*verdict.reasons, *verdict.advice):
+            echo(f"megalm:   {line}", err=True)
+
+
+# --- The job ----------------------------------------------------------------------------------------------------------
+
+
+def _job_name(words: Sequence[str], plan: Plan) -> str:
+    """Return the run's name, in an array without the index; of an unnamed run its preset."""
+    name = _stated_name(words) or plan.resolved.config.run.name or plan.resolved.preset or "megalm"
+    return re.sub(r"[-_.]?%[ax]", "", name) or "megalm"
+
+
+def _named(request: _Request, plan: Plan) -> SbatchOptions:
+    """Return the options with the job's name, and a log for each job, or one for a chain of them."""
+    options, log = request.options, request.options.get("output")
+    named = {"job-name": options.get("job-name") or _job_name(request.words, plan)}
+    if log == "%x-%j.log" and request.allocation.tasks is not None:
+        log = "%x-%A.log" if request.chain is not None else "%x-%A_%a.log"
+    return options.updated(SbatchOptions(named if log is None else {**named, "output": log}))
+
+
+def _tell(job: str, options: SbatchOptions, allocation: Allocation, plan: Plan) -> None:
+    """Print the job, and what to look at next."""
+    run, name = plan.resolved.config.run, options.get("job-name") or ""
+    device = "GPUs" if allocation.gpus else "the CPU"
+    if allocation.gpus and plan.resolved.device.name is None:
+        echo("megalm: note: --gpu NAME checks the memory of the GPUs; their type is not known", err=True)
+    log = (options.get("output") or "slurm-%j.out").replace("%x", name).replace("%j", job).replace("%A", job)
+    folder = "" if run.name is None else shlex.quote(run.name if run.root == "runs" else str(Path(run.root) / run.name))
+    echo(f"job {job}: {name}, {allocation.nodes} node(s) x {allocation.ranks_per_node} rank(s) on {device}")
+    for what, text in (("log", log), ("status", f"megalm status {folder}".rstrip()), ("cancel", f"scancel {job}")):
+        echo(f"  {what:<7} {text}")

@@ -1,0 +1,179 @@
+"""How a run stands, from the ends of its files: quick for many runs, also for long ones and for ones that train now."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from megalm.errors import MegalmError
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row, read_newest_first
+from megalm.runs.run_folder import RunFolder, read_mapping
+
+State = Literal["running", "queued", "finished", "failed", "stopped"]
+
+_ROWS = 1000  # at most, from the end of metrics.jsonl
+_STEPS = 50  # over which the speed is averaged
+# The holder of a run lock writes to it every 5 seconds; a network file system shows that up to a minute later.
+_SIGN_OF_LIFE_SECONDS = 75.0
+_LONGEST_REPORT = 4096
+_QUIET_EVENTS = ("traffic", "profile", "expected", "repair")
+_HOLDER = re.compile(r"host (\S+), process (\d+)")
+_FAILED_HOST = re.compile(r"\branks? \d+(?:-\d+)? on ([A-Za-z0-9][\w.-]*\w|\w)")
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How a run stands.
+
+    Attributes:
+        step, steps: the last one done and planned.
+        tokens_per_second, mfu, step_seconds: of the last steps; step_seconds with validation and saves.
+        attempts: also counts rollbacks.
+        event: the last one, as in metrics.jsonl.
+        failure: the first line of the last attempt's failure report.
+        failed_hosts: that it names.
+        job: number of the Slurm job that trains the run or did so last.
+        host: where its rank 0 trains or did so last.
+    """
+
+    folder: Path
+    state: State
+    step: int = 0
+    steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    step_seconds: float | None = None
+    attempts: int = 0
+    event: Row | None = None
+    failure: str | None = None
+    failed_hosts: tuple[str, ...] = ()
+    job: str | None = None
+    host: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Until the last step, of a run that trains; None: not known."""
+        if self.state != "running" or self.steps is None or self.step_seconds is None:
+            return None
+        return max(0, self.steps - self.step) * self.step_seconds
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder holds a run, or what is left of a start."""
+    files = RunFolder(folder)
+    return files.config_yaml.is_file() or files.metrics.is_file() or files.never_started
+
+
+def read_status(folder: Path, now: float | None = None) -> RunStatus:
+    """Read how a run stands by its own files; unreadable ones count as missing."""
+    files = RunFolder(folder)
+    facts: dict[str, Any] = {}
+    rows: list[Row] = []
+    with contextlib.suppress(MegalmError, OSError):
+        facts = read_mapping(files.environment_json)
+    with contextlib.suppress(MegalmError, OSError):
+        rows = list(islice(read_newest_first(files.metrics), _ROWS))
+    steps, job, host = (facts.get(name) for name in ("planned_steps", "job", "host"))
+    attempts = next((row["attempt"] for row in rows if row.get("attempt") is not None), 0)
+    state: State = "running" if is_locked(folder / "lock", now) else _state_at_rest(rows)
+    failure = None
+    if state != "running" and (failure := _failure(files, attempts + 1)) is not None:  # before its first row
+        state, attempts = "failed", attempts + 1
+    elif state == "failed":
+        failure = _failure(files, attempts)
+    trained = _of_last_attempt(rows)
+    first, last = (trained[-1], trained[0]) if trained else (None, None)
+    step_seconds = None
+    if first is not None and last is not None and last["step"] > first["step"]:
+        step_seconds = (last["time"] - first["time"]) / (last["step"] - first["step"])
+    return RunStatus(
+        folder,
+        state,
+        step=last["step"] if last else next((row["step"] for row in rows if isinstance(row.get("step"), int)), 0),
+        steps=steps if isinstance(steps, int) else None,
+        loss=last.get("loss") if last else None,
+        tokens_per_second=_median(trained, "tokens_per_second"),
+        mfu=_median(trained, "mfu"),
+        step_seconds=step_seconds,
+        attempts=attempts,
+        event=next((row for row in rows if row["kind"] == "event" and row["event"] not in _QUIET_EVENTS), None),
+        failure=failure,
+        failed_hosts=tuple(dict.fromkeys(_FAILED_HOST.findall(failure or ""))),
+        job=job if isinstance(job, str) and job.isdecimal() else None,
+        host=host if isinstance(host, str) else None,
+    )
+
+
+def is_locked(lock: Path, now: float | None = None) -> bool:
+    """Return whether a job uses a run folder, by the signs of life in its lock; takes no lock."""
+    try:
+        with lock.open("rb") as file:  # a network file system looks again for who opens a file
+            text = file.read(200).decode(errors="replace")
+            changed = os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return False
+    holder = _HOLDER.match(text)
+    if holder is None:
+        return False
+    if holder[1] == platform.node() and not psutil.pid_exists(int(holder[2])):
+        return False
+    return (time.time() if now is None else now) - changed < _SIGN_OF_LIFE_SECONDS
+
+
+def _state_at_rest(rows: Sequence[Row]) -> State:
+    """The state of a run that no job trains."""
+    for row in rows:
+        if row.get("event") == "end" and row.get("status") in ("finished", "failed", "stopped"):
+            status: State = row["status"]
+            return status
+        if row.get("event") in ATTEMPT_EVENTS:
+            break
+    return "failed"  # killed, or it never began to train
+
+
+def _of_last_attempt(rows: Sequence[Row]) -> list[Row]:
+    """The last steps, newest first; not those that a later attempt has withdrawn."""
+    found: list[Row] = []
+    for row in rows:
+        if row["kind"] == "train":
+            found.append(row)
+        if len(found) == _STEPS or (row.get("event") in ATTEMPT_EVENTS and (found or row.get("step") == 0)):
+            break
+        if row.get("event") in ATTEMPT_EVENTS and isinstance(row.get("step"), int):
+            kept = row["step"]  # it has trained no step yet: the last one that counts is older
+            return [old for old in rows if old["kind"] == "train" and old["step"] <= kept][:1]
+    return found
+
+
+def _median(rows: Sequence[Row], name: str) -> float | None:
+    values = [row[name] for row in rows if isinstance(row.get(name), (int, float))]
+    return statistics.median(values) if values else None
+
+
+def _failure(files: RunFolder, attempt: int) -> str | None:
+    """The first line of an attempt's failure report; of a traceback, its last line too. None: there is no report."""
+    try:
+        with files.failure(attempt).open(encoding="utf-8", errors="replace") as file:
+            lines = file.read(_LONGEST_REPORT).splitlines()[1:]  # the first one has the exit code
+    except OSError:
+        return None
+    told = [line.removeprefix("megalm: error: ").strip() for line in lines if line.strip()]
+    if told and told[0].endswith(":"):
+        return " ".join([told[0], *told[1:][-1:]])
+    return told[0] if told else "no report"

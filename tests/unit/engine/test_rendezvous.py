@@ -1,0 +1,99 @@
+"""The roll call at the start of a job, over a real store: who is missing is named, and a restart meets afresh."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from torch.distributed import TCPStore
+
+from megalm.engine.ranks import rendezvous
+from megalm.engine.ranks.rendezvous import Meeting, meet
+from megalm.errors import OtherRankFailed, TrainingError
+from megalm.rank_environment import RankFacts, RankPlace
+from tests.messages import assert_names
+
+# Four ranks on two nodes, as Slurm tells it.
+LAYOUT = {
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_JOB_NUM_NODES": "2",
+}
+
+
+@pytest.fixture(autouse=True)
+def agent(monkeypatch: pytest.MonkeyPatch) -> TCPStore:
+    """The store of torchrun's agent: all ranks are its clients."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**LAYOUT, **variables}.items():
+        monkeypatch.setenv(name, value)
+    return store
+
+
+def starts(*ranks: int, limit_seconds: float | None = 30.0, notices: list[str] | None = None) -> dict[int, object]:
+    """What comes of the start of these ranks of four: a meeting or an error each."""
+    results: dict[int, object] = {}
+
+    def start(rank: int) -> None:
+        place = RankPlace(rank, f"n{1 + rank // 2}", "cpu", 100 + rank, 1)
+        try:
+            told = (lambda text: None) if notices is None else notices.append
+            results[rank] = meet(RankFacts(rank, 4, rank % 2, 2, 1), place, limit_seconds, told)
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=start, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+def meeting(result: object) -> Meeting:
+    assert isinstance(result, Meeting), result
+    return result
+
+
+def test_all_ranks_know_where_each_is(agent: TCPStore) -> None:
+    results = starts(2, 0, 3, 1)
+    hosts = {tuple((place.rank, place.host) for place in meeting(each).places) for each in results.values()}
+    assert hosts == {((0, "n1"), (1, "n1"), (2, "n2"), (3, "n2"))}
+    meeting(results[1]).store.set("key", "value")
+    assert meeting(results[2]).second_store().get("key") == b"value"
+
+
+def test_a_restart_shares_nothing_with_what_was_killed(agent: TCPStore) -> None:
+    """torchrun's agents count restarts differently, and keep one store."""
+    first, second = starts(0, 1, 2, 3), starts(3, 2, 1, 0)
+    meeting(first[0]).store.set("key", "old")
+    assert not meeting(second[1]).store.check(["key"])
+
+
+def test_missing_ranks_are_named_again_and_again_and_end_the_job(
+    agent: TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "_FIRST_NOTICE_SECONDS", 0.2)
+    monkeypatch.setattr(rendezvous, "_LAST_WORD_SECONDS", 1.0)
+    notices: list[str] = []
+    results = starts(0, 1, 2, limit_seconds=1.0, notices=notices)
+    assert isinstance(results[0], TrainingError)
+    assert_names(results[0], "3 of 4", "rank 3 on n2", "train.start_timeout_seconds", "--exclude=n2")
+    assert len(notices) >= 2
+    assert_names(notices[0], "3 of 4", "rank 3 on n2", "train.start_timeout_seconds")
+    assert isinstance(results[1], OtherRankFailed)
+    assert isinstance(results[2], OtherRankFailed), "one rank speaks"
+
+
+def test_a_missing_rank_0_is_named_by_rank_1(agent: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", "9")  # nobody listens there
+    monkeypatch.setattr(rendezvous, "_FIRST_NOTICE_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "_SPEAKER_LEAD_SECONDS", 0.5)
+    notices: list[str] = []
+    results = starts(1, 2, limit_seconds=0.5, notices=notices)
+    assert all(isinstance(each, TrainingError) for each in results.values())
+    assert_names(results[1], "rank 0 on n1", "rank 1 on n1", "127.0.0.1:9", "train.start_timeout_seconds")
+    assert notices
+    assert all("rank 1 on n1" in notice for notice in notices), "not one line a rank"
