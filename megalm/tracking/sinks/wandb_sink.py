@@ -1,4 +1,4 @@
-"""Weights & Biases as a sink: one of its runs, in a group with the runs that came before it.
+"""Weights & Biases as a sink: one of its runs, in a group with those that came before it, or with those of its sweep.
 
 It cannot take values back, and an offline run cannot be continued: where a resume or a rollback takes rows back, and
 where an offline run resumes, a new run of the same group gets all rows that count. Its own variables (WANDB_MODE,
@@ -136,9 +136,10 @@ class WandbSink(AppendSink):
     def _start(self) -> None:
         self.folder.mkdir(exist_ok=True)
         name, number = self.run_dir.resolve().name, len(self.state.run_ids)
+        sweep = run_facts.settings(self.run_dir).get("tracking.sweep", "null")
         given = {
             "WANDB_PROJECT": ("project", run_facts.experiment(self.run_dir)),
-            "WANDB_RUN_GROUP": ("group", name),
+            "WANDB_RUN_GROUP": ("group", name if sweep == "null" else Path(sweep).name),
             "WANDB_NAME": ("name", name if number == 1 else f"{name} ({number})"),
             "WANDB_DIR": ("dir", str(self.run_dir)),
             "WANDB_RESUME": ("resume", "allow"),

@@ -110,12 +110,14 @@ def test_each_run_of_the_group_has_the_rows_that_counted(tracked: Path, monkeypa
     # A resume takes steps 5 and 6 back. Its own variables come before the run's settings.
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     monkeypatch.setenv("WANDB_TAGS", "large,slow")
+    config = (tracked / "config.yaml").read_text()
+    (tracked / "config.yaml").write_text(config.replace("tracking: {", "tracking: {sweep: sweeps/rates, "))
     write_rows(tracked, range(5, 6), attempt=2, end="finished")
     (sink,) = sync_trackers(tracked)
     assert "wandb sync" in sink.outcome
     second = records(tracked)[1]
     (begun,) = second["run"]
-    assert (begun.project, begun.run_group, list(begun.tags)) == ("theirs", tracked.name, ["large", "slow"])
+    assert (begun.project, begun.run_group, list(begun.tags)) == ("theirs", "rates", ["large", "slow"])
     assert begun.run_id != first["run"][0].run_id
     assert history(second, "train/loss") == [(step, 4.0 / step) for step in range(1, 6)]
     assert [step for step, _ in history(second, "eval/loss")] == [5]
