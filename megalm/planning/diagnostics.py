@@ -9,6 +9,7 @@ from megalm.config.deepspeed.json_reader import DeepSpeedConfig
 from megalm.config.schema import RunConfig
 from megalm.errors import ConfigError
 
+MOST_PROFILED_STEPS = 100  # the profiler holds them in memory
 TRAFFIC_STEPS = 10  # traffic is the same in every step, so a few suffice
 
 
@@ -86,6 +87,8 @@ def profiled_steps(steps: int | str | None) -> range | None:
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= first <= last:
         raise ConfigError(f"profile.steps={steps!r} names no steps; write FIRST:LAST, from 1, such as 10:13")
+    if last - first >= MOST_PROFILED_STEPS:
+        raise ConfigError(f"profile.steps={steps!r} names more than {MOST_PROFILED_STEPS} steps; profile fewer")
     return range(first, last + 1)
 
 

@@ -73,6 +73,8 @@ def test_a_range_of_steps(start: Start) -> None:
     assert_names(notice_of(start("train.steps=20", "profile.steps=50:60"), "profile"), 50, "train.steps=20")
     for wrong in ("13:10", "0", "0:3", "3:", "-1", "a", "1:2:3"):
         assert_names(refused(start, f"profile.steps={wrong}"), "profile.steps", "10:13")
+    assert_names(refused(start, "profile.steps=10:110"), "profile.steps", 100)
+    assert start("profile.steps=10:109").diagnostics.profile_steps == range(10, 110)
     assert_names(refused(start, "train.profile_step=9"), "train.profile_step", "profile.steps")
 
 
