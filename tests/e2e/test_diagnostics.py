@@ -66,8 +66,9 @@ def test_a_measured_run_is_the_same_run_and_its_traffic_is_the_documented_one(
     assert 0 <= rest <= 64, "and a few numbers: loss and gradient norm"
     event = _event(measured, "traffic")
     assert (event["first_step"], event["last_step"], event["ranks"]) == (1, STEPS, RANKS)
-    of_run = _traffic(event["traffic"])
-    assert of_run == {place: count * STEPS * RANKS for place, count in of_step.items()}
+    # Decisions are left out: ranks compare their pace now and then, not at each step.
+    of_run = {place: count for place, count in _traffic(event["traffic"]).items() if place[0] != "control"}
+    assert of_run == {place: count * STEPS * RANKS for place, count in of_step.items() if place[0] != "control"}
 
     # Matrix products and attention, counted as they ran, are about the model's formula.
     assert 0.9 < profile["flops_measured"] / profile["flops_computed"] < 1.2
