@@ -22,6 +22,7 @@ _FAILURE_CHARACTERS = 8_000
 _SLOW_FACTOR = 2.0
 _SLOW_SHARE = 0.005  # of all training time; less is not worth reporting
 _SLOW_SHOWN = 5
+_USUAL = ("start", "checkpoint", "end", "profile", "traffic")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def _events(run: ReportData) -> Iterator[Finding]:
     texts = 0
     for row in run.history.events:
         kind = str(row.get("event"))
-        if kind in ("start", "checkpoint", "end") or (kind == "skip" and row.get("at_step") is not None):
+        if kind in _USUAL or (kind == "skip" and row.get("at_step") is not None):
             continue
         counts[kind] = counts.get(kind, 0) + 1
         if counts[kind] > _SHOWN_OF_A_KIND:

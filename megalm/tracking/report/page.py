@@ -76,9 +76,9 @@ def _profile(content: Mapping[str, Any]) -> list[tuple[str, float, float, str]]:
     for row in content.get("times", ()):
         seconds = row["rank_seconds"]
         most = max(seconds)
-        longest = f"at most {1e3 * most:.2f} ms, on rank {seconds.index(most)}" if len(seconds) > 1 else ""
+        longest = f"{1e3 * most:.2f} ms on rank {seconds.index(most)}" if len(seconds) > 1 else ""
         if row["hidden_seconds"]:
-            longest = f"and {1e3 * row['hidden_seconds']:.2f} ms beside computation; {longest}".removesuffix("; ")
+            longest = f"{1e3 * row['hidden_seconds']:.2f} ms more beside computation; {longest}".removesuffix("; ")
         if row["seconds"] or longest:
             found.append((str(row["part"]), 1e3 * row["seconds"], row["share"], longest))
     return found

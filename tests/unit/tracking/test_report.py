@@ -234,6 +234,25 @@ def test_slow_stretches_and_where_the_time_went(tmp_path: Path) -> None:
         assert_names(row, seconds)
 
 
+def test_the_newest_profile_is_a_table_and_nothing_unusual(tmp_path: Path) -> None:
+    profiled = event("profile", 12, path="profile/steps-00000010-00000012.txt", profiled_step=10, last_step=12)
+    run = write_run(tmp_path / "mine", [START, *STEPS, profiled, event("traffic", 10, first_step=1), END])
+    part = {"part": "communication: data", "seconds": 0.02, "share": 0.25, "rank_seconds": [0.01, 0.03]}
+    (run / "profile").mkdir()
+    for moment, name, seconds in ((1, "step-00000003", 0.5), (2, "steps-00000010-00000012", 0.002)):
+        path = run / "profile" / f"{name}.json"
+        times = [part | {"host_seconds": 0.0, "hidden_seconds": seconds}]
+        path.write_text(json.dumps({"step": 10, "last_step": 12, "ranks": 2, "times": times}))
+        os.utime(path, (moment, moment))
+    page = page_of(run)
+    assert page.items("unusual") == []
+    (row,) = (row for row in page.items("work") if row.startswith("communication"))
+    assert_names(row, "data", "25.0%", "20.00 ms", "30.00 ms", "rank 1", "2.00 ms")
+    # Written before there were tables.
+    path.write_text("{}")
+    assert not [row for row in page_of(run).items("work") if row.startswith("communication")]
+
+
 def test_checkpoints_with_what_is_wrong_with_them(tmp_path: Path) -> None:
     run = write_run(tmp_path / "mine", [START, *STEPS, END])
     for step, status in ((10, "good"), (20, "suspect"), (30, "good")):
