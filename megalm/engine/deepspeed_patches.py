@@ -1,4 +1,4 @@
-"""Settings and workarounds at startup: OpenMP, tanh, CUDA's allocator, log noise, needless compilation, fp16 on CPUs."""
+"""Workarounds and settings at startup: OpenMP, tanh, CUDA's allocator, log noise, needless compilation, CPU fp16."""
 
 from __future__ import annotations
 
