@@ -10,23 +10,24 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from megalm.communicator import Communicator
 from megalm.errors import ConfigError
-from megalm.nodes.node_report import RankReport, all_reduce_speed, report_of_rank, with_links
+from megalm.nodes.node_report import RankReport, all_reduce_speed, identity_of_rank, with_figures, with_links
 from megalm.nodes.node_verdict import NodeFinding, has_slow, judge_nodes
 from megalm.planning.resolve import ResolvedRun
-from megalm.rank_environment import RankFacts, job_and_restarts, node_name
+from megalm.rank_environment import RankFacts, RankPlace, job_and_restarts
 from megalm.runs.run_folder import RunFolder, read_mapping
 from megalm.utils.atomic_files import write_json
 from megalm.utils.formatting import format_bytes
 
 # Set by slurm/train.sh: where the names of nodes to leave out are written before the job ends to be queued again.
 EXCLUDE_FILE = "MEGALM_EXCLUDE_FILE"
+_MOST_EXCLUSIONS = 3  # of a job
 # A network file system may show a file of another node a moment later.
 _PATIENCE_SECONDS = 3.0
 _POLL_SECONDS = 0.1
@@ -53,6 +54,7 @@ def check_nodes(
     ranks: RankFacts,
     device: torch.device,
     comm: Communicator,
+    places: Sequence[RankPlace],
     info: Callable[[str], None],
 ) -> NodeCheck:
     """Collective: measure and compare all nodes, and write node_check.json; with one node do nothing.
@@ -63,21 +65,32 @@ def check_nodes(
     if not run.config.train.check_nodes or ranks.world_size == ranks.local_world_size:
         return NodeCheck()
     began = time.perf_counter()
-    reports, all_reduce = measure_nodes(folder, ranks, device, comm, run.config.train.slow_factor)
+    reports, all_reduce = measure_nodes(folder, ranks, device, comm, places, run.config.train.slow_factor)
     findings = judge_nodes(reports, run.config.train.slow_factor)
     seconds = comm.max([time.perf_counter() - began])[0]
     bad = tuple(dict.fromkeys(finding.node for finding in findings))
-    excludes = bad if run.config.slurm.exclude_bad and comm.broadcast(EXCLUDE_FILE in os.environ) else ()
+    why_stay = comm.once(lambda: _why_stay(folder)) if bad and run.config.slurm.exclude_bad else None
+    excludes = bad if why_stay == "" else ()
     comm.once(lambda: _write(folder, attempt, reports, findings, excludes, all_reduce, seconds))
     for finding in findings:
         info(f"  WARNING: {finding}")
     if excludes:
         info(f"the job leaves {', '.join(excludes)} (slurm.exclude_bad): it is queued again for other nodes")
-    elif forbidding := [finding for finding in findings if finding.forbids]:
+        return NodeCheck(tuple(findings), excludes)
+    if why_stay:
+        info(f"  note: {why_stay}; {_advice(bad)}")
+    if forbidding := [finding for finding in findings if finding.forbids]:
         raise ConfigError(*(f"{finding}; {_advice(bad)}" for finding in forbidding))
-    elif bad and run.config.slurm.exclude_bad:
-        info(f"  note: slurm.exclude_bad works in a job of slurm/train.sh; here: {_advice(bad)}")
-    return NodeCheck(tuple(findings), excludes, _fact(reports, findings, all_reduce, seconds))
+    return NodeCheck(tuple(findings), fact=_fact(reports, findings, all_reduce, seconds))
+
+
+def _why_stay(folder: RunFolder) -> str:
+    """Return why this job cannot leave nodes; empty: it can. A job that finds bad nodes each time has another fault."""
+    if EXCLUDE_FILE not in os.environ:
+        return "slurm.exclude_bad works in a job of slurm/train.sh"
+    job, known = job_and_restarts()[0], read_mapping(folder.bad_nodes).get("nodes", [])
+    times = len({entry.get("time") for entry in known if entry.get("excluded") and entry.get("job") == job})
+    return f"slurm.exclude_bad has left nodes {times} times in this job" if times >= _MOST_EXCLUSIONS else ""
 
 
 def _advice(bad: Sequence[str]) -> str:
@@ -85,19 +98,25 @@ def _advice(bad: Sequence[str]) -> str:
 
 
 def measure_nodes(
-    folder: RunFolder, ranks: RankFacts, device: torch.device, comm: Communicator, slow_factor: float
+    folder: RunFolder,
+    ranks: RankFacts,
+    device: torch.device,
+    comm: Communicator,
+    places: Sequence[RankPlace],
+    slow_factor: float,
 ) -> tuple[list[RankReport], float]:
     """Collective: return the reports of all ranks, and the bus bandwidth of an all-reduce in bytes per second.
 
     What seems slow is measured once more, and the better figures count: something else may have run meanwhile.
     """
-    places = comm.gather((node_name(), ranks.rank))
-    problem = _folder_problem(folder, ranks, places, comm)  # before a rank that sees no folder gives up
-    all_reduce = all_reduce_speed(device, comm)
+    own = identity_of_rank(ranks, places[ranks.rank], device, _folder_problem(folder, ranks, places, comm))
+    if any(comm.gather(own.folder_problem)):  # a rank that sees no folder ends itself in some seconds
+        return comm.gather(own), 0.0
 
     def measured() -> RankReport:
-        return with_links(replace(report_of_rank(ranks, device), folder_problem=problem), places, device, comm)
+        return with_links(with_figures(own, device), places, device, comm)
 
+    all_reduce = all_reduce_speed(device, comm)
     own = measured()
     reports = comm.gather(own)
     if has_slow(judge_nodes(reports, slow_factor)):
@@ -109,7 +128,7 @@ def measure_nodes(
     return reports, all_reduce
 
 
-def _folder_problem(folder: RunFolder, ranks: RankFacts, places: Sequence[tuple[str, int]], comm: Communicator) -> str:
+def _folder_problem(folder: RunFolder, ranks: RankFacts, places: Sequence[RankPlace], comm: Communicator) -> str:
     """Collective: each node writes a file into the run folder, which all others read; return what is wrong on this one.
 
     The folder is the one of rank 0: a node that does not see rank 0's file has another, and is not looked for.
@@ -126,8 +145,7 @@ def _folder_problem(folder: RunFolder, ranks: RankFacts, places: Sequence[tuple[
         problem = f"does not see in {folder.path} what rank 0 wrote there; it has to be on a file system of all nodes"
     good = [rank for rank, fine in enumerate(comm.gather(is_first and not problem)) if fine]
     if is_first and not problem and (unseen := _unseen(folder, good, words)):
-        nodes = {rank: node for node, rank in places}
-        problem = f"does not see in {folder.path} what {', '.join(nodes[rank] for rank in unseen)} wrote there"
+        problem = f"does not see in {folder.path} what {', '.join(places[rank].host for rank in unseen)} wrote there"
     comm.barrier()
     if is_first:
         with contextlib.suppress(OSError):
@@ -185,12 +203,12 @@ def _write(
 def _fact(reports: Sequence[RankReport], findings: Sequence[NodeFinding], all_reduce: float, seconds: float) -> str:
     """Return the line of the opening facts."""
     nodes = len({report.node for report in reports})
-    slowest = min(reports, key=lambda report: report.product_flops)
-    fastest = max(report.product_flops for report in reports)
+    slowest, node = min((report.product_flops or 0.0, report.node) for report in reports)
+    fastest = max(report.product_flops or 0.0 for report in reports)
     clocks = max(report.clock_seconds for report in reports) - min(report.clock_seconds for report in reports)
     bad = len({finding.node for finding in findings})
     return (
-        f"{nodes} nodes, {bad or 'none'} of them bad; slowest {slowest.node} at "
-        f"{slowest.product_flops / fastest:.0%} of the fastest, all-reduce {format_bytes(all_reduce)}/s, clocks within "
+        f"{nodes} nodes, {bad or 'none'} of them bad; slowest {node} at "
+        f"{slowest / fastest:.0%} of the fastest, all-reduce {format_bytes(all_reduce)}/s, clocks within "
         f"{clocks * 1e3:.0f} ms; checked in {seconds:.1f} s"
     )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -20,14 +21,15 @@ import megalm
 from megalm.communicator import Communicator
 from megalm.engine.device import fastest_seconds, measured_peak
 from megalm.nodes.temperature import device_temperature
-from megalm.rank_environment import RankFacts, node_name
+from megalm.rank_environment import RankFacts, RankPlace
 from megalm.runs.run_folder import git_commit, package_version
 
 _REPEATS = 4
 _CLOCK_ROUNDS = 5
 # Of a copy or a message: on a GPU enough to reach the full speed, on a CPU little enough to take some milliseconds.
 _BYTES = {"cuda": 1 << 26, "cpu": 1 << 23}
-_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+# Of a report: the more, the better.
+_FIGURES = ("free_bytes", "product_flops", "copy_bytes", "link_bytes", "inner_link_bytes")
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,9 @@ class RankReport:
     versions: dict[str, str]
     commit: str | None
     code: str | None
-    free_bytes: int
-    product_flops: float
-    copy_bytes: float
+    free_bytes: int | None = None
+    product_flops: float | None = None
+    copy_bytes: float | None = None
     link_bytes: float | None = None
     inner_link_bytes: float | None = None
     clock_seconds: float = 0.0
@@ -64,30 +66,31 @@ class RankReport:
     def better_of(self, other: RankReport) -> RankReport:
         """Return this report with the better figures of both."""
 
-        def best(one: float | None, two: float | None) -> float | None:
-            return max((each for each in (one, two) if each is not None), default=None)
+        def best(*values: float | None) -> float | None:
+            return max((value for value in values if value is not None), default=None)
 
-        return replace(
-            self,
-            free_bytes=max(self.free_bytes, other.free_bytes),
-            product_flops=max(self.product_flops, other.product_flops),
-            copy_bytes=max(self.copy_bytes, other.copy_bytes),
-            link_bytes=best(self.link_bytes, other.link_bytes),
-            inner_link_bytes=best(self.inner_link_bytes, other.inner_link_bytes),
-            clock_seconds=min(self.clock_seconds, other.clock_seconds, key=abs),
-        )
+        figures: dict[str, Any] = {name: best(getattr(self, name), getattr(other, name)) for name in _FIGURES}
+        return replace(self, **figures, clock_seconds=min(self.clock_seconds, other.clock_seconds, key=abs))
 
 
-def report_of_rank(ranks: RankFacts, device: torch.device) -> RankReport:
-    """Return all that this rank finds out by itself."""
+def identity_of_rank(ranks: RankFacts, place: RankPlace, device: torch.device, folder_problem: str = "") -> RankReport:
+    """Return what this rank is and runs, without figures."""
     is_first = ranks.local_rank == 0
     return RankReport(
         rank=ranks.rank,
-        node=node_name(),
-        device=device_label(device),
-        versions=_versions(device),
+        node=place.host,
+        device=f"{place.device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "cpu",
+        versions=_versions(device, place.driver),
         commit=git_commit() if is_first else None,
         code=_hash_of_package() if is_first else None,
+        folder_problem=folder_problem,
+    )
+
+
+def with_figures(report: RankReport, device: torch.device) -> RankReport:
+    """Return the report with the figures that take one rank."""
+    return replace(
+        report,
         free_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available,
         product_flops=measured_peak(device, low_precision=device.type == "cuda", repeats=_REPEATS),
         copy_bytes=_copy_speed(device),
@@ -95,18 +98,13 @@ def report_of_rank(ranks: RankFacts, device: torch.device) -> RankReport:
     )
 
 
-def device_label(device: torch.device) -> str:
-    return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "cpu"
-
-
-def _versions(device: torch.device) -> dict[str, str]:
+def _versions(device: torch.device, driver: str | None) -> dict[str, str]:
     found = {"python": platform.python_version(), "megalm": megalm.__version__, "torch": torch.__version__}
     found["deepspeed"] = package_version("deepspeed") or "not installed"
     if device.type == "cuda":
         found["CUDA"] = str(torch.version.cuda)
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-        if _DRIVER_FILE.is_file():
-            found["driver"] = next(iter(_DRIVER_FILE.read_text().splitlines()), "").partition(":")[2].strip()
+        found["driver"] = driver or "unknown"
     return found
 
 
@@ -143,20 +141,20 @@ def pair_rounds(count: int) -> list[list[tuple[int, int]]]:
     return [each for each in rounds if each]
 
 
-def partners(places: Sequence[tuple[str, int]], rank: int) -> tuple[list[int | None], list[int | None]]:
+def partners(places: Sequence[RankPlace], rank: int) -> tuple[list[int | None], list[int | None]]:
     """Return the partner of `rank` in each round between nodes, and in each round within nodes; None: none.
 
     Args:
-        places: node and rank of every rank.
+        places: of all ranks.
     """
     by_node: dict[str, list[int]] = {}
-    for node, each in places:
-        by_node.setdefault(node, []).append(each)
-    nodes, own = list(by_node.values()), next(node for node, each in places if each == rank)
-    place, index = list(by_node).index(own), by_node[own].index(rank)
+    for place in places:
+        by_node.setdefault(place.host, []).append(place.rank)
+    nodes, own = list(by_node.values()), places[rank].host
+    number, index = list(by_node).index(own), by_node[own].index(rank)
     between: list[int | None] = []
     for pairs in pair_rounds(len(nodes)):
-        other = _partner(pairs, place)
+        other = _partner(pairs, number)
         between.append(nodes[other][index] if other is not None and index < len(nodes[other]) else None)
     within: list[int | None] = []
     for pairs in pair_rounds(max(map(len, nodes))):
@@ -170,9 +168,7 @@ def _partner(pairs: Sequence[tuple[int, int]], place: int) -> int | None:
     return both.get(place)
 
 
-def with_links(
-    report: RankReport, places: Sequence[tuple[str, int]], device: torch.device, comm: Communicator
-) -> RankReport:
+def with_links(report: RankReport, places: Sequence[RankPlace], device: torch.device, comm: Communicator) -> RankReport:
     """Collective: return the report with the figures that take two ranks."""
     between, within = partners(places, report.rank)
     return replace(

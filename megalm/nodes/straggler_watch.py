@@ -18,9 +18,8 @@ import torch
 
 from megalm.communicator import Communicator
 from megalm.nodes.collective_clock import CollectiveClock
-from megalm.nodes.node_report import device_label
 from megalm.nodes.temperature import device_temperature
-from megalm.rank_environment import node_name
+from megalm.rank_environment import RankPlace
 from megalm.runs.metrics_log import describe_straggler
 
 Quantity = Literal["compute", "data"]
@@ -28,15 +27,6 @@ Quantity = Literal["compute", "data"]
 _EXCHANGE_SECONDS = 10.0
 _EXCHANGES_TO_REPORT = 4  # at least so many must find a rank slow, however short train.slow_seconds is
 _PROBE_SIZE, _PROBE_PRODUCTS = 2048, 20  # about half a millisecond, and 24 MiB
-
-
-@dataclass(frozen=True)
-class RankPlace:
-    """Where a rank is; ranks with the same `work` do the same work in a step."""
-
-    node: str
-    device: str
-    work: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +43,6 @@ class RankPace:
 class Straggler:
     """A rank that has been slow for `lasted_seconds`."""
 
-    rank: int
     place: RankPlace
     quantity: Quantity
     own_seconds: float
@@ -64,7 +53,7 @@ class Straggler:
     def fields(self) -> dict[str, Any]:
         """Return the fields of the event."""
         numbers = {"own_seconds": self.own_seconds, "median_seconds": self.median_seconds}
-        place = {"rank": self.rank, "host": self.place.node, "device": self.place.device}
+        place = {"rank": self.place.rank, "host": self.place.host, "device": self.place.device}
         lasted = {"lasted_seconds": self.lasted_seconds, "temperature": self.temperature}
         return {**place, "quantity": self.quantity, **numbers, **lasted}
 
@@ -111,11 +100,12 @@ class SlowTimes:
     """How long each rank has been slow without a break.
 
     Args:
+        factor: of `slow_ranks`.
         seconds: a rank that was slow for so long is reported, once until it has recovered.
     """
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    def __init__(self, factor: float, seconds: float) -> None:
+        self.factor, self.seconds = factor, seconds
         self._lasted: dict[tuple[int, Quantity], tuple[float, int]] = {}
         self._reported: set[tuple[int, Quantity]] = set()
 
@@ -126,7 +116,7 @@ class SlowTimes:
             key = slow.rank, slow.quantity
             lasted, times = before.get(key, (0.0, 0))
             self._lasted[key] = lasted + elapsed_seconds, times + 1
-            is_long = lasted + elapsed_seconds >= self._seconds and times + 1 >= _EXCHANGES_TO_REPORT
+            is_long = lasted + elapsed_seconds >= self.seconds and times + 1 >= _EXCHANGES_TO_REPORT
             if is_long and key not in self._reported:
                 self._reported.add(key)
                 due.append((slow, lasted + elapsed_seconds))
@@ -139,7 +129,9 @@ class StragglerWatch:
 
     Args:
         clock: of the collectives, on a CPU; None: its computing is not known.
-        work: ranks that give the same number do the same work in a step.
+        places: of all ranks.
+        work: of all ranks: those with the same number do the same in a step.
+        times: decides who is reported.
         interval_steps: exchanges are at multiples of this.
     """
 
@@ -148,19 +140,17 @@ class StragglerWatch:
         comm: Communicator,
         device: torch.device,
         clock: CollectiveClock | None,
-        work: int,
-        factor: float,
-        seconds: float,
+        places: Sequence[RankPlace],
+        work: Sequence[int],
+        times: SlowTimes,
         interval_steps: int = 1,
     ) -> None:
         self._comm, self._device, self._clock = comm, device, clock
-        self._factor, self._interval = factor, interval_steps
-        self._exchange_seconds = min(_EXCHANGE_SECONDS, seconds / _EXCHANGES_TO_REPORT)
+        self._places, self._times, self._interval = places, times, interval_steps
+        self._exchange_seconds = min(_EXCHANGE_SECONDS, times.seconds / _EXCHANGES_TO_REPORT)
         self._probe = _Probe(device) if device.type == "cuda" else None
         # Every rank of a GPU multiplies the same matrices, whatever its work in a step is.
-        own = RankPlace(node_name(), device_label(device), work if self._probe is None else 0)
-        self._places = comm.gather(own)
-        self._times = SlowTimes(seconds)
+        self._work = work if self._probe is None else [0] * len(work)
         self._steps, self._step_seconds, self._data_seconds, self._compute_seconds = -1, 0.0, 0.0, 0.0
         self._waited, self._next_step, self._last = 0.0, 0, time.monotonic()
 
@@ -188,10 +178,9 @@ class StragglerWatch:
         # By numbers that all ranks have, so that all exchange at the same step.
         longest = max(pace.step_seconds for pace in paces)
         self._next_step = step + max(1, math.ceil(self._exchange_seconds / max(longest, 1e-6)))
-        found = slow_ranks(paces, [place.work for place in self._places], self._factor)
+        found = slow_ranks(paces, self._work, self._times.factor)
         return [
             Straggler(
-                slow.rank,
                 self._places[slow.rank],
                 slow.quantity,
                 slow.own_seconds,

@@ -542,6 +542,11 @@ def rollback_has_a_checkpoint(case: CheckContext) -> None:
         raise ConfigError("guard.policy=rollback needs checkpoints before the end; set checkpoint.interval_steps")
 
 
+def excluded_nodes_are_checked(case: CheckContext) -> None:
+    if case.config.slurm.exclude_bad and not case.config.train.check_nodes:
+        raise ConfigError("slurm.exclude_bad=true leaves what train.check_nodes finds, which is false; set it to true")
+
+
 # The first rule that a run breaks is its message. Rules that read the disk come last.
 # Every key of both files, as a message names it.
 _KEYS = {*leaf_fields(RunConfig), *DEEPSPEED_NAMES}
@@ -583,6 +588,7 @@ RULES: tuple[Rule, ...] = (
     guard_warms_up_in_its_window,
     guard_limit_has_both_numbers,
     rollback_has_a_checkpoint,
+    excluded_nodes_are_checked,
     dataset_files_exist,
     tokenizer_exists,
 )

@@ -34,7 +34,7 @@ from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, ConfigError
 from megalm.model.model_config import float8_share, flops_per_token
 from megalm.nodes.collective_clock import CollectiveClock
 from megalm.nodes.node_check import NodeCheck, check_nodes
-from megalm.nodes.straggler_watch import StragglerWatch
+from megalm.nodes.straggler_watch import SlowTimes, StragglerWatch
 from megalm.planning.resolve import DeviceFacts, ResolvedRun, known_vocab_size, resolve
 from megalm.planning.run_checks import wall_time_seconds
 from megalm.rank_environment import RankFacts, RankPlace, rank_facts, submit_options
@@ -124,7 +124,8 @@ class BuiltRun:
     """A trainer that is ready, and the resources to close after it.
 
     Attributes:
-        metrics, mirror: on rank 0 only.
+        metrics: on rank 0 only.
+        mirror: on rank 0, and on the first rank of each other node.
         command: resumes the run by hand.
     """
 
@@ -157,7 +158,7 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     opened = open_run(settings, comm, supervisor)
     info = opened.console.info
     supervisor.stage("checking the nodes")
-    nodes = check_nodes(settings.run, opened.folder, opened.attempt, ranks, device, comm, info)
+    nodes = check_nodes(settings.run, opened.folder, opened.attempt, ranks, device, comm, meeting.places, info)
     if nodes.excludes:
         supervisor.let_ranks_leave()
         return _leave_for_other_nodes(settings.run, opened, comm)
@@ -308,7 +309,7 @@ def build_trainer(
     # Before the mirror, which uses a core for seconds.
     share = float8_share(plan.shape, run.config.data.sequence_length, run.config.precision.float8)
     peak, peak_source = peak_flops(device, run.precision != "fp32", share)
-    mirror = _start_mirror(folder, console) if comm.is_main and _wants_trackers(run) else None
+    mirror = _start_mirror(folder, run, ranks, console)
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
         console.info("preparing DeepSpeed's offload extensions (the first use compiles them, for a minute or two)")
     spikes = SpikeGuard(run.config.guard)
@@ -341,7 +342,7 @@ def build_trainer(
     if observers.traffic is not None:
         parts = replace(parts, diagnostics=_diagnostics(parts, folder, observers.traffic))
     if comm.size > 1 and run.config.train.slow_seconds is not None:
-        parts = replace(parts, stragglers=_straggler_watch(run, device, comm, observers.clock))
+        parts = replace(parts, stragglers=_straggler_watch(run, device, comm, places, observers.clock))
     trainer = Trainer(parts, plan.position)
     _announce(trainer, console, plan, [str(finding) for finding in nodes.findings])
     parts.stop.install()
@@ -349,14 +350,16 @@ def build_trainer(
     return BuiltRun(trainer, metrics, mirror, command)
 
 
-def _wants_trackers(run: ResolvedRun) -> bool:
-    return any(getattr(run.config.tracking, name) for name in TRACKERS)
-
-
-def _start_mirror(folder: RunFolder, console: RunConsole) -> MirrorHandle:
-    if (original := copied_from(folder.path)) is not None:
+def _start_mirror(folder: RunFolder, run: ResolvedRun, ranks: RankFacts, console: RunConsole) -> MirrorHandle | None:
+    """Start the mirror on rank 0, and on each other node the process that samples its system metrics for MLflow."""
+    tracking, is_main = run.config.tracking, ranks.rank == 0
+    samples = tracking.mlflow and tracking.system_metrics
+    is_wanted = samples or (is_main and any(getattr(tracking, name) for name in TRACKERS))
+    if ranks.local_rank or not is_wanted:
+        return None
+    if is_main and (original := copied_from(folder.path)) is not None:
         console.info(f"  note: {folder.path} is a copy of {original}; its MLflow run is a new one")
-    return start_mirror(folder.path)
+    return start_mirror(folder.path, ranks.rank // ranks.local_world_size, samples, is_main)
 
 
 def _checkpoints(plan: ResumePlan, opened: OpenRun, comm: Communicator) -> RunCheckpointer:
@@ -446,12 +449,17 @@ def _observers(run: ResolvedRun, ranks: RankFacts) -> CollectiveObservers:
 
 
 def _straggler_watch(
-    run: ResolvedRun, device: torch.device, comm: Communicator, clock: CollectiveClock | None
+    run: ResolvedRun,
+    device: torch.device,
+    comm: Communicator,
+    places: Sequence[RankPlace],
+    clock: CollectiveClock | None,
 ) -> StragglerWatch:
     train = run.config.train
     assert train.slow_seconds is not None
-    stage = run.topology.coordinate(comm.rank).pipeline  # the stages of a pipeline have different work
-    return StragglerWatch(comm, device, clock, stage, train.slow_factor, train.slow_seconds, train.log_interval_steps)
+    stages = [run.topology.coordinate(rank).pipeline for rank in range(comm.size)]  # which have different work
+    times = SlowTimes(train.slow_factor, train.slow_seconds)
+    return StragglerWatch(comm, device, clock, places, stages, times, train.log_interval_steps)
 
 
 def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCounter) -> StepDiagnostics:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +17,8 @@ from megalm.engine.distributed import DistributedCommunicator
 from megalm.errors import ConfigError
 from megalm.nodes.collective_clock import CollectiveClock
 from megalm.nodes.node_check import check_nodes
-from megalm.nodes.straggler_watch import StragglerWatch
-from megalm.rank_environment import RankFacts
+from megalm.nodes.straggler_watch import SlowTimes, StragglerWatch
+from megalm.rank_environment import RankFacts, RankPlace
 from megalm.runs.run_folder import RunFolder
 from tests.messages import assert_names
 from tests.ranks import run_ranks
@@ -31,23 +30,28 @@ SLOW, STARVED = 1, 2  # a rank that computes slowly, and one that waits for its 
 
 
 def _on_nodes(comm: DistributedCommunicator, device: torch.device, folders: list[Path]) -> dict[str, Any]:
-    os.environ["SLURMD_NODENAME"] = f"n{comm.rank}"
-    return {"refused": _check(comm, device, folders[comm.rank]), **_train(comm, device)}
-
-
-def _check(comm: DistributedCommunicator, device: torch.device, folder: Path) -> str:
-    run: Any = SimpleNamespace(config=RunConfig())
+    places = [RankPlace(rank, f"n{rank}", "cpu", 0, 0) for rank in range(RANKS)]
     facts = RankFacts(comm.rank, RANKS, local_rank=0, local_world_size=1, threads=1)
+    refused = _refusal(comm, device, facts, places, folders[comm.rank])
+    run: Any = SimpleNamespace(config=RunConfig(train={"slow_factor": 100}))  # type: ignore[arg-type]
+    found = check_nodes(run, RunFolder(folders[0]), 1, facts, device, comm, places, lambda line: None)
+    return {"refused": refused, "fact": found.fact, **_train(comm, device, places)}
+
+
+def _refusal(
+    comm: DistributedCommunicator, device: torch.device, facts: RankFacts, places: list[RankPlace], folder: Path
+) -> str:
+    run: Any = SimpleNamespace(config=RunConfig())
     with pytest.raises(ConfigError) as caught:
-        check_nodes(run, RunFolder(folder), 1, facts, device, comm, lambda line: None)
+        check_nodes(run, RunFolder(folder), 1, facts, device, comm, places, lambda line: None)
     return str(caught.value)
 
 
-def _train(comm: DistributedCommunicator, device: torch.device) -> dict[str, Any]:
+def _train(comm: DistributedCommunicator, device: torch.device, places: list[RankPlace]) -> dict[str, Any]:
     """Steps of some sleep and collectives, in which the fast ranks wait for the slow one."""
     clock = CollectiveClock()
     clock.install()
-    watch = StragglerWatch(comm, device, clock, work=0, factor=1.5, seconds=0.2)
+    watch = StragglerWatch(comm, device, clock, places, [0] * RANKS, SlowTimes(factor=1.5, seconds=0.2))
     told = []
     for step in range(1, 16):
         watch.begin_step()
@@ -72,6 +76,7 @@ def test_nodes_and_ranks_are_compared(tmp_path: Path) -> None:
 
     for result in results:
         assert_names(result["refused"], "n2", other, "--exclude=n2", "train.check_nodes=false")
+        assert_names(result["fact"], 3, "all-reduce")
     check = json.loads((shared / "node_check.json").read_text())
     assert [(report["rank"], report["node"]) for report in check["ranks"]] == [(0, "n0"), (1, "n1"), (2, "n2")]
     measured = ("product_flops", "copy_bytes", "link_bytes", "free_bytes")

@@ -8,6 +8,7 @@ import pytest
 
 from megalm.nodes.node_report import RankReport, pair_rounds, partners
 from megalm.nodes.node_verdict import NodeFinding, judge_nodes
+from megalm.rank_environment import RankPlace
 from tests.messages import assert_names
 
 GOOD = RankReport(
@@ -112,7 +113,7 @@ def test_every_place_of_a_ring_meets_its_neighbours_once(count: int) -> None:
 
 
 def test_partners_are_mutual_and_on_the_right_nodes() -> None:
-    places = [(node, 2 * index + local) for index, node in enumerate("abc") for local in range(2)]
+    places = [RankPlace(rank, "abc"[rank // 2], "cpu", 0, 0) for rank in range(6)]
     for rank in range(6):
         between, within = partners(places, rank)
         assert len(between) == 3
@@ -121,7 +122,7 @@ def test_partners_are_mutual_and_on_the_right_nodes() -> None:
             if partner is not None:
                 assert partners(places, partner)[0][number] == rank
                 assert partner % 2 == rank % 2
-    uneven = [("a", 0), ("a", 1), ("b", 2)]
+    uneven = [RankPlace(rank, "aab"[rank], "cpu", 0, 0) for rank in range(3)]
     assert [partners(uneven, rank) for rank in range(3)] == [([2], [1]), ([None], [0]), ([0], [None])]
 
 

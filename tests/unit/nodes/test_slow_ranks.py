@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megalm.nodes.straggler_watch import RankPace, RankPlace, SlowRank, SlowTimes, Straggler, slow_ranks
+from megalm.nodes.straggler_watch import RankPace, SlowRank, SlowTimes, Straggler, slow_ranks
+from megalm.rank_environment import RankPlace
 from tests.messages import assert_names
 
 
@@ -42,7 +43,7 @@ def test_waits_for_data_are_compared_with_the_time_of_a_step() -> None:
 
 
 def test_a_slow_rank_is_reported_once_until_it_has_recovered() -> None:
-    times, slow = SlowTimes(100.0), [SlowRank(3, "compute", 0.9, 0.5)]
+    times, slow = SlowTimes(1.3, 100.0), [SlowRank(3, "compute", 0.9, 0.5)]
     assert [times.add(slow, 30.0) for _ in range(3)] == [[], [], []]
     assert times.add(slow, 30.0) == [(slow[0], 120.0)]
     assert times.add(slow, 30.0) == []
@@ -51,13 +52,13 @@ def test_a_slow_rank_is_reported_once_until_it_has_recovered() -> None:
 
 
 def test_a_break_begins_anew_and_one_long_exchange_is_not_enough() -> None:
-    times, slow = SlowTimes(100.0), [SlowRank(0, "data", 0.9, 0.0)]
+    times, slow = SlowTimes(1.3, 100.0), [SlowRank(0, "data", 0.9, 0.0)]
     assert [times.add(found, 40.0) for found in (slow, slow, [], slow, slow, slow)] == [[]] * 6
-    assert SlowTimes(100.0).add(slow, 500.0) == []
+    assert SlowTimes(1.3, 100.0).add(slow, 500.0) == []
 
 
 def test_what_is_said() -> None:
-    place = RankPlace("n2", "cuda:1 NVIDIA H100", 0)
-    straggler = Straggler(9, place, "compute", 0.9, 0.5, 130.0, 87.0)
-    assert_names(straggler, "rank 9", "n2", "cuda:1 NVIDIA H100", "0.9 s", "0.5 s", "130 s", 87)
+    place = RankPlace(9, "n2", "cuda:1", 0, 0)
+    straggler = Straggler(place, "compute", 0.9, 0.5, 130.0, 87.0)
+    assert_names(straggler, "rank 9", "n2", "cuda:1", "0.9 s", "0.5 s", "130 s", 87)
     assert straggler.fields().keys() >= {"rank", "host", "device", "quantity", "own_seconds", "median_seconds"}
