@@ -26,8 +26,9 @@ from megalm.runs.run_folder import git_commit, package_version
 
 _REPEATS = 4
 _CLOCK_ROUNDS = 5
-# Of a copy or a message: on a GPU enough to reach the full speed, on a CPU little enough to take some milliseconds.
-_BYTES = {"cuda": 1 << 26, "cpu": 1 << 23}
+# On a GPU enough to reach the full speed; on a CPU a copy is more than caches hold, and a message takes milliseconds.
+_COPY_BYTES = {"cuda": 1 << 26, "cpu": 1 << 27}
+_MESSAGE_BYTES = {"cuda": 1 << 26, "cpu": 1 << 23}
 # Of a report: the more, the better.
 _FIGURES = ("free_bytes", "product_flops", "copy_bytes", "link_bytes", "inner_link_bytes")
 
@@ -117,8 +118,8 @@ def _hash_of_package() -> str:
 
 
 def _copy_speed(device: torch.device) -> float:
-    size = _BYTES[device.type]
-    source = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    size = _COPY_BYTES[device.type]
+    source = torch.ones(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     target = torch.empty(size, dtype=torch.uint8, device=device)
     return size / fastest_seconds(lambda: target.copy_(source, non_blocking=True), device, _REPEATS)
 
@@ -181,7 +182,7 @@ def with_links(report: RankReport, places: Sequence[RankPlace], device: torch.de
 
 def _best_link(rounds: Sequence[int | None], device: torch.device, comm: Communicator) -> float | None:
     """A bad neighbour slows the exchange with it, but not that with the other one."""
-    size, speeds = _BYTES[device.type], []
+    size, speeds = _MESSAGE_BYTES[device.type], []
     sent = torch.zeros(size, dtype=torch.uint8, device=device)
     received = torch.empty_like(sent)
     for partner in rounds:
@@ -201,7 +202,7 @@ def _best_link(rounds: Sequence[int | None], device: torch.device, comm: Communi
 
 def all_reduce_speed(device: torch.device, comm: Communicator) -> float:
     """Collective: return the bus bandwidth of an all-reduce over all ranks, in bytes per second."""
-    size = _BYTES[device.type]
+    size = _MESSAGE_BYTES[device.type]
     message = torch.zeros(size // 4, device=device)
     dist.all_reduce(message)
     seconds = fastest_seconds(lambda: dist.all_reduce(message), device, _REPEATS)
