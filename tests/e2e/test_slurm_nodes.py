@@ -28,7 +28,7 @@ n2)
     rank=$!
     until [ -d runs/mine ]; do sleep 0.02; done
     while kill -STOP $rank 2>/dev/null; do
-        sleep 0.2
+        sleep 0.1
         kill -CONT $rank
         sleep 0.01
     done
