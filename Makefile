@@ -34,8 +34,14 @@ pretrain: install ## Install, then pretrain the default run on what this machine
 
 install: $(STAMPS)/megalm ## Make .venv with everything that training needs
 
+# Tests of one process each run side by side; the others start ranks and use all cores by themselves.
 test: install $(STAMPS)/dev ## Install, then run the tests that every change has to pass (ARGS="-k name")
+ifeq ($(strip $(ARGS)),)
+	$(VENV)/bin/python -m pytest --durations=10 -n auto --maxprocesses 4 --dist loadfile tests/unit tests/gpu_rehearsal
+	$(VENV)/bin/python -m pytest --durations=20 tests/distributed tests/e2e
+else
 	$(VENV)/bin/python -m pytest --durations=20 $(ARGS)
+endif
 
 test-all: install $(STAMPS)/dev ## The same with the slow tests: the whole parity matrix, NVMe, every compiled layout
 	$(VENV)/bin/python -m pytest --durations=20 -m "" $(ARGS)

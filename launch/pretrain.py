@@ -34,15 +34,9 @@ from megalm.cli.options import (
     expand_home,
 )
 from megalm.errors import MegalmError, message_of
-from megalm.rank_environment import (
-    begin_under_launcher,
-    code_for_launcher,
-    is_other_rank,
-    launched_ranks,
-    rank_in_messages,
-)
+from megalm.rank_environment import is_other_rank, launched_ranks, rank_in_messages
 from megalm.utils.formatting import printable
-from megalm.utils.process_setup import keep_standard_streams, require_system
+from megalm.utils.process_setup import begin_under_launcher, code_for_launcher, keep_standard_streams, require_system
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 

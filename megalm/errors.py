@@ -51,27 +51,31 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
-# What gloo, NCCL and torch's store say on a rank whose peer has gone.
-_LOST_CONNECTION = (
+# What gloo, NCCL and torch's store say on a rank whose peer's process has ended: the kernel has closed its connections.
+_CLOSED_CONNECTION = (
     "connection closed by peer",
     "connection reset by peer",
-    "connection refused",
     "connection was likely closed",
     "broken pipe",
     "socket closed",
-    "failed to recv",
-    "failed to send",
     "remote process exited",
     "ncclremoteerror",
+)
+_LOST_CONNECTION = (
+    *_CLOSED_CONNECTION,
+    "connection refused",
+    "failed to recv",
+    "failed to send",
     "communicator was aborted",
     "timed out waiting",
 )
 
 
-def is_lost_connection(error: BaseException) -> bool:
-    """Return whether this is what another rank's end looks like from here."""
+def is_lost_connection(error: BaseException, closed: bool = False) -> bool:
+    """Return whether this is what another rank's end looks like from here; with `closed`, that of its process."""
     text = str(error).lower()
-    return isinstance(error, (RuntimeError, ConnectionError)) and any(words in text for words in _LOST_CONNECTION)
+    words = _CLOSED_CONNECTION if closed else _LOST_CONNECTION
+    return isinstance(error, (RuntimeError, ConnectionError)) and any(each in text for each in words)
 
 
 class DataError(MegalmError):

@@ -17,8 +17,7 @@ from typing import Literal
 
 import psutil
 
-from megalm.errors import EXIT_DONE, EXIT_REFUSED, EXIT_START_AGAIN, ConfigError
-from megalm.utils.stop_signals import answer_stop_signals
+from megalm.errors import ConfigError
 
 _TORCH_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -287,33 +286,6 @@ def exclude_advice(hosts: Iterable[str | None], environment: Mapping[str, str] =
     if not names or environment.get("SLURM_JOB_NUM_NODES", "1") == "1":
         return ""
     return f"; sbatch --exclude={','.join(names)} starts the job without {'it' if len(names) == 1 else 'them'}"
-
-
-_END_FILE = "MEGALM_END_FILE"
-
-
-def begin_under_launcher(environment: Mapping[str, str] = os.environ) -> None:
-    """Undo what slurm/rank.sh set up for a launcher that restarts ranks, and what an earlier start left; call first."""
-    path = environment.get(_END_FILE)
-    if path:
-        answer_stop_signals()
-        Path(path).unlink(missing_ok=True)
-
-
-def code_for_launcher(code: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Return the exit code for the launcher; where it must not start the ranks again, 0, and the real one in a file.
-
-    `torchrun --max-restarts` takes any code but 0 for a failure. slurm/rank.sh, which started it, ends with the code in
-    the file.
-    """
-    path = environment.get(_END_FILE)
-    if not path or code not in (EXIT_REFUSED, EXIT_START_AGAIN):
-        return code
-    try:
-        Path(path).write_text(f"{code}\n")
-    except OSError:
-        return code
-    return EXIT_DONE
 
 
 def submit_options(environment: Mapping[str, str] = os.environ) -> list[str] | None:

@@ -32,6 +32,8 @@ if [ "${MEGALM_RESTARTS:-0}" -gt 0 ]; then
 else
     "${container[@]}" python "$MEGALM_HOME/launch/pretrain.py" "$@"
     code=$?
+    [ "$code" -le 128 ] || [ "$signalled" = yes ] ||
+        echo "megalm: rank $RANK on $SLURMD_NODENAME was ended by signal $((code - 128))" >&2
 fi
 
 # srun ends all ranks as soon as one has left with a code other than 0, and rank 0 still has to say why and to complete the

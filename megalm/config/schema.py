@@ -395,6 +395,9 @@ class TrackingSection(Section):
     wandb: bool = Field(default=False, description="send the run to Weights & Biases; WANDB_MODE=offline keeps it here")
     experiment: str = Field(default="megalm", description="of MLflow; the project of Weights & Biases")
     sweep: str | None = Field(default=None, description="the sweep of the run (`megalm sweep`), its parent in MLflow")
+    system_metrics: bool = Field(
+        default=True, description="sample CPU, memory, network and GPUs of every node for MLflow"
+    )
 
 
 TRACKERS = ("mlflow", "tensorboard", "wandb")  # keys of `tracking`

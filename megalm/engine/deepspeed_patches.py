@@ -1,4 +1,4 @@
-"""Settings and workarounds at startup: OpenMP, tanh, CUDA's allocator, log noise, needless compilation, fp16 on CPUs."""
+"""Settings and workarounds at startup: OpenMP, tanh, CUDA's allocator, log noise, less compilation, fp16 on CPUs."""
 
 from __future__ import annotations
 

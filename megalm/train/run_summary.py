@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import threading
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ from megalm.data.sampling.sample_order import stride_warning
 from megalm.data.tokenizers.tokenizer import describe_eod
 from megalm.errors import ConfigError, DataError
 from megalm.model.model_config import ModelConfig, flops_per_token
+from megalm.planning.lr_schedule import ENDLESS
 from megalm.planning.resolve import ResolvedRun
 from megalm.rank_environment import RankPlace
 from megalm.runs.run_folder import ResumeCommand, RunFolder
 from megalm.topology import bubble_share
+from megalm.tracking.mlflow_mirror.run_facts import where_to_look
 from megalm.tracking.report import write_report
 from megalm.train.console import RunConsole
 from megalm.train.datasets import RunData, find_data, open_data, validation_fingerprint, validation_on_training
 from megalm.train.resume.compatibility import DataIdentity
-from megalm.utils.addresses import public_address
 from megalm.utils.formatting import format_bytes
 
 # Up to about four passes, repeated text trains nearly as well as new text (arXiv 2305.16264, read in November 2026).
@@ -254,6 +255,22 @@ def scale_facts(run: ResolvedRun, shape: ModelConfig, data: RunData) -> dict[str
             {"prefix": part.prefix, "tokens_per_epoch": read.tokens_per_epoch, "epochs": part.epochs}
             for read, part in planned
         ],
+        "resolved": _resolved_settings(run, shape),
+    }
+
+
+def _resolved_settings(run: ResolvedRun, shape: ModelConfig) -> dict[str, Any]:
+    """Return the values of settings of config.yaml that are null there, or that the DeepSpeed JSON decides."""
+    model, schedule = run.config.model, run.schedule
+    rates = ("peak_learning_rate", "initial_learning_rate", "final_learning_rate")
+    return {
+        "model": {name: value for name, value in asdict(shape).items() if getattr(model, name) is None},
+        "schedule": {
+            **{name: getattr(schedule, name) for name in rates},
+            **({"decay_steps": schedule.decay_steps} if schedule.kind == "wsd" else {}),
+            **({"decay_end_step": schedule.decay_end} if schedule.kind not in ENDLESS else {}),
+        },
+        "batch": {"global_sequences": run.batch.global_batch},
     }
 
 
@@ -263,9 +280,10 @@ def final_summary(folder: RunFolder, run: ResolvedRun, invocation: ResumeCommand
     # The first line alone: an escaped newline would reach the command as two characters.
     prompt, path = _quoted(next(filter(str.strip, lines), "The ")), shlex.quote(str(folder.path))
     steps = 2 * run.config.train.steps
+    metrics = where_to_look(folder.path) if run.config.tracking.mlflow else [str(folder.metrics)]
     rows = [
         *([("report", str(page))] if page is not None else []),
-        ("metrics", _where_mlflow_is(folder.path.parent) if run.config.tracking.mlflow else f"{folder.metrics}"),
+        *zip(("metrics", ""), metrics, strict=False),
         ("checkpoints", f"megalm checkpoint list {path}"),
         ("generate", f"megalm generate {path} --prompt {prompt}"),
         ("train longer", invocation.shell("--resume", "auto", f"train.steps={steps}")),
@@ -273,11 +291,6 @@ def final_summary(folder: RunFolder, run: ResolvedRun, invocation: ResumeCommand
     ]
     where = f"everything is in {folder.path}: metrics.jsonl, log.txt, checkpoints/, samples/"
     return "\n".join(["", where, *(f"  {name:<13} {command}" for name, command in rows)])
-
-
-def _where_mlflow_is(root: Path) -> str:
-    uri = public_address(os.environ.get("MLFLOW_TRACKING_URI", "")) or f"sqlite:///{root}/mlflow.db"
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def _quoted(text: str) -> str:

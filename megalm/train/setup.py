@@ -124,7 +124,8 @@ class BuiltRun:
     """A trainer that is ready, and the resources to close after it.
 
     Attributes:
-        metrics, mirror: on rank 0 only.
+        metrics: on rank 0 only.
+        mirror: on rank 0, and on the first rank of each other node.
         command: resumes the run by hand.
     """
 
@@ -159,7 +160,7 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     supervisor.stage("checking the nodes")
     nodes = check_nodes(settings.run, opened.folder, opened.attempt, ranks, device, comm, meeting.places, info)
     if nodes.excludes:
-        _let_ranks_leave(supervisor)
+        supervisor.let_ranks_leave()
         return _leave_for_other_nodes(settings.run, opened, comm)
     point = find_resume_checkpoint(settings.run, opened.folder, settings.options, comm, info)
     supervisor.stage("opening the data")
@@ -170,7 +171,7 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     built = build_trainer(plan, opened, nodes, ranks, device, comm, supervisor, meeting.places, observers)
     with memory_errors_named("training"):
         code = built.trainer.fit()
-    _let_ranks_leave(supervisor)
+    supervisor.let_ranks_leave()
     _close(built, opened, comm, code)
     return code
 
@@ -256,12 +257,6 @@ def _refuse_different_configurations(run: ResolvedRun, comm: Communicator) -> No
         )
 
 
-def _let_ranks_leave(supervisor: RankSupervisor) -> None:
-    """From here on a rank may leave before others."""
-    if supervisor.heartbeat is not None:
-        supervisor.heartbeat.stop()
-
-
 def _leave_for_other_nodes(run: ResolvedRun, opened: OpenRun, comm: Communicator) -> int:
     """Release the run for the next start of this job; return the exit code. A new run without a name leaves nothing."""
     opened.lock.release()
@@ -314,7 +309,7 @@ def build_trainer(
     # Before the mirror, which uses a core for seconds.
     share = float8_share(plan.shape, run.config.data.sequence_length, run.config.precision.float8)
     peak, peak_source = peak_flops(device, run.precision != "fp32", share)
-    mirror = _start_mirror(folder, console) if comm.is_main and _wants_trackers(run) else None
+    mirror = _start_mirror(folder, run, ranks, console)
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
         console.info("preparing DeepSpeed's offload extensions (the first use compiles them, for a minute or two)")
     spikes = SpikeGuard(run.config.guard)
@@ -355,14 +350,16 @@ def build_trainer(
     return BuiltRun(trainer, metrics, mirror, command)
 
 
-def _wants_trackers(run: ResolvedRun) -> bool:
-    return any(getattr(run.config.tracking, name) for name in TRACKERS)
-
-
-def _start_mirror(folder: RunFolder, console: RunConsole) -> MirrorHandle:
-    if (original := copied_from(folder.path)) is not None:
+def _start_mirror(folder: RunFolder, run: ResolvedRun, ranks: RankFacts, console: RunConsole) -> MirrorHandle | None:
+    """Start the mirror on rank 0, and on each other node the process that samples its system metrics for MLflow."""
+    tracking, is_main = run.config.tracking, ranks.rank == 0
+    samples = tracking.mlflow and tracking.system_metrics
+    is_wanted = samples or (is_main and any(getattr(tracking, name) for name in TRACKERS))
+    if ranks.local_rank or not is_wanted:
+        return None
+    if is_main and (original := copied_from(folder.path)) is not None:
         console.info(f"  note: {folder.path} is a copy of {original}; its MLflow run is a new one")
-    return start_mirror(folder.path)
+    return start_mirror(folder.path, ranks.rank // ranks.local_world_size, samples, is_main)
 
 
 def _checkpoints(plan: ResumePlan, opened: OpenRun, comm: Communicator) -> RunCheckpointer:

@@ -1,4 +1,4 @@
-"""What a command sets up first in its process: standard streams that can be used, open files enough, /proc."""
+"""What a command sets up first in its process: standard streams, open files enough, /proc, what its launcher needs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import io
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalm.errors import ConfigError
+from megalm.errors import EXIT_DONE, EXIT_REFUSED, EXIT_START_AGAIN, ConfigError
+from megalm.utils.stop_signals import answer_stop_signals
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -102,3 +104,30 @@ def require_system() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if not Path("/proc/self/stat").exists():
         raise ConfigError("/proc is not there, which training needs; mount it in the container or jail")
+
+
+_END_FILE = "MEGALM_END_FILE"
+
+
+def begin_under_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Undo what slurm/rank.sh set up for a launcher that restarts ranks, and what an earlier start left; call first."""
+    path = environment.get(_END_FILE)
+    if path:
+        answer_stop_signals()
+        Path(path).unlink(missing_ok=True)
+
+
+def code_for_launcher(code: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Return the exit code for the launcher; where it must not start the ranks again, 0, and the real one in a file.
+
+    `torchrun --max-restarts` takes any code but 0 for a failure. slurm/rank.sh, which started it, ends with the code in
+    the file.
+    """
+    path = environment.get(_END_FILE)
+    if not path or code not in (EXIT_REFUSED, EXIT_START_AGAIN):
+        return code
+    try:
+        Path(path).write_text(f"{code}\n")
+    except OSError:
+        return code
+    return EXIT_DONE

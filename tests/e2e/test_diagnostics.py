@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import finish, losses, pretrain, rows, run_folder, train_rows, write_json
@@ -51,7 +52,7 @@ def _event(folder: Path, name: str) -> dict[str, Any]:
 def test_a_measured_run_is_the_same_run_and_its_traffic_is_the_documented_one(
     small_data: SmallData, tmp_path: Path
 ) -> None:
-    measured = _train(tmp_path / "measured", small_data, base="zero2.json", **ASKED)
+    measured = _train(tmp_path / "measured", small_data, "tracking.tensorboard=true", base="zero2.json", **ASKED)
     plain = _train(tmp_path / "plain", small_data, base="zero2.json")
     assert losses(measured) == losses(plain), "bit for bit"
 
@@ -84,6 +85,10 @@ def test_a_measured_run_is_the_same_run_and_its_traffic_is_the_documented_one(
     assert "communication: data" in (folder / "report.html").read_text()
     assert (folder / _event(measured, "profile")["path"]).is_file()
     assert "all_gather" in (folder / "log.txt").read_text()
+
+    shown = EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("train/loss")
+    assert [it.step for it in shown] == list(range(1, STEPS + 1))
+    assert [it.value for it in shown] == pytest.approx(list(losses(measured).values()))
 
     for row in train_rows(measured):
         phases = [row[f"{phase}_seconds"] for phase in ("forward", "backward", "update")]

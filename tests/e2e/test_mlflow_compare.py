@@ -91,7 +91,7 @@ def test_the_compare_page_shows_both_runs(tracked: Tracked) -> None:
     for name in ("data.sequence_length", "deepspeed.train_batch_size", "schedule.peak_learning_rate", *PEAKS):
         assert name in parameters
     metrics = shown[shown.index("Metrics") : shown.index("Artifacts")]
-    assert {"train/loss", "eval/loss", "train/lr"} <= set(metrics)
+    assert {"train/loss", "eval/loss", "train/optimizer/lr"} <= set(metrics)
     numbers = {float(word) for word in metrics if _is_number(word)}
     for peak in PEAKS:
         for kind in ("train", "eval"):

@@ -73,6 +73,8 @@ def test_the_rank_that_failed_is_named_with_its_node(
     (said,) = (text for text in log.splitlines() if text.startswith("megalm: error: "))
     assert said.startswith(f"megalm: error: rank 1 on {node} (cpu) ")
     assert_names(said, "vanished", f"rank 0 on {slurm.nodes[0]}", f"--exclude={node}")
+    (ended_by,) = (text for text in log.splitlines() if text.startswith("megalm: rank 1 "))
+    assert_names(ended_by, node, 9)
     assert "Traceback" not in log
     run = killed / "runs" / "mine"
     assert said in (run / "failures" / "attempt-1.txt").read_text()

@@ -15,6 +15,7 @@ from tests.slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slurm]
 JOB_SECONDS = 300.0
+STEPS = 400  # some seconds
 
 
 def megalm(slurm: SlurmCluster, folder: Path, *words: str | Path) -> str:
@@ -27,7 +28,7 @@ def status(slurm: SlurmCluster, folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_a_chain_trains_one_run_to_its_end(slurm: SlurmCluster, small_data: SmallData, tmp_path: Path) -> None:
     words = ("--deepspeed_config", DS_CONFIGS / "fp32.json", *small_data.words, "run.name=mine", "--resume", "auto")
-    line = ("submit", "--nodes=2", "--time=5", "--chain", "3", "--", *words, "train.steps=100")
+    line = ("submit", "--nodes=2", "--time=5", "--chain", "3", "--", *words, f"train.steps={STEPS}")
     told = megalm(slurm, tmp_path, *line)
     job = told.split()[1].rstrip(":")
     assert_names(told, f"mine-{job}.log", "megalm status mine", f"scancel {job}")
@@ -37,9 +38,9 @@ def test_a_chain_trains_one_run_to_its_end(slurm: SlurmCluster, small_data: Smal
 
     until(lambda: any(row["step"] > 5 for row in train_rows(tmp_path)), JOB_SECONDS)
     trains = status(slurm, tmp_path)["mine"]
-    assert (trains["state"], trains["steps"], trains["attempts"]) == ("running", 100, 1)
+    assert (trains["state"], trains["steps"], trains["attempts"]) == ("running", STEPS, 1)
     assert trains["slurm"]["task"] == f"{job}_1"
-    slurm.ask("scancel", "--signal=TERM", f"{job}_1")
+    slurm.ask("scancel", "--signal=TERM", trains["slurm"]["number"])
     ends = {number: slurm.wait(f"{job}_{number}", JOB_SECONDS) for number in (1, 2, 3)}
     log = (tmp_path / f"mine-{job}.log").read_text()
     assert {number: end["JobState"] for number, end in ends.items()} == {
@@ -50,7 +51,7 @@ def test_a_chain_trains_one_run_to_its_end(slurm: SlurmCluster, small_data: Smal
     assert ends[1]["ExitCode"] == "75:0"
     assert [row["status"] for row in rows(tmp_path) if row.get("event") == "end"] == ["stopped", "finished"]
     finished = status(slurm, tmp_path)["mine"]
-    assert (finished["state"], finished["step"], finished["attempts"]) == ("finished", 100, 2)
-    (again,) = (text.split() for text in log.splitlines() if "train.steps=200" in text)
+    assert (finished["state"], finished["step"], finished["attempts"]) == ("finished", STEPS, 2)
+    (again,) = (text.split() for text in log.splitlines() if f"train.steps={2 * STEPS}" in text)
     assert again[2:] == ["megalm", "submit", *line[1:3], "--chain=3", *again[-5:]]
-    assert again[-5:] == ["--", "run.name=mine", "--resume", "auto", "train.steps=200"]
+    assert again[-5:] == ["--", "run.name=mine", "--resume", "auto", f"train.steps={2 * STEPS}"]

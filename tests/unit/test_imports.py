@@ -141,6 +141,11 @@ RULES = (
         "mlflow is imported in tracking/mlflow_mirror/client.py only",
         only_in("mlflow", "megalm.tracking.mlflow_mirror.client"),
     ),
+    Rule(
+        "tensorboard is an extra, imported in its sink only",
+        only_in("tensorboard", "megalm.tracking.sinks.tensorboard_sink"),
+    ),
+    Rule("wandb is an extra, imported in its sink only", only_in("wandb", "megalm.tracking.sinks.wandb_sink")),
     Rule("utils/file_lock.py owns the locks: filelock there only", only_in("filelock", "megalm.utils.file_lock")),
     Rule("utils/file_lock.py owns the locks: fcntl there only", only_in("fcntl", "megalm.utils.file_lock")),
     Rule(

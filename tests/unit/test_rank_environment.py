@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from megalm.errors import ConfigError
 from megalm.rank_environment import (
     RankFacts,
     RankPlace,
-    begin_under_launcher,
-    code_for_launcher,
     describe_ranks,
     exclude_advice,
     gpu_driver,
@@ -193,22 +190,3 @@ def test_a_driver_is_read_where_there_is_one(tmp_path: Path) -> None:
     assert gpu_driver(record) == "550.54.15"
     record.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.10  Release Build\n")
     assert gpu_driver(record) == "570.86.10"
-
-
-def test_torchrun_is_told_only_of_what_a_restart_can_mend(tmp_path: Path) -> None:
-    path = tmp_path / "end"
-    told = {"MEGALM_END_FILE": str(path)}
-    assert [code_for_launcher(code, told) for code in (0, 1, 137)] == [0, 1, 137]
-    assert not path.exists()
-    for code in (2, 75):
-        assert code_for_launcher(code, told) == 0
-        assert int(path.read_text()) == code
-        assert code_for_launcher(code, {}) == code, "any other launcher passes it on"
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    try:
-        begin_under_launcher({})
-        assert (path.exists(), signal.getsignal(signal.SIGUSR1)) == (True, signal.SIG_IGN)
-        begin_under_launcher(told)
-        assert (path.exists(), signal.getsignal(signal.SIGUSR1)) == (False, signal.SIG_DFL)
-    finally:
-        signal.signal(signal.SIGUSR1, before)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import getpass
 import hashlib
+import json
 import logging
 import os
 import sqlite3
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from megalm.tracking.mlflow_mirror.run_facts import KEY_TAG, PARENT_TAG, SWEEP_TAG
+from megalm.tracking.mlflow_mirror.run_facts import KEY_TAG, PARENT_TAG, SWEEP_TAG, UsedDataset
 from megalm.tracking.mlflow_mirror.sink import FINISHED, RUNNING
 from megalm.tracking.mlflow_mirror.sync_state import MetricValue
+from megalm.tracking.mlflow_mirror.system_metrics import NodeMonitor
 from megalm.utils.file_lock import take_lock
 
 # Make requests to a dead server fail within seconds: the mirror's own loop does the waiting. User settings are kept.
@@ -27,9 +31,13 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 import mlflow  # noqa: E402 - after the settings above, which it reads on import
-from mlflow.entities import Metric, Param, RunTag  # noqa: E402
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor  # noqa: E402
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor  # noqa: E402
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor  # noqa: E402
+from mlflow.system_metrics.metrics.rocm_monitor import ROCMMonitor  # noqa: E402
 
 # Its warnings of retries quote whole addresses, with the query that may hold a token.
 logging.getLogger("urllib3").setLevel(logging.ERROR)
@@ -38,6 +46,10 @@ logging.getLogger("urllib3").setLevel(logging.ERROR)
 _BATCH_NAMES = 100
 _ARTIFACTS = "mlartifacts"
 _KEY_OF_SWEEP = "sweep-"  # opens the key of a sweep's own run
+# MLflow 3.17 opens an experiment without it as one of generative AI.
+_KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"
+
+logger = logging.getLogger(__name__)
 
 
 class MlflowStore:
@@ -49,6 +61,10 @@ class MlflowStore:
     def __init__(self, tracking_uri: str, root: Path) -> None:
         self._root = root
         self._is_default = tracking_uri == f"sqlite:///{root / 'mlflow.db'}"
+        # MLflow would put the artifacts of a SQLite file into the working directory.
+        is_sqlite = tracking_uri.startswith("sqlite:///")
+        folder = Path(tracking_uri.removeprefix("sqlite:///").partition("?")[0]).resolve().parent
+        self._artifacts = (folder / _ARTIFACTS).as_uri() if is_sqlite else None
         if not self._is_default:
             self._client = mlflow.MlflowClient(tracking_uri=tracking_uri)
             return
@@ -70,15 +86,48 @@ class MlflowStore:
             raise
         return dict(run.data.tags) if run.info.lifecycle_stage == "active" else None
 
-    def create_run(self, experiment: str, name: str, key: str, start_ms: int) -> str:
+    def experiment_id(self, name: str) -> str:
+        """Find or create an experiment."""
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            kind = {_KIND_TAG: _KIND}
+            return str(self._client.create_experiment(name, artifact_location=self._artifacts, tags=kind))
+        if found.lifecycle_stage != "active":
+            self._client.restore_experiment(found.experiment_id)
+        if not found.tags.get(_KIND_TAG):
+            self._client.set_experiment_tag(found.experiment_id, _KIND_TAG, _KIND)
+        return str(found.experiment_id)
+
+    def experiment_of(self, run_id: str) -> str:
+        """Return the id of a run's experiment."""
+        return str(self._client.get_run(run_id).info.experiment_id)
+
+    def create_run(self, experiment_id: str, name: str, key: str, start_ms: int) -> str:
         """Create a run, or find the one that was created with this key; return its id."""
-        experiment_id = self._experiment_id(experiment)
         found = self._client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
         if found:
             return str(found[0].info.run_id)
         facts = {KEY_TAG: key, "mlflow.source.name": "megalm", "mlflow.user": _user()}
         run = self._client.create_run(experiment_id, start_time=start_ms, tags=facts, run_name=name)
         return str(run.info.run_id)
+
+    def set_datasets(self, run_id: str, used: Sequence[UsedDataset]) -> None:
+        """Set the datasets of a run; one that is there already is not added again."""
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    name=one.name,
+                    digest=one.digest,
+                    source_type="local",
+                    source=json.dumps({"uri": one.source}),
+                    profile=json.dumps(one.profile),
+                ),
+                [InputTag("mlflow.data.context", one.context)],
+            )
+            for one in used
+        ]
+        if inputs:
+            self._client.log_inputs(run_id, datasets=inputs)
 
     def log_metrics(self, run_id: str, metrics: list[MetricValue]) -> None:
         batch = [Metric(item.key, item.value, item.time_ms, item.step) for item in metrics]
@@ -122,10 +171,9 @@ class MlflowStore:
     def _run_of_sweep(self, run_id: str, sweep: str) -> str:
         """Return the run of a sweep in the experiment of one of its runs; the first of them creates it."""
         info = self._client.get_run(run_id).info
-        experiment = self._client.get_experiment(info.experiment_id).name
         key = f"{_KEY_OF_SWEEP}{hashlib.sha256(sweep.encode()).hexdigest()[:32]}"
         with take_lock(self._root / "mlflow.db.lock"):  # runs of an array begin together
-            parent = self.create_run(experiment, Path(sweep).name, key, info.start_time)
+            parent = self.create_run(str(info.experiment_id), Path(sweep).name, key, info.start_time)
             self._client.set_tag(parent, SWEEP_TAG, sweep)
             self._client.update_run(parent, status=RUNNING)
         return parent
@@ -143,15 +191,6 @@ class MlflowStore:
             self._client.update_run(parent, status=RUNNING)
         else:
             self._client.set_terminated(parent, FINISHED)
-
-    def _experiment_id(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
-            artifacts = (self._root / _ARTIFACTS).as_uri() if self._is_default else None
-            return str(self._client.create_experiment(name, artifact_location=artifacts))
-        if found.lifecycle_stage != "active":
-            self._client.restore_experiment(found.experiment_id)
-        return str(found.experiment_id)
 
 
 def _user() -> str:
@@ -193,3 +232,42 @@ def _point_to_artifacts(root: Path) -> None:
 
 def _path_of(uri: str) -> Path:
     return Path(unquote(urlsplit(uri).path))
+
+
+def node_monitors() -> list[NodeMonitor]:
+    """Return MLflow's monitors of this node: CPU and memory, network, and the GPUs that there are."""
+    monitors: list[NodeMonitor] = [CPUMonitor(), NetworkMonitor()]
+    try:
+        gpus = GPUMonitor()
+        monitors += [gpus, _TemperatureMonitor(gpus.gpu_handles)]
+    except (ImportError, RuntimeError) as nvidia:
+        try:
+            monitors.append(ROCMMonitor())
+        except (ImportError, RuntimeError):
+            if Path("/proc/driver/nvidia/version").exists():
+                logger.warning("no system metrics of GPUs: %s (pip install 'megalm[gpu-metrics]')", nvidia)
+    monitors[0].collect_metrics()  # the first value of psutil's CPU use is a meaningless 0
+    monitors[0].clear_metrics()
+    return monitors
+
+
+class _TemperatureMonitor:
+    """What MLflow's monitor of NVIDIA GPUs lacks."""
+
+    def __init__(self, handles: list[Any]) -> None:
+        self._handles = handles
+        self._metrics: defaultdict[str, list[float]] = defaultdict(list)
+
+    def collect_metrics(self) -> None:
+        import pynvml
+
+        for index, handle in enumerate(self._handles):
+            with contextlib.suppress(pynvml.NVMLError):
+                celsius = pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)
+                self._metrics[f"gpu_{index}_temperature_celsius"].append(celsius)
+
+    def aggregate_metrics(self) -> dict[str, float]:
+        return {name: round(sum(values) / len(values), 1) for name, values in self._metrics.items()}
+
+    def clear_metrics(self) -> None:
+        self._metrics.clear()

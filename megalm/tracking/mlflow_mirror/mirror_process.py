@@ -29,6 +29,7 @@ from megalm.runs.metrics_log import METRICS_FILE
 from megalm.tracking.mlflow_mirror import run_facts
 from megalm.tracking.mlflow_mirror.mlflow_sink import MlflowSink, Sent
 from megalm.tracking.mlflow_mirror.sink import Feed, Sink
+from megalm.tracking.mlflow_mirror.system_metrics import FOLDER, NodeSampler
 from megalm.utils.addresses import hide_credentials
 from megalm.utils.child_process import child_command, child_environment
 from megalm.utils.file_lock import HeldLock, take_lock
@@ -71,16 +72,24 @@ class MirrorHandle:
             return False
 
 
-def start_mirror(run_dir: str | os.PathLike[str]) -> MirrorHandle:
+def start_mirror(
+    run_dir: str | os.PathLike[str], node: int = 0, system_metrics: bool = False, feeds_trackers: bool = True
+) -> MirrorHandle:
     """Start the mirror of a run folder, which runs as long as this process; returns at once.
+
+    Of a job on several nodes one process feeds the trackers; those of the other nodes only sample system metrics.
 
     The mirror has its own session, so that a terminal's Ctrl-C and a launcher's group signals do not reach it: it must
     outlive the trainer by a few seconds to send the last rows.
     """
     run_dir = Path(run_dir).resolve()
-    words = [str(run_dir), "--follow", "--parent-pid", str(os.getpid()), "--since", str(time.time())]
+    words = [str(run_dir), "--parent-pid", str(os.getpid()), "--since", str(time.time())]
+    words += ["--follow"] if feeds_trackers else []
+    words += ["--sample-node", str(node)] if system_metrics else []
     environment = child_environment() | dict.fromkeys(_THREAD_VARIABLES, "1") | {"CUDA_VISIBLE_DEVICES": ""}
-    with open(run_dir / LOG_FILE, "ab") as log:
+    log_file = run_dir / LOG_FILE if feeds_trackers else run_dir / FOLDER / f"node-{node}.log"
+    log_file.parent.mkdir(exist_ok=True)
+    with open(log_file, "ab") as log:
         process = subprocess.Popen(
             child_command(_MODULE, words),
             stdin=subprocess.PIPE,
@@ -119,8 +128,11 @@ def sync_trackers(
     return sinks
 
 
-def follow(run_dir: Path, parent: ParentWatch, since: float = 0.0) -> None:
+def follow(run_dir: Path, parent: ParentWatch, since: float = 0.0, sampler: NodeSampler | None = None) -> None:
     """Send until the run's end event (at unix time `since` or later) or until the parent ends.
+
+    Args:
+        sampler: of this node, if it is to be sampled.
 
     Raises:
         MegalmError: something was not sent within the deadline after the parent's end.
@@ -131,9 +143,26 @@ def follow(run_dir: Path, parent: ParentWatch, since: float = 0.0) -> None:
         while not parent.ended.is_set() and not all(one.feed.run_has_ended for one in feeds):
             for one in feeds:
                 one.deliver_if_due()
-            parent.ended.wait(min(one.due for one in feeds) - time.monotonic())
+            parent.ended.wait(_sample(sampler, min(one.due for one in feeds)))
+        if sampler is not None:
+            sampler.close()
         _wait_for_last_files(parent)
         _deliver_rest([one.feed for one in feeds], time.monotonic() + _DEADLINE_SECONDS, parent.ended.is_set())
+
+
+def sample_node(parent: ParentWatch, sampler: NodeSampler) -> None:
+    """Sample this node until the training process closes this process's stdin, or ends."""
+    while not parent.ended.is_set() and not _has_closed_stdin(_sample(sampler, time.monotonic() + _POLL_SECONDS)):
+        pass
+    sampler.close()
+
+
+def _sample(sampler: NodeSampler | None, until: float) -> float:
+    """Sample if it is time to; return the seconds to wait for that, or until a monotonic time if it comes first."""
+    if sampler is not None:
+        sampler.sample_if_due()
+        until = min(until, sampler.due)
+    return max(0.0, until - time.monotonic())
 
 
 def open_sink(tracker: str, run_dir: Path) -> Sink:
@@ -233,10 +262,14 @@ class ParentWatch(threading.Thread):
 def _wait_for_last_files(parent: ParentWatch) -> None:
     """Wait until the trainer closes this process's stdin: it has then written everything, including report.html."""
     deadline = time.monotonic() + _DEADLINE_SECONDS
-    while not parent.ended.is_set() and time.monotonic() < deadline:
-        ready, _, _ = select.select([0], [], [], 0.2)
-        if ready and not os.read(0, 1):
-            return
+    while not parent.ended.is_set() and time.monotonic() < deadline and not _has_closed_stdin(0.2):
+        pass
+
+
+def _has_closed_stdin(seconds: float) -> bool:
+    """Whether the training process closes this process's stdin within some time."""
+    ready, _, _ = select.select([0], [], [], seconds)
+    return bool(ready) and not os.read(0, 1)
 
 
 def _deliver_until(feed: Feed, deadline: float, parent_ended: bool = False) -> None:
@@ -299,15 +332,16 @@ class _HidingStream(io.TextIOBase):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`RUN_DIR [--follow --parent-pid N]`, see utils/child_process.py; exit code 0: all is sent."""
+    """`RUN_DIR [--follow] [--sample-node N] [--parent-pid N]`, see utils/child_process.py; exit code 0: all is sent."""
     parser = argparse.ArgumentParser(prog=_MODULE, description="Feed MLflow from a run folder.")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--follow", action="store_true", help="send until the process --parent-pid ends")
+    parser.add_argument("--sample-node", type=int, help="sample this node's system metrics under this number")
     parser.add_argument("--parent-pid", type=int)
     parser.add_argument("--since", type=float, default=0.0, help="unix time at which this attempt began")
     options = parser.parse_args(arguments)
-    if options.follow and options.parent_pid is None:
-        parser.error("--follow needs --parent-pid")
+    if (options.follow or options.sample_node is not None) and options.parent_pid is None:
+        parser.error("--follow and --sample-node need --parent-pid")
     os.nice(19)
     stream = _HidingStream(sys.stderr)
     with contextlib.redirect_stderr(stream), contextlib.redirect_stdout(stream):
@@ -317,12 +351,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     try:
-        if options.follow:
+        if options.parent_pid is None:
+            sync(options.run_dir)
+        else:
             for number in _SIGNALS_OF_THE_JOB:
                 signal.signal(number, signal.SIG_IGN)
-            follow(options.run_dir, ParentWatch(options.parent_pid), options.since)
-        else:
-            sync(options.run_dir)
+            parent, node = ParentWatch(options.parent_pid), options.sample_node
+            sampler = None if node is None else NodeSampler(options.run_dir, node)
+            if options.follow:
+                follow(options.run_dir, parent, options.since, sampler)
+            elif sampler is not None:
+                sample_node(parent, sampler)
+                return 0
     except MegalmError as error:
         logger.error("%s", error)
         return error.exit_code

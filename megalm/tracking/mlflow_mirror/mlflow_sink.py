@@ -11,15 +11,22 @@ rows that count and becomes this folder's; the one before it stays as its child.
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megalm.runs.metrics_log import Row
+import orjson
+
+from megalm.errors import ConfigError, MegalmError
+from megalm.runs.metrics_log import METRICS_FILE, Row, plain, read_metrics
 from megalm.tracking.mlflow_mirror import run_facts
-from megalm.tracking.mlflow_mirror.sink import KILLED, RUNNING, Sink, TakeBack, milliseconds
+from megalm.tracking.mlflow_mirror.description import description
+from megalm.tracking.mlflow_mirror.sink import FAILED, FINISHED, KILLED, RUNNING, Sink, TakeBack, milliseconds
 from megalm.tracking.mlflow_mirror.sync_state import STATE_FILE, MetricValue, MirrorState, Owner
+from megalm.tracking.mlflow_mirror.system_metrics import node_files, samples_after
+from megalm.tracking.report import REPORT_FILE, write_report
 from megalm.utils.addresses import public_address
 
 if TYPE_CHECKING:  # the training process imports this module and must not load MLflow
@@ -28,9 +35,15 @@ if TYPE_CHECKING:  # the training process imports this module and must not load 
 # MLflow's limit of entities in one request.
 _BATCH_METRICS = 1000
 # Fields that locate or identify a row and are not measurements.
-_NO_SERIES = ("kind", "time", "step", "attempt")
-_NO_SERIES_OF_EVENTS = (*_NO_SERIES, "exit_code", "signal", "world_size")
-_TAGS_OF_ITS_OWN = (run_facts.KEY_TAG, run_facts.NAME_TAG)
+_NO_SERIES = {
+    "train": ("kind", "time", "step", "attempt", "samples"),
+    "eval": ("kind", "time", "step", "attempt", "tokens", "targets"),
+}
+# MLflow orders sections by name, and the charts in each: loss, then the optimizer, then speed.
+_SECTIONS = {"loss": "train", "tokens": "train"}
+_SECTIONS |= dict.fromkeys(("lr", "grad_norm", "loss_scale"), "train/optimizer")
+_SECTION_OF_THE_REST = "train/speed"
+_EVENTS = "events.jsonl"
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +76,12 @@ class MlflowSink(Sink):
         if before not in ("", uri) and not both_default:
             logger.warning("%s is now tracked at %s: sending it to a new MLflow run from its first row", run_dir, uri)
             self._state = MirrorState()
+        self._given = run_facts.GivenRun.of_environment()
+        if self._given is not None and not self._given.is_parent:
+            known = (None, self._state.run_id, self._state.given_run, *self._state.earlier_runs)
+            if self._state.run_id is not None and self._given.run_id not in known:
+                logger.warning("%s is now MLflow run %s: sending all rows to it", run_dir, self._given.run_id)
+                self._state = MirrorState()
         self._state.tracking_uri, self._state.default_store = uri, is_default
 
     @property
@@ -104,12 +123,13 @@ class MlflowSink(Sink):
     def take_back(self, back: TakeBack) -> None:
         """Leave the MLflow run to the attempts so far, and go on in a new one with their tags."""
         store, run_id = self._open()
-        state = self._state
-        store.rename(run_id, self._name_of_earlier(back))
+        state, suffix = self._state, _suffix(back)
+        state.name = (store.run_tags(run_id) or {}).get(run_facts.NAME_TAG, self._name).removesuffix(suffix)
+        store.rename(run_id, state.name + suffix)
         if state.status == RUNNING:
             store.set_status(run_id, KILLED, state.end_ms)
         state.earlier_runs.append(run_id)
-        state.run_id, state.artifacts = None, {}
+        state.run_id, state.artifacts, state.system = None, {}, {}
         state.begin_again()
         self.save()
         self.start()
@@ -117,7 +137,7 @@ class MlflowSink(Sink):
     def send_superseded(self, rows: Sequence[Row], back: TakeBack) -> None:
         store, run_id = self._open()
         state, key = self._state, f"{self._state.key}-before-{back.offset}"
-        child = store.create_run(state.experiment, self._name_of_earlier(back), key, milliseconds(rows[0]))
+        child = store.create_run(state.experiment_id, self._name + _suffix(back), key, milliseconds(rows[0]))
         if child not in state.earlier_runs:
             store.set_tags(child, {run_facts.PARENT_TAG: run_id, run_facts.RUN_DIR_TAG: str(self.run_dir.resolve())})
             store.set_status(child, KILLED, milliseconds(rows[-1]))
@@ -127,15 +147,18 @@ class MlflowSink(Sink):
     def finish(self) -> None:
         store, run_id = self._open()
         state = self._state
-        self.sent.artifacts += self._send_artifacts(store, run_id)
+        self._send_system_metrics(store, run_id)
+        self._send_artifacts(store, run_id)
+        if state.status != RUNNING:
+            self._send_account(store, run_id)
         if state.status != state.status_sent:
             store.set_status(run_id, state.status, state.end_ms)
             state.status_sent = state.status
         self.sent.status, self.sent.run_id, self.sent.tracking_uri = state.status, run_id, state.tracking_uri
 
-    def _name_of_earlier(self, back: TakeBack) -> str:
-        attempt = f"attempt {back.attempt - 1}, " if back.attempt is not None and back.attempt > 1 else ""
-        return f"{self.run_dir.resolve().name} ({attempt}taken back from step {back.step + 1} on)"
+    @property
+    def _name(self) -> str:
+        return self._state.name or self.run_dir.resolve().name
 
     def _send_metrics(self, store: MlflowStore, run_id: str, rows: Iterable[Row]) -> None:
         for batch in _batches(rows):
@@ -149,27 +172,56 @@ class MlflowSink(Sink):
             store = MlflowStore(self._address, self.run_dir.resolve().parent)
             if self._state.run_id:
                 self._claim(store, self._state.run_id)
+            if self._state.run_id and not self._state.experiment_id:  # of an older version
+                self._state.experiment_id = store.experiment_of(self._state.run_id)
             self._state.owner = Owner.of(self.run_dir)
             self._opened = store
         state = self._state
         if state.run_id is None:
-            state.experiment = run_facts.experiment(self.run_dir)
+            run_id = self._given_run(self._opened)  # first: it names the experiment
             state.save(self._state_path)  # the key first: a lost response must not create a second run
-            state.run_id = self._create_run(self._opened)
+            state.run_id = run_id or self._create_run(self._opened)
             state.status_sent = RUNNING
             state.save(self._state_path)
         return self._opened, state.run_id
 
+    def _given_run(self, store: MlflowStore) -> str | None:
+        """Find the experiment, and the run in it that MLFLOW_RUN_ID gives this folder, if it does.
+
+        Raises:
+            ConfigError: there is no such run, or it is another folder's.
+        """
+        state, given = self._state, self._given
+        if given is None:
+            state.experiment = state.experiment or run_facts.experiment(self.run_dir)
+            state.experiment_id = state.experiment_id or store.experiment_id(state.experiment)
+            return None
+        tags = store.run_tags(given.run_id)
+        if tags is None:
+            raise ConfigError(f"MLFLOW_RUN_ID={given.run_id}: there is no such run at {state.tracking_uri}; unset it")
+        state.experiment_id = store.experiment_of(given.run_id)
+        if given.is_parent or state.earlier_runs:
+            return None
+        owner = tags.get(run_facts.RUN_DIR_TAG, str(self.run_dir.resolve()))
+        if owner != str(self.run_dir.resolve()):
+            raise ConfigError(
+                f"MLFLOW_RUN_ID={given.run_id} is the run of {owner}; unset it, or set MLFLOW_NESTED_RUN=1"
+            )
+        state.given_run = given.run_id
+        return given.run_id
+
     def _create_run(self, store: MlflowStore) -> str:
-        state, name = self._state, self.run_dir.resolve().name
+        state = self._state
         key = f"{state.key}-{len(state.earlier_runs)}" if state.earlier_runs else state.key
-        run_id = store.create_run(state.experiment, name, key, run_facts.start_ms(self.run_dir))
+        run_id = store.create_run(state.experiment_id, self._name, key, run_facts.start_ms(self.run_dir))
         if self._copied_from is not None:
             store.set_tags(run_id, {"megalm.copied_from": str(self._copied_from)})
         if state.earlier_runs:  # the last of them is the one that this run takes the place of
             tags = store.run_tags(state.earlier_runs[-1]) or {}
-            kept = {name: value for name, value in tags.items() if name not in _TAGS_OF_ITS_OWN and value != run_id}
+            kept = {name: value for name, value in tags.items() if _outlives_a_run(name) and value != run_id}
             store.set_tags(run_id, kept)
+        elif self._given is not None and self._given.is_parent:
+            store.set_tags(run_id, {run_facts.PARENT_TAG: self._given.run_id})
         for earlier in state.earlier_runs:
             store.set_tags(earlier, {run_facts.PARENT_TAG: run_id})
         return run_id
@@ -204,22 +256,84 @@ class MlflowSink(Sink):
             return
         store.set_parameters(run_id, run_facts.parameters(self.run_dir))
         store.set_tags(run_id, run_facts.tags(self.run_dir))
+        store.set_datasets(run_id, list(run_facts.datasets(self.run_dir)))
+        self._send_description(store, run_id)
         self._state.artifacts.update(signatures)
-        self._state.save(self._state_path)
+        self.save()
 
-    def _send_artifacts(self, store: MlflowStore, run_id: str) -> int:
+    def _send_description(self, store: MlflowStore, run_id: str) -> None:
+        state = self._state
+        if (store.run_tags(run_id) or {}).get(run_facts.NOTE_TAG, "") not in ("", state.description):
+            return  # a person has written another one
+        try:
+            text = description(self.run_dir, state.status)
+        except MegalmError as error:
+            logger.warning("the run has no description: %s", error)
+            return
+        store.set_tags(run_id, {run_facts.NOTE_TAG: text})
+        state.description = text
+
+    def _send_system_metrics(self, store: MlflowStore, run_id: str) -> None:
+        for path in node_files(self.run_dir):
+            offset, count = self._state.system.get(path.name, [0, 0])
+            batch: list[MetricValue] = []
+            for metrics, end in samples_after(path, offset, count):
+                if len(batch) + len(metrics) > _BATCH_METRICS:
+                    store.log_metrics(run_id, batch)
+                    batch = []
+                batch += metrics
+                offset, count = end, count + 1
+            if batch:
+                store.log_metrics(run_id, batch)
+            if [offset, count] != self._state.system.get(path.name, [0, 0]):
+                self._state.system[path.name] = [offset, count]
+                self.save()
+
+    def _send_artifacts(self, store: MlflowStore, run_id: str) -> None:
         """Upload the files that are new or have changed since they were sent."""
-        count = 0
-        for name in run_facts.artifact_names(self.run_dir):
+        for name in run_facts.artifact_names(self.run_dir, self._state.status in (FAILED, KILLED)):
             mark = run_facts.signature(self.run_dir / name)
             if mark is None or self._state.artifacts.get(name) == mark:
                 continue
             folder = Path(name).parent.as_posix()
             store.upload(run_id, self.run_dir / name, None if folder == "." else folder)
             self._state.artifacts[name] = mark
-            self._state.save(self._state_path)
-            count += 1
-        return count
+            self.save()
+            self.sent.artifacts += 1
+
+    def _send_account(self, store: MlflowStore, run_id: str) -> None:
+        """Send what an attempt leaves when it ends: its events, the result as description, the page of a failed run.
+
+        Again if a file that tells of the end was written after it.
+        """
+        state, ends = self._state, (self.run_dir / METRICS_FILE, *(self.run_dir / "failures").glob("*"))
+        mark = [number for path in ends for number in run_facts.signature(path) or ()]
+        if state.artifacts.get(_EVENTS) == mark:
+            return
+        self._send_description(store, run_id)
+        with tempfile.TemporaryDirectory() as folder:
+            events = Path(folder, _EVENTS)
+            rows = read_metrics(self.run_dir / METRICS_FILE)
+            events.write_bytes(b"".join(orjson.dumps(plain(row)) + b"\n" for row in rows if row["kind"] == "event"))
+            store.upload(run_id, events, None)
+            if state.status != FINISHED:
+                try:
+                    store.upload(run_id, write_report(self.run_dir, Path(folder, REPORT_FILE)), None)
+                except MegalmError as error:
+                    logger.warning("the run has no page: %s", error)
+        state.artifacts[_EVENTS] = mark
+        self.save()
+
+
+def _suffix(back: TakeBack) -> str:
+    """Return what follows the name of an MLflow run whose rows `back` took back."""
+    attempt = f"attempt {back.attempt - 1}, " if back.attempt is not None and back.attempt > 1 else ""
+    return f" ({attempt}taken back from step {back.step + 1} on)"
+
+
+def _outlives_a_run(tag: str) -> bool:
+    """Whether the next MLflow run of a folder has a tag of the one before, such as one that a person has set."""
+    return tag not in (run_facts.KEY_TAG, run_facts.NAME_TAG) and not tag.startswith("changed.")
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[MetricValue]]:
@@ -236,19 +350,21 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[MetricValue]]:
 
 
 def metrics_of(row: Row) -> list[MetricValue]:
-    """Return a row's numbers as series: `train/loss`, `eval/loss`, `event/skip/...`, at the row's step and time.
+    """Return a row's numbers as series: `train/loss`, `train/optimizer/lr`, `eval/loss`, at the row's step and time.
 
-    A named validation set (one of several) has its own series: `eval/NAME/loss`.
+    A named validation set (one of several) has its own series: `eval/NAME/loss`. Events are no series.
     """
-    prefix = str(row["kind"])
-    if prefix == "event":
-        prefix += f"/{row.get('event')}"
-    elif prefix == "eval" and row.get("dataset") not in (None, "validation"):
-        prefix += f"/{Path(str(row['dataset'])).name}"
-    step = row["step"] if isinstance(row.get("step"), int) else 0
-    left_out = _NO_SERIES_OF_EVENTS if row["kind"] == "event" else _NO_SERIES
+    if row["kind"] not in _NO_SERIES:
+        return []
     return [
-        MetricValue(run_facts.clean_name(f"{prefix}/{name}"), float(value), step, milliseconds(row))
+        MetricValue(run_facts.clean_name(f"{_section(row, name)}/{name}"), float(value), row["step"], milliseconds(row))
         for name, value in row.items()
-        if name not in left_out and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name not in _NO_SERIES[row["kind"]] and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if (name, value) != ("loss_scale", 1.0)  # there is none in bf16 and fp32
     ]
+
+
+def _section(row: Row, name: str) -> str:
+    if row["kind"] == "train":
+        return _SECTIONS.get(name, _SECTION_OF_THE_REST)
+    return "eval" if row.get("dataset") in (None, "validation") else f"eval/{Path(str(row['dataset'])).name}"

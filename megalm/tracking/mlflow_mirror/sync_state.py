@@ -45,7 +45,11 @@ class MirrorState(FeedState):
 
     Attributes:
         owner: the folder when it was last sent; None in files of 0.1.0.
+        name: of the MLflow run, once it is another than the folder's.
+        given_run: MLFLOW_RUN_ID when `run_id` was begun.
         earlier_runs: the MLflow runs with rows that a later attempt took back; children of `run_id`.
+        description: as last sent; a person's own stays.
+        system: file of a node's samples -> offset of the next one, and its number.
     """
 
     key: str = Field(default_factory=lambda: uuid.uuid4().hex)
@@ -53,10 +57,15 @@ class MirrorState(FeedState):
     tracking_uri: str = ""
     default_store: bool = True
     experiment: str = ""
+    experiment_id: str = ""
+    given_run: str | None = None
+    name: str = ""
     run_id: str | None = None
     earlier_runs: list[str] = Field(default_factory=list)
     status_sent: str | None = None
+    description: str = ""
     artifacts: dict[str, list[int]] = Field(default_factory=dict)
+    system: dict[str, list[int]] = Field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> MirrorState:

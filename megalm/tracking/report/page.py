@@ -44,7 +44,7 @@ def render(run: ReportData, now: float) -> str:
         changes=_changes(run),
         environment=_environment(run.environment),
         data=_data(run),
-        commands=_commands(run),
+        commands=next_commands(run),
     )
 
 
@@ -153,7 +153,7 @@ def _data(run: ReportData) -> list[tuple[str, str]]:
     return rows
 
 
-def _commands(run: ReportData) -> list[tuple[str, str]]:
+def next_commands(run: ReportData) -> list[tuple[str, str]]:
     """Return the shell commands that are useful next, with their names."""
     folder, planned = run.run_dir, run.planned_steps
     command = ResumeCommand.by_folder(folder).shell

@@ -11,15 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import orjson
 from pydantic import Field, ValidationError
 
 from megalm.errors import ConfigError
 from megalm.runs.metrics_log import Row
+from megalm.tracking.mlflow_mirror import run_facts
 from megalm.tracking.mlflow_mirror.sink import FeedState, Sink
 from megalm.utils.atomic_files import write_atomically
 
 _STATE_FILE = "megalm.json"
 _NO_SERIES = ("kind", "time", "step", "attempt", "samples")  # they locate a row
+
+
+Fact = str | float | bool | None
 
 
 class AppendState(FeedState):
@@ -89,6 +94,10 @@ class AppendSink(Sink):
     def write(self, rows: Sequence[Row]) -> None:
         """Hand train and eval rows over; they have arrived when it returns."""
 
+    def facts(self) -> dict[str, Fact]:
+        """Return the run's settings; text where a value is no number, truth value or text."""
+        return {name: _fact(text) for name, text in run_facts.parameters(self.run_dir).items()}
+
     @staticmethod
     def numbers_of(row: Row) -> dict[str, float]:
         """Return a row's numbers as `train/loss`, `eval/loss`, and `eval/NAME/loss` of a named validation set."""
@@ -116,3 +125,11 @@ class AppendSink(Sink):
         content = self._state.model_dump_json(indent=2).encode()
         # Not durable: after a power failure all rows are sent again.
         write_atomically(self.folder / _STATE_FILE, lambda file: file.write(content), durable=False)
+
+
+def _fact(text: str) -> Fact:
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return text
+    return value if value is None or isinstance(value, (bool, int, float)) else text

@@ -1,7 +1,7 @@
 """TensorBoard as a sink: event files in RUN_DIR/tensorboard, one for each process that writes.
 
-Where rows are taken back, a new file with all rows that count takes the place of those before. Each file begins with a
-restart event, by which a TensorBoard that is open drops what it has read.
+Where rows are taken back, a new file with all rows that count takes the place of those before, which are emptied. Each
+file begins with a restart event, by which a TensorBoard that is open drops what it has read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from megalm.runs.metrics_log import Row
 from megalm.tracking.mlflow_mirror import run_facts
 from megalm.tracking.mlflow_mirror.sink import TakeBack, seconds
-from megalm.tracking.sinks.append_sink import AppendSink
+from megalm.tracking.sinks.append_sink import AppendSink, Fact
 
 _FILES = "events.out.tfevents."  # and the seconds of its beginning, by which readers sort
 
@@ -33,7 +33,7 @@ class TensorBoardSink(AppendSink):
     def __init__(self, run_dir: Path) -> None:
         super().__init__(run_dir)
         self._writer: RecordWriter | None = None
-        self._facts: dict[str, str] = {}  # as written last
+        self._facts: dict[str, Fact] = {}  # as written last
 
     @property
     def name(self) -> str:
@@ -48,7 +48,7 @@ class TensorBoardSink(AppendSink):
             if not self._files():  # deleted
                 self._state.begin_again()
             self._writer = self._new_file((self._state.last_step or 0) + 1)
-        if self._facts != run_facts.parameters(self.run_dir):
+        if self._facts != self.facts():
             self._write_facts()
 
     def take_back(self, back: TakeBack) -> None:
@@ -60,7 +60,11 @@ class TensorBoardSink(AppendSink):
         self._writer = self._new_file(0)
         self._write_facts()
         for path in before:
-            path.unlink(missing_ok=True)
+            # A TensorBoard that has a file open never gets past its deletion, but past its end.
+            if path.stat().st_size:
+                os.truncate(path, 0)
+            else:
+                path.unlink()
 
     def write(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -96,14 +100,15 @@ class TensorBoardSink(AppendSink):
 
     def _write_facts(self) -> None:
         """Write the settings for the page HPARAMS, which compares runs."""
-        facts = run_facts.parameters(self.run_dir)
+        facts = self.facts()
         started = SessionStartInfo(start_time_secs=run_facts.start_ms(self.run_dir) / 1e3)
         for name, value in facts.items():
-            number = _number(value)
-            if number is None:
-                started.hparams[name].string_value = value
+            if isinstance(value, bool):
+                started.hparams[name].bool_value = value
+            elif isinstance(value, (int, float)):
+                started.hparams[name].number_value = value
             else:
-                started.hparams[name].number_value = number
+                started.hparams[name].string_value = str(value)
         content = HParamsPluginData(version=PLUGIN_DATA_VERSION, session_start_info=started).SerializeToString()
         plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=content)
         metadata = SummaryMetadata(plugin_data=plugin)
@@ -119,10 +124,3 @@ class TensorBoardSink(AppendSink):
     def _flush(self) -> None:
         assert self._writer is not None, "start comes first"
         self._writer.flush()
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

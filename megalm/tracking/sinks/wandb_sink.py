@@ -20,7 +20,7 @@ from megalm.runs.metrics_log import Row
 from megalm.tracking.mlflow_mirror import run_facts
 from megalm.tracking.mlflow_mirror.sink import FINISHED, KILLED, RUNNING, TakeBack, seconds
 from megalm.tracking.mlflow_mirror.sync_state import Owner
-from megalm.tracking.sinks.append_sink import AppendSink, AppendState
+from megalm.tracking.sinks.append_sink import AppendSink, AppendState, Fact
 
 _START_SECONDS = 30.0  # the mirror's own loop does the waiting
 _EXIT_CODES = {RUNNING: 0, FINISHED: 0, KILLED: 75}
@@ -32,11 +32,13 @@ class WandbState(AppendState):
     Attributes:
         run_ids: of all runs of this folder; the last one has the rows that count.
         is_offline: whether the last one is in a folder of this machine, for `wandb sync`.
+        is_open: whether a process has it open. One that is killed takes the values of its last step along.
         owner: the folder when the last one began.
     """
 
     run_ids: list[str] = Field(default_factory=list)
     is_offline: bool = False
+    is_open: bool = False
     owner: Owner | None = None
 
 
@@ -47,7 +49,7 @@ class WandbSink(AppendSink):
     def __init__(self, run_dir: Path) -> None:
         super().__init__(run_dir)
         self._run: Any = None
-        self._facts: dict[str, str] = {}  # as sent last
+        self._facts: dict[str, Fact] = {}  # as sent last
         self._files: dict[str, list[int] | None] = {}  # as sent last
 
     @property
@@ -75,10 +77,10 @@ class WandbSink(AppendSink):
         if self._run is None:
             state = self.state
             is_here = state.owner is None or Owner.of(self.run_dir).inode == state.owner.inode
-            if not state.run_ids or state.is_offline or not is_here:
+            if not state.run_ids or state.is_offline or state.is_open or not is_here:
                 self._begin_run()
             else:
-                self._run = self._started(state.run_ids[-1])
+                self._start(state.run_ids[-1])
         self._send_facts()
 
     def forget(self) -> None:
@@ -102,7 +104,7 @@ class WandbSink(AppendSink):
         for name in run_facts.artifact_names(self.run_dir):
             mark = run_facts.signature(self.run_dir / name)
             if self._files.get(name) != mark:
-                self._run.save(str(self.run_dir / name), base_path=str(self.run_dir), policy="now")
+                self._run.save(str(self.run_dir / name), base_path=str(self.run_dir.parent), policy="now")
                 self._files[name] = mark
 
     def close(self) -> None:
@@ -113,10 +115,11 @@ class WandbSink(AppendSink):
         if status == KILLED:
             self._run.mark_preempting()
         self._run.finish(exit_code=_EXIT_CODES.get(status, 1))
-        self._run = None
+        self._run, self.state.is_open = None, False
+        self._write_state()
 
     def _send_facts(self) -> None:
-        facts = run_facts.parameters(self.run_dir)
+        facts = self.facts()
         if facts != self._facts:
             self._run.config.update(facts, allow_val_change=True)
             self._facts = facts
@@ -129,13 +132,11 @@ class WandbSink(AppendSink):
         first = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
         stem = state.run_ids[0] if state.run_ids else first
         number = len(state.run_ids) + 1
-        self._run = self._started(stem if number == 1 else f"{stem}-{number}", number)
-        state.run_ids.append(self._run.id)
-        state.is_offline, state.owner = bool(self._run.offline), Owner.of(self.run_dir)
-        self._facts, self._files = {}, {}
-        self._write_state()
+        state.run_ids.append(stem if number == 1 else f"{stem}-{number}")
+        state.owner = Owner.of(self.run_dir)
+        self._start(state.run_ids[-1], number)
 
-    def _started(self, run_id: str, number: int = 1) -> Any:
+    def _start(self, run_id: str, number: int = 1) -> None:
         self.folder.mkdir(exist_ok=True)
         name = self.run_dir.resolve().name
         given = {
@@ -149,4 +150,7 @@ class WandbSink(AppendSink):
         settings = wandb.Settings(
             console="off", silent=True, disable_git=True, init_timeout=_START_SECONDS, reinit="create_new"
         )
-        return wandb.init(id=run_id, settings=settings, **own)
+        self._run = wandb.init(id=run_id, settings=settings, **own)
+        self.state.is_offline, self.state.is_open = bool(self._run.offline), True
+        self._facts, self._files = {}, {}
+        self._write_state()

@@ -26,7 +26,8 @@ _SILENT_BEATS = 4
 # The others' own failures come first, if they notice at all: NCCL waits for a rank that is gone until it times out.
 _GONE_GRACE_SECONDS = 12.0
 _FIRST_NOTICE_SECONDS = 20.0
-_LATE_PHASE_SECONDS = 60.0
+_LATE_SECONDS = 60.0  # at one stage of the start
+_SHOWN_RANKS = 4
 _POLL_SECONDS = 0.5
 
 Condition = Literal["gone", "stopped", "silent"]
@@ -240,9 +241,17 @@ class Heartbeat:
                 found_at = time.monotonic()
             if found_at is not None and time.monotonic() - found_at > 2 * BEAT_SECONDS:
                 break  # others of the same node have shown, too
+            if not lost and time.monotonic() - began > (_SILENT_BEATS + 1) * BEAT_SECONDS and self._all_are_fresh():
+                break
             time.sleep(_POLL_SECONDS)
         surest = next((kind for kind in _BY_CERTAINTY if any(it.condition == kind for it in lost.values())), None)
         return [lost[rank] for rank in sorted(lost) if lost[rank].condition == surest]
+
+    def _all_are_fresh(self) -> bool:
+        now = time.monotonic()
+        return len(self._heard) == len(self._places) and all(
+            now - heard.at < 2 * BEAT_SECONDS for heard in self._heard.values()
+        )
 
     def behind(self) -> list[tuple[RankPlace, Beat]]:
         """Return the ranks that are furthest behind; none if all have come equally far, or are not known."""
@@ -289,32 +298,38 @@ class Heartbeat:
         return max(seconds, lost.seconds) > self._start_timeout + min(max(self.place.rank - 1, 0), 3)
 
     def _give_notice(self, lost: Mapping[int, LostRank], now: float) -> None:
-        speaks = self.place.rank == 0 or (self.place.rank == 1 and 0 in lost)
-        longest = max((now - since for since in self._lost_since.values()), default=0.0)
-        late = self._late_ranks() if speaks and not lost and self._beat.step is None else []
-        if late:
-            longest = min(beat.since_seconds for _, beat in late)
-        if not longest:
-            self._next_notice = _FIRST_NOTICE_SECONDS
-        if not speaks or longest < (_LATE_PHASE_SECONDS if late else 0.0) or longest < self._next_notice:
+        """Say which ranks are silent, or late at the start; again after twice the time."""
+        if self.place.rank != 0 and not (self.place.rank == 1 and 0 in lost):
             return
-        self._next_notice = 2 * longest
-        if late:
-            ranks = ", ".join(f"{place} ({beat.doing})" for place, beat in late[:4])
-            self.notice(f"{len(self._places) - len(late)} of {len(self._places)} ranks wait for {ranks}")
-            return
-        ranks = ", ".join(f"{each.place} ({each.condition})" for each in lost.values())
-        limit = self._start_timeout if self._beat.step is None else None
-        until = "" if limit is None else f"; the job fails after {limit:.0f} s (train.start_timeout_seconds)"
-        answer = f"{len(self._places) - len(lost)} of {len(self._places)} ranks answer"
-        self.notice(f"{answer}; no sign of life for {longest:.0f} s: {ranks}{until}")
+        seconds, text = 0.0, ""
+        if lost:
+            seconds = now - min(self._lost_since.values())
+            ranks = ", ".join(f"{each.place} ({each.condition})" for each in lost.values())
+            limit = self._start_timeout if self._beat.step is None else None
+            until = "" if limit is None else f"; the job fails after {limit:.0f} s (train.start_timeout_seconds)"
+            answer = f"{len(self._places) - len(lost)} of {len(self._places)} ranks answer"
+            text = f"{answer}; no sign of life for {seconds:.0f} s: {ranks}{until}"
+        elif self._beat.step is None and (late := self._late_ranks()):
+            seconds = min(beat.since_seconds for _, beat in late)
+            stage = late[0][1].doing
+            if len(late) == len(self._places):
+                text = f"all {len(late)} ranks are still {stage}, for {seconds:.0f} s"
+            else:
+                ranks = ", ".join(str(place) for place, _ in late[:_SHOWN_RANKS])
+                waiting = f"{len(self._places) - len(late)} of {len(self._places)} ranks wait for {ranks}"
+                text = f"{waiting}, still {stage}, for {seconds:.0f} s"
+        first = _FIRST_NOTICE_SECONDS if lost else _LATE_SECONDS
+        if seconds < first:
+            self._next_notice = first
+        elif seconds >= self._next_notice:
+            self._next_notice = 2 * seconds
+            self.notice(text)
 
     def _late_ranks(self) -> list[tuple[RankPlace, Beat]]:
-        """Return the ranks at the earliest stage of the start; none if all are at the same one."""
+        """Return the ranks at the earliest stage of the start; all, if they are at the same one."""
         beats = {rank: heard.beat for rank, heard in self._heard.items()}
         earliest = min((beat.stage for beat in beats.values()), default=0)
-        late = [(self._places[rank], beats[rank]) for rank in sorted(beats) if beats[rank].stage == earliest]
-        return late if len(late) < len(beats) else []
+        return [(self._places[rank], beats[rank]) for rank in sorted(beats) if beats[rank].stage == earliest]
 
 
 def _is_visible(place: RankPlace) -> bool:

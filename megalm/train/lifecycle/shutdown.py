@@ -35,13 +35,14 @@ from megalm.errors import (
     is_lost_connection,
     message_of,
 )
-from megalm.rank_environment import RankPlace, code_for_launcher
+from megalm.rank_environment import RankPlace
 from megalm.runs.run_folder import RunFolder
 from megalm.train.lifecycle.first_cause import describe_consequence, describe_lost, describe_stuck
 from megalm.train.lifecycle.heartbeat import Heartbeat, LostRank
 from megalm.train.lifecycle.time_limits import TimeLimits, write_stacks
 from megalm.utils.atomic_files import is_stranger
 from megalm.utils.formatting import printable
+from megalm.utils.process_setup import code_for_launcher
 from megalm.utils.stop_signals import respected_stop_signals
 
 log = logging.getLogger(__name__)
@@ -222,9 +223,19 @@ class RankSupervisor:
             return True
         if not lost:
             return False
-        text = f"{_ERROR}{describe_lost(lost, describe_consequence(self._who, error))}"
-        self._print_failure(text, EXIT_FAILED, all_ranks=True, details=traceback.format_exc())
+        if is_lost_connection(error, closed=True):  # a node that is gone, or a rank that is frozen, closes nothing
+            lost = [replace(each, condition="gone") for each in lost]
+        self._report_lost(lost, describe_consequence(self._who, error), traceback.format_exc())
         return True
+
+    def _report_lost(self, lost: list[LostRank], consequence: str = "", details: str = "") -> None:
+        """Report ranks that are lost; as long as there is no claim, the first rank that is left does."""
+        gone = {each.place.rank for each in lost}
+        if self._hooks.claim is None and any(rank not in gone for rank in range(self.rank)):
+            time.sleep(_REFUSAL_GRACE_SECONDS)
+            return
+        text = f"{_ERROR}{describe_lost(lost, consequence)}"
+        self._print_failure(text, EXIT_FAILED, all_ranks=True, details=details)
 
     def _is_told(self) -> bool:
         return self._hooks.claim is not None and self._hooks.claim.is_taken()
@@ -234,10 +245,15 @@ class RankSupervisor:
         if self.heartbeat is not None:
             self.heartbeat.enter(name)
 
+    def let_ranks_leave(self) -> None:
+        """From here on a rank may be done before others: that it ends is no failure."""
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
+
     def abort_without(self, lost: list[LostRank]) -> NoReturn:
         """End the job because it cannot go on without these ranks; report it, unless another rank did."""
         self._write_stacks()
-        self._print_failure(f"{_ERROR}{describe_lost(lost)}", EXIT_FAILED, all_ranks=True)
+        self._report_lost(lost)
         _leave(self._end_failed(EXIT_FAILED))
 
     def enter(self, hooks: RunHooks) -> None:
@@ -304,10 +320,8 @@ class RankSupervisor:
         claimed = self._hooks.claim.exit_code() if self._hooks.claim is not None else None
         code = code if claimed is None else claimed
         report = self._hooks.claim.report() if self._hooks.claim is not None else ""
-        hooks, self._hooks = (
-            self._hooks,
-            replace(self._hooks, on_failure=lambda code, report: None),
-        )  # once of all threads
+        hooks = self._hooks
+        self._hooks = replace(hooks, on_failure=lambda code, report: None)  # once, in whichever thread
         try:
             hooks.on_failure(code, report)
         except Exception:  # the failure that is being reported matters more

@@ -26,12 +26,15 @@ def run_dir(tmp_path: Path, empty_store: Path) -> Path:
     folder = tmp_path / "first-001"
     (folder / "samples").mkdir(parents=True)
     (folder / "config.yaml").write_text(
-        "model: {hidden_size: 64, style: llama}\ntrain: {steps: 4}\ntracking: {experiment: trials}\n"
+        "model: {hidden_size: 64, style: llama, vocab_size: null}\nrun: {name: null, root: runs}\n"
+        "train: {steps: 4}\ntracking: {experiment: trials}\n"
         f"data: {{train: null, tokenizer: {'x' * 7000}}}\n"
     )
     (folder / "deepspeed.json").write_text('{"train_batch_size": 8}')
     (folder / "deepspeed.resolved.json").write_text(json.dumps({"train_batch_size": 8, "bf16": {"enabled": True}}))
-    environment = {"git_commit": "0123abc", "host": "node1", "packages": {"torch": "2.13.0"}}
+    environment: dict[str, object] = {"git_commit": "0123abc", "host": "node1", "packages": {"torch": "2.13.0"}}
+    environment |= {"parameters": 145216, "resolved": {"model": {"vocab_size": 600}}, "job": None}
+    environment |= {"datasets": [{"prefix": "/data/tiny", "epochs": 2.0, "tokens_per_epoch": 24}]}
     (folder / "environment.json").write_text(json.dumps(environment))
     (folder / "samples" / "step-00000004.txt").write_text("Once upon a time")
     return folder

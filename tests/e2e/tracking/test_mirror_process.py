@@ -71,8 +71,14 @@ def state(run_dir: Path) -> MirrorState:
 
 
 def test_a_run_is_followed_to_its_end(run_dir: Path) -> None:
-    """With what is written after the last row, too: report.html tells of the run's end, so it comes after that."""
-    handle = mirror_process.start_mirror(run_dir)
+    """With what is written after the last row, too: report.html tells of the run's end, so it comes after that.
+
+    It samples its own node meanwhile; another node's process samples only.
+    """
+    handle = mirror_process.start_mirror(run_dir, system_metrics=True)
+    other = mirror_process.start_mirror(run_dir, node=1, system_metrics=True, feeds_trackers=False)
+    wait_for(run_dir, (run_dir / "system" / "node-1.jsonl").exists)
+    assert other.finish(PATIENCE_SECONDS), (run_dir / "system" / "node-1.log").read_text()
     write_rows(run_dir, range(1, 5), end="finished")
     wait_for(run_dir, lambda: state(run_dir).status_sent == "FINISHED")
     time.sleep(1.0)
@@ -83,6 +89,9 @@ def test_a_run_is_followed_to_its_end(run_dir: Path) -> None:
     assert run.data.metrics["train/loss"] == 1.0
     listed = mlflow.MlflowClient(state(run_dir).tracking_uri).list_artifacts(run.info.run_id)
     assert "report.html" in [item.path for item in listed]
+    for node in (0, 1):
+        assert 0 <= run.data.metrics[f"system/node_{node}/cpu_utilization_percentage"] <= 100
+        assert run.data.metrics[f"system/node_{node}/system_memory_usage_megabytes"] > 0
 
 
 def test_rows_arrive_while_training_goes_on_and_signals_do_not_stop_it(run_dir: Path) -> None:

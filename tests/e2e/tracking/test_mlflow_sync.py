@@ -48,7 +48,10 @@ def test_a_finished_run_arrives_whole(run_dir: Path) -> None:
     assert run.data.metrics["eval/perplexity"] == pytest.approx(4.48)
     assert run.data.params["train.steps"] == "4"
     assert run.data.params["model.style"] == "llama"
-    assert run.data.params["data.train"] == "null"
+    assert run.data.params["model.vocab_size"] == "600"  # null in config.yaml
+    assert run.data.params["model.parameters"] == "145216"
+    assert not {"null", "[]", "{}"} & set(run.data.params.values())
+    assert not [name for name in run.data.params if name.startswith(("run.", "tracking."))]
     assert run.data.params["deepspeed.bf16.enabled"] == "true"
     assert run.data.params["data.tokenizer"] == "x" * 5997 + "..."
     assert run.data.tags["mlflow.source.git.commit"] == "0123abc"
@@ -60,16 +63,110 @@ def test_a_finished_run_arrives_whole(run_dir: Path) -> None:
     assert client.get_experiment(run.info.experiment_id).name == "trials"
 
     top = {item.path for item in client.list_artifacts(sent.run_id)}
-    assert top == {"config.yaml", "deepspeed.json", "deepspeed.resolved.json", "environment.json", "samples"}
+    configured = {"config.yaml", "deepspeed.json", "deepspeed.resolved.json", "environment.json"}
+    assert top == {*configured, "samples", "events.jsonl"}
     stored = run_dir.parent / "mlartifacts" / sent.run_id / "artifacts" / "samples" / "step-00000004.txt"
     assert stored.read_text() == "Once upon a time"
     assert sent.artifacts == 5
+    page = run.data.tags["mlflow.note.content"]
+    for name in ("145,216", "24 tokens", "1.5000", "--resume auto"):
+        assert name in page
+    (used,) = run.inputs.dataset_inputs
+    assert (used.dataset.name, used.tags[0].value) == ("tiny", "training")
+    assert json.loads(used.dataset.profile) == {"epochs": 2.0, "tokens_per_epoch": 24}
 
 
 def test_a_second_sync_sends_nothing(run_dir: Path) -> None:
     write_rows(run_dir, range(1, 5), end="finished")
     first, second = sync(run_dir), sync(run_dir)
     assert (second.metrics, second.artifacts, second.run_id) == (0, 0, first.run_id)
+
+
+def test_a_description_of_a_person_stays(run_dir: Path) -> None:
+    write_rows(run_dir, range(1, 5))
+    first = sync(run_dir)
+    client_of(run_dir).set_tag(first.run_id, "mlflow.note.content", "mine")
+    write_rows(run_dir, range(3, 6), attempt=2, end="finished")
+    second = sync(run_dir)
+    tags = client_of(run_dir).get_run(second.run_id).data.tags
+    assert (tags["mlflow.note.content"], second.run_id != first.run_id) == ("mine", True)
+
+
+def test_a_failed_run_has_its_log_traceback_and_page(run_dir: Path) -> None:
+    write_rows(run_dir, range(1, 3), end="failed")
+    (run_dir / "log.txt").write_text("a line")
+    assert sync(run_dir).status == "FAILED"
+    (run_dir / "failures").mkdir()
+    (run_dir / "failures" / "attempt-1.txt").write_text("RuntimeError: out of luck")  # after the end event
+    sent = sync(run_dir)
+    found = artifacts(run_dir, sent.run_id)
+    assert found["log.txt"] == "a line"
+    assert "out of luck" in found["report.html"]
+    assert "out of luck" in client_of(run_dir).get_run(sent.run_id).data.tags["mlflow.note.content"]
+    assert [json.loads(line)["event"] for line in found["events.jsonl"].splitlines()] == ["start", "end"]
+    assert not (run_dir / "report.html").exists()
+    assert sync(run_dir).artifacts == 0
+
+
+def test_system_metrics_of_every_node_arrive_once_also_after_a_take_back(run_dir: Path) -> None:
+    write_rows(run_dir, range(1, 5))
+    (run_dir / "system").mkdir()
+    samples = [{"time": 10.0 + index, "host": "n", "cpu_utilization_percentage": 5.0 * index} for index in range(3)]
+    for node in (0, 1):
+        text = "".join(json.dumps(row) + "\n" for row in samples)
+        (run_dir / "system" / f"node-{node}.jsonl").write_text(text + "half a li")
+    key = "system/node_1/cpu_utilization_percentage"
+    first = sync(run_dir)
+    assert history(run_dir, first.run_id, key) == [(0, 0.0), (1, 5.0), (2, 10.0)]
+    with open(run_dir / "system" / "node-1.jsonl", "a") as file:
+        file.write("ne\n" + json.dumps(samples[2] | {"time": 14.0}) + "\n")
+    take_back(run_dir)
+    second = sync(run_dir)
+    assert second.run_id != first.run_id
+    assert history(run_dir, second.run_id, key) == [(0, 0.0), (1, 5.0), (2, 10.0), (4, 10.0)]
+
+
+def test_the_environment_names_experiment_tags_and_run(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the meaning that they have elsewhere: MLFLOW_RUN_ID is filled, with MLFLOW_NESTED_RUN it is the parent."""
+    client = client_of(run_dir)
+    given = client.create_run(client.create_experiment("theirs")).info.run_id
+    write_rows(run_dir, range(1, 5))
+    other = run_dir.with_name("other-001")
+    shutil.copytree(run_dir, other)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    monkeypatch.setenv("MLFLOW_TAGS", '{"team": "one"}')
+    named = client.get_run(sync(other).run_id)
+    assert client.get_experiment(named.info.experiment_id).name == "mine"
+    assert named.data.tags["team"] == "one"
+
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    assert sync(run_dir).run_id == given
+    with pytest.raises(ConfigError) as error:
+        sync(other)
+    assert_names(error.value, "MLFLOW_RUN_ID", given, run_dir)
+    take_back(run_dir)
+    second = sync(run_dir)
+    assert second.run_id != given
+    assert [1, 2, 3, 4] in children(run_dir, second.run_id).values()
+    assert sync(run_dir).run_id == second.run_id
+
+    monkeypatch.setenv("MLFLOW_NESTED_RUN", "1")
+    third = run_dir.with_name("third-001")
+    third.mkdir()
+    write_rows(third, range(1, 3))
+    nested = client.get_run(sync(third).run_id)
+    assert nested.data.tags["mlflow.parentRunId"] == given
+    assert nested.info.experiment_id == client.get_run(given).info.experiment_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", "none")
+    fourth = run_dir.with_name("fourth-001")
+    shutil.copytree(third, fourth)
+    with pytest.raises(ConfigError) as error:
+        sync(fourth)
+    assert_names(error.value, "MLFLOW_RUN_ID", "none")
+    monkeypatch.delenv("MLFLOW_RUN_ID")
+    monkeypatch.setenv("MLFLOW_TAGS", "team=one")
+    with pytest.raises(ConfigError, match="MLFLOW_TAGS"):
+        sync(fourth)
 
 
 def test_a_lost_note_sends_the_same_values_and_mlflow_keeps_one(run_dir: Path) -> None:
@@ -227,7 +324,7 @@ def test_more_rows_than_one_request_takes(run_dir: Path) -> None:
     write_rows(run_dir, range(1, 701), end="finished")
     sent = sync(run_dir)
     assert sent.metrics > 2 * 1000
-    assert [step for step, _ in history(run_dir, sent.run_id, "train/lr")] == list(range(1, 701))
+    assert [step for step, _ in history(run_dir, sent.run_id, "train/optimizer/lr")] == list(range(1, 701))
 
 
 def test_odd_names_and_values_do_not_stop_the_rest(run_dir: Path) -> None:
@@ -238,12 +335,10 @@ def test_odd_names_and_values_do_not_stop_the_rest(run_dir: Path) -> None:
     sent = sync(run_dir)
     metrics = client_of(run_dir).get_run(sent.run_id).data.metrics
     assert math.isnan(metrics["train/loss"])
-    assert metrics["train/grad_norm"] > 1e300
-    assert metrics["train/a_b"] == 1.0
+    assert metrics["train/optimizer/grad_norm"] > 1e300
+    assert metrics["train/speed/a_b"] == 1.0
     assert metrics["eval/news _/loss"] == 2.0
-    assert metrics["event/skip/count"] == 3.0
-    assert "train/note" not in metrics
-    assert "train/flag" not in metrics
+    assert set(metrics) == {"train/loss", "train/optimizer/grad_norm", "train/speed/a_b", "eval/news _/loss"}
 
 
 def test_validation_sets_of_one_run_are_series_of_their_own(run_dir: Path) -> None:
@@ -398,9 +493,11 @@ def test_runs_of_a_moved_and_a_copied_root_in_a_common_store(
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     shutil.move(run_dir.parent / "mlflow.db", elsewhere)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{elsewhere}/mlflow.db")
-    monkeypatch.chdir(elsewhere)  # MLflow makes ./mlruns for the artifacts of such a store
+    monkeypatch.chdir(run_dir)
     write_rows(run_dir, range(1, 5))
     first = sync(run_dir)
+    assert (elsewhere / "mlartifacts" / first.run_id / "artifacts" / "config.yaml").is_file()
+    assert not list(run_dir.rglob("mlruns"))
     copied = elsewhere / "copied"
     shutil.copytree(run_dir.parent, copied)
     assert sync(copied / run_dir.name).run_id != first.run_id

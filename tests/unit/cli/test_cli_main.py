@@ -85,10 +85,10 @@ def test_what_is_refused_is_one_line_and_exit_code_2(
 def test_every_error_for_people_leaves_with_its_own_code(
     error: MegalmError, lines: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(_run_dir: Path, _deadline: float) -> None:
+    def fail(*_of: object) -> None:
         raise error
 
-    monkeypatch.setattr("megalm.tracking.mlflow_mirror.mirror_process.sync", fail)
+    monkeypatch.setattr("megalm.tracking.mlflow_mirror.mirror_process.sync_trackers", fail)
     with pytest.raises(SystemExit) as caught:
         cli.main(["track", "sync", "."])
     assert caught.value.code == error.exit_code

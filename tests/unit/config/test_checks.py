@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from megalm.config.deepspeed.json_reader import DeviceFacts, read_deepspeed_json
 from megalm.config.loading import config_to_yaml, load_run_config
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_checks import RULES, check_run
+from megalm.utils.process_setup import require_extra
 from tests.messages import assert_names
 
 Start = Callable[..., ResolvedRun]
@@ -311,3 +313,14 @@ def test_check_run_runs_every_rule(write_json: Callable[..., Path], monkeypatch:
 def test_a_batch_that_does_not_divide_is_refused_before_it_is_planned(write_json: Callable[..., Path]) -> None:
     message = refused(check_run, load_run_config(None, []), read_deepspeed_json(write_json()), 3, CPU)
     assert_names(message, "train_batch_size=16", 3, 15, 18)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_needs_its_package(start: Start, name: str) -> None:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        assert_names(refused(start, f"tracking.{name}=true"), f"tracking.{name}=true", f"[{name}]")
+    else:
+        start(f"tracking.{name}=true")
+    assert_names(refused(require_extra, f"no-{name}"), f"no-{name}")

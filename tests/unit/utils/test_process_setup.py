@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pwd
+import signal
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from megalm.data.builder.stdlib_corpus import default_cache_dir
 from megalm.errors import ConfigError
 from megalm.train.lifecycle.time_limits import process_start
-from megalm.utils.process_setup import _Output
+from megalm.utils.process_setup import _Output, begin_under_launcher, code_for_launcher
 from tests.messages import assert_names
 
 
@@ -55,3 +56,22 @@ def test_the_age_of_the_process_does_not_change_with_the_clock(monkeypatch: pyte
     assert 0 <= time.monotonic() - before < 3600
     monkeypatch.setattr(time, "time", lambda: clock() - 7200)
     assert abs(process_start() - before) < 60
+
+
+def test_torchrun_is_told_only_of_what_a_restart_can_mend(tmp_path: Path) -> None:
+    path = tmp_path / "end"
+    told = {"MEGALM_END_FILE": str(path)}
+    assert [code_for_launcher(code, told) for code in (0, 1, 137)] == [0, 1, 137]
+    assert not path.exists()
+    for code in (2, 75):
+        assert code_for_launcher(code, told) == 0
+        assert int(path.read_text()) == code
+        assert code_for_launcher(code, {}) == code, "any other launcher passes it on"
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        begin_under_launcher({})
+        assert (path.exists(), signal.getsignal(signal.SIGUSR1)) == (True, signal.SIG_IGN)
+        begin_under_launcher(told)
+        assert (path.exists(), signal.getsignal(signal.SIGUSR1)) == (False, signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
