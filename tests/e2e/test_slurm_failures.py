@@ -90,6 +90,7 @@ def test_the_rank_that_failed_is_named_with_its_node(
     assert_names(said, f"--exclude={node}")
 
 
+@pytest.mark.slow
 def test_ranks_are_started_again_inside_the_allocation(
     slurm: SlurmCluster, small_data: SmallData, tmp_path: Path
 ) -> None:

@@ -43,6 +43,8 @@ class FlightRecorder:
     def __init__(self, folder: Path, rank: int) -> None:
         self._folder, self._rank = folder, rank
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / _NCCL_PREFIX))
+        if dist.is_nccl_available():  # which makes no folder for its own dump
+            folder.mkdir(parents=True, exist_ok=True)
         for prefix in _DUMPS:
             with contextlib.suppress(OSError):
                 (folder / f"{prefix}{rank}").unlink(missing_ok=True)

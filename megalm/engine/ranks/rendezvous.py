@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 _FIRST_NOTICE_SECONDS = 15.0
 _LONGEST_PAUSE_SECONDS = 60.0  # between two notices
-_POLL_SECONDS = (0.02, 0.5)  # the first pause and the longest
+# Between two looks: a twentieth of the time waited so far, within these seconds.
+_SHORTEST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.01, 0.5
 # Rank 1 speaks first about a rank 0 that is not there; a launcher then ends the others.
 _SPEAKER_LEAD_SECONDS = 5.0
 # For the other ranks to read that the job has failed, before rank 0 ends with the store.
@@ -53,7 +54,6 @@ class _Patience:
         self._began = time.monotonic()
         self._limit, self.tell = limit_seconds, notice
         self._next_notice = _FIRST_NOTICE_SECONDS
-        self._pause = _POLL_SECONDS[0]
         self.has_spoken = False
 
     @property
@@ -64,8 +64,7 @@ class _Patience:
         return self._limit is not None and self.seconds > self._limit + extra_seconds
 
     def pause(self) -> None:
-        time.sleep(self._pause)
-        self._pause = min(2 * self._pause, _POLL_SECONDS[1])
+        time.sleep(min(max(self.seconds / 20, _SHORTEST_POLL_SECONDS), _LONGEST_POLL_SECONDS))
 
     def say(self, text: str) -> None:
         """Give notice, unless the last one was a short while ago."""

@@ -10,6 +10,7 @@ from megalm.rank_environment import RankPlace, describe_ranks, exclude_advice
 from megalm.train.lifecycle.heartbeat import Beat, LostRank
 
 _SHOWN_ERROR = 160
+_SHOWN_PLACES = 4  # with their devices; more are summed up by node
 _SOURCE_PLACE = re.compile(r"^\[\S+:\d+\] ")  # with which gloo's errors begin
 
 
@@ -20,9 +21,10 @@ def describe_lost(lost: Sequence[LostRank], consequence: str = "", stalled: Stal
         consequence: what the rank that reports has noticed of it.
         stalled: the collective that other ranks wait in.
     """
-    first = lost[0]
-    who = str(first.place) if len(lost) == 1 else describe_ranks((it.place.rank, it.place.host) for it in lost)
-    has, its = ("has", "its process") if len(lost) == 1 else ("have", "their processes")
+    first, who = lost[0], _who([each.place for each in lost])
+    has, its, stands = ("has", "its process", "stands")
+    if len(lost) > 1:
+        has, its, stands = ("have", "their processes", "stand")
     at = _where(first.beat)
     if first.condition == "gone":
         kills = sum({it.place.host: it.memory_kills for it in lost}.values())
@@ -31,11 +33,11 @@ def describe_lost(lost: Sequence[LostRank], consequence: str = "", stalled: Stal
             f"{has} vanished{at}: {its} ended without a message, killed from outside (as for memory) or crashed{memory}"
         )
     elif first.condition == "stopped":
-        what = f"{has} stopped{at}: {its} stands still (SIGSTOP, a debugger) and the other ranks wait for it"
+        what = f"{has} stopped{at}: {its} {stands} still (SIGSTOP, a debugger), and the other ranks wait"
     else:
         what = (
             f"{has} given no sign of life for {max(it.seconds for it in lost):.0f} s{at}: the node or its network is "
-            f"gone, or {its} is frozen"
+            f"gone, or {its} {stands} still (SIGSTOP, swapping)"
         )
     noticed = f" ({consequence})" if consequence else ""
     if stalled is not None and {it.place.rank for it in lost} <= set(stalled.missing):
@@ -54,11 +56,17 @@ def describe_stuck(
     stuck: Sequence[tuple[RankPlace, Beat]], noticed: str, stalled: StalledCollective | None = None
 ) -> str:
     """Return a line on ranks that are alive and that the others wait for."""
-    who = str(stuck[0][0]) if len(stuck) == 1 else describe_ranks((place.rank, place.host) for place, _ in stuck)
+    who = _who([place for place, _ in stuck])
     verb = "is" if len(stuck) == 1 else "are"
     why = _not_joined(stalled) if stalled is not None else ", further behind than all others"
     advice = exclude_advice(place.host for place, _ in stuck)
     return f"{who} {verb} stuck{_where(stuck[0][1])}{why} ({noticed}){advice}"
+
+
+def _who(places: Sequence[RankPlace]) -> str:
+    if len(places) <= _SHOWN_PLACES:
+        return ", ".join(map(str, places))
+    return describe_ranks((place.rank, place.host) for place in places)
 
 
 def _not_joined(stalled: StalledCollective) -> str:

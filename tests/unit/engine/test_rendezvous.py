@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
 from torch.distributed import TCPStore
 
 from megalm.engine.ranks import rendezvous
-from megalm.engine.ranks.rendezvous import Meeting, meet
+from megalm.engine.ranks.rendezvous import Meeting, count_restarts, meet
 from megalm.errors import OtherRankFailed, TrainingError
 from megalm.rank_environment import RankFacts, RankPlace
 from tests.messages import assert_names
@@ -72,13 +73,23 @@ def test_a_restart_shares_nothing_with_what_was_killed(agent: TCPStore) -> None:
     assert not meeting(second[1]).store.check(["key"])
 
 
+def test_every_start_counts_whichever_agent_began_it(agent: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent of a node whose ranks were well counts no restart."""
+    counted = []
+    for told in ("0", "0", "0", "7"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", told)
+        count_restarts(RankFacts(2, 4, 0, 2, 1))
+        counted.append(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    assert counted == ["0", "1", "2", "7"]
+
+
 def test_missing_ranks_are_named_again_and_again_and_end_the_job(
     agent: TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rendezvous, "_FIRST_NOTICE_SECONDS", 0.2)
     monkeypatch.setattr(rendezvous, "_LAST_WORD_SECONDS", 1.0)
     notices: list[str] = []
-    results = starts(0, 1, 2, limit_seconds=1.0, notices=notices)
+    results = starts(0, 1, 2, limit_seconds=3.0, notices=notices)
     assert isinstance(results[0], TrainingError)
     assert_names(results[0], "3 of 4", "rank 3 on n2", "train.start_timeout_seconds", "--exclude=n2")
     assert len(notices) >= 2

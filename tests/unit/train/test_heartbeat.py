@@ -96,7 +96,8 @@ def test_a_node_that_is_gone_is_silent() -> None:
         del here.said[2], here.said[3]
         lost = here.rank_0.find_lost(3.0)
     assert [(each.place.rank, each.condition) for each in lost] == [(2, "silent"), (3, "silent")]
-    assert_names(describe_lost(lost), "ranks 2-3 on n2")
+    assert_names(describe_lost(lost), "rank 2 on n2 (cuda:0)", "rank 3 on n2 (cuda:1)")
+    assert_names(describe_lost(4 * lost), "on n2")
 
 
 def test_a_silent_rank_before_the_first_step_has_a_limit() -> None:
