@@ -36,6 +36,9 @@ def history(run_dir: Path, run_id: str, key: str) -> list[tuple[int, float]]:
 
 def test_a_finished_run_arrives_whole(run_dir: Path) -> None:
     write_rows(run_dir, range(1, 5), end="finished")
+    (run_dir / "profile").mkdir()
+    for name in ("step-00000002.txt", "step-00000002.json", "step-00000002.rank-0.trace.json.gz"):
+        (run_dir / "profile" / name).write_text("{}")
     sent = sync(run_dir)
     client = client_of(run_dir)
     run = client.get_run(sent.run_id)
@@ -64,10 +67,12 @@ def test_a_finished_run_arrives_whole(run_dir: Path) -> None:
 
     top = {item.path for item in client.list_artifacts(sent.run_id)}
     configured = {"config.yaml", "deepspeed.json", "deepspeed.resolved.json", "environment.json"}
-    assert top == {*configured, "samples", "events.jsonl"}
+    assert top == {*configured, "samples", "profile", "events.jsonl"}
     stored = run_dir.parent / "mlartifacts" / sent.run_id / "artifacts" / "samples" / "step-00000004.txt"
     assert stored.read_text() == "Once upon a time"
-    assert sent.artifacts == 5
+    profile = {item.path for item in client.list_artifacts(sent.run_id, "profile")}
+    assert profile == {"profile/step-00000002.txt", "profile/step-00000002.json"}, "no timeline, which is large"
+    assert sent.artifacts == 5 + 2
     page = run.data.tags["mlflow.note.content"]
     for name in ("145,216", "24 tokens", "1.5000", "--resume auto"):
         assert name in page
