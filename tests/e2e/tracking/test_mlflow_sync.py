@@ -159,7 +159,7 @@ def test_the_environment_names_experiment_tags_and_run(run_dir: Path, monkeypatc
     assert nested.info.experiment_id == client.get_run(given).info.experiment_id
     monkeypatch.setenv("MLFLOW_RUN_ID", "none")
     fourth = run_dir.with_name("fourth-001")
-    shutil.copytree(third, fourth)
+    shutil.copytree(run_dir, fourth)
     with pytest.raises(ConfigError) as error:
         sync(fourth)
     assert_names(error.value, "MLFLOW_RUN_ID", "none")
