@@ -33,6 +33,9 @@ setup(
         "Jinja2>=3.1",
         "filelock>=3.30",
     ],
-    extras_require={"gpu-rehearsal": ["triton>=3.5"]},  # tests/gpu_rehearsal/test_kernels.py
+    extras_require={
+        "gpu-rehearsal": ["triton>=3.5"],  # tests/gpu_rehearsal/test_kernels.py
+        "gpu-metrics": ["nvidia-ml-py>=12"],  # MLflow's system metrics of NVIDIA GPUs
+    },
     entry_points={"console_scripts": ["megalm = megalm.cli.main:main"]},
 )
