@@ -43,7 +43,7 @@ setup(
     ],
     extras_require={
         "gpu-rehearsal": ["triton>=3.5"],  # tests/gpu_rehearsal/test_kernels.py
-        "gpu-metrics": ["nvidia-ml-py>=12.535"],  # temperatures, by torch.cuda.temperature
+        "gpu-metrics": ["nvidia-ml-py>=12.535"],  # temperatures, and MLflow's system metrics of NVIDIA GPUs
         "tensorboard": ["tensorboard>=2.16"],
         "wandb": ["wandb>=0.19"],
     },

@@ -46,8 +46,6 @@ logging.getLogger("urllib3").setLevel(logging.ERROR)
 _BATCH_NAMES = 100
 _ARTIFACTS = "mlartifacts"
 _KEY_OF_SWEEP = "sweep-"  # opens the key of a sweep's own run
-# MLflow 3.17 opens an experiment without it as one of generative AI.
-_KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +88,9 @@ class MlflowStore:
         """Find or create an experiment."""
         found = self._client.get_experiment_by_name(name)
         if found is None:
-            kind = {_KIND_TAG: _KIND}
-            return str(self._client.create_experiment(name, artifact_location=self._artifacts, tags=kind))
+            return str(self._client.create_experiment(name, artifact_location=self._artifacts))
         if found.lifecycle_stage != "active":
             self._client.restore_experiment(found.experiment_id)
-        if not found.tags.get(_KIND_TAG):
-            self._client.set_experiment_tag(found.experiment_id, _KIND_TAG, _KIND)
         return str(found.experiment_id)
 
     def experiment_of(self, run_id: str) -> str:

@@ -38,7 +38,8 @@ def _what(run: ReportData) -> Iterator[str]:
     count = run.results.parameters
     size = f": {count:,} parameters" if count is not None else ""
     layers, width = setting("model.num_hidden_layers"), setting("model.hidden_size")
-    yield f"**{run.preset or 'model'}**, {setting('model.style')}, {layers} layers x {width}{size}"
+    preset = f" (preset {run.preset})" if run.preset else ""
+    yield f"**{setting('model.style')}, {layers} layers x {width}{size}**{preset}"
     device = facts.get("device") or "unknown device"
     yield f"{run.planned_steps or 0:,} steps in {facts.get('precision')} on {facts.get('world_size')} x {device}"
     found = facts.get("datasets")

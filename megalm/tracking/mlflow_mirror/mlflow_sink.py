@@ -274,10 +274,10 @@ class MlflowSink(Sink):
         state.description = text
 
     def _send_system_metrics(self, store: MlflowStore, run_id: str) -> None:
-        for path in node_files(self.run_dir):
+        for prefix, path in node_files(self.run_dir).items():
             offset, count = self._state.system.get(path.name, [0, 0])
             batch: list[MetricValue] = []
-            for metrics, end in samples_after(path, offset, count):
+            for metrics, end in samples_after(path, offset, count, prefix):
                 if len(batch) + len(metrics) > _BATCH_METRICS:
                     store.log_metrics(run_id, batch)
                     batch = []

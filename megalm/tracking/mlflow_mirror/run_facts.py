@@ -159,19 +159,21 @@ def parameters(run_dir: Path) -> dict[str, str]:
     """Return the settings that have a value, as the run resolved them, and the facts that make a run, within limits."""
     environment = read_mapping(run_dir / ENVIRONMENT_FILE)
     resolved = environment.get("resolved")
-    found = settings(run_dir) | (flatten_to_text(resolved) if isinstance(resolved, dict) else {})
     facts = flatten_to_text(environment)
-    found |= {name: facts[key] for key, name in _PARAMETERS_OF_ENVIRONMENT.items() if key in facts}
+    found = {name: facts[key] for key, name in _PARAMETERS_OF_ENVIRONMENT.items() if key in facts}
+    found |= settings(run_dir) | (flatten_to_text(resolved) if isinstance(resolved, dict) else {})
     told = {name: text for name, text in found.items() if text not in _UNSET and not name.startswith(_NOT_PARAMETERS)}
     return _within_limits(told, _LONGEST_PARAMETER)
 
 
 def tags(run_dir: Path) -> dict[str, str]:
     """Return tags from environment.json, its plain values, git facts and fingerprints, and those of MLFLOW_TAGS."""
-    environment = flatten_to_text(read_mapping(run_dir / ENVIRONMENT_FILE))
+    environment = read_mapping(run_dir / ENVIRONMENT_FILE)
+    if isinstance(environment.get("command"), list):
+        environment["command"] = shlex.join(map(str, environment["command"]))
     found = {
         name: value
-        for name, value in environment.items()
+        for name, value in flatten_to_text(environment).items()
         if name not in _NOT_TAGS
         and value not in _UNSET
         and ("." not in name or name.startswith("git.") or "fingerprint" in name)
@@ -201,7 +203,7 @@ class UsedDataset:
 
     Attributes:
         context: training or validation.
-        digest: at most 36 characters; of the dataset's tokens, if known.
+        digest: of the dataset's tokens, if known.
         profile: its numbers.
     """
 
@@ -230,7 +232,7 @@ def _dataset(prefix: str, context: str, facts: dict[str, Any]) -> UsedDataset:
     except DataError:
         sidecar = {}
     known = {name: sidecar[name] for name in ("tokens", "documents", "text_bytes") if sidecar.get(name)}
-    digest = str(sidecar.get("bin_sha256") or "unknown")[:36]
+    digest = str(sidecar.get("bin_sha256") or "unknown")[:12]
     return UsedDataset(Path(prefix).name, context, prefix, digest, known | facts)
 
 

@@ -1,8 +1,8 @@
 """CPU, memory, network and GPUs of every node, by MLflow's own monitors, into RUN_DIR/system/node-N.jsonl.
 
 Each node's process appends to a file of its own, and the mirror alone speaks to the tracker: a store on SQLite takes
-one writer, and what was sampled while a server was down is sent later. MLflow shows `system/node_N/NAME` as one chart a
-name, with a line for each node.
+one writer, and what was sampled while a server was down is sent later. With several nodes MLflow draws one chart for
+each NAME of `system/node_N/NAME`, with a line for each node; with one it has `system/NAME`.
 """
 
 from __future__ import annotations
@@ -93,17 +93,20 @@ class NodeSampler:
             self.due = math.inf
 
 
-def node_files(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / FOLDER).glob("node-*.jsonl"))
+def node_files(run_dir: Path) -> dict[str, Path]:
+    """Return prefix of the metrics' names -> file, for each node."""
+    paths = sorted((run_dir / FOLDER).glob("node-*.jsonl"))
+    if len(paths) == 1:
+        return {"system/": paths[0]}
+    return {f"system/{path.stem.replace('-', '_')}/": path for path in paths}
 
 
-def samples_after(path: Path, offset: int, count: int) -> Iterator[tuple[list[MetricValue], int]]:
+def samples_after(path: Path, offset: int, count: int, prefix: str) -> Iterator[tuple[list[MetricValue], int]]:
     """Yield the numbers of each sample after an offset, and the offset after it.
 
     Args:
         count: of the samples before the offset: a sample's number is its step.
     """
-    node = path.stem.removeprefix("node-")
     with open(path, "rb") as file:
         file.seek(offset)
         for line in file:
@@ -114,11 +117,5 @@ def samples_after(path: Path, offset: int, count: int) -> Iterator[tuple[list[Me
                 row = orjson.loads(line)
                 moment = int(row["time"] * 1000)
                 numbers = {name: value for name, value in row.items() if name not in ("time", "host")}
-                yield (
-                    [
-                        MetricValue(f"system/node_{node}/{name}", value, count, moment)
-                        for name, value in numbers.items()
-                    ],
-                    offset,
-                )
+                yield [MetricValue(prefix + name, value, count, moment) for name, value in numbers.items()], offset
             count += 1

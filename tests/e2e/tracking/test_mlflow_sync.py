@@ -129,6 +129,10 @@ def test_system_metrics_of_every_node_arrive_once_also_after_a_take_back(run_dir
     second = sync(run_dir)
     assert second.run_id != first.run_id
     assert history(run_dir, second.run_id, key) == [(0, 0.0), (1, 5.0), (2, 10.0), (4, 10.0)]
+    (run_dir / "system" / "node-1.jsonl").unlink()  # of one node alone, MLflow's names have no node
+    alone = run_dir.with_name("alone-001")
+    shutil.copytree(run_dir, alone)
+    assert len(history(alone, sync(alone).run_id, key.replace("node_1/", ""))) == 3
 
 
 def test_the_environment_names_experiment_tags_and_run(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +168,7 @@ def test_the_environment_names_experiment_tags_and_run(run_dir: Path, monkeypatc
     assert nested.info.experiment_id == client.get_run(given).info.experiment_id
     monkeypatch.setenv("MLFLOW_RUN_ID", "none")
     fourth = run_dir.with_name("fourth-001")
-    shutil.copytree(third, fourth)
+    shutil.copytree(run_dir, fourth)
     with pytest.raises(ConfigError) as error:
         sync(fourth)
     assert_names(error.value, "MLFLOW_RUN_ID", "none")
