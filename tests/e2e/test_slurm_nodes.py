@@ -29,7 +29,7 @@ n2)
     rank=$!
     until [ -d runs/mine ]; do pause 0.02; done
     while kill -STOP $rank 2>/dev/null; do
-        pause 0.1
+        pause 0.2
         kill -CONT $rank 2>/dev/null
         pause 0.003
     done
