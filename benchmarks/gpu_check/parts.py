@@ -100,7 +100,7 @@ def machine(task: Task) -> None:
     report.fact("torch", torch.__version__)
     report.fact("Python", platform.python_version())
     report.fact("cores", len(os.sched_getaffinity(0)))
-    for package in ("deepspeed", "triton", "transformers", "torchtitan", "flash_attn"):
+    for package in ("deepspeed", "triton", "transformers", "flash_attn"):
         report.fact(package, _version(package))
     for tool in ("g++", "ninja", "nvcc"):
         report.fact(tool, "found" if shutil.which(tool) or (Path(sys.executable).parent / tool).exists() else "missing")

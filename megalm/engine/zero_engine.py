@@ -6,7 +6,8 @@ Shapes: B micro-batch, T sequence, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.engine.base_engine import EngineBase, EngineContext, padded
@@ -37,6 +39,10 @@ class ZeroEngine(EngineBase):
             # block.
             set_z3_leaf_modules(model, [Block])
         super().__init__(model, model, context)
+        if context.run.deepspeed["zero_optimization"].get("offload_param"):
+            for parameter in model.parameters():
+                gather = parameter.all_gather_coalesced  # type: ignore[attr-defined]
+                parameter.all_gather_coalesced = _copying_ahead(gather)  # type: ignore[attr-defined]
         self._clock = clock
         self._slices = model.slices
         optimizer = self._engine.optimizer
@@ -108,6 +114,29 @@ class ZeroEngine(EngineBase):
         with torch.compiler.set_stance("force_eager"):  # texts grow: each new length would be compiled again
             logits = self._engine(places[0], positions=places[1])
         return logits.float().cpu().numpy()
+
+
+class _CopyAhead(TorchFunctionMode):
+    """Copies page-locked tensors to the device without the host's wait: the device reads them in its own order."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.to and not args[0].is_cuda and args[0].is_pinned():
+            kwargs = {"non_blocking": True} | (kwargs or {})
+        return function(*args, **(kwargs or {}))
+
+
+def _copying_ahead(gather: Callable[..., Any]) -> Callable[..., Any]:
+    """DeepSpeed's gather of ZeRO 3, which waits for the copy of each offloaded parameter.
+
+    The CPU changes weights in an update only, and that follows a gradient norm for which all their copies are done.
+    """
+
+    @functools.wraps(gather)
+    def copying_ahead(*args: Any, **options: Any) -> Any:
+        with _CopyAhead():
+            return gather(*args, **options)
+
+    return copying_ahead
 
 
 class FlatGradients:
