@@ -43,6 +43,7 @@ setup(
     ],
     extras_require={
         "gpu-rehearsal": ["triton>=3.5"],  # tests/gpu_rehearsal/test_kernels.py
+        "gpu-metrics": ["nvidia-ml-py>=12.535"],  # temperatures, by torch.cuda.temperature
         "tensorboard": ["tensorboard>=2.16"],
         "wandb": ["wandb>=0.19"],
     },

@@ -24,10 +24,10 @@ from benchmarks.random_data import random_batches, write_random_tokens
 from benchmarks.shapes import Shape
 from megalm.config.deepspeed.json_reader import read_deepspeed_json
 from megalm.config.loading import load_run_config
-from megalm.engine.base_engine import parameter_groups
 from megalm.engine.build import build_engine
 from megalm.engine.device import device_facts
 from megalm.engine.distributed import DistributedCommunicator
+from megalm.engine.optimizer.build_optimizer import parameter_groups
 from megalm.model import transformer
 from megalm.model.layer_factory import LayerFactory
 from megalm.model.model_config import ModelConfig, build_model_config

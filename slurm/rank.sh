@@ -41,10 +41,10 @@ fi
 # is the job's: one that srun ended before it could answer signals would hide the code of the rank that failed.
 if [ "$RANK" -ne 0 ]; then
     [ "$code" -ne "$STOPPED_AND_SAVED" ] || exit 0
-    [ "$code" -ne "$ENDED_BY_TERM" ] || [ "$signalled" = no ] || exit 0
     if [ "$code" -ne 0 ] && [ "$signalled" = no ]; then
         sleep "$PATIENCE_SECONDS" &
-        wait $! # a signal ends it
+        wait $! # a signal ends it; it may reach the rank first
     fi
+    [ "$code" -ne "$ENDED_BY_TERM" ] || [ "$signalled" = no ] || exit 0
 fi
 exit "$code"

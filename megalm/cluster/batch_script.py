@@ -271,6 +271,9 @@ def render(
 
 
 def _directive(word: str) -> str:
-    """Quote the word of a #SBATCH line where sbatch would split or unquote it."""
+    """Quote the value of a #SBATCH line where sbatch would change it; to it a backslash escapes within all quotes."""
     name, equals, value = word.partition("=")
-    return f"{name}{equals}{shlex.quote(value)}" if re.search(r"[\s'\"\\#]", value) else word
+    if not re.search(r"[\s'\"\\#]", value):
+        return word
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}{equals}"{escaped}"'

@@ -194,6 +194,12 @@ class MemoryCase:
         types = self.precision, self.gradient_precision
         return self.zero.stage == 1 and types == ("bf16", "fp32") and not self.offloads_optimizer
 
+    @property
+    def reduces_nothing(self) -> bool:
+        """ZeRO 1 and 2 on a data group of one rank: gradients go where the optimizer reads them, without a bucket."""
+        is_alone = self.topology.data == self.topology.pipeline == 1 and self.zero.stage in (1, 2)
+        return is_alone and not self.offloads_optimizer and not self.uses_bf16_optimizer
+
     def padded(self, group: list[int]) -> int:
         """Elements of a parameter group with its padding."""
         alignment = _ALIGNMENT * self.topology.data
@@ -441,6 +447,8 @@ def _gradients(case: MemoryCase, groups: Groups, own: int) -> tuple[int, int]:
         return accumulated * sum(case.padded(group) for group in groups) + low * elements, 0
     if offload and same_type:
         return 0, 4 * own + (low * _touched_elements(groups, case) if case.accumulation > 1 else 0)
+    if case.reduces_nothing:
+        return accumulated * own, 4 * own
     if case.zero.stage == 1:
         return accumulated * elements, 4 * own
     # A gradient in the weights' type stays whole if the partition holds any of it.
@@ -484,6 +492,8 @@ def _bucket_bytes(case: MemoryCase, share: Share, groups: Groups, freed: int) ->
     sent = case.communication_bytes
     # On a CPU, pages that nothing writes to take no memory.
     bucket = min(zero.reduce_bucket_size, sum(counts)) if case.on_cpu else zero.reduce_bucket_size
+    if case.reduces_nothing:
+        return 0
     if stage == 0:
         return 0 if case.topology.data == 1 else max(0, 4 * min(sum(counts), _FLAT_BUCKET) - freed)
     if stage == 3:

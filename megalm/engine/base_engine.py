@@ -26,15 +26,16 @@ from torch.overrides import TorchFunctionMode
 from megalm.checkpoint.shard_spec import HasFragment
 from megalm.communicator import Communicator
 from megalm.data.sampling.batch_loader import MicroBatch
-from megalm.engine.cpp_extensions import load_async_io, load_cpu_adam
+from megalm.engine.cpp_extensions import load_async_io
 from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_log
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
-from megalm.engine.optimizer_state import OptimizerState, ReadFragment
+from megalm.engine.optimizer.build_optimizer import build_optimizer, parameter_groups
+from megalm.engine.optimizer.optimizer_state import OptimizerState, ReadFragment
 from megalm.engine.phase_clock import PhaseClock
 from megalm.model.layer_factory import shard_of
 from megalm.parallel.process_groups import ParallelGroups
-from megalm.planning.resolve import OptimizerFacts, ResolvedRun
+from megalm.planning.resolve import ResolvedRun
 from megalm.rank_environment import rank_facts
 
 
@@ -197,43 +198,6 @@ class ModelParallelUnit:
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         return self._tensor.process_group
-
-
-def parameter_groups(model: nn.Module, weight_decay: float, decay_embeddings: bool) -> list[dict[str, Any]]:
-    """Return optimizer groups: matrices decay, norms and biases do not, embeddings do if `decay_embeddings`.
-
-    ZeRO 3 has flattened the parameters: their annotations know their shapes.
-    """
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        embedding = name.startswith("embedding.")
-        groups[len(shard_of(parameter).shape) >= 2 and (decay_embeddings or not embedding)].append(parameter)
-    return [
-        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
-        for decays, parameters in groups.items()
-        if parameters
-    ]
-
-
-def build_optimizer(groups: list[dict[str, Any]], facts: OptimizerFacts, offload: bool) -> torch.optim.Optimizer:
-    """Return torch's fused Adam(W), which needs no compiler; with `offload`, DeepSpeed's CPUAdam, built on first use.
-
-    The engine sets the learning rate before every step, so the value given here is never used.
-    """
-    if offload:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        load_cpu_adam()
-        return DeepSpeedCPUAdam(
-            groups,
-            lr=0.0,
-            betas=facts.betas,
-            eps=facts.epsilon,
-            adamw_mode=facts.kind == "adamw",
-            fp32_optimizer_states=True,
-        )
-    optimizer = torch.optim.AdamW if facts.kind == "adamw" else torch.optim.Adam
-    return optimizer(groups, lr=0.0, betas=facts.betas, eps=facts.epsilon, fused=True)
 
 
 _SWAPPED_BYTES = 16  # per element: master, two moments and gradient, fp32

@@ -65,8 +65,10 @@ def peak_flops(device: torch.device, low_precision: bool, float8_share: float = 
     return measured_peak(device, low_precision), "measured matrix product"
 
 
-def measured_peak(device: torch.device, low_precision: bool, repeats: int = _REPEATS) -> float:
-    """Return the FLOP/s of the fastest of at least `repeats` matrix products, with this rank's threads.
+def measured_peak(
+    device: torch.device, low_precision: bool, repeats: int = _REPEATS, most_seconds: float = float("inf")
+) -> float:
+    """Return the FLOP/s of the fastest of some matrix products (`fastest_seconds`), with this rank's threads.
 
     1024 x 1024 on a CPU, a few milliseconds each; 8192 x 8192 on a GPU, where a smaller one would time the launch.
     """
@@ -74,21 +76,29 @@ def measured_peak(device: torch.device, low_precision: bool, repeats: int = _REP
     size = 8192 if on_gpu else 1024
     low = torch.float16 if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False) else torch.bfloat16
     left, right = (torch.rand(size, size, device=device).to(low if low_precision else torch.float32) for _ in range(2))
-    return 2 * size**3 / fastest_seconds(lambda: left @ right, device, repeats, _SECONDS)
+    return 2 * size**3 / fastest_seconds(lambda: left @ right, device, repeats, _SECONDS, most_seconds)
 
 
 def fastest_seconds(
-    work: Callable[[], object], device: torch.device, repeats: int, total_seconds: float = 0.0
+    work: Callable[[], object],
+    device: torch.device,
+    repeats: int,
+    total_seconds: float = 0.0,
+    most_seconds: float = float("inf"),
 ) -> float:
-    """Return the seconds of the fastest run of `work`: of at least `repeats`, within at least `total_seconds`."""
-    fastest, done, began = float("inf"), 0, time.perf_counter()
-    while done < repeats or time.perf_counter() - began < total_seconds:
+    """Return the seconds of the fastest run of `work`: of at least `repeats`, within at least `total_seconds`.
+
+    After `most_seconds` there is no other run.
+    """
+    fastest, done, began, passed = float("inf"), 0, time.perf_counter(), 0.0
+    while (done < repeats and passed < most_seconds) or passed < total_seconds:
         done += 1
         _wait_for(device)
         start = time.perf_counter()
         work()
         _wait_for(device)
         fastest = min(fastest, time.perf_counter() - start)
+        passed = time.perf_counter() - began
     return fastest
 
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 from deepspeed.utils import set_z3_leaf_modules
+from torch import Tensor, nn
 
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.engine.base_engine import EngineBase, EngineContext, padded
@@ -36,8 +39,13 @@ class ZeroEngine(EngineBase):
         super().__init__(model, model, context)
         self._clock = clock
         self._slices = model.slices
-        self._whole_gradients = context.run.whole_gradients
         optimizer = self._engine.optimizer
+        is_alone = context.groups.data.size == 1 and isinstance(optimizer, DeepSpeedZeroOptimizer)
+        if is_alone and not optimizer.cpu_offload:
+            FlatGradients(optimizer)
+            self._whole_gradients = False
+            return
+        self._whole_gradients = context.run.whole_gradients
         if self._whole_gradients and optimizer.use_separate_grad_accum:
             # As in ZeRO 1, low-precision gradients are added up in fp32: each at once, so that never all of them exist.
             optimizer.use_grad_accum_attribute = True
@@ -100,3 +108,62 @@ class ZeroEngine(EngineBase):
         with torch.compiler.set_stance("force_eager"):  # texts grow: each new length would be compiled again
             logits = self._engine(places[0], positions=places[1])
         return logits.float().cpu().numpy()
+
+
+class FlatGradients:
+    """Adds up the gradients of ZeRO 1 and 2 on a data group of one rank where the optimizer reads them.
+
+    DeepSpeed copies each gradient to a bucket, divides and reduces the bucket, and adds its parts to the flat gradient
+    of a parameter group. One rank has nothing to reduce: here a gradient goes to its place in the flat one at once,
+    and the sums are equal, bit for bit.
+    """
+
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
+        self._optimizer = optimizer
+        self._flats: list[Tensor] = []  # from the first gradient of a step to its update
+        self._places: list[dict[int, tuple[int, int]]] = []  # group -> id of a parameter -> [start, end) in the flat
+        self._filled: set[int] = set()
+        for group, parameters in enumerate(optimizer.params_in_partition):
+            starts = optimizer.grad_partition_insertion_offset[group][0]
+            spans = [(each, int(starts[optimizer.get_param_id(each)])) for each in parameters]
+            self._places.append({id(each): (start, start + each.numel()) for each, start in spans})
+        optimizer.process_gradients = self._add
+        optimizer.overlapping_partition_gradients_reduce_epilogue = self._end_of_backward
+        optimizer.reduce_gradients = self._end_of_backward
+
+    def _add(self, parameter: nn.Parameter, group: int) -> None:
+        if not self._flats:
+            self._flats = [torch.empty_like(flat, dtype=self._dtype) for flat in self._optimizer.bit16_groups_flat]
+        start, end = self._places[group][id(parameter)]
+        place = self._flats[group][start:end].view_as(parameter)
+        assert parameter.grad is not None
+        if id(parameter) in self._filled:
+            place += parameter.grad.to(self._dtype)
+        else:
+            place.copy_(parameter.grad)
+            self._filled.add(id(parameter))
+        parameter.grad = None
+
+    def _end_of_backward(self, **_: Any) -> None:
+        """Before an update: hand over the flat gradients, with zeros where there is none."""
+        optimizer = self._optimizer
+        optimizer._epilogue_ran_this_backward = True
+        if not optimizer.is_gradient_accumulation_boundary():
+            return
+        for group, (flat, places) in enumerate(zip(self._flats, self._places, strict=True)):
+            parts, reached = [], 0
+            for parameter in optimizer.params_in_partition[group]:
+                start, end = places[id(parameter)]
+                flat[reached:start].zero_()
+                if id(parameter) not in self._filled:
+                    flat[start:end].zero_()
+                parts.append(flat[start:end])
+                reached = end
+            flat[reached:].zero_()
+            optimizer.averaged_gradients[group] = GradPartitionBufferGroup(parts, flat)
+        self._flats, self._filled = [], set()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._optimizer.gradient_accumulation_dtype
+        return dtype

@@ -69,7 +69,11 @@ def check_nodes(
     findings = judge_nodes(reports, run.config.train.slow_factor)
     seconds = comm.max([time.perf_counter() - began])[0]
     bad = tuple(dict.fromkeys(finding.node for finding in findings))
-    why_stay = comm.once(lambda: _why_stay(folder)) if bad and run.config.slurm.exclude_bad else None
+    why_stay = (
+        comm.once(lambda: _why_stay(folder, set(bad), {each.host for each in places}))
+        if bad and run.config.slurm.exclude_bad
+        else None
+    )
     excludes = bad if why_stay == "" else ()
     comm.once(lambda: _write(folder, attempt, reports, findings, excludes, all_reduce, seconds))
     for finding in findings:
@@ -84,10 +88,12 @@ def check_nodes(
     return NodeCheck(tuple(findings), fact=_fact(reports, findings, all_reduce, seconds))
 
 
-def _why_stay(folder: RunFolder) -> str:
+def _why_stay(folder: RunFolder, bad: set[str], nodes: set[str]) -> str:
     """Return why this job cannot leave nodes; empty: it can. A job that finds bad nodes each time has another fault."""
     if EXCLUDE_FILE not in os.environ:
         return "slurm.exclude_bad works in a job of slurm/train.sh"
+    if bad == nodes:
+        return "slurm.exclude_bad leaves no job without nodes, and all are named"
     job, known = job_and_restarts()[0], read_mapping(folder.bad_nodes).get("nodes", [])
     times = len({entry.get("time") for entry in known if entry.get("excluded") and entry.get("job") == job})
     return f"slurm.exclude_bad has left nodes {times} times in this job" if times >= _MOST_EXCLUSIONS else ""

@@ -25,9 +25,11 @@ from megalm.rank_environment import RankFacts, RankPlace
 from megalm.runs.run_folder import git_commit, package_version
 
 _REPEATS = 4
+_MOST_SECONDS = 1.0  # for these on a device that is very slow
 _CLOCK_ROUNDS = 5
-# Of a copy or a message: on a GPU enough to reach the full speed, on a CPU little enough to take some milliseconds.
-_BYTES = {"cuda": 1 << 26, "cpu": 1 << 23}
+# On a GPU enough to reach the full speed; on a CPU a copy is more than caches hold, and a message takes milliseconds.
+_COPY_BYTES = 1 << 26
+_MESSAGE_BYTES = {"cuda": 1 << 26, "cpu": 1 << 23}
 # Of a report: the more, the better.
 _FIGURES = ("free_bytes", "product_flops", "copy_bytes", "link_bytes", "inner_link_bytes")
 
@@ -92,7 +94,9 @@ def with_figures(report: RankReport, device: torch.device) -> RankReport:
     return replace(
         report,
         free_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available,
-        product_flops=measured_peak(device, low_precision=device.type == "cuda", repeats=_REPEATS),
+        product_flops=measured_peak(
+            device, low_precision=device.type == "cuda", repeats=_REPEATS, most_seconds=_MOST_SECONDS
+        ),
         copy_bytes=_copy_speed(device),
         temperature=device_temperature(device),
     )
@@ -117,10 +121,13 @@ def _hash_of_package() -> str:
 
 
 def _copy_speed(device: torch.device) -> float:
-    size = _BYTES[device.type]
-    source = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    size = _COPY_BYTES
+    source = torch.ones(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     target = torch.empty(size, dtype=torch.uint8, device=device)
-    return size / fastest_seconds(lambda: target.copy_(source, non_blocking=True), device, _REPEATS)
+    seconds = fastest_seconds(
+        lambda: target.copy_(source, non_blocking=True), device, _REPEATS, most_seconds=_MOST_SECONDS
+    )
+    return size / seconds
 
 
 # --- Between ranks ----------------------------------------------------------------------------------------------------
@@ -181,7 +188,7 @@ def with_links(report: RankReport, places: Sequence[RankPlace], device: torch.de
 
 def _best_link(rounds: Sequence[int | None], device: torch.device, comm: Communicator) -> float | None:
     """A bad neighbour slows the exchange with it, but not that with the other one."""
-    size, speeds = _BYTES[device.type], []
+    size, speeds = _MESSAGE_BYTES[device.type], []
     sent = torch.zeros(size, dtype=torch.uint8, device=device)
     received = torch.empty_like(sent)
     for partner in rounds:
@@ -201,7 +208,7 @@ def _best_link(rounds: Sequence[int | None], device: torch.device, comm: Communi
 
 def all_reduce_speed(device: torch.device, comm: Communicator) -> float:
     """Collective: return the bus bandwidth of an all-reduce over all ranks, in bytes per second."""
-    size = _BYTES[device.type]
+    size = _MESSAGE_BYTES[device.type]
     message = torch.zeros(size // 4, device=device)
     dist.all_reduce(message)
     seconds = fastest_seconds(lambda: dist.all_reduce(message), device, _REPEATS)

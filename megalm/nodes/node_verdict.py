@@ -13,7 +13,8 @@ from megalm.nodes.node_report import RankReport
 from megalm.utils.formatting import format_bytes
 
 # Beside train.slow_factor, which is the matrix product's: buses and switches are shared with others, memory is not.
-_LINK_FACTOR = 2.0
+# CPUs are shared with other programs, and measured over TCP.
+_LINK_FACTORS = {"cuda": 1.5, "cpu": 3.0}
 _MEMORY_FACTOR = 1.25
 _CLOCK_SECONDS = 1.0
 
@@ -50,7 +51,8 @@ def judge_nodes(reports: Sequence[RankReport], slow_factor: float) -> list[NodeF
         slow_factor: a device whose matrix product takes so many times the median is slow.
     """
     found = [*_unseen_folders(reports), *_differences(reports), *_clocks(reports)]
-    for figure in _figures(slow_factor):
+    device = "cuda" if any(report.device.startswith("cuda") for report in reports) else "cpu"
+    for figure in _figures(slow_factor, device):
         found += _below_median(reports, figure)
     order = list(dict.fromkeys(report.node for report in reports))
     return sorted(found, key=lambda finding: (not finding.forbids, order.index(finding.node)))
@@ -61,7 +63,9 @@ def has_slow(findings: Sequence[NodeFinding]) -> bool:
     return any(not finding.forbids for finding in findings)
 
 
-def _figures(slow_factor: float) -> tuple[_Figure, ...]:
+def _figures(slow_factor: float, device: str) -> tuple[_Figure, ...]:
+    links = _LINK_FACTORS[device]
+
     def per_second(value: float) -> str:
         return f"{format_bytes(value)}/s"
 
@@ -69,9 +73,9 @@ def _figures(slow_factor: float) -> tuple[_Figure, ...]:
         _Figure(
             "matrix product", lambda it: it.product_flops, slow_factor, lambda value: f"{value / 1e12:.3g} TFLOP/s"
         ),
-        _Figure("copy", lambda it: it.copy_bytes, _LINK_FACTOR, per_second),
-        _Figure("exchange with other nodes", lambda it: it.link_bytes, _LINK_FACTOR, per_second),
-        _Figure("exchange within the node", lambda it: it.inner_link_bytes, _LINK_FACTOR, per_second),
+        _Figure("copy", lambda it: it.copy_bytes, links, per_second),
+        _Figure("exchange with other nodes", lambda it: it.link_bytes, links, per_second),
+        _Figure("exchange within the node", lambda it: it.inner_link_bytes, links, per_second),
         _Figure("free memory", lambda it: it.free_bytes, _MEMORY_FACTOR, format_bytes),
     )
 

@@ -7,7 +7,7 @@ import torch
 
 
 def device_temperature(device: torch.device) -> float | None:
-    """Return degrees Celsius; None where they are not known (a GPU's take the package nvidia-ml-py)."""
+    """Return degrees Celsius; None where they are not known (a GPU's take the extra gpu-metrics)."""
     if device.type == "cuda":
         try:
             return float(torch.cuda.temperature(device))

@@ -383,7 +383,7 @@ def _reduction(config: RunConfig, ds: DeepSpeedConfig, batch: BatchPlan, whole: 
         whole: the memory that it needs then.
     """
     zero, wanted = ds.settings.zero_optimization, config.train.reduce_gradients
-    if zero.stage != 2 or wanted != "auto" or batch.accumulation == 1:
+    if zero.stage != 2 or wanted != "auto" or batch.accumulation == 1 or batch.data_parallel == 1:
         return zero.stage == 2 and wanted == "step", []
     often = f'train.reduce_gradients ("auto"): gradients are reduced {batch.accumulation} times a step'
     if zero.offload_optimizer is not None and zero.offload_optimizer.device != "none":

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalm.config.schema import SampleSection
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.sampling.batch_loader import BatchLayout, ValidationLoader
 from megalm.data.sampling.samples import ValidationSamples
+from megalm.engine import zero_engine
 from megalm.train.evaluator import Evaluator
 from megalm.train.text_samples import generate
 from tests.distributed.training import VOCAB, Case, Trace, make_dataset, start, steps
@@ -29,6 +32,19 @@ REHEARSED = {
     "zero2 bf16": Case("zero2.json", "bf16"),
     "zero1 bf16": Case("zero1.json", "bf16"),
     "zero3": ZERO3,
+}
+
+
+ON_ONE_RANK = {
+    "zero1": Case("zero1.json"),
+    "zero2": Case("zero2.json"),
+    "zero2 accumulated": Case("zero2.json", settings={"train_micro_batch_size_per_gpu": 4}),
+    "zero2 bf16 accumulated": Case("zero2.json", "bf16", settings={"train_micro_batch_size_per_gpu": 4}),
+    "zero2 bf16 in bf16": Case(
+        "zero2.json",
+        "bf16",
+        settings={"train_micro_batch_size_per_gpu": 4, "data_types": {"grad_accum_dtype": "bf16"}},
+    ),
 }
 
 
@@ -69,6 +85,7 @@ def _work(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[s
         "gradients": _gradients(comm, device, prefix, folder),
         "rows": _logits_rows(comm, device, prefix, folder),
         "placeholders": _step_of_placeholders(comm, device, prefix, folder),
+        "flat": _flat_gradients(comm, device, prefix, folder) if comm.size == 1 else None,
     }
 
 
@@ -137,6 +154,25 @@ def _gradients(comm: Any, device: torch.device, prefix: Path, folder: Path) -> d
         trace = steps(engine, run, loader, 1, 1)
         loader.close()
         found[name] = np.concatenate([values for key, values in trace.fragments if key.kind == "exp_avg"])
+    return found
+
+
+def _flat_gradients(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, Any]:
+    """Case -> traces of three steps and reductions of buckets: gradients put in place at once, or by DeepSpeed."""
+
+    def train(case: Case) -> tuple[Trace, int]:
+        reduce = DeepSpeedZeroOptimizer.average_tensor
+        with mock.patch.object(DeepSpeedZeroOptimizer, "average_tensor", autospec=True, side_effect=reduce) as reduced:
+            engine, run, loader = start(comm, device, case, prefix, folder)
+            trace = steps(engine, run, loader, 1, 3)
+        loader.close()
+        return trace, reduced.call_count
+
+    found = {}
+    for name, case in ON_ONE_RANK.items():
+        own = train(case)
+        with mock.patch.object(zero_engine, "FlatGradients"):
+            found[name] = own, train(case)
     return found
 
 
@@ -215,6 +251,17 @@ def test_bf16_accumulates_in_fp32(results: Any) -> None:
     assert error("bf16 accumulated") < 1.1 * error("bf16 at once")
     assert error("bf16 accumulated whole") < 1.1 * error("bf16 at once")
     assert error("bf16 in bf16") > 1.2 * error("bf16 accumulated")
+
+
+@pytest.mark.parametrize("name", list(ON_ONE_RANK))
+def test_one_rank_needs_no_buckets(results: Any, name: str) -> None:
+    """A gradient that goes where the optimizer reads it trains as DeepSpeed's buckets do, bit for bit."""
+    (own, no_reductions), (expected, reductions) = results[1][0]["flat"][name]
+    assert no_reductions == 0
+    assert reductions >= 3
+    assert (own.losses, own.norms) == (expected.losses, expected.norms)
+    for (_, found), (_, values) in zip(own.fragments, expected.fragments, strict=True):
+        np.testing.assert_array_equal(found, values)
 
 
 def test_preflight_runs_without_initial_weights(results: Any) -> None:

@@ -17,23 +17,25 @@ from tests.slurm_cluster import SlurmCluster, can_name_hosts
 pytestmark = [pytest.mark.e2e, pytest.mark.slurm]
 
 JOB_SECONDS = 300.0
-# In the place of a container: n3 has a checkout of its own, and n2 is throttled as soon as the run folder is there. The
-# others do not compete for cores.
+# In the place of a container: n3 has a checkout of its own, and n2 is throttled as soon as the run folder is there.
 SITE = """#!/usr/bin/env bash
 case $SLURMD_NODENAME in
-n1) exec taskset -c 0 "$@" ;;
-n3) exec taskset -c 1 "$1" "{other}/launch/pretrain.py" "${{@:3}}" ;;
+n3) exec "$1" "{other}/launch/pretrain.py" "${{@:3}}" ;;
 n2)
-    "$@" &
+    trap : TERM
+    exec 9<> <(:)
+    pause() {{ read -rt "$1" -u 9; }}
+    "$@" 9<&- &
     rank=$!
-    until [ -d runs/mine ]; do sleep 0.02; done
+    until [ -d runs/mine ]; do pause 0.02; done
     while kill -STOP $rank 2>/dev/null; do
-        sleep 0.2
-        kill -CONT $rank
-        sleep 0.01
+        pause 0.1
+        kill -CONT $rank 2>/dev/null
+        pause 0.003
     done
     wait $rank
     ;;
+*) exec "$@" ;;
 esac
 """
 

@@ -59,7 +59,7 @@ ACCUMULATED = {"train_micro_batch_size_per_gpu": 2}
     [
         ((), 2, ACCUMULATED, True, ["train.reduce_gradients", "auto"]),
         ((), 2, {}, False, []),  # a single micro-batch
-        ((), 1, ACCUMULATED, True, ["train.reduce_gradients", "auto"]),  # nothing is sent, but a bucket is copied
+        ((), 1, ACCUMULATED, False, []),  # nothing is sent
         ((), 2, ACCUMULATED | {"zero_optimization": {"stage": 1}}, False, []),
         ((), 2, ACCUMULATED | {"zero_optimization": {"stage": 3}}, False, []),
         (

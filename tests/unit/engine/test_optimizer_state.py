@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megalm.engine.optimizer_state import OptimizerState
+from megalm.engine.optimizer.optimizer_state import OptimizerState
 
 
 @pytest.mark.parametrize(("deepspeed", "norm"), [(0.0, 0.0), (2.5, 2.5), (math.inf, math.inf), (-1.0, math.nan)])

@@ -20,14 +20,19 @@ def test_a_job_leaves_nodes_three_times(tmp_path: Path, monkeypatch: pytest.Monk
     folder = RunFolder(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv(EXCLUDE_FILE, raising=False)
-    assert_names(_why_stay(folder), "slurm.exclude_bad", "slurm/train.sh")
+    assert_names(_why_stay(folder, {"n2"}, {"n1", "n2"}), "slurm.exclude_bad", "slurm/train.sh")
     monkeypatch.setenv(EXCLUDE_FILE, "there")
-    assert _why_stay(folder) == ""
+    assert _why_stay(folder, {"n2"}, {"n1", "n2"}) == ""
     for known in (left("7", "7"), left("6", "7", "7"), left("7", "7", "7", excluded=False)):
         write_json(folder.bad_nodes, known)
-        assert _why_stay(folder) == ""
+        assert _why_stay(folder, {"n2"}, {"n1", "n2"}) == ""
     write_json(folder.bad_nodes, left("7", "6", "7", "7"))
-    assert_names(_why_stay(folder), "slurm.exclude_bad", 3)
+    assert_names(_why_stay(folder, {"n2"}, {"n1", "n2"}), "slurm.exclude_bad", 3)
+
+
+def test_a_job_does_not_leave_all_its_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(EXCLUDE_FILE, "there")
+    assert_names(_why_stay(RunFolder(tmp_path), {"n1", "n2"}, {"n1", "n2"}), "slurm.exclude_bad")
 
 
 def test_a_run_that_only_left_nodes_has_not_started(tmp_path: Path) -> None:

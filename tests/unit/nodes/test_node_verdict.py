@@ -92,6 +92,12 @@ def test_what_has_to_be_equal(changes: dict[str, dict[int, object]], names: tupl
     assert_names(found, "n2", *names)
 
 
+def test_links_of_cpus_may_differ_more() -> None:
+    cpus = dict.fromkeys(range(3), "cpu")
+    assert named(3, device=cpus, link_bytes={1: 20e9}) == []
+    assert [found.node for found in named(3, device=cpus, link_bytes={1: 10e9})] == ["n1"]
+
+
 def test_of_two_that_differ_rank_0_is_right_and_more_than_one_thing_may_be_wrong() -> None:
     assert [found.node for found in named(2, commit={0: "def"}, code={0: "2"})] == ["n1"]
     assert [found.node for found in named(3, commit={0: "def"}, code={0: "2"})] == ["n0"]
