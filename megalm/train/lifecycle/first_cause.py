@@ -33,7 +33,7 @@ def describe_lost(lost: Sequence[LostRank], consequence: str = "", stalled: Stal
             f"{has} vanished{at}: {its} ended without a message, killed from outside (as for memory) or crashed{memory}"
         )
     elif first.condition == "stopped":
-        what = f"{has} stopped{at}: {its} {stands} still (SIGSTOP, a debugger), and the other ranks wait"
+        what = f"{has} stopped{at}: {its} {stands} still (SIGSTOP, a debugger)"
     else:
         what = (
             f"{has} given no sign of life for {max(it.seconds for it in lost):.0f} s{at}: the node or its network is "
@@ -58,7 +58,7 @@ def describe_stuck(
     """Return a line on ranks that are alive and that the others wait for."""
     who = _who([place for place, _ in stuck])
     verb = "is" if len(stuck) == 1 else "are"
-    why = _not_joined(stalled) if stalled is not None else ", further behind than all others"
+    why = _not_joined(stalled) if stalled is not None else ": further behind than all others"
     advice = exclude_advice(place.host for place, _ in stuck)
     return f"{who} {verb} stuck{_where(stuck[0][1])}{why} ({noticed}){advice}"
 
@@ -70,11 +70,12 @@ def _who(places: Sequence[RankPlace]) -> str:
 
 
 def _not_joined(stalled: StalledCollective) -> str:
-    """Return which collective the others wait in."""
+    """Return which collective the others wait in, for a rank or several."""
     name = f"{stalled.collective} {stalled.number} of process group {stalled.group}"
     instead = f" but {stalled.instead}" if stalled.instead else ""
     waiting = describe_ranks((rank, None) for rank in stalled.waiting)
-    return f", and not in {name}{instead}, where {waiting} {'waits' if len(stalled.waiting) == 1 else 'wait'}"
+    it_has = "it has" if len(stalled.missing) == 1 else "they have"
+    return f"; {it_has} not joined {name}{instead}, where {waiting} {'waits' if len(stalled.waiting) == 1 else 'wait'}"
 
 
 def _where(beat: Beat | None) -> str:

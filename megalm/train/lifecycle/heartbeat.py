@@ -111,9 +111,9 @@ class Heartbeat:
         ]
         self._kills_before = memory_kills()
         self._heard: dict[int, _Heard] = {}
-        self._reads_all = threading.Event()  # beats of all ranks, besides writing its own
+        self._listens = threading.Event()  # reads the beats of all ranks, besides writing its own
         if rank == 0:
-            self._reads_all.set()
+            self._listen()
         self._exchanged_at = time.monotonic()
         self._store_is_gone = False
         self._lost_since: dict[int, float] = {}
@@ -124,6 +124,12 @@ class Heartbeat:
         self._watches.set()
         for work in (self._exchange, self._watch):
             threading.Thread(target=work, name=f"heartbeat{work.__name__}", daemon=True).start()
+
+    def _listen(self) -> None:
+        if not self._listens.is_set():
+            now = time.monotonic()
+            self._heard = {place.rank: _Heard(Beat(), now) for place in self._places}
+            self._listens.set()
 
     def stop(self) -> None:
         """From here on ranks may leave."""
@@ -144,14 +150,16 @@ class Heartbeat:
 
     def _exchange(self) -> None:
         number = 0
-        keys = [f"beat/{place.rank}" for place in self._places]
+        silent = {place.rank for place in self._places}  # that have never said anything
         try:
             while self._watches.is_set():
                 number += 1
                 self._store.set(f"beat/{self.place.rank}", self._own_beat(number).as_text())
                 self._store.add("beats", 1)  # is answered, so that a server that stands still is noticed
-                if self._reads_all.is_set() and (len(self._heard) == len(keys) or self._store.check(keys)):
-                    self._hear(self._store.multi_get(keys))
+                if self._listens.is_set():
+                    silent -= {rank for rank in silent if self._store.check([f"beat/{rank}"])}
+                    speaking = [place.rank for place in self._places if place.rank not in silent]
+                    self._hear(speaking, self._store.multi_get([f"beat/{rank}" for rank in speaking]))
                 self._exchanged_at = time.monotonic()
                 time.sleep(BEAT_SECONDS)
         except RuntimeError:  # of torch's store: its server has ended
@@ -169,11 +177,10 @@ class Heartbeat:
     def _neighbor_states(self) -> dict[int, ProcessState]:
         return {place.rank: place.process_state() for place in self._neighbors}
 
-    def _hear(self, texts: Sequence[bytes]) -> None:
+    def _hear(self, ranks: Sequence[int], texts: Sequence[bytes]) -> None:
         now = time.monotonic()
-        for rank, beat in enumerate(map(Beat.from_text, texts)):
-            heard = self._heard.get(rank)
-            if heard is None or heard.beat.number != beat.number:
+        for rank, beat in zip(ranks, map(Beat.from_text, texts), strict=True):
+            if self._heard[rank].beat.number != beat.number:
                 self._heard[rank] = _Heard(beat, now)
 
     # --- who is lost
@@ -186,7 +193,7 @@ class Heartbeat:
         own = self._own_beat(0)
         witnesses = {self.place.rank: own}
         silences = {rank: now - heard.at for rank, heard in self._heard.items() if rank != self.place.rank}
-        if self._reads_all.is_set():
+        if self._listens.is_set():
             witnesses |= {
                 rank: self._heard[rank].beat for rank, seconds in silences.items() if seconds < silent_seconds
             }
@@ -230,13 +237,12 @@ class Heartbeat:
         Args:
             is_told: whether another rank has reported meanwhile.
         """
-        self._reads_all.set()
+        self._listen()
         began = time.monotonic()
         found_at: float | None = None
         lost: dict[int, LostRank] = {}
         while time.monotonic() - began < patience_seconds and not is_told():
-            if (time.monotonic() - began) > _SILENT_BEATS * BEAT_SECONDS or self._heard:
-                lost = self.lost(_SILENT_BEATS * BEAT_SECONDS)
+            lost = self.lost(_SILENT_BEATS * BEAT_SECONDS)
             if lost and found_at is None:
                 found_at = time.monotonic()
             if found_at is not None and time.monotonic() - found_at > 2 * BEAT_SECONDS:
@@ -249,15 +255,13 @@ class Heartbeat:
 
     def _all_are_fresh(self) -> bool:
         now = time.monotonic()
-        return len(self._heard) == len(self._places) and all(
-            now - heard.at < 2 * BEAT_SECONDS for heard in self._heard.values()
-        )
+        return all(now - heard.at < 2 * BEAT_SECONDS for heard in self._heard.values())
 
     def behind(self) -> list[tuple[RankPlace, Beat]]:
         """Return the ranks that are furthest behind; none if all have come equally far, or are not known."""
         beats = {rank: heard.beat for rank, heard in self._heard.items()}
         steps = {rank: -1 if beat.step is None else beat.step for rank, beat in beats.items()}
-        if len(beats) < len(self._places) or len(set(steps.values())) < 2:
+        if len(set(steps.values())) < 2:
             return []
         return self.known([rank for rank in beats if steps[rank] == min(steps.values())])
 

@@ -111,6 +111,13 @@ def test_a_silent_rank_before_the_first_step_has_a_limit() -> None:
     assert "opening the data" in describe_lost(here.lost)
 
 
+def test_a_rank_that_never_said_anything_is_silent_too() -> None:
+    alone = Job(start_timeout_seconds=1.0)
+    alone.rank_0.start()
+    until(lambda: alone.lost)
+    assert [each.place.rank for each in alone.lost] == [1, 2, 3]
+
+
 def test_in_training_a_silent_rank_is_the_watchdog_s() -> None:
     with job(start_timeout_seconds=0.5) as here:
         here.rank_0.progress(1)
