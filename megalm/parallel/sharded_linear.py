@@ -4,7 +4,7 @@ While one chunk is multiplied, the next one is gathered or the one before it is 
 its place in the result, so chunks cost no copy more than one message does; only the gradient of a row layer's output,
 of which a chunk has a part of each rank's slice, is put together for the product that needs it whole.
 
-Operation: B batch, T sequence, S the part of T that the stream holds, R = T / S slices, H hidden, F features held here,
+Shapes: B batch, T sequence, S the part of T that the stream holds, R = T / S slices, H hidden, F features held here,
 M rows of a product, b and s the samples and the positions of a chunk.
 """
 
@@ -120,8 +120,8 @@ class TensorProducts:
         multiply = [self._kind.by(weight.t()) for weight in weights]
         addends: Sequence[Tensor | None] = biases or [None] * len(weights)
         results = _columns_shapes(self, hidden, weights, biases)
-        for chunk, gathered in zip(chunks, begun, strict=True):
-            whole = gathered()
+        for chunk in chunks:
+            whole = begun.pop(0)()  # whose buffer nothing else holds
             for result, by, bias in zip(results, multiply, addends, strict=True):
                 rows = chunk.rows(result, stream.slices)
                 by(_as_rows(whole, rows), rows, bias)
@@ -206,8 +206,8 @@ class TensorProducts:
         features = features.contiguous()
         result = torch.empty_like(features)
         whole = gradient.new_empty(*features.shape[:2], len(weight)) if len(chunks) > 1 else None
-        for chunk, gathered in zip(chunks, begun, strict=True):
-            part = gathered()
+        for chunk in chunks:
+            part = begun.pop(0)()
             rows = chunk.rows(result, stream.slices)
             by(_as_rows(part, rows), rows)
             if whole is None:

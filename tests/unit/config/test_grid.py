@@ -125,6 +125,13 @@ def test_a_group_that_leaves_its_node(start: Start) -> None:
     assert notice_of(run, "parallel.tensor=4") in text
 
 
+def test_a_plan_says_in_how_many_chunks_a_tensor_group_communicates(start: Start) -> None:
+    keys = "parallel.tensor=4", "parallel.overlap_tensor_communication=true"
+    (line,) = (line for line in grid(start(*keys, ranks=4), 4).splitlines() if "chunks" in line)
+    assert_names(line, 2)
+    assert "chunks" not in grid(start(keys[0], ranks=4), 4)
+
+
 def test_memory_falls_with_every_degree(start: Start) -> None:
     """Sixteen bytes a parameter over the ranks that divide them, and activations over those that divide the work."""
     stage_1 = {"zero_optimization": {"stage": 1}, "train_batch_size": 32, "train_micro_batch_size_per_gpu": 1}
