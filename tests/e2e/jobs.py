@@ -46,7 +46,10 @@ SMALL = (
 _LAUNCHER_LINE = re.compile(r"\[(launch|runner)\.py:|^\*+$|^Setting OMP_NUM_THREADS|torch/distributed/run")
 _MARK = "MEGALM_E2E_JOB"
 _FORKED = "forked:"  # and a number of ranks, in place of a launcher
-_SHELL_SETTINGS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+_SHELL_SETTINGS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"),
+    *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "MLFLOW_NESTED_RUN", "MLFLOW_TAGS"),
+)
 
 
 def launcher(name: str, ranks: int = 1) -> list[str]:
@@ -143,7 +146,6 @@ def job(folder: Path, command: Sequence[str | Path], environment: Mapping[str, s
     """Start `command` in `folder`, in a session of its own; at the end nothing of it is left."""
     mark = uuid.uuid4().hex
     env = {name: value for name, value in os.environ.items() if name not in _SHELL_SETTINGS}
-    env.pop("MLFLOW_TRACKING_URI", None)
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     env["DS_ACCELERATOR"] = "cpu"  # the same numbers on a machine with a GPU, and more ranks than it has GPUs
     started = Job(
