@@ -9,7 +9,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megalm", "megalm.*"]),
-    package_data={"megalm": ["presets/**/*.yaml", "tracking/report/page.*", "rehearsal/*.cpp", "py.typed"]},
+    package_data={
+        "megalm": [
+            "presets/**/*.yaml",
+            "tracking/report/*.html",
+            "tracking/report/*.css",
+            "rehearsal/*.cpp",
+            "py.typed",
+        ]
+    },
     install_requires=[
         "torch>=2.9,<2.14",
         "deepspeed==0.19.8",

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from megalm.cli.find_run import find_run, is_long, read_watched
+from megalm.cli.find_run import find_run, is_long, read_watched, warn
 from megalm.errors import ConfigError
 from megalm.runs.metrics_log import METRICS_FILE
 from megalm.runs.run_folder import RunFolder
+from megalm.sweeps.expansion import Sweep
+from megalm.sweeps.ranking import Ranking
+from megalm.sweeps.sweep_folder import find_sweep
+from megalm.sweeps.sweep_report import ranking_rows, read_ranking, summary, verdict
 from megalm.tracking import compare_runs
 from megalm.tracking.compare_runs import Results, RunRecord
+from megalm.tracking.report.comparison import ComparisonPage, PageTable, write_comparison
 from megalm.utils.atomic_files import refuse_overwriting_inputs
 from megalm.utils.formatting import format_duration, table
 from megalm.utils.progress import watched
-from megalm.utils.terminal import echo
+from megalm.utils.terminal import echo, echo_text
 
 # A difference counts from this multiple of `Results.scatter`; with normal noise, two standard deviations.
 _SCATTERS = 3.0
@@ -36,6 +46,7 @@ class _Line:
         scatter: the key in `Results.scatter` for the number's scatter over steps.
         difference_form: formats the difference, if it needs another format.
         whole: the table formats the number itself.
+        per_token: of losses per token, which do not compare where tokenizers differ.
     """
 
     value: Callable[[Results], float | int | None]
@@ -43,6 +54,7 @@ class _Line:
     scatter: str = ""
     difference_form: Callable[[float], str] | None = None
     whole: bool = False
+    per_token: bool = False
 
     def cell(self, result: Results) -> object:
         value = self.value(result)
@@ -63,12 +75,15 @@ _LINES: dict[str, _Line] = {
     "steps": _Line(lambda it: it.steps, _as(","), whole=True),
     "tokens": _Line(lambda it: it.tokens, _as(","), whole=True),
     "tokens per parameter": _Line(lambda it: it.tokens_per_parameter, _as(".2f")),
-    "training loss, last": _Line(lambda it: it.final_train_loss, _as(".4f"), "loss"),
-    "validation loss, last": _Line(lambda it: it.final_validation_loss, _as(".4f")),
-    "  perplexity": _Line(lambda it: it.final_perplexity, _as(".2f")),
+    "training loss, last": _Line(lambda it: it.final_train_loss, _as(".4f"), "loss", per_token=True),
+    "validation loss, last": _Line(lambda it: it.final_validation_loss, _as(".4f"), per_token=True),
+    "  over tokens": _Line(lambda it: it.validation_targets, whole=True),
+    "  standard error": _Line(lambda it: it.validation_stderr, _as(".4f"), per_token=True),
+    "  perplexity": _Line(lambda it: it.final_perplexity, _as(".2f"), per_token=True),
     "  bits per byte": _Line(lambda it: it.bits_per_byte, _as(".4f")),
-    "validation loss, best": _Line(lambda it: it.best_validation_loss, _as(".4f")),
-    "  at step": _Line(lambda it: it.best_validation_step, whole=True),
+    "validation loss, best": _Line(lambda it: it.best_validation_loss, _as(".4f"), per_token=True),
+    "  at step": _Line(lambda it: it.best_validation_step, whole=True, per_token=True),
+    "  best over tokens": _Line(lambda it: it.best_validation_targets, whole=True, per_token=True),
     "tokens/s, median": _Line(lambda it: it.tokens_per_second, _as(".0f"), "tokens_per_second"),
     "step, median seconds": _Line(lambda it: it.step_seconds, _as(".3g"), "step_seconds"),
     "MFU, median": _Line(lambda it: it.mfu, _as(".2%"), "mfu", lambda share: f"{100 * share:.2f} points"),
@@ -77,37 +92,174 @@ _LINES: dict[str, _Line] = {
 }
 
 
+class Horizontal(str, Enum):
+    """What losses are plotted over."""
+
+    tokens = "tokens"
+    time = "time"
+    flops = "flops"
+
+
+# With more runs than this, the table has a row for each, and these results.
+_MOST_COLUMNS = 6
+_MAIN_LINES = ("validation loss, last", "  perplexity", "  bits per byte", "tokens", "tokens/s, median", "wall time")
+
+
 def command(
-    runs: list[str] = typer.Argument(help="Two or more run folders, or runs' names under runs/."),
-    plot: Path = typer.Option(Path("compare.png"), help="The file for the plot of the losses over tokens."),
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="Two or more run folders, or runs' names under runs/.")
+    ] = None,
+    sweep: Annotated[
+        str | None, typer.Option("--sweep", metavar="NAME", help="Compare the runs of this sweep, ranked.")
+    ] = None,
+    plot: Annotated[Path, typer.Option(help="The file for the plot of the losses.")] = Path("compare.png"),
+    over: Annotated[
+        Horizontal, typer.Option("--over", help="Plot the losses over tokens, seconds of training, or FLOPs.")
+    ] = Horizontal.tokens,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--page", metavar="FILE.html", help="Also write a page with the curves at equal tokens, time, FLOPs."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print settings and results as JSON; plot nothing.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print a line of CSV for each run; plot nothing.")] = False,
 ) -> None:
     """Compare two or more runs: the differences in configuration and in results.
 
     For two runs, the last column is the second minus the first. It compares
     speeds and the last training loss with the scatter of single steps. A single
     validation loss per run does not show the effect of the seed.
+
+    Runs with other tokenizers are compared by bits per byte. What else does not
+    compare is named: other validation data, means over other numbers of tokens.
     """
-    if len(runs) < 2:
-        raise ConfigError("compare needs two or more runs; `ls runs` lists them")
-    folders = [find_run(run) for run in runs]
-    refuse_overwriting_inputs([plot], [path for folder in folders for path in RunFolder(folder).records])
+    if as_json and as_csv:
+        raise ConfigError("--json and --csv exclude each other; give one")
+    folders, swept = _chosen(runs or [], sweep)
+    drawn = [] if as_json or as_csv else [plot]
+    written = [*drawn, *([page] if page is not None else [])]
+    refuse_overwriting_inputs(written, [path for folder in folders for path in RunFolder(folder).records])
     records = _read(folders)
     names = [record.name for record in records]
     if len(set(names)) < len(names):
-        names = runs  # the same name under two roots
-    differences = compare_runs.differing_settings(records)
-    if differences:
-        echo(table(["setting", *names], [[name, *values] for name, values in differences.items()]))
+        names = list(map(str, folders))  # the same name under two roots
+    comparison = Comparison(records, names)
+    if page is not None:
+        write_comparison(page, comparison.page(), records, names)
+    if as_json:
+        content = comparison.as_json() | ({} if swept is None else {"sweep": summary(*swept)})
+        echo_text(json.dumps(content, indent=2, ensure_ascii=False))
+    elif as_csv:
+        echo_text(comparison.as_csv(), end="")
     else:
-        echo("config.yaml and the DeepSpeed JSONs do not differ")
-    outcome = [compare_runs.results(record) for record in records]
-    headings, rows = ["result", *names], [[name, *map(line.cell, outcome)] for name, line in _LINES.items()]
-    if len(outcome) == 2:
-        headings.append("difference")
-        rows = [[*row, difference(line, *outcome)] for row, line in zip(rows, _LINES.values(), strict=True)]
-    echo("\n" + table(headings, rows))
-    compare_runs.plot_losses(records, plot, names)
-    echo(f"\nlosses over tokens: {plot}")
+        for line in comparison.warnings:
+            warn(f"WARNING: {line}")
+        if swept is not None:
+            rows = ranking_rows(swept[1], list(swept[0].axes))
+            echo(f"{table(*rows)}\n\n{verdict(swept[1])}\n")
+        echo(comparison.as_text() if len(records) <= _MOST_COLUMNS else table(*comparison.columns()))
+        compare_runs.plot_losses(records, plot, names, over.value)
+        echo(f"\nlosses over {compare_runs.AXES[over.value]}: {plot}")
+
+
+def _chosen(runs: Sequence[str], sweep: str | None) -> tuple[list[Path], tuple[Sweep, Ranking] | None]:
+    """Return the folders of the runs, also of those of a sweep that have begun; and the sweep with its ranking.
+
+    Raises:
+        ConfigError: there is no such run or sweep, or fewer than two runs.
+    """
+    folders = [find_run(run) for run in runs]
+    if sweep is None:
+        if len(folders) < 2:
+            raise ConfigError("compare needs two or more runs; `ls runs` lists them")
+        return folders, None
+    swept, _ = find_sweep(sweep).read()
+    begun = [folder for run in swept.runs if ((folder := swept.root / run.name) / METRICS_FILE).is_file()]
+    if len(folders) + len(begun) < 2:
+        raise ConfigError(f"sweep {sweep} has fewer than two runs that have begun; `megalm sweep {sweep}` runs them")
+    return [*folders, *begun], (swept, read_ranking(swept, read_watched))
+
+
+class Comparison:
+    """Runs side by side.
+
+    Attributes:
+        warnings: what of them does not compare.
+    """
+
+    def __init__(self, records: Sequence[RunRecord], names: Sequence[str]) -> None:
+        self._names = list(names)
+        self._differences = compare_runs.differing_settings(records)
+        self.warnings = compare_runs.incomparable(records, names)
+        self._outcome = [compare_runs.results(record) for record in records]
+        per_token = compare_runs.measure_of(records) == "loss"
+        self._lines = {name: line for name, line in _LINES.items() if per_token or not line.per_token}
+
+    def as_text(self) -> str:
+        """The table of the settings that differ, and that of the results."""
+        settings = "config.yaml and the DeepSpeed JSONs do not differ"
+        if self._differences:
+            rows = [[name, *values] for name, values in self._differences.items()]
+            settings = table(["setting", *self._names], rows)
+        return f"{settings}\n\n{table(*self._results())}"
+
+    def columns(self) -> tuple[list[str], list[list[object]]]:
+        """One row for each run, of many: what differs, and the main results."""
+        shown = {name: line for name, line in self._lines.items() if name in _MAIN_LINES}
+        rows: list[list[object]] = [
+            [name, *self._settings(index).values(), *(line.cell(self._outcome[index]) for line in shown.values())]
+            for index, name in enumerate(self._names)
+        ]
+        return ["run", *self._differences, *(name.strip() for name in shown)], rows
+
+    def as_json(self) -> dict[str, Any]:
+        runs = [
+            {"name": name, "settings": self._settings(index), "results": _facts(self._outcome[index])}
+            for index, name in enumerate(self._names)
+        ]
+        return {"runs": runs, "warnings": self.warnings}
+
+    def as_csv(self) -> str:
+        text = io.StringIO()
+        facts = [_facts(outcome) for outcome in self._outcome]
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["run", *self._differences, *facts[0]])
+        for index, (name, found) in enumerate(zip(self._names, facts, strict=True)):
+            writer.writerow([name, *self._settings(index).values(), *found.values()])
+        return text.getvalue()
+
+    def page(self) -> ComparisonPage:
+        headings, rows = self._results()
+        tables = [("Results", PageTable(headings, rows))]
+        if self._differences:
+            differing = [[name, *values] for name, values in self._differences.items()]
+            tables.insert(0, ("Settings that differ", PageTable(["setting", *self._names], differing)))
+        count = len(self._differences)
+        sentence = f"{len(self._names)} runs that differ in {count} setting{'' if count == 1 else 's'}."
+        return ComparisonPage(" / ".join(self._names[:4]), sentence, warnings=self.warnings, tables=tables)
+
+    def _settings(self, index: int) -> dict[str, str | None]:
+        return {key: values[index] for key, values in self._differences.items()}
+
+    def _results(self) -> tuple[list[str], list[list[object]]]:
+        headings = ["result", *self._names]
+        rows: list[list[object]] = [[name, *map(line.cell, self._outcome)] for name, line in self._lines.items()]
+        if len(self._outcome) == 2:
+            headings.append("difference")
+            rows = [
+                [*row, difference(line, *self._outcome)] for row, line in zip(rows, self._lines.values(), strict=True)
+            ]
+        return headings, rows
+
+
+def _facts(results: Results) -> dict[str, Any]:
+    """Return the numbers of a run by name; null for those that JSON does not have."""
+    found = {name: value for name, value in vars(results).items() if name != "scatter"}
+    found |= {"tokens_per_parameter": results.tokens_per_parameter, "final_perplexity": results.final_perplexity}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in found.items()
+    }
 
 
 def _read(folders: Sequence[Path]) -> list[RunRecord]:

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rehearse": ("rehearse", "Rehearse a run on GPUs that this machine does not have."),
     "submit": ("jobs.submit", "Check a run on the login node, then queue it with Slurm."),
     "status": ("jobs.status", "Show runs and their jobs: state, step, loss, speed, time left."),
+    "sweep": ("jobs.sweep", "Run a configuration with several values of some keys, and rank the runs."),
     "checkpoint": ("checkpoint", "Checkpoints: list, show, verify, mark-bad, diff, prune, convert."),
     "evaluate": ("evaluate", "Evaluate checkpoints on datasets, texts and multiple-choice questions."),
     "generate": ("generate", "Continue prompts with checkpoints, also interactively."),

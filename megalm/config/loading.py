@@ -361,6 +361,15 @@ def _set(leaves: dict[str, Any], key: str, value: Any) -> None:
     leaves[key] = value
 
 
+def parse_override(override: str) -> dict[str, Any]:
+    """Dotted key -> value of one `key=value`; a whole section has several.
+
+    Raises:
+        ConfigError: it is not key=value, the key is unknown, or the value is not YAML.
+    """
+    return dict(_parse_override(override))
+
+
 def _parse_override(override: str) -> Iterator[tuple[str, Any]]:
     if any("\ud800" <= character <= "\udfff" for character in override):
         raise ConfigError(f"{COMMAND_LINE}: {override!a} is not UTF-8; write it in UTF-8")

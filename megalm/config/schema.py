@@ -370,6 +370,7 @@ class ResumeSection(Section):
 class TrackingSection(Section):
     mlflow: bool = True
     experiment: str = "megalm"
+    sweep: str | None = Field(default=None, description="the sweep of the run (`megalm sweep`), its parent in MLflow")
 
 
 class RunConfig(Section):

@@ -5,8 +5,8 @@ Rows have `kind` and `time` (unix seconds), and by kind:
 - `train`: step, tokens, samples (number of the next one), loss, lr, grad_norm, loss_scale, tokens_per_second,
   step_seconds, mfu, memory_bytes (peak of rank 0), attempt; with wall_clock_breakdown also rank 0's forward_seconds,
   backward_seconds and update_seconds, and in a pipeline those of each other instruction (SendActivation_seconds)
-- `eval`: step, tokens, loss, perplexity, dataset, targets, whole (all samples of the sets), attempt (and bits_per_byte
-  if known)
+- `eval`: step, tokens, loss, perplexity, dataset, targets, whole (all samples of the sets), attempt (and if known
+  bits_per_byte, and loss_stderr, the standard error of the loss by the choice of the samples)
 - `event`: event = start | resume | checkpoint | spike | skip | rollback | signal | wall_time | early_stop | warning |
   expected | traffic | profile | repair | end, and its own fields:
   - `spike`: at_step, quantity, decided, loss, grad_norm, limit, median, first_sample
@@ -278,7 +278,7 @@ _COLUMNS: dict[str, _Kind] = {
     **dict.fromkeys(("signal", "dropped_bytes", "world_size"), _INTEGER),
     **dict.fromkeys(("time", "loss", "lr", "grad_norm", "loss_scale", "tokens_per_second", "step_seconds"), _NUMBER),
     **dict.fromkeys(("mfu", "perplexity", "bits_per_byte", "seconds", "stall_seconds", "startup_seconds"), _NUMBER),
-    **dict.fromkeys(("low", "high", "median", "best_loss"), _NUMBER),
+    **dict.fromkeys(("low", "high", "median", "best_loss", "loss_stderr"), _NUMBER),
     **dict.fromkeys(("kind", "event", "dataset", "path", "text", "quantity", "decided", "why", "reason"), _TEXT),
     **dict.fromkeys(("status", "report", "precision"), _TEXT),
     **dict.fromkeys(("whole", "met"), _FLAG),

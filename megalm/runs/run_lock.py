@@ -10,10 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import re
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from megalm.errors import ConfigError
 from megalm.utils.atomic_files import still_names
@@ -21,8 +24,11 @@ from megalm.utils.file_lock import HeldLock, take_lock
 
 log = logging.getLogger(__name__)
 
+_LOCK_FILE = "lock"
 _BEAT_SECONDS = 5.0
 _PATIENCE_BEATS = 4
+_HOLDER = re.compile(r"host (.*), process (\d+)")
+_ALIVE_SECONDS = 40.0  # since the last heartbeat: a network file system may show it late
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class RunLock:
     """
 
     def __init__(self, folder: Path, beat_seconds: float = _BEAT_SECONDS) -> None:
-        self._path = folder / "lock"
+        self._path = folder / _LOCK_FILE
         self._beat_seconds = beat_seconds
         self._held: HeldLock | None = None
         self._folder = -1  # a descriptor
@@ -153,6 +159,23 @@ class RunLock:
         return ConfigError(
             f"another job ({holder}) trains run {self._path.parent}; wait for it, stop it, or choose another run.name"
         )
+
+
+def is_held(folder: Path, now: float) -> bool:
+    """Return whether the heartbeat in a run folder's lock is recent; the holder empties the file when it ends.
+
+    A holder on this machine that was killed is no longer one.
+    """
+    path = folder / _LOCK_FILE
+    try:
+        status, holder = path.stat(), path.read_text(errors="replace")
+    except OSError:
+        return False
+    if match := _HOLDER.match(holder):
+        return abs(now - status.st_mtime) < _ALIVE_SECONDS and (
+            match[1] != platform.node() or psutil.pid_exists(int(match[2]))
+        )
+    return status.st_size > 0 and abs(now - status.st_mtime) < _ALIVE_SECONDS
 
 
 def _path_of(descriptor: int) -> Path | None:

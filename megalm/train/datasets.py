@@ -181,7 +181,7 @@ def open_datasets(
     validation = dict(_validation_samples(data, places, opened, ranges))
     alone = places.training[0] if len(places.training) == 1 else None
     entropy = (read_sidecar(alone) or {}).get("unigram_entropy") if alone is not None else None
-    fingerprint = _validation_fingerprint(validation, config.evaluate.max_samples)
+    fingerprint = validation_fingerprint(validation, config.evaluate.max_samples)
     return RunData(places, tokenizer, train, requested, validation, fingerprint, entropy)
 
 
@@ -267,7 +267,8 @@ def validation_loaders(
     return {name: loaders(samples) for name, samples in data.validation.items()}
 
 
-def _validation_fingerprint(validation: Mapping[str, ValidationSamples], most: int | None) -> str:
+def validation_fingerprint(validation: Mapping[str, ValidationSamples], most: int | None = None) -> str:
+    """Return a hash of the validation sets, or of their first `most` samples; "" without any."""
     facts = [(name, samples.fingerprint) for name, samples in validation.items()]
     return hashlib.sha256(repr((facts, most)).encode()).hexdigest() if facts else ""
 

@@ -29,6 +29,8 @@ class Evaluation:
 
     Attributes:
         parts: the single sets' evaluations, for a total over several sets.
+        stderr: standard error of the loss by the sample that was drawn, from the scatter of the batches around it; None
+            for a set of one batch.
     """
 
     dataset: str
@@ -36,6 +38,7 @@ class Evaluation:
     targets: int
     bits_per_byte: float | None
     parts: tuple[Evaluation, ...] = ()
+    stderr: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -48,15 +51,31 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums over a set: nats, targets, and bytes of text."""
+    """Sums over a set: nats, targets, bytes of text, and the variance of the sum of nats (NaN: not known)."""
 
     loss: float
     targets: int
     text_bytes: float
+    variance: float
+
+    @staticmethod
+    def of(batches: Sequence[tuple[float, int]], text_bytes: float) -> _Sums:
+        """Return the sums over batches of (nats, targets).
+
+        The mean is a ratio of sums, whose variance follows from the batches' residuals (Cochran, Sampling Techniques,
+        1977, section 6.4).
+        """
+        loss, targets = 0.0, 0
+        for nats, count in batches:  # not by sum(), which adds floats otherwise from Python 3.12 on
+            loss, targets = loss + nats, targets + count
+        residuals = [nats - loss / targets * count for nats, count in batches] if targets else []
+        spread = len(batches) / (len(batches) - 1) if len(batches) > 1 else math.nan
+        return _Sums(loss, targets, text_bytes, spread * sum(residual**2 for residual in residuals))
 
     def mean(self, dataset: str, parts: tuple[Evaluation, ...] = ()) -> Evaluation:
         bits = self.loss / math.log(2) / self.text_bytes if self.text_bytes else None
-        return Evaluation(dataset, self.loss / self.targets, self.targets, bits, parts)
+        stderr = math.sqrt(self.variance) / self.targets if math.isfinite(self.variance) else None
+        return Evaluation(dataset, self.loss / self.targets, self.targets, bits, parts, stderr)
 
 
 @dataclass(frozen=True)
@@ -85,7 +104,9 @@ class Evaluator:
         if list(sums) == [TOTAL]:
             return parts[0]
         each = sums.values()
-        total = _Sums(*(sum(getattr(one, name) for one in each) for name in ("loss", "targets", "text_bytes")))
+        total = _Sums(
+            *(sum(getattr(one, name) for one in each) for name in ("loss", "targets", "text_bytes", "variance"))
+        )
         return total.mean(TOTAL, parts)
 
     def preflight(self, engine: Evaluable) -> None:
@@ -94,13 +115,12 @@ class Evaluator:
             engine.evaluate(next(iter(whole)).micro_batches)
 
     def _sums(self, engine: Evaluable, loader: Iterable[GlobalBatch]) -> _Sums:
-        loss_sum, targets, local_bytes = 0.0, 0, 0
+        batches, local_bytes = [], 0
         for batch in loader:
-            loss_sum += engine.evaluate(batch.micro_batches)
+            batches.append((engine.evaluate(batch.micro_batches), batch.target_count))
             self.heartbeat()
-            targets += batch.target_count
             local_bytes += sum(self._bytes(micro_batch.labels) for micro_batch in batch.micro_batches)
-        return _Sums(loss_sum, targets, self.comm.sum([local_bytes])[0] / self.replicas)
+        return _Sums.of(batches, self.comm.sum([local_bytes])[0] / self.replicas)
 
     def _bytes(self, labels: npt.NDArray[np.int64]) -> int:
         return int(self.token_bytes[labels[labels >= 0]].sum())

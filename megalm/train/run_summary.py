@@ -15,13 +15,13 @@ from megalm.data.indexed.metadata import AWAITS_MERGE, read_sidecar
 from megalm.data.sampling.sample_order import stride_warning
 from megalm.data.tokenizers.tokenizer import describe_eod
 from megalm.errors import ConfigError, DataError
-from megalm.model.model_config import ModelConfig
+from megalm.model.model_config import ModelConfig, flops_per_token
 from megalm.planning.resolve import ResolvedRun
 from megalm.runs.run_folder import ResumeCommand, RunFolder
 from megalm.topology import bubble_share
 from megalm.tracking.report import write_report
 from megalm.train.console import RunConsole
-from megalm.train.datasets import RunData, find_data, open_data, validation_on_training
+from megalm.train.datasets import RunData, find_data, open_data, validation_fingerprint, validation_on_training
 from megalm.train.resume.compatibility import DataIdentity
 from megalm.utils.addresses import public_address
 from megalm.utils.formatting import format_bytes
@@ -219,7 +219,9 @@ def scale_facts(run: ResolvedRun, shape: ModelConfig, data: RunData) -> dict[str
     return {
         "parameters": shape.parameter_count(),
         "planned_steps": run.config.train.steps,
+        "flops_per_token": flops_per_token(shape, run.config.data.sequence_length),
         "unigram_entropy": data.unigram_entropy,
+        "validation_fingerprint": validation_fingerprint(data.validation) or None,
         "datasets": [
             {"prefix": part.prefix, "tokens_per_epoch": read.tokens_per_epoch, "epochs": part.epochs}
             for read, part in planned

@@ -139,6 +139,7 @@ class MetricsRecorder:
                 step=position.step,
                 tokens=position.tokens,
                 loss=result.loss,
+                loss_stderr=result.stderr,
                 perplexity=result.perplexity,
                 bits_per_byte=result.bits_per_byte,
                 dataset=result.dataset,

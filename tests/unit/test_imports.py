@@ -62,6 +62,7 @@ LAYERS = (
     "planning",
     "runs",
     "tracking",
+    "sweeps",
     "engine",
     "train",
     "rehearsal",
@@ -126,6 +127,7 @@ RULES = (
     Rule("planning imports no torch: it runs on a login node", never("megalm.planning", "torch")),
     Rule("data imports no torch: it runs on a login node", never("megalm.data", "torch")),
     Rule("tracking imports no torch", never("megalm.tracking", "torch")),
+    Rule("sweeps imports no torch: it runs on a login node", never("megalm.sweeps", "torch")),
     Rule("model imports config.schema alone", reaches_beyond("megalm.model", "megalm.config.schema", "megalm.errors")),
     Rule("model knows no group of ranks", never("megalm.model", "torch.distributed", "deepspeed")),
     Rule(

@@ -1,1 +1,1 @@
-"""Commands about jobs of a cluster."""
+"""Commands that start runs: here, or as Slurm jobs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import hashlib
 import logging
 import os
 import sqlite3
@@ -11,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from megalm.tracking.mlflow_mirror.sync_state import RUNNING, MetricValue
+from megalm.tracking.mlflow_mirror.run_facts import SWEEP_TAG
+from megalm.tracking.mlflow_mirror.sync_state import FINISHED, RUNNING, MetricValue
 from megalm.utils.file_lock import take_lock
 
 # Make requests to a dead server fail within seconds: the mirror's own loop does the waiting. User settings are kept.
@@ -34,6 +36,8 @@ logging.getLogger("urllib3").setLevel(logging.ERROR)
 # MLflow's limit of parameters or tags in one request.
 _BATCH_NAMES = 100
 _ARTIFACTS = "mlartifacts"
+_PARENT_TAG = "mlflow.parentRunId"
+_KEY_OF_SWEEP = "sweep-"  # opens the key of a sweep's own run
 
 
 class MlflowStore:
@@ -90,6 +94,9 @@ class MlflowStore:
         self.set_tags(run_id, {f"changed.{name}"[:250]: value for name, value in changed.items()})
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags; that of a sweep makes the run a child of the sweep's run."""
+        if SWEEP_TAG in tags and _PARENT_TAG not in tags:
+            tags = {**tags, _PARENT_TAG: self._run_of_sweep(run_id, tags[SWEEP_TAG])}
         items = [RunTag(name, value) for name, value in tags.items()]
         for start in range(0, len(items), _BATCH_NAMES):
             self._client.log_batch(run_id, tags=items[start : start + _BATCH_NAMES], synchronous=True)
@@ -107,6 +114,32 @@ class MlflowStore:
             self._client.update_run(run_id, status=RUNNING)
         else:
             self._client.set_terminated(run_id, status, end_ms)
+        self._update_sweep(run_id)
+
+    def _run_of_sweep(self, run_id: str, sweep: str) -> str:
+        """Return the run of a sweep in the experiment of one of its runs; the first of them creates it."""
+        info = self._client.get_run(run_id).info
+        experiment = self._client.get_experiment(info.experiment_id).name
+        key = f"{_KEY_OF_SWEEP}{hashlib.sha256(sweep.encode()).hexdigest()[:32]}"
+        with take_lock(self._root / "mlflow.db.lock"):  # runs of an array begin together
+            parent = self.create_run(experiment, Path(sweep).name, key, info.start_time)
+            self._client.set_tag(parent, SWEEP_TAG, sweep)
+            self._client.update_run(parent, status=RUNNING)
+        return parent
+
+    def _update_sweep(self, run_id: str) -> None:
+        """End the run of a sweep where none of its runs is training."""
+        run = self._client.get_run(run_id)
+        parent = run.data.tags.get(_PARENT_TAG)
+        if SWEEP_TAG not in run.data.tags or parent is None:
+            return
+        if not self._client.get_run(parent).data.tags.get("megalm.key", "").startswith(_KEY_OF_SWEEP):
+            return  # a child of another run of the sweep
+        children = f"tags.`{_PARENT_TAG}` = '{parent}' and attributes.status = '{RUNNING}'"
+        if self._client.search_runs([run.info.experiment_id], children, max_results=1):
+            self._client.update_run(parent, status=RUNNING)
+        else:
+            self._client.set_terminated(parent, FINISHED)
 
     def _experiment_id(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)

@@ -14,6 +14,7 @@ from megalm.utils.formatting import flatten_to_text
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 RUN_DIR_TAG = "megalm.run_dir"  # the folder that an MLflow run belongs to
+SWEEP_TAG = "megalm.sweep"  # the folder of the sweep of the run, or of a sweep's own MLflow run
 FACT_FILES = (CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE)
 
 _ARTIFACTS = (*FACT_FILES, "deepspeed.json", "report.html")
@@ -70,6 +71,9 @@ def tags(run_dir: Path) -> dict[str, str]:
         name: value for name, value in environment.items() if "." not in name or "git" in name or "fingerprint" in name
     }
     found |= {RUN_DIR_TAG: str(run_dir.resolve())}
+    section = read_mapping(run_dir / CONFIG_FILE).get("tracking")
+    if isinstance(section, dict) and section.get("sweep") is not None:
+        found |= {SWEEP_TAG: str(run_dir.resolve().parent / "sweeps" / str(section["sweep"]))}
     commit = next((found[name] for name in ("git_commit", "git.commit", "commit") if found.get(name)), None)
     if commit:
         found["mlflow.source.git.commit"] = commit  # shown by MLflow in its own column

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -83,17 +84,18 @@ def charts(history: History) -> list[Chart]:
 def _loss_chart(history: History, across: Scale) -> Chart | None:
     step, loss = history.column("step"), history.column("loss")
     sets = _validation_sets(history.evaluations)
-    up = _robust_scale(loss, running_median(step, loss, _MEDIAN_POINTS)[1], list(sets.values()))
+    validations = [[point for stretch in stretches for point in stretch] for stretches in sets.values()]
+    up = robust_scale(loss, running_median(step, loss, _MEDIAN_POINTS)[1], validations)
     if up is None:
         return None
     chart = Chart(_LOSS.name, _LOSS.unit, across, up, tall=True)
     _draw_training(chart, history, _LOSS)
     looks = {line.look for line in chart.lines}
     chart.legend = [(f"line {look}", name) for look, name in _OF_TRAINING.items() if look in looks]
-    for number, (name, points) in enumerate(sets.items()):
+    for number, (name, stretches) in enumerate(sets.items()):
         look = "validation" if name == TOTAL else f"set-{number % _MOST_SETS}"
-        chart.draw([points], look)
-        chart.dot(points, look, name)
+        chart.draw(stretches, look)
+        chart.dot([point for points in stretches for point in points], look, name)
         chart.legend.append((f"line {look}", "validation" if name == TOTAL else f"validation on {name}"))
     chart.notes = _above(step, loss, up)
     return chart
@@ -160,19 +162,27 @@ def event_step(row: Row) -> int:
     return step if isinstance(step, int) else 0
 
 
-def _validation_sets(rows: Sequence[Row]) -> dict[str, list[Point]]:
-    """Return name -> (step, loss) points, the total of all sets first; losses that are not finite are left out."""
-    sets: dict[str, list[Point]] = {}
+def _validation_sets(rows: Sequence[Row]) -> dict[str, list[list[Point]]]:
+    """Return name -> (step, loss) points, the total of all sets first; losses that are not finite are left out.
+
+    The points are in stretches over the same number of tokens: a loss over others is not on the same line.
+    """
+    sets: dict[str, list[Row]] = {}
     for row in rows:
-        points = sets.setdefault(str(row.get("dataset") or TOTAL), [])
         loss = row.get("loss")
         if isinstance(loss, (int, float)) and math.isfinite(loss):
-            points.append((float(row.get("step", 0)), float(loss)))
-    names = sorted((name for name, points in sets.items() if points), key=lambda name: name != TOTAL)
-    return {name: sets[name] for name in names[: _MOST_SETS + 1]}
+            sets.setdefault(str(row.get("dataset") or TOTAL), []).append(row)
+    names = sorted(sets, key=lambda name: name != TOTAL)
+    return {
+        name: [
+            [(float(row.get("step", 0)), float(row["loss"])) for row in stretch]
+            for _, stretch in groupby(sets[name], key=lambda row: row.get("targets"))
+        ]
+        for name in names[: _MOST_SETS + 1]
+    }
 
 
-def _robust_scale(loss: Numbers, medians: Numbers, sets: Sequence[Sequence[Point]]) -> Scale | None:
+def robust_scale(loss: Numbers, medians: Numbers, sets: Sequence[Sequence[Point]]) -> Scale | None:
     """Return a scale for nearly all losses: neither a spike nor the first steps must flatten the rest of the curve.
 
     `_above` reports what is beyond it.

@@ -25,9 +25,12 @@ def numbers(run: ReportData) -> list[Number]:
     shown = []
     if evaluations:
         last = evaluations[-1]
-        shown.append(Number("Validation loss", f"{last['loss']:.4f}", f"last, {_where(last)}"))
+        noise = f", standard error {found.validation_stderr:.4f}" if found.validation_stderr is not None else ""
+        shown.append(Number("Validation loss", f"{last['loss']:.4f}", f"last, {_where(last)}{noise}"))
         if found.best_validation_loss is not None:
             like = f"step {found.best_validation_step:,}" if found.best_validation_step is not None else ""
+            if found.best_validation_targets != found.validation_targets and found.best_validation_targets:
+                like += f" over {found.best_validation_targets:,} tokens, which are not those of the last"
             shown.append(Number("Best while training", f"{found.best_validation_loss:.4f}", like))
         perplexity = last.get("perplexity", perplexity_of(last["loss"]))
         shown.append(Number("Perplexity", f"{perplexity:,.2f}", _frequency_baseline(run, perplexity_of)))

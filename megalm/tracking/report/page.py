@@ -25,16 +25,8 @@ _SAMPLE_BYTES = 12_000
 
 def render(run: ReportData, now: float) -> str:
     """Return the complete page as HTML, as of unix time `now`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"bytes": format_bytes, "duration": format_duration}
     history = run.history
-    return environment.get_template(_TEMPLATE).render(
+    return template(_TEMPLATE).render(
         run=run,
         outcome=outcome(run, now),
         made=moment(now),
@@ -53,6 +45,19 @@ def render(run: ReportData, now: float) -> str:
         data=_data(run),
         commands=_commands(run),
     )
+
+
+def template(name: str) -> jinja2.Template:
+    """Return a template of this folder; it escapes all that is put into it."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": format_bytes, "duration": format_duration}
+    return environment.get_template(name)
 
 
 def _work(run: ReportData) -> list[tuple[str, float, float]]:

@@ -16,13 +16,11 @@ from megalm.errors import ConfigError, MegalmError
 from megalm.runs.metrics_history import History, read_history
 from megalm.runs.metrics_log import METRICS_FILE, ReadBatches, Row, read_batches
 from megalm.runs.run_folder import CONFIG_FILE, DEEPSPEED_FILE, ENVIRONMENT_FILE, parameter_count, read_mapping
+from megalm.runs.run_lock import is_held
 from megalm.tracking.compare_runs import Results, RunRecord, results
 from megalm.utils.formatting import flatten_to_text
 
 _STEP = re.compile(r"step-(\d+)")
-_LOCK_FILE = "lock"
-# A run writes a heartbeat into its lock every five seconds; a network file system may show it late.
-_ALIVE_SECONDS = 40.0
 # Settings that only name a run.
 _OF_THE_NAME = ("run.name", "preset")
 
@@ -121,19 +119,20 @@ def read_run(run_dir: Path, now: float, read: ReadBatches = read_batches) -> Rep
             f"{run_dir}: is not a run folder (it has no {METRICS_FILE} and no {CONFIG_FILE}); name one under run.root"
         )
     history = read_history(read(metrics) if metrics.exists() else [])
+    environment = read_mapping(run_dir / ENVIRONMENT_FILE)
     settings, preset = _settings(run_dir / CONFIG_FILE)
     return ReportData(
         run_dir=run_dir,
         history=history,
-        results=results(RunRecord(run_dir.name, {}, history, parameter_count(run_dir))),
-        environment=read_mapping(run_dir / ENVIRONMENT_FILE),
+        results=results(RunRecord(run_dir.name, {}, history, parameter_count(run_dir), environment)),
+        environment=environment,
         settings=settings,
         preset=preset,
         deepspeed=read_mapping(run_dir / DEEPSPEED_FILE),
         checkpoints=_checkpoints(run_dir / "checkpoints"),
         failures=_failures(run_dir / "failures"),
         samples=sorted(path for path in (run_dir / "samples").glob("step-*.txt") if _STEP.match(path.name)),
-        is_held=_is_held(run_dir / _LOCK_FILE, now),
+        is_held=is_held(run_dir, now),
     )
 
 
@@ -196,12 +195,3 @@ def _failures(folder: Path) -> list[Failure]:
         if number.isdecimal():
             found.append(Failure(int(number), path.read_text(encoding="utf-8", errors="replace")))
     return sorted(found, key=lambda failure: failure.attempt)
-
-
-def _is_held(lock: Path, now: float) -> bool:
-    """Return whether the lock's heartbeat is recent; the holder empties the file when it ends."""
-    try:
-        status = lock.stat()
-    except OSError:
-        return False
-    return status.st_size > 0 and abs(now - status.st_mtime) < _ALIVE_SECONDS

@@ -13,7 +13,7 @@ import pytest
 
 from megalm.cli.main import main
 from megalm.errors import ConfigError
-from megalm.tracking.compare_runs import differing_settings, plot_losses, read_run, results
+from megalm.tracking.compare_runs import differing_settings, incomparable, measure_of, plot_losses, read_run, results
 from tests.messages import assert_names
 
 
@@ -64,7 +64,7 @@ def test_of_several_validation_sets_the_total_judges(tmp_path: Path) -> None:
     )
     run = read_run(folder)
     assert (results(run).final_validation_loss, results(run).best_validation_loss) == (4.0, 4.0)
-    assert run.curve("eval") == ([64.0], [4.0])
+    assert run.validation_curves() == [[(64.0, 4.0)]]
 
 
 def test_the_optimizer_is_compared_as_written_and_as_resolved(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_losses_that_are_no_numbers_do_not_win(tmp_path: Path) -> None:
     append(folder, {"kind": "eval", "step": 3, "tokens": 192, "loss": "NaN", "time": 1030.0})
     record = read_run(folder)
     assert results(record).best_validation_loss == 4.5
-    assert record.curve("eval") == ([128.0], [4.5])
+    assert record.validation_curves() == [[(128.0, 4.5)]]
 
 
 def test_the_command_prints_both_tables_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,3 +241,90 @@ def test_a_picture_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) ->
     assert_names(refused.value, picture)
     assert picture.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "curves.png"]
+
+
+def with_facts(folder: Path, **facts: object) -> Path:
+    (folder / "environment.json").write_text(json.dumps(facts))
+    return folder
+
+
+def validation(step: int, loss: float, targets: int, **fields: object) -> dict[str, object]:
+    row = {"kind": "eval", "step": step, "tokens": step * 64, "loss": loss, "targets": targets, "time": 2000.0 + step}
+    return row | fields
+
+
+def test_losses_over_other_samples_are_not_joined_and_do_not_compete(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "a", 1e-3, 8, [])
+    part = [validation(step, loss, 640, whole=False) for step, loss in ((2, 4.0), (4, 3.5), (6, 3.6))]
+    append(folder, *part, validation(6, 3.4, 6400, whole=True, loss_stderr=0.25))
+    run = read_run(folder)
+    assert run.validation_curves() == [[(128.0, 4.0), (256.0, 3.5), (384.0, 3.6)], [(384.0, 3.4)]]
+    found = results(run)
+    assert (found.final_validation_loss, found.validation_targets, found.validation_stderr) == (3.4, 6400, 0.25)
+    assert (found.best_validation_loss, found.best_validation_targets) == (3.5, 640)
+    # Over the same samples the last one can be the best, whole or not.
+    append(folder, validation(8, 3.3, 640, whole=True))
+    assert results(read_run(folder)).best_validation_loss == 3.3
+
+
+def test_curves_are_over_tokens_time_or_flops(tmp_path: Path) -> None:
+    folder = with_facts(write_run(tmp_path, "a", 1e-3, 8, []), flops_per_token=10)
+    train = {"kind": "train", "loss": 3.0, "attempt": 1, "time": 2000.0}
+    append(folder, *({**train, "step": step, "tokens": step * 64, "step_seconds": 0.5} for step in (2, 4)))
+    append(folder, validation(3, 3.5, 640))
+    run = read_run(folder)
+    assert run.training_curve("time") == [(1.0, 3.0), (2.0, 3.0)]
+    assert run.training_curve("flops") == [(1280.0, 3.0), (2560.0, 3.0)]
+    assert run.validation_curves("time") == [[(1.5, 3.5)]]
+    unknown = read_run(with_facts(folder))
+    assert (unknown.training_curve("flops"), unknown.validation_curves("flops")) == ([], [])
+
+
+def test_what_does_not_compare_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = []
+    for name, tokenizer, data, count in (("a", "t", "v", 64), ("b", "t", "v", 64), ("c", "u", "w", 64)):
+        folder = write_run(tmp_path, name, 1e-3, 8, [3.0, 2.0])
+        append(folder, validation(2, 2.5, count, bits_per_byte=1.5))
+        runs.append(with_facts(folder, tokenizer_fingerprint=tokenizer, validation_fingerprint=data))
+    records = [read_run(folder) for folder in runs]
+    assert incomparable(records[:2]) == []
+    assert measure_of(records[:2]) == "loss"
+    tokenizers, data_differ = incomparable(records)
+    assert_names(tokenizers, "a", "b", "c")
+    assert_names(data_differ, "a", "b", "c")
+    assert measure_of(records) == "bits_per_byte"
+    lines = compared(capsys, runs[1], runs[2])
+    assert lines["bits per byte"] == ["1.5000", "1.5000", "none"]
+    assert not {"perplexity", "validation loss, last", "training loss, last"} & set(lines)
+    # The same data in part and whole.
+    append(runs[1], validation(2, 2.5, 6400))
+    (counts,) = incomparable([read_run(folder) for folder in runs[:2]])
+    assert_names(counts, "a", 64, "b", "6,400")
+
+
+def test_json_csv_and_the_page_have_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [
+        write_run(tmp_path, name, peak, 8, [3.0, loss]) for name, peak, loss in (("a", 1e-3, 2.0), ("b", 2e-3, 2.5))
+    ]
+    page = tmp_path / "page.html"
+
+    def printed(*words: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            main(["compare", *map(str, runs), "--plot", str(tmp_path / "unused.png"), *words])
+        assert not caught.value.code
+        return capsys.readouterr().out
+
+    content = json.loads(printed("--json", "--page", str(page)))
+    assert [run["name"] for run in content["runs"]] == ["a", "b"]
+    assert [run["settings"]["schedule.peak_learning_rate"] for run in content["runs"]] == ["0.001", "0.002"]
+    assert [run["results"]["final_validation_loss"] for run in content["runs"]] == [2.5, 3.0]
+    heading, *lines = printed("--csv").splitlines()
+    column = heading.split(",").index("final_validation_loss")
+    assert [line.split(",")[column] for line in lines] == ["2.5", "3.0"]
+    assert not (tmp_path / "unused.png").exists()
+    text = page.read_text()
+    assert re.findall(r'id="by-(\w+)"', text) == ["tokens"]  # of these runs no seconds and no FLOPs are known
+    assert "3.0000" in text
+    with pytest.raises(SystemExit) as caught:
+        main(["compare", *map(str, runs), "--json", "--csv"])
+    assert caught.value.code == 2

@@ -167,3 +167,11 @@ def test_a_step_alone_is_a_dot_that_can_be_seen() -> None:
     (dot,) = [line.path for line in loss.lines if line.look == "steps dots"]
     assert dot.startswith("M800.0 ")
     assert dot.count("M") == 1
+
+
+def test_validations_over_other_samples_are_not_on_one_line() -> None:
+    rows = [train_row(1, 4.0), train_row(2, 3.0), validation(1, 4.0, targets=64), validation(2, 3.0, targets=640)]
+    apart = charts(history_of(rows))[0]
+    joined = charts(history_of([*rows[:2], *(row | {"targets": 64} for row in rows[2:])]))[0]
+    lines = [[line.path for line in chart.lines if line.look == "validation"] for chart in (apart, joined)]
+    assert [path.count("M") for (path,) in lines] == [2, 1]

@@ -71,3 +71,19 @@ def test_a_total_is_weighted_by_tokens(loader: Callable[[str, Sequence[int]], Va
     while_training = evaluator(sets, ranks).evaluate(Engine(), whole=False)  # type: ignore[arg-type]
     assert while_training is not None
     assert [part.targets for part in while_training.parts] == [1, 4]
+
+
+def test_the_standard_error_is_that_of_the_batches(loader: Callable[[str, Sequence[int]], ValidationLoader]) -> None:
+    # Samples of 8 tokens in batches of 4: two batches of 32 targets, whose means are 1 and 3.
+    two = loader("two", [0] + [1] * 32 + [3] * 32)
+    found = evaluator({"validation": (two, two)}).evaluate(Engine(), whole=True)  # type: ignore[arg-type]
+    assert found is not None
+    assert (found.loss, found.targets) == (2.0, 64)
+    assert found.stderr == pytest.approx(math.sqrt(2 * (32**2 + 32**2)) / 64)  # that of the mean of 1 and 3: 1
+    one = loader("one", [0] + [1] * 8)
+    alone = evaluator({"a": (two, two), "b": (one, one)}).evaluate(Engine(), whole=True)  # type: ignore[arg-type]
+    assert alone is not None
+    assert (alone.stderr, alone.parts[1].stderr) == (None, None)  # of one batch nothing is known
+    both = evaluator({"a": (two, two), "b": (two, two)}).evaluate(Engine(), whole=True)  # type: ignore[arg-type]
+    assert both is not None
+    assert both.stderr == pytest.approx(found.stderr / math.sqrt(2))

@@ -1,0 +1,209 @@
+"""`megalm sweep`: a run for each combination of values, one after another, ranked at the end."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+import megalm
+from megalm.cli.find_run import read_watched
+from megalm.config.deepspeed.json_reader import DeviceFacts
+from megalm.errors import EXIT_FAILED, EXIT_START_AGAIN, ConfigError
+from megalm.planning.run_checks import check_run
+from megalm.runs.run_settings import Arguments
+from megalm.sweeps.expansion import Sweep, read_sweep, root_of
+from megalm.sweeps.local_runs import LocalRuns, Outcome
+from megalm.sweeps.ranking import Ranking
+from megalm.sweeps.sweep_folder import SweepFolder, find_sweep, state_of
+from megalm.sweeps.sweep_report import ranking_rows, read_ranking, verdict, write_sweep_page
+from megalm.utils.formatting import table
+from megalm.utils.terminal import echo
+
+_RUN_WORDS = "megalm.run_words"
+_PRETRAIN = "pretrain.py"
+_RANK_OPTIONS = ("--num_gpus", "--nproc_per_node", "--nproc-per-node")
+_MORE_THAN_ONE_NODE = ("--hostfile", "--num_nodes", "--nnodes", "--include", "-H")
+_ANY_DEVICE = DeviceFacts(kind="cuda", bf16=True, memory_bytes=2**50, float8=True)
+
+
+class Command(TyperCommand):
+    """Takes what is swept before `--` and the command of a run after it, which Typer alone would mix."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        cut = args.index("--") if "--" in args else len(args)
+        ctx.meta[_RUN_WORDS] = tuple(args[cut + 1 :])
+        return super().parse_args(ctx, args[:cut])
+
+
+def command(
+    context: typer.Context,
+    swept: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY=A,B,C|FILE.yaml|SWEEP... [-- COMMAND OF A RUN]",
+            help="Values of keys, a YAML file of lists, or the name of a sweep that has begun.",
+        ),
+    ],
+    name: Annotated[
+        str | None, typer.Option("--name", help="The sweep's name. Default: the file's, or made of the keys.")
+    ] = None,
+    stop_at_failure: Annotated[
+        bool, typer.Option("--stop-at-failure", help="Start no further run after one that failed.")
+    ] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report", help="Rank the runs that are there and write the page; start nothing.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command of each run; start nothing.")] = False,
+    show_output: Annotated[
+        bool, typer.Option("--verbose", help="Show what the runs print, which else goes to a file for each.")
+    ] = False,
+) -> None:
+    """Start a run for each combination of values, rank the runs, and draw the effect of each value.
+
+    What follows -- is the command of one run, as you would type it; without a launcher, `deepspeed
+    launch/pretrain.py` is put before it. Keys that begin with deepspeed. change its JSON.
+
+    The same line again, or `megalm sweep NAME`, runs what is missing. Ctrl-C saves the run in work and stops. A run
+    that fails is named, and the next one starts.
+
+    \b
+    megalm sweep schedule.peak_learning_rate=3e-4,1e-3,3e-3 train.seed=1,2 -- train.steps=200
+    megalm sweep deepspeed.optimizer.params.weight_decay=0,0.1 --name decay -- \\
+        deepspeed --num_gpus 2 launch/pretrain.py --deepspeed_config ds_configs/zero2.json --config my.yaml
+    megalm sweep decay --report
+    """
+    sweep, folder, launcher = _opened(swept, context.meta[_RUN_WORDS], name, starts=not (report_only or dry_run))
+    states = Counter(state_of(sweep.root / run.name) for run in sweep.runs)
+    counts = " x ".join(f"{key} ({len(values)})" for key, values in sweep.axes.items())
+    known = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    echo(f"sweep {folder.path}: {len(sweep.runs)} runs of {counts}; {known}")
+    if dry_run:
+        for run in sweep.runs:
+            echo(" ".join([*launcher, *sweep.arguments_of(run)]))
+        return
+    outcomes: list[Outcome] = []
+    interrupted = False
+    if not report_only:
+        lock = folder.lock()
+        runs = LocalRuns(sweep, folder, launcher, echo, show_output)
+        outcomes, interrupted = runs.run(stop_at_failure), runs.interrupted
+        lock.release()
+    show_ranking(sweep, read_ranking(sweep, read_watched))
+    _end(folder, outcomes, interrupted)
+
+
+def show_ranking(sweep: Sweep, ranking: Ranking) -> None:
+    """Print the ranking, and write the page."""
+    echo("\n" + table(*ranking_rows(ranking, list(sweep.axes))))
+    echo(f"\n{verdict(ranking)}")
+    echo(f"page: {write_sweep_page(sweep, ranking)}")
+
+
+def _end(folder: SweepFolder, outcomes: Sequence[Outcome], interrupted: bool) -> None:
+    """Say what is left to do, and leave with a code for it."""
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    stopped = [outcome for outcome in outcomes if outcome.state == "stopped"]
+    if failed:
+        names = ", ".join(outcome.run.name for outcome in failed)
+        echo(f"failed: {names}; what they printed is in {folder.path}", err=True)
+    if failed or stopped or interrupted:
+        echo(f"to run what is missing: megalm sweep {folder.path}", err=True)
+    if stopped or interrupted:
+        raise typer.Exit(EXIT_START_AGAIN)
+    if failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _opened(
+    swept: Sequence[str], run_words: Sequence[str], name: str | None, starts: bool
+) -> tuple[Sweep, SweepFolder, list[str]]:
+    """Return the sweep, recorded in its folder, and the words that start a run."""
+    if len(swept) == 1 and "=" not in swept[0] and Path(swept[0]).suffix not in (".yaml", ".yml"):
+        if run_words or name is not None:
+            raise ConfigError(f"sweep {swept[0]} has its command and its name; omit --name and what follows --")
+        folder = find_sweep(swept[0])
+        sweep, launcher = folder.read()
+        if starts and root_of(sweep.arguments).resolve() != sweep.root.resolve():
+            raise ConfigError(f"sweep {folder.path} was begun in another working directory; start it there")
+        return sweep, folder, launcher
+    launcher, arguments = split_launcher(run_words)
+    sweep = read_sweep(swept, arguments, name)
+    folder = SweepFolder(sweep.folder)
+    is_new = not folder.record.exists()
+    sweep = folder.write(sweep, launcher)
+    try:
+        _check(sweep, launcher)
+    except ConfigError:
+        if is_new:
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+    return sweep, folder, launcher
+
+
+def split_launcher(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words up to launch/pretrain.py, `deepspeed launch/pretrain.py` without any, and its arguments."""
+    ends = [index for index, word in enumerate(words) if Path(word).name == _PRETRAIN]
+    if ends:
+        return list(words[: ends[0] + 1]), list(words[ends[0] + 1 :])
+    if words and "=" not in words[0] and not words[0].startswith("-"):
+        raise ConfigError(f"{words[0]} after -- starts no launch/pretrain.py; give the command of a run, or key=value")
+    beside = Path(sys.executable).with_name("deepspeed")
+    script = Path(megalm.__file__).resolve().parents[1] / "launch" / _PRETRAIN
+    return [str(beside) if beside.exists() else "deepspeed", str(script)], list(words)
+
+
+def _check(sweep: Sweep, launcher: Sequence[str]) -> None:
+    """Refuse a sweep of which a run would be refused.
+
+    Raises:
+        ConfigError: the problems of all runs, each once.
+    """
+    problems: dict[str, None] = {}
+    ranks = _ranks(launcher)
+    for run in sweep.runs:
+        try:
+            arguments = _arguments(sweep.arguments_of(run))
+            _, files = arguments.read(ranks or 1, _ANY_DEVICE, data_needed=False)
+            if ranks is not None:
+                check_run(files.loaded, files.deepspeed, ranks, _ANY_DEVICE, data_needed=False)
+        except ConfigError as error:
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _arguments(words: Sequence[str]) -> Arguments:
+    """Return the arguments of launch/pretrain.py that decide about its settings."""
+    values: dict[str, str] = {}
+    overrides = []
+    rest = iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            overrides.append(word)
+        elif option in ("--deepspeed_config", "--config", "--resume"):
+            values[option.lstrip("-")] = value if equals else next(rest, "")
+        elif option != "--verbose":
+            raise ConfigError(f"{word} is no option of launch/pretrain.py that a sweep takes; remove it")
+    return Arguments(
+        values.get("deepspeed_config"), values.get("config"), tuple(overrides), resume=values.get("resume")
+    )
+
+
+def _ranks(launcher: Sequence[str]) -> int | None:
+    """Return the number of ranks that the launcher states; None if only the machine knows."""
+    if any(word.partition("=")[0] in _MORE_THAN_ONE_NODE for word in launcher):
+        return None
+    for index, word in enumerate(launcher):
+        option, equals, value = word.partition("=")
+        if option in _RANK_OPTIONS:
+            value = value if equals else launcher[index + 1]
+            return int(value) if value.isdecimal() else None
+    return 1 if Path(launcher[0]).name.startswith("python") and "-m" not in launcher else None

@@ -1,0 +1,1 @@
+"""Sweeps: one run for each combination of values, ranked and drawn together."""

@@ -1,0 +1,210 @@
+"""Run a sweep on this machine, one run after another: those that are not finished, each as its user would start it.
+
+A run is a session of its own, so that Ctrl-C reaches this process alone, which passes it on once, as a terminal would;
+the run saves and ends, and the sweep with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from megalm.errors import ConfigError, MegalmError
+from megalm.runs.metrics_log import METRICS_FILE, read_newest_first
+from megalm.runs.run_folder import CONFIG_FILE, read_mapping
+from megalm.sweeps.expansion import Sweep, SweptRun
+from megalm.sweeps.sweep_folder import State, SweepFolder, state_of
+from megalm.utils.progress import ProgressBar
+from megalm.utils.stop_signals import respected_stop_signals
+
+_POLL_SECONDS = 0.5
+_LONGEST_LINE = 300
+_LOG_TAIL_BYTES = 20_000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        code: exit code of its command; None for a run that was not started.
+        why: of a failure, its error.
+    """
+
+    run: SweptRun
+    state: State
+    code: int | None = None
+    seconds: float = 0.0
+    why: str = ""
+
+
+class LocalRuns:
+    """Runs the unfinished runs of a sweep.
+
+    Args:
+        launcher: the words before the arguments of launch/pretrain.py.
+        say: receives a line about each run.
+        show_output: let the runs write to the terminal; else to `SweepFolder.log`.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        folder: SweepFolder,
+        launcher: Sequence[str],
+        say: Callable[[str], None],
+        show_output: bool = False,
+    ) -> None:
+        self._sweep, self._folder, self._launcher = sweep, folder, list(launcher)
+        self._say, self._show_output = say, show_output
+        self._process: subprocess.Popen[bytes] | None = None
+        self.interrupted = False
+
+    def run(self, stop_at_failure: bool = False) -> list[Outcome]:
+        """Start the runs one after another until all are done, or a signal asks to stop.
+
+        Raises:
+            ConfigError: the launcher cannot be started.
+        """
+        states = {run.name: state_of(self._sweep.root / run.name) for run in self._sweep.runs}
+        todo = [run for run in self._sweep.runs if states[run.name] not in ("finished", "running")]
+        for run in self._sweep.runs:
+            if states[run.name] == "running":
+                self._say(f"skipped {run.name}: another job trains it")
+        outcomes = []
+        with self._signals(), self._progress(len(todo)) as bar:
+            for number, run in enumerate(todo):
+                outcome = self._run(run, number, bar)
+                outcomes.append(outcome)
+                bar.update(number + 1)
+                self._say(f"[{number + 1}/{len(todo)}] {_described(outcome)}")
+                if self.interrupted or (stop_at_failure and outcome.state == "failed"):
+                    break
+        return outcomes
+
+    def _progress(self, count: int) -> ProgressBar:
+        shown: Callable[[float, float], str] = lambda done, total: f"{int(done)}/{int(total)} runs done"  # noqa: E731
+        if self._show_output:  # a bar would stand among the runs' own lines
+            return ProgressBar(f"sweep {self._sweep.name}", count, say=lambda line: None, shown=shown)
+        return ProgressBar(f"sweep {self._sweep.name}", count, shown=shown)
+
+    def _run(self, run: SweptRun, number: int, bar: ProgressBar) -> Outcome:
+        started = time.monotonic()
+        folder = self._sweep.root / run.name
+        before = _last_step(folder)
+        with self._start(run) as process:
+            while process.poll() is None:
+                steps, step = _planned_steps(folder), _last_step(folder)
+                if steps is not None and step > before:
+                    values = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in run.values.items())
+                    bar.update(number + min(1.0, step / steps), f"{values}: step {step}/{steps}")
+                time.sleep(_POLL_SECONDS)
+            self._wait_for_ranks(process.pid)
+        code = process.returncode
+        state = state_of(folder)
+        if self.interrupted and state != "finished":
+            state = "stopped"
+        elif code != 0 and state in ("waiting", "finished"):  # refused before it had a folder
+            state = "failed"
+        why = self._failure(run, folder) if state == "failed" else ""
+        return Outcome(run, state, code, time.monotonic() - started, why)
+
+    @contextlib.contextmanager
+    def _start(self, run: SweptRun) -> Iterator[subprocess.Popen[bytes]]:
+        words = [*self._launcher, *self._sweep.arguments_of(run)]
+        with contextlib.ExitStack() as opened:
+            log = None if self._show_output else opened.enter_context(self._folder.log(run.name).open("ab"))
+            try:
+                process = subprocess.Popen(
+                    words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log and subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise ConfigError(
+                    f"{words[0]}: cannot be started ({error.strerror}); give the launcher after --, such as "
+                    "-- deepspeed launch/pretrain.py"
+                ) from None
+            self._process = process
+            if self.interrupted:  # while it was being started
+                self._interrupt(process)
+            try:
+                yield process
+            finally:
+                self._process = None
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Pass each stop signal on to the run as a Ctrl-C, at which its launcher waits until it has saved."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.interrupted = True
+            if self._process is not None:
+                self._interrupt(self._process)
+
+        before = {number: signal.signal(number, handle) for number in respected_stop_signals()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @staticmethod
+    def _interrupt(process: subprocess.Popen[bytes]) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+
+    @staticmethod
+    def _wait_for_ranks(group: int) -> None:
+        """Wait for what the launcher has left behind: a rank may still be saving."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            while True:
+                os.killpg(group, 0)
+                time.sleep(_POLL_SECONDS)
+
+    def _failure(self, run: SweptRun, folder: Path) -> str:
+        """Return the error of a failed run in one line."""
+        reports = sorted((folder / "failures").glob("attempt-*.txt"), key=lambda path: path.stat().st_mtime)
+        for path in (*reversed(reports[-1:]), self._folder.log(run.name)):
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
+                lines = file.read().decode(errors="replace").splitlines()
+                errors = [line for line in lines if "error:" in line.lower() or "Error" in line]
+                if errors:
+                    return errors[-1].strip()[:_LONGEST_LINE]
+        return ""
+
+
+def _described(outcome: Outcome) -> str:
+    text = f"{outcome.run.name}: {outcome.state}"
+    if outcome.state == "failed":
+        text += f" (exit code {outcome.code})" + (f": {outcome.why}" if outcome.why else "")
+    return text
+
+
+def _last_step(folder: Path) -> int:
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        return 0
+    with contextlib.suppress(MegalmError):
+        for row in read_newest_first(path):
+            if row["kind"] == "train":
+                return int(row["step"])
+    return 0
+
+
+def _planned_steps(folder: Path) -> int | None:
+    with contextlib.suppress(MegalmError):
+        train = read_mapping(folder / CONFIG_FILE).get("train")
+        steps = train.get("steps") if isinstance(train, dict) else None
+        return steps if isinstance(steps, int) and steps > 0 else None
+    return None

@@ -1,0 +1,35 @@
+"""The runs of a sweep in MLflow: children of one run, which trains as long as one of them does."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from megalm.tracking.mlflow_mirror.mirror_process import sync
+from tests.e2e.tracking.run_folders import write_rows
+
+pytestmark = pytest.mark.e2e
+
+
+def test_the_runs_of_a_sweep_have_one_parent(run_dir: Path) -> None:
+    config = (run_dir / "config.yaml").read_text()
+    assert "tracking: {" in config
+    (run_dir / "config.yaml").write_text(config.replace("tracking: {", "tracking: {sweep: lr, ", 1))
+    other = run_dir.with_name("second-001")
+    shutil.copytree(run_dir, other)
+    write_rows(run_dir, range(1, 3), end="finished")
+    write_rows(other, range(1, 3))
+    first, second = sync(run_dir), sync(other)
+    client = mlflow.MlflowClient(f"sqlite:///{run_dir.parent / 'mlflow.db'}")
+    parents = {client.get_run(sent.run_id).data.tags["mlflow.parentRunId"] for sent in (first, second)}
+    (parent,) = map(client.get_run, parents)
+    assert parent.info.run_name == "lr"
+    assert "mlflow.parentRunId" not in parent.data.tags
+    assert parent.info.status == "RUNNING"  # as the second run
+    write_rows(other, range(3, 5), end="finished")
+    sync(other)
+    assert client.get_run(parent.info.run_id).info.status == "FINISHED"
+    assert len(client.search_runs([parent.info.experiment_id])) == 3
