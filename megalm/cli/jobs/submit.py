@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -99,56 +100,87 @@ def command(
     megalm submit --nodes=4 --gpus-per-node=8 --chain 5 -- run.name=mine --resume auto
     """
     words: tuple[str, ...] = context.meta[_RUN_WORDS]
-    options = _options(sbatch or [], after)
-    problems: list[str] = []
-    allocation = _noted(problems, lambda: Allocation.of(options))
-    arguments = _noted(problems, lambda: run_arguments(words))
-    if problems or allocation is None or arguments is None:
-        raise ConfigError(*problems)
+    request = _read(sbatch or [], words, after, chain)
     if not print_it:  # a script can be written where there is no Slurm
         require_slurm()
-        _refuse_open_gpus(options, allocation)
-    if chain is not None and allocation.tasks is not None:
-        raise ConfigError("--chain is an array of its own; omit --array")
-
-    plan = checked_plan(arguments, allocation, gpu, allocation.tasks[0] if allocation.tasks else None)
-    name = plan.resolved.config.run.name
-    _refuse_shared_name(arguments, plan, allocation)
-    if not print_it and name is not None and not options.get("dependency"):
-        _refuse_second_job(name)
-    if chain is not None:
-        if name is None or arguments.resume is None:
-            raise ConfigError("--chain resumes one run: add run.name=NAME and --resume auto after --")
-        options = options.updated(SbatchOptions({"array": f"1-{chain}%1", "no-requeue": None}))
-    if rehearse and plan.resolved.device.name is not None and plan.resolved.device.kind == "cuda":
-        _rehearse(plan, allocation)
-
-    job_name = options.get("job-name") or _job_name(words, plan)
-    options = _named(options, job_name, one_log=chain is not None)
-    given = SbatchOptions.parse(sbatch or [])
-    again = [word for word in given.words() if not word.startswith(("--dependency=", "--array=", "--job-name="))]
-    if chain is not None:
-        again.append(f"--chain={chain}")
-    variables = {"MEGALM_SUBMIT_OPTIONS": shlex.join(again), **({} if chain is None else {"MEGALM_CHAIN": "1"})}
-    script = render(options, _HOME, words, variables)
+        _refuse_open_gpus(request)
+    plans = [checked_plan(run, request.allocation, gpu, task) for task, run in request.runs.items()]
+    _refuse_together(request, plans[0])
+    if not print_it and not request.options.get("dependency"):
+        _refuse_second_job(plans[0].resolved.config.run.name)
+    if rehearse:
+        _rehearse(plans, request.allocation)
+    options = _named(request, plans[0])
+    script = render(options, _HOME, words, request.variables)
     if print_it:
         echo_text(script, end="")
         return
     environment = without_options(os.environ)
     if (why := refusal(script, environment)) is not None:
         raise ConfigError(why)
-    _tell(send(script, environment), options, allocation, plan)
+    _tell(send(script, environment), options, request.allocation, plans[0])
 
 
 # --- What is asked for ------------------------------------------------------------------------------------------------
 
 
-def _options(words: Sequence[str], after: str | None) -> SbatchOptions:
+@dataclass(frozen=True)
+class _Request:
+    """A job as its user asks for it.
+
+    Attributes:
+        given: options of sbatch on the command line.
+        options: all options of sbatch.
+        runs: the arguments of each run to check, by its task in an array.
+        chain: the number of jobs of a chain.
+    """
+
+    given: SbatchOptions
+    options: SbatchOptions
+    allocation: Allocation
+    words: tuple[str, ...]
+    runs: Mapping[int | None, Arguments]
+    chain: int | None
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment of the job: what asks for such a job again, and whether it is one of a chain."""
+        once = ("dependency", "array", "job-name")
+        again = SbatchOptions({name: value for name, value in self.given.values.items() if name not in once}).words()
+        if self.chain is None:
+            return {"MEGALM_SUBMIT_OPTIONS": shlex.join(again)}
+        return {"MEGALM_SUBMIT_OPTIONS": shlex.join([*again, f"--chain={self.chain}"]), "MEGALM_CHAIN": "1"}
+
+
+def _read(sbatch: Sequence[str], words: tuple[str, ...], after: str | None, chain: int | None) -> _Request:
+    """Read options and arguments.
+
+    Raises:
+        ConfigError: all that is wrong with them.
+    """
+    given = SbatchOptions.parse(sbatch)
+    options = _options(given, after)
+    problems: list[str] = []
+    allocation = _noted(problems, lambda: Allocation.of(options))
+    arguments = _noted(problems, lambda: run_arguments(words))
+    if allocation is None or arguments is None:
+        raise ConfigError(*problems)
+    if chain is not None:
+        if allocation.tasks is not None:
+            raise ConfigError("--chain is an array of its own; omit --array")
+        if arguments.resume is None:
+            raise ConfigError("--chain resumes one run: add run.name=NAME and --resume auto after --")
+        options = options.updated(SbatchOptions({"array": f"1-{chain}%1", "no-requeue": None}))
+        allocation = Allocation.of(options)
+    first = None if allocation.tasks is None else allocation.tasks[0]
+    return _Request(given, options, allocation, words, {first: arguments}, chain)
+
+
+def _options(given: SbatchOptions, after: str | None) -> SbatchOptions:
     """Return the options by precedence, as sbatch has them: lines of slurm/train.sh, environment, command line."""
     script = _HOME / "slurm" / "train.sh"
     if not script.is_file():
         raise ConfigError(f"{script}: no such file; megalm submit works from a checkout of megalm (make install there)")
-    given = SbatchOptions.parse(words)
     if after is not None:
         if given.get("dependency"):
             raise ConfigError("--after and --dependency say the same; omit one of them")
@@ -203,9 +235,10 @@ def _noted(problems: list[str], work: Callable[[], _T]) -> _T | None:
         return None
 
 
-def _refuse_open_gpus(options: SbatchOptions, allocation: Allocation) -> None:
+def _refuse_open_gpus(request: _Request) -> None:
     """Refuse a job that takes all GPUs of its nodes without saying how many those are."""
-    if "exclusive" in options.values and not allocation.gpus and gpus_of_nodes(options.get("partition")):
+    is_open = "exclusive" in request.options.values and not request.allocation.gpus
+    if is_open and gpus_of_nodes(request.options.get("partition")):
         raise ConfigError("--exclusive takes all GPUs of a node; say how many there are with --gpus-per-node")
 
 
@@ -266,21 +299,24 @@ def _refuse_existing(arguments: Arguments, plan: Plan) -> None:
         refuse_existing_run(RunFolder(Path(run.root).expanduser() / run.name), arguments.resume is not None)
 
 
-def _refuse_shared_name(arguments: Arguments, plan: Plan, allocation: Allocation) -> None:
-    """Refuse an array whose tasks would train one run at once."""
-    together = allocation.tasks is not None and allocation.at_once != 1
-    if together and (plan.resolved.config.run.name is None or "%a" not in _stated_name(arguments.overrides)):
+def _refuse_together(request: _Request, plan: Plan) -> None:
+    """Refuse an array whose tasks would train one run at once, or an unnamed run one after another."""
+    if request.allocation.tasks is None:
+        return
+    if plan.resolved.config.run.name is None:
+        raise ConfigError("each job of a chain or an array has to know its run: add run.name=NAME after --")
+    if request.allocation.at_once != 1 and "%a" not in _stated_name(request.words):
         raise ConfigError(
             "all tasks of --array would train one run; give each its own with run.name=NAME-%a, or let one run at a "
             "time with --array=...%1 (--chain N does)"
         )
 
 
-def _refuse_second_job(name: str) -> None:
+def _refuse_second_job(name: str | None) -> None:
     """Refuse a run that another job of this user trains or will train: only one at a time can."""
     here = os.path.realpath(os.curdir)
     jobs = [job.whole for job in own_jobs() if job.name == name and os.path.realpath(job.folder) == here]
-    if jobs:
+    if name is not None and jobs:
         others = list(dict.fromkeys(jobs))
         raise ConfigError(
             f"job {', '.join(others)} trains run {name} or waits to; queue behind it with "
@@ -293,22 +329,27 @@ def _stated_name(words: Sequence[str]) -> str:
     return next((word.partition("=")[2] for word in reversed(words) if word.startswith("run.name=")), "")
 
 
-def _rehearse(plan: Plan, allocation: Allocation) -> None:
-    """Rehearse rank 0; refuse what fails, and report what is tight.
+def _rehearse(plans: Sequence[Plan], allocation: Allocation) -> None:
+    """Rehearse rank 0 of each kind of run on GPUs of a known type; refuse what fails, and report what is tight.
 
     Raises:
-        ConfigError: the run would fail on its GPUs.
+        ConfigError: a run would fail on its GPUs.
     """
-    case = RehearsalCase(plan.resolved, plan.shape, 0, allocation.ranks_per_node)
-    rehearsal = rehearse_run(case)
-    verdict = judge(rehearsal, case, plan)
-    gpu = plan.resolved.device.name
-    if verdict.level == "fails":
-        reasons = (f"rehearsed on {gpu}: {line}" for line in (*verdict.reasons, *verdict.advice))
-        raise ConfigError(*reasons, "megalm rehearse shows it; --no-rehearse submits it all the same")
-    echo(f"megalm: rehearsed on {gpu} in {format_duration(rehearsal.seconds)}: {verdict.level}", err=True)
-    for line in (*verdict.reasons, *verdict.advice):
-        echo(f"megalm:   {line}", err=True)
+    kinds = {repr((plan.shape, plan.resolved.batch, plan.resolved.deepspeed)): plan for plan in plans}
+    for plan in kinds.values():
+        gpu = plan.resolved.device.name
+        if gpu is None or plan.resolved.device.kind != "cuda":
+            continue
+        case = RehearsalCase(plan.resolved, plan.shape, 0, allocation.ranks_per_node)
+        rehearsal = rehearse_run(case)
+        verdict = judge(rehearsal, case, plan)
+        told = f"rehearsed on {gpu}"
+        if verdict.level == "fails":
+            reasons = (f"{told}: {line}" for line in (*verdict.reasons, *verdict.advice))
+            raise ConfigError(*reasons, "megalm rehearse shows it; --no-rehearse submits it all the same")
+        echo(f"megalm: {told} in {format_duration(rehearsal.seconds)}: {verdict.level}", err=True)
+        for line in (*verdict.reasons, *verdict.advice):
+            echo(f"megalm:   {line}", err=True)
 
 
 # --- The job ----------------------------------------------------------------------------------------------------------
@@ -320,12 +361,13 @@ def _job_name(words: Sequence[str], plan: Plan) -> str:
     return re.sub(r"[-_.]?%[ax]", "", name) or "megalm"
 
 
-def _named(options: SbatchOptions, job_name: str, one_log: bool) -> SbatchOptions:
+def _named(request: _Request, plan: Plan) -> SbatchOptions:
     """Return the options with the job's name, and a log for each job, or one for a chain of them."""
-    log = options.get("output")
-    if log == "%x-%j.log" and options.get("array"):
-        log = "%x-%A.log" if one_log else "%x-%A_%a.log"
-    return options.updated(SbatchOptions({"job-name": job_name, **({} if log is None else {"output": log})}))
+    options, log = request.options, request.options.get("output")
+    named = {"job-name": options.get("job-name") or _job_name(request.words, plan)}
+    if log == "%x-%j.log" and request.allocation.tasks is not None:
+        log = "%x-%A.log" if request.chain is not None else "%x-%A_%a.log"
+    return options.updated(SbatchOptions(named if log is None else {**named, "output": log}))
 
 
 def _tell(job: str, options: SbatchOptions, allocation: Allocation, plan: Plan) -> None:
