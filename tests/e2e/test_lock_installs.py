@@ -7,7 +7,9 @@ only.
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.container_files import DEFINITION, copied, sections
 
 # Minutes of downloads; tests/unit/test_lock.py shows by the metadata of what is installed that the lock is complete.
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -73,3 +77,38 @@ def test_pip_finds_a_wheel_of_everything(
     installed = json.loads(report.read_text())["install"]
     found = {canonicalize_name(item["metadata"]["name"]) for item in installed}
     assert found == locked(python).keys(), "the lock is incomplete"
+
+
+def test_the_install_part_of_the_containers_in_a_clean_folder(
+    tmp_path: Path, require: Callable[[str, object, str], None]
+) -> None:
+    """With no more than they copy, and nothing of this environment; the system packages are this machine's."""
+    home = tmp_path / "opt" / "megalm"
+    home.mkdir(parents=True)
+    for source in copied():
+        ours = ROOT / source
+        if ours.is_dir():
+            shutil.copytree(ours, home / source, ignore=shutil.ignore_patterns("__pycache__", "site.sh"))
+        else:
+            shutil.copy2(ours, home / source)
+    shell = sections(DEFINITION.read_text())["post"].partition("/lists/*\n")[2].replace("/opt/megalm", str(home))
+    shell = "set -e\n" + shell.replace("rm -rf /root/.cache", "")
+    kept = ("PIP_", "HOME", "SSL_CERT", "https_proxy", "http_proxy")
+    environment = {name: value for name, value in os.environ.items() if name.startswith(kept)}
+    environment |= {"PYTHON": sys.executable, "PATH": "/usr/local/bin:/usr/bin:/bin"}
+
+    def run(*words: str, seconds: float) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            words, cwd=home, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+        )
+
+    done = run("sh", "-c", shell, seconds=1400)
+    if done.returncode:
+        require("index", not UNREACHABLE.search(done.stderr), "the package index cannot be reached")
+    assert done.returncode == 0, done.stdout + done.stderr
+    tools = home / ".venv" / "bin"
+    environment["PATH"] = f"{tools}:{environment['PATH']}"
+    dry_run = ("launch/pretrain.py", "--dry-run", "--deepspeed_config", "zero2.json")
+    for words in ((str(tools / "megalm"), "presets"), (str(tools / "python"), *dry_run)):
+        done = run(*words, seconds=300)
+        assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slurm]
 JOB_SECONDS = 300.0
+STEPS = 400  # some seconds
 
 
 def megalm(slurm: SlurmCluster, folder: Path, *words: str | Path) -> str:
@@ -27,17 +29,19 @@ def status(slurm: SlurmCluster, folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_a_chain_trains_one_run_to_its_end(slurm: SlurmCluster, small_data: SmallData, tmp_path: Path) -> None:
     words = ("--deepspeed_config", DS_CONFIGS / "fp32.json", *small_data.words, "run.name=mine", "--resume", "auto")
-    line = ("submit", "--nodes=2", "--time=5", "--chain", "3", "--", *words, "train.steps=100")
+    own = ("--nodes=2", "--time=5", """--comment=it's "one" \\ #1""")
+    line = ("submit", *own, "--chain", "3", "--", *words, f"train.steps={STEPS}")
     told = megalm(slurm, tmp_path, *line)
     job = told.split()[1].rstrip(":")
     assert_names(told, f"mine-{job}.log", "megalm status mine", f"scancel {job}")
     assert [slurm.job(f"{job}_1")[name] for name in ("JobName", "Requeue")] == ["mine", "0"]
+    assert slurm.ask("squeue", "--noheader", "--format=%k", f"--jobs={job}_1") == own[2].partition("=")[2]
     with pytest.raises(AssertionError, match=f"--after {job},"):
         megalm(slurm, tmp_path, *line)
 
     until(lambda: any(row["step"] > 5 for row in train_rows(tmp_path)), JOB_SECONDS)
     trains = status(slurm, tmp_path)["mine"]
-    assert (trains["state"], trains["steps"], trains["attempts"]) == ("running", 100, 1)
+    assert (trains["state"], trains["steps"], trains["attempts"]) == ("running", STEPS, 1)
     assert trains["slurm"]["task"] == f"{job}_1"
     slurm.ask("scancel", "--signal=TERM", trains["slurm"]["number"])
     ends = {number: slurm.wait(f"{job}_{number}", JOB_SECONDS) for number in (1, 2, 3)}
@@ -50,10 +54,10 @@ def test_a_chain_trains_one_run_to_its_end(slurm: SlurmCluster, small_data: Smal
     assert ends[1]["ExitCode"] == "75:0"
     assert [row["status"] for row in rows(tmp_path) if row.get("event") == "end"] == ["stopped", "finished"]
     finished = status(slurm, tmp_path)["mine"]
-    assert (finished["state"], finished["step"], finished["attempts"]) == ("finished", 100, 2)
-    (again,) = (text.split() for text in log.splitlines() if "train.steps=200" in text)
-    assert again[2:] == ["megalm", "submit", *line[1:3], "--chain=3", *again[-5:]]
-    assert again[-5:] == ["--", "run.name=mine", "--resume", "auto", "train.steps=200"]
+    assert (finished["state"], finished["step"], finished["attempts"]) == ("finished", STEPS, 2)
+    (again,) = (shlex.split(text) for text in log.splitlines() if f"train.steps={2 * STEPS}" in text)
+    assert again[2:] == ["megalm", "submit", *own, "--chain=3", *again[-5:]]
+    assert again[-5:] == ["--", "run.name=mine", "--resume", "auto", f"train.steps={2 * STEPS}"]
 
 
 def test_an_array_trains_the_runs_of_a_sweep(slurm: SlurmCluster, small_data: SmallData, tmp_path: Path) -> None:
