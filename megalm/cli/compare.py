@@ -21,10 +21,8 @@ from megalm.cli.find_run import find_run, is_long, read_watched, warn
 from megalm.errors import ConfigError
 from megalm.runs.metrics_log import METRICS_FILE
 from megalm.runs.run_folder import RunFolder
-from megalm.sweeps.expansion import Sweep
-from megalm.sweeps.ranking import Ranking
 from megalm.sweeps.sweep_folder import find_sweep
-from megalm.sweeps.sweep_report import ranking_rows, read_ranking, summary, verdict
+from megalm.sweeps.sweep_report import begun_runs, ranking_rows, read_ranking, summary, verdict
 from megalm.tracking import compare_runs
 from megalm.tracking.compare_runs import Results, RunRecord
 from megalm.tracking.report.comparison import ComparisonPage, PageTable, write_comparison
@@ -136,49 +134,44 @@ def command(
     """
     if as_json and as_csv:
         raise ConfigError("--json and --csv exclude each other; give one")
-    folders, swept = _chosen(runs or [], sweep)
+    folders = [find_run(run) for run in runs or []]
+    swept = None if sweep is None else find_sweep(sweep).read()[0]
+    of_sweep = [] if swept is None else begun_runs(swept)
+    if len(folders) + len(of_sweep) < 2:
+        raise ConfigError(
+            "compare needs two or more runs; `ls runs` lists them"
+            if sweep is None
+            else f"sweep {sweep} has fewer than two runs that have begun; `megalm sweep {sweep}` runs them"
+        )
     drawn = [] if as_json or as_csv else [plot]
     written = [*drawn, *([page] if page is not None else [])]
-    refuse_overwriting_inputs(written, [path for folder in folders for path in RunFolder(folder).records])
-    records = _read(folders)
+    refuse_overwriting_inputs(written, [path for folder in (*folders, *of_sweep) for path in RunFolder(folder).records])
+    ranking = None if swept is None else read_ranking(swept, read_runs)
+    records = read_runs(folders)
+    if ranking is not None:
+        by_name = {run.run.name: run.record for run in ranking.runs}
+        records += [record for folder in of_sweep if (record := by_name[folder.name]) is not None]
     names = [record.name for record in records]
     if len(set(names)) < len(names):
-        names = list(map(str, folders))  # the same name under two roots
+        names = list(map(str, (*folders, *of_sweep)))  # the same name under two roots
     comparison = Comparison(records, names)
     if page is not None:
         write_comparison(page, comparison.page(), records, names)
     if as_json:
-        content = comparison.as_json() | ({} if swept is None else {"sweep": summary(*swept)})
+        content = comparison.as_json()
+        if swept is not None and ranking is not None:
+            content["sweep"] = summary(swept, ranking)
         echo_text(json.dumps(content, indent=2, ensure_ascii=False))
     elif as_csv:
         echo_text(comparison.as_csv(), end="")
     else:
         for line in comparison.warnings:
             warn(f"WARNING: {line}")
-        if swept is not None:
-            rows = ranking_rows(swept[1], list(swept[0].axes))
-            echo(f"{table(*rows)}\n\n{verdict(swept[1])}\n")
+        if swept is not None and ranking is not None:
+            echo(f"{table(*ranking_rows(ranking, list(swept.axes)))}\n\n{verdict(ranking)}\n")
         echo(comparison.as_text() if len(records) <= _MOST_COLUMNS else table(*comparison.columns()))
         compare_runs.plot_losses(records, plot, names, over.value)
         echo(f"\nlosses over {compare_runs.AXES[over.value]}: {plot}")
-
-
-def _chosen(runs: Sequence[str], sweep: str | None) -> tuple[list[Path], tuple[Sweep, Ranking] | None]:
-    """Return the folders of the runs, also of those of a sweep that have begun; and the sweep with its ranking.
-
-    Raises:
-        ConfigError: there is no such run or sweep, or fewer than two runs.
-    """
-    folders = [find_run(run) for run in runs]
-    if sweep is None:
-        if len(folders) < 2:
-            raise ConfigError("compare needs two or more runs; `ls runs` lists them")
-        return folders, None
-    swept, _ = find_sweep(sweep).read()
-    begun = [folder for run in swept.runs if ((folder := swept.root / run.name) / METRICS_FILE).is_file()]
-    if len(folders) + len(begun) < 2:
-        raise ConfigError(f"sweep {sweep} has fewer than two runs that have begun; `megalm sweep {sweep}` runs them")
-    return [*folders, *begun], (swept, read_ranking(swept, read_watched))
 
 
 class Comparison:
@@ -262,8 +255,8 @@ def _facts(results: Results) -> dict[str, Any]:
     }
 
 
-def _read(folders: Sequence[Path]) -> list[RunRecord]:
-    """Read the runs, long ones at the same time."""
+def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
+    """Read run folders, long ones at the same time."""
     if sum(is_long(folder / METRICS_FILE) for folder in folders) < 2:
         return [compare_runs.read_run(folder, read_watched) for folder in folders]
     processes = min(len(folders), len(os.sched_getaffinity(0)))

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from megalm.utils.progress import ProgressBar
 from megalm.utils.stop_signals import respected_stop_signals
 
 _POLL_SECONDS = 0.5
+_LINE_SECONDS = 60.0  # between two lines of progress in a file; a terminal has a bar
 _LONGEST_LINE = 300
 _LOG_TAIL_BYTES = 20_000
 
@@ -98,11 +100,12 @@ class LocalRuns:
     def _run(self, run: SweptRun, number: int, bar: ProgressBar) -> Outcome:
         started = time.monotonic()
         folder = self._sweep.root / run.name
-        before = _last_step(folder)
+        before, next_line = _last_step(folder), started
         with self._start(run) as process:
             while process.poll() is None:
                 steps, step = _planned_steps(folder), _last_step(folder)
-                if steps is not None and step > before:
+                if steps is not None and step > before and time.monotonic() >= next_line:
+                    next_line = time.monotonic() + (0.0 if sys.stderr.isatty() else _LINE_SECONDS)
                     values = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in run.values.items())
                     bar.update(number + min(1.0, step / steps), f"{values}: step {step}/{steps}")
                 time.sleep(_POLL_SECONDS)

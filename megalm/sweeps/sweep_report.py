@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megalm.runs.metrics_log import METRICS_FILE, ReadBatches, read_batches
+from megalm.runs.metrics_log import METRICS_FILE
 from megalm.runs.run_folder import ResumeCommand
 from megalm.sweeps.expansion import SEED, Sweep
 from megalm.sweeps.ranking import Entry, RankedRun, Ranking, ValueEffect, effects, rank, score_runs
 from megalm.sweeps.sweep_folder import SweepFolder, state_of
-from megalm.tracking.compare_runs import incomparable, read_run
+from megalm.tracking.compare_runs import RunRecord, incomparable, read_run
 from megalm.tracking.report.comparison import ComparisonPage, PageTable, write_comparison
 from megalm.tracking.report.svg_chart import Chart, Scale, label
 
@@ -21,17 +21,25 @@ from megalm.tracking.report.svg_chart import Chart, Scale, label
 _WIDE = 8.0
 
 
-def read_ranking(sweep: Sweep, read: ReadBatches = read_batches) -> Ranking:
+def begun_runs(sweep: Sweep) -> list[Path]:
+    """Return the folders of the runs that have written a row."""
+    folders = [sweep.root / run.name for run in sweep.runs]
+    return [folder for folder in folders if (folder / METRICS_FILE).is_file()]
+
+
+def read_ranking(sweep: Sweep, read_runs: Callable[[Sequence[Path]], list[RunRecord]] | None = None) -> Ranking:
     """Read the runs of a sweep and rank them.
+
+    Args:
+        read_runs: reads run folders; None: one after another.
 
     Raises:
         DataError, ConfigError: a file of a run is damaged.
     """
-    found = []
-    for run in sweep.runs:
-        folder = sweep.root / run.name
-        record = read_run(folder, read) if (folder / METRICS_FILE).is_file() else None
-        found.append((run, state_of(folder), record))
+    folders = begun_runs(sweep)
+    records = list(map(read_run, folders)) if read_runs is None else read_runs(folders)
+    known = {folder.name: record for folder, record in zip(folders, records, strict=True)}
+    found = [(run, state_of(sweep.root / run.name), known.get(run.name)) for run in sweep.runs]
     return rank(*score_runs(found))
 
 

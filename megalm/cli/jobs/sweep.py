@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 import megalm
-from megalm.cli.find_run import read_watched
+from megalm.cli.compare import read_runs
 from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.errors import EXIT_FAILED, EXIT_START_AGAIN, ConfigError
 from megalm.planning.run_checks import check_run
@@ -95,7 +95,7 @@ def command(
         runs = LocalRuns(sweep, folder, launcher, echo, show_output)
         outcomes, interrupted = runs.run(stop_at_failure), runs.interrupted
         lock.release()
-    show_ranking(sweep, read_ranking(sweep, read_watched))
+    show_ranking(sweep, read_ranking(sweep, read_runs))
     _end(folder, outcomes, interrupted)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -159,3 +160,5 @@ def test_the_state_of_a_run_is_that_of_its_last_event(tmp_path: Path) -> None:
     assert state_of(write_run(tmp_path / "killed", [event("start"), train_row(1, 3.0)])) == "stopped"
     (tmp_path / "killed" / "lock").write_text("host elsewhere, process 1; beat 3\n")
     assert state_of(tmp_path / "killed") == "running"
+    (tmp_path / "killed" / "lock").write_text(f"host {platform.node()}, process {2**22 + 1}; beat 3\n")
+    assert state_of(tmp_path / "killed") == "stopped"  # no process has this number
