@@ -271,6 +271,5 @@ def render(
 
 
 def _directive(word: str) -> str:
-    """Quote the word of a #SBATCH line where sbatch would split or unquote it."""
-    name, equals, value = word.partition("=")
-    return f"{name}{equals}{shlex.quote(value)}" if re.search(r"[\s'\"\\#]", value) else word
+    """Escape what sbatch would split at or take away; it knows backslashes within quotes too, unlike a shell."""
+    return re.sub(r"([\s'\"\\#])", r"\\\1", word)

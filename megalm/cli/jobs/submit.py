@@ -118,7 +118,7 @@ def command(
     if not print_it:  # a script can be written where there is no Slurm
         require_slurm()
         _refuse_open_gpus(request)
-    with _recorded(request.sweep):
+    with _recorded(request.sweep), _named_by_job(SLURM_JOB_NAME=request.options.get("job-name")):
         plans = _checked_plans(request, gpu)
     _refuse_together(request, plans[0])
     if not print_it and not request.options.get("dependency"):
@@ -213,8 +213,6 @@ def _read(
     if chain is not None:
         if allocation.tasks is not None:
             raise ConfigError("--chain is an array of its own; omit --array")
-        if arguments.resume is None:
-            raise ConfigError("--chain resumes one run: add run.name=NAME and --resume auto after --")
         options = options.updated(SbatchOptions({"array": f"1-{chain}%1", "no-requeue": None}))
         allocation = Allocation.of(options)
     first = None if allocation.tasks is None else allocation.tasks[0]
@@ -337,7 +335,7 @@ def checked_plan(arguments: Arguments, allocation: Allocation, gpu: str | None, 
     device = own_device(allocation.ranks_per_node) if not allocation.gpus else _gpu(gpu, allocation.gpu_type)
     if gpu is not None and not allocation.gpus:
         raise ConfigError(f"--gpu {gpu}: the job asks for no GPUs; add --gpus-per-node=N")
-    with _as_task(task):
+    with _named_by_job(SLURM_ARRAY_TASK_ID=None if task is None else str(task)):
         plan = planned_run(arguments, allocation.ranks, device, allocation.ranks_per_node, data_needed=True)
         warnings = planned_data(plan.resolved)[1]
     _refuse_existing(arguments, plan)
@@ -347,20 +345,17 @@ def checked_plan(arguments: Arguments, allocation: Allocation, gpu: str | None, 
 
 
 @contextmanager
-def _as_task(task: int | None) -> Iterator[None]:
-    """Let %a in run.name be this number."""
-    if task is None:
-        yield
-        return
-    before = os.environ.get("SLURM_ARRAY_TASK_ID")
-    os.environ["SLURM_ARRAY_TASK_ID"] = str(task)
+def _named_by_job(**variables: str | None) -> Iterator[None]:
+    """Set variables of the job to come, which run.name may have, where they are known."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update({name: value for name, value in variables.items() if value is not None})
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["SLURM_ARRAY_TASK_ID"]
-        else:
-            os.environ["SLURM_ARRAY_TASK_ID"] = before
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _gpu(name: str | None, site_name: str | None) -> DeviceFacts:
@@ -384,11 +379,15 @@ def _refuse_together(request: _Request, plan: Plan) -> None:
         return
     if plan.resolved.config.run.name is None:
         raise ConfigError("each job of a chain or an array has to know its run: add run.name=NAME after --")
-    if request.allocation.at_once != 1 and "%a" not in _stated_name(request.words):
+    if "%a" in _stated_name(request.words):
+        return
+    if request.allocation.at_once != 1:
         raise ConfigError(
             "all tasks of --array would train one run; give each its own with run.name=NAME-%a, or let one run at a "
             "time with --array=...%1 (--chain N does)"
         )
+    if any(run.resume is None for run in request.runs.values()):
+        raise ConfigError("--chain and --array=...%1 resume one run again and again: add --resume auto after --")
 
 
 def _refuse_second_job(name: str | None) -> None:

@@ -86,7 +86,7 @@ def test_the_last_option_counts_by_whatever_name() -> None:
 
 
 def test_the_script_has_all_words_as_they_were_given() -> None:
-    options = SbatchOptions.parse(["--job-name=mine", '--comment=it\'s a "test" #1', "--array=0-1"])
+    options = SbatchOptions.parse(["--job-name=mine", '--comment=it\'s a "test" \\ #1', "--array=0-1"])
     text = render(options, Path("/a b"), ["run.name=x-%a", "x=['b c']"], {"A": "$b"}, {0: ["lr=1"], 1: ["lr=2 3"]})
     assert SbatchOptions.of_script(text) == options
     assert "export MEGALM_HOME='/a b'" in text

@@ -69,6 +69,8 @@ def test_runs_of_an_array_have_names_of_their_own(capsys: pytest.CaptureFixture[
     assert (options.get("job-name"), options.get("output")) == ("mine", "%x-%A_%a.log")
     assert last.endswith(" run.name=mine-%a")
     assert "SLURM_ARRAY_TASK_ID" not in os.environ
+    options, last = printed(capsys, "-N1", "-J", "own", "--", "run.name=%x")
+    assert (options.get("job-name"), last.split()[-1]) == ("own", "run.name=%x")
 
 
 def test_the_runs_of_a_sweep_are_tasks_of_an_array(capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +113,8 @@ def test_a_sweep_with_a_run_that_is_refused_leaves_nothing(capsys: pytest.Captur
         (("-N1", "--array=0-3", "--", "run.name=one"), ("--array", "run.name=NAME-%a")),
         (("-N1", "--", "run.name=one-%a"), ("%a", "SLURM_ARRAY_TASK_ID")),
         (("-N1", "--chain", "2", "--", "run.name=one"), ("--chain", "--resume")),
+        (("-N1", "--array=1-3%1", "--", "run.name=one"), ("--array=...%1", "--resume")),
+        (("-N1", "--chain", "2", "--", "--resume", "auto"), ("run.name=NAME",)),
         (("-N1", "--chain", "2", "--array=1-3%1", "--"), ("--chain", "--array")),
         (("-N1", "--after", "7", "-d", "afterok:8", "--"), ("--after", "--dependency")),
         (("-N1", "--after", "mine", "--"), ("--after",)),
