@@ -271,5 +271,9 @@ def render(
 
 
 def _directive(word: str) -> str:
-    """Escape what sbatch would split at or take away; it knows backslashes within quotes too, unlike a shell."""
-    return re.sub(r"([\s'\"\\#])", r"\\\1", word)
+    """Quote the value of a #SBATCH line where sbatch would change it; to it a backslash escapes within all quotes."""
+    name, equals, value = word.partition("=")
+    if not re.search(r"[\s'\"\\#]", value):
+        return word
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}{equals}"{escaped}"'
