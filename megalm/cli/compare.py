@@ -99,7 +99,7 @@ class Horizontal(str, Enum):
 
 
 # With more runs than this, the table has a row for each, and these results.
-_MOST_COLUMNS = 6
+_MOST_COLUMNS = 4
 _MAIN_LINES = ("validation loss, last", "  perplexity", "  bits per byte", "tokens", "tokens/s, median", "wall time")
 
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from typer.core import TyperCommand
 
 import megalm
 from megalm.cli.compare import read_runs
+from megalm.cli.find_run import warn
 from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.errors import EXIT_FAILED, EXIT_START_AGAIN, ConfigError
 from megalm.planning.run_checks import check_run
@@ -22,7 +24,8 @@ from megalm.sweeps.expansion import Sweep, read_sweep, root_of
 from megalm.sweeps.local_runs import LocalRuns, Outcome
 from megalm.sweeps.ranking import Ranking
 from megalm.sweeps.sweep_folder import SweepFolder, find_sweep, state_of
-from megalm.sweeps.sweep_report import ranking_rows, read_ranking, verdict, write_sweep_page
+from megalm.sweeps.sweep_report import begun_runs, ranking_rows, read_ranking, verdict, write_sweep_page
+from megalm.tracking.mlflow_mirror.sweep_run import SweepResult, send_sweep_result
 from megalm.utils.formatting import table
 from megalm.utils.terminal import echo
 
@@ -100,10 +103,19 @@ def command(
 
 
 def show_ranking(sweep: Sweep, ranking: Ranking) -> None:
-    """Print the ranking, and write the page."""
+    """Print the ranking, write the page, and send both to the sweep's run in MLflow, if its runs are there."""
     echo("\n" + table(*ranking_rows(ranking, list(sweep.axes))))
     echo(f"\n{verdict(ranking)}")
-    echo(f"page: {write_sweep_page(sweep, ranking)}")
+    page = write_sweep_page(sweep, ranking)
+    echo(f"page: {page}")
+    best = ranking.best
+    result = SweepResult(verdict(ranking), page, None if best is None else best.runs[0].run.name)
+    if best is not None:
+        result = replace(result, score=best.score, scored_by=ranking.scored_by)
+    try:
+        send_sweep_result(sweep.folder, begun_runs(sweep), result)
+    except Exception as error:  # of any kind: a tracker that is down ends no sweep
+        warn(f"the result is not in MLflow ({type(error).__name__}); `megalm sweep {sweep.folder} --report` sends it")
 
 
 def _end(folder: SweepFolder, outcomes: Sequence[Outcome], interrupted: bool) -> None:

@@ -9,6 +9,7 @@ import mlflow
 import pytest
 
 from megalm.tracking.mlflow_mirror.mirror_process import sync
+from megalm.tracking.mlflow_mirror.sweep_run import SweepResult, send_sweep_result
 from tests.e2e.tracking.run_folders import write_rows
 
 pytestmark = pytest.mark.e2e
@@ -33,3 +34,14 @@ def test_the_runs_of_a_sweep_have_one_parent(run_dir: Path) -> None:
     sync(other)
     assert client.get_run(parent.info.run_id).info.status == "FINISHED"
     assert len(client.search_runs([parent.info.experiment_id])) == 3
+
+    page = run_dir.parent / "report.html"
+    page.write_text("a page")
+    result = SweepResult("the second is the best", page, other.name, 1.5)
+    assert send_sweep_result(run_dir.parent / "sweeps" / "lr", [run_dir, other], result)
+    told = client.get_run(parent.info.run_id)
+    assert told.data.tags["mlflow.note.content"] == result.sentence
+    assert told.data.tags["megalm.best_run"] == other.name
+    assert told.data.metrics == {"best/validation_loss": 1.5}
+    assert [item.path for item in client.list_artifacts(parent.info.run_id)] == [page.name]
+    assert not send_sweep_result(run_dir.parent / "sweeps" / "lr", [run_dir.parent / "none"], result)
