@@ -71,4 +71,5 @@ def test_an_array_trains_the_runs_of_a_sweep(slurm: SlurmCluster, small_data: Sm
         assert slurm.wait(f"{job}_{task}", JOB_SECONDS)["JobState"] == "COMPLETED", logs[task].read_text()
     lines = status(slurm, tmp_path)
     assert [(line["state"], line["step"]) for line in lines.values()] == [("finished", 6)] * 2
-    assert_names(megalm(slurm, tmp_path, "sweep", "runs/sweeps/seeds", "--report"), *lines)
+    assert lines.keys() == {"seeds-seed_1", "seeds-seed_2"}
+    assert_names(megalm(slurm, tmp_path, "sweep", "runs/sweeps/seeds", "--report"), "train.seed", "2 finished")
