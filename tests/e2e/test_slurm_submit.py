@@ -17,7 +17,7 @@ from tests.slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slurm]
 JOB_SECONDS = 300.0
-STEPS = 400  # some seconds
+STEPS = 250  # some seconds
 
 
 def megalm(slurm: SlurmCluster, folder: Path, *words: str | Path) -> str:
