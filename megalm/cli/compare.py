@@ -45,6 +45,7 @@ class _Line:
         difference_form: formats the difference, if it needs another format.
         whole: the table formats the number itself.
         per_token: of losses per token, which do not compare where tokenizers differ.
+        validation: of validations, which do not compare over other samples.
     """
 
     value: Callable[[Results], float | int | None]
@@ -53,6 +54,7 @@ class _Line:
     difference_form: Callable[[float], str] | None = None
     whole: bool = False
     per_token: bool = False
+    validation: bool = False
 
     def cell(self, result: Results) -> object:
         value = self.value(result)
@@ -74,12 +76,12 @@ _LINES: dict[str, _Line] = {
     "tokens": _Line(lambda it: it.tokens, _as(","), whole=True),
     "tokens per parameter": _Line(lambda it: it.tokens_per_parameter, _as(".2f")),
     "training loss, last": _Line(lambda it: it.final_train_loss, _as(".4f"), "loss", per_token=True),
-    "validation loss, last": _Line(lambda it: it.final_validation_loss, _as(".4f"), per_token=True),
+    "validation loss, last": _Line(lambda it: it.final_validation_loss, _as(".4f"), per_token=True, validation=True),
     "  over tokens": _Line(lambda it: it.validation_targets, whole=True),
     "  standard error": _Line(lambda it: it.validation_stderr, _as(".4f"), per_token=True),
-    "  perplexity": _Line(lambda it: it.final_perplexity, _as(".2f"), per_token=True),
-    "  bits per byte": _Line(lambda it: it.bits_per_byte, _as(".4f")),
-    "validation loss, best": _Line(lambda it: it.best_validation_loss, _as(".4f"), per_token=True),
+    "  perplexity": _Line(lambda it: it.final_perplexity, _as(".2f"), per_token=True, validation=True),
+    "  bits per byte": _Line(lambda it: it.bits_per_byte, _as(".4f"), validation=True),
+    "validation loss, best": _Line(lambda it: it.best_validation_loss, _as(".4f"), per_token=True, validation=True),
     "  at step": _Line(lambda it: it.best_validation_step, whole=True, per_token=True),
     "  best over tokens": _Line(lambda it: it.best_validation_targets, whole=True, per_token=True),
     "tokens/s, median": _Line(lambda it: it.tokens_per_second, _as(".0f"), "tokens_per_second"),
@@ -186,6 +188,7 @@ class Comparison:
         self._differences = compare_runs.differing_settings(records)
         self.warnings = compare_runs.incomparable(records, names)
         self._outcome = [compare_runs.results(record) for record in records]
+        self._validations_compare = compare_runs.validations_compare(records)
         per_token = compare_runs.measure_of(records) == "loss"
         self._lines = {name: line for name, line in _LINES.items() if per_token or not line.per_token}
 
@@ -240,10 +243,13 @@ class Comparison:
         rows: list[list[object]] = [[name, *map(line.cell, self._outcome)] for name, line in self._lines.items()]
         if len(self._outcome) == 2:
             headings.append("difference")
-            rows = [
-                [*row, difference(line, *self._outcome)] for row, line in zip(rows, self._lines.values(), strict=True)
-            ]
+            rows = [[*row, self._difference(line)] for row, line in zip(rows, self._lines.values(), strict=True)]
         return headings, rows
+
+    def _difference(self, line: _Line) -> str | None:
+        if line.validation and not self._validations_compare:
+            return None
+        return difference(line, *self._outcome)
 
 
 def _facts(results: Results) -> dict[str, Any]:

@@ -185,6 +185,12 @@ def measure_of(runs: Sequence[RunRecord]) -> Measure:
     return "bits_per_byte" if len(_stated(runs, "tokenizer_fingerprint")) > 1 else "loss"
 
 
+def validations_compare(runs: Sequence[RunRecord]) -> bool:
+    """Return whether the last validations are over the same samples, as far as the runs say; with other tokenizers
+    nobody can tell whether the text is the same."""
+    return measure_of(runs) == "bits_per_byte" or not incomparable(runs)
+
+
 def incomparable(runs: Sequence[RunRecord], names: Sequence[str] | None = None) -> list[str]:
     """Return what of these runs does not compare, one sentence each: other tokenizers, validation data, or counts."""
     names = names or [run.name for run in runs]

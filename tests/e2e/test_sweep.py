@@ -64,3 +64,20 @@ def test_a_sweep_that_is_interrupted_runs_what_is_missing(small_data: SmallData,
     table = list(csv.DictReader(by_line.stdout.splitlines()))
     assert [row["schedule.peak_learning_rate"] for row in table] == ["0.001", "0.003"]
     assert float(table[1]["final_validation_loss"]) == last["loss"]
+
+
+def test_a_run_that_fails_is_named_and_the_next_one_starts(tmp_path: Path) -> None:
+    script = tmp_path / "pretrain.py"  # in place of ours: what matters is what becomes of its end
+    script.write_text("import sys\nprint('megalm: error: trouble')\nsys.exit('train.seed=2' in sys.argv and 1)\n")
+    words = ("train.seed=2,3", "--name", "s", "--", sys.executable, script)
+    ended = finish(tmp_path, megalm("sweep", *words))
+    assert ended.code == 1, ended.explain()
+    assert_names(ended.stderr, "s-seed_2", "runs/sweeps/s")
+    assert "s-seed_3" not in ended.stderr
+    logs = {path.name for path in (tmp_path / "runs" / "sweeps" / "s").glob("*.log")}
+    assert logs == {"s-seed_2.log", "s-seed_3.log"}
+    for path in (tmp_path / "runs" / "sweeps" / "s").glob("*.log"):
+        path.unlink()
+    stopped = finish(tmp_path, megalm("sweep", "s", "--stop-at-failure"))
+    assert stopped.code == 1, stopped.explain()
+    assert {path.name for path in (tmp_path / "runs" / "sweeps" / "s").glob("*.log")} == {"s-seed_2.log"}

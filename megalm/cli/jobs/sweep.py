@@ -25,6 +25,7 @@ from megalm.sweeps.local_runs import LocalRuns, Outcome
 from megalm.sweeps.ranking import Ranking
 from megalm.sweeps.sweep_folder import SweepFolder, find_sweep, state_of
 from megalm.sweeps.sweep_report import begun_runs, ranking_rows, read_ranking, verdict, write_sweep_page
+from megalm.tracking.compare_runs import incomparable
 from megalm.tracking.mlflow_mirror.sweep_run import SweepResult, send_sweep_result
 from megalm.utils.formatting import table
 from megalm.utils.terminal import echo
@@ -104,6 +105,8 @@ def command(
 
 def show_ranking(sweep: Sweep, ranking: Ranking) -> None:
     """Print the ranking, write the page, and send both to the sweep's run in MLflow, if its runs are there."""
+    for line in incomparable([run.record for run in ranking.runs if run.record is not None]):
+        warn(f"WARNING: {line}")
     echo("\n" + table(*ranking_rows(ranking, list(sweep.axes))))
     echo(f"\n{verdict(ranking)}")
     page = write_sweep_page(sweep, ranking)

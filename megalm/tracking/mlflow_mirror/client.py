@@ -96,7 +96,7 @@ class MlflowStore:
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags; that of a sweep makes the run a child of the sweep's run."""
         if SWEEP_TAG in tags and _PARENT_TAG not in tags:
-            tags = {**tags, _PARENT_TAG: self._join_sweep(run_id, tags[SWEEP_TAG])}
+            tags = {**tags, _PARENT_TAG: self._run_of_sweep(run_id, tags[SWEEP_TAG])}
         items = [RunTag(name, value) for name, value in tags.items()]
         for start in range(0, len(items), _BATCH_NAMES):
             self._client.log_batch(run_id, tags=items[start : start + _BATCH_NAMES], synchronous=True)
@@ -116,12 +116,7 @@ class MlflowStore:
             self._client.set_terminated(run_id, status, end_ms)
         self._update_sweep(run_id)
 
-    def run_of_sweep(self, run_id: str, sweep: str) -> str | None:
-        """Return the run of a sweep, by one of its runs; None if there is none."""
-        run = self._client.get_run(run_id)
-        return run.data.tags.get(_PARENT_TAG) if run.data.tags.get(SWEEP_TAG) == sweep else None
-
-    def _join_sweep(self, run_id: str, sweep: str) -> str:
+    def _run_of_sweep(self, run_id: str, sweep: str) -> str:
         """Return the run of a sweep in the experiment of one of its runs; the first of them creates it."""
         info = self._client.get_run(run_id).info
         experiment = self._client.get_experiment(info.experiment_id).name

@@ -300,6 +300,9 @@ def test_what_does_not_compare_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     append(runs[1], validation(2, 2.5, 6400))
     (counts,) = incomparable([read_run(folder) for folder in runs[:2]])
     assert_names(counts, "a", 64, "b", "6,400")
+    lines = compared(capsys, *runs[:2])
+    assert lines["validation loss, last"] == ["2.5000", "2.5000", "-"]  # no difference of what does not compare
+    assert lines["training loss, last"][2] == "none"
 
 
 def test_json_csv_and_the_page_have_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
