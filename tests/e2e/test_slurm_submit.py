@@ -58,3 +58,18 @@ def test_a_chain_trains_one_run_to_its_end(slurm: SlurmCluster, small_data: Smal
     (again,) = (shlex.split(text) for text in log.splitlines() if f"train.steps={2 * STEPS}" in text)
     assert again[2:] == ["megalm", "submit", *own, "--chain=3", *again[-5:]]
     assert again[-5:] == ["--", "run.name=mine", "--resume", "auto", f"train.steps={2 * STEPS}"]
+
+
+def test_an_array_trains_the_runs_of_a_sweep(slurm: SlurmCluster, small_data: SmallData, tmp_path: Path) -> None:
+    words = ("--deepspeed_config", DS_CONFIGS / "fp32.json", *small_data.words, "train.steps=6")
+    swept = ("--sweep", "train.seed=1,2", "--sweep-name", "seeds")
+    told = megalm(slurm, tmp_path, "submit", "--nodes=1", "--time=5", *swept, "--", *words)
+    job = told.split()[1].rstrip(":")
+    assert_names(told, "seeds", f"scancel {job}", "megalm sweep runs/sweeps/seeds --report")
+    logs = [tmp_path / "runs" / "sweeps" / "seeds" / f"{job}_{task}.log" for task in (0, 1)]
+    for task in (0, 1):
+        assert slurm.wait(f"{job}_{task}", JOB_SECONDS)["JobState"] == "COMPLETED", logs[task].read_text()
+    lines = status(slurm, tmp_path)
+    assert [(line["state"], line["step"]) for line in lines.values()] == [("finished", 6)] * 2
+    assert lines.keys() == {"seeds-seed_1", "seeds-seed_2"}
+    assert_names(megalm(slurm, tmp_path, "sweep", "runs/sweeps/seeds", "--report"), "train.seed", "2 finished")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand
 
+from megalm.cli.jobs.sweep import split_launcher
 from megalm.cli.options import (
     Config,
     DeepSpeedJson,
@@ -31,13 +33,15 @@ from megalm.cluster.slurm_client import gpus_of_nodes, own_jobs, refusal, requir
 from megalm.cluster.slurm_client import submit as send
 from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.cost_model.gpu_specs import gpu_by_name
-from megalm.errors import ConfigError
+from megalm.errors import ConfigError, MegalmError
 from megalm.planning.run_plan import Plan
 from megalm.rehearsal.rehearsal_process import rehearse_run
 from megalm.rehearsal.rehearsal_report import RehearsalCase
 from megalm.rehearsal.verdict import judge
 from megalm.runs.run_folder import RunFolder, refuse_existing_run
 from megalm.runs.run_settings import Arguments
+from megalm.sweeps.expansion import Sweep, read_sweep
+from megalm.sweeps.sweep_folder import SweepFolder, state_of
 from megalm.train.run_summary import planned_data
 from megalm.utils.formatting import format_duration
 from megalm.utils.terminal import echo, echo_text
@@ -77,6 +81,15 @@ def command(
             help="Up to N jobs, one after another, that resume the run.",
         ),
     ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep", metavar="KEY=A,B,C|FILE.yaml", help="A run for each combination of values, as tasks of an array."
+        ),
+    ] = None,
+    sweep_name: Annotated[
+        str | None, typer.Option("--sweep-name", help="The sweep's name. Default: the file's, or made of the keys.")
+    ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(
@@ -98,28 +111,29 @@ def command(
     \b
     megalm submit --nodes=4 --gpus-per-node=h100:8 --time=24:00:00 -- --config my.yaml run.name=mine --resume auto
     megalm submit --nodes=4 --gpus-per-node=8 --chain 5 -- run.name=mine --resume auto
+    megalm submit --nodes=1 --gpus-per-node=8 --sweep train.seed=1,2,3 -- --config my.yaml
     """
     words: tuple[str, ...] = context.meta[_RUN_WORDS]
-    request = _read(sbatch or [], words, after, chain)
+    request = _read(sbatch or [], words, after, chain, _Swept(tuple(sweep), sweep_name) if sweep else None)
     if not print_it:  # a script can be written where there is no Slurm
         require_slurm()
         _refuse_open_gpus(request)
-    with _named_by_job(SLURM_JOB_NAME=request.options.get("job-name")):
-        plans = [checked_plan(run, request.allocation, gpu, task) for task, run in request.runs.items()]
+    with _recorded(request.sweep), _named_by_job(SLURM_JOB_NAME=request.options.get("job-name")):
+        plans = _checked_plans(request, gpu)
     _refuse_together(request, plans[0])
     if not print_it and not request.options.get("dependency"):
-        _refuse_second_job(plans[0].resolved.config.run.name)
+        _refuse_second_job(plans[0].resolved.config.run.name if request.sweep is None else request.sweep.name)
     if rehearse:
         _rehearse(plans, request.allocation)
     options = _named(request, plans[0])
-    script = render(options, _HOME, words, request.variables)
+    script = render(options, _HOME, request.words, request.variables, request.by_task)
     if print_it:
         echo_text(script, end="")
         return
     environment = without_options(os.environ)
     if (why := refusal(script, environment)) is not None:
         raise ConfigError(why)
-    _tell(send(script, environment), options, request.allocation, plans[0])
+    _tell(send(script, environment), options, request, plans[0])
 
 
 # --- What is asked for ------------------------------------------------------------------------------------------------
@@ -134,6 +148,8 @@ class _Request:
         options: all options of sbatch.
         runs: the arguments of each run to check, by its task in an array.
         chain: the number of jobs of a chain.
+        sweep: whose runs are the tasks of the array.
+        by_task: the arguments of these runs.
     """
 
     given: SbatchOptions
@@ -142,6 +158,8 @@ class _Request:
     words: tuple[str, ...]
     runs: Mapping[int | None, Arguments]
     chain: int | None
+    sweep: Sweep | None = None
+    by_task: Mapping[int, Sequence[str]] | None = None
 
     @property
     def variables(self) -> dict[str, str]:
@@ -153,7 +171,17 @@ class _Request:
         return {"MEGALM_SUBMIT_OPTIONS": shlex.join([*again, f"--chain={self.chain}"]), "MEGALM_CHAIN": "1"}
 
 
-def _read(sbatch: Sequence[str], words: tuple[str, ...], after: str | None, chain: int | None) -> _Request:
+@dataclass(frozen=True)
+class _Swept:
+    """What --sweep says."""
+
+    words: tuple[str, ...]
+    name: str | None
+
+
+def _read(
+    sbatch: Sequence[str], words: tuple[str, ...], after: str | None, chain: int | None, swept: _Swept | None
+) -> _Request:
     """Read options and arguments.
 
     Raises:
@@ -164,8 +192,24 @@ def _read(sbatch: Sequence[str], words: tuple[str, ...], after: str | None, chai
     problems: list[str] = []
     allocation = _noted(problems, lambda: Allocation.of(options))
     arguments = _noted(problems, lambda: run_arguments(words))
-    if allocation is None or arguments is None:
+    sweep = None if swept is None else _noted(problems, lambda: read_sweep(swept.words, words, swept.name))
+    if problems or allocation is None or arguments is None:
         raise ConfigError(*problems)
+    if sweep is not None:
+        if chain is not None or allocation.tasks is not None:
+            raise ConfigError("--sweep is an array of its own; omit --chain and --array")
+        by_task = {
+            task: sweep.arguments_of(run)
+            for task, run in enumerate(sweep.runs)
+            if state_of(sweep.root / run.name) != "finished"
+        }
+        if not by_task:
+            raise ConfigError(
+                f"all runs of {sweep.folder} are complete; megalm sweep {sweep.folder} --report ranks them"
+            )
+        options = options.updated(SbatchOptions({"array": ",".join(map(str, by_task))}))
+        runs: dict[int | None, Arguments] = {task: run_arguments(words) for task, words in by_task.items()}
+        return _Request(given, options, Allocation.of(options), (), runs, None, sweep, by_task)
     if chain is not None:
         if allocation.tasks is not None:
             raise ConfigError("--chain is an array of its own; omit --array")
@@ -244,6 +288,40 @@ def _refuse_open_gpus(request: _Request) -> None:
 # --- The checks -------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _recorded(sweep: Sweep | None) -> Iterator[None]:
+    """Record a sweep, and the JSONs of its runs, which the checks read; a refused new one leaves nothing."""
+    if sweep is None:
+        yield
+        return
+    folder = SweepFolder(sweep.folder)
+    is_new = not folder.record.exists()
+    folder.write(sweep, split_launcher(())[0])
+    try:
+        yield
+    except MegalmError:
+        if is_new:
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+
+
+def _checked_plans(request: _Request, gpu: str | None) -> list[Plan]:
+    """Return the plans of all runs of the job.
+
+    Raises:
+        ConfigError: the problems of all, each once.
+    """
+    problems: list[str] = []
+    plans = [
+        plan
+        for task, run in request.runs.items()
+        if (plan := _noted(problems, lambda: checked_plan(run, request.allocation, gpu, task)))  # noqa: B023
+    ]
+    if problems:
+        raise ConfigError(*problems)
+    return plans
+
+
 def checked_plan(arguments: Arguments, allocation: Allocation, gpu: str | None, task: int | None) -> Plan:
     """Return the plan of a run that `--dry-run` on the job's ranks would show, too.
 
@@ -297,7 +375,7 @@ def _refuse_existing(arguments: Arguments, plan: Plan) -> None:
 
 def _refuse_together(request: _Request, plan: Plan) -> None:
     """Refuse an array whose tasks would train one run at once, or an unnamed run one after another."""
-    if request.allocation.tasks is None:
+    if request.allocation.tasks is None or request.sweep is not None:
         return
     if plan.resolved.config.run.name is None:
         raise ConfigError("each job of a chain or an array has to know its run: add run.name=NAME after --")
@@ -364,14 +442,18 @@ def _job_name(words: Sequence[str], plan: Plan) -> str:
 def _named(request: _Request, plan: Plan) -> SbatchOptions:
     """Return the options with the job's name, and a log for each job, or one for a chain of them."""
     options, log = request.options, request.options.get("output")
-    named = {"job-name": options.get("job-name") or _job_name(request.words, plan)}
-    if log == "%x-%j.log" and request.allocation.tasks is not None:
+    sweep = request.sweep
+    named = {"job-name": options.get("job-name") or (sweep.name if sweep else _job_name(request.words, plan))}
+    if sweep is not None and log == "%x-%j.log":
+        log = f"{sweep.folder}/%A_%a.log"
+    elif log == "%x-%j.log" and request.allocation.tasks is not None:
         log = "%x-%A.log" if request.chain is not None else "%x-%A_%a.log"
     return options.updated(SbatchOptions(named if log is None else {**named, "output": log}))
 
 
-def _tell(job: str, options: SbatchOptions, allocation: Allocation, plan: Plan) -> None:
+def _tell(job: str, options: SbatchOptions, request: _Request, plan: Plan) -> None:
     """Print the job, and what to look at next."""
+    allocation, sweep = request.allocation, request.sweep
     run, name = plan.resolved.config.run, options.get("job-name") or ""
     device = "GPUs" if allocation.gpus else "the CPU"
     if allocation.gpus and plan.resolved.device.name is None:
@@ -379,5 +461,12 @@ def _tell(job: str, options: SbatchOptions, allocation: Allocation, plan: Plan) 
     log = (options.get("output") or "slurm-%j.out").replace("%x", name).replace("%j", job).replace("%A", job)
     folder = "" if run.name is None else shlex.quote(run.name if run.root == "runs" else str(Path(run.root) / run.name))
     echo(f"job {job}: {name}, {allocation.nodes} node(s) x {allocation.ranks_per_node} rank(s) on {device}")
-    for what, text in (("log", log), ("status", f"megalm status {folder}".rstrip()), ("cancel", f"scancel {job}")):
+    status = f"megalm status {folder}".rstrip()
+    rows = [("log", log), ("status", status), ("cancel", f"scancel {job}")]
+    if sweep is not None:
+        rows[1:2] = [
+            ("status", "megalm status"),
+            ("ranking", f"megalm sweep {shlex.quote(str(sweep.folder))} --report"),
+        ]
+    for what, text in rows:
         echo(f"  {what:<7} {text}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,31 @@ def test_runs_of_an_array_have_names_of_their_own(capsys: pytest.CaptureFixture[
     assert "SLURM_ARRAY_TASK_ID" not in os.environ
     options, last = printed(capsys, "-N1", "-J", "own", "--", "run.name=%x")
     assert (options.get("job-name"), last.split()[-1]) == ("own", "run.name=%x")
+
+
+def test_the_runs_of_a_sweep_are_tasks_of_an_array(capsys: pytest.CaptureFixture[str]) -> None:
+    swept = ("--sweep", "train.seed=1,2,3", "--sweep-name", "seeds")
+    options, _ = printed(capsys, "-N1", *swept, "--", "train.steps=20")
+    assert (options.get("job-name"), options.get("array")) == ("seeds", "0,1,2")
+    assert options.get("output") == "runs/sweeps/seeds/%A_%a.log"
+    names = [run["name"] for run in json.loads(Path("runs/sweeps/seeds/sweep.json").read_text())["runs"]]
+    finished = Path("runs", names[1])
+    finished.mkdir(parents=True)
+    (finished / "metrics.jsonl").write_text('{"kind":"event","time":1,"event":"end","status":"finished","attempt":1}\n')
+    assert submit("-N1", *swept, "--", "train.steps=20") == 0
+    script = capsys.readouterr().out
+    assert SbatchOptions.of_script(script).get("array") == "0,2"
+    tasks = dict(re.findall(r"^ +(\d+)\) set -- (.*) ;;$", script, re.MULTILINE))
+    assert tasks.keys() == {"0", "2"}
+    words = shlex.split(tasks["2"])
+    assert {"train.steps=20", "train.seed=3", f"run.name={names[2]}", "tracking.sweep=seeds", "--resume"} <= set(words)
+
+
+def test_a_sweep_with_a_run_that_is_refused_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit("-N1", "--sweep", "model.hidden_size=64,63,62", "--", "model.num_attention_heads=4") == 2
+    assert_names(capsys.readouterr().err, 63, 62)
+    assert not Path("runs/sweeps").exists() or not list(Path("runs/sweeps").iterdir())
+    assert submit("-N1", "--chain", "3", "--sweep", "train.seed=1,2", "--", "--resume", "auto") == 2
 
 
 @pytest.mark.parametrize(
