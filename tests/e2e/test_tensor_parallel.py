@@ -14,7 +14,7 @@ pytestmark = pytest.mark.e2e
 
 HALF, STEPS = 4, 8
 WORDS = ("schedule.kind=constant", "run.name=mine", "model.style=gpt2")
-GROUP = ("parallel.tensor=2", "parallel.sequence=true")
+GROUP = ("parallel.tensor=2", "parallel.sequence=true", "parallel.overlap_tensor_communication=true")
 
 
 def _train(folder: Path, data: SmallData, steps: int, *words: str, ranks: int) -> Path:
