@@ -30,6 +30,10 @@ class Remembering(Sink):
     def state(self) -> FeedState:
         return self._state
 
+    @property
+    def outcome(self) -> str:
+        return f"{len(self.kept)} rows in memory"
+
     def save(self) -> None:
         """Nothing to do: the state lives as long as the rows."""
 
