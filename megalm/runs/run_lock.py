@@ -28,7 +28,7 @@ _LOCK_FILE = "lock"
 _BEAT_SECONDS = 5.0
 _PATIENCE_BEATS = 4
 _HOLDER = re.compile(r"host (.*), process (\d+)")
-_ALIVE_SECONDS = 40.0  # since the last heartbeat: a network file system may show it late
+_ALIVE_SECONDS = 75.0  # since the last heartbeat: a network file system shows it up to a minute late
 
 
 @dataclass(frozen=True)
@@ -161,21 +161,24 @@ class RunLock:
         )
 
 
-def is_held(folder: Path, now: float) -> bool:
-    """Return whether the heartbeat in a run folder's lock is recent; the holder empties the file when it ends.
+def is_held(folder: Path, now: float | None = None) -> bool:
+    """Return whether a job uses a run folder, by the heartbeat in its lock; takes no lock.
 
-    A holder on this machine that was killed is no longer one.
+    The holder empties the file when it ends. One on this machine that was killed is no longer a holder.
+
+    Args:
+        now: unix time; None: the present.
     """
-    path = folder / _LOCK_FILE
     try:
-        status, holder = path.stat(), path.read_text(errors="replace")
+        with (folder / _LOCK_FILE).open("rb") as file:  # a network file system looks again for who opens a file
+            text = file.read(200).decode(errors="replace")
+            changed = os.fstat(file.fileno()).st_mtime
     except OSError:
         return False
-    if match := _HOLDER.match(holder):
-        return abs(now - status.st_mtime) < _ALIVE_SECONDS and (
-            match[1] != platform.node() or psutil.pid_exists(int(match[2]))
-        )
-    return status.st_size > 0 and abs(now - status.st_mtime) < _ALIVE_SECONDS
+    holder = _HOLDER.match(text)
+    if holder is not None and holder[1] == platform.node() and not psutil.pid_exists(int(holder[2])):
+        return False
+    return text != "" and abs((time.time() if now is None else now) - changed) < _ALIVE_SECONDS
 
 
 def _path_of(descriptor: int) -> Path | None:

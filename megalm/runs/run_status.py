@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
 import re
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from megalm.errors import MegalmError
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row, read_newest_first
 from megalm.runs.run_folder import RunFolder, read_mapping
+from megalm.runs.run_lock import is_held
 
 State = Literal["running", "queued", "finished", "failed", "stopped"]
 
 _ROWS = 1000  # at most, from the end of metrics.jsonl
 _STEPS = 50  # over which the speed is averaged
-# The holder of a run lock writes to it every 5 seconds; a network file system shows that up to a minute later.
-_SIGN_OF_LIFE_SECONDS = 75.0
 _LONGEST_REPORT = 4096
 _QUIET_EVENTS = ("traffic", "profile", "expected", "repair")
-_HOLDER = re.compile(r"host (\S+), process (\d+)")
 _FAILED_HOST = re.compile(r"\branks? \d+(?:-\d+)? on ([A-Za-z0-9][\w.-]*\w|\w)")
 
 
@@ -91,7 +84,7 @@ def read_status(folder: Path, now: float | None = None) -> RunStatus:
         rows = list(islice(read_newest_first(files.metrics), _ROWS))
     steps, job, host = (facts.get(name) for name in ("planned_steps", "job", "host"))
     attempts = next((row["attempt"] for row in rows if row.get("attempt") is not None), 0)
-    state: State = "running" if is_locked(folder / "lock", now) else _state_at_rest(rows)
+    state: State = "running" if is_held(folder, now) else _state_at_rest(rows)
     failure = None
     if state != "running" and (failure := _failure(files, attempts + 1)) is not None:  # before its first row
         state, attempts = "failed", attempts + 1
@@ -118,22 +111,6 @@ def read_status(folder: Path, now: float | None = None) -> RunStatus:
         job=job if isinstance(job, str) and job.isdecimal() else None,
         host=host if isinstance(host, str) else None,
     )
-
-
-def is_locked(lock: Path, now: float | None = None) -> bool:
-    """Return whether a job uses a run folder, by the signs of life in its lock; takes no lock."""
-    try:
-        with lock.open("rb") as file:  # a network file system looks again for who opens a file
-            text = file.read(200).decode(errors="replace")
-            changed = os.fstat(file.fileno()).st_mtime
-    except OSError:
-        return False
-    holder = _HOLDER.match(text)
-    if holder is None:
-        return False
-    if holder[1] == platform.node() and not psutil.pid_exists(int(holder[2])):
-        return False
-    return (time.time() if now is None else now) - changed < _SIGN_OF_LIFE_SECONDS
 
 
 def _state_at_rest(rows: Sequence[Row]) -> State:

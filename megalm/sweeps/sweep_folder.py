@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +118,7 @@ def find_sweep(name: str) -> SweepFolder:
 
 def state_of(run_dir: Path, now: float | None = None) -> State:
     """Return the state of a run, from its lock and its last event."""
-    if is_held(run_dir, time.time() if now is None else now):
+    if is_held(run_dir, now):
         return "running"
     try:
         rows = read_newest_first(run_dir / METRICS_FILE) if (run_dir / METRICS_FILE).is_file() else iter(())

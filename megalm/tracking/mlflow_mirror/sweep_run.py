@@ -10,8 +10,6 @@ from pathlib import Path
 from megalm.tracking.mlflow_mirror import run_facts
 from megalm.tracking.mlflow_mirror.sync_state import STATE_FILE, MetricValue, MirrorState
 
-_PARENT_TAG = "mlflow.parentRunId"
-
 
 @dataclass(frozen=True)
 class SweepResult:
@@ -48,10 +46,10 @@ def send_sweep_result(sweep: Path, runs: Sequence[Path], result: SweepResult) ->
     run, state = tracked[-1]
     store = MlflowStore(run_facts.tracking_uri(run, state)[0], run.resolve().parent)
     tags = store.run_tags(str(state.run_id)) or {}
-    parent = tags.get(_PARENT_TAG)
+    parent = tags.get(run_facts.PARENT_TAG)
     if parent is None or tags.get(run_facts.SWEEP_TAG) != str(sweep.resolve()):
         return False
-    store.set_tags(parent, {"mlflow.note.content": result.sentence, "megalm.best_run": result.best_run or "none yet"})
+    store.set_tags(parent, {run_facts.NOTE_TAG: result.sentence, "megalm.best_run": result.best_run or "none yet"})
     if result.score is not None:
         name = run_facts.clean_name(f"best/{result.scored_by.replace(' ', '_')}")
         store.log_metrics(parent, [MetricValue(name, result.score, 0, int(time.time() * 1000))])

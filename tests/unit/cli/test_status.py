@@ -15,7 +15,8 @@ from megalm.cli.jobs import status
 from megalm.cli.main import main
 from megalm.cluster.slurm_client import QueuedJob
 from megalm.runs.metrics_log import MetricsWriter
-from megalm.runs.run_status import is_locked, read_status
+from megalm.runs.run_lock import is_held
+from megalm.runs.run_status import read_status
 from tests.messages import assert_names
 
 JOB = QueuedJob("12", "12", "RUNNING", "None", "", "n[1-2]", "", "mine")
@@ -69,10 +70,10 @@ def test_a_run_without_an_end_has_failed_unless_somebody_holds_its_lock(tmp_path
     hold(run, host="elsewhere", process=1)
     assert read_status(run).state == "running"
     changed = (run / "lock").stat().st_mtime
-    assert is_locked(run / "lock", changed + 60)
-    assert not is_locked(run / "lock", changed + 100), "its holder shows no more signs of life"
+    assert is_held(run, changed + 60)
+    assert not is_held(run, changed + 100), "its holder shows no more signs of life"
     hold(run, process=2**22 + 1)
-    assert not is_locked(run / "lock"), "the process has gone from this machine"
+    assert not is_held(run), "the process has gone from this machine"
 
 
 def test_rows_that_a_resume_withdrew_do_not_count(tmp_path: Path) -> None:

@@ -70,12 +70,12 @@ def test_nothing_starts_where_a_run_would_be_refused(capsys: pytest.CaptureFixtu
 def test_a_key_of_the_json_is_checked_too(capsys: pytest.CaptureFixture[str]) -> None:
     json_file = Path("base.json")
     json_file.write_text(json.dumps({"train_batch_size": 4, "optimizer": {"type": "AdamW", "params": {}}}))
-    key = "deepspeed.optimizer.params.weigth_decay"
+    key = "deepspeed.optimizer.params.weightdecay"
     wrong = (f"{key}=0.1,0.2", "--name", "d", "--", *PYTHON, "--deepspeed_config", "base.json")
     code, _, err = called(capsys, *wrong)
     assert code == 2
-    assert_names(err, "optimizer.params.weigth_decay")
-    right = [word.replace("weigth", "weight") for word in wrong]
+    assert_names(err, "optimizer.params.weightdecay")
+    right = [word.replace("weightdecay", "weight_decay") for word in wrong]
     assert called(capsys, *right[:3], "--dry-run", *right[3:])[0] == 0
     written = sorted(Path("runs/sweeps/d").glob("d-*.json"))
     assert [json.loads(path.read_text())["optimizer"]["params"] for path in written] == [
