@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megalm.runs.run_lock import is_held
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import DS_CONFIGS, MEGALM, rows, train_rows, until
 from tests.messages import assert_names
@@ -40,12 +41,12 @@ def test_a_chain_trains_one_run_to_its_end(slurm: SlurmCluster, small_data: Smal
     with pytest.raises(AssertionError, match=f"--after {job},"):
         megalm(slurm, tmp_path, *line)
 
+    until(lambda: is_held(tmp_path / "runs" / "mine"), JOB_SECONDS)
+    starts = status(slurm, tmp_path)["mine"]
+    assert (starts["state"], starts["slurm"]["task"]) == ("running", f"{job}_1")
     until(lambda: any(row["step"] > 5 for row in train_rows(tmp_path)), JOB_SECONDS)
-    trains = status(slurm, tmp_path)["mine"]
-    assert (trains["state"], trains["steps"], trains["attempts"]) == ("running", STEPS, 1)
-    assert trains["slurm"]["task"] == f"{job}_1"
     # For a task of an array scancel asks twice, and the second time there is no such job any more.
-    scancel = ["scancel", "--signal=TERM", trains["slurm"]["number"]]
+    scancel = ["scancel", "--signal=TERM", starts["slurm"]["number"]]
     subprocess.run(scancel, env=slurm.environment, check=False, capture_output=True)
     ends = {number: slurm.wait(f"{job}_{number}", JOB_SECONDS) for number in (1, 2)}
     log = (tmp_path / f"mine-{job}.log").read_text()
@@ -54,7 +55,7 @@ def test_a_chain_trains_one_run_to_its_end(slurm: SlurmCluster, small_data: Smal
     assert ends[1]["ExitCode"] == "75:0"
     assert [row["status"] for row in rows(tmp_path) if row.get("event") == "end"] == ["stopped", "finished"]
     finished = status(slurm, tmp_path)["mine"]
-    assert (finished["state"], finished["step"], finished["attempts"]) == ("finished", STEPS, 2)
+    assert [finished[name] for name in ("state", "step", "steps", "attempts")] == ["finished", STEPS, STEPS, 2]
     (again,) = (shlex.split(text) for text in log.splitlines() if f"train.steps={2 * STEPS}" in text)
     assert again[2:] == ["megalm", "submit", *own, "--chain=3", *again[-5:]]
     assert again[-5:] == ["--", "run.name=mine", "--resume", "auto", f"train.steps={2 * STEPS}"]

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import orjson
 
+from megalm.runs.run_folder import ENVIRONMENT_FILE, read_mapping
 from megalm.tracking.mlflow_mirror.sync_state import MetricValue
 
 FOLDER = "system"
@@ -94,9 +95,10 @@ class NodeSampler:
 
 
 def node_files(run_dir: Path) -> dict[str, Path]:
-    """Return prefix of the metrics' names -> file, for each node."""
+    """Return prefix of the metrics' names -> file, for each node; with a node's own prefix if the run has several."""
     paths = sorted((run_dir / FOLDER).glob("node-*.jsonl"))
-    if len(paths) == 1:
+    nodes = read_mapping(run_dir / ENVIRONMENT_FILE).get("nodes")
+    if len(paths) == 1 and not (isinstance(nodes, list) and len(nodes) > 1):  # the other nodes' files come later
         return {"system/": paths[0]}
     return {f"system/{path.stem.replace('-', '_')}/": path for path in paths}
 

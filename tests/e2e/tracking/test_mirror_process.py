@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -75,6 +76,8 @@ def test_a_run_is_followed_to_its_end(run_dir: Path) -> None:
 
     It samples its own node meanwhile; another node's process samples only.
     """
+    environment = json.loads((run_dir / "environment.json").read_text())
+    (run_dir / "environment.json").write_text(json.dumps({**environment, "nodes": [{"host": "n0"}, {"host": "n1"}]}))
     handle = mirror_process.start_mirror(run_dir, system_metrics=True)
     other = mirror_process.start_mirror(run_dir, node=1, system_metrics=True, feeds_trackers=False)
     wait_for(run_dir, (run_dir / "system" / "node-1.jsonl").exists)
