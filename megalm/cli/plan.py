@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 
 from megalm.checkpoint.manifest import read_manifest, require_training_state
-from megalm.cli.find_run import checkpoint_at
+from megalm.cli.find_run import checkpoint_at, find_run
 from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Gpu, Overrides, RanksPerNode
 from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed.json_reader import DeviceFacts
@@ -20,8 +21,9 @@ from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.errors import ConfigError
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, ResolvedRun, expected_vocab_size, known_vocab_size, resolve
-from megalm.planning.run_plan import Plan, draw_rates, make_plan
+from megalm.planning.run_plan import ASSUMED_RATE, Plan, Rate, draw_rates, make_plan
 from megalm.runs.run_settings import Arguments, ConfigFiles, read_settings
+from megalm.tracking.measured_rate import measured_rate
 from megalm.train.resume.compatibility import with_last_step, with_schedule
 from megalm.train.run_summary import planned_data
 from megalm.utils.atomic_files import refuse_overwriting_inputs
@@ -69,6 +71,17 @@ def command(
         ),
     ] = None,
     extend_steps: ExtendSteps = None,
+    mfu: Annotated[
+        str | None,
+        typer.Option("--mfu", metavar="SHARE", help="The share of the GPUs' peak that the run reaches, such as 0.35."),
+    ] = None,
+    rate_of: Annotated[
+        str | None,
+        typer.Option("--rate-of", metavar="RUN", help="Plan with the speed that this run has measured."),
+    ] = None,
+    every_key: Annotated[
+        bool, typer.Option("--all", help="Show every key of the configuration, defaults and the preset's too.")
+    ] = False,
 ) -> None:
     """Show a run before it starts: size, tokens, memory, schedule. Starts nothing; only --plot writes a file.
 
@@ -91,15 +104,39 @@ def command(
         device = replace(device, host_memory_bytes=node // per_node)
     continuation = None if after is None else partial(_after, after, extend_steps)
     plan = planned(files, ranks, device, ranks_per_node, continuation)
-    show_plan(plan, ranks_per_node)
+    plan = replace(plan, rate=_rate(mfu, rate_of, plan.resolved.device))
+    show_plan(plan, ranks_per_node, every_key)
     if plot is not None:
         refuse_overwriting_inputs([plot], [path for path in (config, files.deepspeed.path) if path is not None])
         draw_rates(plan.schedules, plot)
         echo(f"\nlearning rate of every step: {plot}")
 
 
-def show_plan(plan: Plan, ranks_per_node: int) -> None:
-    echo(plan_text(plan, ranks_per_node, *planned_data(plan.resolved)))
+def show_plan(plan: Plan, ranks_per_node: int, every_key: bool = True) -> None:
+    echo(plan_text(plan, ranks_per_node, *planned_data(plan.resolved), every_key))
+
+
+def _rate(mfu: str | None, rate_of: str | None, device: DeviceFacts) -> Rate:
+    """The speed by --mfu or --rate-of; without both the assumed one.
+
+    Raises:
+        ConfigError: both are given, `mfu` is no share, or the run has no rate for this device.
+    """
+    if mfu is not None and rate_of is not None:
+        raise ConfigError("--mfu and --rate-of both give the rate; keep one")
+    if rate_of is not None:
+        return measured_rate(find_run(rate_of), device)
+    if mfu is None:
+        return ASSUMED_RATE
+    try:
+        share = float(mfu[:-1]) / 100 if mfu.endswith("%") else float(mfu)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise ConfigError(f"--mfu {mfu}: not a share of the peak; write 0.35 or 35%")
+    if device.name is None:
+        raise ConfigError(f"--mfu {mfu} is a share of a GPU's peak; name the GPU with --gpu NAME")
+    return Rate(share, "--mfu")
 
 
 def planned_run(
