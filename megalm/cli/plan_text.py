@@ -135,6 +135,30 @@ def plan_text(
     return "\n\n".join(f"{title}\n{wrapped(text, width)}" for title, text in sections.items())
 
 
+def fit_text(plan: Plan, limit: str) -> str:
+    """The run of `--fit` in short.
+
+    Args:
+        limit: why there is no larger model.
+    """
+    shape, run, config = plan.shape, plan.resolved, plan.resolved.config
+    every = config.train.checkpoint_activations_every
+    rows: list[list[object]] = [
+        ["model", f"{plan.parameter_count:,} parameters"],
+        ["shape", f"{shape.num_hidden_layers} layers, width {shape.hidden_size}, {shape.num_attention_heads} heads"],
+        ["sequence length", config.data.sequence_length],
+        ["batch", f"{run.batch.global_batch} sequences, {run.tokens_per_step:,} tokens"],
+        ["micro-batch x accumulation x data ranks", " x ".join(map(str, _triple(plan)))],
+        ["recomputation", "none" if every == 0 else "every block" if every == 1 else f"1 block in {every}"],
+        ["precision and ZeRO stage", f"{run.precision}, {run.zero_stage}"],
+        ["steps", f"{config.train.steps:,}"],
+        ["tokens", f"{plan.total_tokens:,}, {plan.tokens_per_parameter:.3g} per parameter"],
+        ["time", None if plan.hours is None else f"{plan.hours:,.1f} hours"],
+        ["limited by", limit],
+    ]
+    return f"Largest model\n{table(['fact', 'value'], rows, terminal_width())}"
+
+
 def _verdict(plan: Plan) -> str:
     """Whether the run fits and how long it takes, in a line; below it what makes it fit."""
     fit, run = plan.fit, plan.resolved
@@ -194,7 +218,7 @@ def _configuration(plan: Plan, every_key: bool) -> str:
             rows.append([external_name(key), shown(value), sources[key]])
     lines = [table(["key", "value", "from"], rows)] if rows else []
     if others:
-        lines.append(f"({others} more from preset {DEFAULT_PRESET} and defaults; --all shows them)")
+        lines.append(f"({others} more are defaults or the preset's; --all shows them)")
     return "\n".join(lines)
 
 
