@@ -111,7 +111,7 @@ def command(
     """
     if fit:
         unused = {"--config": config, "--deepspeed_config": deepspeed_config, "--plot": plot, "--after": after}
-        _refuse_options("--fit", {**unused, "--host-memory": host_memory, "--extend-steps": extend_steps})
+        _refuse_options("--fit", {**unused, "--extend-steps": extend_steps})
     else:
         _refuse_options(None, {"--days": days, "--tokens-per-parameter": tokens_per_parameter, "--write": write})
     if extend_steps is not None and after is None:
@@ -120,28 +120,26 @@ def command(
     if fit:
         if device is None or gpu is None:
             raise ConfigError(f"--fit needs the GPU: add --gpu NAME; known: {', '.join(known_gpus())}")
+        ranks = ranks or 1
         request = FitRequest(
-            device,
-            ranks or 1,
+            _with_host_memory(device, host_memory, min(ranks, ranks_per_node)),
+            ranks,
             ranks_per_node,
             24 * _positive("--days", days),
             _positive("--tokens-per-parameter", 20.0 if tokens_per_parameter is None else tokens_per_parameter),
             _rate(mfu, rate_of, device),
             {key: value for override in overrides or [] for key, value in parse_override(override).items()},
         )
-        rate = ["--mfu", mfu] if mfu else ["--rate-of", rate_of] if rate_of else []
-        _fit(request, write, every_key, [*rate, *(overrides or [])])
+        options = {"--gpu-memory": gpu_memory, "--host-memory": host_memory, "--mfu": mfu, "--rate-of": rate_of}
+        words = [word for name, value in options.items() if value is not None for word in (name, value)]
+        _fit(request, write, every_key, [*words, *(overrides or [])])
         return
     files = read_settings(config, overrides or [], deepspeed_config, resume=False, ranks=ranks or 1)
     documented = files.loaded.config.documented
     ranks = ranks or documented.devices or 1
     per_node = min(ranks, ranks_per_node)
     device = device or _documented_gpu(documented) or own_device(per_node)
-    if host_memory is not None:
-        node = parse_bytes(host_memory, "--host-memory", "GiB")
-        if device.kind == "cpu":
-            raise ConfigError(f"--host-memory {host_memory} is for a plan of GPUs; add --gpu NAME or --gpu-memory SIZE")
-        device = replace(device, host_memory_bytes=node // per_node)
+    device = _with_host_memory(device, host_memory, per_node)
     continuation = None if after is None else partial(_after, after, extend_steps)
     plan = planned(files, ranks, device, ranks_per_node, continuation)
     plan = replace(plan, rate=_rate(mfu, rate_of, plan.resolved.device))
@@ -150,6 +148,16 @@ def command(
         refuse_overwriting_inputs([plot], [path for path in (config, files.deepspeed.path) if path is not None])
         draw_rates(plan.schedules, plot)
         echo(f"\nlearning rate of every step: {plot}")
+
+
+def _with_host_memory(device: DeviceFacts, host_memory: str | None, per_node: int) -> DeviceFacts:
+    """The device with its share of a node's CPU memory, if that is given."""
+    if host_memory is None:
+        return device
+    node = parse_bytes(host_memory, "--host-memory", "GiB")
+    if device.kind == "cpu":
+        raise ConfigError(f"--host-memory {host_memory} is for a plan of GPUs; add --gpu NAME or --gpu-memory SIZE")
+    return replace(device, host_memory_bytes=node // per_node)
 
 
 def _refuse_options(flag: str | None, options: dict[str, object]) -> None:

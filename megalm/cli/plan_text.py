@@ -150,7 +150,7 @@ def fit_text(plan: Plan, limit: str) -> str:
         ["batch", f"{run.batch.global_batch} sequences, {run.tokens_per_step:,} tokens"],
         ["micro-batch x accumulation x data ranks", " x ".join(map(str, _triple(plan)))],
         ["recomputation", "none" if every == 0 else "every block" if every == 1 else f"1 block in {every}"],
-        ["precision and ZeRO stage", f"{run.precision}, {run.zero_stage}"],
+        ["precision, ZeRO stage, offload", f"{run.precision}, {run.zero_stage}, {_offloads(plan)}"],
         ["steps", f"{config.train.steps:,}"],
         ["tokens", f"{plan.total_tokens:,}, {plan.tokens_per_parameter:.3g} per parameter"],
         ["time", None if plan.hours is None else f"{plan.hours:,.1f} hours"],
@@ -195,7 +195,9 @@ def _rate(plan: Plan) -> str:
         losses.append("the pipeline's bubble")
     if rate.is_assumed and plan.resolved.config.train.checkpoint_activations_every:
         losses.append("recomputed blocks")
-    origin = f"{rate.origin}: {rate.share:.0%} less {' and '.join(losses)}" if losses else rate.origin
+    if rate.is_assumed and plan.offload_seconds:
+        losses.append("offload")
+    origin = f"{rate.origin}: {rate.share:.0%} less {', '.join(losses)}" if losses else rate.origin
     return f"at an MFU of {plan.mfu:.0%} ({origin})"
 
 
@@ -225,11 +227,6 @@ def _configuration(plan: Plan, every_key: bool) -> str:
 def _deepspeed(plan: Plan) -> str:
     run = plan.resolved
     optimizer, zero = run.optimizer, run.deepspeed_source.settings.zero_optimization
-    offloads = [
-        f"{what} to {section.device}"
-        for what, section in (("optimizer", zero.offload_optimizer), ("parameters", zero.offload_param))
-        if section is not None and section.device != "none"
-    ]
     return table(
         ["fact", "value"],
         [
@@ -238,7 +235,7 @@ def _deepspeed(plan: Plan) -> str:
             ["micro-batch x accumulation x data ranks", " x ".join(map(str, _triple(plan)))],
             ["precision", run.precision],
             ["ZeRO stage", zero.stage],
-            ["offload", ", ".join(offloads) or "none"],
+            ["offload", _offloads(plan)],
             ["gradient clipping", run.deepspeed["gradient_clipping"] or "off"],
             [
                 "optimizer",
@@ -247,6 +244,16 @@ def _deepspeed(plan: Plan) -> str:
             ],
         ],
     )
+
+
+def _offloads(plan: Plan) -> str:
+    zero = plan.resolved.deepspeed_source.settings.zero_optimization
+    offloads = [
+        f"{what} to {section.device}"
+        for what, section in (("optimizer", zero.offload_optimizer), ("parameters", zero.offload_param))
+        if section is not None and section.device != "none"
+    ]
+    return ", ".join(offloads) or "none"
 
 
 def _triple(plan: Plan) -> tuple[int, int, int]:

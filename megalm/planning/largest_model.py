@@ -247,20 +247,26 @@ class _Search:
         candidates = [*self._candidates(shape)]
         if self._is_late(candidates[0]) or not any(it.fits for it in _smallest(candidates)):
             return None
-        return next((it for it in candidates if it.fits and not self._is_late(it)), None)
+        return next((it for it in candidates if not self._is_late(it) and it.fits), None)
 
     def _candidates(self, shape: _Shape) -> Iterator[_Candidate]:
         """A stage after the other, the first with the least traffic; in each the fastest settings first."""
-        for base in ("zero2.json", "zero3.json") if self._request.ranks > 1 else ("zero2.json",):
+        stages = ("zero2", "zero3") if self._request.ranks > 1 else ("zero2",)
+        for stage in stages:
             for every in _RECOMPUTATION:
-                yield self._candidate(shape, base, every, micro_batch=1)
+                yield self._candidate(shape, f"{stage}.json", every, micro_batch=1)
+        if self._request.device.host_memory_bytes is not None:
+            for stage in ("zero2", "zero3"):  # a large micro-batch moves gradients and weights less often
+                yield self._candidate(shape, f"{stage}_offload.json", 1, micro_batch="auto")
 
     def _candidate(self, shape: _Shape, base: str, every: int, micro_batch: int | str) -> _Candidate:
         request, length = self._request, self._base.data.sequence_length
         tokens = request.tokens_per_parameter * shape.parameters
         _, batch_tokens, rate = next(row for row in reversed(_BY_SIZE) if row[0] <= shape.parameters)
-        usual, most = round(math.log2(batch_tokens / length)), math.floor(math.log2(tokens / _LEAST_STEPS / length))
-        batch = math.ceil(2 ** max(0, min(usual, most)) / request.ranks) * request.ranks
+        per_sequence = length * request.ranks  # a power of two for each rank has micro-batches of many sizes
+        usual = round(math.log2(batch_tokens / per_sequence))
+        most = math.floor(math.log2(tokens / _LEAST_STEPS / per_sequence))
+        batch = 2 ** max(0, min(usual, most)) * request.ranks
         steps = math.ceil(tokens / (batch * length))
         run: Settings = {
             **shape.leaves(),
@@ -296,9 +302,8 @@ class _Search:
 
     def _with_micro_batch(self, best: _Candidate, limit: str) -> FittedRun:
         """The run with the largest micro-batch that fits, as a number."""
-        every = best.run["train.checkpoint_activations_every"]
-        chosen = self._candidate(best.shape, best.base, every, "auto").plan.resolved.batch.micro_batch
-        final = self._candidate(best.shape, best.base, every, chosen)
+        chosen = self._candidate(best.shape, best.base, best.every, "auto").plan.resolved.batch.micro_batch
+        final = self._candidate(best.shape, best.base, best.every, chosen)
         final = final if final.fits else best
         return FittedRun(final.plan, final.run, final.deepspeed, limit)
 
@@ -312,7 +317,7 @@ class _Search:
             return f"the time: {size} parameters take {format_duration(3600 * first.hours)}"
         if not least.fits:
             return f"the memory: with {size} parameters {least.plan.fit}, and {USABLE_MEMORY:.0%} are safe"
-        return f"memory and time: {size} parameters fit with recomputed blocks only, and then they take too long"
+        return f"memory and time: {size} parameters fit with recomputation or offload only, and then they take too long"
 
     def _impossible(self, smallest: _Shape) -> str:
         """Say what would be possible instead."""
@@ -329,13 +334,14 @@ class _Search:
         )
 
 
-def _smallest(candidates: Sequence[_Candidate]) -> Sequence[_Candidate]:
-    """The candidates with the most recomputation of each stage."""
-    return candidates[len(_RECOMPUTATION) - 1 :: len(_RECOMPUTATION)]
+def _smallest(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """The candidates that recompute every block."""
+    return [it for it in candidates if it.every == 1]
 
 
 def _least(candidates: Sequence[_Candidate]) -> _Candidate:
-    return min(_smallest(candidates), key=lambda it: it.plan.fit.needed)
+    """The candidate that needs the smallest share of the memory."""
+    return min(_smallest(candidates), key=lambda it: it.plan.fit.share)
 
 
 def _two_digits(value: float, rounded: Callable[[float], int]) -> str:
@@ -356,6 +362,11 @@ class _Candidate:
     @cached_property
     def plan(self) -> Plan:
         return self.search.plan(self.run, self.deepspeed)
+
+    @property
+    def every(self) -> int:
+        """Every n-th block is recomputed; 0: none."""
+        return int(self.run["train.checkpoint_activations_every"])
 
     @property
     def fits(self) -> bool:

@@ -28,7 +28,7 @@ class Rate:
     """The speed of a rank: a share of its device's data-sheet peak, or operations per second.
 
     Attributes:
-        share: MFU; of an assumed rate before a pipeline's bubble and recomputed blocks, which lower it.
+        share: MFU; of an assumed rate before bubble, recomputation and offload, which lower it.
         origin: where the number is from, for a sentence.
         is_assumed: nobody has measured or stated it.
         flops: operations per second of a rank on a device without a data sheet; takes precedence.
@@ -42,6 +42,10 @@ class Rate:
 
 # The share of the peak that a tuned run of a large model reaches; a first run on many nodes may reach half of it.
 ASSUMED_RATE = Rate(0.4, "assumed", is_assumed=True)
+
+# Of a rank, for offload beside an assumed rate, as if nothing overlapped: bytes a second over PCIe 3.0 x16 and of an
+# NVMe disk, and parameters a second that Adam updates on the CPU.
+_PCIE_BYTES, _DISK_BYTES, _CPU_ADAM = 12e9, 3e9, 0.5e9
 
 
 @dataclass(frozen=True)
@@ -109,16 +113,39 @@ class Plan:
         busy = 1 - bubble_share(run.topology.pipeline, run.batch.accumulation)
         every, length = config.train.checkpoint_activations_every, config.data.sequence_length
         recomputed = recomputed_flops_per_token(self.shape, length, every) / self.flops_per_token
-        return self.rate.share * busy / (1 + recomputed)
+        share = self.rate.share * busy / (1 + recomputed)
+        if self._peak is None:
+            return share
+        computes = self.flops_per_token * run.tokens_per_step / (self._peak * run.topology.world_size * share)
+        return share * computes / (computes + self.offload_seconds)
+
+    @property
+    def offload_seconds(self) -> float:
+        """What offload adds to a step at least, by assumed speeds of PCIe, CPU and disk."""
+        case, own = self.case, self.parameter_count / self.resolved.topology.world_size
+        seconds = 0.0
+        if case.offloads_optimizer:  # accumulated gradients come back for each micro-batch
+            moved = 2 * case.gradient_bytes * case.accumulation + case.element_bytes
+            seconds += own * (moved / _PCIE_BYTES + 1 / _CPU_ADAM)
+        if case.swaps:
+            seconds += own * 2 * 12 / _DISK_BYTES
+        if case.offloads_parameters:  # forward and backward
+            seconds += own * 2 * case.element_bytes * case.accumulation / _PCIE_BYTES
+        return seconds
+
+    @property
+    def _peak(self) -> float | None:
+        """Of a rank, in operations per second."""
+        run = self.resolved
+        peak = data_sheet_peak(run.device.name or "", run.precision != "fp32", self.float8_share)
+        return None if peak is None else peak[0]
 
     @property
     def rank_flops(self) -> float | None:
         """Operations of the model that a rank does in a second; None: the GPU's peak is not known."""
-        run = self.resolved
         if self.rate.flops is not None:
             return self.rate.flops
-        peak = data_sheet_peak(run.device.name or "", run.precision != "fp32", self.float8_share)
-        return None if peak is None else peak[0] * self.mfu
+        return None if self._peak is None else self._peak * self.mfu
 
     @property
     def hours(self) -> float | None:

@@ -72,6 +72,23 @@ def test_memory_bounds_what_time_does_not() -> None:
     assert four.plan.parameter_count > 2 * large.plan.parameter_count
 
 
+def test_a_node_with_cpu_memory_offloads(tmp_path: Path) -> None:
+    """The time counts what offload moves, and the micro-batch is large for it."""
+    device = gpu_by_name("rtx-5090")
+    host = replace(device, host_memory_bytes=128 << 30)
+    alone, found = (fitted(hours=60 * 24.0, tokens_per_parameter=2.0, device=it) for it in (device, host))
+    assert not alone.plan.case.offloads_optimizer
+    assert found.plan.case.offloads_optimizer
+    assert found.plan.parameter_count > 2 * alone.plan.parameter_count
+    assert found.plan.mfu < alone.plan.mfu
+    assert found.plan.resolved.batch.micro_batch > 4
+    assert found.plan.hours
+    assert found.plan.hours <= 60 * 24
+    yaml_file, json_file = map(str, found.write(tmp_path / "mine", "megalm"))
+    again = planned(read_settings(yaml_file, [], json_file, False, 1), 1, host, 8)
+    assert (again.memory, again.hours) == (found.plan.memory, found.plan.hours)
+
+
 def test_the_users_settings_and_rate_count() -> None:
     given = {"data.sequence_length": 512, "model.vocab_size": 8192, "schedule.warmup_steps": 7}
     found = fitted(hours=24.0, given=given, rate=Rate(0.2, "--mfu"), tokens_per_parameter=40.0)

@@ -570,6 +570,23 @@ def test_bubbles_and_recomputed_blocks_lower_an_assumed_rate_alone(start: Start)
     assert flops.hours == pytest.approx(flops.total_flops / 8e12 / 3600)
 
 
+def test_offload_takes_time(start: Start) -> None:
+    """Without overlap a step lasts as long as its operations and what moves between GPU, CPU and disk."""
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    seconds = {}
+    for name, section in (
+        ("none", {"stage": 3}),
+        ("optimizer", {"stage": 3, **offload}),
+        ("parameters", {"stage": 3, **offload, "offload_param": {"device": "cpu"}}),
+    ):
+        plan = make_plan(start(device=gpu_by_name("H100"), ranks=8, zero_optimization=section), 99)
+        assert plan.hours
+        seconds[name] = 3600 * plan.hours / plan.resolved.config.train.steps
+        assert seconds[name] == pytest.approx(seconds["none"] + plan.offload_seconds)
+        assert ("offload" in section_of(plan_text(plan, 8), "Verdict")) == (name != "none")
+    assert seconds["none"] < seconds["optimizer"] < seconds["parameters"]
+
+
 def test_the_plan_opens_with_one_verdict_and_the_users_own_settings(capsys: pytest.CaptureFixture[str]) -> None:
     def plan(*words: str) -> str:
         with pytest.raises(SystemExit) as left:
