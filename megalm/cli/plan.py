@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,20 +13,23 @@ from typing import Annotated
 import typer
 
 from megalm.checkpoint.manifest import read_manifest, require_training_state
-from megalm.cli.find_run import checkpoint_at
+from megalm.cli.find_run import checkpoint_at, find_run
 from megalm.cli.options import RANKS_PER_NODE, Config, DeepSpeedJson, ExtendSteps, Gpu, Overrides, RanksPerNode
-from megalm.cli.plan_text import plan_text
+from megalm.cli.plan_text import fit_text, plan_text
 from megalm.config.deepspeed.json_reader import DeviceFacts
+from megalm.config.loading import parse_override
 from megalm.config.schema import DocumentedSection
-from megalm.cost_model.gpu_specs import gpu_by_name
+from megalm.cost_model.gpu_specs import gpu_by_name, known_gpus
 from megalm.errors import ConfigError
+from megalm.planning.largest_model import FitRequest, free_stem, largest_model, refuse_existing
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, ResolvedRun, expected_vocab_size, known_vocab_size, resolve
-from megalm.planning.run_plan import Plan, draw_rates, make_plan
+from megalm.planning.run_plan import ASSUMED_RATE, Plan, Rate, draw_rates, make_plan
 from megalm.runs.run_settings import Arguments, ConfigFiles, read_settings
+from megalm.tracking.measured_rate import measured_rate
 from megalm.train.resume.compatibility import with_last_step, with_schedule
 from megalm.train.run_summary import planned_data
-from megalm.utils.atomic_files import refuse_overwriting_inputs
+from megalm.utils.atomic_files import refuse_overwriting_inputs, writing_to
 from megalm.utils.formatting import parse_bytes
 from megalm.utils.terminal import echo
 
@@ -40,7 +45,9 @@ def command(
     deepspeed_config: DeepSpeedJson = None,
     ranks: Annotated[
         int | None,
-        typer.Option("--ranks", min=1, help="The number of ranks. Default: the recipe's documented GPUs, else 1."),
+        typer.Option(
+            "--ranks", "--gpus", min=1, help="The number of ranks. Default: the recipe's documented GPUs, else 1."
+        ),
     ] = None,
     gpu_memory: Annotated[
         str | None,
@@ -69,37 +76,158 @@ def command(
         ),
     ] = None,
     extend_steps: ExtendSteps = None,
+    mfu: Annotated[
+        str | None,
+        typer.Option("--mfu", metavar="SHARE", help="The share of the GPUs' peak that the run reaches, such as 0.35."),
+    ] = None,
+    rate_of: Annotated[
+        str | None,
+        typer.Option("--rate-of", metavar="RUN", help="Plan with the speed that this run has measured."),
+    ] = None,
+    every_key: Annotated[
+        bool, typer.Option("--all", help="Show every key of the configuration, defaults and the preset's too.")
+    ] = False,
+    fit: Annotated[
+        bool,
+        typer.Option("--fit", help="Find the largest model that fits the GPUs and ends in time, and write its files."),
+    ] = False,
+    days: Annotated[float | None, typer.Option("--days", help="With --fit: the time that training may take.")] = None,
+    tokens_per_parameter: Annotated[
+        float | None, typer.Option("--tokens-per-parameter", help="With --fit: how long to train. Default: 20.")
+    ] = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(
+            "--write", metavar="NAME", help="With --fit: write NAME.yaml and NAME.json. Default: by size and GPU."
+        ),
+    ] = None,
 ) -> None:
-    """Show a run before it starts: size, tokens, memory, schedule. Starts nothing; only --plot writes a file.
+    """Show a run before it starts: size, tokens, memory, schedule. Starts nothing; only --plot and --fit write files.
 
     \b
     megalm plan --ranks 64 --gpu H100 model.hidden_size=2048 train.tokens_per_parameter=20
     megalm plan --config a100x4-300m --plot rate.png
+    megalm plan --fit --gpu rtx-5090 --days 7
     """
+    if fit:
+        unused = {"--config": config, "--deepspeed_config": deepspeed_config, "--plot": plot, "--after": after}
+        _refuse_options("--fit", {**unused, "--extend-steps": extend_steps})
+    else:
+        _refuse_options(None, {"--days": days, "--tokens-per-parameter": tokens_per_parameter, "--write": write})
     if extend_steps is not None and after is None:
         raise ConfigError("--extend-steps needs a checkpoint; name it with --after")
     device = planned_gpu(gpu, None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory", "GiB"))
+    if fit:
+        if device is None or gpu is None:
+            raise ConfigError(f"--fit needs the GPU: add --gpu NAME; known: {', '.join(known_gpus())}")
+        ranks = ranks or 1
+        request = FitRequest(
+            _with_host_memory(device, host_memory, min(ranks, ranks_per_node)),
+            ranks,
+            ranks_per_node,
+            24 * _positive("--days", days),
+            _positive("--tokens-per-parameter", 20.0 if tokens_per_parameter is None else tokens_per_parameter),
+            _rate(mfu, rate_of, device),
+            {key: value for override in overrides or [] for key, value in parse_override(override).items()},
+        )
+        options = {"--gpu-memory": gpu_memory, "--host-memory": host_memory, "--mfu": mfu, "--rate-of": rate_of}
+        words = [word for name, value in options.items() if value is not None for word in (name, value)]
+        _fit(request, write, every_key, [*words, *(overrides or [])])
+        return
     files = read_settings(config, overrides or [], deepspeed_config, resume=False, ranks=ranks or 1)
     documented = files.loaded.config.documented
     ranks = ranks or documented.devices or 1
     per_node = min(ranks, ranks_per_node)
     device = device or _documented_gpu(documented) or own_device(per_node)
-    if host_memory is not None:
-        node = parse_bytes(host_memory, "--host-memory", "GiB")
-        if device.kind == "cpu":
-            raise ConfigError(f"--host-memory {host_memory} is for a plan of GPUs; add --gpu NAME or --gpu-memory SIZE")
-        device = replace(device, host_memory_bytes=node // per_node)
+    device = _with_host_memory(device, host_memory, per_node)
     continuation = None if after is None else partial(_after, after, extend_steps)
     plan = planned(files, ranks, device, ranks_per_node, continuation)
-    show_plan(plan, ranks_per_node)
+    plan = replace(plan, rate=_rate(mfu, rate_of, plan.resolved.device))
+    show_plan(plan, ranks_per_node, every_key)
     if plot is not None:
         refuse_overwriting_inputs([plot], [path for path in (config, files.deepspeed.path) if path is not None])
         draw_rates(plan.schedules, plot)
         echo(f"\nlearning rate of every step: {plot}")
 
 
-def show_plan(plan: Plan, ranks_per_node: int) -> None:
-    echo(plan_text(plan, ranks_per_node, *planned_data(plan.resolved)))
+def _with_host_memory(device: DeviceFacts, host_memory: str | None, per_node: int) -> DeviceFacts:
+    """The device with its share of a node's CPU memory, if that is given."""
+    if host_memory is None:
+        return device
+    node = parse_bytes(host_memory, "--host-memory", "GiB")
+    if device.kind == "cpu":
+        raise ConfigError(f"--host-memory {host_memory} is for a plan of GPUs; add --gpu NAME or --gpu-memory SIZE")
+    return replace(device, host_memory_bytes=node // per_node)
+
+
+def _refuse_options(flag: str | None, options: dict[str, object]) -> None:
+    """Refuse options that only a plan without `--fit` takes, or only one with it (`flag` is None)."""
+    given = [name for name, value in options.items() if value is not None]
+    if given and flag is None:
+        raise ConfigError(f"{', '.join(given)}: only --fit takes it; add --fit")
+    if given:
+        raise ConfigError(f"{flag} takes no {', '.join(given)}: it makes a run of its own")
+
+
+def _positive(option: str, value: float | None) -> float:
+    if value is None or not 0 < value < math.inf:
+        given = "" if value is None else f" {value:g}"
+        raise ConfigError(f"{option}{given}: --fit needs a number above 0, such as {option} 7")
+    return value
+
+
+def _fit(request: FitRequest, write: Path | None, every_key: bool, words: list[str]) -> None:
+    """Search, write both files, and show the plan that they give.
+
+    Args:
+        words: of the command line, beside the request's.
+
+    Raises:
+        ConfigError: nothing fits, or a file of `write` exists.
+    """
+    if write is not None:
+        write = write.with_suffix("") if write.suffix in (".yaml", ".json") else write
+        refuse_existing(write)
+    found = largest_model(request)
+    stem = write or free_stem(Path(found.name))
+    gpu, ranks, days = str(request.device.name), request.ranks, request.hours / 24
+    length = ["--days", f"{days:g}", "--tokens-per-parameter", f"{request.tokens_per_parameter:g}"]
+    made_by = shlex.join(["megalm", "plan", "--fit", "--gpu", gpu, "--gpus", str(ranks), *length, *words])
+    with writing_to(stem):
+        yaml_file, json_file = found.write(stem, made_by)
+    files = read_settings(str(yaml_file), [], str(json_file), resume=False, ranks=ranks)
+    plan = replace(planned(files, ranks, request.device, request.ranks_per_node), rate=request.rate)
+    echo(fit_text(plan, found.limit))
+    echo(f"\nfiles  {yaml_file}, {json_file}")
+    echo(f"start  launch/pretrain.py --config {yaml_file} --deepspeed_config {json_file} data.train=PREFIX ...\n")
+    show_plan(plan, request.ranks_per_node, every_key)
+
+
+def show_plan(plan: Plan, ranks_per_node: int, every_key: bool = True) -> None:
+    echo(plan_text(plan, ranks_per_node, *planned_data(plan.resolved), every_key))
+
+
+def _rate(mfu: str | None, rate_of: str | None, device: DeviceFacts) -> Rate:
+    """The speed by --mfu or --rate-of; without both the assumed one.
+
+    Raises:
+        ConfigError: both are given, `mfu` is no share, or the run has no rate for this device.
+    """
+    if mfu is not None and rate_of is not None:
+        raise ConfigError("--mfu and --rate-of both give the rate; keep one")
+    if rate_of is not None:
+        return measured_rate(find_run(rate_of), device)
+    if mfu is None:
+        return ASSUMED_RATE
+    try:
+        share = float(mfu[:-1]) / 100 if mfu.endswith("%") else float(mfu)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise ConfigError(f"--mfu {mfu}: not a share of the peak; write 0.35 or 35%")
+    if device.name is None:
+        raise ConfigError(f"--mfu {mfu} is a share of a GPU's peak; name the GPU with --gpu NAME")
+    return Rate(share, "--mfu")
 
 
 def planned_run(

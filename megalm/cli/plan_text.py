@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from megalm.config.loading import external_name
+from megalm.config.loading import DEFAULT_PRESET, external_name
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields, shown
 from megalm.cost_model.memory import MemoryPlan, checkpoint_bytes
@@ -16,7 +16,7 @@ from megalm.planning.memory_fit import USABLE_MEMORY, remedies
 from megalm.planning.recipe_claims import changed_keys, judge, tolerances
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_checks import how_to_give_data
-from megalm.planning.run_plan import ASSUMED_MFU, Plan
+from megalm.planning.run_plan import Plan
 from megalm.topology import AXES, Axis, Topology, bubble_share
 from megalm.utils.formatting import format_bytes, format_duration, table, terminal_width, wrapped
 
@@ -106,16 +106,21 @@ def _bubble(run: ResolvedRun) -> str:
 
 
 def plan_text(
-    plan: Plan, ranks_per_node: int, data_rows: Sequence[tuple[str, str]] = (), warnings: Sequence[str] = ()
+    plan: Plan,
+    ranks_per_node: int,
+    data_rows: Sequence[tuple[str, str]] = (),
+    warnings: Sequence[str] = (),
+    every_key: bool = True,
 ) -> str:
     """The whole plan as text for a terminal or a pipe.
 
     Args:
         data_rows, warnings: from `planned_data`.
+        every_key: show defaults and the default preset's values beside the user's own settings.
     """
     sections = {
         "Verdict": _verdict(plan),
-        "Configuration": _configuration(plan),
+        "Configuration": _configuration(plan, every_key),
         "DeepSpeed": _deepspeed(plan),
         "Ranks": grid_text(plan.resolved, plan.shape, ranks_per_node),
         "Parameters": _parameters(plan),
@@ -130,10 +135,34 @@ def plan_text(
     return "\n\n".join(f"{title}\n{wrapped(text, width)}" for title, text in sections.items())
 
 
+def fit_text(plan: Plan, limit: str) -> str:
+    """The run of `--fit` in short.
+
+    Args:
+        limit: why there is no larger model.
+    """
+    shape, run, config = plan.shape, plan.resolved, plan.resolved.config
+    every = config.train.checkpoint_activations_every
+    rows: list[list[object]] = [
+        ["model", f"{plan.parameter_count:,} parameters"],
+        ["shape", f"{shape.num_hidden_layers} layers, width {shape.hidden_size}, {shape.num_attention_heads} heads"],
+        ["sequence length", config.data.sequence_length],
+        ["batch", f"{run.batch.global_batch} sequences, {run.tokens_per_step:,} tokens"],
+        ["micro-batch x accumulation x data ranks", " x ".join(map(str, _triple(plan)))],
+        ["recomputation", "none" if every == 0 else "every block" if every == 1 else f"1 block in {every}"],
+        ["precision, ZeRO stage, offload", f"{run.precision}, {run.zero_stage}, {_offloads(plan)}"],
+        ["steps", f"{config.train.steps:,}"],
+        ["tokens", f"{plan.total_tokens:,}, {plan.tokens_per_parameter:.3g} per parameter"],
+        ["time", None if plan.hours is None else f"{plan.hours:,.1f} hours"],
+        ["limited by", limit],
+    ]
+    return f"Largest model\n{table(['fact', 'value'], rows, terminal_width())}"
+
+
 def _verdict(plan: Plan) -> str:
-    """Whether the run fits, what makes it fit, and how long it takes."""
+    """Whether the run fits and how long it takes, in a line; below it what makes it fit."""
     fit, run = plan.fit, plan.resolved
-    lines = [f"{fit.level}: by the estimate {fit}"]
+    lines = [f"{fit.level}: by the estimate {fit}; {_time(plan)}"]
     if fit.level != "fits":
         changes = remedies(plan.case, run.device)
         lines.append(
@@ -142,7 +171,6 @@ def _verdict(plan: Plan) -> str:
             else "no micro-batch, recomputation, ZeRO stage or offload is enough: use more ranks (parallel.tensor, "
             "parallel.pipeline) or a smaller model"
         )
-    lines.append(_time(plan))
     return "\n".join(lines)
 
 
@@ -154,34 +182,51 @@ def _time(plan: Plan) -> str:
         return f"{work}; the speed of {name} is not known" if name else f"{work}; --gpu NAME adds the time"
     end = datetime.now() + timedelta(hours=min(plan.hours, _LONGEST_HOURS))
     date = f", until {end:%Y-%m-%d %H:%M} if it starts now" if plan.hours < _LONGEST_HOURS else ""
-    return (
-        f"{work}: {format_duration(3600 * plan.hours)} on {run.topology.world_size} x {run.device.name}{date}, "
-        f"at an assumed MFU of {ASSUMED_MFU:.0%}"
-    )
+    device = run.device.name or run.device.kind
+    return f"{work}; {format_duration(3600 * plan.hours)} on {run.topology.world_size} x {device}{date}, {_rate(plan)}"
 
 
-def _configuration(plan: Plan) -> str:
-    values = plan.resolved.config.model_dump(mode="json")
-    rows = []
+def _rate(plan: Plan) -> str:
+    rate = plan.rate
+    if rate.flops is not None:
+        return f"at {rate.flops / 1e12:.3g} TFLOP/s a rank ({rate.origin})"
+    losses = []
+    if rate.is_assumed and plan.resolved.topology.pipeline > 1:
+        losses.append("the pipeline's bubble")
+    if rate.is_assumed and plan.resolved.config.train.checkpoint_activations_every:
+        losses.append("recomputed blocks")
+    if rate.is_assumed and plan.offload_seconds:
+        losses.append("offload")
+    origin = f"{rate.origin}: {rate.share:.0%} less {', '.join(losses)}" if losses else rate.origin
+    return f"at an MFU of {plan.mfu:.0%} ({origin})"
+
+
+def _configuration(plan: Plan, every_key: bool) -> str:
+    """The settings with their origin; without `every_key` those that are neither defaults nor the default preset's."""
+    values, sources = plan.resolved.config.model_dump(mode="json"), plan.resolved.sources
+    hidden = () if every_key else ("default", f"preset {DEFAULT_PRESET}")
+    rows, others = [], 0
     for key in leaf_fields(RunConfig):
         if key.startswith("documented."):
             continue  # claims, not settings; they have their own table
         value: Any = values
         for part in key.split("."):
             value = value[part]
-        if value is not None or plan.resolved.sources[key] != "default":
-            rows.append([external_name(key), shown(value), plan.resolved.sources[key]])
-    return table(["key", "value", "from"], rows)
+        if value is None and sources[key] == "default":
+            continue
+        if sources[key] in hidden:
+            others += 1
+        else:
+            rows.append([external_name(key), shown(value), sources[key]])
+    lines = [table(["key", "value", "from"], rows)] if rows else []
+    if others:
+        lines.append(f"({others} more are defaults or the preset's; --all shows them)")
+    return "\n".join(lines)
 
 
 def _deepspeed(plan: Plan) -> str:
     run = plan.resolved
     optimizer, zero = run.optimizer, run.deepspeed_source.settings.zero_optimization
-    offloads = [
-        f"{what} to {section.device}"
-        for what, section in (("optimizer", zero.offload_optimizer), ("parameters", zero.offload_param))
-        if section is not None and section.device != "none"
-    ]
     return table(
         ["fact", "value"],
         [
@@ -190,7 +235,7 @@ def _deepspeed(plan: Plan) -> str:
             ["micro-batch x accumulation x data ranks", " x ".join(map(str, _triple(plan)))],
             ["precision", run.precision],
             ["ZeRO stage", zero.stage],
-            ["offload", ", ".join(offloads) or "none"],
+            ["offload", _offloads(plan)],
             ["gradient clipping", run.deepspeed["gradient_clipping"] or "off"],
             [
                 "optimizer",
@@ -199,6 +244,16 @@ def _deepspeed(plan: Plan) -> str:
             ],
         ],
     )
+
+
+def _offloads(plan: Plan) -> str:
+    zero = plan.resolved.deepspeed_source.settings.zero_optimization
+    offloads = [
+        f"{what} to {section.device}"
+        for what, section in (("optimizer", zero.offload_optimizer), ("parameters", zero.offload_param))
+        if section is not None and section.device != "none"
+    ]
+    return ", ".join(offloads) or "none"
 
 
 def _triple(plan: Plan) -> tuple[int, int, int]:

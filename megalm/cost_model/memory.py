@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 from megalm.config.deepspeed.json_schema import Precision, ZeroSection
@@ -76,7 +77,7 @@ class Share:
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of each parameter or part of it held here, in the model's order."""
-        return {name: self._local(name, size) for name, size in self.shape.parameters().items() if self._is_here(name)}
+        return _held_parameters(self)
 
     def modules(self) -> list[list[int]]:
         """Elements of the parameters of each module that ZeRO 3 builds and gathers as one: embedding, blocks, head."""
@@ -85,14 +86,14 @@ class Share:
         )
         return [[math.prod(size) for _, size in module] for _, module in sizes]
 
-    def _is_here(self, name: str) -> bool:
+    def is_here(self, name: str) -> bool:
         if name.startswith("layers."):
             return self.first_block <= int(name.split(".")[1]) < self.first_block + self.blocks
         if name == "embedding.tokens.weight":
             return self.is_first or (self.is_last and self.shape.tie_word_embeddings)
         return self.is_first if name.startswith("embedding.") else self.is_last
 
-    def _local(self, name: str, size: tuple[int, ...]) -> tuple[int, ...]:
+    def local(self, name: str, size: tuple[int, ...]) -> tuple[int, ...]:
         if name in _VOCABULARY:
             return (math.ceil(size[0] / self.tensor), *size[1:])
         if name.endswith(_ROWS):
@@ -103,6 +104,12 @@ class Share:
         if layer in ("attention.key", "attention.value"):
             return (self.key_value_heads * self.shape.head_dim, *size[1:])
         return (size[0] // self.tensor, *size[1:])
+
+
+@lru_cache(maxsize=64)  # an estimate asks several times
+def _held_parameters(share: Share) -> dict[str, tuple[int, ...]]:
+    sizes = share.shape.parameters().items()
+    return {name: share.local(name, size) for name, size in sizes if share.is_here(name)}
 
 
 def shares(shape: ModelConfig, topology: Topology, sequence: bool = False) -> Iterator[Share]:

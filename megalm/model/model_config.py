@@ -115,6 +115,14 @@ def flops_per_token(shape: ModelConfig, sequence_length: int) -> int:
     return 6 * (_layer_matrices(shape) + head) + attention
 
 
+def recomputed_flops_per_token(shape: ModelConfig, sequence_length: int, every: int) -> float:
+    """Operations beside `flops_per_token`: the second forward pass of every n-th block; 0 for `every=0`."""
+    if not every:
+        return 0.0
+    blocks = flops_per_token(shape, sequence_length) - 6 * shape.vocab_size * shape.hidden_size
+    return blocks / 3 * math.ceil(shape.num_hidden_layers / every) / shape.num_hidden_layers
+
+
 def float8_share(shape: ModelConfig, sequence_length: int, float8: bool) -> float:
     """The share of `flops_per_token` in float8: with `precision.float8` the layers' linear maps, else none."""
     return 6 * _layer_matrices(shape) / flops_per_token(shape, sequence_length) if float8 else 0.0

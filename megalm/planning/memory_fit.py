@@ -48,10 +48,13 @@ class MemoryFit:
         return self.step <= self.available * USABLE_MEMORY
 
     @property
+    def share(self) -> float:
+        """The part of the memory that is needed, of the fuller memory."""
+        return max(self.needed / self.available, self.host_needed / (self.host_available or float("inf")))
+
+    @property
     def level(self) -> FitLevel:
-        """The worse of both memories."""
-        share = max(self.needed / self.available, self.host_needed / (self.host_available or float("inf")))
-        return "fits" if share <= USABLE_MEMORY else "tight" if share <= 1 else "does not fit"
+        return "fits" if self.share <= USABLE_MEMORY else "tight" if self.share <= 1 else "does not fit"
 
     def __str__(self) -> str:
         text = f"a rank needs {_share(self.needed, self.available)}"

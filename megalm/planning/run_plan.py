@@ -9,15 +9,43 @@ from pathlib import Path
 
 from megalm.cost_model.gpu_specs import data_sheet_peak
 from megalm.cost_model.memory import MemoryCase, MemoryPlan, estimate_stages
-from megalm.model.model_config import ModelConfig, build_model_config, float8_share, flops_per_token
+from megalm.model.model_config import (
+    ModelConfig,
+    build_model_config,
+    float8_share,
+    flops_per_token,
+    recomputed_flops_per_token,
+)
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.memory_fit import MemoryFit
 from megalm.planning.resolve import ResolvedRun, memory_case
 from megalm.topology import bubble_share
 from megalm.utils.plotting import new_plot, save_plot
 
+
+@dataclass(frozen=True)
+class Rate:
+    """The speed of a rank: a share of its device's data-sheet peak, or operations per second.
+
+    Attributes:
+        share: MFU; of an assumed rate before bubble, recomputation and offload, which lower it.
+        origin: where the number is from, for a sentence.
+        is_assumed: nobody has measured or stated it.
+        flops: operations per second of a rank on a device without a data sheet; takes precedence.
+    """
+
+    share: float
+    origin: str
+    is_assumed: bool = False
+    flops: float | None = None
+
+
 # The share of the peak that a tuned run of a large model reaches; a first run on many nodes may reach half of it.
-ASSUMED_MFU = 0.4
+ASSUMED_RATE = Rate(0.4, "assumed", is_assumed=True)
+
+# Of a rank, for offload beside an assumed rate, as if nothing overlapped: bytes a second over PCIe 3.0 x16 and of an
+# NVMe disk, and parameters a second that Adam updates on the CPU.
+_PCIE_BYTES, _DISK_BYTES, _CPU_ADAM = 12e9, 3e9, 0.5e9
 
 
 @dataclass(frozen=True)
@@ -28,6 +56,7 @@ class Plan:
         parameters: part of the model -> parameters; their sum is the model's count.
         memory_by_stage: bytes per rank, for each kind of pipeline stage.
         schedules: successive schedules of the learning rate.
+        rate: the speed that the hours follow from.
     """
 
     resolved: ResolvedRun
@@ -36,6 +65,7 @@ class Plan:
     parameters: dict[str, int]
     memory_by_stage: tuple[MemoryPlan, ...]
     schedules: tuple[ScheduleSegment, ...]
+    rate: Rate = ASSUMED_RATE
 
     @property
     def learning_rates(self) -> tuple[tuple[int, float], ...]:
@@ -75,14 +105,53 @@ class Plan:
         return MemoryFit.of(self.memory, self.resolved.device)
 
     @property
-    def hours(self) -> float | None:
-        """At `ASSUMED_MFU` of the peak of all ranks, less a pipeline's bubble; None: the GPU's peak is not known."""
+    def mfu(self) -> float:
+        """The share of the peak that the model's operations take, without those of a recomputed block's second pass."""
+        run, config = self.resolved, self.resolved.config
+        if not self.rate.is_assumed:
+            return self.rate.share
+        busy = 1 - bubble_share(run.topology.pipeline, run.batch.accumulation)
+        every, length = config.train.checkpoint_activations_every, config.data.sequence_length
+        recomputed = recomputed_flops_per_token(self.shape, length, every) / self.flops_per_token
+        share = self.rate.share * busy / (1 + recomputed)
+        if self._peak is None:
+            return share
+        computes = self.flops_per_token * run.tokens_per_step / (self._peak * run.topology.world_size * share)
+        return share * computes / (computes + self.offload_seconds)
+
+    @property
+    def offload_seconds(self) -> float:
+        """What offload adds to a step at least, by assumed speeds of PCIe, CPU and disk."""
+        case, own = self.case, self.parameter_count / self.resolved.topology.world_size
+        seconds = 0.0
+        if case.offloads_optimizer:  # accumulated gradients come back for each micro-batch
+            moved = 2 * case.gradient_bytes * case.accumulation + case.element_bytes
+            seconds += own * (moved / _PCIE_BYTES + 1 / _CPU_ADAM)
+        if case.swaps:
+            seconds += own * 2 * 12 / _DISK_BYTES
+        if case.offloads_parameters:  # forward and backward
+            seconds += own * 2 * case.element_bytes * case.accumulation / _PCIE_BYTES
+        return seconds
+
+    @property
+    def _peak(self) -> float | None:
+        """Of a rank, in operations per second."""
         run = self.resolved
         peak = data_sheet_peak(run.device.name or "", run.precision != "fp32", self.float8_share)
-        if peak is None:
-            return None
-        busy = 1 - bubble_share(run.topology.pipeline, run.batch.accumulation)
-        return self.total_flops / (peak[0] * run.topology.world_size * ASSUMED_MFU * busy) / 3600
+        return None if peak is None else peak[0]
+
+    @property
+    def rank_flops(self) -> float | None:
+        """Operations of the model that a rank does in a second; None: the GPU's peak is not known."""
+        if self.rate.flops is not None:
+            return self.rate.flops
+        return None if self._peak is None else self._peak * self.mfu
+
+    @property
+    def hours(self) -> float | None:
+        """None: the GPU's peak is not known."""
+        speed = self.rank_flops
+        return None if speed is None else self.total_flops / (speed * self.resolved.topology.world_size) / 3600
 
     @property
     def total_flops(self) -> int:

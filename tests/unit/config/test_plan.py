@@ -36,7 +36,7 @@ from megalm.cost_model.memory import (
 from megalm.model.model_config import ModelConfig, build_model_config, flops_per_token
 from megalm.planning.lr_schedule import ScheduleSegment, learning_rate
 from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens
-from megalm.planning.run_plan import Plan, make_plan, parameters_by_part, points
+from megalm.planning.run_plan import Plan, Rate, make_plan, parameters_by_part, points
 from megalm.runs.run_settings import ConfigFiles
 from megalm.topology import Topology
 from megalm.utils.formatting import format_bytes
@@ -553,6 +553,71 @@ def test_the_hours_follow_from_the_peak_of_a_known_gpu(start: Start) -> None:
     unknown = make_plan(start(device=replace(GPU, name="L20")), 99)
     assert unknown.hours is None
     assert_names(section_of(plan_text(unknown, 8), "Verdict"), "L20")
+
+
+def test_bubbles_and_recomputed_blocks_lower_an_assumed_rate_alone(start: Start) -> None:
+    device = gpu_by_name("H100")
+    plain, recomputed = (
+        make_plan(start(f"train.checkpoint_activations_every={n}", device=device, ranks=8), 99) for n in (0, 1)
+    )
+    blocks = plain.flops_per_token - 6 * plain.shape.vocab_size * plain.shape.hidden_size
+    assert plain.hours
+    assert recomputed.hours == pytest.approx(plain.hours * (1 + blocks / 3 / plain.flops_per_token))
+    assert_names(section_of(plan_text(recomputed, 8), "Verdict"), "40%", f"{recomputed.mfu:.0%}")
+    stated = replace(recomputed, rate=Rate(0.2, "--mfu"))
+    assert stated.hours == pytest.approx(2 * plain.hours)
+    flops = replace(recomputed, rate=Rate(0.1, "of a run", flops=1e12))
+    assert flops.hours == pytest.approx(flops.total_flops / 8e12 / 3600)
+
+
+def test_offload_takes_time(start: Start) -> None:
+    """Without overlap a step lasts as long as its operations and what moves between GPU, CPU and disk."""
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    seconds = {}
+    for name, section in (
+        ("none", {"stage": 3}),
+        ("optimizer", {"stage": 3, **offload}),
+        ("parameters", {"stage": 3, **offload, "offload_param": {"device": "cpu"}}),
+    ):
+        plan = make_plan(start(device=gpu_by_name("H100"), ranks=8, zero_optimization=section), 99)
+        assert plan.hours
+        seconds[name] = 3600 * plan.hours / plan.resolved.config.train.steps
+        assert seconds[name] == pytest.approx(seconds["none"] + plan.offload_seconds)
+        assert ("offload" in section_of(plan_text(plan, 8), "Verdict")) == (name != "none")
+    assert seconds["none"] < seconds["optimizer"] < seconds["parameters"]
+
+
+def test_the_plan_opens_with_one_verdict_and_the_users_own_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    def plan(*words: str) -> str:
+        with pytest.raises(SystemExit) as left:
+            main(["plan", "--gpu", "rtx-5090", "train.steps=100", "train.log_interval_steps=1", *words])
+        assert left.value.code in (0, None)
+        return capsys.readouterr().out
+
+    text = plan("--mfu", "25%")
+    (verdict,) = section_of(text, "Verdict").splitlines()
+    assert_names(verdict, "fits", "32.0 GiB", "per parameter", "RTX 5090", "25%")
+    own = section_of(text, "Configuration")
+    assert_names(own, "train.steps", "train.log_interval_steps", "--all")
+    assert "model.qk_norm" not in own
+    assert "data.sequence_length" not in own
+    assert_names(section_of(plan("--all"), "Configuration"), "train.steps", "model.qk_norm", "data.sequence_length")
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["--mfu", "40"], ["--mfu 40", "35%"]),
+        (["--mfu", "nan"], ["--mfu nan"]),
+        (["--mfu", "0.3", "--rate-of", "x"], ["--mfu", "--rate-of"]),
+        (["--rate-of", "no-such-run"], ["no-such-run"]),
+    ],
+)
+def test_a_rate_that_is_none_is_refused(words: list[str], names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["plan", "--gpu", "H100", *words])
+    assert left.value.code == 2
+    assert_names(capsys.readouterr().err, *names)
 
 
 def test_products_in_float8_take_half_of_the_time(start: Start) -> None:
