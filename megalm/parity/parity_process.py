@@ -24,6 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from megalm.errors import EXIT_DONE, MegalmError, TrainingError
 from megalm.parity.miniature import ParityCase
 from megalm.parity.parity_report import ParityReport
@@ -33,7 +35,7 @@ from megalm.utils.process_setup import end_with_parent
 from megalm.utils.stop_signals import respected_stop_signals
 
 PARTS = 10  # imports, and what three launches report
-_PATIENCE_SECONDS = 300.0  # for the next part: beyond it ranks wait for each other
+_PATIENCE_SECONDS = 600.0  # for the next part: beyond it ranks wait for each other
 
 
 def run_parity(case: ParityCase, advance: Callable[[], None]) -> ParityReport:
@@ -76,9 +78,7 @@ def _run(case: ParityCase, advance: Callable[[], None], folder: Path) -> ParityR
                 advance()
             process.wait()
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _kill(process)
     if process.returncode != EXIT_DONE:
         printed = errors.read_text(errors="replace").strip().splitlines()[-1:] or ["it printed nothing"]
         raise TrainingError(f"the process that compares ended with {process.returncode}: {printed[0]}")
@@ -86,6 +86,18 @@ def _run(case: ParityCase, advance: Callable[[], None], folder: Path) -> ParityR
     if isinstance(report, MegalmError):
         raise report
     return report
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill the child and all that it started; a compiler has a process group of its own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        child = psutil.Process(process.pid)
+        others = child.children(recursive=True)
+        for each in (child, *others):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(others, timeout=10)  # they write to a folder that is removed next
+    process.wait()
 
 
 @contextlib.contextmanager

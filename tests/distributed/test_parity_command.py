@@ -90,13 +90,14 @@ def test_ranks_that_begin_with_other_weights_are_seen(broken: dict[str, ParityRe
     assert "weights before step 1" in _different(broken["initial weights"])
 
 
-def _start(*words: str) -> subprocess.Popen[str]:
+def _start(folder: Path, *words: str) -> subprocess.Popen[str]:
     command = [str(MEGALM), "parity", "--deepspeed_config", JSON, *OVERRIDES, *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def test_the_command_finds_a_layout_equal() -> None:
-    process = _start("--json", "data.document_mask=true", "train.checkpoint_activations_every=1")
+def test_the_command_finds_a_layout_equal(tmp_path: Path) -> None:
+    process = _start(tmp_path, "--json", "data.document_mask=true", "train.checkpoint_activations_every=1")
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     found = json.loads(out)
@@ -130,18 +131,20 @@ def _processes(parent: int, generations: int) -> list[psutil.Process]:
 @pytest.mark.parametrize(
     ("number", "code", "generations"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1), (signal.SIGKILL, -9, 2)]
 )
-def test_nothing_is_left_when_it_is_stopped(number: int, code: int, generations: int) -> None:
-    process = _start()
+def test_nothing_is_left_when_it_is_stopped(tmp_path: Path, number: int, code: int, generations: int) -> None:
+    process = _start(tmp_path)
     started = _processes(process.pid, generations)
     os.kill(process.pid, number)
     process.communicate(timeout=60)
     assert process.returncode == code
     _, alive = psutil.wait_procs(started, timeout=20)
     assert not alive
+    if number != signal.SIGKILL:
+        assert not list(tmp_path.glob("megalm-parity-*"))
 
 
-def test_what_a_run_would_refuse_is_refused() -> None:
-    process = _start("parallel.pipeline=2")
+def test_what_a_run_would_refuse_is_refused(tmp_path: Path) -> None:
+    process = _start(tmp_path, "parallel.pipeline=2")
     out, error = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
     assert error.startswith("megalm: error: ")
