@@ -201,7 +201,7 @@ def overlap(task: Task) -> None:
     import torch
 
     from benchmarks.step_loops import SHAPES, Setting, free_memory
-    from tests.distributed.training import Trace
+    from megalm.parity.state_comparison import Trace
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     steps, bench = (50, replace(SHAPES["34m"], batch=32)) if task.on_gpu else (6, SHAPES["tiny"])
@@ -234,7 +234,8 @@ def overlap(task: Task) -> None:
 def _overlap_run(setting: Any, is_on: bool, steps: int) -> Any:
     from benchmarks.random_data import random_batches
     from megalm.engine.build import build_engine
-    from tests.distributed.training import Trace, snapshot
+    from megalm.parity.miniature_training import snapshot
+    from megalm.parity.state_comparison import Trace
 
     content = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
     content["train_micro_batch_size_per_gpu"] = setting.bench.batch // 4
@@ -258,7 +259,7 @@ def _trace_differences(found: Any, expected: Any) -> tuple[float, float, float]:
     """Losses and norms relative, states relative to each one's L2 norm: the largest each."""
     import numpy as np
 
-    from tests.distributed.training import whole_state
+    from megalm.parity.state_comparison import whole_state
 
     def relative(own: Sequence[float], other: Sequence[float]) -> float:
         return float(np.max(np.abs(np.array(own) / np.array(other) - 1)))
@@ -285,7 +286,8 @@ def parity(task: Task) -> None:
     """Each model, ZeRO stage and precision on one rank of the device, against ZeRO 1 on it and against a CPU."""
     import torch
 
-    from tests.distributed.parity import MODELS, TOLERANCES, Outcome, Row, difference, train, train_rows
+    from megalm.parity.state_comparison import TOLERANCES, Outcome, difference
+    from tests.distributed.parity import MODELS, Row, train, train_rows
     from tests.distributed.training import make_dataset
     from tests.ranks import run_ranks
 

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("config", "Convert a DeepSpeed JSON of another toolkit to two files that a run takes."),
     "plan": ("plan", "Show a run before it starts: size, tokens, memory, schedule."),
     "rehearse": ("rehearse", "Rehearse a run on GPUs that this machine does not have."),
+    "parity": ("checks.parity", "Train a configuration in miniature on this CPU, and compare it with one rank."),
     "sweep": ("jobs.sweep", "Run a configuration with several values of some keys, and rank the runs."),
     "submit": ("jobs.submit", "Check a run on the login node, then queue it with Slurm."),
     "status": ("jobs.status", "Show runs and their jobs: state, step, loss, speed, time left."),

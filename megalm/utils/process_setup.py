@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import io
 import os
 import resource
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -131,3 +133,17 @@ def code_for_launcher(code: int, environment: Mapping[str, str] = os.environ) ->
     except OSError:
         return code
     return EXIT_DONE
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(parent: int) -> None:
+    """Let the kernel kill this process when its parent ends, however that comes; a fork does not inherit it.
+
+    Args:
+        parent: the parent's number, which tells whether it has ended already.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -7,7 +7,7 @@ which tolerance, is in `Tolerance`; docs/parallelism.md says why.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from megalm.checkpoint.shard_spec import KINDS
 from megalm.engine.deepspeed_patches import allow_cpu_fp16_for_tests
+from megalm.parity.state_comparison import Outcome
 from megalm.planning.engine_checks import ALLOW_CPU_FP16
-from tests.distributed.training import VOCAB, Case, Trace, snapshot, start, steps, whole_state
+from tests.distributed.training import VOCAB, Case, Trace, snapshot, start, steps
 
 STEPS = 5
 # Adam moves a weight by a whole step however small its gradient is, down to about epsilon. At the usual 1e-8 it would
@@ -171,37 +171,6 @@ def latin_square(layout: str) -> list[Row]:
     return [group[(alike.index(layout) + shifts[key]) % len(group)] for key, group in groups.items()]
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """Largest differences to one rank: of losses and norms relative, of states relative to each parameter's L2 norm."""
-
-    loss: float
-    norm: float
-    weights: float
-    moments: float
-    logits: float
-
-
-TOLERANCES = {
-    "fp32": Tolerance(loss=1e-5, norm=1e-5, weights=1e-5, moments=1e-5, logits=1e-5),
-    "fp16": Tolerance(loss=1e-5, norm=1e-3, weights=1e-2, moments=2e-2, logits=5e-3),
-    "bf16": Tolerance(loss=1e-4, norm=5e-3, weights=5e-2, moments=5e-2, logits=3e-2),
-}
-# The same number added to all scores changes no softmax: in exact arithmetic a bias on keys has no gradient and no
-# effect. What it has in floating point is rounding alone, which Adam turns into steps.
-_WITHOUT_EFFECT = "attention.key.bias"
-
-
-@dataclass
-class Outcome:
-    """What one rank shows of a row."""
-
-    initial: Trace
-    trained: Trace
-    validation: float
-    logits: np.ndarray
-
-
 def train(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path, step_count: int = STEPS) -> Outcome:
     """Train a row's steps, validate on the next batch, and ask for the next token of some texts."""
     engine, run, loader = start(comm, device, case, prefix, folder)
@@ -220,63 +189,3 @@ def train_rows(
     os.environ[ALLOW_CPU_FP16] = "1"
     allow_cpu_fp16_for_tests()
     return {name: train(comm, device, case, prefix, folder) for name, case in cases.items()}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The largest differences of a row to one rank."""
-
-    initial_weights: int
-    loss: float
-    norm: float
-    weights: float
-    moments: float
-    logits: float
-
-    def beyond(self, tolerance: Tolerance) -> list[str]:
-        """What differs by more than it may, in words."""
-        found = [
-            f"{name} differ by {getattr(self, name):.1e}, allowed {getattr(tolerance, name):.0e}"
-            for name in ("loss", "norm", "weights", "moments", "logits")
-            if not getattr(self, name) <= getattr(tolerance, name)  # nan is beyond everything
-        ]
-        return found + ([f"{self.initial_weights} initial weights differ"] if self.initial_weights else [])
-
-
-def difference(ranks: Sequence[Outcome], reference: Outcome) -> Difference:
-    """How far the ranks of a row are from the one-rank run, at most over ranks, steps and parameters."""
-    initial, first = whole_state([rank.initial for rank in ranks]), whole_state([reference.initial])
-    final, expected = whole_state([rank.trained for rank in ranks]), whole_state([reference.trained])
-    assert initial.keys() == first.keys() == final.keys() == expected.keys()
-    master, *moments = KINDS
-    return Difference(
-        initial_weights=sum(int((initial[place] != values).sum()) for place, values in first.items()),
-        loss=max(
-            _relative([*rank.trained.losses, rank.validation], [*reference.trained.losses, reference.validation])
-            for rank in ranks
-        ),
-        norm=max(_relative(rank.trained.norms, reference.trained.norms) for rank in ranks),
-        weights=_state_difference(final, expected, master),
-        moments=max(_state_difference(final, expected, kind) for kind in moments),
-        logits=max(_l2(rank.logits - reference.logits) / _l2(reference.logits) for rank in ranks),
-    )
-
-
-def _relative(values: Sequence[float], expected: Sequence[float]) -> float:
-    return float(np.max(np.abs(np.array(values) / np.array(expected) - 1)))
-
-
-def _state_difference(
-    found: Mapping[tuple[str, str], np.ndarray], expected: Mapping[tuple[str, str], np.ndarray], kind: str
-) -> float:
-    """The largest L2 difference of one parameter, relative to its own L2 norm; nan where one is."""
-    shares = [
-        _l2(found[place] - values) / _l2(values)
-        for place, values in expected.items()
-        if place[1] == kind and not place[0].endswith(_WITHOUT_EFFECT)
-    ]
-    return float(np.max(shares))
-
-
-def _l2(values: np.ndarray) -> float:
-    return float(np.linalg.norm(values.astype(np.float64)))

@@ -14,16 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.distributed.parity import (
-    LAYOUTS,
-    TOLERANCES,
-    Difference,
-    Outcome,
-    Row,
-    difference,
-    rows,
-    train_rows,
-)
+from megalm.parity.state_comparison import TOLERANCES, Difference, Outcome, difference
+from tests.distributed.parity import LAYOUTS, Row, rows, train_rows
 from tests.distributed.training import ROOT, Case, make_dataset
 from tests.ranks import run_ranks
 

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from megalm.parity.state_comparison import TOLERANCES, Outcome, difference
 from tests.distributed.faults import FAULTS, ROOT, Broken, Fault, Site, Watch, find_sites, sites_of
-from tests.distributed.parity import TOLERANCES, Outcome, Row, difference, train
+from tests.distributed.parity import Row, train
 from tests.distributed.training import Case, make_dataset
 from tests.ranks import run_ranks
 

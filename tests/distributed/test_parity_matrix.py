@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from tests.distributed.parity import LAYOUTS, MODELS, TOLERANCES, Row, latin_square, rows
+from megalm.parity.state_comparison import TOLERANCES
+from tests.distributed.parity import LAYOUTS, MODELS, Row, latin_square, rows
 from tests.distributed.parity_table import BEGIN, DOCUMENT, END, Matrix, keys
 from tests.distributed.selection import selected
 

@@ -15,7 +15,8 @@ import torch
 
 from megalm.cost_model.pipeline_balance import StageCosts
 from megalm.engine.build import build_engine
-from tests.distributed.parity import EPSILON, TOLERANCES, Outcome, difference, train
+from megalm.parity.state_comparison import TOLERANCES, Outcome, difference
+from tests.distributed.parity import EPSILON, train
 from tests.distributed.training import Case, make_dataset, resolved, shape_of
 from tests.ranks import run_ranks
 

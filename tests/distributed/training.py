@@ -19,6 +19,8 @@ from megalm.data.sampling.samples import TrainingSamples
 from megalm.engine.build import build_engine
 from megalm.engine.interface import JudgeUpdate
 from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.parity.miniature_training import snapshot
+from megalm.parity.state_comparison import Trace, whole_state
 from megalm.planning.lr_schedule import learning_rate
 from megalm.planning.resolve import ResolvedRun, resolve
 
@@ -46,15 +48,6 @@ class Case:
     precision: str = "fp32"
     overrides: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Trace:
-    """What training showed: one entry a step, and the final fp32 masters and moments (rank's own fragments)."""
-
-    losses: list[float]
-    norms: list[float]
-    fragments: list[tuple[Any, np.ndarray]]
 
 
 def make_dataset(prefix: Path) -> None:
@@ -125,29 +118,6 @@ def steps(engine: Any, run: ResolvedRun, loader: BatchLoader, first: int, last: 
         losses.append(result.loss)
         norms.append(result.grad_norm)
     return Trace(losses, norms, snapshot(engine))
-
-
-def snapshot(engine: Any) -> list[tuple[Any, np.ndarray]]:
-    return [(fragment.key, fragment.tensor.detach().cpu().numpy().copy()) for fragment in engine.fragments()]
-
-
-def whole_state(traces: list[Trace]) -> dict[tuple[str, str], np.ndarray]:
-    """(name, kind) -> the whole parameter, put together from all ranks; every element exactly once."""
-    state: dict[tuple[str, str], np.ndarray] = {}
-    counts: dict[tuple[str, str], np.ndarray] = {}
-    for trace in traces:
-        for key, values in trace.fragments:
-            place = (key.name, key.kind)
-            size = int(np.prod(key.shape))
-            elements = np.arange(size).reshape(key.shape)
-            if key.rectangle is not None:
-                elements = elements[tuple(slice(*rows) for rows in key.rectangle)]
-            elements = elements.reshape(-1)[key.start : key.stop]
-            state.setdefault(place, np.full(size, np.nan, np.float32))[elements] = values
-            counts.setdefault(place, np.zeros(size, int))[elements] += 1
-    for place, count in counts.items():
-        assert (count == 1).all(), f"{place}: elements owned {count.min()} to {count.max()} times"
-    return state
 
 
 def train_cases(

@@ -67,6 +67,7 @@ LAYERS = (
     "nodes",
     "train",
     "rehearsal",
+    "parity",
     "inference",
     "huggingface",
     "cli",

@@ -1,0 +1,1 @@
+"""Commands that check a configuration by running it."""

@@ -1,0 +1,279 @@
+"""A person's configuration in miniature: the same layout, ZeRO stage, precision and features, as small as shows them.
+
+Sizes shrink until a CPU trains them in seconds; degrees of parallelism shrink to 2. Whatever changes is listed, and so
+is what a CPU cannot show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts
+from megalm.config.deepspeed.translate import translate
+from megalm.config.loading import LoadedConfig
+from megalm.config.schema import DataSection, RunConfig, ScheduleSection
+from megalm.config.validation import shown
+from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.planning.engine_checks import ALLOW_CPU_FP16
+from megalm.planning.resolve import ResolvedRun, resolve
+from megalm.runs.run_settings import ConfigFiles
+
+VOCABULARY = 131  # no multiple of anything, so that padding somewhere would show
+_CPU = DeviceFacts("cpu", bf16=True, memory_bytes=4 << 30)
+_MICRO_BATCH = 2
+# Adam moves a weight by a whole step however small its gradient is, down to about epsilon. At the usual 1e-8 it would
+# make steps of gradients that are rounding alone; those of the miniature are about 1e-3, and low precision rounds them
+# by up to 1e-5.
+_EPSILON = {"fp32": 1e-5, "bf16": 1e-4, "fp16": 1e-4}
+# Below the gradient norms of the first steps, so that a wrong norm makes wrong weights as well.
+_CLIPPING = 0.5
+_SCALE_POWER = 10  # of fp16: from 16 the first updates would be skipped, until the scale fits
+
+# Sections that change no number of a step.
+_NOT_TRAINED = ("run", "profile", "evaluate", "sample", "checkpoint", "guard", "resume", "tracking", "slurm")
+_NOT_PASSED_ON = (
+    "aio",
+    "flops_profiler",
+    "comms_logger",
+    "wall_clock_breakdown",
+    "gradient_accumulation_steps",
+    "steps_per_print",
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A value that is another one in the miniature."""
+
+    key: str
+    own: object
+    miniature: object
+
+    def __str__(self) -> str:
+        return f"{self.key} {shown(self.own)} -> {shown(self.miniature)}"
+
+
+@dataclass(frozen=True)
+class ParityCase:
+    """A run in miniature, and the same job on one rank.
+
+    Attributes:
+        run, reference: in miniature; the reference has ZeRO 1, nothing divided, offloaded or recomputed.
+        changes: what is smaller or otherwise than in the person's run.
+        not_shown: one line for each thing that the comparison says nothing about.
+    """
+
+    run: ResolvedRun
+    reference: ResolvedRun
+    shape: ModelConfig
+    changes: tuple[Change, ...]
+    not_shown: tuple[str, ...]
+
+
+def make_case(files: ConfigFiles, ranks: int, device: DeviceFacts, fp32: bool = False) -> ParityCase:
+    """Return the miniature of a run on `ranks` ranks of a device.
+
+    Args:
+        fp32: compute in fp32, whatever the run's precision.
+
+    Raises:
+        ConfigError: the run itself would be refused.
+    """
+    own = resolve(_without_data(files.loaded), files.deepspeed, ranks, device, data_needed=False)
+    wanted = own.precision
+    if fp32:
+        own = replace(own, precision="fp32")
+    config = _small_config(own)
+    settings = _small_json(own, config)
+    mini_ranks = 2 * config.parallel.tensor * config.parallel.pipeline
+    run = _resolved(own, config, settings, mini_ranks)
+    undivided = {"tensor": 1, "pipeline": 1, "sequence": False, "overlap_tensor_communication": "auto"}
+    alone = config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update=undivided),
+            "train": config.train.model_copy(
+                update={"checkpoint_activations_every": 0, "reduce_gradients": "auto", "loss_chunk_tokens": 1024}
+            ),
+        }
+    )
+    reference = _resolved(own, alone, {**settings, "zero_optimization": {"stage": 1}}, 1)
+    shape = build_model_config(config.model, VOCABULARY, config.data.sequence_length)
+    changes = [Change("precision", wanted, run.precision)] if wanted != run.precision else []
+    return ParityCase(run, reference, shape, (*changes, *_changes(own, run)), tuple(_not_shown(own, run)))
+
+
+def _without_data(loaded: LoadedConfig) -> LoadedConfig:
+    """Return the configuration without names of files, which need not be on this machine."""
+    data = loaded.config.data
+    kept = DataSection(sequence_length=data.sequence_length, document_mask=data.document_mask)
+    # A recipe or a tokenizer may decide the vocabulary, on which nothing here depends.
+    return replace(loaded, config=loaded.config.model_copy(update={"data": kept}))
+
+
+def _resolved(own: ResolvedRun, config: RunConfig, settings: dict[str, Any], ranks: int) -> ResolvedRun:
+    deepspeed = DeepSpeedConfig.of(own.deepspeed_source.path, translate(settings))
+    loaded = LoadedConfig(config, own.sources, None)
+    with _fp16_on_a_cpu():
+        return resolve(loaded, deepspeed, ranks, _CPU, VOCABULARY, data_needed=False)
+
+
+@contextlib.contextmanager
+def _fp16_on_a_cpu() -> Iterator[None]:
+    """Let the checks pass fp16, which is slow on a CPU, but not in a miniature."""
+    before = os.environ.get(ALLOW_CPU_FP16)
+    os.environ[ALLOW_CPU_FP16] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(ALLOW_CPU_FP16)
+        if before is not None:
+            os.environ[ALLOW_CPU_FP16] = before
+
+
+def _small_config(own: ResolvedRun) -> RunConfig:
+    config = own.config
+    model, train, parallel = config.model, config.train, config.parallel
+    tensor, pipeline = min(2, parallel.tensor), min(2, parallel.pipeline)
+    layers = max(pipeline, min(4, model.num_hidden_layers))
+    heads = model.num_key_value_heads or model.num_attention_heads
+    grouped = None if heads == model.num_attention_heads else min(2, heads)
+    own_head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
+    sets_head_dim = own_head_dim * model.num_attention_heads != model.hidden_size
+    reduction = "auto"
+    if own.zero_stage == 2:
+        reduction = "step" if own.whole_gradients else "micro_batch"
+    updates: dict[str, Any] = {
+        "model": model.model_copy(
+            update={
+                "hidden_size": 32,
+                "num_hidden_layers": layers,
+                "num_attention_heads": 4,
+                "num_key_value_heads": grouped,
+                "head_dim": 16 if sets_head_dim else None,
+                "intermediate_size": 88,
+                "vocab_size": None,
+                "vocab_multiple": None,
+                "max_position_embeddings": None,
+                "dropout": 0.0,
+                "attention_dropout": 0.0,
+            }
+        ),
+        "data": DataSection(sequence_length=24, document_mask=config.data.document_mask),
+        "schedule": ScheduleSection(),
+        "train": train.model_copy(
+            update={
+                "steps": 40,
+                "tokens": None,
+                "tokens_per_parameter": None,
+                "checkpoint_activations_every": min(train.checkpoint_activations_every, layers),
+                "reduce_gradients": reduction,
+                "loss_chunk_tokens": 40,  # more than one chunk
+            }
+        ),
+        "parallel": parallel.model_copy(
+            update={
+                "tensor": tensor,
+                "pipeline": pipeline,
+                "balance": "parameters",
+                "overlap_tensor_communication": own.tensor_chunks > 1,
+            }
+        ),
+        "precision": config.precision.model_copy(update={"float8": False}),
+        "compile": False,
+    }
+    defaults = RunConfig()
+    plain = {name: getattr(defaults, name) for name in (*_NOT_TRAINED, "batch", "documented")}
+    return config.model_copy(update={**updates, **plain, "preset": None, "deepspeed_config": None})
+
+
+def _small_json(own: ResolvedRun, config: RunConfig) -> dict[str, Any]:
+    given = own.deepspeed_source.to_dict()
+    settings = {key: value for key, value in given.items() if key not in _NOT_PASSED_ON}
+    accumulation = 2 if own.batch.accumulation > 1 or config.parallel.pipeline > 1 else 1
+    optimizer = own.optimizer.as_json()
+    optimizer["params"] = {**given.get("optimizer", {}).get("params", {}), **optimizer["params"]}
+    optimizer["params"]["eps"] = max(_EPSILON[own.precision], own.optimizer.epsilon)
+    optimizer["params"].pop("lr", None)
+    fp16 = {**given.get("fp16", {}), "enabled": own.precision == "fp16"}
+    if own.precision == "fp16":
+        fp16["initial_scale_power"] = min(_SCALE_POWER, own.deepspeed_source.settings.fp16.initial_scale_power)
+    return {
+        **settings,
+        "train_batch_size": 2 * _MICRO_BATCH * accumulation,
+        "train_micro_batch_size_per_gpu": _MICRO_BATCH,
+        "gradient_clipping": _CLIPPING if own.deepspeed["gradient_clipping"] else 0.0,
+        "optimizer": optimizer,
+        "bf16": {**given.get("bf16", {}), "enabled": own.precision == "bf16"},
+        "fp16": fp16,
+        "zero_optimization": _small_zero(own, given.get("zero_optimization", {})),
+    }
+
+
+def _small_zero(own: ResolvedRun, given: dict[str, Any]) -> dict[str, Any]:
+    zero = {**given, "stage": own.zero_stage}
+    offload = zero.get("offload_optimizer")
+    if offload is not None and offload.get("device") == "nvme":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if own.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0  # else every parameter of the miniature stays whole
+    return zero
+
+
+def _changes(own: ResolvedRun, run: ResolvedRun) -> Iterator[Change]:
+    before, after = own.topology, run.topology
+    pairs: list[tuple[str, object, object]] = [
+        ("data ranks", before.data, after.data),
+        ("parallel.tensor", before.tensor, after.tensor),
+        ("parallel.pipeline", before.pipeline, after.pipeline),
+        ("micro-batch", own.batch.micro_batch, run.batch.micro_batch),
+        ("micro-batches in a step", own.batch.accumulation, run.batch.accumulation),
+        ("data.sequence_length", own.config.data.sequence_length, run.config.data.sequence_length),
+    ]
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        pairs.append((f"model.{name}", getattr(own.config.model, name), getattr(run.config.model, name)))
+    for name in ("dropout", "attention_dropout"):
+        pairs.append((f"model.{name}", getattr(own.config.model, name), getattr(run.config.model, name)))
+    pairs += [
+        (
+            "train.checkpoint_activations_every",
+            own.config.train.checkpoint_activations_every,
+            run.config.train.checkpoint_activations_every,
+        ),
+        ("gradient_clipping", own.deepspeed["gradient_clipping"], run.deepspeed["gradient_clipping"]),
+        ("optimizer.params.eps", own.optimizer.epsilon, run.optimizer.epsilon),
+    ]
+    yield from (Change(*pair) for pair in pairs if pair[1] != pair[2])
+
+
+def _not_shown(own: ResolvedRun, run: ResolvedRun) -> Iterator[str]:
+    yield "GPUs: NCCL, CUDA's kernels and streams, memory, speed; here gloo on the CPU (megalm rehearse, megalm plan)"
+    if own.precision != "fp32":
+        yield f"{own.precision} of a GPU's kernels, and differences that its rounding hides; --fp32 compares to 1e-5"
+    if own.compiled:
+        yield "torch.compile: blocks and loss run uncompiled"
+    if own.config.precision.float8:
+        yield f"precision.float8: linear layers multiply in {own.precision}"
+    if own.topology.world_size > run.topology.world_size:
+        yield (
+            f"what depends on more than {run.topology.world_size} ranks: groups across nodes, the data ranks' number, "
+            "unequal pipeline stages"
+        )
+    if own.config.parallel.balance == "time":
+        yield "parallel.balance=time: stages are cut by parameters, not by measured times"
+    if own.config.model.dropout or own.config.model.attention_dropout:
+        yield "dropout: a layout draws masks of its own for its micro-batches, so it is off"
+    if own.precision == "fp16" and run.deepspeed["fp16"] != own.deepspeed["fp16"]:
+        yield f"fp16's first loss scale: it begins at 2^{_SCALE_POWER}, and skips no update"
+    if own.zero_stage:
+        yield "several buckets: one of DeepSpeed's holds the whole miniature"
+    offload = own.deepspeed_source.settings.zero_optimization.offload_optimizer
+    if offload is not None and offload.device == "nvme":
+        yield "offload_optimizer.device=nvme: the states are in memory, not on a disk"
+    if any(not source.startswith("default") for key, source in own.sources.items() if key.startswith("schedule.")):
+        yield "your data, learning-rate schedule and spike guard: steps have synthetic tokens and a constant rate"
+    else:
+        yield "your data and spike guard: steps have synthetic tokens and a constant rate"

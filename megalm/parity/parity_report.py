@@ -1,0 +1,128 @@
+"""The findings of all ranks as a table and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from megalm.checkpoint.shard_spec import KINDS
+from megalm.config.deepspeed.json_schema import Precision
+from megalm.errors import TrainingError
+from megalm.parity.state_comparison import (
+    TOLERANCES,
+    Tolerance,
+    Trace,
+    difference,
+    differing,
+    relative,
+    state_difference,
+)
+from megalm.parity.state_comparison import whole_state as whole
+
+if TYPE_CHECKING:  # the command imports no torch before it runs
+    from megalm.parity.miniature_training import RankFindings
+
+# In low precision the gradients of so few tokens are rounded more than those of the parity matrix. What is broken is
+# off by a third and more.
+_LOW = Tolerance(loss=1e-3, norm=2e-2, weights=0.2, moments=0.2, logits=0.1)
+_ALLOWED: dict[Precision, Tolerance] = {"fp32": TOLERANCES["fp32"], "bf16": _LOW, "fp16": _LOW}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One comparison.
+
+    Attributes:
+        against: what with.
+        difference: the largest; of `unit` "elements", a number of elements that are not the same bit for bit.
+        allowed: at most.
+    """
+
+    what: str
+    against: str
+    difference: float
+    allowed: float
+    unit: Literal["relative", "elements"] = "relative"
+
+    @property
+    def equal(self) -> bool:
+        return self.difference <= self.allowed  # nan is beyond everything
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Attributes:
+    losses, norms: of each step, of the miniature and of one rank.
+    failure: why there is nothing to compare; None: there is.
+    """
+
+    lines: tuple[Line, ...] = ()
+    losses: tuple[tuple[float, float], ...] = ()
+    norms: tuple[tuple[float, float], ...] = ()
+    failure: str | None = None
+
+    @property
+    def equal(self) -> bool:
+        return self.failure is None and bool(self.lines) and all(line.equal for line in self.lines)
+
+
+def compare(
+    alone: RankFindings, ranks: Sequence[RankFindings], on_one: tuple[Trace, Trace], precision: Precision
+) -> ParityReport:
+    """Compare the miniature with one rank.
+
+    Args:
+        alone: of one rank.
+        ranks: of the miniature.
+        on_one: one rank that resumes the miniature's checkpoint: the state after loading, and the steps after that.
+    """
+    try:
+        lines = tuple(_lines(alone, ranks, on_one, precision))
+    except TrainingError as error:
+        return ParityReport(failure=str(error))
+    first, one = ranks[0].trained.trained, alone.trained.trained
+    losses, norms = (tuple(zip(*pair, strict=True)) for pair in ((first.losses, one.losses), (first.norms, one.norms)))
+    return ParityReport(lines, losses, norms)
+
+
+def _lines(
+    alone: RankFindings, ranks: Sequence[RankFindings], on_one: tuple[Trace, Trace], precision: Precision
+) -> Iterator[Line]:
+    allowed, found = _ALLOWED[precision], difference([rank.trained for rank in ranks], alone.trained)
+    one, here = "one rank", "the same steps without a stop"
+    yield Line("weights before step 1", one, found.initial_weights, 0, "elements")
+    yield Line("losses of steps and validation", one, found.loss, allowed.loss)
+    yield Line("gradient norms", one, found.norm, allowed.norm)
+    yield Line("weights after the steps", one, found.weights, allowed.weights)
+    yield Line("moments after the steps", one, found.moments, allowed.moments)
+    yield Line("scores of the next token", one, found.logits, allowed.logits)
+    resumed, undisturbed = [rank.resumed for rank in ranks], [rank.second_half for rank in ranks]
+    yield Line("resumed: losses and norms", here, _numbers(resumed, undisturbed), 0)
+    yield Line("resumed: weights and moments", here, differing(whole(resumed), whole(undisturbed)), 0, "elements")
+
+    loaded, after = on_one
+    saved = whole([rank.saved for rank in ranks])
+    yield Line("its checkpoint on one rank: state", "the state saved", differing(whole([loaded]), saved), 0, "elements")
+    yield from _followed("its checkpoint on one rank", [after], undisturbed, precision)
+    moved, states = [rank.moved for rank in ranks], [rank.moved_state for rank in ranks]
+    assert all(moved), "each rank of the miniature has loaded one rank's checkpoint"
+    state = differing(whole([each for each in states if each is not None]), whole([alone.saved]))
+    yield Line("one rank's checkpoint here: state", "the state saved", state, 0, "elements")
+    there = [each for each in moved if each is not None]
+    yield from _followed("one rank's checkpoint here", there, [alone.second_half], precision)
+
+
+def _followed(what: str, found: Sequence[Trace], expected: Sequence[Trace], precision: Precision) -> Iterator[Line]:
+    allowed, against = _ALLOWED[precision], "the steps that it comes from"
+    losses = max(relative(each.losses, expected[0].losses) for each in found)
+    yield Line(f"{what}: losses", against, losses, allowed.loss)
+    weights = state_difference(whole(found), whole(expected), KINDS[0])
+    yield Line(f"{what}: weights", against, weights, allowed.weights)
+
+
+def _numbers(found: Sequence[Trace], expected: Sequence[Trace]) -> float:
+    return max(
+        max(relative(each.losses, other.losses), relative(each.norms, other.norms))
+        for each, other in zip(found, expected, strict=True)
+    )
