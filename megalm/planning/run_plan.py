@@ -10,6 +10,7 @@ from pathlib import Path
 from megalm.cost_model.gpu_specs import data_sheet_peak
 from megalm.cost_model.memory import MemoryCase, MemoryPlan, estimate_stages
 from megalm.model.model_config import ModelConfig, build_model_config, float8_share, flops_per_token
+from megalm.model.parameter_groups import group_keys, group_settings, optimizer_groups
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.memory_fit import MemoryFit
 from megalm.planning.resolve import ResolvedRun, memory_case
@@ -18,6 +19,22 @@ from megalm.utils.plotting import new_plot, save_plot
 
 # The share of the peak that a tuned run of a large model reaches; a first run on many nodes may reach half of it.
 ASSUMED_MFU = 0.4
+
+
+@dataclass(frozen=True)
+class OptimizerGroup:
+    """Parameters with the same settings of the optimizer.
+
+    Attributes:
+        match: the pattern of train.parameter_groups; None: no pattern matches them.
+        learning_rate_scale: the group's rate is this times the schedule's.
+    """
+
+    match: str | None
+    tensors: int
+    parameters: int
+    learning_rate_scale: float
+    weight_decay: float
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,21 @@ class Plan:
     @property
     def parameter_count(self) -> int:
         return sum(self.parameters.values())
+
+    @property
+    def optimizer_groups(self) -> list[OptimizerGroup]:
+        """The groups of the whole model, in the optimizer's order."""
+        train, shapes = self.resolved.config.train, self.shape.parameters()
+        rules, dimensions = train.parameter_groups, {name: len(size) for name, size in shapes.items()}
+        return [
+            OptimizerGroup(
+                match=rules[key.rule].match if key.rule >= 0 else None,
+                tensors=len(names),
+                parameters=sum(math.prod(shapes[name]) for name in names),
+                **group_settings(key, rules, self.resolved.optimizer.weight_decay),
+            )
+            for key, names in optimizer_groups(group_keys(dimensions, rules, train.embedding_weight_decay)).items()
+        ]
 
     @property
     def total_tokens(self) -> int:
