@@ -7,12 +7,14 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from megalm.checkpoint import manifest
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.manifest import read_manifest
 from megalm.cli.main import main
-from tests.checkpoint_files import SHAPES, save
+from tests.checkpoint_files import SHAPES, save, whole
 from tests.messages import assert_names
 
 RANK_FILE = "rank-00000.safetensors"
@@ -251,3 +253,42 @@ def test_what_takes_long_reports_how_far_it_is(
         assert_names(said, f"{count - 1}/{count}")
     hashed = f"step-00010000 {blocks - 1:,}/{blocks:,}"
     assert (hashed in said) == (command != "diff")
+
+
+def test_average_is_the_mean_of_the_weights(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (config := run_dir / "config.yaml").write_text("run: {name: mine}\n")
+    save(run_dir / "checkpoints", 2000, copies=(config,), run="mine")
+    elsewhere = save(run_dir / "other" / "checkpoints", 3)
+    output = run_dir / "average"
+    code, out, _ = run(capsys, "average", run_dir, 500, 2000, elsewhere, "--output", output)
+    path = output / "checkpoints" / "step-00002000"
+    assert code == 0
+    assert_names(out, path, "--extend-strategy weights")
+    reader = CheckpointReader(path)
+    assert reader.verify() == ""
+    assert reader.holds_weights_only
+    assert reader.manifest.step == 2000
+    assert reader.manifest.averaged_from == ("?/step-00000003", "?/step-00000500", "mine/step-00002000")
+    assert (path / "config.yaml").read_text() == config.read_text()
+    for name, shape in SHAPES.items():
+        mean = sum(whole(step, name, "master").double() for step in (3, 500, 2000)) / 3
+        assert torch.equal(reader.read_parameter(name, shape).view(-1), torch.as_tensor(mean).float())
+
+
+def test_an_average_is_of_good_checkpoints_of_one_model(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(run_dir / "checkpoints", 3000, fingerprints={"tokenizer": "f" * 64})
+    output = run_dir / "average"
+    for steps, names in (
+        ([500], ["two"]),
+        ([500, 1000, "step-00000500"], ["two"]),
+        ([500, 1500], ["step-00001500", "loss of 9"]),
+        ([500, 700], ["700", "step-00000500"]),
+        ([500, 3000], ["step-00000500", "step-00003000", "tokenizer"]),
+    ):
+        code, _, error = run(capsys, "average", run_dir, *steps, "--output", output)
+        assert code == 2
+        assert_names(error, *names)
+    assert not output.exists()
+    output.mkdir()
+    (output / "mine").write_text("")
+    assert_names(run(capsys, "average", run_dir, 500, 1000, "--output", output)[2], output, "not empty")
