@@ -14,6 +14,9 @@ from megalm.checkpoint import manifest
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.manifest import read_manifest
 from megalm.cli.main import main
+from megalm.errors import ConfigError
+from megalm.inference.inference_model import InferenceModel
+from megalm.runs.run_folder import RunFolder, refuse_existing_run
 from tests.checkpoint_files import SHAPES, save, whole
 from tests.messages import assert_names
 
@@ -292,3 +295,16 @@ def test_an_average_is_of_good_checkpoints_of_one_model(run_dir: Path, capsys: p
     output.mkdir()
     (output / "mine").write_text("")
     assert_names(run(capsys, "average", run_dir, 500, 1000, "--output", output)[2], output, "not empty")
+
+
+def test_an_average_is_a_model_and_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Path(__file__).resolve().parents[2] / "fixtures" / "run-0.1.0" / "small"
+    assert run(capsys, "average", source, 4, "latest", "--output", tmp_path / "mean")[0] == 0
+    path = folder(tmp_path / "mean", 9)
+    first, last = (CheckpointReader(folder(source, step)).model() for step in (4, 9))
+    weights = InferenceModel(path).network.state_dict()
+    for name, values in first.items():
+        torch.testing.assert_close(weights[name].cpu(), (values + last[name]) / 2, rtol=0, atol=1e-7)
+    with pytest.raises(ConfigError) as refused:
+        refuse_existing_run(RunFolder(tmp_path / "mean"), resume=True)
+    assert_names(str(refused.value), path, "--extend-strategy weights")
