@@ -246,7 +246,8 @@ class Manifest(_Part):
     """A checkpoint's metadata. Fields that older versions or weights-only checkpoints lack have defaults.
 
     Attributes:
-        holds: `weights` for an imported model; None for the complete state of a run.
+        holds: `weights` for an imported model or an average; None for the complete state of a run.
+        averaged_from: RUN/step-N of each checkpoint that an average is of.
         validation_loss, validation_tokens: of this step, on the subset of the validation sets used while training;
             `whole_...`: on the complete sets.
         validation: fingerprint of the validation sets.
@@ -259,6 +260,7 @@ class Manifest(_Part):
     step: Count
     holds: Literal["weights"] | None = None
     imported_from: str | None = None
+    averaged_from: tuple[str, ...] = ()
     tokens: Count | None = None
     created: str | int | float | None = None
     run: str | None = None

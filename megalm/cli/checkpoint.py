@@ -1,6 +1,6 @@
-"""`megalm checkpoint`: list, inspect, verify, mark, compare, delete and convert checkpoints.
+"""`megalm checkpoint`: list, inspect, verify, mark, compare, delete, convert and average checkpoints.
 
-All commands except `diff` and `convert` read only JSON and bytes, and need no torch.
+All commands except `diff`, `convert` and `average` read only JSON and bytes, and need no torch.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +20,7 @@ from megalm.checkpoint.discovery import (
     BEST,
     LATEST,
     Entry,
+    first_whole,
     list_checkpoints,
     read_pointer,
     resolve_pointer,
@@ -34,9 +36,9 @@ from megalm.checkpoint.manifest import (
     wrong_file,
 )
 from megalm.checkpoint.retention import Retention, prune
-from megalm.cli.find_run import checkpoint_at, find_run, verify
+from megalm.cli.find_run import checkpoint_at, find_run, verify, warn
 from megalm.cli.options import Place, Precision, Run, StoredPrecision
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, TrainingError
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.runs.run_folder import CONFIG_FILE, read_deepspeed_settings, read_mapping
 from megalm.utils.formatting import format_bytes, table
@@ -184,6 +186,60 @@ def convert_command(
     with ProgressBar("writing", parameters) as counter:
         written = reader.write_weights(output, dtype.dtype, counter.advance)
     echo(f"{output}: {parameters} parameters of {reader.path} in {dtype.value}, {format_bytes(written)}")
+
+
+@app.command("average")
+def average_command(
+    run: Run,
+    steps: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="STEP...", help="Two or more: steps, best, latest, or paths of other runs' checkpoints."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", help="The folder to create; it may exist if empty.")],
+) -> None:
+    """Average the weights of checkpoints into a new one.
+
+    The new folder has one checkpoint, with the mean of the fp32 weights and no
+    optimizer state. `megalm evaluate`, `generate` and `export` take it, and a
+    new run starts from it at step 0, with the command printed at the end.
+
+    \b
+    megalm checkpoint average runs/small 300 350 400 --output runs/small-average
+    megalm evaluate runs/small-average
+    """
+    from megalm.checkpoint.average import WeightAverage  # imports torch
+    from megalm.checkpoint.checkpoint_reader import CheckpointReader
+    from megalm.huggingface.output_folder import complete_folder, require_free
+
+    require_free(output)
+    checkpoints = find_run(run) / "checkpoints"
+    readers = []
+    for step in steps:
+        path, _ = first_whole(checkpoints, step)
+        if path is None:
+            raise CheckpointError(f"{checkpoints} has no checkpoint yet")
+        readers.append(CheckpointReader(path))
+        if readers[-1].manifest.mark:
+            warn(f"{path} is {readers[-1].manifest.mark}")
+    average = WeightAverage(readers)
+    for reader in readers:
+        verify(reader)
+    with ProgressBar("averaging", average.parameters) as counter:
+
+        def fill(folder: Path) -> str:
+            try:
+                return average.write(folder / "checkpoints", output.resolve().name, counter.advance).name
+            except TrainingError as error:  # its message is about training
+                raise (error.__cause__ or error) from None
+
+        made = output / "checkpoints" / complete_folder(output, average.bytes, fill)
+    echo(f"{made}: the mean of the weights of {len(readers)} checkpoints")
+    echo(
+        f"start a run from it with run.name=NEW --resume {shlex.quote(str(made))} --extend-steps N "
+        "--extend-strategy weights"
+    )
 
 
 def _with_config(path: Path, manifest: Manifest) -> dict[str, Any]:

@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("jobs.sweep", "Run a configuration with several values of some keys, and rank the runs."),
     "submit": ("jobs.submit", "Check a run on the login node, then queue it with Slurm."),
     "status": ("jobs.status", "Show runs and their jobs: state, step, loss, speed, time left."),
-    "checkpoint": ("checkpoint", "Checkpoints: list, show, verify, mark-bad, diff, prune, convert."),
+    "checkpoint": ("checkpoint", "Checkpoints: list, show, verify, mark-bad, diff, prune, convert, average."),
     "evaluate": ("evaluate", "Evaluate checkpoints on datasets, texts and multiple-choice questions."),
     "generate": ("generate", "Continue prompts with checkpoints, also interactively."),
     "export": ("export", "Write a checkpoint in Hugging Face format."),

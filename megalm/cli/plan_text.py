@@ -124,6 +124,7 @@ def plan_text(
         "DeepSpeed": _deepspeed(plan),
         "Ranks": grid_text(plan.resolved, plan.shape, ranks_per_node),
         "Parameters": _parameters(plan),
+        **({"Parameter groups": _groups(plan)} if plan.resolved.config.train.parameter_groups else {}),
         "Tokens and work": _tokens(plan),
         "Data": "\n".join(text for _, text in data_rows) or _no_data(plan),
         "Memory of one rank (estimate)": _memory(plan, min(ranks_per_node, plan.resolved.topology.world_size)),
@@ -265,6 +266,20 @@ def _parameters(plan: Plan) -> str:
     total = plan.parameter_count
     rows: list[list[object]] = [[part, f"{count:,}", f"{count / total:.1%}"] for part, count in plan.parameters.items()]
     return table(["part", "parameters", "share"], [*rows, ["total", f"{total:,}", ""]])
+
+
+def _groups(plan: Plan) -> str:
+    rows = [
+        [
+            group.match or "(no pattern)",
+            f"{group.tensors:,}",
+            f"{group.parameters:,}",
+            f"{group.learning_rate_scale:g}",
+            f"{group.weight_decay:g}",
+        ]
+        for group in plan.optimizer_groups
+    ]
+    return table(["match", "tensors", "parameters", "learning rate x", "weight decay"], rows)
 
 
 def _tokens(plan: Plan) -> str:

@@ -232,6 +232,14 @@ class BatchSection(Section):
     )
 
 
+class ParameterGroup(Section):
+    """The optimizer's settings for the parameters whose canonical names a pattern of fnmatch matches."""
+
+    match: Annotated[str, Field(min_length=1)]
+    learning_rate_scale: Quantity = 1.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
 class TrainSection(Section):
     """The length is one of steps, tokens and tokens_per_parameter; planning/resolve.py derives the steps."""
 
@@ -290,6 +298,10 @@ class TrainSection(Section):
     )
     embedding_weight_decay: bool = Field(
         default=True, description="whether embeddings decay; other matrices always do, norms and biases never"
+    )
+    parameter_groups: tuple[ParameterGroup, ...] = Field(
+        default=(),
+        description="other optimizer settings by parameter name: a list of {match, learning_rate_scale, weight_decay}",
     )
 
 

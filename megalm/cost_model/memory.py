@@ -13,9 +13,11 @@ from functools import lru_cache
 from itertools import groupby
 
 from megalm.config.deepspeed.json_schema import Precision, ZeroSection
+from megalm.config.schema import ParameterGroup
 from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
 from megalm.cost_model.start_memory import start_moments
 from megalm.model.model_config import ModelConfig, kept_probabilities
+from megalm.model.parameter_groups import group_keys, optimizer_groups
 from megalm.topology import AXES, Topology
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -151,6 +153,7 @@ class MemoryCase:
     loss_chunk_tokens: int = 1024
     checkpoint_activations_every: int = 0
     embedding_weight_decay: bool = True
+    parameter_groups: tuple[ParameterGroup, ...] = ()
     document_mask: bool = False
     on_cpu: bool = False
     sequence_parallel: bool = False
@@ -392,14 +395,11 @@ def loss_bytes(case: MemoryCase, tensor: int = 1) -> int:
 
 
 def parameter_groups(case: MemoryCase, share: Share) -> Groups:
-    """Elements of a rank's parameters in the optimizer's groups: decayed ones, then the others."""
-    decaying: list[int] = []
-    others: list[int] = []
-    for name, shape in share.parameters().items():
-        embedding = name.startswith("embedding.")
-        decays = len(shape) >= 2 and (case.embedding_weight_decay or not embedding)
-        (decaying if decays else others).append(math.prod(shape))
-    return [group for group in (decaying, others) if group]
+    """Elements of a rank's parameters in the optimizer's groups, which ZeRO pads one by one."""
+    shapes = share.parameters()
+    dimensions = {name: len(shape) for name, shape in shapes.items()}
+    keys = group_keys(dimensions, case.parameter_groups, case.embedding_weight_decay)
+    return [[math.prod(shapes[name]) for name in names] for names in optimizer_groups(keys).values()]
 
 
 def _states(case: MemoryCase, groups: Groups) -> tuple[dict[str, int], dict[str, int]]:

@@ -256,7 +256,10 @@ class EngineBase:
             needed = _SWAPPED_BYTES * elements // self._data.size * rank_facts().local_world_size
             self._swap_folder = SwapFolder(offload["nvme_path"], needed)
             offload["nvme_path"] = str(self._swap_folder.path)
-        weight_groups = parameter_groups(part, run.optimizer.weight_decay, run.config.train.embedding_weight_decay)
+        train = run.config.train
+        weight_groups = parameter_groups(
+            part, run.optimizer.weight_decay, train.embedding_weight_decay, train.parameter_groups
+        )
         inner = build_optimizer(weight_groups, run.optimizer, offload["device"] != "none")
         self._last_norm = 0.0
         self._step_sums, self._target_count = HostCopy(context.device), 1
@@ -324,7 +327,7 @@ class EngineBase:
 
     def _set_learning_rate(self, rate: float) -> None:
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["learning_rate_scale"]
 
     def _tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return tokens, labels and documents on the device."""

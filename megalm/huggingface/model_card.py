@@ -99,6 +99,8 @@ class Card:
             return
         if origin := self._origin():
             yield "starts from", origin
+        if manifest.averaged_from:
+            yield "average of the weights of", ", ".join(manifest.averaged_from)
         name, whole = self._dataset()
         if name:
             yield "dataset", name

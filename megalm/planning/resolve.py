@@ -343,6 +343,7 @@ def memory_case(
         loss_chunk_tokens=loss_chunk_tokens(config, shape, device),
         checkpoint_activations_every=config.train.checkpoint_activations_every,
         embedding_weight_decay=config.train.embedding_weight_decay,
+        parameter_groups=config.train.parameter_groups,
         document_mask=config.data.document_mask,
         on_cpu=device.kind == "cpu",
         checkpoint_copy=config.checkpoint.asynchronous,

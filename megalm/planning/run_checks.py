@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, named_json, read_deepspeed_json
@@ -24,6 +25,7 @@ from megalm.planning.diagnostics import profiled_steps
 from megalm.planning.engine_checks import DEEPSPEED_RULES, PARALLEL_RULES, CheckContext, Rule
 from megalm.planning.lr_schedule import ENDLESS
 from megalm.rank_environment import JOB_FIELDS
+from megalm.utils.did_you_mean import likeness
 from megalm.utils.process_setup import require_extra
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -170,6 +172,29 @@ def sequence_fits_positions(case: CheckContext) -> None:
             f"data.sequence_length={length} is longer than model.max_position_embeddings={positions}; "
             "shorten the one or raise the other"
         )
+
+
+def parameter_groups_match(case: CheckContext) -> None:
+    """Refuse patterns that no parameter is left for; a later group takes what no earlier one matches."""
+    rules, names = case.config.train.parameter_groups, list(case.shape.parameters())
+    used = {key.rule for key in case.group_keys.values()}
+    unused = [rule.match for index, rule in enumerate(rules) if index not in used]
+    problems = []
+    for pattern in unused:
+        if any(fnmatchcase(name, pattern) for name in names):
+            why = "matches only parameters of earlier groups; move it before them, or remove it"
+        else:
+            why = f"matches no parameter; near names are {', '.join(_near_patterns(pattern, names))}"
+        problems.append(f"train.parameter_groups: match={pattern!r} {why}")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _near_patterns(pattern: str, names: Iterable[str]) -> list[str]:
+    """Return the three likest patterns that match parameters: names, in any block, and beginnings of names."""
+    whole = [re.sub(r"^layers\.\d+\.", "layers.*.", name) for name in names]
+    beginnings = [f"{name.rsplit('.', level)[0]}.*" for name in whole for level in (1, 2)]
+    return sorted(dict.fromkeys([*whole, *beginnings]), key=lambda other: -likeness(pattern, other))[:3]
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -558,6 +583,7 @@ RULES: tuple[Rule, ...] = (
     heads_divide_into_groups,
     rotary_needs_even_heads,
     sequence_fits_positions,
+    parameter_groups_match,
     data_is_configured,
     data_is_complete,
     blends_name_datasets_once,

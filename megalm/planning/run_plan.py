@@ -16,6 +16,7 @@ from megalm.model.model_config import (
     flops_per_token,
     recomputed_flops_per_token,
 )
+from megalm.model.parameter_groups import group_keys, group_settings, optimizer_groups
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.memory_fit import MemoryFit
 from megalm.planning.resolve import ResolvedRun, memory_case
@@ -46,6 +47,22 @@ ASSUMED_RATE = Rate(0.4, "assumed", is_assumed=True)
 # Of a rank, for offload beside an assumed rate, as if nothing overlapped: bytes a second over PCIe 3.0 x16 and of an
 # NVMe disk, and parameters a second that Adam updates on the CPU.
 _PCIE_BYTES, _DISK_BYTES, _CPU_ADAM = 12e9, 3e9, 0.5e9
+
+
+@dataclass(frozen=True)
+class OptimizerGroup:
+    """Parameters with the same settings of the optimizer.
+
+    Attributes:
+        match: the pattern of train.parameter_groups; None: no pattern matches them.
+        learning_rate_scale: the group's rate is this times the schedule's.
+    """
+
+    match: str | None
+    tensors: int
+    parameters: int
+    learning_rate_scale: float
+    weight_decay: float
 
 
 @dataclass(frozen=True)
@@ -81,6 +98,21 @@ class Plan:
     @property
     def parameter_count(self) -> int:
         return sum(self.parameters.values())
+
+    @property
+    def optimizer_groups(self) -> list[OptimizerGroup]:
+        """The groups of the whole model, in the optimizer's order."""
+        train, shapes = self.resolved.config.train, self.shape.parameters()
+        rules, dimensions = train.parameter_groups, {name: len(size) for name, size in shapes.items()}
+        return [
+            OptimizerGroup(
+                match=rules[key.rule].match if key.rule >= 0 else None,
+                tensors=len(names),
+                parameters=sum(math.prod(shapes[name]) for name in names),
+                **group_settings(key, rules, self.resolved.optimizer.weight_decay),
+            )
+            for key, names in optimizer_groups(group_keys(dimensions, rules, train.embedding_weight_decay)).items()
+        ]
 
     @property
     def total_tokens(self) -> int:

@@ -201,7 +201,7 @@ class RunFolder:
 
     @property
     def imported(self) -> Path | None:
-        """The checkpoint of an imported model, if the folder holds one instead of a run."""
+        """The checkpoint of an imported model or an average, if the folder holds one instead of a run."""
         if self.config_yaml.exists():
             return None
         entries = list_checkpoints(self.checkpoints)

@@ -43,6 +43,8 @@ MODELS: dict[str, tuple[str, ...]] = {
         "model.num_key_value_heads=1",
         "model.tie_word_embeddings=true",
         "train.checkpoint_activations_every=1",
+        # On both stages of a pipeline, because the weight is tied.
+        "train.parameter_groups=[{match: embedding.*, learning_rate_scale: 0.1, weight_decay: 0}]",
     ),
     "llama GQA untied": (
         *_LLAMA,

@@ -10,11 +10,28 @@ all rounding may move it differently); the mean difference must stay below 1e-6.
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 import numpy as np
 import pytest
+import torch
 
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader
+from megalm.data.sampling.samples import TrainingSamples
+from megalm.model.transformer import LanguageModel, initialize
+from megalm.planning.lr_schedule import learning_rate
 from tests.distributed.selection import selected
-from tests.distributed.training import Case, Trace, assert_same_state, make_dataset, train_cases
+from tests.distributed.training import (
+    Case,
+    Trace,
+    assert_same_state,
+    make_dataset,
+    resolved,
+    shape_of,
+    train_cases,
+    whole_state,
+)
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -42,6 +59,17 @@ CASES = {
     "gpt2 zero3 accumulated": Case("zero3.json", overrides=GPT2, settings={"train_micro_batch_size_per_gpu": 2}),
     "gpt2 zero2": Case("zero2.json", overrides=GPT2),
 }
+# Pattern -> factor of the learning rate, weight decay. With heads of two elements, a group's second part is padding.
+GROUPS = {"layers.1.attention.query_norm.*": (0.1, 0.0), "embedding.*": (0.25, 0.0), "*.mlp.*": (2.0, 0.5)}
+_RULES = [f"{{match: '{name}', learning_rate_scale: {it[0]}, weight_decay: {it[1]}}}" for name, it in GROUPS.items()]
+GROUPED = ("model.head_dim=2", f"train.parameter_groups=[{', '.join(_RULES)}]")
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+CASES |= {
+    "groups zero0": Case("zero1.json", overrides=GROUPED, settings={"zero_optimization": {"stage": 0}}),
+    "groups zero1": Case("zero1.json", overrides=GROUPED),
+    "groups zero2 offloaded": Case("zero2.json", overrides=GROUPED, settings=OFFLOAD),
+    "groups zero3": Case("zero3.json", overrides=GROUPED),
+}
 ON_FOUR_RANKS = ("zero0", "zero1", "gpt2 zero2", "gpt2 zero3 accumulated")
 
 
@@ -67,6 +95,7 @@ def traces(
         pytest.param(name, size, marks=[pytest.mark.slow] if size == 4 and name not in ON_FOUR_RANKS else [])
         for name in CASES
         for size in (1, 2, 4)
+        if not name.startswith("groups")
     ],
 )
 def test_equal_to_one_rank(traces: dict[int, list[dict[str, Trace]]], name: str, world_size: int) -> None:
@@ -82,3 +111,57 @@ def test_it_learns(traces: dict[int, list[dict[str, Trace]]]) -> None:
     """Equal to a reference that stands still would prove nothing."""
     losses = traces[1][0]["zero1"].losses
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.fixture(scope="module")
+def plain_adamw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, dict[str, np.ndarray]]:
+    """The steps of the "groups" cases with torch's AdamW alone, each parameter a group; and the weights after them."""
+    folder = tmp_path_factory.mktemp("plain")
+    make_dataset(folder / "data")
+    run = resolved(CASES["groups zero0"], 1, folder)
+    shape, facts, batch = shape_of(run), run.optimizer, run.batch
+    model = LanguageModel(shape)
+    initialize(model, shape, run.config.train.seed)
+    samples = TrainingSamples(IndexedDataset(folder / "data"), (0, 200), run.config.data.sequence_length, seed=5)
+    loader = BatchLoader(samples, BatchLayout(batch.global_batch, batch.micro_batch, 0, 1))
+    weights = dict(model.named_parameters())
+
+    def of(name: str) -> tuple[float, float]:
+        default = (1.0, facts.weight_decay if weights[name].dim() >= 2 else 0.0)
+        return next((settings for pattern, settings in GROUPS.items() if fnmatchcase(name, pattern)), default)
+
+    groups = [{"params": [weight], "weight_decay": of(name)[1]} for name, weight in weights.items()]
+    optimizer = torch.optim.AdamW(groups, betas=facts.betas, eps=facts.epsilon)
+    losses, norms = [], []
+    for step in range(1, STEPS + 1):
+        read = loader.batch((step - 1) * batch.global_batch)
+        total = torch.zeros(())
+        for micro in read.micro_batches:
+            total = total + model(torch.from_numpy(micro.tokens), torch.from_numpy(micro.labels))[0] / read.target_count
+        total.backward()
+        losses.append(float(total.detach()))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), run.deepspeed["gradient_clipping"])))
+        for name, group in zip(weights, optimizer.param_groups, strict=True):
+            group["lr"] = learning_rate(run.schedule, step) * of(name)[0]
+        optimizer.step()
+        optimizer.zero_grad()
+    loader.close()
+    return Trace(losses, norms, []), {name: weight.detach().numpy().reshape(-1) for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize(("name", "world_size"), [(name, 2) for name in CASES if name.startswith("groups")])
+def test_parameter_groups_step_as_adamw_s(
+    traces: dict[int, list[dict[str, Trace]]],
+    plain_adamw: tuple[Trace, dict[str, np.ndarray]],
+    name: str,
+    world_size: int,
+) -> None:
+    reference, weights = plain_adamw
+    ranks = [trace[name] for trace in traces[world_size]]
+    np.testing.assert_allclose(ranks[0].losses, reference.losses, rtol=1e-5)
+    np.testing.assert_allclose(ranks[0].norms, reference.norms, rtol=1e-4)
+    state = whole_state(ranks)
+    for parameter, values in weights.items():
+        difference = np.abs(state[parameter, "master"] - values)
+        assert difference.max() < 2e-4, parameter
+        assert difference.mean() < 1e-6, parameter

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from megalm.config.schema import ParameterGroup
 from megalm.engine.cpp_extensions import load_cpu_adam
 from megalm.model.layer_factory import shard_of
+from megalm.model.parameter_groups import group_keys, group_settings, optimizer_groups
 from megalm.planning.resolve import OptimizerFacts
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_embeddings: bool) -> list[dict[str, Any]]:
-    """Return optimizer groups: matrices decay, norms and biases do not, embeddings do if `decay_embeddings`.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decay_embeddings: bool, rules: Sequence[ParameterGroup] = ()
+) -> list[dict[str, Any]]:
+    """Return optimizer groups with their weight decay, and the factor of their learning rate.
 
     ZeRO 3 has flattened the parameters: their annotations know their shapes.
+
+    Args:
+        rules: train.parameter_groups.
     """
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        embedding = name.startswith("embedding.")
-        groups[len(shard_of(parameter).shape) >= 2 and (decay_embeddings or not embedding)].append(parameter)
+    parameters = dict(model.named_parameters())
+    dimensions = {name: len(shard_of(parameter).shape) for name, parameter in parameters.items()}
+    groups = optimizer_groups(group_keys(dimensions, rules, decay_embeddings))
     return [
-        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
-        for decays, parameters in groups.items()
-        if parameters
+        {"params": [parameters[name] for name in names], **group_settings(key, rules, weight_decay)}
+        for key, names in groups.items()
     ]
 
 

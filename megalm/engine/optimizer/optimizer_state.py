@@ -215,11 +215,20 @@ class OptimizerState:
         return torch.zeros(length) if whole is None else whole.view(-1).narrow(0, owned.offset, length)
 
     def _owned_by_flat(self) -> list[tuple[nn.Parameter, list[_OwnedRange]]]:
-        """Return the optimizer's tensors, each with the ranges that this rank owns in it."""
-        pieces: dict[int, list[_OwnedRange]] = {}
+        """Return the optimizer's tensors, each with the ranges that this rank owns in it; none if all is padding."""
+        pieces: dict[int, tuple[nn.Parameter, list[_OwnedRange]]] = {}
         for owned in self._owned():
-            pieces.setdefault(id(owned.flat), []).append(owned)
-        return [(own[0].flat, own) for own in pieces.values()]
+            pieces.setdefault(id(owned.flat), (owned.flat, []))[1].append(owned)
+        for flat in self._flats():
+            pieces.setdefault(id(flat), (flat, []))
+        return list(pieces.values())
+
+    def _flats(self) -> list[nn.Parameter]:
+        """Return the tensors that the inner optimizer steps."""
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            if hasattr(self._outer, name):
+                return list(getattr(self._outer, name))
+        return list(self._parameters.values())
 
     def _owned(self) -> Iterator[_OwnedRange]:
         outer = self._outer

@@ -7,12 +7,17 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from megalm.checkpoint import manifest
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.manifest import read_manifest
 from megalm.cli.main import main
-from tests.checkpoint_files import SHAPES, save
+from megalm.errors import ConfigError
+from megalm.inference.inference_model import InferenceModel
+from megalm.runs.run_folder import RunFolder, refuse_existing_run
+from tests.checkpoint_files import SHAPES, save, whole
 from tests.messages import assert_names
 
 RANK_FILE = "rank-00000.safetensors"
@@ -251,3 +256,55 @@ def test_what_takes_long_reports_how_far_it_is(
         assert_names(said, f"{count - 1}/{count}")
     hashed = f"step-00010000 {blocks - 1:,}/{blocks:,}"
     assert (hashed in said) == (command != "diff")
+
+
+def test_average_is_the_mean_of_the_weights(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (config := run_dir / "config.yaml").write_text("run: {name: mine}\n")
+    save(run_dir / "checkpoints", 2000, copies=(config,), run="mine")
+    elsewhere = save(run_dir / "other" / "checkpoints", 3)
+    output = run_dir / "average"
+    code, out, _ = run(capsys, "average", run_dir, 500, 2000, elsewhere, "--output", output)
+    path = output / "checkpoints" / "step-00002000"
+    assert code == 0
+    assert_names(out, path, "--extend-strategy weights")
+    reader = CheckpointReader(path)
+    assert reader.verify() == ""
+    assert reader.holds_weights_only
+    assert reader.manifest.step == 2000
+    assert reader.manifest.averaged_from == ("?/step-00000003", "?/step-00000500", "mine/step-00002000")
+    assert (path / "config.yaml").read_text() == config.read_text()
+    for name, shape in SHAPES.items():
+        mean = sum(whole(step, name, "master").double() for step in (3, 500, 2000)) / 3
+        assert torch.equal(reader.read_parameter(name, shape).view(-1), torch.as_tensor(mean).float())
+
+
+def test_an_average_is_of_good_checkpoints_of_one_model(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(run_dir / "checkpoints", 3000, fingerprints={"tokenizer": "f" * 64})
+    output = run_dir / "average"
+    for steps, names in (
+        ([500], ["two"]),
+        ([500, 1000, "step-00000500"], ["two"]),
+        ([500, 1500], ["step-00001500", "loss of 9"]),
+        ([500, 700], ["700", "step-00000500"]),
+        ([500, 3000], ["step-00000500", "step-00003000", "tokenizer"]),
+    ):
+        code, _, error = run(capsys, "average", run_dir, *steps, "--output", output)
+        assert code == 2
+        assert_names(error, *names)
+    assert not output.exists()
+    output.mkdir()
+    (output / "mine").write_text("")
+    assert_names(run(capsys, "average", run_dir, 500, 1000, "--output", output)[2], output, "not empty")
+
+
+def test_an_average_is_a_model_and_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Path(__file__).resolve().parents[2] / "fixtures" / "run-0.1.0" / "small"
+    assert run(capsys, "average", source, 4, "latest", "--output", tmp_path / "mean")[0] == 0
+    path = folder(tmp_path / "mean", 9)
+    first, last = (CheckpointReader(folder(source, step)).model() for step in (4, 9))
+    weights = InferenceModel(path).network.state_dict()
+    for name, values in first.items():
+        torch.testing.assert_close(weights[name].cpu(), (values + last[name]) / 2, rtol=0, atol=1e-7)
+    with pytest.raises(ConfigError) as refused:
+        refuse_existing_run(RunFolder(tmp_path / "mean"), resume=True)
+    assert_names(str(refused.value), path, "--extend-strategy weights")

@@ -27,6 +27,8 @@ FP32: dict[str, Any] = {"bf16": None}
 OVERLAP = "parallel.overlap_tensor_communication=true"
 FLOAT8 = "precision.float8=true"
 CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+EMBEDDING_GROUP = "train.parameter_groups=[{match: embedding.*, learning_rate_scale: 0.1}]"  # the preset ties the head
+UNTIED_GROUP = (EMBEDDING_GROUP, "model.tie_word_embeddings=false")
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,12 @@ CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
         (2, ["parallel.pipeline=2"], zero(1), None),
         (2, ["parallel.pipeline=2"], zero(0) | FP32, ["parallel.pipeline=2", "zero_optimization.stage=0", "0.19.8", 1]),
         (2, ["parallel.pipeline=2"], zero(0) | FP32 | {"gradient_clipping": 0}, None),
+        (2, [*UNTIED_GROUP, "parallel.pipeline=2"], zero(1), ["parallel.pipeline=2", "embedding.*", "layers.*.mlp.*"]),
+        (2, ["parallel.pipeline=2", EMBEDDING_GROUP], zero(1), None),
+        (4, ["parallel.pipeline=4", EMBEDDING_GROUP], zero(1), ["parallel.pipeline=4", "embedding.*"]),
+        (4, ["parallel.pipeline=4", "train.parameter_groups=[{match: '*.mlp.*'}]"], zero(1), None),
+        (2, ["parallel.pipeline=2", "train.parameter_groups=[{match: layers.3.*}]"], zero(1), ["match='layers.3.*'"]),
+        (4, [*UNTIED_GROUP, "parallel.tensor=4"], zero(3), None),
         (2, ["parallel.pipeline=2"], zero(1, **CPU_OFFLOAD), ["parallel.pipeline=2", "offload_optimizer"]),
     ],
 )

@@ -164,6 +164,28 @@ def test_groups_follow_the_decay_of_embeddings() -> None:
     assert sum(both[1][1]) - sum(both[0][1]) == 77 * 30
 
 
+def test_parameter_groups_are_groups_of_the_optimizer(start: Start) -> None:
+    """The first pattern that matches counts; without a weight decay of its own a group is divided as the others are."""
+    rules = (
+        "train.parameter_groups=[{match: 'layers.0.mlp.*', learning_rate_scale: 0.5, weight_decay: 0}, "
+        "{match: '*.mlp*', learning_rate_scale: 2}]"
+    )
+    run = start("model.num_hidden_layers=2", "model.tie_word_embeddings=false", rules, ranks=1)
+    plan = make_plan(run, vocab_size=1024)
+    settings = [(it.match, it.tensors, it.learning_rate_scale, it.weight_decay) for it in plan.optimizer_groups]
+    assert settings == [
+        (None, 10, 1.0, 0.1),  # two tables, four matrices of each attention
+        (None, 3, 1.0, 0.0),  # norms before attention, the final one
+        ("layers.0.mlp.*", 3, 0.5, 0.0),
+        ("*.mlp*", 3, 2.0, 0.1),
+        ("*.mlp*", 2, 2.0, 0.0),  # the norms before both MLPs
+    ]
+    assert sum(it.parameters for it in plan.optimizer_groups) == plan.parameter_count
+    assert [sum(group) for group in groups_of(plan.case)] == [it.parameters for it in plan.optimizer_groups]
+    section = section_of(plan_text(plan, 8), "Parameter groups")
+    assert_names(section, "layers.0.mlp.*", "*.mlp*", f"{plan.optimizer_groups[2].parameters:,}", 0.5)
+
+
 def test_buckets_are_allocated_whole_on_a_gpu_only() -> None:
     zero = ZeroSection(stage=2, reduce_bucket_size=10**8, overlap_comm=True)
     assert estimate_memory(case(zero=zero)).buckets == 2 * 2 * 10**8

@@ -1,0 +1,62 @@
+"""Which parameters share the optimizer's settings: no torch, so that the plan counts the groups of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from megalm.config.schema import ParameterGroup
+
+
+class GroupKey(NamedTuple):
+    """Names an optimizer group; the keys' order is that of the groups, on every rank.
+
+    Attributes:
+        rule: index in train.parameter_groups; -1: no pattern matches.
+        undecayed: the run's weight decay does not act on the group; false where the rule sets its own.
+    """
+
+    rule: int
+    undecayed: bool
+
+
+def group_keys(
+    dimensions: Mapping[str, int], rules: Sequence[ParameterGroup], decay_embeddings: bool
+) -> dict[str, GroupKey]:
+    """Return canonical name -> the group that the parameter belongs to: that of the first rule that matches.
+
+    Unless the rule sets it, matrices decay, embeddings do if `decay_embeddings`, norms and biases do not.
+
+    Args:
+        dimensions: canonical name -> number of dimensions of the whole parameter.
+    """
+    keys = {}
+    for name, count in dimensions.items():
+        rule = next((index for index, rule in enumerate(rules) if fnmatchcase(name, rule.match)), -1)
+        decays = count >= 2 and (decay_embeddings or not name.startswith("embedding."))
+        sets_its_own = rule >= 0 and rules[rule].weight_decay is not None
+        keys[name] = GroupKey(rule, not (decays or sets_its_own))
+    return keys
+
+
+def optimizer_groups(keys: Mapping[str, GroupKey]) -> dict[GroupKey, list[str]]:
+    """Return the optimizer groups in their order, each with its names in the given order."""
+    found: dict[GroupKey, list[str]] = {}
+    for name, key in keys.items():
+        found.setdefault(key, []).append(name)
+    return dict(sorted(found.items()))
+
+
+def group_settings(key: GroupKey, rules: Sequence[ParameterGroup], weight_decay: float) -> dict[str, float]:
+    """Return a group's weight decay and the factor of its learning rate.
+
+    Args:
+        weight_decay: of the run's optimizer.
+    """
+    rule = rules[key.rule] if key.rule >= 0 else None
+    decay = 0.0 if key.undecayed else weight_decay
+    if rule is None:
+        return {"weight_decay": decay, "learning_rate_scale": 1.0}
+    own = decay if rule.weight_decay is None else rule.weight_decay
+    return {"weight_decay": own, "learning_rate_scale": rule.learning_rate_scale}
