@@ -222,10 +222,20 @@ def _tokens(plan: Plan) -> str:
             ["total tokens", f"{plan.total_tokens:,}"],
             ["tokens per parameter", f"{plan.tokens_per_parameter:.2f}"],
             ["FLOPs per token", f"{plan.flops_per_token:.3e}"],
+            *_recomputed(plan),
             ["total FLOPs", f"{plan.total_flops:.3e}"],
             ["checkpoint size", format_bytes(checkpoint_bytes(plan.shape))],
         ],
     )
+
+
+def _recomputed(plan: Plan) -> list[list[object]]:
+    again = plan.recomputed_flops_per_token
+    kind, every = plan.case.recompute, plan.case.checkpoint_activations_every
+    if kind == "none" and not every:
+        return []
+    what = f"every {every}. block" if every > 1 else "every block" if every else kind
+    return [["recomputed FLOPs per token", f"{again:.3e} ({what}), {again / plan.flops_per_token:.1%} more"]]
 
 
 _PARTS = {

@@ -9,7 +9,13 @@ from pathlib import Path
 
 from megalm.cost_model.gpu_specs import data_sheet_peak
 from megalm.cost_model.memory import MemoryCase, MemoryPlan, estimate_stages
-from megalm.model.model_config import ModelConfig, build_model_config, float8_share, flops_per_token
+from megalm.model.model_config import (
+    ModelConfig,
+    build_model_config,
+    float8_share,
+    flops_per_token,
+    recomputed_flops_per_token,
+)
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.memory_fit import MemoryFit
 from megalm.planning.resolve import ResolvedRun, memory_case
@@ -65,6 +71,14 @@ class Plan:
         return flops_per_token(self.shape, self.resolved.config.data.sequence_length)
 
     @property
+    def recomputed_flops_per_token(self) -> int:
+        """Of the backward pass, beside `flops_per_token`."""
+        case = self.case
+        return recomputed_flops_per_token(
+            self.shape, case.sequence_length, case.recompute, case.checkpoint_activations_every
+        )
+
+    @property
     def float8_share(self) -> float:
         """Of all operations."""
         config = self.resolved.config
@@ -107,6 +121,7 @@ def make_plan(resolved: ResolvedRun, vocab_size: int, schedules: Sequence[Schedu
         resolved.device,
         resolved.batch,
         resolved.whole_gradients,
+        resolved.recompute,
     )
     return Plan(
         resolved=resolved,
