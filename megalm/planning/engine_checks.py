@@ -242,8 +242,9 @@ def no_recomputation(kind: Recompute, config: RunConfig, device: DeviceFacts, ze
         return ""
     if kind == "norms":
         return "their graphs already recompute norms where that is cheaper"
-    if kind in ("attention", "mlp") and zero.stage == 3:
-        return "ZeRO 3 gathers the weights of whole blocks between their graphs; the halves of a block are not proven"
+    is_divided = zero.stage == 3 or config.parallel.tensor > 1 or config.parallel.pipeline > 1
+    if kind in ("attention", "mlp") and is_divided:
+        return "each half of a block is a graph of its own, not proven with ZeRO 3, tensor groups and pipelines"
     return ""
 
 

@@ -206,6 +206,10 @@ def test_float8_needs_multiples_of_16(start: Start, override: str, name: str, si
         ),
         (("train.recompute=norms", "compile=true"), ["train.recompute=norms", "compile=false"]),
         (("train.recompute=mlp", "compile=true"), ["train.recompute=mlp", "ZeRO 3", "train.recompute=full"]),
+        (
+            ("train.recompute=attention", "compile=true", "parallel.tensor=2"),
+            ["train.recompute=attention", "train.recompute=full"],
+        ),
     ],
 )
 def test_one_choice_of_recomputation(start: Start, keys: tuple[str, ...], names: list[object]) -> None:
