@@ -180,7 +180,7 @@ def _fullest(
     activations: int,
     states: int,
 ) -> dict[str, float]:
-    facts = (run.topology, run.precision, run.device, run.batch, run.whole_gradients)
+    facts = (run.topology, run.precision, run.device, run.batch, run.whole_gradients, run.recompute)
     case = memory_case(run.config, run.deepspeed_source, shape, *facts)
     plan = estimate_memory(case)
     held = plan.weights + plan.gradients + plan.master + plan.moments

@@ -2,9 +2,9 @@
 
     python benchmarks/recompute.py [--layers 8] [--hidden 512] [--sequence 512] [--batch 8] [--repeats 5]
 
-Forward and backward of the plain model in bf16, the modes in turn within one run. Memory is what autograd keeps from
-the forward pass for the backward pass (every saved storage once, parameters left out), plus, with recomputation, the
-one block that is being recomputed.
+Forward and backward of the plain model in bf16, the modes in turn within one run. Beside each other stand what is alive
+after the forward pass and what the plan says; and the operations of the backward pass beyond those without
+recomputation, and what the plan says.
 """
 
 from __future__ import annotations
@@ -14,15 +14,21 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from megalm.config.schema import ModelSection
+from megalm.config.deepspeed.json_schema import ZeroSection
+from megalm.config.schema import ModelSection, Recompute
+from megalm.cost_model.memory import MemoryCase, activation_bytes, block_bytes, shares
 from megalm.engine.device import tune_malloc
-from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.model.model_config import ModelConfig, build_model_config, recomputed_flops_per_token
 from megalm.model.transformer import LanguageModel, initialize
+from megalm.topology import Topology
+from tests.live_memory import LiveMemory
 
 VOCABULARY = 16384
 
@@ -41,7 +47,9 @@ def main() -> None:
     )
     shape = build_model_config(section, VOCABULARY, arguments.sequence)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = {name: _model(shape, every, device) for name, every in (("none", 0), ("every 2nd", 2), ("every block", 1))}
+    choices: dict[str, tuple[int, Recompute]] = {kind: (0, kind) for kind in get_args(Recompute)}
+    choices["every 2nd"] = 2, "none"
+    models = {name: _model(shape, *choice, device) for name, choice in choices.items()}
     tokens = torch.randint(0, VOCABULARY, (arguments.batch, arguments.sequence), device=device)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(arguments.repeats + 1):
@@ -57,31 +65,61 @@ def main() -> None:
         f"{shape.parameter_count():,} parameters, {arguments.batch} x {arguments.sequence} tokens, bf16, "
         f"torch {torch.__version__}"
     )
-    print(f"{'recomputed':14}{'s/step':>9}{'kept MiB':>10}")
-    for name, model in models.items():
-        print(f"{name:14}{statistics.median(seconds[name]):9.3f}{_kept_bytes(model, tokens) / 2**20:10.1f}")
+    headings = ("recomputed", "s/step", "kept MiB", "planned", "again GFLOP", "planned")
+    print("".join(f"{heading:>12}" for heading in headings))
+    plain = _again(models["none"], tokens)
+    for name, (every, kind) in choices.items():
+        kept, planned = _kept_bytes(models[name], tokens), _planned_bytes(shape, arguments, every, kind, device)
+        again = _again(models[name], tokens) - plain
+        expected = recomputed_flops_per_token(shape, arguments.sequence, kind, every) * tokens.numel()
+        numbers = statistics.median(seconds[name]), kept / 2**20, planned / 2**20, again / 1e9, expected / 1e9
+        print(f"{name:>12}" + "".join(f"{number:12.3f}" for number in numbers))
 
 
-def _model(shape: ModelConfig, every: int, device: torch.device) -> LanguageModel:
-    model = LanguageModel(shape, chunk_tokens=256, recompute_every=every)
+def _planned_bytes(
+    shape: ModelConfig, sizes: argparse.Namespace, every: int, kind: Recompute, device: torch.device
+) -> int:
+    case = MemoryCase(
+        shape=shape,
+        sequence_length=sizes.sequence,
+        micro_batch=sizes.batch,
+        accumulation=1,
+        precision="bf16",
+        gradient_precision="fp32",
+        communication_precision="fp32",
+        zero=ZeroSection(stage=1),
+        topology=Topology(1),
+        checkpoint_activations_every=every,
+        recompute=kind,
+        on_cpu=device.type == "cpu",
+    )
+    (share,) = shares(shape, case.topology)
+    again = max(block_bytes(case, share, it)[1] for it in ((kind, "full") if every else (kind,)))
+    return activation_bytes(case, share) - again
+
+
+def _again(model: LanguageModel, tokens: torch.Tensor) -> int:
+    """Operations of the backward pass."""
+    loss, _ = model(tokens, tokens)
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    return counter.get_total_flops()
+
+
+def _model(shape: ModelConfig, every: int, recompute: Recompute, device: torch.device) -> LanguageModel:
+    model = LanguageModel(shape, chunk_tokens=256, recompute_every=every, recompute=recompute)
     initialize(model, shape, 1)
     return model.to(device, torch.bfloat16)
 
 
 def _kept_bytes(model: LanguageModel, tokens: torch.Tensor) -> int:
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    """What is alive after the forward pass, less the gradients that the loss makes in it."""
+    with LiveMemory() as memory:
         loss, _ = model(tokens, tokens)
+    kept = memory.bytes
     del loss
-    return sum(storage.nbytes() for storage in kept.values())
+    weight = model.head.weight
+    return kept - 4 * weight.numel() - tokens.numel() * weight.shape[1] * weight.element_size()
 
 
 if __name__ == "__main__":

@@ -174,6 +174,7 @@ def _largest(setting: Setting, most_layers: int) -> Bench:
             run.device,
             run.batch,
             run.whole_gradients,
+            run.recompute,
         )
         if MemoryFit.of(estimate_memory(case), run.device).level != "fits":
             break

@@ -194,8 +194,8 @@ def _rate(plan: Plan) -> str:
     losses = []
     if rate.is_assumed and plan.resolved.topology.pipeline > 1:
         losses.append("the pipeline's bubble")
-    if rate.is_assumed and plan.resolved.config.train.checkpoint_activations_every:
-        losses.append("recomputed blocks")
+    if rate.is_assumed and plan.recomputed_flops_per_token:
+        losses.append("recomputation")
     if rate.is_assumed and plan.offload_seconds:
         losses.append("offload")
     origin = f"{rate.origin}: {rate.share:.0%} less {', '.join(losses)}" if losses else rate.origin
@@ -292,10 +292,20 @@ def _tokens(plan: Plan) -> str:
             ["total tokens", f"{plan.total_tokens:,}"],
             ["tokens per parameter", f"{plan.tokens_per_parameter:.2f}"],
             ["FLOPs per token", f"{plan.flops_per_token:.3e}"],
+            *_recomputed(plan),
             ["total FLOPs", f"{plan.total_flops:.3e}"],
             ["checkpoint size", format_bytes(checkpoint_bytes(plan.shape))],
         ],
     )
+
+
+def _recomputed(plan: Plan) -> list[list[object]]:
+    again = plan.recomputed_flops_per_token
+    kind, every = plan.case.recompute, plan.case.checkpoint_activations_every
+    if kind == "none" and not every:
+        return []
+    what = f"every {every}. block" if every > 1 else "every block" if every else kind
+    return [["recomputed FLOPs per token", f"{again:.3e} ({what}), {again / plan.flops_per_token:.1%} more"]]
 
 
 _PARTS = {

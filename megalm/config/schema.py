@@ -82,6 +82,7 @@ class DocumentedSection(Section):
 
 
 ModelStyle = Literal["gpt2", "llama"]
+Recompute = Literal["none", "norms", "attention", "mlp", "full"]
 ScheduleKind = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"]
 WarmupKind = Literal["linear", "log"]
 StepConvention = Literal["standard", "deepspeed"]
@@ -257,6 +258,11 @@ class TrainSection(Section):
     log_interval_steps: PositiveInt = 1
     checkpoint_activations_every: NonNegativeInt = Field(
         default=0, description="recompute every n-th block in the backward pass; 0: none, 1: every block"
+    )
+    recompute: Recompute | Literal["auto"] = Field(
+        default="none",
+        description="what every block computes again in the backward pass to save memory; full: all of it; auto: the "
+        "least arithmetic that fits the memory",
     )
     reduce_gradients: Literal["auto", "step", "micro_batch"] = Field(
         default="auto",

@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import groupby
 
 from megalm.config.deepspeed.json_schema import Precision, ZeroSection
-from megalm.config.schema import ParameterGroup
+from megalm.config.schema import ParameterGroup, Recompute
 from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
 from megalm.cost_model.start_memory import start_moments
 from megalm.model.model_config import ModelConfig, kept_probabilities
@@ -132,6 +132,7 @@ class MemoryCase:
         gradient_precision: gradients are accumulated in it.
         communication_precision: gradients are communicated in it.
         checkpoint_activations_every: every n-th block keeps only its input and is recomputed; 0: none.
+        recompute: what the backward pass computes again in each of the other blocks.
         on_cpu: offloaded states lie in the same memory, RMS norms have no fused kernel, and attention keeps the
             probabilities of short sequences.
         checkpoint_copy: checkpoints are written behind training, from copies in the CPU's memory.
@@ -152,6 +153,7 @@ class MemoryCase:
     topology: Topology
     loss_chunk_tokens: int = 1024
     checkpoint_activations_every: int = 0
+    recompute: Recompute = "none"
     embedding_weight_decay: bool = True
     parameter_groups: tuple[ParameterGroup, ...] = ()
     document_mask: bool = False
@@ -334,18 +336,18 @@ def checkpoint_bytes(shape: ModelConfig) -> int:
 def activation_bytes(case: MemoryCase, share: Share) -> int:
     """Bytes that a rank keeps from forward to backward, for all micro-batches in flight in its stage."""
     tokens, every = case.tokens, case.checkpoint_activations_every
-    block = tokens * _block_bytes_per_token(case, share)
-    if case.on_cpu:
-        block += case.micro_batch * share.heads * kept_probabilities(case.sequence_length) * case.element_bytes
     stream = tokens * case.shape.hidden_size // share.slices
     hidden = stream * case.element_bytes
     blocks = range(share.first_block, share.first_block + share.blocks)
-    recomputed = len([index for index in blocks if every and index % every == 0])
-    kept = (share.blocks - recomputed) * block + recomputed * hidden
+    whole = len([index for index in blocks if every and index % every == 0])
+    # Of each kind of block, what it keeps, and what its recomputation holds again for a time.
+    plain = block_bytes(case, share, case.recompute), block_bytes(case, share, "full")
+    kinds = [it for it, count in zip(plain, (share.blocks - whole, whole), strict=True) if count]
+    kept = (share.blocks - whole) * plain[0][0] + whole * plain[1][0]
     # The last stage keeps its final norm and the head's input; another stage keeps the output that it sends on.
     end = hidden + (stream * _norm_bytes(case, case.shape.style == "llama") if share.is_last else 0)
     mask = tokens * 4 if case.document_mask else 0  # document numbers; attention builds its masks block by block
-    working = 2 * hidden + (block if recomputed else 0)  # gradients, and the one block being recomputed
+    working = 2 * hidden + max(again for _, again in kinds)  # gradients, and what one block recomputes
     working += _float8_bytes(case, share)
     return (kept + end + mask) * share.in_flight(case.accumulation) + working
 
@@ -357,19 +359,33 @@ def _float8_bytes(case: MemoryCase, share: Share) -> int:
     return elements * (5 if case.on_cpu else 1) if case.float8 else 0
 
 
-def _block_bytes_per_token(case: MemoryCase, share: Share) -> int:
-    """Bytes that one block saves per token."""
-    shape = case.shape
-    stream, inner = shape.hidden_size // share.slices, shape.intermediate_size // share.tensor
-    queries, keys = share.heads * shape.head_dim, share.key_value_heads * shape.head_dim
-    norms = 2 * stream * _norm_bytes(case, shape.style == "llama")
+def block_bytes(case: MemoryCase, share: Share, recompute: Recompute) -> tuple[int, int]:
+    """Bytes that one block keeps, and those that it holds again while it is recomputed."""
+    shape, size, tokens = case.shape, case.element_bytes, case.tokens
+    stream, inner = tokens * shape.hidden_size // share.slices, tokens * shape.intermediate_size // share.tensor
+    queries, keys = tokens * share.heads * shape.head_dim, tokens * share.key_value_heads * shape.head_dim
+    norm = stream * _norm_bytes(case, shape.style == "llama")
+    dropout_mask = stream if shape.dropout > 0 else 0  # one byte each
+    # The norm and its output, the projections' input; queries, keys, values and attention's output.
+    attention = norm + dropout_mask + (stream + 2 * queries + 2 * (queries if case.repeats_keys else keys)) * size
     if shape.qk_norm:
-        norms += (queries + keys) * _norm_bytes(case, True)
-    # The inputs of the projections and of the MLP; queries, keys, values and attention's output.
-    elements = 2 * stream + 2 * queries + 2 * (queries if case.repeats_keys else keys)
-    elements += 2 * inner if shape.style == "gpt2" else 4 * inner  # up, gelu | gate, silu, up, product
-    dropout_masks = 2 * stream if shape.dropout > 0 else 0  # one byte each
-    return norms + elements * case.element_bytes + dropout_masks
+        attention += (queries + keys) * _norm_bytes(case, True)
+    if case.on_cpu:
+        attention += case.micro_batch * share.heads * kept_probabilities(case.sequence_length) * size
+    # The same of the MLP, and up, gelu | gate, silu, up, product.
+    mlp = norm + dropout_mask + (stream + (2 if shape.style == "gpt2" else 4) * inner) * size
+    hidden = stream * size
+    match recompute:
+        case "none":
+            return attention + mlp, 0
+        case "norms":
+            return attention + mlp - 2 * norm, norm + hidden
+        case "attention":
+            return hidden + mlp, attention
+        case "mlp":
+            return attention + hidden, mlp
+        case "full":
+            return hidden, attention + mlp
 
 
 def _norm_bytes(case: MemoryCase, rms: bool) -> int:

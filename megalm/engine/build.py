@@ -81,7 +81,7 @@ def build_engine(
     if run.topology.pipeline > 1:
         init = ParameterInit(device, _TYPES[run.precision])
         chunk = loss_chunk_tokens(run.config, shape, run.device)
-        build = StageBuilder(shape, layers, clock, chunk, init)
+        build = StageBuilder(shape, layers, clock, chunk, init, train.checkpoint_activations_every, run.recompute)
         blocks, costs = _balance(run, build, device, comm)
         if on_stages is not None:
             on_stages(blocks, costs)
@@ -104,7 +104,7 @@ def _zero_engine(
                 _partition(stage, context)
 
         init = ParameterInit(context.device, _TYPES[run.precision], fill)
-        model = LanguageModel(shape, layers, clock, chunk, train.checkpoint_activations_every, init)
+        model = LanguageModel(shape, layers, clock, chunk, train.checkpoint_activations_every, init, run.recompute)
     if run.compiled:
         model.compile_blocks()
     return ZeroEngine(model, clock, context)
@@ -116,8 +116,8 @@ def _pipeline_engine(
     from megalm.engine.pipeline_engine import PipelineEngine
     from megalm.engine.pipeline_stage import MicroBatchContext, PipelineStage
 
-    run, train = context.run, context.run.config.train
-    stage = PipelineStage(build, MicroBatchContext(clock), run.topology, blocks, train.checkpoint_activations_every)
+    run = context.run
+    stage = PipelineStage(build, MicroBatchContext(clock), run.topology, blocks)
     part = stage.part_of_model()
     with _InitialWeights([name for name, _ in part.named_parameters()], draw, context.groups.data) as weights:
         weights.fill(part)

@@ -8,8 +8,6 @@ come from the `MicroBatchContext`, which the engine sets before each forward pas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +15,6 @@ import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megalm.engine.deepspeed_patches import prints_to_log
 from megalm.model.attention import DocumentMask, document_mask
@@ -79,32 +76,16 @@ class TokenTable(nn.Module):
 
 
 class BlockLayer(nn.Module):
-    """A block, with optional recomputation in the backward pass.
+    """A block of the model."""
 
-    By then other micro-batches have run forward. The recomputation restores its own micro-batch in the clock, so that
-    dropout draws the same masks again.
-    """
-
-    def __init__(self, build: StageBuilder, context: MicroBatchContext, index: int, recomputed: bool) -> None:
+    def __init__(self, build: StageBuilder, context: MicroBatchContext, index: int) -> None:
         super().__init__()
         self.index = index
         self.block = build.block(index)
         self._context = context
-        self._recomputed = recomputed
 
     def forward(self, hidden: Tensor) -> Tensor:  # [B, T, H] -> [B, T, H]
-        mask = self._context.mask
-        if not (self._recomputed and self.training):
-            return self.block(hidden, mask)
-        clock = self._context.clock
-        micro_batch = clock.micro_batch
-
-        def run(hidden: Tensor) -> Tensor:
-            with _at(clock, micro_batch):
-                return self.block(hidden, mask)
-
-        # Our dropout derives seeds from its position, so the generators' states need not be saved.
-        return checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
+        return self.block.run(hidden, self._context.mask)
 
 
 class NormLayer(nn.Module):
@@ -139,7 +120,6 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
         context: shared with the engine.
         topology: pipeline outermost, then data, then tensor, as in DeepSpeed.
         blocks: number of blocks of each stage.
-        recompute_every: recompute every n-th block of the model in the backward pass; 0: none.
 
     Attributes:
         loss_factor: multiplies the returned loss of a micro-batch.
@@ -147,12 +127,7 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
     """
 
     def __init__(
-        self,
-        build: StageBuilder,
-        context: MicroBatchContext,
-        topology: Topology,
-        blocks: tuple[int, ...],
-        recompute_every: int,
+        self, build: StageBuilder, context: MicroBatchContext, topology: Topology, blocks: tuple[int, ...]
     ) -> None:
         tied = build.shape.tie_word_embeddings
         layers: list[Any] = [LayerSpec(EmbeddingLayer, build, context, not tied)]
@@ -160,8 +135,7 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
             layers.insert(0, TiedLayerSpec(_TIED, TokenTable, build, tied_weight_attr="tokens.weight"))
         first = len(layers)
         for index in range(sum(blocks)):
-            recomputed = recompute_every > 0 and index % recompute_every == 0
-            layers.append(LayerSpec(BlockLayer, build, context, index, recomputed))
+            layers.append(LayerSpec(BlockLayer, build, context, index))
         layers.append(LayerSpec(NormLayer, build))
         layers.append(
             TiedLayerSpec(_TIED, TokenTable, build, forward_fn=_identity, tied_weight_attr="tokens.weight")
@@ -191,7 +165,7 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
     def compile_blocks(self) -> None:
         for layer in self.forward_funcs:
             if isinstance(layer, BlockLayer):
-                layer.block.compile(dynamic=False)
+                layer.block.compile_graphs()
 
     def part_of_model(self) -> nn.Module:
         """Return this rank's modules under their paths in `LanguageModel`: `named_parameters` gives canonical names."""
@@ -229,15 +203,6 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
             return build.head(self.tied_modules[_TIED].tokens)
         (layer,) = (layer for layer in self.forward_funcs if isinstance(layer, HeadLayer))
         return layer.head
-
-
-@contextmanager
-def _at(clock: DropoutClock, micro_batch: int) -> Iterator[None]:
-    now, clock.micro_batch = clock.micro_batch, micro_batch
-    try:
-        yield
-    finally:
-        clock.micro_batch = now
 
 
 def _identity(table: nn.Module, hidden: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megalm.config.schema import ModelSection, ModelStyle
+from megalm.config.schema import ModelSection, ModelStyle, Recompute
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,33 @@ def flops_per_token(shape: ModelConfig, sequence_length: int) -> int:
     return 6 * (_layer_matrices(shape) + head) + attention
 
 
-def recomputed_flops_per_token(shape: ModelConfig, sequence_length: int, every: int) -> float:
-    """Operations beside `flops_per_token`: the second forward pass of every n-th block; 0 for `every=0`."""
-    if not every:
-        return 0.0
-    blocks = flops_per_token(shape, sequence_length) - 6 * shape.vocab_size * shape.hidden_size
-    return blocks / 3 * math.ceil(shape.num_hidden_layers / every) / shape.num_hidden_layers
+def recomputed_flops_per_token(shape: ModelConfig, sequence_length: int, recompute: Recompute, every: int = 0) -> int:
+    """The operations of matrix products that the backward pass does again, per token, counted as above.
+
+    A recomputation ends with the last input that the backward pass reads: the product that ends an attention or an MLP
+    is spared, except in a tensor group, under dropout, in float8 and in compiled blocks.
+
+    Args:
+        every: every n-th block is recomputed whole; 0: none.
+    """
+    sizes = {name: math.prod(dims) for name, dims in shape.parameters().items() if len(dims) == 2}
+
+    def matrices(part: str) -> int:
+        return sum(count for name, count in sizes.items() if name.startswith(f"layers.0.{part}."))
+
+    queries = shape.num_attention_heads * shape.head_dim
+    projections, ends = matrices("attention"), {"attention": queries * shape.hidden_size, "mlp": matrices("mlp.down")}
+    core = sequence_length * queries  # of both products of attention, halved
+    attention, mlp = projections + core, matrices("mlp")
+    by_kind: dict[Recompute, int] = {
+        "none": 0,
+        "norms": 0,
+        "attention": attention - ends["attention"],
+        "mlp": mlp - ends["mlp"],
+        "full": attention + mlp - ends["mlp"],
+    }
+    whole = math.ceil(shape.num_hidden_layers / every) if every else 0
+    return 2 * (whole * by_kind["full"] + (shape.num_hidden_layers - whole) * by_kind[recompute])
 
 
 def float8_share(shape: ModelConfig, sequence_length: int, float8: bool) -> float:

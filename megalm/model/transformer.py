@@ -10,19 +10,21 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
+from megalm.config.schema import Recompute
 from megalm.model.attention import Attention, DocumentMask, KeyValueCache, document_mask
 from megalm.model.layer_factory import LayerFactory, VocabularyOutput, shard_of
 from megalm.model.loss import IGNORE
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock, RotaryEmbedding, norm
+from megalm.model.recomputation import of_recomputed_norm, recomputed
 
 
 class MLP(nn.Module):
@@ -50,12 +52,25 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block."""
+    """One pre-norm transformer block: the half with its attention, then the half with its MLP.
+
+    Args:
+        recompute: what the backward pass computes again.
+    """
 
     def __init__(
-        self, shape: ModelConfig, layers: LayerFactory, rope: RotaryEmbedding | None, clock: DropoutClock, layer: int
+        self,
+        shape: ModelConfig,
+        layers: LayerFactory,
+        rope: RotaryEmbedding | None,
+        clock: DropoutClock,
+        layer: int,
+        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
+        self._clock = clock
+        self._recompute = recompute
+        self._compiled_halves: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
         self.attention_norm = layers.replicated(norm(shape), sharded=False)
         self.attention = Attention(shape, layers, rope, clock, layer)
         self.attention_dropout = layers.dropout(shape.dropout, layer, "attention_output", sharded=False)
@@ -64,9 +79,43 @@ class Block(nn.Module):
         self.mlp_dropout = layers.dropout(shape.dropout, layer, "mlp_output", sharded=False)
 
     def forward(self, hidden: Tensor, mask: DocumentMask | None, cache: KeyValueCache | None = None) -> Tensor:
-        """[B, T, H] -> [B, T, H]."""
-        hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden), mask, cache))
-        return hidden + self.mlp_dropout(self.mlp(self.mlp_norm(hidden)))
+        """[B, T, H] -> [B, T, H], recomputed in part if the block is to be; `run` recomputes it whole too."""
+        attention_half, mlp_half = self._compiled_halves or (self._attention_half, self._mlp_half)
+        again = self._recompute if self.training else "none"
+        if again == "attention":
+            hidden = recomputed(attention_half, self._clock, hidden, mask)
+        else:
+            hidden = attention_half(hidden, mask, cache)
+        return recomputed(mlp_half, self._clock, hidden) if again == "mlp" else mlp_half(hidden)
+
+    def run(self, hidden: Tensor, mask: DocumentMask | None, cache: KeyValueCache | None = None) -> Tensor:
+        """[B, T, H] -> [B, T, H], with the recomputation that the block is built with."""
+        if self.training and self._recompute == "full":
+            return recomputed(self, self._clock, hidden, mask)
+        result = self(hidden, mask, cache)
+        assert isinstance(result, Tensor)
+        return result
+
+    def compile_graphs(self, **options: Any) -> None:
+        """Compile the block as one graph, or each half as one where the backward pass recomputes a half."""
+        compiled = partial(torch.compile, dynamic=False, **options)
+        if self._recompute in ("attention", "mlp"):
+            self._compiled_halves = compiled(self._attention_half), compiled(self._mlp_half)
+        else:
+            self.compile(dynamic=False, **options)
+
+    def _attention_half(self, hidden: Tensor, mask: DocumentMask | None, cache: KeyValueCache | None = None) -> Tensor:
+        attended = self._after(self.attention_norm, hidden, lambda normed: self.attention(normed, mask, cache))
+        return hidden + self.attention_dropout(attended)
+
+    def _mlp_half(self, hidden: Tensor) -> Tensor:
+        return hidden + self.mlp_dropout(self._after(self.mlp_norm, hidden, self.mlp))
+
+    def _after(self, norm: nn.Module, hidden: Tensor, layers: Callable[[Tensor], Tensor]) -> Tensor:
+        """layers(norm(hidden))."""
+        if self.training and self._recompute == "norms":
+            return of_recomputed_norm(norm, hidden, layers)
+        return layers(norm(hidden))
 
 
 class Embedding(nn.Module):
@@ -166,6 +215,8 @@ class StageBuilder:
         clock: the moving part of dropout's seeds.
         chunk_tokens: tokens whose logits are held at once by the loss.
         init: of the parameters, which are left empty by default.
+        recompute_every: every n-th block is recomputed whole in the backward pass; 0: none.
+        recompute: what the backward pass computes again in each of the other blocks.
     """
 
     def __init__(
@@ -175,6 +226,8 @@ class StageBuilder:
         clock: DropoutClock,
         chunk_tokens: int,
         init: ParameterInit = ParameterInit(),
+        recompute_every: int = 0,
+        recompute: Recompute = "none",
     ) -> None:
         self.shape = shape
         self.slices = layers.slices
@@ -182,6 +235,7 @@ class StageBuilder:
         self._clock = clock
         self._chunk_tokens = chunk_tokens
         self._init = init
+        self._recompute_every, self._recompute = recompute_every, recompute
         self._rope = (
             RotaryEmbedding(shape.head_dim, shape.max_position_embeddings, shape.rope_theta).to(init.device)
             if shape.style == "llama"
@@ -197,8 +251,10 @@ class StageBuilder:
         return self._built("embedding", lambda: Embedding(self.shape, self._layers, own_table))
 
     def block(self, index: int) -> Block:
+        every = self._recompute_every
+        again: Recompute = "full" if every and index % every == 0 else self._recompute
         return self._built(
-            f"layers.{index}", lambda: Block(self.shape, self._layers, self._rope, self._clock, index + 1)
+            f"layers.{index}", lambda: Block(self.shape, self._layers, self._rope, self._clock, index + 1, again)
         )
 
     def final_norm(self) -> nn.Module:
@@ -231,8 +287,9 @@ class LanguageModel(nn.Module):
         layers: the factory of linear, vocabulary and dropout layers.
         clock: the moving part of dropout's seeds.
         chunk_tokens: tokens whose logits are held at once by the loss.
-        recompute_every: recompute every n-th block in the backward pass; 0: none.
+        recompute_every: every n-th block is recomputed whole in the backward pass; 0: none.
         init: of the parameters, which are left empty by default.
+        recompute: what the backward pass computes again in each of the other blocks.
     """
 
     def __init__(
@@ -243,24 +300,29 @@ class LanguageModel(nn.Module):
         chunk_tokens: int = 1024,
         recompute_every: int = 0,
         init: ParameterInit = ParameterInit(),
+        recompute: Recompute = "none",
     ) -> None:
         super().__init__()
         clock = clock or DropoutClock(seed=0)
-        build = StageBuilder(shape, layers or LayerFactory(clock), clock, chunk_tokens, init)
-        self.recompute_every = recompute_every
+        layers = layers or LayerFactory(clock)
+        build = StageBuilder(shape, layers, clock, chunk_tokens, init, recompute_every, recompute)
         self.slices = build.slices
         self.embedding = build.embedding()
         self.layers = nn.ModuleList(build.block(index) for index in range(shape.num_hidden_layers))
         self.final_norm = build.final_norm()
         self.head = build.head(self.embedding.tokens)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, **options: Any) -> None:
         """Run every block compiled: one graph serves all of them, and parameters keep their names.
 
         Blocks compile once for all layers, in seconds, and DeepSpeed's hooks on the model stay outside their graph.
+
+        Args:
+            options: for `torch.compile`.
         """
         for block in self.layers:
-            block.compile(dynamic=False)
+            assert isinstance(block, Block)
+            block.compile_graphs(**options)
 
     def forward(
         self,
@@ -293,11 +355,8 @@ class LanguageModel(nn.Module):
         mask = None if documents is None else document_mask(documents)
         hidden = self.embedding(tokens, documents, len(caches[0]) if caches else 0)
         for index, block in enumerate(self.layers):
-            if self.training and self.recompute_every and index % self.recompute_every == 0:
-                # Dropout seeds its own generators, so checkpointing need not keep theirs.
-                hidden = checkpoint(block, hidden, mask, use_reentrant=False, preserve_rng_state=False)
-            else:
-                hidden = block(hidden, mask, caches[index] if caches else None)
+            assert isinstance(block, Block)
+            hidden = block.run(hidden, mask, caches[index] if caches else None)
         hidden = self.final_norm(hidden)
         assert isinstance(hidden, Tensor)
         return hidden

@@ -19,7 +19,7 @@ from megalm.config.deepspeed.json_schema import (
     ZeroSection,
 )
 from megalm.config.loading import LoadedConfig
-from megalm.config.schema import RunConfig
+from megalm.config.schema import Recompute, RunConfig
 from megalm.errors import ConfigError
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.parameter_groups import GroupKey, group_keys
@@ -238,6 +238,42 @@ def gradients_are_reduced_as_the_stage_can(case: CheckContext) -> None:
         )
 
 
+def runs_compiled(config: RunConfig, device: DeviceFacts) -> bool:
+    """Return whether blocks and loss run compiled."""
+    wanted = config.compile
+    return device.kind == "cuda" and device.compiles if wanted == "auto" else wanted
+
+
+def no_recomputation(kind: Recompute, config: RunConfig, device: DeviceFacts, zero: ZeroSection) -> str:
+    """Return why blocks cannot be recomputed so; empty: they can."""
+    if not runs_compiled(config, device):
+        return ""
+    if kind == "norms":
+        return "their graphs already recompute norms where that is cheaper"
+    is_divided = zero.stage == 3 or config.parallel.tensor > 1 or config.parallel.pipeline > 1
+    if kind in ("attention", "mlp") and is_divided:
+        return "each half of a block is a graph of its own, not proven with ZeRO 3, tensor groups and pipelines"
+    return ""
+
+
+def recomputation_is_one(case: CheckContext) -> None:
+    train = case.config.train
+    if train.recompute == "none":
+        return
+    if train.checkpoint_activations_every:
+        raise ConfigError(
+            f"train.recompute={train.recompute} and train.checkpoint_activations_every="
+            f"{train.checkpoint_activations_every} both choose what the backward pass recomputes; remove one of them "
+            "(train.recompute=full is every block)"
+        )
+    why = "" if train.recompute == "auto" else no_recomputation(train.recompute, case.config, case.device, case.zero)
+    if why:
+        raise ConfigError(
+            f"train.recompute={train.recompute} with compiled blocks: {why}; set compile=false, or use "
+            "train.recompute=full"
+        )
+
+
 DEEPSPEED_RULES: tuple[Rule, ...] = (
     one_learning_rate,
     one_low_precision,
@@ -250,6 +286,7 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
     buckets_are_even,
     nvme_keeps_optimizer_states_only,
     gradients_are_reduced_as_the_stage_can,
+    recomputation_is_one,
 )
 
 

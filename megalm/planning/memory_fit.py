@@ -116,7 +116,9 @@ def _changes(case: MemoryCase, device: DeviceFacts) -> Iterator[tuple[str, Memor
     if case.topology.pipeline == 1 and case.topology.data > 1:
         for stage in range(max(2, case.zero.stage + 1), 4):
             yield f"ZeRO stage {stage}", replace(case, zero=case.zero.model_copy(update={"stage": stage}))
-    if case.checkpoint_activations_every != 1:
+    if case.recompute not in ("none", "full"):
+        yield "train.recompute=full", replace(case, recompute="full")
+    elif case.recompute == "none" and case.checkpoint_activations_every != 1:
         yield "train.checkpoint_activations_every=1", replace(case, checkpoint_activations_every=1)
     offload = case.zero.offload_optimizer
     if case.topology.pipeline == 1 and case.zero.stage and (offload is None or offload.device == "none"):

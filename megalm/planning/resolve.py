@@ -7,20 +7,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, choose_precision
 from megalm.config.deepspeed.json_schema import Precision
 from megalm.config.loading import DEFAULT_PRESET, LoadedConfig, config_to_yaml, value_of
-from megalm.config.schema import DataSection, DocumentedSection, RunConfig, ScheduleSection
+from megalm.config.schema import DataSection, DocumentedSection, Recompute, RunConfig, ScheduleSection
 from megalm.config.validation import shown
 from megalm.cost_model.memory import MemoryCase, estimate_memory, shares
 from megalm.cost_model.pipeline_balance import LARGE_BUBBLE, micro_batches_for
 from megalm.data.tokenizers.tokenizer import load_tokenizer
-from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.model.model_config import ModelConfig, build_model_config, recomputed_flops_per_token
 from megalm.planning.batch_size import BatchPlan, RunBatch, chooses_micro_batch, plan_batch
 from megalm.planning.diagnostics import Diagnostics, wanted_diagnostics
-from megalm.planning.engine_checks import CheckContext, float8_notices, parallel_notices
+from megalm.planning.engine_checks import (
+    CheckContext,
+    float8_notices,
+    no_recomputation,
+    parallel_notices,
+    runs_compiled,
+)
 from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, learning_rate
 from megalm.planning.memory_fit import MemoryFit, memory_notices
 from megalm.planning.run_checks import check_run, with_steps
@@ -62,6 +68,7 @@ class ResolvedRun:
     Attributes:
         deepspeed: the dictionary for `deepspeed.initialize` and the run folder, without optimizer and scheduler.
         whole_gradients: ZeRO 2 adds up each rank's gradients of a step, and reduces them once.
+        recompute: what the backward pass computes again in each block that it does not recompute whole.
         notices: one line for each decision that the configuration leaves open, and for each slow or unsafe setting.
     """
 
@@ -78,6 +85,7 @@ class ResolvedRun:
     deepspeed: dict[str, Any]
     notices: tuple[str, ...]
     whole_gradients: bool = False
+    recompute: Recompute = "none"
     documented_by_preset: DocumentedSection = field(default_factory=DocumentedSection)
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
 
@@ -89,8 +97,7 @@ class ResolvedRun:
     @property
     def compiled(self) -> bool:
         """Whether blocks and loss run compiled."""
-        wanted = self.config.compile
-        return self.device.kind == "cuda" and self.device.compiles if wanted == "auto" else wanted
+        return runs_compiled(self.config, self.device)
 
     @property
     def tensor_chunks(self) -> int:
@@ -138,8 +145,14 @@ def resolve(
     precision, precision_notices = choose_precision(settings, device)
     shape, vocab_notices = _shape(config, vocab_size)
 
-    def memory(batch: BatchPlan, whole_gradients: bool = config.train.reduce_gradients == "step") -> MemoryFit:
-        case = memory_case(config, ds, shape, topology, precision, device, batch, whole_gradients)
+    given: Recompute = "none" if config.train.recompute == "auto" else config.train.recompute
+
+    def memory(
+        batch: BatchPlan,
+        whole_gradients: bool = config.train.reduce_gradients == "step",
+        recompute: Recompute = given,
+    ) -> MemoryFit:
+        case = memory_case(config, ds, shape, topology, precision, device, batch, whole_gradients, recompute)
         return MemoryFit.of(estimate_memory(case), device)
 
     def fits(batch: BatchPlan) -> bool:
@@ -152,6 +165,9 @@ def resolve(
     if topology.pipeline > 1 and chooses_micro_batch(settings):
         batch_notices.append(_bubble_notice(topology, batch))
     whole_gradients, reduction_notices = _reduction(config, ds, batch, memory(batch, whole_gradients=True))
+    recompute, recompute_notices = _recompute(
+        config, ds, shape, device, {kind: memory(batch, whole_gradients, kind) for kind in get_args(Recompute)}
+    )
     case = CheckContext(loaded, ds, world_size, device)
     loaded, steps_notices = with_steps(case, batch.global_batch, shape.parameter_count())
     loaded, warmup_notices = _fit_warmup(loaded)
@@ -173,6 +189,7 @@ def resolve(
         optimizer=optimizer,
         deepspeed=deepspeed,
         whole_gradients=whole_gradients,
+        recompute=recompute,
         notices=(
             *ds.notices,
             *_preset_notices(loaded, ds),
@@ -181,7 +198,8 @@ def resolve(
             *vocab_notices,
             *batch_notices,
             *reduction_notices,
-            *memory_notices(memory(batch, whole_gradients)),
+            *recompute_notices,
+            *memory_notices(memory(batch, whole_gradients, recompute)),
             *steps_notices,
             *warmup_notices,
             *schedule_notices,
@@ -323,6 +341,7 @@ def memory_case(
     device: DeviceFacts,
     batch: BatchPlan,
     whole_gradients: bool,
+    recompute: Recompute,
 ) -> MemoryCase:
     """Return the facts that the memory estimate needs."""
     settings = ds.settings
@@ -342,6 +361,7 @@ def memory_case(
         topology=topology,
         loss_chunk_tokens=loss_chunk_tokens(config, shape, device),
         checkpoint_activations_every=config.train.checkpoint_activations_every,
+        recompute=recompute,
         embedding_weight_decay=config.train.embedding_weight_decay,
         parameter_groups=config.train.parameter_groups,
         document_mask=config.data.document_mask,
@@ -392,6 +412,30 @@ def _reduction(config: RunConfig, ds: DeepSpeedConfig, batch: BatchPlan, whole: 
     if not whole.leaves_room:
         return False, [f"{often}, not once: with whole gradients {whole}"]
     return True, ['train.reduce_gradients ("auto"): gradients are kept whole and reduced once a step']
+
+
+def _recompute(
+    config: RunConfig,
+    ds: DeepSpeedConfig,
+    shape: ModelConfig,
+    device: DeviceFacts,
+    needs: dict[Recompute, MemoryFit],
+) -> tuple[Recompute, list[str]]:
+    """Return what each block recomputes, and a notice where "auto" decides it: the least arithmetic that fits.
+
+    Args:
+        needs: the memory with each choice.
+    """
+    if config.train.recompute != "auto":
+        return config.train.recompute, []
+    length = config.data.sequence_length
+    choices = [kind for kind in needs if not no_recomputation(kind, config, device, ds.settings.zero_optimization)]
+    choices.sort(key=lambda kind: recomputed_flops_per_token(shape, length, kind))  # "none" stays before "norms"
+    chosen = next(
+        (kind for kind in choices if needs[kind].leaves_room), min(choices, key=lambda kind: needs[kind].step)
+    )
+    notice = f'train.recompute ("auto"): {chosen}'
+    return chosen, [notice if chosen == "none" else f"{notice}; without recomputation {needs['none']}"]
 
 
 def known_vocab_size(data: DataSection) -> int | None:

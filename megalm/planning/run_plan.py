@@ -127,6 +127,14 @@ class Plan:
         return flops_per_token(self.shape, self.resolved.config.data.sequence_length)
 
     @property
+    def recomputed_flops_per_token(self) -> int:
+        """Of the backward pass, beside `flops_per_token`."""
+        case = self.case
+        return recomputed_flops_per_token(
+            self.shape, case.sequence_length, case.recompute, case.checkpoint_activations_every
+        )
+
+    @property
     def float8_share(self) -> float:
         """Of all operations."""
         config = self.resolved.config
@@ -139,12 +147,11 @@ class Plan:
     @property
     def mfu(self) -> float:
         """The share of the peak that the model's operations take, without those of a recomputed block's second pass."""
-        run, config = self.resolved, self.resolved.config
+        run = self.resolved
         if not self.rate.is_assumed:
             return self.rate.share
         busy = 1 - bubble_share(run.topology.pipeline, run.batch.accumulation)
-        every, length = config.train.checkpoint_activations_every, config.data.sequence_length
-        recomputed = recomputed_flops_per_token(self.shape, length, every) / self.flops_per_token
+        recomputed = self.recomputed_flops_per_token / self.flops_per_token
         share = self.rate.share * busy / (1 + recomputed)
         if self._peak is None:
             return share
@@ -208,6 +215,7 @@ def make_plan(resolved: ResolvedRun, vocab_size: int, schedules: Sequence[Schedu
         resolved.device,
         resolved.batch,
         resolved.whole_gradients,
+        resolved.recompute,
     )
     return Plan(
         resolved=resolved,

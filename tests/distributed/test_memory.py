@@ -140,7 +140,7 @@ def test_plan_tells_what_is_held(measured: Any, name: str) -> None:
 
 
 def _plans(run: Any) -> list[Any]:
-    facts = (run.topology, run.precision, run.device, run.batch, run.whole_gradients)
+    facts = (run.topology, run.precision, run.device, run.batch, run.whole_gradients, run.recompute)
     case = memory_case(run.config, run.deepspeed_source, shape_of(run), *facts)
     return estimate_stages(case)
 

@@ -41,7 +41,7 @@ CASES = {
     "gpt2 masked": _case((*GPT2, "data.document_mask=true")),
     "gpt2 dropout": _case((*GPT2, *DROPOUT)),
     "gpt2 dropout recomputed": _case((*GPT2, *DROPOUT, "train.checkpoint_activations_every=2")),
-    "llama masked recomputed": _case((*LLAMA, "data.document_mask=true", "train.checkpoint_activations_every=1")),
+    "llama masked recomputed": _case((*LLAMA, "data.document_mask=true", "train.recompute=norms")),
     "llama fewer micro-batches than stages": _case(LLAMA, micro_batch=16),
     "llama undecayed embeddings": _case((*LLAMA, "train.embedding_weight_decay=false"), gradient_clipping=0),
     "gpt2 zero0": _case(GPT2, gradient_clipping=0, zero_optimization={"stage": 0}),
@@ -51,12 +51,12 @@ CASES = {
     "llama tied": _case((*LLAMA, "model.tie_word_embeddings=true"), precision="bf16"),
 }
 FOUR_RANKS = {
-    "pp4": _case((*GPT2, *FOUR_LAYERS, *DROPOUT, "train.checkpoint_activations_every=1")),
+    "pp4": _case((*GPT2, *FOUR_LAYERS, *DROPOUT, "train.recompute=attention")),
     "pp2 dp2 gpt2": _case((*GPT2, *DROPOUT, "data.document_mask=true")),
     "pp2 dp2 llama": _case(LLAMA),
     "pp2 dp2 bf16": _case(GPT2, precision="bf16"),
     "pp2 tp2 gpt2": _case((*GPT2, "data.document_mask=true")),
-    "pp2 tp2 sequence": _case((*LLAMA, "model.tie_word_embeddings=true", "train.checkpoint_activations_every=1")),
+    "pp2 tp2 sequence": _case((*LLAMA, "model.tie_word_embeddings=true", "train.recompute=mlp")),
     "pp2 tp2 zero0": _case(GPT2, gradient_clipping=0, zero_optimization={"stage": 0}),
 }
 TENSOR = ("parallel.tensor=2",)

@@ -156,5 +156,5 @@ def test_initial_weights_are_those_of_their_names(started: Any, name: str) -> No
 
 
 def _plans(run: ResolvedRun) -> Iterator[Any]:
-    facts = run.topology, run.precision, run.device, run.batch, run.whole_gradients
+    facts = run.topology, run.precision, run.device, run.batch, run.whole_gradients, run.recompute
     return estimate_stages(memory_case(run.config, run.deepspeed_source, shape_of(run), *facts))

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.distributed
 TENSOR, SEQUENCE = ("parallel.tensor=2",), ("parallel.tensor=2", "parallel.sequence=true")
 OVERLAP = "parallel.overlap_tensor_communication=true"
 DROPOUT = ("model.dropout=0.2", "model.attention_dropout=0.2")
-RECOMPUTED = "train.checkpoint_activations_every=1"
+NORMS, ATTENTION, MLP = (f"train.recompute={kind}" for kind in ("norms", "attention", "mlp"))
 GPT2 = ("model.style=gpt2", "data.document_mask=true")
 ONE_RANK = {
     "plain": Case("zero1.json"),
@@ -41,8 +41,8 @@ ONE_RANK = {
 CASES = {
     "plain": Case("zero1.json", overrides=TENSOR),
     "sequence": Case("zero1.json", overrides=SEQUENCE),
-    "recomputed": Case("zero2.json", overrides=(*SEQUENCE, RECOMPUTED, OVERLAP)),
-    "recomputed zero3": Case("zero3.json", overrides=(*TENSOR, RECOMPUTED, OVERLAP)),
+    "recomputed": Case("zero2.json", overrides=(*SEQUENCE, NORMS, OVERLAP)),
+    "recomputed zero3": Case("zero3.json", overrides=(*TENSOR, NORMS, OVERLAP)),
     "compiled": Case("zero1.json", overrides=(*TENSOR, "compile=true")),
     "compiled sequence": Case("zero2.json", overrides=(*SEQUENCE, "compile=true", OVERLAP)),
     "bf16": Case("zero1.json", "bf16", (*TENSOR, OVERLAP)),
@@ -50,9 +50,9 @@ CASES = {
     "bf16 sequence zero3": Case("zero3.json", "bf16", (*SEQUENCE, OVERLAP)),
     "gpt2": Case("zero1.json", overrides=(*GPT2, *SEQUENCE)),
     "dropout": Case("zero1.json", overrides=(*TENSOR, *DROPOUT)),
-    "dropout recomputed": Case("zero1.json", overrides=(*TENSOR, *DROPOUT, RECOMPUTED)),
+    "dropout recomputed": Case("zero1.json", overrides=(*TENSOR, *DROPOUT, ATTENTION)),
     "dropout sequence": Case("zero1.json", overrides=(*SEQUENCE, *DROPOUT, OVERLAP)),
-    "dropout sequence recomputed": Case("zero1.json", overrides=(*SEQUENCE, *DROPOUT, RECOMPUTED, OVERLAP)),
+    "dropout sequence recomputed": Case("zero1.json", overrides=(*SEQUENCE, *DROPOUT, MLP, OVERLAP)),
 }
 ASKED = ("plain", "sequence", "gpt2")
 SLOW = "compiled"  # g++ compiles each graph; "compiled sequence" communicates in more places

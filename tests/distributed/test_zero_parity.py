@@ -45,7 +45,9 @@ CASES = {
     "zero2": Case("zero2.json"),
     "zero3": Case("zero3.json"),
     "zero3 persistent": Case(
-        "zero3.json", settings={"zero_optimization": {"stage3_param_persistence_threshold": 100_000}}
+        "zero3.json",
+        overrides=("train.recompute=attention",),
+        settings={"zero_optimization": {"stage3_param_persistence_threshold": 100_000}},
     ),
     "fp32.json": Case("fp32.json"),
     "zero2 accumulated": Case("zero2.json", settings={"train_micro_batch_size_per_gpu": 2}),

@@ -205,6 +205,27 @@ def test_float8_needs_multiples_of_16(start: Start, override: str, name: str, si
     assert_names(refused(start, FLOAT8, override, *parallel, ranks=2), FLOAT8, name, size, 16)
 
 
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        (
+            ("train.recompute=mlp", "train.checkpoint_activations_every=2"),
+            ["train.recompute=mlp", "train.checkpoint_activations_every=2"],
+        ),
+        (("train.recompute=norms", "compile=true"), ["train.recompute=norms", "compile=false"]),
+        (("train.recompute=mlp", "compile=true"), ["train.recompute=mlp", "ZeRO 3", "train.recompute=full"]),
+        (
+            ("train.recompute=attention", "compile=true", "parallel.tensor=2"),
+            ["train.recompute=attention", "train.recompute=full"],
+        ),
+    ],
+)
+def test_one_choice_of_recomputation(start: Start, keys: tuple[str, ...], names: list[object]) -> None:
+    stage = {"zero_optimization": {"stage": 3 if "ZeRO 3" in names else 2}}
+    assert_names(refused(start, *keys, **stage), *names)
+    assert start(keys[0]).recompute == keys[0].partition("=")[2]
+
+
 def test_a_cpu_emulates_float8(start: Start) -> None:
     assert_names(notice_of(start(FLOAT8), "float8"), FLOAT8)
 

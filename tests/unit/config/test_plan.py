@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from config_cases import CPU, GPU, notice_of, section_of
@@ -21,11 +21,13 @@ from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspeed_json
 from megalm.config.deepspeed.json_schema import OffloadOptimizerSection, ZeroSection
 from megalm.config.loading import describe_preset, load_run_config, preset_paths
+from megalm.config.schema import Recompute
 from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.cost_model.memory import (
     MemoryCase,
     MemoryPlan,
     activation_bytes,
+    block_bytes,
     checkpoint_bytes,
     estimate_memory,
     estimate_stages,
@@ -33,7 +35,7 @@ from megalm.cost_model.memory import (
     parameter_groups,
     shares,
 )
-from megalm.model.model_config import ModelConfig, build_model_config, flops_per_token
+from megalm.model.model_config import ModelConfig, build_model_config, flops_per_token, recomputed_flops_per_token
 from megalm.planning.lr_schedule import ScheduleSegment, learning_rate
 from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens
 from megalm.planning.run_plan import Plan, Rate, make_plan, parameters_by_part, points
@@ -234,6 +236,51 @@ def test_activations_against_what_autograd_saves(style: str, precision: str, ext
     sizes = case(shape, micro_batch=batch, sequence_length=length, precision=NAMES[precision], on_cpu=True)
     estimated = activation_bytes(sizes, share)
     assert 1.0 <= estimated / measured < 1.06
+
+
+@pytest.mark.parametrize("kind", [kind for kind in get_args(Recompute) if kind != "none"])
+@pytest.mark.parametrize(
+    ("style", "precision", "extra"),
+    [("llama", "bfloat16", "model.num_key_value_heads=2"), ("gpt2", "float32", "model.dropout=0.1")],
+)
+def test_recomputation_against_live_memory(style: str, precision: str, extra: str, kind: Recompute) -> None:
+    """What is no longer alive after the forward pass, and what the backward pass multiplies again, on a CPU."""
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megalm.model.transformer import LanguageModel
+    from tests.live_memory import LiveMemory
+
+    batch, length, vocab = 2, 128, 256
+    shape = shape_of("model.num_hidden_layers=3", f"model.style={style}", extra, vocab=vocab, length=length)
+    (share,) = shares(shape, Topology(1))
+    sizes = case(shape, micro_batch=batch, sequence_length=length, precision=NAMES[precision], on_cpu=True)
+    flops, kept, planned_to_keep = [], [], []
+    for recompute in ("none", kind):
+        model = LanguageModel(shape, recompute=recompute).to(getattr(torch, precision))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        tokens = torch.randint(0, vocab, (batch, length))
+        with LiveMemory() as memory:
+            loss, _ = model(tokens, tokens)
+        kept.append(memory.bytes)
+        chosen = replace(sizes, recompute=recompute)
+        planned_to_keep.append(activation_bytes(chosen, share) - block_bytes(chosen, share, recompute)[1])
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        flops.append(counter.get_total_flops())
+    saved, planned_to_save = kept[0] - kept[1], planned_to_keep[0] - planned_to_keep[1]
+    assert 0.98 <= planned_to_save / saved <= 1.02, (planned_to_save, saved)
+    # One block of queries multiplies the whole square of scores, of which the formula counts half.
+    square = length * shape.num_attention_heads * shape.head_dim * 2 * shape.num_hidden_layers
+    expected = recomputed_flops_per_token(shape, length, kind)
+    if kind in ("attention", "full"):
+        expected += square
+    if shape.dropout:  # its mask is drawn behind the last product
+        ends = {"attention": "attention.output", "mlp": "mlp.down", "full": "mlp.down"}
+        end = f"layers.0.{ends.get(kind)}.weight"
+        expected += 2 * shape.num_hidden_layers * math.prod(shape.parameters().get(end, (0,)))
+    assert flops[1] - flops[0] == batch * length * expected
 
 
 def test_float8_counts_rounded_copies() -> None:

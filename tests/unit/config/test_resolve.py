@@ -97,6 +97,26 @@ def test_whole_gradients_have_to_fit(start: Start) -> None:
     assert_names(notice_of(tight, "train.reduce_gradients"), 4, "6.5 GiB")
 
 
+@pytest.mark.parametrize(
+    ("gib", "compiled", "chosen"),
+    [
+        (80, False, "none"),
+        (80, True, "none"),
+        (15, False, "norms"),
+        (15, True, "attention"),
+        (10, False, "mlp"),
+        (6, True, "full"),
+    ],
+)
+def test_auto_recomputes_as_little_as_fits(start: Start, gib: float, compiled: bool, chosen: str) -> None:
+    sizes = ("model.hidden_size=1024", "model.num_attention_heads=8", "model.num_hidden_layers=16")
+    keys = (*sizes, "data.sequence_length=2048", "train.recompute=auto", f"compile={str(compiled).lower()}")
+    device = DeviceFacts(kind="cuda", bf16=True, memory_bytes=int(gib * 2**30), compiles=True)
+    run = start(*keys, device=device, train_micro_batch_size_per_gpu=8, train_batch_size=16)
+    assert run.recompute == chosen
+    assert_names(notice_of(run, "train.recompute"), chosen, *([f"{gib:.1f} GiB"] if chosen != "none" else []))
+
+
 WIDE = ("model.hidden_size=4096", "model.num_attention_heads=32", "model.intermediate_size=11008")
 MATRICES, NORMS = 4 * 4096**2 + 3 * 4096 * 11008, 2 * 4096
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megalm.config.schema import ModelSection
+from megalm.config.schema import ModelSection, Recompute
 from megalm.model.layer_factory import LayerFactory
 from megalm.model.loss import IGNORE, linear_cross_entropy
 from megalm.model.model_config import build_model_config
@@ -29,7 +29,7 @@ SECTIONS = {
 }
 
 
-def build(section: ModelSection, seed: int = 1, **options: int) -> LanguageModel:
+def build(section: ModelSection, seed: int = 1, **options: Any) -> LanguageModel:
     shape = build_model_config(section, VOCAB, LENGTH)
     clock = DropoutClock(seed=9)
     model = LanguageModel(shape, LayerFactory(clock), clock, **options)
@@ -136,18 +136,61 @@ def test_masked_documents_are_as_if_apart(section: ModelSection) -> None:
     assert not torch.allclose(plain, loss)
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_recomputing_blocks_changes_no_bit(every: int) -> None:
-    """With dropout: the mask of a recomputed block is drawn again from its place."""
-    section = ModelSection(style="gpt2", dropout=0.3, attention_dropout=0.2, **SIZES)
+RECOMPUTATIONS: dict[str, dict[str, Any]] = {
+    "every block": {"recompute_every": 1},
+    "every 2nd block": {"recompute_every": 2},
+    **{kind: {"recompute": kind} for kind in get_args(Recompute) if kind != "none"},
+}
+_DROPOUT = {"dropout": 0.3, "attention_dropout": 0.2}
+
+
+@pytest.mark.parametrize("options", RECOMPUTATIONS.values(), ids=list(RECOMPUTATIONS))
+@pytest.mark.parametrize(
+    "section",
+    [
+        ModelSection(style="gpt2", **_DROPOUT, **SIZES),
+        ModelSection(style="llama", dropout=0.3, qk_norm=True, num_key_value_heads=2, **SIZES),
+    ],
+    ids=["gpt2", "llama"],
+)
+def test_recomputation_changes_no_bit(section: ModelSection, options: dict[str, Any]) -> None:
+    """With dropout, and two micro-batches that run forward before the first runs backward, as in a pipeline: each draws
+    its own masks again."""
     tokens, labels = batch()
     gradients = []
-    for recompute_every in (0, every):
-        model = build(section, recompute_every=recompute_every)
-        model(tokens, labels)[0].backward()
+    for chosen in ({}, options):
+        model = build(section, **chosen)
+        losses = []
+        for micro_batch in (0, 1):
+            model.embedding.dropout.clock.micro_batch = micro_batch
+            losses.append(model(tokens, labels)[0])
+        for loss in losses:
+            loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+def test_compiled_halves_of_a_block_are_recomputed(kind: Recompute) -> None:
+    """Each half is one graph, which serves every block; the backward pass computes one of them again."""
+    section = ModelSection(style="llama", dropout=0.2, num_key_value_heads=2, **SIZES)
+    plain, compiled = build(section), build(section, recompute=kind)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled.compile_blocks(fullgraph=True, backend=counter)
+    tokens, labels = batch()
+    losses = []
+    for step in (1, 2):
+        for model in (plain, compiled):
+            model.embedding.dropout.clock.step = step
+            loss, _ = model(tokens, labels)
+            loss.backward()
+            losses.append(loss.item())
+    assert losses[::2] == losses[1::2]
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)
+    assert counter.frame_count == 2
 
 
 def test_dropout_is_a_function_of_its_place() -> None:
@@ -251,11 +294,11 @@ class Operations(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("recompute_every", [0, 1])
+@pytest.mark.parametrize("recompute", get_args(Recompute))
 @pytest.mark.parametrize("name", list(SECTIONS))
-def test_every_tensor_is_made_where_the_model_is(name: str, recompute_every: int) -> None:
+def test_every_tensor_is_made_where_the_model_is(name: str, recompute: Recompute) -> None:
     """Looked at on torch's `meta`: on a GPU, one that is made on the CPU is an error or a wait."""
-    model = build(SECTIONS[name], recompute_every=recompute_every).to("meta").train()
+    model = build(SECTIONS[name], recompute=recompute).to("meta").train()
     tokens, labels = (tensor.to("meta") for tensor in batch())
     with Operations() as operations:
         loss, _ = model(tokens, labels)
