@@ -85,6 +85,7 @@ ModelStyle = Literal["gpt2", "llama"]
 ScheduleKind = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"]
 WarmupKind = Literal["linear", "log"]
 StepConvention = Literal["standard", "deepspeed"]
+OptimizerStateKind = Literal["fp32", "bf16", "8bit"]
 
 
 class RunSection(Section):
@@ -249,6 +250,9 @@ class TrainSection(Section):
     log_interval_steps: PositiveInt = 1
     checkpoint_activations_every: NonNegativeInt = Field(
         default=0, description="recompute every n-th block in the backward pass; 0: none, 1: every block"
+    )
+    optimizer_state: OptimizerStateKind = Field(
+        default="fp32", description="Adam's two moments take 8, 4 or about 2 bytes a parameter; master weights are fp32"
     )
     reduce_gradients: Literal["auto", "step", "micro_batch"] = Field(
         default="auto",

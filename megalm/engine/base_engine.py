@@ -257,7 +257,8 @@ class EngineBase:
             self._swap_folder = SwapFolder(offload["nvme_path"], needed)
             offload["nvme_path"] = str(self._swap_folder.path)
         weight_groups = parameter_groups(part, run.optimizer.weight_decay, run.config.train.embedding_weight_decay)
-        inner = build_optimizer(weight_groups, run.optimizer, offload["device"] != "none")
+        states = run.config.train.optimizer_state
+        inner = build_optimizer(weight_groups, run.optimizer, states, offload["device"] != "none")
         self._last_norm = 0.0
         self._step_sums, self._target_count = HostCopy(context.device), 1
         self._check = UpdateCheck(context.comm, context.judge)
