@@ -88,9 +88,10 @@ class LowPrecisionAdam(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self._decoupled = decoupled
+        device = groups[0]["params"][0].device
         self._codecs: dict[Moment, MomentCodec] = {
-            "exp_avg": Bf16Codec() if states == "bf16" else EightBitCodec(signed=True),
-            "exp_avg_sq": Bf16Codec() if states == "bf16" else EightBitCodec(signed=False),
+            "exp_avg": Bf16Codec() if states == "bf16" else EightBitCodec(device, signed=True),
+            "exp_avg_sq": Bf16Codec() if states == "bf16" else EightBitCodec(device, signed=False),
         }
         self._pieces: dict[nn.Parameter, dict[int, _Piece]] = {}
         self._chunks: dict[nn.Parameter, list[_Chunk]] = {}

@@ -53,16 +53,17 @@ class EightBitCodec:
     The levels are equally far apart in the logarithm: the relative precision is the same for small and large values.
 
     Args:
+        device: of the blocks.
         signed: 127 levels over 10 octaves for each sign, and zero: for the first moment. Otherwise 256 levels over 20
             octaves and no zero, for the second moment: a smaller one is rounded up, because Adam divides by its root.
     """
 
-    def __init__(self, signed: bool) -> None:
+    def __init__(self, device: torch.device, signed: bool) -> None:
         self._signed, self._octaves = signed, 10.0 if signed else 20.0
         count = 127 if signed else 256
         exponents = self._octaves * (torch.arange(count, dtype=torch.float64) / (count - 1) - 1)
         levels = torch.exp2(exponents).float()
-        self._levels = torch.cat([torch.zeros(1), levels]) if signed else levels
+        self._levels = (torch.cat([torch.zeros(1), levels]) if signed else levels).to(device)
         self._first = 1 if signed else 0  # the level that the logarithm of a ratio begins at
 
     def zeros(self, blocks: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -90,7 +91,6 @@ class EightBitCodec:
         codes.copy_(indices * values.sign().int() if self._signed else indices)
 
     def _at(self, indices: Tensor) -> Tensor:
-        self._levels = self._levels.to(indices.device)
         return self._levels.index_select(0, indices.view(-1)).view_as(indices)
 
 

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam, Moment
 from megalm.engine.optimizer.moment_codecs import BLOCK, Bf16Codec, EightBitCodec, MomentCodec, random_bits
 
-CODECS = {"bf16": Bf16Codec(), "8bit mean": EightBitCodec(signed=True), "8bit square": EightBitCodec(signed=False)}
+CPU = torch.device("cpu")
+CODECS: dict[str, MomentCodec] = {
+    "bf16": Bf16Codec(),
+    "8bit mean": EightBitCodec(CPU, signed=True),
+    "8bit square": EightBitCodec(CPU, signed=False),
+}
 # Half the distance of two neighbours, as a part of the value: 8 bits; 10 octaves in 126 steps; 20 octaves in 255.
 PRECISION = {"bf16": 2.0**-8, "8bit mean": 0.029, "8bit square": 0.029}
 MOMENTS: tuple[Moment, ...] = ("exp_avg", "exp_avg_sq")
@@ -161,3 +166,17 @@ def test_a_tensor_that_is_not_laid_out_stays_as_it_is() -> None:
     _step(optimizer, flat, torch.ones(4))
     assert torch.equal(flat, torch.ones(4))
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("states", ["bf16", "8bit"])
+def test_the_second_moment_falls_by_a_thousandth_a_step(states: str) -> None:
+    """Rounded to the nearest, bf16 would keep it for ever."""
+    flat = nn.Parameter(torch.zeros(2048))
+    optimizer = LowPrecisionAdam([{"params": [flat]}], states, (0.9, 0.999), 1e-8, decoupled=True)  # type: ignore[arg-type]
+    optimizer.lay_out(flat, [(0, 0, 2048)])
+    optimizer.clear(flat, step=0)
+    optimizer.write(flat, 0, "exp_avg_sq", torch.rand(2048, generator=torch.Generator().manual_seed(0)) + 0.1)
+    before = optimizer.read(flat, 0, "exp_avg_sq").mean()
+    for _ in range(400):
+        _step(optimizer, flat, torch.zeros(2048))
+    assert float(optimizer.read(flat, 0, "exp_avg_sq").mean() / before) == pytest.approx(0.999**400, rel=0.02)
