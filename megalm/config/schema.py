@@ -86,6 +86,7 @@ Recompute = Literal["none", "norms", "attention", "mlp", "full"]
 ScheduleKind = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"]
 WarmupKind = Literal["linear", "log"]
 StepConvention = Literal["standard", "deepspeed"]
+OptimizerStateKind = Literal["fp32", "bf16", "8bit"]
 
 
 class RunSection(Section):
@@ -263,6 +264,9 @@ class TrainSection(Section):
         default="none",
         description="what every block computes again in the backward pass to save memory; full: all of it; auto: the "
         "least arithmetic that fits the memory",
+    )
+    optimizer_state: OptimizerStateKind = Field(
+        default="fp32", description="Adam's two moments take 8, 4 or about 2 bytes a parameter; master weights are fp32"
     )
     reduce_gradients: Literal["auto", "step", "micro_batch"] = Field(
         default="auto",

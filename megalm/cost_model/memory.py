@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import groupby
 
 from megalm.config.deepspeed.json_schema import Precision, ZeroSection
-from megalm.config.schema import ParameterGroup, Recompute
+from megalm.config.schema import OptimizerStateKind, ParameterGroup, Recompute
 from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
 from megalm.cost_model.start_memory import start_moments
 from megalm.model.model_config import ModelConfig, kept_probabilities
@@ -24,6 +24,10 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 # ZeRO 1 and 2 pad each parameter group to a multiple of 2 x ranks elements, for NCCL's alignment.
 _ALIGNMENT = 2
+# A block of 256 elements of both moments: in bf16, or in bytes with an fp32 scale for each.
+_BLOCK = 256
+_BLOCK_BYTES = {"bf16": 4 * _BLOCK, "8bit": 2 * (_BLOCK + 4)}
+_RANKS_LOOKED_AT = 16  # of ZeRO 3's, for where their parts cut blocks
 _FLAT_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once in stage 0 and in its BF16_Optimizer
 
 Groups = list[list[int]]
@@ -140,6 +144,7 @@ class MemoryCase:
         float8: linear layers multiply rounded copies of their factors.
         repeats_keys: attention keeps a copy of each key/value head for every query head that shares it.
         device_bytes: memory of the device; None: not known.
+        optimizer_state: how Adam's moments are kept.
     """
 
     shape: ModelConfig
@@ -164,6 +169,7 @@ class MemoryCase:
     float8: bool = False
     repeats_keys: bool = False
     device_bytes: int | None = None
+    optimizer_state: OptimizerStateKind = "fp32"
 
     @property
     def tokens(self) -> int:
@@ -424,11 +430,12 @@ def _states(case: MemoryCase, groups: Groups) -> tuple[dict[str, int], dict[str,
     low = case.element_bytes
     if stage == 0:
         elements = sum(map(sum, groups))
-        device = {"weights": low * elements, "gradients": low * elements, "master": 0, "moments": 8 * elements}
+        device = {"weights": low * elements, "gradients": low * elements, "master": 0}
+        device["moments"] = _moment_bytes(case, groups, elements)
         return device, _checkpoint_copy(case, elements)
     own = _own_elements(case, groups)
     gradients, host_gradients = _gradients(case, groups, own)
-    optimizer = {"master": 4 * own, "moments": 8 * own}
+    optimizer = {"master": 4 * own, "moments": _moment_bytes(case, groups, own)}
     weights = low * own if stage == 3 else low * sum(case.padded(group) for group in groups)
     device = {"weights": weights, "gradients": gradients, **optimizer}
     host = _checkpoint_copy(case, own)
@@ -481,6 +488,49 @@ def _gradients(case: MemoryCase, groups: Groups, own: int) -> tuple[int, int]:
     return reduced, 4 * own
 
 
+def _moment_bytes(case: MemoryCase, groups: Groups, own: int) -> int:
+    """Both of Adam's moments, of the fullest rank."""
+    if case.optimizer_state == "fp32":
+        return 8 * own
+    return _BLOCK_BYTES[case.optimizer_state] * _own_blocks(case, groups)
+
+
+def _own_blocks(case: MemoryCase, groups: Groups) -> int:
+    """Blocks that the fullest rank holds wholly or in part; they begin at multiples of their size in a parameter."""
+    ranks = case.topology.data
+    if case.zero.stage == 0:
+        return sum(_blocks(0, count) for group in groups for count in group)
+    if case.zero.stage == 3:
+        parts = [(math.ceil(count / ranks), count) for group in groups for count in group]
+        return max(
+            sum(_blocks(rank * part, min(rank * part + part, count)) for part, count in parts)
+            for rank in range(min(ranks, _RANKS_LOOKED_AT))
+        )
+    totals = [0] * ranks
+    for group in groups:
+        for _, rank, start, stop in _cut(group, case.padded(group) // ranks):
+            totals[rank] += _blocks(start, stop)
+    return max(totals)
+
+
+def _blocks(start: int, stop: int) -> int:
+    """Blocks that elements [start, stop) of a parameter lie in."""
+    return math.ceil(stop / _BLOCK) - start // _BLOCK if start < stop else 0
+
+
+def _cut(group: list[int], size: int) -> Iterator[tuple[int, int, int, int]]:
+    """For each part of a parameter the parameter's elements, the rank that holds it, its start and its stop there.
+
+    Args:
+        size: elements of the group that each rank holds.
+    """
+    place = 0
+    for count in group:
+        for rank in range(place // size, (place + count - 1) // size + 1):
+            yield count, rank, max(rank * size - place, 0), min((rank + 1) * size - place, count)
+        place += count
+
+
 def _own_elements(case: MemoryCase, groups: Groups) -> int:
     """Elements of one rank's partition: each parameter divided (stage 3), or each group (stages 1 and 2)."""
     ranks = case.topology.data
@@ -494,12 +544,8 @@ def _touched_elements(groups: Groups, case: MemoryCase) -> int:
     ranks = case.topology.data
     totals = [0] * ranks
     for group in groups:
-        size = case.padded(group) // ranks
-        start = 0
-        for count in group:
-            for rank in range(start // size, (start + count - 1) // size + 1):
-                totals[rank] += count
-            start += count
+        for count, rank, _, _ in _cut(group, case.padded(group) // ranks):
+            totals[rank] += count
     return max(totals)
 
 

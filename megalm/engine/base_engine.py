@@ -260,7 +260,7 @@ class EngineBase:
         weight_groups = parameter_groups(
             part, run.optimizer.weight_decay, train.embedding_weight_decay, train.parameter_groups
         )
-        inner = build_optimizer(weight_groups, run.optimizer, offload["device"] != "none")
+        inner = build_optimizer(weight_groups, run.optimizer, train.optimizer_state, offload["device"] != "none")
         self._last_norm = 0.0
         self._step_sums, self._target_count = HostCopy(context.device), 1
         self._check = UpdateCheck(context.comm, context.judge)

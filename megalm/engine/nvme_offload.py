@@ -11,28 +11,14 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from megalm.checkpoint.shard_spec import FragmentKey
 from megalm.errors import ConfigError
 from megalm.utils.file_lock import take_lock
 from megalm.utils.formatting import format_bytes
-
-
-@dataclass(frozen=True)
-class SwappedFragment:
-    """A fragment read from disk on access, so that a checkpoint does not hold them all in memory."""
-
-    key: FragmentKey
-    read: Callable[[], Tensor]
-
-    @property
-    def tensor(self) -> Tensor:
-        return self.read()
 
 
 class SwappedStates:

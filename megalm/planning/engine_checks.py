@@ -274,6 +274,15 @@ def recomputation_is_one(case: CheckContext) -> None:
         )
 
 
+def offloaded_states_are_fp32(case: CheckContext) -> None:
+    states = case.config.train.optimizer_state
+    if states != "fp32" and any(name == "offload_optimizer" for name, _ in case.offloads):
+        raise ConfigError(
+            f"train.optimizer_state={states} with offload_optimizer ({case.ds.path}): DeepSpeed's CPU Adam keeps its "
+            "moments in fp32; remove one of them"
+        )
+
+
 DEEPSPEED_RULES: tuple[Rule, ...] = (
     one_learning_rate,
     one_low_precision,
@@ -287,6 +296,7 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
     nvme_keeps_optimizer_states_only,
     gradients_are_reduced_as_the_stage_can,
     recomputation_is_one,
+    offloaded_states_are_fp32,
 )
 
 

@@ -8,11 +8,18 @@ from typing import Literal
 
 from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.config.deepspeed.json_schema import OffloadOptimizerSection
+from megalm.config.schema import OptimizerStateKind
 from megalm.cost_model.memory import MemoryCase, MemoryPlan, estimate_memory
 from megalm.utils.formatting import format_bytes
 
 # The share of the memory that "auto" plans to use: an estimate is not a measurement, and allocators fragment.
 USABLE_MEMORY = 0.85
+
+_SMALLER_STATES: dict[OptimizerStateKind, tuple[OptimizerStateKind, ...]] = {
+    "fp32": ("bf16", "8bit"),
+    "bf16": ("8bit",),
+    "8bit": (),
+}
 
 FitLevel = Literal["fits", "tight", "does not fit"]
 
@@ -93,7 +100,7 @@ def remedies(case: MemoryCase, device: DeviceFacts) -> list[str]:
     for words, _ in changes:
         if words not in (again := dict(_changes(together, device))):  # on top of those before it
             continue
-        together, made[words.rstrip("0123456789")] = again[words], words
+        together, made[words.partition("=")[0].rstrip("0123456789")] = again[words], words
         if _fits(together, device):
             return [" and ".join(made.values())]
     return []
@@ -104,7 +111,7 @@ def _fits(case: MemoryCase, device: DeviceFacts) -> bool:
 
 
 def _changes(case: MemoryCase, device: DeviceFacts) -> Iterator[tuple[str, MemoryCase]]:
-    """Yield changes and the case after each, the cheapest in speed first."""
+    """Yield changes and the case after each, the cheapest in speed first; last, what offload excludes."""
     if case.micro_batch > 1:
         per_rank = case.micro_batch * case.accumulation
         sizes = [size for size in range(case.micro_batch - 1, 0, -1) if per_rank % size == 0]
@@ -120,10 +127,12 @@ def _changes(case: MemoryCase, device: DeviceFacts) -> Iterator[tuple[str, Memor
         yield "train.recompute=full", replace(case, recompute="full")
     elif case.recompute == "none" and case.checkpoint_activations_every != 1:
         yield "train.checkpoint_activations_every=1", replace(case, checkpoint_activations_every=1)
-    offload = case.zero.offload_optimizer
-    if case.topology.pipeline == 1 and case.zero.stage and (offload is None or offload.device == "none"):
+    can_offload = case.topology.pipeline == 1 and case.zero.stage and case.optimizer_state == "fp32"
+    if can_offload and not case.offloads_optimizer:
         section = OffloadOptimizerSection(device="cpu")
         yield (
             "offload_optimizer to the CPU",
             replace(case, zero=case.zero.model_copy(update={"offload_optimizer": section})),
         )
+    for kind in () if case.offloads_optimizer else _SMALLER_STATES[case.optimizer_state]:
+        yield f"train.optimizer_state={kind}", replace(case, optimizer_state=kind)

@@ -372,6 +372,7 @@ def memory_case(
         repeats_keys=repeats_keys,
         device_bytes=device.memory_bytes,
         float8=config.precision.float8,
+        optimizer_state=config.train.optimizer_state,
     )
 
 

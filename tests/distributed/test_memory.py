@@ -43,6 +43,11 @@ CASES = {
     "sp2 zero3 bf16": Case("zero3.json", "bf16", (*WIDE, TENSOR, "parallel.sequence=true", *GPT2), GATHERED),
     "pp2 zero1 fp32": Case("zero1.json", overrides=(*WIDE, PIPELINE), settings={"train_micro_batch_size_per_gpu": 2}),
     "pp2 zero1 bf16": Case("zero1.json", "bf16", (*WIDE, PIPELINE, *GPT2), {"train_micro_batch_size_per_gpu": 2}),
+    "zero1 bf16 states": Case("zero1.json", "bf16", (*WIDE, "train.optimizer_state=bf16")),
+    "zero3 8bit states": Case("zero3.json", "bf16", (*WIDE, "train.optimizer_state=8bit"), GATHERED),
+    "pp2 8bit states": Case(
+        "zero1.json", "bf16", (*WIDE, PIPELINE, "train.optimizer_state=8bit"), {"train_micro_batch_size_per_gpu": 2}
+    ),
 }
 
 
@@ -114,7 +119,8 @@ def _tensors() -> list[torch.Tensor]:
 
 def _storages(tensors: Any) -> dict[int, int]:
     """Address -> bytes of each storage behind the tensors, once."""
-    storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu")
+    held = (tensor for tensor in tensors if isinstance(tensor, torch.Tensor))  # a state may have a number too
+    storages = (tensor.untyped_storage() for tensor in held if tensor.device.type == "cpu")
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
 
 

@@ -91,6 +91,8 @@ LAYOUTS: dict[str, Layout] = {
     "sequence": Layout("zero2.json", 8, 2, rank=2, keys=_SEQUENCE),
     "sequence, overlapped": Layout("zero2.json", 8, 2, rank=2, keys={**_SEQUENCE, **_OVERLAP}),
     "sequence, dropout, zero 3": Layout("zero3.json", 8, 3, rank=5, keys={**_SEQUENCE, **_GPT2, **_OVERLAP}),
+    "8-bit states, zero 3": Layout("zero3.json", 8, 3, rank=7, keys={"train.optimizer_state": "8bit"}),
+    "bf16 states, tensor": Layout("zero1.json", 8, 1, rank=3, keys={**_TENSOR, "train.optimizer_state": "bf16"}),
     "first stage": Layout("pipeline.json", 8, 1, rank=1, keys=_STAGES),
     "last stage": Layout("pipeline.json", 8, 1, rank=7, keys=_STAGES),
     "middle stage": Layout("pipeline.json", 8, 1, rank=4, keys=_MIDDLE),

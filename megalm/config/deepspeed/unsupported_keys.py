@@ -58,7 +58,7 @@ _MEAN = "megalm averages gradients over the targets of the global batch, which i
 _GATHER = _inert("it affects only how DeepSpeed saves 16-bit weights", "megalm export", no_effect=False)
 _SCALE = _inert("bf16 has no loss scale")
 _MASTERS = "master weights are always fp32"
-_MOMENTS = "moments are always fp32"
+_MOMENTS = "train.optimizer_state decides how moments are kept"
 _UNTESTED = "no test compares it with the one-rank model"
 _EXPERTS = UnsupportedKey("mixtures of experts are not available")
 _PRINTS = _inert("it only prints", no_effect=False)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from megalm.config.schema import ParameterGroup
+from megalm.config.schema import OptimizerStateKind, ParameterGroup
 from megalm.engine.cpp_extensions import load_cpu_adam
+from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
 from megalm.model.layer_factory import shard_of
 from megalm.model.parameter_groups import group_keys, group_settings, optimizer_groups
 from megalm.planning.resolve import OptimizerFacts
@@ -34,10 +35,13 @@ def parameter_groups(
     ]
 
 
-def build_optimizer(groups: list[dict[str, Any]], facts: OptimizerFacts, offload: bool) -> torch.optim.Optimizer:
+def build_optimizer(
+    groups: list[dict[str, Any]], facts: OptimizerFacts, states: OptimizerStateKind, offload: bool
+) -> torch.optim.Optimizer:
     """Return torch's fused Adam(W), which needs no compiler; with `offload`, DeepSpeed's CPUAdam, built on first use.
 
-    The engine sets the learning rate before every step, so the value given here is never used.
+    With `states` other than fp32 it is megalm's own. The engine sets the learning rate before every step, so the value
+    given here is never used.
     """
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -51,5 +55,11 @@ def build_optimizer(groups: list[dict[str, Any]], facts: OptimizerFacts, offload
             adamw_mode=facts.kind == "adamw",
             fp32_optimizer_states=True,
         )
+    if states != "fp32":
+        from deepspeed.runtime.zero import utils
+
+        if LowPrecisionAdam not in utils.ZERO_SUPPORTED_OPTIMIZERS:
+            utils.ZERO_SUPPORTED_OPTIMIZERS.append(LowPrecisionAdam)
+        return LowPrecisionAdam(groups, states, facts.betas, facts.epsilon, decoupled=facts.kind == "adamw")
     optimizer = torch.optim.AdamW if facts.kind == "adamw" else torch.optim.Adam
     return optimizer(groups, lr=0.0, betas=facts.betas, eps=facts.epsilon, fused=True)

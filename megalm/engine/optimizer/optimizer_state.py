@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from megalm.checkpoint.shard_spec import KINDS, Fragment, FragmentKey, FragmentKind, HasFragment
-from megalm.engine.nvme_offload import SwappedFragment, SwappedStates
+from megalm.engine.nvme_offload import SwappedStates
+from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
 from megalm.model.layer_factory import ShardedAxis
 
 ReadFragment = Callable[[FragmentKey], Tensor]
@@ -40,6 +41,18 @@ class _OwnedRange:
 
     def key(self, kind: FragmentKind) -> FragmentKey:
         return FragmentKey(self.name, kind, self.shard.shape, self.start, self.stop, self.shard.rectangle)
+
+
+@dataclass(frozen=True)
+class _ReadFragment:
+    """A fragment read on access, so that a checkpoint does not hold them all in memory."""
+
+    key: FragmentKey
+    read: Callable[[], Tensor]
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.read()
 
 
 class OptimizerState:
@@ -67,11 +80,15 @@ class OptimizerState:
         self._shards = shards
         self._is_first_copy = is_first_copy
         self._swapped = SwappedStates(self._outer) if getattr(self._outer, "swap_optimizer", False) else None
+        self._packed = self._inner if isinstance(self._inner, LowPrecisionAdam) else None
+        if self._packed is not None:
+            for flat, pieces in self._owned_by_flat():
+                self._packed.lay_out(flat, [(it.offset, it.start, it.stop - it.start) for it in pieces])
 
     def fragments(self) -> Iterator[HasFragment]:
         """Yield every fragment that this rank owns, once. Tensors are views: copy them before the next step.
 
-        Fragments on disk are copies, read on access: access each once, in this order.
+        Fragments on disk and low-precision moments are copies, read on access: access each once, in this order.
         """
         if self._outer is self._inner and not self._is_first_copy:
             return  # ZeRO 0: all replicas hold the same state; only the first yields it
@@ -81,7 +98,9 @@ class OptimizerState:
                 values = partial(self._values, owned, kind)
                 if self._swapped is not None and self._swapped.holds(flat):
                     is_last = (owned, kind) == own[-1]
-                    yield SwappedFragment(owned.key(kind), partial(self._swapped.read, flat, values, is_last))
+                    yield _ReadFragment(owned.key(kind), partial(self._swapped.read, flat, values, is_last))
+                elif self._packed is not None and kind != "master":
+                    yield _ReadFragment(owned.key(kind), partial(self._packed.read, flat, owned.offset, kind))
                 else:
                     yield Fragment(owned.key(kind), values())
 
@@ -99,7 +118,11 @@ class OptimizerState:
                 self._clear_moments(flat, optimizer_step)
                 for owned in pieces:
                     for kind in KINDS:
-                        self._values(owned, kind).copy_(read(owned.key(kind)))
+                        values = read(owned.key(kind))
+                        if self._packed is not None and kind != "master":
+                            self._packed.write(flat, owned.offset, kind, values)
+                        else:
+                            self._values(owned, kind).copy_(values)
         if self._is_cpu_adam:
             self._replay_bias_correction(optimizer_step)
         self._refresh_low_precision()
@@ -169,6 +192,9 @@ class OptimizerState:
 
     def _clear_moments(self, flat: nn.Parameter, optimizer_step: int) -> None:
         """Set the moments to zero, on the master's device, and the step count."""
+        if self._packed is not None:
+            self._packed.clear(flat, optimizer_step)
+            return
         state = self._inner.state[flat]
         for kind in KINDS[1:]:
             if self._swapped is not None and self._swapped.holds(flat) and kind in state:

@@ -252,3 +252,13 @@ def test_a_tensor_group_overlaps_on_a_gpu_with_enough_tokens(
     sizes = {"train_micro_batch_size_per_gpu": micro_batch, "train_batch_size": 64}
     run = start(*keys, f"data.sequence_length={length}", ranks=2, **sizes, **device)
     assert run.tensor_chunks == chunks
+
+
+@pytest.mark.parametrize("kind", ["bf16", "8bit"])
+def test_low_precision_states_stay_on_the_device(start: Start, kind: str) -> None:
+    word = f"train.optimizer_state={kind}"
+    assert start(word, zero_optimization={"stage": 2}).config.train.optimizer_state == kind
+    for device in ("cpu", "nvme"):
+        offload = {"device": device, **({"nvme_path": "/tmp"} if device == "nvme" else {})}
+        message = refused(start, word, zero_optimization={"stage": 3, "offload_optimizer": offload})
+        assert_names(message, word, "offload_optimizer", "fp32")

@@ -160,6 +160,25 @@ def test_offload_moves_memory_and_a_cpu_counts_it_once() -> None:
     assert on_cpu.total == sum(on_cpu.parts().values()) + sum(on_cpu.host.values())
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("kind", "each"), [("bf16", 4.0), ("8bit", 2 + 8 / 256)])
+def test_low_precision_moments_take_fewer_bytes(stage: int, kind: str, each: float) -> None:
+    """Beside the bytes of whole blocks, those of the blocks that parameters and ranks cut."""
+    shape = shape_of("model.hidden_size=256", "model.num_attention_heads=4")
+    zero = ZeroSection(stage=stage)
+    full = estimate_memory(case(shape, zero=zero))
+    low = estimate_memory(case(shape, zero=zero, optimizer_state=kind))
+    assert low.moments / full.moments == pytest.approx(each / 8, rel=0.01)
+    assert low.total - low.moments == full.total - full.moments
+    for ranks in (3, 7):  # every cut adds a block at most
+        uneven = [
+            estimate_memory(case(zero=zero, optimizer_state=it, topology=Topology(ranks))) for it in ("fp32", kind)
+        ]
+        elements, blocks = uneven[0].moments / 8, uneven[1].moments / (each * 256)
+        parameters = sum(map(len, groups_of(case())))
+        assert elements / 256 <= blocks <= elements / 256 + 2 * parameters
+
+
 def test_groups_follow_the_decay_of_embeddings() -> None:
     both = groups_of(case()), groups_of(case(embedding_weight_decay=False))
     assert sum(map(sum, both[0])) == sum(map(sum, both[1]))
