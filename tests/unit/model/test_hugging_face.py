@@ -155,23 +155,25 @@ def test_same_logits_and_gradients(section: ModelSection) -> None:
         torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_tokens_that_are_not_trained(tmp_path: Path) -> None:
-    """A batch of conversations in micro-batches of unequal targets: the loss and gradients of labels of -100."""
+@pytest.mark.parametrize(("micro", "ranks"), [(4, 1), (1, 1), (2, 2), (1, 4)])
+def test_tokens_that_are_not_trained(tmp_path: Path, micro: int, ranks: int) -> None:
+    """A batch of conversations, of unequal targets on all ranks: the loss and gradients of labels of -100."""
     prefix, random = tmp_path / "chats", np.random.default_rng(1)
     with IndexedDatasetWriter(prefix, np.uint16) as writer:
         writer.append(random.integers(0, VOCAB, size=4 * LENGTH - 3))
     trained = random.random(4 * LENGTH) < np.repeat([0.1, 0.9, 0.0, 0.5], LENGTH)
     trained_path(prefix).write_bytes(np.packbits(trained[:-3], bitorder="little").tobytes())
     samples = ValidationSamples(IndexedDataset(prefix), (0, 1), LENGTH - 1)
-    (batch,) = ValidationLoader(samples, BatchLayout(4, 1, 0, 1))
+    batches = [next(iter(ValidationLoader(samples, BatchLayout(4, micro, rank, ranks)))) for rank in range(ranks)]
 
     shape, model = _build(ModelSection(style="llama", **SIZES))
     theirs, their_gradients = _llama(shape, model)
     losses = []
-    for micro in batch.micro_batches:
-        total, _ = model(torch.from_numpy(micro.tokens), torch.from_numpy(micro.labels))
-        (total / batch.divisor).backward()
-        losses.append(total.detach() / batch.divisor)
+    for batch in batches:
+        for part in batch.micro_batches:
+            total, _ = model(torch.from_numpy(part.tokens), torch.from_numpy(part.labels))
+            (total / batch.divisor).backward()
+            losses.append(total.detach() / batch.divisor)
     places = np.stack([samples.place(index).positions for index in range(4)])
     tokens, marks = torch.from_numpy(samples.dataset.read(places)), torch.from_numpy(trained[places])
     expected = theirs(tokens, labels=tokens.masked_fill(~marks, -100)).loss
