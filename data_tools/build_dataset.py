@@ -14,6 +14,7 @@ from options import (
     Inputs,
     LargestMegabytes,
     MaxLoss,
+    MessagesKey,
     OnErrorWord,
     StdinKind,
     TextKey,
@@ -27,6 +28,8 @@ from options import (
 
 from megalm.data.builder.builder import BuildOptions, build_files, check_build
 from megalm.data.builder.quality_filters import Filters
+from megalm.data.indexed.trained_tokens import trained_share
+from megalm.data.tokenizers.chat_template import load_chat_template
 from megalm.data.tokenizers.tokenizer import describe_eod, load_tokenizer
 from megalm.errors import DataError
 
@@ -45,6 +48,11 @@ def main(
     txt_documents: TxtDocuments = "file",
     input_kind: InputKind = None,
     stdin_kind: StdinKind = None,
+    messages_key: MessagesKey = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(help="with --messages-key: Jinja file of the chat template [default: the tokenizer's]"),
+    ] = None,
     max_document_mb: LargestMegabytes = 32,
     on_error: OnErrorWord = "fail",
     empty_documents: EmptyDocuments = "skip",
@@ -80,17 +88,20 @@ def main(
     with one_line_errors():
         policy = loss_policy(on_error, empty_documents, max_loss)
         filters = Filters(min_characters, max_characters, min_letter_share, max_repeated_line_share, max_word_length)
+        if chat_template is not None and not messages_key:
+            raise DataError(f"--chat-template {chat_template}: renders messages; name their key with --messages-key")
         options = BuildOptions(
             append_eod=append_eod,
             on_error=policy.on_error,
             empty_documents=policy.empty_documents,
             max_loss=policy.max_loss,
-            read=read_options(text_key, columns, txt_documents, max_document_mb, input_kind),
+            read=read_options(text_key, columns, txt_documents, max_document_mb, input_kind, messages_key),
             filters=filters,
             dedup=dedup_of(dedup),
             minhash_threshold=minhash_threshold,
             split=weights_of(split),
             shard=shard_of(shard),
+            chat=load_chat_template(chat_template, tokenizer) if messages_key else None,
         )
         if eod_token is not None and not append_eod:
             raise DataError(f"--eod-token {eod_token}: no token ends a document with --no-append-eod; omit one of them")
@@ -122,6 +133,8 @@ def main(
                 f"{report.text_bytes / max(1, report.tokens):.2f} bytes per token, "
                 f"unigram entropy {report.unigram_entropy:.3f} nats"
             )
+            if report.trained:
+                out.print(f"{prefix}: trained tokens {trained_share(report.trained['tokens'], report.tokens)}")
             if report.inexact_documents:
                 names = ", ".join(report.inexact_names[:3])
                 out.print(f"{report.inexact_documents:,} documents do not decode back exactly, the first: {names}")

@@ -28,6 +28,10 @@ InputKind = Annotated[
 ]
 TextKey = Annotated[str, typer.Option(help="key of the text in JSON objects, or its column in parquet tables")]
 Columns = Annotated[str | None, typer.Option(help="A,B: these keys or columns instead, joined by a blank line")]
+MessagesKey = Annotated[
+    str | None,
+    typer.Option(help="key or column of chat messages: only the assistant's are trained [not with --text-key]"),
+]
 TxtDocuments = Annotated[str, typer.Option(help="a .txt file is one document (file) or several (blank-line)")]
 LargestMegabytes = Annotated[int, typer.Option("--max-document-mb", min=1, max=2047, help="refuse longer documents")]
 OnErrorWord = Annotated[str, typer.Option(help="fail or skip, at unreadable documents and files")]
@@ -39,7 +43,12 @@ MaxLoss = Annotated[
 
 
 def read_options(
-    text_key: str, columns: str | None, documents: str, largest_megabytes: int, input_kind: str | None
+    text_key: str,
+    columns: str | None,
+    documents: str,
+    largest_megabytes: int,
+    input_kind: str | None,
+    messages_key: str | None = None,
 ) -> ReadOptions:
     if documents not in ("file", "blank-line"):
         raise DataError(f"--txt-documents {documents}: is unknown; choose file or blank-line")
@@ -49,7 +58,10 @@ def read_options(
     kind = f".{input_kind.removeprefix('.')}" if input_kind else ""
     if kind:
         _one_of("--input-kind", kind, KINDS)
-    return ReadOptions(text_key, names, documents, largest_megabytes << 20, kind)
+    if messages_key and (names or text_key != ReadOptions().text_key):
+        other = f"--columns {columns}" if names else f"--text-key {text_key}"
+        raise DataError(f"--messages-key {messages_key} and {other}: a document is one or the other; omit one of them")
+    return ReadOptions(text_key, names, documents, largest_megabytes << 20, kind, messages_key or "")
 
 
 def loss_policy(on_error: str, empty_documents: str, max_loss: str | None) -> LossPolicy:

@@ -8,6 +8,7 @@ from pathlib import Path
 from console import out
 from options import weights_of
 
+from megalm.data.analysis.dataset_info import marked_text
 from megalm.data.analysis.sample_sources import TokenSpan, spans_of
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.sampling.mixture import BlendedSamples, MixtureStage
@@ -52,4 +53,4 @@ def _show(pieces: Iterable[TokenSpan], tokenizer: Tokenizer | None) -> None:
         where = f"{piece.prefix} document {piece.document}"
         source = "" if piece.source is None else f", {piece.source}"
         out.print(f"--- sample {piece.sample}: {where}{source}, its tokens {piece.first:,} to {piece.end:,}")
-        out.text(tokenizer.decode(piece.tokens) if tokenizer else " ".join(map(str, piece.tokens)))
+        out.text(marked_text(piece.tokens, piece.trained, tokenizer))

@@ -262,7 +262,7 @@ class EngineBase:
         )
         inner = build_optimizer(weight_groups, run.optimizer, train.optimizer_state, offload["device"] != "none")
         self._last_norm = 0.0
-        self._step_sums, self._target_count = HostCopy(context.device), 1
+        self._step_sums, self._divisor = HostCopy(context.device), 1
         self._check = UpdateCheck(context.comm, context.judge)
         self._check.install(inner)
         import_muon_uncompiled()
@@ -351,7 +351,7 @@ class EngineBase:
         dist.all_reduce(own)
         return own
 
-    def _arm_check(self, loss_sum: Tensor | float, target_count: int) -> None:
+    def _arm_check(self, loss_sum: Tensor | float, divisor: int) -> None:
         """Prepare the check of the update: call after the last backward pass, before DeepSpeed's step.
 
         Without ZeRO, DeepSpeed gives no norm, or only this pipeline stage's: it is computed here, from gradients that
@@ -363,7 +363,7 @@ class EngineBase:
             norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
             squares = [torch.stack(norms).square().sum()]
         self._step_sums.request(self._sum_over_ranks(loss_sum, *squares))
-        self._target_count = target_count
+        self._divisor = divisor
         self._check.arm(self._loss_and_norm)
 
     def _loss_and_norm(self) -> tuple[float, float]:
@@ -371,7 +371,7 @@ class EngineBase:
         loss_sum, *squares = self._step_sums.read()
         # Each data-parallel replica added its own squares.
         norm = math.sqrt(squares[0] / self._data.size) if squares else self._state.gradient_norm()
-        return loss_sum / self._target_count, norm
+        return loss_sum / self._divisor, norm
 
     def _end_of_step(self) -> StepResult:
         """Return the step's result, after DeepSpeed has updated or skipped."""

@@ -51,7 +51,7 @@ class PipelineEngine(EngineBase):
         self._set_learning_rate(learning_rate)
         micro_batches = [self._tensors(micro_batch) for micro_batch in batch.micro_batches]
         # DeepSpeed averages over micro-batches and ranks; the loss is a mean over the targets of the *global* batch.
-        model.loss_factor = len(micro_batches) * data.size / batch.target_count
+        model.loss_factor = len(micro_batches) * data.size / batch.divisor
         model.loss_sum = 0.0
 
         def before_forward(index: int) -> None:
@@ -60,7 +60,7 @@ class PipelineEngine(EngineBase):
             model.context.set(documents, labels)
 
         def before_update() -> None:
-            self._arm_check(model.loss_sum, batch.target_count)
+            self._arm_check(model.loss_sum, batch.divisor)
 
         engine._train_schedule = lambda: _Schedule(engine, before_forward, before_update)
         engine.train_batch(iter([(tokens, labels) for tokens, labels, _ in micro_batches]))

@@ -65,7 +65,7 @@ class ZeroEngine(EngineBase):
         self._set_learning_rate(learning_rate)
         total = torch.zeros((), device=self._device)
         # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
-        scale = self._data.size / batch.target_count
+        scale = self._data.size / batch.divisor
         last = len(batch.micro_batches) - 1
         for index, micro_batch in enumerate(batch.micro_batches):
             self._clock.step, self._clock.micro_batch = step, index * self._data.size + self._data.index
@@ -76,7 +76,7 @@ class ZeroEngine(EngineBase):
                     engine.backward(loss_sum * scale, scale_wrt_gas=False)
             total += loss_sum.detach()
             if index == last:
-                self._arm_check(total, batch.target_count)
+                self._arm_check(total, batch.divisor)
             with self._phase("update"):
                 engine.step()
         return self._end_of_step()

@@ -12,6 +12,7 @@ from typing import Any
 from megalm.cost_model.memory import checkpoint_bytes
 from megalm.cost_model.pipeline_balance import LARGE_BUBBLE, SMALL_BUBBLE, StageCosts, micro_batches_for
 from megalm.data.indexed.metadata import AWAITS_MERGE, read_sidecar
+from megalm.data.indexed.trained_tokens import trained_share
 from megalm.data.sampling.sample_order import stride_warning
 from megalm.data.tokenizers.tokenizer import describe_eod
 from megalm.errors import ConfigError, DataError
@@ -39,6 +40,8 @@ def data_rows(run: ResolvedRun, data: RunData) -> list[tuple[str, str]]:
         share = f"{planned.samples / data.samples:.1%} of the samples, " if len(parts) > 1 else ""
         seen = f", each token {planned.repetition:.2f} times" if part.stride < part.sequence_length else ""
         text = f"{share}{planned.epochs:.2f} epochs of {part.tokens_per_epoch:,} tokens{seen}"
+        if part.dataset.trained is not None:
+            text += f", trained {trained_share(part.trained_per_epoch, part.tokens_per_epoch)}"
         rows.append(("data", f"{planned.prefix}: {text}"))
     for stage in run.config.data.blends if run.config.data.stages else ():
         all_of_it = sum(part.weight for part in stage.blend)

@@ -79,7 +79,7 @@ def _train_all(comm: Any, device: torch.device, cases: dict[str, Case], prefix: 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
-    make_dataset(folder / "data")
+    make_dataset(folder / "data", marked=True)
     return folder
 
 

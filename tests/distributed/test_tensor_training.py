@@ -73,7 +73,7 @@ def traces(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, list[dict[str, Trace]]]:
     folder = tmp_path_factory.mktemp("tensor")
-    make_dataset(folder / "data")
+    make_dataset(folder / "data", marked=True)
     cases: dict[int, dict[str, Case]] = {1: {name: _with(_zero(1), *words) for name, words in MODELS.items()}}
     for name, world_size in selected(request, "name", "world_size"):
         cases.setdefault(world_size, {})[name] = CASES[name][1]

@@ -80,7 +80,7 @@ def traces(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, list[dict[str, Trace]]]:
     folder = tmp_path_factory.mktemp("parity")
-    make_dataset(folder / "data")
+    make_dataset(folder / "data", marked=True)
     cases = {1: {name: CASES[name] for name in ("zero1", "gpt2 zero1")}}
     for name, world_size in selected(request, "name", "world_size"):
         cases.setdefault(world_size, {})[name] = CASES[name]

@@ -13,6 +13,7 @@ import torch
 from megalm.config.deepspeed.json_reader import DeviceFacts, read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.trained_tokens import trained_path
 from megalm.data.indexed.writer import IndexedDatasetWriter
 from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader
 from megalm.data.sampling.samples import TrainingSamples
@@ -50,14 +51,21 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def make_dataset(prefix: Path) -> None:
-    """Documents with structure to learn, of many lengths."""
+def make_dataset(prefix: Path, marked: bool = False) -> None:
+    """Documents with structure to learn, of many lengths.
+
+    Args:
+        marked: of conversations, whose trained tokens are marked: no two micro-batches have equally many.
+    """
     random = np.random.default_rng(7)
     writer = IndexedDatasetWriter(prefix, np.dtype(np.uint16))
     for length in random.integers(3, 90, size=200):
         start, stride = random.integers(0, VOCAB), random.integers(1, 4)
         writer.append((start + stride * np.arange(length)) % VOCAB)
     writer.close()
+    if marked:
+        trained = np.repeat(random.random(1000) < 0.7, 10)[: len(IndexedDataset(prefix).tokens)]
+        trained_path(prefix).write_bytes(np.packbits(trained, bitorder="little").tobytes())
 
 
 def resolved(case: Case, world_size: int, folder: Path, kind: Literal["cpu", "cuda"] = "cpu") -> ResolvedRun:

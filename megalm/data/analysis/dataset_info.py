@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from megalm.data.builder.dedup import ExactDeduplicator, exact_signatures
 from megalm.data.builder.minhash_dedup import open_signatures
 from megalm.data.indexed.dataset import IndexedDataset, bin_path, idx_path, sidecar_path
 from megalm.data.indexed.document_sources import DocumentSources
-from megalm.data.indexed.metadata import read_sidecar
+from megalm.data.indexed.metadata import check_trained, read_sidecar
 from megalm.data.indexed.token_counts import Tell, count_tokens, no_tell
+from megalm.data.indexed.trained_tokens import trained_share
 from megalm.data.readers.input_files import sha256_of
 from megalm.data.readers.losses import Losses
 from megalm.data.tokenizers.tokenizer import Tokenizer
@@ -31,6 +34,7 @@ RECORDED = (
     "unigram_entropy",
     "options",
 )
+MARKS = "«", "»"  # around what is trained of a conversation
 
 
 def describe(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str, str]:
@@ -51,6 +55,9 @@ def describe(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str
     }
     if len(lengths):
         facts["tokens per sequence"] = f"{lengths.min():,} to {lengths.max():,}, median {np.median(lengths):,.0f}"
+    check_trained(dataset)
+    if dataset.trained is not None:
+        facts["trained tokens"] = trained_share(dataset.trained.count(), len(dataset.tokens))
     sidecar = read_sidecar(prefix)
     if sidecar is not None:
         recorded = sidecar["tokenizer"]
@@ -97,6 +104,7 @@ def verify(prefix: str | Path, tokenizer: Tokenizer | None = None, tell: Tell = 
         raise DataError(
             f"{idx_path(prefix)}: does not match the hash in {sidecar_path(prefix).name}; copy or build it again"
         )
+    check_trained(dataset, thorough=True)
     DocumentSources(prefix, dataset.document_count)  # refuses a file of another size
     if signed := sidecar.get("minhash"):
         open_signatures(prefix, signed, dataset.document_count)
@@ -109,7 +117,7 @@ def verify(prefix: str | Path, tokenizer: Tokenizer | None = None, tell: Tell = 
 
 
 def document_text(prefix: str | Path, document: int, tokenizer: Tokenizer | None = None) -> str:
-    """Return a document as text, or as ids if there is no tokenizer.
+    """Return a document as text, or as ids if there is no tokenizer; see `marked_text` for conversations.
 
     Raises:
         DataError: the dataset has no such document, or a token is not in the tokenizer's vocabulary.
@@ -120,7 +128,27 @@ def document_text(prefix: str | Path, document: int, tokenizer: Tokenizer | None
     first, end = (int(bound) for bound in dataset.document_index[document : document + 2])
     rows = [dataset.sequence_positions(sequence) for sequence in range(first, end)]
     tokens = [token for row in rows for token in dataset.read(row).tolist()]
-    return tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
+    trained = None if dataset.trained is None else [bit for row in rows for bit in dataset.trained.at(row).tolist()]
+    return marked_text(tokens, trained, tokenizer)
+
+
+def marked_text(tokens: Sequence[int], trained: Sequence[bool] | None, tokenizer: Tokenizer | None = None) -> str:
+    """Return tokens as text, or as ids without a tokenizer.
+
+    Args:
+        trained: of a conversation, whether each token is trained: these stand between MARKS, and special tokens are
+            shown by name.
+    """
+    if trained is None:
+        return tokenizer.decode(tokens) if tokenizer else " ".join(map(str, tokens))
+    pieces, first = [], 0
+    for is_trained, run in groupby(trained):
+        end = first + len(list(run))
+        part = tokens[first:end]
+        text = tokenizer.decode_marked(part) if tokenizer else " ".join(map(str, part))
+        pieces.append(text.join(MARKS) if is_trained else text)
+        first = end
+    return ("" if tokenizer else " ").join(pieces)
 
 
 @dataclass(frozen=True)

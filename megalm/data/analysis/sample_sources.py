@@ -23,6 +23,7 @@ class TokenSpan:
         document, source: number of the document in the dataset, and its origin (None if not recorded).
         first, end: range of the document's tokens.
         tokens: their ids.
+        trained: of a dataset of conversations, whether each of them is trained.
     """
 
     sample: int
@@ -32,6 +33,7 @@ class TokenSpan:
     first: int
     end: int
     tokens: tuple[int, ...]
+    trained: tuple[bool, ...] | None
 
 
 def spans_of(samples: BlendedSamples, first_sample: int, count: int) -> Iterator[TokenSpan]:
@@ -64,4 +66,5 @@ def _pieces_at(
             first=int(where[0]) - begin,
             end=int(where[-1]) - begin + 1,
             tokens=tuple(dataset.read(where).tolist()),
+            trained=None if dataset.trained is None else tuple(dataset.trained.at(where).tolist()),
         )

@@ -21,6 +21,7 @@ from megalm.data.indexed.dataset import best_dtype, bin_path, idx_path, sidecar_
 from megalm.data.indexed.document_sources import SOURCE, sources_path
 from megalm.data.indexed.metadata import AWAITS_MERGE, KEPT_NAMES, DatasetMetadata, dataset_paths, signatures_path
 from megalm.data.indexed.token_counts import TokenCounter
+from megalm.data.indexed.trained_tokens import BitPacker, trained_path
 from megalm.data.indexed.writer import IndexedDatasetWriter, RowWriter
 from megalm.data.readers.document_reader import Span, lines_before, record_name
 from megalm.data.readers.input_files import InputFile, sha256_of
@@ -55,12 +56,15 @@ class DatasetWriter:
         vocab_size: int | None,
         sourced: bool = False,
         signed: bool = False,
+        marked: bool = False,
     ) -> None:
         self.report, self._prefix = report, prefix
         self._tokens = IndexedDatasetWriter(prefix, dtype)
         self.counter = TokenCounter(vocab_size, bin_path(prefix))
         self._sources = RowWriter(sources_path(prefix)) if sourced else None
         self._signatures = RowWriter(signatures_path(prefix)) if signed else None
+        self._trained = RowWriter(trained_path(prefix)) if marked else None
+        self._bits, self.trained_tokens = BitPacker(), 0
 
     def add(
         self,
@@ -69,16 +73,21 @@ class DatasetWriter:
         document_ends: npt.NDArray[np.int64] | None = None,
         sources: npt.NDArray[Any] | None = None,
         signatures: npt.NDArray[Any] | None = None,
+        trained: Bools | None = None,
     ) -> None:
         """Append documents, with arguments as for `IndexedDatasetWriter.append_documents`.
 
-        Their SOURCE rows and MinHash values are written too, if this dataset has files for them.
+        Their SOURCE rows, MinHash values, and which tokens are trained, are written if this dataset has files for them.
         """
         self.counter.add(tokens)
         self._tokens.append_documents(tokens, lengths, document_ends)
         for writer, rows in ((self._sources, sources), (self._signatures, signatures)):
             if writer is not None and rows is not None:
                 writer.add(rows)
+        if self._trained is not None and trained is not None:
+            assert len(trained) == len(tokens), "each token is trained or not"
+            self._trained.add(self._bits.add(trained))
+            self.trained_tokens += int(trained.sum())
         self.report.documents += len(lengths if document_ends is None else document_ends)
 
     def note_inexact(self, names: Sequence[str], count: int) -> None:
@@ -86,8 +95,14 @@ class DatasetWriter:
         self.report.inexact_names += names[: KEPT_NAMES - len(self.report.inexact_names)]
 
     def finish(self) -> None:
-        """Rename the files to their final names; PREFIX.json comes last and marks the dataset as built."""
-        for path_of in (sidecar_path, sources_path, signatures_path):  # old ones do not describe the new tokens
+        """Rename the files to their final names; PREFIX.json comes last and marks the dataset as built.
+
+        Raises:
+            DataError: no token of conversations is trained.
+        """
+        self.check_trained()
+        # Old ones do not describe the new tokens.
+        for path_of in (sidecar_path, sources_path, signatures_path, trained_path):
             path_of(self._prefix).unlink(missing_ok=True)
         self._tokens.close()
         summary, report = self.counter.summary(), self.report
@@ -101,6 +116,9 @@ class DatasetWriter:
                 self._sources.close()
             if self._signatures is not None:
                 report.minhash |= {**MADE, "sha256": self._signatures.close()}
+            if self._trained is not None:
+                self._trained.add(self._bits.end())
+                report.trained = {"tokens": self.trained_tokens, "sha256": self._trained.close()}
             sync_directory(Path(self._prefix).parent)
             report.idx_sha256 = sha256_of(idx_path(self._prefix))
             write_json(sidecar_path(self._prefix), asdict(report))
@@ -108,9 +126,17 @@ class DatasetWriter:
             _unlink_all(self._prefix)  # tokens without PREFIX.json would block the next attempt
             raise
 
+    def check_trained(self) -> None:
+        """Raises DataError if no token of conversations is trained."""
+        if self._trained is not None and not self.trained_tokens:
+            raise DataError(
+                f"{self._prefix}: no token is trained: the conversations have no text of the assistant, or the chat "
+                "template marks none; check the roles of the messages, and the template (--chat-template)"
+            )
+
     def close(self) -> None:
         """Discard unfinished files."""
-        for writer in (self._tokens, self._sources, self._signatures):
+        for writer in (self._tokens, self._sources, self._signatures, self._trained):
             if writer is not None:
                 writer.abort()
 
@@ -139,7 +165,7 @@ class Assembler:
         self._reports, self._prefixes, self._options = reports, prefixes, options
         self._numbers = {file.path: number for number, file in enumerate(files)}
         # A document of another shard can have a near copy here and be removed itself: only the merge can decide.
-        self._signed = options.dedup == "minhash"
+        self._signed, self._marked = options.dedup == "minhash", options.chat is not None
         self._deferred = self._signed and options.shard[1] > 1
         self._seen = make_deduplicator(
             "none" if self._deferred else options.dedup, work / "seen", options.minhash_threshold
@@ -199,6 +225,8 @@ class Assembler:
         for report in self._reports[1:]:
             for name in ("skipped", "empty_documents", "losses", "messages", "removed", "near_copies"):
                 setattr(report, name, getattr(main, name))
+        for output in self._outputs:  # all of a split, or none
+            output.check_trained()
         for output in self._outputs:
             output.finish()
         progress(1.0)
@@ -210,7 +238,7 @@ class Assembler:
 
     def _open_outputs(self) -> list[DatasetWriter]:
         return [
-            DatasetWriter(report, prefix, self._dtype, self._vocab_size, sourced=True, signed=self._signed)
+            DatasetWriter(report, prefix, self._dtype, self._vocab_size, True, self._signed, self._marked)
             for report, prefix in zip(self._reports, self._prefixes, strict=True)
         ]
 
@@ -275,6 +303,7 @@ class Assembler:
         intact = len(tokens) == placed.summary.tokens == int(rows["tokens"].sum()) and len(rows) == len(mask)
         if not intact or zlib.crc32(tokens.data) != placed.summary.crc:
             raise placed.part.damaged()
+        trained = placed.part.trained(len(tokens)) if self._marked else None
         spans, sources = rows["span"], np.zeros(len(rows), SOURCE)
         sources["file"] = np.array([self._numbers[span.file.path] for span in placed.spans], dtype=np.uint32)[spans]
         sources["line"] = rows["line"] + np.array(first_lines, dtype=np.int64)[spans]
@@ -284,13 +313,15 @@ class Assembler:
             here = mask & (ordinals >= start) & (ordinals < end)
             if not here.any():
                 continue
-            chosen = tokens if here.all() else tokens[np.repeat(here, rows["tokens"])]
+            of_tokens = np.repeat(here, rows["tokens"])
+            chosen = tokens if here.all() else tokens[of_tokens]
             kept = rows[here]
             output.add(
                 chosen,
                 kept["tokens"],
                 sources=sources[here],
                 signatures=None if signatures is None else signatures[here],
+                trained=None if trained is None else trained[of_tokens],
             )
             output.report.text_bytes += int(kept["text_bytes"].sum())
             inexact = np.flatnonzero(here & ~rows["exact"])

@@ -19,6 +19,7 @@ from megalm.data.readers.document_reader import TABLE, LossPolicy, OnError, Span
 from megalm.data.readers.formats import format_of
 from megalm.data.readers.input_files import InputFile
 from megalm.data.readers.records import BLOCK_BYTES, ReadOptions, RecordLayout, without_end
+from megalm.data.tokenizers.chat_template import ChatTemplate
 from megalm.errors import DataError
 from megalm.utils.atomic_files import json_hash
 
@@ -44,6 +45,7 @@ class BuildOptions:
         shard: (k, n): build only the k-th of n parts of the input, from 0, about equal in bytes. With "minhash" a shard
             keeps its near copies until the merge, because removal depends on the shards before it.
         unit_bytes: text bytes of a unit of work; by default derived from the input size.
+        chat: renders the messages that `read.messages_key` names; PREFIX.trained then tells which tokens are trained.
     """
 
     append_eod: bool = True
@@ -57,8 +59,11 @@ class BuildOptions:
     split: tuple[float, ...] = ()
     shard: tuple[int, int] = (0, 1)
     unit_bytes: int | None = None
+    chat: ChatTemplate | None = None
 
     def __post_init__(self) -> None:
+        if (self.chat is None) != (not self.read.messages_key):
+            raise DataError("messages need a chat template, and a template messages; name the key with --messages-key")
         if len(self.split) == 1 or len(self.split) > len(SPLIT_NAMES):
             raise DataError(f"--split {self.split}: give two or three weights, such as 95,5 or 90,5,5")
         shard, shards = self.shard
@@ -81,6 +86,9 @@ class BuildOptions:
             facts.pop("empty_documents")
         if not self.read.kind:
             facts["read"].pop("kind")
+        if self.chat is None:
+            facts.pop("chat")
+            facts["read"].pop("messages_key")
         return facts
 
     @property
@@ -106,6 +114,7 @@ class BuildOptions:
         return [
             ("text_key", self.read.text_key),
             ("columns", ",".join(self.read.columns)),
+            ("messages_key", self.read.messages_key),
             ("txt_documents", self.read.documents),
             ("max_document_mb", self.read.largest_bytes >> 20),
             ("input_kind", self.read.kind),

@@ -91,6 +91,11 @@ def _find(
     options: BuildOptions,
     stdin_kind: str,
 ) -> _Inputs:
+    if options.chat is not None and not tokenizer.reads_special_tokens:
+        raise DataError(
+            f"{tokenizer.spec}: reads no special tokens from a text, as chat templates write them; give the same "
+            "tokenizer as a tokenizer.json, which an export to Hugging Face has"
+        )
     reading = ReadReport()
     files = find_inputs(paths, reading, stdin_kind, options.read.kind)
     prefixes = options.output_prefixes(output_prefix)

@@ -25,6 +25,7 @@ from megalm.data.indexed.metadata import (
     AWAITS_MERGE,
     KEPT_NAMES,
     DatasetMetadata,
+    check_trained,
     dataset_paths,
     finished_report,
     read_sidecar,
@@ -91,6 +92,7 @@ def merge_datasets(
     if len(prefixes) < 2:
         raise DataError("merging needs two or more datasets; give their prefixes")
     inputs = [Input(IndexedDataset(prefix), read_sidecar(prefix) or {}) for prefix in prefixes]
+    _check_marked(inputs)
     work = Path(f"{output_prefix}{WORK_SUFFIX}")
     refuse_overwriting([output_prefix], work, (path for given in inputs for path in given.files()))
     report = _merged_report(inputs, output_prefix, _dedup_options(inputs, dedup, minhash_threshold))
@@ -104,6 +106,19 @@ def merge_datasets(
         finally:
             shutil.rmtree(work, ignore_errors=True)  # NFS keeps files that are still mapped
     return report
+
+
+def _check_marked(inputs: Sequence[Input]) -> None:
+    """Raises DataError if only some of the datasets tell which of their tokens are trained."""
+    for dataset, _ in inputs:
+        check_trained(dataset)
+    marked = [dataset.prefix for dataset, _ in inputs if dataset.trained is not None]
+    others = [dataset.prefix for dataset, _ in inputs if dataset.trained is None]
+    if marked and others:
+        raise DataError(
+            f"{marked[0]}: is of conversations and tells which tokens are trained, {others[0]} does not; train on both "
+            "with a list in data.train, which needs no merge"
+        )
 
 
 def _dedup_options(inputs: Sequence[Input], dedup: Dedup, threshold: float | None) -> dict[str, Any]:
@@ -161,6 +176,8 @@ def _merged_report(
     if not complete:
         return report
     report.options["hashes"] = [sidecar["bin_sha256"] for sidecar in sidecars]
+    if recorded_bits := [sidecar["trained"]["sha256"] for sidecar in sidecars if sidecar.get("trained")]:
+        report.options["trained_hashes"] = recorded_bits
     if reads := [sidecar["options"]["read"] for sidecar in sidecars if "read" in sidecar["options"]]:
         report.options["read"] = reads[0]
     losses = Losses()
@@ -206,7 +223,10 @@ def _merge(
     sources = _sources(inputs) if report.options["complete"] else None
     seen = make_deduplicator(dedup, work / "seen", report.options.get("minhash_threshold", 1.0))
     vocab_size, signed = report.tokenizer.get("vocab_size"), dedup == "minhash"
-    with closing(DatasetWriter(report, output_prefix, dtype, vocab_size, sources is not None, signed)) as writer:
+    marked = inputs[0].dataset.trained is not None
+    with closing(
+        DatasetWriter(report, output_prefix, dtype, vocab_size, sources is not None, signed, marked)
+    ) as writer:
         for number, given in enumerate(inputs):
             copies = _copy(given, seen, writer, sources[number] if sources else None, tell)
             if dedup != "none":
@@ -253,17 +273,20 @@ def _copy(
         if sources is not None:
             rows = np.array(sources[0][first:end][new])
             rows["file"] += sources[1]
+        of_tokens = np.repeat(stay, lengths)
         writer.add(
-            tokens if new.all() else tokens[np.repeat(stay, lengths)],
+            tokens if new.all() else tokens[of_tokens],
             lengths[stay],
             np.cumsum(sequences[new]),
             rows,
             None if signed is None else signed[first:end][new],
+            None if dataset.trained is None else dataset.trained.at(range(bounds[first], bounds[end]))[of_tokens],
         )
         copies += int((~new).sum())
         first = end
     if sidecar.get("bin_sha256", digest.hexdigest()) != digest.hexdigest():
         raise DataError(f"{bin_path(dataset.prefix)}: does not match the hash in its .json; copy or build it again")
+    check_trained(dataset, thorough=True)
     return copies
 
 

@@ -180,6 +180,8 @@ def rebuild_command(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted)
     words += ["--tokenizer", wanted.tokenizer.spec, "--output-prefix", build_prefix(prefix), "--overwrite"]
     if options.append_eod and wanted.tokenizer.eod_is_chosen:
         words += ["--eod-token", wanted.tokenizer.eod_token]
+    if options.chat is not None:
+        words += ["--chat-template", str(sidecar_path(prefix))]
     return shlex.join([*words, *options.to_words()])
 
 

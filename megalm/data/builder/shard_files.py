@@ -1,4 +1,4 @@
-"""The files of a unit of work: PART.tokens, PART.npz (one row per document), and PART.json, written last.
+"""The files of a unit of work: PART.tokens, PART.npz (a row per document; trained tokens), and PART.json, the last.
 
 A part without PART.json does not exist; a part whose files do not match PART.json is made again.
 """
@@ -9,7 +9,7 @@ import json
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from megalm.data.indexed.dataset import best_dtype
 from megalm.data.readers.document_reader import Span, SpanCount, lines_before, read_span, record_name
 from megalm.data.readers.input_files import KEPT_MESSAGES
 from megalm.data.readers.losses import Losses
-from megalm.data.readers.records import ByteBlock, TextRecord
+from megalm.data.readers.records import EMPTY, ByteBlock, TextRecord
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
 from megalm.utils.atomic_files import temporary_name, write_json, writing_to
@@ -86,6 +86,13 @@ class WorkUnitFiles:
         """Return [n, ...]; meaningless if the part has no documents. Raises DataError for a damaged file."""
         return self._array("signatures")
 
+    def trained(self, tokens: int) -> npt.NDArray[np.bool_]:
+        """Return [tokens] whether each is trained; only for conversations. Raises DataError for a damaged file."""
+        bits = self._array("trained")
+        if len(bits) != -(-tokens // 8):
+            raise self.damaged()
+        return np.unpackbits(bits, count=tokens).astype(np.bool_)
+
     def _array(self, name: str) -> npt.NDArray[Any]:
         try:
             with np.load(self.path("npz")) as arrays:  # a zip file, which has its own checksums
@@ -106,6 +113,13 @@ class _Place(NamedTuple):
     first_line: int
 
 
+class _Readable(NamedTuple):
+    """A record with a text, and the characters of it that are trained, if it is a conversation."""
+
+    record: TextRecord
+    trained: Sequence[tuple[int, int]] = ()
+
+
 class WorkUnitWriter:
     """Turns records into a part; each worker writes one at a time."""
 
@@ -118,6 +132,7 @@ class WorkUnitWriter:
         self._removed: Counter[str] = Counter()
         self._rows: list[npt.NDArray[Any]] = []
         self._signatures: list[npt.NDArray[Any]] = []
+        self._trained: list[npt.NDArray[np.bool_]] = []  # of each batch of documents, if they are conversations
 
     def write(
         self, spans: Sequence[Span], block: ByteBlock | None = None, content_hash: str = "", first_line: int = 0
@@ -138,16 +153,32 @@ class WorkUnitWriter:
                     count = SpanCount()
                     place = _Place(number, span, first_line)
                     for records in read_span(span, self._options.read, count, block):
-                        tokens.write(self._encode([record for record in records if self._keep(record, place)], place))
+                        tokens.write(self._encode(self._kept(records, place), place))
                     self._summary.span_lines.append(count.lines)
                     self._summary.losses.input_bytes += count.disk_bytes
             with _complete(part.path("npz")) as file:
                 signatures = np.concatenate(self._signatures) if self._signatures else np.zeros((0, 2), "<u8")
                 documents = np.concatenate(self._rows) if self._rows else np.zeros(0, DOCUMENT)
-                np.savez(file, documents=documents, signatures=signatures)
+                # Without conversations, no bit.
+                np.savez(file, documents=documents, signatures=signatures, trained=_packed(self._trained))
         self._summary.removed, self._summary.content = dict(self._removed), content_hash
         write_json(part.path("json"), asdict(self._summary), durable=False)
         return self._summary
+
+    def _kept(self, records: Iterable[TextRecord], place: _Place) -> list[_Readable]:
+        chat, kept = self._options.chat, []
+        for record in records:
+            readable = _Readable(record)
+            if chat is not None and record.text is not None:
+                try:
+                    text, trained = chat.render(record.text)
+                    problem = "" if text else EMPTY
+                    readable = _Readable(record._replace(text=text or None, problem=problem), trained)
+                except DataError as error:
+                    readable = _Readable(record._replace(text=None, problem=str(error)))
+            if self._keep(readable.record, place):
+                kept.append(readable)
+        return kept
 
     def _keep(self, record: TextRecord, place: _Place) -> bool:
         self._summary.losses.count(record)
@@ -170,11 +201,10 @@ class WorkUnitWriter:
         if record.is_loss and len(summary.messages) < KEPT_MESSAGES:
             summary.messages.append((place.number, record.line, record.problem))
 
-    def _encode(self, readable: Sequence[TextRecord], place: _Place) -> bytes:
-        """Return the records' tokens as file bytes; appends their rows and signatures."""
+    def _encode(self, readable: Sequence[_Readable], place: _Place) -> bytes:
+        """Return the records' tokens as file bytes; appends their rows, signatures, and which are trained."""
         records, found = [], []
-        texts = [record.text for record in readable if record.text is not None]
-        for record, document in zip(readable, encode_documents(self._tokenizer, texts), strict=True):
+        for (record, _), document in zip(readable, self._encoded(readable), strict=True):
             if isinstance(document, DataError):
                 unusable = record._replace(text=None, problem=str(document))
                 self._summary.losses.count_unreadable(unusable)
@@ -200,6 +230,9 @@ class WorkUnitWriter:
         else:
             self._signatures.append(np.zeros((len(records), 0), "<u8"))
         self._rows.append(rows)
+        if self._options.chat is not None:
+            ends = np.zeros(0 if self._eod_id is None else 1, dtype=np.bool_)  # no part of a conversation
+            self._trained += [part for document in found for part in (document.trained, ends)]
         content = tokens.tobytes()
         self._summary.crc = zlib.crc32(content, self._summary.crc)
         self._summary.documents += len(records)
@@ -207,14 +240,20 @@ class WorkUnitWriter:
         self._summary.text_bytes += int(rows["text_bytes"].sum())
         return content
 
+    def _encoded(self, readable: Sequence[_Readable]) -> Iterator[EncodedDocument | DataError]:
+        if self._options.chat is not None:
+            return (encode_conversation(self._tokenizer, record.text or "", trained) for record, trained in readable)
+        return encode_documents(self._tokenizer, [record.text for record, _ in readable if record.text is not None])
+
 
 class EncodedDocument(NamedTuple):
-    """Tokens [n]; `is_exact`: they decode back to the text."""
+    """Tokens [n]; `is_exact`: they decode back to the text; `trained` [n]: only of a conversation."""
 
     text: str
     tokens: npt.NDArray[np.int32]
     is_exact: bool
     text_bytes: int
+    trained: npt.NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[EncodedDocument | DataError]:
@@ -223,8 +262,29 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Enc
         if isinstance(tokens, DataError):
             yield tokens
         else:
-            size = len(text) if text.isascii() else len(text.encode())
-            yield EncodedDocument(text, tokens, tokenizer.is_exact(text, tokens), size)
+            yield EncodedDocument(text, tokens, tokenizer.is_exact(text, tokens), _size_of(text))
+
+
+def encode_conversation(
+    tokenizer: Tokenizer, text: str, trained: Sequence[tuple[int, int]]
+) -> EncodedDocument | DataError:
+    """Return a rendered conversation's encoding: a token is trained if any of its characters [start, end) is."""
+    try:
+        (found,) = tokenizer.encode_marked([text])
+    except DataError as error:
+        return error
+    is_trained = np.zeros(len(found.ids), dtype=np.bool_)
+    for start, end in trained:
+        is_trained |= (found.first < end) & (found.end > start)
+    return EncodedDocument(text, found.ids, found.is_exact, _size_of(text), is_trained)
+
+
+def _size_of(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _packed(rows: Sequence[npt.NDArray[np.bool_]]) -> npt.NDArray[np.uint8]:
+    return np.packbits(np.concatenate(rows)) if rows else np.zeros(0, dtype=np.uint8)
 
 
 def with_ends(

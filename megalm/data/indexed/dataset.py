@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megalm.data.indexed.trained_tokens import TrainedTokens, trained_path
 from megalm.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -68,6 +69,7 @@ class IndexedDataset:
         sequence_lengths: i32[S] in tokens; sequence_pointers: i64[S] in bytes; document_index: i64[D]. Views of
             the file, not aligned in memory.
         tokens: [N], all tokens in file order.
+        trained: which of them are trained; None if all are.
 
     Raises:
         DataError: a file is missing, has another format or version, is too short or too long, or the index is damaged.
@@ -102,6 +104,7 @@ class IndexedDataset:
             )
         self._raw = raw
         self.tokens: npt.NDArray[np.generic] = raw.view(self.dtype)
+        self.trained = TrainedTokens(prefix, len(self.tokens)) if trained_path(prefix).exists() else None
 
     def __len__(self) -> int:
         return len(self.sequence_lengths)
@@ -154,11 +157,16 @@ class IndexedDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the content: all lengths, and 64 evenly spaced probes of the tokens; independent of the file name."""
+        """Hash of the content: all lengths, and 64 evenly spaced probes of the tokens; independent of the file name.
+
+        Also of which tokens are trained, all of them, if not every one is.
+        """
         digest = hashlib.sha256(f"{self.dtype.str} {len(self)} {len(self.tokens)}".encode())
         digest.update(np.ascontiguousarray(self.sequence_lengths).data)
         for start in np.linspace(0, max(0, len(self.tokens) - PROBE_TOKENS), PROBES, dtype=np.int64):
             digest.update(np.ascontiguousarray(self.tokens[start : start + PROBE_TOKENS]).data)
+        if self.trained is not None:
+            digest.update(self.trained.sha256().encode())
         return digest.hexdigest()
 
     def verify(self) -> None:

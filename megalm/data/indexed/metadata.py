@@ -13,6 +13,7 @@ import numpy
 import megalm
 from megalm.data.indexed.dataset import IndexedDataset, best_dtype, bin_path, idx_path, sidecar_path
 from megalm.data.indexed.document_sources import sources_path
+from megalm.data.indexed.trained_tokens import trained_path
 from megalm.data.readers.input_files import is_sidecar, sha256_of
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
@@ -46,6 +47,7 @@ class DatasetMetadata:
         minhash: how the rows of PREFIX.minhash were made, and their hash; `awaits_merge`: the near copies are still in.
         inexact_documents: number of documents that do not decode back exactly; `inexact_names` are the first ones.
         unigram_entropy: nats per token, see `TokenSummary`.
+        trained: of conversations, the number of trained tokens, and the hash of PREFIX.trained.
     """
 
     prefix: str
@@ -69,6 +71,7 @@ class DatasetMetadata:
     unigram_entropy: float = 0.0
     bin_sha256: str = ""
     idx_sha256: str = ""
+    trained: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
 
 
@@ -140,13 +143,40 @@ def finished_report(
         return None
     if options.get("dedup") == "minhash" and not (report.minhash and signatures_path(prefix).exists()):
         return None
-    found = [sha256_of(path) for path in (bin_path(prefix), idx_path(prefix))] if thorough else []
-    return report if not thorough or found == [report.bin_sha256, report.idx_sha256] else None
+    if bool(report.trained) != trained_path(prefix).exists():
+        return None
+    recorded = {bin_path: report.bin_sha256, idx_path: report.idx_sha256}
+    if report.trained:
+        recorded[trained_path] = report.trained["sha256"]
+    return report if not thorough or all(sha256_of(of(prefix)) == known for of, known in recorded.items()) else None
+
+
+def check_trained(dataset: IndexedDataset, thorough: bool = False) -> None:
+    """Check PREFIX.trained against PREFIX.json.
+
+    Args:
+        thorough: read the file and compare it with the recorded hash.
+
+    Raises:
+        DataError: it is missing, or damaged, or is there without a word of it in PREFIX.json.
+    """
+    sidecar = read_sidecar(dataset.prefix)
+    if sidecar is not None and bool(sidecar.get("trained")) != (dataset.trained is not None):
+        path, name = trained_path(dataset.prefix), sidecar_path(dataset.prefix).name
+        said = "is missing, although" if dataset.trained is None else "is not of this dataset:"
+        knows = "says which tokens are trained" if dataset.trained is None else "has no trained tokens"
+        raise DataError(f"{path}: {said} {name} {knows}; copy all files of the dataset, or build it again")
+    recorded = sidecar["trained"]["sha256"] if thorough and sidecar is not None and sidecar.get("trained") else None
+    if recorded is not None and dataset.trained is not None and dataset.trained.sha256() != recorded:
+        raise DataError(
+            f"{trained_path(dataset.prefix)}: does not match the hash in {sidecar_path(dataset.prefix).name}; "
+            "copy or build it again"
+        )
 
 
 def dataset_paths(prefix: str | Path) -> list[Path]:
     """Return all files that a dataset can have."""
-    return [of(prefix) for of in (bin_path, idx_path, sidecar_path, sources_path, signatures_path)]
+    return [of(prefix) for of in (bin_path, idx_path, sidecar_path, sources_path, signatures_path, trained_path)]
 
 
 def check_output(prefix: str | Path, overwrite: bool) -> None:

@@ -26,6 +26,7 @@ from megalm.data.readers.input_files import (
 from megalm.data.readers.records import (
     BLOCK_BYTES,
     CONTINUED,
+    TOOLS,
     ByteBlock,
     ReadOptions,
     TextRecord,
@@ -181,7 +182,8 @@ def _read_table(span: Span, options: ReadOptions, count: SpanCount) -> Iterator[
                 problem = f"has no column {missing[0]!r} (its columns: {', '.join(names)}; --text-key chooses one)"
                 yield [TextRecord(None, problem, 0, 0, 0, count.disk_bytes)]
                 return
-            for batch in table.iter_batches(TABLE_ROWS, row_groups=groups, columns=list(options.keys)):
+            columns = [*options.keys, *({TOOLS} & set(names) if options.messages_key else ())]
+            for batch in table.iter_batches(TABLE_ROWS, row_groups=groups, columns=columns):
                 yield [
                     TextRecord(*_row_text(row, options), count.lines + place, 0, 0)
                     for place, row in enumerate(batch.to_pylist())

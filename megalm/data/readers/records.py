@@ -7,6 +7,7 @@ parse its blocks.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, NamedTuple, cast
@@ -15,6 +16,7 @@ BLOCK_BYTES = 1 << 20
 EMPTY = "is an empty document"
 CONTINUED = "continued"
 JOINED_BY = "\n\n"
+TOOLS = "tools"  # beside messages: the functions that they can call, for the template
 
 
 class TextRecord(NamedTuple):
@@ -49,6 +51,8 @@ class ReadOptions:
     Attributes:
         text_key: key in a JSON object, or column of a table.
         columns: if given, these keys or columns instead, joined by a blank line.
+        messages_key: if given, this key or column instead, a list of chat messages; the text is then a JSON object of
+            `messages` and `tools`, which `ChatTemplate.render` takes.
         documents: what a document of a .txt file is: the "file", or each part between blank lines ("blank-line").
         largest_bytes: longer documents are refused, because each is held in memory as one piece.
         kind: what all files hold, whatever their names; "": what the names say (see `find_inputs`).
@@ -59,10 +63,11 @@ class ReadOptions:
     documents: str = "file"
     largest_bytes: int = 32 << 20
     kind: str = ""
+    messages_key: str = ""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return self.columns or (self.text_key,)
+        return (self.messages_key,) if self.messages_key else self.columns or (self.text_key,)
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,8 @@ def too_long(largest: int) -> str:
 
 def text_of(value: object, options: ReadOptions) -> tuple[str | None, str]:
     """Return (text, "") of a JSON value or a table row, or (None, problem). A key whose value is null has no text."""
+    if options.messages_key:
+        return _conversation(value, options.messages_key)
     if isinstance(value, str):
         return (value, "") if value else (None, EMPTY)
     if not isinstance(value, dict):
@@ -193,3 +200,19 @@ def text_of(value: object, options: ReadOptions) -> tuple[str | None, str]:
             return None, f"{key!r} is {type(value[key]).__name__}, not text"
         texts.append(value[key])
     return (JOINED_BY.join(texts), "") if any(texts) else (None, EMPTY)
+
+
+def _conversation(value: object, key: str) -> tuple[str | None, str]:
+    """Return the messages and tools of a JSON value or a table row, as `text_of` does."""
+    if not isinstance(value, dict) or key not in value:
+        keys = ", ".join(map(repr, list(value)[:8])) if isinstance(value, dict) else type(value).__name__
+        return None, f"has no {key!r} (its keys: {keys}; --messages-key chooses one)"
+    messages, tools = value[key], value.get(TOOLS)
+    if isinstance(messages, list) and not messages:
+        return None, EMPTY
+    wrong = not isinstance(messages, list) or any(
+        not isinstance(message, dict) or not isinstance(message.get("role"), str) for message in messages
+    )
+    if wrong:
+        return None, f"{key!r} is not a list of messages, objects with a 'role'"
+    return json.dumps({"messages": messages, "tools": tools or None}, ensure_ascii=False), ""

@@ -34,14 +34,19 @@ class GlobalBatch:
     """This rank's part of a global batch.
 
     Attributes:
-        target_count: number of target labels in the complete global batch, over all ranks: the divisor of the loss,
-            known before any forward pass.
+        target_count: number of target labels in the complete global batch, over all ranks, known before any forward
+            pass.
         sample_range: [first, end) of the samples in the complete global batch.
     """
 
     micro_batches: tuple[MicroBatch, ...]
     target_count: int
     sample_range: tuple[int, int]
+
+    @property
+    def divisor(self) -> int:
+        """What the sum of losses is divided by; a batch without targets has the loss 0, and no gradient."""
+        return max(1, self.target_count)
 
 
 # What else a batch needs before it is used, such as page-locked memory.

@@ -115,7 +115,7 @@ class BlendedSamples:
         return self.parts[dataset].documents(number)
 
     def target_count(self, index: int) -> int:
-        if not self.document_mask:
+        if all(part.all_are_targets for part in self.parts):
             return self.sequence_length
         dataset, number = self.locate(index)
         return self.parts[dataset].target_count(number)

@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.metadata import check_trained
+from megalm.data.indexed.trained_tokens import Bools
 from megalm.data.sampling.index_cache import ArrayCache
 from megalm.data.sampling.sample_order import (
     DocumentTable,
@@ -82,6 +84,13 @@ class _Windows(ABC):
                 f"{dataset.prefix}: documents {document_range[0]} to {document_range[1]} have "
                 f"{self.tokens_per_epoch} tokens, but a sample needs two; give more text or another data.split"
             )
+        check_trained(dataset)
+        self.trained_per_epoch = self.tokens_per_epoch if dataset.trained is None else self._count_trained()
+        if not self.trained_per_epoch:
+            raise DataError(
+                f"{dataset.prefix}: no token of documents {document_range[0]} to {document_range[1]} is trained; "
+                "choose another data.split, or check how the dataset was built (inspect_dataset.py --document 0)"
+            )
 
     @abstractmethod
     def place(self, index: int) -> Place:
@@ -90,9 +99,7 @@ class _Windows(ABC):
     def sample(self, index: int) -> tuple[Int64s, Int64s]:
         place = self.place(index)
         tokens = self.dataset.read(place.positions)
-        labels = tokens[1:].copy()
-        if self.document_mask:
-            labels[_starts(place)] = IGNORE_INDEX
+        labels = np.where(self._targets(place), tokens[1:], IGNORE_INDEX)
         return self._padded(tokens[:-1], 0), self._padded(labels, IGNORE_INDEX)
 
     def documents(self, index: int) -> npt.NDArray[np.int32]:
@@ -103,8 +110,27 @@ class _Windows(ABC):
         return self._padded(numbers, int(numbers[-1]) + 1)
 
     def target_count(self, index: int) -> int:
-        masked = int(np.count_nonzero(_starts(self.place(index)))) if self.document_mask else 0
-        return self._label_count(index) - masked
+        if self.all_are_targets:
+            return self._label_count(index)
+        return int(np.count_nonzero(self._targets(self.place(index))))
+
+    @property
+    def all_are_targets(self) -> bool:
+        """Whether every label is a target, so that their number is known without a sample's place."""
+        return not self.document_mask and self.dataset.trained is None
+
+    def _targets(self, place: Place) -> Bools:
+        """Return [n - 1] whether each label is a target."""
+        targets = np.ones(len(place.positions) - 1, dtype=np.bool_)
+        if self.dataset.trained is not None:
+            targets &= self.dataset.trained.at(place.positions[1:])
+        return targets & ~_starts(place) if self.document_mask else targets
+
+    def _count_trained(self) -> int:
+        start, end = self.document_range
+        first = self.dataset.sequence_positions(start).start
+        assert self.dataset.trained is not None
+        return self.dataset.trained.count(first, self.dataset.sequence_positions(end - 1).stop)
 
     def _label_count(self, index: int) -> int:
         return self.sequence_length
@@ -243,9 +269,15 @@ class ValidationSamples(_Windows):
         if count >= len(self):
             return self
         chosen = (2 * np.arange(count) + 1) * len(self) // (2 * count)
-        return ValidationSamples(
+        part = ValidationSamples(
             self.dataset, self.document_range, self.sequence_length, self.document_mask, self._windows[chosen]
         )
+        if self.dataset.trained is not None and not any(map(part.target_count, range(count))):
+            raise DataError(
+                f"{self.dataset.prefix}: no token of the {count} samples that evaluate.max_samples chooses is trained; "
+                "raise it"
+            )
+        return part
 
     def place(self, index: int) -> Place:
         return Place(*self._table.locate(self._first(index), self._label_count(index) + 1))

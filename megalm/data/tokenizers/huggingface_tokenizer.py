@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from megalm.data.tokenizers.tokenizer import EOD_TOKENS, Tokenizer, library_errors
+from megalm.data.tokenizers.tokenizer import EOD_TOKENS, MarkedEncoding, Tokenizer, library_errors
 from megalm.errors import DataError
 from megalm.utils.atomic_files import json_hash, read_json
 
@@ -34,6 +34,8 @@ class HuggingFaceTokenizer(Tokenizer):
     Raises:
         DataError: the tokenizers library cannot read the file.
     """
+
+    reads_special_tokens = True
 
     def __init__(self, path: str | Path) -> None:
         self.spec = str(path)
@@ -101,11 +103,28 @@ class HuggingFaceTokenizer(Tokenizer):
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
+    def _encode_marked(self, texts: Sequence[str]) -> list[MarkedEncoding]:
+        self._tokenizer.encode_special_tokens = False
+        try:
+            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        marked = []
+        for text, encoding in zip(texts, encodings, strict=True):
+            bounds = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            is_exact = self._tokenizer.decode(encoding.ids, skip_special_tokens=False) == text
+            ids = np.array(encoding.ids, dtype=np.int32)
+            marked.append(MarkedEncoding(ids, bounds[:, 0], bounds[:, 1], is_exact))
+        return marked
+
     def is_exact(self, text: str, ids: npt.NDArray[np.int32]) -> bool:
         return self.decode(ids.tolist()) == text
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def decode_marked(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
 
     def token_bytes(self) -> npt.NDArray[np.int32]:
         decoders = set(_decoder_types(self._definition.get("decoder")))

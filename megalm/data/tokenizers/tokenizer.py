@@ -12,6 +12,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,15 @@ BYTES = "bytes"
 EOD_TOKENS = ("<eod>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
+class MarkedEncoding(NamedTuple):
+    """Ids [n], the [first, end) characters of the text that each came from, and whether they decode back to it."""
+
+    ids: npt.NDArray[np.int32]
+    first: npt.NDArray[np.int64]
+    end: npt.NDArray[np.int64]
+    is_exact: bool
+
+
 class Tokenizer(ABC):
     """The tokenizer interface for the rest of megalm.
 
@@ -37,11 +47,13 @@ class Tokenizer(ABC):
         name: display name: the kind and the file's name.
         spec: the argument for `load_tokenizer` that loads it again: a path, or "bytes".
         vocab_size: V: every id is below it.
+        reads_special_tokens: whether `encode_marked` exists.
     """
 
     name: str
     spec: str
     vocab_size: int
+    reads_special_tokens: bool = False
     _chosen_eod: int | None = None
 
     @property
@@ -93,6 +105,20 @@ class Tokenizer(ABC):
         with library_errors(f"the tokenizer {self.spec} cannot encode this text"):
             return self._encode_batch(texts)
 
+    def encode_marked(self, texts: Sequence[str]) -> list[MarkedEncoding]:
+        """Return the encodings of texts in which the names of special tokens are these tokens, as of a chat template.
+
+        Only where `reads_special_tokens`.
+
+        Raises:
+            DataError: a text cannot be encoded.
+        """
+        with library_errors(f"the tokenizer {self.spec} cannot encode this conversation"):
+            return self._encode_marked(texts)
+
+    def _encode_marked(self, texts: Sequence[str]) -> list[MarkedEncoding]:
+        raise NotImplementedError(self.spec)
+
     def encode_each(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32] | DataError]:
         """The same as `encode_batch`, but with the error in the place of a text that cannot be encoded."""
         try:
@@ -118,6 +144,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; control tokens decode to nothing, bytes that are not UTF-8 to U+FFFD."""
+
+    def decode_marked(self, ids: Sequence[int]) -> str:
+        """The same as `decode`, but with the names of special tokens, where the tokenizer reads them from text."""
+        return self.decode(ids)
 
     @abstractmethod
     def token_bytes(self) -> npt.NDArray[np.int32]:
@@ -151,6 +181,7 @@ class ByteTokenizer(Tokenizer):
     name = BYTES
     spec = BYTES
     vocab_size = 257
+    reads_special_tokens = True  # it has none that a text could name
     fingerprint = hashlib.sha256(b"megalm bytes tokenizer, 256 bytes and eod").hexdigest()
 
     def _own_eod(self) -> int:
@@ -161,6 +192,14 @@ class ByteTokenizer(Tokenizer):
 
     def _encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) for text in texts]
+
+    def _encode_marked(self, texts: Sequence[str]) -> list[MarkedEncoding]:
+        marked = []
+        for text, ids in zip(texts, self._encode_batch(texts), strict=True):
+            sizes = [len(character.encode()) for character in text]
+            characters = np.repeat(np.arange(len(text)), sizes)
+            marked.append(MarkedEncoding(ids, characters, characters + 1, is_exact=True))
+        return marked
 
     def is_exact(self, text: str, ids: npt.NDArray[np.int32]) -> bool:
         return ids.astype(np.uint8).tobytes() == text.encode()

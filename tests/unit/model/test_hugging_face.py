@@ -7,12 +7,19 @@ fp32's last bits: 1e-5 is about a hundred of them on logits of order one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from megalm.config.schema import ModelSection
+from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.trained_tokens import trained_path
+from megalm.data.indexed.writer import IndexedDatasetWriter
+from megalm.data.sampling.batch_loader import BatchLayout, ValidationLoader
+from megalm.data.sampling.samples import ValidationSamples
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.transformer import LanguageModel, initialize
 
@@ -146,3 +153,32 @@ def test_same_logits_and_gradients(section: ModelSection) -> None:
         ours = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, gradient in their_gradients(theirs).items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize(("micro", "ranks"), [(4, 1), (1, 1), (2, 2), (1, 4)])
+def test_tokens_that_are_not_trained(tmp_path: Path, micro: int, ranks: int) -> None:
+    """A batch of conversations, of unequal targets on all ranks: the loss and gradients of labels of -100."""
+    prefix, random = tmp_path / "chats", np.random.default_rng(1)
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        writer.append(random.integers(0, VOCAB, size=4 * LENGTH - 3))
+    trained = random.random(4 * LENGTH) < np.repeat([0.1, 0.9, 0.0, 0.5], LENGTH)
+    trained_path(prefix).write_bytes(np.packbits(trained[:-3], bitorder="little").tobytes())
+    samples = ValidationSamples(IndexedDataset(prefix), (0, 1), LENGTH - 1)
+    batches = [next(iter(ValidationLoader(samples, BatchLayout(4, micro, rank, ranks)))) for rank in range(ranks)]
+
+    shape, model = _build(ModelSection(style="llama", **SIZES))
+    theirs, their_gradients = _llama(shape, model)
+    losses = []
+    for batch in batches:
+        for part in batch.micro_batches:
+            total, _ = model(torch.from_numpy(part.tokens), torch.from_numpy(part.labels))
+            (total / batch.divisor).backward()
+            losses.append(total.detach() / batch.divisor)
+    places = np.stack([samples.place(index).positions for index in range(4)])
+    tokens, marks = torch.from_numpy(samples.dataset.read(places)), torch.from_numpy(trained[places])
+    expected = theirs(tokens, labels=tokens.masked_fill(~marks, -100)).loss
+    expected.backward()
+
+    torch.testing.assert_close(torch.stack(losses).sum(), expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in their_gradients(theirs).items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-5, atol=1e-5)
