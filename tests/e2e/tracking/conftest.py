@@ -20,8 +20,12 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path, empty_store: Path) -> Path:
-    """A run folder as training leaves it before its first row, in a run root with an empty store."""
+def run_dir(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run folder as training leaves it before its first row, in a run root with an empty store.
+
+    Experiments that a test creates itself have their files in the working directory, which is the run root too.
+    """
+    monkeypatch.chdir(tmp_path)
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     folder = tmp_path / "first-001"
     (folder / "samples").mkdir(parents=True)
