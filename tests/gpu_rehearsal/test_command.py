@@ -43,8 +43,10 @@ def test_json_has_the_verdict_the_plan_and_the_phases(capfd: pytest.CaptureFixtu
 
 
 def test_a_run_that_does_not_fit_fails(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    settings = json_with_batch(tmp_path, "zero2.json", 1)
-    assert call("--gpu", "A100-1GB", "--deepspeed_config", settings, *KEYS) == 1
+    settings = json_with_batch(tmp_path, "zero2.json", 2)
+    words = ["--gpu", "A100-1GB", "--ranks", "2", "--deepspeed_config", settings]
+    large = {**MODEL, "model.hidden_size": 1024, "model.vocab_size": 30000}
+    assert call(*words, *(f"{key}={value}" for key, value in large.items())) == 1
     text = capfd.readouterr().out
     assert_names(text, "fails", "start", "step", "validation", "sample", "plan")
 
