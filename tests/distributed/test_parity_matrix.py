@@ -39,7 +39,7 @@ def test_equal_to_one_rank(matrix: Matrix, row: Row) -> None:
 def test_the_job_shows_mistakes(matrix: Matrix, alone: Row) -> None:
     """Equal to a reference that stands still, never clips or predicts nothing new would prove little."""
     trained = matrix.reference(alone).trained
-    assert trained.losses[-1] < trained.losses[0] - 0.05
+    assert trained.losses[-1] < trained.losses[0] - 0.03
     assert min(trained.norms) > alone.clipping > 0
     assert np.ptp(trained.norms) > 0.01
 

@@ -119,7 +119,7 @@ def test_it_learns(traces: dict[int, list[dict[str, Trace]]]) -> None:
 def plain_adamw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, dict[str, np.ndarray]]:
     """The steps of the "groups" cases with torch's AdamW alone, each parameter a group; and the weights after them."""
     folder = tmp_path_factory.mktemp("plain")
-    make_dataset(folder / "data")
+    make_dataset(folder / "data", marked=True)
     run = resolved(CASES["groups zero0"], 1, folder)
     shape, facts, batch = shape_of(run), run.optimizer, run.batch
     model = LanguageModel(shape)
