@@ -129,7 +129,12 @@ def _processes(parent: int, generations: int) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "generations"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1), (signal.SIGKILL, -9, 2)]
+    ("number", "code", "generations"),
+    [
+        pytest.param(signal.SIGINT, 130, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, 1, marks=pytest.mark.slow),
+        (signal.SIGKILL, -9, 2),
+    ],
 )
 def test_nothing_is_left_when_it_is_stopped(tmp_path: Path, number: int, code: int, generations: int) -> None:
     process = _start(tmp_path)

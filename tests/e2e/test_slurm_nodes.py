@@ -14,7 +14,8 @@ from tests.e2e.jobs import ROOT, train_rows, write_json
 from tests.messages import assert_names
 from tests.slurm_cluster import SlurmCluster, can_name_hosts
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slurm]
+# Slow: units and gloo ranks show the verdicts, and test_slurm_train.py a job that is queued again.
+pytestmark = [pytest.mark.e2e, pytest.mark.slurm, pytest.mark.slow]
 
 JOB_SECONDS = 300.0
 # In the place of a container: n3 has a checkout of its own, and n2 is throttled as soon as the run folder is there.

@@ -61,6 +61,7 @@ def test_a_chain_trains_one_run_to_its_end(slurm: SlurmCluster, small_data: Smal
     assert again[-5:] == ["--", "run.name=mine", "--resume", "auto", f"train.steps={2 * STEPS}"]
 
 
+@pytest.mark.slow
 def test_an_array_trains_the_runs_of_a_sweep(slurm: SlurmCluster, small_data: SmallData, tmp_path: Path) -> None:
     words = ("--deepspeed_config", DS_CONFIGS / "fp32.json", *small_data.words, "train.steps=6")
     swept = ("--sweep", "train.seed=1,2", "--sweep-name", "seeds")
