@@ -10,13 +10,12 @@ import contextlib
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -32,7 +31,7 @@ from megalm.parity.parity_report import ParityReport
 from megalm.planning.engine_checks import ALLOW_CPU_FP16
 from megalm.utils.child_process import child_command, child_environment
 from megalm.utils.process_setup import end_with_parent
-from megalm.utils.stop_signals import respected_stop_signals
+from megalm.utils.stop_signals import handled_stop_signals
 
 PARTS = 10  # imports, and what three launches report
 _PATIENCE_SECONDS = 600.0  # for the next part: beyond it ranks wait for each other
@@ -50,7 +49,7 @@ def run_parity(case: ParityCase, advance: Callable[[], None]) -> ParityReport:
         SystemExit: at a stop signal, when all processes have ended.
     """
     folder = Path(tempfile.mkdtemp(prefix="megalm-parity-"))
-    with _stop_signals_as_exit():
+    with handled_stop_signals(_leave):
         try:
             return _run(case, advance, folder)
         finally:
@@ -100,17 +99,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-@contextlib.contextmanager
-def _stop_signals_as_exit() -> Iterator[None]:
-    def leave(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in respected_stop_signals()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 # One thread: sums are then in the same order in every layout. Ranks meet on this machine, whatever its name means.

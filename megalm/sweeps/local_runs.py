@@ -23,7 +23,7 @@ from megalm.runs.run_folder import CONFIG_FILE, read_mapping
 from megalm.sweeps.expansion import Sweep, SweptRun
 from megalm.sweeps.sweep_folder import State, SweepFolder, state_of
 from megalm.utils.progress import ProgressBar
-from megalm.utils.stop_signals import respected_stop_signals
+from megalm.utils.stop_signals import handled_stop_signals
 
 _POLL_SECONDS = 0.5
 _LINE_SECONDS = 60.0  # between two lines of progress in a file; a terminal has a bar
@@ -145,8 +145,7 @@ class LocalRuns:
             finally:
                 self._process = None
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
+    def _signals(self) -> contextlib.AbstractContextManager[None]:
         """Pass each stop signal on to the run as a Ctrl-C, at which its launcher waits until it has saved."""
 
         def handle(number: int, frame: FrameType | None) -> None:
@@ -154,12 +153,7 @@ class LocalRuns:
             if self._process is not None:
                 self._interrupt(self._process)
 
-        before = {number: signal.signal(number, handle) for number in respected_stop_signals()}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return handled_stop_signals(handle)
 
     @staticmethod
     def _interrupt(process: subprocess.Popen[bytes]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 # Slurm's and launchers' SIGTERM, Ctrl-C, Slurm's warning before the time limit, and a terminal that closes.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -19,3 +22,14 @@ def answer_stop_signals() -> None:
     for number in STOP_SIGNALS:
         if signal.getsignal(number) == signal.SIG_IGN and number != signal.SIGHUP:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def handled_stop_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Call `handle` at stop signals inside the context."""
+    before = {number: signal.signal(number, handle) for number in respected_stop_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
