@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,6 +25,12 @@ def command(
     ] = "5GB",
     name: Annotated[str, typer.Option(help="The model's name in its card. Default: the run's.")] = "",
     tokenizer: Tokenizer = "",
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A Jinja template for conversations, or PREFIX.json of a dataset built with one."
+        ),
+    ] = None,
     accept_bad: Annotated[
         bool, typer.Option("--accept-bad", help="Export a checkpoint even if it is marked bad.")
     ] = False,
@@ -50,7 +57,7 @@ def command(
     from megalm.huggingface.weight_mapping import hf_tensors
 
     reader = CheckpointReader(path)
-    plan = plan_export(reader, output, dtype.dtype, tokenizer or None)
+    plan = plan_export(reader, output, dtype.dtype, tokenizer or None, chat_template)
     verify(reader)
     title = name or manifest.run or output.name
     with ProgressBar("writing", len(hf_tensors(plan.shape))) as counter:

@@ -145,12 +145,12 @@ def require_exportable(shape: ModelConfig) -> None:
         )
 
 
-def to_config(shape: ModelConfig, eod_id: int, pad_id: int | None, dtype: str) -> dict[str, Any]:
+def to_config(shape: ModelConfig, eod_id: int, special: Mapping[str, int], dtype: str) -> dict[str, Any]:
     """The content of config.json.
 
     Args:
         eod_id: the end-of-document token, written as `eos_token_id`.
-        pad_id: the padding token, if the tokenizer has one.
+        special: ids of `bos_token` and `pad_token`, as far as the tokenizer has them.
         dtype: torch's name for the dtype of the stored weights.
     """
     family = model_type(shape)
@@ -158,12 +158,14 @@ def to_config(shape: ModelConfig, eod_id: int, pad_id: int | None, dtype: str) -
     config: dict[str, Any] = {"architectures": [ARCHITECTURES[family]], "model_type": family}
     config |= {key: getattr(shape, field) for field, (key, _) in fields.items()}
     if family == "gpt2":
-        config |= {"embd_pdrop": shape.dropout, "activation_function": "gelu_new"}
+        # n_ctx: the older name of n_positions, which llama.cpp's converter asks for
+        config |= {"n_ctx": shape.max_position_embeddings, "embd_pdrop": shape.dropout}
+        config |= {"activation_function": "gelu_new"}
     else:
         # transformers 4 reads rope_theta, transformers 5 reads rope_parameters.
         config |= {"rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta}, "hidden_act": "silu"}
         config |= {key: False for key in ("attention_bias", "mlp_bias", "use_sliding_window") if key in required}
-    config |= {"bos_token_id": None, "eos_token_id": eod_id, "pad_token_id": pad_id}
+    config |= {f"{name}_id": special.get(name) for name in ("bos_token", "pad_token")} | {"eos_token_id": eod_id}
     return {**config, "dtype": dtype, "use_cache": True}
 
 

@@ -78,7 +78,7 @@ def shape_of(section: ModelSection) -> ModelConfig:
 @pytest.mark.parametrize("name", SECTIONS)
 def test_a_shape_comes_back(name: str) -> None:
     shape = shape_of(SECTIONS[name])
-    assert to_shape(to_config(shape, eod_id=1, pad_id=None, dtype="float32")) == shape
+    assert to_shape(to_config(shape, eod_id=1, special={}, dtype="float32")) == shape
     assert build_model_config(ModelSection(**section_of(shape)), vocab_size=1, sequence_length=1) == shape
 
 
