@@ -85,7 +85,7 @@ def environment(version: str, require: Any) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def exports(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[str, torch.Tensor]]:
-    """Exported folder -> the tokenizer that the run had, and the logits of five tokens; one of them by the real command."""
+    """Exported folder -> the tokenizer that the run had, and the logits of five tokens; one is by the real command."""
     place = tmp_path_factory.mktemp("versions")
     (place / "chat.jinja").write_text(
         "{% for message in messages %}<{{ message['content'] }}>{% endfor %}{{ eos_token }}"

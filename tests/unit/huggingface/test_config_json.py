@@ -193,6 +193,28 @@ def test_a_key_that_changes_nothing_may_be_passed_over_by_name() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 500_000.0}),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("sliding_window", 128),
+        ("attn_logit_softcapping", 50.0),
+        ("num_experts", 4),
+        ("rms_norm_eps", 1e-3),
+    ],
+)
+def test_a_key_that_changes_numbers_is_never_passed_over(key: str, value: Any) -> None:
+    with pytest.raises(DataError) as refused:
+        to_shape({**LLAMA, key: value}, [key])
+    assert_names(refused.value, "--ignore-key", f"{key}={value!r}")
+    if key in ("rope_parameters", "rms_norm_eps"):  # these are read
+        return
+    with pytest.raises(DataError) as refused:
+        to_shape({**LLAMA, key: value})
+    assert "--ignore-key" not in str(refused.value), "it is not offered either"
+
+
+@pytest.mark.parametrize(
     ("section", "names"),
     [
         (ModelSection(style="gpt2", qk_norm=True, **SIZES), ["model.qk_norm=true"]),
