@@ -14,7 +14,7 @@ import orjson
 import typer
 
 from megalm.cli.find_run import checkpoint_at, good_checkpoints_at, verify, warn
-from megalm.cli.options import Place, Precision, Tokenizer
+from megalm.cli.options import ModelPlace, Precision, Tokenizer
 from megalm.data.readers.input_files import ReadReport, find_inputs
 from megalm.errors import CheckpointError, ConfigError, is_out_of_memory
 from megalm.runs.metrics_log import MetricsWriter, plain
@@ -73,7 +73,7 @@ class _Request:
 
 
 def command(
-    place: Place,
+    place: ModelPlace,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", metavar="PREFIX", help="A dataset: PREFIX.bin and PREFIX.idx. May be repeated."),
@@ -117,6 +117,7 @@ def command(
     megalm evaluate runs/mine --data data/other --data data/third
     megalm evaluate runs/mine/checkpoints/step-00000400 --text books/
     megalm evaluate runs/mine --choices questions.jsonl --every-checkpoint
+    megalm evaluate downloads/gpt2 --text books/
     """
     from megalm.engine.deepspeed_patches import limit_openmp_spin
     from megalm.engine.device import tune_malloc

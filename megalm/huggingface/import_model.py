@@ -88,7 +88,7 @@ def import_model(
         DataError: a tensor or the tokenizer is unusable, or the disk has too little space.
     """
     shape = source.shape
-    own = _find_tokenizer(tokenizer or source.folder)
+    own = find_tokenizer(tokenizer or source.folder)
     found = load_tokenizer(own)
     # Reading `eod_id` refuses a tokenizer without an end-of-document token before anything is written.
     if max(found.vocab_size, found.eod_id + 1) > shape.vocab_size:
@@ -108,7 +108,7 @@ def import_model(
         content = {"model": section_of(shape), "data": {"tokenizer": place, "sequence_length": samples}}
         text = _HEADER.format(source=source.folder.name) + to_yaml(content)
         (folder / MODEL_FILE).write_text(text, encoding="utf-8")
-        facts = {**_facts(source, target, found), "tokenizer": place}
+        facts = {**manifest_facts(source, target.resolve().name, found), "tokenizer": place}
         try:
             save_checkpoint(
                 folder / "checkpoints", 0, stored, facts, [folder / MODEL_FILE], SingleProcessCommunicator()
@@ -122,7 +122,7 @@ def import_model(
     return Imported(checkpoint, target / MODEL_FILE, kept, tuple(_notes(source, kept)))
 
 
-def _find_tokenizer(folder: Path) -> Path:
+def find_tokenizer(folder: Path) -> Path:
     """The file itself, or the folder's tokenizer file; megalm's own SentencePiece export comes first."""
     if folder.is_file():
         return folder
@@ -148,14 +148,18 @@ def _notes(source: HuggingFaceFolder, tokenizer: Tokenizer) -> Iterator[str]:
         )
 
 
-def _facts(source: HuggingFaceFolder, target: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The manifest's fields: a model without training state."""
+def manifest_facts(source: HuggingFaceFolder, name: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The manifest's fields: a model without training state.
+
+    Args:
+        name: of the run.
+    """
     return {
         "holds": WEIGHTS,
         "imported_from": source.folder.resolve().name,
         "tokens": 0,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "run": target.resolve().name,
+        "run": name,
         "parameters": source.shape.parameter_count(),
         "validation_loss": None,
         "validation_tokens": None,

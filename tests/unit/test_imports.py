@@ -68,8 +68,8 @@ LAYERS = (
     "train",
     "rehearsal",
     "parity",
-    "inference",
     "huggingface",
+    "inference",
     "cli",
 )
 
