@@ -69,6 +69,7 @@ LAYERS = (
     "rehearsal",
     "parity",
     "huggingface",
+    "gguf",
     "inference",
     "cli",
 )
