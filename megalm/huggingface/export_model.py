@@ -15,7 +15,7 @@ from megalm.checkpoint.manifest import shape_of
 from megalm.data.tokenizers.chat_template import ChatTemplate, load_chat_template
 from megalm.data.tokenizers.tokenizer import BYTES, Tokenizer, tokenizer_of
 from megalm.errors import CheckpointError
-from megalm.huggingface.config_json import require_exportable, to_config
+from megalm.huggingface.config_json import model_type, require_exportable, to_config
 from megalm.huggingface.export_tokenizer import ExportedTokenizer, write_tokenizer
 from megalm.huggingface.export_weights import write_model
 from megalm.huggingface.model_card import Card
@@ -99,7 +99,8 @@ def export_checkpoint(plan: ExportPlan, largest_file_bytes: int, name: str, adva
     dtype = str(plan.dtype).removeprefix("torch.")
 
     def fill(folder: Path) -> Exported:
-        made = write_tokenizer(used, folder, shape.max_position_embeddings, shape.vocab_size, plan.template)
+        sizes = shape.max_position_embeddings, shape.vocab_size
+        made = write_tokenizer(used, folder, *sizes, model_type(shape), plan.template)
         write_json(folder / "config.json", to_config(shape, used.eod_id, made.special, dtype))
         write_json(folder / GENERATION_CONFIG, _generation_config(used, shape.vocab_size, made.special))
         card = Card(name, reader.path, reader.manifest, shape, dtype, made)

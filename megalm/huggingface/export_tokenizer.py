@@ -75,7 +75,7 @@ class _Converted:
 
 
 def write_tokenizer(
-    tokenizer: Tokenizer, folder: Path, longest: int, rows: int, template: ChatTemplate | None = None
+    tokenizer: Tokenizer, folder: Path, longest: int, rows: int, family: str, template: ChatTemplate | None = None
 ) -> ExportedTokenizer:
     """Write tokenizer.json and tokenizer_config.json into `folder`, and a SentencePiece model beside them.
 
@@ -85,6 +85,7 @@ def write_tokenizer(
         tokenizer: the run's tokenizer.
         longest: the model's maximum sequence length.
         rows: the rows of the model's embedding: one without a token becomes the padding token, where there is none.
+        family: the `model_type` of config.json.
         template: for conversations; None: the one of the tokenizer's own folder, if any.
 
     Raises:
@@ -101,8 +102,10 @@ def write_tokenizer(
         return ExportedTokenizer(f"{note}; load {SENTENCEPIECE} with the sentencepiece library", (SENTENCEPIECE,))
     files = [TOKENIZER, TOKENIZER_CONFIG]
     if made.pieces is not None:
-        # Converters take a tokenizer.model for BPE: of a unigram model they would make other ids without a word.
-        files.append(SENTENCEPIECE if made.pieces.is_unigram else TOKENIZER_MODEL)
+        # llama.cpp's converter takes a tokenizer.model for BPE, and only for Llama does it ask whether a space comes
+        # before a text: it would make other ids of any other without a word.
+        is_converted = family == "llama" and not made.pieces.is_unigram
+        files.append(TOKENIZER_MODEL if is_converted else SENTENCEPIECE)
         shutil.copyfile(tokenizer.spec, folder / files[-1])
     special = {**made.special, "eos_token": made.tokenizer.id_to_token(tokenizer.eod_id)}
     special["pad_token"] = special["pad_token"] or _padding(made, rows)
@@ -119,11 +122,9 @@ def write_tokenizer(
         "model_input_names": ["input_ids", "attention_mask"],
         **special,
         "add_bos_token": False,
+        "add_prefix_space": _adds_prefix_space(made.tokenizer),  # converters take true where it is missing
         "clean_up_tokenization_spaces": False,
     }
-    prefix_space = _adds_prefix_space(made.tokenizer)
-    if prefix_space is not None:
-        config["add_prefix_space"] = prefix_space
     template = template or own_chat_template(tokenizer)
     if template is not None:
         config["chat_template"] = template.template  # transformers before 4.52 reads no other place
@@ -177,11 +178,10 @@ def _padding(made: _Converted, rows: int) -> str | None:
     return PAD if is_dense and last + 1 < rows else None
 
 
-def _adds_prefix_space(tokenizer: tokenizers.Tokenizer) -> bool | None:
-    """Of a byte-level tokenizer, as its pre-tokenizer does; None: of another one."""
+def _adds_prefix_space(tokenizer: tokenizers.Tokenizer) -> bool:
     definition = json.loads(tokenizer.to_str())["pre_tokenizer"] or {}
     steps = [definition, *definition.get("pretokenizers", ())]
-    return next((step["add_prefix_space"] for step in steps if step.get("type") == "ByteLevel"), None)
+    return any(step.get("add_prefix_space", False) for step in steps)
 
 
 def added_around(tokenizer: Tokenizer) -> list[str]:

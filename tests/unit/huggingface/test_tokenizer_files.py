@@ -48,7 +48,7 @@ def exported(
     for kind in KINDS:
         folder = tmp_path_factory.mktemp(kind)
         ours = load_tokenizer(tokenizer_files[kind])
-        said = write_tokenizer(ours, folder, longest=99, rows=ours.vocab_size)
+        said = write_tokenizer(ours, folder, longest=99, rows=ours.vocab_size, family="llama")
         found[kind] = ours, transformers.AutoTokenizer.from_pretrained(folder), said, folder
     return found
 
@@ -112,9 +112,17 @@ def test_a_text_can_end_a_document(kind: str, exported: dict[str, Any]) -> None:
     assert set(read) == {"input_ids", "attention_mask"}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_converters_are_told_that_no_space_comes_before_a_text(kind: str, exported: dict[str, Any]) -> None:
+    """Where it is missing, llama.cpp's adds one, and every text has other ids."""
+    config = json.loads((exported[kind][3] / "tokenizer_config.json").read_text())
+    assert config["add_prefix_space"] is False
+    assert config["add_bos_token"] is False
+
+
 def test_a_row_without_a_token_becomes_the_padding(tmp_path: Path) -> None:
     ours = load_tokenizer("bytes")
-    said = write_tokenizer(ours, tmp_path, longest=10, rows=300)
+    said = write_tokenizer(ours, tmp_path, longest=10, rows=300, family="llama")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.pad_token_id == said.special["pad_token"] == ours.vocab_size == 257
     assert theirs(["a", "bcd"], padding=True)["input_ids"] == [[97, 257, 257], [98, 99, 100]]
@@ -130,7 +138,7 @@ def test_what_was_read_is_amended(tokenizer_files: dict[str, str], tmp_path: Pat
     out = tmp_path / "out"
     out.mkdir()
     ours = load_tokenizer(own / "tokenizer.json")
-    said = write_tokenizer(ours, out, longest=10, rows=600)
+    said = write_tokenizer(ours, out, longest=10, rows=600, family="llama")
     written = json.loads((out / "tokenizer_config.json").read_text())
     assert written["a_fact"] == 7
     assert written["add_bos_token"] is False  # training adds none
@@ -142,11 +150,20 @@ def test_what_was_read_is_amended(tokenizer_files: dict[str, str], tmp_path: Pat
     assert theirs(chat)["input_ids"] == [*ours.encode_batch(["a b"])[0].tolist(), ours.eod_id]
 
 
-@pytest.mark.parametrize(("kind", "name"), [("bpe", "tokenizer.model"), ("unigram", SENTENCEPIECE)])
-def test_only_a_bpe_model_has_the_name_that_converters_look_for(kind: str, name: str, exported: dict[str, Any]) -> None:
-    """They would cut a unigram model's text otherwise, and say nothing."""
-    folder = exported[kind][3]
-    assert [path.name for path in folder.glob("*.model")] == [name]
+@pytest.mark.parametrize(
+    ("kind", "family", "name"),
+    [
+        ("bpe", "llama", "tokenizer.model"),
+        ("bpe", "qwen3", SENTENCEPIECE),
+        ("unigram", "llama", SENTENCEPIECE),
+    ],
+)
+def test_only_what_converters_read_right_has_the_name_that_they_look_for(
+    kind: str, family: str, name: str, tokenizer_files: dict[str, str], tmp_path: Path
+) -> None:
+    """Of the others llama.cpp's would make other ids, and say nothing."""
+    write_tokenizer(load_tokenizer(tokenizer_files[kind]), tmp_path, longest=10, rows=800, family=family)
+    assert [path.name for path in tmp_path.glob("*.model")] == [name]
 
 
 def test_a_tokenizer_that_changes_the_text_is_not_written_wrong(tmp_path: Path) -> None:
@@ -157,7 +174,7 @@ def test_a_tokenizer_that_changes_the_text_is_not_written_wrong(tmp_path: Path) 
     )
     out = tmp_path / "out"
     out.mkdir()
-    said = write_tokenizer(load_tokenizer(tmp_path / "plain.model"), out, longest=10, rows=18)
+    said = write_tokenizer(load_tokenizer(tmp_path / "plain.model"), out, longest=10, rows=18, family="llama")
     assert TOKENIZER not in said.files
     assert said.files == (SENTENCEPIECE,) == tuple(path.name for path in out.iterdir())
     assert_names(said.note, TOKENIZER, SENTENCEPIECE)
@@ -176,7 +193,7 @@ def test_wrong_ids_are_found_before_they_are_written(
         return type(made).from_str(json.dumps(content))
 
     monkeypatch.setattr(SentencePieceModel, "to_tokenizer", wrong)
-    said = write_tokenizer(load_tokenizer(tokenizer_files["bpe"]), tmp_path, longest=10, rows=800)
+    said = write_tokenizer(load_tokenizer(tokenizer_files["bpe"]), tmp_path, longest=10, rows=800, family="llama")
     assert_names(said.note, TOKENIZER, SENTENCEPIECE)
     assert [path.name for path in tmp_path.iterdir()] == [SENTENCEPIECE]
 
