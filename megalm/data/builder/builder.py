@@ -132,7 +132,7 @@ def check_build(
     options: BuildOptions,
     stdin_kind: str = ".jsonl",
 ) -> list[InputFile]:
-    """Return the files that a build would read; reads and writes none.
+    """Return the files that a build would read; writes nothing, and reads only evaluation sets.
 
     Raises: as `build_files`, before it reads.
     """

@@ -24,7 +24,7 @@ from megalm.data.builder.word_hashes import Group, grouped_words
 from megalm.data.indexed.dataset import IndexedDataset, idx_path
 from megalm.data.indexed.metadata import dataset_paths, read_sidecar
 from megalm.data.readers.document_reader import Span, SpanCount, read_span, record_name
-from megalm.data.readers.input_files import InputFile, ReadReport, find_inputs
+from megalm.data.readers.input_files import STDIN, InputFile, ReadReport, find_inputs
 from megalm.data.readers.records import ReadOptions
 from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import DataError
@@ -282,6 +282,8 @@ def read_evaluation_sets(options: OverlapOptions, tokenizer: Tokenizer) -> Overl
     reader = _Reader(options)
     for given in options.files:
         before = len(reader.files)
+        if given == STDIN:
+            raise DataError("--exclude-overlap -: standard input cannot be read again for a resume; give a file")
         if not Path(given).exists() and idx_path(given).exists():
             reader.read_dataset(given, tokenizer)
         else:
