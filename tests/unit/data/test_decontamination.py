@@ -69,7 +69,7 @@ def corpus(tmp_path: Path) -> Path:
     texts[7] = f"{texts[7]}\n{QUESTION.upper().replace(',', ' --')} {texts[7]}"
     texts[40] = QUESTION.partition("in May")[0] + texts[40]
     texts[20] += f" {SHORT}"
-    texts[30] = " ".join(QUESTION.split()[:12]) + f" {texts[30]} " + " ".join(SHORT.split()[:8])
+    texts[30] = " ".join(QUESTION.split()[:12]) + f" {texts[30]} " + " ".join(SHORT.split()[:8]) + " rings"
     return write_lines(tmp_path / "corpus.jsonl", [{"text": text} for text in texts])
 
 
@@ -296,25 +296,27 @@ def test_only_the_chosen_keys_are_compared(tmp_path: Path, corpus: Path) -> None
 
 def test_cut_keeps_the_parts_around(tmp_path: Path, evaluation: Path) -> None:
     before, after = filler(1, 80), filler(2, 90)
-    texts = [filler(0), f"{before} {QUESTION} {after}", f"{filler(3, 8)} {QUESTION} {after}", QUESTION]
+    both = f"{before} {QUESTION} {after}"
+    texts = [filler(0), both, f"{filler(3, 8)} {QUESTION} {after}", QUESTION, both]
     corpus = write_lines(tmp_path / "corpus.jsonl", [{"text": text} for text in texts])
     report = build(corpus, tmp_path / "out", options_of(evaluation, action="cut"))
     documents = decoded(tmp_path / "out")
     assert documents[0] == texts[0]
-    assert len(documents) == 4
+    assert len(documents) == 6
+    assert documents[1:3] == documents[4:]
     for part, whole in ((documents[1], before), (documents[2], after), (documents[3], after)):
         assert len(whole) - CUT_MARGIN - 12 < len(part) <= len(whole) - CUT_MARGIN + 8
         assert f" {part} " in f" {whole} ", "whole words"
     assert before.startswith(documents[1])
     assert after.endswith(documents[2])
     overlap = report.overlap
-    assert (overlap["documents"], overlap["dropped"], overlap["parts"]) == (3, 1, 3)
+    assert (overlap["documents"], overlap["dropped"], overlap["parts"]) == (4, 1, 5)
     assert overlap["removed_bytes"] == sum(map(len, texts)) - sum(map(len, documents))
     assert report.removed == {"overlap": 1}
     assert report.text_bytes == sum(map(len, documents))
     # The parts are documents like others: filters see them, and each has its place.
     filtered = replace(options_of(evaluation, action="cut"), filters=Filters(min_characters=len(documents[1]) + 1))
-    assert build(corpus, tmp_path / "long", filtered).removed == {"min_characters": 1, "overlap": 1}
+    assert build(corpus, tmp_path / "long", filtered).removed == {"min_characters": 2, "overlap": 1}
 
 
 def test_a_document_in_too_many_parts_is_left_out() -> None:
