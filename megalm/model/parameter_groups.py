@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from megalm.config.schema import ParameterGroup
+
+# How a group's parameters are updated, and what the optimizer keeps for each of them beside its fp32 master.
+Algorithm = Literal["adam", "muon"]
+MomentKind = Literal["exp_avg", "exp_avg_sq", "momentum_buffer"]
+MOMENTS: dict[Algorithm, tuple[MomentKind, ...]] = {"adam": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 
 
 class GroupKey(NamedTuple):
@@ -19,6 +24,7 @@ class GroupKey(NamedTuple):
 
     rule: int
     undecayed: bool
+    algorithm: Algorithm = "adam"
 
 
 def group_keys(

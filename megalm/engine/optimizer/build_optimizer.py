@@ -12,14 +12,14 @@ from megalm.config.schema import OptimizerStateKind, ParameterGroup
 from megalm.engine.cpp_extensions import load_cpu_adam
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
 from megalm.model.layer_factory import shard_of
-from megalm.model.parameter_groups import group_keys, group_settings, optimizer_groups
+from megalm.model.parameter_groups import MOMENTS, group_keys, group_settings, optimizer_groups
 from megalm.planning.resolve import OptimizerFacts
 
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, decay_embeddings: bool, rules: Sequence[ParameterGroup] = ()
 ) -> list[dict[str, Any]]:
-    """Return optimizer groups with their weight decay, and the factor of their learning rate.
+    """Return optimizer groups with their weight decay, the factor of their learning rate, and their moments' names.
 
     ZeRO 3 has flattened the parameters: their annotations know their shapes.
 
@@ -30,7 +30,11 @@ def parameter_groups(
     dimensions = {name: len(shard_of(parameter).shape) for name, parameter in parameters.items()}
     groups = optimizer_groups(group_keys(dimensions, rules, decay_embeddings))
     return [
-        {"params": [parameters[name] for name in names], **group_settings(key, rules, weight_decay)}
+        {
+            "params": [parameters[name] for name in names],
+            "moments": MOMENTS[key.algorithm],
+            **group_settings(key, rules, weight_decay),
+        }
         for key, names in groups.items()
     ]
 
