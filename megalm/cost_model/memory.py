@@ -145,6 +145,7 @@ class MemoryCase:
         repeats_keys: attention keeps a copy of each key/value head for every query head that shares it.
         device_bytes: memory of the device; None: not known.
         optimizer_state: how Adam's moments are kept.
+        muon: the matrices of the blocks are Muon's.
     """
 
     shape: ModelConfig
@@ -170,6 +171,7 @@ class MemoryCase:
     repeats_keys: bool = False
     device_bytes: int | None = None
     optimizer_state: OptimizerStateKind = "fp32"
+    muon: bool = False
 
     @property
     def tokens(self) -> int:
@@ -331,9 +333,11 @@ def _runtime_bytes(case: MemoryCase) -> int:
     return _CUDA_CONTEXT + _NCCL_GROUP * (groups + (groups > 1))  # of several axes, the group of all ranks too
 
 
-def checkpoint_bytes(shape: ModelConfig) -> int:
-    """A checkpoint's tensors: the fp32 master and two fp32 moments of every parameter, whatever the layout."""
-    return 12 * shape.parameter_count()
+def checkpoint_bytes(shape: ModelConfig, muon: bool = False) -> int:
+    """A checkpoint's tensors: the fp32 master of every parameter and its moments, whatever the layout."""
+    sizes = shape.parameters()
+    keys = group_keys({name: len(size) for name, size in sizes.items()}, (), True, muon)
+    return sum(4 * (1 + len(MOMENTS[keys[name].algorithm])) * math.prod(size) for name, size in sizes.items())
 
 
 # Activations and loss by formula, for the block of megalm/model: pre-norm, separate query, key and value projections,
@@ -421,7 +425,7 @@ def parameter_groups(case: MemoryCase, share: Share) -> dict[GroupKey, list[int]
     """Elements of a rank's parameters in the optimizer's groups, which ZeRO pads one by one."""
     shapes = share.parameters()
     dimensions = {name: len(shape) for name, shape in shapes.items()}
-    keys = group_keys(dimensions, case.parameter_groups, case.embedding_weight_decay)
+    keys = group_keys(dimensions, case.parameter_groups, case.embedding_weight_decay, case.muon)
     return {key: [math.prod(shapes[name]) for name in names] for key, names in optimizer_groups(keys).items()}
 
 

@@ -130,10 +130,10 @@ def test_unknown_keys_and_bad_values(write_json: Write, changes: dict[str, Any],
     assert_names(read_refused(path), path, *names)
 
 
-@pytest.mark.parametrize("kind", ["Lamb", "Lion", "OneBitAdam", "ZeroOneAdam", "Muon", "SGD", "Adagrad"])
+@pytest.mark.parametrize("kind", ["Lamb", "Lion", "OneBitAdam", "ZeroOneAdam", "SGD", "Adagrad"])
 def test_other_optimizers(write_json: Write, kind: str) -> None:
     message = read_refused(write_json(optimizer={"type": kind, "params": {"max_coeff": 1, "momentum": 0.9}}))
-    assert_names(message, f'optimizer.type="{kind}"', '"AdamW"', '"Adam"')
+    assert_names(message, f'optimizer.type="{kind}"', '"AdamW"', '"Adam"', '"Muon"')
 
 
 def _nested(path: str, value: Any) -> dict[str, Any]:
