@@ -28,6 +28,8 @@ _ALIGNMENT = 2
 _BLOCK = 256
 _BLOCK_BYTES = {"bf16": 4 * _BLOCK, "8bit": 2 * (_BLOCK + 4)}
 _RANKS_LOOKED_AT = 16  # of ZeRO 3's, for where their parts cut blocks
+# Elements of matrices that Muon makes whole on a rank at a time, or one matrix if that is larger.
+MUON_ROUND = 2**25
 _FLAT_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once in stage 0 and in its BF16_Optimizer
 
 Groups = list[list[int]]
@@ -236,7 +238,7 @@ class MemoryPlan:
         master: the fp32 weights that the optimizer updates; none in stage 0, which updates `weights`.
         moments: Adam's two, Muon's one.
         buckets: communication buffers beyond what the backward pass has freed by then, and under ZeRO 3 the weights
-            gathered at one time.
+            gathered at one time; or what an update of Muon needs beyond that, if it is more.
         activations: kept by the forward pass for the backward pass.
         loss: the chunk of logits and the gradients of head and hidden states.
         runtime: on a GPU, an allowance for CUDA's context, cuBLAS and NCCL.
@@ -307,7 +309,9 @@ def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
         loss = loss_bytes(case, share.tensor) if share.is_last else 0
         yield MemoryPlan(
             **device,
-            buckets=_bucket_bytes(case, share, groups, activations + loss),
+            buckets=max(
+                _bucket_bytes(case, share, groups, activations + loss), _update_bytes(case, share) - activations - loss
+            ),
             activations=activations,
             loss=loss,
             runtime=runtime,
@@ -330,7 +334,9 @@ def _runtime_bytes(case: MemoryCase) -> int:
     if case.on_cpu:
         return 0
     groups = sum(case.topology.size(axis) > 1 for axis in AXES)
-    return _CUDA_CONTEXT + _NCCL_GROUP * (groups + (groups > 1))  # of several axes, the group of all ranks too
+    stage = case.muon and groups == 3  # data and tensor together; with fewer axes there is such a group
+    # Of several axes, the group of all ranks too.
+    return _CUDA_CONTEXT + _NCCL_GROUP * (groups + (groups > 1) + stage)
 
 
 def checkpoint_bytes(shape: ModelConfig, muon: bool = False) -> int:
@@ -560,6 +566,19 @@ def _touched_elements(groups: Groups, case: MemoryCase) -> int:
         for count, rank, _, _ in _cut(group, case.padded(group) // ranks):
             totals[rank] += count
     return max(totals)
+
+
+def _update_bytes(case: MemoryCase, share: Share) -> int:
+    """Muon's messages, matrices made whole and what orthogonalises them, in an update; activations are gone by then."""
+    if not case.muon:
+        return 0
+    shapes = case.shape.parameters()
+    names = [name for name in share.parameters() if name.startswith("layers.") and len(shapes[name]) == 2]
+    matrices = [math.prod(shapes[name]) for name in names]
+    ranks = case.topology.data * case.topology.tensor
+    own = max(max(matrices), min(MUON_ROUND, math.ceil(sum(matrices) / ranks)))
+    # A message, the whole matrices, orthogonal ones and their pieces; three factors of the one in work.
+    return (4 if case.precision == "fp32" else 2) * (4 * own + 3 * max(matrices))
 
 
 def _bucket_bytes(case: MemoryCase, share: Share, groups: Groups, freed: int) -> int:

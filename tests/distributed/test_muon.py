@@ -37,7 +37,7 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
-HALF, END = 3, 6
+HALF, END = 2, 4
 MUON_LR, ADAM_LR, DECAY, MOMENTUM = 0.02, 3e-3, 0.1, 0.9  # Adam's rate is schedule.peak_learning_rate
 # In groups of every kind: of Muon with and without a rule, and of Adam; a pipeline's stages have different ones.
 RULES = "train.parameter_groups=[{match: '*.attention.*', learning_rate_scale: 0.5, weight_decay: 0}]"
@@ -59,26 +59,23 @@ def _case(stage: int, *overrides: str, precision: str = "fp32", **zero: Any) -> 
 CASES = {
     "zero0": _case(0),
     "zero1": _case(1),
-    "zero2": _case(2),
     "zero3": _case(3, sub_group_size=3000),
     "tp2 zero0": _case(0, TENSOR),
     "tp2 zero2": _case(2, TENSOR),
-    "tp2 zero3": _case(3, TENSOR, "parallel.sequence=true"),
+    "sp2 zero3": _case(3, TENSOR, "parallel.sequence=true"),
     "pp2 zero1": _case(1, PIPELINE),
     "tp2 pp2 zero1": _case(1, TENSOR, PIPELINE),
-    "zero1 bf16": _case(1, precision="bf16"),
     "tp2 zero1 bf16": _case(1, TENSOR, precision="bf16"),
-    "pp2 bf16": _case(1, PIPELINE, precision="bf16"),
 }
 EXACT = [name for name in CASES if "bf16" not in name]
-MOVES = [("tp2 zero3", "pp2 zero1"), ("pp2 zero1", "zero2"), ("zero0", "tp2 zero3")]
+MOVES = [("sp2 zero3", "pp2 zero1"), ("pp2 zero1", "tp2 zero1 bf16"), ("tp2 zero0", "zero3"), ("zero3", "zero3")]
 
 
 def _train(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[Any, Any]:
     """Per case the state at the save and the whole run; per move what is read, and the steps that follow."""
     found: dict[Any, Any] = {}
     paths = {}
-    muon.ROUND_ELEMENTS = 4000  # several rounds, one matrix larger than that
+    muon.MUON_ROUND = 4000  # several rounds, one matrix larger than that
     for name, case in CASES.items():
         engine, run, loader = start(comm, device, case, prefix, folder)
         first = steps(engine, run, loader, 1, HALF)
@@ -173,11 +170,49 @@ def plain(place: Path) -> tuple[Trace, dict[Any, np.ndarray]]:
 def test_steps_as_torch_s_on_whole_matrices(
     ranks: list[dict[Any, Any]], plain: tuple[Trace, dict[Any, np.ndarray]], name: str
 ) -> None:
+    """Weights, momenta and moments to 1e-5 of each parameter's norm, as in the parity matrix."""
     reference, expected = plain
     traces = [rank[name][1] for rank in ranks]
     np.testing.assert_allclose(traces[0].losses, reference.losses, rtol=1e-5)
-    np.testing.assert_allclose(traces[0].norms, reference.norms, rtol=1e-4)
+    np.testing.assert_allclose(traces[0].norms, reference.norms, rtol=1e-5)
     found = whole_state(traces)
     assert found.keys() == expected.keys()
     for key, values in expected.items():
-        assert np.linalg.norm(found[key] - values) <= 1e-4 * np.linalg.norm(values), key
+        assert np.linalg.norm(found[key] - values) <= 1e-5 * np.linalg.norm(values), key
+
+
+def test_the_steps_show_mistakes(plain: tuple[Trace, dict[Any, np.ndarray]]) -> None:
+    """They learn and clip, and a matrix moves far: a piece orthogonalised alone would move it elsewhere."""
+    trace, state = plain
+    assert trace.losses[-1] < trace.losses[0] - 0.03
+    assert min(trace.norms) > 0.5
+    kinds = {kind for name, kind in state if name == "layers.0.mlp.up.weight"}
+    assert kinds == {"master", "momentum_buffer"}
+    assert {kind for name, kind in state if name == "head.weight"} == {"master", "exp_avg", "exp_avg_sq"}
+
+
+def test_in_bf16_it_trains_as_in_fp32(ranks: list[dict[Any, Any]], plain: tuple[Trace, dict[Any, np.ndarray]]) -> None:
+    """With the tolerances of the parity matrix: bf16 also orthogonalises in bf16."""
+    reference, expected = plain
+    traces = [rank["tp2 zero1 bf16"][1] for rank in ranks]
+    np.testing.assert_allclose(traces[0].losses, reference.losses, rtol=1e-3)
+    found = whole_state(traces)
+    for key, values in expected.items():
+        assert np.linalg.norm(found[key] - values) <= 0.05 * np.linalg.norm(values), key
+
+
+@pytest.mark.parametrize(("source", "target"), MOVES)
+def test_any_layout_goes_on_from_any_checkpoint(ranks: list[dict[Any, Any]], source: str, target: str) -> None:
+    """The state that is loaded is the one that was saved, bit for bit; so are its steps on the same layout."""
+    saved = whole_state([rank[source][0] for rank in ranks])
+    loaded = whole_state([rank[source, target][0] for rank in ranks])
+    assert loaded.keys() == saved.keys()
+    for key, values in saved.items():
+        np.testing.assert_array_equal(loaded[key], values, err_msg=str(key))
+    after, expected = ranks[0][source, target][1], ranks[0][source][1]
+    if source == target:
+        assert (after.losses, after.norms) == (expected.losses[HALF:], expected.norms[HALF:])
+        for (key, found), (other, values) in zip(after.fragments, expected.fragments, strict=True):
+            assert key == other
+            np.testing.assert_array_equal(found, values, err_msg=str(key))
+    np.testing.assert_allclose(after.losses, expected.losses[HALF:], rtol=1e-3 if "bf16" in target else 1e-5)

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from megalm.checkpoint.checkpoint_reader import Chunk, chunks_of
 from megalm.checkpoint.shard_spec import FragmentKey
+from megalm.cost_model.memory import MUON_ROUND
 from megalm.parallel.process_groups import AxisGroup
 from megalm.planning.optimizer_facts import OptimizerFacts, rate_factor
 
-# Elements of matrices that a rank holds whole at a time, or one matrix if that is larger.
-ROUND_ELEMENTS = 2**25
 _SMALLEST_NORM = 1e-7
 
 
@@ -243,7 +242,7 @@ def share_out(shapes: dict[str, tuple[int, ...]], ranks: int) -> list[dict[str, 
     for name in sorted(shapes, key=lambda name: (-sizes[name] * min(shapes[name]), name)):
         rank = work.index(min(work))
         work[rank] += sizes[name] * min(shapes[name])
-        if filled[rank] and filled[rank] + sizes[name] > ROUND_ELEMENTS:
+        if filled[rank] and filled[rank] + sizes[name] > MUON_ROUND:
             rank_rounds[rank], filled[rank] = rank_rounds[rank] + 1, 0
         filled[rank] += sizes[name]
         while len(rounds) <= rank_rounds[rank]:

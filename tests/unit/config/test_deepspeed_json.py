@@ -28,7 +28,8 @@ def test_shipped_jsons_keep_the_house_rules(name: str) -> None:
     assert settings.gradient_clipping == 1.0
     assert settings.optimizer is not None
     params = settings.optimizer.params
-    assert (settings.optimizer.type, params.lr, params.betas, params.eps) == ("AdamW", None, (0.9, 0.95), 1e-8)
+    assert settings.optimizer.type == ("Muon" if name == "muon" else "AdamW")
+    assert (params.lr, params.betas, params.eps) == (None, (0.9, 0.95), 1e-8)
     assert params.weight_decay == 0.1
 
 

@@ -101,7 +101,7 @@ def test_the_work_is_shared_out() -> None:
 
 
 def test_a_rank_holds_few_matrices_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(muon, "ROUND_ELEMENTS", 500)
+    monkeypatch.setattr(muon, "MUON_ROUND", 500)
     shapes = {f"layers.{layer}.up": (12, 40) for layer in range(5)}
     rounds = share_out(shapes, 2)
     assert [sorted(each.values()) for each in rounds] == [[0, 1], [0, 1], [0]]
