@@ -576,9 +576,10 @@ def _update_bytes(case: MemoryCase, share: Share) -> int:
     names = [name for name in share.parameters() if name.startswith("layers.") and len(shapes[name]) == 2]
     matrices = [math.prod(shapes[name]) for name in names]
     ranks = case.topology.data * case.topology.tensor
-    own = max(max(matrices), min(MUON_ROUND, math.ceil(sum(matrices) / ranks)))
+    largest = max(matrices)
+    own = max(largest, min(MUON_ROUND, math.ceil(sum(matrices) / ranks)))
     # A message, the whole matrices, orthogonal ones and their pieces; three factors of the one in work.
-    return (4 if case.precision == "fp32" else 2) * (4 * own + 3 * max(matrices))
+    return (4 if case.precision == "fp32" else 2) * (4 * own + 3 * largest)
 
 
 def _bucket_bytes(case: MemoryCase, share: Share, groups: Groups, freed: int) -> int:

@@ -210,7 +210,7 @@ def test_parameter_groups_are_groups_of_the_optimizer(start: Start) -> None:
 
 def test_an_update_of_muon_takes_what_activations_leave() -> None:
     """Whole matrices on a rank, but few at a time."""
-    zero = ZeroSection(stage=1, reduce_bucket_size=2)
+    zero = ZeroSection(stage=2)
     short = replace(case(), muon=True, zero=zero, micro_batch=1, sequence_length=1, loss_chunk_tokens=1, on_cpu=True)
     wide = replace(short, shape=shape_of("model.hidden_size=2048"), topology=Topology(1))
     matrix = max(math.prod(size) for name, size in wide.shape.parameters().items() if name.startswith("layers."))
