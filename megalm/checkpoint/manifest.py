@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -85,6 +85,12 @@ class StoredFragment(_Part):
 class StoredTensor(_Part):
     shape: tuple[Count, ...]
     fragments: tuple[StoredFragment, ...]
+
+    @property
+    def kinds(self) -> tuple[FragmentKind, ...]:
+        """The kinds of state that are stored, the master first."""
+        stored = {fragment.kind for fragment in self.fragments}
+        return tuple(kind for kind in get_args(FragmentKind) if kind in stored)
 
     @model_validator(mode="after")
     def _fragments_fit(self) -> StoredTensor:

@@ -227,7 +227,7 @@ def _configuration(plan: Plan, every_key: bool) -> str:
 
 def _deepspeed(plan: Plan) -> str:
     run = plan.resolved
-    optimizer, zero = run.optimizer, run.deepspeed_source.settings.zero_optimization
+    zero = run.deepspeed_source.settings.zero_optimization
     return table(
         ["fact", "value"],
         [
@@ -238,11 +238,8 @@ def _deepspeed(plan: Plan) -> str:
             ["ZeRO stage", zero.stage],
             ["offload", _offloads(plan)],
             ["gradient clipping", run.deepspeed["gradient_clipping"] or "off"],
-            [
-                "optimizer",
-                f"{optimizer.kind}, betas {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, "
-                f"eps {optimizer.epsilon:g}, weight decay {optimizer.weight_decay:g}",
-            ],
+            ["optimizer", str(run.optimizer)],
+            *([["of the blocks' matrices", str(run.optimizer.muon)]] if run.optimizer.muon is not None else []),
         ],
     )
 
@@ -272,6 +269,7 @@ def _groups(plan: Plan) -> str:
     rows = [
         [
             group.match or "(no pattern)",
+            group.algorithm,
             f"{group.tensors:,}",
             f"{group.parameters:,}",
             f"{group.learning_rate_scale:g}",
@@ -279,7 +277,7 @@ def _groups(plan: Plan) -> str:
         ]
         for group in plan.optimizer_groups
     ]
-    return table(["match", "tensors", "parameters", "learning rate x", "weight decay"], rows)
+    return table(["match", "algorithm", "tensors", "parameters", "learning rate x", "weight decay"], rows)
 
 
 def _tokens(plan: Plan) -> str:
@@ -294,7 +292,7 @@ def _tokens(plan: Plan) -> str:
             ["FLOPs per token", f"{plan.flops_per_token:.3e}"],
             *_recomputed(plan),
             ["total FLOPs", f"{plan.total_flops:.3e}"],
-            ["checkpoint size", format_bytes(checkpoint_bytes(plan.shape))],
+            ["checkpoint size", format_bytes(checkpoint_bytes(plan.shape, plan.case.muon))],
         ],
     )
 
@@ -312,7 +310,7 @@ _PARTS = {
     "weights": "the parameters that the model computes with",
     "gradients": "where gradients are accumulated",
     "master": "the optimizer's fp32 copy of the weights",
-    "moments": "Adam's two running means for each weight",
+    "moments": "the optimizer's running means: Adam's two for each weight, Muon's one",
     "buckets": "what is sent between ranks at one time; under ZeRO 3 also gathered weights",
     "activations": "what the forward pass keeps for the backward pass",
     "loss": "a chunk of logits, and the gradients of head and hidden states",

@@ -17,7 +17,7 @@ from megalm.config.schema import OptimizerStateKind, ParameterGroup, Recompute
 from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
 from megalm.cost_model.start_memory import start_moments
 from megalm.model.model_config import ModelConfig, kept_probabilities
-from megalm.model.parameter_groups import group_keys, optimizer_groups
+from megalm.model.parameter_groups import MOMENTS, GroupKey, group_keys, optimizer_groups
 from megalm.topology import AXES, Topology
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -28,6 +28,8 @@ _ALIGNMENT = 2
 _BLOCK = 256
 _BLOCK_BYTES = {"bf16": 4 * _BLOCK, "8bit": 2 * (_BLOCK + 4)}
 _RANKS_LOOKED_AT = 16  # of ZeRO 3's, for where their parts cut blocks
+# Elements of matrices that Muon makes whole on a rank at a time, or one matrix if that is larger.
+MUON_ROUND = 2**25
 _FLAT_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once in stage 0 and in its BF16_Optimizer
 
 Groups = list[list[int]]
@@ -145,6 +147,7 @@ class MemoryCase:
         repeats_keys: attention keeps a copy of each key/value head for every query head that shares it.
         device_bytes: memory of the device; None: not known.
         optimizer_state: how Adam's moments are kept.
+        muon: the matrices of the blocks are Muon's.
     """
 
     shape: ModelConfig
@@ -170,6 +173,7 @@ class MemoryCase:
     repeats_keys: bool = False
     device_bytes: int | None = None
     optimizer_state: OptimizerStateKind = "fp32"
+    muon: bool = False
 
     @property
     def tokens(self) -> int:
@@ -232,9 +236,9 @@ class MemoryPlan:
         weights: the model computes with them.
         gradients: accumulated gradients.
         master: the fp32 weights that the optimizer updates; none in stage 0, which updates `weights`.
-        moments: Adam's two.
+        moments: Adam's two, Muon's one.
         buckets: communication buffers beyond what the backward pass has freed by then, and under ZeRO 3 the weights
-            gathered at one time.
+            gathered at one time; or what an update of Muon needs beyond that, if it is more.
         activations: kept by the forward pass for the backward pass.
         loss: the chunk of logits and the gradients of head and hidden states.
         runtime: on a GPU, an allowance for CUDA's context, cuBLAS and NCCL.
@@ -296,15 +300,18 @@ def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
         if kind in seen:
             continue
         seen.add(kind)
-        groups = parameter_groups(case, share)
-        device, host = _states(case, groups)
+        by_key = parameter_groups(case, share)
+        groups = list(by_key.values())
+        device, host = _states(case, by_key)
         moments = list(start_moments(case, share, groups))
         runtime = _runtime_bytes(case)
         activations = activation_bytes(case, share)
         loss = loss_bytes(case, share.tensor) if share.is_last else 0
         yield MemoryPlan(
             **device,
-            buckets=_bucket_bytes(case, share, groups, activations + loss),
+            buckets=max(
+                _bucket_bytes(case, share, groups, activations + loss), _update_bytes(case, share) - activations - loss
+            ),
             activations=activations,
             loss=loss,
             runtime=runtime,
@@ -327,12 +334,16 @@ def _runtime_bytes(case: MemoryCase) -> int:
     if case.on_cpu:
         return 0
     groups = sum(case.topology.size(axis) > 1 for axis in AXES)
-    return _CUDA_CONTEXT + _NCCL_GROUP * (groups + (groups > 1))  # of several axes, the group of all ranks too
+    stage = case.muon and groups == 3  # data and tensor together; with fewer axes there is such a group
+    # Of several axes, the group of all ranks too.
+    return _CUDA_CONTEXT + _NCCL_GROUP * (groups + (groups > 1) + stage)
 
 
-def checkpoint_bytes(shape: ModelConfig) -> int:
-    """A checkpoint's tensors: the fp32 master and two fp32 moments of every parameter, whatever the layout."""
-    return 12 * shape.parameter_count()
+def checkpoint_bytes(shape: ModelConfig, muon: bool = False) -> int:
+    """A checkpoint's tensors: the fp32 master of every parameter and its moments, whatever the layout."""
+    sizes = shape.parameters()
+    keys = group_keys({name: len(size) for name, size in sizes.items()}, (), True, muon)
+    return sum(4 * (1 + len(MOMENTS[keys[name].algorithm])) * math.prod(size) for name, size in sizes.items())
 
 
 # Activations and loss by formula, for the block of megalm/model: pre-norm, separate query, key and value projections,
@@ -416,29 +427,30 @@ def loss_bytes(case: MemoryCase, tensor: int = 1) -> int:
     return hidden_gradient + 4 * vocabulary * hidden + max(forward, backward)
 
 
-def parameter_groups(case: MemoryCase, share: Share) -> Groups:
+def parameter_groups(case: MemoryCase, share: Share) -> dict[GroupKey, list[int]]:
     """Elements of a rank's parameters in the optimizer's groups, which ZeRO pads one by one."""
     shapes = share.parameters()
     dimensions = {name: len(shape) for name, shape in shapes.items()}
-    keys = group_keys(dimensions, case.parameter_groups, case.embedding_weight_decay)
-    return [[math.prod(shapes[name]) for name in names] for names in optimizer_groups(keys).values()]
+    keys = group_keys(dimensions, case.parameter_groups, case.embedding_weight_decay, case.muon)
+    return {key: [math.prod(shapes[name]) for name in names] for key, names in optimizer_groups(keys).items()}
 
 
-def _states(case: MemoryCase, groups: Groups) -> tuple[dict[str, int], dict[str, int]]:
+def _states(case: MemoryCase, by_key: dict[GroupKey, list[int]]) -> tuple[dict[str, int], dict[str, int]]:
     """Weights, gradients, master and moments on the device, and offloaded parts in the CPU's memory."""
     stage = case.zero.stage
     low = case.element_bytes
-    if stage == 0:
-        elements = sum(map(sum, groups))
-        device = {"weights": low * elements, "gradients": low * elements, "master": 0}
-        device["moments"] = _moment_bytes(case, groups, elements)
-        return device, _checkpoint_copy(case, elements)
+    groups = list(by_key.values())
+    moments = _moments(case, by_key)
     own = _own_elements(case, groups)
+    if stage == 0:
+        device = {"weights": low * own, "gradients": low * own, "master": 0}
+        device["moments"] = _moment_bytes(case, groups, moments)
+        return device, _checkpoint_copy(case, own + moments)
     gradients, host_gradients = _gradients(case, groups, own)
-    optimizer = {"master": 4 * own, "moments": _moment_bytes(case, groups, own)}
+    optimizer = {"master": 4 * own, "moments": _moment_bytes(case, groups, moments)}
     weights = low * own if stage == 3 else low * sum(case.padded(group) for group in groups)
     device = {"weights": weights, "gradients": gradients, **optimizer}
-    host = _checkpoint_copy(case, own)
+    host = _checkpoint_copy(case, own + moments)
     if case.offloads_optimizer:
         device |= dict.fromkeys(optimizer, 0)
         host |= {"gradients": host_gradients, **optimizer} if not case.swaps else _swap_buffers(case, groups)
@@ -460,8 +472,8 @@ def _swap_buffers(case: MemoryCase, groups: Groups) -> dict[str, int]:
 
 
 def _checkpoint_copy(case: MemoryCase, elements: int) -> dict[str, int]:
-    """With checkpoint.async, a copy of the master and both moments that this rank owns."""
-    return {"checkpoint copy": 12 * elements} if case.checkpoint_copy else {}
+    """With checkpoint.async, a copy of the master and the moments that this rank owns."""
+    return {"checkpoint copy": 4 * elements} if case.checkpoint_copy else {}
 
 
 def _gradients(case: MemoryCase, groups: Groups, own: int) -> tuple[int, int]:
@@ -488,10 +500,15 @@ def _gradients(case: MemoryCase, groups: Groups, own: int) -> tuple[int, int]:
     return reduced, 4 * own
 
 
-def _moment_bytes(case: MemoryCase, groups: Groups, own: int) -> int:
-    """Both of Adam's moments, of the fullest rank."""
+def _moments(case: MemoryCase, by_key: dict[GroupKey, list[int]]) -> int:
+    """Elements of the moments of one rank's partition: of Adam's two for each weight, of Muon's one."""
+    return sum(len(MOMENTS[key.algorithm]) * _own_elements(case, [group]) for key, group in by_key.items())
+
+
+def _moment_bytes(case: MemoryCase, groups: Groups, elements: int) -> int:
+    """The moments, of the fullest rank."""
     if case.optimizer_state == "fp32":
-        return 8 * own
+        return 4 * elements
     return _BLOCK_BYTES[case.optimizer_state] * _own_blocks(case, groups)
 
 
@@ -532,8 +549,10 @@ def _cut(group: list[int], size: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _own_elements(case: MemoryCase, groups: Groups) -> int:
-    """Elements of one rank's partition: each parameter divided (stage 3), or each group (stages 1 and 2)."""
+    """Elements of one rank's partition: each parameter divided (stage 3), or each group (stages 1 and 2), or whole."""
     ranks = case.topology.data
+    if case.zero.stage == 0:
+        return sum(map(sum, groups))
     if case.zero.stage == 3:
         return sum(math.ceil(count / ranks) for group in groups for count in group)
     return sum(case.padded(group) // ranks for group in groups)
@@ -547,6 +566,20 @@ def _touched_elements(groups: Groups, case: MemoryCase) -> int:
         for count, rank, _, _ in _cut(group, case.padded(group) // ranks):
             totals[rank] += count
     return max(totals)
+
+
+def _update_bytes(case: MemoryCase, share: Share) -> int:
+    """Muon's messages, matrices made whole and what orthogonalises them, in an update; activations are gone by then."""
+    if not case.muon:
+        return 0
+    shapes = case.shape.parameters()
+    names = [name for name in share.parameters() if name.startswith("layers.") and len(shapes[name]) == 2]
+    matrices = [math.prod(shapes[name]) for name in names]
+    ranks = case.topology.data * case.topology.tensor
+    largest = max(matrices)
+    own = max(largest, min(MUON_ROUND, math.ceil(sum(matrices) / ranks)))
+    # A message, the whole matrices, orthogonal ones and their pieces; three factors of the one in work.
+    return (4 if case.precision == "fp32" else 2) * (4 * own + 3 * largest)
 
 
 def _bucket_bytes(case: MemoryCase, share: Share, groups: Groups, freed: int) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from deepspeed.comm import pg_utils
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -31,6 +32,7 @@ from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_lo
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
 from megalm.engine.optimizer.build_optimizer import build_optimizer, parameter_groups
+from megalm.engine.optimizer.muon import Muon
 from megalm.engine.optimizer.optimizer_state import OptimizerState, ReadFragment
 from megalm.engine.phase_clock import PhaseClock
 from megalm.model.layer_factory import shard_of
@@ -152,6 +154,7 @@ def read_norm_once() -> None:
     compare a copy on the host. A norm that is not finite says that gradients overflowed; DeepSpeed's own search for
     such gradients, with a reading of its own, comes to the same result and is left out.
     """
+    DeepSpeedZeroOptimizer.scaled_global_norm = _summed_once(DeepSpeedZeroOptimizer.scaled_global_norm)
     for owner, name in (
         (DeepSpeedZeroOptimizer, "scaled_global_norm"),
         (DeepSpeedZeroOptimizer_Stage3, "_get_norm_groups"),
@@ -160,6 +163,28 @@ def read_norm_once() -> None:
         setattr(owner, name, _norm_on_host(getattr(owner, name)))
     for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer.check_overflow = functools.wraps(optimizer.check_overflow)(lambda *_, **__: None)
+
+
+def _summed_once(norm_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """DeepSpeed's norm of ZeRO 1 and 2 with one sum over the ranks of a model's copy, not one for each parameter group.
+
+    Stages of a pipeline may have other groups, and would wait for each other for ever.
+    """
+
+    @functools.wraps(norm_of)
+    def norm(optimizer: Any, *args: Any, **options: Any) -> Tensor:
+        if not pg_utils.is_parallel(optimizer.model_parallel_group):
+            return norm_of(optimizer, *args, **options)
+        reduce = optimizer._model_parallel_all_reduce
+        optimizer._model_parallel_all_reduce = lambda **_: None
+        try:
+            square = norm_of(optimizer, *args, **options).square()  # infinite if a gradient is not finite
+        finally:
+            del optimizer._model_parallel_all_reduce
+        reduce(tensor=square, op=dist.ReduceOp.SUM)
+        return square.sqrt()
+
+    return norm
 
 
 def _norm_on_host(norm_of: Callable[..., Tensor | list[Tensor]]) -> Callable[..., Tensor]:
@@ -256,11 +281,7 @@ class EngineBase:
             needed = _SWAPPED_BYTES * elements // self._data.size * rank_facts().local_world_size
             self._swap_folder = SwapFolder(offload["nvme_path"], needed)
             offload["nvme_path"] = str(self._swap_folder.path)
-        train = run.config.train
-        weight_groups = parameter_groups(
-            part, run.optimizer.weight_decay, train.embedding_weight_decay, train.parameter_groups
-        )
-        inner = build_optimizer(weight_groups, run.optimizer, train.optimizer_state, offload["device"] != "none")
+        inner = build_optimizer(parameter_groups(part, run), run, offload["device"] != "none")
         self._last_norm = 0.0
         self._step_sums, self._divisor = HostCopy(context.device), 1
         self._check = UpdateCheck(context.comm, context.judge)
@@ -277,6 +298,9 @@ class EngineBase:
             )
         self._phase_seconds: dict[str, float] = {}
         self._state = OptimizerState(self._engine, parameters, shards, is_first_copy=groups.data.index == 0)
+        if isinstance(inner, Muon):
+            units = self._state.units_of("momentum_buffer", groups.data.size)
+            inner.lay_out(units, groups, is_copied=self._stage == 0)
         self._check.measure = self._state.gradient_squares
         self._first_counters = self.counters()
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from megalm.config.schema import ParameterGroup
+
+# How a group's parameters are updated, and what the optimizer keeps for each of them beside its fp32 master.
+Algorithm = Literal["adam", "muon"]
+MomentKind = Literal["exp_avg", "exp_avg_sq", "momentum_buffer"]
+MOMENTS: dict[Algorithm, tuple[MomentKind, ...]] = {"adam": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 
 
 class GroupKey(NamedTuple):
@@ -14,15 +19,17 @@ class GroupKey(NamedTuple):
 
     Attributes:
         rule: index in train.parameter_groups; -1: no pattern matches.
+        algorithm: how the group is updated.
         undecayed: the run's weight decay does not act on the group; false where the rule sets its own.
     """
 
     rule: int
     undecayed: bool
+    algorithm: Algorithm = "adam"
 
 
 def group_keys(
-    dimensions: Mapping[str, int], rules: Sequence[ParameterGroup], decay_embeddings: bool
+    dimensions: Mapping[str, int], rules: Sequence[ParameterGroup], decay_embeddings: bool, muon: bool = False
 ) -> dict[str, GroupKey]:
     """Return canonical name -> the group that the parameter belongs to: that of the first rule that matches.
 
@@ -30,13 +37,15 @@ def group_keys(
 
     Args:
         dimensions: canonical name -> number of dimensions of the whole parameter.
+        muon: the matrices of the blocks are Muon's; embeddings, head, norms and biases stay Adam's.
     """
     keys = {}
     for name, count in dimensions.items():
         rule = next((index for index, rule in enumerate(rules) if fnmatchcase(name, rule.match)), -1)
         decays = count >= 2 and (decay_embeddings or not name.startswith("embedding."))
         sets_its_own = rule >= 0 and rules[rule].weight_decay is not None
-        keys[name] = GroupKey(rule, not (decays or sets_its_own))
+        algorithm: Algorithm = "muon" if muon and count == 2 and name.startswith("layers.") else "adam"
+        keys[name] = GroupKey(rule, not (decays or sets_its_own), algorithm)
     return keys
 
 
@@ -48,15 +57,19 @@ def optimizer_groups(keys: Mapping[str, GroupKey]) -> dict[GroupKey, list[str]]:
     return dict(sorted(found.items()))
 
 
-def group_settings(key: GroupKey, rules: Sequence[ParameterGroup], weight_decay: float) -> dict[str, float]:
+def group_settings(
+    key: GroupKey, rules: Sequence[ParameterGroup], weight_decay: float, rate_scales: Mapping[Algorithm, float]
+) -> dict[str, float]:
     """Return a group's weight decay and the factor of its learning rate.
 
     Args:
         weight_decay: of the run's optimizer.
+        rate_scales: the factor of each algorithm's learning rate to the schedule's.
     """
     rule = rules[key.rule] if key.rule >= 0 else None
     decay = 0.0 if key.undecayed else weight_decay
+    scale = rate_scales[key.algorithm]
     if rule is None:
-        return {"weight_decay": decay, "learning_rate_scale": 1.0}
+        return {"weight_decay": decay, "learning_rate_scale": scale}
     own = decay if rule.weight_decay is None else rule.weight_decay
-    return {"weight_decay": own, "learning_rate_scale": rule.learning_rate_scale}
+    return {"weight_decay": own, "learning_rate_scale": scale * rule.learning_rate_scale}

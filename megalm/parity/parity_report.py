@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from megalm.checkpoint.shard_spec import KINDS
 from megalm.config.deepspeed.json_schema import Precision
 from megalm.config.schema import OptimizerStateKind
 from megalm.errors import TrainingError
@@ -132,9 +131,9 @@ def _loaded(what: str, found: State, saved: State, tolerance: Tolerance) -> Iter
     if not tolerance.loaded_moments:
         yield Line(f"{what}: state", against, differing(found, saved), 0, "elements")
         return
-    masters, same = ({place: state[place] for place in state if place[1] == KINDS[0]} for state in (found, saved))
+    masters, same = ({place: state[place] for place in state if place[1] == "master"} for state in (found, saved))
     yield Line(f"{what}: loaded weights", against, differing(masters, same), 0, "elements")
-    moments = max(state_difference(found, saved, kind) for kind in KINDS[1:])
+    moments = max(state_difference(found, saved, kind) for kind in sorted({kind for _, kind in saved} - {"master"}))
     yield Line(f"{what}: loaded moments", against, moments, tolerance.loaded_moments)
 
 
@@ -142,7 +141,7 @@ def _followed(what: str, found: Sequence[Trace], expected: Sequence[Trace], tole
     against = "the steps that it comes from"
     losses = max(relative(each.losses, expected[0].losses) for each in found)
     yield Line(f"{what}: losses", against, losses, tolerance.loss)
-    weights = state_difference(whole(found), whole(expected), KINDS[0])
+    weights = state_difference(whole(found), whole(expected), "master")
     yield Line(f"{what}: weights", against, weights, tolerance.weights)
 
 

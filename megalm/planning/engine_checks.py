@@ -7,7 +7,7 @@ ranks names the nearest legal degree. Slow but legal grids get a notice.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, choose_precision
@@ -74,7 +74,7 @@ class CheckContext:
         """Canonical name -> optimizer group."""
         train = self.config.train
         dimensions = {name: len(size) for name, size in self.shape.parameters().items()}
-        return group_keys(dimensions, train.parameter_groups, train.embedding_weight_decay)
+        return group_keys(dimensions, train.parameter_groups, train.embedding_weight_decay, self.settings.uses_muon)
 
     @property
     def offloads(self) -> Iterator[tuple[str, OffloadOptimizerSection | OffloadParamSection]]:
@@ -92,12 +92,12 @@ Rule = Callable[[CheckContext], None]
 
 
 def one_learning_rate(case: CheckContext) -> None:
-    lr = case.settings.optimizer.params.lr if case.settings.optimizer else None
-    if lr is not None and "schedule.peak_learning_rate" in case.loaded.explicit_keys:
+    stated = case.settings.peak_learning_rate
+    if stated is not None and "schedule.peak_learning_rate" in case.loaded.explicit_keys:
         peak = case.config.schedule.peak_learning_rate
         source = case.loaded.sources["schedule.peak_learning_rate"]
         raise ConfigError(
-            f"optimizer.params.lr={lr:g} ({case.ds.path}) and schedule.peak_learning_rate={peak:g} ({source}) "
+            f"{stated[0]}={stated[1]:g} ({case.ds.path}) and schedule.peak_learning_rate={peak:g} ({source}) "
             "set the same value; remove one"
         )
 
@@ -283,6 +283,22 @@ def offloaded_states_are_fp32(case: CheckContext) -> None:
         )
 
 
+def muon_keeps_its_states(case: CheckContext) -> None:
+    if not case.settings.uses_muon:
+        return
+    states = case.config.train.optimizer_state
+    if states != "fp32":
+        raise ConfigError(
+            f'train.optimizer_state={states} with optimizer.type="Muon" ({case.ds.path}): it shortens Adam\'s moments '
+            "only, and Muon has half of them; remove train.optimizer_state"
+        )
+    if any(name == "offload_optimizer" for name, _ in case.offloads):
+        raise ConfigError(
+            f'{case.ds.path}: offload_optimizer with optimizer.type="Muon": DeepSpeed\'s CPU Adam updates offloaded '
+            "states, and the CPU is too slow to orthogonalise matrices; remove offload_optimizer, or use AdamW"
+        )
+
+
 DEEPSPEED_RULES: tuple[Rule, ...] = (
     one_learning_rate,
     one_low_precision,
@@ -297,6 +313,7 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
     gradients_are_reduced_as_the_stage_can,
     recomputation_is_one,
     offloaded_states_are_fp32,
+    muon_keeps_its_states,
 )
 
 
@@ -389,47 +406,6 @@ def pipeline_sums_tied_gradients(case: CheckContext) -> None:
         )
 
 
-def pipeline_stages_have_equal_groups(case: CheckContext) -> None:
-    """DeepSpeed sums the gradient norm over stages group by group: stages with other numbers of groups wait for ever.
-
-    The stages' blocks follow from vocabulary and balance: here every division into stages must be right.
-    """
-    stages, layers, groups = case.config.parallel.pipeline, case.shape.num_hidden_layers, case.group_keys
-    if stages == 1 or layers < stages or not case.config.train.parameter_groups:
-        return
-    first, last, blocks = _groups_of_parts(groups, case.shape)
-    every = set(groups.values())
-    possible = [first.union(*blocks[:end]) for end in range(1, layers - stages + 2)]
-    possible += [last.union(*blocks[start:]) for start in range(stages - 1, layers)]
-    possible += blocks[1:-1] if stages > 2 else []
-    rules = case.config.train.parameter_groups
-    for missing in sorted({key for held in possible for key in every - held}):
-        named = f"of match={rules[missing.rule].match!r}" if missing.rule >= 0 else "that no pattern matches"
-        kind = "norms and biases" if missing.undecayed else "parameters"
-        raise ConfigError(
-            f"train.parameter_groups with parallel.pipeline={stages}: a stage can be without {kind} {named}, and "
-            "DeepSpeed 0.19.8 waits for ever where stages have different groups; use patterns that match parameters of "
-            "every block, such as layers.*.mlp.*, or remove the pipeline"
-        )
-
-
-def _groups_of_parts(
-    groups: Mapping[str, GroupKey], shape: ModelConfig
-) -> tuple[set[GroupKey], set[GroupKey], list[set[GroupKey]]]:
-    """Return the groups of what the first stage holds beside its blocks, of the same of the last, and of each block."""
-    first: set[GroupKey] = set()
-    last: set[GroupKey] = set()
-    blocks: list[set[GroupKey]] = [set() for _ in range(shape.num_hidden_layers)]
-    for name, key in groups.items():
-        if name.startswith("layers."):
-            blocks[int(name.split(".")[1])].add(key)
-            continue
-        (first if name.startswith("embedding.") else last).add(key)
-        if name == "embedding.tokens.weight" and shape.tie_word_embeddings:
-            last.add(key)
-    return first, last, blocks
-
-
 def pipeline_keeps_its_states(case: CheckContext) -> None:
     for name, _ in case.offloads:
         if case.config.parallel.pipeline > 1:
@@ -449,7 +425,6 @@ PARALLEL_RULES: tuple[Rule, ...] = (
     pipeline_needs_low_zero,
     pipeline_clips_with_zero_1,
     pipeline_sums_tied_gradients,
-    pipeline_stages_have_equal_groups,
     pipeline_keeps_its_states,
 )
 

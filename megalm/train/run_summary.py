@@ -193,7 +193,7 @@ def opening_facts(
         ("training", f"{steps:,} steps, {tokens:,} tokens = {tokens / count:.2f} per parameter"),
         *data_rows(run, data),
         ("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} entries, {describe_eod(tokenizer)}"),
-        ("checkpoint", f"{format_bytes(checkpoint_bytes(shape))} each"),
+        ("checkpoint", f"{format_bytes(checkpoint_bytes(shape, run.optimizer.muon is not None))} each"),
     ]
     if data.unigram_entropy is not None:
         rows.append(

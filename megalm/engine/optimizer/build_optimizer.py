@@ -2,47 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from megalm.config.schema import OptimizerStateKind, ParameterGroup
 from megalm.engine.cpp_extensions import load_cpu_adam
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
+from megalm.engine.optimizer.muon import Muon
 from megalm.model.layer_factory import shard_of
-from megalm.model.parameter_groups import group_keys, group_settings, optimizer_groups
-from megalm.planning.resolve import OptimizerFacts
+from megalm.model.parameter_groups import MOMENTS, group_keys, group_settings, optimizer_groups
+from megalm.planning.resolve import ResolvedRun
 
 
-def parameter_groups(
-    model: nn.Module, weight_decay: float, decay_embeddings: bool, rules: Sequence[ParameterGroup] = ()
-) -> list[dict[str, Any]]:
-    """Return optimizer groups with their weight decay, and the factor of their learning rate.
+def parameter_groups(model: nn.Module, run: ResolvedRun) -> list[dict[str, Any]]:
+    """Return optimizer groups with their weight decay, the factor of their learning rate, and their moments' names.
 
     ZeRO 3 has flattened the parameters: their annotations know their shapes.
-
-    Args:
-        rules: train.parameter_groups.
     """
+    train, optimizer = run.config.train, run.optimizer
+    rules, scales = train.parameter_groups, optimizer.rate_scales(run.schedule.peak_learning_rate)
     parameters = dict(model.named_parameters())
     dimensions = {name: len(shard_of(parameter).shape) for name, parameter in parameters.items()}
-    groups = optimizer_groups(group_keys(dimensions, rules, decay_embeddings))
+    keys = group_keys(dimensions, rules, train.embedding_weight_decay, optimizer.muon is not None)
     return [
-        {"params": [parameters[name] for name in names], **group_settings(key, rules, weight_decay)}
-        for key, names in groups.items()
+        {
+            "params": [parameters[name] for name in names],
+            "moments": MOMENTS[key.algorithm],
+            **group_settings(key, rules, optimizer.weight_decay, scales),
+        }
+        for key, names in optimizer_groups(keys).items()
     ]
 
 
-def build_optimizer(
-    groups: list[dict[str, Any]], facts: OptimizerFacts, states: OptimizerStateKind, offload: bool
-) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], run: ResolvedRun, offload: bool) -> torch.optim.Optimizer:
     """Return torch's fused Adam(W), which needs no compiler; with `offload`, DeepSpeed's CPUAdam, built on first use.
 
-    With `states` other than fp32 it is megalm's own. The engine sets the learning rate before every step, so the value
-    given here is never used.
+    Muon, and Adam with states other than fp32, are megalm's own. The engine sets the learning rate before every step,
+    so the value given here is never used.
     """
+    facts, states = run.optimizer, run.config.train.optimizer_state
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -55,11 +54,18 @@ def build_optimizer(
             adamw_mode=facts.kind == "adamw",
             fp32_optimizer_states=True,
         )
+    if facts.muon is not None:
+        _allow_under_zero(Muon)
+        return Muon(groups, facts, torch.float32 if run.precision == "fp32" else torch.bfloat16)
     if states != "fp32":
-        from deepspeed.runtime.zero import utils
-
-        if LowPrecisionAdam not in utils.ZERO_SUPPORTED_OPTIMIZERS:
-            utils.ZERO_SUPPORTED_OPTIMIZERS.append(LowPrecisionAdam)
+        _allow_under_zero(LowPrecisionAdam)
         return LowPrecisionAdam(groups, states, facts.betas, facts.epsilon, decoupled=facts.kind == "adamw")
     optimizer = torch.optim.AdamW if facts.kind == "adamw" else torch.optim.Adam
     return optimizer(groups, lr=0.0, betas=facts.betas, eps=facts.epsilon, fused=True)
+
+
+def _allow_under_zero(kind: type[torch.optim.Optimizer]) -> None:
+    from deepspeed.runtime.zero import utils
+
+    if kind not in utils.ZERO_SUPPORTED_OPTIMIZERS:
+        utils.ZERO_SUPPORTED_OPTIMIZERS.append(kind)

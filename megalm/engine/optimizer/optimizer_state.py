@@ -1,8 +1,8 @@
 """Read and write a DeepSpeed optimizer's state as fragments of canonical parameters.
 
 Like other modules of this package it uses DeepSpeed's internals; tests/distributed holds them to the pinned version.
-A fragment is a flat range of one parameter that this rank owns: its fp32 master and both moments. Offsets are computed
-from addresses, not from DeepSpeed's own maps, which are wrong for some settings.
+A fragment is a flat range of one parameter that this rank owns: its fp32 master, and the moments of its group. Offsets
+are computed from addresses, not from DeepSpeed's own maps, which are wrong for some settings.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import deepspeed.comm as ds_comm
 import torch
 from torch import Tensor, nn
 
-from megalm.checkpoint.shard_spec import KINDS, Fragment, FragmentKey, FragmentKind, HasFragment
+from megalm.checkpoint.shard_spec import Fragment, FragmentKey, FragmentKind, HasFragment
 from megalm.engine.nvme_offload import SwappedStates
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
 from megalm.model.layer_factory import ShardedAxis
+from megalm.model.parameter_groups import MomentKind
 
 ReadFragment = Callable[[FragmentKey], Tensor]
 
@@ -29,7 +30,7 @@ _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis
 
 
 @dataclass(frozen=True)
-class _OwnedRange:
+class OwnedRange:
     """Elements [start, stop) of this rank's shard of parameter `name`, at `offset` in the optimizer's tensor `flat`."""
 
     name: str
@@ -80,6 +81,7 @@ class OptimizerState:
         self._shards = shards
         self._is_first_copy = is_first_copy
         self._swapped = SwappedStates(self._outer) if getattr(self._outer, "swap_optimizer", False) else None
+        self._moments = dict(self._moments_of_flats())
         self._packed = self._inner if isinstance(self._inner, LowPrecisionAdam) else None
         if self._packed is not None:
             for flat, pieces in self._owned_by_flat():
@@ -93,7 +95,8 @@ class OptimizerState:
         if self._outer is self._inner and not self._is_first_copy:
             return  # ZeRO 0: all replicas hold the same state; only the first yields it
         for flat, pieces in self._owned_by_flat():
-            own = [(owned, kind) for owned in pieces if owned.shard.is_owner for kind in KINDS]
+            kinds = self._kinds(flat)
+            own = [(owned, kind) for owned in pieces if owned.shard.is_owner for kind in kinds]
             for owned, kind in own:
                 values = partial(self._values, owned, kind)
                 if self._swapped is not None and self._swapped.holds(flat):
@@ -117,7 +120,7 @@ class OptimizerState:
                 flat.data.zero_()  # its padding stays zero
                 self._clear_moments(flat, optimizer_step)
                 for owned in pieces:
-                    for kind in KINDS:
+                    for kind in self._kinds(flat):
                         values = read(owned.key(kind))
                         if self._packed is not None and kind != "master":
                             self._packed.write(flat, owned.offset, kind, values)
@@ -133,6 +136,23 @@ class OptimizerState:
         for flat, _ in self._owned_by_flat():
             with self._present(flat, changes=True):
                 self._clear_moments(flat, optimizer_step=0)
+
+    def units_of(self, moment: MomentKind, data_ranks: int) -> list[tuple[list[nn.Parameter], list[list[OwnedRange]]]]:
+        """Return the tensors with this moment, as the inner optimizer finds them together, and what is in them.
+
+        For each data rank, it is the ranges that the rank owns; their offsets are right for this rank. The order is
+        the same on all ranks that hold the same layers.
+        """
+        units = [[flat] for flat in self._flats() if moment in self._moments.get(id(flat), ())]
+        if self._outer is self._inner:
+            units = [list(group["params"]) for group in self._inner.param_groups if moment in group["moments"]]
+        owned = [list(self._owned(rank)) for rank in range(data_ranks)]
+
+        def of(unit: list[nn.Parameter]) -> list[list[OwnedRange]]:
+            flats = {id(flat) for flat in unit}
+            return [[each for each in of_rank if id(each.flat) in flats] for of_rank in owned]
+
+        return [(unit, of(unit)) for unit in units]
 
     def release_buffers(self) -> None:
         """Release swap buffers held for reading; call before each step."""
@@ -196,7 +216,7 @@ class OptimizerState:
             self._packed.clear(flat, optimizer_step)
             return
         state = self._inner.state[flat]
-        for kind in KINDS[1:]:
+        for kind in self._moments[id(flat)]:
             if self._swapped is not None and self._swapped.holds(flat) and kind in state:
                 state[kind].zero_()  # in place: DeepSpeed ties the copy on disk to this tensor object
             else:
@@ -205,6 +225,9 @@ class OptimizerState:
             state["step"] = optimizer_step
         else:
             state["step"] = torch.tensor(float(optimizer_step), device=flat.device)
+
+    def _kinds(self, flat: nn.Parameter) -> tuple[FragmentKind, ...]:
+        return ("master", *self._moments[id(flat)])
 
     @property
     def _is_cpu_adam(self) -> bool:
@@ -234,20 +257,30 @@ class OptimizerState:
         elif outer is not self._inner:
             outer.update_lp_params()
 
-    def _values(self, owned: _OwnedRange, kind: FragmentKind) -> Tensor:
+    def _values(self, owned: OwnedRange, kind: FragmentKind) -> Tensor:
         """Return a view, fp32 [stop - start]; zeros if the optimizer has no moments yet."""
         whole = owned.flat.data if kind == "master" else self._inner.state.get(owned.flat, {}).get(kind)
         length = owned.stop - owned.start
         return torch.zeros(length) if whole is None else whole.view(-1).narrow(0, owned.offset, length)
 
-    def _owned_by_flat(self) -> list[tuple[nn.Parameter, list[_OwnedRange]]]:
+    def _owned_by_flat(self) -> list[tuple[nn.Parameter, list[OwnedRange]]]:
         """Return the optimizer's tensors, each with the ranges that this rank owns in it; none if all is padding."""
-        pieces: dict[int, tuple[nn.Parameter, list[_OwnedRange]]] = {}
+        pieces: dict[int, tuple[nn.Parameter, list[OwnedRange]]] = {}
         for owned in self._owned():
             pieces.setdefault(id(owned.flat), (owned.flat, []))[1].append(owned)
         for flat in self._flats():
             pieces.setdefault(id(flat), (flat, []))
         return list(pieces.values())
+
+    def _moments_of_flats(self) -> Iterator[tuple[int, tuple[MomentKind, ...]]]:
+        """Yield the id of each tensor that the inner optimizer steps, and the moments of its group."""
+        groups = self._inner.param_groups
+        if self._outer is self._inner:
+            yield from ((id(parameter), group["moments"]) for group in groups for parameter in group["params"])
+            return
+        for index, flat in enumerate(self._flats()):  # ZeRO 1 and 2 have one of each group, ZeRO 3 its sub-groups
+            group = getattr(self._outer, "sub_group_to_group_id", {}).get(index, index)
+            yield id(flat), groups[group]["moments"]
 
     def _flats(self) -> list[nn.Parameter]:
         """Return the tensors that the inner optimizer steps."""
@@ -256,46 +289,52 @@ class OptimizerState:
                 return list(getattr(self._outer, name))
         return list(self._parameters.values())
 
-    def _owned(self) -> Iterator[_OwnedRange]:
+    def _owned(self, data_rank: int | None = None) -> Iterator[OwnedRange]:
+        """Yield what this rank owns, or another data rank: then only the offsets are of that rank's tensors."""
         outer = self._outer
         if hasattr(outer, "fp32_partitioned_groups_flat"):
-            return self._owned_in_stage_3()
+            return self._owned_in_stage_3(data_rank)
         if hasattr(outer, "single_partition_of_fp32_groups"):
             return self._owned_in_flat_groups(
-                outer.bit16_groups, outer.bit16_groups_flat, outer.single_partition_of_fp32_groups
+                outer.bit16_groups, outer.bit16_groups_flat, outer.single_partition_of_fp32_groups, data_rank
             )
         if hasattr(outer, "fp32_groups_flat_partition"):
             return self._owned_in_flat_groups(
-                outer.bf16_groups, outer.bf16_groups_flat, outer.fp32_groups_flat_partition
+                outer.bf16_groups, outer.bf16_groups_flat, outer.fp32_groups_flat_partition, data_rank
             )
         return self._owned_without_zero()
 
     def _owned_in_flat_groups(
-        self, groups: list[list[nn.Parameter]], flats: list[Tensor], masters: list[nn.Parameter]
-    ) -> Iterator[_OwnedRange]:
+        self,
+        groups: list[list[nn.Parameter]],
+        flats: list[Tensor],
+        masters: list[nn.Parameter],
+        data_rank: int | None,
+    ) -> Iterator[OwnedRange]:
         """ZeRO 1 and 2: a group's parameters are in one flat buffer, of which each rank owns an equal part."""
         for index, (group, flat, master) in enumerate(zip(groups, flats, masters, strict=True)):
             size = master.numel()
-            first = ds_comm.get_rank(group=self._outer.real_dp_process_group[index]) * size
+            own = ds_comm.get_rank(group=self._outer.real_dp_process_group[index])
+            first = (own if data_rank is None else data_rank) * size
             for parameter in group:
                 place = (parameter.data_ptr() - flat.data_ptr()) // parameter.element_size()
                 start, stop = max(place, first), min(place + parameter.numel(), first + size)
                 if start < stop:
                     name = self._names[id(parameter)]
-                    yield _OwnedRange(name, self._shards[name], start - place, stop - place, master, start - first)
+                    yield OwnedRange(name, self._shards[name], start - place, stop - place, master, start - first)
 
-    def _owned_in_stage_3(self) -> Iterator[_OwnedRange]:
+    def _owned_in_stage_3(self, data_rank: int | None) -> Iterator[OwnedRange]:
         """ZeRO 3: each parameter is split into equal parts; a rank's parts form its sub-groups."""
         outer = self._outer
         for name, parameter in self._parameters.items():
             group, offset, part = outer.grad_position[outer.get_param_id(parameter)]
-            start = outer._get_param_partition_rank(parameter) * part
+            start = (outer._get_param_partition_rank(parameter) if data_rank is None else data_rank) * part
             stop = min(start + part, math.prod(self._shards[name].sizes))
             if start < stop:
                 master = outer.fp32_partitioned_groups_flat[group]
-                yield _OwnedRange(name, self._shards[name], start, stop, master, offset)
+                yield OwnedRange(name, self._shards[name], start, stop, master, offset)
 
-    def _owned_without_zero(self) -> Iterator[_OwnedRange]:
+    def _owned_without_zero(self) -> Iterator[OwnedRange]:
         """ZeRO 0: every rank holds everything."""
         for name, parameter in self._parameters.items():
-            yield _OwnedRange(name, self._shards[name], 0, parameter.numel(), parameter, 0)
+            yield OwnedRange(name, self._shards[name], 0, parameter.numel(), parameter, 0)

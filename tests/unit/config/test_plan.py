@@ -24,6 +24,7 @@ from megalm.config.loading import describe_preset, load_run_config, preset_paths
 from megalm.config.schema import Recompute
 from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.cost_model.memory import (
+    MUON_ROUND,
     MemoryCase,
     MemoryPlan,
     activation_bytes,
@@ -69,7 +70,7 @@ def case(shape: ModelConfig | None = None, **changes: Any) -> MemoryCase:
 
 def groups_of(case: MemoryCase) -> list[list[int]]:
     (share,) = shares(case.shape, Topology(1))
-    return parameter_groups(case, share)
+    return list(parameter_groups(case, share).values())
 
 
 @pytest.mark.parametrize(
@@ -205,6 +206,18 @@ def test_parameter_groups_are_groups_of_the_optimizer(start: Start) -> None:
     assert [sum(group) for group in groups_of(plan.case)] == [it.parameters for it in plan.optimizer_groups]
     section = section_of(plan_text(plan, 8), "Parameter groups")
     assert_names(section, "layers.0.mlp.*", "*.mlp*", f"{plan.optimizer_groups[2].parameters:,}", 0.5)
+
+
+def test_an_update_of_muon_takes_what_activations_leave() -> None:
+    """Whole matrices on a rank, but few at a time."""
+    zero = ZeroSection(stage=2)
+    short = replace(case(), muon=True, zero=zero, micro_batch=1, sequence_length=1, loss_chunk_tokens=1, on_cpu=True)
+    wide = replace(short, shape=shape_of("model.hidden_size=2048"), topology=Topology(1))
+    matrix = max(math.prod(size) for name, size in wide.shape.parameters().items() if name.startswith("layers."))
+    plan = estimate_memory(wide)
+    assert plan.buckets + plan.activations + plan.loss == 2 * (4 * max(matrix, MUON_ROUND) + 3 * matrix)
+    assert estimate_memory(replace(wide, muon=False)).buckets < plan.buckets
+    assert estimate_memory(replace(wide, micro_batch=8, sequence_length=4096)).buckets < plan.buckets
 
 
 def test_buckets_are_allocated_whole_on_a_gpu_only() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam, Moment
+from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
 from megalm.engine.optimizer.moment_codecs import BLOCK, Bf16Codec, EightBitCodec, MomentCodec, random_bits
+from megalm.model.parameter_groups import MOMENTS as MOMENTS_OF
 
 CODECS: dict[str, MomentCodec] = {
     "bf16": Bf16Codec(),
@@ -20,7 +21,7 @@ CODECS: dict[str, MomentCodec] = {
 PRECISION = {"bf16": 2.0**-8, "8bit mean": 1 / 24, "8bit square": 1 / 24}
 # The lowest level, as a part of the block's largest value: 126 or 255 levels below it.
 LOWEST = {"bf16": 0.0, "8bit mean": 2.0**-10.3, "8bit square": 2.0**-21}
-MOMENTS: tuple[Moment, ...] = ("exp_avg", "exp_avg_sq")
+MOMENTS = MOMENTS_OF["adam"]
 
 
 def _values(name: str, blocks: int = 64) -> Tensor:
