@@ -19,9 +19,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megalm.data.tokenizers.chat_template import TEMPLATE_FILE
 from megalm.data.tokenizers.tokenizer import BYTE, SPECIAL, TEXT, TokenContent, Tokenizer, load_tokenizer
 from megalm.errors import DataError
-from megalm.huggingface.export_tokenizer import TOKENIZER, TOKENIZER_CONFIG, write_tokenizer
+from megalm.huggingface.export_model import GENERATION_CONFIG
+from megalm.huggingface.export_tokenizer import SPECIAL_TOKENS_MAP, TOKENIZER, TOKENIZER_CONFIG, write_tokenizer
 from megalm.huggingface.pretrained_folder import HuggingFaceFolder
 from megalm.utils.atomic_files import read_json, write_json
 from megalm.utils.did_you_mean import did_you_mean
@@ -31,7 +33,7 @@ MEAN, ZERO = -1, -2  # in place of an old row
 # A model's rows stay a multiple of what the old ones were, up to this: tensor groups divide them.
 _MULTIPLE = 128
 _WITH_ROWS = ("embedding.tokens.weight", "head.weight")
-_BESIDE = (TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+_BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, TEMPLATE_FILE)
 _NAMED = 3
 
 
@@ -200,8 +202,12 @@ def add_tokens(tokenizer: Tokenizer, tokens: Sequence[dict[str, Any]], folder: P
     for path in (own, *map(own.with_name, _BESIDE)):
         if path.is_file() and path.suffix != ".model":
             shutil.copyfile(path, folder / (TOKENIZER if path == own else path.name))
+    if (sampling := own.with_name(GENERATION_CONFIG)).is_file():
+        defaults = read_json(sampling)
+        defaults.pop("suppress_tokens", None)  # rows without a token, of which new tokens take some
+        write_json(folder / GENERATION_CONFIG, defaults)
     if not (folder / TOKENIZER).is_file():
-        made = write_tokenizer(tokenizer, folder, longest)
+        made = write_tokenizer(tokenizer, folder, longest, tokenizer.vocab_size, "")
         if not (folder / TOKENIZER).is_file():
             raise DataError(
                 f"{own}: tokens can be added to a tokenizer.json only, and this becomes {made.note}; give its "

@@ -91,19 +91,22 @@ def test_added_tokens_leave_the_old_ones_as_they_are(tmp_path: Path, name: str, 
 def test_padded_rows_are_used_first_and_rows_stay_a_multiple(tmp_path: Path) -> None:
     source = saved(tmp_path, ModelSection(vocab_size=260, **SIZES))
     whole = HuggingFaceFolder(source).read("embedding.tokens.weight")
-    for number, size in ((2, 260), (3, 260), (4, 264)):
+    first = load_tokenizer(source).vocab_size  # the export names one of the rows for padding
+    assert first == 258
+    for number, size in ((1, 260), (2, 260), (3, 264)):
         tokens = listed(tmp_path / "more.txt", [f"<{place}>" for place in range(number)])
         made = import_(source, tmp_path / f"new{number}", rule="zero", add_tokens=tokens)
         assert made.shape.vocab_size == size
+        sampling = json.loads((tmp_path / f"new{number}/generation_config.json").read_text())
+        assert "suppress_tokens" not in sampling, "the new tokens' rows were of no token"
         rows = CheckpointReader(made.checkpoint).read_finite("embedding.tokens.weight", (size, 32))
-        assert not rows[257 : 257 + number].any()
-        assert torch.equal(rows[:257], whole[:257])
-        assert torch.equal(rows[257 + number : 260], whole[257 + number :])
+        end = first + number
+        assert not rows[first:end].any()
+        assert torch.equal(rows[:first], whole[:first])
+        assert torch.equal(rows[end:260], whole[end:])
         # Of no token: as likely as others, whatever new rows are.
-        assert torch.equal(
-            rows[max(260, 257 + number) :],
-            whole[:257].double().mean(0).float().expand(size - 260, -1)[max(0, number - 3) :],
-        )
+        mean = whole[:first].double().mean(0).float()
+        assert torch.equal(rows[max(260, end) :], mean.expand(size - max(260, end), -1))
 
 
 @pytest.mark.parametrize(("old", "new"), [("unigram", "huggingface"), ("huggingface", "bpe"), ("bpe", "bytes-json")])
