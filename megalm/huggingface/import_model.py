@@ -18,16 +18,13 @@ from megalm.checkpoint.save_transaction import bytes_needed, save_checkpoint
 from megalm.checkpoint.shard_spec import WEIGHTS, FragmentKey
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.validation import to_yaml
-from megalm.data.tokenizers.chat_template import TEMPLATE_FILE
 from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import DataError, TrainingError
 from megalm.huggingface.config_json import section_of
-from megalm.huggingface.export_model import GENERATION_CONFIG
 from megalm.huggingface.export_tokenizer import (
+    BESIDE,
     SENTENCEPIECE,
-    SPECIAL_TOKENS_MAP,
     TOKENIZER,
-    TOKENIZER_CONFIG,
     TOKENIZER_MODEL,
     added_around,
 )
@@ -41,8 +38,6 @@ MODEL_FILE = "model.yaml"
 # The largest data.sequence_length to propose: the model's own maximum may need too much memory.
 _LONGEST_SAMPLE = 1024
 _TOKENIZERS = (SENTENCEPIECE, TOKENIZER, TOKENIZER_MODEL)
-# What an export amends: special tokens, chat template, sampling defaults.
-_BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, TEMPLATE_FILE, GENERATION_CONFIG)
 _HEADER = (
     "# For --config: the model {source}, its tokenizer and a sequence length. All other keys have their defaults.\n"
 )
@@ -124,7 +119,7 @@ def _import(
     stored = [_Stored(key, source.read, advance) for key in keys]
 
     def fill(folder: Path) -> None:
-        for path in (own, *map(own.with_name, _BESIDE)):
+        for path in (own, *map(own.with_name, BESIDE)):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
         place = str(target.resolve() / own.name)

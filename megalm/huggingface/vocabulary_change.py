@@ -19,11 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megalm.data.tokenizers.chat_template import TEMPLATE_FILE
 from megalm.data.tokenizers.tokenizer import BYTE, SPECIAL, TEXT, TokenContent, Tokenizer, load_tokenizer
 from megalm.errors import DataError
-from megalm.huggingface.export_model import GENERATION_CONFIG
-from megalm.huggingface.export_tokenizer import SPECIAL_TOKENS_MAP, TOKENIZER, TOKENIZER_CONFIG, write_tokenizer
+from megalm.huggingface.export_tokenizer import BESIDE, GENERATION_CONFIG, TOKENIZER, write_tokenizer
 from megalm.huggingface.pretrained_folder import HuggingFaceFolder
 from megalm.utils.atomic_files import read_json, write_json
 from megalm.utils.did_you_mean import did_you_mean
@@ -33,7 +31,6 @@ MEAN, ZERO = -1, -2  # in place of an old row
 # A model's rows stay a multiple of what the old ones were, up to this: tensor groups divide them.
 _MULTIPLE = 128
 _WITH_ROWS = ("embedding.tokens.weight", "head.weight")
-_BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, TEMPLATE_FILE)
 _NAMED = 3
 
 
@@ -199,15 +196,15 @@ def add_tokens(tokenizer: Tokenizer, tokens: Sequence[dict[str, Any]], folder: P
         DataError: it has such a token, or cannot have it: its id or its text would not come back.
     """
     own = Path(tokenizer.spec)
-    for path in (own, *map(own.with_name, _BESIDE)):
+    for path in (own, *map(own.with_name, BESIDE)):
         if path.is_file() and path.suffix != ".model":
             shutil.copyfile(path, folder / (TOKENIZER if path == own else path.name))
-    if (sampling := own.with_name(GENERATION_CONFIG)).is_file():
+    if (sampling := folder / GENERATION_CONFIG).is_file():
         defaults = read_json(sampling)
         defaults.pop("suppress_tokens", None)  # rows without a token, of which new tokens take some
-        write_json(folder / GENERATION_CONFIG, defaults)
+        write_json(sampling, defaults)
     if not (folder / TOKENIZER).is_file():
-        made = write_tokenizer(tokenizer, folder, longest, tokenizer.vocab_size, "")
+        made = write_tokenizer(tokenizer, folder, longest, tokenizer.vocab_size, family="")
         if not (folder / TOKENIZER).is_file():
             raise DataError(
                 f"{own}: tokens can be added to a tokenizer.json only, and this becomes {made.note}; give its "
