@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megalm.data.tokenizers.tokenizer import BYTE, SPECIAL, TEXT, TokenContent, Tokenizer, load_tokenizer
 from megalm.errors import DataError
-from megalm.huggingface.export_tokenizer import BESIDE, TOKENIZER, write_tokenizer
+from megalm.huggingface.export_tokenizer import BESIDE, GENERATION_CONFIG, TOKENIZER, write_tokenizer
 from megalm.huggingface.pretrained_folder import HuggingFaceFolder
 from megalm.utils.atomic_files import read_json, write_json
 from megalm.utils.did_you_mean import did_you_mean
@@ -199,6 +199,10 @@ def add_tokens(tokenizer: Tokenizer, tokens: Sequence[dict[str, Any]], folder: P
     for path in (own, *map(own.with_name, BESIDE)):
         if path.is_file() and path.suffix != ".model":
             shutil.copyfile(path, folder / (TOKENIZER if path == own else path.name))
+    if (sampling := folder / GENERATION_CONFIG).is_file():
+        defaults = read_json(sampling)
+        defaults.pop("suppress_tokens", None)  # rows without a token, of which new tokens take some
+        write_json(sampling, defaults)
     if not (folder / TOKENIZER).is_file():
         made = write_tokenizer(tokenizer, folder, longest, tokenizer.vocab_size, family="")
         if not (folder / TOKENIZER).is_file():

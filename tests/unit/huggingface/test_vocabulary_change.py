@@ -96,6 +96,8 @@ def test_padded_rows_are_used_first_and_rows_stay_a_multiple(tmp_path: Path) -> 
         tokens = listed(tmp_path / "more.txt", [f"<{place}>" for place in range(number)])
         made = import_(source, tmp_path / f"new{number}", rule="zero", add_tokens=tokens)
         assert made.shape.vocab_size == size
+        sampling = json.loads((tmp_path / f"new{number}/generation_config.json").read_text())
+        assert "suppress_tokens" not in sampling, "the new tokens' rows were of no token"
         rows = CheckpointReader(made.checkpoint).read_finite("embedding.tokens.weight", (size, 32))
         assert not rows[first : first + number].any()
         assert torch.equal(rows[:first], whole[:first])
