@@ -57,7 +57,7 @@ class CheckpointReader:
         return {name: entry.shape for name, entry in self.manifest.tensors.items()}
 
     def read(self, key: FragmentKey) -> Tensor:
-        """Return the fragment's values, fp32 [stop - start].
+        """Return the fragment's values, fp32 [stop - start]; moments of a parameter that was frozen are zeros.
 
         Raises:
             CheckpointError: the parameter is missing, has another shape, or is incomplete.
@@ -69,6 +69,8 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{self.path}: {key.name} has shape {entry.shape}, here {key.shape}; it belongs to another model"
             )
+        if key.kind != "master" and key.name in self.manifest.frozen:
+            return torch.zeros(key.count)
         result = torch.empty(key.count)
         covered = 0
         wanted = chunks_of(key)

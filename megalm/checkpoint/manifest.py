@@ -14,6 +14,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -323,6 +324,14 @@ class Manifest(_Part):
     def content(self) -> Mapping[str, Any]:
         """The JSON that it was read from: keys in their order, including unknown ones, without defaults."""
         return self._content
+
+    @cached_property
+    def frozen(self) -> frozenset[str]:
+        """Names of the parameters that did not train: of them the complete state of a run has the weights alone."""
+        if self.holds is not None:
+            return frozenset()
+        only = frozenset(("master",))
+        return frozenset(name for name, it in self.tensors.items() if {each.kind for each in it.fragments} == only)
 
     def amended(self, **changes: Any) -> Manifest:
         """Return a copy with some keys changed (JSON values); new keys come last."""

@@ -265,7 +265,10 @@ def _triple(plan: Plan) -> tuple[int, int, int]:
 def _parameters(plan: Plan) -> str:
     total = plan.parameter_count
     rows: list[list[object]] = [[part, f"{count:,}", f"{count / total:.1%}"] for part, count in plan.parameters.items()]
-    return table(["part", "parameters", "share"], [*rows, ["total", f"{total:,}", ""]])
+    rows.append(["total", f"{total:,}", ""])
+    if plan.trained_parameters < total:
+        rows.append(["of which train", f"{plan.trained_parameters:,}", f"{plan.trained_parameters / total:.1%}"])
+    return table(["part", "parameters", "share"], rows)
 
 
 def _groups(plan: Plan) -> str:
@@ -274,8 +277,7 @@ def _groups(plan: Plan) -> str:
             group.match or "(no pattern)",
             f"{group.tensors:,}",
             f"{group.parameters:,}",
-            f"{group.learning_rate_scale:g}",
-            f"{group.weight_decay:g}",
+            *(("frozen", "-") if group.frozen else (f"{group.learning_rate_scale:g}", f"{group.weight_decay:g}")),
         ]
         for group in plan.optimizer_groups
     ]
@@ -294,7 +296,7 @@ def _tokens(plan: Plan) -> str:
             ["FLOPs per token", f"{plan.flops_per_token:.3e}"],
             *_recomputed(plan),
             ["total FLOPs", f"{plan.total_flops:.3e}"],
-            ["checkpoint size", format_bytes(checkpoint_bytes(plan.shape))],
+            ["checkpoint size", format_bytes(checkpoint_bytes(plan.shape, plan.case.frozen))],
         ],
     )
 

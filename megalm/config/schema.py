@@ -240,6 +240,7 @@ class ParameterGroup(Section):
     match: Annotated[str, Field(min_length=1)]
     learning_rate_scale: Quantity = 1.0
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    frozen: bool = False
 
 
 class TrainSection(Section):
@@ -311,7 +312,8 @@ class TrainSection(Section):
     )
     parameter_groups: tuple[ParameterGroup, ...] = Field(
         default=(),
-        description="other optimizer settings by parameter name: a list of {match, learning_rate_scale, weight_decay}",
+        description="other optimizer settings by parameter name: a list of {match, learning_rate_scale, weight_decay, "
+        "frozen}",
     )
 
 

@@ -31,9 +31,11 @@ from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_lo
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
 from megalm.engine.optimizer.build_optimizer import build_optimizer, parameter_groups
+from megalm.engine.optimizer.frozen_weights import FrozenWeights
 from megalm.engine.optimizer.optimizer_state import OptimizerState, ReadFragment
 from megalm.engine.phase_clock import PhaseClock
 from megalm.model.layer_factory import shard_of
+from megalm.model.model_config import ModelConfig
 from megalm.parallel.process_groups import ParallelGroups
 from megalm.planning.resolve import ResolvedRun
 from megalm.rank_environment import rank_facts
@@ -212,6 +214,7 @@ class EngineContext:
     """
 
     run: ResolvedRun
+    shape: ModelConfig
     device: torch.device
     comm: Communicator
     groups: ParallelGroups
@@ -249,18 +252,19 @@ class EngineBase:
         is_measured = wanted.phase_times or wanted.profile_steps is not None
         self._phases = PhaseClock(context.device, wanted.phase_times) if is_measured else None
         offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}
+        weight_groups = parameter_groups(model, parameters, context.shape, run.optimizer.weight_decay, run.config.train)
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self._swap_folder: SwapFolder | None = None
         if offload["device"] == "nvme":
             load_async_io()
-            elements = sum(math.prod(shard.sizes) for shard in shards.values())
+            elements = sum(math.prod(shards[name].sizes) for name in trained)
             needed = _SWAPPED_BYTES * elements // self._data.size * rank_facts().local_world_size
             self._swap_folder = SwapFolder(offload["nvme_path"], needed)
             offload["nvme_path"] = str(self._swap_folder.path)
-        train = run.config.train
-        weight_groups = parameter_groups(
-            part, run.optimizer.weight_decay, train.embedding_weight_decay, train.parameter_groups
-        )
-        inner = build_optimizer(weight_groups, run.optimizer, train.optimizer_state, offload["device"] != "none")
+        others = {name: parameter for name, parameter in parameters.items() if name not in trained}
+        self._frozen = FrozenWeights(others, shards, groups.data)
+        kind = run.config.train.optimizer_state
+        inner = build_optimizer(weight_groups, run.optimizer, kind, offload["device"] != "none")
         self._last_norm = 0.0
         self._step_sums, self._divisor = HostCopy(context.device), 1
         self._check = UpdateCheck(context.comm, context.judge)
@@ -276,21 +280,25 @@ class EngineBase:
                 dist_init_required=False,
             )
         self._phase_seconds: dict[str, float] = {}
-        self._state = OptimizerState(self._engine, parameters, shards, is_first_copy=groups.data.index == 0)
+        self._state = OptimizerState(self._engine, trained, shards, is_first_copy=groups.data.index == 0)
         self._check.measure = self._state.gradient_squares
         self._first_counters = self.counters()
 
     def fragments(self) -> Iterator[HasFragment]:
-        return self._state.fragments()
+        yield from self._state.fragments()
+        yield from self._frozen.fragments()
 
     def counters(self) -> dict[str, Any]:
+        # Without ZeRO, a pipeline stage whose parameters are all frozen counts no updates.
+        (optimizer_step,) = self._comm.max([float(self._state.optimizer_step())])
         return {
-            "optimizer_step": self._state.optimizer_step(),
+            "optimizer_step": int(optimizer_step),
             "skipped_steps": self._engine.skipped_steps,
             "loss_scaler": self._state.loss_scaler(),
         }
 
     def restore(self, read: ReadFragment, counters: dict[str, Any], step: int) -> None:
+        self._frozen.load(read)
         self._state.load(read, counters["optimizer_step"])
         self._count_from(counters, step)
 
@@ -361,7 +369,7 @@ class EngineBase:
         if self._stage == 0:
             gradients = [parameter.grad for parameter in self._owned if parameter.grad is not None]
             norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-            squares = [torch.stack(norms).square().sum()]
+            squares = [torch.stack(norms).square().sum() if norms else torch.zeros((), device=self._device)]
         self._step_sums.request(self._sum_over_ranks(loss_sum, *squares))
         self._divisor = divisor
         self._check.arm(self._loss_and_norm)

@@ -56,7 +56,8 @@ class ZeroEngine(EngineBase):
             # As in ZeRO 1, low-precision gradients are added up in fp32: each at once, so that never all of them exist.
             optimizer.use_grad_accum_attribute = True
             for parameter in model.parameters():
-                parameter.register_post_accumulate_grad_hook(optimizer._fill_param_grad_accum_attribute)
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(optimizer._fill_param_grad_accum_attribute)
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         engine = self._engine

@@ -1,4 +1,4 @@
-"""Which parameters share the optimizer's settings: no torch, so that the plan counts the groups of the engine."""
+"""Which parameters share the optimizer's settings, and which do not train: no torch, so that the plan knows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from megalm.config.schema import ParameterGroup
+from megalm.model.model_config import ModelConfig
 
 
 class GroupKey(NamedTuple):
@@ -15,10 +16,12 @@ class GroupKey(NamedTuple):
     Attributes:
         rule: index in train.parameter_groups; -1: no pattern matches.
         undecayed: the run's weight decay does not act on the group; false where the rule sets its own.
+        frozen: the group's parameters do not train, and the optimizer does not know them.
     """
 
     rule: int
     undecayed: bool
+    frozen: bool = False
 
 
 def group_keys(
@@ -36,16 +39,25 @@ def group_keys(
         rule = next((index for index, rule in enumerate(rules) if fnmatchcase(name, rule.match)), -1)
         decays = count >= 2 and (decay_embeddings or not name.startswith("embedding."))
         sets_its_own = rule >= 0 and rules[rule].weight_decay is not None
-        keys[name] = GroupKey(rule, not (decays or sets_its_own))
+        is_frozen = rule >= 0 and rules[rule].frozen
+        keys[name] = GroupKey(rule, not (decays or sets_its_own or is_frozen), is_frozen)
     return keys
 
 
-def optimizer_groups(keys: Mapping[str, GroupKey]) -> dict[GroupKey, list[str]]:
-    """Return the optimizer groups in their order, each with its names in the given order."""
+def groups_of(keys: Mapping[str, GroupKey]) -> dict[GroupKey, list[str]]:
+    """Return all groups in their order, each with its names in the given order."""
     found: dict[GroupKey, list[str]] = {}
     for name, key in keys.items():
         found.setdefault(key, []).append(name)
     return dict(sorted(found.items()))
+
+
+def frozen_parameters(shape: ModelConfig, rules: Sequence[ParameterGroup]) -> frozenset[str]:
+    """Return the canonical names of the parameters that do not train."""
+    if not any(rule.frozen for rule in rules):
+        return frozenset()
+    keys = group_keys({name: len(size) for name, size in shape.parameters().items()}, rules, True)
+    return frozenset(name for name, key in keys.items() if key.frozen)
 
 
 def group_settings(key: GroupKey, rules: Sequence[ParameterGroup], weight_decay: float) -> dict[str, float]:

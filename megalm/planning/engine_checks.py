@@ -7,7 +7,7 @@ ranks names the nearest legal degree. Slow but legal grids get a notice.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, choose_precision
@@ -22,12 +22,13 @@ from megalm.config.loading import LoadedConfig
 from megalm.config.schema import Recompute, RunConfig
 from megalm.errors import ConfigError
 from megalm.model.model_config import ModelConfig, build_model_config
-from megalm.model.parameter_groups import GroupKey, group_keys
+from megalm.model.parameter_groups import GroupKey, frozen_parameters, group_keys
 from megalm.topology import Topology
 
 ALLOW_CPU_FP16 = "MEGALM_ALLOW_CPU_FP16"
 
 _STATES_AND_GRADIENT = 4
+_TABLE = "embedding.tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,13 @@ def float8_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
     """Return a notice where float8 products are emulated."""
     emulated = config.precision.float8 and device.kind == "cpu"
     return ["precision.float8=true: this CPU emulates float8 products, slower than without"] if emulated else []
+
+
+def frozen_notices(config: RunConfig, shape: ModelConfig) -> list[str]:
+    """Return a notice where a frozen embedding is the head too."""
+    if not shape.tie_word_embeddings or _TABLE not in frozen_parameters(shape, config.train.parameter_groups):
+        return []
+    return [f"train.parameter_groups freezes {_TABLE}, which is the head as well: model.tie_word_embeddings=true"]
 
 
 def gradient_precision(case: CheckContext) -> None:
@@ -389,47 +397,6 @@ def pipeline_sums_tied_gradients(case: CheckContext) -> None:
         )
 
 
-def pipeline_stages_have_equal_groups(case: CheckContext) -> None:
-    """DeepSpeed sums the gradient norm over stages group by group: stages with other numbers of groups wait for ever.
-
-    The stages' blocks follow from vocabulary and balance: here every division into stages must be right.
-    """
-    stages, layers, groups = case.config.parallel.pipeline, case.shape.num_hidden_layers, case.group_keys
-    if stages == 1 or layers < stages or not case.config.train.parameter_groups:
-        return
-    first, last, blocks = _groups_of_parts(groups, case.shape)
-    every = set(groups.values())
-    possible = [first.union(*blocks[:end]) for end in range(1, layers - stages + 2)]
-    possible += [last.union(*blocks[start:]) for start in range(stages - 1, layers)]
-    possible += blocks[1:-1] if stages > 2 else []
-    rules = case.config.train.parameter_groups
-    for missing in sorted({key for held in possible for key in every - held}):
-        named = f"of match={rules[missing.rule].match!r}" if missing.rule >= 0 else "that no pattern matches"
-        kind = "norms and biases" if missing.undecayed else "parameters"
-        raise ConfigError(
-            f"train.parameter_groups with parallel.pipeline={stages}: a stage can be without {kind} {named}, and "
-            "DeepSpeed 0.19.8 waits for ever where stages have different groups; use patterns that match parameters of "
-            "every block, such as layers.*.mlp.*, or remove the pipeline"
-        )
-
-
-def _groups_of_parts(
-    groups: Mapping[str, GroupKey], shape: ModelConfig
-) -> tuple[set[GroupKey], set[GroupKey], list[set[GroupKey]]]:
-    """Return the groups of what the first stage holds beside its blocks, of the same of the last, and of each block."""
-    first: set[GroupKey] = set()
-    last: set[GroupKey] = set()
-    blocks: list[set[GroupKey]] = [set() for _ in range(shape.num_hidden_layers)]
-    for name, key in groups.items():
-        if name.startswith("layers."):
-            blocks[int(name.split(".")[1])].add(key)
-            continue
-        (first if name.startswith("embedding.") else last).add(key)
-        if name == "embedding.tokens.weight" and shape.tie_word_embeddings:
-            last.add(key)
-    return first, last, blocks
-
-
 def pipeline_keeps_its_states(case: CheckContext) -> None:
     for name, _ in case.offloads:
         if case.config.parallel.pipeline > 1:
@@ -449,7 +416,6 @@ PARALLEL_RULES: tuple[Rule, ...] = (
     pipeline_needs_low_zero,
     pipeline_clips_with_zero_1,
     pipeline_sums_tied_gradients,
-    pipeline_stages_have_equal_groups,
     pipeline_keeps_its_states,
 )
 

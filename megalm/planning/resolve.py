@@ -23,6 +23,7 @@ from megalm.planning.diagnostics import Diagnostics, wanted_diagnostics
 from megalm.planning.engine_checks import (
     CheckContext,
     float8_notices,
+    frozen_notices,
     no_recomputation,
     parallel_notices,
     runs_compiled,
@@ -196,6 +197,7 @@ def resolve(
             *precision_notices,
             *float8_notices(config, device),
             *vocab_notices,
+            *frozen_notices(config, shape),
             *batch_notices,
             *reduction_notices,
             *recompute_notices,

@@ -16,7 +16,7 @@ from megalm.model.model_config import (
     flops_per_token,
     recomputed_flops_per_token,
 )
-from megalm.model.parameter_groups import group_keys, group_settings, optimizer_groups
+from megalm.model.parameter_groups import group_keys, group_settings, groups_of
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.memory_fit import MemoryFit
 from megalm.planning.resolve import ResolvedRun, memory_case
@@ -56,6 +56,7 @@ class OptimizerGroup:
     Attributes:
         match: the pattern of train.parameter_groups; None: no pattern matches them.
         learning_rate_scale: the group's rate is this times the schedule's.
+        frozen: the parameters do not train, so that no setting acts on them.
     """
 
     match: str | None
@@ -63,6 +64,7 @@ class OptimizerGroup:
     parameters: int
     learning_rate_scale: float
     weight_decay: float
+    frozen: bool
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Plan:
 
     @property
     def optimizer_groups(self) -> list[OptimizerGroup]:
-        """The groups of the whole model, in the optimizer's order."""
+        """The groups of the whole model, in the optimizer's order; the frozen ones are none of the optimizer's."""
         train, shapes = self.resolved.config.train, self.shape.parameters()
         rules, dimensions = train.parameter_groups, {name: len(size) for name, size in shapes.items()}
         return [
@@ -109,10 +111,15 @@ class Plan:
                 match=rules[key.rule].match if key.rule >= 0 else None,
                 tensors=len(names),
                 parameters=sum(math.prod(shapes[name]) for name in names),
+                frozen=key.frozen,
                 **group_settings(key, rules, self.resolved.optimizer.weight_decay),
             )
-            for key, names in optimizer_groups(group_keys(dimensions, rules, train.embedding_weight_decay)).items()
+            for key, names in groups_of(group_keys(dimensions, rules, train.embedding_weight_decay)).items()
         ]
+
+    @property
+    def trained_parameters(self) -> int:
+        return sum(group.parameters for group in self.optimizer_groups if not group.frozen)
 
     @property
     def total_tokens(self) -> int:
@@ -124,21 +131,21 @@ class Plan:
 
     @property
     def flops_per_token(self) -> int:
-        return flops_per_token(self.shape, self.resolved.config.data.sequence_length)
+        return flops_per_token(self.shape, self.resolved.config.data.sequence_length, self.case.frozen)
 
     @property
     def recomputed_flops_per_token(self) -> int:
         """Of the backward pass, beside `flops_per_token`."""
         case = self.case
         return recomputed_flops_per_token(
-            self.shape, case.sequence_length, case.recompute, case.checkpoint_activations_every
+            self.shape, case.sequence_length, case.recompute, case.checkpoint_activations_every, case.frozen
         )
 
     @property
     def float8_share(self) -> float:
         """Of all operations."""
         config = self.resolved.config
-        return float8_share(self.shape, config.data.sequence_length, config.precision.float8)
+        return float8_share(self.shape, config.data.sequence_length, config.precision.float8, self.case.frozen)
 
     @property
     def fit(self) -> MemoryFit:

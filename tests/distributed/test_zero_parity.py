@@ -11,6 +11,7 @@ all rounding may move it differently); the mean difference must stay below 1e-6.
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,12 +66,28 @@ CASES = {
 GROUPS = {"layers.1.attention.query_norm.*": (0.1, 0.0), "embedding.*": (0.25, 0.0), "*.mlp.*": (2.0, 0.5)}
 _RULES = [f"{{match: '{name}', learning_rate_scale: {it[0]}, weight_decay: {it[1]}}}" for name, it in GROUPS.items()]
 GROUPED = ("model.head_dim=2", f"train.parameter_groups=[{', '.join(_RULES)}]")
+# Below the lowest parameter that trains, beside it and above it.
+FROZEN = (
+    "embedding.*",
+    "layers.0.*",
+    "layers.1.attention.query.*",
+    "layers.1.mlp.up.*",
+    "layers.1.mlp_norm.*",
+    "head.*",
+)
+_STILL = [f"{{match: '{name}', frozen: true}}" for name in FROZEN]
+STILL = ("model.head_dim=2", f"train.parameter_groups=[{', '.join(_STILL)}]", "train.recompute=norms")
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 CASES |= {
     "groups zero0": Case("zero1.json", overrides=GROUPED, settings={"zero_optimization": {"stage": 0}}),
     "groups zero1": Case("zero1.json", overrides=GROUPED),
     "groups zero2 offloaded": Case("zero2.json", overrides=GROUPED, settings=OFFLOAD),
     "groups zero3": Case("zero3.json", overrides=GROUPED),
+    "frozen zero0": Case("zero1.json", overrides=STILL, settings={"zero_optimization": {"stage": 0}}),
+    "frozen zero1": Case("zero1.json", overrides=STILL),
+    "frozen zero2 accumulated": Case("zero2.json", overrides=STILL, settings={"train_micro_batch_size_per_gpu": 2}),
+    "frozen zero3": Case("zero3.json", overrides=STILL),
+    "frozen zero3 offloaded": Case("zero3.json", overrides=STILL, settings=OFFLOAD),
 }
 ON_FOUR_RANKS = ("zero0", "zero1", "gpt2 zero2", "gpt2 zero3 accumulated")
 
@@ -97,7 +114,7 @@ def traces(
         pytest.param(name, size, marks=[pytest.mark.slow] if size == 4 and name not in ON_FOUR_RANKS else [])
         for name in CASES
         for size in (1, 2, 4)
-        if not name.startswith("groups")
+        if not name.startswith(("groups", "frozen"))
     ],
 )
 def test_equal_to_one_rank(traces: dict[int, list[dict[str, Trace]]], name: str, world_size: int) -> None:
@@ -116,21 +133,28 @@ def test_it_learns(traces: dict[int, list[dict[str, Trace]]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def plain_adamw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, dict[str, np.ndarray]]:
-    """The steps of the "groups" cases with torch's AdamW alone, each parameter a group; and the weights after them."""
+def plain_adamw(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Trace, dict[str, np.ndarray]]]:
     folder = tmp_path_factory.mktemp("plain")
     make_dataset(folder / "data", marked=True)
-    run = resolved(CASES["groups zero0"], 1, folder)
+    return {kind: _plain_adamw(kind, folder) for kind in ("groups", "frozen")}
+
+
+def _plain_adamw(kind: str, folder: Path) -> tuple[Trace, dict[str, np.ndarray]]:
+    """The steps of the cases of a kind with torch's AdamW alone, each parameter a group; and the weights after them."""
+    run = resolved(CASES[f"{kind} zero0"], 1, folder)
     shape, facts, batch = shape_of(run), run.optimizer, run.batch
     model = LanguageModel(shape)
     initialize(model, shape, run.config.train.seed)
     samples = TrainingSamples(IndexedDataset(folder / "data"), (0, 200), run.config.data.sequence_length, seed=5)
     loader = BatchLoader(samples, BatchLayout(batch.global_batch, batch.micro_batch, 0, 1))
-    weights = dict(model.named_parameters())
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(kind == "groups" or not any(fnmatchcase(name, pattern) for pattern in FROZEN))
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
     def of(name: str) -> tuple[float, float]:
         default = (1.0, facts.weight_decay if weights[name].dim() >= 2 else 0.0)
-        return next((settings for pattern, settings in GROUPS.items() if fnmatchcase(name, pattern)), default)
+        rules = GROUPS if kind == "groups" else {}
+        return next((settings for pattern, settings in rules.items() if fnmatchcase(name, pattern)), default)
 
     groups = [{"params": [weight], "weight_decay": of(name)[1]} for name, weight in weights.items()]
     optimizer = torch.optim.AdamW(groups, betas=facts.betas, eps=facts.epsilon)
@@ -148,21 +172,29 @@ def plain_adamw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, dict[s
         optimizer.step()
         optimizer.zero_grad()
     loader.close()
-    return Trace(losses, norms, []), {name: weight.detach().numpy().reshape(-1) for name, weight in weights.items()}
+    after = {name: weight.detach().numpy().reshape(-1) for name, weight in model.named_parameters()}
+    return Trace(losses, norms, []), after
 
 
-@pytest.mark.parametrize(("name", "world_size"), [(name, 2) for name in CASES if name.startswith("groups")])
+_GROUPED_CASES = [(name, 2) for name in CASES if name.startswith(("groups", "frozen"))]
+
+
+@pytest.mark.parametrize(("name", "world_size"), _GROUPED_CASES)
 def test_parameter_groups_step_as_adamw_s(
     traces: dict[int, list[dict[str, Trace]]],
-    plain_adamw: tuple[Trace, dict[str, np.ndarray]],
+    plain_adamw: dict[str, tuple[Trace, dict[str, np.ndarray]]],
     name: str,
     world_size: int,
 ) -> None:
-    reference, weights = plain_adamw
+    kind = name.split(maxsplit=1)[0]
+    reference, weights = plain_adamw[kind]
     ranks = [trace[name] for trace in traces[world_size]]
     np.testing.assert_allclose(ranks[0].losses, reference.losses, rtol=1e-5)
     np.testing.assert_allclose(ranks[0].norms, reference.norms, rtol=1e-4)
     state = whole_state(ranks)
+    frozen = {parameter for parameter, part in state if part == "master" and (parameter, "exp_avg") not in state}
+    patterns = FROZEN if kind == "frozen" else ()
+    assert frozen == {it for it in weights if any(fnmatchcase(it, pattern) for pattern in patterns)}
     for parameter, values in weights.items():
         difference = np.abs(state[parameter, "master"] - values)
         assert difference.max() < 2e-4, parameter

@@ -1,38 +1,51 @@
-"""The optimizer that DeepSpeed is given: which parameters decay, and which implementation steps them."""
+"""The optimizer that DeepSpeed is given: its groups of parameters, and which implementation steps them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from megalm.config.schema import OptimizerStateKind, ParameterGroup
+from megalm.config.schema import OptimizerStateKind, TrainSection
 from megalm.engine.cpp_extensions import load_cpu_adam
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
-from megalm.model.layer_factory import shard_of
-from megalm.model.parameter_groups import group_keys, group_settings, optimizer_groups
+from megalm.model.model_config import ModelConfig
+from megalm.model.parameter_groups import group_keys, group_settings, groups_of
 from megalm.planning.resolve import OptimizerFacts
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, decay_embeddings: bool, rules: Sequence[ParameterGroup] = ()
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    shape: ModelConfig,
+    weight_decay: float,
+    train: TrainSection,
 ) -> list[dict[str, Any]]:
-    """Return optimizer groups with their weight decay, and the factor of their learning rate.
+    """Return optimizer groups with their weight decay, and the factor of their learning rate; freeze the frozen ones.
 
-    ZeRO 3 has flattened the parameters: their annotations know their shapes.
+    All ranks have the same groups: DeepSpeed sums the gradient norm over the stages of a pipeline group by group. Where
+    a stage holds no parameter of a group, `model` gets one of a single element, which nothing computes with.
 
     Args:
-        rules: train.parameter_groups.
+        parameters: of this rank, by canonical name.
     """
-    parameters = dict(model.named_parameters())
-    dimensions = {name: len(shard_of(parameter).shape) for name, parameter in parameters.items()}
-    groups = optimizer_groups(group_keys(dimensions, rules, decay_embeddings))
-    return [
-        {"params": [parameters[name] for name in names], **group_settings(key, rules, weight_decay)}
-        for key, names in groups.items()
-    ]
+    dimensions = {name: len(size) for name, size in shape.parameters().items()}
+    keys = group_keys(dimensions, train.parameter_groups, train.embedding_weight_decay)
+    groups: list[dict[str, Any]] = []
+    for key, names in groups_of(keys).items():
+        held = [parameters[name] for name in names if name in parameters]
+        if key.frozen:
+            for parameter in held:
+                parameter.requires_grad_(False)
+            continue
+        if not held:
+            some = next(iter(parameters.values()))
+            held = [nn.Parameter(torch.zeros(1, dtype=some.dtype, device=some.device))]
+            model.register_parameter(f"in_place_of_group_{len(groups)}", held[0])
+        groups.append({"params": held, **group_settings(key, train.parameter_groups, weight_decay)})
+    return groups
 
 
 def build_optimizer(

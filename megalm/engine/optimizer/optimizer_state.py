@@ -60,7 +60,7 @@ class OptimizerState:
 
     Args:
         engine: a DeepSpeed engine after `deepspeed.initialize`.
-        parameters: canonical name -> parameter, as in the module.
+        parameters: canonical name -> parameter that trains, as in the module.
         shards: canonical name -> its shard, read before `initialize` (ZeRO 3 flattens shapes).
         is_first_copy: whether this rank is the first of its data-parallel replicas.
     """
@@ -278,6 +278,8 @@ class OptimizerState:
             size = master.numel()
             first = ds_comm.get_rank(group=self._outer.real_dp_process_group[index]) * size
             for parameter in group:
+                if id(parameter) not in self._names:
+                    continue  # it stands in for a group of which this stage has none
                 place = (parameter.data_ptr() - flat.data_ptr()) // parameter.element_size()
                 start, stop = max(place, first), min(place + parameter.numel(), first + size)
                 if start < stop:

@@ -15,6 +15,7 @@ from megalm.config.loading import COMMAND_LINE, SAVED_CONFIG
 from megalm.data.sampling.mixture import BlendedSamples
 from megalm.errors import CheckpointError, ConfigError
 from megalm.model.model_config import ModelConfig
+from megalm.model.parameter_groups import frozen_parameters
 from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, ScheduleSegment, rate_at
 from megalm.planning.resolve import ResolvedRun, decay_steps_of
 from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
@@ -280,6 +281,24 @@ def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRu
     if len(schedule) > len(manifest.schedule.segments) and not _same_rates(schedule):
         lines.append(f"the learning rate changes {schedule[-1]}")
     return lines
+
+
+def frozen_notes(manifest: Manifest, run: ResolvedRun, shape: ModelConfig) -> list[str]:
+    """Return what a change of the frozen parameters means, one line each."""
+    frozen = frozen_parameters(shape, run.config.train.parameter_groups)
+    lines = []
+    if trains := sorted(manifest.frozen - frozen):
+        lines.append(
+            f"{_some(trains)} were frozen and train now: their moments begin at zero, with the bias correction of step "
+            f"{manifest.step:,}, so that their first updates are larger or smaller than later ones"
+        )
+    if stops := sorted(frozen - manifest.frozen):
+        lines.append(f"{_some(stops)} trained and are frozen now: their moments are dropped")
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} parameters ({names[0]}{', ...' if len(names) > 1 else ''})"
 
 
 def _same_rates(segments: Sequence[ScheduleSegment]) -> bool:
