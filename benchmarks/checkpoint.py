@@ -35,12 +35,13 @@ import torch  # noqa: E402
 from megalm.checkpoint.checkpoint_reader import CheckpointReader  # noqa: E402
 from megalm.checkpoint.checkpointer import CheckpointWriter  # noqa: E402
 from megalm.checkpoint.retention import Retention  # noqa: E402
-from megalm.checkpoint.shard_spec import KINDS, Fragment, FragmentKey  # noqa: E402
+from megalm.checkpoint.shard_spec import Fragment, FragmentKey, FragmentKind  # noqa: E402
 from megalm.engine.device import claim_device  # noqa: E402
 from megalm.engine.distributed import DistributedCommunicator, start_distributed  # noqa: E402
 from megalm.rank_environment import rank_facts  # noqa: E402
 from megalm.train.lifecycle.shutdown import exit_process  # noqa: E402
 
+_KINDS: tuple[FragmentKind, ...] = ("master", "exp_avg", "exp_avg_sq")
 _BLOCK_BYTES = 16 << 20
 _READ = "read back, hashed and copied"
 
@@ -138,7 +139,7 @@ class Bench:
 
 def _state(total_bytes: int, parameters: int, comm: DistributedCommunicator, device: torch.device) -> list[Fragment]:
     """A rank's third of masters and of each moment, in parameters of one size that all ranks share."""
-    length = total_bytes // (4 * len(KINDS) * parameters)
+    length = total_bytes // (4 * len(_KINDS) * parameters)
     shape = (length * comm.size,)
     return [
         Fragment(
@@ -146,7 +147,7 @@ def _state(total_bytes: int, parameters: int, comm: DistributedCommunicator, dev
             torch.rand(length, device=device),
         )
         for number in range(parameters)
-        for kind in KINDS
+        for kind in _KINDS
     ]
 
 

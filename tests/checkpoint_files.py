@@ -9,9 +9,10 @@ import torch
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.save_transaction import save_checkpoint
-from megalm.checkpoint.shard_spec import KINDS, Fragment, FragmentKey
+from megalm.checkpoint.shard_spec import Fragment, FragmentKey, FragmentKind
 from megalm.communicator import SingleProcessCommunicator
 
+KINDS: tuple[FragmentKind, ...] = ("master", "exp_avg", "exp_avg_sq")
 SHAPES: dict[str, tuple[int, ...]] = {"embedding.tokens": (7, 5), "layers.0.up": (5, 3), "norm.weight": (5,)}
 
 

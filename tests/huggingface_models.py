@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megalm.checkpoint.save_transaction import save_checkpoint
-from megalm.checkpoint.shard_spec import KINDS, Fragment, FragmentKey
+from megalm.checkpoint.shard_spec import Fragment, FragmentKey
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import ModelSection
 from megalm.data.tokenizers.tokenizer import load_tokenizer
@@ -70,6 +70,6 @@ def save_model(
 def _fragments(shape: ModelConfig, model: LanguageModel) -> Iterator[Fragment]:
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, size in shape.parameters().items():
-        for kind in KINDS:
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
             values = weights[name] if kind == "master" else torch.full(size, 0.5)
             yield Fragment(FragmentKey(name, kind, size, 0, math.prod(size)), values.reshape(-1))

@@ -56,6 +56,10 @@ class CheckpointReader:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.manifest.tensors.items()}
 
+    def kinds(self, name: str) -> tuple[FragmentKind, ...]:
+        """Return what the checkpoint holds of a parameter, the master first."""
+        return self.manifest.tensors[name].kinds
+
     def read(self, key: FragmentKey) -> Tensor:
         """Return the fragment's values, fp32 [stop - start]; moments of a parameter that was frozen are zeros.
 

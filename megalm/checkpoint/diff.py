@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
-from megalm.checkpoint.shard_spec import KINDS, FragmentKind
+from megalm.checkpoint.shard_spec import FragmentKind
 from megalm.utils.formatting import flatten_to_text
 
 # Different in any two checkpoints, or compared separately.
@@ -38,7 +38,7 @@ def different_shapes(first: CheckpointReader, second: CheckpointReader) -> list[
 def largest_differences(
     first: CheckpointReader, second: CheckpointReader, on_progress: Callable[[], None] = lambda: None
 ) -> dict[str, dict[FragmentKind, float]]:
-    """Return model part (`layers.3`) -> kind -> largest absolute difference, over the parameters that both have.
+    """Return model part (`layers.3`) -> kind -> largest absolute difference, over the state that both have.
 
     One parameter of each checkpoint is in memory at a time. NaN on one side only counts as infinitely far apart.
 
@@ -50,13 +50,13 @@ def largest_differences(
     """
     result: dict[str, dict[FragmentKind, float]] = {}
     others = second.shapes()
-    kinds = KINDS[:1] if first.holds_weights_only or second.holds_weights_only else KINDS
     for name, shape in first.shapes().items():
         if others.get(name) == shape:
-            row = result.setdefault(_part(name), dict.fromkeys(kinds, 0.0))
-            for kind in kinds:
-                here, there = (reader.read_parameter(name, shape, kind) for reader in (first, second))
-                row[kind] = max(row[kind], _distance(here, there))
+            row = result.setdefault(_part(name), {})
+            for kind in first.kinds(name):
+                if kind in second.kinds(name):
+                    here, there = (reader.read_parameter(name, shape, kind) for reader in (first, second))
+                    row[kind] = max(row.get(kind, 0.0), _distance(here, there))
         on_progress()
     return result
 

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -86,6 +86,12 @@ class StoredFragment(_Part):
 class StoredTensor(_Part):
     shape: tuple[Count, ...]
     fragments: tuple[StoredFragment, ...]
+
+    @property
+    def kinds(self) -> tuple[FragmentKind, ...]:
+        """The kinds of state that are stored, the master first."""
+        stored = {fragment.kind for fragment in self.fragments}
+        return tuple(kind for kind in get_args(FragmentKind) if kind in stored)
 
     @model_validator(mode="after")
     def _fragments_fit(self) -> StoredTensor:
@@ -330,8 +336,7 @@ class Manifest(_Part):
         """Names of the parameters that did not train: of them the complete state of a run has the weights alone."""
         if self.holds is not None:
             return frozenset()
-        only = frozenset(("master",))
-        return frozenset(name for name, it in self.tensors.items() if {each.kind for each in it.fragments} == only)
+        return frozenset(name for name, tensor in self.tensors.items() if tensor.kinds == ("master",))
 
     def amended(self, **changes: Any) -> Manifest:
         """Return a copy with some keys changed (JSON values); new keys come last."""

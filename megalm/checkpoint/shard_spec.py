@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:  # planning reads checkpoints without torch
     from torch import Tensor
 
-FragmentKind = Literal["master", "exp_avg", "exp_avg_sq"]
-KINDS: tuple[FragmentKind, ...] = get_args(FragmentKind)  # the fp32 master first, then Adam's moments
+# The fp32 master, moments of Adam or Muon, a moving average of the master: a parameter has what its optimizer keeps.
+FragmentKind = Literal["master", "exp_avg", "exp_avg_sq", "momentum_buffer", "ema"]
 # The manifest's "holds" for a checkpoint with masters only, such as an imported model.
 WEIGHTS = "weights"
 

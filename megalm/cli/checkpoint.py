@@ -144,8 +144,10 @@ def diff_command(first: Place, second: Path = typer.Argument(help="Another run o
         echo("\n" + table(["shape", *titles], shapes))
     with ProgressBar("comparing", len(readers[0].shapes())) as counter:
         differences = largest_differences(*readers, counter.advance)
-    rows = [[part, *(f"{value:.3g}" for value in row.values())] for part, row in differences.items()]
-    kinds = list(next(iter(differences.values()), {}))
+    kinds = list(dict.fromkeys(kind for row in differences.values() for kind in row))
+    rows = [
+        [part, *(f"{row[kind]:.3g}" if kind in row else None for kind in kinds)] for part, row in differences.items()
+    ]
     echo("\n" + table(["largest absolute difference", *kinds], rows))
 
 

@@ -17,7 +17,7 @@ from megalm.config.schema import OptimizerStateKind, ParameterGroup, Recompute
 from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
 from megalm.cost_model.start_memory import start_moments
 from megalm.model.model_config import ModelConfig, kept_probabilities, lowest_block
-from megalm.model.parameter_groups import frozen_parameters, group_keys, groups_of
+from megalm.model.parameter_groups import MOMENTS, GroupKey, frozen_parameters, group_keys, groups_of
 from megalm.topology import AXES, Topology
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -237,7 +237,7 @@ class MemoryPlan:
         weights: the model computes with them.
         gradients: accumulated gradients.
         master: the fp32 weights that the optimizer updates; none in stage 0, which updates `weights`.
-        moments: Adam's two.
+        moments: Adam's two, Muon's one.
         buckets: communication buffers beyond what the backward pass has freed by then, and under ZeRO 3 the weights
             gathered at one time.
         activations: kept by the forward pass for the backward pass.
@@ -301,9 +301,10 @@ def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
         if kind in seen:
             continue
         seen.add(kind)
-        groups = parameter_groups(case, share)
-        device, host = _states(case, groups, frozen_counts(case, share))
-        moments = list(start_moments(case, share, groups, sum(frozen_counts(case, share))))
+        by_key = parameter_groups(case, share)
+        groups, frozen = list(by_key.values()), frozen_counts(case, share)
+        device, host = _states(case, by_key, frozen)
+        moments = list(start_moments(case, share, groups, sum(frozen)))
         runtime = _runtime_bytes(case)
         activations = activation_bytes(case, share)
         loss = loss_bytes(case, share.tensor) if share.is_last else 0
@@ -424,18 +425,18 @@ def loss_bytes(case: MemoryCase, tensor: int = 1) -> int:
     return hidden_gradient + 4 * weight + max(forward, backward)
 
 
-def parameter_groups(case: MemoryCase, share: Share) -> Groups:
+def parameter_groups(case: MemoryCase, share: Share) -> dict[GroupKey, list[int]]:
     """Elements of a rank's parameters in the optimizer's groups, which ZeRO pads one by one.
 
     A group of which a pipeline stage has no parameter has one element there.
     """
     held, dimensions = share.parameters(), {name: len(size) for name, size in case.shape.parameters().items()}
     groups = groups_of(group_keys(dimensions, case.parameter_groups, case.embedding_weight_decay))
-    return [
-        [math.prod(held[name]) for name in names if name in held] or [1]
+    return {
+        key: [math.prod(held[name]) for name in names if name in held] or [1]
         for key, names in groups.items()
         if not key.frozen
-    ]
+    }
 
 
 def frozen_counts(case: MemoryCase, share: Share) -> list[int]:
@@ -444,7 +445,9 @@ def frozen_counts(case: MemoryCase, share: Share) -> list[int]:
     return [math.ceil(math.prod(size) / ranks) for name, size in share.parameters().items() if name in frozen]
 
 
-def _states(case: MemoryCase, groups: Groups, frozen: list[int]) -> tuple[dict[str, int], dict[str, int]]:
+def _states(
+    case: MemoryCase, by_key: dict[GroupKey, list[int]], frozen: list[int]
+) -> tuple[dict[str, int], dict[str, int]]:
     """Weights, gradients, master and moments on the device, and offloaded parts in the CPU's memory.
 
     Args:
@@ -452,17 +455,18 @@ def _states(case: MemoryCase, groups: Groups, frozen: list[int]) -> tuple[dict[s
     """
     stage = case.zero.stage
     low = case.element_bytes
-    if stage == 0:
-        elements = sum(map(sum, groups))
-        device = {"weights": low * (elements + sum(frozen)), "gradients": low * elements, "master": 0}
-        device["moments"] = _moment_bytes(case, groups, elements)
-        return device, _checkpoint_copy(case, elements, frozen)
+    groups = list(by_key.values())
+    moments = _moments(case, by_key)
     own = _own_elements(case, groups)
+    if stage == 0:
+        device = {"weights": low * (own + sum(frozen)), "gradients": low * own, "master": 0}
+        device["moments"] = _moment_bytes(case, groups, moments)
+        return device, _checkpoint_copy(case, own + moments, frozen)
     gradients, host_gradients = _gradients(case, groups, own)
-    optimizer = {"master": 4 * own, "moments": _moment_bytes(case, groups, own)}
+    optimizer = {"master": 4 * own, "moments": _moment_bytes(case, groups, moments)}
     weights = low * (sum(frozen) + (own if stage == 3 else sum(case.padded(group) for group in groups)))
     device = {"weights": weights, "gradients": gradients, **optimizer}
-    host = _checkpoint_copy(case, own, frozen)
+    host = _checkpoint_copy(case, own + moments, frozen)
     if case.offloads_optimizer:
         device |= dict.fromkeys(optimizer, 0)
         host |= {"gradients": host_gradients, **optimizer} if not case.swaps else _swap_buffers(case, groups)
@@ -484,10 +488,10 @@ def _swap_buffers(case: MemoryCase, groups: Groups) -> dict[str, int]:
 
 
 def _checkpoint_copy(case: MemoryCase, elements: int, frozen: list[int]) -> dict[str, int]:
-    """With checkpoint.async, a copy of the master and both moments that this rank owns, and of its frozen weights."""
+    """With checkpoint.async, a copy of the master and the moments that this rank owns, and of its frozen weights."""
     ranks = 1 if case.zero.stage == 3 else case.topology.data
-    own = sum(math.ceil(count / ranks) for count in frozen)
-    return {"checkpoint copy": 12 * elements + 4 * own} if case.checkpoint_copy else {}
+    own = elements + sum(math.ceil(count / ranks) for count in frozen)
+    return {"checkpoint copy": 4 * own} if case.checkpoint_copy else {}
 
 
 def _gradients(case: MemoryCase, groups: Groups, own: int) -> tuple[int, int]:
@@ -514,10 +518,15 @@ def _gradients(case: MemoryCase, groups: Groups, own: int) -> tuple[int, int]:
     return reduced, 4 * own
 
 
-def _moment_bytes(case: MemoryCase, groups: Groups, own: int) -> int:
-    """Both of Adam's moments, of the fullest rank."""
+def _moments(case: MemoryCase, by_key: dict[GroupKey, list[int]]) -> int:
+    """Elements of the moments of one rank's partition: of Adam's two for each weight, of Muon's one."""
+    return sum(len(MOMENTS[key.algorithm]) * _own_elements(case, [group]) for key, group in by_key.items())
+
+
+def _moment_bytes(case: MemoryCase, groups: Groups, elements: int) -> int:
+    """The moments, of the fullest rank."""
     if case.optimizer_state == "fp32":
-        return 8 * own
+        return 4 * elements
     return _BLOCK_BYTES[case.optimizer_state] * _own_blocks(case, groups)
 
 
@@ -558,8 +567,10 @@ def _cut(group: list[int], size: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _own_elements(case: MemoryCase, groups: Groups) -> int:
-    """Elements of one rank's partition: each parameter divided (stage 3), or each group (stages 1 and 2)."""
+    """Elements of one rank's partition: each parameter divided (stage 3), or each group (stages 1 and 2), or whole."""
     ranks = case.topology.data
+    if case.zero.stage == 0:
+        return sum(map(sum, groups))
     if case.zero.stage == 3:
         return sum(math.ceil(count / ranks) for group in groups for count in group)
     return sum(case.padded(group) // ranks for group in groups)

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from megalm.config.schema import ParameterGroup
 from megalm.model.model_config import ModelConfig
+
+# How a group's parameters are updated, and what the optimizer keeps for each of them beside its fp32 master.
+Algorithm = Literal["adam", "muon", "frozen"]
+MomentKind = Literal["exp_avg", "exp_avg_sq", "momentum_buffer"]
+MOMENTS: dict[Algorithm, tuple[MomentKind, ...]] = {
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "muon": ("momentum_buffer",),
+    "frozen": (),
+}
 
 
 class GroupKey(NamedTuple):
@@ -16,12 +25,16 @@ class GroupKey(NamedTuple):
     Attributes:
         rule: index in train.parameter_groups; -1: no pattern matches.
         undecayed: the run's weight decay does not act on the group; false where the rule sets its own.
-        frozen: the group's parameters do not train, and the optimizer does not know them.
+        algorithm: of the group's updates; "frozen": its parameters do not train, and the optimizer does not know them.
     """
 
     rule: int
     undecayed: bool
-    frozen: bool = False
+    algorithm: Algorithm = "adam"
+
+    @property
+    def frozen(self) -> bool:
+        return self.algorithm == "frozen"
 
 
 def group_keys(
@@ -39,8 +52,10 @@ def group_keys(
         rule = next((index for index, rule in enumerate(rules) if fnmatchcase(name, rule.match)), -1)
         decays = count >= 2 and (decay_embeddings or not name.startswith("embedding."))
         sets_its_own = rule >= 0 and rules[rule].weight_decay is not None
-        is_frozen = rule >= 0 and rules[rule].frozen
-        keys[name] = GroupKey(rule, not (decays or sets_its_own or is_frozen), is_frozen)
+        if rule >= 0 and rules[rule].frozen:
+            keys[name] = GroupKey(rule, False, "frozen")
+            continue
+        keys[name] = GroupKey(rule, not (decays or sets_its_own))
     return keys
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from megalm.checkpoint.shard_spec import KINDS, FragmentKey
+from megalm.checkpoint.shard_spec import FragmentKey, FragmentKind
 from megalm.errors import TrainingError
 
 Array = npt.NDArray[np.float32]
 Fragments = list[tuple[FragmentKey, Array]]
 # (canonical name, kind) -> the whole parameter, flat.
-State = dict[tuple[str, str], Array]
+State = dict[tuple[str, FragmentKind], Array]
 
 
 @dataclass
@@ -83,7 +83,7 @@ def difference(ranks: Sequence[Outcome], reference: Outcome) -> Difference:
     initial, first = whole_state([rank.initial for rank in ranks]), whole_state([reference.initial])
     final, expected = whole_state([rank.trained for rank in ranks]), whole_state([reference.trained])
     _require_same_parameters(initial, first, final, expected)
-    master, *moments = KINDS
+    moments = {kind for _, kind in expected} - {"master"}
     return Difference(
         initial_weights=differing(initial, first),
         loss=max(
@@ -91,8 +91,8 @@ def difference(ranks: Sequence[Outcome], reference: Outcome) -> Difference:
             for rank in ranks
         ),
         norm=max(relative(rank.trained.norms, reference.trained.norms) for rank in ranks),
-        weights=state_difference(final, expected, master),
-        moments=max(state_difference(final, expected, kind) for kind in moments),
+        weights=state_difference(final, expected, "master"),
+        moments=max(state_difference(final, expected, kind) for kind in sorted(moments)),
         logits=max(_l2(rank.logits - reference.logits) / _l2(reference.logits) for rank in ranks),
     )
 
@@ -104,10 +104,10 @@ def whole_state(traces: Sequence[Trace]) -> State:
         TrainingError: an element is not of exactly one rank.
     """
     state: State = {}
-    counts: dict[tuple[str, str], npt.NDArray[np.int64]] = {}
+    counts: dict[tuple[str, FragmentKind], npt.NDArray[np.int64]] = {}
     for trace in traces:
         for key, values in trace.fragments:
-            place: tuple[str, str] = (key.name, key.kind)
+            place = key.name, key.kind
             size = int(np.prod(key.shape))
             elements = np.arange(size).reshape(key.shape)
             if key.rectangle is not None:
@@ -137,7 +137,7 @@ def relative(values: Sequence[float], expected: Sequence[float]) -> float:
         return float(np.max(np.abs(np.array(values) / np.array(expected) - 1)))
 
 
-def state_difference(found: Mapping[tuple[str, str], Array], expected: State, kind: str) -> float:
+def state_difference(found: State, expected: State, kind: FragmentKind) -> float:
     """The largest L2 difference of one parameter, relative to its own L2 norm; nan where one is."""
     shares = [
         _l2(found[place] - values) / (_l2(values) or 1.0)
@@ -149,7 +149,11 @@ def state_difference(found: Mapping[tuple[str, str], Array], expected: State, ki
 
 def _require_same_parameters(*states: State) -> None:
     if any(state.keys() != states[0].keys() for state in states):
-        names = set[tuple[str, str]]().union(*states).difference(*(set(state) & set(states[0]) for state in states))
+        names = (
+            set[tuple[str, FragmentKind]]()
+            .union(*states)
+            .difference(*(set(state) & set(states[0]) for state in states))
+        )
         raise TrainingError(f"the layouts hold other parameters: {sorted(names)[:3]}")
 
 

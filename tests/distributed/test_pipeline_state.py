@@ -16,7 +16,7 @@ import torch
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.save_transaction import save_checkpoint
-from megalm.checkpoint.shard_spec import KINDS, FragmentKey
+from megalm.checkpoint.shard_spec import FragmentKey, FragmentKind
 from megalm.model.layer_factory import shard_of
 from tests.distributed.test_update_check import REFUSED, STEPS, assert_same, refuse_and_leave_out
 from tests.distributed.training import Case, Trace, make_dataset, snapshot, start, steps, whole_state
@@ -199,7 +199,6 @@ def test_a_refused_step_leaves_no_trace_on_any_stage(gated: list[dict[str, Any]]
     assert gated[0][name]["asked"] == gated[1][name]["asked"]
 
 
-def _stored(reader: CheckpointReader, name: str, kind: Any) -> np.ndarray:
+def _stored(reader: CheckpointReader, name: str, kind: FragmentKind) -> np.ndarray:
     shape = reader.shapes()[name]
-    assert kind in KINDS
     return reader.read(FragmentKey(name, kind, shape, 0, int(np.prod(shape)))).numpy()

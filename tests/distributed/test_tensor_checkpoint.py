@@ -16,7 +16,7 @@ import torch
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.save_transaction import save_checkpoint
-from megalm.checkpoint.shard_spec import KINDS, FragmentKey
+from megalm.checkpoint.shard_spec import FragmentKey, FragmentKind
 from megalm.model.layer_factory import shard_of
 from tests.distributed.training import Case, Trace, make_dataset, snapshot, start, steps, whole_state
 from tests.ranks import run_ranks
@@ -158,7 +158,6 @@ def test_any_layout_goes_on_with_the_same_loss(read: dict[int, Any], written: di
             np.testing.assert_allclose(trace.losses[0], after[path], rtol=1e-5, err_msg=f"{name} from {path}")
 
 
-def _stored(reader: CheckpointReader, name: str, kind: str) -> np.ndarray:
+def _stored(reader: CheckpointReader, name: str, kind: FragmentKind) -> np.ndarray:
     shape = reader.shapes()[name]
-    assert kind in KINDS
     return reader.read(FragmentKey(name, kind, shape, 0, int(np.prod(shape)))).numpy()

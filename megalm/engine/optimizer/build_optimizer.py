@@ -12,7 +12,7 @@ from megalm.config.schema import OptimizerStateKind, TrainSection
 from megalm.engine.cpp_extensions import load_cpu_adam
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
 from megalm.model.model_config import ModelConfig
-from megalm.model.parameter_groups import group_keys, group_settings, groups_of
+from megalm.model.parameter_groups import MOMENTS, group_keys, group_settings, groups_of
 from megalm.planning.resolve import OptimizerFacts
 
 
@@ -23,7 +23,7 @@ def parameter_groups(
     weight_decay: float,
     train: TrainSection,
 ) -> list[dict[str, Any]]:
-    """Return optimizer groups with their weight decay, and the factor of their learning rate; freeze the frozen ones.
+    """Return optimizer groups with their settings and their moments' names; freeze the frozen ones.
 
     All ranks have the same groups: DeepSpeed sums the gradient norm over the stages of a pipeline group by group. Where
     a stage holds no parameter of a group, `model` gets one of a single element, which nothing computes with.
@@ -44,7 +44,8 @@ def parameter_groups(
             some = next(iter(parameters.values()))
             held = [nn.Parameter(torch.zeros(1, dtype=some.dtype, device=some.device))]
             model.register_parameter(f"in_place_of_group_{len(groups)}", held[0])
-        groups.append({"params": held, **group_settings(key, train.parameter_groups, weight_decay)})
+        settings = group_settings(key, train.parameter_groups, weight_decay)
+        groups.append({"params": held, "moments": MOMENTS[key.algorithm], **settings})
     return groups
 
 

@@ -10,9 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from megalm.checkpoint.shard_spec import FragmentKind
 from megalm.engine.optimizer.moment_codecs import BLOCK, Bf16Codec, EightBitCodec, MomentCodec, random_bits
-
-Moment = Literal["exp_avg", "exp_avg_sq"]
 
 # Blocks that an update holds in fp32 at a time, some ten times: what fits a CPU's cache, and what fills a GPU.
 _CPU_BLOCKS, _GPU_BLOCKS = 2**8, 2**13
@@ -89,7 +88,7 @@ class LowPrecisionAdam(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self._decoupled = decoupled
         device = groups[0]["params"][0].device
-        self._codecs: dict[Moment, MomentCodec] = {
+        self._codecs: dict[FragmentKind, MomentCodec] = {
             "exp_avg": Bf16Codec() if states == "bf16" else EightBitCodec(device, signed=True),
             "exp_avg_sq": Bf16Codec() if states == "bf16" else EightBitCodec(device, signed=False),
         }
@@ -119,7 +118,7 @@ class LowPrecisionAdam(torch.optim.Optimizer):
                 state[f"{moment}.{index}"] = stored
         self.state[flat] = state
 
-    def read(self, flat: nn.Parameter, offset: int, moment: Moment) -> Tensor:
+    def read(self, flat: nn.Parameter, offset: int, moment: FragmentKind) -> Tensor:
         """Return a moment of the range that begins at `offset` of `flat`, fp32."""
         piece, chunks = self._own_chunks(flat, offset)
         values = torch.zeros(piece.count, device=flat.device)
@@ -127,7 +126,7 @@ class LowPrecisionAdam(torch.optim.Optimizer):
             chunk.scatter(self._codecs[moment].decode(self._stored(flat, moment, chunk)), values)
         return values
 
-    def write(self, flat: nn.Parameter, offset: int, moment: Moment, values: Tensor) -> None:
+    def write(self, flat: nn.Parameter, offset: int, moment: FragmentKind, values: Tensor) -> None:
         """Set a moment of the range that begins at `offset` of `flat`, rounded to the nearest."""
         values = values.to(flat.device).view(-1)
         for chunk in self._own_chunks(flat, offset)[1]:
@@ -165,7 +164,7 @@ class LowPrecisionAdam(torch.optim.Optimizer):
             for (moment, codec), values, random in zip(self._codecs.items(), (mean, square), bits, strict=True):
                 codec.encode(values, self._stored(flat, moment, chunk), random)
 
-    def _stored(self, flat: nn.Parameter, moment: Moment, chunk: _Chunk) -> tuple[Tensor, ...]:
+    def _stored(self, flat: nn.Parameter, moment: FragmentKind, chunk: _Chunk) -> tuple[Tensor, ...]:
         """Return views of the chunk's part of the codec's tensors."""
         state = self.state[flat]
         return tuple(state[name][chunk.first : chunk.last] for name in state if name.startswith(f"{moment}."))

@@ -1,8 +1,8 @@
 """Read and write a DeepSpeed optimizer's state as fragments of canonical parameters.
 
 Like other modules of this package it uses DeepSpeed's internals; tests/distributed holds them to the pinned version.
-A fragment is a flat range of one parameter that this rank owns: its fp32 master and both moments. Offsets are computed
-from addresses, not from DeepSpeed's own maps, which are wrong for some settings.
+A fragment is a flat range of one parameter that this rank owns: its fp32 master, and the moments of its group. Offsets
+are computed from addresses, not from DeepSpeed's own maps, which are wrong for some settings.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import deepspeed.comm as ds_comm
 import torch
 from torch import Tensor, nn
 
-from megalm.checkpoint.shard_spec import KINDS, Fragment, FragmentKey, FragmentKind, HasFragment
+from megalm.checkpoint.shard_spec import Fragment, FragmentKey, FragmentKind, HasFragment
 from megalm.engine.nvme_offload import SwappedStates
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
 from megalm.model.layer_factory import ShardedAxis
+from megalm.model.parameter_groups import MomentKind
 
 ReadFragment = Callable[[FragmentKey], Tensor]
 
@@ -80,6 +81,7 @@ class OptimizerState:
         self._shards = shards
         self._is_first_copy = is_first_copy
         self._swapped = SwappedStates(self._outer) if getattr(self._outer, "swap_optimizer", False) else None
+        self._moments = dict(self._moments_of_flats())
         self._packed = self._inner if isinstance(self._inner, LowPrecisionAdam) else None
         if self._packed is not None:
             for flat, pieces in self._owned_by_flat():
@@ -93,7 +95,8 @@ class OptimizerState:
         if self._outer is self._inner and not self._is_first_copy:
             return  # ZeRO 0: all replicas hold the same state; only the first yields it
         for flat, pieces in self._owned_by_flat():
-            own = [(owned, kind) for owned in pieces if owned.shard.is_owner for kind in KINDS]
+            kinds = self._kinds(flat)
+            own = [(owned, kind) for owned in pieces if owned.shard.is_owner for kind in kinds]
             for owned, kind in own:
                 values = partial(self._values, owned, kind)
                 if self._swapped is not None and self._swapped.holds(flat):
@@ -117,7 +120,7 @@ class OptimizerState:
                 flat.data.zero_()  # its padding stays zero
                 self._clear_moments(flat, optimizer_step)
                 for owned in pieces:
-                    for kind in KINDS:
+                    for kind in self._kinds(flat):
                         values = read(owned.key(kind))
                         if self._packed is not None and kind != "master":
                             self._packed.write(flat, owned.offset, kind, values)
@@ -196,7 +199,7 @@ class OptimizerState:
             self._packed.clear(flat, optimizer_step)
             return
         state = self._inner.state[flat]
-        for kind in KINDS[1:]:
+        for kind in self._moments[id(flat)]:
             if self._swapped is not None and self._swapped.holds(flat) and kind in state:
                 state[kind].zero_()  # in place: DeepSpeed ties the copy on disk to this tensor object
             else:
@@ -205,6 +208,9 @@ class OptimizerState:
             state["step"] = optimizer_step
         else:
             state["step"] = torch.tensor(float(optimizer_step), device=flat.device)
+
+    def _kinds(self, flat: nn.Parameter) -> tuple[FragmentKind, ...]:
+        return ("master", *self._moments[id(flat)])
 
     @property
     def _is_cpu_adam(self) -> bool:
@@ -248,6 +254,16 @@ class OptimizerState:
         for flat in self._flats():
             pieces.setdefault(id(flat), (flat, []))
         return list(pieces.values())
+
+    def _moments_of_flats(self) -> Iterator[tuple[int, tuple[MomentKind, ...]]]:
+        """Yield the id of each tensor that the inner optimizer steps, and the moments of its group."""
+        groups = self._inner.param_groups
+        if self._outer is self._inner:
+            yield from ((id(parameter), group["moments"]) for group in groups for parameter in group["params"])
+            return
+        for index, flat in enumerate(self._flats()):  # ZeRO 1 and 2 have one of each group, ZeRO 3 its sub-groups
+            group = getattr(self._outer, "sub_group_to_group_id", {}).get(index, index)
+            yield id(flat), groups[group]["moments"]
 
     def _flats(self) -> list[nn.Parameter]:
         """Return the tensors that the inner optimizer steps."""

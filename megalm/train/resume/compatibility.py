@@ -15,7 +15,7 @@ from megalm.config.loading import COMMAND_LINE, SAVED_CONFIG
 from megalm.data.sampling.mixture import BlendedSamples
 from megalm.errors import CheckpointError, ConfigError
 from megalm.model.model_config import ModelConfig
-from megalm.model.parameter_groups import frozen_parameters
+from megalm.model.parameter_groups import MOMENTS, frozen_parameters, group_keys
 from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, ScheduleSegment, rate_at
 from megalm.planning.resolve import ResolvedRun, decay_steps_of
 from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
@@ -222,6 +222,22 @@ def refuse_incompatible(path: Path, found: Mapping[str, Sequence[str]], allowed:
         if any(words.split()[0] in _SHAPES for words in refused.get("model", ())):
             advice = "restore the setting: the shapes of a model cannot change"
         raise CheckpointError(f"{path} was trained with another {differences}; {advice}")
+
+
+def refuse_other_moments(path: Path, manifest: Manifest, run: ResolvedRun) -> None:
+    """Raise CheckpointError if the checkpoint lacks a moment of this run's optimizer: another one trained it."""
+    train = run.config.train
+    dimensions = {name: len(tensor.shape) for name, tensor in manifest.tensors.items()}
+    for name, key in group_keys(dimensions, train.parameter_groups, train.embedding_weight_decay).items():
+        stored = manifest.tensors[name].kinds
+        if name in manifest.frozen:
+            continue  # `frozen_notes` says what becomes of it
+        if lacking := [kind for kind in MOMENTS[key.algorithm] if kind not in stored]:
+            raise CheckpointError(
+                f"{path} has {', '.join(stored)} of {name}, but this run's optimizer needs {', '.join(lacking)}; "
+                "resume with the optimizer that trained it, or start a new run with these weights: run.name=NEW "
+                f"--resume {path} --extend-steps N --extend-strategy weights"
+            )
 
 
 def continuation_kind(run: ResolvedRun, manifest: Manifest, found: Mapping[str, Sequence[str]]) -> Beginning:

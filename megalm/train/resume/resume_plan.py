@@ -34,6 +34,7 @@ from megalm.train.resume.compatibility import (
     lengths_of_order,
     progress_from,
     refuse_incompatible,
+    refuse_other_moments,
     with_last_step,
     with_schedule,
 )
@@ -105,7 +106,7 @@ def find_resume_checkpoint(
         info: called with progress lines while a large checkpoint is verified.
 
     Raises:
-        CheckpointError: the checkpoint is missing or damaged.
+        CheckpointError: the checkpoint is missing or damaged, or lacks moments of the run's optimizer.
         ConfigError: there is no checkpoint to extend, the run would restart from its own weights, or a checkpoint with
             weights only is given as a complete training state.
     """
@@ -113,6 +114,8 @@ def find_resume_checkpoint(
     if options.wanted is not None:
         found, options = _find(folder, options.wanted, options, comm, info)
     manifest = _continued(found, options)
+    if found is not None and manifest is not None:
+        refuse_other_moments(found.reader.path, manifest, run)
     schedule = with_schedule(run, manifest, options.extension.steps if manifest and options.extension else None)
     return ResumePoint(with_last_step(run, schedule), schedule, found, options)
 

@@ -22,7 +22,7 @@ from megalm.checkpoint.discovery import step_folders
 from megalm.checkpoint.manifest import read_manifest, set_status, write_manifest
 from megalm.checkpoint.retention import Retention
 from megalm.checkpoint.safetensors_file import TensorEntry, write_shard, write_tensors
-from megalm.checkpoint.save_transaction import bytes_needed
+from megalm.checkpoint.save_transaction import bytes_needed, save_checkpoint
 from megalm.checkpoint.shard_spec import Fragment, FragmentKey
 from megalm.communicator import SingleProcessCommunicator
 from megalm.errors import CheckpointError, TrainingError
@@ -209,6 +209,26 @@ def test_two_checkpoints_are_compared(tmp_path: Path) -> None:
     assert list(differences) == ["embedding", "layers.0", "norm"]
     assert set(differences["layers.0"].values()) == {200.0}
     assert set(largest_differences(readers[0], readers[0])["norm"].values()) == {0.0}
+
+
+def test_of_two_optimizers_what_both_keep_is_compared(tmp_path: Path) -> None:
+    """A matrix of Muon has a momentum buffer where Adam has two moments; a norm has Adam's in both."""
+    readers = []
+    for folder in ("adam", "muon"):
+        kept = [part for part in fragments(1) if folder == "adam" or part.key.name != "layers.0.up"]
+        if folder == "muon":
+            for kind in ("master", "momentum_buffer"):
+                kept.append(Fragment(FragmentKey("layers.0.up", kind, (5, 3), 0, 15), torch.ones(15)))
+        path = save_checkpoint(tmp_path / folder, 1, kept, {"attempt": 1}, [], SingleProcessCommunicator())
+        readers.append(CheckpointReader(path))
+    assert readers[1].kinds("layers.0.up") == ("master", "momentum_buffer")
+    assert readers[1].kinds("norm.weight") == ("master", "exp_avg", "exp_avg_sq")
+    differences = largest_differences(*readers)
+    assert differences["norm"] == {"master": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}
+    assert differences["layers.0"] == {"master": 112.0 + 1.0}
+    with pytest.raises(CheckpointError) as refused:
+        readers[1].read_parameter("layers.0.up", (5, 3), "exp_avg")
+    assert_names(refused.value, "exp_avg/layers.0.up", 0, 15)
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:

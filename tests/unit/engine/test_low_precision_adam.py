@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam, Moment
+from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
 from megalm.engine.optimizer.moment_codecs import BLOCK, Bf16Codec, EightBitCodec, MomentCodec, random_bits
+from megalm.model.parameter_groups import MOMENTS as MOMENTS_OF
 
 CPU = torch.device("cpu")
 CODECS: dict[str, MomentCodec] = {
@@ -19,7 +20,7 @@ CODECS: dict[str, MomentCodec] = {
 }
 # Half the distance of two neighbours, as a part of the value: 8 bits; 10 octaves in 126 steps; 20 octaves in 255.
 PRECISION = {"bf16": 2.0**-8, "8bit mean": 0.029, "8bit square": 0.029}
-MOMENTS: tuple[Moment, ...] = ("exp_avg", "exp_avg_sq")
+MOMENTS = MOMENTS_OF["adam"]
 
 
 def _values(name: str, blocks: int = 64) -> Tensor:

@@ -23,6 +23,7 @@ from megalm.train.resume.compatibility import (
     lengths_of_order,
     progress_from,
     refuse_incompatible,
+    refuse_other_moments,
     with_last_step,
     with_schedule,
 )
@@ -236,6 +237,23 @@ def test_a_refusal_names_all_and_how_to_allow_it(tmp_path: Path) -> None:
         refuse_incompatible(tmp_path, found, ["model"])
     assert_names(refused.value, tmp_path, "order", "train.seed", 1, 2, "resume.allow=[model,order]")
     assert "style" not in str(refused.value), "what is allowed"
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    """Its moments would be zeros."""
+
+    def then(*kinds: str) -> Manifest:
+        name, stored = "layers.0.mlp.up.weight", {"file": "rank-0.safetensors", "start": 0, "stop": 6}
+        tensors = {name: {"shape": [2, 3], "fragments": [{**stored, "kind": kind} for kind in kinds]}}
+        files = {"rank-0.safetensors": {"bytes": 1000, "sha256": "0" * 64}}
+        return manifest(4, segment(256, 16, 0, 64), tensors=tensors, files=files)
+
+    refuse_other_moments(tmp_path, then("master", "exp_avg", "exp_avg_sq"), run())
+    refuse_other_moments(tmp_path, then("master", "exp_avg", "exp_avg_sq", "ema"), run())
+    with pytest.raises(CheckpointError) as refused:
+        refuse_other_moments(tmp_path, then("master", "momentum_buffer"), run())
+    assert_names(refused.value, tmp_path, "layers.0.mlp.up.weight", "momentum_buffer", "exp_avg", "exp_avg_sq")
+    assert_names(refused.value, "--extend-strategy")
 
 
 def test_each_changed_setting_is_noted_with_both_values(tmp_path: Path) -> None:
