@@ -167,6 +167,8 @@ def read_norm_once() -> None:
 def _norm_on_host(norm_of: Callable[..., Tensor | list[Tensor]]) -> Callable[..., Tensor]:
     @functools.wraps(norm_of)
     def read(*args: Any, **options: Any) -> Tensor:
+        if options.get("input_tensors") == []:  # of a rank whose parameters are frozen, or other ranks' as well
+            options["input_tensors"] = [torch.zeros(1)]
         with _FillOnDevice():
             norm = norm_of(*args, **options)
         return (torch.stack(norm) if isinstance(norm, list) else norm).cpu()

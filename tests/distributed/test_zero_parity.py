@@ -84,9 +84,7 @@ CASES |= {
     "groups zero2 offloaded": Case("zero2.json", overrides=GROUPED, settings=OFFLOAD),
     "groups zero3": Case("zero3.json", overrides=GROUPED),
     "frozen zero0": Case("zero1.json", overrides=STILL, settings={"zero_optimization": {"stage": 0}}),
-    "frozen zero1": Case("zero1.json", overrides=STILL),
     "frozen zero2 accumulated": Case("zero2.json", overrides=STILL, settings={"train_micro_batch_size_per_gpu": 2}),
-    "frozen zero3": Case("zero3.json", overrides=STILL),
     "frozen zero3 offloaded": Case("zero3.json", overrides=STILL, settings=OFFLOAD),
 }
 ON_FOUR_RANKS = ("zero0", "zero1", "gpt2 zero2", "gpt2 zero3 accumulated")
