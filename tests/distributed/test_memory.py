@@ -28,6 +28,7 @@ WIDE = ("model.hidden_size=128", "model.num_hidden_layers=3")
 GPT2 = ("model.style=gpt2", "model.qk_norm=false", "model.tie_word_embeddings=true")
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 GATHERED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+FROZEN = "train.parameter_groups=[{match: embedding.*, frozen: true}, {match: layers.[01].*, frozen: true}]"
 CASES = {
     # Accumulating: a single backward pass frees gradients as it reduces them.
     "zero1 fp32": Case("zero1.json", overrides=WIDE, settings={"train_micro_batch_size_per_gpu": 2}),
@@ -45,6 +46,11 @@ CASES = {
     "pp2 zero1 bf16": Case("zero1.json", "bf16", (*WIDE, PIPELINE, *GPT2), {"train_micro_batch_size_per_gpu": 2}),
     "zero1 bf16 states": Case("zero1.json", "bf16", (*WIDE, "train.optimizer_state=bf16")),
     "zero3 8bit states": Case("zero3.json", "bf16", (*WIDE, "train.optimizer_state=8bit"), GATHERED),
+    "zero2 bf16 frozen": Case("zero2.json", "bf16", (*WIDE, FROZEN)),
+    "zero3 bf16 frozen": Case("zero3.json", "bf16", (*WIDE, FROZEN), GATHERED),
+    "pp2 zero1 fp32 frozen": Case(
+        "zero1.json", overrides=(*WIDE, PIPELINE, FROZEN), settings={"train_micro_batch_size_per_gpu": 2}
+    ),
     "pp2 8bit states": Case(
         "zero1.json", "bf16", (*WIDE, PIPELINE, "train.optimizer_state=8bit"), {"train_micro_batch_size_per_gpu": 2}
     ),

@@ -64,6 +64,12 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
         (["train.parameter_groups=[{match: '*.mlp.*', learning_rate_scale: 0}]"], ["train.parameter_groups", "match"]),
         (["train.parameter_groups=[{match: '*', weight_decay: -1}]"], ["train.parameter_groups", "weight_decay"]),
         (["train.parameter_groups=[{match: '*.mlp.*', weight_decay: 0}, {match: layers.*}]"], None),
+        (["train.parameter_groups=[{match: '*', frozen: true}]"], ["train.parameter_groups", "frozen=true", "'*'"]),
+        (
+            ["train.parameter_groups=[{match: '*.mlp.*', frozen: true, weight_decay: 0}]"],
+            ["match='*.mlp.*'", "frozen=true", "weight_decay"],
+        ),
+        (["train.parameter_groups=[{match: '*.mlp.*', frozen: true}]"], None),
         (["train.max_wall_time=4x"], ["train.max_wall_time='4x'", "30m", "4h", "1h30m", "2d"]),
         (["train.max_wall_time=0s"], ["train.max_wall_time='0s'"]),
         (["train.max_wall_time=1h30m"], None),
