@@ -254,8 +254,8 @@ def test_flops_are_those_of_a_step_with_frozen_parameters(name: str, style: str)
     tokens = torch.randint(0, vocab, (2, length))
     with FlopCounterMode(display=False) as counter:
         model(tokens, tokens)[0].backward()
-    # Attention multiplies the whole square of scores, of which the formula counts half; the counter misses `addmm_`, the
-    # gradient of the head's weight.
+    # Attention multiplies the whole square of scores, of which the formula counts half; the counter misses `addmm_`,
+    # the gradient of the head's weight.
     core = length * shape.num_attention_heads * shape.head_dim
     backward = {"below": 2, "in a block": 2, "all but a norm": 0, "the head": 3, "all but a projection": 2}[name]
     missed = 0 if "head.weight" in frozen else 2 * vocab * shape.hidden_size
