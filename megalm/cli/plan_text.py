@@ -227,7 +227,7 @@ def _configuration(plan: Plan, every_key: bool) -> str:
 
 def _deepspeed(plan: Plan) -> str:
     run = plan.resolved
-    optimizer, zero = run.optimizer, run.deepspeed_source.settings.zero_optimization
+    zero = run.deepspeed_source.settings.zero_optimization
     return table(
         ["fact", "value"],
         [
@@ -238,11 +238,7 @@ def _deepspeed(plan: Plan) -> str:
             ["ZeRO stage", zero.stage],
             ["offload", _offloads(plan)],
             ["gradient clipping", run.deepspeed["gradient_clipping"] or "off"],
-            [
-                "optimizer",
-                f"{optimizer.kind}, betas {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, "
-                f"eps {optimizer.epsilon:g}, weight decay {optimizer.weight_decay:g}",
-            ],
+            ["optimizer", str(run.optimizer)],
         ],
     )
 
@@ -275,13 +271,14 @@ def _groups(plan: Plan) -> str:
     rows = [
         [
             group.match or "(no pattern)",
+            group.algorithm,
             f"{group.tensors:,}",
             f"{group.parameters:,}",
-            *(("frozen", "-") if group.frozen else (f"{group.learning_rate_scale:g}", f"{group.weight_decay:g}")),
+            *(("-", "-") if group.frozen else (f"{group.learning_rate_scale:g}", f"{group.weight_decay:g}")),
         ]
         for group in plan.optimizer_groups
     ]
-    return table(["match", "tensors", "parameters", "learning rate x", "weight decay"], rows)
+    return table(["match", "algorithm", "tensors", "parameters", "learning rate x", "weight decay"], rows)
 
 
 def _tokens(plan: Plan) -> str:
@@ -296,7 +293,7 @@ def _tokens(plan: Plan) -> str:
             ["FLOPs per token", f"{plan.flops_per_token:.3e}"],
             *_recomputed(plan),
             ["total FLOPs", f"{plan.total_flops:.3e}"],
-            ["checkpoint size", format_bytes(checkpoint_bytes(plan.shape, plan.case.frozen))],
+            ["checkpoint size", format_bytes(checkpoint_bytes(plan.shape, plan.case.parameter_groups, plan.case.muon))],
         ],
     )
 

@@ -7,7 +7,7 @@ Buckets, activations and the loss are formulas for the block of megalm/model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -17,7 +17,7 @@ from megalm.config.schema import OptimizerStateKind, ParameterGroup, Recompute
 from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
 from megalm.cost_model.start_memory import start_moments
 from megalm.model.model_config import ModelConfig, kept_probabilities, lowest_block
-from megalm.model.parameter_groups import MOMENTS, GroupKey, frozen_parameters, group_keys, groups_of
+from megalm.model.parameter_groups import MOMENTS, NO_GROUP, GroupKey, frozen_parameters, group_keys, optimizer_groups
 from megalm.topology import AXES, Topology
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -28,6 +28,8 @@ _ALIGNMENT = 2
 _BLOCK = 256
 _BLOCK_BYTES = {"bf16": 4 * _BLOCK, "8bit": 2 * (_BLOCK + 4)}
 _RANKS_LOOKED_AT = 16  # of ZeRO 3's, for where their parts cut blocks
+# Elements of matrices that Muon makes whole on a rank at a time, or one matrix if that is larger.
+MUON_ROUND = 2**25
 _FLAT_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once in stage 0 and in its BF16_Optimizer
 
 Groups = list[list[int]]
@@ -145,6 +147,7 @@ class MemoryCase:
         repeats_keys: attention keeps a copy of each key/value head for every query head that shares it.
         device_bytes: memory of the device; None: not known.
         optimizer_state: how Adam's moments are kept.
+        muon: the matrices of the blocks are Muon's.
     """
 
     shape: ModelConfig
@@ -170,6 +173,7 @@ class MemoryCase:
     repeats_keys: bool = False
     device_bytes: int | None = None
     optimizer_state: OptimizerStateKind = "fp32"
+    muon: bool = False
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -239,7 +243,7 @@ class MemoryPlan:
         master: the fp32 weights that the optimizer updates; none in stage 0, which updates `weights`.
         moments: Adam's two, Muon's one.
         buckets: communication buffers beyond what the backward pass has freed by then, and under ZeRO 3 the weights
-            gathered at one time.
+            gathered at one time; or what an update of Muon needs beyond that, if it is more.
         activations: kept by the forward pass for the backward pass.
         loss: the chunk of logits and the gradients of head and hidden states.
         runtime: on a GPU, an allowance for CUDA's context, cuBLAS and NCCL.
@@ -310,7 +314,9 @@ def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
         loss = loss_bytes(case, share.tensor) if share.is_last else 0
         yield MemoryPlan(
             **device,
-            buckets=_bucket_bytes(case, share, groups, activations + loss),
+            buckets=max(
+                _bucket_bytes(case, share, groups, activations + loss), _update_bytes(case, share) - activations - loss
+            ),
             activations=activations,
             loss=loss,
             runtime=runtime,
@@ -333,12 +339,20 @@ def _runtime_bytes(case: MemoryCase) -> int:
     if case.on_cpu:
         return 0
     groups = sum(case.topology.size(axis) > 1 for axis in AXES)
-    return _CUDA_CONTEXT + _NCCL_GROUP * (groups + (groups > 1))  # of several axes, the group of all ranks too
+    stage = case.muon and groups == 3  # data and tensor together; with fewer axes there is such a group
+    # Of several axes, the group of all ranks too.
+    return _CUDA_CONTEXT + _NCCL_GROUP * (groups + (groups > 1) + stage)
 
 
-def checkpoint_bytes(shape: ModelConfig, frozen: Set[str] = frozenset()) -> int:
-    """A checkpoint's tensors, whatever the layout: every weight in fp32, and two fp32 moments of those that train."""
-    return sum(math.prod(size) * (4 if name in frozen else 12) for name, size in shape.parameters().items())
+def checkpoint_bytes(shape: ModelConfig, rules: Sequence[ParameterGroup] = (), muon: bool = False) -> int:
+    """A checkpoint's tensors: every weight in fp32, and the moments of those that train, whatever the layout.
+
+    Args:
+        rules: train.parameter_groups.
+    """
+    sizes = shape.parameters()
+    keys = group_keys({name: len(size) for name, size in sizes.items()}, rules, True, muon)
+    return sum(4 * (1 + len(MOMENTS[keys[name].algorithm])) * math.prod(size) for name, size in sizes.items())
 
 
 # Activations and loss by formula, for the block of megalm/model: pre-norm, separate query, key and value projections,
@@ -428,15 +442,13 @@ def loss_bytes(case: MemoryCase, tensor: int = 1) -> int:
 def parameter_groups(case: MemoryCase, share: Share) -> dict[GroupKey, list[int]]:
     """Elements of a rank's parameters in the optimizer's groups, which ZeRO pads one by one.
 
-    A group of which a pipeline stage has no parameter has one element there.
+    A pipeline stage of which nothing trains has a group of one element.
     """
-    held, dimensions = share.parameters(), {name: len(size) for name, size in case.shape.parameters().items()}
-    groups = groups_of(group_keys(dimensions, case.parameter_groups, case.embedding_weight_decay))
-    return {
-        key: [math.prod(held[name]) for name in names if name in held] or [1]
-        for key, names in groups.items()
-        if not key.frozen
-    }
+    shapes = share.parameters()
+    dimensions = {name: len(shape) for name, shape in shapes.items()}
+    keys = group_keys(dimensions, case.parameter_groups, case.embedding_weight_decay, case.muon)
+    groups = {key: names for key, names in optimizer_groups(keys).items() if not key.frozen}
+    return {key: [math.prod(shapes[name]) for name in names] for key, names in groups.items()} or {NO_GROUP: [1]}
 
 
 def frozen_counts(case: MemoryCase, share: Share) -> list[int]:
@@ -584,6 +596,20 @@ def _touched_elements(groups: Groups, case: MemoryCase) -> int:
         for count, rank, _, _ in _cut(group, case.padded(group) // ranks):
             totals[rank] += count
     return max(totals)
+
+
+def _update_bytes(case: MemoryCase, share: Share) -> int:
+    """Muon's messages, matrices made whole and what orthogonalises them, in an update; activations are gone by then."""
+    if not case.muon:
+        return 0
+    shapes = case.shape.parameters()
+    names = [name for name in share.parameters() if name.startswith("layers.") and len(shapes[name]) == 2]
+    matrices = [math.prod(shapes[name]) for name in names]
+    ranks = case.topology.data * case.topology.tensor
+    largest = max(matrices)
+    own = max(largest, min(MUON_ROUND, math.ceil(sum(matrices) / ranks)))
+    # A message, the whole matrices, orthogonal ones and their pieces; three factors of the one in work.
+    return (4 if case.precision == "fp32" else 2) * (4 * own + 3 * largest)
 
 
 def _bucket_bytes(case: MemoryCase, share: Share, groups: Groups, freed: int) -> int:

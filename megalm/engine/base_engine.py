@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from deepspeed.comm import pg_utils
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -30,8 +31,9 @@ from megalm.engine.cpp_extensions import load_async_io
 from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_log
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
-from megalm.engine.optimizer.build_optimizer import build_optimizer, parameter_groups
+from megalm.engine.optimizer.build_optimizer import build_optimizer, group_without_parameters, parameter_groups
 from megalm.engine.optimizer.frozen_weights import FrozenWeights
+from megalm.engine.optimizer.muon import Muon
 from megalm.engine.optimizer.optimizer_state import OptimizerState, ReadFragment
 from megalm.engine.phase_clock import PhaseClock
 from megalm.model.layer_factory import shard_of
@@ -154,6 +156,7 @@ def read_norm_once() -> None:
     compare a copy on the host. A norm that is not finite says that gradients overflowed; DeepSpeed's own search for
     such gradients, with a reading of its own, comes to the same result and is left out.
     """
+    DeepSpeedZeroOptimizer.scaled_global_norm = _summed_once(DeepSpeedZeroOptimizer.scaled_global_norm)
     for owner, name in (
         (DeepSpeedZeroOptimizer, "scaled_global_norm"),
         (DeepSpeedZeroOptimizer_Stage3, "_get_norm_groups"),
@@ -162,6 +165,28 @@ def read_norm_once() -> None:
         setattr(owner, name, _norm_on_host(getattr(owner, name)))
     for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer.check_overflow = functools.wraps(optimizer.check_overflow)(lambda *_, **__: None)
+
+
+def _summed_once(norm_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """DeepSpeed's norm of ZeRO 1 and 2 with one sum over the ranks of a model's copy, not one for each parameter group.
+
+    Stages of a pipeline may have other groups, and would wait for each other for ever.
+    """
+
+    @functools.wraps(norm_of)
+    def norm(optimizer: Any, *args: Any, **options: Any) -> Tensor:
+        if not pg_utils.is_parallel(optimizer.model_parallel_group):
+            return norm_of(optimizer, *args, **options)
+        reduce = optimizer._model_parallel_all_reduce
+        optimizer._model_parallel_all_reduce = lambda **_: None
+        try:
+            square = norm_of(optimizer, *args, **options).square()  # infinite if a gradient is not finite
+        finally:
+            del optimizer._model_parallel_all_reduce
+        reduce(tensor=square, op=dist.ReduceOp.SUM)
+        return square.sqrt()
+
+    return norm
 
 
 def _norm_on_host(norm_of: Callable[..., Tensor | list[Tensor]]) -> Callable[..., Tensor]:
@@ -254,8 +279,9 @@ class EngineBase:
         is_measured = wanted.phase_times or wanted.profile_steps is not None
         self._phases = PhaseClock(context.device, wanted.phase_times) if is_measured else None
         offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}
-        weight_groups = parameter_groups(model, parameters, context.shape, run.optimizer.weight_decay, run.config.train)
+        weight_groups = parameter_groups(part, run) or [group_without_parameters(model)]
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        frozen = {name: parameter for name, parameter in parameters.items() if name not in trained}
         self._swap_folder: SwapFolder | None = None
         if offload["device"] == "nvme":
             load_async_io()
@@ -263,10 +289,8 @@ class EngineBase:
             needed = _SWAPPED_BYTES * elements // self._data.size * rank_facts().local_world_size
             self._swap_folder = SwapFolder(offload["nvme_path"], needed)
             offload["nvme_path"] = str(self._swap_folder.path)
-        others = {name: parameter for name, parameter in parameters.items() if name not in trained}
-        self._frozen = FrozenWeights(others, shards, groups.data)
-        kind = run.config.train.optimizer_state
-        inner = build_optimizer(weight_groups, run.optimizer, kind, offload["device"] != "none")
+        self._frozen = FrozenWeights(frozen, shards, groups.data)
+        inner = build_optimizer(weight_groups, run, offload["device"] != "none")
         self._last_norm = 0.0
         self._step_sums, self._divisor = HostCopy(context.device), 1
         self._check = UpdateCheck(context.comm, context.judge)
@@ -283,8 +307,20 @@ class EngineBase:
             )
         self._phase_seconds: dict[str, float] = {}
         self._state = OptimizerState(self._engine, trained, shards, is_first_copy=groups.data.index == 0)
+        if isinstance(inner, Muon):
+            self._lay_out(inner, groups)
         self._check.measure = self._state.gradient_squares
         self._first_counters = self.counters()
+
+    def _lay_out(self, muon: Muon, groups: ParallelGroups) -> None:
+        """Tell Muon which rank of this pipeline stage holds which pieces of matrices."""
+        assert groups.stage is not None
+        units = self._state.units_of("momentum_buffer")
+        own = [[piece for piece, _, _ in held] for _, held in units]
+        gathered = self._comm.gather(own)
+        ranks = groups.stage.ranks
+        data = [groups.topology.coordinate(rank).data for rank in ranks] if self._stage == 0 else None
+        muon.lay_out(units, [gathered[rank] for rank in ranks], groups.stage, data)
 
     def fragments(self) -> Iterator[HasFragment]:
         yield from self._state.fragments()

@@ -68,7 +68,8 @@ def build_engine(
 
     train = run.config.train
     clock = DropoutClock(train.seed)
-    context = EngineContext(run, shape, device, comm, make_groups(run.topology, comm.rank, comm.timeout), judge)
+    groups = make_groups(run.topology, comm.rank, comm.timeout, with_stages=run.optimizer.muon is not None)
+    context = EngineContext(run, shape, device, comm, groups, judge)
     if traffic is not None:
         traffic.name_groups(context.groups, comm.process_group)
     float8 = run.config.precision.float8

@@ -95,7 +95,8 @@ class Traffic:
     """Collectives of one kind along one axis.
 
     Args:
-        axis: `data`, `tensor` or `pipeline`; `model` (tensor x pipeline); `control` for decisions; else `other`.
+        axis: `data`, `tensor` or `pipeline`; `model` (tensor x pipeline); `stage` (data x tensor), Muon's; `control`
+            for decisions; else `other`.
         collective: such as `all_reduce`; each end of a transfer has its own, `send` and `recv`.
         bytes: of the whole messages: what is reduced, or what is gathered in the end.
     """

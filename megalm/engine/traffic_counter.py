@@ -77,7 +77,8 @@ class TrafficCounter:
     def name_groups(self, groups: ParallelGroups, control: dist.ProcessGroup) -> None:
         """Tell axes from each other: by their ranks, since DeepSpeed makes groups of its own."""
         axes = {"model": groups.model, "pipeline": groups.pipeline, "data": groups.data, "tensor": groups.tensor}
-        self._axes = {group.ranks: axis for axis, group in axes.items()}
+        stage = {} if groups.stage is None else {"stage": groups.stage}
+        self._axes = {group.ranks: axis for axis, group in {**stage, **axes}.items()}
         self._pipeline, self._control = frozenset(groups.pipeline.ranks), control
 
     def start(self) -> None:

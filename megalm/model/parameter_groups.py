@@ -25,7 +25,7 @@ class GroupKey(NamedTuple):
     Attributes:
         rule: index in train.parameter_groups; -1: no pattern matches.
         undecayed: the run's weight decay does not act on the group; false where the rule sets its own.
-        algorithm: of the group's updates; "frozen": its parameters do not train, and the optimizer does not know them.
+        algorithm: how the group is updated; frozen: not at all, the optimizer does not know its parameters.
     """
 
     rule: int
@@ -37,8 +37,11 @@ class GroupKey(NamedTuple):
         return self.algorithm == "frozen"
 
 
+NO_GROUP = GroupKey(-1, undecayed=True)  # of a pipeline stage of which nothing trains
+
+
 def group_keys(
-    dimensions: Mapping[str, int], rules: Sequence[ParameterGroup], decay_embeddings: bool
+    dimensions: Mapping[str, int], rules: Sequence[ParameterGroup], decay_embeddings: bool, muon: bool = False
 ) -> dict[str, GroupKey]:
     """Return canonical name -> the group that the parameter belongs to: that of the first rule that matches.
 
@@ -46,6 +49,7 @@ def group_keys(
 
     Args:
         dimensions: canonical name -> number of dimensions of the whole parameter.
+        muon: the matrices of the blocks are Muon's; embeddings, head, norms and biases stay Adam's.
     """
     keys = {}
     for name, count in dimensions.items():
@@ -55,12 +59,13 @@ def group_keys(
         if rule >= 0 and rules[rule].frozen:
             keys[name] = GroupKey(rule, False, "frozen")
             continue
-        keys[name] = GroupKey(rule, not (decays or sets_its_own))
+        algorithm: Algorithm = "muon" if muon and count == 2 and name.startswith("layers.") else "adam"
+        keys[name] = GroupKey(rule, not (decays or sets_its_own), algorithm)
     return keys
 
 
-def groups_of(keys: Mapping[str, GroupKey]) -> dict[GroupKey, list[str]]:
-    """Return all groups in their order, each with its names in the given order."""
+def optimizer_groups(keys: Mapping[str, GroupKey]) -> dict[GroupKey, list[str]]:
+    """Return the groups, the frozen ones too, in their order, each with its names in the given order."""
     found: dict[GroupKey, list[str]] = {}
     for name, key in keys.items():
         found.setdefault(key, []).append(name)
@@ -75,15 +80,19 @@ def frozen_parameters(shape: ModelConfig, rules: Sequence[ParameterGroup]) -> fr
     return frozenset(name for name, key in keys.items() if key.frozen)
 
 
-def group_settings(key: GroupKey, rules: Sequence[ParameterGroup], weight_decay: float) -> dict[str, float]:
+def group_settings(
+    key: GroupKey, rules: Sequence[ParameterGroup], weight_decay: float, rate_scales: Mapping[Algorithm, float]
+) -> dict[str, float]:
     """Return a group's weight decay and the factor of its learning rate.
 
     Args:
         weight_decay: of the run's optimizer.
+        rate_scales: the factor of each algorithm's learning rate to the schedule's.
     """
     rule = rules[key.rule] if key.rule >= 0 else None
     decay = 0.0 if key.undecayed else weight_decay
+    scale = 0.0 if key.frozen else rate_scales[key.algorithm]
     if rule is None:
-        return {"weight_decay": decay, "learning_rate_scale": 1.0}
+        return {"weight_decay": decay, "learning_rate_scale": scale}
     own = decay if rule.weight_decay is None else rule.weight_decay
-    return {"weight_decay": own, "learning_rate_scale": rule.learning_rate_scale}
+    return {"weight_decay": own, "learning_rate_scale": scale * rule.learning_rate_scale}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -38,6 +39,7 @@ class ParallelGroups:
         data: ranks that hold the same shard and train on different samples.
         pipeline: ranks that hold the successive stages of one copy of the model.
         model: tensor x pipeline, all ranks that together hold one copy of the model.
+        stage: data x tensor, all ranks that hold the same layers; None where nothing asks for it.
     """
 
     topology: Topology
@@ -46,9 +48,12 @@ class ParallelGroups:
     data: AxisGroup
     pipeline: AxisGroup
     model: AxisGroup
+    stage: AxisGroup | None = None
 
 
-def make_groups(topology: Topology, rank: int, timeout: datetime.timedelta) -> ParallelGroups:
+def make_groups(
+    topology: Topology, rank: int, timeout: datetime.timedelta, with_stages: bool = False
+) -> ParallelGroups:
     """Create the groups of all ranks, in the same order on every rank; collective, after the default group exists.
 
     Every rank makes equally many, and all ranks make the same one or each its own of one rank: with NCCL on a bound
@@ -70,13 +75,17 @@ def make_groups(topology: Topology, rank: int, timeout: datetime.timedelta) -> P
         tensor=own(topology.groups("tensor")),
         data=own(topology.groups("data")),
         pipeline=own(topology.groups("pipeline")),
-        model=own(_model_groups(topology)),
+        model=own(_groups_of(topology, lambda at: at.data)),
+        stage=own(_groups_of(topology, lambda at: at.pipeline)) if with_stages else None,
     )
 
 
-def _model_groups(topology: Topology) -> list[tuple[int, ...]]:
-    ranks = range(topology.world_size)
-    return [tuple(rank for rank in ranks if topology.coordinate(rank).data == data) for data in range(topology.data)]
+def _groups_of(topology: Topology, index: Callable[[Coordinate], int]) -> list[tuple[int, ...]]:
+    """The ranks of each value of `index`, in its order."""
+    found: dict[int, list[int]] = {}
+    for rank in range(topology.world_size):
+        found.setdefault(index(topology.coordinate(rank)), []).append(rank)
+    return [tuple(found[value]) for value in sorted(found)]
 
 
 def _new_group(ranks: tuple[int, ...], world_size: int, timeout: datetime.timedelta) -> dist.ProcessGroup:

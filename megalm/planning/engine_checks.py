@@ -75,7 +75,7 @@ class CheckContext:
         """Canonical name -> optimizer group."""
         train = self.config.train
         dimensions = {name: len(size) for name, size in self.shape.parameters().items()}
-        return group_keys(dimensions, train.parameter_groups, train.embedding_weight_decay)
+        return group_keys(dimensions, train.parameter_groups, train.embedding_weight_decay, self.settings.uses_muon)
 
     @property
     def offloads(self) -> Iterator[tuple[str, OffloadOptimizerSection | OffloadParamSection]]:
@@ -93,12 +93,12 @@ Rule = Callable[[CheckContext], None]
 
 
 def one_learning_rate(case: CheckContext) -> None:
-    lr = case.settings.optimizer.params.lr if case.settings.optimizer else None
-    if lr is not None and "schedule.peak_learning_rate" in case.loaded.explicit_keys:
+    stated = case.settings.peak_learning_rate
+    if stated is not None and "schedule.peak_learning_rate" in case.loaded.explicit_keys:
         peak = case.config.schedule.peak_learning_rate
         source = case.loaded.sources["schedule.peak_learning_rate"]
         raise ConfigError(
-            f"optimizer.params.lr={lr:g} ({case.ds.path}) and schedule.peak_learning_rate={peak:g} ({source}) "
+            f"{stated[0]}={stated[1]:g} ({case.ds.path}) and schedule.peak_learning_rate={peak:g} ({source}) "
             "set the same value; remove one"
         )
 
@@ -291,6 +291,22 @@ def offloaded_states_are_fp32(case: CheckContext) -> None:
         )
 
 
+def muon_keeps_its_states(case: CheckContext) -> None:
+    if not case.settings.uses_muon:
+        return
+    states = case.config.train.optimizer_state
+    if states != "fp32":
+        raise ConfigError(
+            f'train.optimizer_state={states} with optimizer.type="Muon" ({case.ds.path}): it shortens Adam\'s moments '
+            "only, and Muon has half of them; remove train.optimizer_state"
+        )
+    if any(name == "offload_optimizer" for name, _ in case.offloads):
+        raise ConfigError(
+            f'{case.ds.path}: offload_optimizer with optimizer.type="Muon": DeepSpeed\'s CPU Adam updates offloaded '
+            "states, and the CPU is too slow to orthogonalise matrices; remove offload_optimizer, or use AdamW"
+        )
+
+
 DEEPSPEED_RULES: tuple[Rule, ...] = (
     one_learning_rate,
     one_low_precision,
@@ -305,6 +321,7 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
     gradients_are_reduced_as_the_stage_can,
     recomputation_is_one,
     offloaded_states_are_fp32,
+    muon_keeps_its_states,
 )
 
 

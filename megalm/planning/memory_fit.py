@@ -127,12 +127,12 @@ def _changes(case: MemoryCase, device: DeviceFacts) -> Iterator[tuple[str, Memor
         yield "train.recompute=full", replace(case, recompute="full")
     elif case.recompute == "none" and case.checkpoint_activations_every != 1:
         yield "train.checkpoint_activations_every=1", replace(case, checkpoint_activations_every=1)
-    can_offload = case.topology.pipeline == 1 and case.zero.stage and case.optimizer_state == "fp32"
+    can_offload = case.topology.pipeline == 1 and case.zero.stage and case.optimizer_state == "fp32" and not case.muon
     if can_offload and not case.offloads_optimizer:
         section = OffloadOptimizerSection(device="cpu")
         yield (
             "offload_optimizer to the CPU",
             replace(case, zero=case.zero.model_copy(update={"offload_optimizer": section})),
         )
-    for kind in () if case.offloads_optimizer else _SMALLER_STATES[case.optimizer_state]:
+    for kind in () if case.offloads_optimizer or case.muon else _SMALLER_STATES[case.optimizer_state]:
         yield f"train.optimizer_state={kind}", replace(case, optimizer_state=kind)

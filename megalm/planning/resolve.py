@@ -30,6 +30,7 @@ from megalm.planning.engine_checks import (
 )
 from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, learning_rate
 from megalm.planning.memory_fit import MemoryFit, memory_notices
+from megalm.planning.optimizer_facts import OptimizerFacts, optimizer_facts
 from megalm.planning.run_checks import check_run, with_steps
 from megalm.topology import Topology, bubble_share
 
@@ -38,22 +39,6 @@ __all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "loss_ch
 UNKNOWN_VOCAB_SIZE = 50_304  # GPT-2's, padded
 _BYTES_VOCAB_SIZE = 257
 _NEVER = 10**9  # steps_per_print: DeepSpeed's own lines would interrupt megalm's
-
-
-@dataclass(frozen=True)
-class OptimizerFacts:
-    """Adam's settings; `kind` "adam" adds weight decay to the gradient, "adamw" subtracts it from the weight."""
-
-    kind: Literal["adamw", "adam"]
-    betas: tuple[float, float]
-    epsilon: float
-    weight_decay: float
-
-    def as_json(self) -> dict[str, Any]:
-        """Return it as a section of a DeepSpeed JSON; the learning rate is the schedule's."""
-        kind = {"adamw": "AdamW", "adam": "Adam"}[self.kind]
-        parameters = {"betas": list(self.betas), "eps": self.epsilon, "weight_decay": self.weight_decay}
-        return {"type": kind, "params": parameters}
 
 
 # Products of fewer tokens leave parts of a GPU idle: with 2,048, a layer that holds 4,096 features has 256 tiles of
@@ -174,7 +159,7 @@ def resolve(
     loaded, warmup_notices = _fit_warmup(loaded)
     config = loaded.config
     schedule, schedule_notices = schedule_facts(loaded, ds)
-    optimizer, optimizer_notices = _optimizer(ds)
+    optimizer, optimizer_notices = optimizer_facts(ds)
     deepspeed, deepspeed_notices = _deepspeed_dict(ds, batch, precision, _gathered_sizes(ds, shape, topology))
     diagnostics, diagnostics_notices = wanted_diagnostics(config, ds)
     return ResolvedRun(
@@ -273,11 +258,11 @@ def schedule_facts(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleF
     """Return the schedule of both files together, and notices of rates that are not used or not reached."""
     schedule, steps = loaded.config.schedule, loaded.config.train.steps
     peak, notices = schedule.peak_learning_rate, []
-    lr = ds.settings.optimizer.params.lr if ds.settings.optimizer else None
-    if lr is not None:  # run_checks.py has refused another peak of a person's: this one is a preset's or a default
-        peak, source = lr, loaded.sources["schedule.peak_learning_rate"]
+    stated = ds.settings.peak_learning_rate
+    if stated is not None:  # run_checks.py has refused another peak of a person's: this one is a preset's or a default
+        (name, peak), source = stated, loaded.sources["schedule.peak_learning_rate"]
         notices = [
-            f"peak learning rate {lr:g} is optimizer.params.lr of {ds.path}; "
+            f"peak learning rate {peak:g} is {name} of {ds.path}; "
             f"schedule.peak_learning_rate={schedule.peak_learning_rate:g} ({source}) is not used"
         ]
     facts = ScheduleFacts(
@@ -375,6 +360,7 @@ def memory_case(
         device_bytes=device.memory_bytes,
         float8=config.precision.float8,
         optimizer_state=config.train.optimizer_state,
+        muon=settings.uses_muon,
     )
 
 
@@ -469,22 +455,6 @@ def _shape(config: RunConfig, vocab_size: int | None) -> tuple[ModelConfig, list
     if expected is None:
         notices = [f"the vocabulary is not known yet: {UNKNOWN_VOCAB_SIZE:,} entries are assumed"]
     return build_model_config(config.model, expected or UNKNOWN_VOCAB_SIZE, config.data.sequence_length), notices
-
-
-def _optimizer(ds: DeepSpeedConfig) -> tuple[OptimizerFacts, list[str]]:
-    section = ds.settings.optimizer
-    if section is None:
-        facts = OptimizerFacts("adamw", (0.9, 0.95), 1e-8, 0.1)
-        return facts, [f"{ds.path} has no optimizer: AdamW, betas 0.9 and 0.95, eps 1e-8, weight_decay 0.1"]
-    params = section.params
-    # DeepSpeed's "Adam" is AdamW too, unless adam_w_mode is false.
-    adamw = section.type.lower() == "adamw" or params.adam_w_mode
-    notices = [
-        f"{ds.path} has no optimizer.params.{name}: {value}"
-        for name, value in (("betas", params.betas), ("eps", params.eps), ("weight_decay", params.weight_decay))
-        if f"optimizer.params.{name}" not in ds.explicit_keys
-    ]
-    return OptimizerFacts("adamw" if adamw else "adam", params.betas, params.eps, params.weight_decay), notices
 
 
 def _deepspeed_dict(

@@ -467,11 +467,11 @@ def one_rate_at_each_end(case: CheckContext) -> None:
 
 
 def no_rate_above_peak(case: CheckContext) -> None:
-    schedule, sources, optimizer = case.config.schedule, case.loaded.sources, case.settings.optimizer
+    schedule, sources, stated = case.config.schedule, case.loaded.sources, case.settings.peak_learning_rate
     peak, named = schedule.peak_learning_rate, "schedule.peak_learning_rate"
     source = sources[named]
-    if optimizer is not None and optimizer.params.lr is not None:  # takes precedence over a preset's
-        peak, named, source = optimizer.params.lr, "optimizer.params.lr", case.ds.path
+    if stated is not None:  # takes precedence over a preset's
+        (named, peak), source = stated, case.ds.path
     for name in ("initial_learning_rate", *(() if schedule.kind in ENDLESS else ("final_learning_rate",))):
         rate = getattr(schedule, name)
         if rate is not None and rate > peak:

@@ -16,7 +16,7 @@ from megalm.model.model_config import (
     flops_per_token,
     recomputed_flops_per_token,
 )
-from megalm.model.parameter_groups import group_keys, group_settings, groups_of
+from megalm.model.parameter_groups import Algorithm, group_keys, group_settings, optimizer_groups
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.memory_fit import MemoryFit
 from megalm.planning.resolve import ResolvedRun, memory_case
@@ -54,17 +54,21 @@ class OptimizerGroup:
     """Parameters with the same settings of the optimizer.
 
     Attributes:
+        algorithm: that updates them; frozen: they do not train, and no setting acts on them.
         match: the pattern of train.parameter_groups; None: no pattern matches them.
         learning_rate_scale: the group's rate is this times the schedule's.
-        frozen: the parameters do not train, so that no setting acts on them.
     """
 
+    algorithm: Algorithm
     match: str | None
     tensors: int
     parameters: int
     learning_rate_scale: float
     weight_decay: float
-    frozen: bool
+
+    @property
+    def frozen(self) -> bool:
+        return self.algorithm == "frozen"
 
 
 @dataclass(frozen=True)
@@ -104,17 +108,19 @@ class Plan:
     @property
     def optimizer_groups(self) -> list[OptimizerGroup]:
         """The groups of the whole model, in the optimizer's order; the frozen ones are none of the optimizer's."""
-        train, shapes = self.resolved.config.train, self.shape.parameters()
+        train, shapes, optimizer = self.resolved.config.train, self.shape.parameters(), self.resolved.optimizer
+        scales = optimizer.rate_scales(self.resolved.schedule.peak_learning_rate)
         rules, dimensions = train.parameter_groups, {name: len(size) for name, size in shapes.items()}
+        keys = group_keys(dimensions, rules, train.embedding_weight_decay, optimizer.muon is not None)
         return [
             OptimizerGroup(
+                algorithm=key.algorithm,
                 match=rules[key.rule].match if key.rule >= 0 else None,
                 tensors=len(names),
                 parameters=sum(math.prod(shapes[name]) for name in names),
-                frozen=key.frozen,
-                **group_settings(key, rules, self.resolved.optimizer.weight_decay),
+                **group_settings(key, rules, optimizer.weight_decay, scales),
             )
-            for key, names in groups_of(group_keys(dimensions, rules, train.embedding_weight_decay)).items()
+            for key, names in optimizer_groups(keys).items()
         ]
 
     @property

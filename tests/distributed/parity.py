@@ -93,6 +93,7 @@ class Row:
     zero: int
     precision: str = "fp32"
     offloaded: bool = False
+    muon: bool = False
 
     @property
     def clipping(self) -> float:
@@ -108,14 +109,14 @@ class Row:
 
     @property
     def numbers(self) -> str:
-        return f"{self.precision}, offloaded" if self.offloaded else self.precision
+        return self.precision + (", offloaded" if self.offloaded else "") + (", Muon" if self.muon else "")
 
     def case(self) -> Case:
         return self._case(LAYOUTS[self.layout].overrides, {"stage": self.zero, **self._offload()})
 
     @property
     def reference(self) -> str:
-        return f"{self.model}, {self.precision}, clipping at {self.clipping}"
+        return f"{self.model}, {self.precision}{', Muon' * self.muon}, clipping at {self.clipping}"
 
     def reference_case(self) -> Case:
         """The same job on one rank, under ZeRO 1, which test_zero_parity.py compares with the other stages."""
@@ -126,6 +127,7 @@ class Row:
         return {name: {"device": "cpu"} for name in names} if self.offloaded else {}
 
     def _case(self, overrides: tuple[str, ...], zero: dict[str, Any]) -> Case:
+        optimizer = {"params": {"betas": [0.9, 0.95], "eps": EPSILON, "weight_decay": 0.1}}
         return Case(
             "zero1.json",
             self.precision,
@@ -134,7 +136,7 @@ class Row:
                 "train_batch_size": 16,
                 "train_micro_batch_size_per_gpu": 2,
                 "gradient_clipping": self.clipping,
-                "optimizer": {"params": {"betas": [0.9, 0.95], "eps": EPSILON, "weight_decay": 0.1}},
+                "optimizer": {**optimizer, "type": "Muon" if self.muon else "AdamW"},
                 "zero_optimization": {**zero, "stage3_param_persistence_threshold": 0},
             },
         )
@@ -143,15 +145,18 @@ class Row:
 # Low precision rounds each product and the layouts round different ones: a part of the matrix shows that it trains.
 _FEW_MODELS = ("gpt2 tied", "llama GQA untied")
 _MORE = ("tp2", "sp2", "pp2")  # fp16, and offload, which by data alone has its own test
+_MUON = ("sp2 x dp2",)  # and the largest; test_muon.py compares further layouts with torch's Muon
 
 
 def rows(layout: str) -> list[Row]:
     stages = LAYOUTS[layout].stages
     if LAYOUTS[layout].ranks > 4:  # shows that three axes meet; each two of them have their own layouts
-        return [Row(layout, model, 1) for model in _FEW_MODELS]
+        return [*(Row(layout, model, 1) for model in _FEW_MODELS), Row(layout, "llama GQA untied", 1, muon=True)]
     found = [Row(layout, model, zero) for model in MODELS for zero in stages]
     low = [zero for zero in stages if zero > 0]
     found += [Row(layout, model, zero, "bf16") for model in _FEW_MODELS for zero in low]
+    if layout in _MUON:
+        found += [Row(layout, "llama GQA untied", zero, muon=True) for zero in stages]
     if layout in _MORE:
         found += [Row(layout, "llama GQA untied", zero, "fp16") for zero in low]
         if len(low) > 1:  # a pipeline keeps its states on the device

@@ -33,6 +33,7 @@ ROWS = (
     Row("tp2", "gpt2 MQA untied", 2),
     Row("pp2", "llama GQA untied", 1),
     Row("pp2", "gpt2 tied", 0),
+    Row("tp2", "llama GQA untied", 1, muon=True),
 )
 # What is no part of training's arithmetic: (file, function) -> why no number of the matrix can depend on it.
 CONTROL = {
@@ -46,6 +47,8 @@ CONTROL = {
     ("megalm/engine/distributed.py", "DistributedCommunicator.sum"): "bytes of a validation text, measured speeds",
     ("megalm/engine/distributed.py", "DistributedCommunicator._reduce"): "what `max` and `sum` give the loop",
     ("megalm/engine/base_engine.py", "EngineBase.refused_gradients"): "a report",
+    ("megalm/engine/base_engine.py", "EngineBase._lay_out"): "which rank holds which piece; without it nothing starts",
+    ("megalm/engine/base_engine.py", "EngineBase.__init__"): "calls `_lay_out`",
     (
         "megalm/engine/base_engine.py",
         "UpdateCheck._admits",
@@ -56,7 +59,7 @@ CONTROL = {
     ("megalm/engine/build.py", "build_engine"): "measured times, from which stages are cut",
 }
 # Made twice these give what they give once. They are not taken at their word: the result must be equal bit for bit.
-COPIES = {"all_gather_into_tensor", "broadcast", "maximum", "send", "recv"}
+COPIES = {"all_gather_into_tensor", "all_to_all_single", "broadcast", "maximum", "send", "recv"}
 
 ALL_SITES = find_sites()
 SITES = [site for site in ALL_SITES if (site.path, site.function) not in CONTROL]

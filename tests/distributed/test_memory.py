@@ -27,6 +27,7 @@ SMALL = 1024  # bytes: counters, norms, learning rates
 WIDE = ("model.hidden_size=128", "model.num_hidden_layers=3")
 GPT2 = ("model.style=gpt2", "model.qk_norm=false", "model.tie_word_embeddings=true")
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
+MUON = {"type": "Muon", "params": {"weight_decay": 0.1}}
 GATHERED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 FROZEN = "train.parameter_groups=[{match: embedding.*, frozen: true}, {match: layers.[01].*, frozen: true}]"
 CASES = {
@@ -44,6 +45,8 @@ CASES = {
     "sp2 zero3 bf16": Case("zero3.json", "bf16", (*WIDE, TENSOR, "parallel.sequence=true", *GPT2), GATHERED),
     "pp2 zero1 fp32": Case("zero1.json", overrides=(*WIDE, PIPELINE), settings={"train_micro_batch_size_per_gpu": 2}),
     "pp2 zero1 bf16": Case("zero1.json", "bf16", (*WIDE, PIPELINE, *GPT2), {"train_micro_batch_size_per_gpu": 2}),
+    "zero1 muon": Case("zero1.json", "bf16", WIDE, {"optimizer": MUON}),
+    "zero3 muon": Case("zero3.json", overrides=WIDE, settings={**GATHERED, "optimizer": MUON}),
     "zero1 bf16 states": Case("zero1.json", "bf16", (*WIDE, "train.optimizer_state=bf16")),
     "zero3 8bit states": Case("zero3.json", "bf16", (*WIDE, "train.optimizer_state=8bit"), GATHERED),
     "zero2 bf16 frozen": Case("zero2.json", "bf16", (*WIDE, FROZEN)),

@@ -16,6 +16,7 @@ import pytest
 
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import Finished, finish, pretrain, rows, run_folder, write_json
+from tests.messages import assert_names
 
 pytestmark = pytest.mark.e2e
 
@@ -219,3 +220,11 @@ def test_another_model_or_other_data(small_data: SmallData, copy: Path, words: t
     assert (run_folder(copy) / "config.yaml").read_text() == before
     manifest = json.loads((run_folder(copy) / "checkpoints" / "step-00000004" / "manifest.json").read_text())
     assert manifest["step"] == 4
+
+
+def test_another_optimizer(small_data: SmallData, copy: Path) -> None:
+    """Its moments are not in the checkpoint, and zeros in their place would be wrong in silence."""
+    words = small_data.changed("run.name=mine", "train.steps=8", "--resume", "auto")
+    line = refused(copy, words, json_file="muon.json")
+    assert_names(line, "exp_avg", "momentum_buffer", "--extend-strategy")
+    assert "step-00000004" in line

@@ -29,7 +29,7 @@ STEPS = 3
 
 def test_there_are_files() -> None:
     assert {"zero1.json", "zero2.json", "zero3.json", "zero2_offload.json", "zero3_offload.json"} < set(FILES)
-    assert {"fp16.json", "bf16.json", "fp32.json"} < set(FILES)
+    assert {"fp16.json", "bf16.json", "fp32.json", "muon.json"} < set(FILES)
 
 
 def _compile(_: object, __: object, name: str) -> None:

@@ -25,8 +25,20 @@ class DeepSpeedSection(BaseModel):
     )
 
 
+AdjustRate = Literal["original", "match_rms_adamw"]
+
+
 class OptimizerParams(DeepSpeedSection):
+    """Of Adam and AdamW, and of Muon with its AdamW: DeepSpeed's names, and those of torch.optim.Muon."""
+
     lr: PositiveFloat | None = None
+    muon_lr: PositiveFloat | None = Field(default=None, description="of Muon's matrices; null: lr")
+    adam_lr: PositiveFloat | None = Field(default=None, description="of Muon's other parameters; null: lr")
+    momentum: Probability = 0.95
+    nesterov: bool = True
+    ns_steps: PositiveInt = Field(default=5, le=50)
+    ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315)
+    adjust_lr_fn: AdjustRate = "original"
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
@@ -34,9 +46,16 @@ class OptimizerParams(DeepSpeedSection):
     adam_w_mode: bool = True
 
 
+MUON_PARAMS = ("muon_lr", "adam_lr", "momentum", "nesterov", "ns_steps", "ns_coefficients", "adjust_lr_fn")
+
+
 class OptimizerSection(DeepSpeedSection):
     type: str
     params: OptimizerParams = OptimizerParams()
+
+    @property
+    def is_muon(self) -> bool:
+        return self.type.lower() == "muon"
 
 
 class Fp16Section(DeepSpeedSection):
@@ -173,3 +192,15 @@ class DeepSpeedSettings(DeepSpeedSection):
     wall_clock_breakdown: bool = False
     memory_breakdown: bool = False
     dump_state: bool = False
+
+    @property
+    def uses_muon(self) -> bool:
+        return self.optimizer is not None and self.optimizer.is_muon
+
+    @property
+    def peak_learning_rate(self) -> tuple[str, float] | None:
+        """Key and value of the schedule's peak rate; None: the run configuration has it."""
+        params = OptimizerParams() if self.optimizer is None else self.optimizer.params
+        both = params.muon_lr is not None and params.adam_lr is not None
+        name, rate = ("muon_lr", params.muon_lr) if both else ("lr", params.lr)
+        return None if rate is None else (f"optimizer.params.{name}", rate)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from megalm.config.deepspeed.json_schema import DeepSpeedSettings
+from megalm.config.deepspeed.json_schema import MUON_PARAMS, DeepSpeedSettings
 from megalm.config.deepspeed.scheduler import SchedulerTranslation, translate_scheduler
 from megalm.config.deepspeed.unsupported_keys import (
     IGNORED,
@@ -31,7 +31,7 @@ from megalm.config.validation import bad_values, leaf_fields, members, nest, sec
 Action = Literal["supported", "not set", "no effect", "translated", "refused"]
 
 AUTO_KEYS = ("train_micro_batch_size_per_gpu", "bf16.enabled", "fp16.enabled")
-ADAM_TYPES = ("adam", "adamw")
+OPTIMIZER_TYPES = ("adam", "adamw", "muon")
 _LEAVES = leaf_fields(DeepSpeedSettings)
 _STAGE, _OFFLOAD_OPTIMIZER, _OFFLOAD_PARAM = (
     f"zero_optimization.{name}" for name in ("stage", "offload_optimizer", "offload_param")
@@ -110,7 +110,9 @@ def translate(raw: Mapping[str, Any]) -> Translation:
     reading = _Reading()
     reading.section(_with_current_names(raw, reading), DeepSpeedSettings)
     if "schedule.peak_learning_rate" in reading.run_settings:
-        reading.outcomes += _drop(reading.leaves, "optimizer.params.lr", "the scheduler sets the rate, as in DeepSpeed")
+        for name in ("lr", "muon_lr", "adam_lr"):
+            why = "the scheduler sets the rate, as in DeepSpeed"
+            reading.outcomes += _drop(reading.leaves, f"optimizer.params.{name}", why)
     bad = reading.check_values()
     for adjust in (*_ADJUSTMENTS, *(() if _STAGE in bad else _STAGE_ADJUSTMENTS)):
         reading.outcomes += adjust(reading.leaves)
@@ -161,7 +163,7 @@ class _Reading:
         elif path == "optimizer" and self._is_another_optimizer(value):
             kind = value.get("type")
             why = f"optimizer.type={shown(kind)} is not available"
-            self.add(Outcome(spelled, value, "refused", why, 'use "AdamW" or "Adam" with its own parameters'))
+            self.add(Outcome(spelled, value, "refused", why, 'use "AdamW", "Adam" or "Muon" with its own parameters'))
         elif rule is not None:
             self._unsupported(rule, spelled, value)
         elif name not in model.model_fields:
@@ -193,7 +195,7 @@ class _Reading:
     @staticmethod
     def _is_another_optimizer(value: Any) -> bool:
         kind = value.get("type") if isinstance(value, Mapping) else None
-        return kind is not None and str(kind).lower() not in ADAM_TYPES
+        return kind is not None and str(kind).lower() not in OPTIMIZER_TYPES
 
     def _unsupported(self, rule: UnsupportedKey, spelled: str, value: Any, known: bool = True) -> None:
         if known and has_no_effect(rule, value):
@@ -372,6 +374,20 @@ def _adam(leaves: _Leaves) -> Iterator[Outcome]:
         yield from _drop(leaves, "optimizer.params.adam_w_mode", 'DeepSpeed ignores it with type "AdamW"')
 
 
+def _muon(leaves: _Leaves) -> Iterator[Outcome]:
+    """Muon's own keys mean nothing to Adam, and Adam beside Muon is AdamW."""
+    params = "optimizer.params"
+    if str(_value(leaves, "optimizer.type", "")).lower() != "muon":
+        for name in MUON_PARAMS:
+            yield from _drop(leaves, f"{params}.{name}", "only Muon has it", 'remove it, or use type "Muon"', "refused")
+        return
+    if _value(leaves, f"{params}.adam_w_mode") is False:
+        why = "beside Muon, Adam subtracts weight decay from the weights"
+        yield from _drop(leaves, f"{params}.adam_w_mode", why, "remove it", "refused")
+    if f"{params}.muon_lr" in leaves and f"{params}.adam_lr" in leaves:
+        yield from _drop(leaves, f"{params}.lr", "muon_lr and adam_lr set both rates")
+
+
 def _gds(leaves: _Leaves) -> Iterator[Outcome]:
     """DeepSpeed refuses it without a GPU, even if no state is on a disk."""
     if "nvme" not in (_value(leaves, f"{section}.device") for section in (_OFFLOAD_OPTIMIZER, _OFFLOAD_PARAM)):
@@ -384,7 +400,13 @@ def _sub_groups(leaves: _Leaves) -> Iterator[Outcome]:
         yield Outcome(leaves[path].spelled, 0, "translated", "each parameter is a sub-group, as in DeepSpeed")
 
 
-_ADJUSTMENTS: tuple[Callable[[_Leaves], Iterator[Outcome]], ...] = (_loss_scale, _adam, _gds, _sub_groups)
+_ADJUSTMENTS: tuple[Callable[[_Leaves], Iterator[Outcome]], ...] = (
+    _loss_scale,
+    _adam,
+    _muon,
+    _gds,
+    _sub_groups,
+)
 _STAGE_ADJUSTMENTS: tuple[Callable[[_Leaves], Iterator[Outcome]], ...] = (_stage_zero, _offload_param)
 
 

@@ -154,6 +154,7 @@ UNSUPPORTED: dict[str, UnsupportedKey] = {
     "optimizer.params.max_grad_norm": UnsupportedKey("DeepSpeed 0.19.8 refuses it there", "use gradient_clipping"),
     "optimizer.params.bias_correction": UnsupportedKey("Adam always corrects its bias", no_effect=True),
     "optimizer.params.amsgrad": UnsupportedKey("AMSGrad is not available", no_effect=False),
+    "optimizer.params.ns_method": _inert("megalm chooses the implementation"),
     "optimizer.params.fused": _inert("megalm chooses the implementation"),
     "optimizer.params.foreach": _inert("megalm chooses the implementation"),
     "optimizer.params.fp32_optimizer_states": UnsupportedKey(_MOMENTS, no_effect=True),
@@ -176,7 +177,9 @@ UNSUPPORTED: dict[str, UnsupportedKey] = {
     "zero_optimization.compute_grad_norm": UnsupportedKey("megalm logs the norm at every step", no_effect=True),
     "zero_optimization.parameter_alignment": UnsupportedKey(_UNTESTED, no_effect=False),
     "zero_optimization.override_module_apply": UnsupportedKey(_UNTESTED, no_effect=True),
-    "zero_optimization.save_muon_momentum_buffer_in_memory": _inert("Muon is not available", no_effect=False),
+    "zero_optimization.save_muon_momentum_buffer_in_memory": _inert(
+        "the momentum buffer is in memory, divided like the weights", no_effect=False
+    ),
     "zero_optimization.leaf_module": UnsupportedKey(_UNTESTED),
     "zero_optimization.offload_optimizer.ratio": UnsupportedKey("no test covers partial offload", no_effect=1.0),
     "zero_optimization.offload_optimizer.super_offload": UnsupportedKey(_UNTESTED, no_effect=False),

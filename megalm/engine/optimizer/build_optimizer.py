@@ -2,61 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from megalm.config.schema import OptimizerStateKind, TrainSection
 from megalm.engine.cpp_extensions import load_cpu_adam
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
-from megalm.model.model_config import ModelConfig
-from megalm.model.parameter_groups import MOMENTS, group_keys, group_settings, groups_of
-from megalm.planning.resolve import OptimizerFacts
+from megalm.engine.optimizer.muon import Muon
+from megalm.model.layer_factory import shard_of
+from megalm.model.parameter_groups import MOMENTS, NO_GROUP, group_keys, group_settings, optimizer_groups
+from megalm.planning.resolve import ResolvedRun
 
 
-def parameter_groups(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    shape: ModelConfig,
-    weight_decay: float,
-    train: TrainSection,
-) -> list[dict[str, Any]]:
-    """Return optimizer groups with their settings and their moments' names; freeze the frozen ones.
+def parameter_groups(model: nn.Module, run: ResolvedRun) -> list[dict[str, Any]]:
+    """Return optimizer groups with their weight decay, the factor of their learning rate, and their moments' names.
 
-    All ranks have the same groups: DeepSpeed sums the gradient norm over the stages of a pipeline group by group. Where
-    a stage holds no parameter of a group, `model` gets one of a single element, which nothing computes with.
-
-    Args:
-        parameters: of this rank, by canonical name.
+    Takes the gradient from parameters that are frozen: they are in no group. ZeRO 3 has flattened the parameters: their
+    annotations know their shapes.
     """
-    dimensions = {name: len(size) for name, size in shape.parameters().items()}
-    keys = group_keys(dimensions, train.parameter_groups, train.embedding_weight_decay)
-    groups: list[dict[str, Any]] = []
-    for key, names in groups_of(keys).items():
-        held = [parameters[name] for name in names if name in parameters]
-        if key.frozen:
-            for parameter in held:
-                parameter.requires_grad_(False)
-            continue
-        if not held:
-            some = next(iter(parameters.values()))
-            held = [nn.Parameter(torch.zeros(1, dtype=some.dtype, device=some.device))]
-            model.register_parameter(f"in_place_of_group_{len(groups)}", held[0])
-        settings = group_settings(key, train.parameter_groups, weight_decay)
-        groups.append({"params": held, "moments": MOMENTS[key.algorithm], **settings})
-    return groups
+    train, optimizer = run.config.train, run.optimizer
+    rules, scales = train.parameter_groups, optimizer.rate_scales(run.schedule.peak_learning_rate)
+    parameters = dict(model.named_parameters())
+    dimensions = {name: len(shard_of(parameter).shape) for name, parameter in parameters.items()}
+    keys = group_keys(dimensions, rules, train.embedding_weight_decay, optimizer.muon is not None)
+    for name, key in keys.items():
+        parameters[name].requires_grad_(not key.frozen)
+    return [
+        {
+            "params": [parameters[name] for name in names],
+            "moments": MOMENTS[key.algorithm],
+            **group_settings(key, rules, optimizer.weight_decay, scales),
+        }
+        for key, names in optimizer_groups(keys).items()
+        if not key.frozen
+    ]
 
 
-def build_optimizer(
-    groups: list[dict[str, Any]], facts: OptimizerFacts, states: OptimizerStateKind, offload: bool
-) -> torch.optim.Optimizer:
+def group_without_parameters(model: nn.Module) -> dict[str, Any]:
+    """Return a group for a pipeline stage of which nothing trains: one element of `model` that nothing computes with.
+
+    Neither torch nor DeepSpeed has an optimizer without parameters.
+    """
+    some = next(model.parameters())
+    model.no_parameter = nn.Parameter(torch.zeros(1, dtype=some.dtype, device=some.device))
+    settings = group_settings(NO_GROUP, (), 0.0, {NO_GROUP.algorithm: 1.0})
+    return {"params": [model.no_parameter], "moments": MOMENTS[NO_GROUP.algorithm], **settings}
+
+
+def build_optimizer(groups: list[dict[str, Any]], run: ResolvedRun, offload: bool) -> torch.optim.Optimizer:
     """Return torch's fused Adam(W), which needs no compiler; with `offload`, DeepSpeed's CPUAdam, built on first use.
 
-    With `states` other than fp32 it is megalm's own. The engine sets the learning rate before every step, so the value
-    given here is never used.
+    Muon, and Adam with states other than fp32, are megalm's own. The engine sets the learning rate before every step,
+    so the value given here is never used.
     """
+    facts, states = run.optimizer, run.config.train.optimizer_state
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -69,11 +69,18 @@ def build_optimizer(
             adamw_mode=facts.kind == "adamw",
             fp32_optimizer_states=True,
         )
+    if facts.muon is not None:
+        _allow_under_zero(Muon)
+        return Muon(groups, facts, torch.float32 if run.precision == "fp32" else torch.bfloat16)
     if states != "fp32":
-        from deepspeed.runtime.zero import utils
-
-        if LowPrecisionAdam not in utils.ZERO_SUPPORTED_OPTIMIZERS:
-            utils.ZERO_SUPPORTED_OPTIMIZERS.append(LowPrecisionAdam)
+        _allow_under_zero(LowPrecisionAdam)
         return LowPrecisionAdam(groups, states, facts.betas, facts.epsilon, decoupled=facts.kind == "adamw")
     optimizer = torch.optim.AdamW if facts.kind == "adamw" else torch.optim.Adam
     return optimizer(groups, lr=0.0, betas=facts.betas, eps=facts.epsilon, fused=True)
+
+
+def _allow_under_zero(kind: type[torch.optim.Optimizer]) -> None:
+    from deepspeed.runtime.zero import utils
+
+    if kind not in utils.ZERO_SUPPORTED_OPTIMIZERS:
+        utils.ZERO_SUPPORTED_OPTIMIZERS.append(kind)

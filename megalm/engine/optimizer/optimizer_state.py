@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from megalm.checkpoint.shard_spec import Fragment, FragmentKey, FragmentKind, HasFragment
 from megalm.engine.nvme_offload import SwappedStates
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
+from megalm.engine.optimizer.muon import HeldPiece
 from megalm.model.layer_factory import ShardedAxis
 from megalm.model.parameter_groups import MomentKind
 
@@ -136,6 +137,28 @@ class OptimizerState:
         for flat, _ in self._owned_by_flat():
             with self._present(flat, changes=True):
                 self._clear_moments(flat, optimizer_step=0)
+
+    def units_of(self, moment: MomentKind) -> list[tuple[list[nn.Parameter], list[tuple[HeldPiece, int, int]]]]:
+        """Return the tensors with this moment as the inner optimizer finds them together in a group, and their pieces.
+
+        Each piece comes with its tensor's index among them and its offset there. The order is the same on all ranks
+        that hold the same layers.
+        """
+        flats = [flat for flat in self._flats() if moment in self._moments.get(id(flat), ())]
+        units = [[flat] for flat in flats]
+        if self._outer is self._inner:
+            groups = [group["params"] for group in self._inner.param_groups if moment in group["moments"]]
+            units = [list(group) for group in groups]
+        owned = {id(flat): pieces for flat, pieces in self._owned_by_flat()}
+
+        def pieces(unit: list[nn.Parameter]) -> list[tuple[HeldPiece, int, int]]:
+            return [
+                (HeldPiece(piece.key(moment), piece.shard.is_owner), index, piece.offset)
+                for index, flat in enumerate(unit)
+                for piece in owned[id(flat)]
+            ]
+
+        return [(unit, pieces(unit)) for unit in units]
 
     def release_buffers(self) -> None:
         """Release swap buffers held for reading; call before each step."""

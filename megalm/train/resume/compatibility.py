@@ -228,7 +228,8 @@ def refuse_other_moments(path: Path, manifest: Manifest, run: ResolvedRun) -> No
     """Raise CheckpointError if the checkpoint lacks a moment of this run's optimizer: another one trained it."""
     train = run.config.train
     dimensions = {name: len(tensor.shape) for name, tensor in manifest.tensors.items()}
-    for name, key in group_keys(dimensions, train.parameter_groups, train.embedding_weight_decay).items():
+    keys = group_keys(dimensions, train.parameter_groups, train.embedding_weight_decay, run.optimizer.muon is not None)
+    for name, key in keys.items():
         stored = manifest.tensors[name].kinds
         if name in manifest.frozen:
             continue  # `frozen_notes` says what becomes of it

@@ -86,8 +86,7 @@ UNTIED_GROUP = (EMBEDDING_GROUP, "model.tie_word_embeddings=false")
         (2, ["parallel.pipeline=2"], zero(1), None),
         (2, ["parallel.pipeline=2"], zero(0) | FP32, ["parallel.pipeline=2", "zero_optimization.stage=0", "0.19.8", 1]),
         (2, ["parallel.pipeline=2"], zero(0) | FP32 | {"gradient_clipping": 0}, None),
-        (2, [*UNTIED_GROUP, "parallel.pipeline=2"], zero(1), None),
-        (4, ["parallel.pipeline=4", EMBEDDING_GROUP], zero(1), None),
+        (4, [*UNTIED_GROUP, "parallel.pipeline=4"], zero(1), None),  # stages with other groups
         (4, [*UNTIED_GROUP, "parallel.tensor=4"], zero(3), None),
         (2, ["parallel.pipeline=2"], zero(1, **CPU_OFFLOAD), ["parallel.pipeline=2", "offload_optimizer"]),
     ],

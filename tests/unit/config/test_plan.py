@@ -24,6 +24,7 @@ from megalm.config.loading import describe_preset, load_run_config, preset_paths
 from megalm.config.schema import Recompute
 from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.cost_model.memory import (
+    MUON_ROUND,
     MemoryCase,
     MemoryPlan,
     activation_bytes,
@@ -207,6 +208,18 @@ def test_parameter_groups_are_groups_of_the_optimizer(start: Start) -> None:
     assert_names(section, "layers.0.mlp.*", "*.mlp*", f"{plan.optimizer_groups[2].parameters:,}", 0.5)
 
 
+def test_an_update_of_muon_takes_what_activations_leave() -> None:
+    """Whole matrices on a rank, but few at a time."""
+    zero = ZeroSection(stage=2)
+    short = replace(case(), muon=True, zero=zero, micro_batch=1, sequence_length=1, loss_chunk_tokens=1, on_cpu=True)
+    wide = replace(short, shape=shape_of("model.hidden_size=2048"), topology=Topology(1))
+    matrix = max(math.prod(size) for name, size in wide.shape.parameters().items() if name.startswith("layers."))
+    plan = estimate_memory(wide)
+    assert plan.buckets + plan.activations + plan.loss == 2 * (4 * max(matrix, MUON_ROUND) + 3 * matrix)
+    assert estimate_memory(replace(wide, muon=False)).buckets < plan.buckets
+    assert estimate_memory(replace(wide, micro_batch=8, sequence_length=4096)).buckets < plan.buckets
+
+
 def test_the_plan_shows_what_is_frozen(start: Start) -> None:
     rules = "train.parameter_groups=[{match: embedding.*, frozen: true}, {match: 'layers.0.*', frozen: true}]"
     run = start("model.num_hidden_layers=2", "model.tie_word_embeddings=true", rules, ranks=1)
@@ -220,7 +233,7 @@ def test_the_plan_shows_what_is_frozen(start: Start) -> None:
     assert_names(section_of(text, "Parameters"), f"{plan.trained_parameters:,}")
     assert any("embedding.tokens.weight" in notice for notice in run.notices)  # which is the head, and trains nowhere
     size = 4 * plan.parameter_count + 8 * plan.trained_parameters
-    assert checkpoint_bytes(plan.shape, plan.case.frozen) == size
+    assert checkpoint_bytes(plan.shape, plan.case.parameter_groups) == size
 
 
 FROZEN = {
