@@ -331,6 +331,11 @@ class Manifest(_Part):
         """The JSON that it was read from: keys in their order, including unknown ones, without defaults."""
         return self._content
 
+    @property
+    def has_ema(self) -> bool:
+        """Whether it has a moving average of the weights."""
+        return any("ema" in tensor.kinds for tensor in self.tensors.values())
+
     @cached_property
     def frozen(self) -> frozenset[str]:
         """Names of the parameters that did not train: of them the complete state of a run has the weights alone."""

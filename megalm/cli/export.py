@@ -8,7 +8,7 @@ import typer
 
 from megalm.checkpoint.manifest import read_manifest
 from megalm.cli.find_run import checkpoint_at, verify
-from megalm.cli.options import NewFolder, Place, Precision, StoredPrecision, Tokenizer
+from megalm.cli.options import Ema, NewFolder, Place, Precision, StoredPrecision, Tokenizer
 from megalm.errors import CheckpointError
 from megalm.utils.formatting import format_bytes, parse_bytes
 from megalm.utils.progress import ProgressBar
@@ -24,6 +24,7 @@ def command(
     ] = "5GB",
     name: Annotated[str, typer.Option(help="The model's name in its card. Default: the run's.")] = "",
     tokenizer: Tokenizer = "",
+    ema: Ema = False,
     accept_bad: Annotated[
         bool, typer.Option("--accept-bad", help="Export a checkpoint even if it is marked bad.")
     ] = False,
@@ -49,7 +50,7 @@ def command(
     from megalm.huggingface.export_model import export_checkpoint, plan_export
     from megalm.huggingface.weight_mapping import hf_tensors
 
-    reader = CheckpointReader(path)
+    reader = CheckpointReader(path, ema)
     plan = plan_export(reader, output, dtype.dtype, tokenizer or None)
     verify(reader)
     title = name or manifest.run or output.name
@@ -59,6 +60,8 @@ def command(
         f"{output}: {plan.shape.parameter_count():,} parameters of {path} as {model_type(plan.shape)} in "
         f"{dtype.value}, {format_bytes(exported.bytes)}"
     )
+    if ema:
+        echo("the weights are their moving average")
     echo(exported.tokenizer.note)
     if manifest.mark:
         echo(f"the checkpoint is {manifest.mark}")

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from megalm.checkpoint.discovery import step_of
 from megalm.cli.find_run import checkpoint_at, good_checkpoints_at, verify, warn
-from megalm.cli.options import Place, Tokenizer
+from megalm.cli.options import Ema, Place, Tokenizer
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import SampleSection
 from megalm.errors import ConfigError, DataError
@@ -140,6 +140,7 @@ def command(
     ] = _DEFAULTS.top_k or 0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     tokenizer: Tokenizer = "",
+    ema: Ema = False,
 ) -> None:
     """Continue prompts with a checkpoint, in fp32, on the GPU if there is one.
 
@@ -161,7 +162,7 @@ def command(
         raise ConfigError("there is no prompt; give --prompt TEXT, --prompt-file FILE or --interactive")
     settings = SampleSection(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None)
     for path in _checkpoints(place, at) if at else [checkpoint_at(place)]:
-        model = _load(path, tokenizer)
+        model = _load(path, tokenizer, ema)
         cached, length = CachedModel(model), model.shape.max_position_embeddings
         if interactive:
             PromptLoop(partial(stream, cached, model.tokenizer, sequence_length=length), settings, seed).run()
@@ -176,11 +177,11 @@ def command(
             echo_text(model.tokenizer.decode(text))
 
 
-def _load(path: Path, tokenizer: str) -> InferenceModel:
+def _load(path: Path, tokenizer: str, ema: bool) -> InferenceModel:
     """The model of a checkpoint; warns if the checkpoint is marked."""
     from megalm.inference.inference_model import InferenceModel
 
-    model = InferenceModel(path, tokenizer or None, verify=verify, watched=watched("loading"))
+    model = InferenceModel(path, tokenizer or None, verify=verify, watched=watched("loading"), ema=ema)
     if mark := model.facts.manifest.mark:
         warn(f"{path} is {mark}")
     return model

@@ -9,7 +9,7 @@ from typing import Any
 from megalm.config.loading import DEFAULT_PRESET, external_name
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields, shown
-from megalm.cost_model.memory import MemoryPlan, checkpoint_bytes
+from megalm.cost_model.memory import MemoryPlan
 from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
 from megalm.model.model_config import ModelConfig
 from megalm.planning.memory_fit import USABLE_MEMORY, remedies
@@ -293,7 +293,7 @@ def _tokens(plan: Plan) -> str:
             ["FLOPs per token", f"{plan.flops_per_token:.3e}"],
             *_recomputed(plan),
             ["total FLOPs", f"{plan.total_flops:.3e}"],
-            ["checkpoint size", format_bytes(checkpoint_bytes(plan.shape, plan.case.parameter_groups, plan.case.muon))],
+            ["checkpoint size", format_bytes(plan.checkpoint_bytes)],
         ],
     )
 
@@ -317,6 +317,7 @@ _PARTS = {
     "loss": "a chunk of logits, and the gradients of head and hidden states",
     "runtime": "allowance for CUDA's context, cuBLAS and NCCL",
     "swap buffers": "the optimizer states in work",
+    "ema": "the moving average of the weights (train.ema_decay)",
     "checkpoint copy": "what checkpoint.async writes from",
 }
 

@@ -307,6 +307,10 @@ class TrainSection(Section):
     gc_interval_steps: PositiveInt | None = Field(
         default=50, description="collect Python's garbage on all ranks at once, not when it pleases; null: Python's way"
     )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="keep a moving average of the weights, of which each update leaves this share; null: none",
+    )
     embedding_weight_decay: bool = Field(
         default=True, description="whether embeddings decay; other matrices always do, norms and biases never"
     )

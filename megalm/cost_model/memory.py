@@ -174,6 +174,7 @@ class MemoryCase:
     device_bytes: int | None = None
     optimizer_state: OptimizerStateKind = "fp32"
     muon: bool = False
+    ema: bool = False
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -253,6 +254,7 @@ class MemoryPlan:
         start_host: the most in the CPU's memory before the first step; 0 on a CPU.
         disk: the optimizer's states on NVMe.
         stage: of the pipeline; 0 without one.
+        ema: the moving average of the masters.
     """
 
     weights: int
@@ -269,11 +271,12 @@ class MemoryPlan:
     disk: int = 0
     on_cpu: bool = False
     stage: int = 0
+    ema: int = 0
 
     def parts(self) -> dict[str, int]:
         """Part -> bytes on the device."""
         names = ("weights", "gradients", "master", "moments", "buckets", "activations", "loss", "runtime")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | ({"ema": self.ema} if self.ema else {})
 
     @property
     def total(self) -> int:
@@ -344,15 +347,20 @@ def _runtime_bytes(case: MemoryCase) -> int:
     return _CUDA_CONTEXT + _NCCL_GROUP * (groups + (groups > 1) + stage)
 
 
-def checkpoint_bytes(shape: ModelConfig, rules: Sequence[ParameterGroup] = (), muon: bool = False) -> int:
-    """A checkpoint's tensors: every weight in fp32, and the moments of those that train, whatever the layout.
+def checkpoint_bytes(
+    shape: ModelConfig, rules: Sequence[ParameterGroup] = (), muon: bool = False, ema: bool = False
+) -> int:
+    """A checkpoint's tensors: every weight in fp32, moments and average of those that train, whatever the layout.
 
     Args:
         rules: train.parameter_groups.
     """
     sizes = shape.parameters()
     keys = group_keys({name: len(size) for name, size in sizes.items()}, rules, True, muon)
-    return sum(4 * (1 + len(MOMENTS[keys[name].algorithm])) * math.prod(size) for name, size in sizes.items())
+    return sum(
+        4 * (1 + len(MOMENTS[keys[name].algorithm]) + (ema and not keys[name].frozen)) * math.prod(size)
+        for name, size in sizes.items()
+    )
 
 
 # Activations and loss by formula, for the block of megalm/model: pre-norm, separate query, key and value projections,
@@ -469,16 +477,17 @@ def _states(
     low = case.element_bytes
     groups = list(by_key.values())
     moments = _moments(case, by_key)
+    average = _own_elements(case, groups) if case.ema else 0
     own = _own_elements(case, groups)
     if stage == 0:
         device = {"weights": low * (own + sum(frozen)), "gradients": low * own, "master": 0}
-        device["moments"] = _moment_bytes(case, groups, moments)
-        return device, _checkpoint_copy(case, own + moments, frozen)
+        device |= {"moments": _moment_bytes(case, groups, moments), "ema": 4 * average}
+        return device, _checkpoint_copy(case, own + moments + average, frozen)
     gradients, host_gradients = _gradients(case, groups, own)
-    optimizer = {"master": 4 * own, "moments": _moment_bytes(case, groups, moments)}
+    optimizer = {"master": 4 * own, "moments": _moment_bytes(case, groups, moments), "ema": 4 * average}
     weights = low * (sum(frozen) + (own if stage == 3 else sum(case.padded(group) for group in groups)))
     device = {"weights": weights, "gradients": gradients, **optimizer}
-    host = _checkpoint_copy(case, own + moments, frozen)
+    host = _checkpoint_copy(case, own + moments + average, frozen)
     if case.offloads_optimizer:
         device |= dict.fromkeys(optimizer, 0)
         host |= {"gradients": host_gradients, **optimizer} if not case.swaps else _swap_buffers(case, groups)

@@ -306,7 +306,7 @@ class EngineBase:
                 dist_init_required=False,
             )
         self._phase_seconds: dict[str, float] = {}
-        self._state = OptimizerState(self._engine, trained, shards, is_first_copy=groups.data.index == 0)
+        self._state = OptimizerState(self._engine, trained, shards, groups.data.index == 0, run.config.train.ema_decay)
         if isinstance(inner, Muon):
             self._lay_out(inner, groups)
         self._check.measure = self._state.gradient_squares
@@ -428,6 +428,8 @@ class EngineBase:
         if verdict is None and not (self._scales_loss and math.isfinite(loss)):
             # DeepSpeed found an overflow and did not call `step`: normal with a loss scale, a fault without one.
             verdict = replace(self._check.judge(loss, self._last_norm), refuses=True)
+        if verdict is not None and not verdict.refuses:
+            self._state.ema.update()
         return StepResult(loss, self._last_norm, self._state.loss_scale(), verdict)
 
     def _count_from(self, counters: dict[str, Any], step: int) -> None:

@@ -82,9 +82,10 @@ class InferenceModel:
         dtype: of weights and activations; the loss is always fp32.
         verify: checks every file before the weights are read; a caller can show its progress.
         watched: iterates over the parameters' names while they are loaded; a caller can show their progress.
+        ema: take the moving average of the weights.
 
     Raises:
-        CheckpointError: no checkpoint, damaged files, or weights that are not finite.
+        CheckpointError: no checkpoint, damaged files, or weights that are not finite; or no average.
         DataError: the tokenizer is missing.
     """
 
@@ -95,9 +96,10 @@ class InferenceModel:
         dtype: torch.dtype = torch.float32,
         verify: Callable[[CheckpointReader], None] = verify_checkpoint,
         watched: Callable[[Sequence[str]], Iterable[str]] = iter,
+        ema: bool = False,
     ) -> None:
         self.path = path
-        reader = CheckpointReader(path)
+        reader = CheckpointReader(path, ema)
         verify(reader)
         self.facts = read_facts(path, tokenizer)
         self.shape, self.tokenizer = self.facts.shape, self.facts.tokenizer

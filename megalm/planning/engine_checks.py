@@ -291,6 +291,15 @@ def offloaded_states_are_fp32(case: CheckContext) -> None:
         )
 
 
+def ema_is_in_memory(case: CheckContext) -> None:
+    offload, decay = case.zero.offload_optimizer, case.config.train.ema_decay
+    if decay is not None and offload is not None and offload.device == "nvme":
+        raise ConfigError(
+            f"train.ema_decay={decay:g} averages weights that offload_optimizer.device=nvme ({case.ds.path}) keeps on "
+            "the disk; use offload_optimizer.device=cpu, or remove train.ema_decay"
+        )
+
+
 def muon_keeps_its_states(case: CheckContext) -> None:
     if not case.settings.uses_muon:
         return
@@ -322,6 +331,7 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
     recomputation_is_one,
     offloaded_states_are_fp32,
     muon_keeps_its_states,
+    ema_is_in_memory,
 )
 
 

@@ -361,6 +361,7 @@ def memory_case(
         float8=config.precision.float8,
         optimizer_state=config.train.optimizer_state,
         muon=settings.uses_muon,
+        ema=config.train.ema_decay is not None,
     )
 
 

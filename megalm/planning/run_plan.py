@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.cost_model.gpu_specs import data_sheet_peak
-from megalm.cost_model.memory import MemoryCase, MemoryPlan, estimate_stages
+from megalm.cost_model.memory import MemoryCase, MemoryPlan, checkpoint_bytes, estimate_stages
 from megalm.model.model_config import (
     ModelConfig,
     build_model_config,
@@ -122,6 +122,11 @@ class Plan:
             )
             for key, names in optimizer_groups(keys).items()
         ]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        case = self.case
+        return checkpoint_bytes(self.shape, case.parameter_groups, case.muon, case.ema)
 
     @property
     def trained_parameters(self) -> int:

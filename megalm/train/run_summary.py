@@ -173,6 +173,7 @@ def opening_facts(
     config, batch, count, tokenizer = run.config, run.batch, shape.parameter_count(), data.tokenizer
     steps, rules = config.train.steps, config.train.parameter_groups
     frozen = frozen_parameters(shape, rules)
+    stored = checkpoint_bytes(shape, rules, run.optimizer.muon is not None, config.train.ema_decay is not None)
     still = sum(math.prod(size) for name, size in shape.parameters().items() if name in frozen)
     tokens = steps * run.tokens_per_step
     overlap = f", tensor groups communicate in {run.tensor_chunks} chunks" if run.tensor_chunks > 1 else ""
@@ -198,7 +199,7 @@ def opening_facts(
         ("training", f"{steps:,} steps, {tokens:,} tokens = {tokens / count:.2f} per parameter"),
         *data_rows(run, data),
         ("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} entries, {describe_eod(tokenizer)}"),
-        ("checkpoint", f"{format_bytes(checkpoint_bytes(shape, rules, run.optimizer.muon is not None))} each"),
+        ("checkpoint", f"{format_bytes(stored)} each"),
     ]
     if data.unigram_entropy is not None:
         rows.append(

@@ -22,6 +22,7 @@ from megalm.checkpoint.shard_spec import Fragment, FragmentKey, FragmentKind, Ha
 from megalm.engine.nvme_offload import SwappedStates
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
 from megalm.engine.optimizer.muon import HeldPiece
+from megalm.engine.optimizer.weight_ema import WeightEma
 from megalm.model.layer_factory import ShardedAxis
 from megalm.model.parameter_groups import MomentKind
 
@@ -65,6 +66,7 @@ class OptimizerState:
         parameters: canonical name -> parameter that trains, as in the module.
         shards: canonical name -> its shard, read before `initialize` (ZeRO 3 flattens shapes).
         is_first_copy: whether this rank is the first of its data-parallel replicas.
+        ema_decay: of a moving average of the masters; None: there is none.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class OptimizerState:
         parameters: Mapping[str, nn.Parameter],
         shards: Mapping[str, ShardedAxis],
         is_first_copy: bool,
+        ema_decay: float | None = None,
     ) -> None:
         self._engine = engine
         self._outer = engine.optimizer
@@ -83,6 +86,7 @@ class OptimizerState:
         self._is_first_copy = is_first_copy
         self._swapped = SwappedStates(self._outer) if getattr(self._outer, "swap_optimizer", False) else None
         self._moments = dict(self._moments_of_flats())
+        self.ema = WeightEma(ema_decay, self._flats())
         self._packed = self._inner if isinstance(self._inner, LowPrecisionAdam) else None
         if self._packed is not None:
             for flat, pieces in self._owned_by_flat():
@@ -103,7 +107,7 @@ class OptimizerState:
                 if self._swapped is not None and self._swapped.holds(flat):
                     is_last = (owned, kind) == own[-1]
                     yield _ReadFragment(owned.key(kind), partial(self._swapped.read, flat, values, is_last))
-                elif self._packed is not None and kind != "master":
+                elif self._packed is not None and kind in ("exp_avg", "exp_avg_sq"):
                     yield _ReadFragment(owned.key(kind), partial(self._packed.read, flat, owned.offset, kind))
                 else:
                     yield Fragment(owned.key(kind), values())
@@ -123,7 +127,7 @@ class OptimizerState:
                 for owned in pieces:
                     for kind in self._kinds(flat):
                         values = read(owned.key(kind))
-                        if self._packed is not None and kind != "master":
+                        if self._packed is not None and kind in ("exp_avg", "exp_avg_sq"):
                             self._packed.write(flat, owned.offset, kind, values)
                         else:
                             self._values(owned, kind).copy_(values)
@@ -133,7 +137,8 @@ class OptimizerState:
 
     @torch.no_grad()
     def forget_moments(self) -> None:
-        """Reset the optimizer's moments and step count to those before its first step."""
+        """Reset moments, step count and the average of the weights to those before the first step."""
+        self.ema.restart()
         for flat, _ in self._owned_by_flat():
             with self._present(flat, changes=True):
                 self._clear_moments(flat, optimizer_step=0)
@@ -233,7 +238,8 @@ class OptimizerState:
             state["step"] = torch.tensor(float(optimizer_step), device=flat.device)
 
     def _kinds(self, flat: nn.Parameter) -> tuple[FragmentKind, ...]:
-        return ("master", *self._moments[id(flat)])
+        average: tuple[FragmentKind, ...] = ("ema",) if self.ema.is_kept else ()
+        return ("master", *self._moments[id(flat)], *average)
 
     @property
     def _is_cpu_adam(self) -> bool:
@@ -265,7 +271,10 @@ class OptimizerState:
 
     def _values(self, owned: _OwnedRange, kind: FragmentKind) -> Tensor:
         """Return a view, fp32 [stop - start]; zeros if the optimizer has no moments yet."""
-        whole = owned.flat.data if kind == "master" else self._inner.state.get(owned.flat, {}).get(kind)
+        if kind == "ema":
+            whole = self.ema.of(owned.flat)
+        else:
+            whole = owned.flat.data if kind == "master" else self._inner.state.get(owned.flat, {}).get(kind)
         length = owned.stop - owned.start
         return torch.zeros(length) if whole is None else whole.view(-1).narrow(0, owned.offset, length)
 

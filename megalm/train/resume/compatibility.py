@@ -314,6 +314,16 @@ def frozen_notes(manifest: Manifest, run: ResolvedRun, shape: ModelConfig) -> li
     return lines
 
 
+def ema_notes(manifest: Manifest, run: ResolvedRun) -> list[str]:
+    """Return what becomes of the moving average of the weights, where run and checkpoint do not both have one."""
+    decay = run.config.train.ema_decay
+    if decay is not None and not manifest.has_ema:
+        return [f"the checkpoint has no average of the weights: that of train.ema_decay={decay:g} begins with them"]
+    if decay is None and manifest.has_ema:
+        return ["the checkpoint's average of the weights is dropped, for train.ema_decay is not set"]
+    return []
+
+
 def _some(names: Sequence[str]) -> str:
     return f"{len(names)} parameters ({names[0]}{', ...' if len(names) > 1 else ''})"
 
