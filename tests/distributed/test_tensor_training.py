@@ -23,6 +23,7 @@ MODELS = {
     "gpt2 untied": ("model.style=gpt2",),
     "llama gqa": ("model.num_key_value_heads=2",),
     "llama frozen": (
+        "train.ema_decay=0.6",
         "train.parameter_groups=[{match: embedding.*, frozen: true}, {match: layers.0.*, frozen: true}, "
         "{match: layers.1.attention.*ey.*, frozen: true}, {match: '*.up.*', frozen: true}, {match: '*output*', "
         "frozen: true}, {match: '*.mlp_norm.*', frozen: true}]",

@@ -21,6 +21,7 @@ from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader
 from megalm.data.sampling.samples import TrainingSamples
 from megalm.model.transformer import LanguageModel, initialize
+from megalm.parity.state_comparison import State
 from megalm.planning.lr_schedule import learning_rate
 from tests.distributed.selection import selected
 from tests.distributed.training import (
@@ -65,7 +66,9 @@ CASES = {
 # Pattern -> factor of the learning rate, weight decay. With heads of two elements, a group's second part is padding.
 GROUPS = {"layers.1.attention.query_norm.*": (0.1, 0.0), "embedding.*": (0.25, 0.0), "*.mlp.*": (2.0, 0.5)}
 _RULES = [f"{{match: '{name}', learning_rate_scale: {it[0]}, weight_decay: {it[1]}}}" for name, it in GROUPS.items()]
-GROUPED = ("model.head_dim=2", f"train.parameter_groups=[{', '.join(_RULES)}]")
+DECAY = 0.6
+AVERAGED = f"train.ema_decay={DECAY}"
+GROUPED = ("model.head_dim=2", AVERAGED, f"train.parameter_groups=[{', '.join(_RULES)}]")
 # Below the lowest parameter that trains, beside it and above it.
 FROZEN = (
     "embedding.*",
@@ -76,7 +79,7 @@ FROZEN = (
     "head.*",
 )
 _STILL = [f"{{match: '{name}', frozen: true}}" for name in FROZEN]
-STILL = ("model.head_dim=2", f"train.parameter_groups=[{', '.join(_STILL)}]", "train.recompute=norms")
+STILL = ("model.head_dim=2", AVERAGED, f"train.parameter_groups=[{', '.join(_STILL)}]", "train.recompute=norms")
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 CASES |= {
     "groups zero0": Case("zero1.json", overrides=GROUPED, settings={"zero_optimization": {"stage": 0}}),
@@ -131,14 +134,14 @@ def test_it_learns(traces: dict[int, list[dict[str, Trace]]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def plain_adamw(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Trace, dict[str, np.ndarray]]]:
+def plain_adamw(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Trace, State]]:
     folder = tmp_path_factory.mktemp("plain")
     make_dataset(folder / "data", marked=True)
     return {kind: _plain_adamw(kind, folder) for kind in ("groups", "frozen")}
 
 
-def _plain_adamw(kind: str, folder: Path) -> tuple[Trace, dict[str, np.ndarray]]:
-    """The steps of the cases of a kind with torch's AdamW alone, each parameter a group; and the weights after them."""
+def _plain_adamw(kind: str, folder: Path) -> tuple[Trace, State]:
+    """The steps of the cases of a kind with torch's AdamW alone, each parameter a group; and the state after them."""
     run = resolved(CASES[f"{kind} zero0"], 1, folder)
     shape, facts, batch = shape_of(run), run.optimizer, run.batch
     model = LanguageModel(shape)
@@ -157,6 +160,7 @@ def _plain_adamw(kind: str, folder: Path) -> tuple[Trace, dict[str, np.ndarray]]
     groups = [{"params": [weight], "weight_decay": of(name)[1]} for name, weight in weights.items()]
     optimizer = torch.optim.AdamW(groups, betas=facts.betas, eps=facts.epsilon)
     losses, norms = [], []
+    averages = {name: weight.detach().clone() for name, weight in weights.items()}
     for step in range(1, STEPS + 1):
         read = loader.batch((step - 1) * batch.global_batch)
         total = torch.zeros(())
@@ -169,8 +173,11 @@ def _plain_adamw(kind: str, folder: Path) -> tuple[Trace, dict[str, np.ndarray]]
             group["lr"] = learning_rate(run.schedule, step) * of(name)[0]
         optimizer.step()
         optimizer.zero_grad()
+        for name, weight in weights.items():
+            averages[name] = DECAY * averages[name] + (1 - DECAY) * weight.detach()
     loader.close()
-    after = {name: weight.detach().numpy().reshape(-1) for name, weight in model.named_parameters()}
+    after: State = {(name, "master"): weight.detach().numpy().reshape(-1) for name, weight in model.named_parameters()}
+    after |= {(name, "ema"): average.numpy().reshape(-1) for name, average in averages.items()}
     return Trace(losses, norms, []), after
 
 
@@ -180,7 +187,7 @@ _GROUPED_CASES = [(name, 2) for name in CASES if name.startswith(("groups", "fro
 @pytest.mark.parametrize(("name", "world_size"), _GROUPED_CASES)
 def test_parameter_groups_step_as_adamw_s(
     traces: dict[int, list[dict[str, Trace]]],
-    plain_adamw: dict[str, tuple[Trace, dict[str, np.ndarray]]],
+    plain_adamw: dict[str, tuple[Trace, State]],
     name: str,
     world_size: int,
 ) -> None:
@@ -190,10 +197,13 @@ def test_parameter_groups_step_as_adamw_s(
     np.testing.assert_allclose(ranks[0].losses, reference.losses, rtol=1e-5)
     np.testing.assert_allclose(ranks[0].norms, reference.norms, rtol=1e-4)
     state = whole_state(ranks)
-    frozen = {parameter for parameter, part in state if part == "master" and (parameter, "exp_avg") not in state}
+    without_moments = {parameter for parameter, part in state if part == "master"} - {
+        parameter for parameter, part in state if part == "exp_avg"
+    }
     patterns = FROZEN if kind == "frozen" else ()
-    assert frozen == {it for it in weights if any(fnmatchcase(it, pattern) for pattern in patterns)}
-    for parameter, values in weights.items():
-        difference = np.abs(state[parameter, "master"] - values)
-        assert difference.max() < 2e-4, parameter
-        assert difference.mean() < 1e-6, parameter
+    assert without_moments == {it for it, _ in weights if any(fnmatchcase(it, pattern) for pattern in patterns)}
+    assert {place for place in state if place[1] in ("master", "ema")} == weights.keys()
+    for place, values in weights.items():
+        difference = np.abs(state[place] - values)
+        assert difference.max() < 2e-4, place
+        assert difference.mean() < 1e-6, place

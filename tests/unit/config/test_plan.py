@@ -236,6 +236,20 @@ def test_the_plan_shows_what_is_frozen(start: Start) -> None:
     assert checkpoint_bytes(plan.shape, plan.case.parameter_groups) == size
 
 
+def test_an_average_of_the_weights_is_in_the_plan(start: Start) -> None:
+    """4 bytes of each parameter that trains, where the master is; none of a frozen one."""
+    rules = "train.parameter_groups=[{match: embedding.*, frozen: true}]"
+    plans = [make_plan(start(rules, *more, ranks=2), 1024) for more in ((), ("train.ema_decay=0.99",))]
+    without, average = (plan.memory for plan in plans)
+    assert average.ema == average.master > 0 == without.ema
+    assert average.total - without.total == average.ema
+    assert plans[1].checkpoint_bytes - plans[0].checkpoint_bytes == 4 * plans[0].trained_parameters
+    assert_names(section_of(plan_text(plans[1], 8), "Memory of one rank (estimate)"), "ema", "train.ema_decay")
+    offload = ZeroSection(stage=2, offload_optimizer=OffloadOptimizerSection(device="cpu"))
+    offloaded = estimate_memory(case(zero=offload, ema=True))
+    assert offloaded.host["ema"] == offloaded.host["master"] > 0 == offloaded.ema
+
+
 FROZEN = {
     "below": ("embedding.*", "layers.0.*"),
     "in a block": ("embedding.*", "layers.0.attention*", "layers.[12].mlp.up.*", "layers.2.attention.value.*"),
