@@ -41,7 +41,7 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{path} has no moving average of the weights: it was saved without train.ema_decay; leave out --ema"
             )
-        self._weights: FragmentKind = "ema" if ema else "master"
+        self.ema = ema
         self._files: dict[str, Any] = {}
 
     def close(self) -> None:
@@ -117,7 +117,9 @@ class CheckpointReader:
 
     def read_parameter(self, name: str, shape: tuple[int, ...], kind: FragmentKind | None = None) -> Tensor:
         """Read a full parameter, or another kind of its state, in its shape; errors as for `read`."""
-        return self.read(FragmentKey(name, kind or self._weights, shape, 0, math.prod(shape))).view(shape)
+        return self.read(FragmentKey(name, kind or ("ema" if self.ema else "master"), shape, 0, math.prod(shape))).view(
+            shape
+        )
 
     def read_finite(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """As `read_parameter`, but refuse NaN and infinity: a model with them fails elsewhere, or is wrong in silence.

@@ -97,7 +97,7 @@ def export_checkpoint(plan: ExportPlan, largest_file_bytes: int, name: str, adva
         if undecodable := [*np.flatnonzero(~used.known_ids()).tolist(), *range(used.vocab_size, shape.vocab_size)]:
             ids["suppress_tokens"] = undecodable
         write_json(folder / "generation_config.json", ids)
-        card = Card(name, reader.path, reader.manifest, shape, dtype, made)
+        card = Card(name, reader.path, reader.manifest, shape, dtype, made, reader.ema)
         (folder / "README.md").write_text(card.text(), encoding="utf-8")
         return Exported(write_model(reader, shape, folder, plan.dtype, largest_file_bytes, advance), made)
 

@@ -37,6 +37,7 @@ class Card:
         name: the model's name.
         checkpoint: the checkpoint's folder, in `checkpoints` of its run folder.
         dtype: the dtype of the exported weights.
+        ema: they are the moving average of those in training.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Card:
     shape: ModelConfig
     dtype: str
     tokenizer: ExportedTokenizer
+    ema: bool = False
 
     def text(self) -> str:
         parts = [
@@ -84,6 +86,8 @@ class Card:
     def _model(self) -> Iterator[Fact]:
         shape = self.shape
         yield "parameters", f"{shape.parameter_count():,}, stored in {self.dtype}"
+        if self.ema:
+            yield "weights", "the exponential moving average of those in training"
         yield "layers x hidden size", f"{shape.num_hidden_layers} x {shape.hidden_size:,}"
         groups = shape.num_key_value_heads
         shared = f", {groups} key/value heads" if groups != shape.num_attention_heads else ""
@@ -136,6 +140,8 @@ class Card:
         return name, sizes.pop() if len(sizes) == 1 == len(orders) else None
 
     def _validation(self) -> Iterator[Fact]:
+        if self.ema:
+            return  # the run's losses are of the weights themselves
         rows = self._evaluations()
         for row in rows:
             words = [_loss(row["loss"])]

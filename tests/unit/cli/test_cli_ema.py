@@ -64,6 +64,8 @@ def test_evaluate_and_export_take_the_average(
     assert losses[0] != losses[1]
     plain, average = (load_file(tmp_path / name / "model.safetensors") for name in ("exported0", "exported1"))
     assert all(torch.equal(average[name], HALF * values) for name, values in plain.items())
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("exported0", "exported1")]
+    assert ["moving average" in card for card in cards] == [False, True]
 
 
 @pytest.mark.parametrize("command", ["evaluate", "generate", "export"])

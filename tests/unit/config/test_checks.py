@@ -207,6 +207,12 @@ def test_rules_of_the_run(start: Start, overrides: list[str], names: list[str] |
         ),
         ({"zero_optimization": zero(3, offload_optimizer=NVME)}, [], None),
         (
+            {"zero_optimization": zero(3, offload_optimizer=NVME)},
+            ["train.ema_decay=0.99"],
+            ["train.ema_decay=0.99", "offload_optimizer.device=nvme", "offload_optimizer.device=cpu"],
+        ),
+        ({"zero_optimization": zero(3, offload_optimizer={"device": "cpu"})}, ["train.ema_decay=0.99"], None),
+        (
             {"zero_optimization": zero(3, offload_optimizer={**NVME, "pipeline_read": True})},
             [],
             ["offload_optimizer.pipeline_read=true"],
