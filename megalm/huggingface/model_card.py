@@ -24,6 +24,7 @@ from megalm.runs.metrics_log import METRICS_FILE, Row, live_rows, read_metrics
 from megalm.runs.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, read_mapping
 from megalm.utils.formatting import perplexity_of
 
+_NEW_TOKENS = 50
 _LICENSE = "# license: choose one before you publish this model, e.g. apache-2.0; none is implied"
 
 Fact = tuple[str, str]
@@ -194,12 +195,13 @@ class Card:
             yield "marked", f"{manifest.status}: {manifest.status_reason}"
 
     def _use(self) -> str:
+        generate = f"max_new_tokens={min(_NEW_TOKENS, self.shape.max_position_embeddings // 2)}"
         load = (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
             'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
             'inputs = tokenizer("Once", return_tensors="pt")\n'
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n"
+            f"print(tokenizer.decode(model.generate(**inputs, {generate})[0]))\n"
         )
         if TOKENIZER not in self.tokenizer.files:
             load = (
@@ -207,7 +209,7 @@ class Card:
                 f'tokenizer = sentencepiece.SentencePieceProcessor(model_file="PATH/{SENTENCEPIECE}")\n'
                 'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
                 'ids = torch.tensor([tokenizer.encode("Once")])\n'
-                "print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0].tolist()))\n"
+                f"print(tokenizer.decode(model.generate(ids, {generate})[0].tolist()))\n"
             )
         return f"## Use\n\n`PATH` is this folder.\n\n```python\n{load}```\n"
 
@@ -215,6 +217,16 @@ class Card:
         yield f"The model takes at most {self.shape.max_position_embeddings:,} tokens."
         yield "Training used no beginning-of-sequence token; a document ends with the end-of-sequence token."
         yield f"Tokenizer: {self.tokenizer.note}."
+        if TOKENIZER in self.tokenizer.files:
+            yield (
+                "The name of a special token in a text is read as that token. In training such a name was text, as "
+                "`tokenizer(text, split_special_tokens=True)` reads it."
+            )
+            if "pad_token" not in self.tokenizer.special:
+                yield (
+                    "The vocabulary has no token to pad with. If you pad with the end-of-sequence token, mask the "
+                    "padding by its position: a model that is never trained on that token does not learn to stop."
+                )
         yield "Choose a licence before you publish the model; the training texts have licences too."
 
 
