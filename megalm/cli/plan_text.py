@@ -239,6 +239,7 @@ def _deepspeed(plan: Plan) -> str:
             ["offload", _offloads(plan)],
             ["gradient clipping", run.deepspeed["gradient_clipping"] or "off"],
             ["optimizer", str(run.optimizer)],
+            *([["of the blocks' matrices", str(run.optimizer.muon)]] if run.optimizer.muon is not None else []),
         ],
     )
 
@@ -311,7 +312,7 @@ _PARTS = {
     "weights": "the parameters that the model computes with",
     "gradients": "where gradients are accumulated",
     "master": "the optimizer's fp32 copy of the weights",
-    "moments": "Adam's two running means for each weight",
+    "moments": "the optimizer's running means: Adam's two for each weight, Muon's one",
     "buckets": "what is sent between ranks at one time; under ZeRO 3 also gathered weights",
     "activations": "what the forward pass keeps for the backward pass",
     "loss": "a chunk of logits, and the gradients of head and hidden states",

@@ -308,19 +308,10 @@ class EngineBase:
         self._phase_seconds: dict[str, float] = {}
         self._state = OptimizerState(self._engine, trained, shards, groups.data.index == 0, run.config.train.ema_decay)
         if isinstance(inner, Muon):
-            self._lay_out(inner, groups)
+            units = self._state.units_of("momentum_buffer", groups.data.size)
+            inner.lay_out(units, groups, is_copied=self._stage == 0)
         self._check.measure = self._state.gradient_squares
         self._first_counters = self.counters()
-
-    def _lay_out(self, muon: Muon, groups: ParallelGroups) -> None:
-        """Tell Muon which rank of this pipeline stage holds which pieces of matrices."""
-        assert groups.stage is not None
-        units = self._state.units_of("momentum_buffer")
-        own = [[piece for piece, _, _ in held] for _, held in units]
-        gathered = self._comm.gather(own)
-        ranks = groups.stage.ranks
-        data = [groups.topology.coordinate(rank).data for rank in ranks] if self._stage == 0 else None
-        muon.lay_out(units, [gathered[rank] for rank in ranks], groups.stage, data)
 
     def fragments(self) -> Iterator[HasFragment]:
         yield from self._state.fragments()

@@ -32,6 +32,10 @@ class MuonFacts:
     ns_steps: int
     adjust_lr_fn: AdjustRate
 
+    def __str__(self) -> str:
+        nesterov = ", nesterov" if self.nesterov else ""
+        return f"muon, momentum {self.momentum:g}{nesterov}, {self.ns_steps} steps, rate by shape: {self.adjust_lr_fn}"
+
 
 @dataclass(frozen=True)
 class OptimizerFacts:
@@ -67,16 +71,9 @@ class OptimizerFacts:
         return {"type": kind, "params": parameters | {f"{algorithm}_lr": rate for algorithm, rate in self.rates}}
 
     def __str__(self) -> str:
-        adam = (
-            f"{'AdamW' if self.kind == 'muon' else self.kind}, betas {self.betas[0]:g} and {self.betas[1]:g}, "
-            f"eps {self.epsilon:g}, weight decay {self.weight_decay:g}"
-        )
-        if self.muon is None:
-            return adam
-        nesterov = ", nesterov" if self.muon.nesterov else ""
         return (
-            f"muon for the blocks' matrices, momentum {self.muon.momentum:g}{nesterov}, {self.muon.ns_steps} "
-            f"Newton-Schulz steps, rate by shape: {self.muon.adjust_lr_fn}; {adam}"
+            f"{'adamw' if self.kind == 'muon' else self.kind}, betas {self.betas[0]:g} and {self.betas[1]:g}, "
+            f"eps {self.epsilon:g}, weight decay {self.weight_decay:g}"
         )
 
 

@@ -47,8 +47,6 @@ CONTROL = {
     ("megalm/engine/distributed.py", "DistributedCommunicator.sum"): "bytes of a validation text, measured speeds",
     ("megalm/engine/distributed.py", "DistributedCommunicator._reduce"): "what `max` and `sum` give the loop",
     ("megalm/engine/base_engine.py", "EngineBase.refused_gradients"): "a report",
-    ("megalm/engine/base_engine.py", "EngineBase._lay_out"): "which rank holds which piece; without it nothing starts",
-    ("megalm/engine/base_engine.py", "EngineBase.__init__"): "calls `_lay_out`",
     (
         "megalm/engine/base_engine.py",
         "UpdateCheck._admits",

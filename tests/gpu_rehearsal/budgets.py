@@ -86,6 +86,7 @@ LAYOUTS: dict[str, Layout] = {
         "zero2.json", 8, 2, keys={"model.num_key_value_heads": 2, "model.tie_word_embeddings": False}
     ),
     "tensor, zero 1": Layout("zero1.json", 8, 1, rank=3, keys=_TENSOR),
+    "tensor, muon": Layout("muon.json", 8, 1, rank=3, keys=_TENSOR),
     "tensor, overlapped": Layout("zero1.json", 8, 1, rank=3, keys={**_TENSOR, **_OVERLAP}),
     "tensor, zero 3": Layout("zero3.json", 8, 4, rank=3, keys=_TENSOR),
     "sequence": Layout("zero2.json", 8, 2, rank=2, keys=_SEQUENCE),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -93,6 +94,14 @@ def test_a_tensor_group_sends_as_much_as_its_layers_say(name: str, found: dict[s
         assert step.sent_bytes("tensor", "reduce_scatter") >= 4 * blocks * states
     else:
         assert step.sent_bytes("tensor", "all_reduce") >= 4 * blocks * states
+
+
+def test_muon_sends_each_matrix_there_and_back(found: dict[str, Rehearsed]) -> None:
+    """A rank sends its pieces in bf16, and the matrices that it has orthogonalised."""
+    case, _, rehearsal = found["tensor, muon"]
+    matrices = [math.prod(size) for name, size in case.shape.parameters().items() if name.startswith("layers.")]
+    sent, share = step_of(rehearsal).sent_bytes("stage", "all_to_all"), 2 * sum(matrices) / case.run.topology.world_size
+    assert share < sent < 2 * share + 2 * 2 * max(matrices)
 
 
 @pytest.mark.parametrize(

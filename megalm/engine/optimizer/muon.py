@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from megalm.checkpoint.checkpoint_reader import Chunk, chunks_of
 from megalm.checkpoint.shard_spec import FragmentKey
 from megalm.cost_model.memory import MUON_ROUND
-from megalm.parallel.process_groups import AxisGroup
+from megalm.engine.optimizer.optimizer_state import OwnedRange
+from megalm.parallel.process_groups import AxisGroup, ParallelGroups
 from megalm.planning.optimizer_facts import OptimizerFacts, rate_factor
+from megalm.topology import whole_parts
 
 _SMALLEST_NORM = 1e-7
 
@@ -152,30 +154,36 @@ class Muon(torch.optim.AdamW):
 
     def lay_out(
         self,
-        units: Sequence[tuple[list[nn.Parameter], list[tuple[HeldPiece, int, int]]]],
-        gathered: Sequence[Sequence[Sequence[HeldPiece]]],
-        stage: AxisGroup,
-        data_ranks: Sequence[int] | None,
+        units: Sequence[tuple[list[nn.Parameter], list[list[OwnedRange]]]],
+        groups: ParallelGroups,
+        is_copied: bool,
     ) -> None:
         """Say which pieces of which matrices the tensors hold, here and on the stage's other ranks.
 
         Args:
-            units: the tensors that one call of `step` finds in a group, and their pieces, each with the tensor's index
-                and its offset there; the same order of units on all ranks of the stage.
-            gathered: by rank of the stage and unit, the rank's pieces.
-            data_ranks: by rank of the stage its data rank, where all data ranks hold the same; None: they hold parts.
+            units: the tensors that one call of `step` finds in a group, and by data rank the ranges in them; the same
+                order of units on all ranks of the stage.
+            is_copied: all data ranks hold the same.
         """
-        self._stage = stage
+        assert groups.stage is not None
+        self._stage, tensor, data = groups.stage, groups.tensor, groups.data
 
-        def gives(holder: int, piece: HeldPiece, owner: int) -> bool:
-            return piece.is_owner and (data_ranks is None or data_ranks[holder] == data_ranks[owner])
+        def gives(holder: int, piece: HeldPiece, owner: int) -> bool:  # places in the stage
+            return piece.is_owner and (not is_copied or holder // tensor.size == owner // tensor.size)
 
-        for unit, (flats, own) in enumerate(units):
-            pieces = [rank[unit] for rank in gathered]
+        for flats, by_data_rank in units:
+            pieces = [
+                [_piece(owned, tensor.size, index) for owned in ranges]
+                for ranges in by_data_rank
+                for index in range(tensor.size)
+            ]
             shapes = {piece.key.name: piece.key.shape for piece in chain(*pieces)}
-            places = {piece.key: (index, offset) for piece, index, offset in own}
+            indices = {id(flat): index for index, flat in enumerate(flats)}
+            own = zip(pieces[groups.stage.index], by_data_rank[data.index], strict=True)
+            places = {piece.key: (indices[id(owned.flat)], owned.offset) for piece, owned in own}
             self._rounds[flats[0]] = [
-                _Round(owners, pieces, gives, stage.index, places) for owners in share_out(shapes, stage.size)
+                _Round(owners, pieces, gives, groups.stage.index, places)
+                for owners in share_out(shapes, groups.stage.size)
             ]
 
     @torch.no_grad()
@@ -231,6 +239,19 @@ class Muon(torch.optim.AdamW):
             group=self._stage.process_group,
         )
         return result
+
+
+def _piece(owned: OwnedRange, tensor_ranks: int, index: int) -> HeldPiece:
+    """Return what rank `index` of the tensor group holds where this rank holds `owned`: an equal part of the matrix."""
+    shard = owned.shard
+    rectangle, is_owner = shard.rectangle, index == 0
+    if rectangle is not None:
+        cut = next(axis for axis, size in enumerate(shard.shape) if shard.sizes[axis] < size)
+        part = whole_parts(shard.shape[cut], shard.shape[cut] // shard.sizes[cut], tensor_ranks, index)
+        rectangle = tuple((part.first, part.last) if axis == cut else it for axis, it in enumerate(rectangle))
+        is_owner = part.sharer == 0
+    key = FragmentKey(owned.name, "momentum_buffer", shard.shape, owned.start, owned.stop, rectangle)
+    return HeldPiece(key, is_owner)
 
 
 def share_out(shapes: dict[str, tuple[int, ...]], ranks: int) -> list[dict[str, int]]:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from megalm.checkpoint.shard_spec import Fragment, FragmentKey, FragmentKind, HasFragment
 from megalm.engine.nvme_offload import SwappedStates
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
-from megalm.engine.optimizer.muon import HeldPiece
 from megalm.engine.optimizer.weight_ema import WeightEma
 from megalm.model.layer_factory import ShardedAxis
 from megalm.model.parameter_groups import MomentKind
@@ -32,7 +31,7 @@ _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis
 
 
 @dataclass(frozen=True)
-class _OwnedRange:
+class OwnedRange:
     """Elements [start, stop) of this rank's shard of parameter `name`, at `offset` in the optimizer's tensor `flat`."""
 
     name: str
@@ -143,27 +142,22 @@ class OptimizerState:
             with self._present(flat, changes=True):
                 self._clear_moments(flat, optimizer_step=0)
 
-    def units_of(self, moment: MomentKind) -> list[tuple[list[nn.Parameter], list[tuple[HeldPiece, int, int]]]]:
-        """Return the tensors with this moment as the inner optimizer finds them together in a group, and their pieces.
+    def units_of(self, moment: MomentKind, data_ranks: int) -> list[tuple[list[nn.Parameter], list[list[OwnedRange]]]]:
+        """Return the tensors with this moment, as the inner optimizer finds them together, and what is in them.
 
-        Each piece comes with its tensor's index among them and its offset there. The order is the same on all ranks
-        that hold the same layers.
+        For each data rank, it is the ranges that the rank owns; their offsets are right for this rank. The order is
+        the same on all ranks that hold the same layers.
         """
-        flats = [flat for flat in self._flats() if moment in self._moments.get(id(flat), ())]
-        units = [[flat] for flat in flats]
+        units = [[flat] for flat in self._flats() if moment in self._moments.get(id(flat), ())]
         if self._outer is self._inner:
-            groups = [group["params"] for group in self._inner.param_groups if moment in group["moments"]]
-            units = [list(group) for group in groups]
-        owned = {id(flat): pieces for flat, pieces in self._owned_by_flat()}
+            units = [list(group["params"]) for group in self._inner.param_groups if moment in group["moments"]]
+        owned = [list(self._owned(rank)) for rank in range(data_ranks)]
 
-        def pieces(unit: list[nn.Parameter]) -> list[tuple[HeldPiece, int, int]]:
-            return [
-                (HeldPiece(piece.key(moment), piece.shard.is_owner), index, piece.offset)
-                for index, flat in enumerate(unit)
-                for piece in owned[id(flat)]
-            ]
+        def of(unit: list[nn.Parameter]) -> list[list[OwnedRange]]:
+            flats = {id(flat) for flat in unit}
+            return [[each for each in of_rank if id(each.flat) in flats] for of_rank in owned]
 
-        return [(unit, pieces(unit)) for unit in units]
+        return [(unit, of(unit)) for unit in units]
 
     def release_buffers(self) -> None:
         """Release swap buffers held for reading; call before each step."""
@@ -269,7 +263,7 @@ class OptimizerState:
         elif outer is not self._inner:
             outer.update_lp_params()
 
-    def _values(self, owned: _OwnedRange, kind: FragmentKind) -> Tensor:
+    def _values(self, owned: OwnedRange, kind: FragmentKind) -> Tensor:
         """Return a view, fp32 [stop - start]; zeros if the optimizer has no moments yet."""
         if kind == "ema":
             whole = self.ema.of(owned.flat)
@@ -278,9 +272,9 @@ class OptimizerState:
         length = owned.stop - owned.start
         return torch.zeros(length) if whole is None else whole.view(-1).narrow(0, owned.offset, length)
 
-    def _owned_by_flat(self) -> list[tuple[nn.Parameter, list[_OwnedRange]]]:
+    def _owned_by_flat(self) -> list[tuple[nn.Parameter, list[OwnedRange]]]:
         """Return the optimizer's tensors, each with the ranges that this rank owns in it; none if all is padding."""
-        pieces: dict[int, tuple[nn.Parameter, list[_OwnedRange]]] = {}
+        pieces: dict[int, tuple[nn.Parameter, list[OwnedRange]]] = {}
         for owned in self._owned():
             pieces.setdefault(id(owned.flat), (owned.flat, []))[1].append(owned)
         for flat in self._flats():
@@ -304,27 +298,33 @@ class OptimizerState:
                 return list(getattr(self._outer, name))
         return list(self._parameters.values())
 
-    def _owned(self) -> Iterator[_OwnedRange]:
+    def _owned(self, data_rank: int | None = None) -> Iterator[OwnedRange]:
+        """Yield what this rank owns, or another data rank: then only the offsets are of that rank's tensors."""
         outer = self._outer
         if hasattr(outer, "fp32_partitioned_groups_flat"):
-            return self._owned_in_stage_3()
+            return self._owned_in_stage_3(data_rank)
         if hasattr(outer, "single_partition_of_fp32_groups"):
             return self._owned_in_flat_groups(
-                outer.bit16_groups, outer.bit16_groups_flat, outer.single_partition_of_fp32_groups
+                outer.bit16_groups, outer.bit16_groups_flat, outer.single_partition_of_fp32_groups, data_rank
             )
         if hasattr(outer, "fp32_groups_flat_partition"):
             return self._owned_in_flat_groups(
-                outer.bf16_groups, outer.bf16_groups_flat, outer.fp32_groups_flat_partition
+                outer.bf16_groups, outer.bf16_groups_flat, outer.fp32_groups_flat_partition, data_rank
             )
         return self._owned_without_zero()
 
     def _owned_in_flat_groups(
-        self, groups: list[list[nn.Parameter]], flats: list[Tensor], masters: list[nn.Parameter]
-    ) -> Iterator[_OwnedRange]:
+        self,
+        groups: list[list[nn.Parameter]],
+        flats: list[Tensor],
+        masters: list[nn.Parameter],
+        data_rank: int | None,
+    ) -> Iterator[OwnedRange]:
         """ZeRO 1 and 2: a group's parameters are in one flat buffer, of which each rank owns an equal part."""
         for index, (group, flat, master) in enumerate(zip(groups, flats, masters, strict=True)):
             size = master.numel()
-            first = ds_comm.get_rank(group=self._outer.real_dp_process_group[index]) * size
+            own = ds_comm.get_rank(group=self._outer.real_dp_process_group[index])
+            first = (own if data_rank is None else data_rank) * size
             for parameter in group:
                 if id(parameter) not in self._names:
                     continue  # it stands in for a group of which this stage has none
@@ -332,20 +332,20 @@ class OptimizerState:
                 start, stop = max(place, first), min(place + parameter.numel(), first + size)
                 if start < stop:
                     name = self._names[id(parameter)]
-                    yield _OwnedRange(name, self._shards[name], start - place, stop - place, master, start - first)
+                    yield OwnedRange(name, self._shards[name], start - place, stop - place, master, start - first)
 
-    def _owned_in_stage_3(self) -> Iterator[_OwnedRange]:
+    def _owned_in_stage_3(self, data_rank: int | None) -> Iterator[OwnedRange]:
         """ZeRO 3: each parameter is split into equal parts; a rank's parts form its sub-groups."""
         outer = self._outer
         for name, parameter in self._parameters.items():
             group, offset, part = outer.grad_position[outer.get_param_id(parameter)]
-            start = outer._get_param_partition_rank(parameter) * part
+            start = (outer._get_param_partition_rank(parameter) if data_rank is None else data_rank) * part
             stop = min(start + part, math.prod(self._shards[name].sizes))
             if start < stop:
                 master = outer.fp32_partitioned_groups_flat[group]
-                yield _OwnedRange(name, self._shards[name], start, stop, master, offset)
+                yield OwnedRange(name, self._shards[name], start, stop, master, offset)
 
-    def _owned_without_zero(self) -> Iterator[_OwnedRange]:
+    def _owned_without_zero(self) -> Iterator[OwnedRange]:
         """ZeRO 0: every rank holds everything."""
         for name, parameter in self._parameters.items():
-            yield _OwnedRange(name, self._shards[name], 0, parameter.numel(), parameter, 0)
+            yield OwnedRange(name, self._shards[name], 0, parameter.numel(), parameter, 0)

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from config_cases import Write, notice_of, read_refused, refused
+from config_cases import Write, notice_of, read_refused, refused, section_of
 
+from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed.json_reader import read_deepspeed_json
 from megalm.config.deepspeed.translate import translate
 from megalm.cost_model.memory import checkpoint_bytes
@@ -40,7 +41,8 @@ def test_as_torch_spells_it(start: Start) -> None:
     run = start(optimizer=muon(**params, adjust_lr_fn="match_rms_adamw", eps=1e-8, betas=[0.9, 0.98], weight_decay=0.1))
     settings = MuonFacts(0.8, False, (2.0, -1.5, 0.5), 7, "match_rms_adamw")
     assert run.optimizer == OptimizerFacts("muon", (0.9, 0.98), 1e-8, 0.1, settings)
-    assert_names(run.optimizer, "muon", 0.8, 7, "match_rms_adamw", "AdamW", 0.98)
+    section = section_of(plan_text(make_plan(run, vocab_size=1024), 8), "DeepSpeed")
+    assert_names(section, "muon", 0.8, 7, "match_rms_adamw", "adamw", 0.98)
 
 
 def test_the_saved_section_is_the_same_optimizer(start: Start) -> None:

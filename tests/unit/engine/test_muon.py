@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from megalm.checkpoint.shard_spec import FragmentKey
 from megalm.engine.optimizer import muon
-from megalm.engine.optimizer.muon import HeldPiece, Muon, orthogonalize, share_out
+from megalm.engine.optimizer.muon import Muon, orthogonalize, share_out
+from megalm.engine.optimizer.optimizer_state import OwnedRange
+from megalm.model.layer_factory import ShardedAxis
 from megalm.model.parameter_groups import MOMENTS
-from megalm.parallel.process_groups import AxisGroup
+from megalm.parallel.process_groups import AxisGroup, ParallelGroups
 from megalm.planning.optimizer_facts import MuonFacts, OptimizerFacts, rate_factor
+from megalm.topology import Topology
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SHAPES = {"layers.0.wide": (12, 40), "layers.0.tall": (40, 12), "layers.1.square": (16, 16)}
@@ -36,12 +38,11 @@ def test_on_one_rank_it_is_torch_s_bit_by_bit(adjust: Any, nesterov: bool) -> No
         {"params": [norms[0]], "moments": MOMENTS["adam"], "weight_decay": 0.0, "lr": 0.003},
     ]
     optimizer = Muon(groups, OptimizerFacts("muon", (0.9, 0.95), 1e-8, 0.1, facts), torch.bfloat16)
-    pieces = [
-        (HeldPiece(FragmentKey(name, "momentum_buffer", shape, 0, math.prod(shape)), True), index, 0)
-        for index, (name, shape) in enumerate(SHAPES.items())
-    ]
+    shards = {name: ShardedAxis(shape, None, is_owner=True) for name, shape in SHAPES.items()}
+    owned = [OwnedRange(name, shards[name], 0, weight.numel(), weight, 0) for name, weight in ours.items()]
     alone = AxisGroup((0,), 0, None)  # type: ignore[arg-type]  # one rank sends nothing
-    optimizer.lay_out([(list(ours.values()), pieces)], [[[piece for piece, _, _ in pieces]]], alone, None)
+    layout = ParallelGroups(Topology(1), Topology(1).coordinate(0), alone, alone, alone, alone, alone)
+    optimizer.lay_out([(list(ours.values()), [owned])], layout, is_copied=True)
     expected = torch.optim.Muon(
         theirs.values(), lr=0.02, weight_decay=0.1, nesterov=nesterov, ns_coefficients=COEFFICIENTS, adjust_lr_fn=adjust
     )
