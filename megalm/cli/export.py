@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from megalm.checkpoint.manifest import read_manifest
 from megalm.cli.find_run import checkpoint_at, verify
 from megalm.cli.options import Ema, NewFolder, Place, Precision, StoredPrecision, Tokenizer
 from megalm.errors import CheckpointError
-from megalm.utils.formatting import format_bytes, parse_bytes
+from megalm.utils.formatting import format_bytes, parse_bytes, table
 from megalm.utils.progress import ProgressBar
 from megalm.utils.terminal import echo
 
@@ -46,6 +47,9 @@ def command(
     accept_bad: Annotated[
         bool, typer.Option("--accept-bad", help="Export a checkpoint even if it is marked bad.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, list the files with their sizes, and write nothing.")
+    ] = False,
 ) -> None:
     """Write a checkpoint in Hugging Face format, which transformers loads without megalm, or as GGUF for llama.cpp.
 
@@ -66,20 +70,26 @@ def command(
         raise CheckpointError(f"{path} is {manifest.mark}; choose another, or add --accept-bad")
     from megalm.checkpoint.checkpoint_reader import CheckpointReader
     from megalm.huggingface.config_json import model_type
-    from megalm.huggingface.export_model import export_checkpoint, plan_export
+    from megalm.huggingface.export_model import export_checkpoint, plan_export, planned_files
     from megalm.huggingface.weight_mapping import hf_tensors
 
     reader = CheckpointReader(path, ema)
     plan = plan_export(reader, output, dtype.dtype, tokenizer or None, chat_template)
     title = name or manifest.run or output.name
     if to is Format.gguf:
-        from megalm.gguf.export_gguf import check_gguf, export_gguf, gguf_tensors
+        from megalm.gguf.export_gguf import GGUF_FILE, check_gguf, export_gguf, gguf_bytes, gguf_tensors
 
         note = check_gguf(plan)
+        if dry_run:
+            _list({GGUF_FILE: gguf_bytes(plan)}, note)
+            return
         verify(reader)
         with ProgressBar("writing", len(gguf_tensors(plan.shape))) as counter:
             size = export_gguf(plan, title, counter.advance)
     else:
+        if dry_run:
+            _list(planned_files(plan, largest, title))
+            return
         verify(reader)
         with ProgressBar("writing", len(hf_tensors(plan.shape))) as counter:
             exported = export_checkpoint(plan, largest, title, counter.advance)
@@ -96,3 +106,11 @@ def command(
         echo(f"the checkpoint is {manifest.mark}")
     if to is Format.hf:
         echo("README.md names no licence; choose one before you publish the model")
+
+
+def _list(files: Mapping[str, int], note: str = "") -> None:
+    """The files that an export would write."""
+    rows: list[list[object]] = [[name, format_bytes(size)] for name, size in files.items()]
+    echo(table(["file", "size"], [*rows, ["total", format_bytes(sum(files.values()))]]))
+    if note:
+        echo(note)

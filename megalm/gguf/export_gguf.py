@@ -99,6 +99,23 @@ def export_gguf(plan: ExportPlan, name: str, advance: Callable[[], None]) -> int
     return complete_folder(plan.target, plan.bytes, fill)
 
 
+def gguf_bytes(plan: ExportPlan) -> int:
+    """The bytes of all tensors."""
+    return sum(
+        math.prod(size) * (plan.dtype if len(size) > 1 else torch.float32).itemsize
+        for size in _sizes(plan.shape).values()
+    )
+
+
+def _sizes(shape: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """llama.cpp's tensor name -> its shape."""
+    sizes = shape.parameters()
+    return {
+        target: (sum(sizes[part][0] for part in parts), *sizes[parts[0]][1:])
+        for target, parts in gguf_tensors(shape).items()
+    }
+
+
 def write_gguf(
     reader: CheckpointReader,
     shape: ModelConfig,
@@ -130,8 +147,7 @@ def write_gguf(
     if reader.shapes() != sizes:
         raise CheckpointError(f"{reader.path} does not match the model section of its manifest; use another checkpoint")
     total = 0
-    for target, parts in tensors.items():
-        size = (sum(sizes[part][0] for part in parts), *sizes[parts[0]][1:])
+    for target, size in _sizes(shape).items():
         stored = dtype if len(size) > 1 else torch.float32
         count = math.prod(size) * stored.itemsize
         kind = gguf.GGMLQuantizationType.BF16 if stored == torch.bfloat16 else gguf.GGMLQuantizationType.F32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from megalm.data.tokenizers.tokenizer import BYTES, Tokenizer, tokenizer_of
 from megalm.errors import CheckpointError
 from megalm.huggingface.config_json import model_type, require_exportable, to_config
 from megalm.huggingface.export_tokenizer import ExportedTokenizer, write_tokenizer
-from megalm.huggingface.export_weights import write_model
+from megalm.huggingface.export_weights import weight_files, write_model
 from megalm.huggingface.model_card import Card
 from megalm.huggingface.output_folder import complete_folder, require_free, require_room
 from megalm.model.model_config import ModelConfig
@@ -95,19 +96,34 @@ def export_checkpoint(plan: ExportPlan, largest_file_bytes: int, name: str, adva
         ConfigError: the target is no longer free.
         DataError: the disk is full.
     """
-    reader, shape, used = plan.reader, plan.shape, plan.tokenizer
-    dtype = str(plan.dtype).removeprefix("torch.")
 
     def fill(folder: Path) -> Exported:
-        sizes = shape.max_position_embeddings, shape.vocab_size
-        made = write_tokenizer(used, folder, *sizes, model_type(shape), plan.template)
-        write_json(folder / "config.json", to_config(shape, used.eod_id, made.special, dtype))
-        write_json(folder / GENERATION_CONFIG, _generation_config(used, shape.vocab_size, made.special))
-        card = Card(name, reader.path, reader.manifest, shape, dtype, made, reader.ema)
-        (folder / "README.md").write_text(card.text(), encoding="utf-8")
-        return Exported(write_model(reader, shape, folder, plan.dtype, largest_file_bytes, advance), made)
+        made = _write_small_files(plan, folder, name)
+        written = write_model(plan.reader, plan.shape, folder, plan.dtype, largest_file_bytes, advance)
+        return Exported(written, made)
 
     return complete_folder(plan.target, plan.bytes, fill)
+
+
+def planned_files(plan: ExportPlan, largest_file_bytes: int, name: str) -> dict[str, int]:
+    """File name -> bytes of what an export writes, about: headers of the weights' files are not counted."""
+    weights = weight_files(plan.shape, plan.dtype, largest_file_bytes)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_small_files(plan, Path(folder), name)
+        return {**{path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}, **weights}
+
+
+def _write_small_files(plan: ExportPlan, folder: Path, name: str) -> ExportedTokenizer:
+    """Write everything but the weights."""
+    shape, used = plan.shape, plan.tokenizer
+    dtype = str(plan.dtype).removeprefix("torch.")
+    sizes = shape.max_position_embeddings, shape.vocab_size
+    made = write_tokenizer(used, folder, *sizes, model_type(shape), plan.template)
+    write_json(folder / "config.json", to_config(shape, used.eod_id, made.special, dtype))
+    write_json(folder / GENERATION_CONFIG, _generation_config(used, shape.vocab_size, made.special))
+    card = Card(name, plan.reader.path, plan.reader.manifest, shape, dtype, made, plan.reader.ema)
+    (folder / "README.md").write_text(card.text(), encoding="utf-8")
+    return made
 
 
 def _generation_config(tokenizer: Tokenizer, rows: int, special: Mapping[str, int]) -> dict[str, Any]:

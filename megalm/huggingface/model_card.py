@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from megalm.huggingface.config_json import model_type
 from megalm.huggingface.export_tokenizer import SENTENCEPIECE, TOKENIZER, ExportedTokenizer
 from megalm.model.model_config import ModelConfig
 from megalm.planning.lr_schedule import ScheduleSegment
+from megalm.runs.evaluations import read_evaluations
 from megalm.runs.metrics_log import METRICS_FILE, Row, live_rows, read_metrics
 from megalm.runs.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, read_mapping
 from megalm.utils.formatting import perplexity_of
@@ -76,8 +79,31 @@ class Card:
 
     def _front_matter(self) -> str:
         tags = ["megalm", "pretrained", model_type(self.shape)]
-        content = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+        content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+        if results := list(self._results()):
+            content["model-index"] = [{"name": self.name, "results": results}]
         return to_yaml(content) + _LICENSE + "\n"
+
+    def _results(self) -> Iterator[dict[str, Any]]:
+        """What a hub page shows of the validations and of `megalm evaluate`, in the form of a model-index.
+
+        Source: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
+        """
+        measured = [
+            (str(row.get("dataset", "validation")), key, row[key])
+            for row in self._validations()
+            for key in ("loss", "perplexity", "bits_per_byte")
+            if isinstance(row.get(key), float)
+        ]
+        for one in read_evaluations(self._run) if self._metrics is not None else ():
+            if one.step == self.manifest.step and one.ema == self.ema:
+                measured.append((one.task, one.measure.replace(" ", "_"), one.value))
+        for dataset, metrics in groupby(measured, key=itemgetter(0)):
+            yield {
+                "task": {"type": "text-generation"},
+                "dataset": {"name": dataset, "type": dataset},
+                "metrics": [{"type": kind, "value": value} for _, kind, value in metrics],
+            }
 
     @staticmethod
     def _section(title: str, facts: Iterator[Fact]) -> list[str]:
@@ -142,8 +168,8 @@ class Card:
 
     def _validation(self) -> Iterator[Fact]:
         if self.ema:
-            return  # the run's losses are of the weights themselves
-        rows = self._evaluations()
+            return
+        rows = self._validations()
         for row in rows:
             words = [_loss(row["loss"])]
             if row.get("bits_per_byte") is not None:
@@ -158,9 +184,9 @@ class Card:
             tokens = f" ({count:,} tokens)" if count else ""
             yield "validation", f"{_loss(loss)}{tokens}"
 
-    def _evaluations(self) -> list[Row]:
-        """The last validation of each dataset at this step and attempt, from metrics.jsonl."""
-        if self._metrics is None:
+    def _validations(self) -> list[Row]:
+        """The last validation of each dataset at this step and attempt, from metrics.jsonl; none of an average."""
+        if self._metrics is None or self.ema:
             return []
         step, attempt = self.manifest.step, self.manifest.attempt
         rows = [row for row in live_rows(read_metrics(self._metrics)) if row["kind"] == "eval" and row["step"] == step]

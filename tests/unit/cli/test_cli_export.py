@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,20 @@ def test_there_and_back(checkpoint: Path, tmp_path: Path, capsys: pytest.Capture
     table = out.strip().split("\n\n")[-1].splitlines()
     assert re.split(r" {2,}", table[0])[1:] == ["master"]
     assert {float(line.split()[-1]) for line in table[2:]} == {0.0}
+
+
+def test_a_dry_run_lists_what_an_export_writes(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for words in (("--max-shard-size", "0.05MB"), ("--to", "gguf")):
+        code, told, error = run(capsys, "export", checkpoint, out, *words, "--dry-run")
+        assert (code, error) == (0, "")
+        assert not out.exists()
+        assert run(capsys, "export", checkpoint, out, *words)[0] == 0
+        listed = {line.split()[0] for line in told.splitlines()[2:]} - {"total", "model.safetensors.index.json"}
+        assert listed == {path.name for path in out.iterdir()} - {"model.safetensors.index.json"}
+        shutil.rmtree(out)
 
 
 def test_commands_that_are_shown_can_be_typed(
