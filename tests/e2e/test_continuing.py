@@ -200,7 +200,7 @@ def test_freezing_and_averaging_from_here_on_and_back(copied: Path, small_data: 
 
     frozen = "train.parameter_groups=[{match: 'layers.0.*', frozen: true}]"
     said = go_on("train.steps=8", frozen, "train.ema_decay=0.5").stdout
-    assert_names(said, "layers.0.attention_norm.weight", "train.ema_decay=0.5")
+    assert_names(said, "layers.0.attention.key.weight", "train.ema_decay=0.5")
     before, after = (CheckpointReader(run_folder(copied) / "checkpoints" / f"step-0000000{step}") for step in (6, 8))
     for name, shape in after.shapes().items():
         is_frozen = name.startswith("layers.0.")
@@ -208,7 +208,7 @@ def test_freezing_and_averaging_from_here_on_and_back(copied: Path, small_data: 
         stayed = torch.equal(before.read_parameter(name, shape), after.read_parameter(name, shape))
         assert stayed == is_frozen, name
     said = go_on("train.steps=9", "train.parameter_groups=[]", "train.ema_decay=null").stdout
-    assert_names(said, "layers.0.attention_norm.weight", "train.ema_decay")
+    assert_names(said, "layers.0.attention.key.weight", "train.ema_decay")
     last = CheckpointReader(run_folder(copied) / "checkpoints/step-00000009")
     name, shape = "layers.0.mlp.up.weight", last.shapes()["layers.0.mlp.up.weight"]
     assert last.kinds(name) == ("master", "exp_avg", "exp_avg_sq")
