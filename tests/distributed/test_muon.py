@@ -6,6 +6,7 @@ bits of a gradient into thousandths of an update. tests/unit/engine/test_muon.py
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,8 +20,10 @@ from megalm.checkpoint.save_transaction import save_checkpoint
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader
 from megalm.data.sampling.samples import TrainingSamples
+from megalm.engine.deepspeed_patches import allow_cpu_fp16_for_tests
 from megalm.engine.optimizer import muon
 from megalm.model.transformer import LanguageModel, initialize
+from megalm.planning.engine_checks import ALLOW_CPU_FP16
 from megalm.planning.lr_schedule import learning_rate
 from tests.distributed.training import (
     Case,
@@ -66,8 +69,10 @@ CASES = {
     "pp2 zero1": _case(1, PIPELINE),
     "tp2 pp2 zero1": _case(1, TENSOR, PIPELINE),
     "tp2 zero1 bf16": _case(1, TENSOR, precision="bf16"),
+    "zero2 fp16": _case(2, precision="fp16"),
 }
-EXACT = [name for name in CASES if "bf16" not in name]
+LOW = ("tp2 zero1 bf16", "zero2 fp16")
+EXACT = [name for name in CASES if name not in LOW]
 MOVES = [("sp2 zero3", "pp2 zero1"), ("pp2 zero1", "tp2 zero1 bf16"), ("tp2 zero0", "zero3"), ("zero3", "zero3")]
 
 
@@ -75,6 +80,8 @@ def _train(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[
     """Per case the state at the save and the whole run; per move what is read, and the steps that follow."""
     found: dict[Any, Any] = {}
     paths = {}
+    os.environ[ALLOW_CPU_FP16] = "1"
+    allow_cpu_fp16_for_tests()
     muon.MUON_ROUND = 4000  # several rounds, one matrix larger than that
     for name, case in CASES.items():
         engine, run, loader = start(comm, device, case, prefix, folder)
@@ -191,10 +198,13 @@ def test_the_steps_show_mistakes(plain: tuple[Trace, dict[Any, np.ndarray]]) -> 
     assert {kind for name, kind in state if name == "head.weight"} == {"master", "exp_avg", "exp_avg_sq"}
 
 
-def test_in_bf16_it_trains_as_in_fp32(ranks: list[dict[Any, Any]], plain: tuple[Trace, dict[Any, np.ndarray]]) -> None:
-    """With the tolerances of the parity matrix: bf16 also orthogonalises in bf16."""
+@pytest.mark.parametrize("name", LOW)
+def test_in_low_precision_it_trains_as_in_fp32(
+    ranks: list[dict[Any, Any]], plain: tuple[Trace, dict[Any, np.ndarray]], name: str
+) -> None:
+    """As near as in the parity matrix: a model in bf16 or fp16 is orthogonalised in bf16."""
     reference, expected = plain
-    traces = [rank["tp2 zero1 bf16"][1] for rank in ranks]
+    traces = [rank[name][1] for rank in ranks]
     np.testing.assert_allclose(traces[0].losses, reference.losses, rtol=1e-3)
     found = whole_state(traces)
     for key, values in expected.items():
