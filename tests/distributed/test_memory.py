@@ -29,7 +29,7 @@ GPT2 = ("model.style=gpt2", "model.qk_norm=false", "model.tie_word_embeddings=tr
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 MUON = {"type": "Muon", "params": {"weight_decay": 0.1}}
 GATHERED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-FROZEN = "train.parameter_groups=[{match: embedding.*, frozen: true}, {match: layers.[01].*, frozen: true}]"
+FROZEN = "train.parameter_groups=[{match: embedding.*, frozen: true}, {match: 'layers.[01].*', frozen: true}]"
 CASES = {
     # Accumulating: a single backward pass frees gradients as it reduces them.
     "zero1 fp32": Case("zero1.json", overrides=WIDE, settings={"train_micro_batch_size_per_gpu": 2}),
