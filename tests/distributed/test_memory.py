@@ -50,7 +50,6 @@ CASES = {
     "zero1 bf16 states": Case("zero1.json", "bf16", (*WIDE, "train.optimizer_state=bf16")),
     "zero3 8bit states": Case("zero3.json", "bf16", (*WIDE, "train.optimizer_state=8bit"), GATHERED),
     "zero2 bf16 frozen": Case("zero2.json", "bf16", (*WIDE, FROZEN, "train.ema_decay=0.9")),
-    "zero3 bf16 frozen": Case("zero3.json", "bf16", (*WIDE, FROZEN), GATHERED),
     "pp2 zero1 fp32 frozen": Case(
         "zero1.json", overrides=(*WIDE, PIPELINE, FROZEN), settings={"train_micro_batch_size_per_gpu": 2}
     ),
@@ -152,7 +151,8 @@ def test_plan_tells_what_is_held(measured: Any, name: str) -> None:
         most["gradients"] = _most_gradients(plan, run)
         for part, limit in most.items():
             fullest = max(found[part] for found in here)
-            assert 0.99 * getattr(plan, part) <= fullest <= limit, f"{part} of stage {plan.stage}: {here}"
+            least = 0.99 * getattr(plan, part)
+            assert (least if least >= SMALL else 0) <= fullest <= limit, f"{part} of stage {plan.stage}: {here}"
 
 
 def _plans(run: Any) -> list[Any]:
