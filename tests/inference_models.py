@@ -29,9 +29,14 @@ def write_run(
     length: int = 24,
     step: int = 10,
     spoilt: Mapping[str, float] | None = None,
+    average: float | None = None,
     **facts: Any,
 ) -> Path:
-    """A checkpoint of `run`; another `step` has other weights, a `spoilt` parameter has that number in every place."""
+    """A checkpoint of `run`; another `step` has other weights, a `spoilt` parameter has that number in every place.
+
+    Args:
+        average: the moving average of the weights is this times the weights; None: there is none.
+    """
     shape = build_model_config(section, tokenizer.vocab_size, length)
     model = LanguageModel(shape)
     initialize(model, shape, seed=step)
@@ -43,6 +48,8 @@ def write_run(
         values = parameter.detach() + (noise if parameter.ndim == 1 else 0)
         values = torch.full_like(values, (spoilt or {}).get(name, 0)) if name in (spoilt or {}) else values
         parts.append(Fragment(FragmentKey(name, "master", size, 0, parameter.numel()), values.flatten()))
+        if average is not None:
+            parts.append(Fragment(FragmentKey(name, "ema", size, 0, parameter.numel()), average * values.flatten()))
     data = {"data.sequence_length": length, "data.document_mask": facts.pop("document_mask", False)}
     known = {
         "attempt": 1,

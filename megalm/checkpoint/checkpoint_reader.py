@@ -25,15 +25,23 @@ from megalm.utils.atomic_files import sync_directory, write_atomically
 class CheckpointReader:
     """An open checkpoint. Files are memory-mapped, so reading a fragment reads only its own bytes.
 
+    Args:
+        ema: whole parameters are read from the moving average of the weights.
+
     Raises:
-        CheckpointError: no manifest, an unknown format, a missing file or a file of the wrong size.
+        CheckpointError: no manifest, an unknown format, a missing file or a file of the wrong size; or no average.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ema: bool = False) -> None:
         self.path = path
         self.manifest = read_manifest(path)
         if problem := wrong_file(path, self.manifest):
             raise CheckpointError(problem)
+        if ema and not self.manifest.has_ema:
+            raise CheckpointError(
+                f"{path} has no moving average of the weights: it was saved without train.ema_decay; leave out --ema"
+            )
+        self.ema = ema
         self._files: dict[str, Any] = {}
 
     def close(self) -> None:
@@ -63,6 +71,9 @@ class CheckpointReader:
     def read(self, key: FragmentKey) -> Tensor:
         """Return the fragment's values, fp32 [stop - start].
 
+        Moments of a parameter that was frozen are zeros. Without a moving average the weights stand for it: so it
+        begins, and of a frozen parameter it is them.
+
         Raises:
             CheckpointError: the parameter is missing, has another shape, or is incomplete.
         """
@@ -73,6 +84,10 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{self.path}: {key.name} has shape {entry.shape}, here {key.shape}; it belongs to another model"
             )
+        if key.kind == "ema" and "ema" not in entry.kinds:
+            key = replace(key, kind="master")
+        if key.kind != "master" and key.name in self.manifest.frozen:
+            return torch.zeros(key.count)
         result = torch.empty(key.count)
         covered = 0
         wanted = chunks_of(key)
@@ -91,16 +106,20 @@ class CheckpointReader:
         return result
 
     def read_weights(self, key: FragmentKey) -> Tensor:
-        """As `read`, but moments are zeros: for starting from the weights alone."""
-        return self.read(key) if key.kind == "master" else torch.zeros(key.count)
+        """As `read`, but moments are zeros, and an average begins: for starting from the weights alone."""
+        if key.kind in ("master", "ema"):
+            return self.read(replace(key, kind="master"))
+        return torch.zeros(key.count)
 
     def model(self) -> dict[str, Tensor]:
         """Return all fp32 parameters by canonical name."""
         return {name: self.read_parameter(name, shape) for name, shape in self.shapes().items()}
 
-    def read_parameter(self, name: str, shape: tuple[int, ...], kind: FragmentKind = "master") -> Tensor:
-        """Read a full parameter, or one of its moments, in its shape; errors as for `read`."""
-        return self.read(FragmentKey(name, kind, shape, 0, math.prod(shape))).view(shape)
+    def read_parameter(self, name: str, shape: tuple[int, ...], kind: FragmentKind | None = None) -> Tensor:
+        """Read a full parameter, or another kind of its state, in its shape; errors as for `read`."""
+        return self.read(FragmentKey(name, kind or ("ema" if self.ema else "master"), shape, 0, math.prod(shape))).view(
+            shape
+        )
 
     def read_finite(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """As `read_parameter`, but refuse NaN and infinity: a model with them fails elsewhere, or is wrong in silence.

@@ -14,6 +14,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -329,6 +330,18 @@ class Manifest(_Part):
     def content(self) -> Mapping[str, Any]:
         """The JSON that it was read from: keys in their order, including unknown ones, without defaults."""
         return self._content
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether it has a moving average of the weights."""
+        return any("ema" in tensor.kinds for tensor in self.tensors.values())
+
+    @cached_property
+    def frozen(self) -> frozenset[str]:
+        """Names of the parameters that did not train: of them the complete state of a run has the weights alone."""
+        if self.holds is not None:
+            return frozenset()
+        return frozenset(name for name, tensor in self.tensors.items() if tensor.kinds == ("master",))
 
     def amended(self, **changes: Any) -> Manifest:
         """Return a copy with some keys changed (JSON values); new keys come last."""

@@ -14,7 +14,7 @@ import orjson
 import typer
 
 from megalm.cli.find_run import checkpoint_at, good_checkpoints_at, verify, warn
-from megalm.cli.options import ModelPlace, Precision, Tokenizer
+from megalm.cli.options import Ema, ModelPlace, Precision, Tokenizer
 from megalm.data.readers.input_files import ReadReport, find_inputs
 from megalm.errors import CheckpointError, ConfigError, is_out_of_memory
 from megalm.runs.evaluations import EVALUATIONS_FILE, task_name
@@ -56,7 +56,7 @@ _ANSWER_COLUMNS: tuple[_Column, ...] = (
 
 @dataclass(frozen=True)
 class _Request:
-    """The data to evaluate on."""
+    """The data to evaluate on, and whether the moving average of the weights is evaluated."""
 
     data: Sequence[str]
     text: Sequence[str]
@@ -65,6 +65,7 @@ class _Request:
     batch_size: int
     overlap: int | None
     text_key: str
+    ema: bool
 
     def files(self) -> list[str | Path]:
         """Return the files that are named; their readers report missing ones."""
@@ -105,6 +106,7 @@ def command(
     text_key: Annotated[str, typer.Option(help="For --text: the key or column that holds the text.")] = _TEXT_KEY,
     dtype: Annotated[Precision, typer.Option(help="The dtype of weights and activations.")] = Precision.fp32,
     tokenizer: Tokenizer = "",
+    ema: Ema = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of tables.")] = False,
 ) -> None:
     """Evaluate checkpoints: loss, perplexity and bits per byte, and accuracy on multiple-choice questions.
@@ -136,7 +138,7 @@ def command(
         paths = [found]
     facts = read_facts(paths[-1], tokenizer or None)
     _refuse_bad(facts)
-    request = _Request(data or (), text or (), choices or (), max_samples, batch_size, overlap, text_key)
+    request = _Request(data or (), text or (), choices or (), max_samples, batch_size, overlap, text_key, ema)
     if facts.run_folder is not None:
         refuse_overwriting_inputs([facts.run_folder / EVALUATIONS_FILE], request.files())
     tasks = _tasks(facts, request)
@@ -217,13 +219,15 @@ def _evaluate(
     from megalm.inference.inference_model import InferenceModel
 
     with counter.paused():
-        model = InferenceModel(path, tokenizer, precision.dtype, verify, watched(f"loading {path.name}"))
+        loading = watched(f"loading {path.name}")
+        model = InferenceModel(path, tokenizer, precision.dtype, verify, loading, request.ema)
     manifest = model.facts.manifest
     about: dict[str, Any] = {
         "checkpoint": str(model.path),
         "step": manifest.step,
         "tokens": manifest.tokens,
         "dtype": precision.value,
+        "ema": request.ema,
         "device": model.device.type,
         "sequence_length": model.facts.sequence_length,
         "max_samples": request.max_samples,

@@ -11,7 +11,7 @@ import typer
 
 from megalm.checkpoint.manifest import read_manifest
 from megalm.cli.find_run import checkpoint_at, verify
-from megalm.cli.options import NewFolder, Place, Precision, StoredPrecision, Tokenizer
+from megalm.cli.options import Ema, NewFolder, Place, Precision, StoredPrecision, Tokenizer
 from megalm.errors import CheckpointError
 from megalm.utils.formatting import format_bytes, parse_bytes, table
 from megalm.utils.progress import ProgressBar
@@ -37,6 +37,7 @@ def command(
     ] = Format.hf,
     name: Annotated[str, typer.Option(help="The model's name in its card. Default: the run's.")] = "",
     tokenizer: Tokenizer = "",
+    ema: Ema = False,
     chat_template: Annotated[
         Path | None,
         typer.Option(
@@ -72,7 +73,7 @@ def command(
     from megalm.huggingface.export_model import export_checkpoint, plan_export, planned_files
     from megalm.huggingface.weight_mapping import hf_tensors
 
-    reader = CheckpointReader(path)
+    reader = CheckpointReader(path, ema)
     plan = plan_export(reader, output, dtype.dtype, tokenizer or None, chat_template)
     title = name or manifest.run or output.name
     if to is Format.gguf:
@@ -97,6 +98,8 @@ def command(
         f"{output}: {plan.shape.parameter_count():,} parameters of {path} as {model_type(plan.shape)} in "
         f"{dtype.value}, {format_bytes(size)}"
     )
+    if ema:
+        echo("the weights are their moving average")
     if note:
         echo(note)
     if manifest.mark:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from megalm.checkpoint.discovery import step_of
 from megalm.cli.find_run import checkpoint_at, good_checkpoints_at, verify, warn
-from megalm.cli.options import ModelPlace, Tokenizer
+from megalm.cli.options import Ema, ModelPlace, Tokenizer
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import SampleSection
 from megalm.errors import ConfigError, DataError
@@ -169,6 +169,7 @@ def command(
     samples: Annotated[int, typer.Option(min=1, help="The number of texts for each prompt.")] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     tokenizer: Tokenizer = "",
+    ema: Ema = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print a JSON line for each text: prompt, continuation, why it ends.")
     ] = False,
@@ -207,7 +208,7 @@ def command(
         repetition_penalty=repetition_penalty,
     )
     for path in _checkpoints(place, at) if at else [checkpoint_at(place)]:
-        model = _load(path, tokenizer)
+        model = _load(path, tokenizer, ema)
         cached, length = CachedModel(model), model.shape.max_position_embeddings
         if interactive:
             PromptLoop(partial(stream, cached, model.tokenizer, sequence_length=length), settings, seed).run()
@@ -238,11 +239,11 @@ def command(
             echo_text(orjson.dumps(facts).decode())
 
 
-def _load(path: Path, tokenizer: str) -> InferenceModel:
+def _load(path: Path, tokenizer: str, ema: bool) -> InferenceModel:
     """The model of a checkpoint; warns if the checkpoint is marked."""
     from megalm.inference.inference_model import InferenceModel
 
-    model = InferenceModel(path, tokenizer or None, verify=verify, watched=watched("loading"))
+    model = InferenceModel(path, tokenizer or None, verify=verify, watched=watched("loading"), ema=ema)
     if mark := model.facts.manifest.mark:
         warn(f"{path} is {mark}")
     return model

@@ -120,5 +120,6 @@ ModelPlace = Annotated[
     ),
 ]
 StoredPrecision = Annotated[Precision, typer.Option("--dtype", help="fp32 is exact; bf16 rounds, at half the size.")]
+Ema = Annotated[bool, typer.Option("--ema", help="Use the moving average of the weights (train.ema_decay).")]
 Tokenizer = Annotated[str, typer.Option("--tokenizer", help="The tokenizer's path, if it has moved since training.")]
 NewFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to create; it may exist if empty.")]

@@ -9,7 +9,7 @@ from typing import Any
 from megalm.config.loading import DEFAULT_PRESET, external_name
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields, shown
-from megalm.cost_model.memory import MemoryPlan, checkpoint_bytes
+from megalm.cost_model.memory import MemoryPlan
 from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
 from megalm.model.model_config import ModelConfig
 from megalm.planning.memory_fit import USABLE_MEMORY, remedies
@@ -262,7 +262,10 @@ def _triple(plan: Plan) -> tuple[int, int, int]:
 def _parameters(plan: Plan) -> str:
     total = plan.parameter_count
     rows: list[list[object]] = [[part, f"{count:,}", f"{count / total:.1%}"] for part, count in plan.parameters.items()]
-    return table(["part", "parameters", "share"], [*rows, ["total", f"{total:,}", ""]])
+    rows.append(["total", f"{total:,}", ""])
+    if plan.trained_parameters < total:
+        rows.append(["of which train", f"{plan.trained_parameters:,}", f"{plan.trained_parameters / total:.1%}"])
+    return table(["part", "parameters", "share"], rows)
 
 
 def _groups(plan: Plan) -> str:
@@ -272,8 +275,7 @@ def _groups(plan: Plan) -> str:
             group.algorithm,
             f"{group.tensors:,}",
             f"{group.parameters:,}",
-            f"{group.learning_rate_scale:g}",
-            f"{group.weight_decay:g}",
+            *(("-", "-") if group.frozen else (f"{group.learning_rate_scale:g}", f"{group.weight_decay:g}")),
         ]
         for group in plan.optimizer_groups
     ]
@@ -292,7 +294,7 @@ def _tokens(plan: Plan) -> str:
             ["FLOPs per token", f"{plan.flops_per_token:.3e}"],
             *_recomputed(plan),
             ["total FLOPs", f"{plan.total_flops:.3e}"],
-            ["checkpoint size", format_bytes(checkpoint_bytes(plan.shape, plan.case.muon))],
+            ["checkpoint size", format_bytes(plan.checkpoint_bytes)],
         ],
     )
 
@@ -316,6 +318,7 @@ _PARTS = {
     "loss": "a chunk of logits, and the gradients of head and hidden states",
     "runtime": "allowance for CUDA's context, cuBLAS and NCCL",
     "swap buffers": "the optimizer states in work",
+    "ema": "the moving average of the weights (train.ema_decay)",
     "checkpoint copy": "what checkpoint.async writes from",
 }
 

@@ -240,6 +240,7 @@ class ParameterGroup(Section):
     match: Annotated[str, Field(min_length=1)]
     learning_rate_scale: Quantity = 1.0
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    frozen: bool = False
 
 
 class TrainSection(Section):
@@ -306,12 +307,17 @@ class TrainSection(Section):
     gc_interval_steps: PositiveInt | None = Field(
         default=50, description="collect Python's garbage on all ranks at once, not when it pleases; null: Python's way"
     )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="keep a moving average of the weights, of which each update leaves this share; null: none",
+    )
     embedding_weight_decay: bool = Field(
         default=True, description="whether embeddings decay; other matrices always do, norms and biases never"
     )
     parameter_groups: tuple[ParameterGroup, ...] = Field(
         default=(),
-        description="other optimizer settings by parameter name: a list of {match, learning_rate_scale, weight_decay}",
+        description="other optimizer settings by parameter name: a list of {match, learning_rate_scale, weight_decay, "
+        "frozen}",
     )
 
 

@@ -7,7 +7,7 @@ Buckets, activations and the loss are formulas for the block of megalm/model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -16,8 +16,8 @@ from megalm.config.deepspeed.json_schema import Precision, ZeroSection
 from megalm.config.schema import OptimizerStateKind, ParameterGroup, Recompute
 from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
 from megalm.cost_model.start_memory import start_moments
-from megalm.model.model_config import ModelConfig, kept_probabilities
-from megalm.model.parameter_groups import MOMENTS, GroupKey, group_keys, optimizer_groups
+from megalm.model.model_config import ModelConfig, kept_probabilities, lowest_block
+from megalm.model.parameter_groups import MOMENTS, NO_GROUP, GroupKey, frozen_parameters, group_keys, optimizer_groups
 from megalm.topology import AXES, Topology
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -174,6 +174,12 @@ class MemoryCase:
     device_bytes: int | None = None
     optimizer_state: OptimizerStateKind = "fp32"
     muon: bool = False
+    ema: bool = False
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Canonical names of the parameters that do not train."""
+        return frozen_parameters(self.shape, self.parameter_groups)
 
     @property
     def tokens(self) -> int:
@@ -248,6 +254,7 @@ class MemoryPlan:
         start_host: the most in the CPU's memory before the first step; 0 on a CPU.
         disk: the optimizer's states on NVMe.
         stage: of the pipeline; 0 without one.
+        ema: the moving average of the masters.
     """
 
     weights: int
@@ -264,11 +271,12 @@ class MemoryPlan:
     disk: int = 0
     on_cpu: bool = False
     stage: int = 0
+    ema: int = 0
 
     def parts(self) -> dict[str, int]:
         """Part -> bytes on the device."""
         names = ("weights", "gradients", "master", "moments", "buckets", "activations", "loss", "runtime")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | ({"ema": self.ema} if self.ema else {})
 
     @property
     def total(self) -> int:
@@ -301,9 +309,9 @@ def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
             continue
         seen.add(kind)
         by_key = parameter_groups(case, share)
-        groups = list(by_key.values())
-        device, host = _states(case, by_key)
-        moments = list(start_moments(case, share, groups))
+        groups, frozen = list(by_key.values()), frozen_counts(case, share)
+        device, host = _states(case, by_key, frozen)
+        moments = list(start_moments(case, share, groups, sum(frozen)))
         runtime = _runtime_bytes(case)
         activations = activation_bytes(case, share)
         loss = loss_bytes(case, share.tensor) if share.is_last else 0
@@ -339,11 +347,20 @@ def _runtime_bytes(case: MemoryCase) -> int:
     return _CUDA_CONTEXT + _NCCL_GROUP * (groups + (groups > 1) + stage)
 
 
-def checkpoint_bytes(shape: ModelConfig, muon: bool = False) -> int:
-    """A checkpoint's tensors: the fp32 master of every parameter and its moments, whatever the layout."""
+def checkpoint_bytes(
+    shape: ModelConfig, rules: Sequence[ParameterGroup] = (), muon: bool = False, ema: bool = False
+) -> int:
+    """A checkpoint's tensors: every weight in fp32, moments and average of those that train, whatever the layout.
+
+    Args:
+        rules: train.parameter_groups.
+    """
     sizes = shape.parameters()
-    keys = group_keys({name: len(size) for name, size in sizes.items()}, (), True, muon)
-    return sum(4 * (1 + len(MOMENTS[keys[name].algorithm])) * math.prod(size) for name, size in sizes.items())
+    keys = group_keys({name: len(size) for name, size in sizes.items()}, rules, True, muon)
+    return sum(
+        4 * (1 + len(MOMENTS[keys[name].algorithm]) + (ema and not keys[name].frozen)) * math.prod(size)
+        for name, size in sizes.items()
+    )
 
 
 # Activations and loss by formula, for the block of megalm/model: pre-norm, separate query, key and value projections,
@@ -355,16 +372,17 @@ def activation_bytes(case: MemoryCase, share: Share) -> int:
     tokens, every = case.tokens, case.checkpoint_activations_every
     stream = tokens * case.shape.hidden_size // share.slices
     hidden = stream * case.element_bytes
-    blocks = range(share.first_block, share.first_block + share.blocks)
+    # Blocks below every parameter that trains keep nothing.
+    blocks = range(max(share.first_block, lowest_block(case.shape, case.frozen)), share.first_block + share.blocks)
     whole = len([index for index in blocks if every and index % every == 0])
     # Of each kind of block, what it keeps, and what its recomputation holds again for a time.
     plain = block_bytes(case, share, case.recompute), block_bytes(case, share, "full")
-    kinds = [it for it, count in zip(plain, (share.blocks - whole, whole), strict=True) if count]
-    kept = (share.blocks - whole) * plain[0][0] + whole * plain[1][0]
+    kinds = [it for it, count in zip(plain, (len(blocks) - whole, whole), strict=True) if count]
+    kept = (len(blocks) - whole) * plain[0][0] + whole * plain[1][0]
     # The last stage keeps its final norm and the head's input; another stage keeps the output that it sends on.
     end = hidden + (stream * _norm_bytes(case, case.shape.style == "llama") if share.is_last else 0)
     mask = tokens * 4 if case.document_mask else 0  # document numbers; attention builds its masks block by block
-    working = 2 * hidden + max(again for _, again in kinds)  # gradients, and what one block recomputes
+    working = 2 * hidden + max((again for _, again in kinds), default=0)  # gradients, and what one block recomputes
     working += _float8_bytes(case, share)
     return (kept + end + mask) * share.in_flight(case.accumulation) + working
 
@@ -421,43 +439,62 @@ def loss_bytes(case: MemoryCase, tensor: int = 1) -> int:
     logits = chunk * vocabulary * (2 * case.element_bytes + 4)  # logits, their gradient; probabilities in fp32
     # The weight's gradient is summed in fp32. A CPU holds a chunk's product beside it; the backward pass a narrow copy
     # and the scaled gradient of the hidden states.
-    narrow = vocabulary * hidden * case.element_bytes if case.element_bytes < 4 else 0
+    head = "embedding.tokens.weight" if case.shape.tie_word_embeddings else "head.weight"
+    weight = vocabulary * hidden if head not in case.frozen else 0
+    narrow = weight * case.element_bytes if case.element_bytes < 4 else 0
     hidden_gradient = case.tokens * hidden * case.element_bytes
     forward, backward = logits + (narrow if case.on_cpu else 0), narrow + hidden_gradient
-    return hidden_gradient + 4 * vocabulary * hidden + max(forward, backward)
+    return hidden_gradient + 4 * weight + max(forward, backward)
 
 
 def parameter_groups(case: MemoryCase, share: Share) -> dict[GroupKey, list[int]]:
-    """Elements of a rank's parameters in the optimizer's groups, which ZeRO pads one by one."""
+    """Elements of a rank's parameters in the optimizer's groups, which ZeRO pads one by one.
+
+    A pipeline stage of which nothing trains has a group of one element.
+    """
     shapes = share.parameters()
     dimensions = {name: len(shape) for name, shape in shapes.items()}
     keys = group_keys(dimensions, case.parameter_groups, case.embedding_weight_decay, case.muon)
-    return {key: [math.prod(shapes[name]) for name in names] for key, names in optimizer_groups(keys).items()}
+    groups = {key: names for key, names in optimizer_groups(keys).items() if not key.frozen}
+    return {key: [math.prod(shapes[name]) for name in names] for key, names in groups.items()} or {NO_GROUP: [1]}
 
 
-def _states(case: MemoryCase, by_key: dict[GroupKey, list[int]]) -> tuple[dict[str, int], dict[str, int]]:
-    """Weights, gradients, master and moments on the device, and offloaded parts in the CPU's memory."""
+def frozen_counts(case: MemoryCase, share: Share) -> list[int]:
+    """Elements of the frozen parameters, or parts of them, that a rank computes with; under ZeRO 3 that it holds."""
+    frozen, ranks = case.frozen, case.topology.data if case.zero.stage == 3 else 1
+    return [math.ceil(math.prod(size) / ranks) for name, size in share.parameters().items() if name in frozen]
+
+
+def _states(
+    case: MemoryCase, by_key: dict[GroupKey, list[int]], frozen: list[int]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Weights, gradients, master and moments on the device, and offloaded parts in the CPU's memory.
+
+    Args:
+        frozen: of `frozen_counts`: they have weights alone.
+    """
     stage = case.zero.stage
     low = case.element_bytes
     groups = list(by_key.values())
     moments = _moments(case, by_key)
+    average = _own_elements(case, groups) if case.ema else 0
     own = _own_elements(case, groups)
     if stage == 0:
-        device = {"weights": low * own, "gradients": low * own, "master": 0}
-        device["moments"] = _moment_bytes(case, groups, moments)
-        return device, _checkpoint_copy(case, own + moments)
+        device = {"weights": low * (own + sum(frozen)), "gradients": low * own, "master": 0}
+        device |= {"moments": _moment_bytes(case, groups, moments), "ema": 4 * average}
+        return device, _checkpoint_copy(case, own + moments + average, frozen)
     gradients, host_gradients = _gradients(case, groups, own)
-    optimizer = {"master": 4 * own, "moments": _moment_bytes(case, groups, moments)}
-    weights = low * own if stage == 3 else low * sum(case.padded(group) for group in groups)
+    optimizer = {"master": 4 * own, "moments": _moment_bytes(case, groups, moments), "ema": 4 * average}
+    weights = low * (sum(frozen) + (own if stage == 3 else sum(case.padded(group) for group in groups)))
     device = {"weights": weights, "gradients": gradients, **optimizer}
-    host = _checkpoint_copy(case, own + moments)
+    host = _checkpoint_copy(case, own + moments + average, frozen)
     if case.offloads_optimizer:
         device |= dict.fromkeys(optimizer, 0)
         host |= {"gradients": host_gradients, **optimizer} if not case.swaps else _swap_buffers(case, groups)
         if stage < 3:
             host["buckets"] = low * own  # updated weights on their way back
     if case.offloads_parameters:
-        device["weights"], host["weights"] = 0, low * own
+        device["weights"], host["weights"] = 0, weights
     return device, host
 
 
@@ -471,9 +508,11 @@ def _swap_buffers(case: MemoryCase, groups: Groups) -> dict[str, int]:
     return {"gradients": case.gradient_bytes * own, "swap buffers": 4 * offload.buffer_count * sub_group}
 
 
-def _checkpoint_copy(case: MemoryCase, elements: int) -> dict[str, int]:
-    """With checkpoint.async, a copy of the master and the moments that this rank owns."""
-    return {"checkpoint copy": 4 * elements} if case.checkpoint_copy else {}
+def _checkpoint_copy(case: MemoryCase, elements: int, frozen: list[int]) -> dict[str, int]:
+    """With checkpoint.async, a copy of the master and the moments that this rank owns, and of its frozen weights."""
+    ranks = 1 if case.zero.stage == 3 else case.topology.data
+    own = elements + sum(math.ceil(count / ranks) for count in frozen)
+    return {"checkpoint copy": 4 * own} if case.checkpoint_copy else {}
 
 
 def _gradients(case: MemoryCase, groups: Groups, own: int) -> tuple[int, int]:
@@ -601,7 +640,7 @@ def _bucket_bytes(case: MemoryCase, share: Share, groups: Groups, freed: int) ->
     if stage == 3:
         # DeepSpeed keeps what it needs again within the reuse distance, prefetches, and adds the module in work.
         kept = min(zero.max_live_parameters, zero.max_reuse_distance + zero.prefetch_bucket_size)
-        gathered = min(sum(counts), kept + max(map(sum, share.modules())))
+        gathered = min(sum(map(sum, share.modules())), kept + max(map(sum, share.modules())))
         return sent * bucket + case.element_bytes * gathered
     if case.uses_bf16_optimizer:
         return max(0, 4 * min(sum(counts), _FLAT_BUCKET) - freed)  # one flattened copy of the gradients

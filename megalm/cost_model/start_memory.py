@@ -20,23 +20,24 @@ class Moment(NamedTuple):
     host: int
 
 
-def start_moments(case: MemoryCase, share: Share, groups: Groups) -> Iterator[Moment]:
+def start_moments(case: MemoryCase, share: Share, groups: Groups, frozen: int) -> Iterator[Moment]:
     """The fullest moments of the start: one of them is the peak of the device, one of the CPU's memory.
 
     Args:
         groups: elements of the parameters in the optimizer's groups.
+        frozen: elements of frozen parameters that a rank holds.
     """
-    sizes = share.shape.parameters()
+    sizes, frozen_bytes = share.shape.parameters(), case.element_bytes * frozen
     # The one initial weight that a rank draws, in fp32, before it is cut, and what is on its way to the device.
     drawn = 4 * max(math.prod(sizes[name]) for name in share.parameters())
     if case.element_bytes < 4:
-        drawn += case.element_bytes * max(map(max, groups))
+        drawn += case.element_bytes * max(math.prod(size) for size in share.parameters().values())
     if case.zero.stage == 3:
-        yield from _stage_3(case, groups, _partitioning(case, share), drawn)
+        yield from _stage_3(case, groups, _partitioning(case, share), drawn, frozen_bytes)
         return
-    yield Moment(case.element_bytes * sum(map(sum, groups)), drawn)
+    yield Moment(case.element_bytes * sum(map(sum, groups)) + frozen_bytes, drawn)
     if case.zero.stage:
-        yield from _flat_groups(case, groups)
+        yield from (Moment(it.device + frozen_bytes, it.host) for it in _flat_groups(case, groups))
 
 
 def _partitioning(case: MemoryCase, share: Share) -> int:
@@ -52,19 +53,19 @@ def _partitioning(case: MemoryCase, share: Share) -> int:
     return case.element_bytes * peak
 
 
-def _stage_3(case: MemoryCase, groups: Groups, partitioning: int, drawn: int) -> Iterator[Moment]:
+def _stage_3(case: MemoryCase, groups: Groups, partitioning: int, drawn: int, frozen: int) -> Iterator[Moment]:
     parts = [[math.ceil(count / case.topology.data) for count in group] for group in groups]
     own = sum(map(sum, parts))
     weights = case.element_bytes * own
     bucket = case.communication_bytes * case.zero.reduce_bucket_size if case.zero.contiguous_gradients else 0
     if case.offloads_parameters:
-        largest_block = partitioning - weights
-        yield Moment(largest_block, drawn + weights)
-        yield Moment(0, 3 * weights)  # the parts, their flat buffer, and its pinned copy
+        largest_block = partitioning - weights - frozen
+        yield Moment(largest_block, drawn + weights + frozen)
+        yield Moment(0, 3 * weights + frozen)  # the parts, their flat buffer, and its pinned copy
     else:
         yield Moment(partitioning, drawn)
-        yield Moment(weights, weights)  # the parts become one buffer by way of the CPU's memory
-    device, host = (0, weights) if case.offloads_parameters else (weights, 0)
+        yield Moment(weights + frozen, weights)  # the parts become one buffer by way of the CPU's memory
+    device, host = (0, weights + frozen) if case.offloads_parameters else (weights + frozen, 0)
     gradients = case.gradient_bytes * own
     gathered = case.element_bytes * max(map(max, groups))  # each parameter once, for DeepSpeed's hooks
     largest = 4 * max(sub_group for group in parts for sub_group in _sub_groups(group, case.zero.sub_group_size))

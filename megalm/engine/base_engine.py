@@ -31,11 +31,13 @@ from megalm.engine.cpp_extensions import load_async_io
 from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_log
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
-from megalm.engine.optimizer.build_optimizer import build_optimizer, parameter_groups
+from megalm.engine.optimizer.build_optimizer import build_optimizer, group_without_parameters, parameter_groups
+from megalm.engine.optimizer.frozen_weights import FrozenWeights
 from megalm.engine.optimizer.muon import Muon
 from megalm.engine.optimizer.optimizer_state import OptimizerState, ReadFragment
 from megalm.engine.phase_clock import PhaseClock
 from megalm.model.layer_factory import shard_of
+from megalm.model.model_config import ModelConfig
 from megalm.parallel.process_groups import ParallelGroups
 from megalm.planning.resolve import ResolvedRun
 from megalm.rank_environment import rank_facts
@@ -190,6 +192,8 @@ def _summed_once(norm_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _norm_on_host(norm_of: Callable[..., Tensor | list[Tensor]]) -> Callable[..., Tensor]:
     @functools.wraps(norm_of)
     def read(*args: Any, **options: Any) -> Tensor:
+        if options.get("input_tensors") == []:  # of a rank whose parameters are frozen, or other ranks' as well
+            options["input_tensors"] = [torch.zeros(1)]
         with _FillOnDevice():
             norm = norm_of(*args, **options)
         return (torch.stack(norm) if isinstance(norm, list) else norm).cpu()
@@ -237,6 +241,7 @@ class EngineContext:
     """
 
     run: ResolvedRun
+    shape: ModelConfig
     device: torch.device
     comm: Communicator
     groups: ParallelGroups
@@ -274,14 +279,18 @@ class EngineBase:
         is_measured = wanted.phase_times or wanted.profile_steps is not None
         self._phases = PhaseClock(context.device, wanted.phase_times) if is_measured else None
         offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}
+        weight_groups = parameter_groups(part, run) or [group_without_parameters(model)]
+        trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        frozen = {name: parameter for name, parameter in parameters.items() if name not in trained}
         self._swap_folder: SwapFolder | None = None
         if offload["device"] == "nvme":
             load_async_io()
-            elements = sum(math.prod(shard.sizes) for shard in shards.values())
+            elements = sum(math.prod(shards[name].sizes) for name in trained)
             needed = _SWAPPED_BYTES * elements // self._data.size * rank_facts().local_world_size
             self._swap_folder = SwapFolder(offload["nvme_path"], needed)
             offload["nvme_path"] = str(self._swap_folder.path)
-        inner = build_optimizer(parameter_groups(part, run), run, offload["device"] != "none")
+        self._frozen = FrozenWeights(frozen, shards, groups.data)
+        inner = build_optimizer(weight_groups, run, offload["device"] != "none")
         self._last_norm = 0.0
         self._step_sums, self._divisor = HostCopy(context.device), 1
         self._check = UpdateCheck(context.comm, context.judge)
@@ -297,7 +306,7 @@ class EngineBase:
                 dist_init_required=False,
             )
         self._phase_seconds: dict[str, float] = {}
-        self._state = OptimizerState(self._engine, parameters, shards, is_first_copy=groups.data.index == 0)
+        self._state = OptimizerState(self._engine, trained, shards, groups.data.index == 0, run.config.train.ema_decay)
         if isinstance(inner, Muon):
             units = self._state.units_of("momentum_buffer", groups.data.size)
             inner.lay_out(units, groups, is_copied=self._stage == 0)
@@ -305,16 +314,20 @@ class EngineBase:
         self._first_counters = self.counters()
 
     def fragments(self) -> Iterator[HasFragment]:
-        return self._state.fragments()
+        yield from self._state.fragments()
+        yield from self._frozen.fragments()
 
     def counters(self) -> dict[str, Any]:
+        # Without ZeRO, a pipeline stage whose parameters are all frozen counts no updates.
+        (optimizer_step,) = self._comm.max([float(self._state.optimizer_step())])
         return {
-            "optimizer_step": self._state.optimizer_step(),
+            "optimizer_step": int(optimizer_step),
             "skipped_steps": self._engine.skipped_steps,
             "loss_scaler": self._state.loss_scaler(),
         }
 
     def restore(self, read: ReadFragment, counters: dict[str, Any], step: int) -> None:
+        self._frozen.load(read)
         self._state.load(read, counters["optimizer_step"])
         self._count_from(counters, step)
 
@@ -385,7 +398,7 @@ class EngineBase:
         if self._stage == 0:
             gradients = [parameter.grad for parameter in self._owned if parameter.grad is not None]
             norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
-            squares = [torch.stack(norms).square().sum()]
+            squares = [torch.stack(norms).square().sum() if norms else torch.zeros((), device=self._device)]
         self._step_sums.request(self._sum_over_ranks(loss_sum, *squares))
         self._divisor = divisor
         self._check.arm(self._loss_and_norm)
@@ -406,6 +419,8 @@ class EngineBase:
         if verdict is None and not (self._scales_loss and math.isfinite(loss)):
             # DeepSpeed found an overflow and did not call `step`: normal with a loss scale, a fault without one.
             verdict = replace(self._check.judge(loss, self._last_norm), refuses=True)
+        if verdict is not None and not verdict.refuses:
+            self._state.ema.update()
         return StepResult(loss, self._last_norm, self._state.loss_scale(), verdict)
 
     def _count_from(self, counters: dict[str, Any], step: int) -> None:

@@ -69,7 +69,7 @@ def build_engine(
     train = run.config.train
     clock = DropoutClock(train.seed)
     groups = make_groups(run.topology, comm.rank, comm.timeout, with_stages=run.optimizer.muon is not None)
-    context = EngineContext(run, device, comm, groups, judge)
+    context = EngineContext(run, shape, device, comm, groups, judge)
     if traffic is not None:
         traffic.name_groups(context.groups, comm.process_group)
     float8 = run.config.precision.float8
@@ -87,15 +87,13 @@ def build_engine(
         if on_stages is not None:
             on_stages(blocks, costs)
         return _pipeline_engine(context, build, clock, blocks, draw)
-    return _zero_engine(context, shape, layers, clock, draw)
+    return _zero_engine(context, layers, clock, draw)
 
 
-def _zero_engine(
-    context: EngineContext, shape: ModelConfig, layers: LayerFactory, clock: DropoutClock, draw: DrawWeight | None
-) -> Engine:
+def _zero_engine(context: EngineContext, layers: LayerFactory, clock: DropoutClock, draw: DrawWeight | None) -> Engine:
     from megalm.engine.zero_engine import ZeroEngine
 
-    run, train = context.run, context.run.config.train
+    run, shape, train = context.run, context.shape, context.run.config.train
     chunk = loss_chunk_tokens(run.config, shape, run.device)
     with _InitialWeights(list(shape.parameters()), draw, context.groups.data) as weights:
 

@@ -16,7 +16,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.schedule import ForwardPass, OptimizerStep, TrainSchedule
+from deepspeed.runtime.pipe.schedule import (
+    BackwardPass,
+    ForwardPass,
+    OptimizerStep,
+    PipeInstruction,
+    RecvActivation,
+    RecvGrad,
+    SendGrad,
+    TrainSchedule,
+)
 from torch import Tensor
 
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
@@ -35,6 +44,8 @@ class PipelineEngine(EngineBase):
 
     def __init__(self, model: PipelineStage, context: EngineContext) -> None:
         super().__init__(model, model.part_of_model(), context, {"pipeline": _SEND_WHOLE})
+        if not any(table.requires_grad for table in model.tied_modules.parameters()):
+            model.tied_comms = {}  # the sum of the tied weight's gradients, which a frozen one has none of
         if self._phases is not None:
             instructions = self._engine._INSTRUCTION_MAP.items()
             self._engine._INSTRUCTION_MAP = {
@@ -45,6 +56,7 @@ class PipelineEngine(EngineBase):
         self._model = model
         self._clock = model.context.clock
         self._pipeline = context.groups.pipeline
+        self._left_out = self._without_gradients()
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         model, engine, data = self._model, self._engine, self._data
@@ -62,7 +74,7 @@ class PipelineEngine(EngineBase):
         def before_update() -> None:
             self._arm_check(model.loss_sum, batch.divisor)
 
-        engine._train_schedule = lambda: _Schedule(engine, before_forward, before_update)
+        engine._train_schedule = lambda: _Schedule(engine, before_forward, before_update, self._left_out)
         engine.train_batch(iter([(tokens, labels) for tokens, labels, _ in micro_batches]))
         return self._end_of_step()
 
@@ -88,6 +100,29 @@ class PipelineEngine(EngineBase):
         logits = torch.empty(len(tokens), self._model.vocab_size, device=self._device) if last is None else last.float()
         dist.broadcast(logits, src=self._pipeline.ranks[-1], group=self._pipeline.process_group)
         return logits.cpu().numpy()
+
+    def _without_gradients(self) -> tuple[type[PipeInstruction], ...]:
+        """Return the instructions that nobody needs on this stage: gradients below the lowest parameter that trains.
+
+        Collective in the pipeline.
+        """
+        pipeline, instructions = self._pipeline, self._engine._INSTRUCTION_MAP
+        trains = torch.zeros(pipeline.size, device=self._device)
+        trains[pipeline.index] = any(parameter.requires_grad for parameter in self._model.part_of_model().parameters())
+        dist.all_reduce(trains, group=pipeline.process_group)
+        lowest = int(trains.nonzero()[0])
+        if pipeline.index > lowest or lowest == 0:
+            return ()
+        if pipeline.index < lowest:
+            return BackwardPass, RecvGrad, SendGrad
+        receive = instructions[RecvActivation]
+
+        def receive_without_gradient(engine: Any, buffer_id: int) -> None:
+            receive(engine, buffer_id)
+            engine.pipe_buffers["inputs"][buffer_id].requires_grad_(False)
+
+        self._engine._INSTRUCTION_MAP = {**instructions, RecvActivation: receive_without_gradient}
+        return (SendGrad,)
 
     def _forward(self, tokens: Tensor) -> Tensor | None:
         """Run one forward pass of tokens [B, T] through all stages; return the output on the last stage, else None."""
@@ -119,15 +154,27 @@ def _in_phase(clock: PhaseClock, name: str, method: Callable[..., Any]) -> Calla
 
 
 class _Schedule(TrainSchedule):  # type: ignore[misc]  # DeepSpeed has no types
-    """DeepSpeed's schedule with a callback before each forward pass and before the update."""
+    """DeepSpeed's schedule with a callback before each forward pass and before the update.
 
-    def __init__(self, engine: Any, before_forward: Callable[[int], None], before_update: Callable[[], None]) -> None:
+    Args:
+        left_out: instructions that this stage does not run; the stages agree on them.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        before_forward: Callable[[int], None],
+        before_update: Callable[[], None],
+        left_out: tuple[type[PipeInstruction], ...],
+    ) -> None:
         super().__init__(engine.micro_batches, engine.num_stages, engine.stage_id)
         self._before_forward, self._before_update = before_forward, before_update
+        self._left_out = left_out
 
     def steps(self) -> Iterator[list[Any]]:
         forwards = itertools.count()  # a stage processes micro-batches in order
-        for commands in super().steps():
+        for every in super().steps():
+            commands = [command for command in every if not isinstance(command, self._left_out)]
             if any(isinstance(command, ForwardPass) for command in commands):
                 self._before_forward(next(forwards))
             update = [command for command in commands if isinstance(command, OptimizerStep)]

@@ -21,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.engine.base_engine import EngineBase, EngineContext, padded
 from megalm.engine.interface import StepResult
+from megalm.model.model_config import lowest_block
 from megalm.model.modules import DropoutClock
+from megalm.model.parameter_groups import frozen_parameters
 from megalm.model.transformer import Block, LanguageModel
 
 
@@ -34,10 +36,14 @@ class ZeroEngine(EngineBase):
     """
 
     def __init__(self, model: LanguageModel, clock: DropoutClock, context: EngineContext) -> None:
+        train = context.run.config.train
         if context.run.zero_stage == 3:
             # Gather a complete block, not layer by layer: fewer messages, and no DeepSpeed hooks inside a compiled
             # block.
             set_z3_leaf_modules(model, [Block])
+            # Where no input of a block has a gradient, its hooks would run before its backward pass, not after it.
+            lowest = lowest_block(context.shape, frozen_parameters(context.shape, train.parameter_groups))
+            model.gradient_down_to = lowest if lowest > 0 else None
         super().__init__(model, model, context)
         if context.run.deepspeed["zero_optimization"].get("offload_param"):
             for parameter in model.parameters():
@@ -56,7 +62,8 @@ class ZeroEngine(EngineBase):
             # As in ZeRO 1, low-precision gradients are added up in fp32: each at once, so that never all of them exist.
             optimizer.use_grad_accum_attribute = True
             for parameter in model.parameters():
-                parameter.register_post_accumulate_grad_hook(optimizer._fill_param_grad_accum_attribute)
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(optimizer._fill_param_grad_accum_attribute)
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         engine = self._engine

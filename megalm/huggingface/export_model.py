@@ -119,7 +119,7 @@ def _write_small_files(plan: ExportPlan, folder: Path, name: str) -> ExportedTok
     made = write_tokenizer(used, folder, *sizes, model_type(shape), plan.template)
     write_json(folder / "config.json", to_config(shape, used.eod_id, made.special, dtype))
     write_json(folder / GENERATION_CONFIG, _generation_config(used, shape.vocab_size, made.special))
-    card = Card(name, plan.reader.path, plan.reader.manifest, shape, dtype, made)
+    card = Card(name, plan.reader.path, plan.reader.manifest, shape, dtype, made, plan.reader.ema)
     (folder / "README.md").write_text(card.text(), encoding="utf-8")
     return made
 

@@ -41,6 +41,7 @@ class Card:
         name: the model's name.
         checkpoint: the checkpoint's folder, in `checkpoints` of its run folder.
         dtype: the dtype of the exported weights.
+        ema: they are the moving average of those in training.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Card:
     shape: ModelConfig
     dtype: str
     tokenizer: ExportedTokenizer
+    ema: bool = False
 
     def text(self) -> str:
         parts = [
@@ -94,7 +96,7 @@ class Card:
             if isinstance(row.get(key), float)
         ]
         for one in read_evaluations(self._run) if self._metrics is not None else ():
-            if one.step == self.manifest.step:
+            if one.step == self.manifest.step and one.ema == self.ema:
                 measured.append((one.task, one.measure.replace(" ", "_"), one.value))
         for dataset, metrics in groupby(measured, key=itemgetter(0)):
             yield {
@@ -111,6 +113,8 @@ class Card:
     def _model(self) -> Iterator[Fact]:
         shape = self.shape
         yield "parameters", f"{shape.parameter_count():,}, stored in {self.dtype}"
+        if self.ema:
+            yield "weights", "the exponential moving average of those in training"
         yield "layers x hidden size", f"{shape.num_hidden_layers} x {shape.hidden_size:,}"
         groups = shape.num_key_value_heads
         shared = f", {groups} key/value heads" if groups != shape.num_attention_heads else ""
@@ -163,6 +167,8 @@ class Card:
         return name, sizes.pop() if len(sizes) == 1 == len(orders) else None
 
     def _validation(self) -> Iterator[Fact]:
+        if self.ema:
+            return
         rows = self._validations()
         for row in rows:
             words = [_loss(row["loss"])]
@@ -179,8 +185,8 @@ class Card:
             yield "validation", f"{_loss(loss)}{tokens}"
 
     def _validations(self) -> list[Row]:
-        """The last validation of each dataset at this step and attempt, from metrics.jsonl."""
-        if self._metrics is None:
+        """The last validation of each dataset at this step and attempt, from metrics.jsonl; none of an average."""
+        if self._metrics is None or self.ema:
             return []
         step, attempt = self.manifest.step, self.manifest.attempt
         rows = [row for row in live_rows(read_metrics(self._metrics)) if row["kind"] == "eval" and row["step"] == step]

@@ -100,9 +100,10 @@ class InferenceModel:
         dtype: of weights and activations; the loss is always fp32.
         verify: checks every file before the weights are read; a caller can show its progress.
         watched: iterates over the parameters' names while they are loaded; a caller can show their progress.
+        ema: take the moving average of the weights.
 
     Raises:
-        CheckpointError: no checkpoint, damaged files, or weights that are not finite.
+        CheckpointError: no checkpoint, damaged files, or weights that are not finite; or no average.
         DataError: the tokenizer is missing.
     """
 
@@ -113,15 +114,18 @@ class InferenceModel:
         dtype: torch.dtype = torch.float32,
         verify: Callable[[CheckpointReader], None] = verify_checkpoint,
         watched: Callable[[Sequence[str]], Iterable[str]] = iter,
+        ema: bool = False,
     ) -> None:
         self.path = path
         self.device = _device()
         if is_pretrained(path):
+            if ema:
+                raise CheckpointError(f"{path} is in Hugging Face format, which has no average; leave out --ema")
             source = HuggingFaceFolder(path)
             self.facts = _pretrained_facts(source, tokenizer)
             network = _load(lambda name, _: source.read(name), source.shape, watched)
         else:
-            reader = CheckpointReader(path)
+            reader = CheckpointReader(path, ema)
             verify(reader)
             self.facts = read_facts(path, tokenizer)
             network = _load(reader.read_finite, self.facts.shape, watched)

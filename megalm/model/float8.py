@@ -72,9 +72,12 @@ class _Float8Linear(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = outer[0].flatten(0, -2)
-        x_grad = float8_product(rows, weight.t()).view(x.shape)
-        weight_grad = Float8Products.weight_gradient(rows, x.flatten(0, -2))
-        return x_grad, weight_grad, rows.sum(0) if ctx.needs_input_grad[2] else None
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            float8_product(rows, weight.t()).view(x.shape) if of_x else None,
+            Float8Products.weight_gradient(rows, x.flatten(0, -2)) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
 
 
 class Float8Linear(nn.Linear):

@@ -5,7 +5,7 @@ Shapes: N tokens of the micro-batch, C tokens of a chunk, H hidden, V vocabulary
 The forward pass computes the gradients of hidden states and of the projection chunk by chunk, while the chunk's logits
 exist; the backward pass only scales them. That takes three matrix products a chunk, one fewer than recomputing the
 logits, and holds C x V logits instead of N x V. Its cost is a [V, H] gradient held from forward to backward, which the
-backward pass would allocate anyway.
+backward pass would allocate anyway. A frozen projection has none.
 """
 
 from __future__ import annotations
@@ -65,14 +65,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, chunk: ChunkLoss
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        hidden_grad = torch.empty_like(hidden)
+        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Summed over chunks in fp32: in bf16 each further chunk would lose low bits.
-        weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for rows in _chunks(len(hidden), chunk_tokens):
             loss, logits_grad = chunk(hidden[rows] @ weight.t(), labels[rows], True)
             total += loss
-            torch.mm(logits_grad, weight, out=hidden_grad[rows])
-            _add_product(weight_grad, logits_grad.t(), hidden[rows])
+            if hidden_grad is not None:
+                torch.mm(logits_grad, weight, out=hidden_grad[rows])
+            if weight_grad is not None:
+                _add_product(weight_grad, logits_grad.t(), hidden[rows])
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total
@@ -83,8 +86,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (scale,) = outer
         # Scale before narrowing: in fp16 the loss scale keeps small values above the type's smallest number. In place:
         # another fp32 gradient beside this one would be the largest tensor of the step.
-        weight_grad.mul_(scale)
-        return hidden_grad * scale.to(hidden_grad.dtype), weight_grad.to(ctx.weight_dtype), None, None, None
+        return (
+            None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype),
+            None if weight_grad is None else weight_grad.mul_(scale).to(ctx.weight_dtype),
+            *(None, None, None),
+        )
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

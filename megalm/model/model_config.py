@@ -7,6 +7,7 @@ counts its parameters and memory, and a test compares the two.
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 
 from megalm.config.schema import ModelSection, ModelStyle, Recompute
@@ -103,19 +104,52 @@ def build_model_config(model: ModelSection, vocab_size: int, sequence_length: in
     return ModelConfig(**model.model_dump(exclude={"vocab_multiple"}) | resolved)
 
 
-def flops_per_token(shape: ModelConfig, sequence_length: int) -> int:
+def flops_per_token(shape: ModelConfig, sequence_length: int, frozen: Set[str] = frozenset()) -> int:
     """Floating-point operations of the forward and the backward pass, per token of a full sequence.
 
     It counts 6 for each parameter of a matrix product (2 forward, 4 backward), the head included even where it is
     tied, and attention's own products, 12 x layers x T x heads x head_dim, halved because the mask is causal. It does
-    not count embedding lookups, norms, activations, the softmax and recomputed blocks.
+    not count embedding lookups, norms, activations, the softmax and recomputed blocks. The backward pass spares 2 for
+    each parameter that is frozen, and 2 for each product whose input no parameter that trains has a part in.
     """
-    head = shape.vocab_size * shape.hidden_size
-    attention = 6 * shape.num_hidden_layers * sequence_length * shape.num_attention_heads * shape.head_dim
-    return 6 * (_layer_matrices(shape) + head) + attention
+    linear, others = _flops_of_products(shape, sequence_length, frozen)
+    return linear + others
 
 
-def recomputed_flops_per_token(shape: ModelConfig, sequence_length: int, recompute: Recompute, every: int = 0) -> int:
+def _flops_of_products(shape: ModelConfig, sequence_length: int, frozen: Set[str]) -> tuple[int, int]:
+    """Return the operations of the blocks' linear layers, and those of attention's own products and the head."""
+    sizes = shape.parameters()
+    lowest = min((_depth(name) for name in sizes.keys() - frozen), default=(math.inf, 1))
+    linear = others = 0
+    for name, size in sizes.items():
+        if name.startswith("layers.") and len(size) == 2:
+            linear += (2 + 2 * (name not in frozen) + 2 * (lowest < _depth(name))) * math.prod(size)
+    core = sequence_length * shape.num_attention_heads * shape.head_dim
+    for layer in range(shape.num_hidden_layers):
+        others += (6 if lowest < (layer, _ATTENTION) else 2) * core
+    head = "embedding.tokens.weight" if shape.tie_word_embeddings else "head.weight"
+    below = lowest < (math.inf, 1)
+    others += (2 + 2 * (head not in frozen) + 2 * below) * shape.vocab_size * shape.hidden_size
+    return linear, others
+
+
+# How far a block's parameters are from its input; attention's own products come after the projections and their norms.
+_ATTENTION = 3
+_DEPTHS = {"attention_norm": 0, "query": 1, "key": 1, "value": 1, "query_norm": 2, "key_norm": 2, "output": 4}
+_DEPTHS |= {"mlp_norm": 5, "gate": 6, "up": 6, "down": 7}
+
+
+def _depth(name: str) -> tuple[float, int]:
+    """Return how far a parameter is from the model's input: (block, depth in it), before and after all blocks too."""
+    part, *path = name.split(".")
+    if part == "layers":
+        return int(path[0]), _DEPTHS[path[-2]]
+    return {"embedding": (-1, 0), "final_norm": (math.inf, 0), "head": (math.inf, 1)}[part]
+
+
+def recomputed_flops_per_token(
+    shape: ModelConfig, sequence_length: int, recompute: Recompute, every: int = 0, frozen: Set[str] = frozenset()
+) -> int:
     """The operations of matrix products that the backward pass does again, per token, counted as above.
 
     A recomputation ends with the last input that the backward pass reads: the product that ends an attention or an MLP
@@ -123,6 +157,7 @@ def recomputed_flops_per_token(shape: ModelConfig, sequence_length: int, recompu
 
     Args:
         every: every n-th block is recomputed whole; 0: none.
+        frozen: names of parameters that do not train: blocks below all others have no backward pass.
     """
     sizes = {name: math.prod(dims) for name, dims in shape.parameters().items() if len(dims) == 2}
 
@@ -140,18 +175,21 @@ def recomputed_flops_per_token(shape: ModelConfig, sequence_length: int, recompu
         "mlp": mlp - ends["mlp"],
         "full": attention + mlp - ends["mlp"],
     }
-    whole = math.ceil(shape.num_hidden_layers / every) if every else 0
-    return 2 * (whole * by_kind["full"] + (shape.num_hidden_layers - whole) * by_kind[recompute])
+    blocks = range(lowest_block(shape, frozen), shape.num_hidden_layers)
+    whole = len([index for index in blocks if every and index % every == 0])
+    return 2 * (whole * by_kind["full"] + (len(blocks) - whole) * by_kind[recompute])
 
 
-def float8_share(shape: ModelConfig, sequence_length: int, float8: bool) -> float:
+def float8_share(shape: ModelConfig, sequence_length: int, float8: bool, frozen: Set[str] = frozenset()) -> float:
     """The share of `flops_per_token` in float8: with `precision.float8` the layers' linear maps, else none."""
-    return 6 * _layer_matrices(shape) / flops_per_token(shape, sequence_length) if float8 else 0.0
+    linear, others = _flops_of_products(shape, sequence_length, frozen)
+    return linear / (linear + others) if float8 else 0.0
 
 
-def _layer_matrices(shape: ModelConfig) -> int:
-    sizes = shape.parameters().items()
-    return sum(math.prod(dims) for name, dims in sizes if name.startswith("layers.") and len(dims) == 2)
+def lowest_block(shape: ModelConfig, frozen: Set[str]) -> int:
+    """Return the first block with a backward pass; all of them have one if an embedding trains."""
+    trained = shape.parameters().keys() - frozen
+    return int(min([shape.num_hidden_layers, *(max(0, _depth(name)[0]) for name in trained)]))
 
 
 # How attention on a CPU divides a sequence into blocks of queries.

@@ -1,4 +1,4 @@
-"""Which parameters share the optimizer's settings: no torch, so that the plan counts the groups of the engine."""
+"""Which parameters share the optimizer's settings, and which do not train: no torch, so that the plan knows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
 from megalm.config.schema import ParameterGroup
+from megalm.model.model_config import ModelConfig
 
 # How a group's parameters are updated, and what the optimizer keeps for each of them beside its fp32 master.
-Algorithm = Literal["adam", "muon"]
+Algorithm = Literal["adam", "muon", "frozen"]
 MomentKind = Literal["exp_avg", "exp_avg_sq", "momentum_buffer"]
-MOMENTS: dict[Algorithm, tuple[MomentKind, ...]] = {"adam": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
+MOMENTS: dict[Algorithm, tuple[MomentKind, ...]] = {
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "muon": ("momentum_buffer",),
+    "frozen": (),
+}
 
 
 class GroupKey(NamedTuple):
@@ -19,13 +24,20 @@ class GroupKey(NamedTuple):
 
     Attributes:
         rule: index in train.parameter_groups; -1: no pattern matches.
-        algorithm: how the group is updated.
         undecayed: the run's weight decay does not act on the group; false where the rule sets its own.
+        algorithm: how the group is updated; frozen: not at all, the optimizer does not know its parameters.
     """
 
     rule: int
     undecayed: bool
     algorithm: Algorithm = "adam"
+
+    @property
+    def frozen(self) -> bool:
+        return self.algorithm == "frozen"
+
+
+NO_GROUP = GroupKey(-1, undecayed=True)  # of a pipeline stage of which nothing trains
 
 
 def group_keys(
@@ -44,17 +56,28 @@ def group_keys(
         rule = next((index for index, rule in enumerate(rules) if fnmatchcase(name, rule.match)), -1)
         decays = count >= 2 and (decay_embeddings or not name.startswith("embedding."))
         sets_its_own = rule >= 0 and rules[rule].weight_decay is not None
+        if rule >= 0 and rules[rule].frozen:
+            keys[name] = GroupKey(rule, False, "frozen")
+            continue
         algorithm: Algorithm = "muon" if muon and count == 2 and name.startswith("layers.") else "adam"
         keys[name] = GroupKey(rule, not (decays or sets_its_own), algorithm)
     return keys
 
 
 def optimizer_groups(keys: Mapping[str, GroupKey]) -> dict[GroupKey, list[str]]:
-    """Return the optimizer groups in their order, each with its names in the given order."""
+    """Return the groups, the frozen ones too, in their order, each with its names in the given order."""
     found: dict[GroupKey, list[str]] = {}
     for name, key in keys.items():
         found.setdefault(key, []).append(name)
     return dict(sorted(found.items()))
+
+
+def frozen_parameters(shape: ModelConfig, rules: Sequence[ParameterGroup]) -> frozenset[str]:
+    """Return the canonical names of the parameters that do not train."""
+    if not any(rule.frozen for rule in rules):
+        return frozenset()
+    keys = group_keys({name: len(size) for name, size in shape.parameters().items()}, rules, True)
+    return frozenset(name for name, key in keys.items() if key.frozen)
 
 
 def group_settings(
@@ -68,7 +91,7 @@ def group_settings(
     """
     rule = rules[key.rule] if key.rule >= 0 else None
     decay = 0.0 if key.undecayed else weight_decay
-    scale = rate_scales[key.algorithm]
+    scale = 0.0 if key.frozen else rate_scales[key.algorithm]
     if rule is None:
         return {"weight_decay": decay, "learning_rate_scale": scale}
     own = decay if rule.weight_decay is None else rule.weight_decay

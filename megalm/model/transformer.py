@@ -290,6 +290,9 @@ class LanguageModel(nn.Module):
         recompute_every: every n-th block is recomputed whole in the backward pass; 0: none.
         init: of the parameters, which are left empty by default.
         recompute: what the backward pass computes again in each of the other blocks.
+
+    Attributes:
+        gradient_down_to: the block whose input gets a gradient, even if no parameter below it trains.
     """
 
     def __init__(
@@ -307,6 +310,7 @@ class LanguageModel(nn.Module):
         layers = layers or LayerFactory(clock)
         build = StageBuilder(shape, layers, clock, chunk_tokens, init, recompute_every, recompute)
         self.slices = build.slices
+        self.gradient_down_to: int | None = None
         self.embedding = build.embedding()
         self.layers = nn.ModuleList(build.block(index) for index in range(shape.num_hidden_layers))
         self.final_norm = build.final_norm()
@@ -356,6 +360,8 @@ class LanguageModel(nn.Module):
         hidden = self.embedding(tokens, documents, len(caches[0]) if caches else 0)
         for index, block in enumerate(self.layers):
             assert isinstance(block, Block)
+            if index == self.gradient_down_to and torch.is_grad_enabled():
+                hidden = hidden.detach().requires_grad_()
             hidden = block.run(hidden, mask, caches[index] if caches else None)
         hidden = self.final_norm(hidden)
         assert isinstance(hidden, Tensor)

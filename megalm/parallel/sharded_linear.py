@@ -76,10 +76,10 @@ def _columns_backward_shapes(
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor],
     sharers: Sequence[int],
-    with_biases: bool,
+    needed: Sequence[bool],
 ) -> list[Tensor]:
-    biases = [weight.new_empty(len(weight)) for weight in weights] if with_biases else []
-    return [hidden.new_empty(hidden.shape), *(weight.new_empty(weight.shape) for weight in weights), *biases]
+    biases = [weight.shape[:1] for weight in weights] if len(needed) > 1 + len(weights) else []
+    return _needed_shapes(hidden, needed, [hidden.shape, *(weight.shape for weight in weights), *biases])
 
 
 def _row_shapes(products: TensorProducts, features: Tensor, weight: Tensor) -> list[Tensor]:
@@ -87,8 +87,15 @@ def _row_shapes(products: TensorProducts, features: Tensor, weight: Tensor) -> l
     return [features.new_empty(batch, length // products.stream.slices, len(weight))]
 
 
-def _row_backward_shapes(products: TensorProducts, features: Tensor, weight: Tensor, gradient: Tensor) -> list[Tensor]:
-    return [features.new_empty(features.shape), weight.new_empty(weight.shape)]
+def _row_backward_shapes(
+    products: TensorProducts, features: Tensor, weight: Tensor, gradient: Tensor, needed: Sequence[bool]
+) -> list[Tensor]:
+    return _needed_shapes(features, needed, [features.shape, weight.shape])
+
+
+def _needed_shapes(like: Tensor, needed: Sequence[bool], shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Gradients of these shapes; those that nobody needs, of frozen parameters and below them, have no elements."""
+    return [like.new_empty(shape if is_needed else 0) for is_needed, shape in zip(needed, shapes, strict=True)]
 
 
 class TensorProducts:
@@ -128,7 +135,7 @@ class TensorProducts:
         return results
 
     @_operator(
-        "Tensor hidden, Tensor[] weights, Tensor[] gradients, int[] sharers, bool with_biases", _columns_backward_shapes
+        "Tensor hidden, Tensor[] weights, Tensor[] gradients, int[] sharers, bool[] needed", _columns_backward_shapes
     )
     def columns_backward(
         self,
@@ -136,7 +143,7 @@ class TensorProducts:
         weights: Sequence[Tensor],
         gradients: Sequence[Tensor],
         sharers: Sequence[int],
-        with_biases: bool,
+        needed: Sequence[bool],
     ) -> list[Tensor]:
         """Gradients of the input, of the weights and of the biases, from those [B, T, F] of the outputs.
 
@@ -145,16 +152,18 @@ class TensorProducts:
 
         Args:
             sharers: per layer the ranks that hold the same part.
+            needed: of these gradients; in the place of the others stand tensors without elements.
         """
         stream = self.stream
+        weights_needed, biases_needed = needed[1 : 1 + len(weights)], needed[1 + len(weights) :]
         # The gather of slices is under way until the last product: their sum cannot begin earlier.
         chunks = [_ALL] if stream.is_sequence_sharded else self._chunks(hidden)
-        gathered = stream.begin_whole(hidden)
+        gathered = stream.begin_whole(hidden) if any(weights_needed) else None
         gradients = [gradient.contiguous() for gradient in gradients]
-        multiply = [self._kind.by(weight) for weight in weights]
-        result = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        multiply = [self._kind.by(weight) for weight in weights] if needed[0] else []
+        result = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needed[0] else hidden.new_empty(0)
         begun = []
-        for chunk in chunks:
+        for chunk in chunks if needed[0] else ():
             part = chunk.of(result)
             addend = stream.addend_of(part)
             total = None
@@ -164,16 +173,21 @@ class TensorProducts:
                 by(rows, out, total)
                 total = out
             begun.append(stream.begin_sum(addend, part))
-        whole = gathered().flatten(0, 1)
         rows_of = [gradient.flatten(0, 1) for gradient in gradients]
-        shared = [
-            _begin_shared(self._kind.weight_gradient(rows, whole), count, stream.group)
-            for rows, count in zip(rows_of, sharers, strict=True)
-        ]
-        if with_biases:
+        none = hidden.new_empty(0)
+        shared: list[Finish] = []
+        if gathered is None:
+            shared += [lambda: none] * len(weights)
+        else:
+            whole = gathered().flatten(0, 1)
             shared += [
-                _begin_shared(rows.sum(0), count, stream.group) for rows, count in zip(rows_of, sharers, strict=True)
+                _begin_shared(self._kind.weight_gradient(rows, whole), count, stream.group) if it else lambda: none
+                for rows, count, it in zip(rows_of, sharers, weights_needed, strict=True)
             ]
+        shared += [
+            _begin_shared(rows.sum(0), count, stream.group) if it else lambda: none
+            for rows, count, it in zip(rows_of, sharers, biases_needed, strict=False)
+        ]
         for finish in begun:
             finish()
         return [result, *(finish() for finish in shared)]
@@ -196,9 +210,9 @@ class TensorProducts:
             finish()
         return [result]
 
-    @_operator("Tensor features, Tensor weight, Tensor gradient", _row_backward_shapes)
-    def row_backward(self, features: Tensor, weight: Tensor, gradient: Tensor) -> list[Tensor]:
-        """Gradients of the input and of the weight, from that [B, S, H] of the output."""
+    @_operator("Tensor features, Tensor weight, Tensor gradient, bool[] needed", _row_backward_shapes)
+    def row_backward(self, features: Tensor, weight: Tensor, gradient: Tensor, needed: Sequence[bool]) -> list[Tensor]:
+        """Gradients of the input and of the weight, from that [B, S, H] of the output; `needed` as above."""
         stream = self.stream
         chunks = self._chunks(gradient) if stream.is_sequence_sharded else [_ALL]
         begun = [stream.begin_whole(chunk.of(gradient)) for chunk in chunks]
@@ -209,14 +223,17 @@ class TensorProducts:
         for chunk in chunks:
             part = begun.pop(0)()
             rows = chunk.rows(result, stream.slices)
-            by(_as_rows(part, rows), rows)
+            if needed[0]:
+                by(_as_rows(part, rows), rows)
             if whole is None:
                 whole = part
             else:
                 place = chunk.rows(whole, stream.slices)
                 place.copy_(_as_rows(part, place))
         assert whole is not None
-        return [result, self._kind.weight_gradient(whole.flatten(0, 1), features.flatten(0, 1))]
+        none = features.new_empty(0)
+        of_weight = self._kind.weight_gradient(whole.flatten(0, 1), features.flatten(0, 1)) if needed[1] else none
+        return [result if needed[0] else none, of_weight]
 
     def _chunks(self, part: Tensor) -> list[Chunk]:
         """Divide the samples of a tensor [B, S, ...], or the positions of a single one."""

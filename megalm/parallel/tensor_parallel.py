@@ -58,14 +58,17 @@ class _Columns(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[: len(sharers)], parameters[len(sharers) :]
         ctx.save_for_backward(hidden, *weights)
-        ctx.products, ctx.sharers, ctx.with_biases = products, sharers, bool(biases)
+        ctx.products, ctx.sharers = products, sharers
         return tuple(products.columns(hidden, weights, biases))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         hidden, *weights = ctx.saved_tensors
         products: TensorProducts = ctx.products
-        hidden_gradient, *others = products.columns_backward(hidden, weights, gradients, ctx.sharers, ctx.with_biases)
+        of_hidden, _, _, *of_parameters = ctx.needs_input_grad
+        needed = [of_hidden, *of_parameters]
+        found = products.columns_backward(hidden, weights, gradients, ctx.sharers, needed)
+        hidden_gradient, *others = (each if it else None for each, it in zip(found, needed, strict=True))
         return hidden_gradient, None, None, *others
 
 
@@ -184,7 +187,9 @@ class _Row(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         features, weight = ctx.saved_tensors
         products: TensorProducts = ctx.products
-        return *products.row_backward(features, weight, gradients[0]), None
+        needed = list(ctx.needs_input_grad[:2])
+        found = products.row_backward(features, weight, gradients[0], needed)
+        return *(each if it else None for each, it in zip(found, needed, strict=True)), None
 
 
 class SlicedPositions(PositionEmbedding):

@@ -133,7 +133,8 @@ def _loaded(what: str, found: State, saved: State, tolerance: Tolerance) -> Iter
         return
     masters, same = ({place: state[place] for place in state if place[1] == "master"} for state in (found, saved))
     yield Line(f"{what}: loaded weights", against, differing(masters, same), 0, "elements")
-    moments = max(state_difference(found, saved, kind) for kind in sorted({kind for _, kind in saved} - {"master"}))
+    kinds = sorted({kind for _, kind in saved} - {"master"})
+    moments = max(state_difference(found, saved, kind) for kind in kinds)
     yield Line(f"{what}: loaded moments", against, moments, tolerance.loaded_moments)
 
 

@@ -22,12 +22,13 @@ from megalm.config.loading import LoadedConfig
 from megalm.config.schema import Recompute, RunConfig
 from megalm.errors import ConfigError
 from megalm.model.model_config import ModelConfig, build_model_config
-from megalm.model.parameter_groups import GroupKey, group_keys
+from megalm.model.parameter_groups import GroupKey, frozen_parameters, group_keys
 from megalm.topology import Topology
 
 ALLOW_CPU_FP16 = "MEGALM_ALLOW_CPU_FP16"
 
 _STATES_AND_GRADIENT = 4
+_TABLE = "embedding.tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,13 @@ def float8_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
     return ["precision.float8=true: this CPU emulates float8 products, slower than without"] if emulated else []
 
 
+def frozen_notices(config: RunConfig, shape: ModelConfig) -> list[str]:
+    """Return a notice where a frozen embedding is the head too."""
+    if not shape.tie_word_embeddings or _TABLE not in frozen_parameters(shape, config.train.parameter_groups):
+        return []
+    return [f"train.parameter_groups freezes {_TABLE}, which is the head as well: model.tie_word_embeddings=true"]
+
+
 def gradient_precision(case: CheckContext) -> None:
     for key, chosen in (
         ("data_types.grad_accum_dtype", case.settings.data_types.grad_accum_dtype),
@@ -283,6 +291,15 @@ def offloaded_states_are_fp32(case: CheckContext) -> None:
         )
 
 
+def ema_is_in_memory(case: CheckContext) -> None:
+    offload, decay = case.zero.offload_optimizer, case.config.train.ema_decay
+    if decay is not None and offload is not None and offload.device == "nvme":
+        raise ConfigError(
+            f"train.ema_decay={decay:g} averages weights that offload_optimizer.device=nvme ({case.ds.path}) keeps on "
+            "the disk; use offload_optimizer.device=cpu, or remove train.ema_decay"
+        )
+
+
 def muon_keeps_its_states(case: CheckContext) -> None:
     if not case.settings.uses_muon:
         return
@@ -314,6 +331,7 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
     recomputation_is_one,
     offloaded_states_are_fp32,
     muon_keeps_its_states,
+    ema_is_in_memory,
 )
 
 

@@ -23,6 +23,7 @@ from megalm.planning.diagnostics import Diagnostics, wanted_diagnostics
 from megalm.planning.engine_checks import (
     CheckContext,
     float8_notices,
+    frozen_notices,
     no_recomputation,
     parallel_notices,
     runs_compiled,
@@ -181,6 +182,7 @@ def resolve(
             *precision_notices,
             *float8_notices(config, device),
             *vocab_notices,
+            *frozen_notices(config, shape),
             *batch_notices,
             *reduction_notices,
             *recompute_notices,
@@ -359,6 +361,7 @@ def memory_case(
         float8=config.precision.float8,
         optimizer_state=config.train.optimizer_state,
         muon=settings.uses_muon,
+        ema=config.train.ema_decay is not None,
     )
 
 

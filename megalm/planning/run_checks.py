@@ -190,6 +190,26 @@ def parameter_groups_match(case: CheckContext) -> None:
         raise ConfigError(*problems)
 
 
+def some_parameters_train(case: CheckContext) -> None:
+    rules, keys = case.config.train.parameter_groups, case.group_keys.values()
+    if all(key.frozen for key in keys):
+        patterns = ", ".join(repr(rules[index].match) for index in sorted({key.rule for key in keys}))
+        raise ConfigError(
+            f"train.parameter_groups: frozen=true of match={patterns} freezes every parameter; leave some to train, or "
+            "measure the model with megalm evaluate"
+        )
+
+
+def frozen_groups_have_no_settings(case: CheckContext) -> None:
+    for rule in case.config.train.parameter_groups:
+        given = [name for name in ("learning_rate_scale", "weight_decay") if name in rule.model_fields_set]
+        if rule.frozen and given:
+            raise ConfigError(
+                f"train.parameter_groups: match={rule.match!r} is frozen=true and has {' and '.join(given)}, which act "
+                "on no update; remove one or the other"
+            )
+
+
 def _near_patterns(pattern: str, names: Iterable[str]) -> list[str]:
     """Return the three likest patterns that match parameters: names, in any block, and beginnings of names."""
     whole = [re.sub(r"^layers\.\d+\.", "layers.*.", name) for name in names]
@@ -584,6 +604,8 @@ RULES: tuple[Rule, ...] = (
     rotary_needs_even_heads,
     sequence_fits_positions,
     parameter_groups_match,
+    some_parameters_train,
+    frozen_groups_have_no_settings,
     data_is_configured,
     data_is_complete,
     blends_name_datasets_once,

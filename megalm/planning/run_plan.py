@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.cost_model.gpu_specs import data_sheet_peak
-from megalm.cost_model.memory import MemoryCase, MemoryPlan, estimate_stages
+from megalm.cost_model.memory import MemoryCase, MemoryPlan, checkpoint_bytes, estimate_stages
 from megalm.model.model_config import (
     ModelConfig,
     build_model_config,
@@ -54,7 +54,7 @@ class OptimizerGroup:
     """Parameters with the same settings of the optimizer.
 
     Attributes:
-        algorithm: that updates them.
+        algorithm: that updates them; frozen: they do not train, and no setting acts on them.
         match: the pattern of train.parameter_groups; None: no pattern matches them.
         learning_rate_scale: the group's rate is this times the schedule's.
     """
@@ -65,6 +65,10 @@ class OptimizerGroup:
     parameters: int
     learning_rate_scale: float
     weight_decay: float
+
+    @property
+    def frozen(self) -> bool:
+        return self.algorithm == "frozen"
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Plan:
 
     @property
     def optimizer_groups(self) -> list[OptimizerGroup]:
-        """The groups of the whole model, in the optimizer's order."""
+        """The groups of the whole model, in the optimizer's order; the frozen ones are none of the optimizer's."""
         train, shapes, optimizer = self.resolved.config.train, self.shape.parameters(), self.resolved.optimizer
         scales = optimizer.rate_scales(self.resolved.schedule.peak_learning_rate)
         rules, dimensions = train.parameter_groups, {name: len(size) for name, size in shapes.items()}
@@ -120,6 +124,15 @@ class Plan:
         ]
 
     @property
+    def checkpoint_bytes(self) -> int:
+        case = self.case
+        return checkpoint_bytes(self.shape, case.parameter_groups, case.muon, case.ema)
+
+    @property
+    def trained_parameters(self) -> int:
+        return sum(group.parameters for group in self.optimizer_groups if not group.frozen)
+
+    @property
     def total_tokens(self) -> int:
         return self.resolved.tokens_per_step * self.resolved.config.train.steps
 
@@ -129,21 +142,21 @@ class Plan:
 
     @property
     def flops_per_token(self) -> int:
-        return flops_per_token(self.shape, self.resolved.config.data.sequence_length)
+        return flops_per_token(self.shape, self.resolved.config.data.sequence_length, self.case.frozen)
 
     @property
     def recomputed_flops_per_token(self) -> int:
         """Of the backward pass, beside `flops_per_token`."""
         case = self.case
         return recomputed_flops_per_token(
-            self.shape, case.sequence_length, case.recompute, case.checkpoint_activations_every
+            self.shape, case.sequence_length, case.recompute, case.checkpoint_activations_every, case.frozen
         )
 
     @property
     def float8_share(self) -> float:
         """Of all operations."""
         config = self.resolved.config
-        return float8_share(self.shape, config.data.sequence_length, config.precision.float8)
+        return float8_share(self.shape, config.data.sequence_length, config.precision.float8, self.case.frozen)
 
     @property
     def fit(self) -> MemoryFit:

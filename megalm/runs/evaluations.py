@@ -22,6 +22,7 @@ class RecordedEvaluation:
         measure: of `value`: accuracy, bits per byte, or loss in nats per token where bytes are not known.
         count: of the questions or tokens, whose word is `unit`.
         error: standard error of an accuracy.
+        ema: of the moving average of the weights.
     """
 
     step: int
@@ -31,11 +32,12 @@ class RecordedEvaluation:
     count: int
     unit: str
     error: float | None = None
+    ema: bool = False
 
     @property
     def name(self) -> str:
         """Two evaluations with the same name compare, of the same or of other runs."""
-        return f"{self.task}, {self.measure} of {self.count:,} {self.unit}"
+        return f"{self.task}{' (EMA)' if self.ema else ''}, {self.measure} of {self.count:,} {self.unit}"
 
 
 def task_name(dataset: str) -> str:
@@ -71,5 +73,7 @@ def _evaluation(row: Row) -> RecordedEvaluation | None:
         if isinstance(value, float) and math.isfinite(value):
             unit, error = "questions" if questions else "tokens", row.get("accuracy_error")
             task = task_name(str(row.get("dataset") or "validation"))
-            return RecordedEvaluation(step, task, measure, value, count, unit, error if questions else None)
+            return RecordedEvaluation(
+                step, task, measure, value, count, unit, error if questions else None, row.get("ema") is True
+            )
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import threading
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from megalm.data.sampling.sample_order import stride_warning
 from megalm.data.tokenizers.tokenizer import describe_eod
 from megalm.errors import ConfigError, DataError
 from megalm.model.model_config import ModelConfig, flops_per_token
+from megalm.model.parameter_groups import frozen_parameters
 from megalm.planning.lr_schedule import ENDLESS
 from megalm.planning.resolve import ResolvedRun
 from megalm.rank_environment import RankPlace
@@ -169,7 +171,10 @@ def opening_facts(
 ) -> Sequence[tuple[str, str]]:
     """Return name and value of each fact, in display order."""
     config, batch, count, tokenizer = run.config, run.batch, shape.parameter_count(), data.tokenizer
-    steps = config.train.steps
+    steps, rules = config.train.steps, config.train.parameter_groups
+    frozen = frozen_parameters(shape, rules)
+    stored = checkpoint_bytes(shape, rules, run.optimizer.muon is not None, config.train.ema_decay is not None)
+    still = sum(math.prod(size) for name, size in shape.parameters().items() if name in frozen)
     tokens = steps * run.tokens_per_step
     overlap = f", tensor groups communicate in {run.tensor_chunks} chunks" if run.tensor_chunks > 1 else ""
     rows = [
@@ -182,7 +187,8 @@ def opening_facts(
         ("peak", f"{peak / 1e12:.2f} TFLOP/s of all ranks ({peak_source})"),
         (
             "model",
-            f"{config.model.style}, {shape.num_hidden_layers} layers x {shape.hidden_size}: {count:,} parameters",
+            f"{config.model.style}, {shape.num_hidden_layers} layers x {shape.hidden_size}: {count:,} parameters"
+            f"{f', of which {count - still:,} train' if still else ''}",
         ),
         (
             "batch",
@@ -193,7 +199,7 @@ def opening_facts(
         ("training", f"{steps:,} steps, {tokens:,} tokens = {tokens / count:.2f} per parameter"),
         *data_rows(run, data),
         ("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} entries, {describe_eod(tokenizer)}"),
-        ("checkpoint", f"{format_bytes(checkpoint_bytes(shape, run.optimizer.muon is not None))} each"),
+        ("checkpoint", f"{format_bytes(stored)} each"),
     ]
     if data.unigram_entropy is not None:
         rows.append(
@@ -247,11 +253,12 @@ def _nodes(places: Sequence[RankPlace]) -> list[dict[str, Any]]:
 
 def scale_facts(run: ResolvedRun, shape: ModelConfig, data: RunData) -> dict[str, Any]:
     """Return the sizes in environment.json that help to interpret losses and token counts."""
+    frozen = frozen_parameters(shape, run.config.train.parameter_groups)
     planned = zip(data.train.parts, data.train.planned(data.samples), strict=True)
     return {
         "parameters": shape.parameter_count(),
         "planned_steps": run.config.train.steps,
-        "flops_per_token": flops_per_token(shape, run.config.data.sequence_length),
+        "flops_per_token": flops_per_token(shape, run.config.data.sequence_length, frozen),
         "unigram_entropy": data.unigram_entropy,
         "validation_fingerprint": validation_fingerprint(data.validation) or None,
         "datasets": [

@@ -32,6 +32,7 @@ from megalm.engine.ranks.rendezvous import Meeting, count_restarts, meet
 from megalm.engine.traffic_counter import TrafficCounter
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, ConfigError
 from megalm.model.model_config import float8_share, flops_per_token
+from megalm.model.parameter_groups import frozen_parameters
 from megalm.nodes.collective_clock import CollectiveClock
 from megalm.nodes.node_check import NodeCheck, check_nodes
 from megalm.nodes.straggler_watch import SlowTimes, StragglerWatch
@@ -307,7 +308,8 @@ def build_trainer(
     hooks = _training_hooks(opened, run, metrics, comm)
     supervisor.enter(hooks)
     # Before the mirror, which uses a core for seconds.
-    share = float8_share(plan.shape, run.config.data.sequence_length, run.config.precision.float8)
+    frozen = frozen_parameters(plan.shape, run.config.train.parameter_groups)
+    share = float8_share(plan.shape, run.config.data.sequence_length, run.config.precision.float8, frozen)
     peak, peak_source = peak_flops(device, run.precision != "fp32", share)
     mirror = _start_mirror(folder, run, ranks, console)
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
@@ -431,7 +433,9 @@ def _components(
         guard=spikes,
         incidents=SpikeReportWriter(folder.incidents, read_text, command, comm, console),
         limits=limits,
-        flops_per_token=flops_per_token(plan.shape, length),
+        flops_per_token=flops_per_token(
+            plan.shape, length, frozen_parameters(plan.shape, config.train.parameter_groups)
+        ),
         peak_flops=peak,
     )
 

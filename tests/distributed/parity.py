@@ -98,8 +98,8 @@ class Row:
     zero: int
     precision: str = "fp32"
     offloaded: bool = False
-    states: str = "fp32"
     muon: bool = False
+    states: str = "fp32"
 
     @property
     def clipping(self) -> float:
@@ -115,8 +115,9 @@ class Row:
 
     @property
     def numbers(self) -> str:
-        states = "" if self.states == "fp32" else f", {self.states} states"
-        return self.precision + states + (", offloaded" if self.offloaded else "") + (", Muon" if self.muon else "")
+        if self.states != "fp32":
+            return f"{self.precision}, {self.states} states"
+        return self.precision + (", offloaded" if self.offloaded else "") + (", Muon" if self.muon else "")
 
     @property
     def tolerance(self) -> Tolerance:
@@ -157,9 +158,9 @@ class Row:
 # Low precision rounds each product and the layouts round different ones: a part of the matrix shows that it trains.
 _FEW_MODELS = ("gpt2 tied", "llama GQA untied")
 _MORE = ("tp2", "sp2", "pp2")  # fp16, and offload, which by data alone has its own test
+_MUON = ("sp2 x dp2",)  # and the largest; test_muon.py compares further layouts with torch's Muon
 # Optimizer states in fewer bytes, where two axes meet; test_optimizer_state_kinds.py has each axis alone.
 _STATES = {"tp2 x dp2": "8bit", "sp2 x dp2": "bf16", "pp2 x dp2": "8bit", "tp2 x pp2": "bf16", "sp2 x pp2": "8bit"}
-_MUON = ("sp2 x dp2",)  # and the largest; test_muon.py compares further layouts with torch's Muon
 
 
 def rows(layout: str) -> list[Row]:

@@ -29,6 +29,7 @@ GPT2 = ("model.style=gpt2", "model.qk_norm=false", "model.tie_word_embeddings=tr
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 MUON = {"type": "Muon", "params": {"weight_decay": 0.1}}
 GATHERED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+FROZEN = "train.parameter_groups=[{match: embedding.*, frozen: true}, {match: 'layers.[01].*', frozen: true}]"
 CASES = {
     # Accumulating: a single backward pass frees gradients as it reduces them.
     "zero1 fp32": Case("zero1.json", overrides=WIDE, settings={"train_micro_batch_size_per_gpu": 2}),
@@ -48,6 +49,10 @@ CASES = {
     "zero3 muon": Case("zero3.json", overrides=WIDE, settings={**GATHERED, "optimizer": MUON}),
     "zero1 bf16 states": Case("zero1.json", "bf16", (*WIDE, "train.optimizer_state=bf16")),
     "zero3 8bit states": Case("zero3.json", "bf16", (*WIDE, "train.optimizer_state=8bit"), GATHERED),
+    "zero2 bf16 frozen": Case("zero2.json", "bf16", (*WIDE, FROZEN, "train.ema_decay=0.9")),
+    "pp2 zero1 fp32 frozen": Case(
+        "zero1.json", overrides=(*WIDE, PIPELINE, FROZEN), settings={"train_micro_batch_size_per_gpu": 2}
+    ),
     "pp2 8bit states": Case(
         "zero1.json", "bf16", (*WIDE, PIPELINE, "train.optimizer_state=8bit"), {"train_micro_batch_size_per_gpu": 2}
     ),
@@ -102,6 +107,7 @@ def _parts(engine: Any, before: dict[int, int]) -> dict[str, int]:
         "weights": _storages(weights),
         "master": _storages(masters),
         "moments": _storages(value for state in inner.state.values() for value in state.values()),
+        "ema": _storages(engine._state.ema._averages.values()),
     }
     known = before | _storages(buckets) | _storages(engine._engine.module.buffers())
     for part in parts.values():
@@ -141,11 +147,12 @@ def test_plan_tells_what_is_held(measured: Any, name: str) -> None:
     for plan in _plans(run):
         here = [ranks[rank][name] for rank in range(2) if run.topology.coordinate(rank).pipeline == plan.stage]
         # Norms, each smaller than the smallest storage that is counted, are kept one by one under ZeRO 3.
-        most = {part: 1.01 * getattr(plan, part) for part in ("weights", "master", "moments")}
+        most = {part: 1.01 * getattr(plan, part) for part in ("weights", "master", "moments", "ema")}
         most["gradients"] = _most_gradients(plan, run)
         for part, limit in most.items():
             fullest = max(found[part] for found in here)
-            assert 0.99 * getattr(plan, part) <= fullest <= limit, f"{part} of stage {plan.stage}: {here}"
+            least = 0.99 * getattr(plan, part)
+            assert (least if least >= SMALL else 0) <= fullest <= limit, f"{part} of stage {plan.stage}: {here}"
 
 
 def _plans(run: Any) -> list[Any]:

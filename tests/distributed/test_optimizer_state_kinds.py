@@ -37,7 +37,7 @@ READ = {"fp32": (0.0, 0.0), "bf16": (2.0**-8, 0.0), "8bit": (1 / 24, 2.0**-10)}
 
 def _case(layout: str, kind: str) -> Case:
     json, precision, overrides, settings = LAYOUTS[layout]
-    return Case(json, precision, (*overrides, f"train.optimizer_state={kind}"), settings)
+    return Case(json, precision, (*overrides, f"train.optimizer_state={kind}", "train.ema_decay=0.9"), settings)
 
 
 def _train(comm: Any, device: torch.device, prefix: Path, folder: Path) -> tuple[dict[Any, Any], dict[Any, Trace]]:
@@ -103,14 +103,14 @@ def test_trains_as_fp32_states_do(ranks: list[Any], layout: str, kind: str) -> N
 
 @pytest.mark.parametrize(("kind", "into"), MOVES)
 def test_any_kind_and_layout_reads_a_checkpoint(ranks: list[Any], place: Path, kind: str, into: str) -> None:
-    """From ZeRO 3 to a tensor group of two, where blocks are others: masters are exact, moments nearly."""
+    """From ZeRO 3 to a tensor group of two, where blocks are others: masters and averages are exact, moments nearly."""
     reader = CheckpointReader(next((place / f"zero3 {kind}").glob("step-*")))
     relative, of_largest = READ[into]
     if kind == into:  # levels are the same in every block, but for the smallest
         relative = 0.0
     for (name, part), values in whole_state([moved[kind, into] for _, moved in ranks]).items():
         stored = reader.read_parameter(name, reader.shapes()[name], part).numpy().reshape(-1)
-        if part == "master":
+        if part in ("master", "ema"):
             np.testing.assert_array_equal(values, stored)
         else:
             root = np.sqrt if part == "exp_avg_sq" else np.abs

@@ -30,6 +30,10 @@ FLOAT8 = ("precision.float8=true", "model.intermediate_size=96", "data.sequence_
 FOUR_LAYERS = ("model.num_hidden_layers=4",)
 
 
+def frozen(*patterns: str) -> str:
+    return f"train.parameter_groups=[{', '.join(f'{{match: {it!r}, frozen: true}}' for it in patterns)}]"
+
+
 def _case(overrides: tuple[str, ...], micro_batch: int = 2, precision: str = "fp32", **settings: Any) -> Case:
     adam = {"params": {"betas": [0.9, 0.95], "eps": EPSILON, "weight_decay": 0.1}}  # as in the parity matrix, and why
     common = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_clipping": 0.5, "optimizer": adam}
@@ -48,6 +52,17 @@ CASES = {
     "gpt2 bf16": _case((*GPT2, "data.document_mask=true"), precision="bf16"),
     # A rounding in fp32 may become one in float8, so nothing is added up in another order: no clipping by a norm.
     "llama float8": _case((*LLAMA, *FLOAT8), gradient_clipping=0),
+    "gpt2 frozen first stage": _case(
+        (*GPT2, "train.ema_decay=0.6", "data.document_mask=true", frozen("embedding.*", "layers.[01].*"))
+    ),
+    "gpt2 frozen first stage zero0": _case(
+        (*GPT2, frozen("embedding.*", "layers.[01].*")), gradient_clipping=0, zero_optimization={"stage": 0}
+    ),
+    "gpt2 frozen first stage bf16": _case((*GPT2, frozen("embedding.*", "layers.[01].*")), precision="bf16"),
+    "llama frozen last stage": _case(
+        (*LLAMA, frozen("layers.[12].*", "final_norm.*", "head.*"), "train.checkpoint_activations_every=1")
+    ),
+    "llama group of one block": _case((*LLAMA, "train.parameter_groups=[{match: layers.2.*, weight_decay: 0.3}]")),
     "llama tied": _case((*LLAMA, "model.tie_word_embeddings=true"), precision="bf16"),
 }
 FOUR_RANKS = {
@@ -57,11 +72,15 @@ FOUR_RANKS = {
     "pp2 dp2 bf16": _case(GPT2, precision="bf16"),
     "pp2 tp2 gpt2": _case((*GPT2, "data.document_mask=true")),
     "pp2 tp2 sequence": _case((*LLAMA, "model.tie_word_embeddings=true", "train.recompute=mlp")),
+    "pp4 frozen": _case((*GPT2, *FOUR_LAYERS, frozen("embedding.*", "layers.[013].*", "final_norm.*"))),
+    "pp2 tp2 frozen sequence": _case((*LLAMA, frozen("embedding.*", "layers.[01].*", "*.attention.key.*", "*.up.*"))),
     "pp2 tp2 zero0": _case(GPT2, gradient_clipping=0, zero_optimization={"stage": 0}),
 }
 TENSOR = ("parallel.tensor=2",)
 LAYOUTS = {
     "pp4": ("parallel.pipeline=4",),
+    "pp4 frozen": ("parallel.pipeline=4",),
+    "pp2 tp2 frozen sequence": ("parallel.pipeline=2", *TENSOR, "parallel.sequence=true"),
     "pp2 tp2 gpt2": ("parallel.pipeline=2", *TENSOR),
     "pp2 tp2 sequence": ("parallel.pipeline=2", *TENSOR, "parallel.sequence=true"),
     "pp2 tp2 zero0": ("parallel.pipeline=2", *TENSOR),

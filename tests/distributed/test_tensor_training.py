@@ -22,6 +22,12 @@ MODELS = {
     "gpt2": ("model.style=gpt2", "model.tie_word_embeddings=true", "data.document_mask=true"),
     "gpt2 untied": ("model.style=gpt2",),
     "llama gqa": ("model.num_key_value_heads=2",),
+    "llama frozen": (
+        "train.ema_decay=0.6",
+        "train.parameter_groups=[{match: embedding.*, frozen: true}, {match: layers.0.*, frozen: true}, "
+        "{match: layers.1.attention.*ey.*, frozen: true}, {match: '*.up.*', frozen: true}, {match: '*output*', "
+        "frozen: true}, {match: '*.mlp_norm.*', frozen: true}]",
+    ),
     "llama one kv head": ("model.num_key_value_heads=1", "model.tie_word_embeddings=true"),
 }
 
@@ -52,6 +58,9 @@ CASES = {
         ("llama gqa", 0, SEQUENCE),
         ("llama gqa", 2, TENSOR),
         ("llama gqa", 3, TENSOR),
+        ("llama frozen", 0, SEQUENCE),
+        ("llama frozen", 2, TENSOR),
+        ("llama frozen", 3, SEQUENCE),
         ("llama one kv head", 0, TENSOR),
         ("llama one kv head", 1, SEQUENCE),
         ("llama one kv head", 3, TENSOR),

@@ -11,6 +11,7 @@ all rounding may move it differently); the mean difference must stay below 1e-6.
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader
 from megalm.data.sampling.samples import TrainingSamples
 from megalm.model.transformer import LanguageModel, initialize
+from megalm.parity.state_comparison import State
 from megalm.planning.lr_schedule import learning_rate
 from tests.distributed.selection import selected
 from tests.distributed.training import (
@@ -64,13 +66,29 @@ CASES = {
 # Pattern -> factor of the learning rate, weight decay. With heads of two elements, a group's second part is padding.
 GROUPS = {"layers.1.attention.query_norm.*": (0.1, 0.0), "embedding.*": (0.25, 0.0), "*.mlp.*": (2.0, 0.5)}
 _RULES = [f"{{match: '{name}', learning_rate_scale: {it[0]}, weight_decay: {it[1]}}}" for name, it in GROUPS.items()]
-GROUPED = ("model.head_dim=2", f"train.parameter_groups=[{', '.join(_RULES)}]")
+DECAY = 0.6
+AVERAGED = f"train.ema_decay={DECAY}"
+GROUPED = ("model.head_dim=2", AVERAGED, f"train.parameter_groups=[{', '.join(_RULES)}]")
+# Below the lowest parameter that trains, beside it and above it.
+FROZEN = (
+    "embedding.*",
+    "layers.0.*",
+    "layers.1.attention.query.*",
+    "layers.1.mlp.up.*",
+    "layers.1.mlp_norm.*",
+    "head.*",
+)
+_STILL = [f"{{match: '{name}', frozen: true}}" for name in FROZEN]
+STILL = ("model.head_dim=2", AVERAGED, f"train.parameter_groups=[{', '.join(_STILL)}]", "train.recompute=norms")
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 CASES |= {
     "groups zero0": Case("zero1.json", overrides=GROUPED, settings={"zero_optimization": {"stage": 0}}),
     "groups zero1": Case("zero1.json", overrides=GROUPED),
     "groups zero2 offloaded": Case("zero2.json", overrides=GROUPED, settings=OFFLOAD),
     "groups zero3": Case("zero3.json", overrides=GROUPED),
+    "frozen zero0": Case("zero1.json", overrides=STILL, settings={"zero_optimization": {"stage": 0}}),
+    "frozen zero2 accumulated": Case("zero2.json", overrides=STILL, settings={"train_micro_batch_size_per_gpu": 2}),
+    "frozen zero3 offloaded": Case("zero3.json", overrides=STILL, settings=OFFLOAD),
 }
 ON_FOUR_RANKS = ("zero0", "zero1", "gpt2 zero2", "gpt2 zero3 accumulated")
 
@@ -97,7 +115,7 @@ def traces(
         pytest.param(name, size, marks=[pytest.mark.slow] if size == 4 and name not in ON_FOUR_RANKS else [])
         for name in CASES
         for size in (1, 2, 4)
-        if not name.startswith("groups")
+        if not name.startswith(("groups", "frozen"))
     ],
 )
 def test_equal_to_one_rank(traces: dict[int, list[dict[str, Trace]]], name: str, world_size: int) -> None:
@@ -116,25 +134,33 @@ def test_it_learns(traces: dict[int, list[dict[str, Trace]]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def plain_adamw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, dict[str, np.ndarray]]:
-    """The steps of the "groups" cases with torch's AdamW alone, each parameter a group; and the weights after them."""
+def plain_adamw(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Trace, State]]:
     folder = tmp_path_factory.mktemp("plain")
     make_dataset(folder / "data", marked=True)
-    run = resolved(CASES["groups zero0"], 1, folder)
+    return {kind: _plain_adamw(kind, folder) for kind in ("groups", "frozen")}
+
+
+def _plain_adamw(kind: str, folder: Path) -> tuple[Trace, State]:
+    """The steps of the cases of a kind with torch's AdamW alone, each parameter a group; and the state after them."""
+    run = resolved(CASES[f"{kind} zero0"], 1, folder)
     shape, facts, batch = shape_of(run), run.optimizer, run.batch
     model = LanguageModel(shape)
     initialize(model, shape, run.config.train.seed)
     samples = TrainingSamples(IndexedDataset(folder / "data"), (0, 200), run.config.data.sequence_length, seed=5)
     loader = BatchLoader(samples, BatchLayout(batch.global_batch, batch.micro_batch, 0, 1))
-    weights = dict(model.named_parameters())
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(kind == "groups" or not any(fnmatchcase(name, pattern) for pattern in FROZEN))
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
     def of(name: str) -> tuple[float, float]:
         default = (1.0, facts.weight_decay if weights[name].dim() >= 2 else 0.0)
-        return next((settings for pattern, settings in GROUPS.items() if fnmatchcase(name, pattern)), default)
+        rules = GROUPS if kind == "groups" else {}
+        return next((settings for pattern, settings in rules.items() if fnmatchcase(name, pattern)), default)
 
     groups = [{"params": [weight], "weight_decay": of(name)[1]} for name, weight in weights.items()]
     optimizer = torch.optim.AdamW(groups, betas=facts.betas, eps=facts.epsilon)
     losses, norms = [], []
+    averages = {name: weight.detach().clone() for name, weight in weights.items()}
     for step in range(1, STEPS + 1):
         read = loader.batch((step - 1) * batch.global_batch)
         total = torch.zeros(())
@@ -147,23 +173,37 @@ def plain_adamw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, dict[s
             group["lr"] = learning_rate(run.schedule, step) * of(name)[0]
         optimizer.step()
         optimizer.zero_grad()
+        for name, weight in weights.items():
+            averages[name] = DECAY * averages[name] + (1 - DECAY) * weight.detach()
     loader.close()
-    return Trace(losses, norms, []), {name: weight.detach().numpy().reshape(-1) for name, weight in weights.items()}
+    after: State = {(name, "master"): weight.detach().numpy().reshape(-1) for name, weight in model.named_parameters()}
+    after |= {(name, "ema"): average.numpy().reshape(-1) for name, average in averages.items()}
+    return Trace(losses, norms, []), after
 
 
-@pytest.mark.parametrize(("name", "world_size"), [(name, 2) for name in CASES if name.startswith("groups")])
+_GROUPED_CASES = [(name, 2) for name in CASES if name.startswith(("groups", "frozen"))]
+
+
+@pytest.mark.parametrize(("name", "world_size"), _GROUPED_CASES)
 def test_parameter_groups_step_as_adamw_s(
     traces: dict[int, list[dict[str, Trace]]],
-    plain_adamw: tuple[Trace, dict[str, np.ndarray]],
+    plain_adamw: dict[str, tuple[Trace, State]],
     name: str,
     world_size: int,
 ) -> None:
-    reference, weights = plain_adamw
+    kind = name.split(maxsplit=1)[0]
+    reference, weights = plain_adamw[kind]
     ranks = [trace[name] for trace in traces[world_size]]
     np.testing.assert_allclose(ranks[0].losses, reference.losses, rtol=1e-5)
     np.testing.assert_allclose(ranks[0].norms, reference.norms, rtol=1e-4)
     state = whole_state(ranks)
-    for parameter, values in weights.items():
-        difference = np.abs(state[parameter, "master"] - values)
-        assert difference.max() < 2e-4, parameter
-        assert difference.mean() < 1e-6, parameter
+    without_moments = {parameter for parameter, part in state if part == "master"} - {
+        parameter for parameter, part in state if part == "exp_avg"
+    }
+    patterns = FROZEN if kind == "frozen" else ()
+    assert without_moments == {it for it, _ in weights if any(fnmatchcase(it, pattern) for pattern in patterns)}
+    assert {place for place in state if place[1] in ("master", "ema")} == weights.keys()
+    for place, values in weights.items():
+        difference = np.abs(state[place] - values)
+        assert difference.max() < 2e-4, place
+        assert difference.mean() < 1e-6, place

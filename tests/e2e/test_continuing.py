@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.discovery import step_folders
 from megalm.checkpoint.manifest import Manifest, read_manifest
 from megalm.data.builder.builder import build_dataset
@@ -16,6 +18,7 @@ from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.runs.metrics_log import live_rows
 from tests.e2e.conftest import SIX_STEPS, SmallData
 from tests.e2e.jobs import PRETRAIN, Finished, finish, launcher, pretrain, rows, run_folder, train_rows, write_json
+from tests.messages import assert_names
 
 pytestmark = pytest.mark.e2e
 
@@ -187,3 +190,26 @@ def test_a_run_whose_metrics_are_deleted_resumes_from_the_newest_checkpoint(
     assert [row["step"] for row in rows(copied) if row["kind"] == "train"] == [11, 12]
     assert {row["attempt"] for row in rows(copied)} == {4}
     assert [path.name for path in step_folders(run / "checkpoints")] == ["step-00000010", "step-00000012"]
+
+
+def test_freezing_and_averaging_from_here_on_and_back(copied: Path, small_data: SmallData) -> None:
+    def go_on(*settings: str) -> Finished:
+        finished = finish(copied, [*launcher("forked"), PRETRAIN, "run.name=mine", "--resume", "auto", *settings])
+        assert finished.code == 0, finished.explain()
+        return finished
+
+    frozen = "train.parameter_groups=[{match: 'layers.0.*', frozen: true}]"
+    said = go_on("train.steps=8", frozen, "train.ema_decay=0.5").stdout
+    assert_names(said, "layers.0.attention.key.weight", "train.ema_decay=0.5")
+    before, after = (CheckpointReader(run_folder(copied) / "checkpoints" / f"step-0000000{step}") for step in (6, 8))
+    for name, shape in after.shapes().items():
+        is_frozen = name.startswith("layers.0.")
+        assert after.kinds(name) == (("master",) if is_frozen else ("master", "exp_avg", "exp_avg_sq", "ema")), name
+        stayed = torch.equal(before.read_parameter(name, shape), after.read_parameter(name, shape))
+        assert stayed == is_frozen, name
+    said = go_on("train.steps=9", "train.parameter_groups=[]", "train.ema_decay=null").stdout
+    assert_names(said, "layers.0.attention.key.weight", "train.ema_decay")
+    last = CheckpointReader(run_folder(copied) / "checkpoints/step-00000009")
+    name, shape = "layers.0.mlp.up.weight", last.shapes()["layers.0.mlp.up.weight"]
+    assert last.kinds(name) == ("master", "exp_avg", "exp_avg_sq")
+    assert not torch.equal(after.read_parameter(name, shape), last.read_parameter(name, shape))

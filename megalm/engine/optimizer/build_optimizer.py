@@ -1,4 +1,4 @@
-"""The optimizer that DeepSpeed is given: which parameters decay, and which implementation steps them."""
+"""The optimizer that DeepSpeed is given: its groups of parameters, and which implementation steps them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from megalm.engine.cpp_extensions import load_cpu_adam
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
 from megalm.engine.optimizer.muon import Muon
 from megalm.model.layer_factory import shard_of
-from megalm.model.parameter_groups import MOMENTS, group_keys, group_settings, optimizer_groups
+from megalm.model.parameter_groups import MOMENTS, NO_GROUP, group_keys, group_settings, optimizer_groups
 from megalm.planning.resolve import ResolvedRun
 
 
 def parameter_groups(model: nn.Module, run: ResolvedRun) -> list[dict[str, Any]]:
     """Return optimizer groups with their weight decay, the factor of their learning rate, and their moments' names.
 
-    ZeRO 3 has flattened the parameters: their annotations know their shapes.
+    Takes the gradient from parameters that are frozen: they are in no group. ZeRO 3 has flattened the parameters: their
+    annotations know their shapes.
     """
     train, optimizer = run.config.train, run.optimizer
     rules, scales = train.parameter_groups, optimizer.rate_scales(run.schedule.peak_learning_rate)
     parameters = dict(model.named_parameters())
     dimensions = {name: len(shard_of(parameter).shape) for name, parameter in parameters.items()}
     keys = group_keys(dimensions, rules, train.embedding_weight_decay, optimizer.muon is not None)
+    for name, key in keys.items():
+        parameters[name].requires_grad_(not key.frozen)
     return [
         {
             "params": [parameters[name] for name in names],
@@ -32,7 +35,19 @@ def parameter_groups(model: nn.Module, run: ResolvedRun) -> list[dict[str, Any]]
             **group_settings(key, rules, optimizer.weight_decay, scales),
         }
         for key, names in optimizer_groups(keys).items()
+        if not key.frozen
     ]
+
+
+def group_without_parameters(model: nn.Module) -> dict[str, Any]:
+    """Return a group for a pipeline stage of which nothing trains: one element of `model` that nothing computes with.
+
+    Neither torch nor DeepSpeed has an optimizer without parameters.
+    """
+    some = next(model.parameters())
+    model.no_parameter = nn.Parameter(torch.zeros(1, dtype=some.dtype, device=some.device))
+    settings = group_settings(NO_GROUP, (), 0.0, {NO_GROUP.algorithm: 1.0})
+    return {"params": [model.no_parameter], "moments": MOMENTS[NO_GROUP.algorithm], **settings}
 
 
 def build_optimizer(groups: list[dict[str, Any]], run: ResolvedRun, offload: bool) -> torch.optim.Optimizer:

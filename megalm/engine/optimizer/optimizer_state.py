@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from megalm.checkpoint.shard_spec import Fragment, FragmentKey, FragmentKind, HasFragment
 from megalm.engine.nvme_offload import SwappedStates
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
+from megalm.engine.optimizer.weight_ema import WeightEma
 from megalm.model.layer_factory import ShardedAxis
 from megalm.model.parameter_groups import MomentKind
 
@@ -61,9 +62,10 @@ class OptimizerState:
 
     Args:
         engine: a DeepSpeed engine after `deepspeed.initialize`.
-        parameters: canonical name -> parameter, as in the module.
+        parameters: canonical name -> parameter that trains, as in the module.
         shards: canonical name -> its shard, read before `initialize` (ZeRO 3 flattens shapes).
         is_first_copy: whether this rank is the first of its data-parallel replicas.
+        ema_decay: of a moving average of the masters; None: there is none.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class OptimizerState:
         parameters: Mapping[str, nn.Parameter],
         shards: Mapping[str, ShardedAxis],
         is_first_copy: bool,
+        ema_decay: float | None = None,
     ) -> None:
         self._engine = engine
         self._outer = engine.optimizer
@@ -82,6 +85,7 @@ class OptimizerState:
         self._is_first_copy = is_first_copy
         self._swapped = SwappedStates(self._outer) if getattr(self._outer, "swap_optimizer", False) else None
         self._moments = dict(self._moments_of_flats())
+        self.ema = WeightEma(ema_decay, self._flats())
         self._packed = self._inner if isinstance(self._inner, LowPrecisionAdam) else None
         if self._packed is not None:
             for flat, pieces in self._owned_by_flat():
@@ -102,7 +106,7 @@ class OptimizerState:
                 if self._swapped is not None and self._swapped.holds(flat):
                     is_last = (owned, kind) == own[-1]
                     yield _ReadFragment(owned.key(kind), partial(self._swapped.read, flat, values, is_last))
-                elif self._packed is not None and kind != "master":
+                elif self._packed is not None and kind in ("exp_avg", "exp_avg_sq"):
                     yield _ReadFragment(owned.key(kind), partial(self._packed.read, flat, owned.offset, kind))
                 else:
                     yield Fragment(owned.key(kind), values())
@@ -122,7 +126,7 @@ class OptimizerState:
                 for owned in pieces:
                     for kind in self._kinds(flat):
                         values = read(owned.key(kind))
-                        if self._packed is not None and kind != "master":
+                        if self._packed is not None and kind in ("exp_avg", "exp_avg_sq"):
                             self._packed.write(flat, owned.offset, kind, values)
                         else:
                             self._values(owned, kind).copy_(values)
@@ -132,7 +136,8 @@ class OptimizerState:
 
     @torch.no_grad()
     def forget_moments(self) -> None:
-        """Reset the optimizer's moments and step count to those before its first step."""
+        """Reset moments, step count and the average of the weights to those before the first step."""
+        self.ema.restart()
         for flat, _ in self._owned_by_flat():
             with self._present(flat, changes=True):
                 self._clear_moments(flat, optimizer_step=0)
@@ -227,7 +232,8 @@ class OptimizerState:
             state["step"] = torch.tensor(float(optimizer_step), device=flat.device)
 
     def _kinds(self, flat: nn.Parameter) -> tuple[FragmentKind, ...]:
-        return ("master", *self._moments[id(flat)])
+        average: tuple[FragmentKind, ...] = ("ema",) if self.ema.is_kept else ()
+        return ("master", *self._moments[id(flat)], *average)
 
     @property
     def _is_cpu_adam(self) -> bool:
@@ -259,7 +265,10 @@ class OptimizerState:
 
     def _values(self, owned: OwnedRange, kind: FragmentKind) -> Tensor:
         """Return a view, fp32 [stop - start]; zeros if the optimizer has no moments yet."""
-        whole = owned.flat.data if kind == "master" else self._inner.state.get(owned.flat, {}).get(kind)
+        if kind == "ema":
+            whole = self.ema.of(owned.flat)
+        else:
+            whole = owned.flat.data if kind == "master" else self._inner.state.get(owned.flat, {}).get(kind)
         length = owned.stop - owned.start
         return torch.zeros(length) if whole is None else whole.view(-1).narrow(0, owned.offset, length)
 
@@ -317,6 +326,8 @@ class OptimizerState:
             own = ds_comm.get_rank(group=self._outer.real_dp_process_group[index])
             first = (own if data_rank is None else data_rank) * size
             for parameter in group:
+                if id(parameter) not in self._names:
+                    continue  # it stands in for a group of which this stage has none
                 place = (parameter.data_ptr() - flat.data_ptr()) // parameter.element_size()
                 start, stop = max(place, first), min(place + parameter.numel(), first + size)
                 if start < stop:

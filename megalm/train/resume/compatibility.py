@@ -15,7 +15,7 @@ from megalm.config.loading import COMMAND_LINE, SAVED_CONFIG
 from megalm.data.sampling.mixture import BlendedSamples
 from megalm.errors import CheckpointError, ConfigError
 from megalm.model.model_config import ModelConfig
-from megalm.model.parameter_groups import MOMENTS, group_keys
+from megalm.model.parameter_groups import MOMENTS, frozen_parameters, group_keys
 from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, ScheduleSegment, rate_at
 from megalm.planning.resolve import ResolvedRun, decay_steps_of
 from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
@@ -231,6 +231,8 @@ def refuse_other_moments(path: Path, manifest: Manifest, run: ResolvedRun) -> No
     keys = group_keys(dimensions, train.parameter_groups, train.embedding_weight_decay, run.optimizer.muon is not None)
     for name, key in keys.items():
         stored = manifest.tensors[name].kinds
+        if name in manifest.frozen:
+            continue  # `frozen_notes` says what becomes of it
         if lacking := [kind for kind in MOMENTS[key.algorithm] if kind not in stored]:
             raise CheckpointError(
                 f"{path} has {', '.join(stored)} of {name}, but this run's optimizer needs {', '.join(lacking)}; "
@@ -296,6 +298,34 @@ def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRu
     if len(schedule) > len(manifest.schedule.segments) and not _same_rates(schedule):
         lines.append(f"the learning rate changes {schedule[-1]}")
     return lines
+
+
+def frozen_notes(manifest: Manifest, run: ResolvedRun, shape: ModelConfig) -> list[str]:
+    """Return what a change of the frozen parameters means, one line each."""
+    frozen = frozen_parameters(shape, run.config.train.parameter_groups)
+    lines = []
+    if trains := sorted(manifest.frozen - frozen):
+        lines.append(
+            f"{_some(trains)} were frozen and train now: their moments begin at zero, with the bias correction of step "
+            f"{manifest.step:,}, so that their first updates are larger or smaller than later ones"
+        )
+    if stops := sorted(frozen - manifest.frozen):
+        lines.append(f"{_some(stops)} trained and are frozen now: their moments are dropped")
+    return lines
+
+
+def ema_notes(manifest: Manifest, run: ResolvedRun) -> list[str]:
+    """Return what becomes of the moving average of the weights, where run and checkpoint do not both have one."""
+    decay = run.config.train.ema_decay
+    if decay is not None and not manifest.has_ema:
+        return [f"the checkpoint has no average of the weights: that of train.ema_decay={decay:g} begins with them"]
+    if decay is None and manifest.has_ema:
+        return ["the checkpoint's average of the weights is dropped, for train.ema_decay is not set"]
+    return []
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} parameters ({names[0]}{', ...' if len(names) > 1 else ''})"
 
 
 def _same_rates(segments: Sequence[ScheduleSegment]) -> bool:

@@ -27,7 +27,9 @@ from megalm.train.resume.compatibility import (
     DataIdentity,
     change_notes,
     continuation_kind,
+    ema_notes,
     first_sample_of,
+    frozen_notes,
     identity_of,
     incompatibilities,
     lengths_of_order,
@@ -227,7 +229,12 @@ def _plan_continuation(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan
         here = identity.at(position.samples)["order"]
         position.skip(samples, here, run.config.data.sequence_length, run.batch.global_batch)
         notes += (f"skipping the data of {resume.skip_steps} steps, {samples:,} samples",)
-    notes = (*change_notes(position, manifest, run), *notes)
+    notes = (
+        *change_notes(position, manifest, run),
+        *frozen_notes(manifest, run, plan.shape),
+        *ema_notes(manifest, run),
+        *notes,
+    )
     return replace(plan, data=data, identity=identity, position=position, notes=notes)
 
 

@@ -64,6 +64,15 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
         (["train.parameter_groups=[{match: '*.mlp.*', learning_rate_scale: 0}]"], ["train.parameter_groups", "match"]),
         (["train.parameter_groups=[{match: '*', weight_decay: -1}]"], ["train.parameter_groups", "weight_decay"]),
         (["train.parameter_groups=[{match: '*.mlp.*', weight_decay: 0}, {match: layers.*}]"], None),
+        (["train.parameter_groups=[{match: '*', frozen: true}]"], ["train.parameter_groups", "frozen=true", "'*'"]),
+        (
+            ["train.parameter_groups=[{match: '*.mlp.*', frozen: true, weight_decay: 0}]"],
+            ["match='*.mlp.*'", "frozen=true", "weight_decay"],
+        ),
+        (["train.parameter_groups=[{match: '*.mlp.*', frozen: true}]"], None),
+        (["train.ema_decay=1"], ["train.ema_decay"]),
+        (["train.ema_decay=0"], ["train.ema_decay"]),
+        (["train.ema_decay=0.999"], None),
         (["train.max_wall_time=4x"], ["train.max_wall_time='4x'", "30m", "4h", "1h30m", "2d"]),
         (["train.max_wall_time=0s"], ["train.max_wall_time='0s'"]),
         (["train.max_wall_time=1h30m"], None),
@@ -197,6 +206,12 @@ def test_rules_of_the_run(start: Start, overrides: list[str], names: list[str] |
             ["offload_param.device=nvme", "cpu", "offload_optimizer"],
         ),
         ({"zero_optimization": zero(3, offload_optimizer=NVME)}, [], None),
+        (
+            {"zero_optimization": zero(3, offload_optimizer=NVME)},
+            ["train.ema_decay=0.99"],
+            ["train.ema_decay=0.99", "offload_optimizer.device=nvme", "offload_optimizer.device=cpu"],
+        ),
+        ({"zero_optimization": zero(3, offload_optimizer={"device": "cpu"})}, ["train.ema_decay=0.99"], None),
         (
             {"zero_optimization": zero(3, offload_optimizer={**NVME, "pipeline_read": True})},
             [],

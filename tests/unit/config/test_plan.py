@@ -220,6 +220,76 @@ def test_an_update_of_muon_takes_what_activations_leave() -> None:
     assert estimate_memory(replace(wide, micro_batch=8, sequence_length=4096)).buckets < plan.buckets
 
 
+def test_the_plan_shows_what_is_frozen(start: Start) -> None:
+    rules = "train.parameter_groups=[{match: embedding.*, frozen: true}, {match: 'layers.0.*', frozen: true}]"
+    run = start("model.num_hidden_layers=2", "model.tie_word_embeddings=true", rules, ranks=1)
+    plan = make_plan(run, vocab_size=1024)
+    frozen = [it for it in plan.optimizer_groups if it.frozen]
+    assert [it.match for it in frozen] == ["embedding.*", "layers.0.*"]
+    assert plan.trained_parameters == plan.parameter_count - sum(it.parameters for it in frozen) > 0
+    assert sum(map(sum, groups_of(plan.case))) == plan.trained_parameters
+    text = plan_text(plan, 8)
+    assert_names(section_of(text, "Parameter groups"), "embedding.*", "frozen", f"{frozen[0].parameters:,}")
+    assert_names(section_of(text, "Parameters"), f"{plan.trained_parameters:,}")
+    assert any("embedding.tokens.weight" in notice for notice in run.notices)  # which is the head, and trains nowhere
+    size = 4 * plan.parameter_count + 8 * plan.trained_parameters
+    assert checkpoint_bytes(plan.shape, plan.case.parameter_groups) == size
+
+
+def test_an_average_of_the_weights_is_in_the_plan(start: Start) -> None:
+    """4 bytes of each parameter that trains, where the master is; none of a frozen one."""
+    rules = "train.parameter_groups=[{match: embedding.*, frozen: true}]"
+    plans = [make_plan(start(rules, *more, ranks=2), 1024) for more in ((), ("train.ema_decay=0.99",))]
+    without, average = (plan.memory for plan in plans)
+    assert average.ema == average.master > 0 == without.ema
+    assert average.total - without.total == average.ema
+    assert plans[1].checkpoint_bytes - plans[0].checkpoint_bytes == 4 * plans[0].trained_parameters
+    assert_names(section_of(plan_text(plans[1], 8), "Memory of one rank (estimate)"), "ema", "train.ema_decay")
+    offload = ZeroSection(stage=2, offload_optimizer=OffloadOptimizerSection(device="cpu"))
+    offloaded = estimate_memory(case(zero=offload, ema=True))
+    assert offloaded.host["ema"] == offloaded.host["master"] > 0 == offloaded.ema
+
+
+FROZEN = {
+    "below": ("embedding.*", "layers.0.*"),
+    "in a block": ("embedding.*", "layers.0.attention*", "layers.[12].mlp.up.*", "layers.2.attention.value.*"),
+    "all but a norm": ("embedding.*", "layers.*", "head.*"),
+    "the head": ("head.*", "layers.2.*"),
+    "all but a projection": ("embedding.*", "layers.[02].*", "layers.1.*norm*", "layers.1.mlp*", "layers.1.*y.*"),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+@pytest.mark.parametrize("style", ["gpt2", "llama"])
+def test_flops_are_those_of_a_step_with_frozen_parameters(name: str, style: str) -> None:
+    from fnmatch import fnmatchcase
+
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megalm.model.transformer import LanguageModel
+
+    length, vocab = 64, 256
+    sizes = ("model.num_hidden_layers=3", f"model.style={style}", "model.tie_word_embeddings=false")
+    shape = shape_of(*sizes, vocab=vocab, length=length)
+    model, frozen = LanguageModel(shape, chunk_tokens=128), set()
+    for parameter_name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+        if any(fnmatchcase(parameter_name, pattern) for pattern in FROZEN[name]):
+            frozen.add(parameter_name)
+            parameter.requires_grad_(False)
+    tokens = torch.randint(0, vocab, (2, length))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens)[0].backward()
+    # Attention multiplies the whole square of scores, of which the formula counts half; the counter misses `addmm_`,
+    # the gradient of the head's weight.
+    core = length * shape.num_attention_heads * shape.head_dim
+    backward = {"below": 2, "in a block": 2, "all but a norm": 0, "the head": 3, "all but a projection": 2}[name]
+    missed = 0 if "head.weight" in frozen else 2 * vocab * shape.hidden_size
+    counted = counter.get_total_flops() / (2 * length) + missed
+    assert counted == flops_per_token(shape, length, frozen) + (2 * 3 + 4 * backward) * core
+
+
 def test_buckets_are_allocated_whole_on_a_gpu_only() -> None:
     zero = ZeroSection(stage=2, reduce_bucket_size=10**8, overlap_comm=True)
     assert estimate_memory(case(zero=zero)).buckets == 2 * 2 * 10**8

@@ -153,3 +153,16 @@ def test_a_compiled_layer_is_the_same() -> None:
         gradients.append([parameter.grad.clone() for parameter in layer.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("needs_input", [False, True])
+def test_a_frozen_layer_has_the_gradients_that_are_needed(needs_input: bool) -> None:
+    """The same as those of a layer that trains."""
+    torch.manual_seed(4)
+    layer, x = Float8Linear(64, 48), torch.randn(32, 64, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).square().sum(), [x, layer.weight, layer.bias])
+    layer.weight.requires_grad_(False)
+    wanted = [x, layer.bias] if needs_input else [layer.bias]
+    again = torch.autograd.grad(layer(x if needs_input else x.detach()).square().sum(), wanted)
+    for found, known in zip(again, [expected[0], expected[2]] if needs_input else [expected[2]], strict=True):
+        assert torch.equal(found, known)

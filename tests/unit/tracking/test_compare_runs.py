@@ -349,6 +349,7 @@ def test_evaluations_over_the_same_questions_are_compared(tmp_path: Path, capsys
         {**asked, "step": 2, "accuracy": 0.25},
         {**asked, "step": 2, "accuracy": 0.3},
         {**text, "step": 2},
+        {**asked, "step": 2, "accuracy": 0.9, "ema": True},
     )
     evaluated(second, {**asked, "step": 2, "accuracy": 0.4, "questions": 1000}, {**text, "step": 2, "targets": 600})
     rows = compared(capsys, first, second)
@@ -356,6 +357,7 @@ def test_evaluations_over_the_same_questions_are_compared(tmp_path: Path, capsys
     assert rows["quiz, accuracy of 1,000 questions"][2].startswith("+0.1000")
     assert rows["books, bits per byte of 500 tokens"] == ["1.2500", "-", "-"]
     assert rows["books, bits per byte of 600 tokens"] == ["-", "1.2500", "-"]
-    assert [one.value for one in read_evaluations(first)] == [0.2, 1.25, 0.3]
+    assert rows["quiz (EMA), accuracy of 1,000 questions"] == ["0.9000", "-", "-"]
+    assert [one.value for one in read_evaluations(first)] == [0.2, 1.25, 0.9, 0.3]
     assert read_evaluations(first)[-1].error == 0.01
     assert read_evaluations(tmp_path) == []

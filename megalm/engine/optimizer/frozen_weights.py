@@ -1,0 +1,94 @@
+"""Weights that do not train, as fragments of a checkpoint: the optimizer has no fp32 master of them.
+
+Of each parameter every rank of a data group keeps and saves an equal part, at any ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from megalm.checkpoint.shard_spec import FragmentKey, HasFragment
+from megalm.model.layer_factory import ShardedAxis
+from megalm.parallel.process_groups import AxisGroup
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A fragment that is read on access: in low precision its fp32 values are a copy."""
+
+    key: FragmentKey
+    read: Callable[[], Tensor]
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.read()
+
+
+class FrozenWeights:
+    """The frozen parameters of this rank.
+
+    A run in 16 bits computes with rounded weights. Those that a checkpoint has in fp32, it must not lose: what rounding
+    changes is kept in the CPU's memory, 4 bytes for each element of this rank's part. Weights that were 16-bit before,
+    as those of most published models, need nothing.
+
+    Args:
+        parameters: canonical name -> frozen parameter; ZeRO 3 has divided it.
+        shards: canonical name -> its shard.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], shards: Mapping[str, ShardedAxis], data: AxisGroup
+    ) -> None:
+        self._parameters = parameters
+        self._shards = shards
+        self._data = data
+        self._unrounded: dict[str, Tensor] = {}  # canonical name -> this rank's part
+
+    def fragments(self) -> Iterator[HasFragment]:
+        """Yield this rank's parts, fp32."""
+        for name in self._parameters:
+            key = self._part(name)
+            if self._shards[name].is_owner and key.count:
+                yield _Part(key, partial(self._read, key))
+
+    @torch.no_grad()
+    def load(self, read: Callable[[FragmentKey], Tensor]) -> None:
+        """Fill the weights; call before the optimizer's state is loaded, which then gathers ZeRO 3's small ones."""
+        for name, parameter in self._parameters.items():
+            part = self._part(name)
+            divided = getattr(parameter, "ds_tensor", None)
+            if divided is not None:
+                own = values = read(part)
+                divided.view(-1)[: part.count].copy_(values)
+            else:
+                values = read(self._range(name, 0, math.prod(self._shards[name].sizes)))
+                parameter.copy_(values.view(parameter.shape))
+                own = values[part.start : part.stop]
+            is_rounded = not torch.equal(own.to(parameter.dtype).float(), own)
+            self._unrounded.pop(name, None)
+            if is_rounded and self._shards[name].is_owner:
+                self._unrounded[name] = own.clone()
+
+    def _read(self, key: FragmentKey) -> Tensor:
+        if key.name in self._unrounded:
+            return self._unrounded[key.name]
+        parameter = self._parameters[key.name]
+        divided = getattr(parameter, "ds_tensor", None)
+        own = parameter.data.view(-1)[key.start : key.stop] if divided is None else divided.view(-1)[: key.count]
+        return own.float()
+
+    def _part(self, name: str) -> FragmentKey:
+        """Elements that this rank of the data group keeps and saves; under ZeRO 3 the ones that it holds."""
+        whole = math.prod(self._shards[name].sizes)
+        size = math.ceil(whole / self._data.size)
+        return self._range(name, min(self._data.index * size, whole), min((self._data.index + 1) * size, whole))
+
+    def _range(self, name: str, start: int, stop: int) -> FragmentKey:
+        shard = self._shards[name]
+        return FragmentKey(name, "master", shard.shape, start, stop, shard.rectangle)
