@@ -205,6 +205,13 @@ class DataSection(Section):
         return dict(self.validation or {})
 
 
+class BatchStage(Section):
+    """The sequences of each optimizer step from a step on; 0 and 1 are the first step."""
+
+    from_step: NonNegativeInt
+    sequences: PositiveInt
+
+
 class ScheduleSection(Section):
     kind: ScheduleKind = "cosine"
     peak_learning_rate: PositiveFloat = 1e-3
@@ -225,6 +232,11 @@ class ScheduleSection(Section):
     step_convention: StepConvention = Field(
         default="standard",
         description="deepspeed: its WarmupLR, WarmupDecayLR or WarmupCosineLR, which lag by one or two steps",
+    )
+    batch: tuple[BatchStage, ...] = Field(
+        default=(),
+        description="a batch that grows, by more micro-batches: a list of {from_step, sequences}; before the first "
+        "from_step the batch is train_batch_size",
     )
 
 

@@ -49,6 +49,7 @@ class PipelineEngine(EngineBase):
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         model, engine, data = self._model, self._engine, self._data
         self._set_learning_rate(learning_rate)
+        self._accumulate(len(batch.micro_batches))
         micro_batches = [self._tensors(micro_batch) for micro_batch in batch.micro_batches]
         # DeepSpeed averages over micro-batches and ranks; the loss is a mean over the targets of the *global* batch.
         model.loss_factor = len(micro_batches) * data.size / batch.divisor

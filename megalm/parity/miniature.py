@@ -15,7 +15,7 @@ from typing import Any
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts
 from megalm.config.deepspeed.translate import translate
 from megalm.config.loading import LoadedConfig
-from megalm.config.schema import DataSection, RunConfig, ScheduleSection
+from megalm.config.schema import BatchStage, DataSection, RunConfig, ScheduleSection
 from megalm.config.validation import shown
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.engine_checks import ALLOW_CPU_FP16
@@ -139,6 +139,7 @@ def _small_config(own: ResolvedRun) -> RunConfig:
     model, train, parallel = config.model, config.train, config.parallel
     tensor, pipeline = min(2, parallel.tensor), min(2, parallel.pipeline)
     layers = max(pipeline, min(4, model.num_hidden_layers))
+    accumulation = _small_accumulation(own)
     heads = model.num_key_value_heads or model.num_attention_heads
     grouped = None if heads == model.num_attention_heads else min(2, heads)
     own_head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
@@ -163,7 +164,7 @@ def _small_config(own: ResolvedRun) -> RunConfig:
             }
         ),
         "data": DataSection(sequence_length=24, document_mask=config.data.document_mask),
-        "schedule": ScheduleSection(),
+        "schedule": ScheduleSection(batch=_small_stages(own, accumulation)),
         "train": train.model_copy(
             update={
                 "steps": 40,
@@ -190,10 +191,24 @@ def _small_config(own: ResolvedRun) -> RunConfig:
     return config.model_copy(update={**updates, **plain, "preset": None, "deepspeed_config": None})
 
 
+def _small_accumulation(own: ResolvedRun) -> int:
+    return 2 if own.batch.accumulation > 1 or own.topology.pipeline > 1 else 1
+
+
+def _small_stages(own: ResolvedRun, accumulation: int) -> tuple[BatchStage, ...]:
+    """Return a batch that grows before the save and right after it, if the run's grows."""
+    if not own.stages.grow:
+        return ()
+    return tuple(
+        BatchStage(from_step=step, sequences=2 * _MICRO_BATCH * (accumulation + more))
+        for step, more in ((2, 1), (3, 2))
+    )
+
+
 def _small_json(own: ResolvedRun, config: RunConfig) -> dict[str, Any]:
     given = own.deepspeed_source.to_dict()
     settings = {key: value for key, value in given.items() if key not in _NOT_PASSED_ON}
-    accumulation = 2 if own.batch.accumulation > 1 or config.parallel.pipeline > 1 else 1
+    accumulation = _small_accumulation(own)
     optimizer = own.optimizer.as_json()
     optimizer["params"] = {**given.get("optimizer", {}).get("params", {}), **optimizer["params"]}
     optimizer["params"]["eps"] = max(_EPSILON[own.precision], own.optimizer.epsilon)
@@ -231,6 +246,7 @@ def _changes(own: ResolvedRun, run: ResolvedRun) -> Iterator[Change]:
         ("parallel.pipeline", before.pipeline, after.pipeline),
         ("micro-batch", own.batch.micro_batch, run.batch.micro_batch),
         ("micro-batches in a step", own.batch.accumulation, run.batch.accumulation),
+        ("schedule.batch", _in_short(own), _in_short(run)),
         ("data.sequence_length", own.config.data.sequence_length, run.config.data.sequence_length),
     ]
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
@@ -247,6 +263,10 @@ def _changes(own: ResolvedRun, run: ResolvedRun) -> Iterator[Change]:
         ("optimizer.params.eps", own.optimizer.epsilon, run.optimizer.epsilon),
     ]
     yield from (Change(*pair) for pair in pairs if pair[1] != pair[2])
+
+
+def _in_short(run: ResolvedRun) -> str:
+    return ", ".join(f"{stage.sequences} from step {stage.first_step}" for stage in run.stages.stages)
 
 
 def _not_shown(own: ResolvedRun, run: ResolvedRun) -> Iterator[str]:

@@ -107,7 +107,7 @@ def train_and_resume(
         say()
         second = steps(engine, loader, run, SAVED + 1, STEPS)
         trained = Trace([*first.losses, *second.losses], [*first.norms, *second.norms], second.fragments)
-        validation = engine.evaluate(loader.batch(STEPS * run.batch.global_batch).micro_batches)
+        validation = engine.evaluate(loader.batch(run.stages.samples(STEPS)).micro_batches)
         texts = np.random.default_rng(3).integers(0, VOCABULARY, (2, run.config.data.sequence_length))
         logits = engine.next_token_logits(texts, np.array([3, run.config.data.sequence_length - 1]))
     engine.close()
@@ -152,7 +152,8 @@ def steps(engine: Engine, loader: BatchLoader, run: ResolvedRun, first: int, las
     """Optimizer steps first..last (counted from 1), and the state after them."""
     losses, norms = [], []
     for step in range(first, last + 1):
-        result = engine.train_step(loader.batch((step - 1) * run.batch.global_batch), step, _LEARNING_RATE)
+        batch = loader.batch(run.stages.samples(step - 1), [run.stages.at(step).sequences])
+        result = engine.train_step(batch, step, _LEARNING_RATE)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     return Trace(losses, norms, snapshot(engine))

@@ -45,6 +45,7 @@ _DECIDED = (
     "train.tokens_per_parameter",
     "train.checkpoint_activations_every",
     "batch.global_sequences",
+    "schedule.batch",
     "parallel.",
     "documented.",
     "deepspeed_config",

@@ -30,6 +30,7 @@ from megalm.planning.engine_checks import (
 from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, learning_rate
 from megalm.planning.memory_fit import MemoryFit, memory_notices
 from megalm.planning.run_checks import check_run, with_steps
+from megalm.planning.training_stages import TrainingStages
 from megalm.topology import Topology, bubble_share
 
 __all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "loss_chunk_tokens", "memory_case", "resolve"]
@@ -66,7 +67,10 @@ class ResolvedRun:
     """A run that can be started.
 
     Attributes:
-        deepspeed: the dictionary for `deepspeed.initialize` and the run folder, without optimizer and scheduler.
+        batch: the largest of the run.
+        stages: the batch and the sequence length of each step.
+        deepspeed: the dictionary for `deepspeed.initialize` and the run folder, without optimizer and scheduler; its
+            batch is that of the first step.
         whole_gradients: ZeRO 2 adds up each rank's gradients of a step, and reduces them once.
         recompute: what the backward pass computes again in each block that it does not recompute whole.
         notices: one line for each decision that the configuration leaves open, and for each slow or unsafe setting.
@@ -79,6 +83,7 @@ class ResolvedRun:
     topology: Topology
     device: DeviceFacts
     batch: BatchPlan
+    stages: TrainingStages
     precision: Precision
     schedule: ScheduleFacts
     optimizer: OptimizerFacts
@@ -111,10 +116,6 @@ class ResolvedRun:
     @property
     def zero_stage(self) -> int:
         return self.deepspeed_source.settings.zero_optimization.stage
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch.global_batch * self.config.data.sequence_length
 
 
 def resolve(
@@ -161,7 +162,9 @@ def resolve(
             return False
         return memory(batch).leaves_room
 
-    batch, batch_notices = plan_batch(settings, topology, ds.path, fits, RunBatch.of(loaded, ds))
+    first_batch, batch_notices = plan_batch(settings, topology, ds.path, fits, RunBatch.of(loaded, ds))
+    stages = TrainingStages.of(config, first_batch.global_batch)
+    batch = first_batch.of(stages.largest_batch)
     if topology.pipeline > 1 and chooses_micro_batch(settings):
         batch_notices.append(_bubble_notice(topology, batch))
     whole_gradients, reduction_notices = _reduction(config, ds, batch, memory(batch, whole_gradients=True))
@@ -169,12 +172,12 @@ def resolve(
         config, ds, shape, device, {kind: memory(batch, whole_gradients, kind) for kind in get_args(Recompute)}
     )
     case = CheckContext(loaded, ds, world_size, device)
-    loaded, steps_notices = with_steps(case, batch.global_batch, shape.parameter_count())
+    loaded, steps_notices = with_steps(case, stages, shape.parameter_count())
     loaded, warmup_notices = _fit_warmup(loaded)
     config = loaded.config
     schedule, schedule_notices = schedule_facts(loaded, ds)
     optimizer, optimizer_notices = _optimizer(ds)
-    deepspeed, deepspeed_notices = _deepspeed_dict(ds, batch, precision, _gathered_sizes(ds, shape, topology))
+    deepspeed, deepspeed_notices = _deepspeed_dict(ds, first_batch, precision, _gathered_sizes(ds, shape, topology))
     diagnostics, diagnostics_notices = wanted_diagnostics(config, ds)
     return ResolvedRun(
         config=config,
@@ -184,6 +187,7 @@ def resolve(
         topology=topology,
         device=device,
         batch=batch,
+        stages=stages,
         precision=precision,
         schedule=schedule,
         optimizer=optimizer,
@@ -208,6 +212,7 @@ def resolve(
             *diagnostics_notices,
             *_compile_notices(config, device),
             *_interval_notices(config),
+            *_stage_notices(config),
             *parallel_notices(config, ranks_per_node or world_size),
         ),
         documented_by_preset=loaded.documented_by_preset,
@@ -541,6 +546,15 @@ def _compile_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
         return []
     return [
         'compile ("auto"): false; torch.compile needs Triton, a C compiler, Python.h and compute capability 7.0 here'
+    ]
+
+
+def _stage_notices(config: RunConfig) -> list[str]:
+    steps = config.train.steps
+    return [
+        f"schedule.batch: from_step={stage.from_step} is after train.steps={steps}: no step has its batch"
+        for stage in config.schedule.batch
+        if stage.from_step > steps
     ]
 
 

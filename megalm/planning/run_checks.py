@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, named_json, read_deepspeed_json
@@ -24,6 +25,7 @@ from megalm.planning.batch_size import BatchPlan, RunBatch, plan_batch
 from megalm.planning.diagnostics import profiled_steps
 from megalm.planning.engine_checks import DEEPSPEED_RULES, PARALLEL_RULES, CheckContext, Rule
 from megalm.planning.lr_schedule import ENDLESS
+from megalm.planning.training_stages import TrainingStages
 from megalm.rank_environment import JOB_FIELDS
 from megalm.utils.did_you_mean import likeness
 from megalm.utils.process_setup import require_extra
@@ -83,27 +85,27 @@ def _lines_of(error: MegalmError) -> tuple[str, ...]:
     return error.problems if isinstance(error, ConfigError) else (str(error),)
 
 
-def with_steps(case: CheckContext, global_batch: int, parameters: int) -> tuple[LoadedConfig, list[str]]:
+def with_steps(case: CheckContext, stages: TrainingStages, parameters: int) -> tuple[LoadedConfig, list[str]]:
     """Derive train.steps from train.tokens or train.tokens_per_parameter, and check them; a notice says how.
 
     The configuration itself changes, so that the run folder's YAML starts the same run.
 
     Args:
-        global_batch: sequences per step.
         parameters: of the model.
 
     Raises:
         ConfigError: the schedule does not fit into these steps.
     """
-    loaded, train, length = case.loaded, case.config.train, case.config.data.sequence_length
+    loaded, train = case.loaded, case.config.train
     key = next((key for key in RUN_LENGTH[1:] if value_of(case.config, key) is not None), None)
     if key is None:
         return loaded, []
     tokens = train.tokens or math.ceil((train.tokens_per_parameter or 0) * parameters)
-    steps = math.ceil(tokens / (global_batch * length))
+    steps = stages.steps_for(tokens)
     source = f"{key}, {loaded.sources[key]}"
     of_parameters = f" = {train.tokens_per_parameter:g} x {parameters:,} parameters" if train.tokens is None else ""
-    notice = f"train.steps={steps} ({source}): {tokens:,} tokens{of_parameters} / {global_batch * length:,} per step"
+    per_step = " to ".join(f"{stage.tokens:,}" for stage in dict.fromkeys((stages.at(1), stages.at(steps))))
+    notice = f"train.steps={steps} ({source}): {tokens:,} tokens{of_parameters} / {per_step} per step"
     changed = train.model_copy(update={"steps": steps, "tokens": None, "tokens_per_parameter": None})
     sources = loaded.sources | dict.fromkeys(RUN_LENGTH, "default") | {"train.steps": source}
     loaded = replace(loaded, config=loaded.config.model_copy(update={"train": changed}), sources=sources)
@@ -478,11 +480,24 @@ def kept_checkpoints_are_made(case: CheckContext) -> None:
         )
 
 
+def batch_stages_follow_each_other(case: CheckContext) -> None:
+    steps = [stage.from_step for stage in case.config.schedule.batch]
+    for before, step in pairwise(steps):
+        if step <= max(1, before):
+            raise ConfigError(f"schedule.batch: from_step={step} is not after step {max(1, before)}; sort the stages")
+
+
 def one_batch(case: CheckContext) -> None:
-    total, sequences = case.settings.train_batch_size, case.config.batch.global_sequences
-    if "batch.global_sequences" in case.loaded.explicit_keys and None not in (total, sequences) and total != sequences:
+    batch, given = RunBatch.of(case.loaded, case.ds), "batch.global_sequences" in case.loaded.explicit_keys
+    total, sequences, stated = case.settings.train_batch_size, batch.sequences, case.config.batch.global_sequences
+    if batch.key == "schedule.batch" and given and stated != sequences:
         raise ConfigError(
-            f"batch.global_sequences={sequences} ({case.loaded.sources['batch.global_sequences']}) and "
+            f"schedule.batch begins with {sequences} sequences, but batch.global_sequences={stated} "
+            f"({case.loaded.sources['batch.global_sequences']}) sets the same value; remove one"
+        )
+    if batch.by_user and None not in (total, sequences) and total != sequences:
+        raise ConfigError(
+            f"{batch.key}{' begins with ' if batch.key == 'schedule.batch' else '='}{sequences} ({batch.source}) and "
             f"train_batch_size={total} ({case.ds.path}) set the same value; remove one"
         )
 
@@ -604,6 +619,7 @@ RULES: tuple[Rule, ...] = (
     no_rate_above_peak,
     kept_checkpoints_are_made,
     *PARALLEL_RULES,
+    batch_stages_follow_each_other,
     one_batch,
     batch_divides,
     recipe_keeps_its_batch,

@@ -20,6 +20,7 @@ from megalm.model.parameter_groups import group_keys, group_settings, optimizer_
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.memory_fit import MemoryFit
 from megalm.planning.resolve import ResolvedRun, memory_case
+from megalm.planning.training_stages import TrainingStage
 from megalm.topology import bubble_share
 from megalm.utils.plotting import new_plot, save_plot
 
@@ -116,7 +117,7 @@ class Plan:
 
     @property
     def total_tokens(self) -> int:
-        return self.resolved.tokens_per_step * self.resolved.config.train.steps
+        return self.resolved.stages.tokens(self.resolved.config.train.steps)
 
     @property
     def tokens_per_parameter(self) -> float:
@@ -147,29 +148,36 @@ class Plan:
     @property
     def mfu(self) -> float:
         """The share of the peak that the model's operations take, without those of a recomputed block's second pass."""
+        # Of the whole run: steps of a larger batch take more of the time, and less of it is lost.
+        spans = list(self.resolved.stages.spans(self.resolved.config.train.steps))
+        time = sum(count * stage.tokens / self.mfu_of(stage) for stage, count in spans)
+        return self.total_tokens / time
+
+    def mfu_of(self, stage: TrainingStage) -> float:
+        """The share in the steps of one stage."""
         run = self.resolved
         if not self.rate.is_assumed:
             return self.rate.share
-        busy = 1 - bubble_share(run.topology.pipeline, run.batch.accumulation)
+        accumulation = run.batch.of(stage.sequences).accumulation
+        busy = 1 - bubble_share(run.topology.pipeline, accumulation)
         recomputed = self.recomputed_flops_per_token / self.flops_per_token
         share = self.rate.share * busy / (1 + recomputed)
         if self._peak is None:
             return share
-        computes = self.flops_per_token * run.tokens_per_step / (self._peak * run.topology.world_size * share)
-        return share * computes / (computes + self.offload_seconds)
+        computes = self.flops_per_token * stage.tokens / (self._peak * run.topology.world_size * share)
+        return share * computes / (computes + self.offload_seconds(accumulation))
 
-    @property
-    def offload_seconds(self) -> float:
+    def offload_seconds(self, accumulation: int) -> float:
         """What offload adds to a step at least, by assumed speeds of PCIe, CPU and disk."""
         case, own = self.case, self.parameter_count / self.resolved.topology.world_size
         seconds = 0.0
         if case.offloads_optimizer:  # accumulated gradients come back for each micro-batch
-            moved = 2 * case.gradient_bytes * case.accumulation + case.element_bytes
+            moved = 2 * case.gradient_bytes * accumulation + case.element_bytes
             seconds += own * (moved / _PCIE_BYTES + 1 / _CPU_ADAM)
         if case.swaps:
             seconds += own * 2 * 12 / _DISK_BYTES
         if case.offloads_parameters:  # forward and backward
-            seconds += own * 2 * case.element_bytes * case.accumulation / _PCIE_BYTES
+            seconds += own * 2 * case.element_bytes * accumulation / _PCIE_BYTES
         return seconds
 
     @property
@@ -180,17 +188,19 @@ class Plan:
         return None if peak is None else peak[0]
 
     @property
-    def rank_flops(self) -> float | None:
-        """Operations of the model that a rank does in a second; None: the GPU's peak is not known."""
-        if self.rate.flops is not None:
-            return self.rate.flops
-        return None if self._peak is None else self._peak * self.mfu
-
-    @property
     def hours(self) -> float | None:
         """None: the GPU's peak is not known."""
-        speed = self.rank_flops
-        return None if speed is None else self.total_flops / (speed * self.resolved.topology.world_size) / 3600
+        spans = self.resolved.stages.spans(self.resolved.config.train.steps)
+        hours = [self.hours_of(stage, count) for stage, count in spans]
+        return None if None in hours else sum(filter(None, hours))
+
+    def hours_of(self, stage: TrainingStage, steps: int) -> float | None:
+        """The hours of a stage's steps; None: the GPU's peak is not known."""
+        speed = self.rate.flops  # of a rank
+        if speed is None and self._peak is not None:
+            speed = self._peak * self.mfu_of(stage)
+        flops = self.flops_per_token * stage.tokens * steps
+        return None if speed is None else flops / (speed * self.resolved.topology.world_size) / 3600
 
     @property
     def total_flops(self) -> int:

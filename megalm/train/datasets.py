@@ -28,6 +28,7 @@ from megalm.data.sampling.samples import TrainingSamples, ValidationSamples, spl
 from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
+from megalm.planning.training_stages import TrainingStages
 
 VALIDATION = "validation"  # the name of the only validation set, and of all together
 # Below this number of documents or samples, shuffling is faster than writing the order to a file.
@@ -136,7 +137,7 @@ def open_data(run: ResolvedRun, places: DataPlaces, first_sample_of: Callable[[i
             another tokenizer or other settings.
         ConfigError: a tokenizer that does not fit the model, or validation on training data that is not allowed.
     """
-    data = open_datasets(run.config, run.batch.global_batch, places, first_sample_of)
+    data = open_datasets(run.config, run.stages, places, first_sample_of)
     # A run of an earlier release that resumes keeps what it began with, and is warned.
     stated = any(key.startswith("data.validation") and source != SAVED_CONFIG for key, source in run.sources.items())
     if stated and not run.config.data.allow_validation_on_training:
@@ -161,9 +162,12 @@ def validation_on_training(data: RunData) -> list[tuple[str, str]]:
 
 
 def open_datasets(
-    config: RunConfig, global_batch: int, places: DataPlaces, first_sample_of: Callable[[int], int] | None = None
+    config: RunConfig,
+    training: TrainingStages,
+    places: DataPlaces,
+    first_sample_of: Callable[[int], int] | None = None,
 ) -> RunData:
-    """The same as `open_data`, for a run of which only configuration and global batch are known."""
+    """The same as `open_data`, for a run of which only configuration and batches are known."""
     data = config.data
     tokenizer = load_run_tokenizer(data, places)
     entries = config.model.vocab_size
@@ -174,9 +178,9 @@ def open_datasets(
         )
     opened = {prefix: open_dataset(data, prefix, tokenizer) for prefix in places.prefixes}
     ranges = {prefix: _cut(opened[prefix], places.split) for prefix in places.training}
-    requested = config.train.steps * global_batch
+    requested = training.samples(config.train.steps)
     parts = [_training_samples(config, opened[prefix], ranges[prefix][0], requested) for prefix in places.training]
-    stages = _stages(places, first_sample_of or (lambda step: (step - 1) * global_batch))
+    stages = _stages(places, first_sample_of or (lambda step: training.samples(step - 1)))
     train = BlendedSamples(parts, stages, ArrayCache(_cache(data) / "orders"))
     validation = dict(_validation_samples(data, places, opened, ranges))
     alone = places.training[0] if len(places.training) == 1 else None

@@ -19,6 +19,7 @@ from megalm.errors import ConfigError, DataError
 from megalm.model.model_config import ModelConfig, flops_per_token
 from megalm.planning.lr_schedule import ENDLESS
 from megalm.planning.resolve import ResolvedRun
+from megalm.planning.training_stages import TrainingStage
 from megalm.rank_environment import RankPlace
 from megalm.runs.run_folder import ResumeCommand, RunFolder
 from megalm.topology import bubble_share
@@ -168,9 +169,9 @@ def opening_facts(
     nodes: str | None = None,
 ) -> Sequence[tuple[str, str]]:
     """Return name and value of each fact, in display order."""
-    config, batch, count, tokenizer = run.config, run.batch, shape.parameter_count(), data.tokenizer
+    config, count, tokenizer = run.config, shape.parameter_count(), data.tokenizer
     steps = config.train.steps
-    tokens = steps * run.tokens_per_step
+    tokens = run.stages.tokens(steps)
     overlap = f", tensor groups communicate in {run.tensor_chunks} chunks" if run.tensor_chunks > 1 else ""
     rows = [
         ("device", f"{device}; {run.topology.world_size} rank(s), {threads} thread(s) each"),
@@ -184,12 +185,7 @@ def opening_facts(
             "model",
             f"{config.model.style}, {shape.num_hidden_layers} layers x {shape.hidden_size}: {count:,} parameters",
         ),
-        (
-            "batch",
-            f"{batch.global_batch} sequences = {batch.micro_batch} x {batch.accumulation} accumulated x "
-            f"{batch.data_parallel} data rank(s), {config.data.sequence_length} tokens each: "
-            f"{run.tokens_per_step:,} per step",
-        ),
+        *[("batch", _batch_words(run, stage)) for stage, _ in run.stages.spans(steps)],
         ("training", f"{steps:,} steps, {tokens:,} tokens = {tokens / count:.2f} per parameter"),
         *data_rows(run, data),
         ("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} entries, {describe_eod(tokenizer)}"),
@@ -203,6 +199,15 @@ def opening_facts(
             )
         )
     return rows
+
+
+def _batch_words(run: ResolvedRun, stage: TrainingStage) -> str:
+    batch = run.batch.of(stage.sequences)
+    since = f"from step {stage.first_step:,}: " if run.stages.grow else ""
+    return (
+        f"{since}{batch.global_batch} sequences = {batch.micro_batch} x {batch.accumulation} accumulated x "
+        f"{batch.data_parallel} data rank(s), {stage.sequence_length} tokens each: {stage.tokens:,} per step"
+    )
 
 
 def environment_facts(
@@ -230,7 +235,7 @@ def environment_facts(
         "compiled": run.compiled,
         "tensor_chunks": run.tensor_chunks,
         "zero_stage": run.zero_stage,
-        "dataset_fingerprint": data.at(run.config.train.steps * run.batch.global_batch)["dataset"],
+        "dataset_fingerprint": data.at(run.stages.samples(run.config.train.steps))["dataset"],
         "tokenizer_fingerprint": data.tokenizer,
     }
 
@@ -251,6 +256,7 @@ def scale_facts(run: ResolvedRun, shape: ModelConfig, data: RunData) -> dict[str
     return {
         "parameters": shape.parameter_count(),
         "planned_steps": run.config.train.steps,
+        "training_stages": run.stages.as_json(),
         "flops_per_token": flops_per_token(shape, run.config.data.sequence_length),
         "unigram_entropy": data.unigram_entropy,
         "validation_fingerprint": validation_fingerprint(data.validation) or None,
@@ -273,7 +279,7 @@ def _resolved_settings(run: ResolvedRun, shape: ModelConfig) -> dict[str, Any]:
             **({"decay_steps": schedule.decay_steps} if schedule.kind == "wsd" else {}),
             **({"decay_end_step": schedule.decay_end} if schedule.kind not in ENDLESS else {}),
         },
-        "batch": {"global_sequences": run.batch.global_batch},
+        "batch": {"global_sequences": run.stages.at(1).sequences},
     }
 
 

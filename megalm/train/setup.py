@@ -464,7 +464,10 @@ def _straggler_watch(
 
 def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCounter) -> StepDiagnostics:
     run = parts.run
-    flops = parts.flops_per_token * run.tokens_per_step
+
+    def flops(step: int) -> float:
+        return parts.flops_per_token * run.stages.at(step).tokens
+
     return StepDiagnostics(run.diagnostics, folder.profile, parts.comm, traffic, flops, run.config.train.steps)
 
 

@@ -21,7 +21,8 @@ STEPS = 5
 MODELS = {
     "gpt2": ("model.style=gpt2", "model.tie_word_embeddings=true", "data.document_mask=true"),
     "gpt2 untied": ("model.style=gpt2",),
-    "llama gqa": ("model.num_key_value_heads=2",),
+    # and a batch that grows
+    "llama gqa": ("model.num_key_value_heads=2", "schedule.batch=[{from_step: 3, sequences: 48}]"),
     "llama one kv head": ("model.num_key_value_heads=1", "model.tie_word_embeddings=true"),
 }
 

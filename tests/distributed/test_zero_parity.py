@@ -64,13 +64,17 @@ CASES = {
 # Pattern -> factor of the learning rate, weight decay. With heads of two elements, a group's second part is padding.
 GROUPS = {"layers.1.attention.query_norm.*": (0.1, 0.0), "embedding.*": (0.25, 0.0), "*.mlp.*": (2.0, 0.5)}
 _RULES = [f"{{match: '{name}', learning_rate_scale: {it[0]}, weight_decay: {it[1]}}}" for name, it in GROUPS.items()]
-GROUPED = ("model.head_dim=2", f"train.parameter_groups=[{', '.join(_RULES)}]")
+# And a batch that grows, on two ranks from one micro-batch to two and three, and shrinks.
+GROWS = "schedule.batch=[{from_step: 6, sequences: 32}, {from_step: 9, sequences: 48}, {from_step: 17, sequences: 32}]"
+GROUPED = ("model.head_dim=2", f"train.parameter_groups=[{', '.join(_RULES)}]", GROWS)
+MICRO_BATCH = {"train_micro_batch_size_per_gpu": 8}
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 CASES |= {
-    "groups zero0": Case("zero1.json", overrides=GROUPED, settings={"zero_optimization": {"stage": 0}}),
-    "groups zero1": Case("zero1.json", overrides=GROUPED),
-    "groups zero2 offloaded": Case("zero2.json", overrides=GROUPED, settings=OFFLOAD),
-    "groups zero3": Case("zero3.json", overrides=GROUPED),
+    "groups zero0": Case("zero1.json", overrides=GROUPED, settings={"zero_optimization": {"stage": 0}} | MICRO_BATCH),
+    "groups zero1": Case("zero1.json", overrides=GROUPED, settings=MICRO_BATCH),
+    "groups zero2": Case("zero2.json", overrides=GROUPED, settings=MICRO_BATCH),
+    "groups zero2 offloaded": Case("zero2.json", overrides=GROUPED, settings=OFFLOAD | MICRO_BATCH),
+    "groups zero3": Case("zero3.json", overrides=GROUPED, settings=MICRO_BATCH),
 }
 ON_FOUR_RANKS = ("zero0", "zero1", "gpt2 zero2", "gpt2 zero3 accumulated")
 
@@ -136,7 +140,7 @@ def plain_adamw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, dict[s
     optimizer = torch.optim.AdamW(groups, betas=facts.betas, eps=facts.epsilon)
     losses, norms = [], []
     for step in range(1, STEPS + 1):
-        read = loader.batch((step - 1) * batch.global_batch)
+        read = loader.batch(run.stages.samples(step - 1), [run.stages.at(step).sequences])
         total = torch.zeros(())
         for micro in read.micro_batches:
             total = total + model(torch.from_numpy(micro.tokens), torch.from_numpy(micro.labels))[0] / read.target_count
@@ -152,7 +156,7 @@ def plain_adamw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, dict[s
 
 
 @pytest.mark.parametrize(("name", "world_size"), [(name, 2) for name in CASES if name.startswith("groups")])
-def test_parameter_groups_step_as_adamw_s(
+def test_parameter_groups_and_a_growing_batch_step_as_adamw_s(
     traces: dict[int, list[dict[str, Trace]]],
     plain_adamw: tuple[Trace, dict[str, np.ndarray]],
     name: str,

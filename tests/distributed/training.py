@@ -120,7 +120,7 @@ def steps(engine: Any, run: ResolvedRun, loader: BatchLoader, first: int, last: 
     """Optimizer steps first..last (counted from 1), and the state after them."""
     losses, norms = [], []
     for step in range(first, last + 1):
-        batch = loader.batch((step - 1) * run.batch.global_batch)
+        batch = loader.batch(run.stages.samples(step - 1), [run.stages.at(step).sequences])
         result = engine.train_step(batch, step, learning_rate(run.schedule, step))
         assert not result.skipped, step
         losses.append(result.loss)

@@ -6,9 +6,10 @@ takes samples (m * n + d) * b + [0, b) of the global batch: every layout sees th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from types import TracebackType
 
 import numpy as np
@@ -55,7 +56,7 @@ PrepareBatch = Callable[[GlobalBatch], GlobalBatch]
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch is split into the ranks' micro-batches.
+    """How a global batch is split into the ranks' micro-batches; a batch of another size has more or less of them.
 
     Raises:
         ConfigError: micro-batch times ranks does not divide the global batch.
@@ -97,26 +98,30 @@ class BatchLoader:
     def __init__(self, samples: Samples, layout: BatchLayout, prepare: PrepareBatch | None = None) -> None:
         self._samples, self._layout, self._prepare = samples, layout, prepare
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self._pending: dict[int, Future[GlobalBatch]] = {}
+        self._pending: dict[tuple[int, int], Future[GlobalBatch]] = {}
 
-    def batch(self, first_sample: int) -> GlobalBatch:
+    def batch(self, first_sample: int, sizes: Sequence[int] = ()) -> GlobalBatch:
         """Return this rank's part of the global batch of samples [first_sample, first_sample + B).
 
+        Args:
+            sizes: B of this batch and of the next ones; () for the layout's.
+
         Raises:
+            ConfigError: a size that the layout does not divide.
             DataError, OSError: reading these samples failed, possibly in the prefetch thread; a later call tries
                 again.
         """
-        size = self._layout.global_batch_size
-        wanted = [first_sample + ahead * size for ahead in range(1 + PREFETCHED_BATCHES)]
-        for old in [first for first in self._pending if first not in wanted]:  # after a jump in the order
+        sizes = sizes or [self._layout.global_batch_size] * (1 + PREFETCHED_BATCHES)
+        wanted = list(pairwise(accumulate(sizes, initial=first_sample)))
+        for old in [samples for samples in self._pending if samples not in wanted]:  # after a jump in the order
             self._pending.pop(old).cancel()
-        for first in wanted:
-            if first not in self._pending:
-                self._pending[first] = self._pool.submit(self._load, first, first + size)
-        return self._pending.pop(first_sample).result()
+        for samples in wanted:
+            if samples not in self._pending:
+                self._pending[samples] = self._pool.submit(self._load, *samples)
+        return self._pending.pop(wanted[0]).result()
 
     def _load(self, first: int, end: int) -> GlobalBatch:
-        batch = _assemble(self._samples, self._layout, first, end)
+        batch = _assemble(self._samples, replace(self._layout, global_batch_size=end - first), first, end)
         return batch if self._prepare is None else self._prepare(batch)
 
     def close(self) -> None:

@@ -167,21 +167,21 @@ def first_sample_of(manifest: Manifest | None, run: ResolvedRun) -> Callable[[in
 
     Skipped samples do not move a stage, since they did not move it in the run that skipped them.
     """
-    marks: list[tuple[int, int, int]] = [(1, 0, run.batch.global_batch)]  # first step, first sample, batch
+    done, sample = 0, 0
+    marks: list[tuple[int, int, int]] = []  # of steps done: first step, first sample, batch
     if manifest is not None:
-        segments = _of_order(manifest.data_position.segments)
-        step = manifest.step - sum(segment.samples_consumed // segment.global_batch for segment in segments)
-        marks, sample = [], 0
+        segments, done = _of_order(manifest.data_position.segments), manifest.step
+        step = done - sum(segment.samples_consumed // segment.global_batch for segment in segments)
         for segment in segments:
             marks.append((step + 1, sample, segment.global_batch))
             step += segment.samples_consumed // segment.global_batch
             sample += segment.samples_consumed
-        marks.append((step + 1, sample, run.batch.global_batch))
 
     def first(step: int) -> int:
-        mark = [mark for mark in marks if mark[0] <= step] or marks[:1]
-        first_step, sample, batch = mark[-1]
-        return max(0, sample + (step - first_step) * batch)
+        if step > done:
+            return sample + run.stages.samples(step - 1, after=done)
+        first_step, first_sample, batch = next((mark for mark in reversed(marks) if mark[0] <= step), (step, 0, 0))
+        return first_sample + (step - first_step) * batch
 
     return first
 
@@ -244,9 +244,10 @@ def continuation_kind(run: ResolvedRun, manifest: Manifest, found: Mapping[str, 
 
 def progress_from(manifest: Manifest, run: ResolvedRun, continuation: Beginning) -> TrainingProgress:
     """Return the progress at which training resumes."""
-    data = manifest.data_position.segments
+    data, stage = manifest.data_position.segments, run.stages.at(manifest.step + 1)
     last = data[-1]
     position = TrainingProgress(
+        stage,
         step=manifest.step,
         tokens=manifest.tokens or 0,
         best_loss=manifest.best_validation_loss,
@@ -255,7 +256,7 @@ def progress_from(manifest: Manifest, run: ResolvedRun, continuation: Beginning)
     )
     if continuation != "on":
         position.data_history, position.continuation = data, continuation
-    elif last.global_batch != run.batch.global_batch or last.samples_skipped:
+    elif last.global_batch != stage.sequences or last.samples_skipped:
         position.data_history, position.continuation = data, "on"
         position.first_sample = position.samples = last.next_sample
     else:
@@ -268,8 +269,8 @@ def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRu
     """Return the changes from here on, one line each."""
     last = manifest.data_position.segments[-1]
     lines = []
-    if last.global_batch != run.batch.global_batch:
-        lines.append(f"the batch was {last.global_batch} sequences, is {run.batch.global_batch}")
+    if last.global_batch != run.stages.at(manifest.step).sequences:
+        lines.append(f"the batch was {last.global_batch} sequences, is {position.stage.sequences}")
     if last.sequence_length != run.config.data.sequence_length:
         lines.append(f"the sequence length was {last.sequence_length}, is {run.config.data.sequence_length}")
     if position.continuation == "anew" and position.data_history and position.samples == 0:

@@ -185,7 +185,7 @@ def plan_resume(point: ResumePoint, data: RunData) -> ResumePlan:
     longest = max(run.config.data.sequence_length, table)
     shape = build_model_config(run.config.model, data.tokenizer.vocab_size, longest)
     identity = DataIdentity(data.train, data.tokenizer.fingerprint, data.validation_fingerprint)
-    position = TrainingProgress(schedule=point.schedule)
+    position = TrainingProgress(run.stages.at(1), schedule=point.schedule)
     if found is None:
         return ResumePlan(run, data, shape, identity, position, None, options, (), ())
     options = replace(options, allow=(*options.allow, *run.config.resume.allow))
@@ -214,15 +214,14 @@ def _plan_continuation(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan
     identity = replace(plan.identity, samples=order)
     position = progress_from(manifest, run, continuation)
     position.schedule = plan.position.schedule
-    to_come = (run.config.train.steps - position.step) * run.batch.global_batch
-    data = replace(plan.data, train=order, samples=position.samples + max(0, to_come))
+    to_come = run.stages.samples(run.config.train.steps, after=position.step)
+    data = replace(plan.data, train=order, samples=position.samples + to_come)
     if position.best_loss is not None and manifest.validation not in (None, identity.validation):
         position.best_loss, position.stale_evaluations = None, 0
         notes += ("the validation data changed: the lowest loss so far no longer counts",)
     if resume.skip_steps:
-        samples = resume.skip_steps * run.batch.global_batch
-        here = identity.at(position.samples)["order"]
-        position.skip(samples, here, run.config.data.sequence_length, run.batch.global_batch)
+        samples = run.stages.samples(position.step + resume.skip_steps, after=position.step)
+        position.skip(samples, identity.at(position.samples)["order"])
         notes += (f"skipping the data of {resume.skip_steps} steps, {samples:,} samples",)
     notes = (*change_notes(position, manifest, run), *notes)
     return replace(plan, data=data, identity=identity, position=position, notes=notes)
@@ -253,6 +252,6 @@ def _order_from_here(
             f"{skipped:,} tokens are skipped, {repeated:,} are read twice",
         )
     if continuation == "anew":  # stages count the run's steps, but the order starts after the steps already done
-        done, batch = manifest.step, run.batch.global_batch
-        order = open_data(run, data.places, lambda step: (step - 1 - done) * batch).train
+        done = manifest.step
+        order = open_data(run, data.places, lambda step: run.stages.samples(step - 1, after=done)).train
     return order, ()
