@@ -133,10 +133,11 @@ class BlendPart(Section):
 
 
 class DataStage(Section):
-    """The training data from a step on."""
+    """What training reads from a step on: another mixture, samples cut to another length, or both."""
 
     from_step: PositiveInt
-    blend: tuple[BlendPart, ...]
+    blend: tuple[BlendPart, ...] = ()
+    sequence_length: PositiveInt | None = None
 
 
 class DataSection(Section):
@@ -144,7 +145,9 @@ class DataSection(Section):
         default=None, description="dataset prefix: PREFIX.bin and PREFIX.idx; or a list of {prefix, weight}"
     )
     stages: tuple[DataStage, ...] = Field(
-        default=(), description="other mixtures from later steps on: a list of {from_step, blend}"
+        default=(),
+        description="other mixtures or sequence lengths from later steps on: a list of {from_step, blend, "
+        "sequence_length}",
     )
     validation: UserPath | dict[str, UserPath] | None = Field(
         default=None,
@@ -190,12 +193,27 @@ class DataSection(Section):
     )
 
     @property
+    def sequence_lengths(self) -> tuple[int, ...]:
+        """Of the stages that set one, in their order."""
+        return self.sequence_length, *(stage.sequence_length for stage in self.stages if stage.sequence_length)
+
+    @property
+    def sample_length(self) -> int:
+        """Tokens of a sample: the longest sequence length. Stages with a shorter one cut samples into parts."""
+        return max(self.sequence_lengths)
+
+    def with_sample_length(self, length: int) -> DataSection:
+        """Return the section with one sequence length."""
+        stages = tuple(stage.model_copy(update={"sequence_length": None}) for stage in self.stages)
+        return self.model_copy(update={"sequence_length": length, "stages": stages})
+
+    @property
     def blends(self) -> tuple[DataStage, ...]:
-        """data.train and data.stages as one list of stages; empty before a recipe is prepared."""
+        """data.train and the mixtures of data.stages as one list; empty before a recipe is prepared."""
         if self.train is None:
             return ()
         first = (BlendPart(prefix=self.train, weight=1.0),) if isinstance(self.train, str) else self.train
-        return DataStage(from_step=1, blend=first), *self.stages
+        return DataStage(from_step=1, blend=first), *(stage for stage in self.stages if stage.blend)
 
     @property
     def validation_sets(self) -> dict[str, str]:

@@ -192,7 +192,7 @@ def _balance(
     """Return the number of blocks of each stage, and the costs used to balance them."""
     costs = parameter_costs(build.shape)
     if run.config.parallel.balance == "time":
-        tokens = run.batch.micro_batch, run.config.data.sequence_length
+        tokens = run.batch.micro_batch, run.config.data.sample_length
         costs = measured_costs(build, tokens, _TYPES[run.precision], device, comm)
     return balanced_blocks(build.shape.num_hidden_layers, run.topology.pipeline, costs), costs
 

@@ -138,7 +138,7 @@ class _Case:
         self.value = Span.of(claim.value)
         self.documented = self.run.config.documented
         self.devices = self.documented.devices or self.run.topology.world_size
-        self.steps, self.length = self.run.config.train.steps, self.run.config.data.sequence_length
+        self.steps, self.length = self.run.config.train.steps, self.run.config.data.sample_length
         self.stride = claim.stride or self.run.config.data.stride or self.length
         self.batch = f"{self.run.batch.global_batch} x {self.length:,}"
         self.tokens_per_step = self.run.batch.global_batch * self.length

@@ -110,7 +110,7 @@ class ResolvedRun:
         wanted = self.config.parallel.overlap_tensor_communication
         if self.topology.tensor == 1 or not (self.device.kind == "cuda" if wanted == "auto" else wanted):
             return 1
-        tokens = self.batch.micro_batch * self.config.data.sequence_length
+        tokens = self.batch.micro_batch * self.config.data.sample_length
         return max(1 if wanted == "auto" else 2, min(tokens // _CHUNK_TOKENS, _MOST_CHUNKS))
 
     @property
@@ -356,7 +356,7 @@ def memory_case(
     sizes = _gathered_sizes(ds, shape, topology)
     return MemoryCase(
         shape=shape,
-        sequence_length=config.data.sequence_length,
+        sequence_length=config.data.sample_length,
         micro_batch=batch.micro_batch,
         accumulation=batch.accumulation,
         precision=precision,
@@ -434,7 +434,7 @@ def _recompute(
     """
     if config.train.recompute != "auto":
         return config.train.recompute, []
-    length = config.data.sequence_length
+    length = config.data.sample_length
     choices = [kind for kind in needs if not no_recomputation(kind, config, device, ds.settings.zero_optimization)]
     choices.sort(key=lambda kind: recomputed_flops_per_token(shape, length, kind))  # "none" stays before "norms"
     chosen = next(
@@ -471,7 +471,7 @@ def _shape(config: RunConfig, vocab_size: int | None) -> tuple[ModelConfig, list
     notices = []
     if expected is None:
         notices = [f"the vocabulary is not known yet: {UNKNOWN_VOCAB_SIZE:,} entries are assumed"]
-    return build_model_config(config.model, expected or UNKNOWN_VOCAB_SIZE, config.data.sequence_length), notices
+    return build_model_config(config.model, expected or UNKNOWN_VOCAB_SIZE, config.data.sample_length), notices
 
 
 def _optimizer(ds: DeepSpeedConfig) -> tuple[OptimizerFacts, list[str]]:
@@ -552,9 +552,13 @@ def _compile_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
 def _stage_notices(config: RunConfig) -> list[str]:
     steps = config.train.steps
     return [
-        f"schedule.batch: from_step={stage.from_step} is after train.steps={steps}: no step has its batch"
-        for stage in config.schedule.batch
-        if stage.from_step > steps
+        f"{key}: from_step={first} is after train.steps={steps}: no step is in that stage"
+        for key, firsts in (
+            ("schedule.batch", [stage.from_step for stage in config.schedule.batch]),
+            ("data.stages", [stage.from_step for stage in config.data.stages if stage.sequence_length]),
+        )
+        for first in firsts
+        if first > steps
     ]
 
 

@@ -168,7 +168,7 @@ def rotary_needs_even_heads(case: CheckContext) -> None:
 
 
 def sequence_fits_positions(case: CheckContext) -> None:
-    length, positions = case.config.data.sequence_length, case.config.model.max_position_embeddings
+    length, positions = case.config.data.sample_length, case.config.model.max_position_embeddings
     if positions is not None and length > positions:
         raise ConfigError(
             f"data.sequence_length={length} is longer than model.max_position_embeddings={positions}; "
@@ -230,7 +230,7 @@ def data_is_complete(case: CheckContext) -> None:
         shown = f"={data.validation}" if isinstance(data.validation, str) else ""
         raise ConfigError(f"data.validation{shown} needs data.train, another dataset; set it, or use data.split")
     for key, given in (
-        ("data.stages", data.stages),
+        ("data.stages, blend", any(stage.blend for stage in data.stages)),
         ("data.input", data.input),
         ("data.append_eod", data.append_eod is not None),
         ("data.eod_token", data.eod_token is not None),
@@ -240,11 +240,53 @@ def data_is_complete(case: CheckContext) -> None:
             raise ConfigError(f"{key} needs data.train, your own dataset; set it")
 
 
+def stages_change_something(case: CheckContext) -> None:
+    data = case.config.data
+    if data.train == ():
+        raise ConfigError("data.train is an empty list; name a dataset, or several as {prefix, weight}")
+    for stage in data.stages:
+        if not stage.blend and stage.sequence_length is None:
+            raise ConfigError(
+                f"data.stages, from_step {stage.from_step} changes nothing; give it a blend, a list of "
+                "{prefix, weight}, or a sequence_length"
+            )
+
+
+def lengths_divide_samples(case: CheckContext) -> None:
+    data, stages = case.config.data, TrainingStages.of(case.config, 1).stages
+    for stage in stages:
+        length, longest = stage.sequence_length, data.sample_length
+        if longest % length:
+            near = _near_divisors(longest, length)
+            raise ConfigError(
+                f"data.stages, from step {stage.first_step}: sequence_length={length} does not divide the longest, "
+                f"{longest}, so samples cannot be cut into it; use {near}, or another longest length"
+            )
+
+
+def _near_divisors(value: int, size: int) -> str:
+    """The divisors of `value` below and above `size`."""
+    found = [divisor for divisor in range(1, value + 1) if value % divisor == 0]
+    return " or ".join(map(str, [*[it for it in found if it < size][-1:], *[it for it in found if it > size][:1]]))
+
+
+def batches_divide_into_samples(case: CheckContext) -> None:
+    """A step reads whole samples, so that the order of samples is the same whatever they are cut into."""
+    if len(set(case.config.data.sequence_lengths)) == 1:
+        return
+    for stage in TrainingStages.of(case.config, _batch(case).global_batch).stages:
+        if stage.sequences % stage.parts:
+            below = stage.sequences // stage.parts * stage.parts
+            use = f"{below} or {below + stage.parts}" if below else f"{stage.parts}"
+            raise ConfigError(
+                f"schedule.batch: from step {stage.first_step}, {stage.sequences} sequences of {stage.sequence_length} "
+                f"tokens are no whole samples of {case.config.data.sample_length}; use a batch of {use}"
+            )
+
+
 def blends_name_datasets_once(case: CheckContext) -> None:
     for stage in case.config.data.blends:
         where = "data.train" if stage.from_step == 1 else f"data.stages, from_step {stage.from_step}"
-        if not stage.blend:
-            raise ConfigError(f"{where} is an empty list; name a dataset, or several as {{prefix, weight}}")
         repeated = _repeated(part.prefix for part in stage.blend)
         if repeated is not None:
             raise ConfigError(f"{where} names {repeated} twice; add its weights up")
@@ -263,9 +305,9 @@ def stages_follow_each_other(case: CheckContext) -> None:
 
 def stride_makes_samples(case: CheckContext) -> None:
     data = case.config.data
-    if data.stride is not None and data.stride > data.sequence_length:
+    if data.stride is not None and data.stride > data.sample_length:
         raise ConfigError(
-            f"data.stride={data.stride} is more than data.sequence_length={data.sequence_length} and would skip "
+            f"data.stride={data.stride} is more than data.sequence_length={data.sample_length} and would skip "
             "tokens; lower it or remove it"
         )
 
@@ -275,8 +317,8 @@ def megatron_order_is_plain(case: CheckContext) -> None:
     if data.order != "megatron":
         return
     for given, does in (
-        (data.stages or not isinstance(data.train, str | None), "mixes datasets"),
-        (data.stride not in (None, data.sequence_length), f"has data.stride={data.stride}"),
+        (len(data.blends) > 1 or not isinstance(data.train, str | None), "mixes datasets"),
+        (data.stride not in (None, data.sample_length), f"has data.stride={data.stride}"),
     ):
         if given:
             raise ConfigError(
@@ -601,8 +643,10 @@ RULES: tuple[Rule, ...] = (
     parameter_groups_match,
     data_is_configured,
     data_is_complete,
+    stages_change_something,
     blends_name_datasets_once,
     stages_follow_each_other,
+    lengths_divide_samples,
     stride_makes_samples,
     megatron_order_is_plain,
     input_belongs_to_one_dataset,
@@ -622,6 +666,7 @@ RULES: tuple[Rule, ...] = (
     batch_stages_follow_each_other,
     one_batch,
     batch_divides,
+    batches_divide_into_samples,
     recipe_keeps_its_batch,
     *DEEPSPEED_RULES,
     wall_time_is_a_duration,

@@ -125,21 +125,23 @@ class Plan:
 
     @property
     def flops_per_token(self) -> int:
-        return flops_per_token(self.shape, self.resolved.config.data.sequence_length)
+        """Of the run's mean token."""
+        return round(mean_flops_per_token(self.resolved, self.shape))
 
     @property
     def recomputed_flops_per_token(self) -> int:
-        """Of the backward pass, beside `flops_per_token`."""
+        """Of the backward pass, beside `flops_per_token`, at the longest sequence length."""
+        return self._recomputed(self.case.sequence_length)
+
+    def _recomputed(self, length: int) -> int:
         case = self.case
-        return recomputed_flops_per_token(
-            self.shape, case.sequence_length, case.recompute, case.checkpoint_activations_every
-        )
+        return recomputed_flops_per_token(self.shape, length, case.recompute, case.checkpoint_activations_every)
 
     @property
     def float8_share(self) -> float:
         """Of all operations."""
         config = self.resolved.config
-        return float8_share(self.shape, config.data.sequence_length, config.precision.float8)
+        return float8_share(self.shape, config.data.sample_length, config.precision.float8)
 
     @property
     def fit(self) -> MemoryFit:
@@ -150,8 +152,10 @@ class Plan:
         """The share of the peak that the model's operations take, without those of a recomputed block's second pass."""
         # Of the whole run: steps of a larger batch take more of the time, and less of it is lost.
         spans = list(self.resolved.stages.spans(self.resolved.config.train.steps))
-        time = sum(count * stage.tokens / self.mfu_of(stage) for stage, count in spans)
-        return self.total_tokens / time
+        work = [
+            (count * stage.tokens * flops_per_token(self.shape, stage.sequence_length), stage) for stage, count in spans
+        ]
+        return sum(flops for flops, _ in work) / sum(flops / self.mfu_of(stage) for flops, stage in work)
 
     def mfu_of(self, stage: TrainingStage) -> float:
         """The share in the steps of one stage."""
@@ -160,11 +164,11 @@ class Plan:
             return self.rate.share
         accumulation = run.batch.of(stage.sequences).accumulation
         busy = 1 - bubble_share(run.topology.pipeline, accumulation)
-        recomputed = self.recomputed_flops_per_token / self.flops_per_token
-        share = self.rate.share * busy / (1 + recomputed)
+        flops = flops_per_token(self.shape, stage.sequence_length)
+        share = self.rate.share * busy / (1 + self._recomputed(stage.sequence_length) / flops)
         if self._peak is None:
             return share
-        computes = self.flops_per_token * stage.tokens / (self._peak * run.topology.world_size * share)
+        computes = flops * stage.tokens / (self._peak * run.topology.world_size * share)
         return share * computes / (computes + self.offload_seconds(accumulation))
 
     def offload_seconds(self, accumulation: int) -> float:
@@ -199,12 +203,12 @@ class Plan:
         speed = self.rate.flops  # of a rank
         if speed is None and self._peak is not None:
             speed = self._peak * self.mfu_of(stage)
-        flops = self.flops_per_token * stage.tokens * steps
+        flops = flops_per_token(self.shape, stage.sequence_length) * stage.tokens * steps
         return None if speed is None else flops / (speed * self.resolved.topology.world_size) / 3600
 
     @property
     def total_flops(self) -> int:
-        return self.flops_per_token * self.total_tokens
+        return total_flops(self.resolved, self.shape)
 
 
 def make_plan(resolved: ResolvedRun, vocab_size: int, schedules: Sequence[ScheduleSegment] = ()) -> Plan:
@@ -215,7 +219,7 @@ def make_plan(resolved: ResolvedRun, vocab_size: int, schedules: Sequence[Schedu
         schedules: all schedules of a resumed run; none: the run's own.
     """
     config = resolved.config
-    shape = build_model_config(config.model, vocab_size, config.data.sequence_length)
+    shape = build_model_config(config.model, vocab_size, config.data.sample_length)
     case = memory_case(
         config,
         resolved.deepspeed_source,
@@ -235,6 +239,16 @@ def make_plan(resolved: ResolvedRun, vocab_size: int, schedules: Sequence[Schedu
         memory_by_stage=tuple(estimate_stages(case)),
         schedules=tuple(schedules) or (ScheduleSegment(1, 0, resolved.schedule),),
     )
+
+
+def total_flops(run: ResolvedRun, shape: ModelConfig) -> int:
+    """Return the operations of all steps of a run; those of a token depend on its sequence's length."""
+    spans = run.stages.spans(run.config.train.steps)
+    return sum(flops_per_token(shape, stage.sequence_length) * stage.tokens * count for stage, count in spans)
+
+
+def mean_flops_per_token(run: ResolvedRun, shape: ModelConfig) -> float:
+    return total_flops(run, shape) / run.stages.tokens(run.config.train.steps)
 
 
 def parameters_by_part(shape: ModelConfig) -> dict[str, int]:

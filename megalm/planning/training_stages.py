@@ -6,7 +6,7 @@ Steps count from 1. Everything that multiplies steps by a batch or a sequence le
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import zip_longest
 
 from megalm.config.schema import RunConfig
@@ -14,11 +14,21 @@ from megalm.config.schema import RunConfig
 
 @dataclass(frozen=True)
 class TrainingStage:
-    """From `first_step` on, each step reads `sequences` samples of `sequence_length` tokens."""
+    """From `first_step` on, each step reads `sequences` sequences of `sequence_length` tokens.
+
+    Attributes:
+        parts: sequences that a sample is cut into.
+    """
 
     first_step: int
     sequences: int
     sequence_length: int
+    parts: int = 1
+
+    @property
+    def samples(self) -> int:
+        """Of one step."""
+        return self.sequences // self.parts
 
     @property
     def tokens(self) -> int:
@@ -35,12 +45,14 @@ class TrainingStages:
     @staticmethod
     def of(config: RunConfig, sequences: int) -> TrainingStages:
         """Return the stages of a run whose first step has a batch of `sequences`."""
-        batches = {1: sequences, **{max(1, stage.from_step): stage.sequences for stage in config.schedule.batch}}
+        data, batch, length = config.data, sequences, config.data.sequence_length
+        batches = {max(1, stage.from_step): stage.sequences for stage in config.schedule.batch}
+        lengths = {stage.from_step: stage.sequence_length for stage in data.stages if stage.sequence_length}
         found: list[TrainingStage] = []
-        for step, batch in sorted(batches.items()):
-            stage = TrainingStage(step, batch, config.data.sequence_length)
-            if not found or (batch, stage.sequence_length) != (found[-1].sequences, found[-1].sequence_length):
-                found.append(stage)
+        for step in sorted({1, *batches, *lengths}):
+            batch, length = batches.get(step, batch), lengths.get(step, length)
+            if not found or (batch, length) != (found[-1].sequences, found[-1].sequence_length):
+                found.append(TrainingStage(step, batch, length, data.sample_length // length))
         return TrainingStages(tuple(found))
 
     @staticmethod
@@ -50,12 +62,12 @@ class TrainingStages:
             stages = tuple(TrainingStage(*map(int, stage)) for stage in value)  # type: ignore[attr-defined]
         except (TypeError, ValueError):
             return None
-        is_whole = bool(stages) and all(min(stage.first_step, stage.tokens) > 0 for stage in stages)
+        is_whole = bool(stages) and all(min(astuple(stage)) > 0 for stage in stages)
         return TrainingStages(stages) if is_whole else None
 
     def as_json(self) -> list[list[int]]:
-        """Return first step, sequences and sequence length of each stage."""
-        return [[stage.first_step, stage.sequences, stage.sequence_length] for stage in self.stages]
+        """Return first step, sequences, sequence length and parts of each stage."""
+        return [list(astuple(stage)) for stage in self.stages]
 
     @property
     def grow(self) -> bool:
@@ -65,6 +77,11 @@ class TrainingStages:
     @property
     def largest_batch(self) -> int:
         return max(stage.sequences for stage in self.stages)
+
+    @property
+    def longest(self) -> TrainingStage:
+        """The stage of the longest sequences, and of several the one with the largest batch."""
+        return max(self.stages, key=lambda stage: (stage.sequence_length, stage.sequences))
 
     def at(self, step: int) -> TrainingStage:
         """Return the stage of step `step`; of step 0, the first one."""
@@ -80,7 +97,7 @@ class TrainingStages:
 
     def samples(self, steps: int, after: int = 0) -> int:
         """Return the number of samples of steps `after` + 1 to `steps`; 0 if there are none."""
-        return sum(stage.sequences * count for stage, count in self.spans(steps, after))
+        return sum(stage.samples * count for stage, count in self.spans(steps, after))
 
     def tokens(self, steps: int, after: int = 0) -> int:
         """Return the number of tokens of steps `after` + 1 to `steps`; 0 if there are none."""

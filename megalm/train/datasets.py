@@ -298,11 +298,11 @@ def _cut(dataset: IndexedDataset, split: str | None) -> tuple[Range, Range | Non
 
 def _training_samples(config: RunConfig, dataset: IndexedDataset, documents: Range, requested: int) -> TrainingSamples:
     data = config.data
-    large = max(len(dataset), len(dataset.tokens) // (data.stride or data.sequence_length)) >= KEPT_ORDERS_FROM
+    large = max(len(dataset), len(dataset.tokens) // (data.stride or data.sample_length)) >= KEPT_ORDERS_FROM
     return TrainingSamples(
         dataset,
         documents,
-        data.sequence_length,
+        data.sample_length,
         config.train.seed,
         order=data.order,
         requested_samples=requested,
@@ -333,8 +333,8 @@ def _validation_samples(
     """Yield the configured validation sets, or the held-out part of each training dataset."""
     for name, prefix in places.validation:
         dataset = opened[prefix]
-        yield name, ValidationSamples(dataset, (0, len(dataset)), data.sequence_length, data.document_mask)
+        yield name, ValidationSamples(dataset, (0, len(dataset)), data.sample_length, data.document_mask)
     for prefix, (_, documents) in ranges.items():
         if documents is not None:
             name = VALIDATION if len(ranges) == 1 else Path(prefix).name
-            yield name, ValidationSamples(opened[prefix], documents, data.sequence_length, data.document_mask)
+            yield name, ValidationSamples(opened[prefix], documents, data.sample_length, data.document_mask)

@@ -16,9 +16,10 @@ from megalm.data.indexed.trained_tokens import trained_share
 from megalm.data.sampling.sample_order import stride_warning
 from megalm.data.tokenizers.tokenizer import describe_eod
 from megalm.errors import ConfigError, DataError
-from megalm.model.model_config import ModelConfig, flops_per_token
+from megalm.model.model_config import ModelConfig
 from megalm.planning.lr_schedule import ENDLESS
 from megalm.planning.resolve import ResolvedRun
+from megalm.planning.run_plan import mean_flops_per_token
 from megalm.planning.training_stages import TrainingStage
 from megalm.rank_environment import RankPlace
 from megalm.runs.run_folder import ResumeCommand, RunFolder
@@ -44,7 +45,8 @@ def data_rows(run: ResolvedRun, data: RunData) -> list[tuple[str, str]]:
         if part.dataset.trained is not None:
             text += f", trained {trained_share(part.trained_per_epoch, part.tokens_per_epoch)}"
         rows.append(("data", f"{planned.prefix}: {text}"))
-    for stage in run.config.data.blends if run.config.data.stages else ():
+    blends = run.config.data.blends
+    for stage in blends if len(blends) > 1 else ():
         all_of_it = sum(part.weight for part in stage.blend)
         shares = ", ".join(f"{part.prefix} {part.weight / all_of_it:.1%}" for part in stage.blend)
         unread = "" if stage.from_step <= run.config.train.steps else " (after the last step)"
@@ -220,7 +222,7 @@ def environment_facts(
     places: Sequence[RankPlace] = (),
 ) -> dict[str, Any]:
     """Return what environment.json records about this attempt besides versions and machine."""
-    stages = zip(run.config.data.stages, data.samples.stages[1:], strict=False)
+    stages = zip(run.config.data.blends[1:], data.samples.stages[1:], strict=False)
     before = data.samples.lengths_before
     return {
         "attempt": attempt,
@@ -257,7 +259,7 @@ def scale_facts(run: ResolvedRun, shape: ModelConfig, data: RunData) -> dict[str
         "parameters": shape.parameter_count(),
         "planned_steps": run.config.train.steps,
         "training_stages": run.stages.as_json(),
-        "flops_per_token": flops_per_token(shape, run.config.data.sequence_length),
+        "flops_per_token": round(mean_flops_per_token(run, shape)),
         "unigram_entropy": data.unigram_entropy,
         "validation_fingerprint": validation_fingerprint(data.validation) or None,
         "datasets": [

@@ -307,7 +307,7 @@ def build_trainer(
     hooks = _training_hooks(opened, run, metrics, comm)
     supervisor.enter(hooks)
     # Before the mirror, which uses a core for seconds.
-    share = float8_share(plan.shape, run.config.data.sequence_length, run.config.precision.float8)
+    share = float8_share(plan.shape, run.config.data.sample_length, run.config.precision.float8)
     peak, peak_source = peak_flops(device, run.precision != "fp32", share)
     mirror = _start_mirror(folder, run, ranks, console)
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
@@ -408,7 +408,7 @@ def _components(
 ) -> TrainerComponents:
     run, data, folder, console = plan.run, plan.data, opened.folder, opened.console
     data_rank = run.topology.coordinate(comm.rank).data
-    config, length = run.config, run.config.data.sequence_length
+    config, length = run.config, run.config.data.sample_length
     read_text = sample_text_reader(data.train, data.tokenizer)
     return TrainerComponents(
         run=run,
@@ -431,7 +431,7 @@ def _components(
         guard=spikes,
         incidents=SpikeReportWriter(folder.incidents, read_text, command, comm, console),
         limits=limits,
-        flops_per_token=flops_per_token(plan.shape, length),
+        flops_per_token=partial(flops_per_token, plan.shape),
         peak_flops=peak,
     )
 
@@ -466,7 +466,8 @@ def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCo
     run = parts.run
 
     def flops(step: int) -> float:
-        return parts.flops_per_token * run.stages.at(step).tokens
+        stage = run.stages.at(step)
+        return parts.flops_per_token(stage.sequence_length) * stage.tokens
 
     return StepDiagnostics(run.diagnostics, folder.profile, parts.comm, traffic, flops, run.config.train.steps)
 

@@ -42,15 +42,15 @@ class _Attempt:
     def config(self) -> RunConfig:
         """The attempt's configuration, with the sequence length at the start of the sample order."""
         lengths = self.environment.get("sequence_lengths_before", [])
-        first = lengths[0][0] if lengths else self.saved.data.sequence_length
-        data = self.saved.data.model_copy(update={"sequence_length": first})
+        first = lengths[0][0] if lengths else self.saved.data.sample_length
+        data = self.saved.data.with_sample_length(first)
         return self.saved.model_copy(update={"data": data})
 
     @property
     def cuts(self) -> list[tuple[int, int]]:
         """Return (samples consumed, sequence length from there on) for each change of the sequence length."""
         before = self.environment.get("sequence_lengths_before", [])
-        after = [length for length, _ in before[1:]] + [self.saved.data.sequence_length]
+        after = [length for length, _ in before[1:]] + [self.saved.data.sample_length]
         return [(consumed, length) for (_, consumed), length in zip(before, after, strict=False)]
 
     def first_sample_of(self, step: int) -> int:
@@ -82,7 +82,7 @@ def samples_of_step(path: Path, step: int, on_progress: Callable[[str], None] = 
     )
     attempt = _attempt(folder, number)
     first, trained = _first_sample(rows, number, step, attempt.stages)
-    end = first + attempt.stages.at(step).sequences
+    end = first + attempt.stages.at(step).samples
     places = find_data(attempt.config.data, on_progress)
     data = open_datasets(attempt.config, attempt.stages, places, attempt.first_sample_of)
     samples = data.train

@@ -59,7 +59,7 @@ class TrainerComponents:
     guard: SpikeGuard
     incidents: SpikeReportWriter
     limits: TimeLimits
-    flops_per_token: float
+    flops_per_token: Callable[[int], float]  # by sequence length
     peak_flops: float  # of all ranks together
     diagnostics: StepDiagnostics | None = None  # where the run asks for measurements
     stragglers: StragglerWatch | None = None  # where there are several ranks
@@ -89,8 +89,8 @@ class MetricsRecorder:
     def step(self, position: TrainingProgress, result: StepResult, rate: float, seconds: float) -> None:
         """Record the step that `position` has just reached, which took `seconds`."""
         parts = self.parts
-        tokens_per_second = parts.run.stages.at(position.step).tokens / seconds
-        mfu = parts.flops_per_token * tokens_per_second / parts.peak_flops
+        tokens_per_second = position.stage.tokens / seconds
+        mfu = parts.flops_per_token(position.stage.sequence_length) * tokens_per_second / parts.peak_flops
         if result.skipped:
             self.event(position, "skip", reason="gradient overflow", loss_scale=result.loss_scale)
             parts.reporter.info(
@@ -249,8 +249,8 @@ class Trainer:
             watch.begin_step()
         start = time.perf_counter()
         with self._phase("data"):
-            sizes = [parts.run.stages.at(step + ahead).sequences for ahead in range(1 + PREFETCHED_BATCHES)]
-            batch = parts.batches.batch(position.samples, sizes)
+            stages = [parts.run.stages.at(step + ahead) for ahead in range(1 + PREFETCHED_BATCHES)]
+            batch = parts.batches.batch(position.samples, [(each.samples, each.parts) for each in stages])
         data_seconds = time.perf_counter() - start
         result = parts.engine.train_step(batch, step, rate)
         seconds = time.perf_counter() - start
@@ -280,7 +280,7 @@ class Trainer:
     def _advance(self) -> None:
         position = self.position
         position.step += 1
-        position.samples += position.stage.sequences
+        position.samples += position.stage.samples
         position.tokens += position.stage.tokens
         position.evaluation = None
 
@@ -297,7 +297,7 @@ class Trainer:
             learning_rate=rate,
             verdict=verdict,
             window=parts.guard.history.statistics(),
-            samples=(first, first + position.stage.sequences),
+            samples=(first, first + position.stage.samples),
             saved_step=self._saved_step,
         )
         # One report per series of spikes: a diverging run that continues would fill the disk.
@@ -319,7 +319,7 @@ class Trainer:
             TrainingError: always.
         """
         step, first = self.position.step + 1, self.position.samples
-        end = first + self.position.stage.sequences
+        end = first + self.position.stage.samples
         if not result.refused:
             self._advance()
         if self._saved_step != self.position.step:
@@ -334,7 +334,7 @@ class Trainer:
         """Go back to the newest good checkpoint, and skip all data up to and including the spike's step."""
         parts, old = self.parts, self.position
         self._log_completed_saves(wait=True)
-        next_sample = old.samples + old.stage.sequences
+        next_sample = old.samples + old.stage.samples
         attempt = old.attempt + 1
         path, position = parts.checkpoints.roll_back(parts.engine, parts.guard, next_sample, attempt)
         position.schedule, position.attempt, position.rollbacks = old.schedule, attempt, old.rollbacks + 1
@@ -543,9 +543,9 @@ def run_preflight(parts: TrainerComponents) -> None:
         TrainingError: out of memory, with the phase.
         OSError: a checkpoint cannot be written.
     """
-    engine = parts.engine
+    engine, largest = parts.engine, parts.run.stages.longest
     with memory_errors_named("the training step"):
-        engine.train_step(parts.batches.batch(0), step=1, learning_rate=0.0)
+        engine.train_step(parts.batches.batch(0, [(largest.samples, largest.parts)]), step=1, learning_rate=0.0)
     with memory_errors_named("validation"):
         parts.evaluator.preflight(engine)
     with memory_errors_named("sampling"):

@@ -48,7 +48,14 @@ CASES = {
     "gpt2 bf16": _case((*GPT2, "data.document_mask=true"), precision="bf16"),
     # A rounding in fp32 may become one in float8, so nothing is added up in another order: no clipping by a norm.
     "llama float8": _case((*LLAMA, *FLOAT8), gradient_clipping=0),
-    "llama growing": _case((*LLAMA, "schedule.batch=[{from_step: 3, sequences: 20}, {from_step: 5, sequences: 8}]")),
+    "llama growing": _case(
+        (
+            *(*LLAMA, "data.document_mask=true"),
+            "schedule.batch=[{from_step: 3, sequences: 20}, {from_step: 5, sequences: 8}]",
+            "data.sequence_length=12",
+            "data.stages=[{from_step: 3, sequence_length: 6}, {from_step: 4, sequence_length: 24}]",
+        )
+    ),
     "llama tied": _case((*LLAMA, "model.tie_word_embeddings=true"), precision="bf16"),
 }
 FOUR_RANKS = {

@@ -21,8 +21,13 @@ STEPS = 5
 MODELS = {
     "gpt2": ("model.style=gpt2", "model.tie_word_embeddings=true", "data.document_mask=true"),
     "gpt2 untied": ("model.style=gpt2",),
-    # and a batch that grows
-    "llama gqa": ("model.num_key_value_heads=2", "schedule.batch=[{from_step: 3, sequences: 48}]"),
+    # and a batch and a sequence length that grow
+    "llama gqa": (
+        "model.num_key_value_heads=2",
+        "schedule.batch=[{from_step: 3, sequences: 48}]",
+        "data.sequence_length=12",
+        "data.stages=[{from_step: 4, sequence_length: 24}]",
+    ),
     "llama one kv head": ("model.num_key_value_heads=1", "model.tie_word_embeddings=true"),
 }
 

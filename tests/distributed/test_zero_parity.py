@@ -64,9 +64,13 @@ CASES = {
 # Pattern -> factor of the learning rate, weight decay. With heads of two elements, a group's second part is padding.
 GROUPS = {"layers.1.attention.query_norm.*": (0.1, 0.0), "embedding.*": (0.25, 0.0), "*.mlp.*": (2.0, 0.5)}
 _RULES = [f"{{match: '{name}', learning_rate_scale: {it[0]}, weight_decay: {it[1]}}}" for name, it in GROUPS.items()]
-# And a batch that grows, on two ranks from one micro-batch to two and three, and shrinks.
-GROWS = "schedule.batch=[{from_step: 6, sequences: 32}, {from_step: 9, sequences: 48}, {from_step: 17, sequences: 32}]"
-GROUPED = ("model.head_dim=2", f"train.parameter_groups=[{', '.join(_RULES)}]", GROWS)
+# And a batch that grows, on two ranks from one micro-batch to two and three, and shrinks; and a sequence length.
+GROWS = (
+    "schedule.batch=[{from_step: 6, sequences: 32}, {from_step: 9, sequences: 48}, {from_step: 17, sequences: 32}]",
+    "data.sequence_length=12",
+    "data.stages=[{from_step: 11, sequence_length: 24}]",
+)
+GROUPED = ("model.head_dim=2", f"train.parameter_groups=[{', '.join(_RULES)}]", *GROWS)
 MICRO_BATCH = {"train_micro_batch_size_per_gpu": 8}
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 CASES |= {
@@ -128,7 +132,7 @@ def plain_adamw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, dict[s
     shape, facts, batch = shape_of(run), run.optimizer, run.batch
     model = LanguageModel(shape)
     initialize(model, shape, run.config.train.seed)
-    samples = TrainingSamples(IndexedDataset(folder / "data"), (0, 200), run.config.data.sequence_length, seed=5)
+    samples = TrainingSamples(IndexedDataset(folder / "data"), (0, 200), run.config.data.sample_length, seed=5)
     loader = BatchLoader(samples, BatchLayout(batch.global_batch, batch.micro_batch, 0, 1))
     weights = dict(model.named_parameters())
 
@@ -140,7 +144,8 @@ def plain_adamw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, dict[s
     optimizer = torch.optim.AdamW(groups, betas=facts.betas, eps=facts.epsilon)
     losses, norms = [], []
     for step in range(1, STEPS + 1):
-        read = loader.batch(run.stages.samples(step - 1), [run.stages.at(step).sequences])
+        stage = run.stages.at(step)
+        read = loader.batch(run.stages.samples(step - 1), [(stage.samples, stage.parts)])
         total = torch.zeros(())
         for micro in read.micro_batches:
             total = total + model(torch.from_numpy(micro.tokens), torch.from_numpy(micro.labels))[0] / read.target_count
@@ -156,7 +161,7 @@ def plain_adamw(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trace, dict[s
 
 
 @pytest.mark.parametrize(("name", "world_size"), [(name, 2) for name in CASES if name.startswith("groups")])
-def test_parameter_groups_and_a_growing_batch_step_as_adamw_s(
+def test_parameter_groups_and_growing_steps_are_adamw_s(
     traces: dict[int, list[dict[str, Trace]]],
     plain_adamw: tuple[Trace, dict[str, np.ndarray]],
     name: str,

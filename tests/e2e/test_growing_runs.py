@@ -1,4 +1,4 @@
-"""A run whose batch grows, by the command: what it reads, counts, saves, and how it resumes around a boundary."""
+"""Runs whose batch and sequence length grow, by the command: what they read, count, save, and how they resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from tests.e2e.test_data_runs import pieces
 
 pytestmark = pytest.mark.e2e
 
-GROWS = ("train.steps=5", "checkpoint.interval_steps=1", "schedule.batch=[{from_step: 3, sequences: 24}]")
+GROWS = (
+    *("train.steps=5", "checkpoint.interval_steps=1", "data.sequence_length=32"),
+    "schedule.batch=[{from_step: 3, sequences: 24}]",
+    "data.stages=[{from_step: 4, sequence_length: 64}]",
+)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -22,21 +26,23 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_batch_grows(small_data: SmallData, tmp_path: Path) -> None:
-    words, whole = small_data.changed("run.name=mine", *GROWS), tmp_path / "whole"
+def test_a_run_that_grows(small_data: SmallData, tmp_path: Path) -> None:
+    words, whole = small_data.changed("run.name=mine", "train.rehearse=true", *GROWS), tmp_path / "whole"
     whole.mkdir()
     done = finish(whole, pretrain(*words))
     assert done.code == 0, done.explain()
-    assert "24 sequences" in done.stdout
+    assert all(text in done.stdout for text in ("from step 1: 16 seq", "from step 3: 24 seq", "from step 4: 24 seq"))
     seen = [(row["step"], row["samples"], row["tokens"]) for row in train_rows(whole)]
-    assert seen == [(step, samples, 64 * samples) for step, samples in enumerate((16, 32, 56, 80, 104), 1)]
+    assert seen == [(step, samples, 64 * samples) for step, samples in enumerate((8, 16, 28, 52, 76), 1)]
     segments = _manifest(whole)["data_position"]["segments"]
-    assert [(it["global_batch"], it["first_sample"], it["samples_consumed"]) for it in segments] == [
-        (16, 0, 32),
-        (24, 32, 72),
+    assert [(it["sequence_length"], it["global_batch"], it["samples_consumed"]) for it in segments] == [
+        (64, 8, 16),
+        (64, 12, 12),
+        (64, 24, 48),
     ]
-    assert sorted({sample for sample, *_ in pieces(whole, 4)}) == list(range(56, 80))
-    for step, ranks in ((1, 2), (2, 1), (3, 1)):  # before, at and after the boundary
+    read = {step: sorted({sample for sample, *_ in pieces(whole, step)}) for step in (2, 3, 5, 6)}
+    assert read == {2: list(range(8, 16)), 3: list(range(16, 28)), 5: list(range(52, 76)), 6: list(range(76, 100))}
+    for step, ranks in ((1, 2), (2, 1), (3, 1), (4, 1)):  # before, at and after the boundaries
         (folder := tmp_path / f"from-{step}").mkdir()
         checkpoint = whole / f"runs/mine/checkpoints/step-{step:08d}"
         resumed = finish(folder, pretrain(*words, "--resume", str(checkpoint), ranks=ranks))

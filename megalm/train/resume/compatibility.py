@@ -44,9 +44,9 @@ def identity_of(run: ResolvedRun, shape: ModelConfig, identity: DataIdentity, co
     """Return, as JSON, the facts that need `resume.allow` to change when a run resumes after `consumed` samples."""
     data = run.config.data
     settings = {
-        "data.sequence_length": data.sequence_length,
+        "data.sequence_length": data.sample_length,
         "data.split": data.split,
-        "data.stride": None if data.stride == data.sequence_length else data.stride,
+        "data.stride": None if data.stride == data.sample_length else data.stride,
         "data.order": data.order,
         "data.document_mask": data.document_mask,
         "train.seed": run.config.train.seed,
@@ -232,9 +232,9 @@ def continuation_kind(run: ResolvedRun, manifest: Manifest, found: Mapping[str, 
     if found.keys() & {"dataset", "tokenizer", "order"}:
         return "anew"
     last = manifest.data_position.segments[-1]
-    if last.sequence_length == run.config.data.sequence_length:
+    if last.sequence_length == run.config.data.sample_length:
         return "on"
-    if run.config.data.stages:
+    if any(stage.blend for stage in run.config.data.stages):
         raise ConfigError(
             f"data.sequence_length was {last.sequence_length} and cannot change in a run with data.stages; keep it, or "
             "start a new order of samples with resume.allow=[order] and another train.seed"
@@ -256,7 +256,7 @@ def progress_from(manifest: Manifest, run: ResolvedRun, continuation: Beginning)
     )
     if continuation != "on":
         position.data_history, position.continuation = data, continuation
-    elif last.global_batch != stage.sequences or last.samples_skipped:
+    elif last.global_batch != stage.samples or last.samples_skipped:
         position.data_history, position.continuation = data, "on"
         position.first_sample = position.samples = last.next_sample
     else:
@@ -269,10 +269,10 @@ def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRu
     """Return the changes from here on, one line each."""
     last = manifest.data_position.segments[-1]
     lines = []
-    if last.global_batch != run.stages.at(manifest.step).sequences:
-        lines.append(f"the batch was {last.global_batch} sequences, is {position.stage.sequences}")
-    if last.sequence_length != run.config.data.sequence_length:
-        lines.append(f"the sequence length was {last.sequence_length}, is {run.config.data.sequence_length}")
+    if last.global_batch != run.stages.at(manifest.step).samples:
+        lines.append(f"the batch was {last.global_batch} samples, is {position.stage.samples}")
+    if last.sequence_length != run.config.data.sample_length:
+        lines.append(f"the sequence length was {last.sequence_length}, is {run.config.data.sample_length}")
     if position.continuation == "anew" and position.data_history and position.samples == 0:
         lines.append("the order of samples changed: it starts at its first sample")
     if last.samples_skipped:

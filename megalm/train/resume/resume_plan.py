@@ -182,7 +182,7 @@ def plan_resume(point: ResumePoint, data: RunData) -> ResumePlan:
     run, found, options = point.run, point.found, point.options
     # A trained position table may be longer than the samples are now; keep it.
     table = found.reader.manifest.model["max_position_embeddings"] if found is not None else 0
-    longest = max(run.config.data.sequence_length, table)
+    longest = max(run.config.data.sample_length, table)
     shape = build_model_config(run.config.model, data.tokenizer.vocab_size, longest)
     identity = DataIdentity(data.train, data.tokenizer.fingerprint, data.validation_fingerprint)
     position = TrainingProgress(run.stages.at(1), schedule=point.schedule)
@@ -230,8 +230,8 @@ def _plan_continuation(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan
 def _order_so_far(run: ResolvedRun, data: RunData, manifest: Manifest) -> BlendedSamples:
     """Return the samples in the checkpoint's order, rebuilt from the run's present data settings."""
     order, lengths = data.train, lengths_of_order(manifest)
-    if len(lengths) > 1 or lengths[0][0] != run.config.data.sequence_length:
-        section = run.config.data.model_copy(update={"sequence_length": lengths[0][0]})
+    if len(lengths) > 1 or lengths[0][0] != run.config.data.sample_length:
+        section = run.config.data.with_sample_length(lengths[0][0])
         earlier = replace(run, config=run.config.model_copy(update={"data": section}))
         order = open_data(earlier, data.places, first_sample_of(manifest, run)).train
     for (_, end), (length, _) in pairwise(lengths):
@@ -244,7 +244,7 @@ def _order_from_here(
 ) -> tuple[BlendedSamples, tuple[str, ...]]:
     """Return the samples from here on, and warnings about them."""
     if continuation == "recut":
-        length = run.config.data.sequence_length
+        length = run.config.data.sample_length
         order = order.recut(lengths_of_order(manifest)[-1][1], length)
         skipped, repeated = order.recut_tokens
         return order, (

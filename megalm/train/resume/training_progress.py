@@ -61,8 +61,8 @@ class TrainingProgress:
         """Return the current data segment so far."""
         return DataSegment(
             order=order,
-            sequence_length=self.stage.sequence_length,
-            global_batch=self.stage.sequences,
+            sequence_length=self.stage.sequence_length * self.stage.parts,
+            global_batch=self.stage.samples,
             first_sample=self.first_sample,
             samples_consumed=self.samples - self.first_sample,
             begins=self.continuation,
@@ -76,8 +76,8 @@ class TrainingProgress:
         self.continuation = "on"
 
     def begin_stage(self, stage: TrainingStage, order: str) -> None:
-        """Begin a segment with another batch in the same order."""
-        if self.samples > self.first_sample:
+        """Continue in the same order, in a new segment if steps have another number of samples."""
+        if self.samples > self.first_sample and stage.samples != self.stage.samples:
             self.skip(0, order)
         self.stage = stage
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from megalm.cli.plan_text import plan_text
 from megalm.config.loading import load_run_config
 from megalm.cost_model.gpu_specs import gpu_by_name
+from megalm.model.model_config import flops_per_token
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_plan import make_plan
 from megalm.planning.training_stages import TrainingStage, TrainingStages
@@ -26,37 +27,52 @@ Start = Callable[..., ResolvedRun]
 @st.composite
 def training_stages(draw: st.DrawFn) -> TrainingStages:
     firsts = sorted({1, *draw(st.lists(st.integers(2, STEPS + 5), max_size=4))})
-    sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
-    return TrainingStages(tuple(TrainingStage(first, *draw(sizes)) for first in firsts))
+    longest, found = 12, []
+    for first in firsts:
+        parts = draw(st.sampled_from((1, 2, 3, 4, 6, 12)))
+        found.append(TrainingStage(first, parts * draw(st.integers(1, 9)), longest // parts, parts))
+    return TrainingStages(tuple(found))
 
 
 @given(stages=training_stages(), after=st.integers(0, STEPS), steps=st.integers(0, STEPS))
 def test_sums_are_those_of_each_step(stages: TrainingStages, after: int, steps: int) -> None:
     each = [stages.at(step) for step in range(after + 1, steps + 1)]
-    assert stages.samples(steps, after) == sum(stage.sequences for stage in each)
     assert stages.tokens(steps, after) == sum(stage.sequences * stage.sequence_length for stage in each)
+    assert 12 * stages.samples(steps, after) == stages.tokens(steps, after)
     assert list(stages.spans(steps, after)) == [(stage, len(list(of))) for stage, of in groupby(each)]
     assert stages.samples(steps) == stages.samples(min(after, steps)) + stages.samples(steps, min(after, steps))
 
 
 @given(stages=training_stages(), tokens=st.integers(1, 3000))
 def test_steps_for_tokens_are_the_least(stages: TrainingStages, tokens: int) -> None:
-    reached = accumulate(stages.at(step).tokens for step in range(1, 3001))
+    reached = accumulate(stages.at(step).tokens for step in range(1, 300))
     assert stages.steps_for(tokens) == next(step for step, sum_ in enumerate(reached, 1) if sum_ >= tokens)
 
 
 @pytest.mark.parametrize(
-    ("batch", "expected"),
+    ("words", "expected"),
     [
-        ("[]", [(1, 16, 256)]),
-        ("[{from_step: 0, sequences: 16}, {from_step: 5, sequences: 64}]", [(1, 16, 256), (5, 64, 256)]),
-        ("[{from_step: 5, sequences: 64}]", [(1, 16, 256), (5, 64, 256)]),
-        ("[{from_step: 5, sequences: 16}]", [(1, 16, 256)]),
+        ("schedule.batch=[]", [(1, 16, 256)]),
+        (
+            "schedule.batch=[{from_step: 0, sequences: 16}, {from_step: 5, sequences: 64}]",
+            [(1, 16, 256), (5, 64, 256)],
+        ),
+        ("schedule.batch=[{from_step: 5, sequences: 64}]", [(1, 16, 256), (5, 64, 256)]),
+        ("schedule.batch=[{from_step: 5, sequences: 16}]", [(1, 16, 256)]),
+        ("data.stages=[{from_step: 5, sequence_length: 512}]", [(1, 16, 256), (5, 16, 512)]),
+        (
+            "schedule.batch=[{from_step: 5, sequences: 8}, {from_step: 9, sequences: 4}]; data.sequence_length=128; "
+            "data.stages=[{from_step: 5, sequence_length: 256}, {from_step: 7, sequence_length: 512}]",
+            [(1, 16, 128), (5, 8, 256), (7, 8, 512), (9, 4, 512)],
+        ),
     ],
 )
-def test_stages_of_a_configuration(batch: str, expected: list[tuple[int, int, int]]) -> None:
-    found = TrainingStages.of(load_run_config(None, [f"schedule.batch={batch}"]).config, 16)
+def test_stages_of_a_configuration(words: str, expected: list[tuple[int, int, int]]) -> None:
+    found = TrainingStages.of(load_run_config(None, words.split("; ")).config, 16)
     assert [(stage.first_step, stage.sequences, stage.sequence_length) for stage in found.stages] == expected
+    longest = max(length for _, _, length in expected)
+    assert {stage.parts * stage.sequence_length for stage in found.stages} == {longest}
+    assert found.longest.sequence_length == longest
     assert found.largest_batch == max(sequences for _, sequences, _ in expected)
     assert (found.at(0), found.grow) == (found.at(1), len(expected) > 1)
 
@@ -64,10 +80,11 @@ def test_stages_of_a_configuration(batch: str, expected: list[tuple[int, int, in
 @given(stages=training_stages())
 def test_a_record_of_stages(stages: TrainingStages) -> None:
     assert TrainingStages.from_json(stages.as_json()) == stages
-    for other in (None, 3, [], [[1, 2]], [[1, 0, 4]], [["one", 2, 3]]):
+    for other in (None, 3, [], [[1, 2]], [[1, 0, 4, 1]], [["one", 2, 3, 1]]):
         assert TrainingStages.from_json(other) is None
 
 
+LONGER = "data.stages=[{from_step: 9, sequence_length: 512}]"
 GROWS = "schedule.batch=[{from_step: 11, sequences: 32}, {from_step: 31, sequences: 48}]"
 
 
@@ -92,13 +109,37 @@ GROWS = "schedule.batch=[{from_step: 11, sequences: 32}, {from_step: 31, sequenc
             ["from_step", 9, "sequences=20", "train_micro_batch_size_per_gpu=4", 16, 24, 1, 2],
         ),
         (["schedule.batch=[{from_step: 9, sequences: 24}]"], {"train_micro_batch_size_per_gpu": 4}, None),
+        ([LONGER], {}, None),
+        (["data.sequence_length=192", LONGER], {}, ["data.stages", 192, 512, 128, 256]),
+        (["data.sequence_length=32", LONGER, "schedule.batch=[{from_step: 3, sequences: 24}]"], {}, [3, 24, 16, 32]),
+        ([LONGER, "model.max_position_embeddings=256"], {}, ["data.sequence_length=512"]),
+        ([LONGER, "model.max_position_embeddings=512"], {}, None),
+        (["data.stages=[{from_step: 9}]"], {}, ["data.stages", 9, "blend", "sequence_length"]),
+        (
+            [LONGER, "data.sequence_length=1", "parallel.tensor=2", "parallel.sequence=true"],
+            {},
+            ["data.sequence_length=1"],
+        ),
     ],
 )
-def test_a_batch_that_grows_is_checked(start: Start, words: list[str], changes: dict[str, Any], names: Any) -> None:
+def test_what_grows_is_checked(start: Start, words: list[str], changes: dict[str, Any], names: Any) -> None:
     if names is None:
         start(*words, **changes)
         return
     assert_names(refused(start, *words, **changes), *names)
+
+
+def test_a_sequence_length_that_grows_in_a_plan(start: Start) -> None:
+    words = ("train.steps=40", "data.sequence_length=256", "schedule.batch=[{from_step: 31, sequences: 8}]")
+    run = start("data.stages=[{from_step: 31, sequence_length: 512}]", *words, device=gpu_by_name("H100"), ranks=4)
+    plan, shape = make_plan(run, 99), make_plan(run, 99).shape
+    assert (shape.max_position_embeddings, plan.case.sequence_length) == (512, 512), "the memory is of the longest"
+    assert plan.total_tokens == 40 * 16 * 256
+    short, long = (flops_per_token(shape, length) for length in (256, 512))
+    assert plan.total_flops == 16 * 256 * (30 * short + 10 * long)
+    assert short < plan.flops_per_token < long
+    text = section_of(plan_text(plan, 8), "Stages of the run")
+    assert all(words in text for words in ("16 x 256", "8 x 512"))
 
 
 def test_a_batch_that_grows_in_a_plan(start: Start) -> None:

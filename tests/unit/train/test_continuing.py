@@ -11,6 +11,7 @@ import pytest
 from megalm.checkpoint.manifest import DataSegment, Manifest
 from megalm.config.deepspeed.json_reader import DeviceFacts, read_deepspeed_json
 from megalm.config.loading import load_run_config
+from megalm.config.schema import BlendPart, DataStage
 from megalm.errors import CheckpointError, ConfigError
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.resolve import ResolvedRun, resolve
@@ -162,7 +163,8 @@ def test_another_length_cuts_what_is_left() -> None:
     assert continuation_kind(now, then, {}) == "recut"
     position = progress_from(then, now, "recut")
     assert (position.samples, position.continuation, len(position.data_history)) == (0, "recut", 1)
-    staged = now.config.data.model_copy(update={"stages": ("one",)})
+    stage = DataStage(from_step=9, blend=(BlendPart(prefix="one", weight=1),))
+    staged = now.config.data.model_copy(update={"stages": (stage,)})
     with pytest.raises(ConfigError) as refused:
         continuation_kind(replace(now, config=now.config.model_copy(update={"data": staged})), then, {})
     assert_names(refused.value, "data.sequence_length", 512, "data.stages", "resume.allow=[order]")
@@ -205,6 +207,21 @@ def test_a_batch_that_grows_goes_on_at_each_side_of_a_boundary() -> None:
     other = run("schedule.batch=[{from_step: 3, sequences: 8}]")
     (note,) = change_notes(progress_from(manifest(4, *both), other, "on"), manifest(4, *both), other)
     assert_names(note, 32, 8)
+
+
+def test_a_sequence_length_that_grows_keeps_the_order() -> None:
+    """Samples are of the longest length, whatever a step cuts them into."""
+    words = ("data.sequence_length=64", "data.stages=[{from_step: 4, sequence_length: 256}]")
+    grows = run(*words, "schedule.batch=[{from_step: 6, sequences: 8}]")
+    then = manifest(3, segment(256, 4, 0, 12))
+    assert continuation_kind(grows, then, {}) == "on"
+    position = progress_from(then, grows, "on")
+    assert (position.samples, position.first_sample, position.stage.sequence_length) == (12, 12, 256)
+    assert position.segment("order") == segment(256, 16, 12, 0, begins="on")
+    first = first_sample_of(then, grows)
+    assert [first(step) for step in (1, 3, 4, 5, 6, 7)] == [0, 8, 12, 28, 44, 52]
+    assert change_notes(position, then, grows) == []
+    assert continuation_kind(run("data.sequence_length=64"), then, {}) == "recut"
 
 
 def test_stages_of_an_order_that_began_late() -> None:

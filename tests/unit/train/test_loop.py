@@ -67,8 +67,8 @@ class Batches:
     def __init__(self) -> None:
         self.read: list[tuple[int, int]] = []  # first sample and size
 
-    def batch(self, first_sample: int, sizes: Sequence[int]) -> int:
-        self.read.append((first_sample, sizes[0]))
+    def batch(self, first_sample: int, sizes: Sequence[tuple[int, int]]) -> int:
+        self.read.append((first_sample, sizes[0][0]))
         return first_sample
 
 
@@ -186,7 +186,7 @@ class Story:
                 guard=guard,
                 incidents=self.incidents,  # type: ignore[arg-type]
                 limits=options.get("limits", TimeLimits()),
-                flops_per_token=1.0,
+                flops_per_token=lambda length: 1.0,
                 peak_flops=options.get("peak_flops", 1e12),
             ),
             position,
