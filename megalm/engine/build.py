@@ -76,6 +76,9 @@ def build_engine(
     if run.topology.tensor > 1:
         group, sequence = context.groups.tensor, run.config.parallel.sequence
         layers = TensorLayers(clock, group, sequence, run.compiled, float8, run.tensor_chunks)
+    if run.compiled:  # a graph for each length, in training and in validation, and of the loss's last chunk
+        graphs = 4 * len(set(run.config.data.sequence_lengths))
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
     sizes = shape.parameters()
     draw = (lambda name: initial_weight(name, sizes[name], shape, train.seed)) if initial_weights else None
     if run.topology.pipeline > 1:
