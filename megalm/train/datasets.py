@@ -251,9 +251,9 @@ def batch_loader(
     return BatchLoader(train, batch_layout(run, data_rank), prepare)
 
 
-def batch_layout(run: ResolvedRun, data_rank: int) -> BatchLayout:
-    """Return the part of a global batch that this data-parallel rank reads."""
-    batch = run.batch
+def batch_layout(run: ResolvedRun, data_rank: int, sequences: int | None = None) -> BatchLayout:
+    """Return the part of a global batch, by default of the run's largest, that this data-parallel rank reads."""
+    batch = run.batch if sequences is None else run.batch.of(sequences)
     return BatchLayout(batch.global_batch, batch.micro_batch, data_rank, batch.data_parallel)
 
 
@@ -261,7 +261,8 @@ def validation_loaders(
     run: ResolvedRun, data: RunData, data_rank: int
 ) -> dict[str, tuple[ValidationLoader, ValidationLoader]]:
     """Return, by name of the set, a loader of the part used during training and one of the complete set."""
-    layout, most = batch_layout(run, data_rank), run.config.evaluate.max_samples
+    smallest = min(stage.sequences for stage in run.stages.stages)  # the last batch is padded
+    layout, most = batch_layout(run, data_rank, smallest), run.config.evaluate.max_samples
 
     def loaders(samples: ValidationSamples) -> tuple[ValidationLoader, ValidationLoader]:
         whole = ValidationLoader(samples, layout)

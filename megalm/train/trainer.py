@@ -447,10 +447,10 @@ class Trainer:
 
     def _should_stop(self) -> bool:
         """Return whether to stop: any rank's signal or time limit makes all ranks save the same step and leave."""
-        parts = self.parts
-        number, late, lost = parts.comm.max(
-            [float(parts.stop.signal or 0), float(parts.limits.boundary(self.position.step)), self._lost_folder()]
-        )
+        parts, step = self.parts, self.position.step
+        growth = parts.run.stages.at(step + 1).tokens / self.position.stage.tokens
+        late_here = parts.limits.boundary(step, growth)
+        number, late, lost = parts.comm.max([float(parts.stop.signal or 0), float(late_here), self._lost_folder()])
         if lost:
             self._leave_folder()
         elif number:

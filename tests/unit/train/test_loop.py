@@ -463,6 +463,17 @@ def test_the_longest_step_and_save_must_fit_into_what_is_left() -> None:
     assert limits.boundary()
 
 
+def test_a_longer_step_to_come_must_fit_into_the_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    limits = TimeLimits(wall_seconds=1000.0, started=0.0)
+    limits.boundary()
+    now = 100.0
+    assert not limits.boundary(2)
+    assert not limits.boundary(2, growth=7.0)
+    assert limits.boundary(2, growth=9.0)
+
+
 @pytest.mark.parametrize("interval", ["4", "null"])
 def test_garbage_is_collected_at_its_steps_only(tmp_path: Path, interval: str) -> None:
     """All ranks collect at the same steps; an interval of null leaves it to Python."""
