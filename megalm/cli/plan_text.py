@@ -100,9 +100,14 @@ def _bubble(run: ResolvedRun) -> str:
     stages, micro_batches = run.topology.pipeline, run.batch.accumulation
     share = bubble_share(stages, micro_batches)
     return (
-        f"bubble: each stage waits {share:.1%} of a step = (stages - 1) / (micro-batches + stages - 1) = "
+        f"bubble: each stage waits {share:.1%} of a step{_of_largest(run)} = (stages - 1) / "
+        "(micro-batches + stages - 1) = "
         f"{stages - 1} / {micro_batches + stages - 1}, if all stages take equal time"
     )
+
+
+def _of_largest(run: ResolvedRun) -> str:
+    return " of the largest batch" if run.stages.grow else ""
 
 
 def plan_text(
@@ -284,7 +289,7 @@ def _groups(plan: Plan) -> str:
 
 
 def _training_stages(plan: Plan) -> str:
-    run = plan.resolved
+    run, has_bubble = plan.resolved, plan.resolved.topology.pipeline > 1
     rows: list[list[object]] = []
     for stage, steps in run.stages.spans(run.config.train.steps):
         batch, hours = run.batch.of(stage.sequences), plan.hours_of(stage, steps)
@@ -294,12 +299,14 @@ def _training_stages(plan: Plan) -> str:
                 f"{steps:,}",
                 f"{stage.sequences:,} x {stage.sequence_length:,}",
                 f"{batch.micro_batch} x {batch.accumulation} x {batch.data_parallel}",
+                *([f"{bubble_share(run.topology.pipeline, batch.accumulation):.0%}"] if has_bubble else []),
                 f"{stage.tokens * steps:,}",
                 None if hours is None else format_duration(3600 * hours),
             ]
         )
     parts = "micro-batch x accumulation x data ranks"
-    return table(["from step", "steps", "sequences x tokens", parts, "tokens", "time"], rows)
+    bubble = ["bubble"] if has_bubble else []
+    return table(["from step", "steps", "sequences x tokens", parts, *bubble, "tokens", "time"], rows)
 
 
 def _tokens(plan: Plan) -> str:

@@ -140,7 +140,7 @@ def write_report_page(
 def pipeline_facts(run: ResolvedRun, blocks: tuple[int, ...], costs: StageCosts) -> str:
     """Return a line on the pipeline's stages, one on its bubble, and a warning if the bubble is large."""
     stages, micro_batches = run.topology.pipeline, run.batch.accumulation
-    bubble = bubble_share(stages, micro_batches)
+    bubble, at = bubble_share(stages, micro_batches), " of the largest batch" if run.stages.grow else ""
     by_stage = costs.of_stages(blocks)
     shares = " + ".join(f"{cost / sum(by_stage):.0%}" for cost in by_stage)
     what = "the parameters" if run.config.parallel.balance == "parameters" else "the measured time"
@@ -148,7 +148,7 @@ def pipeline_facts(run: ResolvedRun, blocks: tuple[int, ...], costs: StageCosts)
     lines = [
         f"  pipeline: {stages} stages of {' + '.join(map(str, blocks))} blocks, "
         f"with embedding and head {shares} of {what}",
-        f"  bubble: each stage waits {bubble:.0%} of a step, {waits}: the first micro-batch fills the pipeline, "
+        f"  bubble: each stage waits {bubble:.0%} of a step{at}, {waits}: the first micro-batch fills the pipeline, "
         "the last one empties it",
     ]
     if bubble > LARGE_BUBBLE:

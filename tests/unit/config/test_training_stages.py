@@ -163,6 +163,7 @@ def test_a_bubble_is_of_each_stages_micro_batches(start: Start) -> None:
     plan = make_plan(start(*words, device=gpu_by_name("H100"), **sizes), 99)
     small, large = (plan.mfu_of(stage) for stage in plan.resolved.stages.stages)
     assert small / large == pytest.approx((1 / 2) / (4 / 5))
+    assert all(words in section_of(plan_text(plan, 8), "Stages of the run") for words in ("50%", "20%"))
     assert plan.mfu == pytest.approx((16 + 64) / (16 / small + 64 / large))
 
 
