@@ -115,7 +115,7 @@ class ModelSection(Section):
     intermediate_size: PositiveInt | None = Field(
         default=None, description="default 4 x hidden (gpt2), 8/3 x hidden rounded up to 64 (llama)"
     )
-    max_position_embeddings: PositiveInt | None = Field(default=None, description="default data.sequence_length")
+    max_position_embeddings: PositiveInt | None = Field(default=None, description="default the longest sequence length")
     tie_word_embeddings: bool | None = Field(default=None, description="default true for gpt2, false for llama")
     rope_theta: PositiveFloat = 10_000.0
     norm_epsilon: PositiveFloat = 1e-5
@@ -394,6 +394,15 @@ class SampleSection(Section):
     max_new_tokens: PositiveInt = 100
     temperature: Annotated[float, Field(ge=0)] = 0.7
     top_k: PositiveInt | None = 50
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="draw from the fewest tokens whose probabilities add up to this"
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="draw no token less likely than this times the most likely one"
+    )
+    repetition_penalty: PositiveFloat = Field(
+        default=1.0, description="above 1: tokens that the text already has become less likely"
+    )
 
 
 class CheckpointSection(Section):
